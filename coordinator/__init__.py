@@ -1,0 +1,1 @@
+"""The coordinator program: HTTP, intake, engine, journal and command line."""

@@ -1,0 +1,239 @@
+"""The HTTP API's JSON, as models: what clients send, what they get, what a watcher is streamed.
+
+All paths are below `/api/v1` and want `Authorization: Bearer <token>`; times are Unix seconds. Errors are
+`{"error": {"code": "...", "message": "one sentence and what to do"}}` with a 4xx or 5xx status.
+
+    POST intake/missing        IntakeQuery -> IntakeMissing            one question for the whole closure
+    PUT  intake/derivations    zstd stream of .drv files -> 204        framing: coordinator.framing
+    PUT  intake/sources        zstd stream of (header, NAR) -> 204
+    POST submissions           SubmitRequest -> 201 SubmissionView
+    GET  submissions           -> [SubmissionView], newest first
+    GET  submissions/ID        -> SubmissionView
+    POST submissions/ID/cancel -> SubmissionView
+    GET  submissions/ID/steps  ?state=failed,running… -> [StepView]
+    GET  submissions/ID/events -> text/event-stream of WatchEvent: one `snapshot`, then `step` and `counts`, at last `end`
+    GET  steps/KEY             -> StepView                             KEY, or any unique part of it
+    GET  steps/KEY/log         ?follow=1&attempt=N -> text/plain, raw log bytes (chunked while following)
+    GET  workers               -> [WorkerView]
+    GET  farm                  -> FarmView (cache URL, public keys)
+
+`GET /healthz` (no token) answers 200 with `{"status": "ok"}` while the engine runs.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Model(BaseModel):
+    """Base of the API's models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StepState(StrEnum):
+    """The states of scheduler.transitions, as clients see them."""
+
+    WAITING = "waiting"
+    READY = "ready"
+    RUNNING = "running"
+    PUBLISHING = "publishing"
+    DONE = "done"
+    FAILED = "failed"
+    DOOMED = "doomed"
+    ABANDONED = "abandoned"
+
+
+class SubmissionState(StrEnum):
+    """Derived from the steps, never stored."""
+
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class RootRequest(Model):
+    """One wish: an attribute of the evaluated file and the derivation it stands for (`outputs` empty: all)."""
+
+    attr: str
+    drv: str
+    outputs: tuple[str, ...] = ()
+
+
+class SubmitRequest(Model):
+    """A submission of derivations that the coordinator already has."""
+
+    roots: Annotated[tuple[RootRequest, ...], Field(min_length=1)]
+    label: str = ""
+
+
+class IntakeQuery(Model):
+    """Base names of the closure: .drv files and input sources."""
+
+    store_dir: str
+    derivations: tuple[str, ...]
+    sources: tuple[str, ...]
+
+
+class IntakeMissing(Model):
+    """The part of the query that must be sent."""
+
+    derivations: tuple[str, ...]
+    sources: tuple[str, ...]
+
+
+class Counts(Model):
+    """Steps of one submission by what became of them; `held + built + joined_done + … = total`."""
+
+    total: int = 0
+    #: Already in the cache when the submission arrived.
+    held: int = 0
+    #: Unfinished then, but already wanted by another submission.
+    joined: int = 0
+    #: Published since.
+    done: int = 0
+    running: int = 0
+    publishing: int = 0
+    ready: int = 0
+    waiting: int = 0
+    failed: int = 0
+    doomed: int = 0
+    abandoned: int = 0
+
+
+class FailureView(Model):
+    """Why a step failed."""
+
+    kind: str
+    message: str
+
+
+class StepView(Model):
+    """One step as people see it."""
+
+    key: str
+    name: str
+    system: str
+    features: tuple[str, ...]
+    drv: str
+    #: Output name -> full store path.
+    outputs: dict[str, str]
+    state: StepState
+    attempt: int = 0
+    worker: str = ""
+    #: The worker only pretends to be `system` (`--emulate`).
+    emulated: bool = False
+    stage: str = ""
+    phase: str = ""
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    uploaded_bytes: int = 0
+    failure: FailureView | None = None
+    #: For a doomed step: key of the step whose failure is the root cause.
+    cause: str = ""
+    #: For a step that does not run: why, in one sentence.
+    waiting_for: str = ""
+    #: The last lines of a failed step's log.
+    log_tail: str = ""
+
+
+class RootView(Model):
+    """A root of a submission and the step it stands on."""
+
+    attr: str
+    drv: str
+    step: str
+    state: StepState
+    outputs: dict[str, str]
+
+
+class SubmissionView(Model):
+    """A submission as people see it. `stuck` holds sentences about steps that no worker can take."""
+
+    id: str
+    label: str
+    state: SubmissionState
+    created_at: float
+    ended_at: float = 0.0
+    roots: tuple[RootView, ...]
+    counts: Counts
+    #: Bytes of compressed NARs uploaded for this submission's own builds.
+    uploaded_bytes: int = 0
+    stuck: tuple[str, ...] = ()
+
+
+class WorkerView(Model):
+    """A worker as people see it."""
+
+    name: str
+    state: Literal["online", "silent", "draining", "gone"]
+    systems: tuple[str, ...]
+    emulated: tuple[str, ...]
+    features: tuple[str, ...]
+    slots: int
+    #: Steps in its hands: key and stage.
+    leases: tuple[tuple[str, str], ...]
+    nix_version: str
+    built: int = 0
+    last_seen: float = 0.0
+    reason: str = ""
+
+
+class FarmView(Model):
+    """How to use the farm's cache."""
+
+    version: str
+    cache_url: str
+    public_keys: tuple[str, ...]
+    store_dir: str
+
+
+class Snapshot(Model):
+    """First event of a stream: the whole submission and the steps that run or failed."""
+
+    type: Literal["snapshot"] = "snapshot"
+    submission: SubmissionView
+    steps: tuple[StepView, ...]
+
+
+class StepChanged(Model):
+    """A step of the submission changed state, stage or phase."""
+
+    type: Literal["step"] = "step"
+    step: StepView
+
+
+class CountsChanged(Model):
+    """Counts moved; at most a few a second."""
+
+    type: Literal["counts"] = "counts"
+    counts: Counts
+    uploaded_bytes: int
+    stuck: tuple[str, ...] = ()
+
+
+class Ended(Model):
+    """Last event of a stream."""
+
+    type: Literal["end"] = "end"
+    submission: SubmissionView
+
+
+WatchEvent = Annotated[Snapshot | StepChanged | CountsChanged | Ended, Field(discriminator="type")]
+
+
+class ErrorBody(Model):
+    """What went wrong, for a program (`code`) and for a person (`message`)."""
+
+    code: str
+    message: str
+
+
+class ErrorView(Model):
+    """The body of every answer that is not a success."""
+
+    error: ErrorBody

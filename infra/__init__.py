@@ -1,0 +1,1 @@
+"""The ground both programs stand on: Nix formats, the cache, processes, clock, telemetry."""

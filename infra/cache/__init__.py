@@ -1,0 +1,1 @@
+"""The signed binary cache: objects, metadata, publishing and reading."""

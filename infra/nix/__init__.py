@@ -1,0 +1,1 @@
+"""Nix formats as pure functions: no I/O, no clock, no framework; the store directory is an argument."""

@@ -1,0 +1,1 @@
+"""The pure scheduler core: opaque steps, requirements and edges; standard library only."""

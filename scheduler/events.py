@@ -1,0 +1,109 @@
+"""What happened outside: the closed set of inputs of the core, in the past tense.
+
+Every event may be lost, doubled, late or out of order except `SubmissionReceived` and `SubmissionCancelled`, which a
+client has been promised. A stale event is ignored; an impossible one is a bug and asserted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.model import BuilderId, BuilderSpec, Failure, LeaseId, StepKey, StepSpec, SubmissionId
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionReceived:
+    """A client wants `roots`. `steps` closes over their needs, except where `held` (already published) ends a branch."""
+
+    submission: SubmissionId
+    roots: tuple[StepKey, ...]
+    steps: tuple[StepSpec, ...]
+    #: Steps whose result the cache already holds; they may stand in `steps` or only be needed by one that does.
+    held: tuple[StepKey, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionCancelled:
+    """A client no longer wants a submission; a repeat is a no-op."""
+
+    submission: SubmissionId
+
+
+@dataclass(frozen=True, slots=True)
+class BuilderJoined:
+    """A builder said hello: what it offers, how many leases it will hold, which it holds."""
+
+    builder: BuilderSpec
+    capacity: int
+    leases: tuple[LeaseId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BuilderReported:
+    """A heartbeat. `capacity` is how many leases the builder is willing to hold in all, `leases` those it holds."""
+
+    builder: BuilderId
+    incarnation: str
+    capacity: int
+    leases: tuple[LeaseId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BuilderLost:
+    """The transport has confirmed that this incarnation is gone (silence alone is not a loss: its deadline is)."""
+
+    builder: BuilderId
+    incarnation: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSucceeded:
+    """The outputs lie in the object store, not yet published. `evidence` is opaque and kept until they are."""
+
+    lease: LeaseId
+    builder: BuilderId
+    evidence: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BuildFailed:
+    """A lease ended without a result."""
+
+    lease: LeaseId
+    builder: BuilderId
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class OutputsPublished:
+    """The result of this lease can now be fetched by anyone."""
+
+    lease: LeaseId
+
+
+@dataclass(frozen=True, slots=True)
+class PublishFailed:
+    """Publishing ended without success; the kind says whether building again can help."""
+
+    lease: LeaseId
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """The engine woke up at a deadline; all that matters is `now`."""
+
+
+Event = (
+    SubmissionReceived
+    | SubmissionCancelled
+    | BuilderJoined
+    | BuilderReported
+    | BuilderLost
+    | BuildSucceeded
+    | BuildFailed
+    | OutputsPublished
+    | PublishFailed
+    | TimePassed
+)

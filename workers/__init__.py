@@ -1,0 +1,1 @@
+"""The worker program, its wire protocol and the fleet adapters."""

@@ -1,0 +1,70 @@
+"""The port through which the coordinator reaches its workers, whatever carries the messages.
+
+A fleet finds agents, greets them, polls each with one outstanding call and hands what comes to its sink **in order per
+worker**. Returning from the sink means "safe": only then is the batch acknowledged and forgotten by the agent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.protocol import Batch, Hello, Lease, LeaseOrder
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConnected:
+    """An agent answered `hello` (first contact, a new incarnation, or back after silence)."""
+
+    hello: Hello
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpoke:
+    """A batch arrived; an empty one is a heartbeat."""
+
+    worker: str
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSilent:
+    """The agent does not answer; unknown, not lost."""
+
+    worker: str
+    incarnation: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """The transport has confirmed the death of this incarnation."""
+
+    worker: str
+    incarnation: str
+    reason: str
+
+
+FleetEvent = WorkerConnected | WorkerSpoke | WorkerSilent | WorkerGone
+Sink = Callable[[FleetEvent], Awaitable[None]]
+
+
+class FleetError(Exception):
+    """A call to a worker did not get through; the coordinator's view heals with the next heartbeat."""
+
+
+class Fleet(Protocol):
+    """What the coordinator needs of a transport."""
+
+    async def run(self, sink: Sink) -> None:
+        """Serve until cancelled: discover, greet, poll, report losses."""
+
+    async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:
+        """Hand over leases. Raises `FleetError` where the worker could not be reached in time."""
+
+    async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
+        """Stop builds. Raises `FleetError` where the worker could not be reached in time."""
+
+    async def drain(self, worker: str, *, on: bool) -> None:
+        """Set or clear "no new work". Raises `FleetError`."""

@@ -1,0 +1,198 @@
+"""The wire between coordinator and agent: versioned, validated on both sides.
+
+Messages cross the transport as plain containers (`dump`), never as pickled classes, so that either side may change its
+code without the other. Every call is short and idempotent; see ARCHITECTURE.md, "The agent on each worker".
+
+    hello(FarmInfo) -> Hello                introduces both sides; may be repeated at any time
+    start_many([LeaseOrder]) -> None        keyed by (step, attempt); a repeat is a no-op
+    events(ack, max_bytes, wait_s) -> Batch one outstanding long poll; forgets what is at or below `ack`
+    cancel([Lease]) -> None                 an unknown lease is a no-op
+    drain(bool) -> None                     no new work while true
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+PROTOCOL_VERSION = 1
+#: Bounds of one `events` answer: with only reports and phases, and with log text in it (Ray is slower above 100 KiB).
+SMALL_BATCH_BYTES = 64 * 1024
+BULK_BATCH_BYTES = 1024 * 1024
+LONG_POLL_S = 10.0
+
+
+class Message(BaseModel):
+    """Base of all wire messages: immutable, strict about unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def dump(self) -> dict[str, Any]:
+        """Return plain containers for the transport."""
+        return self.model_dump()
+
+
+class FarmInfo(Message):
+    """What an agent must know of the farm."""
+
+    protocol: int = PROTOCOL_VERSION
+    #: Where the binary cache answers, without a trailing slash, for example `http://127.0.0.1:7878/cache`.
+    cache_url: str
+    #: `name:base64` of every key whose signature makes an input acceptable.
+    public_keys: tuple[str, ...]
+    #: Where NARs are put and read: `file:///…`, `s3://bucket/prefix`, …
+    object_store_url: str
+    store_dir: str = "/nix/store"
+
+
+class Lease(Message):
+    """Names one lease on the wire."""
+
+    step: str
+    attempt: int
+
+
+class LeaseOrder(Message):
+    """One build to do. The agent parses `derivation` itself; no .drv file is needed on its machine."""
+
+    step: str
+    attempt: int
+    #: Full store path of the .drv; log names, sandbox names and fixed-output names derive from it.
+    drv_path: str
+    #: The .drv's bytes (ATerm).
+    derivation: bytes
+    #: Full store paths: input sources and the chosen outputs of input derivations, resolved by the coordinator.
+    inputs: tuple[str, ...]
+    #: Seconds of wall time and of silence after which the build is stopped; 0 is no limit.
+    timeout_s: int = 0
+    max_silent_s: int = 0
+    #: Bytes of log that are kept and sent; what is beyond is counted, not kept.
+    max_log_bytes: int = 64 * 1024 * 1024
+    #: W3C trace context of the submission, or empty.
+    traceparent: str = ""
+
+
+class Stage(StrEnum):
+    """Where a lease is on its worker."""
+
+    QUEUED = "queued"
+    FETCHING = "fetching"
+    BUILDING = "building"
+    UPLOADING = "uploading"
+
+
+class HeldLease(Message):
+    """A lease in the agent's hands."""
+
+    step: str
+    attempt: int
+    stage: Stage
+
+
+class Hello(Message):
+    """What an agent says of itself."""
+
+    protocol: int
+    #: The worker's name, unique in the farm.
+    worker: str
+    #: New at every start of the agent.
+    incarnation: str
+    systems: tuple[str, ...]
+    #: The part of `systems` that this machine does not really have (`--emulate`).
+    emulated: tuple[str, ...]
+    features: tuple[str, ...]
+    mandatory_features: tuple[str, ...]
+    slots: int
+    capacity: int
+    nix_version: str
+    leases: tuple[HeldLease, ...]
+
+
+class Output(Message):
+    """One output as it lies in the object store. Hashes are `sha256:<52 nix32 characters>`, sizes bytes."""
+
+    name: str
+    #: Full store path.
+    path: str
+    nar_hash: str
+    nar_size: int
+    #: Base names, sorted, itself included where it refers to itself.
+    references: tuple[str, ...]
+    ca: str = ""
+    #: Key in the object store, relative to its root.
+    url: str
+    compression: str
+    file_hash: str
+    file_size: int
+
+
+class Succeeded(Message):
+    """Outputs are built and uploaded."""
+
+    kind: Literal["succeeded"] = "succeeded"
+    outputs: tuple[Output, ...]
+
+
+class Failed(Message):
+    """`reason` is a value of `scheduler.model.FailureKind`; the agent's `machine` decides it."""
+
+    kind: Literal["failed"] = "failed"
+    reason: Literal["permanent", "infrastructure", "returned", "cancelled"]
+    message: str
+
+
+class Report(Message):
+    """The end of a lease; spooled by the agent until it is acknowledged."""
+
+    kind: Literal["report"] = "report"
+    step: str
+    attempt: int
+    #: Unix seconds; 0 where the stage was never reached.
+    started_at: float
+    building_at: float
+    built_at: float
+    ended_at: float
+    result: Annotated[Succeeded | Failed, Field(discriminator="kind")]
+
+
+class StageChange(Message):
+    """A lease moved on, or its builder announced a phase (`@nix` setPhase)."""
+
+    kind: Literal["stage"] = "stage"
+    step: str
+    attempt: int
+    stage: Stage
+    phase: str = ""
+    at: float
+
+
+class LogChunk(Message):
+    """Raw log bytes; `offset` counts from the start of this attempt's log, so a repeat can be recognised."""
+
+    kind: Literal["log"] = "log"
+    step: str
+    attempt: int
+    offset: int
+    data: bytes
+
+
+AgentEvent = Annotated[Report | StageChange | LogChunk, Field(discriminator="kind")]
+
+
+class Batch(Message):
+    """One answer of `events`: everything after the acknowledged sequence number that fits."""
+
+    incarnation: str
+    #: Sequence number of the last event in here; acknowledge it once it is safe.
+    last: int
+    events: tuple[AgentEvent, ...]
+    #: How many leases the agent is willing to hold in all, now.
+    capacity: int
+    leases: tuple[HeldLease, ...]
+    draining: bool = False
+
+
+ORDERS: TypeAdapter[tuple[LeaseOrder, ...]] = TypeAdapter(tuple[LeaseOrder, ...])
+LEASES: TypeAdapter[tuple[Lease, ...]] = TypeAdapter(tuple[Lease, ...])
