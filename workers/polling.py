@@ -1,0 +1,205 @@
+"""The transport-independent half of a fleet adapter: greet an agent, poll it, acknowledge what is safe.
+
+An adapter finds agents and gives each to `AgentRoster.serve` as `AgentCalls`, five calls that carry plain containers.
+`serve` keeps exactly one `events` call outstanding per agent and hands everything to the sink in order:
+
+    hello -> WorkerConnected;  events -> WorkerSpoke, acknowledged with the next call, after the sink returned;
+    AgentUnavailable -> WorkerSilent once, then hello again with growing pauses until it answers;
+    AgentDead -> WorkerGone, and `serve` returns.
+
+Unknown is never dead: only the transport may say `AgentDead`. How long silence is suffered is the scheduler's affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from pydantic import ValidationError
+
+from workers.fleet import FleetError, Sink, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
+from workers.protocol import (
+    BULK_BATCH_BYTES,
+    LONG_POLL_S,
+    PROTOCOL_VERSION,
+    Batch,
+    FarmInfo,
+    Hello,
+    Lease,
+    LeaseOrder,
+)
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+#: Seconds that one short call (everything but `events`) may take.
+CALL_DEADLINE_S = 20.0
+#: Seconds that `events` may take beyond its own wait.
+POLL_GRACE_S = 20.0
+#: First and longest pause between two tries to reach a silent agent, seconds; it doubles between them.
+RETRY_FIRST_S = 0.2
+RETRY_LONGEST_S = 5.0
+#: Leases in one `start_many` or `cancel` call; more are split.
+ORDERS_PER_CALL = 256
+
+
+class AgentUnavailable(FleetError):  # noqa: N818 - a state of the agent, like the transport's own word for it
+    """The call did not get through or was not answered in time; whether it took effect is unknown."""
+
+
+class AgentDead(FleetError):  # noqa: N818 - as above
+    """The transport has confirmed that the agent behind this handle is gone for good."""
+
+
+class AgentCalls(Protocol):
+    """The five calls of one agent over some transport; arguments and answers are `Message.dump()` containers.
+
+    Every method raises `AgentUnavailable` or `AgentDead`, nothing else, and must be safe to cancel. Deadlines are kept by
+    the caller, so an implementation may wait for as long as its transport does.
+    """
+
+    async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
+        """`FarmInfo` in, `Hello` out."""
+
+    async def start_many(self, orders: list[dict[str, Any]]) -> None:
+        """A list of `LeaseOrder`."""
+
+    async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
+        """One long poll; `Batch` out."""
+
+    async def cancel(self, leases: list[dict[str, Any]]) -> None:
+        """A list of `Lease`."""
+
+    async def drain(self, on: bool) -> None:
+        """No new work while true."""
+
+
+async def _in_time(call: Awaitable[T], deadline_s: float, what: str) -> T:
+    try:
+        async with asyncio.timeout(deadline_s):
+            return await call
+    except TimeoutError:
+        raise AgentUnavailable(f"the agent did not answer `{what}` within {deadline_s:.0f} s") from None
+
+
+async def greet(calls: AgentCalls, farm: FarmInfo) -> Hello:
+    """Introduce both sides. Raises `AgentUnavailable` (also for an answer that cannot be read) or `AgentDead`."""
+    answer = await _in_time(calls.hello(farm.dump()), CALL_DEADLINE_S, "hello")
+    try:
+        hello = Hello.model_validate(answer)
+    except ValidationError as error:
+        raise AgentUnavailable(
+            f"the agent's greeting cannot be read ({error.error_count()} errors)"
+        ) from None
+    if hello.protocol != PROTOCOL_VERSION:
+        raise AgentUnavailable(
+            f"the agent speaks protocol {hello.protocol}, this coordinator {PROTOCOL_VERSION}; update the older one"
+        )
+    return hello
+
+
+async def poll_agent(
+    name: str,
+    calls: AgentCalls,
+    farm: FarmInfo,
+    sink: Sink,
+    *,
+    on_hello: Callable[[Hello], None] | None = None,
+    long_poll_s: float = LONG_POLL_S,
+) -> None:
+    """Serve one agent until it is dead (returns after `WorkerGone`) or this task is cancelled.
+
+    `name` stands for the worker until it has said its own. `on_hello` runs before the sink hears `WorkerConnected`, so
+    that the adapter can route orders to it. What the sink raises is raised here.
+    """
+    hello: Hello | None = None
+    ack = 0
+    pause_s = 0.0
+    while True:
+        try:
+            previous, hello = hello, await greet(calls, farm)
+            if previous is None or previous.incarnation != hello.incarnation:
+                ack = 0
+            name = hello.worker
+            if on_hello is not None:
+                on_hello(hello)
+            await sink(WorkerConnected(hello))
+            while True:
+                batch = await _next_batch(calls, ack, long_poll_s)
+                pause_s = 0.0
+                if batch.incarnation != hello.incarnation:
+                    break
+                await sink(WorkerSpoke(name, batch))
+                ack = batch.last
+        except AgentDead as error:
+            await sink(WorkerGone(name, hello.incarnation if hello else "", str(error)))
+            return
+        except AgentUnavailable as error:
+            if pause_s == 0.0:
+                log.warning("worker %s does not answer: %s", name, error)
+                await sink(WorkerSilent(name, hello.incarnation if hello else "", str(error)))
+            pause_s = min(max(pause_s * 2, RETRY_FIRST_S), RETRY_LONGEST_S)
+            await asyncio.sleep(pause_s)
+
+
+async def _next_batch(calls: AgentCalls, ack: int, wait_s: float) -> Batch:
+    answer = await _in_time(calls.events(ack, BULK_BATCH_BYTES, wait_s), wait_s + POLL_GRACE_S, "events")
+    try:
+        return Batch.model_validate(answer)
+    except ValidationError as error:
+        raise AgentUnavailable(f"the agent's events cannot be read ({error.error_count()} errors)") from None
+
+
+class AgentRoster:
+    """The agents that answer now, by worker name: the sending half of a `Fleet`, shared by all adapters."""
+
+    def __init__(self, farm: FarmInfo) -> None:
+        self._farm = farm
+        #: Only agents whose greeting has been read; an entry goes when its `serve` ends.
+        self._calls: dict[str, AgentCalls] = {}
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Names of the agents that have been greeted and are not known to be gone."""
+        return tuple(self._calls)
+
+    async def serve(
+        self, name: str, calls: AgentCalls, sink: Sink, *, long_poll_s: float = LONG_POLL_S
+    ) -> None:
+        """`poll_agent`, and route orders to this agent meanwhile. A later agent of the same name takes over the route."""
+        names: set[str] = set()
+
+        def connected(hello: Hello) -> None:
+            names.add(hello.worker)
+            self._calls[hello.worker] = calls
+
+        try:
+            await poll_agent(name, calls, self._farm, sink, on_hello=connected, long_poll_s=long_poll_s)
+        finally:
+            for known in names:
+                if self._calls.get(known) is calls:
+                    del self._calls[known]
+
+    async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:
+        """Hand over leases. Raises `FleetError` where the worker is unknown or could not be reached in time."""
+        for first in range(0, len(orders), ORDERS_PER_CALL):
+            part = [order.dump() for order in orders[first : first + ORDERS_PER_CALL]]
+            await _in_time(self._of(worker).start_many(part), CALL_DEADLINE_S, "start_many")
+
+    async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
+        """Stop builds. Raises `FleetError` as `start_many`."""
+        for first in range(0, len(leases), ORDERS_PER_CALL):
+            part = [lease.dump() for lease in leases[first : first + ORDERS_PER_CALL]]
+            await _in_time(self._of(worker).cancel(part), CALL_DEADLINE_S, "cancel")
+
+    async def drain(self, worker: str, *, on: bool) -> None:
+        """Set or clear "no new work". Raises `FleetError` as `start_many`."""
+        await _in_time(self._of(worker).drain(on), CALL_DEADLINE_S, "drain")
+
+    def _of(self, worker: str) -> AgentCalls:
+        calls = self._calls.get(worker)
+        if calls is None:
+            raise AgentUnavailable(f"worker {worker} is not connected")
+        return calls
