@@ -1,0 +1,54 @@
+"""What every benchmark prints: progress on standard error, one JSON object as the last line of standard output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+
+
+def arguments(description: str, runs: int) -> argparse.ArgumentParser:
+    """The options all benchmarks share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
+    parser.add_argument(
+        "--runs", type=int, default=runs, help="how often both sides are measured (default: %(default)s)"
+    )
+    return parser
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def publish(
+    bench: str,
+    *,
+    ours: Sequence[float],
+    peer: Sequence[float],
+    unit: str,
+    bigger_is_better: bool,
+    as_json: bool,
+    **extra: object,
+) -> None:
+    """Print medians, the ratio (ours over peer, bigger is better) and the spread of the per-run ratios."""
+    pairs = list(zip(ours, peer, strict=True))
+    ratios = [a / b if bigger_is_better else b / a for a, b in pairs]
+    row = {
+        "bench": bench,
+        "ours": round(statistics.median(ours), 3),
+        "peer": round(statistics.median(peer), 3),
+        "ratio": round(statistics.median(ratios), 3),
+        "unit": unit,
+        "runs": len(pairs),
+        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        **extra,
+    }
+    if as_json:
+        print(json.dumps(row), flush=True)
+    else:
+        print(
+            f"{bench}: ours {row['ours']} {unit}, peer {row['peer']} {unit}, ratio {row['ratio']} (runs {row['runs']}, spread {row['spread']})"
+        )

@@ -1,0 +1,233 @@
+"""A whole farm as child processes: `drover up` with real Ray nodes, for the demo, the end-to-end tests and benchmarks.
+
+Every worker has a chroot store of its own below the farm's directory; the client evaluates into yet another one, so
+nothing is shared between client, workers and cache but what the farm itself carries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+BIN = Path(sys.executable).parent
+READY_WITHIN_S = 60.0
+STOP_WITHIN_S = 45.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One `[[workers]]` table of the configuration file."""
+
+    name: str
+    slots: int = 2
+    emulate: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    #: Offer the emulated systems only, so that a Linux worker stands in for a Mac and nothing else.
+    only_emulated: bool = False
+    nix_options: Mapping[str, str] = field(default_factory=dict)
+
+    def toml(self) -> str:
+        lines = ["[[workers]]", f"name = {json.dumps(self.name)}", f"slots = {self.slots}"]
+        lines += [
+            f"{key} = {json.dumps(list(value))}"
+            for key, value in (("emulate", self.emulate), ("features", self.features))
+            if value
+        ]
+        if self.nix_options:
+            lines.append("[workers.nix_options]")
+            lines += [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in self.nix_options.items()]
+        return "\n".join(lines)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def processes_naming(text: str) -> dict[int, str]:
+    """Return pid -> command line of every process, but this one, that names `text` in its command line or environment."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes()
+            environment = (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        if command and (text.encode() in command or text.encode() in environment):
+            found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace").strip()
+    return found
+
+
+class Farm:
+    """`drover up` in a directory, and the `drover` command pointed at it."""
+
+    def __init__(self, root: Path, workers: Sequence[WorkerSpec]) -> None:
+        self.root = root
+        self.state = root / "farm"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.cache_url = f"{self.url}/cache"
+        self.eval_store = root / "client"
+        self._config = root / "farm.toml"
+        self._config.write_text("\n\n".join(worker.toml() for worker in workers) + "\n")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+        self.log_path = root / "farm.log"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "DROVER_URL": self.url,
+            "DROVER_TOKEN_FILE": str(self.state / "api-token"),
+            "DROVER_TEST_MARK": str(self.root),
+        }
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> Farm:
+        self._log = self.log_path.open("ab")
+        self._process = subprocess.Popen(
+            [
+                BIN / "drover",
+                "up",
+                "--state-dir",
+                self.state,
+                "--listen",
+                f"127.0.0.1:{self.port}",
+                "--config",
+                self._config,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=self.environment,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + READY_WITHIN_S
+        while not self._healthy():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"the farm did not start:\n{self.log_path.read_text(errors='replace')[-4000:]}")
+            time.sleep(0.1)
+        return self
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/healthz", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def wait_for_workers(self, count: int, within_s: float = 60.0) -> list[dict[str, Any]]:
+        deadline = time.monotonic() + within_s
+        while True:
+            workers: list[dict[str, Any]] = [w for w in self.api("workers") if w["state"] == "online"]
+            if len(workers) >= count:
+                return workers
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{len(workers)} of {count} workers came:\n{self.log_path.read_text(errors='replace')[-4000:]}"
+                )
+            time.sleep(0.1)
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int | None:
+        """Ask the farm to stop and wait; return its exit status (None where it never ran)."""
+        if self._process is None:
+            return None
+        if self._process.poll() is None:
+            self._process.send_signal(how)
+        try:
+            status = self._process.wait(STOP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            status = self._process.wait()
+        if self._log is not None:
+            self._log.close()
+        self._process = None
+        return status
+
+    def leftovers(self, within_s: float = 5.0) -> dict[int, str]:
+        """Processes of this farm that are still there; waits a little for the last to end."""
+        deadline = time.monotonic() + within_s
+        while (left := processes_naming(str(self.root))) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
+
+    def api(self, path: str) -> Any:
+        token = (self.state / "api-token").read_text().strip()
+        request = urllib.request.Request(f"{self.url}/api/v1/{path}", headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    @property
+    def public_keys(self) -> str:
+        return " ".join(self.api("farm")["public_keys"])
+
+    def command(self, *arguments: str | Path) -> list[str]:
+        return [str(BIN / "drover"), *map(str, arguments)]
+
+    def build_command(self, file: Path, *arguments: str | Path) -> list[str]:
+        return self.command("build", file, "--store", self.eval_store, *arguments)
+
+    def drover(self, *arguments: str | Path, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def build(self, file: Path, *arguments: str | Path, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
+        return self.drover("build", file, "--store", self.eval_store, *arguments, timeout_s=timeout_s)
+
+    def fetch(self, store: Path, *paths: str, keys: str | None = None) -> subprocess.CompletedProcess[str]:
+        """A plain Nix client that knows the farm's cache and key, and nothing else of the farm."""
+        return nix_store(
+            store,
+            "-r",
+            *paths,
+            options={
+                "substituters": self.cache_url,
+                "trusted-public-keys": self.public_keys if keys is None else keys,
+                "require-sigs": "true",
+                "narinfo-cache-negative-ttl": "0",
+            },
+        )
+
+
+def nix_store(
+    store: Path, *arguments: str, options: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `nix-store` on a chroot store; the cache of narinfos lives beside that store."""
+    settings = {"build-users-group": "", "substituters": "", **(options or {})}
+    flags = [word for name, value in settings.items() for word in ("--option", name, value)]
+    environment = {**os.environ, "HOME": str(store), "XDG_CACHE_HOME": f"{store}.cache"}
+    return subprocess.run(
+        ["nix-store", "--store", str(store), *arguments, *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
