@@ -9,3 +9,10 @@ class CoordinatorError(Exception):
     """One sentence for a person (`str()`) and one word for a program (`code`, used in HTTP answers)."""
 
     code: ClassVar[str] = "internal"
+
+
+class IntakeError(CoordinatorError):
+    """A client's request cannot be accepted, and why; `status` is that of the HTTP answer."""
+
+    code: ClassVar[str] = "bad_request"
+    status: ClassVar[int] = 400

@@ -1,0 +1,191 @@
+"""What an operator may set: a TOML file (`drover up --config FILE`), the environment (`DROVER_…`), arguments.
+
+Arguments win over the environment, the environment over the file, the file over the defaults. Unknown names are
+errors: a setting that is silently ignored is worse than none.
+
+    state_dir = "/var/lib/drover"
+    port = 7878
+
+    [[workers]]
+    name = "native"
+    slots = 2
+
+    [[workers]]
+    name = "mac"
+    emulate = ["aarch64-darwin"]
+    nix_options = { sandbox-paths = "/bin/sh=/bin/busybox" }
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from coordinator.errors import CoordinatorError
+
+#: Where `drover up` listens unless told otherwise: loopback only.
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 7878
+
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
+
+class ConfigError(CoordinatorError):
+    """A setting is missing, unknown or has a value that cannot be used."""
+
+    code = "bad_config"
+
+
+class WorkerConfig(BaseModel):
+    """One worker that `drover up` starts on this machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: _Name
+    #: Empty: what the machine is.
+    systems: tuple[str, ...] = ()
+    #: Systems that the machine only pretends to be (`extra-platforms`).
+    emulate: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    mandatory_features: tuple[str, ...] = ()
+    #: Builds at one time; 0 is one per core.
+    slots: Annotated[int, Field(ge=0, le=1024)] = 0
+    #: Root of a chroot store of the worker's own; empty: a directory below the state directory.
+    store: str = ""
+    #: Nix settings of this worker only; they win over the farm's.
+    nix_options: dict[str, str] = Field(default_factory=dict)
+
+
+class LimitSettings(BaseModel):
+    """Named bounds. Sizes are bytes, times seconds; 0 is no limit only where that is said."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Members of one submission's closure.
+    graph_size: Annotated[int, Field(ge=1)] = 500_000
+    #: Body of a JSON request (an intake question about 500,000 names is some 60 MB).
+    request_bytes: Annotated[int, Field(ge=1024)] = 128 * 1024 * 1024
+    #: Wall time and silence of one build; 0 is no limit.
+    build_timeout_s: Annotated[int, Field(ge=0)] = 0
+    build_silence_s: Annotated[int, Field(ge=0)] = 0
+    #: Log kept of one attempt; what is beyond is counted, not kept.
+    log_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
+    #: Watch streams open at one time.
+    watchers: Annotated[int, Field(ge=1)] = 1000
+
+
+def default_state_dir() -> Path:
+    """`$XDG_STATE_HOME/drover`, or `~/.local/state/drover`."""
+    base = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".local" / "state") / "drover"
+
+
+class Settings(BaseSettings):
+    """All settings of a coordinator. Empty texts stand for what follows from `state_dir` and the address."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DROVER_", env_nested_delimiter="__", extra="forbid", frozen=True, env_ignore_empty=True
+    )
+
+    state_dir: Path = Field(default_factory=default_state_dir)
+    host: str = DEFAULT_HOST
+    #: 0 takes any free port; the address that was taken is told when the farm is ready.
+    port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
+    #: How workers and clients reach the coordinator; empty: from host and port.
+    public_url: str = ""
+    #: Where NARs lie; empty: `file://STATE_DIR/objects`.
+    object_store_url: str = ""
+    #: SQLAlchemy addresses (async drivers); empty: SQLite files in the state directory.
+    journal_url: str = ""
+    derivations_url: str = ""
+    cache_url: str = ""
+    #: Name part of the farm's signing key, made on the first start.
+    key_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "drover-1"
+    store_dir: Annotated[str, Field(pattern=r"^/.*[^/]$")] = "/nix/store"
+    limits: LimitSettings = LimitSettings()
+    workers: tuple[WorkerConfig, ...] = ()
+    #: Nix settings of every worker.
+    nix_options: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("state_dir", mode="after")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return Path(os.path.abspath(value.expanduser()))  # noqa: PTH100 - resolve() would follow links
+
+    @model_validator(mode="after")
+    def _distinct_workers(self) -> Settings:
+        names = [worker.name for worker in self.workers]
+        for name in names:
+            if names.count(name) > 1:
+                msg = f"two workers are called {name}"
+                raise ValueError(msg)
+        return self
+
+    @property
+    def objects_url(self) -> str:
+        """Address of the object store."""
+        return self.object_store_url or (self.state_dir / "objects").as_uri()
+
+    def database_url(self, name: str) -> str:
+        """Address of the `journal`, `derivations` or `cache` database.
+
+        Three files, not one: SQLite has one writer per file, and a large intake must not hold up the
+        journal.
+        """
+        told = {
+            "journal": self.journal_url,
+            "derivations": self.derivations_url,
+            "cache": self.cache_url,
+        }[name]
+        return told or f"sqlite+aiosqlite:///{self.state_dir / f'{name}.sqlite3'}"
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the coordinator."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def load_settings(config: Path | None = None, **arguments: Any) -> Settings:
+    """Read the file, the environment and `arguments` (those that are None do not count).
+
+    Raises `ConfigError` with one sentence that names the setting.
+    """
+    told = {name: value for name, value in arguments.items() if value is not None}
+    try:
+        environment = Settings(**told)
+        if config is None:
+            return environment
+        from_file = _read_toml(config)
+        # A name set by an argument or the environment was set on purpose and wins over the file.
+        own = {name: getattr(environment, name) for name in environment.model_fields_set}
+        return Settings(**{**from_file, **own})
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, config)) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+
+
+def _sentence(error: ValidationError, config: Path | None) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "settings"
+    source = f" (in {config} or the environment)" if config is not None else ""
+    return f"setting {where}{source}: {first['msg'].removeprefix('Value error, ')}."
