@@ -161,6 +161,8 @@ class SubmissionView(Model):
     ended_at: float = 0.0
     roots: tuple[RootView, ...]
     counts: Counts
+    #: Derivations that were submitted for these steps; what is beyond `counts.total` makes an output that another makes.
+    derivations: int = 0
     #: Bytes of compressed NARs uploaded for this submission's own builds.
     uploaded_bytes: int = 0
     stuck: tuple[str, ...] = ()

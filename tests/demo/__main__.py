@@ -86,9 +86,8 @@ def run(root: Path) -> None:
 
         step("Done")
         print(f"   built         {counts['done']} steps in {build_s:.1f} s")
-        print(
-            f"   deduplicated  {first['derivations'] - counts['total']} of {first['derivations']} derivations made an output that another one makes too"
-        )
+        same = first["derivations"] - counts["total"]
+        print(f"   deduplicated  {same} of {first['derivations']} derivations make what another one makes")
         print(f"   uploaded      {first['uploaded_bytes']:,} bytes, compressed")
         print(f"   second time   {repeat['done']} built, {repeat['held']} already in the cache")
     finally:

@@ -58,7 +58,7 @@ def free_port() -> int:
 
 
 def processes_naming(text: str) -> dict[int, str]:
-    """Return pid -> command line of every process, but this one, that names `text` in its command line or environment."""
+    """Return pid -> command line of every other process whose command line or environment names `text`."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():

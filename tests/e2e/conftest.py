@@ -1,0 +1,55 @@
+"""One farm for the whole folder: a coordinator, a Ray head and three worker nodes, each with a store of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.farm import Farm, WorkerSpec
+
+BUSYBOX = {"sandbox-paths": "/bin/sh=/bin/busybox"}
+
+
+@pytest.fixture(scope="session")
+def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+    farm = Farm(
+        tmp_path_factory.mktemp("farm"),
+        [
+            WorkerSpec("one", slots=2, features=("big-parallel",), nix_options=BUSYBOX),
+            WorkerSpec("two", slots=2, features=("big-parallel",), nix_options=BUSYBOX),
+            WorkerSpec("mac", slots=2, features=("big-parallel",), emulate=("aarch64-darwin",), only_emulated=True),
+        ],
+    )
+    try:
+        farm.start().wait_for_workers(3)
+        yield farm
+    finally:
+        farm.stop()
+
+
+@pytest.fixture
+def expression(tmp_path: Path) -> Expression:
+    return Expression(tmp_path)
+
+
+class Expression:
+    """Writes Nix files of raw derivations; every test's names are its own, so that nothing is in the cache before."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def write(self, text: str, name: str = "default.nix") -> Path:
+        file = self.directory / name
+        file.write_text(
+            f"""
+            let
+              shell = name: script: shellFor "x86_64-linux" {{ inherit name; }} script;
+              shellFor = system: extra: script: derivation ({{
+                inherit system; builder = "/bin/sh"; args = [ "-c" script ]; salt = "{self.directory}";
+              }} // extra);
+            in {{ {text} }}
+            """
+        )
+        return file
