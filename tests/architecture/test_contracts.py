@@ -1,0 +1,86 @@
+"""The shape of the tree: what ARCHITECTURE.md says of it, checked."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("coordinator", "workers", "scheduler", "infra")
+
+
+def tracked(*patterns: str) -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", *patterns],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_each_package_is_ours_and_not_one_of_the_same_name_from_elsewhere(package: str) -> None:
+    file = importlib.import_module(package).__file__
+    assert file is not None
+    assert Path(file).is_relative_to(ROOT)
+
+
+def test_the_top_level_holds_what_its_owner_fixed() -> None:
+    top = {path.relative_to(ROOT).parts[0] for path in tracked()}
+    assert top <= {
+        "coordinator", "workers", "scheduler", "infra", "tests", "terraform", "pyproject.toml", "run", ".ci", ".gitignore",
+        "README.md", "ARCHITECTURE.md", "THREAT_MODEL.md", "CHANGELOG.md", "LICENSE",
+    }  # fmt: skip
+
+
+def test_the_lock_has_hashes_and_no_address() -> None:
+    lock = (ROOT / "infra" / "requirements.lock").read_text()
+    assert "://" not in lock
+    assert "index" not in {line.split("=")[0].lstrip("-") for line in lock.splitlines() if line.startswith("--")}
+    packages = re.split(r"\n(?=[a-z0-9])", lock.strip())
+    assert all("--hash=sha256:" in package for package in packages)
+
+
+def test_no_file_names_this_checkout_or_a_package_index() -> None:
+    secret_places = (
+        str(ROOT) + "/",
+        "py" + "pi.org",
+        "files.python" + "hosted",
+        "deb.deb" + "ian.org",
+        "registry.np" + "mjs",
+    )
+    for path in tracked():
+        text = path.read_bytes()
+        assert not [place for place in places if place.encode() in text], path
+
+
+def test_no_class_name_stands_twice_in_the_product() -> None:
+    seen: dict[str, Path] = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef):
+                    assert node.name not in seen, f"{node.name}: {seen.get(node.name)} and {path}"
+                    seen[node.name] = path
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_the_command_line_is_there_at_once() -> None:
+    """Heavy libraries are imported by the command that needs them, not by `drover --help`."""
+    heavy = "('ray', 'sqlalchemy', 'aiohttp', 'obstore')"
+    code = f"import sys, coordinator.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
