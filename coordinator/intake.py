@@ -8,23 +8,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable
 from dataclasses import dataclass
-from typing import ClassVar
 
-from coordinator.derivations import DerivationStore, StepInfo
-from coordinator.errors import CoordinatorError
-from coordinator.schema import IntakeMissing, IntakeQuery, SubmitRequest
-from infra.cache import Cache
 from infra.cache.objects import ObjectStore
 from infra.nix.store_path import StoreDir
+
+from coordinator.derivations import DerivationStore, StepInfo
+from coordinator.schema import IntakeMissing, IntakeQuery, SubmitRequest
+from infra.cache import Cache
 from scheduler.events import SubmissionReceived
 from scheduler.model import StepKey, StepSpec, SubmissionId
-
-
-class IntakeError(CoordinatorError):
-    """The client's request cannot be accepted; an HTTP 4xx answer (`status`)."""
-
-    code: ClassVar[str] = "bad_request"
-    status: ClassVar[int] = 400
 
 
 @dataclass(frozen=True, slots=True)

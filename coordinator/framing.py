@@ -1,0 +1,332 @@
+r"""The two batched streams of a client: all missing derivations in one request, all missing sources in another.
+
+Both are one zstd frame around a magic line, records and an end mark (integers are little-endian, four bytes):
+
+    derivations := "drover-derivations-1\n" { length name, length bytes } 0
+    sources     := "drover-sources-1\n"     { length header, nar }        0
+
+`name` is the .drv's base name; `header` is the JSON of `SourceHeader`, and exactly `nar_size` bytes of NAR follow it.
+The end mark tells a whole stream from one that was cut at a record's edge; anything after it, compressed or not, is an
+error. Members stand inputs first in both streams.
+
+Memory is bounded on both sides: the reader inflates `INFLATE_SLICE` compressed bytes at a time (at zstd's greatest
+ratio that is 32 MiB), holds one derivation at most beyond that, and passes a NAR on in pieces as it comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import zstandard
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from coordinator.errors import IntakeError
+
+DERIVATIONS_MAGIC = b"drover-derivations-1\n"
+SOURCES_MAGIC = b"drover-sources-1\n"
+#: Longest store path name is 211 characters, its hash part and dash 33, `.drv` is part of the name.
+MAX_NAME_BYTES = 256
+MAX_HEADER_BYTES = 1024 * 1024
+INFLATE_SLICE = 1024
+#: What a reader's frame may ask for; level 3 and its relatives stay at 2 MiB.
+MAX_WINDOW_BYTES = 8 * 1024 * 1024
+PIECE_BYTES = 256 * 1024
+_LEVEL = 3
+_INT = 4
+
+
+class FramingError(IntakeError):
+    """The stream itself is wrong: not zstd, cut short, over a bound, followed by something."""
+
+    code: ClassVar[str] = "bad_stream"
+
+
+class SourceHeader(BaseModel):
+    """What the client's Nix says of an input source; the coordinator believes none of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Base name.
+    path: Annotated[str, Field(max_length=MAX_NAME_BYTES)]
+    #: Base names.
+    references: tuple[str, ...] = ()
+    #: `sha256:<52 nix32 characters>`.
+    nar_hash: str
+    nar_size: Annotated[int, Field(ge=0, lt=1 << 63)]
+    #: Content address as in a narinfo, or empty.
+    ca: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """Bounds of one stream; an error names the bound."""
+
+    max_records: int
+    max_record_bytes: int
+    #: Of the inflated stream.
+    max_bytes: int
+
+
+def encode_derivations(members: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
+    """Yield the compressed stream of (base name, .drv bytes), inputs first."""
+
+    def plain() -> Iterator[bytes]:
+        yield DERIVATIONS_MAGIC
+        for name, data in members:
+            raw = name.encode()
+            yield b"".join((_int(len(raw)), raw, _int(len(data)), data))
+        yield _int(0)
+
+    return _compressed(plain())
+
+
+def encode_sources(members: Iterable[tuple[SourceHeader, Callable[[], Iterable[bytes]]]]) -> Iterator[bytes]:
+    """Yield the compressed stream of sources; each NAR is opened when its turn comes.
+
+    Raises:
+        FramingError: a NAR is not as long as its header says (the source changed under the reader).
+    """
+
+    def plain() -> Iterator[bytes]:
+        yield SOURCES_MAGIC
+        for header, open_nar in members:
+            raw = header.model_dump_json().encode()
+            yield _int(len(raw)) + raw
+            left = header.nar_size
+            for piece in open_nar():
+                left -= len(piece)
+                yield piece
+            if left:
+                raise FramingError(f"the source {header.path} changed while it was being sent")
+        yield _int(0)
+
+    return _compressed(plain())
+
+
+async def in_thread(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """Pull a blocking iterator from a worker thread, one piece ahead of nothing: the consumer sets the pace."""
+    while True:
+        piece = await asyncio.to_thread(next, pieces, None)
+        if piece is None:
+            return
+        yield piece
+
+
+def _int(value: int) -> bytes:
+    return value.to_bytes(_INT, "little")
+
+
+def _compressed(plain: Iterator[bytes]) -> Iterator[bytes]:
+    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
+    ready: list[bytes] = []
+    size = 0
+    for piece in plain:
+        data = compressor.compress(piece)
+        if data:
+            ready.append(data)
+            size += len(data)
+            if size >= PIECE_BYTES:
+                yield b"".join(ready)
+                ready.clear()
+                size = 0
+    ready.append(compressor.flush())
+    yield b"".join(ready)
+
+
+async def read_derivations(body: AsyncIterable[bytes], limits: StreamLimits) -> AsyncIterator[list[tuple[str, bytes]]]:
+    """Yield the members of a derivations stream in batches, in the order in which they were sent.
+
+    Raises:
+        FramingError: the stream is not one; batches before the fault have been yielded.
+    """
+    stream = _Inflater(body, limits.max_bytes)
+    await stream.magic(DERIVATIONS_MAGIC)
+    parser = _derivation_parser(limits)
+    next(parser)
+    while True:
+        batch, used, done = parser.send(stream.view())
+        stream.drop(used)
+        if batch:
+            yield batch
+        if done:
+            break
+        await stream.fill()
+    await stream.finish()
+
+
+def _derivation_parser(
+    limits: StreamLimits,
+) -> Generator[tuple[list[tuple[str, bytes]], int, bool], bytes, None]:
+    """Take what is there of the stream, give (whole records, bytes used, end seen); keeps only the count between."""
+    count = 0
+    data = yield [], 0, False
+    while True:
+        batch: list[tuple[str, bytes]] = []
+        at, end, done = 0, len(data), False
+        while end - at >= _INT:
+            name_size = int.from_bytes(data[at : at + _INT], "little")
+            if name_size == 0:
+                at, done = at + _INT, True
+                break
+            if name_size > MAX_NAME_BYTES:
+                raise FramingError(f"record {count} has a name of {name_size} bytes; at most {MAX_NAME_BYTES}")
+            body_at = at + _INT + name_size + _INT
+            if body_at > end:
+                break
+            size = int.from_bytes(data[body_at - _INT : body_at], "little")
+            if size > limits.max_record_bytes:
+                name = data[at + _INT : body_at - _INT].decode(errors="replace")
+                raise FramingError(f"{name} has {size} bytes; a derivation may have {limits.max_record_bytes}")
+            if body_at + size > end:
+                break
+            count += 1
+            if count > limits.max_records:
+                raise FramingError(f"the stream holds more than {limits.max_records} derivations, the limit")
+            try:
+                name = data[at + _INT : body_at - _INT].decode("ascii")
+            except UnicodeDecodeError:
+                raise FramingError(f"record {count - 1} has a name that is not ASCII") from None
+            batch.append((name, data[body_at : body_at + size]))
+            at = body_at + size
+        data = yield batch, at, done
+
+
+class Source:
+    """One source of a stream; its NAR must be read to the end before the next source is asked for."""
+
+    def __init__(self, header: SourceHeader, stream: _Inflater) -> None:
+        self.header = header
+        self._stream = stream
+        self.left = header.nar_size
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield the NAR's bytes, `header.nar_size` in all."""
+        while self.left:
+            piece = await self._stream.some(min(self.left, PIECE_BYTES))
+            self.left -= len(piece)
+            yield piece
+
+
+async def read_sources(body: AsyncIterable[bytes], limits: StreamLimits) -> AsyncIterator[Source]:
+    """Yield the members of a sources stream in the order in which they were sent.
+
+    What a consumer leaves unread of a NAR is skipped.
+
+    Raises:
+        FramingError: the stream is not one; sources before the fault have been yielded.
+    """
+    stream = _Inflater(body, limits.max_bytes)
+    await stream.magic(SOURCES_MAGIC)
+    count = 0
+    while size := int.from_bytes(await stream.exactly(_INT), "little"):
+        if size > MAX_HEADER_BYTES:
+            raise FramingError(f"source {count} has a header of {size} bytes; at most {MAX_HEADER_BYTES}")
+        count += 1
+        if count > limits.max_records:
+            raise FramingError(f"the stream holds more than {limits.max_records} sources, the limit")
+        try:
+            header = SourceHeader.model_validate_json(await stream.exactly(size))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or "JSON"
+            raise FramingError(f"the header of source {count - 1} is wrong at {place}: {first['msg']}") from None
+        if header.nar_size > limits.max_record_bytes:
+            raise FramingError(
+                f"the source {header.path} has {header.nar_size} bytes; at most {limits.max_record_bytes} are taken"
+            )
+        source = Source(header, stream)
+        yield source
+        async for _ in source.chunks():
+            pass
+    await stream.finish()
+
+
+class _Inflater:
+    """Inflates a body into a buffer, a bounded slice at a time."""
+
+    def __init__(self, body: AsyncIterable[bytes], max_bytes: int) -> None:
+        self._chunks = aiter(body)
+        self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
+        #: Compressed bytes not yet inflated, from `_taken` on.
+        self._waiting = b""
+        self._taken = 0
+        self._plain = bytearray()
+        self._total = 0
+        self._max_bytes = max_bytes
+
+    async def fill(self) -> None:
+        """Inflate at least one byte more; FramingError where there is none."""
+        # A whole chunk's slices are taken together while they stay small: fewer turns for the reader above.
+        before = len(self._plain)
+        while len(self._plain) - before < PIECE_BYTES:
+            if self._taken >= len(self._waiting):
+                if len(self._plain) > before:
+                    return
+                try:
+                    self._waiting = await anext(self._chunks)
+                except StopAsyncIteration:
+                    raise FramingError("the stream was cut short; send it again") from None
+                self._taken = 0
+                continue
+            if self._frame.eof:
+                if len(self._plain) > before:
+                    return
+                raise FramingError("the stream ended before its end mark; send it again")
+            self._inflate_slice()
+
+    def _inflate_slice(self) -> None:
+        piece = self._waiting[self._taken : self._taken + INFLATE_SLICE]
+        try:
+            data = self._frame.decompress(piece)
+        except zstandard.ZstdError:
+            raise FramingError("the stream is not valid zstd") from None
+        self._taken += len(piece) - len(self._frame.unused_data)
+        self._total += len(data)
+        if self._total > self._max_bytes:
+            raise FramingError(f"the stream is longer than {self._max_bytes} bytes, the limit")
+        self._plain += data
+
+    def view(self) -> bytes:
+        return bytes(self._plain)
+
+    def drop(self, count: int) -> None:
+        del self._plain[:count]
+
+    async def some(self, most: int) -> bytes:
+        """Return between one and `most` bytes."""
+        if not self._plain:
+            await self.fill()
+        piece = bytes(self._plain[:most])
+        del self._plain[: len(piece)]
+        return piece
+
+    async def exactly(self, count: int) -> bytes:
+        while len(self._plain) < count:
+            await self.fill()
+        piece = bytes(self._plain[:count])
+        del self._plain[:count]
+        return piece
+
+    async def magic(self, expected: bytes) -> None:
+        if await self.exactly(len(expected)) != expected:
+            raise FramingError(f"the stream does not begin with {expected.decode().strip()}")
+
+    async def finish(self) -> None:
+        """The end mark has been read: nothing may follow, and the frame must end (its check sum with it)."""
+        while not self._frame.eof and not self._plain:
+            if self._taken >= len(self._waiting):
+                try:
+                    self._waiting = await anext(self._chunks)
+                except StopAsyncIteration:
+                    raise FramingError("the stream was cut short; send it again") from None
+                self._taken = 0
+            if self._taken < len(self._waiting):
+                self._inflate_slice()
+        if self._plain or self._taken < len(self._waiting):
+            raise FramingError("something follows the stream's end mark")
+        async for rest in self._chunks:
+            if rest:
+                raise FramingError("something follows the stream's end mark")
