@@ -24,7 +24,7 @@ BULK_BATCH_BYTES = 1024 * 1024
 LONG_POLL_S = 10.0
 
 
-class Message(BaseModel):
+class WireMessage(BaseModel):
     """Base of all wire messages: immutable, strict about unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,7 +34,7 @@ class Message(BaseModel):
         return self.model_dump()
 
 
-class FarmInfo(Message):
+class FarmInfo(WireMessage):
     """What an agent must know of the farm."""
 
     protocol: int = PROTOCOL_VERSION
@@ -47,14 +47,14 @@ class FarmInfo(Message):
     store_dir: str = "/nix/store"
 
 
-class Lease(Message):
+class Lease(WireMessage):
     """Names one lease on the wire."""
 
     step: str
     attempt: int
 
 
-class LeaseOrder(Message):
+class LeaseOrder(WireMessage):
     """One build to do. The agent parses `derivation` itself; no .drv file is needed on its machine."""
 
     step: str
@@ -83,7 +83,7 @@ class Stage(StrEnum):
     UPLOADING = "uploading"
 
 
-class HeldLease(Message):
+class HeldLease(WireMessage):
     """A lease in the agent's hands."""
 
     step: str
@@ -91,7 +91,7 @@ class HeldLease(Message):
     stage: Stage
 
 
-class Hello(Message):
+class Hello(WireMessage):
     """What an agent says of itself."""
 
     protocol: int
@@ -110,7 +110,7 @@ class Hello(Message):
     leases: tuple[HeldLease, ...]
 
 
-class Output(Message):
+class Output(WireMessage):
     """One output as it lies in the object store. Hashes are `sha256:<52 nix32 characters>`, sizes bytes."""
 
     name: str
@@ -128,14 +128,14 @@ class Output(Message):
     file_size: int
 
 
-class Succeeded(Message):
+class Succeeded(WireMessage):
     """Outputs are built and uploaded."""
 
     kind: Literal["succeeded"] = "succeeded"
     outputs: tuple[Output, ...]
 
 
-class Failed(Message):
+class Failed(WireMessage):
     """`reason` is a value of `scheduler.model.FailureKind`; the agent's `machine` decides it."""
 
     kind: Literal["failed"] = "failed"
@@ -143,7 +143,7 @@ class Failed(Message):
     message: str
 
 
-class Report(Message):
+class Report(WireMessage):
     """The end of a lease; spooled by the agent until it is acknowledged."""
 
     kind: Literal["report"] = "report"
@@ -157,7 +157,7 @@ class Report(Message):
     result: Annotated[Succeeded | Failed, Field(discriminator="kind")]
 
 
-class StageChange(Message):
+class StageChange(WireMessage):
     """A lease moved on, or its builder announced a phase (`@nix` setPhase)."""
 
     kind: Literal["stage"] = "stage"
@@ -168,7 +168,7 @@ class StageChange(Message):
     at: float
 
 
-class LogChunk(Message):
+class LogChunk(WireMessage):
     """Raw log bytes; `offset` counts from the start of this attempt's log, so a repeat can be recognised."""
 
     kind: Literal["log"] = "log"
@@ -181,7 +181,7 @@ class LogChunk(Message):
 AgentEvent = Annotated[Report | StageChange | LogChunk, Field(discriminator="kind")]
 
 
-class Batch(Message):
+class Batch(WireMessage):
     """One answer of `events`: everything after the acknowledged sequence number that fits."""
 
     incarnation: str
