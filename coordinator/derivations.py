@@ -3,16 +3,90 @@
 A row is written only when the derivation's whole input closure is stored and verified, so whoever reads a derivation
 here may rely on everything below it. Rows never change. A member of a step gets its recipe index (`ordinal`) when it is
 first submitted and keeps it for ever: the journal names recipes by that index.
+
+Questions about many names are one query each: the names travel as one JSON array and are joined in SQL, which has no
+limit on their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncEngine
+import orjson
+import zstandard
+from sqlalchemy import (
+    Column,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Select,
+    Table,
+    Text,
+    UniqueConstraint,
+    bindparam,
+    event,
+    func,
+    select,
+)
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from scheduler.model import StepKey
+
+#: Rows of one executemany; keeps the driver's thread from holding megabytes of parameters twice.
+INSERT_ROWS = 5_000
+#: Nodes kept in memory so that a submission right after its upload asks the database nothing; emptied when full.
+MAX_CACHED_NODES = 200_000
+#: Below this many bytes compression does not pay.
+_COMPRESS_FROM = 512
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_LEVEL = 1
+
+
+class Kind(IntEnum):
+    """How the output paths of a derivation are known."""
+
+    INPUT_ADDRESSED = 0
+    FIXED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What planning wants to know of a derivation; .drv names are base names, output paths are full."""
+
+    drv: str
+    step: StepKey
+    kind: Kind
+    system: str
+    #: Sorted, without repeats.
+    features: tuple[str, ...]
+    #: Name and path, sorted by name.
+    outputs: tuple[tuple[str, str], ...]
+    #: Base names of input derivations, sorted.
+    needs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NewDerivation:
+    """A verified derivation on its way into the store."""
+
+    node: Node
+    #: The 32 bytes that stand for it where it is an input.
+    modulo: bytes
+    #: Full paths of sources and of the chosen outputs of input derivations, sorted.
+    inputs: tuple[str, ...]
+    aterm: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What verifying a derivation wants to know of its inputs."""
+
+    modulo: bytes
+    kind: Kind
+    outputs: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +115,240 @@ class StepInfo:
     outputs: tuple[tuple[str, str], ...]
 
 
+_metadata = MetaData()
+_derivations = Table(
+    "derivations",
+    _metadata,
+    Column("drv", Text, primary_key=True),
+    Column("step", Text, nullable=False),
+    Column("kind", Integer, nullable=False),
+    Column("system", Text, nullable=False),
+    Column("features", LargeBinary, nullable=False),
+    Column("outputs", LargeBinary, nullable=False),
+    Column("needs", LargeBinary, nullable=False),
+    Column("inputs", LargeBinary, nullable=False),
+    Column("modulo", LargeBinary, nullable=False),
+    #: zstd where that pays; tells itself from an ATerm by its first bytes.
+    Column("aterm", LargeBinary, nullable=False),
+)
+_members = Table(
+    "members",
+    _metadata,
+    Column("step", Text, primary_key=True),
+    Column("ordinal", Integer, primary_key=True),
+    Column("drv", Text, nullable=False),
+    UniqueConstraint("step", "drv"),
+)
+
+
+def step_info(node: Node, store_dir: str) -> StepInfo:
+    """Return what people see of the step whose first recipe is `node`."""
+    return StepInfo(
+        key=node.step,
+        name=node.drv[33:].removesuffix(".drv"),
+        system=node.system,
+        features=node.features,
+        drv=f"{store_dir}/{node.drv}",
+        outputs=node.outputs,
+    )
+
+
 class DerivationStore:
     """The tables `derivations` and `members`; one instance on one engine."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, store_dir: str = "/nix/store") -> None:
         self._engine = engine
+        self._store_dir = store_dir
+        #: Copies of rows; may be emptied at any time.
+        self._nodes: dict[str, Node] = {}
+        if engine.dialect.name == "sqlite":
+            event.listen(engine.sync_engine, "connect", _configure_sqlite)
+
+    @classmethod
+    def open(cls, url: str, store_dir: str = "/nix/store") -> DerivationStore:
+        """Return a store on an engine of its own; `close` disposes of it."""
+        return cls(create_async_engine(url), store_dir)
 
     async def prepare(self) -> None:
         """Create the tables where they are missing."""
-        raise NotImplementedError
+        async with self._engine.begin() as connection:
+            await connection.run_sync(_metadata.create_all)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._engine.dispose()
+
+    async def unknown(self, names: Sequence[str]) -> list[str]:
+        """Return those .drv base names that are not stored, in their order. One query."""
+        asked = _json_array("names").subquery("asked")
+        query = (
+            select(asked.c.value)
+            .outerjoin(_derivations, _derivations.c.drv == asked.c.value)
+            .where(_derivations.c.drv.is_(None))
+        )
+        async with self._engine.connect() as connection:
+            rows = await connection.execute(query, {"names": _json(names)})
+            absent = {row[0] for row in rows}
+        return [name for name in dict.fromkeys(names) if name in absent]
+
+    async def known(self, names: Sequence[str]) -> dict[str, Known]:
+        """Return hash modulo, kind and outputs of those .drv base names that are stored. One query."""
+        columns = (_derivations.c.drv, _derivations.c.modulo, _derivations.c.kind, _derivations.c.outputs)
+        return {
+            drv: Known(modulo, Kind(kind), _pairs(outputs))
+            for drv, modulo, kind, outputs in await self._rows(select(*columns), names)
+        }
+
+    async def nodes(self, names: Sequence[str]) -> dict[str, Node]:
+        """Return the nodes of those .drv base names that are stored. At most one query."""
+        found = {name: node for name in names if (node := self._nodes.get(name)) is not None}
+        asked = [name for name in names if name not in found]
+        if not asked:
+            return found
+        columns = (
+            _derivations.c.drv,
+            _derivations.c.step,
+            _derivations.c.kind,
+            _derivations.c.system,
+            _derivations.c.features,
+            _derivations.c.outputs,
+            _derivations.c.needs,
+        )
+        fresh = [_node(row) for row in await self._rows(select(*columns), asked)]
+        self._remember(fresh)
+        found.update((node.drv, node) for node in fresh)
+        return found
+
+    async def add(self, batch: Sequence[NewDerivation]) -> None:
+        """Store verified derivations in one transaction; those already stored stay as they are."""
+        insert = _derivations.insert().prefix_with("OR IGNORE")
+        compressor = zstandard.ZstdCompressor(level=_LEVEL)
+        async with self._engine.begin() as connection:
+            for start in range(0, len(batch), INSERT_ROWS):
+                rows = [_row(new, compressor) for new in batch[start : start + INSERT_ROWS]]
+                await connection.execute(insert, rows)
+        self._remember([new.node for new in batch])
+
+    async def members(self, keys: Sequence[StepKey]) -> dict[StepKey, list[str]]:
+        """Return the .drv base names that are recipes of each step, by recipe index. One query."""
+        asked = _json_array("names").subquery("asked")
+        query = (
+            select(_members.c.step, _members.c.drv)
+            .join(asked, asked.c.value == _members.c.step)
+            .order_by(_members.c.step, _members.c.ordinal)
+        )
+        found: dict[StepKey, list[str]] = {}
+        async with self._engine.connect() as connection:
+            for step, drv in await connection.execute(query, {"names": _json(keys)}):
+                found.setdefault(StepKey(step), []).append(drv)
+        return found
+
+    async def add_members(self, new: Sequence[tuple[StepKey, int, str]]) -> None:
+        """Give recipes (step, index, .drv base name) their places, in one transaction."""
+        async with self._engine.begin() as connection:
+            for start in range(0, len(new), INSERT_ROWS):
+                rows = [
+                    {"step": step, "ordinal": ordinal, "drv": drv}
+                    for step, ordinal, drv in new[start : start + INSERT_ROWS]
+                ]
+                await connection.execute(_members.insert(), rows)
 
     async def orders(self, wanted: Sequence[tuple[StepKey, int]]) -> Mapping[tuple[StepKey, int], BuildOrder]:
         """Return what to send for each (step, recipe index); unknown pairs are absent. One query."""
-        raise NotImplementedError
+        asked = _json_array("names").subquery("asked")
+        columns = (
+            _members.c.step,
+            _members.c.ordinal,
+            _derivations.c.drv,
+            _derivations.c.aterm,
+            _derivations.c.inputs,
+        )
+        query = (
+            select(*columns)
+            .join(asked, asked.c.value == _members.c.step)
+            .join(_derivations, _derivations.c.drv == _members.c.drv)
+        )
+        pairs = set(wanted)
+        found: dict[tuple[StepKey, int], BuildOrder] = {}
+        async with self._engine.connect() as connection:
+            rows = await connection.execute(query, {"names": _json({step for step, _ in wanted})})
+            for step, ordinal, drv, aterm, inputs in rows:
+                if (step, ordinal) in pairs:
+                    found[step, ordinal] = BuildOrder(
+                        f"{self._store_dir}/{drv}", _unpacked(aterm), tuple(orjson.loads(inputs))
+                    )
+        return found
 
     async def steps(self, keys: Sequence[StepKey]) -> Mapping[StepKey, StepInfo]:
-        """Return what people want to know of each step; unknown keys are absent. One query."""
-        raise NotImplementedError
+        """Return what people want to know of each step; keys that were never submitted are absent. Two queries."""
+        members = await self.members(keys)
+        first = {drvs[0]: step for step, drvs in members.items()}
+        nodes = await self.nodes(list(first))
+        return {step: step_info(nodes[drv], self._store_dir) for drv, step in first.items() if drv in nodes}
+
+    async def _rows(self, query: Select[Any], names: Iterable[str]) -> Sequence[Any]:
+        asked = _json_array("names").subquery("asked")
+        joined = query.join(asked, asked.c.value == _derivations.c.drv)
+        async with self._engine.connect() as connection:
+            rows: Sequence[Any] = (await connection.execute(joined, {"names": _json(names)})).all()
+        return rows
+
+    def _remember(self, nodes: Sequence[Node]) -> None:
+        if len(self._nodes) + len(nodes) > MAX_CACHED_NODES:
+            self._nodes.clear()
+        if len(nodes) <= MAX_CACHED_NODES:
+            self._nodes.update((node.drv, node) for node in nodes)
+
+
+def _configure_sqlite(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    # A journalled submission must find its derivations after a power cut.
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.close()
+
+
+def _json_array(parameter: str) -> Select[Any]:
+    return select(func.json_each(bindparam(parameter)).table_valued("value").c.value)
+
+
+def _json(names: Iterable[str]) -> str:
+    return orjson.dumps(list(names)).decode()
+
+
+def _pairs(data: bytes) -> tuple[tuple[str, str], ...]:
+    return tuple((name, path) for name, path in orjson.loads(data))
+
+
+def _node(row: Any) -> Node:
+    return Node(
+        drv=row.drv,
+        step=StepKey(row.step),
+        kind=Kind(row.kind),
+        system=row.system,
+        features=tuple(orjson.loads(row.features)),
+        outputs=_pairs(row.outputs),
+        needs=tuple(orjson.loads(row.needs)),
+    )
+
+
+def _row(new: NewDerivation, compressor: zstandard.ZstdCompressor) -> dict[str, object]:
+    node = new.node
+    aterm = compressor.compress(new.aterm) if len(new.aterm) >= _COMPRESS_FROM else new.aterm
+    return {
+        "drv": node.drv,
+        "step": node.step,
+        "kind": int(node.kind),
+        "system": node.system,
+        "features": orjson.dumps(node.features),
+        "outputs": orjson.dumps(node.outputs),
+        "needs": orjson.dumps(node.needs),
+        "inputs": orjson.dumps(new.inputs),
+        "modulo": new.modulo,
+        "aterm": aterm if len(aterm) < len(new.aterm) else new.aterm,
+    }
+
+
+def _unpacked(aterm: bytes) -> bytes:
+    return zstandard.decompress(aterm) if aterm.startswith(_ZSTD_MAGIC) else aterm
