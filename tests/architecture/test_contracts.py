@@ -36,7 +36,8 @@ def test_each_package_is_ours_and_not_one_of_the_same_name_from_elsewhere(packag
 def test_the_top_level_holds_what_its_owner_fixed() -> None:
     top = {path.relative_to(ROOT).parts[0] for path in tracked()}
     assert top <= {
-        "coordinator", "workers", "scheduler", "infra", "tests", "terraform", "pyproject.toml", "run", ".ci", ".gitignore",
+        "coordinator", "workers", "scheduler", "infra", "tests", "terraform", "pyproject.toml", "run", ".ci",
+        ".gitignore",
         "README.md", "ARCHITECTURE.md", "THREAT_MODEL.md", "CHANGELOG.md", "LICENSE",
     }  # fmt: skip
 
@@ -50,13 +51,9 @@ def test_the_lock_has_hashes_and_no_address() -> None:
 
 
 def test_no_file_names_this_checkout_or_a_package_index() -> None:
-    secret_places = (
-        str(ROOT) + "/",
-        "py" + "pi.org",
-        "files.python" + "hosted",
-        "deb.deb" + "ian.org",
-        "registry.np" + "mjs",
-    )
+    places = ["py" + "pi.org", "files.python" + "hosted", "deb.deb" + "ian.org", "registry.np" + "mjs"]
+    if len(ROOT.parts) > 2:  # a checkout at /src would find its name in innocent text
+        places.append(f"{ROOT}/")
     for path in tracked():
         text = path.read_bytes()
         assert not [place for place in places if place.encode() in text], path
