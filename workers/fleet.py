@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from workers.errors import WorkerError
 from workers.protocol import Batch, Hello, Lease, LeaseOrder
 
 
@@ -50,7 +51,7 @@ FleetEvent = WorkerConnected | WorkerSpoke | WorkerSilent | WorkerGone
 Sink = Callable[[FleetEvent], Awaitable[None]]
 
 
-class FleetError(Exception):
+class FleetError(WorkerError):
     """A call to a worker did not get through; the coordinator's view heals with the next heartbeat."""
 
 

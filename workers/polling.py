@@ -56,8 +56,8 @@ class AgentDead(FleetError):  # noqa: N818 - as above
 class AgentCalls(Protocol):
     """The five calls of one agent over some transport; arguments and answers are `Message.dump()` containers.
 
-    Every method raises `AgentUnavailable` or `AgentDead`, nothing else, and must be safe to cancel. Deadlines are kept by
-    the caller, so an implementation may wait for as long as its transport does.
+    Every method raises `AgentUnavailable` or `AgentDead`, nothing else, and must be safe to cancel. Deadlines are
+    kept by the caller, so an implementation may wait for as long as its transport does.
     """
 
     async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
@@ -90,9 +90,7 @@ async def greet(calls: AgentCalls, farm: FarmInfo) -> Hello:
     try:
         hello = Hello.model_validate(answer)
     except ValidationError as error:
-        raise AgentUnavailable(
-            f"the agent's greeting cannot be read ({error.error_count()} errors)"
-        ) from None
+        raise AgentUnavailable(f"the agent's greeting cannot be read ({error.error_count()} errors)") from None
     if hello.protocol != PROTOCOL_VERSION:
         raise AgentUnavailable(
             f"the agent speaks protocol {hello.protocol}, this coordinator {PROTOCOL_VERSION}; update the older one"
@@ -165,10 +163,8 @@ class AgentRoster:
         """Names of the agents that have been greeted and are not known to be gone."""
         return tuple(self._calls)
 
-    async def serve(
-        self, name: str, calls: AgentCalls, sink: Sink, *, long_poll_s: float = LONG_POLL_S
-    ) -> None:
-        """`poll_agent`, and route orders to this agent meanwhile. A later agent of the same name takes over the route."""
+    async def serve(self, name: str, calls: AgentCalls, sink: Sink, *, long_poll_s: float = LONG_POLL_S) -> None:
+        """`poll_agent`, and route orders to the agent meanwhile; a later one of the same name takes the route."""
         names: set[str] = set()
 
         def connected(hello: Hello) -> None:

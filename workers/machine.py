@@ -1,0 +1,335 @@
+"""The decisions of one worker, without clock or I/O: when a lease is fetched, built, handed back, and what it means.
+
+Each accepted lease walks `queued -> fetching -> ready -> building -> uploading -> reporting` and leaves at
+`acknowledged`; a lease may go to `reporting` from anywhere. The shell tells what happened (`accept`, `fetched`,
+`built`, `report`, …) with the time, then carries out `next_actions`. Rules:
+
+- Inputs of every lease in hand are fetched at once; only a build needs a slot, so a slot never waits for a download
+  while another lease is ready. Slots are given in order of arrival.
+- A slot is free again when its build ends; uploading goes on beside the next build, up to `MAX_UPLOADS_PER_SLOT`.
+- Backlog: very short builds would leave slots idle for a round trip to the coordinator, so the worker asks for as many
+  leases beyond its slots as make `BACKLOG_S` seconds of work, by a moving mean of the latest builds.
+- A lease that waited `HAND_BACK_S` behind busy slots is handed back: another worker may be free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Literal
+
+#: Seconds of expected work kept waiting per slot.
+BACKLOG_S = 0.25
+#: Most leases kept waiting per slot, however short builds are.
+MAX_BACKLOG_PER_SLOT = 8
+#: Weight of the latest build in the moving mean of durations.
+MEAN_WEIGHT = 0.2
+#: Seconds after which a lease that waits behind busy slots is handed back.
+HAND_BACK_S = 2.0
+#: Uploads beside running builds; where there are more, slots wait.
+MAX_UPLOADS_PER_SLOT = 4
+#: Leases in hand, whatever the coordinator sends; more are handed back at once.
+MAX_LEASES = 4096
+
+#: (step, attempt)
+LeaseKey = tuple[str, int]
+Reason = Literal["permanent", "infrastructure", "returned", "cancelled"]
+
+
+class LeaseState(StrEnum):
+    """Where a lease is in the worker."""
+
+    QUEUED = "queued"
+    FETCHING = "fetching"
+    READY = "ready"
+    BUILDING = "building"
+    UPLOADING = "uploading"
+    REPORTING = "reporting"
+
+
+#: The legal moves; REPORTING is reached from every state before it.
+NEXT: Mapping[LeaseState, LeaseState] = MappingProxyType(
+    {
+        LeaseState.QUEUED: LeaseState.FETCHING,
+        LeaseState.FETCHING: LeaseState.READY,
+        LeaseState.READY: LeaseState.BUILDING,
+        LeaseState.BUILDING: LeaseState.UPLOADING,
+        LeaseState.UPLOADING: LeaseState.REPORTING,
+    }
+)
+_WAITING = (LeaseState.QUEUED, LeaseState.FETCHING, LeaseState.READY)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How the end of a build is told; `reason` None is success."""
+
+    reason: Reason | None
+    #: Put before the daemon's text.
+    text: str = ""
+
+
+_INFRASTRUCTURE: Reason = "infrastructure"
+#: The one table from the daemon's build status (nix_formats 4.1) to the verdict. What it means to build again is the
+#: scheduler's affair.
+STATUS_POLICY: Mapping[int, Verdict] = MappingProxyType(
+    {
+        0: Verdict(None),
+        1: Verdict(None),
+        2: Verdict(None),
+        13: Verdict(None),
+        3: Verdict("permanent", "the builder failed"),
+        # Wrong system or features since Nix 2.30: the worker was offered what it does not have.
+        4: Verdict(_INFRASTRUCTURE, "the worker's Nix does not accept this build"),
+        5: Verdict("permanent", "an output was not accepted"),
+        # A failing fixed-output builder (a server that does not answer), or a full disk.
+        6: Verdict(_INFRASTRUCTURE, "the builder failed in a way that may pass"),
+        7: Verdict("permanent", "the builder failed before"),
+        8: Verdict("permanent", "the build was stopped at its limit of time or silence"),
+        # Nix-level errors: a missing input, a sandbox that cannot be set up, a wrong system before Nix 2.30.
+        9: Verdict(_INFRASTRUCTURE, "Nix could not run the build"),
+        10: Verdict(_INFRASTRUCTURE, "Nix could not run the build"),
+        11: Verdict("permanent", "the build printed more than its limit"),
+        12: Verdict("permanent", "the build is not deterministic"),
+        14: Verdict(_INFRASTRUCTURE, "Nix tried to substitute instead of building"),
+        15: Verdict("permanent", "an output has another hash than it must have"),
+    }
+)
+_UNKNOWN_STATUS = Verdict(_INFRASTRUCTURE, "Nix ended the build in a way that this worker does not know")
+#: Nix reports a builder killed from outside (most often for lack of memory) like one that failed.
+_KILLED = "signal 9"
+
+
+class Trouble(StrEnum):
+    """What can end a lease beside a build status."""
+
+    DERIVATION_UNREADABLE = "the derivation cannot be read"
+    INPUT_MISSING = "an input could not be fetched"
+    DAEMON_LOST = "the connection to the Nix daemon broke"
+    DAEMON_REFUSED = "the Nix daemon refused"
+    UPLOAD_FAILED = "an output could not be uploaded"
+    UNEXPECTED = "the worker failed"
+    NOT_GREETED = "the worker has not been told about its farm yet"
+    CANCELLED = "stopped on request"
+    NOT_STARTED = "handed back without having been started"
+
+
+#: The other half of the table: from trouble to the reason on the wire.
+TROUBLE_POLICY: Mapping[Trouble, Reason] = MappingProxyType(
+    {
+        # The same bytes are as unreadable on every worker.
+        Trouble.DERIVATION_UNREADABLE: "permanent",
+        Trouble.INPUT_MISSING: "infrastructure",
+        Trouble.DAEMON_LOST: "infrastructure",
+        Trouble.DAEMON_REFUSED: "infrastructure",
+        Trouble.UPLOAD_FAILED: "infrastructure",
+        Trouble.UNEXPECTED: "infrastructure",
+        Trouble.NOT_GREETED: "returned",
+        Trouble.CANCELLED: "cancelled",
+        Trouble.NOT_STARTED: "returned",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The end of a lease without a result."""
+
+    reason: Reason
+    message: str
+
+
+def judge_status(status: int, message: str) -> Ending | None:
+    """Turn the daemon's verdict on a build into an ending; None where the outputs are valid."""
+    verdict = STATUS_POLICY.get(status, _UNKNOWN_STATUS)
+    if verdict.reason is None:
+        return None
+    text = f"{verdict.text}: {message}" if message else verdict.text
+    if status == 3 and _KILLED in message:
+        text += " (killed from outside, often for lack of memory)"
+    return Ending(verdict.reason, text)
+
+
+def judge_trouble(trouble: Trouble, detail: str = "") -> Ending:
+    """Turn trouble beside the build into an ending."""
+    return Ending(TROUBLE_POLICY[trouble], f"{trouble}: {detail}" if detail else str(trouble))
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Make the lease's inputs valid; ends in `fetched` or `report`."""
+
+    key: LeaseKey
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """Build in this slot; ends in `built` or `report`."""
+
+    key: LeaseKey
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandBack:
+    """Stop preparing this lease and report it as returned; ends in `report`."""
+
+    key: LeaseKey
+
+
+Action = Fetch | Build | HandBack
+
+
+@dataclass(slots=True)
+class _Held:
+    state: LeaseState
+    arrived_at: float
+    #: Set while BUILDING only.
+    slot: int = -1
+    building_at: float = 0.0
+    #: A hand-back was asked for; it is asked for once.
+    handed_back: bool = False
+
+
+class WorkerMachine:
+    """All leases in the worker's hands. Methods raise `ValueError` where the shell breaks the order of the states."""
+
+    def __init__(self, slots: int) -> None:
+        if slots < 1:
+            raise ValueError("a worker has at least one slot")
+        self._slots = slots
+        #: Insertion order is order of arrival.
+        self._held: dict[LeaseKey, _Held] = {}
+        #: Free slots, lowest taken first; together with the slots of BUILDING leases each number exactly once.
+        self._free = list(range(slots))
+        #: Moving mean of build durations in seconds; None before the first build.
+        self._mean_s: float | None = None
+        self.draining = False
+
+    def __contains__(self, key: LeaseKey) -> bool:
+        return key in self._held
+
+    def state(self, key: LeaseKey) -> LeaseState:
+        """Raises `KeyError` for a lease that is not in hand."""
+        return self._held[key].state
+
+    def held(self) -> Iterator[tuple[LeaseKey, LeaseState]]:
+        """All leases in hand, in order of arrival."""
+        return ((key, held.state) for key, held in self._held.items())
+
+    @property
+    def has_idle_slot(self) -> bool:
+        """Whether a slot would start a lease that came now."""
+        waiting = sum(held.state in _WAITING for held in self._held.values())
+        return len(self._free) > waiting
+
+    def accept(self, key: LeaseKey, now: float) -> bool:
+        """Take a lease into hand; False where it is there already."""
+        if key in self._held:
+            return False
+        self._held[key] = _Held(LeaseState.QUEUED, now)
+        return True
+
+    def fetched(self, key: LeaseKey) -> None:
+        """All inputs are valid."""
+        self._move(key, LeaseState.READY)
+
+    def built(self, key: LeaseKey, now: float) -> None:
+        """The build ended well; its slot is free."""
+        held = self._held[key]
+        self._leave_slot(held, now)
+        self._move(key, LeaseState.UPLOADING)
+
+    def report(self, key: LeaseKey, now: float) -> bool:
+        """The lease ended, however; False where that is known already."""
+        held = self._held.get(key)
+        if held is None or held.state is LeaseState.REPORTING:
+            return False
+        self._leave_slot(held, now)
+        held.state = LeaseState.REPORTING
+        return True
+
+    def acknowledged(self, key: LeaseKey) -> None:
+        """The report is safe with the coordinator; the lease leaves the worker's hands."""
+        if self._held[key].state is not LeaseState.REPORTING:
+            raise ValueError(f"lease {key} was acknowledged before its report")
+        del self._held[key]
+
+    def next_actions(self, now: float) -> list[Action]:
+        """What must be done now, each action once."""
+        actions: list[Action] = []
+        uploads = building = waiting = 0
+        for held in self._held.values():
+            uploads += held.state is LeaseState.UPLOADING
+            building += held.state is LeaseState.BUILDING
+        surplus = len(self._held) > MAX_LEASES
+        for key, held in self._held.items():
+            if held.state not in _WAITING or held.handed_back:
+                continue
+            if held.state is LeaseState.READY and self._free and uploads < self.max_uploads:
+                held.state, held.slot, held.building_at = LeaseState.BUILDING, self._free.pop(0), now
+                building += 1
+                actions.append(Build(key, held.slot))
+                continue
+            waiting += 1
+            behind = building + waiting > self._slots
+            late = now - held.arrived_at >= HAND_BACK_S
+            if self.draining or (behind and (late or (surplus and waiting > MAX_LEASES // 2))):
+                held.handed_back = True
+                waiting -= 1
+                actions.append(HandBack(key))
+            elif held.state is LeaseState.QUEUED:
+                held.state = LeaseState.FETCHING
+                actions.append(Fetch(key))
+        return actions
+
+    def deadline(self) -> float | None:
+        """When `next_actions` should be asked again although nothing happened."""
+        times = [
+            held.arrived_at + HAND_BACK_S
+            for held in self._held.values()
+            if held.state in _WAITING and not held.handed_back
+        ]
+        # A lease with a slot of its own to come is never handed back, so its time may lie in the past.
+        return max(times) if times and len(self._held) > self._slots else None
+
+    @property
+    def max_uploads(self) -> int:
+        """Uploads that may run beside builds."""
+        return self._slots * MAX_UPLOADS_PER_SLOT
+
+    @property
+    def backlog(self) -> int:
+        """Leases worth having beyond the slots."""
+        if self._mean_s is None:
+            return 0
+        each = MAX_BACKLOG_PER_SLOT if self._mean_s <= 0 else int(BACKLOG_S / self._mean_s)
+        return self._slots * min(each, MAX_BACKLOG_PER_SLOT)
+
+    def capacity(self, told: frozenset[LeaseKey] | set[LeaseKey] = frozenset()) -> int:
+        """How many leases the worker is willing to hold in all, those whose report is among `told` left out."""
+        if self.draining:
+            return 0
+        finishing = 0
+        for key, held in self._held.items():
+            if held.state is LeaseState.UPLOADING or (held.state is LeaseState.REPORTING and key not in told):
+                finishing += 1
+        return self._slots + self.backlog + finishing
+
+    def _move(self, key: LeaseKey, to: LeaseState) -> None:
+        held = self._held[key]
+        if NEXT.get(held.state) is not to:
+            raise ValueError(f"lease {key} cannot go from {held.state} to {to}")
+        held.state = to
+
+    def _leave_slot(self, held: _Held, now: float) -> None:
+        if held.slot < 0:
+            return
+        self._free.append(held.slot)
+        self._free.sort()
+        held.slot = -1
+        took_s = max(0.0, now - held.building_at)
+        mean_s = self._mean_s
+        self._mean_s = took_s if mean_s is None else mean_s + MEAN_WEIGHT * (took_s - mean_s)
