@@ -13,7 +13,10 @@ from scheduler.model import BuilderId, BuilderSpec, Failure, LeaseId, StepKey, S
 
 @dataclass(frozen=True, slots=True)
 class SubmissionReceived:
-    """A client wants `roots`. `steps` closes over their needs, except where `held` (already published) ends a branch."""
+    """A client wants `roots`. `steps` closes over their needs, except where `held` (published) ends a branch.
+
+    Raises `ImpossibleError` out of the core where it does not, or where the first recipes of new steps form a cycle.
+    """
 
     submission: SubmissionId
     roots: tuple[StepKey, ...]

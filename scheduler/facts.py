@@ -24,7 +24,11 @@ from scheduler.model import (
 
 @dataclass(frozen=True, slots=True)
 class SubmissionAccepted:
-    """`members` is every step the submission stands on; `joined` those that others had already brought, unfinished."""
+    """`members` is every step the submission stands on, each before its needs; nothing below a done step is in it.
+
+    `held` are the members that are already done, `joined` those that others had already brought, unfinished. Members
+    can grow later: where a member falls back, the needs of its next recipe join.
+    """
 
     durable: ClassVar[bool] = True
     submission: SubmissionId
@@ -63,7 +67,7 @@ class RecipeAdded:
 
 @dataclass(frozen=True, slots=True)
 class StepHeld:
-    """The cache already holds the result: done without a build."""
+    """The cache already holds the result: done without a build. An unknown step enters so, without recipes."""
 
     durable: ClassVar[bool] = True
     step: StepKey
@@ -71,7 +75,19 @@ class StepHeld:
 
 @dataclass(frozen=True, slots=True)
 class StepRevived:
-    """A failed, doomed or abandoned step is wanted again and starts over with its first recipe."""
+    """A failed, doomed or abandoned step is wanted again and starts a new life, with no recipe proven failing.
+
+    `recipe` is the first one unless that would make the graph cyclic (another step may have fallen back meanwhile).
+    """
+
+    durable: ClassVar[bool] = True
+    step: StepKey
+    recipe: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepLost:
+    """The cache no longer holds a result that was done: it is to be made again once it is wanted."""
 
     durable: ClassVar[bool] = True
     step: StepKey
@@ -90,7 +106,11 @@ class StepLeased:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRevoked:
-    """The lease is over without a verdict on the step, which may be leased again from `not_before` on."""
+    """The lease is over without a verdict on the step, which may be leased again from `not_before` on.
+
+    The failure's kind tells the rest: infrastructure costs one attempt of the budget, returned does not, cancelled
+    means that the farm itself no longer wants the build (an abandonment or a better result follows).
+    """
 
     durable: ClassVar[bool] = True
     lease: LeaseId
@@ -159,32 +179,60 @@ class StepAbandoned:
 
 
 @dataclass(frozen=True, slots=True)
+class BackOffEnded:
+    """The wait of a revoked step is over. Not durable: the clock says it again after a restart."""
+
+    durable: ClassVar[bool] = False
+    step: StepKey
+
+
+@dataclass(frozen=True, slots=True)
 class BuilderAdmitted:
-    """A builder may get leases."""
+    """A builder may get leases. `missing` and `unknown` as in `BuilderRefreshed`."""
 
     durable: ClassVar[bool] = False
     builder: BuilderSpec
     capacity: int
     at: Instant
+    missing: tuple[LeaseId, ...] = ()
+    unknown: tuple[LeaseId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class BuilderRefreshed:
-    """A heartbeat renewed the builder's leases and told its capacity."""
+    """A heartbeat renewed the builder's leases and told its capacity.
+
+    `missing` are leases that the builder should hold and does not name, to be handed over again; `unknown` are leases
+    it names and has no right to, to be cancelled.
+    """
 
     durable: ClassVar[bool] = False
     builder: BuilderId
     capacity: int
     at: Instant
+    missing: tuple[LeaseId, ...] = ()
+    unknown: tuple[LeaseId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class BuilderRemoved:
-    """The builder is gone; its leases were revoked by facts before this one."""
+    """The builder is gone; its leases were revoked by facts before this one.
+
+    A `silent` one was not confirmed dead: its next heartbeat admits it again.
+    """
 
     durable: ClassVar[bool] = False
     builder: BuilderId
     reason: str
+    at: Instant
+    silent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FarmResumed:
+    """The state was replayed from the journal; open leases are handed out again and their builders awaited."""
+
+    durable: ClassVar[bool] = False
     at: Instant
 
 
@@ -195,6 +243,7 @@ Fact = (
     | RecipeAdded
     | StepHeld
     | StepRevived
+    | StepLost
     | StepLeased
     | LeaseRevoked
     | StepBuilt
@@ -203,7 +252,9 @@ Fact = (
     | StepFailed
     | StepDoomed
     | StepAbandoned
+    | BackOffEnded
     | BuilderAdmitted
     | BuilderRefreshed
     | BuilderRemoved
+    | FarmResumed
 )

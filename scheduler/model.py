@@ -10,11 +10,23 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
 
+
+class ImpossibleError(Exception):
+    """An input or fact that cannot occur unless another part has a bug; the root of this package's exceptions.
+
+    The state may be half changed when it is raised from `evolve`: the engine must stop and replay its journal.
+    """
+
+
 StepKey = NewType("StepKey", str)
 BuilderId = NewType("BuilderId", str)
 SubmissionId = NewType("SubmissionId", str)
 #: Seconds since the epoch, as the engine's one clock tells them; the core only compares and adds.
 Instant = NewType("Instant", float)
+
+
+#: Steps that ask for this system run on any builder (Nix's own pseudo-system of `builtins`).
+ANY_SYSTEM = "builtin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +55,7 @@ class StepSpec:
 
 @dataclass(frozen=True, slots=True)
 class BuilderSpec:
-    """What a builder offers. A step with features outside `mandatory` may run elsewhere; a builder with mandatory
-    features takes only steps that ask for all of them.
-    """
+    """What a builder offers. One with mandatory features takes only steps that ask for all of them."""
 
     id: BuilderId
     #: Changes whenever the builder's process starts anew; reports of an earlier incarnation are stale.
@@ -53,6 +63,14 @@ class BuilderSpec:
     systems: frozenset[str]
     features: frozenset[str] = frozenset()
     mandatory: frozenset[str] = frozenset()
+
+    def offers(self, wanted: Requirements) -> bool:
+        """Whether a step with these requirements may run here."""
+        return (
+            (wanted.system == ANY_SYSTEM or wanted.system in self.systems)
+            and self.features.issuperset(wanted.features)
+            and self.mandatory.issubset(wanted.features)
+        )
 
 
 @dataclass(frozen=True, slots=True, order=True)
