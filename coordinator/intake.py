@@ -42,12 +42,15 @@ class PlannedRoot:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A submission as steps. `infos` has one entry for each of `steps` and for the step of each root."""
+    """A submission as steps. `infos` has one entry for each of `steps` and each of `held`."""
 
     roots: tuple[PlannedRoot, ...]
     steps: tuple[StepSpec, ...]
+    #: Steps that the cache holds and at which the graph ends; not in `steps`.
     held: tuple[StepKey, ...]
     infos: tuple[StepInfo, ...]
+    #: Derivations of the submission that stand behind `steps` and `held`.
+    derivations: int = 0
 
     def event(self, submission: SubmissionId) -> SubmissionReceived:
         """Return the core's event for this plan."""

@@ -1,0 +1,158 @@
+"""From verified derivations to steps: pure graph work, iterative throughout.
+
+Derivations with one output set are one step (nix_formats 2.4), whose key is the base name of its first output path. An
+input-addressed step has one recipe: all its members need the same steps. A fixed-output step keeps its members as
+further recipes, unless one would make a step need itself: two fetchers of one file, one of which stands on the other,
+are no cycle as derivations and would be one as steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from coordinator.derivations import Kind, Node
+from coordinator.errors import IntakeError
+from scheduler.model import Recipe, Requirements, StepKey, StepSpec
+
+#: Steps visited in one plan to see whether further recipes would close a cycle; what is not looked at is left out.
+MAX_CYCLE_VISITS = 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Recipes:
+    """Which derivations make each step, by recipe index, and which of those places are new."""
+
+    by_step: Mapping[StepKey, Sequence[str]]
+    #: (step, recipe index, .drv base name).
+    new: tuple[tuple[StepKey, int, str], ...]
+
+
+def inputs_first(roots: Iterable[str], nodes: Mapping[str, Node]) -> list[str]:
+    """Return the closure of `roots` so that every derivation stands after its inputs.
+
+    Raises:
+        IntakeError: A member is missing, or the graph has a cycle; the sentence names the member.
+    """
+    done: set[str] = set()
+    open_: set[str] = set()
+    order: list[str] = []
+    stack = [(root, False) for root in reversed(list(roots))]
+    while stack:
+        name, inputs_done = stack.pop()
+        if inputs_done:
+            open_.discard(name)
+            done.add(name)
+            order.append(name)
+            continue
+        if name in done:
+            continue
+        if name in open_:
+            raise IntakeError(f"the derivation {name} is part of a cycle")
+        node = nodes.get(name)
+        if node is None:
+            raise IntakeError(f"the derivation {name} is not known here; send it and everything below it first")
+        open_.add(name)
+        stack.append((name, True))
+        for need in node.needs:
+            if need in open_:
+                raise IntakeError(f"the derivation {need} is part of a cycle: {name} needs it, and it needs {name}")
+            if need not in done:
+                stack.append((need, False))
+    return order
+
+
+def assign_recipes(
+    order: Sequence[str],
+    nodes: Mapping[str, Node],
+    members: Mapping[StepKey, Sequence[str]],
+    max_recipes: int,
+) -> Recipes:
+    """Give each derivation its place among its step's recipes; `members` holds the places already given.
+
+    `order` has inputs first and covers the closure of all fixed-output members in `members`.
+    """
+    by_step: dict[StepKey, list[str]] = {step: list(places) for step, places in members.items()}
+    needs: dict[StepKey, set[StepKey]] = {}
+    for name in order:
+        step = nodes[name].step
+        if not by_step.get(step) or name in by_step[step] or nodes[name].kind is not Kind.FIXED:
+            needs.setdefault(step, set()).update(step_needs(nodes[name], nodes))
+            by_step.setdefault(step, [])
+    visits = MAX_CYCLE_VISITS
+    new: list[tuple[StepKey, int, str]] = []
+    for name in order:
+        node = nodes[name]
+        step, places = node.step, by_step[node.step]
+        if name in places or (places and (node.kind is not Kind.FIXED or len(places) >= max_recipes)):
+            continue
+        wanted = step_needs(node, nodes)
+        if places:
+            leads, visits = _leads_to(wanted, step, needs, visits)
+            if leads:
+                continue
+        new.append((step, len(places), name))
+        places.append(name)
+        needs.setdefault(step, set()).update(wanted)
+    return Recipes(by_step, tuple(new))
+
+
+def step_needs(node: Node, nodes: Mapping[str, Node]) -> set[StepKey]:
+    """Return the steps that must be done before `node` can be built."""
+    return {nodes[need].step for need in node.needs}
+
+
+def _leads_to(
+    starts: Iterable[StepKey], goal: StepKey, needs: Mapping[StepKey, Collection[StepKey]], visits: int
+) -> tuple[bool, int]:
+    """Whether one of `starts` is `goal` or stands on it, and what is left of `visits`; true where they run out."""
+    seen: set[StepKey] = set()
+    stack = list(starts)
+    while stack:
+        step = stack.pop()
+        if step == goal or visits == 0:
+            return True, visits
+        if step in seen:
+            continue
+        visits -= 1
+        seen.add(step)
+        stack.extend(needs[step])
+    return False, visits
+
+
+def steps_to_do(
+    roots: Iterable[StepKey],
+    recipes: Mapping[StepKey, Sequence[str]],
+    nodes: Mapping[str, Node],
+    stand_in: Mapping[StepKey, str],
+    held: Collection[StepKey],
+) -> tuple[list[StepSpec], list[StepKey]]:
+    """Return the steps to make, inputs first, and the held steps at which the graph ends.
+
+    `stand_in` names a derivation of this submission for a step whose first recipe is not loaded: members of one
+    input-addressed step need the same steps.
+    """
+    specs: list[StepSpec] = []
+    ends: list[StepKey] = []
+    seen: set[StepKey] = set()
+    stack: list[tuple[StepKey, StepSpec | None]] = [(root, None) for root in reversed(list(roots))]
+    while stack:
+        step, whole = stack.pop()
+        if whole is not None:
+            specs.append(whole)
+            continue
+        if step in seen:
+            continue
+        seen.add(step)
+        if step in held:
+            ends.append(step)
+            continue
+        drvs = (drv if drv in nodes else stand_in[step] for drv in recipes[step])
+        spec = StepSpec(step, tuple(_recipe(nodes[drv], nodes) for drv in drvs))
+        stack.append((step, spec))
+        stack.extend((need, None) for recipe in spec.recipes for need in recipe.needs if need not in seen)
+    return specs, ends
+
+
+def _recipe(node: Node, nodes: Mapping[str, Node]) -> Recipe:
+    return Recipe(Requirements(node.system, node.features), tuple(sorted(step_needs(node, nodes))))
