@@ -1,0 +1,54 @@
+"""An asyncio client of the Nix daemon's worker protocol.
+
+`wire` is the codec without I/O, `values` what travels, `events` what a build says, `child` and `channel` the stream,
+`framed` uploads, `connection` the requests. Everything that other rooms need is named here.
+"""
+
+from infra.daemon.connection import DaemonConnection, open_socket, open_stdio
+from infra.daemon.errors import (
+    DaemonError,
+    DaemonGone,
+    DaemonOperationError,
+    DaemonProtocolError,
+    DaemonSourceError,
+    DaemonUnsupportedError,
+)
+from infra.daemon.events import BuildEvent, LogLine, Message, Phase
+from infra.daemon.framed import Upload
+from infra.daemon.values import (
+    BasicDerivation,
+    BasicOutput,
+    BuildMode,
+    BuildResult,
+    BuildStatus,
+    Collected,
+    GcAction,
+    Options,
+    ValidPathInfo,
+)
+
+__all__ = [
+    "BasicDerivation",
+    "BasicOutput",
+    "BuildEvent",
+    "BuildMode",
+    "BuildResult",
+    "BuildStatus",
+    "Collected",
+    "DaemonConnection",
+    "DaemonError",
+    "DaemonGone",
+    "DaemonOperationError",
+    "DaemonProtocolError",
+    "DaemonSourceError",
+    "DaemonUnsupportedError",
+    "GcAction",
+    "LogLine",
+    "Message",
+    "Options",
+    "Phase",
+    "Upload",
+    "ValidPathInfo",
+    "open_socket",
+    "open_stdio",
+]

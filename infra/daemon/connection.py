@@ -1,0 +1,427 @@
+"""A client of the Nix worker protocol: one connection, one request at a time.
+
+The client announces 1.38 without features and works with servers from 1.32 (Nix 2.4) on; field differences follow the
+smaller of the two versions. Concurrent calls wait for each other in order.
+
+A request that ends in `DaemonOperationError` leaves the connection usable. Anything else that interrupts a request (a
+cancelled task, nonsense from the peer, the end of the stream, a NAR that is not read to its end) leaves the stream at
+an unknown place, so the connection is hung up at once and every later call raises `DaemonGone`. Hanging up is also how
+a build is stopped: the daemon notices within about 20 ms and kills the builder.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from enum import IntEnum
+from types import TracebackType
+from typing import Final, Self
+
+from infra.daemon.channel import Channel
+from infra.daemon.child import Child
+from infra.daemon.errors import (
+    DaemonError,
+    DaemonGone,
+    DaemonOperationError,
+    DaemonProtocolError,
+    DaemonUnsupportedError,
+)
+from infra.daemon.events import BuildEvent, BuildListener
+from infra.daemon.framed import Upload, checked_nar, many_paths, send_framed
+from infra.daemon.values import (
+    BasicDerivation,
+    BuildMode,
+    BuildResult,
+    Collected,
+    GcAction,
+    Options,
+    ValidPathInfo,
+    plain_text,
+)
+from infra.daemon.wire import (
+    CLIENT_MAGIC,
+    MAX_LIST_ITEMS,
+    SERVER_MAGIC,
+    Encoder,
+    Failure,
+    Inbox,
+    IncompleteError,
+    Last,
+)
+from infra.daemon.wire import Message as WireMessage
+
+#: Version this client announces: 1.38, the number at which the protocol is frozen.
+CLIENT_VERSION: Final = 0x126
+#: Oldest server: 1.32 (Nix 2.4) is the first with AddMultipleToStore.
+OLDEST_MINOR: Final = 32
+#: How long a daemon may take to answer the handshake; a new `nix-daemon --stdio` opens its store first.
+HANDSHAKE_S: Final = 30.0
+#: Most features that a server may announce.
+MAX_FEATURES: Final = 1_000
+#: Largest piece of a NAR that nar_from_path yields.
+NAR_CHUNK_BYTES: Final = 1024 * 1024
+#: Garbage collection without a limit.
+NO_LIMIT: Final = (1 << 64) - 1
+
+_NAR_BEGINNING: Final = b"\x0d\0\0\0\0\0\0\0nix-archive-1\0\0\0"
+_NAR_END: Final = b"\x01\0\0\0\0\0\0\0)\0\0\0\0\0\0\0"
+
+
+class Operation(IntEnum):
+    """The requests that this client makes, by the numbers of the protocol."""
+
+    IS_VALID_PATH = 1
+    ADD_TEMP_ROOT = 11
+    SET_OPTIONS = 19
+    COLLECT_GARBAGE = 20
+    QUERY_PATH_INFO = 26
+    QUERY_VALID_PATHS = 31
+    BUILD_DERIVATION = 36
+    ADD_SIGNATURES = 37
+    NAR_FROM_PATH = 38
+    ADD_TO_STORE_NAR = 39
+    ADD_MULTIPLE_TO_STORE = 44
+
+
+async def open_stdio(command: Sequence[str], env: Mapping[str, str]) -> "DaemonConnection":
+    """Start a daemon of our own (`nix-daemon --stdio ...`, the whole command) and shake hands.
+
+    Args:
+        command: Program and arguments; `--store` and `--option` are understood by nix-daemon.
+        env: The child's whole environment; nothing is inherited.
+
+    Raises:
+        DaemonGone: The command cannot be started, or ended instead of answering.
+        DaemonUnsupportedError: It speaks a protocol before 1.32.
+        DaemonProtocolError: It does not speak the protocol.
+    """
+    child = await Child.start(command, env)
+    return await DaemonConnection.over(Channel(child.reader, child.writer, child))
+
+
+async def open_socket(path: str) -> "DaemonConnection":
+    """Connect to a running daemon, usually at /nix/var/nix/daemon-socket/socket, and shake hands.
+
+    Raises: as open_stdio.
+    """
+    return await DaemonConnection.over(await Channel.to_socket(path))
+
+
+class DaemonConnection:
+    """One connection to a Nix daemon. Open it with `open_stdio` or `open_socket`; close it with `close`.
+
+    Every request may raise DaemonOperationError (the daemon said no), DaemonGone or DaemonProtocolError.
+
+    Attributes:
+        version: (major, minor) that both sides speak.
+        nix_version: What the daemon says of itself, such as "2.8.0"; "" before protocol 1.33.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.version = (0, 0)
+        self.nix_version = ""
+        self._trust = 0
+        self._channel = channel
+        self._turn = asyncio.Lock()
+        #: Why no further request is possible; None while the stream stands between two messages.
+        self._unusable: str | None = None
+
+    @classmethod
+    async def over(cls, channel: Channel) -> "DaemonConnection":
+        """Shake hands over a channel, which from then on belongs to the connection, whatever happens."""
+        connection = cls(channel)
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                await connection._shake_hands()
+        except TimeoutError as error:
+            await connection.close()
+            raise DaemonGone(f"the daemon did not answer the handshake within {HANDSHAKE_S:g} s") from error
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def unusable_reason(self) -> str | None:
+        """Why every further request would raise DaemonGone, or None while the connection is usable."""
+        return self._unusable
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of our own daemon, which leads its process group; None over a socket."""
+        return None if self._channel.child is None else self._channel.child.pid
+
+    def abort(self, reason: str = "aborted") -> None:
+        """Hang up now, from any task of the same loop: a running build is killed, its caller gets DaemonGone.
+
+        Does not wait; `close` does, and must still be called.
+        """
+        if self._unusable is None:
+            self._unusable = reason
+        self._channel.hang_up()
+
+    async def close(self) -> None:
+        """Hang up and wait for the end of our own daemon, by force after a while. Idempotent."""
+        self.abort("closed")
+        await self._channel.close()
+
+    async def set_options(self, options: Options) -> None:
+        """Set the settings for the requests that follow."""
+        request = Encoder().integer(Operation.SET_OPTIONS)
+        options.encode(request)
+        async with self._request(request):
+            pass
+
+    async def query_valid_paths(self, paths: Iterable[str], *, substitute: bool = False) -> frozenset[str]:
+        """Return those of the paths that the store has, after trying to download the rest if `substitute`."""
+        asked = sorted(set(paths))
+        if not asked:
+            return frozenset()
+        request = Encoder().integer(Operation.QUERY_VALID_PATHS).strings(asked).integer(substitute)
+        async with self._request(request):
+            return frozenset(await self._channel.words("valid paths", len(asked)))
+
+    async def query_path_info(self, path: str) -> ValidPathInfo | None:
+        """Return what the store knows of a path, or None if it does not have it."""
+
+        def read(inbox: Inbox) -> ValidPathInfo | None:
+            return ValidPathInfo.decode(path, inbox) if inbox.read_bool() else None
+
+        try:
+            async with self._request(Encoder().integer(Operation.QUERY_PATH_INFO).string(path)):
+                return await self._channel.decode(read)
+        except DaemonOperationError:
+            # Nix 2.32.0-2.32.5 and 2.33.0-2.33.2 report a missing path as an error: ask in a way they answer.
+            if await self._is_valid(path):
+                raise
+            return None
+
+    async def is_trusted(self, valid_path: str = "") -> bool | None:
+        """Say whether the daemon trusts this client; None when it cannot be known.
+
+        Before protocol 1.35 nothing says so; then a request that changes nothing but needs trust is tried on
+        `valid_path`, which must be in the store ("" or an absent path gives None).
+        """
+        if self.version[1] >= 35:
+            return {1: True, 2: False}.get(self._trust)
+        if not valid_path or not await self._is_valid(valid_path):
+            return None
+        try:
+            async with self._request(Encoder().integer(Operation.ADD_SIGNATURES).string(valid_path).strings(())):
+                await self._channel.decode(Inbox.read_int)
+        except DaemonOperationError:
+            return False
+        return True
+
+    async def add_temp_roots(self, paths: Iterable[str]) -> None:
+        """Keep paths, present or not, from garbage collection for as long as this connection lives."""
+        for path in paths:
+            async with self._request(Encoder().integer(Operation.ADD_TEMP_ROOT).string(path)):
+                await self._channel.decode(Inbox.read_int)
+
+    async def build_derivation(
+        self,
+        drv_path: str,
+        derivation: BasicDerivation,
+        on_event: Callable[[BuildEvent], None],
+        *,
+        mode: BuildMode = BuildMode.NORMAL,
+    ) -> BuildResult:
+        """Build, and wait for the verdict.
+
+        The .drv need not exist; its name gives logs and fixed outputs their names. Input-addressed builds need a
+        trusted connection (an untrusted one has its drv_path rewritten, so its log lines are not attributed).
+        Cancelling the caller hangs up: the builder is killed and the connection is unusable.
+
+        Args:
+            drv_path: Full path that ends in `.drv`.
+            derivation: What to build.
+            on_event: Called in order for each log line, phase and message, while the daemon waits. If it raises, the
+                build is aborted and the error goes to the caller.
+            mode: What to do with valid outputs.
+
+        Raises:
+            ValueError: drv_path is not the path of a derivation (2.8 would abort by an assertion).
+        """
+        if not drv_path.endswith(".drv"):
+            raise ValueError(f"{drv_path!r} is not the path of a derivation")
+        request = Encoder().integer(Operation.BUILD_DERIVATION).string(drv_path)
+        derivation.encode(request)
+        request.integer(mode)
+        store_dir = drv_path.rpartition("/")[0]
+        async with self._request(request, BuildListener(drv_path, on_event)):
+            return await self._channel.decode(lambda inbox: BuildResult.decode(inbox, self.version[1], store_dir))
+
+    async def nar_from_path(self, path: str, nar_size: int) -> AsyncIterator[bytes]:
+        """Yield the NAR of a valid path in pieces of at most 1 MiB.
+
+        The NAR has no length on the wire, so `nar_size` (of query_path_info) says where it ends. Leaving the iteration
+        early makes the connection unusable, because the rest would be taken for the next reply.
+
+        Raises:
+            DaemonProtocolError: The bytes are not a NAR of that size.
+        """
+        async with self._request(Encoder().integer(Operation.NAR_FROM_PATH).string(path)):
+            left = nar_size
+            ends = bytearray()
+            while left:
+                if not len(self._channel.inbox):
+                    await self._channel.fill(1)
+                chunk = self._channel.inbox.read_raw(min(left, NAR_CHUNK_BYTES))
+                if left == nar_size and not _NAR_BEGINNING.startswith(chunk[: len(_NAR_BEGINNING)]):
+                    raise DaemonProtocolError(f"{path}: the daemon sent something that is not a NAR")
+                left -= len(chunk)
+                ends = (ends + chunk[-len(_NAR_END) :])[-len(_NAR_END) :]
+                if not left and ends != _NAR_END:
+                    raise DaemonProtocolError(f"{path}: its NAR does not end after {nar_size} bytes")
+                yield chunk
+
+    async def add_to_store_nar(self, upload: Upload, *, dont_check_sigs: bool, repair: bool = False) -> None:
+        """Add one path. Its references must be valid already.
+
+        Args:
+            upload: Metadata and NAR.
+            dont_check_sigs: Accept it unsigned; only a trusted client is obeyed.
+            repair: Replace the path if it is there.
+
+        Raises:
+            DaemonOperationError: Among others, the NAR does not have the declared hash.
+            DaemonSourceError: The NAR does not have the declared size. The connection stays usable, as it does when
+                the iterator raises an error of its own, which is passed on.
+        """
+        request = Encoder().integer(Operation.ADD_TO_STORE_NAR)
+        upload.info.encode(request)
+        request.integer(repair).integer(dont_check_sigs)
+        await self._upload(request, checked_nar(upload))
+
+    async def add_multiple_to_store(
+        self, uploads: Iterable[Upload], *, dont_check_sigs: bool, repair: bool = False
+    ) -> None:
+        """Add many paths in one stream, references first. Arguments and errors as add_to_store_nar."""
+        request = Encoder().integer(Operation.ADD_MULTIPLE_TO_STORE).integer(repair).integer(dont_check_sigs)
+        await self._upload(request, many_paths(uploads))
+
+    async def collect_garbage(
+        self, action: GcAction, *, paths: Iterable[str] = (), max_freed_bytes: int = NO_LIMIT
+    ) -> Collected:
+        """Delete, or list, garbage; `paths` are for GcAction.DELETE_SPECIFIC."""
+        request = Encoder().integer(Operation.COLLECT_GARBAGE).integer(action).strings(sorted(paths))
+        request.integer(0).integer(max_freed_bytes).integer(0).integer(0).integer(0)
+        async with self._request(request):
+            collected = await self._channel.words("collected paths", MAX_LIST_ITEMS)
+            freed_bytes = await self._channel.decode(Inbox.read_int)
+            await self._channel.decode(Inbox.read_int)
+            return Collected(tuple(collected), freed_bytes)
+
+    async def _is_valid(self, path: str) -> bool:
+        async with self._request(Encoder().integer(Operation.IS_VALID_PATH).string(path)):
+            return await self._channel.decode(Inbox.read_bool)
+
+    async def _shake_hands(self) -> None:
+        channel = self._channel
+        async with self._guarded():
+            await channel.send(Encoder().integer(CLIENT_MAGIC).integer(CLIENT_VERSION).getvalue())
+            if await channel.decode(Inbox.read_int) != SERVER_MAGIC:
+                raise DaemonProtocolError("the peer is not a Nix daemon")
+            server = await channel.decode(Inbox.read_int)
+            major, minor = server >> 8, server & 0xFF
+            if major != CLIENT_VERSION >> 8 or minor < OLDEST_MINOR:
+                raise DaemonUnsupportedError(
+                    f"the daemon speaks protocol {major}.{minor}; 1.{OLDEST_MINOR} (Nix 2.4) or later is needed"
+                )
+            minor = min(minor, CLIENT_VERSION & 0xFF)
+            self.version = (major, minor)
+            if minor >= 38:
+                await channel.send(Encoder().strings(()).getvalue())
+                await channel.words("features", MAX_FEATURES)
+            await channel.send(Encoder().integer(0).integer(0).getvalue())
+            if minor >= 33:
+                self.nix_version = await channel.decode(lambda inbox: inbox.read_word("Nix version"))
+            if minor >= 35:
+                self._trust = await channel.decode(Inbox.read_int)
+            await self._until_last(_ignore)
+
+    @asynccontextmanager
+    async def _guarded(self) -> AsyncIterator[None]:
+        """Hold the connection; whatever ends the block other than the daemon's refusal makes it unusable."""
+        async with self._turn:
+            if self._unusable is not None:
+                raise DaemonGone(f"the connection is unusable: {self._unusable}")
+            try:
+                self._channel.expect_silence()
+                yield
+            except DaemonOperationError:
+                raise
+            except DaemonError as error:
+                if self._unusable is not None:  # the stream ended because abort() ended it: say that
+                    raise DaemonGone(f"the connection is unusable: {self._unusable}") from error
+                self.abort(str(error))
+                raise
+            except BaseException as error:
+                self.abort(f"a request was interrupted by {type(error).__name__}")
+                raise
+
+    @asynccontextmanager
+    async def _request(
+        self, request: Encoder, on_message: Callable[[WireMessage], None] | None = None
+    ) -> AsyncIterator[None]:
+        """Send a request and wait for its success; the block reads the reply."""
+        async with self._guarded():
+            await self._channel.send(request.getvalue())
+            await self._until_last(on_message or _ignore)
+            yield
+
+    async def _until_last(self, on_message: Callable[[WireMessage], None]) -> None:
+        """Pass messages on until the daemon says that the request succeeded."""
+        inbox = self._channel.inbox
+        while True:
+            missing = 0
+            try:
+                while True:  # all that is here, without an await per message
+                    message = inbox.read_message()
+                    if isinstance(message, Last):
+                        return
+                    if isinstance(message, Failure):
+                        raise DaemonOperationError(message.level, plain_text(message.message))
+                    on_message(message)
+            except IncompleteError as error:
+                missing = error.missing
+            await self._channel.fill(missing)
+
+    async def _upload(self, request: Encoder, chunks: AsyncIterator[bytes]) -> None:
+        """Send a request whose last argument is a framed stream, while its messages are read."""
+        refused = False
+        source_error: Exception | None = None
+        async with self._guarded():
+            await self._channel.send(request.getvalue())
+            sender = asyncio.create_task(send_framed(chunks, self._channel.send, lambda: refused), name="nix upload")
+            try:
+                try:
+                    await self._until_last(_ignore)
+                except DaemonOperationError as error:
+                    refused = True
+                    source_error = error
+                try:
+                    await sender
+                except DaemonGone:
+                    if not refused:
+                        raise
+                    self.abort("the daemon refused an upload and hung up")
+                except Exception as error:  # noqa: BLE001 - the caller's own error, raised below unchanged
+                    source_error = error
+            finally:
+                sender.cancel()
+                await asyncio.gather(sender, return_exceptions=True)
+        if source_error is not None:
+            raise source_error
+
+
+def _ignore(_: WireMessage) -> None:
+    """Take no notice of a message."""

@@ -1,0 +1,82 @@
+"""What a running build says, picked out of everything a daemon says.
+
+A connection reports all activities of the daemon process that serves it; only those of the build that was asked for
+count. Builders can inject free text and activities of their own, so none of this may decide anything: the verdict is
+the BuildResult alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from infra.daemon.values import plain_text
+from infra.daemon.wire import (
+    ACTIVITY_BUILD,
+    RESULT_BUILD_LOG_LINE,
+    RESULT_SET_PHASE,
+    ActivityStarted,
+    Result,
+    Text,
+)
+from infra.daemon.wire import Message as WireMessage
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """One line that a builder printed, without its newline, byte for byte as the daemon gave it.
+
+    Nix itself applies a carriage return before sending: the text after it overwrites the line from its start.
+    """
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """The builder says that it entered a phase."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Text of the daemon (or injected by a builder) beside the log: information only, never to be decided on."""
+
+    text: str
+
+
+BuildEvent = LogLine | Phase | Message
+
+
+class BuildListener:
+    """Turns the messages of a connection into the events of one build."""
+
+    __slots__ = ("_activities", "_drv_path", "_on_event")
+
+    def __init__(self, drv_path: str, on_event: Callable[[BuildEvent], None]) -> None:
+        self._drv_path = drv_path.encode()
+        self._on_event = on_event
+        #: Activities that are builds of the derivation; ids are not reused within a connection.
+        self._activities: set[int] = set()
+
+    def __call__(self, message: WireMessage) -> None:
+        """Look at one message and pass on the event that it is, if any."""
+        if isinstance(message, Result):
+            if message.activity in self._activities:
+                self._on_result(message)
+        elif isinstance(message, Text):
+            self._on_event(Message(plain_text(message.data)))
+        elif (
+            isinstance(message, ActivityStarted)
+            and message.type == ACTIVITY_BUILD
+            and message.fields[:1] == (self._drv_path,)
+        ):
+            self._activities.add(message.activity)
+
+    def _on_result(self, result: Result) -> None:
+        text = result.fields[0] if result.fields else None
+        if not isinstance(text, bytes):
+            return
+        if result.type == RESULT_BUILD_LOG_LINE:
+            self._on_event(LogLine(text))
+        elif result.type == RESULT_SET_PHASE:
+            self._on_event(Phase(plain_text(text)))

@@ -1,0 +1,333 @@
+"""The bytes of the Nix worker protocol, without any I/O.
+
+An `Encoder` makes the bytes of a request. An `Inbox` is fed whatever arrived and read back as integers, strings and
+messages. Reading is all or nothing: a read for which bytes are still missing raises `IncompleteError` with the number
+of bytes that are certainly missing and leaves the inbox as it was, so the shell feeds more and asks again. Whatever
+else is wrong with the bytes raises `DaemonProtocolError`. Every length is checked against a named limit *before* the
+bytes are waited for, so a peer cannot make this process allocate by announcing a size.
+
+Format: an integer is 8 bytes little-endian unsigned; a string is its length, its bytes and zero bytes up to a multiple
+of 8; a list is a count and its items; a map is a count and key, value pairs. Strings are bytes, never text.
+"""
+
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, Self, TypeVar
+
+from infra.daemon.errors import DaemonError, DaemonProtocolError
+
+#: Magic number that a client says first ("nixc").
+CLIENT_MAGIC: Final = 0x6E697863
+#: Magic number that a server answers ("dxio").
+SERVER_MAGIC: Final = 0x6478696F
+
+#: Longest log line, error message or free text that is accepted; one line is held in memory whole, as Nix itself does.
+MAX_STRING_BYTES: Final = 64 * 1024 * 1024
+#: Longest store path, name or other short word that is accepted.
+MAX_WORD_BYTES: Final = 64 * 1024
+#: Most items in a list or map that answers a request.
+MAX_LIST_ITEMS: Final = 1_000_000
+#: Most fields of one activity or result; Nix sends at most four.
+MAX_FIELDS: Final = 64
+#: Most trace entries of one error.
+MAX_TRACES: Final = 10_000
+
+TAG_LAST: Final = 0x616C7473
+TAG_ERROR: Final = 0x63787470
+TAG_NEXT: Final = 0x6F6C6D67
+TAG_START_ACTIVITY: Final = 0x53545254
+TAG_STOP_ACTIVITY: Final = 0x53544F50
+TAG_RESULT: Final = 0x52534C54
+
+#: Type of the activity that is one build; its first field is the derivation's path.
+ACTIVITY_BUILD: Final = 105
+#: Type of the result that is one line of a builder's log.
+RESULT_BUILD_LOG_LINE: Final = 101
+#: Type of the result that names the phase a builder has entered.
+RESULT_SET_PHASE: Final = 104
+
+_INT = struct.Struct("<Q")
+#: tag, activity id, result type, number of fields, kind of the first field, its length
+_RESULT_HEAD = struct.Struct("<6Q")
+_FIELD_INT = 0
+_FIELD_STRING = 1
+_ZEROS = bytes(8)
+
+T = TypeVar("T")
+
+
+class IncompleteError(DaemonError):
+    """The bytes so far are a proper beginning; at least `missing` more are needed. Never leaves this package."""
+
+    def __init__(self, missing: int) -> None:
+        super().__init__(f"{missing} more bytes are needed")
+        self.missing = missing
+
+
+@dataclass(frozen=True, slots=True)
+class Last:
+    """The operation succeeded; its reply follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The operation failed."""
+
+    level: int
+    message: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Free text for the user, usually one line."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ActivityStarted:
+    """The daemon began something; `fields` depend on the type (105: derivation path, machine, 1, 1)."""
+
+    activity: int
+    level: int
+    type: int
+    text: bytes
+    fields: tuple[int | bytes, ...]
+    parent: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActivityStopped:
+    """An activity ended."""
+
+    activity: int
+
+
+@dataclass(slots=True)
+class Result:
+    """News of an activity (not frozen: one is made per log line, and freezing costs as much as the rest of it)."""
+
+    activity: int
+    type: int
+    fields: tuple[int | bytes, ...]
+
+
+Message = Last | Failure | Text | ActivityStarted | ActivityStopped | Result
+
+
+class Encoder:
+    """Collects the bytes of one request; the methods return the encoder, so calls chain."""
+
+    __slots__ = ("_out",)
+
+    def __init__(self) -> None:
+        self._out = bytearray()
+
+    def integer(self, value: int) -> Self:
+        """Append an integer of 0 <= value < 2**64.
+
+        Raises:
+            ValueError: The value does not fit.
+        """
+        if not 0 <= value < 1 << 64:
+            raise ValueError(f"{value} does not fit an unsigned 64-bit integer")
+        self._out += _INT.pack(value)
+        return self
+
+    def string(self, value: bytes | str) -> Self:
+        """Append a string; text is written as UTF-8."""
+        data = value.encode() if isinstance(value, str) else value
+        self._out += _INT.pack(len(data))
+        self._out += data
+        self._out += _ZEROS[: -len(data) % 8]
+        return self
+
+    def strings(self, values: Iterable[bytes | str]) -> Self:
+        """Append a list of strings in the order given."""
+        items = tuple(values)
+        self.integer(len(items))
+        for item in items:
+            self.string(item)
+        return self
+
+    def mapping(self, values: Mapping[str, str]) -> Self:
+        """Append a map, sorted by key as Nix sends it."""
+        self.integer(len(values))
+        for key in sorted(values):
+            self.string(key).string(values[key])
+        return self
+
+    def getvalue(self) -> bytes:
+        """Return the bytes collected so far."""
+        return bytes(self._out)
+
+
+class Inbox:
+    """Bytes that arrived and were not read yet.
+
+    Raises from every read_ method: IncompleteError when bytes are missing (nothing is consumed) and
+    DaemonProtocolError when the bytes are not allowed (the inbox is of no use afterwards).
+    """
+
+    __slots__ = ("_buffer", "_position")
+
+    def __init__(self, data: bytes = b"") -> None:
+        self._buffer = bytearray(data)
+        #: Bytes before this index are read; 0 <= _position <= len(_buffer).
+        self._position = 0
+
+    def __len__(self) -> int:
+        return len(self._buffer) - self._position
+
+    def feed(self, data: bytes) -> None:
+        """Add bytes that arrived."""
+        if self._position:
+            del self._buffer[: self._position]
+            self._position = 0
+        self._buffer += data
+
+    def attempt(self, parse: Callable[["Inbox"], T]) -> T:
+        """Run a parser of several reads so that it consumes all of its bytes or none."""
+        start = self._position
+        try:
+            return parse(self)
+        except IncompleteError:
+            self._position = start
+            raise
+
+    def read_raw(self, most: int) -> bytes:
+        """Take up to `most` bytes, as many as are here (perhaps none)."""
+        start = self._position
+        self._position = min(start + most, len(self._buffer))
+        return bytes(memoryview(self._buffer)[start : self._position])
+
+    def read_int(self) -> int:
+        """Read an integer."""
+        start = self._position
+        available = len(self._buffer) - start
+        if available < 8:
+            raise IncompleteError(8 - available)
+        self._position = start + 8
+        value: int = _INT.unpack_from(self._buffer, start)[0]
+        return value
+
+    def read_bool(self) -> bool:
+        """Read an integer that means a truth value; any non-zero number is true, as for Nix."""
+        return self.read_int() != 0
+
+    def read_count(self, limit: int, what: str) -> int:
+        """Read the number of items that follow, at most `limit`."""
+        count = self.read_int()
+        if count > limit:
+            raise DaemonProtocolError(f"{what}: {count} items announced, the limit is {limit}")
+        return count
+
+    def read_string(self, limit: int, what: str) -> bytes:
+        """Read a string of at most `limit` bytes; `what` names it in errors."""
+        start = self._position
+        buffer = self._buffer
+        available = len(buffer) - start
+        if available < 8:
+            raise IncompleteError(8 - available)
+        (length,) = _INT.unpack_from(buffer, start)
+        if length > limit:
+            raise DaemonProtocolError(f"{what}: a string of {length} bytes announced, the limit is {limit}")
+        padded = (length + 7) & ~7
+        if available < 8 + padded:
+            raise IncompleteError(8 + padded - available)
+        begin = start + 8
+        end = begin + length
+        if padded != length and buffer[end : begin + padded] != _ZEROS[: padded - length]:
+            raise DaemonProtocolError(f"{what}: the padding after a string is not zero")
+        self._position = begin + padded
+        return bytes(memoryview(buffer)[begin:end])
+
+    def read_text(self, limit: int, what: str) -> str:
+        """Read a string that must be UTF-8 (paths, names, signatures)."""
+        data = self.read_string(limit, what)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise DaemonProtocolError(f"{what}: not UTF-8 text") from None
+
+    def read_word(self, what: str) -> str:
+        """Read a short text of at most MAX_WORD_BYTES."""
+        return self.read_text(MAX_WORD_BYTES, what)
+
+    def read_words(self, what: str, limit: int = MAX_LIST_ITEMS) -> tuple[str, ...]:
+        """Read a list of at most `limit` short texts."""
+        return tuple([self.read_word(what) for _ in range(self.read_count(limit, what))])
+
+    def read_message(self) -> Message:
+        """Read one message of the stream that precedes every reply."""
+        start = self._position
+        available = len(self._buffer) - start
+        if available >= _RESULT_HEAD.size:
+            # Nearly every message of a busy build is a log line; this reads its head in one step.
+            tag, activity, kind, count, field, _ = _RESULT_HEAD.unpack_from(self._buffer, start)
+            if tag == TAG_RESULT and count == 1 and field == _FIELD_STRING:
+                self._position = start + 40
+                try:
+                    line = self.read_string(MAX_STRING_BYTES, "field of a result")
+                except IncompleteError:
+                    self._position = start
+                    raise
+                return Result(activity, kind, (line,))
+        return self.attempt(_read_any_message)
+
+
+def _read_fields(inbox: Inbox) -> tuple[int | bytes, ...]:
+    fields: list[int | bytes] = []
+    for _ in range(inbox.read_count(MAX_FIELDS, "fields")):
+        kind = inbox.read_int()
+        if kind == _FIELD_INT:
+            fields.append(inbox.read_int())
+        elif kind == _FIELD_STRING:
+            fields.append(inbox.read_string(MAX_STRING_BYTES, "field"))
+        else:
+            raise DaemonProtocolError(f"field of unknown kind {kind}")
+    return tuple(fields)
+
+
+def _read_failure(inbox: Inbox) -> Failure:
+    inbox.read_string(MAX_WORD_BYTES, "type of an error")
+    level = inbox.read_int()
+    inbox.read_string(MAX_WORD_BYTES, "name of an error")
+    message = inbox.read_string(MAX_STRING_BYTES, "message of an error")
+    if inbox.read_int() != 0:
+        raise DaemonProtocolError("an error has a position, which the protocol does not allow")
+    for _ in range(inbox.read_count(MAX_TRACES, "traces of an error")):
+        if inbox.read_int() != 0:
+            raise DaemonProtocolError("a trace has a position, which the protocol does not allow")
+        inbox.read_string(MAX_STRING_BYTES, "trace of an error")
+    return Failure(level, message)
+
+
+def _read_activity(inbox: Inbox) -> ActivityStarted:
+    return ActivityStarted(
+        activity=inbox.read_int(),
+        level=inbox.read_int(),
+        type=inbox.read_int(),
+        text=inbox.read_string(MAX_STRING_BYTES, "text of an activity"),
+        fields=_read_fields(inbox),
+        parent=inbox.read_int(),
+    )
+
+
+def _read_any_message(inbox: Inbox) -> Message:
+    tag = inbox.read_int()
+    read = _READERS.get(tag)
+    if read is None:
+        raise DaemonProtocolError(f"unknown message 0x{tag:x}")
+    return read(inbox)
+
+
+_READERS: Final[Mapping[int, Callable[[Inbox], Message]]] = {
+    TAG_LAST: lambda _: Last(),
+    TAG_ERROR: _read_failure,
+    TAG_NEXT: lambda inbox: Text(inbox.read_string(MAX_STRING_BYTES, "text")),
+    TAG_START_ACTIVITY: _read_activity,
+    TAG_STOP_ACTIVITY: lambda inbox: ActivityStopped(inbox.read_int()),
+    TAG_RESULT: lambda inbox: Result(inbox.read_int(), inbox.read_int(), _read_fields(inbox)),
+}
