@@ -1,0 +1,52 @@
+"""Nix's base 32 text of hashes (nix_formats section 0).
+
+The digest is a little-endian number, cut into 5-bit digits from bit 0 (the last digit zero-extended) and printed
+from the most significant digit. The standard library does the digits: base 32 of the reversed bytes one way,
+`int(text, 32)` the other.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import Final
+
+from infra.nix.errors import FormatError
+
+#: The 32 digits in order of value; `e`, `o`, `t`, `u` are left out so that hashes spell no words.
+ALPHABET: Final = "0123456789abcdfghijklmnpqrsvwxyz"
+
+_RFC4648: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+_TO_NIX: Final = bytes.maketrans(_RFC4648, ALPHABET.encode())
+_TO_PYTHON: Final = str.maketrans(ALPHABET, "0123456789abcdefghijklmnopqrstuv")
+_FOREIGN: Final = re.compile(f"[^{ALPHABET}]")
+#: Zero bytes that bring a length (mod 5) to a multiple of five.
+_PADDING: Final = (b"", b"\0\0\0\0", b"\0\0\0", b"\0\0", b"\0")
+
+
+def encode(digest: bytes) -> str:
+    """The nix32 text of `digest`: 20 bytes give 32 characters, 32 bytes give 52."""
+    length = len(digest)
+    digits = (length * 8 + 4) // 5
+    whole = base64.b32encode(_PADDING[length % 5] + digest[::-1]).translate(_TO_NIX)
+    return whole[len(whole) - digits :].decode("ascii")
+
+
+def decode(text: str) -> bytes:
+    """The bytes behind nix32 `text`.
+
+    Raises:
+        FormatError: On a foreign character, a length that no byte string has, or excess bits in the first digit.
+    """
+    foreign = _FOREIGN.search(text)
+    if foreign is not None:
+        raise FormatError("not a nix32 digit", offset=foreign.start(), what="nix32")
+    if not text:
+        return b""
+    size = len(text) * 5 // 8
+    if (size * 8 + 4) // 5 != len(text):
+        raise FormatError(f"no hash has {len(text)} nix32 digits", offset=len(text), what="nix32")
+    number = int(text.translate(_TO_PYTHON), 32)
+    if number >> (size * 8):
+        raise FormatError("the first nix32 digit has excess bits", offset=0, what="nix32")
+    return number.to_bytes(size, "little")

@@ -1,0 +1,205 @@
+"""narinfo: what a binary cache says about one store path (binary_cache 2.8, 2.9).
+
+Rendering follows Nix byte for byte: its field order, `References: ` with the space even when empty, and a final
+newline. Reading is as tolerant as Nix: any order, unknown fields ignored, base16 and SRI hashes accepted and turned
+into nix32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from infra.nix.errors import FormatError
+from infra.nix.hashing import parse_sha256, sha256_text
+from infra.nix.store_path import StoreDir, parse_base_name
+
+#: What Nix assumes when the field is missing or empty.
+DEFAULT_COMPRESSION: Final = "bzip2"
+#: How Nix spells a missing deriver.
+UNKNOWN_DERIVER: Final = "unknown-deriver"
+#: Largest size a narinfo may state: a signed 64-bit number.
+MAX_SIZE: Final = 2**63 - 1
+
+_DIGITS: Final = re.compile(r"[0-9]{1,19}\Z")
+_CONTROL: Final = re.compile(r"[\0-\x1f\x7f]")
+_UNPRINTABLE: Final = re.compile(rb"[^ -~]")
+_KNOWN: Final = frozenset(
+    (
+        "StorePath",
+        "URL",
+        "Compression",
+        "FileHash",
+        "FileSize",
+        "NarHash",
+        "NarSize",
+        "References",
+        "Deriver",
+        "Sig",
+        "CA",
+    )
+)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class NarInfo:
+    """One narinfo.
+
+    Attributes:
+        store_path: Full store path.
+        url: Where the NAR is, relative to the cache.
+        compression: Codec name; `none` for plain.
+        file_hash: `sha256:<nix32>` of the compressed file, or "".
+        file_size: Bytes of the compressed file, or 0 if unknown.
+        nar_hash: `sha256:<nix32>` of the NAR.
+        nar_size: Bytes of the NAR.
+        references: Base names, sorted, self included if it refers to itself.
+        deriver: Base name of the .drv, or "".
+        sigs: `name:base64` each.
+        ca: Content address, or "".
+    """
+
+    store_path: str
+    url: str
+    compression: str
+    file_hash: str
+    file_size: int
+    nar_hash: str
+    nar_size: int
+    references: tuple[str, ...] = ()
+    deriver: str = ""
+    sigs: tuple[str, ...] = ()
+    ca: str = ""
+
+    def render(self) -> bytes:
+        """The narinfo in Nix's field order, with a final newline.
+
+        Raises:
+            FormatError: If a field holds a line break or another control character, which would forge fields.
+        """
+        lines = [f"StorePath: {self.store_path}", f"URL: {self.url}", f"Compression: {self.compression}"]
+        if self.file_hash:
+            lines.append(f"FileHash: {self.file_hash}")
+        if self.file_size:
+            lines.append(f"FileSize: {self.file_size}")
+        lines.append(f"NarHash: {self.nar_hash}")
+        lines.append(f"NarSize: {self.nar_size}")
+        lines.append(f"References: {' '.join(self.references)}")
+        if self.deriver:
+            lines.append(f"Deriver: {self.deriver}")
+        lines.extend(f"Sig: {sig}" for sig in self.sigs)
+        if self.ca:
+            lines.append(f"CA: {self.ca}")
+        offset = 0
+        for line in lines:
+            control = _CONTROL.search(line)
+            if control is not None:
+                raise FormatError("a control character in a field", offset=offset + control.start(), what="narinfo")
+            offset += len(line) + 1
+        return ("\n".join(lines) + "\n").encode()
+
+    def fingerprint(self, store_dir: StoreDir) -> bytes:
+        """What a signature covers: `1;<path>;<nar hash>;<nar size>;<full references, comma separated>`."""
+        refs = ",".join(f"{store_dir.path}/{reference}" for reference in sorted(self.references))
+        return f"1;{self.store_path};{self.nar_hash};{self.nar_size};{refs}".encode()
+
+
+def _fields(text: bytes) -> tuple[dict[str, tuple[str, int]], tuple[str, ...]]:
+    """Known single fields as name -> (value, offset of the value), and all signatures."""
+    if not text.endswith(b"\n"):
+        raise FormatError("the last line has no newline", offset=len(text), what="narinfo")
+    fields: dict[str, tuple[str, int]] = {}
+    sigs: list[str] = []
+    start = 0
+    for line in text[:-1].split(b"\n"):
+        raw_key, separator, raw_value = line.partition(b": ")
+        if not separator:
+            raise FormatError("a line is not `Key: value`", offset=start, what="narinfo")
+        key = raw_key.decode("latin-1")
+        if key in _KNOWN:
+            value_start = start + len(raw_key) + 2
+            foreign = _UNPRINTABLE.search(raw_value)
+            if foreign is not None:
+                raise FormatError("not printable ASCII", offset=value_start + foreign.start(), what="narinfo")
+            value = raw_value.decode("ascii")
+            if key == "Sig":
+                sigs.append(value)
+            elif key in fields:
+                raise FormatError(f"{key} appears twice", offset=start, what="narinfo")
+            else:
+                fields[key] = (value, value_start)
+        start += len(line) + 1
+    return fields, tuple(sigs)
+
+
+def _at(field: tuple[str, int], parse: Callable[[str], _T]) -> _T:
+    """`parse` the field's value, with errors moved to its place in the narinfo."""
+    value, offset = field
+    try:
+        return parse(value)
+    except FormatError as error:
+        raise FormatError(error.message, offset=offset + error.offset, what="narinfo") from error
+
+
+def _size(text: str) -> int:
+    if not _DIGITS.match(text) or int(text) > MAX_SIZE:
+        raise FormatError("not a size", offset=0, what="narinfo")
+    return int(text)
+
+
+def _hash(text: str) -> str:
+    return sha256_text(parse_sha256(text))
+
+
+def _references(text: str) -> tuple[str, ...]:
+    references: set[str] = set()
+    offset = 0
+    for reference in text.split(" "):
+        if reference:
+            try:
+                references.add(parse_base_name(reference).base_name)
+            except FormatError as error:
+                raise FormatError(f"reference: {error.message}", offset=offset + error.offset) from error
+        offset += len(reference) + 1
+    return tuple(sorted(references))
+
+
+def _deriver(text: str) -> str:
+    return "" if text in {"", UNKNOWN_DERIVER} else parse_base_name(text).base_name
+
+
+def parse(text: bytes, store_dir: StoreDir) -> NarInfo:
+    """The narinfo in `text`, of a cache whose store directory is `store_dir`.
+
+    Raises:
+        FormatError: On a missing final newline, a line without `: `, a known field twice or malformed, or a missing
+        one of
+            StorePath, URL, NarHash and NarSize (which must not be 0). A malformed signature is kept: it verifies as
+            nothing.
+    """
+    fields, sigs = _fields(text)
+    for required in ("StorePath", "URL", "NarHash", "NarSize"):
+        if required not in fields or not fields[required][0]:
+            raise FormatError(f"no {required}", offset=len(text), what="narinfo")
+    nothing = ("", len(text))
+    nar_size = _at(fields["NarSize"], _size)
+    if nar_size == 0:
+        raise FormatError("NarSize is 0", offset=fields["NarSize"][1], what="narinfo")
+    file_hash = fields.get("FileHash", nothing)
+    file_size = fields.get("FileSize", nothing)
+    return NarInfo(
+        store_path=store_dir.render(_at(fields["StorePath"], store_dir.parse)),
+        url=fields["URL"][0],
+        compression=fields.get("Compression", nothing)[0] or DEFAULT_COMPRESSION,
+        file_hash=_at(file_hash, _hash) if file_hash[0] else "",
+        file_size=_at(file_size, _size) if file_size[0] else 0,
+        nar_hash=_at(fields["NarHash"], _hash),
+        nar_size=nar_size,
+        references=_at(fields.get("References", nothing), _references),
+        deriver=_at(fields.get("Deriver", nothing), _deriver),
+        sigs=sigs,
+        ca=fields.get("CA", nothing)[0],
+    )
