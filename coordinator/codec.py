@@ -44,6 +44,7 @@ _TAGS: dict[type, str] = {
     facts.RecipeAdded: "recipe-added",
     facts.StepHeld: "step-held",
     facts.StepRevived: "step-revived",
+    facts.StepLost: "step-lost",
     facts.StepLeased: "step-leased",
     facts.LeaseRevoked: "lease-revoked",
     facts.StepBuilt: "step-built",
@@ -52,9 +53,11 @@ _TAGS: dict[type, str] = {
     facts.StepFailed: "step-failed",
     facts.StepDoomed: "step-doomed",
     facts.StepAbandoned: "step-abandoned",
+    facts.BackOffEnded: "back-off-ended",
     facts.BuilderAdmitted: "builder-admitted",
     facts.BuilderRefreshed: "builder-refreshed",
     facts.BuilderRemoved: "builder-removed",
+    facts.FarmResumed: "farm-resumed",
 }
 
 _Decoder = Callable[[Any], Any]
@@ -175,7 +178,11 @@ def _int(value: Any) -> int:
     return cast("int", _need(value, int))
 
 
-_LEAVES: dict[Any, _Decoder] = {str: _str, int: _int, float: _float, bytes: _bytes}
+def _bool(value: Any) -> bool:
+    return cast("bool", _need(value, bool))
+
+
+_LEAVES: dict[Any, _Decoder] = {str: _str, int: _int, float: _float, bytes: _bytes, bool: _bool}
 
 
 def _decoder(kind: Any) -> _Decoder:

@@ -1,4 +1,8 @@
-"""The root of everything the coordinator and its clients raise on purpose."""
+"""The root of everything the coordinator and its clients raise on purpose.
+
+Every message is one sentence for a person, says what to do where something can be done, and holds nothing secret: it is
+shown by the command line and sent to HTTP clients as it stands.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ from typing import ClassVar
 
 
 class CoordinatorError(Exception):
-    """One sentence for a person (`str()`) and one word for a program (`code`, used in HTTP answers)."""
+    """One sentence for a person (`str()`), one word for a program (`code`), and the HTTP status of the answer."""
 
     code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
 
 
 class IntakeError(CoordinatorError):
@@ -16,3 +21,24 @@ class IntakeError(CoordinatorError):
 
     code: ClassVar[str] = "bad_request"
     status: ClassVar[int] = 400
+
+
+class BadRequestError(CoordinatorError):
+    """A request cannot be understood."""
+
+    code: ClassVar[str] = "bad_request"
+    status: ClassVar[int] = 400
+
+
+class NotFoundError(CoordinatorError):
+    """A request names something that does not exist."""
+
+    code: ClassVar[str] = "not_found"
+    status: ClassVar[int] = 404
+
+
+class UnavailableError(CoordinatorError):
+    """The coordinator is stopping or cannot take more now; trying again later helps."""
+
+    code: ClassVar[str] = "unavailable"
+    status: ClassVar[int] = 503

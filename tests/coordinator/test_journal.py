@@ -38,7 +38,13 @@ def _values(kind: Any) -> st.SearchStrategy[Any]:
     """A strategy for any type that a fact may hold, from its annotations alone."""
     while isinstance(kind, typing.NewType):
         kind = kind.__supertype__
-    plain = {str: _TEXT, int: st.integers(0, 2**53), float: st.floats(0, 1e12), bytes: st.binary(max_size=16)}
+    plain = {
+        str: _TEXT,
+        int: st.integers(0, 2**53),
+        float: st.floats(0, 1e12),
+        bytes: st.binary(max_size=16),
+        bool: st.booleans(),
+    }
     if kind in plain:
         return plain[kind]
     if typing.get_origin(kind) is tuple:

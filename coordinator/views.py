@@ -1,0 +1,682 @@
+"""The read model: what people ask about, folded from facts and from what workers say of their leases.
+
+Rules:
+1. No I/O, no clock, no asyncio. Times come out of facts; the same facts give the same views, live or replayed.
+2. A fact costs O(1) for each running submission that has the step, plus the step's own edges; never O(submission).
+3. A submission is frozen when it ends: its counts are history, and later facts no longer pay for it.
+4. A watcher holds at most `WATCH_PENDING` changed steps. More than that becomes one fresh snapshot, so a slow watcher
+   costs neither memory nor truth.
+
+Readiness is derived here once more (a step is ready when no need of its active recipe is open) because it is no fact:
+the core can tell it from its state, and a read model must not reach into that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+from coordinator.codec import evidence_size
+from coordinator.derivations import StepInfo
+from coordinator.errors import NotFoundError
+from coordinator.schema import (
+    Counts,
+    CountsChanged,
+    Ended,
+    FailureView,
+    RootView,
+    Snapshot,
+    StepChanged,
+    StepState,
+    StepView,
+    SubmissionState,
+    SubmissionView,
+    WatchEvent,
+    WorkerView,
+)
+from scheduler import facts
+from scheduler.facts import Fact
+from scheduler.model import Failure, Recipe, StepKey, SubmissionId
+from workers.protocol import Batch, HeldLease, Hello, StageChange
+
+#: Changed steps that a watcher may leave unread before it gets a snapshot instead.
+WATCH_PENDING = 1024
+#: Failed steps in one snapshot; the rest is behind `submissions/ID/steps?state=failed`.
+SNAPSHOT_FAILED = 100
+#: Steps in one answer of `submissions/ID/steps`.
+STEPS_LISTED = 10_000
+
+_OPEN = frozenset({StepState.WAITING, StepState.READY, StepState.RUNNING, StepState.PUBLISHING})
+_ACTIVE = frozenset({StepState.RUNNING, StepState.PUBLISHING})
+#: Facts that begin something new; whoever has nothing open by then has ended before it.
+_BEGINNINGS = (
+    facts.SubmissionAccepted,
+    facts.StepAdded,
+    facts.RecipeAdded,
+    facts.StepHeld,
+    facts.StepRevived,
+)
+
+
+class Explainer(Protocol):
+    """What views show but cannot know: it is asked only while something is rendered."""
+
+    def waiting_for(self, step: StepKey) -> str:
+        """Return one sentence why the step does not run."""
+
+    def stuck(self, submission: SubmissionId) -> tuple[str, ...]:
+        """Return sentences about steps that nobody can take."""
+
+    def log_tail(self, step: StepKey, attempt: int) -> str:
+        """Return the last lines of an attempt's log, or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RootNote:
+    """A wish of a submission and the step it stands on; `outputs` as wanted, name and full store path."""
+
+    attr: str
+    drv: str
+    step: StepKey
+    outputs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionNote:
+    """What people called a submission."""
+
+    label: str
+    roots: tuple[RootNote, ...]
+
+
+_NO_DETAIL = StepInfo(key=StepKey(""), name="", system="", features=(), drv="", outputs=())
+_NO_NOTE = SubmissionNote(label="", roots=())
+
+
+@dataclass(slots=True, eq=False)
+class StepRow:
+    """A step as folded so far."""
+
+    key: StepKey
+    state: StepState = StepState.WAITING
+    recipes: tuple[Recipe, ...] = ()
+    #: Index of the active recipe.
+    recipe: int = 0
+    #: Needs of the active recipe that are not done.
+    pending: int = 0
+    #: Steps of which any recipe needs this one.
+    dependents: list[StepRow] = field(default_factory=list)
+    #: Submissions that had the step open when they arrived and have not ended.
+    submissions: list[SubmissionRow] = field(default_factory=list)
+    attempt: int = 0
+    builder: str = ""
+    stage: str = ""
+    phase: str = ""
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    uploaded_bytes: int = 0
+    failure: Failure | None = None
+    cause: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class SubmissionRow:
+    """A submission as folded so far."""
+
+    id: SubmissionId
+    created_at: float
+    roots: frozenset[StepKey]
+    #: Grows where a member falls back to a recipe with other needs.
+    members: list[StepKey]
+    #: Members that were done at arrival.
+    held: int = 0
+    joined: int = 0
+    #: The other members by state; the values sum up to `len(members) - held`.
+    counts: dict[StepState, int] = field(default_factory=lambda: dict.fromkeys(StepState, 0))
+    #: Members in one of the open states.
+    open: int = 0
+    done_roots: int = 0
+    active: dict[StepKey, StepRow] = field(default_factory=dict)
+    failed: dict[StepKey, StepRow] = field(default_factory=dict)
+    uploaded_bytes: int = 0
+    withdrawn: bool = False
+    #: Time of the last fact that moved a member.
+    touched_at: float = 0.0
+    ended: bool = False
+    watchers: list[Watcher] = field(default_factory=list)
+
+    @property
+    def state(self) -> SubmissionState:
+        """Derived, never stored."""
+        if self.withdrawn:
+            return SubmissionState.CANCELLED
+        if not self.ended:
+            return SubmissionState.RUNNING
+        return SubmissionState.SUCCEEDED if self.done_roots == len(self.roots) else SubmissionState.FAILED
+
+
+@dataclass(slots=True, eq=False)
+class WorkerRow:
+    """A worker as it last spoke of itself."""
+
+    hello: Hello
+    state: str = "online"
+    leases: tuple[HeldLease, ...] = ()
+    built: int = 0
+    last_seen: float = 0.0
+    reason: str = ""
+
+
+class Watcher:
+    """One reader of one submission's changes. `wake` is called when there is something to take; it must not block."""
+
+    def __init__(self, views: Views, submission: SubmissionRow, wake: Callable[[], None]) -> None:
+        self._views = views
+        self._submission = submission
+        self._wake = wake
+        #: Steps that changed since the last `take`, oldest change first.
+        self._changed: dict[StepKey, StepRow] = {}
+        self._behind = True
+        self._over = False
+
+    def note(self, row: StepRow) -> None:
+        """A step of the submission changed."""
+        if not self._behind:
+            self._changed.pop(row.key, None)
+            self._changed[row.key] = row
+            if len(self._changed) > WATCH_PENDING:
+                self._changed.clear()
+                self._behind = True
+        self._wake()
+
+    def touch(self) -> None:
+        """Something about the submission as a whole changed."""
+        self._wake()
+
+    @property
+    def over(self) -> bool:
+        """Whether the last event has been taken."""
+        return self._over
+
+    def take(self) -> list[WatchEvent]:
+        """Return what a reader must now see; the first time, and when it fell behind, a whole snapshot."""
+        views, submission = self._views, self._submission
+        if self._over:
+            return []
+        events: list[WatchEvent]
+        if self._behind:
+            events = [views.snapshot(submission)]
+            self._behind = False
+        else:
+            events = [StepChanged(step=views.step_view(row)) for row in self._changed.values()]
+            events.append(views.counts_changed(submission))
+        self._changed.clear()
+        if submission.ended or submission.withdrawn:
+            self._over = True
+            events.append(Ended(submission=views.submission_view(submission)))
+        return events
+
+
+class Views:
+    """All rows. `fold` takes facts; the `worker_…` methods and `stage` take what is not worth a fact."""
+
+    def __init__(self, explainer: Explainer) -> None:
+        self._explain = explainer
+        self._steps: dict[StepKey, StepRow] = {}
+        self._submissions: dict[SubmissionId, SubmissionRow] = {}
+        self._workers: dict[str, WorkerRow] = {}
+        self._details: dict[StepKey, StepInfo] = {}
+        self._notes: dict[SubmissionId, SubmissionNote] = {}
+        #: Submissions that may have ended; looked at before the next beginning and at the end of a batch.
+        self._unsettled: dict[SubmissionId, SubmissionRow] = {}
+        #: Time of the newest durable fact.
+        self._at = 0.0
+        self._folders = cast(
+            "Mapping[type, Callable[[Fact], None]]",
+            {
+                facts.SubmissionAccepted: self._accepted,
+                facts.SubmissionWithdrawn: self._withdrawn,
+                facts.StepAdded: self._added,
+                facts.RecipeAdded: self._recipe_added,
+                facts.StepHeld: self._held,
+                facts.StepRevived: self._revived,
+                facts.StepLost: self._lost,
+                facts.StepLeased: self._leased,
+                facts.LeaseRevoked: self._revoked,
+                facts.StepBuilt: self._built,
+                facts.StepDone: self._done,
+                facts.StepFellBack: self._fell_back,
+                facts.StepFailed: self._failed,
+                facts.StepDoomed: self._doomed,
+                facts.StepAbandoned: self._abandoned,
+            },
+        )
+
+    # What is folded in.
+
+    def know(
+        self, details: Mapping[StepKey, StepInfo], notes: Mapping[SubmissionId, SubmissionNote] | None = None
+    ) -> None:
+        """Learn names; may come before or after the facts they belong to."""
+        for key, detail in details.items():
+            self._details.setdefault(key, detail)
+        self._notes.update(notes or {})
+
+    def fold(self, batch: Iterable[Fact], *, settle: bool = True) -> None:
+        """Take facts in order. `settle` is off while a journal is replayed, whose frames may split a batch."""
+        for fact in batch:
+            if self._unsettled and isinstance(fact, _BEGINNINGS):
+                self.settle()
+            folder = self._folders.get(type(fact))
+            if folder is not None:
+                folder(fact)
+        if settle:
+            self.settle()
+
+    def settle(self) -> None:
+        """End the submissions that have nothing open."""
+        for row in self._unsettled.values():
+            if not row.ended and (row.open == 0 or row.done_roots == len(row.roots)):
+                row.ended = True
+                for key in row.members:
+                    with contextlib.suppress(ValueError):
+                        self._steps[key].submissions.remove(row)
+                row.active.clear()
+                _touch(row)
+        self._unsettled.clear()
+
+    def stage(self, change: StageChange) -> None:
+        """A worker says where a lease is; stale words are ignored."""
+        row = self._steps.get(StepKey(change.step))
+        if row is None or row.attempt != change.attempt or row.state is not StepState.RUNNING:
+            return
+        if (row.stage, row.phase) != (change.stage.value, change.phase):
+            row.stage, row.phase = change.stage.value, change.phase
+            _note(row)
+
+    def worker_connected(self, hello: Hello, now: float) -> None:
+        """A worker introduced itself."""
+        old = self._workers.get(hello.worker)
+        built = old.built if old is not None else 0
+        self._workers[hello.worker] = WorkerRow(hello, leases=hello.leases, built=built, last_seen=now)
+        self._touch_all()
+
+    def worker_spoke(self, worker: str, batch: Batch, now: float) -> None:
+        """A heartbeat."""
+        row = self._workers.get(worker)
+        if row is None or row.hello.incarnation != batch.incarnation:
+            return
+        row.state, row.reason = ("draining" if batch.draining else "online"), ""
+        row.leases, row.last_seen = batch.leases, now
+
+    def worker_unreachable(self, worker: str, incarnation: str, reason: str, *, gone: bool) -> None:
+        """The transport lost a worker for now (`gone` false) or for ever."""
+        row = self._workers.get(worker)
+        if row is None or row.hello.incarnation != incarnation:
+            return
+        row.state, row.reason = ("gone" if gone else "silent"), reason
+        if gone:
+            row.leases = ()
+        self._touch_all()
+
+    # What is asked.
+
+    def submission(self, submission: str) -> SubmissionRow:
+        """Return a submission's row. Raises `NotFoundError`."""
+        row = self._submissions.get(SubmissionId(submission))
+        if row is None:
+            raise NotFoundError(f"there is no submission {submission[:80]!r}; `drover status` lists them.")
+        return row
+
+    def submissions(self) -> list[SubmissionView]:
+        """Return all submissions, newest first."""
+        return [self.submission_view(row) for row in reversed(self._submissions.values())]
+
+    def step(self, text: str) -> StepRow:
+        """Return the step whose key is `text`, or the only one whose key, name or .drv contains it.
+
+        Raises `NotFoundError` that says whether there are none or several.
+        """
+        row = self._steps.get(StepKey(text))
+        if row is not None:
+            return row
+        found = [key for key in self._steps if text in key]
+        if not found:
+            found = [key for key, detail in self._details.items() if text in detail.drv and key in self._steps]
+        if len(found) == 1:
+            return self._steps[found[0]]
+        if found:
+            some = ", ".join(found[:3])
+            raise NotFoundError(f"{len(found)} steps match {text[:80]!r} ({some}, …); give more of the name.")
+        raise NotFoundError(f"there is no step {text[:80]!r}; `drover status ID` lists those of a submission.")
+
+    def attempt_of_drv(self, base_name: str) -> tuple[StepKey, int] | None:
+        """Return step and latest attempt of a .drv (base name), for the cache's log route."""
+        for key, detail in self._details.items():
+            if detail.drv.endswith("/" + base_name):
+                row = self._steps.get(key)
+                return (key, row.attempt) if row is not None and row.attempt else None
+        return None
+
+    def steps(self, submission: SubmissionRow, states: frozenset[StepState]) -> list[StepView]:
+        """Return members in `states` (empty: all), at most `STEPS_LISTED`."""
+        found: list[StepView] = []
+        for key in submission.members:
+            row = self._steps[key]
+            if not states or row.state in states:
+                found.append(self.step_view(row))
+                if len(found) == STEPS_LISTED:
+                    break
+        return found
+
+    def workers(self) -> list[WorkerView]:
+        """Return all workers, by name."""
+        return [
+            WorkerView(
+                name=name,
+                state=row.state,
+                systems=row.hello.systems,
+                emulated=row.hello.emulated,
+                features=row.hello.features,
+                slots=row.hello.slots,
+                leases=tuple((lease.step, lease.stage.value) for lease in row.leases),
+                nix_version=row.hello.nix_version,
+                built=row.built,
+                last_seen=row.last_seen,
+                reason=row.reason,
+            )
+            for name, row in sorted(self._workers.items())
+        ]
+
+    @contextlib.contextmanager
+    def watch(self, submission: SubmissionRow, wake: Callable[[], None]) -> Iterator[Watcher]:
+        """Hand out a watcher for as long as the block runs."""
+        watcher = Watcher(self, submission, wake)
+        submission.watchers.append(watcher)
+        try:
+            yield watcher
+        finally:
+            submission.watchers.remove(watcher)
+
+    def step_view(self, row: StepRow) -> StepView:
+        """Render a step."""
+        detail = self._details.get(row.key, _NO_DETAIL)
+        worker = self._workers.get(row.builder)
+        waiting = row.state in (StepState.WAITING, StepState.READY)
+        failed = row.state is StepState.FAILED
+        return StepView(
+            key=row.key,
+            name=detail.name,
+            system=detail.system,
+            features=detail.features,
+            drv=detail.drv,
+            outputs=dict(detail.outputs),
+            state=row.state,
+            attempt=row.attempt,
+            worker=row.builder,
+            emulated=worker is not None and detail.system in worker.hello.emulated,
+            stage=row.stage,
+            phase=row.phase,
+            started_at=row.started_at,
+            ended_at=row.ended_at,
+            uploaded_bytes=row.uploaded_bytes,
+            failure=FailureView(kind=row.failure.kind, message=row.failure.message) if row.failure else None,
+            cause=row.cause,
+            waiting_for=self._explain.waiting_for(row.key) if waiting else "",
+            log_tail=self._explain.log_tail(row.key, row.attempt) if failed else "",
+        )
+
+    def submission_view(self, row: SubmissionRow) -> SubmissionView:
+        """Render a submission."""
+        note = self._notes.get(row.id, _NO_NOTE)
+        return SubmissionView(
+            id=row.id,
+            label=note.label,
+            state=row.state,
+            created_at=row.created_at,
+            ended_at=row.touched_at if row.ended or row.withdrawn else 0.0,
+            roots=tuple(
+                RootView(
+                    attr=root.attr,
+                    drv=root.drv,
+                    step=root.step,
+                    state=self._steps[root.step].state,
+                    outputs=dict(root.outputs),
+                )
+                for root in note.roots
+            ),
+            counts=self._counts(row),
+            uploaded_bytes=row.uploaded_bytes,
+            stuck=self._stuck(row),
+        )
+
+    def snapshot(self, row: SubmissionRow) -> Snapshot:
+        """Render a submission with the steps that run or failed."""
+        rows = [*row.active.values(), *list(row.failed.values())[:SNAPSHOT_FAILED]]
+        return Snapshot(submission=self.submission_view(row), steps=tuple(self.step_view(step) for step in rows))
+
+    def counts_changed(self, row: SubmissionRow) -> CountsChanged:
+        """Render the counts of a submission."""
+        return CountsChanged(counts=self._counts(row), uploaded_bytes=row.uploaded_bytes, stuck=self._stuck(row))
+
+    def _counts(self, row: SubmissionRow) -> Counts:
+        by_state = {state.value: count for state, count in row.counts.items()}
+        return Counts(total=len(row.members), held=row.held, joined=row.joined, **by_state)
+
+    def _stuck(self, row: SubmissionRow) -> tuple[str, ...]:
+        return () if row.ended or row.withdrawn else self._explain.stuck(row.id)
+
+    # One method for each fact.
+
+    def _accepted(self, fact: facts.SubmissionAccepted) -> None:
+        self._at = max(self._at, fact.at)
+        sub = SubmissionRow(fact.submission, fact.at, frozenset(fact.roots), list(fact.members), touched_at=fact.at)
+        held = set(fact.held)
+        for key in fact.members:
+            row = self._row(key)
+            if key in held or row.state is StepState.DONE:
+                sub.held += 1
+                continue
+            row.submissions.append(sub)
+            _enter(sub, row)
+        sub.done_roots = sum(1 for root in sub.roots if root in held or self._row(root).state is StepState.DONE)
+        sub.joined = len(fact.joined)
+        self._submissions[fact.submission] = sub
+        self._unsettled[fact.submission] = sub
+
+    def _withdrawn(self, fact: facts.SubmissionWithdrawn) -> None:
+        self._at = max(self._at, fact.at)
+        sub = self._submissions[fact.submission]
+        if not sub.withdrawn:
+            sub.withdrawn = True
+            sub.touched_at = fact.at
+            _touch(sub)
+
+    def _added(self, fact: facts.StepAdded) -> None:
+        row = self._row(fact.spec.key)
+        row.recipes = fact.spec.recipes
+        for recipe in row.recipes:
+            self._link(row, recipe)
+        self._wait(row, 0)
+
+    def _recipe_added(self, fact: facts.RecipeAdded) -> None:
+        row = self._row(fact.step)
+        row.recipes = (*row.recipes, fact.recipe)
+        self._link(row, fact.recipe)
+
+    def _held(self, fact: facts.StepHeld) -> None:
+        self._finish(self._row(fact.step))
+
+    def _revived(self, fact: facts.StepRevived) -> None:
+        row = self._row(fact.step)
+        row.failure, row.cause, row.ended_at = None, "", 0.0
+        self._wait(row, fact.recipe)
+
+    def _lost(self, fact: facts.StepLost) -> None:
+        row = self._row(fact.step)
+        row.ended_at = 0.0
+        self._wait(row, row.recipe)
+        for above in self._users(row):
+            above.pending += 1
+            if above.state is StepState.READY:
+                self._move(above, StepState.WAITING)
+
+    def _leased(self, fact: facts.StepLeased) -> None:
+        self._at = max(self._at, fact.at)
+        row = self._row(fact.lease.step)
+        row.attempt, row.recipe, row.builder = fact.lease.attempt, fact.recipe, fact.builder
+        row.started_at, row.ended_at, row.stage, row.phase = fact.at, 0.0, "queued", ""
+        self._move(row, StepState.RUNNING)
+
+    def _revoked(self, fact: facts.LeaseRevoked) -> None:
+        row = self._row(fact.lease.step)
+        row.builder, row.stage, row.phase = "", "", ""
+        self._wait(row, row.recipe)
+
+    def _built(self, fact: facts.StepBuilt) -> None:
+        self._at = max(self._at, fact.at)
+        row = self._row(fact.lease.step)
+        row.uploaded_bytes, row.stage, row.phase = evidence_size(fact.evidence), "", ""
+        worker = self._workers.get(fact.builder)
+        if worker is not None:
+            worker.built += 1
+        self._move(row, StepState.PUBLISHING)
+
+    def _done(self, fact: facts.StepDone) -> None:
+        self._at = max(self._at, fact.at)
+        row = self._row(fact.lease.step)
+        row.ended_at = fact.at
+        for sub in row.submissions:
+            sub.uploaded_bytes += row.uploaded_bytes
+        self._finish(row)
+
+    def _fell_back(self, fact: facts.StepFellBack) -> None:
+        row = self._row(fact.step)
+        row.builder, row.stage, row.phase = "", "", ""
+        self._wait(row, fact.recipe)
+        self._join_needs(row)
+
+    def _failed(self, fact: facts.StepFailed) -> None:
+        self._at = max(self._at, fact.at)
+        row = self._row(fact.step)
+        row.failure, row.ended_at, row.builder = fact.failure, fact.at, fact.builder
+        row.stage, row.phase = "", ""
+        self._move(row, StepState.FAILED)
+
+    def _doomed(self, fact: facts.StepDoomed) -> None:
+        row = self._row(fact.step)
+        row.cause = fact.cause
+        self._move(row, StepState.DOOMED)
+
+    def _abandoned(self, fact: facts.StepAbandoned) -> None:
+        row = self._row(fact.step)
+        row.builder, row.stage, row.phase = "", "", ""
+        self._move(row, StepState.ABANDONED)
+
+    # The parts they share.
+
+    def _row(self, key: StepKey) -> StepRow:
+        row = self._steps.get(key)
+        if row is None:
+            row = self._steps[key] = StepRow(key)
+        return row
+
+    def _link(self, row: StepRow, recipe: Recipe) -> None:
+        for need in recipe.needs:
+            below = self._row(need)
+            if not below.dependents or below.dependents[-1] is not row:
+                below.dependents.append(row)
+
+    def _wait(self, row: StepRow, recipe: int) -> None:
+        """The step starts over with a recipe: ready, or waiting for its open needs."""
+        row.recipe = recipe
+        needs = row.recipes[recipe].needs if recipe < len(row.recipes) else ()
+        row.pending = sum(1 for need in needs if self._row(need).state is not StepState.DONE)
+        self._move(row, StepState.WAITING if row.pending else StepState.READY)
+
+    def _finish(self, row: StepRow) -> None:
+        if row.state is StepState.DONE:
+            return
+        row.stage, row.phase = "", ""
+        self._move(row, StepState.DONE)
+        for above in self._users(row):
+            above.pending -= 1
+            if above.pending == 0 and above.state is StepState.WAITING:
+                self._move(above, StepState.READY)
+
+    def _users(self, row: StepRow) -> Iterator[StepRow]:
+        """Yield the steps whose active recipe needs this one."""
+        for above in row.dependents:
+            # With one recipe every dependent needs this step; a wide step's needs must not be scanned for each need.
+            if len(above.recipes) == 1 or row.key in above.recipes[above.recipe].needs:
+                yield above
+
+    def _join_needs(self, row: StepRow) -> None:
+        """The submissions of a step now also stand on what its active recipe needs."""
+        for sub in row.submissions:
+            stack = list(row.recipes[row.recipe].needs)
+            while stack:
+                below = self._row(stack.pop())
+                if below.state is StepState.DONE or sub in below.submissions:
+                    continue
+                below.submissions.append(sub)
+                sub.members.append(below.key)
+                _enter(sub, below)
+                if below.recipe < len(below.recipes):
+                    stack.extend(below.recipes[below.recipe].needs)
+
+    def _move(self, row: StepRow, state: StepState) -> None:
+        """Change a step's state in every submission that has it."""
+        old, row.state = row.state, state
+        for sub in row.submissions:
+            sub.counts[old] -= 1
+            sub.counts[state] += 1
+            _place(sub, row, old, state)
+            sub.touched_at = max(sub.touched_at, self._at)
+            if sub.open == 0 or sub.done_roots == len(sub.roots):
+                self._unsettled[sub.id] = sub
+            for watcher in sub.watchers:
+                watcher.note(row)
+
+    def _touch_all(self) -> None:
+        for sub in self._submissions.values():
+            if sub.watchers:
+                _touch(sub)
+
+
+def _enter(sub: SubmissionRow, row: StepRow) -> None:
+    """Count a member that was not done at arrival."""
+    sub.counts[row.state] += 1
+    sub.open += row.state in _OPEN
+    if row.state in _ACTIVE:
+        sub.active[row.key] = row
+    elif row.state is StepState.FAILED:
+        sub.failed[row.key] = row
+
+
+def _place(sub: SubmissionRow, row: StepRow, old: StepState, new: StepState) -> None:
+    """Keep the indexes of a submission in step with a member's move."""
+    sub.open += (new in _OPEN) - (old in _OPEN)
+    if row.key in sub.roots:
+        sub.done_roots += (new is StepState.DONE) - (old is StepState.DONE)
+    if old in _ACTIVE:
+        sub.active.pop(row.key, None)
+    elif old is StepState.FAILED:
+        sub.failed.pop(row.key, None)
+    if new in _ACTIVE:
+        sub.active[row.key] = row
+    elif new is StepState.FAILED:
+        sub.failed[row.key] = row
+
+
+def _note(row: StepRow) -> None:
+    for sub in row.submissions:
+        for watcher in sub.watchers:
+            watcher.note(row)
+
+
+def _touch(sub: SubmissionRow) -> None:
+    for watcher in sub.watchers:
+        watcher.touch()
