@@ -1,0 +1,355 @@
+"""The HTTP API from the client's side: typed answers, typed errors, a watch that survives a broken connection."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self, TypeVar
+
+import aiohttp
+import orjson
+from pydantic import TypeAdapter, ValidationError
+
+from coordinator.errors import CoordinatorError
+from coordinator.schema import (
+    Ended,
+    ErrorView,
+    FarmView,
+    IntakeMissing,
+    IntakeQuery,
+    Model,
+    StepState,
+    StepView,
+    SubmissionView,
+    SubmitRequest,
+    WatchEvent,
+    WorkerView,
+)
+
+DEFAULT_URL = "http://127.0.0.1:7878"
+#: Seconds for a connection, for one JSON answer, and of silence on a stream before it is taken for broken.
+CONNECT_S = 10.0
+ANSWER_S = 300.0
+SILENCE_S = 60.0
+#: Seconds between attempts to watch again: first, longest; and after how long of nothing but failures to give up.
+RECONNECT_FIRST_S = 0.25
+RECONNECT_LONGEST_S = 5.0
+RECONNECT_GIVE_UP_S = 300.0
+#: One server-sent event; a snapshot names every running and failed step.
+MAX_EVENT_BYTES = 256 * 1024 * 1024
+
+_EVENTS: TypeAdapter[WatchEvent] = TypeAdapter(WatchEvent)
+_STEPS = TypeAdapter(list[StepView])
+_SUBMISSIONS = TypeAdapter(list[SubmissionView])
+_WORKERS = TypeAdapter(list[WorkerView])
+_Answer = TypeVar("_Answer", bound=Model)
+_Parsed = TypeVar("_Parsed")
+
+
+class ClientError(CoordinatorError):
+    """Talking to the coordinator failed; the sentence says what to do."""
+
+    code: ClassVar[str] = "client"
+
+
+class UnreachableError(ClientError):
+    """Nobody answers at the coordinator's address, or no longer."""
+
+    code: ClassVar[str] = "unreachable"
+
+    def __init__(self, url: str, why: str = "") -> None:
+        reason = f" ({why})" if why else ""
+        super().__init__(f"cannot reach the coordinator at {url}{reason}; start one with `drover up` or set DROVER_URL")
+
+
+class RefusedError(ClientError):
+    """The coordinator answered, and the answer is no.
+
+    Attributes:
+        status: HTTP status.
+        reason: The coordinator's own code for it, such as `not_found`.
+    """
+
+    code: ClassVar[str] = "refused"
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+
+
+def find_token(told: str | None = None) -> str:
+    """Return the API token from the file `told`, `DROVER_TOKEN_FILE`, or the default state directory; "" if none.
+
+    Raises:
+        ClientError: A file that was named cannot be read.
+    """
+    named = told or os.environ.get("DROVER_TOKEN_FILE", "")
+    if named:
+        try:
+            return Path(named).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not text"
+            raise ClientError(f"cannot read the token file {named}: {why}") from None
+    try:
+        return (_state_dir() / "api-token").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        # Not an error yet: if the coordinator is down, that is the better thing to say.
+        return ""
+
+
+def _state_dir() -> Path:
+    told = os.environ.get("DROVER_STATE_DIR", "")
+    if told:
+        return Path(told).expanduser()
+    base = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".local" / "state") / "drover"
+
+
+class ApiClient:
+    """One HTTP session with the coordinator; an asynchronous context manager.
+
+    Every method raises `UnreachableError` where nobody answers and `RefusedError` where the answer is no.
+    """
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(headers=self._headers)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def missing(self, query: IntakeQuery) -> IntakeMissing:
+        """Ask once which members of a closure must be sent."""
+        return await self._json("POST", "intake/missing", IntakeMissing, query)
+
+    async def send_derivations(self, stream: AsyncIterator[bytes]) -> None:
+        """Send the derivations stream of `coordinator.framing`."""
+        async with self._call("PUT", "intake/derivations", data=stream, answer_s=None):
+            pass
+
+    async def send_sources(self, stream: AsyncIterator[bytes]) -> None:
+        """Send the sources stream of `coordinator.framing`."""
+        async with self._call("PUT", "intake/sources", data=stream, answer_s=None):
+            pass
+
+    async def submit(self, request: SubmitRequest) -> SubmissionView:
+        """Submit derivations that the coordinator has."""
+        return await self._json("POST", "submissions", SubmissionView, request)
+
+    async def submissions(self) -> list[SubmissionView]:
+        """Return all submissions, newest first."""
+        return self._parse(_SUBMISSIONS, await self._bytes("GET", "submissions"))
+
+    async def submission(self, submission: str) -> SubmissionView:
+        """Return one submission."""
+        return await self._json("GET", f"submissions/{_part(submission)}", SubmissionView)
+
+    async def cancel(self, submission: str) -> SubmissionView:
+        """Withdraw a submission; a repeat is a no-op."""
+        return await self._json("POST", f"submissions/{_part(submission)}/cancel", SubmissionView)
+
+    async def steps(self, submission: str, states: Sequence[StepState] = ()) -> list[StepView]:
+        """Return the steps of a submission, those in `states` or all."""
+        query = {"state": ",".join(states)} if states else {}
+        return self._parse(_STEPS, await self._bytes("GET", f"submissions/{_part(submission)}/steps", params=query))
+
+    async def step(self, key: str) -> StepView:
+        """Return one step; `key` may be any unique part of its key."""
+        return await self._json("GET", f"steps/{_part(key)}", StepView)
+
+    async def workers(self) -> list[WorkerView]:
+        """Return all workers."""
+        return self._parse(_WORKERS, await self._bytes("GET", "workers"))
+
+    async def farm(self) -> FarmView:
+        """Return how to use the farm's cache."""
+        return await self._json("GET", "farm", FarmView)
+
+    async def log(self, key: str, *, follow: bool = False) -> AsyncIterator[bytes]:
+        """Yield a step's log as raw bytes; with `follow` until the step has ended."""
+        query = {"follow": "1"} if follow else {}
+        async with self._call("GET", f"steps/{_part(key)}/log", params=query, answer_s=None) as response:
+            try:
+                async for chunk in response.content.iter_any():
+                    yield chunk
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise UnreachableError(self.url, _why(error)) from None
+
+    async def watch(
+        self, submission: str, on_lost: Callable[[str], None] = lambda _why: None
+    ) -> AsyncIterator[WatchEvent]:
+        """Yield a submission's events up to and with `Ended`; after a break it begins again with a new snapshot.
+
+        `on_lost` is told why, once for each time that the connection breaks.
+
+        Raises:
+            UnreachableError: nothing but failures for `RECONNECT_GIVE_UP_S`, or the very first connection failed.
+        """
+        clock = asyncio.get_running_loop().time
+        lost_at: float | None = None
+        seen = False
+        pause_s = RECONNECT_FIRST_S
+        while True:
+            try:
+                async for event in self._watch_once(submission):
+                    seen, lost_at, pause_s = True, None, RECONNECT_FIRST_S
+                    yield event
+                    if isinstance(event, Ended):
+                        return
+                why = "the stream ended early"
+            except UnreachableError as error:
+                if not seen:
+                    raise
+                why = str(error)
+            if lost_at is None:
+                lost_at = clock()
+                on_lost(why)
+            if clock() - lost_at > RECONNECT_GIVE_UP_S:
+                raise UnreachableError(self.url, f"for {RECONNECT_GIVE_UP_S:.0f} s")
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, RECONNECT_LONGEST_S)
+
+    async def _watch_once(self, submission: str) -> AsyncIterator[WatchEvent]:
+        path = f"submissions/{_part(submission)}/events"
+        async with self._call("GET", path, answer_s=None, silence_s=SILENCE_S) as response:
+            reader = EventReader()
+            try:
+                async for chunk in response.content.iter_any():
+                    for data in reader.feed(chunk):
+                        yield self._parse(_EVENTS, data)
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise UnreachableError(self.url, _why(error)) from None
+
+    async def _json(self, method: str, path: str, answer: type[_Answer], body: Model | None = None) -> _Answer:
+        data = None if body is None else orjson.dumps(body.model_dump(mode="json"))
+        raw = await self._bytes(method, path, data=data)
+        try:
+            return answer.model_validate_json(raw)
+        except ValidationError:
+            raise self._not_understood() from None
+
+    def _parse(self, adapter: TypeAdapter[_Parsed], raw: bytes) -> _Parsed:
+        try:
+            return adapter.validate_json(raw)
+        except ValidationError:
+            raise self._not_understood() from None
+
+    def _not_understood(self) -> ClientError:
+        return ClientError(
+            f"the answer of {self.url} was not understood; client and coordinator should be of one version"
+        )
+
+    async def _bytes(
+        self, method: str, path: str, *, data: bytes | None = None, params: Mapping[str, str] | None = None
+    ) -> bytes:
+        async with self._call(method, path, data=data, params=params) as response:
+            try:
+                return await response.read()
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise UnreachableError(self.url, _why(error)) from None
+
+    @asynccontextmanager
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        data: bytes | AsyncIterator[bytes] | None = None,
+        params: Mapping[str, str] | None = None,
+        answer_s: float | None = ANSWER_S,
+        silence_s: float | None = None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._session is None:
+            raise ClientError("the client is used outside its context")
+        timeout = aiohttp.ClientTimeout(total=answer_s, sock_connect=CONNECT_S, sock_read=silence_s)
+        headers = {"Content-Type": "application/json"} if isinstance(data, bytes) else {}
+        try:
+            response = await self._session.request(
+                method,
+                f"{self.url}/api/v1/{path}",
+                data=data,
+                params=params,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
+            )
+        except aiohttp.InvalidURL:
+            raise ClientError(f"{self.url} is not an address; set DROVER_URL to one like {DEFAULT_URL}") from None
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            # What went wrong while the body was made comes wrapped.
+            if isinstance(error.__cause__, CoordinatorError):
+                raise error.__cause__ from None
+            raise UnreachableError(self.url, _why(error)) from None
+        try:
+            if response.status >= 300:
+                raise await _refusal(response, self.url)
+            yield response
+        finally:
+            response.release()
+
+
+class EventReader:
+    """Cuts a `text/event-stream` into the data of its events; comments and other fields are passed over."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """Return the data of the events that `chunk` completes."""
+        self._buffer += chunk
+        if len(self._buffer) > MAX_EVENT_BYTES:
+            raise ClientError(f"the coordinator sent an event of more than {MAX_EVENT_BYTES} bytes")
+        whole, mark, rest = bytes(self._buffer).replace(b"\r\n", b"\n").rpartition(b"\n\n")
+        if not mark:
+            return []
+        self._buffer = bytearray(rest)
+        events = []
+        for block in whole.split(b"\n\n"):
+            lines = (line for line in block.split(b"\n") if line.startswith(b"data:"))
+            data = b"\n".join(line[5:].removeprefix(b" ") for line in lines)
+            if data:
+                events.append(data)
+        return events
+
+
+async def _refusal(response: aiohttp.ClientResponse, url: str) -> RefusedError:
+    raw = await response.content.read(64 * 1024)
+    try:
+        body = ErrorView.model_validate_json(raw).error
+        reason, message = body.code, body.message
+    except ValidationError:
+        reason, message = "http", f"{url} answered with status {response.status}; is that a drover coordinator?"
+    if response.status == 401:
+        message = (
+            f"the coordinator at {url} did not accept the API token; name its file with --token-file "
+            "or DROVER_TOKEN_FILE (`drover up` writes it as api-token into its state directory)"
+        )
+    return RefusedError(response.status, reason, message)
+
+
+def _part(text: str) -> str:
+    """Make `text` one segment of a path."""
+    return "".join(
+        c if c.isascii() and (c.isalnum() or c in "-._") else "".join(f"%{b:02X}" for b in c.encode()) for c in text
+    )
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return error.os_error.strerror or "connection failed"
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return str(error) or type(error).__name__
