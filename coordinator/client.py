@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self, TypeVar
+from urllib.parse import quote
 
 import aiohttp
 import orjson
@@ -70,7 +71,7 @@ class RefusedError(ClientError):
     """The coordinator answered, and the answer is no.
 
     Attributes:
-        status: HTTP status.
+        http_status: Of the answer.
         reason: The coordinator's own code for it, such as `not_found`.
     """
 
@@ -78,7 +79,7 @@ class RefusedError(ClientError):
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(message)
-        self.status = status
+        self.http_status = status
         self.reason = reason
 
 
@@ -342,9 +343,7 @@ async def _refusal(response: aiohttp.ClientResponse, url: str) -> RefusedError:
 
 def _part(text: str) -> str:
     """Make `text` one segment of a path."""
-    return "".join(
-        c if c.isascii() and (c.isalnum() or c in "-._") else "".join(f"%{b:02X}" for b in c.encode()) for c in text
-    )
+    return quote(text, safe="")
 
 
 def _why(error: BaseException) -> str:
