@@ -1,0 +1,43 @@
+"""A NAR out of the object store, verified."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from infra.cache.objects import LocalObjectStore, ObjectStore
+from infra.cache.upload import INLINE_BYTES
+from infra.cache.verify import NarPromise, VerifiedNar
+
+
+async def fetch_nar(store: ObjectStore, narinfo: NarPromise) -> AsyncGenerator[bytes, None]:
+    """Yield the NAR that `narinfo` (a `NarInfo`, say) promises, about 1 MiB at a time; `url` is the object's key.
+
+    It ends normally only if file size and hash, NAR size and hash are as promised: until then what was yielded must
+    not be used (give it to a consumer that commits at the end). Close the generator if you leave it early.
+
+    Raises:
+        CorruptNarError: a promise is broken.
+        ObjectMissingError: the object is gone.
+        ObjectStoreError: it cannot be read.
+    """
+    if isinstance(store, LocalObjectStore):
+        reader = VerifiedNar(store.open_blocking(narinfo.url), narinfo)
+        if narinfo.file_size <= INLINE_BYTES >= narinfo.nar_size:
+            try:
+                while data := reader.read():
+                    yield data
+            finally:
+                reader.close()
+            return
+    else:
+        reader = VerifiedNar(await asyncio.to_thread(store.open_blocking, narinfo.url), narinfo)
+    work = asyncio.ensure_future(asyncio.to_thread(reader.read))
+    try:
+        while data := await work:
+            work = asyncio.ensure_future(asyncio.to_thread(reader.read))
+            yield data
+    finally:
+        # A thread cannot be stopped: let it end before its file is closed.
+        await asyncio.wait([work])
+        reader.close()

@@ -1,0 +1,96 @@
+"""The files of signing keys: made once, readable by their owner alone, never quoted.
+
+A file holds one key as Nix writes it, `name:base64`, so that `nix store sign --key-file` reads it too.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from infra.cache.errors import KeyFileError
+from infra.nix.errors import FormatError
+from infra.nix.signing import SEED_SIZE, SecretKey, generate
+
+#: A key file is a line of about 100 characters.
+MAX_KEY_FILE_BYTES = 4096
+
+
+def load_key(path: Path) -> SecretKey:
+    """Return the key in `path`.
+
+    Raises:
+        KeyFileError: the file is missing, not a regular file, accessible to anyone but its owner, or holds no key.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise KeyFileError(f"cannot read the signing key {path}: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        # Asked of the open file, not of the path, which might be swapped in between.
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise KeyFileError(f"the signing key {path} is not a regular file")
+        if status.st_mode & 0o077:
+            raise KeyFileError(
+                f"the signing key {path} is accessible to others (mode {stat.S_IMODE(status.st_mode):04o}): "
+                f"run `chmod 600 {path}`, and replace the key if somebody may have read it"
+            )
+        content = file.read(MAX_KEY_FILE_BYTES)
+    try:
+        return SecretKey.parse(content.decode("ascii").strip())
+    except (FormatError, UnicodeDecodeError):
+        # Without a cause: no part of the content may reach a log.
+        raise KeyFileError(f"the signing key {path} is not in the form name:base64") from None
+
+
+def load_or_create_key(path: Path, name: str) -> SecretKey:
+    """Return the key in `path`, made first if there is no such file; `name` is for a new key only.
+
+    The file appears whole, with mode 0600, or not at all; of two who make it at once one wins and both use its key.
+
+    Raises:
+        KeyFileError: as `load_key`, or the file cannot be written, or `name` cannot name a key.
+    """
+    with suppress(FileNotFoundError):
+        path.lstat()
+        return load_key(path)
+    try:
+        key = generate(name, secrets.token_bytes(SEED_SIZE))
+    except FormatError as error:
+        raise KeyFileError(f"{name!r} cannot name a signing key: {error.message}") from None
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(f"{key.reveal()}\n".encode("ascii"))
+                file.flush()
+                os.fsync(file.fileno())
+            # A link, unlike a rename, does not replace what another process may have made meanwhile.
+            with suppress(FileExistsError):
+                os.link(staged, path)
+        finally:
+            staged.unlink()
+    except OSError as error:
+        raise KeyFileError(f"cannot write the signing key {path}: {error.strerror}") from None
+    return load_key(path)
+
+
+def load_keys(paths: Sequence[Path]) -> tuple[SecretKey, ...]:
+    """Return the keys of several files, in order; every narinfo is signed by each of them.
+
+    Raises:
+        KeyFileError: as `load_key`, or two keys have one name.
+    """
+    keys = tuple(load_key(path) for path in paths)
+    names = [key.name for key in keys]
+    for name in names:
+        if names.count(name) > 1:
+            raise KeyFileError(f"two signing keys are called {name!r}: give each its own name")
+    return keys

@@ -1,0 +1,141 @@
+"""An object's NAR, decompressed and held against what was promised of it.
+
+The one reader of NAR objects: publishing discards what it yields, workers unpack it. It runs where it may block (a
+thread; hashing and decompression release the interpreter lock) and holds about one READ_BYTES of each side, whatever
+the object claims: output is taken from the decompressor in bounded pieces, and reading stops once it exceeds the
+promised size, so a small object that unpacks to terabytes costs no more than an honest one.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import IO, Protocol, cast
+
+import zstandard
+
+from infra.cache.errors import CorruptNarError
+from infra.cache.objects import READ_BYTES, BlockingSource
+from infra.nix.hashing import sha256_text
+
+#: The only compression that this cache writes and reads.
+COMPRESSION = "zstd"
+#: A frame may ask for this much memory to be unpacked (RFC 8878, 3.1.1.1.2, asks every decoder to support 8 MiB).
+MAX_WINDOW_BYTES = 8 * 1024 * 1024
+
+
+class NarPromise(Protocol):
+    """What is said of an object; a `NarInfo` and a `Candidate` both are one. An empty `file_hash` promises nothing."""
+
+    @property
+    def store_path(self) -> str:
+        """Full store path."""
+
+    @property
+    def url(self) -> str:
+        """Key of the object."""
+
+    @property
+    def compression(self) -> str:
+        """Codec name."""
+
+    @property
+    def file_hash(self) -> str:
+        """`sha256:<nix32>` of the object, or empty."""
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the object, or 0."""
+
+    @property
+    def nar_hash(self) -> str:
+        """`sha256:<nix32>` of the NAR."""
+
+    @property
+    def nar_size(self) -> int:
+        """Bytes of the NAR."""
+
+
+class _Measured:
+    """A source that counts and hashes what passes, and ends with an error once there is more than promised."""
+
+    def __init__(self, source: BlockingSource, promise: NarPromise) -> None:
+        self._source = source
+        self._promise = promise
+        self.size = 0
+        self.hash = sha256()
+
+    def read(self, size: int, /) -> bytes:
+        data = self._source.read(size)
+        self.size += len(data)
+        if self._promise.file_size and self.size > self._promise.file_size:
+            raise CorruptNarError(self._promise.store_path, f"the file has more than {self._promise.file_size} bytes")
+        self.hash.update(data)
+        return data
+
+
+class VerifiedNar:
+    """Reads the NAR out of `source`; takes ownership of it."""
+
+    def __init__(self, source: BlockingSource, promise: NarPromise) -> None:
+        if promise.compression != COMPRESSION:
+            source.close()
+            raise CorruptNarError(promise.store_path, f"compression is {promise.compression!r}, not {COMPRESSION}")
+        self._source = source
+        self._promise = promise
+        self._file = _Measured(source, promise)
+        self._nar = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).stream_reader(
+            cast("IO[bytes]", self._file), read_size=READ_BYTES, read_across_frames=True, closefd=False
+        )
+        self._size = 0
+        self._hash = sha256()
+
+    def read(self) -> bytes:
+        """Return the next bytes of the NAR, at most READ_BYTES; b"" once all is read and all promises hold.
+
+        Raises:
+            CorruptNarError: a promise is broken. What was returned before must then be thrown away.
+            ObjectStoreError: the object cannot be read.
+        """
+        try:
+            data = self._nar.read(READ_BYTES)
+        except zstandard.ZstdError:
+            raise CorruptNarError(self._promise.store_path, "the file is not valid zstd") from None
+        self._size += len(data)
+        if self._size > self._promise.nar_size:
+            raise CorruptNarError(self._promise.store_path, f"it unpacks to more than {self._promise.nar_size} bytes")
+        self._hash.update(data)
+        if not data:
+            self._check()
+        return data
+
+    def _check(self) -> None:
+        while self._file.read(READ_BYTES):
+            pass
+        promise = self._promise
+        if promise.file_size and self._file.size != promise.file_size:
+            raise CorruptNarError(promise.store_path, f"the file has {self._file.size} bytes, not {promise.file_size}")
+        if promise.file_hash and sha256_text(self._file.hash.digest()) != promise.file_hash:
+            raise CorruptNarError(promise.store_path, "the file's hash differs")
+        if self._size != promise.nar_size:
+            raise CorruptNarError(promise.store_path, f"it unpacks to {self._size} bytes, not {promise.nar_size}")
+        if sha256_text(self._hash.digest()) != promise.nar_hash:
+            raise CorruptNarError(promise.store_path, "the NAR's hash differs")
+
+    def close(self) -> None:
+        """Let go of the object."""
+        self._source.close()
+
+
+def verify_nar(source: BlockingSource, promise: NarPromise) -> None:
+    """Read all of `source`, which is then closed, and return if every promise holds.
+
+    Raises:
+        CorruptNarError: a promise is broken.
+        ObjectStoreError: the object cannot be read.
+    """
+    reader = VerifiedNar(source, promise)
+    try:
+        while reader.read():
+            pass
+    finally:
+        reader.close()
