@@ -1,0 +1,455 @@
+"""The fleet over Ray: one long-lived detached agent actor per labelled node, reached by short calls.
+
+The only file that imports ray. Ray carries messages and knows which nodes live; it decides nothing. Rules:
+
+* ray reads its settings when it is imported, so the import happens in `RayFleet.connect`, after the environment is set.
+* Whatever may block (connecting, creating an actor, listing nodes: without bound while the head is away) runs in a
+  daemon thread with a deadline; at most `BLOCKED_CALLS` threads may hang at once.
+* An actor never restarts and its calls are never retried by Ray: a repeat is this program's decision, and every call of
+  the protocol may be repeated.
+* Only Ray's own word is a death: the actor died, or its node is no longer alive. Everything else is "unknown".
+* Messages are plain dicts, lists and bytes; classes cross by reference, so all nodes run the same installation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from workers.fleet import FleetError, Sink
+from workers.polling import AgentDead, AgentRoster, AgentUnavailable
+from workers.protocol import FarmInfo, Lease, LeaseOrder
+from workers.ray_nodes import (
+    LOOPBACK,
+    LOOPBACK_VARIABLE,
+    PARENT_VARIABLE,
+    STOP_GRACE_S,
+    WORKER_LABEL,
+    check_token_file,
+    is_loopback,
+    ray_env,
+)
+
+if TYPE_CHECKING:
+    from workers.agent import Agent
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+NAMESPACE = "drover"
+#: Seconds for connecting to the head, for one look at the nodes, for creating one actor, and for disconnecting.
+CONNECT_DEADLINE_S = 60.0
+DISCOVER_DEADLINE_S = 20.0
+CREATE_DEADLINE_S = 60.0
+CLOSE_DEADLINE_S = 20.0
+#: Seconds between two looks at Ray's list of nodes.
+DISCOVER_EVERY_S = 1.0
+#: Threads that may hang in Ray at one time.
+BLOCKED_CALLS = 16
+#: Calls that one agent serves at a time: control must get through while polls are parked.
+CONCURRENCY = {"ctl": 50, "io": 50}
+#: Pauses between two agents on a node whose agent died although the node lives, seconds; doubling between them.
+RECREATE_FIRST_S = 1.0
+RECREATE_LONGEST_S = 30.0
+
+
+def prepare_node(ray_params: Any, head: bool) -> None:
+    """Ray's start hook (RAY_START_HOOK): runs inside `ray start`, before it starts anything.
+
+    Binds the node to loopback where `workers.ray_nodes` asked for it, and ends the node when the program that started
+    it is gone (`ray start` itself would live on).
+    """
+    parent = os.environ.get(PARENT_VARIABLE, "")
+    if parent.isdecimal():
+        threading.Thread(target=_end_with, args=(int(parent),), name="drover-parent-watch", daemon=True).start()
+    if not head and os.environ.get(LOOPBACK_VARIABLE):
+        import ray._private.services as ray_services  # noqa: PLC0415 - only inside `ray start`
+
+        # `ray start` takes "this host" for its routable address, also where 127.0.0.1 was asked for (services.py,
+        # resolve_ip_for_localhost), and there is no switch.
+        ray_services.get_node_ip_address = lambda *_: LOOPBACK
+        ray_params.node_ip_address = LOOPBACK
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_GRACE_S)
+    # The group holds Ray's servers; the workers' processes end when their raylet is gone.
+    os.killpg(0, signal.SIGKILL)
+
+
+class AgentHost:
+    """The actor: hosts the node's `Agent`, made from the settings that the node's environment names.
+
+    The agent is opened at the first call, inside the actor's event loop; a failure to open it is the answer of that
+    call.
+    """
+
+    def __init__(self) -> None:
+        self._agent: Agent | None = None
+        self._opening = asyncio.Lock()
+
+    async def _open(self) -> Agent:
+        async with self._opening:
+            if self._agent is None:
+                from workers.agent import open_agent  # noqa: PLC0415 - coordinators need not load the agent's tools
+
+                self._agent = await open_agent()
+            return self._agent
+
+    async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
+        """See `workers.protocol`."""
+        return await (await self._open()).hello(farm)
+
+    async def start_many(self, orders: list[dict[str, Any]]) -> None:
+        """See `workers.protocol`."""
+        await (await self._open()).start_many(orders)
+
+    async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
+        """See `workers.protocol`."""
+        return await (await self._open()).events(ack, max_bytes, wait_s)
+
+    async def cancel(self, leases: list[dict[str, Any]]) -> None:
+        """See `workers.protocol`."""
+        await (await self._open()).cancel(leases)
+
+    async def drain(self, on: bool) -> None:
+        """See `workers.protocol`."""
+        await (await self._open()).drain(on)
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A node as Ray lists it; `dead` is fulfilled with the reason once Ray confirms its death."""
+
+    node_id: str
+    worker: str
+    dead: asyncio.Future[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    node_id: str
+    worker: str
+    alive: bool
+    death: str
+
+
+class _Ray:
+    """What is used of ray, typed; every method but `call` may block."""
+
+    def __init__(self, token_file: Path, *, loopback: bool) -> None:
+        os.environ.update(ray_env(token_file, base={}, loopback=loopback))
+        import ray  # noqa: PLC0415 - ray reads the environment when it is imported
+
+        self._ray: Any = ray
+        self._actor_class: Any = None
+
+    def init(self, address: str) -> None:
+        """Connect as a driver."""
+        ray = self._ray
+        if ray.is_initialized():
+            raise FleetError("this process is already connected to a Ray cluster")
+        # Ray prints raylets' complaints to standard output, which belongs to the program.
+        ray._private.worker.print_to_stdstream = _log_raylet  # noqa: SLF001 - no public switch
+        ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        self._actor_class = ray.remote(concurrency_groups=CONCURRENCY)(AgentHost)
+
+    def shutdown(self) -> None:
+        """Disconnect; detached agents live on."""
+        self._ray.shutdown()
+
+    def nodes(self) -> list[_Listed]:
+        """Return all nodes that carry a worker's label, dead ones too."""
+        return [
+            _Listed(
+                node_id=str(node["NodeID"]),
+                worker=str(node["Labels"][WORKER_LABEL]),
+                alive=bool(node["Alive"]),
+                death=str(node.get("DeathReasonMessage") or "no reason given"),
+            )
+            for node in self._ray.nodes()
+            if WORKER_LABEL in (node.get("Labels") or {})
+        ]
+
+    def agent(self, node_id: str) -> Any:
+        """Return the handle of the node's agent, made if there is none."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415 - as in __init__
+
+        options = self._actor_class.options(
+            name=f"agent-{node_id}",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        )
+        return options.remote()
+
+    def call(self, handle: Any, method: str, group: str, arguments: Sequence[Any]) -> Coroutine[Any, Any, Any]:
+        """Send one call and return what waits for its answer."""
+        reference = getattr(handle, method).options(concurrency_group=group).remote(*arguments)
+
+        async def answer() -> Any:
+            return await reference
+
+        return answer()
+
+    def translate(self, error: Exception) -> AgentDead | AgentUnavailable:
+        """Say what a failed call means for the agent."""
+        known = self._ray.exceptions
+        text = _first_line(error)
+        match error:
+            case known.ActorDiedError() | known.NodeDiedError():
+                return AgentDead(f"Ray reports that the agent died: {text}")
+            case known.ActorUnschedulableError() | known.TaskUnschedulableError():
+                return AgentDead(f"the agent's node is gone: {text}")
+            case known.ActorUnavailableError() | known.GetTimeoutError():
+                return AgentUnavailable(f"Ray does not reach the agent: {text}")
+            case known.RayTaskError():
+                return AgentUnavailable(f"the agent failed: {text}")
+            case _:
+                return AgentUnavailable(f"Ray failed: {type(error).__name__}: {text}")
+
+
+class _ActorCalls:
+    """`AgentCalls` of one actor."""
+
+    def __init__(self, ray: _Ray, handle: Any, dead: asyncio.Future[str]) -> None:
+        self._ray = ray
+        self._handle = handle
+        self._dead = dead
+
+    async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
+        return _container(await self._call("hello", "ctl", farm))
+
+    async def start_many(self, orders: list[dict[str, Any]]) -> None:
+        await self._call("start_many", "ctl", orders)
+
+    async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
+        return _container(await self._call("events", "io", ack, max_bytes, wait_s))
+
+    async def cancel(self, leases: list[dict[str, Any]]) -> None:
+        await self._call("cancel", "ctl", leases)
+
+    async def drain(self, on: bool) -> None:
+        await self._call("drain", "ctl", on)
+
+    async def _call(self, method: str, group: str, *arguments: Any) -> Any:
+        """Send, and wait for the answer or for the node's death, whichever comes first."""
+        self._raise_if_dead()
+        try:
+            answer = asyncio.ensure_future(self._ray.call(self._handle, method, group, arguments))
+        except Exception as error:
+            raise self._ray.translate(error) from error
+        try:
+            await asyncio.wait((answer, self._dead), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                self._raise_if_dead()
+            return await answer
+        except FleetError:
+            raise
+        except Exception as error:
+            raise self._ray.translate(error) from error
+        finally:
+            # Ray is not told: a poll that nobody awaits ends by itself after its wait.
+            answer.cancel()
+
+    def _raise_if_dead(self) -> None:
+        if self._dead.done():
+            raise AgentDead(f"Ray reports that the node is dead: {self._dead.result()}")
+
+
+class RayFleet:
+    """`workers.fleet.Fleet` over a running Ray cluster; an async context that connects and disconnects.
+
+    `address` is `host:port` of the head. A process can be connected to one cluster at a time (Ray's limit), on a host
+    that runs a Ray node: the head's.
+    """
+
+    def __init__(
+        self,
+        *,
+        address: str,
+        token_file: Path,
+        farm: FarmInfo,
+        discover_every_s: float = DISCOVER_EVERY_S,
+    ) -> None:
+        self._address = address
+        self._token_file = token_file
+        self._discover_every_s = discover_every_s
+        self._roster = AgentRoster(farm)
+        self._ray: _Ray | None = None
+        #: Nodes that are served or known to be dead, by node id; dead ones stay, Ray never revives an id.
+        self._nodes: dict[str, _Node] = {}
+        #: Threads that are inside Ray now.
+        self._blocked = 0
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Names of the workers that have been greeted and are not known to be gone."""
+        return self._roster.workers
+
+    async def __aenter__(self) -> Self:
+        """Connect. Raises `FleetError`: no head there, or it refuses the token."""
+        check_token_file(self._token_file)
+        loopback = is_loopback(self._address.rpartition(":")[0])
+
+        def connect() -> _Ray:
+            ray = _Ray(self._token_file, loopback=loopback)
+            ray.init(self._address)
+            return ray
+
+        self._ray = await self._in_thread(f"connecting to {self._address}", CONNECT_DEADLINE_S, connect)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Disconnect; agents and builds go on and are found again at the next start."""
+        ray, self._ray = self._connected, None
+        try:
+            await self._in_thread("disconnecting", CLOSE_DEADLINE_S, ray.shutdown)
+        except FleetError as failure:
+            log.warning("%s", failure)
+
+    async def run(self, sink: Sink) -> None:
+        """See `Fleet.run`."""
+        async with asyncio.TaskGroup() as serving:
+            while True:
+                try:
+                    listed = await self._in_thread("listing nodes", DISCOVER_DEADLINE_S, self._connected.nodes)
+                except FleetError as error:
+                    # The head may be away; agents are still reached, and new ones can wait.
+                    log.warning("%s", error)
+                    listed = []
+                for node in listed:
+                    self._look_at(node, sink, serving)
+                await asyncio.sleep(self._discover_every_s)
+
+    async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:
+        """See `Fleet.start_many`."""
+        await self._roster.start_many(worker, orders)
+
+    async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
+        """See `Fleet.cancel`."""
+        await self._roster.cancel(worker, leases)
+
+    async def drain(self, worker: str, *, on: bool) -> None:
+        """See `Fleet.drain`."""
+        await self._roster.drain(worker, on=on)
+
+    @property
+    def _connected(self) -> _Ray:
+        if self._ray is None:
+            raise FleetError("the Ray fleet is not connected")
+        return self._ray
+
+    def _look_at(self, listed: _Listed, sink: Sink, serving: asyncio.TaskGroup) -> None:
+        known = self._nodes.get(listed.node_id)
+        if listed.alive and known is None:
+            dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            node = self._nodes[listed.node_id] = _Node(listed.node_id, listed.worker, dead)
+            serving.create_task(self._serve(node, sink), name=f"serve {listed.worker}")
+        elif not listed.alive and known is not None and not known.dead.done():
+            known.dead.set_result(listed.death)
+
+    async def _serve(self, node: _Node, sink: Sink) -> None:
+        """Keep one agent on the node for as long as the node lives."""
+        ray = self._connected
+        pause_s = RECREATE_FIRST_S
+        try:
+            while not node.dead.done():
+                began = time.monotonic()
+                try:
+                    handle = await self._in_thread(
+                        f"creating the agent of {node.worker}", CREATE_DEADLINE_S, lambda: ray.agent(node.node_id)
+                    )
+                    await self._roster.serve(node.worker, _ActorCalls(ray, handle, node.dead), sink)
+                except AgentUnavailable as error:
+                    log.warning("worker %s has no agent: %s", node.worker, error)
+                if time.monotonic() - began > RECREATE_LONGEST_S:
+                    pause_s = RECREATE_FIRST_S
+                await asyncio.wait((node.dead,), timeout=pause_s)
+                pause_s = min(pause_s * 2, RECREATE_LONGEST_S)
+        finally:
+            if not node.dead.done():
+                # Cancelled: a later `run` shall find the node again.
+                del self._nodes[node.node_id]
+
+    async def _in_thread(self, what: str, deadline_s: float, call: Callable[[], T]) -> T:
+        """Run a call into Ray that may block. Raises `AgentUnavailable` when it fails or takes too long."""
+        if self._blocked >= BLOCKED_CALLS:
+            raise AgentUnavailable(f"{what}: {self._blocked} calls to Ray are stuck already")
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[T] = loop.create_future()
+
+        def deliver(settle: Callable[[], None]) -> None:
+            self._blocked -= 1
+            if not result.done():
+                settle()
+
+        def work() -> None:
+            settle: Callable[[], None]
+            try:
+                value = call()
+            except Exception as error:  # noqa: BLE001 - handed to the waiting task
+                failure = error
+                settle = lambda: result.set_exception(failure)  # noqa: E731
+            else:
+                settle = lambda: result.set_result(value)  # noqa: E731
+            # The loop may be closed when a stuck call comes back at last.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(deliver, settle)
+
+        self._blocked += 1
+        threading.Thread(target=work, name=f"ray: {what}", daemon=True).start()
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await result
+        except FleetError:
+            raise
+        except TimeoutError:
+            raise AgentUnavailable(f"{what} took more than {deadline_s:.0f} s") from None
+        except Exception as error:
+            raise AgentUnavailable(f"{what}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _container(answer: Any) -> dict[str, Any]:
+    if not isinstance(answer, dict):
+        raise AgentUnavailable(f"the agent answered with a {type(answer).__name__}")
+    return answer
+
+
+def _first_line(error: BaseException) -> str:
+    """Return an error's first sentence: Ray appends logs and tracebacks."""
+    cause = getattr(error, "cause", None)
+    text = str(cause if isinstance(cause, BaseException) else error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def _log_raylet(data: dict[str, Any], *_: Any, **__: Any) -> None:
+    for line in data.get("lines", ()):
+        log.info("ray: %s", str(line).partition("\n")[0])
