@@ -30,7 +30,7 @@ _STORE_DIR_PATTERN: Final = re.compile(r"(?:/(?!\.{1,2}(?:/|\Z))[^/\0:\n\"\\]+)+
 
 
 def is_valid_name(name: str) -> bool:
-    """Whether `name` may follow the hash part: 1 to 211 of `0-9A-Za-z+-._?=`; not `.`, `..` (nor those and a dash)."""
+    """Whether `name` may follow the hash part: 1 to 211 of `0-9A-Za-z+-._?=`, and not a reserved dot name."""
     return _NAME_PATTERN.match(name) is not None
 
 

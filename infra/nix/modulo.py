@@ -1,0 +1,62 @@
+"""Hash modulo: the hash of a derivation that ignores how its fixed inputs are fetched (nix_formats 2.3).
+
+As an input, a fixed-output derivation is represented by its content hash and path, any other by the sha256 of its
+text in which each input derivation is replaced by the hash that represents it. Its own output paths come from the
+same text with the output paths, and the environment values named after outputs, blanked.
+
+The functions that take the original bytes cut and join them instead of rendering the whole derivation again. That is
+right only for bytes that Nix would have written itself; `verify` checks it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Final
+
+from infra.nix.aterm import Scan
+from infra.nix.derivation import DerivationOutput
+
+#: What represents every impure derivation as an input; all below it is deferred.
+IMPURE_HASH: Final = sha256(b"impure").hexdigest()
+
+
+def fixed_output_hash(output: DerivationOutput) -> str:
+    """Base16 hash that represents a fixed-output derivation: how it is fetched is not in it."""
+    return sha256(f"fixed:out:{output.hash_algo}:{output.hash}:{output.path}".encode()).hexdigest()
+
+
+def unmasked_hash(data: bytes, scan: Scan, inputs_text: bytes) -> str:
+    """Base16 hash that represents a derivation of another kind, as an input of others.
+
+    Args:
+        data: The canonical text of the derivation.
+        scan: What `aterm.scan` said of it.
+        inputs_text: The text between the brackets of the input derivations, with hashes for paths, sorted and merged.
+    """
+    return sha256(b"%b%b%b" % (data[: scan.inputs_start], inputs_text, data[scan.inputs_end :])).hexdigest()
+
+
+def masked_hash(data: bytes, scan: Scan, inputs_text: bytes, output_names: Sequence[str]) -> str:
+    """Base16 hash from which the paths of input-addressed outputs are made; arguments as for `unmasked_hash`.
+
+    Output names must have been checked to be valid store path names: they cannot hold quotes then, and an opening
+    parenthesis followed by a quote occurs only where a key begins, since quotes in strings are escaped.
+    """
+    outputs = b",".join(
+        b'("%b","","%b","%b")' % (output.name.encode(), output.hash_algo.encode(), output.hash.encode())
+        for output in scan.derivation.outputs
+    )
+    cuts: list[tuple[int, int]] = []
+    for name in output_names:
+        key = b'("%b","' % name.encode()
+        at = data.find(key, scan.inputs_end)
+        if at >= 0:
+            cuts.append((at + len(key), data.index(b'")', at + len(key))))
+    pieces = [b"Derive([%b],[%b" % (outputs, inputs_text)]
+    start = scan.inputs_end
+    for value_start, value_end in sorted(cuts):
+        pieces.append(data[start:value_start])
+        start = value_end
+    pieces.append(data[start:])
+    return sha256(b"".join(pieces)).hexdigest()
