@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.model import BuilderId, BuilderSpec, Failure, LeaseId, StepKey, StepSpec, SubmissionId
+from scheduler.model import FAR_OFF, BuilderId, BuilderSpec, Failure, Instant, LeaseId, StepKey, StepSpec, SubmissionId
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,9 @@ class SubmissionReceived:
     steps: tuple[StepSpec, ...]
     #: Steps whose result the cache already holds; they may stand in `steps` or only be needed by one that does.
     held: tuple[StepKey, ...] = ()
+    #: When the cache was asked. A step in `steps` that became done since is done; one that was done before and is not
+    #: in `held` was lost. The default takes the answer for newer than all the core knows.
+    asked_at: Instant = FAR_OFF
 
 
 @dataclass(frozen=True, slots=True)

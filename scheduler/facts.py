@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from scheduler.model import (
+    NO_INSTANT,
     BuilderId,
     BuilderSpec,
     Failure,
@@ -67,10 +68,14 @@ class RecipeAdded:
 
 @dataclass(frozen=True, slots=True)
 class StepHeld:
-    """The cache already holds the result: done without a build. An unknown step enters so, without recipes."""
+    """The cache already holds the result: done without a build. An unknown step enters so, without recipes.
+
+    `at` is when the cache was asked.
+    """
 
     durable: ClassVar[bool] = True
     step: StepKey
+    at: Instant = NO_INSTANT
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,9 @@ SubmissionId = NewType("SubmissionId", str)
 Instant = NewType("Instant", float)
 
 
+#: "Not set", before every real instant; and after every real instant.
+NO_INSTANT = Instant(0.0)
+FAR_OFF = Instant(float("inf"))
 #: Steps that ask for this system run on any builder (Nix's own pseudo-system of `builtins`).
 ANY_SYSTEM = "builtin"
 

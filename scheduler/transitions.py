@@ -38,7 +38,7 @@ _S = StepState
 
 #: Every legal edge, with the facts that may cause it. A fact about one step may move others (a need is done or lost).
 EDGES: Mapping[tuple[StepState, StepState], tuple[type[f.Fact], ...]] = {
-    (_S.WAITING, _S.READY): (f.StepDone, f.StepHeld, f.SubmissionAccepted, f.StepFellBack),
+    (_S.WAITING, _S.READY): (f.StepDone, f.StepHeld, f.SubmissionAccepted, f.StepFellBack, f.StepLost),
     (_S.WAITING, _S.DONE): (f.StepHeld,),
     (_S.WAITING, _S.DOOMED): (f.StepDoomed,),
     (_S.WAITING, _S.ABANDONED): (f.StepAbandoned,),
@@ -47,14 +47,13 @@ EDGES: Mapping[tuple[StepState, StepState], tuple[type[f.Fact], ...]] = {
     (_S.READY, _S.DONE): (f.StepHeld,),
     (_S.READY, _S.ABANDONED): (f.StepAbandoned,),
     (_S.LEASED, _S.PUBLISHING): (f.StepBuilt,),
-    (_S.LEASED, _S.READY): (f.LeaseRevoked, f.StepFellBack),
+    (_S.LEASED, _S.READY): (f.LeaseRevoked,),
     (_S.LEASED, _S.WAITING): (f.LeaseRevoked, f.StepFellBack),
     (_S.LEASED, _S.FAILED): (f.StepFailed,),
     (_S.PUBLISHING, _S.DONE): (f.StepDone,),
     (_S.PUBLISHING, _S.READY): (f.LeaseRevoked,),
     (_S.PUBLISHING, _S.WAITING): (f.LeaseRevoked,),
     (_S.PUBLISHING, _S.FAILED): (f.StepFailed,),
-    (_S.DONE, _S.READY): (f.StepLost,),
     (_S.DONE, _S.WAITING): (f.StepLost,),
     (_S.FAILED, _S.WAITING): (f.StepRevived,),
     (_S.FAILED, _S.DONE): (f.StepHeld,),

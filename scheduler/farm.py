@@ -1,0 +1,88 @@
+"""The whole core behind one object: events in, facts and effects out, one deadline.
+
+The engine appends the durable facts of a call in one commit and then runs the effects. If the append fails it must
+exit and replay: the state here is already ahead of the journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from scheduler.decide import Decider
+from scheduler.effects import Effect
+from scheduler.events import Event
+from scheduler.facts import Fact, FarmResumed
+from scheduler.model import Instant, StepKey, SubmissionId
+from scheduler.policy import Limits, LongestPathFirst, Policy
+from scheduler.react import react
+from scheduler.reasons import Reason, StuckClass, stuck, why
+from scheduler.state import FarmState
+from scheduler.transitions import UNFINISHED
+
+
+class Farm:
+    """The pure scheduler. Not safe for use by several threads; it holds no clock: `now` is in epoch seconds."""
+
+    def __init__(self, limits: Limits | None = None, policy: Policy | None = None) -> None:
+        policy = LongestPathFirst() if policy is None else policy
+        self._limits = Limits() if limits is None else limits
+        #: For reading only.
+        self.state = FarmState(policy.rank)
+        self._decider = Decider(self.state, self._limits, policy)
+
+    def handle(self, event: Event, now: Instant) -> tuple[list[Fact], list[Effect]]:
+        """Take one event in; return what was decided and what must now be done, both in order.
+
+        Raises `ImpossibleError` for an event that cannot happen unless another part has a bug.
+        """
+        return self.handle_many((event,), now)
+
+    def handle_many(self, events: Iterable[Event], now: Instant) -> tuple[list[Fact], list[Effect]]:
+        """Take a batch in, in order, and grant leases once at its end; otherwise as `handle`."""
+        facts: list[Fact] = []
+        effects: list[Effect] = []
+        decider = self._decider
+        for event in events:
+            self._take(decider.decide(event, now), facts, effects)
+        self._take(decider.due(now), facts, effects)
+        self._take(decider.assign(now), facts, effects)
+        return facts, effects
+
+    def _take(self, said: Iterable[Fact], facts: list[Fact], effects: list[Effect]) -> None:
+        state = self.state
+        evolve = state.evolve
+        for fact in said:
+            evolve(fact)
+            facts.append(fact)
+            effects.extend(react(state, fact))
+
+    def deadline(self) -> Instant | None:
+        """Return when to call again at the latest, with `TimePassed` if nothing else happens; None for never."""
+        return self._decider.deadline()
+
+    def replay(self, facts: Iterable[Fact]) -> None:
+        """Take in the facts of a journal, in order; those that are not durable are passed over.
+
+        Raises `ImpossibleError` for a journal that contradicts itself.
+        """
+        for fact in facts:
+            if fact.durable:
+                self.state.evolve(fact)
+
+    def resume(self, now: Instant) -> list[Effect]:
+        """Return the effects of all open leases, once after `replay`; their builders have from now on to be heard."""
+        fact = FarmResumed(now)
+        self.state.evolve(fact)
+        return list(react(self.state, fact))
+
+    def why(self, step: StepKey, now: Instant) -> Reason | None:
+        """Return why an unfinished step is not running; None for one that runs or has finished. Raises `KeyError`."""
+        return why(self.state, step, now)
+
+    def stuck(self) -> list[StuckClass]:
+        """Return the classes of ready steps that no builder of the farm can take."""
+        return stuck(self.state)
+
+    def ended(self, submission: SubmissionId) -> bool:
+        """Whether nothing is left to wait for: all roots are finished, or the submission is withdrawn or unknown."""
+        return all(root.state not in UNFINISHED for root in self.state.submissions.get(submission, ()))

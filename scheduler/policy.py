@@ -1,0 +1,81 @@
+"""What may change between releases without rewriting history: order, placement, back-off, budgets.
+
+A policy is asked by `decide` (and for ranks by the indexes of the state); what follows from it is a fact. It sees
+steps and builders read-only, holds no clock and no chance: the same question has the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from scheduler.model import StepKey
+from scheduler.state import Builder, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The budgets of the core."""
+
+    #: Infrastructure failures of one life of a step after which it fails.
+    attempts: int = 5
+    #: Returned leases of one life that are granted again at once; from then on with back-off.
+    returns_at_once: int = 3
+    #: Returned leases of one life; every further one counts as an infrastructure failure.
+    returns: int = 50
+    #: Silence after which a builder is removed and its leases are revoked.
+    lease_ttl_s: float = 120.0
+    #: How long a builder may leave a lease unnamed in its heartbeats before it is told again to start.
+    start_grace_s: float = 15.0
+    #: How often it is told again before the lease is revoked.
+    start_resends: int = 3
+
+
+class Policy(Protocol):
+    """The questions the core asks."""
+
+    def rank(self, step: Step) -> int:
+        """Return the step's importance among ready steps; higher goes first, ties by age."""
+
+    def place(self, step: Step, builders: Sequence[Builder]) -> Builder:
+        """Choose one of `builders`, which all can take the step now; never empty."""
+
+    def back_off_s(self, step: StepKey, failures: int) -> float:
+        """Return the seconds to wait after the given number (from 1) of failures in this life."""
+
+
+@dataclass(frozen=True, slots=True)
+class LongestPathFirst:
+    """Rank by longest remaining path, place on the emptiest builder, back off exponentially with jitter."""
+
+    back_off_first_s: float = 1.0
+    back_off_most_s: float = 300.0
+
+    def rank(self, step: Step) -> int:
+        """Steps on the longest chain to a root go first: they bound when the submission can end."""
+        return step.depth
+
+    def place(self, step: Step, builders: Sequence[Builder]) -> Builder:  # noqa: ARG002  other policies look at it
+        """Return the builder with most free capacity, the first by id among equals."""
+        best = builders[0]
+        for builder in builders:
+            ahead = builder.free - best.free
+            if ahead > 0 or (ahead == 0 and builder.id < best.id):
+                best = builder
+        return best
+
+    def back_off_s(self, step: StepKey, failures: int) -> float:
+        """Double from the first value up to the most, scaled by a jitter in [0.5, 1) that the key and count fix."""
+        # The exponent is bounded so that a large count cannot overflow.
+        whole = min(self.back_off_most_s, self.back_off_first_s * 2.0 ** min(failures - 1, 32))
+        return whole * (0.5 + _jitter(step, failures) / 2)
+
+
+def _jitter(step: StepKey, salt: int) -> float:
+    """Return a number in [0, 1) by FNV-1a: the built-in hash of a string differs between runs."""
+    value = 0xCBF29CE484222325
+    for byte in f"{step}#{salt}".encode():
+        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    # The low bits of FNV-1a are well mixed only after folding.
+    return ((value >> 32) ^ (value & 0xFFFFFFFF)) / 2**32
