@@ -66,6 +66,8 @@ class Node:
     outputs: tuple[tuple[str, str], ...]
     #: Base names of input derivations, sorted.
     needs: tuple[str, ...]
+    #: Full paths of input sources, sorted.
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class NewDerivation:
 class Known:
     """What verifying a derivation wants to know of its inputs."""
 
+    #: The 32 bytes that stand for it where it is an input.
     modulo: bytes
     kind: Kind
     outputs: tuple[tuple[str, str], ...]
@@ -126,6 +129,7 @@ _derivations = Table(
     Column("features", LargeBinary, nullable=False),
     Column("outputs", LargeBinary, nullable=False),
     Column("needs", LargeBinary, nullable=False),
+    Column("sources", LargeBinary, nullable=False),
     Column("inputs", LargeBinary, nullable=False),
     Column("modulo", LargeBinary, nullable=False),
     #: zstd where that pays; tells itself from an ATerm by its first bytes.
@@ -213,6 +217,7 @@ class DerivationStore:
             _derivations.c.features,
             _derivations.c.outputs,
             _derivations.c.needs,
+            _derivations.c.sources,
         )
         fresh = [_node(row) for row in await self._rows(select(*columns), asked)]
         self._remember(fresh)
@@ -330,6 +335,7 @@ def _node(row: Any) -> Node:
         features=tuple(orjson.loads(row.features)),
         outputs=_pairs(row.outputs),
         needs=tuple(orjson.loads(row.needs)),
+        sources=tuple(orjson.loads(row.sources)),
     )
 
 
@@ -344,6 +350,7 @@ def _row(new: NewDerivation, compressor: zstandard.ZstdCompressor) -> dict[str, 
         "features": orjson.dumps(node.features),
         "outputs": orjson.dumps(node.outputs),
         "needs": orjson.dumps(node.needs),
+        "sources": orjson.dumps(node.sources),
         "inputs": orjson.dumps(new.inputs),
         "modulo": new.modulo,
         "aterm": aterm if len(aterm) < len(new.aterm) else new.aterm,

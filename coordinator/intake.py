@@ -6,27 +6,72 @@ The only module that turns derivations into steps. The three requests of a clien
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable
+import asyncio
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from infra.cache.objects import ObjectStore
-from infra.nix.store_path import StoreDir
-
-from coordinator.derivations import DerivationStore, StepInfo
-from coordinator.schema import IntakeMissing, IntakeQuery, SubmitRequest
+from coordinator import planning
+from coordinator.derivations import DerivationStore, Kind, Known, NewDerivation, Node, StepInfo, step_info
+from coordinator.errors import IntakeError
+from coordinator.framing import StreamLimits, read_derivations, read_sources
+from coordinator.schema import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
+from coordinator.sources import SourceIntake
 from infra.cache import Cache
+from infra.cache.objects import ObjectStore
+from infra.nix import aterm
+from infra.nix.derivation import DerivationKind
+from infra.nix.errors import FormatError, NixError, UnknownInputError
+from infra.nix.store_path import StoreDir, parse_base_name
+from infra.nix.verify import KnownDerivation, VerifiedDerivation, Verifier
 from scheduler.events import SubmissionReceived
-from scheduler.model import StepKey, StepSpec, SubmissionId
+from scheduler.model import ANY_SYSTEM, StepKey, StepSpec, SubmissionId
+
+#: Derivations that one turn of a worker thread verifies; some 20 ms.
+VERIFY_AT_ONCE = 256
+_KINDS = {DerivationKind.INPUT_ADDRESSED: Kind.INPUT_ADDRESSED, DerivationKind.FIXED: Kind.FIXED}
+_BACK = {kind: nix for nix, kind in _KINDS.items()}
+
+
+class DerivationRefusedError(IntakeError):
+    """A derivation is not what it claims, or of a kind that the farm does not build."""
+
+    code: ClassVar[str] = "bad_derivation"
+
+
+class MissingMemberError(IntakeError):
+    """A member of the graph was not sent, or not before what needs it."""
+
+    code: ClassVar[str] = "missing_member"
+
+
+class TooLargeError(IntakeError):
+    """The graph is larger than a limit; the sentence has both numbers."""
+
+    code: ClassVar[str] = "too_large"
+    status: ClassVar[int] = 413
+
+
+class StoreDirError(IntakeError):
+    """The client's store directory is not the farm's."""
+
+    code: ClassVar[str] = "store_dir"
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bounds of one request; an error names the limit and the count."""
 
+    #: Of one submission's closure, and of one stream.
     max_derivations: int = 200_000
-    max_sources: int = 100_000
+    max_sources: int = 200_000
     max_derivation_bytes: int = 16 * 1024 * 1024
-    max_stream_bytes: int = 4 * 1024 * 1024 * 1024
+    #: Of an inflated derivations stream. What is verified waits in memory until the stream has ended well.
+    max_derivations_bytes: int = 2 * 1024 * 1024 * 1024
+    #: NAR size of one source, and of all in one stream.
+    max_source_bytes: int = 64 * 1024 * 1024 * 1024
+    max_sources_bytes: int = 256 * 1024 * 1024 * 1024
+    #: Members that are kept as recipes of one fixed-output step.
     max_recipes: int = 8
 
 
@@ -75,22 +120,290 @@ class Intake:
     ) -> None:
         self._derivations = derivations
         self._cache = cache
-        self._objects = objects
+        self._sources = SourceIntake(cache, objects, store_dir)
         self._store_dir = store_dir
         self._limits = limits or Limits()
+        #: Recipe indexes are given out by one plan at a time.
+        self._planning = asyncio.Lock()
 
     async def missing(self, query: IntakeQuery) -> IntakeMissing:
-        """Return the part of the query that must be sent."""
-        raise NotImplementedError
+        """Return the part of the query that must be sent.
+
+        Raises:
+            IntakeError: The store directories differ, there are too many names, or one is none.
+        """
+        if query.store_dir != self._store_dir.path:
+            raise StoreDirError(
+                f"the client's store is {query.store_dir}, the farm's is {self._store_dir.path}; they must be the same"
+            )
+        _within(len(query.derivations), self._limits.max_derivations, "derivations")
+        _within(len(query.sources), self._limits.max_sources, "sources")
+        for name in (*query.derivations, *query.sources):
+            self._check_name(name)
+        derivations = await self._derivations.unknown(query.derivations)
+        absent = await self._cache.missing([f"{self._store_dir.path}/{name}" for name in query.sources])
+        return IntakeMissing(
+            derivations=tuple(derivations),
+            sources=tuple(name for name in query.sources if f"{self._store_dir.path}/{name}" in absent),
+        )
 
     async def add_derivations(self, body: AsyncIterable[bytes]) -> int:
-        """Verify and store a derivations stream (coordinator.framing), all or nothing; returns how many it held."""
-        raise NotImplementedError
+        """Verify and store a derivations stream (coordinator.framing), all or nothing; returns how many it held.
+
+        Raises:
+            IntakeError: The stream is damaged, or the sentence names the member that is at fault.
+        """
+        limits = StreamLimits(
+            self._limits.max_derivations, self._limits.max_derivation_bytes, self._limits.max_derivations_bytes
+        )
+        verifier = Verifier(self._store_dir)
+        verified: list[NewDerivation] = []
+        async for batch in read_derivations(body, limits):
+            for start in range(0, len(batch), VERIFY_AT_ONCE):
+                verified += await self._verify(verifier, batch[start : start + VERIFY_AT_ONCE])
+        if verified:
+            await self._derivations.add(verified)
+        return len(verified)
+
+    async def _verify(self, verifier: Verifier, batch: Sequence[tuple[str, bytes]]) -> list[NewDerivation]:
+        members = [(f"{self._store_dir.path}/{name}", data) for name, data in batch]
+        done: list[NewDerivation] = []
+        looked_up = False
+        while len(done) < len(members):
+            rest = members[len(done) :]
+            fresh, error = await asyncio.to_thread(_verify_members, verifier, rest)
+            done += fresh
+            if error is None:
+                continue
+            if looked_up or not isinstance(error, UnknownInputError):
+                raise _refusal(error, dict(members[len(done) :]))
+            # The inputs may be known from earlier streams: ask once for all that this batch lacks.
+            wanted = await asyncio.to_thread(_unknown_inputs, verifier, members[len(done) :])
+            for name, known in (await self._derivations.known(wanted)).items():
+                verifier.preload(f"{self._store_dir.path}/{name}", _to_verifier(known))
+            looked_up = True
+        return done
 
     async def add_sources(self, body: AsyncIterable[bytes]) -> int:
-        """Verify, upload and publish a sources stream, in order; returns how many it held."""
-        raise NotImplementedError
+        """Verify, upload and publish a sources stream, in order; returns how many it held.
+
+        What stands before a fault in the stream has been published: each source is true by itself.
+
+        Raises:
+            IntakeError: The stream is damaged, or the sentence names the source that is at fault.
+        """
+        limits = StreamLimits(self._limits.max_sources, self._limits.max_source_bytes, self._limits.max_sources_bytes)
+        return await self._sources.add(read_sources(body, limits))
 
     async def submit(self, request: SubmitRequest) -> Planned:
-        """Plan a submission of derivations that are stored: steps, and which of them the cache holds."""
-        raise NotImplementedError
+        """Plan a submission of derivations that are stored: steps, and which of them the cache holds.
+
+        Raises:
+            IntakeError: A member is not known here, an output does not exist, or the graph is too large.
+        """
+        wishes = [(root, self._drv_name(root)) for root in request.roots]
+        names = list(dict.fromkeys(name for _, name in wishes))
+        async with self._planning:
+            nodes, members = await self._load(names)
+            graph = await asyncio.to_thread(_Graph.build, names, nodes, members, self._limits.max_recipes)
+            _within(len(graph.own), self._limits.max_derivations, "derivations")
+            await self._derivations.add_members(graph.recipes.new)
+        absent = await self._cache.missing(graph.paths())
+        roots = tuple(self._root(root, nodes[name]) for root, name in wishes)
+        return await asyncio.to_thread(graph.plan, roots, absent, self._store_dir.path)
+
+    def _root(self, root: RootRequest, node: Node) -> PlannedRoot:
+        outputs = dict(node.outputs)
+        for name in root.outputs:
+            if name not in outputs:
+                raise IntakeError(f"{root.drv} has no output {name}; it has {', '.join(outputs)}")
+        wanted = tuple((name, path) for name, path in node.outputs if not root.outputs or name in root.outputs)
+        return PlannedRoot(root.attr, f"{self._store_dir.path}/{node.drv}", node.step, wanted)
+
+    async def _load(self, roots: Sequence[str]) -> tuple[dict[str, Node], dict[StepKey, list[str]]]:
+        """Load the closure of `roots` and of all members of its fixed-output steps."""
+        nodes: dict[str, Node] = {}
+        members: dict[StepKey, list[str]] = {}
+        frontier = list(roots)
+        # The closure of every member of a step is bounded too: fallbacks bring graphs of earlier submissions in.
+        limit = self._limits.max_derivations * 2
+        while frontier:
+            fresh: list[Node] = []
+            while frontier:
+                found = await self._derivations.nodes(frontier)
+                for name in frontier:
+                    if name not in found:
+                        raise MissingMemberError(f"the derivation {name} is not known here; send its closure first")
+                nodes.update(found)
+                fresh += found.values()
+                _within(len(nodes), limit, "derivations")
+                frontier = list(
+                    dict.fromkeys(need for node in found.values() for need in node.needs if need not in nodes)
+                )
+            steps = list(dict.fromkeys(node.step for node in fresh if node.step not in members))
+            places = await self._derivations.members(steps)
+            members.update((step, places.get(step, [])) for step in steps)
+            frontier = list(
+                dict.fromkeys(
+                    drv for node in fresh if node.kind is Kind.FIXED for drv in members[node.step] if drv not in nodes
+                )
+            )
+        return nodes, members
+
+    def _drv_name(self, root: RootRequest) -> str:
+        prefix = f"{self._store_dir.path}/"
+        if not root.drv.startswith(prefix):
+            raise StoreDirError(f"{root.drv} does not lie in the farm's store, {self._store_dir.path}")
+        name = root.drv.removeprefix(prefix)
+        self._check_name(name)
+        return name
+
+    @staticmethod
+    def _check_name(name: str) -> None:
+        try:
+            parse_base_name(name)
+        except FormatError as error:
+            raise IntakeError(f"{name[:300]!r} is no store path name: {error.message}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """A submission's derivations and their recipes."""
+
+    nodes: Mapping[str, Node]
+    #: The submission's own derivations, inputs first.
+    own: tuple[str, ...]
+    recipes: planning.Recipes
+
+    @classmethod
+    def build(
+        cls,
+        roots: Sequence[str],
+        nodes: Mapping[str, Node],
+        members: Mapping[StepKey, Sequence[str]],
+        max_recipes: int,
+    ) -> _Graph:
+        own = planning.inputs_first(roots, nodes)
+        others = [drv for places in members.values() for drv in places if drv in nodes]
+        order = planning.inputs_first([*roots, *others], nodes)
+        return cls(nodes, tuple(own), planning.assign_recipes(order, nodes, members, max_recipes))
+
+    def paths(self) -> list[str]:
+        """All output paths of the graph, and the sources of the submission's own derivations."""
+        paths = {path: None for node in self.nodes.values() for _, path in node.outputs}
+        paths.update((source, None) for name in self.own for source in self.nodes[name].sources)
+        return list(paths)
+
+    def plan(self, roots: tuple[PlannedRoot, ...], absent: set[str], store_dir: str) -> Planned:
+        """Cut the graph where the cache holds it; `absent` are the paths that the cache lacks."""
+        held = {node.step for node in self.nodes.values() if not any(path in absent for _, path in node.outputs)}
+        stand_in = {self.nodes[name].step: name for name in self.own}
+        specs, ends = planning.steps_to_do(
+            (root.step for root in roots), self.recipes.by_step, self.nodes, stand_in, held
+        )
+        to_do = {spec.key for spec in specs}
+        reached = to_do.union(ends)
+        count = 0
+        for name in self.own:
+            node = self.nodes[name]
+            count += node.step in reached
+            if node.step in to_do:
+                for source in node.sources:
+                    if source in absent:
+                        raise MissingMemberError(f"the source {source} of {name} is not in the cache; send it first")
+        infos = tuple(self._info(step, stand_in, store_dir) for step in (*(spec.key for spec in specs), *ends))
+        return Planned(roots, tuple(specs), tuple(ends), infos, count)
+
+    def _info(self, step: StepKey, stand_in: Mapping[StepKey, str], store_dir: str) -> StepInfo:
+        first = self.recipes.by_step[step][0]
+        return step_info(self.nodes[first if first in self.nodes else stand_in[step]], store_dir)
+
+
+def _verify_members(
+    verifier: Verifier, members: Iterable[tuple[str, bytes]]
+) -> tuple[list[NewDerivation], Exception | None]:
+    """Verify until the first that cannot be; returns it as an error, for what is before it stays verified."""
+    done: list[NewDerivation] = []
+    for path, data in members:
+        try:
+            done.append(_accepted(verifier.add(path, data), data))
+        except (NixError, DerivationRefusedError) as error:
+            return done, error
+    return done, None
+
+
+def _accepted(verified: VerifiedDerivation, data: bytes) -> NewDerivation:
+    kind = _KINDS.get(verified.kind)
+    if kind is None:
+        raise DerivationRefusedError(
+            f"{verified.drv_path} is {verified.kind.value}: its output paths are not known before it is built, and "
+            "this farm builds only input-addressed and fixed-output derivations"
+        )
+    drv = verified.derivation
+    system = ANY_SYSTEM if drv.builder.startswith("builtin:") else drv.system
+    outputs = tuple(sorted(verified.outputs.items()))
+    prefix = len(verified.drv_path.rpartition("/")[0]) + 1
+    node = Node(
+        drv=verified.drv_path[prefix:],
+        step=StepKey(min(path for _, path in outputs)[prefix:]),
+        kind=kind,
+        system=system,
+        features=tuple(sorted(set(verified.options.required_system_features))),
+        outputs=outputs,
+        needs=tuple(path[prefix:] for path, _ in drv.input_drvs),
+        sources=drv.input_srcs,
+    )
+    return NewDerivation(node, bytes.fromhex(verified.hash_modulo), verified.inputs, data)
+
+
+def _to_verifier(known: Known) -> KnownDerivation:
+    return KnownDerivation(_BACK[known.kind], known.modulo.hex(), dict(known.outputs), deferred=False)
+
+
+def _unknown_inputs(verifier: Verifier, members: Sequence[tuple[str, bytes]]) -> list[str]:
+    """Base names of inputs that are neither remembered nor among `members`; malformed members are passed over."""
+    here = {path for path, _ in members}
+    names: dict[str, None] = {}
+    for _, data in members:
+        try:
+            derivation = aterm.parse(data)
+        except FormatError:
+            continue
+        for path, _ in derivation.input_drvs:
+            if path not in here and verifier.known(path) is None:
+                names[path.rpartition("/")[2]] = None
+    return list(names)
+
+
+def _refusal(error: Exception, rest: Mapping[str, bytes]) -> IntakeError:
+    """Turn what the verifier said into what the client is told; `rest` is the unverified part of the batch."""
+    if isinstance(error, IntakeError):
+        return error
+    if isinstance(error, UnknownInputError):
+        why = f"{error}; every derivation must be sent after its inputs"
+        return MissingMemberError(f"{why}, and they form a cycle" if _in_cycle(error.member, rest) else why)
+    return DerivationRefusedError(f"{error}; the derivation was not written by Nix or was changed since")
+
+
+def _in_cycle(start: str, rest: Mapping[str, bytes]) -> bool:
+    """Whether `start` needs itself by way of members that were sent with it."""
+    seen: set[str] = set()
+    stack = [start]
+    while stack:
+        path = stack.pop()
+        if path in seen or path not in rest:
+            continue
+        seen.add(path)
+        try:
+            needed = [needed for needed, _ in aterm.parse(rest[path]).input_drvs]
+        except FormatError:
+            continue
+        if start in needed:
+            return True
+        stack += needed
+    return False
+
+
+def _within(count: int, limit: int, what: str) -> None:
+    if count > limit:
+        raise TooLargeError(f"the graph has {count} {what}; this farm takes at most {limit} in one submission")

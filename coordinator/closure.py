@@ -1,0 +1,175 @@
+"""The closure of derivations in the client's store: .drv files, and the input sources with their references.
+
+Everything here reads; what is sent is read again when its turn comes, so that memory stays flat.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from coordinator.errors import CoordinatorError
+from coordinator.framing import SourceHeader
+from infra.daemon import DaemonError, ValidPathInfo, open_stdio
+from infra.nix import aterm
+from infra.nix.errors import FormatError
+
+
+class ClosureError(CoordinatorError):
+    """The local store does not hold what it should, or cannot be read."""
+
+    code: ClassVar[str] = "closure"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStore:
+    """A Nix store on this machine; with a `root`, the store directory lies physically below it."""
+
+    store_dir: str = "/nix/store"
+    root: str = ""
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What makes a Nix command use this store."""
+        return ("--store", self.root) if self.root else ()
+
+    def physical(self, path: str) -> str:
+        """Return where the store path lies in the file system."""
+        return f"{self.root.rstrip('/')}{path}" if self.root else path
+
+    def read(self, drv: str) -> bytes:
+        """Return the bytes of a .drv.
+
+        Raises:
+            ClosureError: It is not there or cannot be read.
+        """
+        try:
+            with open(self.physical(drv), "rb", buffering=0) as file:  # noqa: PTH123 - hot: thousands of small files
+                return file.readall()
+        except FileNotFoundError:
+            raise ClosureError(f"{drv} is not in the local store{self._named}; evaluate the file again") from None
+        except OSError as error:
+            raise ClosureError(f"cannot read {drv}: {error.strerror}") from None
+
+    @property
+    def _named(self) -> str:
+        return f" {self.root}" if self.root else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Closure:
+    """Full store paths: .drv files, inputs first, and the input sources that they name, sorted."""
+
+    derivations: tuple[str, ...]
+    sources: tuple[str, ...]
+
+
+def read_closure(store: LocalStore, roots: Sequence[str]) -> Closure:
+    """Read the .drv files below `roots`.
+
+    Raises:
+        ClosureError: A member is missing, is no derivation, or the graph has a cycle; the sentence names the member.
+    """
+    done: set[str] = set()
+    open_: set[str] = set()
+    order: list[str] = []
+    sources: set[str] = set()
+    stack: list[tuple[str, bool]] = [(root, False) for root in reversed(roots)]
+    while stack:
+        drv, inputs_done = stack.pop()
+        if inputs_done:
+            open_.discard(drv)
+            done.add(drv)
+            order.append(drv)
+            continue
+        if drv in done:
+            continue
+        if drv in open_:
+            raise ClosureError(f"{drv} needs itself; the local store is damaged")
+        try:
+            derivation = aterm.parse(store.read(drv))
+        except FormatError as error:
+            raise ClosureError(f"{drv} is not a derivation: {error}") from None
+        sources.update(derivation.input_srcs)
+        open_.add(drv)
+        stack.append((drv, True))
+        for needed, _ in derivation.input_drvs:
+            if needed in open_:
+                raise ClosureError(f"{needed} needs itself; the local store is damaged")
+            if needed not in done:
+                stack.append((needed, False))
+    return Closure(tuple(order), tuple(sorted(sources)))
+
+
+async def describe_sources(
+    store: LocalStore, paths: Sequence[str], env: Mapping[str, str] | None = None
+) -> list[SourceHeader]:
+    """Return what the local store knows of `paths` and of everything they refer to, references first.
+
+    Raises:
+        ClosureError: A path is not valid in the store, or the store cannot be asked.
+    """
+    if not paths:
+        return []
+    infos: dict[str, ValidPathInfo] = {}
+    command = ("nix-daemon", "--stdio", *store.flags)
+    try:
+        async with await open_stdio(command, os.environ if env is None else env) as connection:
+            waiting = list(paths)
+            while waiting:
+                path = waiting.pop()
+                if path in infos:
+                    continue
+                info = await connection.query_path_info(path)
+                if info is None:
+                    raise ClosureError(f"the source {path} is not in the local store; evaluate the file again")
+                infos[path] = info
+                waiting.extend(ref for ref in info.references if ref not in infos)
+    except DaemonError as error:
+        raise ClosureError(f"cannot ask the local Nix store about sources: {error}") from None
+    return [_header(infos[path]) for path in _references_first(infos)]
+
+
+def _references_first(infos: Mapping[str, ValidPathInfo]) -> Iterator[str]:
+    seen: set[str] = set()
+    stack = [(path, False) for path in sorted(infos, reverse=True)]
+    while stack:
+        path, whole = stack.pop()
+        if whole:
+            yield path
+        elif path not in seen:
+            seen.add(path)
+            stack.append((path, True))
+            stack.extend((ref, False) for ref in infos[path].references if ref not in seen)
+
+
+def _header(info: ValidPathInfo) -> SourceHeader:
+    return SourceHeader(
+        path=base_name(info.path),
+        references=tuple(sorted(base_name(ref) for ref in info.references)),
+        nar_hash=info.nar_hash,
+        nar_size=info.nar_size,
+        ca=info.ca,
+    )
+
+
+def base_name(path: str) -> str:
+    """Return a store path without its directory."""
+    return path.rpartition("/")[2]
+
+
+def local_store(told: str | None, drv: str = "") -> LocalStore:
+    """Return the store of `--store DIR` (the machine's own without it); `drv` tells the store directory.
+
+    Raises:
+        ClosureError: It is a store of another kind than a directory.
+    """
+    store_dir = drv.rpartition("/")[0] or "/nix/store"
+    if not told:
+        return LocalStore(store_dir)
+    if "://" in told or "?" in told:
+        raise ClosureError(f"--store wants a directory, not {told}; evaluate on this machine")
+    return LocalStore(store_dir, str(Path(told).absolute()))

@@ -1,0 +1,102 @@
+"""Input sources from a client: nothing is believed, the content must give the path.
+
+A source's NAR streams through a digest into the object store; afterwards the digest tells by which method the content
+gives the store path. What no method explains is refused: it may be true in the client's store, but the farm cannot
+know. An object whose source is refused stays unnamed in the object store until the cache is swept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator
+from typing import ClassVar
+
+from coordinator.errors import IntakeError
+from coordinator.framing import Source
+from infra.cache import Cache, Candidate
+from infra.cache.objects import ObjectStore
+from infra.cache.upload import upload_nar
+from infra.nix.ca import SourceDigest, verify_source
+from infra.nix.errors import FormatError, SourcePathError
+from infra.nix.store_path import StoreDir, parse_base_name
+
+#: Sources published in one transaction.
+PUBLISH_AT_ONCE = 64
+
+
+class SourceRefusedError(IntakeError):
+    """A source is not what its path says, or something that it refers to is not here."""
+
+    code: ClassVar[str] = "bad_source"
+
+
+class SourceIntake:
+    """Takes sources one after the other and publishes them in batches, references first."""
+
+    def __init__(self, cache: Cache, objects: ObjectStore, store_dir: StoreDir) -> None:
+        self._cache = cache
+        self._objects = objects
+        self._store_dir = store_dir
+
+    async def add(self, sources: AsyncIterable[Source]) -> int:
+        """Verify, upload and publish; returns how many there were.
+
+        Raises:
+            IntakeError: A source is refused, and the sentence names it; those before it have been published.
+        """
+        count = 0
+        batch: list[Candidate] = []
+        try:
+            async for source in sources:
+                batch.append(await self._take(source))
+                count += 1
+                if len(batch) >= PUBLISH_AT_ONCE:
+                    await self._publish(batch)
+                    batch = []
+        except IntakeError:
+            await self._publish(batch)
+            raise
+        await self._publish(batch)
+        return count
+
+    async def _take(self, source: Source) -> Candidate:
+        header = source.header
+        prefix = self._store_dir.path
+        path = f"{prefix}/{header.path}"
+        digest = SourceDigest()
+
+        async def checked() -> AsyncIterator[bytes]:
+            async for chunk in source.chunks():
+                digest.feed(chunk)
+                yield chunk
+
+        try:
+            parse_base_name(header.path)
+            for reference in header.references:
+                parse_base_name(reference)
+            uploaded = await upload_nar(self._objects, checked())
+            refs = [f"{prefix}/{reference}" for reference in header.references]
+            hashes = digest.finish()
+            ca = verify_source(self._store_dir, path, hashes, refs)
+        except FormatError as error:
+            raise SourceRefusedError(f"the source {header.path[:300]!r} cannot be read: {error}") from None
+        except SourcePathError:
+            raise SourceRefusedError(
+                f"the source {header.path} is not addressed by its content, so the farm cannot tell whether it is "
+                "true; only sources that Nix added from files can be sent"
+            ) from None
+        return Candidate(
+            store_path=path,
+            url=uploaded.url,
+            compression=uploaded.compression,
+            file_hash=uploaded.file_hash,
+            file_size=uploaded.file_size,
+            nar_hash=uploaded.nar_hash,
+            nar_size=uploaded.nar_size,
+            references=tuple(sorted(header.references)),
+            deriver="",
+            ca=ca,
+        )
+
+    async def _publish(self, batch: list[Candidate]) -> None:
+        for candidate, outcome in zip(batch, await self._cache.publish(batch), strict=True):
+            _ = candidate, outcome
