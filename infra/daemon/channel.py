@@ -9,9 +9,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from infra.daemon.child import READ_BUFFER_BYTES, Child
+from infra.daemon.child import Child
 from infra.daemon.errors import DaemonGone, DaemonProtocolError
 from infra.daemon.wire import Inbox, IncompleteError
+from infra.process import PIPE_BUFFER_BYTES
 
 #: Most bytes taken from the stream at once.
 READ_BYTES: Final = 1024 * 1024
@@ -38,7 +39,7 @@ class Channel:
             DaemonGone: Nobody listens there.
         """
         try:
-            reader, writer = await asyncio.open_unix_connection(path, limit=READ_BUFFER_BYTES)
+            reader, writer = await asyncio.open_unix_connection(path, limit=PIPE_BUFFER_BYTES)
         except OSError as error:
             raise DaemonGone(f"no Nix daemon at {path}: {error}") from error
         return cls(reader, writer)

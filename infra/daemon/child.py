@@ -1,20 +1,17 @@
 """A daemon that is our own child: `nix-daemon --stdio` in a process group of its own.
 
-The pipes are made here rather than by asyncio's subprocess support, because they must be closable at any moment:
-asyncio does not report the end of a child whose output nobody reads any more, and that is exactly the state of an
-aborted build. Hanging up is also the polite way to stop: the daemon then kills its builder (within about 20 ms) and
-exits, whereas a SIGKILL first would leave it no time to do so.
+Hanging up is the way to stop it: the daemon then kills its builder (within about 20 ms) and exits. A SIGKILL would
+leave it no time to do so, hence it comes last.
 """
 
 import asyncio
-import os
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Final
 
 from infra.daemon.errors import DaemonGone
+from infra.process import ChildProcess, ProcessNotFound
 
 #: How much of the end of the child's standard error is kept for error messages.
 STDERR_TAIL_BYTES: Final = 8 * 1024
@@ -22,39 +19,19 @@ STDERR_TAIL_BYTES: Final = 8 * 1024
 END_GRACE_S: Final = 5.0
 #: How long an error message waits for the last words of a child that ended.
 LAST_WORDS_S: Final = 0.5
-#: Most bytes that wait between the pipe and the parser; twice as many at the moment of arrival.
-READ_BUFFER_BYTES: Final = 256 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class _ReadEnd:
-    """Our end of a pipe that the child writes to."""
-
-    reader: asyncio.StreamReader
-    transport: asyncio.BaseTransport
 
 
 class Child:
     """A running `nix-daemon --stdio`. Make it with `Child.start`; it must be closed."""
 
-    def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        writer: asyncio.StreamWriter,
-        output: "_ReadEnd",
-        errors: "_ReadEnd",
-    ) -> None:
-        self.reader = output.reader
-        self.writer = writer
+    def __init__(self, process: ChildProcess) -> None:
+        self.reader = process.stdout
+        self.writer = process.stdin
         self._process = process
-        self._output = output
-        self._errors = errors
-        #: Whether our ends of the pipes are closed; closing a pipe transport twice is an error in asyncio.
-        self._hung_up = False
         #: The end of standard error, never longer than STDERR_TAIL_BYTES.
         self._tail = bytearray()
-        #: Ends when the child and all that inherited its standard error are gone, or when it is cancelled by close().
-        self._drain = asyncio.create_task(self._keep_tail(errors.reader), name="stderr of nix-daemon")
+        #: Ends when the child and all that inherited its standard error are gone, or when close() cancels it.
+        self._drain = asyncio.create_task(self._keep_tail(), name="stderr of nix-daemon")
 
     @classmethod
     async def start(cls, command: Sequence[str], env: Mapping[str, str]) -> "Child":
@@ -63,30 +40,10 @@ class Child:
         Raises:
             DaemonGone: It cannot be started.
         """
-        loop = asyncio.get_running_loop()
-        child_in, our_out = os.pipe()
-        our_in, child_out = os.pipe()
-        our_err, child_err = os.pipe()
-        ours = (our_out, our_in, our_err)
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=child_in, stdout=child_out, stderr=child_err, env=env, start_new_session=True
-            )
-        except (OSError, ValueError) as error:
-            _close_all(ours)
-            raise DaemonGone(f"{command[0]} cannot be started: {error}") from error
-        except BaseException:
-            _close_all(ours)
-            raise
-        finally:
-            _close_all((child_in, child_out, child_err))
-        output = await _read_end(loop, our_in)
-        errors = await _read_end(loop, our_err)
-        # The protocol of a StreamReader is what asyncio offers publicly for flow control of a writer.
-        protocol = asyncio.StreamReaderProtocol(asyncio.StreamReader())
-        write_transport, _ = await loop.connect_write_pipe(lambda: protocol, os.fdopen(our_out, "wb", buffering=0))
-        writer = asyncio.StreamWriter(write_transport, protocol, None, loop)
-        return cls(process, writer, output, errors)
+            return cls(await ChildProcess.start(command, env=env))
+        except ProcessNotFound as error:
+            raise DaemonGone(str(error)) from error
 
     @property
     def pid(self) -> int:
@@ -95,18 +52,14 @@ class Child:
 
     def hang_up(self) -> None:
         """Close our ends of its standard input and output now, sending nothing more. The child ends by itself."""
-        if self._hung_up:
-            return
-        self._hung_up = True
-        self.writer.transport.abort()
-        self._output.transport.close()
+        self._process.hang_up()
 
     async def last_words(self) -> str:
         """Say how the child ended and what it wrote last, waiting LAST_WORDS_S for either."""
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_S):
-                await asyncio.shield(self._drain)
                 await self._process.wait()
+                await asyncio.wait((self._drain,))
         code = self._process.returncode
         tail = self._tail.decode(errors="replace").strip()
         ending = "still running" if code is None else f"exit status {code}"
@@ -117,16 +70,15 @@ class Child:
         self.hang_up()
         try:
             if not await self._ended():
-                self._signal(signal.SIGTERM)
+                self._process.signal(signal.SIGTERM)
                 await self._ended()
         finally:
+            # A group whose leader was collected long ago is not ours to signal: its number may be somebody else's now.
             if self._process.returncode is None:
-                self._signal(signal.SIGKILL)
-                await self._process.wait()
-            self._errors.transport.close()
+                await self._process.kill()
+            self._process.close_pipes()
             self._drain.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._drain
+            await asyncio.gather(self._drain, return_exceptions=True)
 
     async def _ended(self) -> bool:
         try:
@@ -136,24 +88,7 @@ class Child:
             return False
         return True
 
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
-
-    async def _keep_tail(self, stderr: asyncio.StreamReader) -> None:
-        while data := await stderr.read(STDERR_TAIL_BYTES):
+    async def _keep_tail(self) -> None:
+        while data := await self._process.stderr.read(STDERR_TAIL_BYTES):
             self._tail += data
             del self._tail[:-STDERR_TAIL_BYTES]
-
-
-async def _read_end(loop: asyncio.AbstractEventLoop, descriptor: int) -> _ReadEnd:
-    reader = asyncio.StreamReader(limit=READ_BUFFER_BYTES)
-    transport, _ = await loop.connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", buffering=0)
-    )
-    return _ReadEnd(reader, transport)
-
-
-def _close_all(descriptors: Sequence[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

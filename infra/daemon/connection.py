@@ -10,7 +10,7 @@ a build is stopped: the daemon notices within about 20 ms and kills the builder.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from enum import IntEnum
 from types import TracebackType
@@ -230,7 +230,7 @@ class DaemonConnection:
         self,
         drv_path: str,
         derivation: BasicDerivation,
-        on_event: Callable[[BuildEvent], None],
+        on_event: Callable[[BuildEvent], Awaitable[None] | None],
         *,
         mode: BuildMode = BuildMode.NORMAL,
     ) -> BuildResult:
@@ -243,7 +243,8 @@ class DaemonConnection:
         Args:
             drv_path: Full path that ends in `.drv`.
             derivation: What to build.
-            on_event: Called in order for each log line, phase and message, while the daemon waits. If it raises, the
+            on_event: Called in order for each log line, phase and message. What it returns, if anything, is awaited
+                before the next is read, so a builder that prints too much can be slowed down. If it raises, the
                 build is aborted and the error goes to the caller.
             mode: What to do with valid outputs.
 
@@ -259,15 +260,19 @@ class DaemonConnection:
         async with self._request(request, BuildListener(drv_path, on_event)):
             return await self._channel.decode(lambda inbox: BuildResult.decode(inbox, self.version[1], store_dir))
 
-    async def nar_from_path(self, path: str, nar_size: int) -> AsyncIterator[bytes]:
+    async def nar_from_path(self, path: str, nar_size: int) -> AsyncGenerator[bytes, None]:
         """Yield the NAR of a valid path in pieces of at most 1 MiB.
 
         The NAR has no length on the wire, so `nar_size` (of query_path_info) says where it ends. Leaving the iteration
         early makes the connection unusable, because the rest would be taken for the next reply.
 
         Raises:
+            DaemonOperationError: The path is not valid.
             DaemonProtocolError: The bytes are not a NAR of that size.
         """
+        # The daemon says that the request succeeded before it looks: an absent path would cost the connection.
+        if not await self._is_valid(path):
+            raise DaemonOperationError(0, f"path '{path}' is not valid")
         async with self._request(Encoder().integer(Operation.NAR_FROM_PATH).string(path)):
             left = nar_size
             ends = bytearray()
@@ -370,7 +375,7 @@ class DaemonConnection:
 
     @asynccontextmanager
     async def _request(
-        self, request: Encoder, on_message: Callable[[WireMessage], None] | None = None
+        self, request: Encoder, on_message: Callable[[WireMessage], Awaitable[None] | None] | None = None
     ) -> AsyncIterator[None]:
         """Send a request and wait for its success; the block reads the reply."""
         async with self._guarded():
@@ -378,7 +383,7 @@ class DaemonConnection:
             await self._until_last(on_message or _ignore)
             yield
 
-    async def _until_last(self, on_message: Callable[[WireMessage], None]) -> None:
+    async def _until_last(self, on_message: Callable[[WireMessage], Awaitable[None] | None]) -> None:
         """Pass messages on until the daemon says that the request succeeded."""
         inbox = self._channel.inbox
         while True:
@@ -390,7 +395,9 @@ class DaemonConnection:
                         return
                     if isinstance(message, Failure):
                         raise DaemonOperationError(message.level, plain_text(message.message))
-                    on_message(message)
+                    pause = on_message(message)
+                    if pause is not None:
+                        await pause
             except IncompleteError as error:
                 missing = error.missing
             await self._channel.fill(missing)

@@ -5,7 +5,7 @@ count. Builders can inject free text and activities of their own, so none of thi
 the BuildResult alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from infra.daemon.values import plain_text
@@ -39,7 +39,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Text of the daemon (or injected by a builder) beside the log: information only, never to be decided on."""
+    """Text of the daemon, or injected by a builder, beside the log; without terminal escapes and final newline."""
 
     text: str
 
@@ -52,31 +52,32 @@ class BuildListener:
 
     __slots__ = ("_activities", "_drv_path", "_on_event")
 
-    def __init__(self, drv_path: str, on_event: Callable[[BuildEvent], None]) -> None:
+    def __init__(self, drv_path: str, on_event: Callable[[BuildEvent], Awaitable[None] | None]) -> None:
         self._drv_path = drv_path.encode()
         self._on_event = on_event
         #: Activities that are builds of the derivation; ids are not reused within a connection.
         self._activities: set[int] = set()
 
-    def __call__(self, message: WireMessage) -> None:
-        """Look at one message and pass on the event that it is, if any."""
+    def __call__(self, message: WireMessage) -> Awaitable[None] | None:
+        """Look at one message and pass on the event that it is, if any; return what the listener wants awaited."""
         if isinstance(message, Result):
             if message.activity in self._activities:
-                self._on_result(message)
+                return self._on_result(message)
         elif isinstance(message, Text):
-            self._on_event(Message(plain_text(message.data)))
+            return self._on_event(Message(plain_text(message.data).rstrip("\n")))
         elif (
             isinstance(message, ActivityStarted)
             and message.type == ACTIVITY_BUILD
             and message.fields[:1] == (self._drv_path,)
         ):
             self._activities.add(message.activity)
+        return None
 
-    def _on_result(self, result: Result) -> None:
+    def _on_result(self, result: Result) -> Awaitable[None] | None:
         text = result.fields[0] if result.fields else None
-        if not isinstance(text, bytes):
-            return
-        if result.type == RESULT_BUILD_LOG_LINE:
-            self._on_event(LogLine(text))
-        elif result.type == RESULT_SET_PHASE:
-            self._on_event(Phase(plain_text(text)))
+        if isinstance(text, bytes):
+            if result.type == RESULT_BUILD_LOG_LINE:
+                return self._on_event(LogLine(text))
+            if result.type == RESULT_SET_PHASE:
+                return self._on_event(Phase(plain_text(text)))
+        return None
