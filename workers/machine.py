@@ -276,7 +276,7 @@ class WorkerMachine:
             waiting += 1
             behind = building + waiting > self._slots
             late = now - held.arrived_at >= HAND_BACK_S
-            if self.draining or (behind and (late or (surplus and waiting > MAX_LEASES // 2))):
+            if self.draining or (behind and (late or surplus)):
                 held.handed_back = True
                 waiting -= 1
                 actions.append(HandBack(key))
@@ -285,15 +285,10 @@ class WorkerMachine:
                 actions.append(Fetch(key))
         return actions
 
-    def deadline(self) -> float | None:
-        """When `next_actions` should be asked again although nothing happened."""
-        times = [
-            held.arrived_at + HAND_BACK_S
-            for held in self._held.values()
-            if held.state in _WAITING and not held.handed_back
-        ]
-        # A lease with a slot of its own to come is never handed back, so its time may lie in the past.
-        return max(times) if times and len(self._held) > self._slots else None
+    def deadline(self, now: float) -> float | None:
+        """When, after `now`, `next_actions` should be asked again although nothing happened."""
+        times = [held.arrived_at + HAND_BACK_S for held in self._held.values() if held.state in _WAITING]
+        return min((time for time in times if time > now), default=None)
 
     @property
     def max_uploads(self) -> int:

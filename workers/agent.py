@@ -1,0 +1,454 @@
+"""The agent of one worker: takes leases, works them off, tells what came of them. No transport is known here.
+
+One task per lease walks it through inputs, slot, build and outputs; `machine` decides who goes when and what an error
+means, `spool` keeps what must be told. A lease task ends in exactly one report, whatever happens in it; nothing that
+happens in one lease ends the agent.
+
+All methods belong to one event loop: an adapter whose transport calls from several threads must hop to the agent's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import Awaitable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from infra.cache.errors import CacheError
+from infra.cache.objects import open_object_store
+from infra.clock import Clock, SystemClock
+from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
+from infra.nix.errors import NixError
+from workers.build import BuildLimits, LogGate, basic_derivation, build_in_slot
+from workers.daemons import DaemonOpener, DaemonUnreachableError, Line, Pool
+from workers.errors import WorkerError
+from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher
+from workers.machine import (
+    Build,
+    Ending,
+    Fetch,
+    HandBack,
+    LeaseKey,
+    LeaseState,
+    Trouble,
+    WorkerMachine,
+    judge_status,
+    judge_trouble,
+)
+from workers.outputs import READERS, OutputError, upload_output
+from workers.protocol import (
+    LEASES,
+    ORDERS,
+    PROTOCOL_VERSION,
+    Failed,
+    FarmInfo,
+    HeldLease,
+    Hello,
+    LeaseOrder,
+    Output,
+    Report,
+    Stage,
+    StageChange,
+    Succeeded,
+)
+from workers.settings import Machine, WorkerSettings, daemon_argv, inspect_machine, load_settings, offer
+from workers.spool import Spool
+
+log = logging.getLogger(__name__)
+
+#: Finished and acknowledged leases whose repeated start is still recognised.
+REMEMBERED_LEASES = 10_000
+#: Seconds within which a report is sent while other builds run (several then share one answer), and a stage change.
+REPORT_WITHIN_S = 0.015
+STAGE_WITHIN_S = 0.1
+#: Longest message of a failure that is sent, characters; the log has the rest.
+MAX_MESSAGE = 4000
+#: Longest wait of one `events` call, whatever is asked for, and most bytes of one answer.
+MAX_WAIT_S = 30.0
+MAX_ANSWER_BYTES = 8 * 1024 * 1024
+
+_STAGES = {
+    LeaseState.QUEUED: Stage.QUEUED,
+    LeaseState.FETCHING: Stage.FETCHING,
+    LeaseState.READY: Stage.QUEUED,
+    LeaseState.BUILDING: Stage.BUILDING,
+    LeaseState.UPLOADING: Stage.UPLOADING,
+    # The work is done and only the report is on its way.
+    LeaseState.REPORTING: Stage.UPLOADING,
+}
+
+
+class AgentError(WorkerError):
+    """The agent cannot serve: it is closed, or does not see what the farm told it of."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """One lease in hand."""
+
+    order: LeaseOrder
+    #: The slot, once the machine has given one.
+    slot: asyncio.Future[int]
+    task: asyncio.Task[None] | None = None
+    #: Why the task was cancelled; None means that the agent is closing.
+    stop: Trouble | None = None
+    started_at: float = 0.0
+    building_at: float = 0.0
+    built_at: float = 0.0
+
+
+@dataclass(slots=True)
+class _Stopped(Exception):  # noqa: N818 - a lease that ended early is no error of the program
+    """Carries the ending of a lease out of its steps."""
+
+    ending: Ending = field()
+
+
+class Agent:
+    """See the module's text. Use it as an async context, or `start` and `close` it.
+
+    The five calls take and give plain containers (`Message.dump()`); they raise `pydantic.ValidationError` for what
+    is not a message, `AgentError` where the agent cannot serve.
+    """
+
+    def __init__(self, settings: WorkerSettings, *, machine: Machine | None = None, clock: Clock | None = None) -> None:
+        self._settings = settings
+        self._host = machine or inspect_machine()
+        self._offer = offer(settings, self._host)
+        self._clock = clock or SystemClock()
+        self._machine = WorkerMachine(self._offer.slots)
+        self._incarnation = secrets.token_hex(8)
+        #: Exactly the leases that the machine holds.
+        self._runs: dict[LeaseKey, _Run] = {}
+        #: Leases that left, oldest first; at most REMEMBERED_LEASES.
+        self._finished: OrderedDict[LeaseKey, None] = OrderedDict()
+        self._nix_version = ""
+        self._sources: FarmSources | None = None
+        self._greeting = asyncio.Lock()
+        self._owner: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        # These four exist between start() and close(); see _serve.
+        self._group: asyncio.TaskGroup
+        self._spool: Spool
+        self._slots: list[Line]
+        self._inputs: InputFetcher
+        self._readers: Pool
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def name(self) -> str:
+        """The worker's name."""
+        return self._settings.name
+
+    async def start(self) -> None:
+        """Sweep the spool, reach the daemon, be ready. Raises `WorkerError` with one sentence; repeats are no-ops."""
+        if self._closing.is_set():
+            raise AgentError(f"worker {self.name} is closed")
+        if self._owner is None:
+            ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._owner = asyncio.create_task(self._serve(ready), name=f"agent {self.name}")
+            await ready
+
+    async def close(self) -> None:
+        """Stop all builds, wait for their processes, release everything. Idempotent."""
+        self._closing.set()
+        if self._owner is not None:
+            await asyncio.wait((self._owner,))
+
+    async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
+        """Introduce both sides; takes `FarmInfo`, gives `Hello`. Starts the agent where it is not started.
+
+        Raises `AgentError` where this machine does not see the farm's object store.
+        """
+        told = FarmInfo.model_validate(farm)
+        await self.start()
+        async with self._greeting:
+            if self._sources is None or self._sources.farm != told:
+                await self._meet(told)
+        return Hello(
+            protocol=PROTOCOL_VERSION,
+            worker=self.name,
+            incarnation=self._incarnation,
+            systems=self._offer.systems,
+            emulated=self._offer.emulated,
+            features=self._offer.features,
+            mandatory_features=self._offer.mandatory_features,
+            slots=self._offer.slots,
+            capacity=self._machine.capacity(),
+            nix_version=self._nix_version,
+            leases=tuple(HeldLease.model_validate(held) for held in self._held(set())),
+        ).dump()
+
+    async def start_many(self, orders: Sequence[dict[str, Any]]) -> None:
+        """Take leases (`LeaseOrder`); those in hand or finished already are no-ops."""
+        parsed = ORDERS.validate_python(tuple(orders))
+        self._check_started()
+        now = self._clock.now()
+        for order in parsed:
+            key = (order.step, order.attempt)
+            if key in self._finished or not self._machine.accept(key, now):
+                continue
+            self._runs[key] = _Run(order, asyncio.get_running_loop().create_future(), started_at=now)
+        self._advance()
+
+    async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
+        """Forget what is at or below `ack`, then answer with what there is, or comes within `wait_s`; gives `Batch`."""
+        self._check_started()
+        for key in self._spool.acknowledge(ack):
+            self._machine.acknowledged(key)
+            del self._runs[key]
+            self._finished[key] = None
+            if len(self._finished) > REMEMBERED_LEASES:
+                self._finished.popitem(last=False)
+        await self._spool.wait(min(wait_s, MAX_WAIT_S))
+        last, events, ended = self._spool.take(min(max_bytes, MAX_ANSWER_BYTES))
+        return {
+            "incarnation": self._incarnation,
+            "last": last,
+            "events": events,
+            "capacity": self._machine.capacity(ended),
+            "leases": self._held(ended),
+            "draining": self._machine.draining,
+        }
+
+    async def cancel(self, leases: Sequence[dict[str, Any]]) -> None:
+        """Stop builds (`Lease`), which are then reported as cancelled; unknown and finished leases are no-ops."""
+        parsed = LEASES.validate_python(tuple(leases))
+        self._check_started()
+        for lease in parsed:
+            self._stop((lease.step, lease.attempt), Trouble.CANCELLED)
+        self._advance()
+
+    async def drain(self, on: bool) -> None:
+        """While true, leases that have not begun are handed back and the capacity is 0."""
+        self._check_started()
+        self._machine.draining = on
+        self._advance()
+
+    # The owner
+
+    async def _serve(self, ready: asyncio.Future[None]) -> None:
+        """Own everything that lives as long as the agent."""
+        try:
+            async with AsyncExitStack() as stack:
+                self._settings.state_dir.mkdir(parents=True, exist_ok=True)
+                self._spool = Spool(self._settings.state_dir / "spool")
+                stack.push_async_callback(self._spool.close)
+                stack.push_async_callback(self._close_sources)
+                opener = DaemonOpener(daemon_argv(self._settings, self._host), "/nix/store")
+
+                def line() -> Line:
+                    made = Line(opener.open)
+                    stack.push_async_callback(made.close)
+                    return made
+
+                self._slots = [line() for _ in range(self._offer.slots)]
+                self._readers = Pool([line() for _ in range(READERS)])
+                roots, transfers = line(), Pool([line() for _ in range(TRANSFERS)])
+                async with self._slots[0].use() as connection:
+                    self._nix_version = connection.nix_version
+                async with asyncio.TaskGroup() as self._group:
+                    self._inputs = InputFetcher(roots, transfers, self._group)
+                    ready.set_result(None)
+                    await self._closing.wait()
+                    self._stop_all()
+        except (WorkerError, OSError) as error:
+            if ready.done():
+                raise
+            ready.set_exception(error if isinstance(error, WorkerError) else AgentError(str(error)))
+        except BaseException as error:
+            if not ready.done():
+                ready.set_exception(AgentError(f"the agent could not start: {type(error).__name__}"))
+            raise
+        finally:
+            self._closing.set()
+
+    def _stop_all(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for run in self._runs.values():
+            if run.task is not None:
+                run.task.cancel()
+        self._inputs.stop()
+
+    async def _close_sources(self) -> None:
+        if self._sources is not None:
+            await self._sources.close()
+
+    async def _meet(self, farm: FarmInfo) -> None:
+        try:
+            store = open_object_store(farm.object_store_url)
+            await store.check_marker()
+            sources = FarmSources(farm, store)
+        except (CacheError, NixError) as error:
+            raise AgentError(f"worker {self.name} cannot serve this farm: {error}") from error
+        await self._close_sources()
+        self._sources = sources
+
+    def _check_started(self) -> None:
+        if self._owner is None or self._closing.is_set():
+            raise AgentError(f"worker {self.name} is {'closed' if self._closing.is_set() else 'not started'}")
+
+    def _held(self, told: set[LeaseKey]) -> list[dict[str, Any]]:
+        return [
+            {"step": key[0], "attempt": key[1], "stage": _STAGES[state]}
+            for key, state in self._machine.held()
+            if key not in told
+        ]
+
+    # Leases
+
+    def _advance(self) -> None:
+        """Carry out what the machine decides now, and wake up when it wants to be asked again."""
+        if self._closing.is_set():
+            return
+        now = self._clock.now()
+        for action in self._machine.next_actions(now):
+            run = self._runs[action.key]
+            match action:
+                case Fetch(key=key):
+                    run.task = self._group.create_task(self._run(key, run), name=f"lease {key[0]} {key[1]}")
+                case Build(slot=slot):
+                    run.slot.set_result(slot)
+                case HandBack(key=key):
+                    self._stop(key, Trouble.NOT_STARTED)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self._machine.deadline(now)
+        if deadline is not None:
+            self._timer = asyncio.get_running_loop().call_later(deadline - now + 0.001, self._advance)
+
+    def _stop(self, key: LeaseKey, why: Trouble) -> None:
+        run = self._runs.get(key)
+        if run is None or run.stop is not None or self._machine.state(key) is LeaseState.REPORTING:
+            return
+        run.stop = why
+        if run.task is None:
+            self._report(key, run, judge_trouble(why))
+        else:
+            run.task.cancel()
+
+    async def _run(self, key: LeaseKey, run: _Run) -> None:
+        """One lease from beginning to report."""
+        result: Succeeded | Ending
+        try:
+            result = await self._work(key, run)
+        except asyncio.CancelledError:
+            if run.stop is None:
+                raise
+            result = judge_trouble(run.stop)
+        except _Stopped as stopped:
+            result = stopped.ending
+        except Exception as error:
+            log.exception("lease %s attempt %d failed in an unexpected way", *key)
+            result = judge_trouble(Trouble.UNEXPECTED, f"{type(error).__name__}: {error}")
+        self._report(key, run, result)
+        self._advance()
+
+    def _report(self, key: LeaseKey, run: _Run, result: Succeeded | Ending) -> None:
+        now = self._clock.now()
+        if not self._machine.report(key, now):
+            return
+        told: Succeeded | Failed
+        if isinstance(result, Ending):
+            told = Failed(reason=result.reason, message=result.message[:MAX_MESSAGE])
+        else:
+            told = result
+        report = Report(
+            step=key[0],
+            attempt=key[1],
+            started_at=run.started_at,
+            building_at=run.building_at,
+            built_at=run.built_at,
+            ended_at=now,
+            result=told,
+        )
+        self._spool.report(report, within_s=0.0 if self._machine.has_idle_slot else REPORT_WITHIN_S)
+
+    async def _work(self, key: LeaseKey, run: _Run) -> Succeeded:
+        """Raises `_Stopped` where the lease ends without a result."""
+        order, sources = run.order, self._sources
+        if sources is None:
+            raise _Stopped(judge_trouble(Trouble.NOT_GREETED))
+        try:
+            derivation = basic_derivation(order.derivation, order.inputs)
+        except NixError as error:
+            raise _Stopped(judge_trouble(Trouble.DERIVATION_UNREADABLE, str(error))) from None
+        try:
+            if not self._inputs.known(order.inputs):
+                self._tell_stage(key, Stage.FETCHING)
+                await self._inputs.ensure(order.inputs, sources)
+            self._machine.fetched(key)
+            self._advance()
+            await self._build(key, run, await run.slot, derivation)
+            self._advance()
+            self._tell_stage(key, Stage.UPLOADING)
+            return await self._upload(derivation, sources)
+        except InputError as error:
+            raise _Stopped(judge_trouble(Trouble.INPUT_MISSING, str(error))) from None
+        except OutputError as error:
+            raise _Stopped(judge_trouble(Trouble.UPLOAD_FAILED, str(error))) from None
+        except DaemonOperationError as error:
+            self._inputs.forget()
+            raise _Stopped(judge_trouble(Trouble.DAEMON_REFUSED, str(error))) from None
+        except (DaemonError, DaemonUnreachableError) as error:
+            raise _Stopped(judge_trouble(Trouble.DAEMON_LOST, str(error))) from None
+
+    async def _build(self, key: LeaseKey, run: _Run, slot: int, derivation: BasicDerivation) -> None:
+        run.building_at = self._clock.now()
+        self._tell_stage(key, Stage.BUILDING)
+        gate = LogGate(run.order.max_log_bytes, lambda data: self._spool.log(key, data))
+        result = await build_in_slot(
+            self._slots[slot],
+            run.order.drv_path,
+            derivation,
+            limits=BuildLimits(run.order.timeout_s, run.order.max_silent_s, self._offer.build_cores),
+            gate=gate,
+            on_phase=lambda phase: self._tell_stage(key, Stage.BUILDING, phase),
+            pause=self._pause,
+        )
+        run.built_at = self._clock.now()
+        ending = judge_status(result.status, result.error_msg.strip())
+        if ending is not None:
+            if ending.reason == "infrastructure":
+                self._inputs.forget()
+            raise _Stopped(ending)
+        self._machine.built(key, run.built_at)
+
+    async def _upload(self, derivation: BasicDerivation, sources: FarmSources) -> Succeeded:
+        outputs: list[Output] = [
+            await upload_output(self._readers, sources.store, output.name, output.path) for output in derivation.outputs
+        ]
+        return Succeeded(outputs=tuple(outputs))
+
+    def _pause(self) -> Awaitable[None] | None:
+        return None if self._spool.room.is_set() else self._wait_for_room()
+
+    async def _wait_for_room(self) -> None:
+        await self._spool.room.wait()
+
+    def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
+        change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())
+        self._spool.stage(change, within_s=STAGE_WITHIN_S)
+
+
+async def open_agent(settings: WorkerSettings | None = None) -> Agent:
+    """Return a started agent; the settings default to the file that `DROVER_WORKER_SETTINGS` names.
+
+    Raises `WorkerError` with one sentence. The caller closes it.
+    """
+    agent = Agent(load_settings() if settings is None else settings)
+    await agent.start()
+    return agent

@@ -1,0 +1,118 @@
+"""One build in one slot: a derivation's bytes become a request, its events become log and phases.
+
+No .drv file is needed on the machine: the daemon is sent a BasicDerivation, whose inputs are the full paths that the
+coordinator resolved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from infra.daemon import (
+    BasicDerivation,
+    BasicOutput,
+    BuildEvent,
+    BuildResult,
+    LogLine,
+    Message,
+    Options,
+    Phase,
+)
+from infra.nix import aterm
+from workers.daemons import Line
+
+#: Longest phase name that is passed on; a builder may print anything as one.
+MAX_PHASE_CHARACTERS = 100
+
+
+def basic_derivation(derivation: bytes, inputs: Sequence[str]) -> BasicDerivation:
+    """Parse the .drv's bytes. Raises `infra.nix.errors.FormatError`."""
+    parsed = aterm.parse(derivation)
+    return BasicDerivation(
+        outputs=tuple(BasicOutput(out.name, out.path, out.hash_algo, out.hash) for out in parsed.outputs),
+        inputs=tuple(inputs),
+        system=parsed.system,
+        builder=parsed.builder.encode(),
+        args=parsed.args,
+        env=parsed.env,
+    )
+
+
+@dataclass(slots=True)
+class LogGate:
+    """Lets log bytes through up to a limit and counts the rest; the build goes on."""
+
+    limit_bytes: int
+    write: Callable[[bytes], None]
+    passed_bytes: int = 0
+    dropped_bytes: int = 0
+
+    def line(self, data: bytes) -> None:
+        """One line without its newline."""
+        size = len(data) + 1
+        if self.dropped_bytes or self.passed_bytes + size > self.limit_bytes:
+            self.dropped_bytes += size
+            return
+        self.passed_bytes += size
+        self.write(data + b"\n")
+
+    def finish(self) -> None:
+        """Say how much was dropped, if anything was."""
+        if self.dropped_bytes:
+            limit, dropped = self.limit_bytes, self.dropped_bytes
+            self.write(b"drover: the log is longer than %d bytes; %d bytes were dropped\n" % (limit, dropped))
+
+
+@dataclass(frozen=True, slots=True)
+class BuildLimits:
+    """What one build may use; seconds, 0 is no limit."""
+
+    timeout_s: int
+    max_silent_s: int
+    cores: int
+
+    def options(self) -> Options:
+        """The settings of a connection that keep the limits."""
+        return Options(
+            build_cores=self.cores,
+            max_silent_s=self.max_silent_s,
+            # The log's limit is kept here, by counting, because the daemon's own would end the build.
+            overrides={"timeout": str(self.timeout_s), "max-build-log-size": "0"},
+        )
+
+
+async def build_in_slot(
+    slot: Line,
+    drv_path: str,
+    derivation: BasicDerivation,
+    *,
+    limits: BuildLimits,
+    gate: LogGate,
+    on_phase: Callable[[str], None],
+    pause: Callable[[], Awaitable[None] | None],
+) -> BuildResult:
+    """Build and return the daemon's verdict.
+
+    `pause` is asked after each event; what it returns is awaited before the daemon is read on, so a builder that prints
+    faster than its log is taken away is slowed down. Cancelling hangs up, which kills the builder. Raises
+    `infra.daemon.DaemonError` or `DaemonUnreachableError`.
+    """
+
+    def on_event(event: BuildEvent) -> Awaitable[None] | None:
+        match event:
+            case LogLine(data=data):
+                gate.line(data)
+            case Phase(name=name):
+                on_phase(name[:MAX_PHASE_CHARACTERS])
+            case Message():
+                # Text beside the log, which builders can inject too: nothing to decide on and not part of the log.
+                pass
+        return pause()
+
+    async with slot.use() as connection:
+        await slot.set_options(limits.options())
+        try:
+            return await connection.build_derivation(drv_path, derivation, on_event)
+        finally:
+            gate.finish()

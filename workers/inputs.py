@@ -1,0 +1,306 @@
+"""A lease's inputs become valid in the worker's store, fetched once however many leases want them.
+
+    planning (one at a time): root the paths, ask the store which are valid, ask the cache for the narinfos of the rest
+    with their closure, check every signature, and claim the paths that nobody fetches yet;
+    transfer (several at a time): wait for what others fetch, then stream the NARs into the store, references first.
+
+A path that was rooted and seen valid stays so for as long as the roots connection lives, so it is never asked about
+again. A plan waits only for plans that claimed before it, so no two wait for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import aiohttp
+import orjson
+
+from infra.cache.download import fetch_nar
+from infra.cache.errors import CacheError
+from infra.cache.objects import ObjectStore
+from infra.daemon import DaemonOperationError, Upload, ValidPathInfo
+from infra.nix import narinfo
+from infra.nix.errors import NixError
+from infra.nix.narinfo import NarInfo
+from infra.nix.signing import PublicKey
+from infra.nix.store_path import StoreDir
+from workers.daemons import Line, Pool
+from workers.errors import WorkerError
+from workers.protocol import FarmInfo
+
+#: Seconds for one question to the cache, in all and until it connects.
+QUESTION_S = 60.0
+CONNECT_S = 10.0
+#: Times that a question is asked, and seconds before the second; the pause doubles.
+QUESTION_TRIES = 3
+RETRY_S = 0.2
+#: Bytes of one answer (100,000 narinfos of a kilobyte).
+MAX_ANSWER_BYTES = 256 * 1024 * 1024
+#: NARs up to this size are downloaded ahead of their turn, so many at a time.
+AHEAD_BYTES = 1024 * 1024
+AHEAD = 8
+#: Streams into the store at one time.
+TRANSFERS = 2
+#: Paths remembered as valid; beyond it they are asked about again.
+MAX_REMEMBERED = 200_000
+
+
+class InputError(WorkerError):
+    """An input cannot be had; the message names it."""
+
+
+class FarmSources:
+    """Where one farm's inputs come from: its cache over HTTP and its object store. Must be closed."""
+
+    def __init__(self, farm: FarmInfo, store: ObjectStore) -> None:
+        """Raises `infra.nix.errors.NixError` for a public key or a store directory that cannot be read."""
+        self.farm = farm
+        self.store = store
+        self.store_dir = StoreDir(farm.store_dir)
+        self._keys = tuple(PublicKey.parse(text) for text in farm.public_keys)
+        self._session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=QUESTION_S, connect=CONNECT_S), auto_decompress=True
+        )
+
+    async def close(self) -> None:
+        """Close the connections to the cache."""
+        await self._session.close()
+
+    async def narinfos(self, paths: Iterable[str]) -> list[NarInfo]:
+        """Return the verified narinfos of the closure of full paths, references first.
+
+        Raises `InputError` where a member is not in the cache, is not signed by the farm, or the cache does not answer.
+        """
+        body = orjson.dumps({"paths": sorted(path.rpartition("/")[2] for path in paths), "closure": True})
+        answer = await self._ask(body)
+        missing = answer.get("missing")
+        if missing:
+            raise InputError(f"{self.farm.store_dir}/{missing[0]} is not in the farm's cache")
+        try:
+            infos = [narinfo.parse(text.encode(), self.store_dir) for text in answer["narinfos"]]
+        except (NixError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"the cache's answer cannot be read: {error}") from error
+        for info in infos:
+            fingerprint = info.fingerprint(self.store_dir)
+            if not any(key.verify(fingerprint, sig) for key in self._keys for sig in info.sigs):
+                raise InputError(f"{info.store_path} is not signed by a key of the farm")
+        return infos
+
+    async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None]:
+        """Yield the NAR of a narinfo, verified by its end. Raises `InputError`."""
+        try:
+            async with aclosing(fetch_nar(self.store, info)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except CacheError as error:
+            raise InputError(f"{info.store_path}: {error}") from error
+
+    async def _ask(self, body: bytes) -> dict[str, Any]:
+        url = f"{self.farm.cache_url}/narinfos"
+        pause_s = RETRY_S
+        problem = ""
+        for left in reversed(range(QUESTION_TRIES)):
+            try:
+                headers = {"Content-Type": "application/json"}
+                async with self._session.post(url, data=body, headers=headers) as response:
+                    if response.status == 200:
+                        return await _json_object(response)
+                    problem = f"answered with status {response.status}"
+                    if response.status < 500:
+                        break
+            except TimeoutError:
+                problem = f"did not answer within {QUESTION_S:.0f} s"
+            except aiohttp.ClientError as error:
+                problem = f"cannot be asked ({error})"
+            if left:
+                await asyncio.sleep(pause_s)
+                pause_s *= 2
+        raise InputError(f"the farm's cache at {self.farm.cache_url} {problem}")
+
+
+async def _json_object(response: aiohttp.ClientResponse) -> dict[str, Any]:
+    data = bytearray()
+    async for chunk in response.content.iter_any():
+        data += chunk
+        if len(data) > MAX_ANSWER_BYTES:
+            raise InputError(f"the cache's answer is longer than {MAX_ANSWER_BYTES} bytes")
+    try:
+        answer = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise InputError("the cache's answer is not a JSON object")
+    return answer
+
+
+class InputFetcher:
+    """Makes paths valid; see the module's text. Its tasks live in `group`."""
+
+    def __init__(self, roots: Line, transfers: Pool, group: asyncio.TaskGroup) -> None:
+        self._roots = roots
+        self._transfers = transfers
+        self._group = group
+        self._planning = asyncio.Lock()
+        #: Rooted by the roots connection of `_generation` and seen valid since.
+        self._valid: set[str] = set()
+        self._generation = 0
+        self._tasks: set[asyncio.Task[Exception | None]] = set()
+        #: Claimed paths and the transfer that will make them valid. A transfer never raises: it returns its error.
+        self._claimed: dict[str, asyncio.Task[Exception | None]] = {}
+
+    def known(self, paths: Iterable[str]) -> bool:
+        """Whether all paths are known to be valid, so that `ensure` would return at once."""
+        return self._generation == self._roots.generation and self._valid.issuperset(paths)
+
+    def forget(self) -> None:
+        """Ask about every path anew: the store has shown that it is not as remembered."""
+        self._valid.clear()
+
+    def stop(self) -> None:
+        """Cancel all transfers: the agent is closing."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def ensure(self, paths: Sequence[str], sources: FarmSources) -> None:
+        """Return when all full paths are valid and rooted for the life of the roots connection.
+
+        A cancelled caller leaves the transfer running: others may wait for it. Raises `InputError`,
+        `infra.daemon.DaemonError` or `DaemonUnreachableError`.
+        """
+        if self.known(paths):
+            return
+        async with self._planning:
+            tasks = await self._plan(set(paths), sources)
+        for task in tasks:
+            error = await asyncio.shield(task)
+            if error is not None:
+                raise error
+
+    async def _plan(self, wanted: set[str], sources: FarmSources) -> list[asyncio.Task[Exception | None]]:
+        """Claim what is missing; return the transfers to wait for."""
+        missing = await self._missing(wanted)
+        earlier = {self._claimed[path] for path in missing if path in self._claimed}
+        unclaimed = missing - self._claimed.keys()
+        if not unclaimed:
+            return list(earlier)
+        infos = await sources.narinfos(unclaimed)
+        missing = await self._missing({info.store_path for info in infos})
+        earlier |= {self._claimed[path] for path in missing if path in self._claimed}
+        mine = [info for info in infos if info.store_path in missing and info.store_path not in self._claimed]
+        if not mine:
+            return list(earlier)
+        task = self._group.create_task(self._transfer(mine, sources, frozenset(earlier)), name="fetch inputs")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        for info in mine:
+            self._claimed[info.store_path] = task
+        return [*earlier, task]
+
+    async def _missing(self, paths: set[str]) -> set[str]:
+        """Root paths, then ask which are not valid (in this order, or a collection could come between)."""
+        async with self._roots.use() as connection:
+            if self._generation != self._roots.generation or len(self._valid) > MAX_REMEMBERED:
+                self._valid.clear()
+                self._generation = self._roots.generation
+            unknown = paths - self._valid
+            if unknown:
+                await connection.add_temp_roots(sorted(unknown))
+                self._valid |= await connection.query_valid_paths(unknown)
+            return paths - self._valid
+
+    async def _transfer(
+        self,
+        infos: Sequence[NarInfo],
+        sources: FarmSources,
+        earlier: frozenset[asyncio.Task[Exception | None]],
+    ) -> Exception | None:
+        """Add the paths; the error is returned, because every lease that waits wants it."""
+        try:
+            for task in earlier:
+                error = await asyncio.shield(task)
+                if error is not None:
+                    return error
+            async with self._transfers.use() as connection:
+                stream = _NarsAhead(infos, sources)
+                try:
+                    # The signatures are verified above, with the farm's keys; the daemon has its own list.
+                    await connection.add_multiple_to_store(stream.uploads(), dont_check_sigs=True)
+                except DaemonOperationError as refused:
+                    return InputError(f"the store refuses an input: {refused}")
+                finally:
+                    await stream.close()
+            self._valid.update(info.store_path for info in infos)
+        except Exception as error:  # noqa: BLE001 - handed to every waiting lease, which tells it
+            return error
+        finally:
+            for info in infos:
+                del self._claimed[info.store_path]
+        return None
+
+
+class _NarsAhead:
+    """The NARs of a transfer in order; small ones are downloaded while those before them are sent."""
+
+    def __init__(self, infos: Sequence[NarInfo], sources: FarmSources) -> None:
+        self._infos = infos
+        self._sources = sources
+        #: Downloads of the infos from `_next` on backwards, oldest first; at most AHEAD.
+        self._ahead: deque[tuple[int, asyncio.Task[bytes]]] = deque()
+        self._next = 0
+
+    def uploads(self) -> list[Upload]:
+        """What `add_multiple_to_store` wants; the NARs must be read in order, each once."""
+        prefix = self._sources.farm.store_dir + "/"
+        return [
+            Upload(
+                ValidPathInfo(
+                    path=info.store_path,
+                    nar_hash=info.nar_hash,
+                    nar_size=info.nar_size,
+                    references=tuple(prefix + name for name in info.references),
+                    deriver=prefix + info.deriver if info.deriver else "",
+                    signatures=info.sigs,
+                    ca=info.ca,
+                ),
+                self._nar(number),
+            )
+            for number, info in enumerate(self._infos)
+        ]
+
+    async def close(self) -> None:
+        """Stop downloads that nobody wants any more."""
+        tasks = [task for _, task in self._ahead]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _nar(self, number: int) -> AsyncIterator[bytes]:
+        self._look_ahead(number)
+        if self._ahead and self._ahead[0][0] == number:
+            _, task = self._ahead[0]
+            data = await task
+            self._ahead.popleft()
+            yield data
+            return
+        async with aclosing(self._sources.nar(self._infos[number])) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    def _look_ahead(self, number: int) -> None:
+        self._next = max(self._next, number)
+        while self._next < len(self._infos) and len(self._ahead) < AHEAD:
+            info = self._infos[self._next]
+            if info.nar_size > AHEAD_BYTES:
+                if self._next > number:
+                    return
+            else:
+                self._ahead.append((self._next, asyncio.create_task(self._whole(info))))
+            self._next += 1
+
+    async def _whole(self, info: NarInfo) -> bytes:
+        async with aclosing(self._sources.nar(info)) as chunks:
+            return b"".join([chunk async for chunk in chunks])
