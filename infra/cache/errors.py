@@ -32,6 +32,10 @@ class CorruptNarError(CacheError):
         self.reason = reason
 
 
+class MetadataError(CacheError):
+    """The metadata database failed: locked for too long, full, damaged, unreachable."""
+
+
 class SchemaTooNewError(CacheError):
     """The metadata was written by a newer release; nothing was touched."""
 

@@ -18,17 +18,18 @@ statements are plain SQL as PostgreSQL has it too.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import NoSuchTableError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from infra.cache.errors import CacheError, SchemaTooNewError
+from infra.cache.errors import CacheError, MetadataError, SchemaTooNewError
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_MS = 10_000
@@ -92,6 +93,7 @@ async def open_metadata(url: str) -> AsyncEngine:
 
     Raises:
         SchemaTooNewError: a newer release wrote it; nothing was touched.
+        MetadataError: it cannot be opened.
         CacheError: `cache_schema` is there but says nothing sensible.
     """
     engine = create_async_engine(url, pool_size=POOL_SIZE, max_overflow=0)
@@ -102,7 +104,7 @@ async def open_metadata(url: str) -> AsyncEngine:
         async with writing(engine) as connection:
             await connection.run_sync(_prepare)
         if engine.dialect.name == "sqlite":
-            async with engine.connect() as connection:
+            async with reading(engine) as connection:
                 await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     except BaseException:
         await engine.dispose()
@@ -110,12 +112,34 @@ async def open_metadata(url: str) -> AsyncEngine:
     return engine
 
 
-def writing(engine: AsyncEngine) -> Any:
-    """Return the context of one writing transaction; it commits when left without an error.
+@contextmanager
+def database_errors() -> Iterator[None]:
+    """Turn what the database raises into a MetadataError of one line."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        # Not the statement and its parameters, which SQLAlchemy would add.
+        reason = str(getattr(error, "orig", None) or type(error).__name__).split("\n", 1)[0]
+        raise MetadataError(f"the cache's database failed: {reason}") from error
+
+
+@asynccontextmanager
+async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Give a connection to read with; each statement sees one state of the database."""
+    with database_errors():
+        async with engine.connect() as connection:
+            yield connection
+
+
+@asynccontextmanager
+async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Give a writing transaction; it commits when left without an error.
 
     SQLite takes the write lock at its start, so that nothing read in it can be out of date when it writes.
     """
-    return engine.execution_options(drover_write=True).begin()
+    with database_errors():
+        async with engine.execution_options(drover_write=True).begin() as connection:
+            yield connection
 
 
 def _configure_sqlite(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:

@@ -13,7 +13,7 @@ from typing import IO, Protocol, cast
 
 import zstandard
 
-from infra.cache.errors import CorruptNarError
+from infra.cache.errors import CorruptNarError, ObjectStoreError
 from infra.cache.objects import READ_BYTES, BlockingSource
 from infra.nix.hashing import sha256_text
 
@@ -65,7 +65,10 @@ class _Measured:
         self.hash = sha256()
 
     def read(self, size: int, /) -> bytes:
-        data = self._source.read(size)
+        try:
+            data = self._source.read(size)
+        except OSError as error:
+            raise ObjectStoreError(f"cannot read {self._promise.url}: {error.strerror}") from error
         self.size += len(data)
         if self._promise.file_size and self.size > self._promise.file_size:
             raise CorruptNarError(self._promise.store_path, f"the file has more than {self._promise.file_size} bytes")
