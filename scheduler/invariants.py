@@ -1,0 +1,138 @@
+"""What must hold between two calls of `handle`, recomputed from first principles; and the durable part of a state.
+
+For tests and simulations: one check costs the size of the state. The indexes are compared with what they index, never
+with each other. What no state can show (a lease granted twice) is for oracles over the journal.
+"""
+
+from __future__ import annotations
+
+from scheduler.model import ImpossibleError, StepKey
+from scheduler.state import FarmState, Step
+from scheduler.transitions import LAPSED, UNFINISHED, StepState
+
+
+class InvariantBrokenError(ImpossibleError):
+    """The state contradicts itself."""
+
+
+def check(state: FarmState) -> None:
+    """Raise `InvariantBrokenError` naming the first invariant that does not hold."""
+    _require(not state.orphans, f"orphans are left: {list(state.orphans)}")
+    for step in state.steps.values():
+        _check_life(state, step)
+        _check_needs(step)
+        _check_index(state, step)
+    _check_builders(state)
+    state.descend(state.steps.values())
+
+
+def durable(state: FarmState) -> dict[StepKey, tuple[object, ...]]:
+    """Return all that durable facts determine, as plain values that can be compared.
+
+    Not in it: what builders said, back-offs that ended, and ranks in queues.
+    """
+    return {
+        step.key: (
+            step.state.value,
+            step.recipes,
+            step.active,
+            sorted(step.tried),
+            step.sequence,
+            step.attempt,
+            step.faults,
+            step.returns,
+            step.born,
+            step.ended,
+            step.done_at,
+            step.roots,
+            step.engaged,
+            step.unmet,
+            step.depth,
+            tuple(need.key for need in step.needs),
+            tuple(dependent.key for dependent in step.dependents),
+            step.builder,
+            step.avoid,
+            step.evidence,
+            step.failure,
+            step.cause,
+        )
+        for step in state.steps.values()
+    }
+
+
+def _require(holds: bool, broken: str) -> None:
+    if not holds:
+        raise InvariantBrokenError(broken)
+
+
+def _check_life(state: FarmState, step: Step) -> None:
+    unfinished = step.state in UNFINISHED
+    open_ = step.state in (StepState.LEASED, StepState.PUBLISHING)
+    _require(
+        step.engaged == (unfinished and step.wanted), f"{step} engages its needs and is not wanted, or the reverse"
+    )
+    _require(unfinished or not step.roots, f"{step} is finished and still a root")
+    _require(unfinished or step.state is StepState.DONE or not step.dependents, f"{step} has lapsed, dependents wait")
+    _require(step.state not in UNFINISHED - {StepState.WAITING} or step.wanted, f"{step} runs for nobody")
+    _require(open_ == bool(step.builder), f"{step} has a builder and no lease, or the reverse")
+    _require(step.state is not StepState.FAILED or step.failure is not None, f"{step} gives no failure")
+    _require(step.state is not StepState.DOOMED or step.cause is not None, f"{step} gives no cause")
+    _require(step.active not in step.tried or step.state in LAPSED, f"{step} uses a recipe proven failing")
+    for submission in step.roots:
+        _require(step in state.submissions[submission], f"{step} is no root of {submission}")
+
+
+def _check_needs(step: Step) -> None:
+    if not step.engaged:
+        _require(not step.needs, f"{step} holds needs and does not engage them")
+        return
+    unmet = 0
+    for need in step.needs:
+        unmet += need.state is not StepState.DONE
+        _require(step in need.dependents, f"{need} does not know that {step} needs it")
+        _require(need.depth > step.depth, f"{need} ranks below {step}")
+    _require(step.unmet == unmet, f"{step} counts {step.unmet} unmet needs, has {unmet}")
+    _require(step.state is not StepState.WAITING or unmet > 0, f"{step} waits for nothing")
+    _require(step.state is not StepState.READY or unmet == 0, f"{step} is ready before its needs")
+
+
+def _check_index(state: FarmState, step: Step) -> None:
+    for dependent in step.dependents:
+        _require(step in dependent.needs, f"{step} lists {dependent}, which does not need it")
+    ready = step.state is StepState.READY
+    delayed = ready and bool(step.not_before)
+    _require((step.queue is not None) == (ready and not delayed), f"{step} stands in a queue wrongly, or in none")
+    if delayed:
+        entry = (step.not_before, step.sequence, step)
+        _require(entry in state.delayed, f"{step} backs off and nobody waits for it")
+    if step.queue is not None:
+        _require((-step.rank, step.sequence, step) in step.queue.heap, f"{step} is not in its queue")
+        _require(step.queue.requirements == step.recipe.requirements, f"{step} is in a queue of others")
+    if step.state is StepState.LEASED:
+        _require(state.builders[step.builder].leases.get(step.key) is step, f"{step.builder} does not hold {step}")
+
+
+def _check_builders(state: FarmState) -> None:
+    heard = [builder.heard for builder in state.builders.values()]
+    _require(heard == sorted(heard), "builders are not in order of their last word")
+    for builder in state.builders.values():
+        for step in builder.leases.values():
+            held = step.state is StepState.LEASED and step.builder == builder.id
+            _require(held, f"{builder.id} holds {step}, which is not its lease")
+        free = builder.spec is not None and builder.free > 0
+        _require((builder.id in state.free) == free, f"{builder.id} is listed as free wrongly")
+    for (requirements, avoid), queue in state.queues.items():
+        able = [b.id for b in state.builders.values() if b.spec is not None and b.spec.offers(requirements)]
+        expected = {id_ for id_ in able if id_ != avoid or len(able) == 1}
+        _require(set(queue.builders) == expected, f"the queue for {requirements} lists the wrong builders")
+        if queue.heap:
+            rank, _, step = queue.heap[0]
+            _require(step.queue is queue and step.rank == -rank, f"the queue for {requirements} has a stale head")
+    for builder in state.builders.values():
+        for queue in builder.queues:
+            _require(queue.builders.get(builder.id) is builder, f"{builder.id} lists a queue it is not in")
+    if state.delayed:
+        until, _, step = state.delayed[0]
+        _require(step.state is StepState.READY and step.not_before == until, "the heap of back-offs has a stale head")
+    for id_ in state.silent:
+        _require(id_ not in state.builders, f"{id_} is both silent and here")

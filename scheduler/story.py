@@ -1,0 +1,141 @@
+"""The facts of one key, and a fact as one line: what a person reads to see what happened and why."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import assert_never
+
+from scheduler import facts as f
+from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
+from scheduler.model import LeaseId, Requirements, StepKey
+
+#: How many facts a story keeps: the last ones.
+STORY_FACTS = 1000
+_NAMED = 8
+
+
+def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911  one arm per kind of fact
+    """Return the keys a fact is about: steps, builders, submissions. Members of a submission are not listed."""
+    match fact:
+        case f.StepLeased() | f.LeaseRevoked() | f.StepBuilt():
+            return (fact.lease.step, fact.builder)
+        case f.StepDone():
+            return (fact.lease.step,)
+        case f.StepAdded():
+            return (fact.spec.key,)
+        case f.StepFailed():
+            return (fact.step, fact.builder)
+        case f.StepDoomed():
+            return (fact.step, fact.cause)
+        case (
+            f.RecipeAdded()
+            | f.StepHeld()
+            | f.StepRevived()
+            | f.StepLost()
+            | f.StepFellBack()
+            | f.StepAbandoned()
+            | f.BackOffEnded()
+        ):
+            return (fact.step,)
+        case f.SubmissionAccepted() | f.SubmissionWithdrawn():
+            return (fact.submission,)
+        case f.BuilderAdmitted():
+            return (fact.builder.id,)
+        case f.BuilderRefreshed() | f.BuilderRemoved():
+            return (fact.builder,)
+        case f.FarmResumed():
+            return ()
+        case _:
+            assert_never(fact)
+
+
+def story(facts: Iterable[f.Fact], key: str, limit: int = STORY_FACTS) -> list[f.Fact]:
+    """Return the last `limit` facts about one step, builder or submission, oldest first."""
+    return list(deque((fact for fact in facts if key in subjects(fact)), maxlen=limit))
+
+
+def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fact
+    """Return one line of plain English about a fact. Not a format: nothing parses it."""
+    match fact:
+        case f.SubmissionAccepted():
+            return (
+                f"submission {fact.submission} accepted: wants {_some(fact.roots)}; {len(fact.members)} steps, "
+                f"{len(fact.held)} held, {len(fact.joined)} joined"
+            )
+        case f.SubmissionWithdrawn():
+            return f"submission {fact.submission} withdrawn"
+        case f.StepAdded():
+            ways = "; or ".join(f"on {_needs(r.requirements)} from {_some(r.needs)}" for r in fact.spec.recipes)
+            return f"{fact.spec.key} added: {ways}"
+        case f.RecipeAdded():
+            return f"{fact.step} gained a recipe: on {_needs(fact.recipe.requirements)} from {_some(fact.recipe.needs)}"
+        case f.StepHeld():
+            return f"{fact.step} held by the cache"
+        case f.StepRevived():
+            return f"{fact.step} revived with recipe {fact.recipe}"
+        case f.StepLost():
+            return f"{fact.step} lost by the cache"
+        case f.StepLeased():
+            return f"{_lease(fact.lease)} leased to {fact.builder}, recipe {fact.recipe}"
+        case f.LeaseRevoked():
+            failure = f"{fact.failure.kind}: {fact.failure.message}"
+            return f"{_lease(fact.lease)} revoked from {fact.builder}, {failure}; not before {fact.not_before:.2f}"
+        case f.StepBuilt():
+            return f"{_lease(fact.lease)} built by {fact.builder}"
+        case f.StepDone():
+            return f"{_lease(fact.lease)} done"
+        case f.StepFellBack():
+            return f"{fact.step} falls back to recipe {fact.recipe}: {fact.failure.message}"
+        case f.StepFailed():
+            return f"{fact.step}@{fact.attempt} failed on {fact.builder}, {fact.failure.kind}: {fact.failure.message}"
+        case f.StepDoomed():
+            return f"{fact.step} doomed by {fact.cause}"
+        case f.StepAbandoned():
+            return f"{fact.step} abandoned"
+        case f.BackOffEnded():
+            return f"{fact.step} may run again"
+        case f.BuilderAdmitted():
+            systems = _some(tuple(sorted(fact.builder.systems)))
+            heal = _heal(fact.missing, fact.unknown)
+            return f"builder {fact.builder.id} admitted: {systems}, room for {fact.capacity}{heal}"
+        case f.BuilderRefreshed():
+            return f"builder {fact.builder} reported: room for {fact.capacity}{_heal(fact.missing, fact.unknown)}"
+        case f.BuilderRemoved():
+            return f"builder {fact.builder} removed: {fact.reason}"
+        case f.FarmResumed():
+            return "farm resumed"
+        case _:
+            assert_never(fact)
+
+
+def tell_effect(effect: Effect) -> str:
+    """Return one line about an effect."""
+    match effect:
+        case StartBuild():
+            return f"start {_lease(effect.lease)} on {effect.builder}, recipe {effect.recipe}"
+        case CancelBuild():
+            return f"cancel {_lease(effect.lease)} on {effect.builder}"
+        case PublishOutputs():
+            return f"publish {_lease(effect.lease)}"
+        case _:
+            assert_never(effect)
+
+
+def _lease(lease: LeaseId) -> str:
+    return f"{lease.step}@{lease.attempt}"
+
+
+def _needs(requirements: Requirements) -> str:
+    return "+".join((requirements.system, *requirements.features))
+
+
+def _some(names: tuple[str, ...] | tuple[StepKey, ...]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (", ".join(names[:_NAMED]) or "nothing") + more
+
+
+def _heal(missing: tuple[LeaseId, ...], unknown: tuple[LeaseId, ...]) -> str:
+    parts = [f"; misses {', '.join(map(_lease, missing))}"] if missing else []
+    parts += [f"; has no right to {', '.join(map(_lease, unknown))}"] if unknown else []
+    return "".join(parts)

@@ -1,0 +1,182 @@
+"""Drain a large graph through the core in memory and state the microseconds per finished build.
+
+The builders are ideal: each grants what it is given at once, and reports arrive in batches. Time covers `handle_many`
+alone (reports, publishing, next leases), not the making of events nor intake, which is told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import zstandard
+
+from scheduler.effects import PublishOutputs, StartBuild
+from scheduler.events import BuilderJoined, BuildSucceeded, Event, OutputsPublished, SubmissionReceived
+from scheduler.farm import Farm
+from scheduler.model import BuilderId, BuilderSpec, Instant, Recipe, Requirements, StepKey, StepSpec, SubmissionId
+
+TARGET_US = 15.0
+LAYERS = 100
+WIDTH = 1000
+NEEDS = 3
+BUILDERS = 16
+SLOTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """Steps ready to submit."""
+
+    name: str
+    steps: tuple[StepSpec, ...]
+    roots: tuple[StepKey, ...]
+    systems: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """One run: microseconds per finished build, and what else was seen."""
+
+    us_per_build: float
+    intake_s: float
+    builds: int
+
+
+def layered(seed: int = 1) -> Graph:
+    """100 layers of 1,000 steps, each with three needs in the layer below; all that nobody needs is wanted."""
+    chance = random.Random(seed)
+    requirements = Requirements("x86_64-linux")
+    steps: list[StepSpec] = []
+    below: list[StepKey] = []
+    for layer in range(LAYERS):
+        # As long as a real key: hashing and comparing it is part of the work.
+        here = [StepKey(f"/nix/store/{chance.getrandbits(160):032x}-step-{layer}-{i}") for i in range(WIDTH)]
+        for key in here:
+            needs = tuple(chance.sample(below, NEEDS)) if below else ()
+            steps.append(StepSpec(key, (Recipe(requirements, needs),)))
+        below = here
+    needed = {need for step in steps for need in step.recipes[0].needs}
+    roots = tuple(step.key for step in steps if step.key not in needed)
+    return Graph("layered", tuple(steps), roots, frozenset({"x86_64-linux"}))
+
+
+def from_file(path: Path) -> Graph:
+    """Read `{"fields": ["name", "system", "fixed_output", "inputs"], "nodes": [...]}`, zstd if it ends in .zst."""
+    data = path.read_bytes()
+    if path.suffix == ".zst":
+        data = zstandard.ZstdDecompressor().stream_reader(data).read()
+    graph = json.loads(data)
+    fields = graph["fields"]
+    system_at, inputs_at, name_at = fields.index("system"), fields.index("inputs"), fields.index("name")
+    nodes = graph["nodes"]
+    keys = [StepKey(f"{index:032x}-{node[name_at]}") for index, node in enumerate(nodes)]
+    needed = {index for node in nodes for index in node[inputs_at]}
+    steps = tuple(
+        StepSpec(key, (Recipe(Requirements(node[system_at]), tuple(keys[i] for i in node[inputs_at])),))
+        for key, node in zip(keys, nodes, strict=True)
+    )
+    roots = tuple(key for index, key in enumerate(keys) if index not in needed)
+    return Graph(path.name, steps, roots, frozenset(node[system_at] for node in nodes))
+
+
+def drain(graph: Graph, batch: int) -> Drain:
+    """Run the graph to its end, `batch` finished builds and as many published ones per call."""
+    farm = Farm()
+    now = 0.0
+    started = time.perf_counter()
+    submission = SubmissionReceived(SubmissionId("bench"), graph.roots, graph.steps)
+    farm.handle(submission, Instant(now))
+    intake_s = time.perf_counter() - started
+    joins = [BuilderJoined(BuilderSpec(BuilderId(f"builder-{i}"), "1", graph.systems), SLOTS) for i in range(BUILDERS)]
+    _, effects = farm.handle_many(joins, Instant(now))
+    running = [effect for effect in effects if isinstance(effect, StartBuild)]
+    publishing: list[PublishOutputs] = []
+    spent = 0.0
+    builds = 0
+    clock = time.perf_counter
+    while running or publishing:
+        now += 0.001
+        ended, running = running[:batch], running[batch:]
+        events: list[Event] = [OutputsPublished(effect.lease) for effect in publishing]
+        events += [BuildSucceeded(effect.lease, effect.builder, b"evidence") for effect in ended]
+        builds += len(publishing)
+        began = clock()
+        _, effects = farm.handle_many(events, Instant(now))
+        spent += clock() - began
+        publishing = []
+        for effect in effects:
+            if isinstance(effect, StartBuild):
+                running.append(effect)
+            elif isinstance(effect, PublishOutputs):
+                publishing.append(effect)
+    if builds != len(graph.steps) or not farm.ended(SubmissionId("bench")):
+        raise SystemExit(f"only {builds} of {len(graph.steps)} steps were built")
+    return Drain(spent / builds * 1e6, intake_s, builds)
+
+
+def measure(graph: Graph, batch: int, runs: int) -> list[Drain]:
+    """Drain several times, telling each on standard error."""
+    results: list[Drain] = []
+    for run in range(runs):
+        gc.collect()
+        result = drain(graph, batch)
+        results.append(result)
+        print(
+            f"{graph.name}, batch {batch}, run {run + 1}/{runs}: {result.us_per_build:.2f} us/build, "
+            f"{result.builds} builds, intake {result.intake_s:.2f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; `ours` is the median of the layered graph (or of --graph) at the first batch size given."""
+    parser = argparse.ArgumentParser(prog="bench core", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 1], help="finished builds per call of the core")
+    parser.add_argument("--graph", type=Path, help="also drain the graph in this file (JSON, or JSON in zstd)")
+    options = parser.parse_args(argv)
+    if options.runs < 1 or min(options.batch) < 1:
+        parser.error("--runs and --batch must be at least 1")
+    graphs = [layered()]
+    if options.graph is not None:
+        graphs.append(from_file(options.graph))
+    medians: dict[str, float] = {}
+    first: list[float] = []
+    for graph in graphs:
+        for batch in options.batch:
+            figures = [result.us_per_build for result in measure(graph, batch, options.runs)]
+            medians[f"{graph.name}/{batch}"] = round(statistics.median(figures), 2)
+            first = first or figures
+    ours = statistics.median(first)
+    print(
+        f"core: {ours:.2f} us per finished build (target {TARGET_US:.0f} us or less), all: {medians}", file=sys.stderr
+    )
+    if options.json:
+        answer = {
+            "bench": "core",
+            "ours": round(ours, 3),
+            "peer": TARGET_US,
+            "ratio": round(TARGET_US / ours, 3),
+            "unit": "us/build",
+            "runs": options.runs,
+            "spread": round(max(first) - min(first), 3),
+            "detail": medians,
+        }
+        print(json.dumps(answer))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
