@@ -20,7 +20,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -93,41 +93,52 @@ def _end_with(parent: int) -> None:
 class AgentHost:
     """The actor: hosts the node's `Agent`, made from the settings that the node's environment names.
 
-    The agent is opened at the first call, inside the actor's event loop; a failure to open it is the answer of that
-    call.
+    Ray runs every concurrency group of an actor in an event loop and thread of its own. The agent knows one loop only,
+    so all calls are handed to a thread that is the agent's. It is opened by the first call; a failure to open it is the
+    answer of that call, and the next one tries again.
     """
 
     def __init__(self) -> None:
         self._agent: Agent | None = None
+        self._loop = asyncio.new_event_loop()
         self._opening = asyncio.Lock()
+        threading.Thread(target=self._loop.run_forever, name="drover-agent", daemon=True).start()
 
-    async def _open(self) -> Agent:
+    async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
+        """See `workers.protocol`."""
+        return await self._there(lambda agent: agent.hello(farm))
+
+    async def start_many(self, orders: list[dict[str, Any]]) -> None:
+        """See `workers.protocol`."""
+        await self._there(lambda agent: agent.start_many(orders))
+
+    async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
+        """See `workers.protocol`."""
+        return await self._there(lambda agent: agent.events(ack, max_bytes, wait_s))
+
+    async def cancel(self, leases: list[dict[str, Any]]) -> None:
+        """See `workers.protocol`."""
+        await self._there(lambda agent: agent.cancel(leases))
+
+    async def drain(self, on: bool) -> None:
+        """See `workers.protocol`."""
+        await self._there(lambda agent: agent.drain(on))
+
+    async def _there(self, call: Callable[[Agent], Awaitable[T]]) -> T:
+        """Run `call` in the agent's loop and return its answer in ours."""
+
+        async def run() -> T:
+            return await call(await self._opened())
+
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run(), self._loop))
+
+    async def _opened(self) -> Agent:
         async with self._opening:
             if self._agent is None:
                 from workers.agent import open_agent  # noqa: PLC0415 - coordinators need not load the agent's tools
 
                 self._agent = await open_agent()
             return self._agent
-
-    async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
-        """See `workers.protocol`."""
-        return await (await self._open()).hello(farm)
-
-    async def start_many(self, orders: list[dict[str, Any]]) -> None:
-        """See `workers.protocol`."""
-        await (await self._open()).start_many(orders)
-
-    async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
-        """See `workers.protocol`."""
-        return await (await self._open()).events(ack, max_bytes, wait_s)
-
-    async def cancel(self, leases: list[dict[str, Any]]) -> None:
-        """See `workers.protocol`."""
-        await (await self._open()).cancel(leases)
-
-    async def drain(self, on: bool) -> None:
-        """See `workers.protocol`."""
-        await (await self._open()).drain(on)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +173,12 @@ class _Ray:
         ray = self._ray
         if ray.is_initialized():
             raise FleetError("this process is already connected to a Ray cluster")
+        # `init` retries a refused token for 20 s and then only says that it could not connect.
+        try:
+            ray._raylet.GcsClient(address=address)  # noqa: SLF001 - no public equal
+        except ray.exceptions.AuthenticationError:
+            raise FleetError(f"the Ray head at {address} refuses this farm's token") from None
+        logging.getLogger("ray").setLevel(logging.ERROR)
         # Ray prints raylets' complaints to standard output, which belongs to the program.
         ray._private.worker.print_to_stdstream = _log_raylet  # noqa: SLF001 - no public switch
         ray.init(

@@ -58,7 +58,7 @@ STOP_GRACE_S = 5.0
 KILL_GRACE_S = 5.0
 #: Unix socket paths end at 103 bytes on macOS; Ray appends "/r/session_<date>_<pid>/sockets/plasma_store".
 SOCKET_PATH_BYTES = 103
-RAY_SOCKET_SUFFIX_BYTES = 72
+RAY_SOCKET_SUFFIX_BYTES = 68
 #: How often a starting or ending node is looked at, seconds.
 LOOK_AGAIN_S = 0.05
 #: Lines of Ray's output that an error quotes.
@@ -151,6 +151,8 @@ def ray_env(
         "RAY_task_events_report_interval_ms": "0",
         # Builds run below the agent; a nice value of 15, Ray's default, would be theirs too.
         "RAY_worker_niceness": "0",
+        # A detached agent never drains; Ray would wait 30 s for it on SIGTERM.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         # Ray would kill the agent, and with it all builds of its machine, when one build fills the memory.
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_health_check_initial_delay_ms": "5000",
