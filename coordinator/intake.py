@@ -17,8 +17,7 @@ from coordinator.errors import IntakeError
 from coordinator.framing import StreamLimits, read_derivations, read_sources
 from coordinator.schema import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.sources import SourceIntake
-from infra.cache import Cache
-from infra.cache.objects import ObjectStore
+from infra.cache import Cache, ObjectStore
 from infra.nix import aterm
 from infra.nix.derivation import DerivationKind
 from infra.nix.errors import FormatError, NixError, UnknownInputError

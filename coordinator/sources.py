@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, AsyncIterator
 from typing import ClassVar
 
-from coordinator.errors import IntakeError
+from coordinator.errors import IntakeError, UnavailableError
 from coordinator.framing import Source
-from infra.cache import Cache, Candidate
-from infra.cache.objects import ObjectStore
-from infra.cache.upload import upload_nar
+from infra.cache import Cache, Candidate, ObjectStore, Rejected, RejectReason, upload_nar
 from infra.nix.ca import SourceDigest, verify_source
 from infra.nix.errors import FormatError, SourcePathError
 from infra.nix.store_path import StoreDir, parse_base_name
@@ -84,19 +82,14 @@ class SourceIntake:
                 f"the source {header.path} is not addressed by its content, so the farm cannot tell whether it is "
                 "true; only sources that Nix added from files can be sent"
             ) from None
-        return Candidate(
-            store_path=path,
-            url=uploaded.url,
-            compression=uploaded.compression,
-            file_hash=uploaded.file_hash,
-            file_size=uploaded.file_size,
-            nar_hash=uploaded.nar_hash,
-            nar_size=uploaded.nar_size,
-            references=tuple(sorted(header.references)),
-            deriver="",
-            ca=ca,
-        )
+        return Candidate.of_upload(path, uploaded, tuple(sorted(header.references)), ca=ca)
 
     async def _publish(self, batch: list[Candidate]) -> None:
-        for candidate, outcome in zip(batch, await self._cache.publish(batch), strict=True):
-            _ = candidate, outcome
+        for outcome in await self._cache.publish(batch):
+            if not isinstance(outcome, Rejected):
+                # A conflict too is an answer: something true by its content is there already.
+                continue
+            name = outcome.store_path.rpartition("/")[2]
+            if outcome.reason is RejectReason.STORE_FAILED:
+                raise UnavailableError(f"the source {name} could not be published: {outcome.message}; try again later")
+            raise SourceRefusedError(f"the source {name} was refused: {outcome.message}")
