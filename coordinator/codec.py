@@ -28,6 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from coordinator.errors import CoordinatorError
 from scheduler import facts
 from scheduler.facts import Fact
+from scheduler.model import StepKey
 from workers.protocol import Output
 
 #: Raised when the meaning of stored frames changes; a journal tells which version it was written with.
@@ -95,6 +96,24 @@ def decode_facts(frame: bytes) -> tuple[Fact, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class RootNote:
+    """A wish of a submission and the step it stands on; `outputs` as wanted, name and full store path."""
+
+    attr: str
+    drv: str
+    step: StepKey
+    outputs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionNote:
+    """What people called a submission."""
+
+    label: str
+    roots: tuple[RootNote, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """What a finished build claims: its .drv (full store path) and every output as uploaded."""
 
@@ -132,6 +151,19 @@ def evidence_size(data: bytes) -> int:
         return sum(int(output["file_size"]) for output in orjson.loads(data)["outputs"])
     except (ValueError, KeyError, TypeError):
         return 0
+
+
+def encode_note(note: SubmissionNote) -> bytes:
+    """Return the bytes that the journal keeps of a submission's names."""
+    return orjson.dumps(note)
+
+
+def decode_note(data: bytes) -> SubmissionNote:
+    """Read a note back. Raises `CodecError`."""
+    try:
+        return cast("SubmissionNote", _NOTE(orjson.loads(data)))
+    except orjson.JSONDecodeError:
+        raise CodecError("the note of a submission is damaged.") from None
 
 
 def _plain(value: object) -> object:
@@ -193,12 +225,25 @@ def _decoder(kind: Any) -> _Decoder:
         return _LEAVES[kind]
     origin = typing.get_origin(kind)
     if origin in (tuple, frozenset):
-        return _many(origin, _decoder(typing.get_args(kind)[0]))
+        arguments = typing.get_args(kind)
+        if origin is tuple and arguments[1] is not Ellipsis:
+            return _pair(_decoder(arguments[0]), _decoder(arguments[1]))
+        return _many(origin, _decoder(arguments[0]))
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return _choice(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _record(kind)
     raise TypeError(f"facts may not hold {kind!r}")
+
+
+def _pair(first: _Decoder, second: _Decoder) -> _Decoder:
+    def decode(value: Any) -> Any:
+        pair = _need(value, list)
+        if len(pair) != 2:
+            raise CodecError("the journal has something else where a pair belongs.")
+        return (first(pair[0]), second(pair[1]))
+
+    return decode
 
 
 def _many(container: type, item: _Decoder) -> _Decoder:
@@ -235,3 +280,4 @@ def _record(kind: type) -> _Decoder:
 _DECODERS: types.MappingProxyType[str, _Decoder] = types.MappingProxyType(
     {tag: _record(kind) for kind, tag in _TAGS.items()}
 )
+_NOTE = _record(SubmissionNote)

@@ -54,6 +54,10 @@ class WorkerConfig(BaseModel):
     emulate: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
     mandatory_features: tuple[str, ...] = ()
+    #: Whether the features that Nix assumes of every machine are offered.
+    default_features: bool = True
+    #: NIX_BUILD_CORES of builders; 0 is the machine's cores divided by the slots.
+    build_cores: Annotated[int, Field(ge=0)] = 0
     #: Builds at one time; 0 is one per core.
     slots: Annotated[int, Field(ge=0, le=1024)] = 0
     #: Root of a chroot store of the worker's own; empty: a directory below the state directory.
@@ -102,9 +106,9 @@ class Settings(BaseSettings):
     #: Where NARs lie; empty: `file://STATE_DIR/objects`.
     object_store_url: str = ""
     #: SQLAlchemy addresses (async drivers); empty: SQLite files in the state directory.
-    journal_url: str = ""
-    derivations_url: str = ""
-    cache_url: str = ""
+    journal_database_url: str = ""
+    derivations_database_url: str = ""
+    cache_database_url: str = ""
     #: Name part of the farm's signing key, made on the first start.
     key_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "drover-1"
     store_dir: Annotated[str, Field(pattern=r"^/.*[^/]$")] = "/nix/store"
@@ -139,9 +143,9 @@ class Settings(BaseSettings):
         journal.
         """
         told = {
-            "journal": self.journal_url,
-            "derivations": self.derivations_url,
-            "cache": self.cache_url,
+            "journal": self.journal_database_url,
+            "derivations": self.derivations_database_url,
+            "cache": self.cache_database_url,
         }[name]
         return told or f"sqlite+aiosqlite:///{self.state_dir / f'{name}.sqlite3'}"
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
-from coordinator.codec import evidence_size
+from coordinator.codec import SubmissionNote, evidence_size
 from coordinator.derivations import StepInfo
 from coordinator.errors import NotFoundError
 from coordinator.schema import (
@@ -38,7 +38,7 @@ from coordinator.schema import (
 )
 from scheduler import facts
 from scheduler.facts import Fact
-from scheduler.model import Failure, Recipe, StepKey, SubmissionId
+from scheduler.model import Failure, Recipe, Requirements, StepKey, SubmissionId
 from workers.protocol import Batch, HeldLease, Hello, StageChange
 
 #: Changed steps that a watcher may leave unread before it gets a snapshot instead.
@@ -63,35 +63,18 @@ _BEGINNINGS = (
 class Explainer(Protocol):
     """What views show but cannot know: it is asked only while something is rendered."""
 
-    def waiting_for(self, step: StepKey) -> str:
+    def waiting_for(self, step: StepKey, name_of: Callable[[StepKey], str]) -> str:
         """Return one sentence why the step does not run."""
 
-    def stuck(self, submission: SubmissionId) -> tuple[str, ...]:
-        """Return sentences about steps that nobody can take."""
+    def stuck(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
+        """Return sentences about those of the ready steps that nobody can take."""
 
     def log_tail(self, step: StepKey, attempt: int) -> str:
         """Return the last lines of an attempt's log, or nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class RootNote:
-    """A wish of a submission and the step it stands on; `outputs` as wanted, name and full store path."""
-
-    attr: str
-    drv: str
-    step: StepKey
-    outputs: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SubmissionNote:
-    """What people called a submission."""
-
-    label: str
-    roots: tuple[RootNote, ...]
-
-
 _NO_DETAIL = StepInfo(key=StepKey(""), name="", system="", features=(), drv="", outputs=())
+_NOTHING = Requirements("")
 _NO_NOTE = SubmissionNote(label="", roots=())
 
 
@@ -104,6 +87,8 @@ class StepRow:
     recipes: tuple[Recipe, ...] = ()
     #: Index of the active recipe.
     recipe: int = 0
+    #: What the active recipe requires; changes only while the step is not ready.
+    requires: Requirements = _NOTHING
     #: Needs of the active recipe that are not done.
     pending: int = 0
     #: Steps of which any recipe needs this one.
@@ -138,6 +123,8 @@ class SubmissionRow:
     #: Members in one of the open states.
     open: int = 0
     done_roots: int = 0
+    #: Ready members by what they require; no zeros.
+    ready: dict[Requirements, int] = field(default_factory=dict)
     active: dict[StepKey, StepRow] = field(default_factory=dict)
     failed: dict[StepKey, StepRow] = field(default_factory=dict)
     uploaded_bytes: int = 0
@@ -352,6 +339,19 @@ class Views:
             raise NotFoundError(f"{len(found)} steps match {text[:80]!r} ({some}, …); give more of the name.")
         raise NotFoundError(f"there is no step {text[:80]!r}; `drover status ID` lists those of a submission.")
 
+    def had_attempt(self, step: str, attempt: int) -> bool:
+        """Whether this lease was ever granted."""
+        row = self._steps.get(StepKey(step))
+        return row is not None and 0 < attempt <= row.attempt
+
+    def drv(self, step: StepKey) -> str:
+        """Return the full store path of the step's .drv, or nothing for an unknown step."""
+        return self._details.get(step, _NO_DETAIL).drv
+
+    def step_keys(self) -> list[StepKey]:
+        """Return the keys of all steps, oldest first."""
+        return list(self._steps)
+
     def attempt_of_drv(self, base_name: str) -> tuple[StepKey, int] | None:
         """Return step and latest attempt of a .drv (base name), for the cache's log route."""
         for key, detail in self._details.items():
@@ -424,7 +424,7 @@ class Views:
             uploaded_bytes=row.uploaded_bytes,
             failure=FailureView(kind=row.failure.kind, message=row.failure.message) if row.failure else None,
             cause=row.cause,
-            waiting_for=self._explain.waiting_for(row.key) if waiting else "",
+            waiting_for=self._explain.waiting_for(row.key, self._name) if waiting else "",
             log_tail=self._explain.log_tail(row.key, row.attempt) if failed else "",
         )
 
@@ -465,8 +465,11 @@ class Views:
         by_state = {state.value: count for state, count in row.counts.items()}
         return Counts(total=len(row.members), held=row.held, joined=row.joined, **by_state)
 
+    def _name(self, key: StepKey) -> str:
+        return self._details.get(key, _NO_DETAIL).name
+
     def _stuck(self, row: SubmissionRow) -> tuple[str, ...]:
-        return () if row.ended or row.withdrawn else self._explain.stuck(row.id)
+        return () if row.ended or row.withdrawn else self._explain.stuck(row.ready)
 
     # One method for each fact.
 
@@ -489,7 +492,7 @@ class Views:
     def _withdrawn(self, fact: facts.SubmissionWithdrawn) -> None:
         self._at = max(self._at, fact.at)
         sub = self._submissions[fact.submission]
-        if not sub.withdrawn:
+        if not sub.withdrawn and not sub.ended:
             sub.withdrawn = True
             sub.touched_at = fact.at
             _touch(sub)
@@ -593,7 +596,10 @@ class Views:
         """The step starts over with a recipe: ready, or waiting for its open needs."""
         row.recipe = recipe
         needs = row.recipes[recipe].needs if recipe < len(row.recipes) else ()
-        row.pending = sum(1 for need in needs if self._row(need).state is not StepState.DONE)
+        if row.state is StepState.READY:
+            self._move(row, StepState.WAITING)
+        row.requires = row.recipes[recipe].requirements if recipe < len(row.recipes) else _NOTHING
+        row.pending = sum(1 for need in dict.fromkeys(needs) if self._row(need).state is not StepState.DONE)
         self._move(row, StepState.WAITING if row.pending else StepState.READY)
 
     def _finish(self, row: StepRow) -> None:
@@ -650,10 +656,7 @@ def _enter(sub: SubmissionRow, row: StepRow) -> None:
     """Count a member that was not done at arrival."""
     sub.counts[row.state] += 1
     sub.open += row.state in _OPEN
-    if row.state in _ACTIVE:
-        sub.active[row.key] = row
-    elif row.state is StepState.FAILED:
-        sub.failed[row.key] = row
+    _arrive(sub, row, row.state)
 
 
 def _place(sub: SubmissionRow, row: StepRow, old: StepState, new: StepState) -> None:
@@ -663,11 +666,23 @@ def _place(sub: SubmissionRow, row: StepRow, old: StepState, new: StepState) -> 
         sub.done_roots += (new is StepState.DONE) - (old is StepState.DONE)
     if old in _ACTIVE:
         sub.active.pop(row.key, None)
+    elif old is StepState.READY:
+        left = sub.ready[row.requires] - 1
+        if left:
+            sub.ready[row.requires] = left
+        else:
+            del sub.ready[row.requires]
     elif old is StepState.FAILED:
         sub.failed.pop(row.key, None)
-    if new in _ACTIVE:
+    _arrive(sub, row, new)
+
+
+def _arrive(sub: SubmissionRow, row: StepRow, state: StepState) -> None:
+    if state in _ACTIVE:
         sub.active[row.key] = row
-    elif new is StepState.FAILED:
+    elif state is StepState.READY:
+        sub.ready[row.requires] = sub.ready.get(row.requires, 0) + 1
+    elif state is StepState.FAILED:
         sub.failed[row.key] = row
 
 

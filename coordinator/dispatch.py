@@ -1,0 +1,238 @@
+"""From effects to the outside: every effect goes through one port and ends in one event.
+
+Rules:
+1. `hand` never waits, so the engine never waits for a worker or an object store. What is under way is bounded by the
+   core: leases by the workers' capacities, publishing by `PUBLISH_BACKLOG`, beyond which reports wait at the sink.
+2. Effects for one worker go out in order, batched: a start and its cancel never overtake each other.
+3. A start that does not get through is no event. The worker's next heartbeat lacks the lease and the core sends it
+   again; the loss of the worker frees it. So nothing is built twice because an answer was lost.
+4. Publishing trusts nothing in the evidence: the outputs must be exactly those of the step, and the cache checks bytes,
+   hashes and references before it signs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from coordinator.codec import CodecError, Evidence, decode_evidence
+from coordinator.config import LimitSettings
+from coordinator.derivations import BuildOrder, DerivationStore, StepInfo
+from infra.cache.cache import Cache
+from infra.cache.candidates import Candidate, Conflict, PublishOutcome, Rejected
+from infra.cache.errors import CacheError
+from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
+from scheduler.events import BuildFailed, Event, OutputsPublished, PublishFailed
+from scheduler.model import Failure, FailureKind, LeaseId, StepKey
+from workers.fleet import Fleet, FleetError
+from workers.protocol import Lease, LeaseOrder
+
+#: Leases in one call to a worker, and publications in one call of the cache.
+START_BATCH = 256
+PUBLISH_BATCH = 256
+#: Calls of the cache at one time: one verifies while the other waits for a large object.
+PUBLISHERS = 2
+#: Publications waiting before workers' reports are no longer taken in.
+PUBLISH_BACKLOG = 4096
+
+Post = Callable[[Sequence[Event]], Awaitable[None]]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """What one worker must still be told, in order."""
+
+    waiting: deque[StartBuild | CancelBuild] = field(default_factory=deque)
+    filled: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Dispatch:
+    """Carries out effects until `run` is cancelled. `post` takes the events that they end in."""
+
+    def __init__(
+        self, fleet: Fleet, cache: Cache, derivations: DerivationStore, limits: LimitSettings, post: Post
+    ) -> None:
+        self._fleet = fleet
+        self._cache = cache
+        self._derivations = derivations
+        self._limits = limits
+        self._post = post
+        self._lanes: dict[str, _Lane] = {}
+        self._new_lanes: asyncio.Queue[str] = asyncio.Queue()
+        self._publish: deque[PublishOutputs] = deque()
+        self._publish_filled = asyncio.Event()
+        self._publish_roomy = asyncio.Event()
+        self._publish_roomy.set()
+
+    def hand(self, effects: Sequence[Effect]) -> None:
+        """Take effects over; returns at once."""
+        for effect in effects:
+            if isinstance(effect, PublishOutputs):
+                self._publish.append(effect)
+                self._publish_filled.set()
+                continue
+            lane = self._lanes.get(effect.builder)
+            if lane is None:
+                lane = self._lanes[effect.builder] = _Lane()
+                self._new_lanes.put_nowait(effect.builder)
+            lane.waiting.append(effect)
+            lane.filled.set()
+        if len(self._publish) > PUBLISH_BACKLOG:
+            self._publish_roomy.clear()
+
+    async def room(self) -> None:
+        """Wait until publishing has caught up; whoever brings more outputs asks first."""
+        await self._publish_roomy.wait()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(PUBLISHERS):
+                group.create_task(self._publish_loop())
+            while True:
+                worker = await self._new_lanes.get()
+                group.create_task(self._lane_loop(worker, self._lanes[worker]))
+
+    # Starting and cancelling.
+
+    async def _lane_loop(self, worker: str, lane: _Lane) -> None:
+        while True:
+            await lane.filled.wait()
+            batch = [lane.waiting.popleft() for _ in range(min(START_BATCH, len(lane.waiting)))]
+            if not lane.waiting:
+                lane.filled.clear()
+            # Every start before every cancel keeps their order: an attempt is never started after its cancel.
+            cancels = [effect.lease for effect in batch if isinstance(effect, CancelBuild)]
+            cancelled = frozenset(cancels)
+            starts = [e for e in batch if isinstance(e, StartBuild) and e.lease not in cancelled]
+            try:
+                if starts:
+                    await self._start(worker, starts)
+                if cancels:
+                    leases = [Lease(step=lease.step, attempt=lease.attempt) for lease in cancels]
+                    await self._fleet.cancel(worker, leases)
+            except FleetError as error:
+                _log.warning("worker %s was not reached: %s", worker, error)
+
+    async def _start(self, worker: str, starts: Sequence[StartBuild]) -> None:
+        wanted = [(start.lease.step, start.recipe) for start in starts]
+        try:
+            known = await self._derivations.orders(wanted)
+        except (SQLAlchemyError, OSError) as error:
+            _log.warning("derivations cannot be read: %s", type(error).__name__)
+            await self._give_back(starts, "the derivation could not be read from the coordinator's database")
+            return
+        absent = [start for start in starts if (start.lease.step, start.recipe) not in known]
+        if absent:
+            await self._give_back(absent, "the coordinator does not have the derivation any more; submit it again")
+        orders = [
+            self._order(start.lease, known[start.lease.step, start.recipe])
+            for start in starts
+            if (start.lease.step, start.recipe) in known
+        ]
+        if orders:
+            await self._fleet.start_many(worker, orders)
+
+    def _order(self, lease: LeaseId, order: BuildOrder) -> LeaseOrder:
+        return LeaseOrder(
+            step=lease.step,
+            attempt=lease.attempt,
+            drv_path=order.drv_path,
+            derivation=order.derivation,
+            inputs=order.inputs,
+            timeout_s=self._limits.build_timeout_s,
+            max_silent_s=self._limits.build_silence_s,
+            max_log_bytes=self._limits.log_bytes,
+        )
+
+    async def _give_back(self, starts: Sequence[StartBuild], message: str) -> None:
+        failure = Failure(FailureKind.INFRASTRUCTURE, message)
+        await self._post([BuildFailed(start.lease, start.builder, failure) for start in starts])
+
+    # Publishing.
+
+    async def _publish_loop(self) -> None:
+        while True:
+            await self._publish_filled.wait()
+            batch = [self._publish.popleft() for _ in range(min(PUBLISH_BATCH, len(self._publish)))]
+            if not self._publish:
+                self._publish_filled.clear()
+            if len(self._publish) <= PUBLISH_BACKLOG:
+                self._publish_roomy.set()
+            if batch:
+                await self._post(await self._publish_many(batch))
+
+    async def _publish_many(self, batch: Sequence[PublishOutputs]) -> list[Event]:
+        """Publish a batch with one call of the cache; one event for each effect, in order."""
+        try:
+            infos = await self._derivations.steps([effect.lease.step for effect in batch])
+            checked = [(effect.lease, _claim(effect, infos)) for effect in batch]
+            candidates = [
+                candidate for _, claim in checked if isinstance(claim, Evidence) for candidate in _candidates(claim)
+            ]
+            outcomes = {outcome.store_path: outcome for outcome in await self._cache.publish(candidates)}
+        except (CacheError, SQLAlchemyError, OSError) as error:
+            sentence = str(error) if isinstance(error, CacheError) else type(error).__name__
+            _log.warning("publishing failed: %s", sentence)
+            failure = Failure(FailureKind.INFRASTRUCTURE, f"publishing failed: {sentence}")
+            return [PublishFailed(effect.lease, failure) for effect in batch]
+        return [_verdict(lease, claim, outcomes) for lease, claim in checked]
+
+
+def _claim(effect: PublishOutputs, infos: Mapping[StepKey, StepInfo]) -> Evidence | str:
+    """Return the evidence if it is about exactly the outputs of the step, else a sentence why not."""
+    try:
+        evidence = decode_evidence(effect.evidence)
+    except CodecError as error:
+        return str(error)
+    info = infos.get(effect.lease.step)
+    if info is None:
+        return "the coordinator does not know the outputs of the step"
+    wanted = sorted(path for _, path in info.outputs)
+    told = sorted(output.path for output in evidence.outputs)
+    if wanted != told:
+        other = next((path for path in told if path not in wanted), "")
+        what = f"reported {other}, which is no output of it" if other else "did not report all outputs"
+        return f"the worker {what}"
+    return evidence
+
+
+def _candidates(evidence: Evidence) -> list[Candidate]:
+    deriver = evidence.drv.rpartition("/")[2]
+    return [
+        Candidate(
+            store_path=output.path,
+            nar_hash=output.nar_hash,
+            nar_size=output.nar_size,
+            references=output.references,
+            url=output.url,
+            compression=output.compression,
+            file_hash=output.file_hash,
+            file_size=output.file_size,
+            deriver=deriver,
+            ca=output.ca,
+        )
+        for output in evidence.outputs
+    ]
+
+
+def _verdict(lease: LeaseId, claim: Evidence | str, outcomes: Mapping[str, PublishOutcome]) -> Event:
+    """Say what became of one step's outputs. A conflict is no failure: the first bits stay and can be fetched."""
+    if isinstance(claim, str):
+        return PublishFailed(lease, Failure(FailureKind.INFRASTRUCTURE, f"publishing was refused: {claim}"))
+    for output in claim.outputs:
+        outcome = outcomes.get(output.path)
+        if isinstance(outcome, Conflict):
+            _log.warning("%s is not reproducible: its first publication stays", output.path)
+        elif outcome is None or isinstance(outcome, Rejected):
+            why = outcome.message if isinstance(outcome, Rejected) else "the cache did not answer"
+            sentence = f"publishing of {output.path} was refused: {why}"
+            return PublishFailed(lease, Failure(FailureKind.INFRASTRUCTURE, sentence))
+    return OutputsPublished(lease)

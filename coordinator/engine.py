@@ -1,0 +1,212 @@
+"""The loop: events in, facts to the journal, effects out. The only owner of the `Farm` and of its time.
+
+One turn: take everything that waits, ask the core once, append the durable facts in one commit, fold all facts into the
+views, hand the effects to dispatch, tell those who waited that their event is safe. The order is the promise: nothing
+is shown, acknowledged or done before its facts are durable.
+
+If the append fails the engine stops with that error and the process ends: the core has already moved on, and only a
+replay brings memory and journal together again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from coordinator.codec import SubmissionNote, decode_note, encode_note
+from coordinator.derivations import DerivationStore, StepInfo
+from coordinator.errors import IntakeError, UnavailableError
+from coordinator.journal import Journal
+from coordinator.views import SubmissionRow, Views
+from infra.clock import Clock
+from scheduler.effects import Effect
+from scheduler.events import Event, SubmissionCancelled, SubmissionReceived, TimePassed
+from scheduler.facts import Fact
+from scheduler.farm import Farm
+from scheduler.model import ImpossibleError, Instant, StepKey, SubmissionId
+
+#: Letters that may wait; whoever sends more waits at the door.
+INBOX_LETTERS = 4096
+#: Letters of one turn: bounds how long the loop keeps others from running.
+TURN_LETTERS = 1024
+#: Keys in one question for step details at the start.
+_DETAILS_ASKED = 50_000
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Letter:
+    """Events that belong together, what to note with them, and who waits for it."""
+
+    events: tuple[Event, ...]
+    notes: Mapping[SubmissionId, SubmissionNote] = field(default_factory=dict)
+    infos: Mapping[StepKey, StepInfo] = field(default_factory=dict)
+    safe: asyncio.Future[None] | None = None
+    refused: bool = False
+
+
+class Engine:
+    """Runs one farm. `recover`, then `run` until cancelled; all other methods from the same event loop."""
+
+    def __init__(
+        self, farm: Farm, journal: Journal, views: Views, clock: Clock, hand: Callable[[Sequence[Effect]], None]
+    ) -> None:
+        self._farm = farm
+        self._journal = journal
+        self._views = views
+        self._clock = clock
+        self._hand = hand
+        self._inbox: asyncio.Queue[_Letter] = asyncio.Queue(INBOX_LETTERS)
+        self._running = False
+        self._stopped = False
+
+    @property
+    def running(self) -> bool:
+        """Whether events are being taken."""
+        return self._running
+
+    def now(self) -> Instant:
+        """Return the engine's time."""
+        return Instant(self._clock.now())
+
+    async def recover(self, derivations: DerivationStore) -> int:
+        """Replay the journal into core and views; returns the number of facts. Raises `JournalError`."""
+        count = 0
+        async for frame in self._journal.load():
+            self._farm.replay(frame)
+            self._views.fold(frame, settle=False)
+            count += len(frame)
+            # A long replay must not keep signals and supervisors waiting.
+            await asyncio.sleep(0)
+        self._views.settle()
+        notes = {name: decode_note(body) for name, body in (await self._journal.notes()).items()}
+        self._views.know({}, notes)
+        keys = self._views.step_keys()
+        for start in range(0, len(keys), _DETAILS_ASKED):
+            self._views.know(await derivations.steps(keys[start : start + _DETAILS_ASKED]))
+        return count
+
+    async def run(self) -> None:
+        """Serve until cancelled. Raises `JournalError` where facts cannot be stored; then nothing was acted on."""
+        self._running = True
+        try:
+            self._hand(self._farm.resume(self.now()))
+            while True:
+                await self._turn(await self._letters())
+        finally:
+            self._running, self._stopped = False, True
+            while not self._inbox.empty():
+                _refuse(self._inbox.get_nowait())
+
+    async def offer(self, *events: Event) -> None:
+        """Give events to the core; returns once what follows from them is durable. Raises `UnavailableError`."""
+        await self._send(_Letter(events))
+
+    async def post(self, events: Sequence[Event]) -> None:
+        """Give events to the core without waiting for the journal."""
+        if events and not self._stopped:
+            await self._inbox.put(_Letter(tuple(events)))
+
+    async def submit(
+        self,
+        event: Callable[[SubmissionId], SubmissionReceived],
+        asked_at: Instant,
+        note: SubmissionNote,
+        infos: Sequence[StepInfo],
+    ) -> SubmissionRow:
+        """Take a planned submission; returns its row once it is durable.
+
+        `event` makes the core's event for the name that is chosen here; `asked_at` is when its planning began to ask
+        the cache. Raises `UnavailableError`, `IntakeError`.
+        """
+        name = SubmissionId(secrets.token_hex(5))
+        letter = _Letter((replace(event(name), asked_at=asked_at),), {name: note}, {info.key: info for info in infos})
+        await self._send(letter)
+        return self._views.submission(name)
+
+    async def cancel(self, submission: str) -> SubmissionRow:
+        """Withdraw a submission; a repeat changes nothing. Raises `NotFoundError`, `UnavailableError`."""
+        row = self._views.submission(submission)
+        if not row.ended and not row.withdrawn:
+            await self.offer(SubmissionCancelled(row.id))
+        return row
+
+    async def _send(self, letter: _Letter) -> None:
+        letter.safe = asyncio.get_running_loop().create_future()
+        await self._inbox.put(letter)
+        if self._stopped:
+            _refuse(letter)
+        await letter.safe
+
+    async def _letters(self) -> list[_Letter]:
+        """Wait for a letter or the core's next deadline; return all letters that wait, at most one turn's."""
+        letters: list[_Letter] = []
+        if self._inbox.empty():
+            deadline = self._farm.deadline()
+            wait_s = None if deadline is None else max(0.0, deadline - self.now())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    letters.append(await self._inbox.get())
+        while len(letters) < TURN_LETTERS and not self._inbox.empty():
+            letters.append(self._inbox.get_nowait())
+        return letters
+
+    async def _turn(self, letters: Sequence[_Letter]) -> None:
+        try:
+            await self._take(letters)
+        except BaseException:
+            for letter in letters:
+                _refuse(letter)
+            raise
+        for letter in letters:
+            if letter.safe is not None and not letter.safe.done():
+                letter.safe.set_result(None)
+
+    async def _take(self, letters: Sequence[_Letter]) -> None:
+        facts, effects = self._ask(letters)
+        durable = [fact for fact in facts if fact.durable]
+        notes = {name: note for letter in letters if not letter.refused for name, note in letter.notes.items()}
+        if durable or notes:
+            encoded = {name: encode_note(note) for name, note in notes.items()}
+            await self._journal.append(durable, encoded)
+        for letter in letters:
+            self._views.know(letter.infos, letter.notes)
+        self._views.fold(facts)
+        self._hand(effects)
+
+    def _ask(self, letters: Sequence[_Letter]) -> tuple[list[Fact], list[Effect]]:
+        """Let the core decide. A submission is asked about alone: the core may find it impossible, and only it."""
+        facts: list[Fact] = []
+        effects: list[Effect] = []
+
+        def handle(events: Sequence[Event]) -> None:
+            more_facts, more_effects = self._farm.handle_many(events, self.now())
+            facts.extend(more_facts)
+            effects.extend(more_effects)
+
+        plain: list[Event] = []
+        for letter in letters:
+            if not letter.notes:
+                plain.extend(letter.events)
+                continue
+            handle(plain)
+            plain = []
+            try:
+                handle(letter.events)
+            except ImpossibleError as error:
+                _log.warning("a submission is impossible: %s", error)
+                letter.refused = True
+                if letter.safe is not None and not letter.safe.done():
+                    letter.safe.set_exception(IntakeError(f"the graph of this submission cannot be built: {error}."))
+        handle(plain or [TimePassed()])
+        return facts, effects
+
+
+def _refuse(letter: _Letter) -> None:
+    if letter.safe is not None and not letter.safe.done():
+        letter.safe.set_exception(UnavailableError("the coordinator is stopping; try again once it runs."))

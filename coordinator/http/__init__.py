@@ -1,0 +1,1 @@
+"""The coordinator's HTTP side: the JSON API and the binary cache."""

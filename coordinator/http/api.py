@@ -1,0 +1,183 @@
+"""The JSON API: one small handler for each route of coordinator.schema's table.
+
+Handlers read the request, ask one room and answer with one model; whatever they raise becomes an `ErrorView` in
+`coordinator.http.app`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TypeVar
+
+import orjson
+from aiohttp import web
+from pydantic import BaseModel, ValidationError
+
+from coordinator.codec import RootNote, SubmissionNote
+from coordinator.engine import Engine
+from coordinator.errors import BadRequestError, NotFoundError
+from coordinator.http.sse import WatchStreams
+from coordinator.intake import Intake
+from coordinator.logs import LogStore
+from coordinator.schema import FarmView, IntakeQuery, StepState, SubmitRequest
+from coordinator.views import StepRow, Views
+
+#: Bytes read from a request's body at one time.
+READ_BYTES = 256 * 1024
+
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+class Api:
+    """The handlers, with the rooms that they ask."""
+
+    def __init__(  # noqa: PLR0917 - collaborators, named by their types
+        self, engine: Engine, views: Views, intake: Intake, logs: LogStore, farm: FarmView, streams: WatchStreams
+    ) -> None:
+        self._engine = engine
+        self._views = views
+        self._intake = intake
+        self._logs = logs
+        self._farm = farm
+        self._streams = streams
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return the route table."""
+        base = "/api/v1"
+        return [
+            web.post(f"{base}/intake/missing", self.missing),
+            web.put(f"{base}/intake/derivations", self.put_derivations),
+            web.put(f"{base}/intake/sources", self.put_sources),
+            web.post(f"{base}/submissions", self.submit),
+            web.get(f"{base}/submissions", self.submissions),
+            web.get(f"{base}/submissions/{{id}}", self.submission),
+            web.post(f"{base}/submissions/{{id}}/cancel", self.cancel),
+            web.get(f"{base}/submissions/{{id}}/steps", self.steps),
+            web.get(f"{base}/submissions/{{id}}/events", self.events),
+            web.get(f"{base}/steps/{{key}}", self.step),
+            web.get(f"{base}/steps/{{key}}/log", self.log),
+            web.get(f"{base}/workers", self.workers),
+            web.get(f"{base}/farm", self.farm),
+            web.get("/healthz", self.health),
+        ]
+
+    async def missing(self, request: web.Request) -> web.Response:
+        """Answer what of a closure must be sent."""
+        return _json(await self._intake.missing(await _body(request, IntakeQuery)))
+
+    async def put_derivations(self, request: web.Request) -> web.Response:
+        """Take a stream of .drv files."""
+        await self._intake.add_derivations(request.content.iter_chunked(READ_BYTES))
+        return web.Response(status=204)
+
+    async def put_sources(self, request: web.Request) -> web.Response:
+        """Take a stream of input sources."""
+        await self._intake.add_sources(request.content.iter_chunked(READ_BYTES))
+        return web.Response(status=204)
+
+    async def submit(self, request: web.Request) -> web.Response:
+        """Take a submission; the answer leaves once it is durable."""
+        wish = await _body(request, SubmitRequest)
+        asked_at = self._engine.now()
+        planned = await self._intake.submit(wish)
+        roots = tuple(RootNote(root.attr, root.drv, root.step, root.outputs) for root in planned.roots)
+        note = SubmissionNote(wish.label, roots)
+        row = await self._engine.submit(planned.event, asked_at, note, planned.infos)
+        return _json(self._views.submission_view(row), status=201)
+
+    async def submissions(self, _request: web.Request) -> web.Response:
+        """List submissions, newest first."""
+        return _json_list(self._views.submissions())
+
+    async def submission(self, request: web.Request) -> web.Response:
+        """Show one submission."""
+        return _json(self._views.submission_view(self._views.submission(request.match_info["id"])))
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        """Withdraw a submission."""
+        return _json(self._views.submission_view(await self._engine.cancel(request.match_info["id"])))
+
+    async def steps(self, request: web.Request) -> web.Response:
+        """List the steps of a submission, all or those in the named states."""
+        told = [word for word in request.query.get("state", "").split(",") if word]
+        try:
+            states = frozenset(StepState(word) for word in told)
+        except ValueError:
+            raise BadRequestError(f"a step's state is one of {', '.join(StepState)}.") from None
+        return _json_list(self._views.steps(self._views.submission(request.match_info["id"]), states))
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """Stream the changes of a submission."""
+        return await self._streams.serve(request, self._views.submission(request.match_info["id"]))
+
+    async def step(self, request: web.Request) -> web.Response:
+        """Show one step."""
+        return _json(self._views.step_view(self._views.step(request.match_info["key"])))
+
+    async def log(self, request: web.Request) -> web.StreamResponse:
+        """Send the log of one attempt, following it while it runs if asked to."""
+        row = self._views.step(request.match_info["key"])
+        attempt = _attempt(request, row)
+        follow = request.query.get("follow", "") in ("1", "true")
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff"}
+        )
+        await response.prepare(request)
+        running = (lambda: _runs(row, attempt)) if follow else None
+        async for data in self._logs.read(row.key, attempt, running):
+            await response.write(data)
+        await response.write_eof()
+        return response
+
+    async def workers(self, _request: web.Request) -> web.Response:
+        """List workers."""
+        return _json_list(self._views.workers())
+
+    async def farm(self, _request: web.Request) -> web.Response:
+        """Say how to use the cache."""
+        return _json(self._farm)
+
+    async def health(self, _request: web.Request) -> web.Response:
+        """Say whether the engine runs."""
+        if self._engine.running:
+            return web.json_response({"status": "ok"})
+        return web.json_response({"status": "stopped"}, status=503)
+
+
+def _attempt(request: web.Request, row: StepRow) -> int:
+    if row.attempt == 0:
+        raise NotFoundError(f"step {row.key} has not been started yet, so there is no log.")
+    told = request.query.get("attempt", str(row.attempt))
+    if not told.isascii() or not told.isdigit() or len(told) > 9:
+        raise BadRequestError("an attempt is a number.")
+    if not 0 < int(told) <= row.attempt:
+        raise NotFoundError(f"step {row.key} had {row.attempt} attempts; there is no attempt {told}.")
+    return int(told)
+
+
+def _runs(row: StepRow, attempt: int) -> bool:
+    return row.state is StepState.RUNNING and row.attempt == attempt
+
+
+async def _body(request: web.Request, model: type[_Body]) -> _Body:
+    """Read and check a JSON body. Raises `BadRequestError` that names the field."""
+    data = await request.read()
+    try:
+        # Large bodies are parsed beside the loop: half a million names take a second.
+        if len(data) > READ_BYTES:
+            return await asyncio.to_thread(model.model_validate_json, data)
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "body"
+        raise BadRequestError(f"the request's {where} is wrong: {first['msg']}.") from None
+
+
+def _json(model: BaseModel, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(model.model_dump()), status=status, content_type="application/json")
+
+
+def _json_list(models: Sequence[BaseModel]) -> web.Response:
+    body = orjson.dumps([model.model_dump() for model in models])
+    return web.Response(body=body, content_type="application/json")

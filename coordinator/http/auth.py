@@ -1,0 +1,116 @@
+"""Who may ask: a bearer token for the API, and no foreign web page anywhere.
+
+The token is made on the first start, lies in the state directory with mode 0600 and is compared in constant time. The
+cache needs none: what it serves is signed, and Nix clients have no bearer tokens.
+
+A page in a browser can make the browser ask a loopback address under the page's own host name (DNS rebinding). While
+the coordinator listens on loopback only, requests whose `Host` is not a loopback name or the public URL's are refused.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import os
+import secrets
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import urlsplit
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from coordinator.errors import CoordinatorError
+
+#: Where the API begins; everything below it wants the token.
+API_PREFIX = "/api/"
+_TOKEN_BYTES = 32
+_LEAST_CHARACTERS = 16
+
+
+class TokenError(CoordinatorError):
+    """The token file cannot be used."""
+
+    code: ClassVar[str] = "token"
+
+
+class UnauthorizedError(CoordinatorError):
+    """The request has no token, or another one."""
+
+    code: ClassVar[str] = "unauthorized"
+    status: ClassVar[int] = 401
+
+
+class ForbiddenHostError(CoordinatorError):
+    """The request was made under a name that is not the coordinator's."""
+
+    code: ClassVar[str] = "forbidden_host"
+    status: ClassVar[int] = 421
+
+
+def load_token(path: Path) -> str:
+    """Return the token in `path`, made if it is not there (mode 0600). Raises `TokenError`."""
+    try:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            return _read_token(path)
+        token = secrets.token_urlsafe(_TOKEN_BYTES)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(token + "\n")
+    except OSError as error:
+        raise TokenError(f"cannot use the token file {path}: {error.strerror}.") from None
+    return token
+
+
+def _read_token(path: Path) -> str:
+    if path.stat().st_mode & 0o077:
+        raise TokenError(
+            f"others can read the token file {path}; remove it (a new one is made) or set its mode to 600."
+        )
+    token = path.read_bytes().decode("ascii", "replace").strip()
+    if len(token) < _LEAST_CHARACTERS:
+        raise TokenError(f"the token file {path} holds no token; remove it, a new one is made.")
+    return token
+
+
+def require_token(token: str) -> Middleware:
+    """Return a middleware that lets only holders of `token` at the API."""
+    expected = token.encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path.startswith(API_PREFIX):
+            scheme, _, told = request.headers.get("Authorization", "").partition(" ")
+            known = hmac.compare_digest(told.strip().encode("utf-8", "replace"), expected)
+            if scheme.lower() != "bearer" or not known:
+                raise UnauthorizedError(
+                    "the request has no valid token; it is in the file api-token of the coordinator's state directory "
+                    "(set DROVER_TOKEN_FILE)."
+                )
+        return await handler(request)
+
+    return check
+
+
+def require_host(public_url: str) -> Middleware:
+    """Return a middleware that refuses host names other than loopback ones and that of `public_url`."""
+    public = urlsplit(public_url).hostname or ""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        host = urlsplit(f"//{request.host}").hostname or ""
+        if host != public and not _is_loopback(host):
+            raise ForbiddenHostError("this coordinator listens on loopback only and does not answer under that name.")
+        return await handler(request)
+
+    return check
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,95 @@
+"""What workers say, put into words of the core: the sink of the fleet port.
+
+Returning means "safe": logs are written and what follows from the reports is durable, so the agent may forget them.
+Reports come before the heartbeat of the same batch; otherwise the heartbeat would name a finished lease as missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from coordinator.codec import Evidence, encode_evidence
+from coordinator.dispatch import Dispatch
+from coordinator.engine import Engine
+from coordinator.logs import LogStore
+from coordinator.views import Views
+from infra.clock import Clock
+from scheduler.events import BuilderJoined, BuilderLost, BuilderReported, BuildFailed, BuildSucceeded, Event
+from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, LeaseId, StepKey
+from workers.fleet import FleetEvent, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
+from workers.protocol import HeldLease, LogChunk, Report, StageChange, Succeeded
+
+#: Characters of a worker's message that are kept; the rest is in the log.
+MESSAGE_CHARACTERS = 4096
+
+
+class FleetSink:
+    """Takes fleet events, in order for each worker."""
+
+    def __init__(self, engine: Engine, dispatch: Dispatch, views: Views, logs: LogStore, clock: Clock) -> None:
+        self._engine = engine
+        self._dispatch = dispatch
+        self._views = views
+        self._logs = logs
+        self._clock = clock
+
+    async def __call__(self, event: FleetEvent) -> None:
+        """Take one event; returns once it is safe. Raises `UnavailableError` while the engine stops."""
+        match event:
+            case WorkerConnected(hello):
+                self._views.worker_connected(hello, self._clock.now())
+                spec = BuilderSpec(
+                    id=BuilderId(hello.worker),
+                    incarnation=hello.incarnation,
+                    systems=frozenset(hello.systems),
+                    features=frozenset(hello.features),
+                    mandatory=frozenset(hello.mandatory_features),
+                )
+                await self._engine.offer(BuilderJoined(spec, hello.capacity, _held(hello.leases)))
+            case WorkerSpoke():
+                await self._spoke(event)
+            case WorkerSilent(worker, incarnation, reason):
+                self._views.worker_unreachable(worker, incarnation, reason, gone=False)
+            case WorkerGone(worker, incarnation, reason):
+                self._views.worker_unreachable(worker, incarnation, reason, gone=True)
+                await self._engine.offer(BuilderLost(BuilderId(worker), incarnation, _clean(reason)))
+
+    async def _spoke(self, event: WorkerSpoke) -> None:
+        worker, batch = event.worker, event.batch
+        reports: list[Report] = []
+        chunks: list[LogChunk] = []
+        for said in batch.events:
+            if isinstance(said, LogChunk):
+                # Only attempts that were handed out have logs; anything else would let a worker fill the disk.
+                if self._views.had_attempt(said.step, said.attempt):
+                    chunks.append(said)
+            elif isinstance(said, StageChange):
+                self._views.stage(said)
+            else:
+                reports.append(said)
+        await self._logs.append(chunks)
+        self._views.worker_spoke(worker, batch, self._clock.now())
+        if reports:
+            await self._dispatch.room()
+        heartbeat = BuilderReported(BuilderId(worker), batch.incarnation, batch.capacity, _held(batch.leases))
+        await self._engine.offer(*(self._event(worker, report) for report in reports), heartbeat)
+        for report in reports:
+            if self._views.had_attempt(report.step, report.attempt):
+                self._logs.wake(report.step, report.attempt)
+
+    def _event(self, worker: str, report: Report) -> Event:
+        lease = LeaseId(StepKey(report.step), report.attempt)
+        if isinstance(report.result, Succeeded):
+            drv = self._views.drv(lease.step)
+            return BuildSucceeded(lease, BuilderId(worker), encode_evidence(Evidence(drv, report.result.outputs)))
+        failure = Failure(FailureKind(report.result.reason), _clean(report.result.message))
+        return BuildFailed(lease, BuilderId(worker), failure)
+
+
+def _held(leases: Iterable[HeldLease]) -> tuple[LeaseId, ...]:
+    return tuple(LeaseId(StepKey(lease.step), lease.attempt) for lease in leases)
+
+
+def _clean(message: str) -> str:
+    """Bound a worker's words and make them storable: text from afar may hold lone surrogates."""
+    return message[:MESSAGE_CHARACTERS].encode("utf-8", "replace").decode("utf-8")

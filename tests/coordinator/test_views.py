@@ -1,0 +1,325 @@
+"""The read model says of every submission exactly what a recount from scratch says, live and after a replay."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.codec import Evidence, decode_facts, encode_evidence, encode_facts
+from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepState, SubmissionState
+from coordinator.views import WATCH_PENDING, Views
+from scheduler.events import (
+    BuilderJoined,
+    BuilderLost,
+    BuilderReported,
+    BuildFailed,
+    BuildSucceeded,
+    Event,
+    OutputsPublished,
+    PublishFailed,
+    SubmissionCancelled,
+    SubmissionReceived,
+)
+from scheduler.facts import Fact
+from scheduler.farm import Farm
+from scheduler.model import (
+    BuilderId,
+    BuilderSpec,
+    Failure,
+    FailureKind,
+    Instant,
+    Recipe,
+    Requirements,
+    StepKey,
+    StepSpec,
+    SubmissionId,
+)
+from workers.protocol import Output
+
+_CORE_STATE = {"leased": "running"}
+
+
+class Silent:
+    """An explainer with nothing to say."""
+
+    def waiting_for(self, step: StepKey, name_of: Callable[[StepKey], str]) -> str:
+        return f"waits: {step} {name_of(step)}"
+
+    def stuck(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
+        return tuple(sorted(f"{count} {requirements.system}" for requirements, count in ready.items()))
+
+    def log_tail(self, step: StepKey, attempt: int) -> str:
+        return f"last words of {step} {attempt}"
+
+
+class Driven:
+    """A real core whose facts go to views and, as bytes, to a journal."""
+
+    def __init__(self) -> None:
+        self.farm = Farm()
+        self.views = Views(Silent())
+        self.now = 1000.0
+        self.frames: list[bytes] = []
+        self.effects: list[object] = []
+
+    def tell(self, *events: Event) -> list[Fact]:
+        self.now += 1.0
+        facts, effects = self.farm.handle_many(events, Instant(self.now))
+        self.frames.append(encode_facts([fact for fact in facts if fact.durable]))
+        self.views.fold(facts)
+        self.effects.extend(effects)
+        return facts
+
+    def join(self, name: str = "b", slots: int = 2) -> None:
+        builder = BuilderSpec(BuilderId(name), "1", frozenset({"sys"}))
+        self.tell(BuilderJoined(builder, slots))
+
+    def finish(self, ok: Callable[[StepKey], bool] = lambda _: True) -> None:
+        """Build and publish whatever is leased until nothing is."""
+        while running := [s for s in self.farm.state.steps.values() if s.state.value == "leased"]:
+            for step in running:
+                if ok(step.key):
+                    self.tell(BuildSucceeded(step.lease, step.builder, evidence(step.key)))
+                    self.tell(OutputsPublished(step.lease))
+                else:
+                    self.tell(BuildFailed(step.lease, step.builder, Failure(FailureKind.PERMANENT, "exit status 1")))
+
+
+def evidence(key: str, size: int = 10) -> bytes:
+    output = Output(
+        name="out", path=f"/nix/store/{key}", nar_hash="", nar_size=1, references=(), url="", compression="zstd",
+        file_hash="", file_size=size,
+    )  # fmt: skip
+    return encode_evidence(Evidence("/nix/store/x.drv", (output,)))
+
+
+def spec(key: str, *needs: str, system: str = "sys") -> StepSpec:
+    return StepSpec(StepKey(key), (Recipe(Requirements(system), tuple(StepKey(need) for need in needs)),))
+
+
+def submission(name: str, roots: str, *steps: StepSpec, held: str = "") -> SubmissionReceived:
+    return SubmissionReceived(
+        SubmissionId(name), tuple(map(StepKey, roots.split())), steps, tuple(map(StepKey, held.split()))
+    )
+
+
+def counts(driven: Driven, name: str) -> Counts:
+    return driven.views.submission_view(driven.views.submission(name)).counts
+
+
+def test_a_submission_counts_its_steps_from_arrival_to_success() -> None:
+    driven = Driven()
+    driven.tell(submission("s", "c", spec("a"), spec("b"), spec("c", "a", "b", "h"), held="h"))
+    assert counts(driven, "s") == Counts(total=4, held=1, ready=2, waiting=1)
+    driven.join(slots=1)
+    assert counts(driven, "s") == Counts(total=4, held=1, ready=1, running=1, waiting=1)
+    driven.finish()
+    view = driven.views.submission_view(driven.views.submission("s"))
+    assert (view.state, view.counts) == (SubmissionState.SUCCEEDED, Counts(total=4, held=1, done=3))
+    assert view.uploaded_bytes == 30
+    assert view.ended_at == driven.now
+
+
+def test_a_second_submission_sees_what_it_joined_and_what_was_held() -> None:
+    driven = Driven()
+    driven.join(slots=1)
+    steps = (spec("a"), spec("b", "a"))
+    driven.tell(submission("one", "b", *steps))
+    driven.tell(submission("two", "b", *steps))
+    assert counts(driven, "two") == Counts(total=2, joined=2, running=1, waiting=1)
+    driven.finish()
+    driven.tell(submission("three", "b", *steps, held="a b"))
+    view = driven.views.submission_view(driven.views.submission("three"))
+    assert (view.state, view.counts.done, view.counts.joined) == (SubmissionState.SUCCEEDED, 0, 0)
+    assert view.uploaded_bytes == 0
+
+
+def test_a_failure_dooms_what_stands_on_it_and_every_step_names_the_root_cause() -> None:
+    driven = Driven()
+    driven.join()
+    driven.tell(submission("s", "c d", spec("a"), spec("b", "a"), spec("c", "b"), spec("d")))
+    driven.finish(lambda key: key != "a")
+    view = driven.views.submission_view(driven.views.submission("s"))
+    assert (view.state, view.counts) == (SubmissionState.FAILED, Counts(total=4, done=1, failed=1, doomed=2))
+    assert driven.views.step_view(driven.views.step("c")).cause == "a"
+    failed = driven.views.step_view(driven.views.step("a"))
+    assert failed.failure is not None
+    assert (failed.failure.message, failed.log_tail) == ("exit status 1", "last words of a 1")
+
+
+def test_an_ended_submission_is_history_also_when_its_failed_step_is_tried_again() -> None:
+    driven = Driven()
+    driven.join()
+    driven.tell(submission("old", "a", spec("a")))
+    driven.finish(lambda _: False)
+    before = driven.views.submission_view(driven.views.submission("old"))
+    driven.tell(submission("new", "a", spec("a")))
+    driven.finish()
+    after = driven.views.submission_view(driven.views.submission("old"))
+    assert (after.state, after.counts, after.ended_at) == (before.state, before.counts, before.ended_at)
+    assert driven.views.submission_view(driven.views.submission("new")).state is SubmissionState.SUCCEEDED
+
+
+def test_ready_steps_that_nobody_can_take_are_told_by_what_they_require() -> None:
+    driven = Driven()
+    driven.tell(submission("s", "a b c", spec("a", system="mac"), spec("b", system="mac"), spec("c")))
+    assert driven.views.submission_view(driven.views.submission("s")).stuck == ("1 sys", "2 mac")
+
+
+def test_a_watcher_sees_a_snapshot_then_each_changed_step_then_the_end() -> None:
+    driven = Driven()
+    driven.tell(submission("s", "b", spec("a"), spec("b", "a")))
+    woken: list[int] = []
+    with driven.views.watch(driven.views.submission("s"), lambda: woken.append(1)) as watcher:
+        assert [type(event) for event in watcher.take()] == [Snapshot]
+        driven.join()
+        assert woken
+        changed = [event.step.key for event in watcher.take() if isinstance(event, StepChanged)]
+        assert changed == ["a"]
+        driven.finish()
+        events = watcher.take()
+        seen = {event.step.key: event.step.state for event in events if isinstance(event, StepChanged)}
+        assert seen == {"a": StepState.DONE, "b": StepState.DONE}
+        assert isinstance(events[-1], Ended)
+        assert watcher.over
+        assert watcher.take() == []
+
+
+def test_a_watcher_that_falls_behind_gets_a_snapshot_and_holds_no_more_than_its_bound() -> None:
+    driven = Driven()
+    steps = [spec(f"k{n}") for n in range(WATCH_PENDING + 50)]
+    driven.tell(submission("s", " ".join(step.key for step in steps), *steps))
+    with driven.views.watch(driven.views.submission("s"), lambda: None) as watcher:
+        watcher.take()
+        driven.join(slots=len(steps) - 1)
+        assert len(watcher._changed) == 0
+        assert isinstance(watcher.take()[0], Snapshot)
+
+
+_EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["submit", "submit", "cancel", "build", "build", "fail", "lose", "return", "unpublish", "join"]
+        ),
+        st.integers(0, 10_000),
+    ),
+    max_size=60,
+)
+
+
+def _graph(seed: int) -> SubmissionReceived:
+    """A slice of one fixed graph, so that submissions overlap; every third step has two recipes."""
+    size = 12
+    specs = []
+    for n in range(size):
+        needs = tuple(StepKey(f"k{m}") for m in {n // 2, n // 3} if m < n)
+        recipes = [Recipe(Requirements("sys" if n % 5 else "other"), needs)]
+        if n % 3 == 0:
+            recipes.append(Recipe(Requirements("sys"), needs[:1]))
+        specs.append(StepSpec(StepKey(f"k{n}"), tuple(recipes)))
+    roots = {StepKey(f"k{seed % size}"), StepKey(f"k{seed // size % size}")}
+    by_key = {step.key: step for step in specs}
+    closure: dict[StepKey, StepSpec] = {}
+    stack = list(roots)
+    while stack:
+        key = stack.pop()
+        if key not in closure:
+            closure[key] = by_key[key]
+            stack.extend(need for recipe in by_key[key].recipes for need in recipe.needs)
+    return SubmissionReceived(SubmissionId(f"s{seed}"), tuple(sorted(roots)), tuple(closure.values()))
+
+
+def _one(driven: Driven, what: str, number: int) -> None:
+    state = driven.farm.state
+    leased = [step for step in state.steps.values() if step.state.value == "leased"]
+    publishing = [step for step in state.steps.values() if step.state.value == "publishing"]
+    if what == "submit" and SubmissionId(f"s{number}") not in driven.views._submissions:
+        driven.tell(_graph(number))
+    elif what == "cancel" and state.submissions:
+        driven.tell(SubmissionCancelled(list(state.submissions)[number % len(state.submissions)]))
+    elif what == "join":
+        driven.join(f"b{number % 3}", 1 + number % 3)
+    elif what == "lose":
+        driven.tell(BuilderLost(BuilderId(f"b{number % 3}"), "1", "gone"))
+    elif what in ("fail", "return") and leased:
+        step = leased[number % len(leased)]
+        kind = FailureKind.PERMANENT if what == "fail" else FailureKind.RETURNED
+        driven.tell(BuildFailed(step.lease, step.builder, Failure(kind, "no")))
+    elif what == "unpublish" and publishing:
+        step = publishing[number % len(publishing)]
+        driven.tell(PublishFailed(step.lease, Failure(FailureKind.INFRASTRUCTURE, "gone")))
+    elif what == "build" and publishing:
+        driven.tell(OutputsPublished(publishing[number % len(publishing)].lease))
+    elif what == "build" and leased:
+        step = leased[number % len(leased)]
+        driven.tell(BuildSucceeded(step.lease, step.builder, evidence(step.key)))
+        driven.tell(BuilderReported(step.builder, "1", 2, tuple(s.lease for s in leased if s is not step)))
+
+
+def _recounted(driven: Driven, name: SubmissionId) -> Counter[str]:
+    """Count a live submission's members from the core's own states."""
+    row = driven.views.submission(name)
+    states = [driven.farm.state.steps[key].state.value for key in row.members]
+    return Counter(_CORE_STATE.get(state, state) for state in states)
+
+
+@settings(max_examples=150, deadline=None)
+@given(_EVENTS)
+def test_incremental_counts_equal_a_naive_recount_and_a_replay_gives_the_same_views(
+    script: list[tuple[str, int]],
+) -> None:
+    driven = Driven()
+    driven.join("b0")
+    for what, number in script:
+        _one(driven, what, number)
+        for name, row in driven.views._submissions.items():
+            view = driven.views.submission_view(row)
+            by_state = Counter({state.value: count for state, count in row.counts.items() if count})
+            assert sum(by_state.values()) + row.held == view.counts.total
+            assert row.open == sum(by_state[state] for state in ("waiting", "ready", "running", "publishing"))
+            assert sum(row.ready.values()) == by_state["ready"]
+            if view.state is SubmissionState.RUNNING:
+                by_state["done"] += row.held
+                assert +by_state == _recounted(driven, name)
+                assert not driven.farm.ended(name)
+
+    replayed = Views(Silent())
+    for frame in driven.frames:
+        for fact in decode_facts(frame):
+            # One fact at a time: frames may split a batch anywhere.
+            replayed.fold([fact], settle=False)
+    replayed.settle()
+    assert [view.model_dump() for view in replayed.submissions()] == [
+        view.model_dump() for view in driven.views.submissions()
+    ]
+    for key in driven.views.step_keys():
+        live, again = driven.views.step_view(driven.views.step(key)), replayed.step_view(replayed.step(key))
+        assert live.model_copy(update={"stage": "", "phase": ""}) == again.model_copy(update={"stage": "", "phase": ""})
+
+
+def test_a_large_submission_costs_a_bounded_number_of_operations_for_each_finished_step() -> None:
+    """Counted, not timed: folding the end of a step touches only its edges, whatever the submission's size."""
+    driven = Driven()
+    size = 3000
+    driven.tell(submission("s", " ".join(f"k{n}" for n in range(size)), *(spec(f"k{n}") for n in range(size))))
+    driven.join(slots=size)
+    row = driven.views.submission("s")
+    members, row.members = row.members, _Untouchable()
+    started = time.perf_counter()
+    for step in list(driven.farm.state.steps.values())[:-1]:
+        facts, _ = driven.farm.handle(BuildSucceeded(step.lease, step.builder, b"{}"), Instant(driven.now))
+        driven.views.fold(facts)
+        facts, _ = driven.farm.handle(OutputsPublished(step.lease), Instant(driven.now))
+        driven.views.fold(facts)
+    print(f"{(time.perf_counter() - started) / size * 1e6:.1f} us per finished step, core included")
+    row.members = members
+    assert counts(driven, "s") == Counts(total=size, done=size - 1, running=1)
+
+
+class _Untouchable(list[StepKey]):
+    def __iter__(self) -> object:  # type: ignore[override]
+        raise AssertionError("a fact about one step must not walk the submission")
