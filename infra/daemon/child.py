@@ -1,13 +1,16 @@
 """A daemon that is our own child: `nix-daemon --stdio` in a process group of its own.
 
-Hanging up is the way to stop it: the daemon then kills its builder (within about 20 ms) and exits. A SIGKILL would
-leave it no time to do so, hence it comes last.
+Hanging up is the way to stop it: the daemon then kills its builder (within about 20 ms) and exits. SIGKILL comes last,
+because a builder leads a session of its own and survives a daemon that dies without warning (seen with Nix 2.8, sandbox
+on); where the system tells who the daemon's children are (Linux), they are killed with it.
 """
 
 import asyncio
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from infra.daemon.errors import DaemonGone
@@ -75,7 +78,11 @@ class Child:
         finally:
             # A group whose leader was collected long ago is not ours to signal: its number may be somebody else's now.
             if self._process.returncode is None:
+                builders = _children(self.pid)
                 await self._process.kill()
+                for builder in builders:
+                    with suppress(ProcessLookupError):
+                        os.killpg(builder, signal.SIGKILL)
             self._process.close_pipes()
             self._drain.cancel()
             await asyncio.gather(self._drain, return_exceptions=True)
@@ -92,3 +99,17 @@ class Child:
         while data := await self._process.stderr.read(STDERR_TAIL_BYTES):
             self._tail += data
             del self._tail[:-STDERR_TAIL_BYTES]
+
+
+def _children(parent: int) -> list[int]:
+    """Return the ids of a process's children that lead process groups; none where there is no /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # pid (name) state ppid pgrp ...; the name may hold anything, parentheses and blanks included.
+            _, ppid, group, *_ = stat.read_text(errors="replace").rpartition(")")[2].split()
+        except (OSError, ValueError):
+            continue  # it ended meanwhile
+        if int(ppid) == parent and group == stat.parent.name:
+            found.append(int(group))
+    return found

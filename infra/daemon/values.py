@@ -6,7 +6,7 @@ environment) are bytes, because Nix does not promise that they are UTF-8.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
@@ -14,11 +14,14 @@ from typing import Final
 
 from infra.daemon.errors import DaemonProtocolError
 from infra.daemon.wire import MAX_STRING_BYTES, Encoder, Inbox
+from infra.nix.derivation import Derivation
 from infra.nix.errors import FormatError
 from infra.nix.hashing import parse_hash, sha256_text
 
 #: ANSI control sequences (colours above all) and operating-system commands such as links.
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+#: What the base name of a store path is made of.
+_BASE_NAME = re.compile(r"[0-9A-Za-z+\-._?=]+")
 #: Most outputs that one build result may name.
 MAX_OUTPUTS: Final = 10_000
 #: Most references or signatures that one path may have.
@@ -176,6 +179,18 @@ class BasicDerivation:
     args: tuple[bytes, ...]
     env: tuple[tuple[bytes, bytes], ...]
 
+    @classmethod
+    def from_derivation(cls, derivation: Derivation, inputs: Iterable[str]) -> "BasicDerivation":
+        """Drop the graph from a derivation; `inputs` are its sources and the chosen outputs of its inputs."""
+        return cls(
+            outputs=tuple(BasicOutput(o.name, o.path, o.hash_algo, o.hash) for o in derivation.outputs),
+            inputs=tuple(sorted(set(inputs))),
+            system=derivation.system,
+            builder=derivation.builder.encode(),
+            args=derivation.args,
+            env=derivation.env,
+        )
+
     def encode(self, out: Encoder) -> None:
         """Write the derivation; outputs, inputs and environment sorted as Nix keeps them."""
         out.integer(len(self.outputs))
@@ -303,8 +318,8 @@ def _read_built_outputs(inbox: Inbox, store_dir: str) -> tuple[tuple[str, str], 
             base_name = json.loads(document)["outPath"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise DaemonProtocolError("built output: not a realisation") from None
-        if not isinstance(base_name, str):
-            raise DaemonProtocolError("built output: its path is not text")
+        if not isinstance(base_name, str) or not _BASE_NAME.fullmatch(base_name):
+            raise DaemonProtocolError("built output: its path is not the base name of a store path")
         outputs.append((key.rpartition("!")[2], f"{store_dir}/{base_name}"))
     return tuple(sorted(outputs))
 

@@ -1,0 +1,245 @@
+"""The codec: what is written can be read, in whatever pieces it arrives, and nonsense is one typed error."""
+
+import struct
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.daemon import BuildResult, BuildStatus, DaemonProtocolError, ValidPathInfo
+from infra.daemon.values import plain_text
+from infra.daemon.wire import (
+    MAX_FIELDS,
+    MAX_LIST_ITEMS,
+    MAX_STRING_BYTES,
+    MAX_WORD_BYTES,
+    TAG_ERROR,
+    TAG_LAST,
+    TAG_NEXT,
+    TAG_RESULT,
+    TAG_START_ACTIVITY,
+    TAG_STOP_ACTIVITY,
+    ActivityStarted,
+    ActivityStopped,
+    Encoder,
+    Failure,
+    Inbox,
+    IncompleteError,
+    Last,
+    Message,
+    Result,
+    Text,
+)
+from infra.nix.hashing import sha256_text
+
+integers = st.integers(0, 2**64 - 1)
+strings = st.binary(max_size=40)
+fields = st.lists(integers | strings, max_size=4).map(tuple)
+messages = st.one_of(
+    st.just(Last()),
+    st.builds(Failure, integers, strings),
+    st.builds(Text, strings),
+    st.builds(ActivityStarted, integers, integers, integers, strings, fields, integers),
+    st.builds(ActivityStopped, integers),
+    st.builds(Result, integers, integers, fields),
+)
+words = st.text(max_size=20)
+infos = st.builds(
+    ValidPathInfo,
+    path=words,
+    nar_hash=st.binary(min_size=32, max_size=32).map(sha256_text),
+    nar_size=integers,
+    references=st.lists(words, max_size=4).map(lambda items: tuple(sorted(items))),
+    deriver=words,
+    registration_time=integers,
+    ultimate=st.booleans(),
+    signatures=st.lists(words, max_size=3).map(lambda items: tuple(sorted(items))),
+    ca=words,
+)
+
+
+def encode_fields(out: Encoder, values: tuple[int | bytes, ...]) -> None:
+    out.integer(len(values))
+    for value in values:
+        if isinstance(value, int):
+            out.integer(0).integer(value)
+        else:
+            out.integer(1).string(value)
+
+
+def encode_message(message: Message) -> bytes:
+    """Write a message as the daemon does (nix_formats 5.4)."""
+    out = Encoder()
+    match message:
+        case Last():
+            out.integer(TAG_LAST)
+        case Failure(level, text):
+            out.integer(TAG_ERROR).string("Error").integer(level).string("Error").string(text)
+            out.integer(0).integer(2).integer(0).string("while doing").integer(0).string("while being")
+        case Text(data):
+            out.integer(TAG_NEXT).string(data)
+        case ActivityStarted(activity, level, kind, text, values, parent):
+            out.integer(TAG_START_ACTIVITY).integer(activity).integer(level).integer(kind).string(text)
+            encode_fields(out, values)
+            out.integer(parent)
+        case ActivityStopped(activity):
+            out.integer(TAG_STOP_ACTIVITY).integer(activity)
+        case Result(activity, kind, values):
+            out.integer(TAG_RESULT).integer(activity).integer(kind)
+            encode_fields(out, values)
+    return out.getvalue()
+
+
+def encode_result(message: bytes = b"why", code: int = 3, outputs: int = 1) -> bytes:
+    out = Encoder().integer(code).string(message).integer(1).integer(0).integer(10).integer(20)
+    out.integer(0).integer(1).integer(1234).integer(outputs)
+    for number in range(outputs):
+        out.string(f"sha256:00!out{number}").string('{"outPath":"abc-x","signatures":[]}')
+    return out.getvalue()
+
+
+def read_in_pieces(data: bytes, cuts: list[int], read: Callable[[Inbox], object], count: int) -> list[object]:
+    """Feed data cut at the given places and read `count` things, checking what an incomplete read promises."""
+    inbox = Inbox()
+    edges = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
+    arrivals = [data[a:b] for a, b in pairwise(edges)]
+    found: list[object] = []
+    while len(found) < count:
+        before = len(inbox)
+        try:
+            found.append(read(inbox))
+            continue
+        except IncompleteError as error:
+            missing = error.missing
+        assert len(inbox) == before, "an incomplete read consumes nothing"
+        assert 0 < missing <= sum(map(len, arrivals)), "never asks for more than the item has"
+        inbox.feed(arrivals.pop(0))
+    assert len(inbox) + sum(map(len, arrivals)) == 0
+    return found
+
+
+@given(st.lists(messages, max_size=8), st.lists(st.integers(0, 600), max_size=20))
+def test_messages_are_read_as_they_were_written_in_whatever_pieces_they_arrive(
+    sent: list[Message], cuts: list[int]
+) -> None:
+    data = b"".join(map(encode_message, sent))
+    assert read_in_pieces(data, cuts, Inbox.read_message, len(sent)) == sent
+
+
+@given(integers, strings, st.lists(words, max_size=5))
+def test_integers_strings_and_lists_round_trip(number: int, string: bytes, items: list[str]) -> None:
+    data = Encoder().integer(number).string(string).strings(items).getvalue()
+    assert len(data) % 8 == 0
+    inbox = Inbox(data)
+    assert inbox.read_int() == number
+    assert inbox.read_string(MAX_STRING_BYTES, "string") == string
+    assert inbox.read_words("items") == tuple(items)
+    assert len(inbox) == 0
+
+
+@given(infos, st.lists(st.integers(0, 600), max_size=6))
+def test_path_infos_round_trip(info: ValidPathInfo, cuts: list[int]) -> None:
+    out = Encoder()
+    info.encode(out)
+    data = out.getvalue()[len(Encoder().string(info.path).getvalue()) :]
+    read = read_in_pieces(data, cuts, lambda i: i.attempt(lambda j: ValidPathInfo.decode(info.path, j)), 1)
+    assert read == [info]
+
+
+@given(st.data())
+def test_changed_bytes_raise_protocol_errors_only(data: st.DataObject) -> None:
+    info = Encoder()
+    data.draw(infos).encode(info)
+    kind = data.draw(st.sampled_from(["messages", "result", "info"]))
+    original = {
+        "messages": b"".join(map(encode_message, data.draw(st.lists(messages, min_size=1, max_size=4)))),
+        "result": encode_result(),
+        "info": info.getvalue(),
+    }[kind]
+    read: Callable[[Inbox], object] = {
+        "messages": Inbox.read_message,
+        "result": lambda inbox: BuildResult.decode(inbox, 38, "/nix/store"),
+        "info": lambda inbox: ValidPathInfo.decode("/nix/store/x", inbox),
+    }[kind]
+    mutated = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 4))):
+        mutated[data.draw(st.integers(0, len(mutated) - 1))] = data.draw(st.integers(0, 255))
+    inbox = Inbox(bytes(mutated))
+    try:
+        while len(inbox):
+            read(inbox)
+    except (DaemonProtocolError, IncompleteError):
+        pass  # the two answers that the shell knows; anything else fails the test
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_raise_protocol_errors_only(data: bytes) -> None:
+    inbox = Inbox(data)
+    try:
+        while len(inbox):
+            inbox.read_message()
+    except (DaemonProtocolError, IncompleteError):
+        pass  # as above
+
+
+@pytest.mark.parametrize(
+    ("read", "limit"),
+    [
+        (lambda inbox: inbox.read_string(MAX_STRING_BYTES, "x"), MAX_STRING_BYTES),
+        (lambda inbox: inbox.read_word("x"), MAX_WORD_BYTES),
+        (lambda inbox: inbox.read_words("x"), MAX_LIST_ITEMS),
+    ],
+)
+def test_a_size_over_its_limit_is_refused_before_its_bytes_are_waited_for(
+    read: Callable[[Inbox], object], limit: int
+) -> None:
+    with pytest.raises(DaemonProtocolError, match=f"the limit is {limit}"):
+        read(Inbox(struct.pack("<Q", limit + 1)))
+    with pytest.raises(IncompleteError):
+        read(Inbox(struct.pack("<Q", limit)))
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (Encoder().integer(TAG_NEXT).integer(1).getvalue() + b"a\0\0\0\0\0\0\1", "padding"),
+        (Encoder().integer(0x64617461).getvalue(), "unknown message"),
+        (Encoder().integer(TAG_RESULT).integer(1).integer(101).integer(MAX_FIELDS + 1).getvalue(), "fields"),
+        (Encoder().integer(TAG_RESULT).integer(1).integer(101).integer(1).integer(2).getvalue(), "unknown kind 2"),
+    ],
+)
+def test_what_the_protocol_does_not_allow_is_named(data: bytes, what: str) -> None:
+    with pytest.raises(DaemonProtocolError, match=what):
+        Inbox(data).read_message()
+
+
+def test_a_result_of_1_37_has_cpu_times_and_an_older_one_has_not() -> None:
+    result = BuildResult.decode(Inbox(encode_result()), 38, "/store")
+    assert result == BuildResult(
+        BuildStatus.PERMANENT_FAILURE, "why", 1, 10, 20, None, 1234, (("out0", "/store/abc-x"),)
+    )
+    old = Encoder().integer(0).string("").integer(1).integer(0).integer(10).integer(20).integer(0).getvalue()
+    assert BuildResult.decode(Inbox(old), 36, "/store").cpu_user_us is None
+
+
+def test_every_status_of_the_table_is_known_and_an_unknown_one_is_no_success() -> None:
+    successes = [code for code in range(16) if BuildStatus(code).is_success]
+    assert successes == [0, 1, 2, 13]
+    result = BuildResult.decode(Inbox(encode_result(b"new", code=99)), 38, "/store")
+    assert (result.status, result.error_msg) == (BuildStatus.MISC_FAILURE, "unknown build status 99: new")
+
+
+@pytest.mark.parametrize(
+    "document", ["", "{", "[]", "{}", '{"outPath":1}', "[" * 5000, "1" * 5000, '{"outPath":"../x"}', '"\\ud800"']
+)
+def test_an_output_that_is_no_realisation_is_refused(document: str) -> None:
+    out = Encoder().integer(0).string("").integer(1).integer(0).integer(1).integer(1)
+    data = out.integer(1).string("sha256:00!out").string(document).getvalue()
+    with pytest.raises(DaemonProtocolError, match="built output"):
+        BuildResult.decode(Inbox(data), 34, "/store")
+
+
+def test_terminal_escapes_are_removed_from_texts_and_bad_bytes_are_replaced() -> None:
+    assert plain_text(b"\x1b[31;1merror:\x1b[0m \x1b]8;;http://x\x07link\x1b]8;;\x1b\\ \xff") == "error: link �"
