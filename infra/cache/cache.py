@@ -179,10 +179,25 @@ class Cache:
             self._recent.popitem(last=False)
         return row.narinfo
 
-    async def closure(self, store_paths: Iterable[str]) -> tuple[list[bytes], list[str]]:
+    async def object_size(self, url: str) -> int | None:
+        """Return the size of the object with key `url`, None unless a published path names it and it can be fetched.
+
+        Raises:
+            MetadataError: the database failed.
+        """
+        question = sa.select(*_ROW_COLUMNS).where(paths.c.url == url).limit(1)
+        async with reading(self._engine) as connection:
+            found = (await connection.execute(question)).one_or_none()
+        if found is None:
+            return None
+        row = Row(*found)
+        return row.file_size if self._is_there(row) else None
+
+    async def closure(self, store_paths: Iterable[str], *, recursive: bool = True) -> tuple[list[bytes], list[str]]:
         """Return the signed narinfos of all that the full store paths reach, references first, and what is missing.
 
         Missing are paths of the question, and lost members of the closure, that cannot be fetched: full paths, sorted.
+        Without `recursive` the answer holds the paths of the question only.
 
         Raises:
             ClosureTooLargeError: more than MAX_CLOSURE paths, asked or reached.
@@ -195,7 +210,7 @@ class Cache:
         reached: dict[int, Row] = {}
         async with reading(self._engine) as connection:
             for some in _slices(hash_parts):
-                reached.update(await self._reach(connection, some))
+                reached.update(await self._reach(connection, some, recursive))
                 if len(reached) > MAX_CLOSURE:
                     raise ClosureTooLargeError(f"the closure has more than {MAX_CLOSURE} paths; ask for parts of it")
         rows = [reached[serial] for serial in sorted(reached)]
@@ -454,7 +469,9 @@ class Cache:
             found.update((row[0], Row(*row[1:])) for row in await connection.execute(question))
         return found
 
-    async def _reach(self, connection: AsyncConnection, hash_parts: Sequence[str]) -> dict[int, Row]:
+    async def _reach(self, connection: AsyncConnection, hash_parts: Sequence[str], recursive: bool) -> dict[int, Row]:
+        if not recursive:
+            return {row.serial: row for row in (await self._rows(connection, hash_parts)).values()}
         reach = sa.select(paths.c.serial).where(paths.c.hash_part.in_(hash_parts)).cte("reach", recursive=True)
         reach = reach.union(sa.select(refs.c.reference).join(reach, refs.c.referrer == reach.c.serial))
         question = sa.select(*_ROW_COLUMNS).where(paths.c.serial.in_(sa.select(reach.c.serial))).limit(MAX_CLOSURE + 1)

@@ -61,6 +61,7 @@ paths = sa.Table(
     sa.Column("narinfo", sa.LargeBinary, nullable=False),
     # Unix seconds.
     sa.Column("published_at", sa.Float, nullable=False),
+    sa.Index("paths_by_url", "url"),
     sqlite_autoincrement=True,
 )
 

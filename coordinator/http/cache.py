@@ -1,0 +1,230 @@
+"""The binary cache over HTTP: what Nix clients of any version ask, and one question of our own for workers.
+
+    GET  PREFIX/nix-cache-info
+    GET  PREFIX/<hash>.narinfo            rendered and signed when published
+    GET  PREFIX/nar/<file hash>.nar.zst   whole files: ranges, resume, strong caching
+    GET  PREFIX/log/<derivation>          what the build printed
+    POST PREFIX/narinfos                  {"paths": [base name], "closure": bool} -> {"narinfos": [text], "missing": []}
+
+HEAD is answered wherever GET is, and the same. What is unknown, malformed, lost or cannot be looked up just now is 404
+with `no-store`: a client then asks its next cache or builds, while any 5xx would fail its build (design page "binary
+cache", 2.4). For the same reason no 200 leaves before its first bytes are at hand.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Annotated, Final, TypeAlias
+
+import orjson
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from coordinator.schema import ErrorBody, ErrorView
+from infra.cache import Cache
+from infra.cache.cache import MAX_CLOSURE
+from infra.cache.errors import CacheError, ClosureTooLargeError, ObjectStoreError
+from infra.nix.errors import FormatError
+from infra.nix.store_path import parse_base_name
+
+_log = logging.getLogger(__name__)
+
+#: Gives the log of a derivation (base name of the .drv), None if there is none.
+LogFor: TypeAlias = Callable[[str], AsyncIterator[bytes] | None]
+
+#: Lower wins; cache.nixos.org has 40, so what the farm built is fetched from the farm.
+PRIORITY: Final = 30
+#: A question for MAX_CLOSURE paths with names of usual length.
+MAX_QUESTION_BYTES: Final = 16 * 1024 * 1024
+
+_NARINFO_HEADERS: Final = {"Content-Type": "text/x-nix-narinfo", "Cache-Control": "public, max-age=60"}
+_NAR_HEADERS: Final = {
+    "Content-Type": "application/x-nix-nar",
+    "Cache-Control": "public, max-age=31536000, immutable",
+    "Accept-Ranges": "bytes",
+}
+_LOG_HEADERS: Final = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-cache"}
+
+
+class NarinfosQuestion(BaseModel):
+    """Body of POST narinfos: base names, and whether all that they reach is wanted too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    paths: Annotated[tuple[Annotated[str, Field(max_length=255)], ...], Field(max_length=MAX_CLOSURE)]
+    closure: bool = True
+
+
+def add_cache_routes(
+    app: web.Application, cache: Cache, *, prefix: str = "/cache", log_for: LogFor | None = None
+) -> None:
+    """Serve `cache` below `prefix` (no trailing slash). No route wants authentication: what is served is signed."""
+    routes = CacheRoutes(cache, log_for)
+    app.router.add_get(f"{prefix}/nix-cache-info", routes.cache_info)
+    app.router.add_get(f"{prefix}/{{hash_part:[0-9a-df-np-sv-z]{{32}}}}.narinfo", routes.narinfo)
+    app.router.add_get(f"{prefix}/nar/{{file_hash:[0-9a-df-np-sv-z]{{52}}}}.nar.zst", routes.nar)
+    app.router.add_get(f"{prefix}/log/{{derivation}}", routes.log)
+    app.router.add_post(f"{prefix}/narinfos", routes.narinfos)
+    app.router.add_get(f"{prefix}/{{anything:.*}}", routes.nothing)
+
+
+class CacheRoutes:
+    """The handlers."""
+
+    def __init__(self, cache: Cache, log_for: LogFor | None) -> None:
+        self._cache = cache
+        self._log_for = log_for
+
+    async def cache_info(self, _request: web.Request) -> web.Response:
+        """Say what this cache is; clients ask it first and remember it for days."""
+        text = f"StoreDir: {self._cache.store_dir.path}\nWantMassQuery: 1\nPriority: {PRIORITY}\n"
+        return web.Response(text=text, content_type="text/x-nix-cache-info")
+
+    async def narinfo(self, request: web.Request) -> web.Response:
+        """Answer what is known of one path."""
+        try:
+            text = await self._cache.narinfo(request.match_info["hash_part"])
+        except CacheError as error:
+            return _unavailable(error)
+        return _not_found() if text is None else web.Response(body=text, headers=_NARINFO_HEADERS)
+
+    async def nar(self, request: web.Request) -> web.StreamResponse:
+        """Send a NAR's object, or a range of it; from a directory the kernel copies it (sendfile)."""
+        key = f"nar/{request.match_info['file_hash']}.nar.zst"
+        try:
+            size = await self._cache.object_size(key)
+            if size is None:
+                return _not_found()
+            path = self._cache.objects.local_path(key)
+            return _NarFile(path, headers=_NAR_HEADERS) if path else await self._relay(request, key, size)
+        except CacheError as error:
+            return _unavailable(error)
+
+    async def log(self, request: web.Request) -> web.StreamResponse:
+        """Send a build's log; a log that is still written is sent as far as it goes."""
+        name = request.match_info["derivation"]
+        chunks = self._log_for(name) if self._log_for is not None and _is_derivation(name) else None
+        if chunks is None:
+            return _not_found()
+        response = web.StreamResponse(headers=_LOG_HEADERS)
+        await response.prepare(request)
+        if request.method != "HEAD":
+            async for chunk in chunks:
+                await response.write(chunk)
+        await response.write_eof()
+        return response
+
+    async def narinfos(self, request: web.Request) -> web.Response:
+        """Answer what is known of many paths and all that they reach, references first."""
+        body = await _bounded_body(request)
+        if body is None:
+            return _refused(413, "too_large", f"the question is larger than {MAX_QUESTION_BYTES} bytes; ask in parts.")
+        try:
+            question = NarinfosQuestion.model_validate_json(body)
+            base = f"{self._cache.store_dir.path}/"
+            asked = [base + name for name in question.paths]
+            narinfos, missing = await self._cache.closure(asked, recursive=question.closure)
+        except ValidationError as error:
+            return _refused(400, "bad_request", f"the question is malformed: {error.errors()[0]['msg']}.")
+        except ClosureTooLargeError as error:
+            return _refused(413, "too_large", f"{error}.")
+        except CacheError as error:
+            return _refused(503, "unavailable", f"{error}; try again.")
+        answer = {"narinfos": [text.decode() for text in narinfos], "missing": [name[len(base) :] for name in missing]}
+        return web.Response(body=orjson.dumps(answer), content_type="application/json")
+
+    async def nothing(self, _request: web.Request) -> web.Response:
+        """Answer for every other address."""
+        return _not_found()
+
+    async def _relay(self, request: web.Request, key: str, size: int) -> web.StreamResponse:
+        """Pass an object, or a range of it, through from a remote store."""
+        wanted = _range(request, size)
+        if wanted is None:
+            headers = {"Content-Range": f"bytes */{size}", "Cache-Control": "no-store"}
+            return web.Response(status=416, headers=headers)
+        start, stop = wanted
+        partial = "Range" in request.headers
+        response = web.StreamResponse(status=206 if partial else 200, headers=_NAR_HEADERS)
+        response.content_length = stop - start
+        response.etag = request.match_info["file_hash"]
+        if partial:
+            response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        if request.method == "HEAD":
+            if await self._cache.objects.head(key) != size:
+                return _not_found()
+            await response.prepare(request)
+            return response
+        async with aclosing(self._cache.objects.get_stream(key, start, stop)) as chunks:
+            first = await anext(chunks, b"")
+            await response.prepare(request)
+            await response.write(first)
+            try:
+                async for chunk in chunks:
+                    await response.write(chunk)
+            except ObjectStoreError as error:
+                _cut(request, error)
+        await response.write_eof()
+        return response
+
+
+class _NarFile(web.FileResponse):
+    """A file that may be cached for ever, unless it is not there after all."""
+
+    def set_status(self, status: int, reason: str | None = None) -> None:
+        super().set_status(status, reason)
+        if status >= 400:
+            self.headers["Cache-Control"] = "no-store"
+
+
+def _cut(request: web.Request, error: ObjectStoreError) -> None:
+    """Break the connection: the client sees that bytes are missing, and asks for the rest."""
+    _log.warning("a NAR was cut short: %s", error)
+    if request.transport is not None:
+        request.transport.abort()
+    raise ConnectionResetError(str(error)) from error
+
+
+def _range(request: web.Request, size: int) -> tuple[int, int] | None:
+    """Return the wanted bytes as (start, stop), None if there are none such."""
+    try:
+        wanted = request.http_range
+    except ValueError:
+        return None
+    start = 0 if wanted.start is None else wanted.start
+    if start < 0:
+        return max(0, size + start), size
+    stop = size if wanted.stop is None else min(wanted.stop, size)
+    return (start, stop) if start < stop else None
+
+
+async def _bounded_body(request: web.Request) -> bytes | None:
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > MAX_QUESTION_BYTES:
+            return None
+    return bytes(body)
+
+
+def _is_derivation(name: str) -> bool:
+    try:
+        return parse_base_name(name).is_derivation
+    except FormatError:
+        return False
+
+
+def _not_found() -> web.Response:
+    return web.Response(status=404, text="not in this cache\n", headers={"Cache-Control": "no-store"})
+
+
+def _unavailable(error: CacheError) -> web.Response:
+    _log.warning("answered 404 because the cache failed: %s", error)
+    return _not_found()
+
+
+def _refused(status: int, code: str, message: str) -> web.Response:
+    view = ErrorView(error=ErrorBody(code=code, message=message))
+    return web.Response(status=status, body=orjson.dumps(view.model_dump()), content_type="application/json")
