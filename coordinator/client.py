@@ -348,7 +348,8 @@ def _part(text: str) -> str:
 
 def _why(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
-        return error.os_error.strerror or "connection failed"
+        number = error.os_error.errno
+        return os.strerror(number).lower() if number else "connection failed"
     if isinstance(error, TimeoutError):
         return "no answer in time"
     return str(error) or type(error).__name__

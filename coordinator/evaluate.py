@@ -19,8 +19,11 @@ from infra.process import ProcessError, ProcessNotFound, ProcessOutputTooLarge, 
 
 TIMEOUT_S = 3600.0
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
-#: nix-instantiate always says this; the graph is sent before anybody could collect it.
-_NOISE = re.compile(r"warning: you did not specify '--add-root'.*\n?")
+#: What nix-instantiate says that is no news here: the graph is sent before anybody could collect it, and nothing is
+#: built on this machine.
+_NOISE = re.compile(
+    r"warning: (?:you did not specify '--add-root'|the group '\w+' specified in 'build-users-group').*\n?"
+)
 _ERROR_LINE = re.compile(r"^\s*error:\s+(\S.*)$", re.MULTILINE)
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _DRV = re.compile(r"(/[^!]+/[0-9a-z]{32}-[^/!]+\.drv)(?:!([^!]+))?")

@@ -46,12 +46,15 @@ _ESCAPES = re.compile(
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
-def sanitise(text: str) -> str:
-    """Return log text without terminal escapes and control characters; of an overwritten line, the last state."""
+def sanitise(text: str, most: int | None = LINE_CHARS) -> str:
+    """Return log text without terminal escapes and control characters, lines cut at `most` characters.
+
+    Of a line that was overwritten (carriage returns) the last state is kept.
+    """
     lines = []
     for line in _ESCAPES.sub("", text).replace("\r\n", "\n").split("\n"):
         last = line.rstrip("\r").rpartition("\r")[2]
-        lines.append(_CONTROLS.sub("", last.expandtabs())[:LINE_CHARS])
+        lines.append(_CONTROLS.sub("", last.expandtabs())[:most])
     return "\n".join(lines)
 
 

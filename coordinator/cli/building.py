@@ -1,0 +1,215 @@
+"""`drover build` and `drover watch`: evaluate, send what is missing, submit, follow, fetch."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+import orjson
+
+from coordinator import cli
+from coordinator.client import ApiClient, ClientError
+from coordinator.closure import Closure, LocalStore, base_name, describe_sources, local_store, read_closure
+from coordinator.evaluate import EvaluationError, Wanted, evaluate, parse_drv
+from coordinator.follow import Screen, follow
+from coordinator.framing import SourceHeader, encode_derivations, encode_sources, in_thread
+from coordinator.schema import (
+    FarmView,
+    IntakeQuery,
+    RootRequest,
+    StepState,
+    StepView,
+    SubmissionState,
+    SubmissionView,
+    SubmitRequest,
+)
+from coordinator.terminal import size, summary_lines
+from infra.nar_files import dump
+from infra.process import ProcessError, run
+
+#: Seconds for one `nix-store -r`, and how many paths it is given.
+FETCH_S = 24 * 3600.0
+FETCH_AT_ONCE = 500
+MAX_FETCH_OUTPUT_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the command line asked for."""
+
+    files: tuple[str, ...]
+    attrs: tuple[str, ...]
+    #: For the evaluation only.
+    flags: tuple[str, ...] = ()
+    #: `--option NAME VALUE` words, for every Nix command of this machine.
+    settings: tuple[str, ...] = ()
+    store: str | None = None
+    label: str = ""
+    detach: bool = False
+    as_json: bool = False
+    fetch: bool = False
+
+
+@dataclass(slots=True)
+class _Submitted:
+    """What an interruption must know."""
+
+    id: str = ""
+    failed: dict[str, StepView] = field(default_factory=dict)
+
+
+def build(connect: Callable[[], ApiClient], wish: Wish) -> int:
+    """Run `drover build`; returns the exit status."""
+    submitted = _Submitted()
+    return _interruptible(_build(connect, wish, submitted), submitted)
+
+
+def watch(connect: Callable[[], ApiClient], submission: str, *, as_json: bool) -> int:
+    """Run `drover watch`; returns the exit status."""
+    submitted = _Submitted(submission)
+
+    async def run_watch() -> int:
+        async with connect() as client:
+            screen = Screen.choose(as_json=as_json)
+            view = await follow(client, submission, screen, submitted.failed)
+            return _finish(view, submitted, screen, as_json=as_json)
+
+    return _interruptible(run_watch(), submitted)
+
+
+def _interruptible(work: Any, submitted: _Submitted) -> int:
+    try:
+        status: int = asyncio.run(work)
+    except KeyboardInterrupt:
+        if not submitted.id:
+            raise
+        click.echo(
+            f"\ndrover: interrupted; the build goes on. Watch it again: drover watch {submitted.id}\n"
+            f"drover: end it: drover cancel {submitted.id}",
+            err=True,
+        )
+        return cli.INTERRUPTED
+    return status
+
+
+async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submitted) -> int:
+    screen = Screen.choose(as_json=wish.as_json)
+    async with connect() as client:
+        # First of all whether anybody is there: an evaluation can take minutes.
+        farm = await client.farm()
+        wanted = await _wanted(wish)
+        store = local_store(wish.store, wanted[0].drv)
+        await _send(client, store, wanted, screen)
+        roots = tuple(RootRequest(attr=each.attr, drv=each.drv, outputs=each.outputs) for each in wanted)
+        view = await client.submit(SubmitRequest(roots=roots, label=wish.label))
+        submitted.id = view.id
+        if wish.detach:
+            return _detached(view, as_json=wish.as_json)
+        view = await follow(client, view.id, screen, submitted.failed)
+        if wish.fetch and view.state is SubmissionState.SUCCEEDED:
+            await _fetch(farm, view, wish, store, screen)
+        return _finish(view, submitted, screen, as_json=wish.as_json)
+
+
+async def _wanted(wish: Wish) -> list[Wanted]:
+    drvs = [each for each in map(parse_drv, wish.files) if each is not None]
+    if len(drvs) == len(wish.files):
+        return drvs
+    if len(wish.files) > 1 or wish.files[0].partition("!")[0].endswith(".drv"):
+        raise EvaluationError(f"{wish.files[0]} is not the full path of a derivation in a Nix store")
+    flags = [*wish.flags, *wish.settings]
+    if wish.store:
+        flags += local_store(wish.store).flags
+    return await evaluate(
+        wish.files[0], wish.attrs, flags=flags, on_stderr=lambda text: click.echo(text.rstrip("\n"), err=True)
+    )
+
+
+async def _send(client: ApiClient, store: LocalStore, wanted: Sequence[Wanted], screen: Screen) -> None:
+    """Send what the coordinator lacks of the closure, in one stream each."""
+    closure: Closure = await asyncio.to_thread(read_closure, store, [each.drv for each in wanted])
+    headers = await describe_sources(store, closure.sources)
+    query = IntakeQuery(
+        store_dir=store.store_dir,
+        derivations=tuple(base_name(drv) for drv in closure.derivations),
+        sources=tuple(header.path for header in headers),
+    )
+    missing = await client.missing(query)
+    if missing.derivations or missing.sources:
+        lacking = set(missing.sources)
+        sources = [header for header in headers if header.path in lacking]
+        sized = f" ({size(sum(header.nar_size for header in sources))})" if sources else ""
+        screen.note(
+            f"sending {len(missing.derivations)} of {len(query.derivations)} derivations and "
+            f"{len(sources)} of {len(headers)} sources{sized}"
+        )
+        if missing.derivations:
+            names = set(missing.derivations)
+            members = ((base_name(drv), store.read(drv)) for drv in closure.derivations if base_name(drv) in names)
+            await client.send_derivations(in_thread(encode_derivations(members)))
+        if sources:
+            nars = ((header, _nar(store, header)) for header in sources)
+            await client.send_sources(in_thread(encode_sources(nars)))
+
+
+def _nar(store: LocalStore, header: SourceHeader) -> Callable[[], Any]:
+    return lambda: dump(store.physical(f"{store.store_dir}/{header.path}"))
+
+
+def _detached(view: SubmissionView, *, as_json: bool) -> int:
+    click.echo(
+        f"submitted {view.id}: {view.counts.total} steps, {view.counts.held} already in the cache\n"
+        f"  watch it: drover watch {view.id}\n  end it:   drover cancel {view.id}",
+        err=as_json,
+    )
+    if as_json:
+        _print_json(view, [])
+    return cli.OK
+
+
+def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_json: bool) -> int:
+    failed = list(submitted.failed.values())
+    for line in summary_lines(view, failed, time.time()):
+        screen.line(line)
+    if as_json:
+        _print_json(view, failed)
+    return cli.OK if view.state is SubmissionState.SUCCEEDED else cli.BUILD_FAILED
+
+
+def _print_json(view: SubmissionView, failed: Sequence[StepView]) -> None:
+    document = {**view.model_dump(mode="json"), "failed_steps": [step.model_dump(mode="json") for step in failed]}
+    sys.stdout.write(orjson.dumps(document).decode() + "\n")
+    sys.stdout.flush()
+
+
+async def _fetch(farm: FarmView, view: SubmissionView, wish: Wish, store: LocalStore, screen: Screen) -> None:
+    """Realise the root outputs in the local store with the farm's cache as the only substituter."""
+    paths = sorted({path for root in view.roots if root.state is StepState.DONE for path in root.outputs.values()})
+    screen.note(f"fetching {len(paths)} outputs from {farm.cache_url}")
+    settings = {
+        "substituters": farm.cache_url,
+        "trusted-public-keys": " ".join(farm.public_keys),
+        "require-sigs": "true",
+        "narinfo-cache-negative-ttl": "0",
+        "max-jobs": "0",
+    }
+    words = [word for name, value in settings.items() for word in ("--option", name, value)]
+    for start in range(0, len(paths), FETCH_AT_ONCE):
+        command = ["nix-store", "-r", *paths[start : start + FETCH_AT_ONCE], *store.flags, *wish.settings, *words]
+        try:
+            done = await run(command, env=os.environ, timeout_s=FETCH_S, max_output_bytes=MAX_FETCH_OUTPUT_BYTES)
+        except ProcessError as error:
+            raise ClientError(f"the outputs are built but could not be fetched: {error}") from None
+        if done.returncode != 0:
+            messages = done.stderr.decode(errors="replace").strip()
+            click.echo(messages, err=True)
+            raise ClientError(
+                f"the outputs are built but could not be fetched from {farm.cache_url} (Nix's messages are above); "
+                "if this machine's Nix daemon does not trust you, add the cache to its nix.conf"
+            )

@@ -1,0 +1,123 @@
+"""`drover up` and `drover worker`: the commands that stay."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import ValidationError
+
+from coordinator import cli
+from coordinator.config import ConfigError, Settings, WorkerConfig, load_settings
+from coordinator.errors import CoordinatorError
+
+
+def up(
+    *,
+    state_dir: Path | None,
+    listen: str | None,
+    config: Path | None,
+    slots: int | None,
+    emulated: Sequence[str],
+    nix_options: Sequence[tuple[str, str]],
+    no_workers: bool,
+) -> int:
+    """Run a farm until SIGINT or SIGTERM."""
+    host, port = _address(listen)
+    settings = load_settings(config, state_dir=state_dir, host=host, port=port)
+    if no_workers and (slots is not None or emulated):
+        raise click.UsageError("--no-workers starts none; leave --slots and --emulate out")
+    if slots is not None and settings.workers:
+        raise click.UsageError(f"{config} names its workers; set their slots there")
+    settings = settings.model_copy(
+        update={
+            "workers": () if no_workers else _workers(settings, slots, emulated),
+            "nix_options": {**settings.nix_options, **dict(nix_options)},
+        }
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # Ray and the HTTP server are imported only now: what is wrong with the settings is said at once.
+    from coordinator.main import Ready, run_up  # noqa: PLC0415
+
+    def ready(farm: Ready) -> None:
+        workers = ", ".join(worker.name for worker in settings.workers) or "none; they join with `drover worker`"
+        click.echo(f"the farm is ready at {farm.url}")
+        click.echo(f"  workers     {workers}")
+        click.echo(f"  cache       {farm.cache_url}")
+        for key in farm.public_keys:
+            click.echo(f"  public key  {key}")
+        click.echo(f"  API token   {farm.token_file}")
+        click.echo("  build       drover build FILE -A ATTR      stop with Ctrl-C")
+        sys.stdout.flush()
+
+    run_up(settings, ready)
+    return cli.OK
+
+
+def _address(listen: str | None) -> tuple[str | None, int | None]:
+    if listen is None:
+        return None, None
+    host, colon, port = listen.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise click.UsageError(f"--listen wants HOST:PORT, such as 127.0.0.1:7878, not {listen}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _workers(settings: Settings, slots: int | None, emulated: Sequence[str]) -> tuple[WorkerConfig, ...]:
+    """The configured workers, or one for this machine, and one more for each system to emulate."""
+    workers = list(settings.workers) or [WorkerConfig(name="native", slots=slots or 0)]
+    taken = {worker.name for worker in workers}
+    for system in dict.fromkeys(emulated):
+        if system in taken:
+            raise ConfigError(f"--emulate {system} adds a worker of that name, but the settings have one already.")
+        workers.append(WorkerConfig(name=system, emulate=(system,), slots=slots or 0))
+    return tuple(workers)
+
+
+def worker_config(told: dict[str, Any]) -> WorkerConfig:
+    """Check what the command line says of one worker. Raises `ConfigError` with one sentence."""
+    try:
+        return WorkerConfig(**told)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise ConfigError(f"--{first['loc'][0]}: {first['msg']}") from None
+
+
+def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_dir: Path) -> int:
+    """Join this machine to a farm that runs elsewhere, until SIGINT, SIGTERM or the end of the node."""
+    from coordinator.main import write_worker_settings  # noqa: PLC0415 - imports Ray and the HTTP server
+    from workers.errors import WorkerError  # noqa: PLC0415
+    from workers.ray_nodes import RayWorkerNode  # noqa: PLC0415
+
+    settings = load_settings(state_dir=state_dir)
+    file = write_worker_settings(settings, told)
+
+    async def run() -> int:
+        stop = asyncio.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, stop.set)
+        node: Any = RayWorkerNode(name=told.name, head=head, token_file=ray_token, settings_file=file, host=host)
+        async with node:
+            click.echo(f"worker {told.name} has joined the farm at {head}; stop with Ctrl-C")
+            sys.stdout.flush()
+            failed = asyncio.ensure_future(node.wait_failed())
+            stopped = asyncio.ensure_future(stop.wait())
+            try:
+                await asyncio.wait((failed, stopped), return_when=asyncio.FIRST_COMPLETED)
+                if failed.done() and not stop.is_set():
+                    raise CoordinatorError(f"the worker's Ray node ended: {failed.result()}")
+            finally:
+                failed.cancel()
+                stopped.cancel()
+        return cli.OK
+
+    try:
+        return asyncio.run(run())
+    except WorkerError as error:
+        raise CoordinatorError(str(error)) from None
