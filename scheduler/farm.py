@@ -17,7 +17,6 @@ from scheduler.policy import Limits, LongestPathFirst, Policy
 from scheduler.react import react
 from scheduler.reasons import Reason, StuckClass, stuck, why
 from scheduler.state import FarmState
-from scheduler.transitions import UNFINISHED
 
 
 class Farm:
@@ -84,5 +83,8 @@ class Farm:
         return stuck(self.state)
 
     def ended(self, submission: SubmissionId) -> bool:
-        """Whether nothing is left to wait for: all roots are finished, or the submission is withdrawn or unknown."""
-        return all(root.state not in UNFINISHED for root in self.state.submissions.get(submission, ()))
+        """Whether nothing is left to wait for. It stays so, even where a root is lost or revived for another later.
+
+        True also for a submission that is withdrawn or unknown.
+        """
+        return not any(submission in root.roots for root in self.state.submissions.get(submission, ()))

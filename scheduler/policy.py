@@ -77,5 +77,6 @@ def _jitter(step: StepKey, salt: int) -> float:
     value = 0xCBF29CE484222325
     for byte in f"{step}#{salt}".encode():
         value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
-    # The low bits of FNV-1a are well mixed only after folding.
-    return ((value >> 32) ^ (value & 0xFFFFFFFF)) / 2**32
+    # FNV-1a hardly spreads its last bytes, which hold the salt: one more multiplication between folds does.
+    value = (value ^ value >> 33) * 0xFF51AFD7ED558CCD & 0xFFFFFFFFFFFFFFFF
+    return (value >> 11) / 2**53

@@ -1,0 +1,137 @@
+"""One seed, one life of a farm: random graphs and a swarm of faults chosen per seed, then a settlement.
+
+Run as a program it plays many seeds: `python -m tests.scheduler.simulation FIRST COUNT`.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from scheduler.farm import Farm
+from scheduler.model import FailureKind, Recipe, StepKey, StepSpec
+from tests.scheduler.kit import recipe
+from tests.scheduler.world import CLASSES, World
+
+T = TypeVar("T")
+STEPS = 14
+OPERATIONS = 120
+
+
+def random_graph(chance: random.Random, alternatives: float) -> dict[StepKey, StepSpec]:
+    """First recipes need only earlier steps; further ones anything else, so that they can lead back."""
+    keys = [StepKey(f"n{index:02}") for index in range(STEPS)]
+    graph: dict[StepKey, StepSpec] = {}
+    for index, key in enumerate(keys):
+        system, features = chance.choice(CLASSES)
+        below = chance.sample(keys[:index], min(index, chance.randrange(4)))
+        recipes: list[Recipe] = [recipe(*below, system=system, features=features)]
+        while chance.random() < alternatives and len(recipes) < 4:
+            others = [other for other in keys if other != key]
+            system, features = chance.choice(CLASSES)
+            recipes.append(recipe(*chance.sample(others, chance.randrange(3)), system=system, features=features))
+        graph[key] = StepSpec(key, tuple(dict.fromkeys(recipes)))
+    return graph
+
+
+def only_first(graph: dict[StepKey, StepSpec]) -> dict[StepKey, StepSpec]:
+    return {key: StepSpec(key, spec.recipes[:1]) for key, spec in graph.items()}
+
+
+def play(seed: int, make_farm: Callable[[], Farm] = Farm) -> World:
+    """Play one seed to its settlement; raises whatever a check finds."""
+    chance = random.Random(seed)
+    world = World(make_farm)
+    graph = random_graph(chance, chance.choice([0.0, 0.3, 0.6]))
+    plain = only_first(graph)
+    # Swarm testing: each seed has some faults often and others never.
+    faults = {name: chance.choice([0.0, 0.1, 0.4]) for name in ("lose", "twice", "late", "publish", "break")}
+    weights = {operation: chance.choice([0, 1, 3]) for operation in (_kill, _start, _restart, _forget, _cancel)}
+    weights |= {_submit: 2, _post: 12, _order: 10, _finish: 8, _heartbeat: 3, _sleep: 2}
+    for _ in range(OPERATIONS):
+        operation = chance.choices(list(weights), list(weights.values()))[0]
+        operation(world, chance, graph if chance.random() < 0.7 else plain, faults)
+    world.settle()
+    world.restart()
+    return world
+
+
+def _pick(chance: random.Random, items: list[T]) -> T:
+    return items[chance.randrange(len(items))]
+
+
+def _kill(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
+    world.kill(_pick(chance, list(world.agents.values())), seen=chance.random() < 0.5)
+
+
+def _start(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
+    world.start(_pick(chance, list(world.agents.values())))
+
+
+def _restart(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
+    if chance.random() < 0.3:
+        world.restart()
+
+
+def _forget(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
+    if world.cache:
+        world.cache.discard(_pick(chance, sorted(world.cache)))
+
+
+def _cancel(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
+    if world.submitted:
+        world.cancel(_pick(chance, world.submitted))
+
+
+def _submit(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
+    roots = chance.sample(list(graph), chance.randrange(1, 4))
+    world.submit(roots, graph, later=chance.random() < faults["late"], blind=chance.random() < 0.2)
+
+
+def _post(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
+    if world.mail:
+        late = chance.random() < faults["late"]
+        world.post(chance.randrange(len(world.mail)) if late else 0, twice=chance.random() < faults["twice"])
+
+
+def _order(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
+    if world.orders:
+        kinds = [FailureKind.PERMANENT, FailureKind.INFRASTRUCTURE]
+        fails = chance.choice(kinds) if chance.random() < faults["publish"] else None
+        world.order(chance.randrange(len(world.orders)), lose=chance.random() < faults["lose"], publish_fails=fails)
+
+
+def _finish(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
+    busy = [agent for agent in world.agents.values() if agent.leases]
+    if busy:
+        agent = _pick(chance, busy)
+        kind = chance.choice(list(FailureKind)) if chance.random() < faults["break"] else None
+        world.finish(agent, _pick(chance, agent.leases), kind)
+
+
+def _heartbeat(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
+    world.heartbeat(_pick(chance, list(world.agents.values())), chance.choice([None, None, 0, 1]))
+
+
+def _sleep(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
+    deadline = world.farm.deadline()
+    exact = deadline is not None and chance.random() < 0.3
+    world.sleep(max(0.0, deadline - world.now) if exact and deadline is not None else chance.choice([0.1, 3, 20, 130]))
+
+
+def main() -> int:
+    """Play seeds and name the first that fails."""
+    first, count = int(sys.argv[1]), int(sys.argv[2])
+    for seed in range(first, first + count):
+        try:
+            play(seed)
+        except Exception as error:
+            raise SystemExit(f"seed {seed}: {type(error).__name__}: {error}") from error
+    print(f"{count} seeds from {first} hold")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

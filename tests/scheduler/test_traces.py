@@ -1,0 +1,237 @@
+"""Golden traces: stories a person can read, compared line by line with tests/traces/NAME.txt.
+
+`> ` is an event, an indented line a fact, `! ` an effect, `# ` the narrator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scheduler.events import TimePassed
+from scheduler.model import FailureKind
+from tests.scheduler.kit import (
+    LINUX,
+    Scene,
+    broke,
+    builder,
+    built,
+    cancel,
+    either,
+    join,
+    lease,
+    lost,
+    published,
+    recipe,
+    report,
+    submit,
+)
+from tests.scheduler.kit import step as a_step
+
+TRACES = Path(__file__).resolve().parent.parent / "traces"
+PERMANENT, INFRASTRUCTURE = FailureKind.PERMANENT, FailureKind.INFRASTRUCTURE
+DIAMOND = (a_step("app", "left", "right"), a_step("left", "base"), a_step("right", "base"), a_step("base"))
+
+
+def diamond(scene: Scene) -> None:
+    scene.note("A diamond is built in topological order; two builders share the middle.")
+    scene.play(join("b1"), join("b2"))
+    scene.play(submit("s1", ["app"], *DIAMOND))
+    scene.at(1).play(built("base", "b1"))
+    scene.note("Nothing starts before the result can be fetched.")
+    scene.at(2).play(published("base"))
+    scene.at(3).play(built("left", "b1"), built("right", "b2"))
+    scene.at(4).play(published("left"))
+    scene.at(5).play(published("right"))
+    scene.at(6).play(built("app", "b1"))
+    scene.at(7).play(published("app"))
+
+
+def failure_dooms(scene: Scene) -> None:
+    scene.note("A failure dooms what stands on it, naming the root cause; independent work goes on.")
+    scene.play(join("b1", 2))
+    chain = (a_step("top", "middle", "spare"), a_step("middle", "bottom"), a_step("bottom"), a_step("spare"))
+    scene.play(submit("s1", ["top", "other"], *chain, a_step("other", "wide"), a_step("wide")))
+    scene.note("`spare` served only the doomed `top`, so nobody wants it any more; `wide` goes on.")
+    scene.at(1).play(broke("bottom", "b1", PERMANENT))
+    scene.note("A new submission tries again.")
+    scene.at(2).play(submit("s2", ["top"], *chain))
+
+
+def fall_back(scene: Scene) -> None:
+    scene.note("A fixed output has two recipes. The second is tried when the first fails, with needs of its own.")
+    source = either("source", recipe("curl"), recipe("mirror-list"))
+    scene.play(join("b1"))
+    scene.play(submit("s1", ["app"], a_step("app", "source"), source, a_step("curl"), a_step("mirror-list")))
+    scene.at(1).play(built("curl", "b1"))
+    scene.at(2).play(published("curl"))
+    scene.at(3).play(broke("source", "b1", PERMANENT))
+    scene.at(4).play(built("mirror-list", "b1"))
+    scene.at(5).play(published("mirror-list"))
+    scene.note("Both recipes have failed: the step has failed.")
+    scene.at(6).play(broke("source", "b1", PERMANENT, 2))
+
+
+def fall_back_from_below(scene: Scene) -> None:
+    scene.note("A recipe whose need has failed has failed too: the other one is tried, not doomed.")
+    source = either("source", recipe("curl"), recipe("git"), recipe("curl", "git"))
+    scene.play(join("b1"))
+    scene.play(submit("s1", ["source"], source, a_step("curl"), a_step("git")))
+    scene.at(1).play(broke("curl", "b1", PERMANENT))
+    scene.note("The third recipe stands on the same failure and is not tried.")
+    scene.at(2).play(broke("git", "b1", PERMANENT))
+
+
+def infrastructure(scene: Scene) -> None:
+    scene.note("The farm's faults are retried: back-off, another builder first, five attempts in all.")
+    scene.play(join("b1"))
+    scene.play(join("b2"))
+    scene.play(submit("s1", ["app"], a_step("app")))
+    for attempt in range(1, 6):
+        holder = scene.farm.state.steps[lease("app").step].builder
+        scene.at(scene.now + 1).play(broke("app", holder, INFRASTRUCTURE, attempt, "disk full"))
+        if attempt < 5:
+            scene.wake()
+
+
+def builder_lost(scene: Scene) -> None:
+    scene.note("A builder dies in the middle of a build; its late word changes nothing.")
+    scene.play(join("b1"))
+    scene.play(submit("s1", ["app"], a_step("app")))
+    scene.at(1).play(join("b2"))
+    scene.at(2).play(lost("b1"))
+    scene.wake()
+    scene.play(built("app", "b1"))
+    scene.at(9).play(built("app", "b2", 2))
+    scene.at(10).play(published("app", 2))
+
+
+def shared_work(scene: Scene) -> None:
+    scene.note("Two submissions share `base`. Cancelling one leaves the shared step alone, cancelling both stops it.")
+    scene.play(join("b1", 2))
+    scene.play(submit("s1", ["mine"], a_step("mine", "base"), a_step("base")))
+    scene.at(1).play(submit("s2", ["yours", "extra"], a_step("yours", "base"), a_step("base"), a_step("extra")))
+    scene.at(2).play(cancel("s1"))
+    scene.at(3).play(cancel("s2"))
+    scene.note("The builder confirms; nobody waits for it. A repeat is nothing.")
+    scene.at(4).play(broke("base", "b1", FailureKind.CANCELLED), cancel("s2"))
+    scene.at(5).play(submit("s3", ["mine"], a_step("mine", "base"), a_step("base")))
+
+
+def held_and_lost(scene: Scene) -> None:
+    scene.note("What the cache holds is not built, whether its recipe is given or not.")
+    scene.play(join("b1"))
+    scene.play(submit("s1", ["app"], a_step("app", "lib", "tool"), a_step("lib"), held=["lib", "tool"]))
+    scene.at(1).play(built("app", "b1"))
+    scene.at(2).play(published("app"))
+    scene.note("The same graph again builds nothing.")
+    scene.at(3).play(submit("s2", ["app"], a_step("app", "lib", "tool"), held=["app", "lib", "tool"]))
+    scene.note("The cache has lost `app` and `lib`; the next submission makes them again.")
+    scene.at(4).play(submit("s3", ["app"], a_step("app", "lib", "tool"), a_step("lib"), held=["tool"]))
+    scene.note("An answer of the cache from before the result was published loses nothing.")
+    scene.at(5).play(built("lib", "b1"))
+    scene.at(6).play(published("lib", 1))
+    scene.at(7).play(submit("s4", ["lib"], a_step("lib"), asked_at=5.5))
+
+
+def returned(scene: Scene) -> None:
+    scene.note("A builder hands leases back: at once to another, with back-off where the ball only goes to and fro.")
+    scene.play(join("b1"), join("b2"))
+    scene.play(submit("s1", ["app"], a_step("app")))
+    for attempt in range(1, 6):
+        holder = scene.farm.state.steps[lease("app").step].builder
+        scene.at(scene.now + 1).play(broke("app", holder, FailureKind.RETURNED, attempt, "draining"))
+        if not scene.farm.state.steps[lease("app").step].builder:
+            scene.wake()
+
+
+def healing(scene: Scene) -> None:
+    scene.note("The order to start was lost: after a grace the heartbeat shows it, and it is said again, thrice.")
+    scene.play(join("b1"))
+    scene.play(submit("s1", ["app"], a_step("app")))
+    scene.at(10).play(report("b1"))
+    scene.at(16).play(report("b1"))
+    scene.at(20).play(report("b1"))
+    scene.at(32).play(report("b1"))
+    scene.at(48).play(report("b1"))
+    scene.at(64).play(report("b1"))
+    scene.note("A lease without a right is cancelled.")
+    scene.at(80).play(report("b1", 1, lease("app"), lease("ghost")))
+
+
+def restart(scene: Scene) -> None:
+    scene.note("The coordinator dies with one build running, one publishing, one that its builder never heard of.")
+    scene.play(join("b1", 2))
+    scene.play(submit("s1", ["x", "y", "z"], a_step("x"), a_step("y"), a_step("z")))
+    scene.at(1).play(built("x", "b1"))
+    scene.at(2)
+    scene.restart()
+    scene.note("The builder comes back and holds `y` alone: `z` is handed over again at once.")
+    scene.at(3).play(join("b1", 2, [lease("y")]))
+    scene.at(4).play(published("x"), built("y", "b1"))
+    scene.at(5).play(published("y"))
+    scene.note("The builder's process starts anew with nothing: what it held is revoked.")
+    scene.at(6).play(join(builder("b1", incarnation="2"), 2))
+
+
+def silence(scene: Scene) -> None:
+    scene.note("A builder falls silent. Its lease runs out; its next heartbeat brings it back without a greeting.")
+    scene.play(join("b1"))
+    scene.play(submit("s1", ["app"], a_step("app")))
+    scene.at(60).play(report("b1", 1, lease("app")))
+    scene.wake()
+    scene.at(200).play(report("b1", 1, lease("app")))
+    scene.at(320).play(TimePassed())
+    scene.note("Only the confirmed death of this incarnation makes it forgotten.")
+    scene.at(330).play(lost("b1", "0"), lost("b1"))
+    scene.at(340).play(report("b1"))
+
+
+def placement(scene: Scene) -> None:
+    scene.note("Systems, features, mandatory features; the longest path first, the emptiest builder first.")
+    scene.play(join(builder("big", LINUX, features=["big", "kvm"], mandatory=["big"]), 2))
+    scene.play(join(builder("mac", "darwin"), 1), join(builder("pc", LINUX, features=["kvm"]), 1))
+    steps = (
+        a_step("long", "part"),
+        a_step("part"),
+        a_step("short"),
+        a_step("huge", features=["big"]),
+        a_step("on-mac", system="darwin"),
+        a_step("fetch", system="builtin"),
+        a_step("alien", system="riscv"),
+    )
+    scene.play(submit("s1", ["long", "short", "huge", "on-mac", "fetch", "alien"], *steps))
+    for stuck in scene.farm.stuck():
+        scene.note(f"stuck: {stuck.count} x {stuck.requirements.system}: {stuck.reason}")
+
+
+STORIES: tuple[Callable[[Scene], None], ...] = (
+    diamond,
+    failure_dooms,
+    fall_back,
+    fall_back_from_below,
+    infrastructure,
+    builder_lost,
+    shared_work,
+    held_and_lost,
+    returned,
+    healing,
+    restart,
+    silence,
+    placement,
+)
+
+
+@pytest.mark.parametrize("tale", STORIES, ids=lambda tale: str(tale.__name__))
+def test_the_core_says_what_the_trace_says(tale: Callable[[Scene], None], rewrite_traces: bool) -> None:
+    scene = Scene()
+    tale(scene)
+    told = "\n".join(scene.lines) + "\n"
+    golden = TRACES / f"{tale.__name__}.txt"
+    if rewrite_traces:
+        golden.write_text(told)
+    assert told == golden.read_text()
+    # Whatever happened, the journal alone gives the same durable state.
+    scene.restart()

@@ -1,0 +1,217 @@
+"""A small world around a farm: agents, a cache, and a network that loses, doubles and delays what it carries.
+
+The world has no chance of its own: whoever drives it chooses (a seeded generator, or Hypothesis). Reports of agents
+are late or doubled but not lost (agents spool them until acknowledged), everything else may be lost. Every call is
+followed by the invariants, every fact is put before the judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from scheduler import effects as x
+from scheduler import events as e
+from scheduler import facts as f
+from scheduler import invariants
+from scheduler.farm import Farm
+from scheduler.model import BuilderSpec, Failure, FailureKind, Instant, LeaseId, StepKey, StepSpec, SubmissionId
+from scheduler.policy import Limits
+from tests.scheduler.kit import builder
+from tests.scheduler.oracles import Judge, OracleError
+
+LIMITS = Limits()
+#: What the drivers choose systems and features from; each has a builder below that can take it.
+CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("linux", ()),
+    ("linux", ()),
+    ("darwin", ()),
+    ("linux", ("kvm",)),
+    ("darwin", ("big",)),
+    ("builtin", ()),
+)
+
+
+@dataclass
+class Agent:
+    spec: BuilderSpec
+    capacity: int
+    alive: bool = True
+    leases: list[LeaseId] = field(default_factory=list)
+    #: What this incarnation was ever told: a repeated order is a no-op.
+    told: set[LeaseId] = field(default_factory=set)
+
+
+@dataclass
+class World:
+    """See the module. `make_farm` lets mutants in."""
+
+    make_farm: Callable[[], Farm] = Farm
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.farm = self.make_farm()
+        self.facts: list[f.Fact] = []
+        self.judge = Judge(LIMITS.attempts, LIMITS.returns)
+        self.orders: list[x.Effect] = []
+        self.mail: list[e.Event] = []
+        self.cache: set[StepKey] = set()
+        self.submitted: list[SubmissionId] = []
+        self.incarnations = 0
+        self.agents = {
+            spec.id: Agent(spec, capacity)
+            for spec, capacity in (
+                (builder("b0", "linux"), 2),
+                (builder("b1", "linux", "darwin", features=["kvm"]), 2),
+                (builder("b2", "darwin", features=["big"], mandatory=["big"]), 1),
+            )
+        }
+        for agent in self.agents.values():
+            self._hello(agent)
+
+    def call(self, *events: e.Event) -> None:
+        """One call of the core, checked."""
+        facts, effects = self.farm.handle_many(events, Instant(self.now))
+        for fact in facts:
+            self.judge.take(fact)
+        self.facts += facts
+        self.orders += effects
+        invariants.check(self.farm.state)
+
+    def submit(
+        self, roots: Iterable[StepKey], graph: dict[StepKey, StepSpec], *, later: bool, blind: bool = False
+    ) -> None:
+        """Ask the cache and send a submission of everything below `roots`, now or by mail."""
+        wanted = list(dict.fromkeys(roots))
+        held: list[StepKey] = []
+        steps: list[StepSpec] = []
+        for key in wanted:
+            if key in self.cache:
+                held.append(key)
+                if not blind:
+                    continue
+            steps.append(graph[key])
+            wanted += [n for recipe in graph[key].recipes for n in recipe.needs if n not in wanted]
+        name = SubmissionId(f"s{len(self.submitted)}")
+        self.submitted.append(name)
+        event = e.SubmissionReceived(name, tuple(dict.fromkeys(roots)), tuple(steps), tuple(held), Instant(self.now))
+        if later:
+            self.mail.append(event)
+        else:
+            self.call(event)
+
+    def cancel(self, name: SubmissionId) -> None:
+        """A client is promised that this arrives; only after its submission has."""
+        if name in self.farm.state.submissions:
+            self.call(e.SubmissionCancelled(name))
+
+    def post(self, index: int, *, twice: bool = False) -> None:
+        """Deliver one piece of mail, any one; perhaps keep a copy for later."""
+        event = self.mail.pop(index % len(self.mail))
+        if twice and not isinstance(event, e.SubmissionReceived):
+            self.mail.append(event)
+        self.call(event)
+
+    def order(self, index: int, *, lose: bool = False, publish_fails: FailureKind | None = None) -> None:
+        """Carry out one effect, any one; what is not publishing may be lost."""
+        effect = self.orders.pop(index % len(self.orders))
+        if isinstance(effect, x.PublishOutputs):
+            if publish_fails is not None:
+                self.mail.append(e.PublishFailed(effect.lease, Failure(publish_fails, "no")))
+            else:
+                self.cache.add(effect.lease.step)
+                self.mail.append(e.OutputsPublished(effect.lease))
+            return
+        agent = self.agents[effect.builder]
+        if lose or not agent.alive:
+            return
+        if isinstance(effect, x.StartBuild):
+            if effect.lease not in agent.told:
+                agent.told.add(effect.lease)
+                agent.leases.append(effect.lease)
+        elif effect.lease in agent.leases:
+            self.finish(agent, effect.lease, FailureKind.CANCELLED)
+
+    def finish(self, agent: Agent, lease: LeaseId, kind: FailureKind | None) -> None:
+        """End a build on an agent; None is success. The report goes by mail."""
+        agent.leases.remove(lease)
+        if kind is None:
+            self.mail.append(e.BuildSucceeded(lease, agent.spec.id, b"e"))
+        else:
+            self.mail.append(e.BuildFailed(lease, agent.spec.id, Failure(kind, "no")))
+
+    def heartbeat(self, agent: Agent, capacity: int | None = None) -> None:
+        room = agent.capacity if capacity is None else capacity
+        if agent.alive:
+            self.mail.append(e.BuilderReported(agent.spec.id, agent.spec.incarnation, room, tuple(agent.leases)))
+
+    def _hello(self, agent: Agent) -> None:
+        self.mail.append(e.BuilderJoined(agent.spec, agent.capacity, tuple(agent.leases)))
+
+    def kill(self, agent: Agent, *, seen: bool) -> None:
+        if agent.alive:
+            agent.alive = False
+            agent.leases.clear()
+            if seen:
+                self.mail.append(e.BuilderLost(agent.spec.id, agent.spec.incarnation, "killed"))
+
+    def start(self, agent: Agent) -> None:
+        """Start a dead agent anew, or let a living one greet again."""
+        if not agent.alive:
+            self.incarnations += 1
+            spec = agent.spec
+            agent.spec = BuilderSpec(spec.id, f"i{self.incarnations}", spec.systems, spec.features, spec.mandatory)
+            agent.alive = True
+            agent.told = set()
+        self._hello(agent)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.call(e.TimePassed())
+
+    def restart(self) -> None:
+        """Kill the coordinator: orders on their way are lost, the journal stays; agents greet the new one."""
+        durable = [fact for fact in self.facts if fact.durable]
+        farm = self.make_farm()
+        farm.replay(durable)
+        if invariants.durable(farm.state) != invariants.durable(self.farm.state):
+            raise OracleError("the journal does not give the state back")
+        self.farm = farm
+        self.orders = list(farm.resume(Instant(self.now)))
+        self.judge.builders.clear()
+        for agent in self.agents.values():
+            if agent.alive:
+                self._hello(agent)
+
+    def settle(self) -> None:
+        """Withhold nothing more and let every build succeed: then every submission ends and nothing dangles."""
+        for agent in self.agents.values():
+            self.start(agent)
+        for _ in range(600):
+            self._deliver_all()
+            for agent in self.agents.values():
+                for lease in tuple(agent.leases):
+                    self.finish(agent, lease, None)
+            if not self.mail and all(self.farm.ended(name) for name in self.submitted):
+                break
+            for agent in self.agents.values():
+                self.heartbeat(agent)
+            # Builders speak every 20 s at least; in between the farm is woken exactly when it asked.
+            deadline = self.farm.deadline()
+            self.sleep(20.0 if deadline is None else min(20.0, max(0.0, deadline - self.now)))
+        else:
+            raise OracleError("a submission does not end though nothing is withheld")
+        for agent in self.agents.values():
+            self.heartbeat(agent)
+        self._deliver_all()
+        busy = [step for step in self.farm.state.steps.values() if step.builder or step.wanted]
+        left = [lease for agent in self.agents.values() for lease in agent.leases]
+        if busy or left:
+            raise OracleError(f"something is left when all is done: {busy} {left}")
+
+    def _deliver_all(self) -> None:
+        while self.orders or self.mail:
+            while self.orders:
+                self.order(0)
+            while self.mail:
+                self.post(0)
