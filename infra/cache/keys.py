@@ -30,9 +30,9 @@ def load_key(path: Path) -> SecretKey:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise KeyFileError(f"cannot read the signing key {path}: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         # Asked of the open file, not of the path, which might be swapped in between.
-        status = os.fstat(file.fileno())
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise KeyFileError(f"the signing key {path} is not a regular file")
         if status.st_mode & 0o077:
@@ -40,7 +40,9 @@ def load_key(path: Path) -> SecretKey:
                 f"the signing key {path} is accessible to others (mode {stat.S_IMODE(status.st_mode):04o}): "
                 f"run `chmod 600 {path}`, and replace the key if somebody may have read it"
             )
-        content = file.read(MAX_KEY_FILE_BYTES)
+        content = os.read(descriptor, MAX_KEY_FILE_BYTES)
+    finally:
+        os.close(descriptor)
     try:
         return SecretKey.parse(content.decode("ascii").strip())
     except (FormatError, UnicodeDecodeError):

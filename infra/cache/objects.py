@@ -128,12 +128,16 @@ class ObjectStore:
                 self._backend, key, buffer_size=PART_BYTES, max_concurrency=PARTS_IN_FLIGHT
             )
         size = 0
-        async for chunk in chunks:
+        try:
+            async for chunk in chunks:
+                with self._errors("write", key):
+                    await writer.write(chunk)
+                size += len(chunk)
             with self._errors("write", key):
-                await writer.write(chunk)
-            size += len(chunk)
-        with self._errors("write", key):
-            await writer.close()
+                await writer.close()
+        finally:
+            # Dropping an unfinished upload aborts it; a traceback must not keep it alive.
+            del writer
         return size
 
     async def rename(self, source: str, target: str) -> None:

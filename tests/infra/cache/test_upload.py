@@ -1,0 +1,222 @@
+"""NARs into the store and out of it: streaming, whole or nothing, and never trusted."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from infra.cache.download import fetch_nar
+from infra.cache.errors import CacheError, CorruptNarError, ObjectMissingError
+from infra.cache.objects import LocalObjectStore, ObjectStore
+from infra.cache.upload import BLOCK_BYTES, FRAME_BYTES, INLINE_BYTES, QUICK_BYTES, UploadedNar, upload_nar
+from infra.nix.hashing import sha256_text
+from tests.support.cache import chunked
+
+NOISE = random.Random(7).randbytes(24 * 1024 * 1024)
+SIZES = [1, INLINE_BYTES, INLINE_BYTES + 1, BLOCK_BYTES, FRAME_BYTES, FRAME_BYTES + 1, len(NOISE)]
+
+
+@dataclass(frozen=True)
+class Promise(UploadedNar):
+    store_path: str = "/nix/store/6k1mvl8ixhsqvqzhy7i4hdfpyvbfvmjf-x"
+
+
+def promise(uploaded: UploadedNar) -> Promise:
+    return Promise(**{name: getattr(uploaded, name) for name in UploadedNar.__slots__})
+
+
+async def fetched(store: ObjectStore, wanted: Promise) -> bytes:
+    return b"".join([data async for data in fetch_nar(store, wanted)])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalObjectStore:
+    return LocalObjectStore(tmp_path)
+
+
+def files(store: LocalObjectStore, folder: str) -> list[Path]:
+    path = store.local_path(folder)
+    assert path is not None
+    return sorted(path.iterdir()) if path.exists() else []
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_what_is_uploaded_is_described_truly_and_read_back(store: LocalObjectStore, size: int) -> None:
+    nar = NOISE[:size]
+    uploaded = await upload_nar(store, chunked(nar, 300_000))
+    data = await store.get_bytes(uploaded.url)
+    assert uploaded == UploadedNar(
+        nar_hash=sha256_text(sha256(nar).digest()),
+        nar_size=size,
+        url=f"nar/{sha256_text(sha256(data).digest()).removeprefix('sha256:')}.nar.zst",
+        compression="zstd",
+        file_hash=sha256_text(sha256(data).digest()),
+        file_size=len(data),
+    )
+    assert await fetched(store, promise(uploaded)) == nar
+    assert files(store, "incoming") == []
+
+
+async def test_a_large_nar_is_whole_frames_that_a_reader_can_seek_to(store: LocalObjectStore) -> None:
+    assert len(NOISE) > FRAME_BYTES > QUICK_BYTES
+    uploaded = await upload_nar(store, chunked(NOISE))
+    rest, frames = await store.get_bytes(uploaded.url), []
+    while rest:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        frames.append(frame.decompress(rest))
+        rest = frame.unused_data
+    assert [len(frame) for frame in frames] == [FRAME_BYTES, len(NOISE) - FRAME_BYTES]
+    assert b"".join(frames) == NOISE
+
+
+async def test_one_nar_uploaded_twice_is_one_object_however_it_was_cut(store: LocalObjectStore) -> None:
+    nar = NOISE[: 3 * BLOCK_BYTES]
+    both = await asyncio.gather(upload_nar(store, chunked(nar, 1000)), upload_nar(store, chunked(nar, 1 << 21)))
+    assert both[0] == both[1]
+    assert len(files(store, "nar")) == 1
+
+
+async def test_the_same_through_a_remote_store() -> None:
+    remote = ObjectStore("memory:///")
+    for size in (100, len(NOISE)):
+        uploaded = await upload_nar(remote, chunked(NOISE[:size]))
+        assert await fetched(remote, promise(uploaded)) == NOISE[:size]
+
+
+@pytest.mark.parametrize("size", [10, BLOCK_BYTES + 10, len(NOISE)])
+async def test_an_upload_whose_source_fails_leaves_nothing(store: LocalObjectStore, size: int) -> None:
+    async def failing() -> AsyncGenerator[bytes, None]:
+        async for chunk in chunked(NOISE[:size]):
+            yield chunk
+        raise RuntimeError("the builder's machine went away")
+
+    with pytest.raises(RuntimeError, match="went away"):
+        await upload_nar(store, failing())
+    assert files(store, "nar") == files(store, "incoming") == []
+
+
+async def test_a_cancelled_upload_leaves_nothing(store: LocalObjectStore) -> None:
+    reached = asyncio.Event()
+
+    async def endless() -> AsyncGenerator[bytes, None]:
+        yield NOISE
+        reached.set()
+        await asyncio.sleep(3600)
+
+    upload = asyncio.create_task(upload_nar(store, endless()))
+    await reached.wait()
+    upload.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await upload
+    assert files(store, "nar") == files(store, "incoming") == []
+
+
+async def test_nothing_is_not_a_nar(store: LocalObjectStore) -> None:
+    with pytest.raises(CacheError, match="empty"):
+        await upload_nar(store, chunked(b""))
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "a flipped bit": lambda data: data[:50] + bytes([data[50] ^ 4]) + data[51:],
+    "a lost end": lambda data: data[:-1],
+    "nothing left": lambda _data: b"",
+    "rubbish behind": lambda data: data + b"rubbish",
+    "another frame behind": lambda data: data + zstandard.compress(b"more"),
+    "other content": lambda _data: zstandard.compress(b"other"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("size", [2000, 3_000_000])
+async def test_a_damaged_object_is_never_read_to_the_end(store: LocalObjectStore, damage: str, size: int) -> None:
+    uploaded = await upload_nar(store, chunked(NOISE[:size]))
+    await store.put_bytes(uploaded.url, DAMAGES[damage](await store.get_bytes(uploaded.url)))
+    with pytest.raises(CorruptNarError, match="6k1mvl8ixhsqvqzhy7i4hdfpyvbfvmjf-x"):
+        await fetched(store, promise(uploaded))
+
+
+async def test_a_promise_about_another_nar_is_not_kept(store: LocalObjectStore) -> None:
+    true = promise(await upload_nar(store, chunked(NOISE[:5000])))
+    other = sha256_text(sha256(b"other").digest())
+    for false in (
+        replace(true, nar_hash=other),
+        replace(true, nar_size=4999),
+        replace(true, nar_size=5001),
+        replace(true, file_hash=other),
+        replace(true, file_size=true.file_size + 1),
+        replace(true, compression="xz"),
+    ):
+        with pytest.raises(CorruptNarError):
+            await fetched(store, false)
+    with pytest.raises(ObjectMissingError):
+        await fetched(store, replace(true, url="nar/none"))
+
+
+async def test_a_bomb_is_left_after_its_promised_size(store: LocalObjectStore) -> None:
+    # 4 GiB in a file of some 400 KB; reading it all would take seconds and, taken at once, all memory.
+    frame = zstandard.ZstdCompressor(level=3).compress(bytes(64 * 1024 * 1024))
+    await store.put_bytes("nar/bomb", frame * 64)
+    wanted = Promise(
+        nar_hash=sha256_text(sha256(b"x").digest()),
+        nar_size=1000,
+        url="nar/bomb",
+        compression="zstd",
+        file_hash="",
+        file_size=0,
+    )
+    with pytest.raises(CorruptNarError, match="more than 1000 bytes"):
+        await fetched(store, wanted)
+
+
+async def test_a_reader_may_leave_early(store: LocalObjectStore) -> None:
+    uploaded = await upload_nar(store, chunked(NOISE))
+    reader = fetch_nar(store, promise(uploaded))
+    assert await anext(reader)
+    await reader.aclose()
+
+
+MEMORY = """
+import asyncio, sys
+from pathlib import Path
+from infra.cache import open_object_store, upload_nar
+from infra.cache.verify import verify_nar
+import random
+
+async def nar(blocks):
+    noise = random.Random(1)
+    for _ in range(blocks):
+        yield noise.randbytes(500_000) + bytes(500_000)
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+async def main():
+    store = open_object_store(Path(sys.argv[1]).as_uri())
+    await upload_nar(store, nar(40))
+    before = peak()
+    await upload_nar(store, nar(300))
+    print(peak() - before)
+
+asyncio.run(main())
+"""
+
+
+def test_memory_does_not_grow_with_the_nar(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)],
+        capture_output=True,
+        check=True,
+        cwd=Path(__file__).parents[3],
+        timeout=120,
+    )
+    assert int(result.stdout) < 24, "MiB more for 300 MB than for 40 MB"

@@ -1,0 +1,68 @@
+"""A real cache in a directory, and paths to put into it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from infra.cache import Cache, Candidate, PublishOutcome, open_object_store, upload_nar
+from infra.nix import base32
+from infra.nix.signing import SecretKey, generate
+from infra.nix.store_path import StoreDir
+
+STORE_DIR = StoreDir("/nix/store")
+
+
+def secret_key(name: str = "drover-test-1", seed: int = 1) -> SecretKey:
+    return generate(name, bytes([seed]) * 32)
+
+
+def store_path(name: str) -> str:
+    """Return a path that no two names share."""
+    return f"/nix/store/{base32.encode(hashlib.sha1(name.encode(), usedforsecurity=False).digest())}-{name}"
+
+
+def base_name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+async def chunked(data: bytes, size: int = 50_000) -> AsyncGenerator[bytes, None]:
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+
+
+@asynccontextmanager
+async def open_cache(
+    directory: Path, keys: Sequence[SecretKey] = (), store_dir: StoreDir = STORE_DIR
+) -> AsyncIterator[Cache]:
+    cache = await Cache.open(
+        f"sqlite+aiosqlite:///{directory}/cache.sqlite",
+        open_object_store((directory / "objects").as_uri()),
+        store_dir=store_dir,
+        keys=keys or [secret_key()],
+        now=time.time,
+    )
+    try:
+        yield cache
+    finally:
+        await cache.close()
+
+
+async def candidate(cache: Cache, path: str, nar: bytes | None = None, references: Sequence[str] = ()) -> Candidate:
+    """Upload a NAR (by default its bytes are the path's text) and return the claim for it; `references` are paths."""
+    uploaded = await upload_nar(cache.objects, chunked(nar or path.encode()))
+    return Candidate.of_upload(path, uploaded, [base_name(reference) for reference in references])
+
+
+async def publish(cache: Cache, path: str, nar: bytes | None = None, references: Sequence[str] = ()) -> PublishOutcome:
+    (outcome,) = await cache.publish([await candidate(cache, path, nar, references)])
+    return outcome
+
+
+def object_file(cache: Cache, claim: Candidate) -> Path:
+    path = cache.objects.local_path(claim.url)
+    assert path is not None
+    return path
