@@ -69,7 +69,7 @@ class Scan:
             and (len(drv.outputs) == 1 or _rising([output.name for output in drv.outputs]))
             and _rising([path for path, _ in drv.input_drvs])
             and _rising(drv.input_srcs)
-            and all(len(names) < 2 or _rising(names) for _, names in drv.input_drvs)
+            and all([len(names) == 1 or _rising(names) for _, names in drv.input_drvs])
         )
 
 
@@ -84,6 +84,17 @@ def _unescape_safe(text: bytes) -> bytes:
     return text.replace(b"\\\0", b"\\")
 
 
+def _unescape_all(safe: bytes, strings: list[bytes]) -> None:
+    """Undo the escapes in those of `strings` that have any, found by counting the quotes before each."""
+    quotes = counted = 0
+    at = safe.find(b"\\")
+    while at >= 0:
+        quotes += safe.count(b'"', counted, at)
+        strings[quotes >> 1] = _unescape_safe(strings[quotes >> 1])
+        counted = safe.index(b'"', at)
+        at = safe.find(b"\\", counted)
+
+
 def _input_list(head: list[str], at: int, skeleton: bytes) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """The input derivations: `skeleton` says how many of the strings from `head[at]` on belong to each."""
     inputs: list[tuple[str, tuple[str, ...]]] = []
@@ -95,24 +106,27 @@ def _input_list(head: list[str], at: int, skeleton: bytes) -> tuple[tuple[str, t
     return tuple(inputs)
 
 
-def _input_offsets(parts: list[bytes], outputs_end: int, inputs_end: int) -> tuple[int, int]:
-    """Offsets of the text between the brackets of the input derivations; arguments count strings."""
+def _input_offsets(parts: list[bytes], outputs_end: int, inputs_end: int, skeleton: bytes) -> tuple[int, int]:
+    """Offsets of the text between the brackets of the input derivations, whose strings are `outputs_end` to `inputs_end`."""
     # Between two parts lies one quote; the punctuation after the outputs begins with `)],[`.
     start = sum(map(len, parts[: 2 * outputs_end])) + 2 * outputs_end + 4
     if inputs_end == outputs_end:
         return start, start
     between = parts[2 * outputs_end + 1 : 2 * inputs_end]
-    # `("` before them; the last quote and `])` after them.
-    return start, start + 2 + sum(map(len, between)) + len(between) - 1 + 3
+    # `("` comes before these strings; a quote and `])`, or `,[])` if the last input names no output, after them.
+    closing = 3 if skeleton.endswith(b'"])') else 5
+    return start, start + 2 + sum(map(len, between)) + len(between) - 1 + closing
 
 
 def _fast(data: bytes) -> Scan | None:
     """The scan of a text as Nix writes it, or None for the slow road."""
     safe = data
-    if b"\\" in data:
+    escapes = b"\\" in data
+    if escapes:
         if b"\0" in data or b"\1" in data:
             return None
-        safe = data.replace(b"\\\\", b"\\\0").replace(b'\\"', b"\\\1")
+        safe = data.replace(b"\\\\", b"\\\0") if b"\\\\" in data else data
+        safe = safe.replace(b'\\"', b"\\\1")
         if _ODD_ESCAPE.search(safe):
             return None
     parts = safe.split(b'"')
@@ -124,18 +138,18 @@ def _fast(data: bytes) -> Scan | None:
     outputs_end = (len(outputs_text) + 1) // 10 * 4
     inputs_end = outputs_end + inputs_text.count(b'"')
     sources_end = inputs_end + (len(sources_text) + 1) // 2
+    if escapes:
+        if b"\\" in b"".join(strings[: sources_end + 1]):
+            return None
+        _unescape_all(safe, strings)
     try:
         # One decoding for all the strings before the builder: they hold no quotes.
         head_text = b'"'.join(strings[: sources_end + 1]).decode()
-        builder = _unescape_safe(strings[sources_end + 1]).decode()
+        builder = strings[sources_end + 1].decode()
     except UnicodeDecodeError:
-        return None
-    if "\\" in head_text:
         return None
     head = head_text.split('"')
     tail = strings[sources_end + 2 :]
-    if safe is not data:
-        tail = [_unescape_safe(text) if b"\\" in text else text for text in tail]
     args_end = (len(args_text) + 1) // 2
     derivation = Derivation(
         tuple(map(DerivationOutput, *(head[i:outputs_end:4] for i in range(4)))),
@@ -147,7 +161,7 @@ def _fast(data: bytes) -> Scan | None:
         tuple(zip(tail[args_end::2], tail[args_end + 1 :: 2], strict=True)),
     )
     raw = b"\n" in data or b"\t" in data or b"\r" in data
-    return Scan(derivation, *_input_offsets(parts, outputs_end, inputs_end), not raw)
+    return Scan(derivation, *_input_offsets(parts, outputs_end, inputs_end, inputs_text), not raw)
 
 
 class _Reader:

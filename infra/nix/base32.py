@@ -7,7 +7,6 @@ from the most significant digit. The standard library does the digits: base 32 o
 
 from __future__ import annotations
 
-import base64
 import re
 from typing import Final
 
@@ -16,20 +15,21 @@ from infra.nix.errors import FormatError
 #: The 32 digits in order of value; `e`, `o`, `t`, `u` are left out so that hashes spell no words.
 ALPHABET: Final = "0123456789abcdfghijklmnpqrsvwxyz"
 
-_RFC4648: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
-_TO_NIX: Final = bytes.maketrans(_RFC4648, ALPHABET.encode())
+#: Three digits at a time: the text of every 15-bit number. Paths are computed by the hundred thousand.
+_TRIPLES: Final = tuple(a + b + c for a in ALPHABET for b in ALPHABET for c in ALPHABET)
 _TO_PYTHON: Final = str.maketrans(ALPHABET, "0123456789abcdefghijklmnopqrstuv")
 _FOREIGN: Final = re.compile(f"[^{ALPHABET}]")
-#: Zero bytes that bring a length (mod 5) to a multiple of five.
-_PADDING: Final = (b"", b"\0\0\0\0", b"\0\0\0", b"\0\0", b"\0")
+#: Bit position of each group of three digits, most significant first, for the sizes that occur most.
+_SHIFTS: Final = {size: tuple(range(((size * 8 + 14) // 15 - 1) * 15, -1, -15)) for size in (20, 32)}
 
 
 def encode(digest: bytes) -> str:
     """The nix32 text of `digest`: 20 bytes give 32 characters, 32 bytes give 52."""
-    length = len(digest)
-    digits = (length * 8 + 4) // 5
-    whole = base64.b32encode(_PADDING[length % 5] + digest[::-1]).translate(_TO_NIX)
-    return whole[len(whole) - digits :].decode("ascii")
+    size = len(digest)
+    shifts = _SHIFTS.get(size) or range(((size * 8 + 14) // 15 - 1) * 15, -1, -15)
+    number = int.from_bytes(digest, "little")
+    digits = "".join([_TRIPLES[(number >> shift) & 0x7FFF] for shift in shifts])
+    return digits[len(digits) - (size * 8 + 4) // 5 :]
 
 
 def decode(text: str) -> bytes:

@@ -23,10 +23,11 @@ _PREFIX: Final = re.compile(r"(md5|sha1|sha256|sha512)([:-])")
 
 def compress_hash(digest: bytes, size: int = 20) -> bytes:
     """Fold `digest` to `size` bytes: byte i is XORed into position i mod `size` (nix_formats 2.1)."""
-    folded = int.from_bytes(digest[:size], "big")
+    # Little-endian, so that a short last piece is aligned with the first byte.
+    folded = int.from_bytes(digest[:size], "little")
     for start in range(size, len(digest), size):
-        folded ^= int.from_bytes(digest[start : start + size].ljust(size, b"\0"), "big")
-    return folded.to_bytes(size, "big")
+        folded ^= int.from_bytes(digest[start : start + size], "little")
+    return folded.to_bytes(size, "little")
 
 
 def sha256_text(digest: bytes) -> str:
