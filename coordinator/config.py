@@ -101,6 +101,10 @@ class Settings(BaseSettings):
     host: str = DEFAULT_HOST
     #: 0 takes any free port; the address that was taken is told when the farm is ready.
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
+    #: Where the Ray head listens; 127.0.0.1 is this machine alone, anything else needs a private network (Ray then
+    #: listens on every interface, behind its token). Port 0 takes a free one.
+    ray_host: str = DEFAULT_HOST
+    ray_port: Annotated[int, Field(ge=0, le=65535)] = 0
     #: How workers and clients reach the coordinator; empty: from host and port.
     public_url: str = ""
     #: Where NARs lie; empty: `file://STATE_DIR/objects`.

@@ -111,47 +111,36 @@ async def open_coordinator(
         listener = stack.enter_context(_listen(settings))
         url = settings.public_url.rstrip("/") or _url(settings.host, listener)
 
-        store_dir = StoreDir(settings.store_dir)
-        objects = open_object_store(settings.objects_url)
-        await objects.write_marker()
-        key = load_or_create_key(settings.state_dir / "cache-key", settings.key_name)
-        cache = await Cache.open(
-            settings.database_url("cache"), objects, store_dir=store_dir, keys=(key,), now=clock.now
-        )
-        stack.push_async_callback(cache.close)
-        derivations = DerivationStore.open(settings.database_url("derivations"), settings.store_dir)
-        stack.push_async_callback(derivations.close)
-        await derivations.prepare()
-        logs = LogStore(settings.state_dir / "logs", settings.limits.log_bytes + LOG_SLACK_BYTES)
-        stack.push_async_callback(logs.close)
-        database = database_engine(settings.database_url("journal"))
-        stack.push_async_callback(database.dispose)
-        journal = Journal(database)
-        await journal.prepare()
-
+        stores = await _open_stores(stack, settings, clock)
         info = FarmInfo(
             cache_url=f"{url}/cache",
-            public_keys=tuple(str(public) for public in cache.public_keys),
+            public_keys=tuple(str(public) for public in stores.cache.public_keys),
             object_store_url=settings.objects_url,
             store_dir=settings.store_dir,
         )
         farm = Farm()
-        views = Views(FarmExplainer(farm, logs, clock))
+        views = Views(FarmExplainer(farm, stores.logs, clock))
         outbox = _Outbox()
-        engine = Engine(farm, journal, views, clock, outbox.hand)
-        replayed = await engine.recover(derivations)
-        intake = Intake(derivations, cache, objects, store_dir, _intake_limits(settings.limits))
+        engine = Engine(farm, stores.journal, views, clock, outbox.hand)
+        replayed = await engine.recover(stores.derivations)
+        intake = Intake(
+            stores.derivations,
+            stores.cache,
+            stores.cache.objects,
+            stores.cache.store_dir,
+            _intake_limits(settings.limits),
+        )
         fleet = await stack.enter_async_context(fleet_factory(info))
-        dispatch = Dispatch(fleet, cache, derivations, settings.limits, engine.post)
+        dispatch = Dispatch(fleet, stores.cache, stores.derivations, settings.limits, engine.post)
         outbox.to = dispatch
-        sink = FleetSink(engine, dispatch, views, logs, clock)
+        sink = FleetSink(engine, dispatch, views, stores.logs, clock)
 
         streams = WatchStreams(views, settings.limits.watchers)
-        api = Api(engine, views, intake, logs, _farm_view(info), streams)
+        api = Api(engine, views, intake, stores.logs, _farm_view(info), streams)
         app = make_app(
             api, token, public_url=url, loopback=settings.loopback, max_body_bytes=settings.limits.request_bytes
         )
-        add_cache_routes(app, cache, log_for=_log_reader(views, logs))
+        add_cache_routes(app, stores.cache, log_for=_log_reader(views, stores.logs))
         runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
         await runner.setup()
         async with asyncio.TaskGroup() as group:
@@ -163,13 +152,47 @@ async def open_coordinator(
             try:
                 await web.SockSite(runner, listener).start()
                 ready = Ready(url, info.cache_url, info.public_keys, token_file, replayed)
-                yield Coordinator(ready, engine, views, intake, cache, journal)
+                yield Coordinator(ready, engine, views, intake, stores.cache, stores.journal)
             finally:
                 streams.stop()
                 await runner.cleanup()
                 for task in serving:
                     task.cancel()
                     await asyncio.wait([task])
+
+
+@dataclass(frozen=True, slots=True)
+class _Stores:
+    """What a coordinator keeps on disk."""
+
+    cache: Cache
+    derivations: DerivationStore
+    logs: LogStore
+    journal: Journal
+
+
+async def _open_stores(stack: AsyncExitStack, settings: Settings, clock: Clock) -> _Stores:
+    """Open, or make, everything below the state directory; `stack` closes it."""
+    objects = open_object_store(settings.objects_url)
+    await objects.write_marker()
+    cache = await Cache.open(
+        settings.database_url("cache"),
+        objects,
+        store_dir=StoreDir(settings.store_dir),
+        keys=(load_or_create_key(settings.state_dir / "cache-key", settings.key_name),),
+        now=clock.now,
+    )
+    stack.push_async_callback(cache.close)
+    derivations = DerivationStore.open(settings.database_url("derivations"), settings.store_dir)
+    stack.push_async_callback(derivations.close)
+    await derivations.prepare()
+    logs = LogStore(settings.state_dir / "logs", settings.limits.log_bytes + LOG_SLACK_BYTES)
+    stack.push_async_callback(logs.close)
+    database = database_engine(settings.database_url("journal"))
+    stack.push_async_callback(database.dispose)
+    journal = Journal(database)
+    await journal.prepare()
+    return _Stores(cache, derivations, logs, journal)
 
 
 class _Outbox:
@@ -231,10 +254,15 @@ async def ray_farm(settings: Settings, info: FarmInfo) -> AsyncIterator[Fleet]:
 
     token_file = make_token_file(settings.state_dir / "ray-token")
     async with AsyncExitStack() as stack:
-        head = await stack.enter_async_context(RayHead(token_file=token_file))
+        head = await stack.enter_async_context(
+            RayHead(token_file=token_file, host=settings.ray_host, port=settings.ray_port)
+        )
+        # For `drover worker --head` on other machines; says nothing that is secret.
+        (settings.state_dir / "ray-address").write_text(head.address + "\n")
         nodes = [
             RayWorkerNode(
                 name=worker.name,
+                host=settings.ray_host,
                 head=head.address,
                 token_file=token_file,
                 settings_file=write_worker_settings(settings, worker),
@@ -253,6 +281,9 @@ async def ray_farm(settings: Settings, info: FarmInfo) -> AsyncIterator[Fleet]:
             finally:
                 for task in tasks:
                     task.cancel()
+                # At once, not one after the other: each takes seconds. Leaving the contexts then finds them ended,
+                # and meets again whatever went wrong here.
+                await asyncio.gather(*(node.stop() for node in nodes), return_exceptions=True)
 
 
 def write_worker_settings(settings: Settings, worker: WorkerConfig) -> Path:

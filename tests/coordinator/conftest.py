@@ -1,0 +1,133 @@
+"""A whole coordinator in this process: real SQLite, real HTTP, real agents over real Nix; only Ray is left out."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from coordinator.client import ApiClient
+from coordinator.closure import LocalStore, base_name, describe_sources, read_closure
+from coordinator.config import Settings
+from coordinator.evaluate import evaluate
+from coordinator.framing import encode_derivations, in_thread
+from coordinator.main import Coordinator, FleetFactory, open_coordinator
+from coordinator.schema import Ended, IntakeQuery, RootRequest, StepState, SubmissionView, SubmitRequest, WatchEvent
+from workers.agent import Agent
+from workers.fleet import Fleet
+from workers.local_fleet import InProcessFleet
+from workers.protocol import FarmInfo
+from workers.settings import WorkerSettings
+
+#: Only ends a test that hangs.
+PATIENCE_S = 60.0
+
+PRELUDE = """
+let
+  run = name: script: runOn "x86_64-linux" {} name script;
+  runOn = system: extra: name: script: derivation ({
+    inherit name system; builder = "/bin/sh"; args = [ "-c" script ];
+    PATH = "/bin";
+  } // extra);
+in
+"""
+
+
+@dataclasses.dataclass
+class TestFarm:
+    """A running coordinator, a client of it, and a place to evaluate."""
+
+    __test__ = False
+
+    coordinator: Coordinator
+    client: ApiClient
+    root: Path
+    settings: Settings
+
+    async def evaluate(self, text: str, *attrs: str) -> tuple[RootRequest, ...]:
+        """Evaluate an attribute set and send what the farm lacks of it."""
+        file = self.root / "default.nix"
+        await asyncio.to_thread(file.write_text, PRELUDE + text)
+        store = LocalStore(root=str(self.root / "client"))
+        wanted = await evaluate(str(file), attrs, flags=("--option", "substituters", "", *store.flags))
+        closure = read_closure(store, [each.drv for each in wanted])
+        sources = [header.path for header in await describe_sources(store, closure.sources)]
+        names = {base_name(path): path for path in closure.derivations}
+        missing = await self.client.missing(
+            IntakeQuery(store_dir="/nix/store", derivations=tuple(names), sources=tuple(sources))
+        )
+        wanting = set(missing.derivations)
+        members = [(name, store.read(path)) for name, path in names.items() if name in wanting]
+        if members:
+            await self.client.send_derivations(in_thread(encode_derivations(members)))
+        return tuple(RootRequest(attr=each.attr, drv=each.drv) for each in wanted)
+
+    async def submit(self, text: str, *attrs: str, label: str = "") -> SubmissionView:
+        return await self.client.submit(SubmitRequest(roots=await self.evaluate(text, *attrs), label=label))
+
+    async def watch(self, submission: str) -> list[WatchEvent]:
+        """Read the whole stream of a submission."""
+        async with asyncio.timeout(PATIENCE_S):
+            return [event async for event in self.client.watch(submission)]
+
+    async def ended(self, submission: str) -> SubmissionView:
+        last = (await self.watch(submission))[-1]
+        assert isinstance(last, Ended)
+        return last.submission
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():  # noqa: ASYNC110 - what is waited for is another program's doing
+                await asyncio.sleep(0.02)
+
+    def states(self, submission: str) -> dict[str, StepState]:
+        views = self.coordinator.views
+        return {step.name: step.state for step in views.steps(views.submission(submission), frozenset())}
+
+
+OpenFarm = Callable[..., AbstractAsyncContextManager[TestFarm]]
+
+
+def nix_workers(root: Path, names: Sequence[str]) -> FleetFactory:
+    """Workers with a chroot store each."""
+
+    @asynccontextmanager
+    async def start(info: FarmInfo) -> AsyncIterator[Fleet]:
+        async with AsyncExitStack() as stack:
+            agents = [
+                await stack.enter_async_context(
+                    Agent(
+                        WorkerSettings(
+                            name=name, state_dir=root / name / "state", store=str(root / name / "store"), slots=2
+                        )
+                    )
+                )
+                for name in names
+            ]
+            yield InProcessFleet(info, agents, long_poll_s=0.5)
+
+    return start
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(state_dir=tmp_path / "farm", port=0)
+
+
+@pytest.fixture
+def open_farm(tmp_path: Path, settings: Settings) -> OpenFarm:
+    """Start a farm in the test's directory; may be called again after the block, which is a restart."""
+
+    @asynccontextmanager
+    async def start(*names: str) -> AsyncIterator[TestFarm]:
+        async with (
+            open_coordinator(settings, nix_workers(tmp_path / "workers", names)) as coordinator,
+            ApiClient(coordinator.ready.url, coordinator.ready.token_file.read_text().strip()) as client,
+        ):
+            yield TestFarm(coordinator, client, tmp_path, settings)
+
+    return start
