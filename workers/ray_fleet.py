@@ -336,7 +336,10 @@ class RayFleet:
             ray.init(self._address)
             return ray
 
-        self._ray = await self._in_thread(f"connecting to {self._address}", CONNECT_DEADLINE_S, connect)
+        try:
+            self._ray = await self._in_thread(f"connecting to {self._address}", CONNECT_DEADLINE_S, connect)
+        finally:
+            _take_signals_back()
         return self
 
     async def __aexit__(
@@ -351,6 +354,8 @@ class RayFleet:
             await self._in_thread("disconnecting", CLOSE_DEADLINE_S, ray.shutdown)
         except FleetError as failure:
             log.warning("%s", failure)
+        finally:
+            _take_signals_back()
 
     async def run(self, sink: Sink) -> None:
         """See `Fleet.run`."""
@@ -452,6 +457,21 @@ class RayFleet:
             raise AgentUnavailable(f"{what} took more than {deadline_s:.0f} s") from None
         except Exception as error:
             raise AgentUnavailable(f"{what}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _take_signals_back() -> None:
+    """Undo what Ray does to signals behind Python's back.
+
+    Connecting installs a handler in C that prints a stack trace at SIGTERM, and disconnecting leaves the default
+    action, which is death; in both cases Python goes on believing in its own handler. (From another thread this cannot
+    be mended; a program that runs its loop there handles no signals in it either.)
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handler = signal.getsignal(number)
+            if handler is not None:
+                signal.signal(number, handler)
+                signal.siginterrupt(number, False)
 
 
 def _container(answer: Any) -> dict[str, Any]:

@@ -1,0 +1,242 @@
+"""Agents over Ray: found, greeted, given builds, lost and found again.
+
+A real head, three real nodes on one machine, real builds. The nodes are shared by the module, so a test that hurts one
+brings its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from infra.cache.objects import open_object_store
+from workers.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSpoke
+from workers.protocol import Failed, FarmInfo, Hello, Lease, LogChunk, Report, Succeeded
+from workers.ray_fleet import RayFleet
+from workers.ray_nodes import RayHead, RayWorkerNode, make_token_file, process_tree
+
+from .conftest import drv, order
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+#: Generous: it only ends a test that hangs.
+PATIENCE_S = 90.0
+
+
+class Heard:
+    """Everything a fleet has told, and a way to wait for more."""
+
+    def __init__(self) -> None:
+        self.events: list[FleetEvent] = []
+        self.reports: dict[str, tuple[str, Report]] = {}
+        self.logs: dict[str, bytes] = {}
+        self._more = asyncio.Condition()
+
+    async def sink(self, event: FleetEvent) -> None:
+        async with self._more:
+            self.events.append(event)
+            for told in event.batch.events if isinstance(event, WorkerSpoke) else ():
+                if isinstance(told, Report):
+                    self.reports[told.step] = (event.worker, told)
+                elif isinstance(told, LogChunk):
+                    self.logs[told.step] = self.logs.get(told.step, b"") + told.data
+            self._more.notify_all()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S), self._more:
+            await self._more.wait_for(condition)
+
+    def hellos(self, worker: str) -> list[Hello]:
+        return [e.hello for e in self.events if isinstance(e, WorkerConnected) and e.hello.worker == worker]
+
+    def losses(self, worker: str) -> list[WorkerGone]:
+        return [e for e in self.events if isinstance(e, WorkerGone) and e.worker == worker]
+
+
+class Site:
+    """The machine room of this module."""
+
+    def __init__(self, root: Path, token: Path, farm: FarmInfo, head: RayHead) -> None:
+        self.root = root
+        self.token = token
+        self.farm = farm
+        self.head = head
+
+    def node(self, name: str) -> RayWorkerNode:
+        settings = self.root / f"{name}.json"
+        places = {"state_dir": str(self.root / name / "state"), "store": str(self.root / name / "store")}
+        settings.write_text(json.dumps({"name": name, "slots": 1, **places}))
+        return RayWorkerNode(
+            name=name, head=self.head.address, token_file=self.token, settings_file=settings, base_dir=self.root
+        )
+
+    @asynccontextmanager
+    async def fleet(self) -> AsyncIterator[tuple[RayFleet, Heard]]:
+        heard = Heard()
+        async with RayFleet(address=self.head.address, token_file=self.token, farm=self.farm) as fleet:
+            serving = asyncio.create_task(fleet.run(heard.sink))
+            try:
+                yield fleet, heard
+            finally:
+                serving.cancel()
+                await asyncio.wait((serving,))
+
+
+@pytest.fixture(scope="module")
+def root() -> Iterator[Path]:
+    """A short path, for Ray's sockets; and stores are read-only."""
+    made = Path(tempfile.mkdtemp(prefix="dt", dir="/tmp"))
+    yield made
+    for directory, _, _ in os.walk(made):
+        Path(directory).chmod(0o755)
+    shutil.rmtree(made)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def site(root: Path) -> AsyncIterator[Site]:
+    token = make_token_file(root / "ray-token")
+    objects = (root / "objects").as_uri()
+    await open_object_store(objects).write_marker()
+    # Nothing here has inputs, so nobody asks the cache.
+    farm = FarmInfo(cache_url="http://127.0.0.1:9/cache", public_keys=(), object_store_url=objects)
+    async with RayHead(token_file=token, base_dir=root) as head:
+        site = Site(root, token, farm, head)
+        async with AsyncExitStack() as nodes:
+            async with asyncio.TaskGroup() as starting:
+                for name in ("a", "b", "c"):
+                    starting.create_task(nodes.enter_async_context(site.node(name)))
+            yield site
+    assert left_behind(root) == {}
+
+
+def left_behind(root: Path) -> dict[int, str]:
+    """Command lines of live processes that name the directory of this module, by process."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(root) in line:
+            found[int(entry.name)] = line
+    return found
+
+
+async def test_every_labelled_node_gets_one_agent_which_builds_and_reports(site: Site) -> None:
+    async with site.fleet() as (fleet, heard):
+        await heard.until(lambda: all(heard.hellos(name) for name in "abc"))
+        assert set(fleet.workers) == {"a", "b", "c"}
+        orders = {name: order(drv(f"on-{name}", f"echo here is {name}; echo {name} > $out")) for name in "abc"}
+        for name, one in orders.items():
+            await fleet.start_many(name, [one])
+            await fleet.start_many(name, [one])
+        await heard.until(lambda: len(heard.reports) == 3)
+        for name, one in orders.items():
+            worker, report = heard.reports[one.step]
+            assert worker == name
+            assert isinstance(report.result, Succeeded), report.result
+            assert heard.logs[one.step] == f"here is {name}\n".encode()
+
+
+async def test_a_build_cannot_see_the_token_nor_learn_where_it_lies(site: Site) -> None:
+    async with site.fleet() as (fleet, heard):
+        await heard.until(lambda: bool(heard.hellos("a")))
+        script = f"if [ -e {site.token} ]; then echo seen; fi; set; read -r all < /proc/1/environ; echo $all; : > $out"
+        one = order(drv("curious", script))
+        await fleet.start_many("a", [one])
+        await heard.until(lambda: one.step in heard.reports)
+        log = heard.logs[one.step].decode()
+        assert "curious" in log
+        assert "RAY_" not in log
+        assert "seen" not in log
+        daemons = [pid for pid, line in left_behind(site.root).items() if "nix-daemon" in line]
+        assert daemons
+        for pid in daemons:
+            assert "RAY_" not in Path(f"/proc/{pid}/environ").read_text()  # noqa: ASYNC240 - a small local file
+
+
+async def test_what_was_not_acknowledged_before_the_coordinator_left_is_told_to_the_next_one(site: Site) -> None:
+    async with site.fleet() as (fleet, heard):
+        await heard.until(lambda: bool(heard.hellos("b")))
+        before = heard.hellos("b")[0].incarnation
+        one = order(drv("slow", "read -t 3 < /dev/zero; : > $out"))
+        await fleet.start_many("b", [one])
+    async with site.fleet() as (fleet, heard):
+        await heard.until(lambda: one.step in heard.reports)
+        assert heard.hellos("b")[0].incarnation == before
+
+
+async def test_cancel_and_drain_reach_the_agent_and_an_unknown_worker_is_an_error(site: Site) -> None:
+    async with site.fleet() as (fleet, heard):
+        await heard.until(lambda: bool(heard.hellos("c")))
+        endless = order(drv("endless", "while :; do :; done"))
+        await fleet.start_many("c", [endless])
+        await fleet.cancel("c", [Lease(step=endless.step, attempt=endless.attempt)])
+        await heard.until(lambda: endless.step in heard.reports)
+        await fleet.drain("c", on=True)
+        late = order(drv("late", ": > $out"))
+        await fleet.start_many("c", [late])
+        await heard.until(lambda: late.step in heard.reports)
+        assert isinstance(handed_back := heard.reports[late.step][1].result, Failed)
+        assert handed_back.reason == "returned"
+        await fleet.drain("c", on=False)
+        with pytest.raises(FleetError, match="nobody"):
+            await fleet.start_many("nobody", [endless])
+
+
+async def test_the_programs_own_handling_of_signals_survives_ray(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    told = asyncio.Queue[str]()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.put_nowait, "stop")
+    try:
+        async with site.fleet() as (_, heard):
+            await heard.until(lambda: bool(heard.hellos("a")))
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert await told.get() == "stop"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await told.get() == "stop"
+    finally:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
+    assert "SIGTERM" not in capfd.readouterr().err
+
+
+async def test_an_agent_that_dies_alone_is_lost_and_its_node_gets_another(site: Site) -> None:
+    async with site.node("d") as node, site.fleet() as (_, heard):
+        await heard.until(lambda: bool(heard.hellos("d")))
+        for process in process_tree(node.pid):
+            if process.parent in {p.pid for p in process_tree(node.pid)} and is_agent(process.pid):
+                os.kill(process.pid, signal.SIGKILL)
+        await heard.until(lambda: len(heard.hellos("d")) == 2)
+        first, second = (hello.incarnation for hello in heard.hellos("d"))
+        assert first != second
+        assert [lost.incarnation for lost in heard.losses("d")] == [first]
+
+
+async def test_a_node_killed_in_the_middle_of_a_build_is_lost_and_the_others_go_on(site: Site) -> None:
+    async with site.node("e") as node, site.fleet() as (fleet, heard):
+        await heard.until(lambda: bool(heard.hellos("e")) and bool(heard.hellos("a")))
+        endless = order(drv("doomed", "echo started; while :; do :; done"))
+        await fleet.start_many("e", [endless])
+        await heard.until(lambda: endless.step in heard.logs)
+        for process in process_tree(node.pid):
+            os.kill(process.pid, signal.SIGKILL)
+        await heard.until(lambda: bool(heard.losses("e")))
+        assert heard.losses("e")[0].incarnation == heard.hellos("e")[0].incarnation
+        with pytest.raises(FleetError, match="e is not connected"):
+            await fleet.start_many("e", [endless])
+        other = order(drv("survivor", ": > $out"))
+        await fleet.start_many("a", [other])
+        await heard.until(lambda: other.step in heard.reports)
+
+
+def is_agent(pid: int) -> bool:
+    return Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::AgentHost")

@@ -1,0 +1,249 @@
+"""Ray nodes as drover starts them: closed to strangers, on loopback alone, and gone when they should be.
+
+Real Ray throughout; one head for the module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from workers.ray_nodes import (
+    RayHead,
+    RayNodeError,
+    RayWorkerNode,
+    check_token_file,
+    make_token_file,
+    private_directory,
+    process_tree,
+    ray_env,
+    sweep_stale,
+)
+
+shared = pytest.mark.asyncio(loop_scope="module")
+
+#: As a driver, and as somebody who speaks to the head's port without being one.
+TRY_TO_CONNECT = """
+import sys, ray
+from ray._raylet import GcsClient
+try:
+    GcsClient(address=sys.argv[1]).internal_kv_get(b"session_name", b"session", timeout=5)
+except ray.exceptions.AuthenticationError:
+    try:
+        ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
+    except ConnectionError:
+        sys.exit("refused")
+"""
+
+
+@pytest.fixture(scope="module")
+def token(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_token_file(tmp_path_factory.mktemp("token") / "ray-token")
+
+
+@pytest.fixture(scope="module")
+def base() -> Iterator[Path]:
+    """A short path: pytest's own are too long for sockets."""
+    made = Path(tempfile.mkdtemp(prefix="dt", dir="/tmp"))
+    yield made
+    made.rmdir()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def head(token: Path, base: Path) -> AsyncIterator[RayHead]:
+    async with RayHead(token_file=token, base_dir=base) as head:
+        yield head
+
+
+def node(head: RayHead, token: Path, base: Path, *, name: str = "w1") -> RayWorkerNode:
+    settings = Path("/nonexistent/settings.json")
+    return RayWorkerNode(
+        name=name, head=head.address, token_file=token, settings_file=settings, base_dir=base, start_deadline_s=60
+    )
+
+
+def listening_addresses(root: int) -> set[str]:
+    """Addresses on which the tree of `root` listens, from the kernel's tables (proc(5): address in host order)."""
+    sockets = {
+        str(link.readlink())
+        for process in process_tree(root)
+        for link in Path(f"/proc/{process.pid}/fd").iterdir()
+        if link.is_symlink()
+    }
+    found = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                words = bytes.fromhex(fields[1].partition(":")[0])
+                swapped = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                found.add(socket.inet_ntop(family, swapped))
+    return found
+
+
+def command_lines(root: int) -> str:
+    return "".join(Path(f"/proc/{process.pid}/cmdline").read_text() for process in process_tree(root))
+
+
+async def gone(root: int) -> None:
+    async with asyncio.timeout(30):
+        while process_tree(root):  # noqa: ASYNC110 - other programs' processes send no event
+            await asyncio.sleep(0.1)
+
+
+def test_a_new_token_is_random_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+    old_mask = os.umask(0)
+    try:
+        first, second = make_token_file(tmp_path / "a"), make_token_file(tmp_path / "b")
+    finally:
+        os.umask(old_mask)
+    assert stat.S_IMODE(first.stat().st_mode) == 0o400
+    assert first.read_text() != second.read_text()
+    assert make_token_file(first).read_text() == first.read_text()
+
+
+def test_a_token_that_others_could_have_read_or_placed_is_refused(tmp_path: Path) -> None:
+    token = make_token_file(tmp_path / "token")
+    (tmp_path / "link").symlink_to(token)
+    with pytest.raises(RayNodeError, match="not a plain file"):
+        make_token_file(tmp_path / "link")
+    token.chmod(0o440)
+    with pytest.raises(RayNodeError, match="can be read by others"):
+        check_token_file(token)
+    (tmp_path / "empty").touch(mode=0o400)
+    with pytest.raises(RayNodeError, match="too short"):
+        make_token_file(tmp_path / "empty")
+    with pytest.raises(RayNodeError, match="cannot be read"):
+        check_token_file(tmp_path / "none")
+
+
+def test_the_environment_carries_the_path_of_the_token_never_the_token(token: Path) -> None:
+    stray = {"RAY_AUTH_TOKEN": "secret", "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "elsewhere", "PATH": "/bin"}
+    env = ray_env(token, base=stray, loopback=True)
+    assert env["PATH"] == "/bin"
+    assert env["RAY_AUTH_MODE"] == "token"
+    assert env["RAY_AUTH_TOKEN_PATH"] == str(token)
+    assert "RAY_AUTH_TOKEN" not in env
+    assert "RAY_ADDRESS" not in env
+    assert token.read_text() not in env.values()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "0.0.0.0", "::", "::1", "localhost"])
+def test_an_address_that_would_open_all_interfaces_by_surprise_is_refused(token: Path, host: str) -> None:
+    with pytest.raises(RayNodeError):
+        RayHead(token_file=token, host=host)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-a", "a.", "a=b", "a,b", "x" * 64])
+def test_a_worker_name_that_is_no_label_is_refused(token: Path, name: str) -> None:
+    with pytest.raises(RayNodeError, match="worker name"):
+        RayWorkerNode(name=name, head="127.0.0.1:1", token_file=token, settings_file=Path("/x"))
+
+
+def test_a_base_directory_too_long_for_sockets_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    long = tmp_path / ("d" * 60)
+    long.mkdir()
+    with pytest.raises(RayNodeError, match="too long"):
+        private_directory(long)
+    assert list(long.iterdir()) == []
+
+
+@shared
+async def test_head_and_node_listen_on_loopback_only_and_keep_their_files_to_themselves(
+    head: RayHead, token: Path, base: Path
+) -> None:
+    async with node(head, token, base) as worker:
+        for running in (head, worker):
+            assert {address.removeprefix("::ffff:") for address in listening_addresses(running.pid)} == {"127.0.0.1"}
+            assert stat.S_IMODE(running.directory.stat().st_mode) == 0o700
+            assert token.read_text() not in command_lines(running.pid)  # noqa: ASYNC240 - a small local file
+        pid, directory = worker.pid, worker.directory
+    assert process_tree(pid) == set()
+    assert not directory.exists()
+
+
+@shared
+async def test_without_the_token_neither_a_driver_nor_a_node_gets_in(
+    head: RayHead, token: Path, base: Path, tmp_path: Path
+) -> None:
+    other = make_token_file(tmp_path / "other")
+    with_other = ray_env(other, base=os.environ, loopback=True)
+    with_none = {**with_other, "RAY_AUTH_MODE": "disabled"}
+    # A refused driver asks again, once a second.
+    with_other["RAY_NUM_REDIS_GET_RETRIES"] = with_none["RAY_NUM_REDIS_GET_RETRIES"] = "2"
+    drivers = [
+        await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", TRY_TO_CONNECT, head.address), env=env, stderr=asyncio.subprocess.PIPE
+        )
+        for env in (with_other, with_none)
+    ]
+    stranger = node(head, other, base)
+    env = stranger.env(os.environ) | {"RAY_NUM_REDIS_GET_RETRIES": "2"}
+    joining = await asyncio.create_subprocess_exec(
+        *stranger.argv(tmp_path), env=env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    async with asyncio.timeout(60):
+        said, _ = await joining.communicate()
+    assert joining.returncode == 1
+    assert b"InvalidAuthToken" in said
+    for driver in drivers:
+        async with asyncio.timeout(60):
+            _, said = await driver.communicate()
+        assert driver.returncode == 1
+        assert said.endswith(b"refused\n")
+
+
+@shared
+async def test_a_killed_node_is_reported_and_what_is_left_of_it_is_ended(
+    head: RayHead, token: Path, base: Path
+) -> None:
+    async with node(head, token, base, name="w2") as worker:
+        os.kill(worker.pid, signal.SIGKILL)
+        async with asyncio.timeout(20):
+            assert "ended unexpectedly" in await worker.wait_failed()
+        pid = worker.pid
+    assert process_tree(pid) == set()
+
+
+@shared
+async def test_nodes_whose_owner_was_killed_end_and_the_next_start_removes_their_files(
+    head: RayHead, token: Path, base: Path, tmp_path: Path
+) -> None:
+    owner = tmp_path / "owner.py"
+    owner.write_text(
+        "import asyncio, sys\n"
+        "from pathlib import Path\n"
+        "from workers.ray_nodes import RayWorkerNode\n"
+        "async def main():\n"
+        "    token, head, base = sys.argv[1:]\n"
+        "    node = RayWorkerNode(name='w3', head=head, token_file=Path(token), settings_file=Path('/x'),"
+        " base_dir=Path(base))\n"
+        "    async with node:\n"
+        "        print(node.pid, node.directory, flush=True)\n"
+        "        await asyncio.sleep(600)\n"
+        "asyncio.run(main())\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(owner), str(token), head.address, str(base)), stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        pid, directory = (await process.stdout.readline()).split()
+    assert sweep_stale(base) == []
+    process.kill()
+    await process.wait()
+    await gone(int(pid))
+    assert [str(path) for path in sweep_stale(base)] == [directory.decode()]
+    assert os.fsencode(directory) not in {os.fsencode(entry.path) for entry in os.scandir(base)}
+    assert head.directory.exists()
