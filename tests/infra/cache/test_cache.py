@@ -1,0 +1,353 @@
+"""Publishing: only what is true and complete becomes visible, and it stays what it was."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.cache import AlreadyPublished, Cache, Candidate, Conflict, Published, Rejected, RejectReason
+from infra.cache import cache as cache_module
+from infra.cache.candidates import references_first
+from infra.cache.errors import CacheError, ClosureTooLargeError, MetadataError, SchemaTooNewError
+from infra.cache.upload import nar_key
+from infra.nix import narinfo
+from infra.nix.hashing import sha256_text
+from tests.support.cache import (
+    STORE_DIR,
+    base_name,
+    candidate,
+    object_file,
+    open_cache,
+    publish,
+    secret_key,
+    store_path,
+)
+
+A, B, C, D, LOST = (store_path(name) for name in ("a", "b", "c", "d", "lost"))
+OTHER = sha256_text(sha256(b"other").digest())
+
+
+@pytest.fixture
+async def cache(tmp_path: Path) -> AsyncIterator[Cache]:
+    async with open_cache(tmp_path) as opened:
+        yield opened
+
+
+async def visible(cache: Cache, path: str) -> bool:
+    text = await cache.narinfo(base_name(path)[:32])
+    assert (text is None) == (path in await cache.missing([path]))
+    return text is not None
+
+
+def reason(outcome: object) -> RejectReason:
+    assert isinstance(outcome, Rejected), outcome
+    return outcome.reason
+
+
+async def test_what_is_published_is_answered_signed_by_every_key(tmp_path: Path) -> None:
+    keys = [secret_key("old-1", 1), secret_key("new-2", 2)]
+    async with open_cache(tmp_path, keys) as cache:
+        await publish(cache, B)
+        claim = replace(
+            await candidate(cache, A, b"nar of a", [B, A]),
+            deriver=base_name(store_path("a.drv")),
+            ca="fixed:r:sha256:" + 52 * "0",
+        )
+        assert not await visible(cache, A)
+        assert await cache.publish([claim]) == [Published(A)]
+        assert await visible(cache, A)
+        info = narinfo.parse(await cache.narinfo(claim.hash_part) or b"", STORE_DIR)
+        assert replace(info, sigs=()) == claim.narinfo()
+        fingerprint = info.fingerprint(STORE_DIR)
+        assert [any(key.verify(fingerprint, sig) for sig in info.sigs) for key in cache.public_keys] == [True, True]
+        stats = await cache.stats()
+        assert (stats.paths, stats.nar_bytes, stats.conflicts) == (2, len(B) + 8, 0)
+    async with open_cache(tmp_path) as reopened:
+        assert await visible(reopened, A)
+
+
+async def test_published_again_is_no_change_and_other_bits_are_a_recorded_conflict(cache: Cache) -> None:
+    first = await candidate(cache, A, b"first")
+    await cache.publish([first])
+    text = await cache.narinfo(first.hash_part)
+    assert await publish(cache, A, b"first") == AlreadyPublished(A)
+    other = await candidate(cache, A, b"other")
+    for _ in range(2):
+        assert await cache.publish([other]) == [Conflict(A, first.nar_hash, other.nar_hash)]
+    assert await cache.narinfo(first.hash_part) == text
+    assert (await cache.stats()).conflicts == 1
+
+
+async def test_a_conflict_is_recorded_only_of_bits_that_exist(cache: Cache) -> None:
+    claim = await candidate(cache, A)
+    await cache.publish([claim])
+    (outcome,) = await cache.publish([replace(claim, nar_hash=OTHER)])
+    assert reason(outcome) is RejectReason.CORRUPT
+    assert (await cache.stats()).conflicts == 0
+
+
+async def test_two_publishes_of_one_path_at_once_have_one_winner(cache: Cache) -> None:
+    claims = [await candidate(cache, A, b"bits %d" % (number % 2)) for number in range(8)]
+    outcomes = await asyncio.gather(*(cache.publish([claim]) for claim in claims))
+    kinds = sorted(type(outcome).__name__ for (outcome,) in outcomes)
+    assert kinds == ["AlreadyPublished"] * 3 + ["Conflict"] * 4 + ["Published"]
+    kinds = sorted(
+        type(outcome).__name__
+        for outcome in await cache.publish([await candidate(cache, B), *[await candidate(cache, B)] * 2])
+    )
+    assert kinds == ["AlreadyPublished"] * 2 + ["Published"]
+
+
+async def test_a_path_is_published_only_after_all_it_refers_to(cache: Cache) -> None:
+    a, b, c = (
+        await candidate(cache, A),
+        await candidate(cache, B, references=[A]),
+        await candidate(cache, C, references=[B, C]),
+    )
+    (alone,) = await cache.publish([c])
+    assert reason(alone) is RejectReason.MISSING_REFERENCES
+    assert isinstance(alone, Rejected)
+    assert alone.missing == (base_name(B),)
+    assert not await visible(cache, C)
+    assert await cache.publish([c, b, a]) == [Published(C), Published(B), Published(A)]
+    narinfos, missing = await cache.closure([C, LOST, "/elsewhere/x"])
+    assert [narinfo.parse(text, STORE_DIR).store_path for text in narinfos] == [A, B, C]
+    assert missing == sorted([LOST, "/elsewhere/x"])
+    narinfos, missing = await cache.closure([C], recursive=False)
+    assert [narinfo.parse(text, STORE_DIR).store_path for text in narinfos] == [C]
+
+
+async def test_a_failed_candidate_takes_only_those_along_that_refer_to_it(cache: Cache) -> None:
+    bad = await candidate(cache, A)
+    object_file(cache, bad).unlink()
+    batch = [
+        await candidate(cache, D, references=[C]),
+        bad,
+        await candidate(cache, C),
+        await candidate(cache, B, references=[A, C]),
+    ]
+    outcomes = await cache.publish(batch)
+    assert outcomes[0] == Published(D)
+    assert reason(outcomes[1]) is RejectReason.MISSING_OBJECT
+    assert outcomes[2] == Published(C)
+    assert reason(outcomes[3]) is RejectReason.MISSING_REFERENCES
+    assert await cache.missing([A, B, C, D]) == {A, B}
+
+
+async def test_paths_that_refer_to_each_other_are_refused(cache: Cache) -> None:
+    outcomes = await cache.publish(
+        [await candidate(cache, A, references=[B]), await candidate(cache, B, references=[A])]
+    )
+    assert [reason(outcome) for outcome in outcomes] == [RejectReason.MISSING_REFERENCES] * 2
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("size", [500, 2_000_000])
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda path: path.unlink(), RejectReason.MISSING_OBJECT),
+        (flip, RejectReason.CORRUPT),
+        (lambda path: os.truncate(path, path.stat().st_size - 1), RejectReason.CORRUPT),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0"), RejectReason.CORRUPT),
+    ],
+)
+async def test_an_object_that_is_not_what_was_claimed_is_refused(
+    cache: Cache, size: int, damage: Callable[[Path], None], expected: RejectReason
+) -> None:
+    claim = await candidate(cache, A, os.urandom(size))
+    damage(object_file(cache, claim))
+    assert reason((await cache.publish([claim]))[0]) is expected
+    assert not await visible(cache, A)
+    assert await publish(cache, A, b"a retry") == Published(A)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"nar_hash": OTHER},
+        {"nar_size": 1},
+        {"nar_size": 1 << 30},
+        {"file_size": 1},
+        {"file_size": 1 << 30},
+        {"file_hash": OTHER, "url": nar_key(OTHER)},
+    ],
+)
+async def test_a_claim_that_lies_about_a_sound_object_is_refused(cache: Cache, lie: dict[str, object]) -> None:
+    false = replace(await candidate(cache, A), **lie)  # type: ignore[arg-type]
+    assert reason((await cache.publish([false]))[0]) in {RejectReason.CORRUPT, RejectReason.MISSING_OBJECT}
+    assert not await visible(cache, A)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"store_path": "/nix/store/../../etc/passwd"},
+        {"store_path": base_name(A)},
+        {"store_path": "/other/store/" + base_name(A)},
+        {"url": "nar/../../key"},
+        {"url": nar_key(OTHER)},
+        {"compression": "none"},
+        {"nar_hash": "sha256:" + "0" * 64},
+        {"file_hash": "md5:" + "0" * 32},
+        {"nar_size": 0},
+        {"nar_size": 1 << 62},
+        {"file_size": -1},
+        {"references": ("not-a-path",)},
+        {"references": (A,)},
+        {"deriver": base_name(B)},
+        {"deriver": "x\nSig: forged"},
+        {"ca": "fixed:r:sha256:x\nSig: forged"},
+    ],
+)
+async def test_a_malformed_claim_is_refused_without_looking(cache: Cache, lie: dict[str, object]) -> None:
+    false = replace(await candidate(cache, A), **lie)  # type: ignore[arg-type]
+    good = await candidate(cache, B)
+    outcomes = await cache.publish([false, good])
+    assert reason(outcomes[0]) is RejectReason.MALFORMED
+    assert outcomes[1] == Published(B)
+
+
+async def test_another_path_with_a_published_hash_part_is_refused(cache: Cache) -> None:
+    await publish(cache, A)
+    assert reason(await publish(cache, A + "-other-name")) is RejectReason.MALFORMED
+    assert reason(await publish(cache, B, references=[A + "-other-name"])) is RejectReason.MISSING_REFERENCES
+    assert await cache.missing([A + "-other-name"]) == {A + "-other-name"}
+
+
+async def test_a_bomb_costs_no_more_than_an_honest_object(cache: Cache) -> None:
+    data = zstandard.ZstdCompressor().compress(bytes(64 * 1024 * 1024)) * 64
+    file_hash = sha256_text(sha256(data).digest())
+    await cache.objects.put_bytes(nar_key(file_hash), data)
+    claim = Candidate(A, OTHER, 1000, (), nar_key(file_hash), "zstd", file_hash, len(data))
+    (outcome,) = await cache.publish([claim])
+    assert isinstance(outcome, Rejected)
+    # Not "the file's hash" or "4294967296 bytes": it was left as soon as it exceeded its promise.
+    assert "more than 1000 bytes" in outcome.message
+
+
+async def test_a_lost_object_is_absent_everywhere_and_comes_back_with_its_bits(cache: Cache) -> None:
+    claim = await candidate(cache, A, b"the bits")
+    await cache.publish([claim])
+    await publish(cache, B, references=[A])
+    assert await visible(cache, A)
+    object_file(cache, claim).unlink()
+    assert not await visible(cache, A)
+    assert (await cache.closure([B]))[1] == [A]
+    assert reason(await publish(cache, C, references=[A])) is RejectReason.MISSING_REFERENCES
+    # The same NAR, compressed by another release of zstd.
+    data = zstandard.ZstdCompressor(level=19, write_checksum=True).compress(b"the bits") + zstandard.compress(b"")
+    file_hash = sha256_text(sha256(data).digest())
+    await cache.objects.put_bytes(nar_key(file_hash), data)
+    again = replace(claim, url=nar_key(file_hash), file_hash=file_hash, file_size=len(data))
+    assert await cache.publish([again]) == [AlreadyPublished(A)]
+    info = narinfo.parse(await cache.narinfo(claim.hash_part) or b"", STORE_DIR)
+    assert (info.url, info.nar_hash) == (again.url, claim.nar_hash)
+    assert cache.public_keys[0].verify(info.fingerprint(STORE_DIR), info.sigs[0])
+    assert (await cache.closure([B]))[1] == []
+
+
+async def test_what_a_crash_leaves_is_invisible_and_in_nobodys_way(tmp_path: Path) -> None:
+    async with open_cache(tmp_path) as cache:
+        claim = await candidate(cache, A)  # uploaded, never published
+        await cache.objects.put_bytes("incoming/0123", b"half an upload")
+        assert not await visible(cache, A)
+        assert await cache.object_size(claim.url) is None
+    async with open_cache(tmp_path) as cache:
+        assert await publish(cache, A) == Published(A)
+
+
+async def test_nothing_is_visible_of_a_publish_whose_transaction_fails(tmp_path: Path, cache: Cache) -> None:
+    claims = [await candidate(cache, A), await candidate(cache, B, references=[A])]
+    with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
+        vandal.execute("CREATE TRIGGER full BEFORE INSERT ON refs BEGIN SELECT RAISE(ABORT, 'disk full'); END")
+    with pytest.raises(MetadataError, match="disk full"):
+        await cache.publish(claims)
+    assert await cache.missing([A, B]) == {A, B}
+    with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
+        vandal.execute("DROP TRIGGER full")
+    vandal.close()
+    assert await cache.publish(claims) == [Published(A), Published(B)]
+
+
+async def test_a_cancelled_publish_leaves_the_cache_usable(cache: Cache) -> None:
+    large = await candidate(cache, A, os.urandom(20_000_000))
+    work = asyncio.create_task(cache.publish([large]))
+    await asyncio.sleep(0.01)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    assert await cache.publish([large]) == [Published(A)]
+
+
+async def test_questions_and_batches_are_bounded(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "MAX_CLOSURE", 3)
+    chain = [store_path(f"chain{number}") for number in range(4)]
+    batch = [await candidate(cache, path, references=chain[:number]) for number, path in enumerate(chain)]
+    assert await cache.publish(batch) == [Published(path) for path in chain]
+    assert len((await cache.closure(chain[2:3]))[0]) == 3
+    for question in (chain[3:], [store_path(f"{number}") for number in range(4)]):
+        with pytest.raises(ClosureTooLargeError):
+            await cache.closure(question)
+    monkeypatch.setattr(cache_module, "MAX_BATCH", 3)
+    with pytest.raises(CacheError, match="limit is 3"):
+        await cache.publish(batch)
+
+
+async def test_a_database_of_a_newer_release_is_not_touched(tmp_path: Path) -> None:
+    async with open_cache(tmp_path):
+        pass
+    database = tmp_path / "cache.sqlite"
+    with sqlite3.connect(database) as newer:
+        newer.execute("UPDATE cache_schema SET version = 99")
+        newer.execute("DROP TABLE conflicts")
+    newer.close()
+    before = database.read_bytes()
+    with pytest.raises(SchemaTooNewError, match="99"):
+        async with open_cache(tmp_path):
+            pass
+    assert database.read_bytes() == before
+    database.write_bytes(b"this is no database, it is a text of more than a hundred bytes" * 10)
+    with pytest.raises(MetadataError):
+        async with open_cache(tmp_path):
+            pass
+
+
+GRAPHS = st.dictionaries(st.integers(0, 9), st.frozensets(st.integers(0, 12), max_size=4), max_size=10)
+
+
+@given(GRAPHS, st.frozensets(st.integers(0, 12)))
+def test_each_path_comes_after_all_it_refers_to_and_none_is_refused_without_cause(
+    graph: dict[int, frozenset[int]], held: frozenset[int]
+) -> None:
+    path = {number: store_path(f"n{number}") for number in range(13)}
+    present = {base_name(path[number]) for number in held - graph.keys()}
+    claims = [
+        Candidate(path[node], OTHER, 1, tuple(base_name(path[to]) for to in edges), "", "zstd", OTHER, 1)
+        for node, edges in graph.items()
+    ]
+    ordered, blocked = references_first(claims, present)
+    seen = set(present)
+    for claim in ordered:
+        assert set(claim.references) <= seen | {claim.base_name}
+        seen.add(claim.base_name)
+    assert {claim.store_path for claim in ordered} | blocked.keys() == {claim.store_path for claim in claims}
+    assert len(ordered) + len(blocked) == len(claims)
+    for lacking in blocked.values():
+        assert lacking
+        assert not set(lacking) & seen
