@@ -128,6 +128,28 @@ def test_messages_are_read_as_they_were_written_in_whatever_pieces_they_arrive(
     assert read_in_pieces(data, cuts, Inbox.read_message, len(sent)) == sent
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        Failure(0, b"why"),
+        Text(b"text"),
+        ActivityStarted(1, 3, 105, b"building", (b"/nix/store/x.drv", b"", 1, 1), 0),
+        ActivityStopped(1),
+        Result(1, 101, (b"a line of a log",)),
+        Result(1, 105, (1, 2, 3, 4)),
+    ],
+)
+def test_every_beginning_of_a_message_is_incomplete_and_stays_where_it_is(message: Message) -> None:
+    data = encode_message(message)
+    for cut in range(len(data)):
+        inbox = Inbox(data[:cut])
+        with pytest.raises(IncompleteError):
+            inbox.read_message()
+        assert len(inbox) == cut
+        inbox.feed(data[cut:])
+        assert inbox.read_message() == message
+
+
 @given(integers, strings, st.lists(words, max_size=5))
 def test_integers_strings_and_lists_round_trip(number: int, string: bytes, items: list[str]) -> None:
     data = Encoder().integer(number).string(string).strings(items).getvalue()
