@@ -12,11 +12,12 @@ import pytest
 
 from coordinator.client import ApiClient
 from coordinator.closure import LocalStore, base_name, describe_sources, read_closure
-from coordinator.config import Settings
+from coordinator.config import LimitSettings, Settings
 from coordinator.evaluate import evaluate
 from coordinator.framing import encode_derivations, in_thread
 from coordinator.main import Coordinator, FleetFactory, open_coordinator
 from coordinator.schema import Ended, IntakeQuery, RootRequest, StepState, SubmissionView, SubmitRequest, WatchEvent
+from infra.clock import Clock
 from workers.agent import Agent
 from workers.fleet import Fleet
 from workers.local_fleet import InProcessFleet
@@ -115,7 +116,7 @@ def nix_workers(root: Path, names: Sequence[str]) -> FleetFactory:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(state_dir=tmp_path / "farm", port=0)
+    return Settings(state_dir=tmp_path / "farm", port=0, limits=LimitSettings(request_bytes=1024 * 1024))
 
 
 @pytest.fixture
@@ -123,9 +124,12 @@ def open_farm(tmp_path: Path, settings: Settings) -> OpenFarm:
     """Start a farm in the test's directory; may be called again after the block, which is a restart."""
 
     @asynccontextmanager
-    async def start(*names: str) -> AsyncIterator[TestFarm]:
+    async def start(
+        *names: str, fleet: FleetFactory | None = None, clock: Clock | None = None
+    ) -> AsyncIterator[TestFarm]:
+        factory = fleet or nix_workers(tmp_path / "workers", names)
         async with (
-            open_coordinator(settings, nix_workers(tmp_path / "workers", names)) as coordinator,
+            open_coordinator(settings, factory, clock=clock) as coordinator,
             ApiClient(coordinator.ready.url, coordinator.ready.token_file.read_text().strip()) as client,
         ):
             yield TestFarm(coordinator, client, tmp_path, settings)

@@ -2,22 +2,236 @@
 
 from __future__ import annotations
 
-from coordinator.schema import Counts, SubmissionState
-from tests.coordinator.conftest import OpenFarm
+import io
+
+import aiohttp
+import pytest
+
+from coordinator.client import RefusedError
+from coordinator.config import Settings
+from coordinator.journal import StateDirBusyError
+from coordinator.main import open_coordinator
+from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepState, SubmissionState
+from tests.coordinator.conftest import OpenFarm, nix_workers
 
 DIAMOND = """
 rec {
   low = run "low" "echo low > $out";
   left = run "left" "read x < ${low}; echo left $x > $out";
   right = run "right" "read x < ${low}; echo right $x > $out";
-  top = run "top" "read l < ${left}; read r < ${right}; echo $l and $r > $out; echo done with top";
+  top = run "top" "read l < ${left}; read r < ${right}; echo $l and $r > $out; echo made top";
 }
 """
 
 
-async def test_a_submitted_graph_is_built_in_order_and_published(open_farm: OpenFarm) -> None:
-    async with open_farm("one") as farm:
+async def test_a_submitted_graph_is_built_in_order_and_every_output_can_be_fetched(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm, aiohttp.ClientSession() as web:
         submitted = await farm.submit(DIAMOND, "top", label="diamond")
         view = await farm.ended(submitted.id)
         assert (view.state, view.label) == (SubmissionState.SUCCEEDED, "diamond")
         assert view.counts == Counts(total=4, done=4)
+        assert view.uploaded_bytes > 0
+        root = view.roots[0]
+        assert (root.attr, root.state) == ("top", StepState.DONE)
+
+        steps = await farm.client.steps(view.id)
+        assert {step.name for step in steps} == {"low", "left", "right", "top"}
+        for step in steps:
+            hash_part = step.outputs["out"].rpartition("/")[2][:32]
+            async with web.get(f"{farm.coordinator.ready.cache_url}/{hash_part}.narinfo") as answer:
+                assert answer.status == 200
+                assert f"StorePath: {step.outputs['out']}\n" in await answer.text()
+        log = b"".join([chunk async for chunk in farm.client.log(root.step)])
+        assert log == b"made top\n"
+        async with web.get(f"{farm.coordinator.ready.cache_url}/log/{root.drv.rpartition('/')[2]}") as answer:
+            assert await answer.read() == log
+        worker = (await farm.client.workers())[0]
+        assert (worker.name, worker.state, worker.built, worker.leases) == ("one", "online", 4, ())
+
+
+async def test_the_same_graph_again_builds_nothing(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm:
+        first = await farm.ended((await farm.submit(DIAMOND, "top")).id)
+        again = await farm.ended((await farm.submit(DIAMOND, "top")).id)
+        assert first.counts.done == 4
+        assert (again.state, again.counts.done) == (SubmissionState.SUCCEEDED, 0)
+        assert again.counts.held == again.counts.total
+        assert [view.id for view in await farm.client.submissions()] == [again.id, first.id]
+
+
+async def test_two_submissions_share_work_and_each_sees_its_own_progress(open_farm: OpenFarm) -> None:
+    text = """
+    rec {
+      shared = run "shared" "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; echo 1 > $out";
+      one = run "one" "read x < ${shared}; echo one > $out";
+      two = run "two" "read x < ${shared}; echo two > $out";
+    }
+    """
+    async with open_farm("one") as farm:
+        one = await farm.submit(text, "one")
+        two = await farm.submit(text, "two")
+        assert (two.counts.total, two.counts.joined) == (2, 1)
+        ended = [await farm.ended(submission.id) for submission in (one, two)]
+        assert [view.counts.done for view in ended] == [2, 2]
+        assert sum(worker.built for worker in await farm.client.workers()) == 3
+
+
+async def test_a_failing_step_dooms_its_dependents_and_http_names_the_root_cause(open_farm: OpenFarm) -> None:
+    text = """
+    rec {
+      bad = run "bad" "echo first words; printf '\\\\033[31mred\\\\0'; echo; echo last words; exit 3";
+      middle = run "middle" "read x < ${bad}; echo > $out";
+      top = run "top" "read x < ${middle}; echo > $out";
+      other = run "other" "echo fine > $out";
+    }
+    """
+    async with open_farm("one") as farm:
+        view = await farm.ended((await farm.submit(text, "top", "other")).id)
+        assert (view.state, view.counts) == (SubmissionState.FAILED, Counts(total=4, done=1, failed=1, doomed=2))
+        (bad,) = await farm.client.steps(view.id, [StepState.FAILED])
+        assert bad.failure is not None
+        assert (bad.failure.kind, bad.attempt) == ("permanent", 1)
+        assert "3" in bad.failure.message
+        assert bad.log_tail.split("\n")[-1] == "last words"
+        assert "\x1b" not in bad.log_tail
+        raw = b"".join([chunk async for chunk in farm.client.log(bad.key)])
+        assert b"\x1b[31mred" in raw
+        doomed = await farm.client.steps(view.id, [StepState.DOOMED])
+        assert {step.cause for step in doomed} == {bad.key}
+
+
+async def test_a_watcher_sees_every_step_and_then_the_end(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm:
+        submitted = await farm.submit(DIAMOND, "top")
+        events = await farm.watch(submitted.id)
+        assert isinstance(events[0], Snapshot)
+        assert isinstance(events[-1], Ended)
+        seen = {event.step.name for event in events if isinstance(event, StepChanged)}
+        seen |= {step.name for step in events[0].steps}
+        assert seen >= {"left", "right", "top"}
+        late = await farm.watch(submitted.id)
+        assert [type(event) for event in late] == [Snapshot, Ended]
+
+
+async def test_cancelling_stops_what_nobody_else_wants_and_may_be_repeated(open_farm: OpenFarm) -> None:
+    text = 'rec { long = run "long" "echo started; while :; do :; done"; top = run "top" "echo ${long} > $out"; }'
+    async with open_farm("one") as farm:
+        submitted = await farm.submit(text, "top")
+        await farm.until(lambda: farm.states(submitted.id)["long"] is StepState.RUNNING)
+        worker = farm.coordinator.views.workers
+        await farm.until(lambda: any(stage == "building" for _, stage in worker()[0].leases))
+        for _ in range(2):
+            view = await farm.client.cancel(submitted.id)
+            assert (view.state, view.counts.abandoned) == (SubmissionState.CANCELLED, 2)
+        assert (await farm.ended(submitted.id)).state is SubmissionState.CANCELLED
+        await farm.until(lambda: worker()[0].leases == ())
+        assert (await farm.ended((await farm.submit(DIAMOND, "low")).id)).state is SubmissionState.SUCCEEDED
+
+
+async def test_a_log_can_be_followed_while_it_is_written(open_farm: OpenFarm) -> None:
+    loop = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"
+    text = f'rec {{ slow = run "slow" "echo one; {loop}; echo > $out; echo two"; }}'
+    async with open_farm("one") as farm:
+        submitted = await farm.submit(text, "slow")
+        await farm.until(lambda: farm.states(submitted.id)["slow"] is not StepState.READY)
+        log = b"".join([chunk async for chunk in farm.client.log(submitted.roots[0].step, follow=True)])
+        assert log == b"one\ntwo\n"
+
+
+async def test_a_step_that_no_worker_can_take_waits_and_says_so(open_farm: OpenFarm) -> None:
+    text = 'rec { mac = runOn "x86_64-darwin" {} "mac" "echo > $out"; top = run "top" "echo ${mac} > $out"; }'
+    async with open_farm("one") as farm:
+        await farm.until(lambda: bool(farm.coordinator.views.workers()))
+        submitted = await farm.submit(text, "top")
+        view = await farm.client.submission(submitted.id)
+        assert view.state is SubmissionState.RUNNING
+        assert view.stuck == ("1 step waits: no worker offers the system x86_64-darwin",)
+        waiting = {step.name: step.waiting_for for step in await farm.client.steps(view.id)}
+        assert waiting == {"mac": "no worker offers the system x86_64-darwin", "top": "waits for mac"}
+
+
+async def test_after_a_restart_the_views_are_the_same_and_waiting_work_goes_on(open_farm: OpenFarm) -> None:
+    bad = 'rec { bad = run "bad" "echo sorry; exit 1"; }'
+    async with open_farm("one") as farm:
+        await farm.ended((await farm.submit(DIAMOND, "left", label="done before")).id)
+        await farm.ended((await farm.submit(bad, "bad")).id)
+        ended = await farm.client.submissions()
+        steps = [await farm.client.steps(view.id) for view in ended]
+    async with open_farm() as farm:
+        waiting = await farm.submit(DIAMOND, "top", label="waits")
+        assert (waiting.counts.held, waiting.counts.ready, waiting.counts.waiting) == (2, 1, 1)
+        again = await farm.client.submissions()
+        assert again[1:] == ended
+        assert [await farm.client.steps(view.id) for view in again[1:]] == steps
+    async with open_farm("one") as farm:
+        view = await farm.ended(waiting.id)
+        assert (view.state, view.label) == (SubmissionState.SUCCEEDED, "waits")
+        assert view.roots[0].attr == "top"
+
+
+async def test_a_second_coordinator_on_the_same_state_directory_is_refused(open_farm: OpenFarm) -> None:
+    async with open_farm() as farm:
+        with pytest.raises(StateDirBusyError, match="in use by another drover"):
+            async with open_coordinator(farm.settings, nix_workers(farm.root, ())):
+                pass
+
+
+async def test_the_api_wants_the_token_and_the_cache_does_not(open_farm: OpenFarm, settings: Settings) -> None:
+    async with open_farm() as farm, aiohttp.ClientSession() as web:
+        url = farm.coordinator.ready.url
+        assert farm.coordinator.ready.token_file.stat().st_mode & 0o777 == 0o600
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic wrong"}):
+            async with web.get(f"{url}/api/v1/submissions", headers=headers) as answer:
+                assert answer.status == 401
+                assert (await answer.json())["error"]["code"] == "unauthorized"
+        for path in ("/healthz", "/cache/nix-cache-info"):
+            async with web.get(url + path) as answer:
+                assert answer.status == 200
+
+
+async def test_a_page_under_another_name_cannot_ask_a_coordinator_on_loopback(open_farm: OpenFarm) -> None:
+    async with open_farm() as farm, aiohttp.ClientSession() as web:
+        url = farm.coordinator.ready.url
+        for host, status in (("evil.example", 421), ("127.0.0.1.evil.example:80", 421), ("localhost", 200)):
+            async with web.get(f"{url}/healthz", headers={"Host": host}) as answer:
+                assert answer.status == status
+
+
+async def test_what_does_not_exist_is_404_with_a_sentence(open_farm: OpenFarm) -> None:
+    async with open_farm() as farm:
+        waiting = await farm.submit(DIAMOND, "left", "right")
+        asked = {
+            "submissions/none": "there is no submission 'none'",
+            "submissions/none/steps": "there is no submission",
+            "submissions/none/events": "there is no submission",
+            "steps/none": "there is no step 'none'",
+            "steps/none/log": "there is no step",
+            f"steps/{waiting.roots[0].step}/log": "has not been started yet",
+            "elsewhere": "nothing at this address",
+        }
+        for path, sentence in asked.items():
+            with pytest.raises(RefusedError, match=sentence) as refused:
+                await farm.client._bytes("GET", path)
+            assert (refused.value.http_status, refused.value.reason) == (404, "not_found")
+        assert (await farm.client.step("-left.drv")).name == "left"
+        with pytest.raises(RefusedError, match="3 steps match"):
+            await farm.client.step(".drv")
+
+
+async def test_malformed_requests_are_400_and_name_the_field(open_farm: OpenFarm) -> None:
+    async with open_farm() as farm:
+        token = farm.coordinator.ready.token_file.read_text().strip()
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as web:
+            url = f"{farm.coordinator.ready.url}/api/v1"
+            for body in (b"", b"{", b"\xff", b'{"roots": []}', b'{"roots": [{"attr": 1}]}', b"[" * 100_000):
+                async with web.post(f"{url}/submissions", data=body) as answer:
+                    assert answer.status == 400
+                    assert (await answer.json())["error"]["message"].startswith("the request's ")
+            async with web.get(f"{url}/submissions/x/steps?state=odd") as answer:
+                assert answer.status == 400
+            async with web.delete(f"{url}/submissions") as answer:
+                assert answer.status == 405
+            async with web.post(
+                f"{url}/submissions", data=io.BytesIO(bytes(farm.settings.limits.request_bytes + 1))
+            ) as answer:
+                assert answer.status == 413

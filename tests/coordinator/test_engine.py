@@ -1,0 +1,308 @@
+"""What the coordinator does with workers that lie, stammer or do not answer, and with a journal that fails.
+
+The worker here is a script on the fleet port; everything else is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sqlite3
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from coordinator.client import RefusedError
+from coordinator.config import ConfigError, Settings
+from coordinator.journal import JournalError
+from coordinator.main import Ready, serve
+from coordinator.schema import StepState, SubmissionState, SubmitRequest
+from infra.cache import Candidate, open_object_store, upload_nar
+from infra.nix.nar import NarData, NarFile, write_events
+from tests.coordinator.conftest import OpenFarm, TestFarm
+from workers.fleet import Fleet, FleetError, FleetEvent, Sink, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
+from workers.protocol import (
+    AgentEvent,
+    Batch,
+    Failed,
+    FarmInfo,
+    HeldLease,
+    Hello,
+    Lease,
+    LeaseOrder,
+    LogChunk,
+    Output,
+    Report,
+    Stage,
+    StageChange,
+    Succeeded,
+)
+
+ONE = 'rec { one = run "one" "echo > $out"; two = run "two" "echo ${one} > $out"; }'
+
+
+class ManualClock:
+    """Goes on only when it is told to."""
+
+    def __init__(self) -> None:
+        self.time = 1_700_000_000.0
+
+    def now(self) -> float:
+        return self.time
+
+
+class ScriptedWorker:
+    """The fleet port with one worker, `w`, that does what a test says."""
+
+    def __init__(self) -> None:
+        self.orders: list[LeaseOrder] = []
+        self.cancelled: list[Lease] = []
+        self.unreachable = False
+        self.info = FarmInfo(cache_url="", public_keys=(), object_store_url="")
+        self._sink: asyncio.Future[Sink] | None = None
+        self._last = 0
+
+    @asynccontextmanager
+    async def start(self, info: FarmInfo) -> AsyncIterator[Fleet]:
+        self.info = info
+        self._sink = asyncio.get_running_loop().create_future()
+        yield self
+
+    async def run(self, sink: Sink) -> None:
+        assert self._sink is not None
+        self._sink.set_result(sink)
+        await asyncio.Event().wait()
+
+    async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:
+        assert worker == "w"
+        if self.unreachable:
+            raise FleetError("no answer")
+        self.orders.extend(orders)
+
+    async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
+        assert worker == "w"
+        self.cancelled.extend(leases)
+
+    async def drain(self, worker: str, *, on: bool) -> None:
+        raise FleetError(f"{worker} cannot drain {on}")
+
+    async def tell(self, event: FleetEvent) -> None:
+        assert self._sink is not None
+        await (await self._sink)(event)
+
+    async def hello(self, incarnation: str = "1", leases: tuple[HeldLease, ...] = ()) -> None:
+        hello = Hello(
+            protocol=1, worker="w", incarnation=incarnation, systems=("x86_64-linux",), emulated=(), features=(),
+            mandatory_features=(), slots=1, capacity=1, nix_version="2.8", leases=leases,
+        )  # fmt: skip
+        await self.tell(WorkerConnected(hello))
+
+    async def speak(self, *events: AgentEvent, holds: Sequence[LeaseOrder] = (), incarnation: str = "1") -> None:
+        self._last += len(events)
+        leases = tuple(HeldLease(step=o.step, attempt=o.attempt, stage=Stage.BUILDING) for o in holds)
+        batch = Batch(incarnation=incarnation, last=self._last, events=events, capacity=1, leases=leases)
+        await self.tell(WorkerSpoke("w", batch))
+
+    async def upload(self, path: str, text: bytes = b"made") -> Output:
+        async def nar() -> AsyncIterator[bytes]:
+            yield b"".join(write_events([NarFile(b"", executable=False, size=len(text)), NarData(text)]))
+
+        made = await upload_nar(open_object_store(self.info.object_store_url), nar())
+        return Output(
+            name="out", path=path, nar_hash=made.nar_hash, nar_size=made.nar_size, references=(), url=made.url,
+            compression=made.compression, file_hash=made.file_hash, file_size=made.file_size,
+        )  # fmt: skip
+
+
+def candidate(output: Output) -> Candidate:
+    return Candidate(
+        output.path, output.nar_hash, output.nar_size, (), output.url, output.compression, output.file_hash,
+        output.file_size,
+    )  # fmt: skip
+
+
+def report(order: LeaseOrder, result: Succeeded | Failed) -> Report:
+    return Report(
+        step=order.step, attempt=order.attempt, started_at=1, building_at=1, built_at=2, ended_at=2, result=result
+    )
+
+
+async def started(farm: TestFarm, worker: ScriptedWorker, count: int = 1) -> LeaseOrder:
+    """Wait until that many orders have reached the worker; returns the last."""
+    await farm.until(lambda: len(worker.orders) >= count)
+    return worker.orders[-1]
+
+
+def output_path(farm: TestFarm, order: LeaseOrder) -> str:
+    return farm.coordinator.views.step_view(farm.coordinator.views.step(order.step)).outputs["out"]
+
+
+async def test_a_report_is_acknowledged_only_when_what_follows_is_in_the_journal(open_farm: OpenFarm) -> None:
+    worker = ScriptedWorker()
+    async with open_farm(fleet=worker.start) as farm:
+        submitted = await farm.submit(ONE, "one")
+        await worker.hello()
+        order = await started(farm, worker)
+        output = await worker.upload(output_path(farm, order))
+        await worker.speak(report(order, Succeeded(outputs=(output,))))
+        with sqlite3.connect(farm.settings.state_dir / "journal.sqlite3") as database:
+            frames = [body for (body,) in database.execute("SELECT body FROM journal_frames")]
+        database.close()
+        assert any(b'"step-built"' in frame for frame in frames)
+        assert (await farm.ended(submitted.id)).state is SubmissionState.SUCCEEDED
+
+
+async def test_an_order_carries_the_derivation_and_its_resolved_inputs(open_farm: OpenFarm) -> None:
+    worker = ScriptedWorker()
+    async with open_farm(fleet=worker.start) as farm:
+        submitted = await farm.submit(ONE, "two")
+        await worker.hello()
+        one = await started(farm, worker)
+        path = output_path(farm, one)
+        await worker.speak(report(one, Succeeded(outputs=(await worker.upload(path),))))
+        two = await started(farm, worker, 2)
+        assert (two.drv_path, two.inputs, two.attempt) == (submitted.roots[0].drv, (path,), 1)
+        assert two.derivation.startswith(b"Derive(")
+
+
+async def test_a_worker_cannot_publish_a_path_that_is_no_output_of_its_step(open_farm: OpenFarm) -> None:
+    worker = ScriptedWorker()
+    async with open_farm(fleet=worker.start) as farm:
+        submitted = await farm.submit(ONE, "two")
+        await worker.hello()
+        order = await started(farm, worker)
+        other = submitted.roots[0].outputs["out"]
+        await worker.speak(report(order, Succeeded(outputs=(await worker.upload(other),))))
+        await farm.until(lambda: farm.states(submitted.id)["one"] is StepState.READY)
+        assert await farm.coordinator.cache.missing([other]) == {other}
+
+
+@pytest.mark.parametrize("lie", ["no object", "wrong size", "no outputs"])
+async def test_a_false_claim_is_the_farms_fault_and_is_tried_again(open_farm: OpenFarm, lie: str) -> None:
+    worker = ScriptedWorker()
+    async with open_farm(fleet=worker.start) as farm:
+        submitted = await farm.submit(ONE, "one")
+        await worker.hello()
+        order = await started(farm, worker)
+        true = await worker.upload(output_path(farm, order))
+        claims = {
+            "no object": (true.model_copy(update={"url": "nar/" + "0" * 52 + ".nar.zst"}),),
+            "wrong size": (true.model_copy(update={"nar_size": true.nar_size + 8}),),
+            "no outputs": (),
+        }
+        await worker.speak(report(order, Succeeded(outputs=claims[lie])))
+        await farm.until(lambda: farm.states(submitted.id)["one"] is StepState.READY)
+        assert await farm.coordinator.cache.missing([true.path]) == {true.path}
+
+
+async def test_other_bits_for_a_published_path_leave_the_first_and_the_step_is_done(open_farm: OpenFarm) -> None:
+    worker = ScriptedWorker()
+    async with open_farm(fleet=worker.start) as farm:
+        submitted = await farm.submit(ONE, "one")
+        await worker.hello()
+        order = await started(farm, worker)
+        path = output_path(farm, order)
+        first = await worker.upload(path, b"first")
+        await farm.coordinator.cache.publish([candidate(first)])
+        await worker.speak(report(order, Succeeded(outputs=(await worker.upload(path, b"second"),))))
+        assert (await farm.ended(submitted.id)).state is SubmissionState.SUCCEEDED
+        narinfo = await farm.coordinator.cache.narinfo(path.rpartition("/")[2][:32])
+        assert narinfo is not None
+        assert first.nar_hash.encode() in narinfo
+
+
+async def test_a_start_that_did_not_get_through_heals_by_heartbeats(open_farm: OpenFarm) -> None:
+    worker, clock = ScriptedWorker(), ManualClock()
+    worker.unreachable = True
+    async with open_farm(fleet=worker.start, clock=clock) as farm:
+        submitted = await farm.submit(ONE, "one")
+        await worker.hello()
+        await farm.until(lambda: farm.states(submitted.id)["one"] is StepState.RUNNING)
+        worker.unreachable = False
+        clock.time += 60
+        await worker.speak()
+        order = await started(farm, worker)
+        assert order.attempt == 1
+
+
+async def test_a_lost_worker_frees_its_steps_and_its_late_report_changes_nothing(open_farm: OpenFarm) -> None:
+    worker, clock = ScriptedWorker(), ManualClock()
+    async with open_farm(fleet=worker.start, clock=clock) as farm:
+        submitted = await farm.submit(ONE, "one")
+        await worker.hello()
+        first = await started(farm, worker)
+        await worker.tell(WorkerSilent("w", "1", "no answer"))
+        assert (await farm.client.workers())[0].state == "silent"
+        await worker.tell(WorkerGone("w", "1", "killed"))
+        assert (await farm.client.workers())[0].state == "gone"
+        clock.time += 600
+        await worker.hello("2")
+        second = await started(farm, worker, 2)
+        assert (first.attempt, second.attempt) == (1, 2)
+        late = Failed(reason="permanent", message="late")
+        await worker.speak(report(first, late), holds=[second], incarnation="2")
+        assert farm.states(submitted.id)["one"] is StepState.RUNNING
+
+
+async def test_repeated_and_unasked_log_chunks_change_nothing(open_farm: OpenFarm) -> None:
+    worker = ScriptedWorker()
+    async with open_farm(fleet=worker.start) as farm:
+        await farm.submit(ONE, "one")
+        await worker.hello()
+        order = await started(farm, worker)
+
+        def chunk(offset: int, data: bytes, step: str = order.step, attempt: int = 1) -> LogChunk:
+            return LogChunk(step=step, attempt=attempt, offset=offset, data=data)
+
+        await worker.speak(chunk(0, b"hello "), chunk(0, b"hello "), chunk(3, b"lo wor"), holds=[order])
+        await worker.speak(chunk(9, b"ld"), chunk(0, b"x", "../../etc"), chunk(0, b"x", attempt=9), holds=[order])
+        stage = StageChange(step=order.step, attempt=1, stage=Stage.BUILDING, phase="check", at=1.0)
+        await worker.speak(stage, holds=[order])
+        assert b"".join([part async for part in farm.client.log(order.step)]) == b"hello world"
+        view = await farm.client.step(order.step)
+        assert (view.stage, view.phase, view.worker) == ("building", "check", "w")
+        logs = [path.name for path in (farm.settings.state_dir / "logs").rglob("*.log")]
+        assert logs == ["1.log"]
+
+
+async def test_when_facts_cannot_be_stored_nothing_is_done_and_the_coordinator_stops(
+    open_farm: OpenFarm, settings: Settings
+) -> None:
+    worker = ScriptedWorker()
+
+    async def lose_the_journal() -> None:
+        async with open_farm(fleet=worker.start) as farm:
+            roots = await farm.evaluate(ONE, "one")
+            await worker.hello()
+            with sqlite3.connect(settings.state_dir / "journal.sqlite3") as database:
+                database.execute("DROP TABLE journal_frames")
+            database.close()
+            with pytest.raises(RefusedError, match="the coordinator is stopping"):
+                await farm.client.submit(SubmitRequest(roots=roots))
+            await asyncio.Event().wait()
+
+    with pytest.raises(ExceptionGroup) as stopped:
+        await lose_the_journal()
+    assert stopped.group_contains(JournalError, match="cannot write the journal: no such table")
+    assert worker.orders == []
+
+
+async def test_serve_says_in_one_sentence_why_it_cannot_start(settings: Settings) -> None:
+    worker = ScriptedWorker()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = settings.model_copy(update={"port": taken.getsockname()[1]})
+        with pytest.raises(ConfigError, match="choose another with --listen"):
+            await serve(busy, worker.start, ready=lambda _: None, stop=asyncio.Event())
+
+
+async def test_serve_answers_until_it_is_told_to_stop(settings: Settings) -> None:
+    worker, stop = ScriptedWorker(), asyncio.Event()
+    urls: list[str] = []
+
+    def ready(farm: Ready) -> None:
+        urls.append(farm.url)
+        stop.set()
+
+    await serve(settings, worker.start, ready=ready, stop=stop)
+    assert urls[0].startswith("http://127.0.0.1:")
