@@ -69,7 +69,7 @@ class Scan:
             and (len(drv.outputs) == 1 or _rising([output.name for output in drv.outputs]))
             and _rising([path for path, _ in drv.input_drvs])
             and _rising(drv.input_srcs)
-            and all([len(names) == 1 or _rising(names) for _, names in drv.input_drvs])
+            and all(map(_rising, [names for _, names in drv.input_drvs if len(names) != 1]))
         )
 
 
@@ -107,7 +107,7 @@ def _input_list(head: list[str], at: int, skeleton: bytes) -> tuple[tuple[str, t
 
 
 def _input_offsets(parts: list[bytes], outputs_end: int, inputs_end: int, skeleton: bytes) -> tuple[int, int]:
-    """Offsets of the text between the brackets of the input derivations, whose strings are `outputs_end` to `inputs_end`."""
+    """Offsets of the text between the brackets of the input derivations; the arguments count strings."""
     # Between two parts lies one quote; the punctuation after the outputs begins with `)],[`.
     start = sum(map(len, parts[: 2 * outputs_end])) + 2 * outputs_end + 4
     if inputs_end == outputs_end:

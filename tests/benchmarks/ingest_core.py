@@ -1,7 +1,7 @@
-"""A synthetic graph of derivations like those of a package set, and what each stage of taking it in costs on one core.
+"""A synthetic graph of derivations like a package set's, and what each stage of its intake costs on one core.
 
-A pure helper: the caller brings the clock. Members have some 40 environment variables, 2 to 4 KB of text with escapes in it, a dozen
-inputs, one to three outputs; one in six is fixed-output. Every path in the graph is true.
+A pure helper: the caller brings the clock. Members have some 40 variables, 2 to 5 KB of text with escapes in
+it, some twelve inputs, one to three outputs; one in six is fixed-output. Every path in the graph is true.
 """
 
 from __future__ import annotations
@@ -111,7 +111,10 @@ def make_graph(count: int, seed: int) -> list[Member]:
 
 
 def measure(members: Sequence[Member], clock: Callable[[], float]) -> dict[str, float]:
-    """Microseconds per derivation of each stage; `clock` gives seconds. `verify` is the whole: parsing, paths, hashes, outputs."""
+    """Microseconds per derivation of each stage; `clock` gives seconds.
+
+    `verify` is the whole, not a part: parsing, the path of the .drv, hash modulo, output paths.
+    """
     stages: dict[str, Callable[[], object]] = {
         "sha256": lambda: [sha256(data).digest() for _, data in members],
         "parse": lambda: [aterm.parse(data) for _, data in members],

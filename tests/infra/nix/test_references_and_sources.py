@@ -1,8 +1,9 @@
-"""Reference scanning agrees with a plain search however the content is cut; sources are what their path says or are refused."""
+"""Scanning finds what a plain search finds, however cut; sources are what their path says or are refused."""
 
 from __future__ import annotations
 
 from hashlib import sha256
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -27,7 +28,7 @@ def test_what_occurs_is_found_however_the_content_is_cut(candidates: set[str], d
     content = b"".join(data.draw(st.lists(st.one_of(parts), max_size=8)))
     cuts = [0, *sorted(data.draw(st.lists(st.integers(0, len(content)), max_size=10))), len(content)]
     scanner = Scanner(candidates)
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         scanner.feed(content[start:end])
     assert scanner.found == {candidate for candidate in candidates if candidate.encode() in content}
 
