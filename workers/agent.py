@@ -94,6 +94,8 @@ class _Run:
     #: The slot, once the machine has given one.
     slot: asyncio.Future[int]
     task: asyncio.Task[None] | None = None
+    #: The task runs, so that it will report.
+    begun: bool = False
     #: Why the task was cancelled; None means that the agent is closing.
     stop: Trouble | None = None
     started_at: float = 0.0
@@ -212,6 +214,7 @@ class Agent:
             if len(self._finished) > REMEMBERED_LEASES:
                 self._finished.popitem(last=False)
         await self._spool.wait(min(wait_s, MAX_WAIT_S))
+        self._check_started()
         last, events, ended = self._spool.take(min(max_bytes, MAX_ANSWER_BYTES))
         return {
             "incarnation": self._incarnation,
@@ -277,6 +280,7 @@ class Agent:
     def _stop_all(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._spool.stop_waiting()
         for run in self._runs.values():
             if run.task is not None:
                 run.task.cancel()
@@ -335,13 +339,15 @@ class Agent:
         if run is None or run.stop is not None or self._machine.state(key) is LeaseState.REPORTING:
             return
         run.stop = why
-        if run.task is None:
-            self._report(key, run, judge_trouble(why))
-        else:
+        if run.task is not None:
             run.task.cancel()
+        if not run.begun:
+            # A task that is cancelled before its first step never gets to report.
+            self._report(key, run, judge_trouble(why))
 
     async def _run(self, key: LeaseKey, run: _Run) -> None:
         """One lease from beginning to report."""
+        run.begun = True
         result: Succeeded | Ending
         try:
             result = await self._work(key, run)
@@ -359,7 +365,8 @@ class Agent:
 
     def _report(self, key: LeaseKey, run: _Run, result: Succeeded | Ending) -> None:
         now = self._clock.now()
-        if not self._machine.report(key, now):
+        reason = result.reason if isinstance(result, Ending) else None
+        if not self._machine.report(key, now, reason):
             return
         told: Succeeded | Failed
         if isinstance(result, Ending):

@@ -239,15 +239,20 @@ class WorkerMachine:
     def built(self, key: LeaseKey, now: float) -> None:
         """The build ended well; its slot is free."""
         held = self._held[key]
-        self._leave_slot(held, now)
         self._move(key, LeaseState.UPLOADING)
+        self._leave_slot(held)
+        self._count_build(now - held.building_at)
 
-    def report(self, key: LeaseKey, now: float) -> bool:
-        """The lease ended, however; False where that is known already."""
+    def report(self, key: LeaseKey, now: float, reason: Reason | None = None) -> bool:
+        """The lease ended, by `reason` or (None) with its outputs; False where that is known already."""
         held = self._held.get(key)
         if held is None or held.state is LeaseState.REPORTING:
             return False
-        self._leave_slot(held, now)
+        if held.state is LeaseState.BUILDING:
+            self._leave_slot(held)
+            if reason == "permanent":
+                # How soon a build was stopped, or broke with its daemon, says nothing about the next.
+                self._count_build(now - held.building_at)
         held.state = LeaseState.REPORTING
         return True
 
@@ -319,12 +324,11 @@ class WorkerMachine:
             raise ValueError(f"lease {key} cannot go from {held.state} to {to}")
         held.state = to
 
-    def _leave_slot(self, held: _Held, now: float) -> None:
-        if held.slot < 0:
-            return
+    def _leave_slot(self, held: _Held) -> None:
         self._free.append(held.slot)
         self._free.sort()
         held.slot = -1
-        took_s = max(0.0, now - held.building_at)
-        mean_s = self._mean_s
-        self._mean_s = took_s if mean_s is None else mean_s + MEAN_WEIGHT * (took_s - mean_s)
+
+    def _count_build(self, took_s: float) -> None:
+        mean_s = took_s if self._mean_s is None else self._mean_s + MEAN_WEIGHT * (took_s - self._mean_s)
+        self._mean_s = max(0.0, mean_s)

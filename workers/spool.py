@@ -198,6 +198,11 @@ class Spool:
                 async with asyncio.timeout_at(until):
                     await self._changed.wait()
 
+    def stop_waiting(self) -> None:
+        """Let the caller of `wait` return now."""
+        self._turn += 1
+        self._changed.set()
+
     def take(self, max_bytes: int) -> tuple[int, list[dict[str, Any]], set[LeaseKey]]:
         """Return the last number, the events after the acknowledged ones that fit, and the leases they end.
 

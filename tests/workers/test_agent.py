@@ -2,18 +2,343 @@
 
 from __future__ import annotations
 
-from workers.protocol import Succeeded
+import asyncio
+import os
+import resource
+import shutil
+import signal
+from hashlib import sha256
+from pathlib import Path
 
-from .conftest import Bench, drv, nar_of, order
+import pytest
+
+from infra.nix.store_path import StorePath
+from workers.agent import AgentError
+from workers.protocol import Failed, Report, Stage, Succeeded
+
+from .conftest import STORE, STORE_DIR, Bench, Told, drv, hash_part, nar_of, order
+
+#: A builder that runs until it is stopped.
+FOREVER = "echo started; while :; do sleep 1; done"
+
+
+def failure(report: Report) -> Failed:
+    assert isinstance(report.result, Failed), report.result
+    return report.result
+
+
+def success(report: Report) -> Succeeded:
+    assert isinstance(report.result, Succeeded), report.result
+    return report.result
+
+
+def processes_with(text: str) -> list[int]:
+    """Processes whose environment or command holds the text."""
+    found = []
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdecimal():
+            try:
+                seen = (directory / "environ").read_bytes() + (directory / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if text.encode() in seen:
+                found.append(int(directory.name))
+    return found
+
+
+def descendants() -> list[int]:
+    """Processes that this one has started, directly."""
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 
 
 async def test_a_build_is_told_with_its_log_and_its_uploaded_output(bench: Bench) -> None:
     told = await bench.agent()
     hello = order(drv("hello", "echo building; echo hello > $out"))
     [report] = await told.build(hello)
-    assert isinstance(report.result, Succeeded), report.result
-    [output] = report.result.outputs
+    [output] = success(report).outputs
     assert b"hello\n" in nar_of(bench, output)
     assert output.references == ()
     assert told.logs[hello.step] == b"building\n"
     assert 0 < report.started_at <= report.building_at <= report.built_at <= report.ended_at
+
+
+async def test_building_what_is_valid_already_tells_the_same_outputs(bench: Bench) -> None:
+    told = await bench.agent()
+    made = drv("again", "echo again > $out")
+    [first] = await told.build(order(made))
+    again = Told(told.agent, ack=told.ack)
+    [second] = await again.build(order(made, attempt=2))
+    assert success(first).outputs == success(second).outputs
+
+
+async def test_several_outputs_are_told_with_the_references_that_nix_found(bench: Bench) -> None:
+    told = await bench.agent()
+    script = "echo $dev $out > $out; echo dev > $dev; mkdir -p $doc; echo $dev > $doc/page"
+    [report] = await told.build(order(drv("multi", script, outputs=("out", "dev", "doc"))))
+    outputs = {output.name: output for output in success(report).outputs}
+    base = {name: output.path.rpartition("/")[2] for name, output in outputs.items()}
+    assert outputs["out"].references == tuple(sorted((base["dev"], base["out"])))
+    assert outputs["doc"].references == (base["dev"],)
+    assert outputs["dev"].references == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [
+        ("empty-file", ": > $out"),
+        ("empty-directory", "mkdir $out"),
+        ("a+b.c?d=e", "mkdir $out; echo x > $out/'q+w.e?r=t'; echo y > \"$out/a b\""),
+        ("five-thousand", "mkdir $out; i=0; while [ $i -lt 5000 ]; do echo $i > $out/$i; i=$((i+1)); done"),
+        ("links", "mkdir $out; ln -s nowhere $out/l; echo '#!' > $out/x; chmod +x $out/x"),
+    ],
+)
+async def test_outputs_of_any_shape_are_uploaded(bench: Bench, name: str, script: str) -> None:
+    told = await bench.agent()
+    [report] = await told.build(order(drv(name, script)))
+    [output] = success(report).outputs
+    nar = nar_of(bench, output)
+    assert output.nar_hash == _nix_hash(nar)
+    other = await bench.agent("two")
+    bench.publish(report)
+    [reuse] = await other.build(order(drv("use", f"ls -a {output.path} > $out"), [output.path]))
+    success(reuse)
+
+
+def _nix_hash(nar: bytes) -> str:
+    from infra.nix.hashing import sha256_text  # noqa: PLC0415 - one use
+
+    return sha256_text(sha256(nar).digest())
+
+
+async def test_a_failing_builder_fails_for_good_with_the_end_of_its_log(bench: Bench) -> None:
+    told = await bench.agent()
+    broken = order(drv("broken", "echo before; echo wrong >&2; exit 3"))
+    failed = failure((await told.build(broken))[0])
+    assert failed.reason == "permanent"
+    assert "exit code 3" in failed.message
+    assert "\x1b" not in failed.message
+    assert told.logs[broken.step] == b"before\nwrong\n"
+
+
+async def test_a_build_that_makes_no_output_fails_for_good(bench: Bench) -> None:
+    told = await bench.agent()
+    failed = failure((await told.build(order(drv("nothing", "true"))))[0])
+    assert failed.reason == "permanent"
+
+
+async def test_a_fixed_output_is_built_and_a_wrong_one_refused(bench: Bench) -> None:
+    told = await bench.agent()
+    digest = sha256(b"fixed\n").hexdigest()
+    path = STORE_DIR.make_fixed_output_path("fixed", "", "sha256", digest)
+    right = drv("fixed", "echo fixed > $out", fixed=(path, "sha256", digest))
+    wrong = drv("fixed", "echo wrong > $out", fixed=(path, "sha256", digest))
+    failed = failure((await told.build(order(wrong)))[0])
+    assert failed.reason == "permanent"
+    assert "hash mismatch" in failed.message
+    [output] = success((await told.build(order(right)))[0]).outputs
+    assert output.ca == f"fixed:{_nix_hash(b'fixed' + bytes([10]))}"
+
+
+async def test_the_log_is_passed_on_byte_for_byte(bench: Bench) -> None:
+    told = await bench.agent()
+    noisy = order(drv("noisy", r"printf '\377\376\001\n\033[1mbold\n'; printf 'no newline'; : > $out"))
+    success((await told.build(noisy))[0])
+    assert told.logs[noisy.step] == b"\xff\xfe\x01\n\x1b[1mbold\nno newline\n"
+
+
+async def test_a_log_beyond_its_limit_is_counted_and_the_build_goes_on(bench: Bench) -> None:
+    told = await bench.agent()
+    script = "i=0; while [ $i -lt 1000 ]; do echo 0123456789; i=$((i+1)); done; : > $out"
+    chatty = order(drv("chatty", script), max_log_bytes=110)
+    success((await told.build(chatty))[0])
+    kept, _, note = told.logs[chatty.step].rpartition(b"drover: ")
+    assert kept == b"0123456789\n" * 10
+    assert note == b"the log is longer than 110 bytes; 10890 bytes were dropped\n"
+
+
+async def test_fifty_megabytes_of_log_pass_through_in_flat_memory(bench: Bench) -> None:
+    told = await bench.agent()
+    line = "x" * 1023
+    script = f"i=0; while [ $i -lt 50000 ]; do echo {line}; i=$((i+1)); done; : > $out"
+    loud = order(drv("loud", script))
+    await told.agent.start_many([loud.dump()])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size = ack = 0
+    done = False
+    while not done:
+        # The listener is slower than the builder, so the spool has to hold the log on disk.
+        await asyncio.sleep(0.1)
+        batch = await told.agent.events(ack, 1 << 20, 5.0)
+        ack = batch["last"]
+        for event in batch["events"]:
+            if event["kind"] == "log":
+                assert event["offset"] == size
+                size += len(event["data"])
+            done = done or event["kind"] == "report"
+    assert size == 50_000 * 1024
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown_kib < 32 * 1024
+    assert not list((bench.root / "one" / "state" / "spool").glob("*.log")) or ack
+    await told.agent.events(ack, 1, 0.0)
+    assert not list((bench.root / "one" / "state" / "spool").glob("*.log"))
+
+
+async def test_phases_are_told_while_a_build_runs(bench: Bench) -> None:
+    told = await bench.agent()
+    phase = """echo '@nix {"action":"setPhase","phase":"checkPhase"}' >&2"""
+    phased = order(drv("phased", f"{phase}; {FOREVER}"))
+    await told.agent.start_many([phased.dump()])
+    await told.until(lambda: any(change.phase == "checkPhase" for change in told.stages))
+    assert told.stages[-1].stage is Stage.BUILDING
+
+
+async def test_a_build_is_stopped_at_its_limit_of_time(bench: Bench) -> None:
+    told = await bench.agent()
+    failed = failure((await told.build(order(drv("slow", FOREVER), timeout_s=1)))[0])
+    assert failed.reason == "permanent"
+    assert "timed out" in failed.message
+
+
+async def test_a_cancelled_build_leaves_no_process_and_the_slot_builds_on(bench: Bench) -> None:
+    told = await bench.agent(slots=1)
+    endless = order(drv("endless", FOREVER))
+    await told.agent.start_many([endless.dump()])
+    await told.until(lambda: told.logs.get(endless.step) == b"started\n")
+    mark = hash_part("endlessout" + FOREVER)
+    assert processes_with(mark)
+    await told.agent.cancel([{"step": endless.step, "attempt": 1}])
+    assert failure((await told.finish(endless))[0]).reason == "cancelled"
+    success((await told.build(order(drv("after", "echo after > $out"))))[0])
+    for _ in range(100):
+        if not processes_with(mark):
+            break
+        await asyncio.sleep(0.1)
+    assert processes_with(mark) == []
+
+
+async def test_cancelling_a_lease_that_is_not_known_or_finished_does_nothing(bench: Bench) -> None:
+    told = await bench.agent()
+    done = order(drv("done", ": > $out"))
+    await told.build(done)
+    await told.agent.cancel([{"step": done.step, "attempt": 1}, {"step": "never", "attempt": 7}])
+    assert not (await told.hear(0.0)).events
+
+
+async def test_the_agent_survives_a_killed_daemon(bench: Bench) -> None:
+    told = await bench.agent(slots=1)
+    victim = order(drv("victim", FOREVER))
+    await told.agent.start_many([victim.dump()])
+    await told.until(lambda: victim.step in told.logs)
+    held = told.agent._slots[0]._open
+    assert held is not None
+    assert held.connection.pid is not None
+    os.kill(held.connection.pid, signal.SIGKILL)
+    failed = failure((await told.finish(victim))[0])
+    assert failed.reason == "infrastructure"
+    assert "connection to the Nix daemon" in failed.message
+    success((await told.build(order(drv("next", ": > $out"))))[0])
+
+
+async def test_a_daemon_that_cannot_be_reopened_is_the_farms_fault(bench: Bench) -> None:
+    told = await bench.agent(slots=1)
+    told.agent._slots[0]._retire()
+    told.agent._slots[0]._open_connection = _unreachable
+    failed = failure((await told.build(order(drv("lost", ": > $out"))))[0])
+    assert failed.reason == "infrastructure"
+
+
+async def _unreachable() -> object:
+    from workers.daemons import DaemonOpener  # noqa: PLC0415 - one use
+
+    return await DaemonOpener(["/nonexistent/nix-daemon"], STORE).open()
+
+
+async def test_an_emulated_system_is_accepted_and_another_is_not(bench: Bench) -> None:
+    told = await bench.agent(emulate=("aarch64-darwin",))
+    mac = order(drv("mac", "echo mac > $out", system="aarch64-darwin"))
+    arm = order(drv("arm", "echo arm > $out", system="riscv64-linux"))
+    here, there = await told.build(mac, arm)
+    success(here)
+    assert failure(there).reason == "infrastructure"
+
+
+async def test_a_feature_that_is_offered_is_accepted_by_nix(bench: Bench) -> None:
+    told = await bench.agent(features=("gpu",))
+    special = order(drv("special", ": > $out", env={"requiredSystemFeatures": "gpu"}))
+    other = order(drv("other", ": > $out", env={"requiredSystemFeatures": "quantum"}))
+    here, there = await told.build(special, other)
+    success(here)
+    assert failure(there).reason == "infrastructure"
+
+
+async def test_nix_options_of_the_operator_reach_the_builds(bench: Bench) -> None:
+    marker = bench.root / "marker"
+    marker.write_text("from the host\n")
+    busybox = shutil.which("busybox")
+    told = await bench.agent(nix_options={"sandbox-paths": f"/bin/sh={busybox} /marker={marker}"})
+    seeing = order(drv("seeing", "read line < /marker; echo $line; : > $out"))
+    success((await told.build(seeing))[0])
+    assert told.logs[seeing.step] == b"from the host\n"
+
+
+async def test_a_derivation_that_cannot_be_read_fails_for_good(bench: Bench) -> None:
+    told = await bench.agent()
+    nonsense = order(drv("nonsense", "true")).model_copy(update={"derivation": b"Derive(nonsense"})
+    failed = failure((await told.build(nonsense))[0])
+    assert failed.reason == "permanent"
+    assert "cannot be read" in failed.message
+
+
+async def test_an_object_store_that_fails_is_the_farms_fault(bench: Bench) -> None:
+    told = await bench.agent()
+    shutil.rmtree(bench.root / "objects")
+    (bench.root / "objects").write_text("a file where the directory was")
+    failed = failure((await told.build(order(drv("homeless", ": > $out"))))[0])
+    assert failed.reason == "infrastructure"
+    assert "could not be uploaded" in failed.message
+
+
+async def test_an_error_that_nobody_foresaw_ends_one_lease_only(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    told = await bench.agent()
+    bad = order(drv("bad", ": > $out")).model_copy(update={"drv_path": f"{STORE}/{hash_part('x')}-no-derivation"})
+    good = order(drv("good", ": > $out"))
+    unforeseen, fine = await told.build(bad, good)
+    assert failure(unforeseen).reason == "infrastructure"
+    assert "\n" not in failure(unforeseen).message
+    success(fine)
+    assert sum(record.exc_info is not None for record in caplog.records) == 1
+
+
+async def test_a_farm_whose_object_store_is_not_seen_here_is_refused(bench: Bench) -> None:
+    told = await bench.agent(greet=False)
+    elsewhere = bench.farm.model_copy(update={"object_store_url": (bench.root / "elsewhere").as_uri()})
+    with pytest.raises(AgentError, match="cannot serve this farm"):
+        await told.agent.hello(elsewhere.dump())
+
+
+async def test_leases_that_come_before_the_greeting_are_handed_back(bench: Bench) -> None:
+    told = await bench.agent(greet=False)
+    assert failure((await told.build(order(drv("early", ": > $out"))))[0]).reason == "returned"
+
+
+async def test_an_agent_that_cannot_reach_nix_says_so_at_its_start(bench: Bench) -> None:
+    with pytest.raises(Exception, match="gives no connection"):
+        await bench.agent(nix_daemon="/nonexistent/nix-daemon")
+
+
+async def test_closing_ends_all_processes_of_the_agent(bench: Bench) -> None:
+    before = set(descendants())
+    told = await bench.agent()
+    endless = order(drv("closing", FOREVER))
+    await told.agent.start_many([endless.dump()])
+    await told.until(lambda: endless.step in told.logs)
+    await told.agent.close()
+    assert set(descendants()) <= before
+    with pytest.raises(AgentError):
+        await told.agent.events(0, 1000, 0.0)
+
+
+def test_store_paths_of_the_bench_are_well_formed() -> None:
+    path, derivation = drv("some", "true")
+    assert STORE_DIR.parse(path) == StorePath(hash_part("drv" + "some" + "true"), "some.drv")
+    assert STORE_DIR.parse(derivation.outputs[0].path).name == "some"

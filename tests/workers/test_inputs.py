@@ -1,0 +1,107 @@
+"""Inputs come from the farm's cache, once, and only what the farm has signed."""
+
+from __future__ import annotations
+
+import pytest
+
+from infra.nix import signing
+from workers.protocol import Failed, Output, Succeeded
+
+from .conftest import STORE, Bench, Told, drv, hash_part, order
+
+
+async def _publish_chain(bench: Bench, told: Told) -> list[Output]:
+    """Three outputs: the second refers to the first, the third, which is large, to the second."""
+    made: list[Output] = []
+    scripts = [
+        "echo first > $out",
+        "mkdir $out; echo {0} > $out/link",
+        (
+            "mkdir $out; echo {0} > $out/link; i=0; while [ $i -lt 40000 ]; do "
+            'echo "$i 0123456789012345678901234567890123456789" >> $out/large; i=$((i+1)); done'
+        ),
+    ]
+    for number, script in enumerate(scripts):
+        inputs = [made[-1].path] if made else []
+        [report] = await told.build(order(drv(f"chain{number}", script.format(*inputs)), inputs))
+        made += bench.publish(report)
+    return made
+
+
+async def test_a_second_worker_fetches_the_closure_of_its_inputs(bench: Bench) -> None:
+    one = await bench.agent("one")
+    chain = await _publish_chain(bench, one)
+    assert bench.cache.questions == []
+    two = await bench.agent("two")
+    use = order(drv("use", f"read line < {chain[2].path}/link; echo $line > $out"), [chain[2].path])
+    [report] = await two.build(use)
+    assert isinstance(report.result, Succeeded), report.result
+    assert report.result.outputs[0].references == (chain[1].path.rpartition("/")[2],)
+    assert bench.cache.questions == [[chain[2].path.rpartition("/")[2]]]
+    for output in chain:
+        assert (bench.root / "two" / "store" / output.path.lstrip("/")).exists()
+
+
+async def test_concurrent_leases_fetch_a_shared_input_once_and_later_ones_ask_nothing(bench: Bench) -> None:
+    one = await bench.agent("one")
+    chain = await _publish_chain(bench, one)
+    two = await bench.agent("two")
+    wanted = chain[1].path
+    reports = await two.build(*(order(drv(f"user{i}", f"cat {wanted}/link; : > $out"), [wanted]) for i in range(2)))
+    assert all(isinstance(report.result, Succeeded) for report in reports)
+    assert len(bench.cache.questions) == 1
+    [later] = await two.build(order(drv("later", ": > $out"), [wanted, chain[0].path]))
+    assert isinstance(later.result, Succeeded)
+    assert len(bench.cache.questions) == 1
+
+
+async def test_an_input_that_the_cache_lacks_is_named_and_the_farms_fault(bench: Bench) -> None:
+    told = await bench.agent()
+    lost = f"{STORE}/{hash_part('lost')}-lost"
+    [report] = await told.build(order(drv("use", ": > $out"), [lost]))
+    assert isinstance(report.result, Failed)
+    assert report.result.reason == "infrastructure"
+    assert lost in report.result.message
+
+
+async def test_an_input_that_is_not_signed_by_the_farm_is_refused(bench: Bench) -> None:
+    one = await bench.agent("one")
+    bench.cache.key = signing.generate("farm-1", b"x" * 32)
+    [report] = await one.build(order(drv("foreign", ": > $out")))
+    [output] = bench.publish(report)
+    two = await bench.agent("two")
+    [refused] = await two.build(order(drv("use", ": > $out"), [output.path]))
+    assert isinstance(refused.result, Failed)
+    assert "not signed by a key of the farm" in refused.result.message
+    assert not (bench.root / "two" / "store" / output.path.lstrip("/")).exists()
+
+
+@pytest.mark.parametrize("damage", ["gone", "corrupt"])
+async def test_an_object_that_is_gone_or_corrupt_is_the_farms_fault_and_mends(bench: Bench, damage: str) -> None:
+    one = await bench.agent("one")
+    chain = await _publish_chain(bench, one)
+    objects = bench.root / "objects" / chain[2].url
+    whole = objects.read_bytes()
+    if damage == "gone":
+        objects.unlink()
+    else:
+        objects.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+    two = await bench.agent("two")
+    made = drv("use", ": > $out")
+    [failed] = await two.build(order(made, [chain[2].path]))
+    assert isinstance(failed.result, Failed)
+    assert failed.result.reason == "infrastructure"
+    assert chain[2].path in failed.result.message
+    objects.write_bytes(whole)
+    [mended] = await Told(two.agent, ack=two.ack).build(order(made, [chain[2].path], attempt=2))
+    assert isinstance(mended.result, Succeeded), mended.result
+
+
+async def test_a_cache_that_does_not_answer_is_the_farms_fault(bench: Bench) -> None:
+    told = await bench.agent(greet=False)
+    away = bench.farm.model_copy(update={"cache_url": "http://127.0.0.1:9/cache"})
+    await told.agent.hello(away.dump())
+    [report] = await told.build(order(drv("use", ": > $out"), [f"{STORE}/{hash_part('some')}-some"]))
+    assert isinstance(report.result, Failed)
+    assert report.result.reason == "infrastructure"
+    assert away.cache_url in report.result.message

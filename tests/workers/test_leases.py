@@ -1,0 +1,166 @@
+"""What a coordinator can rely on: nothing is lost, nothing is built twice, what waits too long comes back."""
+
+from __future__ import annotations
+
+import asyncio
+
+from workers.protocol import Batch, Failed, Hello, Stage, Succeeded
+
+from .conftest import PATIENCE_S, Bench, Told, drv, order
+
+FOREVER = "echo started; while :; do sleep 1; done"
+
+
+async def _ask(told: Told, ack: int, max_bytes: int = 1 << 20) -> Batch:
+    return Batch.model_validate(await told.agent.events(ack, max_bytes, 5.0))
+
+
+async def _until_reported(told: Told) -> Batch:
+    """Ask without ever acknowledging until a report is in the answer."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            batch = await _ask(told, 0)
+            if any(event.kind == "report" for event in batch.events):
+                return batch
+            await asyncio.sleep(0.05)
+
+
+async def test_what_is_not_acknowledged_is_told_again(bench: Bench) -> None:
+    told = await bench.agent()
+    said = order(drv("said", "echo said; : > $out"))
+    await told.agent.start_many([said.dump()])
+    first = await _until_reported(told)
+    again = await _ask(told, 0)
+    assert again.events == first.events
+    assert [event.kind for event in first.events if event.kind != "stage"] == ["log", "report"]
+    after = Batch.model_validate(await told.agent.events(first.last, 1 << 20, 0.0))
+    assert after.events == ()
+    assert after.last == first.last
+
+
+async def test_an_acknowledgement_of_another_incarnation_forgets_nothing(bench: Bench) -> None:
+    told = await bench.agent()
+    said = order(drv("said", ": > $out"))
+    await told.agent.start_many([said.dump()])
+    await told.agent.events(10_000, 1 << 20, 0.0)
+    await told.finish(said)
+
+
+async def test_a_small_answer_carries_at_least_one_event_and_the_rest_follows(bench: Bench) -> None:
+    told = await bench.agent()
+    orders = [order(drv(f"small{number}", f"echo {number}; : > $out")) for number in range(4)]
+    await told.agent.start_many([one.dump() for one in orders])
+    async with asyncio.timeout(PATIENCE_S):
+        while len(told.reports) < len(orders):
+            batch = await told.hear(max_bytes=1)
+            assert len(batch.events) <= 1
+    assert told.logs == {one.step: b"%d\n" % number for number, one in enumerate(orders)}
+
+
+async def test_a_repeated_start_is_a_no_op_before_during_and_after_the_build(bench: Bench) -> None:
+    told = await bench.agent()
+    once = order(drv("once", "echo ran; : > $out"))
+    await told.agent.start_many([once.dump(), once.dump()])
+    await told.agent.start_many([once.dump()])
+    [report] = await told.finish(once)
+    await told.agent.start_many([once.dump()])
+    await told.hear(0.0)
+    await told.agent.start_many([once.dump()])
+    assert (await told.hear(0.3)).leases == ()
+    assert isinstance(report.result, Succeeded)
+    assert told.logs[once.step] == b"ran\n"
+
+
+async def test_a_lease_is_held_until_its_report_is_in_the_answer(bench: Bench) -> None:
+    told = await bench.agent(slots=1)
+    held = order(drv("held", FOREVER))
+    await told.agent.start_many([held.dump()])
+    await told.until(lambda: any(change.stage is Stage.BUILDING for change in told.stages))
+    assert [(lease.step, lease.stage) for lease in told.batches[-1].leases] == [(held.step, Stage.BUILDING)]
+    hello = Hello.model_validate(await told.agent.hello(bench.farm.dump()))
+    assert [lease.step for lease in hello.leases] == [held.step]
+    assert hello.incarnation == told.batches[-1].incarnation
+    await told.agent.cancel([{"step": held.step, "attempt": 1}])
+    await told.finish(held)
+    assert told.batches[-1].leases == ()
+    assert told.batches[-1].capacity == 1
+
+
+async def test_leases_behind_busy_slots_are_handed_back(bench: Bench) -> None:
+    told = await bench.agent(slots=1)
+    busy, behind = order(drv("busy", FOREVER)), order(drv("behind", ": > $out"))
+    await told.agent.start_many([busy.dump(), behind.dump()])
+    [returned] = await told.finish(behind)
+    assert isinstance(returned.result, Failed)
+    assert returned.result.reason == "returned"
+    assert returned.building_at == 0
+    assert busy.step not in told.reports
+    await told.agent.cancel([{"step": busy.step, "attempt": 1}])
+    await told.finish(busy)
+    [later] = await Told(told.agent, ack=told.ack).build(behind.model_copy(update={"attempt": 2}))
+    assert isinstance(later.result, Succeeded)
+
+
+async def test_a_queued_lease_can_be_cancelled(bench: Bench) -> None:
+    told = await bench.agent(slots=1)
+    busy, behind = order(drv("busy", FOREVER)), order(drv("behind", ": > $out"))
+    await told.agent.start_many([busy.dump(), behind.dump()])
+    await told.agent.cancel([{"step": behind.step, "attempt": 1}])
+    [cancelled] = await told.finish(behind)
+    assert isinstance(cancelled.result, Failed)
+    assert cancelled.result.reason == "cancelled"
+
+
+async def test_a_draining_worker_finishes_what_runs_and_hands_back_the_rest(bench: Bench) -> None:
+    told = await bench.agent(slots=1)
+    running = order(drv("running", "echo started; sleep 1; : > $out"))
+    await told.agent.start_many([running.dump()])
+    await told.until(lambda: running.step in told.logs)
+    await told.agent.drain(True)
+    refused = order(drv("refused", ": > $out"))
+    [returned] = await told.build(refused)
+    assert isinstance(returned.result, Failed)
+    assert returned.result.reason == "returned"
+    [finished] = await told.finish(running)
+    assert isinstance(finished.result, Succeeded)
+    assert told.batches[-1].draining
+    assert told.batches[-1].capacity == 0
+    await told.agent.drain(False)
+    [again] = await Told(told.agent, ack=told.ack).build(refused.model_copy(update={"attempt": 2}))
+    assert isinstance(again.result, Succeeded)
+
+
+async def test_short_builds_raise_the_capacity_beyond_the_slots(bench: Bench) -> None:
+    told = await bench.agent(slots=1)
+    assert (await told.hear(0.0)).capacity == 1
+    for number in range(3):
+        await told.build(order(drv(f"quick{number}", ": > $out")))
+    assert 1 < (await told.hear(0.0)).capacity <= 9
+
+
+async def test_a_new_poll_ends_the_one_that_still_waits(bench: Bench) -> None:
+    told = await bench.agent()
+    parked = asyncio.create_task(told.agent.events(0, 1 << 20, 30.0))
+    await asyncio.sleep(0.05)
+    newer = asyncio.create_task(told.agent.events(0, 1 << 20, 0.1))
+    async with asyncio.timeout(5):
+        assert (await parked)["events"] == []
+        assert (await newer)["events"] == []
+
+
+async def test_an_agent_that_starts_anew_has_another_incarnation_and_sweeps_its_spool(bench: Bench) -> None:
+    first = await bench.agent()
+    done = order(drv("done", "echo log; : > $out"))
+    await first.agent.start_many([done.dump()])
+    said = await _until_reported(first)
+    await first.agent.close()
+    assert (bench.root / "one" / "state" / "spool" / "reports.jsonl").read_bytes()
+    second = await bench.agent()
+    batch = await _ask_now(second)
+    assert batch.events == ()
+    assert batch.incarnation != said.incarnation
+    assert not (bench.root / "one" / "state" / "spool" / "reports.jsonl").read_bytes()
+
+
+async def _ask_now(told: Told) -> Batch:
+    return Batch.model_validate(await told.agent.events(0, 1 << 20, 0.0))

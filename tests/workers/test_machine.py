@@ -1,0 +1,288 @@
+"""The worker's decisions: a table of verdicts, and a machine that no order of events can confuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from infra.daemon import BuildStatus
+from workers.machine import (
+    HAND_BACK_S,
+    MAX_BACKLOG_PER_SLOT,
+    MAX_UPLOADS_PER_SLOT,
+    STATUS_POLICY,
+    TROUBLE_POLICY,
+    Build,
+    Fetch,
+    HandBack,
+    LeaseKey,
+    LeaseState,
+    Trouble,
+    WorkerMachine,
+    judge_status,
+    judge_trouble,
+)
+
+A, B, C = ("a", 1), ("b", 1), ("c", 1)
+
+
+@pytest.mark.parametrize("status", list(BuildStatus))
+def test_success_is_exactly_what_the_daemon_calls_success(status: BuildStatus) -> None:
+    assert (judge_status(status, "") is None) == status.is_success
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (BuildStatus.PERMANENT_FAILURE, "permanent"),
+        (BuildStatus.OUTPUT_REJECTED, "permanent"),
+        (BuildStatus.TIMED_OUT, "permanent"),
+        (BuildStatus.LOG_LIMIT_EXCEEDED, "permanent"),
+        (BuildStatus.NOT_DETERMINISTIC, "permanent"),
+        (BuildStatus.HASH_MISMATCH, "permanent"),
+        (BuildStatus.INPUT_REJECTED, "infrastructure"),
+        (BuildStatus.TRANSIENT_FAILURE, "infrastructure"),
+        (BuildStatus.MISC_FAILURE, "infrastructure"),
+    ],
+)
+def test_a_status_has_one_reason(status: BuildStatus, reason: str) -> None:
+    ending = judge_status(status, "said the daemon")
+    assert ending is not None
+    assert ending.reason == reason
+    assert ending.message.endswith("said the daemon")
+
+
+def test_every_status_and_every_trouble_stands_in_the_table() -> None:
+    assert set(STATUS_POLICY) == set(BuildStatus)
+    assert set(TROUBLE_POLICY) == set(Trouble)
+
+
+@given(st.integers(min_value=16))
+def test_a_status_of_a_newer_nix_is_never_a_success(status: int) -> None:
+    ending = judge_status(status, "")
+    assert ending is not None
+    assert ending.reason == "infrastructure"
+
+
+def test_a_builder_that_was_killed_is_told_with_the_likely_cause() -> None:
+    ending = judge_status(BuildStatus.PERMANENT_FAILURE, "builder failed due to signal 9 (Killed)")
+    assert ending is not None
+    assert "memory" in ending.message
+
+
+def test_trouble_is_told_with_its_detail() -> None:
+    assert judge_trouble(Trouble.INPUT_MISSING, "x").message == "an input could not be fetched: x"
+
+
+def ready(machine: WorkerMachine, *keys: LeaseKey, now: float = 0.0) -> None:
+    for key in keys:
+        machine.accept(key, now)
+    machine.next_actions(now)
+    for key in keys:
+        machine.fetched(key)
+
+
+def test_slots_are_given_in_order_of_arrival_to_leases_whose_inputs_are_there() -> None:
+    machine = WorkerMachine(1)
+    for key in (A, B, C):
+        assert machine.accept(key, 0.0)
+    assert machine.next_actions(0.0) == [Fetch(A), Fetch(B), Fetch(C)]
+    machine.fetched(C)
+    assert machine.next_actions(0.1) == [Build(C, 0)]
+    machine.fetched(B)
+    machine.fetched(A)
+    assert machine.next_actions(0.2) == []
+    machine.built(C, 0.3)
+    assert machine.next_actions(0.3) == [Build(A, 0)]
+
+
+def test_a_lease_behind_busy_slots_goes_back_once_and_one_with_a_slot_to_come_does_not() -> None:
+    machine = WorkerMachine(2)
+    ready(machine, A)
+    machine.next_actions(0.0)
+    machine.accept(B, 0.0)
+    machine.accept(C, 0.0)
+    machine.next_actions(0.0)
+    assert machine.deadline(0.0) == HAND_BACK_S
+    assert machine.next_actions(HAND_BACK_S - 0.01) == []
+    assert machine.next_actions(HAND_BACK_S) == [HandBack(C)]
+    assert machine.next_actions(HAND_BACK_S) == []
+    assert machine.deadline(HAND_BACK_S) is None
+
+
+def test_a_slot_is_free_while_its_last_build_uploads_but_not_without_bound() -> None:
+    machine = WorkerMachine(1)
+    keys = [(str(number), 1) for number in range(MAX_UPLOADS_PER_SLOT + 1)]
+    ready(machine, *keys)
+    for key in keys[:-1]:
+        assert machine.next_actions(0.0) == [Build(key, 0)]
+        machine.built(key, 60.0)
+    assert machine.capacity() == 1 + MAX_UPLOADS_PER_SLOT
+    assert machine.next_actions(0.0) == []
+    machine.report(keys[0], 61.0)
+    assert machine.next_actions(0.0) == [Build(keys[-1], 0)]
+
+
+@pytest.mark.parametrize(
+    ("durations", "backlog"),
+    [([], 0), ([60.0], 0), ([0.26], 0), ([0.1], 2), ([0.02], MAX_BACKLOG_PER_SLOT), ([0.0], MAX_BACKLOG_PER_SLOT)],
+)
+def test_the_backlog_is_a_quarter_second_of_recent_builds(durations: list[float], backlog: int) -> None:
+    machine = WorkerMachine(2)
+    now = 0.0
+    for number, took_s in enumerate(durations):
+        key = (str(number), 1)
+        ready(machine, key, now=now)
+        machine.next_actions(now)
+        now += took_s
+        machine.built(key, now)
+        machine.report(key, now)
+        machine.acknowledged(key)
+    assert machine.backlog == 2 * backlog
+    assert machine.capacity() == 2 + 2 * backlog
+
+
+def test_a_long_build_ends_the_backlog_of_short_ones_soon() -> None:
+    machine = WorkerMachine(1)
+    now = 0.0
+    for number, took_s in enumerate([0.01] * 50 + [10.0]):
+        key = (str(number), 1)
+        ready(machine, key, now=now)
+        machine.next_actions(now)
+        now += took_s
+        machine.built(key, now)
+        machine.report(key, now)
+        machine.acknowledged(key)
+    assert machine.backlog == 0
+
+
+def test_a_report_in_the_answer_no_longer_counts_for_the_capacity() -> None:
+    machine = WorkerMachine(1)
+    ready(machine, A)
+    machine.next_actions(0.0)
+    machine.report(A, 60.0)
+    assert machine.capacity() == 2
+    assert machine.capacity({A}) == 1
+
+
+@pytest.mark.parametrize("step", ["fetched", "built", "acknowledged"])
+def test_steps_out_of_order_are_refused(step: str) -> None:
+    machine = WorkerMachine(1)
+    machine.accept(A, 0.0)
+    call = getattr(machine, step)
+    with pytest.raises(ValueError, match="lease"):
+        call(A, 0.0) if step == "built" else call(A)
+
+
+@dataclass
+class _Seen:
+    built_in: int | None = None
+    asked_back: int = 0
+    reported: bool = False
+    fetches: int = 0
+    since: float = field(default=0.0)
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Leases come, end and are acknowledged in any order that a shell can produce."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.machine = WorkerMachine(2)
+        self.seen: dict[LeaseKey, _Seen] = {}
+        self.now = 0.0
+        self.number = 0
+
+    def in_state(self, *states: LeaseState) -> list[LeaseKey]:
+        return [key for key, state in self.machine.held() if state in states]
+
+    def act(self) -> None:
+        for action in self.machine.next_actions(self.now):
+            seen = self.seen[action.key]
+            match action:
+                case Fetch():
+                    seen.fetches += 1
+                case Build(slot=slot):
+                    seen.built_in = slot
+                case HandBack():
+                    seen.asked_back += 1
+                    assert seen.built_in is None
+
+    @rule(passed=st.sampled_from([0.0, 0.01, 0.5, 3.0]))
+    def time_passes(self, passed: float) -> None:
+        self.now += passed
+        self.act()
+
+    @rule(count=st.integers(1, 4))
+    def leases_come(self, count: int) -> None:
+        for _ in range(count):
+            self.number += 1
+            key = (f"step{self.number}", 1)
+            assert self.machine.accept(key, self.now)
+            assert not self.machine.accept(key, self.now)
+            self.seen[key] = _Seen(since=self.now)
+        self.act()
+
+    @precondition(lambda self: self.in_state(LeaseState.FETCHING))
+    @rule(data=st.data())
+    def inputs_arrive(self, data: st.DataObject) -> None:
+        self.machine.fetched(data.draw(st.sampled_from(self.in_state(LeaseState.FETCHING))))
+        self.act()
+
+    @precondition(lambda self: self.in_state(LeaseState.BUILDING))
+    @rule(data=st.data())
+    def a_build_ends(self, data: st.DataObject) -> None:
+        self.machine.built(data.draw(st.sampled_from(self.in_state(LeaseState.BUILDING))), self.now)
+        self.act()
+
+    @precondition(lambda self: list(self.machine.held()))
+    @rule(data=st.data())
+    def a_lease_ends(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from([key for key, _ in self.machine.held()]))
+        assert self.machine.report(key, self.now) != self.seen[key].reported
+        self.seen[key].reported = True
+        self.act()
+
+    @precondition(lambda self: self.in_state(LeaseState.REPORTING))
+    @rule(data=st.data())
+    def a_report_is_acknowledged(self, data: st.DataObject) -> None:
+        self.machine.acknowledged(data.draw(st.sampled_from(self.in_state(LeaseState.REPORTING))))
+        self.act()
+
+    @rule(on=st.booleans())
+    def draining_changes(self, on: bool) -> None:
+        self.machine.draining = on
+        self.act()
+
+    @invariant()
+    def each_slot_is_used_once(self) -> None:
+        slots = [self.seen[key].built_in for key in self.in_state(LeaseState.BUILDING)]
+        assert sorted([*slots, *self.machine._free]) == [0, 1]
+
+    @invariant()
+    def no_ready_lease_waits_for_a_free_slot(self) -> None:
+        uploads = len(self.in_state(LeaseState.UPLOADING))
+        if self.machine._free and uploads < self.machine.max_uploads and not self.machine.draining:
+            assert not [key for key in self.in_state(LeaseState.READY) if not self.seen[key].asked_back]
+
+    @invariant()
+    def nothing_is_asked_for_twice(self) -> None:
+        assert all(seen.asked_back <= 1 and seen.fetches <= 1 for seen in self.seen.values())
+
+    @invariant()
+    def the_deadline_lies_ahead(self) -> None:
+        deadline = self.machine.deadline(self.now)
+        assert deadline is None or deadline > self.now
+
+    @invariant()
+    def capacity_covers_what_ends(self) -> None:
+        ending = len(self.in_state(LeaseState.UPLOADING, LeaseState.REPORTING))
+        assert self.machine.draining or self.machine.capacity() >= 2 + ending
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

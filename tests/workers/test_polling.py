@@ -1,0 +1,225 @@
+"""The loop between a transport and a coordinator: order, acknowledgement, silence, death."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from workers import polling
+from workers.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
+from workers.local_fleet import InProcessFleet
+from workers.polling import AgentDead, AgentRoster, AgentUnavailable, poll_agent
+from workers.protocol import PROTOCOL_VERSION, FarmInfo, Lease, Report, Stage, StageChange, Succeeded
+
+from .conftest import PATIENCE_S, Bench, drv, order
+
+FARM = FarmInfo(cache_url="http://farm/cache", public_keys=(), object_store_url="file:///objects")
+FOREVER = "echo started; while :; do sleep 1; done"
+
+
+def hello(incarnation: str = "i1", protocol: int = PROTOCOL_VERSION) -> dict[str, Any]:
+    return {
+        "protocol": protocol,
+        "worker": "w",
+        "incarnation": incarnation,
+        "systems": ["x86_64-linux"],
+        "emulated": [],
+        "features": [],
+        "mandatory_features": [],
+        "slots": 1,
+        "capacity": 1,
+        "nix_version": "2.8.0",
+        "leases": [],
+    }
+
+
+def batch(last: int, incarnation: str = "i1") -> dict[str, Any]:
+    event = StageChange(step="s", attempt=1, stage=Stage.BUILDING, at=1.0).dump()
+    return {"incarnation": incarnation, "last": last, "events": [event], "capacity": 1, "leases": []}
+
+
+class Script:
+    """A transport that answers as written; after the last line the agent is dead."""
+
+    def __init__(self, *lines: dict[str, Any] | Exception) -> None:
+        self._lines = list(lines)
+        self.acks: list[int] = []
+
+    def _next(self) -> dict[str, Any]:
+        line = self._lines.pop(0) if self._lines else AgentDead("the script ended")
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
+        assert farm == FARM.dump()
+        return self._next()
+
+    async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
+        assert max_bytes > 0
+        assert wait_s > 0
+        self.acks.append(ack)
+        return self._next()
+
+    async def start_many(self, orders: list[dict[str, Any]]) -> None:
+        raise NotImplementedError
+
+    async def cancel(self, leases: list[dict[str, Any]]) -> None:
+        raise NotImplementedError
+
+    async def drain(self, on: bool) -> None:
+        assert on
+        await asyncio.sleep(3600)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polling, "RETRY_FIRST_S", 0.001)
+    monkeypatch.setattr(polling, "RETRY_LONGEST_S", 0.002)
+    monkeypatch.setattr(polling, "CALL_DEADLINE_S", 5.0)
+
+
+async def heard(script: Script) -> list[FleetEvent]:
+    said: list[FleetEvent] = []
+
+    async def sink(event: FleetEvent) -> None:
+        said.append(event)
+
+    async with asyncio.timeout(PATIENCE_S):
+        await poll_agent("node", script, FARM, sink)
+    return said
+
+
+def names(events: list[FleetEvent]) -> list[str]:
+    return [type(event).__name__.removeprefix("Worker") for event in events]
+
+
+async def test_batches_are_told_in_order_and_acknowledged_with_the_next_call() -> None:
+    script = Script(hello(), batch(3), batch(7))
+    said = await heard(script)
+    assert names(said) == ["Connected", "Spoke", "Spoke", "Gone"]
+    assert script.acks == [0, 3, 7]
+    assert said[-1] == WorkerGone("w", "i1", "the script ended")
+
+
+async def test_a_batch_whose_sink_failed_is_never_acknowledged() -> None:
+    script = Script(hello(), batch(3), batch(7))
+
+    async def sink(event: FleetEvent) -> None:
+        if names([event]) == ["Spoke"]:
+            raise RuntimeError("the journal is full")
+
+    with pytest.raises(RuntimeError, match="journal"):
+        await poll_agent("node", script, FARM, sink)
+    assert script.acks == [0]
+
+
+async def test_silence_is_told_once_and_a_repeated_greeting_keeps_the_place() -> None:
+    away = AgentUnavailable("no answer")
+    script = Script(hello(), batch(3), away, away, away, hello(), batch(5))
+    said = await heard(script)
+    assert names(said) == ["Connected", "Spoke", "Silent", "Connected", "Spoke", "Gone"]
+    assert said[2] == WorkerSilent("w", "i1", "no answer")
+    assert script.acks == [0, 3, 3, 5]
+
+
+async def test_a_new_incarnation_is_greeted_and_starts_from_nothing() -> None:
+    script = Script(hello("i1"), batch(3, "i1"), batch(1, "i2"), hello("i2"), batch(1, "i2"))
+    said = await heard(script)
+    assert names(said) == ["Connected", "Spoke", "Connected", "Spoke", "Gone"]
+    assert script.acks == [0, 3, 0, 1]
+
+
+@pytest.mark.parametrize("answer", [{"worker": "w"}, hello(protocol=PROTOCOL_VERSION + 1)])
+async def test_an_agent_that_cannot_be_understood_is_silent(answer: dict[str, Any]) -> None:
+    said = await heard(Script(answer, hello()))
+    assert names(said) == ["Silent", "Connected", "Gone"]
+
+
+async def test_an_answer_that_cannot_be_read_is_not_acknowledged() -> None:
+    script = Script(hello(), {"incarnation": "i1", "last": 9}, hello(), batch(1))
+    assert names(await heard(script)) == ["Connected", "Silent", "Connected", "Spoke", "Gone"]
+    assert script.acks == [0, 0, 1]
+
+
+async def test_an_agent_that_was_never_reached_and_dies_is_gone_under_its_nodes_name() -> None:
+    assert await heard(Script(AgentDead("node lost"))) == [WorkerGone("node", "", "node lost")]
+
+
+async def test_a_call_without_answer_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polling, "CALL_DEADLINE_S", 0.01)
+    roster = AgentRoster(FARM)
+    connected = asyncio.Event()
+    hold = asyncio.Event()
+
+    async def sink(event: FleetEvent) -> None:
+        connected.set()
+        await hold.wait()
+
+    task = asyncio.create_task(roster.serve("node", Script(hello()), sink))
+    await connected.wait()
+    assert roster.workers == ("w",)
+    with pytest.raises(FleetError, match="did not answer `drain`"):
+        await roster.drain("w", on=True)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    assert roster.workers == ()
+    with pytest.raises(FleetError, match="not connected"):
+        await roster.cancel("w", [Lease(step="s", attempt=1)])
+
+
+class Listener:
+    """A sink that wakes whoever waits for something."""
+
+    def __init__(self) -> None:
+        self.said: list[FleetEvent] = []
+        self._more = asyncio.Condition()
+
+    async def __call__(self, event: FleetEvent) -> None:
+        async with self._more:
+            self.said.append(event)
+            self._more.notify_all()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S), self._more:
+            await self._more.wait_for(condition)
+
+    def connected(self) -> set[str]:
+        return {event.hello.worker for event in self.said if isinstance(event, WorkerConnected)}
+
+    def reports(self) -> dict[str, Report]:
+        return {
+            event.step: event
+            for spoke in self.said
+            if isinstance(spoke, WorkerSpoke)
+            for event in spoke.batch.events
+            if isinstance(event, Report)
+        }
+
+
+async def test_a_fleet_in_this_process_builds_on_all_of_its_agents(bench: Bench) -> None:
+    one, two = await bench.agent("one", slots=1, greet=False), await bench.agent("two", slots=1, greet=False)
+    fleet = InProcessFleet(bench.farm, [one.agent, two.agent])
+    listener = Listener()
+    serving = asyncio.create_task(fleet.run(listener))
+    await listener.until(lambda: listener.connected() == {"one", "two"})
+    first, second = order(drv("first", "echo 1 > $out")), order(drv("second", FOREVER))
+    await fleet.start_many("one", [first])
+    await fleet.start_many("two", [second])
+    await listener.until(lambda: first.step in listener.reports())
+    await fleet.cancel("two", [Lease(step=second.step, attempt=1)])
+    await listener.until(lambda: second.step in listener.reports())
+    assert isinstance(listener.reports()[first.step].result, Succeeded)
+    await fleet.drain("one", on=True)
+    with pytest.raises(FleetError):
+        await fleet.start_many("three", [first])
+    await two.agent.close()
+    await listener.until(lambda: isinstance(listener.said[-1], WorkerSilent))
+    serving.cancel()
+    with suppress(asyncio.CancelledError):
+        await serving

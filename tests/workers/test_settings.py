@@ -1,0 +1,152 @@
+"""What a worker is told becomes one command, and the farm's own options cannot be undone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workers.settings import (
+    FARM_OPTIONS,
+    SETTINGS_VARIABLE,
+    Machine,
+    SettingsError,
+    WorkerSettings,
+    daemon_argv,
+    inspect_machine,
+    load_settings,
+    native_system,
+    nix_options,
+    offer,
+)
+
+LINUX = Machine(system="x86_64-linux", cores=8, busybox="/bin/busybox")
+MAC = Machine(system="aarch64-darwin", cores=8, has_build_users=True)
+
+
+def told(**values: Any) -> WorkerSettings:
+    return WorkerSettings(name="w", state_dir=Path("/state"), **values)
+
+
+@pytest.mark.parametrize(
+    ("machine", "kernel", "system"),
+    [
+        ("x86_64", "Linux", "x86_64-linux"),
+        ("aarch64", "Linux", "aarch64-linux"),
+        ("arm64", "Darwin", "aarch64-darwin"),
+        ("x86_64", "Darwin", "x86_64-darwin"),
+        ("i686", "Linux", "i686-linux"),
+        ("AMD64", "Linux", "x86_64-linux"),
+    ],
+)
+def test_a_machine_is_named_as_nix_names_it(machine: str, kernel: str, system: str) -> None:
+    assert native_system(machine, kernel) == system
+
+
+def test_an_unknown_kernel_is_said_in_one_sentence() -> None:
+    with pytest.raises(SettingsError, match="does not run on windows"):
+        native_system("x86_64", "Windows")
+
+
+def test_on_linux_builds_are_sandboxed_with_a_static_shell_and_without_absent_build_users() -> None:
+    options = nix_options(told(), LINUX)
+    assert options["sandbox"] == "true"
+    assert options["sandbox-paths"] == "/bin/sh=/bin/busybox"
+    assert options["build-users-group"] == ""
+    assert options["sandbox-fallback"] == "false"
+    assert options["substituters"] == options["builders"] == ""
+
+
+def test_on_macos_the_sandbox_is_as_the_machine_has_it() -> None:
+    options = nix_options(told(), MAC)
+    assert options.keys().isdisjoint({"sandbox", "sandbox-paths", "build-users-group"})
+
+
+def test_sandbox_paths_that_the_machine_configures_are_left_alone() -> None:
+    machine = Machine(system="x86_64-linux", cores=1, busybox="/bin/busybox", configures_sandbox_paths=True)
+    assert "sandbox-paths" not in nix_options(told(), machine)
+
+
+def test_an_option_of_the_operator_wins_over_what_was_found() -> None:
+    settings = told(nix_options={"sandbox-paths": "/bin/sh=/my/sh", "sandbox": "relaxed", "cores": "3"})
+    options = nix_options(settings, LINUX)
+    assert (options["sandbox-paths"], options["sandbox"], options["cores"]) == ("/bin/sh=/my/sh", "relaxed", "3")
+
+
+@pytest.mark.parametrize("name", sorted(FARM_OPTIONS))
+def test_an_option_that_the_farm_decides_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="decided by the farm"):
+        told(nix_options={name: "x"})
+
+
+def test_systems_and_features_follow_from_the_settings() -> None:
+    settings = told(emulate=("aarch64-darwin",), features=("gpu",), mandatory_features=("signing",), slots=3)
+    offered = offer(settings, LINUX)
+    assert offered.systems == ("aarch64-darwin", "x86_64-linux")
+    assert offered.emulated == ("aarch64-darwin",)
+    assert offered.features == ("benchmark", "big-parallel", "gpu", "nixos-test", "signing")
+    assert offered.mandatory_features == ("signing",)
+    assert (offered.slots, offered.build_cores) == (3, 2)
+    options = nix_options(settings, LINUX)
+    assert options["extra-platforms"] == "aarch64-darwin"
+    assert options["system-features"] == "benchmark big-parallel gpu nixos-test signing"
+
+
+def test_a_machine_that_is_one_of_its_emulated_systems_does_not_emulate_it() -> None:
+    assert offer(told(emulate=("x86_64-linux",)), LINUX).emulated == ()
+
+
+def test_slots_default_to_the_cores_and_default_features_can_be_left_out() -> None:
+    offered = offer(told(default_features=False), LINUX)
+    assert (offered.slots, offered.build_cores, offered.features) == (8, 1, ())
+
+
+def test_the_command_names_the_store_and_every_option() -> None:
+    argv = daemon_argv(told(store="/chroot"), LINUX)
+    assert argv[:4] == ("nix-daemon", "--stdio", "--store", "/chroot")
+    pairs = {(argv[at + 1], argv[at + 2]) for at, word in enumerate(argv) if word == "--option"}
+    assert pairs == set(nix_options(told(store="/chroot"), LINUX).items())
+    assert "--store" not in daemon_argv(told(), LINUX)
+
+
+def test_only_a_static_busybox_serves_as_the_shell_of_a_sandbox() -> None:
+    from workers.settings import _is_static_elf  # noqa: PLC0415 - the rule behind inspect_machine
+
+    assert not _is_static_elf(Path(shutil.which("env") or "/usr/bin/env"))
+    assert not _is_static_elf(Path(__file__))
+    machine = inspect_machine()
+    assert not machine.busybox or _is_static_elf(Path(machine.busybox))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "not JSON"),
+        ("[]", "settings"),
+        ('{"name": "w"}', "state_dir"),
+        ('{"name": "w", "state_dir": "/s", "colour": 1}', "colour"),
+        ('{"name": "../w", "state_dir": "/s"}', "name"),
+        ('{"name": "w", "state_dir": "/s", "store": "relative"}', "absolute"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named_in_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    path = tmp_path / "worker.json"
+    path.write_text(content)
+    with pytest.raises(SettingsError, match=sentence) as caught:
+        load_settings(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_environment_names_the_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SETTINGS_VARIABLE, raising=False)
+    with pytest.raises(SettingsError, match=SETTINGS_VARIABLE):
+        load_settings()
+    path = tmp_path / "worker.json"
+    monkeypatch.setenv(SETTINGS_VARIABLE, str(path))
+    with pytest.raises(SettingsError, match="cannot read"):
+        load_settings()
+    path.write_text(json.dumps(told(nix_options={"cores": "2"}).model_dump(mode="json")))
+    assert load_settings() == told(nix_options={"cores": "2"})
