@@ -132,9 +132,13 @@ def why(state: FarmState, key: StepKey, now: Instant) -> Reason | None:
 
 
 def stuck(state: FarmState) -> list[StuckClass]:
-    """Return one line per class of requirements with ready steps that no builder offers; cheap where there is none."""
+    """Return one line per class of requirements with ready steps that no builder offers, sorted by class.
+
+    Costs the number of classes, and for each stuck one the number of its ready steps.
+    """
     found: list[StuckClass] = []
-    for requirements in dict.fromkeys(requirements for requirements, _ in state.queues):
+    classes = dict.fromkeys(requirements for requirements, _ in state.queues)
+    for requirements in sorted(classes, key=lambda wanted: (wanted.system, wanted.features)):
         heaps = [queue for key, queue in state.queues.items() if key[0] == requirements and queue.heap]
         if not heaps or any(queue.builders for queue in heaps):
             continue

@@ -39,6 +39,15 @@ class Life:
         self.holder, self.built = None, False
 
 
+@dataclass
+class Admitted:
+    """A builder as the facts tell it."""
+
+    spec: BuilderSpec
+    capacity: int
+    heard: float
+
+
 class Judge:
     """Takes facts one by one."""
 
@@ -46,7 +55,7 @@ class Judge:
         self.attempts = attempts
         self.returns = returns
         self.steps: dict[StepKey, Life] = {}
-        self.builders: dict[BuilderId, tuple[BuilderSpec, int]] = {}
+        self.builders: dict[BuilderId, Admitted] = {}
         self.submissions: set[SubmissionId] = set()
 
     def _must(self, holds: bool, sentence: str, fact: f.Fact) -> None:
@@ -112,9 +121,9 @@ class Judge:
             case f.StepAbandoned():
                 must(self.steps[fact.step].holder is None, "an abandoned step has no open lease", fact)
             case f.BuilderAdmitted():
-                self.builders[fact.builder.id] = (fact.builder, fact.capacity)
+                self.builders[fact.builder.id] = Admitted(fact.builder, fact.capacity, fact.at)
             case f.BuilderRefreshed():
-                self.builders[fact.builder] = (self.builders[fact.builder][0], fact.capacity)
+                self.builders[fact.builder] = Admitted(self.builders[fact.builder].spec, fact.capacity, fact.at)
             case f.BuilderRemoved():
                 held = [key for key, life in self.steps.items() if life.holder == fact.builder and not life.built]
                 must(not held, "a builder is removed after its leases are revoked", fact)
@@ -137,7 +146,8 @@ class Judge:
         recipe = life.recipes[fact.recipe]
         self._must(all(self.steps[need].done for need in recipe.needs), "all needs are done before a lease", fact)
         self._must(fact.builder in self.builders, "only builders that joined get leases", fact)
-        spec, capacity = self.builders[fact.builder]
+        admitted = self.builders[fact.builder]
+        spec = admitted.spec
         wanted = recipe.requirements
         offered = (
             wanted.system in spec.systems | {"builtin"}
@@ -146,7 +156,7 @@ class Judge:
         )
         self._must(offered, "the builder offers what the recipe requires", fact)
         held = sum(other.holder == fact.builder and not other.built for other in self.steps.values())
-        self._must(held < capacity, "no builder is given more than its capacity", fact)
+        self._must(held < admitted.capacity, "no builder is given more than its capacity", fact)
         life.attempt, life.holder = fact.lease.attempt, fact.builder
 
 

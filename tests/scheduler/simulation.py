@@ -29,9 +29,12 @@ def random_graph(chance: random.Random, alternatives: float) -> dict[StepKey, St
         below = chance.sample(keys[:index], min(index, chance.randrange(4)))
         recipes: list[Recipe] = [recipe(*below, system=system, features=features)]
         while chance.random() < alternatives and len(recipes) < 4:
-            others = [other for other in keys if other != key]
+            # Mostly later ones: they stand on this step, perhaps, and would lead back to it.
+            others = keys[index + 1 :] if chance.random() < 0.7 else keys[:index]
             system, features = chance.choice(CLASSES)
-            recipes.append(recipe(*chance.sample(others, chance.randrange(3)), system=system, features=features))
+            recipes.append(
+                recipe(*chance.sample(others, min(len(others), chance.randrange(3))), system=system, features=features)
+            )
         graph[key] = StepSpec(key, tuple(dict.fromkeys(recipes)))
     return graph
 
@@ -46,6 +49,8 @@ def play(seed: int, make_farm: Callable[[], Farm] = Farm) -> World:
     world = World(make_farm)
     graph = random_graph(chance, chance.choice([0.0, 0.3, 0.6]))
     plain = only_first(graph)
+    # Other farms, or earlier lives of this one, have filled the cache.
+    world.cache.update(key for key in graph if chance.random() < chance.choice([0.0, 0.2]))
     # Swarm testing: each seed has some faults often and others never.
     faults = {name: chance.choice([0.0, 0.1, 0.4]) for name in ("lose", "twice", "late", "publish", "break")}
     weights = {operation: chance.choice([0, 1, 3]) for operation in (_kill, _start, _restart, _forget, _cancel)}
@@ -107,7 +112,8 @@ def _finish(world: World, chance: random.Random, graph: dict[StepKey, StepSpec],
     busy = [agent for agent in world.agents.values() if agent.leases]
     if busy:
         agent = _pick(chance, busy)
-        kind = chance.choice(list(FailureKind)) if chance.random() < faults["break"] else None
+        kinds = [FailureKind.PERMANENT, FailureKind.PERMANENT, *FailureKind]
+        kind = chance.choice(kinds) if chance.random() < faults["break"] else None
         world.finish(agent, _pick(chance, agent.leases), kind)
 
 

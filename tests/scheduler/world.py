@@ -17,10 +17,12 @@ from scheduler import invariants
 from scheduler.farm import Farm
 from scheduler.model import BuilderSpec, Failure, FailureKind, Instant, LeaseId, StepKey, StepSpec, SubmissionId
 from scheduler.policy import Limits
+from scheduler.transitions import StepState
 from tests.scheduler.kit import builder
 from tests.scheduler.oracles import Judge, OracleError
 
 LIMITS = Limits()
+READY = StepState.READY
 #: What the drivers choose systems and features from; each has a builder below that can take it.
 CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("linux", ()),
@@ -71,12 +73,35 @@ class World:
 
     def call(self, *events: e.Event) -> None:
         """One call of the core, checked."""
+        doomed = [event.builder for event in events if isinstance(event, e.BuilderLost) and self._is_here(event)]
         facts, effects = self.farm.handle_many(events, Instant(self.now))
         for fact in facts:
             self.judge.take(fact)
         self.facts += facts
         self.orders += effects
         invariants.check(self.farm.state)
+        for name in doomed:
+            if name in self.judge.builders:
+                raise OracleError(f"{name} died and is not removed")
+        for event in events:
+            if isinstance(event, e.SubmissionReceived):
+                built = [key for key in event.held if not self.judge.steps[key].done]
+                if built:
+                    raise OracleError(f"the cache holds {built}, which are to be built")
+        self._check_deadline()
+
+    def _is_here(self, event: e.BuilderLost) -> bool:
+        admitted = self.judge.builders.get(event.builder)
+        return admitted is not None and admitted.spec.incarnation == event.incarnation
+
+    def _check_deadline(self) -> None:
+        deadline = self.farm.deadline()
+        latest = [admitted.heard + LIMITS.lease_ttl_s for admitted in self.judge.builders.values()]
+        latest += [
+            step.not_before for step in self.farm.state.steps.values() if step.state is READY and step.not_before
+        ]
+        if latest and (deadline is None or deadline > min(latest)):
+            raise OracleError(f"the farm wants to sleep until {deadline} and should wake at {min(latest)}")
 
     def submit(
         self, roots: Iterable[StepKey], graph: dict[StepKey, StepSpec], *, later: bool, blind: bool = False
@@ -187,6 +212,8 @@ class World:
         """Withhold nothing more and let every build succeed: then every submission ends and nothing dangles."""
         for agent in self.agents.values():
             self.start(agent)
+        self._deliver_all()
+        self._check_rights()
         for _ in range(600):
             self._deliver_all()
             for agent in self.agents.values():
@@ -201,13 +228,21 @@ class World:
             self.sleep(20.0 if deadline is None else min(20.0, max(0.0, deadline - self.now)))
         else:
             raise OracleError("a submission does not end though nothing is withheld")
+        self._check_rights()
+        busy = [step for step in self.farm.state.steps.values() if step.builder or step.wanted]
+        if busy:
+            raise OracleError(f"leases or wishes are left when all is done: {busy}")
+
+    def _check_rights(self) -> None:
+        """One heartbeat later no agent builds without a right."""
         for agent in self.agents.values():
             self.heartbeat(agent)
         self._deliver_all()
-        busy = [step for step in self.farm.state.steps.values() if step.builder or step.wanted]
-        left = [lease for agent in self.agents.values() for lease in agent.leases]
-        if busy or left:
-            raise OracleError(f"something is left when all is done: {busy} {left}")
+        for agent in self.agents.values():
+            for lease in agent.leases:
+                life = self.judge.steps[lease.step]
+                if (life.holder, life.attempt) != (agent.spec.id, lease.attempt):
+                    raise OracleError(f"{agent.spec.id} still builds {lease} without a right")
 
     def _deliver_all(self) -> None:
         while self.orders or self.mail:

@@ -1,0 +1,263 @@
+"""Rules of the core that a story does not show: bounds, order, impossible inputs, reasons."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler import facts as f
+from scheduler import reasons as r
+from scheduler.effects import StartBuild
+from scheduler.model import BuilderId, FailureKind, ImpossibleError, StepKey
+from scheduler.policy import Limits, LongestPathFirst
+from scheduler.story import story
+from tests.scheduler.kit import (
+    Scene,
+    broke,
+    builder,
+    built,
+    cancel,
+    either,
+    join,
+    published,
+    recipe,
+    report,
+    step,
+    submit,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+INFRA, PERMANENT, RETURNED = FailureKind.INFRASTRUCTURE, FailureKind.PERMANENT, FailureKind.RETURNED
+
+
+def build(scene: Scene, key: str, by: str = "b", attempt: int = 1) -> None:
+    scene.play(built(key, by, attempt))
+    scene.play(published(key, attempt))
+
+
+def why(scene: Scene, key: str) -> r.Reason | None:
+    return scene.farm.why(StepKey(key), f.Instant(scene.now))
+
+
+def test_a_submission_that_ended_stays_ended_when_its_root_is_lost() -> None:
+    scene = Scene()
+    scene.play(join("b"))
+    scene.play(submit("s1", ["x"], step("x")))
+    build(scene, "x")
+    # The second submission needs `y`; `x` is only a need of the recipe of `y` that is not in use.
+    scene.play(submit("s2", ["y"], either("y", recipe(), recipe("x")), step("x")))
+    assert scene.states("x", "y") == ["waiting", "leased"]
+    assert scene.farm.ended(f.SubmissionId("s1"))
+    assert not scene.farm.ended(f.SubmissionId("s2"))
+    assert why(scene, "x") == r.NotWanted()
+
+
+def test_a_submission_is_taken_once_and_a_cancellation_twice_is_nothing() -> None:
+    scene = Scene()
+    again = submit("s1", ["x"], step("x"))
+    scene.play(again)
+    assert scene.play(again) == ([], [])
+    scene.play(cancel("s1"))
+    assert scene.play(cancel("s1")) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("graph", "named"),
+    [
+        ((step("x", "y"), step("y", "x")), "circle"),
+        ((step("x", "x"),), "circle"),
+        ((step("x", "y"),), "y is needed"),
+        ((either("x"),), "no recipe"),
+    ],
+)
+def test_an_impossible_graph_raises_before_any_fact(graph: tuple[f.StepSpec, ...], named: str) -> None:
+    scene = Scene()
+    with pytest.raises(ImpossibleError, match=named):
+        scene.play(submit("s1", ["x"], *graph))
+    assert not scene.farm.state.steps
+    assert not scene.farm.state.submissions
+
+
+def test_a_chain_of_any_length_is_taken_doomed_and_abandoned_without_recursion() -> None:
+    length = 20_000
+    chain = [step(f"n{i}", f"n{i - 1}") if i else step("n0") for i in range(length)]
+    scene = Scene()
+    scene.farm.handle_many((join("b"), submit("s1", [f"n{length - 1}"], *chain)), f.Instant(0.0))
+    scene.farm.handle(broke("n0", "b", PERMANENT), f.Instant(1.0))
+    assert scene.state(f"n{length - 1}").value == "doomed"
+    scene.farm.handle(submit("s2", [f"n{length - 1}"], *chain), f.Instant(2.0))
+    scene.farm.handle(cancel("s2"), f.Instant(3.0))
+    assert {item.state.value for item in scene.farm.state.steps.values()} == {"abandoned"}
+
+
+def test_a_ladder_with_exponentially_many_paths_is_walked_once() -> None:
+    rungs = [step("a0"), step("b0")]
+    for i in range(1, 200):
+        rungs += [step(f"a{i}", f"a{i - 1}", f"b{i - 1}"), step(f"b{i}", f"a{i - 1}", f"b{i - 1}")]
+    scene = Scene()
+    scene.play(submit("s1", ["a199", "b199"], *rungs))
+    assert scene.farm.state.steps[StepKey("a0")].depth == 199
+
+
+def test_a_new_dependent_raises_the_rank_of_work_already_ready() -> None:
+    scene = Scene()
+    scene.play(submit("s1", ["old", "deep"], step("old"), step("deep")))
+    scene.play(submit("s2", ["top"], step("top", "mid"), step("mid", "deep"), step("deep")))
+    facts, _ = scene.play(join("b"))
+    assert [fact.lease.step for fact in facts if isinstance(fact, f.StepLeased)] == ["deep"]
+
+
+def test_a_batch_grants_leases_once_after_all_its_events() -> None:
+    scene = Scene()
+    tall = submit("s2", ["top"], step("top", "base"), step("base"))
+    facts, _ = scene.play(join("b"), submit("s1", ["low"], step("low")), tall)
+    assert [fact.lease.step for fact in facts if isinstance(fact, f.StepLeased)] == ["base"]
+
+
+def test_steps_that_nobody_can_take_stand_in_no_queue_that_a_builder_looks_at() -> None:
+    scene = Scene()
+    aliens = [step(f"a{i}", system="alien") for i in range(50)]
+    scene.play(join("b"))
+    scene.play(submit("s1", [item.key for item in aliens], *aliens))
+    scene.play(submit("s2", ["x"], step("x")))
+    assert scene.state("x").value == "leased"
+    looked_at = scene.farm.state.builders[BuilderId("b")].queues
+    assert [queue.requirements.system for queue in looked_at] == ["linux"]
+
+
+def test_a_step_waits_for_another_builder_rather_than_for_the_one_that_just_failed_it() -> None:
+    scene = Scene()
+    scene.play(join("bad"), submit("s1", ["x"], step("x")))
+    scene.play(join("good"), submit("s2", ["y"], step("y")))
+    assert scene.farm.state.steps[StepKey("y")].builder == "good"
+    scene.play(broke("x", "bad", INFRA))
+    scene.wake()
+    # `bad` is free and `good` is not.
+    assert scene.state("x").value == "ready"
+    assert why(scene, "x") == r.BuildersFull((BuilderId("good"),), 1)
+    scene.play(built("y", "good"))
+    assert scene.farm.state.steps[StepKey("x")].builder == "good"
+
+
+def test_returned_leases_cost_no_attempt_but_are_bounded() -> None:
+    scene = Scene(Limits(attempts=2, returns_at_once=1, returns=3))
+    scene.play(join("b"), submit("s1", ["x"], step("x")))
+    for attempt in range(1, 6):
+        scene.play(broke("x", "b", RETURNED, attempt))
+        if scene.state("x").value == "ready":
+            scene.wake()
+    said = [fact for fact in scene.journal if isinstance(fact, f.LeaseRevoked)]
+    assert [fact.failure.kind for fact in said] == [RETURNED] * 3 + [INFRA]
+    assert scene.state("x").value == "failed"
+    kinds = [fact.failure.kind for fact in scene.journal if isinstance(fact, f.StepFailed)]
+    assert kinds == [INFRA]
+
+
+def test_a_recipe_that_leads_back_to_its_step_is_passed_over() -> None:
+    scene = Scene()
+    loop = either("x", recipe("low"), recipe("top"), recipe("spare"))
+    scene.play(join("b"))
+    scene.play(submit("s1", ["top"], step("top", "x"), loop, step("low"), step("spare")))
+    build(scene, "low")
+    facts, _ = scene.play(broke("x", "b", PERMANENT))
+    assert [fact.recipe for fact in facts if isinstance(fact, f.StepFellBack)] == [2]
+
+
+def test_a_revived_step_starts_with_its_first_recipe_unless_that_now_leads_back() -> None:
+    scene = Scene()
+    graph = (either("x", recipe("y"), recipe()), either("y", recipe(), recipe("x")))
+    scene.play(join("b"))
+    scene.play(submit("s1", ["x"], *graph))
+    # `y` cannot fall back: its other recipe needs `x`, which needs it. So `y` fails, and `x` does without it.
+    facts, _ = scene.play(broke("y", "b", PERMANENT))
+    assert [type(fact).__name__ for fact in facts][:2] == ["StepFailed", "StepFellBack"]
+    scene.play(broke("x", "b", PERMANENT))
+    scene.play(submit("s2", ["y"], *graph))
+    scene.play(broke("y", "b", PERMANENT, 2))
+    # Now `y` stands on `x`, revived with the recipe that does not need `y`.
+    revived = [fact for fact in scene.journal if isinstance(fact, f.StepRevived) and fact.step == "x"]
+    assert [fact.recipe for fact in revived] == [1]
+    build(scene, "x", attempt=2)
+    build(scene, "y", attempt=3)
+    assert scene.farm.ended(f.SubmissionId("s2"))
+
+
+def test_every_step_that_does_not_run_has_a_reason() -> None:
+    scene = Scene()
+    steps = (
+        step("top", *(f"n{i}" for i in range(7))),
+        *(step(f"n{i}") for i in range(7)),
+        step("alien", system="riscv"),
+        step("test", features=["gpu", "kvm"]),
+        step("mac", system="darwin"),
+    )
+    scene.play(submit("s1", ["top", "alien", "test", "mac"], *steps))
+    assert why(scene, "n0") == r.NoBuilderJoined()
+    scene.play(join(builder("b", "linux", features=["kvm"])))
+    scene.play(join(builder("m", "darwin", features=["big"], mandatory=["big"])))
+    told = {key: str(why(scene, key)) for key in ("top", "n1", "alien", "test", "mac")}
+    assert told == {
+        "top": "waits for n0, n1, n2, n3, n4 and 2 more",
+        "n1": "all 1 builders that could are full (6 steps are ready for them)",
+        "alien": "no builder offers the system riscv",
+        "test": "no builder of linux offers the feature gpu",
+        "mac": "needs a builder without mandatory features; m demand some",
+    }
+    assert why(scene, "n0") is None
+    assert [(item.requirements.system, item.count, item.some) for item in scene.farm.stuck()] == [
+        ("darwin", 1, ("mac",)),
+        ("linux", 1, ("test",)),
+        ("riscv", 1, ("alien",)),
+    ]
+    scene.play(broke("n0", "b", INFRA))
+    reason = why(scene, "n0")
+    assert isinstance(reason, r.BacksOff)
+    assert reason.until == scene.farm.state.steps[StepKey("n0")].not_before
+
+
+def test_a_story_is_the_last_facts_of_one_key() -> None:
+    scene = Scene()
+    scene.play(join("b"), submit("s1", ["y"], step("y", "x"), step("x")))
+    build(scene, "x")
+    build(scene, "y")
+    told = [type(fact).__name__ for fact in story(scene.journal, "x")]
+    assert told == ["StepAdded", "StepLeased", "StepBuilt", "StepDone"]
+    assert story(scene.journal, "x", limit=1) == [f.StepDone(f.LeaseId(StepKey("x"), 1), f.Instant(0.0))]
+    assert all(isinstance(fact, f.SubmissionAccepted) for fact in story(scene.journal, "s1"))
+
+
+def test_a_builder_with_less_capacity_than_leases_gets_no_more_and_loses_none() -> None:
+    scene = Scene()
+    scene.play(join("b", 2), submit("s1", ["x", "y", "z"], step("x"), step("y"), step("z")))
+    scene.play(report("b", 0))
+    scene.play(built("x", "b"))
+    assert scene.states("x", "y", "z") == ["publishing", "leased", "ready"]
+    _, effects = scene.play(report("b", 2))
+    assert [effect.lease.step for effect in effects if isinstance(effect, StartBuild)] == ["z"]
+
+
+@given(failures=st.integers(min_value=1, max_value=10_000), key=st.text(min_size=1, max_size=40))
+def test_back_off_doubles_with_jitter_up_to_its_cap(failures: int, key: str) -> None:
+    policy = LongestPathFirst(back_off_first_s=1.0, back_off_most_s=300.0)
+    whole = min(300.0, 2.0 ** min(failures - 1, 32))
+    assert whole / 2 <= policy.back_off_s(StepKey(key), failures) < whole
+
+
+def test_the_journal_does_not_depend_on_the_hash_seed_of_the_process() -> None:
+    code = "from tests.scheduler.simulation import play\nprint([repr(f) for f in play(3).facts if f.durable])"
+
+    def run(seed: str) -> str:
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    first = run("1")
+    assert len(first) > 1000
+    assert run("2") == first
