@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
-from infra.cache.objects import LocalObjectStore, ObjectStore
-from infra.cache.upload import INLINE_BYTES
+from infra.cache.objects import INLINE_BYTES, LocalObjectStore, ObjectStore
 from infra.cache.verify import NarPromise, VerifiedNar
 
 

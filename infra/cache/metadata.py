@@ -35,6 +35,8 @@ SCHEMA_VERSION = 1
 BUSY_TIMEOUT_MS = 10_000
 #: Connections kept for readers and the one writer.
 POOL_SIZE = 4
+#: How long a reader waits for one of them.
+POOL_WAIT_S = 10.0
 #: Values in one `IN (…)`; SQLite takes 32,766, PostgreSQL's drivers 32,767.
 MAX_IN = 10_000
 
@@ -97,7 +99,7 @@ async def open_metadata(url: str) -> AsyncEngine:
         MetadataError: it cannot be opened.
         CacheError: `cache_schema` is there but says nothing sensible.
     """
-    engine = create_async_engine(url, pool_size=POOL_SIZE, max_overflow=0)
+    engine = create_async_engine(url, pool_size=POOL_SIZE, max_overflow=0, pool_timeout=POOL_WAIT_S)
     if engine.dialect.name == "sqlite":
         event.listen(engine.sync_engine, "connect", _configure_sqlite)
         event.listen(engine.sync_engine, "begin", _begin_sqlite)

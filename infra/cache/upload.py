@@ -19,7 +19,7 @@ from hashlib import sha256
 import zstandard
 
 from infra.cache.errors import CacheError, ObjectStoreError
-from infra.cache.objects import ObjectStore, incoming_key
+from infra.cache.objects import INLINE_BYTES, ObjectStore, incoming_key
 from infra.cache.verify import COMPRESSION
 from infra.nix.hashing import sha256_text
 
@@ -31,8 +31,6 @@ BLOCK_BYTES = 1024 * 1024
 FRAME_BYTES = 16 * BLOCK_BYTES
 #: Compressed bytes that wait in memory for the final key.
 QUICK_BYTES = 8 * 1024 * 1024
-#: A NAR up to this size is done without a change of threads, which would cost more than the work (about 0.2 ms).
-INLINE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ import zstandard
 
 from infra.cache.download import fetch_nar
 from infra.cache.errors import CacheError, CorruptNarError, ObjectMissingError
-from infra.cache.objects import LocalObjectStore, ObjectStore
-from infra.cache.upload import BLOCK_BYTES, FRAME_BYTES, INLINE_BYTES, QUICK_BYTES, UploadedNar, upload_nar
+from infra.cache.objects import INLINE_BYTES, LocalObjectStore, ObjectStore
+from infra.cache.upload import BLOCK_BYTES, FRAME_BYTES, QUICK_BYTES, UploadedNar, upload_nar
 from infra.nix.hashing import sha256_text
 from tests.support.cache import chunked
 
