@@ -71,7 +71,8 @@ class WorkerSettings(BaseModel):
     state_dir: Path
     #: Root of a chroot store of the worker's own; empty is the machine's store (or its daemon's).
     store: str = ""
-    #: Systems that the machine can run; empty is what the machine is.
+    #: Systems that the machine can run; empty is what the machine is, or none where it emulates: a worker that stands
+    #: in for a Mac should not take the work of the real ones.
     systems: tuple[str, ...] = ()
     #: Systems that the machine only pretends to be.
     emulate: tuple[str, ...] = ()
@@ -192,7 +193,7 @@ def native_system(machine: str | None = None, kernel: str | None = None) -> str:
 
 def offer(settings: WorkerSettings, machine: Machine) -> Offer:
     """Complete what the operator said with what the machine is."""
-    real = settings.systems or (machine.system,)
+    real = settings.systems or (() if settings.emulate else (machine.system,))
     features = set(settings.features) | set(settings.mandatory_features)
     if settings.default_features:
         # What Nix itself assumes of a machine when `system-features` is not set.
@@ -202,7 +203,7 @@ def offer(settings: WorkerSettings, machine: Machine) -> Offer:
     slots = settings.slots or machine.cores
     return Offer(
         systems=tuple(sorted({*real, *settings.emulate})),
-        emulated=tuple(sorted(set(settings.emulate) - set(real))),
+        emulated=tuple(sorted(set(settings.emulate) - {*real, machine.system})),
         features=tuple(sorted(features)),
         mandatory_features=tuple(sorted(set(settings.mandatory_features))),
         slots=slots,

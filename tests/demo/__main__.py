@@ -17,8 +17,8 @@ from tests.support.farm import Farm, WorkerSpec, nix_store
 
 GRAPH = Path(__file__).parent / "graph.nix"
 WORKERS = (
-    WorkerSpec("linux", slots=2, features=("big-parallel",)),
-    WorkerSpec("mac", slots=2, features=("big-parallel",), emulate=("aarch64-darwin",), only_emulated=True),
+    WorkerSpec("linux", slots=2, features=("large-memory",)),
+    WorkerSpec("mac", slots=2, features=("large-memory",), emulate=("aarch64-darwin",)),
 )
 
 

@@ -1,6 +1,6 @@
 # Some 40 derivations on two systems, with nothing but the sandbox's /bin/sh: what a small package set looks like
 # to a farm. Diamonds, several outputs, an output that refers to another, a fixed output that two different
-# derivations make, and a step that only a worker with the feature `big-parallel` may build.
+# derivations make, and a step that only a worker with the feature `large-memory` may build.
 
 let
   source = builtins.toFile "hello.c" "int main(void) { return 0; }\n";
@@ -50,7 +50,7 @@ let
         '';
       };
       curl = library "curl-8.9" { needs = [ ssl.dev zlib ]; };
-      python = library "python3-3.12" { needs = [ ssl.dev zlib xml ]; features = [ "big-parallel" ]; seconds = "0.8"; };
+      python = library "python3-3.12" { needs = [ ssl.dev zlib xml ]; features = [ "large-memory" ]; seconds = "0.8"; };
       git = library "git-2.46" { needs = [ curl zlib ssl.out ]; };
       helloFrom = mirror: step "hello-1.0" { needs = [ toolchain (tarball mirror) ]; };
       app = n: step "app-${toString n}" { needs = [ zlib (if n / 2 * 2 == n then curl else xml) ]; };

@@ -17,9 +17,9 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
     farm = Farm(
         tmp_path_factory.mktemp("farm"),
         [
-            WorkerSpec("one", slots=2, features=("big-parallel",), nix_options=BUSYBOX),
-            WorkerSpec("two", slots=2, features=("big-parallel",), nix_options=BUSYBOX),
-            WorkerSpec("mac", slots=2, features=("big-parallel",), emulate=("aarch64-darwin",), only_emulated=True),
+            WorkerSpec("one", slots=2, features=("large-memory",), nix_options=BUSYBOX),
+            WorkerSpec("two", slots=2, features=("large-memory",), nix_options=BUSYBOX),
+            WorkerSpec("mac", slots=2, features=("large-memory",), emulate=("aarch64-darwin",)),
         ],
     )
     try:

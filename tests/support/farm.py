@@ -33,8 +33,6 @@ class WorkerSpec:
     slots: int = 2
     emulate: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
-    #: Offer the emulated systems only, so that a Linux worker stands in for a Mac and nothing else.
-    only_emulated: bool = False
     nix_options: Mapping[str, str] = field(default_factory=dict)
 
     def toml(self) -> str:

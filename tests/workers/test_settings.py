@@ -85,7 +85,7 @@ def test_an_option_that_the_farm_decides_is_refused(name: str) -> None:
 def test_systems_and_features_follow_from_the_settings() -> None:
     settings = told(emulate=("aarch64-darwin",), features=("gpu",), mandatory_features=("signing",), slots=3)
     offered = offer(settings, LINUX)
-    assert offered.systems == ("aarch64-darwin", "x86_64-linux")
+    assert offered.systems == ("aarch64-darwin",)
     assert offered.emulated == ("aarch64-darwin",)
     assert offered.features == ("benchmark", "big-parallel", "gpu", "nixos-test", "signing")
     assert offered.mandatory_features == ("signing",)
@@ -97,6 +97,12 @@ def test_systems_and_features_follow_from_the_settings() -> None:
 
 def test_a_machine_that_is_one_of_its_emulated_systems_does_not_emulate_it() -> None:
     assert offer(told(emulate=("x86_64-linux",)), LINUX).emulated == ()
+
+
+def test_an_emulating_worker_offers_what_the_machine_is_only_where_that_is_said() -> None:
+    both = offer(told(emulate=("aarch64-darwin",), systems=("x86_64-linux",)), LINUX)
+    assert both.systems == ("aarch64-darwin", "x86_64-linux")
+    assert both.emulated == ("aarch64-darwin",)
 
 
 def test_slots_default_to_the_cores_and_default_features_can_be_left_out() -> None:
