@@ -10,6 +10,7 @@ right only for bytes that Nix would have written itself; `verify` checks it firs
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Final
@@ -19,6 +20,9 @@ from infra.nix.derivation import DerivationOutput
 
 #: What represents every impure derivation as an input; all below it is deferred.
 IMPURE_HASH: Final = sha256(b"impure").hexdigest()
+
+#: The content of a string, up to the quote that ends it.
+_STRING_REST: Final = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
 
 def fixed_output_hash(output: DerivationOutput) -> str:
@@ -40,8 +44,9 @@ def unmasked_hash(data: bytes, scan: Scan, inputs_text: bytes) -> str:
 def masked_hash(data: bytes, scan: Scan, inputs_text: bytes, output_names: Sequence[str]) -> str:
     """Base16 hash from which the paths of input-addressed outputs are made; arguments as for `unmasked_hash`.
 
-    Output names must have been checked to be valid store path names: they cannot hold quotes then, and an opening
-    parenthesis followed by a quote occurs only where a key begins, since quotes in strings are escaped.
+    Output names must have been checked to be valid store path names. Then `("name","` after the inputs can only be a key
+    of the environment: quotes in strings are escaped, so its first quote begins or ends a string, and what follows the
+    end of a string is no character of a name.
     """
     outputs = b",".join(
         b'("%b","","%b","%b")' % (output.name.encode(), output.hash_algo.encode(), output.hash.encode())
@@ -52,7 +57,9 @@ def masked_hash(data: bytes, scan: Scan, inputs_text: bytes, output_names: Seque
         key = b'("%b","' % name.encode()
         at = data.find(key, scan.inputs_end)
         if at >= 0:
-            cuts.append((at + len(key), data.index(b'")', at + len(key))))
+            value_start = at + len(key)
+            value = _STRING_REST.match(data, value_start)
+            cuts.append((value_start, value.end() if value else value_start))
     pieces = [b"Derive([%b],[%b" % (outputs, inputs_text)]
     start = scan.inputs_end
     for value_start, value_end in sorted(cuts):
