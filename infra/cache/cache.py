@@ -110,7 +110,7 @@ class Cache:
         self.store_dir = store_dir
         self._keys = tuple(keys)
         self._now = now
-        #: hash part -> row; only what is published, oldest use first, at most NARINFOS_IN_MEMORY.
+        #: Hash part or URL -> row; only what is published, oldest use first, at most twice NARINFOS_IN_MEMORY.
         self._recent: OrderedDict[str, Row] = OrderedDict()
         #: One publishing transaction at a time: waiting here is fair, waiting for the database's lock is not.
         self._publishing = asyncio.Lock()
@@ -163,21 +163,8 @@ class Cache:
         Raises:
             MetadataError: the database failed.
         """
-        row = self._recent.get(hash_part)
-        if row is not None and self._is_there(row):
-            self._recent.move_to_end(hash_part)
-            return row.narinfo
-        if len(hash_part) != HASH_PART_LENGTH:
-            return None
-        # Also where the row in memory has lost its object: it may have been repaired with another.
-        async with reading(self._engine) as connection:
-            row = (await self._rows(connection, [hash_part])).get(hash_part)
-        if row is None or not self._is_there(row):
-            return None
-        self._recent[hash_part] = row
-        if len(self._recent) > NARINFOS_IN_MEMORY:
-            self._recent.popitem(last=False)
-        return row.narinfo
+        row = await self._find(hash_part, paths.c.hash_part) if len(hash_part) == HASH_PART_LENGTH else None
+        return None if row is None else row.narinfo
 
     async def object_size(self, url: str) -> int | None:
         """Return the size of the object with key `url`, None unless a published path names it and it can be fetched.
@@ -185,13 +172,8 @@ class Cache:
         Raises:
             MetadataError: the database failed.
         """
-        question = sa.select(*_ROW_COLUMNS).where(paths.c.url == url).limit(1)
-        async with reading(self._engine) as connection:
-            found = (await connection.execute(question)).one_or_none()
-        if found is None:
-            return None
-        row = Row(*found)
-        return row.file_size if self._is_there(row) else None
+        row = await self._find(url, paths.c.url)
+        return None if row is None else row.file_size
 
     async def closure(self, store_paths: Iterable[str], *, recursive: bool = True) -> tuple[list[bytes], list[str]]:
         """Return the signed narinfos of all that the full store paths reach, references first, and what is missing.
@@ -451,6 +433,24 @@ class Cache:
         )
 
     # Asking.
+
+    async def _find(self, key: str, column: sa.Column[str]) -> Row | None:
+        """Return a row whose object is there by its hash part or URL; a client asks for one, then for the other."""
+        row = self._recent.get(key)
+        if row is not None and self._is_there(row):
+            self._recent.move_to_end(key)
+            return row
+        # Also where the row in memory has lost its object: it may have been repaired with another.
+        async with reading(self._engine) as connection:
+            found = await connection.execute(sa.select(*_ROW_COLUMNS).where(column == key).limit(1))
+            row = next((Row(*values) for values in found), None)
+        if row is None or not self._is_there(row):
+            return None
+        for name in (row.base_name[:HASH_PART_LENGTH], row.url):
+            self._recent[name] = row
+        while len(self._recent) > 2 * NARINFOS_IN_MEMORY:
+            self._recent.popitem(last=False)
+        return row
 
     def _hash_parts(self, store_paths: Iterable[str]) -> list[str]:
         parts = set()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from coordinator.http import cache as http_cache
 from coordinator.http.cache import add_cache_routes
 from infra.cache import Cache, Candidate, ObjectStore, Published, upload_nar
+from infra.cache.errors import ObjectStoreError
 from infra.cache.upload import QUICK_BYTES
 from infra.nix import narinfo
 from tests.support.cache import (
@@ -172,6 +173,25 @@ async def test_a_broken_cache_is_absent_rather_than_failing(tmp_path: Path, serv
             assert answer.headers["Cache-Control"] == "no-store"
     async with served.http.post(f"{served.url}/narinfos", json={"paths": [base_name(A)]}) as answer:
         assert answer.status == 503
+
+
+class BreakingStore(ObjectStore):
+    """A remote store whose connection breaks in the middle of an object."""
+
+    async def get_stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None]:
+        async for chunk in super().get_stream(key, start, None if end is None else end // 2):
+            yield chunk
+        raise ObjectStoreError("the connection broke")
+
+
+async def test_a_transfer_that_breaks_is_seen_to_be_short(served: Served) -> None:
+    served.cache.objects = BreakingStore("memory:///")
+    claim = await candidate(served.cache, A, os.urandom(5_000_000))
+    await served.cache.publish([claim])
+    async with served.http.get(f"{served.url}/{claim.url}") as answer:
+        assert (answer.status, answer.content_length) == (200, claim.file_size)
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await answer.read()
 
 
 async def test_other_methods_are_refused_cleanly(served: Served) -> None:
