@@ -1,7 +1,7 @@
 """From an event to facts. Nothing here changes the state: whoever iterates applies each fact before asking for more.
 
 So every function is a generator that reads a state which already holds what it said before. Stale events (an old
-attempt, a builder that is gone, a repeat) yield nothing; impossible ones raise `ImpossibleError` before any fact.
+attempt, a builder that is gone, a repeat) yield nothing; a graph that cannot be is refused before any fact.
 
 What follows from a failure, by kind:
 
@@ -19,7 +19,7 @@ from typing import assert_never
 
 from scheduler import events as e
 from scheduler import facts as f
-from scheduler.model import BuilderId, Failure, FailureKind, ImpossibleError, Instant, LeaseId, StepKey, StepSpec
+from scheduler.model import BuilderId, Failure, FailureKind, Instant, LeaseId, StepKey, SubmissionRefusedError
 from scheduler.policy import Limits, Policy
 from scheduler.state import Builder, FarmState, Queue, Step, is_lapsed
 from scheduler.transitions import StepState
@@ -298,31 +298,36 @@ class Decider:
                 yield f.StepHeld(key, seen_at)
 
     def _check_closed(self, event: e.SubmissionReceived) -> None:
-        """Raise `ImpossibleError` for a graph with missing members, before any fact is said of it."""
+        """Raise `SubmissionRefusedError` for a graph with missing members, before any fact is said of it."""
         known = dict.fromkeys(event.held)
         for spec in event.steps:
             if not spec.recipes:
-                raise ImpossibleError(f"{spec.key} has no recipe")
+                raise SubmissionRefusedError(f"{spec.key} has no recipe")
             known[spec.key] = None
         named = [*event.roots, *(need for spec in event.steps for recipe in spec.recipes for need in recipe.needs)]
         for key in named:
             if key not in known and key not in self._state.steps:
-                raise ImpossibleError(f"{key} is needed and neither known, given nor held")
+                raise SubmissionRefusedError(f"{key} is needed and neither known, given nor held")
 
     def _check_acyclic(self, event: e.SubmissionReceived) -> None:
-        """Raise `ImpossibleError` where first recipes of new steps form a circle.
+        """Raise `SubmissionRefusedError` where the graph of recipes in use would run in a circle.
 
-        That is enough: the recipes of known steps need only steps that were known when they came.
+        Recipes of known steps need only steps that were known when they came, so a circle runs through steps that get
+        their first recipe now. It runs through these alone unless one of them was known as merely held.
         """
-        fresh: dict[StepKey, StepSpec] = {}
+        graph: dict[StepKey, tuple[StepKey, ...]] = {}
+        known_before: list[StepKey] = []
         for spec in event.steps:
             known = self._state.steps.get(spec.key)
             if known is None or not known.recipes:
-                fresh.setdefault(spec.key, spec)
-        dependents: dict[StepKey, list[StepKey]] = {key: [] for key in fresh}
+                graph.setdefault(spec.key, spec.recipes[0].needs)
+                known_before += [] if known is None else [spec.key]
+        if known_before:
+            self._add_known(graph)
+        dependents: dict[StepKey, list[StepKey]] = {key: [] for key in graph}
         unmet: dict[StepKey, int] = {}
-        for key, spec in fresh.items():
-            inner = [need for need in spec.recipes[0].needs if need in fresh]
+        for key, needs in graph.items():
+            inner = [need for need in needs if need in graph]
             unmet[key] = len(inner)
             for need in inner:
                 dependents[need].append(key)
@@ -333,9 +338,19 @@ class Decider:
                 unmet[dependent] -= 1
                 if unmet[dependent] == 0:
                     clear.append(dependent)
-        if len(clear) < len(fresh):
+        if len(clear) < len(graph):
             stuck = next(key for key, count in unmet.items() if count)
-            raise ImpossibleError(f"the needs of {stuck} run in a circle")
+            raise SubmissionRefusedError(f"the needs of {stuck} run in a circle")
+
+    def _add_known(self, graph: dict[StepKey, tuple[StepKey, ...]]) -> None:
+        """Add what is known and stands below the steps of `graph`, with the recipes in use."""
+        pending = [need for needs in graph.values() for need in needs]
+        while pending:
+            key = pending.pop()
+            step = self._state.steps.get(key)
+            if key not in graph and step is not None and step.recipes:
+                graph[key] = step.recipe.needs
+                pending += step.recipe.needs
 
     def _joined(self, event: e.BuilderJoined, now: Instant) -> Iterator[f.Fact]:
         spec = event.builder

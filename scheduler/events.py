@@ -15,7 +15,7 @@ from scheduler.model import FAR_OFF, BuilderId, BuilderSpec, Failure, Instant, L
 class SubmissionReceived:
     """A client wants `roots`. `steps` closes over their needs, except where `held` (published) ends a branch.
 
-    Raises `ImpossibleError` out of the core where it does not, or where the first recipes of new steps form a cycle.
+    The core raises `SubmissionRefusedError` where it does not, or where the recipes in use would run in a circle.
     """
 
     submission: SubmissionId

@@ -32,12 +32,16 @@ class Farm:
     def handle(self, event: Event, now: Instant) -> tuple[list[Fact], list[Effect]]:
         """Take one event in; return what was decided and what must now be done, both in order.
 
-        Raises `ImpossibleError` for an event that cannot happen unless another part has a bug.
+        Raises `SubmissionRefusedError` for a submission whose graph is not closed or runs in a circle; nothing has
+        changed then. Any other `ImpossibleError` is a bug, and the state must be thrown away for a replay.
         """
         return self.handle_many((event,), now)
 
     def handle_many(self, events: Iterable[Event], now: Instant) -> tuple[list[Fact], list[Effect]]:
-        """Take a batch in, in order, and grant leases once at its end; otherwise as `handle`."""
+        """Take a batch in, in order, and grant leases once at its end; otherwise as `handle`.
+
+        A refused submission loses the facts of the events before it: hand submissions over one by one.
+        """
         facts: list[Fact] = []
         effects: list[Effect] = []
         decider = self._decider

@@ -18,6 +18,10 @@ class ImpossibleError(Exception):
     """
 
 
+class SubmissionRefusedError(ImpossibleError):
+    """A graph that intake must have rejected. Raised before any fact: the state is as it was and may be used on."""
+
+
 StepKey = NewType("StepKey", str)
 BuilderId = NewType("BuilderId", str)
 SubmissionId = NewType("SubmissionId", str)

@@ -224,12 +224,12 @@ class FarmState:
         if not step.recipes:
             return ()
         steps = self.steps
-        return tuple(steps[key] for key in dict.fromkeys(step.recipes[step.active].needs))
+        return tuple([steps[key] for key in dict.fromkeys(step.recipes[step.active].needs)])
 
-    def descend(self, starts: Iterable[Step]) -> list[Step]:
-        """Return every step reachable from `starts` through recipes in use, each before its needs, not below done.
+    def descend(self, starts: Iterable[Step], *, below_done: bool = False) -> list[Step]:
+        """Return every step reachable from `starts` through recipes in use, each before its needs.
 
-        Raises `ImpossibleError` where that runs in a circle.
+        It stops at done steps unless `below_done`. Raises `ImpossibleError` where that runs in a circle.
         """
         order: list[Step] = []
         closed: dict[Step, bool] = {}
@@ -237,14 +237,14 @@ class FarmState:
             if start in closed:
                 continue
             closed[start] = False
-            stack = [(start, iter(() if start.state is _DONE else self.needs_of(start)))]
+            stack = [(start, iter(self._below(start, below_done)))]
             while stack:
                 step, rest = stack[-1]
                 for need in rest:
                     seen = closed.get(need)
                     if seen is None:
                         closed[need] = False
-                        stack.append((need, iter(() if need.state is _DONE else self.needs_of(need))))
+                        stack.append((need, iter(self._below(need, below_done))))
                         break
                     if not seen:
                         raise ImpossibleError(f"{need.key} needs itself through {step.key}")
@@ -254,6 +254,9 @@ class FarmState:
                     order.append(step)
         order.reverse()
         return order
+
+    def _below(self, step: Step, below_done: bool) -> tuple[Step, ...]:
+        return () if step.state is _DONE and not below_done else self.needs_of(step)
 
     def evolve(self, fact: f.Fact) -> None:  # noqa: C901, PLR0912, PLR0915  one arm per fact, most frequent first
         """Apply one fact. Raises `ImpossibleError` for a fact that cannot follow from this state."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scheduler import facts as f
 from scheduler import reasons as r
 from scheduler.effects import StartBuild
-from scheduler.model import BuilderId, FailureKind, ImpossibleError, StepKey
+from scheduler.model import BuilderId, FailureKind, StepKey, SubmissionRefusedError
 from scheduler.policy import Limits, LongestPathFirst
 from scheduler.story import story
 from tests.scheduler.kit import (
@@ -76,12 +76,22 @@ def test_a_submission_is_taken_once_and_a_cancellation_twice_is_nothing() -> Non
         ((either("x"),), "no recipe"),
     ],
 )
-def test_an_impossible_graph_raises_before_any_fact(graph: tuple[f.StepSpec, ...], named: str) -> None:
+def test_an_impossible_graph_is_refused_before_any_fact(graph: tuple[f.StepSpec, ...], named: str) -> None:
     scene = Scene()
-    with pytest.raises(ImpossibleError, match=named):
+    with pytest.raises(SubmissionRefusedError, match=named):
         scene.play(submit("s1", ["x"], *graph))
     assert not scene.farm.state.steps
     assert not scene.farm.state.submissions
+
+
+def test_a_circle_through_a_step_that_was_only_held_is_refused() -> None:
+    scene = Scene()
+    scene.play(submit("s1", ["m"], step("m", "k"), held=["k"]))
+    with pytest.raises(SubmissionRefusedError, match="circle"):
+        # `m` is known with a recipe that needs `k`; that this one does without is only a way to fall back.
+        scene.play(submit("s2", ["k"], step("k", "n"), step("n", "m"), step("m")))
+    assert "n" not in scene.farm.state.steps
+    scene.play(submit("s3", ["k"], step("k", "n"), step("n"), held=[]))
 
 
 def test_a_chain_of_any_length_is_taken_doomed_and_abandoned_without_recursion() -> None:
