@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NAMESPACE = "drover"
+#: Seconds for reaching the head's port at all.
+LISTEN_DEADLINE_S = 10.0
 #: Seconds for connecting to the head, for one look at the nodes, for creating one actor, and for disconnecting.
 CONNECT_DEADLINE_S = 60.0
 DISCOVER_DEADLINE_S = 20.0
@@ -329,7 +331,9 @@ class RayFleet:
     async def __aenter__(self) -> Self:
         """Connect. Raises `FleetError`: no head there, or it refuses the token."""
         check_token_file(self._token_file)
-        loopback = is_loopback(self._address.rpartition(":")[0])
+        host, _, port = self._address.rpartition(":")
+        loopback = is_loopback(host)
+        await _check_listens(host.strip("[]"), port)
 
         def connect() -> _Ray:
             ray = _Ray(self._token_file, loopback=loopback)
@@ -457,6 +461,20 @@ class RayFleet:
             raise AgentUnavailable(f"{what} took more than {deadline_s:.0f} s") from None
         except Exception as error:
             raise AgentUnavailable(f"{what}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+async def _check_listens(host: str, port: str) -> None:
+    """Say at once what Ray would say after 40 s. Raises `FleetError`."""
+    try:
+        async with asyncio.timeout(LISTEN_DEADLINE_S):
+            _, writer = await asyncio.open_connection(host, int(port))
+    except TimeoutError:
+        raise FleetError(f"no Ray head answers at {host}:{port} within {LISTEN_DEADLINE_S:.0f} s") from None
+    except (OSError, ValueError) as error:
+        raise FleetError(f"no Ray head answers at {host}:{port}: {error}") from None
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
 
 
 def _take_signals_back() -> None:

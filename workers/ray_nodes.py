@@ -24,17 +24,18 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import stat
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from workers.errors import WorkerError
+from workers.process_tree import identity, live_processes, process_tree, signal_all, still_alive
 from workers.settings import SETTINGS_VARIABLE
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ DIRECTORY_PREFIX = "drover-ray-"
 NODE_FILE = "node.json"
 #: Syntax of a label value (Kubernetes'); Ray refuses others.
 WORKER_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
+#: How `ray start --block` tells which of its servers ended (scripts.py, _log_unexpected_subprocess_exit_details).
+RAY_EXIT = re.compile(r"(\w+) \[exit code=(-?[0-9]+)\]")
 CLUSTER_ADDRESS = re.compile(r"\S+:[0-9]{1,5}")
 
 
@@ -215,6 +218,7 @@ class _RayNode:
     async def __aenter__(self) -> Self:
         """Start, and return when the node is ready. Raises `RayNodeError`, having cleaned up."""
         await asyncio.to_thread(sweep_stale, self._base_dir)
+        self.check()
         self._stopping = False
         self._dir = private_directory(self._base_dir)
         try:
@@ -254,6 +258,9 @@ class _RayNode:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         self._dir = None
 
+    def check(self) -> None:
+        """Look for what would make the start fail late or obscurely. Raises `RayNodeError`."""
+
     async def _start(self, directory: Path) -> None:
         base = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
         env = self.env(base) | {PARENT_VARIABLE: str(os.getpid()), DIRECTORY_VARIABLE: str(directory)}
@@ -270,7 +277,7 @@ class _RayNode:
                 stderr=output,
                 start_new_session=True,
             )
-        note = {"owner": _identity(os.getpid()), "node": _identity(self._child.pid)}
+        note = {"owner": identity(os.getpid()), "node": identity(self._child.pid)}
         (directory / NODE_FILE).write_text(json.dumps(note))
 
     async def _wait_ready(self, directory: Path) -> None:
@@ -299,6 +306,8 @@ class _RayNode:
             text = (self._dir / "start.log").read_text(errors="replace")
         except OSError:
             return ""
+        if ended := RAY_EXIT.findall(text):
+            return "; " + ", ".join(f"{server} ended with status {code}" for server, code in ended)
         lines = [line for line in text.splitlines() if line.strip()][-QUOTED_LINES:]
         return "; its last lines:\n" + "\n".join(lines) if lines else ""
 
@@ -336,6 +345,18 @@ class RayHead(_RayNode):
         if not self._cluster:
             raise RayNodeError("the Ray head is not running")
         return self._cluster
+
+    def check(self) -> None:
+        """Refuse a port that is taken: Ray would take 50 s to fail at it."""
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self._host, self._port))
+            except OSError as error:
+                raise RayNodeError(
+                    f"the Ray head cannot listen on {self._host}, port {self._port}: {error.strerror}"
+                ) from None
 
     def argv(self, directory: Path) -> list[str]:
         """Return the command line of the head."""
@@ -468,74 +489,6 @@ def _read_cluster(path: Path) -> str:
     return text if CLUSTER_ADDRESS.fullmatch(text) else ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Process:
-    """A live process; `started` tells it from a later one of the same number."""
-
-    pid: int
-    parent: int
-    session: int
-    started: str
-
-
-def _processes() -> dict[int, _Process]:
-    """Return all live processes that can be looked at; zombies are dead."""
-    return _processes_linux() if sys.platform == "linux" else _processes_ps()
-
-
-def _processes_linux() -> dict[int, _Process]:
-    found: dict[int, _Process] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                # The name stands in parentheses and may hold blanks: fields are counted after it (proc(5)).
-                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-                if fields[0] not in "ZX":
-                    pid = int(entry.name)
-                    found[pid] = _Process(pid, int(fields[1]), int(fields[3]), fields[19])
-    return found
-
-
-def _processes_ps() -> dict[int, _Process]:
-    command = ["ps", "-axo", "pid=,ppid=,stat=,lstart="]
-    listing = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    found: dict[int, _Process] = {}
-    for line in listing.stdout.splitlines():
-        with contextlib.suppress(OSError, ValueError):
-            pid, parent, state, started = line.split(None, 3)
-            if not state.startswith("Z"):
-                found[int(pid)] = _Process(int(pid), int(parent), os.getsid(int(pid)), started)
-    return found
-
-
-def _identity(pid: int) -> list[str]:
-    process = _processes().get(pid)
-    return [str(pid), process.started if process else ""]
-
-
-def process_tree(root: int) -> set[_Process]:
-    """Return the live processes of session `root` and all that descend from them."""
-    everyone = _processes()
-    members = {process.pid for process in everyone.values() if root in (process.session, process.pid)}
-    grew = True
-    while grew:
-        more = {p.pid for p in everyone.values() if p.parent in members} - members
-        members |= more
-        grew = bool(more)
-    return {everyone[pid] for pid in members if pid in everyone}
-
-
-def _signal(processes: Iterable[_Process], number: signal.Signals) -> None:
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(process.pid, number)
-
-
-def _alive(remembered: Iterable[_Process]) -> set[_Process]:
-    now = _processes()
-    return {p for p in remembered if p.pid in now and now[p.pid].started == p.started}
-
-
 async def _end_tree(child: asyncio.subprocess.Process, what: str) -> None:
     """SIGTERM to the leader, which ends its own; SIGKILL to what is left; then nothing of the tree may live."""
     tree = await asyncio.to_thread(process_tree, child.pid)
@@ -546,13 +499,13 @@ async def _end_tree(child: asyncio.subprocess.Process, what: str) -> None:
         async with asyncio.timeout(STOP_GRACE_S):
             await child.wait()
     tree |= await asyncio.to_thread(process_tree, child.pid)
-    left = await asyncio.to_thread(_alive, tree)
-    _signal(left, signal.SIGKILL)
+    left = await asyncio.to_thread(still_alive, tree)
+    signal_all(left, signal.SIGKILL)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(KILL_GRACE_S):
             while left:
                 await asyncio.sleep(LOOK_AGAIN_S)
-                left = await asyncio.to_thread(_alive, left)
+                left = await asyncio.to_thread(still_alive, left)
     await child.wait()
     if left:
         log.error("%s left processes behind: %s", what, sorted(process.pid for process in left))
@@ -575,13 +528,13 @@ def sweep_stale(base: Path) -> Sequence[Path]:
         except (OSError, ValueError, KeyError, TypeError):
             # Another farm may be between making its directory and writing the note; nothing lives there yet.
             continue
-        everyone = _processes()
+        everyone = live_processes()
         if owner[0] in everyone and everyone[owner[0]].started == owner[1]:
             continue
         leader = everyone.get(node[0])
         # A new leader under the old number is a stranger; a session without a leader keeps its number reserved.
         if leader is None or leader.started == node[1]:
-            _signal((p for p in process_tree(node[0]) if p.pid != os.getpid()), signal.SIGKILL)
+            signal_all((p for p in process_tree(node[0]) if p.pid != os.getpid()), signal.SIGKILL)
         shutil.rmtree(directory, ignore_errors=True)
         swept.append(directory)
         log.warning("removed a Ray node that an earlier run left behind in %s", directory)

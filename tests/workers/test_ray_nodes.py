@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from workers.process_tree import process_tree
 from workers.ray_nodes import (
     RayHead,
     RayNodeError,
@@ -26,7 +27,6 @@ from workers.ray_nodes import (
     check_token_file,
     make_token_file,
     private_directory,
-    process_tree,
     ray_env,
     sweep_stale,
 )
@@ -44,6 +44,23 @@ except ray.exceptions.AuthenticationError:
         ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
     except ConnectionError:
         sys.exit("refused")
+"""
+
+
+#: As the coordinator itself.
+TRY_TO_SERVE = """
+import asyncio, sys
+from pathlib import Path
+from workers.protocol import FarmInfo
+from workers.ray_fleet import RayFleet
+async def main():
+    farm = FarmInfo(cache_url="http://127.0.0.1:9", public_keys=(), object_store_url="file:///")
+    async with RayFleet(address=sys.argv[1], token_file=Path(sys.argv[2]), farm=farm):
+        pass
+try:
+    asyncio.run(main())
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
 """
 
 
@@ -94,6 +111,10 @@ def listening_addresses(root: int) -> set[str]:
 
 def command_lines(root: int) -> str:
     return "".join(Path(f"/proc/{process.pid}/cmdline").read_text() for process in process_tree(root))
+
+
+def entries(directory: Path) -> set[Path]:
+    return set(directory.iterdir())
 
 
 async def gone(root: int) -> None:
@@ -202,6 +223,22 @@ async def test_without_the_token_neither_a_driver_nor_a_node_gets_in(
             _, said = await driver.communicate()
         assert driver.returncode == 1
         assert said.endswith(b"refused\n")
+    for address, why in ((head.address, b"refuses this farm's token"), ("127.0.0.1:1", b"no Ray head answers")):
+        coordinator = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", TRY_TO_SERVE, address, str(other)), stderr=asyncio.subprocess.PIPE
+        )
+        async with asyncio.timeout(60):
+            _, said = await coordinator.communicate()
+        assert why in said
+
+
+@shared
+async def test_a_port_that_is_taken_is_told_before_anything_starts(head: RayHead, token: Path, base: Path) -> None:
+    before = entries(base)
+    with pytest.raises(RayNodeError, match="Address already in use"):
+        async with RayHead(token_file=token, base_dir=base, port=int(head.address.rpartition(":")[2])):
+            pass
+    assert entries(base) == before
 
 
 @shared
@@ -245,5 +282,5 @@ async def test_nodes_whose_owner_was_killed_end_and_the_next_start_removes_their
     await process.wait()
     await gone(int(pid))
     assert [str(path) for path in sweep_stale(base)] == [directory.decode()]
-    assert os.fsencode(directory) not in {os.fsencode(entry.path) for entry in os.scandir(base)}
+    assert Path(directory.decode()) not in entries(base)
     assert head.directory.exists()
