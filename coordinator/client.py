@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -281,7 +282,8 @@ class ApiClient:
             response = await self._session.request(
                 method,
                 f"{self.url}/api/v1/{path}",
-                data=data,
+                # As a file: aiohttp sends a large one in pieces.
+                data=io.BytesIO(data) if isinstance(data, bytes) else data,
                 params=params,
                 headers=headers,
                 timeout=timeout,

@@ -24,7 +24,7 @@ MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 _NOISE = re.compile(
     r"warning: (?:you did not specify '--add-root'|the group '\w+' specified in 'build-users-group').*\n?"
 )
-_ERROR_LINE = re.compile(r"^\s*error:\s+(\S.*)$", re.MULTILINE)
+_ERROR_LINE = re.compile(r"^[ \t]*error:[ \t]+(\S.*)$", re.MULTILINE)
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _DRV = re.compile(r"(/[^!]+/[0-9a-z]{32}-[^/!]+\.drv)(?:!([^!]+))?")
 

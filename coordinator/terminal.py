@@ -43,6 +43,7 @@ _ESCAPES = re.compile(
     r"|\x1b[ -/]*[0-~]",  # all others
     re.DOTALL,
 )
+_LOG_IN_MESSAGE = re.compile(r"[;.]? *[Ll]ast \d+ log lines?:.*", re.DOTALL)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -152,12 +153,15 @@ class Progress:
 
 def who(step: StepView) -> str:
     """Return the worker, and whether it only pretends to be the step's system."""
-    return f"{step.worker} ({step.system} emulated)" if step.emulated else step.worker
+    return f"{step.worker} (emulated {step.system})" if step.emulated else step.worker
 
 
 def failure_lines(step: StepView) -> list[str]:
     """Return a failed step as one block: verdict, the last lines of its log, the command that shows the rest."""
     message = sanitise(step.failure.message).replace("\n", " ") if step.failure else "failed"
+    if step.log_tail:
+        # Nix ends its message with a copy of what stands below in full.
+        message = _LOG_IN_MESSAGE.sub("", message)
     where = f" on {who(step)}" if step.worker else ""
     took = f" after {duration(step.ended_at - step.started_at)}" if step.started_at and step.ended_at else ""
     lines = [f"\u2718 {step.name} failed{where}{took}: {message}"]
@@ -242,12 +246,12 @@ def live_region(progress: Progress, now: float, width: int, height: int) -> Text
 def _totals(progress: Progress, now: float, width: int) -> Text:
     counts = progress.counts
     finished = counts.done + counts.held + counts.failed + counts.doomed + counts.abandoned
-    bar_width = max(8, min(30, width // 4))
+    bar_width = max(6, min(30, width // 6))
     filled = bar_width * finished // counts.total if counts.total else 0
     line = Text(no_wrap=True)
     line.append("\u2501" * filled, "green" if not counts.failed else "red")
     line.append("\u2500" * (bar_width - filled), "dim")
-    line.append(f" {finished}/{counts.total} ")
+    line.append(f" {finished}/{counts.total}")
     for word, number, style in tally(counts):
         line.append(" \u00b7 ", "dim")
         line.append(f"{number} {word}", style)

@@ -1,0 +1,129 @@
+"""The `drover` command as a program: exit statuses and sentences where no farm is needed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coordinator import cli
+from coordinator.errors import CoordinatorError
+
+
+def drover(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    program = "from coordinator.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, *map(str, arguments)],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def nobody() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["build"], "Missing argument"),
+        (["build", "a.nix", "b.nix"], "choose several things to build with -A"),
+        (["build", "a.nix", f"/nix/store/{'0' * 32}-b.drv"], "not both"),
+        (["build", f"/nix/store/{'0' * 32}-b.drv", "-A", "x"], "has no attributes"),
+        (["build", "a.nix", "--detach", "--fetch"], "choose one"),
+        (["nosuch"], "No such command"),
+        (["up", "--listen", "7878"], "HOST:PORT"),
+        (["up", "--no-workers", "--slots", "3"], "--no-workers"),
+        (["watch"], "Missing argument"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str], sentence: str) -> None:
+    done = drover(*arguments)
+    assert (done.returncode, done.stdout) == (cli.USAGE, "")
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [["status"], ["workers"], ["log", "x"], ["cancel", "x"], ["watch", "x"]])
+def test_a_coordinator_that_is_down_ends_with_4_and_says_how_to_start_one(command: list[str], nobody: str) -> None:
+    done = drover(*command, "--coordinator", nobody)
+    assert done.returncode == cli.INFRASTRUCTURE
+    assert done.stderr == (
+        f"drover: cannot reach the coordinator at {nobody} (connection refused); start one with `drover up` or set "
+        "DROVER_URL\n"
+    )
+
+
+def test_the_address_and_the_token_come_from_the_environment_too(nobody: str, tmp_path: Path) -> None:
+    done = drover("build", "default.nix", env={"DROVER_URL": nobody})
+    assert (done.returncode, nobody in done.stderr) == (cli.INFRASTRUCTURE, True)
+    done = drover("status", env={"DROVER_URL": nobody, "DROVER_TOKEN_FILE": str(tmp_path / "none")})
+    assert done.returncode == cli.INFRASTRUCTURE
+    assert f"cannot read the token file {tmp_path / 'none'}: No such file" in done.stderr
+    done = drover("status", env={"DROVER_URL": "not an address"})
+    assert (done.returncode, "not an address" in done.stderr) == (cli.INFRASTRUCTURE, True)
+
+
+def test_settings_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "farm.toml"
+    file.write_text("colour = 1\n")
+    done = drover("up", "--config", file, "--state-dir", tmp_path)
+    assert done.returncode == cli.INFRASTRUCTURE
+    assert "colour" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_is_there_for_every_command_without_importing_what_is_slow() -> None:
+    program = (
+        "import sys; from coordinator import cli\n"
+        "for name in ['', *cli.cli.commands]: assert cli.run([name, '--help'] if name else ['--help']) == 0, name\n"
+        "slow = {'ray', 'aiohttp', 'sqlalchemy', 'rich', 'pydantic'} & set(sys.modules); assert not slow, slow\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {"up", "worker", "build", "watch", "status", "cancel", "log", "workers"} == set(cli.cli.commands)
+
+
+def test_what_nobody_foresaw_is_a_sentence_and_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: object, **__: object) -> int:
+        raise ZeroDivisionError("secret of the universe")
+
+    monkeypatch.setattr(cli.cli, "main", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cli.run([]) == cli.INFRASTRUCTURE
+    (details,) = tmp_path.glob("drover-error-*.txt")
+    assert "ZeroDivisionError" in details.read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (KeyboardInterrupt(), cli.INTERRUPTED),
+        (CoordinatorError("no"), cli.INFRASTRUCTURE),
+        (BrokenPipeError(), cli.READER_GONE),
+    ],
+)
+def test_every_end_has_its_status(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def end(*_: object, **__: object) -> int:
+        raise error
+
+    saved = os.dup(1)
+    try:
+        monkeypatch.setattr(cli.cli, "main", end)
+        assert cli.run([]) == status
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+    assert "Traceback" not in capfd.readouterr().err

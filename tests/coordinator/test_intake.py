@@ -1,0 +1,374 @@
+"""Intake against a real cache and real databases: truth is stored and planned, a lie is one error and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from coordinator.derivations import DerivationStore
+from coordinator.errors import IntakeError
+from coordinator.framing import FramingError, SourceHeader, encode_derivations, encode_sources
+from coordinator.intake import (
+    DerivationRefusedError,
+    Intake,
+    Limits,
+    MissingMemberError,
+    Planned,
+    StoreDirError,
+    TooLargeError,
+)
+from coordinator.schema import IntakeQuery, RootRequest, SubmitRequest
+from coordinator.sources import SourceRefusedError
+from infra.cache import Cache
+from infra.nix.nar import NarData, NarFile, write_events
+from infra.nix.store_path import StoreDir
+from scheduler.farm import Farm
+from scheduler.model import Instant, Requirements, StepKey, SubmissionId
+from tests.support.cache import open_cache, publish
+from tests.support.graphs import Made, Maker, relocated
+
+STORE = StoreDir("/nix/store")
+
+
+class Room:
+    """Intake with everything below it."""
+
+    def __init__(self, cache: Cache, derivations: DerivationStore, limits: Limits) -> None:
+        self.cache = cache
+        self.derivations = derivations
+        self.intake = Intake(derivations, cache, cache.objects, STORE, limits)
+
+    async def send(self, members: Iterable[Made]) -> int:
+        return await self.send_raw((made.name, made.data) for made in members)
+
+    async def send_raw(self, members: Iterable[tuple[str, bytes]]) -> int:
+        return await self.intake.add_derivations(stream(encode_derivations(members)))
+
+    async def submit(self, *roots: Made, outputs: Sequence[str] = ()) -> Planned:
+        wishes = tuple(RootRequest(attr=made.name, drv=made.drv, outputs=tuple(outputs)) for made in roots)
+        return await self.intake.submit(SubmitRequest(roots=wishes))
+
+    async def unknown(self, *members: Made) -> list[str]:
+        return await self.derivations.unknown([made.name for made in members])
+
+
+async def stream(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
+@pytest.fixture
+def limits() -> Limits:
+    return Limits()
+
+
+@pytest.fixture
+async def room(tmp_path: Path, limits: Limits) -> AsyncIterator[Room]:
+    derivations = DerivationStore.open(f"sqlite+aiosqlite:///{tmp_path}/derivations.sqlite3")
+    await derivations.prepare()
+    try:
+        async with open_cache(tmp_path) as cache:
+            yield Room(cache, derivations, limits)
+    finally:
+        await derivations.close()
+
+
+@pytest.fixture
+def make() -> Maker:
+    return Maker()
+
+
+def needs(planned: Planned) -> dict[str, list[list[str]]]:
+    """Step name -> for each recipe the names of the steps that it needs."""
+    names = {info.key: info.name for info in planned.infos}
+    return {
+        names[spec.key]: [sorted(names[need] for need in recipe.needs) for recipe in spec.recipes]
+        for spec in planned.steps
+    }
+
+
+async def test_a_diamond_becomes_steps_with_inputs_first_that_the_scheduler_accepts(room: Room, make: Maker) -> None:
+    base = make.plain("base", outputs=("out", "dev"))
+    left, right = make.plain("left", [(base, ("dev",))]), make.plain("right", [(base, ("out", "dev"))])
+    top = make.plain("top", [left, right], requiredSystemFeatures="kvm big-parallel kvm")
+    assert await room.send([base, left, right, top]) == 4
+    planned = await room.submit(top)
+    assert needs(planned) == {"base": [[]], "left": [["base"]], "right": [["base"]], "top": [["left", "right"]]}
+    assert planned.derivations == 4
+    assert planned.steps[-1].recipes[0].requirements == Requirements("x86_64-linux", ("big-parallel", "kvm"))
+    assert {info.name: dict(info.outputs) for info in planned.infos}["base"] == base.outputs
+    facts, _ = Farm().handle(planned.event(SubmissionId("s")), Instant(1.0))
+    assert facts
+
+    order = (await room.derivations.orders([(StepKey(right.step), 0), (StepKey("nosuch"), 0)]))[StepKey(right.step), 0]
+    assert order.drv_path == right.drv
+    assert order.derivation == right.data
+    assert order.inputs == tuple(sorted(base.outputs.values()))
+
+
+async def test_the_second_stream_needs_only_what_is_new(room: Room, make: Maker) -> None:
+    base = make.plain("base")
+    middle = make.plain("middle", [base])
+    await room.send([base, middle])
+    top = make.plain("top", [middle, base])
+    query = IntakeQuery(store_dir="/nix/store", derivations=(base.name, middle.name, top.name), sources=())
+    assert (await room.intake.missing(query)).derivations == (top.name,)
+    assert await room.send([top]) == 1
+    assert len((await room.submit(top)).steps) == 3
+
+
+async def test_the_graph_ends_where_the_cache_holds_a_step(room: Room, make: Maker) -> None:
+    below = make.plain("below")
+    held = make.plain("held", [below], outputs=("out", "lib"))
+    top = make.plain("top", [held])
+    await room.send([below, held, top])
+    await publish(room.cache, held.outputs["out"])
+    assert not (await room.submit(top)).held, "one output of two is not enough"
+    await publish(room.cache, held.outputs["lib"])
+    planned = await room.submit(top)
+    assert needs(planned) == {"top": [["held"]]}
+    assert planned.held == (held.step,)
+    assert planned.derivations == 2
+    await publish(room.cache, top.outputs["out"])
+    again = await room.submit(top)
+    assert (again.steps, again.held) == ((), (top.step,))
+
+
+async def test_two_ways_to_fetch_one_file_and_all_above_them_are_one_step_each(room: Room, make: Maker) -> None:
+    curl = make.plain("curl")
+    one = make.fixed("file", b"content", urls="https://one.example")
+    two = make.fixed("file", b"content", [curl], urls="https://two.example")
+    over_one, over_two = make.plain("user", [one]), make.plain("user", [two])
+    assert one.drv != two.drv
+    assert over_one.drv != over_two.drv
+    assert over_one.outputs == over_two.outputs
+    await room.send([curl, one, two, over_one, over_two])
+    planned = await room.submit(over_one, over_two)
+    assert needs(planned) == {"curl": [[]], "file": [[], ["curl"]], "user": [["file"]]}
+    assert planned.derivations == 5
+    orders = await room.derivations.orders([(StepKey(one.step), 0), (StepKey(one.step), 1)])
+    assert [order.drv_path for order in orders.values()] == [one.drv, two.drv]
+
+
+async def test_recipes_keep_their_places_when_another_submission_brings_more(room: Room, make: Maker) -> None:
+    first = make.fixed("file", b"content", urls="https://one.example")
+    await room.send([first])
+    await room.submit(first)
+    curl = make.plain("curl")
+    second = make.fixed("file", b"content", [curl], urls="https://two.example")
+    await room.send([curl, second])
+    assert needs(await room.submit(second)) == {"file": [[], ["curl"]], "curl": [[]]}
+    assert needs(await room.submit(first)) == {"file": [[], ["curl"]], "curl": [[]]}
+    info = (await room.derivations.steps([StepKey(first.step)]))[StepKey(first.step)]
+    assert info.drv == first.drv
+
+
+async def test_a_fetcher_that_stands_on_another_fetcher_of_the_same_file_is_no_recipe(room: Room, make: Maker) -> None:
+    one = make.fixed("file", b"content")
+    unpacked = make.plain("unpacked", [one])
+    two = make.fixed("file", b"content", [unpacked], urls="https://two.example")
+    top = make.plain("top", [two])
+    await room.send([one, unpacked, two, top])
+    planned = await room.submit(top)
+    assert needs(planned) == {"file": [[]], "top": [["file"]]}
+    Farm().handle(planned.event(SubmissionId("s")), Instant(1.0))
+
+
+async def test_builtin_builders_run_on_any_system(room: Room, make: Maker) -> None:
+    made = make.plain("fetched", builder="builtin:buildenv")
+    await room.send([made])
+    assert (await room.submit(made)).steps[0].recipes[0].requirements.system == "builtin"
+
+
+async def test_chosen_outputs_are_checked(room: Room, make: Maker) -> None:
+    made = make.plain("two", outputs=("out", "dev"))
+    await room.send([made])
+    assert (await room.submit(made, outputs=["dev"])).roots[0].outputs == (("dev", made.outputs["dev"]),)
+    with pytest.raises(IntakeError, match="has no output doc; it has dev, out"):
+        await room.submit(made, outputs=["doc"])
+
+
+async def test_a_deep_graph_does_not_recurse(room: Room, make: Maker) -> None:
+    chain = [make.plain("link-0")]
+    for number in range(1, 3000):
+        chain.append(make.plain(f"link-{number}", [chain[-1]]))
+    await room.send(chain)
+    assert len((await room.submit(chain[-1])).steps) == 3000
+
+
+# Lies. Each is told after honest members, of which nothing may remain either.
+
+
+@pytest.fixture
+def honest(make: Maker) -> list[Made]:
+    return [make.plain(f"honest-{number}") for number in range(300)]
+
+
+async def refused(room: Room, honest: list[Made], *lies: Made, kind: type[IntakeError], naming: Made) -> str:
+    with pytest.raises(kind) as caught:
+        await room.send([*honest, *lies])
+    assert len(await room.unknown(*honest, *lies)) == len(honest) + len(lies)
+    assert naming.name in str(caught.value)
+    return str(caught.value)
+
+
+async def test_content_at_another_path_is_refused(room: Room, make: Maker, honest: list[Made]) -> None:
+    lie = replace(make.plain("real"), data=make.plain("real", flag="1").data)
+    await refused(room, honest, lie, kind=DerivationRefusedError, naming=lie)
+
+
+async def test_an_output_path_of_another_derivation_is_refused(room: Room, make: Maker, honest: list[Made]) -> None:
+    real, victim = make.plain("real"), make.plain("victim")
+    stolen = real.data.replace(real.outputs["out"].encode(), victim.outputs["out"].encode())
+    lie = relocated(STORE, real, stolen)
+    assert "output" in await refused(room, honest, lie, kind=DerivationRefusedError, naming=lie)
+
+
+async def test_a_missing_member_is_named(room: Room, make: Maker, honest: list[Made]) -> None:
+    absent = make.plain("absent")
+    top = make.plain("top", [absent])
+    assert absent.name in await refused(room, honest, top, kind=MissingMemberError, naming=top)
+
+
+async def test_a_member_before_its_input_is_named(room: Room, make: Maker, honest: list[Made]) -> None:
+    below = make.plain("below")
+    top = make.plain("top", [below])
+    assert "after its inputs" in await refused(room, honest, top, below, kind=MissingMemberError, naming=top)
+
+
+async def test_a_cycle_of_crafted_names_is_refused(room: Room, make: Maker, honest: list[Made]) -> None:
+    placeholder = make.plain("zero")
+    one = make.plain("one", [placeholder])
+    two = make.plain("two", [one])
+    lie = replace(one, data=one.data.replace(placeholder.drv.encode(), two.drv.encode()))
+    await refused(room, honest, lie, two, kind=IntakeError, naming=lie)
+
+
+async def test_a_name_that_leaves_the_store_is_refused(room: Room, make: Maker, honest: list[Made]) -> None:
+    lie = replace(make.plain("real"), drv="/nix/store/..%2f..%2fetc.drv")
+    await refused(room, honest, lie, kind=IntakeError, naming=lie)
+
+
+async def test_what_is_no_derivation_is_refused(room: Room, make: Maker, honest: list[Made]) -> None:
+    lie = replace(make.plain("real"), data=b"Derive([")
+    await refused(room, honest, lie, kind=DerivationRefusedError, naming=lie)
+
+
+async def test_outputs_of_unknown_path_are_refused_for_now(room: Room, make: Maker, honest: list[Made]) -> None:
+    floating = make.floating("floating")
+    assert "not known before" in await refused(room, honest, floating, kind=DerivationRefusedError, naming=floating)
+
+
+async def test_a_cut_stream_and_garbage_store_nothing(room: Room, honest: list[Made]) -> None:
+    data = b"".join(encode_derivations((made.name, made.data) for made in honest))
+    for damaged in (data[: len(data) // 2], b"garbage", b""):
+        with pytest.raises(FramingError):
+            await room.intake.add_derivations(stream([damaged]))
+    assert len(await room.unknown(*honest)) == len(honest)
+
+
+async def test_what_was_never_sent_cannot_be_submitted(room: Room, make: Maker) -> None:
+    with pytest.raises(MissingMemberError, match="ghost"):
+        await room.submit(make.plain("ghost"))
+
+
+class TestLimits:
+    @pytest.fixture
+    def limits(self) -> Limits:
+        return Limits(max_derivations=5, max_derivation_bytes=2000)
+
+    async def test_too_many_derivations_name_the_limit_and_the_count(self, room: Room, make: Maker) -> None:
+        graph = [make.plain(f"n-{number}") for number in range(6)]
+        with pytest.raises(FramingError, match="more than 5 derivations"):
+            await room.send(graph)
+        query = IntakeQuery(store_dir="/nix/store", derivations=tuple(made.name for made in graph), sources=())
+        with pytest.raises(TooLargeError, match=r"6 derivations.* at most 5"):
+            await room.intake.missing(query)
+        await room.send(graph[:3])
+        await room.send(graph[3:])
+        with pytest.raises(TooLargeError, match=r"6 derivations.* at most 5"):
+            await room.submit(*graph)
+
+    async def test_a_derivation_that_is_too_large_is_named(self, room: Room, make: Maker) -> None:
+        large = make.plain("large", text="x" * 3000)
+        with pytest.raises(FramingError, match=large.name):
+            await room.send([large])
+
+
+async def test_another_store_directory_is_refused_with_both_names(room: Room) -> None:
+    with pytest.raises(StoreDirError, match=r"/gnu/store.*/nix/store"):
+        await room.intake.missing(IntakeQuery(store_dir="/gnu/store", derivations=(), sources=()))
+    with pytest.raises(StoreDirError, match="/gnu/store"):
+        await room.intake.submit(SubmitRequest(roots=(RootRequest(attr="a", drv="/gnu/store/x.drv"),)))
+
+
+# Sources.
+
+
+def nar_of(content: bytes) -> bytes:
+    return b"".join(write_events([NarFile(b"", executable=False, size=len(content)), NarData(content)]))
+
+
+def text(name: str, content: bytes, *references: str) -> tuple[SourceHeader, bytes]:
+    from hashlib import sha256  # noqa: PLC0415
+
+    path = STORE.make_text_path(name, sha256(content).hexdigest(), references)
+    nar = nar_of(content)
+    names = tuple(reference.rpartition("/")[2] for reference in references)
+    return SourceHeader(path=path.rpartition("/")[2], references=names, nar_hash="sha256:?", nar_size=len(nar)), nar
+
+
+async def send_sources(room: Room, *members: tuple[SourceHeader, bytes]) -> int:
+    opened = [(header, lambda nar=nar: iter([nar])) for header, nar in members]
+    return await room.intake.add_sources(stream(encode_sources(opened)))
+
+
+async def test_sources_are_published_with_their_references_and_then_enough_for_a_submission(
+    room: Room, make: Maker
+) -> None:
+    below = text("below.sh", b"echo below")
+    above = text("above.sh", b"source below", f"/nix/store/{below[0].path}")
+    user = make.plain("user", sources=[f"/nix/store/{above[0].path}"])
+    await room.send([user])
+    with pytest.raises(MissingMemberError, match=r"above\.sh"):
+        await room.submit(user)
+    query = IntakeQuery(store_dir="/nix/store", derivations=(), sources=(below[0].path, above[0].path))
+    assert (await room.intake.missing(query)).sources == query.sources
+    assert await send_sources(room, below, above) == 2
+    assert (await room.intake.missing(query)).sources == ()
+    narinfo = await room.cache.narinfo(above[0].path[:32])
+    assert narinfo is not None
+    assert f"References: {below[0].path}" in narinfo.decode()
+    assert "CA: text:sha256:" in narinfo.decode()
+    assert len((await room.submit(user)).steps) == 1
+
+
+async def test_a_source_of_other_content_is_refused_with_its_name(room: Room) -> None:
+    header, _ = text("real.sh", b"content")
+    nar = nar_of(b"CONTENT")
+    with pytest.raises(SourceRefusedError, match=r"real\.sh is not addressed by its content"):
+        await send_sources(room, (header, nar))
+    assert await room.cache.missing([f"/nix/store/{header.path}"])
+
+
+async def test_a_source_that_is_no_archive_is_refused_with_its_name(room: Room) -> None:
+    header, nar = text("real.sh", b"content")
+    with pytest.raises(SourceRefusedError, match=r"real\.sh"):
+        await send_sources(room, (header, b"x" * len(nar)))
+
+
+async def test_a_source_whose_reference_is_not_there_is_refused_with_its_name(room: Room) -> None:
+    below = text("below.sh", b"echo below")
+    above = text("above.sh", b"source below", f"/nix/store/{below[0].path}")
+    with pytest.raises(SourceRefusedError, match=r"above\.sh was refused.*below\.sh"):
+        await send_sources(room, above)
+
+
+async def test_sources_before_a_fault_stay(room: Room) -> None:
+    good, bad = text("good.sh", b"good"), text("bad.sh", b"bad")
+    with pytest.raises(SourceRefusedError, match=r"bad\.sh"):
+        await send_sources(room, good, (bad[0], nar_of(b"BAD")))
+    assert not await room.cache.missing([f"/nix/store/{good[0].path}"])

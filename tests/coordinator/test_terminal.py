@@ -1,0 +1,244 @@
+"""What people see, as golden text; and that a build's log cannot take a terminal over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.schema import (
+    Counts,
+    CountsChanged,
+    Ended,
+    FailureView,
+    RootView,
+    Snapshot,
+    StepChanged,
+    StepState,
+    StepView,
+    SubmissionState,
+    SubmissionView,
+    WorkerView,
+)
+from coordinator.terminal import (
+    News,
+    Progress,
+    duration,
+    failure_lines,
+    heartbeat_line,
+    live_region,
+    news_lines,
+    sanitise,
+    size,
+    status_lines,
+    submission_rows,
+    summary_lines,
+    table_lines,
+    worker_rows,
+)
+
+NOW = 1_000_100.0
+
+
+def step(name: str, state: StepState = StepState.RUNNING, **more: Any) -> StepView:
+    given: dict[str, Any] = {
+        "key": f"{'0' * 32}-{name}",
+        "name": name,
+        "system": "x86_64-linux",
+        "features": (),
+        "drv": f"/nix/store/{'1' * 32}-{name}.drv",
+        "outputs": {"out": f"/nix/store/{'0' * 32}-{name}"},
+        "state": state,
+        "attempt": 1,
+        "worker": "native",
+        "started_at": NOW - 62,
+        "stage": "building",
+    }
+    return StepView(**{**given, **more})
+
+
+def submission(state: SubmissionState = SubmissionState.RUNNING, **more: Any) -> SubmissionView:
+    root = RootView(
+        attr="hello",
+        drv=f"/nix/store/{'1' * 32}-hello.drv",
+        step=f"{'0' * 32}-hello",
+        state=StepState.DONE,
+        outputs={"out": "/nix/store/hello", "dev": "/nix/store/hello-dev"},
+    )
+    given: dict[str, Any] = {
+        "id": "abc123",
+        "label": "",
+        "state": state,
+        "created_at": NOW - 100,
+        "roots": (root,),
+        "counts": Counts(
+            total=40, held=3, joined=2, done=9, running=2, publishing=1, ready=4, waiting=19, failed=1, doomed=1
+        ),
+        "derivations": 44,
+        "uploaded_bytes": 1536 * 1024,
+    }
+    return SubmissionView(**{**given, **more})
+
+
+FAILED = step(
+    "broken",
+    StepState.FAILED,
+    ended_at=NOW,
+    failure=FailureView(kind="permanent", message="builder failed with exit code 7; last 2 log lines:\n> one"),
+    log_tail="one\n\x1b[31mred\x1b[0m\n10%\r20%\rdone\n",
+)
+
+
+def test_the_live_region_shows_who_does_what_and_the_totals_last() -> None:
+    progress = Progress()
+    emulated = step(
+        "mac-thing", system="aarch64-darwin", worker="mac", emulated=True, started_at=NOW - 5, phase="buildPhase"
+    )
+    progress.apply(Snapshot(submission=submission(), steps=(emulated, step("long-runner", stage="fetching"))))
+    progress.apply(
+        CountsChanged(
+            counts=submission().counts, uploaded_bytes=1, stuck=("12 steps wait: no worker offers riscv64-linux",)
+        )
+    )
+    assert live_region(progress, NOW, 100, 40).plain.split("\n") == [
+        "⏵ long-runner  native                      1m02s  fetching",
+        "⏵ mac-thing    mac (emulated aarch64-da…      5s  buildPhase",
+        "! 12 steps wait: no worker offers riscv64-linux",
+        "━━━━━─────────── 14/40 · 12 done · 3 held · 3 running · 4 ready · 19 waiting · 1 failed · 1 doomed …",
+    ]
+
+
+def test_the_live_region_never_outgrows_the_window() -> None:
+    progress = Progress()
+    progress.apply(Snapshot(submission=submission(), steps=tuple(step(f"{n}" + "名" * 90) for n in range(50))))
+    for width, height in ((20, 10), (40, 3), (200, 60)):
+        text = live_region(progress, NOW, width, height)
+        assert len(text.plain.split("\n")) <= max(3, height)
+        assert all(line.cell_len <= width for line in text.split("\n"))
+    assert "and 34 more running" in live_region(progress, NOW, 200, 60).plain
+
+
+def test_a_failure_is_one_block_with_the_command_that_shows_the_rest() -> None:
+    assert failure_lines(FAILED) == [
+        "✘ broken failed on native after 1m02s: builder failed with exit code 7",
+        "  │ one",
+        "  │ red",
+        "  │ done",
+        f"  the whole log: drover log {'0' * 32}-broken",
+    ]
+    odd = step("c++-1.0?z=1", StepState.FAILED)
+    assert failure_lines(odd)[-1] == f"  the whole log: drover log '{'0' * 32}-c++-1.0?z=1'"
+
+
+def test_plain_lines_say_each_thing_once_even_when_the_stream_begins_again() -> None:
+    progress = Progress()
+    running = step("a")
+    told = [
+        line
+        for event in (
+            Snapshot(submission=submission(), steps=(running, FAILED)),
+            StepChanged(step=running.model_copy(update={"stage": "uploading"})),
+            Snapshot(submission=submission(), steps=(running, FAILED)),
+            StepChanged(step=step("a", attempt=2, worker="other")),
+            StepChanged(step=step("a", StepState.DONE, attempt=2, worker="other", ended_at=NOW)),
+            StepChanged(step=step("held", StepState.DONE, attempt=0)),
+            Ended(submission=submission(SubmissionState.FAILED)),
+        )
+        for news, each in progress.apply(event)
+        for line in (news_lines(news, each) if news is not News.FAILED else ["failed"])
+    ]
+    assert told == ["started a on native", "failed", "started a on other (attempt 2)", "built a on other in 1m02s"]
+    assert progress.ended
+    assert not progress.running
+
+
+def test_the_heartbeat_names_what_runs_longest() -> None:
+    progress = Progress()
+    rows = tuple(step(f"s{n}", started_at=NOW - n, phase="checkPhase" if n == 6 else "") for n in range(7))
+    progress.apply(Snapshot(submission=submission(), steps=rows))
+    assert heartbeat_line(progress, NOW) == (
+        "12 done, 3 held, 3 running, 4 ready, 19 waiting, 1 failed, 1 doomed of 40; running: s6 (6s, checkPhase), "
+        "s5 (5s, building), s4 (4s, building), s3 (3s, building), s2 (2s, building) and 2 more"
+    )
+
+
+def test_the_summary_tells_what_was_built_shared_and_uploaded() -> None:
+    ended = submission(SubmissionState.FAILED, ended_at=NOW)
+    assert summary_lines(ended, [FAILED], NOW) == [
+        "failed: submission abc123 after 1m40s",
+        (
+            "  steps         9 built, 3 already in the cache, 2 shared with other submissions, 1 failed, 1 doomed; "
+            "40 in all"
+        ),
+        "  deduplicated  4 of 44 derivations make what another one makes",
+        "  uploaded      1.5 MiB",
+        "  hello.dev  /nix/store/hello-dev",
+        "  hello  /nix/store/hello",
+        f"  ✘ broken: drover log {'0' * 32}-broken",
+    ]
+    many = submission(SubmissionState.SUCCEEDED, roots=submission().roots * 30)
+    assert summary_lines(many, [], NOW)[-1] == "  and 40 more; `--json` lists all"
+
+
+def test_status_says_why_nothing_happens() -> None:
+    waiting = submission(stuck=("1 step waits: no worker offers riscv64-linux",), counts=Counts(total=2, waiting=2))
+    assert status_lines(waiting, [], NOW) == [
+        "running: submission abc123 since 1m40s",
+        "  0 done, 2 waiting of 2",
+        "  ! 1 step waits: no worker offers riscv64-linux",
+    ]
+
+
+def test_tables_are_aligned_and_emulation_is_labelled() -> None:
+    worker = WorkerView(
+        name="mac",
+        state="online",
+        systems=("x86_64-linux", "aarch64-darwin"),
+        emulated=("aarch64-darwin",),
+        features=(),
+        slots=2,
+        leases=(("k", "building"),),
+        nix_version="2.8.0",
+        built=3,
+        last_seen=NOW - 2,
+    )
+    assert table_lines(worker_rows([worker], NOW)) == [
+        "WORKER  STATE   SYSTEMS                                  FEATURES  BUSY  BUILT  SEEN    NIX",
+        "mac     online  x86_64-linux, aarch64-darwin (emulated)  -         1/2   3      2s ago  2.8.0",
+    ]
+    assert table_lines(submission_rows([submission()], NOW)) == [
+        "SUBMISSION  STATE    AGE    DONE   FAILED  WANTED",
+        "abc123      running  1m40s  12/40  2       hello",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("\x1b]0;title\x07text", "text"),
+        ("\x1b]8;;http://evil\x1b\\link\x1b]8;;\x1b\\", "link"),
+        ("\x1bP1;2q#payload\x1b\\after", "after"),
+        ("a\x9b31mb", "a31mb"),
+        ("10%\r50%\r100%\r\nnext", "100%\nnext"),
+        ("tab\there", "tab     here"),
+        ("\u202eright to left", "right to left"),
+        ("x" * 600, "x" * 500),
+    ],
+)
+def test_logs_are_sanitised(raw: str, shown: str) -> None:
+    assert sanitise(raw) == shown
+
+
+@given(st.text())
+def test_no_control_character_survives(text: str) -> None:
+    assert all(char == "\n" or (char.isprintable() or char.isspace() or ord(char) > 0x9F) for char in sanitise(text))
+    assert "\x1b" not in sanitise(text)
+    assert "\r" not in sanitise(text)
+
+
+def test_lengths_of_time_and_sizes() -> None:
+    assert [duration(s) for s in (-1, 0, 59.9, 62, 3600, 7500)] == ["0s", "0s", "59s", "1m02s", "1h00m", "2h05m"]
+    assert [size(n) for n in (0, 1023, 1024, 5 << 20, 3 << 40)] == ["0 B", "1023 B", "1.0 KiB", "5.0 MiB", "3.0 TiB"]
