@@ -138,13 +138,14 @@ def _fast(data: bytes) -> Scan | None:
     outputs_end = (len(outputs_text) + 1) // 10 * 4
     inputs_end = outputs_end + inputs_text.count(b'"')
     sources_end = inputs_end + (len(sources_text) + 1) // 2
+    # One decoding for all the strings before the builder: they hold no quotes.
+    head_bytes = b'"'.join(strings[: sources_end + 1])
     if escapes:
-        if b"\\" in b"".join(strings[: sources_end + 1]):
+        if b"\\" in head_bytes:
             return None
         _unescape_all(safe, strings)
     try:
-        # One decoding for all the strings before the builder: they hold no quotes.
-        head_text = b'"'.join(strings[: sources_end + 1]).decode()
+        head_text = head_bytes.decode()
         builder = strings[sources_end + 1].decode()
     except UnicodeDecodeError:
         return None

@@ -44,14 +44,12 @@ def unmasked_hash(data: bytes, scan: Scan, inputs_text: bytes) -> str:
 def masked_hash(data: bytes, scan: Scan, inputs_text: bytes, output_names: Sequence[str]) -> str:
     """Base16 hash from which the paths of input-addressed outputs are made; arguments as for `unmasked_hash`.
 
-    Output names must have been checked to be valid store path names. Then `("name","` after the inputs can only be a key
-    of the environment: quotes in strings are escaped, so its first quote begins or ends a string, and what follows the
-    end of a string is no character of a name.
+    Output names must have been checked to be valid store path names. Then `("name","` after the inputs can only be a
+    key of the environment: quotes in strings are escaped, so its first quote begins or ends a string, and what follows
+    the end of a string is no character of a name.
     """
-    outputs = b",".join(
-        b'("%b","","%b","%b")' % (output.name.encode(), output.hash_algo.encode(), output.hash.encode())
-        for output in scan.derivation.outputs
-    )
+    made = scan.derivation.outputs
+    outputs = ",".join([f'("{each.name}","","{each.hash_algo}","{each.hash}")' for each in made])
     cuts: list[tuple[int, int]] = []
     for name in output_names:
         key = b'("%b","' % name.encode()
@@ -60,7 +58,7 @@ def masked_hash(data: bytes, scan: Scan, inputs_text: bytes, output_names: Seque
             value_start = at + len(key)
             value = _STRING_REST.match(data, value_start)
             cuts.append((value_start, value.end() if value else value_start))
-    pieces = [b"Derive([%b],[%b" % (outputs, inputs_text)]
+    pieces = [b"Derive([%b],[%b" % (outputs.encode(), inputs_text)]
     start = scan.inputs_end
     for value_start, value_end in sorted(cuts):
         pieces.append(data[start:value_start])

@@ -24,7 +24,7 @@ UNKNOWN_DERIVER: Final = "unknown-deriver"
 MAX_SIZE: Final = 2**63 - 1
 
 _DIGITS: Final = re.compile(r"[0-9]{1,19}\Z")
-_CONTROL: Final = re.compile(r"[\0-\x1f\x7f]")
+_FOREIGN: Final = re.compile(r"[^ -~]")
 _UNPRINTABLE: Final = re.compile(rb"[^ -~]")
 _KNOWN: Final = frozenset(
     (
@@ -78,7 +78,7 @@ class NarInfo:
         """The narinfo in Nix's field order, with a final newline.
 
         Raises:
-            FormatError: If a field holds a line break or another control character, which would forge fields.
+            FormatError: If a field is not printable ASCII: a line break would forge fields.
         """
         lines = [f"StorePath: {self.store_path}", f"URL: {self.url}", f"Compression: {self.compression}"]
         if self.file_hash:
@@ -95,9 +95,9 @@ class NarInfo:
             lines.append(f"CA: {self.ca}")
         offset = 0
         for line in lines:
-            control = _CONTROL.search(line)
-            if control is not None:
-                raise FormatError("a control character in a field", offset=offset + control.start(), what="narinfo")
+            foreign = _FOREIGN.search(line)
+            if foreign is not None:
+                raise FormatError("a field is not printable ASCII", offset=offset + foreign.start(), what="narinfo")
             offset += len(line) + 1
         return ("\n".join(lines) + "\n").encode()
 

@@ -26,7 +26,7 @@ _HASH_CHARS: Final = base32.ALPHABET
 _NAME: Final = r"(?!\.{1,2}(?:-|\Z))[0-9A-Za-z+\-._?=]{1,211}"
 _NAME_PATTERN: Final = re.compile(rf"{_NAME}\Z")
 _BASE_NAME_PATTERN: Final = re.compile(rf"([{_HASH_CHARS}]{{32}})-({_NAME})\Z")
-_STORE_DIR_PATTERN: Final = re.compile(r"(?:/(?!\.{1,2}(?:/|\Z))[^/\0:\n\"\\]+)+\Z")
+_STORE_DIR_PATTERN: Final = re.compile(r"(?:/(?!\.{1,2}(?:/|\Z))[ !#-.0-9;-\[\]-~]+)+\Z")
 
 
 def is_valid_name(name: str) -> bool:
@@ -85,9 +85,8 @@ class StoreDir:
     """A store directory, such as `/nix/store`, and the paths in it.
 
     Raises:
-        FormatError: On construction, unless it is absolute, normalised, and free of colons, quotes, backslashes and
-        newlines
-            (they would be ambiguous in the texts that are hashed).
+        FormatError: On construction, unless it is absolute, normalised, printable ASCII, and free of colons, quotes and
+            backslashes (they would be ambiguous in the texts that are hashed).
     """
 
     path: str

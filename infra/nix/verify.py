@@ -115,8 +115,10 @@ class Verifier:
         """What is remembered of `drv_path`."""
         return self._known.get(drv_path)
 
-    def add(self, drv_path: str, data: bytes) -> VerifiedDerivation:
+    def add(self, drv_path: str, data: bytes, scan: aterm.Scan | None = None) -> VerifiedDerivation:
         """Verify the derivation whose file at `drv_path` has the content `data`, and remember it.
+
+        Who parsed it before, say to sort a graph, hands in that `scan` of the same bytes to save doing it again.
 
         Raises:
             FormatError: If `data` is no derivation, `drv_path` no store path, or an option has the wrong shape;
@@ -130,7 +132,7 @@ class Verifier:
         """
         try:
             name = self._name(drv_path)
-            scan = aterm.scan(data)
+            scan = scan or aterm.scan(data)
             env = dict(scan.derivation.env)
             options = options_from_env(env)
         except FormatError as error:

@@ -109,6 +109,16 @@ def test_a_store_directory_is_absolute_normalised_and_unambiguous(path: str) -> 
         StoreDir(path)
 
 
+@given(st.one_of(st.text(), st.text(alphabet="/a.:\\ é,\ud800").map(lambda text: f"/{text}")))
+def test_whatever_is_a_store_directory_holds_the_paths_made_in_it(path: str) -> None:
+    try:
+        store_dir = StoreDir(path)
+    except FormatError:
+        return
+    made = store_dir.make_text_path("x", "00")
+    assert store_dir.render(store_dir.parse(made)) == made
+
+
 PARSERS: tuple[Callable[[str], object], ...] = (
     base32.decode,
     hashing.parse_hash,

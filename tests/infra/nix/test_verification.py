@@ -218,6 +218,7 @@ def test_a_graph_like_a_package_set_verifies_and_byte_surgery_equals_rendering()
     hashes: dict[str, str] = {}
     for path, data in GRAPH:
         verified = verifier.add(path, data)
+        assert verifier.add(path, data, aterm.scan(data)) == verified
         hashes[path] = verified.hash_modulo
         drv = verified.derivation
         if verified.kind is DerivationKind.FIXED:
