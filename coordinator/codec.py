@@ -15,6 +15,7 @@ import base64
 import binascii
 import dataclasses
 import enum
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 from coordinator.errors import CoordinatorError
 from scheduler import facts
 from scheduler.facts import Fact
-from scheduler.model import StepKey
+from scheduler.model import Requirements, StepKey
 from workers.protocol import Output
 
 #: Raised when the meaning of stored frames changes; a journal tells which version it was written with.
@@ -37,6 +38,9 @@ FACTS_VERSION = 1
 _COMPRESS_ABOVE_BYTES = 4096
 #: A frame that claims to be larger than this is damaged (one frame holds at most `journal.FRAME_FACTS` facts).
 MAX_FRAME_BYTES = 1024 * 1024 * 1024
+
+#: Different requirements that are remembered to be shared.
+_SHARED_VALUES = 10_000
 
 _TAGS: dict[type, str] = {
     facts.SubmissionAccepted: "submission-accepted",
@@ -203,11 +207,15 @@ def _bytes(value: Any) -> bytes:
 
 
 def _str(value: Any) -> str:
-    return cast("str", _need(value, str))
+    if type(value) is not str:
+        raise CodecError(f"the journal has {type(value).__name__} where text belongs.")
+    return value
 
 
 def _int(value: Any) -> int:
-    return cast("int", _need(value, int))
+    if type(value) is not int:
+        raise CodecError(f"the journal has {type(value).__name__} where a whole number belongs.")
+    return value
 
 
 def _bool(value: Any) -> bool:
@@ -217,8 +225,15 @@ def _bool(value: Any) -> bool:
 _LEAVES: dict[Any, _Decoder] = {str: _str, int: _int, float: _float, bytes: _bytes, bool: _bool}
 
 
+def _key(value: Any) -> str:
+    # A step's key stands in its spec, in the needs of others and in every later fact: one string serves them all.
+    return sys.intern(_str(value))
+
+
 def _decoder(kind: Any) -> _Decoder:
     """Build the decoder of a type from its annotations; done once, at import."""
+    if kind is StepKey:
+        return _key
     while isinstance(kind, typing.NewType):
         kind = kind.__supertype__
     if kind in _LEAVES:
@@ -248,7 +263,7 @@ def _pair(first: _Decoder, second: _Decoder) -> _Decoder:
 
 def _many(container: type, item: _Decoder) -> _Decoder:
     def decode(value: Any) -> Any:
-        return container([item(entry) for entry in _need(value, list)])
+        return container(map(item, _need(value, list)))
 
     return decode
 
@@ -274,7 +289,18 @@ def _record(kind: type) -> _Decoder:
             raise CodecError(f"the journal has a {kind.__name__} with missing or unknown fields.")
         return kind(*[item(value[name]) for name, item in fields])
 
-    return decode
+    return _shared(decode) if kind is Requirements else decode
+
+
+def _shared(decode: _Decoder) -> _Decoder:
+    """Give one value for equal ones: a farm knows a handful of requirements and a hundred thousand steps."""
+    known: dict[Any, Any] = {}
+
+    def decode_shared(value: Any) -> Any:
+        made = decode(value)
+        return known.setdefault(made, made) if len(known) < _SHARED_VALUES else known.get(made, made)
+
+    return decode_shared
 
 
 _DECODERS: types.MappingProxyType[str, _Decoder] = types.MappingProxyType(

@@ -6,18 +6,21 @@ Reports come before the heartbeat of the same batch; otherwise the heartbeat wou
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from coordinator.codec import Evidence, encode_evidence
 from coordinator.dispatch import Dispatch
 from coordinator.engine import Engine
-from coordinator.logs import LogStore
+from coordinator.logs import LogError, LogStore
 from coordinator.views import Views
 from infra.clock import Clock
 from scheduler.events import BuilderJoined, BuilderLost, BuilderReported, BuildFailed, BuildSucceeded, Event
 from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, LeaseId, StepKey
 from workers.fleet import FleetEvent, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.protocol import HeldLease, LogChunk, Report, StageChange, Succeeded
+
+_log = logging.getLogger(__name__)
 
 #: Characters of a worker's message that are kept; the rest is in the log.
 MESSAGE_CHARACTERS = 4096
@@ -67,7 +70,11 @@ class FleetSink:
                 self._views.stage(said)
             else:
                 reports.append(said)
-        await self._logs.append(chunks)
+        try:
+            await self._logs.append(chunks)
+        except LogError as error:
+            # A log is lost, a build is not: a full disk must not end the farm.
+            _log.warning("%s", error)
         self._views.worker_spoke(worker, batch, self._clock.now())
         if reports:
             await self._dispatch.room()
