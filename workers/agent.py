@@ -10,12 +10,15 @@ All methods belong to one event loop: an adapter whose transport calls from seve
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
+import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from infra.cache.errors import CacheError
@@ -65,6 +68,8 @@ REMEMBERED_LEASES = 10_000
 #: Seconds within which a report is sent while other builds run (several then share one answer), and a stage change.
 REPORT_WITHIN_S = 0.015
 STAGE_WITHIN_S = 0.1
+#: Greetings whose connections are kept for the leases that began under them.
+KEPT_SOURCES = 3
 #: Longest message of a failure that is sent, characters; the log has the rest.
 MAX_MESSAGE = 4000
 #: Longest wait of one `events` call, whatever is asked for, and most bytes of one answer.
@@ -130,6 +135,8 @@ class Agent:
         self._finished: OrderedDict[LeaseKey, None] = OrderedDict()
         self._nix_version = ""
         self._sources: FarmSources | None = None
+        #: Sources of earlier greetings, which leases in hand may still use; at most KEPT_SOURCES.
+        self._old_sources: list[FarmSources] = []
         self._greeting = asyncio.Lock()
         self._owner: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
@@ -245,11 +252,11 @@ class Agent:
         """Own everything that lives as long as the agent."""
         try:
             async with AsyncExitStack() as stack:
-                self._settings.state_dir.mkdir(parents=True, exist_ok=True)
+                stack.callback(os.close, _lock(self._settings.state_dir))
                 self._spool = Spool(self._settings.state_dir / "spool")
                 stack.push_async_callback(self._spool.close)
                 stack.push_async_callback(self._close_sources)
-                opener = DaemonOpener(daemon_argv(self._settings, self._host), "/nix/store")
+                opener = DaemonOpener(daemon_argv(self._settings, self._host), self._settings.store_dir)
 
                 def line() -> Line:
                     made = Line(opener.open)
@@ -287,18 +294,25 @@ class Agent:
         self._inputs.stop()
 
     async def _close_sources(self) -> None:
-        if self._sources is not None:
-            await self._sources.close()
+        for sources in (*self._old_sources, self._sources):
+            if sources is not None:
+                await sources.close()
 
     async def _meet(self, farm: FarmInfo) -> None:
+        own = self._settings.store_dir
+        if farm.store_dir != own:
+            raise AgentError(f"worker {self.name} builds for {own}, the farm for {farm.store_dir}")
         try:
             store = open_object_store(farm.object_store_url)
             await store.check_marker()
             sources = FarmSources(farm, store)
         except (CacheError, NixError) as error:
             raise AgentError(f"worker {self.name} cannot serve this farm: {error}") from error
-        await self._close_sources()
+        if self._sources is not None:
+            self._old_sources.append(self._sources)
         self._sources = sources
+        if len(self._old_sources) > KEPT_SOURCES:
+            await self._old_sources.pop(0).close()
 
     def _check_started(self) -> None:
         if self._owner is None or self._closing.is_set():
@@ -449,6 +463,18 @@ class Agent:
     def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
         change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())
         self._spool.stage(change, within_s=STAGE_WITHIN_S)
+
+
+def _lock(state_dir: Path) -> int:
+    """Make the state directory this process's own until the descriptor is closed. Raises `AgentError`."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(state_dir / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise AgentError(f"another worker uses the state directory {state_dir}") from None
+    return descriptor
 
 
 async def open_agent(settings: WorkerSettings | None = None) -> Agent:

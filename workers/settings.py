@@ -71,6 +71,8 @@ class WorkerSettings(BaseModel):
     state_dir: Path
     #: Root of a chroot store of the worker's own; empty is the machine's store (or its daemon's).
     store: str = ""
+    #: Logical store directory, as the farm has it.
+    store_dir: Annotated[str, Field(pattern=r"^/.*[^/]$")] = "/nix/store"
     #: Systems that the machine can run; empty is what the machine is, or none where it emulates: a worker that stands
     #: in for a Mac should not take the work of the real ones.
     systems: tuple[str, ...] = ()

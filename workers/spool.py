@@ -7,8 +7,9 @@ was ever sent is not sent.
 
 In memory lies at most `MEMORY_LOG_BYTES` of log; more is written to a file per lease. When `MAX_LOG_BYTES` wait in all,
 `room` is cleared until half of them are gone: readers of logs wait for it. Reports are also appended to
-`reports.jsonl` and synced soon after, for a later process to find. (This one sweeps what an earlier one left: the
-coordinator learns of the new incarnation and gives the leases to others.)
+`reports.jsonl` for a later process to find, and synced when a coordinator does not acknowledge them soon: while it
+does, which is nearly always, no build waits for a disk. (This process sweeps what an earlier one left: the coordinator
+learns of the new incarnation and gives the leases to others.)
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ MEMORY_LOG_BYTES = 4 * 1024 * 1024
 MAX_LOG_BYTES = 256 * 1024 * 1024
 #: Size of the file of reports beyond which it is written anew without the acknowledged ones.
 MAX_REPORTS_BYTES = 4 * 1024 * 1024
-#: Seconds between the first unsynced report and the sync.
-SYNC_S = 0.2
+#: Seconds after which a report that is not acknowledged is synced to disk.
+SYNC_S = 1.0
 #: What an event without log text is counted as in an answer.
 EVENT_BYTES = 400
 
@@ -113,7 +114,7 @@ class Spool:
         #: Leases with lines that are not a chunk yet, and the timer that ends that.
         self._unflushed: set[LeaseKey] = set()
         self._flush_timer: asyncio.TimerHandle | None = None
-        self._unsynced = False
+        #: Runs while an unacknowledged report is not synced.
         self._sync_timer: asyncio.TimerHandle | None = None
         self._syncing: asyncio.Task[None] | None = None
         #: When an answer is due (loop time); None where nothing was queued since the last one.
@@ -157,9 +158,8 @@ class Spool:
         event = report.dump()
         self._append(key, event, "report")
         self._reports_bytes += self._write_reports(orjson.dumps(event) + b"\n")
-        self._unsynced = True
         if self._sync_timer is None:
-            self._sync_timer = asyncio.get_running_loop().call_later(SYNC_S, self._start_sync)
+            self._sync_timer = asyncio.get_running_loop().call_later(SYNC_S, self._sync_if_old, self._last)
         self._due_within(within_s)
 
     def acknowledge(self, ack: int) -> list[LeaseKey]:
@@ -185,6 +185,8 @@ class Spool:
         self._turn += 1
         turn = self._turn
         self._changed.set()
+        # A caller in this process that asks again and again must not keep the builds from going on.
+        await asyncio.sleep(0)
         if self._entries and self._due is None:
             # Left over from a bounded answer, or from one that was lost.
             return
@@ -355,15 +357,17 @@ class Spool:
         os.ftruncate(self._reports, 0)
         self._reports_bytes = 0
         left = [entry.event for entry in self._entries if entry.kind == "report"]
-        self._unsynced = bool(left)
         if left:
             self._reports_bytes = self._write_reports(b"".join(orjson.dumps(event) + b"\n" for event in left))
 
-    def _start_sync(self) -> None:
+    def _sync_if_old(self, number: int) -> None:
+        """Sync if event `number`, a report of SYNC_S ago, is still unacknowledged; else look at later ones later."""
         self._sync_timer = None
-        if self._unsynced:
-            self._unsynced = False
-            self._syncing = asyncio.get_running_loop().create_task(self._sync(), name="sync reports")
+        loop = asyncio.get_running_loop()
+        if self._acked < number:
+            self._syncing = loop.create_task(self._sync(), name="sync reports")
+        elif any(entry.kind == "report" for entry in self._entries):
+            self._sync_timer = loop.call_later(SYNC_S, self._sync_if_old, self._last)
 
     async def _sync(self) -> None:
         try:

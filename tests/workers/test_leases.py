@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from workers.agent import AgentError
 from workers.protocol import Batch, Failed, Hello, Stage, Succeeded
+from workers.spool import CHUNK_BYTES
 
 from .conftest import PATIENCE_S, Bench, Told, drv, order
 
@@ -164,3 +168,36 @@ async def test_an_agent_that_starts_anew_has_another_incarnation_and_sweeps_its_
 
 async def _ask_now(told: Told) -> Batch:
     return Batch.model_validate(await told.agent.events(0, 1 << 20, 0.0))
+
+
+async def test_two_agents_never_share_a_state_directory(bench: Bench) -> None:
+    await bench.agent("one")
+    with pytest.raises(AgentError, match="another worker uses the state directory"):
+        await bench.agent("one")
+
+
+async def test_leases_outlive_a_coordinator_that_comes_back_under_another_address(bench: Bench) -> None:
+    told = await bench.agent(slots=1)
+    running = order(drv("running", "echo started; sleep 1; : > $out"))
+    await told.agent.start_many([running.dump()])
+    await told.until(lambda: running.step in told.logs)
+    moved = bench.farm.model_copy(update={"cache_url": "http://127.0.0.1:9/cache"})
+    hello = Hello.model_validate(await told.agent.hello(moved.dump()))
+    assert [lease.step for lease in hello.leases] == [running.step]
+    [report] = await told.finish(running)
+    assert isinstance(report.result, Succeeded)
+
+
+async def test_a_builder_waits_while_nobody_takes_its_log(bench: Bench) -> None:
+    told = await bench.agent(slots=1)
+    told.agent._spool._max_log_bytes = 4 * CHUNK_BYTES
+    line = "x" * 999
+    loud = order(drv("loud", f"i=0; while [ $i -lt 5000 ]; do echo {line}; i=$((i+1)); done; : > $out"))
+    await told.agent.start_many([loud.dump()])
+    async with asyncio.timeout(PATIENCE_S):
+        while told.agent._spool.room.is_set():
+            await told.agent.events(0, 1, 0.01)
+    await asyncio.sleep(0.3)
+    assert told.agent._spool.log_bytes < 4 * CHUNK_BYTES + 2000
+    await told.finish(loud)
+    assert told.logs[loud.step] == (line.encode() + b"\n") * 5000

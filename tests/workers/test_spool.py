@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -171,3 +172,21 @@ async def test_a_directory_that_cannot_be_used_is_said_in_one_sentence(tmp_path:
     (tmp_path / "file").write_text("")
     with pytest.raises(SpoolError, match="cannot use the spool directory"):
         Spool(tmp_path / "file" / "spool")
+
+
+async def test_reports_are_synced_when_nobody_acknowledges_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool_module, "SYNC_S", 0.01)
+    synced = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(os, "fsync", lambda _: loop.call_soon_threadsafe(synced.set))
+    async with opened(tmp_path / "spool") as spool:
+        spool.report(report(), within_s=0.0)
+        last, _, _ = spool.take(BULK)
+        spool.acknowledge(last)
+        await asyncio.sleep(0.05)
+        assert not synced.is_set()
+        spool.report(report(("other", 1)), within_s=0.0)
+        async with asyncio.timeout(10):
+            await synced.wait()
