@@ -83,6 +83,8 @@ def _file_events(name: bytes, path: str) -> Iterator[NarEvent]:
 def events_of(path: str | os.PathLike[str], *, case_hack: bool = False) -> Iterator[NarEvent]:
     """The events of the tree at `path`; a symlink there is packed, not followed.
 
+    The tree must not be open to others' writing: a directory that is swapped for a link meanwhile would be followed.
+
     Raises:
         NarFilesError: On a device, socket or pipe, or a tree that changes underneath.
         OSError: As the file system gives it.

@@ -176,13 +176,18 @@ class NarReader:
             raise
         return events
 
+    @property
+    def complete(self) -> bool:
+        """Whether the archive is whole: the way to see the end of one that comes without a length."""
+        return self._step is NarReader._read_end
+
     def close(self) -> None:
         """Check that the archive is whole.
 
         Raises:
             FormatError: If it is not.
         """
-        if self._step is not NarReader._read_end:
+        if not self.complete:
             raise FormatError("the archive is cut short", offset=self._base + len(self._buffer), what=_WHAT)
 
     def _fail(self, message: str, at: int | None = None) -> FormatError:

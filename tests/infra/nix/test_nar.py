@@ -64,6 +64,7 @@ def read(archive: bytes, cuts: list[int]) -> list[NarEvent]:
     found: list[NarEvent] = []
     bounds = [0, *sorted(cuts), len(archive)]
     for start, end in pairwise(bounds):
+        assert not reader.complete or start == len(archive)
         found += reader.feed(archive[start:end])
     reader.close()
     return merged(found)
