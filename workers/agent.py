@@ -139,6 +139,8 @@ class Agent:
         self._old_sources: list[FarmSources] = []
         self._greeting = asyncio.Lock()
         self._owner: asyncio.Task[None] | None = None
+        #: Done once `_serve` is ready for calls or has failed to be.
+        self._ready: asyncio.Future[None] | None = None
         self._closing = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         # These four exist between start() and close(); see _serve.
@@ -162,18 +164,22 @@ class Agent:
 
     async def start(self) -> None:
         """Sweep the spool, reach the daemon, be ready. Raises `WorkerError` with one sentence; repeats are no-ops."""
-        if self._closing.is_set():
-            raise AgentError(f"worker {self.name} is closed")
-        if self._owner is None:
-            ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._owner = asyncio.create_task(self._serve(ready), name=f"agent {self.name}")
-            await ready
+        if self._ready is None:
+            if self._closing.is_set():
+                raise AgentError(f"worker {self.name} is closed")
+            self._ready = asyncio.get_running_loop().create_future()
+            self._owner = asyncio.create_task(self._serve(self._ready), name=f"agent {self.name}")
+        await asyncio.shield(self._ready)
 
     async def close(self) -> None:
         """Stop all builds, wait for their processes, release everything. Idempotent."""
         self._closing.set()
-        if self._owner is not None:
-            await asyncio.wait((self._owner,))
+        owner, self._owner = self._owner, None
+        if owner is None:
+            return
+        await asyncio.wait((owner,))
+        if not owner.cancelled() and (error := owner.exception()) is not None:
+            log.error("agent %s ended badly", self.name, exc_info=error)
 
     async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
         """Introduce both sides; takes `FarmInfo`, gives `Hello`. Starts the agent where it is not started.
@@ -315,8 +321,10 @@ class Agent:
             await self._old_sources.pop(0).close()
 
     def _check_started(self) -> None:
-        if self._owner is None or self._closing.is_set():
-            raise AgentError(f"worker {self.name} is {'closed' if self._closing.is_set() else 'not started'}")
+        if self._closing.is_set():
+            raise AgentError(f"worker {self.name} is closed")
+        if self._ready is None or not self._ready.done():
+            raise AgentError(f"worker {self.name} is not started")
 
     def _held(self, told: set[LeaseKey]) -> list[dict[str, Any]]:
         return [

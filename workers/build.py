@@ -14,6 +14,8 @@ from infra.daemon import (
     BasicOutput,
     BuildEvent,
     BuildResult,
+    DaemonGone,
+    DaemonOperationError,
     LogLine,
     Message,
     Options,
@@ -94,12 +96,16 @@ async def build_in_slot(
 ) -> BuildResult:
     """Build and return the daemon's verdict.
 
-    `pause` is asked after each event; what it returns is awaited before the daemon is read on, so a builder that prints
-    faster than its log is taken away is slowed down. Cancelling hangs up, which kills the builder. Raises
+    `pause` is asked after each event; what it returns is awaited before the daemon is read on, so a builder that
+    prints faster than its log is taken away is slowed down. Cancelling hangs up, which kills the builder. A daemon
+    that is found gone before it told anything (it died while the slot was idle) is replaced once. Raises
     `infra.daemon.DaemonError` or `DaemonUnreachableError`.
     """
+    heard = False
 
     def on_event(event: BuildEvent) -> Awaitable[None] | None:
+        nonlocal heard
+        heard = True
         match event:
             case LogLine(data=data):
                 gate.line(data)
@@ -110,9 +116,23 @@ async def build_in_slot(
                 pass
         return pause()
 
-    async with slot.use() as connection:
-        await slot.set_options(limits.options())
+    async def attempt() -> BuildResult:
+        async with slot.use() as connection:
+            await slot.set_options(limits.options())
+            try:
+                return await connection.build_derivation(drv_path, derivation, on_event)
+            except DaemonOperationError as error:
+                # A build that fails is a result. An error instead of one (say, a phase that Nix 2.8 cannot parse)
+                # is often the last thing that a daemon says before it hangs up.
+                connection.abort(str(error))
+                raise
+
+    try:
         try:
-            return await connection.build_derivation(drv_path, derivation, on_event)
-        finally:
-            gate.finish()
+            return await attempt()
+        except DaemonGone:
+            if heard:
+                raise
+            return await attempt()
+    finally:
+        gate.finish()

@@ -22,7 +22,7 @@ import orjson
 from infra.cache.download import fetch_nar
 from infra.cache.errors import CacheError
 from infra.cache.objects import ObjectStore
-from infra.daemon import DaemonOperationError, Upload, ValidPathInfo
+from infra.daemon import DaemonGone, DaemonOperationError, Upload, ValidPathInfo
 from infra.nix import narinfo
 from infra.nix.errors import NixError
 from infra.nix.narinfo import NarInfo
@@ -201,7 +201,14 @@ class InputFetcher:
         return [*earlier, task]
 
     async def _missing(self, paths: set[str]) -> set[str]:
-        """Root paths, then ask which are not valid (in this order, or a collection could come between)."""
+        """Root paths, then ask which are not valid; a connection whose daemon is gone is replaced once."""
+        try:
+            return await self._ask_store(paths)
+        except DaemonGone:
+            return await self._ask_store(paths)
+
+    async def _ask_store(self, paths: set[str]) -> set[str]:
+        # Roots first: a collection could come between.
         async with self._roots.use() as connection:
             if self._generation != self._roots.generation or len(self._valid) > MAX_REMEMBERED:
                 self._valid.clear()

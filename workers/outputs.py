@@ -10,6 +10,7 @@ from contextlib import aclosing
 from infra.cache.errors import CacheError
 from infra.cache.objects import ObjectStore
 from infra.cache.upload import upload_nar
+from infra.daemon import DaemonGone
 from workers.daemons import Pool
 from workers.errors import WorkerError
 from workers.protocol import Output
@@ -23,10 +24,17 @@ class OutputError(WorkerError):
 
 
 async def upload_output(readers: Pool, store: ObjectStore, name: str, path: str) -> Output:
-    """Upload one output of a finished build.
+    """Upload one output of a finished build; a reader whose daemon is gone is replaced once.
 
     Raises `OutputError`, `infra.daemon.DaemonError` or `DaemonUnreachableError`.
     """
+    try:
+        return await _upload(readers, store, name, path)
+    except DaemonGone:
+        return await _upload(readers, store, name, path)
+
+
+async def _upload(readers: Pool, store: ObjectStore, name: str, path: str) -> Output:
     async with readers.use() as connection:
         info = await connection.query_path_info(path)
         if info is None:

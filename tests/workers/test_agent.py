@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from infra.nix.store_path import StorePath
-from workers.agent import AgentError
+from workers.agent import Agent, AgentError
 from workers.protocol import Failed, Report, Stage, Succeeded
+from workers.settings import WorkerSettings
 
 from .conftest import STORE, STORE_DIR, Bench, Told, drv, hash_part, nar_of, order
 
@@ -239,6 +240,17 @@ async def test_the_agent_survives_a_killed_daemon(bench: Bench) -> None:
     success((await told.build(order(drv("next", ": > $out"))))[0])
 
 
+async def test_daemons_that_died_while_nothing_was_built_are_replaced_unnoticed(bench: Bench) -> None:
+    before = set(descendants())
+    told = await bench.agent(slots=1)
+    [first] = await told.build(order(drv("first", ": > $out")))
+    for pid in set(descendants()) - before:
+        os.kill(pid, signal.SIGKILL)
+    path = success(first).outputs[0].path
+    [second] = await told.build(order(drv("second", f"ls {path}; : > $out"), [path]))
+    success(second)
+
+
 async def test_a_daemon_that_cannot_be_reopened_is_the_farms_fault(bench: Bench) -> None:
     told = await bench.agent(slots=1)
     told.agent._slots[0]._retire()
@@ -251,6 +263,32 @@ async def _unreachable() -> object:
     from workers.daemons import DaemonOpener  # noqa: PLC0415 - one use
 
     return await DaemonOpener(["/nonexistent/nix-daemon"], STORE).open()
+
+
+async def test_a_builder_that_breaks_its_daemon_ends_its_own_lease_only(bench: Bench) -> None:
+    told = await bench.agent(slots=1)
+    # Nix 2.8 aborts the request on a phase that is not text; later versions take it for a line of log.
+    nasty = order(drv("nasty", """echo '@nix {"action":"setPhase","phase":1}' >&2; sleep 1; : > $out"""))
+    good = order(drv("good", ": > $out"))
+    [report] = await told.build(nasty)
+    assert isinstance(report.result, Succeeded) or failure(report).reason == "infrastructure"
+    success((await told.build(good))[0])
+
+
+async def test_greetings_that_come_together_are_all_answered(bench: Bench) -> None:
+    agent = Agent(WorkerSettings(name="w", state_dir=bench.root / "w" / "state", store=str(bench.root / "w" / "store")))
+    try:
+        with pytest.raises(AgentError, match="not started"):
+            await agent.events(0, 1000, 0.0)
+        first, second = await asyncio.gather(agent.hello(bench.farm.dump()), agent.hello(bench.farm.dump()))
+        assert first == second
+        assert first["nix_version"]
+        foreign = bench.farm.model_copy(update={"store_dir": "/elsewhere/store"})
+        with pytest.raises(AgentError, match="builds for /nix/store, the farm for /elsewhere/store"):
+            await agent.hello(foreign.dump())
+    finally:
+        await agent.close()
+        await agent.close()
 
 
 async def test_an_emulated_system_is_accepted_and_another_is_not(bench: Bench) -> None:
