@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from infra.cache.download import fetch_nar
-from infra.cache.errors import CacheError, CorruptNarError, ObjectMissingError
+from infra.cache.errors import CacheError, CorruptNarError, ObjectMissingError, ObjectStoreError
 from infra.cache.objects import INLINE_BYTES, LocalObjectStore, ObjectStore
 from infra.cache.upload import BLOCK_BYTES, FRAME_BYTES, QUICK_BYTES, UploadedNar, upload_nar
 from infra.nix.hashing import sha256_text
@@ -101,6 +101,21 @@ async def test_an_upload_whose_source_fails_leaves_nothing(store: LocalObjectSto
 
     with pytest.raises(RuntimeError, match="went away"):
         await upload_nar(store, failing())
+    assert files(store, "nar") == files(store, "incoming") == []
+
+
+class FullAtTheEnd(LocalObjectStore):
+    """A store that takes a large object, and cannot give it its name."""
+
+    async def rename(self, source: str, target: str) -> None:
+        assert await self.head(source)
+        raise ObjectStoreError(f"cannot rename to {target}: no space left on device")
+
+
+async def test_an_upload_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
+    store = FullAtTheEnd(tmp_path)
+    with pytest.raises(ObjectStoreError, match="no space left"):
+        await upload_nar(store, chunked(NOISE))
     assert files(store, "nar") == files(store, "incoming") == []
 
 
