@@ -58,11 +58,12 @@ class LongestPathFirst:
 
     def place(self, step: Step, builders: Sequence[Builder]) -> Builder:  # noqa: ARG002  other policies look at it
         """Return the builder with most free capacity, the first by id among equals."""
-        best = builders[0]
+        best, most = builders[0], builders[0].free
         for builder in builders:
-            ahead = builder.free - best.free
-            if ahead > 0 or (ahead == 0 and builder.id < best.id):
-                best = builder
+            # As `Builder.free`, spelled out: this is the core's innermost loop.
+            room = builder.capacity - len(builder.leases)
+            if room > most or (room == most and builder.id < best.id):
+                best, most = builder, room
         return best
 
     def back_off_s(self, step: StepKey, failures: int) -> float:
