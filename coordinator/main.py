@@ -140,7 +140,7 @@ async def open_coordinator(
         app = make_app(
             api, token, public_url=url, loopback=settings.loopback, max_body_bytes=settings.limits.request_bytes
         )
-        add_cache_routes(app, stores.cache, log_for=_log_reader(views, stores.logs))
+        add_cache_routes(app, stores.cache, log_for=_log_reader(views, stores.logs, settings.store_dir))
         runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
         await runner.setup()
         async with asyncio.TaskGroup() as group:
@@ -351,11 +351,11 @@ def _farm_view(info: FarmInfo) -> FarmView:
     )
 
 
-def _log_reader(views: Views, logs: LogStore) -> LogFor:
+def _log_reader(views: Views, logs: LogStore, store_dir: str) -> LogFor:
     """Return what finds the log of a .drv (base name) for `nix log`."""
 
     def read(base_name: str) -> AsyncIterator[bytes] | None:
-        found = views.attempt_of_drv(base_name)
+        found = views.attempt_of_drv(f"{store_dir}/{base_name}")
         return logs.read(*found) if found is not None and logs.exists(*found) else None
 
     return read

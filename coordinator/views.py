@@ -14,6 +14,7 @@ the core can tell it from its state, and a read model must not reach into that.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, cast
@@ -38,13 +39,15 @@ from coordinator.schema import (
 )
 from scheduler import facts
 from scheduler.facts import Fact
-from scheduler.model import Failure, Recipe, Requirements, StepKey, SubmissionId
+from scheduler.model import Failure, FailureKind, Recipe, Requirements, StepKey, SubmissionId
 from workers.protocol import Batch, HeldLease, Hello, StageChange
 
 #: Changed steps that a watcher may leave unread before it gets a snapshot instead.
 WATCH_PENDING = 1024
 #: Failed steps in one snapshot; the rest is behind `submissions/ID/steps?state=failed`.
 SNAPSHOT_FAILED = 100
+#: Submissions in one answer of `submissions`.
+SUBMISSIONS_LISTED = 1000
 #: Steps in one answer of `submissions/ID/steps`.
 STEPS_LISTED = 10_000
 
@@ -104,6 +107,8 @@ class StepRow:
     uploaded_bytes: int = 0
     failure: Failure | None = None
     cause: str = ""
+    #: Why the last lease of this life ended without a verdict through the farm's fault.
+    trouble: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -215,6 +220,7 @@ class Views:
         self._submissions: dict[SubmissionId, SubmissionRow] = {}
         self._workers: dict[str, WorkerRow] = {}
         self._details: dict[StepKey, StepInfo] = {}
+        self._by_drv: dict[str, StepKey] = {}
         self._notes: dict[SubmissionId, SubmissionNote] = {}
         #: Submissions that may have ended; looked at before the next beginning and at the end of a batch.
         self._unsettled: dict[SubmissionId, SubmissionRow] = {}
@@ -249,6 +255,7 @@ class Views:
         """Learn names; may come before or after the facts they belong to."""
         for key, detail in details.items():
             self._details.setdefault(key, detail)
+            self._by_drv.setdefault(detail.drv, key)
         self._notes.update(notes or {})
 
     def fold(self, batch: Iterable[Fact], *, settle: bool = True) -> None:
@@ -318,8 +325,9 @@ class Views:
         return row
 
     def submissions(self) -> list[SubmissionView]:
-        """Return all submissions, newest first."""
-        return [self.submission_view(row) for row in reversed(self._submissions.values())]
+        """Return the newest submissions, at most `SUBMISSIONS_LISTED`, newest first."""
+        newest = itertools.islice(reversed(self._submissions.values()), SUBMISSIONS_LISTED)
+        return [self.submission_view(row) for row in newest]
 
     def step(self, text: str) -> StepRow:
         """Return the step whose key is `text`, or the only one whose key, name or .drv contains it.
@@ -352,13 +360,10 @@ class Views:
         """Return the keys of all steps, oldest first."""
         return list(self._steps)
 
-    def attempt_of_drv(self, base_name: str) -> tuple[StepKey, int] | None:
-        """Return step and latest attempt of a .drv (base name), for the cache's log route."""
-        for key, detail in self._details.items():
-            if detail.drv.endswith("/" + base_name):
-                row = self._steps.get(key)
-                return (key, row.attempt) if row is not None and row.attempt else None
-        return None
+    def attempt_of_drv(self, drv: str) -> tuple[StepKey, int] | None:
+        """Return step and latest attempt of a .drv (full store path), None if it was never started."""
+        row = self._steps.get(self._by_drv.get(drv, StepKey("")))
+        return (row.key, row.attempt) if row is not None and row.attempt else None
 
     def steps(self, submission: SubmissionRow, states: frozenset[StepState]) -> list[StepView]:
         """Return members in `states` (empty: all), at most `STEPS_LISTED`."""
@@ -424,7 +429,7 @@ class Views:
             uploaded_bytes=row.uploaded_bytes,
             failure=FailureView(kind=row.failure.kind, message=row.failure.message) if row.failure else None,
             cause=row.cause,
-            waiting_for=self._explain.waiting_for(row.key, self._name) if waiting else "",
+            waiting_for=self._waiting_for(row) if waiting else "",
             log_tail=self._explain.log_tail(row.key, row.attempt) if failed else "",
         )
 
@@ -442,7 +447,7 @@ class Views:
                     attr=root.attr,
                     drv=root.drv,
                     step=root.step,
-                    state=self._steps[root.step].state,
+                    state=self._row(root.step).state,
                     outputs=dict(root.outputs),
                 )
                 for root in note.roots
@@ -464,6 +469,10 @@ class Views:
     def _counts(self, row: SubmissionRow) -> Counts:
         by_state = {state.value: count for state, count in row.counts.items()}
         return Counts(total=len(row.members), held=row.held, joined=row.joined, **by_state)
+
+    def _waiting_for(self, row: StepRow) -> str:
+        reason = self._explain.waiting_for(row.key, self._name)
+        return f"{reason}; last time: {row.trouble}" if row.trouble else reason
 
     def _name(self, key: StepKey) -> str:
         return self._details.get(key, _NO_DETAIL).name
@@ -514,7 +523,7 @@ class Views:
 
     def _revived(self, fact: facts.StepRevived) -> None:
         row = self._row(fact.step)
-        row.failure, row.cause, row.ended_at = None, "", 0.0
+        row.failure, row.cause, row.trouble, row.ended_at = None, "", "", 0.0
         self._wait(row, fact.recipe)
 
     def _lost(self, fact: facts.StepLost) -> None:
@@ -536,6 +545,8 @@ class Views:
     def _revoked(self, fact: facts.LeaseRevoked) -> None:
         row = self._row(fact.lease.step)
         row.builder, row.stage, row.phase = "", "", ""
+        if fact.failure.kind is FailureKind.INFRASTRUCTURE:
+            row.trouble = fact.failure.message
         self._wait(row, row.recipe)
 
     def _built(self, fact: facts.StepBuilt) -> None:

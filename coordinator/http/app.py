@@ -19,6 +19,13 @@ from coordinator.schema import ErrorBody, ErrorView
 
 _log = logging.getLogger(__name__)
 
+#: What aiohttp refuses by itself: status -> code and sentence.
+_REFUSALS = {
+    404: ("not_found", "there is nothing at this address."),
+    405: ("method_not_allowed", "this address does not take that method."),
+    413: ("too_large", "the request is larger than this coordinator takes."),
+}
+
 
 def make_app(api: Api, token: str, *, public_url: str, loopback: bool, max_body_bytes: int) -> web.Application:
     """Put the API behind its checks. `max_body_bytes` bounds JSON bodies; streams have bounds of their own."""
@@ -38,16 +45,15 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
         return await handler(request)
     except CoordinatorError as error:
         return _error(error.status, error.code, str(error))
-    except web.HTTPRequestEntityTooLarge:
-        return _error(413, "too_large", "the request is larger than this coordinator takes.")
-    except web.HTTPNotFound:
-        return _error(404, "not_found", "there is nothing at this address.")
-    except web.HTTPMethodNotAllowed as error:
-        answer = _error(405, "method", f"this address takes {', '.join(sorted(error.allowed_methods))} only.")
-        answer.headers["Allow"] = error.headers["Allow"]
+    except web.RequestPayloadError:
+        return _error(400, "bad_request", "the request's body ended too early; send it again.")
+    except web.HTTPException as error:
+        if error.status not in _REFUSALS:
+            raise
+        answer = _error(error.status, *_REFUSALS[error.status])
+        if "Allow" in error.headers:
+            answer.headers["Allow"] = error.headers["Allow"]
         return answer
-    except web.HTTPException:
-        raise
     except ConnectionError:
         raise
     except Exception:  # noqa: BLE001 - whatever it is, the client gets a sentence and the operator the traceback

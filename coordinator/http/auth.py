@@ -99,7 +99,10 @@ def require_host(public_url: str) -> Middleware:
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        host = urlsplit(f"//{request.host}").hostname or ""
+        try:
+            host = urlsplit(f"//{request.host}").hostname or ""
+        except ValueError:
+            host = ""
         if host != public and not _is_loopback(host):
             raise ForbiddenHostError("this coordinator listens on loopback only and does not answer under that name.")
         return await handler(request)

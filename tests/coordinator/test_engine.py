@@ -194,6 +194,7 @@ async def test_a_false_claim_is_the_farms_fault_and_is_tried_again(open_farm: Op
         await worker.speak(report(order, Succeeded(outputs=claims[lie])))
         await farm.until(lambda: farm.states(submitted.id)["one"] is StepState.READY)
         assert await farm.coordinator.cache.missing([true.path]) == {true.path}
+        assert "; last time: publishing" in (await farm.client.step(order.step)).waiting_for
 
 
 async def test_other_bits_for_a_published_path_leave_the_first_and_the_step_is_done(open_farm: OpenFarm) -> None:
