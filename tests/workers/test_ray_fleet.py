@@ -46,11 +46,12 @@ class Heard:
     async def sink(self, event: FleetEvent) -> None:
         async with self._more:
             self.events.append(event)
-            for told in event.batch.events if isinstance(event, WorkerSpoke) else ():
-                if isinstance(told, Report):
-                    self.reports[told.step] = (event.worker, told)
-                elif isinstance(told, LogChunk):
-                    self.logs[told.step] = self.logs.get(told.step, b"") + told.data
+            if isinstance(event, WorkerSpoke):
+                for told in event.batch.events:
+                    if isinstance(told, Report):
+                        self.reports[told.step] = (event.worker, told)
+                    elif isinstance(told, LogChunk):
+                        self.logs[told.step] = self.logs.get(told.step, b"") + told.data
             self._more.notify_all()
 
     async def until(self, condition: Callable[[], bool]) -> None:

@@ -85,9 +85,7 @@ async def head(token: Path, base: Path) -> AsyncIterator[RayHead]:
 
 def node(head: RayHead, token: Path, base: Path, *, name: str = "w1") -> RayWorkerNode:
     settings = Path("/nonexistent/settings.json")
-    return RayWorkerNode(
-        name=name, head=head.address, token_file=token, settings_file=settings, base_dir=base, start_deadline_s=60
-    )
+    return RayWorkerNode(name=name, head=head.address, token_file=token, settings_file=settings, base_dir=base)
 
 
 def listening_addresses(root: int) -> set[str]:
