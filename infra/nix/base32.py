@@ -15,20 +15,20 @@ from infra.nix.errors import FormatError
 #: The 32 digits in order of value; `e`, `o`, `t`, `u` are left out so that hashes spell no words.
 ALPHABET: Final = "0123456789abcdfghijklmnpqrsvwxyz"
 
-#: Three digits at a time: the text of every 15-bit number. Paths are computed by the hundred thousand.
-_TRIPLES: Final = tuple(a + b + c for a in ALPHABET for b in ALPHABET for c in ALPHABET)
+#: Two digits at a time: the text of every 10-bit number. A larger table would not stay in the processor's cache.
+_PAIRS: Final = tuple(a + b for a in ALPHABET for b in ALPHABET)
 _TO_PYTHON: Final = str.maketrans(ALPHABET, "0123456789abcdefghijklmnopqrstuv")
 _FOREIGN: Final = re.compile(f"[^{ALPHABET}]")
-#: Bit position of each group of three digits, most significant first, for the sizes that occur most.
-_SHIFTS: Final = {size: tuple(range(((size * 8 + 14) // 15 - 1) * 15, -1, -15)) for size in (20, 32)}
+#: Bit position of each pair of digits, most significant first, for the sizes that occur most.
+_SHIFTS: Final = {size: tuple(range(((size * 8 + 9) // 10 - 1) * 10, -1, -10)) for size in (20, 32)}
 
 
 def encode(digest: bytes) -> str:
     """The nix32 text of `digest`: 20 bytes give 32 characters, 32 bytes give 52."""
     size = len(digest)
-    shifts = _SHIFTS.get(size) or range(((size * 8 + 14) // 15 - 1) * 15, -1, -15)
+    shifts = _SHIFTS.get(size) or range(((size * 8 + 9) // 10 - 1) * 10, -1, -10)
     number = int.from_bytes(digest, "little")
-    digits = "".join([_TRIPLES[(number >> shift) & 0x7FFF] for shift in shifts])
+    digits = "".join([_PAIRS[(number >> shift) & 0x3FF] for shift in shifts])
     return digits[len(digits) - (size * 8 + 4) // 5 :]
 
 
