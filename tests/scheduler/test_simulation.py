@@ -23,6 +23,10 @@ def test_fixed_seeds_hold(block: int) -> None:
             play(seed)
 
 
+def test_seed_9233_refuses_a_circle_that_a_fall_back_closed() -> None:
+    play(9233)
+
+
 def test_a_seed_gives_the_same_journal_twice() -> None:
     assert play(7).facts == play(7).facts
 
