@@ -31,10 +31,10 @@ SOURCES_MAGIC = b"drover-sources-1\n"
 MAX_NAME_BYTES = 256
 MAX_HEADER_BYTES = 1024 * 1024
 INFLATE_SLICE = 1024
-#: What a reader's frame may ask for; level 3 and its relatives stay at 2 MiB.
+#: What a reader's frame may ask for; the fast levels stay at 2 MiB.
 MAX_WINDOW_BYTES = 8 * 1024 * 1024
 PIECE_BYTES = 256 * 1024
-_LEVEL = 3
+_LEVEL = 1
 _INT = 4
 
 
