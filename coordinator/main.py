@@ -3,8 +3,9 @@
 `open_coordinator` makes a coordinator over any fleet and is what tests use; `serve` runs one until it is told to stop;
 `run_up` is `drover up`: the same over a Ray head and worker nodes of its own.
 
-Order of the start: lock, journal and replay, cache, fleet, engine, then HTTP, so that whoever gets an answer talks to a
-farm that remembers. Order of the end: HTTP, fleet, dispatch, and the engine last, because the others wait for it.
+Order of the start: lock, stores, journal and replay, engine, then HTTP, so that whoever gets an answer talks to a farm
+that remembers; Ray's nodes take seconds and come while clients are already served. Order of the end: HTTP, fleet,
+dispatch, and the engine last, because the others wait for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -49,8 +50,8 @@ from infra.nix.store_path import StoreDir
 from scheduler.effects import Effect
 from scheduler.farm import Farm
 from workers.errors import WorkerError
-from workers.fleet import Fleet, FleetError
-from workers.protocol import FarmInfo
+from workers.fleet import Fleet, FleetError, Sink
+from workers.protocol import FarmInfo, Lease, LeaseOrder
 from workers.ray_nodes import RayHead, RayWorkerNode, make_token_file
 from workers.settings import WorkerSettings
 
@@ -237,10 +238,47 @@ def run_up(settings: Settings, ready: Callable[[Ready], None]) -> None:
         stop = asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
-        await serve(settings, lambda info: ray_farm(settings, info), ready=ready, stop=stop)
+        await serve(settings, lambda info: nullcontext(RayFarm(settings, info)), ready=ready, stop=stop)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
+
+
+class RayFarm:
+    """The fleet of `drover up`: Ray with nodes of its own, which start while the coordinator already answers."""
+
+    def __init__(self, settings: Settings, info: FarmInfo) -> None:
+        self._settings = settings
+        self._info = info
+        #: Set while Ray is connected.
+        self._fleet: Fleet | None = None
+
+    async def run(self, sink: Sink) -> None:
+        """Start the nodes, serve, and end the nodes when cancelled. Raises `WorkerError`, or a group with one."""
+        async with ray_farm(self._settings, self._info) as fleet:
+            self._fleet = fleet
+            try:
+                await fleet.run(sink)
+            finally:
+                self._fleet = None
+
+    async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:
+        """See `Fleet`."""
+        await self._connected.start_many(worker, orders)
+
+    async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
+        """See `Fleet`."""
+        await self._connected.cancel(worker, leases)
+
+    async def drain(self, worker: str, *, on: bool) -> None:
+        """See `Fleet`."""
+        await self._connected.drain(worker, on=on)
+
+    @property
+    def _connected(self) -> Fleet:
+        if self._fleet is None:
+            raise FleetError("the farm's Ray nodes are not running yet, or no longer")
+        return self._fleet
 
 
 @asynccontextmanager
