@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -15,15 +18,13 @@ from coordinator.errors import CoordinatorError
 
 
 def drover(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    program = "from coordinator.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, *map(str, arguments)],
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    """Run a command in this process (a child costs a second of imports); one test below runs the real program."""
+    raw_out, raw_err = io.BytesIO(), io.BytesIO()
+    out, err = io.TextIOWrapper(raw_out, write_through=True), io.TextIOWrapper(raw_err, write_through=True)
+    words = [str(argument) for argument in arguments]
+    with patch.dict(os.environ, env or {}), redirect_stdout(out), redirect_stderr(err):
+        status = cli.run(words)
+    return subprocess.CompletedProcess(words, status, raw_out.getvalue().decode(), raw_err.getvalue().decode())
 
 
 @pytest.fixture
@@ -62,6 +63,14 @@ def test_a_coordinator_that_is_down_ends_with_4_and_says_how_to_start_one(comman
         f"drover: cannot reach the coordinator at {nobody} (connection refused); start one with `drover up` or set "
         "DROVER_URL\n"
     )
+
+
+def test_the_program_ends_with_the_status_and_one_sentence(nobody: str) -> None:
+    program = [sys.executable, "-W", "error", "-c", "from coordinator.cli import main; main()", "workers"]
+    env = {**os.environ, "DROVER_URL": nobody}
+    done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (cli.INFRASTRUCTURE, "")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_address_and_the_token_come_from_the_environment_too(nobody: str, tmp_path: Path) -> None:
