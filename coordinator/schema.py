@@ -11,7 +11,7 @@ All paths are below `/api/v1` and want `Authorization: Bearer <token>`; times ar
     GET  submissions/ID        -> SubmissionView
     POST submissions/ID/cancel -> SubmissionView
     GET  submissions/ID/steps  ?state=failed,running… -> [StepView]
-    GET  submissions/ID/events -> text/event-stream of WatchEvent: one `snapshot`, then `step` and `counts`, at last `end`
+    GET  submissions/ID/events -> text/event-stream of WatchEvent: `snapshot`, then `step` and `counts`, at last `end`
     GET  steps/KEY             -> StepView                             KEY, or any unique part of it
     GET  steps/KEY/log         ?follow=1&attempt=N -> text/plain, raw log bytes (chunked while following)
     GET  workers               -> [WorkerView]
@@ -161,7 +161,7 @@ class SubmissionView(Model):
     ended_at: float = 0.0
     roots: tuple[RootView, ...]
     counts: Counts
-    #: Derivations that were submitted for these steps; what is beyond `counts.total` makes an output that another makes.
+    #: Derivations that stand behind these steps; what is beyond `counts.total` makes what another one makes.
     derivations: int = 0
     #: Bytes of compressed NARs uploaded for this submission's own builds.
     uploaded_bytes: int = 0

@@ -50,5 +50,6 @@ def publish(
         print(json.dumps(row), flush=True)
     else:
         print(
-            f"{bench}: ours {row['ours']} {unit}, peer {row['peer']} {unit}, ratio {row['ratio']} (runs {row['runs']}, spread {row['spread']})"
+            f"{bench}: ours {row['ours']} {unit}, peer {row['peer']} {unit}, "
+            f"ratio {row['ratio']} (runs {row['runs']}, spread {row['spread']})"
         )

@@ -176,4 +176,4 @@ def test_a_second_coordinator_on_one_state_directory_is_refused(farm: Farm) -> N
         check=False,
     )
     assert done.returncode == 4
-    assert "already" in no_traceback(done)
+    assert "in use by another drover" in no_traceback(done)
