@@ -111,10 +111,11 @@ class RootNote:
 
 @dataclass(frozen=True, slots=True)
 class SubmissionNote:
-    """What people called a submission."""
+    """What people called a submission, and how many derivations stand behind its steps."""
 
     label: str
     roots: tuple[RootNote, ...]
+    derivations: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from scheduler.effects import Effect
 from scheduler.events import Event, SubmissionCancelled, SubmissionReceived, TimePassed
 from scheduler.facts import Fact
 from scheduler.farm import Farm
-from scheduler.model import ImpossibleError, Instant, StepKey, SubmissionId
+from scheduler.model import Instant, StepKey, SubmissionId, SubmissionRefusedError
 
 #: Letters that may wait; whoever sends more waits at the door.
 INBOX_LETTERS = 4096
@@ -184,7 +184,7 @@ class Engine:
         self._hand(effects)
 
     def _ask(self, letters: Sequence[_Letter]) -> tuple[list[Fact], list[Effect]]:
-        """Let the core decide. A submission is asked about alone: the core may find it impossible, and only it."""
+        """Let the core decide. A submission is asked about alone: the core may refuse it, and only it."""
         facts: list[Fact] = []
         effects: list[Effect] = []
 
@@ -202,8 +202,8 @@ class Engine:
             plain = []
             try:
                 handle(letter.events)
-            except ImpossibleError as error:
-                _log.warning("a submission is impossible: %s", error)
+            except SubmissionRefusedError as error:
+                _log.warning("a submission was refused: %s", error)
                 letter.refused = True
                 if letter.safe is not None and not letter.safe.done():
                     letter.safe.set_exception(IntakeError(f"the graph of this submission cannot be built: {error}."))

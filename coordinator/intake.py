@@ -58,7 +58,7 @@ class StoreDirError(IntakeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class IntakeLimits:
     """Bounds of one request; an error names the limit and the count."""
 
     #: Of one submission's closure, and of one stream.
@@ -115,13 +115,13 @@ class Intake:
         cache: Cache,
         objects: ObjectStore,
         store_dir: StoreDir,
-        limits: Limits | None = None,
+        limits: IntakeLimits | None = None,
     ) -> None:
         self._derivations = derivations
         self._cache = cache
         self._sources = SourceIntake(cache, objects, store_dir)
         self._store_dir = store_dir
-        self._limits = limits or Limits()
+        self._limits = limits or IntakeLimits()
         #: Recipe indexes are given out by one plan at a time.
         self._planning = asyncio.Lock()
 

@@ -35,8 +35,7 @@ from coordinator.http.app import make_app
 from coordinator.http.auth import load_token
 from coordinator.http.cache import LogFor, add_cache_routes
 from coordinator.http.sse import WatchStreams
-from coordinator.intake import Intake
-from coordinator.intake import Limits as IntakeLimits
+from coordinator.intake import Intake, IntakeLimits
 from coordinator.journal import Journal, StateLock, database_engine
 from coordinator.logs import LogStore
 from coordinator.schema import FarmView

@@ -78,7 +78,7 @@ class Explainer(Protocol):
 
 _NO_DETAIL = StepInfo(key=StepKey(""), name="", system="", features=(), drv="", outputs=())
 _NOTHING = Requirements("")
-_NO_NOTE = SubmissionNote(label="", roots=())
+_NO_NOTE = SubmissionNote(label="", roots=(), derivations=0)
 
 
 @dataclass(slots=True, eq=False)
@@ -453,6 +453,7 @@ class Views:
                 for root in note.roots
             ),
             counts=self._counts(row),
+            derivations=note.derivations,
             uploaded_bytes=row.uploaded_bytes,
             stuck=self._stuck(row),
         )

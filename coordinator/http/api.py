@@ -82,7 +82,7 @@ class Api:
         asked_at = self._engine.now()
         planned = await self._intake.submit(wish)
         roots = tuple(RootNote(root.attr, root.drv, root.step, root.outputs) for root in planned.roots)
-        note = SubmissionNote(wish.label, roots)
+        note = SubmissionNote(wish.label, roots, planned.derivations)
         row = await self._engine.submit(planned.event, asked_at, note, planned.infos)
         return _json(self._views.submission_view(row), status=201)
 

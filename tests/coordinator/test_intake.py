@@ -14,7 +14,7 @@ from coordinator.framing import FramingError, SourceHeader, encode_derivations, 
 from coordinator.intake import (
     DerivationRefusedError,
     Intake,
-    Limits,
+    IntakeLimits,
     MissingMemberError,
     Planned,
     StoreDirError,
@@ -36,7 +36,7 @@ STORE = StoreDir("/nix/store")
 class Room:
     """Intake with everything below it."""
 
-    def __init__(self, cache: Cache, derivations: DerivationStore, limits: Limits) -> None:
+    def __init__(self, cache: Cache, derivations: DerivationStore, limits: IntakeLimits) -> None:
         self.cache = cache
         self.derivations = derivations
         self.intake = Intake(derivations, cache, cache.objects, STORE, limits)
@@ -61,12 +61,12 @@ async def stream(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
 
 
 @pytest.fixture
-def limits() -> Limits:
-    return Limits()
+def limits() -> IntakeLimits:
+    return IntakeLimits()
 
 
 @pytest.fixture
-async def room(tmp_path: Path, limits: Limits) -> AsyncIterator[Room]:
+async def room(tmp_path: Path, limits: IntakeLimits) -> AsyncIterator[Room]:
     derivations = DerivationStore.open(f"sqlite+aiosqlite:///{tmp_path}/derivations.sqlite3")
     await derivations.prepare()
     try:
@@ -277,8 +277,8 @@ async def test_what_was_never_sent_cannot_be_submitted(room: Room, make: Maker) 
 
 class TestLimits:
     @pytest.fixture
-    def limits(self) -> Limits:
-        return Limits(max_derivations=5, max_derivation_bytes=2000)
+    def limits(self) -> IntakeLimits:
+        return IntakeLimits(max_derivations=5, max_derivation_bytes=2000)
 
     async def test_too_many_derivations_name_the_limit_and_the_count(self, room: Room, make: Maker) -> None:
         graph = [make.plain(f"n-{number}") for number in range(6)]
