@@ -24,7 +24,7 @@ from coordinator.schema import (
     IntakeMissing,
     IntakeQuery,
     Model,
-    StepState,
+    StepStatus,
     StepView,
     SubmissionView,
     SubmitRequest,
@@ -163,7 +163,7 @@ class ApiClient:
         """Withdraw a submission; a repeat is a no-op."""
         return await self._json("POST", f"submissions/{_part(submission)}/cancel", SubmissionView)
 
-    async def steps(self, submission: str, states: Sequence[StepState] = ()) -> list[StepView]:
+    async def steps(self, submission: str, states: Sequence[StepStatus] = ()) -> list[StepView]:
         """Return the steps of a submission, those in `states` or all."""
         query = {"state": ",".join(states)} if states else {}
         return self._parse(_STEPS, await self._bytes("GET", f"submissions/{_part(submission)}/steps", params=query))

@@ -34,7 +34,7 @@ class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class StepState(StrEnum):
+class StepStatus(StrEnum):
     """The states of scheduler.transitions, as clients see them."""
 
     WAITING = "waiting"
@@ -122,7 +122,7 @@ class StepView(Model):
     drv: str
     #: Output name -> full store path.
     outputs: dict[str, str]
-    state: StepState
+    state: StepStatus
     attempt: int = 0
     worker: str = ""
     #: The worker only pretends to be `system` (`--emulate`).
@@ -147,7 +147,7 @@ class RootView(Model):
     attr: str
     drv: str
     step: str
-    state: StepState
+    state: StepStatus
     outputs: dict[str, str]
 
 

@@ -21,7 +21,7 @@ from coordinator.schema import (
     Ended,
     Snapshot,
     StepChanged,
-    StepState,
+    StepStatus,
     StepView,
     SubmissionState,
     SubmissionView,
@@ -129,7 +129,7 @@ class Progress:
         self.stuck = submission.stuck
 
     def _step(self, step: StepView) -> list[tuple[News, StepView]]:
-        active = step.state in {StepState.RUNNING, StepState.PUBLISHING}
+        active = step.state in {StepStatus.RUNNING, StepStatus.PUBLISHING}
         if active:
             self.running[step.key] = step
         else:
@@ -137,10 +137,10 @@ class Progress:
         if active and (step.key, step.attempt) not in self._started:
             self._started.add((step.key, step.attempt))
             return [(News.STARTED, step)]
-        if step.state is StepState.DONE and step.attempt and step.key not in self._built:
+        if step.state is StepStatus.DONE and step.attempt and step.key not in self._built:
             self._built.add(step.key)
             return [(News.BUILT, step)]
-        if step.state is StepState.FAILED and step.key not in self.failed:
+        if step.state is StepStatus.FAILED and step.key not in self.failed:
             self.failed[step.key] = step
             return [(News.FAILED, step)]
         return []
@@ -262,7 +262,7 @@ def _totals(progress: Progress, now: float, width: int) -> Text:
 
 
 def _doing(step: StepView) -> str:
-    stage = "publishing" if step.state is StepState.PUBLISHING else step.stage
+    stage = "publishing" if step.state is StepStatus.PUBLISHING else step.stage
     return sanitise(step.phase) if step.phase and stage in {"", "building"} else stage
 
 
@@ -293,7 +293,7 @@ def summary_lines(submission: SubmissionView, failed: Sequence[StepView], now: f
     results = [
         f"{root.attr}{'' if name == 'out' else f'.{name}'}  {path}"
         for root in submission.roots
-        if root.state is StepState.DONE
+        if root.state is StepStatus.DONE
         for name, path in sorted(root.outputs.items())
     ]
     lines += _listed("  ", results, "more; `--json` lists all")
@@ -313,21 +313,21 @@ def _listed(prefix: str, items: Sequence[str], rest: str) -> list[str]:
 def status_lines(submission: SubmissionView, steps: Sequence[StepView], now: float) -> list[str]:
     """Return one submission: counts, what runs, what failed, and why nothing happens where nothing does."""
     if submission.state is not SubmissionState.RUNNING:
-        return summary_lines(submission, [step for step in steps if step.state is StepState.FAILED], now)
+        return summary_lines(submission, [step for step in steps if step.state is StepStatus.FAILED], now)
     label = f" ({sanitise(submission.label)})" if submission.label else ""
     words = ", ".join(f"{number} {word}" for word, number, _ in tally(submission.counts))
     lines = [
         f"running: submission {submission.id}{label} since {duration(now - submission.created_at)}",
         f"  {words} of {submission.counts.total}",
     ]
-    active = [step for step in steps if step.state in {StepState.RUNNING, StepState.PUBLISHING}]
+    active = [step for step in steps if step.state in {StepStatus.RUNNING, StepStatus.PUBLISHING}]
     rows = [
         f"{step.name} on {who(step)} {duration(now - (step.started_at or now))} {_doing(step)}".rstrip()
         for step in active
     ]
     lines += _listed("  ", rows, "more running")
     lines += _listed("  ! ", [sanitise(sentence) for sentence in submission.stuck], "more")
-    for step in (step for step in steps if step.state is StepState.FAILED):
+    for step in (step for step in steps if step.state is StepStatus.FAILED):
         lines += [f"  {line}" for line in failure_lines(step)]
     return lines
 

@@ -30,7 +30,7 @@ from coordinator.schema import (
     RootView,
     Snapshot,
     StepChanged,
-    StepState,
+    StepStatus,
     StepView,
     SubmissionState,
     SubmissionView,
@@ -51,8 +51,8 @@ SUBMISSIONS_LISTED = 1000
 #: Steps in one answer of `submissions/ID/steps`.
 STEPS_LISTED = 10_000
 
-_OPEN = frozenset({StepState.WAITING, StepState.READY, StepState.RUNNING, StepState.PUBLISHING})
-_ACTIVE = frozenset({StepState.RUNNING, StepState.PUBLISHING})
+_OPEN = frozenset({StepStatus.WAITING, StepStatus.READY, StepStatus.RUNNING, StepStatus.PUBLISHING})
+_ACTIVE = frozenset({StepStatus.RUNNING, StepStatus.PUBLISHING})
 #: Facts that begin something new; whoever has nothing open by then has ended before it.
 _BEGINNINGS = (
     facts.SubmissionAccepted,
@@ -86,7 +86,7 @@ class StepRow:
     """A step as folded so far."""
 
     key: StepKey
-    state: StepState = StepState.WAITING
+    state: StepStatus = StepStatus.WAITING
     recipes: tuple[Recipe, ...] = ()
     #: Index of the active recipe.
     recipe: int = 0
@@ -124,7 +124,7 @@ class SubmissionRow:
     held: int = 0
     joined: int = 0
     #: The other members by state; the values sum up to `len(members) - held`.
-    counts: dict[StepState, int] = field(default_factory=lambda: dict.fromkeys(StepState, 0))
+    counts: dict[StepStatus, int] = field(default_factory=lambda: dict.fromkeys(StepStatus, 0))
     #: Members in one of the open states.
     open: int = 0
     done_roots: int = 0
@@ -284,7 +284,7 @@ class Views:
     def stage(self, change: StageChange) -> None:
         """A worker says where a lease is; stale words are ignored."""
         row = self._steps.get(StepKey(change.step))
-        if row is None or row.attempt != change.attempt or row.state is not StepState.RUNNING:
+        if row is None or row.attempt != change.attempt or row.state is not StepStatus.RUNNING:
             return
         if (row.stage, row.phase) != (change.stage.value, change.phase):
             row.stage, row.phase = change.stage.value, change.phase
@@ -365,7 +365,7 @@ class Views:
         row = self._steps.get(self._by_drv.get(drv, StepKey("")))
         return (row.key, row.attempt) if row is not None and row.attempt else None
 
-    def steps(self, submission: SubmissionRow, states: frozenset[StepState]) -> list[StepView]:
+    def steps(self, submission: SubmissionRow, states: frozenset[StepStatus]) -> list[StepView]:
         """Return members in `states` (empty: all), at most `STEPS_LISTED`."""
         found: list[StepView] = []
         for key in submission.members:
@@ -409,8 +409,8 @@ class Views:
         """Render a step."""
         detail = self._details.get(row.key, _NO_DETAIL)
         worker = self._workers.get(row.builder)
-        waiting = row.state in (StepState.WAITING, StepState.READY)
-        failed = row.state is StepState.FAILED
+        waiting = row.state in (StepStatus.WAITING, StepStatus.READY)
+        failed = row.state is StepStatus.FAILED
         return StepView(
             key=row.key,
             name=detail.name,
@@ -489,12 +489,12 @@ class Views:
         held = set(fact.held)
         for key in fact.members:
             row = self._row(key)
-            if key in held or row.state is StepState.DONE:
+            if key in held or row.state is StepStatus.DONE:
                 sub.held += 1
                 continue
             row.submissions.append(sub)
             _enter(sub, row)
-        sub.done_roots = sum(1 for root in sub.roots if root in held or self._row(root).state is StepState.DONE)
+        sub.done_roots = sum(1 for root in sub.roots if root in held or self._row(root).state is StepStatus.DONE)
         sub.joined = len(fact.joined)
         self._submissions[fact.submission] = sub
         self._unsettled[fact.submission] = sub
@@ -533,15 +533,15 @@ class Views:
         self._wait(row, row.recipe)
         for above in self._users(row):
             above.pending += 1
-            if above.state is StepState.READY:
-                self._move(above, StepState.WAITING)
+            if above.state is StepStatus.READY:
+                self._move(above, StepStatus.WAITING)
 
     def _leased(self, fact: facts.StepLeased) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
         row.attempt, row.recipe, row.builder = fact.lease.attempt, fact.recipe, fact.builder
         row.started_at, row.ended_at, row.stage, row.phase = fact.at, 0.0, "queued", ""
-        self._move(row, StepState.RUNNING)
+        self._move(row, StepStatus.RUNNING)
 
     def _revoked(self, fact: facts.LeaseRevoked) -> None:
         row = self._row(fact.lease.step)
@@ -557,7 +557,7 @@ class Views:
         worker = self._workers.get(fact.builder)
         if worker is not None:
             worker.built += 1
-        self._move(row, StepState.PUBLISHING)
+        self._move(row, StepStatus.PUBLISHING)
 
     def _done(self, fact: facts.StepDone) -> None:
         self._at = max(self._at, fact.at)
@@ -578,17 +578,17 @@ class Views:
         row = self._row(fact.step)
         row.failure, row.ended_at, row.builder = fact.failure, fact.at, fact.builder
         row.stage, row.phase = "", ""
-        self._move(row, StepState.FAILED)
+        self._move(row, StepStatus.FAILED)
 
     def _doomed(self, fact: facts.StepDoomed) -> None:
         row = self._row(fact.step)
         row.cause = fact.cause
-        self._move(row, StepState.DOOMED)
+        self._move(row, StepStatus.DOOMED)
 
     def _abandoned(self, fact: facts.StepAbandoned) -> None:
         row = self._row(fact.step)
         row.builder, row.stage, row.phase = "", "", ""
-        self._move(row, StepState.ABANDONED)
+        self._move(row, StepStatus.ABANDONED)
 
     # The parts they share.
 
@@ -608,21 +608,21 @@ class Views:
         """The step starts over with a recipe: ready, or waiting for its open needs."""
         row.recipe = recipe
         needs = row.recipes[recipe].needs if recipe < len(row.recipes) else ()
-        if row.state is StepState.READY:
-            self._move(row, StepState.WAITING)
+        if row.state is StepStatus.READY:
+            self._move(row, StepStatus.WAITING)
         row.requires = row.recipes[recipe].requirements if recipe < len(row.recipes) else _NOTHING
-        row.pending = sum(1 for need in dict.fromkeys(needs) if self._row(need).state is not StepState.DONE)
-        self._move(row, StepState.WAITING if row.pending else StepState.READY)
+        row.pending = sum(1 for need in dict.fromkeys(needs) if self._row(need).state is not StepStatus.DONE)
+        self._move(row, StepStatus.WAITING if row.pending else StepStatus.READY)
 
     def _finish(self, row: StepRow) -> None:
-        if row.state is StepState.DONE:
+        if row.state is StepStatus.DONE:
             return
         row.stage, row.phase = "", ""
-        self._move(row, StepState.DONE)
+        self._move(row, StepStatus.DONE)
         for above in self._users(row):
             above.pending -= 1
-            if above.pending == 0 and above.state is StepState.WAITING:
-                self._move(above, StepState.READY)
+            if above.pending == 0 and above.state is StepStatus.WAITING:
+                self._move(above, StepStatus.READY)
 
     def _users(self, row: StepRow) -> Iterator[StepRow]:
         """Yield the steps whose active recipe needs this one."""
@@ -637,7 +637,7 @@ class Views:
             stack = list(row.recipes[row.recipe].needs)
             while stack:
                 below = self._row(stack.pop())
-                if below.state is StepState.DONE or sub in below.submissions:
+                if below.state is StepStatus.DONE or sub in below.submissions:
                     continue
                 below.submissions.append(sub)
                 sub.members.append(below.key)
@@ -645,7 +645,7 @@ class Views:
                 if below.recipe < len(below.recipes):
                     stack.extend(below.recipes[below.recipe].needs)
 
-    def _move(self, row: StepRow, state: StepState) -> None:
+    def _move(self, row: StepRow, state: StepStatus) -> None:
         """Change a step's state in every submission that has it."""
         old, row.state = row.state, state
         for sub in row.submissions:
@@ -671,30 +671,30 @@ def _enter(sub: SubmissionRow, row: StepRow) -> None:
     _arrive(sub, row, row.state)
 
 
-def _place(sub: SubmissionRow, row: StepRow, old: StepState, new: StepState) -> None:
+def _place(sub: SubmissionRow, row: StepRow, old: StepStatus, new: StepStatus) -> None:
     """Keep the indexes of a submission in step with a member's move."""
     sub.open += (new in _OPEN) - (old in _OPEN)
     if row.key in sub.roots:
-        sub.done_roots += (new is StepState.DONE) - (old is StepState.DONE)
+        sub.done_roots += (new is StepStatus.DONE) - (old is StepStatus.DONE)
     if old in _ACTIVE:
         sub.active.pop(row.key, None)
-    elif old is StepState.READY:
+    elif old is StepStatus.READY:
         left = sub.ready[row.requires] - 1
         if left:
             sub.ready[row.requires] = left
         else:
             del sub.ready[row.requires]
-    elif old is StepState.FAILED:
+    elif old is StepStatus.FAILED:
         sub.failed.pop(row.key, None)
     _arrive(sub, row, new)
 
 
-def _arrive(sub: SubmissionRow, row: StepRow, state: StepState) -> None:
+def _arrive(sub: SubmissionRow, row: StepRow, state: StepStatus) -> None:
     if state in _ACTIVE:
         sub.active[row.key] = row
-    elif state is StepState.READY:
+    elif state is StepStatus.READY:
         sub.ready[row.requires] = sub.ready.get(row.requires, 0) + 1
-    elif state is StepState.FAILED:
+    elif state is StepStatus.FAILED:
         sub.failed[row.key] = row
 
 

@@ -23,7 +23,7 @@ from coordinator.schema import (
     FarmView,
     IntakeQuery,
     RootRequest,
-    StepState,
+    StepStatus,
     StepView,
     SubmissionState,
     SubmissionView,
@@ -190,7 +190,7 @@ def _print_json(view: SubmissionView, failed: Sequence[StepView]) -> None:
 
 async def _fetch(farm: FarmView, view: SubmissionView, wish: Wish, store: LocalStore, screen: Screen) -> None:
     """Realise the root outputs in the local store with the farm's cache as the only substituter."""
-    paths = sorted({path for root in view.roots if root.state is StepState.DONE for path in root.outputs.values()})
+    paths = sorted({path for root in view.roots if root.state is StepStatus.DONE for path in root.outputs.values()})
     screen.note(f"fetching {len(paths)} outputs from {farm.cache_url}")
     settings = {
         "substituters": farm.cache_url,

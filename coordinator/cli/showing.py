@@ -12,7 +12,7 @@ import orjson
 
 from coordinator import cli
 from coordinator.client import ApiClient
-from coordinator.schema import Model, StepState, SubmissionState
+from coordinator.schema import Model, StepStatus, SubmissionState
 from coordinator.terminal import sanitise, status_lines, submission_rows, table_lines, worker_rows
 
 #: Submissions that `drover status` lists, newest first.
@@ -26,7 +26,7 @@ async def status(client: ApiClient, submission: str | None, *, as_json: bool) ->
         if as_json:
             _print_json(view)
             return cli.OK
-        steps = await client.steps(submission, (StepState.RUNNING, StepState.PUBLISHING, StepState.FAILED))
+        steps = await client.steps(submission, (StepStatus.RUNNING, StepStatus.PUBLISHING, StepStatus.FAILED))
         _print(status_lines(view, steps, time.time()))
         return cli.OK
     farm = await client.farm()
@@ -63,7 +63,9 @@ async def log(client: ApiClient, step: str, *, follow: bool) -> int:
     out = sys.stdout.buffer
     tidy = sys.stdout.isatty()
     rest = b""
+    silent = True
     async for chunk in client.log(step, follow=follow):
+        silent = False
         if not tidy:
             out.write(chunk)
             out.flush()
@@ -73,6 +75,8 @@ async def log(client: ApiClient, step: str, *, follow: bool) -> int:
             click.echo(sanitise(whole.decode(errors="replace"), None))
     if rest:
         click.echo(sanitise(rest.decode(errors="replace"), None))
+    if silent:
+        click.echo("drover: the build printed nothing", err=True)
     return cli.OK
 
 

@@ -20,7 +20,7 @@ from coordinator.errors import BadRequestError, NotFoundError
 from coordinator.http.sse import WatchStreams
 from coordinator.intake import Intake
 from coordinator.logs import LogStore
-from coordinator.schema import FarmView, IntakeQuery, StepState, SubmitRequest
+from coordinator.schema import FarmView, IntakeQuery, StepStatus, SubmitRequest
 from coordinator.views import StepRow, Views
 
 #: Bytes read from a request's body at one time.
@@ -102,9 +102,9 @@ class Api:
         """List the steps of a submission, all or those in the named states."""
         told = [word for word in request.query.get("state", "").split(",") if word]
         try:
-            states = frozenset(StepState(word) for word in told)
+            states = frozenset(StepStatus(word) for word in told)
         except ValueError:
-            raise BadRequestError(f"a step's state is one of {', '.join(StepState)}.") from None
+            raise BadRequestError(f"a step's state is one of {', '.join(StepStatus)}.") from None
         return _json_list(self._views.steps(self._views.submission(request.match_info["id"]), states))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
@@ -157,7 +157,7 @@ def _attempt(request: web.Request, row: StepRow) -> int:
 
 
 def _runs(row: StepRow, attempt: int) -> bool:
-    return row.state is StepState.RUNNING and row.attempt == attempt
+    return row.state is StepStatus.RUNNING and row.attempt == attempt
 
 
 async def _body(request: web.Request, model: type[_Body]) -> _Body:

@@ -19,6 +19,8 @@ from coordinator.schema import ErrorBody, ErrorView
 
 _log = logging.getLogger(__name__)
 
+#: Set on a request whose answer has begun.
+_BEGUN: web.RequestKey[bool] = web.RequestKey("drover.begun", bool)
 #: What aiohttp refuses by itself: status -> code and sentence.
 _REFUSALS = {
     404: ("not_found", "there is nothing at this address."),
@@ -34,31 +36,48 @@ def make_app(api: Api, token: str, *, public_url: str, loopback: bool, max_body_
         checks.append(require_host(public_url))
     checks.append(require_token(token))
     app = web.Application(middlewares=checks, client_max_size=max_body_bytes)
+    app.on_response_prepare.append(_note_begun)
     app.add_routes(api.routes())
     return app
 
 
+async def _note_begun(request: web.Request, _response: web.StreamResponse) -> None:
+    request[_BEGUN] = True
+
+
 @web.middleware
 async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn exceptions into answers."""
+    """Turn exceptions into answers; where an answer has begun, break the connection, so that its end is seen."""
     try:
         return await handler(request)
-    except CoordinatorError as error:
-        return _error(error.status, error.code, str(error))
-    except web.RequestPayloadError:
-        return _error(400, "bad_request", "the request's body ended too early; send it again.")
-    except web.HTTPException as error:
-        if error.status not in _REFUSALS:
-            raise
-        answer = _error(error.status, *_REFUSALS[error.status])
-        if "Allow" in error.headers:
-            answer.headers["Allow"] = error.headers["Allow"]
-        return answer
     except ConnectionError:
         raise
-    except Exception:  # noqa: BLE001 - whatever it is, the client gets a sentence and the operator the traceback
-        _log.exception("a request failed: %s %s", request.method, request.path)
-        return _error(500, "internal", "the coordinator failed to answer; its log says why.")
+    except Exception as error:
+        if _BEGUN not in request:
+            return _answer(request, error)
+        _log.exception("an answer was cut short: %s %s", request.method, request.path)
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError from error
+
+
+def _answer(request: web.Request, error: Exception) -> web.StreamResponse:
+    match error:
+        case CoordinatorError():
+            return _error(error.status, error.code, str(error))
+        case web.RequestPayloadError():
+            return _error(400, "bad_request", "the request's body ended too early; send it again.")
+        case web.HTTPException() if error.status in _REFUSALS:
+            answer = _error(error.status, *_REFUSALS[error.status])
+            if "Allow" in error.headers:
+                answer.headers["Allow"] = error.headers["Allow"]
+            return answer
+        case web.HTTPException():
+            raise error
+        case _:
+            # Whatever it is, the client gets a sentence and the operator the traceback.
+            _log.error("a request failed: %s %s", request.method, request.path, exc_info=error)
+            return _error(500, "internal", "the coordinator failed to answer; its log says why.")
 
 
 def _error(status: int, code: str, message: str) -> web.Response:

@@ -42,10 +42,10 @@ from infra.daemon.wire import (
     MAX_LIST_ITEMS,
     SERVER_MAGIC,
     Encoder,
-    Failure,
     Inbox,
     IncompleteError,
     Last,
+    Refusal,
 )
 from infra.daemon.wire import Message as WireMessage
 
@@ -393,7 +393,7 @@ class DaemonConnection:
                     message = inbox.read_message()
                     if isinstance(message, Last):
                         return
-                    if isinstance(message, Failure):
+                    if isinstance(message, Refusal):
                         raise DaemonOperationError(message.level, plain_text(message.message))
                     pause = on_message(message)
                     if pause is not None:

@@ -71,7 +71,7 @@ class Last:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class Refusal:
     """The operation failed."""
 
     level: int
@@ -113,7 +113,7 @@ class Result:
     fields: tuple[int | bytes, ...]
 
 
-Message = Last | Failure | Text | ActivityStarted | ActivityStopped | Result
+Message = Last | Refusal | Text | ActivityStarted | ActivityStopped | Result
 
 
 class Encoder:
@@ -290,7 +290,7 @@ def _read_fields(inbox: Inbox) -> tuple[int | bytes, ...]:
     return tuple(fields)
 
 
-def _read_failure(inbox: Inbox) -> Failure:
+def _read_failure(inbox: Inbox) -> Refusal:
     inbox.read_string(MAX_WORD_BYTES, "type of an error")
     level = inbox.read_int()
     inbox.read_string(MAX_WORD_BYTES, "name of an error")
@@ -301,7 +301,7 @@ def _read_failure(inbox: Inbox) -> Failure:
         if inbox.read_int() != 0:
             raise DaemonProtocolError("a trace has a position, which the protocol does not allow")
         inbox.read_string(MAX_STRING_BYTES, "trace of an error")
-    return Failure(level, message)
+    return Refusal(level, message)
 
 
 def _read_activity(inbox: Inbox) -> ActivityStarted:

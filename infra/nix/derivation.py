@@ -63,7 +63,7 @@ class Derivation:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class DerivationOptions:
     """Attributes of a derivation that decide where and how it is built (nix_formats 1.3).
 
     Attributes:
@@ -81,7 +81,7 @@ class Options:
     no_chroot: bool = False
 
 
-_DEFAULT_OPTIONS: Final = Options()
+_DEFAULT_OPTIONS: Final = DerivationOptions()
 
 
 def _output_kind(output: DerivationOutput) -> DerivationKind:
@@ -126,7 +126,7 @@ def _json_bool(attrs: Mapping[str, Any], key: str, *, default: bool) -> bool:
     return value
 
 
-def _structured_options(text: bytes) -> Options:
+def _structured_options(text: bytes) -> DerivationOptions:
     try:
         attrs = json.loads(text)
     except json.JSONDecodeError as error:
@@ -140,7 +140,7 @@ def _structured_options(text: bytes) -> Options:
     features = attrs.get("requiredSystemFeatures", [])
     if not isinstance(features, list) or not all(isinstance(feature, str) for feature in features):
         raise FormatError("requiredSystemFeatures is not a list of strings", offset=0, what="structured attributes")
-    return Options(
+    return DerivationOptions(
         required_system_features=tuple(features),
         prefer_local_build=_json_bool(attrs, "preferLocalBuild", default=False),
         allow_substitutes=_json_bool(attrs, "allowSubstitutes", default=True),
@@ -149,7 +149,7 @@ def _structured_options(text: bytes) -> Options:
     )
 
 
-def options_from_env(env: Mapping[bytes, bytes]) -> Options:
+def options_from_env(env: Mapping[bytes, bytes]) -> DerivationOptions:
     """The options in an environment given as a mapping.
 
     Raises:
@@ -168,7 +168,7 @@ def options_from_env(env: Mapping[bytes, bytes]) -> Options:
         names = tuple(feature.decode() for feature in (features or b"").split())
     except UnicodeDecodeError as error:
         raise FormatError("not UTF-8", offset=error.start, what="requiredSystemFeatures") from None
-    return Options(
+    return DerivationOptions(
         required_system_features=names,
         prefer_local_build=prefer_local == b"1",
         allow_substitutes=substitutes is None or substitutes == b"1",
@@ -176,7 +176,7 @@ def options_from_env(env: Mapping[bytes, bytes]) -> Options:
     )
 
 
-def options(drv: Derivation) -> Options:
+def options(drv: Derivation) -> DerivationOptions:
     """The options of `drv`, from structured attributes if it has them, else from its environment.
 
     Raises:

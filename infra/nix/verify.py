@@ -17,7 +17,7 @@ from hashlib import sha256
 from typing import Final
 
 from infra.nix import aterm, modulo
-from infra.nix.derivation import Derivation, DerivationKind, Options, classify, options_from_env
+from infra.nix.derivation import Derivation, DerivationKind, DerivationOptions, classify, options_from_env
 from infra.nix.errors import (
     DerivationPathError,
     FormatError,
@@ -76,7 +76,7 @@ class VerifiedDerivation:
     derivation: Derivation
     known: KnownDerivation
     masked_hash: str
-    options: Options
+    options: DerivationOptions
     inputs: tuple[str, ...]
 
     @property

@@ -16,7 +16,7 @@ from coordinator.config import LimitSettings, Settings
 from coordinator.evaluate import evaluate
 from coordinator.framing import encode_derivations, in_thread
 from coordinator.main import Coordinator, FleetFactory, open_coordinator
-from coordinator.schema import Ended, IntakeQuery, RootRequest, StepState, SubmissionView, SubmitRequest, WatchEvent
+from coordinator.schema import Ended, IntakeQuery, RootRequest, StepStatus, SubmissionView, SubmitRequest, WatchEvent
 from infra.clock import Clock
 from workers.agent import Agent
 from workers.fleet import Fleet
@@ -85,7 +85,7 @@ class TestFarm:
             while not condition():  # noqa: ASYNC110 - what is waited for is another program's doing
                 await asyncio.sleep(0.02)
 
-    def states(self, submission: str) -> dict[str, StepState]:
+    def states(self, submission: str) -> dict[str, StepStatus]:
         views = self.coordinator.views
         return {step.name: step.state for step in views.steps(views.submission(submission), frozenset())}
 

@@ -17,7 +17,7 @@ from coordinator.client import RefusedError
 from coordinator.config import ConfigError, Settings
 from coordinator.journal import JournalError
 from coordinator.main import Ready, serve
-from coordinator.schema import StepState, SubmissionState, SubmitRequest
+from coordinator.schema import StepStatus, SubmissionState, SubmitRequest
 from infra.cache import Candidate, open_object_store, upload_nar
 from infra.nix.nar import NarData, NarFile, write_events
 from tests.coordinator.conftest import OpenFarm, TestFarm
@@ -174,7 +174,7 @@ async def test_a_worker_cannot_publish_a_path_that_is_no_output_of_its_step(open
         order = await started(farm, worker)
         other = submitted.roots[0].outputs["out"]
         await worker.speak(report(order, Succeeded(outputs=(await worker.upload(other),))))
-        await farm.until(lambda: farm.states(submitted.id)["one"] is StepState.READY)
+        await farm.until(lambda: farm.states(submitted.id)["one"] is StepStatus.READY)
         assert await farm.coordinator.cache.missing([other]) == {other}
 
 
@@ -192,7 +192,7 @@ async def test_a_false_claim_is_the_farms_fault_and_is_tried_again(open_farm: Op
             "no outputs": (),
         }
         await worker.speak(report(order, Succeeded(outputs=claims[lie])))
-        await farm.until(lambda: farm.states(submitted.id)["one"] is StepState.READY)
+        await farm.until(lambda: farm.states(submitted.id)["one"] is StepStatus.READY)
         assert await farm.coordinator.cache.missing([true.path]) == {true.path}
         assert "; last time: publishing" in (await farm.client.step(order.step)).waiting_for
 
@@ -219,7 +219,7 @@ async def test_a_start_that_did_not_get_through_heals_by_heartbeats(open_farm: O
     async with open_farm(fleet=worker.start, clock=clock) as farm:
         submitted = await farm.submit(ONE, "one")
         await worker.hello()
-        await farm.until(lambda: farm.states(submitted.id)["one"] is StepState.RUNNING)
+        await farm.until(lambda: farm.states(submitted.id)["one"] is StepStatus.RUNNING)
         worker.unreachable = False
         clock.time += 60
         await worker.speak()
@@ -243,7 +243,7 @@ async def test_a_lost_worker_frees_its_steps_and_its_late_report_changes_nothing
         assert (first.attempt, second.attempt) == (1, 2)
         late = Failed(reason="permanent", message="late")
         await worker.speak(report(first, late), holds=[second], incarnation="2")
-        assert farm.states(submitted.id)["one"] is StepState.RUNNING
+        assert farm.states(submitted.id)["one"] is StepStatus.RUNNING
 
 
 async def test_repeated_and_unasked_log_chunks_change_nothing(open_farm: OpenFarm) -> None:

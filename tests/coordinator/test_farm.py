@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
 
-from coordinator.client import RefusedError
+from coordinator.client import RefusedError, UnreachableError
 from coordinator.config import Settings
 from coordinator.journal import StateDirBusyError
+from coordinator.logs import LogStore
 from coordinator.main import open_coordinator
-from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepState, SubmissionState
+from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState
 from tests.coordinator.conftest import OpenFarm, nix_workers
 
 DIAMOND = """
@@ -32,7 +34,7 @@ async def test_a_submitted_graph_is_built_in_order_and_every_output_can_be_fetch
         assert view.counts == Counts(total=4, done=4)
         assert view.uploaded_bytes > 0
         root = view.roots[0]
-        assert (root.attr, root.state) == ("top", StepState.DONE)
+        assert (root.attr, root.state) == ("top", StepStatus.DONE)
 
         steps = await farm.client.steps(view.id)
         assert {step.name for step in steps} == {"low", "left", "right", "top"}
@@ -88,7 +90,7 @@ async def test_a_failing_step_dooms_its_dependents_and_http_names_the_root_cause
     async with open_farm("one") as farm:
         view = await farm.ended((await farm.submit(text, "top", "other")).id)
         assert (view.state, view.counts) == (SubmissionState.FAILED, Counts(total=4, done=1, failed=1, doomed=2))
-        (bad,) = await farm.client.steps(view.id, [StepState.FAILED])
+        (bad,) = await farm.client.steps(view.id, [StepStatus.FAILED])
         assert bad.failure is not None
         assert (bad.failure.kind, bad.attempt) == ("permanent", 1)
         assert "3" in bad.failure.message
@@ -96,7 +98,7 @@ async def test_a_failing_step_dooms_its_dependents_and_http_names_the_root_cause
         assert "\x1b" not in bad.log_tail
         raw = b"".join([chunk async for chunk in farm.client.log(bad.key)])
         assert b"\x1b[31mred" in raw
-        doomed = await farm.client.steps(view.id, [StepState.DOOMED])
+        doomed = await farm.client.steps(view.id, [StepStatus.DOOMED])
         assert {step.cause for step in doomed} == {bad.key}
 
 
@@ -117,7 +119,7 @@ async def test_cancelling_stops_what_nobody_else_wants_and_may_be_repeated(open_
     text = 'rec { long = run "long" "echo started; while :; do :; done"; top = run "top" "echo ${long} > $out"; }'
     async with open_farm("one") as farm:
         submitted = await farm.submit(text, "top")
-        await farm.until(lambda: farm.states(submitted.id)["long"] is StepState.RUNNING)
+        await farm.until(lambda: farm.states(submitted.id)["long"] is StepStatus.RUNNING)
         worker = farm.coordinator.views.workers
         await farm.until(lambda: any(stage == "building" for _, stage in worker()[0].leases))
         for _ in range(2):
@@ -128,12 +130,33 @@ async def test_cancelling_stops_what_nobody_else_wants_and_may_be_repeated(open_
         assert (await farm.ended((await farm.submit(DIAMOND, "low")).id)).state is SubmissionState.SUCCEEDED
 
 
+async def test_a_build_that_printed_nothing_has_an_empty_log(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm:
+        view = await farm.ended((await farm.submit('rec { quiet = run "quiet" "echo > $out"; }', "quiet")).id)
+        for follow in (False, True):
+            assert [chunk async for chunk in farm.client.log(view.roots[0].step, follow=follow)] == []
+
+
+async def test_an_answer_that_fails_half_way_is_cut_and_never_looks_whole(
+    open_farm: OpenFarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> AsyncIterator[bytes]:
+        yield b"one\n"
+        raise OSError(5, "input/output error")
+
+    async with open_farm("one") as farm:
+        view = await farm.ended((await farm.submit(DIAMOND, "top")).id)
+        monkeypatch.setattr(LogStore, "read", broken)
+        with pytest.raises(UnreachableError):
+            _ = [chunk async for chunk in farm.client.log(view.roots[0].step)]
+
+
 async def test_a_log_can_be_followed_while_it_is_written(open_farm: OpenFarm) -> None:
     loop = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"
     text = f'rec {{ slow = run "slow" "echo one; {loop}; echo > $out; echo two"; }}'
     async with open_farm("one") as farm:
         submitted = await farm.submit(text, "slow")
-        await farm.until(lambda: farm.states(submitted.id)["slow"] is not StepState.READY)
+        await farm.until(lambda: farm.states(submitted.id)["slow"] is not StepStatus.READY)
         log = b"".join([chunk async for chunk in farm.client.log(submitted.roots[0].step, follow=True)])
         assert log == b"one\ntwo\n"
 

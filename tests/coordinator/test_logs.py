@@ -98,3 +98,7 @@ async def test_a_disk_that_refuses_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(LogError, match=r"cannot write build logs: Not a directory"):
         await store.append([chunk(0, b"x")])
     await store.close()
+
+
+async def test_an_attempt_that_printed_nothing_has_an_empty_log(logs: LogStore) -> None:
+    assert await text(logs, "silent") == b""

@@ -16,7 +16,7 @@ from coordinator.schema import (
     RootView,
     Snapshot,
     StepChanged,
-    StepState,
+    StepStatus,
     StepView,
     SubmissionState,
     SubmissionView,
@@ -42,7 +42,7 @@ from coordinator.terminal import (
 NOW = 1_000_100.0
 
 
-def step(name: str, state: StepState = StepState.RUNNING, **more: Any) -> StepView:
+def step(name: str, state: StepStatus = StepStatus.RUNNING, **more: Any) -> StepView:
     given: dict[str, Any] = {
         "key": f"{'0' * 32}-{name}",
         "name": name,
@@ -64,7 +64,7 @@ def submission(state: SubmissionState = SubmissionState.RUNNING, **more: Any) ->
         attr="hello",
         drv=f"/nix/store/{'1' * 32}-hello.drv",
         step=f"{'0' * 32}-hello",
-        state=StepState.DONE,
+        state=StepStatus.DONE,
         outputs={"out": "/nix/store/hello", "dev": "/nix/store/hello-dev"},
     )
     given: dict[str, Any] = {
@@ -84,7 +84,7 @@ def submission(state: SubmissionState = SubmissionState.RUNNING, **more: Any) ->
 
 FAILED = step(
     "broken",
-    StepState.FAILED,
+    StepStatus.FAILED,
     ended_at=NOW,
     failure=FailureView(kind="permanent", message="builder failed with exit code 7; last 2 log lines:\n> one"),
     log_tail="one\n\x1b[31mred\x1b[0m\n10%\r20%\rdone\n",
@@ -128,7 +128,7 @@ def test_a_failure_is_one_block_with_the_command_that_shows_the_rest() -> None:
         "  │ done",
         f"  the whole log: drover log {'0' * 32}-broken",
     ]
-    odd = step("c++-1.0?z=1", StepState.FAILED)
+    odd = step("c++-1.0?z=1", StepStatus.FAILED)
     assert failure_lines(odd)[-1] == f"  the whole log: drover log '{'0' * 32}-c++-1.0?z=1'"
 
 
@@ -142,8 +142,8 @@ def test_plain_lines_say_each_thing_once_even_when_the_stream_begins_again() -> 
             StepChanged(step=running.model_copy(update={"stage": "uploading"})),
             Snapshot(submission=submission(), steps=(running, FAILED)),
             StepChanged(step=step("a", attempt=2, worker="other")),
-            StepChanged(step=step("a", StepState.DONE, attempt=2, worker="other", ended_at=NOW)),
-            StepChanged(step=step("held", StepState.DONE, attempt=0)),
+            StepChanged(step=step("a", StepStatus.DONE, attempt=2, worker="other", ended_at=NOW)),
+            StepChanged(step=step("held", StepStatus.DONE, attempt=0)),
             Ended(submission=submission(SubmissionState.FAILED)),
         )
         for news, each in progress.apply(event)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.codec import Evidence, decode_facts, encode_evidence, encode_facts
-from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepState, SubmissionState
+from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState
 from coordinator.views import WATCH_PENDING, Views
 from scheduler.events import (
     BuilderJoined,
@@ -183,7 +183,7 @@ def test_a_watcher_sees_a_snapshot_then_each_changed_step_then_the_end() -> None
         driven.finish()
         events = watcher.take()
         seen = {event.step.key: event.step.state for event in events if isinstance(event, StepChanged)}
-        assert seen == {"a": StepState.DONE, "b": StepState.DONE}
+        assert seen == {"a": StepStatus.DONE, "b": StepStatus.DONE}
         assert isinstance(events[-1], Ended)
         assert watcher.over
         assert watcher.take() == []

@@ -24,11 +24,11 @@ from infra.daemon.wire import (
     ActivityStarted,
     ActivityStopped,
     Encoder,
-    Failure,
     Inbox,
     IncompleteError,
     Last,
     Message,
+    Refusal,
     Result,
     Text,
 )
@@ -39,7 +39,7 @@ strings = st.binary(max_size=40)
 fields = st.lists(integers | strings, max_size=4).map(tuple)
 messages = st.one_of(
     st.just(Last()),
-    st.builds(Failure, integers, strings),
+    st.builds(Refusal, integers, strings),
     st.builds(Text, strings),
     st.builds(ActivityStarted, integers, integers, integers, strings, fields, integers),
     st.builds(ActivityStopped, integers),
@@ -75,7 +75,7 @@ def encode_message(message: Message) -> bytes:
     match message:
         case Last():
             out.integer(TAG_LAST)
-        case Failure(level, text):
+        case Refusal(level, text):
             out.integer(TAG_ERROR).string("Error").integer(level).string("Error").string(text)
             out.integer(0).integer(2).integer(0).string("while doing").integer(0).string("while being")
         case Text(data):
@@ -131,7 +131,7 @@ def test_messages_are_read_as_they_were_written_in_whatever_pieces_they_arrive(
 @pytest.mark.parametrize(
     "message",
     [
-        Failure(0, b"why"),
+        Refusal(0, b"why"),
         Text(b"text"),
         ActivityStarted(1, 3, 105, b"building", (b"/nix/store/x.drv", b"", 1, 1), 0),
         ActivityStopped(1),

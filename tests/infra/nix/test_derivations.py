@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.nix import aterm
-from infra.nix.derivation import Derivation, DerivationKind, DerivationOutput, Options, classify, options
+from infra.nix.derivation import Derivation, DerivationKind, DerivationOptions, DerivationOutput, classify, options
 from infra.nix.errors import FormatError
 
 MASKED = (
@@ -217,7 +217,7 @@ def with_env(**env: bytes) -> Derivation:
 
 
 def test_options_are_read_from_the_environment() -> None:
-    assert options(RICH) == Options()
+    assert options(RICH) == DerivationOptions()
     assert options(
         with_env(
             requiredSystemFeatures=b" kvm\n big-parallel ",
@@ -225,12 +225,12 @@ def test_options_are_read_from_the_environment() -> None:
             allowSubstitutes=b"",
             __noChroot=b"true",
         )
-    ) == Options(("kvm", "big-parallel"), prefer_local_build=True, allow_substitutes=False)
+    ) == DerivationOptions(("kvm", "big-parallel"), prefer_local_build=True, allow_substitutes=False)
 
 
 def test_structured_attributes_win_over_variables_of_the_same_name() -> None:
     attrs = json.dumps({"requiredSystemFeatures": ["kvm"], "allowSubstitutes": False}).encode()
-    assert options(with_env(__json=attrs, preferLocalBuild=b"1")) == Options(
+    assert options(with_env(__json=attrs, preferLocalBuild=b"1")) == DerivationOptions(
         ("kvm",), allow_substitutes=False, structured_attrs=True
     )
 
