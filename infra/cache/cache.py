@@ -14,6 +14,7 @@ database is believed: asking them for each narinfo would cost a round trip.)
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from infra.cache.candidates import (
     references_first,
     rejected_for_references,
 )
+from infra.cache.counters import CacheCounters
 from infra.cache.errors import (
     CacheError,
     ClosureTooLargeError,
@@ -108,6 +110,7 @@ class Cache:
         self._engine = engine
         self.objects = objects
         self.store_dir = store_dir
+        self.counters = CacheCounters()
         self._keys = tuple(keys)
         self._now = now
         #: Hash part or URL -> row; only what is published, oldest use first, at most twice NARINFOS_IN_MEMORY.
@@ -212,6 +215,7 @@ class Cache:
         """
         if len(batch) > MAX_BATCH:
             raise CacheError(f"{len(batch)} paths were offered at once; the limit is {MAX_BATCH}")
+        began = time.perf_counter()
         outcomes: list[PublishOutcome | None] = [None] * len(batch)
         waiting = list(range(len(batch)))
         while waiting:
@@ -224,7 +228,10 @@ class Cache:
             for index in chosen:
                 outcomes[index] = decided[batch[index].store_path]
             waiting = [index for index in waiting if index not in chosen]
-        return [outcome for outcome in outcomes if outcome is not None]
+        decided_all = [outcome for outcome in outcomes if outcome is not None]
+        self.counters.count_outcomes(decided_all)
+        self.counters.on_publish(time.perf_counter() - began)
+        return decided_all
 
     async def stats(self) -> Stats:
         """Return sums over everything published.

@@ -1,0 +1,56 @@
+"""What one cache counts while it runs: plain numbers, so that counting costs nothing on the paths that must be quick.
+
+Incremented on the event loop's thread only. Telemetry reads them when it is asked; nothing here knows how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from infra.cache.candidates import AlreadyPublished, Conflict, Published, PublishOutcome
+
+
+def _untold(_seconds: float) -> None:
+    """Tell nobody."""
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """Counts since the start of the process. Sizes are bytes."""
+
+    #: Answers to GET and HEAD of a narinfo.
+    narinfo_hits: int = 0
+    narinfo_misses: int = 0
+    #: NAR answers with a body (or a redirect to one), and the bytes that they stand for.
+    nar_requests: int = 0
+    nar_bytes: int = 0
+    #: Outcomes of publishing, by path.
+    published: int = 0
+    already_published: int = 0
+    conflicts: int = 0
+    rejected: int = 0
+    #: Compressed bytes taken in by uploads over HTTP.
+    uploaded_bytes: int = 0
+    #: Collections that ended, what they did, and the seconds of each phase.
+    collections: int = 0
+    tombstoned_paths: int = 0
+    deleted_paths: int = 0
+    deleted_objects: int = 0
+    deleted_bytes: int = 0
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    #: Told the seconds that each call of `publish` took.
+    on_publish: Callable[[float], None] = _untold
+
+    def count_outcomes(self, outcomes: Iterable[PublishOutcome]) -> None:
+        """Count what became of the paths of one `publish`."""
+        for outcome in outcomes:
+            match outcome:
+                case Published():
+                    self.published += 1
+                case AlreadyPublished():
+                    self.already_published += 1
+                case Conflict():
+                    self.conflicts += 1
+                case _:
+                    self.rejected += 1

@@ -1,0 +1,65 @@
+"""Instruments and how they are read: OpenTelemetry's SDK behind one small class, Prometheus' text format in front.
+
+The only module that imports the SDK. Each `Telemetry` is a world of its own (no global provider, no global registry),
+so that two coordinators of one process, as in tests, do not count into each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, TypeAlias
+
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.metrics import CallbackOptions, Histogram, Observation
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+from prometheus_client import CollectorRegistry, generate_latest
+
+#: What `expose` gives (Prometheus text format 0.0.4).
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+#: Bounds of histograms of seconds.
+SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+Labels: TypeAlias = Mapping[str, str]
+#: Gives the present values of one instrument, each with its labels.
+Observe: TypeAlias = Callable[[], Iterable[tuple[float, Labels]]]
+
+
+class Telemetry:
+    """One set of instruments. `close` it when nobody asks any more."""
+
+    def __init__(self, service: str, version: str) -> None:
+        self._registry = CollectorRegistry()
+        reader = PrometheusMetricReader(disable_target_info=False, scope_info_enabled=False, registry=self._registry)
+        resource = Resource({SERVICE_NAME: service, SERVICE_VERSION: version})
+        self._provider = MeterProvider(metric_readers=[reader], resource=resource, shutdown_on_exit=False)
+        self._meter = self._provider.get_meter(service, version)
+
+    def counter(self, name: str, text: str, observe: Observe, unit: str = "") -> None:
+        """Show numbers that only grow, as `observe` gives them when they are read."""
+        self._meter.create_observable_counter(name, [_observed(observe)], unit=unit, description=text)
+
+    def gauge(self, name: str, text: str, observe: Observe, unit: str = "") -> None:
+        """Show numbers that go up and down, as `observe` gives them when they are read."""
+        self._meter.create_observable_gauge(name, [_observed(observe)], unit=unit, description=text)
+
+    def seconds(self, name: str, text: str) -> Histogram:
+        """Return a histogram of seconds to record into."""
+        return self._meter.create_histogram(
+            name, unit="s", description=text, explicit_bucket_boundaries_advisory=SECONDS
+        )
+
+    def expose(self) -> bytes:
+        """Return all instruments in Prometheus' text format; calls every `observe`."""
+        return generate_latest(self._registry)
+
+    def close(self) -> None:
+        """Let go of the instruments."""
+        self._provider.shutdown()
+
+
+def _observed(observe: Observe) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    def callback(_options: CallbackOptions) -> Iterable[Observation]:
+        return [Observation(value, labels) for value, labels in observe()]
+
+    return callback
