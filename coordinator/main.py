@@ -38,6 +38,7 @@ from coordinator.http.sse import WatchStreams
 from coordinator.intake import Intake, IntakeLimits
 from coordinator.journal import Journal, StateLock, database_engine
 from coordinator.logs import LogStore
+from coordinator.metrics import CacheGauges, add_cache_metrics, add_farm_metrics, add_metrics_route
 from coordinator.schema import FarmView
 from coordinator.sink import FleetSink
 from coordinator.views import Views
@@ -46,6 +47,7 @@ from infra.cache.errors import CacheError
 from infra.cache.keys import load_or_create_key
 from infra.clock import Clock, SystemClock
 from infra.nix.store_path import StoreDir
+from infra.telemetry import Telemetry
 from scheduler.effects import Effect
 from scheduler.farm import Farm
 from workers.errors import WorkerError
@@ -54,6 +56,8 @@ from workers.protocol import FarmInfo, Lease, LeaseOrder
 from workers.ray_nodes import RayHead, RayWorkerNode, make_token_file
 from workers.settings import WorkerSettings
 
+#: What the cache at `/cache` is called where caches have names.
+DEFAULT_CACHE = "default"
 #: Seconds that open requests have to end when the coordinator stops.
 HTTP_GRACE_S = 2.0
 #: Bytes of log beyond the limit that a worker may still send (it counts what it drops and says so).
@@ -141,6 +145,11 @@ async def open_coordinator(
             api, token, public_url=url, loopback=settings.loopback, max_body_bytes=settings.limits.request_bytes
         )
         add_cache_routes(app, stores.cache, log_for=_log_reader(views, stores.logs, settings.store_dir))
+        telemetry = Telemetry("drover", metadata.version("drover"))
+        stack.callback(telemetry.close)
+        add_farm_metrics(telemetry, views)
+        add_cache_metrics(telemetry, {DEFAULT_CACHE: stores.cache}, {DEFAULT_CACHE: CacheGauges()})
+        add_metrics_route(app, telemetry)
         runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
         await runner.setup()
         async with asyncio.TaskGroup() as group:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, cast
@@ -394,6 +395,22 @@ class Views:
             )
             for name, row in sorted(self._workers.items())
         ]
+
+    def step_counts(self) -> Counter[str]:
+        """Count all steps by state."""
+        return Counter(row.state.value for row in self._steps.values())
+
+    def submission_counts(self) -> Counter[str]:
+        """Count all submissions by state."""
+        return Counter(row.state.value for row in self._submissions.values())
+
+    def worker_counts(self) -> Counter[str]:
+        """Count workers by state."""
+        return Counter(row.state for row in self._workers.values())
+
+    def live_members(self) -> set[StepKey]:
+        """Return the steps of all submissions that have not ended."""
+        return {key for row in self._submissions.values() if not row.ended and not row.withdrawn for key in row.members}
 
     @contextlib.contextmanager
     def watch(self, submission: SubmissionRow, wake: Callable[[], None]) -> Iterator[Watcher]:

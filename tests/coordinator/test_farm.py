@@ -220,6 +220,20 @@ async def test_a_page_under_another_name_cannot_ask_a_coordinator_on_loopback(op
                 assert answer.status == status
 
 
+async def test_metrics_show_steps_workers_and_the_cache(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm, aiohttp.ClientSession() as web:
+        await farm.ended((await farm.submit(DIAMOND, "top")).id)
+        async with web.get(f"{farm.coordinator.ready.url}/metrics") as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            lines = (await answer.text()).splitlines()
+        assert 'drover_steps{state="done"} 4.0' in lines
+        assert 'drover_workers{state="online"} 1.0' in lines
+        assert 'drover_cache_dangling_references{cache="default"} 0.0' in lines
+        published = next(line for line in lines if line.startswith("drover_cache_published_paths_total"))
+        assert float(published.split()[1]) >= 4
+        assert 'drover_cache_publish_seconds_count{cache="default"}' in "\n".join(lines)
+
+
 async def test_what_does_not_exist_is_404_with_a_sentence(open_farm: OpenFarm) -> None:
     async with open_farm() as farm:
         waiting = await farm.submit(DIAMOND, "left", "right")

@@ -1,0 +1,113 @@
+"""What a farm shows at `/metrics`: which numbers, under which names, from which room.
+
+Counting happens where things happen, as plain integers (`infra.cache.counters`) or in the rows of the views; here they
+only get names. Names begin with `drover_`; units are last, as Prometheus wants them. Labels are bounded: names of
+caches, states, phases, workers, never a store path or a derivation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from aiohttp import web
+
+from coordinator.views import Views
+from infra.cache import Cache
+from infra.cache.counters import CacheCounters
+from infra.telemetry import CONTENT_TYPE, Observe, Telemetry
+
+_COUNTED: Final[Mapping[str, tuple[str, Callable[[CacheCounters], float]]]] = {
+    "narinfo_hits": ("Narinfo requests that were answered.", lambda c: c.narinfo_hits),
+    "narinfo_misses": ("Narinfo requests for paths that are not there.", lambda c: c.narinfo_misses),
+    "nar_requests": ("NAR requests that were answered.", lambda c: c.nar_requests),
+    "published_paths": ("Paths published.", lambda c: c.published),
+    "already_published_paths": ("Paths offered again with the same bits.", lambda c: c.already_published),
+    "conflicts": ("Paths offered with other bits than the published ones.", lambda c: c.conflicts),
+    "rejected_paths": ("Paths refused: untrue claims, missing references.", lambda c: c.rejected),
+    "collections": ("Garbage collections that ended.", lambda c: c.collections),
+    "tombstoned_paths": ("Paths made invisible by collections.", lambda c: c.tombstoned_paths),
+    "deleted_paths": ("Paths deleted by collections.", lambda c: c.deleted_paths),
+    "deleted_objects": ("Objects deleted by collections.", lambda c: c.deleted_objects),
+}
+_COUNTED_BYTES: Final[Mapping[str, tuple[str, Callable[[CacheCounters], float]]]] = {
+    "nar_served": ("Bytes of NAR answers.", lambda c: c.nar_bytes),
+    "uploaded": ("Compressed bytes taken in over HTTP.", lambda c: c.uploaded_bytes),
+    "deleted": ("Bytes of deleted objects.", lambda c: c.deleted_bytes),
+}
+
+
+@dataclass(slots=True)
+class CacheGauges:
+    """Numbers of one cache that a query tells; housekeeping asks now and then."""
+
+    paths: int = 0
+    stored_bytes: int = 0
+    leases: int = 0
+    #: Published paths that refer to one that cannot be fetched. Anything but 0 is a bug.
+    dangling: int = 0
+
+
+def add_cache_metrics(telemetry: Telemetry, caches: Mapping[str, Cache], gauges: Mapping[str, CacheGauges]) -> None:
+    """Show the counters of `caches` and the `gauges` of the same names."""
+
+    def of_counters(read: Callable[[CacheCounters], float]) -> Observe:
+        return lambda: [(read(cache.counters), {"cache": name}) for name, cache in caches.items()]
+
+    def of_gauges(read: Callable[[CacheGauges], float]) -> Observe:
+        return lambda: [(read(gauge), {"cache": name}) for name, gauge in gauges.items()]
+
+    for name, (text, read) in _COUNTED.items():
+        telemetry.counter(f"drover_cache_{name}", text, of_counters(read))
+    for name, (text, read) in _COUNTED_BYTES.items():
+        telemetry.counter(f"drover_cache_{name}", text, of_counters(read), unit="By")
+    telemetry.counter(
+        "drover_cache_collection_phase", "Time of each phase of collections.", lambda: _phases(caches), unit="s"
+    )
+    telemetry.gauge("drover_cache_paths", "Paths that can be fetched.", of_gauges(lambda g: g.paths))
+    telemetry.gauge("drover_cache_stored", "Bytes of stored objects.", of_gauges(lambda g: g.stored_bytes), unit="By")
+    telemetry.gauge("drover_cache_leases", "Leases on paths.", of_gauges(lambda g: g.leases))
+    telemetry.gauge(
+        "drover_cache_dangling_references",
+        "Published paths whose reference cannot be fetched; always 0.",
+        of_gauges(lambda g: g.dangling),
+    )
+    latency = telemetry.seconds("drover_cache_publish", "Time of one publishing call, verification included.")
+    for name, cache in caches.items():
+        cache.counters.on_publish = _recorder(latency.record, {"cache": name})
+
+
+def add_farm_metrics(telemetry: Telemetry, views: Views) -> None:
+    """Show steps, submissions and workers by state."""
+    telemetry.gauge("drover_steps", "Steps by state.", lambda: _by_state(views.step_counts()))
+    telemetry.gauge("drover_submissions", "Submissions by state.", lambda: _by_state(views.submission_counts()))
+    telemetry.gauge("drover_workers", "Workers by state.", lambda: _by_state(views.worker_counts()))
+    telemetry.gauge(
+        "drover_worker_leases",
+        "Leases in a worker's hands.",
+        lambda: [(len(worker.leases), {"worker": worker.name}) for worker in views.workers()],
+    )
+
+
+def add_metrics_route(app: web.Application, telemetry: Telemetry) -> None:
+    """Serve `/metrics`, without a token as Prometheus expects: there are numbers in it and the names of caches."""
+
+    async def metrics(_request: web.Request) -> web.Response:
+        return web.Response(body=telemetry.expose(), headers={"Content-Type": CONTENT_TYPE})
+
+    app.router.add_get("/metrics", metrics)
+
+
+def _recorder(record: Callable[[float, Mapping[str, str]], None], labels: Mapping[str, str]) -> Callable[[float], None]:
+    return lambda seconds: record(seconds, labels)
+
+
+def _phases(caches: Mapping[str, Cache]) -> Iterable[tuple[float, Mapping[str, str]]]:
+    for name, cache in caches.items():
+        for phase, seconds in cache.counters.phase_seconds.items():
+            yield seconds, {"cache": name, "phase": phase}
+
+
+def _by_state(counts: Mapping[str, int]) -> Iterable[tuple[float, Mapping[str, str]]]:
+    return [(count, {"state": state}) for state, count in counts.items()]
