@@ -40,7 +40,8 @@ from coordinator.schema import (
 )
 from scheduler import facts
 from scheduler.facts import Fact
-from scheduler.model import Failure, FailureKind, Recipe, Requirements, StepKey, SubmissionId
+from scheduler.failures import is_fault
+from scheduler.model import Failure, Recipe, Requirements, StepKey, SubmissionId
 from workers.protocol import Batch, HeldLease, Hello, StageChange
 
 #: Changed steps that a watcher may leave unread before it gets a snapshot instead.
@@ -563,7 +564,7 @@ class Views:
     def _revoked(self, fact: facts.LeaseRevoked) -> None:
         row = self._row(fact.lease.step)
         row.builder, row.stage, row.phase = "", "", ""
-        if fact.failure.kind is FailureKind.INFRASTRUCTURE:
+        if is_fault(fact.failure.kind):
             row.trouble = fact.failure.message
         self._wait(row, row.recipe)
 

@@ -3,12 +3,9 @@
 So every function is a generator that reads a state which already holds what it said before. Stale events (an old
 attempt, a builder that is gone, a repeat) yield nothing; a graph that cannot be is refused before any fact.
 
-What follows from a failure, by kind:
-
-    permanent       the next recipe that can help, else the step fails and dooms what stands on it
-    infrastructure  back-off and again, another builder first; the step fails when the budget is spent
-    returned        again at once, another builder first; with back-off from the fourth time on
-    cancelled       of the lease still open: as returned; of any other: nothing
+What follows from a failure stands in `failures`, by kind: the next recipe that can help, else the step fails and dooms
+what stands on it; or back-off and again, another builder first, until the budget is spent; or, for a lease handed back,
+again at once, with back-off from the fourth time on. A cancelled lease that is still open counts as handed back.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from typing import assert_never
 
 from scheduler import events as e
 from scheduler import facts as f
+from scheduler.failures import CONSEQUENCES, Course
 from scheduler.model import BuilderId, Failure, FailureKind, Instant, LeaseId, StepKey, SubmissionRefusedError
 from scheduler.policy import Limits, Policy
 from scheduler.state import Builder, FarmState, Queue, Step, is_lapsed
@@ -125,30 +123,46 @@ class Decider:
                 del queues[best]
 
     def _build_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
-        match failure.kind:
-            case FailureKind.PERMANENT:
-                recipe = yield from self._next_recipe(step)
-                if recipe is None:
-                    yield from self._fail(step, failure, now)
-                else:
-                    yield f.StepFellBack(step.key, recipe, failure)
-            case FailureKind.INFRASTRUCTURE:
+        match CONSEQUENCES[failure.kind].course:
+            case Course.END:
+                yield from self._end(step, failure, now)
+            case Course.RETRY:
                 yield from self._retry(step, failure, now)
-            case FailureKind.RETURNED | FailureKind.CANCELLED:
+            case Course.HAND_BACK:
                 yield from self._hand_back(step, failure, now)
-            case _:
-                assert_never(failure.kind)
 
     def _publish_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
-        if failure.kind is FailureKind.PERMANENT:
-            # Another recipe would run into the same path in the cache.
+        match CONSEQUENCES[failure.kind].course:
+            case Course.END:
+                # Another recipe would run into the same path in the cache.
+                yield from self._fail(step, failure, now)
+            case Course.RETRY:
+                yield from self._retry(step, failure, now)
+            case Course.HAND_BACK:
+                yield from self._retry(step, Failure(FailureKind.INFRASTRUCTURE, failure.message), now)
+
+    def _end(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+        """Take a failure for final: the next recipe that can help takes over, else the step fails."""
+        recipe = None
+        if CONSEQUENCES[failure.kind].next_recipe and step.state is _LEASED:
+            recipe = yield from self._next_recipe(step)
+        if recipe is None:
             yield from self._fail(step, failure, now)
         else:
-            yield from self._retry(step, Failure(FailureKind.INFRASTRUCTURE, failure.message), now)
+            yield f.StepFellBack(step.key, recipe, failure)
 
     def _retry(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+        row = CONSEQUENCES[failure.kind]
+        strikes = step.strikes.count(failure.kind) + 1
+        if row.tries is not None and strikes > row.tries:
+            message = f"{failure.message} (for the {strikes}. time)"
+            yield from self._end(step, Failure(row.then or failure.kind, message), now)
+            return
         if step.faults + 1 >= self._limits.attempts:
-            yield from self._fail(step, failure, now)
+            # The budget is spent on faults of several kinds: a kind with tries left has not proven itself.
+            kind = failure.kind if row.tries is None else FailureKind.INFRASTRUCTURE
+            message = f"{failure.message} (after {step.faults} other tries)"
+            yield from self._end(step, Failure(kind, message), now)
             return
         wait = self._policy.back_off_s(step.key, step.faults + 1)
         yield f.LeaseRevoked(step.lease, step.builder, failure, Instant(now + wait))
@@ -176,7 +190,7 @@ class Decider:
                     yield f.StepDoomed(dependent.key, step.key)
                     pending.append(dependent)
                 else:
-                    missing = Failure(FailureKind.PERMANENT, f"needs {step.key}, which failed")
+                    missing = Failure(FailureKind.DEPENDENCY, f"needs {step.key}, which failed")
                     yield f.StepFellBack(dependent.key, recipe, missing)
 
     def _stop(self, step: Step, now: Instant, why: str) -> Iterator[f.Fact]:
@@ -357,7 +371,7 @@ class Decider:
         builder = self._state.builders.get(spec.id)
         if builder is not None and builder.spec is not None and builder.spec.incarnation != spec.incarnation:
             listed = frozenset(event.leases)
-            failure = Failure(FailureKind.INFRASTRUCTURE, f"{spec.id} started anew")
+            failure = Failure(FailureKind.WORKER_LOST, f"{spec.id} started anew")
             for step in tuple(builder.leases.values()):
                 if step.lease not in listed and step.key in builder.leases:
                     yield from self._retry(step, failure, now)
@@ -420,7 +434,7 @@ class Decider:
             yield from self._remove(builder, event.reason, now, silent=False)
 
     def _remove(self, builder: Builder, reason: str, now: Instant, *, silent: bool) -> Iterator[f.Fact]:
-        failure = Failure(FailureKind.INFRASTRUCTURE, reason)
+        failure = Failure(FailureKind.WORKER_LOST, reason)
         while builder.leases:
             yield from self._retry(next(iter(builder.leases.values())), failure, now)
         yield f.BuilderRemoved(builder.id, reason, now, silent)

@@ -42,6 +42,7 @@ def durable(state: FarmState) -> dict[StepKey, tuple[object, ...]]:
             step.attempt,
             step.faults,
             step.returns,
+            step.strikes,
             step.born,
             step.ended,
             step.done_at,

@@ -89,12 +89,38 @@ class LeaseId:
 
 
 class FailureKind(StrEnum):
-    """Why a lease ended without a result; `decide` holds the one table of what follows."""
+    """Why a lease ended without a result; `failures.CONSEQUENCES` is the one table of what follows."""
 
-    #: The builder ran and said no (exit status, output check). The next recipe is tried, else the step fails.
+    #: The builder ran and said no (exit status).
     PERMANENT = "permanent"
-    #: The farm's fault (daemon gone, missing input, upload failed, worker lost). Tried again, elsewhere first.
+    #: An output is missing, refers to what it may not, or cannot be registered.
+    OUTPUT_REJECTED = "output_rejected"
+    #: A fixed output has other bytes than the derivation promises.
+    HASH_MISMATCH = "hash_mismatch"
+    #: A limit of the build: wall time, silence, log size, output size.
+    TIMEOUT = "timeout"
+    SILENCE = "silence"
+    LOG_LIMIT = "log_limit"
+    OUTPUT_SIZE = "output_size"
+    #: Building again gave other bits.
+    NOT_DETERMINISTIC = "not_deterministic"
+    #: A need failed for good, so this way to make the step has failed too.
+    DEPENDENCY = "dependency"
+    #: The builder failed in a way that may pass (a server that a fixed output is fetched from).
+    TRANSIENT = "transient"
+    #: The farm's fault, when nothing below says it better.
     INFRASTRUCTURE = "infrastructure"
+    DAEMON_LOST = "daemon_lost"
+    INPUT_MISSING = "input_missing"
+    DISK_LOW = "disk_low"
+    UPLOAD_FAILED = "upload_failed"
+    WORKER_LOST = "worker_lost"
+    #: The builder was ended by signal 9, which it did not send itself.
+    KILLED = "killed"
+    #: The daemon went away while it ran the build.
+    CONNECTION_LOST = "connection_lost"
+    #: Connections were lost so often that the build itself is suspected.
+    SUSPECT = "suspect"
     #: The worker hands the lease back without having started it. Costs no attempt budget.
     RETURNED = "returned"
     #: The build was stopped on the coordinator's wish.

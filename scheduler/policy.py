@@ -18,7 +18,7 @@ from scheduler.state import Builder, Step
 class Limits:
     """The budgets of the core."""
 
-    #: Infrastructure failures of one life of a step after which it fails.
+    #: Infrastructure failures of one recipe in a life of a step after which it is given up.
     attempts: int = 5
     #: Returned leases of one life that are granted again at once; from then on with back-off.
     returns_at_once: int = 3

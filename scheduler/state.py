@@ -16,6 +16,7 @@ from heapq import heappop, heappush
 from typing import assert_never
 
 from scheduler import facts as f
+from scheduler.failures import CONSEQUENCES, is_fault
 from scheduler.model import (
     NO_INSTANT,
     BuilderId,
@@ -69,6 +70,7 @@ class Step:
         "roots",
         "sequence",
         "state",
+        "strikes",
         "tried",
         "unmet",
     )
@@ -86,9 +88,11 @@ class Step:
         self.tried: frozenset[int] = frozenset()
         #: Leases ever granted; the attempt of the open lease where there is one. Never falls.
         self.attempt = 0
-        #: Infrastructure failures and returned leases of this life.
+        #: Infrastructure failures of the recipe in use, and returned leases, of this life.
         self.faults = 0
         self.returns = 0
+        #: The kinds of those of `faults` that have a budget of their own.
+        self.strikes: tuple[FailureKind, ...] = ()
         #: Values of the state's `life` counter when this life began and when it lapsed.
         self.born = 0
         self.ended = 0
@@ -427,6 +431,7 @@ class FarmState:
         step.born = self.life
         step.tried = frozenset()
         step.faults = step.returns = 0
+        step.strikes = ()
         step.avoid, step.not_before = _NOBODY, NO_INSTANT
         step.failure = step.cause = None
 
@@ -461,6 +466,7 @@ class FarmState:
             self._move(step, _WAITING)
         self._release(step)
         step.tried = step.tried | {step.active}
+        step.faults, step.strikes = 0, ()
         step.avoid, step.not_before = _NOBODY, NO_INSTANT
         self._use(step, fact.recipe)
         self._engage(self.descend((step,)))
@@ -512,8 +518,10 @@ class FarmState:
         step.builder = _NOBODY
         step.evidence = b""
         kind = fact.failure.kind
-        if kind is FailureKind.INFRASTRUCTURE:
+        if is_fault(kind):
             step.faults += 1
+            if CONSEQUENCES[kind].tries is not None:
+                step.strikes = (*step.strikes, kind)
         elif kind is FailureKind.RETURNED:
             step.returns += 1
         if kind is not FailureKind.CANCELLED:

@@ -451,7 +451,7 @@ class Agent:
         run.built_at = self._clock.now()
         ending = judge_status(result.status, result.error_msg.strip())
         if ending is not None:
-            if ending.reason == "infrastructure":
+            if ending.reason in ("infrastructure", "input_missing"):
                 self._inputs.forget()
             raise _Stopped(ending)
         self._machine.built(key, run.built_at)

@@ -35,7 +35,28 @@ MAX_LEASES = 4096
 
 #: (step, attempt)
 LeaseKey = tuple[str, int]
-Reason = Literal["permanent", "infrastructure", "returned", "cancelled"]
+#: Why a lease ended without a result, as the wire says it: values of `scheduler.model.FailureKind`, whose table there
+#: says what follows.
+Reason = Literal[
+    "permanent",
+    "output_rejected",
+    "hash_mismatch",
+    "timeout",
+    "silence",
+    "log_limit",
+    "output_size",
+    "not_deterministic",
+    "transient",
+    "infrastructure",
+    "daemon_lost",
+    "input_missing",
+    "disk_low",
+    "upload_failed",
+    "killed",
+    "connection_lost",
+    "returned",
+    "cancelled",
+]
 
 
 class LeaseState(StrEnum):
@@ -72,6 +93,8 @@ class Verdict:
 
 
 _INFRASTRUCTURE: Reason = "infrastructure"
+#: Reasons of builds that ran to an end of their own: how long they took says something about the next.
+_RAN: tuple[Reason, ...] = ("permanent", "output_rejected", "hash_mismatch", "not_deterministic")
 #: The one table from the daemon's build status (nix_formats 4.1) to the verdict. What it means to build again is the
 #: scheduler's affair.
 STATUS_POLICY: Mapping[int, Verdict] = MappingProxyType(
@@ -83,23 +106,33 @@ STATUS_POLICY: Mapping[int, Verdict] = MappingProxyType(
         3: Verdict("permanent", "the builder failed"),
         # Wrong system or features since Nix 2.30: the worker was offered what it does not have.
         4: Verdict(_INFRASTRUCTURE, "the worker's Nix does not accept this build"),
-        5: Verdict("permanent", "an output was not accepted"),
-        # A failing fixed-output builder (a server that does not answer), or a full disk.
-        6: Verdict(_INFRASTRUCTURE, "the builder failed in a way that may pass"),
+        5: Verdict("output_rejected", "an output was not accepted"),
+        # A failing fixed-output builder (a server that does not answer).
+        6: Verdict("transient", "the builder failed in a way that may pass"),
         7: Verdict("permanent", "the builder failed before"),
-        8: Verdict("permanent", "the build was stopped at its limit of time or silence"),
-        # Nix-level errors: a missing input, a sandbox that cannot be set up, a wrong system before Nix 2.30.
+        8: Verdict("timeout", "the build was stopped at its limit of time"),
+        # Nix-level errors: a sandbox that cannot be set up, a wrong system before Nix 2.30.
         9: Verdict(_INFRASTRUCTURE, "Nix could not run the build"),
         10: Verdict(_INFRASTRUCTURE, "Nix could not run the build"),
-        11: Verdict("permanent", "the build printed more than its limit"),
-        12: Verdict("permanent", "the build is not deterministic"),
+        11: Verdict("log_limit", "the build printed more than its limit"),
+        12: Verdict("not_deterministic", "the build is not deterministic"),
         14: Verdict(_INFRASTRUCTURE, "Nix tried to substitute instead of building"),
-        15: Verdict("permanent", "an output has another hash than it must have"),
+        15: Verdict("hash_mismatch", "an output has another hash than it must have"),
     }
 )
 _UNKNOWN_STATUS = Verdict(_INFRASTRUCTURE, "Nix ended the build in a way that this worker does not know")
-#: Nix reports a builder killed from outside (most often for lack of memory) like one that failed.
-_KILLED = "signal 9"
+#: Where one status stands for several things, words in the daemon's text tell them apart. They are hints: a text that
+#: has none of them means what the status means.
+HINTS: Mapping[int, tuple[tuple[str, Verdict], ...]] = MappingProxyType(
+    {
+        # A builder killed from outside is reported like one that failed.
+        3: (("signal 9", Verdict("killed", "the builder was killed from outside, often for lack of memory")),),
+        5: (("hash mismatch", Verdict("hash_mismatch", "an output has another hash than it must have")),),
+        6: (("free disk space", Verdict("disk_low", "the worker's disk is full")),),
+        8: (("of silence", Verdict("silence", "the build was stopped at its limit of silence")),),
+        9: (("substitution is disabled", Verdict("input_missing", "an input is missing in the worker's store")),),
+    }
+)
 
 
 class Trouble(StrEnum):
@@ -107,13 +140,24 @@ class Trouble(StrEnum):
 
     DERIVATION_UNREADABLE = "the derivation cannot be read"
     INPUT_MISSING = "an input could not be fetched"
+    #: Before or after the build ran; `CONNECTION_LOST` is while it ran.
     DAEMON_LOST = "the connection to the Nix daemon broke"
+    CONNECTION_LOST = "the connection to the Nix daemon broke during the build"
     DAEMON_REFUSED = "the Nix daemon refused"
     UPLOAD_FAILED = "an output could not be uploaded"
+    DISK_LOW = "the worker's disk is full"
+    #: Limits that the worker keeps itself.
+    TIMED_OUT = "the build was stopped at its limit of time"
+    SILENT = "the build was stopped at its limit of silence"
+    LOG_TOO_LARGE = "the build printed more than its limit"
+    OUTPUT_TOO_LARGE = "an output is larger than its limit"
+    KILLED = "the builder was killed from outside"
     UNEXPECTED = "the worker failed"
     NOT_GREETED = "the worker has not been told about its farm yet"
     CANCELLED = "stopped on request"
     NOT_STARTED = "handed back without having been started"
+    #: Stopped because the worker stops: another one begins anew.
+    DRAINED = "handed back because the worker stops"
 
 
 #: The other half of the table: from trouble to the reason on the wire.
@@ -121,14 +165,22 @@ TROUBLE_POLICY: Mapping[Trouble, Reason] = MappingProxyType(
     {
         # The same bytes are as unreadable on every worker.
         Trouble.DERIVATION_UNREADABLE: "permanent",
-        Trouble.INPUT_MISSING: "infrastructure",
-        Trouble.DAEMON_LOST: "infrastructure",
-        Trouble.DAEMON_REFUSED: "infrastructure",
-        Trouble.UPLOAD_FAILED: "infrastructure",
+        Trouble.INPUT_MISSING: "input_missing",
+        Trouble.DAEMON_LOST: "daemon_lost",
+        Trouble.CONNECTION_LOST: "connection_lost",
+        Trouble.DAEMON_REFUSED: "daemon_lost",
+        Trouble.UPLOAD_FAILED: "upload_failed",
+        Trouble.DISK_LOW: "disk_low",
+        Trouble.TIMED_OUT: "timeout",
+        Trouble.SILENT: "silence",
+        Trouble.LOG_TOO_LARGE: "log_limit",
+        Trouble.OUTPUT_TOO_LARGE: "output_size",
+        Trouble.KILLED: "killed",
         Trouble.UNEXPECTED: "infrastructure",
         Trouble.NOT_GREETED: "returned",
         Trouble.CANCELLED: "cancelled",
         Trouble.NOT_STARTED: "returned",
+        Trouble.DRAINED: "returned",
     }
 )
 
@@ -146,10 +198,13 @@ def judge_status(status: int, message: str) -> Ending | None:
     verdict = STATUS_POLICY.get(status, _UNKNOWN_STATUS)
     if verdict.reason is None:
         return None
-    text = f"{verdict.text}: {message}" if message else verdict.text
-    if status == 3 and _KILLED in message:
-        text += " (killed from outside, often for lack of memory)"
-    return Ending(verdict.reason, text)
+    for words, hinted in HINTS.get(status, ()):
+        if words in message:
+            verdict = hinted
+            break
+    # A hint has a reason; success has none.
+    reason = verdict.reason or _INFRASTRUCTURE
+    return Ending(reason, f"{verdict.text}: {message}" if message else verdict.text)
 
 
 def judge_trouble(trouble: Trouble, detail: str = "") -> Ending:
@@ -250,7 +305,7 @@ class WorkerMachine:
             return False
         if held.state is LeaseState.BUILDING:
             self._leave_slot(held)
-            if reason == "permanent":
+            if reason in _RAN:
                 # How soon a build was stopped, or broke with its daemon, says nothing about the next.
                 self._count_build(now - held.building_at)
         held.state = LeaseState.REPORTING

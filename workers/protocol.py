@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from workers.machine import Reason
+
 PROTOCOL_VERSION = 1
 #: Bounds of one `events` answer: with only reports and phases, and with log text in it (Ray is slower above 100 KiB).
 SMALL_BATCH_BYTES = 64 * 1024
@@ -106,6 +108,8 @@ class Hello(WireMessage):
     mandatory_features: tuple[str, ...]
     slots: int
     capacity: int
+    #: Why the worker should get no leases for now (a failing trial build, a full disk); empty while it is fit.
+    unfit: str = ""
     nix_version: str
     leases: tuple[HeldLease, ...]
 
@@ -139,7 +143,7 @@ class Failed(WireMessage):
     """`reason` is a value of `scheduler.model.FailureKind`; the agent's `machine` decides it."""
 
     kind: Literal["failed"] = "failed"
-    reason: Literal["permanent", "infrastructure", "returned", "cancelled"]
+    reason: Reason
     message: str
 
 
@@ -192,6 +196,8 @@ class Batch(WireMessage):
     capacity: int
     leases: tuple[HeldLease, ...]
     draining: bool = False
+    #: As in `Hello`.
+    unfit: str = ""
 
 
 ORDERS: TypeAdapter[tuple[LeaseOrder, ...]] = TypeAdapter(tuple[LeaseOrder, ...])

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from scheduler import facts as f
+from scheduler.failures import is_fault
 from scheduler.model import BuilderId, BuilderSpec, FailureKind, Recipe, StepKey, SubmissionId
 
 
@@ -91,7 +92,7 @@ class Judge:
                 self._leased(fact)
             case f.LeaseRevoked():
                 life = self._open(fact, fact.lease.step, fact.lease.attempt, fact.builder)
-                life.faults += fact.failure.kind is FailureKind.INFRASTRUCTURE
+                life.faults += is_fault(fact.failure.kind)
                 life.returns += fact.failure.kind is FailureKind.RETURNED
                 must(life.faults < self.attempts, "infrastructure faults are bounded", fact)
                 must(life.returns <= self.returns, "returned leases are bounded", fact)
@@ -109,7 +110,7 @@ class Judge:
                 life = self.steps[fact.step]
                 life.proven.add(life.active)
                 must(fact.recipe not in life.proven, "a recipe proven failing is not tried again in a life", fact)
-                life.active = fact.recipe
+                life.active, life.faults = fact.recipe, 0
                 life.close()
             case f.StepFailed():
                 life = self._open(fact, fact.step, fact.attempt, fact.builder)

@@ -60,7 +60,7 @@ async def test_an_input_that_the_cache_lacks_is_named_and_the_farms_fault(bench:
     lost = f"{STORE}/{hash_part('lost')}-lost"
     [report] = await told.build(order(drv("use", ": > $out"), [lost]))
     assert isinstance(report.result, Failed)
-    assert report.result.reason == "infrastructure"
+    assert report.result.reason == "input_missing"
     assert lost in report.result.message
 
 
@@ -90,7 +90,7 @@ async def test_an_object_that_is_gone_or_corrupt_is_the_farms_fault_and_mends(be
     made = drv("use", ": > $out")
     [failed] = await two.build(order(made, [chain[2].path]))
     assert isinstance(failed.result, Failed)
-    assert failed.result.reason == "infrastructure"
+    assert failed.result.reason == "input_missing"
     assert chain[2].path in failed.result.message
     objects.write_bytes(whole)
     [mended] = await Told(two.agent, ack=two.ack).build(order(made, [chain[2].path], attempt=2))
@@ -103,5 +103,5 @@ async def test_a_cache_that_does_not_answer_is_the_farms_fault(bench: Bench) -> 
     await told.agent.hello(away.dump())
     [report] = await told.build(order(drv("use", ": > $out"), [f"{STORE}/{hash_part('some')}-some"]))
     assert isinstance(report.result, Failed)
-    assert report.result.reason == "infrastructure"
+    assert report.result.reason == "input_missing"
     assert away.cache_url in report.result.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from infra.daemon import BuildStatus
+from scheduler.model import FailureKind
 from workers.machine import (
     HAND_BACK_S,
+    HINTS,
     MAX_BACKLOG_PER_SLOT,
     MAX_UPLOADS_PER_SLOT,
     STATUS_POLICY,
@@ -21,6 +24,7 @@ from workers.machine import (
     HandBack,
     LeaseKey,
     LeaseState,
+    Reason,
     Trouble,
     WorkerMachine,
     judge_status,
@@ -39,13 +43,13 @@ def test_success_is_exactly_what_the_daemon_calls_success(status: BuildStatus) -
     ("status", "reason"),
     [
         (BuildStatus.PERMANENT_FAILURE, "permanent"),
-        (BuildStatus.OUTPUT_REJECTED, "permanent"),
-        (BuildStatus.TIMED_OUT, "permanent"),
-        (BuildStatus.LOG_LIMIT_EXCEEDED, "permanent"),
-        (BuildStatus.NOT_DETERMINISTIC, "permanent"),
-        (BuildStatus.HASH_MISMATCH, "permanent"),
+        (BuildStatus.OUTPUT_REJECTED, "output_rejected"),
+        (BuildStatus.TIMED_OUT, "timeout"),
+        (BuildStatus.LOG_LIMIT_EXCEEDED, "log_limit"),
+        (BuildStatus.NOT_DETERMINISTIC, "not_deterministic"),
+        (BuildStatus.HASH_MISMATCH, "hash_mismatch"),
         (BuildStatus.INPUT_REJECTED, "infrastructure"),
-        (BuildStatus.TRANSIENT_FAILURE, "infrastructure"),
+        (BuildStatus.TRANSIENT_FAILURE, "transient"),
         (BuildStatus.MISC_FAILURE, "infrastructure"),
     ],
 )
@@ -68,10 +72,36 @@ def test_a_status_of_a_newer_nix_is_never_a_success(status: int) -> None:
     assert ending.reason == "infrastructure"
 
 
-def test_a_builder_that_was_killed_is_told_with_the_likely_cause() -> None:
-    ending = judge_status(BuildStatus.PERMANENT_FAILURE, "builder failed due to signal 9 (Killed)")
+@pytest.mark.parametrize(
+    ("status", "message", "reason"),
+    [
+        (BuildStatus.PERMANENT_FAILURE, "builder for 'x' failed due to signal 9 (Killed)", "killed"),
+        (BuildStatus.PERMANENT_FAILURE, "builder for 'x' failed due to signal 11", "permanent"),
+        (BuildStatus.OUTPUT_REJECTED, "hash mismatch in fixed-output derivation 'x'", "hash_mismatch"),
+        (
+            BuildStatus.TRANSIENT_FAILURE,
+            "perhaps for lack of free disk space",
+            "disk_low",
+        ),
+        (BuildStatus.TIMED_OUT, "building of 'x' timed out after 9 seconds of silence", "silence"),
+        (BuildStatus.TIMED_OUT, "building of 'x' timed out after 9 seconds", "timeout"),
+        (BuildStatus.MISC_FAILURE, "'x' does not exist, and substitution is disabled", "input_missing"),
+    ],
+)
+def test_the_daemons_words_tell_apart_what_one_status_stands_for(
+    status: BuildStatus, message: str, reason: str
+) -> None:
+    ending = judge_status(status, message)
     assert ending is not None
-    assert "memory" in ending.message
+    assert ending.reason == reason
+
+
+def test_every_reason_on_the_wire_is_a_kind_of_the_core_and_every_row_a_reason_on_the_wire() -> None:
+    reasons = set(get_args(Reason))
+    assert reasons <= {kind.value for kind in FailureKind}
+    told = {verdict.reason for verdict in STATUS_POLICY.values() if verdict.reason}
+    hinted = {verdict.reason for hints in HINTS.values() for _, verdict in hints}
+    assert told | hinted | set(TROUBLE_POLICY.values()) == reasons
 
 
 def test_trouble_is_told_with_its_detail() -> None:

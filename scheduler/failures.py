@@ -1,0 +1,100 @@
+"""What follows from a failure: one table, a row for each kind. Nothing else in the core decides by kind.
+
+Only what may be the farm's fault is tried again, another builder first, with back-off, and never without bound: each
+recipe in a life of a step has the common budget `policy.Limits.attempts`, and some kinds a smaller one of their own.
+Beyond it the failure is final, under the name that the row gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+from scheduler.model import FailureKind
+
+
+class Course(StrEnum):
+    """What becomes of the lease's step."""
+
+    #: It is a verdict: the next recipe takes over where that can help, else the step fails.
+    END = "end"
+    #: The farm is at fault, or may be: back-off and again, another builder first, within the budget.
+    RETRY = "retry"
+    #: No fault at all: the step may be leased again at once.
+    HAND_BACK = "hand back"
+
+
+@dataclass(frozen=True, slots=True)
+class Consequence:
+    """One row of the table."""
+
+    course: Course
+    #: For people: what happened, as the beginning of a sentence.
+    says: str
+    #: Retries of this very kind in one life of a step; None where the common budget alone bounds them.
+    tries: int | None = None
+    #: What the failure is called once its tries are spent; None where its own name says it well enough.
+    then: FailureKind | None = None
+    #: Once final: whether another recipe of the step may do better.
+    next_recipe: bool = False
+    #: Once final: whether later submissions take it for known, within the failure cache's time to live.
+    cacheable: bool = False
+    #: Whether it counts towards the quarantine of the builder that reported or caused it.
+    blames_builder: bool = False
+
+
+_K = FailureKind
+
+
+def _verdict(says: str, *, next_recipe: bool = True, cacheable: bool = True) -> Consequence:
+    return Consequence(Course.END, says, next_recipe=next_recipe, cacheable=cacheable)
+
+
+def _fault(says: str) -> Consequence:
+    return Consequence(Course.RETRY, says, blames_builder=True)
+
+
+CONSEQUENCES: Mapping[FailureKind, Consequence] = MappingProxyType(
+    {
+        _K.PERMANENT: _verdict("the builder failed"),
+        _K.OUTPUT_REJECTED: _verdict("an output was not accepted"),
+        _K.HASH_MISMATCH: _verdict("an output has another hash than it must have"),
+        _K.TIMEOUT: _verdict("the build took longer than its limit"),
+        _K.SILENCE: _verdict("the build printed nothing for longer than its limit"),
+        _K.LOG_LIMIT: _verdict("the build printed more than its limit"),
+        _K.OUTPUT_SIZE: _verdict("an output is larger than its limit"),
+        _K.NOT_DETERMINISTIC: _verdict("the build is not deterministic"),
+        # The cause is cached, not what it doomed.
+        _K.DEPENDENCY: _verdict("a step below failed", cacheable=False),
+        # A fetch from a server that does not answer: the builder's machine is not to blame, another source may help.
+        _K.TRANSIENT: Consequence(Course.RETRY, "the builder failed in a way that may pass", next_recipe=True),
+        _K.INFRASTRUCTURE: _fault("the farm failed"),
+        _K.DAEMON_LOST: _fault("the Nix daemon is gone or refuses"),
+        _K.INPUT_MISSING: _fault("an input could not be fetched"),
+        _K.DISK_LOW: _fault("the worker's disk is full"),
+        _K.UPLOAD_FAILED: _fault("an output could not be uploaded"),
+        _K.WORKER_LOST: _fault("the worker is gone"),
+        # Most often for lack of memory, which a larger machine may have; the second time the build is to blame.
+        _K.KILLED: Consequence(
+            Course.RETRY, "the builder was killed from outside", tries=1, next_recipe=True, cacheable=True
+        ),
+        # Some builds break the daemon that runs them; nix_formats 9.8 caps such retries at two.
+        _K.CONNECTION_LOST: Consequence(
+            Course.RETRY,
+            "the connection to the Nix daemon broke during the build",
+            tries=2,
+            then=_K.SUSPECT,
+            blames_builder=True,
+        ),
+        _K.SUSPECT: _verdict("the build seems to break the daemon that runs it", cacheable=False),
+        _K.RETURNED: Consequence(Course.HAND_BACK, "handed back without having been started"),
+        _K.CANCELLED: Consequence(Course.HAND_BACK, "stopped on request"),
+    }
+)
+
+
+def is_fault(kind: FailureKind) -> bool:
+    """Whether a lease that ended so costs one attempt of its step's budget."""
+    return CONSEQUENCES[kind].course is Course.RETRY
