@@ -18,17 +18,26 @@ from pydantic import TypeAdapter, ValidationError
 
 from coordinator.errors import CoordinatorError
 from coordinator.schema import (
+    CacheRootView,
+    CacheView,
+    CollectRequest,
+    CollectView,
     Ended,
     ErrorView,
     FarmView,
     IntakeMissing,
     IntakeQuery,
     Model,
+    PinRequest,
+    ResignView,
     StepStatus,
     StepView,
     SubmissionView,
     SubmitRequest,
+    VerifyRequest,
+    VerifyView,
     WatchEvent,
+    WhyView,
     WorkerView,
 )
 
@@ -48,6 +57,8 @@ _EVENTS: TypeAdapter[WatchEvent] = TypeAdapter(WatchEvent)
 _STEPS = TypeAdapter(list[StepView])
 _SUBMISSIONS = TypeAdapter(list[SubmissionView])
 _WORKERS = TypeAdapter(list[WorkerView])
+_WHY = TypeAdapter(WhyView)
+_CACHE_ROOTS = TypeAdapter(list[CacheRootView])
 _Answer = TypeVar("_Answer", bound=Model)
 _Parsed = TypeVar("_Parsed")
 
@@ -180,6 +191,42 @@ class ApiClient:
         """Return how to use the farm's cache."""
         return await self._json("GET", "farm", FarmView)
 
+    async def cache(self, name: str) -> CacheView:
+        """Return what a cache holds; the one at /cache is `default`."""
+        return await self._json("GET", f"caches/{_part(name)}", CacheView)
+
+    async def cache_roots(self, name: str) -> list[CacheRootView]:
+        """Return the roots of a cache."""
+        return self._parse(_CACHE_ROOTS, await self._bytes("GET", f"caches/{_part(name)}/roots"))
+
+    async def cache_why(self, name: str, path: str) -> WhyView:
+        """Return what keeps a store path."""
+        raw = await self._bytes("GET", f"caches/{_part(name)}/why", params={"path": path})
+        return self._parse(_WHY, raw)
+
+    async def pin(self, name: str, pin: str, request: PinRequest) -> None:
+        """Keep paths under a name."""
+        data = orjson.dumps(request.model_dump(mode="json"))
+        await self._bytes("PUT", f"caches/{_part(name)}/pins/{_part(pin)}", data=data)
+
+    async def unpin(self, name: str, pin: str) -> None:
+        """Forget a pin."""
+        await self._bytes("DELETE", f"caches/{_part(name)}/pins/{_part(pin)}")
+
+    async def collect(self, name: str, *, dry_run: bool) -> CollectView:
+        """Collect garbage; takes as long as it takes."""
+        body = CollectRequest(dry_run=dry_run)
+        return await self._json("POST", f"caches/{_part(name)}/collect", CollectView, body, answer_s=None)
+
+    async def verify(self, name: str, *, full: bool, repair: bool) -> VerifyView:
+        """Check a cache; takes as long as it takes."""
+        body = VerifyRequest(full=full, repair=repair)
+        return await self._json("POST", f"caches/{_part(name)}/verify", VerifyView, body, answer_s=None)
+
+    async def resign(self, name: str) -> ResignView:
+        """Sign everything in a cache anew; takes as long as it takes."""
+        return await self._json("POST", f"caches/{_part(name)}/resign", ResignView, answer_s=None)
+
     async def log(self, key: str, *, follow: bool = False) -> AsyncIterator[bytes]:
         """Yield a step's log as raw bytes; with `follow` until the step has ended."""
         query = {"follow": "1"} if follow else {}
@@ -235,9 +282,17 @@ class ApiClient:
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 raise UnreachableError(self.url, _why(error)) from None
 
-    async def _json(self, method: str, path: str, answer: type[_Answer], body: Model | None = None) -> _Answer:
+    async def _json(
+        self,
+        method: str,
+        path: str,
+        answer: type[_Answer],
+        body: Model | None = None,
+        *,
+        answer_s: float | None = ANSWER_S,
+    ) -> _Answer:
         data = None if body is None else orjson.dumps(body.model_dump(mode="json"))
-        raw = await self._bytes(method, path, data=data)
+        raw = await self._bytes(method, path, data=data, answer_s=answer_s)
         try:
             return answer.model_validate_json(raw)
         except ValidationError:
@@ -255,9 +310,15 @@ class ApiClient:
         )
 
     async def _bytes(
-        self, method: str, path: str, *, data: bytes | None = None, params: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        data: bytes | None = None,
+        params: Mapping[str, str] | None = None,
+        answer_s: float | None = ANSWER_S,
     ) -> bytes:
-        async with self._call(method, path, data=data, params=params) as response:
+        async with self._call(method, path, data=data, params=params, answer_s=answer_s) as response:
             try:
                 return await response.read()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:

@@ -16,6 +16,14 @@ All paths are below `/api/v1` and want `Authorization: Bearer <token>`; times ar
     GET  steps/KEY/log         ?follow=1&attempt=N -> text/plain, raw log bytes (chunked while following)
     GET  workers               -> [WorkerView]
     GET  farm                  -> FarmView (cache URL, public keys)
+    GET  caches/NAME           -> CacheView                            what is stored; the cache at /cache is `default`
+    GET  caches/NAME/roots     -> [CacheRootView]                      what is kept, and until when
+    PUT  caches/NAME/pins/PIN  PinRequest -> 204                       keeps paths and all that they refer to
+    DELETE caches/NAME/pins/PIN -> 204
+    GET  caches/NAME/why       ?path=… -> WhyView                      which roots keep a path
+    POST caches/NAME/collect   CollectRequest -> CollectView           garbage collection
+    POST caches/NAME/verify    VerifyRequest -> VerifyView             narinfo -> NAR -> references, and repair
+    POST caches/NAME/resign    -> ResignView                           sign everything with the present keys
 
 `GET /healthz` (no token) answers 200 with `{"status": "ok"}` while the engine runs.
 """
@@ -226,6 +234,112 @@ class Ended(Model):
 
 
 WatchEvent = Annotated[Snapshot | StepChanged | CountsChanged | Ended, Field(discriminator="type")]
+
+
+class CacheView(Model):
+    """What one cache holds. Sizes are bytes; `saved_bytes` is what objects that serve several paths save."""
+
+    name: str
+    paths: int
+    tombstoned: int
+    nar_bytes: int
+    file_bytes: int
+    saved_bytes: int
+    realisations: int
+    conflicts: int
+    leases: int
+    #: Roots by kind.
+    roots: dict[str, int]
+    public_keys: tuple[str, ...]
+
+
+class CacheRootView(Model):
+    """A root: `kind` is `pin`, `submission`, `push` or another; 0 for times that there are none of."""
+
+    kind: str
+    name: str
+    paths: int
+    created_at: float
+    expires_at: float = 0.0
+    used_at: float = 0.0
+
+
+class PinRequest(Model):
+    """Full store paths to keep with all that they refer to; `expires_at` 0: until unpinned."""
+
+    paths: Annotated[tuple[str, ...], Field(min_length=1, max_length=10_000)]
+    expires_at: float = 0.0
+
+
+class KeeperView(Model):
+    """A root that keeps a path: `chain` leads from a path of the root to it, each referring to the next."""
+
+    kind: str
+    name: str
+    expires_at: float = 0.0
+    chain: tuple[str, ...]
+
+
+class WhyView(Model):
+    """Who keeps a path."""
+
+    path: str
+    published: bool
+    keepers: tuple[KeeperView, ...]
+
+
+class CollectRequest(Model):
+    """A wish for a garbage collection; `dry_run` changes nothing and gives the same numbers."""
+
+    dry_run: bool = False
+
+
+class CollectView(Model):
+    """What a collection did, or would do. Sizes are bytes, times seconds."""
+
+    dry_run: bool
+    reachable: int
+    tombstoned: int
+    deleted_paths: int
+    deleted_objects: int
+    deleted_bytes: int
+    orphans: int
+    expired_roots: tuple[str, ...]
+    phase_seconds: dict[str, float]
+
+
+class VerifyRequest(Model):
+    """`full` reads every object; `repair` fetches again what is broken, and hides what cannot be had."""
+
+    full: bool = False
+    repair: bool = False
+
+
+class FaultView(Model):
+    """A path that is not as promised, and what was done about it."""
+
+    path: str
+    fault: str
+    outcome: str
+
+
+class VerifyView(Model):
+    """What verification found; `faults` are at most some hundreds, `broken` counts all."""
+
+    checked: int
+    broken: int
+    repaired: int
+    hidden: int
+    faults: tuple[FaultView, ...]
+    seconds: float
+
+
+class ResignView(Model):
+    """What signing anew changed."""
+
+    narinfos: int
+    realisations: int
+    public_keys: tuple[str, ...]
 
 
 class ErrorBody(Model):

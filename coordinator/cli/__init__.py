@@ -9,65 +9,30 @@ Commands import what they need when they run: `drover --help` must not wait for 
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 
+from coordinator.cli.cache_commands import cache
+from coordinator.cli.options import (
+    EVALUATION_FAILED,
+    INFRASTRUCTURE,
+    INTERRUPTED,
+    OK,
+    USAGE,
+    Address,
+    addressed,
+    asked,
+)
 from coordinator.errors import CoordinatorError
 
-if TYPE_CHECKING:
-    from coordinator.client import ApiClient
-
-OK = 0
-BUILD_FAILED = 1
-USAGE = 2
-EVALUATION_FAILED = 3
-INFRASTRUCTURE = 4
-INTERRUPTED = 130
 #: What a shell shows for a program that was ended by SIGPIPE.
 READER_GONE = 141
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where the coordinator is and which file holds its token; empty: the usual place."""
-
-    url: str
-    token_file: str
-
-    def client(self) -> ApiClient:
-        """Return a client, not yet connected."""
-        from coordinator.client import ApiClient, find_token  # noqa: PLC0415 - slow to import
-
-        return ApiClient(self.url, find_token(self.token_file))
-
-
-def _addressed(command: _Command) -> _Command:
-    """Add the options that say where the coordinator is."""
-    url = click.option(
-        "--coordinator",
-        "url",
-        envvar="DROVER_URL",
-        default="http://127.0.0.1:7878",
-        show_default=True,
-        help="Address of the coordinator (DROVER_URL).",
-    )
-    token = click.option(
-        "--token-file",
-        default="",
-        help="File with the API token (DROVER_TOKEN_FILE); usually api-token in the state directory.",
-    )
-    return url(token(command))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -128,7 +93,7 @@ def worker(head: str, ray_token: Path, host: str, state_dir: Path, **told: Any) 
 @click.option("--detach", is_flag=True, help="Do not watch; print how to.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @click.option("--fetch", is_flag=True, help="Realise the outputs on this machine when all is built.")
-@_addressed
+@addressed
 def build(url: str, token_file: str, **told: Any) -> int:
     """Evaluate FILE, build its attributes on the farm, and watch.
 
@@ -158,7 +123,7 @@ def build(url: str, token_file: str, **told: Any) -> int:
 @cli.command()
 @click.argument("submission")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
-@_addressed
+@addressed
 def watch(url: str, token_file: str, submission: str, as_json: bool) -> int:
     """Watch a submission until it ends."""
     from coordinator.cli import building  # noqa: PLC0415 - slow to import
@@ -169,51 +134,46 @@ def watch(url: str, token_file: str, submission: str, as_json: bool) -> int:
 @cli.command()
 @click.argument("submission", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_addressed
+@addressed
 def status(url: str, token_file: str, submission: str | None, as_json: bool) -> int:
     """Show the farm and its submissions, or one submission."""
     from coordinator.cli import showing  # noqa: PLC0415 - slow to import
 
-    return _asked(url, token_file, lambda client: showing.status(client, submission, as_json=as_json))
+    return asked(url, token_file, lambda client: showing.status(client, submission, as_json=as_json))
 
 
 @cli.command()
 @click.argument("submission")
-@_addressed
+@addressed
 def cancel(url: str, token_file: str, submission: str) -> int:
     """Withdraw a submission; builds that another one wants go on."""
     from coordinator.cli import showing  # noqa: PLC0415 - slow to import
 
-    return _asked(url, token_file, lambda client: showing.cancel(client, submission))
+    return asked(url, token_file, lambda client: showing.cancel(client, submission))
 
 
 @cli.command()
 @click.argument("step")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the build ends.")
-@_addressed
+@addressed
 def log(url: str, token_file: str, step: str, follow: bool) -> int:
     """Print the build log of a step, named by its key or any unique part of it."""
     from coordinator.cli import showing  # noqa: PLC0415 - slow to import
 
-    return _asked(url, token_file, lambda client: showing.log(client, step, follow=follow))
+    return asked(url, token_file, lambda client: showing.log(client, step, follow=follow))
 
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_addressed
+@addressed
 def workers(url: str, token_file: str, as_json: bool) -> int:
     """Show who is there, what they offer and what they do."""
     from coordinator.cli import showing  # noqa: PLC0415 - slow to import
 
-    return _asked(url, token_file, lambda client: showing.workers(client, as_json=as_json))
+    return asked(url, token_file, lambda client: showing.workers(client, as_json=as_json))
 
 
-def _asked(url: str, token_file: str, ask: Callable[[ApiClient], Coroutine[Any, Any, int]]) -> int:
-    async def run() -> int:
-        async with Address(url, token_file).client() as client:
-            return await ask(client)
-
-    return asyncio.run(run())
+cli.add_command(cache)
 
 
 def main() -> NoReturn:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import orjson
 
-from coordinator import cli
+from coordinator.cli import options
 from coordinator.client import ApiClient, ClientError
 from coordinator.closure import Closure, LocalStore, base_name, describe_sources, local_store, read_closure
 from coordinator.evaluate import EvaluationError, Wanted, evaluate, parse_drv
@@ -94,7 +94,7 @@ def _interruptible(work: Any, submitted: _Submitted) -> int:
             f"drover: end it: drover cancel {submitted.id}",
             err=True,
         )
-        return cli.INTERRUPTED
+        return options.INTERRUPTED
     return status
 
 
@@ -170,7 +170,7 @@ def _detached(view: SubmissionView, *, as_json: bool) -> int:
     )
     if as_json:
         _print_json(view, [])
-    return cli.OK
+    return options.OK
 
 
 def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_json: bool) -> int:
@@ -179,7 +179,7 @@ def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_j
         screen.line(line)
     if as_json:
         _print_json(view, failed)
-    return cli.OK if view.state is SubmissionState.SUCCEEDED else cli.BUILD_FAILED
+    return options.OK if view.state is SubmissionState.SUCCEEDED else options.BUILD_FAILED
 
 
 def _print_json(view: SubmissionView, failed: Sequence[StepView]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from coordinator import cli
+from coordinator.cli import options
 from coordinator.config import ConfigError, Settings, WorkerConfig, load_settings
 from coordinator.errors import CoordinatorError
 
@@ -57,7 +57,7 @@ def up(
         sys.stdout.flush()
 
     run_up(settings, ready)
-    return cli.OK
+    return options.OK
 
 
 def _address(listen: str | None) -> tuple[str | None, int | None]:
@@ -115,7 +115,7 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
             finally:
                 failed.cancel()
                 stopped.cancel()
-        return cli.OK
+        return options.OK
 
     try:
         return asyncio.run(run())

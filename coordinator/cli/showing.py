@@ -10,7 +10,7 @@ from typing import Any
 import click
 import orjson
 
-from coordinator import cli
+from coordinator.cli import options
 from coordinator.client import ApiClient
 from coordinator.schema import Model, StepStatus, SubmissionState
 from coordinator.terminal import sanitise, status_lines, submission_rows, table_lines, worker_rows
@@ -24,18 +24,18 @@ async def status(client: ApiClient, submission: str | None, *, as_json: bool) ->
     if submission is not None:
         view = await client.submission(submission)
         if as_json:
-            _print_json(view)
-            return cli.OK
+            print_json(view)
+            return options.OK
         steps = await client.steps(submission, (StepStatus.RUNNING, StepStatus.PUBLISHING, StepStatus.FAILED))
-        _print(status_lines(view, steps, time.time()))
-        return cli.OK
+        print_lines(status_lines(view, steps, time.time()))
+        return options.OK
     farm = await client.farm()
     submissions = await client.submissions()
     if as_json:
-        _print_json({"farm": farm, "submissions": submissions})
-        return cli.OK
+        print_json({"farm": farm, "submissions": submissions})
+        return options.OK
     running = sum(1 for each in submissions if each.state is SubmissionState.RUNNING)
-    _print(
+    print_lines(
         [
             f"drover {farm.version} at {client.url}",
             f"cache        {farm.cache_url}",
@@ -44,18 +44,18 @@ async def status(client: ApiClient, submission: str | None, *, as_json: bool) ->
         ]
     )
     if submissions:
-        _print(["", *table_lines(submission_rows(submissions[:LISTED], time.time()))])
-    return cli.OK
+        print_lines(["", *table_lines(submission_rows(submissions[:LISTED], time.time()))])
+    return options.OK
 
 
 async def cancel(client: ApiClient, submission: str) -> int:
     """Withdraw a submission."""
     view = await client.cancel(submission)
     if view.state is SubmissionState.CANCELLED:
-        _print([f"cancelled {view.id}; builds that another submission wants go on"])
+        print_lines([f"cancelled {view.id}; builds that another submission wants go on"])
     else:
-        _print([f"{view.id} had already {view.state.value}"])
-    return cli.OK
+        print_lines([f"{view.id} had already {view.state.value}"])
+    return options.OK
 
 
 async def log(client: ApiClient, step: str, *, follow: bool) -> int:
@@ -77,28 +77,30 @@ async def log(client: ApiClient, step: str, *, follow: bool) -> int:
         click.echo(sanitise(rest.decode(errors="replace"), None))
     if silent:
         click.echo("drover: the build printed nothing", err=True)
-    return cli.OK
+    return options.OK
 
 
 async def workers(client: ApiClient, *, as_json: bool) -> int:
     """Show the workers."""
     found = await client.workers()
     if as_json:
-        _print_json({"workers": found})
+        print_json({"workers": found})
     elif found:
-        _print(table_lines(worker_rows(found, time.time())))
+        print_lines(table_lines(worker_rows(found, time.time())))
     else:
-        _print(["no worker has joined; start one with `drover up` or `drover worker`"])
-    return cli.OK
+        print_lines(["no worker has joined; start one with `drover up` or `drover worker`"])
+    return options.OK
 
 
-def _print(lines: Sequence[str]) -> None:
+def print_lines(lines: Sequence[str]) -> None:
+    """Print lines; what the terminal's encoding lacks becomes `?`."""
     encoding = sys.stdout.encoding or "utf-8"
     for line in lines:
         sys.stdout.write(line.encode(encoding, "replace").decode(encoding) + "\n")
 
 
-def _print_json(document: Model | dict[str, Any]) -> None:
+def print_json(document: Model | dict[str, Any]) -> None:
+    """Print one line of JSON."""
     sys.stdout.write(orjson.dumps(document, default=_plain).decode() + "\n")
 
 

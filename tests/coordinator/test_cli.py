@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from coordinator import cli
+from coordinator.cli import options
 from coordinator.errors import CoordinatorError
 
 
@@ -50,7 +51,7 @@ def nobody() -> str:
 )
 def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str], sentence: str) -> None:
     done = drover(*arguments)
-    assert (done.returncode, done.stdout) == (cli.USAGE, "")
+    assert (done.returncode, done.stdout) == (options.USAGE, "")
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -58,7 +59,7 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str], se
 @pytest.mark.parametrize("command", [["status"], ["workers"], ["log", "x"], ["cancel", "x"], ["watch", "x"]])
 def test_a_coordinator_that_is_down_ends_with_4_and_says_how_to_start_one(command: list[str], nobody: str) -> None:
     done = drover(*command, "--coordinator", nobody)
-    assert done.returncode == cli.INFRASTRUCTURE
+    assert done.returncode == options.INFRASTRUCTURE
     assert done.stderr == (
         f"drover: cannot reach the coordinator at {nobody} (connection refused); start one with `drover up` or set "
         "DROVER_URL\n"
@@ -69,25 +70,25 @@ def test_the_program_ends_with_the_status_and_one_sentence(nobody: str) -> None:
     program = [sys.executable, "-W", "error", "-c", "from coordinator.cli import main; main()", "workers"]
     env = {**os.environ, "DROVER_URL": nobody}
     done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (cli.INFRASTRUCTURE, "")
+    assert (done.returncode, done.stdout) == (options.INFRASTRUCTURE, "")
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_address_and_the_token_come_from_the_environment_too(nobody: str, tmp_path: Path) -> None:
     done = drover("build", "default.nix", env={"DROVER_URL": nobody})
-    assert (done.returncode, nobody in done.stderr) == (cli.INFRASTRUCTURE, True)
+    assert (done.returncode, nobody in done.stderr) == (options.INFRASTRUCTURE, True)
     done = drover("status", env={"DROVER_URL": nobody, "DROVER_TOKEN_FILE": str(tmp_path / "none")})
-    assert done.returncode == cli.INFRASTRUCTURE
+    assert done.returncode == options.INFRASTRUCTURE
     assert f"cannot read the token file {tmp_path / 'none'}: No such file" in done.stderr
     done = drover("status", env={"DROVER_URL": "not an address"})
-    assert (done.returncode, "not an address" in done.stderr) == (cli.INFRASTRUCTURE, True)
+    assert (done.returncode, "not an address" in done.stderr) == (options.INFRASTRUCTURE, True)
 
 
 def test_settings_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     file = tmp_path / "farm.toml"
     file.write_text("colour = 1\n")
     done = drover("up", "--config", file, "--state-dir", tmp_path)
-    assert done.returncode == cli.INFRASTRUCTURE
+    assert done.returncode == options.INFRASTRUCTURE
     assert "colour" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -95,12 +96,14 @@ def test_settings_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 def test_help_is_there_for_every_command_without_importing_what_is_slow() -> None:
     program = (
         "import sys; from coordinator import cli\n"
-        "for name in ['', *cli.cli.commands]: assert cli.run([name, '--help'] if name else ['--help']) == 0, name\n"
+        "words = [[], *([name] for name in cli.cli.commands)]\n"
+        "words += [['cache', name] for name in cli.cli.commands['cache'].commands]\n"
+        "for each in words: assert cli.run([*each, '--help']) == 0, each\n"
         "slow = {'ray', 'aiohttp', 'sqlalchemy', 'rich', 'pydantic'} & set(sys.modules); assert not slow, slow\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert {"up", "worker", "build", "watch", "status", "cancel", "log", "workers"} == set(cli.cli.commands)
+    assert {"up", "worker", "build", "watch", "status", "cancel", "log", "workers", "cache"} <= set(cli.cli.commands)
 
 
 def test_what_nobody_foresaw_is_a_sentence_and_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -109,7 +112,7 @@ def test_what_nobody_foresaw_is_a_sentence_and_a_file(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(cli.cli, "main", broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert cli.run([]) == cli.INFRASTRUCTURE
+    assert cli.run([]) == options.INFRASTRUCTURE
     (details,) = tmp_path.glob("drover-error-*.txt")
     assert "ZeroDivisionError" in details.read_text()
 
@@ -117,8 +120,8 @@ def test_what_nobody_foresaw_is_a_sentence_and_a_file(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (KeyboardInterrupt(), cli.INTERRUPTED),
-        (CoordinatorError("no"), cli.INFRASTRUCTURE),
+        (KeyboardInterrupt(), options.INTERRUPTED),
+        (CoordinatorError("no"), options.INFRASTRUCTURE),
         (BrokenPipeError(), cli.READER_GONE),
     ],
 )

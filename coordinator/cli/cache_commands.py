@@ -1,0 +1,108 @@
+"""`drover cache …`: the words of the commands; what they do is in `coordinator.cli.caching` and `pushing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from coordinator.cli.options import addressed, asked
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+@click.group()
+def cache() -> None:
+    """Look after a binary cache: what it holds, what it keeps and why, collecting, checking."""
+
+
+def cached(command: _Command) -> _Command:
+    """Add the options of every command on a cache: which one, the form of the answer, where the coordinator is."""
+    name = click.option("--cache", "name", default="default", show_default=True, help="Name of the cache.")
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+    return name(as_json(addressed(command)))
+
+
+@cache.command()
+@cached
+def info(*, url: str, token_file: str, name: str, as_json: bool) -> int:
+    """Say what is stored, kept, and saved by deduplication."""
+    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: caching.info(client, name, as_json=as_json))
+
+
+@cache.command()
+@cached
+def roots(*, url: str, token_file: str, name: str, as_json: bool) -> int:
+    """List what is kept, and until when: pins, submissions, pushes."""
+    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: caching.roots(client, name, as_json=as_json))
+
+
+@cache.command()
+@click.argument("path")
+@cached
+def why(*, url: str, token_file: str, name: str, as_json: bool, path: str) -> int:
+    """Say which roots keep PATH (a store path, or its base name), and through which references."""
+    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: caching.why(client, name, path, as_json=as_json))
+
+
+@cache.command()
+@click.argument("pin")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="Keep for so many days; default: for ever.")
+@cached
+def pin(
+    *, url: str, token_file: str, name: str, as_json: bool, pin: str, paths: tuple[str, ...], days: float | None
+) -> int:
+    """Keep PATHs, and all that they refer to, under the name PIN; the same name again replaces it."""
+    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: caching.pin(client, name, pin, paths, days=days, as_json=as_json))
+
+
+@cache.command()
+@click.argument("pin")
+@cached
+def unpin(*, url: str, token_file: str, name: str, as_json: bool, pin: str) -> int:
+    """Forget a pin; the next collections may take what only it kept."""
+    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: caching.unpin(client, name, pin, as_json=as_json))
+
+
+@cache.command()
+@click.option("--dry-run", is_flag=True, help="Change nothing; say what would be done.")
+@cached
+def gc(*, url: str, token_file: str, name: str, as_json: bool, dry_run: bool) -> int:
+    """Collect what no root keeps: first made invisible, deleted after a grace."""
+    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: caching.gc(client, name, dry_run=dry_run, as_json=as_json))
+
+
+@cache.command()
+@click.option("--full", is_flag=True, help="Read every object and check every hash, not sizes alone.")
+@click.option("--repair", is_flag=True, help="Fetch again what is broken; hide what cannot be had.")
+@cached
+def verify(*, url: str, token_file: str, name: str, as_json: bool, full: bool, repair: bool) -> int:
+    """Prove that every narinfo leads to its NAR and its references; status 1 if something stays broken."""
+    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+
+    return asked(
+        url, token_file, lambda client: caching.verify(client, name, full=full, repair=repair, as_json=as_json)
+    )
+
+
+@cache.command()
+@cached
+def resign(*, url: str, token_file: str, name: str, as_json: bool) -> int:
+    """Sign everything anew with the keys that the coordinator has now; NARs stay untouched."""
+    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: caching.resign(client, name, as_json=as_json))
