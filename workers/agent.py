@@ -30,6 +30,7 @@ from workers.build import BuildLimits, LogGate, basic_derivation, build_in_slot
 from workers.daemons import DaemonOpener, DaemonUnreachableError, Line, Pool
 from workers.errors import WorkerError
 from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher
+from workers.leftovers import MARK, sweep_leftovers
 from workers.machine import (
     Build,
     Ending,
@@ -262,7 +263,9 @@ class Agent:
                 self._spool = Spool(self._settings.state_dir / "spool")
                 stack.push_async_callback(self._spool.close)
                 stack.push_async_callback(self._close_sources)
-                opener = DaemonOpener(daemon_argv(self._settings, self._host), self._settings.store_dir)
+                where = self._settings
+                await asyncio.to_thread(sweep_leftovers, where.state_dir, where.physical_store)
+                opener = DaemonOpener(daemon_argv(where, self._host), where.store_dir, {MARK: str(where.state_dir)})
 
                 def line() -> Line:
                     made = Line(opener.open)

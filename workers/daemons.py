@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -41,13 +41,13 @@ class DaemonUnreachableError(WorkerError):
 
 
 class DaemonOpener:
-    """Opens connections by one command."""
+    """Opens connections by one command. Its processes carry `mark`, by which a later agent finds them."""
 
-    def __init__(self, argv: Sequence[str], store_dir: str) -> None:
+    def __init__(self, argv: Sequence[str], store_dir: str, mark: Mapping[str, str] | None = None) -> None:
         self._argv = tuple(argv)
         self._turns = asyncio.Semaphore(MAX_OPENING)
         environment = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
-        self._environment = environment | {"NIX_STORE_DIR": store_dir}
+        self._environment = environment | {"NIX_STORE_DIR": store_dir} | dict(mark or {})
 
     async def open(self) -> DaemonConnection:
         """Open one more connection. Raises `DaemonUnreachableError` with one sentence."""

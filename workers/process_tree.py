@@ -1,4 +1,4 @@
-"""Which processes live, which belong together, and how to end them: no more than Ray's nodes need.
+"""Which processes live, which belong together, and how to end them.
 
 A process is named by its number and its start time, since numbers are used again.
 """

@@ -117,6 +117,11 @@ class WorkerSettings(BaseModel):
             raise ValueError(msg)
         return self
 
+    @property
+    def physical_store(self) -> Path:
+        """The directory in which the store's paths lie."""
+        return Path(self.store + self.store_dir)
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:

@@ -1,25 +1,28 @@
-"""A daemon that is our own child: `nix-daemon --stdio` in a process group of its own.
+"""A daemon that is our own child: `nix-daemon --stdio` below an owner (`infra.daemon.owner`) in a session of its own.
 
-Hanging up is the way to stop it: the daemon then kills its builder (within about 20 ms) and exits. SIGKILL comes last,
-because a builder leads a session of its own and survives a daemon that dies without warning (seen with Nix 2.8, sandbox
-on); where the system tells who the daemon's children are (Linux), they are killed with it.
+Hanging up is the way to stop it: the daemon then kills its builder (within about 20 ms) and exits, and the owner ends
+what left the builder's process group. A daemon that does not react is killed by its owner together with all that
+descends from it. The child has ended when nothing of it is left.
 """
 
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
+from infra.daemon import owner
 from infra.daemon.errors import DaemonGone
 from infra.process import ChildProcess, ProcessNotFound
 
 #: How much of the end of the child's standard error is kept for error messages.
 STDERR_TAIL_BYTES: Final = 8 * 1024
-#: How long a child may take to end after the hang-up, and again after SIGTERM.
-END_GRACE_S: Final = 5.0
+#: How long a child may take to end after the hang-up: a cancelled build is gone within 2 s.
+END_GRACE_S: Final = 1.0
+#: How long the owner may take to kill what is left, after SIGTERM.
+KILL_GRACE_S: Final = 5.0
 #: How long an error message waits for the last words of a child that ended.
 LAST_WORDS_S: Final = 0.5
 
@@ -44,13 +47,14 @@ class Child:
             DaemonGone: It cannot be started.
         """
         try:
-            return cls(await ChildProcess.start(command, env=env))
+            # Isolated and without `site`: the owner starts in 20 ms and takes nothing from the environment.
+            return cls(await ChildProcess.start([sys.executable, "-I", "-S", owner.__file__, *command], env=env))
         except ProcessNotFound as error:
             raise DaemonGone(str(error)) from error
 
     @property
     def pid(self) -> int:
-        """Process id of the child, which is also the id of its group."""
+        """Process id of the owner, which is also the id of its session."""
         return self._process.pid
 
     def hang_up(self) -> None:
@@ -69,27 +73,27 @@ class Child:
         return f"{ending}; standard error: {tail}" if tail else ending
 
     async def close(self) -> None:
-        """Hang up, wait END_GRACE_S, then end the process group by SIGTERM and, END_GRACE_S later, SIGKILL."""
+        """Hang up, wait END_GRACE_S, have the owner kill what is left, and KILL_GRACE_S later kill it ourselves."""
         self.hang_up()
         try:
-            if not await self._ended():
+            if not await self._ended(END_GRACE_S):
                 self._process.signal(signal.SIGTERM)
-                await self._ended()
+                await self._ended(KILL_GRACE_S)
         finally:
             # A group whose leader was collected long ago is not ours to signal: its number may be somebody else's now.
             if self._process.returncode is None:
-                builders = _children(self.pid)
+                left = owner.descendants(self.pid, owner.parents())
                 await self._process.kill()
-                for builder in builders:
+                for pid in left:
                     with suppress(ProcessLookupError):
-                        os.killpg(builder, signal.SIGKILL)
+                        os.kill(pid, signal.SIGKILL)
             self._process.close_pipes()
             self._drain.cancel()
             await asyncio.gather(self._drain, return_exceptions=True)
 
-    async def _ended(self) -> bool:
+    async def _ended(self, within_s: float) -> bool:
         try:
-            async with asyncio.timeout(END_GRACE_S):
+            async with asyncio.timeout(within_s):
                 await self._process.wait()
         except TimeoutError:
             return False
@@ -99,17 +103,3 @@ class Child:
         while data := await self._process.stderr.read(STDERR_TAIL_BYTES):
             self._tail += data
             del self._tail[:-STDERR_TAIL_BYTES]
-
-
-def _children(parent: int) -> list[int]:
-    """Return the ids of a process's children that lead process groups; none where there is no /proc."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # pid (name) state ppid pgrp ...; the name may hold anything, parentheses and blanks included.
-            _, ppid, group, *_ = stat.read_text(errors="replace").rpartition(")")[2].split()
-        except (OSError, ValueError):
-            continue  # it ended meanwhile
-        if int(ppid) == parent and group == stat.parent.name:
-            found.append(int(group))
-    return found

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from infra.nix.store_path import StorePath
+from tests.support.processes import SURVIVOR, daemons_below, processes_with
 from workers.agent import Agent, AgentError
 from workers.protocol import Failed, Report, Stage, Succeeded
 from workers.settings import WorkerSettings
@@ -31,20 +32,6 @@ def failure(report: Report) -> Failed:
 def success(report: Report) -> Succeeded:
     assert isinstance(report.result, Succeeded), report.result
     return report.result
-
-
-def processes_with(text: str) -> list[int]:
-    """Processes whose environment or command holds the text."""
-    found = []
-    for directory in Path("/proc").iterdir():
-        if directory.name.isdecimal():
-            try:
-                seen = (directory / "environ").read_bytes() + (directory / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if text.encode() in seen:
-                found.append(int(directory.name))
-    return found
 
 
 def descendants() -> list[int]:
@@ -201,19 +188,40 @@ async def test_a_build_is_stopped_at_its_limit_of_time(bench: Bench) -> None:
 
 
 async def test_a_cancelled_build_leaves_no_process_and_the_slot_builds_on(bench: Bench) -> None:
-    told = await bench.agent(slots=1)
-    endless = order(drv("endless", FOREVER))
-    await told.agent.start_many([endless.dump()])
-    await told.until(lambda: told.logs.get(endless.step) == b"started\n")
-    mark = hash_part("endlessout" + FOREVER)
-    assert processes_with(mark)
-    await told.agent.cancel([{"step": endless.step, "attempt": 1}])
+    told = await bench.agent(slots=2, nix_options={"sandbox-paths": "/bin/sh=/bin/busybox /bin/busybox"})
+    endless = order(drv("endless", SURVIVOR))
+    other = order(drv("other", FOREVER))
+    await told.agent.start_many([endless.dump(), other.dump()])
+    await told.until(lambda: endless.step in told.logs and other.step in told.logs)
+    mark, untouched = hash_part("endlessout" + SURVIVOR), hash_part("otherout" + FOREVER)
+    assert len(processes_with(mark)) >= 3
+    for _ in range(2):
+        await told.agent.cancel([{"step": endless.step, "attempt": 1}])
     assert failure((await told.finish(endless))[0]).reason == "cancelled"
     success((await told.build(order(drv("after", "echo after > $out"))))[0])
-    for _ in range(100):
-        if not processes_with(mark):
-            break
-        await asyncio.sleep(0.1)
+    async with asyncio.timeout(10):
+        while processes_with(mark):  # noqa: ASYNC110 - other programs' processes send no event
+            await asyncio.sleep(0.05)
+    assert processes_with(untouched)
+
+
+async def test_a_builder_that_lost_agent_owner_and_daemon_at_once_is_ended_by_the_next_agent(bench: Bench) -> None:
+    told = await bench.agent(slots=1)
+    orphan = order(drv("orphan", FOREVER))
+    await told.agent.start_many([orphan.dump()])
+    await told.until(lambda: orphan.step in told.logs)
+    held = told.agent._slots[0]._open
+    assert held is not None
+    assert held.connection.pid is not None
+    mark = hash_part("orphanout" + FOREVER)
+    for pid in (held.connection.pid, *daemons_below(held.connection.pid)):
+        os.kill(pid, signal.SIGSTOP)
+    for pid in (*daemons_below(held.connection.pid), held.connection.pid):
+        os.kill(pid, signal.SIGKILL)
+    await told.finish(orphan)
+    await told.agent.close()
+    assert processes_with(mark)
+    await bench.agent(slots=1)
     assert processes_with(mark) == []
 
 
@@ -233,7 +241,8 @@ async def test_the_agent_survives_a_killed_daemon(bench: Bench) -> None:
     held = told.agent._slots[0]._open
     assert held is not None
     assert held.connection.pid is not None
-    os.kill(held.connection.pid, signal.SIGKILL)
+    [daemon] = daemons_below(held.connection.pid)
+    os.kill(daemon, signal.SIGKILL)
     failed = failure((await told.finish(victim))[0])
     assert failed.reason in ("daemon_lost", "connection_lost")
     assert "connection to the Nix daemon" in failed.message

@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,32 @@ class Store:
         digest = hashlib.sha256(nar).digest()
         info = ValidPathInfo(store_path(name), sha256_text(digest), len(nar), references)
         return Upload(info, pieces(nar))
+
+
+class Bare(Store):
+    """A store without a chroot, whose builds run outside the sandbox; on Linux only then can a process escape."""
+
+    @property
+    def command(self) -> list[str]:
+        return ["nix-daemon", "--stdio", "--option", "build-users-group", "", "--option", "sandbox", "false"]
+
+    @property
+    def env(self) -> dict[str, str]:
+        places = {"NIX_STORE_DIR": "store", "NIX_STATE_DIR": "var", "NIX_LOG_DIR": "log", "NIX_CONF_DIR": "etc"}
+        return super().env | {name: str(self.directory / place) for name, place in places.items()}
+
+    async def open(self, **overrides: str) -> DaemonConnection:
+        (self.directory / "var").mkdir(parents=True, exist_ok=True)
+        return await super().open(**overrides)
+
+    def derivation(
+        self, name: str, script: str, *, inputs: tuple[str, ...] = (), outputs: tuple[str, ...] = ("out",)
+    ) -> tuple[str, BasicDerivation]:
+        drv_path, made = super().derivation(name, script, inputs=inputs, outputs=outputs)
+        here = str(self.directory / "store")
+        moved = tuple(BasicOutput(out.name, out.path.replace("/nix/store", here)) for out in made.outputs)
+        env = tuple((key, value.replace(b"/nix/store", here.encode())) for key, value in made.env)
+        return drv_path.replace("/nix/store", here), replace(made, outputs=moved, env=env)
 
 
 async def add(connection: DaemonConnection, upload: Upload, *, many: bool) -> None:

@@ -13,6 +13,7 @@ from infra.daemon import (
     BasicDerivation,
     BuildMode,
     BuildStatus,
+    DaemonError,
     DaemonGone,
     DaemonOperationError,
     DaemonSourceError,
@@ -28,7 +29,8 @@ from infra.daemon import (
 from infra.daemon.framed import FRAME_BYTES
 from infra.nix import aterm
 from infra.process import ChildProcess
-from tests.infra.daemon.conftest import Store, add, nar_of_file, processes_mentioning, store_path, until
+from tests.infra.daemon.conftest import Bare, Store, add, nar_of_file, processes_mentioning, store_path, until
+from tests.support.processes import SURVIVOR, daemons_below
 
 
 def nothing(_: object) -> None:
@@ -274,33 +276,48 @@ async def test_an_error_of_the_listener_ends_the_build_and_reaches_the_caller(st
     await until(lambda: not processes_mentioning(derivation.outputs[0].path))
 
 
-async def test_a_daemon_killed_during_a_build_is_gone(store: Store) -> None:
-    connection = await store.open()
-    drv_path, derivation = store.derivation("sleeper", SLEEPER)
+@pytest.mark.parametrize(
+    ("sandbox", "end"),
+    [(True, "close"), (True, "daemon killed"), (True, "owner killed"), (False, "close"), (False, "daemon killed")],
+)
+async def test_nothing_of_a_build_survives_its_connection(store: Store, *, sandbox: bool, end: str) -> None:
+    place = store if sandbox else Bare(store.directory)
+    connection = await place.open()
+    store.connections.append(connection)
+    drv_path, derivation = place.derivation("survivor", SURVIVOR)
+    started = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        build = connection.build_derivation(drv_path, derivation, lambda _: started.set())
+        tasks.create_task(_ends_early(build))
+        await started.wait()
+        out = derivation.outputs[0].path
+        await until(lambda: len(processes_mentioning(out)) >= 3)
+        assert connection.pid is not None
+        match end:
+            case "close":
+                await connection.close()
+            case "daemon killed":
+                os.kill(daemons_below(connection.pid)[0], signal.SIGKILL)
+            case _:
+                os.kill(connection.pid, signal.SIGKILL)
+    await until(lambda: not processes_mentioning(out))
 
-    def kill(_: object) -> None:
-        os.kill(connection.pid or 0, signal.SIGKILL)
 
-    with pytest.raises(DaemonGone, match="exit status -9"):
-        await connection.build_derivation(drv_path, derivation, kill)
-    with pytest.raises(DaemonGone, match="unusable"):
-        await connection.query_path_info(drv_path)
-    # Nobody told the builder: it leads a session of its own and outlives a daemon that had no time to end it.
-    for orphan in processes_mentioning(derivation.outputs[0].path):
-        os.kill(orphan, signal.SIGKILL)
+async def _ends_early(build: Awaitable[object]) -> None:
+    with pytest.raises(DaemonError):
+        await build
 
 
-async def test_closing_kills_a_daemon_that_does_not_react_and_its_builder(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("infra.daemon.child.END_GRACE_S", 0.1)
+async def test_closing_kills_a_daemon_that_does_not_react_and_its_builder(store: Store) -> None:
     connection = await store.open()
     drv_path, derivation = store.derivation("sleeper", SLEEPER)
     started = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(_ends_in_gone(connection.build_derivation(drv_path, derivation, lambda _: started.set())))
         await started.wait()
-        os.kill(connection.pid or 0, signal.SIGSTOP)
+        assert connection.pid is not None
+        for pid in (connection.pid, daemons_below(connection.pid)[0]):
+            os.kill(pid, signal.SIGSTOP)
         await connection.close()
     await until(lambda: not processes_mentioning(derivation.outputs[0].path))
 

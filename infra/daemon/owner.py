@@ -1,0 +1,149 @@
+"""Owns one daemon and everything that comes of it: a small program between us and `nix-daemon --stdio`.
+
+    python -I -S owner.py COMMAND...
+
+Nix kills the process group of a builder. A process that called setsid or was forked twice has left it, and a daemon
+that is killed kills nobody. So the owner is a *subreaper* (prctl(2)): whoever loses its parent below it becomes its
+child, and it ends only when it has no child left. It ends with its daemon: the descendants that are left then are
+killed. SIGTERM, SIGINT and SIGHUP make it kill all of them at once; the death of the owner sends its daemon SIGTERM.
+
+The streams are the daemon's alone: the owner closes its own, so the daemon's end shows as their end, and hanging up
+(also by the death of whoever holds the other ends) reaches the daemon directly.
+
+Subreapers are Linux's. Elsewhere the owner knows its daemon's process group only, and a process that left it survives.
+This file stands alone: it is run without the program's packages, which take longer to import than it takes to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Final
+
+#: prctl(2).
+PR_SET_PDEATHSIG: Final = 1
+PR_SET_CHILD_SUBREAPER: Final = 36
+#: Seconds between two looks at what is left, and until the owner gives up (a process in an uninterruptible wait).
+LOOK_AGAIN_S: Final = 0.005
+GIVE_UP_S: Final = 20.0
+#: Exit status where the command cannot be run, as shells have it.
+NOT_RUN: Final = 127
+LINUX: Final = sys.platform == "linux"
+
+
+def main(command: Sequence[str]) -> int:
+    """Run the command, end what it leaves behind, and return its exit status (or end by its signal)."""
+    if LINUX:
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    owner = os.getpid()
+    daemon = os.fork()
+    if daemon == 0:
+        _become(command, owner)
+    for descriptor in (0, 1):
+        os.close(descriptor)
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        _kill_all(daemon)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, end)
+    status = 0
+    ended = 0
+    while ended != daemon:
+        # Also collects orphans that ended.
+        ended, status = os.wait()
+    _end_rest(daemon)
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(owner, -code)
+    return code
+
+
+def _end_rest(daemon: int) -> None:
+    """Kill until nobody is left."""
+    deadline = time.monotonic() + GIVE_UP_S
+    while _has_children() and time.monotonic() < deadline:
+        _kill_all(daemon)
+        time.sleep(LOOK_AGAIN_S)
+    if not LINUX:
+        _kill_all(daemon)
+
+
+def _become(command: Sequence[str], owner: int) -> None:
+    """Be the command; never returns."""
+    # Python ignores these, and what is ignored is inherited: a builder's `yes | head` would never end.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        if LINUX:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() == owner:
+            os.execvp(command[0], list(command))  # noqa: S606 - the daemon's command is the operator's
+    except OSError as error:
+        os.write(2, f"{command[0]} cannot be started: {error.strerror}\n".encode())
+    os._exit(NOT_RUN)
+
+
+def _has_children() -> bool:
+    """Collect whoever ended; whether anybody is left."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _kill_all(daemon: int) -> None:
+    """Send SIGKILL to every descendant; what is forked meanwhile is found by the next call."""
+    if not LINUX:
+        _kill(-daemon)
+        return
+    for pid in descendants(os.getpid(), parents()):
+        _kill(pid)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def parents() -> dict[int, int]:
+    """Return process -> parent of all processes, from /proc; nothing where there is none."""
+    found: dict[int, int] = {}
+    if not LINUX:
+        return found
+    for name in os.listdir("/proc"):  # noqa: PTH208 - pathlib takes longer to import than this to run
+        if name.isdecimal():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123 - as above
+                    # pid (name) state ppid ...; the name may hold anything, parentheses and blanks included.
+                    found[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
+            except (OSError, ValueError, IndexError):
+                continue  # it ended meanwhile
+    return found
+
+
+def descendants(root: int, parent_of: Mapping[int, int]) -> list[int]:
+    """Return all processes below `root`, parents before children."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in parent_of.items():
+        children.setdefault(parent, []).append(pid)
+    found: list[int] = []
+    layer = [root]
+    while layer:
+        layer = [child for pid in layer for child in children.get(pid, ())]
+        found += layer
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,43 @@
+"""Looking at other people's processes, as the tests of cancelling and of dying do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from infra.daemon.owner import descendants, parents
+
+#: A builder that does all it can to survive: deaf to SIGTERM, in a session of its own, and forked twice.
+SURVIVOR = """
+trap '' TERM HUP INT
+/bin/busybox setsid /bin/busybox sh -c 'trap "" TERM; while :; do /bin/busybox sleep 1; done' &
+( ( while :; do /bin/busybox sleep 1; done ) & ) &
+echo started
+while :; do /bin/busybox sleep 1; done
+"""
+
+
+def processes_with(text: str) -> list[int]:
+    """Processes whose environment or command holds the text (a builder's has the paths of its outputs)."""
+    found = []
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdecimal():
+            try:
+                seen = (directory / "environ").read_bytes() + (directory / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if text.encode() in seen:
+                found.append(int(directory.name))
+    return found
+
+
+def daemons_below(process: int) -> list[int]:
+    """The `nix-daemon --stdio` processes that descend from a process, without the owners above them."""
+    found = []
+    for pid in descendants(process, parents()):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"--stdio" in command[:2]:
+            found.append(pid)
+    return found
