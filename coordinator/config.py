@@ -14,6 +14,14 @@ errors: a setting that is silently ignored is worse than none.
     name = "mac"
     emulate = ["aarch64-darwin"]
     nix_options = { sandbox-paths = "/bin/sh=/bin/busybox" }
+
+    [cache]                                  # the one at /cache; public unless it has readers
+    writers = ["/etc/drover/ci-tokens"]      # a file of mode 0600, one token a line; or "env:NAME"
+
+    [[caches]]                               # another, at /cache/team1, that shares nothing with the first
+    name = "team1"
+    readers = ["env:TEAM1_READERS"]
+    signing_keys = ["/etc/drover/team1.key"]
 """
 
 from __future__ import annotations
@@ -21,8 +29,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import tomllib
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -32,6 +42,14 @@ from coordinator.errors import CoordinatorError
 #: Where `drover up` listens unless told otherwise: loopback only.
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 7878
+
+#: What the cache at `/cache` is called where caches have names.
+DEFAULT_CACHE: Final = "default"
+#: First parts of addresses below `/cache`, which therefore cannot name a cache.
+RESERVED_CACHE_NAMES: Final = frozenset(
+    {DEFAULT_CACHE, "build-trace-v2", "debuginfo", "incoming", "log", "nar", "narinfos", "realisations", "uploads"}
+    | {"nix-cache-info"}
+)
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
@@ -84,6 +102,54 @@ class LimitSettings(BaseModel):
     watchers: Annotated[int, Field(ge=1)] = 1000
 
 
+class Redirect(StrEnum):
+    """Whether a NAR in a remote store is answered by a redirect to a presigned address of it."""
+
+    #: Where the store's host name is not the coordinator's: clients send their credentials to a host, whatever its
+    #: port, and S3 refuses presigned requests that carry any.
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+class CacheSettings(BaseModel):
+    """One cache: who may use it, how it signs, what it keeps. Tokens and keys are named, never written here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Sources of tokens that may read: a file (mode 0600, one token a line) or `env:NAME`. Empty: everybody may.
+    readers: tuple[str, ...] = ()
+    #: Sources of tokens that may write (and read). The API token may write to the cache at `/cache` too.
+    writers: tuple[str, ...] = ()
+    #: Sources of signing keys, a file (mode 0600) or `env:NAME` each; every narinfo is signed by all of them. Empty:
+    #: a key that is made on the first start and lies in the state directory.
+    signing_keys: tuple[str, ...] = ()
+    #: Lower wins; cache.nixos.org has 40, so what the farm built is fetched from the farm.
+    priority: Annotated[int, Field(ge=0, le=1000)] = 30
+    #: Size budget of the objects: beyond it whole roots expire, least recently used first. 0 is no limit.
+    max_bytes: Annotated[int, Field(ge=0)] = 0
+    #: How long what was built or pushed is kept, unless something else keeps it. 0 is for ever.
+    retention_days: Annotated[float, Field(ge=0)] = 30.0
+    #: Behind nginx: an internal location that maps to the object directory; NARs are then sent by nginx
+    #: (`X-Accel-Redirect`). Needs a `file://` object store.
+    accel_prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._-]+)*$")] = ""
+    redirect: Redirect = Redirect.AUTO
+
+
+class NamedCacheSettings(CacheSettings):
+    """A cache at `/cache/NAME`, with its own metadata, objects, keys, readers and writers."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")]
+
+    @field_validator("name", mode="after")
+    @classmethod
+    def _not_reserved(cls, value: str) -> str:
+        if value in RESERVED_CACHE_NAMES:
+            msg = f"a cache cannot be called {value}"
+            raise ValueError(msg)
+        return value
+
+
 def default_state_dir() -> Path:
     """`$XDG_STATE_HOME/drover`, or `~/.local/state/drover`."""
     base = os.environ.get("XDG_STATE_HOME", "")
@@ -117,6 +183,10 @@ class Settings(BaseSettings):
     key_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "drover-1"
     store_dir: Annotated[str, Field(pattern=r"^/.*[^/]$")] = "/nix/store"
     limits: LimitSettings = LimitSettings()
+    #: The cache at `/cache`, which the farm publishes to.
+    cache: CacheSettings = CacheSettings()
+    #: Further caches, at `/cache/NAME`.
+    caches: tuple[NamedCacheSettings, ...] = ()
     workers: tuple[WorkerConfig, ...] = ()
     #: Nix settings of every worker.
     nix_options: dict[str, str] = Field(default_factory=dict)
@@ -132,6 +202,15 @@ class Settings(BaseSettings):
         for name in names:
             if names.count(name) > 1:
                 msg = f"two workers are called {name}"
+                raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _distinct_caches(self) -> Settings:
+        names = [cache.name for cache in self.caches]
+        for name in names:
+            if names.count(name) > 1:
+                msg = f"two caches are called {name}"
                 raise ValueError(msg)
         return self
 
@@ -152,6 +231,16 @@ class Settings(BaseSettings):
             "cache": self.cache_database_url,
         }[name]
         return told or f"sqlite+aiosqlite:///{self.state_dir / f'{name}.sqlite3'}"
+
+    def named_cache_database_url(self, name: str) -> str:
+        """Address of the metadata of the cache `name`: a file beside the default cache's, or a schema of its own."""
+        parts = urlsplit(self.database_url("cache"))
+        if parts.scheme.startswith("sqlite"):
+            file = Path(parts.path)
+            return f"{parts.scheme}://{file.with_name(f'cache-{name}{file.suffix}')}?{parts.query}".rstrip("?")
+        schema = f"cache_{name.replace('-', '_')}"
+        query = "&".join(filter(None, (parts.query, f"options=-csearch_path%3D{schema}")))
+        return urlunsplit((parts.scheme, parts.netloc, parts.path, query, ""))
 
     @property
     def loopback(self) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -24,7 +25,8 @@ import uvloop
 from aiohttp import web
 from pydantic import ValidationError
 
-from coordinator.config import ConfigError, LimitSettings, Settings, WorkerConfig
+from coordinator.caches import OpenCache, open_caches
+from coordinator.config import DEFAULT_CACHE, ConfigError, LimitSettings, Settings, WorkerConfig
 from coordinator.derivations import DerivationStore
 from coordinator.dispatch import Dispatch
 from coordinator.engine import Engine
@@ -42,11 +44,9 @@ from coordinator.metrics import CacheGauges, add_cache_metrics, add_farm_metrics
 from coordinator.schema import FarmView
 from coordinator.sink import FleetSink
 from coordinator.views import Views
-from infra.cache import Cache, open_object_store
+from infra.cache import Cache
 from infra.cache.errors import CacheError
-from infra.cache.keys import load_or_create_key
 from infra.clock import Clock, SystemClock
-from infra.nix.store_path import StoreDir
 from infra.telemetry import Telemetry
 from scheduler.effects import Effect
 from scheduler.farm import Farm
@@ -56,8 +56,6 @@ from workers.protocol import FarmInfo, Lease, LeaseOrder
 from workers.ray_nodes import RayHead, RayWorkerNode, make_token_file
 from workers.settings import WorkerSettings
 
-#: What the cache at `/cache` is called where caches have names.
-DEFAULT_CACHE = "default"
 #: Seconds that open requests have to end when the coordinator stops.
 HTTP_GRACE_S = 2.0
 #: Bytes of log beyond the limit that a worker may still send (it counts what it drops and says so).
@@ -96,6 +94,8 @@ class Coordinator:
     intake: Intake
     cache: Cache
     journal: Journal
+    #: All caches, `cache` (the default one) first.
+    caches: tuple[OpenCache, ...]
 
 
 @asynccontextmanager
@@ -115,12 +115,15 @@ async def open_coordinator(
         listener = stack.enter_context(_listen(settings))
         url = settings.public_url.rstrip("/") or _url(settings.host, listener)
 
-        stores = await _open_stores(stack, settings, clock)
+        farm_token = secrets.token_urlsafe()
+        caches = await open_caches(stack, settings, clock, api_token=token, farm_token=farm_token)
+        stores = await _open_stores(stack, settings, caches[0].cache)
         info = FarmInfo(
             cache_url=f"{url}/cache",
             public_keys=tuple(str(public) for public in stores.cache.public_keys),
             object_store_url=settings.objects_url,
             store_dir=settings.store_dir,
+            cache_token="" if caches[0].access.public else farm_token,
         )
         farm = Farm()
         views = Views(FarmExplainer(farm, stores.logs, clock))
@@ -144,11 +147,16 @@ async def open_coordinator(
         app = make_app(
             api, token, public_url=url, loopback=settings.loopback, max_body_bytes=settings.limits.request_bytes
         )
-        add_cache_routes(app, stores.cache, log_for=_log_reader(views, stores.logs, settings.store_dir))
+        # The default one last: its address is the beginning of all others.
+        for each in reversed(caches):
+            log_for = _log_reader(views, stores.logs, settings.store_dir) if each.name == DEFAULT_CACHE else None
+            add_cache_routes(app, each, log_for=log_for)
         telemetry = Telemetry("drover", metadata.version("drover"))
         stack.callback(telemetry.close)
         add_farm_metrics(telemetry, views)
-        add_cache_metrics(telemetry, {DEFAULT_CACHE: stores.cache}, {DEFAULT_CACHE: CacheGauges()})
+        add_cache_metrics(
+            telemetry, {each.name: each.cache for each in caches}, {each.name: CacheGauges() for each in caches}
+        )
         add_metrics_route(app, telemetry)
         runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
         await runner.setup()
@@ -161,7 +169,7 @@ async def open_coordinator(
             try:
                 await web.SockSite(runner, listener).start()
                 ready = Ready(url, info.cache_url, info.public_keys, token_file, replayed)
-                yield Coordinator(ready, engine, views, intake, stores.cache, stores.journal)
+                yield Coordinator(ready, engine, views, intake, stores.cache, stores.journal, tuple(caches))
             finally:
                 streams.stop()
                 await runner.cleanup()
@@ -180,18 +188,8 @@ class _Stores:
     journal: Journal
 
 
-async def _open_stores(stack: AsyncExitStack, settings: Settings, clock: Clock) -> _Stores:
-    """Open, or make, everything below the state directory; `stack` closes it."""
-    objects = open_object_store(settings.objects_url)
-    await objects.write_marker()
-    cache = await Cache.open(
-        settings.database_url("cache"),
-        objects,
-        store_dir=StoreDir(settings.store_dir),
-        keys=(load_or_create_key(settings.state_dir / "cache-key", settings.key_name),),
-        now=clock.now,
-    )
-    stack.push_async_callback(cache.close)
+async def _open_stores(stack: AsyncExitStack, settings: Settings, cache: Cache) -> _Stores:
+    """Open, or make, everything else below the state directory; `stack` closes it."""
     derivations = DerivationStore.open(settings.database_url("derivations"), settings.store_dir)
     stack.push_async_callback(derivations.close)
     await derivations.prepare()

@@ -106,6 +106,8 @@ class FarmSources:
         for left in reversed(range(QUESTION_TRIES)):
             try:
                 headers = {"Content-Type": "application/json"}
+                if self.farm.cache_token:
+                    headers["Authorization"] = f"Bearer {self.farm.cache_token}"
                 async with self._session.post(url, data=body, headers=headers) as response:
                     if response.status == 200:
                         return await _json_object(response)

@@ -47,6 +47,8 @@ class FarmInfo(WireMessage):
     #: Where NARs are put and read: `file:///…`, `s3://bucket/prefix`, …
     object_store_url: str
     store_dir: str = "/nix/store"
+    #: Lets the agent read the cache where that is private; a secret.
+    cache_token: str = Field(default="", repr=False)
 
 
 class Lease(WireMessage):

@@ -25,7 +25,8 @@ from coordinator.errors import CoordinatorError
 #: Where the API begins; everything below it wants the token.
 API_PREFIX = "/api/"
 _TOKEN_BYTES = 32
-_LEAST_CHARACTERS = 16
+#: A shorter text is no secret.
+LEAST_TOKEN_CHARACTERS = 16
 
 
 class TokenError(CoordinatorError):
@@ -69,7 +70,7 @@ def _read_token(path: Path) -> str:
             f"others can read the token file {path}; remove it (a new one is made) or set its mode to 600."
         )
     token = path.read_bytes().decode("ascii", "replace").strip()
-    if len(token) < _LEAST_CHARACTERS:
+    if len(token) < LEAST_TOKEN_CHARACTERS:
         raise TokenError(f"the token file {path} holds no token; remove it, a new one is made.")
     return token
 

@@ -6,24 +6,27 @@
     GET  PREFIX/log/<derivation>          what the build printed
     POST PREFIX/narinfos                  {"paths": [base name], "closure": bool} -> {"narinfos": [text], "missing": []}
 
-HEAD is answered wherever GET is, and the same. What is unknown, malformed, lost or cannot be looked up just now is 404
-with `no-store`: a client then asks its next cache or builds, while any 5xx would fail its build (design page "binary
-cache", 2.4). For the same reason no 200 leaves before its first bytes are at hand.
+A private cache answers 401 to whoever has no token (`coordinator.http.access`). HEAD is answered wherever GET is, and
+the same. What is unknown, malformed, lost or cannot be looked up just now is 404 with `no-store`: a client then asks
+its next cache or builds, while any 5xx would fail its build (design page "binary cache", 2.4). For the same reason no
+200 leaves before its first bytes are at hand.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from typing import Annotated, Final, TypeAlias
 
 import orjson
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from coordinator.caches import OpenCache
+from coordinator.http.access import challenge
 from coordinator.schema import ErrorBody, ErrorView
-from infra.cache import Cache
 from infra.cache.cache import MAX_CLOSURE
 from infra.cache.errors import CacheError, ClosureTooLargeError, ObjectStoreError
 from infra.nix.errors import FormatError
@@ -34,8 +37,6 @@ _log = logging.getLogger(__name__)
 #: Gives the log of a derivation (base name of the .drv), None if there is none.
 LogFor: TypeAlias = Callable[[str], AsyncIterator[bytes] | None]
 
-#: Lower wins; cache.nixos.org has 40, so what the farm built is fetched from the farm.
-PRIORITY: Final = 30
 #: A question for MAX_CLOSURE paths with names of usual length.
 MAX_QUESTION_BYTES: Final = 16 * 1024 * 1024
 
@@ -57,29 +58,44 @@ class NarinfosQuestion(BaseModel):
     closure: bool = True
 
 
-def add_cache_routes(
-    app: web.Application, cache: Cache, *, prefix: str = "/cache", log_for: LogFor | None = None
-) -> None:
-    """Serve `cache` below `prefix` (no trailing slash). No route wants authentication: what is served is signed."""
-    routes = CacheRoutes(cache, log_for)
-    app.router.add_get(f"{prefix}/nix-cache-info", routes.cache_info)
-    app.router.add_get(f"{prefix}/{{hash_part:[0-9a-df-np-sv-z]{{32}}}}.narinfo", routes.narinfo)
-    app.router.add_get(f"{prefix}/nar/{{file_hash:[0-9a-df-np-sv-z]{{52}}}}.nar.zst", routes.nar)
-    app.router.add_get(f"{prefix}/log/{{derivation}}", routes.log)
-    app.router.add_post(f"{prefix}/narinfos", routes.narinfos)
-    app.router.add_get(f"{prefix}/{{anything:.*}}", routes.nothing)
+def add_cache_routes(app: web.Application, served: OpenCache, *, log_for: LogFor | None = None) -> None:
+    """Serve a cache below its prefix. Where one prefix begins another, the longer one must be added first."""
+    routes = CacheRoutes(served, log_for)
+    prefix = served.prefix
+
+    def get(address: str, handler: Handler) -> None:
+        app.router.add_get(f"{prefix}/{address}", routes.for_readers(handler))
+
+    get("nix-cache-info", routes.cache_info)
+    get("{hash_part:[0-9a-df-np-sv-z]{32}}.narinfo", routes.narinfo)
+    get("nar/{file_hash:[0-9a-df-np-sv-z]{52}}.nar.zst", routes.nar)
+    get("log/{derivation}", routes.log)
+    app.router.add_post(f"{prefix}/narinfos", routes.for_readers(routes.narinfos))
+    get("{anything:.*}", routes.nothing)
 
 
 class CacheRoutes:
     """The handlers."""
 
-    def __init__(self, cache: Cache, log_for: LogFor | None) -> None:
-        self._cache = cache
+    def __init__(self, served: OpenCache, log_for: LogFor | None) -> None:
+        self._served = served
+        self._cache = served.cache
         self._log_for = log_for
+
+    def for_readers(self, handler: Handler) -> Handler:
+        """Return `handler`, for those only who may read."""
+        access, name = self._served.access, self._served.name
+        if access.public:
+            return handler
+
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            return await handler(request) if access.may_read(request) else challenge(name)
+
+        return guarded
 
     async def cache_info(self, _request: web.Request) -> web.Response:
         """Say what this cache is; clients ask it first and remember it for days."""
-        text = f"StoreDir: {self._cache.store_dir.path}\nWantMassQuery: 1\nPriority: {PRIORITY}\n"
+        text = f"StoreDir: {self._cache.store_dir.path}\nWantMassQuery: 1\nPriority: {self._served.settings.priority}\n"
         return web.Response(text=text, content_type="text/x-nix-cache-info")
 
     async def narinfo(self, request: web.Request) -> web.Response:
@@ -88,7 +104,11 @@ class CacheRoutes:
             text = await self._cache.narinfo(request.match_info["hash_part"])
         except CacheError as error:
             return _unavailable(error)
-        return _not_found() if text is None else web.Response(body=text, headers=_NARINFO_HEADERS)
+        if text is None:
+            self._cache.counters.narinfo_misses += 1
+            return _not_found()
+        self._cache.counters.narinfo_hits += 1
+        return web.Response(body=text, headers=self._headers(_NARINFO_HEADERS))
 
     async def nar(self, request: web.Request) -> web.StreamResponse:
         """Send a NAR's object, or a range of it; from a directory the kernel copies it (sendfile)."""
@@ -98,7 +118,9 @@ class CacheRoutes:
             if size is None:
                 return _not_found()
             path = self._cache.objects.local_path(key)
-            return _NarFile(path, headers=_NAR_HEADERS) if path else await self._relay(request, key, size)
+            return (
+                _NarFile(path, headers=self._headers(_NAR_HEADERS)) if path else await self._relay(request, key, size)
+            )
         except CacheError as error:
             return _unavailable(error)
 
@@ -139,6 +161,12 @@ class CacheRoutes:
         """Answer for every other address."""
         return _not_found()
 
+    def _headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return `headers` as this cache sends them: what is private is for the client's own cache only."""
+        if self._served.access.public:
+            return headers
+        return {**headers, "Cache-Control": headers["Cache-Control"].replace("public", "private")}
+
     async def _relay(self, request: web.Request, key: str, size: int) -> web.StreamResponse:
         """Pass an object, or a range of it, through from a remote store."""
         wanted = _range(request, size)
@@ -147,7 +175,7 @@ class CacheRoutes:
             return web.Response(status=416, headers=headers)
         start, stop = wanted
         partial = "Range" in request.headers
-        response = web.StreamResponse(status=206 if partial else 200, headers=_NAR_HEADERS)
+        response = web.StreamResponse(status=206 if partial else 200, headers=self._headers(_NAR_HEADERS))
         response.content_length = stop - start
         response.etag = request.match_info["file_hash"]
         if partial:

@@ -104,6 +104,16 @@ class ObjectStore:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
+    def below(self, prefix: str) -> ObjectStore:
+        """Return the part of this store whose keys begin with the segments `prefix`; does no I/O.
+
+        Raises:
+            ObjectKeyError: `prefix` is not made of plain segments.
+        """
+        parts = urlsplit(self._full_url)
+        path = f"{parts.path.rstrip('/')}/{check_key(prefix)}"
+        return ObjectStore(urlunsplit((parts.scheme, parts.netloc, path, parts.query, "")))
+
     @cached_property
     def _backend(self) -> Backend:
         with self._errors("open", ""):
@@ -247,6 +257,10 @@ class LocalObjectStore(ObjectStore):
     def __init__(self, root: Path) -> None:
         super().__init__(root.as_uri())
         self._root = root
+
+    def below(self, prefix: str) -> ObjectStore:
+        """Return the directory's part whose keys begin with the segments `prefix`."""
+        return LocalObjectStore(self._root / check_key(prefix))
 
     @cached_property
     def _backend(self) -> Backend:

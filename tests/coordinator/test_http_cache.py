@@ -16,7 +16,10 @@ from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from coordinator.caches import OpenCache
+from coordinator.config import CacheSettings
 from coordinator.http import cache as http_cache
+from coordinator.http.access import CacheAccess
 from coordinator.http.cache import add_cache_routes
 from infra.cache import Cache, Candidate, ObjectStore, Published, upload_nar
 from infra.cache.errors import ObjectStoreError
@@ -53,7 +56,7 @@ class Served:
 @asynccontextmanager
 async def serve(cache: Cache) -> AsyncGenerator[Served, None]:
     app = web.Application()
-    add_cache_routes(app, cache, log_for=log_for)
+    add_cache_routes(app, OpenCache("default", "/cache", CacheSettings(), cache, CacheAccess()), log_for=log_for)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     try:

@@ -1,0 +1,90 @@
+"""The caches of a coordinator: the one at `/cache`, and named ones at `/cache/NAME`.
+
+Each is a `Cache` of its own with its own metadata, objects, keys, readers and writers. They share a process and a
+bucket (below `caches/NAME/`), nothing else: no query can forget which cache it is for, a collection of one cannot touch
+another, and none tells what another has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.config import DEFAULT_CACHE, CacheSettings, Settings
+from coordinator.http.access import ENVIRONMENT, CacheAccess, TokenSet, load_tokens
+from infra.cache import Cache, ObjectStore, open_object_store
+from infra.cache.errors import KeyFileError
+from infra.cache.keys import load_key, load_or_create_key
+from infra.clock import Clock
+from infra.nix.errors import FormatError
+from infra.nix.signing import SecretKey
+from infra.nix.store_path import StoreDir
+
+
+@dataclass(frozen=True, slots=True)
+class OpenCache:
+    """A cache that is open: what it is called, where it is served (`prefix`), who may use it."""
+
+    name: str
+    prefix: str
+    settings: CacheSettings
+    cache: Cache
+    access: CacheAccess
+
+
+async def open_caches(
+    stack: AsyncExitStack, settings: Settings, clock: Clock, *, api_token: str, farm_token: str
+) -> list[OpenCache]:
+    """Open, or make, every configured cache, the default one first; `stack` closes them.
+
+    The holder of the API token may write to the default cache; the farm's own workers, who are given `farm_token`, may
+    read it.
+
+    Raises:
+        TokenError: the readers or writers of a cache cannot be read.
+        CacheError: keys, objects or metadata of a cache cannot be used.
+    """
+    objects = open_object_store(settings.objects_url)
+    await objects.write_marker()
+    store_dir = StoreDir(settings.store_dir)
+
+    async def made(database: str, part: ObjectStore, keys: Sequence[SecretKey]) -> Cache:
+        cache = await Cache.open(database, part, store_dir=store_dir, keys=keys, now=clock.now)
+        stack.push_async_callback(cache.close)
+        return cache
+
+    default = settings.cache
+    readers = load_tokens(default.readers)
+    if readers:
+        readers |= TokenSet([farm_token])
+    access = CacheAccess(readers, load_tokens(default.writers) | TokenSet([api_token]))
+    keys = _keys(default, settings.state_dir / "cache-key", settings.key_name)
+    cache = await made(settings.database_url("cache"), objects, keys)
+    opened = [OpenCache(DEFAULT_CACHE, "/cache", default, cache, access)]
+    for named in settings.caches:
+        name = named.name
+        access = CacheAccess(load_tokens(named.readers), load_tokens(named.writers))
+        keys = _keys(named, settings.state_dir / f"cache-{name}-key", f"{name}-{settings.key_name}")
+        cache = await made(settings.named_cache_database_url(name), objects.below(f"caches/{name}"), keys)
+        opened.append(OpenCache(name, f"/cache/{name}", named, cache, access))
+    return opened
+
+
+def _keys(settings: CacheSettings, made: Path, name: str) -> tuple[SecretKey, ...]:
+    if not settings.signing_keys:
+        return (load_or_create_key(made, name),)
+    return tuple(_key(source) for source in settings.signing_keys)
+
+
+def _key(source: str) -> SecretKey:
+    if not source.startswith(ENVIRONMENT):
+        return load_key(Path(source).expanduser())
+    name = source.removeprefix(ENVIRONMENT)
+    try:
+        return SecretKey.parse(os.environ.get(name, "").strip())
+    except FormatError:
+        # Without a cause: no part of the content may reach a log.
+        raise KeyFileError(f"the environment variable {name} holds no signing key in the form name:base64") from None
