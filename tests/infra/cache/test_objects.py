@@ -26,14 +26,22 @@ from infra.cache.objects import (
     sweep_incoming,
 )
 from tests.support.cache import chunked
+from tests.support.servers import S3Place
 
 SEGMENTS = st.sampled_from(["..", ".", "", "nar", "a.zst", ".hidden", "~", "C:", "a b", "\0", "%2e%2e", "\\", "a#1"])
 
 
-@pytest.fixture(params=["directory", "remote"])
+@pytest.fixture(params=["directory", "memory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    # obstore's memory store speaks the very API that S3, GCS and Azure stores do.
-    return ObjectStore("memory:///") if request.param == "remote" else open_object_store((tmp_path / "o").as_uri())
+    match request.param:
+        case "directory":
+            return open_object_store((tmp_path / "o").as_uri())
+        case "memory":
+            # obstore's memory store speaks the very API that GCS and Azure stores do.
+            return ObjectStore("memory:///")
+        case _:
+            place: S3Place = request.getfixturevalue("s3")
+            return open_object_store(place.url)
 
 
 @given(st.one_of(st.text(), st.lists(SEGMENTS, min_size=1).map("/".join)))
