@@ -18,8 +18,9 @@ import enum
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, ClassVar, cast
 
 import orjson
@@ -29,7 +30,7 @@ from pydantic import TypeAdapter, ValidationError
 from coordinator.errors import CoordinatorError
 from scheduler import facts
 from scheduler.facts import Fact
-from scheduler.model import Requirements, StepKey
+from scheduler.model import Requirements, StepKey, SubmissionId
 from workers.protocol import Output
 
 #: Raised when the meaning of stored frames changes; a journal tells which version it was written with.
@@ -39,6 +40,8 @@ _COMPRESS_ABOVE_BYTES = 4096
 #: A frame that claims to be larger than this is damaged (one frame holds at most `journal.FRAME_FACTS` facts).
 MAX_FRAME_BYTES = 1024 * 1024 * 1024
 
+#: Records with fewer plain fields are decoded field by field.
+_QUICK_FIELDS = 3
 #: Different requirements that are remembered to be shared.
 _SHARED_VALUES = 10_000
 
@@ -63,6 +66,10 @@ _TAGS: dict[type, str] = {
     facts.BuilderRefreshed: "builder-refreshed",
     facts.BuilderRemoved: "builder-removed",
     facts.FarmResumed: "farm-resumed",
+    facts.StepRestored: "step-restored",
+    facts.SubmissionRestored: "submission-restored",
+    facts.BuilderRestored: "builder-restored",
+    facts.FarmRestored: "farm-restored",
 }
 
 _Decoder = Callable[[Any], Any]
@@ -76,7 +83,11 @@ class CodecError(CoordinatorError):
 
 def encode_facts(batch: Sequence[Fact]) -> bytes:
     """Return the frame that holds `batch`, in order."""
-    frame = orjson.dumps([[_TAGS[type(fact)], fact] for fact in batch], default=_plain)
+    return _encode(batch, _TAGS)
+
+
+def _encode(batch: Sequence[object], tags: Mapping[type, str]) -> bytes:
+    frame = orjson.dumps([[tags[type(each)], each] for each in batch], default=_plain)
     if len(frame) <= _COMPRESS_ABOVE_BYTES:
         return frame
     return zstandard.ZstdCompressor(level=1, write_checksum=True).compress(frame)
@@ -84,6 +95,10 @@ def encode_facts(batch: Sequence[Fact]) -> bytes:
 
 def decode_facts(frame: bytes) -> tuple[Fact, ...]:
     """Return the facts of a frame, in order. Raises `CodecError` for anything but a whole frame."""
+    return cast("tuple[Fact, ...]", _decode(frame, _DECODERS))
+
+
+def _decode(frame: bytes, decoders: Mapping[str, _Decoder]) -> tuple[Any, ...]:
     if frame[:1] != b"[":
         try:
             frame = zstandard.ZstdDecompressor().decompress(frame, max_output_size=MAX_FRAME_BYTES)
@@ -94,7 +109,7 @@ def decode_facts(frame: bytes) -> tuple[Fact, ...]:
     except orjson.JSONDecodeError as error:
         raise CodecError(f"a frame of facts is damaged at byte {error.pos}.") from None
     try:
-        return tuple(_decode_row(row) for row in _need(rows, list))
+        return tuple([_decode_row(row, decoders) for row in _need(rows, list)])
     except RecursionError:
         raise CodecError("a frame of facts is nested too deeply.") from None
 
@@ -116,6 +131,55 @@ class SubmissionNote:
     label: str
     roots: tuple[RootNote, ...]
     derivations: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """Part of a snapshot of the read model: what it knows of a step and the core does not."""
+
+    step: StepKey
+    #: Who has it or had it last.
+    builder: str
+    started_at: float
+    ended_at: float
+    uploaded_bytes: int
+    trouble: str
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionRecord:
+    """Part of a snapshot of the read model: a submission. Fields are as in `rows.SubmissionRow`."""
+
+    submission: SubmissionId
+    created_at: float
+    roots: tuple[StepKey, ...]
+    members: tuple[StepKey, ...]
+    #: Members that do not count here, because they were done when it arrived; empty once it has ended.
+    apart: tuple[StepKey, ...]
+    held: int
+    joined: int
+    #: By state, for one that has ended: its counts are history.
+    counts: tuple[tuple[str, int], ...]
+    failed: tuple[StepKey, ...]
+    done_roots: int
+    uploaded_bytes: int
+    withdrawn: bool
+    touched_at: float
+    ended: bool
+
+
+Record = StepRecord | SubmissionRecord
+_RECORD_TAGS: dict[type, str] = {StepRecord: "step", SubmissionRecord: "submission"}
+
+
+def encode_records(batch: Sequence[Record]) -> bytes:
+    """Return the frame that holds a part of the read model's snapshot, in order."""
+    return _encode(batch, _RECORD_TAGS)
+
+
+def decode_records(frame: bytes) -> tuple[Record, ...]:
+    """Return the records of a frame, in order. Raises `CodecError` for anything but a whole frame."""
+    return cast("tuple[Record, ...]", _decode(frame, _RECORD_DECODERS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +244,11 @@ def _plain(value: object) -> object:
     raise TypeError(type(value).__name__)
 
 
-def _decode_row(row: Any) -> Fact:
+def _decode_row(row: Any, decoders: Mapping[str, _Decoder]) -> Any:
     pair = _need(row, list)
-    if len(pair) != 2 or not isinstance(pair[0], str) or pair[0] not in _DECODERS:
+    if len(pair) != 2 or not isinstance(pair[0], str) or pair[0] not in decoders:
         raise CodecError("a fact in the journal is of a kind that this version of drover does not know.")
-    return cast("Fact", _DECODERS[pair[0]](pair[1]))
+    return decoders[pair[0]](pair[1])
 
 
 def _need(value: Any, kind: type) -> Any:
@@ -228,18 +292,33 @@ _LEAVES: dict[Any, _Decoder] = {str: _str, int: _int, float: _float, bytes: _byt
 
 def _key(value: Any) -> str:
     # A step's key stands in its spec, in the needs of others and in every later fact: one string serves them all.
-    return sys.intern(_str(value))
+    try:
+        return sys.intern(value)
+    except TypeError:
+        return _str(value)
 
 
-def _decoder(kind: Any) -> _Decoder:
+def _keys(value: Any) -> tuple[str, ...]:
+    try:
+        return tuple(map(sys.intern, _need(value, list)))
+    except TypeError:
+        return tuple(map(_str, value))
+
+
+def _decoder(kind: Any) -> _Decoder:  # noqa: PLR0911  one way for each form of type
     """Build the decoder of a type from its annotations; done once, at import."""
     if kind is StepKey:
         return _key
+    if kind == tuple[StepKey, ...]:
+        return _keys
     while isinstance(kind, typing.NewType):
         kind = kind.__supertype__
     if kind in _LEAVES:
         return _LEAVES[kind]
     origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        [some] = [choice for choice in typing.get_args(kind) if choice is not types.NoneType]
+        return _optional(_decoder(some))
     if origin in (tuple, frozenset):
         arguments = typing.get_args(kind)
         if origin is tuple and arguments[1] is not Ellipsis:
@@ -250,6 +329,10 @@ def _decoder(kind: Any) -> _Decoder:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _record(kind)
     raise TypeError(f"facts may not hold {kind!r}")
+
+
+def _optional(some: _Decoder) -> _Decoder:
+    return lambda value: None if value is None else some(value)
 
 
 def _pair(first: _Decoder, second: _Decoder) -> _Decoder:
@@ -282,15 +365,45 @@ def _choice(kind: type[enum.Enum]) -> _Decoder:
 
 def _record(kind: type) -> _Decoder:
     hints = typing.get_type_hints(kind)
-    fields = tuple((field.name, _decoder(hints[field.name])) for field in dataclasses.fields(kind))
-    names = frozenset(name for name, _ in fields)
+    names = tuple(field.name for field in dataclasses.fields(kind))
+    items = tuple(_decoder(hints[name]) for name in names)
+    # Most fields hold what they must: one comparison of all their types is worth a call for each.
+    exact = {_str: str, _int: int, _float: float, _bool: bool}
+    leaves = tuple(name for name, item in zip(names, items, strict=True) if item in exact)
+    types_of_leaves = tuple(exact[item] for item in items if item in exact)
+    quick_items = tuple(None if item in exact else item for item in items)
+    if len(names) < _QUICK_FIELDS or len(leaves) < _QUICK_FIELDS:
+        return _small_record(kind, names, items)
+    pick, pick_leaves = itemgetter(*names), itemgetter(*leaves)
 
     def decode(value: Any) -> Any:
-        if type(value) is not dict or value.keys() != names:
-            raise CodecError(f"the journal has a {kind.__name__} with missing or unknown fields.")
+        if type(value) is not dict or len(value) != len(names):
+            raise _mismatch(kind)
+        try:
+            raw = pick(value)
+        except KeyError:
+            raise _mismatch(kind) from None
+        if tuple(map(type, pick_leaves(value))) != types_of_leaves:
+            return kind(*[item(each) for item, each in zip(items, raw, strict=True)])
+        return kind(*[each if item is None else item(each) for item, each in zip(quick_items, raw, strict=True)])
+
+    return decode
+
+
+def _small_record(kind: type, names: tuple[str, ...], items: tuple[_Decoder, ...]) -> _Decoder:
+    fields = tuple(zip(names, items, strict=True))
+    known = frozenset(names)
+
+    def decode(value: Any) -> Any:
+        if type(value) is not dict or value.keys() != known:
+            raise _mismatch(kind)
         return kind(*[item(value[name]) for name, item in fields])
 
     return _shared(decode) if kind is Requirements else decode
+
+
+def _mismatch(kind: type) -> CodecError:
+    return CodecError(f"the journal has a {kind.__name__} with missing or unknown fields.")
 
 
 def _shared(decode: _Decoder) -> _Decoder:
@@ -298,13 +411,24 @@ def _shared(decode: _Decoder) -> _Decoder:
     known: dict[Any, Any] = {}
 
     def decode_shared(value: Any) -> Any:
-        made = decode(value)
-        return known.setdefault(made, made) if len(known) < _SHARED_VALUES else known.get(made, made)
+        try:
+            said = (value["system"], *_need(value["features"], list)) if len(value) == 2 else ()
+            made = known.get(said)
+        except (TypeError, KeyError):
+            return decode(value)
+        if made is None:
+            made = decode(value)
+            if len(known) < _SHARED_VALUES:
+                known[said] = made
+        return made
 
     return decode_shared
 
 
 _DECODERS: types.MappingProxyType[str, _Decoder] = types.MappingProxyType(
     {tag: _record(kind) for kind, tag in _TAGS.items()}
+)
+_RECORD_DECODERS: types.MappingProxyType[str, _Decoder] = types.MappingProxyType(
+    {tag: _record(kind) for kind, tag in _RECORD_TAGS.items()}
 )
 _NOTE = _record(SubmissionNote)

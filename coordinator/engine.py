@@ -22,7 +22,8 @@ from coordinator.codec import SubmissionNote, decode_note, encode_note
 from coordinator.derivations import DerivationStore, StepInfo
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.journal import Journal
-from coordinator.views import SubmissionRow, Views
+from coordinator.rows import SubmissionRow
+from coordinator.views import Views
 from infra.clock import Clock
 from scheduler.effects import Effect
 from scheduler.events import Event, SubmissionCancelled, SubmissionReceived, TimePassed

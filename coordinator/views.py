@@ -17,12 +17,13 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Protocol, cast
 
-from coordinator.codec import SubmissionNote, evidence_size
+from coordinator.codec import Record, SubmissionNote, evidence_size
 from coordinator.derivations import StepInfo
 from coordinator.errors import NotFoundError
+from coordinator.history import take_history, tell_history
+from coordinator.rows import NOTHING, StepRow, SubmissionRow, WorkerRow, enter, note, place, touch
 from coordinator.schema import (
     Counts,
     CountsChanged,
@@ -33,7 +34,6 @@ from coordinator.schema import (
     StepChanged,
     StepStatus,
     StepView,
-    SubmissionState,
     SubmissionView,
     WatchEvent,
     WorkerView,
@@ -41,8 +41,8 @@ from coordinator.schema import (
 from scheduler import facts
 from scheduler.facts import Fact
 from scheduler.failures import is_fault
-from scheduler.model import Failure, Recipe, Requirements, StepKey, SubmissionId
-from workers.protocol import Batch, HeldLease, Hello, StageChange
+from scheduler.model import Recipe, Requirements, StepKey, StepState, SubmissionId
+from workers.protocol import Batch, Hello, StageChange
 
 #: Changed steps that a watcher may leave unread before it gets a snapshot instead.
 WATCH_PENDING = 1024
@@ -53,8 +53,6 @@ SUBMISSIONS_LISTED = 1000
 #: Steps in one answer of `submissions/ID/steps`.
 STEPS_LISTED = 10_000
 
-_OPEN = frozenset({StepStatus.WAITING, StepStatus.READY, StepStatus.RUNNING, StepStatus.PUBLISHING})
-_ACTIVE = frozenset({StepStatus.RUNNING, StepStatus.PUBLISHING})
 #: Facts that begin something new; whoever has nothing open by then has ended before it.
 _BEGINNINGS = (
     facts.SubmissionAccepted,
@@ -79,88 +77,8 @@ class Explainer(Protocol):
 
 
 _NO_DETAIL = StepInfo(key=StepKey(""), name="", system="", features=(), drv="", outputs=())
-_NOTHING = Requirements("")
+_STATUS = {state: StepStatus.RUNNING if state is StepState.LEASED else StepStatus(state.value) for state in StepState}
 _NO_NOTE = SubmissionNote(label="", roots=(), derivations=0)
-
-
-@dataclass(slots=True, eq=False)
-class StepRow:
-    """A step as folded so far."""
-
-    key: StepKey
-    state: StepStatus = StepStatus.WAITING
-    recipes: tuple[Recipe, ...] = ()
-    #: Index of the active recipe.
-    recipe: int = 0
-    #: What the active recipe requires; changes only while the step is not ready.
-    requires: Requirements = _NOTHING
-    #: Needs of the active recipe that are not done.
-    pending: int = 0
-    #: Steps of which any recipe needs this one.
-    dependents: list[StepRow] = field(default_factory=list)
-    #: Submissions that had the step open when they arrived and have not ended.
-    submissions: list[SubmissionRow] = field(default_factory=list)
-    attempt: int = 0
-    builder: str = ""
-    stage: str = ""
-    phase: str = ""
-    started_at: float = 0.0
-    ended_at: float = 0.0
-    uploaded_bytes: int = 0
-    failure: Failure | None = None
-    cause: str = ""
-    #: Why the last lease of this life ended without a verdict through the farm's fault.
-    trouble: str = ""
-
-
-@dataclass(slots=True, eq=False)
-class SubmissionRow:
-    """A submission as folded so far."""
-
-    id: SubmissionId
-    created_at: float
-    roots: frozenset[StepKey]
-    #: Grows where a member falls back to a recipe with other needs.
-    members: list[StepKey]
-    #: Members that were done at arrival.
-    held: int = 0
-    joined: int = 0
-    #: The other members by state; the values sum up to `len(members) - held`.
-    counts: dict[StepStatus, int] = field(default_factory=lambda: dict.fromkeys(StepStatus, 0))
-    #: Members in one of the open states.
-    open: int = 0
-    done_roots: int = 0
-    #: Ready members by what they require; no zeros.
-    ready: dict[Requirements, int] = field(default_factory=dict)
-    active: dict[StepKey, StepRow] = field(default_factory=dict)
-    failed: dict[StepKey, StepRow] = field(default_factory=dict)
-    uploaded_bytes: int = 0
-    withdrawn: bool = False
-    #: Time of the last fact that moved a member.
-    touched_at: float = 0.0
-    ended: bool = False
-    watchers: list[Watcher] = field(default_factory=list)
-
-    @property
-    def state(self) -> SubmissionState:
-        """Derived, never stored."""
-        if self.withdrawn:
-            return SubmissionState.CANCELLED
-        if not self.ended:
-            return SubmissionState.RUNNING
-        return SubmissionState.SUCCEEDED if self.done_roots == len(self.roots) else SubmissionState.FAILED
-
-
-@dataclass(slots=True, eq=False)
-class WorkerRow:
-    """A worker as it last spoke of itself."""
-
-    hello: Hello
-    state: str = "online"
-    leases: tuple[HeldLease, ...] = ()
-    built: int = 0
-    last_seen: float = 0.0
-    reason: str = ""
 
 
 class Watcher:
@@ -246,6 +164,8 @@ class Views:
                 facts.StepFailed: self._failed,
                 facts.StepDoomed: self._doomed,
                 facts.StepAbandoned: self._abandoned,
+                facts.StepRestored: self._step_restored,
+                facts.FarmRestored: self._restored,
             },
         )
 
@@ -280,8 +200,18 @@ class Views:
                     with contextlib.suppress(ValueError):
                         self._steps[key].submissions.remove(row)
                 row.active.clear()
-                _touch(row)
+                touch(row)
         self._unsettled.clear()
+
+    def records(self) -> list[Record]:
+        """Return what to keep beside `Farm.snapshot` so that `restore` gives these views back (see `history`)."""
+        return list(tell_history(self._steps, self._submissions))
+
+    def restore(self, records: Iterable[Record]) -> None:
+        """Take in a snapshot's records, once its facts are folded and before any other."""
+        take_history(records, self._steps, self._submissions)
+        self._at = max((sub.touched_at for sub in self._submissions.values()), default=0.0)
+        self._unsettled.update((sub.id, sub) for sub in self._submissions.values() if not sub.ended)
 
     def stage(self, change: StageChange) -> None:
         """A worker says where a lease is; stale words are ignored."""
@@ -290,7 +220,7 @@ class Views:
             return
         if (row.stage, row.phase) != (change.stage.value, change.phase):
             row.stage, row.phase = change.stage.value, change.phase
-            _note(row)
+            note(row)
 
     def worker_connected(self, hello: Hello, now: float) -> None:
         """A worker introduced itself."""
@@ -511,7 +441,7 @@ class Views:
                 sub.held += 1
                 continue
             row.submissions.append(sub)
-            _enter(sub, row)
+            enter(sub, row)
         sub.done_roots = sum(1 for root in sub.roots if root in held or self._row(root).state is StepStatus.DONE)
         sub.joined = len(fact.joined)
         self._submissions[fact.submission] = sub
@@ -523,7 +453,7 @@ class Views:
         if not sub.withdrawn and not sub.ended:
             sub.withdrawn = True
             sub.touched_at = fact.at
-            _touch(sub)
+            touch(sub)
 
     def _added(self, fact: facts.StepAdded) -> None:
         row = self._row(fact.spec.key)
@@ -608,6 +538,22 @@ class Views:
         row.builder, row.stage, row.phase = "", "", ""
         self._move(row, StepStatus.ABANDONED)
 
+    def _step_restored(self, fact: facts.StepRestored) -> None:
+        row = self._row(fact.step)
+        row.state, row.recipes, row.attempt = _STATUS[fact.state], fact.recipes, fact.attempt
+        for recipe in row.recipes:
+            self._link(row, recipe)
+        if fact.past is not None:
+            row.recipe, row.builder = fact.past.active, fact.past.builder
+            row.failure, row.cause = fact.past.failure, fact.past.cause or ""
+        if row.recipes:
+            row.requires = row.recipes[row.recipe].requirements
+
+    def _restored(self, _fact: facts.FarmRestored) -> None:
+        for row in self._steps.values():
+            needs = row.recipes[row.recipe].needs if row.recipes else ()
+            row.pending = sum(1 for need in dict.fromkeys(needs) if self._row(need).state is not StepStatus.DONE)
+
     # The parts they share.
 
     def _row(self, key: StepKey) -> StepRow:
@@ -628,7 +574,7 @@ class Views:
         needs = row.recipes[recipe].needs if recipe < len(row.recipes) else ()
         if row.state is StepStatus.READY:
             self._move(row, StepStatus.WAITING)
-        row.requires = row.recipes[recipe].requirements if recipe < len(row.recipes) else _NOTHING
+        row.requires = row.recipes[recipe].requirements if recipe < len(row.recipes) else NOTHING
         row.pending = sum(1 for need in dict.fromkeys(needs) if self._row(need).state is not StepStatus.DONE)
         self._move(row, StepStatus.WAITING if row.pending else StepStatus.READY)
 
@@ -659,7 +605,7 @@ class Views:
                     continue
                 below.submissions.append(sub)
                 sub.members.append(below.key)
-                _enter(sub, below)
+                enter(sub, below)
                 if below.recipe < len(below.recipes):
                     stack.extend(below.recipes[below.recipe].needs)
 
@@ -669,7 +615,7 @@ class Views:
         for sub in row.submissions:
             sub.counts[old] -= 1
             sub.counts[state] += 1
-            _place(sub, row, old, state)
+            place(sub, row, old, state)
             sub.touched_at = max(sub.touched_at, self._at)
             if sub.open == 0 or sub.done_roots == len(sub.roots):
                 self._unsettled[sub.id] = sub
@@ -679,49 +625,4 @@ class Views:
     def _touch_all(self) -> None:
         for sub in self._submissions.values():
             if sub.watchers:
-                _touch(sub)
-
-
-def _enter(sub: SubmissionRow, row: StepRow) -> None:
-    """Count a member that was not done at arrival."""
-    sub.counts[row.state] += 1
-    sub.open += row.state in _OPEN
-    _arrive(sub, row, row.state)
-
-
-def _place(sub: SubmissionRow, row: StepRow, old: StepStatus, new: StepStatus) -> None:
-    """Keep the indexes of a submission in step with a member's move."""
-    sub.open += (new in _OPEN) - (old in _OPEN)
-    if row.key in sub.roots:
-        sub.done_roots += (new is StepStatus.DONE) - (old is StepStatus.DONE)
-    if old in _ACTIVE:
-        sub.active.pop(row.key, None)
-    elif old is StepStatus.READY:
-        left = sub.ready[row.requires] - 1
-        if left:
-            sub.ready[row.requires] = left
-        else:
-            del sub.ready[row.requires]
-    elif old is StepStatus.FAILED:
-        sub.failed.pop(row.key, None)
-    _arrive(sub, row, new)
-
-
-def _arrive(sub: SubmissionRow, row: StepRow, state: StepStatus) -> None:
-    if state in _ACTIVE:
-        sub.active[row.key] = row
-    elif state is StepStatus.READY:
-        sub.ready[row.requires] = sub.ready.get(row.requires, 0) + 1
-    elif state is StepStatus.FAILED:
-        sub.failed[row.key] = row
-
-
-def _note(row: StepRow) -> None:
-    for sub in row.submissions:
-        for watcher in sub.watchers:
-            watcher.note(row)
-
-
-def _touch(sub: SubmissionRow) -> None:
-    for watcher in sub.watchers:
-        watcher.touch()
+                touch(sub)

@@ -17,10 +17,19 @@ from typing import assert_never
 from scheduler import events as e
 from scheduler import facts as f
 from scheduler.failures import CONSEQUENCES, Course
-from scheduler.model import BuilderId, Failure, FailureKind, Instant, LeaseId, StepKey, SubmissionRefusedError
+from scheduler.model import (
+    BuilderId,
+    Failure,
+    FailureKind,
+    Instant,
+    LeaseId,
+    StepKey,
+    StepState,
+    SubmissionRefusedError,
+)
 from scheduler.policy import Limits, Policy
-from scheduler.state import Builder, FarmState, Queue, Step, is_lapsed
-from scheduler.transitions import StepState
+from scheduler.records import Builder, Queue, Step
+from scheduler.state import FarmState, is_lapsed
 
 _LEASED, _PUBLISHING, _DONE = StepState.LEASED, StepState.PUBLISHING, StepState.DONE
 _OPEN = (_LEASED, _PUBLISHING)
@@ -82,13 +91,13 @@ class Decider:
             reason = f"no word from {builder.id} for {self._limits.lease_ttl_s:.0f} s"
             yield from self._remove(builder, reason, now, silent=True)
         yield from self._abandon_orphans(now)
-        while state.delayed and state.delayed[0][0] <= now:
-            yield f.BackOffEnded(state.delayed[0][2].key)
+        while state.ready.delayed and state.ready.delayed[0][0] <= now:
+            yield f.BackOffEnded(state.ready.delayed[0][2].key)
 
     def deadline(self) -> Instant | None:
         """Return when `due` will next have something to say."""
         state = self._state
-        nearest = [state.delayed[0][0]] if state.delayed else []
+        nearest = [state.ready.delayed[0][0]] if state.ready.delayed else []
         for builder in state.builders.values():
             nearest.append(Instant(builder.heard + self._limits.lease_ttl_s))
             break

@@ -14,11 +14,13 @@ from scheduler.model import (
     BuilderId,
     BuilderSpec,
     Failure,
+    FailureKind,
     Instant,
     LeaseId,
     Recipe,
     StepKey,
     StepSpec,
+    StepState,
     SubmissionId,
 )
 
@@ -241,6 +243,77 @@ class FarmResumed:
     at: Instant
 
 
+@dataclass(frozen=True, slots=True)
+class StepPast:
+    """What is not true of most steps of a snapshot: they have trials behind them, or a lease. As in `records.Step`."""
+
+    active: int
+    ended: int
+    failed_at: Instant
+    builder: BuilderId
+    evidence: bytes
+    failure: Failure | None
+    cause: StepKey | None
+    tried: tuple[int, ...]
+    faults: int
+    returns: int
+    strikes: tuple[FailureKind, ...]
+    avoid: BuilderId
+    not_before: Instant
+
+
+@dataclass(frozen=True, slots=True)
+class StepRestored:
+    """Part of a snapshot: one step with all that durable facts have led to. Fields are as in `records.Step`.
+
+    A snapshot is some `StepRestored`, then `SubmissionRestored`, `BuilderRestored`, at last one `FarmRestored`; it
+    stands at the beginning of a journal and nowhere else.
+    """
+
+    durable: ClassVar[bool] = True
+    step: StepKey
+    recipes: tuple[Recipe, ...]
+    sequence: int
+    state: StepState
+    depth: int
+    born: int
+    attempt: int
+    done_at: Instant
+    #: By sequence, in order.
+    dependents: tuple[int, ...]
+    roots: tuple[SubmissionId, ...]
+    past: StepPast | None
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionRestored:
+    """Part of a snapshot: a submission that is not withdrawn."""
+
+    durable: ClassVar[bool] = True
+    submission: SubmissionId
+    roots: tuple[StepKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BuilderRestored:
+    """Part of a snapshot: the leases of a builder, oldest first."""
+
+    durable: ClassVar[bool] = True
+    builder: BuilderId
+    heard: Instant
+    leases: tuple[StepKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FarmRestored:
+    """The end of a snapshot, with the counters of the state."""
+
+    durable: ClassVar[bool] = True
+    steps: int
+    known: int
+    life: int
+
+
 Fact = (
     SubmissionAccepted
     | SubmissionWithdrawn
@@ -262,4 +335,8 @@ Fact = (
     | BuilderRefreshed
     | BuilderRemoved
     | FarmResumed
+    | StepRestored
+    | SubmissionRestored
+    | BuilderRestored
+    | FarmRestored
 )

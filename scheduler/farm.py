@@ -16,6 +16,7 @@ from scheduler.model import Instant, StepKey, SubmissionId
 from scheduler.policy import Limits, LongestPathFirst, Policy
 from scheduler.react import react
 from scheduler.reasons import Reason, StuckClass, stuck, why
+from scheduler.snapshot import tell_all
 from scheduler.state import FarmState
 
 
@@ -63,10 +64,18 @@ class Farm:
         """Return when to call again at the latest, with `TimePassed` if nothing else happens; None for never."""
         return self._decider.deadline()
 
+    def snapshot(self) -> list[Fact]:
+        """Return facts that rebuild the durable state when they are replayed into a new farm.
+
+        They stand for the whole journal so far: replaying them and what was appended since gives what replaying
+        everything gives. The facts are immutable and no longer part of the state: they may be encoded later, elsewhere.
+        """
+        return list(tell_all(self.state))
+
     def replay(self, facts: Iterable[Fact]) -> None:
         """Take in the facts of a journal, in order; those that are not durable are passed over.
 
-        Raises `ImpossibleError` for a journal that contradicts itself.
+        A journal may begin with a snapshot. Raises `ImpossibleError` for a journal that contradicts itself.
         """
         for fact in facts:
             if fact.durable:

@@ -6,9 +6,10 @@ with each other. What no state can show (a lease granted twice) is for oracles o
 
 from __future__ import annotations
 
-from scheduler.model import ImpossibleError, StepKey
-from scheduler.state import FarmState, Step
-from scheduler.transitions import LAPSED, UNFINISHED, StepState
+from scheduler.model import ImpossibleError, StepKey, StepState
+from scheduler.records import Step
+from scheduler.state import FarmState
+from scheduler.transitions import LAPSED, UNFINISHED
 
 
 class InvariantBrokenError(ImpossibleError):
@@ -46,6 +47,7 @@ def durable(state: FarmState) -> dict[StepKey, tuple[object, ...]]:
             step.born,
             step.ended,
             step.done_at,
+            step.failed_at,
             step.roots,
             step.engaged,
             step.unmet,
@@ -106,7 +108,7 @@ def _check_index(state: FarmState, step: Step) -> None:
     _require((step.queue is not None) == (ready and not delayed), f"{step} stands in a queue wrongly, or in none")
     if delayed:
         entry = (step.not_before, step.sequence, step)
-        _require(entry in state.delayed, f"{step} backs off and nobody waits for it")
+        _require(entry in state.ready.delayed, f"{step} backs off and nobody waits for it")
     if step.queue is not None:
         _require((-step.rank, step.sequence, step) in step.queue.heap, f"{step} is not in its queue")
         _require(step.queue.requirements == step.recipe.requirements, f"{step} is in a queue of others")
@@ -123,7 +125,7 @@ def _check_builders(state: FarmState) -> None:
             _require(held, f"{builder.id} holds {step}, which is not its lease")
         free = builder.spec is not None and builder.free > 0
         _require((builder.id in state.free) == free, f"{builder.id} is listed as free wrongly")
-    for (requirements, avoid), queue in state.queues.items():
+    for (requirements, avoid), queue in state.ready.queues.items():
         able = [b.id for b in state.builders.values() if b.spec is not None and b.spec.offers(requirements)]
         expected = {id_ for id_ in able if id_ != avoid or len(able) == 1}
         _require(set(queue.builders) == expected, f"the queue for {requirements} lists the wrong builders")
@@ -133,8 +135,8 @@ def _check_builders(state: FarmState) -> None:
     for builder in state.builders.values():
         for queue in builder.queues:
             _require(queue.builders.get(builder.id) is builder, f"{builder.id} lists a queue it is not in")
-    if state.delayed:
-        until, _, step = state.delayed[0]
+    if state.ready.delayed:
+        until, _, step = state.ready.delayed[0]
         _require(step.state is StepState.READY and step.not_before == until, "the heap of back-offs has a stale head")
     for id_ in state.silent:
         _require(id_ not in state.builders, f"{id_} is both silent and here")

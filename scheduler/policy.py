@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from scheduler.model import StepKey
-from scheduler.state import Builder, Step
+from scheduler.records import Builder, Step
 
 
 @dataclass(frozen=True, slots=True)

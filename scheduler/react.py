@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from scheduler import facts as f
 from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
-from scheduler.model import BuilderId, FailureKind
+from scheduler.model import BuilderId, FailureKind, StepState
 from scheduler.state import FarmState
-from scheduler.transitions import StepState
 
 
 def react(state: FarmState, fact: f.Fact) -> Sequence[Effect]:  # noqa: PLR0911  one per kind of fact

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.model import BuilderId, BuilderSpec, ImpossibleError, Instant, Requirements, StepKey
-from scheduler.state import FarmState, Step
-from scheduler.transitions import StepState
+from scheduler.model import BuilderId, BuilderSpec, ImpossibleError, Instant, Requirements, StepKey, StepState
+from scheduler.records import Step
+from scheduler.state import FarmState
 
 #: How many names a reason gives at most.
 NAMED = 5
@@ -137,9 +137,9 @@ def stuck(state: FarmState) -> list[StuckClass]:
     Costs the number of classes, and for each stuck one the number of its ready steps.
     """
     found: list[StuckClass] = []
-    classes = dict.fromkeys(requirements for requirements, _ in state.queues)
+    classes = dict.fromkeys(requirements for requirements, _ in state.ready.queues)
     for requirements in sorted(classes, key=lambda wanted: (wanted.system, wanted.features)):
-        heaps = [queue for key, queue in state.queues.items() if key[0] == requirements and queue.heap]
+        heaps = [queue for key, queue in state.ready.queues.items() if key[0] == requirements and queue.heap]
         if not heaps or any(queue.builders for queue in heaps):
             continue
         reason = _unserved(state, requirements)
@@ -152,7 +152,7 @@ def stuck(state: FarmState) -> list[StuckClass]:
 
 def _live(state: FarmState, requirements: Requirements) -> list[Step]:
     steps: dict[Step, None] = {}
-    for (wanted, _), queue in state.queues.items():
+    for (wanted, _), queue in state.ready.queues.items():
         if wanted == requirements:
             steps.update((step, None) for _, _, step in queue.heap if step.queue is queue)
     return list(steps)

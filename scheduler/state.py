@@ -2,17 +2,15 @@
 
 Theory: a step *engages* its needs while it is wanted and unfinished. `dependents` of a step are exactly the steps that
 engage it, so "wanted" is `roots or dependents` and a need that becomes done knows whom to tell. Everything else here
-is an index over that: queues of ready steps per class of requirements, a heap of back-offs, builders by last word.
+is an index over that: ready steps (`ready`), builders by last word.
 
 Rules: no function but `evolve` mutates; `evolve` reads no clock and asks no policy but for the rank (an index, never
-a fact), so the same durable facts give the same durable state for ever. Heaps are pruned where they change, so that
-the top of each is always live and readers only look. Nothing here recurses.
+a fact), so the same durable facts give the same durable state for ever. Nothing here recurses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from heapq import heappop, heappush
 from typing import assert_never
 
 from scheduler import facts as f
@@ -21,179 +19,28 @@ from scheduler.model import (
     NO_INSTANT,
     BuilderId,
     BuilderSpec,
-    Failure,
     FailureKind,
     ImpossibleError,
     Instant,
     LeaseId,
     Recipe,
-    Requirements,
     StepKey,
     StepSpec,
+    StepState,
     SubmissionId,
 )
-from scheduler.transitions import LAPSED, LEGAL, SUBJECT, StepState
+from scheduler.ready import ReadyIndex
+from scheduler.records import NO_DEPENDENTS, NOBODY, Builder, Step
+from scheduler.transitions import LAPSED, LEGAL, SUBJECT
 
 _WAITING, _READY, _LEASED = StepState.WAITING, StepState.READY, StepState.LEASED
 _PUBLISHING, _DONE = StepState.PUBLISHING, StepState.DONE
-_NOBODY = BuilderId("")
-
-
-class Step:
-    """One step. Read by everyone, written by `evolve` alone."""
-
-    __slots__ = (
-        "active",
-        "asked_at",
-        "attempt",
-        "avoid",
-        "born",
-        "builder",
-        "cause",
-        "dependents",
-        "depth",
-        "done_at",
-        "ended",
-        "engaged",
-        "evidence",
-        "failure",
-        "faults",
-        "home",
-        "key",
-        "needs",
-        "not_before",
-        "queue",
-        "rank",
-        "recipes",
-        "resends",
-        "returns",
-        "roots",
-        "sequence",
-        "state",
-        "strikes",
-        "tried",
-        "unmet",
-    )
-
-    def __init__(self, key: StepKey, recipes: tuple[Recipe, ...], sequence: int, state: StepState) -> None:
-        self.key = key
-        #: Grows only; empty only for a step that entered as held.
-        self.recipes = recipes
-        #: Order of becoming known: the last tie-break, the same after replay.
-        self.sequence = sequence
-        self.state = state
-        #: Index of the recipe in use.
-        self.active = 0
-        #: Recipes proven failing in this life, never in use again before the next.
-        self.tried: frozenset[int] = frozenset()
-        #: Leases ever granted; the attempt of the open lease where there is one. Never falls.
-        self.attempt = 0
-        #: Infrastructure failures of the recipe in use, and returned leases, of this life.
-        self.faults = 0
-        self.returns = 0
-        #: The kinds of those of `faults` that have a budget of their own.
-        self.strikes: tuple[FailureKind, ...] = ()
-        #: Values of the state's `life` counter when this life began and when it lapsed.
-        self.born = 0
-        self.ended = 0
-        #: When the result was last seen to be there.
-        self.done_at = NO_INSTANT
-        #: Live submissions that have this step as a root; empty once the step is finished.
-        self.roots: tuple[SubmissionId, ...] = ()
-        #: The steps that engage this one; a dict for its order.
-        self.dependents: dict[Step, None] = {}
-        #: True exactly while wanted and unfinished, orphans of a running `handle` aside.
-        self.engaged = False
-        #: The needs of the recipe in use, without repeats, while engaged; else empty.
-        self.needs: tuple[Step, ...] = ()
-        #: While engaged, how many of `needs` are not done.
-        self.unmet = 0
-        #: Length of the longest path up to a root, over all engagements ever; so it may overstate, never understate.
-        self.depth = 0
-        #: The policy's rank when the step was last put in a queue.
-        self.rank = 0
-        #: The queue of its requirements where no builder is avoided, once known.
-        self.home: Queue | None = None
-        #: The queue in which it stands: set exactly while ready and not backing off.
-        self.queue: Queue | None = None
-        #: The builder that last gave this step back or lost it; others come first.
-        self.avoid = _NOBODY
-        #: When not 0, the step may not be leased before; cleared by `BackOffEnded`.
-        self.not_before = NO_INSTANT
-        #: The builder of the open lease (leased or publishing), else nobody.
-        self.builder = _NOBODY
-        #: When the builder was last told to start, and how often it was told again.
-        self.asked_at = NO_INSTANT
-        self.resends = 0
-        #: What the builder said of its outputs, while publishing.
-        self.evidence = b""
-        #: Why it failed (state failed), or which step's failure doomed it (state doomed).
-        self.failure: Failure | None = None
-        self.cause: StepKey | None = None
-
-    def __repr__(self) -> str:
-        return f"<Step {self.key} {self.state.value} attempt {self.attempt}>"
-
-    @property
-    def lease(self) -> LeaseId:
-        """The last lease granted."""
-        return LeaseId(self.key, self.attempt)
-
-    @property
-    def wanted(self) -> bool:
-        """Whether a live submission stands on this step."""
-        return bool(self.roots or self.dependents)
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe in use. Raises `ImpossibleError` for a step that only ever was held."""
-        if not self.recipes:
-            raise ImpossibleError(f"{self.key} has no recipe")
-        return self.recipes[self.active]
-
-
-class Queue:
-    """Ready steps that the same builders can take: one class of requirements, one avoided builder or none."""
-
-    __slots__ = ("avoid", "builders", "heap", "requirements")
-
-    def __init__(self, requirements: Requirements, avoid: BuilderId) -> None:
-        self.requirements = requirements
-        self.avoid = avoid
-        #: (-rank, sequence, step), the first always live; stale ones below are dropped when they come up.
-        self.heap: list[tuple[int, int, Step]] = []
-        #: Builders that may take these steps; the avoided one only where there is no other.
-        self.builders: dict[BuilderId, Builder] = {}
-
-
-class Builder:
-    """One builder, or only the name of one that a replayed lease mentions (`spec` is None until it joins)."""
-
-    __slots__ = ("capacity", "heard", "id", "leases", "queues", "spec")
-
-    def __init__(self, id_: BuilderId, heard: Instant) -> None:
-        self.id = id_
-        self.spec: BuilderSpec | None = None
-        #: Leases it is willing to hold in all; may fall below what it holds.
-        self.capacity = 0
-        #: Steps leased to it, not those publishing.
-        self.leases: dict[StepKey, Step] = {}
-        #: Its last sign of life.
-        self.heard = heard
-        #: The queues in whose `builders` it stands.
-        self.queues: list[Queue] = []
-
-    @property
-    def free(self) -> int:
-        """Leases it would still take; may be negative."""
-        return self.capacity - len(self.leases)
 
 
 class FarmState:
     """Everything the core knows."""
 
     def __init__(self, rank: Callable[[Step], int]) -> None:
-        self._rank = rank
         #: Every step ever known, in order of becoming known.
         self.steps: dict[StepKey, Step] = {}
         #: Submissions neither withdrawn nor forgotten, with their roots.
@@ -205,14 +52,16 @@ class FarmState:
         #: Builders removed for silence, which their next heartbeat brings back; at most `silent_limit`.
         self.silent: dict[BuilderId, BuilderSpec] = {}
         self.silent_limit = 1024
-        #: One queue per class and avoided builder ever met; those of builders that are gone are dropped when empty.
-        self.queues: dict[tuple[Requirements, BuilderId], Queue] = {}
-        #: Back-offs as (not_before, sequence, step); the first is always live.
-        self.delayed: list[tuple[Instant, int, Step]] = []
+        #: Where ready steps wait.
+        self.ready = ReadyIndex(self.builders, rank)
         #: Engaged steps that nobody wants any more; `decide` abandons them, empty between calls of `handle`.
         self.orphans: dict[StepKey, Step] = {}
         #: Counts beginnings and ends of lives: orders a failure against the life of the step that meets it.
         self.life = 0
+        #: How many steps ever became known: the next one's sequence.
+        self.known = 0
+        #: While a snapshot is taken in: the steps whose dependents are not linked yet, with the sequences of these.
+        self._unlinked: list[tuple[Step, tuple[int, ...]]] = []
 
     def lease_holder(self, lease: LeaseId, state: StepState) -> Step | None:
         """Return the step if this lease is its open one and the step is in `state`; None for a stale lease."""
@@ -291,7 +140,7 @@ class FarmState:
             case f.StepFailed():
                 step = self._subject(fact, fact.step)
                 self._finish(step, StepState.FAILED)
-                step.failure = fact.failure
+                step.failure, step.failed_at = fact.failure, fact.at
             case f.StepDoomed():
                 step = self._subject(fact, fact.step)
                 self._finish(step, StepState.DOOMED)
@@ -312,6 +161,14 @@ class FarmState:
                 self._removed(fact)
             case f.FarmResumed():
                 self._resumed(fact)
+            case f.StepRestored():
+                self._step_restored(fact)
+            case f.SubmissionRestored():
+                self.submissions[fact.submission] = tuple([self.steps[key] for key in fact.roots])
+            case f.BuilderRestored():
+                self._builder_restored(fact)
+            case f.FarmRestored():
+                self._restored(fact)
             case _:
                 assert_never(fact)
 
@@ -327,12 +184,7 @@ class FarmState:
             raise ImpossibleError(f"{step} cannot become {target.value}")
         step.state = target
         if source is _READY:
-            queue = step.queue
-            if queue is None:
-                self._prune_delayed()
-            else:
-                step.queue = None
-                _prune(queue)
+            self.ready.leave(step)
 
     def _added(self, spec: StepSpec) -> None:
         if spec.key in self.steps or not spec.recipes:
@@ -341,7 +193,8 @@ class FarmState:
 
     def _know(self, key: StepKey, recipes: tuple[Recipe, ...], state: StepState) -> None:
         self.life += 1
-        step = Step(key, recipes, len(self.steps), state)
+        step = Step(key, recipes, self.known, state)
+        self.known += 1
         step.born = self.life
         self.steps[key] = step
 
@@ -380,7 +233,7 @@ class FarmState:
                 if need.depth < depth:
                     need.depth = depth
                     if need.queue is not None:
-                        self._enqueue(need)
+                        self.ready.enqueue(need)
             if fresh and step.unmet == 0:
                 self._become_ready(step)
 
@@ -389,6 +242,8 @@ class FarmState:
         step.engaged = True
         step.unmet = 0
         for need in step.needs:
+            if need.dependents is NO_DEPENDENTS:
+                need.dependents = {}
             need.dependents[step] = None
             if need.state is not _DONE:
                 step.unmet += 1
@@ -401,10 +256,13 @@ class FarmState:
         for need in step.needs:
             dependents = need.dependents
             del dependents[step]
+            if not dependents:
+                need.dependents = NO_DEPENDENTS
             if need.engaged and not dependents and not need.roots:
                 self.orphans[need.key] = need
         step.engaged = False
         step.needs = ()
+        step.unmet = 0
 
     def _finish(self, step: Step, target: StepState) -> None:
         """Enter one of the finished states: nothing is wanted of the step, and it wants nothing."""
@@ -412,7 +270,7 @@ class FarmState:
             self._free_slot(step)
         self._move(step, target)
         step.roots = ()
-        step.builder = _NOBODY
+        step.builder = NOBODY
         step.evidence = b""
         if self.orphans:
             self.orphans.pop(step.key, None)
@@ -432,7 +290,7 @@ class FarmState:
         step.tried = frozenset()
         step.faults = step.returns = 0
         step.strikes = ()
-        step.avoid, step.not_before = _NOBODY, NO_INSTANT
+        step.avoid, step.not_before = NOBODY, NO_INSTANT
         step.failure = step.cause = None
 
     def _revived(self, fact: f.StepRevived) -> None:
@@ -462,12 +320,12 @@ class FarmState:
         step = self._subject(fact, fact.step)
         if step.state is _LEASED:
             self._free_slot(step)
-            step.builder = _NOBODY
+            step.builder = NOBODY
             self._move(step, _WAITING)
         self._release(step)
         step.tried = step.tried | {step.active}
         step.faults, step.strikes = 0, ()
-        step.avoid, step.not_before = _NOBODY, NO_INSTANT
+        step.avoid, step.not_before = NOBODY, NO_INSTANT
         self._use(step, fact.recipe)
         self._engage(self.descend((step,)))
 
@@ -515,7 +373,7 @@ class FarmState:
         step = self._open(fact)
         if step.state is _LEASED:
             self._free_slot(step)
-        step.builder = _NOBODY
+        step.builder = NOBODY
         step.evidence = b""
         kind = fact.failure.kind
         if is_fault(kind):
@@ -535,68 +393,12 @@ class FarmState:
     def _back_off_ended(self, fact: f.BackOffEnded) -> None:
         step = self._subject(fact, fact.step)
         step.not_before = NO_INSTANT
-        self._prune_delayed()
-        self._enqueue(step)
+        self.ready.prune_delayed()
+        self.ready.enqueue(step)
 
     def _become_ready(self, step: Step) -> None:
         self._move(step, _READY)
-        if step.not_before:
-            heappush(self.delayed, (step.not_before, step.sequence, step))
-        else:
-            self._enqueue(step)
-
-    def _enqueue(self, step: Step) -> None:
-        """Put a ready step in its queue, anew where its rank has changed."""
-        queue = self._queue_of(step)
-        step.rank = rank = self._rank(step)
-        step.queue = queue
-        heappush(queue.heap, (-rank, step.sequence, step))
-        _prune(queue)
-
-    def _queue_of(self, step: Step) -> Queue:
-        if step.avoid:
-            return self._queue(step.recipe.requirements, step.avoid)
-        if step.home is None:
-            step.home = self._queue(step.recipe.requirements, _NOBODY)
-        return step.home
-
-    def _queue(self, requirements: Requirements, avoid: BuilderId) -> Queue:
-        queue = self.queues.get((requirements, avoid))
-        if queue is None:
-            queue = self.queues[requirements, avoid] = Queue(requirements, avoid)
-            self._match(queue)
-        return queue
-
-    def _match(self, queue: Queue) -> None:
-        """Find the builders of a queue, which no builder lists yet."""
-        capable = {
-            builder.id: builder
-            for builder in self.builders.values()
-            if builder.spec is not None and builder.spec.offers(queue.requirements)
-        }
-        if len(capable) > 1:
-            capable.pop(queue.avoid, None)
-        queue.builders = capable
-        for builder in capable.values():
-            builder.queues.append(queue)
-
-    def _rematch(self) -> None:
-        """Builders changed: find those of every queue anew, and forget empty queues of builders that are gone."""
-        for key, queue in tuple(self.queues.items()):
-            if queue.avoid and queue.avoid not in self.builders and not queue.heap:
-                del self.queues[key]
-        for builder in self.builders.values():
-            builder.queues = []
-        for queue in self.queues.values():
-            self._match(queue)
-
-    def _prune_delayed(self) -> None:
-        heap = self.delayed
-        while heap:
-            until, _, step = heap[0]
-            if step.state is _READY and step.not_before == until:
-                return
-            heappop(heap)
+        self.ready.put(step)
 
     def _admitted(self, fact: f.BuilderAdmitted) -> None:
         spec = fact.builder
@@ -606,7 +408,7 @@ class FarmState:
         changed = builder.spec != spec
         builder.spec = spec
         if changed:
-            self._rematch()
+            self.ready.rematch()
         self._heard(builder, fact.capacity, fact.at, fact.missing)
 
     def _refreshed(self, fact: f.BuilderRefreshed) -> None:
@@ -635,7 +437,51 @@ class FarmState:
             self.silent[fact.builder] = builder.spec
             if len(self.silent) > self.silent_limit:
                 del self.silent[next(iter(self.silent))]
-        self._rematch()
+        self.ready.rematch()
+
+    # A snapshot: facts that set what many facts before have led to. `snapshot.tell_all` says them.
+
+    def _step_restored(self, fact: f.StepRestored) -> None:
+        if fact.step in self.steps:
+            raise ImpossibleError(f"{fact.step} is restored and known already")
+        step = Step(fact.step, fact.recipes, fact.sequence, fact.state)
+        self.steps[fact.step] = step
+        step.depth, step.born, step.attempt, step.done_at = fact.depth, fact.born, fact.attempt, fact.done_at
+        step.roots = fact.roots
+        past = fact.past
+        if past is not None:
+            step.active, step.ended, step.failed_at = past.active, past.ended, past.failed_at
+            step.builder, step.evidence = past.builder, past.evidence
+            step.failure, step.cause = past.failure, past.cause
+            step.tried, step.strikes = frozenset(past.tried), past.strikes
+            step.faults, step.returns = past.faults, past.returns
+            step.avoid, step.not_before = past.avoid, past.not_before
+        if fact.dependents:
+            self._unlinked.append((step, fact.dependents))
+
+    def _builder_restored(self, fact: f.BuilderRestored) -> None:
+        builder = self.builders[fact.builder] = Builder(fact.builder, fact.heard)
+        builder.leases = {key: self.steps[key] for key in fact.leases}
+
+    def _restored(self, fact: f.FarmRestored) -> None:
+        """Link what the restored steps say of each other, and index the ready ones."""
+        if len(self.steps) != fact.steps:
+            raise ImpossibleError(f"a snapshot of {fact.steps} steps has brought {len(self.steps)}")
+        self.life, self.known = fact.life, fact.known
+        by_sequence = {step.sequence: step for step in self.steps.values()}
+        for step, dependents in self._unlinked:
+            step.dependents = dict.fromkeys([by_sequence[sequence] for sequence in dependents])
+        self._unlinked = []
+        for step in self.steps.values():
+            if not step.wanted or step.state is _DONE or step.state in LAPSED:
+                continue
+            step.needs = self.needs_of(step)
+            step.engaged = True
+            for need in step.needs:
+                if need.state is not _DONE:
+                    step.unmet += 1
+            if step.state is _READY:
+                self.ready.put(step)
 
     def _resumed(self, fact: f.FarmResumed) -> None:
         for builder in tuple(self.builders.values()):
@@ -645,15 +491,6 @@ class FarmState:
             builder.heard = fact.at
             for step in builder.leases.values():
                 step.asked_at = fact.at
-
-
-def _prune(queue: Queue) -> None:
-    heap = queue.heap
-    while heap:
-        rank, _, step = heap[0]
-        if step.queue is queue and step.rank == -rank:
-            return
-        heappop(heap)
 
 
 def is_lapsed(step: Step) -> bool:

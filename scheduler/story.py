@@ -15,7 +15,7 @@ STORY_FACTS = 1000
 _NAMED = 8
 
 
-def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911  one arm per kind of fact
+def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911, PLR0912  one arm per kind of fact
     """Return the keys a fact is about: steps, builders, submissions. Members of a submission are not listed."""
     match fact:
         case f.StepLeased() | f.LeaseRevoked() | f.StepBuilt():
@@ -44,7 +44,13 @@ def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911  one arm p
             return (fact.builder.id,)
         case f.BuilderRefreshed() | f.BuilderRemoved():
             return (fact.builder,)
-        case f.FarmResumed():
+        case f.StepRestored():
+            return (fact.step,)
+        case f.SubmissionRestored():
+            return (fact.submission,)
+        case f.BuilderRestored():
+            return (fact.builder,)
+        case f.FarmResumed() | f.FarmRestored():
             return ()
         case _:
             assert_never(fact)
@@ -105,6 +111,14 @@ def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fac
             return f"builder {fact.builder} removed: {fact.reason}"
         case f.FarmResumed():
             return "farm resumed"
+        case f.StepRestored():
+            return f"{fact.step}@{fact.attempt} restored, {fact.state.value}"
+        case f.SubmissionRestored():
+            return f"submission {fact.submission} restored: wants {_some(fact.roots)}"
+        case f.BuilderRestored():
+            return f"builder {fact.builder} restored with {len(fact.leases)} leases"
+        case f.FarmRestored():
+            return f"farm restored with {fact.steps} steps"
         case _:
             assert_never(fact)
 

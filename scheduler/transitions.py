@@ -8,31 +8,9 @@ runs only once a submission stands on it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import StrEnum
 
 from scheduler import facts as f
-
-
-class StepState(StrEnum):
-    """Where a step is. The last four are finished: nothing happens until a submission asks again."""
-
-    #: A need is not done, or nobody wants the step yet.
-    WAITING = "waiting"
-    #: Every need is done and somebody wants it; may still be backing off.
-    READY = "ready"
-    #: A builder has the right to build it.
-    LEASED = "leased"
-    #: Outputs are uploaded and being verified and signed; the builder's slot is free again.
-    PUBLISHING = "publishing"
-    #: Anyone can fetch the result.
-    DONE = "done"
-    #: Its own recipes failed, or its attempts are spent.
-    FAILED = "failed"
-    #: A step below failed.
-    DOOMED = "doomed"
-    #: Nobody wants it any more.
-    ABANDONED = "abandoned"
-
+from scheduler.model import StepState
 
 _S = StepState
 

@@ -20,8 +20,9 @@ from coordinator.errors import BadRequestError, NotFoundError
 from coordinator.http.sse import WatchStreams
 from coordinator.intake import Intake
 from coordinator.logs import LogStore
+from coordinator.rows import StepRow
 from coordinator.schema import FarmView, IntakeQuery, StepStatus, SubmitRequest
-from coordinator.views import StepRow, Views
+from coordinator.views import Views
 
 #: Bytes read from a request's body at one time.
 READ_BYTES = 256 * 1024

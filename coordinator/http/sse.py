@@ -14,8 +14,9 @@ import orjson
 from aiohttp import web
 
 from coordinator.errors import UnavailableError
+from coordinator.rows import SubmissionRow
 from coordinator.schema import WatchEvent
-from coordinator.views import SubmissionRow, Views
+from coordinator.views import Views
 
 #: Seconds between two writes of one stream, and of silence before a comment.
 PAUSE_S = 0.2

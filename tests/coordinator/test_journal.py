@@ -7,6 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,9 @@ def _values(kind: Any) -> st.SearchStrategy[Any]:
     }
     if kind in plain:
         return plain[kind]
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        some, _none = typing.get_args(kind)
+        return st.none() | _values(some)
     if typing.get_origin(kind) is tuple:
         return st.lists(_values(typing.get_args(kind)[0]), max_size=3).map(tuple)
     if typing.get_origin(kind) is frozenset:

@@ -9,7 +9,14 @@ from collections.abc import Callable, Mapping
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.codec import Evidence, decode_facts, encode_evidence, encode_facts
+from coordinator.codec import (
+    Evidence,
+    decode_facts,
+    decode_records,
+    encode_evidence,
+    encode_facts,
+    encode_records,
+)
 from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState
 from coordinator.views import WATCH_PENDING, Views
 from scheduler.events import (
@@ -268,13 +275,17 @@ def _recounted(driven: Driven, name: SubmissionId) -> Counter[str]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(_EVENTS)
-def test_incremental_counts_equal_a_naive_recount_and_a_replay_gives_the_same_views(
-    script: list[tuple[str, int]],
+@given(_EVENTS, st.integers(0, 59))
+def test_incremental_counts_equal_a_naive_recount_and_a_replay_or_a_snapshot_gives_the_same_views(
+    script: list[tuple[str, int]], cut: int
 ) -> None:
     driven = Driven()
     driven.join("b0")
-    for what, number in script:
+    snapshot, beyond = (encode_facts(driven.farm.snapshot()), encode_records(driven.views.records())), 0
+    for at, (what, number) in enumerate(script):
+        if at == cut:
+            snapshot = encode_facts(driven.farm.snapshot()), encode_records(driven.views.records())
+            beyond = len(driven.frames)
         _one(driven, what, number)
         for name, row in driven.views._submissions.items():
             view = driven.views.submission_view(row)
@@ -287,18 +298,22 @@ def test_incremental_counts_equal_a_naive_recount_and_a_replay_gives_the_same_vi
                 assert +by_state == _recounted(driven, name)
                 assert not driven.farm.ended(name)
 
-    replayed = Views(Silent())
-    for frame in driven.frames:
-        for fact in decode_facts(frame):
-            # One fact at a time: frames may split a batch anywhere.
-            replayed.fold([fact], settle=False)
-    replayed.settle()
-    assert [view.model_dump() for view in replayed.submissions()] == [
-        view.model_dump() for view in driven.views.submissions()
-    ]
-    for key in driven.views.step_keys():
-        live, again = driven.views.step_view(driven.views.step(key)), replayed.step_view(replayed.step(key))
-        assert live.model_copy(update={"stage": "", "phase": ""}) == again.model_copy(update={"stage": "", "phase": ""})
+    replayed, restored = Views(Silent()), Views(Silent())
+    restored.fold(decode_facts(snapshot[0]), settle=False)
+    restored.restore(decode_records(snapshot[1]))
+    for views, frames in ((replayed, driven.frames), (restored, driven.frames[beyond:])):
+        for frame in frames:
+            for fact in decode_facts(frame):
+                # One fact at a time: frames may split a batch anywhere.
+                views.fold([fact], settle=False)
+        views.settle()
+        assert [view.model_dump() for view in views.submissions()] == [
+            view.model_dump() for view in driven.views.submissions()
+        ]
+        for key in driven.views.step_keys():
+            live, again = driven.views.step_view(driven.views.step(key)), views.step_view(views.step(key))
+            said = {"stage": "", "phase": ""}
+            assert live.model_copy(update=said) == again.model_copy(update=said)
 
 
 def test_a_large_submission_costs_a_bounded_number_of_operations_for_each_finished_step() -> None:

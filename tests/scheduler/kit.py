@@ -21,11 +21,11 @@ from scheduler.model import (
     Requirements,
     StepKey,
     StepSpec,
+    StepState,
     SubmissionId,
 )
 from scheduler.policy import Limits
 from scheduler.story import tell, tell_effect
-from scheduler.transitions import StepState
 
 LINUX = "linux"
 

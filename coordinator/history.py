@@ -1,0 +1,81 @@
+"""The read model's part of a snapshot: what it knows of steps and submissions and the core's facts do not tell.
+
+A snapshot is the facts of `Farm.snapshot` and the records of `tell_history`. To start from it, fold the facts into the
+views as any others, then give the records to `take_history`, then fold what the journal holds beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+
+from coordinator.codec import Record, StepRecord, SubmissionRecord
+from coordinator.rows import StepRow, SubmissionRow, enter
+from coordinator.schema import StepStatus
+from scheduler.model import StepKey, SubmissionId
+
+
+def tell_history(
+    steps: Mapping[StepKey, StepRow], submissions: Mapping[SubmissionId, SubmissionRow]
+) -> Iterator[Record]:
+    """Yield what rebuilds these rows once the steps are restored from facts. They must not change meanwhile."""
+    for row in steps.values():
+        if row.started_at or row.ended_at or row.uploaded_bytes or row.trouble:
+            yield StepRecord(row.key, row.builder, row.started_at, row.ended_at, row.uploaded_bytes, row.trouble)
+    for sub in submissions.values():
+        yield SubmissionRecord(
+            submission=sub.id,
+            created_at=sub.created_at,
+            roots=tuple(sorted(sub.roots)),
+            members=tuple(sub.members),
+            apart=() if sub.ended else tuple([key for key in sub.members if sub not in steps[key].submissions]),
+            held=sub.held,
+            joined=sub.joined,
+            counts=tuple((state.value, count) for state, count in sub.counts.items() if count),
+            failed=tuple(sub.failed),
+            done_roots=sub.done_roots,
+            uploaded_bytes=sub.uploaded_bytes,
+            withdrawn=sub.withdrawn,
+            touched_at=sub.touched_at,
+            ended=sub.ended,
+        )
+
+
+def take_history(
+    records: Iterable[Record],
+    steps: Mapping[StepKey, StepRow],
+    submissions: MutableMapping[SubmissionId, SubmissionRow],
+) -> None:
+    """Take records in, in order; all steps that they name are known by now."""
+    for record in records:
+        if isinstance(record, StepRecord):
+            row = steps[record.step]
+            row.builder, row.started_at, row.ended_at = record.builder, record.started_at, record.ended_at
+            row.uploaded_bytes, row.trouble = record.uploaded_bytes, record.trouble
+        else:
+            submissions[record.submission] = _submission(record, steps)
+
+
+def _submission(record: SubmissionRecord, steps: Mapping[StepKey, StepRow]) -> SubmissionRow:
+    sub = SubmissionRow(
+        record.submission,
+        record.created_at,
+        frozenset(record.roots),
+        list(record.members),
+        held=record.held,
+        joined=record.joined,
+        done_roots=record.done_roots,
+        uploaded_bytes=record.uploaded_bytes,
+        withdrawn=record.withdrawn,
+        touched_at=record.touched_at,
+        ended=record.ended,
+    )
+    if sub.ended:
+        sub.counts.update((StepStatus(state), count) for state, count in record.counts)
+        sub.failed.update((key, steps[key]) for key in record.failed if key in steps)
+        return sub
+    apart = frozenset(record.apart)
+    for key in sub.members:
+        if key not in apart:
+            steps[key].submissions.append(sub)
+            enter(sub, steps[key])
+    return sub

@@ -1,0 +1,179 @@
+"""The mutable records of the state: a step, a queue of ready steps, a builder. Read by all, written by `evolve` alone.
+
+Slots, shared empty values and no back-references that are not needed: a farm knows hundreds of thousands of steps.
+"""
+
+from __future__ import annotations
+
+from scheduler.model import (
+    NO_INSTANT,
+    BuilderId,
+    BuilderSpec,
+    Failure,
+    FailureKind,
+    ImpossibleError,
+    Instant,
+    LeaseId,
+    Recipe,
+    Requirements,
+    StepKey,
+    StepState,
+    SubmissionId,
+)
+
+NOBODY = BuilderId("")
+#: Stands for the dependents of every step that has none; nothing is ever put in here.
+NO_DEPENDENTS: dict[Step, None] = {}
+
+
+class Step:
+    """One step. Read by everyone, written by `evolve` alone."""
+
+    __slots__ = (
+        "active",
+        "asked_at",
+        "attempt",
+        "avoid",
+        "born",
+        "builder",
+        "cause",
+        "dependents",
+        "depth",
+        "done_at",
+        "ended",
+        "engaged",
+        "evidence",
+        "failed_at",
+        "failure",
+        "faults",
+        "home",
+        "key",
+        "needs",
+        "not_before",
+        "queue",
+        "rank",
+        "recipes",
+        "resends",
+        "returns",
+        "roots",
+        "sequence",
+        "state",
+        "strikes",
+        "tried",
+        "unmet",
+    )
+
+    def __init__(self, key: StepKey, recipes: tuple[Recipe, ...], sequence: int, state: StepState) -> None:
+        self.key = key
+        #: Grows only; empty only for a step that entered as held.
+        self.recipes = recipes
+        #: Order of becoming known: the last tie-break, the same after replay.
+        self.sequence = sequence
+        self.state = state
+        #: Index of the recipe in use.
+        self.active = 0
+        #: Recipes proven failing in this life, never in use again before the next.
+        self.tried: frozenset[int] = frozenset()
+        #: Leases ever granted; the attempt of the open lease where there is one. Never falls.
+        self.attempt = 0
+        #: Infrastructure failures of the recipe in use, and returned leases, of this life.
+        self.faults = 0
+        self.returns = 0
+        #: The kinds of those of `faults` that have a budget of their own.
+        self.strikes: tuple[FailureKind, ...] = ()
+        #: Values of the state's `life` counter when this life began and when it lapsed.
+        self.born = 0
+        self.ended = 0
+        #: When the result was last seen to be there.
+        self.done_at = NO_INSTANT
+        #: Live submissions that have this step as a root; empty once the step is finished.
+        self.roots: tuple[SubmissionId, ...] = ()
+        #: The steps that engage this one; a dict for its order.
+        self.dependents = NO_DEPENDENTS
+        #: True exactly while wanted and unfinished, orphans of a running `handle` aside.
+        self.engaged = False
+        #: The needs of the recipe in use, without repeats, while engaged; else empty.
+        self.needs: tuple[Step, ...] = ()
+        #: How many of `needs` are not done.
+        self.unmet = 0
+        #: Length of the longest path up to a root, over all engagements ever; so it may overstate, never understate.
+        self.depth = 0
+        #: The policy's rank when the step was last put in a queue.
+        self.rank = 0
+        #: The queue of its requirements where no builder is avoided, once known.
+        self.home: Queue | None = None
+        #: The queue in which it stands: set exactly while ready and not backing off.
+        self.queue: Queue | None = None
+        #: The builder that last gave this step back or lost it; others come first.
+        self.avoid = NOBODY
+        #: When not 0, the step may not be leased before; cleared by `BackOffEnded`.
+        self.not_before = NO_INSTANT
+        #: The builder of the open lease (leased or publishing), else nobody.
+        self.builder = NOBODY
+        #: When the builder was last told to start, and how often it was told again.
+        self.asked_at = NO_INSTANT
+        self.resends = 0
+        #: What the builder said of its outputs, while publishing.
+        self.evidence = b""
+        #: Why it failed (state failed), or which step's failure doomed it (state doomed).
+        self.failure: Failure | None = None
+        #: When it last failed.
+        self.failed_at = NO_INSTANT
+        self.cause: StepKey | None = None
+
+    def __repr__(self) -> str:
+        return f"<Step {self.key} {self.state.value} attempt {self.attempt}>"
+
+    @property
+    def lease(self) -> LeaseId:
+        """The last lease granted."""
+        return LeaseId(self.key, self.attempt)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a live submission stands on this step."""
+        return bool(self.roots or self.dependents)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe in use. Raises `ImpossibleError` for a step that only ever was held."""
+        if not self.recipes:
+            raise ImpossibleError(f"{self.key} has no recipe")
+        return self.recipes[self.active]
+
+
+class Queue:
+    """Ready steps that the same builders can take: one class of requirements, one avoided builder or none."""
+
+    __slots__ = ("avoid", "builders", "heap", "requirements")
+
+    def __init__(self, requirements: Requirements, avoid: BuilderId) -> None:
+        self.requirements = requirements
+        self.avoid = avoid
+        #: (-rank, sequence, step), the first always live; stale ones below are dropped when they come up.
+        self.heap: list[tuple[int, int, Step]] = []
+        #: Builders that may take these steps; the avoided one only where there is no other.
+        self.builders: dict[BuilderId, Builder] = {}
+
+
+class Builder:
+    """One builder, or only the name of one that a replayed lease mentions (`spec` is None until it joins)."""
+
+    __slots__ = ("capacity", "heard", "id", "leases", "queues", "spec")
+
+    def __init__(self, id_: BuilderId, heard: Instant) -> None:
+        self.id = id_
+        self.spec: BuilderSpec | None = None
+        #: Leases it is willing to hold in all; may fall below what it holds.
+        self.capacity = 0
+        #: Steps leased to it, not those publishing.
+        self.leases: dict[StepKey, Step] = {}
+        #: Its last sign of life.
+        self.heard = heard
+        #: The queues in whose `builders` it stands.
+        self.queues: list[Queue] = []
+
+    @property
+    def free(self) -> int:
+        """Leases it would still take; may be negative."""
+        return self.capacity - len(self.leases)

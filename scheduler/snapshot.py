@@ -1,0 +1,61 @@
+"""A state as few facts as there are steps: what a journal may begin with instead of all that led there.
+
+Replaying them gives the same durable state, so that whatever happens afterwards has the same answer. `evolve` stays
+the only mutator. Not told: what builders said of themselves, and that back-offs have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from scheduler import facts as f
+from scheduler.model import StepState
+from scheduler.records import Step
+from scheduler.state import FarmState
+
+#: States in which a step that never failed and never was handed back has nothing more to tell.
+_PLAIN = (StepState.WAITING, StepState.READY, StepState.DONE)
+
+
+def tell_all(state: FarmState) -> Iterator[f.Fact]:
+    """Yield the facts that rebuild `state`, which must not change meanwhile."""
+    for step in state.steps.values():
+        yield f.StepRestored(
+            step.key,
+            step.recipes,
+            step.sequence,
+            step.state,
+            step.depth,
+            step.born,
+            step.attempt,
+            step.done_at,
+            tuple([dependent.sequence for dependent in step.dependents]) if step.dependents else (),
+            step.roots,
+            _past(step),
+        )
+    for submission, roots in state.submissions.items():
+        yield f.SubmissionRestored(submission, tuple([root.key for root in roots]))
+    for builder in state.builders.values():
+        if builder.leases:
+            yield f.BuilderRestored(builder.id, builder.heard, tuple(builder.leases))
+    yield f.FarmRestored(len(state.steps), state.known, state.life)
+
+
+def _past(step: Step) -> f.StepPast | None:
+    if step.state in _PLAIN and not (step.active or step.ended or step.tried or step.avoid or step.not_before):
+        return None
+    return f.StepPast(
+        active=step.active,
+        ended=step.ended,
+        failed_at=step.failed_at,
+        builder=step.builder,
+        evidence=step.evidence,
+        failure=step.failure,
+        cause=step.cause,
+        tried=tuple(sorted(step.tried)),
+        faults=step.faults,
+        returns=step.returns,
+        strikes=step.strikes,
+        avoid=step.avoid,
+        not_before=step.not_before,
+    )
