@@ -65,6 +65,11 @@ class CacheAccess:
         """Whether everybody may read."""
         return not self._readers
 
+    @property
+    def writable(self) -> bool:
+        """Whether anybody may write."""
+        return bool(self._writers)
+
     def may_read(self, request: web.BaseRequest) -> bool:
         """Tell whether the request may be answered at all."""
         return self.public or told_token(request.headers) in self._readers

@@ -2,8 +2,9 @@
 
     GET  PREFIX/nix-cache-info
     GET  PREFIX/<hash>.narinfo            rendered and signed when published
-    GET  PREFIX/nar/<file hash>.nar.zst   whole files: ranges, resume, strong caching
+    GET  PREFIX/nar/<hash>.nar[.zst …]    whole files: ranges, resume, strong caching
     GET  PREFIX/log/<derivation>          what the build printed
+    PUT  PREFIX/…                         for writers: `coordinator.http.puts`
     POST PREFIX/narinfos                  {"paths": [base name], "closure": bool} -> {"narinfos": [text], "missing": []}
 
 A private cache answers 401 to whoever has no token (`coordinator.http.access`). HEAD is answered wherever GET is, and
@@ -26,11 +27,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coordinator.caches import OpenCache
 from coordinator.http.access import challenge
+from coordinator.http.puts import CachePuts, log_key
 from coordinator.schema import ErrorBody, ErrorView
 from infra.cache.cache import MAX_CLOSURE
 from infra.cache.errors import CacheError, ClosureTooLargeError, ObjectStoreError
 from infra.nix.errors import FormatError
-from infra.nix.store_path import parse_base_name
 
 _log = logging.getLogger(__name__)
 
@@ -68,10 +69,12 @@ def add_cache_routes(app: web.Application, served: OpenCache, *, log_for: LogFor
 
     get("nix-cache-info", routes.cache_info)
     get("{hash_part:[0-9a-df-np-sv-z]{32}}.narinfo", routes.narinfo)
-    get("nar/{file_hash:[0-9a-df-np-sv-z]{52}}.nar.zst", routes.nar)
+    get("nar/{file:[0-9a-df-np-sv-z]{52}(-[0-9a-z]+)?[.]nar([.](zst|xz|bz2))?}", routes.nar)
     get("log/{derivation}", routes.log)
     app.router.add_post(f"{prefix}/narinfos", routes.for_readers(routes.narinfos))
     get("{anything:.*}", routes.nothing)
+    if routes.puts is not None:
+        routes.puts.add_to(app.router)
 
 
 class CacheRoutes:
@@ -81,6 +84,8 @@ class CacheRoutes:
         self._served = served
         self._cache = served.cache
         self._log_for = log_for
+        #: None where nobody may write.
+        self.puts = CachePuts(served) if served.access.writable else None
 
     def for_readers(self, handler: Handler) -> Handler:
         """Return `handler`, for those only who may read."""
@@ -112,9 +117,11 @@ class CacheRoutes:
 
     async def nar(self, request: web.Request) -> web.StreamResponse:
         """Send a NAR's object, or a range of it; from a directory the kernel copies it (sendfile)."""
-        key = f"nar/{request.match_info['file_hash']}.nar.zst"
+        key = f"nar/{request.match_info['file']}"
         try:
             size = await self._cache.object_size(key)
+            if size is None and self.puts is not None and self._served.access.may_write(request):
+                size = await self.puts.recent.size(key)
             if size is None:
                 return _not_found()
             path = self._cache.objects.local_path(key)
@@ -127,14 +134,24 @@ class CacheRoutes:
     async def log(self, request: web.Request) -> web.StreamResponse:
         """Send a build's log; a log that is still written is sent as far as it goes."""
         name = request.match_info["derivation"]
-        chunks = self._log_for(name) if self._log_for is not None and _is_derivation(name) else None
-        if chunks is None:
+        try:
+            uploaded = log_key(name)
+        except FormatError:
             return _not_found()
-        response = web.StreamResponse(headers=_LOG_HEADERS)
+        chunks = self._log_for(name) if self._log_for is not None else None
+        try:
+            if chunks is None and await self._cache.objects.head(uploaded) is None:
+                return _not_found()
+        except CacheError as error:
+            return _unavailable(error)
+        response = web.StreamResponse(headers=self._headers(_LOG_HEADERS))
         await response.prepare(request)
         if request.method != "HEAD":
-            async for chunk in chunks:
-                await response.write(chunk)
+            try:
+                async for chunk in chunks or self._cache.objects.get_stream(uploaded):
+                    await response.write(chunk)
+            except ObjectStoreError as error:
+                _cut(request, error)
         await response.write_eof()
         return response
 
@@ -177,7 +194,7 @@ class CacheRoutes:
         partial = "Range" in request.headers
         response = web.StreamResponse(status=206 if partial else 200, headers=self._headers(_NAR_HEADERS))
         response.content_length = stop - start
-        response.etag = request.match_info["file_hash"]
+        response.etag = request.match_info["file"]
         if partial:
             response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         if request.method == "HEAD":
@@ -235,13 +252,6 @@ async def _bounded_body(request: web.Request) -> bytes | None:
         if len(body) > MAX_QUESTION_BYTES:
             return None
     return bytes(body)
-
-
-def _is_derivation(name: str) -> bool:
-    try:
-        return parse_base_name(name).is_derivation
-    except FormatError:
-        return False
 
 
 def _not_found() -> web.Response:

@@ -1,0 +1,307 @@
+"""Uploads by `nix copy --to http://HOST/cache[/NAME]` (design page "binary cache", 2.2), for holders of a writer token.
+
+    PUT PREFIX/nar/<file hash>.nar[.zst …]     hashed while it comes; stored if it has the hash in its name
+    PUT PREFIX/<hash>.narinfo                  a claim: the object is read back whole, verified, signed by us, shown
+    PUT PREFIX/log/<derivation>                kept beside the cache, bounded, for `nix log`
+    PUT PREFIX/<hash>.ls, PREFIX/debuginfo/…   taken and dropped: nobody vouches for them
+    PUT PREFIX/nix-cache-info                  taken if it names our store directory
+
+Nix retries a 5xx or 429 with an empty body and the old Content-Length (2.8), and then hangs. So: whoever has no token,
+is too large or finds no room is refused before `100 Continue`; after that every refusal is a 4xx that Nix does not
+retry, with one sentence. A body that ends early or falls silent leaves nothing.
+
+HEAD (and GET) of an object tells its writers that it is there from the moment it is whole, so that a second run need
+not send it again: `RecentUploads`, which claims only what this process stored and still finds in the store.
+
+A client's signatures are not kept: trust in what this cache says comes from its own keys. Nix before 2.32 sends no
+Content-Encoding; later ones only if told to, and then gzip is decoded and others are refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Final
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from coordinator.caches import OpenCache
+from coordinator.http.access import challenge
+from infra.cache import AlreadyPublished, Candidate, Conflict, ObjectStore, Published, PublishOutcome
+from infra.cache.candidates import MAX_NAR_BYTES
+from infra.cache.errors import CacheError
+from infra.cache.objects import INCOMING
+from infra.cache.spool import WrongBytesError, spool_object
+from infra.nix import narinfo as narinfo_format
+from infra.nix.errors import FormatError
+from infra.nix.store_path import parse_base_name
+
+_log = logging.getLogger(__name__)
+
+#: Bodies that are taken at one time; further ones wait before `100 Continue`.
+MAX_UPLOADS: Final = 32
+#: A body that is silent for so long is given up.
+SILENCE_S: Final = 30.0
+#: A narinfo with MAX_REFERENCES references.
+MAX_NARINFO_BYTES: Final = 8 * 1024 * 1024
+MAX_CACHE_INFO_BYTES: Final = 4096
+#: What is taken and dropped.
+MAX_DROPPED_BYTES: Final = 256 * 1024 * 1024
+MAX_LOG_BYTES: Final = 64 * 1024 * 1024
+#: Objects whose upload is remembered.
+RECENT_UPLOADS: Final = 10_000
+#: Room that stays free in a directory store.
+RESERVE_BYTES: Final = 64 * 1024 * 1024
+
+_NAR_KEY: Final = re.compile(r"nar/(?P<hash>[0-9a-df-np-sv-z]{52})\.nar(?:\.(?:zst|xz|bz2))?")
+
+
+class UploadRefusedError(Exception):
+    """A request is refused: the answer's status, which is never one that Nix retries, and one sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class RecentUploads:
+    """Objects that were stored whole by this process, not published yet perhaps, at most RECENT_UPLOADS."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+
+    def add(self, key: str, size_bytes: int) -> None:
+        """Note an object."""
+        self._sizes[key] = size_bytes
+        self._sizes.move_to_end(key)
+        if len(self._sizes) > RECENT_UPLOADS:
+            self._sizes.popitem(last=False)
+
+    async def size(self, key: str) -> int | None:
+        """Return the size of a noted object that is still there, None for every other. Raises `ObjectStoreError`."""
+        size = self._sizes.get(key)
+        if size is not None and await self._store.head(key) != size:
+            del self._sizes[key]
+            return None
+        return size
+
+
+def log_key(derivation: str) -> str:
+    """Return where the uploaded log of a derivation (base name) lies. Raises `FormatError` for any other text."""
+    parsed = parse_base_name(derivation)
+    if not parsed.is_derivation:
+        raise FormatError("not a derivation", offset=0, what="store path")
+    # Names may hold characters that keys may not; the hash part alone says which derivation it is.
+    return f"log/{parsed.hash_part}"
+
+
+class CachePuts:
+    """The handlers of one cache that has writers."""
+
+    def __init__(self, served: OpenCache) -> None:
+        self._served = served
+        self._cache = served.cache
+        self.recent = RecentUploads(served.cache.objects)
+        self._slots = asyncio.Semaphore(MAX_UPLOADS)
+
+    def add_to(self, router: web.UrlDispatcher) -> None:
+        """Add the routes."""
+        routes: dict[str, Handler] = {
+            "nix-cache-info": self.cache_info,
+            "{hash_part:[0-9a-df-np-sv-z]{32}}.narinfo": self.narinfo,
+            "nar/{file}": self.nar,
+            "log/{derivation}": self.log,
+            "{hash_part:[0-9a-df-np-sv-z]{32}}.ls": self.drop,
+            "debuginfo/{build_id}": self.drop,
+        }
+        for address, handler in routes.items():
+            router.add_put(f"{self._served.prefix}/{address}", self._guarded(handler), expect_handler=_not_yet)
+
+    async def nar(self, request: web.Request) -> web.StreamResponse:
+        """Store an object."""
+        key = f"nar/{request.match_info['file']}"
+        named = _NAR_KEY.fullmatch(key)
+        if named is None:
+            raise UploadRefusedError(
+                400, "an object is called nar/<hash of its bytes>.nar, .nar.zst, .nar.xz or .nar.bz2"
+            )
+        if "Content-Encoding" in request.headers:
+            raise UploadRefusedError(415, "a NAR is sent as it is stored, without Content-Encoding")
+        size = _length(request, MAX_NAR_BYTES)
+        if size == 0:
+            raise UploadRefusedError(400, "an object cannot be empty")
+        await asyncio.to_thread(self._find_room, size)
+        async with self._slots, aclosing(_body(request, size, size)) as chunks:
+            await spool_object(self._cache.objects, key, f"sha256:{named['hash']}", size, chunks)
+        self.recent.add(key, size)
+        self._cache.counters.uploaded_bytes += size
+        return _done()
+
+    async def narinfo(self, request: web.Request) -> web.StreamResponse:
+        """Publish a path."""
+        text = await self._whole(request, MAX_NARINFO_BYTES)
+        try:
+            claim = await self._claim(narinfo_format.parse(text, self._cache.store_dir))
+        except FormatError as error:
+            raise UploadRefusedError(400, f"the narinfo cannot be read: {error}") from None
+        if claim.hash_part != request.match_info["hash_part"]:
+            raise UploadRefusedError(400, f"the narinfo is that of {claim.store_path}, not of the path in the address")
+        (outcome,) = await self._cache.publish([claim])
+        return _answer(outcome)
+
+    async def log(self, request: web.Request) -> web.StreamResponse:
+        """Keep a build's log; a later one replaces it."""
+        try:
+            key = log_key(request.match_info["derivation"])
+        except FormatError as error:
+            raise UploadRefusedError(400, f"that is not the name of a derivation: {error}") from None
+        size = _length(request, MAX_LOG_BYTES)
+        async with self._slots, aclosing(_body(request, size, MAX_LOG_BYTES)) as chunks:
+            # A log that was cut must not replace one that is whole, and a stream that raises leaves nothing.
+            await self._cache.objects.put_stream(key, chunks)
+        return _done()
+
+    async def cache_info(self, request: web.Request) -> web.StreamResponse:
+        """Take what says the same as we do: a client may send what it thinks is missing."""
+        text = await self._whole(request, MAX_CACHE_INFO_BYTES)
+        ours = self._cache.store_dir.path
+        told = [line.partition(b":")[2].strip() for line in text.splitlines() if line.startswith(b"StoreDir:")]
+        if told != [ours.encode()]:
+            raise UploadRefusedError(409, f"this cache is for the store directory {ours}; it cannot be changed")
+        return _done()
+
+    async def drop(self, request: web.Request) -> web.StreamResponse:
+        """Take a body and forget it."""
+        size = _length(request, MAX_DROPPED_BYTES)
+        async with self._slots, aclosing(_body(request, size, MAX_DROPPED_BYTES)) as chunks:
+            async for _ in chunks:
+                pass
+        return _done()
+
+    def _guarded(self, handler: Handler) -> Handler:
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            if not self._served.access.may_write(request):
+                answer: web.StreamResponse = challenge(self._served.name)
+            else:
+                answer = await self._taken(handler, request)
+            if answer.status >= 400:
+                # The client may be in the middle of its body: what it sends next on this connection means nothing.
+                answer.force_close()
+            return answer
+
+        return guarded
+
+    async def _taken(self, handler: Handler, request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except UploadRefusedError as error:
+            return _refusal(error.status, str(error))
+        except WrongBytesError as error:
+            return _refusal(400, str(error))
+        except CacheError as error:
+            _log.warning("an upload to the cache %s failed: %s", self._served.name, error)
+            return _refusal(424, f"the cache could not store it: {error}")
+
+    async def _whole(self, request: web.Request, limit: int) -> bytes:
+        size = _length(request, limit)
+        async with self._slots, aclosing(_body(request, size, limit)) as chunks:
+            data = bytearray()
+            async for chunk in chunks:
+                data += chunk
+            return bytes(data)
+
+    async def _claim(self, told: narinfo_format.NarInfo) -> Candidate:
+        """Return what a client's narinfo claims; sizes and hashes of the object that it omits are looked up."""
+        named = _NAR_KEY.fullmatch(told.url)
+        if named is None:
+            raise UploadRefusedError(400, f"URL must be the object that was uploaded before, not {told.url[:80]!r}")
+        return Candidate(
+            store_path=told.store_path,
+            nar_hash=told.nar_hash,
+            nar_size=told.nar_size,
+            references=told.references,
+            url=told.url,
+            compression=told.compression,
+            file_hash=told.file_hash or f"sha256:{named['hash']}",
+            file_size=told.file_size or await self._cache.objects.head(told.url) or 0,
+            deriver=told.deriver,
+            ca=told.ca,
+        )
+
+    def _find_room(self, size: int) -> None:
+        """Refuse what a directory store certainly has no room for; blocks."""
+        directory = self._cache.objects.local_path(INCOMING)
+        if directory is None:
+            return
+        while not directory.exists():
+            directory = directory.parent
+        if shutil.disk_usage(directory).free < size + RESERVE_BYTES:
+            raise UploadRefusedError(413, "the cache's disk has no room for it")
+
+
+async def _not_yet(_request: web.Request) -> None:
+    """Let the handler say `100 Continue`, once it has looked at the request."""
+
+
+def _length(request: web.Request, limit: int) -> int:
+    size = request.content_length
+    if size is None:
+        raise UploadRefusedError(411, "the request must say its Content-Length")
+    if size > limit:
+        raise UploadRefusedError(413, f"{size} bytes are too many; the limit is {limit}")
+    return size
+
+
+async def _body(request: web.Request, size: int, limit: int) -> AsyncGenerator[bytes, None]:
+    """Ask for the body and yield it.
+
+    Raises `UploadRefusedError` if it ends before `size`, falls silent, or unpacks (gzip) to more than `limit`.
+    """
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # aiohttp counts what was written to tell whether an answer has begun.
+        request.writer.output_size = 0
+    encoded = "Content-Encoding" in request.headers
+    taken = 0
+    try:
+        while True:
+            async with asyncio.timeout(SILENCE_S):
+                chunk = await request.content.readany()
+            if not chunk:
+                break
+            taken += len(chunk)
+            if taken > limit:
+                raise UploadRefusedError(413, f"it unpacks to more than {limit} bytes")
+            yield chunk
+    except TimeoutError:
+        raise UploadRefusedError(400, f"nothing came for {SILENCE_S:.0f} s; what came before is thrown away") from None
+    except (ConnectionError, web.RequestPayloadError):
+        raise UploadRefusedError(400, "the body ended early; what came is thrown away") from None
+    if taken != size and not encoded:
+        raise UploadRefusedError(400, f"{taken} bytes came, {size} were announced; they are thrown away")
+
+
+def _answer(outcome: PublishOutcome) -> web.StreamResponse:
+    match outcome:
+        case Published() | AlreadyPublished():
+            return _done()
+        case Conflict():
+            sentence = f"{outcome.store_path} was published with other bits (NAR {outcome.published_nar_hash})"
+            return _refusal(409, f"{sentence}; the first stays, this one ({outcome.offered_nar_hash}) is recorded")
+        case _:
+            return _refusal(422, f"{outcome.store_path} is not published: {outcome.message}")
+
+
+def _done() -> web.Response:
+    return web.Response(status=200, text="", headers={"Cache-Control": "no-store"})
+
+
+def _refusal(status: int, sentence: str) -> web.Response:
+    return web.Response(status=status, text=f"{sentence}\n", headers={"Cache-Control": "no-store"})
