@@ -53,7 +53,8 @@ from scheduler.farm import Farm
 from workers.errors import WorkerError
 from workers.fleet import Fleet, FleetError, Sink
 from workers.protocol import FarmInfo, Lease, LeaseOrder
-from workers.ray_nodes import RayHead, RayWorkerNode, make_token_file
+from workers.ray_access import make_token_file
+from workers.ray_nodes import RayHead, RayWorkerNode
 from workers.settings import WorkerSettings
 
 #: Seconds that open requests have to end when the coordinator stops.

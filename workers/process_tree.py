@@ -33,14 +33,18 @@ def live_processes() -> dict[int, Process]:
 def _from_proc() -> dict[int, Process]:
     found: dict[int, Process] = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                # The name stands in parentheses and may hold blanks: fields are counted after it (proc(5)).
-                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-                if fields[0] not in "ZX":
-                    pid = int(entry.name)
-                    found[pid] = Process(pid, int(fields[1]), int(fields[3]), fields[19])
+        if entry.name.isdecimal() and (process := _read_stat(int(entry.name))):
+            found[process.pid] = process
     return found
+
+
+def _read_stat(pid: int) -> Process | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # The name stands in parentheses and may hold blanks: fields are counted after it (proc(5)).
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        if fields[0] not in "ZX":
+            return Process(pid, int(fields[1]), int(fields[3]), fields[19])
+    return None
 
 
 def _from_ps() -> dict[int, Process]:
@@ -55,10 +59,19 @@ def _from_ps() -> dict[int, Process]:
     return found
 
 
-def identity(pid: int) -> list[str]:
+def identity(pid: int) -> tuple[int, str]:
     """Return number and start time of a process as they can be written down; an empty time where it is gone."""
-    process = live_processes().get(pid)
-    return [str(pid), process.started if process else ""]
+    return pid, _started(pid)
+
+
+def is_alive(pid: int, started: str) -> bool:
+    """Whether the process of this identity lives."""
+    return bool(started) and _started(pid) == started
+
+
+def _started(pid: int) -> str:
+    found = _read_stat(pid) if sys.platform == "linux" else live_processes().get(pid)
+    return found.started if found else ""
 
 
 def process_tree(root: int) -> set[Process]:

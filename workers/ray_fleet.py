@@ -29,16 +29,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from workers.fleet import FleetError, Sink
 from workers.polling import AgentDead, AgentRoster, AgentUnavailable
 from workers.protocol import FarmInfo, Lease, LeaseOrder
-from workers.ray_nodes import (
-    LOOPBACK,
-    LOOPBACK_VARIABLE,
-    PARENT_VARIABLE,
-    STOP_GRACE_S,
-    WORKER_LABEL,
-    check_token_file,
-    is_loopback,
-    ray_env,
-)
+from workers.ray_access import LOOPBACK, check_token_file, is_loopback, ray_env
+from workers.ray_nodes import DIRECTORY_VARIABLE, LOOPBACK_VARIABLE, PARENT_VARIABLE, STOP_GRACE_S, WORKER_LABEL
+from workers.ray_records import watch_owner
 
 if TYPE_CHECKING:
     from workers.agent import Agent
@@ -68,12 +61,14 @@ RECREATE_LONGEST_S = 30.0
 def prepare_node(ray_params: Any, head: bool) -> None:
     """Ray's start hook (RAY_START_HOOK): runs inside `ray start`, before it starts anything.
 
-    Binds the node to loopback where `workers.ray_nodes` asked for it, and ends the node when the program that started
-    it is gone (`ray start` itself would live on).
+    Binds the node to loopback where `workers.ray_nodes` asked for it, and ends the node when the program that owns it
+    is gone for too long (`ray start` itself would live on).
     """
     parent = os.environ.get(PARENT_VARIABLE, "")
-    if parent.isdecimal():
-        threading.Thread(target=_end_with, args=(int(parent),), name="drover-parent-watch", daemon=True).start()
+    directory = os.environ.get(DIRECTORY_VARIABLE, "")
+    if parent.isdecimal() and directory:
+        watch = (Path(directory), int(parent))
+        threading.Thread(target=_end_with, args=watch, name="drover-owner-watch", daemon=True).start()
     if not head and os.environ.get(LOOPBACK_VARIABLE):
         import ray._private.services as ray_services  # noqa: PLC0415 - only inside `ray start`
 
@@ -83,9 +78,8 @@ def prepare_node(ray_params: Any, head: bool) -> None:
         ray_params.node_ip_address = LOOPBACK
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1.0)
+def _end_with(directory: Path, parent: int) -> None:
+    watch_owner(directory, parent)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(STOP_GRACE_S)
     # The group holds Ray's servers; the workers' processes end when their raylet is gone.

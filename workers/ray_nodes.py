@@ -3,39 +3,49 @@
 A node is one `ray start --block` in a session of its own, with a private directory (mode 0700) around everything that
 Ray writes: Ray makes its own session directory and sockets accessible to all. Rules of this file:
 
-* A node never starts without token authentication. The token travels as the *path* of a file that only its owner can
-  read, never as a value in an environment, an argument or a log.
-* Every RAY_* setting stands in `ray_env`; what the caller's own environment says about Ray is dropped.
+* What a node is told of the token and of time limits comes from `workers.ray_access`.
 * On loopback nothing listens on another interface. Ray rewrites "localhost" to the routable address of the host, so a
   loopback node is started through `workers.ray_fleet.prepare_node` (Ray's own start hook), which undoes that.
 * Leaving the context ends the whole process tree: SIGTERM, a named grace, SIGKILL, then a look at what is left. When
-  this process is killed instead, the start hook ends the node, and `sweep_stale` removes what the dead left behind.
+  this process is killed instead, a node with a record goes on for a while and is taken over by the next start
+  (`workers.ray_records`); any other is ended by its start hook.
+* The head's tables (nodes, actors) lie on disk where it is given a place: killed and started again at the same address
+  it finds its nodes again, and they wait for it, so no build is lost with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import ipaddress
 import json
 import logging
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
-import stat
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from workers.errors import WorkerError
-from workers.process_tree import identity, live_processes, process_tree, signal_all, still_alive
+from workers.process_tree import Process, identity, is_alive, process_tree, signal_all, still_alive
+from workers.ray_access import LOOPBACK, NodeHealth, RayNodeError, check_token_file, is_loopback, ray_env
+from workers.ray_records import (
+    CLUSTER_FILE,
+    DIRECTORY_PREFIX,
+    KILL_GRACE_S,
+    LOOK_AGAIN_S,
+    NodeNote,
+    own_identity,
+    sweep_stale,
+    take_over,
+)
 from workers.settings import SETTINGS_VARIABLE
 
 log = logging.getLogger(__name__)
@@ -48,7 +58,6 @@ PARENT_VARIABLE = "DROVER_RAY_PARENT"
 LOOPBACK_VARIABLE = "DROVER_RAY_LOOPBACK"
 #: The node's private directory; marks its processes.
 DIRECTORY_VARIABLE = "DROVER_RAY_DIR"
-LOOPBACK = "127.0.0.1"
 
 #: Ray refuses less than 75 MiB; messages up to 100 KiB do not touch the object store at all.
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
@@ -57,19 +66,15 @@ START_DEADLINE_S = 240.0
 #: Ray itself gives a node 30 s, without a switch (node.py); an overloaded machine gets this many tries.
 START_TRIES = 3
 RAY_TOO_SLOW = "timed out during startup"
-#: Seconds that a node may take to end by itself, and that killed processes may take to disappear.
+#: Seconds that a node may take to end by itself.
 STOP_GRACE_S = 5.0
-KILL_GRACE_S = 5.0
 #: Unix socket paths end at 103 bytes on macOS; Ray appends "/r/session_<date>_<pid>/sockets/plasma_store".
 SOCKET_PATH_BYTES = 103
 RAY_SOCKET_SUFFIX_BYTES = 68
-#: How often a starting or ending node is looked at, seconds.
-LOOK_AGAIN_S = 0.05
+#: How often a node that somebody else started is looked at, seconds.
+WATCH_S = 0.2
 #: Lines of Ray's output that an error quotes.
 QUOTED_LINES = 8
-TOKEN_BYTES = 32
-DIRECTORY_PREFIX = "drover-ray-"
-NODE_FILE = "node.json"
 #: Syntax of a label value (Kubernetes'); Ray refuses others.
 WORKER_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 #: How `ray start --block` tells which of its servers ended (scripts.py, _log_unexpected_subprocess_exit_details).
@@ -77,98 +82,12 @@ RAY_EXIT = re.compile(r"(\w+) \[exit code=(-?[0-9]+)\]")
 CLUSTER_ADDRESS = re.compile(r"\S+:[0-9]{1,5}")
 
 
-class RayNodeError(WorkerError):
-    """A Ray node cannot be started, or not safely; the text says why and what to do."""
-
-
 @dataclass(frozen=True, slots=True)
-class NodeHealth:
-    """When the head declares a node dead, which is final: its raylet then ends itself and its builds.
+class Keep:
+    """Makes a node go on when its owner is killed: where the next owner finds it, how long it goes on alone."""
 
-    A node whose processes are gone is dead after `failures * period_ms` (about 6 s); a node that is silent, because its
-    machine sleeps or is overloaded, after `failures * timeout_ms + (failures - 1) * period_ms` (35 s). Only the head's
-    values count. A farm over a VPN or with Macs that nap wants longer ones.
-    """
-
-    period_ms: int = 1000
-    timeout_ms: int = 5000
-    failures: int = 6
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether `host` is the one loopback address that Ray listens on alone; other 127/8 addresses are refused.
-
-    Ray 2.60 binds to all interfaces for every node address but 127.0.0.1 and ::1 (measured).
-    """
-    return host == LOOPBACK
-
-
-def make_token_file(path: Path) -> Path:
-    """Return `path`, made with a new random token if it is not there; mode 0400.
-
-    Raises:
-        RayNodeError: the file that is there is not a plain file of ours, is empty, or can be read by others.
-    """
-    with contextlib.suppress(FileExistsError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o400)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(TOKEN_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-    check_token_file(path)
-    return path
-
-
-def check_token_file(path: Path) -> None:
-    """Accept a token file that only its owner, who we are, can read. Raises `RayNodeError`."""
-    try:
-        found = path.lstat()
-    except OSError as error:
-        raise RayNodeError(f"the Ray token file {path} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise RayNodeError(f"the Ray token file {path} is not a plain file; remove it")
-    if found.st_uid != os.geteuid():
-        raise RayNodeError(f"the Ray token file {path} belongs to another user")
-    if found.st_mode & 0o077:
-        raise RayNodeError(
-            f"the Ray token file {path} can be read by others (mode {stat.S_IMODE(found.st_mode):04o}): whoever reads "
-            "it can run code on every worker; remove it, a new one is made at the next start"
-        )
-    if found.st_size < TOKEN_BYTES:
-        raise RayNodeError(f"the Ray token file {path} is too short to be a token; remove it")
-
-
-def ray_env(
-    token_file: Path, *, base: Mapping[str, str], loopback: bool, health: NodeHealth | None = None
-) -> dict[str, str]:
-    """Return the environment of any process that uses Ray: `base` without its RAY_* and with ours.
-
-    Ray reads these when it is imported, so the driver too must set them before that. All nodes and drivers of a farm
-    use the same values.
-    """
-    health = health or NodeHealth()
-    env = {name: value for name, value in base.items() if not name.startswith(("RAY_", "DROVER_RAY_"))}
-    env |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_file),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_enable_metrics_collection": "0",
-        "RAY_enable_timeline": "0",
-        "RAY_task_events_report_interval_ms": "0",
-        # Builds run below the agent; a nice value of 15, Ray's default, would be theirs too.
-        "RAY_worker_niceness": "0",
-        # A detached agent never drains; Ray would wait 30 s for it on SIGTERM.
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        # Ray would kill the agent, and with it all builds of its machine, when one build fills the memory.
-        "RAY_memory_monitor_refresh_ms": "0",
-        "RAY_health_check_initial_delay_ms": "5000",
-        "RAY_health_check_period_ms": str(health.period_ms),
-        "RAY_health_check_timeout_ms": str(health.timeout_ms),
-        "RAY_health_check_failure_threshold": str(health.failures),
-        # Off means "this host is 127.0.0.1", on any system; on means its routable address (ray_constants.py).
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if loopback else "1",
-    }
-    return env
+    record: Path
+    outlive_s: float
 
 
 class _RayNode:
@@ -182,16 +101,22 @@ class _RayNode:
         host: str,
         base_dir: Path,
         start_deadline_s: float,
+        keep: Keep | None,
     ) -> None:
         _check_host(host)
         check_token_file(token_file)
+        self._keep = keep
         self._what = what
         self._token_file = token_file
         self._host = host
         self._base_dir = base_dir
         self._start_deadline_s = start_deadline_s
+        #: The leader's process id and start time, while there is one; its handle where it is our child.
+        self._leader: tuple[int, str] | None = None
         self._child: asyncio.subprocess.Process | None = None
         self._dir: Path | None = None
+        #: Found running and taken over.
+        self.adopted = False
         self._stopping = False
         #: `host:port` of the cluster's head, known once the node is ready.
         self._cluster = ""
@@ -199,9 +124,9 @@ class _RayNode:
     @property
     def pid(self) -> int:
         """Process and session id of the node. Raises `RayNodeError` before it has started."""
-        if self._child is None:
+        if self._leader is None:
             raise RayNodeError(f"{self._what} is not running")
-        return self._child.pid
+        return self._leader[0]
 
     @property
     def directory(self) -> Path:
@@ -218,10 +143,35 @@ class _RayNode:
         """Return the environment of this node, made of `base`."""
         raise NotImplementedError
 
+    def _fingerprint(self) -> str:
+        """What must be the same for a running node to be taken over."""
+        nowhere = Path("/")
+        env = {name: value for name, value in self.env({}).items() if name.startswith(("RAY_", "DROVER_"))}
+        told = [self.argv(nowhere), sorted(env.items()), self.reads()]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    def reads(self) -> str:
+        """Return the text of what the node reads from disk, which must not have changed under a running node."""
+        return ""
+
     async def __aenter__(self) -> Self:
         """Start, and return when the node is ready. Raises `RayNodeError`, having cleaned up."""
         await asyncio.to_thread(sweep_stale, self._base_dir)
+        if self._keep is not None:
+            running = await asyncio.to_thread(take_over, self._keep.record, self._fingerprint())
+            if running is not None:
+                self._dir, leader = running
+                self._leader = (leader.pid, leader.started)
+                self._cluster = _read_cluster(self._dir / CLUSTER_FILE)
+                self.adopted = True
+                return self
+        await self.start()
+        return self
+
+    async def start(self) -> None:
+        """Start the node, which does not run. Raises `RayNodeError`, having cleaned up."""
         self.check()
+        self.adopted = False
         tries = START_TRIES
         while True:
             tries -= 1
@@ -236,7 +186,7 @@ class _RayNode:
                     log.warning("%s did not start within Ray's own 30 s; once more", self._what)
                     continue
                 raise
-            return self
+            return
 
     async def __aexit__(
         self,
@@ -247,22 +197,34 @@ class _RayNode:
         """End the node; see `stop`."""
         await self.stop()
 
+    def leave(self) -> None:
+        """Let the node go on without us: `stop`, and leaving the context, do nothing after it."""
+        self._stopping = True
+        self._leader = self._child = self._dir = None
+
     async def wait_failed(self) -> str:
         """Return the reason, in one sentence, when the node ends although nobody asked it to; otherwise never."""
-        if self._child is None:
+        if self._leader is None:
             raise RayNodeError(f"{self._what} is not running")
-        code = await self._child.wait()
+        if self._child is not None:
+            ending = f"ended unexpectedly with status {await self._child.wait()}"
+        else:
+            while is_alive(*self._leader):  # noqa: ASYNC110 - other programs' processes send no event
+                await asyncio.sleep(WATCH_S)
+            ending = "ended unexpectedly"
         if self._stopping:
             await asyncio.get_running_loop().create_future()
-        return f"{self._what} ended unexpectedly with status {code}{self._last_words()}"
+        return f"{self._what} {ending}{self._last_words()}"
 
     async def stop(self) -> None:
         """End the node's whole process tree and remove its directory. Idempotent; at most about 15 s."""
         self._stopping = True
-        child, directory = self._child, self._dir
+        leader, directory, child = self._leader, self._dir, self._child
+        if leader is not None:
+            await _end_tree(leader[0], self._what)
         if child is not None:
-            await _end_tree(child, self._what)
-        self._child = None
+            await child.wait()
+        self._leader = self._child = None
         if directory is not None:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         self._dir = None
@@ -286,8 +248,12 @@ class _RayNode:
                 stderr=output,
                 start_new_session=True,
             )
-        note = {"owner": identity(os.getpid()), "node": identity(self._child.pid)}
-        (directory / NODE_FILE).write_text(json.dumps(note))
+        self._leader = identity(self._child.pid)
+        outlive_s = self._keep.outlive_s if self._keep else 0.0
+        NodeNote(own_identity(), self._leader, outlive_s, self._fingerprint()).write(directory)
+        if self._keep is not None:
+            self._keep.record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._keep.record.write_text(f"{directory}\n")
 
     async def _wait_ready(self, directory: Path) -> None:
         child = self._child
@@ -296,7 +262,7 @@ class _RayNode:
         try:
             async with asyncio.timeout(self._start_deadline_s):
                 # Ray writes this file as the last step of a start.
-                while not (address := _read_cluster(directory / "r" / "ray_current_cluster")):
+                while not (address := _read_cluster(directory / CLUSTER_FILE)):
                     if child.returncode is not None:
                         raise RayNodeError(
                             f"{self._what} did not start (status {child.returncode}){self._last_words()}"
@@ -325,7 +291,8 @@ class RayHead(_RayNode):
     """The farm's Ray head: membership and addresses, no builds.
 
     `host` is where it listens; everything but 127.0.0.1 makes Ray listen on **all** interfaces of the machine, so a
-    farm of several machines needs a private network around it. `port` 0 takes a free one.
+    farm of several machines needs a private network around it. `port` 0 takes a free one. `tables` is a directory for
+    Ray's tables: with it, and with a port, a head that died is started again as the same head.
     """
 
     def __init__(
@@ -335,6 +302,8 @@ class RayHead(_RayNode):
         host: str = LOOPBACK,
         port: int = 0,
         health: NodeHealth | None = None,
+        tables: Path | None = None,
+        keep: Keep | None = None,
         base_dir: Path | None = None,
         start_deadline_s: float = START_DEADLINE_S,
     ) -> None:
@@ -344,9 +313,11 @@ class RayHead(_RayNode):
             host=host,
             base_dir=base_dir or default_base_dir(),
             start_deadline_s=start_deadline_s,
+            keep=keep,
         )
         self._port = port
         self._health = health
+        self._tables = tables
 
     @property
     def address(self) -> str:
@@ -381,10 +352,63 @@ class RayHead(_RayNode):
 
     def env(self, base: Mapping[str, str]) -> dict[str, str]:
         """Return the head's environment."""
-        return ray_env(self._token_file, base=base, loopback=is_loopback(self._host), health=self._health)
+        env = ray_env(self._token_file, base=base, loopback=is_loopback(self._host), health=self._health)
+        if self._tables is not None:
+            # Embedded RocksDB (REP-64); the nodes' patience is RAY_gcs_rpc_server_reconnect_timeout_s.
+            env |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self._tables)}
+        return env
 
 
-class RayWorkerNode(_RayNode):
+class RayJoiningNode(_RayNode):
+    """A node without a worker, for a driver: the coordinator does not hang on the head's processes."""
+
+    def __init__(
+        self,
+        *,
+        head: str,
+        token_file: Path,
+        what: str = "the coordinator's Ray node",
+        host: str = LOOPBACK,
+        keep: Keep | None = None,
+        base_dir: Path | None = None,
+        start_deadline_s: float = START_DEADLINE_S,
+    ) -> None:
+        if not CLUSTER_ADDRESS.fullmatch(head):
+            raise RayNodeError(f"the address of the Ray head must be host:port, not {head!r}")
+        super().__init__(
+            what=what,
+            token_file=token_file,
+            host=host,
+            base_dir=base_dir or default_base_dir(),
+            start_deadline_s=start_deadline_s,
+            keep=keep,
+        )
+        self._head = head
+
+    def argv(self, directory: Path) -> list[str]:
+        """Return the command line of the node."""
+        return [
+            *_ray_start(directory),
+            f"--address={self._head}",
+            f"--node-ip-address={self._host}",
+            # Nodes that share an address must not hand out the same fixed ports: let the system choose.
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+        ]
+
+    def env(self, base: Mapping[str, str]) -> dict[str, str]:
+        """Return the node's environment."""
+        loopback = is_loopback(self._host)
+        env = ray_env(self._token_file, base=base, loopback=loopback)
+        if loopback:
+            # `ray start --address` insists on a multi-node system; the hook brings loopback back.
+            env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"
+            env["RAY_START_HOOK"] = "workers.ray_fleet.prepare_node"
+            env[LOOPBACK_VARIABLE] = "1"
+        return env
+
+
+class RayWorkerNode(RayJoiningNode):
     """A worker's Ray node; `workers.ray_fleet` starts the agent on it once the label is seen.
 
     `settings_file` is read by the agent, on this machine. Several nodes may share a machine.
@@ -398,6 +422,7 @@ class RayWorkerNode(_RayNode):
         token_file: Path,
         settings_file: Path,
         host: str = LOOPBACK,
+        keep: Keep | None = None,
         base_dir: Path | None = None,
         start_deadline_s: float = START_DEADLINE_S,
     ) -> None:
@@ -406,43 +431,32 @@ class RayWorkerNode(_RayNode):
                 f"the worker name {name!r} must be 1 to 63 letters, digits, '.', '_' or '-', and begin and end with a "
                 "letter or digit"
             )
-        if not CLUSTER_ADDRESS.fullmatch(head):
-            raise RayNodeError(f"the address of the Ray head must be host:port, not {head!r}")
         super().__init__(
             what=f"the Ray node of worker {name}",
+            head=head,
             token_file=token_file,
             host=host,
-            base_dir=base_dir or default_base_dir(),
+            keep=keep,
+            base_dir=base_dir,
             start_deadline_s=start_deadline_s,
         )
         self._name = name
-        self._head = head
         self._settings_file = settings_file
+
+    def reads(self) -> str:
+        """Return the worker's settings."""
+        try:
+            return self._settings_file.read_text()
+        except OSError:
+            return ""
 
     def argv(self, directory: Path) -> list[str]:
         """Return the command line of the node; an operator's service may run it as it is, with `env`."""
-        return [
-            *_ray_start(directory),
-            f"--address={self._head}",
-            f"--node-ip-address={self._host}",
-            f"--node-name={self._name}",
-            f"--labels={WORKER_LABEL}={self._name}",
-            # Nodes that share an address must not hand out the same fixed ports: let the system choose.
-            "--min-worker-port=0",
-            "--max-worker-port=0",
-        ]
+        return [*super().argv(directory), f"--node-name={self._name}", f"--labels={WORKER_LABEL}={self._name}"]
 
     def env(self, base: Mapping[str, str]) -> dict[str, str]:
         """Return the node's environment."""
-        loopback = is_loopback(self._host)
-        env = ray_env(self._token_file, base=base, loopback=loopback)
-        env[SETTINGS_VARIABLE] = str(self._settings_file)
-        if loopback:
-            # `ray start --address` insists on a multi-node system; the hook brings loopback back.
-            env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"
-            env["RAY_START_HOOK"] = "workers.ray_fleet.prepare_node"
-            env[LOOPBACK_VARIABLE] = "1"
-        return env
+        return super().env(base) | {SETTINGS_VARIABLE: str(self._settings_file)}
 
 
 def _ray_start(directory: Path) -> list[str]:
@@ -498,61 +512,23 @@ def _read_cluster(path: Path) -> str:
     return text if CLUSTER_ADDRESS.fullmatch(text) else ""
 
 
-async def _end_tree(child: asyncio.subprocess.Process, what: str) -> None:
+async def _end_tree(leader: int, what: str) -> None:
     """SIGTERM to the leader, which ends its own; SIGKILL to what is left; then nothing of the tree may live."""
-    tree = await asyncio.to_thread(process_tree, child.pid)
-    if child.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            child.terminate()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(STOP_GRACE_S):
-            await child.wait()
-    tree |= await asyncio.to_thread(process_tree, child.pid)
+    tree = await asyncio.to_thread(process_tree, leader)
+    signal_all([process for process in tree if process.pid == leader], signal.SIGTERM)
+    await _all_gone([process for process in tree if process.pid == leader], STOP_GRACE_S)
+    tree |= await asyncio.to_thread(process_tree, leader)
     left = await asyncio.to_thread(still_alive, tree)
     signal_all(left, signal.SIGKILL)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(KILL_GRACE_S):
-            while left:
-                await asyncio.sleep(LOOK_AGAIN_S)
-                left = await asyncio.to_thread(still_alive, left)
-    await child.wait()
-    if left:
+    if left := await _all_gone(left, KILL_GRACE_S):
         log.error("%s left processes behind: %s", what, sorted(process.pid for process in left))
 
 
-def sweep_stale(base: Path) -> Sequence[Path]:
-    """End nodes in `base` whose owner died without ending them, remove their directories, and return these.
-
-    A node is ours to end if its directory is ours, its recorded owner no longer lives, and its processes are of the
-    session that was recorded.
-    """
-    swept: list[Path] = []
-    for directory in sorted(base.glob(f"{DIRECTORY_PREFIX}*")):
-        try:
-            found = directory.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-                continue
-            note = json.loads((directory / NODE_FILE).read_text())
-            owner, node = (_recorded(note[key]) for key in ("owner", "node"))
-        except (OSError, ValueError, KeyError, TypeError):
-            # Another farm may be between making its directory and writing the note; nothing lives there yet.
-            continue
-        everyone = live_processes()
-        if owner[0] in everyone and everyone[owner[0]].started == owner[1]:
-            continue
-        leader = everyone.get(node[0])
-        # A new leader under the old number is a stranger; a session without a leader keeps its number reserved.
-        if leader is None or leader.started == node[1]:
-            signal_all((p for p in process_tree(node[0]) if p.pid != os.getpid()), signal.SIGKILL)
-        shutil.rmtree(directory, ignore_errors=True)
-        swept.append(directory)
-        log.warning("removed a Ray node that an earlier run left behind in %s", directory)
-    return swept
-
-
-def _recorded(value: object) -> tuple[int, str]:
-    match value:
-        case [str(pid), str(started)] if pid.isdecimal():
-            return int(pid), started
-        case _:
-            raise ValueError("not a process")
+async def _all_gone(processes: Iterable[Process], within_s: float) -> set[Process]:
+    """Wait for the end of processes; return those that are still there."""
+    left = set(processes)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(within_s):
+            while left := await asyncio.to_thread(still_alive, left):  # noqa: ASYNC110 - as in wait_failed
+                await asyncio.sleep(LOOK_AGAIN_S)
+    return left

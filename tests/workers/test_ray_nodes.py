@@ -20,16 +20,9 @@ import pytest
 import pytest_asyncio
 
 from workers.process_tree import process_tree
-from workers.ray_nodes import (
-    RayHead,
-    RayNodeError,
-    RayWorkerNode,
-    check_token_file,
-    make_token_file,
-    private_directory,
-    ray_env,
-    sweep_stale,
-)
+from workers.ray_access import RayNodeError, check_token_file, make_token_file, ray_env
+from workers.ray_nodes import RayHead, RayWorkerNode, private_directory
+from workers.ray_records import sweep_stale
 
 shared = pytest.mark.asyncio(loop_scope="module")
 
