@@ -171,6 +171,10 @@ class Settings(BaseSettings):
     #: listens on every interface, behind its token). Port 0 takes a free one.
     ray_host: str = DEFAULT_HOST
     ray_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    #: Seconds that head, nodes and builds go on after a coordinator that was killed, for the next one to take over.
+    ray_outlive_s: Annotated[float, Field(ge=0)] = 3600
+    #: Seconds that running builds have to end when the farm is stopped; then they are handed back.
+    stop_grace_s: Annotated[float, Field(ge=0)] = 30
     #: How workers and clients reach the coordinator; empty: from host and port.
     public_url: str = ""
     #: Where NARs lie; empty: `file://STATE_DIR/objects`.

@@ -42,3 +42,9 @@ class UnavailableError(CoordinatorError):
 
     code: ClassVar[str] = "unavailable"
     status: ClassVar[int] = 503
+
+
+class StoppedError(CoordinatorError):
+    """A part of the farm ended that it cannot live without."""
+
+    code: ClassVar[str] = "stopped"

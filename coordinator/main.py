@@ -15,7 +15,7 @@ import logging
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,14 +23,13 @@ from pathlib import Path
 
 import uvloop
 from aiohttp import web
-from pydantic import ValidationError
 
 from coordinator.caches import OpenCache, open_caches
-from coordinator.config import DEFAULT_CACHE, ConfigError, LimitSettings, Settings, WorkerConfig
+from coordinator.config import DEFAULT_CACHE, ConfigError, LimitSettings, Settings
 from coordinator.derivations import DerivationStore
 from coordinator.dispatch import Dispatch
 from coordinator.engine import Engine
-from coordinator.errors import CoordinatorError, UnavailableError
+from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
 from coordinator.explain import FarmExplainer
 from coordinator.http.api import Api
 from coordinator.http.app import make_app
@@ -41,6 +40,7 @@ from coordinator.intake import Intake, IntakeLimits
 from coordinator.journal import Journal, StateLock, database_engine
 from coordinator.logs import LogStore
 from coordinator.metrics import CacheGauges, add_cache_metrics, add_farm_metrics, add_metrics_route
+from coordinator.ray_farm import RayFarm, worker_state_dir
 from coordinator.schema import FarmView
 from coordinator.sink import FleetSink
 from coordinator.views import Views
@@ -51,11 +51,9 @@ from infra.telemetry import Telemetry
 from scheduler.effects import Effect
 from scheduler.farm import Farm
 from workers.errors import WorkerError
-from workers.fleet import Fleet, FleetError, Sink
-from workers.protocol import FarmInfo, Lease, LeaseOrder
-from workers.ray_access import make_token_file
-from workers.ray_nodes import RayHead, RayWorkerNode
-from workers.settings import WorkerSettings
+from workers.fleet import Fleet, FleetError
+from workers.protocol import FarmInfo
+from workers.stopping import stop_agents
 
 #: Seconds that open requests have to end when the coordinator stops.
 HTTP_GRACE_S = 2.0
@@ -65,12 +63,6 @@ LOG_SLACK_BYTES = 64 * 1024
 _log = logging.getLogger(__name__)
 
 FleetFactory = Callable[[FarmInfo], AbstractAsyncContextManager[Fleet]]
-
-
-class StoppedError(CoordinatorError):
-    """A part of the farm ended that it cannot live without."""
-
-    code = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +212,9 @@ async def serve(
     *,
     ready: Callable[[Ready], None],
     stop: asyncio.Event,
+    wind_down: Callable[[Coordinator], Awaitable[None]] | None = None,
 ) -> None:
-    """Run a coordinator until `stop` is set; `ready` is called once it answers.
+    """Run a coordinator until `stop` is set; `ready` is called once it answers, `wind_down` before it ends.
 
     Raises `CoordinatorError` with one sentence where it cannot start or go on.
     """
@@ -229,6 +222,8 @@ async def serve(
         async with open_coordinator(settings, fleet_factory) as coordinator:
             ready(coordinator.ready)
             await stop.wait()
+            if wind_down is not None:
+                await wind_down(coordinator)
     except BaseExceptionGroup as group:
         raise _cause(group) from None
     except (CacheError, WorkerError, FleetError) as error:
@@ -238,134 +233,32 @@ async def serve(
 def run_up(settings: Settings, ready: Callable[[Ready], None]) -> None:
     """Be `drover up`: coordinator, Ray head and the configured workers, until SIGINT or SIGTERM.
 
+    The first signal lets running builds finish within the grace and hands the others back, the second does so at once.
+
     Raises `CoordinatorError` with one sentence where the farm cannot start or go on.
     """
 
     async def run() -> None:
-        stop = asyncio.Event()
+        stop, hurry = asyncio.Event(), asyncio.Event()
+
+        def asked() -> None:
+            (hurry if stop.is_set() else stop).set()
+
         for name in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(name, stop.set)
-        await serve(settings, lambda info: nullcontext(RayFarm(settings, info)), ready=ready, stop=stop)
+            asyncio.get_running_loop().add_signal_handler(name, asked)
+
+        async def wind_down(coordinator: Coordinator) -> None:
+            online = {worker.name for worker in coordinator.views.workers() if worker.state in ("online", "draining")}
+            ours = [worker_state_dir(settings, worker.name) for worker in settings.workers if worker.name in online]
+            await stop_agents(ours, settings.stop_grace_s, hurry.is_set)
+
+        def fleet(info: FarmInfo) -> AbstractAsyncContextManager[Fleet]:
+            return nullcontext(RayFarm(settings, info, stop.is_set))
+
+        await serve(settings, fleet, ready=ready, stop=stop, wind_down=wind_down)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
-
-
-class RayFarm:
-    """The fleet of `drover up`: Ray with nodes of its own, which start while the coordinator already answers."""
-
-    def __init__(self, settings: Settings, info: FarmInfo) -> None:
-        self._settings = settings
-        self._info = info
-        #: Set while Ray is connected.
-        self._fleet: Fleet | None = None
-
-    async def run(self, sink: Sink) -> None:
-        """Start the nodes, serve, and end the nodes when cancelled. Raises `WorkerError`, or a group with one."""
-        async with ray_farm(self._settings, self._info) as fleet:
-            self._fleet = fleet
-            try:
-                await fleet.run(sink)
-            finally:
-                self._fleet = None
-
-    async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:
-        """See `Fleet`."""
-        await self._connected.start_many(worker, orders)
-
-    async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
-        """See `Fleet`."""
-        await self._connected.cancel(worker, leases)
-
-    async def drain(self, worker: str, *, on: bool) -> None:
-        """See `Fleet`."""
-        await self._connected.drain(worker, on=on)
-
-    @property
-    def _connected(self) -> Fleet:
-        if self._fleet is None:
-            raise FleetError("the farm's Ray nodes are not running yet, or no longer")
-        return self._fleet
-
-
-@asynccontextmanager
-async def ray_farm(settings: Settings, info: FarmInfo) -> AsyncIterator[Fleet]:
-    """Start a Ray head and one node for each configured worker, connect, and end them all with the block.
-
-    A node that ends is told of in the log, its builds go elsewhere; without its head the farm ends.
-    """
-    # ray is imported only where a farm runs on it: the client's commands share this package.
-    from workers.ray_fleet import RayFleet  # noqa: PLC0415
-
-    token_file = make_token_file(settings.state_dir / "ray-token")
-    async with AsyncExitStack() as stack:
-        head = await stack.enter_async_context(
-            RayHead(token_file=token_file, host=settings.ray_host, port=settings.ray_port)
-        )
-        # For `drover worker --head` on other machines; says nothing that is secret.
-        (settings.state_dir / "ray-address").write_text(head.address + "\n")
-        nodes = [
-            RayWorkerNode(
-                name=worker.name,
-                host=settings.ray_host,
-                head=head.address,
-                token_file=token_file,
-                settings_file=write_worker_settings(settings, worker),
-            )
-            for worker in settings.workers
-        ]
-        async with asyncio.TaskGroup() as starting:
-            for node in nodes:
-                starting.create_task(_enter(stack, node))
-        fleet = await stack.enter_async_context(RayFleet(address=head.address, token_file=token_file, farm=info))
-        async with asyncio.TaskGroup() as watching:
-            tasks = [watching.create_task(_watch_head(head))]
-            tasks += [watching.create_task(_watch_node(node)) for node in nodes]
-            try:
-                yield fleet
-            finally:
-                for task in tasks:
-                    task.cancel()
-                # At once, not one after the other: each takes seconds. Leaving the contexts then finds them ended,
-                # and meets again whatever went wrong here.
-                await asyncio.gather(*(node.stop() for node in nodes), return_exceptions=True)
-
-
-def write_worker_settings(settings: Settings, worker: WorkerConfig) -> Path:
-    """Write what a worker's agent reads at its start; returns the file's path. Raises `ConfigError`."""
-    directory = settings.state_dir / "workers" / worker.name
-    file = directory / "settings.json"
-    told = worker.model_dump()
-    try:
-        made = WorkerSettings(
-            **told
-            | {
-                "state_dir": directory / "state",
-                "store": worker.store or str(directory / "store"),
-                "nix_options": {**settings.nix_options, **worker.nix_options},
-            }
-        )
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-        file.write_text(made.model_dump_json(indent=2) + "\n")
-    except ValidationError as error:
-        reason = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
-        raise ConfigError(f"worker {worker.name}: {reason.removeprefix('Value error, ')}.") from None
-    except OSError as error:
-        raise ConfigError(f"cannot write {file}: {error.strerror}.") from None
-    return file
-
-
-async def _enter(stack: AsyncExitStack, node: RayWorkerNode) -> None:
-    await stack.enter_async_context(node)
-
-
-async def _watch_head(head: RayHead) -> None:
-    raise StoppedError(f"the Ray head ended: {await head.wait_failed()}")
-
-
-async def _watch_node(node: RayWorkerNode) -> None:
-    _log.warning("a worker's Ray node ended: %s", await node.wait_failed())
 
 
 def _listen(settings: Settings) -> socket.socket:

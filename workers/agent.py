@@ -26,6 +26,7 @@ from infra.cache.objects import open_object_store
 from infra.clock import Clock, SystemClock
 from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
 from infra.nix.errors import NixError
+from workers import stopping
 from workers.build import BuildLimits, LogGate, basic_derivation, build_in_slot
 from workers.daemons import DaemonOpener, DaemonUnreachableError, Line, Pool
 from workers.errors import WorkerError
@@ -264,6 +265,7 @@ class Agent:
                 stack.push_async_callback(self._spool.close)
                 stack.push_async_callback(self._close_sources)
                 where = self._settings
+                stopping.forget(where.state_dir)
                 await asyncio.to_thread(sweep_leftovers, where.state_dir, where.physical_store)
                 opener = DaemonOpener(daemon_argv(where, self._host), where.store_dir, {MARK: str(where.state_dir)})
 
@@ -279,8 +281,10 @@ class Agent:
                     self._nix_version = connection.nix_version
                 async with asyncio.TaskGroup() as self._group:
                     self._inputs = InputFetcher(roots, transfers, self._group)
+                    watch = self._group.create_task(self._watch_stop(), name="watch for a stop request")
                     ready.set_result(None)
                     await self._closing.wait()
+                    watch.cancel()
                     self._stop_all()
         except (WorkerError, OSError) as error:
             if ready.done():
@@ -292,6 +296,22 @@ class Agent:
             raise
         finally:
             self._closing.set()
+
+    async def _watch_stop(self) -> None:
+        """Stop in order when the program that started the worker asks for it (`workers.stopping`)."""
+        where = self._settings.state_dir
+        while (deadline := stopping.requested(where)) is None:  # noqa: ASYNC110 - a file sends no event
+            await asyncio.sleep(stopping.LOOK_EVERY_S)
+        self._machine.draining = True
+        self._advance()
+        while self._runs:
+            if self._clock.now() >= deadline:
+                for key in list(self._runs):
+                    self._stop(key, Trouble.STOPPING)
+                self._advance()
+            await asyncio.sleep(stopping.LOOK_EVERY_S)
+            deadline = min(deadline, stopping.requested(where) or deadline)
+        stopping.answer(where)
 
     def _stop_all(self) -> None:
         if self._timer is not None:

@@ -156,6 +156,7 @@ class Trouble(StrEnum):
     NOT_GREETED = "the worker has not been told about its farm yet"
     CANCELLED = "stopped on request"
     NOT_STARTED = "handed back without having been started"
+    STOPPING = "handed back because the worker is stopping"
     #: Stopped because the worker stops: another one begins anew.
     DRAINED = "handed back because the worker stops"
 
@@ -180,6 +181,7 @@ TROUBLE_POLICY: Mapping[Trouble, Reason] = MappingProxyType(
         Trouble.NOT_GREETED: "returned",
         Trouble.CANCELLED: "cancelled",
         Trouble.NOT_STARTED: "returned",
+        Trouble.STOPPING: "returned",
         Trouble.DRAINED: "returned",
     }
 )

@@ -30,7 +30,14 @@ from workers.fleet import FleetError, Sink
 from workers.polling import AgentDead, AgentRoster, AgentUnavailable
 from workers.protocol import FarmInfo, Lease, LeaseOrder
 from workers.ray_access import LOOPBACK, check_token_file, is_loopback, ray_env
-from workers.ray_nodes import DIRECTORY_VARIABLE, LOOPBACK_VARIABLE, PARENT_VARIABLE, STOP_GRACE_S, WORKER_LABEL
+from workers.ray_nodes import (
+    DIRECTORY_VARIABLE,
+    LOOPBACK_VARIABLE,
+    PARENT_VARIABLE,
+    STOP_GRACE_S,
+    WORKER_LABEL,
+    ray_temp_dir,
+)
 from workers.ray_records import watch_owner
 
 if TYPE_CHECKING:
@@ -164,7 +171,7 @@ class _Ray:
         self._ray: Any = ray
         self._actor_class: Any = None
 
-    def init(self, address: str) -> None:
+    def init(self, address: str, node_dir: Path | None) -> None:
         """Connect as a driver."""
         ray = self._ray
         if ray.is_initialized():
@@ -182,6 +189,8 @@ class _Ray:
             namespace=NAMESPACE,
             log_to_driver=False,
             configure_logging=False,
+            # Ray has no other way to choose among the nodes of one host.
+            _temp_dir=str(ray_temp_dir(node_dir)) if node_dir else None,
         )
         self._actor_class = ray.remote(concurrency_groups=CONCURRENCY)(AgentHost)
 
@@ -295,8 +304,8 @@ class _ActorCalls:
 class RayFleet:
     """`workers.fleet.Fleet` over a running Ray cluster; an async context that connects and disconnects.
 
-    `address` is `host:port` of the head. A process can be connected to one cluster at a time (Ray's limit), on a host
-    that runs a Ray node: the head's.
+    `address` is `host:port` of the head. A process can be connected to one cluster at a time (Ray's limit), through a
+    Ray node of its host: the one with the private directory `node_dir`, or any, the head's first.
     """
 
     def __init__(
@@ -305,9 +314,11 @@ class RayFleet:
         address: str,
         token_file: Path,
         farm: FarmInfo,
+        node_dir: Path | None = None,
         discover_every_s: float = DISCOVER_EVERY_S,
     ) -> None:
         self._address = address
+        self._node_dir = node_dir
         self._token_file = token_file
         self._discover_every_s = discover_every_s
         self._roster = AgentRoster(farm)
@@ -331,7 +342,7 @@ class RayFleet:
 
         def connect() -> _Ray:
             ray = _Ray(self._token_file, loopback=loopback)
-            ray.init(self._address)
+            ray.init(self._address, self._node_dir)
             return ray
 
         try:

@@ -90,7 +90,7 @@ class Keep:
     outlive_s: float
 
 
-class _RayNode:
+class RayNode:
     """One `ray start --block` child and its private directory; see the module for the rules."""
 
     def __init__(
@@ -287,7 +287,7 @@ class _RayNode:
         return "; its last lines:\n" + "\n".join(lines) if lines else ""
 
 
-class RayHead(_RayNode):
+class RayHead(RayNode):
     """The farm's Ray head: membership and addresses, no builds.
 
     `host` is where it listens; everything but 127.0.0.1 makes Ray listen on **all** interfaces of the machine, so a
@@ -359,7 +359,7 @@ class RayHead(_RayNode):
         return env
 
 
-class RayJoiningNode(_RayNode):
+class RayJoiningNode(RayNode):
     """A node without a worker, for a driver: the coordinator does not hang on the head's processes."""
 
     def __init__(
@@ -467,13 +467,18 @@ def _ray_start(directory: Path) -> list[str]:
         "start",
         "--block",
         # Ray makes this directory writable for all; the one around it is closed.
-        f"--temp-dir={directory / 'r'}",
+        f"--temp-dir={ray_temp_dir(directory)}",
         # The agent asks for no CPU, and Ray then starts no idle processes in advance.
         "--num-cpus=0",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
         "--include-log-monitor=false",
         "--disable-usage-stats",
     ]
+
+
+def ray_temp_dir(directory: Path) -> Path:
+    """Return Ray's own directory below a node's private one; the path is short because of the sockets in it."""
+    return directory / "r"
 
 
 def _check_host(host: str) -> None:

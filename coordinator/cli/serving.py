@@ -91,18 +91,30 @@ def worker_config(told: dict[str, Any]) -> WorkerConfig:
 
 def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_dir: Path) -> int:
     """Join this machine to a farm that runs elsewhere, until SIGINT, SIGTERM or the end of the node."""
-    from coordinator.main import write_worker_settings  # noqa: PLC0415 - imports Ray and the HTTP server
+    from coordinator.ray_farm import worker_state_dir, write_worker_settings  # noqa: PLC0415 - imports Ray
     from workers.errors import WorkerError  # noqa: PLC0415
-    from workers.ray_nodes import RayWorkerNode  # noqa: PLC0415
+    from workers.ray_nodes import Keep, RayWorkerNode  # noqa: PLC0415
+    from workers.stopping import stop_agents  # noqa: PLC0415
 
     settings = load_settings(state_dir=state_dir)
     file = write_worker_settings(settings, told)
 
     async def run() -> int:
-        stop = asyncio.Event()
+        stop, hurry = asyncio.Event(), asyncio.Event()
+
+        def asked() -> None:
+            (hurry if stop.is_set() else stop).set()
+
         for name in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(name, stop.set)
-        node: Any = RayWorkerNode(name=told.name, head=head, token_file=ray_token, settings_file=file, host=host)
+            asyncio.get_running_loop().add_signal_handler(name, asked)
+        node = RayWorkerNode(
+            name=told.name,
+            head=head,
+            token_file=ray_token,
+            settings_file=file,
+            host=host,
+            keep=Keep(settings.state_dir / "ray" / "worker", settings.ray_outlive_s),
+        )
         async with node:
             click.echo(f"worker {told.name} has joined the farm at {head}; stop with Ctrl-C")
             sys.stdout.flush()
@@ -112,10 +124,11 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
                 await asyncio.wait((failed, stopped), return_when=asyncio.FIRST_COMPLETED)
                 if failed.done() and not stop.is_set():
                     raise CoordinatorError(f"the worker's Ray node ended: {failed.result()}")
+                await stop_agents([worker_state_dir(settings, told.name)], settings.stop_grace_s, hurry.is_set)
             finally:
                 failed.cancel()
                 stopped.cancel()
-        return options.OK
+        return cli.OK
 
     try:
         return asyncio.run(run())

@@ -1,0 +1,242 @@
+"""The fleet of `drover up`: a Ray head, a node for the coordinator's driver, and the workers of this machine.
+
+All of them are programs of their own that outlive the coordinator: an end on purpose (`stopping`) ends them, any other
+leaves them running, and the next `drover up` with the same state directory takes them over (`workers.ray_records`) with
+the builds on them. Their records, and the head's tables, lie in `STATE_DIR/ray`.
+
+The head is started again when it dies, at the same address and with the same tables, while nodes and driver wait for
+it. A worker's node is started again too; its builds are lost and go elsewhere. Without its own node the coordinator
+ends, because its driver cannot change nodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic import ValidationError
+
+from coordinator.config import ConfigError, Settings, WorkerConfig
+from coordinator.errors import StoppedError
+from workers.errors import WorkerError
+from workers.fleet import Fleet, FleetError, Sink
+from workers.protocol import FarmInfo, Lease, LeaseOrder
+from workers.ray_access import make_token_file
+from workers.ray_nodes import Keep, RayHead, RayJoiningNode, RayNode, RayWorkerNode
+from workers.settings import WorkerSettings
+
+#: How often a dead node is started again before it is given up, and seconds before the second try; the pause doubles.
+START_AGAIN_TRIES = 5
+START_AGAIN_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class RayFarm:
+    """The fleet over Ray nodes that start while the coordinator already answers."""
+
+    def __init__(self, settings: Settings, info: FarmInfo, stopping: Callable[[], bool]) -> None:
+        self._settings = settings
+        self._info = info
+        self._stopping = stopping
+        #: Set while Ray is connected.
+        self._fleet: Fleet | None = None
+
+    async def run(self, sink: Sink) -> None:
+        """Start or take over the nodes and serve until cancelled. Raises `WorkerError`, or a group with one."""
+        async with ray_farm(self._settings, self._info, self._stopping) as fleet:
+            self._fleet = fleet
+            try:
+                await fleet.run(sink)
+            finally:
+                self._fleet = None
+
+    async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:
+        """See `Fleet`."""
+        await self._connected.start_many(worker, orders)
+
+    async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
+        """See `Fleet`."""
+        await self._connected.cancel(worker, leases)
+
+    async def drain(self, worker: str, *, on: bool) -> None:
+        """See `Fleet`."""
+        await self._connected.drain(worker, on=on)
+
+    @property
+    def _connected(self) -> Fleet:
+        if self._fleet is None:
+            raise FleetError("the farm's Ray nodes are not running yet, or no longer")
+        return self._fleet
+
+
+@asynccontextmanager
+async def ray_farm(settings: Settings, info: FarmInfo, stopping: Callable[[], bool]) -> AsyncIterator[Fleet]:
+    """Start or take over head and nodes and connect; at the end, end them if `stopping`, else leave them running."""
+    # ray is imported only where a farm runs on it: the client's commands share this package.
+    from workers.ray_fleet import RayFleet  # noqa: PLC0415
+
+    token_file = make_token_file(settings.state_dir / "ray-token")
+    places = settings.state_dir / "ray"
+    places.mkdir(mode=0o700, exist_ok=True)
+    head = RayHead(
+        token_file=token_file,
+        host=settings.ray_host,
+        port=_head_port(settings),
+        tables=places / "tables",
+        keep=_keep(settings, "head"),
+    )
+    async with AsyncExitStack() as stack:
+        running: list[RayNode] = [head]
+        up = False
+        try:
+            try:
+                await stack.enter_async_context(head)
+            except WorkerError as error:
+                raise StoppedError(
+                    f"{error}; if this repeats, remove {places / 'tables'} (builds that run now are then done again)"
+                ) from None
+            # For `drover worker --head` on other machines, and for the next start; says nothing that is secret.
+            (settings.state_dir / "ray-address").write_text(head.address + "\n")
+            own = RayJoiningNode(
+                head=head.address, token_file=token_file, host=settings.ray_host, keep=_keep(settings, "coordinator")
+            )
+            nodes = [_worker_node(settings, worker, head.address, token_file) for worker in settings.workers]
+            running += [own, *nodes]
+            async with asyncio.TaskGroup() as starting:
+                for joining in (own, *nodes):
+                    starting.create_task(_enter(stack, joining))
+            fleet = await stack.enter_async_context(
+                RayFleet(address=head.address, token_file=token_file, farm=info, node_dir=own.directory)
+            )
+            up = True
+            async with asyncio.TaskGroup() as watching:
+                tasks = [
+                    watching.create_task(_watch_head(head)),
+                    watching.create_task(_watch_own(own)),
+                    *(watching.create_task(_watch_worker(node)) for node in nodes),
+                ]
+                try:
+                    yield fleet
+                finally:
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.wait(tasks)
+        finally:
+            if not stopping():
+                for node in running:
+                    if up or node.adopted:
+                        node.leave()
+            # At once, not one after the other: each takes seconds. The head last, the others would miss it.
+            await asyncio.gather(*(node.stop() for node in running[1:]), return_exceptions=True)
+
+
+def _keep(settings: Settings, name: str) -> Keep:
+    return Keep(settings.state_dir / "ray" / name, settings.ray_outlive_s)
+
+
+def _worker_node(settings: Settings, worker: WorkerConfig, head: str, token_file: Path) -> RayWorkerNode:
+    return RayWorkerNode(
+        name=worker.name,
+        host=settings.ray_host,
+        head=head,
+        token_file=token_file,
+        settings_file=write_worker_settings(settings, worker),
+        keep=_keep(settings, f"worker-{worker.name}"),
+    )
+
+
+def worker_state_dir(settings: Settings, worker: str) -> Path:
+    """Return the directory of a worker's agent."""
+    return settings.state_dir / "workers" / worker / "state"
+
+
+def write_worker_settings(settings: Settings, worker: WorkerConfig) -> Path:
+    """Write what a worker's agent reads at its start; returns the file's path. Raises `ConfigError`."""
+    directory = settings.state_dir / "workers" / worker.name
+    file = directory / "settings.json"
+    told = worker.model_dump()
+    try:
+        made = WorkerSettings(
+            **told
+            | {
+                "state_dir": worker_state_dir(settings, worker.name),
+                "store": worker.store or str(directory / "store"),
+                "nix_options": {**settings.nix_options, **worker.nix_options},
+            }
+        )
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        file.write_text(made.model_dump_json(indent=2) + "\n")
+    except ValidationError as error:
+        reason = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
+        raise ConfigError(f"worker {worker.name}: {reason.removeprefix('Value error, ')}.") from None
+    except OSError as error:
+        raise ConfigError(f"cannot write {file}: {error.strerror}.") from None
+    return file
+
+
+def _head_port(settings: Settings) -> int:
+    """The head's port: the configured one, the one of the last time, or a free one; a restarted head needs the same."""
+    if settings.ray_port:
+        return settings.ray_port
+    try:
+        host, _, port = (settings.state_dir / "ray-address").read_text().strip().rpartition(":")
+        if host.strip("[]") == settings.ray_host:
+            return int(port)
+    except (OSError, ValueError):
+        pass
+    family = socket.AF_INET6 if ":" in settings.ray_host else socket.AF_INET
+    with socket.socket(family) as probe:
+        try:
+            probe.bind((settings.ray_host, 0))
+        except OSError as error:
+            raise ConfigError(f"the Ray head cannot listen on {settings.ray_host}: {error.strerror}.") from None
+        free: int = probe.getsockname()[1]
+        return free
+
+
+async def _enter(stack: AsyncExitStack, node: RayNode) -> None:
+    await stack.enter_async_context(node)
+
+
+async def _watch_head(head: RayHead) -> NoReturn:
+    while True:
+        _log.warning("%s; it is started again and running builds go on", await head.wait_failed())
+        await _start_again(head)
+
+
+async def _watch_worker(node: RayWorkerNode) -> NoReturn:
+    while True:
+        _log.warning("%s; it is started again and its builds are done elsewhere", await node.wait_failed())
+        try:
+            await _start_again(node)
+        except StoppedError as error:
+            _log.error("%s", error)
+            await asyncio.get_running_loop().create_future()
+
+
+async def _watch_own(node: RayJoiningNode) -> NoReturn:
+    raise StoppedError(f"{await node.wait_failed()}; run `drover up` again, running builds go on")
+
+
+async def _start_again(node: RayNode) -> None:
+    """Start a node that died. Raises `StoppedError` where it does not come back."""
+    pause_s = START_AGAIN_S
+    last = ""
+    for _ in range(START_AGAIN_TRIES):
+        await node.stop()
+        try:
+            await node.start()
+        except WorkerError as error:
+            last = str(error)
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
+        else:
+            return
+    raise StoppedError(f"a Ray node ended and could not be started again {START_AGAIN_TRIES} times: {last}")

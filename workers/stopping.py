@@ -1,0 +1,69 @@
+"""How the program that started a worker asks its agent to stop in order: two files in the agent's state directory.
+
+    stop-request    written by the starter: Unix time after which running builds are handed back
+    stopped         written by the agent once it holds no lease and everything it told is acknowledged
+
+The agent takes no new lease from the request on. Whoever stops a worker is not always connected to it (`drover worker`
+only runs the node), so this does not go over the transport. A request lasts until the agent starts anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+REQUEST_FILE = "stop-request"
+STOPPED_FILE = "stopped"
+#: How often either side looks, seconds.
+LOOK_EVERY_S = 0.2
+#: Seconds after the grace in which handed back builds are ended and reported.
+FLUSH_S = 5.0
+
+
+def requested(state_dir: Path) -> float | None:
+    """Return the Unix time at which running builds are handed back; None while nobody asked."""
+    try:
+        return float((state_dir / REQUEST_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def answer(state_dir: Path) -> None:
+    """Say that the agent has stopped."""
+    with suppress(OSError):
+        (state_dir / STOPPED_FILE).touch()
+
+
+def forget(state_dir: Path) -> None:
+    """Remove what an earlier stop left: the agent starts."""
+    for name in (REQUEST_FILE, STOPPED_FILE):
+        (state_dir / name).unlink(missing_ok=True)
+
+
+async def stop_agents(state_dirs: Sequence[Path], grace_s: float, hurry: Callable[[], bool]) -> None:
+    """Ask agents to stop; return when all have, or FLUSH_S after the grace. `hurry` true ends the grace at once."""
+    waiting = list(state_dirs)
+    deadline = time.time() + grace_s
+    _ask(waiting, deadline)
+    while waiting and time.time() < deadline + FLUSH_S:
+        if hurry() and deadline > time.time():
+            deadline = time.time()
+            _ask(waiting, deadline)
+        waiting = [state_dir for state_dir in waiting if not (state_dir / STOPPED_FILE).exists()]
+        await asyncio.sleep(LOOK_EVERY_S)
+    for state_dir in waiting:
+        log.warning("the worker in %s did not stop in time; its builds will be done again", state_dir)
+
+
+def _ask(state_dirs: Sequence[Path], deadline: float) -> None:
+    for state_dir in state_dirs:
+        with suppress(OSError):
+            fresh = state_dir / f"{REQUEST_FILE}.new"
+            fresh.write_text(str(deadline))
+            fresh.replace(state_dir / REQUEST_FILE)
