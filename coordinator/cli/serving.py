@@ -128,7 +128,7 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
             finally:
                 failed.cancel()
                 stopped.cancel()
-        return cli.OK
+        return options.OK
 
     try:
         return asyncio.run(run())

@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -74,7 +75,8 @@ def processes_naming(text: str) -> dict[int, str]:
 class Farm:
     """`drover up` in a directory, and the `drover` command pointed at it."""
 
-    def __init__(self, root: Path, workers: Sequence[WorkerSpec]) -> None:
+    def __init__(self, root: Path, workers: Sequence[WorkerSpec], *, settings: str = "") -> None:
+        """`settings` are lines of the configuration file before its tables."""
         self.root = root
         self.state = root / "farm"
         self.port = free_port()
@@ -82,7 +84,7 @@ class Farm:
         self.cache_url = f"{self.url}/cache"
         self.eval_store = root / "client"
         self._config = root / "farm.toml"
-        self._config.write_text("\n\n".join(worker.toml() for worker in workers) + "\n")
+        self._config.write_text("\n\n".join([settings, *(worker.toml() for worker in workers)]) + "\n")
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self.log_path = root / "farm.log"
@@ -162,6 +164,21 @@ class Farm:
             self._log.close()
         self._process = None
         return status
+
+    def kill(self) -> None:
+        """SIGKILL the coordinator alone; its Ray nodes go on."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        assert self._log is not None
+        self._log.close()
+        self._process = None
+
+    def clear(self) -> None:
+        """SIGKILL whatever is left of this farm."""
+        for pid in processes_naming(str(self.root)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def leftovers(self, within_s: float = 5.0) -> dict[int, str]:
         """Processes of this farm that are still there; waits a little for the last to end."""

@@ -1,0 +1,156 @@
+"""Farms that are hurt on purpose, and what must be true of each when the dust has settled.
+
+Every builder appends its name to a tally that lies outside its sandbox, so what really ran is known and not only what
+the farm believes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.journal import Journal, database_engine
+from scheduler import facts
+from scheduler.facts import Fact
+from tests.support.farm import Farm, WorkerSpec
+
+#: Generous: it only ends a test that hangs.
+PATIENCE_S = 120.0
+
+
+class Hurt:
+    """A farm, the graphs that are built on it, and the judgement at the end."""
+
+    def __init__(self, root: Path, names: Sequence[str], *, slots: int = 2, settings: str = "") -> None:
+        self.root = root
+        self.tally = root / "tally"
+        self.tally.mkdir()
+        self.tally.chmod(0o777)
+        options = {"sandbox-paths": f"/bin/sh=/bin/busybox /bin/busybox /tally={self.tally}"}
+        self.farm = Farm(
+            root, [WorkerSpec(name, slots=slots, nix_options=options) for name in names], settings=settings
+        )
+
+    def graph(self, text: str) -> Path:
+        """A file of derivations; `step name inputs script` makes one that tallies itself and echoes its inputs."""
+        file = self.root / "graph.nix"
+        file.write_text(
+            f"""
+            let
+              step = name: inputs: script: derivation {{
+                inherit name; system = "x86_64-linux"; builder = "/bin/sh"; salt = "{self.root}";
+                args = [ "-c" "echo ${{name}} >> /tally/log; ${{script}}; echo ${{toString inputs}} $salt > $out" ];
+              }};
+              range = first: last: if first > last then [ ] else [ first ] ++ range (first + 1) last;
+            in {{ {text} }}
+            """
+        )
+        return file
+
+    def submit(self, file: Path, attr: str, *arguments: str) -> str:
+        """Submit one attribute; returns the submission's id."""
+        done = self.farm.build(file, "-A", attr, "--detach", "--json", *arguments)
+        assert done.returncode == 0, done.stderr
+        submission: str = json.loads(done.stdout.splitlines()[-1])["id"]
+        return submission
+
+    def ended(self, submission: str) -> dict[str, Any]:
+        """Wait for the end of a submission."""
+        self.until(lambda: self.view(submission)["state"] != "running")
+        return self.view(submission)
+
+    def view(self, submission: str) -> dict[str, Any]:
+        view: dict[str, Any] = self.farm.api(f"submissions/{submission}")
+        return view
+
+    def building(self) -> list[dict[str, Any]]:
+        """The workers that build something now."""
+        return [w for w in self.farm.api("workers") if any(stage == "building" for _, stage in w["leases"])]
+
+    def until(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, self.farm.log_path.read_text(errors="replace")[-4000:]
+            time.sleep(0.1)
+
+    def leader(self, record: str) -> int:
+        """Process id of a Ray node: `head`, `coordinator` or `worker-NAME`."""
+        directory = Path((self.farm.state / "ray" / record).read_text().strip())
+        leader: int = json.loads((directory / "node.json").read_text())["node"][0]
+        return leader
+
+    def runs(self) -> Counter[str]:
+        """How often each builder really ran, by name."""
+        log = self.tally / "log"
+        return Counter(log.read_text().split()) if log.exists() else Counter()
+
+    def can_be_fetched(self, view: dict[str, Any]) -> None:
+        """Everything that is reported done reaches a plain Nix client."""
+        paths = [p for root in view["roots"] if root["state"] == "done" for p in root["outputs"].values()]
+        if paths:
+            fetched = self.farm.fetch(self.root / f"plain-{view['id']}", *paths)
+            assert fetched.returncode == 0, fetched.stderr
+
+    def nothing_ran_twice_without_a_reason(self) -> None:
+        """After the farm has stopped: the journal has a reason for every lease after a step's first, and no build
+        ran without a lease of its own."""
+        leases: Counter[str] = Counter()
+        reasons: Counter[str] = Counter()
+        for fact in self.journal():
+            match fact:
+                case facts.StepLeased():
+                    leases[fact.lease.step] += 1
+                case facts.LeaseRevoked():
+                    assert fact.failure.message
+                    reasons[fact.lease.step] += 1
+                case _:
+                    pass
+        for step, count in leases.items():
+            assert count <= 1 + reasons[step], step
+        by_name = Counter[str]()
+        for step, count in leases.items():
+            by_name[_name_of(step)] += count
+        for name, count in self.runs().items():
+            assert count <= by_name[name], name
+
+    def journal(self) -> list[Fact]:
+        async def read() -> list[Fact]:
+            engine = database_engine(f"sqlite+aiosqlite:///{self.farm.state / 'journal.sqlite3'}")
+            try:
+                return [fact async for frame in Journal(engine).load() for fact in frame]
+            finally:
+                await engine.dispose()
+
+        return asyncio.run(read())
+
+
+def _name_of(step: str) -> str:
+    """The derivation's name in a step's key, which is made of its outputs' base names."""
+    return step.partition("-")[2]
+
+
+MakeFarm = Callable[..., Hurt]
+
+
+@pytest.fixture
+def hurt(tmp_path: Path) -> Iterator[MakeFarm]:
+    """Makes and starts one farm; `hurt("a", "b", slots=2)`."""
+    made: list[Hurt] = []
+
+    def make(*names: str, **told: Any) -> Hurt:
+        one = Hurt(tmp_path, names, **told)
+        made.append(one)
+        one.farm.start().wait_for_workers(len(names))
+        return one
+
+    yield make
+    for one in made:
+        one.farm.stop()
+        one.farm.clear()

@@ -1,0 +1,58 @@
+"""What is killed comes back, and the builds that ran meanwhile were never in danger."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.e2e.faults.conftest import MakeFarm
+from workers.process_tree import process_tree
+
+pytestmark = pytest.mark.e2e
+
+#: Short builds in one graph, and how often the coordinator is killed while they run.
+SHORT_BUILDS = 300
+KILLS = 5
+
+
+def test_a_coordinator_killed_again_and_again_during_three_hundred_builds_builds_each_once(hurt: MakeFarm) -> None:
+    one = hurt("left", "right", slots=2)
+    file = one.graph(f'top = step "top" (map (n: step "short-${{toString n}}" [] ":") (range 1 {SHORT_BUILDS})) ":";')
+    submission = one.submit(file, "top")
+    for kill in range(1, KILLS + 1):
+        one.until(lambda kill=kill: sum(one.runs().values()) >= kill * SHORT_BUILDS // (KILLS + 2))
+        one.farm.kill()
+        one.farm.start()
+    view = one.ended(submission)
+    assert view["state"] == "succeeded", one.farm.log_path.read_text()[-3000:]
+    one.can_be_fetched(view)
+    assert one.farm.stop() == 0
+    one.nothing_ran_twice_without_a_reason()
+    runs = one.runs()
+    assert len(runs) == SHORT_BUILDS + 1
+    assert set(runs.values()) == {1}
+    assert one.farm.leftovers() == {}
+
+
+def test_a_build_goes_on_while_coordinator_and_ray_head_are_dead(hurt: MakeFarm) -> None:
+    one = hurt("only", slots=1)
+    file = one.graph('slow = step "slow" [] "while [ ! -e /tally/go ]; do /bin/busybox sleep 0.1; done";')
+    submission = one.submit(file, "slow")
+    one.until(one.building)
+    head = one.leader("head")
+    for process in process_tree(head):
+        os.kill(process.pid, signal.SIGKILL)
+    one.until(lambda: "it is started again" in one.farm.log_path.read_text())
+    one.farm.kill()
+    (one.tally / "go").touch()
+    one.farm.start()
+    view = one.ended(submission)
+    assert view["state"] == "succeeded"
+    assert one.runs() == {"slow": 1}
+    again = one.graph('after = step "after" [] ":";')
+    assert one.ended(one.submit(again, "after"))["state"] == "succeeded"
+    one.can_be_fetched(view)
+    assert one.farm.stop() == 0
+    assert one.farm.leftovers() == {}
