@@ -44,6 +44,7 @@ from infra.cache.errors import (
 )
 from infra.cache.metadata import MAX_IN, conflicts, open_metadata, paths, reading, refs, writing
 from infra.cache.objects import LocalObjectStore, ObjectStore
+from infra.cache.signer import Signer
 from infra.cache.verify import verify_nar
 from infra.nix import narinfo as narinfo_format
 from infra.nix.errors import FormatError
@@ -105,13 +106,11 @@ class Cache:
         keys: Sequence[SecretKey],
         now: Callable[[], float],
     ) -> None:
-        if not keys:
-            raise CacheError("a cache needs a signing key")
         self._engine = engine
         self.objects = objects
         self.store_dir = store_dir
         self.counters = CacheCounters()
-        self._keys = tuple(keys)
+        self.signer = Signer(keys)
         self._now = now
         #: Hash part or URL -> row; only what is published, oldest use first, at most twice NARINFOS_IN_MEMORY.
         self._recent: OrderedDict[str, Row] = OrderedDict()
@@ -146,7 +145,7 @@ class Cache:
     @property
     def public_keys(self) -> tuple[PublicKey, ...]:
         """The keys that verify the signatures; `str()` of one is what `trusted-public-keys` wants."""
-        return tuple(key.public for key in self._keys)
+        return self.signer.public_keys
 
     async def missing(self, store_paths: Iterable[str]) -> set[str]:
         """Return those of the full store paths that cannot be fetched, in one question.
@@ -322,8 +321,7 @@ class Cache:
         except ObjectStoreError as error:
             return Rejected(candidate.store_path, RejectReason.STORE_FAILED, str(error))
         unsigned = candidate.narinfo()
-        fingerprint = unsigned.fingerprint(self.store_dir)
-        return replace(unsigned, sigs=tuple(key.sign(fingerprint) for key in self._keys)).render()
+        return replace(unsigned, sigs=self.signer.sign(unsigned.fingerprint(self.store_dir))).render()
 
     async def _record(
         self, connection: AsyncConnection, proven: Sequence[Candidate], sealed: Mapping[str, bytes]

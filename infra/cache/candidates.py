@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
-from infra.cache.upload import UploadedNar, nar_key
-from infra.cache.verify import COMPRESSION
+from infra.cache.compression import SUFFIXES, nar_key
+from infra.cache.upload import UploadedNar
 from infra.nix.errors import FormatError
 from infra.nix.hashing import parse_sha256, sha256_text
 from infra.nix.narinfo import NarInfo
@@ -142,12 +142,14 @@ def malformed(candidate: Candidate, store_dir: StoreDir) -> str:
         normal = tuple(sha256_text(parse_sha256(text)) for text in (candidate.nar_hash, candidate.file_hash))
     except FormatError as error:
         return str(error)
+    if candidate.compression not in SUFFIXES:
+        return f"the object's compression is not one of {', '.join(SUFFIXES)}"
     sizes = (candidate.nar_size, candidate.file_size)
     faults = {
         "the deriver is not a .drv": deriver is not None and not deriver.is_derivation,
         "a hash is not in the form sha256:<52 nix32 characters>": normal != (candidate.nar_hash, candidate.file_hash),
-        f"the object is not {COMPRESSION}-compressed": candidate.compression != COMPRESSION,
-        "the object is not named after its hash": candidate.url != nar_key(candidate.file_hash),
+        "the object is not named after its hash and compression": candidate.url
+        != nar_key(candidate.file_hash, candidate.compression),
         f"a size is not between 1 and {MAX_NAR_BYTES} bytes": not 0 < min(sizes) <= max(sizes) <= MAX_NAR_BYTES,
         f"it has more than {MAX_REFERENCES} references": len(candidate.references) > MAX_REFERENCES,
         "the content address is malformed": bool(candidate.ca) and not _CONTENT_ADDRESS.fullmatch(candidate.ca),

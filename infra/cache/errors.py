@@ -45,4 +45,4 @@ class ClosureTooLargeError(CacheError):
 
 
 class KeyFileError(CacheError):
-    """A signing key file cannot be used: unreadable, readable by others, or not a key. Never quotes the content."""
+    """A signing key cannot be used: unreadable, readable by others, or not a key. Never quotes the content."""

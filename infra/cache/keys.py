@@ -1,6 +1,8 @@
-"""The files of signing keys: made once, readable by their owner alone, never quoted.
+"""Signing keys, from files and from the environment: readable by their owner alone, never quoted.
 
-A file holds one key as Nix writes it, `name:base64`, so that `nix store sign --key-file` reads it too.
+A source is written as the path of a file or as `env:NAME`. Either holds one key as Nix writes it, `name:base64`, so
+that `nix store sign --key-file` reads a file too. To rotate: configure the new key beside the old one and sign anew
+(`resign`), tell clients the new public key, and take the old one away later.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from infra.nix.signing import SEED_SIZE, SecretKey, generate
 
 #: A key file is a line of about 100 characters.
 MAX_KEY_FILE_BYTES = 4096
+#: What a source begins with that is a variable of the environment, not a file.
+ENVIRONMENT = "env:"
 
 
 def load_key(path: Path) -> SecretKey:
@@ -84,15 +88,44 @@ def load_or_create_key(path: Path, name: str) -> SecretKey:
     return load_key(path)
 
 
-def load_keys(paths: Sequence[Path]) -> tuple[SecretKey, ...]:
-    """Return the keys of several files, in order; every narinfo is signed by each of them.
+def read_key(source: str, environment: Mapping[str, str] = os.environ) -> SecretKey:
+    """Return the key that `source` names: the path of a file, or `env:NAME`, a variable with what a file would hold.
 
     Raises:
-        KeyFileError: as `load_key`, or two keys have one name.
+        KeyFileError: as `load_key`; or the variable is not set, or holds no key.
     """
-    keys = tuple(load_key(path) for path in paths)
+    if not source.startswith(ENVIRONMENT):
+        return load_key(Path(source).expanduser())
+    name = source.removeprefix(ENVIRONMENT)
+    try:
+        return SecretKey.parse(environment[name].strip())
+    except KeyError:
+        raise KeyFileError(f"the environment variable {name}, which should hold a signing key, is not set") from None
+    except FormatError:
+        # Without a cause: no part of the content may reach a log.
+        raise KeyFileError(f"the environment variable {name} holds no signing key in the form name:base64") from None
+
+
+def read_keys(sources: Sequence[str], environment: Mapping[str, str] = os.environ) -> tuple[SecretKey, ...]:
+    """Return the keys of several sources (see `read_key`), in order; everything is signed by each of them.
+
+    Raises:
+        KeyFileError: as `read_key`, or two keys have one name: a client that knows one of them would refuse what the
+            other signed.
+    """
+    keys = tuple(read_key(source, environment) for source in sources)
     names = [key.name for key in keys]
     for name in names:
         if names.count(name) > 1:
             raise KeyFileError(f"two signing keys are called {name!r}: give each its own name")
     return keys
+
+
+def forget_keys(sources: Sequence[str], environment: MutableMapping[str, str] = os.environ) -> None:
+    """Take the variables that `sources` name out of the environment, which every child process would inherit.
+
+    To be called once all caches have read their keys, before anything is started.
+    """
+    for source in sources:
+        if source.startswith(ENVIRONMENT):
+            environment.pop(source.removeprefix(ENVIRONMENT), None)

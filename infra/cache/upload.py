@@ -18,9 +18,9 @@ from hashlib import sha256
 
 import zstandard
 
+from infra.cache.compression import COMPRESSION, nar_key
 from infra.cache.errors import CacheError, ObjectStoreError
 from infra.cache.objects import INLINE_BYTES, ObjectStore, incoming_key
-from infra.cache.verify import COMPRESSION
 from infra.nix.hashing import sha256_text
 
 #: zstd's own default: 2 to 3 times faster than a local disk needs, within a few per cent of the size of higher levels.
@@ -43,11 +43,6 @@ class UploadedNar:
     compression: str
     file_hash: str
     file_size: int
-
-
-def nar_key(file_hash: str) -> str:
-    """Return the key of the object whose bytes have the hash `sha256:<nix32>`."""
-    return f"nar/{file_hash.removeprefix('sha256:')}.nar.zst"
 
 
 class _Encoder:

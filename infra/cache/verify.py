@@ -1,26 +1,21 @@
 """An object's NAR, decompressed and held against what was promised of it.
 
 The one reader of NAR objects: publishing discards what it yields, workers unpack it. It runs where it may block (a
-thread; hashing and decompression release the interpreter lock) and holds about one READ_BYTES of each side, whatever
-the object claims: output is taken from the decompressor in bounded pieces, and reading stops once it exceeds the
-promised size, so a small object that unpacks to terabytes costs no more than an honest one.
+thread; hashing and decompression release the interpreter lock) and holds about one READ_BYTES of each side and the
+decoder's bounded memory (`compression`), whatever the object claims: output is taken from the decompressor in bounded
+pieces, and reading stops once it exceeds the promised size, so a small object that unpacks to terabytes costs no more
+than an honest one.
 """
 
 from __future__ import annotations
 
 from hashlib import sha256
-from typing import IO, Protocol, cast
+from typing import Protocol
 
-import zstandard
-
+from infra.cache.compression import DecodeError, unpacker
 from infra.cache.errors import CorruptNarError, ObjectStoreError
 from infra.cache.objects import READ_BYTES, BlockingSource
 from infra.nix.hashing import sha256_text
-
-#: The only compression that this cache writes and reads.
-COMPRESSION = "zstd"
-#: A frame may ask for this much memory to be unpacked (RFC 8878, 3.1.1.1.2, asks every decoder to support 8 MiB).
-MAX_WINDOW_BYTES = 8 * 1024 * 1024
 
 
 class NarPromise(Protocol):
@@ -80,15 +75,14 @@ class VerifiedNar:
     """Reads the NAR out of `source`; takes ownership of it."""
 
     def __init__(self, source: BlockingSource, promise: NarPromise) -> None:
-        if promise.compression != COMPRESSION:
-            source.close()
-            raise CorruptNarError(promise.store_path, f"compression is {promise.compression!r}, not {COMPRESSION}")
         self._source = source
         self._promise = promise
         self._file = _Measured(source, promise)
-        self._nar = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).stream_reader(
-            cast("IO[bytes]", self._file), read_size=READ_BYTES, read_across_frames=True, closefd=False
-        )
+        try:
+            self._nar = unpacker(promise.compression, self._file, READ_BYTES)
+        except DecodeError as error:
+            source.close()
+            raise CorruptNarError(promise.store_path, str(error)) from None
         self._size = 0
         self._hash = sha256()
 
@@ -101,8 +95,8 @@ class VerifiedNar:
         """
         try:
             data = self._nar.read(READ_BYTES)
-        except zstandard.ZstdError:
-            raise CorruptNarError(self._promise.store_path, "the file is not valid zstd") from None
+        except DecodeError as error:
+            raise CorruptNarError(self._promise.store_path, str(error)) from None
         self._size += len(data)
         if self._size > self._promise.nar_size:
             raise CorruptNarError(self._promise.store_path, f"it unpacks to more than {self._promise.nar_size} bytes")

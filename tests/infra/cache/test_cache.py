@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from infra.cache import AlreadyPublished, Cache, Candidate, Conflict, Published, Rejected, RejectReason
 from infra.cache import cache as cache_module
 from infra.cache.candidates import references_first
+from infra.cache.compression import nar_key
 from infra.cache.errors import CacheError, ClosureTooLargeError, MetadataError, SchemaTooNewError
-from infra.cache.upload import nar_key
 from infra.nix import narinfo
 from infra.nix.hashing import sha256_text
 from tests.support.cache import (

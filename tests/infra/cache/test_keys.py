@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import stat
 import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from infra.cache.errors import KeyFileError
-from infra.cache.keys import load_key, load_keys, load_or_create_key
+from infra.cache.keys import forget_keys, load_key, load_or_create_key, read_keys
 from tests.support.cache import secret_key
 
 
@@ -62,9 +63,26 @@ def test_what_is_no_key_file_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "k").exists()
 
 
-def test_several_keys_need_several_names(tmp_path: Path) -> None:
+def test_several_keys_need_several_names_whatever_their_sources(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         load_or_create_key(tmp_path / name, "one" if name == "c" else f"{name}-one")
-    assert [key.name for key in load_keys([tmp_path / "a", tmp_path / "c"])] == ["a-one", "one"]
-    with pytest.raises(KeyFileError, match="a-one"):
-        load_keys([tmp_path / "a", tmp_path / "b", tmp_path / "a"])
+    files = {name: str(tmp_path / name) for name in ("a", "b", "c")}
+    environment = {"KEY": (tmp_path / "b").read_text(), "OTHER": "kept"}
+    keys = read_keys([files["a"], "env:KEY", files["c"]], environment)
+    assert [key.name for key in keys] == ["a-one", "b-one", "one"]
+    for again in (files["a"], "env:KEY"):
+        with pytest.raises(KeyFileError, match="give each its own name"):
+            read_keys([files["a"], files["b"], again], environment)
+    forget_keys([files["a"], "env:KEY"], environment)
+    assert environment == {"OTHER": "kept"}
+    with pytest.raises(KeyFileError, match="KEY, which should hold a signing key, is not set"):
+        read_keys(["env:KEY"], environment)
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.swapcase(), lambda text: "x" + text * 3])
+def test_no_message_or_traceback_quotes_a_key_of_the_environment(damage: Callable[[str], str]) -> None:
+    secret = secret_key().reveal()
+    with pytest.raises(KeyFileError, match="variable KEY holds no signing key") as caught:
+        read_keys(["env:KEY"], {"KEY": damage(secret)})
+    shown = "".join(traceback.format_exception(caught.value)) + repr(caught.value)
+    assert secret.partition(":")[2][:12].lower() not in shown.lower()
