@@ -7,19 +7,16 @@ another, and none tells what another has.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.config import DEFAULT_CACHE, CacheSettings, Settings
-from coordinator.http.access import ENVIRONMENT, CacheAccess, TokenSet, load_tokens
+from coordinator.http.access import CacheAccess, TokenSet, load_tokens
 from infra.cache import Cache, ObjectStore, open_object_store
-from infra.cache.errors import KeyFileError
-from infra.cache.keys import load_key, load_or_create_key
+from infra.cache.keys import forget_keys, load_or_create_key, read_keys
 from infra.clock import Clock
-from infra.nix.errors import FormatError
 from infra.nix.signing import SecretKey
 from infra.nix.store_path import StoreDir
 
@@ -70,21 +67,13 @@ async def open_caches(
         keys = _keys(named, settings.state_dir / f"cache-{name}-key", f"{name}-{settings.key_name}")
         cache = await made(settings.named_cache_database_url(name), objects.below(f"caches/{name}"), keys)
         opened.append(OpenCache(name, f"/cache/{name}", named, cache, access))
+    # Nothing that is started later, such as workers, inherits a key.
+    for open_cache in opened:
+        forget_keys(open_cache.settings.signing_keys)
     return opened
 
 
 def _keys(settings: CacheSettings, made: Path, name: str) -> tuple[SecretKey, ...]:
     if not settings.signing_keys:
         return (load_or_create_key(made, name),)
-    return tuple(_key(source) for source in settings.signing_keys)
-
-
-def _key(source: str) -> SecretKey:
-    if not source.startswith(ENVIRONMENT):
-        return load_key(Path(source).expanduser())
-    name = source.removeprefix(ENVIRONMENT)
-    try:
-        return SecretKey.parse(os.environ.get(name, "").strip())
-    except FormatError:
-        # Without a cause: no part of the content may reach a log.
-        raise KeyFileError(f"the environment variable {name} holds no signing key in the form name:base64") from None
+    return read_keys(settings.signing_keys)

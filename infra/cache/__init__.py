@@ -1,10 +1,12 @@
 """The signed binary cache: objects, metadata, publishing and reading.
 
 objects     bytes by key: a directory, S3, GCS, Azure
+compression the codecs that NARs come in, unpacked within bounds
 verify      the one reader of NAR objects: trusts no size or hash that it was told
 upload      NAR -> object, streaming                       (workers, intake)
 download    object -> NAR, streaming and verified          (workers)
-keys        files of signing keys
+keys        signing keys, from files and the environment
+signer      fingerprint -> signatures
 metadata    the SQL tables
 candidates  claims, outcomes and the pure part of deciding
 cache       Cache: missing, publish, narinfo, closure      (the coordinator)
