@@ -33,8 +33,9 @@ from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
 from coordinator.explain import FarmExplainer
 from coordinator.http.api import Api
 from coordinator.http.app import make_app
-from coordinator.http.auth import load_token
+from coordinator.http.auth import is_own_host, load_token
 from coordinator.http.cache import LogFor, add_cache_routes
+from coordinator.http.fast import FastNarinfos, FastSite
 from coordinator.http.sse import WatchStreams
 from coordinator.intake import Intake, IntakeLimits
 from coordinator.journal import Journal, StateLock, database_engine
@@ -151,6 +152,7 @@ async def open_coordinator(
             telemetry, {each.name: each.cache for each in caches}, {each.name: CacheGauges() for each in caches}
         )
         add_metrics_route(app, telemetry)
+        narinfos = FastNarinfos(caches, lambda host: not settings.loopback or is_own_host(host, url))
         runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
         await runner.setup()
         async with asyncio.TaskGroup() as group:
@@ -160,7 +162,7 @@ async def open_coordinator(
                 group.create_task(engine.run(), name="engine"),
             ]
             try:
-                await web.SockSite(runner, listener).start()
+                await FastSite(runner, listener, narinfos).start()
                 ready = Ready(url, info.cache_url, info.public_keys, token_file, replayed)
                 yield Coordinator(ready, engine, views, intake, stores.cache, stores.journal, tuple(caches))
             finally:

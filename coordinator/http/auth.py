@@ -96,19 +96,23 @@ def require_token(token: str) -> Middleware:
 
 def require_host(public_url: str) -> Middleware:
     """Return a middleware that refuses host names other than loopback ones and that of `public_url`."""
-    public = urlsplit(public_url).hostname or ""
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            host = urlsplit(f"//{request.host}").hostname or ""
-        except ValueError:
-            host = ""
-        if host != public and not _is_loopback(host):
+        if not is_own_host(request.host, public_url):
             raise ForbiddenHostError("this coordinator listens on loopback only and does not answer under that name.")
         return await handler(request)
 
     return check
+
+
+def is_own_host(told: str, public_url: str) -> bool:
+    """Tell whether a `Host` header (with or without a port) names loopback, or the host of `public_url`."""
+    try:
+        host = urlsplit(f"//{told}").hostname or ""
+    except ValueError:
+        return False
+    return host == (urlsplit(public_url).hostname or "") or _is_loopback(host)
 
 
 def _is_loopback(host: str) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from hashlib import blake2b
 from typing import Annotated, Final, TypeAlias
 
 import orjson
@@ -27,10 +27,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coordinator.caches import OpenCache
 from coordinator.http.access import challenge
+from coordinator.http.nars import NAR_HEADERS, NarAnswers, cut
 from coordinator.http.puts import CachePuts, log_key
 from coordinator.schema import ErrorBody, ErrorView
 from infra.cache.cache import MAX_CLOSURE
-from infra.cache.errors import CacheError, ClosureTooLargeError, ObjectStoreError
+from infra.cache.errors import CacheError, ClosureTooLargeError, ObjectMissingError, ObjectStoreError
 from infra.nix.errors import FormatError
 
 _log = logging.getLogger(__name__)
@@ -41,12 +42,6 @@ LogFor: TypeAlias = Callable[[str], AsyncIterator[bytes] | None]
 #: A question for MAX_CLOSURE paths with names of usual length.
 MAX_QUESTION_BYTES: Final = 16 * 1024 * 1024
 
-_NARINFO_HEADERS: Final = {"Content-Type": "text/x-nix-narinfo", "Cache-Control": "public, max-age=60"}
-_NAR_HEADERS: Final = {
-    "Content-Type": "application/x-nix-nar",
-    "Cache-Control": "public, max-age=31536000, immutable",
-    "Accept-Ranges": "bytes",
-}
 _LOG_HEADERS: Final = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-cache"}
 
 
@@ -84,6 +79,7 @@ class CacheRoutes:
         self._served = served
         self._cache = served.cache
         self._log_for = log_for
+        self._nars = NarAnswers(served, self._headers(NAR_HEADERS))
         #: None where nobody may write.
         self.puts = CachePuts(served) if served.access.writable else None
 
@@ -113,21 +109,21 @@ class CacheRoutes:
             self._cache.counters.narinfo_misses += 1
             return _not_found()
         self._cache.counters.narinfo_hits += 1
-        return web.Response(body=text, headers=self._headers(_NARINFO_HEADERS))
+        headers = self._headers(narinfo_headers(text))
+        if any(tag.value in {headers["ETag"].strip('"'), "*"} for tag in request.if_none_match or ()):
+            return web.Response(status=304, headers=headers)
+        return web.Response(body=text, headers=headers)
 
     async def nar(self, request: web.Request) -> web.StreamResponse:
-        """Send a NAR's object, or a range of it; from a directory the kernel copies it (sendfile)."""
+        """Send a NAR's object, or a range of it."""
         key = f"nar/{request.match_info['file']}"
         try:
             size = await self._cache.object_size(key)
             if size is None and self.puts is not None and self._served.access.may_write(request):
                 size = await self.puts.recent.size(key)
-            if size is None:
-                return _not_found()
-            path = self._cache.objects.local_path(key)
-            return (
-                _NarFile(path, headers=self._headers(_NAR_HEADERS)) if path else await self._relay(request, key, size)
-            )
+            return _not_found() if size is None else await self._nars.answer(request, key, size)
+        except ObjectMissingError:
+            return _not_found()
         except CacheError as error:
             return _unavailable(error)
 
@@ -151,7 +147,7 @@ class CacheRoutes:
                 async for chunk in chunks or self._cache.objects.get_stream(uploaded):
                     await response.write(chunk)
             except ObjectStoreError as error:
-                _cut(request, error)
+                cut(request, error)
         await response.write_eof()
         return response
 
@@ -184,66 +180,6 @@ class CacheRoutes:
             return headers
         return {**headers, "Cache-Control": headers["Cache-Control"].replace("public", "private")}
 
-    async def _relay(self, request: web.Request, key: str, size: int) -> web.StreamResponse:
-        """Pass an object, or a range of it, through from a remote store."""
-        wanted = _range(request, size)
-        if wanted is None:
-            headers = {"Content-Range": f"bytes */{size}", "Cache-Control": "no-store"}
-            return web.Response(status=416, headers=headers)
-        start, stop = wanted
-        partial = "Range" in request.headers
-        response = web.StreamResponse(status=206 if partial else 200, headers=self._headers(_NAR_HEADERS))
-        response.content_length = stop - start
-        response.etag = request.match_info["file"]
-        if partial:
-            response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        if request.method == "HEAD":
-            if await self._cache.objects.head(key) != size:
-                return _not_found()
-            await response.prepare(request)
-            return response
-        async with aclosing(self._cache.objects.get_stream(key, start, stop)) as chunks:
-            first = await anext(chunks, b"")
-            await response.prepare(request)
-            await response.write(first)
-            try:
-                async for chunk in chunks:
-                    await response.write(chunk)
-            except ObjectStoreError as error:
-                _cut(request, error)
-        await response.write_eof()
-        return response
-
-
-class _NarFile(web.FileResponse):
-    """A file that may be cached for ever, unless it is not there after all."""
-
-    def set_status(self, status: int, reason: str | None = None) -> None:
-        super().set_status(status, reason)
-        if status >= 400:
-            self.headers["Cache-Control"] = "no-store"
-
-
-def _cut(request: web.Request, error: ObjectStoreError) -> None:
-    """Break the connection: the client sees that bytes are missing, and asks for the rest."""
-    _log.warning("a NAR was cut short: %s", error)
-    if request.transport is not None:
-        request.transport.abort()
-    raise ConnectionResetError(str(error)) from error
-
-
-def _range(request: web.Request, size: int) -> tuple[int, int] | None:
-    """Return the wanted bytes as (start, stop), None if there are none such."""
-    try:
-        wanted = request.http_range
-    except ValueError:
-        return None
-    start = 0 if wanted.start is None else wanted.start
-    if start < 0:
-        return max(0, size + start), size
-    stop = size if wanted.stop is None else min(wanted.stop, size)
-    return (start, stop) if start < stop else None
-
 
 async def _bounded_body(request: web.Request) -> bytes | None:
     body = bytearray()
@@ -252,6 +188,12 @@ async def _bounded_body(request: web.Request) -> bytes | None:
         if len(body) > MAX_QUESTION_BYTES:
             return None
     return bytes(body)
+
+
+def narinfo_headers(text: bytes) -> dict[str, str]:
+    """Return what a public cache says beside a narinfo; its text can change when keys do, or its object is repaired."""
+    tag = blake2b(text, digest_size=12).hexdigest()
+    return {"Content-Type": "text/x-nix-narinfo", "Cache-Control": "public, max-age=60", "ETag": f'"{tag}"'}
 
 
 def _not_found() -> web.Response:
