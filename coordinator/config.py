@@ -112,6 +112,15 @@ class Redirect(StrEnum):
     NEVER = "never"
 
 
+class UploadRoute(StrEnum):
+    """How objects travel that workers and people upload over HTTP."""
+
+    #: Straight to the object store where that is S3, else through the coordinator.
+    AUTO = "auto"
+    #: Through the coordinator: for senders that cannot reach the object store.
+    RELAY = "relay"
+
+
 class CacheSettings(BaseModel):
     """One cache: who may use it, how it signs, what it keeps. Tokens and keys are named, never written here."""
 
@@ -134,6 +143,7 @@ class CacheSettings(BaseModel):
     #: (`X-Accel-Redirect`). Needs a `file://` object store.
     accel_prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._-]+)*$")] = ""
     redirect: Redirect = Redirect.AUTO
+    uploads: UploadRoute = UploadRoute.AUTO
 
 
 class NamedCacheSettings(CacheSettings):

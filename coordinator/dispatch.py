@@ -42,7 +42,15 @@ PUBLISH_BACKLOG = 4096
 
 Post = Callable[[Sequence[Event]], Awaitable[None]]
 
+#: Gives what lets a worker upload the outputs of one lease; takes the bytes of its .drv.
+UploadToken = Callable[[LeaseId, bytes], str]
+
 _log = logging.getLogger(__name__)
+
+
+def no_upload_token(_lease: LeaseId, _derivation: bytes) -> str:
+    """Let workers upload nothing over HTTP: for farms whose workers all see the object store."""
+    return ""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,13 +65,21 @@ class Dispatch:
     """Carries out effects until `run` is cancelled. `post` takes the events that they end in."""
 
     def __init__(
-        self, fleet: Fleet, cache: Cache, derivations: DerivationStore, limits: LimitSettings, post: Post
+        self,
+        fleet: Fleet,
+        cache: Cache,
+        derivations: DerivationStore,
+        limits: LimitSettings,
+        post: Post,
+        *,
+        upload_token: UploadToken = no_upload_token,
     ) -> None:
         self._fleet = fleet
         self._cache = cache
         self._derivations = derivations
         self._limits = limits
         self._post = post
+        self._upload_token = upload_token
         self._lanes: dict[str, _Lane] = {}
         self._new_lanes: asyncio.Queue[str] = asyncio.Queue()
         self._publish: deque[PublishOutputs] = deque()
@@ -150,6 +166,7 @@ class Dispatch:
             timeout_s=self._limits.build_timeout_s,
             max_silent_s=self._limits.build_silence_s,
             max_log_bytes=self._limits.log_bytes,
+            upload_token=self._upload_token(lease, order.derivation),
         )
 
     async def _give_back(self, starts: Sequence[StartBuild], message: str) -> None:

@@ -25,7 +25,7 @@ import uvloop
 from aiohttp import web
 
 from coordinator.caches import OpenCache, open_caches
-from coordinator.config import DEFAULT_CACHE, ConfigError, LimitSettings, Settings
+from coordinator.config import DEFAULT_CACHE, ConfigError, LimitSettings, Settings, UploadRoute
 from coordinator.derivations import DerivationStore
 from coordinator.dispatch import Dispatch
 from coordinator.engine import Engine
@@ -37,6 +37,7 @@ from coordinator.http.auth import is_own_host, load_token
 from coordinator.http.cache import LogFor, add_cache_routes
 from coordinator.http.fast import FastNarinfos, FastSite
 from coordinator.http.sse import WatchStreams
+from coordinator.http.uploads import add_upload_routes
 from coordinator.intake import Intake, IntakeLimits
 from coordinator.journal import Journal, StateLock, database_engine
 from coordinator.logs import LogStore
@@ -44,9 +45,12 @@ from coordinator.metrics import CacheGauges, add_cache_metrics, add_farm_metrics
 from coordinator.ray_farm import RayFarm, worker_state_dir
 from coordinator.schema import FarmView
 from coordinator.sink import FleetSink
+from coordinator.upload_tokens import UploadTokens
 from coordinator.views import Views
 from infra.cache import Cache
+from infra.cache.direct import direct_uploads
 from infra.cache.errors import CacheError
+from infra.cache.uploads import Uploads
 from infra.clock import Clock, SystemClock
 from infra.telemetry import Telemetry
 from scheduler.effects import Effect
@@ -109,6 +113,7 @@ async def open_coordinator(
         listener = stack.enter_context(_listen(settings))
         url = settings.public_url.rstrip("/") or _url(settings.host, listener)
 
+        tokens = UploadTokens.load(settings.state_dir / "upload-secret")
         farm_token = secrets.token_urlsafe()
         caches = await open_caches(stack, settings, clock, api_token=token, farm_token=farm_token)
         stores = await _open_stores(stack, settings, caches[0].cache)
@@ -118,6 +123,8 @@ async def open_coordinator(
             object_store_url=settings.objects_url,
             store_dir=settings.store_dir,
             cache_token="" if caches[0].access.public else farm_token,
+            store_mark=await stores.cache.objects.check_marker(),
+            takes_uploads=True,
         )
         farm = Farm()
         views = Views(FarmExplainer(farm, stores.logs, clock))
@@ -132,7 +139,9 @@ async def open_coordinator(
             _intake_limits(settings.limits),
         )
         fleet = await stack.enter_async_context(fleet_factory(info))
-        dispatch = Dispatch(fleet, stores.cache, stores.derivations, settings.limits, engine.post)
+        dispatch = Dispatch(
+            fleet, stores.cache, stores.derivations, settings.limits, engine.post, upload_token=tokens.for_lease(clock)
+        )
         outbox.to = dispatch
         sink = FleetSink(engine, dispatch, views, stores.logs, clock)
 
@@ -141,6 +150,9 @@ async def open_coordinator(
         app = make_app(
             api, token, public_url=url, loopback=settings.loopback, max_body_bytes=settings.limits.request_bytes
         )
+        uploads = [_uploads(each, settings, clock) for each in caches]
+        for each, taking in zip(caches, uploads, strict=True):
+            add_upload_routes(app, each, taking, tokens, clock.now)
         # The default one last: its address is the beginning of all others.
         for each in reversed(caches):
             log_for = _log_reader(views, stores.logs, settings.store_dir) if each.name == DEFAULT_CACHE else None
@@ -160,6 +172,7 @@ async def open_coordinator(
                 group.create_task(fleet.run(sink), name="fleet"),
                 group.create_task(dispatch.run(), name="dispatch"),
                 group.create_task(engine.run(), name="engine"),
+                *(group.create_task(each.run(), name="uploads") for each in uploads),
             ]
             try:
                 await FastSite(runner, listener, narinfos).start()
@@ -261,6 +274,12 @@ def run_up(settings: Settings, ready: Callable[[Ready], None]) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
+
+
+def _uploads(served: OpenCache, settings: Settings, clock: Clock) -> Uploads:
+    objects = served.cache.objects
+    direct = None if served.settings.uploads is UploadRoute.RELAY else direct_uploads(objects)
+    return Uploads(served.cache, settings.state_dir / "uploads" / served.name, clock.now, direct=direct)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -47,6 +47,11 @@ class FarmInfo(WireMessage):
     #: Where NARs are put and read: `file:///…`, `s3://bucket/prefix`, …
     object_store_url: str
     store_dir: str = "/nix/store"
+    #: What the coordinator wrote into the object store (`MARKER_KEY`): a store without it is another one of the same
+    #: name. Empty: whatever mark is there will do.
+    store_mark: str = ""
+    #: Whether the cache takes uploads over HTTP, so that a worker need not see the object store.
+    takes_uploads: bool = False
     #: Lets the agent read the cache where that is private; a secret.
     cache_token: str = Field(default="", repr=False)
 
@@ -74,6 +79,8 @@ class LeaseOrder(WireMessage):
     max_silent_s: int = 0
     #: Bytes of log that are kept and sent; what is beyond is counted, not kept.
     max_log_bytes: int = 64 * 1024 * 1024
+    #: Lets the worker upload exactly this lease's outputs over HTTP; a secret.
+    upload_token: str = Field(default="", repr=False)
     #: W3C trace context of the submission, or empty.
     traceparent: str = ""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
-from infra.cache.compression import SUFFIXES, nar_key
+from infra.cache.compression import COMPRESSION, SUFFIXES, nar_key
 from infra.cache.upload import UploadedNar
 from infra.nix.errors import FormatError
 from infra.nix.hashing import parse_sha256, sha256_text
@@ -21,6 +21,7 @@ MAX_NAR_BYTES = 256 * 1024**3
 #: References of one path; Nix itself has no limit, the largest known closures have some 10,000 paths.
 MAX_REFERENCES = 100_000
 
+_GENERATION = re.compile(r"[0-9a-z]{1,40}\.nar\.zst")
 _CONTENT_ADDRESS = re.compile(r"(?:text|fixed):(?:r:|git:)?(?:md5|sha1|sha256|sha512):[0-9a-z]{26,128}")
 
 
@@ -148,13 +149,22 @@ def malformed(candidate: Candidate, store_dir: StoreDir) -> str:
     faults = {
         "the deriver is not a .drv": deriver is not None and not deriver.is_derivation,
         "a hash is not in the form sha256:<52 nix32 characters>": normal != (candidate.nar_hash, candidate.file_hash),
-        "the object is not named after its hash and compression": candidate.url
-        != nar_key(candidate.file_hash, candidate.compression),
+        "the object is not named after its hash and compression": not _is_named_after(candidate),
         f"a size is not between 1 and {MAX_NAR_BYTES} bytes": not 0 < min(sizes) <= max(sizes) <= MAX_NAR_BYTES,
         f"it has more than {MAX_REFERENCES} references": len(candidate.references) > MAX_REFERENCES,
         "the content address is malformed": bool(candidate.ca) and not _CONTENT_ADDRESS.fullmatch(candidate.ca),
     }
     return next((fault for fault, found in faults.items() if found), "")
+
+
+def _is_named_after(candidate: Candidate) -> bool:
+    """Tell whether the key holds the file's hash, or the NAR's and a generation (uploads straight to the store)."""
+    if candidate.url == nar_key(candidate.file_hash, candidate.compression):
+        return True
+    start, _, generation = candidate.url.partition("-")
+    if candidate.compression != COMPRESSION:
+        return False
+    return start == f"nar/{candidate.nar_hash.removeprefix('sha256:')}" and bool(_GENERATION.fullmatch(generation))
 
 
 def references_first(

@@ -39,6 +39,7 @@ from infra.cache.errors import (
 
 if TYPE_CHECKING:
     from obstore import BytesStream
+    from obstore.store import ClientConfig, RetryConfig
     from obstore.store import ObjectStore as Backend
 
 #: Objects that are being written, and what crashes leave.
@@ -53,6 +54,28 @@ PARTS_IN_FLIGHT = 2
 READ_BYTES = 1024 * 1024
 #: Data up to this size is handled without a change of threads, which would cost more than the work (about 0.2 ms).
 INLINE_BYTES = 64 * 1024
+
+#: Seconds for a remote store to be connected to, to send its next bytes (a part is on its way meanwhile), and to send
+#: a whole object. A silent store is an error within minutes, never a hang.
+CONNECT_S = 5
+SILENCE_S = 60
+WHOLE_S = 24 * 3600
+#: A request that fails in a way that may pass (503, a broken connection) is made again so often, within these seconds.
+RETRIES = 4
+RETRY_WITHIN_S = 60
+
+_CLIENT_OPTIONS: ClientConfig = {
+    # Whoever names an endpoint with http:// means it.
+    "allow_http": True,
+    "connect_timeout": timedelta(seconds=CONNECT_S),
+    "read_timeout": timedelta(seconds=SILENCE_S),
+    "timeout": timedelta(seconds=WHOLE_S),
+}
+_RETRIES: RetryConfig = {
+    "max_retries": RETRIES,
+    "retry_timeout": timedelta(seconds=RETRY_WITHIN_S),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+}
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*(?:/[A-Za-z0-9_][A-Za-z0-9._+=-]*)*")
 _SCHEMES = frozenset({"file", "s3", "s3a", "gs", "az", "azure", "abfs", "abfss"})
@@ -118,7 +141,9 @@ class ObjectStore:
     @cached_property
     def _backend(self) -> Backend:
         with self._errors("open", ""):
-            return from_url(self._full_url)
+            if urlsplit(self._full_url).scheme == "memory":
+                return from_url(self._full_url)
+            return from_url(self._full_url, client_options=_CLIENT_OPTIONS, retry_config=_RETRIES)
 
     @contextmanager
     def _errors(self, verb: str, key: str) -> Iterator[None]:

@@ -11,8 +11,8 @@ Memory per upload is bounded by QUICK_BYTES, the parts in flight (`objects`) and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -103,6 +103,47 @@ class _Encoder:
         return data
 
 
+class CompressedNar:
+    """A NAR that is being compressed. Read `pieces` to their end, once; `uploaded` then says what the object is."""
+
+    def __init__(self, encoder: _Encoder, pieces: AsyncGenerator[bytes, None]) -> None:
+        self.pieces = pieces
+        self._encoder = encoder
+
+    def uploaded(self) -> UploadedNar:
+        """Return hashes and sizes; `url` is the key of an object that is named after its hash."""
+        return self._encoder.uploaded()
+
+
+@asynccontextmanager
+async def compressing(chunks: AsyncIterable[bytes]) -> AsyncIterator[CompressedNar]:
+    """Compress the NAR that `chunks` are the bytes of; one NAR gives one object, however it was cut.
+
+    Raises:
+        CacheError: there were no bytes at all.
+    """
+    encoder = _Encoder()
+    async with aclosing(_blocks(chunks)) as blocks:
+        first = await anext(blocks, b"")
+        if not first:
+            raise CacheError("a NAR cannot be empty: the stream ended before its first byte")
+        pieces = _one(encoder, first) if len(first) <= INLINE_BYTES else _compressed(encoder, first, blocks)
+        async with aclosing(pieces):
+            yield CompressedNar(encoder, pieces)
+
+
+@asynccontextmanager
+async def compressing_files(chunks: Iterator[bytes]) -> AsyncIterator[CompressedNar]:
+    """Do the same with chunks that block, all in threads: reading, hashing and compressing are one walk.
+
+    Raises:
+        OSError: reading failed; as `chunks` gives it.
+    """
+    encoder = _Encoder()
+    async with aclosing(_ahead(_encode(encoder, chunks))) as pieces:
+        yield CompressedNar(encoder, pieces)
+
+
 async def upload_nar(store: ObjectStore, chunks: AsyncIterable[bytes]) -> UploadedNar:
     """Store the NAR that `chunks` are the bytes of, and say what it is. Two uploads of one NAR are one object.
 
@@ -110,50 +151,82 @@ async def upload_nar(store: ObjectStore, chunks: AsyncIterable[bytes]) -> Upload
         CacheError: there were no bytes at all.
         ObjectStoreError: the store failed; nothing is visible.
     """
-    encoder = _Encoder()
-    async with aclosing(_blocks(chunks)) as blocks:
-        first = await anext(blocks, b"")
-        if not first:
-            raise CacheError("a NAR cannot be empty: the stream ended before its first byte")
-        if len(first) <= INLINE_BYTES:
-            return await _put(store, encoder, encoder.whole(first))
-        async with aclosing(_compressed(encoder, first, blocks)) as pieces:
-            head = bytearray()
-            async for piece in pieces:
-                head += piece
-                if len(head) > QUICK_BYTES:
-                    return await _stream(store, encoder, head, pieces)
-            return await _put(store, encoder, bytes(head))
+    async with compressing(chunks) as nar:
+        head = bytearray()
+        async for piece in nar.pieces:
+            head += piece
+            if len(head) > QUICK_BYTES:
+                return await _stream(store, nar, head)
+        uploaded = nar.uploaded()
+        await store.put_bytes(uploaded.url, bytes(head))
+        return uploaded
 
 
-async def _put(store: ObjectStore, encoder: _Encoder, data: bytes) -> UploadedNar:
-    uploaded = encoder.uploaded()
-    await store.put_bytes(uploaded.url, data)
-    return uploaded
-
-
-async def _stream(
-    store: ObjectStore, encoder: _Encoder, head: bytearray, pieces: AsyncGenerator[bytes, None]
-) -> UploadedNar:
+async def _stream(store: ObjectStore, nar: CompressedNar, head: bytearray) -> UploadedNar:
     async def everything() -> AsyncGenerator[bytes, None]:
         first = bytes(head)
         head.clear()
         yield first
         del first
-        async for piece in pieces:
+        async for piece in nar.pieces:
             yield piece
 
     staged = incoming_key()
     try:
         async with aclosing(everything()) as data:
             await store.put_stream(staged, data)
-        uploaded = encoder.uploaded()
+        uploaded = nar.uploaded()
         await store.rename(staged, uploaded.url)
     except BaseException:
         with suppress(ObjectStoreError):
             await store.delete(staged)
         raise
     return uploaded
+
+
+async def _one(encoder: _Encoder, nar: bytes) -> AsyncGenerator[bytes, None]:
+    yield encoder.whole(nar)
+
+
+def _encode(encoder: _Encoder, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the encoded blocks, joined to pieces of at least BLOCK_BYTES / 4 but for the last."""
+    parts: list[bytes] = []
+    size = 0
+    begun = False
+    out = bytearray()
+    for chunk in chunks:
+        rest = memoryview(chunk)
+        while size + len(rest) >= BLOCK_BYTES:
+            room = BLOCK_BYTES - size
+            out += encoder.add(b"".join([*parts, rest[:room]]))
+            parts, size, rest, begun = [], 0, rest[room:], True
+            if len(out) >= BLOCK_BYTES // 4:
+                yield bytes(out)
+                out.clear()
+        if rest:
+            parts.append(bytes(rest))
+            size += len(rest)
+    last = b"".join(parts)
+    if not begun and len(last) <= INLINE_BYTES:
+        yield encoder.whole(last)
+        return
+    if last:
+        out += encoder.add(last)
+    yield bytes(out) + encoder.finish()
+
+
+async def _ahead(pieces: Iterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """Yield what the iterator gives, the next piece being made in a thread meanwhile."""
+    work = asyncio.ensure_future(asyncio.to_thread(next, pieces, b""))
+    try:
+        while piece := await work:
+            work = asyncio.ensure_future(asyncio.to_thread(next, pieces, b""))
+            yield piece
+    finally:
+        # A thread cannot be stopped: let it end before its files are closed.
+        await asyncio.wait([work])
+        if not work.cancelled():
+            work.exception()
 
 
 async def _blocks(chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:

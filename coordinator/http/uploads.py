@@ -1,0 +1,192 @@
+"""The routes of the upload protocol; `infra.cache.upload_wire` says what is sent, `infra.cache.uploads` does it.
+
+Who may: writers of the cache (any path), and workers with the token of one lease (exactly its outputs, not publishing).
+Errors are an `ErrorView` whose `code` a sender acts on. A piece that ends early is kept as far as it came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Final, TypeAlias, TypeVar
+
+import orjson
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from pydantic import BaseModel, ValidationError
+
+from coordinator.caches import OpenCache
+from coordinator.http.access import challenge, told_token
+from coordinator.schema import ErrorBody, ErrorView
+from coordinator.upload_tokens import UploadTokens
+from infra.cache.errors import CacheError
+from infra.cache.upload_wire import (
+    MAX_MESSAGE_BYTES,
+    PIECE_BYTES,
+    Begin,
+    Commit,
+    PartsWanted,
+    SentOffset,
+    Urls,
+    UrlsWanted,
+)
+from infra.cache.uploads import Sender, UploadError, Uploads, WrongOffsetError
+
+#: Seconds without a byte after which a sender is given up.
+SILENCE_S: Final = 60.0
+#: Bytes parsed on the event loop; larger messages are parsed beside it.
+INLINE_BYTES: Final = 64 * 1024
+
+_STATUS: Final[Mapping[str, int]] = {
+    "unknown_upload": 404,
+    "forbidden_path": 403,
+    "bad_upload": 400,
+    "too_many_uploads": 429,
+    "store_full": 507,
+}
+_Message = TypeVar("_Message", bound=BaseModel)
+_ForSender: TypeAlias = Callable[[web.Request, Sender], Awaitable[web.StreamResponse]]
+
+
+class _BadMessageError(UploadError):
+    """The body is not the message that it should be."""
+
+    code = "bad_upload"
+
+
+def add_upload_routes(
+    app: web.Application, served: OpenCache, uploads: Uploads, tokens: UploadTokens, now: Callable[[], float]
+) -> None:
+    """Take uploads for a cache below its prefix; must be added before the cache's own routes."""
+    routes = UploadRoutes(served, uploads, tokens, now)
+    base = f"{served.prefix}/uploads"
+    one = base + "/{id:[0-9a-f]{32}}"
+    nar = one + "/nar/{path}"
+    app.router.add_post(base, routes.sender(routes.begin))
+    app.router.add_post(f"{one}/urls", routes.sender(routes.urls))
+    app.router.add_post(f"{one}/parts", routes.sender(routes.parts))
+    app.router.add_post(f"{one}/commit", routes.sender(routes.commit))
+    app.router.add_post(f"{one}/renew", routes.sender(routes.renew))
+    app.router.add_delete(one, routes.sender(routes.end))
+    app.router.add_get(nar, routes.sender(routes.offset), allow_head=False)
+    app.router.add_put(nar, routes.sender(routes.append))
+
+
+class UploadRoutes:
+    """The handlers."""
+
+    def __init__(self, served: OpenCache, uploads: Uploads, tokens: UploadTokens, now: Callable[[], float]) -> None:
+        self._served = served
+        self._uploads = uploads
+        self._tokens = tokens
+        self._now = now
+
+    def sender(self, handler: _ForSender) -> Handler:
+        """Return `handler` for those only who may upload; what goes wrong becomes an answer."""
+
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            sender = self._who(request)
+            if sender is None:
+                return challenge(self._served.name)
+            try:
+                return await handler(request, sender)
+            except WrongOffsetError as error:
+                return _json(SentOffset(offset=error.offset), 409)
+            except UploadError as error:
+                return _error(_STATUS.get(error.code, 400), error.code, str(error))
+            except CacheError as error:
+                return _error(503, "unavailable", str(error))
+
+        return guarded
+
+    def _who(self, request: web.Request) -> Sender | None:
+        if self._served.access.may_write(request):
+            return Sender("writer")
+        grant = self._tokens.check(told_token(request.headers), self._now())
+        if grant is None or grant.cache != self._served.name:
+            return None
+        return Sender(f"lease {grant.step} {grant.attempt}", frozenset(grant.paths), publishes=False)
+
+    async def begin(self, request: web.Request, sender: Sender) -> web.StreamResponse:
+        """Begin an upload."""
+        return _json(await self._uploads.begin(sender, await _message(request, Begin)), 201)
+
+    async def urls(self, request: web.Request, sender: Sender) -> web.StreamResponse:
+        """Presign small objects."""
+        wish = await _message(request, UrlsWanted)
+        return _json(Urls(urls=await self._uploads.urls(sender, request.match_info["id"], wish)))
+
+    async def parts(self, request: web.Request, sender: Sender) -> web.StreamResponse:
+        """Presign parts of a large object."""
+        wish = await _message(request, PartsWanted)
+        numbers = range(wish.first, wish.first + wish.count)
+        return _json(await self._uploads.parts(sender, request.match_info["id"], wish.path, numbers))
+
+    async def commit(self, request: web.Request, sender: Sender) -> web.StreamResponse:
+        """Put what was sent in its place and publish it."""
+        wish = await _message(request, Commit)
+        return _json(await self._uploads.commit(sender, request.match_info["id"], wish))
+
+    async def renew(self, request: web.Request, sender: Sender) -> web.StreamResponse:
+        """Keep an upload."""
+        await self._uploads.renew(sender, request.match_info["id"])
+        return web.Response(status=204)
+
+    async def end(self, request: web.Request, sender: Sender) -> web.StreamResponse:
+        """Give an upload up."""
+        await self._uploads.end(sender, request.match_info["id"])
+        return web.Response(status=204)
+
+    async def offset(self, request: web.Request, sender: Sender) -> web.StreamResponse:
+        """Say how much has arrived."""
+        upload, path = request.match_info["id"], request.match_info["path"]
+        return _json(SentOffset(offset=await self._uploads.offset(sender, upload, path)))
+
+    async def append(self, request: web.Request, sender: Sender) -> web.StreamResponse:
+        """Take a piece."""
+        told = request.query.get("offset", "")
+        if not (told.isascii() and told.isdigit() and len(told) <= 15):
+            raise _BadMessageError("a piece says at which offset it belongs")
+        if request.content_length is None or request.content_length > PIECE_BYTES:
+            raise _BadMessageError(f"a piece says its length, which is at most {PIECE_BYTES} bytes")
+        upload, path = request.match_info["id"], request.match_info["path"]
+        size = await self._uploads.append(sender, upload, path, int(told), _body(request))
+        return _json(SentOffset(offset=size))
+
+
+async def _body(request: web.Request) -> AsyncIterator[bytes]:
+    """Yield what arrives. Raises `ConnectionError` where it ends early, or nothing comes for SILENCE_S."""
+    try:
+        while True:
+            async with asyncio.timeout(SILENCE_S):
+                chunk = await request.content.readany()
+            if not chunk:
+                return
+            yield chunk
+    except (TimeoutError, web.RequestPayloadError) as error:
+        raise ConnectionResetError("the sender went away") from error
+
+
+async def _message(request: web.Request, model: type[_Message]) -> _Message:
+    data = bytearray()
+    async for chunk in _body(request):
+        data += chunk
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise _BadMessageError(f"the message is larger than {MAX_MESSAGE_BYTES} bytes")
+    try:
+        if len(data) > INLINE_BYTES:
+            return await asyncio.to_thread(model.model_validate_json, bytes(data))
+        return model.model_validate_json(bytes(data))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "message"
+        raise _BadMessageError(f"the message's {where} is wrong: {first['msg']}") from None
+
+
+def _json(model: BaseModel, status: int = 200) -> web.Response:
+    return web.Response(body=model.model_dump_json().encode(), status=status, content_type="application/json")
+
+
+def _error(status: int, code: str, message: str) -> web.Response:
+    view = ErrorView(error=ErrorBody(code=code, message=message))
+    return web.Response(body=orjson.dumps(view.model_dump()), status=status, content_type="application/json")

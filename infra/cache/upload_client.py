@@ -1,0 +1,472 @@
+"""The sending side of the upload protocol (`upload_wire`), for workers and for `drover cache push`.
+
+One `begin`, any number of objects at once, one `commit`; `upload_all` does the three. Each object is compressed while
+it is sent, and at most a few parts of it are in memory. A request that fails in a way that may pass is made again, a
+bounded number of times with growing pauses; what the other side has already is skipped, so that an upload which was
+cut goes on where it was. Where the coordinator began anew meanwhile, the upload is begun again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from hashlib import md5
+from io import BytesIO
+from typing import Any, Final, TypeVar
+
+import aiohttp
+from pydantic import BaseModel, ValidationError
+
+from infra.cache.errors import CacheError
+from infra.cache.upload import CompressedNar
+from infra.cache.upload_wire import (
+    MAX_PATHS,
+    MAX_URLS,
+    PIECE_BYTES,
+    SINGLE_BYTES,
+    UPLOAD_TTL_S,
+    Begin,
+    Begun,
+    Commit,
+    Committed,
+    KeepWish,
+    Parts,
+    PartsWanted,
+    PathClaim,
+    SendRoute,
+    SendStatus,
+    SendVerdict,
+    SentOffset,
+    SentPath,
+    Urls,
+    UrlsWanted,
+    part_bytes,
+)
+
+#: Tries of one request, the first pause between two and the longest (seconds).
+TRIES: Final = 6
+PAUSE_S: Final = 0.2
+MAX_PAUSE_S: Final = 5.0
+#: Seconds to connect, and without a byte; an answer to a commit comes after everything was verified.
+CONNECT_S: Final = 10.0
+SILENCE_S: Final = 60.0
+COMMIT_S: Final = 3600.0
+#: Parts of one object under way.
+PARTS_IN_FLIGHT: Final = 2
+#: Times that a whole upload is begun again, and that a path is sent again which arrived damaged.
+BEGINNINGS: Final = 3
+#: Bytes of an answer that are read.
+MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
+
+_Answer = TypeVar("_Answer", bound=BaseModel)
+#: Opens the compressed NAR of a claimed path.
+OpenNar = Callable[[PathClaim], AbstractAsyncContextManager[CompressedNar]]
+
+
+class UploadFailedError(CacheError):
+    """An upload came to an end without success; trying again may help, and goes on where it was."""
+
+
+class SenderRefusedError(UploadFailedError):
+    """The coordinator says no; `code` is its reason for programs, `status` that of HTTP."""
+
+    def __init__(self, message: str, *, code: str, status: int) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status
+
+
+class _BehindError(UploadFailedError):
+    """The other side has less of an object than it confirmed: it must be sent again from the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class UploadResult:
+    """What became of an upload: a verdict for each path that was sent, and those that were not."""
+
+    verdicts: tuple[SendVerdict, ...]
+    present: tuple[str, ...]
+    upstream: tuple[str, ...]
+    sent: tuple[SentPath, ...]
+
+
+@dataclass(slots=True)
+class UploadProgress:
+    """Counts while an upload runs; bytes are compressed ones that left this machine."""
+
+    wanted: int = 0
+    paths: int = 0
+    nar_bytes: int = 0
+    sent_bytes: int = 0
+
+
+def upload_session() -> aiohttp.ClientSession:
+    """Return a session with the bounds of this module; its holder closes it."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
+    return aiohttp.ClientSession(timeout=timeout)
+
+
+class UploadClient:
+    """Speaks to the uploads below one cache's address. The session is the caller's."""
+
+    def __init__(self, session: aiohttp.ClientSession, cache_url: str, token: str) -> None:
+        self._session = session
+        self._base = f"{cache_url}/uploads"
+        self._cache_url = cache_url
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self.progress = UploadProgress()
+
+    async def upload_all(
+        self, claims: Sequence[PathClaim], open_nar: OpenNar, *, parallel: int, keep: KeepWish | None = None
+    ) -> UploadResult:
+        """Upload all paths (at most MAX_PATHS), references in any order, `parallel` objects at a time.
+
+        Raises:
+            SenderRefusedError: the coordinator says no.
+            UploadFailedError: it, or the object store, cannot be reached.
+            OSError, CacheError: as `open_nar` gives it.
+        """
+        if len(claims) > MAX_PATHS:
+            raise UploadFailedError(f"{len(claims)} paths at once are too many; the limit is {MAX_PATHS}")
+        for left in reversed(range(BEGINNINGS)):
+            try:
+                return await self._upload_all(claims, open_nar, parallel, keep)
+            except SenderRefusedError as error:
+                if error.code != "unknown_upload" or not left:
+                    raise
+        raise AssertionError
+
+    async def _upload_all(
+        self, claims: Sequence[PathClaim], open_nar: OpenNar, parallel: int, keep: KeepWish | None
+    ) -> UploadResult:
+        begun = await self._ask("POST", "", Begun, Begin(paths=tuple(claims)))
+        by_path = {claim.path: claim for claim in claims}
+        self.progress.wanted = len(begun.send)
+        self.progress.paths = self.progress.nar_bytes = 0
+        waking = asyncio.create_task(self._renew(begun.id))
+        try:
+            sent = await self._send_all(begun, [by_path[path] for path in begun.send], open_nar, parallel)
+            verdicts = await self._commit(begun, sent, keep)
+            damaged = [verdict.path for verdict in verdicts if verdict.status is SendStatus.REFUSED]
+            if damaged:
+                # Once more from the start: what had arrived before may have been of another release's making.
+                again = await self._send_all(begun, [by_path[path] for path in damaged], open_nar, parallel)
+                sent = [*(each for each in sent if each.path not in set(damaged)), *again]
+                verdicts = await self._commit(begun, sent, keep)
+        finally:
+            waking.cancel()
+            await asyncio.wait([waking])
+        return UploadResult(tuple(verdicts), begun.present, begun.upstream, tuple(sent))
+
+    async def _send_all(
+        self, begun: Begun, claims: Sequence[PathClaim], open_nar: OpenNar, parallel: int
+    ) -> list[SentPath]:
+        """Send objects, largest first, so that no large one is left for the end."""
+        waiting = sorted(claims, key=lambda claim: claim.nar_size)
+        sent: list[SentPath] = []
+
+        async def work() -> None:
+            while waiting:
+                sent.append(await self._send(begun, waiting.pop(), open_nar))
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(min(parallel, len(claims))):
+                    tasks.create_task(work())
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        return sent
+
+    async def _send(self, begun: Begun, claim: PathClaim, open_nar: OpenNar) -> SentPath:
+        for left in reversed(range(BEGINNINGS)):
+            try:
+                async with open_nar(claim) as nar:
+                    send = self._relay if begun.how is SendRoute.RELAY else self._direct
+                    etags = await send(begun.id, claim, nar.pieces)
+                    uploaded = nar.uploaded()
+            except _BehindError:
+                if not left:
+                    raise
+                continue
+            if (uploaded.nar_hash, uploaded.nar_size) != (claim.nar_hash, claim.nar_size):
+                raise UploadFailedError(f"{claim.path} is not what its store says: its NAR has another hash")
+            self.progress.paths += 1
+            self.progress.nar_bytes += claim.nar_size
+            return SentPath(path=claim.path, file_hash=uploaded.file_hash, file_size=uploaded.file_size, etags=etags)
+        raise AssertionError
+
+    async def _renew(self, upload: str) -> None:
+        while True:
+            await asyncio.sleep(UPLOAD_TTL_S / 4)
+            try:
+                await self._ask("POST", f"/{upload}/renew", None)
+            except UploadFailedError:
+                # What is being sent will meet the same, and tell.
+                continue
+
+    async def _commit(self, begun: Begun, sent: Sequence[SentPath], keep: KeepWish | None) -> list[SendVerdict]:
+        """Commit, and again while the store fails."""
+        wish = Commit(sent=tuple(sent), keep=keep)
+        for attempt in range(TRIES):
+            verdicts = (await self._ask("POST", f"/{begun.id}/commit", Committed, wish, total_s=COMMIT_S)).verdicts
+            if attempt + 1 == TRIES or all(verdict.status is not SendStatus.FAILED for verdict in verdicts):
+                return list(verdicts)
+            await _pause(attempt)
+        raise AssertionError
+
+    # Through the coordinator.
+
+    async def _relay(self, upload: str, claim: PathClaim, pieces: AsyncIterator[bytes]) -> tuple[str, ...]:
+        offset = there = 0
+        async for piece in _gathered(pieces, PIECE_BYTES):
+            end = offset + len(piece)
+            if there < end:
+                there = await self._relay_piece(upload, claim.path, offset, piece)
+            offset = end
+        return ()
+
+    async def _relay_piece(self, upload: str, path: str, offset: int, piece: bytes) -> int:
+        """Send one piece, or what the other side lacks of it; returns how much it has of the object then."""
+        start = offset
+        url = f"{self._base}/{upload}/nar/{path}"
+
+        async def put() -> SentOffset | None:
+            nonlocal start
+            data = memoryview(piece)[start - offset :]
+            async with self._session.put(
+                url, params={"offset": str(start)}, data=BytesIO(data), headers=self._headers
+            ) as response:
+                if response.status == 409:
+                    told = await _parse(response, SentOffset)
+                    if told.offset < offset:
+                        raise _BehindError(f"the coordinator lost what it had of {path}")
+                    start = told.offset
+                    return told if start >= offset + len(piece) else None
+                answer: SentOffset = await _checked(response, SentOffset)
+                self.progress.sent_bytes += len(data)
+                return answer
+
+        for attempt in range(TRIES):
+            done = await self._again(put, attempt)
+            if done is not None:
+                return done.offset
+        raise UploadFailedError(f"{path} could not be sent: the coordinator at {self._cache_url} did not take it")
+
+    # Straight to the object store.
+
+    async def _direct(self, upload: str, claim: PathClaim, pieces: AsyncIterator[bytes]) -> tuple[str, ...]:
+        size = part_bytes(claim.nar_size)
+        parts = _gathered(pieces, size).__aiter__()
+        first = await anext(parts)
+        second = await anext(parts, None)
+        if second is None and len(first) <= SINGLE_BYTES:
+
+            async def addresses() -> str:
+                wanted = UrlsWanted(paths=(claim.path,))
+                return (await self._ask("POST", f"/{upload}/urls", Urls, wanted)).urls[claim.path]
+
+            await self._put(claim.path, addresses, first)
+            return ()
+        sender = _PartSender(self, upload, claim)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                number = 0
+                for part in (first, second):
+                    if part is not None:
+                        number += 1
+                        await sender.hand(tasks, number, part)
+                del first, second
+                async for part in parts:
+                    number += 1
+                    await sender.hand(tasks, number, part)
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        return tuple(sender.etags[number] for number in sorted(sender.etags))
+
+    async def parts(self, upload: str, path: str, first: int) -> Parts:
+        """Ask for the addresses of the parts from `first` on."""
+        wanted = PartsWanted(path=path, first=first, count=MAX_URLS)
+        try:
+            return await self._ask("POST", f"/{upload}/parts", Parts, wanted)
+        except SenderRefusedError as error:
+            if error.status == 409:
+                raise _BehindError(f"the upload of {path} has been ended by somebody else") from None
+            raise
+
+    async def put(self, path: str, address: Callable[[], Awaitable[str]], data: bytes) -> str:
+        """PUT bytes to a presigned address; returns the ETag."""
+        return await self._put(path, address, data)
+
+    async def _put(self, path: str, address: Callable[[], Awaitable[str]], data: bytes) -> str:
+        problem = ""
+        for attempt in range(TRIES):
+            url = await address()
+            try:
+                # No headers of ours: a presigned request with credentials beside it is refused.
+                async with self._session.put(url, data=BytesIO(data)) as response:
+                    if response.status == 200:
+                        self.progress.sent_bytes += len(data)
+                        return response.headers.get("ETag", "").strip('"')
+                    problem = f"answered with status {response.status}"
+                    if response.status == 404:
+                        raise _BehindError(f"the upload of {path} has been ended by somebody else")
+                    if response.status < 500 and response.status not in {403, 408, 429}:
+                        break
+            except TimeoutError:
+                problem = f"was silent for {SILENCE_S:.0f} s"
+            except aiohttp.ClientError as error:
+                problem = f"cannot be reached ({type(error).__name__})"
+            await _pause(attempt)
+        raise UploadFailedError(f"{path} could not be sent: the object store {problem}")
+
+    # Requests.
+
+    async def _ask(
+        self,
+        verb: str,
+        address: str,
+        model: type[_Answer] | None,
+        body: BaseModel | None = None,
+        total_s: float = 120.0,
+    ) -> _Answer:
+        text = b"" if body is None else await asyncio.to_thread(lambda: body.model_dump_json().encode())
+        headers = {**self._headers, "Content-Type": "application/json"}
+        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_S)
+
+        async def ask() -> _Answer:
+            async with self._session.request(
+                verb, self._base + address, data=BytesIO(text), headers=headers, timeout=timeout
+            ) as response:
+                answer: _Answer = await _checked(response, model)
+                return answer
+
+        for attempt in range(TRIES):
+            answer = await self._again(ask, attempt)
+            if answer is not None or model is None:
+                return answer  # type: ignore[return-value]  # without a model nobody looks at it
+        raise UploadFailedError(f"the coordinator at {self._cache_url} does not answer; the next try goes on from here")
+
+    async def _again(self, ask: Callable[[], Awaitable[_Answer | None]], attempt: int) -> _Answer | None:
+        """Ask once; None after a pause where that failed in a way that may pass, or there was nothing to say."""
+        try:
+            return await ask()
+        except SenderRefusedError as error:
+            if error.status not in {408, 429, 503} or attempt + 1 == TRIES:
+                raise
+        except (aiohttp.ClientError, TimeoutError) as error:
+            if attempt + 1 == TRIES:
+                raise UploadFailedError(
+                    f"the coordinator at {self._cache_url} cannot be reached ({str(error) or type(error).__name__})"
+                ) from error
+        await _pause(attempt)
+        return None
+
+
+class _PartSender:
+    """Sends the parts of one object, PARTS_IN_FLIGHT at a time, asking for addresses as they are needed."""
+
+    def __init__(self, client: UploadClient, upload: str, claim: PathClaim) -> None:
+        self._client = client
+        self._upload = upload
+        self._claim = claim
+        self._room = asyncio.Semaphore(PARTS_IN_FLIGHT)
+        self._asking = asyncio.Lock()
+        self._urls: dict[int, str] = {}
+        self._have: dict[int, tuple[int, str]] = {}
+        self.etags: dict[int, str] = {}
+
+    async def hand(self, tasks: asyncio.TaskGroup, number: int, data: bytes) -> None:
+        """Take a part over once there is room for it."""
+        await self._room.acquire()
+        tasks.create_task(self._send(number, data))
+
+    async def _send(self, number: int, data: bytes) -> None:
+        try:
+            await self._address(number)
+            size, etag = self._have.get(number, (0, ""))
+            if size == len(data):
+                digest = await asyncio.to_thread(lambda: md5(data, usedforsecurity=False).hexdigest())
+                if digest == etag:
+                    self.etags[number] = etag
+                    return
+
+            async def address() -> str:
+                return await self._address(number)
+
+            self.etags[number] = await self._client.put(self._claim.path, address, data)
+            self._urls.pop(number, None)
+        finally:
+            self._room.release()
+
+    async def _address(self, number: int) -> str:
+        async with self._asking:
+            if number not in self._urls:
+                answer = await self._client.parts(self._upload, self._claim.path, number)
+                self._urls = dict(answer.urls)
+                self._have = {part.number: (part.size, part.etag) for part in answer.have}
+            url = self._urls.get(number)
+        if url is None:
+            raise UploadFailedError(f"{self._claim.path} is larger than its NAR can become")
+        return url
+
+
+async def _gathered(pieces: AsyncIterator[bytes], size: int) -> AsyncIterator[bytes]:
+    """Join pieces to such of exactly `size` bytes, but for the last."""
+    buffer = bytearray()
+    async for piece in pieces:
+        buffer += piece
+        while len(buffer) >= size:
+            full = bytes(memoryview(buffer)[:size])
+            del buffer[:size]
+            yield full
+    if buffer:
+        yield bytes(buffer)
+
+
+async def _checked(response: aiohttp.ClientResponse, model: type[_Answer] | None) -> Any:
+    """Return the answer, None if none is wanted. Raises `SenderRefusedError` for a status that is no success."""
+    if response.status < 300:
+        return None if model is None else await _parse(response, model)
+    code, message = "", f"the coordinator answered with status {response.status}"
+    if response.status == 401:
+        code, message = "unauthorized", "the coordinator does not know this token, or it may not write to this cache"
+    elif response.content_type == "application/json":
+        told = await _parse_loosely(response)
+        code, message = str(told.get("code", "")), str(told.get("message", message))
+    raise SenderRefusedError(message, code=code, status=response.status)
+
+
+async def _parse_loosely(response: aiohttp.ClientResponse) -> Mapping[str, Any]:
+    try:
+        told = (await response.json())["error"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+async def _parse(response: aiohttp.ClientResponse, model: type[_Answer]) -> _Answer:
+    data = bytearray()
+    async for chunk in response.content.iter_any():
+        data += chunk
+        if len(data) > MAX_ANSWER_BYTES:
+            raise UploadFailedError(f"the coordinator's answer is longer than {MAX_ANSWER_BYTES} bytes")
+    try:
+        return model.model_validate_json(bytes(data))
+    except ValidationError as error:
+        raise UploadFailedError("the coordinator's answer cannot be read: is it another release?") from error
+
+
+async def _pause(attempt: int) -> None:
+    # Spread, so that many workers do not come back at one time.
+    await asyncio.sleep(min(MAX_PAUSE_S, PAUSE_S * 2**attempt) * random.uniform(0.5, 1.0))  # noqa: S311
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the first error of a group that is not itself a group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

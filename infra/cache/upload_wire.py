@@ -1,0 +1,199 @@
+"""What is said while paths are uploaded over HTTP: both sides' words and bounds.
+
+    POST   PREFIX/uploads                  Begin -> Begun: all paths of a push or a job at once
+    POST   PREFIX/uploads/ID/urls          UrlsWanted -> Urls: presigned PUTs of small objects
+    POST   PREFIX/uploads/ID/parts         PartsWanted -> Parts: presigned PUTs of one object's parts, and what is there
+    GET    PREFIX/uploads/ID/nar/NAME      -> SentOffset: how much of a relayed object has arrived
+    PUT    PREFIX/uploads/ID/nar/NAME      ?offset=N, raw bytes -> SentOffset; 409 with an SentOffset where N is another
+    POST   PREFIX/uploads/ID/commit        Commit -> Committed: one verdict for each path
+    POST   PREFIX/uploads/ID/renew         -> 204: the upload goes on
+    DELETE PREFIX/uploads/ID               -> 204: it does not
+
+Paths are base names throughout, hashes `sha256:<nix32>`, sizes bytes. `how` an object travels is the coordinator's
+choice: `direct`, by presigned PUTs to the object store (one, or a multipart upload of parts of `part_bytes`
+beyond SINGLE_BYTES), or `relay`, through the coordinator in pieces. Whatever was cut goes on where it stopped:
+compression is deterministic for one version and level, so the sender compresses again, skips what is there and hashes
+everything. An upload whose id is unknown (it expired, or the coordinator began anew) is begun again and finds what had
+arrived.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from infra.cache.candidates import MAX_NAR_BYTES
+
+#: Paths of one upload, and bytes of its longest message.
+MAX_PATHS: Final = 10_000
+MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+#: Least bytes of a part of a multipart upload (S3 takes 10,000 of at least 5 MiB); see `part_bytes`.
+PART_BYTES: Final = 8 * 1024 * 1024
+MAX_PARTS: Final = 10_000
+#: Objects up to this size are put at once.
+SINGLE_BYTES: Final = 8 * 1024 * 1024
+#: Bytes of one relayed piece.
+PIECE_BYTES: Final = 8 * 1024 * 1024
+#: Addresses in one answer.
+MAX_URLS: Final = 256
+#: Seconds for which an upload is held without word of its sender.
+UPLOAD_TTL_S: Final = 900.0
+
+_Name = Annotated[str, Field(min_length=34, max_length=255)]
+_Hash = Annotated[str, Field(pattern=r"^sha256:[0-9a-df-np-sv-z]{52}$")]
+_Size = Annotated[int, Field(ge=1, le=MAX_NAR_BYTES)]
+
+
+def most_bytes(nar_size: int) -> int:
+    """Bound the size of a NAR's object: zstd adds less than a hundredth to what it cannot compress."""
+    return nar_size + nar_size // 64 + 64 * 1024
+
+
+def part_bytes(nar_size: int) -> int:
+    """Return the size of the parts (but the last) of the object of a NAR of this size."""
+    unit = 1024 * 1024
+    return max(PART_BYTES, (most_bytes(nar_size) // MAX_PARTS // unit + 1) * unit)
+
+
+class UploadMessage(BaseModel):
+    """Base of the messages: immutable, strict about unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PathClaim(UploadMessage):
+    """A path that is to be in the cache, as the sender's store knows it."""
+
+    path: _Name
+    nar_hash: _Hash
+    nar_size: _Size
+    references: Annotated[tuple[_Name, ...], Field(max_length=100_000)] = ()
+    deriver: Annotated[str, Field(max_length=255)] = ""
+    ca: Annotated[str, Field(max_length=200)] = ""
+
+
+class KeepWish(UploadMessage):
+    """What keeps the pushed paths: a root of kind `push` with this name, for so many days (0: for ever)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
+    paths: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=MAX_PATHS)]
+    days: Annotated[float, Field(ge=0, le=36_500)] = 30.0
+
+
+class Begin(UploadMessage):
+    """All paths of the closure, those that may be there too: each is protected from collection from here on."""
+
+    paths: Annotated[tuple[PathClaim, ...], Field(min_length=1, max_length=MAX_PATHS)]
+
+
+class SendRoute(StrEnum):
+    """How an object travels."""
+
+    DIRECT = "direct"
+    RELAY = "relay"
+
+
+class Begun(UploadMessage):
+    """What must be sent, how, and what need not be."""
+
+    id: str
+    how: SendRoute
+    send: tuple[str, ...]
+    present: tuple[str, ...]
+    #: Paths that are not sent because a trusted upstream has them, signed.
+    upstream: tuple[str, ...] = ()
+    ttl_s: float = UPLOAD_TTL_S
+
+
+class UrlsWanted(UploadMessage):
+    """Paths whose object is at most SINGLE_BYTES."""
+
+    paths: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=MAX_URLS)]
+
+
+class Urls(UploadMessage):
+    """Path -> address to PUT the whole object to; good for some minutes."""
+
+    urls: dict[str, str]
+
+
+class PartsWanted(UploadMessage):
+    """Part numbers, from 1, of one object larger than SINGLE_BYTES."""
+
+    path: _Name
+    first: Annotated[int, Field(ge=1, le=MAX_PARTS)]
+    count: Annotated[int, Field(ge=1, le=MAX_URLS)]
+
+
+class StoredPart(UploadMessage):
+    """A part that the store has: `etag` is the MD5 of its bytes in hex where the store does as S3 does."""
+
+    number: int
+    size: int
+    etag: str
+
+
+class Parts(UploadMessage):
+    """Part number -> address to PUT it to, and the parts of the asked range that are there already."""
+
+    urls: dict[int, str]
+    have: tuple[StoredPart, ...] = ()
+
+
+class SentOffset(UploadMessage):
+    """How many bytes of an object have arrived."""
+
+    offset: int
+
+
+class SentPath(UploadMessage):
+    """An object that was sent whole. `etags` are those of its parts, in order; empty where it had none."""
+
+    path: _Name
+    file_hash: _Hash
+    file_size: _Size
+    etags: Annotated[tuple[Annotated[str, Field(max_length=200)], ...], Field(max_length=MAX_PARTS)] = ()
+
+
+class Commit(UploadMessage):
+    """What was sent; all of it becomes visible together. `keep` makes a root, also of what was there already."""
+
+    sent: Annotated[tuple[SentPath, ...], Field(max_length=MAX_PATHS)]
+    keep: KeepWish | None = None
+
+
+class SendStatus(StrEnum):
+    """What became of one path."""
+
+    #: Verified, signed, visible.
+    PUBLISHED = "published"
+    #: It was published before, with these very bits.
+    PRESENT = "present"
+    #: In the object store, to be published when its build is reported (uploads of workers).
+    STORED = "stored"
+    #: Other bits were published before; they stay.
+    CONFLICT = "conflict"
+    #: The bytes are not as claimed, or not there: send them again.
+    REFUSED = "refused"
+    #: References are not published; `missing` names them.
+    MISSING_REFERENCES = "missing_references"
+    #: The store failed: the same commit may succeed later.
+    FAILED = "failed"
+
+
+class SendVerdict(UploadMessage):
+    """The outcome of one path; `url` is the object's key."""
+
+    path: str
+    status: SendStatus
+    message: str = ""
+    missing: tuple[str, ...] = ()
+    url: str = ""
+
+
+class Committed(UploadMessage):
+    """One verdict for each path of the commit, in order."""
+
+    verdicts: tuple[SendVerdict, ...]

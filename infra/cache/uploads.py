@@ -1,0 +1,564 @@
+"""Taking uploads in: what the coordinator keeps of one, from `begin` to `commit`.
+
+An upload names all of its paths at once. What is missing is sent, directly to the object store with presigned
+addresses or through here into a spool; `commit` puts it in its place and hands it to `Cache.publish`, which trusts
+nothing. Everything that must outlive this process lies in files and in the object store and is found again by a name
+that follows from sender, path and NAR hash (the *slot*): an upload that begins anew continues. Two senders with the
+same rights fill one slot together, since what they compress is the same; if it is not, the hash tells, the slot is
+emptied and the sender told to begin again.
+
+The spool is the directory `incoming/` of a store that is a directory, so that placing an object is a rename; else a
+directory of the coordinator. Bounds: uploads at one time, the paths that they name together, the size of each object
+(by its NAR's), blocks in memory. What is abandoned is swept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import secrets
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from infra.cache.cache import Cache
+from infra.cache.candidates import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome, RejectReason
+from infra.cache.compression import COMPRESSION, nar_key
+from infra.cache.direct import DirectUploads, staged_key
+from infra.cache.errors import CacheError, ObjectMissingError, ObjectStoreError
+from infra.cache.objects import INCOMING, LocalObjectStore
+from infra.cache.upload import BLOCK_BYTES
+from infra.cache.upload_wire import (
+    SINGLE_BYTES,
+    UPLOAD_TTL_S,
+    Begin,
+    Begun,
+    Commit,
+    Committed,
+    Parts,
+    PathClaim,
+    SendRoute,
+    SendStatus,
+    SendVerdict,
+    SentPath,
+    UrlsWanted,
+    most_bytes,
+    part_bytes,
+)
+from infra.nix.errors import FormatError
+from infra.nix.hashing import sha256_text
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+#: Uploads under way, and the paths that they name together.
+MAX_UPLOADS: Final = 1024
+MAX_CLAIMS: Final = 200_000
+#: Slots whose running hash is kept; the hash of another is computed again from its file.
+MAX_HASHES: Final = 1024
+#: Objects placed at one time.
+PLACING: Final = 8
+#: Seconds after which what was abandoned is swept, and between two sweeps.
+ABANDONED_S: Final = 24 * 3600.0
+SWEEP_EVERY_S: Final = 600.0
+
+_log = logging.getLogger(__name__)
+
+
+class UploadError(CacheError):
+    """An upload cannot go on so. `code` is for programs."""
+
+    code = "upload_failed"
+
+
+class UnknownUploadError(UploadError):
+    """No such upload: it ended, expired, or the coordinator began anew. Begin again; what had arrived is found."""
+
+    code = "unknown_upload"
+
+
+class ForbiddenPathError(UploadError):
+    """The sender may not upload this path."""
+
+    code = "forbidden_path"
+
+
+class BadUploadError(UploadError):
+    """The message makes no sense."""
+
+    code = "bad_upload"
+
+
+class TooManyUploadsError(UploadError):
+    """As much is under way as this coordinator takes; try again later."""
+
+    code = "too_many_uploads"
+
+
+class WrongOffsetError(UploadError):
+    """A piece does not begin where the object ends; `offset` says where that is."""
+
+    code = "wrong_offset"
+
+    def __init__(self, offset: int) -> None:
+        super().__init__(f"the object has {offset} bytes so far: go on there")
+        self.offset = offset
+
+
+class StoreFullError(UploadError):
+    """No room is left for the object."""
+
+    code = "store_full"
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Who uploads. `paths` are the base names that it may upload, None for any; `publishes` is false for workers."""
+
+    name: str
+    paths: frozenset[str] | None = None
+    publishes: bool = True
+
+
+@dataclass(slots=True)
+class _Upload:
+    sender: Sender
+    claims: dict[str, PathClaim]
+    expires_at: float
+    #: Path -> key and id of its multipart upload.
+    multiparts: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Running:
+    """The hash of a slot's bytes so far."""
+
+    size: int = 0
+    hash: _Hash = field(default_factory=sha256)
+
+
+@dataclass(slots=True)
+class _Turn:
+    """Who may write to a slot."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    users: int = 0
+
+
+class Uploads:
+    """The uploads into one cache; belongs to one event loop. `run` must run beside it."""
+
+    def __init__(
+        self, cache: Cache, spool: Path, now: Callable[[], float], *, direct: DirectUploads | None = None
+    ) -> None:
+        """`spool` is used where the cache's store is no directory; `direct` makes senders go to the store itself."""
+        self._cache = cache
+        own = cache.objects.local_path(INCOMING)
+        self._spool = own or spool
+        self._now = now
+        self._direct = direct
+        self._open: dict[str, _Upload] = {}
+        self._running: dict[str, _Running] = {}
+        #: One writer of a slot at a time; entries go with their last user.
+        self._turns: dict[str, _Turn] = {}
+        self._placing = asyncio.Semaphore(PLACING)
+
+    async def run(self) -> None:
+        """Sweep what was abandoned, until cancelled."""
+        while True:
+            try:
+                await self.sweep(self._now() - ABANDONED_S)
+            except CacheError as error:
+                _log.warning("abandoned uploads were not swept: %s", error)
+            await asyncio.sleep(SWEEP_EVERY_S)
+
+    async def sweep(self, before: float) -> None:
+        """Forget uploads that expired, and delete what has not been written to since `before` (Unix seconds)."""
+        now = self._now()
+        for name in [name for name, upload in self._open.items() if upload.expires_at < now]:
+            del self._open[name]
+        await asyncio.to_thread(_sweep_files, self._spool, before)
+        if self._direct is not None:
+            await self._direct.sweep(before)
+
+    # Beginning and ending.
+
+    async def begin(self, sender: Sender, wish: Begin) -> Begun:
+        """Protect every named path from collection, and say what must be sent, and how.
+
+        Raises:
+            UploadError: the sender may not, a name is no path of the store, or too much is under way.
+            MetadataError: the database failed.
+        """
+        claims = {claim.path: claim for claim in wish.paths}
+        for name in claims:
+            self._check_name(sender, name)
+        self._expire()
+        if len(self._open) >= MAX_UPLOADS or len(claims) + sum(len(u.claims) for u in self._open.values()) > MAX_CLAIMS:
+            raise TooManyUploadsError("as many uploads are under way as this coordinator takes; try again later")
+        name = secrets.token_hex(16)
+        full = {self._full(path): path for path in claims}
+        missing = {full[path] for path in await self._cache.missing(full)}
+        # What a worker built is compared with what was published before, so that is always sent.
+        send = claims.keys() if not sender.publishes else [path for path in claims if path in missing]
+        self._open[name] = _Upload(sender, claims, self._now() + UPLOAD_TTL_S)
+        return Begun(
+            id=name,
+            how=SendRoute.RELAY if self._direct is None else SendRoute.DIRECT,
+            send=tuple(send),
+            present=tuple(path for path in claims if path not in missing),
+        )
+
+    def _check_name(self, sender: Sender, name: str) -> None:
+        if sender.paths is not None and name not in sender.paths:
+            raise ForbiddenPathError(f"this token does not allow to upload {name}")
+        try:
+            self._cache.store_dir.parse(self._full(name))
+        except FormatError as error:
+            raise BadUploadError(f"{name[:80]!r} is not a store path: {error.message}") from None
+
+    async def renew(self, sender: Sender, name: str) -> None:
+        """Keep the upload for another while. Raises `UnknownUploadError`."""
+        self._find(sender, name)
+
+    async def end(self, sender: Sender, name: str) -> None:
+        """Give the upload up, with what it began in the store. Raises `UnknownUploadError`, `ObjectStoreError`."""
+        upload = self._find(sender, name)
+        del self._open[name]
+        if self._direct is not None:
+            for key, multipart in upload.multiparts.values():
+                await self._direct.abort(key, multipart)
+
+    def _find(self, sender: Sender, name: str) -> _Upload:
+        self._expire()
+        upload = self._open.get(name)
+        if upload is None or upload.sender != sender:
+            raise UnknownUploadError("there is no such upload here, or no longer: begin it again")
+        upload.expires_at = self._now() + UPLOAD_TTL_S
+        return upload
+
+    def _expire(self) -> None:
+        now = self._now()
+        for name in [name for name, upload in self._open.items() if upload.expires_at < now]:
+            del self._open[name]
+
+    def _claim(self, upload: _Upload, path: str) -> PathClaim:
+        claim = upload.claims.get(path)
+        if claim is None:
+            raise ForbiddenPathError(f"{path[:80]} was not named when the upload began")
+        return claim
+
+    # Straight to the store.
+
+    async def urls(self, sender: Sender, name: str, wish: UrlsWanted) -> dict[str, str]:
+        """Return path -> address for a small object. Raises `UploadError`, `ObjectStoreError`."""
+        upload = self._find(sender, name)
+        direct = self._needs_direct()
+        keys = [staged_key(_slot(sender, self._claim(upload, path))) for path in wish.paths]
+        return dict(zip(wish.paths, await direct.put_urls(keys), strict=True))
+
+    async def parts(self, sender: Sender, name: str, path: str, numbers: range) -> Parts:
+        """Return addresses of parts of an object, and which are there. Raises `UploadError`, `ObjectStoreError`."""
+        upload = self._find(sender, name)
+        direct = self._needs_direct()
+        claim = self._claim(upload, path)
+        most = -(-most_bytes(claim.nar_size) // part_bytes(claim.nar_size))
+        numbers = range(numbers.start, min(numbers.stop, most + 1))
+        async with self._lock(_slot(sender, claim)):
+            if path not in upload.multiparts:
+                start = f"nar/{claim.nar_hash.removeprefix('sha256:')}-{_slot(sender, claim)[:12]}"
+                upload.multiparts[path] = await direct.open_multipart(start)
+        key, multipart = upload.multiparts[path]
+        try:
+            have = await direct.parts(key, multipart, numbers) if numbers else []
+        except ObjectMissingError:
+            # Somebody else completed it, or it was aborted: the sender begins the object again.
+            upload.multiparts.pop(path, None)
+            raise WrongOffsetError(0) from None
+        return Parts(urls=await direct.part_urls(key, multipart, numbers), have=tuple(have))
+
+    def _needs_direct(self) -> DirectUploads:
+        if self._direct is None:
+            raise BadUploadError("this cache takes objects by relay")
+        return self._direct
+
+    # Through here.
+
+    async def offset(self, sender: Sender, name: str, path: str) -> int:
+        """Return how many bytes of an object have arrived. Raises `UploadError`."""
+        claim = self._claim(self._find(sender, name), path)
+        return _size(self._slot_file(_slot(sender, claim)))
+
+    async def append(self, sender: Sender, name: str, path: str, offset: int, data: AsyncIterable[bytes]) -> int:
+        """Add a piece to an object; returns how many bytes it has then. What came before an error stays.
+
+        Raises:
+            WrongOffsetError: it does not begin where the object ends.
+            StoreFullError: no room is left.
+            UploadError: the object would be larger than its NAR can become.
+            ObjectStoreError: the spool failed.
+        """
+        claim = self._claim(self._find(sender, name), path)
+        slot = _slot(sender, claim)
+        file = self._slot_file(slot)
+        most = most_bytes(claim.nar_size)
+        async with self._lock(slot):
+            running = await self._hash_so_far(slot)
+            if offset != running.size:
+                raise WrongOffsetError(running.size)
+            async for block in _blocks(data):
+                if running.size + len(block) > most:
+                    raise BadUploadError(f"the object of {path} is larger than its NAR can become")
+                if len(block) < BLOCK_BYTES // 4:
+                    self._write(file, running, block)
+                else:
+                    await asyncio.to_thread(self._write, file, running, block)
+            return running.size
+
+    def _write(self, file: Path, running: _Running, block: bytes) -> None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                written = 0
+                while written < len(block):
+                    written += os.pwrite(descriptor, memoryview(block)[written:], running.size + written)
+            except OSError:
+                # A block is there whole or not at all: the hash counts whole blocks.
+                os.ftruncate(descriptor, running.size)
+                raise
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                raise StoreFullError("the store is full: no room is left for the object") from None
+            raise ObjectStoreError(f"cannot write what is uploaded: {error.strerror}") from error
+        running.hash.update(block)
+        running.size += len(block)
+
+    async def _hash_so_far(self, slot: str) -> _Running:
+        running = self._running.get(slot)
+        file = self._slot_file(slot)
+        if running is None or running.size != _size(file):
+            running = await asyncio.to_thread(_hash_file, file)
+            self._running.pop(slot, None)
+            if len(self._running) >= MAX_HASHES:
+                del self._running[next(iter(self._running))]
+            self._running[slot] = running
+        return running
+
+    # Committing.
+
+    async def commit(self, sender: Sender, name: str, wish: Commit) -> Committed:
+        """Put what was sent in its place and publish it together; one verdict for each path.
+
+        May be repeated: what is in its place already is not asked for again.
+
+        Raises:
+            UploadError: the upload is not known, or a path was not named when it began.
+            CacheError: the database failed; nothing of it is visible.
+        """
+        upload = self._find(sender, name)
+        claims = [self._claim(upload, sent.path) for sent in wish.sent]
+        placed: dict[str, SendVerdict] = {}
+
+        async def place(claim: PathClaim, sent: SentPath) -> None:
+            async with self._placing, self._lock(_slot(sender, claim)):
+                placed[claim.path] = await self._place(sender, upload, claim, sent)
+
+        async with asyncio.TaskGroup() as tasks:
+            for claim, sent in zip(claims, wish.sent, strict=True):
+                tasks.create_task(place(claim, sent))
+        if sender.publishes:
+            stored = [
+                (claim, sent)
+                for claim, sent in zip(claims, wish.sent, strict=True)
+                if placed[claim.path].status is SendStatus.STORED
+            ]
+            candidates = [self._candidate(claim, sent, placed[claim.path].url) for claim, sent in stored]
+            outcomes = await self._cache.publish(candidates)
+            for (claim, _), outcome in zip(stored, outcomes, strict=True):
+                placed[claim.path] = _verdict(claim.path, outcome, placed[claim.path].url)
+        return Committed(verdicts=tuple(placed[claim.path] for claim in claims))
+
+    def _candidate(self, claim: PathClaim, sent: SentPath, url: str) -> Candidate:
+        return Candidate(
+            store_path=self._full(claim.path),
+            nar_hash=claim.nar_hash,
+            nar_size=claim.nar_size,
+            references=claim.references,
+            url=url,
+            compression=COMPRESSION,
+            file_hash=sent.file_hash,
+            file_size=sent.file_size,
+            deriver=claim.deriver,
+            ca=claim.ca,
+        )
+
+    async def _place(self, sender: Sender, upload: _Upload, claim: PathClaim, sent: SentPath) -> SendVerdict:
+        """Move an object to where it is published from; the caller holds its slot."""
+        slot = _slot(sender, claim)
+        try:
+            if self._direct is None:
+                return await self._place_spooled(slot, claim, sent)
+            if sent.etags:
+                return await self._place_parts(self._direct, upload, claim, sent)
+            return await self._place_small(slot, claim, sent)
+        except ObjectMissingError as error:
+            return SendVerdict(path=claim.path, status=SendStatus.REFUSED, message=str(error))
+        except StoreFullError as error:
+            return SendVerdict(path=claim.path, status=SendStatus.FAILED, message=str(error))
+        except ObjectStoreError as error:
+            return SendVerdict(path=claim.path, status=SendStatus.FAILED, message=str(error))
+
+    async def _place_spooled(self, slot: str, claim: PathClaim, sent: SentPath) -> SendVerdict:
+        objects, key, file = self._cache.objects, nar_key(sent.file_hash), self._slot_file(slot)
+        if not file.exists():
+            there = await objects.head(key) == sent.file_size
+            return _stored(claim.path, key) if there else _refused(claim.path, "its object was not sent")
+        running = await self._hash_so_far(slot)
+        if (running.size, sha256_text(running.hash.digest())) != (sent.file_size, sent.file_hash):
+            self._running.pop(slot, None)
+            file.unlink(missing_ok=True)
+            return _refused(claim.path, "what arrived has another hash or size; it was thrown away")
+        if isinstance(objects, LocalObjectStore):
+            await objects.rename(f"{INCOMING}/{file.name}", key)
+        elif sent.file_size <= SINGLE_BYTES:
+            await objects.put_bytes(key, file.read_bytes())
+        else:
+            await objects.put_stream(key, _read_file(file))
+        file.unlink(missing_ok=True)
+        self._running.pop(slot, None)
+        return _stored(claim.path, key)
+
+    async def _place_small(self, slot: str, claim: PathClaim, sent: SentPath) -> SendVerdict:
+        objects, key, staged = self._cache.objects, nar_key(sent.file_hash), staged_key(slot)
+        size = await objects.head(staged)
+        if size is None:
+            there = await objects.head(key) == sent.file_size
+            return _stored(claim.path, key) if there else _refused(claim.path, "its object was not sent")
+        data = await objects.get_bytes(staged) if size == sent.file_size <= SINGLE_BYTES else b""
+        if sha256_text(sha256(data).digest()) != sent.file_hash:
+            await objects.delete(staged)
+            return _refused(claim.path, "what arrived has another hash or size; it was thrown away")
+        # Written from memory: the address of the staged object is still good.
+        await objects.put_bytes(key, data)
+        await objects.delete(staged)
+        return _stored(claim.path, key)
+
+    async def _place_parts(
+        self, direct: DirectUploads, upload: _Upload, claim: PathClaim, sent: SentPath
+    ) -> SendVerdict:
+        if claim.path not in upload.multiparts:
+            return _refused(claim.path, "its parts were not sent in this upload")
+        key, multipart = upload.multiparts[claim.path]
+        try:
+            await direct.complete(key, multipart, sent.etags)
+        except ObjectMissingError:
+            # A commit that is repeated finds the upload completed.
+            if await self._cache.objects.head(key) != sent.file_size:
+                del upload.multiparts[claim.path]
+                raise
+        return _stored(claim.path, key)
+
+    # Names.
+
+    def _full(self, name: str) -> str:
+        return f"{self._cache.store_dir.path}/{name}"
+
+    def _slot_file(self, slot: str) -> Path:
+        return self._spool / f"relay-{slot}"
+
+    @asynccontextmanager
+    async def _lock(self, slot: str) -> AsyncIterator[None]:
+        turn = self._turns.setdefault(slot, _Turn())
+        turn.users += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.users -= 1
+            if not turn.users:
+                del self._turns[slot]
+
+
+def _slot(sender: Sender, claim: PathClaim) -> str:
+    """Name what one kind of sender uploads for one path: the same for all tries of it, another for every other."""
+    return sha256(f"{sender.name}\n{claim.path}\n{claim.nar_hash}".encode()).hexdigest()[:32]
+
+
+def _stored(path: str, key: str) -> SendVerdict:
+    return SendVerdict(path=path, status=SendStatus.STORED, url=key)
+
+
+def _refused(path: str, message: str) -> SendVerdict:
+    return SendVerdict(path=path, status=SendStatus.REFUSED, message=message)
+
+
+def _verdict(path: str, outcome: PublishOutcome, url: str) -> SendVerdict:
+    match outcome:
+        case Published():
+            return SendVerdict(path=path, status=SendStatus.PUBLISHED, url=url)
+        case AlreadyPublished():
+            return SendVerdict(path=path, status=SendStatus.PRESENT, url=url)
+        case Conflict(published_nar_hash=published):
+            message = f"other bits were published before ({published}) and stay"
+            return SendVerdict(path=path, status=SendStatus.CONFLICT, message=message)
+    status = {
+        RejectReason.MISSING_REFERENCES: SendStatus.MISSING_REFERENCES,
+        RejectReason.STORE_FAILED: SendStatus.FAILED,
+    }.get(outcome.reason, SendStatus.REFUSED)
+    return SendVerdict(path=path, status=status, message=outcome.message, missing=outcome.missing)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _hash_file(file: Path) -> _Running:
+    running = _Running()
+    with suppress(FileNotFoundError), file.open("rb") as source:
+        while block := source.read(BLOCK_BYTES):
+            running.hash.update(block)
+            running.size += len(block)
+    return running
+
+
+async def _blocks(data: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """Gather what arrives into blocks of about BLOCK_BYTES; where it breaks off, what came before is given first."""
+    gathered = bytearray()
+    try:
+        async for chunk in data:
+            gathered += chunk
+            if len(gathered) >= BLOCK_BYTES:
+                block = bytes(gathered)
+                gathered.clear()
+                yield block
+    except ConnectionError:
+        if gathered:
+            yield bytes(gathered)
+        raise
+    if gathered:
+        yield bytes(gathered)
+
+
+async def _read_file(file: Path) -> AsyncIterator[bytes]:
+    with file.open("rb") as source:
+        while block := await asyncio.to_thread(source.read, BLOCK_BYTES):
+            yield block
+
+
+def _sweep_files(spool: Path, before: float) -> None:
+    with suppress(FileNotFoundError), os.scandir(spool) as entries:
+        for entry in entries:
+            if entry.name.startswith("relay-") and entry.stat().st_mtime < before:
+                with suppress(FileNotFoundError):
+                    Path(entry.path).unlink()

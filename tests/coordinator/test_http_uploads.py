@@ -1,0 +1,308 @@
+"""Uploads over HTTP, by relay into a directory and straight to a real S3 store."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+
+import aiohttp
+import pytest
+from yarl import URL
+
+from coordinator.config import CacheSettings, NamedCacheSettings, Settings, UploadRoute
+from coordinator.main import Coordinator, open_coordinator
+from coordinator.upload_tokens import UploadTokens
+from infra.cache.download import fetch_nar
+from infra.cache.upload import CompressedNar, compressing, compressing_files
+from infra.cache.upload_client import SenderRefusedError, UploadClient, UploadFailedError, upload_session
+from infra.cache.upload_wire import PART_BYTES, PIECE_BYTES, KeepWish, PathClaim, SendStatus
+from infra.clock import SystemClock
+from infra.nix import narinfo
+from infra.nix.hashing import sha256_text
+from tests.coordinator.conftest import nix_workers
+from tests.support.cache import STORE_DIR, base_name, chunked, store_path
+from tests.support.proxy import Fault, FaultyProxy
+from tests.support.servers import S3Place, S3Server
+
+#: Compressed, this is several parts or pieces.
+LARGE = random.Random(3).randbytes(30 * 1024 * 1024)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A path with its bytes."""
+
+    claim: PathClaim
+    nar: bytes
+
+
+def thing(name: str, nar: bytes = b"", references: Sequence[Thing] = ()) -> Thing:
+    nar = nar or name.encode() * 100
+    return Thing(
+        PathClaim(
+            path=base_name(store_path(name)),
+            nar_hash=sha256_text(sha256(nar).digest()),
+            nar_size=len(nar),
+            references=tuple(sorted(each.claim.path for each in references)),
+        ),
+        nar,
+    )
+
+
+def opener(*things: Thing) -> Callable[[PathClaim], AbstractAsyncContextManager[CompressedNar]]:
+    nars = {each.claim.path: each.nar for each in things}
+    return lambda claim: compressing(chunked(nars[claim.path], 300_000))
+
+
+@dataclass
+class Site:
+    """A running coordinator and a way to make clients of it."""
+
+    coordinator: Coordinator
+    session: aiohttp.ClientSession
+    token: str
+
+    def client(self, token: str = "", cache: str = "") -> UploadClient:
+        return UploadClient(self.session, self.coordinator.ready.cache_url + cache, token or self.token)
+
+    async def push(self, *things: Thing, keep: KeepWish | None = None) -> dict[str, SendStatus]:
+        result = await self.client().upload_all([each.claim for each in things], opener(*things), parallel=4, keep=keep)
+        return {verdict.path: verdict.status for verdict in result.verdicts}
+
+    async def nar(self, path: str) -> bytes | None:
+        """What the cache serves of a path, verified."""
+        cache = self.coordinator.cache
+        text = await cache.narinfo(path[:32])
+        if text is None:
+            return None
+        info = narinfo.parse(text, STORE_DIR)
+        return b"".join([data async for data in fetch_nar(cache.objects, info)])
+
+
+@pytest.fixture(params=["directory", "s3", "s3 by relay"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    settings = Settings(
+        state_dir=tmp_path / "farm",
+        port=0,
+        cache=CacheSettings(uploads=UploadRoute.RELAY if "relay" in request.param else UploadRoute.AUTO),
+        caches=(NamedCacheSettings(name="other"),),
+    )
+    if request.param != "directory":
+        s3: S3Place = request.getfixturevalue("s3")
+        settings = settings.model_copy(update={"object_store_url": s3.url})
+    return settings
+
+
+async def opened(stack: AsyncExitStack, settings: Settings) -> Site:
+    coordinator = await stack.enter_async_context(
+        open_coordinator(settings, nix_workers(settings.state_dir / "workers", ()))
+    )
+    session = await stack.enter_async_context(upload_session())
+    return Site(coordinator, session, coordinator.ready.token_file.read_text().strip())
+
+
+@pytest.fixture
+async def site(place: Settings) -> AsyncIterator[Site]:
+    async with AsyncExitStack() as stack:
+        yield await opened(stack, place)
+
+
+async def test_a_closure_is_sent_once_and_becomes_visible_together(site: Site) -> None:
+    base, large = thing("base"), thing("large", LARGE)
+    top = thing("top", references=[base, large])
+    assert set((await site.push(top, base, large)).values()) == {SendStatus.PUBLISHED}
+    for each in (base, large, top):
+        assert await site.nar(each.claim.path) == each.nar
+    again = site.client()
+    result = await again.upload_all([base.claim, large.claim, top.claim], opener(), parallel=4)
+    assert result.verdicts == ()
+    assert len(result.present) == 3
+    assert again.progress.sent_bytes == 0
+    leftovers = [entry.key async for entry in site.coordinator.cache.objects.list("incoming")]
+    assert leftovers == []
+
+
+async def test_references_that_nobody_has_are_named_and_nothing_dangles(site: Site) -> None:
+    absent = thing("absent")
+    top = thing("top", references=[absent])
+    result = await site.client().upload_all([top.claim], opener(top), parallel=1)
+    (verdict,) = result.verdicts
+    assert (verdict.status, verdict.missing) == (SendStatus.MISSING_REFERENCES, (absent.claim.path,))
+    assert await site.nar(top.claim.path) is None
+    # The object waits: what was missing and the path again are all that is needed.
+    assert set((await site.push(absent, top)).values()) == {SendStatus.PUBLISHED}
+
+
+async def test_two_uploads_of_one_path_at_once_both_end_well(site: Site) -> None:
+    large = thing("large", LARGE)
+    both = await asyncio.gather(site.push(large), site.push(large))
+    assert {status for each in both for status in each.values()} <= {SendStatus.PUBLISHED, SendStatus.PRESENT}
+    assert await site.nar(large.claim.path) == LARGE
+
+
+async def test_other_bits_for_a_published_path_are_a_conflict_and_the_first_stay(site: Site) -> None:
+    first = thing("unstable")
+    grant = await site.push(first)
+    assert grant == {first.claim.path: SendStatus.PUBLISHED}
+    cache = site.coordinator.cache
+    other = thing("unstable", b"other bits" * 50)
+    result = await site.client().upload_all([other.claim], opener(other), parallel=1)
+    assert result.present == (other.claim.path,)
+    assert await site.nar(first.claim.path) == first.nar
+    assert (await cache.stats()).paths == 1
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - what is waited for is another program's doing
+            await asyncio.sleep(0.01)
+
+
+class Cut(Exception):  # noqa: N818 - what ends the test's upload is no error of the program
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 9, 20])
+async def test_an_upload_that_was_cut_goes_on_where_it_was(site: Site, after: int) -> None:
+    large = thing("large", LARGE)
+
+    async def cut_short() -> AsyncIterator[bytes]:
+        async for number, chunk in _numbered(chunked(LARGE, 1024 * 1024)):
+            if number == after:
+                # What is sent whole is sent before the cut: compressing is quicker than a store.
+                await until(lambda: after < 20 or first.progress.sent_bytes >= PART_BYTES)
+                raise Cut
+            yield chunk
+
+    first = site.client()
+    with pytest.raises(Cut):
+        await first.upload_all([large.claim], lambda _claim: compressing(cut_short()), parallel=1)
+    second = site.client()
+    (verdict,) = (await second.upload_all([large.claim], opener(large), parallel=1)).verdicts
+    assert verdict.status is SendStatus.PUBLISHED
+    assert await site.nar(large.claim.path) == LARGE
+    # At most what was in flight is sent twice.
+    assert first.progress.sent_bytes + second.progress.sent_bytes <= len(LARGE) + 17 * 1024 * 1024
+    if after >= 20:
+        assert second.progress.sent_bytes < len(LARGE)
+
+
+async def test_an_upload_goes_on_after_the_coordinator_was_started_again(place: Settings) -> None:
+    large = thing("large", LARGE)
+    async with AsyncExitStack() as stack:
+        site = await opened(stack, place)
+
+        first = site.client()
+
+        async def first_half() -> AsyncIterator[bytes]:
+            yield LARGE[: 20 * 1024 * 1024]
+            await until(lambda: first.progress.sent_bytes >= PART_BYTES)
+            raise Cut
+
+        with pytest.raises(Cut):
+            await first.upload_all([large.claim], lambda _claim: compressing(first_half()), parallel=1)
+    async with AsyncExitStack() as stack:
+        site = await opened(stack, place)
+        client = site.client()
+        (verdict,) = (await client.upload_all([large.claim], opener(large), parallel=1)).verdicts
+        assert verdict.status is SendStatus.PUBLISHED
+        assert client.progress.sent_bytes < len(LARGE)
+        assert await site.nar(large.claim.path) == LARGE
+
+
+async def test_a_path_whose_bytes_are_not_as_claimed_is_not_published(site: Site) -> None:
+    honest = thing("honest")
+    lying = replace(honest, nar=honest.nar + b"!")
+    with pytest.raises(UploadFailedError, match="another hash"):
+        await site.client().upload_all([honest.claim], opener(lying), parallel=1)
+    assert await site.nar(honest.claim.path) is None
+
+
+async def test_a_lease_token_uploads_exactly_its_paths_and_publishes_nothing(site: Site, place: Settings) -> None:
+    mine, foreign = thing("mine"), thing("foreign")
+    tokens = UploadTokens.load(place.state_dir / "upload-secret")
+    soon = SystemClock().now() + 60
+    token = tokens.make("default", "step", 1, [mine.claim.path], soon)
+    result = await site.client(token).upload_all([mine.claim], opener(mine), parallel=1)
+    (verdict,) = result.verdicts
+    assert verdict.status is SendStatus.STORED
+    assert await site.coordinator.cache.objects.head(verdict.url)
+    assert await site.nar(mine.claim.path) is None
+    with pytest.raises(SenderRefusedError, match="does not allow"):
+        await site.client(token).upload_all([mine.claim, foreign.claim], opener(mine, foreign), parallel=1)
+    for bad in (
+        tokens.make("other", "step", 1, [mine.claim.path], soon),
+        tokens.make("default", "step", 1, [mine.claim.path], soon - 120),
+        UploadTokens(b"another secret").make("default", "step", 1, [mine.claim.path], soon),
+        token[:-2] + ("A" if token[-2] != "A" else "B") + token[-1],
+        secrets.token_urlsafe(),
+        "drl1..",
+    ):
+        with pytest.raises(SenderRefusedError, match="does not know this token"):
+            await site.client(bad).upload_all([mine.claim], opener(mine), parallel=1)
+
+
+async def test_a_named_cache_takes_nothing_from_writers_of_another(site: Site) -> None:
+    one = thing("one")
+    with pytest.raises(SenderRefusedError, match="does not know this token"):
+        await site.client(cache="/other").upload_all([one.claim], opener(one), parallel=1)
+
+
+async def test_what_makes_no_sense_is_refused(site: Site) -> None:
+    unknown = "/" + "0" * 32
+    for method, address, body, status in (
+        ("POST", "", b"{", 400),
+        ("POST", "", b'{"paths": []}', 400),
+        ("POST", "", b'{"paths": [{"path": "../../../../../../../../etc/passwd-aaaa"}]}', 400),
+        ("POST", unknown + "/commit", b'{"sent": []}', 404),
+        ("POST", unknown + "/renew", b"", 404),
+        ("GET", unknown + "/nar/x", b"", 404),
+        ("PUT", unknown + "/nar/..%2f..%2fx?offset=0", b"x", 404),
+        ("PUT", unknown + "/nar/x?offset=-1", b"x", 400),
+        ("PUT", unknown + "/nar/x?offset=0", bytes(PIECE_BYTES + 1), 400),
+        ("DELETE", unknown, b"", 404),
+    ):
+        url = URL(f"{site.coordinator.ready.cache_url}/uploads{address}", encoded=True)
+        headers = {"Authorization": f"Bearer {site.token}"}
+        async with site.session.request(method, url, data=BytesIO(body), headers=headers) as response:
+            assert response.status == status, (method, address, await response.text())
+
+
+async def test_files_are_compressed_to_the_same_bytes_as_a_stream() -> None:
+    for size in (1, 100_000, 1024 * 1024, 17 * 1024 * 1024 + 5):
+        made = []
+        for nar in (compressing(chunked(LARGE[:size], 70_000)), compressing_files(iter([LARGE[:size]]))):
+            async with nar as compressed:
+                data = b"".join([piece async for piece in compressed.pieces])
+                made.append((data, compressed.uploaded()))
+        assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("fault", [Fault.UNAVAILABLE, Fault.CUT, Fault.CUT_BODY])
+async def test_a_store_that_fails_for_a_while_costs_only_time(
+    s3_server: S3Server, s3: S3Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Fault
+) -> None:
+    async with AsyncExitStack() as stack:
+        proxy = await stack.enter_async_context(FaultyProxy(s3_server.port))
+        place = s3_server.at(s3.prefix, proxy.endpoint)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", place.environment["AWS_ENDPOINT_URL"])
+        site = await opened(stack, Settings(state_dir=tmp_path / "farm", port=0, object_store_url=place.url))
+        proxy.fail(fault, times=2)
+        small, large = thing("small"), thing("large", LARGE)
+        assert set((await site.push(small, large)).values()) == {SendStatus.PUBLISHED}
+        assert proxy.failed == 2
+        assert await site.nar(large.claim.path) == LARGE
+
+
+async def _numbered(chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[int, bytes]]:
+    number = 0
+    async for chunk in chunks:
+        yield number, chunk
+        number += 1
