@@ -4,6 +4,7 @@ objects     bytes by key: a directory, S3, GCS, Azure
 compression the codecs that NARs come in, unpacked within bounds
 verify      the one reader of NAR objects: trusts no size or hash that it was told
 upload      NAR -> object, streaming                       (workers, intake)
+listing     object -> `.ls`
 download    object -> NAR, streaming and verified          (workers)
 keys        signing keys, from files and the environment
 signer      fingerprint -> signatures
