@@ -30,6 +30,7 @@ from coordinator.schema import (
     Model,
     PinRequest,
     ResignView,
+    RetryView,
     StepStatus,
     StepView,
     SubmissionView,
@@ -173,6 +174,14 @@ class ApiClient:
     async def cancel(self, submission: str) -> SubmissionView:
         """Withdraw a submission; a repeat is a no-op."""
         return await self._json("POST", f"submissions/{_part(submission)}/cancel", SubmissionView)
+
+    async def retry(self, submission: str) -> SubmissionView:
+        """Let a submission run again where it failed; a repeat is a no-op."""
+        return await self._json("POST", f"submissions/{_part(submission)}/retry", SubmissionView)
+
+    async def retry_step(self, key: str) -> RetryView:
+        """Build a failed step again; `key` may be any unique part of its key."""
+        return await self._json("POST", f"steps/{_part(key)}/retry", RetryView)
 
     async def steps(self, submission: str, states: Sequence[StepStatus] = ()) -> list[StepView]:
         """Return the steps of a submission, those in `states` or all."""

@@ -47,6 +47,7 @@ _SHARED_VALUES = 10_000
 
 _TAGS: dict[type, str] = {
     facts.SubmissionAccepted: "submission-accepted",
+    facts.SubmissionRetried: "submission-retried",
     facts.SubmissionWithdrawn: "submission-withdrawn",
     facts.StepAdded: "step-added",
     facts.RecipeAdded: "recipe-added",
@@ -65,6 +66,8 @@ _TAGS: dict[type, str] = {
     facts.BuilderAdmitted: "builder-admitted",
     facts.BuilderRefreshed: "builder-refreshed",
     facts.BuilderRemoved: "builder-removed",
+    facts.BuilderQuarantined: "builder-quarantined",
+    facts.QuarantineEnded: "quarantine-ended",
     facts.FarmResumed: "farm-resumed",
     facts.StepRestored: "step-restored",
     facts.SubmissionRestored: "submission-restored",

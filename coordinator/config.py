@@ -98,6 +98,8 @@ class LimitSettings(BaseModel):
     build_silence_s: Annotated[int, Field(ge=0)] = 0
     #: Log kept of one attempt; what is beyond is counted, not kept.
     log_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
+    #: How long a build that failed by its own fault is taken for known to fail; 0 is never.
+    failure_ttl_s: Annotated[float, Field(ge=0)] = 24 * 3600.0
     #: Watch streams open at one time.
     watchers: Annotated[int, Field(ge=1)] = 1000
 

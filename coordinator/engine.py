@@ -16,7 +16,7 @@ import gc
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from coordinator.codec import SubmissionNote, decode_note, encode_note
 from coordinator.derivations import DerivationStore, StepInfo
@@ -49,6 +49,8 @@ class _Letter:
     notes: Mapping[SubmissionId, SubmissionNote] = field(default_factory=dict)
     infos: Mapping[StepKey, StepInfo] = field(default_factory=dict)
     safe: asyncio.Future[None] | None = None
+    #: It holds a submission, which the core may refuse.
+    alone: bool = False
     refused: bool = False
 
 
@@ -118,19 +120,18 @@ class Engine:
     async def submit(
         self,
         event: Callable[[SubmissionId], SubmissionReceived],
-        asked_at: Instant,
-        note: SubmissionNote,
         infos: Sequence[StepInfo],
+        note: SubmissionNote | None = None,
     ) -> SubmissionRow:
         """Take a planned submission; returns its row once it is durable.
 
-        `event` makes the core's event for the name that is chosen here; `asked_at` is when its planning began to ask
-        the cache. Raises `UnavailableError`, `IntakeError`.
+        `event` makes the core's event, for the name that is chosen here or for a known one that runs again; `note` is
+        of a new one. Raises `UnavailableError`, `IntakeError`.
         """
-        name = SubmissionId(secrets.token_hex(5))
-        letter = _Letter((replace(event(name), asked_at=asked_at),), {name: note}, {info.key: info for info in infos})
-        await self._send(letter)
-        return self._views.submission(name)
+        received = event(SubmissionId(secrets.token_hex(5)))
+        notes = {} if note is None else {received.submission: note}
+        await self._send(_Letter((received,), notes, {info.key: info for info in infos}, alone=True))
+        return self._views.submission(received.submission)
 
     async def cancel(self, submission: str) -> SubmissionRow:
         """Withdraw a submission; a repeat changes nothing. Raises `NotFoundError`, `UnavailableError`."""
@@ -196,7 +197,7 @@ class Engine:
 
         plain: list[Event] = []
         for letter in letters:
-            if not letter.notes:
+            if not letter.alone:
                 plain.extend(letter.events)
                 continue
             handle(plain)

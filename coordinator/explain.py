@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from coordinator.logs import LogStore
+from coordinator.schema import WaitingView
 from infra.clock import Clock
+from scheduler import reasons as r
 from scheduler.farm import Farm
 from scheduler.model import Instant, Requirements, StepKey
-from scheduler.reasons import BacksOff, WaitsForSteps
 
 
 class FarmExplainer:
@@ -19,20 +20,16 @@ class FarmExplainer:
         self._logs = logs
         self._clock = clock
 
-    def waiting_for(self, step: StepKey, name_of: Callable[[StepKey], str]) -> str:
+    def waiting(self, step: StepKey, name_of: Callable[[StepKey], str]) -> tuple[str, WaitingView | None]:
         """Say why a step does not run."""
         now = Instant(self._clock.now())
         try:
             reason = self._farm.why(step, now)
         except KeyError:
-            return ""
-        if isinstance(reason, WaitsForSteps):
-            names = ", ".join(name_of(key) or key for key in reason.some)
-            more = f" and {reason.count - len(reason.some)} more" if reason.count > len(reason.some) else ""
-            return f"waits for {names}{more}"
-        if isinstance(reason, BacksOff):
-            return f"tried again in {max(0.0, reason.until - now):.0f} s after {reason.failures} failures"
-        return _for_people(str(reason)) if reason is not None else ""
+            reason = None
+        if reason is None:
+            return "", None
+        return _sentence(reason, now, name_of), _value(reason)
 
     def stuck(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
         """Say which of the ready steps, counted by what they require, nobody can take, and why."""
@@ -48,6 +45,52 @@ class FarmExplainer:
     def log_tail(self, step: StepKey, attempt: int) -> str:
         """Return the last lines of an attempt's log."""
         return self._logs.tail(step, attempt)
+
+
+def _sentence(reason: r.Reason, now: Instant, name_of: Callable[[StepKey], str]) -> str:
+    match reason:
+        case r.WaitsForSteps():
+            names = ", ".join(name_of(key) or key for key in reason.some)
+            more = f" and {reason.count - len(reason.some)} more" if reason.count > len(reason.some) else ""
+            return f"waits for {names}{more}"
+        case r.BacksOff():
+            return f"tried again in {max(0.0, reason.until - now):.0f} s after {reason.failures} failures"
+        case r.BuildersQuarantined():
+            wait = f"for {max(0.0, reason.until - now):.0f} s"
+            return f"worker {', '.join(reason.builders)} gets no work {wait}: {reason.reason}"
+        case r.KnownToFail():
+            name = name_of(reason.cause) or reason.cause
+            return f"{name} is known to fail; build it again: drover retry {reason.cause}"
+        case _:
+            return _for_people(str(reason))
+
+
+def _value(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911  one way for each reason
+    match reason:
+        case r.WaitsForSteps():
+            return WaitingView(kind="steps", count=reason.count, steps=reason.some)
+        case r.NotWanted():
+            return WaitingView(kind="not_wanted")
+        case r.NoBuilderJoined():
+            return WaitingView(kind="no_worker")
+        case r.NoBuilderOffersSystem():
+            return WaitingView(kind="no_system", system=reason.system)
+        case r.NoBuilderOffersFeatures():
+            return WaitingView(kind="no_feature", system=reason.system, features=reason.missing)
+        case r.OnlyReservedBuilders():
+            return WaitingView(kind="reserved", workers=reason.builders)
+        case r.BuildersFull() | r.LimitReached():
+            kind = "slots" if isinstance(reason, r.BuildersFull) else "limit"
+            workers = reason.builders[: r.NAMED]
+            return WaitingView(kind=kind, workers=workers, position=reason.position, count=reason.ready)
+        case r.BuildersQuarantined():
+            return WaitingView(kind="quarantined", workers=reason.builders, until=reason.until, reason=reason.reason)
+        case r.BuildersDraining():
+            return WaitingView(kind="draining", workers=reason.builders)
+        case r.BacksOff():
+            return WaitingView(kind="back_off", until=reason.until, count=reason.failures)
+        case r.KnownToFail():
+            return WaitingView(kind="known_failure", steps=(reason.cause,), since=reason.since, until=reason.until)
 
 
 def _for_people(reason: str) -> str:

@@ -55,6 +55,7 @@ from infra.clock import Clock, SystemClock
 from infra.telemetry import Telemetry
 from scheduler.effects import Effect
 from scheduler.farm import Farm
+from scheduler.policy import Limits
 from workers.errors import WorkerError
 from workers.fleet import Fleet, FleetError
 from workers.protocol import FarmInfo
@@ -126,7 +127,7 @@ async def open_coordinator(
             store_mark=await stores.cache.objects.check_marker(),
             takes_uploads=True,
         )
-        farm = Farm()
+        farm = Farm(Limits(failure_ttl_s=settings.limits.failure_ttl_s))
         views = Views(FarmExplainer(farm, stores.logs, clock))
         outbox = _Outbox()
         engine = Engine(farm, stores.journal, views, clock, outbox.hand)

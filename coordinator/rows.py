@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from coordinator.schema import StepStatus, SubmissionState
+from coordinator.schema import StepStatus, SubmissionState, WorkerView
 from scheduler.model import Failure, Recipe, Requirements, StepKey, SubmissionId
 from workers.protocol import HeldLease, Hello
 
@@ -85,6 +85,13 @@ class SubmissionRow:
     ended: bool = False
     watchers: list[Listener] = field(default_factory=list)
 
+    def begin(self, members: list[StepKey], at: float) -> None:
+        """Start over with these members, none of which is counted yet."""
+        self.members, self.touched_at, self.ended = members, at, False
+        self.held = self.joined = self.open = self.done_roots = 0
+        self.counts = dict.fromkeys(StepStatus, 0)
+        self.ready, self.active, self.failed = {}, {}, {}
+
     @property
     def state(self) -> SubmissionState:
         """Derived, never stored."""
@@ -105,6 +112,14 @@ class WorkerRow:
     built: int = 0
     last_seen: float = 0.0
     reason: str = ""
+    #: Until when the farm gives it no work, and why; 0 where it does.
+    quarantined_until: float = 0.0
+    quarantine: str = ""
+
+    @property
+    def told_state(self) -> str:
+        """The state as people see it."""
+        return "quarantined" if self.quarantined_until and self.state in ("online", "draining") else self.state
 
 
 def enter(sub: SubmissionRow, row: StepRow) -> None:
@@ -153,3 +168,21 @@ def touch(sub: SubmissionRow) -> None:
     """Tell whoever watches a submission that it changed as a whole."""
     for watcher in sub.watchers:
         watcher.touch()
+
+
+def worker_view(name: str, row: WorkerRow) -> WorkerView:
+    """Render a worker."""
+    return WorkerView(
+        name=name,
+        state=row.told_state,
+        systems=row.hello.systems,
+        emulated=row.hello.emulated,
+        features=row.hello.features,
+        slots=row.hello.slots,
+        leases=tuple((lease.step, lease.stage.value) for lease in row.leases),
+        nix_version=row.hello.nix_version,
+        built=row.built,
+        last_seen=row.last_seen,
+        reason=row.reason or row.quarantine,
+        until=row.quarantined_until,
+    )

@@ -10,9 +10,11 @@ All paths are below `/api/v1` and want `Authorization: Bearer <token>`; times ar
     GET  submissions           -> [SubmissionView], newest first
     GET  submissions/ID        -> SubmissionView
     POST submissions/ID/cancel -> SubmissionView
+    POST submissions/ID/retry  -> SubmissionView                       runs again what failed; a repeat changes nothing
     GET  submissions/ID/steps  ?state=failed,running… -> [StepView]
     GET  submissions/ID/events -> text/event-stream of WatchEvent: `snapshot`, then `step` and `counts`, at last `end`
     GET  steps/KEY             -> StepView                             KEY, or any unique part of it
+    POST steps/KEY/retry       -> RetryView                            builds a failed step again
     GET  steps/KEY/log         ?follow=1&attempt=N -> text/plain, raw log bytes (chunked while following)
     GET  workers               -> [WorkerView]
     GET  farm                  -> FarmView (cache URL, public keys)
@@ -77,6 +79,8 @@ class SubmitRequest(Model):
 
     roots: Annotated[tuple[RootRequest, ...], Field(min_length=1)]
     label: str = ""
+    #: Build again what is known to fail.
+    retry_failed: bool = False
 
 
 class IntakeQuery(Model):
@@ -120,6 +124,41 @@ class FailureView(Model):
     message: str
 
 
+class WaitingView(Model):
+    """Why a step does not run, for programs; what a kind does not tell is empty.
+
+    `steps`: `count` needs are not done, `steps` the first few. `not_wanted`. `no_worker`, `no_system`, `no_feature`
+    (`system`, `features` that the closest lacks), `reserved` (`workers` demand features it does not ask for): nobody
+    can take it. `slots`, `limit`: `workers` could, it is number `position` of `count`. `quarantined`, `draining`:
+    `workers` could and take nothing. `back_off`: tried again at `until`, after `count` failures. `known_failure`:
+    `steps` names the step that failed at `since`, which is taken for known until `until`.
+    """
+
+    kind: Literal[
+        "steps",
+        "not_wanted",
+        "no_worker",
+        "no_system",
+        "no_feature",
+        "reserved",
+        "slots",
+        "limit",
+        "quarantined",
+        "draining",
+        "back_off",
+        "known_failure",
+    ]
+    steps: tuple[str, ...] = ()
+    count: int = 0
+    system: str = ""
+    features: tuple[str, ...] = ()
+    workers: tuple[str, ...] = ()
+    position: int = 0
+    since: float = 0.0
+    until: float = 0.0
+    reason: str = ""
+
+
 class StepView(Model):
     """One step as people see it."""
 
@@ -143,8 +182,9 @@ class StepView(Model):
     failure: FailureView | None = None
     #: For a doomed step: key of the step whose failure is the root cause.
     cause: str = ""
-    #: For a step that does not run: why, in one sentence.
+    #: For a step that does not run: why, in one sentence, and as a value.
     waiting_for: str = ""
+    waiting: WaitingView | None = None
     #: The last lines of a failed step's log.
     log_tail: str = ""
 
@@ -180,7 +220,7 @@ class WorkerView(Model):
     """A worker as people see it."""
 
     name: str
-    state: Literal["online", "silent", "draining", "gone"]
+    state: Literal["online", "silent", "draining", "quarantined", "gone"]
     systems: tuple[str, ...]
     emulated: tuple[str, ...]
     features: tuple[str, ...]
@@ -190,7 +230,17 @@ class WorkerView(Model):
     nix_version: str
     built: int = 0
     last_seen: float = 0.0
+    #: Why it is silent, gone or quarantined, and until when it is quarantined.
     reason: str = ""
+    until: float = 0.0
+
+
+class RetryView(Model):
+    """What became of a wish to build a failed step again."""
+
+    step: StepView
+    #: Those that run again for it; none where nobody waits for it, and the next one that wants it builds it.
+    submissions: tuple[str, ...]
 
 
 class FarmView(Model):

@@ -48,7 +48,8 @@ class FleetSink:
                     features=frozenset(hello.features),
                     mandatory=frozenset(hello.mandatory_features),
                 )
-                await self._engine.offer(BuilderJoined(spec, hello.capacity, _held(hello.leases)))
+                unfit = _clean(hello.unfit)
+                await self._engine.offer(BuilderJoined(spec, hello.capacity, _held(hello.leases), unfit=unfit))
             case WorkerSpoke():
                 await self._spoke(event)
             case WorkerSilent(worker, incarnation, reason):
@@ -78,7 +79,14 @@ class FleetSink:
         self._views.worker_spoke(worker, batch, self._clock.now())
         if reports:
             await self._dispatch.room()
-        heartbeat = BuilderReported(BuilderId(worker), batch.incarnation, batch.capacity, _held(batch.leases))
+        heartbeat = BuilderReported(
+            BuilderId(worker),
+            batch.incarnation,
+            batch.capacity,
+            _held(batch.leases),
+            draining=batch.draining,
+            unfit=_clean(batch.unfit),
+        )
         await self._engine.offer(*(self._event(worker, report) for report in reports), heartbeat)
         for report in reports:
             if self._views.had_attempt(report.step, report.attempt):

@@ -297,6 +297,15 @@ def summary_lines(submission: SubmissionView, failed: Sequence[StepView], now: f
         for name, path in sorted(root.outputs.items())
     ]
     lines += _listed("  ", results, "more; `--json` lists all")
+    known = [step for step in failed if step.ended_at and step.ended_at < submission.created_at]
+    lines += _listed(
+        "  known to fail  ",
+        [
+            f"{step.name}, since {duration(now - step.ended_at)}; build it again: drover retry {shlex.quote(step.key)}"
+            for step in known
+        ],
+        "more steps that are known to fail",
+    )
     lines += _listed(
         "  \u2718 ", [f"{step.name}: drover log {shlex.quote(step.key)}" for step in failed], "more failed steps"
     )
@@ -363,7 +372,7 @@ def worker_rows(workers: Sequence[WorkerView], now: float) -> list[tuple[str, ..
         rows.append(
             (
                 worker.name,
-                worker.state + (f" ({sanitise(worker.reason)})" if worker.reason else ""),
+                _worker_state(worker, now),
                 ", ".join(systems),
                 ", ".join(worker.features) or "-",
                 f"{len(worker.leases)}/{worker.slots}",
@@ -373,6 +382,12 @@ def worker_rows(workers: Sequence[WorkerView], now: float) -> list[tuple[str, ..
             )
         )
     return rows
+
+
+def _worker_state(worker: WorkerView, now: float) -> str:
+    until = f"for {duration(max(0.0, worker.until - now))}" if worker.until else ""
+    why = ": ".join(filter(None, (until, sanitise(worker.reason))))
+    return worker.state + (f" ({why})" if why else "")
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:

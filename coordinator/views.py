@@ -23,29 +23,26 @@ from coordinator.codec import Record, SubmissionNote, evidence_size
 from coordinator.derivations import StepInfo
 from coordinator.errors import NotFoundError
 from coordinator.history import take_history, tell_history
-from coordinator.rows import NOTHING, StepRow, SubmissionRow, WorkerRow, enter, note, place, touch
+from coordinator.rows import NOTHING, StepRow, SubmissionRow, WorkerRow, enter, note, place, touch, worker_view
 from coordinator.schema import (
     Counts,
     CountsChanged,
-    Ended,
     FailureView,
     RootView,
     Snapshot,
-    StepChanged,
     StepStatus,
     StepView,
     SubmissionView,
-    WatchEvent,
+    WaitingView,
     WorkerView,
 )
+from coordinator.watcher import Watcher
 from scheduler import facts
 from scheduler.facts import Fact
 from scheduler.failures import is_fault
 from scheduler.model import Recipe, Requirements, StepKey, StepState, SubmissionId
 from workers.protocol import Batch, Hello, StageChange
 
-#: Changed steps that a watcher may leave unread before it gets a snapshot instead.
-WATCH_PENDING = 1024
 #: Failed steps in one snapshot; the rest is behind `submissions/ID/steps?state=failed`.
 SNAPSHOT_FAILED = 100
 #: Submissions in one answer of `submissions`.
@@ -53,9 +50,12 @@ SUBMISSIONS_LISTED = 1000
 #: Steps in one answer of `submissions/ID/steps`.
 STEPS_LISTED = 10_000
 
+#: States of a step that does not run although somebody may wait for it.
+_EXPLAINED = (StepStatus.WAITING, StepStatus.READY, StepStatus.FAILED, StepStatus.DOOMED)
 #: Facts that begin something new; whoever has nothing open by then has ended before it.
 _BEGINNINGS = (
     facts.SubmissionAccepted,
+    facts.SubmissionRetried,
     facts.StepAdded,
     facts.RecipeAdded,
     facts.StepHeld,
@@ -66,8 +66,8 @@ _BEGINNINGS = (
 class Explainer(Protocol):
     """What views show but cannot know: it is asked only while something is rendered."""
 
-    def waiting_for(self, step: StepKey, name_of: Callable[[StepKey], str]) -> str:
-        """Return one sentence why the step does not run."""
+    def waiting(self, step: StepKey, name_of: Callable[[StepKey], str]) -> tuple[str, WaitingView | None]:
+        """Return why the step does not run, in one sentence and as a value; nothing where that needs no reason."""
 
     def stuck(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
         """Return sentences about those of the ready steps that nobody can take."""
@@ -79,56 +79,6 @@ class Explainer(Protocol):
 _NO_DETAIL = StepInfo(key=StepKey(""), name="", system="", features=(), drv="", outputs=())
 _STATUS = {state: StepStatus.RUNNING if state is StepState.LEASED else StepStatus(state.value) for state in StepState}
 _NO_NOTE = SubmissionNote(label="", roots=(), derivations=0)
-
-
-class Watcher:
-    """One reader of one submission's changes. `wake` is called when there is something to take; it must not block."""
-
-    def __init__(self, views: Views, submission: SubmissionRow, wake: Callable[[], None]) -> None:
-        self._views = views
-        self._submission = submission
-        self._wake = wake
-        #: Steps that changed since the last `take`, oldest change first.
-        self._changed: dict[StepKey, StepRow] = {}
-        self._behind = True
-        self._over = False
-
-    def note(self, row: StepRow) -> None:
-        """A step of the submission changed."""
-        if not self._behind:
-            self._changed.pop(row.key, None)
-            self._changed[row.key] = row
-            if len(self._changed) > WATCH_PENDING:
-                self._changed.clear()
-                self._behind = True
-        self._wake()
-
-    def touch(self) -> None:
-        """Something about the submission as a whole changed."""
-        self._wake()
-
-    @property
-    def over(self) -> bool:
-        """Whether the last event has been taken."""
-        return self._over
-
-    def take(self) -> list[WatchEvent]:
-        """Return what a reader must now see; the first time, and when it fell behind, a whole snapshot."""
-        views, submission = self._views, self._submission
-        if self._over:
-            return []
-        events: list[WatchEvent]
-        if self._behind:
-            events = [views.snapshot(submission)]
-            self._behind = False
-        else:
-            events = [StepChanged(step=views.step_view(row)) for row in self._changed.values()]
-            events.append(views.counts_changed(submission))
-        self._changed.clear()
-        if submission.ended or submission.withdrawn:
-            self._over = True
-            events.append(Ended(submission=views.submission_view(submission)))
-        return events
 
 
 class Views:
@@ -150,6 +100,7 @@ class Views:
             "Mapping[type, Callable[[Fact], None]]",
             {
                 facts.SubmissionAccepted: self._accepted,
+                facts.SubmissionRetried: self._retried,
                 facts.SubmissionWithdrawn: self._withdrawn,
                 facts.StepAdded: self._added,
                 facts.RecipeAdded: self._recipe_added,
@@ -166,6 +117,9 @@ class Views:
                 facts.StepAbandoned: self._abandoned,
                 facts.StepRestored: self._step_restored,
                 facts.FarmRestored: self._restored,
+                facts.BuilderQuarantined: self._quarantined,
+                facts.QuarantineEnded: self._trusted,
+                facts.BuilderRemoved: self._trusted,
             },
         )
 
@@ -196,9 +150,7 @@ class Views:
         for row in self._unsettled.values():
             if not row.ended and (row.open == 0 or row.done_roots == len(row.roots)):
                 row.ended = True
-                for key in row.members:
-                    with contextlib.suppress(ValueError):
-                        self._steps[key].submissions.remove(row)
+                self._leave_members(row)
                 row.active.clear()
                 touch(row)
         self._unsettled.clear()
@@ -284,6 +236,15 @@ class Views:
         row = self._steps.get(StepKey(step))
         return row is not None and 0 < attempt <= row.attempt
 
+    def note(self, submission: SubmissionId) -> SubmissionNote:
+        """Return what people called a submission."""
+        return self._notes.get(submission, _NO_NOTE)
+
+    def failed_through(self, step: StepRow) -> list[SubmissionRow]:
+        """Return the submissions that have this failed step among theirs and are not cancelled, newest first."""
+        rows = reversed(self._submissions.values())
+        return [row for row in rows if step.key in row.failed and not row.withdrawn and row.done_roots < len(row.roots)]
+
     def drv(self, step: StepKey) -> str:
         """Return the full store path of the step's .drv, or nothing for an unknown step."""
         return self._details.get(step, _NO_DETAIL).drv
@@ -310,22 +271,7 @@ class Views:
 
     def workers(self) -> list[WorkerView]:
         """Return all workers, by name."""
-        return [
-            WorkerView(
-                name=name,
-                state=row.state,
-                systems=row.hello.systems,
-                emulated=row.hello.emulated,
-                features=row.hello.features,
-                slots=row.hello.slots,
-                leases=tuple((lease.step, lease.stage.value) for lease in row.leases),
-                nix_version=row.hello.nix_version,
-                built=row.built,
-                last_seen=row.last_seen,
-                reason=row.reason,
-            )
-            for name, row in sorted(self._workers.items())
-        ]
+        return [worker_view(name, row) for name, row in sorted(self._workers.items())]
 
     def step_counts(self) -> Counter[str]:
         """Count all steps by state."""
@@ -337,7 +283,7 @@ class Views:
 
     def worker_counts(self) -> Counter[str]:
         """Count workers by state."""
-        return Counter(row.state for row in self._workers.values())
+        return Counter(row.told_state for row in self._workers.values())
 
     def live_members(self) -> set[StepKey]:
         """Return the steps of all submissions that have not ended."""
@@ -357,8 +303,10 @@ class Views:
         """Render a step."""
         detail = self._details.get(row.key, _NO_DETAIL)
         worker = self._workers.get(row.builder)
-        waiting = row.state in (StepStatus.WAITING, StepStatus.READY)
         failed = row.state is StepStatus.FAILED
+        sentence, waiting = "", None
+        if row.state in _EXPLAINED:
+            sentence, waiting = self._explain.waiting(row.key, self._name)
         return StepView(
             key=row.key,
             name=detail.name,
@@ -377,16 +325,17 @@ class Views:
             uploaded_bytes=row.uploaded_bytes,
             failure=FailureView(kind=row.failure.kind, message=row.failure.message) if row.failure else None,
             cause=row.cause,
-            waiting_for=self._waiting_for(row) if waiting else "",
+            waiting_for=f"{sentence}; last time: {row.trouble}" if sentence and row.trouble else sentence,
+            waiting=waiting,
             log_tail=self._explain.log_tail(row.key, row.attempt) if failed else "",
         )
 
     def submission_view(self, row: SubmissionRow) -> SubmissionView:
         """Render a submission."""
-        note = self._notes.get(row.id, _NO_NOTE)
+        said = self.note(row.id)
         return SubmissionView(
             id=row.id,
-            label=note.label,
+            label=said.label,
             state=row.state,
             created_at=row.created_at,
             ended_at=row.touched_at if row.ended or row.withdrawn else 0.0,
@@ -398,10 +347,10 @@ class Views:
                     state=self._row(root.step).state,
                     outputs=dict(root.outputs),
                 )
-                for root in note.roots
+                for root in said.roots
             ),
             counts=self._counts(row),
-            derivations=note.derivations,
+            derivations=said.derivations,
             uploaded_bytes=row.uploaded_bytes,
             stuck=self._stuck(row),
         )
@@ -419,10 +368,6 @@ class Views:
         by_state = {state.value: count for state, count in row.counts.items()}
         return Counts(total=len(row.members), held=row.held, joined=row.joined, **by_state)
 
-    def _waiting_for(self, row: StepRow) -> str:
-        reason = self._explain.waiting_for(row.key, self._name)
-        return f"{reason}; last time: {row.trouble}" if row.trouble else reason
-
     def _name(self, key: StepKey) -> str:
         return self._details.get(key, _NO_DETAIL).name
 
@@ -432,8 +377,21 @@ class Views:
     # One method for each fact.
 
     def _accepted(self, fact: facts.SubmissionAccepted) -> None:
+        sub = SubmissionRow(fact.submission, fact.at, frozenset(fact.roots), [])
+        self._submissions[fact.submission] = sub
+        self._fill(sub, fact)
+
+    def _retried(self, fact: facts.SubmissionRetried) -> None:
+        sub = self._submissions[fact.submission]
+        if not sub.ended:
+            self._leave_members(sub)
+        self._fill(sub, fact)
+        touch(sub)
+
+    def _fill(self, sub: SubmissionRow, fact: facts.SubmissionAccepted | facts.SubmissionRetried) -> None:
+        """Count the members of a submission that begins, or begins again."""
         self._at = max(self._at, fact.at)
-        sub = SubmissionRow(fact.submission, fact.at, frozenset(fact.roots), list(fact.members), touched_at=fact.at)
+        sub.begin(list(fact.members), fact.at)
         held = set(fact.held)
         for key in fact.members:
             row = self._row(key)
@@ -444,8 +402,12 @@ class Views:
             enter(sub, row)
         sub.done_roots = sum(1 for root in sub.roots if root in held or self._row(root).state is StepStatus.DONE)
         sub.joined = len(fact.joined)
-        self._submissions[fact.submission] = sub
-        self._unsettled[fact.submission] = sub
+        self._unsettled[sub.id] = sub
+
+    def _leave_members(self, sub: SubmissionRow) -> None:
+        for key in sub.members:
+            with contextlib.suppress(ValueError):
+                self._steps[key].submissions.remove(sub)
 
     def _withdrawn(self, fact: facts.SubmissionWithdrawn) -> None:
         self._at = max(self._at, fact.at)
@@ -537,6 +499,16 @@ class Views:
         row = self._row(fact.step)
         row.builder, row.stage, row.phase = "", "", ""
         self._move(row, StepStatus.ABANDONED)
+
+    def _quarantined(self, fact: facts.BuilderQuarantined) -> None:
+        worker = self._workers.get(fact.builder)
+        if worker is not None:
+            worker.quarantined_until, worker.quarantine = fact.until, fact.reason
+
+    def _trusted(self, fact: facts.QuarantineEnded | facts.BuilderRemoved) -> None:
+        worker = self._workers.get(fact.builder)
+        if worker is not None:
+            worker.quarantined_until, worker.quarantine = 0.0, ""
 
     def _step_restored(self, fact: facts.StepRestored) -> None:
         row = self._row(fact.step)

@@ -3,47 +3,39 @@
 So every function is a generator that reads a state which already holds what it said before. Stale events (an old
 attempt, a builder that is gone, a repeat) yield nothing; a graph that cannot be is refused before any fact.
 
-What follows from a failure stands in `failures`, by kind: the next recipe that can help, else the step fails and dooms
-what stands on it; or back-off and again, another builder first, until the budget is spent; or, for a lease handed back,
-again at once, with back-off from the fourth time on. A cancelled lease that is still open counts as handed back.
+What becomes of steps is decided in `verdicts`, what of builders in `attendance`; here are submissions, the passing of
+time and the granting of leases.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from typing import assert_never
 
 from scheduler import events as e
 from scheduler import facts as f
-from scheduler.failures import CONSEQUENCES, Course
-from scheduler.model import (
-    BuilderId,
-    Failure,
-    FailureKind,
-    Instant,
-    LeaseId,
-    StepKey,
-    StepState,
-    SubmissionRefusedError,
-)
+from scheduler.admission import check_graph
+from scheduler.attendance import Attendance
+from scheduler.model import Instant, LeaseId, StepKey, StepState
 from scheduler.policy import Limits, Policy
-from scheduler.records import Builder, Queue, Step
+from scheduler.records import Queue, Step
 from scheduler.state import FarmState, is_lapsed
+from scheduler.verdicts import Verdicts, is_known_failure
 
 _LEASED, _PUBLISHING, _DONE = StepState.LEASED, StepState.PUBLISHING, StepState.DONE
-_OPEN = (_LEASED, _PUBLISHING)
 
 
 class Decider:
     """The decisions, with the policy and the budgets they are made under. Holds nothing else."""
 
-    __slots__ = ("_limits", "_policy", "_state")
+    __slots__ = ("_attendance", "_limits", "_policy", "_state", "_verdicts")
 
     def __init__(self, state: FarmState, limits: Limits, policy: Policy) -> None:
         self._state = state
         self._limits = limits
         self._policy = policy
+        self._verdicts = Verdicts(state, limits, policy)
+        self._attendance = Attendance(state, limits, policy, self._verdicts)
 
     def decide(self, event: e.Event, now: Instant) -> Iterator[f.Fact]:  # noqa: C901, PLR0912  one arm per event
         """Yield what follows from one event, without granting leases (`assign` does, once per batch)."""
@@ -56,52 +48,46 @@ class Decider:
                 if self._state.lease_holder(event.lease, _PUBLISHING) is not None:
                     yield f.StepDone(event.lease, now)
             case e.BuilderReported():
-                yield from self._reported(event, now)
+                yield from self._attendance.reported(event, now)
             case e.BuildFailed():
                 step = self._state.lease_holder(event.lease, _LEASED)
                 if step is not None and step.builder == event.builder:
-                    yield from self._build_failed(step, event.failure, now)
+                    yield from self._verdicts.build_failed(step, event.failure, now)
+                    yield from self._attendance.judge(event.builder, now)
             case e.PublishFailed():
                 step = self._state.lease_holder(event.lease, _PUBLISHING)
                 if step is not None:
-                    yield from self._publish_failed(step, event.failure, now)
+                    yield from self._verdicts.publish_failed(step, event.failure, now)
             case e.SubmissionReceived():
                 yield from self._received(event, now)
             case e.SubmissionCancelled():
                 if event.submission in self._state.submissions:
                     yield f.SubmissionWithdrawn(event.submission, now)
+            case e.RetryAsked():
+                yield from self._retry_asked(event.step)
             case e.BuilderJoined():
-                yield from self._joined(event, now)
+                yield from self._attendance.joined(event, now)
             case e.BuilderLost():
-                yield from self._lost(event, now)
+                yield from self._attendance.lost(event, now)
             case e.TimePassed():
                 pass
             case _:
                 assert_never(event)
         if self._state.orphans:
-            yield from self._abandon_orphans(now)
+            yield from self._verdicts.abandon_orphans(now)
 
     def due(self, now: Instant) -> Iterator[f.Fact]:
-        """Yield what the passing of time has decided: silent builders, back-offs that ended."""
-        state = self._state
-        while state.builders:
-            builder = next(iter(state.builders.values()))
-            if builder.heard + self._limits.lease_ttl_s > now:
-                break
-            reason = f"no word from {builder.id} for {self._limits.lease_ttl_s:.0f} s"
-            yield from self._remove(builder, reason, now, silent=True)
-        yield from self._abandon_orphans(now)
-        while state.ready.delayed and state.ready.delayed[0][0] <= now:
-            yield f.BackOffEnded(state.ready.delayed[0][2].key)
+        """Yield what the passing of time has decided: silent builders, back-offs and quarantines that ended."""
+        yield from self._attendance.due(now)
+        yield from self._verdicts.abandon_orphans(now)
+        delayed = self._state.ready.delayed
+        while delayed and delayed[0][0] <= now:
+            yield f.BackOffEnded(delayed[0][2].key)
 
     def deadline(self) -> Instant | None:
         """Return when `due` will next have something to say."""
-        state = self._state
-        nearest = [state.ready.delayed[0][0]] if state.ready.delayed else []
-        for builder in state.builders.values():
-            nearest.append(Instant(builder.heard + self._limits.lease_ttl_s))
-            break
-        return min(nearest, default=None)
+        delayed = self._state.ready.delayed
+        return min([*(delayed[0][:1] if delayed else ()), *self._attendance.deadline()], default=None)
 
     def assign(self, now: Instant) -> Iterator[f.Fact]:
         """Grant leases, the best-ranked step first, until no free builder can take any ready step.
@@ -131,184 +117,61 @@ class Decider:
             if not best.heap:
                 del queues[best]
 
-    def _build_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
-        match CONSEQUENCES[failure.kind].course:
-            case Course.END:
-                yield from self._end(step, failure, now)
-            case Course.RETRY:
-                yield from self._retry(step, failure, now)
-            case Course.HAND_BACK:
-                yield from self._hand_back(step, failure, now)
-
-    def _publish_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
-        match CONSEQUENCES[failure.kind].course:
-            case Course.END:
-                # Another recipe would run into the same path in the cache.
-                yield from self._fail(step, failure, now)
-            case Course.RETRY:
-                yield from self._retry(step, failure, now)
-            case Course.HAND_BACK:
-                yield from self._retry(step, Failure(FailureKind.INFRASTRUCTURE, failure.message), now)
-
-    def _end(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
-        """Take a failure for final: the next recipe that can help takes over, else the step fails."""
-        recipe = None
-        if CONSEQUENCES[failure.kind].next_recipe and step.state is _LEASED:
-            recipe = yield from self._next_recipe(step)
-        if recipe is None:
-            yield from self._fail(step, failure, now)
-        else:
-            yield f.StepFellBack(step.key, recipe, failure)
-
-    def _retry(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
-        row = CONSEQUENCES[failure.kind]
-        strikes = step.strikes.count(failure.kind) + 1
-        if row.tries is not None and strikes > row.tries:
-            message = f"{failure.message} (for the {strikes}. time)"
-            yield from self._end(step, Failure(row.then or failure.kind, message), now)
-            return
-        if step.faults + 1 >= self._limits.attempts:
-            # The budget is spent on faults of several kinds: a kind with tries left has not proven itself.
-            kind = failure.kind if row.tries is None else FailureKind.INFRASTRUCTURE
-            message = f"{failure.message} (after {step.faults} other tries)"
-            yield from self._end(step, Failure(kind, message), now)
-            return
-        wait = self._policy.back_off_s(step.key, step.faults + 1)
-        yield f.LeaseRevoked(step.lease, step.builder, failure, Instant(now + wait))
-
-    def _hand_back(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
-        returns = step.returns + 1
-        if returns > self._limits.returns:
-            message = f"handed back {returns} times: {failure.message}"
-            yield from self._retry(step, Failure(FailureKind.INFRASTRUCTURE, message), now)
-            return
-        beyond = returns - self._limits.returns_at_once
-        wait = self._policy.back_off_s(step.key, beyond) if beyond > 0 else 0.0
-        returned = Failure(FailureKind.RETURNED, failure.message)
-        yield f.LeaseRevoked(step.lease, step.builder, returned, Instant(now + wait))
-
-    def _fail(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
-        """Fail a step; what stands on it falls back to a recipe that can do without, or is doomed."""
-        yield f.StepFailed(step.key, step.attempt, step.builder, failure, now)
-        pending = deque((step,))
-        while pending:
-            for dependent in tuple(pending.popleft().dependents):
-                yield from self._stop(dependent, now, f"{step.key} failed")
-                recipe = yield from self._next_recipe(dependent)
-                if recipe is None:
-                    yield f.StepDoomed(dependent.key, step.key)
-                    pending.append(dependent)
-                else:
-                    missing = Failure(FailureKind.DEPENDENCY, f"needs {step.key}, which failed")
-                    yield f.StepFellBack(dependent.key, recipe, missing)
-
-    def _stop(self, step: Step, now: Instant, why: str) -> Iterator[f.Fact]:
-        if step.state in _OPEN:
-            yield f.LeaseRevoked(step.lease, step.builder, Failure(FailureKind.CANCELLED, why), now)
-
-    def _abandon_orphans(self, now: Instant) -> Iterator[f.Fact]:
-        orphans = self._state.orphans
-        while orphans:
-            step = next(iter(orphans.values()))
-            yield from self._stop(step, now, "nobody wants it any more")
-            yield f.StepAbandoned(step.key)
-
-    def _next_recipe(self, step: Step) -> Generator[f.Fact, None, int | None]:
-        """Return the next recipe that can help; what it needs and has lapsed is revived first."""
-        for recipe in range(len(step.recipes)):
-            if recipe != step.active and recipe not in step.tried and self._helps(step, recipe):
-                # Below a fall-back steps keep their recipe: the check was made for these.
-                yield from self._revive(self._needs(step, recipe), restart=False)
-                return recipe
-        return None
-
-    def _needs(self, step: Step, recipe: int) -> list[Step]:
-        return [self._state.steps[key] for key in step.recipes[recipe].needs]
-
-    def _helps(self, step: Step, recipe: int) -> bool:
-        """Whether a recipe neither leads back to its step nor stands on a failure of this life of the step.
-
-        An older failure is no evidence: what has lapsed before this life began may be tried again.
-        """
-        if self._leads_back(step, recipe):
-            return False
-        return all(
-            below.state not in (StepState.FAILED, StepState.DOOMED) or below.ended < step.born
-            for below in self._below(self._needs(step, recipe), through_done=False)
-        )
-
-    def _leads_back(self, step: Step, recipe: int) -> bool:
-        """Whether `step` stands below that recipe. Done steps count: should they be lost, their needs count again."""
-        return step in self._below(self._needs(step, recipe), through_done=True)
-
-    def _below(self, starts: Iterable[Step], *, through_done: bool) -> dict[Step, None]:
-        """Return everything reachable through recipes in use."""
-        seen = dict.fromkeys(starts)
-        pending = list(seen)
-        while pending:
-            step = pending.pop()
-            if through_done or step.state is not _DONE:
-                for need in self._state.needs_of(step):
-                    if need not in seen:
-                        seen[need] = None
-                        pending.append(need)
-        return seen
-
-    def _revive(self, starts: Iterable[Step], *, restart: bool) -> Iterator[f.Fact]:
-        """Revive what has lapsed at or below `starts`. Below an engaged step nothing has."""
-        seen = dict.fromkeys(starts)
-        pending = list(seen)
-        while pending:
-            step = pending.pop()
-            if is_lapsed(step):
-                first = restart and not (step.active and self._leads_back(step, 0))
-                yield f.StepRevived(step.key, 0 if first else step.active)
-            if step.state is _DONE or step.engaged:
-                continue
-            for need in self._state.needs_of(step):
-                if need not in seen:
-                    seen[need] = None
-                    pending.append(need)
-
     def _received(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.Fact]:
+        """Take a submission, or let one that ended with lapsed roots run again."""
         state = self._state
-        if event.submission in state.submissions:
+        known = state.submissions.get(event.submission)
+        if event.again:
+            if known is None or not any(map(is_lapsed, known)):
+                return
+        elif known is not None:
             return
-        self._check_closed(event)
-        self._check_acyclic(event)
-        yield from self._take_steps(event, now)
+        check_graph(state, event)
+        renewed = yield from self._take_steps(event)
+        yield from self._hold(event, now)
+        lost = self._lost_steps(event)
         roots = [state.steps[key] for key in event.roots]
-        yield from self._revive(roots, restart=True)
+        standing = _Standing(self._limits, event, renewed, now)
+        if state.failed:
+            below_lost = [need for step in lost for need in state.needs_of(step)]
+            standing.look_below(state, [*roots, *below_lost])
+        for step in lost:
+            yield from self._verdicts.revive(state.needs_of(step), restart=True, stands=standing)
+            yield f.StepLost(step.key)
+        yield from self._verdicts.revive(roots, restart=True, stands=standing)
         members = state.descend(roots)
-        yield f.SubmissionAccepted(
+        kind = f.SubmissionRetried if event.again else f.SubmissionAccepted
+        yield kind(
             submission=event.submission,
             at=now,
             roots=event.roots,
-            members=tuple(step.key for step in members),
-            held=tuple(step.key for step in members if step.state is _DONE),
-            joined=tuple(step.key for step in members if step.engaged),
+            members=tuple([step.key for step in members]),
+            held=tuple([step.key for step in members if step.state is _DONE]),
+            joined=tuple([step.key for step in members if step.engaged]),
         )
+        for step, cause in tuple(standing.causes.items()):
+            if step.dependents:
+                yield from self._verdicts.doom(step, cause, now)
 
-    def _take_steps(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.Fact]:
-        """Learn steps and recipes, and square what the core took for done with what the cache answered."""
-        state = self._state
-        held = dict.fromkeys(event.held)
-        lost: list[Step] = []
+    def _take_steps(self, event: e.SubmissionReceived) -> Generator[f.Fact, None, dict[StepKey, None]]:
+        """Learn steps and recipes; return the known steps that gained one."""
+        renewed: dict[StepKey, None] = {}
         for spec in event.steps:
-            step = state.steps.get(spec.key)
+            step = self._state.steps.get(spec.key)
             if step is None:
                 yield f.StepAdded(spec)
                 continue
-            if step.state is _DONE and spec.key not in held and step.done_at < event.asked_at:
-                lost.append(step)
             for recipe in spec.recipes:
                 if recipe not in step.recipes:
+                    renewed[spec.key] = None
                     yield f.RecipeAdded(spec.key, recipe)
-        yield from self._hold(event, now)
-        for step in lost:
-            if step.state is _DONE:
-                yield from self._revive(state.needs_of(step), restart=True)
-                yield f.StepLost(step.key)
+        return renewed
+
+    def _lost_steps(self, event: e.SubmissionReceived) -> list[Step]:
+        """Return what the core takes for done and the cache, asked since, does not hold."""
+        held = dict.fromkeys(event.held)
+        steps = dict.fromkeys(self._state.steps[spec.key] for spec in event.steps if spec.key not in held)
+        return [step for step in steps if step.state is _DONE and step.done_at < event.asked_at]
 
     def _hold(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.Fact]:
         seen_at = min(now, event.asked_at)
@@ -317,136 +180,47 @@ class Decider:
             if step is None:
                 yield f.StepHeld(key, seen_at)
             elif step.state is not _DONE:
-                yield from self._stop(step, now, "the cache holds the result")
+                yield from self._verdicts.stop(step, now, "the cache holds the result")
                 yield f.StepHeld(key, seen_at)
 
-    def _check_closed(self, event: e.SubmissionReceived) -> None:
-        """Raise `SubmissionRefusedError` for a graph with missing members, before any fact is said of it."""
-        known = dict.fromkeys(event.held)
-        for spec in event.steps:
-            if not spec.recipes:
-                raise SubmissionRefusedError(f"{spec.key} has no recipe")
-            known[spec.key] = None
-        named = [*event.roots, *(need for spec in event.steps for recipe in spec.recipes for need in recipe.needs)]
-        for key in named:
-            if key not in known and key not in self._state.steps:
-                raise SubmissionRefusedError(f"{key} is needed and neither known, given nor held")
+    def _retry_asked(self, key: StepKey) -> Iterator[f.Fact]:
+        """Forget a failure that nobody waits for any more: the next submission that wants the step builds it."""
+        step = self._state.steps.get(key)
+        if step is not None and step.state is StepState.FAILED:
+            yield self._verdicts.revived(step, restart=True)
 
-    def _check_acyclic(self, event: e.SubmissionReceived) -> None:
-        """Raise `SubmissionRefusedError` where the graph of recipes in use would run in a circle.
 
-        Recipes of known steps need only steps that were known when they came, so a circle runs through steps that get
-        their first recipe now. It runs through these alone unless one of them was known as merely held.
-        """
-        graph: dict[StepKey, tuple[StepKey, ...]] = {}
-        known_before: list[StepKey] = []
-        for spec in event.steps:
-            known = self._state.steps.get(spec.key)
-            if known is None or not known.recipes:
-                graph.setdefault(spec.key, spec.recipes[0].needs)
-                known_before += [] if known is None else [spec.key]
-        if known_before:
-            self._add_known(graph)
-        dependents: dict[StepKey, list[StepKey]] = {key: [] for key in graph}
-        unmet: dict[StepKey, int] = {}
-        for key, needs in graph.items():
-            inner = [need for need in needs if need in graph]
-            unmet[key] = len(inner)
-            for need in inner:
-                dependents[need].append(key)
-        clear = [key for key, count in unmet.items() if count == 0]
-        # The list grows while it is walked: Kahn's topological sort.
-        for key in clear:
-            for dependent in dependents[key]:
-                unmet[dependent] -= 1
-                if unmet[dependent] == 0:
-                    clear.append(dependent)
-        if len(clear) < len(graph):
-            stuck = next(key for key, count in unmet.items() if count)
-            raise SubmissionRefusedError(f"the needs of {stuck} run in a circle")
+class _Standing:
+    """Failures that a submission takes for known, and the steps that they have doomed, each with its root cause."""
 
-    def _add_known(self, graph: dict[StepKey, tuple[StepKey, ...]]) -> None:
-        """Add what is known and stands below the steps of `graph`, with the recipes in use."""
-        pending = [need for needs in graph.values() for need in needs]
-        while pending:
-            key = pending.pop()
-            step = self._state.steps.get(key)
-            if key not in graph and step is not None and step.recipes:
-                graph[key] = step.recipe.needs
-                pending += step.recipe.needs
+    __slots__ = ("_all", "_but", "_limits", "_now", "_renewed", "causes")
 
-    def _joined(self, event: e.BuilderJoined, now: Instant) -> Iterator[f.Fact]:
-        spec = event.builder
-        builder = self._state.builders.get(spec.id)
-        if builder is not None and builder.spec is not None and builder.spec.incarnation != spec.incarnation:
-            listed = frozenset(event.leases)
-            failure = Failure(FailureKind.WORKER_LOST, f"{spec.id} started anew")
-            for step in tuple(builder.leases.values()):
-                if step.lease not in listed and step.key in builder.leases:
-                    yield from self._retry(step, failure, now)
-        missing = yield from self._missing(builder, event.leases, now)
-        unknown = self._unknown(spec.id, event.leases)
-        yield f.BuilderAdmitted(spec, event.capacity, now, missing, unknown)
+    def __init__(self, limits: Limits, event: e.SubmissionReceived, renewed: dict[StepKey, None], now: Instant) -> None:
+        self._limits = limits
+        self._all = not event.retry_failed
+        self._but = frozenset(event.retry)
+        #: A new recipe may do better than those that failed.
+        self._renewed = renewed
+        self._now = now
+        self.causes: dict[Step, StepKey] = {}
 
-    def _reported(self, event: e.BuilderReported, now: Instant) -> Iterator[f.Fact]:
-        builder = self._state.builders.get(event.builder)
-        if builder is None or builder.spec is None:
-            silent = self._state.silent.get(event.builder)
-            if silent is not None and silent.incarnation == event.incarnation:
-                yield from self._joined(e.BuilderJoined(silent, event.capacity, event.leases), now)
-            return
-        if builder.spec.incarnation != event.incarnation:
-            return
-        missing = yield from self._missing(builder, event.leases, now)
-        unknown = self._unknown(event.builder, event.leases)
-        yield f.BuilderRefreshed(event.builder, event.capacity, now, missing, unknown)
+    def look_below(self, state: FarmState, starts: list[Step]) -> None:
+        """Find what stands at or below `starts`, needs first: a doomed step stands while what doomed it does."""
+        for step in reversed(state.descend(starts)):
+            if not self(step) and step.state is StepState.DOOMED and len(step.recipes) == 1:
+                cause = next((self.causes[need] for need in state.needs_of(step) if need in self.causes), None)
+                if cause is not None:
+                    self.causes[step] = cause
 
-    def _missing(
-        self, builder: Builder | None, listed: tuple[LeaseId, ...], now: Instant
-    ) -> Generator[f.Fact, None, tuple[LeaseId, ...]]:
-        """Return the leases to hand over again; one that was handed over too often is revoked.
-
-        A builder known only from the journal is told at once: its leases may never have been handed over.
-        """
-        if builder is None or not builder.leases:
-            return ()
-        names = frozenset(listed)
-        missing: list[LeaseId] = []
-        for step in tuple(builder.leases.values()):
-            overdue = builder.spec is None or now - step.asked_at >= self._limits.start_grace_s
-            if step.lease in names or not overdue or step.key not in builder.leases:
-                continue
-            if step.resends >= self._limits.start_resends:
-                message = f"{builder.id} was told {step.resends + 1} times to start and does not hold the lease"
-                yield from self._retry(step, Failure(FailureKind.INFRASTRUCTURE, message), now)
-            else:
-                missing.append(step.lease)
-        # A revocation above may have ended others (a step that failed dooms what stands on it).
-        return tuple(lease for lease in missing if lease.step in builder.leases)
-
-    def _unknown(self, builder: BuilderId, listed: tuple[LeaseId, ...]) -> tuple[LeaseId, ...]:
-        """Return the leases a builder names without a right. One being published may be named until acknowledged."""
-        unknown: list[LeaseId] = []
-        for lease in listed:
-            step = self._state.steps.get(lease.step)
-            if step is None or step.attempt != lease.attempt or step.builder != builder or step.state not in _OPEN:
-                unknown.append(lease)
-        return tuple(unknown)
-
-    def _lost(self, event: e.BuilderLost, now: Instant) -> Iterator[f.Fact]:
-        builder = self._state.builders.get(event.builder)
-        if builder is None:
-            silent = self._state.silent.get(event.builder)
-            if silent is not None and silent.incarnation == event.incarnation:
-                yield f.BuilderRemoved(event.builder, event.reason, now)
-        elif builder.spec is not None and builder.spec.incarnation == event.incarnation:
-            yield from self._remove(builder, event.reason, now, silent=False)
-
-    def _remove(self, builder: Builder, reason: str, now: Instant, *, silent: bool) -> Iterator[f.Fact]:
-        failure = Failure(FailureKind.WORKER_LOST, reason)
-        while builder.leases:
-            yield from self._retry(next(iter(builder.leases.values())), failure, now)
-        yield f.BuilderRemoved(builder.id, reason, now, silent)
+    def __call__(self, step: Step) -> bool:
+        """Whether a lapsed step is to be left as it is."""
+        if step in self.causes:
+            return True
+        asked = not self._all or step.key in self._but or step.key in self._renewed
+        if asked or not is_known_failure(step, self._limits, self._now):
+            return False
+        self.causes[step] = step.key
+        return True
 
 
 def _head(queue: Queue) -> tuple[int, int, Step]:

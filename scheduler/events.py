@@ -1,7 +1,7 @@
 """What happened outside: the closed set of inputs of the core, in the past tense.
 
-Every event may be lost, doubled, late or out of order except `SubmissionReceived` and `SubmissionCancelled`, which a
-client has been promised. A stale event is ignored; an impossible one is a bug and asserted.
+Every event may be lost, doubled, late or out of order except `SubmissionReceived`, `SubmissionCancelled` and
+`RetryAsked`, which a client has been promised. A stale event is ignored; an impossible one is a bug and asserted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ class SubmissionReceived:
     #: When the cache was asked. A step in `steps` that became done since is done; one that was done before and is not
     #: in `held` was lost. The default takes the answer for newer than all the core knows.
     asked_at: Instant = FAR_OFF
+    #: Build again what is known to fail: everything, or these steps.
+    retry_failed: bool = False
+    retry: tuple[StepKey, ...] = ()
+    #: The submission is known and ended without success; it is to run again. Nothing happens where it did not.
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +41,23 @@ class SubmissionCancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class RetryAsked:
+    """A client wants a failed step forgotten as such although no submission waits for it."""
+
+    step: StepKey
+
+
+@dataclass(frozen=True, slots=True)
 class BuilderJoined:
     """A builder said hello: what it offers, how many leases it will hold, which it holds."""
 
     builder: BuilderSpec
     capacity: int
     leases: tuple[LeaseId, ...] = ()
+    #: It finishes what it holds and wants nothing new.
+    draining: bool = False
+    #: Why it should get nothing new for now, by its own word; empty while it is fit.
+    unfit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +68,9 @@ class BuilderReported:
     incarnation: str
     capacity: int
     leases: tuple[LeaseId, ...] = ()
+    #: As in `BuilderJoined`.
+    draining: bool = False
+    unfit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +123,7 @@ class TimePassed:
 Event = (
     SubmissionReceived
     | SubmissionCancelled
+    | RetryAsked
     | BuilderJoined
     | BuilderReported
     | BuilderLost

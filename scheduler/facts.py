@@ -30,8 +30,22 @@ class SubmissionAccepted:
     """`members` is every step the submission stands on, each before its needs; nothing below a done step is in it.
 
     `held` are the members that are already done, `joined` those that others had already brought, unfinished. Members
-    can grow later: where a member falls back, the needs of its next recipe join.
+    that are known to fail are among them; nothing below these is. Members can grow later: where one falls back, the
+    needs of its next recipe join.
     """
+
+    durable: ClassVar[bool] = True
+    submission: SubmissionId
+    at: Instant
+    roots: tuple[StepKey, ...]
+    members: tuple[StepKey, ...]
+    held: tuple[StepKey, ...]
+    joined: tuple[StepKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionRetried:
+    """A submission that had ended without success runs again; fields are as in `SubmissionAccepted`."""
 
     durable: ClassVar[bool] = True
     submission: SubmissionId
@@ -203,6 +217,8 @@ class BuilderAdmitted:
     at: Instant
     missing: tuple[LeaseId, ...] = ()
     unknown: tuple[LeaseId, ...] = ()
+    draining: bool = False
+    unfit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +235,8 @@ class BuilderRefreshed:
     at: Instant
     missing: tuple[LeaseId, ...] = ()
     unknown: tuple[LeaseId, ...] = ()
+    draining: bool = False
+    unfit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +251,27 @@ class BuilderRemoved:
     reason: str
     at: Instant
     silent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BuilderQuarantined:
+    """A builder gets no new leases until then; what it runs goes on. `level` counts quarantines without a success."""
+
+    durable: ClassVar[bool] = False
+    builder: BuilderId
+    reason: str
+    until: Instant
+    level: int
+    #: It called itself unfit, and is free again as soon as it no longer does.
+    for_unfitness: bool
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantineEnded:
+    """A builder may get leases again, one at a time until it has built one."""
+
+    durable: ClassVar[bool] = False
+    builder: BuilderId
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +355,7 @@ class FarmRestored:
 
 Fact = (
     SubmissionAccepted
+    | SubmissionRetried
     | SubmissionWithdrawn
     | StepAdded
     | RecipeAdded
@@ -334,6 +374,8 @@ Fact = (
     | BuilderAdmitted
     | BuilderRefreshed
     | BuilderRemoved
+    | BuilderQuarantined
+    | QuarantineEnded
     | FarmResumed
     | StepRestored
     | SubmissionRestored

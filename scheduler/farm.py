@@ -15,7 +15,7 @@ from scheduler.facts import Fact, FarmResumed
 from scheduler.model import Instant, StepKey, SubmissionId
 from scheduler.policy import Limits, LongestPathFirst, Policy
 from scheduler.react import react
-from scheduler.reasons import Reason, StuckClass, stuck, why
+from scheduler.reasons import Places, Reason, StuckClass, stuck, why
 from scheduler.snapshot import tell_all
 from scheduler.state import FarmState
 
@@ -28,6 +28,7 @@ class Farm:
         self._limits = Limits() if limits is None else limits
         #: For reading only.
         self.state = FarmState(policy.rank)
+        self._places = Places(self.state)
         self._decider = Decider(self.state, self._limits, policy)
 
     def handle(self, event: Event, now: Instant) -> tuple[list[Fact], list[Effect]]:
@@ -46,6 +47,7 @@ class Farm:
         facts: list[Fact] = []
         effects: list[Effect] = []
         decider = self._decider
+        self._places.forget()
         for event in events:
             self._take(decider.decide(event, now), facts, effects)
         self._take(decider.due(now), facts, effects)
@@ -88,8 +90,8 @@ class Farm:
         return list(react(self.state, fact))
 
     def why(self, step: StepKey, now: Instant) -> Reason | None:
-        """Return why an unfinished step is not running; None for one that runs or has finished. Raises `KeyError`."""
-        return why(self.state, step, now)
+        """Return why a step is not running; None for one that runs or has finished for good. Raises `KeyError`."""
+        return why(self.state, self._places, self._limits, step, now)
 
     def stuck(self) -> list[StuckClass]:
         """Return the classes of ready steps that no builder of the farm can take."""

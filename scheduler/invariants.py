@@ -23,6 +23,8 @@ def check(state: FarmState) -> None:
         _check_life(state, step)
         _check_needs(step)
         _check_index(state, step)
+    failed = {step.key for step in state.steps.values() if step.state is StepState.FAILED}
+    _require(set(state.failed) == failed, "the index of failed steps is wrong")
     _check_builders(state)
     # No circle, not even through what is done: it may be lost.
     state.descend(state.steps.values(), below_done=True)
@@ -123,11 +125,15 @@ def _check_builders(state: FarmState) -> None:
         for step in builder.leases.values():
             held = step.state is StepState.LEASED and step.builder == builder.id
             _require(held, f"{builder.id} holds {step}, which is not its lease")
-        free = builder.spec is not None and builder.free > 0
+        free = builder.willing and builder.free > 0
         _require((builder.id in state.free) == free, f"{builder.id} is listed as free wrongly")
+        held_back = state.quarantined.get(builder.id) is builder
+        _require(held_back == bool(builder.until), f"{builder.id} is listed as quarantined wrongly")
+        _require(not builder.probation or builder.capacity <= 1, f"{builder.id} is trusted with too much")
     for (requirements, avoid), queue in state.ready.queues.items():
-        able = [b.id for b in state.builders.values() if b.spec is not None and b.spec.offers(requirements)]
-        expected = {id_ for id_ in able if id_ != avoid or len(able) == 1}
+        able = [b for b in state.builders.values() if b.spec is not None and b.spec.offers(requirements)]
+        elsewhere = any(b.willing for b in able if b.id != avoid)
+        expected = {b.id for b in able if b.id != avoid or not elsewhere}
         _require(set(queue.builders) == expected, f"the queue for {requirements} lists the wrong builders")
         if queue.heap:
             rank, _, step = queue.heap[0]
@@ -138,5 +144,7 @@ def _check_builders(state: FarmState) -> None:
     if state.ready.delayed:
         until, _, step = state.ready.delayed[0]
         _require(step.state is StepState.READY and step.not_before == until, "the heap of back-offs has a stale head")
+    for id_ in state.quarantined:
+        _require(id_ in state.builders, f"{id_} is in quarantine and not here")
     for id_ in state.silent:
         _require(id_ not in state.builders, f"{id_} is both silent and here")

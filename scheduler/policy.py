@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from scheduler.model import StepKey
+from scheduler.model import BuilderId, StepKey
 from scheduler.records import Builder, Step
 
 
@@ -30,6 +30,10 @@ class Limits:
     start_grace_s: float = 15.0
     #: How often it is told again before the lease is revoked.
     start_resends: int = 3
+    #: How long a step that failed by its own fault is taken for known to fail; 0 is never.
+    failure_ttl_s: float = 24 * 3600.0
+    #: Leases of one builder in a row that end by a fault of the farm, after which it is put in quarantine.
+    quarantine_after: int = 3
 
 
 class Policy(Protocol):
@@ -44,6 +48,9 @@ class Policy(Protocol):
     def back_off_s(self, step: StepKey, failures: int) -> float:
         """Return the seconds to wait after the given number (from 1) of failures in this life."""
 
+    def quarantine_s(self, builder: BuilderId, level: int) -> float:
+        """Return the seconds that a builder gets no leases, the `level`-th time (from 1) without a success between."""
+
 
 @dataclass(frozen=True, slots=True)
 class LongestPathFirst:
@@ -51,6 +58,8 @@ class LongestPathFirst:
 
     back_off_first_s: float = 1.0
     back_off_most_s: float = 300.0
+    quarantine_first_s: float = 30.0
+    quarantine_most_s: float = 900.0
 
     def rank(self, step: Step) -> int:
         """Steps on the longest chain to a root go first: they bound when the submission can end."""
@@ -68,15 +77,23 @@ class LongestPathFirst:
 
     def back_off_s(self, step: StepKey, failures: int) -> float:
         """Double from the first value up to the most, scaled by a jitter in [0.5, 1) that the key and count fix."""
-        # The exponent is bounded so that a large count cannot overflow.
-        whole = min(self.back_off_most_s, self.back_off_first_s * 2.0 ** min(failures - 1, 32))
-        return whole * (0.5 + _jitter(step, failures) / 2)
+        return _grown(self.back_off_first_s, self.back_off_most_s, step, failures)
+
+    def quarantine_s(self, builder: BuilderId, level: int) -> float:
+        """Grow as `back_off_s` does, from and to values of its own."""
+        return _grown(self.quarantine_first_s, self.quarantine_most_s, builder, level)
 
 
-def _jitter(step: StepKey, salt: int) -> float:
+def _grown(first_s: float, most_s: float, key: str, count: int) -> float:
+    # The exponent is bounded so that a large count cannot overflow.
+    whole = min(most_s, first_s * 2.0 ** min(count - 1, 32))
+    return whole * (0.5 + _jitter(key, count) / 2)
+
+
+def _jitter(key: str, salt: int) -> float:
     """Return a number in [0, 1) by FNV-1a: the built-in hash of a string differs between runs."""
     value = 0xCBF29CE484222325
-    for byte in f"{step}#{salt}".encode():
+    for byte in f"{key}#{salt}".encode():
         value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
     # FNV-1a hardly spreads its last bytes, which hold the salt: one more multiplication between folds does.
     value = (value ^ value >> 33) * 0xFF51AFD7ED558CCD & 0xFFFFFFFFFFFFFFFF

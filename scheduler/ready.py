@@ -90,7 +90,7 @@ class ReadyIndex:
             for builder in self._builders.values()
             if builder.spec is not None and builder.spec.offers(queue.requirements)
         }
-        if len(capable) > 1:
+        if any(builder.willing for builder in capable.values() if builder.id != queue.avoid):
             capable.pop(queue.avoid, None)
         queue.builders = capable
         for builder in capable.values():

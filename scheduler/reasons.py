@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scheduler.model import BuilderId, BuilderSpec, ImpossibleError, Instant, Requirements, StepKey, StepState
+from scheduler.policy import Limits
 from scheduler.records import Step
 from scheduler.state import FarmState
+from scheduler.verdicts import is_known_failure
 
 #: How many names a reason gives at most.
 NAMED = 5
@@ -73,13 +75,51 @@ class OnlyReservedBuilders:
 
 @dataclass(frozen=True, slots=True)
 class BuildersFull:
-    """Builders could take it, none has room; `ready` steps of its class wait in all."""
+    """Builders could take it, none has room. It is the `position`-th (from 1) of `ready` steps of its class."""
 
     builders: tuple[BuilderId, ...]
+    position: int
     ready: int
 
     def __str__(self) -> str:
-        return f"all {len(self.builders)} builders that could are full ({self.ready} steps are ready for them)"
+        count = len(self.builders)
+        who = f"all {count} builders that could are" if count > 1 else f"builder {self.builders[0]}, the only one, is"
+        return f"{who} full; number {self.position} of {self.ready} in the queue"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildersQuarantined:
+    """Every builder that could take it is in quarantine or drains; the first is free again at `until`."""
+
+    builders: tuple[BuilderId, ...]
+    until: Instant
+    reason: str
+
+    def __str__(self) -> str:
+        return f"builder {', '.join(self.builders)} gets no work until {self.until:.0f}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildersDraining:
+    """Every builder that could take it finishes what it has and takes nothing new."""
+
+    builders: tuple[BuilderId, ...]
+
+    def __str__(self) -> str:
+        return f"builder {', '.join(self.builders)} is draining"
+
+
+@dataclass(frozen=True, slots=True)
+class LimitReached:
+    """Builders have room, and a limit keeps them from taking it: each is on probation after a quarantine."""
+
+    builders: tuple[BuilderId, ...]
+    position: int
+    ready: int
+
+    def __str__(self) -> str:
+        who = ", ".join(self.builders)
+        return f"builder {who} takes one step at a time after its failures; number {self.position} of {self.ready}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +133,21 @@ class BacksOff:
         return f"backs off until {self.until:.0f} after {self.failures} failures"
 
 
+@dataclass(frozen=True, slots=True)
+class KnownToFail:
+    """`cause` failed by its own fault at `since`: submissions take that for known until `until`."""
+
+    cause: StepKey
+    since: Instant
+    until: Instant
+
+    def __str__(self) -> str:
+        return f"{self.cause} is known to fail until {self.until:.0f}"
+
+
 Unserved = NoBuilderJoined | NoBuilderOffersSystem | NoBuilderOffersFeatures | OnlyReservedBuilders
-Reason = WaitsForSteps | NotWanted | BuildersFull | BacksOff | Unserved
+Busy = BuildersFull | BuildersQuarantined | BuildersDraining | LimitReached
+Reason = WaitsForSteps | NotWanted | Busy | BacksOff | KnownToFail | Unserved
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +160,32 @@ class StuckClass:
     reason: Unserved
 
 
-def why(state: FarmState, key: StepKey, now: Instant) -> Reason | None:
-    """Return why an unfinished step is not running; None for one that runs, publishes or has finished.
+class Places:
+    """Where ready steps stand in the queue of their class: worked out when first asked, valid until the state moves."""
 
-    Raises `KeyError` for an unknown step. Costs the number of needs, or of builders and of steps in the same queue.
+    def __init__(self, state: FarmState) -> None:
+        self._state = state
+        self._places: dict[Requirements, dict[Step, int]] = {}
+
+    def forget(self) -> None:
+        """The state has moved."""
+        if self._places:
+            self._places = {}
+
+    def of(self, requirements: Requirements) -> dict[Step, int]:
+        """Return the ready steps of a class with their positions, from 1."""
+        places = self._places.get(requirements)
+        if places is None:
+            steps = sorted(_live(self._state, requirements), key=lambda step: (-step.rank, step.sequence))
+            places = self._places[requirements] = {step: position for position, step in enumerate(steps, 1)}
+        return places
+
+
+def why(state: FarmState, places: Places, limits: Limits, key: StepKey, now: Instant) -> Reason | None:
+    """Return why a step is not running; None for one that runs, publishes or has finished for good.
+
+    Raises `KeyError` for an unknown step. Costs the number of needs, or of builders, and of steps in the same queue
+    the first time that one of them is asked about.
     """
     step = state.steps[key]
     if step.state is StepState.WAITING:
@@ -118,17 +193,38 @@ def why(state: FarmState, key: StepKey, now: Instant) -> Reason | None:
             return NotWanted()
         unmet = [need.key for need in step.needs if need.state is not StepState.DONE]
         return WaitsForSteps(len(unmet), tuple(unmet[:NAMED]))
+    if step.state in (StepState.FAILED, StepState.DOOMED):
+        return _known(state, limits, step, now)
     if step.state is not StepState.READY:
         return None
     if step.not_before > now:
         return BacksOff(step.not_before, step.faults + step.returns)
     requirements = step.recipe.requirements
-    unserved = _unserved(state, requirements)
-    if unserved is not None:
-        return unserved
-    queue = step.queue
-    able = tuple(queue.builders) if queue is not None else ()
-    return BuildersFull(able, len(_live(state, requirements)))
+    return _unserved(state, requirements) or _busy(step, places.of(requirements))
+
+
+def _known(state: FarmState, limits: Limits, step: Step, now: Instant) -> KnownToFail | None:
+    cause = step if step.state is StepState.FAILED else state.steps.get(step.cause or step.key)
+    if cause is None or not is_known_failure(cause, limits, now):
+        return None
+    return KnownToFail(cause.key, cause.failed_at, Instant(cause.failed_at + limits.failure_ttl_s))
+
+
+def _busy(step: Step, places: dict[Step, int]) -> Busy:
+    """Say why none of the builders that could take a ready step has."""
+    able = list(step.queue.builders.values()) if step.queue is not None else []
+    willing = [builder for builder in able if builder.willing]
+    place, ready = places.get(step, 0), len(places)
+    if willing or not able:
+        roomy = [builder.id for builder in willing if builder.probation and builder.offered > len(builder.leases)]
+        if roomy and len(roomy) == len(willing):
+            return LimitReached(tuple(roomy[:NAMED]), place, ready)
+        return BuildersFull(tuple([builder.id for builder in willing]), place, ready)
+    held_back = [builder for builder in able if builder.until]
+    if held_back:
+        first = min(held_back, key=lambda builder: builder.until)
+        return BuildersQuarantined(tuple([builder.id for builder in able][:NAMED]), first.until, first.reason)
+    return BuildersDraining(tuple([builder.id for builder in able][:NAMED]))
 
 
 def stuck(state: FarmState) -> list[StuckClass]:

@@ -159,12 +159,30 @@ class Queue:
 class Builder:
     """One builder, or only the name of one that a replayed lease mentions (`spec` is None until it joins)."""
 
-    __slots__ = ("capacity", "heard", "id", "leases", "queues", "spec")
+    __slots__ = (
+        "capacity",
+        "draining",
+        "for_unfitness",
+        "heard",
+        "id",
+        "leases",
+        "level",
+        "offered",
+        "probation",
+        "queues",
+        "reason",
+        "spec",
+        "strikes",
+        "trouble",
+        "unfit",
+        "until",
+    )
 
     def __init__(self, id_: BuilderId, heard: Instant) -> None:
         self.id = id_
         self.spec: BuilderSpec | None = None
-        #: Leases it is willing to hold in all; may fall below what it holds.
+        #: Leases it is willing to hold in all, by its own word and by ours; may fall below what it holds.
+        self.offered = 0
         self.capacity = 0
         #: Steps leased to it, not those publishing.
         self.leases: dict[StepKey, Step] = {}
@@ -172,6 +190,24 @@ class Builder:
         self.heard = heard
         #: The queues in whose `builders` it stands.
         self.queues: list[Queue] = []
+        #: By its own word: it wants nothing new; why it is not fit to build.
+        self.draining = False
+        self.unfit = ""
+        #: Leases in a row that ended by a fault of the farm that it may be to blame for, and the last one's message.
+        self.strikes = 0
+        self.trouble = ""
+        #: Quarantines since it last built something; when this one ends (0: there is none), and why it began.
+        self.level = 0
+        self.until = NO_INSTANT
+        self.reason = ""
+        self.for_unfitness = False
+        #: It was in quarantine and has built nothing since: it is trusted with one lease.
+        self.probation = False
+
+    @property
+    def willing(self) -> bool:
+        """Whether it may get leases at all."""
+        return self.spec is not None and not (self.until or self.draining or self.unfit)
 
     @property
     def free(self) -> int:

@@ -19,9 +19,9 @@ from scheduler.model import (
     NO_INSTANT,
     BuilderId,
     BuilderSpec,
+    Failure,
     FailureKind,
     ImpossibleError,
-    Instant,
     LeaseId,
     Recipe,
     StepKey,
@@ -47,7 +47,7 @@ class FarmState:
         self.submissions: dict[SubmissionId, tuple[Step, ...]] = {}
         #: Builders from the longest silent to the last heard.
         self.builders: dict[BuilderId, Builder] = {}
-        #: Exactly the builders that joined and have `free > 0`.
+        #: Exactly the builders that are `willing` and have `free > 0`.
         self.free: dict[BuilderId, Builder] = {}
         #: Builders removed for silence, which their next heartbeat brings back; at most `silent_limit`.
         self.silent: dict[BuilderId, BuilderSpec] = {}
@@ -60,6 +60,10 @@ class FarmState:
         self.life = 0
         #: How many steps ever became known: the next one's sequence.
         self.known = 0
+        #: The steps that have failed.
+        self.failed: dict[StepKey, Step] = {}
+        #: Builders that get no new leases for now.
+        self.quarantined: dict[BuilderId, Builder] = {}
         #: While a snapshot is taken in: the steps whose dependents are not linked yet, with the sequences of these.
         self._unlinked: list[tuple[Step, tuple[int, ...]]] = []
 
@@ -82,7 +86,7 @@ class FarmState:
     def descend(self, starts: Iterable[Step], *, below_done: bool = False) -> list[Step]:
         """Return every step reachable from `starts` through recipes in use, each before its needs.
 
-        It stops at done steps unless `below_done`. Raises `ImpossibleError` where that runs in a circle.
+        It stops at done and at failed steps unless `below_done`. Raises `ImpossibleError` where that runs in a circle.
         """
         order: list[Step] = []
         closed: dict[Step, bool] = {}
@@ -109,7 +113,8 @@ class FarmState:
         return order
 
     def _below(self, step: Step, below_done: bool) -> tuple[Step, ...]:
-        return () if step.state is _DONE and not below_done else self.needs_of(step)
+        ends = step.state is _DONE or step.state is StepState.FAILED
+        return () if ends and not below_done else self.needs_of(step)
 
     def evolve(self, fact: f.Fact) -> None:  # noqa: C901, PLR0912, PLR0915  one arm per fact, most frequent first
         """Apply one fact. Raises `ImpossibleError` for a fact that cannot follow from this state."""
@@ -131,16 +136,14 @@ class FarmState:
                 step.recipes = (*step.recipes, fact.recipe)
             case f.StepHeld():
                 self._held(fact)
-            case f.SubmissionAccepted():
+            case f.SubmissionAccepted() | f.SubmissionRetried():
                 self._accepted(fact)
             case f.LeaseRevoked():
                 self._revoked(fact)
             case f.BackOffEnded():
                 self._back_off_ended(fact)
             case f.StepFailed():
-                step = self._subject(fact, fact.step)
-                self._finish(step, StepState.FAILED)
-                step.failure, step.failed_at = fact.failure, fact.at
+                self._failed(fact)
             case f.StepDoomed():
                 step = self._subject(fact, fact.step)
                 self._finish(step, StepState.DOOMED)
@@ -159,6 +162,10 @@ class FarmState:
                 self._admitted(fact)
             case f.BuilderRemoved():
                 self._removed(fact)
+            case f.BuilderQuarantined():
+                self._quarantined(fact)
+            case f.QuarantineEnded():
+                self._quarantine_ended(fact)
             case f.FarmResumed():
                 self._resumed(fact)
             case f.StepRestored():
@@ -200,16 +207,17 @@ class FarmState:
 
     def _held(self, fact: f.StepHeld) -> None:
         if fact.step in self.steps:
+            self.failed.pop(fact.step, None)
             self._finish(self._subject(fact, fact.step), _DONE)
         else:
             self._know(fact.step, (), _DONE)
         self.steps[fact.step].done_at = fact.at
 
-    def _accepted(self, fact: f.SubmissionAccepted) -> None:
-        roots = tuple(self.steps[key] for key in dict.fromkeys(fact.roots))
+    def _accepted(self, fact: f.SubmissionAccepted | f.SubmissionRetried) -> None:
+        roots = tuple([self.steps[key] for key in dict.fromkeys(fact.roots)])
         self.submissions[fact.submission] = roots
         for root in roots:
-            if root.state is not _DONE:
+            if root.state is not _DONE and root.state not in LAPSED and fact.submission not in root.roots:
                 root.roots = (*root.roots, fact.submission)
                 self.orphans.pop(root.key, None)
         self._engage(self.steps[key] for key in fact.members)
@@ -223,7 +231,7 @@ class FarmState:
     def _engage(self, order: Iterable[Step]) -> None:
         """Engage the wanted steps of `order` (each before its needs), raise depths, make ready what can run."""
         for step in order:
-            if step.state is _DONE:
+            if step.state is _DONE or step.state in LAPSED:
                 continue
             fresh = not step.engaged and step.wanted
             if fresh:
@@ -284,6 +292,14 @@ class FarmState:
             self.life += 1
             step.ended = self.life
 
+    def _failed(self, fact: f.StepFailed) -> None:
+        step = self._subject(fact, fact.step)
+        if step.state is _LEASED:
+            self._blame(fact.builder, fact.failure)
+        self._finish(step, StepState.FAILED)
+        step.failure, step.failed_at = fact.failure, fact.at
+        self.failed[step.key] = step
+
     def _begin_life(self, step: Step) -> None:
         self.life += 1
         step.born = self.life
@@ -295,6 +311,7 @@ class FarmState:
 
     def _revived(self, fact: f.StepRevived) -> None:
         step = self._subject(fact, fact.step)
+        self.failed.pop(step.key, None)
         self._move(step, _WAITING)
         self._begin_life(step)
         self._use(step, fact.recipe)
@@ -352,7 +369,7 @@ class FarmState:
         self._count_slots(builder)
 
     def _count_slots(self, builder: Builder) -> None:
-        if builder.spec is not None and builder.capacity > len(builder.leases):
+        if builder.capacity > len(builder.leases) and builder.willing:
             self.free[builder.id] = builder
         else:
             self.free.pop(builder.id, None)
@@ -363,8 +380,19 @@ class FarmState:
             raise ImpossibleError(f"{fact.lease} is not the open lease of {step}")
         return step
 
+    def _blame(self, id_: BuilderId, failure: Failure) -> None:
+        builder = self.builders[id_]
+        # One known only from the journal has not joined: its past is forgotten.
+        if builder.spec is not None and CONSEQUENCES[failure.kind].blames_builder:
+            builder.strikes += 1
+            builder.trouble = failure.message
+
     def _built(self, fact: f.StepBuilt) -> None:
         step = self._open(fact)
+        builder = self.builders[fact.builder]
+        if builder.strikes or builder.level:
+            builder.strikes = builder.level = 0
+            builder.probation, builder.capacity = False, builder.offered
         self._free_slot(step)
         self._move(step, _PUBLISHING)
         step.evidence = fact.evidence
@@ -373,6 +401,7 @@ class FarmState:
         step = self._open(fact)
         if step.state is _LEASED:
             self._free_slot(step)
+            self._blame(fact.builder, fact.failure)
         step.builder = NOBODY
         step.evidence = b""
         kind = fact.failure.kind
@@ -407,28 +436,48 @@ class FarmState:
         self.builders[spec.id] = builder
         changed = builder.spec != spec
         builder.spec = spec
+        self._heard(builder, fact)
         if changed:
             self.ready.rematch()
-        self._heard(builder, fact.capacity, fact.at, fact.missing)
 
     def _refreshed(self, fact: f.BuilderRefreshed) -> None:
         builder = self.builders.pop(fact.builder)
         self.builders[fact.builder] = builder
-        self._heard(builder, fact.capacity, fact.at, fact.missing)
+        self._heard(builder, fact)
 
-    def _heard(self, builder: Builder, capacity: int, at: Instant, missing: tuple[LeaseId, ...]) -> None:
-        builder.heard = at
-        builder.capacity = capacity
+    def _heard(self, builder: Builder, fact: f.BuilderAdmitted | f.BuilderRefreshed) -> None:
+        builder.heard = fact.at
+        builder.offered = fact.capacity
+        builder.capacity = min(fact.capacity, 1) if builder.probation else fact.capacity
+        if builder.draining is not fact.draining or builder.unfit != fact.unfit:
+            builder.draining, builder.unfit = fact.draining, fact.unfit
+            self.ready.rematch()
         self._count_slots(builder)
-        for lease in missing:
+        for lease in fact.missing:
             step = builder.leases[lease.step]
-            step.asked_at = at
+            step.asked_at = fact.at
             step.resends += 1
+
+    def _quarantined(self, fact: f.BuilderQuarantined) -> None:
+        builder = self.quarantined[fact.builder] = self.builders[fact.builder]
+        builder.until, builder.level, builder.reason = fact.until, fact.level, fact.reason
+        builder.for_unfitness, builder.probation = fact.for_unfitness, True
+        builder.capacity = min(builder.offered, 1)
+        self._count_slots(builder)
+        self.ready.rematch()
+
+    def _quarantine_ended(self, fact: f.QuarantineEnded) -> None:
+        builder = self.quarantined.pop(fact.builder)
+        builder.until = NO_INSTANT
+        builder.strikes = 0
+        self._count_slots(builder)
+        self.ready.rematch()
 
     def _removed(self, fact: f.BuilderRemoved) -> None:
         self.silent.pop(fact.builder, None)
         builder = self.builders.pop(fact.builder, None)
         self.free.pop(fact.builder, None)
+        self.quarantined.pop(fact.builder, None)
         if builder is None:
             return
         if builder.leases:
@@ -456,6 +505,8 @@ class FarmState:
             step.tried, step.strikes = frozenset(past.tried), past.strikes
             step.faults, step.returns = past.faults, past.returns
             step.avoid, step.not_before = past.avoid, past.not_before
+            if fact.state is StepState.FAILED:
+                self.failed[step.key] = step
         if fact.dependents:
             self._unlinked.append((step, fact.dependents))
 

@@ -38,11 +38,11 @@ def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911, PLR0912  
             | f.BackOffEnded()
         ):
             return (fact.step,)
-        case f.SubmissionAccepted() | f.SubmissionWithdrawn():
+        case f.SubmissionAccepted() | f.SubmissionRetried() | f.SubmissionWithdrawn():
             return (fact.submission,)
         case f.BuilderAdmitted():
             return (fact.builder.id,)
-        case f.BuilderRefreshed() | f.BuilderRemoved():
+        case f.BuilderRefreshed() | f.BuilderRemoved() | f.BuilderQuarantined() | f.QuarantineEnded():
             return (fact.builder,)
         case f.StepRestored():
             return (fact.step,)
@@ -64,9 +64,10 @@ def story(facts: Iterable[f.Fact], key: str, limit: int = STORY_FACTS) -> list[f
 def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fact
     """Return one line of plain English about a fact. Not a format: nothing parses it."""
     match fact:
-        case f.SubmissionAccepted():
+        case f.SubmissionAccepted() | f.SubmissionRetried():
+            how = "accepted" if isinstance(fact, f.SubmissionAccepted) else "runs again"
             return (
-                f"submission {fact.submission} accepted: wants {_some(fact.roots)}; {len(fact.members)} steps, "
+                f"submission {fact.submission} {how}: wants {_some(fact.roots)}; {len(fact.members)} steps, "
                 f"{len(fact.held)} held, {len(fact.joined)} joined"
             )
         case f.SubmissionWithdrawn():
@@ -104,11 +105,16 @@ def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fac
         case f.BuilderAdmitted():
             systems = _some(tuple(sorted(fact.builder.systems)))
             heal = _heal(fact.missing, fact.unknown)
-            return f"builder {fact.builder.id} admitted: {systems}, room for {fact.capacity}{heal}"
+            return f"builder {fact.builder.id} admitted: {systems}, room for {fact.capacity}{_own_word(fact)}{heal}"
         case f.BuilderRefreshed():
-            return f"builder {fact.builder} reported: room for {fact.capacity}{_heal(fact.missing, fact.unknown)}"
+            heal = _heal(fact.missing, fact.unknown)
+            return f"builder {fact.builder} reported: room for {fact.capacity}{_own_word(fact)}{heal}"
         case f.BuilderRemoved():
             return f"builder {fact.builder} removed: {fact.reason}"
+        case f.BuilderQuarantined():
+            return f"builder {fact.builder} quarantined until {fact.until:.2f} (level {fact.level}): {fact.reason}"
+        case f.QuarantineEnded():
+            return f"builder {fact.builder} is out of quarantine"
         case f.FarmResumed():
             return "farm resumed"
         case f.StepRestored():
@@ -147,6 +153,10 @@ def _needs(requirements: Requirements) -> str:
 def _some(names: tuple[str, ...] | tuple[StepKey, ...]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return (", ".join(names[:_NAMED]) or "nothing") + more
+
+
+def _own_word(fact: f.BuilderAdmitted | f.BuilderRefreshed) -> str:
+    return (", draining" if fact.draining else "") + (f", unfit: {fact.unfit}" if fact.unfit else "")
 
 
 def _heal(missing: tuple[LeaseId, ...], unknown: tuple[LeaseId, ...]) -> str:

@@ -90,6 +90,7 @@ def worker(head: str, ray_token: Path, host: str, state_dir: Path, **told: Any) 
 @click.option("--option", "options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting on this machine.")
 @click.option("--store", metavar="DIR", help="Evaluate into (and fetch to) a Nix store below DIR.")
 @click.option("--label", default="", help="Shown in lists of submissions.")
+@click.option("--retry", is_flag=True, help="Build again what is known to fail.")
 @click.option("--detach", is_flag=True, help="Do not watch; print how to.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @click.option("--fetch", is_flag=True, help="Realise the outputs on this machine when all is built.")
@@ -150,6 +151,16 @@ def cancel(url: str, token_file: str, submission: str) -> int:
     from coordinator.cli import showing  # noqa: PLC0415 - slow to import
 
     return asked(url, token_file, lambda client: showing.cancel(client, submission))
+
+
+@cli.command()
+@click.argument("name", metavar="ID|STEP")
+@addressed
+def retry(url: str, token_file: str, name: str) -> int:
+    """Build again what failed: of a submission, or one step and everything that it doomed."""
+    from coordinator.cli import showing  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: showing.retry(client, name))
 
 
 @cli.command()

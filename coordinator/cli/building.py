@@ -51,6 +51,7 @@ class Wish:
     settings: tuple[str, ...] = ()
     store: str | None = None
     label: str = ""
+    retry: bool = False
     detach: bool = False
     as_json: bool = False
     fetch: bool = False
@@ -107,7 +108,7 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
         store = local_store(wish.store, wanted[0].drv)
         await _send(client, store, wanted, screen)
         roots = tuple(RootRequest(attr=each.attr, drv=each.drv, outputs=each.outputs) for each in wanted)
-        view = await client.submit(SubmitRequest(roots=roots, label=wish.label))
+        view = await client.submit(SubmitRequest(roots=roots, label=wish.label, retry_failed=wish.retry))
         submitted.id = view.id
         if wish.detach:
             return _detached(view, as_json=wish.as_json)

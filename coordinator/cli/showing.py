@@ -11,7 +11,7 @@ import click
 import orjson
 
 from coordinator.cli import options
-from coordinator.client import ApiClient
+from coordinator.client import ApiClient, RefusedError
 from coordinator.schema import Model, StepStatus, SubmissionState
 from coordinator.terminal import sanitise, status_lines, submission_rows, table_lines, worker_rows
 
@@ -55,6 +55,36 @@ async def cancel(client: ApiClient, submission: str) -> int:
         print_lines([f"cancelled {view.id}; builds that another submission wants go on"])
     else:
         print_lines([f"{view.id} had already {view.state.value}"])
+    return options.OK
+
+
+async def retry(client: ApiClient, name: str) -> int:
+    """Let a submission run again, or all those that one step made fail."""
+    try:
+        view = await client.retry(name)
+    except RefusedError as error:
+        if error.reason != "not_found":
+            raise
+        return await _retry_step(client, name)
+    if view.state is SubmissionState.RUNNING:
+        print_lines([f"{view.id} runs again", f"  watch it: drover watch {view.id}"])
+    else:
+        print_lines([f"{view.id} has {view.state.value}: nothing of it can be retried"])
+    return options.OK
+
+
+async def _retry_step(client: ApiClient, name: str) -> int:
+    told = await client.retry_step(name)
+    if told.submissions:
+        print_lines(
+            [f"{told.step.key} is built again", *(f"  watch it: drover watch {each}" for each in told.submissions)]
+        )
+    elif told.step.state is StepStatus.WAITING:
+        print_lines(
+            [f"{told.step.key} is no longer taken for known to fail; the next submission that wants it builds it"]
+        )
+    else:
+        print_lines([f"{told.step.key} is {told.step.state.value}: there is nothing to retry"])
     return options.OK
 
 

@@ -14,14 +14,14 @@ import orjson
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
-from coordinator.codec import RootNote, SubmissionNote
 from coordinator.engine import Engine
 from coordinator.errors import BadRequestError, NotFoundError
 from coordinator.http.sse import WatchStreams
 from coordinator.intake import Intake
 from coordinator.logs import LogStore
 from coordinator.rows import StepRow
-from coordinator.schema import FarmView, IntakeQuery, StepStatus, SubmitRequest
+from coordinator.schema import FarmView, IntakeQuery, RetryView, StepStatus, SubmitRequest
+from coordinator.submissions import Submissions
 from coordinator.views import Views
 
 #: Bytes read from a request's body at one time.
@@ -39,6 +39,7 @@ class Api:
         self._engine = engine
         self._views = views
         self._intake = intake
+        self._submissions = Submissions(engine, views, intake)
         self._logs = logs
         self._farm = farm
         self._streams = streams
@@ -54,9 +55,11 @@ class Api:
             web.get(f"{base}/submissions", self.submissions),
             web.get(f"{base}/submissions/{{id}}", self.submission),
             web.post(f"{base}/submissions/{{id}}/cancel", self.cancel),
+            web.post(f"{base}/submissions/{{id}}/retry", self.retry),
             web.get(f"{base}/submissions/{{id}}/steps", self.steps),
             web.get(f"{base}/submissions/{{id}}/events", self.events, allow_head=False),
             web.get(f"{base}/steps/{{key}}", self.step),
+            web.post(f"{base}/steps/{{key}}/retry", self.retry_step),
             web.get(f"{base}/steps/{{key}}/log", self.log, allow_head=False),
             web.get(f"{base}/workers", self.workers),
             web.get(f"{base}/farm", self.farm),
@@ -79,13 +82,18 @@ class Api:
 
     async def submit(self, request: web.Request) -> web.Response:
         """Take a submission; the answer leaves once it is durable."""
-        wish = await _body(request, SubmitRequest)
-        asked_at = self._engine.now()
-        planned = await self._intake.submit(wish)
-        roots = tuple(RootNote(root.attr, root.drv, root.step, root.outputs) for root in planned.roots)
-        note = SubmissionNote(wish.label, roots, planned.derivations)
-        row = await self._engine.submit(planned.event, asked_at, note, planned.infos)
+        row = await self._submissions.submit(await _body(request, SubmitRequest))
         return _json(self._views.submission_view(row), status=201)
+
+    async def retry(self, request: web.Request) -> web.Response:
+        """Let a submission run again."""
+        return _json(self._views.submission_view(await self._submissions.retry(request.match_info["id"])))
+
+    async def retry_step(self, request: web.Request) -> web.Response:
+        """Build a failed step again."""
+        step, submissions = await self._submissions.retry_step(request.match_info["key"])
+        names = tuple(row.id for row in submissions)
+        return _json(RetryView(step=self._views.step_view(step), submissions=names))
 
     async def submissions(self, _request: web.Request) -> web.Response:
         """List submissions, newest first."""

@@ -102,6 +102,46 @@ async def test_a_failing_step_dooms_its_dependents_and_http_names_the_root_cause
         assert {step.cause for step in doomed} == {bad.key}
 
 
+async def test_a_known_failure_is_told_at_once_and_a_retry_builds_it_and_what_it_doomed_again(
+    open_farm: OpenFarm,
+) -> None:
+    text = """
+    rec {
+      bad = run "bad" "echo no; exit 3";
+      top = run "top" "read x < ${bad}; echo > $out";
+      other = run "other" "echo fine > $out";
+    }
+    """
+    async with open_farm("one") as farm:
+        first = await farm.ended((await farm.submit(text, "top")).id)
+        known = await farm.submit(text, "top", "other")
+        assert (known.counts.failed, known.counts.doomed) == (1, 1)
+        known = await farm.ended(known.id)
+        assert (known.state, known.counts.done) == (SubmissionState.FAILED, 1)
+        (bad,) = await farm.client.steps(known.id, [StepStatus.FAILED])
+        assert bad.attempt == 1
+        assert bad.waiting is not None
+        assert (bad.waiting.kind, bad.waiting.steps) == ("known_failure", (bad.key,))
+        # One retry of the step lets both run again; the second is nothing while they run, or one more attempt.
+        told = await farm.client.retry_step("bad")
+        assert set(told.submissions) == {first.id, known.id}
+        for submission in (first.id, known.id):
+            assert (await farm.ended(submission)).state is SubmissionState.FAILED
+        assert (await farm.client.step(bad.key)).attempt == 2
+        again = await farm.client.retry(first.id)
+        assert again.state is SubmissionState.RUNNING
+        assert (await farm.ended(first.id)).counts.failed == 1
+        assert (await farm.client.step(bad.key)).attempt == 3
+    async with open_farm("one") as farm:
+        # The failure outlives the coordinator, and so does the way to retry it.
+        view = await farm.client.retry(first.id)
+        assert view.state is SubmissionState.RUNNING
+        assert (await farm.ended(first.id)).counts.failed == 1
+        assert (await farm.client.step(bad.key)).attempt == 4
+        healthy = await farm.client.retry((await farm.ended((await farm.submit(text, "other")).id)).id)
+        assert healthy.state is SubmissionState.SUCCEEDED
+
+
 async def test_a_watcher_sees_every_step_and_then_the_end(open_farm: OpenFarm) -> None:
     async with open_farm("one") as farm:
         submitted = await farm.submit(DIAMOND, "top")

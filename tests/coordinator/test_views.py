@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,8 +18,9 @@ from coordinator.codec import (
     encode_facts,
     encode_records,
 )
-from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState
-from coordinator.views import WATCH_PENDING, Views
+from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState, WaitingView
+from coordinator.views import Views
+from coordinator.watcher import WATCH_PENDING
 from scheduler.events import (
     BuilderJoined,
     BuilderLost,
@@ -53,8 +55,8 @@ _CORE_STATE = {"leased": "running"}
 class Silent:
     """An explainer with nothing to say."""
 
-    def waiting_for(self, step: StepKey, name_of: Callable[[StepKey], str]) -> str:
-        return f"waits: {step} {name_of(step)}"
+    def waiting(self, step: StepKey, name_of: Callable[[StepKey], str]) -> tuple[str, WaitingView | None]:
+        return f"waits: {step} {name_of(step)}", None
 
     def stuck(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
         return tuple(sorted(f"{count} {requirements.system}" for requirements, count in ready.items()))
@@ -131,6 +133,26 @@ def test_a_submission_counts_its_steps_from_arrival_to_success() -> None:
     assert view.ended_at == driven.now
 
 
+def test_a_submission_that_meets_a_known_failure_ends_at_once_and_runs_again_on_demand() -> None:
+    driven = Driven()
+    driven.join()
+    steps = (spec("a"), spec("b", "a"))
+    driven.tell(submission("s", "b", *steps))
+    driven.finish(lambda key: key != "a")
+    driven.tell(submission("t", "b", *steps))
+    view = driven.views.submission_view(driven.views.submission("t"))
+    assert (view.state, view.counts) == (SubmissionState.FAILED, Counts(total=2, failed=1, doomed=1))
+    step = driven.views.step("a")
+    assert [row.id for row in driven.views.failed_through(step)] == ["t", "s"]
+    driven.tell(replace(submission("t", "b", *steps), again=True, retry=(step.key,)))
+    view = driven.views.submission_view(driven.views.submission("t"))
+    assert (view.state, view.counts) == (SubmissionState.RUNNING, Counts(total=2, running=1, waiting=1))
+    driven.finish()
+    assert driven.views.submission_view(driven.views.submission("t")).state is SubmissionState.SUCCEEDED
+    # The first one has ended, and what happens later is none of its business.
+    assert driven.views.submission_view(driven.views.submission("s")).state is SubmissionState.FAILED
+
+
 def test_a_second_submission_sees_what_it_joined_and_what_was_held() -> None:
     driven = Driven()
     driven.join(slots=1)
@@ -164,7 +186,7 @@ def test_an_ended_submission_is_history_also_when_its_failed_step_is_tried_again
     driven.tell(submission("old", "a", spec("a")))
     driven.finish(lambda _: False)
     before = driven.views.submission_view(driven.views.submission("old"))
-    driven.tell(submission("new", "a", spec("a")))
+    driven.tell(replace(submission("new", "a", spec("a")), retry_failed=True))
     driven.finish()
     after = driven.views.submission_view(driven.views.submission("old"))
     assert (after.state, after.counts, after.ended_at) == (before.state, before.counts, before.ended_at)
@@ -210,7 +232,7 @@ def test_a_watcher_that_falls_behind_gets_a_snapshot_and_holds_no_more_than_its_
 _EVENTS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["submit", "submit", "cancel", "build", "build", "fail", "lose", "return", "unpublish", "join"]
+            ["submit", "submit", "cancel", "build", "build", "fail", "lose", "return", "unpublish", "join", "again"]
         ),
         st.integers(0, 10_000),
     ),
@@ -248,6 +270,9 @@ def _one(driven: Driven, what: str, number: int) -> None:
         driven.tell(_graph(number))
     elif what == "cancel" and state.submissions:
         driven.tell(SubmissionCancelled(list(state.submissions)[number % len(state.submissions)]))
+    elif what == "again" and state.submissions:
+        name = list(state.submissions)[number % len(state.submissions)]
+        driven.tell(replace(_graph(int(name[1:])), again=True, retry_failed=number % 2 == 0))
     elif what == "join":
         driven.join(f"b{number % 3}", 1 + number % 3)
     elif what == "lose":

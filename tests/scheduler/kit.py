@@ -43,7 +43,13 @@ def either(key: str, *recipes: Recipe) -> StepSpec:
 
 
 def submit(
-    name: str, roots: Iterable[str], *steps: StepSpec, held: Iterable[str] = (), asked_at: float = FAR_OFF
+    name: str,
+    roots: Iterable[str],
+    *steps: StepSpec,
+    held: Iterable[str] = (),
+    asked_at: float = FAR_OFF,
+    retry: bool | Iterable[str] = False,
+    again: bool = False,
 ) -> e.SubmissionReceived:
     return e.SubmissionReceived(
         SubmissionId(name),
@@ -51,6 +57,9 @@ def submit(
         steps,
         tuple(StepKey(key) for key in held),
         Instant(asked_at),
+        retry_failed=retry is True,
+        retry=() if isinstance(retry, bool) else tuple(StepKey(key) for key in retry),
+        again=again,
     )
 
 
@@ -61,12 +70,27 @@ def builder(
     return BuilderSpec(BuilderId(name), incarnation, offered, frozenset(features), frozenset(mandatory))
 
 
-def join(spec: BuilderSpec | str, capacity: int = 1, leases: Iterable[LeaseId] = ()) -> e.BuilderJoined:
-    return e.BuilderJoined(builder(spec) if isinstance(spec, str) else spec, capacity, tuple(leases))
+def join(
+    spec: BuilderSpec | str,
+    capacity: int = 1,
+    leases: Iterable[LeaseId] = (),
+    *,
+    draining: bool = False,
+    unfit: str = "",
+) -> e.BuilderJoined:
+    offered = builder(spec) if isinstance(spec, str) else spec
+    return e.BuilderJoined(offered, capacity, tuple(leases), draining, unfit)
 
 
-def report(name: str, capacity: int = 1, *leases: LeaseId, incarnation: str = "1") -> e.BuilderReported:
-    return e.BuilderReported(BuilderId(name), incarnation, capacity, leases)
+def report(
+    name: str,
+    capacity: int = 1,
+    *leases: LeaseId,
+    incarnation: str = "1",
+    draining: bool = False,
+    unfit: str = "",
+) -> e.BuilderReported:
+    return e.BuilderReported(BuilderId(name), incarnation, capacity, leases, draining, unfit)
 
 
 def lease(key: str, attempt: int = 1) -> LeaseId:
@@ -155,9 +179,14 @@ def tell_event(event: e.Event) -> str:  # noqa: C901, PLR0911  one line per even
     match event:
         case e.SubmissionReceived():
             held = f", held {' '.join(event.held)}" if event.held else ""
-            return f"submission {event.submission} wants {' '.join(event.roots)}{held}"
+            retried = "everything" if event.retry_failed else " ".join(event.retry)
+            retry = f", retries {retried}" if retried else ""
+            verb = "is to run again:" if event.again else "wants"
+            return f"submission {event.submission} {verb} {' '.join(event.roots)}{held}{retry}"
         case e.SubmissionCancelled():
             return f"submission {event.submission} is cancelled"
+        case e.RetryAsked():
+            return f"a retry of {event.step} is asked for"
         case e.BuilderJoined():
             return f"builder {event.builder.id} joins ({event.builder.incarnation}), holds {_names(event.leases)}"
         case e.BuilderReported():

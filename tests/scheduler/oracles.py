@@ -1,17 +1,16 @@
 """Judges that see only what the farm said, never its state: they cannot share the machine's mistakes.
 
-`judge(facts)` reads a whole stream of facts, those about builders included, and raises `OracleError` with the first
-sentence below that does not hold.
+`Judge` reads a whole stream of facts, those about builders included, and raises `OracleError` with the first sentence
+below that does not hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from scheduler import facts as f
-from scheduler.failures import is_fault
-from scheduler.model import BuilderId, BuilderSpec, FailureKind, Recipe, StepKey, SubmissionId
+from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, Recipe, StepKey, SubmissionId
+from scheduler.policy import Limits
 
 
 class OracleError(AssertionError):
@@ -29,12 +28,16 @@ class Life:
     holder: BuilderId | None = None
     built: bool = False
     done: bool = False
-    failed: bool = False
-    faults: int = 0
+    #: Its last failure, and when; None once it lives again.
+    failed: Failure | None = None
+    failed_at: float = 0.0
+    gained_recipe: bool = False
+    faults: list[FailureKind] = field(default_factory=list)
     returns: int = 0
 
     def renew(self) -> None:
-        self.proven, self.faults, self.returns, self.done, self.failed = set(), 0, 0, False, False
+        self.proven, self.faults, self.returns, self.done, self.failed = set(), [], 0, False, None
+        self.gained_recipe = False
 
     def close(self) -> None:
         self.holder, self.built = None, False
@@ -47,17 +50,59 @@ class Admitted:
     spec: BuilderSpec
     capacity: int
     heard: float
+    closed: bool
+    #: Faults in a row; a success ends the row, and so does a quarantine.
+    strikes: int = 0
+    quarantined: bool = False
+    #: It was in quarantine and has built nothing since.
+    probation: bool = False
+
+
+#: Kinds of failure that are remembered, said here once more in full.
+REMEMBERED = {
+    FailureKind.PERMANENT,
+    FailureKind.OUTPUT_REJECTED,
+    FailureKind.HASH_MISMATCH,
+    FailureKind.TIMEOUT,
+    FailureKind.SILENCE,
+    FailureKind.LOG_LIMIT,
+    FailureKind.OUTPUT_SIZE,
+    FailureKind.NOT_DETERMINISTIC,
+    FailureKind.KILLED,
+}
+#: How often one recipe in one life may meet these; and all faults together by the limits.
+MOST = {FailureKind.KILLED: 1, FailureKind.CONNECTION_LOST: 2}
+#: Faults that say nothing against the builder.
+BLAMELESS = {FailureKind.KILLED, FailureKind.TRANSIENT}
+FAULTS = {
+    FailureKind.TRANSIENT,
+    FailureKind.INFRASTRUCTURE,
+    FailureKind.DAEMON_LOST,
+    FailureKind.INPUT_MISSING,
+    FailureKind.DISK_LOW,
+    FailureKind.UPLOAD_FAILED,
+    FailureKind.WORKER_LOST,
+    FailureKind.KILLED,
+    FailureKind.CONNECTION_LOST,
+}
 
 
 class Judge:
-    """Takes facts one by one."""
+    """Takes facts one by one. Whoever hands them over sets `now`, and `asked` where a client wants failures retried."""
 
-    def __init__(self, attempts: int, returns: int) -> None:
-        self.attempts = attempts
-        self.returns = returns
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.now = 0.0
+        self.asked = False
         self.steps: dict[StepKey, Life] = {}
         self.builders: dict[BuilderId, Admitted] = {}
-        self.submissions: set[SubmissionId] = set()
+        self.quarantines: dict[BuilderId, float] = {}
+        self.submissions: dict[SubmissionId, bool] = {}
+
+    def restarted(self) -> None:
+        """The farm has forgotten its builders."""
+        self.builders.clear()
+        self.quarantines.clear()
 
     def _must(self, holds: bool, sentence: str, fact: f.Fact) -> None:
         if not holds:
@@ -68,39 +113,52 @@ class Judge:
         match fact:
             case f.SubmissionAccepted():
                 must(fact.submission not in self.submissions, "a submission is accepted once", fact)
-                self.submissions.add(fact.submission)
+                self.submissions[fact.submission] = True
                 must(set(fact.roots) <= set(fact.members), "the roots are members", fact)
                 must(set(fact.held) == {k for k in fact.members if self.steps[k].done}, "held members are done", fact)
+            case f.SubmissionRetried():
+                must(self.submissions.get(fact.submission, False), "only what was accepted runs again", fact)
+                roots = [self.steps[key] for key in fact.roots]
+                must(any(not root.done for root in roots), "what succeeded does not run again", fact)
             case f.SubmissionWithdrawn():
-                must(fact.submission in self.submissions, "only what was accepted is withdrawn", fact)
+                must(self.submissions.get(fact.submission, False), "only what was accepted is withdrawn", fact)
+                self.submissions[fact.submission] = False
             case f.StepAdded():
                 must(fact.spec.key not in self.steps, "a step is added once", fact)
                 self.steps[fact.spec.key] = Life(list(fact.spec.recipes))
             case f.RecipeAdded():
                 must(fact.recipe not in self.steps[fact.step].recipes, "a recipe is new", fact)
+                self.steps[fact.step].gained_recipe = True
                 self.steps[fact.step].recipes.append(fact.recipe)
             case f.StepHeld():
                 life = self.steps.setdefault(fact.step, Life())
                 must(life.holder is None, "a held step has no open lease", fact)
-                life.done, life.failed = True, False
+                life.done, life.failed = True, None
             case f.StepRevived() | f.StepLost():
                 life = self.steps[fact.step]
                 must(life.done == isinstance(fact, f.StepLost), "what is done is lost, what is not is revived", fact)
+                must(self.asked or not self._is_known(life), "a known failure is not built again unasked", fact)
                 life.renew()
                 life.active = fact.recipe if isinstance(fact, f.StepRevived) else life.active
             case f.StepLeased():
                 self._leased(fact)
             case f.LeaseRevoked():
                 life = self._open(fact, fact.lease.step, fact.lease.attempt, fact.builder)
-                life.faults += is_fault(fact.failure.kind)
-                life.returns += fact.failure.kind is FailureKind.RETURNED
-                must(life.faults < self.attempts, "infrastructure faults are bounded", fact)
-                must(life.returns <= self.returns, "returned leases are bounded", fact)
+                kind = fact.failure.kind
+                life.faults += [kind] if kind in FAULTS else []
+                life.returns += kind is FailureKind.RETURNED
+                must(kind in FAULTS | {FailureKind.RETURNED, FailureKind.CANCELLED}, "a verdict is not retried", fact)
+                must(len(life.faults) < self.limits.attempts, "infrastructure faults are bounded", fact)
+                must(life.faults.count(kind) <= MOST.get(kind, 99), "this kind is not retried so often", fact)
+                must(life.returns <= self.limits.returns, "returned leases are bounded", fact)
+                self._strike(fact, life, kind)
                 life.close()
             case f.StepBuilt():
                 life = self._open(fact, fact.lease.step, fact.lease.attempt, fact.builder)
                 must(not life.built, "a lease is built once", fact)
                 life.built = True
+                if fact.builder in self.builders:
+                    self.builders[fact.builder].strikes, self.builders[fact.builder].probation = 0, False
             case f.StepDone():
                 life = self._open(fact, fact.lease.step, fact.lease.attempt, None)
                 must(life.built, "a step is done only after it was built by the same attempt", fact)
@@ -110,27 +168,68 @@ class Judge:
                 life = self.steps[fact.step]
                 life.proven.add(life.active)
                 must(fact.recipe not in life.proven, "a recipe proven failing is not tried again in a life", fact)
-                life.active, life.faults = fact.recipe, 0
+                life.active, life.faults = fact.recipe, []
                 life.close()
             case f.StepFailed():
                 life = self._open(fact, fact.step, fact.attempt, fact.builder)
-                life.failed = True
+                must(fact.failure.kind is not FailureKind.CANCELLED, "a wish to stop is no failure", fact)
+                self._strike(fact, life, fact.failure.kind)
+                life.failed, life.failed_at = fact.failure, fact.at
                 life.close()
             case f.StepDoomed():
-                must(self.steps[fact.cause].failed, "the cause of a doom has itself failed", fact)
+                must(self.steps[fact.cause].failed is not None, "the cause of a doom has itself failed", fact)
                 must(self.steps[fact.step].holder is None, "a doomed step has no open lease", fact)
             case f.StepAbandoned():
                 must(self.steps[fact.step].holder is None, "an abandoned step has no open lease", fact)
             case f.BuilderAdmitted():
-                self.builders[fact.builder.id] = Admitted(fact.builder, fact.capacity, fact.at)
+                old = self.builders.get(fact.builder.id) or Admitted(fact.builder, 0, 0.0, closed=True)
+                self._heard(fact.builder.id, replace(old, spec=fact.builder), fact)
             case f.BuilderRefreshed():
-                self.builders[fact.builder] = Admitted(self.builders[fact.builder].spec, fact.capacity, fact.at)
+                self._heard(fact.builder, self.builders[fact.builder], fact)
+            case f.BuilderQuarantined():
+                here = self.builders[fact.builder]
+                must(not here.quarantined, "a quarantine begins once", fact)
+                most = 1 if here.probation else self.limits.quarantine_after
+                must(fact.for_unfitness or here.strikes >= most, "a builder is in quarantine for a reason", fact)
+                must(self.now < fact.until <= self.now + 900.0, "a quarantine is bounded", fact)
+                here.quarantined, here.probation, here.strikes = True, True, 0
+                self.quarantines[fact.builder] = fact.until
+            case f.QuarantineEnded():
+                here = self.builders[fact.builder]
+                must(here.quarantined, "only a quarantine ends", fact)
+                here.quarantined, here.strikes = False, 0
+                del self.quarantines[fact.builder]
             case f.BuilderRemoved():
                 held = [key for key, life in self.steps.items() if life.holder == fact.builder and not life.built]
                 must(not held, "a builder is removed after its leases are revoked", fact)
                 self.builders.pop(fact.builder, None)
+                self.quarantines.pop(fact.builder, None)
             case _:
                 pass
+
+    def _heard(self, name: BuilderId, here: Admitted, fact: f.BuilderAdmitted | f.BuilderRefreshed) -> None:
+        closed = fact.draining or bool(fact.unfit)
+        self.builders[name] = replace(here, capacity=fact.capacity, heard=fact.at, closed=closed)
+
+    def _strike(self, fact: f.LeaseRevoked | f.StepFailed, life: Life, kind: FailureKind) -> None:
+        here = self.builders.get(fact.builder)
+        if here is not None and not life.built and kind in FAULTS - BLAMELESS:
+            here.strikes += 1
+
+    def _is_known(self, life: Life) -> bool:
+        return (
+            life.failed is not None
+            and life.failed.kind in REMEMBERED
+            and not life.gained_recipe
+            and self.now - life.failed_at < self.limits.failure_ttl_s
+        )
+
+    def after_call(self) -> None:
+        """Judge what must hold between two calls: nobody who has earned a quarantine goes without."""
+        for name, here in self.builders.items():
+            earned = here.strikes >= (1 if here.probation else self.limits.quarantine_after)
+            if earned and not here.quarantined and not here.closed:
+                raise OracleError(f"{name} has failed {here.strikes} times in a row and is still trusted")
 
     def _open(self, fact: f.Fact, key: StepKey, attempt: int, builder: BuilderId | None) -> Life:
         life = self.steps[key]
@@ -158,12 +257,7 @@ class Judge:
         self._must(offered, "the builder offers what the recipe requires", fact)
         held = sum(other.holder == fact.builder and not other.built for other in self.steps.values())
         self._must(held < admitted.capacity, "no builder is given more than its capacity", fact)
+        self._must(not admitted.closed, "a builder that drains or is unfit is given nothing", fact)
+        self._must(not admitted.quarantined, "a builder in quarantine is given nothing", fact)
+        self._must(not (admitted.probation and held), "a builder on probation is given one lease", fact)
         life.attempt, life.holder = fact.lease.attempt, fact.builder
-
-
-def judge(facts: Iterable[f.Fact], attempts: int = 5, returns: int = 50) -> Judge:
-    """Judge a stream from its beginning."""
-    bench = Judge(attempts, returns)
-    for fact in facts:
-        bench.take(fact)
-    return bench

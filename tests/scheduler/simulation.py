@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
 from typing import TypeVar
 
-from scheduler.farm import Farm
 from scheduler.model import FailureKind, Recipe, StepKey, StepSpec
+from scheduler.policy import Limits
 from tests.scheduler.kit import recipe
 from tests.scheduler.world import CLASSES, World
 
@@ -43,16 +42,19 @@ def only_first(graph: dict[StepKey, StepSpec]) -> dict[StepKey, StepSpec]:
     return {key: StepSpec(key, spec.recipes[:1]) for key, spec in graph.items()}
 
 
-def play(seed: int, make_farm: Callable[[], Farm] = Farm) -> World:
+def play(seed: int) -> World:
     """Play one seed to its settlement; raises whatever a check finds."""
     chance = random.Random(seed)
-    world = World(make_farm)
+    limits = Limits(failure_ttl_s=chance.choice([0.0, 60.0, 24 * 3600.0]), quarantine_after=chance.choice([1, 3, 1000]))
+    world = World(limits)
     graph = random_graph(chance, chance.choice([0.0, 0.3, 0.6]))
     plain = only_first(graph)
     # Other farms, or earlier lives of this one, have filled the cache.
     world.cache.update(key for key in graph if chance.random() < chance.choice([0.0, 0.2]))
     # Swarm testing: each seed has some faults often and others never.
-    faults = {name: chance.choice([0.0, 0.1, 0.4]) for name in ("lose", "twice", "late", "publish", "break")}
+    faults = {
+        name: chance.choice([0.0, 0.1, 0.4]) for name in ("lose", "twice", "late", "publish", "break", "unfit", "retry")
+    }
     weights = {operation: chance.choice([0, 1, 3]) for operation in (_kill, _start, _restart, _forget, _cancel)}
     weights |= {_submit: 2, _post: 12, _order: 10, _finish: 8, _heartbeat: 3, _sleep: 2}
     for _ in range(OPERATIONS):
@@ -92,7 +94,11 @@ def _cancel(world: World, chance: random.Random, graph: dict[StepKey, StepSpec],
 
 def _submit(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
     roots = chance.sample(list(graph), chance.randrange(1, 4))
-    world.submit(roots, graph, later=chance.random() < faults["late"], blind=chance.random() < 0.2)
+    if world.submitted and chance.random() < faults["retry"]:
+        world.retry(_pick(chance, world.submitted), graph)
+        return
+    retry = chance.random() < faults["retry"]
+    world.submit(roots, graph, later=chance.random() < faults["late"], blind=chance.random() < 0.2, retry=retry)
 
 
 def _post(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
@@ -112,13 +118,19 @@ def _finish(world: World, chance: random.Random, graph: dict[StepKey, StepSpec],
     busy = [agent for agent in world.agents.values() if agent.leases]
     if busy:
         agent = _pick(chance, busy)
-        kinds = [FailureKind.PERMANENT, FailureKind.PERMANENT, *FailureKind]
+        kinds = [*[FailureKind.PERMANENT] * 8, *[FailureKind.INFRASTRUCTURE] * 4, *FailureKind]
         kind = chance.choice(kinds) if chance.random() < faults["break"] else None
         world.finish(agent, _pick(chance, agent.leases), kind)
 
 
 def _heartbeat(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:
-    world.heartbeat(_pick(chance, list(world.agents.values())), chance.choice([None, None, 0, 1]))
+    odd = chance.random() < faults["unfit"]
+    world.heartbeat(
+        _pick(chance, list(world.agents.values())),
+        chance.choice([None, None, 0, 1]),
+        draining=odd and chance.random() < 0.5,
+        unfit="disk" if odd and chance.random() < 0.5 else "",
+    )
 
 
 def _sleep(world: World, chance: random.Random, graph: dict[StepKey, StepSpec], faults: dict[str, float]) -> None:

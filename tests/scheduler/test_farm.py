@@ -101,8 +101,10 @@ def test_a_chain_of_any_length_is_taken_doomed_and_abandoned_without_recursion()
     scene.farm.handle_many((join("b"), submit("s1", [f"n{length - 1}"], *chain)), f.Instant(0.0))
     scene.farm.handle(broke("n0", "b", PERMANENT), f.Instant(1.0))
     assert scene.state(f"n{length - 1}").value == "doomed"
-    scene.farm.handle(submit("s2", [f"n{length - 1}"], *chain), f.Instant(2.0))
-    scene.farm.handle(cancel("s2"), f.Instant(3.0))
+    scene.farm.handle(submit("s2", [f"n{length - 1}"], *chain), f.Instant(1.5))
+    assert scene.farm.ended(f.SubmissionId("s2"))
+    scene.farm.handle(submit("s3", [f"n{length - 1}"], *chain, retry=True), f.Instant(2.0))
+    scene.farm.handle(cancel("s3"), f.Instant(3.0))
     assert {item.state.value for item in scene.farm.state.steps.values()} == {"abandoned"}
 
 
@@ -150,7 +152,7 @@ def test_a_step_waits_for_another_builder_rather_than_for_the_one_that_just_fail
     scene.wake()
     # `bad` is free and `good` is not.
     assert scene.state("x").value == "ready"
-    assert why(scene, "x") == r.BuildersFull((BuilderId("good"),), 1)
+    assert why(scene, "x") == r.BuildersFull((BuilderId("good"),), 1, 1)
     scene.play(built("y", "good"))
     assert scene.farm.state.steps[StepKey("x")].builder == "good"
 
@@ -180,7 +182,7 @@ def test_a_recipe_that_leads_back_to_its_step_is_passed_over() -> None:
 
 
 def test_a_revived_step_starts_with_its_first_recipe_unless_that_now_leads_back() -> None:
-    scene = Scene()
+    scene = Scene(Limits(failure_ttl_s=0))
     graph = (either("x", recipe("y"), recipe()), either("y", recipe(), recipe("x")))
     scene.play(join("b"))
     scene.play(submit("s1", ["x"], *graph))
@@ -214,7 +216,7 @@ def test_every_step_that_does_not_run_has_a_reason() -> None:
     told = {key: str(why(scene, key)) for key in ("top", "n1", "alien", "test", "mac")}
     assert told == {
         "top": "waits for n0, n1, n2, n3, n4 and 2 more",
-        "n1": "all 1 builders that could are full (6 steps are ready for them)",
+        "n1": "builder b, the only one, is full; number 1 of 6 in the queue",
         "alien": "no builder offers the system riscv",
         "test": "no builder of linux offers the feature gpu",
         "mac": "needs a builder without mandatory features; m demand some",
@@ -229,6 +231,31 @@ def test_every_step_that_does_not_run_has_a_reason() -> None:
     reason = why(scene, "n0")
     assert isinstance(reason, r.BacksOff)
     assert reason.until == scene.farm.state.steps[StepKey("n0")].not_before
+
+
+def test_builders_that_take_nothing_are_a_reason() -> None:
+    scene = Scene(Limits(quarantine_after=1))
+    scene.play(join("b", 2, draining=True), submit("s1", ["x", "y"], step("x"), step("y")))
+    assert why(scene, "x") == r.BuildersDraining((BuilderId("b"),))
+    scene.play(report("b", 1, unfit="no disk"))
+    reason = why(scene, "x")
+    assert isinstance(reason, r.BuildersQuarantined)
+    assert (reason.builders, reason.reason) == (("b",), "no disk")
+    assert reason.until == scene.farm.deadline()
+    scene.play(report("b", 2))
+    assert scene.states("x", "y") == ["leased", "ready"]
+    assert why(scene, "y") == r.LimitReached((BuilderId("b"),), 1, 1)
+    scene.play(broke("x", "b", PERMANENT))
+    assert why(scene, "x") == r.KnownToFail(StepKey("x"), f.Instant(0.0), f.Instant(24 * 3600.0))
+
+
+def test_a_step_is_not_kept_from_its_builder_for_the_sake_of_one_that_takes_nothing() -> None:
+    scene = Scene()
+    scene.play(join("b"), submit("s1", ["x"], step("x")))
+    scene.play(join("idle", draining=True))
+    scene.play(broke("x", "b", INFRA))
+    scene.wake()
+    assert scene.farm.state.steps[StepKey("x")].builder == "b"
 
 
 def test_a_story_is_the_last_facts_of_one_key() -> None:

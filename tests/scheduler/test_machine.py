@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from scheduler.events import RetryAsked
 from scheduler.model import FailureKind
 from tests.scheduler.simulation import only_first, random_graph
 from tests.scheduler.world import World
@@ -24,11 +25,24 @@ class FarmMachine(RuleBasedStateMachine):
         self.graph = random_graph(random.Random(seed), alternatives)
         self.plain = only_first(self.graph)
 
-    @rule(root=ANY, another=ANY, later=st.booleans(), plain=st.booleans())
-    def submit(self, root: int, another: int, later: bool, plain: bool) -> None:
+    @rule(root=ANY, another=ANY, later=st.booleans(), plain=st.booleans(), retry=st.booleans())
+    def submit(self, root: int, another: int, later: bool, plain: bool, retry: bool) -> None:
         keys = list(self.graph)
         roots = [keys[root % len(keys)], keys[another % len(keys)]]
-        self.world.submit(roots, self.plain if plain else self.graph, later=later)
+        self.world.submit(roots, self.plain if plain else self.graph, later=later, retry=retry)
+
+    @rule(which=ANY, plain=st.booleans())
+    @precondition(lambda self: self.world.submitted)
+    def retry(self, which: int, plain: bool) -> None:
+        name = self.world.submitted[which % len(self.world.submitted)]
+        if name in self.world.wishes:
+            self.world.retry(name, self.plain if plain else self.graph)
+
+    @rule(which=ANY)
+    @precondition(lambda self: self.world.farm.state.failed)
+    def retry_step(self, which: int) -> None:
+        failed = list(self.world.farm.state.failed)
+        self.world.call(RetryAsked(failed[which % len(failed)]))
 
     @rule(which=ANY)
     @precondition(lambda self: self.world.submitted)
@@ -57,10 +71,12 @@ class FarmMachine(RuleBasedStateMachine):
         agent = busy[which % len(busy)]
         self.world.finish(agent, agent.leases[lease % len(agent.leases)], kind)
 
-    @rule(which=ANY, capacity=st.sampled_from([None, 0, 1]))
-    def heartbeat(self, which: int, capacity: int | None) -> None:
+    @rule(
+        which=ANY, capacity=st.sampled_from([None, 0, 1]), draining=st.booleans(), unfit=st.sampled_from(["", "disk"])
+    )
+    def heartbeat(self, which: int, capacity: int | None, draining: bool, unfit: str) -> None:
         agents = list(self.world.agents.values())
-        self.world.heartbeat(agents[which % len(agents)], capacity)
+        self.world.heartbeat(agents[which % len(agents)], capacity, draining=draining, unfit=unfit)
 
     @rule(which=ANY, seen=st.booleans())
     def kill(self, which: int, seen: bool) -> None:

@@ -5,8 +5,8 @@ Each line: state, event, the facts about the step that follow, the state after. 
 
 from __future__ import annotations
 
-from scheduler.events import Event, TimePassed
-from scheduler.model import FailureKind
+from scheduler.events import Event, RetryAsked, TimePassed
+from scheduler.model import FailureKind, StepKey
 from scheduler.story import subjects
 from scheduler.transitions import EDGES, LAPSED, SUBJECT, StepState, mermaid
 from tests.scheduler.kit import (
@@ -46,6 +46,9 @@ EVENTS: dict[str, Event] = {
     "SubmissionReceived, nothing held": submit("s2", ["x"], *GRAPH),
     "SubmissionReceived, need held": submit("s2", ["x"], step("x", "n"), held=["n"]),
     "SubmissionReceived, step held": submit("s2", ["x"], held=["x"]),
+    "SubmissionReceived, to retry": submit("s2", ["x"], *GRAPH, retry=True),
+    "SubmissionReceived, again": submit("s1", ["x"], *GRAPH, retry=True, again=True),
+    "RetryAsked": RetryAsked(StepKey("x")),
     "SubmissionCancelled": cancel("s1"),
     "BuilderJoined, the same": join("b"),
     "BuilderJoined, anew": join(builder("b", incarnation="2")),
@@ -59,6 +62,9 @@ EVENTS: dict[str, Event] = {
     "BuildFailed, infrastructure": broke("x", "b", INFRA),
     "BuildFailed, returned": broke("x", "b", R),
     "BuildFailed, cancelled": broke("x", "b", C),
+    "BuildFailed, hash mismatch": broke("x", "b", FailureKind.HASH_MISMATCH),
+    "BuildFailed, killed": broke("x", "b", FailureKind.KILLED),
+    "BuildFailed, connection lost": broke("x", "b", FailureKind.CONNECTION_LOST),
     "BuildFailed, wrong attempt": broke("x", "b", P, 9),
     "OutputsPublished": published("x"),
     "OutputsPublished, wrong attempt": published("x", 9),

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from scheduler import decide, model, state
+from scheduler import attendance, decide, model, records, state, verdicts
 from scheduler import facts as f
 from tests.scheduler.simulation import play
 
 #: Every seed of the fixed set holds; a mutant has to die within the mutant set.
 FIXED = range(150)
-MUTANT = range(120)
+MUTANT = range(200)
 
 
 @pytest.mark.parametrize("block", range(3))
@@ -35,55 +35,59 @@ def _nothing(*_args: object, **_kwargs: object) -> Iterator[f.Fact]:
     return iter(())
 
 
-def _no_verdict(self: decide.Decider, step: state.Step, failure: model.Failure, now: model.Instant) -> Iterator[f.Fact]:
+def _no_verdict(
+    self: verdicts.Verdicts, step: records.Step, failure: model.Failure, now: model.Instant
+) -> Iterator[f.Fact]:
     yield f.LeaseRevoked(step.lease, step.builder, failure, now)
 
 
-def _fail_alone(self: decide.Decider, step: state.Step, failure: model.Failure, now: model.Instant) -> Iterator[f.Fact]:
+def _fail_alone(
+    self: verdicts.Verdicts, step: records.Step, failure: model.Failure, now: model.Instant
+) -> Iterator[f.Fact]:
     yield f.StepFailed(step.key, step.attempt, step.builder, failure, now)
 
 
-def _any_attempt(self: state.FarmState, lease: model.LeaseId, where: state.StepState) -> state.Step | None:
+def _any_attempt(self: state.FarmState, lease: model.LeaseId, where: model.StepState) -> records.Step | None:
     step = self.steps.get(lease.step)
     return step if step is not None and step.state is where else None
 
 
-def _always_room(self: state.FarmState, builder: state.Builder) -> None:
+def _always_room(self: state.FarmState, builder: records.Builder) -> None:
     if builder.spec is not None:
         self.free[builder.id] = builder
 
 
-def _drop_slot_count(self: state.FarmState, step: state.Step) -> None:
+def _drop_slot_count(self: state.FarmState, step: records.Step) -> None:
     self.builders[step.builder].leases.pop(step.key)
 
 
 def _lose_quietly(self: state.FarmState, fact: f.StepLost) -> None:
     step = self.steps[fact.step]
-    step.state = state.StepState.WAITING
+    step.state = model.StepState.WAITING
     self._begin_life(step)
 
 
 #: Name, object, attribute, mutation: each removes one rule of the core.
 MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("any attempt may report", state.FarmState, "lease_holder", _any_attempt),
-    ("a failure dooms nobody", decide.Decider, "_fail", _fail_alone),
-    ("attempts are not bounded", decide.Decider, "_retry", _no_verdict),
-    ("unwanted steps run on", decide.Decider, "_abandon_orphans", _nothing),
-    ("leases are not revoked before other facts", decide.Decider, "_stop", _nothing),
-    ("what lapsed is not revived", decide.Decider, "_revive", _nothing),
-    ("a recipe may lead back to its step", decide.Decider, "_leads_back", lambda *_: False),
+    ("a failure dooms nobody", verdicts.Verdicts, "_fail", _fail_alone),
+    ("attempts are not bounded", verdicts.Verdicts, "retry", _no_verdict),
+    ("unwanted steps run on", verdicts.Verdicts, "abandon_orphans", _nothing),
+    ("leases are not revoked before other facts", verdicts.Verdicts, "stop", _nothing),
+    ("what lapsed is not revived", verdicts.Verdicts, "revive", _nothing),
+    ("a recipe may lead back to its step", verdicts.Verdicts, "_leads_back", lambda *_: False),
     ("silence and back-off never end", decide.Decider, "due", _nothing),
     ("the farm never asks to be woken", decide.Decider, "deadline", lambda _: None),
-    ("lost orders are not said again", decide.Decider, "_missing", lambda *_: (yield from ()) or ()),
-    ("leases without a right are left", decide.Decider, "_unknown", lambda *_: ()),
+    ("lost orders are not said again", attendance.Attendance, "_missing", lambda *_: (yield from ()) or ()),
+    ("leases without a right are left", attendance.Attendance, "_unknown", lambda *_: ()),
     ("a builder takes what it cannot build", model.BuilderSpec, "offers", lambda *_: True),
     ("capacity is not counted", state.FarmState, "_count_slots", _always_room),
     ("a freed slot is not offered", state.FarmState, "_free_slot", _drop_slot_count),
     ("dependents do not hear of a loss", state.FarmState, "_lost", _lose_quietly),
     ("needs are let go of by nobody", state.FarmState, "_release", lambda *_: None),
-    ("a lost builder keeps its leases", decide.Decider, "_lost", _nothing),
+    ("a lost builder keeps its leases", attendance.Attendance, "lost", _nothing),
     ("a result in the cache is built all the same", decide.Decider, "_hold", _nothing),
-    ("every recipe helps", decide.Decider, "_helps", lambda *_: True),
+    ("every recipe helps", verdicts.Verdicts, "_helps", lambda *_: True),
 )
 
 

@@ -56,8 +56,8 @@ def failure_dooms(scene: Scene) -> None:
     scene.play(submit("s1", ["top", "other"], *chain, a_step("other", "wide"), a_step("wide")))
     scene.note("`spare` served only the doomed `top`, so nobody wants it any more; `wide` goes on.")
     scene.at(1).play(broke("bottom", "b1", PERMANENT))
-    scene.note("A new submission tries again.")
-    scene.at(2).play(submit("s2", ["top"], *chain))
+    scene.note("A new submission that asks for it tries again.")
+    scene.at(2).play(submit("s2", ["top"], *chain, retry=True))
 
 
 def fall_back(scene: Scene) -> None:
@@ -207,6 +207,46 @@ def placement(scene: Scene) -> None:
         scene.note(f"stuck: {stuck.count} x {stuck.requirements.system}: {stuck.reason}")
 
 
+def known_failure(scene: Scene) -> None:
+    scene.note("A known failure is not built again: the next submission ends at once, naming the root cause.")
+    chain = (a_step("app", "lib", "tool"), a_step("lib"), a_step("tool"))
+    scene.play(join("b1"))
+    scene.play(submit("s1", ["lib"], a_step("lib")))
+    scene.at(1).play(broke("lib", "b1", PERMANENT))
+    scene.at(2).play(submit("s2", ["app", "tool"], *chain))
+    scene.note(
+        "What does not stand on it goes on. The failing step is retried alone: `s2` runs again, `s1` is not asked."
+    )
+    scene.at(3).play(submit("s2", ["app", "tool"], *chain, retry=["lib"], again=True))
+    scene.note("A repeat is nothing.")
+    scene.at(4).play(submit("s2", ["app", "tool"], *chain, retry=["lib"], again=True))
+    scene.at(5).play(built("tool", "b1"))
+    scene.at(6).play(published("tool"))
+    scene.at(7).play(broke("lib", "b1", PERMANENT, 2))
+    scene.note("A day later nothing is known any more.")
+    scene.at(7 + 24 * 3600).play(join("b2"), submit("s3", ["app"], *chain, held=["tool"]))
+
+
+def quarantine(scene: Scene) -> None:
+    scene.note("A builder fails three leases in a row by faults of its own. The third puts it in quarantine.")
+    scene.play(join("bad", 2))
+    scene.play(submit("s1", ["u", "v", "w"], a_step("u"), a_step("v"), a_step("w")))
+    scene.at(1).play(broke("u", "bad", FailureKind.UPLOAD_FAILED), broke("v", "bad", FailureKind.DAEMON_LOST))
+    scene.at(2).play(broke("w", "bad", FailureKind.UPLOAD_FAILED))
+    scene.note("It comes back by itself and is trusted with one lease; another fault sends it back for longer.")
+    while scene.farm.state.builders[builder("bad").id].until:
+        scene.wake()
+        scene.play(report("bad", 2))
+    again = next(step for step in scene.farm.state.steps.values() if step.builder)
+    scene.at(scene.now + 1).play(broke(again.key, "bad", FailureKind.DISK_LOW, again.attempt))
+    scene.note("A builder that calls itself unfit gets nothing, and its own word frees it.")
+    scene.at(scene.now + 1).play(join("full", 2, unfit="the disk has 1 % of free space"))
+    scene.at(scene.now + 1).play(report("full", 2))
+    scene.note("One success, and it is trusted as before.")
+    steady = next(step for step in scene.farm.state.steps.values() if step.builder == "full")
+    scene.at(scene.now + 1).play(built(steady.key, "full", steady.attempt))
+
+
 STORIES: tuple[Callable[[Scene], None], ...] = (
     diamond,
     failure_dooms,
@@ -221,6 +261,8 @@ STORIES: tuple[Callable[[Scene], None], ...] = (
     restart,
     silence,
     placement,
+    known_failure,
+    quarantine,
 )
 
 

@@ -7,7 +7,7 @@ followed by the invariants, every fact is put before the judge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from scheduler import effects as x
@@ -31,7 +31,6 @@ from scheduler.policy import Limits
 from tests.scheduler.kit import builder
 from tests.scheduler.oracles import Judge, OracleError
 
-LIMITS = Limits()
 READY = StepState.READY
 #: What the drivers choose systems and features from; each has a builder below that can take it.
 CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -56,19 +55,20 @@ class Agent:
 
 @dataclass
 class World:
-    """See the module. `make_farm` lets mutants in."""
+    """See the module."""
 
-    make_farm: Callable[[], Farm] = Farm
+    limits: Limits = field(default_factory=Limits)
     now: float = 0.0
 
     def __post_init__(self) -> None:
-        self.farm = self.make_farm()
+        self.farm = Farm(self.limits)
         self.facts: list[f.Fact] = []
-        self.judge = Judge(LIMITS.attempts, LIMITS.returns)
+        self.judge = Judge(self.limits)
         self.orders: list[x.Effect] = []
         self.mail: list[e.Event] = []
         self.cache: set[StepKey] = set()
         self.submitted: list[SubmissionId] = []
+        self.wishes: dict[SubmissionId, tuple[StepKey, ...]] = {}
         self.incarnations = 0
         self.restarts = 0
         self.agents = {
@@ -94,8 +94,11 @@ class World:
             if len(self.farm.state.steps) != before:
                 raise OracleError("a refused submission has left steps behind") from None
             return
+        self.judge.now = self.now
+        self.judge.asked = any(_asks(event) for event in events)
         for fact in facts:
             self.judge.take(fact)
+        self.judge.after_call()
         self.facts += facts
         self.orders += effects
         invariants.check(self.farm.state)
@@ -103,7 +106,7 @@ class World:
             if name in self.judge.builders:
                 raise OracleError(f"{name} died and is not removed")
         for event in events:
-            if isinstance(event, e.SubmissionReceived):
+            if isinstance(event, e.SubmissionReceived) and facts and not event.again:
                 built = [key for key in event.held if not self.judge.steps[key].done]
                 if built:
                     raise OracleError(f"the cache holds {built}, which are to be built")
@@ -115,17 +118,25 @@ class World:
 
     def _check_deadline(self) -> None:
         deadline = self.farm.deadline()
-        latest = [admitted.heard + LIMITS.lease_ttl_s for admitted in self.judge.builders.values()]
+        latest = [admitted.heard + self.limits.lease_ttl_s for admitted in self.judge.builders.values()]
         latest += [
             step.not_before for step in self.farm.state.steps.values() if step.state is READY and step.not_before
         ]
+        latest += self.judge.quarantines.values()
         if latest and (deadline is None or deadline > min(latest)):
             raise OracleError(f"the farm wants to sleep until {deadline} and should wake at {min(latest)}")
 
     def submit(
-        self, roots: Iterable[StepKey], graph: dict[StepKey, StepSpec], *, later: bool, blind: bool = False
+        self,
+        roots: Iterable[StepKey],
+        graph: dict[StepKey, StepSpec],
+        *,
+        later: bool,
+        blind: bool = False,
+        retry: bool = False,
+        again: SubmissionId | None = None,
     ) -> None:
-        """Ask the cache and send a submission of everything below `roots`, now or by mail."""
+        """Ask the cache and send a submission of everything below `roots`, now or by mail; `again` is a known one."""
         wanted = list(dict.fromkeys(roots))
         held: list[StepKey] = []
         steps: list[StepSpec] = []
@@ -136,13 +147,28 @@ class World:
                     continue
             steps.append(graph[key])
             wanted += [n for recipe in graph[key].recipes for n in recipe.needs if n not in wanted]
-        name = SubmissionId(f"s{len(self.submitted)}")
-        self.submitted.append(name)
-        event = e.SubmissionReceived(name, tuple(dict.fromkeys(roots)), tuple(steps), tuple(held), Instant(self.now))
+        name = SubmissionId(f"s{len(self.submitted)}") if again is None else again
+        if again is None:
+            self.submitted.append(name)
+        self.wishes[name] = tuple(dict.fromkeys(roots))
+        event = e.SubmissionReceived(
+            name,
+            self.wishes[name],
+            tuple(steps),
+            tuple(held),
+            Instant(self.now),
+            retry_failed=retry,
+            again=again is not None,
+        )
         if later:
             self.mail.append(event)
         else:
             self.call(event)
+
+    def retry(self, name: SubmissionId, graph: dict[StepKey, StepSpec]) -> None:
+        """Let a submission run again: it is planned anew, as the coordinator does."""
+        if name in self.farm.state.submissions:
+            self.submit(self.wishes[name], graph, later=False, retry=True, again=name)
 
     def cancel(self, name: SubmissionId) -> None:
         """A client is promised that this arrives; only after its submission has."""
@@ -184,10 +210,11 @@ class World:
         else:
             self.mail.append(e.BuildFailed(lease, agent.spec.id, Failure(kind, "no")))
 
-    def heartbeat(self, agent: Agent, capacity: int | None = None) -> None:
+    def heartbeat(self, agent: Agent, capacity: int | None = None, *, draining: bool = False, unfit: str = "") -> None:
         room = agent.capacity if capacity is None else capacity
         if agent.alive:
-            self.mail.append(e.BuilderReported(agent.spec.id, agent.spec.incarnation, room, tuple(agent.leases)))
+            spec = agent.spec
+            self.mail.append(e.BuilderReported(spec.id, spec.incarnation, room, tuple(agent.leases), draining, unfit))
 
     def _hello(self, agent: Agent) -> None:
         self.mail.append(e.BuilderJoined(agent.spec, agent.capacity, tuple(agent.leases)))
@@ -219,7 +246,7 @@ class World:
         Every other time it starts from a snapshot; the journal that it is judged by stays whole.
         """
         durable = [fact for fact in self.facts if fact.durable]
-        farm, shortcut = self.make_farm(), self.make_farm()
+        farm, shortcut = Farm(self.limits), Farm(self.limits)
         farm.replay(durable)
         if invariants.durable(farm.state) != invariants.durable(self.farm.state):
             raise OracleError("the journal does not give the state back")
@@ -231,7 +258,7 @@ class World:
         self.restarts += 1
         self.farm = shortcut if self.restarts % 2 else farm
         self.orders = list(farm.resume(Instant(self.now)))
-        self.judge.builders.clear()
+        self.judge.restarted()
         for agent in self.agents.values():
             if agent.alive:
                 self._hello(agent)
@@ -278,3 +305,7 @@ class World:
                 self.order(0)
             while self.mail:
                 self.post(0)
+
+
+def _asks(event: e.Event) -> bool:
+    return isinstance(event, e.RetryAsked) or (isinstance(event, e.SubmissionReceived) and event.retry_failed)

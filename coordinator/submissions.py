@@ -1,0 +1,86 @@
+"""Submissions from a client's wish to the core: planned, taken, and run again where they ended without success.
+
+Running again is submitting again under the same name: the graph is planned anew and the cache asked anew, because what
+was in it then may be gone. What the core takes for known to fail is built again only where a client asked for that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from coordinator.codec import RootNote, SubmissionNote
+from coordinator.engine import Engine
+from coordinator.errors import BadRequestError
+from coordinator.intake import Intake
+from coordinator.rows import StepRow, SubmissionRow
+from coordinator.schema import RootRequest, StepStatus, SubmissionState, SubmitRequest
+from coordinator.views import Views
+from scheduler.events import RetryAsked
+from scheduler.model import StepKey
+
+#: Submissions that one retried step lets run again; the newest.
+RUN_AGAIN_AT_ONCE = 20
+
+
+class Submissions:
+    """The ways into the core for what clients want built. All methods raise `UnavailableError`, `IntakeError`."""
+
+    def __init__(self, engine: Engine, views: Views, intake: Intake) -> None:
+        self._engine = engine
+        self._views = views
+        self._intake = intake
+
+    async def submit(self, wish: SubmitRequest) -> SubmissionRow:
+        """Plan a wish and hand it over; returns its row once it is durable."""
+        asked_at = self._engine.now()
+        planned = await self._intake.submit(wish)
+        roots = tuple(RootNote(root.attr, root.drv, root.step, root.outputs) for root in planned.roots)
+        note = SubmissionNote(wish.label, roots, planned.derivations)
+        return await self._engine.submit(
+            lambda name: replace(planned.event(name), asked_at=asked_at, retry_failed=wish.retry_failed),
+            planned.infos,
+            note,
+        )
+
+    async def retry(self, submission: str) -> SubmissionRow:
+        """Let a submission run again whose roots have failed; nothing happens where none has.
+
+        Raises `NotFoundError`, and `BadRequestError` for one that was cancelled.
+        """
+        row = self._views.submission(submission)
+        if row.withdrawn:
+            raise BadRequestError(f"submission {row.id} was cancelled; submit its roots again with `drover build`.")
+        if row.failed or row.state is SubmissionState.FAILED:
+            await self._run_again(row, retry_failed=True)
+        return row
+
+    async def retry_step(self, text: str) -> tuple[StepRow, list[SubmissionRow]]:
+        """Build a failed step again, for every submission that it made fail, which run again; returns both.
+
+        For a doomed step it is the step that doomed it. Raises `NotFoundError` as `Views.step`.
+        """
+        step = self._views.step(text)
+        if step.state is StepStatus.DOOMED:
+            step = self._views.step(step.cause)
+        if step.state is not StepStatus.FAILED:
+            return step, []
+        submissions = self._views.failed_through(step)[:RUN_AGAIN_AT_ONCE]
+        for row in submissions:
+            await self._run_again(row, retry=(step.key,))
+        if step.state is StepStatus.FAILED:
+            # Nobody waits for it: the next submission that wants it builds it.
+            await self._engine.offer(RetryAsked(step.key))
+        return step, submissions
+
+    async def _run_again(
+        self, row: SubmissionRow, *, retry_failed: bool = False, retry: tuple[StepKey, ...] = ()
+    ) -> None:
+        note = self._views.note(row.id)
+        roots = tuple(
+            RootRequest(attr=root.attr, drv=root.drv, outputs=tuple(name for name, _ in root.outputs))
+            for root in note.roots
+        )
+        asked_at = self._engine.now()
+        planned = await self._intake.submit(SubmitRequest(roots=roots, label=note.label))
+        event = replace(planned.event(row.id), asked_at=asked_at, retry_failed=retry_failed, retry=retry, again=True)
+        await self._engine.submit(lambda _: event, planned.infos)

@@ -1,0 +1,79 @@
+"""One reader of one submission's changes: what it has not seen yet, bounded, or that it must see everything anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from coordinator.rows import StepRow, SubmissionRow
+from coordinator.schema import CountsChanged, Ended, Snapshot, StepChanged, StepView, SubmissionView, WatchEvent
+from scheduler.model import StepKey
+
+#: Changed steps that a watcher may leave unread before it gets a snapshot instead.
+WATCH_PENDING = 1024
+
+
+class Renderer(Protocol):
+    """Whoever renders rows."""
+
+    def snapshot(self, row: SubmissionRow) -> Snapshot:
+        """Render a submission with the steps that run or failed."""
+
+    def step_view(self, row: StepRow) -> StepView:
+        """Render a step."""
+
+    def counts_changed(self, row: SubmissionRow) -> CountsChanged:
+        """Render the counts of a submission."""
+
+    def submission_view(self, row: SubmissionRow) -> SubmissionView:
+        """Render a submission."""
+
+
+class Watcher:
+    """One reader of one submission's changes. `wake` is called when there is something to take; it must not block."""
+
+    def __init__(self, views: Renderer, submission: SubmissionRow, wake: Callable[[], None]) -> None:
+        self._views = views
+        self._submission = submission
+        self._wake = wake
+        #: Steps that changed since the last `take`, oldest change first.
+        self._changed: dict[StepKey, StepRow] = {}
+        self._behind = True
+        self._over = False
+
+    def note(self, row: StepRow) -> None:
+        """A step of the submission changed."""
+        if not self._behind:
+            self._changed.pop(row.key, None)
+            self._changed[row.key] = row
+            if len(self._changed) > WATCH_PENDING:
+                self._changed.clear()
+                self._behind = True
+        self._wake()
+
+    def touch(self) -> None:
+        """Something about the submission as a whole changed."""
+        self._wake()
+
+    @property
+    def over(self) -> bool:
+        """Whether the last event has been taken."""
+        return self._over
+
+    def take(self) -> list[WatchEvent]:
+        """Return what a reader must now see; the first time, and when it fell behind, a whole snapshot."""
+        views, submission = self._views, self._submission
+        if self._over:
+            return []
+        events: list[WatchEvent]
+        if self._behind:
+            events = [views.snapshot(submission)]
+            self._behind = False
+        else:
+            events = [StepChanged(step=views.step_view(row)) for row in self._changed.values()]
+            events.append(views.counts_changed(submission))
+        self._changed.clear()
+        if submission.ended or submission.withdrawn:
+            self._over = True
+            events.append(Ended(submission=views.submission_view(submission)))
+        return events

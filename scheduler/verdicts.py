@@ -1,0 +1,207 @@
+"""What becomes of steps: failures, retries, falling back, doom, revival, abandonment. Says facts, changes nothing.
+
+Every function here is a generator that reads a state which already holds what it said before.
+
+The failure cache: a step that failed for a cacheable reason (`failures`) *stands* as failed for a time to live.
+A submission that meets it takes it for known instead of building it again, and what stands on it is doomed at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+
+from scheduler import facts as f
+from scheduler.failures import CONSEQUENCES, Course
+from scheduler.model import Failure, FailureKind, Instant, StepKey, StepState
+from scheduler.policy import Limits, Policy
+from scheduler.records import Step
+from scheduler.state import FarmState, is_lapsed
+
+_LEASED, _DONE, _FAILED, _DOOMED = StepState.LEASED, StepState.DONE, StepState.FAILED, StepState.DOOMED
+_OPEN = (StepState.LEASED, StepState.PUBLISHING)
+
+
+def is_known_failure(step: Step, limits: Limits, now: Instant) -> bool:
+    """Whether the step failed by its own fault, and not so long ago that it should be tried anew."""
+    failure = step.failure
+    return (
+        step.state is _FAILED
+        and failure is not None
+        and CONSEQUENCES[failure.kind].cacheable
+        and now - step.failed_at < limits.failure_ttl_s
+    )
+
+
+def _nothing_stands(_step: Step) -> bool:
+    return False
+
+
+class Verdicts:
+    """The fate of steps, under budgets and a policy."""
+
+    __slots__ = ("_limits", "_policy", "_state")
+
+    def __init__(self, state: FarmState, limits: Limits, policy: Policy) -> None:
+        self._state = state
+        self._limits = limits
+        self._policy = policy
+
+    def build_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+        """Say what follows when the open lease of a leased step has ended so."""
+        match CONSEQUENCES[failure.kind].course:
+            case Course.END:
+                yield from self._end(step, failure, now)
+            case Course.RETRY:
+                yield from self.retry(step, failure, now)
+            case Course.HAND_BACK:
+                yield from self._hand_back(step, failure, now)
+
+    def publish_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+        """Say what follows when the outputs of a publishing step could not be published."""
+        match CONSEQUENCES[failure.kind].course:
+            case Course.END:
+                # Another recipe would run into the same path in the cache.
+                yield from self._fail(step, failure, now)
+            case Course.RETRY:
+                yield from self.retry(step, failure, now)
+            case Course.HAND_BACK:
+                yield from self.retry(step, Failure(FailureKind.INFRASTRUCTURE, failure.message), now)
+
+    def retry(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+        """Revoke the open lease with back-off; where the budget is spent, the failure is final."""
+        row = CONSEQUENCES[failure.kind]
+        strikes = step.strikes.count(failure.kind) + 1
+        if row.tries is not None and strikes > row.tries:
+            message = f"{failure.message} (for the {strikes}. time)"
+            yield from self._end(step, Failure(row.then or failure.kind, message), now)
+            return
+        if step.faults + 1 >= self._limits.attempts:
+            # The budget is spent on faults of several kinds: a kind with tries left has not proven itself.
+            kind = failure.kind if row.tries is None else FailureKind.INFRASTRUCTURE
+            message = f"{failure.message} (after {step.faults} other tries)"
+            yield from self._end(step, Failure(kind, message), now)
+            return
+        wait = self._policy.back_off_s(step.key, step.faults + 1)
+        yield f.LeaseRevoked(step.lease, step.builder, failure, Instant(now + wait))
+
+    def stop(self, step: Step, now: Instant, why: str) -> Iterator[f.Fact]:
+        """Revoke the open lease, if there is one: the farm no longer wants the build."""
+        if step.state in _OPEN:
+            yield f.LeaseRevoked(step.lease, step.builder, Failure(FailureKind.CANCELLED, why), now)
+
+    def abandon_orphans(self, now: Instant) -> Iterator[f.Fact]:
+        """Stop and abandon what nobody wants any more."""
+        orphans = self._state.orphans
+        while orphans:
+            step = next(iter(orphans.values()))
+            yield from self.stop(step, now, "nobody wants it any more")
+            yield f.StepAbandoned(step.key)
+
+    def doom(self, step: Step, cause: StepKey, now: Instant) -> Iterator[f.Fact]:
+        """End what stands on a step that has failed for good, or let it fall back to a recipe that can do without."""
+        pending = deque((step,))
+        while pending:
+            for dependent in tuple(pending.popleft().dependents):
+                yield from self.stop(dependent, now, f"{cause} failed")
+                recipe = yield from self._next_recipe(dependent, now)
+                if recipe is None:
+                    yield f.StepDoomed(dependent.key, cause)
+                    pending.append(dependent)
+                else:
+                    missing = Failure(FailureKind.DEPENDENCY, f"needs {cause}, which failed")
+                    yield f.StepFellBack(dependent.key, recipe, missing)
+
+    def revive(
+        self, starts: Iterable[Step], *, restart: bool, stands: Callable[[Step], bool] = _nothing_stands
+    ) -> Iterator[f.Fact]:
+        """Revive what has lapsed at or below `starts`, but what `stands` and what is below it. Engaged steps are sound.
+
+        With `restart` a step begins with its first recipe again, else with the one that it had.
+        """
+        seen = dict.fromkeys(starts)
+        pending = list(seen)
+        while pending:
+            step = pending.pop()
+            if is_lapsed(step):
+                if stands(step):
+                    continue
+                yield self.revived(step, restart=restart)
+            if step.state is _DONE or step.engaged:
+                continue
+            for need in self._state.needs_of(step):
+                if need not in seen:
+                    seen[need] = None
+                    pending.append(need)
+
+    def revived(self, step: Step, *, restart: bool) -> f.StepRevived:
+        """Return the fact that a lapsed step lives again; an earlier recipe may lead back to it by now."""
+        first = restart and not (step.active and self._leads_back(step, 0))
+        return f.StepRevived(step.key, 0 if first else step.active)
+
+    def _end(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+        """Take a failure for final: the next recipe that can help takes over, else the step fails."""
+        recipe = None
+        if CONSEQUENCES[failure.kind].next_recipe and step.state is _LEASED:
+            recipe = yield from self._next_recipe(step, now)
+        if recipe is None:
+            yield from self._fail(step, failure, now)
+        else:
+            yield f.StepFellBack(step.key, recipe, failure)
+
+    def _fail(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+        yield f.StepFailed(step.key, step.attempt, step.builder, failure, now)
+        yield from self.doom(step, step.key, now)
+
+    def _hand_back(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+        returns = step.returns + 1
+        if returns > self._limits.returns:
+            message = f"handed back {returns} times: {failure.message}"
+            yield from self.retry(step, Failure(FailureKind.INFRASTRUCTURE, message), now)
+            return
+        beyond = returns - self._limits.returns_at_once
+        wait = self._policy.back_off_s(step.key, beyond) if beyond > 0 else 0.0
+        returned = Failure(FailureKind.RETURNED, failure.message)
+        yield f.LeaseRevoked(step.lease, step.builder, returned, Instant(now + wait))
+
+    def _next_recipe(self, step: Step, now: Instant) -> Generator[f.Fact, None, int | None]:
+        """Return the next recipe that can help; what it needs and has lapsed is revived first."""
+        for recipe in range(len(step.recipes)):
+            if recipe != step.active and recipe not in step.tried and self._helps(step, recipe, now):
+                # Below a fall-back steps keep their recipe: the check was made for these.
+                yield from self.revive(self._needs(step, recipe), restart=False)
+                return recipe
+        return None
+
+    def _needs(self, step: Step, recipe: int) -> list[Step]:
+        return [self._state.steps[key] for key in step.recipes[recipe].needs]
+
+    def _helps(self, step: Step, recipe: int, now: Instant) -> bool:
+        """Whether a recipe neither leads back to its step nor stands on a known failure or one of this life.
+
+        An older failure is no evidence: what has lapsed before this life began may be tried again.
+        """
+        if self._leads_back(step, recipe):
+            return False
+        return all(
+            below.state not in (_FAILED, _DOOMED)
+            or (below.ended < step.born and not is_known_failure(below, self._limits, now))
+            for below in self._below(self._needs(step, recipe), through_done=False)
+        )
+
+    def _leads_back(self, step: Step, recipe: int) -> bool:
+        """Whether `step` stands below that recipe. Done steps count: should they be lost, their needs count again."""
+        return step in self._below(self._needs(step, recipe), through_done=True)
+
+    def _below(self, starts: Iterable[Step], *, through_done: bool) -> dict[Step, None]:
+        """Return everything reachable through recipes in use."""
+        seen = dict.fromkeys(starts)
+        pending = list(seen)
+        while pending:
+            step = pending.pop()
+            if through_done or step.state is not _DONE:
+                for need in self._state.needs_of(step):
+                    if need not in seen:
+                        seen[need] = None
+                        pending.append(need)
+        return seen
