@@ -30,7 +30,7 @@ from coordinator.http.access import challenge
 from coordinator.http.nars import NAR_HEADERS, NarAnswers, cut
 from coordinator.http.puts import CachePuts, log_key
 from coordinator.schema import ErrorBody, ErrorView
-from infra.cache.cache import MAX_CLOSURE
+from infra.cache.catalog import MAX_CLOSURE
 from infra.cache.errors import CacheError, ClosureTooLargeError, ObjectMissingError, ObjectStoreError
 from infra.nix.errors import FormatError
 

@@ -8,9 +8,13 @@ listing     object -> `.ls`
 download    object -> NAR, streaming and verified          (workers)
 keys        signing keys, from files and the environment
 signer      fingerprint -> signatures
-metadata    the SQL tables
+metadata    the SQL tables (migrate, migrations: how they came about)
 candidates  claims, outcomes and the pure part of deciding
-cache       Cache: missing, publish, narinfo, closure      (the coordinator)
+catalog     what is published and can be fetched
+publishing  claims -> truth
+roots       what keeps paths: pins, submissions, pushes, leases
+gc          collecting what nothing keeps (survey, marking, tombstones, deletions)
+cache       Cache: the front of all this                   (the coordinator)
 """
 
 from infra.cache.cache import Cache
@@ -24,19 +28,25 @@ from infra.cache.candidates import (
     RejectReason,
 )
 from infra.cache.download import fetch_nar
+from infra.cache.gc import CollectPlan, CollectReport
 from infra.cache.objects import ObjectStore, open_object_store
+from infra.cache.roots import Keeper, RootRow
 from infra.cache.upload import UploadedNar, upload_nar
 
 __all__ = [
     "AlreadyPublished",
     "Cache",
     "Candidate",
+    "CollectPlan",
+    "CollectReport",
     "Conflict",
+    "Keeper",
     "ObjectStore",
     "PublishOutcome",
     "Published",
     "RejectReason",
     "Rejected",
+    "RootRow",
     "UploadedNar",
     "fetch_nar",
     "open_object_store",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from infra.cache.candidates import AlreadyPublished, Conflict, Published, PublishOutcome
+from infra.cache.gc import CollectReport
 
 
 def _untold(_seconds: float) -> None:
@@ -54,3 +55,15 @@ class CacheCounters:
                     self.conflicts += 1
                 case _:
                     self.rejected += 1
+
+    def count_collection(self, report: CollectReport) -> None:
+        """Count a collection that ended, unless it was a rehearsal."""
+        if report.dry_run:
+            return
+        self.collections += 1
+        self.tombstoned_paths += report.tombstoned
+        self.deleted_paths += report.deleted_paths
+        self.deleted_objects += report.deleted_objects
+        self.deleted_bytes += report.deleted_bytes
+        for phase, seconds in report.phase_seconds.items():
+            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds

@@ -33,7 +33,15 @@ class CorruptNarError(CacheError):
 
 
 class MetadataError(CacheError):
-    """The metadata database failed: locked for too long, full, damaged, unreachable."""
+    """The metadata database failed: full, damaged, unreachable."""
+
+
+class MetadataBusyError(MetadataError):
+    """Others kept the metadata database locked for too long. Trying again helps."""
+
+
+class CollectorBusyError(CacheError):
+    """Another process is collecting this cache's garbage."""
 
 
 class SchemaTooNewError(CacheError):

@@ -1,38 +1,53 @@
 """The cache's metadata in SQL, and opening it.
 
-    paths      one row per published store path; immutable but for a repair of its lost object
-    refs       which path refers to which, by serial; a path that refers to itself has a row that says so
-    conflicts  claims that lost: other bits for a path that was published already (not reproducible)
-    cache_schema  the version of all this
+    paths         one row per published store path; its bits never change, its object may be repaired
+    refs          which path refers to which, by serial; a path that refers to itself has a row that says so
+    conflicts     claims that lost: other bits for a path that was published already (not reproducible)
+    realisations  what Nix asks for content-addressed outputs, rendered and signed, in both layouts
+    roots         what keeps paths: pins, submissions, pushes, leases; `expires_at` null is without end
+    root_paths    which paths each root names, by hash part: also paths that are not published (yet)
+    deletions     objects that are being deleted (`done_at` null), and for a day those that were
 
 `serial` rises with publication, and a path is published after (or with, and then behind) all that it refers to: by
-serial order *is* references first. Collecting garbage keeps that true, since it may delete a path only with all that
-refer to it. What comes with it (roots, leases, tombstones, generations of objects) goes into tables and columns of its
-own; `url` already names the object, so a generation can be part of it.
+serial order *is* references first. Collecting garbage keeps that true, since it deletes a path only with all that
+refer to it. The schema is made and changed by migrations (`migrate`, `migrations`). Times are Unix seconds.
+
+A writing transaction is exclusive among the writers of one cache, so what is decided inside is decided on the present:
+SQLite takes its one write lock at the start (`BEGIN IMMEDIATE`), PostgreSQL an advisory lock for the transaction.
+A writer waits LOCK_TIMEOUT_S for it. On PostgreSQL a cache may have a schema of its own, the first of the `search_path`
+that its address names (`options=-csearch_path%3DNAME`); it is made if there is none.
 
 SQLite runs in WAL mode, so that readers never wait for the writer, with `synchronous=NORMAL`: a killed process loses
 nothing, and losing power can lose the newest commits but not corrupt the file. Such a path is simply published again:
-the journal's facts are the truth, this is a cache. A writer that finds the file locked waits BUSY_TIMEOUT_MS. The
-statements are plain SQL as PostgreSQL has it too.
+the journal's facts are the truth, this is a cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from infra.cache.errors import CacheError, MetadataError, SchemaTooNewError
+from infra.cache.errors import MetadataBusyError, MetadataError
+from infra.cache.migrate import migrate, refuse_newer
 
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_MS = 10_000
+_T = TypeVar("_T")
+
+#: How long a writer waits for the other writers of its cache.
+LOCK_TIMEOUT_S = 10
+#: How long opening a connection to a server may take.
+CONNECT_TIMEOUT_S = 10
 #: Connections kept for readers and the one writer.
 POOL_SIZE = 4
 #: How long a reader waits for one of them.
@@ -61,9 +76,12 @@ paths = sa.Table(
     sa.Column("ca", sa.Text, nullable=False),
     # Rendered and signed when published: an answer is this text.
     sa.Column("narinfo", sa.LargeBinary, nullable=False),
-    # Unix seconds.
-    sa.Column("published_at", sa.Float, nullable=False),
-    sa.Index("paths_by_url", "url"),
+    sa.Column("published_at", sa.Double, nullable=False),
+    # Of the narinfo, to within `roots.TOUCH_RESOLUTION_S`.
+    sa.Column("last_used_at", sa.Double, nullable=False, server_default="0"),
+    # Not null: nothing keeps it, it counts as absent, and all that refers to it is tombstoned too.
+    sa.Column("tombstoned_at", sa.Double),
+    sa.Index("paths_by_url", "url", "serial"),
     sqlite_autoincrement=True,
 )
 
@@ -81,38 +99,109 @@ conflicts = sa.Table(
     sa.Column("serial", _Serial, sa.ForeignKey("paths.serial"), primary_key=True, autoincrement=False),
     sa.Column("nar_hash", sa.String(59), primary_key=True),
     sa.Column("nar_size", sa.BigInteger, nullable=False),
-    # The object of the losing bits; it stays until it is collected, for whoever wants to compare.
+    # The object of the losing bits; it stays as long as the path, for whoever wants to compare.
     sa.Column("url", sa.Text, nullable=False),
+    sa.Column("file_size", sa.BigInteger, nullable=False),
     sa.Column("deriver", sa.Text, nullable=False),
-    sa.Column("first_seen_at", sa.Float, nullable=False),
+    sa.Column("first_seen_at", sa.Double, nullable=False),
     sa.Column("times", sa.Integer, nullable=False),
+    sa.Index("conflicts_by_url", "url", "serial"),
 )
 
-schema_version = sa.Table("cache_schema", metadata, sa.Column("version", sa.Integer, nullable=False))
+realisations = sa.Table(
+    "realisations",
+    metadata,
+    # The first part of its address: `realisations` (Nix 2.4 to 2.34) or `build-trace-v2` (from 2.35).
+    sa.Column("layout", sa.String(16), primary_key=True),
+    # `sha256:<hex>!<output>` or `<derivation's base name>/<output>`.
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("out_path", sa.Text, nullable=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("published_at", sa.Double, nullable=False),
+    sa.Index("realisations_by_path", "out_path"),
+)
+
+roots = sa.Table(
+    "roots",
+    metadata,
+    sa.Column("id", _Serial, primary_key=True, autoincrement=True),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    # When it was last said that it is to be kept.
+    sa.Column("kept_at", sa.Double, nullable=False),
+    sa.Column("expires_at", sa.Double),
+    sa.UniqueConstraint("kind", "name"),
+    sa.Index("roots_by_expiry", "expires_at"),
+    sqlite_autoincrement=True,
+)
+
+root_paths = sa.Table(
+    "root_paths",
+    metadata,
+    sa.Column("root", _Serial, sa.ForeignKey("roots.id", ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    sa.Column("hash_part", sa.String(32), primary_key=True),
+    sa.Index("root_paths_by_hash_part", "hash_part", "root"),
+)
+
+deletions = sa.Table(
+    "deletions",
+    metadata,
+    # Never given twice: it tells a deletion from an earlier one of the same key.
+    sa.Column("serial", _Serial, primary_key=True, autoincrement=True),
+    sa.Column("url", sa.Text, nullable=False, unique=True),
+    # 0 where it is not known.
+    sa.Column("file_size", sa.BigInteger, nullable=False),
+    sa.Column("done_at", sa.Double),
+    sa.Index("deletions_by_end", "done_at"),
+    sqlite_autoincrement=True,
+)
 
 
-async def open_metadata(url: str) -> AsyncEngine:
-    """Return an engine on the database `url` (`sqlite+aiosqlite:///FILE`), its tables made if there are none.
+@dataclass(frozen=True, slots=True)
+class Database:
+    """An open database of metadata: what `reading` and `writing` take."""
+
+    engine: AsyncEngine
+    #: Writers of this process wait here, in turn: waiting for the database's own lock is not fair.
+    turn: asyncio.Lock
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.engine.dispose()
+
+
+def alive(now: float) -> sa.ColumnElement[bool]:
+    """Return the condition on `roots` that a root keeps what it names at `now`."""
+    return roots.c.expires_at.is_(None) | (roots.c.expires_at > now)
+
+
+async def open_metadata(url: str) -> Database:
+    """Return a database whose schema is this release's, made or migrated if need be.
+
+    Args:
+        url: `sqlite+aiosqlite:///FILE` or `postgresql+psycopg://USER:PASSWORD@HOST/DATABASE`.
 
     Raises:
         SchemaTooNewError: a newer release wrote it; nothing was touched.
+        MetadataBusyError: another process kept it locked.
         MetadataError: it cannot be opened.
-        CacheError: `cache_schema` is there but says nothing sensible.
     """
-    engine = create_async_engine(url, pool_size=POOL_SIZE, max_overflow=0, pool_timeout=POOL_WAIT_S)
-    if engine.dialect.name == "sqlite":
-        event.listen(engine.sync_engine, "connect", _configure_sqlite)
-        event.listen(engine.sync_engine, "begin", _begin_sqlite)
+    with database_errors():
+        database = Database(_engine(url), asyncio.Lock())
     try:
-        async with writing(engine) as connection:
-            await connection.run_sync(_prepare)
-        if engine.dialect.name == "sqlite":
-            async with reading(engine) as connection:
+        async with reading(database) as connection:
+            await connection.run_sync(refuse_newer)
+            if connection.dialect.name == "sqlite":
                 await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            else:
+                await _make_schema(connection)
+        async with writing(database) as connection:
+            await connection.run_sync(migrate)
     except BaseException:
-        await engine.dispose()
+        await database.close()
         raise
-    return engine
+    return database
 
 
 @contextmanager
@@ -120,36 +209,75 @@ def database_errors() -> Iterator[None]:
     """Turn what the database raises into a MetadataError of one line."""
     try:
         yield
+    except PoolTimeoutError as error:
+        raise MetadataBusyError(
+            f"the cache's database is busy: all {POOL_SIZE} connections were in use for {POOL_WAIT_S:.0f} s; try again"
+        ) from error
     except SQLAlchemyError as error:
         # Not the statement and its parameters, which SQLAlchemy would add.
-        reason = str(getattr(error, "orig", None) or type(error).__name__).split("\n", 1)[0]
+        reason = str(getattr(error, "orig", None) or type(error).__name__).strip().split("\n", 1)[0]
+        if "database is locked" in reason or "lock timeout" in reason:
+            raise MetadataBusyError(
+                f"the cache's database is busy: another writer held its lock for {LOCK_TIMEOUT_S} s; try again"
+            ) from error
         raise MetadataError(f"the cache's database failed: {reason}") from error
 
 
 @asynccontextmanager
-async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+async def reading(database: Database) -> AsyncIterator[AsyncConnection]:
     """Give a connection to read with; each statement sees one state of the database."""
+    engine = database.engine
+    if engine.dialect.name == "postgresql":
+        # Spares two round trips. (SQLite's connections are in this state anyway, see `_configure_sqlite`.)
+        engine = engine.execution_options(isolation_level="AUTOCOMMIT")
     with database_errors():
         async with engine.connect() as connection:
             yield connection
 
 
 @asynccontextmanager
-async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """Give a writing transaction; it commits when left without an error.
-
-    SQLite takes the write lock at its start, so that nothing read in it can be out of date when it writes.
-    """
+async def writing(database: Database) -> AsyncIterator[AsyncConnection]:
+    """Give a writing transaction, exclusive among the cache's writers; it commits when left without an error."""
     with database_errors():
-        async with engine.execution_options(drover_write=True).begin() as connection:
+        async with database.turn, database.engine.execution_options(drover_write=True).begin() as connection:
+            if connection.dialect.name == "postgresql":
+                await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock_key("write"))))
             yield connection
+
+
+def lock_key(purpose: str) -> sa.ColumnElement[int]:
+    """Return the key of an advisory lock of this cache's schema (PostgreSQL), for one purpose."""
+    return sa.func.hashtextextended(f"drover cache {purpose} " + sa.func.current_schema(), 0)
+
+
+def slices(values: Sequence[_T], size: int = MAX_IN) -> Iterable[Sequence[_T]]:
+    """Cut `values` into parts that one statement takes."""
+    return (values[start : start + size] for start in range(0, len(values), size))
+
+
+def _engine(url: str) -> AsyncEngine:
+    sized = {"pool_size": POOL_SIZE, "max_overflow": 0, "pool_timeout": POOL_WAIT_S}
+    driver = sa.make_url(url).drivername
+    if driver not in {"sqlite+aiosqlite", "postgresql+psycopg"}:
+        raise MetadataError(
+            f"a cache's database is sqlite+aiosqlite:///FILE or postgresql+psycopg://HOST/NAME, not {driver}://…"
+        )
+    if driver == "sqlite+aiosqlite":
+        engine = create_async_engine(url, **sized)
+        event.listen(engine.sync_engine, "connect", _configure_sqlite)
+        event.listen(engine.sync_engine, "begin", _begin_sqlite)
+        return engine
+    # Asked before use whether it lives: a server that was restarted costs a reconnection, not an error.
+    engine = create_async_engine(url, **sized, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
+    event.listen(engine.sync_engine, "connect", _configure_postgresql)
+    return engine
 
 
 def _configure_sqlite(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
     # The driver must not begin transactions by itself: readers need none, writers want theirs IMMEDIATE.
     connection.isolation_level = None
     cursor = connection.cursor()
-    for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "synchronous=NORMAL", "foreign_keys=ON"):
+    for pragma in (f"busy_timeout={LOCK_TIMEOUT_S * 1000}", "synchronous=NORMAL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
@@ -159,16 +287,16 @@ def _begin_sqlite(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _prepare(connection: Connection) -> None:
-    if not sa.inspect(connection).has_table(schema_version.name):
-        metadata.create_all(connection)
-        connection.execute(schema_version.insert().values(version=SCHEMA_VERSION))
-        return
-    found = connection.execute(sa.select(schema_version.c.version)).scalars().all()
-    if len(found) != 1:
-        raise CacheError("the cache's database has no schema version: it is damaged, or not a cache's")
-    if found[0] > SCHEMA_VERSION:
-        raise SchemaTooNewError(
-            f"the cache's database has schema {found[0]}, this release knows {SCHEMA_VERSION}: "
-            "start the newer release, or point the cache at another state directory"
-        )
+def _configure_postgresql(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"SET lock_timeout = '{LOCK_TIMEOUT_S}s'")
+    cursor.close()
+    connection.commit()
+
+
+async def _make_schema(connection: AsyncConnection) -> None:
+    """Make the schema that the connection's `search_path` names first, if there is none of it."""
+    if (await connection.execute(sa.select(sa.func.current_schema()))).scalar_one() is None:
+        search_path = (await connection.exec_driver_sql("SHOW search_path")).scalar_one()
+        name = str(search_path).split(",")[0].strip().strip('"')
+        await connection.execute(sa.schema.CreateSchema(name, if_not_exists=True))

@@ -16,7 +16,7 @@ import asyncio
 import os
 import re
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -392,27 +392,39 @@ def open_object_store(url: str) -> ObjectStore:
     return LocalObjectStore(path)
 
 
-async def sweep_incoming(store: ObjectStore, *, before: float) -> int:
-    """Delete what crashes left below `incoming/`, older than `before` (Unix seconds); returns how many objects."""
+async def sweep_incoming(store: ObjectStore, *, before: float, dry_run: bool = False) -> int:
+    """Delete what crashes left below `incoming/`, older than `before` (Unix seconds); returns how many objects.
+
+    With `dry_run` they are only counted.
+    """
     # A local multipart upload is staged as `<key>#<n>`, which obstore's listing hides.
     local = store.local_path(INCOMING)
     if local is not None:
-        return _sweep_directory(local, before)
+        stale_files = await asyncio.to_thread(_stale_files, local, before)
+        if not dry_run:
+            await asyncio.to_thread(_unlink_all, stale_files)
+        return len(stale_files)
     stale = [entry.key async for entry in store.list(INCOMING) if entry.modified_at < before]
-    for key in stale:
-        await store.delete(key)
+    if not dry_run:
+        for key in stale:
+            await store.delete(key)
     return len(stale)
 
 
-def _sweep_directory(directory: Path, before: float) -> int:
-    swept = 0
+def _stale_files(directory: Path, before: float) -> list[Path]:
+    stale = []
     with suppress(FileNotFoundError):
         for entry in list(os.scandir(directory)):
-            if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_mtime < before:
-                with suppress(FileNotFoundError):
-                    Path(entry.path).unlink()
-                    swept += 1
-    return swept
+            # It may be finished, and renamed, meanwhile.
+            with suppress(FileNotFoundError):
+                if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_mtime < before:
+                    stale.append(Path(entry.path))
+    return stale
+
+
+def _unlink_all(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _put_file(staged: Path, final: Path, data: bytes) -> None:

@@ -76,10 +76,10 @@ async def served(tmp_path: Path) -> AsyncGenerator[Served, None]:
 
 
 @pytest.fixture(params=["directory", "remote"])
-async def any_store(request: pytest.FixtureRequest, served: Served) -> Served:
-    if request.param == "remote":
-        served.cache.objects = ObjectStore("memory:///")
-    return served
+async def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncGenerator[Served, None]:
+    objects = ObjectStore("memory:///") if request.param == "remote" else None
+    async with open_cache(tmp_path, objects=objects) as cache, serve(cache) as server:
+        yield server
 
 
 def narinfo_url(path: str) -> str:
@@ -187,14 +187,15 @@ class BreakingStore(ObjectStore):
         raise ObjectStoreError("the connection broke")
 
 
-async def test_a_transfer_that_breaks_is_seen_to_be_short(served: Served) -> None:
-    served.cache.objects = BreakingStore("memory:///")
-    claim = await candidate(served.cache, A, os.urandom(5_000_000))
-    await served.cache.publish([claim])
-    async with served.http.get(f"{served.url}/{claim.url}") as answer:
-        assert (answer.status, answer.content_length) == (200, claim.file_size)
-        with pytest.raises(aiohttp.ClientPayloadError):
-            await answer.read()
+async def test_a_transfer_that_breaks_is_seen_to_be_short(tmp_path: Path) -> None:
+    async with open_cache(tmp_path, objects=BreakingStore("memory:///")) as cache, serve(cache) as served:
+        # The narinfo is there and the object is whole; only what is sent of it breaks.
+        claim = await candidate(cache, A, os.urandom(5_000_000))
+        await cache.publish([claim])
+        async with served.http.get(f"{served.url}/{claim.url}") as answer:
+            assert (answer.status, answer.content_length) == (200, claim.file_size)
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await answer.read()
 
 
 async def test_other_methods_are_refused_cleanly(served: Served) -> None:

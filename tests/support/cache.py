@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from infra.cache import Cache, Candidate, PublishOutcome, open_object_store, upload_nar
+from infra.cache import Cache, Candidate, ObjectStore, PublishOutcome, open_object_store, upload_nar
 from infra.nix import base32
 from infra.nix.signing import SecretKey, generate
 from infra.nix.store_path import StoreDir
@@ -36,14 +36,21 @@ async def chunked(data: bytes, size: int = 50_000) -> AsyncGenerator[bytes, None
 
 @asynccontextmanager
 async def open_cache(
-    directory: Path, keys: Sequence[SecretKey] = (), store_dir: StoreDir = STORE_DIR
+    directory: Path,
+    keys: Sequence[SecretKey] = (),
+    store_dir: StoreDir = STORE_DIR,
+    *,
+    database_url: str = "",
+    objects: ObjectStore | None = None,
+    now: Callable[[], float] = time.time,
 ) -> AsyncIterator[Cache]:
+    """Open the cache in a directory; its metadata is in an SQLite file there, unless `database_url` says otherwise."""
     cache = await Cache.open(
-        f"sqlite+aiosqlite:///{directory}/cache.sqlite",
-        open_object_store((directory / "objects").as_uri()),
+        database_url or f"sqlite+aiosqlite:///{directory}/cache.sqlite",
+        objects or open_object_store((directory / "objects").as_uri()),
         store_dir=store_dir,
         keys=keys or [secret_key()],
-        now=time.time,
+        now=now,
     )
     try:
         yield cache

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from infra.cache import AlreadyPublished, Cache, Candidate, Conflict, Published, Rejected, RejectReason
 from infra.cache import cache as cache_module
+from infra.cache import catalog as catalog_module
 from infra.cache.candidates import references_first
 from infra.cache.compression import nar_key
-from infra.cache.errors import CacheError, ClosureTooLargeError, MetadataError, SchemaTooNewError
+from infra.cache.errors import CacheError, ClosureTooLargeError, MetadataError
 from infra.nix import narinfo
 from infra.nix.hashing import sha256_text
 from tests.support.cache import (
@@ -38,8 +39,8 @@ OTHER = sha256_text(sha256(b"other").digest())
 
 
 @pytest.fixture
-async def cache(tmp_path: Path) -> AsyncIterator[Cache]:
-    async with open_cache(tmp_path) as opened:
+async def cache(tmp_path: Path, database_url: str) -> AsyncIterator[Cache]:
+    async with open_cache(tmp_path, database_url=database_url) as opened:
         yield opened
 
 
@@ -272,17 +273,18 @@ async def test_what_a_crash_leaves_is_invisible_and_in_nobodys_way(tmp_path: Pat
         assert await publish(cache, A) == Published(A)
 
 
-async def test_nothing_is_visible_of_a_publish_whose_transaction_fails(tmp_path: Path, cache: Cache) -> None:
-    claims = [await candidate(cache, A), await candidate(cache, B, references=[A])]
-    with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
-        vandal.execute("CREATE TRIGGER full BEFORE INSERT ON refs BEGIN SELECT RAISE(ABORT, 'disk full'); END")
-    with pytest.raises(MetadataError, match="disk full"):
-        await cache.publish(claims)
-    assert await cache.missing([A, B]) == {A, B}
-    with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
-        vandal.execute("DROP TRIGGER full")
-    vandal.close()
-    assert await cache.publish(claims) == [Published(A), Published(B)]
+async def test_nothing_is_visible_of_a_publish_whose_transaction_fails(tmp_path: Path) -> None:
+    async with open_cache(tmp_path) as cache:
+        claims = [await candidate(cache, A), await candidate(cache, B, references=[A])]
+        with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
+            vandal.execute("CREATE TRIGGER full BEFORE INSERT ON refs BEGIN SELECT RAISE(ABORT, 'disk full'); END")
+        with pytest.raises(MetadataError, match="disk full"):
+            await cache.publish(claims)
+        assert await cache.missing([A, B]) == {A, B}
+        with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
+            vandal.execute("DROP TRIGGER full")
+        vandal.close()
+        assert await cache.publish(claims) == [Published(A), Published(B)]
 
 
 async def test_a_cancelled_publish_leaves_the_cache_usable(cache: Cache) -> None:
@@ -296,7 +298,7 @@ async def test_a_cancelled_publish_leaves_the_cache_usable(cache: Cache) -> None
 
 
 async def test_questions_and_batches_are_bounded(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "MAX_CLOSURE", 3)
+    monkeypatch.setattr(catalog_module, "MAX_CLOSURE", 3)
     chain = [store_path(f"chain{number}") for number in range(4)]
     batch = [await candidate(cache, path, references=chain[:number]) for number, path in enumerate(chain)]
     assert await cache.publish(batch) == [Published(path) for path in chain]
@@ -307,25 +309,6 @@ async def test_questions_and_batches_are_bounded(cache: Cache, monkeypatch: pyte
     monkeypatch.setattr(cache_module, "MAX_BATCH", 3)
     with pytest.raises(CacheError, match="limit is 3"):
         await cache.publish(batch)
-
-
-async def test_a_database_of_a_newer_release_is_not_touched(tmp_path: Path) -> None:
-    async with open_cache(tmp_path):
-        pass
-    database = tmp_path / "cache.sqlite"
-    with sqlite3.connect(database) as newer:
-        newer.execute("UPDATE cache_schema SET version = 99")
-        newer.execute("DROP TABLE conflicts")
-    newer.close()
-    before = database.read_bytes()
-    with pytest.raises(SchemaTooNewError, match="99"):
-        async with open_cache(tmp_path):
-            pass
-    assert database.read_bytes() == before
-    database.write_bytes(b"this is no database, it is a text of more than a hundred bytes" * 10)
-    with pytest.raises(MetadataError):
-        async with open_cache(tmp_path):
-            pass
 
 
 GRAPHS = st.dictionaries(st.integers(0, 9), st.frozensets(st.integers(0, 12), max_size=4), max_size=10)

@@ -1,0 +1,232 @@
+"""What is published, as answers need it: rows, whether their objects are there, and a small memory of hot ones.
+
+A path can be fetched if it has a row, no tombstone, and an object. Where objects are files, a file that is gone or has
+another size makes the path absent everywhere. (Of remote stores the database is believed: asking them for each narinfo
+would cost a round trip.) An object is answered as long as any row names it, tombstoned or not: who read the narinfo
+before the tombstone may still come for the NAR, which is what the grace before deletion is for.
+
+Rows of hot paths are remembered for RECENT_S. Who tombstones or deletes calls `forget` afterwards, and a row that was
+read before that is not remembered; so a narinfo that this process made absent stays absent. What another process
+changed is noticed after RECENT_S, much less than any grace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from infra.cache.errors import ClosureTooLargeError
+from infra.cache.metadata import Database, conflicts, paths, reading, refs, slices
+from infra.cache.objects import LocalObjectStore, ObjectStore
+from infra.nix.errors import FormatError
+from infra.nix.store_path import HASH_PART_LENGTH, StoreDir
+
+#: Narinfos kept in memory, some 1 KiB each, and for how long one is believed.
+NARINFOS_IN_MEMORY = 8192
+RECENT_S = 60.0
+#: Paths of one closure, in the question and in the answer.
+MAX_CLOSURE = 100_000
+#: Files whose presence is looked at without leaving the event loop; about 2 us each.
+LOOK_INLINE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What the database knows of one path, as far as decisions need it."""
+
+    serial: int
+    store_path: str
+    nar_hash: str
+    url: str
+    file_size: int
+    narinfo: bytes
+    tombstoned_at: float | None
+
+    @property
+    def base_name(self) -> str:
+        """File name of the store path."""
+        return self.store_path.rpartition("/")[2]
+
+    @property
+    def hash_part(self) -> str:
+        """The 32 characters before the name."""
+        return self.base_name[:HASH_PART_LENGTH]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Sums over everything published; an object that serves two paths counts once in `file_bytes`."""
+
+    paths: int
+    nar_bytes: int
+    file_bytes: int
+    conflicts: int
+
+
+_ROW_COLUMNS = (
+    paths.c.serial,
+    paths.c.store_path,
+    paths.c.nar_hash,
+    paths.c.url,
+    paths.c.file_size,
+    paths.c.narinfo,
+    paths.c.tombstoned_at,
+)
+
+
+class Catalog:
+    """The published paths of one cache; reads only. It holds what the rooms beside it need too.
+
+    `now` gives Unix seconds.
+    """
+
+    def __init__(self, database: Database, objects: ObjectStore, store_dir: StoreDir, now: Callable[[], float]) -> None:
+        self.database = database
+        self.objects = objects
+        self.store_dir = store_dir
+        self.now = now
+        #: Hash part or URL -> (row, when it was read), oldest use first, at most twice NARINFOS_IN_MEMORY.
+        self._recent: OrderedDict[str, tuple[Row, float]] = OrderedDict()
+        #: Calls of `forget`: what was read before one may be out of date after it.
+        self._forgotten = 0
+
+    async def missing(self, store_paths: Iterable[str]) -> set[str]:
+        """See `Cache.missing`."""
+        asked = set(store_paths)
+        async with reading(self.database) as connection:
+            rows = await self.rows(connection, self.hash_parts(asked))
+        present = await self.fetchable(rows.values())
+        return asked - {row.store_path for row in present}
+
+    async def narinfo(self, hash_part: str) -> bytes | None:
+        """See `Cache.narinfo`."""
+        if len(hash_part) != HASH_PART_LENGTH:
+            return None
+        row = await self._find(hash_part, paths.c.hash_part)
+        return None if row is None or row.tombstoned_at is not None else row.narinfo
+
+    def narinfo_in_memory(self, hash_part: str) -> bytes | None:
+        """See `Cache.narinfo_in_memory`."""
+        row, read_at = self._recent.get(hash_part, (None, 0.0))
+        if row is None or abs(self.now() - read_at) >= RECENT_S or not self.is_intact(row):
+            return None
+        self._recent.move_to_end(hash_part)
+        return row.narinfo
+
+    async def object_size(self, url: str) -> int | None:
+        """See `Cache.object_size`."""
+        row = await self._find(url, paths.c.url)
+        return None if row is None else row.file_size
+
+    async def closure(self, store_paths: Iterable[str], *, recursive: bool) -> tuple[list[bytes], list[str]]:
+        """See `Cache.closure`."""
+        asked = set(store_paths)
+        if len(asked) > MAX_CLOSURE:
+            raise ClosureTooLargeError(f"{len(asked)} paths were asked for at once; the limit is {MAX_CLOSURE}")
+        hash_parts = self.hash_parts(asked)
+        reached: dict[int, Row] = {}
+        async with reading(self.database) as connection:
+            for some in slices(hash_parts):
+                reached.update(await self._reach(connection, some, recursive))
+                if len(reached) > MAX_CLOSURE:
+                    raise ClosureTooLargeError(f"the closure has more than {MAX_CLOSURE} paths; ask for parts of it")
+        rows = [reached[serial] for serial in sorted(reached)]
+        present = {row.store_path for row in await self.fetchable(rows)}
+        missing = (asked | {row.store_path for row in rows}) - present
+        return [row.narinfo for row in rows if row.store_path in present], sorted(missing)
+
+    async def stats(self) -> Stats:
+        """See `Cache.stats`."""
+        objects = sa.select(paths.c.url, sa.func.max(paths.c.file_size).label("size")).group_by(paths.c.url).subquery()
+        visible = paths.c.tombstoned_at.is_(None)
+        question = sa.select(
+            sa.select(sa.func.count()).select_from(paths).where(visible).scalar_subquery(),
+            sa.select(sa.func.coalesce(sa.func.sum(paths.c.nar_size), 0)).where(visible).scalar_subquery(),
+            sa.select(sa.func.coalesce(sa.func.sum(objects.c.size), 0)).scalar_subquery(),
+            sa.select(sa.func.count()).select_from(conflicts).scalar_subquery(),
+        )
+        async with reading(self.database) as connection:
+            return Stats(*(int(value) for value in (await connection.execute(question)).one()))
+
+    def forget(self, rows: Iterable[tuple[str, str]]) -> None:
+        """Forget rows that were tombstoned, deleted or repaired: their hash parts and URLs."""
+        self._forgotten += 1
+        for names in rows:
+            for name in names:
+                self._recent.pop(name, None)
+
+    # For those that decide inside a transaction of their own.
+
+    def hash_parts(self, store_paths: Iterable[str]) -> list[str]:
+        """Return the hash parts of those texts that are full paths of this store, each once."""
+        parts = set()
+        for store_path in store_paths:
+            try:
+                parts.add(self.store_dir.parse(store_path).hash_part)
+            except FormatError:
+                # Not a path of this store, so it cannot be published: it stays missing.
+                continue
+        return list(parts)
+
+    async def rows(self, connection: AsyncConnection, hash_parts: Sequence[str]) -> dict[str, Row]:
+        """Return the rows that there are, tombstoned or not, by hash part."""
+        found: dict[str, Row] = {}
+        for some in slices(hash_parts):
+            question = sa.select(*_ROW_COLUMNS).where(paths.c.hash_part.in_(some))
+            for values in await connection.execute(question):
+                row = Row(*values)
+                found[row.hash_part] = row
+        return found
+
+    async def fetchable(self, rows: Iterable[Row]) -> list[Row]:
+        """Return those rows whose paths can be fetched."""
+        return await self.intact(row for row in rows if row.tombstoned_at is None)
+
+    async def intact(self, rows: Iterable[Row]) -> list[Row]:
+        """Return those rows whose objects are there, tombstoned or not."""
+        looked_at = list(rows)
+
+        def look() -> list[Row]:
+            return [row for row in looked_at if self.is_intact(row)]
+
+        return look() if len(looked_at) <= LOOK_INLINE else await asyncio.to_thread(look)
+
+    def is_intact(self, row: Row) -> bool:
+        """Tell whether the object of a row has its size, as far as that is cheap to know."""
+        if isinstance(self.objects, LocalObjectStore):
+            return self.objects.head_now(row.url) == row.file_size
+        return True
+
+    async def _find(self, key: str, column: sa.Column[str]) -> Row | None:
+        """Return a row whose object is there by its hash part or URL; a client asks for one, then for the other."""
+        now = self.now()
+        row, read_at = self._recent.get(key, (None, 0.0))
+        if row is not None and abs(now - read_at) < RECENT_S and self.is_intact(row):
+            self._recent.move_to_end(key)
+            return row
+        # Also where the row in memory has lost its object: it may have been repaired with another.
+        forgotten = self._forgotten
+        async with reading(self.database) as connection:
+            question = sa.select(*_ROW_COLUMNS).where(column == key).order_by(paths.c.serial).limit(1)
+            row = next((Row(*values) for values in await connection.execute(question)), None)
+        if row is None or not self.is_intact(row):
+            return None
+        if forgotten == self._forgotten and row.tombstoned_at is None:
+            for name in (row.hash_part, row.url):
+                self._recent[name] = (row, now)
+            while len(self._recent) > 2 * NARINFOS_IN_MEMORY:
+                self._recent.popitem(last=False)
+        return row
+
+    async def _reach(self, connection: AsyncConnection, hash_parts: Sequence[str], recursive: bool) -> dict[int, Row]:
+        if not recursive:
+            return {row.serial: row for row in (await self.rows(connection, hash_parts)).values()}
+        reach = sa.select(paths.c.serial).where(paths.c.hash_part.in_(hash_parts)).cte("reach", recursive=True)
+        reach = reach.union(sa.select(refs.c.reference).join(reach, refs.c.referrer == reach.c.serial))
+        question = sa.select(*_ROW_COLUMNS).where(paths.c.serial.in_(sa.select(reach.c.serial))).limit(MAX_CLOSURE + 1)
+        return {row[0]: Row(*row) for row in await connection.execute(question)}

@@ -1,0 +1,63 @@
+"""Objects that are being deleted, and how a publication that comes at the same time stays right.
+
+An object is deleted only if its key is written down here first, in the transaction that makes sure that no row names
+it (any more); the entry is marked done after the deletion, and stays for FORGOTTEN_AFTER_S. A publication verifies an
+object, which takes its time, and then decides inside its transaction: an object with an entry that is not done, or
+that was not done already when verification began, may be gone, and is refused with a reason that a new upload mends.
+An object whose entry was done before is a new one with the same bytes. So it does not matter when a deletion happens
+between the two, nor in which process, as long as a publication takes less than PUBLISH_WITHIN_S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from infra.cache.metadata import conflicts, deletions, paths, slices
+
+#: How long a deletion that is done is remembered.
+FORGOTTEN_AFTER_S = 86_400.0
+#: A publication that takes longer is refused; half of the above, because clocks differ.
+PUBLISH_WITHIN_S = 43_200.0
+
+
+async def deleted(connection: AsyncConnection, urls: Collection[str]) -> dict[str, int | None]:
+    """Return, for objects with an entry, which deletion of the key it was; None while it is not done."""
+    found: dict[str, int | None] = {}
+    for some in slices(sorted(urls)):
+        question = sa.select(deletions).where(deletions.c.url.in_(some))
+        for row in await connection.execute(question):
+            found[row.url] = None if row.done_at is None else row.serial
+    return found
+
+
+def endangered(before: Mapping[str, int | None], now: Mapping[str, int | None]) -> set[str]:
+    """Return the objects that may be gone although they were verified in between the two answers of `deleted`."""
+    return {url for url, deletion in now.items() if deletion is None or before.get(url) != deletion}
+
+
+async def unnamed(connection: AsyncConnection, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return those objects (with sizes) that no row names and whose deletion is not written down."""
+    free = dict(sizes)
+    for some in slices(sorted(sizes)):
+        named = [sa.select(table.c.url).where(table.c.url.in_(some)) for table in (paths, conflicts)]
+        waiting = sa.select(deletions.c.url).where(deletions.c.url.in_(some), deletions.c.done_at.is_(None))
+        for question in (*named, waiting):
+            for url in (await connection.execute(question)).scalars():
+                free.pop(url, None)
+    return free
+
+
+async def doom(connection: AsyncConnection, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Write down those objects (with sizes) that nothing names; they may then be deleted. Returns them.
+
+    To be called inside the writing transaction that took away what named them.
+    """
+    free = await unnamed(connection, sizes)
+    for some in slices(sorted(free)):
+        # One that came back after an earlier deletion gets a new entry.
+        await connection.execute(deletions.delete().where(deletions.c.url.in_(some)))
+        await connection.execute(deletions.insert(), [{"url": url, "file_size": free[url]} for url in some])
+    return free

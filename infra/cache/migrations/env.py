@@ -1,0 +1,8 @@
+"""Run by alembic: migrates over the connection, and inside the transaction, that `infra.cache.migrate` hands over."""
+
+from alembic import context
+
+context.configure(
+    connection=context.config.attributes["connection"], version_table=context.config.attributes["version_table"]
+)
+context.run_migrations()

@@ -1,0 +1,297 @@
+"""Publishing: turning claims into truth.
+
+In this order: a claim is checked on its face; its object is read once, whole, and held against every hash and size; the
+narinfo is rendered and signed; then one transaction looks at what is published *now*, places the new paths references
+first, and inserts them. So a path is visible only after its object was verified and all that it refers to is visible.
+What is published is final: the same bits again are no change, other bits are a recorded conflict.
+
+A claim on a tombstoned path clears the tombstone. Objects that are being deleted are refused (`deletions`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from infra.cache.candidates import (
+    AlreadyPublished,
+    Candidate,
+    Conflict,
+    Published,
+    PublishOutcome,
+    Rejected,
+    RejectReason,
+    malformed,
+    references_first,
+    rejected_for_references,
+)
+from infra.cache.catalog import Catalog, Row
+from infra.cache.deletions import PUBLISH_WITHIN_S, deleted, endangered
+from infra.cache.errors import CorruptNarError, ObjectMissingError, ObjectStoreError
+from infra.cache.metadata import conflicts, paths, reading, refs, writing
+from infra.cache.objects import LocalObjectStore
+from infra.cache.signer import Signer
+from infra.cache.tombstones import revive
+from infra.cache.verify import verify_nar
+from infra.nix import narinfo as narinfo_format
+from infra.nix.store_path import HASH_PART_LENGTH
+
+#: Objects up to this size (on both sides) are verified one after the other in one thread: a hop costs more than one.
+SMALL_BYTES = 256 * 1024
+#: Objects that are verified at once, above that size.
+VERIFY_CONCURRENCY = 4
+
+
+class Publisher:
+    """Publishes into one cache, signing with `signer`."""
+
+    def __init__(self, catalog: Catalog, signer: Signer) -> None:
+        self._catalog = catalog
+        self._signer = signer
+        self._verifying = asyncio.Semaphore(VERIFY_CONCURRENCY)
+
+    async def publish(self, batch: Sequence[Candidate]) -> list[PublishOutcome]:
+        """See `Cache.publish`."""
+        outcomes: list[PublishOutcome | None] = [None] * len(batch)
+        waiting = list(range(len(batch)))
+        while waiting:
+            # Claims on one path are decided one after the other, as if they had come separately.
+            first: dict[str, int] = {}
+            for index in waiting:
+                first.setdefault(batch[index].hash_part, index)
+            chosen = set(first.values())
+            decided = await self._publish_distinct([batch[index] for index in first.values()])
+            for index in chosen:
+                outcomes[index] = decided[batch[index].store_path]
+            waiting = [index for index in waiting if index not in chosen]
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    async def _publish_distinct(self, batch: Sequence[Candidate]) -> dict[str, PublishOutcome]:
+        outcomes: dict[str, PublishOutcome] = {}
+        sound = []
+        for candidate in batch:
+            fault = malformed(candidate, self._catalog.store_dir)
+            if fault:
+                outcomes[candidate.store_path] = Rejected(candidate.store_path, RejectReason.MALFORMED, fault)
+            else:
+                sound.append(candidate)
+        if not sound:
+            return outcomes
+        began = self._catalog.now()
+        async with reading(self._catalog.database) as connection:
+            known = await self._catalog.rows(connection, [candidate.hash_part for candidate in sound])
+            before = await deleted(connection, {candidate.url for candidate in sound})
+        unproven = [candidate for candidate in sound if not self._is_repeat(candidate, known.get(candidate.hash_part))]
+        sealed: dict[str, bytes] = {}
+        for candidate, result in zip(unproven, await self._examine_all(unproven), strict=True):
+            if isinstance(result, Rejected):
+                outcomes[candidate.store_path] = result
+            else:
+                sealed[candidate.store_path] = result
+        proven = [candidate for candidate in sound if candidate.store_path not in outcomes]
+        async with writing(self._catalog.database) as connection:
+            gone = endangered(before, await deleted(connection, {candidate.url for candidate in proven}))
+            too_late = self._catalog.now() - began > PUBLISH_WITHIN_S
+            for candidate in proven:
+                if candidate.store_path in sealed and (too_late or candidate.url in gone):
+                    outcomes[candidate.store_path] = _collected(candidate)
+            proven = [candidate for candidate in proven if candidate.store_path not in outcomes]
+            outcomes.update(await self._record(connection, proven, sealed))
+        return outcomes
+
+    def _is_repeat(self, candidate: Candidate, row: Row | None) -> bool:
+        return (
+            row is not None
+            and row.store_path == candidate.store_path
+            and row.nar_hash == candidate.nar_hash
+            and self._catalog.is_intact(row)
+        )
+
+    async def _examine_all(self, candidates: Sequence[Candidate]) -> list[bytes | Rejected]:
+        """Read and verify each object; gives the signed narinfo of those that hold."""
+        small = [
+            candidate
+            for candidate in candidates
+            if isinstance(self._catalog.objects, LocalObjectStore)
+            and max(candidate.file_size, candidate.nar_size) <= SMALL_BYTES
+        ]
+        of_small = set(small)
+        results: dict[Candidate, bytes | Rejected] = {}
+
+        def examine_small() -> None:
+            results.update((candidate, self._examine(candidate)) for candidate in small)
+
+        async def examine_large(candidate: Candidate) -> None:
+            async with self._verifying:
+                results[candidate] = await asyncio.to_thread(self._examine, candidate)
+
+        async with asyncio.TaskGroup() as tasks:
+            for candidate in candidates:
+                if candidate not in of_small:
+                    tasks.create_task(examine_large(candidate))
+            if small:
+                await asyncio.to_thread(examine_small)
+        return [results[candidate] for candidate in candidates]
+
+    def _examine(self, candidate: Candidate) -> bytes | Rejected:
+        try:
+            verify_nar(self._catalog.objects.open_blocking(candidate.url), candidate)
+        except ObjectMissingError:
+            return Rejected(
+                candidate.store_path, RejectReason.MISSING_OBJECT, f"its object {candidate.url} is not in the store"
+            )
+        except CorruptNarError as error:
+            return Rejected(candidate.store_path, RejectReason.CORRUPT, str(error))
+        except ObjectStoreError as error:
+            return Rejected(candidate.store_path, RejectReason.STORE_FAILED, str(error))
+        unsigned = candidate.narinfo()
+        return replace(unsigned, sigs=self._signer.sign(unsigned.fingerprint(self._catalog.store_dir))).render()
+
+    async def _record(
+        self, connection: AsyncConnection, proven: Sequence[Candidate], sealed: Mapping[str, bytes]
+    ) -> dict[str, PublishOutcome]:
+        """Decide on proven claims by what is published now, and write it down; inside the publishing transaction."""
+        outcomes: dict[str, PublishOutcome] = {}
+        named = {candidate.hash_part for candidate in proven}
+        references = {reference[:HASH_PART_LENGTH] for candidate in proven for reference in candidate.references}
+        rows = await self._catalog.rows(connection, list(named | references))
+        revived = await revive(connection, [rows[part].serial for part in named if part in rows])
+        present = {
+            row.base_name: row.serial
+            for row in await self._catalog.intact(rows.values())
+            if row.tombstoned_at is None or row.serial in revived
+        }
+        new = []
+        for candidate in proven:
+            row = rows.get(candidate.hash_part)
+            if row is None:
+                new.append(candidate)
+                continue
+            outcome = _against(candidate, row)
+            if isinstance(outcome, AlreadyPublished) and candidate.base_name not in present:
+                if candidate.store_path in sealed:
+                    await self._repair(connection, candidate, row)
+                    present[candidate.base_name] = row.serial
+                else:
+                    outcome = _vanished(candidate)
+            elif isinstance(outcome, Conflict):
+                await self._record_conflict(connection, candidate, row)
+            outcomes[candidate.store_path] = outcome
+        sound = [candidate for candidate in new if candidate.store_path in sealed]
+        outcomes.update(
+            (candidate.store_path, _vanished(candidate)) for candidate in new if candidate.store_path not in sealed
+        )
+        ordered, blocked = references_first(sound, present.keys())
+        outcomes.update(rejected_for_references(blocked))
+        await self._insert(connection, ordered, sealed, present)
+        outcomes.update((candidate.store_path, Published(candidate.store_path)) for candidate in ordered)
+        return outcomes
+
+    async def _insert(
+        self,
+        connection: AsyncConnection,
+        ordered: Sequence[Candidate],
+        sealed: Mapping[str, bytes],
+        serials: dict[str, int],
+    ) -> None:
+        if not ordered:
+            return
+        now = self._catalog.now()
+        inserted = await connection.execute(
+            paths.insert().returning(paths.c.serial, sort_by_parameter_order=True),
+            [
+                {
+                    "hash_part": candidate.hash_part,
+                    "store_path": candidate.store_path,
+                    "url": candidate.url,
+                    "compression": candidate.compression,
+                    "file_hash": candidate.file_hash,
+                    "file_size": candidate.file_size,
+                    "nar_hash": candidate.nar_hash,
+                    "nar_size": candidate.nar_size,
+                    "deriver": candidate.deriver,
+                    "ca": candidate.ca,
+                    "narinfo": sealed[candidate.store_path],
+                    "published_at": now,
+                }
+                for candidate in ordered
+            ],
+        )
+        for candidate, serial in zip(ordered, inserted.scalars(), strict=True):
+            serials[candidate.base_name] = serial
+        edges = [
+            {"referrer": serials[candidate.base_name], "reference": serials[reference]}
+            for candidate in ordered
+            for reference in set(candidate.references)
+        ]
+        if edges:
+            await connection.execute(refs.insert(), edges)
+
+    async def _repair(self, connection: AsyncConnection, candidate: Candidate, row: Row) -> None:
+        """Point a path whose object was lost at another object with the same NAR; its signature covers no URL."""
+        known = narinfo_format.parse(row.narinfo, self._catalog.store_dir)
+        repaired = replace(
+            known,
+            url=candidate.url,
+            compression=candidate.compression,
+            file_hash=candidate.file_hash,
+            file_size=candidate.file_size,
+        )
+        await connection.execute(
+            paths.update()
+            .where(paths.c.serial == row.serial)
+            .values(
+                url=candidate.url,
+                compression=candidate.compression,
+                file_hash=candidate.file_hash,
+                file_size=candidate.file_size,
+                narinfo=repaired.render(),
+            )
+        )
+        self._catalog.forget([(row.hash_part, row.url)])
+
+    async def _record_conflict(self, connection: AsyncConnection, candidate: Candidate, row: Row) -> None:
+        same = (conflicts.c.serial == row.serial) & (conflicts.c.nar_hash == candidate.nar_hash)
+        counted = await connection.execute(conflicts.update().where(same).values(times=conflicts.c.times + 1))
+        if counted.rowcount:
+            return
+        await connection.execute(
+            conflicts.insert().values(
+                serial=row.serial,
+                nar_hash=candidate.nar_hash,
+                nar_size=candidate.nar_size,
+                url=candidate.url,
+                file_size=candidate.file_size,
+                deriver=candidate.deriver,
+                first_seen_at=self._catalog.now(),
+                times=1,
+            )
+        )
+
+
+def _against(candidate: Candidate, row: Row) -> PublishOutcome:
+    if row.store_path != candidate.store_path:
+        return Rejected(
+            candidate.store_path, RejectReason.MALFORMED, f"its hash part belongs to {row.store_path}, published before"
+        )
+    if row.nar_hash == candidate.nar_hash:
+        return AlreadyPublished(candidate.store_path)
+    return Conflict(candidate.store_path, row.nar_hash, candidate.nar_hash)
+
+
+def _vanished(candidate: Candidate) -> Rejected:
+    # It was a repeat when it was looked at, so its own object was not verified: it is not published blindly.
+    return Rejected(
+        candidate.store_path, RejectReason.STORE_FAILED, "the path vanished while it was published; try again"
+    )
+
+
+def _collected(candidate: Candidate) -> Rejected:
+    return Rejected(
+        candidate.store_path,
+        RejectReason.STORE_FAILED,
+        f"its object {candidate.url} was collected as garbage while it was published; upload it again",
+    )
