@@ -148,6 +148,7 @@ class CacheRoutes:
                     await response.write(chunk)
             except ObjectStoreError as error:
                 cut(request, error)
+                return response
         await response.write_eof()
         return response
 

@@ -38,6 +38,8 @@ from infra.cache.errors import CacheError
 
 #: Header blocks that were found plain (or not) and are remembered; a client sends the same one each time.
 REMEMBERED_HEADERS: Final = 256
+#: Heads of answers that are remembered, some 200 bytes each.
+REMEMBERED_HEADS: Final = 8192
 MAX_HEADER_BYTES: Final = 1024
 #: Seconds that a connection may be idle: longer than any client (Nix 2.35: 90) keeps one.
 KEEP_ALIVE_S: Final = 120.0
@@ -59,6 +61,8 @@ class FastNarinfos:
         self._line = re.compile(rb"(GET|HEAD) (" + prefixes + rb")/" + _HASH + rb"\.narinfo HTTP/1\.1\r\n")
         self._own_host = own_host
         self._plain: dict[bytes, bool] = {}
+        #: Text of a narinfo -> the head of its answer up to the date.
+        self._heads: dict[bytes, bytes] = {}
 
     def answer(self, data: bytes) -> bytes | None:
         """Return the answer to the request that `data` is, None if it is for aiohttp."""
@@ -73,8 +77,19 @@ class FastNarinfos:
         if text is None:
             return None
         cache.counters.narinfo_hits += 1
-        head = _head(text)
+        head = self._head(text)
         return head + text if line[1] == b"GET" else head
+
+    def _head(self, text: bytes) -> bytes:
+        """Return the head of the answer as aiohttp would write it."""
+        head = self._heads.get(text)
+        if head is None:
+            headers = "".join(f"{name}: {value}\r\n" for name, value in narinfo_headers(text).items())
+            head = f"HTTP/1.1 200 OK\r\n{headers}Content-Length: {len(text)}\r\nDate: ".encode("ascii")
+            if len(self._heads) >= REMEMBERED_HEADS:
+                self._heads.clear()
+            self._heads[text] = head
+        return head + f"{rfc822_formatted_time()}\r\nServer: {SERVER_SOFTWARE}\r\n\r\n".encode("ascii")
 
     def _is_plain(self, block: bytes) -> bool:
         known = self._plain.get(block)
@@ -98,15 +113,6 @@ class FastNarinfos:
             if header[1]:
                 hosts.append(header[2].decode("ascii"))
         return len(hosts) == 1 and self._own_host(hosts[0])
-
-
-def _head(text: bytes) -> bytes:
-    """Return the head of the answer as aiohttp would write it."""
-    headers = "".join(f"{name}: {value}\r\n" for name, value in narinfo_headers(text).items())
-    return (
-        f"HTTP/1.1 200 OK\r\n{headers}Content-Length: {len(text)}\r\n"
-        f"Date: {rfc822_formatted_time()}\r\nServer: {SERVER_SOFTWARE}\r\n\r\n"
-    ).encode("ascii")
 
 
 class FastConnection(RequestHandler):

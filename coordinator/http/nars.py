@@ -132,6 +132,7 @@ class NarAnswers:
                     await response.write(chunk)
             except ObjectStoreError as error:
                 cut(request, error)
+                return response
         await response.write_eof()
         return response
 
@@ -141,7 +142,6 @@ def cut(request: web.Request, error: Exception) -> None:
     _log.warning("an answer was cut short: %s", error)
     if request.transport is not None:
         request.transport.abort()
-    raise ConnectionResetError(str(error)) from error
 
 
 def _plan(
@@ -191,7 +191,7 @@ def _with_body(head: web.StreamResponse, body: bytes) -> web.Response:
 async def _send_file(
     request: web.Request, response: web.StreamResponse, file: int, start: int, stop: int
 ) -> web.StreamResponse:
-    """Send bytes of an open file without seeing them. A client that leaves, or stalls, raises `ConnectionError`."""
+    """Send bytes of an open file without seeing them; who stalls, or whose file ends early, loses the connection."""
     transport = request.transport
     if transport is None:
         raise ConnectionResetError("the client has left")
@@ -203,8 +203,12 @@ async def _send_file(
         if writer is not None:
             await writer.drain()
         await _copy(connection, file, start, stop)
+    except ConnectionError:
+        # The client left, as clients do.
+        return response
     except (TimeoutError, OSError) as error:
         cut(request, error)
+        return response
     finally:
         os.close(connection)
         transport.set_write_buffer_limits()
