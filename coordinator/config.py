@@ -123,6 +123,16 @@ class UploadRoute(StrEnum):
     RELAY = "relay"
 
 
+class UpstreamSettings(BaseModel):
+    """Another binary cache that is trusted for what its keys have signed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: Annotated[str, Field(pattern=r"^https?://")]
+    #: `name:base64`, as in `trusted-public-keys`.
+    public_keys: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
 class CacheSettings(BaseModel):
     """One cache: who may use it, how it signs, what it keeps. Tokens and keys are named, never written here."""
 
@@ -141,11 +151,21 @@ class CacheSettings(BaseModel):
     max_bytes: Annotated[int, Field(ge=0)] = 0
     #: How long what was built or pushed is kept, unless something else keeps it. 0 is for ever.
     retention_days: Annotated[float, Field(ge=0)] = 30.0
+    #: What they have need not be pushed here; what broke here is fetched from them (`drover cache verify --repair`).
+    upstreams: tuple[UpstreamSettings, ...] = ()
+    #: How long what nothing keeps stays on disk, invisible, before it is deleted; more than the longest download.
+    grace_hours: Annotated[float, Field(ge=0)] = 24.0
+    #: Pace of garbage collection; 0 collects on demand only.
+    collect_every_hours: Annotated[float, Field(ge=0)] = 1.0
     #: Behind nginx: an internal location that maps to the object directory; NARs are then sent by nginx
     #: (`X-Accel-Redirect`). Needs a `file://` object store.
     accel_prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._-]+)*$")] = ""
     redirect: Redirect = Redirect.AUTO
     uploads: UploadRoute = UploadRoute.AUTO
+
+    def expiry(self, since: float) -> float | None:
+        """Return when something that ended at `since` (Unix seconds) need no longer be kept; None for never."""
+        return since + self.retention_days * 86400.0 if self.retention_days else None
 
 
 class NamedCacheSettings(CacheSettings):

@@ -7,6 +7,7 @@ The only module that turns derivations into steps. The three requests of a clien
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,6 +29,8 @@ from scheduler.model import ANY_SYSTEM, StepKey, StepSpec, SubmissionId
 
 #: Derivations that one turn of a worker thread verifies; some 20 ms.
 VERIFY_AT_ONCE = 256
+#: Seconds for which what a client asked about is safe from collection; it must submit within them.
+LEASE_S = 3600.0
 _KINDS = {DerivationKind.INPUT_ADDRESSED: Kind.INPUT_ADDRESSED, DerivationKind.FIXED: Kind.FIXED}
 _BACK = {kind: nix for nix, kind in _KINDS.items()}
 
@@ -140,7 +143,7 @@ class Intake:
         for name in (*query.derivations, *query.sources):
             self._check_name(name)
         derivations = await self._derivations.unknown(query.derivations)
-        absent = await self._cache.missing([f"{self._store_dir.path}/{name}" for name in query.sources])
+        absent = await self._lease([f"{self._store_dir.path}/{name}" for name in query.sources])
         return IntakeMissing(
             derivations=tuple(derivations),
             sources=tuple(name for name in query.sources if f"{self._store_dir.path}/{name}" in absent),
@@ -207,9 +210,18 @@ class Intake:
             graph = await asyncio.to_thread(_Graph.build, names, nodes, members, self._limits.max_recipes)
             _within(len(graph.own), self._limits.max_derivations, "derivations")
             await self._derivations.add_members(graph.recipes.new)
-        absent = await self._cache.missing(graph.paths())
+        absent = await self._lease(graph.paths())
         roots = tuple(self._root(root, nodes[name]) for root, name in wishes)
         return await asyncio.to_thread(graph.plan, roots, absent, self._store_dir.path)
+
+    async def _lease(self, paths: Sequence[str]) -> set[str]:
+        """Return which of the paths the cache lacks; for `LEASE_S` no collection takes the others, or new ones.
+
+        By then the submission stands in the read model, whose needs housekeeping names.
+        """
+        if not paths:
+            return set()
+        return await self._cache.lease(f"intake-{secrets.token_hex(8)}", paths, LEASE_S)
 
     def _root(self, root: RootRequest, node: Node) -> PlannedRoot:
         outputs = dict(node.outputs)

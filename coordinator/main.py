@@ -31,10 +31,12 @@ from coordinator.dispatch import Dispatch
 from coordinator.engine import Engine
 from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
 from coordinator.explain import FarmExplainer
+from coordinator.housekeeping import Housekeeper, SubmissionNeeds
 from coordinator.http.api import Api
 from coordinator.http.app import make_app
 from coordinator.http.auth import is_own_host, load_token
 from coordinator.http.cache import LogFor, add_cache_routes
+from coordinator.http.caching import CachingApi
 from coordinator.http.fast import FastNarinfos, FastSite
 from coordinator.http.sse import WatchStreams
 from coordinator.http.uploads import add_upload_routes
@@ -51,7 +53,10 @@ from infra.cache import Cache
 from infra.cache.direct import direct_uploads
 from infra.cache.errors import CacheError
 from infra.cache.uploads import Uploads
+from infra.cache.upstream import Upstream
 from infra.clock import Clock, SystemClock
+from infra.nix.errors import FormatError
+from infra.nix.signing import PublicKey
 from infra.telemetry import Telemetry
 from scheduler.effects import Effect
 from scheduler.farm import Farm
@@ -151,19 +156,12 @@ async def open_coordinator(
         app = make_app(
             api, token, public_url=url, loopback=settings.loopback, max_body_bytes=settings.limits.request_bytes
         )
-        uploads = [_uploads(each, settings, clock) for each in caches]
-        for each, taking in zip(caches, uploads, strict=True):
-            add_upload_routes(app, each, taking, tokens, clock.now)
-        # The default one last: its address is the beginning of all others.
-        for each in reversed(caches):
-            log_for = _log_reader(views, stores.logs, settings.store_dir) if each.name == DEFAULT_CACHE else None
-            add_cache_routes(app, each, log_for=log_for)
         telemetry = Telemetry("drover", metadata.version("drover"))
         stack.callback(telemetry.close)
+        log_for = _log_reader(views, stores.logs, settings.store_dir)
+        services = await _serve_caches(stack, app, caches, settings, clock, tokens, log_for)
+        keepers = _look_after(app, services, clock, SubmissionNeeds(views, stores.derivations), telemetry)
         add_farm_metrics(telemetry, views)
-        add_cache_metrics(
-            telemetry, {each.name: each.cache for each in caches}, {each.name: CacheGauges() for each in caches}
-        )
         add_metrics_route(app, telemetry)
         narinfos = FastNarinfos(caches, lambda host: not settings.loopback or is_own_host(host, url))
         runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
@@ -173,7 +171,8 @@ async def open_coordinator(
                 group.create_task(fleet.run(sink), name="fleet"),
                 group.create_task(dispatch.run(), name="dispatch"),
                 group.create_task(engine.run(), name="engine"),
-                *(group.create_task(each.run(), name="uploads") for each in uploads),
+                *(group.create_task(each.uploads.run(), name="uploads") for each in services),
+                *(group.create_task(each.run(), name="housekeeping") for each in keepers),
             ]
             try:
                 await FastSite(runner, listener, narinfos).start()
@@ -277,10 +276,80 @@ def run_up(settings: Settings, ready: Callable[[Ready], None]) -> None:
         runner.run(run())
 
 
-def _uploads(served: OpenCache, settings: Settings, clock: Clock) -> Uploads:
+@dataclass(frozen=True, slots=True)
+class _ServedCache:
+    """A cache with what takes uploads into it and where else its paths may be had."""
+
+    served: OpenCache
+    uploads: Uploads
+    upstreams: Sequence[Upstream]
+
+
+async def _serve_caches(  # noqa: PLR0917 - collaborators, named by their types
+    stack: AsyncExitStack,
+    app: web.Application,
+    caches: Sequence[OpenCache],
+    settings: Settings,
+    clock: Clock,
+    tokens: UploadTokens,
+    log_for: LogFor,
+) -> list[_ServedCache]:
+    """Add the routes of all caches. `log_for` is for the default one, whose paths the farm built."""
+    services = []
+    for each in caches:
+        upstreams = await _upstreams(stack, each, clock)
+        uploads = _uploads(each, settings, clock, upstreams)
+        add_upload_routes(app, each, uploads, tokens, clock.now)
+        services.append(_ServedCache(each, uploads, upstreams))
+    # The default one last: its address is the beginning of all others.
+    for each in reversed(caches):
+        add_cache_routes(app, each, log_for=log_for if each.name == DEFAULT_CACHE else None)
+    return services
+
+
+def _look_after(
+    app: web.Application,
+    services: Sequence[_ServedCache],
+    clock: Clock,
+    submissions: SubmissionNeeds,
+    telemetry: Telemetry,
+) -> list[Housekeeper]:
+    """Give each cache a housekeeper, its commands and its metrics. Submissions live in the default one."""
+    gauges = {each.served.name: CacheGauges() for each in services}
+    keepers = {
+        each.served.name: Housekeeper(
+            each.served.cache,
+            each.served.settings,
+            gauges[each.served.name],
+            clock,
+            submissions=submissions if each.served.name == DEFAULT_CACHE else None,
+            sources=each.upstreams,
+        )
+        for each in services
+    }
+    app.add_routes(CachingApi(keepers).routes())
+    add_cache_metrics(telemetry, {each.served.name: each.served.cache for each in services}, gauges)
+    return list(keepers.values())
+
+
+def _uploads(served: OpenCache, settings: Settings, clock: Clock, upstreams: Sequence[Upstream]) -> Uploads:
     objects = served.cache.objects
     direct = None if served.settings.uploads is UploadRoute.RELAY else direct_uploads(objects)
-    return Uploads(served.cache, settings.state_dir / "uploads" / served.name, clock.now, direct=direct)
+    spool = settings.state_dir / "uploads" / served.name
+    return Uploads(served.cache, spool, clock.now, direct=direct, expiry=served.settings.expiry, upstreams=upstreams)
+
+
+async def _upstreams(stack: AsyncExitStack, served: OpenCache, clock: Clock) -> list[Upstream]:
+    """Open the upstreams of a cache; `stack` closes them. Raises `ConfigError`."""
+    opened = []
+    for told in served.settings.upstreams:
+        try:
+            keys = [PublicKey.parse(text) for text in told.public_keys]
+        except FormatError as error:
+            raise ConfigError(f"a public key of the upstream {told.url} is not one: {error.message}.") from None
+        upstream = Upstream(told.url, keys, served.cache.store_dir, clock.now)
+        opened.append(await stack.enter_async_context(upstream))
+    return opened
 
 
 def _listen(settings: Settings) -> socket.socket:

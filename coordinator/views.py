@@ -285,6 +285,10 @@ class Views:
         """Count workers by state."""
         return Counter(row.told_state for row in self._workers.values())
 
+    def submission_rows(self) -> list[SubmissionRow]:
+        """Return the rows of all submissions, oldest first; for reading only."""
+        return list(self._submissions.values())
+
     def live_members(self) -> set[StepKey]:
         """Return the steps of all submissions that have not ended."""
         return {key for row in self._submissions.values() if not row.ended and not row.withdrawn for key in row.members}

@@ -156,5 +156,10 @@ async def resign(client: ApiClient, cache: str, *, as_json: bool) -> int:
         print_json(view)
     else:
         keys = ", ".join(key.partition(":")[0] for key in view.public_keys)
-        print_lines([f"signed {view.narinfos:,} narinfos and {view.realisations:,} realisations with {keys}"])
+        print_lines(
+            [
+                f"all is signed by {keys} and by nobody else",
+                f"{view.narinfos:,} narinfos and {view.realisations:,} realisations had other signatures before",
+            ]
+        )
     return options.OK

@@ -32,7 +32,9 @@ from coordinator.http.puts import CachePuts, log_key
 from coordinator.schema import ErrorBody, ErrorView
 from infra.cache.catalog import MAX_CLOSURE
 from infra.cache.errors import CacheError, ClosureTooLargeError, ObjectMissingError, ObjectStoreError
+from infra.cache.listing import Listings
 from infra.nix.errors import FormatError
+from infra.nix.realisation import RealisationLayout, parse_key
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ LogFor: TypeAlias = Callable[[str], AsyncIterator[bytes] | None]
 #: A question for MAX_CLOSURE paths with names of usual length.
 MAX_QUESTION_BYTES: Final = 16 * 1024 * 1024
 
+_JSON_HEADERS: Final = {"Content-Type": "application/json", "Cache-Control": "public, max-age=60"}
 _LOG_HEADERS: Final = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-cache"}
 
 
@@ -65,7 +68,10 @@ def add_cache_routes(app: web.Application, served: OpenCache, *, log_for: LogFor
     get("nix-cache-info", routes.cache_info)
     get("{hash_part:[0-9a-df-np-sv-z]{32}}.narinfo", routes.narinfo)
     get("nar/{file:[0-9a-df-np-sv-z]{52}(-[0-9a-z]+)?[.]nar([.](zst|xz|bz2))?}", routes.nar)
+    get("{hash_part:[0-9a-df-np-sv-z]{32}}.ls", routes.listing)
     get("log/{derivation}", routes.log)
+    get("realisations/{key}.doi", routes.realisation_by_hash)
+    get("build-trace-v2/{derivation}/{output}.doi", routes.realisation_by_derivation)
     app.router.add_post(f"{prefix}/narinfos", routes.for_readers(routes.narinfos))
     get("{anything:.*}", routes.nothing)
     if routes.puts is not None:
@@ -79,6 +85,7 @@ class CacheRoutes:
         self._served = served
         self._cache = served.cache
         self._log_for = log_for
+        self._listings = Listings(served.cache)
         self._nars = NarAnswers(served, self._headers(NAR_HEADERS))
         #: None where nobody may write.
         self.puts = CachePuts(served) if served.access.writable else None
@@ -113,6 +120,32 @@ class CacheRoutes:
         if any(tag.value in {headers["ETag"].strip('"'), "*"} for tag in request.if_none_match or ()):
             return web.Response(status=304, headers=headers)
         return web.Response(body=text, headers=headers)
+
+    async def listing(self, request: web.Request) -> web.Response:
+        """Answer what files a NAR holds."""
+        try:
+            text = await self._listings.listing(request.match_info["hash_part"])
+        except CacheError as error:
+            return _unavailable(error)
+        return _not_found() if text is None else web.Response(body=text, headers=self._headers(_JSON_HEADERS))
+
+    async def realisation_by_hash(self, request: web.Request) -> web.Response:
+        """Answer a realisation as Nix up to 2.34 asks for it."""
+        return await self._realisation(RealisationLayout.BY_HASH, request.match_info["key"])
+
+    async def realisation_by_derivation(self, request: web.Request) -> web.Response:
+        """Answer a realisation as Nix from 2.35 on asks for it."""
+        key = f"{request.match_info['derivation']}/{request.match_info['output']}"
+        return await self._realisation(RealisationLayout.BY_DERIVATION, key)
+
+    async def _realisation(self, layout: RealisationLayout, key: str) -> web.Response:
+        try:
+            body = await self._cache.realisation(layout, parse_key(layout, key))
+        except FormatError:
+            return _not_found()
+        except CacheError as error:
+            return _unavailable(error)
+        return _not_found() if body is None else web.Response(body=body, headers=self._headers(_JSON_HEADERS))
 
     async def nar(self, request: web.Request) -> web.StreamResponse:
         """Send a NAR's object, or a range of it."""

@@ -4,6 +4,7 @@
     PUT PREFIX/<hash>.narinfo                  a claim: the object is read back whole, verified, signed by us, shown
     PUT PREFIX/log/<derivation>                kept beside the cache, bounded, for `nix log`
     PUT PREFIX/<hash>.ls, PREFIX/debuginfo/…   taken and dropped: nobody vouches for them
+    PUT PREFIX/realisations/…  build-trace-v2/…  signed by us, if their paths are here
     PUT PREFIX/nix-cache-info                  taken if it names our store directory
 
 Nix retries a 5xx or 429 with an empty body and the old Content-Length (2.8), and then hangs. So: whoever has no token,
@@ -23,8 +24,9 @@ import asyncio
 import logging
 import re
 import shutil
+import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Final
 
@@ -37,13 +39,18 @@ from infra.cache import AlreadyPublished, Candidate, Conflict, ObjectStore, Publ
 from infra.cache.candidates import MAX_NAR_BYTES
 from infra.cache.errors import CacheError
 from infra.cache.objects import INCOMING
+from infra.cache.realisations import Registered
 from infra.cache.spool import WrongBytesError, spool_object
 from infra.nix import narinfo as narinfo_format
+from infra.nix import realisation as realisation_format
 from infra.nix.errors import FormatError
+from infra.nix.realisation import MAX_REALISATION_BYTES, RealisationLayout
 from infra.nix.store_path import parse_base_name
 
 _log = logging.getLogger(__name__)
 
+#: The kind of the roots that uploads by Nix are: one a path, since nobody says which belong together.
+PUT: Final = "put"
 #: Bodies that are taken at one time; further ones wait before `100 Continue`.
 MAX_UPLOADS: Final = 32
 #: A body that is silent for so long is given up.
@@ -105,9 +112,10 @@ def log_key(derivation: str) -> str:
 class CachePuts:
     """The handlers of one cache that has writers."""
 
-    def __init__(self, served: OpenCache) -> None:
+    def __init__(self, served: OpenCache, now: Callable[[], float] = time.time) -> None:
         self._served = served
         self._cache = served.cache
+        self._now = now
         self.recent = RecentUploads(served.cache.objects)
         self._slots = asyncio.Semaphore(MAX_UPLOADS)
 
@@ -120,6 +128,8 @@ class CachePuts:
             "log/{derivation}": self.log,
             "{hash_part:[0-9a-df-np-sv-z]{32}}.ls": self.drop,
             "debuginfo/{build_id}": self.drop,
+            "realisations/{key}.doi": self.realisation_by_hash,
+            "build-trace-v2/{derivation}/{output}.doi": self.realisation_by_derivation,
         }
         for address, handler in routes.items():
             router.add_put(f"{self._served.prefix}/{address}", self._guarded(handler), expect_handler=_not_yet)
@@ -153,8 +163,34 @@ class CachePuts:
             raise UploadRefusedError(400, f"the narinfo cannot be read: {error}") from None
         if claim.hash_part != request.match_info["hash_part"]:
             raise UploadRefusedError(400, f"the narinfo is that of {claim.store_path}, not of the path in the address")
+        # Before it is published: from then on a collection could take it.
+        await self._cache.keep(PUT, claim.base_name, [claim.store_path], self._served.settings.expiry(self._now()))
         (outcome,) = await self._cache.publish([claim])
         return _answer(outcome)
+
+    async def realisation_by_hash(self, request: web.Request) -> web.StreamResponse:
+        """Sign and store a realisation as Nix up to 2.34 sends it."""
+        return await self._realisation(request, RealisationLayout.BY_HASH, request.match_info["key"])
+
+    async def realisation_by_derivation(self, request: web.Request) -> web.StreamResponse:
+        """Sign and store a realisation as Nix from 2.35 on sends it."""
+        key = f"{request.match_info['derivation']}/{request.match_info['output']}"
+        return await self._realisation(request, RealisationLayout.BY_DERIVATION, key)
+
+    async def _realisation(self, request: web.Request, layout: RealisationLayout, key: str) -> web.StreamResponse:
+        body = await self._whole(request, MAX_REALISATION_BYTES)
+        try:
+            offered = realisation_format.parse(layout, key, body)
+        except FormatError as error:
+            raise UploadRefusedError(400, f"the realisation cannot be read: {error}") from None
+        registration = await self._cache.register(offered)
+        match registration.outcome:
+            case Registered.CONFLICT:
+                return _refusal(409, f"{offered.key} was realised as {registration.about} before; the first stays")
+            case Registered.MISSING:
+                return _refusal(422, f"{offered.key} is not taken: {registration.about} is not in this cache")
+            case _:
+                return _done()
 
     async def log(self, request: web.Request) -> web.StreamResponse:
         """Keep a build's log; a later one replaces it."""

@@ -14,6 +14,10 @@ catalog     what is published and can be fetched
 publishing  claims -> truth
 roots       what keeps paths: pins, submissions, pushes, leases
 gc          collecting what nothing keeps (survey, marking, tombstones, deletions)
+realisations  what content-addressed outputs became
+resigning   new signatures for everything
+fsck        proving and repairing (upstream: another cache to have NARs from)
+inspection  sums
 cache       Cache: the front of all this                   (the coordinator)
 """
 

@@ -10,15 +10,20 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from infra.cache.candidates import Candidate, PublishOutcome
-from infra.cache.catalog import Catalog, Stats
+from infra.cache.catalog import Catalog
 from infra.cache.counters import CacheCounters
 from infra.cache.errors import CacheError
+from infra.cache.fsck import Fsck, FsckReport, RepairSource
 from infra.cache.gc import Collector, CollectPlan, CollectReport
+from infra.cache.inspection import CacheInfo, inspect
 from infra.cache.metadata import Database, open_metadata
 from infra.cache.objects import ObjectStore
 from infra.cache.publishing import Publisher
+from infra.cache.realisations import Realisations, Registration
+from infra.cache.resigning import ResignReport, resign
 from infra.cache.roots import LEASE, PIN, Keeper, RootRow, Roots
 from infra.cache.signer import Signer
+from infra.nix.realisation import Realisation, RealisationLayout
 from infra.nix.signing import PublicKey, SecretKey
 from infra.nix.store_path import StoreDir
 
@@ -49,6 +54,7 @@ class Cache:
         self._publisher = Publisher(self._catalog, self.signer)
         self._roots = Roots(self._catalog)
         self._collector = Collector(self._catalog)
+        self._realisations = Realisations(self._catalog, self.signer)
 
     @classmethod
     async def open(
@@ -123,9 +129,13 @@ class Cache:
         """
         return await self._catalog.closure(store_paths, recursive=recursive)
 
-    async def stats(self) -> Stats:
-        """Return sums over everything published."""
-        return await self._catalog.stats()
+    async def realisation(self, layout: RealisationLayout, key: str) -> bytes | None:
+        """Return the signed realisation with this key (`infra.nix.realisation.parse_key`) if its path is here."""
+        return await self._realisations.body(layout, key)
+
+    async def info(self) -> CacheInfo:
+        """Return sums over everything that is stored and kept."""
+        return await inspect(self._catalog)
 
     # Publishing.
 
@@ -146,6 +156,10 @@ class Cache:
         self.counters.count_outcomes(outcomes)
         self.counters.on_publish(time.perf_counter() - began)
         return outcomes
+
+    async def register(self, offered: Realisation) -> Registration:
+        """Sign and store a realisation; see `realisations`."""
+        return await self._realisations.register(offered)
 
     # Keeping.
 
@@ -203,6 +217,12 @@ class Cache:
         """
         await self._roots.touch(hash_parts)
 
+    async def write_uses(self) -> None:
+        """Note the paths whose narinfos were answered since the last call; to be called now and then."""
+        used = self._catalog.take_used()
+        if used:
+            await self._roots.touch(used)
+
     async def collect(self, plan: CollectPlan) -> CollectReport:
         """Collect garbage as planned, one at a time; see `gc`.
 
@@ -213,3 +233,19 @@ class Cache:
         report = await self._collector.collect(plan)
         self.counters.count_collection(report)
         return report
+
+    # Checking.
+
+    async def verify(
+        self, *, full: bool = False, repair: bool = False, sources: Sequence[RepairSource] = ()
+    ) -> FsckReport:
+        """Prove every narinfo, object and reference, and repair what is broken if asked to; see `fsck`.
+
+        Raises:
+            ObjectStoreError: the store does not answer; nothing more is judged.
+        """
+        return await Fsck(self._catalog, self.signer).run(full=full, repair=repair, sources=sources)
+
+    async def resign(self) -> ResignReport:
+        """Sign everything with the present keys, and with no other; see `resigning`."""
+        return await resign(self._catalog, self.signer)

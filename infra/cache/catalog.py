@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache.errors import ClosureTooLargeError
-from infra.cache.metadata import Database, conflicts, paths, reading, refs, slices
+from infra.cache.metadata import Database, paths, reading, refs, slices
 from infra.cache.objects import LocalObjectStore, ObjectStore
 from infra.nix.errors import FormatError
 from infra.nix.store_path import HASH_PART_LENGTH, StoreDir
@@ -31,6 +31,8 @@ NARINFOS_IN_MEMORY = 8192
 RECENT_S = 60.0
 #: Paths of one closure, in the question and in the answer.
 MAX_CLOSURE = 100_000
+#: Paths whose use is remembered until it is written down.
+USED_IN_MEMORY = 50_000
 #: Files whose presence is looked at without leaving the event loop; about 2 us each.
 LOOK_INLINE = 64
 
@@ -58,16 +60,6 @@ class Row:
         return self.base_name[:HASH_PART_LENGTH]
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """Sums over everything published; an object that serves two paths counts once in `file_bytes`."""
-
-    paths: int
-    nar_bytes: int
-    file_bytes: int
-    conflicts: int
-
-
 _ROW_COLUMNS = (
     paths.c.serial,
     paths.c.store_path,
@@ -92,6 +84,8 @@ class Catalog:
         self.now = now
         #: Hash part or URL -> (row, when it was read), oldest use first, at most twice NARINFOS_IN_MEMORY.
         self._recent: OrderedDict[str, tuple[Row, float]] = OrderedDict()
+        #: Hash parts asked for since `take_used`, at most USED_IN_MEMORY.
+        self._used: set[str] = set()
         #: Calls of `forget`: what was read before one may be out of date after it.
         self._forgotten = 0
 
@@ -108,7 +102,10 @@ class Catalog:
         if len(hash_part) != HASH_PART_LENGTH:
             return None
         row = await self._find(hash_part, paths.c.hash_part)
-        return None if row is None or row.tombstoned_at is not None else row.narinfo
+        if row is None or row.tombstoned_at is not None:
+            return None
+        self._note_use(hash_part)
+        return row.narinfo
 
     def narinfo_in_memory(self, hash_part: str) -> bytes | None:
         """See `Cache.narinfo_in_memory`."""
@@ -116,7 +113,17 @@ class Catalog:
         if row is None or abs(self.now() - read_at) >= RECENT_S or not self.is_intact(row):
             return None
         self._recent.move_to_end(hash_part)
+        self._note_use(hash_part)
         return row.narinfo
+
+    def take_used(self) -> set[str]:
+        """Return the hash parts that were asked for since the last call, some of them where there were too many."""
+        used, self._used = self._used, set()
+        return used
+
+    def _note_use(self, hash_part: str) -> None:
+        if len(self._used) < USED_IN_MEMORY:
+            self._used.add(hash_part)
 
     async def object_size(self, url: str) -> int | None:
         """See `Cache.object_size`."""
@@ -139,19 +146,6 @@ class Catalog:
         present = {row.store_path for row in await self.fetchable(rows)}
         missing = (asked | {row.store_path for row in rows}) - present
         return [row.narinfo for row in rows if row.store_path in present], sorted(missing)
-
-    async def stats(self) -> Stats:
-        """See `Cache.stats`."""
-        objects = sa.select(paths.c.url, sa.func.max(paths.c.file_size).label("size")).group_by(paths.c.url).subquery()
-        visible = paths.c.tombstoned_at.is_(None)
-        question = sa.select(
-            sa.select(sa.func.count()).select_from(paths).where(visible).scalar_subquery(),
-            sa.select(sa.func.coalesce(sa.func.sum(paths.c.nar_size), 0)).where(visible).scalar_subquery(),
-            sa.select(sa.func.coalesce(sa.func.sum(objects.c.size), 0)).scalar_subquery(),
-            sa.select(sa.func.count()).select_from(conflicts).scalar_subquery(),
-        )
-        async with reading(self.database) as connection:
-            return Stats(*(int(value) for value in (await connection.execute(question)).one()))
 
     def forget(self, rows: Iterable[tuple[str, str]]) -> None:
         """Forget rows that were tombstoned, deleted or repaired: their hash parts and URLs."""

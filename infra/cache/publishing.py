@@ -173,7 +173,7 @@ class Publisher:
             outcome = _against(candidate, row)
             if isinstance(outcome, AlreadyPublished) and candidate.base_name not in present:
                 if candidate.store_path in sealed:
-                    await self._repair(connection, candidate, row)
+                    await _point(self._catalog, connection, candidate, row)
                     present[candidate.base_name] = row.serial
                 else:
                     outcome = _vanished(candidate)
@@ -230,29 +230,6 @@ class Publisher:
         if edges:
             await connection.execute(refs.insert(), edges)
 
-    async def _repair(self, connection: AsyncConnection, candidate: Candidate, row: Row) -> None:
-        """Point a path whose object was lost at another object with the same NAR; its signature covers no URL."""
-        known = narinfo_format.parse(row.narinfo, self._catalog.store_dir)
-        repaired = replace(
-            known,
-            url=candidate.url,
-            compression=candidate.compression,
-            file_hash=candidate.file_hash,
-            file_size=candidate.file_size,
-        )
-        await connection.execute(
-            paths.update()
-            .where(paths.c.serial == row.serial)
-            .values(
-                url=candidate.url,
-                compression=candidate.compression,
-                file_hash=candidate.file_hash,
-                file_size=candidate.file_size,
-                narinfo=repaired.render(),
-            )
-        )
-        self._catalog.forget([(row.hash_part, row.url)])
-
     async def _record_conflict(self, connection: AsyncConnection, candidate: Candidate, row: Row) -> None:
         same = (conflicts.c.serial == row.serial) & (conflicts.c.nar_hash == candidate.nar_hash)
         counted = await connection.execute(conflicts.update().where(same).values(times=conflicts.c.times + 1))
@@ -270,6 +247,41 @@ class Publisher:
                 times=1,
             )
         )
+
+
+async def repoint(catalog: Catalog, candidate: Candidate) -> bool:
+    """Point a path at another object with the same NAR, which the caller has verified; False if it cannot be."""
+    async with writing(catalog.database) as connection:
+        row = (await catalog.rows(connection, [candidate.hash_part])).get(candidate.hash_part)
+        gone = await deleted(connection, [candidate.url])
+        if row is None or row.nar_hash != candidate.nar_hash or None in gone.values():
+            return False
+        await _point(catalog, connection, candidate, row)
+        return True
+
+
+async def _point(catalog: Catalog, connection: AsyncConnection, candidate: Candidate, row: Row) -> None:
+    """Point a path whose object was lost at another object with the same NAR; its signature covers no URL."""
+    known = narinfo_format.parse(row.narinfo, catalog.store_dir)
+    repaired = replace(
+        known,
+        url=candidate.url,
+        compression=candidate.compression,
+        file_hash=candidate.file_hash,
+        file_size=candidate.file_size,
+    )
+    await connection.execute(
+        paths.update()
+        .where(paths.c.serial == row.serial)
+        .values(
+            url=candidate.url,
+            compression=candidate.compression,
+            file_hash=candidate.file_hash,
+            file_size=candidate.file_size,
+            narinfo=repaired.render(),
+        )
+    )
+    catalog.forget([(row.hash_part, row.url)])
 
 
 def _against(candidate: Candidate, row: Row) -> PublishOutcome:

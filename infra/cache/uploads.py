@@ -19,8 +19,9 @@ import errno
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterable, AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -32,7 +33,7 @@ from infra.cache.compression import COMPRESSION, nar_key
 from infra.cache.direct import DirectUploads, staged_key
 from infra.cache.errors import CacheError, ObjectMissingError, ObjectStoreError
 from infra.cache.objects import INCOMING, LocalObjectStore
-from infra.cache.upload import BLOCK_BYTES
+from infra.cache.upload import BLOCK_BYTES, upload_nar
 from infra.cache.upload_wire import (
     SINGLE_BYTES,
     UPLOAD_TTL_S,
@@ -50,8 +51,10 @@ from infra.cache.upload_wire import (
     most_bytes,
     part_bytes,
 )
+from infra.cache.upstream import Upstream
 from infra.nix.errors import FormatError
 from infra.nix.hashing import sha256_text
+from infra.nix.store_path import HASH_PART_LENGTH
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -130,8 +133,16 @@ class _Upload:
     sender: Sender
     claims: dict[str, PathClaim]
     expires_at: float
+    #: Paths that need not be sent because an upstream has them.
+    elsewhere: Mapping[str, Upstream]
     #: Path -> key and id of its multipart upload.
     multiparts: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+#: NARs that are had from upstreams at one time, for one sender.
+PULLING: Final = 4
+#: The kind of the roots that pushes are.
+PUSH: Final = "push"
 
 
 @dataclass(slots=True)
@@ -154,14 +165,27 @@ class Uploads:
     """The uploads into one cache; belongs to one event loop. `run` must run beside it."""
 
     def __init__(
-        self, cache: Cache, spool: Path, now: Callable[[], float], *, direct: DirectUploads | None = None
+        self,
+        cache: Cache,
+        spool: Path,
+        now: Callable[[], float],
+        *,
+        direct: DirectUploads | None = None,
+        expiry: Callable[[float], float | None] = lambda _now: None,
+        upstreams: Sequence[Upstream] = (),
     ) -> None:
-        """`spool` is used where the cache's store is no directory; `direct` makes senders go to the store itself."""
+        """Take uploads into `cache`.
+
+        `spool` is used where the cache's store is no directory; `direct` makes senders go to the store itself. What a
+        sender publishes is a root until `expiry(now)`, None for ever. What an upstream has need not be sent.
+        """
         self._cache = cache
         own = cache.objects.local_path(INCOMING)
         self._spool = own or spool
         self._now = now
         self._direct = direct
+        self._expiry = expiry
+        self._upstreams = tuple(upstreams)
         self._open: dict[str, _Upload] = {}
         self._running: dict[str, _Running] = {}
         #: One writer of a slot at a time; entries go with their last user.
@@ -203,16 +227,61 @@ class Uploads:
             raise TooManyUploadsError("as many uploads are under way as this coordinator takes; try again later")
         name = secrets.token_hex(16)
         full = {self._full(path): path for path in claims}
-        missing = {full[path] for path in await self._cache.missing(full)}
+        missing = {full[path] for path in await self._cache.lease(_lease(name), full, UPLOAD_TTL_S)}
+        elsewhere = await self._elsewhere(missing, claims) if sender.publishes else {}
         # What a worker built is compared with what was published before, so that is always sent.
-        send = claims.keys() if not sender.publishes else [path for path in claims if path in missing]
-        self._open[name] = _Upload(sender, claims, self._now() + UPLOAD_TTL_S)
+        send = (
+            claims.keys()
+            if not sender.publishes
+            else [path for path in claims if path in missing and path not in elsewhere]
+        )
+        self._open[name] = _Upload(sender, claims, self._now() + UPLOAD_TTL_S, elsewhere)
         return Begun(
             id=name,
             how=SendRoute.RELAY if self._direct is None else SendRoute.DIRECT,
             send=tuple(send),
-            present=tuple(path for path in claims if path not in missing),
+            present=tuple(path for path in claims if path not in missing or path in elsewhere),
         )
+
+    async def _elsewhere(self, missing: AbstractSet[str], claims: Mapping[str, PathClaim]) -> dict[str, Upstream]:
+        """Return those missing paths that an upstream has with the same bits, and which one."""
+        found: dict[str, Upstream] = {}
+        for upstream in self._upstreams:
+            asked = {path[:HASH_PART_LENGTH]: path for path in missing if path not in found}
+            for part, info in (await upstream.narinfos(asked)).items():
+                path = asked[part]
+                if (info.store_path, info.nar_hash) == (self._full(path), claims[path].nar_hash):
+                    found[path] = upstream
+        return found
+
+    async def _pull(self, upload: _Upload) -> list[Candidate]:
+        """Have from upstreams what the sender need not send: a path is published only with all that it refers to."""
+        pulled: list[Candidate] = []
+        turns = asyncio.Semaphore(PULLING)
+
+        async def pull(claim: PathClaim, upstream: Upstream) -> None:
+            path = self._full(claim.path)
+            async with turns:
+                part = claim.path[:HASH_PART_LENGTH]
+                info = (await upstream.narinfos([part])).get(part)
+                chunks = None if info is None or info.nar_hash != claim.nar_hash else await upstream.nar(info)
+                if chunks is None:
+                    return
+                try:
+                    async with aclosing(chunks):
+                        stored = await upload_nar(self._cache.objects, chunks)
+                except CacheError as error:
+                    # What refers to it is refused for that, and the sender told; the next try may send it.
+                    _log.warning("%s was not had from %s: %s", path, upstream.url, error)
+                    return
+            pulled.append(Candidate.of_upload(path, stored, claim.references, deriver=claim.deriver, ca=claim.ca))
+
+        absent = await self._cache.missing(self._full(path) for path in upload.elsewhere)
+        async with asyncio.TaskGroup() as tasks:
+            for path, upstream in upload.elsewhere.items():
+                if self._full(path) in absent:
+                    tasks.create_task(pull(upload.claims[path], upstream))
+        return pulled
 
     def _check_name(self, sender: Sender, name: str) -> None:
         if sender.paths is not None and name not in sender.paths:
@@ -224,12 +293,15 @@ class Uploads:
 
     async def renew(self, sender: Sender, name: str) -> None:
         """Keep the upload for another while. Raises `UnknownUploadError`."""
-        self._find(sender, name)
+        upload = self._find(sender, name)
+        if not await self._cache.renew(_lease(name), UPLOAD_TTL_S):
+            await self._cache.lease(_lease(name), map(self._full, upload.claims), UPLOAD_TTL_S)
 
     async def end(self, sender: Sender, name: str) -> None:
         """Give the upload up, with what it began in the store. Raises `UnknownUploadError`, `ObjectStoreError`."""
         upload = self._find(sender, name)
         del self._open[name]
+        await self._cache.release(_lease(name))
         if self._direct is not None:
             for key, multipart in upload.multiparts.values():
                 await self._direct.abort(key, multipart)
@@ -381,7 +453,10 @@ class Uploads:
                 if placed[claim.path].status is SendStatus.STORED
             ]
             candidates = [self._candidate(claim, sent, placed[claim.path].url) for claim, sent in stored]
-            outcomes = await self._cache.publish(candidates)
+            named = [self._full(path) for path in upload.claims]
+            await self._cache.keep(PUSH, name, named, self._expiry(self._now()))
+            pulled = await self._pull(upload)
+            outcomes = (await self._cache.publish([*pulled, *candidates]))[len(pulled) :]
             for (claim, _), outcome in zip(stored, outcomes, strict=True):
                 placed[claim.path] = _verdict(claim.path, outcome, placed[claim.path].url)
         return Committed(verdicts=tuple(placed[claim.path] for claim in claims))
@@ -485,6 +560,10 @@ class Uploads:
             turn.users -= 1
             if not turn.users:
                 del self._turns[slot]
+
+
+def _lease(name: str) -> str:
+    return f"upload-{name}"
 
 
 def _slot(sender: Sender, claim: PathClaim) -> str:

@@ -14,11 +14,13 @@ from hashlib import sha256
 from pathlib import Path
 
 import aiohttp
+import orjson
 import pytest
 import zstandard
 from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from yarl import URL
 
 from coordinator.caches import OpenCache
 from coordinator.config import CacheSettings
@@ -28,6 +30,7 @@ from coordinator.http.cache import add_cache_routes
 from infra.cache import Cache
 from infra.cache.spool import QUICK_OBJECT_BYTES
 from infra.nix.hashing import sha256_text
+from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.narinfo import NarInfo
 from tests.support.cache import base_name, open_cache, secret_key, store_path
 
@@ -164,7 +167,7 @@ async def test_other_bits_for_a_published_path_are_a_conflict_and_change_nothing
     assert (status, "other bits" in sentence) == (409, True)
     async with served.http.get(f"{served.url}/{first.narinfo_address}") as answer:
         assert first.info.nar_hash in await answer.text()
-    assert (await served.cache.stats()).conflicts == 1
+    assert (await served.cache.info()).conflicts == 1
 
 
 async def test_two_uploads_of_one_path_at_once_are_one(served: Writable) -> None:
@@ -429,3 +432,51 @@ async def test_nix_without_the_token_is_told_so_at_once(served: Writable, client
     assert "401" in err
     assert await served.cache.missing([client.first]) == {client.first}
     assert served.left_behind() == []
+
+
+async def test_realisations_are_signed_and_answered_in_both_layouts(served: Writable) -> None:
+    upload = upload_of(A, b"built")
+    by_hash = f"realisations/sha256:{'a' * 64}!out.doi"
+    by_drv = f"build-trace-v2/{base_name(store_path('built.drv'))}/out.doi"
+    value = {"outPath": base_name(A), "signatures": []}
+    old = {**value, "id": f"sha256:{'a' * 64}!out", "dependentRealisations": {}}
+    bodies = {by_hash: orjson.dumps(old), by_drv: orjson.dumps(value)}
+    for address, body in bodies.items():
+        assert (await served.put(address, body))[0] == 422
+    await send(served, upload)
+    for address, body in bodies.items():
+        assert [await served.put(address, body) for _ in range(2)] == [(200, "")] * 2
+        for asked in (address, address.replace("!", "%21")):
+            async with served.http.get(URL(f"{served.url}/{asked}", encoded=True)) as answer:
+                assert answer.status == 200
+                told = orjson.loads(await answer.read())
+                assert told["outPath"] == base_name(A)
+                assert len(told["signatures"]) == 1
+    await send(served, upload_of(B, b"other"))
+    assert (await served.put(by_hash, orjson.dumps({**old, "outPath": base_name(B)})))[0] == 409
+    for bad in (b"", b"{}", b"[1]", orjson.dumps({**old, "id": "sha256:0!out"})):
+        assert (await served.put(by_hash, bad))[0] == 400
+    for nowhere in ("realisations/x.doi", "build-trace-v2/x/out.doi", f"realisations/sha256:{'b' * 64}!out.doi"):
+        assert await served.status(nowhere) == 404
+
+
+async def test_the_files_of_a_nar_are_listed(served: Writable) -> None:
+    nar = b"".join(write_events([NarFile(b"", True, 5), NarData(b"hello")]))
+    upload = upload_of(A, nar)
+    await send(served, upload)
+    async with served.http.get(f"{served.url}/{base_name(A)[:32]}.ls") as answer:
+        listing = orjson.loads(await answer.read())
+    assert listing == {
+        "version": 1,
+        "root": {"type": "regular", "size": 5, "executable": True, "narOffset": nar.index(b"hello")},
+    }
+    await send(served, upload_of(B, b"no archive"))
+    for path in (B, store_path("absent")):
+        assert await served.status(f"{base_name(path)[:32]}.ls", "GET") == 404
+
+
+async def test_what_is_uploaded_is_kept_for_the_retention(served: Writable) -> None:
+    await send(served, upload_of(A, b"kept"))
+    (root,) = await served.cache.roots()
+    assert (root.kind, root.name, root.paths) == ("put", base_name(A), 1)
+    assert root.expires_at is not None

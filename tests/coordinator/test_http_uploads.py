@@ -156,7 +156,7 @@ async def test_other_bits_for_a_published_path_are_a_conflict_and_the_first_stay
     result = await site.client().upload_all([other.claim], opener(other), parallel=1)
     assert result.present == (other.claim.path,)
     assert await site.nar(first.claim.path) == first.nar
-    assert (await cache.stats()).paths == 1
+    assert (await cache.info()).paths == 1
 
 
 async def until(condition: Callable[[], bool]) -> None:

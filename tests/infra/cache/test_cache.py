@@ -71,8 +71,8 @@ async def test_what_is_published_is_answered_signed_by_every_key(tmp_path: Path)
         assert replace(info, sigs=()) == claim.narinfo()
         fingerprint = info.fingerprint(STORE_DIR)
         assert [any(key.verify(fingerprint, sig) for sig in info.sigs) for key in cache.public_keys] == [True, True]
-        stats = await cache.stats()
-        assert (stats.paths, stats.nar_bytes, stats.conflicts) == (2, len(B) + 8, 0)
+        sums = await cache.info()
+        assert (sums.paths, sums.nar_bytes, sums.conflicts) == (2, len(B) + 8, 0)
     async with open_cache(tmp_path) as reopened:
         assert await visible(reopened, A)
 
@@ -86,7 +86,7 @@ async def test_published_again_is_no_change_and_other_bits_are_a_recorded_confli
     for _ in range(2):
         assert await cache.publish([other]) == [Conflict(A, first.nar_hash, other.nar_hash)]
     assert await cache.narinfo(first.hash_part) == text
-    assert (await cache.stats()).conflicts == 1
+    assert (await cache.info()).conflicts == 1
 
 
 async def test_a_conflict_is_recorded_only_of_bits_that_exist(cache: Cache) -> None:
@@ -94,7 +94,7 @@ async def test_a_conflict_is_recorded_only_of_bits_that_exist(cache: Cache) -> N
     await cache.publish([claim])
     (outcome,) = await cache.publish([replace(claim, nar_hash=OTHER)])
     assert reason(outcome) is RejectReason.CORRUPT
-    assert (await cache.stats()).conflicts == 0
+    assert (await cache.info()).conflicts == 0
 
 
 async def test_two_publishes_of_one_path_at_once_have_one_winner(cache: Cache) -> None:

@@ -62,7 +62,7 @@ async def test_what_a_root_names_stays_with_all_that_it_refers_to(cache: Cache) 
     assert await visible(cache, A, B, C, D) == [True, True, False, False]
     report = await cache.collect(AT_ONCE)
     assert (report.deleted_paths, report.deleted_objects) == (2, 2)
-    assert (await cache.stats()).paths == 2
+    assert (await cache.info()).paths == 2
     assert await cache.unpin("release")
     assert not await cache.unpin("release")
     assert (await cache.collect(AT_ONCE)).tombstoned == 2
@@ -194,7 +194,7 @@ async def test_bits_that_lost_go_with_the_path_that_they_were_offered_for(cache:
     await cache.unpin("a")
     await cache.collect(AT_ONCE)
     report = await cache.collect(AT_ONCE)
-    assert (report.deleted_objects, (await cache.stats()).conflicts) == (2, 0)
+    assert (report.deleted_objects, (await cache.info()).conflicts) == (2, 0)
 
 
 async def test_objects_and_leftovers_that_nobody_names_are_swept_when_they_are_old(cache: Cache, clock: Clock) -> None:

@@ -1,0 +1,190 @@
+"""The API behind `drover cache …`: what a cache holds and keeps, collecting, checking, signing anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from aiohttp import web
+
+from coordinator.errors import BadRequestError, NotFoundError
+from coordinator.housekeeping import Housekeeper
+from coordinator.http.answers import answer, answer_list, read_body
+from coordinator.schema import (
+    CacheRootView,
+    CacheView,
+    CollectRequest,
+    CollectView,
+    FaultView,
+    KeeperView,
+    PinRequest,
+    ResignView,
+    VerifyRequest,
+    VerifyView,
+    WhyView,
+)
+from infra.cache import Cache
+from infra.nix.errors import FormatError
+from infra.nix.store_path import HASH_PART_LENGTH
+
+_BASE: Final = "/api/v1/caches/{cache}"
+#: What a pin may be called.
+_PIN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
+
+
+class CachingApi:
+    """The handlers, over the housekeepers of all caches by name."""
+
+    def __init__(self, housekeepers: Mapping[str, Housekeeper]) -> None:
+        self._housekeepers = housekeepers
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return the route table."""
+        return [
+            web.get(_BASE, self.info),
+            web.get(f"{_BASE}/roots", self.roots),
+            web.get(f"{_BASE}/why", self.why),
+            web.put(f"{_BASE}/pins/{{pin}}", self.pin),
+            web.delete(f"{_BASE}/pins/{{pin}}", self.unpin),
+            web.post(f"{_BASE}/collect", self.collect),
+            web.post(f"{_BASE}/verify", self.verify),
+            web.post(f"{_BASE}/resign", self.resign),
+        ]
+
+    async def info(self, request: web.Request) -> web.Response:
+        """Show what is stored."""
+        name, cache = self._cache(request)
+        info = await cache.info()
+        return answer(
+            CacheView(
+                name=name,
+                paths=info.paths,
+                tombstoned=info.tombstoned,
+                nar_bytes=info.nar_bytes,
+                file_bytes=info.file_bytes,
+                saved_bytes=info.saved_bytes,
+                realisations=info.realisations,
+                conflicts=info.conflicts,
+                leases=info.leases,
+                roots=dict(info.roots),
+                public_keys=tuple(str(key) for key in cache.public_keys),
+            )
+        )
+
+    async def roots(self, request: web.Request) -> web.Response:
+        """List roots."""
+        _, cache = self._cache(request)
+        return answer_list(
+            [
+                CacheRootView(
+                    kind=root.kind,
+                    name=root.name,
+                    paths=root.paths,
+                    created_at=root.created_at,
+                    expires_at=root.expires_at or 0.0,
+                    used_at=root.used_at or 0.0,
+                )
+                for root in await cache.roots()
+            ]
+        )
+
+    async def why(self, request: web.Request) -> web.Response:
+        """Show what keeps a path."""
+        _, cache = self._cache(request)
+        path = _store_path(cache, request.query.get("path", ""))
+        published = await cache.narinfo(path.rpartition("/")[2][:HASH_PART_LENGTH]) is not None
+        keepers = tuple(
+            KeeperView(kind=keeper.kind, name=keeper.name, expires_at=keeper.expires_at or 0.0, chain=keeper.chain)
+            for keeper in await cache.why(path)
+        )
+        return answer(WhyView(path=path, published=published, keepers=keepers))
+
+    async def pin(self, request: web.Request) -> web.Response:
+        """Keep paths under a name."""
+        _, cache = self._cache(request)
+        wish = await read_body(request, PinRequest)
+        paths = [_store_path(cache, path) for path in wish.paths]
+        await cache.pin(_pin_name(request), paths, wish.expires_at or None)
+        return web.Response(status=204)
+
+    async def unpin(self, request: web.Request) -> web.Response:
+        """Forget a pin."""
+        name, cache = self._cache(request)
+        pin = _pin_name(request)
+        if not await cache.unpin(pin):
+            raise NotFoundError(f"nothing is pinned as {pin} in the cache {name}; `drover cache roots` lists the pins.")
+        return web.Response(status=204)
+
+    async def collect(self, request: web.Request) -> web.Response:
+        """Collect garbage."""
+        wish = await read_body(request, CollectRequest)
+        report = await self._housekeeper(request).collect(dry_run=wish.dry_run)
+        return answer(
+            CollectView(
+                dry_run=wish.dry_run,
+                reachable=report.reachable,
+                tombstoned=report.tombstoned,
+                deleted_paths=report.deleted_paths,
+                deleted_objects=report.deleted_objects,
+                deleted_bytes=report.deleted_bytes,
+                orphans=report.orphans,
+                expired_roots=report.expired_roots,
+                phase_seconds=dict(report.phase_seconds),
+            )
+        )
+
+    async def verify(self, request: web.Request) -> web.Response:
+        """Check every path, and repair what can be."""
+        wish = await read_body(request, VerifyRequest)
+        report = await self._housekeeper(request).verify(full=wish.full, repair=wish.repair)
+        faults = tuple(FaultView(path=each.path, fault=each.fault, outcome=each.outcome) for each in report.faults)
+        return answer(
+            VerifyView(
+                checked=report.checked,
+                broken=report.broken,
+                repaired=report.repaired,
+                hidden=report.hidden,
+                faults=faults,
+                seconds=report.seconds,
+            )
+        )
+
+    async def resign(self, request: web.Request) -> web.Response:
+        """Sign everything with the present keys."""
+        _, cache = self._cache(request)
+        report = await self._housekeeper(request).resign()
+        return answer(
+            ResignView(
+                narinfos=report.narinfos,
+                realisations=report.realisations,
+                public_keys=tuple(str(key) for key in cache.public_keys),
+            )
+        )
+
+    def _cache(self, request: web.Request) -> tuple[str, Cache]:
+        return request.match_info["cache"], self._housekeeper(request).cache
+
+    def _housekeeper(self, request: web.Request) -> Housekeeper:
+        name = request.match_info["cache"]
+        found = self._housekeepers.get(name)
+        if found is None:
+            raise NotFoundError(f"there is no cache {name[:80]!r}; there are {', '.join(self._housekeepers)}.")
+        return found
+
+
+def _pin_name(request: web.Request) -> str:
+    name = request.match_info["pin"]
+    if _PIN.fullmatch(name) is None:
+        raise BadRequestError("a pin is called by letters, digits and ._+=- and at most 128 characters.")
+    return name
+
+
+def _store_path(cache: Cache, text: str) -> str:
+    """Return the full store path that a full path or a base name stands for."""
+    path = text if text.startswith("/") else f"{cache.store_dir.path}/{text}"
+    try:
+        cache.store_dir.parse(path)
+    except FormatError as error:
+        raise BadRequestError(f"{text[:200]!r} is no store path: {error.message}.") from None
+    return path

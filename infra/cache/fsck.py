@@ -1,0 +1,245 @@
+"""Proving a cache: every narinfo leads to its object, the object to its NAR, the path to its references.
+
+In order of publication, in batches, each path that can be asked for is held against
+
+    its object        there, with its size; with `full` read whole: file hash, NAR hash, NAR size
+    its references    all there, none tombstoned
+    its signature     one at least by a present key
+
+and `repair` mends what it finds: an object is had again from one of the `RepairSource`s, with the very same NAR hash,
+and the path points at it from then on; a signature is made anew. What cannot be had is taken out of the cache with all
+that refers to it, so that clients get a clean 404 and the farm builds it again; their objects become orphans, which a
+collection sweeps after its grace. Nothing is taken out because a store failed to answer: that ends verification.
+
+Memory is bounded by a batch. Paths that go meanwhile are no fault.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
+
+import sqlalchemy as sa
+
+from infra.cache.candidates import Candidate
+from infra.cache.catalog import Catalog
+from infra.cache.errors import CacheError, CorruptNarError, ObjectMissingError
+from infra.cache.metadata import conflicts, paths, reading, realisations, refs, slices, writing
+from infra.cache.publishing import repoint
+from infra.cache.signer import Signer
+from infra.cache.upload import upload_nar
+from infra.cache.verify import verify_nar
+from infra.nix import narinfo as narinfo_format
+from infra.nix.narinfo import NarInfo
+
+#: Paths that are looked at together, and objects at one time.
+BATCH: Final = 200
+CONCURRENCY: Final = 4
+#: Faults that a report names; all are counted.
+MAX_FAULTS: Final = 500
+
+
+class RepairSource(Protocol):
+    """Something that may have a NAR which the cache has lost."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in reports."""
+
+    async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None] | None:
+        """Return the NAR with this very hash, checked by its end, None if it is not here. Raises `CacheError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A path (full store path) that is not as promised, in one clause, and what was done about it."""
+
+    path: str
+    fault: str
+    outcome: str
+
+
+@dataclass(slots=True)
+class FsckReport:
+    """What was found. `broken` counts paths; each is repaired, hidden or (without `repair`) left as it is.
+
+    `hidden` counts only broken paths; whole ones that went with them, because they refer to them, are `dragged`.
+    """
+
+    checked: int = 0
+    broken: int = 0
+    repaired: int = 0
+    hidden: int = 0
+    dragged: int = 0
+    faults: tuple[Fault, ...] = ()
+    seconds: float = 0.0
+
+    def add(self, fault: Fault) -> None:
+        """Name a fault, unless there are too many."""
+        if len(self.faults) < MAX_FAULTS:
+            self.faults = (*self.faults, fault)
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A row and what is wrong with it, "" for nothing."""
+
+    serial: int
+    hash_part: str
+    info: NarInfo
+    lost_object: str = ""
+    missing_reference: str = ""
+    unsigned: bool = False
+
+    @property
+    def fault(self) -> str:
+        """The worst of it."""
+        return self.lost_object or self.missing_reference or ("no present key has signed it" if self.unsigned else "")
+
+
+class Fsck:
+    """Verifies one cache."""
+
+    def __init__(self, catalog: Catalog, signer: Signer) -> None:
+        self._catalog = catalog
+        self._signer = signer
+
+    async def run(self, *, full: bool, repair: bool, sources: Sequence[RepairSource]) -> FsckReport:
+        """See `Cache.verify`."""
+        began = time.perf_counter()
+        report = FsckReport()
+        last = 0
+        while True:
+            rows = await self._batch(last)
+            if not rows:
+                break
+            last = max(rows)
+            absent = await self._absent_references(list(rows))
+            slots = asyncio.Semaphore(CONCURRENCY)
+            checked = await asyncio.gather(
+                *(self._check(slots, serial, text, absent.get(serial, ""), full) for serial, text in rows.items())
+            )
+            report.checked += len(checked)
+            for found in checked:
+                if found.fault:
+                    report.broken += 1
+                    outcome = await self._mend(found, sources, report) if repair else "left as it is"
+                    report.add(Fault(found.info.store_path, found.fault, outcome))
+        report.seconds = time.perf_counter() - began
+        return report
+
+    async def _batch(self, after: int) -> dict[int, bytes]:
+        async with reading(self._catalog.database) as connection:
+            question = sa.select(paths.c.serial, paths.c.narinfo)
+            question = question.where(paths.c.serial > after, paths.c.tombstoned_at.is_(None))
+            rows = await connection.execute(question.order_by(paths.c.serial).limit(BATCH))
+            return {serial: bytes(text) for serial, text in rows}
+
+    async def _absent_references(self, serials: Sequence[int]) -> dict[int, str]:
+        """Return, for rows that refer to a tombstoned path, one such path; deleted rows have no referrers."""
+        async with reading(self._catalog.database) as connection:
+            question = sa.select(refs.c.referrer, paths.c.store_path).join(paths, paths.c.serial == refs.c.reference)
+            question = question.where(refs.c.referrer.in_(serials), paths.c.tombstoned_at.is_not(None))
+            return {row.referrer: row.store_path for row in await connection.execute(question)}
+
+    async def _check(self, slots: asyncio.Semaphore, serial: int, text: bytes, absent: str, full: bool) -> _Checked:
+        info = narinfo_format.parse(text, self._catalog.store_dir)
+        hash_part = info.store_path.rpartition("/")[2][:32]
+        async with slots:
+            lost = await self._object_fault(info, full)
+        return _Checked(
+            serial,
+            hash_part,
+            info,
+            lost,
+            f"it refers to {absent}, which is absent" if absent else "",
+            unsigned=not self._signer.has_signed(info.fingerprint(self._catalog.store_dir), info.sigs),
+        )
+
+    async def _object_fault(self, info: NarInfo, full: bool) -> str:
+        objects = self._catalog.objects
+        size = await objects.head(info.url)
+        if size is None:
+            return "its object is gone"
+        if size != info.file_size:
+            return f"its object has {size} bytes, not {info.file_size}"
+        if not full:
+            return ""
+        try:
+            await asyncio.to_thread(lambda: verify_nar(objects.open_blocking(info.url), info))
+        except ObjectMissingError:
+            return "its object is gone"
+        except CorruptNarError as error:
+            return error.reason
+        return ""
+
+    async def _mend(self, found: _Checked, sources: Sequence[RepairSource], report: FsckReport) -> str:
+        """Repair what can be, hide what cannot; returns what was done."""
+        how = []
+        if found.lost_object:
+            source = await self._fetch_again(found.info, sources)
+            if source is None:
+                return await self._hide(found, report)
+            how.append(f"fetched again from {source}")
+        if found.missing_reference:
+            return await self._hide(found, report)
+        if found.unsigned:
+            await self._sign(found)
+            how.append("signed anew")
+        report.repaired += 1
+        return " and ".join(how)
+
+    async def _fetch_again(self, info: NarInfo, sources: Sequence[RepairSource]) -> str | None:
+        """Store the NAR anew from the first source that has it; returns that one's name."""
+        for source in sources:
+            try:
+                chunks = await source.nar(info)
+                if chunks is None:
+                    continue
+                async with aclosing(chunks):
+                    uploaded = await upload_nar(self._catalog.objects, chunks)
+            except CacheError:
+                # This source cannot help; the next may. What it left is an orphan.
+                continue
+            if (uploaded.nar_hash, uploaded.nar_size) != (info.nar_hash, info.nar_size):
+                continue
+            claim = Candidate.of_upload(info.store_path, uploaded, info.references, deriver=info.deriver, ca=info.ca)
+            if await repoint(self._catalog, claim):
+                return source.name
+        return None
+
+    async def _sign(self, found: _Checked) -> None:
+        async with writing(self._catalog.database) as connection:
+            text = await connection.execute(sa.select(paths.c.narinfo).where(paths.c.serial == found.serial))
+            current = text.scalar_one_or_none()
+            if current is None:
+                return
+            info = narinfo_format.parse(current, self._catalog.store_dir)
+            signed = replace(info, sigs=self._signer.sign(info.fingerprint(self._catalog.store_dir))).render()
+            await connection.execute(paths.update().where(paths.c.serial == found.serial).values(narinfo=signed))
+        self._catalog.forget([(found.hash_part, info.url)])
+
+    async def _hide(self, found: _Checked, report: FsckReport) -> str:
+        """Take a path out of the cache with all that refers to it."""
+        async with writing(self._catalog.database) as connection:
+            reach = sa.select(paths.c.serial).where(paths.c.serial == found.serial).cte("reach", recursive=True)
+            reach = reach.union(sa.select(refs.c.referrer).join(reach, refs.c.reference == reach.c.serial))
+            question = sa.select(paths.c.serial, paths.c.hash_part, paths.c.url, paths.c.store_path)
+            rows = (await connection.execute(question.where(paths.c.serial.in_(sa.select(reach.c.serial))))).all()
+            serials = sorted((row.serial for row in rows), reverse=True)
+            for some in slices(serials):
+                named = [row.store_path for row in rows if row.serial in set(some)]
+                await connection.execute(realisations.delete().where(realisations.c.out_path.in_(named)))
+                await connection.execute(conflicts.delete().where(conflicts.c.serial.in_(some)))
+                await connection.execute(refs.delete().where(refs.c.referrer.in_(some)))
+            for some in slices(serials):
+                await connection.execute(paths.delete().where(paths.c.serial.in_(some)))
+        self._catalog.forget((row.hash_part, row.url) for row in rows)
+        report.hidden += 1
+        others = max(0, len(rows) - 1)
+        report.dragged += others
+        return f"hidden, with {others} paths that refer to it" if others else "hidden"

@@ -1,0 +1,234 @@
+"""Another binary cache that is trusted by its public keys: what it has with a valid signature, and its NARs.
+
+What an upstream has need not be uploaded here, and what broke here can be fetched from there. Only a narinfo of the
+path that was asked for, of the same store directory and signed by one of the keys counts; anything else is as if it
+were not there. An upstream that fails is left alone for REST_S and has nothing meanwhile: it is a convenience, and
+nobody must wait for it twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Final, Self
+from urllib.parse import urljoin, urlsplit
+
+import aiohttp
+
+from infra.cache.errors import CacheError, CorruptNarError, ObjectStoreError
+from infra.cache.verify import VerifiedNar
+from infra.nix import narinfo as narinfo_format
+from infra.nix.errors import FormatError
+from infra.nix.narinfo import NarInfo
+from infra.nix.signing import PublicKey
+from infra.nix.store_path import HASH_PART_LENGTH, StoreDir
+
+#: Requests to one upstream at one time.
+UPSTREAM_CONCURRENCY: Final = 16
+CONNECT_S: Final = 5.0
+#: For a narinfo, from question to answer.
+NARINFO_S: Final = 20.0
+#: A NAR may take as long as it likes, but not be silent for so long.
+SILENCE_S: Final = 60.0
+MAX_NARINFO_BYTES: Final = 8 * 1024 * 1024
+MAX_REDIRECTS: Final = 5
+#: Narinfos that are remembered, and for how long; that there is none, for less than a minute.
+REMEMBERED: Final = 20_000
+FOUND_S: Final = 3600.0
+NOT_FOUND_S: Final = 30.0
+#: How long an upstream that failed is not asked.
+REST_S: Final = 30.0
+#: Answers that mean "not here" (binary_cache 2.4).
+_ABSENT: Final = frozenset({403, 404, 410})
+
+
+class UpstreamError(CacheError):
+    """An upstream did not answer, or not as a binary cache does."""
+
+
+class Upstream:
+    """One upstream; a context manager, for the tasks of one event loop. `now` gives seconds that only rise."""
+
+    def __init__(
+        self, url: str, public_keys: Sequence[PublicKey], store_dir: StoreDir, now: Callable[[], float]
+    ) -> None:
+        if urlsplit(url).scheme not in {"http", "https"} or not urlsplit(url).hostname:
+            raise CacheError(f"an upstream cache is named by http:// or https://, not {url[:80]!r}")
+        if not public_keys:
+            raise CacheError(f"the upstream {url} needs a public key: nothing of it could be trusted")
+        self.url = url.rstrip("/")
+        self._keys = tuple(public_keys)
+        self._store_dir = store_dir
+        self._now = now
+        self._turns = asyncio.Semaphore(UPSTREAM_CONCURRENCY)
+        #: Hash part -> (what is there, until when that is believed), oldest first.
+        self._known: OrderedDict[str, tuple[NarInfo | None, float]] = OrderedDict()
+        self._rests_until = float("-inf")
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=UPSTREAM_CONCURRENCY),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=True,
+        )
+        return self
+
+    async def __aexit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in reports."""
+        return self.url
+
+    async def narinfos(self, hash_parts: Collection[str]) -> dict[str, NarInfo]:
+        """Return, by hash part, what the upstream has with a trusted signature; nothing while it fails."""
+        found: dict[str, NarInfo] = {}
+        unknown = []
+        now = self._now()
+        for hash_part in set(hash_parts):
+            info, until = self._known.get(hash_part, (None, float("-inf")))
+            if until <= now:
+                unknown.append(hash_part)
+            elif info is not None:
+                found[hash_part] = info
+        asking = iter(unknown)
+
+        async def ask() -> None:
+            for hash_part in asking:
+                info = await self._ask(hash_part)
+                if info is not None:
+                    found[hash_part] = info
+
+        # As many tasks as may be under way, not as many as there are questions.
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(UPSTREAM_CONCURRENCY, len(unknown))):
+                tasks.create_task(ask())
+        return found
+
+    async def present(self, store_paths: Collection[str]) -> set[str]:
+        """Return those of the full store paths that the upstream has with a trusted signature."""
+        asked = {path: path.rpartition("/")[2][:HASH_PART_LENGTH] for path in store_paths}
+        found = await self.narinfos(set(asked.values()))
+        return {path for path, part in asked.items() if part in found and found[part].store_path == path}
+
+    async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None] | None:
+        """Return the NAR of this path if the upstream has it with the same hash, else None.
+
+        The generator yields it in pieces and ends normally only if it was whole and right; close it if you leave it
+        early. It raises CorruptNarError or UpstreamError.
+        """
+        hash_part = info.store_path.rpartition("/")[2][:HASH_PART_LENGTH]
+        theirs = (await self.narinfos([hash_part])).get(hash_part)
+        if theirs is None or (theirs.store_path, theirs.nar_hash) != (info.store_path, info.nar_hash):
+            return None
+        return self._fetch(theirs)
+
+    async def _ask(self, hash_part: str) -> NarInfo | None:
+        async with self._turns:
+            if self._now() < self._rests_until:
+                return None
+            try:
+                text = await self._get_narinfo(hash_part)
+            except (aiohttp.ClientError, TimeoutError, UpstreamError):
+                self._rests_until = self._now() + REST_S
+                return None
+        info = None if text is None else self._trusted(text, hash_part)
+        self._known[hash_part] = (info, self._now() + (NOT_FOUND_S if info is None else FOUND_S))
+        self._known.move_to_end(hash_part)
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return info
+
+    async def _get_narinfo(self, hash_part: str) -> bytes | None:
+        timeout = aiohttp.ClientTimeout(total=NARINFO_S, sock_connect=CONNECT_S)
+        address = f"{self.url}/{hash_part}.narinfo"
+        async with self._opened().get(address, timeout=timeout, max_redirects=MAX_REDIRECTS) as response:
+            if response.status in _ABSENT:
+                return None
+            if response.status != 200:
+                raise UpstreamError(f"{self.url} answered {response.status}")
+            text = bytearray()
+            async for piece in response.content.iter_any():
+                text += piece
+                if len(text) > MAX_NARINFO_BYTES:
+                    raise UpstreamError(f"{self.url} sent a narinfo of more than {MAX_NARINFO_BYTES} bytes")
+            return bytes(text)
+
+    def _trusted(self, text: bytes, hash_part: str) -> NarInfo | None:
+        try:
+            info = narinfo_format.parse(text, self._store_dir)
+        except FormatError:
+            return None
+        if info.store_path.rpartition("/")[2][:HASH_PART_LENGTH] != hash_part:
+            return None
+        fingerprint = info.fingerprint(self._store_dir)
+        signed = any(key.verify(fingerprint, signature) for key in self._keys for signature in info.sigs)
+        return info if signed else None
+
+    async def _fetch(self, info: NarInfo) -> AsyncGenerator[bytes, None]:
+        address = urljoin(f"{self.url}/", info.url)
+        if urlsplit(address).scheme not in {"http", "https"}:
+            raise UpstreamError(f"{self.url} has {info.store_path} at an address that is not http")
+        try:
+            # As it is stored: a NAR with a content encoding could be larger than it says.
+            headers = {"Accept-Encoding": "identity"}
+            async with (
+                self._turns,
+                self._opened().get(address, headers=headers, max_redirects=MAX_REDIRECTS) as response,
+            ):
+                if response.status != 200:
+                    raise UpstreamError(f"{self.url} answered {response.status} for the NAR of {info.store_path}")
+                async for data in _verified(response, info):
+                    yield data
+        except (aiohttp.ClientError, TimeoutError, ObjectStoreError) as error:
+            reason = str(error).split("\n", 1)[0] or type(error).__name__
+            raise UpstreamError(f"{self.url} broke off the NAR of {info.store_path}: {reason}") from error
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise CacheError(f"the upstream {self.url} is used outside its context")
+        return self._session
+
+
+class _ResponseSource:
+    """A response's body for a thread that may block, while the event loop receives it."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._content = response.content
+        self._loop = asyncio.get_running_loop()
+
+    def read(self, size: int, /) -> bytes:
+        try:
+            return asyncio.run_coroutine_threadsafe(self._content.read(size), self._loop).result()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ObjectStoreError(str(error) or type(error).__name__) from error
+
+    def close(self) -> None:
+        """Nothing: the response closes itself."""
+
+
+async def _verified(response: aiohttp.ClientResponse, info: NarInfo) -> AsyncGenerator[bytes, None]:
+    reader = VerifiedNar(_ResponseSource(response), info)
+    work = asyncio.ensure_future(asyncio.to_thread(reader.read))
+    try:
+        while data := await work:
+            work = asyncio.ensure_future(asyncio.to_thread(reader.read))
+            yield data
+    finally:
+        if not work.done():
+            # A thread cannot be stopped, but what it waits for can be ended.
+            response.close()
+            await asyncio.wait([work])
+        if not work.cancelled():
+            with suppress(CorruptNarError, ObjectStoreError):
+                work.result()

@@ -1,0 +1,147 @@
+"""What a farm keeps, for how long, and what looking after a cache tells people."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import aiohttp
+import pytest
+
+from coordinator.client import RefusedError
+from coordinator.schema import PinRequest, SubmissionState
+from tests.coordinator.conftest import OpenFarm, TestFarm
+from tests.coordinator.test_farm import DIAMOND
+
+DAY_S = 86400.0
+
+
+@dataclass
+class MovableClock:
+    """The system's clock, and what the test adds to it."""
+
+    ahead_s: float = 0.0
+
+    def now(self) -> float:
+        return time.time() + self.ahead_s
+
+
+async def published(farm: TestFarm, path: str) -> bool:
+    url = f"{farm.coordinator.ready.cache_url}/{path.rpartition('/')[2][:32]}.narinfo"
+    async with aiohttp.ClientSession() as web, web.get(url) as answer:
+        return answer.status == 200
+
+
+async def outputs(farm: TestFarm, submission: str) -> dict[str, str]:
+    return {step.name: step.outputs["out"] for step in await farm.client.steps(submission)}
+
+
+async def test_what_a_submission_made_stays_for_its_retention_and_then_goes(open_farm: OpenFarm) -> None:
+    clock = MovableClock()
+    async with open_farm("one", clock=clock) as farm:
+        view = await farm.ended((await farm.submit(DIAMOND, "top")).id)
+        paths = await outputs(farm, view.id)
+        retention_s = farm.settings.cache.retention_days * DAY_S
+
+        clock.ahead_s = retention_s - DAY_S
+        kept = await farm.client.collect("default", dry_run=False)
+        assert (kept.tombstoned, kept.deleted_paths) == (0, 0)
+        assert all([await published(farm, path) for path in paths.values()])
+
+        clock.ahead_s = retention_s + DAY_S
+        wish = await farm.client.collect("default", dry_run=True)
+        assert wish.tombstoned == len(paths)
+        assert all([await published(farm, path) for path in paths.values()])
+
+        gone = await farm.client.collect("default", dry_run=False)
+        assert gone.tombstoned == len(paths)
+        assert not any([await published(farm, path) for path in paths.values()])
+
+        clock.ahead_s += 30 * DAY_S
+        deleted = await farm.client.collect("default", dry_run=False)
+        assert deleted.deleted_paths == len(paths)
+        assert deleted.deleted_objects > 0
+        info = await farm.client.cache("default")
+        assert (info.paths, info.file_bytes) == (0, 0)
+
+        again = await farm.ended((await farm.submit(DIAMOND, "top")).id)
+        assert (again.state, again.counts.done) == (SubmissionState.SUCCEEDED, len(paths))
+
+
+async def test_a_running_submission_loses_nothing_to_a_collection(open_farm: OpenFarm) -> None:
+    clock = MovableClock()
+    text = """
+      rec {
+        low = run "low" "echo low > $out";
+        slow = run "slow" "read x < ${low}; i=0; while [ $i -lt 99999 ]; do i=$((i+1)); done; :>$out";
+        top = run "top" "read x < ${low}; read y < ${slow}; echo $x > $out";
+      }
+    """
+    async with open_farm("one", clock=clock) as farm:
+        submitted = await farm.submit(text, "top")
+        low = (await outputs(farm, submitted.id))["low"]
+        await farm.until(lambda: farm.states(submitted.id)["low"].value == "done")
+        for _ in range(3):
+            clock.ahead_s += 1000 * DAY_S
+            await farm.client.collect("default", dry_run=False)
+        assert await published(farm, low)
+        assert (await farm.ended(submitted.id)).state is SubmissionState.SUCCEEDED
+
+
+async def test_a_pin_keeps_its_closure_and_why_says_so(open_farm: OpenFarm) -> None:
+    clock = MovableClock()
+    text = 'rec { low = run "low" "echo > $out"; top = run "top" "echo ${low} > $out"; }'
+    async with open_farm("one", clock=clock) as farm:
+        view = await farm.ended((await farm.submit(text, "top")).id)
+        paths = await outputs(farm, view.id)
+        await farm.client.pin("default", "release-1", PinRequest(paths=(paths["top"],)))
+        clock.ahead_s = 1000 * DAY_S
+        for _ in range(2):
+            await farm.client.collect("default", dry_run=False)
+            clock.ahead_s += 30 * DAY_S
+        assert await published(farm, paths["low"])
+        why = await farm.client.cache_why("default", paths["low"].rpartition("/")[2])
+        pin = next(keeper for keeper in why.keepers if keeper.kind == "pin")
+        assert (pin.name, pin.chain) == ("release-1", (paths["top"], paths["low"]))
+        assert [root.name for root in await farm.client.cache_roots("default") if root.kind == "pin"] == ["release-1"]
+
+        await farm.client.unpin("default", "release-1")
+        await farm.client.collect("default", dry_run=False)
+        assert not await published(farm, paths["low"])
+
+
+async def test_what_does_not_exist_or_is_no_path_is_said(open_farm: OpenFarm) -> None:
+    async with open_farm() as farm:
+        with pytest.raises(RefusedError, match="there is no cache 'other'; there are default"):
+            await farm.client.cache("other")
+        with pytest.raises(RefusedError, match="nothing is pinned as none"):
+            await farm.client.unpin("default", "none")
+        with pytest.raises(RefusedError, match="is no store path"):
+            await farm.client.pin("default", "x", PinRequest(paths=("/etc/passwd",)))
+        with pytest.raises(RefusedError, match="a pin is called by letters"):
+            await farm.client.pin("default", ".hidden", PinRequest(paths=("/nix/store/" + "0" * 32 + "-x",)))
+
+
+async def test_verification_finds_a_lost_object_and_says_what_became_of_it(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm:
+        view = await farm.ended((await farm.submit(DIAMOND, "top")).id)
+        whole = await farm.client.verify("default", full=True, repair=False)
+        assert (whole.checked, whole.broken) == (4, 0)
+        path = (await outputs(farm, view.id))["low"]
+        narinfo = await farm.coordinator.cache.narinfo(path.rpartition("/")[2][:32])
+        assert narinfo is not None
+        key = next(line[5:] for line in narinfo.decode().splitlines() if line.startswith("URL: "))
+        file = farm.coordinator.cache.objects.local_path(key)
+        assert file is not None
+        file.unlink()
+        found = await farm.client.verify("default", full=False, repair=False)
+        assert found.broken >= 1
+        assert path in {fault.path for fault in found.faults}
+
+
+async def test_signing_anew_with_the_same_keys_changes_nothing(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm:
+        view = await farm.ended((await farm.submit(DIAMOND, "top")).id)
+        report = await farm.client.resign("default")
+        assert (report.narinfos, report.public_keys) == (0, farm.coordinator.ready.public_keys)
+        assert all([await published(farm, path) for path in (await outputs(farm, view.id)).values()])

@@ -1,0 +1,185 @@
+"""An upstream counts for what it has with a trusted signature, and for nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import lzma
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from infra.cache import upstream as upstream_module
+from infra.cache.compression import nar_key
+from infra.cache.errors import CacheError, CorruptNarError
+from infra.cache.upstream import UPSTREAM_CONCURRENCY, Upstream, UpstreamError
+from infra.nix.hashing import sha256_text
+from infra.nix.narinfo import NarInfo
+from tests.support.cache import STORE_DIR, base_name, secret_key, store_path
+
+KEY = secret_key("upstream-1", 7)
+NAR = b"nar of a" * 300_000
+
+
+def signed(info: NarInfo) -> bytes:
+    return replace(info, sigs=(KEY.sign(info.fingerprint(STORE_DIR)),)).render()
+
+
+def narinfo_of(path: str, nar: bytes = NAR) -> tuple[NarInfo, bytes]:
+    packed = lzma.compress(nar, preset=0)
+    file_hash = sha256_text(sha256(packed).digest())
+    nar_hash = sha256_text(sha256(nar).digest())
+    return NarInfo(path, nar_key(file_hash, "xz"), "xz", file_hash, len(packed), nar_hash, len(nar)), packed
+
+
+@dataclass
+class Origin:
+    """A binary cache with a prefix, which counts what it is asked."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    status: int = 404
+    asked: list[str] = field(default_factory=list)
+    most_at_once: int = 0
+    url: str = ""
+    now: float = 0.0
+    _under_way: int = 0
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.asked.append(request.path)
+        self._under_way += 1
+        self.most_at_once = max(self.most_at_once, self._under_way)
+        await asyncio.sleep(0)
+        self._under_way -= 1
+        body = self.files.get(request.path.removeprefix("/prefix/"))
+        return web.Response(status=self.status) if body is None else web.Response(body=body)
+
+    def add(self, path: str, nar: bytes = NAR) -> NarInfo:
+        info, packed = narinfo_of(path, nar)
+        self.files[f"{base_name(path)[:32]}.narinfo"] = signed(info)
+        self.files[info.url] = packed
+        return info
+
+
+@pytest.fixture
+async def origin() -> AsyncIterator[Origin]:
+    made = Origin()
+    app = web.Application()
+    app.router.add_get("/{anything:.*}", made.answer)
+    async with TestServer(app) as server:
+        made.url = str(server.make_url("/prefix"))
+        yield made
+
+
+@pytest.fixture
+async def upstream(origin: Origin) -> AsyncGenerator[Upstream, None]:
+    async with Upstream(
+        f"{origin.url}/", [secret_key("old-1").public, KEY.public], STORE_DIR, lambda: origin.now
+    ) as made:
+        yield made
+
+
+A, B, C, D = (store_path(name) for name in "abcd")
+
+
+async def test_only_what_is_signed_by_a_trusted_key_for_that_very_path_is_there(
+    origin: Origin, upstream: Upstream
+) -> None:
+    info = origin.add(A)
+    other_key = replace(info, store_path=B, sigs=(secret_key("upstream-1", 8).sign(b""),)).render()
+    origin.files[f"{base_name(B)[:32]}.narinfo"] = other_key
+    origin.files[f"{base_name(C)[:32]}.narinfo"] = signed(info)
+    origin.files[f"{base_name(D)[:32]}.narinfo"] = signed(replace(info, store_path=D)).replace(
+        b"NarSize: 2", b"NarSize: 3"
+    )
+    assert await upstream.present([A, B, C, D]) == {A}
+    (found,) = (await upstream.narinfos([base_name(A)[:32]])).values()
+    assert replace(found, sigs=()) == info
+    # The hash part is right, the name is not.
+    assert await upstream.present([f"{A}-other"]) == set()
+
+
+async def test_answers_are_remembered_and_that_there_is_none_for_less_than_a_minute(
+    origin: Origin, upstream: Upstream
+) -> None:
+    origin.add(A)
+    for _ in range(2):
+        assert await upstream.present([A, B]) == {A}
+    assert len(origin.asked) == 2
+    origin.add(B)
+    origin.now += 59
+    assert await upstream.present([A, B]) == {A, B}
+    assert len(origin.asked) == 3
+    origin.now += upstream_module.FOUND_S
+    assert await upstream.present([A]) == {A}
+    assert len(origin.asked) == 4
+
+
+async def test_memory_and_requests_at_one_time_are_bounded(
+    origin: Origin, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream_module, "REMEMBERED", 10)
+    paths = [store_path(f"many-{number}") for number in range(100)]
+    assert await upstream.present(paths) == set()
+    assert len(origin.asked) == 100
+    assert origin.most_at_once <= UPSTREAM_CONCURRENCY
+    assert len(upstream._known) == 10
+
+
+async def test_an_upstream_that_fails_has_nothing_and_is_left_alone_for_a_while(
+    origin: Origin, upstream: Upstream
+) -> None:
+    origin.status = 503
+    assert await upstream.present([store_path(f"many-{number}") for number in range(100)]) == set()
+    assert len(origin.asked) <= UPSTREAM_CONCURRENCY
+    origin.add(A)
+    assert await upstream.present([A]) == set()
+    origin.now += upstream_module.REST_S
+    assert await upstream.present([A]) == {A}
+
+
+async def test_a_narinfo_without_end_is_not_read(
+    origin: Origin, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin.add(A)
+    monkeypatch.setattr(upstream_module, "MAX_NARINFO_BYTES", 100)
+    assert await upstream.present([A]) == set()
+
+
+async def test_a_nar_with_the_same_hash_is_fetched_verified(origin: Origin, upstream: Upstream) -> None:
+    info = origin.add(A)
+    stream = await upstream.nar(replace(info, url="ours", compression="zstd"))
+    assert stream is not None
+    assert b"".join([piece async for piece in stream]) == NAR
+    assert await upstream.nar(replace(info, nar_hash=sha256_text(sha256(b"other").digest()))) is None
+    assert await upstream.nar(narinfo_of(B)[0]) is None
+
+
+async def test_a_nar_that_is_wrong_lost_or_left_early_is_an_error_or_nothing(
+    origin: Origin, upstream: Upstream
+) -> None:
+    info = origin.add(A)
+    stream = await upstream.nar(info)
+    assert stream is not None
+    assert await anext(stream)
+    await stream.aclose()
+    origin.files[info.url] = lzma.compress(NAR[:-1] + b"x", preset=0)
+    stream = await upstream.nar(info)
+    assert stream is not None
+    with pytest.raises(CorruptNarError):
+        [piece async for piece in stream]
+    del origin.files[info.url]
+    stream = await upstream.nar(info)
+    assert stream is not None
+    with pytest.raises(UpstreamError, match="answered 404"):
+        [piece async for piece in stream]
+
+
+def test_an_upstream_needs_an_address_and_a_key() -> None:
+    for url in ("file:///etc", "http://", "cache.example"):
+        with pytest.raises(CacheError, match="http"):
+            Upstream(url, [KEY.public], STORE_DIR, lambda: 0.0)
+    with pytest.raises(CacheError, match="public key"):
+        Upstream("http://cache.example", [], STORE_DIR, lambda: 0.0)
