@@ -1,0 +1,81 @@
+"""The simulated farm: seeds that once failed, a fixed set, a fresh set, and mutants that the fixed set must kill."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scheduler import attendance, decide, failures, records, snapshot, verdicts
+from scheduler import facts as f
+from scheduler.model import FailureKind
+from tests.scheduler.sim import play
+
+FIXED = range(1000)
+FRESH = 200
+MUTANT = range(150)
+REGRESSIONS = Path(__file__).parent / "regressions.txt"
+
+
+def test_seeds_that_once_failed_hold() -> None:
+    lines = [line for line in REGRESSIONS.read_text().splitlines() if line and not line.startswith("#")]
+    for line in lines:
+        play(int(line.split()[0]))
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_fixed_seeds_hold(block: int) -> None:
+    for seed in FIXED[block::4]:
+        play(seed)
+
+
+def test_fresh_seeds_hold() -> None:
+    base = random.SystemRandom().randrange(10**9)
+    print(f"fresh seeds from {base}: ./run sim --start {base} --seeds {FRESH}")
+    for seed in range(base, base + FRESH):
+        play(seed)
+
+
+def test_a_seed_gives_the_same_journal_twice() -> None:
+    assert play(7).journal == play(7).journal
+
+
+def _nothing(*_args: object, **_kwargs: object) -> Iterator[f.Fact]:
+    return iter(())
+
+
+MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
+    ("nobody is quarantined", attendance.Attendance, "judge", _nothing),
+    ("known failures are built again", decide, "is_known_failure", lambda *_: False),
+    ("a builder in quarantine is given work", records.Builder, "willing", property(lambda self: self.spec is not None)),
+    ("a snapshot forgets trials and leases", snapshot, "_past", lambda _: None),
+    ("verdicts are retried", verdicts.Verdicts, "_end", verdicts.Verdicts.retry),
+    ("what is known to fail dooms nobody", verdicts.Verdicts, "doom", _nothing),
+)
+
+
+@pytest.mark.parametrize(("target", "name", "mutation"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
+def test_a_mutant_dies(target: Any, name: str, mutation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, name, mutation)
+    for seed in MUTANT:
+        try:
+            play(seed)
+        except Exception:  # noqa: BLE001  whatever it breaks on, it is dead
+            return
+    pytest.fail("the mutant survived")
+
+
+def test_a_builder_killed_from_outside_without_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = failures.CONSEQUENCES[FailureKind.INFRASTRUCTURE]
+    table = {**failures.CONSEQUENCES, FailureKind.KILLED: row}
+    monkeypatch.setattr(verdicts, "CONSEQUENCES", table)
+
+    def play_all() -> None:
+        for seed in FIXED:
+            play(seed)
+
+    with pytest.raises(AssertionError, match="this kind is not retried so often"):
+        play_all()
