@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from infra.cache.errors import CacheError
-from infra.cache.objects import open_object_store
+from infra.cache.errors import CacheError, StoreUnreachableError
+from infra.cache.objects import ObjectStore, open_object_store
 from infra.clock import Clock, SystemClock
 from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
 from infra.nix.errors import NixError
@@ -44,7 +44,7 @@ from workers.machine import (
     judge_status,
     judge_trouble,
 )
-from workers.outputs import READERS, OutputError, upload_output
+from workers.outputs import READERS, OutputError, send_outputs, upload_output
 from workers.protocol import (
     LEASES,
     ORDERS,
@@ -77,6 +77,9 @@ MAX_MESSAGE = 4000
 #: Longest wait of one `events` call, whatever is asked for, and most bytes of one answer.
 MAX_WAIT_S = 30.0
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
+
+#: Seconds within which the farm's object store must answer a worker that is to use it itself.
+STORE_WITHIN_S = 10.0
 
 _STAGES = {
     LeaseState.QUEUED: Stage.QUEUED,
@@ -332,9 +335,7 @@ class Agent:
         if farm.store_dir != own:
             raise AgentError(f"worker {self.name} builds for {own}, the farm for {farm.store_dir}")
         try:
-            store = open_object_store(farm.object_store_url)
-            await store.check_marker()
-            sources = FarmSources(farm, store)
+            sources = FarmSources(farm, await _reachable_store(farm))
         except (CacheError, NixError) as error:
             raise AgentError(f"worker {self.name} cannot serve this farm: {error}") from error
         if self._sources is not None:
@@ -447,7 +448,7 @@ class Agent:
             await self._build(key, run, await run.slot, derivation)
             self._advance()
             self._tell_stage(key, Stage.UPLOADING)
-            return await self._upload(derivation, sources)
+            return await self._upload(derivation, sources, order.upload_token)
         except InputError as error:
             raise _Stopped(judge_trouble(Trouble.INPUT_MISSING, str(error))) from None
         except OutputError as error:
@@ -479,9 +480,12 @@ class Agent:
             raise _Stopped(ending)
         self._machine.built(key, run.built_at)
 
-    async def _upload(self, derivation: BasicDerivation, sources: FarmSources) -> Succeeded:
+    async def _upload(self, derivation: BasicDerivation, sources: FarmSources, token: str) -> Succeeded:
+        wanted = {output.name: output.path for output in derivation.outputs}
+        if sources.store is None:
+            return Succeeded(outputs=await send_outputs(self._readers, sources.uploads(token), wanted))
         outputs: list[Output] = [
-            await upload_output(self._readers, sources.store, output.name, output.path) for output in derivation.outputs
+            await upload_output(self._readers, sources.store, name, path) for name, path in wanted.items()
         ]
         return Succeeded(outputs=tuple(outputs))
 
@@ -494,6 +498,27 @@ class Agent:
     def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
         change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())
         self._spool.stage(change, within_s=STAGE_WITHIN_S)
+
+
+async def _reachable_store(farm: FarmInfo) -> ObjectStore | None:
+    """Return the farm's object store if this machine sees it, None if all must go over HTTP.
+
+    Raises `StoreUnreachableError` where the farm takes no uploads over HTTP either.
+    """
+    store = open_object_store(farm.object_store_url)
+    try:
+        # Without credentials, looking for some may take a while that is not ours to wait.
+        async with asyncio.timeout(STORE_WITHIN_S):
+            mark = await store.check_marker()
+    except (StoreUnreachableError, TimeoutError):
+        if farm.takes_uploads:
+            return None
+        raise
+    if farm.store_mark and mark != farm.store_mark:
+        if farm.takes_uploads:
+            return None
+        raise StoreUnreachableError(f"this machine sees another object store at {store.url}, not the farm's")
+    return store
 
 
 def _lock(state_dir: Path) -> int:

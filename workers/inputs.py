@@ -21,7 +21,9 @@ import orjson
 
 from infra.cache.download import fetch_nar
 from infra.cache.errors import CacheError
+from infra.cache.http_source import fetch_nar_over_http
 from infra.cache.objects import ObjectStore
+from infra.cache.upload_client import UploadClient
 from infra.daemon import DaemonGone, DaemonOperationError, Upload, ValidPathInfo
 from infra.nix import narinfo
 from infra.nix.errors import NixError
@@ -54,9 +56,12 @@ class InputError(WorkerError):
 
 
 class FarmSources:
-    """Where one farm's inputs come from: its cache over HTTP and its object store. Must be closed."""
+    """Where one farm's inputs come from and outputs go: its cache over HTTP, its object store. Must be closed.
 
-    def __init__(self, farm: FarmInfo, store: ObjectStore) -> None:
+    `store` is None where this machine does not see the object store; the coordinator's address is then all it needs.
+    """
+
+    def __init__(self, farm: FarmInfo, store: ObjectStore | None) -> None:
         """Raises `infra.nix.errors.NixError` for a public key or a store directory that cannot be read."""
         self.farm = farm
         self.store = store
@@ -92,12 +97,24 @@ class FarmSources:
 
     async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None]:
         """Yield the NAR of a narinfo, verified by its end. Raises `InputError`."""
+        if self.store is None:
+            url = f"{self.farm.cache_url}/{info.url}"
+            source = fetch_nar_over_http(self._session, url, self._authorization(), info)
+        else:
+            source = fetch_nar(self.store, info)
         try:
-            async with aclosing(fetch_nar(self.store, info)) as chunks:
+            async with aclosing(source) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except CacheError as error:
             raise InputError(f"{info.store_path}: {error}") from error
+
+    def uploads(self, token: str) -> UploadClient:
+        """Return what uploads outputs over HTTP with the token of a lease."""
+        return UploadClient(self._session, self.farm.cache_url, token)
+
+    def _authorization(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.farm.cache_token}"} if self.farm.cache_token else {}
 
     async def _ask(self, body: bytes) -> dict[str, Any]:
         url = f"{self.farm.cache_url}/narinfos"
@@ -105,9 +122,7 @@ class FarmSources:
         problem = ""
         for left in reversed(range(QUESTION_TRIES)):
             try:
-                headers = {"Content-Type": "application/json"}
-                if self.farm.cache_token:
-                    headers["Authorization"] = f"Bearer {self.farm.cache_token}"
+                headers = {"Content-Type": "application/json", **self._authorization()}
                 async with self._session.post(url, data=body, headers=headers) as response:
                     if response.status == 200:
                         return await _json_object(response)

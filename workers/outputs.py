@@ -1,16 +1,23 @@
-"""Valid outputs become objects in the store: path info from Nix, NAR streamed, hashed, compressed, put.
+"""Valid outputs become objects in the store: path info from Nix, NAR streamed, hashed, compressed, put or sent.
+
+Where the worker sees the object store it puts them there; else it sends them over HTTP, all outputs of a build in one
+upload, with the token that names exactly them.
 
 References are those that Nix found when it registered the output. The NAR is never in memory or on disk as a whole.
 """
 
 from __future__ import annotations
 
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 
+from infra.cache.compression import COMPRESSION
 from infra.cache.errors import CacheError
 from infra.cache.objects import ObjectStore
-from infra.cache.upload import upload_nar
-from infra.daemon import DaemonGone
+from infra.cache.upload import CompressedNar, compressing, upload_nar
+from infra.cache.upload_client import UploadClient
+from infra.cache.upload_wire import PathClaim, SendStatus
+from infra.daemon import DaemonConnection, DaemonGone, ValidPathInfo
 from workers.daemons import Pool
 from workers.errors import WorkerError
 from workers.protocol import Output
@@ -34,11 +41,85 @@ async def upload_output(readers: Pool, store: ObjectStore, name: str, path: str)
         return await _upload(readers, store, name, path)
 
 
+async def send_outputs(readers: Pool, client: UploadClient, wanted: Mapping[str, str]) -> tuple[Output, ...]:
+    """Send the outputs (name -> full path) of a finished build; a reader whose daemon is gone is replaced once.
+
+    Raises as `upload_output`.
+    """
+    try:
+        return await _send(readers, client, wanted)
+    except DaemonGone:
+        return await _send(readers, client, wanted)
+
+
+async def _send(readers: Pool, client: UploadClient, wanted: Mapping[str, str]) -> tuple[Output, ...]:
+    infos: dict[str, ValidPathInfo] = {}
+    async with readers.use() as connection:
+        for path in wanted.values():
+            infos[_base(path)] = await _path_info(connection, path)
+
+    @asynccontextmanager
+    async def open_nar(claim: PathClaim) -> AsyncIterator[CompressedNar]:
+        info = infos[claim.path]
+        async with (
+            readers.use() as reader,
+            aclosing(reader.nar_from_path(info.path, info.nar_size)) as chunks,
+            compressing(chunks) as nar,
+        ):
+            yield nar
+
+    claims = [_claim(name, info) for name, info in infos.items()]
+    try:
+        result = await client.upload_all(claims, open_nar, parallel=READERS)
+    except CacheError as error:
+        raise OutputError(str(error)) from error
+    for verdict in result.verdicts:
+        if verdict.status is not SendStatus.STORED:
+            raise OutputError(f"{verdict.path} was not taken: {verdict.message or verdict.status}")
+    urls = {verdict.path: verdict.url for verdict in result.verdicts}
+    sent = {each.path: each for each in result.sent}
+    return tuple(
+        Output(
+            name=name,
+            path=path,
+            nar_hash=info.nar_hash,
+            nar_size=info.nar_size,
+            references=_references(info),
+            ca=info.ca,
+            url=urls[_base(path)],
+            compression=COMPRESSION,
+            file_hash=sent[_base(path)].file_hash,
+            file_size=sent[_base(path)].file_size,
+        )
+        for name, path in wanted.items()
+        for info in (infos[_base(path)],)
+    )
+
+
+def _claim(name: str, info: ValidPathInfo) -> PathClaim:
+    return PathClaim(
+        path=name, nar_hash=info.nar_hash, nar_size=info.nar_size, references=_references(info), ca=info.ca
+    )
+
+
+async def _path_info(connection: DaemonConnection, path: str) -> ValidPathInfo:
+    info = await connection.query_path_info(path)
+    if info is None:
+        raise OutputError(f"{path} is not in the store although its build succeeded")
+    return info
+
+
+def _base(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _references(info: ValidPathInfo) -> tuple[str, ...]:
+    return tuple(sorted(_base(reference) for reference in info.references))
+
+
 async def _upload(readers: Pool, store: ObjectStore, name: str, path: str) -> Output:
     async with readers.use() as connection:
-        info = await connection.query_path_info(path)
-        if info is None:
-            raise OutputError(f"{path} is not in the store although its build succeeded")
+        info = await _path_info(connection, path)
         try:
             async with aclosing(connection.nar_from_path(path, info.nar_size)) as chunks:
                 uploaded = await upload_nar(store, chunks)
@@ -51,7 +132,7 @@ async def _upload(readers: Pool, store: ObjectStore, name: str, path: str) -> Ou
         path=path,
         nar_hash=info.nar_hash,
         nar_size=info.nar_size,
-        references=tuple(sorted(reference.rpartition("/")[2] for reference in info.references)),
+        references=_references(info),
         ca=info.ca,
         url=uploaded.url,
         compression=uploaded.compression,

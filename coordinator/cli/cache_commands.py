@@ -106,3 +106,21 @@ def resign(*, url: str, token_file: str, name: str, as_json: bool) -> int:
     from coordinator.cli import caching  # noqa: PLC0415 - slow to import
 
     return asked(url, token_file, lambda client: caching.resign(client, name, as_json=as_json))
+
+
+@cache.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--store", metavar="DIR", help="Take the paths from a Nix store below DIR.")
+@click.option("--keep-as", metavar="NAME", help="Name of the root that keeps them; the same name again replaces it.")
+@click.option(
+    "--days", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Keep so long; 0: for ever."
+)
+@cached
+def push(*, url: str, token_file: str, name: str, as_json: bool, **told: Any) -> int:
+    """Send store PATHs (or links to them, such as ./result) with all that they refer to.
+
+    Wants a token that may write to the cache: the API token for the default one, else one of its writers'.
+    """
+    from coordinator.cli import pushing  # noqa: PLC0415 - slow to import
+
+    return pushing.push(url, token_file, pushing.PushWish(cache=name, as_json=as_json, **told))

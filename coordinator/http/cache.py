@@ -163,6 +163,9 @@ class CacheRoutes:
     async def log(self, request: web.Request) -> web.StreamResponse:
         """Send a build's log; a log that is still written is sent as far as it goes."""
         name = request.match_info["derivation"]
+        if request.query_string:
+            # Nix (2.8) does not encode the name, which may have a question mark in it.
+            name += f"?{request.query_string}"
         try:
             uploaded = log_key(name)
         except FormatError:

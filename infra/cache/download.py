@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from infra.cache.objects import INLINE_BYTES, LocalObjectStore, ObjectStore
 from infra.cache.verify import NarPromise, VerifiedNar
@@ -31,12 +32,26 @@ async def fetch_nar(store: ObjectStore, narinfo: NarPromise) -> AsyncGenerator[b
             return
     else:
         reader = VerifiedNar(await asyncio.to_thread(store.open_blocking, narinfo.url), narinfo)
+    async with aclosing(read_verified(reader)) as chunks:
+        async for data in chunks:
+            yield data
+
+
+async def read_verified(reader: VerifiedNar, *, interruptible: bool = False) -> AsyncGenerator[bytes, None]:
+    """Yield what `reader` reads in a thread, the next bytes while these are used; closes it.
+
+    `interruptible` says that closing the reader's source ends a read that waits.
+    """
     work = asyncio.ensure_future(asyncio.to_thread(reader.read))
     try:
         while data := await work:
             work = asyncio.ensure_future(asyncio.to_thread(reader.read))
             yield data
     finally:
+        if interruptible:
+            reader.close()
         # A thread cannot be stopped: let it end before its file is closed.
         await asyncio.wait([work])
+        if not work.cancelled():
+            work.exception()
         reader.close()

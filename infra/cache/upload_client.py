@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from hashlib import md5
 from io import BytesIO
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 import aiohttp
 from pydantic import BaseModel, ValidationError
+from yarl import URL
 
 from infra.cache.errors import CacheError
 from infra.cache.upload import CompressedNar
@@ -231,13 +233,14 @@ class UploadClient:
     async def _relay_piece(self, upload: str, path: str, offset: int, piece: bytes) -> int:
         """Send one piece, or what the other side lacks of it; returns how much it has of the object then."""
         start = offset
-        url = f"{self._base}/{upload}/nar/{path}"
+        # Names may have a question mark in them.
+        url = URL(f"{self._base}/{upload}/nar/{quote(path, safe='')}", encoded=True)
 
         async def put() -> SentOffset | None:
             nonlocal start
             data = memoryview(piece)[start - offset :]
             async with self._session.put(
-                url, params={"offset": str(start)}, data=BytesIO(data), headers=self._headers
+                url.with_query(offset=start), data=BytesIO(data), headers=self._headers
             ) as response:
                 if response.status == 409:
                     told = await _parse(response, SentOffset)

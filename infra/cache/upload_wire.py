@@ -77,7 +77,7 @@ class PathClaim(UploadMessage):
 class KeepWish(UploadMessage):
     """What keeps the pushed paths: a root of kind `push` with this name, for so many days (0: for ever)."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+?=-]{0,199}$")]
     paths: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=MAX_PATHS)]
     days: Annotated[float, Field(ge=0, le=36_500)] = 30.0
 

@@ -41,6 +41,7 @@ from infra.cache.upload_wire import (
     Begun,
     Commit,
     Committed,
+    KeepWish,
     Parts,
     PathClaim,
     SendRoute,
@@ -141,6 +142,7 @@ class _Upload:
 
 #: NARs that are had from upstreams at one time, for one sender.
 PULLING: Final = 4
+DAY_S: Final = 86_400.0
 #: The kind of the roots that pushes are.
 PUSH: Final = "push"
 
@@ -240,7 +242,8 @@ class Uploads:
             id=name,
             how=SendRoute.RELAY if self._direct is None else SendRoute.DIRECT,
             send=tuple(send),
-            present=tuple(path for path in claims if path not in missing or path in elsewhere),
+            present=tuple(path for path in claims if path not in missing),
+            upstream=tuple(elsewhere),
         )
 
     async def _elsewhere(self, missing: AbstractSet[str], claims: Mapping[str, PathClaim]) -> dict[str, Upstream]:
@@ -453,13 +456,23 @@ class Uploads:
                 if placed[claim.path].status is SendStatus.STORED
             ]
             candidates = [self._candidate(claim, sent, placed[claim.path].url) for claim, sent in stored]
-            named = [self._full(path) for path in upload.claims]
-            await self._cache.keep(PUSH, name, named, self._expiry(self._now()))
+            await self._keep(name, upload, wish.keep)
             pulled = await self._pull(upload)
             outcomes = (await self._cache.publish([*pulled, *candidates]))[len(pulled) :]
             for (claim, _), outcome in zip(stored, outcomes, strict=True):
                 placed[claim.path] = _verdict(claim.path, outcome, placed[claim.path].url)
         return Committed(verdicts=tuple(placed[claim.path] for claim in claims))
+
+    async def _keep(self, name: str, upload: _Upload, wish: KeepWish | None) -> None:
+        """Make what is published a root, before it is: as the sender wishes, or all of it for the retention."""
+        if wish is None:
+            named = [self._full(path) for path in upload.claims]
+            await self._cache.keep(PUSH, name, named, self._expiry(self._now()))
+            return
+        for path in wish.paths:
+            self._claim(upload, path)
+        expires_at = self._now() + wish.days * DAY_S if wish.days else None
+        await self._cache.keep(PUSH, wish.name, [self._full(path) for path in wish.paths], expires_at)
 
     def _candidate(self, claim: PathClaim, sent: SentPath, url: str) -> Candidate:
         return Candidate(

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from coordinator.config import CacheSettings, NamedCacheSettings, Settings, UploadRoute
+from coordinator.config import CacheSettings, NamedCacheSettings, Settings, UploadRoute, UpstreamSettings
 from coordinator.main import Coordinator, open_coordinator
 from coordinator.upload_tokens import UploadTokens
 from infra.cache.download import fetch_nar
@@ -306,3 +306,41 @@ async def _numbered(chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[int, by
     async for chunk in chunks:
         yield number, chunk
         number += 1
+
+
+async def test_what_is_pushed_is_a_root_as_the_sender_wishes(site: Site) -> None:
+    base = thing("base")
+    top = thing("top", references=[base])
+    await site.push(top, base, keep=KeepWish(name="release", paths=(top.claim.path,), days=0))
+    await site.push(thing("other"))
+    roots = {root.name: root for root in await site.coordinator.cache.roots()}
+    assert (roots["release"].kind, roots["release"].paths, roots["release"].expires_at) == ("push", 1, None)
+    (other,) = (root for name, root in roots.items() if name != "release")
+    assert other.expires_at is not None
+
+
+async def test_what_a_trusted_upstream_has_is_not_sent_and_still_comes(tmp_path: Path) -> None:
+    base, own = thing("base"), thing("own")
+    top = thing("top", references=[base])
+    async with AsyncExitStack() as stack:
+        upstream = await opened(stack, Settings(state_dir=tmp_path / "upstream", port=0))
+        await upstream.push(base, own)
+        (key,) = upstream.coordinator.ready.public_keys
+        trusted = UpstreamSettings(url=upstream.coordinator.ready.cache_url, public_keys=(key,))
+        settings = Settings(state_dir=tmp_path / "farm", port=0, cache=CacheSettings(upstreams=(trusted,)))
+        site = await opened(stack, settings)
+        changed = replace(own, claim=thing("own", b"other bits").claim, nar=b"other bits")
+        result = await site.client().upload_all(
+            [each.claim for each in (top, base, changed)], opener(top, changed), parallel=2
+        )
+        assert (result.upstream, {sent.path for sent in result.sent}) == (
+            (base.claim.path,),
+            {top.claim.path, changed.claim.path},
+        )
+        assert [await site.nar(each.claim.path) for each in (base, top, changed)] == [base.nar, top.nar, b"other bits"]
+
+
+async def test_a_name_with_a_question_mark_is_sent_whole(site: Site) -> None:
+    odd = thing("odd+name.1?x=2")
+    assert set((await site.push(odd)).values()) == {SendStatus.PUBLISHED}
+    assert await site.nar(odd.claim.path) == odd.nar

@@ -1,0 +1,173 @@
+"""`drover cache push`: paths of this machine's Nix store, with their closure, into a cache.
+
+The daemon says what the closure is; the bytes are read from the store's files, compressed in threads and sent while
+they are read, as many paths at a time as there are cores. What the cache has is not sent, and what was cut goes on
+where it stopped with the next push.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from coordinator.cli import options
+from coordinator.cli.showing import print_json, print_lines
+from coordinator.client import ClientError, find_token
+from coordinator.closure import LocalStore, base_name, local_store
+from coordinator.terminal import size
+from infra.cache.errors import CacheError
+from infra.cache.upload import CompressedNar, compressing_files
+from infra.cache.upload_client import UploadClient, UploadProgress, UploadResult, upload_session
+from infra.cache.upload_wire import MAX_PATHS, KeepWish, PathClaim, SendStatus
+from infra.daemon import DaemonError, ValidPathInfo, open_stdio
+from infra.nar_files import dump
+from infra.nix.errors import FormatError
+from infra.nix.store_path import StoreDir
+
+#: Seconds between two progress lines on a terminal.
+PROGRESS_S: Final = 0.2
+_GOOD: Final = frozenset({SendStatus.PUBLISHED, SendStatus.PRESENT})
+
+
+@dataclass(frozen=True, slots=True)
+class PushWish:
+    """What the command line asked for."""
+
+    cache: str
+    paths: tuple[str, ...]
+    store: str | None = None
+    keep_as: str | None = None
+    days: float = 30.0
+    as_json: bool = False
+
+
+def push(url: str, token_file: str, wish: PushWish) -> int:
+    """Run `drover cache push`; returns the exit status."""
+    try:
+        return asyncio.run(_push(url, token_file, wish))
+    except CacheError as error:
+        raise ClientError(str(error)) from None
+
+
+async def _push(url: str, token_file: str, wish: PushWish) -> int:
+    store = local_store(wish.store)
+    roots = [_store_path(path, store) for path in wish.paths]
+    infos = await _closure(store, roots)
+    if len(infos) > MAX_PATHS:
+        raise ClientError(f"the closure has {len(infos)} paths; push parts of it, at most {MAX_PATHS} at a time")
+    claims = [_claim(info) for info in infos.values()]
+    name = wish.keep_as or base_name(roots[0])[:200]
+    keep = KeepWish(name=name, paths=tuple(base_name(root) for root in roots), days=wish.days)
+    address = f"{url.rstrip('/')}/cache" + (f"/{wish.cache}" if wish.cache != "default" else "")
+    async with upload_session() as session:
+        client = UploadClient(session, address, find_token(token_file))
+        shown = asyncio.create_task(_show(client.progress)) if sys.stderr.isatty() else None
+        try:
+            parallel = os.cpu_count() or 1
+            result = await client.upload_all(claims, _opener(store), parallel=parallel, keep=keep)
+        finally:
+            if shown is not None:
+                shown.cancel()
+                await asyncio.wait([shown])
+    return _tell(wish, address, name, result, client.progress)
+
+
+def _store_path(path: str, store: LocalStore) -> str:
+    """Return the store path that an argument names or links to. Raises `ClientError`."""
+    directory = StoreDir(store.store_dir)
+    resolved = path if path.startswith(f"{directory.path}/") else os.path.realpath(path)
+    prefix = f"{directory.path}/"
+    if store.root and resolved.startswith(f"{store.root.rstrip('/')}{prefix}"):
+        resolved = resolved[len(store.root.rstrip("/")) :]
+    top = prefix + resolved.removeprefix(prefix).partition("/")[0]
+    try:
+        directory.parse(top)
+    except FormatError:
+        raise ClientError(f"{path} is no path of the store {directory.path}, and no link to one") from None
+    return top
+
+
+async def _closure(store: LocalStore, roots: Sequence[str]) -> dict[str, ValidPathInfo]:
+    """Return what the store knows of `roots` and of all that they refer to. Raises `ClientError`."""
+    infos: dict[str, ValidPathInfo] = {}
+    waiting = list(roots)
+    try:
+        async with await open_stdio(("nix-daemon", "--stdio", *store.flags), os.environ) as connection:
+            while waiting:
+                path = waiting.pop()
+                if path in infos:
+                    continue
+                info = await connection.query_path_info(path)
+                if info is None:
+                    raise ClientError(f"{path} is not valid in the local store; build or fetch it first")
+                infos[path] = info
+                waiting.extend(info.references)
+    except DaemonError as error:
+        raise ClientError(f"cannot ask the local Nix store: {error}") from None
+    return infos
+
+
+def _claim(info: ValidPathInfo) -> PathClaim:
+    return PathClaim(
+        path=base_name(info.path),
+        nar_hash=info.nar_hash,
+        nar_size=info.nar_size,
+        references=tuple(sorted(base_name(reference) for reference in info.references)),
+        deriver=base_name(info.deriver) if info.deriver else "",
+        ca=info.ca,
+    )
+
+
+def _opener(store: LocalStore) -> Callable[[PathClaim], AbstractAsyncContextManager[CompressedNar]]:
+    # On macOS Nix renames files that differ in case only; their NAR has the true names.
+    case_hack = sys.platform == "darwin"
+
+    def open_nar(claim: PathClaim) -> AbstractAsyncContextManager[CompressedNar]:
+        return compressing_files(dump(Path(store.physical(f"{store.store_dir}/{claim.path}")), case_hack=case_hack))
+
+    return open_nar
+
+
+async def _show(progress: UploadProgress) -> None:
+    """Keep one line on the terminal."""
+    try:
+        while True:
+            line = f"pushing  {progress.paths} of {progress.wanted} paths, {size(progress.sent_bytes)} sent"
+            sys.stderr.write(f"\r\x1b[K{line}")
+            sys.stderr.flush()
+            await asyncio.sleep(PROGRESS_S)
+    finally:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+
+def _tell(wish: PushWish, address: str, name: str, result: UploadResult, progress: UploadProgress) -> int:
+    failed = [verdict for verdict in result.verdicts if verdict.status not in _GOOD]
+    published = len(result.verdicts) - len(failed)
+    if wish.as_json:
+        print_json(
+            {
+                "cache": address,
+                "kept_as": name,
+                "published": published,
+                "present": len(result.present),
+                "upstream": len(result.upstream),
+                "sent_bytes": progress.sent_bytes,
+                "failed": [verdict.model_dump(mode="json") for verdict in failed],
+            }
+        )
+    else:
+        lines = [f"{published} paths published, {size(progress.sent_bytes)} sent; {len(result.present)} were there"]
+        if result.upstream:
+            lines[0] += f", {len(result.upstream)} came from upstream"
+        lines += [f"{verdict.path}: {verdict.message or verdict.status.value}" for verdict in failed]
+        kept = f"for {wish.days:g} days" if wish.days else "for ever"
+        lines.append(f"kept as push {name} {kept}")
+        print_lines(lines)
+    return options.INFRASTRUCTURE if failed else options.OK
