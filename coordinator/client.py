@@ -196,6 +196,10 @@ class ApiClient:
         """Return all workers."""
         return self._parse(_WORKERS, await self._bytes("GET", "workers"))
 
+    async def drain(self, worker: str, *, on: bool) -> None:
+        """Give a worker no new leases while `on`."""
+        await self._bytes("POST", f"workers/{_part(worker)}/drain", data=orjson.dumps({"on": on}))
+
     async def farm(self) -> FarmView:
         """Return how to use the farm's cache."""
         return await self._json("GET", "farm", FarmView)

@@ -28,6 +28,7 @@ import zstandard
 from pydantic import TypeAdapter, ValidationError
 
 from coordinator.errors import CoordinatorError
+from coordinator.limits import StepLimits
 from scheduler import facts
 from scheduler.facts import Fact
 from scheduler.model import Requirements, StepKey, SubmissionId
@@ -125,6 +126,8 @@ class RootNote:
     drv: str
     step: StepKey
     outputs: tuple[tuple[str, str], ...]
+    #: What the submission says of this root; absent in notes of before 2026-11-24.
+    limits: StepLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +236,11 @@ def encode_note(note: SubmissionNote) -> bytes:
 def decode_note(data: bytes) -> SubmissionNote:
     """Read a note back. Raises `CodecError`."""
     try:
-        return cast("SubmissionNote", _NOTE(orjson.loads(data)))
+        raw = orjson.loads(data)
+        if type(raw) is dict:
+            for root in _need(raw.get("roots"), list):
+                _need(root, dict).setdefault("limits", None)
+        return cast("SubmissionNote", _NOTE(raw))
     except orjson.JSONDecodeError:
         raise CodecError("the note of a submission is damaged.") from None
 

@@ -96,7 +96,9 @@ class LimitSettings(BaseModel):
     #: Wall time and silence of one build; 0 is no limit.
     build_timeout_s: Annotated[int, Field(ge=0)] = 0
     build_silence_s: Annotated[int, Field(ge=0)] = 0
-    #: Log kept of one attempt; what is beyond is counted, not kept.
+    #: NARs of all outputs of one build; 0 is no limit.
+    build_output_bytes: Annotated[int, Field(ge=0)] = 0
+    #: Log kept of one attempt, its head and its tail; what is between is counted, not kept.
     log_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
     #: How long a build that failed by its own fault is taken for known to fail; 0 is never.
     failure_ttl_s: Annotated[float, Field(ge=0)] = 24 * 3600.0

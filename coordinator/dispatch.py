@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from sqlalchemy.exc import SQLAlchemyError
 
 from coordinator.codec import CodecError, Evidence, decode_evidence
-from coordinator.config import LimitSettings
 from coordinator.derivations import BuildOrder, DerivationStore, StepInfo
+from coordinator.limits import StepLimits
 from infra.cache.cache import Cache
 from infra.cache.candidates import Candidate, Conflict, PublishOutcome, Rejected
 from infra.cache.errors import CacheError
@@ -69,7 +69,7 @@ class Dispatch:
         fleet: Fleet,
         cache: Cache,
         derivations: DerivationStore,
-        limits: LimitSettings,
+        limits_of: Callable[[StepKey], StepLimits],
         post: Post,
         *,
         upload_token: UploadToken = no_upload_token,
@@ -77,7 +77,7 @@ class Dispatch:
         self._fleet = fleet
         self._cache = cache
         self._derivations = derivations
-        self._limits = limits
+        self._limits_of = limits_of
         self._post = post
         self._upload_token = upload_token
         self._lanes: dict[str, _Lane] = {}
@@ -157,16 +157,18 @@ class Dispatch:
             await self._fleet.start_many(worker, orders)
 
     def _order(self, lease: LeaseId, order: BuildOrder) -> LeaseOrder:
+        limits = self._limits_of(lease.step)
         return LeaseOrder(
             step=lease.step,
             attempt=lease.attempt,
             drv_path=order.drv_path,
             derivation=order.derivation,
             inputs=order.inputs,
-            timeout_s=self._limits.build_timeout_s,
-            max_silent_s=self._limits.build_silence_s,
-            max_log_bytes=self._limits.log_bytes,
             upload_token=self._upload_token(lease, order.derivation),
+            timeout_s=limits.timeout_s,
+            max_silent_s=limits.silence_s,
+            max_log_bytes=limits.log_bytes,
+            max_output_bytes=limits.output_bytes,
         )
 
     async def _give_back(self, starts: Sequence[StartBuild], message: str) -> None:

@@ -3,6 +3,9 @@
 `nix-instantiate` does it, in a process of its own, once for all attributes. Its output has one line for each derivation
 and does not say which attribute it came from; attributes that stand for several derivations are told apart by asking
 once for each attribute, which happens only when the numbers do not match.
+
+Limits that packages set for themselves (`meta.timeout`, `meta.maxSilent`) are asked for after it, in a process that
+instantiates nothing; where that fails there are none.
 """
 
 from __future__ import annotations
@@ -10,13 +13,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
+
+import orjson
 
 from coordinator.errors import CoordinatorError
 from infra.process import ProcessError, ProcessNotFound, ProcessOutputTooLarge, ProcessTimeout, run
 
+#: The expression that finds the limits.
+META = Path(__file__).with_name("meta.nix")
 TIMEOUT_S = 3600.0
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 #: What nix-instantiate says that is no news here: the graph is sent before anybody could collect it, and nothing is
@@ -24,6 +31,7 @@ MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 _NOISE = re.compile(
     r"warning: (?:you did not specify '--add-root'|the group '\w+' specified in 'build-users-group').*\n?"
 )
+_ATTR_NAME = re.compile(r'(?:"[^"]*"|[^."])+')
 _ERROR_LINE = re.compile(r"^[ \t]*error:[ \t]+(\S.*)$", re.MULTILINE)
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _DRV = re.compile(r"(/[^!]+/[0-9a-z]{32}-[^/!]+\.drv)(?:!([^!]+))?")
@@ -43,6 +51,9 @@ class Wanted:
     #: Full store path.
     drv: str
     outputs: tuple[str, ...] = ()
+    #: `meta.timeout` and `meta.maxSilent`, seconds; 0 where the package says nothing.
+    timeout_s: int = 0
+    silence_s: int = 0
 
 
 def parse_drv(text: str) -> Wanted | None:
@@ -85,6 +96,12 @@ async def evaluate(
         raise EvaluationError(f"{file} does not exist; name the Nix file to evaluate")
     how = _How(file, tuple(flags), os.environ if env is None else env, timeout_s)
     wanted = await _instantiate(how, attrs, on_stderr)
+    # One after the other: two Nix processes that make a new store at the same time fail at it.
+    limits = await _limits(how, attrs or [""])
+    if len(wanted) == len(limits):
+        # Only then it is known which derivation an attribute's `meta` belongs to.
+        pairs = zip(wanted, limits, strict=True)
+        wanted = [replace(each, timeout_s=timeout, silence_s=silence) for each, (timeout, silence) in pairs]
     if len(attrs) <= 1 or len(wanted) == len(attrs):
         return _named(wanted, attrs)
     named: list[Wanted] = []
@@ -99,8 +116,8 @@ def _named(wanted: Sequence[Wanted], attrs: Sequence[str]) -> list[Wanted]:
     if not attrs:
         return list(wanted)
     if len(attrs) == len(wanted):
-        return [Wanted(attr, each.drv, each.outputs) for attr, each in zip(attrs, wanted, strict=True)]
-    return [Wanted(f"{attrs[0]}.{number}", each.drv, each.outputs) for number, each in enumerate(wanted, 1)]
+        return [replace(each, attr=attr) for attr, each in zip(attrs, wanted, strict=True)]
+    return [replace(each, attr=f"{attrs[0]}.{number}") for number, each in enumerate(wanted, 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +171,47 @@ async def _instantiate(how: _How, attrs: Sequence[str], on_stderr: Callable[[str
         what = ", ".join(attrs) or "the file"
         raise EvaluationError(f"{what} of {file} holds no derivation; choose an attribute that does with -A")
     return wanted
+
+
+async def _limits(how: _How, attrs: Sequence[str]) -> list[tuple[int, int]]:
+    """Return `meta.timeout` and `meta.maxSilent` of each attribute; an empty list where they cannot be had."""
+    told = ["--arg", "drover_file", _nix_file(how.file), "--arg", "drover_attrs", _nix_paths(attrs)]
+    flags = [*how.flags, *told]
+    try:
+        done = await run(
+            ["nix-instantiate", "--eval", "--strict", "--json", str(META), *flags],
+            env=how.env,
+            timeout_s=how.timeout_s,
+            max_output_bytes=MAX_OUTPUT_BYTES,
+        )
+        rows = orjson.loads(done.stdout) if done.returncode == 0 else []
+        return [(int(row["timeout"]), int(row["silence"])) for row in rows]
+    except (ProcessError, ValueError, KeyError, TypeError):
+        # The evaluation itself says what is wrong; a limit is not worth a second error.
+        return []
+
+
+def _nix_file(file: str) -> str:
+    """Write what nix-instantiate takes for a file as a Nix expression; `import` refuses a URL."""
+    if file.startswith("<"):
+        return file
+    return _nix_text(file) if "://" in file else f"(/. + {_nix_text(str(Path(file).absolute()))})"
+
+
+def _nix_paths(attrs: Sequence[str]) -> str:
+    lists = ("[ " + " ".join(_nix_text(name) for name in _split(attr)) + " ]" for attr in attrs)
+    return "[ " + " ".join(lists) + " ]"
+
+
+def _split(attr: str) -> list[str]:
+    """Split an attribute path as Nix does: at dots outside double quotes."""
+    return [name.replace('"', "") for name in _ATTR_NAME.findall(attr) if name]
+
+
+def _nix_text(text: str) -> str:
+    """Write a string as Nix reads it back."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
+    return f'"{escaped}"'
 
 
 def explain(file: str, messages: str, status: int) -> str:

@@ -16,6 +16,7 @@ from coordinator import planning
 from coordinator.derivations import DerivationStore, Kind, Known, NewDerivation, Node, StepInfo, step_info
 from coordinator.errors import IntakeError
 from coordinator.framing import StreamLimits, read_derivations, read_sources
+from coordinator.limits import StepLimits
 from coordinator.schema import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.sources import SourceIntake
 from infra.cache import Cache, ObjectStore
@@ -85,6 +86,7 @@ class PlannedRoot:
     drv: str
     step: StepKey
     outputs: tuple[tuple[str, str], ...]
+    limits: StepLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,8 @@ class Intake:
             if name not in outputs:
                 raise IntakeError(f"{root.drv} has no output {name}; it has {', '.join(outputs)}")
         wanted = tuple((name, path) for name, path in node.outputs if not root.outputs or name in root.outputs)
-        return PlannedRoot(root.attr, f"{self._store_dir.path}/{node.drv}", node.step, wanted)
+        limits = StepLimits(**root.limits.model_dump()) if root.limits else None
+        return PlannedRoot(root.attr, f"{self._store_dir.path}/{node.drv}", node.step, wanted, limits)
 
     async def _load(self, roots: Sequence[str]) -> tuple[dict[str, Node], dict[StepKey, list[str]]]:
         """Load the closure of `roots` and of all members of its fixed-output steps."""

@@ -40,8 +40,10 @@ from coordinator.http.caching import CachingApi
 from coordinator.http.fast import FastNarinfos, FastSite
 from coordinator.http.sse import WatchStreams
 from coordinator.http.uploads import add_upload_routes
+from coordinator.http.workers import add_worker_routes
 from coordinator.intake import Intake, IntakeLimits
 from coordinator.journal import Journal, StateLock, database_engine
+from coordinator.limits import StepLimits, in_force
 from coordinator.logs import LogStore
 from coordinator.metrics import CacheGauges, add_cache_metrics, add_farm_metrics, add_metrics_route
 from coordinator.ray_farm import RayFarm, worker_state_dir
@@ -60,6 +62,7 @@ from infra.nix.signing import PublicKey
 from infra.telemetry import Telemetry
 from scheduler.effects import Effect
 from scheduler.farm import Farm
+from scheduler.model import StepKey
 from scheduler.policy import Limits
 from workers.errors import WorkerError
 from workers.fleet import Fleet, FleetError
@@ -145,11 +148,16 @@ async def open_coordinator(
             _intake_limits(settings.limits),
         )
         fleet = await stack.enter_async_context(fleet_factory(info))
+        limits = _step_limits(settings.limits)
+
+        def limits_of(step: StepKey) -> StepLimits:
+            return in_force(views.limits_told(step), limits)
+
         dispatch = Dispatch(
-            fleet, stores.cache, stores.derivations, settings.limits, engine.post, upload_token=tokens.for_lease(clock)
+            fleet, stores.cache, stores.derivations, limits_of, engine.post, upload_token=tokens.for_lease(clock)
         )
         outbox.to = dispatch
-        sink = FleetSink(engine, dispatch, views, stores.logs, clock)
+        sink = FleetSink(engine, dispatch, views, stores.logs, clock, limits_of)
 
         streams = WatchStreams(views, settings.limits.watchers)
         api = Api(engine, views, intake, stores.logs, _farm_view(info), streams)
@@ -164,6 +172,7 @@ async def open_coordinator(
         add_farm_metrics(telemetry, views)
         add_metrics_route(app, telemetry)
         narinfos = FastNarinfos(caches, lambda host: not settings.loopback or is_own_host(host, url))
+        add_worker_routes(app, views, lambda worker, on: fleet.drain(worker, on=on))
         runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
         await runner.setup()
         async with asyncio.TaskGroup() as group:
@@ -369,6 +378,10 @@ def _url(host: str, listener: socket.socket) -> str:
 
 def _intake_limits(limits: LimitSettings) -> IntakeLimits:
     return IntakeLimits(max_derivations=limits.graph_size, max_sources=limits.graph_size)
+
+
+def _step_limits(limits: LimitSettings) -> StepLimits:
+    return StepLimits(limits.build_timeout_s, limits.build_silence_s, limits.log_bytes, limits.build_output_bytes)
 
 
 def _farm_view(info: FarmInfo) -> FarmView:

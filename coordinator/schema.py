@@ -17,6 +17,7 @@ All paths are below `/api/v1` and want `Authorization: Bearer <token>`; times ar
     POST steps/KEY/retry       -> RetryView                            builds a failed step again
     GET  steps/KEY/log         ?follow=1&attempt=N -> text/plain, raw log bytes (chunked while following)
     GET  workers               -> [WorkerView]
+    POST workers/NAME/drain    DrainRequest -> 204                     no new leases while on; running builds finish
     GET  farm                  -> FarmView (cache URL, public keys)
     GET  caches/NAME           -> CacheView                            what is stored; the cache at /cache is `default`
     GET  caches/NAME/roots     -> [CacheRootView]                      what is kept, and until when
@@ -36,6 +37,9 @@ from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+#: Largest limit that a submission may name.
+MAX_LIMIT = 1 << 53
 
 
 class Model(BaseModel):
@@ -66,12 +70,24 @@ class SubmissionState(StrEnum):
     CANCELLED = "cancelled"
 
 
+class RootLimits(Model):
+    """What the build of a root itself may use; 0: the farm's default. Its dependencies have the defaults."""
+
+    #: Seconds of wall time and of silence (`meta.timeout`, `meta.maxSilent`).
+    timeout_s: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
+    silence_s: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
+    #: Bytes of log that are kept, at most the farm's own limit, and of all outputs together.
+    log_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
+    output_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
+
+
 class RootRequest(Model):
     """One wish: an attribute of the evaluated file and the derivation it stands for (`outputs` empty: all)."""
 
     attr: str
     drv: str
     outputs: tuple[str, ...] = ()
+    limits: RootLimits | None = None
 
 
 class SubmitRequest(Model):
@@ -214,6 +230,12 @@ class SubmissionView(Model):
     #: Bytes of compressed NARs uploaded for this submission's own builds.
     uploaded_bytes: int = 0
     stuck: tuple[str, ...] = ()
+
+
+class DrainRequest(Model):
+    """Whether a worker is drained."""
+
+    on: bool = True
 
 
 class WorkerView(Model):

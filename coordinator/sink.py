@@ -7,11 +7,12 @@ Reports come before the heartbeat of the same batch; otherwise the heartbeat wou
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from coordinator.codec import Evidence, encode_evidence
 from coordinator.dispatch import Dispatch
 from coordinator.engine import Engine
+from coordinator.limits import StepLimits
 from coordinator.logs import LogError, LogStore
 from coordinator.views import Views
 from infra.clock import Clock
@@ -29,7 +30,16 @@ MESSAGE_CHARACTERS = 4096
 class FleetSink:
     """Takes fleet events, in order for each worker."""
 
-    def __init__(self, engine: Engine, dispatch: Dispatch, views: Views, logs: LogStore, clock: Clock) -> None:
+    def __init__(  # noqa: PLR0917 - collaborators, named by their types
+        self,
+        engine: Engine,
+        dispatch: Dispatch,
+        views: Views,
+        logs: LogStore,
+        clock: Clock,
+        limits_of: Callable[[StepKey], StepLimits],
+    ) -> None:
+        self._limits_of = limits_of
         self._engine = engine
         self._dispatch = dispatch
         self._views = views
@@ -97,8 +107,25 @@ class FleetSink:
         if isinstance(report.result, Succeeded):
             drv = self._views.drv(lease.step)
             return BuildSucceeded(lease, BuilderId(worker), encode_evidence(Evidence(drv, report.result.outputs)))
-        failure = Failure(FailureKind(report.result.reason), _clean(report.result.message))
-        return BuildFailed(lease, BuilderId(worker), failure)
+        kind, message = FailureKind(report.result.reason), _clean(report.result.message)
+        if _raised(kind, report.result.limit, self._limits_of(lease.step)):
+            # Somebody who wants the step gives it more than this build was given; it was nobody's fault.
+            kind, message = FailureKind.RETURNED, f"its limit was raised while it ran ({message})"
+        return BuildFailed(lease, BuilderId(worker), Failure(kind, message))
+
+
+def _raised(kind: FailureKind, limit: int, now: StepLimits) -> bool:
+    """Whether a build that ended at `limit` would get further now; a limit of 0 was not told."""
+    match kind:
+        case FailureKind.TIMEOUT:
+            holds = now.timeout_s
+        case FailureKind.SILENCE:
+            holds = now.silence_s
+        case FailureKind.OUTPUT_SIZE:
+            holds = now.output_bytes
+        case _:
+            return False
+    return limit > 0 and (holds == 0 or holds > limit)
 
 
 def _held(leases: Iterable[HeldLease]) -> tuple[LeaseId, ...]:

@@ -6,14 +6,14 @@ was in it then may be gone. What the core takes for known to fail is built again
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from coordinator.codec import RootNote, SubmissionNote
 from coordinator.engine import Engine
 from coordinator.errors import BadRequestError
 from coordinator.intake import Intake
 from coordinator.rows import StepRow, SubmissionRow
-from coordinator.schema import RootRequest, StepStatus, SubmissionState, SubmitRequest
+from coordinator.schema import RootLimits, RootRequest, StepStatus, SubmissionState, SubmitRequest
 from coordinator.views import Views
 from scheduler.events import RetryAsked
 from scheduler.model import StepKey
@@ -34,7 +34,7 @@ class Submissions:
         """Plan a wish and hand it over; returns its row once it is durable."""
         asked_at = self._engine.now()
         planned = await self._intake.submit(wish)
-        roots = tuple(RootNote(root.attr, root.drv, root.step, root.outputs) for root in planned.roots)
+        roots = tuple(RootNote(root.attr, root.drv, root.step, root.outputs, root.limits) for root in planned.roots)
         note = SubmissionNote(wish.label, roots, planned.derivations)
         return await self._engine.submit(
             lambda name: replace(planned.event(name), asked_at=asked_at, retry_failed=wish.retry_failed),
@@ -77,7 +77,12 @@ class Submissions:
     ) -> None:
         note = self._views.note(row.id)
         roots = tuple(
-            RootRequest(attr=root.attr, drv=root.drv, outputs=tuple(name for name, _ in root.outputs))
+            RootRequest(
+                attr=root.attr,
+                drv=root.drv,
+                outputs=tuple(name for name, _ in root.outputs),
+                limits=RootLimits(**asdict(root.limits)) if root.limits else None,
+            )
             for root in note.roots
         )
         asked_at = self._engine.now()

@@ -23,6 +23,7 @@ from coordinator.codec import Record, SubmissionNote, evidence_size
 from coordinator.derivations import StepInfo
 from coordinator.errors import NotFoundError
 from coordinator.history import take_history, tell_history
+from coordinator.limits import StepLimits
 from coordinator.rows import NOTHING, StepRow, SubmissionRow, WorkerRow, enter, note, place, touch, worker_view
 from coordinator.schema import (
     Counts,
@@ -92,6 +93,8 @@ class Views:
         self._details: dict[StepKey, StepInfo] = {}
         self._by_drv: dict[str, StepKey] = {}
         self._notes: dict[SubmissionId, SubmissionNote] = {}
+        #: What submissions say of their roots, where they say something.
+        self._limits: dict[SubmissionId, dict[StepKey, StepLimits]] = {}
         #: Submissions that may have ended; looked at before the next beginning and at the end of a batch.
         self._unsettled: dict[SubmissionId, SubmissionRow] = {}
         #: Time of the newest durable fact.
@@ -133,6 +136,9 @@ class Views:
             self._details.setdefault(key, detail)
             self._by_drv.setdefault(detail.drv, key)
         self._notes.update(notes or {})
+        for name, known in (notes or {}).items():
+            if told := {root.step: root.limits for root in known.roots if root.limits is not None}:
+                self._limits[name] = told
 
     def fold(self, batch: Iterable[Fact], *, settle: bool = True) -> None:
         """Take facts in order. `settle` is off while a journal is replayed, whose frames may split a batch."""
@@ -244,6 +250,12 @@ class Views:
         """Return the submissions that have this failed step among theirs and are not cancelled, newest first."""
         rows = reversed(self._submissions.values())
         return [row for row in rows if step.key in row.failed and not row.withdrawn and row.done_roots < len(row.roots)]
+
+    def limits_told(self, step: StepKey) -> list[StepLimits | None]:
+        """Return what each submission that wants the step says of it as its root; None where it says nothing."""
+        row = self._steps.get(step)
+        wanting = [submission for submission in row.submissions if not submission.withdrawn] if row else []
+        return [self._limits.get(submission.id, {}).get(step) for submission in wanting]
 
     def drv(self, step: StepKey) -> str:
         """Return the full store path of the step's .drv, or nothing for an unknown step."""

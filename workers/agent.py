@@ -256,6 +256,8 @@ class Agent:
         self._check_started()
         self._machine.draining = on
         self._advance()
+        # The coordinator shall not send more until its poll ends by itself.
+        self._spool.stop_waiting()
 
     # The owner
 
@@ -307,6 +309,7 @@ class Agent:
             await asyncio.sleep(stopping.LOOK_EVERY_S)
         self._machine.draining = True
         self._advance()
+        self._spool.stop_waiting()
         while self._runs:
             if self._clock.now() >= deadline:
                 for key in list(self._runs):
@@ -416,7 +419,8 @@ class Agent:
             return
         told: Succeeded | Failed
         if isinstance(result, Ending):
-            told = Failed(reason=result.reason, message=result.message[:MAX_MESSAGE])
+            limit = _limit_hit(result.reason, run.order)
+            told = Failed(reason=result.reason, message=result.message[:MAX_MESSAGE], limit=limit)
         else:
             told = result
         report = Report(
@@ -448,6 +452,7 @@ class Agent:
             await self._build(key, run, await run.slot, derivation)
             self._advance()
             self._tell_stage(key, Stage.UPLOADING)
+            await self._check_size(derivation, order.max_output_bytes)
             return await self._upload(derivation, sources, order.upload_token)
         except InputError as error:
             raise _Stopped(judge_trouble(Trouble.INPUT_MISSING, str(error))) from None
@@ -479,6 +484,15 @@ class Agent:
                 self._inputs.forget()
             raise _Stopped(ending)
         self._machine.built(key, run.built_at)
+
+    async def _check_size(self, derivation: BasicDerivation, limit_bytes: int) -> None:
+        if limit_bytes:
+            async with self._readers.use() as connection:
+                infos = [await connection.query_path_info(output.path) for output in derivation.outputs]
+            size = sum(info.nar_size for info in infos if info is not None)
+            if size > limit_bytes:
+                detail = f"{size} bytes, and at most {limit_bytes} are allowed"
+                raise _Stopped(judge_trouble(Trouble.OUTPUT_TOO_LARGE, detail))
 
     async def _upload(self, derivation: BasicDerivation, sources: FarmSources, token: str) -> Succeeded:
         wanted = {output.name: output.path for output in derivation.outputs}
@@ -519,6 +533,12 @@ async def _reachable_store(farm: FarmInfo) -> ObjectStore | None:
             return None
         raise StoreUnreachableError(f"this machine sees another object store at {store.url}, not the farm's")
     return store
+
+
+def _limit_hit(reason: str, order: LeaseOrder) -> int:
+    """The limit that a build ended at; 0 where it did not end at one."""
+    limits = {"timeout": order.timeout_s, "silence": order.max_silent_s, "output_size": order.max_output_bytes}
+    return limits.get(reason, 0)
 
 
 def _lock(state_dir: Path) -> int:

@@ -6,6 +6,7 @@ coordinator resolved.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from infra.daemon import (
 from infra.nix import aterm
 from workers.daemons import Line
 
+#: Of a log that is too long, this part of the limit is its tail, at most so many bytes (they wait in memory).
+TAIL_PART = 4
+TAIL_BYTES = 256 * 1024
 #: Longest phase name that is passed on; a builder may print anything as one.
 MAX_PHASE_CHARACTERS = 100
 
@@ -41,29 +45,48 @@ def basic_derivation(derivation: bytes, inputs: Sequence[str]) -> BasicDerivatio
     )
 
 
-@dataclass(slots=True)
 class LogGate:
-    """Lets log bytes through up to a limit and counts the rest; the build goes on."""
+    """Lets log bytes through up to a limit, then keeps the latest and counts the rest; the build goes on.
 
-    limit_bytes: int
-    write: Callable[[bytes], None]
-    passed_bytes: int = 0
-    dropped_bytes: int = 0
+    The head goes out as it comes, note and tail at the end, so the log is one stream of bytes without gaps: offsets,
+    and with them repeats, mean the same to everybody.
+    """
+
+    def __init__(self, limit_bytes: int, write: Callable[[bytes], None]) -> None:
+        self._tail_bytes = min(limit_bytes // TAIL_PART, TAIL_BYTES)
+        self._head_left = limit_bytes - self._tail_bytes
+        self._limit_bytes = limit_bytes
+        self._write = write
+        #: Lines behind the head, latest last; at most `_tail_bytes` of them.
+        self._tail: deque[bytes] = deque()
+        self._tail_held = 0
+        self._over = False
+        self.dropped_bytes = 0
 
     def line(self, data: bytes) -> None:
         """One line without its newline."""
-        size = len(data) + 1
-        if self.dropped_bytes or self.passed_bytes + size > self.limit_bytes:
-            self.dropped_bytes += size
+        line = data + b"\n"
+        if not self._over and len(line) <= self._head_left:
+            self._head_left -= len(line)
+            self._write(line)
             return
-        self.passed_bytes += size
-        self.write(data + b"\n")
+        self._over = True
+        self._tail.append(line)
+        self._tail_held += len(line)
+        while self._tail_held > self._tail_bytes:
+            dropped = len(self._tail.popleft())
+            self._tail_held -= dropped
+            self.dropped_bytes += dropped
 
     def finish(self) -> None:
-        """Say how much was dropped, if anything was."""
+        """Say what was dropped, if anything was, and let the tail through. Idempotent."""
         if self.dropped_bytes:
-            limit, dropped = self.limit_bytes, self.dropped_bytes
-            self.write(b"drover: the log is longer than %d bytes; %d bytes were dropped\n" % (limit, dropped))
+            limit, dropped = self._limit_bytes, self.dropped_bytes
+            self._write(b"drover: the log is longer than %d bytes; %d bytes are left out here\n" % (limit, dropped))
+            self.dropped_bytes = 0
+        while self._tail:
+            self._write(self._tail.popleft())
+        self._tail_held = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,10 +77,12 @@ class LeaseOrder(WireMessage):
     #: Seconds of wall time and of silence after which the build is stopped; 0 is no limit.
     timeout_s: int = 0
     max_silent_s: int = 0
-    #: Bytes of log that are kept and sent; what is beyond is counted, not kept.
+    #: Bytes of log that are kept and sent, its head and its tail; what is between is counted, not kept.
     max_log_bytes: int = 64 * 1024 * 1024
     #: Lets the worker upload exactly this lease's outputs over HTTP; a secret.
     upload_token: str = Field(default="", repr=False)
+    #: Bytes of the NARs of all outputs together; 0 is no limit.
+    max_output_bytes: int = 0
     #: W3C trace context of the submission, or empty.
     traceparent: str = ""
 
@@ -154,6 +156,8 @@ class Failed(WireMessage):
     kind: Literal["failed"] = "failed"
     reason: Reason
     message: str
+    #: The limit that the build ended at, seconds or bytes; 0 where it was none.
+    limit: int = 0
 
 
 class Report(WireMessage):

@@ -184,6 +184,18 @@ def workers(url: str, token_file: str, as_json: bool) -> int:
     return asked(url, token_file, lambda client: showing.workers(client, as_json=as_json))
 
 
+@cli.command()
+@click.argument("worker_name", metavar="WORKER")
+@click.option("--off", is_flag=True, help="Give it new builds again.")
+@click.option("--wait", is_flag=True, help="Return once the builds that run there have ended.")
+@addressed
+def drain(url: str, token_file: str, worker_name: str, off: bool, wait: bool) -> int:
+    """Give a worker no new builds; those that run there finish. A worker that starts anew is not drained."""
+    from coordinator.cli import showing  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: showing.drain(client, worker_name, on=not off, wait=wait))
+
+
 cli.add_command(cache)
 
 

@@ -20,8 +20,10 @@ from coordinator.evaluate import EvaluationError, Wanted, evaluate, parse_drv
 from coordinator.follow import Screen, follow
 from coordinator.framing import SourceHeader, encode_derivations, encode_sources, in_thread
 from coordinator.schema import (
+    MAX_LIMIT,
     FarmView,
     IntakeQuery,
+    RootLimits,
     RootRequest,
     StepStatus,
     StepView,
@@ -107,7 +109,9 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
         wanted = await _wanted(wish)
         store = local_store(wish.store, wanted[0].drv)
         await _send(client, store, wanted, screen)
-        roots = tuple(RootRequest(attr=each.attr, drv=each.drv, outputs=each.outputs) for each in wanted)
+        roots = tuple(
+            RootRequest(attr=each.attr, drv=each.drv, outputs=each.outputs, limits=_limits(each)) for each in wanted
+        )
         view = await client.submit(SubmitRequest(roots=roots, label=wish.label, retry_failed=wish.retry))
         submitted.id = view.id
         if wish.detach:
@@ -116,6 +120,12 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
         if wish.fetch and view.state is SubmissionState.SUCCEEDED:
             await _fetch(farm, view, wish, store, screen)
         return _finish(view, submitted, screen, as_json=wish.as_json)
+
+
+def _limits(wanted: Wanted) -> RootLimits | None:
+    if not wanted.timeout_s and not wanted.silence_s:
+        return None
+    return RootLimits(timeout_s=min(wanted.timeout_s, MAX_LIMIT), silence_s=min(wanted.silence_s, MAX_LIMIT))
 
 
 async def _wanted(wish: Wish) -> list[Wanted]:

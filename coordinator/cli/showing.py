@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from coordinator.terminal import sanitise, status_lines, submission_rows, table_
 
 #: Submissions that `drover status` lists, newest first.
 LISTED = 20
+#: Seconds between two looks at a worker that is drained.
+DRAIN_LOOK_S = 0.5
 
 
 async def status(client: ApiClient, submission: str | None, *, as_json: bool) -> int:
@@ -119,6 +122,21 @@ async def workers(client: ApiClient, *, as_json: bool) -> int:
         print_lines(table_lines(worker_rows(found, time.time())))
     else:
         print_lines(["no worker has joined; start one with `drover up` or `drover worker`"])
+    return options.OK
+
+
+async def drain(client: ApiClient, worker: str, *, on: bool, wait: bool) -> int:
+    """Drain a worker or end that; with `wait`, return once it holds no lease."""
+    await client.drain(worker, on=on)
+    if not on:
+        print_lines([f"{worker} gets new builds again"])
+        return options.OK
+    while held := [len(each.leases) for each in await client.workers() if each.name == worker and each.leases]:
+        if not wait:
+            print_lines([f"{worker} gets no new builds; {held[0]} still run there"])
+            return options.OK
+        await asyncio.sleep(DRAIN_LOOK_S)
+    print_lines([f"{worker} gets no new builds and has none"])
     return options.OK
 
 

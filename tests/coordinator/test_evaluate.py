@@ -143,3 +143,29 @@ def test_a_store_that_is_no_directory_is_refused() -> None:
         local_store("ssh-ng://far")
     assert local_store("/x").physical("/nix/store/y") == "/x/nix/store/y"
     assert LocalStore().flags == ()
+
+
+async def test_limits_come_from_the_meta_of_the_attribute_itself(
+    file: str, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "limited.nix").write_text(
+        """
+        { factor ? 1, ... }:
+        let
+          make = name: meta:
+            (derivation { inherit name; system = "x86_64-linux"; builder = "/bin/sh"; }) // { inherit meta; };
+        in {
+          plain = make "plain" { };
+          set."with.dot" = make "dotted" { timeout = 60 * factor; maxSilent = 7; };
+          called = { factor ? 0 }: make "called" { timeout = factor; };
+          broken = make "broken" { timeout = throw "no"; maxSilent = "soon"; };
+          both = { x = make "x" { timeout = 1; }; y = make "y" { timeout = 1; }; };
+        }
+        """
+    )
+    attrs = ["plain", 'set."with.dot"', "called", "broken"]
+    limited = await evaluate(str(tmp_path / "limited.nix"), attrs, flags=(*flags, "--arg", "factor", "2"))
+    assert [(each.timeout_s, each.silence_s) for each in limited] == [(0, 0), (120, 7), (2, 0), (0, 0)]
+    several = await evaluate(str(tmp_path / "limited.nix"), ["both"], flags=flags)
+    assert [each.timeout_s for each in several] == [0, 0]
+    assert [each.timeout_s for each in await evaluate(file, ["a"], flags=flags)] == [0]

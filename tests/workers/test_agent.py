@@ -17,6 +17,7 @@ from tests.support.processes import SURVIVOR, daemons_below, processes_with
 from workers.agent import Agent, AgentError
 from workers.protocol import Failed, Report, Stage, Succeeded
 from workers.settings import WorkerSettings
+from workers.stopping import stop_agents
 
 from .conftest import STORE, STORE_DIR, Bench, Told, drv, hash_part, nar_of, order
 
@@ -134,14 +135,24 @@ async def test_the_log_is_passed_on_byte_for_byte(bench: Bench) -> None:
     assert told.logs[noisy.step] == b"\xff\xfe\x01\n\x1b[1mbold\nno newline\n"
 
 
-async def test_a_log_beyond_its_limit_is_counted_and_the_build_goes_on(bench: Bench) -> None:
+async def test_of_a_log_beyond_its_limit_head_and_tail_are_kept_and_the_build_goes_on(bench: Bench) -> None:
     told = await bench.agent()
-    script = "i=0; while [ $i -lt 1000 ]; do echo 0123456789; i=$((i+1)); done; : > $out"
-    chatty = order(drv("chatty", script), max_log_bytes=110)
+    script = "i=1000; while [ $i -lt 2000 ]; do echo line$i; i=$((i+1)); done; : > $out"
+    chatty = order(drv("chatty", script), max_log_bytes=144)
     success((await told.build(chatty))[0])
-    kept, _, note = told.logs[chatty.step].rpartition(b"drover: ")
-    assert kept == b"0123456789\n" * 10
-    assert note == b"the log is longer than 110 bytes; 10890 bytes were dropped\n"
+    head, _, rest = told.logs[chatty.step].partition(b"drover: ")
+    note, _, tail = rest.partition(b"\n")
+    assert head == b"".join(b"line%d\n" % n for n in range(1000, 1012))
+    assert note == b"the log is longer than 144 bytes; 8856 bytes are left out here"
+    assert tail == b"".join(b"line%d\n" % n for n in range(1996, 2000))
+
+
+async def test_a_line_longer_than_the_limit_is_left_out_and_said_so(bench: Bench) -> None:
+    told = await bench.agent()
+    wide = order(drv("wide", "echo first; printf '%0200d\\n' 7; echo last; : > $out"), max_log_bytes=100)
+    success((await told.build(wide))[0])
+    note = b"drover: the log is longer than 100 bytes; 201 bytes are left out here\n"
+    assert told.logs[wide.step] == b"first\n" + note + b"last\n"
 
 
 async def test_fifty_megabytes_of_log_pass_through_in_flat_memory(bench: Bench) -> None:
@@ -185,6 +196,44 @@ async def test_a_build_is_stopped_at_its_limit_of_time(bench: Bench) -> None:
     failed = failure((await told.build(order(drv("slow", FOREVER), timeout_s=1)))[0])
     assert failed.reason == "timeout"
     assert "timed out" in failed.message
+    assert failed.limit == 1
+
+
+async def test_a_build_that_prints_nothing_is_stopped_at_its_limit_of_silence(bench: Bench) -> None:
+    told = await bench.agent()
+    failed = failure((await told.build(order(drv("mute", FOREVER), timeout_s=60, max_silent_s=1)))[0])
+    assert (failed.reason, failed.limit) == ("silence", 1)
+
+
+async def test_outputs_beyond_their_limit_of_size_are_not_uploaded(bench: Bench) -> None:
+    told = await bench.agent()
+    large = order(drv("large", "printf '%09000d' 1 > $out"), max_output_bytes=8000)
+    failed = failure((await told.build(large))[0])
+    assert (failed.reason, failed.limit) == ("output_size", 8000)
+    assert "at most 8000" in failed.message
+    success((await told.build(order(drv("fits", "printf '%07000d' 1 > $out"), max_output_bytes=8000)))[0])
+
+
+async def test_an_agent_that_is_asked_to_stop_finishes_what_runs_and_hands_back_what_does_not_end(
+    bench: Bench,
+) -> None:
+    told = await bench.agent(slots=2)
+    quick, endless = order(drv("quick", "sleep 1; : > $out")), order(drv("endless", FOREVER))
+    await told.agent.start_many([quick.dump(), endless.dump()])
+    await told.until(lambda: endless.step in told.logs)
+    state = bench.root / "one" / "state"
+    stopping = asyncio.create_task(stop_agents([state], 3.0, lambda: False))
+    late = order(drv("late", ": > $out"))
+    await told.until(lambda: told.batches[-1].draining)
+    await told.agent.start_many([late.dump()])
+    success((await told.finish(quick))[0])
+    assert failure((await told.finish(late))[0]).reason == "returned"
+    handed_back = failure((await told.finish(endless))[0])
+    assert handed_back.reason == "returned"
+    assert "stopping" in handed_back.message
+    while not stopping.done():
+        await told.hear(0.1)
+    assert (state / "stopped").exists()
 
 
 async def test_a_cancelled_build_leaves_no_process_and_the_slot_builds_on(bench: Bench) -> None:

@@ -1,0 +1,36 @@
+"""The routes that steer a worker; the list of workers is a route of `coordinator.http.api`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+from pydantic import ValidationError
+
+from coordinator.errors import BadRequestError, NotFoundError, UnavailableError
+from coordinator.schema import DrainRequest
+from coordinator.views import Views
+from workers.fleet import FleetError
+
+#: (worker, on); raises `FleetError`.
+Drain = Callable[[str, bool], Awaitable[None]]
+
+
+def add_worker_routes(app: web.Application, views: Views, drain: Drain) -> None:
+    """Add `POST /api/v1/workers/NAME/drain`."""
+
+    async def handle(request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        try:
+            wish = DrainRequest.model_validate_json(await request.read() or b"{}")
+        except ValidationError:
+            raise BadRequestError('the request\'s body is {"on": true} or {"on": false}.') from None
+        if name not in {worker.name for worker in views.workers()}:
+            raise NotFoundError(f"there is no worker {name[:80]!r}; `drover workers` lists them.")
+        try:
+            await drain(name, wish.on)
+        except FleetError as error:
+            raise UnavailableError(f"worker {name} was not reached: {error}; try again once it answers.") from None
+        return web.Response(status=204)
+
+    app.router.add_post("/api/v1/workers/{name}/drain", handle)

@@ -1,0 +1,45 @@
+"""What one build may use: the farm's defaults, what a submission says of its roots, and which of it holds.
+
+A limit belongs to the root that it was said of and to nothing below it: whatever else a submission needs has the
+defaults, so a short limit on one package never ends a dependency that others share. Where several submissions want one
+step, each field is the most generous of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """Seconds and bytes. 0 is "not said" in what a submission says, and "no limit" in what holds."""
+
+    #: Wall time and silence.
+    timeout_s: int = 0
+    silence_s: int = 0
+    #: Log that is kept, its head and its tail; a submission can only lower it.
+    log_bytes: int = 0
+    #: NARs of all outputs together.
+    output_bytes: int = 0
+
+
+def in_force(told: Iterable[StepLimits | None], default: StepLimits) -> StepLimits:
+    """Return what holds for a step; `told` has an entry for each submission that wants it, None: says nothing."""
+    wishes = [_completed(wish or StepLimits(), default) for wish in told] or [default]
+    most = StepLimits(
+        **{field.name: _most(getattr(wish, field.name) for wish in wishes) for field in fields(StepLimits)}
+    )
+    log_bytes = min(most.log_bytes or default.log_bytes, default.log_bytes) if default.log_bytes else most.log_bytes
+    return StepLimits(most.timeout_s, most.silence_s, log_bytes, most.output_bytes)
+
+
+def _completed(wish: StepLimits, default: StepLimits) -> StepLimits:
+    return StepLimits(
+        **{field.name: getattr(wish, field.name) or getattr(default, field.name) for field in fields(StepLimits)}
+    )
+
+
+def _most(values: Iterable[int]) -> int:
+    told = list(values)
+    return 0 if 0 in told else max(told)

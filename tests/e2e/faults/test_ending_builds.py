@@ -1,0 +1,114 @@
+"""Builds that end before their time: withdrawn, at a limit, on a worker that is drained or stopped."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import pytest
+
+from tests.e2e.faults.conftest import Hurt, MakeFarm
+from tests.support.processes import SURVIVOR, processes_with
+
+pytestmark = pytest.mark.e2e
+
+#: A cancelled build is gone within 2 s; the rest is room for a busy machine.
+GONE_WITHIN_S = 10.0
+WAIT_FOR_GO = "while [ ! -e /tally/go ]; do /bin/busybox sleep 0.1; done"
+
+
+@pytest.fixture
+def one(hurt: MakeFarm) -> Hurt:
+    return hurt("left", "right", slots=2)
+
+
+def test_what_ends_early_ends_exactly_and_nothing_else_does(one: Hurt) -> None:
+    cancelled_builds_are_gone(one)
+    a_limit_of_a_root_does_not_hold_for_what_it_shares(one)
+    a_drained_worker_finishes_and_gets_nothing_new(one)
+    a_stop_lets_running_builds_finish(one)
+
+
+def cancelled_builds_are_gone(one: Hurt) -> None:
+    survivor = SURVIVOR.replace('"', '\\"')
+    file = one.graph(
+        f"""
+        base = step "shared" [ ] "{WAIT_FOR_GO}";
+        mine = step "mine" [ base (step "survivor" [ ] "{survivor}") ] ":";
+        other = step "other" [ base ] ":";
+        """
+    )
+    mine, other = one.submit(file, "mine"), one.submit(file, "other")
+    one.until(lambda: set(one.runs()) >= {"shared", "survivor"})
+    steps = {step["name"]: step for step in one.farm.api(f"submissions/{mine}/steps")}
+    mark, shared = (steps[name]["outputs"]["out"] for name in ("survivor", "shared"))
+    one.until(lambda: len(processes_with(mark)) >= 3)
+    began = time.monotonic()
+    for _ in range(2):
+        assert one.farm.drover("cancel", mine).returncode == 0
+    while processes_with(mark):
+        assert time.monotonic() - began < GONE_WITHIN_S
+        time.sleep(0.02)
+    assert processes_with(shared)
+    (one.tally / "go").touch()
+    assert one.ended(other)["state"] == "succeeded"
+    assert one.view(mine)["state"] == "cancelled"
+    assert one.runs()["shared"] == 1
+
+
+def a_limit_of_a_root_does_not_hold_for_what_it_shares(one: Hurt) -> None:
+    file = one.graph(
+        """
+        base = step "patient" [ ] "/bin/busybox sleep 4";
+        short = base // { meta.timeout = 1; };
+        silent = step "silent" [ ] "/bin/busybox sleep 60" // { meta.maxSilent = 1; };
+        top = step "over-patient" [ base ] ":";
+        """
+    )
+    short, top, silent = one.submit(file, "short"), one.submit(file, "top"), one.submit(file, "silent")
+    assert one.ended(top)["state"] == "succeeded"
+    assert one.ended(short)["state"] == "succeeded"
+    assert one.ended(silent)["state"] == "failed"
+    [step] = one.farm.api(f"submissions/{silent}/steps")
+    assert step["failure"]["kind"] == "silence"
+
+
+def a_drained_worker_finishes_and_gets_nothing_new(one: Hurt) -> None:
+    (one.tally / "go").unlink()
+    file = one.graph(
+        f"""
+        long = step "long" [ ] "{WAIT_FOR_GO}";
+        more = step "more" (map (n: step "more-${{toString n}}" [ ] ":") (range 1 8)) ":";
+        """
+    )
+    long = one.submit(file, "long")
+    one.until(one.building)
+    [busy] = [worker["name"] for worker in one.building()]
+    assert one.farm.drover("drain", busy).returncode == 0
+    more = one.ended(one.submit(file, "more"))
+    assert more["state"] == "succeeded"
+    assert {step["worker"] for step in one.farm.api(f"submissions/{more['id']}/steps")} == {"left", "right"} - {busy}
+    waiting = threading.Thread(target=one.farm.drover, args=("drain", busy, "--wait"))
+    waiting.start()
+    (one.tally / "go").touch()
+    waiting.join()
+    assert one.ended(long)["state"] == "succeeded"
+    assert one.farm.drover("drain", busy, "--off").returncode == 0
+    assert one.farm.drover("drain", "nobody").returncode == 2
+    one.until(lambda: all(worker["state"] == "online" for worker in one.farm.api("workers")))
+
+
+def a_stop_lets_running_builds_finish(one: Hurt) -> None:
+    file = one.graph('last = step "after-the-last" [ (step "last" [ ] "/bin/busybox sleep 3") ] ":";')
+    last = one.submit(file, "last")
+    one.until(one.building)
+    assert one.farm.stop(signal.SIGINT) == 0
+    assert one.farm.leftovers() == {}
+    one.farm.start()
+    view = one.ended(last)
+    assert view["state"] == "succeeded"
+    one.can_be_fetched(view)
+    assert one.farm.stop() == 0
+    one.nothing_ran_twice_without_a_reason()
+    assert one.runs()["last"] == 1
