@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+from scheduler.model import FailureKind
+
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
@@ -32,6 +34,20 @@ def in_force(told: Iterable[StepLimits | None], default: StepLimits) -> StepLimi
     )
     log_bytes = min(most.log_bytes or default.log_bytes, default.log_bytes) if default.log_bytes else most.log_bytes
     return StepLimits(most.timeout_s, most.silence_s, log_bytes, most.output_bytes)
+
+
+def limit_was_raised(kind: FailureKind, limit: int, now: StepLimits) -> bool:
+    """Whether a build that ended at `limit` may use more by now; a limit of 0 was not told."""
+    match kind:
+        case FailureKind.TIMEOUT:
+            holds = now.timeout_s
+        case FailureKind.SILENCE:
+            holds = now.silence_s
+        case FailureKind.OUTPUT_SIZE:
+            holds = now.output_bytes
+        case _:
+            return False
+    return limit > 0 and (holds == 0 or holds > limit)
 
 
 def _completed(wish: StepLimits, default: StepLimits) -> StepLimits:

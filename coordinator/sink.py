@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from coordinator.codec import Evidence, encode_evidence
 from coordinator.dispatch import Dispatch
 from coordinator.engine import Engine
-from coordinator.limits import StepLimits
+from coordinator.limits import StepLimits, limit_was_raised
 from coordinator.logs import LogError, LogStore
 from coordinator.views import Views
 from infra.clock import Clock
@@ -108,24 +108,10 @@ class FleetSink:
             drv = self._views.drv(lease.step)
             return BuildSucceeded(lease, BuilderId(worker), encode_evidence(Evidence(drv, report.result.outputs)))
         kind, message = FailureKind(report.result.reason), _clean(report.result.message)
-        if _raised(kind, report.result.limit, self._limits_of(lease.step)):
+        if limit_was_raised(kind, report.result.limit, self._limits_of(lease.step)):
             # Somebody who wants the step gives it more than this build was given; it was nobody's fault.
             kind, message = FailureKind.RETURNED, f"its limit was raised while it ran ({message})"
         return BuildFailed(lease, BuilderId(worker), Failure(kind, message))
-
-
-def _raised(kind: FailureKind, limit: int, now: StepLimits) -> bool:
-    """Whether a build that ended at `limit` would get further now; a limit of 0 was not told."""
-    match kind:
-        case FailureKind.TIMEOUT:
-            holds = now.timeout_s
-        case FailureKind.SILENCE:
-            holds = now.silence_s
-        case FailureKind.OUTPUT_SIZE:
-            holds = now.output_bytes
-        case _:
-            return False
-    return limit > 0 and (holds == 0 or holds > limit)
 
 
 def _held(leases: Iterable[HeldLease]) -> tuple[LeaseId, ...]:

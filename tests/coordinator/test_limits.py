@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from coordinator.codec import RootNote, SubmissionNote, decode_note, encode_note
-from coordinator.limits import StepLimits, in_force
-from scheduler.model import StepKey
+from coordinator.limits import StepLimits, in_force, limit_was_raised
+from scheduler.model import FailureKind, StepKey
 
 DEFAULT = StepLimits(timeout_s=100, silence_s=0, log_bytes=1000, output_bytes=0)
 
@@ -31,6 +31,14 @@ def test_a_short_limit_on_a_root_does_not_hold_where_it_is_somebody_elses_depend
 def test_a_submission_can_only_lower_how_much_log_is_kept() -> None:
     assert in_force([StepLimits(log_bytes=10)], DEFAULT).log_bytes == 10
     assert in_force([StepLimits(log_bytes=10_000)], DEFAULT).log_bytes == 1000
+
+
+def test_a_build_that_ended_at_a_limit_which_is_higher_by_now_ended_at_none() -> None:
+    assert limit_was_raised(FailureKind.TIMEOUT, 5, StepLimits(timeout_s=0))
+    assert limit_was_raised(FailureKind.SILENCE, 5, StepLimits(silence_s=6))
+    assert not limit_was_raised(FailureKind.TIMEOUT, 5, StepLimits(timeout_s=5))
+    assert not limit_was_raised(FailureKind.OUTPUT_SIZE, 0, StepLimits())
+    assert not limit_was_raised(FailureKind.PERMANENT, 5, StepLimits())
 
 
 def test_notes_of_before_limits_are_readable() -> None:

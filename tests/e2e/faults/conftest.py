@@ -49,7 +49,7 @@ class Hurt:
                 args = [ "-c" "echo ${{name}} >> /tally/log; ${{script}}; echo ${{toString inputs}} $salt > $out" ];
               }};
               range = first: last: if first > last then [ ] else [ first ] ++ range (first + 1) last;
-            in {{ {text} }}
+            in rec {{ {text} }}
             """
         )
         return file

@@ -31,7 +31,7 @@ def test_what_ends_early_ends_exactly_and_nothing_else_does(one: Hurt) -> None:
 
 
 def cancelled_builds_are_gone(one: Hurt) -> None:
-    survivor = SURVIVOR.replace('"', '\\"')
+    survivor = SURVIVOR.strip().replace('"', '\\"')
     file = one.graph(
         f"""
         base = step "shared" [ ] "{WAIT_FOR_GO}";
@@ -66,7 +66,7 @@ def a_limit_of_a_root_does_not_hold_for_what_it_shares(one: Hurt) -> None:
         top = step "over-patient" [ base ] ":";
         """
     )
-    short, top, silent = one.submit(file, "short"), one.submit(file, "top"), one.submit(file, "silent")
+    top, short, silent = one.submit(file, "top"), one.submit(file, "short"), one.submit(file, "silent")
     assert one.ended(top)["state"] == "succeeded"
     assert one.ended(short)["state"] == "succeeded"
     assert one.ended(silent)["state"] == "failed"
