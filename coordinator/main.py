@@ -148,11 +148,7 @@ async def open_coordinator(
             _intake_limits(settings.limits),
         )
         fleet = await stack.enter_async_context(fleet_factory(info))
-        limits = _step_limits(settings.limits)
-
-        def limits_of(step: StepKey) -> StepLimits:
-            return in_force(views.limits_told(step), limits)
-
+        limits_of = _limits_of(views, settings.limits)
         dispatch = Dispatch(
             fleet, stores.cache, stores.derivations, limits_of, engine.post, upload_token=tokens.for_lease(clock)
         )
@@ -380,8 +376,10 @@ def _intake_limits(limits: LimitSettings) -> IntakeLimits:
     return IntakeLimits(max_derivations=limits.graph_size, max_sources=limits.graph_size)
 
 
-def _step_limits(limits: LimitSettings) -> StepLimits:
-    return StepLimits(limits.build_timeout_s, limits.build_silence_s, limits.log_bytes, limits.build_output_bytes)
+def _limits_of(views: Views, limits: LimitSettings) -> Callable[[StepKey], StepLimits]:
+    """Return what says which limits hold for a step now."""
+    default = StepLimits(limits.build_timeout_s, limits.build_silence_s, limits.log_bytes, limits.build_output_bytes)
+    return lambda step: in_force(views.limits_told(step), default)
 
 
 def _farm_view(info: FarmInfo) -> FarmView:
