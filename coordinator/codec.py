@@ -34,8 +34,6 @@ from scheduler.facts import Fact
 from scheduler.model import Requirements, StepKey, SubmissionId
 from workers.protocol import Output
 
-#: Raised when the meaning of stored frames changes; a journal tells which version it was written with.
-FACTS_VERSION = 1
 #: Frames above this many bytes are compressed.
 _COMPRESS_ABOVE_BYTES = 4096
 #: A frame that claims to be larger than this is damaged (one frame holds at most `journal.FRAME_FACTS` facts).

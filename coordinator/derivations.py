@@ -6,33 +6,26 @@ first submitted and keeps it for ever: the journal names recipes by that index.
 
 Questions about many names are one query each: the names travel as one JSON array and are joined in SQL, which has no
 limit on their number.
+
+The tables lie in SQLite or in PostgreSQL. Every call may be done twice, and is where the database goes away meanwhile
+(`infra.database.patiently`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import zstandard
-from sqlalchemy import (
-    Column,
-    Integer,
-    LargeBinary,
-    MetaData,
-    Select,
-    Table,
-    Text,
-    UniqueConstraint,
-    bindparam,
-    event,
-    func,
-    select,
-)
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy import Column, Integer, LargeBinary, MetaData, Select, Table, Text, UniqueConstraint, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
+from coordinator.errors import CoordinatorError
+from infra.database import insert_or_ignore, names_parameter, names_table, open_engine, patiently, reason
 from scheduler.model import StepKey
 
 #: Rows of one executemany; keeps the driver's thread from holding megabytes of parameters twice.
@@ -43,6 +36,14 @@ MAX_CACHED_NODES = 200_000
 _COMPRESS_FROM = 512
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _LEVEL = 1
+
+_Result = TypeVar("_Result")
+
+
+class DerivationsError(CoordinatorError):
+    """The database of derivations cannot be used."""
+
+    code = "derivations"
 
 
 class Kind(IntEnum):
@@ -162,18 +163,27 @@ class DerivationStore:
         self._store_dir = store_dir
         #: Copies of rows; may be emptied at any time.
         self._nodes: dict[str, Node] = {}
-        if engine.dialect.name == "sqlite":
-            event.listen(engine.sync_engine, "connect", _configure_sqlite)
+        self._asked = names_table(engine)
+        self._insert = insert_or_ignore(engine, "derivations", "drv, step, kind, detail, inputs, modulo, aterm")
+        self._insert_member = insert_or_ignore(engine, "members", "step, ordinal, drv")
 
     @classmethod
     def open(cls, url: str, store_dir: str = "/nix/store") -> DerivationStore:
         """Return a store on an engine of its own; `close` disposes of it."""
-        return cls(create_async_engine(url), store_dir)
+        # A journalled submission must find its derivations after a power cut.
+        return cls(open_engine(url, synchronous="FULL"), store_dir)
 
     async def prepare(self) -> None:
-        """Create the tables where they are missing."""
-        async with self._engine.begin() as connection:
-            await connection.run_sync(_metadata.create_all)
+        """Create the tables where they are missing. Raises `DerivationsError`."""
+
+        async def create() -> None:
+            async with self._engine.begin() as connection:
+                await connection.run_sync(_metadata.create_all)
+
+        try:
+            await create()
+        except (SQLAlchemyError, OSError) as error:
+            raise DerivationsError(f"cannot open the database of derivations: {reason(error)}.") from None
 
     async def close(self) -> None:
         """Close all connections."""
@@ -181,15 +191,13 @@ class DerivationStore:
 
     async def unknown(self, names: Sequence[str]) -> list[str]:
         """Return those .drv base names that are not stored, in their order. One query."""
-        asked = _json_array("names").subquery("asked")
+        asked = self._asked
         query = (
             select(asked.c.value)
             .outerjoin(_derivations, _derivations.c.drv == asked.c.value)
             .where(_derivations.c.drv.is_(None))
         )
-        async with self._engine.connect() as connection:
-            rows = await connection.execute(query, {"names": _json(names)})
-            absent = {row[0] for row in rows}
+        absent = {row[0] for row in await self._answers(query, names)}
         return [name for name in dict.fromkeys(names) if name in absent]
 
     async def known(self, names: Sequence[str]) -> dict[str, Known]:
@@ -215,40 +223,42 @@ class DerivationStore:
     async def add(self, batch: Sequence[NewDerivation]) -> None:
         """Store verified derivations in one transaction; those already stored stay as they are."""
         compressor = zstandard.ZstdCompressor(level=_LEVEL)
-        async with self._engine.begin() as connection:
-            for start in range(0, len(batch), INSERT_ROWS):
-                rows = [_row(new, compressor) for new in batch[start : start + INSERT_ROWS]]
-                # Rows go to the driver as they are: the statement layer would cost as much as SQLite itself.
-                await connection.exec_driver_sql(_INSERT, rows)
+
+        async def insert() -> None:
+            async with self._engine.begin() as connection:
+                for start in range(0, len(batch), INSERT_ROWS):
+                    rows = [_row(new, compressor) for new in batch[start : start + INSERT_ROWS]]
+                    await connection.exec_driver_sql(self._insert, rows)
+
+        await _told(insert)
         self._remember([new.node for new in batch])
 
     async def members(self, keys: Sequence[StepKey]) -> dict[StepKey, list[str]]:
         """Return the .drv base names that are recipes of each step, by recipe index. One query."""
-        asked = _json_array("names").subquery("asked")
+        asked = self._asked
         query = (
             select(_members.c.step, _members.c.drv)
             .join(asked, asked.c.value == _members.c.step)
             .order_by(_members.c.step, _members.c.ordinal)
         )
         found: dict[StepKey, list[str]] = {}
-        async with self._engine.connect() as connection:
-            for step, drv in await connection.execute(query, {"names": _json(keys)}):
-                found.setdefault(StepKey(step), []).append(drv)
+        for step, drv in await self._answers(query, keys):
+            found.setdefault(StepKey(step), []).append(drv)
         return found
 
     async def add_members(self, new: Sequence[tuple[StepKey, int, str]]) -> None:
         """Give recipes (step, index, .drv base name) their places, in one transaction."""
-        async with self._engine.begin() as connection:
-            for start in range(0, len(new), INSERT_ROWS):
-                rows = [
-                    {"step": step, "ordinal": ordinal, "drv": drv}
-                    for step, ordinal, drv in new[start : start + INSERT_ROWS]
-                ]
-                await connection.execute(_members.insert(), rows)
+
+        async def insert() -> None:
+            async with self._engine.begin() as connection:
+                for start in range(0, len(new), INSERT_ROWS):
+                    await connection.exec_driver_sql(self._insert_member, list(new[start : start + INSERT_ROWS]))
+
+        await _told(insert)
 
     async def orders(self, wanted: Sequence[tuple[StepKey, int]]) -> Mapping[tuple[StepKey, int], BuildOrder]:
         """Return what to send for each (step, recipe index); unknown pairs are absent. One query."""
-        asked = _json_array("names").subquery("asked")
+        asked = self._asked
         columns = (
             _members.c.step,
             _members.c.ordinal,
@@ -263,13 +273,12 @@ class DerivationStore:
         )
         pairs = set(wanted)
         found: dict[tuple[StepKey, int], BuildOrder] = {}
-        async with self._engine.connect() as connection:
-            rows = await connection.execute(query, {"names": _json({step for step, _ in wanted})})
-            for step, ordinal, drv, aterm, inputs in rows:
-                if (step, ordinal) in pairs:
-                    found[step, ordinal] = BuildOrder(
-                        f"{self._store_dir}/{drv}", _unpacked(aterm), tuple(orjson.loads(inputs))
-                    )
+        rows = await self._answers(query, dict.fromkeys(step for step, _ in wanted))
+        for step, ordinal, drv, aterm, inputs in rows:
+            if (step, ordinal) in pairs:
+                found[step, ordinal] = BuildOrder(
+                    f"{self._store_dir}/{drv}", _unpacked(aterm), tuple(orjson.loads(inputs))
+                )
         return found
 
     async def steps(self, keys: Sequence[StepKey]) -> Mapping[StepKey, StepInfo]:
@@ -280,11 +289,17 @@ class DerivationStore:
         return {step: step_info(nodes[drv], self._store_dir) for drv, step in first.items() if drv in nodes}
 
     async def _rows(self, query: Select[Any], names: Iterable[str]) -> Sequence[Any]:
-        asked = _json_array("names").subquery("asked")
-        joined = query.join(asked, asked.c.value == _derivations.c.drv)
-        async with self._engine.connect() as connection:
-            rows: Sequence[Any] = (await connection.execute(joined, {"names": _json(names)})).all()
-        return rows
+        return await self._answers(query.join(self._asked, self._asked.c.value == _derivations.c.drv), names)
+
+    async def _answers(self, query: Select[Any], names: Iterable[str]) -> Sequence[Any]:
+        parameters = {"names": names_parameter(self._engine, names)}
+
+        async def ask() -> Sequence[Any]:
+            async with self._engine.connect() as connection:
+                rows: Sequence[Any] = (await connection.execute(query, parameters)).all()
+            return rows
+
+        return await _told(ask)
 
     def _remember(self, nodes: Sequence[Node]) -> None:
         if len(self._nodes) + len(nodes) > MAX_CACHED_NODES:
@@ -293,21 +308,11 @@ class DerivationStore:
             self._nodes.update((node.drv, node) for node in nodes)
 
 
-def _configure_sqlite(connection: Any, _record: object) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    # A journalled submission must find its derivations after a power cut.
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.execute("PRAGMA busy_timeout=10000")
-    cursor.close()
-
-
-def _json_array(parameter: str) -> Select[Any]:
-    return select(func.json_each(bindparam(parameter)).table_valued("value").c.value)
-
-
-def _json(names: Iterable[str]) -> str:
-    return orjson.dumps(list(names)).decode()
+async def _told(call: Callable[[], Awaitable[_Result]]) -> _Result:
+    try:
+        return await patiently(call, "derivations are read or written")
+    except (SQLAlchemyError, OSError) as error:
+        raise DerivationsError(f"the database of derivations failed: {reason(error)}.") from error
 
 
 def _pairs(outputs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
@@ -328,14 +333,8 @@ def _node(row: Any) -> Node:
     )
 
 
-#: `?` is the parameter mark of SQLite drivers, `OR IGNORE` its spelling of "do nothing on a conflict".
-_INSERT = (
-    "INSERT OR IGNORE INTO derivations (drv, step, kind, detail, inputs, modulo, aterm) VALUES (?, ?, ?, ?, ?, ?, ?)"
-)
-
-
 def _row(new: NewDerivation, compressor: zstandard.ZstdCompressor) -> tuple[object, ...]:
-    """Values in the order of `_INSERT`."""
+    """Values in the order of the columns."""
     node = new.node
     aterm = compressor.compress(new.aterm) if len(new.aterm) >= _COMPRESS_FROM else new.aterm
     return (

@@ -4,8 +4,8 @@ One turn: take everything that waits, ask the core once, append the durable fact
 views, hand the effects to dispatch, tell those who waited that their event is safe. The order is the promise: nothing
 is shown, acknowledged or done before its facts are durable.
 
-If the append fails the engine stops with that error and the process ends: the core has already moved on, and only a
-replay brings memory and journal together again.
+An append waits for a database that is away, for a bounded time. If it fails the engine stops with that error and the
+process ends: the core has already moved on, and only a replay brings memory and journal together again.
 """
 
 from __future__ import annotations
@@ -79,13 +79,18 @@ class Engine:
         return Instant(self._clock.now())
 
     async def recover(self, derivations: DerivationStore) -> int:
-        """Replay the journal into core and views; returns the number of facts. Raises `JournalError`."""
+        """Replay the journal, from its newest snapshot on, into core and views. Raises `JournalError`.
+
+        Returns the number of facts.
+        """
         count = 0
         with _collector_paused():
-            async for frame in self._journal.load():
-                self._farm.replay(frame)
-                self._views.fold(frame, settle=False)
-                count += len(frame)
+            async for piece in self._journal.load():
+                self._farm.replay(piece.facts)
+                self._views.fold(piece.facts, settle=False)
+                if piece.records:
+                    self._views.restore(piece.records)
+                count += len(piece.facts)
                 # A long replay must not keep signals and supervisors waiting.
                 await asyncio.sleep(0)
         self._views.settle()

@@ -5,40 +5,57 @@ Rules:
 2. A row ("frame") holds the facts of one batch, at most `FRAME_FACTS`; `seq` has no gaps; a CRC guards each body.
 3. What cannot be understood stops the start with one sentence; nothing is skipped, repaired or overwritten.
 4. `notes` (what people called a submission) go into the same commit as the submission's facts.
+5. One writer. Each that begins raises the **epoch** (`take_over`), and every write is conditional on it inside its own
+   transaction: whoever comes back after another has taken over gets `FencedError`, and nothing of it is stored.
+6. Where the connection is lost it is not known whether a commit took place. `append` asks the journal's last `seq`
+   before it tries again, for at most `PATIENCE_S`; meanwhile nothing is acknowledged, because nothing is stored.
+7. A snapshot (facts of the core and records of the read model, see `history`) stands for all frames up to its `seq`. It
+   counts once its row is there, which is written last; it is read again before anything older is removed, and the one
+   before it is kept with the frames since. `load` starts at the newest whose checksums are right.
 
 SQLite runs in WAL mode with `synchronous=NORMAL`: a commit survives the death of the process at any moment, because it
 lies in the operating system by then; a power cut may lose the last moments, never the order or the consistency. That is
 the right trade: publishing is idempotent, workers keep reports until acknowledged, and a full sync for each batch costs
-more than all other work of the coordinator together.
-
-Snapshots come later: they will be frames of another table that `load` starts from.
+more than all other work of the coordinator together. PostgreSQL commits as it is configured to.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
+import logging
+import secrets
 import zlib
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Self
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, TypeVar
 
-from sqlalchemy import Column, Integer, LargeBinary, MetaData, String, Table, event, insert, inspect, select
+import sqlalchemy as sa
+from sqlalchemy import Column, Integer, LargeBinary, MetaData, String, Table, delete, func, insert, inspect, select
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from coordinator.codec import FACTS_VERSION, CodecError, decode_facts, encode_facts
+from coordinator.codec import CodecError, Record, decode_facts, decode_records, encode_facts, encode_records
 from coordinator.errors import CoordinatorError
+from infra.database import PATIENCE_S, Patience, connection_lost, reason
 from scheduler.facts import Fact
 from scheduler.model import SubmissionId
 
 #: Facts in one frame; a larger batch becomes several frames of one commit.
-FRAME_FACTS = 4096
-#: Frames read from the database at one time.
-_READ_FRAMES = 64
+FRAME_FACTS: Final = 4096
+#: Snapshots that are kept, with the frames since the oldest of them.
+SNAPSHOTS_KEPT: Final = 2
+#: What this module writes. 1 had no snapshots and no epoch; it is brought up to date when it is opened.
+FORMAT: Final = 2
+#: Frames read, and removed, at one time.
+_READ_FRAMES: Final = 64
+_PRUNE_FRAMES: Final = 500
+
+_log = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
+
+#: SQLite stores any integer in an INTEGER; PostgreSQL's has 32 bits, which a CRC without sign does not fit into.
+_Big = sa.BigInteger().with_variant(Integer(), "sqlite")
 
 _metadata = MetaData()
 _meta = Table(
@@ -50,15 +67,34 @@ _meta = Table(
 _frames = Table(
     "journal_frames",
     _metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("seq", _Big, primary_key=True, autoincrement=False),
     Column("facts", Integer, nullable=False),
-    Column("crc", Integer, nullable=False),
+    Column("crc", _Big, nullable=False),
     Column("body", LargeBinary, nullable=False),
 )
 _notes = Table(
     "journal_notes",
     _metadata,
     Column("submission", String(64), primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+)
+_snapshots = Table(
+    "journal_snapshots",
+    _metadata,
+    Column("snapshot", String(32), primary_key=True),
+    #: The last frame that it stands for.
+    Column("seq", _Big, nullable=False),
+    Column("parts", Integer, nullable=False),
+)
+_parts = Table(
+    "journal_snapshot_parts",
+    _metadata,
+    Column("snapshot", String(32), primary_key=True),
+    Column("part", Integer, primary_key=True, autoincrement=False),
+    #: 0: facts of the core, 1: records of the read model; all facts come first.
+    Column("kind", Integer, nullable=False),
+    Column("items", Integer, nullable=False),
+    Column("crc", _Big, nullable=False),
     Column("body", LargeBinary, nullable=False),
 )
 
@@ -69,89 +105,102 @@ class JournalError(CoordinatorError):
     code: ClassVar[str] = "journal"
 
 
-class StateDirBusyError(CoordinatorError):
-    """Another coordinator owns the state directory."""
+class FencedError(JournalError):
+    """Another coordinator has taken over; nothing was written, and this one must end."""
 
-    code: ClassVar[str] = "state_dir_busy"
-
-
-class StateLock:
-    """The right to use a state directory, held by one process at a time and given back by its death."""
-
-    def __init__(self, state_dir: Path) -> None:
-        self._path = state_dir / "lock"
-        self._descriptor = -1
-
-    def __enter__(self) -> Self:
-        """Take the lock. Raises `StateDirBusyError` that names the holder's process id."""
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise JournalError(f"cannot use the state directory {self._path.parent}: {error.strerror}.") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
-            os.close(descriptor)
-            raise StateDirBusyError(
-                f"{self._path.parent} is in use by another drover (process {holder}); "
-                "stop that one or choose another --state-dir."
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
-        self._descriptor = descriptor
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give the lock back. The file stays: removing it would let two holders lock two files of one name."""
-        os.close(self._descriptor)
+    code: ClassVar[str] = "fenced"
 
 
-def database_engine(url: str) -> AsyncEngine:
-    """Return an engine for `url`; SQLite gets WAL, `synchronous=NORMAL`, foreign keys and a busy time of 10 s."""
-    engine = create_async_engine(url)
-    if engine.dialect.name == "sqlite":
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A piece of the journal as `load` gives it: facts, or records of the read model that belong behind them."""
 
-        @event.listens_for(engine.sync_engine, "connect")
-        def configure(connection: Any, _record: object) -> None:
-            cursor = connection.cursor()
-            for pragma in ("busy_timeout=10000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
-                cursor.execute(f"PRAGMA {pragma}")
-            cursor.close()
-
-    return engine
+    facts: tuple[Fact, ...] = ()
+    records: tuple[Record, ...] = ()
 
 
 class Journal:
-    """One journal in one database. Not safe for two writers: the state lock, later the epoch, sees to that."""
+    """One journal in one database: `prepare`, `take_over`, `load` to its end, then `append`."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, *, epoch: int = 0, patience_s: float = PATIENCE_S) -> None:
         self._engine = engine
+        self._patience_s = patience_s
+        self._epoch = epoch
         self._seq = 0
+        #: Facts in the frames behind the newest snapshot, of those that were read or written here.
+        self._tail = 0
+        self._trouble = ""
+
+    @property
+    def epoch(self) -> int:
+        """Which reign over the journal this is, counted from 1; 0 before `take_over`."""
+        return self._epoch
+
+    @property
+    def seq(self) -> int:
+        """The last frame read or written."""
+        return self._seq
+
+    @property
+    def tail(self) -> int:
+        """Facts that a start would have to replay behind the newest snapshot."""
+        return self._tail
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing can be stored at the moment, "" while all is well."""
+        return self._trouble
 
     async def prepare(self) -> None:
-        """Create the tables, or check that those there are of this version. Raises `JournalError`."""
+        """Create the tables, or bring those of an older release up to date. Raises `JournalError`."""
         with _translated("open"):
+            # On its own first: a journal that must not be touched is not even locked.
             async with self._engine.connect() as connection:
-                version = await connection.run_sync(_read_version)
-            if version is not None and version != FACTS_VERSION:
-                raise JournalError(
-                    f"the journal was written by another version of drover (format {version}, this one reads "
-                    f"{FACTS_VERSION}); start the newer version. Nothing was changed."
-                )
-            if version is None:
-                async with self._engine.begin() as connection:
-                    await connection.run_sync(_metadata.create_all)
-                    await connection.execute(insert(_meta).values(name="facts_version", value=FACTS_VERSION))
+                await connection.run_sync(_check_format)
+            async with self._engine.begin() as connection:
+                if connection.dialect.name == "postgresql":
+                    # Two that start at one time must not both create tables.
+                    await connection.execute(select(func.pg_advisory_xact_lock(func.hashtext("drover-journal"))))
+                await connection.run_sync(_bring_up_to_date)
 
-    async def load(self) -> AsyncIterator[tuple[Fact, ...]]:
-        """Yield all facts in order, one frame at a time. Must be read to its end before the first `append`.
+    async def take_over(self) -> int:
+        """Begin a reign: from now on whoever wrote before is fenced out. Returns the epoch. Raises `JournalError`."""
+        mine = _meta.c.name == "epoch"
+        with _translated("open"):
+            async with self._engine.begin() as connection:
+                await connection.execute(sa.update(_meta).where(mine).values(value=_meta.c.value + 1))
+                self._epoch = (await connection.execute(select(_meta.c.value).where(mine))).scalar_one()
+        return self._epoch
+
+    async def check_epoch(self) -> None:
+        """Raise `FencedError` if another has taken over, `JournalError` where that cannot be asked."""
+        with _translated("read"):
+            async with self._engine.connect() as connection:
+                await self.fence(connection)
+
+    async def fence(self, connection: AsyncConnection) -> None:
+        """Check inside somebody's transaction in the same database that this is still the reign.
+
+        With PostgreSQL nobody can take over before that transaction ends. Raises `FencedError`.
+        """
+        query = select(_meta.c.value).where(_meta.c.name == "epoch").with_for_update(read=True)
+        now = (await connection.execute(query)).scalar_one_or_none()
+        if now != self._epoch:
+            raise FencedError(
+                f"another coordinator has taken over the journal (epoch {now}, this one had {self._epoch}); "
+                "this one ends, nothing was written."
+            )
+
+    async def load(self) -> AsyncIterator[Loaded]:
+        """Yield everything in order, one piece at a time. Must be read to its end before the first `append`.
 
         Raises `JournalError` where a frame is missing, torn or not understood.
         """
+        snapshot = await self._newest_snapshot()
+        if snapshot is not None:
+            name, self._seq = snapshot
+            async for kind, items, body in self._read_parts(name):
+                yield _decoded(kind, items, body, f"the journal's snapshot {name} is damaged")
         while True:
             query = select(_frames).where(_frames.c.seq > self._seq).order_by(_frames.c.seq).limit(_READ_FRAMES)
             with _translated("read"):
@@ -162,20 +211,16 @@ class Journal:
             if len(rows) < _READ_FRAMES:
                 return
 
-    def _frame(self, seq: int, count: int, crc: int, body: bytes) -> tuple[Fact, ...]:
+    def _frame(self, seq: int, count: int, crc: int, body: bytes) -> Loaded:
         where = f"the journal is damaged at frame {seq}"
         if seq != self._seq + 1:
             raise JournalError(f"{where}: frame {self._seq + 1} is missing; restore the database from a backup.")
         if zlib.crc32(body) != crc:
             raise JournalError(f"{where}: its checksum does not match; restore the database from a backup.")
-        try:
-            facts = decode_facts(body)
-        except CodecError as error:
-            raise JournalError(f"{where}: {error}") from None
-        if len(facts) != count:
-            raise JournalError(f"{where}: it holds {len(facts)} facts instead of {count}.")
+        loaded = _decoded(0, count, body, where)
         self._seq = seq
-        return facts
+        self._tail += count
+        return loaded
 
     async def notes(self) -> Mapping[SubmissionId, bytes]:
         """Return what was noted for each submission."""
@@ -185,32 +230,246 @@ class Journal:
         return {SubmissionId(row.submission): row.body for row in rows}
 
     async def append(self, facts: Sequence[Fact], notes: Mapping[SubmissionId, bytes] | None = None) -> None:
-        """Store durable `facts` and `notes` in one commit; returns when they are safe. Raises `JournalError`.
+        """Store durable `facts` and `notes` in one commit; returns when they are safe.
 
-        After an error the caller must stop: whether the commit took place is not known.
+        Waits for a database that is away. After any error the caller must stop: what is stored is not known.
+
+        Raises:
+            FencedError: another coordinator has taken over.
+            JournalError: they cannot be stored.
         """
-        frames = []
-        for start in range(0, len(facts), FRAME_FACTS):
+        frames: list[dict[str, Any]] = []
+        # Notes alone get an empty frame, so that the last `seq` always tells whether a commit took place.
+        for start in range(0, len(facts), FRAME_FACTS) or (0,):
             part = facts[start : start + FRAME_FACTS]
             body = encode_facts(part)
-            self._seq += 1
-            frames.append({"seq": self._seq, "facts": len(part), "crc": zlib.crc32(body), "body": body})
-        with _translated("write"):
+            seq = self._seq + len(frames) + 1
+            frames.append({"seq": seq, "facts": len(part), "crc": zlib.crc32(body), "body": body})
+        noted = [{"submission": name, "body": body} for name, body in (notes or {}).items()]
+        await self._store(frames, noted)
+        self._seq += len(frames)
+        self._tail += len(facts)
+
+    async def _store(self, frames: Sequence[dict[str, Any]], notes: Sequence[dict[str, Any]]) -> None:
+        patience: Patience | None = None
+        while True:
+            try:
+                # After a loss it is not known whether the last attempt was committed.
+                if patience is None or not await self._is_stored(self._seq + len(frames)):
+                    async with self._engine.begin() as connection:
+                        await connection.execute(insert(_frames), frames)
+                        if notes:
+                            await connection.execute(insert(_notes), notes)
+                        # Last: SQLite is locked for writing by now, and sees what is.
+                        await self.fence(connection)
+            except (SQLAlchemyError, OSError) as error:
+                # The transaction of a lost connection may still end after it was asked about.
+                late = patience is not None and isinstance(error, IntegrityError)
+                if not late and not connection_lost(error):
+                    raise _error("write", error) from None
+                if patience is None:
+                    patience = Patience(self._patience_s)
+                    self._trouble = f"the journal's database is away ({reason(error)})"
+                    _log.warning("%s; nothing is taken on until it is back", self._trouble)
+                if not await patience.pause():
+                    raise _error("write", error) from None
+            else:
+                if self._trouble:
+                    self._trouble = ""
+                    _log.warning("the journal's database is back")
+                return
+
+    async def _is_stored(self, last: int) -> bool:
+        async with self._engine.begin() as connection:
+            await self.fence(connection)
+            found = (await connection.execute(select(func.max(_frames.c.seq)))).scalar_one_or_none() or 0
+        if found not in (self._seq, last):
+            raise JournalError(f"the journal ends at frame {found} where {self._seq} or {last} was expected.")
+        return bool(found == last)
+
+    # Snapshots.
+
+    async def save_snapshot(self, seq: int, facts: Iterable[Fact], records: Iterable[Record]) -> None:
+        """Store what stands for all frames up to `seq`, read it again, then remove what it makes needless.
+
+        Each part is a commit of its own, so that `append` waits for none of it. May be cut off at any moment: the next
+        snapshot removes what is left of this one.
+
+        Raises:
+            FencedError: another coordinator has taken over.
+            JournalError: it cannot be stored, or does not come back as it was given.
+        """
+        name = secrets.token_hex(8)
+        count = 0
+        with _translated("write a snapshot of"):
+            await self._sweep_snapshots(keep=SNAPSHOTS_KEPT)
+            for kind, items, body in _encoded(facts, records):
+                row = {"snapshot": name, "part": count, "kind": kind, "items": items, "crc": zlib.crc32(body)}
+                async with self._engine.begin() as connection:
+                    await connection.execute(insert(_parts).values(**row, body=body))
+                    await self.fence(connection)
+                count += 1
             async with self._engine.begin() as connection:
-                if frames:
-                    await connection.execute(insert(_frames), frames)
-                if notes:
-                    rows = [{"submission": name, "body": body} for name, body in notes.items()]
-                    await connection.execute(insert(_notes), rows)
+                await connection.execute(insert(_snapshots).values(snapshot=name, seq=seq, parts=count))
+                await self.fence(connection)
+        if not await self._is_whole(name, count, deeply=True):
+            with _translated("write a snapshot of"):
+                async with self._engine.begin() as connection:
+                    await connection.execute(delete(_snapshots).where(_snapshots.c.snapshot == name))
+                    await self.fence(connection)
+            raise JournalError("a snapshot of the journal does not come back as it was written; check the disk.")
+        with _translated("write a snapshot of"):
+            await self._sweep_snapshots(keep=SNAPSHOTS_KEPT)
+            await self._prune()
+
+    def snapshot_taken(self, facts: int) -> None:
+        """Note that a snapshot now stands for that many facts of the tail."""
+        self._tail = max(0, self._tail - facts)
+
+    async def snapshots(self) -> list[int]:
+        """Return the last frame of every snapshot, newest first."""
+        with _translated("read"):
+            async with self._engine.connect() as connection:
+                rows = await connection.execute(select(_snapshots.c.seq).order_by(_snapshots.c.seq.desc()))
+        return [seq for (seq,) in rows]
+
+    async def _newest_snapshot(self) -> tuple[str, int] | None:
+        query = select(_snapshots).order_by(_snapshots.c.seq.desc(), _snapshots.c.snapshot)
+        with _translated("read"):
+            async with self._engine.connect() as connection:
+                rows = (await connection.execute(query)).all()
+        for row in rows:
+            if await self._is_whole(row.snapshot, row.parts):
+                return row.snapshot, row.seq
+            _log.warning("the journal's snapshot up to frame %d is damaged; starting from what was before it", row.seq)
+        if rows and not await self._begins():
+            raise JournalError("every snapshot of the journal is damaged; restore the database from a backup.")
+        return None
+
+    async def _begins(self) -> bool:
+        """Whether the first frame is still there."""
+        with _translated("read"):
+            async with self._engine.connect() as connection:
+                return bool((await connection.execute(select(func.min(_frames.c.seq)))).scalar_one_or_none() == 1)
+
+    async def _is_whole(self, name: str, parts: int, *, deeply: bool = False) -> bool:
+        """Whether all parts are there with the right checksums, and can be understood where that is asked for."""
+        count = 0
+        try:
+            async for kind, items, body in self._read_parts(name):
+                count += 1
+                if deeply:
+                    _decoded(kind, items, body, "a part of the snapshot")
+        except _DamagedPartError:
+            return False
+        return count == parts
+
+    async def _read_parts(self, name: str) -> AsyncIterator[tuple[int, int, bytes]]:
+        """Yield kind, number of items and body of every part in order. Raises `_DamagedPartError`."""
+        part = 0
+        while True:
+            query = select(_parts).where(_parts.c.snapshot == name, _parts.c.part == part)
+            with _translated("read"):
+                async with self._engine.connect() as connection:
+                    row = (await connection.execute(query)).one_or_none()
+            if row is None:
+                return
+            if zlib.crc32(row.body) != row.crc:
+                raise _DamagedPartError(f"the journal's snapshot {name} is damaged at part {part}.")
+            yield row.kind, row.items, row.body
+            part += 1
+
+    async def _sweep_snapshots(self, keep: int) -> None:
+        """Remove all but the newest `keep` snapshots, and parts that belong to none."""
+        newest = select(_snapshots.c.snapshot).order_by(_snapshots.c.seq.desc(), _snapshots.c.snapshot).limit(keep)
+        async with self._engine.begin() as connection:
+            kept = [name for (name,) in await connection.execute(newest)]
+            await connection.execute(delete(_snapshots).where(_snapshots.c.snapshot.not_in(kept)))
+            await self.fence(connection)
+        query = select(_parts.c.snapshot, _parts.c.part).where(_parts.c.snapshot.not_in(kept))
+        async with self._engine.connect() as connection:
+            needless = (await connection.execute(query)).all()
+        for name, part in needless:
+            async with self._engine.begin() as connection:
+                await connection.execute(delete(_parts).where(_parts.c.snapshot == name, _parts.c.part == part))
+                await self.fence(connection)
+
+    async def _prune(self) -> None:
+        """Remove the frames that the oldest of enough snapshots stands for."""
+        kept = await self.snapshots()
+        if len(kept) < SNAPSHOTS_KEPT:
+            return
+        while True:
+            some = select(_frames.c.seq).where(_frames.c.seq <= kept[-1]).order_by(_frames.c.seq).limit(_PRUNE_FRAMES)
+            async with self._engine.begin() as connection:
+                gone = await connection.execute(delete(_frames).where(_frames.c.seq.in_(some.scalar_subquery())))
+                await self.fence(connection)
+            if gone.rowcount < _PRUNE_FRAMES:
+                return
 
 
-def _read_version(connection: Connection) -> int | None:
+class _DamagedPartError(JournalError):
+    """A part of a snapshot is not what was written."""
+
+
+def _encoded(facts: Iterable[Fact], records: Iterable[Record]) -> Iterator[tuple[int, int, bytes]]:
+    for some in _sliced(facts):
+        yield 0, len(some), encode_facts(some)
+    for some_records in _sliced(records):
+        yield 1, len(some_records), encode_records(some_records)
+
+
+def _sliced(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    some: list[_Item] = []
+    for item in items:
+        some.append(item)
+        if len(some) == FRAME_FACTS:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
+def _decoded(kind: int, items: int, body: bytes, where: str) -> Loaded:
+    try:
+        loaded = Loaded(records=decode_records(body)) if kind else Loaded(facts=decode_facts(body))
+    except CodecError as error:
+        raise JournalError(f"{where}: {error}") from None
+    found = len(loaded.facts) + len(loaded.records)
+    if found != items:
+        raise JournalError(f"{where}: it holds {found} facts instead of {items}.")
+    return loaded
+
+
+def _check_format(connection: Connection) -> int | None:
+    """Return the format of the journal that is there, None if there is none. Raises `JournalError`."""
     if not inspect(connection).has_table(_meta.name):
         return None
     value = connection.execute(select(_meta.c.value).where(_meta.c.name == "facts_version")).scalar_one_or_none()
     if value is None:
         raise JournalError("the journal does not say its version; restore the database from a backup.")
+    if value > FORMAT:
+        raise JournalError(
+            f"the journal was written by a newer version of drover (format {value}, this one reads {FORMAT}); "
+            "start the newer version. Nothing was changed."
+        )
     return int(value)
+
+
+def _bring_up_to_date(connection: Connection) -> None:
+    found = _check_format(connection)
+    if found == FORMAT:
+        return
+    _metadata.create_all(connection)
+    if found is None:
+        connection.execute(insert(_meta).values(name="facts_version", value=FORMAT))
+    else:
+        connection.execute(sa.update(_meta).where(_meta.c.name == "facts_version").values(value=FORMAT))
+    connection.execute(insert(_meta).values(name="epoch", value=0))
+
+
+def _error(verb: str, error: BaseException) -> JournalError:
+    return JournalError(f"cannot {verb} the journal: {reason(error)}; the farm stops so that nothing is lost.")
 
 
 @contextlib.contextmanager
@@ -218,8 +477,5 @@ def _translated(verb: str) -> Iterator[None]:
     """Turn database errors into one sentence without statement and parameters."""
     try:
         yield
-    except SQLAlchemyError as error:
-        cause = getattr(error, "orig", None) or type(error).__name__
-        raise JournalError(f"cannot {verb} the journal: {cause}; the farm stops so that nothing is lost.") from None
-    except OSError as error:
-        raise JournalError(f"cannot {verb} the journal: {error.strerror}; the farm stops.") from None
+    except (SQLAlchemyError, OSError) as error:
+        raise _error(verb, error) from None

@@ -3,9 +3,10 @@
 `open_coordinator` makes a coordinator over any fleet and is what tests use; `serve` runs one until it is told to stop;
 `run_up` is `drover up`: the same over a Ray head and worker nodes of its own.
 
-Order of the start: lock, stores, journal and replay, engine, then HTTP, so that whoever gets an answer talks to a farm
-that remembers; Ray's nodes take seconds and come while clients are already served. Order of the end: HTTP, fleet,
-dispatch, and the engine last, because the others wait for it.
+Order of the start: lock, the right to the journal, stores, replay, engine, then HTTP, so that whoever gets an answer
+talks to a farm that remembers (while another coordinator has that right, the answer is that this one stands by); Ray's
+nodes take seconds and come while clients are already served. Order of the end: HTTP, fleet, dispatch, and the engine
+last, because the others wait for it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import uvloop
 from aiohttp import web
 
 from coordinator.caches import OpenCache, open_caches
+from coordinator.compaction import Compactor
 from coordinator.config import DEFAULT_CACHE, ConfigError, LimitSettings, Settings, UploadRoute
 from coordinator.derivations import DerivationStore
 from coordinator.dispatch import Dispatch
@@ -39,16 +41,19 @@ from coordinator.http.cache import LogFor, add_cache_routes
 from coordinator.http.caching import CachingApi
 from coordinator.http.fast import FastNarinfos, FastSite
 from coordinator.http.sse import WatchStreams
+from coordinator.http.standby import serving_standby
 from coordinator.http.uploads import add_upload_routes
 from coordinator.http.workers import add_worker_routes
 from coordinator.intake import Intake, IntakeLimits
-from coordinator.journal import Journal, StateLock, database_engine
+from coordinator.journal import Journal
+from coordinator.leadership import Leadership, open_leadership
 from coordinator.limits import StepLimits, in_force
 from coordinator.logs import LogStore
 from coordinator.metrics import CacheGauges, add_cache_metrics, add_farm_metrics, add_metrics_route
 from coordinator.ray_farm import RayFarm, worker_state_dir
 from coordinator.schema import FarmView
 from coordinator.sink import FleetSink
+from coordinator.state_lock import StateLock
 from coordinator.upload_tokens import UploadTokens
 from coordinator.views import Views
 from infra.cache import Cache
@@ -57,6 +62,7 @@ from infra.cache.errors import CacheError
 from infra.cache.uploads import Uploads
 from infra.cache.upstream import Upstream
 from infra.clock import Clock, SystemClock
+from infra.database import open_engine
 from infra.nix.errors import FormatError
 from infra.nix.signing import PublicKey
 from infra.telemetry import Telemetry
@@ -107,9 +113,16 @@ class Coordinator:
 
 @asynccontextmanager
 async def open_coordinator(
-    settings: Settings, fleet_factory: FleetFactory, *, clock: Clock | None = None
+    settings: Settings,
+    fleet_factory: FleetFactory,
+    *,
+    clock: Clock | None = None,
+    standing_by: Callable[[str], None] = lambda _: None,
 ) -> AsyncIterator[Coordinator]:
     """Run a coordinator for as long as the block does.
+
+    Where another one works on the same database this one waits for it to end, answers that it stands by, and calls
+    `standing_by` with its address.
 
     Raises `CoordinatorError`, `CacheError` or `WorkerError` with one sentence where it cannot start, and a group with
     one of these where a part of it fails later (the block is then cancelled).
@@ -121,15 +134,17 @@ async def open_coordinator(
         token = load_token(token_file)
         listener = stack.enter_context(_listen(settings))
         url = settings.public_url.rstrip("/") or _url(settings.host, listener)
+        journal, leadership = await _open_journal(stack, settings, listener, lambda: standing_by(url))
 
         tokens = UploadTokens.load(settings.state_dir / "upload-secret")
         farm_token = secrets.token_urlsafe()
         caches = await open_caches(stack, settings, clock, api_token=token, farm_token=farm_token)
-        stores = await _open_stores(stack, settings, caches[0].cache)
+        stores = await _open_stores(stack, settings, caches[0].cache, journal)
         info = FarmInfo(
             cache_url=f"{url}/cache",
             public_keys=tuple(str(public) for public in stores.cache.public_keys),
             object_store_url=settings.objects_url,
+            epoch=journal.epoch,
             store_dir=settings.store_dir,
             cache_token="" if caches[0].access.public else farm_token,
             store_mark=await stores.cache.objects.check_marker(),
@@ -165,8 +180,7 @@ async def open_coordinator(
         log_for = _log_reader(views, stores.logs, settings.store_dir)
         services = await _serve_caches(stack, app, caches, settings, clock, tokens, log_for)
         keepers = _look_after(app, services, clock, SubmissionNeeds(views, stores.derivations), telemetry)
-        add_farm_metrics(telemetry, views)
-        add_metrics_route(app, telemetry)
+        _show_metrics(app, views, telemetry)
         narinfos = FastNarinfos(caches, lambda host: not settings.loopback or is_own_host(host, url))
         add_worker_routes(app, views, lambda worker, on: fleet.drain(worker, on=on))
         runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
@@ -178,6 +192,8 @@ async def open_coordinator(
                 group.create_task(engine.run(), name="engine"),
                 *(group.create_task(each.uploads.run(), name="uploads") for each in services),
                 *(group.create_task(each.run(), name="housekeeping") for each in keepers),
+                group.create_task(leadership.hold(journal), name="leadership"),
+                group.create_task(Compactor(settings.database_url("journal"), journal).run(), name="compaction"),
             ]
             try:
                 await FastSite(runner, listener, narinfos).start()
@@ -201,17 +217,34 @@ class _Stores:
     journal: Journal
 
 
-async def _open_stores(stack: AsyncExitStack, settings: Settings, cache: Cache) -> _Stores:
+async def _open_journal(
+    stack: AsyncExitStack, settings: Settings, listener: socket.socket, standing_by: Callable[[], None]
+) -> tuple[Journal, Leadership]:
+    """Wait for the right to work on the journal and begin a reign over it; `stack` gives both back."""
+    database = open_engine(settings.database_url("journal"))
+    stack.push_async_callback(database.dispose)
+    journal = Journal(database)
+    await journal.prepare()
+    leadership = open_leadership(database)
+    stack.push_async_callback(leadership.release)
+    async with serving_standby(listener) as answer:
+
+        def wait() -> None:
+            answer()
+            standing_by()
+
+        await leadership.acquire(wait)
+    await journal.take_over()
+    return journal, leadership
+
+
+async def _open_stores(stack: AsyncExitStack, settings: Settings, cache: Cache, journal: Journal) -> _Stores:
     """Open, or make, everything else below the state directory; `stack` closes it."""
     derivations = DerivationStore.open(settings.database_url("derivations"), settings.store_dir)
     stack.push_async_callback(derivations.close)
     await derivations.prepare()
     logs = LogStore(settings.state_dir / "logs", settings.limits.log_bytes + LOG_SLACK_BYTES)
     stack.push_async_callback(logs.close)
-    database = database_engine(settings.database_url("journal"))
-    stack.push_async_callback(database.dispose)
-    journal = Journal(database)
-    await journal.prepare()
     return _Stores(cache, derivations, logs, journal)
 
 
@@ -233,24 +266,46 @@ async def serve(
     ready: Callable[[Ready], None],
     stop: asyncio.Event,
     wind_down: Callable[[Coordinator], Awaitable[None]] | None = None,
+    standing_by: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Run a coordinator until `stop` is set; `ready` is called once it answers, `wind_down` before it ends.
 
+    `standing_by` is told the address where it has to wait for another coordinator to end.
+
     Raises `CoordinatorError` with one sentence where it cannot start or go on.
     """
-    try:
-        async with open_coordinator(settings, fleet_factory) as coordinator:
+    begun = False
+
+    async def run() -> None:
+        nonlocal begun
+        async with open_coordinator(settings, fleet_factory, standing_by=standing_by) as coordinator:
+            begun = True
             ready(coordinator.ready)
             await stop.wait()
             if wind_down is not None:
                 await wind_down(coordinator)
+
+    work, stopping = asyncio.create_task(run()), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not begun:
+            # It may be waiting for another coordinator to end.
+            work.cancel()
+        await work
+    except asyncio.CancelledError:
+        work.cancel()
+        await asyncio.wait((work,))
+        if not stop.is_set():
+            raise
     except BaseExceptionGroup as group:
         raise _cause(group) from None
     except (CacheError, WorkerError, FleetError) as error:
         raise StoppedError(str(error)) from None
+    finally:
+        stopping.cancel()
 
 
-def run_up(settings: Settings, ready: Callable[[Ready], None]) -> None:
+def run_up(settings: Settings, ready: Callable[[Ready], None], standing_by: Callable[[str], None]) -> None:
     """Be `drover up`: coordinator, Ray head and the configured workers, until SIGINT or SIGTERM.
 
     The first signal lets running builds finish within the grace and hands the others back, the second does so at once.
@@ -275,7 +330,7 @@ def run_up(settings: Settings, ready: Callable[[Ready], None]) -> None:
         def fleet(info: FarmInfo) -> AbstractAsyncContextManager[Fleet]:
             return nullcontext(RayFarm(settings, info, stop.is_set))
 
-        await serve(settings, fleet, ready=ready, stop=stop, wind_down=wind_down)
+        await serve(settings, fleet, ready=ready, stop=stop, wind_down=wind_down, standing_by=standing_by)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
@@ -310,6 +365,11 @@ async def _serve_caches(  # noqa: PLR0917 - collaborators, named by their types
     for each in reversed(caches):
         add_cache_routes(app, each, log_for=log_for if each.name == DEFAULT_CACHE else None)
     return services
+
+
+def _show_metrics(app: web.Application, views: Views, telemetry: Telemetry) -> None:
+    add_farm_metrics(telemetry, views)
+    add_metrics_route(app, telemetry)
 
 
 def _look_after(

@@ -96,6 +96,10 @@ class AgentError(WorkerError):
     """The agent cannot serve: it is closed, or does not see what the farm told it of."""
 
 
+class StaleCoordinatorError(AgentError):
+    """A coordinator speaks that another one has taken over from."""
+
+
 @dataclass(slots=True)
 class _Run:
     """One lease in hand."""
@@ -189,9 +193,14 @@ class Agent:
     async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
         """Introduce both sides; takes `FarmInfo`, gives `Hello`. Starts the agent where it is not started.
 
-        Raises `AgentError` where this machine does not see the farm's object store.
+        Raises `AgentError` where this machine does not see the farm's object store, `StaleCoordinatorError` where a
+        later coordinator has said hello.
         """
         told = FarmInfo.model_validate(farm)
+        if self._sources is not None and told.epoch < self._sources.farm.epoch:
+            raise StaleCoordinatorError(
+                f"worker {self.name} follows a later coordinator (epoch {self._sources.farm.epoch}, not {told.epoch})"
+            )
         await self.start()
         async with self._greeting:
             if self._sources is None or self._sources.farm != told:

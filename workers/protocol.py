@@ -52,6 +52,8 @@ class FarmInfo(WireMessage):
     store_mark: str = ""
     #: Whether the cache takes uploads over HTTP, so that a worker need not see the object store.
     takes_uploads: bool = False
+    #: Which reign over the journal the coordinator has; an agent follows none lower than it has seen.
+    epoch: int = 0
     #: Lets the agent read the cache where that is private; a secret.
     cache_token: str = Field(default="", repr=False)
 

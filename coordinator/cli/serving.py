@@ -56,7 +56,11 @@ def up(
         click.echo("  build       drover build FILE -A ATTR      stop with Ctrl-C")
         sys.stdout.flush()
 
-    run_up(settings, ready)
+    def standing_by(url: str) -> None:
+        click.echo(f"another coordinator works on the same database; standing by at {url} until it ends (Ctrl-C stops)")
+        sys.stdout.flush()
+
+    run_up(settings, ready, standing_by)
     return options.OK
 
 

@@ -12,10 +12,10 @@ import pytest
 
 from coordinator.client import RefusedError, UnreachableError
 from coordinator.config import Settings
-from coordinator.journal import StateDirBusyError
 from coordinator.logs import LogStore
 from coordinator.main import open_coordinator
 from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState
+from coordinator.state_lock import StateDirBusyError
 from tests.coordinator.conftest import OpenFarm, nix_workers
 from workers.fleet import Fleet
 from workers.protocol import FarmInfo

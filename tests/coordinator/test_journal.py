@@ -9,7 +9,8 @@ import subprocess
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from coordinator.codec import (
     encode_facts,
     evidence_size,
 )
-from coordinator.journal import FRAME_FACTS, Journal, JournalError, StateDirBusyError, StateLock, database_engine
+from coordinator.journal import FRAME_FACTS, FencedError, Journal, JournalError
+from coordinator.state_lock import StateDirBusyError, StateLock
+from infra.database import open_engine
 from scheduler.facts import Fact, StepAbandoned, StepAdded, StepHeld
 from scheduler.model import Recipe, Requirements, StepKey, StepSpec, SubmissionId
 from workers.protocol import Output
@@ -98,86 +101,127 @@ def test_evidence_comes_back_as_it_went_in() -> None:
         decode_evidence(b'{"v":2}')
 
 
-async def _written(path: Path, batches: Sequence[Sequence[Fact]], notes: dict[SubmissionId, bytes]) -> None:
-    engine = database_engine(f"sqlite+aiosqlite:///{path}")
-    journal = Journal(engine)
-    await journal.prepare()
-    for batch in batches:
-        await journal.append(batch, notes)
-        notes = {}
-    await engine.dispose()
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty database, of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path / 'j'}"
+    return str(request.getfixturevalue("postgres_url"))
 
 
-async def _read(path: Path) -> tuple[list[Fact], dict[SubmissionId, bytes]]:
-    engine = database_engine(f"sqlite+aiosqlite:///{path}")
+@asynccontextmanager
+async def _opened(url: str, *, patience_s: float = 5.0) -> AsyncIterator[Journal]:
+    """A journal as a coordinator has it before it loads."""
+    engine = open_engine(url)
+    try:
+        journal = Journal(engine, patience_s=patience_s)
+        await journal.prepare()
+        await journal.take_over()
+        yield journal
+    finally:
+        await engine.dispose()
+
+
+async def _written(url: str, batches: Sequence[Sequence[Fact]], notes: dict[SubmissionId, bytes]) -> None:
+    async with _opened(url) as journal:
+        for batch in batches:
+            await journal.append(batch, notes)
+            notes = {}
+
+
+async def _facts(journal: Journal) -> list[Fact]:
+    return [fact async for piece in journal.load() for fact in piece.facts]
+
+
+async def _read(url: str) -> tuple[list[Fact], dict[SubmissionId, bytes]]:
+    async with _opened(url) as journal:
+        return await _facts(journal), dict(await journal.notes())
+
+
+async def _looked_at(url: str) -> None:
+    engine = open_engine(url)
     try:
         journal = Journal(engine)
         await journal.prepare()
-        facts = [fact async for frame in journal.load() for fact in frame]
-        return facts, dict(await journal.notes())
+        await _facts(journal)
     finally:
         await engine.dispose()
+
+
+async def _sql(url: str, *statements: str) -> None:
+    engine = open_engine(url)
+    async with engine.begin() as connection:
+        for statement in statements:
+            await connection.execute(text(statement))
+    await engine.dispose()
+
+
+def _file(tmp_path: Path) -> str:
+    return f"sqlite+aiosqlite:///{tmp_path / 'j'}"
 
 
 def _steps(count: int) -> list[Fact]:
     return [StepAdded(StepSpec(StepKey(f"k{n}"), (Recipe(Requirements("sys")),))) for n in range(count)]
 
 
-async def test_batches_come_back_in_order_after_a_restart(tmp_path: Path) -> None:
+def _held(*numbers: int) -> list[Fact]:
+    return [StepHeld(StepKey(f"k{n}")) for n in numbers]
+
+
+async def test_batches_come_back_in_order_after_a_restart(database: str) -> None:
     batches: list[list[Fact]] = [_steps(FRAME_FACTS * 2 + 3), [StepHeld(StepKey("k1"))], [StepAbandoned(StepKey("k2"))]]
-    await _written(tmp_path / "j", batches, {SubmissionId("s"): b"note"})
-    facts, notes = await _read(tmp_path / "j")
+    await _written(database, batches, {SubmissionId("s"): b"note"})
+    facts, notes = await _read(database)
     assert facts == [fact for batch in batches for fact in batch]
     assert notes == {SubmissionId("s"): b"note"}
 
 
-async def test_more_frames_than_one_read_come_back(tmp_path: Path) -> None:
-    batches: list[list[Fact]] = [[StepHeld(StepKey(f"k{n}"))] for n in range(200)]
-    await _written(tmp_path / "j", batches, {})
-    facts, _ = await _read(tmp_path / "j")
+async def test_more_frames_than_one_read_come_back(database: str) -> None:
+    batches: list[list[Fact]] = [_held(n) for n in range(200)]
+    await _written(database, batches, {})
+    facts, _ = await _read(database)
     assert facts == [fact for batch in batches for fact in batch]
 
 
-async def test_what_was_appended_survives_a_kill(tmp_path: Path) -> None:
+async def test_what_was_appended_survives_a_kill(database: str) -> None:
     """Facts must survive kill -9: the process dies right after `append` returns, without closing anything."""
     program = (
         "import asyncio, os, signal, sys\n"
-        "from coordinator.journal import Journal, database_engine\n"
+        "from coordinator.journal import Journal\n"
+        "from infra.database import open_engine\n"
         "from scheduler.facts import StepHeld\n"
         "async def main():\n"
-        "    journal = Journal(database_engine(sys.argv[1]))\n"
+        "    journal = Journal(open_engine(sys.argv[1]))\n"
         "    await journal.prepare()\n"
+        "    await journal.take_over()\n"
         "    for n in range(5):\n"
         "        await journal.append([StepHeld(f'k{n}')])\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(main())\n"
     )
-    url = f"sqlite+aiosqlite:///{tmp_path / 'j'}"
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program, url], cwd=root, check=False)  # noqa: ASYNC221
+    done = subprocess.run([sys.executable, "-c", program, database], cwd=root, check=False)  # noqa: ASYNC221
     assert done.returncode == -9
-    facts, _ = await _read(tmp_path / "j")
-    assert facts == [StepHeld(StepKey(f"k{n}")) for n in range(5)]
+    facts, _ = await _read(database)
+    assert facts == _held(*range(5))
 
 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
         ("UPDATE journal_frames SET body = x'5b5d' WHERE seq = 2", "frame 2: its checksum"),
+        ("UPDATE journal_frames SET body = substr(body, 1, 20) WHERE seq = 3", "frame 3: its checksum"),
         ("DELETE FROM journal_frames WHERE seq = 2", "frame 2 is missing"),
-        ("UPDATE journal_meta SET value = 99", "start the newer version"),
+        ("UPDATE journal_meta SET value = 99 WHERE name = 'facts_version'", "start the newer version"),
         ("DELETE FROM journal_meta", "does not say its version"),
     ],
 )
 async def test_a_damaged_journal_stops_the_start_and_stays_as_it_is(tmp_path: Path, damage: str, sentence: str) -> None:
-    await _written(tmp_path / "j", [_steps(2), _steps(3), _steps(1)], {})
-    engine = database_engine(f"sqlite+aiosqlite:///{tmp_path / 'j'}")
-    async with engine.begin() as connection:
-        await connection.execute(text(damage))
-    await engine.dispose()
+    await _written(_file(tmp_path), [_steps(2), _steps(3), _steps(1)], {})
+    await _sql(_file(tmp_path), damage)
     before = (tmp_path / "j").read_bytes()
     with pytest.raises(JournalError, match=sentence):
-        await _read(tmp_path / "j")
+        await _looked_at(_file(tmp_path))
     assert (tmp_path / "j").read_bytes() == before
 
 
@@ -185,19 +229,108 @@ async def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path: Path) ->
     (tmp_path / "j").write_bytes(b"something else entirely, but not short" * 100)
     before = (tmp_path / "j").read_bytes()
     with pytest.raises(JournalError, match=r"cannot open the journal: file is not a database"):
-        await _read(tmp_path / "j")
+        await _read(_file(tmp_path))
     assert (tmp_path / "j").read_bytes() == before
 
 
-async def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
-    engine = database_engine(f"sqlite+aiosqlite:///{tmp_path / 'j'}")
+async def test_a_full_disk_is_one_sentence_and_what_was_stored_stays(tmp_path: Path) -> None:
+    async with _opened(_file(tmp_path)) as journal:
+        await journal.append(_held(1))
+        async with journal._engine.connect() as connection:
+            await connection.execute(text("PRAGMA max_page_count = 16"))
+        with pytest.raises(JournalError, match="disk is full"):
+            await journal.append(_steps(50_000))
+    assert (await _read(_file(tmp_path)))[0] == _held(1)
+
+
+async def test_a_journal_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    await _written(_file(tmp_path), [_held(1)], {})
+    engine = open_engine(f"{_file(tmp_path).replace('///', '///file:')}?mode=ro&uri=true")
     journal = Journal(engine)
     await journal.prepare()
-    async with engine.connect() as connection:
-        await connection.execute(text("PRAGMA max_page_count = 8"))
-    with pytest.raises(JournalError, match="disk is full"):
-        await journal.append(_steps(50_000))
+    with pytest.raises(JournalError, match="readonly database"):
+        await journal.take_over()
     await engine.dispose()
+
+
+async def test_a_database_that_is_not_there_is_one_sentence_at_once() -> None:
+    engine = open_engine("postgresql+psycopg://nobody@127.0.0.1:1/nothing")
+    with pytest.raises(JournalError, match="cannot open the journal"):
+        await Journal(engine).prepare()
+    await engine.dispose()
+
+
+async def test_a_journal_of_the_first_release_is_taken_on(tmp_path: Path) -> None:
+    await _written(_file(tmp_path), [_held(1)], {})
+    await _sql(
+        _file(tmp_path),
+        "DROP TABLE journal_snapshots",
+        "DROP TABLE journal_snapshot_parts",
+        "DELETE FROM journal_meta WHERE name = 'epoch'",
+        "UPDATE journal_meta SET value = 1 WHERE name = 'facts_version'",
+    )
+    assert (await _read(_file(tmp_path)))[0] == _held(1)
+
+
+async def test_whoever_is_taken_over_from_can_write_nothing_more(database: str) -> None:
+    async with _opened(database) as old:
+        await old.append(_held(1))
+        async with _opened(database) as new:
+            assert new.epoch == old.epoch + 1
+            assert await _facts(new) == _held(1)
+            with pytest.raises(FencedError, match="another coordinator has taken over"):
+                await old.append(_held(2), {SubmissionId("s"): b"note"})
+            with pytest.raises(FencedError):
+                await old.save_snapshot(1, _held(1), [])
+            await new.append(_held(3))
+    assert await _read(database) == (_held(1, 3), {})
+
+
+async def test_a_snapshot_stands_for_the_frames_before_it(database: str) -> None:
+    async with _opened(database) as journal:
+        for n in range(1, 4):
+            await journal.append(_held(n))
+            # Not what the frames say, so that it is seen where facts come from.
+            await journal.save_snapshot(journal.seq, _held(-n), [])
+        await journal.append(_held(4))
+        assert await journal.snapshots() == [3, 2]
+    assert (await _read(database))[0] == _held(-3, 4)
+
+
+async def test_a_damaged_snapshot_is_passed_over_for_the_one_before(database: str) -> None:
+    async with _opened(database) as journal:
+        for n in range(1, 4):
+            await journal.append(_held(n))
+            await journal.save_snapshot(journal.seq, _held(-n), [])
+        await journal.append(_held(4))
+    await _sql(database, _DAMAGE_THE_NEWEST)
+    assert (await _read(database))[0] == _held(-2, 3, 4)
+    await _sql(database, "UPDATE journal_snapshot_parts SET crc = 1")
+    with pytest.raises(JournalError, match="every snapshot of the journal is damaged"):
+        await _read(database)
+
+
+_DAMAGE_THE_NEWEST = """
+    UPDATE journal_snapshot_parts SET crc = 1
+    WHERE snapshot = (SELECT snapshot FROM journal_snapshots ORDER BY seq DESC LIMIT 1)
+"""
+
+
+async def test_what_a_broken_off_snapshot_left_is_removed_by_the_next(database: str) -> None:
+    async with _opened(database) as journal:
+        await journal.append(_held(1))
+
+        def torn() -> Iterator[Fact]:
+            yield from _steps(FRAME_FACTS)
+            raise CodecError("cut off")
+
+        with pytest.raises(CodecError):
+            await journal.save_snapshot(1, torn(), [])
+        assert await journal.snapshots() == []
+        await journal.save_snapshot(1, _held(-1), [])
+        async with journal._engine.connect() as connection:
+            left = await connection.execute(text("SELECT count(*) FROM journal_snapshot_parts"))
+            assert left.scalar_one() == 1
 
 
 def test_a_state_directory_has_one_owner_and_the_error_names_it(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""Snapshots of the journal, made by a process of its own so that the engine never stops for them.
+
+The child reads the newest snapshot and the frames behind it, replays them into a core and a read model, stores what
+these tell of themselves as the next snapshot, and ends. The engine gives nothing and waits for nothing: what is written
+follows from what is durable alone, and a snapshot that was made proves that the journal can be replayed. The price is
+that for some seconds the farm's state is in memory twice, on another core.
+
+The child is told database and epoch on standard input (a database's address may hold a password) and ends when that is
+closed, so that it does not outlive its coordinator; where it does for a moment, the epoch fences it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from coordinator.errors import CoordinatorError
+from coordinator.journal import Journal, JournalError
+from coordinator.schema import WaitingView
+from coordinator.views import Views
+from infra.database import open_engine
+from infra.process import ChildProcess, ProcessError
+from scheduler.farm import Farm
+from scheduler.model import Requirements, StepKey
+
+#: Facts behind the newest snapshot that make another one worth while: a step makes three or four.
+SNAPSHOT_FACTS: Final = 100_000
+#: How often that is looked at, and the longest pause after a failure, in seconds.
+LOOK_S: Final = 2.0
+LONGEST_PAUSE_S: Final = 300.0
+#: A child that takes longer than this hangs.
+SNAPSHOT_WITHIN_S: Final = 600.0
+#: Most bytes of what a child says about its failure.
+_SAID_BYTES: Final = 16 * 1024
+#: Lower than the engine's: a snapshot is never urgent.
+_NICE: Final = 10
+
+_log = logging.getLogger(__name__)
+
+
+class _Silence:
+    """For views that nobody looks at."""
+
+    def waiting(self, step: StepKey, name_of: Callable[[StepKey], str]) -> tuple[str, WaitingView | None]:  # noqa: ARG002
+        return "", None
+
+    def stuck(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:  # noqa: ARG002
+        return ()
+
+    def log_tail(self, step: StepKey, attempt: int) -> str:  # noqa: ARG002
+        return ""
+
+
+async def compact(journal: Journal) -> int:
+    """Store a snapshot of all that `journal` holds; returns its last frame. Raises `JournalError`."""
+    farm, views = Farm(), Views(_Silence())
+    async for piece in journal.load():
+        farm.replay(piece.facts)
+        views.fold(piece.facts, settle=False)
+        if piece.records:
+            views.restore(piece.records)
+    views.settle()
+    await journal.save_snapshot(journal.seq, farm.snapshot(), views.records())
+    return journal.seq
+
+
+class Compactor:
+    """Has snapshots made while the coordinator runs."""
+
+    def __init__(self, url: str, journal: Journal, *, every: int = SNAPSHOT_FACTS) -> None:
+        self._url = url
+        self._journal = journal
+        self._every = every
+
+    async def run(self) -> None:
+        """Serve until cancelled. A snapshot that fails is told of in the log and tried again later."""
+        pause_s = LOOK_S
+        while True:
+            await asyncio.sleep(pause_s)
+            if self._journal.tail < self._every or self._journal.trouble:
+                continue
+            try:
+                await self.snapshot()
+            except CoordinatorError as error:
+                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+                _log.warning("no snapshot was made; the next try is in %d s: %s", pause_s, error)
+            else:
+                pause_s = LOOK_S
+
+    async def snapshot(self) -> None:
+        """Have one made now. Raises `JournalError`."""
+        behind = self._journal.tail
+        try:
+            child = await ChildProcess.start([sys.executable, "-m", __name__], env=dict(os.environ))
+        except ProcessError as error:
+            raise JournalError(f"the process for a snapshot of the journal cannot be started: {error}.") from None
+        try:
+            child.stdin.write(json.dumps({"url": self._url, "epoch": self._journal.epoch}).encode() + b"\n")
+            async with asyncio.timeout(SNAPSHOT_WITHIN_S):
+                said = await child.stderr.read(_SAID_BYTES)
+                status = await child.wait()
+        except TimeoutError:
+            raise JournalError(f"a snapshot of the journal took more than {SNAPSHOT_WITHIN_S:.0f} s.") from None
+        finally:
+            await child.kill()
+        if status != 0:
+            last = said.decode(errors="replace").strip().rpartition("\n")[2]
+            raise JournalError(last or f"the process for a snapshot of the journal ended with status {status}.")
+        self._journal.snapshot_taken(behind)
+
+
+def main() -> None:
+    """Be the child."""
+    os.nice(_NICE)
+    # Objects are made that all stay: the collector would walk them again and again.
+    gc.disable()
+    told = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    async def run() -> None:
+        engine = open_engine(told["url"])
+        try:
+            await compact(Journal(engine, epoch=told["epoch"]))
+        finally:
+            await engine.dispose()
+
+    try:
+        asyncio.run(run())
+    except CoordinatorError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        os._exit(1)
+    # Nothing is left to tidy up, and freeing millions of objects one by one takes seconds.
+    os._exit(0)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What a coordinator answers while another one works on the same database: that it stands by, with status 503."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import orjson
+from aiohttp import web
+
+from coordinator.schema import ErrorBody, ErrorView
+
+#: When a client may ask again, in seconds.
+RETRY_AFTER_S = 2
+_SENTENCE = "this coordinator stands by while another one works on the same database; ask that one, or try again later."
+
+
+@asynccontextmanager
+async def serving_standby(listener: socket.socket) -> AsyncIterator[Callable[[], None]]:
+    """Give a function that makes `listener` answer until the block ends; the socket itself stays open."""
+    app = web.Application()
+    app.router.add_get("/healthz", _health)
+    app.router.add_route("*", "/{anything:.*}", _refuse)
+    runner = web.AppRunner(app, shutdown_timeout=1.0, access_log=None)
+    starting: list[asyncio.Task[None]] = []
+
+    async def start() -> None:
+        await runner.setup()
+        # A copy: ending the site closes it, and clients go on knocking at the same address.
+        await web.SockSite(runner, listener.dup()).start()
+
+    def answer() -> None:
+        starting.append(asyncio.create_task(start(), name="standby"))
+
+    try:
+        yield answer
+    finally:
+        for task in starting:
+            await task
+        await runner.cleanup()
+
+
+async def _health(_request: web.Request) -> web.Response:
+    return _answer(orjson.dumps({"status": "standby"}))
+
+
+async def _refuse(_request: web.Request) -> web.Response:
+    return _answer(orjson.dumps(ErrorView(error=ErrorBody(code="standby", message=_SENTENCE)).model_dump()))
+
+
+def _answer(body: bytes) -> web.Response:
+    headers = {"Retry-After": str(RETRY_AFTER_S), "Cache-Control": "no-store"}
+    return web.Response(body=body, status=503, content_type="application/json", headers=headers)

@@ -1,0 +1,150 @@
+"""Databases through SQLAlchemy: one way to open SQLite and PostgreSQL, and to tell what went wrong.
+
+Both are first-class. SQLite runs in WAL mode: readers never wait for the writer, and what was committed survives the
+death of the process. PostgreSQL may go away and come back (a restart, a failover): `connection_lost` tells such errors
+from those that waiting does not heal, and `patiently` repeats what may be repeated, for a bounded time.
+
+A question about many names sends them as one JSON array that is joined in SQL (`names_table`), since both databases
+limit the number of parameters of a statement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Final, TypeVar
+
+import orjson
+from sqlalchemy import BindParameter, Subquery, bindparam, cast, event, func, select
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+#: How long a writer of SQLite waits for another one.
+BUSY_TIMEOUT_MS: Final = 10_000
+#: How long the loss of a database is suffered before giving up, in seconds.
+PATIENCE_S: Final = 60.0
+#: Pauses between attempts, in seconds: they double from the first to the longest.
+FIRST_PAUSE_S: Final = 0.1
+LONGEST_PAUSE_S: Final = 2.0
+
+#: What libpq is told: notice a dead network within some 20 s instead of hours.
+_POSTGRES_CONNECT: Final = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 3,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
+#: SQLSTATE classes and codes that pass: connection exceptions, deadlocks, no resources, shutdown, crash, starting up
+#: (PostgreSQL manual, appendix A). 25006 is a server that has become a standby of another.
+_PASSING: Final = ("08", "40", "53", "57P", "25006")
+
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+
+def open_engine(url: str, *, synchronous: str = "NORMAL") -> AsyncEngine:
+    """Return an engine for `sqlite+aiosqlite:///FILE` or `postgresql+psycopg://…`; connects to nothing yet.
+
+    `synchronous` is SQLite's: NORMAL may lose the last commits when the power fails (never their order), FULL may not.
+    """
+    if url.startswith("postgresql"):
+        return create_async_engine(url, connect_args=_POSTGRES_CONNECT, pool_pre_ping=False)
+    engine = create_async_engine(url)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def configure(connection: Any, _record: object) -> None:
+        cursor = connection.cursor()
+        pragmas = (f"busy_timeout={BUSY_TIMEOUT_MS}", "journal_mode=WAL", f"synchronous={synchronous}")
+        for pragma in (*pragmas, "foreign_keys=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    return engine
+
+
+def connection_lost(error: BaseException) -> bool:
+    """Whether the database may answer again by itself; what the failed statement did is then not known."""
+    if isinstance(error, IntegrityError):
+        return False
+    if isinstance(error, DBAPIError):
+        cause = error.orig
+        state = getattr(cause, "sqlstate", None)
+        if state:
+            return str(state).startswith(_PASSING)
+        # psycopg has no state where the server could not say anything; sqlite3 has none at all.
+        module = type(cause).__module__.partition(".")[0]
+        return error.connection_invalidated or (module == "psycopg" and type(cause).__name__ == "OperationalError")
+    return isinstance(error, (OSError, TimeoutError, PoolTimeoutError))
+
+
+def reason(error: BaseException) -> str:
+    """Return what the database said, in one line, without statement and parameters."""
+    cause = getattr(error, "orig", None) or error
+    return (str(cause).strip() or type(cause).__name__).split("\n", 1)[0].removesuffix(".")
+
+
+class Patience:
+    """A bounded series of attempts: `pause` waits before the next one, or says that it is over."""
+
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self._until = asyncio.get_running_loop().time() + patience_s
+        self._pause_s = FIRST_PAUSE_S
+
+    async def pause(self) -> bool:
+        """Wait and return True, or False at once where the time is over."""
+        left = self._until - asyncio.get_running_loop().time()
+        if left <= 0:
+            return False
+        await asyncio.sleep(min(self._pause_s, left))
+        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+        return True
+
+
+async def patiently(call: Callable[[], Awaitable[_Result]], what: str) -> _Result:
+    """Return what `call` gives, repeating it while the database is away, at most `PATIENCE_S`.
+
+    Only for what may be done twice. Raises what `call` raised last.
+    """
+    patience: Patience | None = None
+    while True:
+        try:
+            return await call()
+        except (SQLAlchemyError, OSError) as error:
+            if not connection_lost(error):
+                raise
+            if patience is None:
+                patience = Patience()
+                _log.warning("the database is away while %s: %s; trying again", what, reason(error))
+            if not await patience.pause():
+                raise
+
+
+def names_table(engine: AsyncEngine) -> Subquery:
+    """Return a table of one column `value`: the names in the JSON array that the parameter `names` will be."""
+    names: BindParameter[Any] = bindparam("names")
+    if engine.dialect.name == "postgresql":
+        rows = func.jsonb_array_elements_text(cast(names, JSONB(none_as_null=False))).table_valued("value")
+    else:
+        rows = func.json_each(names).table_valued("value")
+    return select(rows.c.value).subquery("asked")
+
+
+def names_parameter(engine: AsyncEngine, names: Iterable[str]) -> Any:
+    """Return what to give for the parameter `names` of `names_table`."""
+    if engine.dialect.name == "postgresql":
+        return list(names)
+    return orjson.dumps(list(names)).decode()
+
+
+def insert_or_ignore(engine: AsyncEngine, table: str, columns: str) -> str:
+    """Return the driver's own statement that inserts rows given as tuples and passes over those that are there.
+
+    For `exec_driver_sql`: with many rows the statement layer costs as much as the database.
+    """
+    mark = "?" if engine.dialect.name == "sqlite" else "%s"
+    marks = ", ".join(mark for _ in columns.split(","))
+    return f"INSERT INTO {table} ({columns}) VALUES ({marks}) ON CONFLICT DO NOTHING"  # noqa: S608 - constants only
