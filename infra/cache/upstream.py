@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Final, Self
 from urllib.parse import urljoin, urlsplit
@@ -188,8 +188,9 @@ class Upstream:
             ):
                 if response.status != 200:
                     raise UpstreamError(f"{self.url} answered {response.status} for the NAR of {info.store_path}")
-                async for data in _verified(response, info):
-                    yield data
+                async with aclosing(_verified(response, info)) as pieces:
+                    async for data in pieces:
+                        yield data
         except (aiohttp.ClientError, TimeoutError, ObjectStoreError) as error:
             reason = str(error).split("\n", 1)[0] or type(error).__name__
             raise UpstreamError(f"{self.url} broke off the NAR of {info.store_path}: {reason}") from error
