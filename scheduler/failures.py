@@ -61,10 +61,11 @@ CONSEQUENCES: Mapping[FailureKind, Consequence] = MappingProxyType(
         _K.PERMANENT: _verdict("the builder failed"),
         _K.OUTPUT_REJECTED: _verdict("an output was not accepted"),
         _K.HASH_MISMATCH: _verdict("an output has another hash than it must have"),
-        _K.TIMEOUT: _verdict("the build took longer than its limit"),
-        _K.SILENCE: _verdict("the build printed nothing for longer than its limit"),
-        _K.LOG_LIMIT: _verdict("the build printed more than its limit"),
-        _K.OUTPUT_SIZE: _verdict("an output is larger than its limit"),
+        # A limit belongs to the submission that set it: another one's may be wider.
+        _K.TIMEOUT: _verdict("the build took longer than its limit", cacheable=False),
+        _K.SILENCE: _verdict("the build printed nothing for longer than its limit", cacheable=False),
+        _K.LOG_LIMIT: _verdict("the build printed more than its limit", cacheable=False),
+        _K.OUTPUT_SIZE: _verdict("an output is larger than its limit", cacheable=False),
         _K.NOT_DETERMINISTIC: _verdict("the build is not deterministic"),
         # The cause is cached, not what it doomed.
         _K.DEPENDENCY: _verdict("a step below failed", cacheable=False),

@@ -34,7 +34,9 @@ from infra.cache.signer import Signer
 from infra.cache.upload import upload_nar
 from infra.cache.verify import verify_nar
 from infra.nix import narinfo as narinfo_format
+from infra.nix.errors import FormatError
 from infra.nix.narinfo import NarInfo
+from infra.nix.store_path import HASH_PART_LENGTH
 
 #: Paths that are looked at together, and objects at one time.
 BATCH: Final = 200
@@ -89,8 +91,10 @@ class _Checked:
     """A row and what is wrong with it, "" for nothing."""
 
     serial: int
-    hash_part: str
-    info: NarInfo
+    store_path: str
+    text: bytes
+    #: None where the narinfo cannot be read: then nothing else is known.
+    info: NarInfo | None
     lost_object: str = ""
     missing_reference: str = ""
     unsigned: bool = False
@@ -98,6 +102,8 @@ class _Checked:
     @property
     def fault(self) -> str:
         """The worst of it."""
+        if self.info is None:
+            return "its narinfo cannot be read"
         return self.lost_object or self.missing_reference or ("no present key has signed it" if self.unsigned else "")
 
 
@@ -120,24 +126,30 @@ class Fsck:
             last = max(rows)
             absent = await self._absent_references(list(rows))
             slots = asyncio.Semaphore(CONCURRENCY)
-            checked = await asyncio.gather(
-                *(self._check(slots, serial, text, absent.get(serial, ""), full) for serial, text in rows.items())
-            )
-            report.checked += len(checked)
-            for found in checked:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    checks = [
+                        group.create_task(self._check(slots, serial, *row, absent.get(serial, ""), full))
+                        for serial, row in rows.items()
+                    ]
+            except BaseExceptionGroup as failed:
+                # All mean the same: the store, or the database, does not answer.
+                raise failed.exceptions[0] from None
+            report.checked += len(checks)
+            for found in (check.result() for check in checks):
                 if found.fault:
                     report.broken += 1
                     outcome = await self._mend(found, sources, report) if repair else "left as it is"
-                    report.add(Fault(found.info.store_path, found.fault, outcome))
+                    report.add(Fault(found.store_path, found.fault, outcome))
         report.seconds = time.perf_counter() - began
         return report
 
-    async def _batch(self, after: int) -> dict[int, bytes]:
+    async def _batch(self, after: int) -> dict[int, tuple[str, bytes]]:
         async with reading(self._catalog.database) as connection:
-            question = sa.select(paths.c.serial, paths.c.narinfo)
+            question = sa.select(paths.c.serial, paths.c.store_path, paths.c.narinfo)
             question = question.where(paths.c.serial > after, paths.c.tombstoned_at.is_(None))
             rows = await connection.execute(question.order_by(paths.c.serial).limit(BATCH))
-            return {serial: bytes(text) for serial, text in rows}
+            return {row.serial: (row.store_path, bytes(row.narinfo)) for row in rows}
 
     async def _absent_references(self, serials: Sequence[int]) -> dict[int, str]:
         """Return, for rows that refer to a tombstoned path, one such path; deleted rows have no referrers."""
@@ -146,14 +158,19 @@ class Fsck:
             question = question.where(refs.c.referrer.in_(serials), paths.c.tombstoned_at.is_not(None))
             return {row.referrer: row.store_path for row in await connection.execute(question)}
 
-    async def _check(self, slots: asyncio.Semaphore, serial: int, text: bytes, absent: str, full: bool) -> _Checked:
-        info = narinfo_format.parse(text, self._catalog.store_dir)
-        hash_part = info.store_path.rpartition("/")[2][:32]
+    async def _check(  # noqa: PLR0917 - a row and what is known of it
+        self, slots: asyncio.Semaphore, serial: int, store_path: str, text: bytes, absent: str, full: bool
+    ) -> _Checked:
+        try:
+            info = narinfo_format.parse(text, self._catalog.store_dir)
+        except FormatError:
+            return _Checked(serial, store_path, text, None)
         async with slots:
             lost = await self._object_fault(info, full)
         return _Checked(
             serial,
-            hash_part,
+            store_path,
+            text,
             info,
             lost,
             f"it refers to {absent}, which is absent" if absent else "",
@@ -180,6 +197,8 @@ class Fsck:
     async def _mend(self, found: _Checked, sources: Sequence[RepairSource], report: FsckReport) -> str:
         """Repair what can be, hide what cannot; returns what was done."""
         how = []
+        if found.info is None:
+            return await self._hide(found, report)
         if found.lost_object:
             source = await self._fetch_again(found.info, sources)
             if source is None:
@@ -188,7 +207,7 @@ class Fsck:
         if found.missing_reference:
             return await self._hide(found, report)
         if found.unsigned:
-            await self._sign(found)
+            await self._sign(found.serial, found.info)
             how.append("signed anew")
         report.repaired += 1
         return " and ".join(how)
@@ -212,27 +231,33 @@ class Fsck:
                 return source.name
         return None
 
-    async def _sign(self, found: _Checked) -> None:
+    async def _sign(self, serial: int, info: NarInfo) -> None:
         async with writing(self._catalog.database) as connection:
-            text = await connection.execute(sa.select(paths.c.narinfo).where(paths.c.serial == found.serial))
+            text = await connection.execute(sa.select(paths.c.narinfo).where(paths.c.serial == serial))
             current = text.scalar_one_or_none()
             if current is None:
                 return
-            info = narinfo_format.parse(current, self._catalog.store_dir)
-            signed = replace(info, sigs=self._signer.sign(info.fingerprint(self._catalog.store_dir))).render()
-            await connection.execute(paths.update().where(paths.c.serial == found.serial).values(narinfo=signed))
-        self._catalog.forget([(found.hash_part, info.url)])
+            now = narinfo_format.parse(current, self._catalog.store_dir)
+            signed = replace(now, sigs=self._signer.sign(now.fingerprint(self._catalog.store_dir))).render()
+            await connection.execute(paths.update().where(paths.c.serial == serial).values(narinfo=signed))
+        self._catalog.forget([(info.store_path.rpartition("/")[2][:HASH_PART_LENGTH], info.url)])
 
     async def _hide(self, found: _Checked, report: FsckReport) -> str:
-        """Take a path out of the cache with all that refers to it."""
+        """Take a path out of the cache with all that refers to it, if it still is as it was found."""
         async with writing(self._catalog.database) as connection:
+            question = sa.select(paths.c.narinfo).where(paths.c.serial == found.serial)
+            current = (await connection.execute(question)).scalar_one_or_none()
+            if current is None or bytes(current) != found.text:
+                report.broken -= 1
+                return "collected or mended by somebody else meanwhile"
             reach = sa.select(paths.c.serial).where(paths.c.serial == found.serial).cte("reach", recursive=True)
             reach = reach.union(sa.select(refs.c.referrer).join(reach, refs.c.reference == reach.c.serial))
-            question = sa.select(paths.c.serial, paths.c.hash_part, paths.c.url, paths.c.store_path)
-            rows = (await connection.execute(question.where(paths.c.serial.in_(sa.select(reach.c.serial))))).all()
-            serials = sorted((row.serial for row in rows), reverse=True)
+            columns = sa.select(paths.c.serial, paths.c.hash_part, paths.c.url, paths.c.store_path)
+            rows = (await connection.execute(columns.where(paths.c.serial.in_(sa.select(reach.c.serial))))).all()
+            names = {row.serial: row.store_path for row in rows}
+            serials = sorted(names, reverse=True)
             for some in slices(serials):
-                named = [row.store_path for row in rows if row.serial in set(some)]
+                named = [names[serial] for serial in some]
                 await connection.execute(realisations.delete().where(realisations.c.out_path.in_(named)))
                 await connection.execute(conflicts.delete().where(conflicts.c.serial.in_(some)))
                 await connection.execute(refs.delete().where(refs.c.referrer.in_(some)))
@@ -240,6 +265,6 @@ class Fsck:
                 await connection.execute(paths.delete().where(paths.c.serial.in_(some)))
         self._catalog.forget((row.hash_part, row.url) for row in rows)
         report.hidden += 1
-        others = max(0, len(rows) - 1)
+        others = len(rows) - 1
         report.dragged += others
         return f"hidden, with {others} paths that refer to it" if others else "hidden"

@@ -19,8 +19,8 @@ from infra.nix import narinfo as narinfo_format
 from infra.nix import realisation as realisation_format
 from infra.nix.realisation import RealisationLayout
 
-#: Rows of one transaction; a signature takes some 50 us.
-BATCH: Final = 500
+#: Rows of one transaction; a signature takes some 50 us, which nobody should wait for long.
+BATCH: Final = 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,10 +63,6 @@ REMEMBERED = {
     FailureKind.PERMANENT,
     FailureKind.OUTPUT_REJECTED,
     FailureKind.HASH_MISMATCH,
-    FailureKind.TIMEOUT,
-    FailureKind.SILENCE,
-    FailureKind.LOG_LIMIT,
-    FailureKind.OUTPUT_SIZE,
     FailureKind.NOT_DETERMINISTIC,
     FailureKind.KILLED,
 }

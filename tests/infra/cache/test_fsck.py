@@ -12,6 +12,7 @@ import pytest
 from infra.cache import AlreadyPublished, Cache, Published
 from infra.cache.fsck import FsckReport
 from infra.cache.gc import CollectPlan
+from infra.cache.metadata import paths, writing
 from infra.cache.realisations import Registered
 from infra.nix import narinfo as narinfo_format
 from infra.nix.narinfo import NarInfo
@@ -113,6 +114,14 @@ async def test_what_nobody_has_goes_with_all_that_refers_to_it_and_can_be_publis
     again = [await candidate(cache, path, NARS[path], NEEDS[path]) for path in (LOW, MIDDLE, TOP)]
     assert await cache.publish(again) == [Published(path) for path in (LOW, MIDDLE, TOP)]
     assert (await cache.verify(full=True)).broken == 0
+
+
+async def test_a_narinfo_that_cannot_be_read_is_a_fault_of_its_own(cache: Cache) -> None:
+    async with writing(cache._database) as connection:
+        await connection.execute(paths.update().where(paths.c.store_path == OTHER).values(narinfo=b"not one"))
+    assert found(await cache.verify()) == {OTHER: ("its narinfo cannot be read", "left as it is")}
+    assert (await cache.verify(repair=True)).hidden == 1
+    assert await cache.publish([await candidate(cache, OTHER, NARS[OTHER])]) == [Published(OTHER)]
 
 
 async def test_sums_tell_what_is_stored_and_what_sharing_saves(cache: Cache) -> None:
