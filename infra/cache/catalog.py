@@ -28,7 +28,7 @@ from infra.nix.store_path import HASH_PART_LENGTH, StoreDir
 
 #: Narinfos kept in memory, some 1 KiB each, and for how long one is believed.
 NARINFOS_IN_MEMORY = 8192
-RECENT_S = 60.0
+RECENT_S = 900.0
 #: Paths of one closure, in the question and in the answer.
 MAX_CLOSURE = 100_000
 #: Paths whose use is remembered until it is written down.
