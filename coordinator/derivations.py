@@ -292,7 +292,7 @@ class DerivationStore:
         return await self._answers(query.join(self._asked, self._asked.c.value == _derivations.c.drv), names)
 
     async def _answers(self, query: Select[Any], names: Iterable[str]) -> Sequence[Any]:
-        parameters = {"names": names_parameter(self._engine, names)}
+        parameters = {"names": names_parameter(names)}
 
         async def ask() -> Sequence[Any]:
             async with self._engine.connect() as connection:

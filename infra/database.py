@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final, TypeVar
 
 import orjson
-from sqlalchemy import BindParameter, Subquery, bindparam, cast, event, func, select
+from sqlalchemy import BindParameter, Subquery, Text, bindparam, cast, event, func, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -125,18 +125,16 @@ async def patiently(call: Callable[[], Awaitable[_Result]], what: str) -> _Resul
 
 def names_table(engine: AsyncEngine) -> Subquery:
     """Return a table of one column `value`: the names in the JSON array that the parameter `names` will be."""
-    names: BindParameter[Any] = bindparam("names")
+    names: BindParameter[str] = bindparam("names", type_=Text)
     if engine.dialect.name == "postgresql":
-        rows = func.jsonb_array_elements_text(cast(names, JSONB(none_as_null=False))).table_valued("value")
+        rows = func.jsonb_array_elements_text(cast(names, JSONB)).table_valued("value")
     else:
         rows = func.json_each(names).table_valued("value")
     return select(rows.c.value).subquery("asked")
 
 
-def names_parameter(engine: AsyncEngine, names: Iterable[str]) -> Any:
+def names_parameter(names: Iterable[str]) -> str:
     """Return what to give for the parameter `names` of `names_table`."""
-    if engine.dialect.name == "postgresql":
-        return list(names)
     return orjson.dumps(list(names)).decode()
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from coordinator.client import RefusedError, UnreachableError
+from coordinator.client import ApiClient, RefusedError, UnreachableError
 from coordinator.config import Settings
 from coordinator.logs import LogStore
 from coordinator.main import open_coordinator
 from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState
 from coordinator.state_lock import StateDirBusyError
-from tests.coordinator.conftest import OpenFarm, nix_workers
+from tests.coordinator.conftest import OpenFarm, TestFarm, nix_workers
 from workers.fleet import Fleet
 from workers.protocol import FarmInfo
 
@@ -331,3 +331,23 @@ async def test_a_worker_that_does_not_see_the_object_store_needs_only_the_coordi
         assert (view.state, view.counts.done) == (SubmissionState.SUCCEEDED, 4)
         assert (await farm.client.verify("default", full=True, repair=False)).broken == 0
         assert not (tmp_path / "not here").exists()
+
+
+async def test_one_postgresql_database_holds_everything_and_a_restart_finds_it(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    settings = Settings(
+        state_dir=tmp_path / "farm",
+        port=0,
+        journal_database_url=postgres_url,
+        derivations_database_url=postgres_url,
+        cache_database_url=postgres_url,
+    )
+    for built in (4, 0):
+        async with (
+            open_coordinator(settings, nix_workers(tmp_path / "workers", ("one",))) as coordinator,
+            ApiClient(coordinator.ready.url, coordinator.ready.token_file.read_text().strip()) as client,
+        ):
+            farm = TestFarm(coordinator, client, tmp_path, settings)
+            view = await farm.ended((await farm.submit(DIAMOND, "top")).id)
+            assert (view.state, view.counts.done) == (SubmissionState.SUCCEEDED, built)

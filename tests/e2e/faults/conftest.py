@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from coordinator.journal import Journal, database_engine
+from coordinator.journal import Journal
+from infra.database import open_engine
 from scheduler import facts
 from scheduler.facts import Fact
 from tests.support.farm import Farm, WorkerSpec
@@ -122,9 +123,9 @@ class Hurt:
 
     def journal(self) -> list[Fact]:
         async def read() -> list[Fact]:
-            engine = database_engine(f"sqlite+aiosqlite:///{self.farm.state / 'journal.sqlite3'}")
+            engine = open_engine(f"sqlite+aiosqlite:///{self.farm.state / 'journal.sqlite3'}")
             try:
-                return [fact async for frame in Journal(engine).load() for fact in frame]
+                return [fact async for piece in Journal(engine).load() for fact in piece.facts]
             finally:
                 await engine.dispose()
 
