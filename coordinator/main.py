@@ -51,6 +51,7 @@ from coordinator.limits import StepLimits, in_force
 from coordinator.logs import LogStore
 from coordinator.metrics import CacheGauges, add_cache_metrics, add_farm_metrics, add_metrics_route
 from coordinator.ray_farm import RayFarm, worker_state_dir
+from coordinator.repair import WorkerSource
 from coordinator.schema import FarmView
 from coordinator.sink import FleetSink
 from coordinator.state_lock import StateLock
@@ -179,7 +180,14 @@ async def open_coordinator(
         stack.callback(telemetry.close)
         log_for = _log_reader(views, stores.logs, settings.store_dir)
         services = await _serve_caches(stack, app, caches, settings, clock, tokens, log_for)
-        keepers = _look_after(app, services, clock, SubmissionNeeds(views, stores.derivations), telemetry)
+        keepers = _look_after(
+            app,
+            services,
+            clock,
+            telemetry,
+            submissions=SubmissionNeeds(views, stores.derivations),
+            workers=WorkerSource(fleet, views, stores.cache.objects, tokens.for_path(clock)),
+        )
         _show_metrics(app, views, telemetry)
         narinfos = FastNarinfos(caches, lambda host: not settings.loopback or is_own_host(host, url))
         add_worker_routes(app, views, lambda worker, on: fleet.drain(worker, on=on))
@@ -376,10 +384,12 @@ def _look_after(
     app: web.Application,
     services: Sequence[_ServedCache],
     clock: Clock,
-    submissions: SubmissionNeeds,
     telemetry: Telemetry,
+    *,
+    submissions: SubmissionNeeds,
+    workers: WorkerSource,
 ) -> list[Housekeeper]:
-    """Give each cache a housekeeper, its commands and its metrics. Submissions live in the default one."""
+    """Give each cache a housekeeper, its commands and its metrics. What the farm builds lives in the default one."""
     gauges = {each.served.name: CacheGauges() for each in services}
     keepers = {
         each.served.name: Housekeeper(
@@ -388,7 +398,7 @@ def _look_after(
             gauges[each.served.name],
             clock,
             submissions=submissions if each.served.name == DEFAULT_CACHE else None,
-            sources=each.upstreams,
+            sources=(workers, *each.upstreams) if each.served.name == DEFAULT_CACHE else each.upstreams,
         )
         for each in services
     }

@@ -25,7 +25,7 @@ from coordinator.config import ConfigError, Settings, WorkerConfig
 from coordinator.errors import StoppedError
 from workers.errors import WorkerError
 from workers.fleet import Fleet, FleetError, Sink
-from workers.protocol import FarmInfo, Lease, LeaseOrder
+from workers.protocol import FarmInfo, Lease, LeaseOrder, Output
 from workers.ray_access import make_token_file
 from workers.ray_nodes import Keep, RayHead, RayJoiningNode, RayNode, RayWorkerNode
 from workers.settings import WorkerSettings
@@ -67,6 +67,10 @@ class RayFarm:
     async def drain(self, worker: str, *, on: bool) -> None:
         """See `Fleet`."""
         await self._connected.drain(worker, on=on)
+
+    async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
+        """See `Fleet`."""
+        return await self._connected.provide(worker, paths, token)
 
     @property
     def _connected(self) -> Fleet:

@@ -78,6 +78,14 @@ class UploadTokens:
 
         return make
 
+    def for_path(self, clock: Clock) -> Callable[[str], str]:
+        """Return what makes a token for one path (base name) of the farm's cache, for a worker that is to repair it."""
+
+        def make(base_name: str) -> str:
+            return self.make(DEFAULT_CACHE, f"repair {base_name}", 0, [base_name], clock.now() + TOKEN_S)
+
+        return make
+
     def check(self, token: str, now: float) -> UploadGrant | None:
         """Return what the token allows now, None if it is not one of ours or has expired."""
         if len(token) > MAX_TOKEN or not token.isascii():

@@ -268,6 +268,26 @@ class Agent:
         # The coordinator shall not send more until its poll ends by itself.
         self._spool.stop_waiting()
 
+    async def provide(self, paths: Sequence[str], token: str) -> list[dict[str, Any]]:
+        """Upload those of the full paths that are valid in this store again; gives `Output` for each.
+
+        Raises `AgentError` where they cannot be sent.
+        """
+        self._check_started()
+        sources = self._sources
+        if sources is None:
+            return []
+        try:
+            async with self._readers.use() as connection:
+                valid = sorted(await connection.query_valid_paths(paths))
+            if sources.store is None:
+                outputs = await send_outputs(self._readers, sources.uploads(token), {path: path for path in valid})
+            else:
+                outputs = tuple([await upload_output(self._readers, sources.store, path, path) for path in valid])
+        except (OutputError, DaemonError) as error:
+            raise AgentError(f"worker {self.name} cannot send what it has: {error}") from error
+        return [output.dump() for output in outputs]
+
     # The owner
 
     async def _serve(self, ready: asyncio.Future[None]) -> None:

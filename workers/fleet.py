@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from workers.errors import WorkerError
-from workers.protocol import Batch, Hello, Lease, LeaseOrder
+from workers.protocol import Batch, Hello, Lease, LeaseOrder, Output
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +69,6 @@ class Fleet(Protocol):
 
     async def drain(self, worker: str, *, on: bool) -> None:
         """Set or clear "no new work". Raises `FleetError`."""
+
+    async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
+        """Have those of the full paths that are valid in the worker's store uploaded again. Raises `FleetError`."""

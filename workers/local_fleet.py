@@ -10,7 +10,7 @@ from workers.agent import Agent
 from workers.errors import WorkerError
 from workers.fleet import Sink
 from workers.polling import AgentRoster, AgentUnavailable
-from workers.protocol import LONG_POLL_S, FarmInfo, Lease, LeaseOrder
+from workers.protocol import LONG_POLL_S, FarmInfo, Lease, LeaseOrder, Output
 
 T = TypeVar("T")
 
@@ -40,6 +40,10 @@ class LocalCalls:
     async def drain(self, on: bool) -> None:
         """See `AgentCalls`."""
         await _told(self._agent.drain(on))
+
+    async def provide(self, paths: list[str], token: str) -> list[dict[str, Any]]:
+        """See `AgentCalls`."""
+        return await _told(self._agent.provide(paths, token))
 
 
 async def _told(call: Awaitable[T]) -> T:
@@ -78,3 +82,7 @@ class InProcessFleet:
     async def drain(self, worker: str, *, on: bool) -> None:
         """See `Fleet`."""
         await self._roster.drain(worker, on=on)
+
+    async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
+        """See `Fleet`."""
+        return await self._roster.provide(worker, paths, token)

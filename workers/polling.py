@@ -23,12 +23,14 @@ from workers.fleet import FleetError, Sink, WorkerConnected, WorkerGone, WorkerS
 from workers.protocol import (
     BULK_BATCH_BYTES,
     LONG_POLL_S,
+    OUTPUTS,
     PROTOCOL_VERSION,
     Batch,
     FarmInfo,
     Hello,
     Lease,
     LeaseOrder,
+    Output,
 )
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ T = TypeVar("T")
 
 #: Seconds that one short call (everything but `events`) may take.
 CALL_DEADLINE_S = 20.0
+#: Seconds for sending a NAR again, which may be large.
+PROVIDE_DEADLINE_S = 3600.0
 #: Seconds that `events` may take beyond its own wait.
 POLL_GRACE_S = 20.0
 #: First and longest pause between two tries to reach a silent agent, seconds; it doubles between them.
@@ -74,6 +78,9 @@ class AgentCalls(Protocol):
 
     async def drain(self, on: bool) -> None:
         """No new work while true."""
+
+    async def provide(self, paths: list[str], token: str) -> list[dict[str, Any]]:
+        """Full paths -> a list of `Output`."""
 
 
 async def _in_time(call: Awaitable[T], deadline_s: float, what: str) -> T:
@@ -193,6 +200,14 @@ class AgentRoster:
     async def drain(self, worker: str, *, on: bool) -> None:
         """Set or clear "no new work". Raises `FleetError` as `start_many`."""
         await _in_time(self._of(worker).drain(on), CALL_DEADLINE_S, "drain")
+
+    async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
+        """Have paths uploaded again. Raises `FleetError` as `start_many`, and where the answer makes no sense."""
+        told = await _in_time(self._of(worker).provide(list(paths), token), PROVIDE_DEADLINE_S, "provide")
+        try:
+            return OUTPUTS.validate_python(tuple(told))
+        except ValidationError:
+            raise AgentUnavailable(f"worker {worker} gave an answer that makes no sense") from None
 
     def _of(self, worker: str) -> AgentCalls:
         calls = self._calls.get(worker)

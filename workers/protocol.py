@@ -8,6 +8,7 @@ code without the other. Every call is short and idempotent; see ARCHITECTURE.md,
     events(ack, max_bytes, wait_s) -> Batch one outstanding long poll; forgets what is at or below `ack`
     cancel([Lease]) -> None                 an unknown lease is a no-op
     drain(bool) -> None                     no new work while true
+    provide([path], token) -> [Output]      uploads again what is valid in the worker's store, for a cache that lost it
 """
 
 from __future__ import annotations
@@ -217,3 +218,4 @@ class Batch(WireMessage):
 
 ORDERS: TypeAdapter[tuple[LeaseOrder, ...]] = TypeAdapter(tuple[LeaseOrder, ...])
 LEASES: TypeAdapter[tuple[Lease, ...]] = TypeAdapter(tuple[Lease, ...])
+OUTPUTS: TypeAdapter[tuple[Output, ...]] = TypeAdapter(tuple[Output, ...])

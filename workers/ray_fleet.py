@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from workers.fleet import FleetError, Sink
 from workers.polling import AgentDead, AgentRoster, AgentUnavailable
-from workers.protocol import FarmInfo, Lease, LeaseOrder
+from workers.protocol import FarmInfo, Lease, LeaseOrder, Output
 from workers.ray_access import LOOPBACK, check_token_file, is_loopback, ray_env
 from workers.ray_nodes import (
     DIRECTORY_VARIABLE,
@@ -126,6 +126,10 @@ class AgentHost:
     async def drain(self, on: bool) -> None:
         """See `workers.protocol`."""
         await self._there(lambda agent: agent.drain(on))
+
+    async def provide(self, paths: list[str], token: str) -> list[dict[str, Any]]:
+        """See `workers.protocol`."""
+        return await self._there(lambda agent: agent.provide(paths, token))
 
     async def _there(self, call: Callable[[Agent], Awaitable[T]]) -> T:
         """Run `call` in the agent's loop and return its answer in ours."""
@@ -276,6 +280,10 @@ class _ActorCalls:
     async def drain(self, on: bool) -> None:
         await self._call("drain", "ctl", on)
 
+    async def provide(self, paths: list[str], token: str) -> list[dict[str, Any]]:
+        answer: list[dict[str, Any]] = await self._call("provide", "io", paths, token)
+        return answer
+
     async def _call(self, method: str, group: str, *arguments: Any) -> Any:
         """Send, and wait for the answer or for the node's death, whichever comes first."""
         self._raise_if_dead()
@@ -391,6 +399,10 @@ class RayFleet:
     async def drain(self, worker: str, *, on: bool) -> None:
         """See `Fleet.drain`."""
         await self._roster.drain(worker, on=on)
+
+    async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
+        """See `Fleet.provide`."""
+        return await self._roster.provide(worker, paths, token)
 
     @property
     def _connected(self) -> _Ray:

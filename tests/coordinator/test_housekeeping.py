@@ -139,6 +139,21 @@ async def test_verification_finds_a_lost_object_and_says_what_became_of_it(open_
         assert path in {fault.path for fault in found.faults}
 
 
+async def test_what_the_cache_lost_is_had_again_from_a_worker_that_built_it(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm:
+        view = await farm.ended((await farm.submit(DIAMOND, "top")).id)
+        objects = farm.coordinator.cache.objects.local_path("nar")
+        assert objects is not None
+        lost, changed, *_ = sorted(objects.iterdir())
+        lost.unlink()
+        changed.write_bytes(bytes(reversed(changed.read_bytes())))
+        report = await farm.client.verify("default", full=True, repair=True)
+        assert (report.broken, report.repaired, report.hidden) == (2, 2, 0)
+        assert {fault.outcome for fault in report.faults} == {"fetched again from a worker"}
+        assert (await farm.client.verify("default", full=True, repair=False)).broken == 0
+        assert all([await published(farm, path) for path in (await outputs(farm, view.id)).values()])
+
+
 async def test_signing_anew_with_the_same_keys_changes_nothing(open_farm: OpenFarm) -> None:
     async with open_farm("one") as farm:
         view = await farm.ended((await farm.submit(DIAMOND, "top")).id)

@@ -168,6 +168,25 @@ async def test_a_build_cannot_see_the_token_nor_learn_where_it_lies(site: Site) 
             assert "RAY_" not in Path(f"/proc/{pid}/environ").read_text()  # noqa: ASYNC240 - a small local file
 
 
+async def test_a_worker_sends_again_what_it_still_has(site: Site) -> None:
+    async with site.fleet() as (fleet, heard):
+        await heard.until(lambda: bool(heard.hellos("b")))
+        one = order(drv("kept", "echo kept > $out"))
+        await fleet.start_many("b", [one])
+        await heard.until(lambda: one.step in heard.reports)
+        _, report = heard.reports[one.step]
+        result = report.result
+        assert isinstance(result, Succeeded)
+        (output,) = result.outputs
+        stored = site.root / "objects" / output.url
+        stored.unlink()
+        absent = f"/nix/store/{'0' * 32}-absent"
+        (again,) = await fleet.provide("b", [output.path, absent], "")
+        assert (again.path, again.nar_hash, again.url) == (output.path, output.nar_hash, output.url)
+        assert stored.exists()
+        assert await fleet.provide("c", [output.path], "") == ()
+
+
 async def test_what_was_not_acknowledged_before_the_coordinator_left_is_told_to_the_next_one(site: Site) -> None:
     async with site.fleet() as (fleet, heard):
         await heard.until(lambda: bool(heard.hellos("b")))

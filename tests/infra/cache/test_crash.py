@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.cache import Conflict, Published, fetch_nar
+from infra.cache import CollectPlan, Conflict, Published, fetch_nar
 from infra.cache.objects import sweep_incoming
 from infra.nix import narinfo
 from tests.support.cache import STORE_DIR, base_name, open_cache, publish, store_path
@@ -37,10 +37,10 @@ asyncio.run(main())
 """
 
 
-def kill_a_publisher(directory: Path, name: str, delay_s: float) -> list[str]:
+def kill_a_publisher(directory: Path, name: str, delay_s: float, program: str = PUBLISHER) -> list[str]:
     """Kill it `delay_s` after it confirmed its first chain; returns all that it had confirmed."""
     with subprocess.Popen(
-        [sys.executable, "-c", PUBLISHER, str(directory), name],
+        [sys.executable, "-c", program, str(directory), name],
         stdout=subprocess.PIPE,
         cwd=Path(__file__).parents[3],
         text=True,
@@ -72,3 +72,44 @@ async def test_after_a_kill_everything_that_is_answered_can_be_fetched(tmp_path:
         # The same paths with other random bits: what was published stays, what was not can be.
         for path in known[: len(answered) + 1]:
             assert isinstance(await publish(cache, path), Published if path in missing else Conflict)
+
+
+# Publishes chains, keeps only the newest, and collects the others at once, for ever.
+COLLECTOR = """
+import asyncio, itertools, os, sys
+from pathlib import Path
+from infra.cache import CollectPlan
+from tests.support.cache import candidate, open_cache, store_path
+
+async def main():
+    async with open_cache(Path(sys.argv[1])) as cache:
+        for number in itertools.count():
+            chain = [store_path(f"{sys.argv[2]}-{number}-{link}") for link in range(3)]
+            await cache.publish([
+                await candidate(cache, path, os.urandom(300), chain[:link]) for link, path in enumerate(chain)
+            ])
+            await cache.pin("newest", chain[-1:])
+            print(*chain, flush=True)
+            await cache.collect(CollectPlan(grace_s=0, fresh_s=0, orphan_s=0))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("delay_s", [0.011, 0.037, 0.061, 0.083])
+async def test_after_a_kill_of_a_collector_nothing_is_lost_and_the_rest_goes(tmp_path: Path, delay_s: float) -> None:
+    told = await asyncio.to_thread(kill_a_publisher, tmp_path, "gc", delay_s, COLLECTOR)
+    newest = told[-3:]
+    number = int(newest[0].rpartition("gc-")[2].partition("-")[0])
+    # The kill may have come between the pin of the next chain and its word.
+    after = [store_path(f"gc-{number + 1}-{link}") for link in range(3)]
+    async with open_cache(tmp_path) as cache:
+        assert not await cache.missing(newest) or not await cache.missing(after)
+        assert (await cache.verify(full=True)).broken == 0
+        for _ in range(2):
+            await cache.collect(CollectPlan(grace_s=0, fresh_s=0, orphan_s=0))
+        info = await cache.info()
+        assert (info.paths, info.tombstoned, info.dangling) == (3, 0, 0)
+        assert len(list((tmp_path / "objects" / "nar").iterdir())) == 3
+        again = store_path("again")
+        assert await publish(cache, again) == Published(again)

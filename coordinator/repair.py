@@ -1,0 +1,64 @@
+"""NARs that the cache has lost, from the workers that still have them in their stores.
+
+A worker is asked for the path and uploads it again, as after a build: it may write exactly that path. What came is read
+back and verified like anything else, and must be the very bits that were published.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable
+from typing import Final
+
+from coordinator.views import Views
+from infra.cache import Candidate, ObjectStore, fetch_nar
+from infra.cache.errors import CacheError
+from infra.nix.narinfo import NarInfo
+from workers.fleet import Fleet, FleetError
+from workers.protocol import Output
+
+#: States of workers that are worth asking.
+_THERE: Final = frozenset({"online", "draining", "quarantined"})
+
+_log = logging.getLogger(__name__)
+
+
+class WorkerSource:
+    """The workers of a farm as a `RepairSource`; `token` makes what lets one upload the path of a base name."""
+
+    name = "a worker"
+
+    def __init__(self, fleet: Fleet, views: Views, objects: ObjectStore, token: Callable[[str], str]) -> None:
+        self._fleet = fleet
+        self._views = views
+        self._objects = objects
+        self._token = token
+
+    async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None] | None:
+        """Return the NAR of a path that a worker has with the same bits. What a worker cannot do is no error."""
+        base_name = info.store_path.rpartition("/")[2]
+        for worker in self._views.workers():
+            if worker.state not in _THERE:
+                continue
+            try:
+                outputs = await self._fleet.provide(worker.name, [info.store_path], self._token(base_name))
+            except (FleetError, CacheError) as error:
+                _log.warning("worker %s was asked for %s: %s", worker.name, base_name, error)
+                continue
+            for output in outputs:
+                if (output.path, output.nar_hash) == (info.store_path, info.nar_hash):
+                    return fetch_nar(self._objects, _promise(output))
+        return None
+
+
+def _promise(output: Output) -> Candidate:
+    return Candidate(
+        store_path=output.path,
+        nar_hash=output.nar_hash,
+        nar_size=output.nar_size,
+        references=output.references,
+        url=output.url,
+        compression=output.compression,
+        file_hash=output.file_hash,
+        file_size=output.file_size,
+    )
