@@ -30,7 +30,7 @@ from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
 from scheduler.events import BuildFailed, Event, OutputsPublished, PublishFailed
 from scheduler.model import Failure, FailureKind, LeaseId, StepKey
 from workers.fleet import Fleet, FleetError
-from workers.protocol import Lease, LeaseOrder
+from workers.protocol import Lease, LeaseOrder, Output
 
 #: Leases in one call to a worker, and publications in one call of the cache.
 START_BATCH = 256
@@ -223,23 +223,25 @@ def _claim(effect: PublishOutputs, infos: Mapping[StepKey, StepInfo]) -> Evidenc
     return evidence
 
 
+def claim_of(output: Output, deriver: str = "") -> Candidate:
+    """Return the claim that a worker makes with an output; `deriver` is the base name of its .drv."""
+    return Candidate(
+        store_path=output.path,
+        nar_hash=output.nar_hash,
+        nar_size=output.nar_size,
+        references=output.references,
+        url=output.url,
+        compression=output.compression,
+        file_hash=output.file_hash,
+        file_size=output.file_size,
+        deriver=deriver,
+        ca=output.ca,
+    )
+
+
 def _candidates(evidence: Evidence) -> list[Candidate]:
     deriver = evidence.drv.rpartition("/")[2]
-    return [
-        Candidate(
-            store_path=output.path,
-            nar_hash=output.nar_hash,
-            nar_size=output.nar_size,
-            references=output.references,
-            url=output.url,
-            compression=output.compression,
-            file_hash=output.file_hash,
-            file_size=output.file_size,
-            deriver=deriver,
-            ca=output.ca,
-        )
-        for output in evidence.outputs
-    ]
+    return [claim_of(output, deriver) for output in evidence.outputs]
 
 
 def _verdict(lease: LeaseId, claim: Evidence | str, outcomes: Mapping[str, PublishOutcome]) -> Event:

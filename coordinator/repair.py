@@ -10,12 +10,12 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Final
 
+from coordinator.dispatch import claim_of
 from coordinator.views import Views
-from infra.cache import Candidate, ObjectStore, fetch_nar
+from infra.cache import ObjectStore, fetch_nar
 from infra.cache.errors import CacheError
 from infra.nix.narinfo import NarInfo
 from workers.fleet import Fleet, FleetError
-from workers.protocol import Output
 
 #: States of workers that are worth asking.
 _THERE: Final = frozenset({"online", "draining", "quarantined"})
@@ -47,18 +47,5 @@ class WorkerSource:
                 continue
             for output in outputs:
                 if (output.path, output.nar_hash) == (info.store_path, info.nar_hash):
-                    return fetch_nar(self._objects, _promise(output))
+                    return fetch_nar(self._objects, claim_of(output))
         return None
-
-
-def _promise(output: Output) -> Candidate:
-    return Candidate(
-        store_path=output.path,
-        nar_hash=output.nar_hash,
-        nar_size=output.nar_size,
-        references=output.references,
-        url=output.url,
-        compression=output.compression,
-        file_hash=output.file_hash,
-        file_size=output.file_size,
-    )

@@ -6,16 +6,11 @@ Handlers read the request, ask one room and answer with one model; whatever they
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
-from typing import TypeVar
-
-import orjson
 from aiohttp import web
-from pydantic import BaseModel, ValidationError
 
 from coordinator.engine import Engine
 from coordinator.errors import BadRequestError, NotFoundError
+from coordinator.http.answers import answer, answer_list, read_body
 from coordinator.http.sse import WatchStreams
 from coordinator.intake import Intake
 from coordinator.logs import LogStore
@@ -26,8 +21,6 @@ from coordinator.views import Views
 
 #: Bytes read from a request's body at one time.
 READ_BYTES = 256 * 1024
-
-_Body = TypeVar("_Body", bound=BaseModel)
 
 
 class Api:
@@ -68,7 +61,7 @@ class Api:
 
     async def missing(self, request: web.Request) -> web.Response:
         """Answer what of a closure must be sent."""
-        return _json(await self._intake.missing(await _body(request, IntakeQuery)))
+        return answer(await self._intake.missing(await read_body(request, IntakeQuery)))
 
     async def put_derivations(self, request: web.Request) -> web.Response:
         """Take a stream of .drv files."""
@@ -82,30 +75,30 @@ class Api:
 
     async def submit(self, request: web.Request) -> web.Response:
         """Take a submission; the answer leaves once it is durable."""
-        row = await self._submissions.submit(await _body(request, SubmitRequest))
-        return _json(self._views.submission_view(row), status=201)
+        row = await self._submissions.submit(await read_body(request, SubmitRequest))
+        return answer(self._views.submission_view(row), status=201)
 
     async def retry(self, request: web.Request) -> web.Response:
         """Let a submission run again."""
-        return _json(self._views.submission_view(await self._submissions.retry(request.match_info["id"])))
+        return answer(self._views.submission_view(await self._submissions.retry(request.match_info["id"])))
 
     async def retry_step(self, request: web.Request) -> web.Response:
         """Build a failed step again."""
         step, submissions = await self._submissions.retry_step(request.match_info["key"])
         names = tuple(row.id for row in submissions)
-        return _json(RetryView(step=self._views.step_view(step), submissions=names))
+        return answer(RetryView(step=self._views.step_view(step), submissions=names))
 
     async def submissions(self, _request: web.Request) -> web.Response:
         """List submissions, newest first."""
-        return _json_list(self._views.submissions())
+        return answer_list(self._views.submissions())
 
     async def submission(self, request: web.Request) -> web.Response:
         """Show one submission."""
-        return _json(self._views.submission_view(self._views.submission(request.match_info["id"])))
+        return answer(self._views.submission_view(self._views.submission(request.match_info["id"])))
 
     async def cancel(self, request: web.Request) -> web.Response:
         """Withdraw a submission."""
-        return _json(self._views.submission_view(await self._engine.cancel(request.match_info["id"])))
+        return answer(self._views.submission_view(await self._engine.cancel(request.match_info["id"])))
 
     async def steps(self, request: web.Request) -> web.Response:
         """List the steps of a submission, all or those in the named states."""
@@ -114,7 +107,7 @@ class Api:
             states = frozenset(StepStatus(word) for word in told)
         except ValueError:
             raise BadRequestError(f"a step's state is one of {', '.join(StepStatus)}.") from None
-        return _json_list(self._views.steps(self._views.submission(request.match_info["id"]), states))
+        return answer_list(self._views.steps(self._views.submission(request.match_info["id"]), states))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Stream the changes of a submission."""
@@ -122,7 +115,7 @@ class Api:
 
     async def step(self, request: web.Request) -> web.Response:
         """Show one step."""
-        return _json(self._views.step_view(self._views.step(request.match_info["key"])))
+        return answer(self._views.step_view(self._views.step(request.match_info["key"])))
 
     async def log(self, request: web.Request) -> web.StreamResponse:
         """Send the log of one attempt, following it while it runs if asked to."""
@@ -141,11 +134,11 @@ class Api:
 
     async def workers(self, _request: web.Request) -> web.Response:
         """List workers."""
-        return _json_list(self._views.workers())
+        return answer_list(self._views.workers())
 
     async def farm(self, _request: web.Request) -> web.Response:
         """Say how to use the cache."""
-        return _json(self._farm)
+        return answer(self._farm)
 
     async def health(self, _request: web.Request) -> web.Response:
         """Say whether the engine runs."""
@@ -167,26 +160,3 @@ def _attempt(request: web.Request, row: StepRow) -> int:
 
 def _runs(row: StepRow, attempt: int) -> bool:
     return row.state is StepStatus.RUNNING and row.attempt == attempt
-
-
-async def _body(request: web.Request, model: type[_Body]) -> _Body:
-    """Read and check a JSON body. Raises `BadRequestError` that names the field."""
-    data = await request.read()
-    try:
-        # Large bodies are parsed beside the loop: half a million names take a second.
-        if len(data) > READ_BYTES:
-            return await asyncio.to_thread(model.model_validate_json, data)
-        return model.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "body"
-        raise BadRequestError(f"the request's {where} is wrong: {first['msg']}.") from None
-
-
-def _json(model: BaseModel, status: int = 200) -> web.Response:
-    return web.Response(body=orjson.dumps(model.model_dump()), status=status, content_type="application/json")
-
-
-def _json_list(models: Sequence[BaseModel]) -> web.Response:
-    body = orjson.dumps([model.model_dump() for model in models])
-    return web.Response(body=body, content_type="application/json")

@@ -16,6 +16,7 @@ roots       what keeps paths: pins, submissions, pushes, leases
 gc          collecting what nothing keeps (survey, marking, tombstones, deletions)
 realisations  what content-addressed outputs became
 resigning   new signatures for everything
+pulls       what a sender need not send, had from upstreams
 fsck        proving and repairing (upstream: another cache to have NARs from)
 inspection  sums
 cache       Cache: the front of all this                   (the coordinator)

@@ -20,8 +20,7 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -33,7 +32,8 @@ from infra.cache.compression import COMPRESSION, nar_key
 from infra.cache.direct import DirectUploads, staged_key
 from infra.cache.errors import CacheError, ObjectMissingError, ObjectStoreError
 from infra.cache.objects import INCOMING, LocalObjectStore
-from infra.cache.upload import BLOCK_BYTES, upload_nar
+from infra.cache.pulls import Pulls
+from infra.cache.upload import BLOCK_BYTES
 from infra.cache.upload_wire import (
     SINGLE_BYTES,
     UPLOAD_TTL_S,
@@ -55,7 +55,6 @@ from infra.cache.upload_wire import (
 from infra.cache.upstream import Upstream
 from infra.nix.errors import FormatError
 from infra.nix.hashing import sha256_text
-from infra.nix.store_path import HASH_PART_LENGTH
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -140,8 +139,6 @@ class _Upload:
     multiparts: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
-#: NARs that are had from upstreams at one time, for one sender.
-PULLING: Final = 4
 DAY_S: Final = 86_400.0
 #: The kind of the roots that pushes are.
 PUSH: Final = "push"
@@ -187,7 +184,7 @@ class Uploads:
         self._now = now
         self._direct = direct
         self._expiry = expiry
-        self._upstreams = tuple(upstreams)
+        self._pulls = Pulls(cache, upstreams)
         self._open: dict[str, _Upload] = {}
         self._running: dict[str, _Running] = {}
         #: One writer of a slot at a time; entries go with their last user.
@@ -230,7 +227,9 @@ class Uploads:
         name = secrets.token_hex(16)
         full = {self._full(path): path for path in claims}
         missing = {full[path] for path in await self._cache.lease(_lease(name), full, UPLOAD_TTL_S)}
-        elsewhere = await self._elsewhere(missing, claims) if sender.publishes else {}
+        elsewhere: Mapping[str, Upstream] = {}
+        if sender.publishes:
+            elsewhere = await self._pulls.found({path: claims[path] for path in missing})
         # What a worker built is compared with what was published before, so that is always sent.
         send = (
             claims.keys()
@@ -245,46 +244,6 @@ class Uploads:
             present=tuple(path for path in claims if path not in missing),
             upstream=tuple(elsewhere),
         )
-
-    async def _elsewhere(self, missing: AbstractSet[str], claims: Mapping[str, PathClaim]) -> dict[str, Upstream]:
-        """Return those missing paths that an upstream has with the same bits, and which one."""
-        found: dict[str, Upstream] = {}
-        for upstream in self._upstreams:
-            asked = {path[:HASH_PART_LENGTH]: path for path in missing if path not in found}
-            for part, info in (await upstream.narinfos(asked)).items():
-                path = asked[part]
-                if (info.store_path, info.nar_hash) == (self._full(path), claims[path].nar_hash):
-                    found[path] = upstream
-        return found
-
-    async def _pull(self, upload: _Upload) -> list[Candidate]:
-        """Have from upstreams what the sender need not send: a path is published only with all that it refers to."""
-        pulled: list[Candidate] = []
-        turns = asyncio.Semaphore(PULLING)
-
-        async def pull(claim: PathClaim, upstream: Upstream) -> None:
-            path = self._full(claim.path)
-            async with turns:
-                part = claim.path[:HASH_PART_LENGTH]
-                info = (await upstream.narinfos([part])).get(part)
-                chunks = None if info is None or info.nar_hash != claim.nar_hash else await upstream.nar(info)
-                if chunks is None:
-                    return
-                try:
-                    async with aclosing(chunks):
-                        stored = await upload_nar(self._cache.objects, chunks)
-                except CacheError as error:
-                    # What refers to it is refused for that, and the sender told; the next try may send it.
-                    _log.warning("%s was not had from %s: %s", path, upstream.url, error)
-                    return
-            pulled.append(Candidate.of_upload(path, stored, claim.references, deriver=claim.deriver, ca=claim.ca))
-
-        absent = await self._cache.missing(self._full(path) for path in upload.elsewhere)
-        async with asyncio.TaskGroup() as tasks:
-            for path, upstream in upload.elsewhere.items():
-                if self._full(path) in absent:
-                    tasks.create_task(pull(upload.claims[path], upstream))
-        return pulled
 
     def _check_name(self, sender: Sender, name: str) -> None:
         if sender.paths is not None and name not in sender.paths:
@@ -457,7 +416,7 @@ class Uploads:
             ]
             candidates = [self._candidate(claim, sent, placed[claim.path].url) for claim, sent in stored]
             await self._keep(name, upload, wish.keep)
-            pulled = await self._pull(upload)
+            pulled = await self._pulls.pull({upload.claims[path]: up for path, up in upload.elsewhere.items()})
             outcomes = (await self._cache.publish([*pulled, *candidates]))[len(pulled) :]
             for (claim, _), outcome in zip(stored, outcomes, strict=True):
                 placed[claim.path] = _verdict(claim.path, outcome, placed[claim.path].url)

@@ -1,0 +1,78 @@
+"""Paths that a sender need not send because an upstream has them, signed by a key that is trusted.
+
+The coordinator has them from there itself: a path is published only with all that it refers to, so what stands on an
+upstream's path needs that path here. Only the very bits that the sender has count as the same path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from typing import Final
+
+from infra.cache.cache import Cache
+from infra.cache.candidates import Candidate
+from infra.cache.errors import CacheError
+from infra.cache.upload import upload_nar
+from infra.cache.upload_wire import PathClaim
+from infra.cache.upstream import Upstream
+from infra.nix.store_path import HASH_PART_LENGTH
+
+#: NARs that are had from upstreams at one time, for one sender.
+PULLING: Final = 4
+
+_log = logging.getLogger(__name__)
+
+
+class Pulls:
+    """Asks the upstreams of one cache, in order, and has paths from them."""
+
+    def __init__(self, cache: Cache, upstreams: Sequence[Upstream]) -> None:
+        self._cache = cache
+        self._upstreams = tuple(upstreams)
+
+    async def found(self, claims: Mapping[str, PathClaim]) -> dict[str, Upstream]:
+        """Return those of the claimed paths (by base name) that an upstream has with the same bits, and which one."""
+        found: dict[str, Upstream] = {}
+        for upstream in self._upstreams:
+            asked = {path[:HASH_PART_LENGTH]: path for path in claims if path not in found}
+            for part, info in (await upstream.narinfos(asked)).items():
+                path = asked[part]
+                if (info.store_path, info.nar_hash) == (self._full(path), claims[path].nar_hash):
+                    found[path] = upstream
+        return found
+
+    async def pull(self, wanted: Mapping[PathClaim, Upstream]) -> list[Candidate]:
+        """Store the NARs of those claims that are not published, and return what is to be published.
+
+        One that cannot be had is left out, and told of in the log: what refers to it is then refused for that.
+        """
+        absent = await self._cache.missing(self._full(claim.path) for claim in wanted)
+        turns = asyncio.Semaphore(PULLING)
+        async with asyncio.TaskGroup() as tasks:
+            pulling = [
+                tasks.create_task(self._one(turns, claim, upstream))
+                for claim, upstream in wanted.items()
+                if self._full(claim.path) in absent
+            ]
+        return [candidate for task in pulling if (candidate := task.result()) is not None]
+
+    async def _one(self, turns: asyncio.Semaphore, claim: PathClaim, upstream: Upstream) -> Candidate | None:
+        path, part = self._full(claim.path), claim.path[:HASH_PART_LENGTH]
+        async with turns:
+            info = (await upstream.narinfos([part])).get(part)
+            chunks = None if info is None or info.nar_hash != claim.nar_hash else await upstream.nar(info)
+            if chunks is None:
+                return None
+            try:
+                async with aclosing(chunks):
+                    stored = await upload_nar(self._cache.objects, chunks)
+            except CacheError as error:
+                _log.warning("%s was not had from %s: %s", path, upstream.url, error)
+                return None
+        return Candidate.of_upload(path, stored, claim.references, deriver=claim.deriver, ca=claim.ca)
+
+    def _full(self, base_name: str) -> str:
+        return f"{self._cache.store_dir.path}/{base_name}"
