@@ -102,6 +102,9 @@ class Housekeeper:
         while True:
             try:
                 await self.cache.write_uses()
+                if self._submissions is not None:
+                    async with self._collecting:
+                        await self._keep_submissions(self._submissions)
                 await self.refresh_gauges()
                 if pause_s and self._clock.now() >= next_collection:
                     next_collection = self._clock.now() + pause_s
