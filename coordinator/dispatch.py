@@ -8,6 +8,8 @@ Rules:
    again; the loss of the worker frees it. So nothing is built twice because an answer was lost.
 4. Publishing trusts nothing in the evidence: the outputs must be exactly those of the step, and the cache checks bytes,
    hashes and references before it signs.
+5. What is uploaded is not built again because a store or a database is away: publishing is tried again, within
+   `PUBLISH_WITHIN_S`, and others of the same batch do not wait for it.
 """
 
 from __future__ import annotations
@@ -18,14 +20,13 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from coordinator.codec import CodecError, Evidence, decode_evidence
-from coordinator.derivations import BuildOrder, DerivationStore, StepInfo
+from coordinator.derivations import BuildOrder, DerivationsError, DerivationStore, StepInfo
 from coordinator.limits import StepLimits
 from infra.cache.cache import Cache
-from infra.cache.candidates import Candidate, Conflict, PublishOutcome, Rejected
+from infra.cache.candidates import Candidate, Conflict, PublishOutcome, Rejected, RejectReason
 from infra.cache.errors import CacheError
+from infra.patience import Patience
 from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
 from scheduler.events import BuildFailed, Event, OutputsPublished, PublishFailed
 from scheduler.model import Failure, FailureKind, LeaseId, StepKey
@@ -39,6 +40,8 @@ PUBLISH_BATCH = 256
 PUBLISHERS = 2
 #: Publications waiting before workers' reports are no longer taken in.
 PUBLISH_BACKLOG = 4096
+#: Seconds for which publishing is tried again where what keeps it may pass.
+PUBLISH_WITHIN_S = 60.0
 
 Post = Callable[[Sequence[Event]], Awaitable[None]]
 
@@ -86,6 +89,13 @@ class Dispatch:
         self._publish_filled = asyncio.Event()
         self._publish_roomy = asyncio.Event()
         self._publish_roomy.set()
+        #: What each publisher waits for, as a sentence.
+        self._troubles: dict[int, str] = {}
+
+    @property
+    def trouble(self) -> str:
+        """Why publishing waits at the moment, "" while all is well."""
+        return next(iter(self._troubles.values()), "")
 
     def hand(self, effects: Sequence[Effect]) -> None:
         """Take effects over; returns at once."""
@@ -110,8 +120,8 @@ class Dispatch:
     async def run(self) -> None:
         """Serve until cancelled."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(PUBLISHERS):
-                group.create_task(self._publish_loop())
+            for number in range(PUBLISHERS):
+                group.create_task(self._publish_loop(number))
             while True:
                 worker = await self._new_lanes.get()
                 group.create_task(self._lane_loop(worker, self._lanes[worker]))
@@ -141,8 +151,8 @@ class Dispatch:
         wanted = [(start.lease.step, start.recipe) for start in starts]
         try:
             known = await self._derivations.orders(wanted)
-        except (SQLAlchemyError, OSError) as error:
-            _log.warning("derivations cannot be read: %s", type(error).__name__)
+        except DerivationsError as error:
+            _log.warning("worker %s gets no leases: %s", worker, error)
             await self._give_back(starts, "the derivation could not be read from the coordinator's database")
             return
         absent = [start for start in starts if (start.lease.step, start.recipe) not in known]
@@ -177,7 +187,7 @@ class Dispatch:
 
     # Publishing.
 
-    async def _publish_loop(self) -> None:
+    async def _publish_loop(self, number: int) -> None:
         while True:
             await self._publish_filled.wait()
             batch = [self._publish.popleft() for _ in range(min(PUBLISH_BATCH, len(self._publish)))]
@@ -186,9 +196,33 @@ class Dispatch:
             if len(self._publish) <= PUBLISH_BACKLOG:
                 self._publish_roomy.set()
             if batch:
-                await self._post(await self._publish_many(batch))
+                await self._publish_patiently(number, batch)
 
-    async def _publish_many(self, batch: Sequence[PublishOutputs]) -> list[Event]:
+    async def _publish_patiently(self, number: int, batch: Sequence[PublishOutputs]) -> None:
+        """Publish a batch, what fails in a way that may pass again for a while; posts one event for each effect."""
+        patience = Patience(PUBLISH_WITHIN_S)
+        while batch:
+            events: list[Event] = []
+            again: dict[PublishOutputs, PublishFailed] = {}
+            for effect, event in zip(batch, await self._publish_many(batch), strict=True):
+                if isinstance(event, _NotNow):
+                    again[effect] = event.failed
+                else:
+                    events.append(event)
+            await self._post(events)
+            if again:
+                sentence = next(iter(again.values())).failure.message
+                if number not in self._troubles:
+                    _log.warning("%s; it is tried again", sentence)
+                self._troubles[number] = sentence
+                if not await patience.pause():
+                    await self._post(list(again.values()))
+                    again.clear()
+            batch = list(again)
+        if self._troubles.pop(number, ""):
+            _log.warning("publishing goes on")
+
+    async def _publish_many(self, batch: Sequence[PublishOutputs]) -> list[Event | _NotNow]:
         """Publish a batch with one call of the cache; one event for each effect, in order."""
         try:
             infos = await self._derivations.steps([effect.lease.step for effect in batch])
@@ -197,12 +231,17 @@ class Dispatch:
                 candidate for _, claim in checked if isinstance(claim, Evidence) for candidate in _candidates(claim)
             ]
             outcomes = {outcome.store_path: outcome for outcome in await self._cache.publish(candidates)}
-        except (CacheError, SQLAlchemyError, OSError) as error:
-            sentence = str(error) if isinstance(error, CacheError) else type(error).__name__
-            _log.warning("publishing failed: %s", sentence)
-            failure = Failure(FailureKind.INFRASTRUCTURE, f"publishing failed: {sentence}")
-            return [PublishFailed(effect.lease, failure) for effect in batch]
+        except (CacheError, DerivationsError) as error:
+            failure = Failure(FailureKind.INFRASTRUCTURE, f"publishing failed: {error}")
+            return [_NotNow(PublishFailed(effect.lease, failure)) for effect in batch]
         return [_verdict(lease, claim, outcomes) for lease, claim in checked]
+
+
+@dataclass(frozen=True, slots=True)
+class _NotNow:
+    """Publishing failed in a way that may pass; `failed` is what is said where it does not."""
+
+    failed: PublishFailed
 
 
 def _claim(effect: PublishOutputs, infos: Mapping[StepKey, StepInfo]) -> Evidence | str:
@@ -244,7 +283,7 @@ def _candidates(evidence: Evidence) -> list[Candidate]:
     return [claim_of(output, deriver) for output in evidence.outputs]
 
 
-def _verdict(lease: LeaseId, claim: Evidence | str, outcomes: Mapping[str, PublishOutcome]) -> Event:
+def _verdict(lease: LeaseId, claim: Evidence | str, outcomes: Mapping[str, PublishOutcome]) -> Event | _NotNow:
     """Say what became of one step's outputs. A conflict is no failure: the first bits stay and can be fetched."""
     if isinstance(claim, str):
         return PublishFailed(lease, Failure(FailureKind.INFRASTRUCTURE, f"publishing was refused: {claim}"))
@@ -254,6 +293,8 @@ def _verdict(lease: LeaseId, claim: Evidence | str, outcomes: Mapping[str, Publi
             _log.warning("%s is not reproducible: its first publication stays", output.path)
         elif outcome is None or isinstance(outcome, Rejected):
             why = outcome.message if isinstance(outcome, Rejected) else "the cache did not answer"
-            sentence = f"publishing of {output.path} was refused: {why}"
-            return PublishFailed(lease, Failure(FailureKind.INFRASTRUCTURE, sentence))
+            passes = isinstance(outcome, Rejected) and outcome.reason is RejectReason.STORE_FAILED
+            sentence = f"publishing of {output.path} {'failed' if passes else 'was refused'}: {why}"
+            failed = PublishFailed(lease, Failure(FailureKind.INFRASTRUCTURE, sentence))
+            return _NotNow(failed) if passes else failed
     return OutputsPublished(lease)

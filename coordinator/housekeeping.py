@@ -15,10 +15,8 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from coordinator.config import CacheSettings
-from coordinator.derivations import DerivationStore
+from coordinator.derivations import DerivationsError, DerivationStore
 from coordinator.metrics import CacheGauges
 from coordinator.rows import SubmissionRow
 from coordinator.views import Views
@@ -109,7 +107,7 @@ class Housekeeper:
                 if pause_s and self._clock.now() >= next_collection:
                     next_collection = self._clock.now() + pause_s
                     await self.collect()
-            except (CacheError, SQLAlchemyError) as error:
+            except (CacheError, DerivationsError) as error:
                 _log.warning("housekeeping of the cache will be tried again: %s", error)
             await asyncio.sleep(GAUGES_S)
 

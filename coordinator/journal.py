@@ -37,7 +37,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.codec import CodecError, Record, decode_facts, decode_records, encode_facts, encode_records
 from coordinator.errors import CoordinatorError
-from infra.database import PATIENCE_S, Patience, connection_lost, reason
+from infra.database import PATIENCE_S, connection_lost, reason
+from infra.patience import Patience
 from scheduler.facts import Fact
 from scheduler.model import SubmissionId
 
@@ -284,7 +285,10 @@ class Journal:
             await self.fence(connection)
             found = (await connection.execute(select(func.max(_frames.c.seq)))).scalar_one_or_none() or 0
         if found not in (self._seq, last):
-            raise JournalError(f"the journal ends at frame {found} where {self._seq} or {last} was expected.")
+            raise JournalError(
+                f"the journal ends at frame {found} where {self._seq} or {last} was expected: its database has lost "
+                "what it had confirmed (is synchronous_commit off?); start again to go on from there."
+            )
         return bool(found == last)
 
     # Snapshots.

@@ -21,6 +21,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Protocol
 
 import uvloop
 from aiohttp import web
@@ -172,7 +173,14 @@ async def open_coordinator(
         sink = FleetSink(engine, dispatch, views, stores.logs, clock, limits_of)
 
         streams = WatchStreams(views, settings.limits.watchers)
-        api = Api(engine, views, intake, stores.logs, _farm_view(info), streams)
+        api = Api(
+            engine,
+            views,
+            intake,
+            stores.logs,
+            _farm_view(info, (journal, dispatch, *(each.cache for each in caches))),
+            streams,
+        )
         app = make_app(
             api, token, public_url=url, loopback=settings.loopback, max_body_bytes=settings.limits.request_bytes
         )
@@ -452,12 +460,23 @@ def _limits_of(views: Views, limits: LimitSettings) -> Callable[[StepKey], StepL
     return lambda step: in_force(views.limits_told(step), default)
 
 
-def _farm_view(info: FarmInfo) -> FarmView:
-    return FarmView(
-        version=metadata.version("drover"),
+class _Troubled(Protocol):
+    """Whoever may have to wait for something outside."""
+
+    @property
+    def trouble(self) -> str:
+        """Why it waits at the moment, "" while all is well."""
+
+
+def _farm_view(info: FarmInfo, rooms: Sequence[_Troubled]) -> Callable[[], FarmView]:
+    """Return what says how to use the farm, and what is wrong with it now."""
+    version = metadata.version("drover")
+    return lambda: FarmView(
+        version=version,
         cache_url=info.cache_url,
         public_keys=info.public_keys,
         store_dir=info.store_dir,
+        troubles=tuple(room.trouble for room in rooms if room.trouble),
     )
 
 

@@ -266,12 +266,14 @@ class RetryView(Model):
 
 
 class FarmView(Model):
-    """How to use the farm's cache."""
+    """How to use the farm's cache, and what keeps the farm from working at the moment."""
 
     version: str
     cache_url: str
     public_keys: tuple[str, ...]
     store_dir: str
+    #: A clause each; empty while all is well.
+    troubles: tuple[str, ...] = ()
 
 
 class Snapshot(Model):

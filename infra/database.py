@@ -10,7 +10,6 @@ limit the number of parameters of a statement.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final, TypeVar
@@ -22,13 +21,12 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from infra.patience import Patience
+
 #: How long a writer of SQLite waits for another one.
 BUSY_TIMEOUT_MS: Final = 10_000
 #: How long the loss of a database is suffered before giving up, in seconds.
 PATIENCE_S: Final = 60.0
-#: Pauses between attempts, in seconds: they double from the first to the longest.
-FIRST_PAUSE_S: Final = 0.1
-LONGEST_PAUSE_S: Final = 2.0
 
 #: What libpq is told: notice a dead network within some 20 s instead of hours.
 _POSTGRES_CONNECT: Final = {
@@ -87,23 +85,6 @@ def reason(error: BaseException) -> str:
     return (str(cause).strip() or type(cause).__name__).split("\n", 1)[0].removesuffix(".")
 
 
-class Patience:
-    """A bounded series of attempts: `pause` waits before the next one, or says that it is over."""
-
-    def __init__(self, patience_s: float = PATIENCE_S) -> None:
-        self._until = asyncio.get_running_loop().time() + patience_s
-        self._pause_s = FIRST_PAUSE_S
-
-    async def pause(self) -> bool:
-        """Wait and return True, or False at once where the time is over."""
-        left = self._until - asyncio.get_running_loop().time()
-        if left <= 0:
-            return False
-        await asyncio.sleep(min(self._pause_s, left))
-        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
-        return True
-
-
 async def patiently(call: Callable[[], Awaitable[_Result]], what: str) -> _Result:
     """Return what `call` gives, repeating it while the database is away, at most `PATIENCE_S`.
 
@@ -117,7 +98,7 @@ async def patiently(call: Callable[[], Awaitable[_Result]], what: str) -> _Resul
             if not connection_lost(error):
                 raise
             if patience is None:
-                patience = Patience()
+                patience = Patience(PATIENCE_S)
                 _log.warning("the database is away while %s: %s; trying again", what, reason(error))
             if not await patience.pause():
                 raise

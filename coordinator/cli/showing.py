@@ -43,6 +43,7 @@ async def status(client: ApiClient, submission: str | None, *, as_json: bool) ->
             f"drover {farm.version} at {client.url}",
             f"cache        {farm.cache_url}",
             *(f"public key   {key}" for key in farm.public_keys),
+            *(f"trouble      {sanitise(trouble)}" for trouble in farm.troubles),
             f"submissions  {len(submissions)}, of which {running} run",
         ]
     )

@@ -6,6 +6,8 @@ Handlers read the request, ask one room and answer with one model; whatever they
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from aiohttp import web
 
 from coordinator.engine import Engine
@@ -27,7 +29,13 @@ class Api:
     """The handlers, with the rooms that they ask."""
 
     def __init__(  # noqa: PLR0917 - collaborators, named by their types
-        self, engine: Engine, views: Views, intake: Intake, logs: LogStore, farm: FarmView, streams: WatchStreams
+        self,
+        engine: Engine,
+        views: Views,
+        intake: Intake,
+        logs: LogStore,
+        farm: Callable[[], FarmView],
+        streams: WatchStreams,
     ) -> None:
         self._engine = engine
         self._views = views
@@ -137,8 +145,8 @@ class Api:
         return answer_list(self._views.workers())
 
     async def farm(self, _request: web.Request) -> web.Response:
-        """Say how to use the cache."""
-        return answer(self._farm)
+        """Say how to use the cache, and what is wrong."""
+        return answer(self._farm())
 
     async def health(self, _request: web.Request) -> web.Response:
         """Say whether the engine runs."""

@@ -93,6 +93,11 @@ class Cache:
         """The keys that verify the signatures; `str()` of one is what `trusted-public-keys` wants."""
         return self.signer.public_keys
 
+    @property
+    def trouble(self) -> str:
+        """Why the database cannot be used at the moment, "" while all is well."""
+        return self._database.trouble
+
     # Reading.
 
     async def missing(self, store_paths: Iterable[str]) -> set[str]:

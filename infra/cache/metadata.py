@@ -25,8 +25,9 @@ the journal's facts are the truth, this is a cache.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -41,6 +42,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from infra.cache.errors import MetadataBusyError, MetadataError
 from infra.cache.migrate import migrate, refuse_newer
+from infra.database import PATIENCE_S, connection_lost, reason
+from infra.patience import Patience
 
 _T = TypeVar("_T")
 
@@ -54,6 +57,8 @@ POOL_SIZE = 4
 POOL_WAIT_S = 10.0
 #: Values in one `IN (…)`; SQLite takes 32,766, PostgreSQL's drivers 32,767.
 MAX_IN = 10_000
+
+_log = logging.getLogger(__name__)
 
 metadata = sa.MetaData()
 
@@ -158,13 +163,17 @@ deletions = sa.Table(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Database:
     """An open database of metadata: what `reading` and `writing` take."""
 
     engine: AsyncEngine
     #: Writers of this process wait here, in turn: waiting for the database's own lock is not fair.
     turn: asyncio.Lock
+    #: How long a server that is away is waited for, in seconds, where nothing was done yet.
+    patience_s: float = 0.0
+    #: Why nothing can be read or written at the moment, "" while all is well.
+    trouble: str = ""
 
     async def close(self) -> None:
         """Close all connections."""
@@ -201,6 +210,7 @@ async def open_metadata(url: str) -> Database:
     except BaseException:
         await database.close()
         raise
+    database.patience_s = PATIENCE_S
     return database
 
 
@@ -231,18 +241,47 @@ async def reading(database: Database) -> AsyncIterator[AsyncConnection]:
         # Spares two round trips. (SQLite's connections are in this state anyway, see `_configure_sqlite`.)
         engine = engine.execution_options(isolation_level="AUTOCOMMIT")
     with database_errors():
-        async with engine.connect() as connection:
-            yield connection
+        async with AsyncExitStack() as stack:
+            yield await _enter(stack, database, engine.connect)
 
 
 @asynccontextmanager
 async def writing(database: Database) -> AsyncIterator[AsyncConnection]:
     """Give a writing transaction, exclusive among the cache's writers; it commits when left without an error."""
+    engine = database.engine.execution_options(drover_write=True)
     with database_errors():
-        async with database.turn, database.engine.execution_options(drover_write=True).begin() as connection:
+        async with database.turn, AsyncExitStack() as stack:
+            connection = await _enter(stack, database, engine.begin)
             if connection.dialect.name == "postgresql":
                 await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock_key("write"))))
             yield connection
+
+
+async def _enter(
+    stack: AsyncExitStack,
+    database: Database,
+    connecting: Callable[[], AbstractAsyncContextManager[AsyncConnection]],
+) -> AsyncConnection:
+    """Connect, waiting for a server that is away. What breaks later is not repeated: the caller knows what it did."""
+    patience: Patience | None = None
+    while True:
+        try:
+            connection = await stack.enter_async_context(connecting())
+        except SQLAlchemyError as error:
+            waits = database.patience_s and connection_lost(error) and not isinstance(error, PoolTimeoutError)
+            if not waits:
+                raise
+            patience = patience or Patience(database.patience_s)
+            if not database.trouble:
+                database.trouble = f"a cache's database is away ({reason(error)})"
+                _log.warning("%s; what needs it waits", database.trouble)
+            if not await patience.pause():
+                raise
+        else:
+            if database.trouble:
+                database.trouble = ""
+                _log.warning("the cache's database is back")
+            return connection
 
 
 def lock_key(purpose: str) -> sa.ColumnElement[int]:

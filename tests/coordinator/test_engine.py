@@ -197,6 +197,30 @@ async def test_a_false_claim_is_the_farms_fault_and_is_tried_again(open_farm: Op
         assert "; last time: publishing" in (await farm.client.step(order.step)).waiting_for
 
 
+async def test_what_is_uploaded_is_not_built_again_because_the_store_fails_for_a_while(open_farm: OpenFarm) -> None:
+    worker = ScriptedWorker()
+    async with open_farm(fleet=worker.start) as farm:
+        submitted = await farm.submit(ONE, "one")
+        await worker.hello()
+        order = await started(farm, worker)
+        output = await worker.upload(output_path(farm, order))
+        file = farm.coordinator.cache.objects.local_path(output.url)
+        assert file is not None
+        # A directory in its place cannot be read.
+        file.rename(file.with_name("aside"))
+        file.mkdir()
+        await worker.speak(report(order, Succeeded(outputs=(output,))))
+        while not (await farm.client.farm()).troubles:  # noqa: ASYNC110 - what is waited for is another program's doing
+            await asyncio.sleep(0.02)
+        [trouble] = (await farm.client.farm()).troubles
+        assert trouble.startswith(f"publishing of {output.path} failed: ")
+        file.rmdir()
+        file.with_name("aside").rename(file)
+        assert (await farm.ended(submitted.id)).state is SubmissionState.SUCCEEDED
+        assert (await farm.client.farm()).troubles == ()
+        assert len(worker.orders) == 1
+
+
 async def test_other_bits_for_a_published_path_leave_the_first_and_the_step_is_done(open_farm: OpenFarm) -> None:
     worker = ScriptedWorker()
     async with open_farm(fleet=worker.start) as farm:

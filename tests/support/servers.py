@@ -7,6 +7,7 @@ directory of their own, and end with the session; where pytest is killed, the ke
     s3               a fresh prefix of its bucket, with the environment set for this test
     postgres_server  the server
     postgres_url     a fresh database: `postgresql+psycopg://…`
+    mortal_postgres  a server for one test, which may kill it and start it again
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -261,28 +263,69 @@ def postgres_bin() -> Path:
     return Path(initdb).resolve().parent
 
 
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[PostgresServer]:
-    # PostgreSQL refuses to run as root. The name is short: a socket's path has at most 107 bytes.
-    user = "postgres" if os.geteuid() == 0 else ""
-    directory = Path(tempfile.mkdtemp(prefix="drover-pg-"))
-    data = directory / "data"
-    programs = postgres_bin()
-    try:
-        if user:
-            shutil.chown(directory, user)
+class MortalPostgres:
+    """A server over one directory of data. A context; leaving it ends the server."""
+
+    def __init__(self, directory: Path, *, stop: signal.Signals = signal.SIGKILL) -> None:
+        # PostgreSQL refuses to run as root.
+        self._user = "postgres" if os.geteuid() == 0 else ""
+        self._directory = directory
+        self._stop = stop
+        self._running = ExitStack()
+        self._programs = postgres_bin()
+        self.server = PostgresServer(directory, "drover")
+
+    def __enter__(self) -> Self:
+        if self._user:
+            shutil.chown(self._directory, self._user)
         subprocess.run(
-            [*_as_user(user), *map(str, _initdb_argv(programs, data))],
+            [*_as_user(self._user), *map(str, _initdb_argv(self._programs, self._data))],
             check=True,
             capture_output=True,
-            cwd=directory,
+            cwd=self._directory,
             timeout=START_WITHIN_S,
         )
+        self.start()
+        return self
+
+    @property
+    def _data(self) -> Path:
+        return self._directory / "data"
+
+    def start(self) -> None:
+        """Return once it answers, after a recovery where it was killed."""
+        # What is lost when the server is killed must be none of what it confirmed.
+        commit = "on" if self._stop is signal.SIGKILL else "off"
+        argv = _postgres_argv(self._programs, self._data, self._directory, commit)
+        daemon = Daemon("postgres", argv, self._directory, self._user, stop=self._stop)
+        self._running.enter_context(daemon).wait_until(lambda: _answers(self.server))
+
+    def end(self) -> None:
+        """Send it its signal and wait; after a SIGKILL its children notice by themselves."""
+        self._running.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    # The name is short: a socket's path has at most 107 bytes.
+    directory = Path(tempfile.mkdtemp(prefix="drover-pg-"))
+    try:
         # SIGINT: do not wait for clients to leave.
-        with Daemon("postgres", _postgres_argv(programs, data, directory), directory, user, stop=signal.SIGINT) as one:
-            server = PostgresServer(directory, "drover")
-            one.wait_until(lambda: _answers(server))
-            yield server
+        with MortalPostgres(directory, stop=signal.SIGINT) as postgres:
+            yield postgres.server
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def mortal_postgres() -> Iterator[MortalPostgres]:
+    directory = Path(tempfile.mkdtemp(prefix="drover-pg-"))
+    try:
+        with MortalPostgres(directory) as postgres:
+            yield postgres
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -292,13 +335,13 @@ def _initdb_argv(programs: Path, data: Path) -> list[str | Path]:
     return [programs / "initdb", *options, "-D", data]
 
 
-def _postgres_argv(programs: Path, data: Path, directory: Path) -> list[str | Path]:
+def _postgres_argv(programs: Path, data: Path, directory: Path, synchronous_commit: str) -> list[str | Path]:
     settings = {
         "listen_addresses": "",
         "unix_socket_directories": directory,
         # What a crash of the machine would cost a test's database is of no interest.
         "fsync": "off",
-        "synchronous_commit": "off",
+        "synchronous_commit": synchronous_commit,
         "full_page_writes": "off",
         "max_connections": 200,
         "shared_buffers": "32MB",

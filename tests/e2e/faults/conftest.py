@@ -29,8 +29,12 @@ PATIENCE_S = 120.0
 class Hurt:
     """A farm, the graphs that are built on it, and the judgement at the end."""
 
-    def __init__(self, root: Path, names: Sequence[str], *, slots: int = 2, settings: str = "") -> None:
+    def __init__(
+        self, root: Path, names: Sequence[str], *, slots: int = 2, settings: str = "", journal_url: str = ""
+    ) -> None:
+        """`journal_url` is where the journal lies if `settings` say so."""
         self.root = root
+        self.journal_url = journal_url
         self.tally = root / "tally"
         self.tally.mkdir()
         self.tally.chmod(0o777)
@@ -123,7 +127,8 @@ class Hurt:
 
     def journal(self) -> list[Fact]:
         async def read() -> list[Fact]:
-            engine = open_engine(f"sqlite+aiosqlite:///{self.farm.state / 'journal.sqlite3'}")
+            file = self.farm.state / "journal.sqlite3"
+            engine = open_engine(self.journal_url or f"sqlite+aiosqlite:///{file}")
             try:
                 return [fact async for piece in Journal(engine).load() for fact in piece.facts]
             finally:

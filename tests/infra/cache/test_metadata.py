@@ -19,7 +19,7 @@ from infra.cache.errors import MetadataBusyError, MetadataError, SchemaTooNewErr
 from infra.cache.metadata import Database, metadata, open_metadata, paths, reading, writing
 from infra.cache.migrate import VERSION_TABLE
 from tests.support.cache import open_cache, publish, store_path
-from tests.support.servers import free_ports
+from tests.support.servers import MortalPostgres, free_ports
 
 
 @pytest.fixture
@@ -133,6 +133,24 @@ async def test_a_database_that_is_locked_or_absent_says_so_in_one_sentence(
             await open_metadata(absent)
         assert "\n" not in str(caught.value)
         assert "hunter2" not in str(caught.value)
+
+
+async def test_a_server_that_is_away_is_waited_for(mortal_postgres: MortalPostgres) -> None:
+    database = await open_metadata(mortal_postgres.server.url(mortal_postgres.server.create_database()))
+
+    async def count() -> int:
+        async with reading(database) as connection, writing(database):
+            return int((await connection.execute(sa.select(sa.func.count()).select_from(paths))).scalar_one())
+
+    assert await count() == 0
+    await asyncio.to_thread(mortal_postgres.end)
+    counting = [asyncio.create_task(count()) for _ in range(4)]
+    while "is away" not in database.trouble:  # noqa: ASYNC110 - what is waited for is another program's doing
+        await asyncio.sleep(0.02)
+    await asyncio.to_thread(mortal_postgres.start)
+    assert await asyncio.gather(*counting) == [0] * 4
+    assert not database.trouble
+    await database.close()
 
 
 async def test_an_address_that_is_none_is_a_typed_error() -> None:
