@@ -14,7 +14,7 @@ from pathlib import Path
 
 from coordinator.config import DEFAULT_CACHE, CacheSettings, Settings
 from coordinator.http.access import CacheAccess, TokenSet, load_tokens
-from infra.cache import Cache, ObjectStore, open_object_store
+from infra.cache import Cache, ObjectStore, Reign, open_object_store
 from infra.cache.keys import forget_keys, load_or_create_key, read_keys
 from infra.clock import Clock
 from infra.nix.signing import SecretKey
@@ -33,12 +33,12 @@ class OpenCache:
 
 
 async def open_caches(
-    stack: AsyncExitStack, settings: Settings, clock: Clock, *, api_token: str, farm_token: str
+    stack: AsyncExitStack, settings: Settings, clock: Clock, reign: Reign, *, api_token: str, farm_token: str
 ) -> list[OpenCache]:
     """Open, or make, every configured cache, the default one first; `stack` closes them.
 
-    The holder of the API token may write to the default cache; the farm's own workers, who are given `farm_token`, may
-    read it.
+    They are written under `reign` alone. The holder of the API token may write to the default cache; the farm's own
+    workers, who are given `farm_token`, may read it.
 
     Raises:
         TokenError: the readers or writers of a cache cannot be read.
@@ -49,7 +49,7 @@ async def open_caches(
     store_dir = StoreDir(settings.store_dir)
 
     async def made(database: str, part: ObjectStore, keys: Sequence[SecretKey]) -> Cache:
-        cache = await Cache.open(database, part, store_dir=store_dir, keys=keys, now=clock.now)
+        cache = await Cache.open(database, part, store_dir=store_dir, keys=keys, now=clock.now, reign=reign)
         stack.push_async_callback(cache.close)
         return cache
 

@@ -37,6 +37,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.codec import CodecError, Record, decode_facts, decode_records, encode_facts, encode_records
 from coordinator.errors import CoordinatorError
+from infra.cache.metadata import Reign
 from infra.database import PATIENCE_S, connection_lost, reason
 from infra.patience import Patience
 from scheduler.facts import Fact
@@ -127,6 +128,8 @@ class Journal:
         self._engine = engine
         self._patience_s = patience_s
         self._epoch = epoch
+        #: A random number that tells this journal from others; 0 before `take_over`.
+        self._identity = 0
         self._seq = 0
         #: Facts in the frames behind the newest snapshot, of those that were read or written here.
         self._tail = 0
@@ -136,6 +139,11 @@ class Journal:
     def epoch(self) -> int:
         """Which reign over the journal this is, counted from 1; 0 before `take_over`."""
         return self._epoch
+
+    @property
+    def reign(self) -> Reign:
+        """What caches are to be written under, after `take_over`."""
+        return Reign(self._identity, self._epoch)
 
     @property
     def seq(self) -> int:
@@ -171,6 +179,7 @@ class Journal:
             async with self._engine.begin() as connection:
                 await connection.execute(sa.update(_meta).where(mine).values(value=_meta.c.value + 1))
                 self._epoch = (await connection.execute(select(_meta.c.value).where(mine))).scalar_one()
+                self._identity = await _identity(connection)
         return self._epoch
 
     async def check_epoch(self) -> None:
@@ -470,6 +479,16 @@ def _bring_up_to_date(connection: Connection) -> None:
     else:
         connection.execute(sa.update(_meta).where(_meta.c.name == "facts_version").values(value=FORMAT))
     connection.execute(insert(_meta).values(name="epoch", value=0))
+
+
+async def _identity(connection: AsyncConnection) -> int:
+    """Return the journal's number, drawn if it has none. For whoever has just raised the epoch, which locks the row."""
+    query = select(_meta.c.value).where(_meta.c.name == "identity")
+    found: int | None = (await connection.execute(query)).scalar_one_or_none()
+    if found is None:
+        found = secrets.randbelow(2**31 - 1) + 1
+        await connection.execute(insert(_meta).values(name="identity", value=found))
+    return found
 
 
 def _error(verb: str, error: BaseException) -> JournalError:

@@ -3,7 +3,8 @@
 With PostgreSQL that is a session-level advisory lock, which the server gives back when the session ends, however it
 does. Three ways of ending are seen to: a process that dies (at once), a machine or network that dies (the server's
 TCP keepalives, some 15 s) and a process that is paused (the session says something every `BEAT_S`; the server ends one
-that has been idle for `IDLE_MS`). The lock only decides who begins. What keeps two from writing is the journal's epoch.
+that has been idle for `IDLE_MS`). The lock only decides who begins. What keeps two from writing is the journal's epoch,
+which workers and caches are told as well.
 
 A leader whose session is lost, because the database was restarted say, tries to get the lock again. Where nobody has
 begun a reign meanwhile its state is still the truth, and it goes on. A file needs none of this: the lock on the state

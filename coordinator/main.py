@@ -140,7 +140,7 @@ async def open_coordinator(
 
         tokens = UploadTokens.load(settings.state_dir / "upload-secret")
         farm_token = secrets.token_urlsafe()
-        caches = await open_caches(stack, settings, clock, api_token=token, farm_token=farm_token)
+        caches = await open_caches(stack, settings, clock, journal.reign, api_token=token, farm_token=farm_token)
         stores = await _open_stores(stack, settings, caches[0].cache, journal)
         info = FarmInfo(
             cache_url=f"{url}/cache",

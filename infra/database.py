@@ -28,6 +28,10 @@ BUSY_TIMEOUT_MS: Final = 10_000
 #: How long the loss of a database is suffered before giving up, in seconds.
 PATIENCE_S: Final = 60.0
 
+#: After how long PostgreSQL ends the session of a program that was paused inside a transaction, in milliseconds: what
+#: it has locked would hold up whoever takes over from it.
+IDLE_IN_TRANSACTION_MS: Final = 20_000
+
 #: What libpq is told: notice a dead network within some 20 s instead of hours.
 _POSTGRES_CONNECT: Final = {
     "connect_timeout": 5,
@@ -50,7 +54,9 @@ def open_engine(url: str, *, synchronous: str = "NORMAL") -> AsyncEngine:
     `synchronous` is SQLite's: NORMAL may lose the last commits when the power fails (never their order), FULL may not.
     """
     if url.startswith("postgresql"):
-        return create_async_engine(url, connect_args=_POSTGRES_CONNECT, pool_pre_ping=False)
+        engine = create_async_engine(url, connect_args=_POSTGRES_CONNECT, pool_pre_ping=False)
+        event.listen(engine.sync_engine, "connect", _configure_postgresql)
+        return engine
     engine = create_async_engine(url)
 
     @event.listens_for(engine.sync_engine, "connect")
@@ -62,6 +68,13 @@ def open_engine(url: str, *, synchronous: str = "NORMAL") -> AsyncEngine:
         cursor.close()
 
     return engine
+
+
+def _configure_postgresql(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_MS}")
+    cursor.close()
+    connection.commit()
 
 
 def connection_lost(error: BaseException) -> bool:

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from infra.cache.errors import CacheError, StoreUnreachableError
-from infra.cache.objects import ObjectStore, open_object_store
+from infra.cache.errors import CacheError
 from infra.clock import Clock, SystemClock
 from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
 from infra.nix.errors import NixError
@@ -30,7 +29,7 @@ from workers import stopping
 from workers.build import BuildLimits, LogGate, basic_derivation, build_in_slot
 from workers.daemons import DaemonOpener, DaemonUnreachableError, Line, Pool
 from workers.errors import WorkerError
-from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher
+from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher, open_sources
 from workers.leftovers import MARK, sweep_leftovers
 from workers.machine import (
     Build,
@@ -77,9 +76,6 @@ MAX_MESSAGE = 4000
 #: Longest wait of one `events` call, whatever is asked for, and most bytes of one answer.
 MAX_WAIT_S = 30.0
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
-
-#: Seconds within which the farm's object store must answer a worker that is to use it itself.
-STORE_WITHIN_S = 10.0
 
 _STAGES = {
     LeaseState.QUEUED: Stage.QUEUED,
@@ -197,12 +193,11 @@ class Agent:
         later coordinator has said hello.
         """
         told = FarmInfo.model_validate(farm)
-        if self._sources is not None and told.epoch < self._sources.farm.epoch:
-            raise StaleCoordinatorError(
-                f"worker {self.name} follows a later coordinator (epoch {self._sources.farm.epoch}, not {told.epoch})"
-            )
+        self.require_reign(told.epoch)
         await self.start()
         async with self._greeting:
+            # Again: a later coordinator may have been greeted while this one waited.
+            self.require_reign(told.epoch)
             if self._sources is None or self._sources.farm != told:
                 await self._meet(told)
         return Hello(
@@ -218,6 +213,16 @@ class Agent:
             nix_version=self._nix_version,
             leases=tuple(HeldLease.model_validate(held) for held in self._held(set())),
         ).dump()
+
+    def require_reign(self, epoch: int) -> None:
+        """Raise `StaleCoordinatorError` if a coordinator with a higher epoch has been greeted.
+
+        Adapters ask before every call, in the agent's loop and in the same turn as the call.
+        """
+        if self._sources is not None and epoch < self._sources.farm.epoch:
+            raise StaleCoordinatorError(
+                f"worker {self.name} follows a later coordinator (epoch {self._sources.farm.epoch}, not {epoch})"
+            )
 
     async def start_many(self, orders: Sequence[dict[str, Any]]) -> None:
         """Take leases (`LeaseOrder`); those in hand or finished already are no-ops."""
@@ -367,7 +372,7 @@ class Agent:
         if farm.store_dir != own:
             raise AgentError(f"worker {self.name} builds for {own}, the farm for {farm.store_dir}")
         try:
-            sources = FarmSources(farm, await _reachable_store(farm))
+            sources = await open_sources(farm)
         except (CacheError, NixError) as error:
             raise AgentError(f"worker {self.name} cannot serve this farm: {error}") from error
         if self._sources is not None:
@@ -482,7 +487,8 @@ class Agent:
             self._advance()
             self._tell_stage(key, Stage.UPLOADING)
             await self._check_size(derivation, order.max_output_bytes)
-            return await self._upload(derivation, sources, order.upload_token)
+            # Another coordinator may have taken over while it was built: outputs go to the one that leads now.
+            return await self._upload(derivation, self._sources or sources, order.upload_token)
         except InputError as error:
             raise _Stopped(judge_trouble(Trouble.INPUT_MISSING, str(error))) from None
         except OutputError as error:
@@ -541,27 +547,6 @@ class Agent:
     def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
         change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())
         self._spool.stage(change, within_s=STAGE_WITHIN_S)
-
-
-async def _reachable_store(farm: FarmInfo) -> ObjectStore | None:
-    """Return the farm's object store if this machine sees it, None if all must go over HTTP.
-
-    Raises `StoreUnreachableError` where the farm takes no uploads over HTTP either.
-    """
-    store = open_object_store(farm.object_store_url)
-    try:
-        # Without credentials, looking for some may take a while that is not ours to wait.
-        async with asyncio.timeout(STORE_WITHIN_S):
-            mark = await store.check_marker()
-    except (StoreUnreachableError, TimeoutError):
-        if farm.takes_uploads:
-            return None
-        raise
-    if farm.store_mark and mark != farm.store_mark:
-        if farm.takes_uploads:
-            return None
-        raise StoreUnreachableError(f"this machine sees another object store at {store.url}, not the farm's")
-    return store
 
 
 def _limit_hit(reason: str, order: LeaseOrder) -> int:

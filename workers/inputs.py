@@ -20,9 +20,9 @@ import aiohttp
 import orjson
 
 from infra.cache.download import fetch_nar
-from infra.cache.errors import CacheError
+from infra.cache.errors import CacheError, StoreUnreachableError
 from infra.cache.http_source import fetch_nar_over_http
-from infra.cache.objects import ObjectStore
+from infra.cache.objects import ObjectStore, open_object_store
 from infra.cache.upload_client import UploadClient
 from infra.daemon import DaemonGone, DaemonOperationError, Upload, ValidPathInfo
 from infra.nix import narinfo
@@ -47,6 +47,8 @@ AHEAD_BYTES = 1024 * 1024
 AHEAD = 8
 #: Streams into the store at one time.
 TRANSFERS = 2
+#: Seconds within which the farm's object store must answer a worker that is to use it itself.
+STORE_WITHIN_S = 10.0
 #: Paths remembered as valid; beyond it they are asked about again.
 MAX_REMEMBERED = 200_000
 
@@ -152,6 +154,37 @@ async def _json_object(response: aiohttp.ClientResponse) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise InputError("the cache's answer is not a JSON object")
     return answer
+
+
+async def open_sources(farm: FarmInfo) -> FarmSources:
+    """Return the sources of a farm, over its object store if this machine sees it.
+
+    Raises:
+        CacheError: the object store is not seen, and the farm takes no uploads over HTTP either.
+        NixError: see `FarmSources`.
+    """
+    return FarmSources(farm, await _reachable_store(farm))
+
+
+async def _reachable_store(farm: FarmInfo) -> ObjectStore | None:
+    """Return the farm's object store if this machine sees it, None if all must go over HTTP.
+
+    Raises `StoreUnreachableError` where the farm takes no uploads over HTTP either.
+    """
+    store = open_object_store(farm.object_store_url)
+    try:
+        # Without credentials, looking for some may take a while that is not ours to wait.
+        async with asyncio.timeout(STORE_WITHIN_S):
+            mark = await store.check_marker()
+    except (StoreUnreachableError, TimeoutError):
+        if farm.takes_uploads:
+            return None
+        raise
+    if farm.store_mark and mark != farm.store_mark:
+        if farm.takes_uploads:
+            return None
+        raise StoreUnreachableError(f"this machine sees another object store at {store.url}, not the farm's")
+    return store
 
 
 class InputFetcher:

@@ -18,8 +18,9 @@ T = TypeVar("T")
 class LocalCalls:
     """`AgentCalls` of an agent in the same process and event loop."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, epoch: int) -> None:
         self._agent = agent
+        self._epoch = epoch
 
     async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
         """See `AgentCalls`."""
@@ -27,23 +28,32 @@ class LocalCalls:
 
     async def start_many(self, orders: list[dict[str, Any]]) -> None:
         """See `AgentCalls`."""
-        await _told(self._agent.start_many(orders))
+        await _told(self._now.start_many(orders))
 
     async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
         """See `AgentCalls`."""
-        return await _told(self._agent.events(ack, max_bytes, wait_s))
+        return await _told(self._now.events(ack, max_bytes, wait_s))
 
     async def cancel(self, leases: list[dict[str, Any]]) -> None:
         """See `AgentCalls`."""
-        await _told(self._agent.cancel(leases))
+        await _told(self._now.cancel(leases))
 
     async def drain(self, on: bool) -> None:
         """See `AgentCalls`."""
-        await _told(self._agent.drain(on))
+        await _told(self._now.drain(on))
 
     async def provide(self, paths: list[str], token: str) -> list[dict[str, Any]]:
         """See `AgentCalls`."""
-        return await _told(self._agent.provide(paths, token))
+        return await _told(self._now.provide(paths, token))
+
+    @property
+    def _now(self) -> Agent:
+        """The agent, for a call at once. Raises `AgentUnavailable` where it follows a later coordinator."""
+        try:
+            self._agent.require_reign(self._epoch)
+        except WorkerError as error:
+            raise AgentUnavailable(str(error)) from error
+        return self._agent
 
 
 async def _told(call: Awaitable[T]) -> T:
@@ -58,6 +68,7 @@ class InProcessFleet:
 
     def __init__(self, farm: FarmInfo, agents: Sequence[Agent], *, long_poll_s: float = LONG_POLL_S) -> None:
         self._agents = tuple(agents)
+        self._epoch = farm.epoch
         self._roster = AgentRoster(farm)
         self._long_poll_s = long_poll_s
 
@@ -66,7 +77,7 @@ class InProcessFleet:
         async with asyncio.TaskGroup() as group:
             for agent in self._agents:
                 group.create_task(
-                    self._roster.serve(agent.name, LocalCalls(agent), sink, long_poll_s=self._long_poll_s),
+                    self._roster.serve(agent.name, LocalCalls(agent, self._epoch), sink, long_poll_s=self._long_poll_s),
                     name=f"poll {agent.name}",
                 )
             await asyncio.Event().wait()

@@ -1,7 +1,8 @@
 """The wire between coordinator and agent: versioned, validated on both sides.
 
 Messages cross the transport as plain containers (`dump`), never as pickled classes, so that either side may change its
-code without the other. Every call is short and idempotent; see ARCHITECTURE.md, "The agent on each worker".
+code without the other. Every call is short and idempotent; see ARCHITECTURE.md, "The agent on each worker". Every call
+is made under the epoch of a coordinator's reign: what one says that another has taken over from has no effect.
 
     hello(FarmInfo) -> Hello                introduces both sides; may be repeated at any time
     start_many([LeaseOrder]) -> None        keyed by (step, attempt); a repeat is a no-op
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from workers.machine import Reason
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 #: Bounds of one `events` answer: with only reports and phases, and with log text in it (Ray is slower above 100 KiB).
 SMALL_BATCH_BYTES = 64 * 1024
 BULK_BATCH_BYTES = 1024 * 1024

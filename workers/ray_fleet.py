@@ -111,31 +111,34 @@ class AgentHost:
         """See `workers.protocol`."""
         return await self._there(lambda agent: agent.hello(farm))
 
-    async def start_many(self, orders: list[dict[str, Any]]) -> None:
-        """See `workers.protocol`."""
-        await self._there(lambda agent: agent.start_many(orders))
+    async def start_many(self, epoch: int, orders: list[dict[str, Any]]) -> None:
+        """See `workers.protocol`; `epoch` is the caller's, here and below."""
+        await self._there(lambda agent: agent.start_many(orders), epoch)
 
-    async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
+    async def events(self, epoch: int, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
         """See `workers.protocol`."""
-        return await self._there(lambda agent: agent.events(ack, max_bytes, wait_s))
+        return await self._there(lambda agent: agent.events(ack, max_bytes, wait_s), epoch)
 
-    async def cancel(self, leases: list[dict[str, Any]]) -> None:
+    async def cancel(self, epoch: int, leases: list[dict[str, Any]]) -> None:
         """See `workers.protocol`."""
-        await self._there(lambda agent: agent.cancel(leases))
+        await self._there(lambda agent: agent.cancel(leases), epoch)
 
-    async def drain(self, on: bool) -> None:
+    async def drain(self, epoch: int, on: bool) -> None:
         """See `workers.protocol`."""
-        await self._there(lambda agent: agent.drain(on))
+        await self._there(lambda agent: agent.drain(on), epoch)
 
-    async def provide(self, paths: list[str], token: str) -> list[dict[str, Any]]:
+    async def provide(self, epoch: int, paths: list[str], token: str) -> list[dict[str, Any]]:
         """See `workers.protocol`."""
-        return await self._there(lambda agent: agent.provide(paths, token))
+        return await self._there(lambda agent: agent.provide(paths, token), epoch)
 
-    async def _there(self, call: Callable[[Agent], Awaitable[T]]) -> T:
-        """Run `call` in the agent's loop and return its answer in ours."""
+    async def _there(self, call: Callable[[Agent], Awaitable[T]], epoch: int | None = None) -> T:
+        """Run `call` in the agent's loop, for the coordinator with that epoch, and return its answer in ours."""
 
         async def run() -> T:
-            return await call(await self._opened())
+            agent = await self._opened()
+            if epoch is not None:
+                agent.require_reign(epoch)
+            return await call(agent)
 
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run(), self._loop))
 
@@ -260,28 +263,29 @@ class _Ray:
 class _ActorCalls:
     """`AgentCalls` of one actor."""
 
-    def __init__(self, ray: _Ray, handle: Any, dead: asyncio.Future[str]) -> None:
+    def __init__(self, ray: _Ray, handle: Any, dead: asyncio.Future[str], epoch: int) -> None:
         self._ray = ray
         self._handle = handle
         self._dead = dead
+        self._epoch = epoch
 
     async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
         return _container(await self._call("hello", "ctl", farm))
 
     async def start_many(self, orders: list[dict[str, Any]]) -> None:
-        await self._call("start_many", "ctl", orders)
+        await self._call("start_many", "ctl", self._epoch, orders)
 
     async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
-        return _container(await self._call("events", "io", ack, max_bytes, wait_s))
+        return _container(await self._call("events", "io", self._epoch, ack, max_bytes, wait_s))
 
     async def cancel(self, leases: list[dict[str, Any]]) -> None:
-        await self._call("cancel", "ctl", leases)
+        await self._call("cancel", "ctl", self._epoch, leases)
 
     async def drain(self, on: bool) -> None:
-        await self._call("drain", "ctl", on)
+        await self._call("drain", "ctl", self._epoch, on)
 
     async def provide(self, paths: list[str], token: str) -> list[dict[str, Any]]:
-        answer: list[dict[str, Any]] = await self._call("provide", "io", paths, token)
+        answer: list[dict[str, Any]] = await self._call("provide", "io", self._epoch, paths, token)
         return answer
 
     async def _call(self, method: str, group: str, *arguments: Any) -> Any:
@@ -329,6 +333,7 @@ class RayFleet:
         self._node_dir = node_dir
         self._token_file = token_file
         self._discover_every_s = discover_every_s
+        self._epoch = farm.epoch
         self._roster = AgentRoster(farm)
         self._ray: _Ray | None = None
         #: Nodes that are served or known to be dead, by node id; dead ones stay, Ray never revives an id.
@@ -430,7 +435,7 @@ class RayFleet:
                     handle = await self._in_thread(
                         f"creating the agent of {node.worker}", CREATE_DEADLINE_S, lambda: ray.agent(node.node_id)
                     )
-                    await self._roster.serve(node.worker, _ActorCalls(ray, handle, node.dead), sink)
+                    await self._roster.serve(node.worker, _ActorCalls(ray, handle, node.dead, self._epoch), sink)
                 except AgentUnavailable as error:
                     log.warning("worker %s has no agent: %s", node.worker, error)
                 if time.monotonic() - began > RECREATE_LONGEST_S:

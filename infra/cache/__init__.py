@@ -34,6 +34,7 @@ from infra.cache.candidates import (
 )
 from infra.cache.download import fetch_nar
 from infra.cache.gc import CollectPlan, CollectReport
+from infra.cache.metadata import Reign
 from infra.cache.objects import ObjectStore, open_object_store
 from infra.cache.roots import Keeper, RootRow
 from infra.cache.upload import UploadedNar, upload_nar
@@ -49,6 +50,7 @@ __all__ = [
     "ObjectStore",
     "PublishOutcome",
     "Published",
+    "Reign",
     "RejectReason",
     "Rejected",
     "RootRow",

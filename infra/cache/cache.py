@@ -16,7 +16,7 @@ from infra.cache.errors import CacheError
 from infra.cache.fsck import Fsck, FsckReport, RepairSource
 from infra.cache.gc import Collector, CollectPlan, CollectReport
 from infra.cache.inspection import CacheInfo, inspect
-from infra.cache.metadata import Database, open_metadata
+from infra.cache.metadata import Database, Reign, open_metadata
 from infra.cache.objects import ObjectStore
 from infra.cache.publishing import Publisher
 from infra.cache.realisations import Realisations, Registration
@@ -65,17 +65,20 @@ class Cache:
         store_dir: StoreDir,
         keys: Sequence[SecretKey],
         now: Callable[[], float],
+        reign: Reign | None = None,
     ) -> Cache:
         """Open, or make, the cache whose metadata is at `database_url` (see `open_metadata`).
 
-        `now` gives Unix seconds. Every narinfo is signed by each of `keys`.
+        `now` gives Unix seconds. Every narinfo is signed by each of `keys`. With a `reign` whoever had the cache open
+        under an earlier one writes nothing from now on.
 
         Raises:
+            ReignOverError: a later reign has begun.
             SchemaTooNewError: a newer release wrote the database; nothing was touched.
             MetadataError: the database cannot be opened.
             ObjectStoreError: an object whose deletion was interrupted cannot be deleted.
         """
-        database = await open_metadata(database_url)
+        database = await open_metadata(database_url, reign)
         try:
             cache = cls(database, objects, store_dir, keys, now)
             await cache._collector.resume()

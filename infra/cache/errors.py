@@ -40,6 +40,10 @@ class MetadataBusyError(MetadataError):
     """Others kept the metadata database locked for too long. Trying again helps."""
 
 
+class ReignOverError(CacheError):
+    """Another coordinator has taken over the cache; nothing was written."""
+
+
 class CollectorBusyError(CacheError):
     """Another process is collecting this cache's garbage."""
 

@@ -7,6 +7,7 @@
     roots         what keeps paths: pins, submissions, pushes, leases; `expires_at` null is without end
     root_paths    which paths each root names, by hash part: also paths that are not published (yet)
     deletions     objects that are being deleted (`done_at` null), and for a day those that were
+    reign         one row: which coordinator may write (`Reign`)
 
 `serial` rises with publication, and a path is published after (or with, and then behind) all that it refers to: by
 serial order *is* references first. Collecting garbage keeps that true, since it deletes a path only with all that
@@ -14,8 +15,9 @@ refer to it. The schema is made and changed by migrations (`migrate`, `migration
 
 A writing transaction is exclusive among the writers of one cache, so what is decided inside is decided on the present:
 SQLite takes its one write lock at the start (`BEGIN IMMEDIATE`), PostgreSQL an advisory lock for the transaction.
-A writer waits LOCK_TIMEOUT_S for it. On PostgreSQL a cache may have a schema of its own, the first of the `search_path`
-that its address names (`options=-csearch_path%3DNAME`); it is made if there is none.
+A writer waits LOCK_TIMEOUT_S for it, and PostgreSQL ends the session of one that is paused in the middle of it.
+On PostgreSQL a cache may have a schema of its own, the first of the `search_path` that its address names
+(`options=-csearch_path%3DNAME`); it is made if there is none.
 
 SQLite runs in WAL mode, so that readers never wait for the writer, with `synchronous=NORMAL`: a killed process loses
 nothing, and losing power can lose the newest commits but not corrupt the file. Such a path is simply published again:
@@ -40,9 +42,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from infra.cache.errors import MetadataBusyError, MetadataError
+from infra.cache.errors import MetadataBusyError, MetadataError, ReignOverError
 from infra.cache.migrate import migrate, refuse_newer
-from infra.database import PATIENCE_S, connection_lost, reason
+from infra.database import IDLE_IN_TRANSACTION_MS, PATIENCE_S, connection_lost, reason
 from infra.patience import Patience
 
 _T = TypeVar("_T")
@@ -162,6 +164,25 @@ deletions = sa.Table(
     sqlite_autoincrement=True,
 )
 
+reign = sa.Table(
+    "reign",
+    metadata,
+    sa.Column("journal", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reign:
+    """Whose word counts: the reign `epoch` over the journal with the random number `journal`.
+
+    A later reign over the same journal fences out an earlier one. A cache that is given to another journal has no
+    memory of the one before.
+    """
+
+    journal: int
+    epoch: int
+
 
 @dataclass(slots=True)
 class Database:
@@ -174,6 +195,8 @@ class Database:
     patience_s: float = 0.0
     #: Why nothing can be read or written at the moment, "" while all is well.
     trouble: str = ""
+    #: Under which every transaction writes; None: nobody is fenced out.
+    reign: Reign | None = None
 
     async def close(self) -> None:
         """Close all connections."""
@@ -185,19 +208,21 @@ def alive(now: float) -> sa.ColumnElement[bool]:
     return roots.c.expires_at.is_(None) | (roots.c.expires_at > now)
 
 
-async def open_metadata(url: str) -> Database:
+async def open_metadata(url: str, reign: Reign | None = None) -> Database:
     """Return a database whose schema is this release's, made or migrated if need be.
 
     Args:
         url: `sqlite+aiosqlite:///FILE` or `postgresql+psycopg://USER:PASSWORD@HOST/DATABASE`.
+        reign: begins here; from now on earlier ones write nothing.
 
     Raises:
+        ReignOverError: a later reign has begun.
         SchemaTooNewError: a newer release wrote it; nothing was touched.
         MetadataBusyError: another process kept it locked.
         MetadataError: it cannot be opened.
     """
     with database_errors():
-        database = Database(_engine(url), asyncio.Lock())
+        database = Database(_engine(url), asyncio.Lock(), reign=reign)
     try:
         async with reading(database) as connection:
             await connection.run_sync(refuse_newer)
@@ -205,8 +230,10 @@ async def open_metadata(url: str) -> Database:
                 await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
             else:
                 await _make_schema(connection)
-        async with writing(database) as connection:
+        async with _transaction(database) as connection:
             await connection.run_sync(migrate)
+            if reign is not None:
+                await _begin_reign(connection, reign)
     except BaseException:
         await database.close()
         raise
@@ -247,7 +274,18 @@ async def reading(database: Database) -> AsyncIterator[AsyncConnection]:
 
 @asynccontextmanager
 async def writing(database: Database) -> AsyncIterator[AsyncConnection]:
-    """Give a writing transaction, exclusive among the cache's writers; it commits when left without an error."""
+    """Give a writing transaction, exclusive among the cache's writers; it commits when left without an error.
+
+    Raises `ReignOverError` where the database's reign is over.
+    """
+    async with _transaction(database) as connection:
+        if database.reign is not None and await _reigning(connection) != database.reign:
+            raise ReignOverError("another coordinator has taken over the cache; nothing was written")
+        yield connection
+
+
+@asynccontextmanager
+async def _transaction(database: Database) -> AsyncIterator[AsyncConnection]:
     engine = database.engine.execution_options(drover_write=True)
     with database_errors():
         async with database.turn, AsyncExitStack() as stack:
@@ -282,6 +320,19 @@ async def _enter(
                 database.trouble = ""
                 _log.warning("the cache's database is back")
             return connection
+
+
+async def _reigning(connection: AsyncConnection) -> Reign | None:
+    row = (await connection.execute(sa.select(reign))).one_or_none()
+    return None if row is None else Reign(row.journal, row.epoch)
+
+
+async def _begin_reign(connection: AsyncConnection, new: Reign) -> None:
+    now = await _reigning(connection)
+    if now is not None and now.journal == new.journal and now.epoch > new.epoch:
+        raise ReignOverError("another coordinator has taken over the cache; nothing was written")
+    await connection.execute(reign.delete())
+    await connection.execute(reign.insert().values(journal=new.journal, epoch=new.epoch))
 
 
 def lock_key(purpose: str) -> sa.ColumnElement[int]:
@@ -329,6 +380,7 @@ def _begin_sqlite(connection: Connection) -> None:
 def _configure_postgresql(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
     cursor = connection.cursor()
     cursor.execute(f"SET lock_timeout = '{LOCK_TIMEOUT_S}s'")
+    cursor.execute(f"SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_MS}")
     cursor.close()
     connection.commit()
 

@@ -88,7 +88,9 @@ async def test_a_leader_whose_place_was_taken_ends(postgres_url: str, postgres_s
     async with _candidate(postgres_url, patience_s=0.3) as (old, lock), _candidate(postgres_url) as (new, other):
         await lock.acquire(lambda: None)
         await old.take_over()
-        taking = asyncio.create_task(other.acquire(lambda: None))
+        waits = asyncio.Event()
+        taking = asyncio.create_task(other.acquire(waits.set))
+        await waits.wait()
         holding = asyncio.create_task(lock.hold(old))
         await asyncio.to_thread(_end_sessions, postgres_server, postgres_url)
         # One of the two gets the lock; where it is the old one, nothing has happened yet.

@@ -11,9 +11,9 @@ import pytest
 
 from workers import polling
 from workers.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
-from workers.local_fleet import InProcessFleet
+from workers.local_fleet import InProcessFleet, LocalCalls
 from workers.polling import AgentDead, AgentRoster, AgentUnavailable, poll_agent
-from workers.protocol import PROTOCOL_VERSION, FarmInfo, Lease, Report, Stage, StageChange, Succeeded
+from workers.protocol import PROTOCOL_VERSION, Batch, FarmInfo, Lease, Report, Stage, StageChange, Succeeded
 
 from .conftest import PATIENCE_S, Bench, drv, order
 
@@ -222,3 +222,26 @@ async def test_a_fleet_in_this_process_builds_on_all_of_its_agents(bench: Bench)
     serving.cancel()
     with suppress(asyncio.CancelledError):
         await serving
+
+
+async def test_a_coordinator_that_was_replaced_moves_nothing_any_more(bench: Bench) -> None:
+    told = await bench.agent(slots=1)
+    running, wanted = order(drv("running", FOREVER)), order(drv("wanted", ": > $out"))
+    old, new = LocalCalls(told.agent, 0), LocalCalls(told.agent, 2)
+    await old.start_many([running.dump()])
+    await new.hello(bench.farm.model_copy(update={"epoch": 2}).dump())
+    for call in (
+        old.hello(bench.farm.dump()),
+        old.start_many([wanted.dump()]),
+        old.cancel([{"step": running.step, "attempt": 1}]),
+        old.events(10_000, 1 << 20, 0.0),
+        old.drain(on=True),
+        old.provide([], ""),
+    ):
+        with pytest.raises(AgentUnavailable, match="follows a later coordinator"):
+            await call
+    batch = Batch.model_validate(await new.events(0, 1 << 20, 5.0))
+    assert [lease.step for lease in batch.leases] == [running.step]
+    assert not batch.draining
+    assert batch.events
+    await new.cancel([{"step": running.step, "attempt": 1}])

@@ -15,8 +15,8 @@ from alembic.migration import MigrationContext
 from sqlalchemy.engine import Connection
 
 from infra.cache import metadata as metadata_module
-from infra.cache.errors import MetadataBusyError, MetadataError, SchemaTooNewError
-from infra.cache.metadata import Database, metadata, open_metadata, paths, reading, writing
+from infra.cache.errors import MetadataBusyError, MetadataError, ReignOverError, SchemaTooNewError
+from infra.cache.metadata import Database, Reign, metadata, open_metadata, paths, reading, writing
 from infra.cache.migrate import VERSION_TABLE
 from tests.support.cache import open_cache, publish, store_path
 from tests.support.servers import MortalPostgres, free_ports
@@ -111,6 +111,46 @@ async def test_what_is_decided_in_a_writing_transaction_is_decided_on_the_presen
     await second.close()
 
 
+async def test_whoever_began_an_earlier_reign_writes_nothing_any_more(database_url: str) -> None:
+    first, second = Reign(journal=7, epoch=1), Reign(journal=7, epoch=2)
+    old, new = await open_metadata(database_url, first), await open_metadata(database_url, second)
+    with pytest.raises(ReignOverError, match="has taken over the cache; nothing was written"):
+        async with writing(old):
+            pytest.fail("it must not come so far")
+    with pytest.raises(ReignOverError):
+        await open_metadata(database_url, first)
+    async with writing(new):
+        pass
+    # Another journal knows nothing of the reigns over the first.
+    other = await open_metadata(database_url, Reign(journal=8, epoch=1))
+    for database in (old, new):
+        with pytest.raises(ReignOverError):
+            async with writing(database):
+                pass
+        await database.close()
+    async with writing(other):
+        pass
+    await other.close()
+
+
+async def test_a_writer_that_is_paused_in_a_transaction_does_not_hold_up_the_next(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata_module, "IDLE_IN_TRANSACTION_MS", 500)
+    paused, next_one = await open_metadata(postgres_url), await open_metadata(postgres_url)
+
+    async def pause() -> None:
+        async with writing(paused) as connection:
+            async with writing(next_one):
+                pass
+            await connection.execute(sa.select(1))
+
+    with pytest.raises(MetadataError):
+        await pause()
+    await paused.close()
+    await next_one.close()
+
+
 async def test_a_database_that_is_locked_or_absent_says_so_in_one_sentence(
     tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,13 +173,18 @@ async def test_a_database_that_is_locked_or_absent_says_so_in_one_sentence(
             await open_metadata(absent)
         assert "\n" not in str(caught.value)
         assert "hunter2" not in str(caught.value)
+    # The driver's thread for the file that could not be opened says its last word to this loop.
+    await asyncio.sleep(0.1)
 
 
 async def test_a_server_that_is_away_is_waited_for(mortal_postgres: MortalPostgres) -> None:
     database = await open_metadata(mortal_postgres.server.url(mortal_postgres.server.create_database()))
 
     async def count() -> int:
-        async with reading(database) as connection, writing(database):
+        # One after the other: as many that read and then want to write would wait for each other's connections.
+        async with writing(database):
+            pass
+        async with reading(database) as connection:
             return int((await connection.execute(sa.select(sa.func.count()).select_from(paths))).scalar_one())
 
     assert await count() == 0
