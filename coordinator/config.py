@@ -80,6 +80,12 @@ class WorkerConfig(BaseModel):
     slots: Annotated[int, Field(ge=0, le=1024)] = 0
     #: Root of a chroot store of the worker's own; empty: a directory below the state directory.
     store: str = ""
+    #: MiB that must be free on its disks, or it takes no work; 0: it does not look.
+    min_free_mb: Annotated[int, Field(ge=0)] = 512
+    #: Whether its store deletes garbage when the disk runs low; unset: where the store is the worker's own.
+    collect_garbage: bool | None = None
+    #: Seconds between two trial builds while it is idle; 0: none.
+    trial_every_s: Annotated[int, Field(ge=0)] = 600
     #: Nix settings of this worker only; they win over the farm's.
     nix_options: dict[str, str] = Field(default_factory=dict)
 

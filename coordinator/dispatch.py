@@ -179,6 +179,7 @@ class Dispatch:
             max_silent_s=limits.silence_s,
             max_log_bytes=limits.log_bytes,
             max_output_bytes=limits.output_bytes,
+            memory_bytes=limits.memory_bytes,
         )
 
     async def _give_back(self, starts: Sequence[StartBuild], message: str) -> None:

@@ -4,8 +4,9 @@
 and does not say which attribute it came from; attributes that stand for several derivations are told apart by asking
 once for each attribute, which happens only when the numbers do not match.
 
-Limits that packages set for themselves (`meta.timeout`, `meta.maxSilent`) are asked for after it, in a process that
-instantiates nothing; where that fails there are none.
+Limits that packages set for themselves are asked for after it, in a process that instantiates nothing; where that fails
+there are none. `meta.timeout` and `meta.maxSilent` are Hydra's names (seconds); `meta.drover` is an attribute set of
+`logBytes`, `outputBytes` and `memoryBytes`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import ClassVar
 import orjson
 
 from coordinator.errors import CoordinatorError
+from coordinator.limits import MAX_LIMIT, StepLimits
 from infra.process import ProcessError, ProcessNotFound, ProcessOutputTooLarge, ProcessTimeout, run
 
 #: The expression that finds the limits.
@@ -51,9 +53,8 @@ class Wanted:
     #: Full store path.
     drv: str
     outputs: tuple[str, ...] = ()
-    #: `meta.timeout` and `meta.maxSilent`, seconds; 0 where the package says nothing.
-    timeout_s: int = 0
-    silence_s: int = 0
+    #: What its `meta` says; None where it says nothing.
+    limits: StepLimits | None = None
 
 
 def parse_drv(text: str) -> Wanted | None:
@@ -101,7 +102,7 @@ async def evaluate(
     if len(wanted) == len(limits):
         # Only then it is known which derivation an attribute's `meta` belongs to.
         pairs = zip(wanted, limits, strict=True)
-        wanted = [replace(each, timeout_s=timeout, silence_s=silence) for each, (timeout, silence) in pairs]
+        wanted = [replace(each, limits=said if said != StepLimits() else None) for each, said in pairs]
     if len(attrs) <= 1 or len(wanted) == len(attrs):
         return _named(wanted, attrs)
     named: list[Wanted] = []
@@ -173,8 +174,8 @@ async def _instantiate(how: _How, attrs: Sequence[str], on_stderr: Callable[[str
     return wanted
 
 
-async def _limits(how: _How, attrs: Sequence[str]) -> list[tuple[int, int]]:
-    """Return `meta.timeout` and `meta.maxSilent` of each attribute; an empty list where they cannot be had."""
+async def _limits(how: _How, attrs: Sequence[str]) -> list[StepLimits]:
+    """Return what the `meta` of each attribute says; an empty list where that cannot be had."""
     told = ["--arg", "drover_file", _nix_file(how.file), "--arg", "drover_attrs", _nix_paths(attrs)]
     flags = [*how.flags, *told]
     try:
@@ -185,7 +186,7 @@ async def _limits(how: _How, attrs: Sequence[str]) -> list[tuple[int, int]]:
             max_output_bytes=MAX_OUTPUT_BYTES,
         )
         rows = orjson.loads(done.stdout) if done.returncode == 0 else []
-        return [(int(row["timeout"]), int(row["silence"])) for row in rows]
+        return [StepLimits(**{name: min(int(value), MAX_LIMIT) for name, value in row.items()}) for row in rows]
     except (ProcessError, ValueError, KeyError, TypeError):
         # The evaluation itself says what is wrong; a limit is not worth a second error.
         return []

@@ -12,6 +12,9 @@ from dataclasses import dataclass, fields
 
 from scheduler.model import FailureKind
 
+#: Largest limit that a submission may name.
+MAX_LIMIT = 1 << 53
+
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
@@ -24,6 +27,8 @@ class StepLimits:
     log_bytes: int = 0
     #: NARs of all outputs together.
     output_bytes: int = 0
+    #: Memory that the build takes: no limit but a hint to workers, 0 in both.
+    memory_bytes: int = 0
 
 
 def in_force(told: Iterable[StepLimits | None], default: StepLimits) -> StepLimits:
@@ -33,7 +38,13 @@ def in_force(told: Iterable[StepLimits | None], default: StepLimits) -> StepLimi
         **{field.name: _most(getattr(wish, field.name) for wish in wishes) for field in fields(StepLimits)}
     )
     log_bytes = min(most.log_bytes or default.log_bytes, default.log_bytes) if default.log_bytes else most.log_bytes
-    return StepLimits(most.timeout_s, most.silence_s, log_bytes, most.output_bytes)
+    return StepLimits(
+        most.timeout_s,
+        most.silence_s,
+        log_bytes,
+        most.output_bytes,
+        max((wish.memory_bytes for wish in wishes), default=0),
+    )
 
 
 def limit_was_raised(kind: FailureKind, limit: int, now: StepLimits) -> bool:

@@ -29,7 +29,14 @@ let
     let
       found = call (builtins.foldl' step (import drover_file) path);
       meta = if builtins.isAttrs found && (found.type or null) == "derivation" then found.meta or { } else { };
+      said = name: number (meta.drover.${name} or 0);
     in
-    { timeout = number (meta.timeout or 0); silence = number (meta.maxSilent or 0); };
+    {
+      timeout_s = number (meta.timeout or 0);
+      silence_s = number (meta.maxSilent or 0);
+      log_bytes = said "logBytes";
+      output_bytes = said "outputBytes";
+      memory_bytes = said "memoryBytes";
+    };
 in
 map limits drover_attrs

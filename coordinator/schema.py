@@ -38,8 +38,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-#: Largest limit that a submission may name.
-MAX_LIMIT = 1 << 53
+from coordinator.limits import MAX_LIMIT
 
 
 class Model(BaseModel):
@@ -76,9 +75,11 @@ class RootLimits(Model):
     #: Seconds of wall time and of silence (`meta.timeout`, `meta.maxSilent`).
     timeout_s: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
     silence_s: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
-    #: Bytes of log that are kept, at most the farm's own limit, and of all outputs together.
+    #: Bytes of log that are kept, at most the farm's own limit, and of all outputs together (`meta.drover`).
     log_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
     output_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
+    #: Memory that the build takes: workers run builds side by side only as far as theirs goes.
+    memory_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
 
 
 class RootRequest(Model):

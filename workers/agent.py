@@ -29,6 +29,7 @@ from workers import stopping
 from workers.build import BuildLimits, LogGate, basic_derivation, build_in_slot
 from workers.daemons import DaemonOpener, DaemonUnreachableError, Line, Pool
 from workers.errors import WorkerError
+from workers.fitness import FitnessWatch
 from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher, open_sources
 from workers.leftovers import MARK, sweep_leftovers
 from workers.machine import (
@@ -38,6 +39,7 @@ from workers.machine import (
     HandBack,
     LeaseKey,
     LeaseState,
+    Reason,
     Trouble,
     WorkerMachine,
     judge_status,
@@ -86,6 +88,8 @@ _STAGES = {
     # The work is done and only the report is on its way.
     LeaseState.REPORTING: Stage.UPLOADING,
 }
+#: Endings after which the machine itself is put to the test.
+_DOUBTFUL: tuple[Reason | None, ...] = ("infrastructure", "daemon_lost", "connection_lost", "disk_low", "input_missing")
 
 
 class AgentError(WorkerError):
@@ -132,7 +136,7 @@ class Agent:
         self._host = machine or inspect_machine()
         self._offer = offer(settings, self._host)
         self._clock = clock or SystemClock()
-        self._machine = WorkerMachine(self._offer.slots)
+        self._machine = WorkerMachine(self._offer.slots, self._host.memory_bytes)
         self._incarnation = secrets.token_hex(8)
         #: Exactly the leases that the machine holds.
         self._runs: dict[LeaseKey, _Run] = {}
@@ -148,10 +152,11 @@ class Agent:
         self._ready: asyncio.Future[None] | None = None
         self._closing = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        # These four exist between start() and close(); see _serve.
+        # These exist between start() and close(); see _serve.
         self._group: asyncio.TaskGroup
         self._spool: Spool
         self._slots: list[Line]
+        self._fitness: FitnessWatch
         self._inputs: InputFetcher
         self._readers: Pool
 
@@ -210,6 +215,7 @@ class Agent:
             mandatory_features=self._offer.mandatory_features,
             slots=self._offer.slots,
             capacity=self._machine.capacity(),
+            unfit=self._fitness.unfit,
             nix_version=self._nix_version,
             leases=tuple(HeldLease.model_validate(held) for held in self._held(set())),
         ).dump()
@@ -231,7 +237,7 @@ class Agent:
         now = self._clock.now()
         for order in parsed:
             key = (order.step, order.attempt)
-            if key in self._finished or not self._machine.accept(key, now):
+            if key in self._finished or not self._machine.accept(key, now, order.memory_bytes):
                 continue
             self._runs[key] = _Run(order, asyncio.get_running_loop().create_future(), started_at=now)
         self._advance()
@@ -255,6 +261,7 @@ class Agent:
             "capacity": self._machine.capacity(ended),
             "leases": self._held(ended),
             "draining": self._machine.draining,
+            "unfit": self._fitness.unfit,
         }
 
     async def cancel(self, leases: Sequence[dict[str, Any]]) -> None:
@@ -308,22 +315,41 @@ class Agent:
                 await asyncio.to_thread(sweep_leftovers, where.state_dir, where.physical_store)
                 opener = DaemonOpener(daemon_argv(where, self._host), where.store_dir, {MARK: str(where.state_dir)})
 
+                lines: list[Line] = []
+
                 def line() -> Line:
                     made = Line(opener.open)
                     stack.push_async_callback(made.close)
+                    lines.append(made)
                     return made
+
+                async def let_go() -> bool:
+                    if not await self._inputs.let_go(lambda: not self._runs):
+                        return False
+                    # A connection keeps what was built over it.
+                    await asyncio.gather(*(each.hang_up() for each in lines if not each.busy))
+                    return True
 
                 self._slots = [line() for _ in range(self._offer.slots)]
                 self._readers = Pool([line() for _ in range(READERS)])
                 roots, transfers = line(), Pool([line() for _ in range(TRANSFERS)])
+                self._fitness = FitnessWatch(
+                    where, line(), self._clock, lambda: not self._runs, let_go, self._spool.stop_waiting
+                )
                 async with self._slots[0].use() as connection:
                     self._nix_version = connection.nix_version
                 async with asyncio.TaskGroup() as self._group:
                     self._inputs = InputFetcher(roots, transfers, self._group)
-                    watch = self._group.create_task(self._watch_stop(), name="watch for a stop request")
+                    # Before the farm is met: it shall not give a worker that cannot build anything to build.
+                    await self._fitness.look()
+                    watches = (
+                        self._group.create_task(self._watch_stop(), name="watch for a stop request"),
+                        self._group.create_task(self._fitness.run(), name="watch over fitness"),
+                    )
                     ready.set_result(None)
                     await self._closing.wait()
-                    watch.cancel()
+                    for watch in watches:
+                        watch.cancel()
                     self._stop_all()
         except (WorkerError, OSError) as error:
             if ready.done():
@@ -449,6 +475,8 @@ class Agent:
     def _report(self, key: LeaseKey, run: _Run, result: Succeeded | Ending) -> None:
         now = self._clock.now()
         reason = result.reason if isinstance(result, Ending) else None
+        if reason in _DOUBTFUL:
+            self._fitness.doubt()
         if not self._machine.report(key, now, reason):
             return
         told: Succeeded | Failed
@@ -513,7 +541,8 @@ class Agent:
             pause=self._pause,
         )
         run.built_at = self._clock.now()
-        ending = judge_status(result.status, result.error_msg.strip())
+        disk_was_full = self._fitness.was_full_since(run.building_at)
+        ending = judge_status(result.status, result.error_msg.strip(), disk_was_full=disk_was_full)
         if ending is not None:
             if ending.reason in ("infrastructure", "input_missing"):
                 self._inputs.forget()

@@ -103,6 +103,11 @@ class Line:
             await self._open.connection.set_options(options)
             self._open.options = options
 
+    async def hang_up(self) -> None:
+        """Let the next user have a new connection: what the old one kept from collection is free. Waits its turn."""
+        async with self._turn:
+            await self.close()
+
     async def close(self) -> None:
         """Hang up, whoever holds the line, and wait for the end of its process."""
         self._retire()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -209,6 +209,16 @@ class InputFetcher:
     def forget(self) -> None:
         """Ask about every path anew: the store has shown that it is not as remembered."""
         self._valid.clear()
+
+    async def let_go(self, idle: Callable[[], bool]) -> bool:
+        """Let the store collect what was rooted so far; False, and nothing happens, unless no lease needs it."""
+        async with self._planning:
+            if not idle() or self._claimed:
+                return False
+            # Before anything is waited for: a lease that comes now must root its inputs anew, after this.
+            self._valid.clear()
+            await self._roots.hang_up()
+        return True
 
     def stop(self) -> None:
         """Cancel all transfers: the agent is closing."""

@@ -9,7 +9,9 @@ Each accepted lease walks `queued -> fetching -> ready -> building -> uploading 
 - A slot is free again when its build ends; uploading goes on beside the next build, up to `MAX_UPLOADS_PER_SLOT`.
 - Backlog: very short builds would leave slots idle for a round trip to the coordinator, so the worker asks for as many
   leases beyond its slots as make `BACKLOG_S` seconds of work, by a moving mean of the latest builds.
-- A lease that waited `HAND_BACK_S` behind busy slots is handed back: another worker may be free.
+- Builds that say how much memory they take run side by side only as far as the machine's memory goes; one that takes
+  more than all of it runs when no other of them does. It is a hint: what says nothing counts for nothing.
+- A lease that waited `HAND_BACK_S` behind busy slots, or for memory, is handed back: another worker may be free.
 """
 
 from __future__ import annotations
@@ -95,6 +97,8 @@ class Verdict:
 _INFRASTRUCTURE: Reason = "infrastructure"
 #: Reasons of builds that ran to an end of their own: how long they took says something about the next.
 _RAN: tuple[Reason, ...] = ("permanent", "output_rejected", "hash_mismatch", "not_deterministic")
+#: Reasons that stand for nothing where a disk was full while the build ran.
+_MAYBE_THE_DISK: tuple[Reason, ...] = ("permanent", "output_rejected", "transient", _INFRASTRUCTURE)
 #: The one table from the daemon's build status (nix_formats 4.1) to the verdict. What it means to build again is the
 #: scheduler's affair.
 STATUS_POLICY: Mapping[int, Verdict] = MappingProxyType(
@@ -120,6 +124,10 @@ STATUS_POLICY: Mapping[int, Verdict] = MappingProxyType(
         15: Verdict("hash_mismatch", "an output has another hash than it must have"),
     }
 )
+_DISK_LOW = Verdict("disk_low", "the worker's disk is full")
+#: How the operating system and SQLite say so, in Nix's words and in Python's.
+NO_SPACE_WORDS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
+_NO_SPACE = tuple((words, _DISK_LOW) for words in NO_SPACE_WORDS)
 _UNKNOWN_STATUS = Verdict(_INFRASTRUCTURE, "Nix ended the build in a way that this worker does not know")
 #: Where one status stands for several things, words in the daemon's text tell them apart. They are hints: a text that
 #: has none of them means what the status means.
@@ -128,9 +136,13 @@ HINTS: Mapping[int, tuple[tuple[str, Verdict], ...]] = MappingProxyType(
         # A builder killed from outside is reported like one that failed.
         3: (("signal 9", Verdict("killed", "the builder was killed from outside, often for lack of memory")),),
         5: (("hash mismatch", Verdict("hash_mismatch", "an output has another hash than it must have")),),
-        6: (("free disk space", Verdict("disk_low", "the worker's disk is full")),),
+        6: (("free disk space", _DISK_LOW),),
         8: (("of silence", Verdict("silence", "the build was stopped at its limit of silence")),),
-        9: (("substitution is disabled", Verdict("input_missing", "an input is missing in the worker's store")),),
+        9: (
+            ("substitution is disabled", Verdict("input_missing", "an input is missing in the worker's store")),
+            *_NO_SPACE,
+        ),
+        10: _NO_SPACE,
     }
 )
 
@@ -185,6 +197,16 @@ TROUBLE_POLICY: Mapping[Trouble, Reason] = MappingProxyType(
         Trouble.DRAINED: "returned",
     }
 )
+#: Troubles that a full disk of this machine can cause. (What an upload meets is the disk of the cache.)
+_OF_THE_MACHINE = frozenset(
+    {
+        Trouble.INPUT_MISSING,
+        Trouble.DAEMON_LOST,
+        Trouble.CONNECTION_LOST,
+        Trouble.DAEMON_REFUSED,
+        Trouble.UNEXPECTED,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +217,11 @@ class Ending:
     message: str
 
 
-def judge_status(status: int, message: str) -> Ending | None:
-    """Turn the daemon's verdict on a build into an ending; None where the outputs are valid."""
+def judge_status(status: int, message: str, *, disk_was_full: bool = False) -> Ending | None:
+    """Turn the daemon's verdict on a build into an ending; None where the outputs are valid.
+
+    `disk_was_full`: at some time during the build; a builder that failed then shows nothing about the build.
+    """
     verdict = STATUS_POLICY.get(status, _UNKNOWN_STATUS)
     if verdict.reason is None:
         return None
@@ -204,13 +229,17 @@ def judge_status(status: int, message: str) -> Ending | None:
         if words in message:
             verdict = hinted
             break
+    if disk_was_full and verdict.reason in _MAYBE_THE_DISK:
+        verdict = _DISK_LOW
     # A hint has a reason; success has none.
     reason = verdict.reason or _INFRASTRUCTURE
     return Ending(reason, f"{verdict.text}: {message}" if message else verdict.text)
 
 
 def judge_trouble(trouble: Trouble, detail: str = "") -> Ending:
-    """Turn trouble beside the build into an ending."""
+    """Turn trouble beside the build into an ending; a full disk looks like many other things at first."""
+    if trouble in _OF_THE_MACHINE and any(words in detail for words in NO_SPACE_WORDS):
+        trouble = Trouble.DISK_LOW
     return Ending(TROUBLE_POLICY[trouble], f"{trouble}: {detail}" if detail else str(trouble))
 
 
@@ -243,6 +272,8 @@ Action = Fetch | Build | HandBack
 class _Held:
     state: LeaseState
     arrived_at: float
+    #: Memory that the build is said to take; 0: nothing is said.
+    memory_bytes: int = 0
     #: Set while BUILDING only.
     slot: int = -1
     building_at: float = 0.0
@@ -253,10 +284,12 @@ class _Held:
 class WorkerMachine:
     """All leases in the worker's hands. Methods raise `ValueError` where the shell breaks the order of the states."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, memory_bytes: int = 0) -> None:
+        """`memory_bytes` of the machine are there for builds; 0 is unknown, and then hints mean nothing."""
         if slots < 1:
             raise ValueError("a worker has at least one slot")
         self._slots = slots
+        self._memory_bytes = memory_bytes
         #: Insertion order is order of arrival.
         self._held: dict[LeaseKey, _Held] = {}
         #: Free slots, lowest taken first; together with the slots of BUILDING leases each number exactly once.
@@ -282,11 +315,11 @@ class WorkerMachine:
         waiting = sum(held.state in _WAITING for held in self._held.values())
         return len(self._free) > waiting
 
-    def accept(self, key: LeaseKey, now: float) -> bool:
-        """Take a lease into hand; False where it is there already."""
+    def accept(self, key: LeaseKey, now: float, memory_bytes: int = 0) -> bool:
+        """Take a lease into hand; False where it is there already. `memory_bytes`: what its build is said to take."""
         if key in self._held:
             return False
-        self._held[key] = _Held(LeaseState.QUEUED, now)
+        self._held[key] = _Held(LeaseState.QUEUED, now, memory_bytes)
         return True
 
     def fetched(self, key: LeaseKey) -> None:
@@ -322,21 +355,28 @@ class WorkerMachine:
     def next_actions(self, now: float) -> list[Action]:
         """What must be done now, each action once."""
         actions: list[Action] = []
-        uploads = building = waiting = 0
+        uploads = building = waiting = memory_bytes = 0
+        short_of_memory = False
         for held in self._held.values():
             uploads += held.state is LeaseState.UPLOADING
-            building += held.state is LeaseState.BUILDING
+            if held.state is LeaseState.BUILDING:
+                building += 1
+                memory_bytes += held.memory_bytes
         surplus = len(self._held) > MAX_LEASES
         for key, held in self._held.items():
             if held.state not in _WAITING or held.handed_back:
                 continue
-            if held.state is LeaseState.READY and self._free and uploads < self.max_uploads:
+            # Nothing with a hint passes one that waits for memory, or that would wait for ever.
+            fits = not held.memory_bytes or (not short_of_memory and self._has_memory(memory_bytes, held.memory_bytes))
+            if held.state is LeaseState.READY and self._free and uploads < self.max_uploads and fits:
                 held.state, held.slot, held.building_at = LeaseState.BUILDING, self._free.pop(0), now
                 building += 1
+                memory_bytes += held.memory_bytes
                 actions.append(Build(key, held.slot))
                 continue
+            short_of_memory = short_of_memory or not fits
             waiting += 1
-            behind = building + waiting > self._slots
+            behind = building + waiting > self._slots or not fits
             late = now - held.arrived_at >= HAND_BACK_S
             if self.draining or (behind and (late or surplus)):
                 held.handed_back = True
@@ -374,6 +414,10 @@ class WorkerMachine:
             if held.state is LeaseState.UPLOADING or (held.state is LeaseState.REPORTING and key not in told):
                 finishing += 1
         return self._slots + self.backlog + finishing
+
+    def _has_memory(self, taken_bytes: int, wanted_bytes: int) -> bool:
+        """Whether one more build fits beside those that take so much; the first one always does."""
+        return not (self._memory_bytes and taken_bytes) or taken_bytes + wanted_bytes <= self._memory_bytes
 
     def _move(self, key: LeaseKey, to: LeaseState) -> None:
         held = self._held[key]

@@ -87,6 +87,8 @@ class LeaseOrder(WireMessage):
     upload_token: str = Field(default="", repr=False)
     #: Bytes of the NARs of all outputs together; 0 is no limit.
     max_output_bytes: int = 0
+    #: Memory that the build is said to take; a hint, 0: nothing is said.
+    memory_bytes: int = 0
     #: W3C trace context of the submission, or empty.
     traceparent: str = ""
 

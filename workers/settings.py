@@ -90,6 +90,13 @@ class WorkerSettings(BaseModel):
     build_cores: Annotated[int, Field(ge=0)] = 0
     #: Nix settings by name.
     nix_options: dict[str, str] = Field(default_factory=dict)
+    #: MiB that must be free on each disk in use (store, build directory, state directory), or the worker takes no
+    #: work; 0: it does not look.
+    min_free_mb: Annotated[int, Field(ge=0)] = 512
+    #: Whether the store deletes garbage when its disk runs low; unset: where the store is the worker's own.
+    collect_garbage: bool | None = None
+    #: Seconds between two trial builds of an idle worker; 0: none.
+    trial_every_s: Annotated[int, Field(ge=0)] = 600
     #: Program that speaks the worker protocol on its standard streams.
     nix_daemon: str = "nix-daemon"
 
@@ -118,6 +125,11 @@ class WorkerSettings(BaseModel):
         return self
 
     @property
+    def collects_garbage(self) -> bool:
+        """Whether the store may be made to delete what nothing needs."""
+        return bool(self.store) if self.collect_garbage is None else self.collect_garbage
+
+    @property
     def physical_store(self) -> Path:
         """The directory in which the store's paths lie."""
         return Path(self.store + self.store_dir)
@@ -134,6 +146,8 @@ class Machine:
     busybox: str = ""
     #: Whether the group that Nix takes build users from by default exists.
     has_build_users: bool = False
+    #: Bytes; 0 is unknown.
+    memory_bytes: int = 0
     #: Whether the machine's nix.conf says something about sandbox paths.
     configures_sandbox_paths: bool = False
     has_kvm: bool = False
@@ -182,6 +196,7 @@ def inspect_machine() -> Machine:
     return Machine(
         system=native_system(),
         cores=os.cpu_count() or 1,
+        memory_bytes=_memory_bytes(),
         busybox=_static_busybox(),
         has_build_users=has_build_users,
         configures_sandbox_paths=_nix_conf_mentions("sandbox-paths"),
@@ -248,6 +263,13 @@ def daemon_argv(settings: WorkerSettings, machine: Machine) -> tuple[str, ...]:
     for name, value in nix_options(settings, machine).items():
         arguments += ["--option", name, value]
     return tuple(arguments)
+
+
+def _memory_bytes() -> int:
+    try:
+        return max(0, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError):
+        return 0
 
 
 def _static_busybox() -> str:

@@ -70,6 +70,9 @@ def up(**told: Any) -> int:
 @click.option("--emulate", "emulate", multiple=True, metavar="SYSTEM", help="Pretend to be SYSTEM too.")
 @click.option("--feature", "features", multiple=True, help="System feature beside the machine's own.")
 @click.option("--store", default="", metavar="DIR", help="Chroot store; by default one in the state directory.")
+@click.option(
+    "--min-free-mb", type=click.IntRange(0), default=512, show_default=True, help="No work while less room is left."
+)
 @click.option("--nix-option", "nix_options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting.")
 def worker(head: str, ray_token: Path, host: str, state_dir: Path, **told: Any) -> int:
     """Join this machine to a farm that runs elsewhere, until Ctrl-C."""

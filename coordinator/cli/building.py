@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import click
@@ -20,7 +20,6 @@ from coordinator.evaluate import EvaluationError, Wanted, evaluate, parse_drv
 from coordinator.follow import Screen, follow
 from coordinator.framing import SourceHeader, encode_derivations, encode_sources, in_thread
 from coordinator.schema import (
-    MAX_LIMIT,
     FarmView,
     IntakeQuery,
     RootLimits,
@@ -110,7 +109,13 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
         store = local_store(wish.store, wanted[0].drv)
         await _send(client, store, wanted, screen)
         roots = tuple(
-            RootRequest(attr=each.attr, drv=each.drv, outputs=each.outputs, limits=_limits(each)) for each in wanted
+            RootRequest(
+                attr=each.attr,
+                drv=each.drv,
+                outputs=each.outputs,
+                limits=RootLimits(**asdict(each.limits)) if each.limits else None,
+            )
+            for each in wanted
         )
         view = await client.submit(SubmitRequest(roots=roots, label=wish.label, retry_failed=wish.retry))
         submitted.id = view.id
@@ -120,12 +125,6 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
         if wish.fetch and view.state is SubmissionState.SUCCEEDED:
             await _fetch(farm, view, wish, store, screen)
         return _finish(view, submitted, screen, as_json=wish.as_json)
-
-
-def _limits(wanted: Wanted) -> RootLimits | None:
-    if not wanted.timeout_s and not wanted.silence_s:
-        return None
-    return RootLimits(timeout_s=min(wanted.timeout_s, MAX_LIMIT), silence_s=min(wanted.silence_s, MAX_LIMIT))
 
 
 async def _wanted(wish: Wish) -> list[Wanted]:

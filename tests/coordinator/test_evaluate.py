@@ -10,6 +10,7 @@ import pytest
 
 from coordinator.closure import ClosureError, LocalStore, describe_sources, local_store, read_closure
 from coordinator.evaluate import EvaluationError, Wanted, evaluate, explain, parse_drv
+from coordinator.limits import StepLimits
 from infra.nar_files import dump
 from infra.nix.ca import SourceDigest, verify_source
 from infra.nix.store_path import StoreDir
@@ -156,7 +157,9 @@ async def test_limits_come_from_the_meta_of_the_attribute_itself(
             (derivation { inherit name; system = "x86_64-linux"; builder = "/bin/sh"; }) // { inherit meta; };
         in {
           plain = make "plain" { };
-          set."with.dot" = make "dotted" { timeout = 60 * factor; maxSilent = 7; };
+          set."with.dot" = make "dotted" {
+            timeout = 60 * factor; maxSilent = 7; drover = { memoryBytes = 8; outputBytes = 9; logBytes = 10; };
+          };
           called = { factor ? 0 }: make "called" { timeout = factor; };
           broken = make "broken" { timeout = throw "no"; maxSilent = "soon"; };
           both = { x = make "x" { timeout = 1; }; y = make "y" { timeout = 1; }; };
@@ -165,7 +168,7 @@ async def test_limits_come_from_the_meta_of_the_attribute_itself(
     )
     attrs = ["plain", 'set."with.dot"', "called", "broken"]
     limited = await evaluate(str(tmp_path / "limited.nix"), attrs, flags=(*flags, "--arg", "factor", "2"))
-    assert [(each.timeout_s, each.silence_s) for each in limited] == [(0, 0), (120, 7), (2, 0), (0, 0)]
+    assert [each.limits for each in limited] == [None, StepLimits(120, 7, 10, 9, 8), StepLimits(timeout_s=2), None]
     several = await evaluate(str(tmp_path / "limited.nix"), ["both"], flags=flags)
-    assert [each.timeout_s for each in several] == [0, 0]
-    assert [each.timeout_s for each in await evaluate(file, ["a"], flags=flags)] == [0]
+    assert [each.limits for each in several] == [None, None]
+    assert [each.limits for each in await evaluate(file, ["a"], flags=flags)] == [None]

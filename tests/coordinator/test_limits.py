@@ -33,6 +33,10 @@ def test_a_submission_can_only_lower_how_much_log_is_kept() -> None:
     assert in_force([StepLimits(log_bytes=10_000)], DEFAULT).log_bytes == 1000
 
 
+def test_a_build_takes_as_much_memory_as_anybody_says_it_does() -> None:
+    assert in_force([StepLimits(memory_bytes=5), None, StepLimits(memory_bytes=7)], DEFAULT).memory_bytes == 7
+
+
 def test_a_build_that_ended_at_a_limit_which_is_higher_by_now_ended_at_none() -> None:
     assert limit_was_raised(FailureKind.TIMEOUT, 5, StepLimits(timeout_s=0))
     assert limit_was_raised(FailureKind.SILENCE, 5, StepLimits(silence_s=6))

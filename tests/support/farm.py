@@ -35,9 +35,11 @@ class WorkerSpec:
     emulate: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
     nix_options: Mapping[str, str] = field(default_factory=dict)
+    min_free_mb: int = 512
 
     def toml(self) -> str:
         lines = ["[[workers]]", f"name = {json.dumps(self.name)}", f"slots = {self.slots}"]
+        lines.append(f"min_free_mb = {self.min_free_mb}")
         lines += [
             f"{key} = {json.dumps(list(value))}"
             for key, value in (("emulate", self.emulate), ("features", self.features))

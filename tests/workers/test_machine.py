@@ -86,6 +86,8 @@ def test_a_status_of_a_newer_nix_is_never_a_success(status: int) -> None:
         (BuildStatus.TIMED_OUT, "building of 'x' timed out after 9 seconds of silence", "silence"),
         (BuildStatus.TIMED_OUT, "building of 'x' timed out after 9 seconds", "timeout"),
         (BuildStatus.MISC_FAILURE, "'x' does not exist, and substitution is disabled", "input_missing"),
+        (BuildStatus.MISC_FAILURE, "error: writing to file: No space left on device", "disk_low"),
+        (BuildStatus.PERMANENT_FAILURE, "last log line: No space left on device", "permanent"),
     ],
 )
 def test_the_daemons_words_tell_apart_what_one_status_stands_for(
@@ -108,12 +110,55 @@ def test_trouble_is_told_with_its_detail() -> None:
     assert judge_trouble(Trouble.INPUT_MISSING, "x").message == "an input could not be fetched: x"
 
 
+@pytest.mark.parametrize("status", [BuildStatus.PERMANENT_FAILURE, BuildStatus.OUTPUT_REJECTED])
+def test_what_fails_while_the_disk_is_full_is_not_to_blame(status: BuildStatus) -> None:
+    ending = judge_status(status, "", disk_was_full=True)
+    assert ending is not None
+    assert ending.reason == "disk_low"
+    assert judge_status(BuildStatus.BUILT, "", disk_was_full=True) is None
+    timeout = judge_status(BuildStatus.TIMED_OUT, "", disk_was_full=True)
+    assert timeout is not None
+    assert timeout.reason == "timeout"
+
+
+def test_trouble_for_want_of_room_is_the_disks_but_an_upload_meets_another_disk() -> None:
+    words = "[Errno 28] No space left on device"
+    assert judge_trouble(Trouble.DAEMON_LOST, words).reason == "disk_low"
+    assert judge_trouble(Trouble.UPLOAD_FAILED, words).reason == "upload_failed"
+
+
 def ready(machine: WorkerMachine, *keys: LeaseKey, now: float = 0.0) -> None:
     for key in keys:
         machine.accept(key, now)
     machine.next_actions(now)
     for key in keys:
         machine.fetched(key)
+
+
+def test_builds_run_side_by_side_as_far_as_the_memory_goes() -> None:
+    machine = WorkerMachine(3, memory_bytes=100)
+    for key, memory_bytes in ((A, 60), (B, 60), (C, 10)):
+        machine.accept(key, 0.0, memory_bytes)
+    small = ("small", 1)
+    machine.accept(small, 0.0)
+    machine.next_actions(0.0)
+    for key in (A, B, C, small):
+        machine.fetched(key)
+    # C would fit, but what waits for memory is not passed; what says nothing of memory is no part of this.
+    assert machine.next_actions(0.1) == [Build(A, 0), Build(small, 1)]
+    machine.built(A, 0.2)
+    assert machine.next_actions(0.2) == [Build(B, 0), Build(C, 2)]
+
+
+def test_a_build_that_takes_more_than_there_is_runs_when_no_other_does_and_one_that_waits_goes_elsewhere() -> None:
+    machine = WorkerMachine(2, memory_bytes=100)
+    machine.accept(A, 0.0, 500)
+    machine.accept(B, 0.0, 1)
+    machine.next_actions(0.0)
+    machine.fetched(A)
+    machine.fetched(B)
+    assert machine.next_actions(0.0) == [Build(A, 0)]
+    assert machine.next_actions(HAND_BACK_S) == [HandBack(B)]
 
 
 def test_slots_are_given_in_order_of_arrival_to_leases_whose_inputs_are_there() -> None:

@@ -30,7 +30,14 @@ class Hurt:
     """A farm, the graphs that are built on it, and the judgement at the end."""
 
     def __init__(
-        self, root: Path, names: Sequence[str], *, slots: int = 2, settings: str = "", journal_url: str = ""
+        self,
+        root: Path,
+        names: Sequence[str],
+        *,
+        slots: int = 2,
+        settings: str = "",
+        journal_url: str = "",
+        min_free_mb: int = 512,
     ) -> None:
         """`journal_url` is where the journal lies if `settings` say so."""
         self.root = root
@@ -40,7 +47,9 @@ class Hurt:
         self.tally.chmod(0o777)
         options = {"sandbox-paths": f"/bin/sh=/bin/busybox /bin/busybox /tally={self.tally}"}
         self.farm = Farm(
-            root, [WorkerSpec(name, slots=slots, nix_options=options) for name in names], settings=settings
+            root,
+            [WorkerSpec(name, slots=slots, nix_options=options, min_free_mb=min_free_mb) for name in names],
+            settings=settings,
         )
 
     def graph(self, text: str) -> Path:

@@ -1,0 +1,138 @@
+"""A worker that cannot build well says so by itself, and says so no longer once it can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.disks import fill, small_disk
+from workers import fitness
+from workers.agent import Agent
+from workers.fitness import Room, too_little
+from workers.protocol import Failed, Hello, Report, Succeeded
+from workers.settings import WorkerSettings
+
+from .conftest import Bench, Told, drv, order
+
+MIB = 1 << 20
+#: The disk of a worker in these tests.
+DISK_MIB = 96
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitness, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(fitness, "TRIAL_AGAIN_S", 0.3)
+    monkeypatch.setattr(fitness, "FULL_BYTES", 2 * MIB)
+
+
+@pytest.fixture
+def disk(root: Path) -> Iterator[Path]:
+    """The directory of worker `one`, on a small disk of its own."""
+    with small_disk(root / "one", DISK_MIB) as place:
+        yield place
+
+
+async def _until_unfit(told: Told, words: str) -> None:
+    await told.until(lambda: bool(told.batches) and words in told.batches[-1].unfit and bool(told.batches[-1].unfit))
+
+
+async def _until_fit(told: Told) -> None:
+    await told.until(lambda: bool(told.batches) and not told.batches[-1].unfit)
+
+
+def _reason(report: Report) -> str:
+    assert isinstance(report.result, Failed), report.result
+    return report.result.reason
+
+
+async def test_a_worker_that_cannot_build_says_so_from_the_start_and_recovers_by_itself(
+    bench: Bench, root: Path
+) -> None:
+    broken = root / "broken"
+    daemon = root / "nix-daemon"
+    daemon.write_text(
+        f'#!/bin/sh\nif [ -e {broken} ]; then set -- "$@" --option sandbox-paths /no/such/file; fi\n'
+        'exec nix-daemon "$@"\n'
+    )
+    daemon.chmod(0o755)
+    broken.touch()
+    agent = Agent(
+        WorkerSettings(name="one", state_dir=root / "state", store=str(root / "store"), slots=1, nix_daemon=str(daemon))
+    )
+    async with agent:
+        hello = Hello.model_validate(await agent.hello(bench.farm.dump()))
+        assert "a trial build fails" in hello.unfit
+        assert "/no/such/file" in hello.unfit
+        broken.unlink()
+        told = Told(agent)
+        await _until_fit(told)
+        [report] = await told.build(order(drv("works", "echo > $out")))
+        assert isinstance(report.result, Succeeded)
+
+
+async def test_a_build_that_breaks_with_its_machine_puts_the_machine_to_the_test(bench: Bench) -> None:
+    told = await bench.agent(trial_every_s=100_000)
+    [report] = await told.build(order(drv("unsuited", "echo > $out", system="m68k-linux")))
+    assert _reason(report) == "infrastructure"
+    # The next trial is a day away, but for the doubt; it succeeds, so the worker stays fit.
+    trials = list((bench.root / "one" / "store" / "nix" / "store").glob("*-drover-trial"))
+    assert len(trials) == 1
+    await told.until(lambda: len(list((bench.root / "one/store/nix/store").glob("*-drover-trial"))) == 2)
+    assert not told.batches[-1].unfit
+
+
+async def test_a_worker_whose_disk_runs_low_takes_no_work_until_there_is_room(bench: Bench, disk: Path) -> None:
+    told = await bench.agent(min_free_mb=32, collect_garbage=False)
+    await told.hear(0.1)
+    assert not told.batches[-1].unfit
+    fill(disk / "rubbish", leave_mib=20)
+    await _until_unfit(told, "less than 32 MiB are free on the disk of")
+    (disk / "rubbish").unlink()
+    await _until_fit(told)
+
+
+async def test_a_store_of_the_workers_own_makes_room_by_itself(bench: Bench, disk: Path) -> None:
+    told = await bench.agent(min_free_mb=48)
+    large = order(drv("large", "head -c 60000000 /dev/urandom > $out"))
+    [report] = await told.build(large)
+    assert isinstance(report.result, Succeeded)
+    [output] = report.result.outputs
+    assert (disk / "store" / output.path.lstrip("/")).exists()
+    await _until_unfit(told, "MiB are free")
+    await _until_fit(told)
+    assert not (disk / "store" / output.path.lstrip("/")).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [("fails", "exit 1"), ("tidies-up", "sleep 1; rm -f $out; exit 1")],
+)
+@pytest.mark.usefixtures("disk")
+async def test_a_build_that_runs_into_a_full_disk_is_not_to_blame(bench: Bench, name: str, after: str) -> None:
+    told = await bench.agent(min_free_mb=0)
+    greedy = order(drv(name, f"head -c {2 * DISK_MIB * MIB} /dev/zero > $out || {{ {after}; }}"))
+    [report] = await told.build(greedy)
+    assert _reason(report) == "disk_low"
+    assert isinstance(report.result, Failed)
+    assert "the worker's disk is full" in report.result.message
+    [after_it] = await told.build(order(drv("small", "echo > $out")))
+    assert isinstance(after_it.result, Succeeded)
+
+
+@pytest.mark.usefixtures("disk")
+async def test_a_failure_on_a_disk_with_room_is_the_packages_own(bench: Bench) -> None:
+    told = await bench.agent(min_free_mb=0)
+    [report] = await told.build(order(drv("wrong", "echo 'No space left on device'; exit 1")))
+    assert _reason(report) == "permanent"
+
+
+def test_few_inodes_are_as_bad_as_few_bytes() -> None:
+    place = Path("/store")
+    low = too_little([Room(place, 1, 1 << 40, 0.5), Room(place, 2, 1 << 40, 0.001)], MIB)
+    assert low is not None
+    assert low[0].device == 2
+    assert "less than 1% of the inodes are free on the disk of /store; make room" in low[1]
+    assert too_little([Room(place, 1, MIB, 1.0)], MIB) is None

@@ -1,0 +1,235 @@
+"""Whether a worker is fit for work: there is room on its disks, and a trial build goes the way of the real ones.
+
+A worker that is not fit says why in every answer (`unfit` on the wire) and the farm gives it nothing new; what runs
+goes on. It is fit again by itself: a disk once there is room, a trial once it succeeds. Trials run while no lease is
+in hand: a worker that builds shows by its builds what it can do, and by their endings what it cannot.
+
+Where the worker may, it makes the room itself, by letting its store collect garbage: all it has is in the farm's cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.clock import Clock
+from infra.daemon import BasicDerivation, BasicOutput, BuildEvent, DaemonError, GcAction
+from infra.nix import base32
+from workers.daemons import DaemonUnreachableError, Line
+from workers.machine import judge_status
+from workers.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks at the disks; a builder fills gigabytes in a few.
+LOOK_EVERY_S = 1.0
+#: Seconds after which a trial build that failed is tried again, and within which one must end.
+TRIAL_AGAIN_S = 15.0
+TRIAL_WITHIN_S = 60.0
+#: A disk that ran low counts as low until this much more than the floor is free, so that the verdict does not flap.
+RECOVERED = 1.25
+#: A build that fails after a disk had less room than this is not judged by its failure. Nix itself looks for 8 MiB
+#: where the build ended; a builder that cleans up after itself is caught only here.
+FULL_BYTES = 32 * 1024 * 1024
+#: Part of a file system's inodes that must be free.
+FREE_INODES = 0.01
+#: Seconds between two collections, and within which one must end.
+COLLECT_AGAIN_S = 60.0
+COLLECT_WITHIN_S = 1800.0
+#: How much is to be free after a collection, in floors.
+COLLECT_TO = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What is left of one file system."""
+
+    place: Path
+    #: `st_dev`: places on one file system have one room.
+    device: int
+    free_bytes: int
+    #: Part of the inodes that is free; 1.0 where the file system does not count them.
+    free_inodes: float
+
+
+def look_at(places: Iterable[Path]) -> list[Room]:
+    """Read the room of each file system that the places lie on; one that cannot be read is left out."""
+    rooms: dict[int, Room] = {}
+    for place in places:
+        try:
+            device = place.stat().st_dev
+            if device not in rooms:
+                told = os.statvfs(place)
+                inodes = told.f_favail / told.f_files if told.f_files else 1.0
+                rooms[device] = Room(place, device, told.f_bavail * told.f_frsize, inodes)
+        except OSError:
+            continue
+    return list(rooms.values())
+
+
+def too_little(rooms: Iterable[Room], floor_bytes: int) -> tuple[Room, str] | None:
+    """The first room that is below the floor and what is wrong with it in one sentence, None where all have enough."""
+    for room in rooms:
+        if room.free_bytes < floor_bytes:
+            wanted = f"less than {floor_bytes >> 20} MiB are free on the disk of {room.place}"
+        elif room.free_inodes < FREE_INODES:
+            wanted = f"less than {FREE_INODES:.0%} of the inodes are free on the disk of {room.place}"
+        else:
+            continue
+        return room, f"{wanted}; make room, or lower the worker's min_free_mb"
+    return None
+
+
+class FitnessWatch:
+    """Looks after one worker. `look` once at the start, then `run` for as long as the worker lives."""
+
+    def __init__(  # noqa: PLR0917 - collaborators, named by their types
+        self,
+        settings: WorkerSettings,
+        line: Line,
+        clock: Clock,
+        idle: Callable[[], bool],
+        let_go: Callable[[], Awaitable[bool]],
+        changed: Callable[[], None],
+    ) -> None:
+        """Look at nothing yet.
+
+        `idle`: no lease is in hand. `let_go` drops what keeps the store's paths from collection, False where leases
+        need it. `changed` is called when `unfit` has changed.
+        """
+        self._floor_bytes = settings.min_free_mb << 20
+        self._trial_every_s = settings.trial_every_s
+        self._may_collect = settings.collects_garbage
+        self._store_dir = settings.store_dir
+        self._store = settings.physical_store
+        # Where Nix unpacks and builds, where results lie, where logs and reports wait.
+        build_dir = Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108 - read, never written
+        self._places = (self._store, build_dir, settings.state_dir)
+        self._name = settings.name
+        self._line = line
+        self._clock = clock
+        self._idle = idle
+        self._let_go = let_go
+        self._changed = changed
+        self._low = ""
+        self._broken = ""
+        self._next_trial = self._next_collection = 0.0
+        self._full_at = 0.0
+
+    @property
+    def unfit(self) -> str:
+        """Why the worker should get no leases, one sentence; empty while it is fit."""
+        return self._low or self._broken
+
+    def was_full_since(self, at: float) -> bool:
+        """Whether a disk was all but full at some look since then (seconds of the clock)."""
+        return self._full_at >= at
+
+    def doubt(self) -> None:
+        """A build ended in a way that a broken machine explains: try one as soon as no lease is in hand."""
+        self._next_trial = 0.0
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            await self.look()
+
+    async def look(self) -> None:
+        """Look at the disks, collect garbage and try a build where that is due."""
+        before = self.unfit
+        low = await self._look_at_disks()
+        if low is not None and self._may_collect and self._clock.now() >= self._next_collection and self._idle():
+            await self._collect(low)
+            await self._look_at_disks()
+        # A trial on a full disk would only say again that it is full.
+        if self._trial_every_s and not self._low and self._clock.now() >= self._next_trial and self._idle():
+            await self._try()
+        if self.unfit != before:
+            if self.unfit:
+                log.warning("worker %s takes no work: %s", self._name, self.unfit)
+            else:
+                log.info("worker %s takes work again", self._name)
+            self._changed()
+
+    async def _look_at_disks(self) -> Room | None:
+        rooms = await asyncio.to_thread(look_at, self._places)
+        if too_little(rooms, FULL_BYTES) is not None:
+            self._full_at = self._clock.now()
+        if not self._floor_bytes:
+            return None
+        low = too_little(rooms, self._floor_bytes)
+        if low is None:
+            if self._low and too_little(rooms, int(self._floor_bytes * RECOVERED)) is None:
+                self._low = ""
+            return None
+        # The sentence of the moment at which it ran low: one that changes with every look would be news every time.
+        self._low = self._low or low[1]
+        return low[0]
+
+    async def _collect(self, low: Room) -> None:
+        """Let the store delete garbage until there is room again, where it lies on the disk that ran low."""
+        rooms = await asyncio.to_thread(look_at, [self._store])
+        if not rooms or rooms[0].device != low.device or not await self._let_go():
+            return
+        self._next_collection = self._clock.now() + COLLECT_AGAIN_S
+        wanted = max(0, self._floor_bytes * COLLECT_TO - low.free_bytes)
+        try:
+            async with asyncio.timeout(COLLECT_WITHIN_S), self._line.use() as connection:
+                done = await connection.collect_garbage(GcAction.DELETE_DEAD, max_freed_bytes=wanted)
+        except TimeoutError:
+            log.warning("worker %s did not collect garbage within %.0f s", self._name, COLLECT_WITHIN_S)
+        except (DaemonError, DaemonUnreachableError) as error:
+            log.warning("worker %s could not collect garbage: %s", self._name, error)
+        else:
+            log.info("worker %s deleted %d paths, %d bytes", self._name, len(done.paths), done.freed_bytes)
+
+    async def _try(self) -> None:
+        problem = await self._trial()
+        if problem:
+            # What is mended (a nix.conf, a daemon) shows on new connections only, those of the slots too.
+            await self._let_go()
+        self._broken = f"a trial build fails: {problem}" if problem else ""
+        self._next_trial = self._clock.now() + (TRIAL_AGAIN_S if problem else self._trial_every_s)
+
+    async def _trial(self) -> str:
+        """Build something new; returns what went wrong, empty where nothing did."""
+        drv_path, derivation = trial_derivation(self._store_dir)
+        try:
+            async with asyncio.timeout(TRIAL_WITHIN_S), self._line.use() as connection:
+                result = await connection.build_derivation(drv_path, derivation, _ignore)
+        except TimeoutError:
+            return f"it did not end within {TRIAL_WITHIN_S:.0f} s"
+        except (DaemonError, DaemonUnreachableError) as error:
+            return str(error)
+        ending = judge_status(result.status, result.error_msg.strip())
+        return "" if ending is None else ending.message
+
+
+def trial_derivation(store_dir: str) -> tuple[str, BasicDerivation]:
+    """A build that was never done before, as (path of its .drv, derivation).
+
+    Its builder is one of Nix's own, which needs neither a shell nor inputs and is no fixed output: it is sandboxed like
+    any other (libstore's `builtin:buildenv`, which makes a directory with one link).
+    """
+    # Not a hash of anything: the daemon believes a trusted client's input-addressed paths.
+    name = f"{base32.encode(secrets.token_bytes(20))}-drover-trial"
+    out = f"{store_dir}/{name}"
+    env = {"derivations": "", "manifest": "/drover", "name": "drover-trial", "out": out, "system": "builtin"}
+    return f"{out}.drv", BasicDerivation(
+        outputs=(BasicOutput("out", out),),
+        inputs=(),
+        system="builtin",
+        builder=b"builtin:buildenv",
+        args=(),
+        env=tuple(sorted((key.encode(), value.encode()) for key, value in env.items())),
+    )
+
+
+def _ignore(_event: BuildEvent) -> None:
+    """The log of a trial is of no use: the verdict has the end of it."""
