@@ -18,7 +18,7 @@ from coordinator.views import Views
 from infra.clock import Clock
 from scheduler.events import BuilderJoined, BuilderLost, BuilderReported, BuildFailed, BuildSucceeded, Event
 from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, LeaseId, StepKey
-from workers.fleet import FleetEvent, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
+from workers.fleet import FleetEvent, NotKnownError, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.protocol import HeldLease, LogChunk, Report, StageChange, Succeeded
 
 _log = logging.getLogger(__name__)
@@ -47,7 +47,10 @@ class FleetSink:
         self._clock = clock
 
     async def __call__(self, event: FleetEvent) -> None:
-        """Take one event; returns once it is safe. Raises `UnavailableError` while the engine stops."""
+        """Take one event; returns once it is safe.
+
+        Raises `UnavailableError` while the engine stops, `NotKnownError` where another incarnation was greeted last.
+        """
         match event:
             case WorkerConnected(hello):
                 self._views.worker_connected(hello, self._clock.now())
@@ -70,6 +73,8 @@ class FleetSink:
 
     async def _spoke(self, event: WorkerSpoke) -> None:
         worker, batch = event.worker, event.batch
+        if self._views.incarnation(worker) != batch.incarnation:
+            raise NotKnownError(f"worker {worker} speaks, and an earlier life of it was greeted after this one")
         reports: list[Report] = []
         chunks: list[LogChunk] = []
         for said in batch.events:

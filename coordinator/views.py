@@ -187,6 +187,11 @@ class Views:
         self._workers[hello.worker] = WorkerRow(hello, leases=hello.leases, built=built, last_seen=now)
         self._touch_all()
 
+    def incarnation(self, worker: str) -> str:
+        """The incarnation that was greeted last, empty for a worker that never was."""
+        row = self._workers.get(worker)
+        return "" if row is None else row.hello.incarnation
+
     def worker_spoke(self, worker: str, batch: Batch, now: float) -> None:
         """A heartbeat."""
         row = self._workers.get(worker)

@@ -1,7 +1,9 @@
 """The port through which the coordinator reaches its workers, whatever carries the messages.
 
 A fleet finds agents, greets them, polls each with one outstanding call and hands what comes to its sink **in order per
-worker**. Returning from the sink means "safe": only then is the batch acknowledged and forgotten by the agent.
+worker**. Returning from the sink means "safe": only then is the batch acknowledged and forgotten by the agent. A sink
+that knows another incarnation of the worker (a greeting came late, after that of the next one) raises `NotKnownError`,
+and whoever speaks is greeted again: what is true is said until it is heard.
 """
 
 from __future__ import annotations
@@ -53,6 +55,10 @@ Sink = Callable[[FleetEvent], Awaitable[None]]
 
 class FleetError(WorkerError):
     """A call to a worker did not get through; the coordinator's view heals with the next heartbeat."""
+
+
+class NotKnownError(FleetError):
+    """What a sink raises of a `WorkerSpoke` by an incarnation that is not the one it knows: greet it again."""
 
 
 class Fleet(Protocol):

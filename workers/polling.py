@@ -5,6 +5,7 @@ An adapter finds agents and gives each to `AgentRoster.serve` as `AgentCalls`, f
 
     hello -> WorkerConnected;  events -> WorkerSpoke, acknowledged with the next call, after the sink returned;
     AgentUnavailable -> WorkerSilent once, then hello again with growing pauses until it answers;
+    NotKnownError from the sink -> hello again; nothing is acknowledged;
     AgentDead -> WorkerGone, and `serve` returns.
 
 Unknown is never dead: only the transport may say `AgentDead`. How long silence is suffered is the scheduler's affair.
@@ -19,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import ValidationError
 
-from workers.fleet import FleetError, Sink, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
+from workers.fleet import FleetError, NotKnownError, Sink, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.protocol import (
     BULK_BATCH_BYTES,
     LONG_POLL_S,
@@ -45,6 +46,9 @@ POLL_GRACE_S = 20.0
 #: First and longest pause between two tries to reach a silent agent, seconds; it doubles between them.
 RETRY_FIRST_S = 0.2
 RETRY_LONGEST_S = 5.0
+#: Seconds before an agent is greeted again that the farm takes for another one: two of one name must not take turns
+#: without end at full speed.
+GREET_AGAIN_S = 1.0
 #: Leases in one `start_many` or `cancel` call; more are split.
 ORDERS_PER_CALL = 256
 
@@ -141,6 +145,9 @@ async def poll_agent(
         except AgentDead as error:
             await sink(WorkerGone(name, hello.incarnation if hello else "", str(error)))
             return
+        except NotKnownError as error:
+            log.warning("%s; it is greeted again", error)
+            await asyncio.sleep(GREET_AGAIN_S)
         except AgentUnavailable as error:
             if pause_s == 0.0:
                 log.warning("worker %s does not answer: %s", name, error)

@@ -93,8 +93,8 @@ class TestFarm:
 OpenFarm = Callable[..., AbstractAsyncContextManager[TestFarm]]
 
 
-def nix_workers(root: Path, names: Sequence[str]) -> FleetFactory:
-    """Workers with a chroot store each."""
+def nix_workers(root: Path, names: Sequence[str], kind: type[InProcessFleet] = InProcessFleet) -> FleetFactory:
+    """Workers with a chroot store each, in a fleet of that kind."""
 
     @asynccontextmanager
     async def start(info: FarmInfo) -> AsyncIterator[Fleet]:
@@ -109,7 +109,7 @@ def nix_workers(root: Path, names: Sequence[str]) -> FleetFactory:
                 )
                 for name in names
             ]
-            yield InProcessFleet(info, agents, long_poll_s=0.5)
+            yield kind(info, agents, long_poll_s=0.5)
 
     return start
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
@@ -17,7 +18,9 @@ from coordinator.main import open_coordinator
 from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState
 from coordinator.state_lock import StateDirBusyError
 from tests.coordinator.conftest import OpenFarm, TestFarm, nix_workers
-from workers.fleet import Fleet
+from workers import polling
+from workers.fleet import Fleet, FleetEvent, Sink, WorkerConnected
+from workers.local_fleet import InProcessFleet
 from workers.protocol import FarmInfo
 
 DIAMOND = """
@@ -53,6 +56,28 @@ async def test_a_submitted_graph_is_built_in_order_and_every_output_can_be_fetch
             assert await answer.read() == log
         worker = (await farm.client.workers())[0]
         assert (worker.name, worker.state, worker.built, worker.leases) == ("one", "online", 4, ())
+
+
+async def test_a_greeting_that_comes_after_that_of_the_next_life_does_no_lasting_harm(
+    open_farm: OpenFarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(polling, "GREET_AGAIN_S", 0.05)
+    late = asyncio.Event()
+
+    class Haunted(InProcessFleet):
+        async def run(self, sink: Sink) -> None:
+            async def haunted(event: FleetEvent) -> None:
+                await sink(event)
+                if isinstance(event, WorkerConnected) and not late.is_set():
+                    late.set()
+                    await sink(WorkerConnected(event.hello.model_copy(update={"incarnation": "an earlier life"})))
+
+            await super().run(haunted)
+
+    async with open_farm(fleet=nix_workers(tmp_path / "workers", ("one",), Haunted)) as farm:
+        await late.wait()
+        view = await farm.ended((await farm.submit(DIAMOND, "top")).id)
+        assert view.state == SubmissionState.SUCCEEDED
 
 
 async def test_the_same_graph_again_builds_nothing(open_farm: OpenFarm) -> None:

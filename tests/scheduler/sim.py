@@ -124,6 +124,8 @@ class Sim:
         self.pending = 0
         self.accepted: dict[SubmissionId, tuple[StepKey, ...]] = {}
         self.incarnations = itertools.count(2)
+        #: The incarnation of each worker that the shell greeted last.
+        self.greeted: dict[str, str] = {}
         self.links = [
             Link(self._worker(spec, slots))
             for spec, slots in (
@@ -164,6 +166,8 @@ class Sim:
         for event in events:
             if not isinstance(event, e.TimePassed):
                 self.note(event)
+            if isinstance(event, e.BuilderJoined):
+                self.greeted[event.builder.id] = event.builder.incarnation
         try:
             facts, effects = farm.handle_many(events or (e.TimePassed(),), Instant(self.now))
         except SubmissionRefusedError:
@@ -334,6 +338,10 @@ class Sim:
                 return
             for event in (*told.reports, told.heartbeat):
                 self._ghost(event)
+            if self.greeted.get(worker.spec.id) != worker.spec.incarnation:
+                # A ghost of an earlier life was greeted after this one.
+                self.after(1.0, lambda: self._again(link, life))
+                return
             if self.turn(*told.reports, told.heartbeat):
                 link.ack = told.last
                 self._poll(link)
@@ -341,17 +349,9 @@ class Sim:
         self.after(self._delay(), arrive)
 
     def _ghost(self, event: e.Event) -> None:
-        """Let the core hear something once more, long after its time.
-
-        A greeting is an answer to a question of the coordinator: one of a process that is gone cannot come.
-        """
-
-        def appear() -> None:
-            if not isinstance(event, e.BuilderJoined) or any(link.worker.spec == event.builder for link in self.links):
-                self.turn(event)
-
+        """Let the core hear something once more, long after its time."""
         if self.happens("ghost"):
-            self.after(self.chance.uniform(1.0, 200.0), appear)
+            self.after(self.chance.uniform(1.0, 200.0), lambda: self.turn(event) and None)
 
     # The workers.
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from workers import polling
-from workers.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
+from workers.fleet import FleetError, FleetEvent, NotKnownError, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.local_fleet import InProcessFleet, LocalCalls
 from workers.polling import AgentDead, AgentRoster, AgentUnavailable, poll_agent
 from workers.protocol import PROTOCOL_VERSION, Batch, FarmInfo, Lease, Report, Stage, StageChange, Succeeded
@@ -80,6 +80,7 @@ class Script:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polling, "RETRY_FIRST_S", 0.001)
     monkeypatch.setattr(polling, "RETRY_LONGEST_S", 0.002)
+    monkeypatch.setattr(polling, "GREET_AGAIN_S", 0.001)
 
 
 async def heard(script: Script) -> list[FleetEvent]:
@@ -103,6 +104,22 @@ async def test_batches_are_told_in_order_and_acknowledged_with_the_next_call() -
     assert names(said) == ["Connected", "Spoke", "Spoke", "Gone"]
     assert script.acks == [0, 3, 7]
     assert said[-1] == WorkerGone("w", "i1", "the script ended")
+
+
+async def test_an_agent_that_the_farm_takes_for_another_life_of_it_is_greeted_again() -> None:
+    script = Script(hello(), batch(3), hello(), batch(3))
+    said: list[FleetEvent] = []
+
+    async def sink(event: FleetEvent) -> None:
+        said.append(event)
+        if names(said) == ["Connected", "Spoke"]:
+            raise NotKnownError("an earlier life was greeted after this one")
+
+    async with asyncio.timeout(PATIENCE_S):
+        await poll_agent("node", script, FARM, sink)
+    assert names(said) == ["Connected", "Spoke", "Connected", "Spoke", "Gone"]
+    # What was refused was not acknowledged.
+    assert script.acks == [0, 0, 3]
 
 
 async def test_a_batch_whose_sink_failed_is_never_acknowledged() -> None:
