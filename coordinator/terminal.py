@@ -263,7 +263,10 @@ def _totals(progress: Progress, now: float, width: int) -> Text:
 
 def _doing(step: StepView) -> str:
     stage = "publishing" if step.state is StepStatus.PUBLISHING else step.stage
-    return sanitise(step.phase) if step.phase and stage in {"", "building"} else stage
+    if not step.phase:
+        return stage
+    # What a builder calls its phase, or what an upload waits for.
+    return sanitise(step.phase) if stage in {"", "building"} else f"{stage}: {sanitise(step.phase)}"
 
 
 def _cell(text: str, width: int) -> str:

@@ -45,7 +45,7 @@ from workers.machine import (
     judge_status,
     judge_trouble,
 )
-from workers.outputs import READERS, OutputError, send_outputs, upload_output
+from workers.outputs import READERS, UPLOAD_WITHIN_S, OutputError, deliver, nar_size
 from workers.protocol import (
     LEASES,
     ORDERS,
@@ -55,7 +55,6 @@ from workers.protocol import (
     HeldLease,
     Hello,
     LeaseOrder,
-    Output,
     Report,
     Stage,
     StageChange,
@@ -291,11 +290,8 @@ class Agent:
             return []
         try:
             async with self._readers.use() as connection:
-                valid = sorted(await connection.query_valid_paths(paths))
-            if sources.store is None:
-                outputs = await send_outputs(self._readers, sources.uploads(token), {path: path for path in valid})
-            else:
-                outputs = tuple([await upload_output(self._readers, sources.store, path, path) for path in valid])
+                wanted = {path: path for path in sorted(await connection.query_valid_paths(paths))}
+            outputs = await deliver(self._readers, lambda: sources, wanted, token, within_s=0.0, waits=lambda _: None)
         except (OutputError, DaemonError) as error:
             raise AgentError(f"worker {self.name} cannot send what it has: {error}") from error
         return [output.dump() for output in outputs]
@@ -515,8 +511,7 @@ class Agent:
             self._advance()
             self._tell_stage(key, Stage.UPLOADING)
             await self._check_size(derivation, order.max_output_bytes)
-            # Another coordinator may have taken over while it was built: outputs go to the one that leads now.
-            return await self._upload(derivation, self._sources or sources, order.upload_token)
+            return await self._upload(key, derivation, sources, order.upload_token)
         except InputError as error:
             raise _Stopped(judge_trouble(Trouble.INPUT_MISSING, str(error))) from None
         except OutputError as error:
@@ -550,28 +545,25 @@ class Agent:
         self._machine.built(key, run.built_at)
 
     async def _check_size(self, derivation: BasicDerivation, limit_bytes: int) -> None:
-        if limit_bytes:
-            async with self._readers.use() as connection:
-                infos = [await connection.query_path_info(output.path) for output in derivation.outputs]
-            size = sum(info.nar_size for info in infos if info is not None)
-            if size > limit_bytes:
-                detail = f"{size} bytes, and at most {limit_bytes} are allowed"
-                raise _Stopped(judge_trouble(Trouble.OUTPUT_TOO_LARGE, detail))
+        paths = [output.path for output in derivation.outputs]
+        if limit_bytes and (size := await nar_size(self._readers, paths)) > limit_bytes:
+            detail = f"{size} bytes, and at most {limit_bytes} are allowed"
+            raise _Stopped(judge_trouble(Trouble.OUTPUT_TOO_LARGE, detail))
 
-    async def _upload(self, derivation: BasicDerivation, sources: FarmSources, token: str) -> Succeeded:
-        wanted = {output.name: output.path for output in derivation.outputs}
-        if sources.store is None:
-            return Succeeded(outputs=await send_outputs(self._readers, sources.uploads(token), wanted))
-        outputs: list[Output] = [
-            await upload_output(self._readers, sources.store, name, path) for name, path in wanted.items()
-        ]
-        return Succeeded(outputs=tuple(outputs))
+    async def _upload(self, key: LeaseKey, derivation: BasicDerivation, sources: FarmSources, token: str) -> Succeeded:
+        outputs = await deliver(
+            self._readers,
+            # Another coordinator may take over meanwhile: outputs go to the one that leads then.
+            lambda: self._sources or sources,
+            {output.name: output.path for output in derivation.outputs},
+            token,
+            within_s=UPLOAD_WITHIN_S,
+            waits=lambda why: self._tell_stage(key, Stage.UPLOADING, why[:MAX_MESSAGE]),
+        )
+        return Succeeded(outputs=outputs)
 
-    def _pause(self) -> Awaitable[None] | None:
-        return None if self._spool.room.is_set() else self._wait_for_room()
-
-    async def _wait_for_room(self) -> None:
-        await self._spool.room.wait()
+    def _pause(self) -> Awaitable[object] | None:
+        return None if self._spool.room.is_set() else self._spool.room.wait()
 
     def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
         change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())

@@ -115,7 +115,7 @@ async def build_in_slot(
     limits: BuildLimits,
     gate: LogGate,
     on_phase: Callable[[str], None],
-    pause: Callable[[], Awaitable[None] | None],
+    pause: Callable[[], Awaitable[object] | None],
 ) -> BuildResult:
     """Build and return the daemon's verdict.
 
@@ -126,7 +126,7 @@ async def build_in_slot(
     """
     heard = False
 
-    def on_event(event: BuildEvent) -> Awaitable[None] | None:
+    def on_event(event: BuildEvent) -> Awaitable[object] | None:
         nonlocal heard
         heard = True
         match event:

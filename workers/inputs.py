@@ -4,6 +4,8 @@
     with their closure, check every signature, and claim the paths that nobody fetches yet;
     transfer (several at a time): wait for what others fetch, then stream the NARs into the store, references first.
 
+A cache that does not answer, and a store that breaks off, are asked again for a while before the lease is given back.
+
 A path that was rooted and seen valid stays so for as long as the roots connection lives, so it is never asked about
 again. A plan waits only for plans that claimed before it, so no two wait for each other.
 """
@@ -11,6 +13,7 @@ again. A plan waits only for plans that claimed before it, so no two wait for ea
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
@@ -20,7 +23,7 @@ import aiohttp
 import orjson
 
 from infra.cache.download import fetch_nar
-from infra.cache.errors import CacheError, StoreUnreachableError
+from infra.cache.errors import CacheError, ObjectMissingError, ObjectStoreError, StoreUnreachableError
 from infra.cache.http_source import fetch_nar_over_http
 from infra.cache.objects import ObjectStore, open_object_store
 from infra.cache.upload_client import UploadClient
@@ -30,6 +33,7 @@ from infra.nix.errors import NixError
 from infra.nix.narinfo import NarInfo
 from infra.nix.signing import PublicKey
 from infra.nix.store_path import StoreDir
+from infra.patience import Patience
 from workers.daemons import Line, Pool
 from workers.errors import WorkerError
 from workers.protocol import FarmInfo
@@ -37,9 +41,8 @@ from workers.protocol import FarmInfo
 #: Seconds for one question to the cache, in all and until it connects.
 QUESTION_S = 60.0
 CONNECT_S = 10.0
-#: Times that a question is asked, and seconds before the second; the pause doubles.
-QUESTION_TRIES = 3
-RETRY_S = 0.2
+#: Seconds for which a cache that does not answer, or a store that fails, is asked again.
+AWAY_S = 60.0
 #: Bytes of one answer (100,000 narinfos of a kilobyte).
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 #: NARs up to this size are downloaded ahead of their turn, so many at a time.
@@ -52,9 +55,15 @@ STORE_WITHIN_S = 10.0
 #: Paths remembered as valid; beyond it they are asked about again.
 MAX_REMEMBERED = 200_000
 
+log = logging.getLogger(__name__)
+
 
 class InputError(WorkerError):
     """An input cannot be had; the message names it."""
+
+
+class InputAwayError(InputError):
+    """An input cannot be had at the moment."""
 
 
 class FarmSources:
@@ -109,7 +118,8 @@ class FarmSources:
                 async for chunk in chunks:
                     yield chunk
         except CacheError as error:
-            raise InputError(f"{info.store_path}: {error}") from error
+            passes = isinstance(error, ObjectStoreError) and not isinstance(error, ObjectMissingError)
+            raise (InputAwayError if passes else InputError)(f"{info.store_path}: {error}") from error
 
     def uploads(self, token: str) -> UploadClient:
         """Return what uploads outputs over HTTP with the token of a lease."""
@@ -120,9 +130,8 @@ class FarmSources:
 
     async def _ask(self, body: bytes) -> dict[str, Any]:
         url = f"{self.farm.cache_url}/narinfos"
-        pause_s = RETRY_S
-        problem = ""
-        for left in reversed(range(QUESTION_TRIES)):
+        patience = Patience(AWAY_S)
+        while True:
             try:
                 headers = {"Content-Type": "application/json", **self._authorization()}
                 async with self._session.post(url, data=body, headers=headers) as response:
@@ -135,9 +144,8 @@ class FarmSources:
                 problem = f"did not answer within {QUESTION_S:.0f} s"
             except aiohttp.ClientError as error:
                 problem = f"cannot be asked ({error})"
-            if left:
-                await asyncio.sleep(pause_s)
-                pause_s *= 2
+            if not await patience.pause():
+                break
         raise InputError(f"the farm's cache at {self.farm.cache_url} {problem}")
 
 
@@ -291,22 +299,40 @@ class InputFetcher:
                 error = await asyncio.shield(task)
                 if error is not None:
                     return error
-            async with self._transfers.use() as connection:
-                stream = _NarsAhead(infos, sources)
-                try:
-                    # The signatures are verified above, with the farm's keys; the daemon has its own list.
-                    await connection.add_multiple_to_store(stream.uploads(), dont_check_sigs=True)
-                except DaemonOperationError as refused:
-                    return InputError(f"the store refuses an input: {refused}")
-                finally:
-                    await stream.close()
-            self._valid.update(info.store_path for info in infos)
+            await self._stream(infos, sources)
         except Exception as error:  # noqa: BLE001 - handed to every waiting lease, which tells it
             return error
         finally:
             for info in infos:
                 del self._claimed[info.store_path]
         return None
+
+    async def _stream(self, infos: Sequence[NarInfo], sources: FarmSources) -> None:
+        """Add the paths, where the store breaks off what is left of them again for a while."""
+        left = list(infos)
+        patience: Patience | None = None
+        while left:
+            try:
+                async with self._transfers.use() as connection:
+                    stream = _NarsAhead(left, sources)
+                    try:
+                        # The signatures are verified above, with the farm's keys; the daemon has its own list.
+                        await connection.add_multiple_to_store(stream.uploads(), dont_check_sigs=True)
+                    except DaemonOperationError as refused:
+                        raise InputError(f"the store refuses an input: {refused}") from refused
+                    finally:
+                        await stream.close()
+            except InputAwayError as error:
+                if patience is None:
+                    patience = Patience(AWAY_S)
+                    log.warning("%s; it is asked again", error)
+                if not await patience.pause():
+                    raise
+            else:
+                self._valid.update(info.store_path for info in left)
+                return
+            missing = await self._missing({info.store_path for info in left})
+            left = [info for info in left if info.store_path in missing]
 
 
 class _NarsAhead:

@@ -4,52 +4,95 @@ Where the worker sees the object store it puts them there; else it sends them ov
 upload, with the token that names exactly them.
 
 References are those that Nix found when it registered the output. The NAR is never in memory or on disk as a whole.
+
+A store that does not take them is asked again for a while: the outputs are valid here, and built anew elsewhere only
+if it stays so.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 from infra.cache.compression import COMPRESSION
 from infra.cache.errors import CacheError
 from infra.cache.objects import ObjectStore
 from infra.cache.upload import CompressedNar, compressing, upload_nar
-from infra.cache.upload_client import UploadClient
+from infra.cache.upload_client import SenderRefusedError, UploadClient
 from infra.cache.upload_wire import PathClaim, SendStatus
 from infra.daemon import DaemonConnection, DaemonGone, ValidPathInfo
+from infra.patience import Patience
 from workers.daemons import Pool
 from workers.errors import WorkerError
+from workers.inputs import FarmSources
 from workers.protocol import Output
 
 #: Connections that outputs are read through, so that slots are free for the next build.
 READERS = 2
+#: Seconds for which a store that does not take outputs is asked again; beyond it another machine may do better.
+UPLOAD_WITHIN_S = 300.0
+
+log = logging.getLogger(__name__)
 
 
 class OutputError(WorkerError):
     """An output is not where the daemon said, or could not be put into the object store."""
 
 
-async def upload_output(readers: Pool, store: ObjectStore, name: str, path: str) -> Output:
-    """Upload one output of a finished build; a reader whose daemon is gone is replaced once.
+class NotTakenError(OutputError):
+    """The store, or the coordinator before it, does not take an output at the moment."""
+
+
+async def nar_size(readers: Pool, paths: Sequence[str]) -> int:
+    """Return the NAR bytes of full paths together, those that are not valid left out. Raises `DaemonError`."""
+    async with readers.use() as connection:
+        infos = [await connection.query_path_info(path) for path in paths]
+    return sum(info.nar_size for info in infos if info is not None)
+
+
+async def deliver(
+    readers: Pool,
+    sources: Callable[[], FarmSources],
+    wanted: Mapping[str, str],
+    token: str,
+    *,
+    within_s: float,
+    waits: Callable[[str], None],
+) -> tuple[Output, ...]:
+    """Upload the outputs (name -> full path) of a finished build to where `sources` says; `token` is for HTTP.
+
+    While they are not taken they are offered again, for `within_s` seconds; `waits` is told why. A reader whose daemon
+    is gone is replaced once.
 
     Raises `OutputError`, `infra.daemon.DaemonError` or `DaemonUnreachableError`.
     """
-    try:
-        return await _upload(readers, store, name, path)
-    except DaemonGone:
-        return await _upload(readers, store, name, path)
+    done: dict[str, Output] = {}
 
+    async def offer() -> tuple[Output, ...]:
+        farm = sources()
+        if farm.store is None:
+            return await _send(readers, farm.uploads(token), wanted)
+        for name, path in wanted.items():
+            if name not in done:
+                done[name] = await _upload(readers, farm.store, name, path)
+        return tuple(done.values())
 
-async def send_outputs(readers: Pool, client: UploadClient, wanted: Mapping[str, str]) -> tuple[Output, ...]:
-    """Send the outputs (name -> full path) of a finished build; a reader whose daemon is gone is replaced once.
-
-    Raises as `upload_output`.
-    """
-    try:
-        return await _send(readers, client, wanted)
-    except DaemonGone:
-        return await _send(readers, client, wanted)
+    patience = Patience(within_s)
+    told = ""
+    while True:
+        try:
+            try:
+                return await offer()
+            except DaemonGone:
+                return await offer()
+        except NotTakenError as error:
+            if str(error) != told:
+                told = str(error)
+                log.warning("%s; it is offered again", told)
+                waits(told)
+            if not await patience.pause():
+                raise
 
 
 async def _send(readers: Pool, client: UploadClient, wanted: Mapping[str, str]) -> tuple[Output, ...]:
@@ -71,11 +114,14 @@ async def _send(readers: Pool, client: UploadClient, wanted: Mapping[str, str]) 
     claims = [_claim(name, info) for name, info in infos.items()]
     try:
         result = await client.upload_all(claims, open_nar, parallel=READERS)
+    except SenderRefusedError as error:
+        raise (NotTakenError if error.status >= 500 else OutputError)(str(error)) from error
     except CacheError as error:
-        raise OutputError(str(error)) from error
+        raise NotTakenError(str(error)) from error
     for verdict in result.verdicts:
         if verdict.status is not SendStatus.STORED:
-            raise OutputError(f"{verdict.path} was not taken: {verdict.message or verdict.status}")
+            kind = NotTakenError if verdict.status is SendStatus.FAILED else OutputError
+            raise kind(f"{verdict.path} was not taken: {verdict.message or verdict.status}")
     urls = {verdict.path: verdict.url for verdict in result.verdicts}
     sent = {each.path: each for each in result.sent}
     return tuple(
@@ -124,7 +170,7 @@ async def _upload(readers: Pool, store: ObjectStore, name: str, path: str) -> Ou
             async with aclosing(connection.nar_from_path(path, info.nar_size)) as chunks:
                 uploaded = await upload_nar(store, chunks)
         except CacheError as error:
-            raise OutputError(f"{path}: {error}") from error
+            raise NotTakenError(f"{path}: {error}") from error
     if (uploaded.nar_hash, uploaded.nar_size) != (info.nar_hash, info.nar_size):
         raise OutputError(f"{path} changed since it was built: its NAR has another hash than the store recorded")
     return Output(

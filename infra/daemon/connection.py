@@ -230,7 +230,7 @@ class DaemonConnection:
         self,
         drv_path: str,
         derivation: BasicDerivation,
-        on_event: Callable[[BuildEvent], Awaitable[None] | None],
+        on_event: Callable[[BuildEvent], Awaitable[object] | None],
         *,
         mode: BuildMode = BuildMode.NORMAL,
     ) -> BuildResult:
@@ -375,7 +375,7 @@ class DaemonConnection:
 
     @asynccontextmanager
     async def _request(
-        self, request: Encoder, on_message: Callable[[WireMessage], Awaitable[None] | None] | None = None
+        self, request: Encoder, on_message: Callable[[WireMessage], Awaitable[object] | None] | None = None
     ) -> AsyncIterator[None]:
         """Send a request and wait for its success; the block reads the reply."""
         async with self._guarded():
@@ -383,7 +383,7 @@ class DaemonConnection:
             await self._until_last(on_message or _ignore)
             yield
 
-    async def _until_last(self, on_message: Callable[[WireMessage], Awaitable[None] | None]) -> None:
+    async def _until_last(self, on_message: Callable[[WireMessage], Awaitable[object] | None]) -> None:
         """Pass messages on until the daemon says that the request succeeded."""
         inbox = self._channel.inbox
         while True:

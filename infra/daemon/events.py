@@ -52,13 +52,13 @@ class BuildListener:
 
     __slots__ = ("_activities", "_drv_path", "_on_event")
 
-    def __init__(self, drv_path: str, on_event: Callable[[BuildEvent], Awaitable[None] | None]) -> None:
+    def __init__(self, drv_path: str, on_event: Callable[[BuildEvent], Awaitable[object] | None]) -> None:
         self._drv_path = drv_path.encode()
         self._on_event = on_event
         #: Activities that are builds of the derivation; ids are not reused within a connection.
         self._activities: set[int] = set()
 
-    def __call__(self, message: WireMessage) -> Awaitable[None] | None:
+    def __call__(self, message: WireMessage) -> Awaitable[object] | None:
         """Look at one message and pass on the event that it is, if any; return what the listener wants awaited."""
         if isinstance(message, Result):
             if message.activity in self._activities:
@@ -73,7 +73,7 @@ class BuildListener:
             self._activities.add(message.activity)
         return None
 
-    def _on_result(self, result: Result) -> Awaitable[None] | None:
+    def _on_result(self, result: Result) -> Awaitable[object] | None:
         text = result.fields[0] if result.fields else None
         if isinstance(text, bytes):
             if result.type == RESULT_BUILD_LOG_LINE:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from types import TracebackType
 from typing import Self
@@ -129,6 +131,30 @@ class FaultyProxy:
         self._left -= 1
         self.failed += 1
         return self._fault
+
+
+@contextmanager
+def proxy_in_thread(port: int) -> Iterator[FaultyProxy]:
+    """Run a proxy beside a test that has no event loop; `fail` and the counts may be used from the test's thread."""
+    proxy = FaultyProxy(port)
+    begun = threading.Event()
+    loop = asyncio.new_event_loop()
+    over = asyncio.Event()
+
+    async def serve() -> None:
+        async with proxy:
+            begun.set()
+            await over.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        begun.wait()
+        yield proxy
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join()
+        loop.close()
 
 
 def _length(head: bytes) -> int:

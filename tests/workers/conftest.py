@@ -84,6 +84,8 @@ class FarmCache:
     def __init__(self) -> None:
         self.narinfos: dict[str, NarInfo] = {}
         self.questions: list[list[str]] = []
+        #: Answers nothing while it is set.
+        self.away = False
         #: Signs what is published; another key is a cache that is not the farm's.
         self.key = KEY
 
@@ -106,6 +108,8 @@ class FarmCache:
     async def answer(self, request: web.Request) -> web.Response:
         asked = (await request.json())["paths"]
         self.questions.append(asked)
+        if self.away:
+            raise web.HTTPServiceUnavailable
         found: dict[str, str] = {}
         missing: list[str] = []
 

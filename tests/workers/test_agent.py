@@ -14,6 +14,7 @@ import pytest
 
 from infra.nix.store_path import StorePath
 from tests.support.processes import SURVIVOR, daemons_below, processes_with
+from workers import agent as agent_module
 from workers.agent import Agent, AgentError
 from workers.protocol import Failed, Report, Stage, Succeeded
 from workers.settings import WorkerSettings
@@ -385,13 +386,31 @@ async def test_a_derivation_that_cannot_be_read_fails_for_good(bench: Bench) -> 
     assert "cannot be read" in failed.message
 
 
-async def test_an_object_store_that_fails_is_the_farms_fault(bench: Bench) -> None:
+def _spoil_store(bench: Bench) -> Path:
+    objects, aside = bench.root / "objects", bench.root / "aside"
+    objects.rename(aside)
+    objects.write_text("a file where the directory was")
+    return aside
+
+
+async def test_an_object_store_that_fails_is_the_farms_fault(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_module, "UPLOAD_WITHIN_S", 0.3)
     told = await bench.agent()
-    shutil.rmtree(bench.root / "objects")
-    (bench.root / "objects").write_text("a file where the directory was")
+    _spoil_store(bench)
     failed = failure((await told.build(order(drv("homeless", ": > $out"))))[0])
     assert failed.reason == "upload_failed"
     assert "could not be uploaded" in failed.message
+
+
+async def test_an_upload_waits_for_a_store_that_fails_for_a_while_and_says_so(bench: Bench) -> None:
+    told = await bench.agent()
+    aside = _spoil_store(bench)
+    made = order(drv("patient", ": > $out"))
+    await told.agent.start_many([made.dump()])
+    await told.until(lambda: any("cannot write" in stage.phase for stage in told.stages))
+    (bench.root / "objects").unlink()
+    aside.rename(bench.root / "objects")
+    success((await told.finish(made))[0])
 
 
 async def test_an_error_that_nobody_foresaw_ends_one_lease_only(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from infra.nix import signing
+from workers import inputs
 from workers.protocol import Failed, Output, Succeeded
 
 from .conftest import STORE, Bench, Told, drv, hash_part, order
@@ -97,7 +98,34 @@ async def test_an_object_that_is_gone_or_corrupt_is_the_farms_fault_and_mends(be
     assert isinstance(mended.result, Succeeded), mended.result
 
 
-async def test_a_cache_that_does_not_answer_is_the_farms_fault(bench: Bench) -> None:
+@pytest.mark.parametrize("what", ["cache", "store"])
+async def test_an_input_that_cannot_be_had_for_a_while_is_waited_for(
+    bench: Bench, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = await bench.agent("one")
+    chain = await _publish_chain(bench, one)
+    file = bench.root / "objects" / chain[1].url
+    if what == "cache":
+        bench.cache.away = True
+    else:
+        # A directory in its place cannot be read.
+        file.rename(file.with_name("aside"))
+        file.mkdir()
+    two = await bench.agent("two")
+    use = order(drv("use", ": > $out"), [chain[2].path])
+    await two.agent.start_many([use.dump()])
+    await two.until(lambda: len(bench.cache.questions) > 2 or "it is asked again" in caplog.text)
+    if what == "cache":
+        bench.cache.away = False
+    else:
+        file.rmdir()
+        file.with_name("aside").rename(file)
+    [report] = await two.finish(use)
+    assert isinstance(report.result, Succeeded), report.result
+
+
+async def test_a_cache_that_does_not_answer_is_the_farms_fault(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "AWAY_S", 0.3)
     told = await bench.agent(greet=False)
     away = bench.farm.model_copy(update={"cache_url": "http://127.0.0.1:9/cache"})
     await told.agent.hello(away.dump())
