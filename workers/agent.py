@@ -33,13 +33,13 @@ from workers.fitness import FitnessWatch
 from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher, open_sources
 from workers.leftovers import MARK, sweep_leftovers
 from workers.machine import (
+    DOUBTFUL,
     Build,
     Ending,
     Fetch,
     HandBack,
     LeaseKey,
     LeaseState,
-    Reason,
     Trouble,
     WorkerMachine,
     judge_status,
@@ -87,8 +87,6 @@ _STAGES = {
     # The work is done and only the report is on its way.
     LeaseState.REPORTING: Stage.UPLOADING,
 }
-#: Endings after which the machine itself is put to the test.
-_DOUBTFUL: tuple[Reason | None, ...] = ("infrastructure", "daemon_lost", "connection_lost", "disk_low", "input_missing")
 
 
 class AgentError(WorkerError):
@@ -471,13 +469,13 @@ class Agent:
     def _report(self, key: LeaseKey, run: _Run, result: Succeeded | Ending) -> None:
         now = self._clock.now()
         reason = result.reason if isinstance(result, Ending) else None
-        if reason in _DOUBTFUL:
+        if reason in DOUBTFUL:
             self._fitness.doubt()
         if not self._machine.report(key, now, reason):
             return
         told: Succeeded | Failed
         if isinstance(result, Ending):
-            limit = _limit_hit(result.reason, run.order)
+            limit = run.order.limit_of(result.reason)
             told = Failed(reason=result.reason, message=result.message[:MAX_MESSAGE], limit=limit)
         else:
             told = result
@@ -568,12 +566,6 @@ class Agent:
     def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
         change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())
         self._spool.stage(change, within_s=STAGE_WITHIN_S)
-
-
-def _limit_hit(reason: str, order: LeaseOrder) -> int:
-    """The limit that a build ended at; 0 where it did not end at one."""
-    limits = {"timeout": order.timeout_s, "silence": order.max_silent_s, "output_size": order.max_output_bytes}
-    return limits.get(reason, 0)
 
 
 def _lock(state_dir: Path) -> int:

@@ -99,6 +99,8 @@ _INFRASTRUCTURE: Reason = "infrastructure"
 _RAN: tuple[Reason, ...] = ("permanent", "output_rejected", "hash_mismatch", "not_deterministic")
 #: Reasons that stand for nothing where a disk was full while the build ran.
 _MAYBE_THE_DISK: tuple[Reason, ...] = ("permanent", "output_rejected", "transient", _INFRASTRUCTURE)
+#: Reasons after which the machine itself is put to the test.
+DOUBTFUL: tuple[Reason | None, ...] = (_INFRASTRUCTURE, "daemon_lost", "connection_lost", "disk_low", "input_missing")
 #: The one table from the daemon's build status (nix_formats 4.1) to the verdict. What it means to build again is the
 #: scheduler's affair.
 STATUS_POLICY: Mapping[int, Verdict] = MappingProxyType(

@@ -92,6 +92,11 @@ class LeaseOrder(WireMessage):
     #: W3C trace context of the submission, or empty.
     traceparent: str = ""
 
+    def limit_of(self, reason: Reason) -> int:
+        """The limit that a build ended at which ended for this reason; 0 where it did not end at one."""
+        limits = {"timeout": self.timeout_s, "silence": self.max_silent_s, "output_size": self.max_output_bytes}
+        return limits.get(reason, 0)
+
 
 class Stage(StrEnum):
     """Where a lease is on its worker."""
