@@ -234,11 +234,7 @@ def encode_note(note: SubmissionNote) -> bytes:
 def decode_note(data: bytes) -> SubmissionNote:
     """Read a note back. Raises `CodecError`."""
     try:
-        raw = orjson.loads(data)
-        if type(raw) is dict:
-            for root in _need(raw.get("roots"), list):
-                _need(root, dict).setdefault("limits", None)
-        return cast("SubmissionNote", _NOTE(raw))
+        return cast("SubmissionNote", _NOTE(orjson.loads(data)))
     except orjson.JSONDecodeError:
         raise CodecError("the note of a submission is damaged.") from None
 
@@ -386,7 +382,7 @@ def _record(kind: type) -> _Decoder:
 
     def decode(value: Any) -> Any:
         if type(value) is not dict or len(value) != len(names):
-            raise _mismatch(kind)
+            value = _completed(kind, value)
         try:
             raw = pick(value)
         except KeyError:
@@ -404,10 +400,20 @@ def _small_record(kind: type, names: tuple[str, ...], items: tuple[_Decoder, ...
 
     def decode(value: Any) -> Any:
         if type(value) is not dict or value.keys() != known:
-            raise _mismatch(kind)
+            value = _completed(kind, value)
         return kind(*[item(value[name]) for name, item in fields])
 
     return _shared(decode) if kind is Requirements else decode
+
+
+def _completed(kind: type, value: Any) -> dict[str, Any]:
+    """Give a record of before a field was added what the field is by default. Raises `CodecError`."""
+    fields = dataclasses.fields(kind)
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    made = orjson.loads(orjson.dumps(defaults, default=_plain)) | (value if type(value) is dict else {})
+    if made.keys() != {field.name for field in fields}:
+        raise _mismatch(kind)
+    return cast("dict[str, Any]", made)
 
 
 def _mismatch(kind: type) -> CodecError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from coordinator.codec import RootNote, SubmissionNote, decode_note, encode_note
+import pytest
+
+from coordinator.codec import CodecError, RootNote, SubmissionNote, decode_note, encode_note
 from coordinator.limits import StepLimits, in_force, limit_was_raised
 from scheduler.model import FailureKind, StepKey
 
@@ -50,3 +52,9 @@ def test_notes_of_before_limits_are_readable() -> None:
     assert decode_note(encode_note(note)) == note
     old = b'{"label":"x","roots":[{"attr":"a","drv":"/d","step":"s","outputs":[["out","/o"]]}],"derivations":1}'
     assert decode_note(old).roots[0].limits is None
+    said = b'"limits":{"timeout_s":5,"silence_s":0,"log_bytes":0,"output_bytes":0}}'
+    assert decode_note(old.replace(b"}", b"," + said, 1)).roots[0].limits == StepLimits(timeout_s=5)
+    with pytest.raises(CodecError):
+        decode_note(old.replace(b'"attr":"a",', b""))
+    with pytest.raises(CodecError):
+        decode_note(old.replace(b'"attr":"a",', b'"attr":"a","colour":"red",'))
