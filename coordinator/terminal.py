@@ -364,8 +364,8 @@ def submission_rows(submissions: Sequence[SubmissionView], now: float) -> list[t
     return rows
 
 
-def worker_rows(workers: Sequence[WorkerView], now: float) -> list[tuple[str, ...]]:
-    """Return a table of workers, its head first."""
+def worker_lines(workers: Sequence[WorkerView], now: float) -> list[str]:
+    """Return a table of workers, and below it why those that get no work get none."""
     rows: list[tuple[str, ...]] = [("WORKER", "STATE", "SYSTEMS", "FEATURES", "BUSY", "BUILT", "SEEN", "NIX")]
     for worker in workers:
         systems = [
@@ -375,7 +375,7 @@ def worker_rows(workers: Sequence[WorkerView], now: float) -> list[tuple[str, ..
         rows.append(
             (
                 worker.name,
-                _worker_state(worker, now),
+                worker.state,
                 ", ".join(systems),
                 ", ".join(worker.features) or "-",
                 f"{len(worker.leases)}/{worker.slots}",
@@ -384,13 +384,16 @@ def worker_rows(workers: Sequence[WorkerView], now: float) -> list[tuple[str, ..
                 worker.nix_version or "-",
             )
         )
-    return rows
+    reasons = [
+        f"{worker.name} is {worker.state}{_until(worker, now)}: {sanitise(worker.reason)}"
+        for worker in workers
+        if worker.reason
+    ]
+    return [*table_lines(rows), *([""] if reasons else []), *reasons]
 
 
-def _worker_state(worker: WorkerView, now: float) -> str:
-    until = f"for {duration(max(0.0, worker.until - now))}" if worker.until else ""
-    why = ": ".join(filter(None, (until, sanitise(worker.reason))))
-    return worker.state + (f" ({why})" if why else "")
+def _until(worker: WorkerView, now: float) -> str:
+    return f" for {duration(max(0.0, worker.until - now))}" if worker.until else ""
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -14,7 +14,7 @@ import orjson
 from coordinator.cli import options
 from coordinator.client import ApiClient, RefusedError
 from coordinator.schema import Model, StepStatus, SubmissionState
-from coordinator.terminal import sanitise, status_lines, submission_rows, table_lines, worker_rows
+from coordinator.terminal import sanitise, status_lines, submission_rows, table_lines, worker_lines
 
 #: Submissions that `drover status` lists, newest first.
 LISTED = 20
@@ -120,7 +120,7 @@ async def workers(client: ApiClient, *, as_json: bool) -> int:
     if as_json:
         print_json({"workers": found})
     elif found:
-        print_lines(table_lines(worker_rows(found, time.time())))
+        print_lines(worker_lines(found, time.time()))
     else:
         print_lines(["no worker has joined; start one with `drover up` or `drover worker`"])
     return options.OK

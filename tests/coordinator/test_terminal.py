@@ -36,7 +36,7 @@ from coordinator.terminal import (
     submission_rows,
     summary_lines,
     table_lines,
-    worker_rows,
+    worker_lines,
 )
 
 NOW = 1_000_100.0
@@ -204,10 +204,17 @@ def test_tables_are_aligned_and_emulation_is_labelled() -> None:
         built=3,
         last_seen=NOW - 2,
     )
-    assert table_lines(worker_rows([worker], NOW)) == [
-        "WORKER  STATE   SYSTEMS                                  FEATURES  BUSY  BUILT  SEEN    NIX",
-        "mac     online  x86_64-linux, aarch64-darwin (emulated)  -         1/2   3      2s ago  2.8.0",
+    resting = worker.model_copy(
+        update={"name": "full", "state": "quarantined", "reason": "its disk is full", "until": NOW + 9}
+    )
+    assert worker_lines([worker, resting], NOW) == [
+        "WORKER  STATE        SYSTEMS                                  FEATURES  BUSY  BUILT  SEEN    NIX",
+        "mac     online       x86_64-linux, aarch64-darwin (emulated)  -         1/2   3      2s ago  2.8.0",
+        "full    quarantined  x86_64-linux, aarch64-darwin (emulated)  -         1/2   3      2s ago  2.8.0",
+        "",
+        "full is quarantined for 9s: its disk is full",
     ]
+    assert len(worker_lines([worker], NOW)) == 2
     assert table_lines(submission_rows([submission()], NOW)) == [
         "SUBMISSION  STATE    AGE    DONE   FAILED  WANTED",
         "abc123      running  1m40s  12/40  2       hello",
