@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from coordinator.config import DEFAULT_CACHE, CacheSettings, Settings
 from coordinator.http.access import CacheAccess, TokenSet, load_tokens
+from coordinator.succession import Secrets
 from infra.cache import Cache, ObjectStore, Reign, open_object_store
-from infra.cache.keys import forget_keys, load_or_create_key, read_keys
+from infra.cache.keys import forget_keys
 from infra.clock import Clock
 from infra.nix.signing import SecretKey
 from infra.nix.store_path import StoreDir
@@ -33,7 +33,7 @@ class OpenCache:
 
 
 async def open_caches(
-    stack: AsyncExitStack, settings: Settings, clock: Clock, reign: Reign, *, api_token: str, farm_token: str
+    stack: AsyncExitStack, settings: Settings, clock: Clock, reign: Reign, *, secrets: Secrets, farm_token: str
 ) -> list[OpenCache]:
     """Open, or make, every configured cache, the default one first; `stack` closes them.
 
@@ -42,10 +42,9 @@ async def open_caches(
 
     Raises:
         TokenError: the readers or writers of a cache cannot be read.
-        CacheError: keys, objects or metadata of a cache cannot be used.
+        CacheError: objects or metadata of a cache cannot be used.
     """
     objects = open_object_store(settings.objects_url)
-    await objects.write_marker()
     store_dir = StoreDir(settings.store_dir)
 
     async def made(database: str, part: ObjectStore, keys: Sequence[SecretKey]) -> Cache:
@@ -57,23 +56,16 @@ async def open_caches(
     readers = load_tokens(default.readers)
     if readers:
         readers |= TokenSet([farm_token])
-    access = CacheAccess(readers, load_tokens(default.writers) | TokenSet([api_token]))
-    keys = _keys(default, settings.state_dir / "cache-key", settings.key_name)
-    cache = await made(settings.database_url("cache"), objects, keys)
+    access = CacheAccess(readers, load_tokens(default.writers) | TokenSet([secrets.api_token]))
+    cache = await made(settings.database_url("cache"), objects, secrets.keys[DEFAULT_CACHE])
     opened = [OpenCache(DEFAULT_CACHE, "/cache", default, cache, access)]
     for named in settings.caches:
         name = named.name
         access = CacheAccess(load_tokens(named.readers), load_tokens(named.writers))
-        keys = _keys(named, settings.state_dir / f"cache-{name}-key", f"{name}-{settings.key_name}")
-        cache = await made(settings.named_cache_database_url(name), objects.below(f"caches/{name}"), keys)
+        part = objects.below(f"caches/{name}")
+        cache = await made(settings.named_cache_database_url(name), part, secrets.keys[name])
         opened.append(OpenCache(name, f"/cache/{name}", named, cache, access))
     # Nothing that is started later, such as workers, inherits a key.
     for open_cache in opened:
         forget_keys(open_cache.settings.signing_keys)
     return opened
-
-
-def _keys(settings: CacheSettings, made: Path, name: str) -> tuple[SecretKey, ...]:
-    if not settings.signing_keys:
-        return (load_or_create_key(made, name),)
-    return read_keys(settings.signing_keys)

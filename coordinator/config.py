@@ -207,8 +207,15 @@ class Settings(BaseSettings):
     host: str = DEFAULT_HOST
     #: 0 takes any free port; the address that was taken is told when the farm is ready.
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
-    #: Where the Ray head listens; 127.0.0.1 is this machine alone, anything else needs a private network (Ray then
-    #: listens on every interface, behind its token). Port 0 takes a free one.
+    #: Where the farm's secrets lie, and are made on the first start (`succession`); empty: the state directory. What a
+    #: coordinator that stands by has a copy of.
+    secrets_dir: Path | None = None
+    #: `host:port` of a Ray head that runs elsewhere (`drover head`) and is not this coordinator's to start or end;
+    #: empty: one of its own. Its token is `ray-token` among the secrets, or the file `ray_token`.
+    ray_address: Annotated[str, Field(pattern=r"^(\S+:[0-9]{1,5})?$")] = ""
+    ray_token: Path | None = None
+    #: This machine's address for Ray, and where a head listens; 127.0.0.1 is this machine alone, anything else needs a
+    #: private network (Ray then listens on every interface, behind its token). Port 0 takes a free one.
     ray_host: str = DEFAULT_HOST
     ray_port: Annotated[int, Field(ge=0, le=65535)] = 0
     #: Seconds that head, nodes and builds go on after a coordinator that was killed, for the next one to take over.
@@ -235,9 +242,11 @@ class Settings(BaseSettings):
     #: Nix settings of every worker.
     nix_options: dict[str, str] = Field(default_factory=dict)
 
-    @field_validator("state_dir", mode="after")
+    @field_validator("state_dir", "secrets_dir", "ray_token", mode="after")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
+    def _absolute(cls, value: Path | None) -> Path | None:
+        if value is None:
+            return None
         return Path(os.path.abspath(value.expanduser()))  # noqa: PTH100 - resolve() would follow links
 
     @model_validator(mode="after")
@@ -257,6 +266,16 @@ class Settings(BaseSettings):
                 msg = f"two caches are called {name}"
                 raise ValueError(msg)
         return self
+
+    @property
+    def secrets(self) -> Path:
+        """Directory of the farm's secrets."""
+        return self.secrets_dir or self.state_dir
+
+    @property
+    def ray_token_file(self) -> Path:
+        """File with the token of the Ray cluster."""
+        return self.ray_token or self.secrets / "ray-token"
 
     @property
     def objects_url(self) -> str:

@@ -51,6 +51,8 @@ SNAPSHOTS_KEPT: Final = 2
 FORMAT: Final = 2
 #: Frames read, and removed, at one time.
 _READ_FRAMES: Final = 64
+#: What names of marks begin with, among other rows of `journal_meta`.
+_MARK: Final = "mark "
 _PRUNE_FRAMES: Final = 500
 
 _log = logging.getLogger(__name__)
@@ -172,14 +174,28 @@ class Journal:
                     await connection.execute(select(func.pg_advisory_xact_lock(func.hashtext("drover-journal"))))
                 await connection.run_sync(_bring_up_to_date)
 
-    async def take_over(self) -> int:
-        """Begin a reign: from now on whoever wrote before is fenced out. Returns the epoch. Raises `JournalError`."""
+    async def marks(self) -> dict[str, int]:
+        """Return what the last reign left for the next one to compare itself with (`succession`)."""
+        query = select(_meta).where(_meta.c.name.startswith(_MARK, autoescape=True))
+        with _translated("read"):
+            async with self._engine.connect() as connection:
+                return {row.name.removeprefix(_MARK): row.value for row in await connection.execute(query)}
+
+    async def take_over(self, marks: Mapping[str, int] | None = None) -> int:
+        """Begin a reign: from now on whoever wrote before is fenced out. Returns the epoch. Raises `JournalError`.
+
+        `marks`, of at most 50 characters and 31 bits, replace those of the last reign.
+        """
         mine = _meta.c.name == "epoch"
         with _translated("open"):
             async with self._engine.begin() as connection:
                 await connection.execute(sa.update(_meta).where(mine).values(value=_meta.c.value + 1))
                 self._epoch = (await connection.execute(select(_meta.c.value).where(mine))).scalar_one()
                 self._identity = await _identity(connection)
+                if marks is not None:
+                    await connection.execute(delete(_meta).where(_meta.c.name.startswith(_MARK, autoescape=True)))
+                    rows = [{"name": f"{_MARK}{name}", "value": value} for name, value in marks.items()]
+                    await connection.execute(insert(_meta), rows)
         return self._epoch
 
     async def check_epoch(self) -> None:
@@ -276,7 +292,7 @@ class Journal:
                 # The transaction of a lost connection may still end after it was asked about.
                 late = patience is not None and isinstance(error, IntegrityError)
                 if not late and not connection_lost(error):
-                    raise _error("write", error) from None
+                    raise await self._unstorable(error) from None
                 if patience is None:
                     patience = Patience(self._patience_s)
                     self._trouble = f"the journal's database is away ({reason(error)})"
@@ -288,6 +304,13 @@ class Journal:
                     self._trouble = ""
                     _log.warning("the journal's database is back")
                 return
+
+    async def _unstorable(self, error: SQLAlchemyError | OSError) -> JournalError:
+        """Return what to raise where waiting does not help. Raises `FencedError`."""
+        if isinstance(error, IntegrityError):
+            # A frame that is there already is another coordinator's.
+            await self.check_epoch()
+        return _error("write", error)
 
     async def _is_stored(self, last: int) -> bool:
         async with self._engine.begin() as connection:

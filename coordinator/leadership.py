@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import ClassVar, Final, Protocol
 
 import sqlalchemy as sa
@@ -55,8 +55,8 @@ class LeadershipLostError(CoordinatorError):
 class Leadership(Protocol):
     """The right to work on a database."""
 
-    async def acquire(self, standing_by: Callable[[], None]) -> None:
-        """Wait for the right; `standing_by` is called once, if it is not to be had at once."""
+    async def acquire(self, standing_by: Callable[[], Awaitable[None]]) -> None:
+        """Wait for the right; `standing_by` is called again and again while another has it. What it raises ends it."""
 
     async def hold(self, journal: Journal) -> None:
         """Keep the right until cancelled. Raises `LeadershipLostError` or `FencedError` where it is lost."""
@@ -75,7 +75,7 @@ def open_leadership(engine: AsyncEngine, *, patience_s: float = PATIENCE_S, beat
 class SoleUser:
     """For a database that only one process can have."""
 
-    async def acquire(self, standing_by: Callable[[], None]) -> None:
+    async def acquire(self, standing_by: Callable[[], Awaitable[None]]) -> None:
         """See `Leadership`."""
 
     async def hold(self, journal: Journal) -> None:
@@ -94,7 +94,7 @@ class SessionLock:
         self._beat_s = beat_s
         self._session: AsyncConnection | None = None
 
-    async def acquire(self, standing_by: Callable[[], None]) -> None:
+    async def acquire(self, standing_by: Callable[[], Awaitable[None]]) -> None:
         """See `Leadership`. Waits for a database that is away while it stands by, not before."""
         told = False
         while True:
@@ -106,9 +106,9 @@ class SessionLock:
                 if not told or not connection_lost(error):
                     raise LeadershipLostError(f"the journal's database does not answer: {reason(error)}.") from None
                 _log.warning("the journal's database does not answer: %s; still standing by", reason(error))
-            if not told:
+            else:
                 told = True
-                standing_by()
+                await standing_by()
             await asyncio.sleep(self._beat_s)
 
     async def hold(self, journal: Journal) -> None:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from secrets import token_urlsafe
 from typing import Protocol
 
 import uvloop
@@ -37,7 +37,7 @@ from coordinator.explain import FarmExplainer
 from coordinator.housekeeping import Housekeeper, SubmissionNeeds
 from coordinator.http.api import Api
 from coordinator.http.app import make_app
-from coordinator.http.auth import is_own_host, load_token
+from coordinator.http.auth import is_own_host
 from coordinator.http.cache import LogFor, add_cache_routes
 from coordinator.http.caching import CachingApi
 from coordinator.http.fast import FastNarinfos, FastSite
@@ -46,7 +46,7 @@ from coordinator.http.standby import serving_standby
 from coordinator.http.uploads import add_upload_routes
 from coordinator.http.workers import add_worker_routes
 from coordinator.intake import Intake, IntakeLimits
-from coordinator.journal import Journal
+from coordinator.journal import Journal, JournalError
 from coordinator.leadership import Leadership, open_leadership
 from coordinator.limits import StepLimits, in_force
 from coordinator.logs import LogStore
@@ -56,6 +56,7 @@ from coordinator.repair import WorkerSource
 from coordinator.schema import FarmView
 from coordinator.sink import FleetSink
 from coordinator.state_lock import StateLock
+from coordinator.succession import API_TOKEN, Secrets, Succession
 from coordinator.upload_tokens import UploadTokens
 from coordinator.views import Views
 from infra.cache import Cache
@@ -132,15 +133,13 @@ async def open_coordinator(
     clock = clock or SystemClock()
     async with AsyncExitStack() as stack:
         stack.enter_context(StateLock(settings.state_dir))
-        token_file = settings.state_dir / "api-token"
-        token = load_token(token_file)
         listener = stack.enter_context(_listen(settings))
         url = settings.public_url.rstrip("/") or _url(settings.host, listener)
-        journal, leadership = await _open_journal(stack, settings, listener, lambda: standing_by(url))
+        journal, leadership, secrets = await _open_journal(stack, settings, listener, lambda: standing_by(url))
 
-        tokens = UploadTokens.load(settings.state_dir / "upload-secret")
-        farm_token = secrets.token_urlsafe()
-        caches = await open_caches(stack, settings, clock, journal.reign, api_token=token, farm_token=farm_token)
+        tokens = UploadTokens(secrets.upload_secret.encode())
+        farm_token = token_urlsafe()
+        caches = await open_caches(stack, settings, clock, journal.reign, secrets=secrets, farm_token=farm_token)
         stores = await _open_stores(stack, settings, caches[0].cache, journal)
         info = FarmInfo(
             cache_url=f"{url}/cache",
@@ -178,11 +177,15 @@ async def open_coordinator(
             views,
             intake,
             stores.logs,
-            _farm_view(info, (journal, dispatch, *(each.cache for each in caches))),
+            _farm_view(info, (journal, fleet, dispatch, *(each.cache for each in caches))),
             streams,
         )
         app = make_app(
-            api, token, public_url=url, loopback=settings.loopback, max_body_bytes=settings.limits.request_bytes
+            api,
+            secrets.api_token,
+            public_url=url,
+            loopback=settings.loopback,
+            max_body_bytes=settings.limits.request_bytes,
         )
         telemetry = Telemetry("drover", metadata.version("drover"))
         stack.callback(telemetry.close)
@@ -213,7 +216,7 @@ async def open_coordinator(
             ]
             try:
                 await FastSite(runner, listener, narinfos).start()
-                ready = Ready(url, info.cache_url, info.public_keys, token_file, replayed)
+                ready = Ready(url, info.cache_url, info.public_keys, settings.secrets / API_TOKEN, replayed)
                 yield Coordinator(ready, engine, views, intake, stores.cache, stores.journal, tuple(caches))
             finally:
                 streams.stop()
@@ -235,7 +238,7 @@ class _Stores:
 
 async def _open_journal(
     stack: AsyncExitStack, settings: Settings, listener: socket.socket, standing_by: Callable[[], None]
-) -> tuple[Journal, Leadership]:
+) -> tuple[Journal, Leadership, Secrets]:
     """Wait for the right to work on the journal and begin a reign over it; `stack` gives both back."""
     database = open_engine(settings.database_url("journal"))
     stack.push_async_callback(database.dispose)
@@ -243,15 +246,24 @@ async def _open_journal(
     await journal.prepare()
     leadership = open_leadership(database)
     stack.push_async_callback(leadership.release)
+    succession = Succession(settings)
+    stood_by = False
     async with serving_standby(listener) as answer:
 
-        def wait() -> None:
-            answer()
-            standing_by()
+        async def wait() -> None:
+            nonlocal stood_by
+            # Each time: the one that works may have begun just now, and secrets may be changed under us.
+            with suppress(JournalError):
+                await succession.check(await journal.marks())
+            if not stood_by:
+                stood_by = True
+                answer()
+                standing_by()
 
         await leadership.acquire(wait)
-    await journal.take_over()
-    return journal, leadership
+    secrets = await succession.load(await journal.marks(), stood_by=stood_by)
+    await journal.take_over(secrets.marks)
+    return journal, leadership, secrets
 
 
 async def _open_stores(stack: AsyncExitStack, settings: Settings, cache: Cache, journal: Journal) -> _Stores:

@@ -7,6 +7,9 @@ the builds on them. Their records, and the head's tables, lie in `STATE_DIR/ray`
 The head is started again when it dies, at the same address and with the same tables, while nodes and driver wait for
 it. A worker's node is started again too; its builds are lost and go elsewhere. Without its own node the coordinator
 ends, because its driver cannot change nodes.
+
+With `ray_address` the head is somebody else's (`serve_head`, which is `drover head`), so that it and the workers do not
+end with the coordinator's machine, and several coordinators can lead the same workers in turn.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pydantic import ValidationError
 
 from coordinator.config import ConfigError, Settings, WorkerConfig
 from coordinator.errors import StoppedError
+from coordinator.state_lock import StateLock
 from workers.errors import WorkerError
 from workers.fleet import Fleet, FleetError, Sink
 from workers.protocol import FarmInfo, Lease, LeaseOrder, Output
@@ -46,6 +50,11 @@ class RayFarm:
         self._stopping = stopping
         #: Set while Ray is connected.
         self._fleet: Fleet | None = None
+
+    @property
+    def trouble(self) -> str:
+        """See `Fleet`."""
+        return self._fleet.trouble if self._fleet is not None else ""
 
     async def run(self, sink: Sink) -> None:
         """Start or take over the nodes and serve until cancelled. Raises `WorkerError`, or a group with one."""
@@ -81,50 +90,39 @@ class RayFarm:
 
 @asynccontextmanager
 async def ray_farm(settings: Settings, info: FarmInfo, stopping: Callable[[], bool]) -> AsyncIterator[Fleet]:
-    """Start or take over head and nodes and connect; at the end, end them if `stopping`, else leave them running."""
+    """Start or take over the nodes and connect; at the end, end them if `stopping`, else leave them running."""
     # ray is imported only where a farm runs on it: the client's commands share this package.
     from workers.ray_fleet import RayFleet  # noqa: PLC0415
 
-    token_file = make_token_file(settings.state_dir / "ray-token")
-    places = settings.state_dir / "ray"
-    places.mkdir(mode=0o700, exist_ok=True)
-    head = RayHead(
-        token_file=token_file,
-        host=settings.ray_host,
-        port=_head_port(settings),
-        tables=places / "tables",
-        keep=_keep(settings, "head"),
-    )
+    (settings.state_dir / "ray").mkdir(mode=0o700, exist_ok=True)
+    token_file = settings.ray_token_file
     async with AsyncExitStack() as stack:
-        running: list[RayNode] = [head]
+        head: RayHead | None = None
+        nodes: list[RayJoiningNode] = []
         up = False
         try:
-            try:
-                await stack.enter_async_context(head)
-            except WorkerError as error:
-                raise StoppedError(
-                    f"{error}; if this repeats, remove {places / 'tables'} (builds that run now are then done again)"
-                ) from None
-            # For `drover worker --head` on other machines, and for the next start; says nothing that is secret.
-            (settings.state_dir / "ray-address").write_text(head.address + "\n")
+            if settings.ray_address:
+                address = settings.ray_address
+            else:
+                head = _own_head(settings)
+                address = await _start_head(stack, settings, head)
             own = RayJoiningNode(
-                head=head.address, token_file=token_file, host=settings.ray_host, keep=_keep(settings, "coordinator")
+                head=address, token_file=token_file, host=settings.ray_host, keep=_keep(settings, "coordinator")
             )
-            nodes = [_worker_node(settings, worker, head.address, token_file) for worker in settings.workers]
-            running += [own, *nodes]
+            workers = [_worker_node(settings, worker, address, token_file) for worker in settings.workers]
+            nodes = [own, *workers]
             async with asyncio.TaskGroup() as starting:
-                for joining in (own, *nodes):
-                    starting.create_task(_enter(stack, joining))
+                for node in nodes:
+                    starting.create_task(_enter(stack, node))
             fleet = await stack.enter_async_context(
-                RayFleet(address=head.address, token_file=token_file, farm=info, node_dir=own.directory)
+                RayFleet(address=address, token_file=token_file, farm=info, node_dir=own.directory)
             )
             up = True
             async with asyncio.TaskGroup() as watching:
-                tasks = [
-                    watching.create_task(_watch_head(head)),
-                    watching.create_task(_watch_own(own)),
-                    *(watching.create_task(_watch_worker(node)) for node in nodes),
-                ]
+                watches = [_watch_own(own), *(_watch_worker(node) for node in workers)]
+                if head is not None:
+                    watches.append(_watch_head(head))
+                tasks = [watching.create_task(watch) for watch in watches]
                 try:
                     yield fleet
                 finally:
@@ -133,11 +131,59 @@ async def ray_farm(settings: Settings, info: FarmInfo, stopping: Callable[[], bo
                     await asyncio.wait(tasks)
         finally:
             if not stopping():
-                for node in running:
-                    if up or node.adopted:
-                        node.leave()
+                for left in (*nodes, *filter(None, (head,))):
+                    if up or left.adopted:
+                        left.leave()
             # At once, not one after the other: each takes seconds. The head last, the others would miss it.
-            await asyncio.gather(*(node.stop() for node in running[1:]), return_exceptions=True)
+            await asyncio.gather(*(node.stop() for node in nodes), return_exceptions=True)
+
+
+async def serve_head(settings: Settings, ready: Callable[[str], None], stop: asyncio.Event) -> None:
+    """Run a head by itself until `stop` is set; `ready` is told its address. For `ray_address` of coordinators.
+
+    Raises `CoordinatorError` or `WorkerError` where it cannot start, or cannot be started again after it died.
+    """
+    with StateLock(settings.state_dir):
+        async with AsyncExitStack() as stack:
+            head = _own_head(settings)
+            ready(await _start_head(stack, settings, head))
+            watch, stopped = asyncio.ensure_future(_watch_head(head)), asyncio.ensure_future(stop.wait())
+            try:
+                await asyncio.wait((watch, stopped), return_when=asyncio.FIRST_COMPLETED)
+                if watch.done():
+                    await watch
+            finally:
+                watch.cancel()
+                stopped.cancel()
+
+
+def _own_head(settings: Settings) -> RayHead:
+    settings.ray_token_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return RayHead(
+        token_file=make_token_file(settings.ray_token_file),
+        host=settings.ray_host,
+        port=_head_port(settings),
+        tables=_tables(settings),
+        keep=_keep(settings, "head"),
+    )
+
+
+def _tables(settings: Settings) -> Path:
+    return settings.state_dir / "ray" / "tables"
+
+
+async def _start_head(stack: AsyncExitStack, settings: Settings, head: RayHead) -> str:
+    """Start a head, or take it over; `stack` ends it. Returns its address."""
+    _tables(settings).parent.mkdir(mode=0o700, exist_ok=True)
+    try:
+        await stack.enter_async_context(head)
+    except WorkerError as error:
+        raise StoppedError(
+            f"{error}; if this repeats, remove {_tables(settings)} (builds that run now are then done again)"
+        ) from None
+    # For `drover worker --head` on other machines, and for the next start; says nothing that is secret.
+    (settings.state_dir / "ray-address").write_text(head.address + "\n")
+    return head.address
 
 
 def _keep(settings: Settings, name: str) -> Keep:

@@ -4,7 +4,7 @@
 
 The claims are canonical JSON (sorted keys, no spaces): the cache `c`, the step `s` and attempt `a` of the lease, the
 base names `p` of its outputs, and when it expires, `e`, in Unix seconds. The coordinator makes and checks them with one
-secret, which lies in the state directory (mode 0600), so a token needs no memory and outlives a restart. Whoever has
+secret (`succession`), so a token needs no memory and outlives a restart, also that by another coordinator. Whoever has
 one can put bytes where that lease's outputs are expected: what they are, and whether the lease still stands, is decided
 when they are published.
 """
@@ -18,11 +18,9 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Final
 
 from coordinator.config import DEFAULT_CACHE
-from coordinator.http.auth import load_token
 from infra.clock import Clock
 from infra.nix import aterm
 from infra.nix.errors import FormatError
@@ -52,11 +50,6 @@ class UploadTokens:
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
-
-    @classmethod
-    def load(cls, file: Path) -> UploadTokens:
-        """Use the secret in `file`, made on the first start. Raises `TokenError`."""
-        return cls(load_token(file).encode())
 
     def make(self, cache: str, step: str, attempt: int, paths: Iterable[str], expires_at: float) -> str:
         """Return a token for the base names `paths`."""

@@ -64,6 +64,10 @@ class NotKnownError(FleetError):
 class Fleet(Protocol):
     """What the coordinator needs of a transport."""
 
+    @property
+    def trouble(self) -> str:
+        """Why workers cannot be found at the moment, "" while all is well."""
+
     async def run(self, sink: Sink) -> None:
         """Serve until cancelled: discover, greet, poll, report losses."""
 

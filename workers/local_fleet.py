@@ -72,6 +72,11 @@ class InProcessFleet:
         self._roster = AgentRoster(farm)
         self._long_poll_s = long_poll_s
 
+    @property
+    def trouble(self) -> str:
+        """See `Fleet`."""
+        return ""
+
     async def run(self, sink: Sink) -> None:
         """Serve until cancelled. What the sink raises ends it."""
         async with asyncio.TaskGroup() as group:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from workers.fleet import FleetError, Sink
 from workers.polling import AgentDead, AgentRoster, AgentUnavailable
 from workers.protocol import FarmInfo, Lease, LeaseOrder, Output
-from workers.ray_access import LOOPBACK, check_token_file, is_loopback, ray_env
+from workers.ray_access import LOOPBACK, RayNodeError, check_listens, check_token_file, is_loopback, ray_env
 from workers.ray_nodes import (
     DIRECTORY_VARIABLE,
     LOOPBACK_VARIABLE,
@@ -47,8 +47,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NAMESPACE = "drover"
-#: Seconds for reaching the head's port at all.
-LISTEN_DEADLINE_S = 10.0
 #: Seconds for connecting to the head, for one look at the nodes, for creating one actor, and for disconnecting.
 CONNECT_DEADLINE_S = 60.0
 DISCOVER_DEADLINE_S = 20.0
@@ -336,10 +334,16 @@ class RayFleet:
         self._epoch = farm.epoch
         self._roster = AgentRoster(farm)
         self._ray: _Ray | None = None
+        self._trouble = ""
         #: Nodes that are served or known to be dead, by node id; dead ones stay, Ray never revives an id.
         self._nodes: dict[str, _Node] = {}
         #: Threads that are inside Ray now.
         self._blocked = 0
+
+    @property
+    def trouble(self) -> str:
+        """See `Fleet.trouble`."""
+        return self._trouble
 
     @property
     def workers(self) -> tuple[str, ...]:
@@ -349,9 +353,8 @@ class RayFleet:
     async def __aenter__(self) -> Self:
         """Connect. Raises `FleetError`: no head there, or it refuses the token."""
         check_token_file(self._token_file)
-        host, _, port = self._address.rpartition(":")
-        loopback = is_loopback(host)
-        await _check_listens(host.strip("[]"), port)
+        loopback = is_loopback(self._address.rpartition(":")[0])
+        await self._check_head()
 
         def connect() -> _Ray:
             ray = _Ray(self._token_file, loopback=loopback)
@@ -383,13 +386,7 @@ class RayFleet:
         """See `Fleet.run`."""
         async with asyncio.TaskGroup() as serving:
             while True:
-                try:
-                    listed = await self._in_thread("listing nodes", DISCOVER_DEADLINE_S, self._connected.nodes)
-                except FleetError as error:
-                    # The head may be away; agents are still reached, and new ones can wait.
-                    log.warning("%s", error)
-                    listed = []
-                for node in listed:
+                for node in await self._list():
                     self._look_at(node, sink, serving)
                 await asyncio.sleep(self._discover_every_s)
 
@@ -408,6 +405,27 @@ class RayFleet:
     async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
         """See `Fleet.provide`."""
         return await self._roster.provide(worker, paths, token)
+
+    async def _list(self) -> list[_Listed]:
+        """Return all nodes; none while the head is away: agents are still reached, and new ones can wait."""
+        try:
+            await self._check_head()
+            listed = await self._in_thread("listing nodes", DISCOVER_DEADLINE_S, self._connected.nodes)
+        except FleetError as error:
+            if not self._trouble:
+                log.warning("%s; what runs goes on, workers that come wait until it is back", error)
+            self._trouble = str(error)
+            return []
+        if self._trouble:
+            log.warning("the Ray head at %s answers again", self._address)
+        self._trouble = ""
+        return listed
+
+    async def _check_head(self) -> None:
+        try:
+            await check_listens(self._address)
+        except RayNodeError as error:
+            raise FleetError(str(error)) from None
 
     @property
     def _connected(self) -> _Ray:
@@ -483,20 +501,6 @@ class RayFleet:
             raise AgentUnavailable(f"{what} took more than {deadline_s:.0f} s") from None
         except Exception as error:
             raise AgentUnavailable(f"{what}: {type(error).__name__}: {_first_line(error)}") from error
-
-
-async def _check_listens(host: str, port: str) -> None:
-    """Say at once what Ray would say after 40 s. Raises `FleetError`."""
-    try:
-        async with asyncio.timeout(LISTEN_DEADLINE_S):
-            _, writer = await asyncio.open_connection(host, int(port))
-    except TimeoutError:
-        raise FleetError(f"no Ray head answers at {host}:{port} within {LISTEN_DEADLINE_S:.0f} s") from None
-    except (OSError, ValueError) as error:
-        raise FleetError(f"no Ray head answers at {host}:{port}: {error}") from None
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
 
 
 def _take_signals_back() -> None:

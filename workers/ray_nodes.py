@@ -28,6 +28,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,15 @@ from types import TracebackType
 from typing import Self
 
 from workers.process_tree import Process, identity, is_alive, process_tree, signal_all, still_alive
-from workers.ray_access import LOOPBACK, NodeHealth, RayNodeError, check_token_file, is_loopback, ray_env
+from workers.ray_access import (
+    LOOPBACK,
+    NodeHealth,
+    RayNodeError,
+    check_listens,
+    check_token_file,
+    is_loopback,
+    ray_env,
+)
 from workers.ray_records import (
     CLUSTER_FILE,
     DIRECTORY_PREFIX,
@@ -66,6 +75,9 @@ START_DEADLINE_S = 240.0
 #: Ray itself gives a node 30 s, without a switch (node.py); an overloaded machine gets this many tries.
 START_TRIES = 3
 RAY_TOO_SLOW = "timed out during startup"
+#: Seconds that a head is waited for by a node that joins, and seconds between two looks.
+HEAD_WITHIN_S = 60.0
+HEAD_EVERY_S = 0.5
 #: Seconds that a node may take to end by itself.
 STOP_GRACE_S = 5.0
 #: Unix socket paths end at 103 bytes on macOS; Ray appends "/r/session_<date>_<pid>/sockets/plasma_store".
@@ -170,7 +182,7 @@ class RayNode:
 
     async def start(self) -> None:
         """Start the node, which does not run. Raises `RayNodeError`, having cleaned up."""
-        self.check()
+        await self.check()
         self.adopted = False
         tries = START_TRIES
         while True:
@@ -229,7 +241,7 @@ class RayNode:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         self._dir = None
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """Look for what would make the start fail late or obscurely. Raises `RayNodeError`."""
 
     async def _start(self, directory: Path) -> None:
@@ -326,7 +338,7 @@ class RayHead(RayNode):
             raise RayNodeError("the Ray head is not running")
         return self._cluster
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """Refuse a port that is taken: Ray would take 50 s to fail at it."""
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         with socket.socket(family) as probe:
@@ -384,6 +396,23 @@ class RayJoiningNode(RayNode):
             keep=keep,
         )
         self._head = head
+
+    async def check(self) -> None:
+        """Wait for a head that may be starting too, at most HEAD_WITHIN_S."""
+        told = False
+        deadline = time.monotonic() + HEAD_WITHIN_S
+        while True:
+            try:
+                await check_listens(self._head)
+            except RayNodeError as error:
+                if time.monotonic() > deadline:
+                    raise
+                if not told:
+                    log.warning("%s; %s waits for it, at most %.0f s", error, self._what, HEAD_WITHIN_S)
+                told = True
+                await asyncio.sleep(HEAD_EVERY_S)
+            else:
+                return
 
     def argv(self, directory: Path) -> list[str]:
         """Return the command line of the node."""

@@ -59,6 +59,17 @@ def up(**told: Any) -> int:
 
 
 @cli.command()
+@click.option("--state-dir", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory to use.")
+@click.option("--listen", metavar="HOST:PORT", help="Address to listen on, numeric.  [default: 127.0.0.1, a free port]")
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="Settings file (TOML).")
+def head(**told: Any) -> int:
+    """Run a Ray head by itself, for coordinators with `ray_address`, until Ctrl-C."""
+    from coordinator.cli import serving  # noqa: PLC0415 - imports Ray
+
+    return serving.head(**told)
+
+
+@cli.command()
 @click.option("--head", required=True, metavar="HOST:PORT", help="Address of the farm's Ray head.")
 @click.option(
     "--ray-token", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The farm's Ray token file."

@@ -1,4 +1,4 @@
-"""`drover up` and `drover worker`: the commands that stay."""
+"""`drover up`, `drover head` and `drover worker`: the commands that stay."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from coordinator.cli import options
 from coordinator.config import ConfigError, Settings, WorkerConfig, load_settings
 from coordinator.errors import CoordinatorError
+
+LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
 def up(
@@ -41,7 +43,7 @@ def up(
             "nix_options": {**settings.nix_options, **dict(nix_options)},
         }
     )
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
     # Ray and the HTTP server are imported only now: what is wrong with the settings is said at once.
     from coordinator.main import Ready, run_up  # noqa: PLC0415
 
@@ -64,6 +66,33 @@ def up(
     return options.OK
 
 
+def head(*, state_dir: Path, listen: str | None, config: Path | None) -> int:
+    """Run a Ray head until SIGINT or SIGTERM."""
+    from coordinator.ray_farm import serve_head  # noqa: PLC0415 - imports Ray
+    from workers.errors import WorkerError  # noqa: PLC0415
+
+    host, port = _address(listen)
+    settings = load_settings(config, state_dir=state_dir, ray_host=host, ray_port=port)
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
+
+    def ready(address: str) -> None:
+        click.echo(f"the Ray head is ready at {address}")
+        click.echo(f"  token       {settings.ray_token_file}      stop with Ctrl-C")
+        sys.stdout.flush()
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, stop.set)
+        await serve_head(settings, ready, stop)
+
+    try:
+        asyncio.run(run())
+    except WorkerError as error:
+        raise CoordinatorError(str(error)) from None
+    return options.OK
+
+
 def _address(listen: str | None) -> tuple[str | None, int | None]:
     if listen is None:
         return None, None
@@ -74,8 +103,11 @@ def _address(listen: str | None) -> tuple[str | None, int | None]:
 
 
 def _workers(settings: Settings, slots: int | None, emulated: Sequence[str]) -> tuple[WorkerConfig, ...]:
-    """The configured workers, or one for this machine, and one more for each system to emulate."""
-    workers = list(settings.workers) or [WorkerConfig(name="native", slots=slots or 0)]
+    """The configured workers, or one for this machine where the cluster is ours; and one for each system to emulate."""
+    workers = list(settings.workers)
+    if not workers and not (settings.ray_address and slots is None):
+        # Several coordinators may share a cluster, and the names of workers must differ.
+        workers = [WorkerConfig(name="native", slots=slots or 0)]
     taken = {worker.name for worker in workers}
     for system in dict.fromkeys(emulated):
         if system in taken:

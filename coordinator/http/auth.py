@@ -55,7 +55,7 @@ def load_token(path: Path) -> str:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except FileExistsError:
-            return _read_token(path)
+            return read_token(path)
         token = secrets.token_urlsafe(_TOKEN_BYTES)
         with os.fdopen(descriptor, "w") as file:
             file.write(token + "\n")
@@ -64,7 +64,8 @@ def load_token(path: Path) -> str:
     return token
 
 
-def _read_token(path: Path) -> str:
+def read_token(path: Path) -> str:
+    """Return the token in `path`. Raises `TokenError` or `OSError`."""
     if path.stat().st_mode & 0o077:
         raise TokenError(
             f"others can read the token file {path}; remove it (a new one is made) or set its mode to 600."

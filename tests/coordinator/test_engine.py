@@ -59,6 +59,7 @@ class ScriptedWorker:
         self.orders: list[LeaseOrder] = []
         self.cancelled: list[Lease] = []
         self.unreachable = False
+        self.trouble = ""
         self.info = FarmInfo(cache_url="", public_keys=(), object_store_url="")
         self._sink: asyncio.Future[Sink] | None = None
         self._last = 0

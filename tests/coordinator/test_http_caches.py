@@ -6,7 +6,7 @@ import base64
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import aiohttp
@@ -20,6 +20,7 @@ from coordinator.config import CacheSettings, ConfigError, NamedCacheSettings, S
 from coordinator.http.access import CacheAccess, TokenSet, load_tokens, told_token
 from coordinator.http.auth import TokenError
 from coordinator.http.cache import add_cache_routes
+from coordinator.succession import Succession
 from infra.cache import Reign
 from infra.clock import SystemClock
 from tests.support.cache import base_name, candidate, publish, store_path
@@ -49,7 +50,8 @@ async def serve(
 ) -> AsyncGenerator[Caches, None]:
     settings = Settings(state_dir=state_dir, cache=cache or CacheSettings(), caches=tuple(caches))
     async with AsyncExitStack() as stack:
-        opened = await open_caches(stack, settings, SystemClock(), Reign(1, 1), api_token=API, farm_token=FARM)
+        secrets = replace(await Succession(settings).load({}, stood_by=False), api_token=API)
+        opened = await open_caches(stack, settings, SystemClock(), Reign(1, 1), secrets=secrets, farm_token=FARM)
         app = web.Application()
         for each in reversed(opened):
             add_cache_routes(app, each)

@@ -227,7 +227,7 @@ async def test_a_path_whose_bytes_are_not_as_claimed_is_not_published(site: Site
 
 async def test_a_lease_token_uploads_exactly_its_paths_and_publishes_nothing(site: Site, place: Settings) -> None:
     mine, foreign = thing("mine"), thing("foreign")
-    tokens = UploadTokens.load(place.state_dir / "upload-secret")
+    tokens = UploadTokens((place.state_dir / "upload-secret").read_bytes().strip())
     soon = SystemClock().now() + 60
     token = tokens.make("default", "step", 1, [mine.claim.path], soon)
     result = await site.client(token).upload_all([mine.claim], opener(mine), parallel=1)

@@ -283,6 +283,8 @@ async def test_whoever_is_taken_over_from_can_write_nothing_more(database: str) 
             with pytest.raises(FencedError):
                 await old.save_snapshot(1, _held(1), [])
             await new.append(_held(3))
+            with pytest.raises(FencedError):
+                await old.append(_held(2))
     assert await _read(database) == (_held(1, 3), {})
 
 

@@ -77,10 +77,13 @@ def processes_naming(text: str) -> dict[int, str]:
 class Farm:
     """`drover up` in a directory, and the `drover` command pointed at it."""
 
-    def __init__(self, root: Path, workers: Sequence[WorkerSpec], *, settings: str = "") -> None:
-        """`settings` are lines of the configuration file before its tables."""
+    def __init__(
+        self, root: Path, workers: Sequence[WorkerSpec], *, settings: str = "", secrets: Path | None = None
+    ) -> None:
+        """`settings` are lines of the configuration file before its tables, `secrets` their `secrets_dir`."""
         self.root = root
         self.state = root / "farm"
+        self.secrets = secrets or self.state
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.cache_url = f"{self.url}/cache"
@@ -96,7 +99,7 @@ class Farm:
         return {
             **os.environ,
             "DROVER_URL": self.url,
-            "DROVER_TOKEN_FILE": str(self.state / "api-token"),
+            "DROVER_TOKEN_FILE": str(self.secrets / "api-token"),
             "DROVER_TEST_MARK": str(self.root),
         }
 
@@ -105,7 +108,8 @@ class Farm:
         assert self._process is not None
         return self._process.pid
 
-    def start(self) -> Farm:
+    def start(self, *, standby: bool = False) -> Farm:
+        """Start, and return once it answers: as a leader, or that it stands by."""
         self._log = self.log_path.open("ab")
         self._process = subprocess.Popen(
             [
@@ -125,19 +129,23 @@ class Farm:
             start_new_session=True,
         )
         deadline = time.monotonic() + READY_WITHIN_S
-        while not self._healthy():
+        while self.health() != ("standby" if standby else "ok"):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 raise RuntimeError(f"the farm did not start:\n{self.log_path.read_text(errors='replace')[-4000:]}")
             time.sleep(0.1)
         return self
 
-    def _healthy(self) -> bool:
+    def health(self) -> str:
+        """What the farm says of itself: "ok", "standby", "" where it says nothing."""
         try:
             with urllib.request.urlopen(f"{self.url}/healthz", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
+                said = answer.read()
+        except urllib.error.HTTPError as refusal:
+            said = refusal.read()
+        except OSError:
+            return ""
+        return str(json.loads(said)["status"])
 
     def wait_for_workers(self, count: int, within_s: float = 60.0) -> list[dict[str, Any]]:
         deadline = time.monotonic() + within_s
@@ -167,6 +175,11 @@ class Farm:
         self._process = None
         return status
 
+    def wait(self) -> int:
+        """Wait for the coordinator's own end; return its exit status."""
+        assert self._process is not None
+        return self._process.wait(STOP_WITHIN_S)
+
     def kill(self) -> None:
         """SIGKILL the coordinator alone; its Ray nodes go on."""
         assert self._process is not None
@@ -190,7 +203,7 @@ class Farm:
         return left
 
     def api(self, path: str) -> Any:
-        token = (self.state / "api-token").read_text().strip()
+        token = (self.secrets / "api-token").read_text().strip()
         request = urllib.request.Request(f"{self.url}/api/v1/{path}", headers={"Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)

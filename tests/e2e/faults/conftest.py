@@ -40,17 +40,25 @@ class Hurt:
         min_free_mb: int = 512,
     ) -> None:
         """`journal_url` is where the journal lies if `settings` say so."""
-        self.root = root
-        self.journal_url = journal_url
-        self.tally = root / "tally"
-        self.tally.mkdir()
-        self.tally.chmod(0o777)
-        options = {"sandbox-paths": f"/bin/sh=/bin/busybox /bin/busybox /tally={self.tally}"}
+        self._prepare(root, journal_url)
+        options = {"sandbox-paths": self.sandbox_paths}
         self.farm = Farm(
             root,
             [WorkerSpec(name, slots=slots, nix_options=options, min_free_mb=min_free_mb) for name in names],
             settings=settings,
         )
+
+    def _prepare(self, root: Path, journal_url: str) -> None:
+        self.root = root
+        self.journal_url = journal_url
+        self.tally = root / "tally"
+        self.tally.mkdir()
+        self.tally.chmod(0o777)
+
+    @property
+    def sandbox_paths(self) -> str:
+        """What builders see of this machine."""
+        return f"/bin/sh=/bin/busybox /bin/busybox /tally={self.tally}"
 
     def graph(self, text: str) -> Path:
         """A file of derivations; `step name inputs script` makes one that tallies itself and echoes its inputs."""

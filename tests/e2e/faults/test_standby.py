@@ -1,0 +1,136 @@
+"""Two coordinators of one farm, as two machines would run them: one works, the other stands by and takes over.
+
+They share a database, a bucket and their secrets. Ray's head and the workers are programs of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.faults.conftest import Hurt
+from tests.support.elsewhere import Elsewhere
+from tests.support.farm import Farm
+from tests.support.servers import S3Place
+
+pytestmark = pytest.mark.e2e
+
+SHORT_BUILDS = 60
+WAIT_FOR = "while [ ! -e /tally/{go} ]; do /bin/busybox sleep 0.1; done"
+
+
+class Pair(Hurt):
+    """`farm` is the coordinator that is thought to lead; `other` the one that is not."""
+
+    def __init__(self, root: Path, database_url: str, objects_url: str) -> None:
+        self._prepare(root, database_url)
+        secrets = root / "secrets"
+        config = root / "head.toml"
+        config.write_text(f'secrets_dir = "{secrets}"\n')
+        self.elsewhere = Elsewhere(root, config, secrets / "ray-token")
+        settings = "\n".join(
+            [
+                f'ray_address = "{self.elsewhere.address}"',
+                f'secrets_dir = "{secrets}"',
+                f'object_store_url = "{objects_url}"',
+                *(f'{part}_database_url = "{database_url}"' for part in ("journal", "derivations", "cache")),
+            ]
+        )
+        for name in ("a", "b"):
+            (root / name).mkdir()
+        self.farm, self.other = (Farm(root / name, [], settings=settings, secrets=secrets) for name in ("a", "b"))
+        self.workers = [
+            self.elsewhere.worker(name, "--slots", "2", "--nix-option", "sandbox-paths", self.sandbox_paths)
+            for name in ("left", "right")
+        ]
+
+    def start(self) -> None:
+        self.elsewhere.start_head()
+        self.farm.start()
+        self.other.start(standby=True)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda worker: worker.start("has joined the farm"), self.workers))
+        self.farm.wait_for_workers(2)
+
+    def change_places(self) -> None:
+        self.farm, self.other = self.other, self.farm
+        self.until(lambda: self.farm.health() == "ok")
+        self.farm.wait_for_workers(2)
+
+    def stop(self) -> None:
+        for farm in (self.farm, self.other):
+            farm.stop()
+        for program in (*self.workers, self.elsewhere.head):
+            program.stop()
+
+
+@pytest.fixture
+def pair(tmp_path: Path, postgres_url: str, s3: S3Place) -> Iterator[Pair]:
+    pair = Pair(tmp_path, postgres_url, s3.url)
+    try:
+        pair.start()
+        yield pair
+    finally:
+        pair.stop()
+        pair.farm.clear()
+
+
+def test_a_standby_takes_over_from_a_leader_that_is_killed_and_from_one_that_is_paused(pair: Pair) -> None:
+    the_leader_is_killed_while_builds_run(pair)
+    the_leader_is_paused_and_wakes_up_in_anothers_reign(pair)
+    pair.stop()
+    assert pair.farm.leftovers() == {}
+    pair.nothing_ran_twice_without_a_reason()
+
+
+def graph(pair: Pair, name: str) -> Path:
+    """Many short builds and two that wait for a sign; another one behind each."""
+    return pair.graph(
+        f"""
+        short = map (n: step "{name}-${{toString n}}" [ ] ":") (range 1 {SHORT_BUILDS});
+        long = map (n: step "{name}-long-${{toString n}}" [ ] "{WAIT_FOR.format(go=name)}") (range 1 2);
+        top = step "{name}-top" (short ++ map (n: step "behind-${{n.name}}" [ n ] ":") long) ":";
+        """
+    )
+
+
+def the_leader_is_killed_while_builds_run(pair: Pair) -> None:
+    submission = pair.submit(graph(pair, "killed"), "top")
+    pair.until(lambda: sum(pair.runs().values()) >= SHORT_BUILDS // 3)
+    pair.farm.kill()
+    pair.change_places()
+    (pair.tally / "killed").touch()
+    view = pair.ended(submission)
+    assert view["state"] == "succeeded"
+    pair.can_be_fetched(view)
+    runs = pair.runs()
+    assert len(runs) == SHORT_BUILDS + 5
+    assert set(runs.values()) == {1}
+
+
+def the_leader_is_paused_and_wakes_up_in_anothers_reign(pair: Pair) -> None:
+    pair.other.start(standby=True)
+    submission = pair.submit(graph(pair, "paused"), "top")
+    pair.until(lambda: pair.runs()["paused-1"])
+    os.kill(pair.farm.pid, signal.SIGSTOP)
+    pair.change_places()
+    os.kill(pair.other.pid, signal.SIGCONT)
+    assert pair.other.wait() == 4
+    assert "another coordinator has taken over" in pair.other.log_path.read_text().splitlines()[-1]
+    (pair.tally / "paused").touch()
+    view = pair.ended(submission)
+    assert view["state"] == "succeeded"
+    pair.can_be_fetched(view)
+    assert {worker["name"] for worker in pair.farm.api("workers") if worker["state"] == "online"} == {"left", "right"}
+    runs = pair.runs()
+    assert {name: times for name, times in runs.items() if "long" in name} == {
+        f"{prefix}{name}-long-{number}": 1
+        for prefix in ("", "behind-")
+        for name in ("killed", "paused")
+        for number in (1, 2)
+    }

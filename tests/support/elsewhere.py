@@ -1,0 +1,96 @@
+"""A Ray head and workers as programs of their own, as on machines that are not the coordinator's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.support.farm import BIN, free_port
+
+#: Only ends a test that hangs.
+WITHIN_S = 90.0
+
+
+class Program:
+    """A `drover` command that stays, with its log."""
+
+    def __init__(self, log: Path, *arguments: str | Path, environment: Mapping[str, str]) -> None:
+        self.path = log
+        self._argv = [BIN / "drover", *arguments]
+        self._environment = {**os.environ, **environment}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
+
+    @property
+    def log(self) -> str:
+        return self.path.read_text(errors="replace")
+
+    def start(self, ready: str) -> Program:
+        """Start, and return once it has written `ready`, which it had not before."""
+        said = self.path.read_text().count(ready) if self.path.exists() else 0
+        with self.path.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + WITHIN_S
+        while self.log.count(ready) == said:
+            assert self._process.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.1)
+        return self
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def ended(self) -> int:
+        """Wait for its end; return its exit status."""
+        return self.process.wait(WITHIN_S)
+
+    def stop(self) -> int:
+        """Ask it to stop, unless it has ended; return its exit status."""
+        if self._process is None:
+            return 0
+        if self._process.poll() is None:
+            self.send(signal.SIGTERM)
+        return self.ended()
+
+
+class Elsewhere:
+    """The head and the workers of a farm below `root`; `config` has the secrets' directory."""
+
+    def __init__(self, root: Path, config: Path, token: Path) -> None:
+        self.root = root
+        self.address = f"127.0.0.1:{free_port()}"
+        self._token = token
+        #: As the farm's own processes are marked.
+        self._environment = {"DROVER_TEST_MARK": str(root)}
+        listen = ("--listen", self.address, "--config", config)
+        self.head = Program(
+            root / "head.log", "head", "--state-dir", root / "head", *listen, environment=self._environment
+        )
+
+    def start_head(self) -> None:
+        self.head.start("the Ray head is ready")
+
+    def worker(self, name: str, *options: str, environment: Mapping[str, str] | None = None) -> Program:
+        """A worker that is not started."""
+        return Program(
+            self.root / f"{name}.log",
+            "worker",
+            *("--head", self.address, "--ray-token", self._token, "--name", name),
+            *("--state-dir", self.root / f"worker-{name}", *options),
+            environment={**self._environment, **(environment or {})},
+        )
