@@ -16,6 +16,7 @@ from coordinator.errors import CoordinatorError
 from coordinator.http.api import Api
 from coordinator.http.auth import require_host, require_token
 from coordinator.schema import ErrorBody, ErrorView
+from infra.cache.errors import MetadataError, ObjectStoreError
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +66,9 @@ def _answer(request: web.Request, error: Exception) -> web.StreamResponse:
     match error:
         case CoordinatorError():
             return _error(error.status, error.code, str(error))
+        case ObjectStoreError() | MetadataError():
+            _log.warning("a request failed: %s %s: %s", request.method, request.path, error)
+            return _error(503, "unavailable", f"{error}.")
         case web.RequestPayloadError():
             return _error(400, "bad_request", "the request's body ended too early; send it again.")
         case web.HTTPException() if error.status in _REFUSALS:

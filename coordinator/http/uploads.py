@@ -19,7 +19,7 @@ from coordinator.caches import OpenCache
 from coordinator.http.access import challenge, told_token
 from coordinator.schema import ErrorBody, ErrorView
 from coordinator.upload_tokens import UploadTokens
-from infra.cache.errors import CacheError
+from infra.cache.errors import CacheError, StoreFullError
 from infra.cache.upload_wire import (
     MAX_MESSAGE_BYTES,
     PIECE_BYTES,
@@ -42,7 +42,6 @@ _STATUS: Final[Mapping[str, int]] = {
     "forbidden_path": 403,
     "bad_upload": 400,
     "too_many_uploads": 429,
-    "store_full": 507,
 }
 _Message = TypeVar("_Message", bound=BaseModel)
 _ForSender: TypeAlias = Callable[[web.Request, Sender], Awaitable[web.StreamResponse]]
@@ -94,6 +93,8 @@ class UploadRoutes:
                 return _json(SentOffset(offset=error.offset), 409)
             except UploadError as error:
                 return _error(_STATUS.get(error.code, 400), error.code, str(error))
+            except StoreFullError as error:
+                return _error(507, "store_full", str(error))
             except CacheError as error:
                 return _error(503, "unavailable", str(error))
 

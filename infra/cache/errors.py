@@ -19,6 +19,10 @@ class ObjectMissingError(ObjectStoreError):
     """The named object is not in the store."""
 
 
+class StoreFullError(ObjectStoreError):
+    """No room is left in the object store, or where uploads wait for it."""
+
+
 class StoreUnreachableError(ObjectStoreError):
     """This machine does not see the farm's object store, only (at most) one of the same name."""
 

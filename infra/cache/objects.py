@@ -13,6 +13,7 @@ shows as a missing object or a wrong size, both of which the cache answers with 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import secrets
@@ -34,6 +35,7 @@ from infra.cache.errors import (
     ObjectKeyError,
     ObjectMissingError,
     ObjectStoreError,
+    StoreFullError,
     StoreUnreachableError,
 )
 
@@ -63,6 +65,10 @@ WHOLE_S = 24 * 3600
 #: A request that fails in a way that may pass (503, a broken connection) is made again so often, within these seconds.
 RETRIES = 4
 RETRY_WITHIN_S = 60
+
+#: What is said where no room is left.
+FULL = "no room is left; make some (`drover cache gc` collects what nothing keeps), and it goes on"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _CLIENT_OPTIONS: ClientConfig = {
     # Whoever names an endpoint with http:// means it.
@@ -117,6 +123,14 @@ def incoming_key() -> str:
     return f"{INCOMING}/{secrets.token_hex(16)}"
 
 
+def says_full(error: Exception) -> bool:
+    """Tell whether an error of the system, or of obstore, means that no room is left."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    # obstore passes on the system's number as text, in an OSError too.
+    return any(f"(os error {number})" in str(error) for number in _FULL)
+
+
 class ObjectStore:
     """A store behind obstore. `url` names it in messages, without user, password or query."""
 
@@ -152,6 +166,8 @@ class ObjectStore:
         except FileNotFoundError as error:
             raise ObjectMissingError(f"{self.url} has no object {key}") from error
         except (BaseError, OSError, ValueError) as error:
+            if says_full(error):
+                raise StoreFullError(f"cannot {verb} {key} in {self.url}: {FULL}") from error
             reason = str(error).strip().split("\n", 1)[0]
             raise ObjectStoreError(f"cannot {verb} {key or 'the store'} in {self.url}: {reason}") from error
 

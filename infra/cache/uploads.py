@@ -15,7 +15,6 @@ directory of the coordinator. Bounds: uploads at one time, the paths that they n
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import secrets
@@ -30,8 +29,8 @@ from infra.cache.cache import Cache
 from infra.cache.candidates import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome, RejectReason
 from infra.cache.compression import COMPRESSION, nar_key
 from infra.cache.direct import DirectUploads, staged_key
-from infra.cache.errors import CacheError, ObjectMissingError, ObjectStoreError
-from infra.cache.objects import INCOMING, LocalObjectStore
+from infra.cache.errors import CacheError, ObjectMissingError, ObjectStoreError, StoreFullError
+from infra.cache.objects import FULL, INCOMING, LocalObjectStore, says_full
 from infra.cache.pulls import Pulls
 from infra.cache.upload import BLOCK_BYTES
 from infra.cache.upload_wire import (
@@ -111,12 +110,6 @@ class WrongOffsetError(UploadError):
     def __init__(self, offset: int) -> None:
         super().__init__(f"the object has {offset} bytes so far: go on there")
         self.offset = offset
-
-
-class StoreFullError(UploadError):
-    """No room is left for the object."""
-
-    code = "store_full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,8 +362,8 @@ class Uploads:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                raise StoreFullError("the store is full: no room is left for the object") from None
+            if says_full(error):
+                raise StoreFullError(f"cannot take the object: {FULL}") from None
             raise ObjectStoreError(f"cannot write what is uploaded: {error.strerror}") from error
         running.hash.update(block)
         running.size += len(block)
@@ -458,8 +451,6 @@ class Uploads:
             return await self._place_small(slot, claim, sent)
         except ObjectMissingError as error:
             return SendVerdict(path=claim.path, status=SendStatus.REFUSED, message=str(error))
-        except StoreFullError as error:
-            return SendVerdict(path=claim.path, status=SendStatus.FAILED, message=str(error))
         except ObjectStoreError as error:
             return SendVerdict(path=claim.path, status=SendStatus.FAILED, message=str(error))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from scheduler import facts
-from tests.e2e.faults.conftest import MakeFarm
+from tests.e2e.faults.conftest import Hurt, MakeFarm
+from tests.support.disks import fill, small_disk
+from tests.support.farm import nix_store
 from tests.support.proxy import Fault, proxy_in_thread
 from tests.support.servers import MortalPostgres, S3Server
 
@@ -18,6 +22,9 @@ pytestmark = pytest.mark.e2e
 AWAY_S = 20.0
 #: How long the object store fails in each of its two ways.
 STORE_AWAY_S = 8.0
+#: Size of the disk that fills up, and of one output on it: larger than what is written at once, not compressible.
+DISK_MIB = 56
+OUTPUT_MIB = 10
 
 
 def test_a_database_that_is_gone_for_a_while_costs_nothing_but_the_wait(
@@ -83,8 +90,7 @@ def test_an_object_store_that_fails_in_every_way_costs_no_build(
             one.until(lambda: proxy.failed > 3)
             time.sleep(STORE_AWAY_S)
             assert one.view(submission)["state"] == "running"
-        waiting = one.farm.api(f"submissions/{submission}/steps?state=running")
-        assert any("upload" in step["stage"] and place.url in step["phase"] for step in waiting), waiting
+        assert any(place.url in phase for phase in _phases(one, submission))
         for fault in (Fault.CUT_BODY, Fault.CUT_ANSWER):
             proxy.fail(fault, 5)
             one.until(lambda: proxy.failed == 5 or one.view(submission)["state"] != "running")
@@ -98,3 +104,51 @@ def test_an_object_store_that_fails_in_every_way_costs_no_build(
     assert set(one.runs().values()) == {1}, one.runs()
     revoked = [fact.failure for fact in one.journal() if isinstance(fact, facts.LeaseRevoked)]
     assert [failure for failure in revoked if failure.kind != "returned"] == []
+
+
+def test_a_full_disk_of_the_cache_shows_nothing_broken_and_room_is_all_that_it_takes(
+    hurt: MakeFarm, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", DISK_MIB) as disk:
+        one = hurt("left", "right", slots=1, settings=f'object_store_url = "{(disk / "objects").as_uri()}"')
+        file = one.graph(
+            f"""
+            large = n: step "large-${{toString n}}" [ ]
+              "/bin/busybox dd if=/dev/urandom of=$out bs=1M count={OUTPUT_MIB} 2> /dev/null; exit 0";
+            early = large 0;
+            top = step "top" (map large (range 1 2)) ":";
+            sourced = step "sourced" [ "${{./source}}" ] ":";
+            """
+        )
+        (tmp_path / "source").write_bytes(os.urandom(OUTPUT_MIB << 20))
+        early = one.ended(one.submit(file, "early"))
+        fill(disk / "rubbish", leave_mib=OUTPUT_MIB // 2)
+        submission = one.submit(file, "top")
+        one.until(lambda: sum("no room is left" in phase for phase in _phases(one, submission)) == 2)
+        assert one.view(submission)["state"] == "running"
+
+        # Nothing half is there, what was there is whole, and who brings more is told in one sentence.
+        one.until(lambda: not list((disk / "objects" / "incoming").iterdir()))
+        assert '"broken":0' in one.farm.drover("cache", "verify", "--full", "--json").stdout
+        one.can_be_fetched(early)
+        sent = one.farm.build(file, "-A", "sourced")
+        assert sent.returncode != 0
+        assert "no room is left; make some" in sent.stderr
+        added = nix_store(one.farm.eval_store, "--add", tmp_path / "source").stdout.strip()
+        push = ("cache", "push", "--store", one.farm.eval_store, added)
+        pushed = one.farm.drover(*push)
+        assert pushed.returncode != 0
+        assert "no room is left; make some" in pushed.stderr
+
+        (disk / "rubbish").unlink()
+        view = one.ended(submission)
+        assert view["state"] == "succeeded", one.farm.log_path.read_text()[-3000:]
+        one.can_be_fetched(view)
+        assert one.farm.drover(*push).returncode == 0
+        assert one.farm.stop() == 0
+    one.nothing_ran_twice_without_a_reason()
+    assert set(one.runs().values()) == {1}, one.runs()
+
+
+def _phases(one: Hurt, submission: str) -> list[str]:
+    return [step["phase"] for step in one.farm.api(f"submissions/{submission}/steps?state=running")]
