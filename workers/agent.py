@@ -26,12 +26,12 @@ from infra.clock import Clock, SystemClock
 from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
 from infra.nix.errors import NixError
 from workers import stopping
-from workers.build import BuildLimits, LogGate, basic_derivation, build_in_slot
+from workers.build import BuildLimits, ConnectionLostError, LogGate, basic_derivation, build_in_slot
 from workers.daemons import DaemonOpener, DaemonUnreachableError, Line, Pool
 from workers.errors import WorkerError
 from workers.fitness import FitnessWatch
 from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher, open_sources
-from workers.leftovers import MARK, sweep_leftovers
+from workers.leftovers import MARK, sweep_leftovers, sweep_orphans
 from workers.machine import (
     DOUBTFUL,
     Build,
@@ -517,6 +517,9 @@ class Agent:
         except DaemonOperationError as error:
             self._inputs.forget()
             raise _Stopped(judge_trouble(Trouble.DAEMON_REFUSED, str(error))) from None
+        except ConnectionLostError as error:
+            await asyncio.to_thread(sweep_orphans, self._settings.physical_store)
+            raise _Stopped(judge_trouble(Trouble.CONNECTION_LOST, str(error))) from None
         except (DaemonError, DaemonUnreachableError) as error:
             raise _Stopped(judge_trouble(Trouble.DAEMON_LOST, str(error))) from None
 

@@ -7,7 +7,8 @@ coordinator resolved.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from infra.daemon import (
@@ -15,6 +16,7 @@ from infra.daemon import (
     BasicOutput,
     BuildEvent,
     BuildResult,
+    DaemonError,
     DaemonGone,
     DaemonOperationError,
     LogLine,
@@ -24,12 +26,17 @@ from infra.daemon import (
 )
 from infra.nix import aterm
 from workers.daemons import Line
+from workers.errors import WorkerError
 
 #: Of a log that is too long, this part of the limit is its tail, at most so many bytes (they wait in memory).
 TAIL_PART = 4
 TAIL_BYTES = 256 * 1024
 #: Longest phase name that is passed on; a builder may print anything as one.
 MAX_PHASE_CHARACTERS = 100
+
+
+class ConnectionLostError(WorkerError):
+    """The connection to the Nix daemon broke after it had taken up the build; the builder may be what broke it."""
 
 
 def basic_derivation(derivation: bytes, inputs: Sequence[str]) -> BasicDerivation:
@@ -121,14 +128,12 @@ async def build_in_slot(
 
     `pause` is asked after each event; what it returns is awaited before the daemon is read on, so a builder that
     prints faster than its log is taken away is slowed down. Cancelling hangs up, which kills the builder. A daemon
-    that is found gone before it told anything (it died while the slot was idle) is replaced once. Raises
-    `infra.daemon.DaemonError` or `DaemonUnreachableError`.
+    that is found gone before it took the request up (it died while the slot was idle) is replaced once. Raises
+    `ConnectionLostError` where the builder may have begun, else `infra.daemon.DaemonError` or
+    `DaemonUnreachableError`.
     """
-    heard = False
 
     def on_event(event: BuildEvent) -> Awaitable[object] | None:
-        nonlocal heard
-        heard = True
         match event:
             case LogLine(data=data):
                 gate.line(data)
@@ -151,11 +156,28 @@ async def build_in_slot(
                 raise
 
     try:
-        try:
-            return await attempt()
-        except DaemonGone:
-            if heard:
-                raise
-            return await attempt()
+        with _told_from_idle_loss():
+            try:
+                return await attempt()
+            except DaemonError as error:
+                if not _is_unanswered(error):
+                    raise
+                return await attempt()
     finally:
         gate.finish()
+
+
+@contextmanager
+def _told_from_idle_loss() -> Iterator[None]:
+    """Give the loss of a daemon that had taken up the build a name of its own."""
+    try:
+        yield
+    except DaemonError as error:
+        if isinstance(error, DaemonOperationError) or _is_unanswered(error):
+            raise
+        raise ConnectionLostError(str(error)) from error
+
+
+def _is_unanswered(error: DaemonError) -> bool:
+    """Whether the daemon was gone before it took the request up, so that nothing has run."""
+    return isinstance(error, DaemonGone) and error.unanswered

@@ -1,8 +1,8 @@
-"""What an earlier agent of this worker left running, found and ended before the next one begins.
+"""Builders that nobody watches any more, found and ended: before an agent begins, and when a daemon of its own dies.
 
 An agent that dies takes its builds with it: its daemons see the end of their streams, and the owner of each daemon ends
-the rest (`infra.daemon.owner`). Only when agent, owner and daemon are all killed at once, as by `kill -9` over a whole
-node, does a builder go on. Two marks find such leftovers:
+the rest (`infra.daemon.owner`). Only when owner and daemon are killed at once, as by `kill -9` over a whole node, does
+a builder go on. Two marks find such leftovers:
 
 * daemons and owners carry `MARK` in their environment, which Nix does not pass on to builders;
 * a sandboxed builder has a root directory of its own, `<store>/<name>.drv.chroot`. One that has no living Nix process
@@ -40,13 +40,25 @@ def sweep_leftovers(state_dir: Path, store: Path) -> int:
     everyone = live_processes()
     left = {process for process in everyone.values() if _carries_mark(process.pid, state_dir)}
     left |= _orphaned_builders(everyone, store, {process.pid for process in left})
+    return _end(left, "an earlier worker")
+
+
+def sweep_orphans(store: Path) -> int:
+    """End the builders in this physical store that lost daemon and owner, and so serve nobody; returns as above.
+
+    Blocks; for an agent whose daemon is gone, before it says so: what is built again elsewhere must not run on here.
+    """
+    return _end(_orphaned_builders(live_processes(), store, set()), "a Nix daemon that was killed")
+
+
+def _end(left: set[Process], whose: str) -> int:
     if not left:
         return 0
     signal_all(left, signal.SIGKILL)
     deadline = time.monotonic() + GONE_WITHIN_S
     while still_alive(left) and time.monotonic() < deadline:
         time.sleep(LOOK_AGAIN_S)
-    log.warning("ended %d processes that an earlier worker left behind", len(left))
+    log.warning("ended %d processes that %s left behind", len(left), whose)
     return len(left)
 
 

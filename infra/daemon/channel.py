@@ -28,6 +28,8 @@ class Channel:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, child: Child | None = None) -> None:
         self.inbox = Inbox()
         self.child = child
+        #: Bytes that came so far.
+        self.received = 0
         self._reader = reader
         self._writer = writer
 
@@ -54,6 +56,7 @@ class Channel:
                 raise DaemonGone(await self._ending(f"reading failed ({error})")) from error
             if not data:
                 raise DaemonGone(await self._ending("the daemon ended the connection"))
+            self.received += len(data)
             self.inbox.feed(data)
 
     async def decode(self, parse: Callable[[Inbox], T]) -> T:

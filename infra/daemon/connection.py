@@ -379,8 +379,13 @@ class DaemonConnection:
     ) -> AsyncIterator[None]:
         """Send a request and wait for its success; the block reads the reply."""
         async with self._guarded():
-            await self._channel.send(request.getvalue())
-            await self._until_last(on_message or _ignore)
+            before = self._channel.received
+            try:
+                await self._channel.send(request.getvalue())
+                await self._until_last(on_message or _ignore)
+            except DaemonGone as error:
+                error.unanswered = self._channel.received == before
+                raise
             yield
 
     async def _until_last(self, on_message: Callable[[WireMessage], Awaitable[object] | None]) -> None:

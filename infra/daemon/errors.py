@@ -18,7 +18,15 @@ class DaemonUnsupportedError(DaemonError):
 
 
 class DaemonGone(DaemonError):  # noqa: N818 - "gone" is the fact; callers read `except DaemonGone`
-    """The connection ended: the peer hung up or died, could not be reached, or the connection was given up before."""
+    """The connection ended: the peer hung up or died, could not be reached, or the connection was given up before.
+
+    Attributes:
+        unanswered: No byte came back for the request: the daemon was gone before, or did not take it up.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.unanswered = False
 
 
 class DaemonSourceError(DaemonError):

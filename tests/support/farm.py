@@ -205,8 +205,12 @@ class Farm:
     def api(self, path: str) -> Any:
         token = (self.secrets / "api-token").read_text().strip()
         request = urllib.request.Request(f"{self.url}/api/v1/{path}", headers={"Authorization": f"Bearer {token}"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            error.add_note(f"{path}: {error.read().decode()}\n{self.log_path.read_text(errors='replace')[-4000:]}")
+            raise
 
     @property
     def public_keys(self) -> str:

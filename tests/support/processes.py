@@ -41,3 +41,12 @@ def daemons_below(process: int) -> list[int]:
         if b"--stdio" in command[:2]:
             found.append(pid)
     return found
+
+
+def ancestors(process: int) -> list[int]:
+    """The process, its parent, and so on up to the first."""
+    parent_of = parents()
+    found = [process]
+    while above := parent_of.get(found[-1], 0):
+        found.append(above)
+    return found

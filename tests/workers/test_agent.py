@@ -16,6 +16,7 @@ from infra.nix.store_path import StorePath
 from tests.support.processes import SURVIVOR, daemons_below, processes_with
 from workers import agent as agent_module
 from workers.agent import Agent, AgentError
+from workers.process_tree import live_processes
 from workers.protocol import Failed, Report, Stage, Succeeded
 from workers.settings import WorkerSettings
 from workers.stopping import stop_agents
@@ -24,6 +25,7 @@ from .conftest import STORE, STORE_DIR, Bench, Told, drv, hash_part, nar_of, ord
 
 #: A builder that runs until it is stopped.
 FOREVER = "echo started; while :; do sleep 1; done"
+MUTE = "while :; do sleep 1; done"
 
 
 def failure(report: Report) -> Failed:
@@ -268,7 +270,6 @@ async def test_a_builder_that_lost_agent_owner_and_daemon_at_once_is_ended_by_th
         os.kill(pid, signal.SIGSTOP)
     for pid in (*daemons_below(held.connection.pid), held.connection.pid):
         os.kill(pid, signal.SIGKILL)
-    await told.finish(orphan)
     await told.agent.close()
     assert processes_with(mark)
     await bench.agent(slots=1)
@@ -285,17 +286,23 @@ async def test_cancelling_a_lease_that_is_not_known_or_finished_does_nothing(ben
 
 async def test_the_agent_survives_a_killed_daemon(bench: Bench) -> None:
     told = await bench.agent(slots=1)
-    victim = order(drv("victim", FOREVER))
-    await told.agent.start_many([victim.dump()])
-    await told.until(lambda: victim.step in told.logs)
-    held = told.agent._slots[0]._open
-    assert held is not None
-    assert held.connection.pid is not None
-    [daemon] = daemons_below(held.connection.pid)
-    os.kill(daemon, signal.SIGKILL)
-    failed = failure((await told.finish(victim))[0])
-    assert failed.reason in ("daemon_lost", "connection_lost")
-    assert "connection to the Nix daemon" in failed.message
+    for name, with_owner in (("silent", False), ("orphan", True)):
+        made = drv(name, MUTE)
+        victim, mark = order(made), made[1].outputs[0].path
+        await told.agent.start_many([victim.dump()])
+        await told.until(lambda mark=mark: bool(processes_with(mark)))
+        builder = processes_with(mark)
+        held = told.agent._slots[0]._open
+        assert held is not None
+        assert held.connection.pid is not None
+        [daemon] = daemons_below(held.connection.pid)
+        for pid in (held.connection.pid, daemon)[1 - with_owner :]:
+            os.kill(pid, signal.SIGKILL)
+        failed = failure((await told.finish(victim))[0])
+        # Not begun again in the same lease, though nothing was heard of it; and nothing of it goes on.
+        assert failed.reason == "connection_lost"
+        assert "connection to the Nix daemon" in failed.message
+        assert not set(builder) & live_processes().keys()
     success((await told.build(order(drv("next", ": > $out"))))[0])
 
 

@@ -1,0 +1,219 @@
+"""SIGKILL to what builds: the builder, the daemon that serves it, the agent, everything on a node. The step is built on
+the other machine, for a reason that is on record, and what was killed is there again without anybody's help."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from scheduler import facts
+from scheduler.model import FailureKind
+from tests.e2e.faults.conftest import Hurt, MakeFarm
+from tests.support.processes import ancestors, processes_with
+from workers.process_tree import live_processes, process_tree
+
+pytestmark = pytest.mark.e2e
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A build that goes on until somebody makes its `go`."""
+
+    name: str
+    submission: str
+    worker: str
+    #: Store path of its output, which stands in the environment of all its processes.
+    out: str
+    go: Path
+
+    def builder(self) -> list[int]:
+        return processes_with(self.out)
+
+    def above(self, command: str) -> int:
+        """The process of that command which the builder descends from."""
+        [found] = [pid for pid in ancestors(self.builder()[0]) if command in " ".join(_command(pid)[:4])]
+        return found
+
+
+def test_whatever_is_killed_is_replaced_and_its_step_is_built_elsewhere(hurt: MakeFarm) -> None:
+    one = hurt("left", "right", slots=1)
+    a_builder_killed_once_gets_another_machine_and_killed_twice_has_failed(one)
+    a_daemon_that_dies_while_its_builder_is_silent_is_no_reason_to_build_there_again(one)
+    a_daemon_whose_owner_dies_ends_and_says_so(one)
+    a_build_whose_daemon_dies_three_times_is_suspect(one)
+    an_agent_that_is_killed_takes_its_build_along_and_is_started_again(one)
+    a_node_that_is_killed_is_started_again_and_ends_the_builder_that_outlived_it(one)
+    assert one.farm.stop() == 0
+    assert one.farm.leftovers() == {}
+    one.nothing_ran_twice_without_a_reason()
+    assert verdicts(one) == {
+        "shot-once": [FailureKind.KILLED],
+        "shot-twice": [FailureKind.KILLED, FailureKind.KILLED],
+        "silent": [FailureKind.CONNECTION_LOST],
+        "disowned": [FailureKind.DAEMON_LOST],
+        "breaker": [FailureKind.CONNECTION_LOST, FailureKind.CONNECTION_LOST, FailureKind.SUSPECT],
+        "agentless": [FailureKind.WORKER_LOST],
+        "survivor": [FailureKind.WORKER_LOST],
+    }
+
+
+def a_builder_killed_once_gets_another_machine_and_killed_twice_has_failed(one: Hurt) -> None:
+    first = start(one, "shot-once")
+    kill(first.builder())
+    second = elsewhere(one, first)
+    finish(one, second)
+    first = start(one, "shot-twice")
+    kill(first.builder())
+    second = elsewhere(one, first)
+    kill(second.builder())
+    assert one.ended(first.submission)["state"] == "failed"
+    step = step_of(one, first.submission)
+    assert (step["failure"]["kind"], step["attempt"]) == ("killed", 2)
+
+
+def a_daemon_that_dies_while_its_builder_is_silent_is_no_reason_to_build_there_again(one: Hurt) -> None:
+    first = start(one, "silent")
+    kill([first.above("nix-daemon --stdio")])
+    second = elsewhere(one, first)
+    finish(one, second)
+
+
+def a_daemon_whose_owner_dies_ends_and_says_so(one: Hurt) -> None:
+    first = start(one, "disowned")
+    kill([first.above("owner.py")])
+    second = elsewhere(one, first)
+    finish(one, second)
+
+
+def a_build_whose_daemon_dies_three_times_is_suspect(one: Hurt) -> None:
+    running = start(one, "breaker", "echo loud")
+    kill([running.above("nix-daemon --stdio")])
+    running = elsewhere(one, running)
+    # The owner too: nobody is left who would end the builder in order.
+    kill([running.above("nix-daemon --stdio"), running.above("owner.py")])
+    orphans = running.builder()
+    running = elsewhere(one, running)
+    assert not set(orphans) & set(running.builder())
+    kill([running.above("nix-daemon --stdio")])
+    assert one.ended(running.submission)["state"] == "failed"
+    assert step_of(one, running.submission)["failure"]["kind"] == "suspect"
+    one.until(lambda: not running.builder())
+
+
+def an_agent_that_is_killed_takes_its_build_along_and_is_started_again(one: Hurt) -> None:
+    first = start(one, "agentless")
+    kill([first.above("ray::AgentHost")])
+    second = elsewhere(one, first)
+    finish(one, second)
+    one.farm.wait_for_workers(2)
+
+
+def a_node_that_is_killed_is_started_again_and_ends_the_builder_that_outlived_it(one: Hurt) -> None:
+    both_build(one, "survivor")
+    file = one.graph(waits("survivor"))
+    client = subprocess.Popen(
+        one.farm.build_command(file, "-A", "survivor", "--json"),
+        env=one.farm.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    one.until(one.building)
+    [submission] = [view["id"] for view in one.farm.api("submissions") if view["state"] == "running"]
+    first = running(one, submission, "survivor")
+    builder = first.builder()
+    node = {process.pid for process in process_tree(one.leader(f"worker-{first.worker}"))}
+    kill(node - set(builder))
+    second = elsewhere(one, first, builder)
+    second.go.touch()
+    output, _ = client.communicate(timeout=120)
+    assert client.returncode == 0
+    view = json.loads(output.splitlines()[-1])
+    one.can_be_fetched(view)
+    one.farm.wait_for_workers(2)
+    assert not set(builder) & live_processes().keys()
+
+
+def waits(name: str, before: str = ":") -> str:
+    script = f"{before}; while [ ! -e /tally/go-{name} ]; do /bin/busybox sleep 0.1; done"
+    return f'{name} = step "{name}" [ ] "{script}";'
+
+
+def start(one: Hurt, name: str, before: str = ":") -> Running:
+    both_build(one, name)
+    return running(one, one.submit(one.graph(waits(name, before)), name), name)
+
+
+def both_build(one: Hurt, before: str) -> None:
+    """Neither machine is left with a bad name, which would count towards its quarantine."""
+    one.farm.wait_for_workers(2)
+    meet = "touch /tally/{0}-at-{2}; while [ ! -e /tally/{1}-at-{2} ]; do /bin/busybox sleep 0.1; done"
+    steps = [
+        f'(step "{here}-{before}" [ ] "{meet.format(here, there, before)}")'
+        for here, there in (("first", "second"), ("second", "first"))
+    ]
+    file = one.graph(f'{before} = step "met-{before}" [ {" ".join(steps)} ] ":";')
+    assert one.ended(one.submit(file, before))["state"] == "succeeded"
+
+
+def running(one: Hurt, submission: str, name: str, ended: Iterable[int] = ()) -> Running:
+    """The build as it runs now."""
+    one.until(lambda: step_of(one, submission)["stage"] == "building")
+    step = step_of(one, submission)
+    out = step["outputs"]["out"]
+    one.until(lambda: set(processes_with(out)) - set(ended))
+    return Running(name, submission, step["worker"], out, one.tally / f"go-{name}")
+
+
+def elsewhere(one: Hurt, before: Running, survivors: Iterable[int] = ()) -> Running:
+    """The next attempt of a build, which is on the other machine; `survivors` are processes of the one before."""
+    attempt = one.runs()[before.name]
+    one.until(lambda: one.runs()[before.name] > attempt or step_of(one, before.submission)["state"] == "failed")
+    now = running(one, before.submission, before.name, survivors)
+    assert now.worker != before.worker
+    return now
+
+
+def finish(one: Hurt, build: Running) -> None:
+    build.go.touch()
+    view = one.ended(build.submission)
+    assert view["state"] == "succeeded", step_of(one, build.submission)
+    one.can_be_fetched(view)
+
+
+def step_of(one: Hurt, submission: str) -> dict[str, object]:
+    [step] = one.farm.api(f"submissions/{submission}/steps")
+    return step
+
+
+def verdicts(one: Hurt) -> dict[str, list[FailureKind]]:
+    """Why builds that had begun ended without a result, by step and in order."""
+    found: dict[str, list[FailureKind]] = {}
+    for fact in one.journal():
+        match fact:
+            case facts.LeaseRevoked():
+                step = fact.lease.step
+            case facts.StepFailed():
+                step = fact.step
+            case _:
+                continue
+        if fact.failure.kind is not FailureKind.RETURNED:
+            found.setdefault(step.partition("-")[2], []).append(fact.failure.kind)
+    return found
+
+
+def kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _command(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
