@@ -34,9 +34,11 @@ from workers.ray_access import make_token_file
 from workers.ray_nodes import Keep, RayHead, RayJoiningNode, RayNode, RayWorkerNode
 from workers.settings import WorkerSettings
 
-#: How often a dead node is started again before it is given up, and seconds before the second try; the pause doubles.
+#: How often the head is started again before it is given up; a worker's node is never given up.
 START_AGAIN_TRIES = 5
+#: Seconds between two starts of a dead node: they double from the first to the longest.
 START_AGAIN_S = 1.0
+START_AGAIN_LONGEST_S = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -258,35 +260,33 @@ async def _enter(stack: AsyncExitStack, node: RayNode) -> None:
 async def _watch_head(head: RayHead) -> NoReturn:
     while True:
         _log.warning("%s; it is started again and running builds go on", await head.wait_failed())
-        await _start_again(head)
+        if error := await _start_again(head, START_AGAIN_TRIES):
+            raise StoppedError(f"the Ray head could not be started again {START_AGAIN_TRIES} times: {error}")
 
 
 async def _watch_worker(node: RayWorkerNode) -> NoReturn:
     while True:
         _log.warning("%s; it is started again and its builds are done elsewhere", await node.wait_failed())
-        try:
-            await _start_again(node)
-        except StoppedError as error:
-            _log.error("%s", error)
-            await asyncio.get_running_loop().create_future()
+        await _start_again(node)
 
 
 async def _watch_own(node: RayJoiningNode) -> NoReturn:
     raise StoppedError(f"{await node.wait_failed()}; run `drover up` again, running builds go on")
 
 
-async def _start_again(node: RayNode) -> None:
-    """Start a node that died. Raises `StoppedError` where it does not come back."""
+async def _start_again(node: RayNode, tries: int | None = None) -> str:
+    """Start a node that died, so many times or until it comes; returns why it does not, empty where it runs."""
     pause_s = START_AGAIN_S
-    last = ""
-    for _ in range(START_AGAIN_TRIES):
+    while True:
         await node.stop()
         try:
             await node.start()
         except WorkerError as error:
-            last = str(error)
+            tries = None if tries is None else tries - 1
+            if tries == 0:
+                return str(error)
+            _log.warning("%s; it is tried again in %.0f s", error, pause_s)
             await asyncio.sleep(pause_s)
-            pause_s *= 2
+            pause_s = min(pause_s * 2, START_AGAIN_LONGEST_S)
         else:
-            return
-    raise StoppedError(f"a Ray node ended and could not be started again {START_AGAIN_TRIES} times: {last}")
+            return ""

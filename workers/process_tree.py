@@ -86,6 +86,11 @@ def process_tree(root: int) -> set[Process]:
     return {everyone[pid] for pid in members if pid in everyone}
 
 
+def children(parent: int) -> frozenset[Process]:
+    """Return the live processes that a process has started itself."""
+    return frozenset(process for process in live_processes().values() if process.parent == parent)
+
+
 def signal_all(processes: Iterable[Process], number: signal.Signals) -> None:
     """Send a signal to each; those that are gone, or are not ours, are passed over."""
     for process in processes:

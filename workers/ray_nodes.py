@@ -35,7 +35,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from workers.process_tree import Process, identity, is_alive, process_tree, signal_all, still_alive
+from workers.process_tree import Process, children, identity, is_alive, process_tree, signal_all, still_alive
 from workers.ray_access import (
     LOOPBACK,
     NodeHealth,
@@ -83,8 +83,10 @@ STOP_GRACE_S = 5.0
 #: Unix socket paths end at 103 bytes on macOS; Ray appends "/r/session_<date>_<pid>/sockets/plasma_store".
 SOCKET_PATH_BYTES = 103
 RAY_SOCKET_SUFFIX_BYTES = 68
-#: How often a node that somebody else started is looked at, seconds.
+#: How often a node is looked at, seconds.
 WATCH_S = 0.2
+#: Seconds that Ray has for noticing itself that a part of a node has ended.
+NOTICE_S = 5.0
 #: Lines of Ray's output that an error quotes.
 QUOTED_LINES = 8
 #: Syntax of a label value (Kubernetes'); Ray refuses others.
@@ -126,6 +128,8 @@ class RayNode:
         #: The leader's process id and start time, while there is one; its handle where it is our child.
         self._leader: tuple[int, str] | None = None
         self._child: asyncio.subprocess.Process | None = None
+        #: What the leader has started (raylet, and the head's tables): without one of them it is no node.
+        self._parts: frozenset[Process] = frozenset()
         self._dir: Path | None = None
         #: Found running and taken over.
         self.adopted = False
@@ -175,6 +179,7 @@ class RayNode:
                 self._dir, leader = running
                 self._leader = (leader.pid, leader.started)
                 self._cluster = _read_cluster(self._dir / CLUSTER_FILE)
+                self._parts = await asyncio.to_thread(children, leader.pid)
                 self.adopted = True
                 return self
         await self.start()
@@ -192,6 +197,7 @@ class RayNode:
             try:
                 await self._start(self._dir)
                 await self._wait_ready(self._dir)
+                self._parts = await asyncio.to_thread(children, self.pid)
             except BaseException as error:
                 await self.stop()
                 if isinstance(error, RayNodeError) and RAY_TOO_SLOW in str(error) and tries:
@@ -218,15 +224,26 @@ class RayNode:
         """Return the reason, in one sentence, when the node ends although nobody asked it to; otherwise never."""
         if self._leader is None:
             raise RayNodeError(f"{self._what} is not running")
-        if self._child is not None:
-            ending = f"ended unexpectedly with status {await self._child.wait()}"
-        else:
-            while is_alive(*self._leader):  # noqa: ASYNC110 - other programs' processes send no event
-                await asyncio.sleep(WATCH_S)
-            ending = "ended unexpectedly"
+        ending = await self._ending(*self._leader)
         if self._stopping:
             await asyncio.get_running_loop().create_future()
         return f"{self._what} {ending}{self._last_words()}"
+
+    async def _ending(self, leader: int, started: str) -> str:
+        """Wait until the leader is gone, or lives on without what makes it a node: say which.
+
+        A raylet that ends in order, say because the agent beside it was killed, is nothing to `ray start --block`.
+        """
+        waits_s = NOTICE_S
+        while is_alive(leader, started):
+            if any(not is_alive(part.pid, part.started) for part in self._parts):
+                # Most ends it does notice, and then says what they were.
+                if waits_s <= 0:
+                    return "lives on without its raylet"
+                waits_s -= WATCH_S
+            await asyncio.sleep(WATCH_S)
+        status = f" with status {await self._child.wait()}" if self._child is not None else ""
+        return f"ended unexpectedly{status}"
 
     async def stop(self) -> None:
         """End the node's whole process tree and remove its directory. Idempotent; at most about 15 s."""

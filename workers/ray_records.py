@@ -24,7 +24,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from workers.process_tree import Process, identity, is_alive, live_processes, process_tree, signal_all, still_alive
+from workers.process_tree import (
+    Process,
+    children,
+    identity,
+    is_alive,
+    live_processes,
+    process_tree,
+    signal_all,
+    still_alive,
+)
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +112,8 @@ def take_over(record: Path, fingerprint: str) -> tuple[Path, Process] | None:
     if note is None:
         return None
     leader = live_processes().get(note.node[0])
-    alive = leader is not None and leader.started == note.node[1]
+    # A leader lives on after a raylet that ended in order: that is no node.
+    alive = leader is not None and leader.started == note.node[1] and bool(children(leader.pid))
     if alive and leader is not None and note.fingerprint == fingerprint and (directory / CLUSTER_FILE).exists():
         NodeNote(own_identity(), note.node, note.outlive_s, fingerprint).write(directory)
         return directory, leader

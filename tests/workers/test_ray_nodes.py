@@ -21,7 +21,7 @@ import pytest_asyncio
 
 from workers.process_tree import process_tree
 from workers.ray_access import RayNodeError, check_token_file, make_token_file, ray_env
-from workers.ray_nodes import RayHead, RayWorkerNode, private_directory
+from workers.ray_nodes import Keep, RayHead, RayWorkerNode, private_directory
 from workers.ray_records import sweep_stale
 
 shared = pytest.mark.asyncio(loop_scope="module")
@@ -102,6 +102,13 @@ def listening_addresses(root: int) -> set[str]:
 
 def command_lines(root: int) -> str:
     return "".join(Path(f"/proc/{process.pid}/cmdline").read_text() for process in process_tree(root))
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def entries(directory: Path) -> set[Path]:
@@ -242,6 +249,30 @@ async def test_a_killed_node_is_reported_and_what_is_left_of_it_is_ended(
             assert "ended unexpectedly" in await worker.wait_failed()
         pid = worker.pid
     assert process_tree(pid) == set()
+
+
+@shared
+async def test_a_node_whose_raylet_ended_in_order_is_reported_and_not_taken_over(
+    head: RayHead, token: Path, base: Path, tmp_path: Path
+) -> None:
+    def made() -> RayWorkerNode:
+        return RayWorkerNode(
+            name="w4",
+            head=head.address,
+            token_file=token,
+            settings_file=tmp_path / "none",
+            base_dir=base,
+            keep=Keep(tmp_path / "record", 60.0),
+        )
+
+    async with made() as worker:
+        # The raylet shares the fate of the agents beside it, by an end that `ray start --block` takes for wanted.
+        [beside] = [p.pid for p in process_tree(worker.pid) if b"DashboardAgent" in command(p.pid)]
+        os.kill(beside, signal.SIGKILL)
+        async with asyncio.timeout(30):
+            assert "lives on without its raylet" in await worker.wait_failed()
+        async with made() as next_one:
+            assert not next_one.adopted
 
 
 @shared
