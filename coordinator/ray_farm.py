@@ -94,14 +94,14 @@ class RayFarm:
 async def ray_farm(settings: Settings, info: FarmInfo, stopping: Callable[[], bool]) -> AsyncIterator[Fleet]:
     """Start or take over the nodes and connect; at the end, end them if `stopping`, else leave them running."""
     # ray is imported only where a farm runs on it: the client's commands share this package.
-    from workers.ray_fleet import RayFleet  # noqa: PLC0415
+    from workers.ray_fleet import ClusterLostError, RayFleet  # noqa: PLC0415
 
     (settings.state_dir / "ray").mkdir(mode=0o700, exist_ok=True)
     token_file = settings.ray_token_file
     async with AsyncExitStack() as stack:
         head: RayHead | None = None
         nodes: list[RayJoiningNode] = []
-        up = False
+        up = lost = False
         try:
             if settings.ray_address:
                 address = settings.ray_address
@@ -127,12 +127,15 @@ async def ray_farm(settings: Settings, info: FarmInfo, stopping: Callable[[], bo
                 tasks = [watching.create_task(watch) for watch in watches]
                 try:
                     yield fleet
+                except* ClusterLostError:
+                    lost = True
+                    raise
                 finally:
                     for task in tasks:
                         task.cancel()
                     await asyncio.wait(tasks)
         finally:
-            if not stopping():
+            if not stopping() and not lost:
                 for left in (*nodes, *filter(None, (head,))):
                     if up or left.adopted:
                         left.leave()

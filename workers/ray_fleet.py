@@ -7,6 +7,8 @@ The only file that imports ray. Ray carries messages and knows which nodes live;
   daemon thread with a deadline; at most `BLOCKED_CALLS` threads may hang at once.
 * An actor never restarts and its calls are never retried by Ray: a repeat is this program's decision, and every call of
   the protocol may be repeated.
+* A head that was started again without its tables is another cluster. Ray ends the process of a driver that asks it
+  something, and lets nodes wait for ever: so driver and nodes look for it first, and end by themselves.
 * Only Ray's own word is a death: the actor died, or its node is no longer alive. Everything else is "unknown".
 * Messages are plain dicts, lists and bytes; classes cross by reference, so all nodes run the same installation.
 """
@@ -14,10 +16,10 @@ The only file that imports ray. Ray carries messages and knows which nodes live;
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -26,12 +28,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from workers.blocking import BlockingCalls, first_line
 from workers.fleet import FleetError, Sink
 from workers.polling import AgentDead, AgentRoster, AgentUnavailable
 from workers.protocol import FarmInfo, Lease, LeaseOrder, Output
-from workers.ray_access import LOOPBACK, RayNodeError, check_listens, check_token_file, is_loopback, ray_env
+from workers.ray_access import (
+    LISTEN_DEADLINE_S,
+    LOOPBACK,
+    RayNodeError,
+    check_listens,
+    check_token_file,
+    is_loopback,
+    ray_env,
+)
 from workers.ray_nodes import (
     DIRECTORY_VARIABLE,
+    ENDED_FILE,
+    HEAD_VARIABLE,
     LOOPBACK_VARIABLE,
     PARENT_VARIABLE,
     STOP_GRACE_S,
@@ -54,6 +67,8 @@ CREATE_DEADLINE_S = 60.0
 CLOSE_DEADLINE_S = 20.0
 #: Seconds between two looks at Ray's list of nodes.
 DISCOVER_EVERY_S = 1.0
+#: How often a node looks whether its head still is the one that it joined, seconds.
+SAME_HEAD_EVERY_S = 3.0
 #: Threads that may hang in Ray at one time.
 BLOCKED_CALLS = 16
 #: Calls that one agent serves at a time: control must get through while polls are parked.
@@ -63,17 +78,24 @@ RECREATE_FIRST_S = 1.0
 RECREATE_LONGEST_S = 30.0
 
 
+class ClusterLostError(FleetError):
+    """The head has been started again without its tables: it knows neither us nor the nodes."""
+
+
 def prepare_node(ray_params: Any, head: bool) -> None:
     """Ray's start hook (RAY_START_HOOK): runs inside `ray start`, before it starts anything.
 
     Binds the node to loopback where `workers.ray_nodes` asked for it, and ends the node when the program that owns it
-    is gone for too long (`ray start` itself would live on).
+    is gone for too long, or its head is another (`ray start` itself would live on).
     """
     parent = os.environ.get(PARENT_VARIABLE, "")
     directory = os.environ.get(DIRECTORY_VARIABLE, "")
     if parent.isdecimal() and directory:
         watch = (Path(directory), int(parent))
         threading.Thread(target=_end_with, args=watch, name="drover-owner-watch", daemon=True).start()
+        if address := os.environ.get(HEAD_VARIABLE, ""):
+            watch_head = (Path(directory), address)
+            threading.Thread(target=_end_with_head, args=watch_head, name="drover-head-watch", daemon=True).start()
     if not head and os.environ.get(LOOPBACK_VARIABLE):
         import ray._private.services as ray_services  # noqa: PLC0415 - only inside `ray start`
 
@@ -85,6 +107,41 @@ def prepare_node(ray_params: Any, head: bool) -> None:
 
 def _end_with(directory: Path, parent: int) -> None:
     watch_owner(directory, parent)
+    _end_node()
+
+
+def _end_with_head(directory: Path, address: str) -> None:
+    joined = ""
+    while True:
+        now = _cluster_at(address)
+        if joined and now and now != joined:
+            break
+        joined = joined or now
+        time.sleep(SAME_HEAD_EVERY_S)
+    (directory / ENDED_FILE).write_text(_cluster_lost(address))
+    _end_node()
+
+
+def _cluster_at(address: str) -> str:
+    """Return the id of the cluster whose head is at `host:port`; "" where none answers."""
+    from ray import exceptions  # noqa: PLC0415 - ray reads the environment when it is imported
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # noqa: PLC0415 - no public equal
+
+    host, _, port = address.rpartition(":")
+    try:
+        # Ray itself takes 40 s to say that nobody listens.
+        with socket.create_connection((host.strip("[]"), int(port)), LISTEN_DEADLINE_S):
+            pass
+        return str(GcsClient(address=address).cluster_id)
+    except (OSError, exceptions.RayError):
+        return ""
+
+
+def _cluster_lost(address: str) -> str:
+    return f"the Ray head at {address} was started again without its tables and knows nothing of this farm's nodes"
+
+
+def _end_node() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(STOP_GRACE_S)
     # The group holds Ray's servers; the workers' processes end when their raylet is gone.
@@ -175,6 +232,8 @@ class _Ray:
 
         self._ray: Any = ray
         self._actor_class: Any = None
+        self._address = ""
+        self._cluster = ""
 
     def init(self, address: str, node_dir: Path | None) -> None:
         """Connect as a driver."""
@@ -183,7 +242,7 @@ class _Ray:
             raise FleetError("this process is already connected to a Ray cluster")
         # `init` retries a refused token for 20 s and then only says that it could not connect.
         try:
-            ray._raylet.GcsClient(address=address)  # noqa: SLF001 - no public equal
+            self._cluster = str(ray._raylet.GcsClient(address=address).cluster_id)  # noqa: SLF001 - no public equal
         except ray.exceptions.AuthenticationError:
             raise FleetError(f"the Ray head at {address} refuses this farm's token") from None
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -197,6 +256,7 @@ class _Ray:
             # Ray has no other way to choose among the nodes of one host.
             _temp_dir=str(ray_temp_dir(node_dir)) if node_dir else None,
         )
+        self._address = address
         self._actor_class = ray.remote(concurrency_groups=CONCURRENCY)(AgentHost)
 
     def shutdown(self) -> None:
@@ -204,7 +264,15 @@ class _Ray:
         self._ray.shutdown()
 
     def nodes(self) -> list[_Listed]:
-        """Return all nodes that carry a worker's label, dead ones too."""
+        """Return all nodes that carry a worker's label, dead ones too; none while the head does not answer.
+
+        Raises `ClusterLostError`.
+        """
+        now = _cluster_at(self._address)
+        if not now:
+            return []
+        if now != self._cluster:
+            raise ClusterLostError(f"{_cluster_lost(self._address)}; start coordinator and workers again")
         return [
             _Listed(
                 node_id=str(node["NodeID"]),
@@ -244,7 +312,7 @@ class _Ray:
     def translate(self, error: Exception) -> AgentDead | AgentUnavailable:
         """Say what a failed call means for the agent."""
         known = self._ray.exceptions
-        text = _first_line(error)
+        text = first_line(error)
         match error:
             case known.ActorDiedError() | known.NodeDiedError():
                 return AgentDead(f"Ray reports that the agent died: {text}")
@@ -337,8 +405,7 @@ class RayFleet:
         self._trouble = ""
         #: Nodes that are served or known to be dead, by node id; dead ones stay, Ray never revives an id.
         self._nodes: dict[str, _Node] = {}
-        #: Threads that are inside Ray now.
-        self._blocked = 0
+        self._calls = BlockingCalls(BLOCKED_CALLS)
 
     @property
     def trouble(self) -> str:
@@ -362,7 +429,7 @@ class RayFleet:
             return ray
 
         try:
-            self._ray = await self._in_thread(f"connecting to {self._address}", CONNECT_DEADLINE_S, connect)
+            self._ray = await self._calls.run(f"connecting to {self._address}", CONNECT_DEADLINE_S, connect)
         finally:
             _take_signals_back()
         return self
@@ -376,7 +443,7 @@ class RayFleet:
         """Disconnect; agents and builds go on and are found again at the next start."""
         ray, self._ray = self._connected, None
         try:
-            await self._in_thread("disconnecting", CLOSE_DEADLINE_S, ray.shutdown)
+            await self._calls.run("disconnecting", CLOSE_DEADLINE_S, ray.shutdown)
         except FleetError as failure:
             log.warning("%s", failure)
         finally:
@@ -410,7 +477,9 @@ class RayFleet:
         """Return all nodes; none while the head is away: agents are still reached, and new ones can wait."""
         try:
             await self._check_head()
-            listed = await self._in_thread("listing nodes", DISCOVER_DEADLINE_S, self._connected.nodes)
+            listed = await self._calls.run("listing nodes", DISCOVER_DEADLINE_S, self._connected.nodes)
+        except ClusterLostError:
+            raise
         except FleetError as error:
             if not self._trouble:
                 log.warning("%s; what runs goes on, workers that come wait until it is back", error)
@@ -450,7 +519,7 @@ class RayFleet:
             while not node.dead.done():
                 began = time.monotonic()
                 try:
-                    handle = await self._in_thread(
+                    handle = await self._calls.run(
                         f"creating the agent of {node.worker}", CREATE_DEADLINE_S, lambda: ray.agent(node.node_id)
                     )
                     await self._roster.serve(node.worker, _ActorCalls(ray, handle, node.dead, self._epoch), sink)
@@ -464,43 +533,6 @@ class RayFleet:
             if not node.dead.done():
                 # Cancelled: a later `run` shall find the node again.
                 del self._nodes[node.node_id]
-
-    async def _in_thread(self, what: str, deadline_s: float, call: Callable[[], T]) -> T:
-        """Run a call into Ray that may block. Raises `AgentUnavailable` when it fails or takes too long."""
-        if self._blocked >= BLOCKED_CALLS:
-            raise AgentUnavailable(f"{what}: {self._blocked} calls to Ray are stuck already")
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[T] = loop.create_future()
-
-        def deliver(settle: Callable[[], None]) -> None:
-            self._blocked -= 1
-            if not result.done():
-                settle()
-
-        def work() -> None:
-            settle: Callable[[], None]
-            try:
-                value = call()
-            except Exception as error:  # noqa: BLE001 - handed to the waiting task
-                failure = error
-                settle = lambda: result.set_exception(failure)  # noqa: E731
-            else:
-                settle = lambda: result.set_result(value)  # noqa: E731
-            # The loop may be closed when a stuck call comes back at last.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(deliver, settle)
-
-        self._blocked += 1
-        threading.Thread(target=work, name=f"ray: {what}", daemon=True).start()
-        try:
-            async with asyncio.timeout(deadline_s):
-                return await result
-        except FleetError:
-            raise
-        except TimeoutError:
-            raise AgentUnavailable(f"{what} took more than {deadline_s:.0f} s") from None
-        except Exception as error:
-            raise AgentUnavailable(f"{what}: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _take_signals_back() -> None:
@@ -522,13 +554,6 @@ def _container(answer: Any) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise AgentUnavailable(f"the agent answered with a {type(answer).__name__}")
     return answer
-
-
-def _first_line(error: BaseException) -> str:
-    """Return an error's first sentence: Ray appends logs and tracebacks."""
-    cause = getattr(error, "cause", None)
-    text = str(cause if isinstance(cause, BaseException) else error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def _log_raylet(data: dict[str, Any], *_: Any, **__: Any) -> None:

@@ -65,6 +65,10 @@ WORKER_LABEL = "drover.worker"
 PARENT_VARIABLE = "DROVER_RAY_PARENT"
 #: Read by the start hook: the node lives on loopback.
 LOOPBACK_VARIABLE = "DROVER_RAY_LOOPBACK"
+#: Read by the start hook: end the node when the head at this address is another than it has joined.
+HEAD_VARIABLE = "DROVER_RAY_HEAD"
+#: In the node's private directory: why the start hook has ended it.
+ENDED_FILE = "ended"
 #: The node's private directory; marks its processes.
 DIRECTORY_VARIABLE = "DROVER_RAY_DIR"
 
@@ -306,6 +310,8 @@ class RayNode:
     def _last_words(self) -> str:
         if self._dir is None:
             return ""
+        with contextlib.suppress(OSError):
+            return "; " + (self._dir / ENDED_FILE).read_text()
         try:
             text = (self._dir / "start.log").read_text(errors="replace")
         except OSError:
@@ -445,7 +451,7 @@ class RayJoiningNode(RayNode):
     def env(self, base: Mapping[str, str]) -> dict[str, str]:
         """Return the node's environment."""
         loopback = is_loopback(self._host)
-        env = ray_env(self._token_file, base=base, loopback=loopback)
+        env = ray_env(self._token_file, base=base, loopback=loopback) | {HEAD_VARIABLE: self._head}
         if loopback:
             # `ray start --address` insists on a multi-node system; the hook brings loopback back.
             env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"

@@ -159,7 +159,7 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
             try:
                 await asyncio.wait((failed, stopped), return_when=asyncio.FIRST_COMPLETED)
                 if failed.done() and not stop.is_set():
-                    raise CoordinatorError(f"the worker's Ray node ended: {failed.result()}")
+                    raise CoordinatorError(f"{failed.result()}; start the worker again, its builds are done elsewhere")
                 await stop_agents([worker_state_dir(settings, told.name)], settings.stop_grace_s, hurry.is_set)
             finally:
                 failed.cancel()

@@ -59,6 +59,15 @@ class Program:
         """Wait for its end; return its exit status."""
         return self.process.wait(WITHIN_S)
 
+    def hurry(self) -> None:
+        """End it at once, as two signals do, unless it has ended."""
+        if self._process is not None and self._process.poll() is None:
+            self.send(signal.SIGTERM)
+            time.sleep(0.5)
+            if self._process.poll() is None:
+                self.send(signal.SIGTERM)
+            self.ended()
+
     def stop(self) -> int:
         """Ask it to stop, unless it has ended; return its exit status."""
         if self._process is None:

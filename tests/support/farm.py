@@ -178,7 +178,11 @@ class Farm:
     def wait(self) -> int:
         """Wait for the coordinator's own end; return its exit status."""
         assert self._process is not None
-        return self._process.wait(STOP_WITHIN_S)
+        assert self._log is not None
+        status = self._process.wait(STOP_WITHIN_S)
+        self._log.close()
+        self._process = None
+        return status
 
     def kill(self) -> None:
         """SIGKILL the coordinator alone; its Ray nodes go on."""

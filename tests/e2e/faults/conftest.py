@@ -103,8 +103,12 @@ class Hurt:
             time.sleep(0.1)
 
     def leader(self, record: str) -> int:
-        """Process id of a Ray node: `head`, `coordinator` or `worker-NAME`."""
-        directory = Path((self.farm.state / "ray" / record).read_text().strip())
+        """Process id of a Ray node of the coordinator's: `head`, `coordinator` or `worker-NAME`."""
+        return self.node(self.farm.state, record)
+
+    def node(self, state: Path, record: str) -> int:
+        """Process id of a Ray node whose owner has the state directory `state`."""
+        directory = Path((state / "ray" / record).read_text().strip())
         leader: int = json.loads((directory / "node.json").read_text())["node"][0]
         return leader
 

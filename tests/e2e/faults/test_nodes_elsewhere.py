@@ -1,0 +1,204 @@
+"""A coordinator whose Ray head and workers are other machines' programs: each may go away, and comes back.
+
+`drover head` and `drover worker` run by themselves; the coordinator starts and ends neither.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.faults.conftest import Hurt
+from tests.support.elsewhere import Elsewhere, Program
+from tests.support.farm import Farm
+from tests.support.processes import processes_with
+from workers.process_tree import process_tree
+
+pytestmark = pytest.mark.e2e
+
+JOINED = "has joined the farm"
+WAIT_FOR_GO = "while [ ! -e /tally/go ]; do /bin/busybox sleep 0.1; done"
+#: How long a worker lets running builds end, and what that takes with everything around it on a busy machine.
+GRACE_S = 2.0
+LONG_GRACE_S = 60.0
+
+
+class Apart(Hurt):
+    """One coordinator, a head and two workers, each a program of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self._prepare(root, "")
+        config = root / "head.toml"
+        config.touch()
+        self.token = root / "head" / "ray-token"
+        self.elsewhere = Elsewhere(root, config, self.token)
+        self.farm = Farm(root, [], settings=f'ray_address = "{self.elsewhere.address}"\nray_token = "{self.token}"\n')
+        self.left, self.right = self.worker("left", LONG_GRACE_S), self.worker("right", GRACE_S)
+
+    def worker(self, name: str, grace_s: float) -> Program:
+        return self.elsewhere.worker(
+            name,
+            *("--slots", "1", "--nix-option", "sandbox-paths", self.sandbox_paths),
+            environment={"DROVER_STOP_GRACE_S": str(grace_s)},
+        )
+
+    def online(self) -> set[str]:
+        return {worker["name"] for worker in self.farm.api("workers") if worker["state"] == "online"}
+
+    def busy(self) -> set[str]:
+        return {worker["name"] for worker in self.building()}
+
+    def troubles(self) -> str:
+        return " ".join(self.farm.api("farm")["troubles"])
+
+    def kill_head(self) -> None:
+        """The program and everything below it: a machine that is switched off."""
+        self.elsewhere.head.process.kill()
+        self.elsewhere.head.process.wait()
+        self.kill_node(self.elsewhere.root / "head", "head")
+
+    def kill_node(self, state: Path, record: str) -> None:
+        for process in process_tree(self.node(state, record)):
+            os.kill(process.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        # Twice: what is left to build is of no interest.
+        for program in (self.left, self.right):
+            program.hurry()
+        self.farm.stop()
+        self.elsewhere.head.stop()
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Iterator[Apart]:
+    apart = Apart(tmp_path)
+    try:
+        apart.elsewhere.start_head()
+        apart.farm.start()
+        apart.left.start(JOINED)
+        apart.farm.wait_for_workers(1)
+        yield apart
+    finally:
+        apart.stop()
+        apart.farm.clear()
+
+
+def test_head_and_workers_elsewhere_go_away_and_come_back(apart: Apart) -> None:
+    builds_go_on_without_a_head_and_workers_come_once_it_is_back(apart)
+    a_node_that_is_lost_is_told_by_its_worker_and_taken_back(apart)
+    a_worker_that_is_stopped_takes_nothing_new_and_finishes(apart)
+    what_does_not_end_within_the_grace_is_handed_back(apart)
+    a_second_signal_ends_the_grace(apart)
+    a_head_without_its_tables_is_another_one(apart)
+    apart.stop()
+    assert apart.farm.leftovers() == {}
+    apart.nothing_ran_twice_without_a_reason()
+
+
+def builds_go_on_without_a_head_and_workers_come_once_it_is_back(apart: Apart) -> None:
+    file = apart.graph(f'top = step "behind-headless" [ (step "headless" [ ] "{WAIT_FOR_GO}") ] ":";')
+    submission = apart.submit(file, "top")
+    apart.until(apart.busy)
+    apart.kill_head()
+    apart.until(lambda: f"no Ray head answers at {apart.elsewhere.address}" in apart.troubles())
+    (apart.tally / "go").touch()
+    view = apart.ended(submission)
+    assert view["state"] == "succeeded"
+    apart.can_be_fetched(view)
+    assert "no Ray head answers" in apart.farm.drover("status").stdout
+    apart.elsewhere.start_head()
+    apart.until(lambda: not apart.troubles())
+    apart.right.start(JOINED)
+    apart.until(lambda: apart.online() == {"left", "right"})
+    (apart.tally / "go").unlink()
+
+
+def a_node_that_is_lost_is_told_by_its_worker_and_taken_back(apart: Apart) -> None:
+    submission = apart.submit(apart.graph('lost = step "lost" [ ] "/bin/busybox sleep 5";'), "lost")
+    apart.until(apart.busy)
+    [name] = apart.busy()
+    lost = apart.left if name == "left" else apart.right
+    apart.kill_node(apart.elsewhere.root / f"worker-{name}", "worker")
+    assert lost.ended() == 4
+    [sentence] = [line for line in lost.log.splitlines() if line.startswith("drover: ")]
+    assert sentence.startswith(f"drover: the Ray node of worker {name} ended unexpectedly")
+    assert apart.ended(submission)["state"] == "succeeded"
+    [step] = apart.farm.api(f"submissions/{submission}/steps")
+    assert step["worker"] != name
+    lost.start(JOINED)
+    apart.until(lambda: apart.online() == {"left", "right"})
+
+
+def a_worker_that_is_stopped_takes_nothing_new_and_finishes(apart: Apart) -> None:
+    drain(apart, "right")
+    file = apart.graph(f'a = step "last" [ ] "{WAIT_FOR_GO}"; b = step "next" [ ] ":";')
+    last = apart.submit(file, "a")
+    apart.until(apart.busy)
+    drain(apart, "right", "--off")
+    apart.left.send(signal.SIGTERM)
+    apart.until(lambda: apart.online() == {"right"})
+    following = apart.ended(apart.submit(file, "b"))
+    [step] = apart.farm.api(f"submissions/{following['id']}/steps")
+    assert step["worker"] == "right"
+    assert apart.left.process.poll() is None
+    (apart.tally / "go").touch()
+    assert apart.left.ended() == 0
+    assert apart.ended(last)["state"] == "succeeded"
+    [step] = apart.farm.api(f"submissions/{last}/steps")
+    assert (step["worker"], step["attempt"]) == ("left", 1)
+    (apart.tally / "go").unlink()
+
+
+def what_does_not_end_within_the_grace_is_handed_back(apart: Apart) -> None:
+    submission = apart.submit(apart.graph(f'back = step "handed-back" [ ] "{WAIT_FOR_GO}";'), "back")
+    apart.until(lambda: apart.busy() == {"right"})
+    [step] = apart.farm.api(f"submissions/{submission}/steps")
+    apart.right.send(signal.SIGTERM)
+    assert apart.right.ended() == 0
+    assert not processes_with(step["outputs"]["out"])
+    apart.left.start(JOINED)
+    apart.until(lambda: apart.busy() == {"left"})
+    (apart.tally / "go").touch()
+    assert apart.ended(submission)["state"] == "succeeded"
+    assert apart.runs()["handed-back"] == 2
+    (apart.tally / "go").unlink()
+
+
+def a_second_signal_ends_the_grace(apart: Apart) -> None:
+    submission = apart.submit(apart.graph(f'hurry = step "hurried" [ ] "{WAIT_FOR_GO}";'), "hurry")
+    apart.until(lambda: apart.busy() == {"left"})
+    began = time.monotonic()
+    apart.left.send(signal.SIGTERM)
+    apart.until(lambda: apart.online() == set())
+    apart.left.send(signal.SIGTERM)
+    assert apart.left.ended() == 0
+    assert time.monotonic() - began < LONG_GRACE_S
+    (apart.tally / "go").touch()
+    apart.right.start(JOINED)
+    assert apart.ended(submission)["state"] == "succeeded"
+
+
+def a_head_without_its_tables_is_another_one(apart: Apart) -> None:
+    apart.kill_head()
+    shutil.rmtree(apart.elsewhere.root / "head" / "ray")
+    apart.elsewhere.start_head()
+    assert apart.right.ended() == 4
+    assert apart.farm.wait() == 4
+    for log in (apart.right.log, apart.farm.log_path.read_text()):
+        assert "was started again without its tables" in log.splitlines()[-1]
+    apart.farm.start()
+    apart.right.start(JOINED)
+    apart.farm.wait_for_workers(1)
+    view = apart.ended(apart.submit(apart.graph('again = step "again" [ ] ":";'), "again"))
+    apart.can_be_fetched(view)
+
+
+def drain(apart: Apart, *told: str) -> None:
+    done = apart.farm.drover("drain", *told)
+    assert done.returncode == 0, done.stderr
