@@ -7,8 +7,9 @@ Rules:
 4. `notes` (what people called a submission) go into the same commit as the submission's facts.
 5. One writer. Each that begins raises the **epoch** (`take_over`), and every write is conditional on it inside its own
    transaction: whoever comes back after another has taken over gets `FencedError`, and nothing of it is stored.
-6. Where the connection is lost it is not known whether a commit took place. `append` asks the journal's last `seq`
-   before it tries again, for at most `PATIENCE_S`; meanwhile nothing is acknowledged, because nothing is stored.
+6. A server that is away and a full disk are waited for, at most `PATIENCE_S`; meanwhile nothing is acknowledged,
+   because nothing is stored. Where the connection was lost it is not known whether a commit took place: `append` asks
+   for the journal's last `seq` before it tries again.
 7. A snapshot (facts of the core and records of the read model, see `history`) stands for all frames up to its `seq`. It
    counts once its row is there, which is written last; it is read again before anything older is removed, and the one
    before it is kept with the frames since. `load` starts at the newest whose checksums are right.
@@ -38,7 +39,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from coordinator.codec import CodecError, Record, decode_facts, decode_records, encode_facts, encode_records
 from coordinator.errors import CoordinatorError
 from infra.cache.metadata import Reign
-from infra.database import PATIENCE_S, connection_lost, reason
+from infra.database import PATIENCE_S, may_pass, reason
 from infra.patience import Patience
 from scheduler.facts import Fact
 from scheduler.model import SubmissionId
@@ -258,7 +259,8 @@ class Journal:
     async def append(self, facts: Sequence[Fact], notes: Mapping[SubmissionId, bytes] | None = None) -> None:
         """Store durable `facts` and `notes` in one commit; returns when they are safe.
 
-        Waits for a database that is away. After any error the caller must stop: what is stored is not known.
+        Waits for a database that is away, and for room on a disk that is full. After any error the caller must stop:
+        what is stored is not known.
 
         Raises:
             FencedError: another coordinator has taken over.
@@ -291,18 +293,18 @@ class Journal:
             except (SQLAlchemyError, OSError) as error:
                 # The transaction of a lost connection may still end after it was asked about.
                 late = patience is not None and isinstance(error, IntegrityError)
-                if not late and not connection_lost(error):
+                if not late and not may_pass(error):
                     raise await self._unstorable(error) from None
                 if patience is None:
                     patience = Patience(self._patience_s)
-                    self._trouble = f"the journal's database is away ({reason(error)})"
-                    _log.warning("%s; nothing is taken on until it is back", self._trouble)
+                    self._trouble = f"the journal cannot be written ({reason(error)})"
+                    _log.warning("%s; nothing is taken on until it can", self._trouble)
                 if not await patience.pause():
                     raise _error("write", error) from None
             else:
                 if self._trouble:
                     self._trouble = ""
-                    _log.warning("the journal's database is back")
+                    _log.warning("the journal can be written again")
                 return
 
     async def _unstorable(self, error: SQLAlchemyError | OSError) -> JournalError:

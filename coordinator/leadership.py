@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.errors import CoordinatorError
 from coordinator.journal import FencedError, Journal, JournalError
-from infra.database import PATIENCE_S, connection_lost, reason
+from infra.database import PATIENCE_S, may_pass, reason
 from infra.patience import Patience
 
 #: How often a leader's session speaks, and one that stands by asks for the lock, in seconds.
@@ -103,7 +103,7 @@ class SessionLock:
                     return
             except (SQLAlchemyError, OSError, TimeoutError) as error:
                 await self.release()
-                if not told or not connection_lost(error):
+                if not told or not may_pass(error):
                     raise LeadershipLostError(f"the journal's database does not answer: {reason(error)}.") from None
                 _log.warning("the journal's database does not answer: %s; still standing by", reason(error))
             else:

@@ -46,8 +46,13 @@ class StateLock:
                 f"{self._path.parent} is in use by another drover (process {holder}); "
                 "stop that one or choose another --state-dir."
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+        try:
+            # In this order: a disk that is full lets a file be overwritten.
+            written = os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+            os.ftruncate(descriptor, written)
+        except OSError as error:
+            os.close(descriptor)
+            raise StateDirError(f"cannot use the state directory {self._path.parent}: {error.strerror}.") from None
         self._descriptor = descriptor
         return self
 

@@ -1,8 +1,9 @@
 """Databases through SQLAlchemy: one way to open SQLite and PostgreSQL, and to tell what went wrong.
 
 Both are first-class. SQLite runs in WAL mode: readers never wait for the writer, and what was committed survives the
-death of the process. PostgreSQL may go away and come back (a restart, a failover): `connection_lost` tells such errors
-from those that waiting does not heal, and `patiently` repeats what may be repeated, for a bounded time.
+death of the process. PostgreSQL may go away and come back (a restart, a failover), a disk that is full may get room:
+`may_pass` tells such errors from those that waiting does not heal, and `patiently` repeats what may be repeated, for a
+bounded time.
 
 A question about many names sends them as one JSON array that is joined in SQL (`names_table`), since both databases
 limit the number of parameters of a statement.
@@ -11,6 +12,7 @@ limit the number of parameters of a statement.
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final, TypeVar
 
@@ -77,8 +79,8 @@ def _configure_postgresql(connection: Any, _record: object) -> None:
     connection.commit()
 
 
-def connection_lost(error: BaseException) -> bool:
-    """Whether the database may answer again by itself; what the failed statement did is then not known."""
+def may_pass(error: BaseException) -> bool:
+    """Whether the same may work later without a change here; what the failed statement did is then not known."""
     if isinstance(error, IntegrityError):
         return False
     if isinstance(error, DBAPIError):
@@ -86,20 +88,30 @@ def connection_lost(error: BaseException) -> bool:
         state = getattr(cause, "sqlstate", None)
         if state:
             return str(state).startswith(_PASSING)
+        if _no_room(cause):
+            return True
         # psycopg has no state where the server could not say anything; sqlite3 has none at all.
         module = type(cause).__module__.partition(".")[0]
         return error.connection_invalidated or (module == "psycopg" and type(cause).__name__ == "OperationalError")
     return isinstance(error, (OSError, TimeoutError, PoolTimeoutError))
 
 
+def _no_room(cause: BaseException | None) -> bool:
+    # The file that SQLite's processes share is made larger by writing too.
+    full = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+    return getattr(cause, "sqlite_errorcode", None) in full
+
+
 def reason(error: BaseException) -> str:
     """Return what the database said, in one line, without statement and parameters."""
     cause = getattr(error, "orig", None) or error
+    if _no_room(cause):
+        return "database or disk is full"
     return (str(cause).strip() or type(cause).__name__).split("\n", 1)[0].removesuffix(".")
 
 
 async def patiently(call: Callable[[], Awaitable[_Result]], what: str) -> _Result:
-    """Return what `call` gives, repeating it while the database is away, at most `PATIENCE_S`.
+    """Return what `call` gives, repeating it while that may pass, at most `PATIENCE_S`.
 
     Only for what may be done twice. Raises what `call` raised last.
     """
@@ -108,11 +120,11 @@ async def patiently(call: Callable[[], Awaitable[_Result]], what: str) -> _Resul
         try:
             return await call()
         except (SQLAlchemyError, OSError) as error:
-            if not connection_lost(error):
+            if not may_pass(error):
                 raise
             if patience is None:
                 patience = Patience(PATIENCE_S)
-                _log.warning("the database is away while %s: %s; trying again", what, reason(error))
+                _log.warning("the database fails while %s: %s; trying again", what, reason(error))
             if not await patience.pause():
                 raise
 

@@ -57,8 +57,13 @@ def load_token(path: Path) -> str:
         except FileExistsError:
             return read_token(path)
         token = secrets.token_urlsafe(_TOKEN_BYTES)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(token + "\n")
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(token + "\n")
+        except OSError:
+            # Half a token would be in the way of the next start.
+            path.unlink()
+            raise
     except OSError as error:
         raise TokenError(f"cannot use the token file {path}: {error.strerror}.") from None
     return token

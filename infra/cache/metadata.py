@@ -44,7 +44,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from infra.cache.errors import MetadataBusyError, MetadataError, ReignOverError
 from infra.cache.migrate import migrate, refuse_newer
-from infra.database import IDLE_IN_TRANSACTION_MS, PATIENCE_S, connection_lost, reason
+from infra.database import IDLE_IN_TRANSACTION_MS, PATIENCE_S, may_pass, reason
 from infra.patience import Patience
 
 _T = TypeVar("_T")
@@ -251,13 +251,12 @@ def database_errors() -> Iterator[None]:
             f"the cache's database is busy: all {POOL_SIZE} connections were in use for {POOL_WAIT_S:.0f} s; try again"
         ) from error
     except SQLAlchemyError as error:
-        # Not the statement and its parameters, which SQLAlchemy would add.
-        reason = str(getattr(error, "orig", None) or type(error).__name__).strip().split("\n", 1)[0]
-        if "database is locked" in reason or "lock timeout" in reason:
+        said = reason(error)
+        if "database is locked" in said or "lock timeout" in said:
             raise MetadataBusyError(
                 f"the cache's database is busy: another writer held its lock for {LOCK_TIMEOUT_S} s; try again"
             ) from error
-        raise MetadataError(f"the cache's database failed: {reason}") from error
+        raise MetadataError(f"the cache's database failed: {said}") from error
 
 
 @asynccontextmanager
@@ -306,7 +305,7 @@ async def _enter(
         try:
             connection = await stack.enter_async_context(connecting())
         except SQLAlchemyError as error:
-            waits = database.patience_s and connection_lost(error) and not isinstance(error, PoolTimeoutError)
+            waits = database.patience_s and may_pass(error) and not isinstance(error, PoolTimeoutError)
             if not waits:
                 raise
             patience = patience or Patience(database.patience_s)

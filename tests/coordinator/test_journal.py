@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -234,13 +235,27 @@ async def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path: Path) ->
 
 
 async def test_a_full_disk_is_one_sentence_and_what_was_stored_stays(tmp_path: Path) -> None:
-    async with _opened(_file(tmp_path)) as journal:
+    async with _opened(_file(tmp_path), patience_s=0.2) as journal:
         await journal.append(_held(1))
         async with journal._engine.connect() as connection:
             await connection.execute(text("PRAGMA max_page_count = 16"))
         with pytest.raises(JournalError, match="disk is full"):
             await journal.append(_steps(50_000))
     assert (await _read(_file(tmp_path)))[0] == _held(1)
+
+
+async def test_room_on_a_full_disk_is_waited_for(tmp_path: Path) -> None:
+    async with _opened(_file(tmp_path), patience_s=60.0) as journal:
+        async with journal._engine.connect() as connection:
+            await connection.execute(text("PRAGMA max_page_count = 16"))
+        appending = asyncio.create_task(journal.append(_steps(50_000)))
+        while "disk is full" not in journal.trouble:  # noqa: ASYNC110 - what is waited for is a database's doing
+            await asyncio.sleep(0.02)
+        async with journal._engine.connect() as connection:
+            await connection.execute(text("PRAGMA max_page_count = 1000000"))
+        await appending
+        assert journal.trouble == ""
+    assert (await _read(_file(tmp_path)))[0] == _steps(50_000)
 
 
 async def test_a_journal_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

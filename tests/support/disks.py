@@ -23,7 +23,8 @@ def small_disk(place: Path, mib: int) -> Iterator[Path]:
 def fill(file: Path, leave_mib: int = 0) -> None:
     """Write a file until so much is left on its disk."""
     with file.open("wb") as out:
-        block = b"\0" * 65536
+        # A page: nothing else shall fit in either.
+        block = b"\0" * 4096
         try:
             while _free(file) - len(block) >= leave_mib << 20:
                 out.write(block)

@@ -25,6 +25,8 @@ STORE_AWAY_S = 8.0
 #: Size of the disk that fills up, and of one output on it: larger than what is written at once, not compressible.
 DISK_MIB = 56
 OUTPUT_MIB = 10
+#: Size of a disk that does not fill up; it takes no more memory than what is on it.
+WORKERS_MIB = 8192
 
 
 def test_a_database_that_is_gone_for_a_while_costs_nothing_but_the_wait(
@@ -46,21 +48,21 @@ def test_a_database_that_is_gone_for_a_while_costs_nothing_but_the_wait(
     one.until(lambda: "short-2" in one.runs() and "long" in one.runs())
     mortal_postgres.end()
     gone = time.monotonic()
-    one.until(lambda: "is away" in one.farm.drover("status").stdout)
+    one.until(lambda: "the journal cannot be written" in one.farm.drover("status").stdout)
     with subprocess.Popen(one.farm.build_command(file, "-A", "late"), env=one.farm.environment) as late:
         time.sleep(max(0.0, gone + AWAY_S - time.monotonic()))
         mortal_postgres.start()
         view = one.ended(submission)
         assert view["state"] == "succeeded", one.farm.log_path.read_text()[-3000:]
         assert late.wait() == 0
-    assert "is away" not in one.farm.drover("status").stdout
+    assert "trouble" not in one.farm.drover("status").stdout
     one.can_be_fetched(view)
     assert one.farm.stop() == 0
     one.nothing_ran_twice_without_a_reason()
     assert set(one.runs().values()) == {1}, one.runs()
     log = one.farm.log_path.read_text()
-    assert "the journal's database is away" in log
-    assert "the journal's database is back" in log
+    assert "the journal cannot be written" in log
+    assert "the journal can be written again" in log
     assert "Traceback" not in log
 
 
@@ -148,6 +150,65 @@ def test_a_full_disk_of_the_cache_shows_nothing_broken_and_room_is_all_that_it_t
         assert one.farm.stop() == 0
     one.nothing_ran_twice_without_a_reason()
     assert set(one.runs().values()) == {1}, one.runs()
+
+
+def test_a_full_disk_of_the_coordinator_holds_the_farm_up_and_ruins_nothing(hurt: MakeFarm, tmp_path: Path) -> None:
+    # Databases, logs and locks are on the small one; what workers, Ray and the cache keep is not.
+    with small_disk(tmp_path / "farm", DISK_MIB) as disk, small_disk(disk / "workers", WORKERS_MIB):
+        for name in ("ray", "objects"):
+            (disk / "workers" / name).mkdir()
+            (disk / name).symlink_to(disk / "workers" / name)
+        one = hurt("left", "right", slots=2)
+        file = one.graph(
+            """
+            slow = name: n: step "${name}-${toString n}" [ ] "/bin/busybox sleep ${toString n}";
+            top = step "top" (map (n: step "over-${toString n}" [ (slow "short" n) ] ":") (range 1 6)) ":";
+            late = step "late" (map (slow "later") (range 1 6)) ":";
+            """
+        )
+        submission = one.submit(file, "top")
+        one.until(one.building)
+        fill(disk / "rubbish")
+        one.until(lambda: "disk is full" in one.farm.drover("status").stdout)
+        assert one.view(submission)["state"] == "running"
+        (disk / "rubbish").unlink()
+        view = one.ended(submission)
+        assert view["state"] == "succeeded", one.farm.log_path.read_text()[-3000:]
+        one.can_be_fetched(view)
+
+        # Started on a full disk, or on one that cannot be written, it says so in a sentence and ends.
+        late = one.submit(file, "late")
+        one.until(one.building)
+        fill(disk / "rubbish")
+        one.until(lambda: "disk is full" in one.farm.drover("status").stdout)
+        one.farm.kill()
+        fill(disk / "more")
+        assert "full" in _last_words(one)
+        remount = ["mount", "-o"]
+        subprocess.run([*remount, "remount,ro", disk], check=True)
+        assert "Read-only file system" in _last_words(one)
+        subprocess.run([*remount, "remount,rw", disk], check=True)
+        (disk / "rubbish").unlink()
+        (disk / "more").unlink()
+        one.farm.start()
+        after = one.ended(late)
+        assert after["state"] == "succeeded", one.farm.log_path.read_text()[-3000:]
+        assert one.view(submission) == view
+        one.can_be_fetched(after)
+        assert one.farm.stop() == 0
+        one.nothing_ran_twice_without_a_reason()
+        assert set(one.runs().values()) == {1}, one.runs()
+        assert "Traceback" not in one.farm.log_path.read_text()
+
+
+def _last_words(one: Hurt) -> str:
+    """Start a farm that cannot start; returns the one line that it says."""
+    before = one.farm.log_path.stat().st_size
+    with pytest.raises(RuntimeError):
+        one.farm.start()
+    [line] = one.farm.log_path.read_bytes()[before:].decode().splitlines()
+    assert line.startswith("drover: "), line
+    return line
 
 
 def _phases(one: Hurt, submission: str) -> list[str]:
