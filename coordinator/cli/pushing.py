@@ -32,7 +32,8 @@ from infra.nix.store_path import StoreDir
 
 #: Seconds between two progress lines on a terminal.
 PROGRESS_S: Final = 0.2
-_GOOD: Final = frozenset({SendStatus.PUBLISHED, SendStatus.PRESENT})
+#: A conflict too: the path can be fetched, with the bits that came first.
+_GOOD: Final = frozenset({SendStatus.PUBLISHED, SendStatus.PRESENT, SendStatus.CONFLICT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ async def _show(progress: UploadProgress) -> None:
 
 def _tell(wish: PushWish, address: str, name: str, result: UploadResult, progress: UploadProgress) -> int:
     failed = [verdict for verdict in result.verdicts if verdict.status not in _GOOD]
-    published = len(result.verdicts) - len(failed)
+    published = sum(verdict.status in {SendStatus.PUBLISHED, SendStatus.PRESENT} for verdict in result.verdicts)
     if wish.as_json:
         print_json(
             {
@@ -158,6 +159,7 @@ def _tell(wish: PushWish, address: str, name: str, result: UploadResult, progres
                 "published": published,
                 "present": len(result.present),
                 "upstream": len(result.upstream),
+                "conflicts": sorted(result.conflicts),
                 "sent_bytes": progress.sent_bytes,
                 "failed": [verdict.model_dump(mode="json") for verdict in failed],
             }
@@ -166,6 +168,9 @@ def _tell(wish: PushWish, address: str, name: str, result: UploadResult, progres
         lines = [f"{published} paths published, {size(progress.sent_bytes)} sent; {len(result.present)} were there"]
         if result.upstream:
             lines[0] += f", {len(result.upstream)} came from upstream"
+        lines += [
+            f"{path}: other bits were published before and stay; yours differ" for path in sorted(result.conflicts)
+        ]
         lines += [f"{verdict.path}: {verdict.message or verdict.status.value}" for verdict in failed]
         kept = f"for {wish.days:g} days" if wish.days else "for ever"
         lines.append(f"kept as push {name} {kept}")

@@ -20,6 +20,7 @@ from coordinator.http.access import challenge, told_token
 from coordinator.schema import ErrorBody, ErrorView
 from coordinator.upload_tokens import UploadTokens
 from infra.cache.errors import CacheError, StoreFullError
+from infra.cache.upload_errors import UploadError, WrongOffsetError
 from infra.cache.upload_wire import (
     MAX_MESSAGE_BYTES,
     PIECE_BYTES,
@@ -30,7 +31,7 @@ from infra.cache.upload_wire import (
     Urls,
     UrlsWanted,
 )
-from infra.cache.uploads import Sender, UploadError, Uploads, WrongOffsetError
+from infra.cache.uploads import Sender, Uploads
 
 #: Seconds without a byte after which a sender is given up.
 SILENCE_S: Final = 60.0

@@ -7,7 +7,7 @@ the contract; each of them says how.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from infra.cache.candidates import Candidate, PublishOutcome
 from infra.cache.catalog import Catalog
@@ -106,6 +106,13 @@ class Cache:
     async def missing(self, store_paths: Iterable[str]) -> set[str]:
         """Return those of the full store paths that cannot be fetched, in one question."""
         return await self._catalog.missing(store_paths)
+
+    async def differing(self, claims: Mapping[str, str]) -> dict[str, bool]:
+        """Return those of the claimed paths (full path -> NAR hash) that are published with other bits.
+
+        The value tells whether the claimed bits are a recorded conflict already.
+        """
+        return await self._catalog.differing(claims)
 
     async def narinfo(self, hash_part: str) -> bytes | None:
         """Return the signed narinfo of the path with this hash part, None if there is none that can be fetched."""

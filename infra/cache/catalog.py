@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache.errors import ClosureTooLargeError
-from infra.cache.metadata import Database, paths, reading, refs, slices
+from infra.cache.metadata import Database, conflicts, paths, reading, refs, slices
 from infra.cache.objects import LocalObjectStore, ObjectStore
 from infra.nix.errors import FormatError
 from infra.nix.store_path import HASH_PART_LENGTH, StoreDir
@@ -96,6 +96,21 @@ class Catalog:
             rows = await self.rows(connection, self.hash_parts(asked))
         present = await self.fetchable(rows.values())
         return asked - {row.store_path for row in present}
+
+    async def differing(self, claims: Mapping[str, str]) -> dict[str, bool]:
+        """See `Cache.differing`."""
+        async with reading(self.database) as connection:
+            rows = await self.rows(connection, self.hash_parts(claims))
+            other = [
+                row
+                for row in await self.fetchable(rows.values())
+                if claims.get(row.store_path, row.nar_hash) != row.nar_hash
+            ]
+            known: set[tuple[int, str]] = set()
+            for some in slices([row.serial for row in other]):
+                question = sa.select(conflicts.c.serial, conflicts.c.nar_hash).where(conflicts.c.serial.in_(some))
+                known.update((serial, nar_hash) for serial, nar_hash in await connection.execute(question))
+        return {row.store_path: (row.serial, claims[row.store_path]) in known for row in other}
 
     async def narinfo(self, hash_part: str) -> bytes | None:
         """See `Cache.narinfo`."""

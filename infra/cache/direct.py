@@ -32,7 +32,7 @@ REQUESTS: Final = 8
 TRIES: Final = 4
 CONNECT_S: Final = 5
 READ_S: Final = 60
-#: Parts in one page of a listing (the protocol's own bound).
+#: Parts, or uploads, in one page of a listing (the protocol's own bound).
 PAGE: Final = 1000
 
 _T = TypeVar("_T")
@@ -138,10 +138,13 @@ class DirectUploads:
         """Abort the unfinished uploads that were begun before (Unix seconds); returns how many."""
 
         def stale(client: S3Client) -> list[tuple[str, str]]:
-            found = client.list_multipart_uploads(Bucket=self._bucket, Prefix=f"{self._prefix}nar/", MaxUploads=PAGE)
+            pages = client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=f"{self._prefix}nar/", PaginationConfig={"PageSize": PAGE}
+            )
             return [
                 (upload["Key"].removeprefix(self._prefix), upload["UploadId"])
-                for upload in found.get("Uploads", ())
+                for page in pages
+                for upload in page.get("Uploads", ())
                 if upload["Initiated"].timestamp() < before
             ]
 

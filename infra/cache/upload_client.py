@@ -93,6 +93,8 @@ class UploadResult:
     present: tuple[str, ...]
     upstream: tuple[str, ...]
     sent: tuple[SentPath, ...]
+    #: Paths that are published with other bits than these, sent now or before.
+    conflicts: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -161,7 +163,8 @@ class UploadClient:
         finally:
             waking.cancel()
             await asyncio.wait([waking])
-        return UploadResult(tuple(verdicts), begun.present, begun.upstream, tuple(sent))
+        lost = (verdict.path for verdict in verdicts if verdict.status is SendStatus.CONFLICT)
+        return UploadResult(tuple(verdicts), begun.present, begun.upstream, tuple(sent), (*begun.conflicts, *lost))
 
     async def _send_all(
         self, begun: Begun, claims: Sequence[PathClaim], open_nar: OpenNar, parallel: int

@@ -104,6 +104,8 @@ class Begun(UploadMessage):
     present: tuple[str, ...]
     #: Paths that are not sent because a trusted upstream has them, signed.
     upstream: tuple[str, ...] = ()
+    #: Paths that are published with other bits, which stay; that these differ is recorded already.
+    conflicts: tuple[str, ...] = ()
     ttl_s: float = UPLOAD_TTL_S
 
 

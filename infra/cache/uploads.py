@@ -1,38 +1,43 @@
 """Taking uploads in: what the coordinator keeps of one, from `begin` to `commit`.
 
 An upload names all of its paths at once. What is missing is sent, directly to the object store with presigned
-addresses or through here into a spool; `commit` puts it in its place and hands it to `Cache.publish`, which trusts
-nothing. Everything that must outlive this process lies in files and in the object store and is found again by a name
-that follows from sender, path and NAR hash (the *slot*): an upload that begins anew continues. Two senders with the
-same rights fill one slot together, since what they compress is the same; if it is not, the hash tells, the slot is
-emptied and the sender told to begin again.
+addresses or through here into a spool (`relay`); `commit` puts it in its place and hands it to `Cache.publish`, which
+trusts nothing. What is published with other bits is sent too, unless the very same bits have lost before: they are kept
+beside the first for whoever wants to compare.
 
-The spool is the directory `incoming/` of a store that is a directory, so that placing an object is a rename; else a
-directory of the coordinator. Bounds: uploads at one time, the paths that they name together, the size of each object
-(by its NAR's), blocks in memory. What is abandoned is swept.
+Everything that must outlive this process lies in files and in the object store and is found again by a name that
+follows from sender, path and NAR hash (the *slot*): an upload that begins anew continues. Two senders with the same
+rights fill one slot together, since what they compress is the same; if it is not, the hash tells, the slot is emptied
+and the sender told to begin again. Bounds: uploads at one time, the paths that they name together, the size of each
+object (by its NAR's), blocks in memory. What is abandoned is swept.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from infra.cache.cache import Cache
 from infra.cache.candidates import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome, RejectReason
 from infra.cache.compression import COMPRESSION, nar_key
 from infra.cache.direct import DirectUploads, staged_key
-from infra.cache.errors import CacheError, ObjectMissingError, ObjectStoreError, StoreFullError
-from infra.cache.objects import FULL, INCOMING, LocalObjectStore, says_full
+from infra.cache.errors import CacheError, ObjectMissingError, ObjectStoreError
 from infra.cache.pulls import Pulls
-from infra.cache.upload import BLOCK_BYTES
+from infra.cache.relay import RelaySpool
+from infra.cache.upload_errors import (
+    BadUploadError,
+    ForbiddenPathError,
+    TooManyUploadsError,
+    UnknownUploadError,
+    WrongOffsetError,
+)
 from infra.cache.upload_wire import (
     SINGLE_BYTES,
     UPLOAD_TTL_S,
@@ -55,61 +60,18 @@ from infra.cache.upstream import Upstream
 from infra.nix.errors import FormatError
 from infra.nix.hashing import sha256_text
 
-if TYPE_CHECKING:
-    from hashlib import _Hash
-
 #: Uploads under way, and the paths that they name together.
 MAX_UPLOADS: Final = 1024
 MAX_CLAIMS: Final = 200_000
-#: Slots whose running hash is kept; the hash of another is computed again from its file.
-MAX_HASHES: Final = 1024
 #: Objects placed at one time.
 PLACING: Final = 8
 #: Seconds after which what was abandoned is swept, and between two sweeps.
 ABANDONED_S: Final = 24 * 3600.0
 SWEEP_EVERY_S: Final = 600.0
 
+_DAMAGED = "what arrived has another hash or size; it was thrown away"
+
 _log = logging.getLogger(__name__)
-
-
-class UploadError(CacheError):
-    """An upload cannot go on so. `code` is for programs."""
-
-    code = "upload_failed"
-
-
-class UnknownUploadError(UploadError):
-    """No such upload: it ended, expired, or the coordinator began anew. Begin again; what had arrived is found."""
-
-    code = "unknown_upload"
-
-
-class ForbiddenPathError(UploadError):
-    """The sender may not upload this path."""
-
-    code = "forbidden_path"
-
-
-class BadUploadError(UploadError):
-    """The message makes no sense."""
-
-    code = "bad_upload"
-
-
-class TooManyUploadsError(UploadError):
-    """As much is under way as this coordinator takes; try again later."""
-
-    code = "too_many_uploads"
-
-
-class WrongOffsetError(UploadError):
-    """A piece does not begin where the object ends; `offset` says where that is."""
-
-    code = "wrong_offset"
-
-    def __init__(self, offset: int) -> None:
-        super().__init__(f"the object has {offset} bytes so far: go on there")
-        self.offset = offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +97,6 @@ class _Upload:
 DAY_S: Final = 86_400.0
 #: The kind of the roots that pushes are.
 PUSH: Final = "push"
-
-
-@dataclass(slots=True)
-class _Running:
-    """The hash of a slot's bytes so far."""
-
-    size: int = 0
-    hash: _Hash = field(default_factory=sha256)
 
 
 @dataclass(slots=True)
@@ -172,14 +126,12 @@ class Uploads:
         sender publishes is a root until `expiry(now)`, None for ever. What an upstream has need not be sent.
         """
         self._cache = cache
-        own = cache.objects.local_path(INCOMING)
-        self._spool = own or spool
+        self._spool = RelaySpool(cache.objects, spool)
         self._now = now
         self._direct = direct
         self._expiry = expiry
         self._pulls = Pulls(cache, upstreams)
         self._open: dict[str, _Upload] = {}
-        self._running: dict[str, _Running] = {}
         #: One writer of a slot at a time; entries go with their last user.
         self._turns: dict[str, _Turn] = {}
         self._placing = asyncio.Semaphore(PLACING)
@@ -198,7 +150,7 @@ class Uploads:
         now = self._now()
         for name in [name for name, upload in self._open.items() if upload.expires_at < now]:
             del self._open[name]
-        await asyncio.to_thread(_sweep_files, self._spool, before)
+        await self._spool.sweep(before)
         if self._direct is not None:
             await self._direct.sweep(before)
 
@@ -220,6 +172,13 @@ class Uploads:
         name = secrets.token_hex(16)
         full = {self._full(path): path for path in claims}
         missing = {full[path] for path in await self._cache.lease(_lease(name), full, UPLOAD_TTL_S)}
+        differing: Mapping[str, bool] = {}
+        if sender.publishes:
+            differing = await self._cache.differing(
+                {self._full(path): claim.nar_hash for path, claim in claims.items()}
+            )
+        lost = {full[path] for path, known in differing.items() if known}
+        to_send = missing | {full[path] for path in differing} - lost
         elsewhere: Mapping[str, Upstream] = {}
         if sender.publishes:
             elsewhere = await self._pulls.found({path: claims[path] for path in missing})
@@ -227,14 +186,15 @@ class Uploads:
         send = (
             claims.keys()
             if not sender.publishes
-            else [path for path in claims if path in missing and path not in elsewhere]
+            else [path for path in claims if path in to_send and path not in elsewhere]
         )
         self._open[name] = _Upload(sender, claims, self._now() + UPLOAD_TTL_S, elsewhere)
         return Begun(
             id=name,
             how=SendRoute.RELAY if self._direct is None else SendRoute.DIRECT,
             send=tuple(send),
-            present=tuple(path for path in claims if path not in missing),
+            present=tuple(path for path in claims if path not in to_send and path not in lost),
+            conflicts=tuple(path for path in claims if path in lost),
             upstream=tuple(elsewhere),
         )
 
@@ -319,7 +279,7 @@ class Uploads:
     async def offset(self, sender: Sender, name: str, path: str) -> int:
         """Return how many bytes of an object have arrived. Raises `UploadError`."""
         claim = self._claim(self._find(sender, name), path)
-        return _size(self._slot_file(_slot(sender, claim)))
+        return self._spool.size(_slot(sender, claim))
 
     async def append(self, sender: Sender, name: str, path: str, offset: int, data: AsyncIterable[bytes]) -> int:
         """Add a piece to an object; returns how many bytes it has then. What came before an error stays.
@@ -332,52 +292,8 @@ class Uploads:
         """
         claim = self._claim(self._find(sender, name), path)
         slot = _slot(sender, claim)
-        file = self._slot_file(slot)
-        most = most_bytes(claim.nar_size)
         async with self._lock(slot):
-            running = await self._hash_so_far(slot)
-            if offset != running.size:
-                raise WrongOffsetError(running.size)
-            async for block in _blocks(data):
-                if running.size + len(block) > most:
-                    raise BadUploadError(f"the object of {path} is larger than its NAR can become")
-                if len(block) < BLOCK_BYTES // 4:
-                    self._write(file, running, block)
-                else:
-                    await asyncio.to_thread(self._write, file, running, block)
-            return running.size
-
-    def _write(self, file: Path, running: _Running, block: bytes) -> None:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                written = 0
-                while written < len(block):
-                    written += os.pwrite(descriptor, memoryview(block)[written:], running.size + written)
-            except OSError:
-                # A block is there whole or not at all: the hash counts whole blocks.
-                os.ftruncate(descriptor, running.size)
-                raise
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            if says_full(error):
-                raise StoreFullError(f"cannot take the object: {FULL}") from None
-            raise ObjectStoreError(f"cannot write what is uploaded: {error.strerror}") from error
-        running.hash.update(block)
-        running.size += len(block)
-
-    async def _hash_so_far(self, slot: str) -> _Running:
-        running = self._running.get(slot)
-        file = self._slot_file(slot)
-        if running is None or running.size != _size(file):
-            running = await asyncio.to_thread(_hash_file, file)
-            self._running.pop(slot, None)
-            if len(self._running) >= MAX_HASHES:
-                del self._running[next(iter(self._running))]
-            self._running[slot] = running
-        return running
+            return await self._spool.append(slot, offset, data, most_bytes(claim.nar_size))
 
     # Committing.
 
@@ -455,24 +371,8 @@ class Uploads:
             return SendVerdict(path=claim.path, status=SendStatus.FAILED, message=str(error))
 
     async def _place_spooled(self, slot: str, claim: PathClaim, sent: SentPath) -> SendVerdict:
-        objects, key, file = self._cache.objects, nar_key(sent.file_hash), self._slot_file(slot)
-        if not file.exists():
-            there = await objects.head(key) == sent.file_size
-            return _stored(claim.path, key) if there else _refused(claim.path, "its object was not sent")
-        running = await self._hash_so_far(slot)
-        if (running.size, sha256_text(running.hash.digest())) != (sent.file_size, sent.file_hash):
-            self._running.pop(slot, None)
-            file.unlink(missing_ok=True)
-            return _refused(claim.path, "what arrived has another hash or size; it was thrown away")
-        if isinstance(objects, LocalObjectStore):
-            await objects.rename(f"{INCOMING}/{file.name}", key)
-        elif sent.file_size <= SINGLE_BYTES:
-            await objects.put_bytes(key, file.read_bytes())
-        else:
-            await objects.put_stream(key, _read_file(file))
-        file.unlink(missing_ok=True)
-        self._running.pop(slot, None)
-        return _stored(claim.path, key)
+        key = await self._spool.place(slot, sent.file_hash, sent.file_size)
+        return _stored(claim.path, key) if key else _refused(claim.path, _DAMAGED)
 
     async def _place_small(self, slot: str, claim: PathClaim, sent: SentPath) -> SendVerdict:
         objects, key, staged = self._cache.objects, nar_key(sent.file_hash), staged_key(slot)
@@ -483,7 +383,7 @@ class Uploads:
         data = await objects.get_bytes(staged) if size == sent.file_size <= SINGLE_BYTES else b""
         if sha256_text(sha256(data).digest()) != sent.file_hash:
             await objects.delete(staged)
-            return _refused(claim.path, "what arrived has another hash or size; it was thrown away")
+            return _refused(claim.path, _DAMAGED)
         # Written from memory: the address of the staged object is still good.
         await objects.put_bytes(key, data)
         await objects.delete(staged)
@@ -508,9 +408,6 @@ class Uploads:
 
     def _full(self, name: str) -> str:
         return f"{self._cache.store_dir.path}/{name}"
-
-    def _slot_file(self, slot: str) -> Path:
-        return self._spool / f"relay-{slot}"
 
     @asynccontextmanager
     async def _lock(self, slot: str) -> AsyncIterator[None]:
@@ -556,51 +453,3 @@ def _verdict(path: str, outcome: PublishOutcome, url: str) -> SendVerdict:
         RejectReason.STORE_FAILED: SendStatus.FAILED,
     }.get(outcome.reason, SendStatus.REFUSED)
     return SendVerdict(path=path, status=status, message=outcome.message, missing=outcome.missing)
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _hash_file(file: Path) -> _Running:
-    running = _Running()
-    with suppress(FileNotFoundError), file.open("rb") as source:
-        while block := source.read(BLOCK_BYTES):
-            running.hash.update(block)
-            running.size += len(block)
-    return running
-
-
-async def _blocks(data: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-    """Gather what arrives into blocks of about BLOCK_BYTES; where it breaks off, what came before is given first."""
-    gathered = bytearray()
-    try:
-        async for chunk in data:
-            gathered += chunk
-            if len(gathered) >= BLOCK_BYTES:
-                block = bytes(gathered)
-                gathered.clear()
-                yield block
-    except ConnectionError:
-        if gathered:
-            yield bytes(gathered)
-        raise
-    if gathered:
-        yield bytes(gathered)
-
-
-async def _read_file(file: Path) -> AsyncIterator[bytes]:
-    with file.open("rb") as source:
-        while block := await asyncio.to_thread(source.read, BLOCK_BYTES):
-            yield block
-
-
-def _sweep_files(spool: Path, before: float) -> None:
-    with suppress(FileNotFoundError), os.scandir(spool) as entries:
-        for entry in entries:
-            if entry.name.startswith("relay-") and entry.stat().st_mtime < before:
-                with suppress(FileNotFoundError):
-                    Path(entry.path).unlink()

@@ -154,9 +154,15 @@ async def test_other_bits_for_a_published_path_are_a_conflict_and_the_first_stay
     cache = site.coordinator.cache
     other = thing("unstable", b"other bits" * 50)
     result = await site.client().upload_all([other.claim], opener(other), parallel=1)
-    assert result.present == (other.claim.path,)
+    assert [verdict.status for verdict in result.verdicts] == [SendStatus.CONFLICT]
+    assert result.conflicts == (other.claim.path,)
+    # What lost once is not sent again, and told again.
+    again = site.client()
+    result = await again.upload_all([other.claim], opener(), parallel=1)
+    assert (result.verdicts, result.present, result.conflicts) == ((), (), (other.claim.path,))
     assert await site.nar(first.claim.path) == first.nar
-    assert (await cache.info()).paths == 1
+    info = await cache.info()
+    assert (info.paths, info.conflicts) == (1, 1)
 
 
 async def until(condition: Callable[[], bool]) -> None:

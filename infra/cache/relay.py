@@ -1,0 +1,193 @@
+"""Objects that arrive in pieces: one file for each slot, hashed while it grows, moved to its place when it is whole.
+
+The files are the directory `incoming/` of a store that is a directory, so that placing an object is a rename; else they
+lie in a directory of the coordinator. They outlive this process and are found again by their slot: whoever sends the
+object anew goes on where it ends. The holder of a slot (`Uploads` gives turns) alone may write to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from infra.cache.compression import nar_key
+from infra.cache.errors import ObjectMissingError, ObjectStoreError, StoreFullError
+from infra.cache.objects import FULL, INCOMING, LocalObjectStore, ObjectStore, says_full
+from infra.cache.upload import BLOCK_BYTES
+from infra.cache.upload_errors import BadUploadError, WrongOffsetError
+from infra.cache.upload_wire import SINGLE_BYTES
+from infra.nix.hashing import sha256_text
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+#: Slots whose running hash is kept; the hash of another is computed again from its file.
+MAX_HASHES: Final = 1024
+
+
+@dataclass(slots=True)
+class _Running:
+    """The hash of a slot's bytes so far."""
+
+    size: int = 0
+    hash: _Hash = field(default_factory=sha256)
+
+
+class RelaySpool:
+    """The objects on their way into one store; `directory` is used where that is none itself."""
+
+    def __init__(self, objects: ObjectStore, directory: Path) -> None:
+        self._objects = objects
+        self._directory = objects.local_path(INCOMING) or directory
+        self._running: dict[str, _Running] = {}
+
+    def size(self, slot: str) -> int:
+        """Return how many bytes of an object have arrived."""
+        return _size(self._file(slot))
+
+    async def append(self, slot: str, offset: int, data: AsyncIterable[bytes], most_bytes: int) -> int:
+        """Add a piece to an object; returns how many bytes it has then. What came before an error stays.
+
+        Raises:
+            WrongOffsetError: it does not begin where the object ends.
+            BadUploadError: the object would have more than `most_bytes`.
+            StoreFullError: no room is left.
+            ObjectStoreError: the spool failed.
+        """
+        file = self._file(slot)
+        running = await self._hash_so_far(slot)
+        if offset != running.size:
+            raise WrongOffsetError(running.size)
+        async for block in _blocks(data):
+            if running.size + len(block) > most_bytes:
+                raise BadUploadError("the object is larger than its NAR can become")
+            if len(block) < BLOCK_BYTES // 4:
+                _write(file, running, block)
+            else:
+                await asyncio.to_thread(_write, file, running, block)
+        return running.size
+
+    async def place(self, slot: str, file_hash: str, file_size: int) -> str | None:
+        """Put a whole object where it is published from; returns its key, None where it has another hash or size.
+
+        That is then thrown away. Where nothing arrived, the object may be in its place already.
+
+        Raises:
+            ObjectMissingError: nothing arrived, and it is not in its place.
+            ObjectStoreError: the store failed; the same call may succeed later.
+        """
+        key, file = nar_key(file_hash), self._file(slot)
+        if not file.exists():
+            if await self._objects.head(key) != file_size:
+                raise ObjectMissingError("its object was not sent")
+            return key
+        running = await self._hash_so_far(slot)
+        if (running.size, sha256_text(running.hash.digest())) != (file_size, file_hash):
+            self._forget(slot)
+            return None
+        if isinstance(self._objects, LocalObjectStore):
+            await self._objects.rename(f"{INCOMING}/{file.name}", key)
+        elif file_size <= SINGLE_BYTES:
+            await self._objects.put_bytes(key, file.read_bytes())
+        else:
+            await self._objects.put_stream(key, _read_file(file))
+        self._forget(slot)
+        return key
+
+    async def sweep(self, before: float) -> None:
+        """Delete what has not been written to since `before` (Unix seconds)."""
+        await asyncio.to_thread(_sweep_files, self._directory, before)
+
+    def _file(self, slot: str) -> Path:
+        return self._directory / f"relay-{slot}"
+
+    def _forget(self, slot: str) -> None:
+        self._running.pop(slot, None)
+        self._file(slot).unlink(missing_ok=True)
+
+    async def _hash_so_far(self, slot: str) -> _Running:
+        running = self._running.get(slot)
+        file = self._file(slot)
+        if running is None or running.size != _size(file):
+            running = await asyncio.to_thread(_hash_file, file)
+            self._running.pop(slot, None)
+            if len(self._running) >= MAX_HASHES:
+                del self._running[next(iter(self._running))]
+            self._running[slot] = running
+        return running
+
+
+def _write(file: Path, running: _Running, block: bytes) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            written = 0
+            while written < len(block):
+                written += os.pwrite(descriptor, memoryview(block)[written:], running.size + written)
+        except OSError:
+            # A block is there whole or not at all: the hash counts whole blocks.
+            os.ftruncate(descriptor, running.size)
+            raise
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if says_full(error):
+            raise StoreFullError(f"cannot take the object: {FULL}") from None
+        raise ObjectStoreError(f"cannot write what is uploaded: {error.strerror}") from error
+    running.hash.update(block)
+    running.size += len(block)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _hash_file(file: Path) -> _Running:
+    running = _Running()
+    with suppress(FileNotFoundError), file.open("rb") as source:
+        while block := source.read(BLOCK_BYTES):
+            running.hash.update(block)
+            running.size += len(block)
+    return running
+
+
+async def _blocks(data: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """Gather what arrives into blocks of about BLOCK_BYTES; where it breaks off, what came before is given first."""
+    gathered = bytearray()
+    try:
+        async for chunk in data:
+            gathered += chunk
+            if len(gathered) >= BLOCK_BYTES:
+                block = bytes(gathered)
+                gathered.clear()
+                yield block
+    except ConnectionError:
+        if gathered:
+            yield bytes(gathered)
+        raise
+    if gathered:
+        yield bytes(gathered)
+
+
+async def _read_file(file: Path) -> AsyncIterator[bytes]:
+    with file.open("rb") as source:
+        while block := await asyncio.to_thread(source.read, BLOCK_BYTES):
+            yield block
+
+
+def _sweep_files(directory: Path, before: float) -> None:
+    with suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.startswith("relay-") and entry.stat().st_mtime < before:
+                with suppress(FileNotFoundError):
+                    Path(entry.path).unlink()
