@@ -214,6 +214,12 @@ class Settings(BaseSettings):
     #: empty: one of its own. Its token is `ray-token` among the secrets, or the file `ray_token`.
     ray_address: Annotated[str, Field(pattern=r"^(\S+:[0-9]{1,5})?$")] = ""
     ray_token: Path | None = None
+    #: `host:port` of a Redis that keeps the head's tables, so that the head can move; empty: on this machine's disk.
+    #: Farms that share a Redis have different namespaces.
+    ray_redis: Annotated[str, Field(pattern=r"^([^\s/@]+:[0-9]{1,5})?$")] = ""
+    ray_redis_namespace: _Name = "drover"
+    #: Source of its password: a file (mode 0600) or `env:NAME`; empty: it wants none.
+    ray_redis_password: str = ""
     #: This machine's address for Ray, and where a head listens; 127.0.0.1 is this machine alone, anything else needs a
     #: private network (Ray then listens on every interface, behind its token). Port 0 takes a free one.
     ray_host: str = DEFAULT_HOST

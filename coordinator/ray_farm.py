@@ -26,12 +26,15 @@ from pydantic import ValidationError
 
 from coordinator.config import ConfigError, Settings, WorkerConfig
 from coordinator.errors import StoppedError
+from coordinator.http.access import read_source
 from coordinator.state_lock import StateLock
+from infra.cache.keys import forget_keys
 from workers.errors import WorkerError
 from workers.fleet import Fleet, FleetError, Sink
 from workers.protocol import FarmInfo, Lease, LeaseOrder, Output
 from workers.ray_access import make_token_file
 from workers.ray_nodes import Keep, RayHead, RayJoiningNode, RayNode, RayWorkerNode
+from workers.ray_redis import RedisStore, RedisUnusableError
 from workers.settings import WorkerSettings
 
 #: How often the head is started again before it is given up; a worker's node is never given up.
@@ -168,7 +171,7 @@ def _own_head(settings: Settings) -> RayHead:
         token_file=make_token_file(settings.ray_token_file),
         host=settings.ray_host,
         port=_head_port(settings),
-        tables=_tables(settings),
+        tables=_redis(settings) if settings.ray_redis else _tables(settings),
         keep=_keep(settings, "head"),
     )
 
@@ -177,15 +180,24 @@ def _tables(settings: Settings) -> Path:
     return settings.state_dir / "ray" / "tables"
 
 
+def _redis(settings: Settings) -> RedisStore:
+    source = settings.ray_redis_password
+    password = read_source(source).strip() if source else ""
+    # Nothing that is started inherits it.
+    forget_keys([source])
+    return RedisStore(settings.ray_redis, settings.ray_redis_namespace, password)
+
+
 async def _start_head(stack: AsyncExitStack, settings: Settings, head: RayHead) -> str:
     """Start a head, or take it over; `stack` ends it. Returns its address."""
     _tables(settings).parent.mkdir(mode=0o700, exist_ok=True)
     try:
         await stack.enter_async_context(head)
+    except RedisUnusableError as error:
+        raise StoppedError(f"{error} (see ray_redis and ray_redis_password)") from None
     except WorkerError as error:
-        raise StoppedError(
-            f"{error}; if this repeats, remove {_tables(settings)} (builds that run now are then done again)"
-        ) from None
+        way = "choose another ray_redis_namespace" if settings.ray_redis else f"remove {_tables(settings)}"
+        raise StoppedError(f"{error}; if this repeats, {way} (builds that run now are then done again)") from None
     # For `drover worker --head` on other machines, and for the next start; says nothing that is secret.
     (settings.state_dir / "ray-address").write_text(head.address + "\n")
     return head.address

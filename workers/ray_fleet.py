@@ -52,6 +52,7 @@ from workers.ray_nodes import (
     ray_temp_dir,
 )
 from workers.ray_records import watch_owner
+from workers.ray_redis import FLAGS_FILE, read_password
 
 if TYPE_CHECKING:
     from workers.agent import Agent
@@ -86,13 +87,16 @@ def prepare_node(ray_params: Any, head: bool) -> None:
     """Ray's start hook (RAY_START_HOOK): runs inside `ray start`, before it starts anything.
 
     Binds the node to loopback where `workers.ray_nodes` asked for it, and ends the node when the program that owns it
-    is gone for too long, or its head is another (`ray start` itself would live on).
+    is gone for too long, or its head is another (`ray start` itself would live on). A head is told Redis's password.
     """
     parent = os.environ.get(PARENT_VARIABLE, "")
     directory = os.environ.get(DIRECTORY_VARIABLE, "")
     if parent.isdecimal() and directory:
         watch = (Path(directory), int(parent))
         threading.Thread(target=_end_with, args=watch, name="drover-owner-watch", daemon=True).start()
+        flags = Path(directory) / FLAGS_FILE
+        if head and flags.exists():
+            _use_redis_password(ray_params, flags)
         if address := os.environ.get(HEAD_VARIABLE, ""):
             watch_head = (Path(directory), address)
             threading.Thread(target=_end_with_head, args=watch_head, name="drover-head-watch", daemon=True).start()
@@ -103,6 +107,26 @@ def prepare_node(ray_params: Any, head: bool) -> None:
         # resolve_ip_for_localhost), and there is no switch.
         ray_services.get_node_ip_address = lambda *_: LOOPBACK
         ray_params.node_ip_address = LOOPBACK
+
+
+def _use_redis_password(ray_params: Any, flags: Path) -> None:
+    """Give Redis's password to `ray start` and to the GCS, in no command line: Ray has no other way, as of 2.60."""
+    import ray._private.services as ray_services  # noqa: PLC0415 - only inside `ray start`
+    from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER  # noqa: PLC0415
+
+    ray_params.redis_password = read_password(flags)
+
+    def without(start: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *told, **named: start(*told, **{**named, "redis_password": ""})
+
+    def started(command: list[str], process_type: str, *told: Any, **named: Any) -> Any:
+        extra = [f"--flagfile={flags}"] if process_type == PROCESS_TYPE_GCS_SERVER else []
+        return start_process([*command, *extra], process_type, *told, **named)
+
+    start_process = ray_services.start_ray_process
+    ray_services.start_ray_process = started
+    ray_services.start_gcs_server = without(ray_services.start_gcs_server)
+    ray_services.start_raylet = without(ray_services.start_raylet)
 
 
 def _end_with(directory: Path, parent: int) -> None:

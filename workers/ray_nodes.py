@@ -27,7 +27,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -47,14 +46,15 @@ from workers.ray_access import (
 )
 from workers.ray_records import (
     CLUSTER_FILE,
-    DIRECTORY_PREFIX,
     KILL_GRACE_S,
     LOOK_AGAIN_S,
     NodeNote,
     own_identity,
+    private_directory,
     sweep_stale,
     take_over,
 )
+from workers.ray_redis import RedisStore, check_redis
 from workers.settings import SETTINGS_VARIABLE
 
 log = logging.getLogger(__name__)
@@ -84,9 +84,6 @@ HEAD_WITHIN_S = 60.0
 HEAD_EVERY_S = 0.5
 #: Seconds that a node may take to end by itself.
 STOP_GRACE_S = 5.0
-#: Unix socket paths end at 103 bytes on macOS; Ray appends "/r/session_<date>_<pid>/sockets/plasma_store".
-SOCKET_PATH_BYTES = 103
-RAY_SOCKET_SUFFIX_BYTES = 68
 #: How often a node is looked at, seconds.
 WATCH_S = 0.2
 #: Seconds that Ray has for noticing itself that a part of a node has ended.
@@ -265,7 +262,11 @@ class RayNode:
     async def check(self) -> None:
         """Look for what would make the start fail late or obscurely. Raises `RayNodeError`."""
 
+    def prepare(self, directory: Path) -> None:
+        """Put what the node reads into its private directory."""
+
     async def _start(self, directory: Path) -> None:
+        self.prepare(directory)
         base = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
         env = self.env(base) | {PARENT_VARIABLE: str(os.getpid()), DIRECTORY_VARIABLE: str(directory)}
         # Any hook will do for the watch over the parent; it also binds to loopback where that is wanted.
@@ -326,8 +327,8 @@ class RayHead(RayNode):
     """The farm's Ray head: membership and addresses, no builds.
 
     `host` is where it listens; everything but 127.0.0.1 makes Ray listen on **all** interfaces of the machine, so a
-    farm of several machines needs a private network around it. `port` 0 takes a free one. `tables` is a directory for
-    Ray's tables: with it, and with a port, a head that died is started again as the same head.
+    farm of several machines needs a private network around it. `port` 0 takes a free one. `tables` is a directory or a
+    Redis for Ray's tables: with it, and with a port, a head that died is started again as the same head.
     """
 
     def __init__(
@@ -337,7 +338,7 @@ class RayHead(RayNode):
         host: str = LOOPBACK,
         port: int = 0,
         health: NodeHealth | None = None,
-        tables: Path | None = None,
+        tables: Path | RedisStore | None = None,
         keep: Keep | None = None,
         base_dir: Path | None = None,
         start_deadline_s: float = START_DEADLINE_S,
@@ -362,7 +363,9 @@ class RayHead(RayNode):
         return self._cluster
 
     async def check(self) -> None:
-        """Refuse a port that is taken: Ray would take 50 s to fail at it."""
+        """Refuse a port that is taken, at which Ray would take 50 s to fail, and a Redis that cannot be used."""
+        if isinstance(self._tables, RedisStore):
+            await check_redis(self._tables)
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -372,6 +375,11 @@ class RayHead(RayNode):
                 raise RayNodeError(
                     f"the Ray head cannot listen on {self._host}, port {self._port}: {error.strerror}"
                 ) from None
+
+    def prepare(self, directory: Path) -> None:
+        """Leave Redis's password where the start hook finds it."""
+        if isinstance(self._tables, RedisStore):
+            self._tables.write_flags(directory)
 
     def argv(self, directory: Path) -> list[str]:
         """Return the command line of the head."""
@@ -388,7 +396,9 @@ class RayHead(RayNode):
     def env(self, base: Mapping[str, str]) -> dict[str, str]:
         """Return the head's environment."""
         env = ray_env(self._token_file, base=base, loopback=is_loopback(self._host), health=self._health)
-        if self._tables is not None:
+        if isinstance(self._tables, RedisStore):
+            env |= self._tables.env()
+        elif self._tables is not None:
             # Embedded RocksDB (REP-64); the nodes' patience is RAY_gcs_rpc_server_reconnect_timeout_s.
             env |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self._tables)}
         return env
@@ -547,18 +557,6 @@ def _check_host(host: str) -> None:
 def default_base_dir() -> Path:
     """Return where private directories are made: a short path, since Unix socket paths are limited."""
     return Path("/tmp")  # noqa: S108 - what is made in it is 0700 with a random name
-
-
-def private_directory(base: Path) -> Path:
-    """Make a directory of mode 0700 below `base`. Raises `RayNodeError` where socket paths would get too long."""
-    try:
-        made = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir=base))
-    except OSError as error:
-        raise RayNodeError(f"no directory for Ray can be made in {base}: {error.strerror}") from None
-    if len(os.fsencode(made)) + RAY_SOCKET_SUFFIX_BYTES > SOCKET_PATH_BYTES + 4 * (sys.platform == "linux"):
-        made.rmdir()
-        raise RayNodeError(f"the path {base} is too long for Ray's sockets; choose a shorter one")
-    return made
 
 
 def _read_cluster(path: Path) -> str:

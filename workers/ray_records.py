@@ -18,6 +18,8 @@ import os
 import shutil
 import signal
 import stat
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,10 +36,14 @@ from workers.process_tree import (
     signal_all,
     still_alive,
 )
+from workers.ray_access import RayNodeError
 
 log = logging.getLogger(__name__)
 
 DIRECTORY_PREFIX = "drover-ray-"
+#: Unix socket paths end at 103 bytes on macOS; Ray appends "/r/session_<date>_<pid>/sockets/plasma_store".
+SOCKET_PATH_BYTES = 103
+RAY_SOCKET_SUFFIX_BYTES = 68
 NODE_FILE = "node.json"
 #: Written by Ray as the last step of a node's start: the address of the cluster.
 CLUSTER_FILE = "r/ray_current_cluster"
@@ -92,6 +98,18 @@ def read_note(directory: Path) -> NodeNote | None:
                 return None
     except (OSError, ValueError):
         return None
+
+
+def private_directory(base: Path) -> Path:
+    """Make a directory of mode 0700 below `base`. Raises `RayNodeError` where socket paths would get too long."""
+    try:
+        made = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir=base))
+    except OSError as error:
+        raise RayNodeError(f"no directory for Ray can be made in {base}: {error.strerror}") from None
+    if len(os.fsencode(made)) + RAY_SOCKET_SUFFIX_BYTES > SOCKET_PATH_BYTES + 4 * (sys.platform == "linux"):
+        made.rmdir()
+        raise RayNodeError(f"the path {base} is too long for Ray's sockets; choose a shorter one")
+    return made
 
 
 def own_identity() -> Identity:

@@ -118,7 +118,7 @@ def load_tokens(sources: Sequence[str]) -> TokenSet:
     """
     tokens: list[str] = []
     for source in sources:
-        lines = [line.strip() for line in _content(source).splitlines()]
+        lines = [line.strip() for line in read_source(source).splitlines()]
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
             raise TokenError(f"there is no token in {source}.")
@@ -130,7 +130,8 @@ def load_tokens(sources: Sequence[str]) -> TokenSet:
     return TokenSet(tokens)
 
 
-def _content(source: str) -> str:
+def read_source(source: str) -> str:
+    """Return what a file of mode 0600, or `env:NAME`, holds. Raises `TokenError`, which never quotes it."""
     if source.startswith(ENVIRONMENT):
         name = source.removeprefix(ENVIRONMENT)
         if name not in os.environ:

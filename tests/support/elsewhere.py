@@ -52,6 +52,19 @@ class Program:
             time.sleep(0.1)
         return self
 
+    def run(self) -> int:
+        """Start one that ends by itself; return its exit status."""
+        with self.path.open("ab") as log:
+            return subprocess.run(
+                self._argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                timeout=WITHIN_S,
+                check=False,
+            ).returncode
+
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

@@ -1,4 +1,4 @@
-"""Real servers for tests: an S3 store (SeaweedFS) and PostgreSQL, started at most once a session, each on first use.
+"""Real servers for tests: an S3 store (SeaweedFS), PostgreSQL and Redis, started at most once a session, on first use.
 
 A pytest plugin (see tests/conftest.py). Both listen on free loopback ports or a socket, keep all their files in a
 directory of their own, and end with the session; where pytest is killed, the kernel ends them (Linux).
@@ -7,6 +7,7 @@ directory of their own, and end with the session; where pytest is killed, the ke
     s3               a fresh prefix of its bucket, with the environment set for this test
     postgres_server  the server
     postgres_url     a fresh database: `postgresql+psycopg://…`
+    redis            a server of the test's own, with a password
     mortal_postgres  a server for one test, which may kill it and start it again
 """
 
@@ -363,3 +364,41 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     name = postgres_server.create_database()
     yield postgres_server.url(name)
     postgres_server.drop_database(name)
+
+
+@dataclass(frozen=True, slots=True)
+class RedisPlace:
+    """A running Redis: `host:port`, and a file (mode 0600) with the password that it wants."""
+
+    address: str
+    password_file: Path
+
+
+@pytest.fixture
+def redis() -> Iterator[RedisPlace]:
+    directory = Path(tempfile.mkdtemp(prefix="drover-redis-"))
+    (port,) = free_ports(1)
+    password = secrets.token_hex(16)
+    place = RedisPlace(f"127.0.0.1:{port}", directory / "password")
+    for file, text in (
+        (place.password_file, password),
+        # By a file: command lines are public.
+        (directory / "redis.conf", f'bind 127.0.0.1\nport {port}\nsave ""\nrequirepass {password}\n'),
+    ):
+        file.touch(mode=0o600)
+        file.write_text(text + "\n")
+    try:
+        argv = ["redis-server", directory / "redis.conf"]
+        with Daemon("redis", argv, directory, stop=signal.SIGKILL) as daemon:
+            daemon.wait_until(lambda: _listens(port))
+            yield place
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True

@@ -21,8 +21,8 @@ import pytest_asyncio
 
 from workers.process_tree import process_tree
 from workers.ray_access import RayNodeError, check_token_file, make_token_file, ray_env
-from workers.ray_nodes import Keep, RayHead, RayWorkerNode, private_directory
-from workers.ray_records import sweep_stale
+from workers.ray_nodes import Keep, RayHead, RayWorkerNode
+from workers.ray_records import private_directory, sweep_stale
 
 shared = pytest.mark.asyncio(loop_scope="module")
 
