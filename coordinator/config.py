@@ -108,6 +108,9 @@ class LimitSettings(BaseModel):
     log_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
     #: How long a build that failed by its own fault is taken for known to fail; 0 is never.
     failure_ttl_s: Annotated[float, Field(ge=0)] = 24 * 3600.0
+    #: How long a worker, which says something every 10 s, may be silent before its builds are done elsewhere. It is
+    #: taken back when it speaks again.
+    worker_silence_s: Annotated[float, Field(ge=20)] = 120.0
     #: Watch streams open at one time.
     watchers: Annotated[int, Field(ge=1)] = 1000
 
@@ -226,6 +229,9 @@ class Settings(BaseSettings):
     ray_port: Annotated[int, Field(ge=0, le=65535)] = 0
     #: Seconds that head, nodes and builds go on after a coordinator that was killed, for the next one to take over.
     ray_outlive_s: Annotated[float, Field(ge=0)] = 3600
+    #: Seconds without a sign of life after which the Ray head gives a node up for good: once the node hears of it, it
+    #: ends itself and its builds. More for machines behind a VPN, or that nap. The head's own setting counts.
+    ray_silence_s: Annotated[float, Field(ge=10, le=86400)] = 35
     #: Seconds that running builds have to end when the farm is stopped; then they are handed back.
     stop_grace_s: Annotated[float, Field(ge=0)] = 30
     #: How workers and clients reach the coordinator; empty: from host and port.

@@ -151,7 +151,7 @@ async def open_coordinator(
             store_mark=await stores.cache.objects.check_marker(),
             takes_uploads=True,
         )
-        farm = Farm(Limits(failure_ttl_s=settings.limits.failure_ttl_s))
+        farm = Farm(Limits(failure_ttl_s=settings.limits.failure_ttl_s, lease_ttl_s=settings.limits.worker_silence_s))
         views = Views(FarmExplainer(farm, stores.logs, clock))
         outbox = _Outbox()
         engine = Engine(farm, stores.journal, views, clock, outbox.hand)

@@ -32,7 +32,7 @@ from infra.cache.keys import forget_keys
 from workers.errors import WorkerError
 from workers.fleet import Fleet, FleetError, Sink
 from workers.protocol import FarmInfo, Lease, LeaseOrder, Output
-from workers.ray_access import make_token_file
+from workers.ray_access import NodeHealth, make_token_file
 from workers.ray_nodes import Keep, RayHead, RayJoiningNode, RayNode, RayWorkerNode
 from workers.ray_redis import RedisStore, RedisUnusableError
 from workers.settings import WorkerSettings
@@ -171,6 +171,7 @@ def _own_head(settings: Settings) -> RayHead:
         token_file=make_token_file(settings.ray_token_file),
         host=settings.ray_host,
         port=_head_port(settings),
+        health=NodeHealth.after(settings.ray_silence_s),
         tables=_redis(settings) if settings.ray_redis else _tables(settings),
         keep=_keep(settings, "head"),
     )

@@ -43,6 +43,13 @@ class NodeHealth:
     timeout_ms: int = 5000
     failures: int = 6
 
+    @classmethod
+    def after(cls, silence_s: float) -> NodeHealth:
+        """Give a node up after so many seconds of silence, at least 6."""
+        usual = cls()
+        pauses_ms = (usual.failures - 1) * usual.period_ms
+        return cls(timeout_ms=int((silence_s * 1000 - pauses_ms) / usual.failures))
+
 
 def is_loopback(host: str) -> bool:
     """Say whether `host` is the one loopback address that Ray listens on alone; other 127/8 addresses are refused.

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support.farm import BIN, free_port
@@ -18,9 +18,12 @@ WITHIN_S = 90.0
 class Program:
     """A `drover` command that stays, with its log."""
 
-    def __init__(self, log: Path, *arguments: str | Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, log: Path, *arguments: str | Path, environment: Mapping[str, str], prefix: Sequence[str] = ()
+    ) -> None:
+        """`prefix` is a command that becomes the one behind it."""
         self.path = log
-        self._argv = [BIN / "drover", *arguments]
+        self._argv = [*prefix, BIN / "drover", *arguments]
         self._environment = {**os.environ, **environment}
         self._process: subprocess.Popen[bytes] | None = None
 

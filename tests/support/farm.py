@@ -78,14 +78,21 @@ class Farm:
     """`drover up` in a directory, and the `drover` command pointed at it."""
 
     def __init__(
-        self, root: Path, workers: Sequence[WorkerSpec], *, settings: str = "", secrets: Path | None = None
+        self,
+        root: Path,
+        workers: Sequence[WorkerSpec],
+        *,
+        settings: str = "",
+        secrets: Path | None = None,
+        host: str = "127.0.0.1",
     ) -> None:
         """`settings` are lines of the configuration file before its tables, `secrets` their `secrets_dir`."""
         self.root = root
+        self.host = host
         self.state = root / "farm"
         self.secrets = secrets or self.state
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         self.cache_url = f"{self.url}/cache"
         self.eval_store = root / "client"
         self._config = root / "farm.toml"
@@ -118,7 +125,7 @@ class Farm:
                 "--state-dir",
                 self.state,
                 "--listen",
-                f"127.0.0.1:{self.port}",
+                f"{self.host}:{self.port}",
                 "--config",
                 self._config,
             ],

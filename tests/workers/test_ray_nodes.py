@@ -20,7 +20,7 @@ import pytest
 import pytest_asyncio
 
 from workers.process_tree import process_tree
-from workers.ray_access import RayNodeError, check_token_file, make_token_file, ray_env
+from workers.ray_access import NodeHealth, RayNodeError, check_token_file, make_token_file, ray_env
 from workers.ray_nodes import Keep, RayHead, RayWorkerNode
 from workers.ray_records import private_directory, sweep_stale
 
@@ -145,6 +145,11 @@ def test_a_token_that_others_could_have_read_or_placed_is_refused(tmp_path: Path
         make_token_file(tmp_path / "empty")
     with pytest.raises(RayNodeError, match="cannot be read"):
         check_token_file(tmp_path / "none")
+
+
+def test_a_node_is_given_up_after_the_silence_that_was_asked_for() -> None:
+    assert NodeHealth.after(35) == NodeHealth()
+    assert NodeHealth.after(125).timeout_ms == 20_000
 
 
 def test_the_environment_carries_the_path_of_the_token_never_the_token(token: Path) -> None:
