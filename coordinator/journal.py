@@ -22,6 +22,7 @@ more than all other work of the coordinator together. PostgreSQL commits as it i
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import secrets
@@ -50,6 +51,8 @@ FRAME_FACTS: Final = 4096
 SNAPSHOTS_KEPT: Final = 2
 #: What this module writes. 1 had no snapshots and no epoch; it is brought up to date when it is opened.
 FORMAT: Final = 2
+#: Seconds after which a database that says nothing is told of.
+SLOW_S: Final = 10.0
 #: Frames read, and removed, at one time.
 _READ_FRAMES: Final = 64
 #: What names of marks begin with, among other rows of `journal_meta`.
@@ -274,7 +277,14 @@ class Journal:
             seq = self._seq + len(frames) + 1
             frames.append({"seq": seq, "facts": len(part), "crc": zlib.crc32(body), "body": body})
         noted = [{"submission": name, "body": body} for name, body in (notes or {}).items()]
-        await self._store(frames, noted)
+        slow = asyncio.get_running_loop().call_later(SLOW_S, self._suffer, "its database does not answer")
+        try:
+            await self._store(frames, noted)
+        finally:
+            slow.cancel()
+        if self._trouble:
+            self._trouble = ""
+            _log.warning("the journal can be written again")
         self._seq += len(frames)
         self._tail += len(facts)
 
@@ -297,15 +307,16 @@ class Journal:
                     raise await self._unstorable(error) from None
                 if patience is None:
                     patience = Patience(self._patience_s)
-                    self._trouble = f"the journal cannot be written ({reason(error)})"
-                    _log.warning("%s; nothing is taken on until it can", self._trouble)
+                    self._suffer(reason(error))
                 if not await patience.pause():
                     raise _error("write", error) from None
             else:
-                if self._trouble:
-                    self._trouble = ""
-                    _log.warning("the journal can be written again")
                 return
+
+    def _suffer(self, why: str) -> None:
+        if not self._trouble:
+            self._trouble = f"the journal cannot be written ({why})"
+            _log.warning("%s; nothing is taken on until it can", self._trouble)
 
     async def _unstorable(self, error: SQLAlchemyError | OSError) -> JournalError:
         """Return what to raise where waiting does not help. Raises `FencedError`."""

@@ -35,7 +35,7 @@ PATIENCE_S: Final = 60.0
 IDLE_IN_TRANSACTION_MS: Final = 20_000
 
 #: What libpq is told: notice a dead network within some 20 s instead of hours.
-_POSTGRES_CONNECT: Final = {
+POSTGRES_CONNECT: Final = {
     "connect_timeout": 5,
     "keepalives_idle": 5,
     "keepalives_interval": 3,
@@ -56,7 +56,7 @@ def open_engine(url: str, *, synchronous: str = "NORMAL") -> AsyncEngine:
     `synchronous` is SQLite's: NORMAL may lose the last commits when the power fails (never their order), FULL may not.
     """
     if url.startswith("postgresql"):
-        engine = create_async_engine(url, connect_args=_POSTGRES_CONNECT, pool_pre_ping=False)
+        engine = create_async_engine(url, connect_args=POSTGRES_CONNECT, pool_pre_ping=False)
         event.listen(engine.sync_engine, "connect", _configure_postgresql)
         return engine
     engine = create_async_engine(url)

@@ -44,15 +44,13 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from infra.cache.errors import MetadataBusyError, MetadataError, ReignOverError
 from infra.cache.migrate import migrate, refuse_newer
-from infra.database import IDLE_IN_TRANSACTION_MS, PATIENCE_S, may_pass, reason
+from infra.database import IDLE_IN_TRANSACTION_MS, PATIENCE_S, POSTGRES_CONNECT, may_pass, reason
 from infra.patience import Patience
 
 _T = TypeVar("_T")
 
 #: How long a writer waits for the other writers of its cache.
 LOCK_TIMEOUT_S = 10
-#: How long opening a connection to a server may take.
-CONNECT_TIMEOUT_S = 10
 #: Connections kept for readers and the one writer.
 POOL_SIZE = 4
 #: How long a reader waits for one of them.
@@ -357,7 +355,7 @@ def _engine(url: str) -> AsyncEngine:
         event.listen(engine.sync_engine, "begin", _begin_sqlite)
         return engine
     # Asked before use whether it lives: a server that was restarted costs a reconnection, not an error.
-    engine = create_async_engine(url, **sized, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
+    engine = create_async_engine(url, **sized, pool_pre_ping=True, connect_args=POSTGRES_CONNECT)
     event.listen(engine.sync_engine, "connect", _configure_postgresql)
     return engine
 

@@ -24,6 +24,7 @@ from yarl import URL
 
 from coordinator.caches import OpenCache
 from coordinator.config import CacheSettings
+from coordinator.http import puts
 from coordinator.http import puts as http_puts
 from coordinator.http.access import CacheAccess, TokenSet
 from coordinator.http.cache import add_cache_routes
@@ -33,6 +34,7 @@ from infra.nix.hashing import sha256_text
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.narinfo import NarInfo
 from tests.support.cache import base_name, open_cache, secret_key, store_path
+from tests.support.disks import fill, small_disk
 
 WRITER = "a-writer-token-of-enough-length"
 BASIC = "Basic " + base64.b64encode(f"ci:{WRITER}".encode()).decode()
@@ -303,6 +305,31 @@ async def test_a_disk_without_room_refuses_before_the_body(served: Writable) -> 
     assert (await reader.readuntil(b"\r\n")).split(b" ")[1] == b"413"
     writer.close()
     await writer.wait_closed()
+
+
+@pytest.mark.parametrize("size", [100_000, 2 * QUICK_OBJECT_BYTES])
+async def test_a_disk_that_fills_up_under_a_body_is_said_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(puts, "RESERVE_BYTES", 0)
+    upload = upload_of(A, os.urandom(size))
+    with small_disk(tmp_path / "objects", 4) as disk:
+        async with open_cache(tmp_path) as cache, serve(cache, tmp_path) as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+            writer.write(put_head(upload.info.url, len(upload.data), "Expect: 100-continue").encode())
+            await reader.readuntil(b"\r\n\r\n")
+            (disk / "nar").mkdir()
+            fill(disk / "nar" / "rubbish")
+            writer.write(upload.data)
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.split(b" ")[1] == b"424"
+            assert b"no room is left; make some" in await reader.read()
+            writer.close()
+            await writer.wait_closed()
+            assert served.left_behind() == []
+            assert await served.status(upload.info.url) == 404
+            (disk / "nar" / "rubbish").unlink()
+            assert await send(served, upload) == (200, "")
 
 
 async def test_the_body_is_asked_for_once_all_is_well(served: Writable) -> None:

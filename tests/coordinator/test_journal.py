@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
+from coordinator import journal as journal_module
 from coordinator.codec import (
     CodecError,
     Evidence,
@@ -256,6 +257,18 @@ async def test_room_on_a_full_disk_is_waited_for(tmp_path: Path) -> None:
         await appending
         assert journal.trouble == ""
     assert (await _read(_file(tmp_path)))[0] == _steps(50_000)
+
+
+async def test_a_database_that_says_nothing_is_told_of(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "SLOW_S", 0.1)
+    async with _opened(postgres_url) as journal:
+        async with journal._engine.begin() as other:
+            await other.execute(text("LOCK TABLE journal_frames IN ACCESS EXCLUSIVE MODE"))
+            appending = asyncio.create_task(journal.append(_held(1)))
+            while "its database does not answer" not in journal.trouble:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.02)
+        await appending
+        assert journal.trouble == ""
 
 
 async def test_a_journal_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
