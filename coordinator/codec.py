@@ -5,8 +5,8 @@ themselves by their first byte. Tags are written down here and never derived fro
 renamed. Bytes are base64 text, sets are sorted arrays. Decoding is strict: an unknown tag, a missing or an additional
 field and a value of another type are all `CodecError`, because a journal half understood gives a wrong farm.
 
-Evidence is what a finished build leaves for publishing: the .drv and the outputs as the worker reported them. The core
-carries it unread.
+Evidence is what a finished build leaves for publishing: the outputs as the worker reported them. The core carries it
+unread.
 """
 
 from __future__ import annotations
@@ -188,9 +188,8 @@ def decode_records(frame: bytes) -> tuple[Record, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a finished build claims: its .drv (full store path) and every output as uploaded."""
+    """What a finished build claims: every output as uploaded."""
 
-    drv: str
     outputs: tuple[Output, ...]
 
     @property
@@ -204,7 +203,7 @@ _OUTPUTS: TypeAdapter[tuple[Output, ...]] = TypeAdapter(tuple[Output, ...])
 
 def encode_evidence(evidence: Evidence) -> bytes:
     """Return the bytes that the core keeps until the outputs are published."""
-    return orjson.dumps({"v": 1, "drv": evidence.drv, "outputs": [output.model_dump() for output in evidence.outputs]})
+    return orjson.dumps({"v": 1, "outputs": [output.model_dump() for output in evidence.outputs]})
 
 
 def decode_evidence(data: bytes) -> Evidence:
@@ -213,7 +212,7 @@ def decode_evidence(data: bytes) -> Evidence:
         raw = _need(orjson.loads(data), dict)
         if raw.get("v") != 1:
             raise CodecError("the evidence of a build was written by another version of drover.")
-        return Evidence(_need(raw.get("drv"), str), _OUTPUTS.validate_python(raw.get("outputs")))
+        return Evidence(_OUTPUTS.validate_python(raw.get("outputs")))
     except (orjson.JSONDecodeError, ValidationError):
         raise CodecError("the evidence of a build is damaged.") from None
 

@@ -145,14 +145,7 @@ _members = Table(
 
 def step_info(node: Node, store_dir: str) -> StepInfo:
     """Return what people see of the step whose first recipe is `node`."""
-    return StepInfo(
-        key=node.step,
-        name=node.drv[33:].removesuffix(".drv"),
-        system=node.system,
-        features=node.features,
-        drv=f"{store_dir}/{node.drv}",
-        outputs=node.outputs,
-    )
+    return _info(node.step, node.drv, node.system, node.features, node.outputs, store_dir)
 
 
 class DerivationStore:
@@ -282,11 +275,20 @@ class DerivationStore:
         return found
 
     async def steps(self, keys: Sequence[StepKey]) -> Mapping[StepKey, StepInfo]:
-        """Return what people want to know of each step; keys that were never submitted are absent. Two queries."""
-        members = await self.members(keys)
-        first = {drvs[0]: step for step, drvs in members.items()}
-        nodes = await self.nodes(list(first))
-        return {step: step_info(nodes[drv], self._store_dir) for drv, step in first.items() if drv in nodes}
+        """Return what people want to know of each step; keys that were never submitted are absent. One query."""
+        asked = self._asked
+        query = (
+            select(_members.c.step, _derivations.c.drv, _derivations.c.detail)
+            .join(asked, asked.c.value == _members.c.step)
+            .join(_derivations, _derivations.c.drv == _members.c.drv)
+            .where(_members.c.ordinal == 0)
+        )
+        found: dict[StepKey, StepInfo] = {}
+        for step, drv, detail in await self._answers(query, keys):
+            system, features, outputs, _, _ = orjson.loads(detail)
+            key = StepKey(step)
+            found[key] = _info(key, drv, system, tuple(features), _pairs(outputs), self._store_dir)
+        return found
 
     async def _rows(self, query: Select[Any], names: Iterable[str]) -> Sequence[Any]:
         return await self._answers(query.join(self._asked, self._asked.c.value == _derivations.c.drv), names)
@@ -306,6 +308,17 @@ class DerivationStore:
             self._nodes.clear()
         if len(nodes) <= MAX_CACHED_NODES:
             self._nodes.update((node.drv, node) for node in nodes)
+
+
+def _info(  # noqa: PLR0917 - the fields of what it makes
+    key: StepKey,
+    drv: str,
+    system: str,
+    features: tuple[str, ...],
+    outputs: tuple[tuple[str, str], ...],
+    store_dir: str,
+) -> StepInfo:
+    return StepInfo(key, drv[33:].removesuffix(".drv"), system, features, f"{store_dir}/{drv}", outputs)
 
 
 async def _told(call: Callable[[], Awaitable[_Result]]) -> _Result:

@@ -229,7 +229,10 @@ class Dispatch:
             infos = await self._derivations.steps([effect.lease.step for effect in batch])
             checked = [(effect.lease, _claim(effect, infos)) for effect in batch]
             candidates = [
-                candidate for _, claim in checked if isinstance(claim, Evidence) for candidate in _candidates(claim)
+                claim_of(output, infos[lease.step].drv.rpartition("/")[2])
+                for lease, claim in checked
+                if isinstance(claim, Evidence)
+                for output in claim.outputs
             ]
             outcomes = {outcome.store_path: outcome for outcome in await self._cache.publish(candidates)}
         except (CacheError, DerivationsError) as error:
@@ -277,11 +280,6 @@ def claim_of(output: Output, deriver: str = "") -> Candidate:
         deriver=deriver,
         ca=output.ca,
     )
-
-
-def _candidates(evidence: Evidence) -> list[Candidate]:
-    deriver = evidence.drv.rpartition("/")[2]
-    return [claim_of(output, deriver) for output in evidence.outputs]
 
 
 def _verdict(lease: LeaseId, claim: Evidence | str, outcomes: Mapping[str, PublishOutcome]) -> Event | _NotNow:

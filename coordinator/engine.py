@@ -35,8 +35,8 @@ from scheduler.model import Instant, StepKey, SubmissionId, SubmissionRefusedErr
 INBOX_LETTERS = 4096
 #: Letters of one turn: bounds how long the loop keeps others from running.
 TURN_LETTERS = 1024
-#: Keys in one question for step details at the start.
-_DETAILS_ASKED = 50_000
+#: Keys in one question for step details at the start: some 10 ms, which others must wait.
+_DETAILS_ASKED = 2_000
 
 _log = logging.getLogger(__name__)
 
@@ -78,10 +78,10 @@ class Engine:
         """Return the engine's time."""
         return Instant(self._clock.now())
 
-    async def recover(self, derivations: DerivationStore) -> int:
+    async def recover(self) -> int:
         """Replay the journal, from its newest snapshot on, into core and views. Raises `JournalError`.
 
-        Returns the number of facts.
+        Returns the number of facts. What people want to know of the steps is left to `recall`.
         """
         count = 0
         with _collector_paused():
@@ -93,13 +93,19 @@ class Engine:
                 count += len(piece.facts)
                 # A long replay must not keep signals and supervisors waiting.
                 await asyncio.sleep(0)
-        self._views.settle()
-        notes = {name: decode_note(body) for name, body in (await self._journal.notes()).items()}
-        self._views.know({}, notes)
-        keys = self._views.step_keys()
+            self._views.settle()
+            notes = {name: decode_note(body) for name, body in (await self._journal.notes()).items()}
+            self._views.know({}, notes)
+            # Nearly all of this stays: no collection need ever look at it.
+            gc.freeze()
+        return count
+
+    async def recall(self, derivations: DerivationStore) -> None:
+        """Learn what people want to know of the steps, while the engine runs. Raises `DerivationsError`."""
+        keys = self._views.nameless()
         for start in range(0, len(keys), _DETAILS_ASKED):
             self._views.know(await derivations.steps(keys[start : start + _DETAILS_ASKED]))
-        return count
+            await asyncio.sleep(0)
 
     async def run(self) -> None:
         """Serve until cancelled. Raises `JournalError` where facts cannot be stored; then nothing was acted on."""

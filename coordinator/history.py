@@ -9,9 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 
 from coordinator.codec import Record, StepRecord, SubmissionRecord
-from coordinator.rows import StepRow, SubmissionRow, enter
+from coordinator.rows import Company, StepRow, SubmissionRow
 from coordinator.schema import StepStatus
-from scheduler.model import StepKey, SubmissionId
+from scheduler.facts import StepRestored
+from scheduler.model import StepKey, StepState, SubmissionId
+
+_STATUS = {state: StepStatus.RUNNING if state is StepState.LEASED else StepStatus(state.value) for state in StepState}
+
+
+def restore_step(row: StepRow, fact: StepRestored) -> None:
+    """Take in what a snapshot of the core says of a step, but for its links to others."""
+    row.state, row.recipes = _STATUS[fact.state], fact.recipes
+    if fact.attempt:
+        row.live().attempt = fact.attempt
+    if fact.past is not None:
+        life = row.live()
+        row.recipe, life.builder = fact.past.active, fact.past.builder
+        life.failure, life.cause = fact.past.failure, fact.past.cause or ""
+    if row.recipes:
+        row.requires = row.recipes[row.recipe].requirements
 
 
 def tell_history(
@@ -19,8 +35,9 @@ def tell_history(
 ) -> Iterator[Record]:
     """Yield what rebuilds these rows once the steps are restored from facts. They must not change meanwhile."""
     for row in steps.values():
-        if row.started_at or row.ended_at or row.uploaded_bytes or row.trouble:
-            yield StepRecord(row.key, row.builder, row.started_at, row.ended_at, row.uploaded_bytes, row.trouble)
+        life = row.life
+        if life.started_at or life.ended_at or life.uploaded_bytes or life.trouble:
+            yield StepRecord(row.key, life.builder, life.started_at, life.ended_at, life.uploaded_bytes, life.trouble)
     for sub in submissions.values():
         yield SubmissionRecord(
             submission=sub.id,
@@ -48,9 +65,9 @@ def take_history(
     """Take records in, in order; all steps that they name are known by now."""
     for record in records:
         if isinstance(record, StepRecord):
-            row = steps[record.step]
-            row.builder, row.started_at, row.ended_at = record.builder, record.started_at, record.ended_at
-            row.uploaded_bytes, row.trouble = record.uploaded_bytes, record.trouble
+            life = steps[record.step].live()
+            life.builder, life.started_at, life.ended_at = record.builder, record.started_at, record.ended_at
+            life.uploaded_bytes, life.trouble = record.uploaded_bytes, record.trouble
         else:
             submissions[record.submission] = _submission(record, steps)
 
@@ -73,9 +90,8 @@ def _submission(record: SubmissionRecord, steps: Mapping[StepKey, StepRow]) -> S
         sub.counts.update((StepStatus(state), count) for state, count in record.counts)
         sub.failed.update((key, steps[key]) for key in record.failed if key in steps)
         return sub
-    apart = frozenset(record.apart)
+    apart, company = frozenset(record.apart), Company(sub)
     for key in sub.members:
         if key not in apart:
-            steps[key].submissions.append(sub)
-            enter(sub, steps[key])
+            company.join(steps[key])
     return sub

@@ -90,8 +90,8 @@ class Housekeeper:
         self._submissions = submissions
         self._sources = sources
         self._collecting = asyncio.Lock()
-        #: SubmissionNeeds whose root is as it must be, and when that root expires.
-        self._kept: dict[str, float | None] = {}
+        #: Submissions whose root is as it must be, and when that root expires; None until the cache was asked.
+        self._kept: dict[str, float | None] | None = None
 
     async def run(self) -> None:
         """Refresh the gauges and collect at the configured pace until cancelled; what fails is tried again later."""
@@ -146,6 +146,10 @@ class Housekeeper:
     async def _keep_submissions(self, submissions: SubmissionNeeds) -> None:
         """Make every submission the root that it should be now."""
         now = self._clock.now()
+        if self._kept is None:
+            # What was there before this start was written with the same members: a large one costs seconds.
+            roots = await self.cache.roots()
+            self._kept = {root.name: root.expires_at for root in roots if root.kind == SUBMISSION}
         for row in submissions.rows():
             over = row.ended or row.withdrawn
             expires_at = self._how.expiry(row.touched_at) if over else None

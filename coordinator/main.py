@@ -3,10 +3,10 @@
 `open_coordinator` makes a coordinator over any fleet and is what tests use; `serve` runs one until it is told to stop;
 `run_up` is `drover up`: the same over a Ray head and worker nodes of its own.
 
-Order of the start: lock, the right to the journal, stores, replay, engine, then HTTP, so that whoever gets an answer
-talks to a farm that remembers (while another coordinator has that right, the answer is that this one stands by); Ray's
-nodes take seconds and come while clients are already served. Order of the end: HTTP, fleet, dispatch, and the engine
-last, because the others wait for it.
+Order of the start: lock, the right to the journal, stores, replay, engine, names, then HTTP, so that whoever gets an
+answer talks to a farm that remembers (while another coordinator has that right, the answer is that this one stands
+by); Ray's nodes take seconds and come while clients are already served. Order of the end: HTTP, fleet, dispatch, and
+the engine last, because the others wait for it.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ async def open_coordinator(
         views = Views(FarmExplainer(farm, stores.logs, clock))
         outbox = _Outbox()
         engine = Engine(farm, stores.journal, views, clock, outbox.hand)
-        replayed = await engine.recover(stores.derivations)
+        replayed = await engine.recover()
         intake = Intake(
             stores.derivations,
             stores.cache,
@@ -189,7 +189,7 @@ async def open_coordinator(
         )
         telemetry = Telemetry("drover", metadata.version("drover"))
         stack.callback(telemetry.close)
-        log_for = _log_reader(views, stores.logs, settings.store_dir)
+        log_for = _log_reader(views, stores)
         services = await _serve_caches(stack, app, caches, settings, clock, tokens, log_for)
         keepers = _look_after(
             app,
@@ -215,9 +215,18 @@ async def open_coordinator(
                 group.create_task(Compactor(settings.database_url("journal"), journal).run(), name="compaction"),
             ]
             try:
+                # Builds go on from here; whoever asks must be told names too.
+                await engine.recall(stores.derivations)
                 await FastSite(runner, listener, narinfos).start()
-                ready = Ready(url, info.cache_url, info.public_keys, settings.secrets / API_TOKEN, replayed)
-                yield Coordinator(ready, engine, views, intake, stores.cache, stores.journal, tuple(caches))
+                yield Coordinator(
+                    Ready(url, info.cache_url, info.public_keys, settings.secrets / API_TOKEN, replayed),
+                    engine,
+                    views,
+                    intake,
+                    stores.cache,
+                    stores.journal,
+                    tuple(caches),
+                )
             finally:
                 streams.stop()
                 await runner.cleanup()
@@ -351,7 +360,9 @@ def run_up(settings: Settings, ready: Callable[[Ready], None], standing_by: Call
             asyncio.get_running_loop().add_signal_handler(name, asked)
 
         async def wind_down(coordinator: Coordinator) -> None:
-            online = {worker.name for worker in coordinator.views.workers() if worker.state in ("online", "draining")}
+            online = {
+                worker.name for worker in coordinator.views.workforce.views() if worker.state in ("online", "draining")
+            }
             ours = [worker_state_dir(settings, worker.name) for worker in settings.workers if worker.name in online]
             await stop_agents(ours, settings.stop_grace_s, hurry.is_set)
 
@@ -492,12 +503,15 @@ def _farm_view(info: FarmInfo, rooms: Sequence[_Troubled]) -> Callable[[], FarmV
     )
 
 
-def _log_reader(views: Views, logs: LogStore, store_dir: str) -> LogFor:
+def _log_reader(views: Views, stores: _Stores) -> LogFor:
     """Return what finds the log of a .drv (base name) for `nix log`."""
 
-    def read(base_name: str) -> AsyncIterator[bytes] | None:
-        found = views.attempt_of_drv(f"{store_dir}/{base_name}")
-        return logs.read(*found) if found is not None and logs.exists(*found) else None
+    async def read(base_name: str) -> AsyncIterator[bytes] | None:
+        node = (await stores.derivations.nodes([base_name])).get(base_name)
+        if node is None:
+            return None
+        attempt = views.attempts(node.step)
+        return stores.logs.read(node.step, attempt) if stores.logs.exists(node.step, attempt) else None
 
     return read
 

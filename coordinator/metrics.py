@@ -82,11 +82,11 @@ def add_farm_metrics(telemetry: Telemetry, views: Views) -> None:
     """Show steps, submissions and workers by state."""
     telemetry.gauge("drover_steps", "Steps by state.", lambda: _by_state(views.step_counts()))
     telemetry.gauge("drover_submissions", "Submissions by state.", lambda: _by_state(views.submission_counts()))
-    telemetry.gauge("drover_workers", "Workers by state.", lambda: _by_state(views.worker_counts()))
+    telemetry.gauge("drover_workers", "Workers by state.", lambda: _by_state(views.workforce.counts()))
     telemetry.gauge(
         "drover_worker_leases",
         "Leases in a worker's hands.",
-        lambda: [(len(worker.leases), {"worker": worker.name}) for worker in views.workers()],
+        lambda: [(len(worker.leases), {"worker": worker.name}) for worker in views.workforce.views()],
     )
 
 

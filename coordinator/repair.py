@@ -37,7 +37,7 @@ class WorkerSource:
     async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None] | None:
         """Return the NAR of a path that a worker has with the same bits. What a worker cannot do is no error."""
         base_name = info.store_path.rpartition("/")[2]
-        for worker in self._views.workers():
+        for worker in self._views.workforce.views():
             if worker.state not in _THERE:
                 continue
             try:

@@ -1,4 +1,4 @@
-"""The rows of the read model: a step, a submission, a worker; and how a step's move shows in its submissions.
+"""The rows of the read model: a step, a submission; and how a step's move shows in its submissions.
 
 Written by `coordinator.views` alone, read by whoever renders them.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from coordinator.schema import StepStatus, SubmissionState, WorkerView
+from coordinator.schema import StepStatus, SubmissionState
 from scheduler.model import Failure, Recipe, Requirements, StepKey, SubmissionId
-from workers.protocol import HeldLease, Hello
 
 OPEN = frozenset({StepStatus.WAITING, StepStatus.READY, StepStatus.RUNNING, StepStatus.PUBLISHING})
 ACTIVE = frozenset({StepStatus.RUNNING, StepStatus.PUBLISHING})
 NOTHING = Requirements("")
+#: Dependents that are kept as a tuple, which is smaller than a list and made anew for each.
+_FEW = 8
 
 
 class Listener(Protocol):
@@ -25,6 +26,31 @@ class Listener(Protocol):
 
     def touch(self) -> None:
         """Something about the submission as a whole changed."""
+
+
+@dataclass(slots=True, eq=False)
+class Life:
+    """What happened to a step. Most steps of a large submission wait, and nothing has."""
+
+    attempt: int = 0
+    builder: str = ""
+    stage: str = ""
+    phase: str = ""
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    uploaded_bytes: int = 0
+    failure: Failure | None = None
+    cause: str = ""
+    #: Why the last lease of this life ended without a verdict through the farm's fault.
+    trouble: str = ""
+
+    def leave(self) -> None:
+        """No builder has it any more."""
+        self.builder = self.stage = self.phase = ""
+
+
+#: Of every step to which nothing has happened; never written.
+_UNTOUCHED = Life()
 
 
 @dataclass(slots=True, eq=False)
@@ -40,21 +66,34 @@ class StepRow:
     requires: Requirements = NOTHING
     #: Needs of the active recipe that are not done.
     pending: int = 0
-    #: Steps of which any recipe needs this one.
-    dependents: list[StepRow] = field(default_factory=list)
-    #: Submissions that had the step open when they arrived and have not ended.
-    submissions: list[SubmissionRow] = field(default_factory=list)
-    attempt: int = 0
-    builder: str = ""
-    stage: str = ""
-    phase: str = ""
-    started_at: float = 0.0
-    ended_at: float = 0.0
-    uploaded_bytes: int = 0
-    failure: Failure | None = None
-    cause: str = ""
-    #: Why the last lease of this life ended without a verdict through the farm's fault.
-    trouble: str = ""
+    #: Steps of which any recipe needs this one. Changed by `link`.
+    dependents: tuple[StepRow, ...] | list[StepRow] = ()
+    #: Submissions that had the step open when they arrived and have not ended. Steps share one tuple (`Company`).
+    submissions: tuple[SubmissionRow, ...] = ()
+    _life: Life | None = None
+
+    @property
+    def life(self) -> Life:
+        """What happened to it, for reading only."""
+        return self._life or _UNTOUCHED
+
+    def live(self) -> Life:
+        """Return what happened to it, for writing."""
+        if self._life is None:
+            self._life = Life()
+        return self._life
+
+    def link(self, above: StepRow) -> None:
+        """Note that a recipe of `above` needs this step; a repeat at once changes nothing."""
+        known = self.dependents
+        if known and known[-1] is above:
+            return
+        if isinstance(known, list):
+            known.append(above)
+        elif len(known) < _FEW:
+            self.dependents = (*known, above)
+        else:
+            self.dependents = [*known, above]
 
 
 @dataclass(slots=True, eq=False)
@@ -102,24 +141,31 @@ class SubmissionRow:
         return SubmissionState.SUCCEEDED if self.done_roots == len(self.roots) else SubmissionState.FAILED
 
 
-@dataclass(slots=True, eq=False)
-class WorkerRow:
-    """A worker as it last spoke of itself."""
+class Company:
+    """Has a submission's steps join and leave it; those that had the same company have the same tuple afterwards."""
 
-    hello: Hello
-    state: str = "online"
-    leases: tuple[HeldLease, ...] = ()
-    built: int = 0
-    last_seen: float = 0.0
-    reason: str = ""
-    #: Until when the farm gives it no work, and why; 0 where it does.
-    quarantined_until: float = 0.0
-    quarantine: str = ""
+    __slots__ = ("_sub", "_with", "_without")
 
-    @property
-    def told_state(self) -> str:
-        """The state as people see it."""
-        return "quarantined" if self.quarantined_until and self.state in ("online", "draining") else self.state
+    def __init__(self, sub: SubmissionRow) -> None:
+        self._sub = sub
+        self._with: dict[tuple[SubmissionRow, ...], tuple[SubmissionRow, ...]] = {}
+        self._without: dict[tuple[SubmissionRow, ...], tuple[SubmissionRow, ...]] = {}
+
+    def join(self, row: StepRow) -> None:
+        """Count a member that was not done at arrival."""
+        company = self._with.get(row.submissions)
+        if company is None:
+            company = self._with[row.submissions] = (*row.submissions, self._sub)
+        row.submissions = company
+        enter(self._sub, row)
+
+    def leave(self, row: StepRow) -> None:
+        """Let go of a step, which need not be in the submission."""
+        company = self._without.get(row.submissions)
+        if company is None:
+            others = tuple([sub for sub in row.submissions if sub is not self._sub])
+            company = self._without[row.submissions] = others
+        row.submissions = company
 
 
 def enter(sub: SubmissionRow, row: StepRow) -> None:
@@ -168,21 +214,3 @@ def touch(sub: SubmissionRow) -> None:
     """Tell whoever watches a submission that it changed as a whole."""
     for watcher in sub.watchers:
         watcher.touch()
-
-
-def worker_view(name: str, row: WorkerRow) -> WorkerView:
-    """Render a worker."""
-    return WorkerView(
-        name=name,
-        state=row.told_state,
-        systems=row.hello.systems,
-        emulated=row.hello.emulated,
-        features=row.hello.features,
-        slots=row.hello.slots,
-        leases=tuple((lease.step, lease.stage.value) for lease in row.leases),
-        nix_version=row.hello.nix_version,
-        built=row.built,
-        last_seen=row.last_seen,
-        reason=row.reason or row.quarantine,
-        until=row.quarantined_until,
-    )

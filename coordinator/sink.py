@@ -53,7 +53,7 @@ class FleetSink:
         """
         match event:
             case WorkerConnected(hello):
-                self._views.worker_connected(hello, self._clock.now())
+                self._views.workforce.connected(hello, self._clock.now())
                 spec = BuilderSpec(
                     id=BuilderId(hello.worker),
                     incarnation=hello.incarnation,
@@ -66,14 +66,14 @@ class FleetSink:
             case WorkerSpoke():
                 await self._spoke(event)
             case WorkerSilent(worker, incarnation, reason):
-                self._views.worker_unreachable(worker, incarnation, reason, gone=False)
+                self._views.workforce.unreachable(worker, incarnation, reason, gone=False)
             case WorkerGone(worker, incarnation, reason):
-                self._views.worker_unreachable(worker, incarnation, reason, gone=True)
+                self._views.workforce.unreachable(worker, incarnation, reason, gone=True)
                 await self._engine.offer(BuilderLost(BuilderId(worker), incarnation, _clean(reason)))
 
     async def _spoke(self, event: WorkerSpoke) -> None:
         worker, batch = event.worker, event.batch
-        if self._views.incarnation(worker) != batch.incarnation:
+        if self._views.workforce.incarnation(worker) != batch.incarnation:
             raise NotKnownError(f"worker {worker} speaks, and an earlier life of it was greeted after this one")
         reports: list[Report] = []
         chunks: list[LogChunk] = []
@@ -91,7 +91,7 @@ class FleetSink:
         except LogError as error:
             # A log is lost, a build is not: a full disk must not end the farm.
             _log.warning("%s", error)
-        self._views.worker_spoke(worker, batch, self._clock.now())
+        self._views.workforce.spoke(worker, batch, self._clock.now())
         if reports:
             await self._dispatch.room()
         heartbeat = BuilderReported(
@@ -110,8 +110,7 @@ class FleetSink:
     def _event(self, worker: str, report: Report) -> Event:
         lease = LeaseId(StepKey(report.step), report.attempt)
         if isinstance(report.result, Succeeded):
-            drv = self._views.drv(lease.step)
-            return BuildSucceeded(lease, BuilderId(worker), encode_evidence(Evidence(drv, report.result.outputs)))
+            return BuildSucceeded(lease, BuilderId(worker), encode_evidence(Evidence(report.result.outputs)))
         kind, message = FailureKind(report.result.reason), _clean(report.result.message)
         if limit_was_raised(kind, report.result.limit, self._limits_of(lease.step)):
             # Somebody who wants the step gives it more than this build was given; it was nobody's fault.

@@ -61,7 +61,7 @@ class Submissions:
         """
         step = self._views.step(text)
         if step.state is StepStatus.DOOMED:
-            step = self._views.step(step.cause)
+            step = self._views.step(step.life.cause)
         if step.state is not StepStatus.FAILED:
             return step, []
         submissions = self._views.failed_through(step)[:RUN_AGAIN_AT_ONCE]

@@ -21,10 +21,11 @@ from typing import Protocol, cast
 
 from coordinator.codec import Record, SubmissionNote, evidence_size
 from coordinator.derivations import StepInfo
+from coordinator.details import Details
 from coordinator.errors import NotFoundError
-from coordinator.history import take_history, tell_history
+from coordinator.history import restore_step, take_history, tell_history
 from coordinator.limits import StepLimits
-from coordinator.rows import NOTHING, StepRow, SubmissionRow, WorkerRow, enter, note, place, touch, worker_view
+from coordinator.rows import NOTHING, Company, StepRow, SubmissionRow, note, place, touch
 from coordinator.schema import (
     Counts,
     CountsChanged,
@@ -35,14 +36,14 @@ from coordinator.schema import (
     StepView,
     SubmissionView,
     WaitingView,
-    WorkerView,
 )
 from coordinator.watcher import Watcher
+from coordinator.workforce import Workforce
 from scheduler import facts
 from scheduler.facts import Fact
 from scheduler.failures import is_fault
-from scheduler.model import Recipe, Requirements, StepKey, StepState, SubmissionId
-from workers.protocol import Batch, Hello, StageChange
+from scheduler.model import Recipe, Requirements, StepKey, SubmissionId
+from workers.protocol import StageChange
 
 #: Failed steps in one snapshot; the rest is behind `submissions/ID/steps?state=failed`.
 SNAPSHOT_FAILED = 100
@@ -78,20 +79,18 @@ class Explainer(Protocol):
 
 
 _NO_DETAIL = StepInfo(key=StepKey(""), name="", system="", features=(), drv="", outputs=())
-_STATUS = {state: StepStatus.RUNNING if state is StepState.LEASED else StepStatus(state.value) for state in StepState}
 _NO_NOTE = SubmissionNote(label="", roots=(), derivations=0)
 
 
 class Views:
-    """All rows. `fold` takes facts; the `worker_…` methods and `stage` take what is not worth a fact."""
+    """All rows. `fold` takes facts; `stage` and `workforce` take what is not worth a fact."""
 
     def __init__(self, explainer: Explainer) -> None:
         self._explain = explainer
         self._steps: dict[StepKey, StepRow] = {}
         self._submissions: dict[SubmissionId, SubmissionRow] = {}
-        self._workers: dict[str, WorkerRow] = {}
-        self._details: dict[StepKey, StepInfo] = {}
-        self._by_drv: dict[str, StepKey] = {}
+        self.workforce = Workforce(self._touch_all)
+        self._details = Details()
         self._notes: dict[SubmissionId, SubmissionNote] = {}
         #: What submissions say of their roots, where they say something.
         self._limits: dict[SubmissionId, dict[StepKey, StepLimits]] = {}
@@ -132,9 +131,10 @@ class Views:
         self, details: Mapping[StepKey, StepInfo], notes: Mapping[SubmissionId, SubmissionNote] | None = None
     ) -> None:
         """Learn names; may come before or after the facts they belong to."""
-        for key, detail in details.items():
-            self._details.setdefault(key, detail)
-            self._by_drv.setdefault(detail.drv, key)
+        for detail in details.values():
+            row = self._steps.get(detail.key)
+            # One string serves them all.
+            self._details.learn(detail.key if row is None else row.key, detail)
         self._notes.update(notes or {})
         for name, known in (notes or {}).items():
             if told := {root.step: root.limits for root in known.roots if root.limits is not None}:
@@ -174,41 +174,12 @@ class Views:
     def stage(self, change: StageChange) -> None:
         """A worker says where a lease is; stale words are ignored."""
         row = self._steps.get(StepKey(change.step))
-        if row is None or row.attempt != change.attempt or row.state is not StepStatus.RUNNING:
+        if row is None or row.life.attempt != change.attempt or row.state is not StepStatus.RUNNING:
             return
-        if (row.stage, row.phase) != (change.stage.value, change.phase):
-            row.stage, row.phase = change.stage.value, change.phase
+        life = row.live()
+        if (life.stage, life.phase) != (change.stage.value, change.phase):
+            life.stage, life.phase = change.stage.value, change.phase
             note(row)
-
-    def worker_connected(self, hello: Hello, now: float) -> None:
-        """A worker introduced itself."""
-        old = self._workers.get(hello.worker)
-        built = old.built if old is not None else 0
-        self._workers[hello.worker] = WorkerRow(hello, leases=hello.leases, built=built, last_seen=now)
-        self._touch_all()
-
-    def incarnation(self, worker: str) -> str:
-        """The incarnation that was greeted last, empty for a worker that never was."""
-        row = self._workers.get(worker)
-        return "" if row is None else row.hello.incarnation
-
-    def worker_spoke(self, worker: str, batch: Batch, now: float) -> None:
-        """A heartbeat."""
-        row = self._workers.get(worker)
-        if row is None or row.hello.incarnation != batch.incarnation:
-            return
-        row.state, row.reason = ("draining" if batch.draining else "online"), ""
-        row.leases, row.last_seen = batch.leases, now
-
-    def worker_unreachable(self, worker: str, incarnation: str, reason: str, *, gone: bool) -> None:
-        """The transport lost a worker for now (`gone` false) or for ever."""
-        row = self._workers.get(worker)
-        if row is None or row.hello.incarnation != incarnation:
-            return
-        row.state, row.reason = ("gone" if gone else "silent"), reason
-        if gone:
-            row.leases = ()
-        self._touch_all()
 
     # What is asked.
 
@@ -234,7 +205,7 @@ class Views:
             return row
         found = [key for key in self._steps if text in key]
         if not found:
-            found = [key for key, detail in self._details.items() if text in detail.drv and key in self._steps]
+            found = [key for key in self._details.find(text) if key in self._steps]
         if len(found) == 1:
             return self._steps[found[0]]
         if found:
@@ -245,7 +216,7 @@ class Views:
     def had_attempt(self, step: str, attempt: int) -> bool:
         """Whether this lease was ever granted."""
         row = self._steps.get(StepKey(step))
-        return row is not None and 0 < attempt <= row.attempt
+        return row is not None and 0 < attempt <= row.life.attempt
 
     def note(self, submission: SubmissionId) -> SubmissionNote:
         """Return what people called a submission."""
@@ -262,18 +233,18 @@ class Views:
         wanting = [submission for submission in row.submissions if not submission.withdrawn] if row else []
         return [self._limits.get(submission.id, {}).get(step) for submission in wanting]
 
-    def drv(self, step: StepKey) -> str:
-        """Return the full store path of the step's .drv, or nothing for an unknown step."""
-        return self._details.get(step, _NO_DETAIL).drv
-
     def step_keys(self) -> list[StepKey]:
         """Return the keys of all steps, oldest first."""
         return list(self._steps)
 
-    def attempt_of_drv(self, drv: str) -> tuple[StepKey, int] | None:
-        """Return step and latest attempt of a .drv (full store path), None if it was never started."""
-        row = self._steps.get(self._by_drv.get(drv, StepKey("")))
-        return (row.key, row.attempt) if row is not None and row.attempt else None
+    def nameless(self) -> list[StepKey]:
+        """Return the keys of the steps of which no details are known, oldest first."""
+        return [key for key in self._steps if key not in self._details]
+
+    def attempts(self, step: StepKey) -> int:
+        """Return how many leases of a step were granted, 0 for one that is not known."""
+        row = self._steps.get(step)
+        return row.life.attempt if row is not None else 0
 
     def steps(self, submission: SubmissionRow, states: frozenset[StepStatus]) -> list[StepView]:
         """Return members in `states` (empty: all), at most `STEPS_LISTED`."""
@@ -286,10 +257,6 @@ class Views:
                     break
         return found
 
-    def workers(self) -> list[WorkerView]:
-        """Return all workers, by name."""
-        return [worker_view(name, row) for name, row in sorted(self._workers.items())]
-
     def step_counts(self) -> Counter[str]:
         """Count all steps by state."""
         return Counter(row.state.value for row in self._steps.values())
@@ -297,10 +264,6 @@ class Views:
     def submission_counts(self) -> Counter[str]:
         """Count all submissions by state."""
         return Counter(row.state.value for row in self._submissions.values())
-
-    def worker_counts(self) -> Counter[str]:
-        """Count workers by state."""
-        return Counter(row.told_state for row in self._workers.values())
 
     def submission_rows(self) -> list[SubmissionRow]:
         """Return the rows of all submissions, oldest first; for reading only."""
@@ -322,8 +285,8 @@ class Views:
 
     def step_view(self, row: StepRow) -> StepView:
         """Render a step."""
-        detail = self._details.get(row.key, _NO_DETAIL)
-        worker = self._workers.get(row.builder)
+        detail = self._details.get(row.key) or _NO_DETAIL
+        life = row.life
         failed = row.state is StepStatus.FAILED
         sentence, waiting = "", None
         if row.state in _EXPLAINED:
@@ -336,19 +299,19 @@ class Views:
             drv=detail.drv,
             outputs=dict(detail.outputs),
             state=row.state,
-            attempt=row.attempt,
-            worker=row.builder,
-            emulated=worker is not None and detail.system in worker.hello.emulated,
-            stage=row.stage,
-            phase=row.phase,
-            started_at=row.started_at,
-            ended_at=row.ended_at,
-            uploaded_bytes=row.uploaded_bytes,
-            failure=FailureView(kind=row.failure.kind, message=row.failure.message) if row.failure else None,
-            cause=row.cause,
-            waiting_for=f"{sentence}; last time: {row.trouble}" if sentence and row.trouble else sentence,
+            attempt=life.attempt,
+            worker=life.builder,
+            emulated=self.workforce.emulates(life.builder, detail.system),
+            stage=life.stage,
+            phase=life.phase,
+            started_at=life.started_at,
+            ended_at=life.ended_at,
+            uploaded_bytes=life.uploaded_bytes,
+            failure=FailureView(kind=life.failure.kind, message=life.failure.message) if life.failure else None,
+            cause=life.cause,
+            waiting_for=f"{sentence}; last time: {life.trouble}" if sentence and life.trouble else sentence,
             waiting=waiting,
-            log_tail=self._explain.log_tail(row.key, row.attempt) if failed else "",
+            log_tail=self._explain.log_tail(row.key, life.attempt) if failed else "",
         )
 
     def submission_view(self, row: SubmissionRow) -> SubmissionView:
@@ -390,7 +353,7 @@ class Views:
         return Counts(total=len(row.members), held=row.held, joined=row.joined, **by_state)
 
     def _name(self, key: StepKey) -> str:
-        return self._details.get(key, _NO_DETAIL).name
+        return (self._details.get(key) or _NO_DETAIL).name
 
     def _stuck(self, row: SubmissionRow) -> tuple[str, ...]:
         return () if row.ended or row.withdrawn else self._explain.stuck(row.ready)
@@ -413,22 +376,21 @@ class Views:
         """Count the members of a submission that begins, or begins again."""
         self._at = max(self._at, fact.at)
         sub.begin(list(fact.members), fact.at)
-        held = set(fact.held)
+        held, company = set(fact.held), Company(sub)
         for key in fact.members:
             row = self._row(key)
             if key in held or row.state is StepStatus.DONE:
                 sub.held += 1
                 continue
-            row.submissions.append(sub)
-            enter(sub, row)
+            company.join(row)
         sub.done_roots = sum(1 for root in sub.roots if root in held or self._row(root).state is StepStatus.DONE)
         sub.joined = len(fact.joined)
         self._unsettled[sub.id] = sub
 
     def _leave_members(self, sub: SubmissionRow) -> None:
+        company = Company(sub)
         for key in sub.members:
-            with contextlib.suppress(ValueError):
-                self._steps[key].submissions.remove(sub)
+            company.leave(self._steps[key])
 
     def _withdrawn(self, fact: facts.SubmissionWithdrawn) -> None:
         self._at = max(self._at, fact.at)
@@ -455,12 +417,13 @@ class Views:
 
     def _revived(self, fact: facts.StepRevived) -> None:
         row = self._row(fact.step)
-        row.failure, row.cause, row.trouble, row.ended_at = None, "", "", 0.0
+        life = row.live()
+        life.failure, life.cause, life.trouble, life.ended_at = None, "", "", 0.0
         self._wait(row, fact.recipe)
 
     def _lost(self, fact: facts.StepLost) -> None:
         row = self._row(fact.step)
-        row.ended_at = 0.0
+        row.live().ended_at = 0.0
         self._wait(row, row.recipe)
         for above in self._users(row):
             above.pending += 1
@@ -470,82 +433,74 @@ class Views:
     def _leased(self, fact: facts.StepLeased) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
-        row.attempt, row.recipe, row.builder = fact.lease.attempt, fact.recipe, fact.builder
-        row.started_at, row.ended_at, row.stage, row.phase = fact.at, 0.0, "queued", ""
+        life = row.live()
+        row.recipe, life.attempt, life.builder = fact.recipe, fact.lease.attempt, fact.builder
+        life.started_at, life.ended_at, life.stage, life.phase = fact.at, 0.0, "queued", ""
         self._move(row, StepStatus.RUNNING)
 
     def _revoked(self, fact: facts.LeaseRevoked) -> None:
         row = self._row(fact.lease.step)
-        row.builder, row.stage, row.phase = "", "", ""
+        life = row.live()
+        life.leave()
         if is_fault(fact.failure.kind):
-            row.trouble = fact.failure.message
+            life.trouble = fact.failure.message
         self._wait(row, row.recipe)
 
     def _built(self, fact: facts.StepBuilt) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
-        row.uploaded_bytes, row.stage, row.phase = evidence_size(fact.evidence), "", ""
-        worker = self._workers.get(fact.builder)
-        if worker is not None:
-            worker.built += 1
+        life = row.live()
+        life.uploaded_bytes, life.stage, life.phase = evidence_size(fact.evidence), "", ""
+        self.workforce.has_built(fact.builder)
         self._move(row, StepStatus.PUBLISHING)
 
     def _done(self, fact: facts.StepDone) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
-        row.ended_at = fact.at
+        row.live().ended_at = fact.at
         for sub in row.submissions:
-            sub.uploaded_bytes += row.uploaded_bytes
+            sub.uploaded_bytes += row.life.uploaded_bytes
         self._finish(row)
 
     def _fell_back(self, fact: facts.StepFellBack) -> None:
         row = self._row(fact.step)
-        row.builder, row.stage, row.phase = "", "", ""
+        row.live().leave()
         self._wait(row, fact.recipe)
         self._join_needs(row)
 
     def _failed(self, fact: facts.StepFailed) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.step)
-        row.failure, row.ended_at, row.builder = fact.failure, fact.at, fact.builder
-        row.stage, row.phase = "", ""
+        life = row.live()
+        life.leave()
+        life.failure, life.ended_at, life.builder = fact.failure, fact.at, fact.builder
         self._move(row, StepStatus.FAILED)
 
     def _doomed(self, fact: facts.StepDoomed) -> None:
         row = self._row(fact.step)
-        row.cause = fact.cause
+        row.live().cause = fact.cause
         self._move(row, StepStatus.DOOMED)
 
     def _abandoned(self, fact: facts.StepAbandoned) -> None:
         row = self._row(fact.step)
-        row.builder, row.stage, row.phase = "", "", ""
+        row.live().leave()
         self._move(row, StepStatus.ABANDONED)
 
     def _quarantined(self, fact: facts.BuilderQuarantined) -> None:
-        worker = self._workers.get(fact.builder)
-        if worker is not None:
-            worker.quarantined_until, worker.quarantine = fact.until, fact.reason
+        self.workforce.quarantine(fact.builder, fact.until, fact.reason)
 
     def _trusted(self, fact: facts.QuarantineEnded | facts.BuilderRemoved) -> None:
-        worker = self._workers.get(fact.builder)
-        if worker is not None:
-            worker.quarantined_until, worker.quarantine = 0.0, ""
+        self.workforce.quarantine(fact.builder, 0.0, "")
 
     def _step_restored(self, fact: facts.StepRestored) -> None:
         row = self._row(fact.step)
-        row.state, row.recipes, row.attempt = _STATUS[fact.state], fact.recipes, fact.attempt
+        restore_step(row, fact)
         for recipe in row.recipes:
             self._link(row, recipe)
-        if fact.past is not None:
-            row.recipe, row.builder = fact.past.active, fact.past.builder
-            row.failure, row.cause = fact.past.failure, fact.past.cause or ""
-        if row.recipes:
-            row.requires = row.recipes[row.recipe].requirements
 
     def _restored(self, _fact: facts.FarmRestored) -> None:
         for row in self._steps.values():
-            needs = row.recipes[row.recipe].needs if row.recipes else ()
-            row.pending = sum(1 for need in dict.fromkeys(needs) if self._row(need).state is not StepStatus.DONE)
+            row.pending = self._open_needs(row)
 
     # The parts they share.
 
@@ -557,24 +512,28 @@ class Views:
 
     def _link(self, row: StepRow, recipe: Recipe) -> None:
         for need in recipe.needs:
-            below = self._row(need)
-            if not below.dependents or below.dependents[-1] is not row:
-                below.dependents.append(row)
+            self._row(need).link(row)
 
     def _wait(self, row: StepRow, recipe: int) -> None:
         """The step starts over with a recipe: ready, or waiting for its open needs."""
         row.recipe = recipe
-        needs = row.recipes[recipe].needs if recipe < len(row.recipes) else ()
         if row.state is StepStatus.READY:
             self._move(row, StepStatus.WAITING)
         row.requires = row.recipes[recipe].requirements if recipe < len(row.recipes) else NOTHING
-        row.pending = sum(1 for need in dict.fromkeys(needs) if self._row(need).state is not StepStatus.DONE)
+        row.pending = self._open_needs(row)
         self._move(row, StepStatus.WAITING if row.pending else StepStatus.READY)
+
+    def _open_needs(self, row: StepRow) -> int:
+        """Count the needs of the active recipe that are not done."""
+        needs = row.recipes[row.recipe].needs if row.recipe < len(row.recipes) else ()
+        return sum(1 for need in dict.fromkeys(needs) if self._row(need).state is not StepStatus.DONE)
 
     def _finish(self, row: StepRow) -> None:
         if row.state is StepStatus.DONE:
             return
-        row.stage, row.phase = "", ""
+        if row.life.stage:
+            life = row.live()
+            life.stage, life.phase = "", ""
         self._move(row, StepStatus.DONE)
         for above in self._users(row):
             above.pending -= 1
@@ -591,14 +550,14 @@ class Views:
     def _join_needs(self, row: StepRow) -> None:
         """The submissions of a step now also stand on what its active recipe needs."""
         for sub in row.submissions:
+            company = Company(sub)
             stack = list(row.recipes[row.recipe].needs)
             while stack:
                 below = self._row(stack.pop())
                 if below.state is StepStatus.DONE or sub in below.submissions:
                     continue
-                below.submissions.append(sub)
+                company.join(below)
                 sub.members.append(below.key)
-                enter(sub, below)
                 if below.recipe < len(below.recipes):
                     stack.extend(below.recipes[below.recipe].needs)
 

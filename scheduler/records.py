@@ -22,8 +22,11 @@ from scheduler.model import (
 )
 
 NOBODY = BuilderId("")
-#: Stands for the dependents of every step that has none; nothing is ever put in here.
-NO_DEPENDENTS: dict[Step, None] = {}
+#: Dependents of a step that are kept as a tuple; more are kept as a dict, which costs four times as much and loses one
+#: in no time.
+FEW_DEPENDENTS = 8
+#: The tries of every step that has none.
+NO_TRIES: frozenset[int] = frozenset()
 
 
 class Step:
@@ -73,7 +76,7 @@ class Step:
         #: Index of the recipe in use.
         self.active = 0
         #: Recipes proven failing in this life, never in use again before the next.
-        self.tried: frozenset[int] = frozenset()
+        self.tried = NO_TRIES
         #: Leases ever granted; the attempt of the open lease where there is one. Never falls.
         self.attempt = 0
         #: Infrastructure failures of the recipe in use, and returned leases, of this life.
@@ -88,8 +91,8 @@ class Step:
         self.done_at = NO_INSTANT
         #: Live submissions that have this step as a root; empty once the step is finished.
         self.roots: tuple[SubmissionId, ...] = ()
-        #: The steps that engage this one; a dict for its order.
-        self.dependents = NO_DEPENDENTS
+        #: The steps that engage this one, in the order in which they began to. Changed by `gain` and `lose`.
+        self.dependents: tuple[Step, ...] | dict[Step, None] = ()
         #: True exactly while wanted and unfinished, orphans of a running `handle` aside.
         self.engaged = False
         #: The needs of the recipe in use, without repeats, while engaged; else empty.
@@ -120,6 +123,26 @@ class Step:
         #: When it last failed.
         self.failed_at = NO_INSTANT
         self.cause: StepKey | None = None
+
+    def gain(self, dependent: Step) -> None:
+        """Take in one that engages this step from now on; a repeat changes nothing."""
+        known = self.dependents
+        if isinstance(known, dict):
+            known[dependent] = None
+        elif dependent not in known:
+            many = (*known, dependent)
+            self.dependents = many if len(many) <= FEW_DEPENDENTS else dict.fromkeys(many)
+
+    def lose(self, dependent: Step) -> None:
+        """Let go of one that no longer engages this step."""
+        known = self.dependents
+        if isinstance(known, dict):
+            del known[dependent]
+            if not known:
+                self.dependents = ()
+        else:
+            at = known.index(dependent)
+            self.dependents = known[:at] + known[at + 1 :]
 
     def __repr__(self) -> str:
         return f"<Step {self.key} {self.state.value} attempt {self.attempt}>"

@@ -30,7 +30,7 @@ from scheduler.model import (
     SubmissionId,
 )
 from scheduler.ready import ReadyIndex
-from scheduler.records import NO_DEPENDENTS, NOBODY, Builder, Step
+from scheduler.records import FEW_DEPENDENTS, NO_TRIES, NOBODY, Builder, Step
 from scheduler.transitions import LAPSED, LEGAL, SUBJECT
 
 _WAITING, _READY, _LEASED = StepState.WAITING, StepState.READY, StepState.LEASED
@@ -250,9 +250,7 @@ class FarmState:
         step.engaged = True
         step.unmet = 0
         for need in step.needs:
-            if need.dependents is NO_DEPENDENTS:
-                need.dependents = {}
-            need.dependents[step] = None
+            need.gain(step)
             if need.state is not _DONE:
                 step.unmet += 1
                 self.orphans.pop(need.key, None)
@@ -262,11 +260,8 @@ class FarmState:
         if not step.engaged:
             return
         for need in step.needs:
-            dependents = need.dependents
-            del dependents[step]
-            if not dependents:
-                need.dependents = NO_DEPENDENTS
-            if need.engaged and not dependents and not need.roots:
+            need.lose(step)
+            if need.engaged and not need.dependents and not need.roots:
                 self.orphans[need.key] = need
         step.engaged = False
         step.needs = ()
@@ -303,7 +298,7 @@ class FarmState:
     def _begin_life(self, step: Step) -> None:
         self.life += 1
         step.born = self.life
-        step.tried = frozenset()
+        step.tried = NO_TRIES
         step.faults = step.returns = 0
         step.strikes = ()
         step.avoid, step.not_before = NOBODY, NO_INSTANT
@@ -502,7 +497,7 @@ class FarmState:
             step.active, step.ended, step.failed_at = past.active, past.ended, past.failed_at
             step.builder, step.evidence = past.builder, past.evidence
             step.failure, step.cause = past.failure, past.cause
-            step.tried, step.strikes = frozenset(past.tried), past.strikes
+            step.tried, step.strikes = frozenset(past.tried) or NO_TRIES, past.strikes
             step.faults, step.returns = past.faults, past.returns
             step.avoid, step.not_before = past.avoid, past.not_before
             if fact.state is StepState.FAILED:
@@ -521,7 +516,8 @@ class FarmState:
         self.life, self.known = fact.life, fact.known
         by_sequence = {step.sequence: step for step in self.steps.values()}
         for step, dependents in self._unlinked:
-            step.dependents = dict.fromkeys([by_sequence[sequence] for sequence in dependents])
+            linked = tuple([by_sequence[sequence] for sequence in dependents])
+            step.dependents = linked if len(linked) <= FEW_DEPENDENTS else dict.fromkeys(linked)
         self._unlinked = []
         for step in self.steps.values():
             if not step.wanted or step.state is _DONE or step.state in LAPSED:

@@ -142,7 +142,7 @@ class Api:
 
     async def workers(self, _request: web.Request) -> web.Response:
         """List workers."""
-        return answer_list(self._views.workers())
+        return answer_list(self._views.workforce.views())
 
     async def farm(self, _request: web.Request) -> web.Response:
         """Say how to use the cache, and what is wrong."""
@@ -156,15 +156,15 @@ class Api:
 
 
 def _attempt(request: web.Request, row: StepRow) -> int:
-    if row.attempt == 0:
+    if row.life.attempt == 0:
         raise NotFoundError(f"step {row.key} has not been started yet, so there is no log.")
-    told = request.query.get("attempt", str(row.attempt))
+    told = request.query.get("attempt", str(row.life.attempt))
     if not told.isascii() or not told.isdigit() or len(told) > 9:
         raise BadRequestError("an attempt is a number.")
-    if not 0 < int(told) <= row.attempt:
-        raise NotFoundError(f"step {row.key} had {row.attempt} attempts; there is no attempt {told}.")
+    if not 0 < int(told) <= row.life.attempt:
+        raise NotFoundError(f"step {row.key} had {row.life.attempt} attempts; there is no attempt {told}.")
     return int(told)
 
 
 def _runs(row: StepRow, attempt: int) -> bool:
-    return row.state is StepStatus.RUNNING and row.attempt == attempt
+    return row.state is StepStatus.RUNNING and row.life.attempt == attempt

@@ -16,7 +16,7 @@ its next cache or builds, while any 5xx would fail its build (design page "binar
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from hashlib import blake2b
 from typing import Annotated, Final, TypeAlias
 
@@ -39,7 +39,7 @@ from infra.nix.realisation import RealisationLayout, parse_key
 _log = logging.getLogger(__name__)
 
 #: Gives the log of a derivation (base name of the .drv), None if there is none.
-LogFor: TypeAlias = Callable[[str], AsyncIterator[bytes] | None]
+LogFor: TypeAlias = Callable[[str], Awaitable[AsyncIterator[bytes] | None]]
 
 #: A question for MAX_CLOSURE paths with names of usual length.
 MAX_QUESTION_BYTES: Final = 16 * 1024 * 1024
@@ -170,7 +170,7 @@ class CacheRoutes:
             uploaded = log_key(name)
         except FormatError:
             return _not_found()
-        chunks = self._log_for(name) if self._log_for is not None else None
+        chunks = await self._log_for(name) if self._log_for is not None else None
         try:
             if chunks is None and await self._cache.objects.head(uploaded) is None:
                 return _not_found()

@@ -25,7 +25,7 @@ def add_worker_routes(app: web.Application, views: Views, drain: Drain) -> None:
             wish = DrainRequest.model_validate_json(await request.read() or b"{}")
         except ValidationError:
             raise BadRequestError('the request\'s body is {"on": true} or {"on": false}.') from None
-        if name not in {worker.name for worker in views.workers()}:
+        if name not in {worker.name for worker in views.workforce.views()}:
             raise NotFoundError(f"there is no worker {name[:80]!r}; `drover workers` lists them.")
         try:
             await drain(name, wish.on)

@@ -76,7 +76,7 @@ async def test_a_greeting_that_comes_after_that_of_the_next_life_does_no_lasting
 
     async with open_farm(fleet=nix_workers(tmp_path / "workers", ("one",), Haunted)) as farm:
         await late.wait()
-        await farm.until(lambda: farm.coordinator.views.incarnation("one") != "an earlier life")
+        await farm.until(lambda: farm.coordinator.views.workforce.incarnation("one") != "an earlier life")
         view = await farm.ended((await farm.submit(DIAMOND, "top")).id)
         assert view.state == SubmissionState.SUCCEEDED
 
@@ -191,7 +191,7 @@ async def test_cancelling_stops_what_nobody_else_wants_and_may_be_repeated(open_
     async with open_farm("one") as farm:
         submitted = await farm.submit(text, "top")
         await farm.until(lambda: farm.states(submitted.id)["long"] is StepStatus.RUNNING)
-        worker = farm.coordinator.views.workers
+        worker = farm.coordinator.views.workforce.views
         await farm.until(lambda: any(stage == "building" for _, stage in worker()[0].leases))
         for _ in range(2):
             view = await farm.client.cancel(submitted.id)
@@ -235,7 +235,7 @@ async def test_a_log_can_be_followed_while_it_is_written(open_farm: OpenFarm) ->
 async def test_a_step_that_no_worker_can_take_waits_and_says_so(open_farm: OpenFarm) -> None:
     text = 'rec { mac = runOn "x86_64-darwin" {} "mac" "echo > $out"; top = run "top" "echo ${mac} > $out"; }'
     async with open_farm("one") as farm:
-        await farm.until(lambda: bool(farm.coordinator.views.workers()))
+        await farm.until(lambda: bool(farm.coordinator.views.workforce.views()))
         submitted = await farm.submit(text, "top")
         view = await farm.client.submission(submitted.id)
         assert view.state is SubmissionState.RUNNING

@@ -41,7 +41,7 @@ A, B, C = (store_path(name) for name in ("a", "b", "c"))
 LOG = store_path("built.drv")
 
 
-def log_for(derivation: str) -> AsyncIterator[bytes] | None:
+async def log_for(derivation: str) -> AsyncIterator[bytes] | None:
     return chunked(b"building\n\xff\x00done\n") if derivation == base_name(LOG) else None
 
 

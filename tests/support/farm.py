@@ -115,8 +115,8 @@ class Farm:
         assert self._process is not None
         return self._process.pid
 
-    def start(self, *, standby: bool = False) -> Farm:
-        """Start, and return once it answers: as a leader, or that it stands by."""
+    def launch(self) -> None:
+        """Start the program, and wait for nothing."""
         self._log = self.log_path.open("ab")
         self._process = subprocess.Popen(
             [
@@ -135,6 +135,11 @@ class Farm:
             env=self.environment,
             start_new_session=True,
         )
+
+    def start(self, *, standby: bool = False) -> Farm:
+        """Start, and return once it answers: as a leader, or that it stands by."""
+        self.launch()
+        assert self._process is not None
         deadline = time.monotonic() + READY_WITHIN_S
         while self.health() != ("standby" if standby else "ok"):
             if self._process.poll() is not None or time.monotonic() > deadline:

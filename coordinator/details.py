@@ -1,0 +1,93 @@
+"""What people want to know of each step, kept small: a farm knows hundreds of thousands.
+
+Paths in a store say the same things again and again: an output is `STORE/HASH-NAME` or `STORE/HASH-NAME-OUTPUT`, a
+.drv `STORE/HASH-NAME.drv`, and a step's key is one of its outputs. So what is kept of a step is its class (system,
+features, store, names of outputs; a farm has a few hundred) and the hashes, as bytes. Whatever does not look so, or
+would not come back exactly, is kept as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from coordinator.derivations import StepInfo
+from scheduler.model import StepKey
+
+#: Characters of a hash in a store path.
+_HASH = 32
+#: Bytes that tell the class, and so the most classes that are told apart; steps of others are kept as they are.
+_CLASS = 2
+_CLASSES = 256**_CLASS
+
+
+class Details:
+    """Step key -> `StepInfo`; what is known first stays."""
+
+    __slots__ = ("_class_of", "_classes", "_kept")
+
+    def __init__(self) -> None:
+        self._kept: dict[StepKey, bytes | StepInfo] = {}
+        #: (store, system, features, names of outputs).
+        self._classes: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = []
+        self._class_of: dict[tuple[str, str, tuple[str, ...], tuple[str, ...]], bytes] = {}
+
+    def __contains__(self, key: StepKey) -> bool:
+        return key in self._kept
+
+    def learn(self, key: StepKey, info: StepInfo) -> None:
+        """Keep what is told of the step `key`, unless something is known."""
+        if key not in self._kept:
+            self._kept[key] = self._packed(info) or info
+
+    def get(self, key: StepKey) -> StepInfo | None:
+        """Return what is known of a step."""
+        kept = self._kept.get(key)
+        return self._unpacked(key, kept) if isinstance(kept, bytes) else kept
+
+    def forget(self, key: StepKey) -> None:
+        """Know nothing of a step any more."""
+        self._kept.pop(key, None)
+
+    def find(self, text: str) -> Iterator[StepKey]:
+        """Yield the steps whose .drv (full store path) contains `text`."""
+        for key in self._kept:
+            info = self.get(key)
+            if info is not None and text in info.drv:
+                yield key
+
+    def _packed(self, info: StepInfo) -> bytes | None:
+        """Return the bytes that `_unpacked` makes `info` of, None where there are none."""
+        store = info.drv[: -(len(info.name) + len(".drv") + _HASH + 2)]
+        names = tuple([name for name, _ in info.outputs])
+        start = len(store) + 1
+        told = "".join([path[start : start + _HASH] for path in (info.drv, *(path for _, path in info.outputs))])
+        if not names or len(told) != _HASH * (1 + len(names)):
+            return None
+        kind = (store, info.system, info.features, names)
+        number = self._class_of.get(kind)
+        if number is None:
+            if len(self._classes) == _CLASSES:
+                return None
+            number = self._class_of[kind] = len(self._classes).to_bytes(_CLASS, "big")
+            self._classes.append(kind)
+        # One hash that is the key's need not be said twice.
+        packed = number + (told if len(names) > 1 else told[:_HASH]).encode()
+        return packed if self._unpacked(info.key, packed) == info else None
+
+    def _unpacked(self, key: StepKey, packed: bytes) -> StepInfo:
+        store, system, features, names = self._classes[int.from_bytes(packed[:_CLASS], "big")]
+        told = packed[_CLASS:].decode()
+        hashes = [told[at : at + _HASH] for at in range(_HASH, len(told), _HASH)] if len(names) > 1 else [key[:_HASH]]
+        name = key[_HASH + 1 :]
+        for output, digest in zip(names, hashes, strict=True):
+            if digest == key[:_HASH] and output != "out":
+                name = name.removesuffix(f"-{output}")
+                break
+        stem = f"-{name}"
+        outputs = tuple(
+            [
+                (output, f"{store}/{digest}{stem}" if output == "out" else f"{store}/{digest}{stem}-{output}")
+                for output, digest in zip(names, hashes, strict=True)
+            ]
+        )
+        return StepInfo(key, name, system, features, f"{store}/{told[:_HASH]}{stem}.drv", outputs)

@@ -1,0 +1,110 @@
+"""The part of the read model about workers: as they last spoke of themselves, and what the core thinks of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from coordinator.schema import WorkerView
+from workers.protocol import Batch, HeldLease, Hello
+
+
+@dataclass(slots=True, eq=False)
+class WorkerRow:
+    """A worker as it last spoke of itself."""
+
+    hello: Hello
+    state: str = "online"
+    leases: tuple[HeldLease, ...] = ()
+    built: int = 0
+    last_seen: float = 0.0
+    reason: str = ""
+    #: Until when the farm gives it no work, and why; 0 where it does.
+    quarantined_until: float = 0.0
+    quarantine: str = ""
+
+    @property
+    def told_state(self) -> str:
+        """The state as people see it."""
+        return "quarantined" if self.quarantined_until and self.state in ("online", "draining") else self.state
+
+
+class Workforce:
+    """All workers, by name. `changed` is called where one came or went."""
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self._rows: dict[str, WorkerRow] = {}
+        self._changed = changed
+
+    def connected(self, hello: Hello, now: float) -> None:
+        """A worker introduced itself."""
+        old = self._rows.get(hello.worker)
+        built = old.built if old is not None else 0
+        self._rows[hello.worker] = WorkerRow(hello, leases=hello.leases, built=built, last_seen=now)
+        self._changed()
+
+    def incarnation(self, worker: str) -> str:
+        """Return the incarnation that was greeted last, empty for a worker that never was."""
+        row = self._rows.get(worker)
+        return "" if row is None else row.hello.incarnation
+
+    def spoke(self, worker: str, batch: Batch, now: float) -> None:
+        """A heartbeat."""
+        row = self._rows.get(worker)
+        if row is None or row.hello.incarnation != batch.incarnation:
+            return
+        row.state, row.reason = ("draining" if batch.draining else "online"), ""
+        row.leases, row.last_seen = batch.leases, now
+
+    def unreachable(self, worker: str, incarnation: str, reason: str, *, gone: bool) -> None:
+        """The transport lost a worker for now (`gone` false) or for ever."""
+        row = self._rows.get(worker)
+        if row is None or row.hello.incarnation != incarnation:
+            return
+        row.state, row.reason = ("gone" if gone else "silent"), reason
+        if gone:
+            row.leases = ()
+        self._changed()
+
+    def has_built(self, worker: str) -> None:
+        """Count a build."""
+        row = self._rows.get(worker)
+        if row is not None:
+            row.built += 1
+
+    def quarantine(self, worker: str, until: float, reason: str) -> None:
+        """The core gives it no work for a while; until 0, it does again."""
+        row = self._rows.get(worker)
+        if row is not None:
+            row.quarantined_until, row.quarantine = until, reason
+
+    def emulates(self, worker: str, system: str) -> bool:
+        """Whether a worker that is known has a system only by emulation."""
+        row = self._rows.get(worker)
+        return row is not None and system in row.hello.emulated
+
+    def views(self) -> list[WorkerView]:
+        """Return all workers, by name."""
+        return [_view(name, row) for name, row in sorted(self._rows.items())]
+
+    def counts(self) -> Counter[str]:
+        """Count workers by state."""
+        return Counter(row.told_state for row in self._rows.values())
+
+
+def _view(name: str, row: WorkerRow) -> WorkerView:
+    return WorkerView(
+        name=name,
+        state=row.told_state,
+        systems=row.hello.systems,
+        emulated=row.hello.emulated,
+        features=row.hello.features,
+        slots=row.hello.slots,
+        leases=tuple((lease.step, lease.stage.value) for lease in row.leases),
+        nix_version=row.hello.nix_version,
+        built=row.built,
+        last_seen=row.last_seen,
+        reason=row.reason or row.quarantine,
+        until=row.quarantined_until,
+    )

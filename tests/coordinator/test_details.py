@@ -1,0 +1,60 @@
+"""What is kept of a step comes back exactly, however odd, and takes little room where it is as Nix makes it."""
+
+from __future__ import annotations
+
+import string
+import sys
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.derivations import StepInfo
+from coordinator.details import Details
+from scheduler.model import StepKey
+
+_hash = st.text("0123456789abcdfghijklmnpqrsvwxyz", min_size=32, max_size=32)
+_name = st.text(string.ascii_letters + "0123456789+-._?=", min_size=1, max_size=20)
+
+
+@st.composite
+def _infos(draw: st.DrawFn) -> StepInfo:
+    """A step as intake makes it: the key is the base name of its first path."""
+    store, name = draw(st.sampled_from(["/nix/store", "/s"])), draw(_name)
+    names = sorted(draw(st.sets(st.sampled_from(["out", "dev", "lib", "out-dev", "man"]), min_size=1)))
+    outputs = tuple((out, f"{store}/{draw(_hash)}-{name}{'' if out == 'out' else f'-{out}'}") for out in names)
+    key = StepKey(min(path for _, path in outputs)[len(store) + 1 :])
+    features = draw(st.sampled_from([(), ("kvm",)]))
+    return StepInfo(
+        key, name, draw(st.sampled_from(["x", "y"])), features, f"{store}/{draw(_hash)}-{name}.drv", outputs
+    )
+
+
+_odd = st.builds(
+    StepInfo,
+    key=_name.map(StepKey),
+    name=st.text(max_size=9),
+    system=st.just("x"),
+    features=st.just(()),
+    drv=st.text(max_size=90),
+    outputs=st.lists(st.tuples(_name, st.text(max_size=60)), max_size=3).map(tuple),
+)
+
+
+@given(st.lists(st.one_of(_infos(), _odd), unique_by=lambda info: info.key))
+def test_what_is_learnt_comes_back(told: list[StepInfo]) -> None:
+    details = Details()
+    for info in told:
+        details.learn(info.key, info)
+    assert [details.get(info.key) for info in told] == told
+    for info in told:
+        assert info.key in details.find(info.drv)
+    assert details.get(StepKey("not known")) is None
+
+
+@given(_infos())
+def test_what_nix_makes_is_kept_as_hashes(info: StepInfo) -> None:
+    details = Details()
+    details.learn(info.key, info)
+    kept = details._kept[info.key]
+    assert isinstance(kept, bytes)
+    assert sys.getsizeof(kept) <= sys.getsizeof(b"") + 2 + 32 * (1 + len(info.outputs))
