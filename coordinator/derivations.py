@@ -16,11 +16,25 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import orjson
 import zstandard
-from sqlalchemy import Column, Integer, LargeBinary, MetaData, Select, Table, Text, UniqueConstraint, select
+from sqlalchemy import (
+    Column,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Select,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    insert,
+    inspect,
+    select,
+)
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -28,6 +42,8 @@ from coordinator.errors import CoordinatorError
 from infra.database import insert_or_ignore, names_parameter, names_table, open_engine, patiently, reason
 from scheduler.model import StepKey
 
+#: What this module writes. Databases from before it was written down are of format 1 too.
+FORMAT: Final = 1
 #: Rows of one executemany; keeps the driver's thread from holding megabytes of parameters twice.
 INSERT_ROWS = 5_000
 #: Nodes kept in memory so that a submission right after its upload asks the database nothing; emptied when full.
@@ -141,6 +157,14 @@ _members = Table(
     Column("drv", Text, nullable=False),
     UniqueConstraint("step", "drv"),
 )
+_meta = Table("derivations_meta", _metadata, Column("format", Integer, primary_key=True, autoincrement=False))
+
+
+def _format(connection: Connection) -> int:
+    """Return the format of the tables that are there, 0 where they do not say one."""
+    if not inspect(connection).has_table(_meta.name):
+        return 0
+    return connection.execute(select(func.max(_meta.c.format))).scalar_one() or 0
 
 
 def step_info(node: Node, store_dir: str) -> StepInfo:
@@ -167,14 +191,20 @@ class DerivationStore:
         return cls(open_engine(url, synchronous="FULL"), store_dir)
 
     async def prepare(self) -> None:
-        """Create the tables where they are missing. Raises `DerivationsError`."""
-
-        async def create() -> None:
-            async with self._engine.begin() as connection:
-                await connection.run_sync(_metadata.create_all)
-
+        """Create the tables where they are missing. Raises `DerivationsError`, also for those of a newer release."""
         try:
-            await create()
+            # On its own first: a database that must not be touched is not even locked.
+            async with self._engine.connect() as connection:
+                found = await connection.run_sync(_format)
+            if found > FORMAT:
+                raise DerivationsError(
+                    f"the database of derivations was written by a newer version of drover (format {found}, this one "
+                    f"reads {FORMAT}); start the newer version. Nothing was changed."
+                )
+            if found < FORMAT:
+                async with self._engine.begin() as connection:
+                    await connection.run_sync(_metadata.create_all)
+                    await connection.execute(insert(_meta).values(format=FORMAT))
         except (SQLAlchemyError, OSError) as error:
             raise DerivationsError(f"cannot open the database of derivations: {reason(error)}.") from None
 

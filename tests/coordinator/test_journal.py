@@ -185,8 +185,8 @@ async def test_more_frames_than_one_read_come_back(database: str) -> None:
     assert facts == [fact for batch in batches for fact in batch]
 
 
-async def test_what_was_appended_survives_a_kill(database: str) -> None:
-    """Facts must survive kill -9: the process dies right after `append` returns, without closing anything."""
+def _append_and_die(database: str) -> None:
+    """Let a process append five times and die right after the last returned, without closing anything."""
     program = (
         "import asyncio, os, signal, sys\n"
         "from coordinator.journal import Journal\n"
@@ -202,10 +202,28 @@ async def test_what_was_appended_survives_a_kill(database: str) -> None:
         "asyncio.run(main())\n"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program, database], cwd=root, check=False)  # noqa: ASYNC221
-    assert done.returncode == -9
+    assert subprocess.run([sys.executable, "-c", program, database], cwd=root, check=False).returncode == -9
+
+
+async def test_what_was_appended_survives_a_kill(database: str) -> None:
+    await asyncio.to_thread(_append_and_die, database)
     facts, _ = await _read(database)
     assert facts == _held(*range(5))
+
+
+@pytest.mark.parametrize("lost", [1, 10_000])
+async def test_a_torn_tail_costs_the_last_appends_and_nothing_else(tmp_path: Path, lost: int) -> None:
+    """As a power cut may leave it: the file that SQLite appends to ends early."""
+    await asyncio.to_thread(_append_and_die, _file(tmp_path))
+    log = tmp_path / "j-wal"
+    os.truncate(log, log.stat().st_size - lost)
+    facts, _ = await _read(_file(tmp_path))
+    assert 0 < len(facts) < 5
+    assert facts == _held(*range(len(facts)))
+    async with _opened(_file(tmp_path)) as journal:
+        await _facts(journal)
+        await journal.append(_held(7))
+    assert (await _read(_file(tmp_path)))[0] == [*facts, *_held(7)]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.e2e
 #: How long the database is away, in seconds.
 AWAY_S = 20.0
 #: How long the object store fails in each of its two ways.
-STORE_AWAY_S = 8.0
+STORE_AWAY_S = 5.0
 #: Size of the disk that fills up, and of one output on it: larger than what is written at once, not compressible.
 DISK_MIB = 56
 OUTPUT_MIB = 10

@@ -1,0 +1,52 @@
+"""Opening the database of derivations: made, taken on, refused, each without touching what is not understood."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from coordinator.derivations import DerivationsError, DerivationStore
+
+
+async def _open(file: Path) -> None:
+    store = DerivationStore.open(f"sqlite+aiosqlite:///{file}")
+    try:
+        await store.prepare()
+        assert await store.unknown(["x.drv"]) == ["x.drv"]
+    finally:
+        await store.close()
+
+
+def _sql(file: Path, statement: str) -> None:
+    with sqlite3.connect(file) as database:
+        database.execute(statement)
+    database.close()
+
+
+async def test_a_database_of_a_newer_release_is_refused_and_kept(tmp_path: Path) -> None:
+    file = tmp_path / "d"
+    await _open(file)
+    _sql(file, "UPDATE derivations_meta SET format = 99")
+    before = file.read_bytes()
+    with pytest.raises(DerivationsError, match=r"newer version of drover \(format 99"):
+        await _open(file)
+    assert file.read_bytes() == before
+
+
+async def test_a_database_that_does_not_say_its_format_is_taken_on(tmp_path: Path) -> None:
+    file = tmp_path / "d"
+    await _open(file)
+    _sql(file, "DROP TABLE derivations_meta")
+    await _open(file)
+    await _open(file)
+
+
+async def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path: Path) -> None:
+    file = tmp_path / "d"
+    file.write_bytes(b"something else entirely, but not short" * 100)
+    before = file.read_bytes()
+    with pytest.raises(DerivationsError, match="file is not a database"):
+        await _open(file)
+    assert file.read_bytes() == before
