@@ -10,7 +10,8 @@
 A private cache answers 401 to whoever has no token (`coordinator.http.access`). HEAD is answered wherever GET is, and
 the same. What is unknown, malformed, lost or cannot be looked up just now is 404 with `no-store`: a client then asks
 its next cache or builds, while any 5xx would fail its build (design page "binary cache", 2.4). For the same reason no
-200 leaves before its first bytes are at hand.
+200 leaves before its first bytes are at hand. Workers, who have no other cache, tell what fails just now from what is
+lost by its `Retry-After` (`infra.cache.http_source`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from infra.cache.errors import CacheError, ClosureTooLargeError, ObjectMissingEr
 from infra.cache.listing import Listings
 from infra.nix.errors import FormatError
 from infra.nix.realisation import RealisationLayout, parse_key
+
+#: When what fails just now may be asked for again, in seconds.
+RETRY_AFTER_S: Final = 5
 
 _log = logging.getLogger(__name__)
 
@@ -239,7 +243,9 @@ def _not_found() -> web.Response:
 
 def _unavailable(error: CacheError) -> web.Response:
     _log.warning("answered 404 because the cache failed: %s", error)
-    return _not_found()
+    answer = _not_found()
+    answer.headers["Retry-After"] = str(RETRY_AFTER_S)
+    return answer
 
 
 def _refused(status: int, code: str, message: str) -> web.Response:

@@ -1,7 +1,8 @@
 """An object over HTTP as a source that a thread may block on: what verifies a NAR reads from anywhere.
 
 A transfer that breaks off goes on where it was, by a range request for the rest; redirects are followed anew each time,
-so that presigned addresses may be short-lived. Every wait is bounded.
+so that presigned addresses may be short-lived. A 404 with `Retry-After` is our own cache saying that it cannot look
+just now. Every wait is bounded.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class HttpSource:
         if response.status == 416:
             # All of it was read, and only its end was not seen: what is missing shows when it is verified.
             raise ObjectStoreError(f"{self._url.partition('?')[0]} has another length than it said")
-        if response.status in {401, 403, 404, 410}:
+        if response.status in {401, 403, 404, 410} and "Retry-After" not in response.headers:
             raise ObjectMissingError(f"{self._url.partition('?')[0]} is not there (status {response.status})")
         raise aiohttp.ClientResponseError(response.request_info, (), status=response.status)
 

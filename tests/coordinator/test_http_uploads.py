@@ -19,7 +19,11 @@ from yarl import URL
 from coordinator.config import CacheSettings, NamedCacheSettings, Settings, UploadRoute, UpstreamSettings
 from coordinator.main import Coordinator, open_coordinator
 from coordinator.upload_tokens import UploadTokens
+from infra.cache import http_source
 from infra.cache.download import fetch_nar
+from infra.cache.errors import ObjectMissingError, ObjectStoreError
+from infra.cache.http_source import fetch_nar_over_http
+from infra.cache.objects import RETRIES
 from infra.cache.upload import CompressedNar, compressing, compressing_files
 from infra.cache.upload_client import SenderRefusedError, UploadClient, UploadFailedError, upload_session
 from infra.cache.upload_wire import PART_BYTES, PIECE_BYTES, KeepWish, PathClaim, SendStatus
@@ -305,6 +309,35 @@ async def test_a_store_that_fails_for_a_while_costs_only_time(
         assert set((await site.push(small, large)).values()) == {SendStatus.PUBLISHED}
         assert proxy.failed == 2
         assert await site.nar(large.claim.path) == LARGE
+
+
+async def test_a_store_that_fails_is_not_a_missing_input_for_who_reads_over_http(
+    s3_server: S3Server, s3: S3Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(http_source, "TRIES", 2)
+    async with AsyncExitStack() as stack:
+        proxy = await stack.enter_async_context(FaultyProxy(s3_server.port))
+        place = s3_server.at(s3.prefix, proxy.endpoint)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", place.environment["AWS_ENDPOINT_URL"])
+        site = await opened(stack, Settings(state_dir=tmp_path / "farm", port=0, object_store_url=place.url))
+        sent = thing("sent")
+        await site.push(sent)
+        text = await site.coordinator.cache.narinfo(sent.claim.path[:32])
+        assert text is not None
+        info = narinfo.parse(text, STORE_DIR)
+
+        async def read() -> bytes:
+            url = f"{site.coordinator.ready.cache_url}/{info.url}"
+            return b"".join([data async for data in fetch_nar_over_http(site.session, url, {}, info)])
+
+        # More than the coordinator tries by itself for one request, less than for two.
+        proxy.fail(Fault.UNAVAILABLE, RETRIES + 2)
+        assert await read() == sent.nar
+        assert proxy.failed == RETRIES + 2
+        proxy.fail(Fault.UNAVAILABLE, 1000)
+        with pytest.raises(ObjectStoreError, match="answered with status 404") as caught:
+            await read()
+        assert not isinstance(caught.value, ObjectMissingError)
 
 
 async def _numbered(chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[int, bytes]]:
