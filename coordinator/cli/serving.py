@@ -60,6 +60,8 @@ def up(
 
     def standing_by(url: str) -> None:
         click.echo(f"another coordinator works on the same database; standing by at {url} until it ends (Ctrl-C stops)")
+        if not settings.ray_address:
+            click.echo("  it has a Ray head of its own: builds that run then are done again (set ray_address on both)")
         sys.stdout.flush()
 
     run_up(settings, ready, standing_by)

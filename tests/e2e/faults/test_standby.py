@@ -44,9 +44,12 @@ class Pair(Hurt):
         for name in ("a", "b"):
             (root / name).mkdir()
         self.farm, self.other = (Farm(root / name, [], settings=settings, secrets=secrets) for name in ("a", "b"))
+        options = ("--slots", "2", "--nix-option", "sandbox-paths", self.sandbox_paths)
+        # One sees the bucket, the other knows coordinators only.
+        blind = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
         self.workers = [
-            self.elsewhere.worker(name, "--slots", "2", "--nix-option", "sandbox-paths", self.sandbox_paths)
-            for name in ("left", "right")
+            self.elsewhere.worker("left", *options),
+            self.elsewhere.worker("right", *options, environment=blind),
         ]
 
     def start(self) -> None:
