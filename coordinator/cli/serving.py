@@ -156,16 +156,20 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
         async with node:
             click.echo(f"worker {told.name} has joined the farm at {head}; stop with Ctrl-C")
             sys.stdout.flush()
-            failed = asyncio.ensure_future(node.wait_failed())
-            stopped = asyncio.ensure_future(stop.wait())
-            try:
-                await asyncio.wait((failed, stopped), return_when=asyncio.FIRST_COMPLETED)
-                if failed.done() and not stop.is_set():
-                    raise CoordinatorError(f"{failed.result()}; start the worker again, its builds are done elsewhere")
+
+            async def stopped() -> None:
+                await stop.wait()
                 await stop_agents([worker_state_dir(settings, told.name)], settings.stop_grace_s, hurry.is_set)
+
+            failing, stopping = asyncio.ensure_future(node.wait_failed()), asyncio.ensure_future(stopped())
+            try:
+                await asyncio.wait((failing, stopping), return_when=asyncio.FIRST_COMPLETED)
+                if not stopping.done():
+                    raise CoordinatorError(f"{failing.result()}; start the worker again, its builds are done elsewhere")
+                await stopping
             finally:
-                failed.cancel()
-                stopped.cancel()
+                failing.cancel()
+                stopping.cancel()
         return options.OK
 
     try:

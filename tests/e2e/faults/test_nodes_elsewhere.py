@@ -40,6 +40,7 @@ class Apart(Hurt):
         self.elsewhere = Elsewhere(root, config, self.token)
         self.farm = Farm(root, [], settings=f'ray_address = "{self.elsewhere.address}"\nray_token = "{self.token}"\n')
         self.left, self.right = self.worker("left", LONG_GRACE_S), self.worker("right", GRACE_S)
+        self.programs = {"left": self.left, "right": self.right}
 
     def worker(self, name: str, grace_s: float) -> Program:
         return self.elsewhere.worker(
@@ -91,6 +92,7 @@ def apart(tmp_path: Path) -> Iterator[Apart]:
 
 def test_head_and_workers_elsewhere_go_away_and_come_back(apart: Apart) -> None:
     builds_go_on_without_a_head_and_workers_come_once_it_is_back(apart)
+    a_worker_program_that_is_killed_is_taken_over_with_its_build(apart)
     a_node_that_is_lost_is_told_by_its_worker_and_taken_back(apart)
     a_worker_that_is_stopped_takes_nothing_new_and_finishes(apart)
     what_does_not_end_within_the_grace_is_handed_back(apart)
@@ -119,11 +121,24 @@ def builds_go_on_without_a_head_and_workers_come_once_it_is_back(apart: Apart) -
     (apart.tally / "go").unlink()
 
 
+def a_worker_program_that_is_killed_is_taken_over_with_its_build(apart: Apart) -> None:
+    submission = apart.submit(apart.graph(f'kept = step "kept" [ ] "{WAIT_FOR_GO}";'), "kept")
+    apart.until(apart.busy)
+    program = apart.programs[next(iter(apart.busy()))]
+    program.process.kill()
+    program.process.wait()
+    program.start(JOINED)
+    (apart.tally / "go").touch()
+    assert apart.ended(submission)["state"] == "succeeded"
+    assert apart.runs()["kept"] == 1
+    (apart.tally / "go").unlink()
+
+
 def a_node_that_is_lost_is_told_by_its_worker_and_taken_back(apart: Apart) -> None:
     submission = apart.submit(apart.graph(f'lost = step "lost" [ ] "{WAIT_FOR_GO}";'), "lost")
     apart.until(apart.busy)
     [name] = apart.busy()
-    lost = apart.left if name == "left" else apart.right
+    lost = apart.programs[name]
     apart.kill_node(apart.elsewhere.root / f"worker-{name}", "worker")
     assert lost.ended() == 4
     [sentence] = [line for line in lost.log.splitlines() if line.startswith("drover: ")]
@@ -179,6 +194,13 @@ def a_second_signal_ends_the_grace(apart: Apart) -> None:
     apart.until(lambda: apart.online() == set())
     apart.left.send(signal.SIGTERM)
     assert apart.left.ended() == 0
+    # So does the death of the node: nobody is there to wait for.
+    apart.left.start(JOINED)
+    apart.until(lambda: apart.busy() == {"left"})
+    apart.left.send(signal.SIGTERM)
+    apart.until(lambda: apart.online() == set())
+    apart.kill_node(apart.elsewhere.root / "worker-left", "worker")
+    assert apart.left.ended() == 4
     assert time.monotonic() - began < LONG_GRACE_S
     (apart.tally / "go").touch()
     apart.right.start(JOINED)
