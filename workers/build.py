@@ -147,6 +147,8 @@ async def build_in_slot(
     async def attempt() -> BuildResult:
         async with slot.use() as connection:
             await slot.set_options(limits.options())
+            # They are rooted already, by a connection that may die before this one.
+            await slot.keep(derivation.inputs)
             try:
                 return await connection.build_derivation(drv_path, derivation, on_event)
             except DaemonOperationError as error:

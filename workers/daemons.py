@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from infra.daemon import DaemonConnection, DaemonError, Options, open_stdio
 from workers.errors import WorkerError
@@ -32,6 +32,8 @@ PASSED_ENVIRONMENT = (
     "TMPDIR",
     "USER",
 )
+#: Paths remembered as kept by one connection; beyond it they are kept anew.
+MAX_REMEMBERED = 200_000
 #: Openings of daemon connections at one time; each starts a process.
 MAX_OPENING = 4
 
@@ -63,6 +65,8 @@ class _Open:
     connection: DaemonConnection
     #: The options in force on the connection; None before the first `set_options`.
     options: Options | None = None
+    #: What the connection keeps from collection because it was asked to.
+    rooted: set[str] = field(default_factory=set)
 
 
 class Line:
@@ -81,6 +85,11 @@ class Line:
     def busy(self) -> bool:
         """Whether somebody holds the line."""
         return self._turn.locked()
+
+    @property
+    def broken(self) -> bool:
+        """Whether the connection is known to have ended, and with it what it kept from collection."""
+        return self._open is not None and self._open.connection.unusable_reason is not None
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[DaemonConnection]:
@@ -103,6 +112,16 @@ class Line:
             await self._open.connection.set_options(options)
             self._open.options = options
 
+    async def keep(self, paths: Iterable[str]) -> None:
+        """Keep paths from collection for as long as the connection lives. Only while the line is held."""
+        if self._open is None:
+            raise RuntimeError("paths are kept by a line that is held")
+        if len(self._open.rooted) > MAX_REMEMBERED:
+            self._open.rooted.clear()
+        new = sorted(set(paths) - self._open.rooted)
+        await self._open.connection.add_temp_roots(new)
+        self._open.rooted.update(new)
+
     async def hang_up(self) -> None:
         """Let the next user have a new connection: what the old one kept from collection is free. Waits its turn."""
         async with self._turn:
@@ -115,7 +134,7 @@ class Line:
             await asyncio.wait(self._ending)
 
     def _retire_broken(self) -> None:
-        if self._open is not None and self._open.connection.unusable_reason is not None:
+        if self.broken:
             self._retire()
 
     def _retire(self) -> None:

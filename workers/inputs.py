@@ -212,7 +212,8 @@ class InputFetcher:
 
     def known(self, paths: Iterable[str]) -> bool:
         """Whether all paths are known to be valid, so that `ensure` would return at once."""
-        return self._generation == self._roots.generation and self._valid.issuperset(paths)
+        current = self._generation == self._roots.generation and not self._roots.broken
+        return current and self._valid.issuperset(paths)
 
     def forget(self) -> None:
         """Ask about every path anew: the store has shown that it is not as remembered."""

@@ -82,6 +82,11 @@ class Channel:
                 return words
             await self.fill(missing)
 
+    @property
+    def at_end(self) -> bool:
+        """Whether the peer has hung up and all it sent was read."""
+        return self._reader.at_eof() and not len(self.inbox)
+
     def expect_silence(self) -> None:
         """Check that nothing arrived that nobody asked for; the next reply would be misread."""
         if len(self.inbox):
