@@ -38,7 +38,7 @@ from workers.ray_redis import RedisStore, RedisUnusableError
 from workers.settings import WorkerSettings
 
 #: How often the head is started again before it is given up; a worker's node is never given up.
-START_AGAIN_TRIES = 5
+START_AGAIN_TRIES = 8
 #: Seconds between two starts of a dead node: they double from the first to the longest.
 START_AGAIN_S = 1.0
 START_AGAIN_LONGEST_S = 60.0

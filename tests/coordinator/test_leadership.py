@@ -24,6 +24,7 @@ from scheduler.facts import Fact, StepHeld
 from scheduler.model import StepKey
 from tests.coordinator.test_engine import ScriptedWorker
 from tests.support.servers import PostgresServer
+from workers.ray_access import make_token_file
 
 PATIENCE_S = 60.0
 BEAT_S = 0.05
@@ -217,7 +218,8 @@ async def test_who_would_lead_another_farm_says_what_differs_instead_of_standing
     secrets = tmp_path / "secrets"
     async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
         candidates = Candidates(tmp_path, postgres_url, group)
-        first, stop_first = candidates.start("0")
+        ray = {"ray_address": "127.0.0.1:1", "ray_token": make_token_file(tmp_path / "ray-token")}
+        first, stop_first = candidates.start("0", **ray)
         await candidates.ready.get()
         nothing = await candidates.refused("1", secrets_dir=None)
         assert "its API token is missing or is not that of the coordinator that works" in nothing
@@ -230,6 +232,8 @@ async def test_who_would_lead_another_farm_says_what_differs_instead_of_standing
         shutil.copy(secrets / "upload-secret", other)
         (other / "cache-key").write_text(generate("drover-1", b"k" * 32).reveal())
         assert "its signing key is missing or is not" in await candidates.refused("1", secrets_dir=other)
+        ray["ray_token"] = make_token_file(tmp_path / "another-token")
+        assert "its Ray token is missing or is not" in await candidates.refused("1", **ray)
         elsewhere = (tmp_path / "elsewhere").as_uri()
         assert "its object store is missing" in await candidates.refused("1", object_store_url=elsewhere)
         assert "cache_database_url is not set" in await candidates.refused("1", cache_database_url="")
