@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -15,6 +16,8 @@ pytestmark = pytest.mark.e2e
 
 #: A cancelled build is gone within 2 s; the rest is room for a busy machine.
 GONE_WITHIN_S = 10.0
+#: Builds that go on while workers are restarted.
+ROLLING = 60
 WAIT_FOR_GO = "while [ ! -e /tally/go ]; do /bin/busybox sleep 0.1; done"
 
 
@@ -27,16 +30,21 @@ def test_what_ends_early_ends_exactly_and_nothing_else_does(one: Hurt) -> None:
     cancelled_builds_are_gone(one)
     a_limit_of_a_root_does_not_hold_for_what_it_shares(one)
     a_drained_worker_finishes_and_gets_nothing_new(one)
+    workers_are_restarted_one_after_the_other_under_load_and_nothing_is_built_twice(one)
     a_stop_lets_running_builds_finish(one)
 
 
 def cancelled_builds_are_gone(one: Hurt) -> None:
     survivor = SURVIVOR.strip().replace('"', '\\"')
+    all_met = " -a ".join(f"-e /tally/met-{number}" for number in (1, 2, 3))
+    meet = f"touch /tally/met-${{n}}; until [ {all_met} ]; do /bin/busybox sleep 0.1; done"
     file = one.graph(
         f"""
         base = step "shared" [ ] "{WAIT_FOR_GO}";
         mine = step "mine" [ base (step "survivor" [ ] "{survivor}") ] ":";
         other = step "other" [ base ] ":";
+        meet = n: step "meet-${{n}}" [ ] "{meet}";
+        three = step "three" (map (n: meet (toString n)) (range 1 3)) ":";
         """
     )
     mine, other = one.submit(file, "mine"), one.submit(file, "other")
@@ -45,11 +53,13 @@ def cancelled_builds_are_gone(one: Hurt) -> None:
     mark, shared = (steps[name]["outputs"]["out"] for name in ("survivor", "shared"))
     one.until(lambda: len(processes_with(mark)) >= 3)
     began = time.monotonic()
-    for _ in range(2):
-        assert one.farm.drover("cancel", mine).returncode == 0
+    assert one.farm.drover("cancel", mine).returncode == 0
     while processes_with(mark):
         assert time.monotonic() - began < GONE_WITHIN_S
         time.sleep(0.02)
+    assert one.farm.drover("cancel", mine).returncode == 0
+    # Of the four slots all but the one of what is still wanted are free.
+    assert one.ended(one.submit(file, "three"))["state"] == "succeeded"
     assert processes_with(shared)
     (one.tally / "go").touch()
     assert one.ended(other)["state"] == "succeeded"
@@ -97,6 +107,30 @@ def a_drained_worker_finishes_and_gets_nothing_new(one: Hurt) -> None:
     assert one.farm.drover("drain", busy, "--off").returncode == 0
     assert one.farm.drover("drain", "nobody").returncode == 2
     one.until(lambda: all(worker["state"] == "online" for worker in one.farm.api("workers")))
+
+
+def workers_are_restarted_one_after_the_other_under_load_and_nothing_is_built_twice(one: Hurt) -> None:
+    # Enough for as long as it takes on a quiet machine; what is left then is quick.
+    script = "[ -e /tally/restarted ] || /bin/busybox sleep 2"
+    file = one.graph(
+        f"""
+        top = step "rolled" (map (n: step "rolling-${{toString n}}" [ ] "{script}") (range 1 {ROLLING})) ":";
+        """
+    )
+    rolled = one.submit(file, "top")
+    for worker in ("left", "right"):
+        one.until(lambda: len(one.building()) == 2 or one.view(rolled)["state"] != "running")
+        assert one.farm.drover("drain", worker, "--wait").returncode == 0
+        os.kill(one.leader(f"worker-{worker}"), signal.SIGTERM)
+        # It is started again by itself, and is not drained then.
+        one.until(lambda: all(worker["state"] == "online" for worker in one.farm.api("workers")))
+    (one.tally / "restarted").touch()
+    view = one.ended(rolled)
+    assert view["state"] == "succeeded"
+    one.can_be_fetched(view)
+    steps = one.farm.api(f"submissions/{rolled}/steps")
+    assert len(steps) == ROLLING + 1
+    assert {one.runs()[step["name"]] for step in steps} == {1}
 
 
 def a_stop_lets_running_builds_finish(one: Hurt) -> None:
