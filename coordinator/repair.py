@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Final
 
-from coordinator.dispatch import claim_of
+from coordinator.publishing import claim_of
 from coordinator.views import Views
 from infra.cache import ObjectStore, fetch_nar
 from infra.cache.errors import CacheError

@@ -201,8 +201,8 @@ async def test_a_false_claim_is_the_farms_fault_and_is_tried_again(open_farm: Op
 async def test_what_is_uploaded_is_not_built_again_because_the_store_fails_for_a_while(open_farm: OpenFarm) -> None:
     worker = ScriptedWorker()
     async with open_farm(fleet=worker.start) as farm:
-        submitted = await farm.submit(ONE, "one")
         await worker.hello()
+        submitted = await farm.submit(ONE, "one")
         order = await started(farm, worker)
         output = await worker.upload(output_path(farm, order))
         file = farm.coordinator.cache.objects.local_path(output.url)
@@ -215,11 +215,17 @@ async def test_what_is_uploaded_is_not_built_again_because_the_store_fails_for_a
             await asyncio.sleep(0.02)
         [trouble] = (await farm.client.farm()).troubles
         assert trouble.startswith(f"publishing of {output.path} failed: ")
+        # Nobody else waits for it.
+        other = await farm.submit('{ other = run "other" "echo > $out"; }', "other")
+        second = await started(farm, worker, 2)
+        made = await worker.upload(output_path(farm, second), b"other")
+        await worker.speak(report(second, Succeeded(outputs=(made,))))
+        assert (await farm.ended(other.id)).state is SubmissionState.SUCCEEDED
         file.rmdir()
         file.with_name("aside").rename(file)
         assert (await farm.ended(submitted.id)).state is SubmissionState.SUCCEEDED
         assert (await farm.client.farm()).troubles == ()
-        assert len(worker.orders) == 1
+        assert len(worker.orders) == 2
 
 
 async def test_other_bits_for_a_published_path_leave_the_first_and_the_step_is_done(open_farm: OpenFarm) -> None:

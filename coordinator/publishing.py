@@ -1,0 +1,205 @@
+"""Publishing what finished builds uploaded: the effect that goes to the cache instead of a worker.
+
+Rules:
+1. Nothing in the evidence is trusted: the outputs must be exactly those of the step, and the cache checks bytes, hashes
+   and references before it signs.
+2. What is uploaded is not built again because a store or a database is away: it is tried again, for PUBLISH_WITHIN_S,
+   and nothing else waits for it.
+3. `hand` never waits. What waits to be published is bounded by PUBLISH_BACKLOG, beyond which reports wait at the sink.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from coordinator.codec import CodecError, Evidence, decode_evidence
+from coordinator.derivations import DerivationsError, DerivationStore, StepInfo
+from infra.cache.cache import Cache
+from infra.cache.candidates import Candidate, Conflict, PublishOutcome, Rejected, RejectReason
+from infra.cache.errors import CacheError
+from infra.patience import Patience
+from scheduler.effects import PublishOutputs
+from scheduler.events import Event, OutputsPublished, PublishFailed
+from scheduler.model import Failure, FailureKind, LeaseId, StepKey
+from workers.protocol import Output
+
+#: Publications in one call of the cache.
+PUBLISH_BATCH = 256
+#: Calls of the cache at one time: one verifies while the other waits for a large object.
+PUBLISHERS = 2
+#: Publications waiting before workers' reports are no longer taken in.
+PUBLISH_BACKLOG = 4096
+#: Seconds for which publishing is tried again where what keeps it may pass.
+PUBLISH_WITHIN_S = 60.0
+
+Post = Callable[[Sequence[Event]], Awaitable[None]]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _NotNow:
+    """Publishing failed in a way that may pass; `failed` is what is said where it does not."""
+
+    failed: PublishFailed
+
+
+class Publications:
+    """Publishes until `run` is cancelled; each effect ends in one event, which `post` takes."""
+
+    def __init__(self, cache: Cache, derivations: DerivationStore, post: Post) -> None:
+        self._cache = cache
+        self._derivations = derivations
+        self._post = post
+        self._waiting: deque[PublishOutputs] = deque()
+        self._filled = asyncio.Event()
+        self._roomy = asyncio.Event()
+        self._roomy.set()
+        self._turns = asyncio.Semaphore(PUBLISHERS)
+        #: Those that are tried again, and why.
+        self._away: dict[LeaseId, str] = {}
+
+    @property
+    def trouble(self) -> str:
+        """Why something waits to be published at the moment, "" while all is well."""
+        return next(iter(self._away.values()), "")
+
+    def hand(self, effect: PublishOutputs) -> None:
+        """Take an effect over; returns at once."""
+        self._waiting.append(effect)
+        self._filled.set()
+        self._measure()
+
+    async def room(self) -> None:
+        """Wait until publishing has caught up; whoever brings more outputs asks first."""
+        await self._roomy.wait()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(PUBLISHERS):
+                group.create_task(self._serve(group))
+
+    def _measure(self) -> None:
+        if len(self._waiting) + len(self._away) > PUBLISH_BACKLOG:
+            self._roomy.clear()
+        else:
+            self._roomy.set()
+
+    async def _serve(self, group: asyncio.TaskGroup) -> None:
+        while True:
+            await self._filled.wait()
+            batch = [self._waiting.popleft() for _ in range(min(PUBLISH_BATCH, len(self._waiting)))]
+            if not self._waiting:
+                self._filled.clear()
+            self._measure()
+            if batch:
+                failed = await self._publish(batch)
+                if failed:
+                    group.create_task(self._again(failed))
+
+    async def _again(self, failed: Mapping[PublishOutputs, PublishFailed]) -> None:
+        """Publish again, for a while, what failed in a way that may pass."""
+        patience = Patience(PUBLISH_WITHIN_S)
+        while failed:
+            if not self._away:
+                _log.warning("%s; it is tried again", next(iter(failed.values())).failure.message)
+            self._away.update((effect.lease, said.failure.message) for effect, said in failed.items())
+            self._measure()
+            left: Mapping[PublishOutputs, PublishFailed] = {}
+            if await patience.pause():
+                left = await self._publish(list(failed))
+            else:
+                await self._post(list(failed.values()))
+            for effect in failed.keys() - left.keys():
+                self._away.pop(effect.lease, None)
+            failed = left
+        self._measure()
+        if not self._away:
+            _log.warning("nothing waits to be published again any more")
+
+    async def _publish(self, batch: Sequence[PublishOutputs]) -> dict[PublishOutputs, PublishFailed]:
+        """Publish a batch with one call of the cache and post what comes of it; returns what may be tried again."""
+        async with self._turns:
+            outcomes = await self._outcomes(batch)
+        failed = {
+            effect: outcome.failed
+            for effect, outcome in zip(batch, outcomes, strict=True)
+            if isinstance(outcome, _NotNow)
+        }
+        await self._post([outcome for outcome in outcomes if not isinstance(outcome, _NotNow)])
+        return failed
+
+    async def _outcomes(self, batch: Sequence[PublishOutputs]) -> list[OutputsPublished | PublishFailed | _NotNow]:
+        """One for each effect, in order."""
+        try:
+            infos = await self._derivations.steps([effect.lease.step for effect in batch])
+            checked = [(effect.lease, _claim(effect, infos)) for effect in batch]
+            candidates = [
+                claim_of(output, infos[lease.step].drv.rpartition("/")[2])
+                for lease, claim in checked
+                if isinstance(claim, Evidence)
+                for output in claim.outputs
+            ]
+            outcomes = {outcome.store_path: outcome for outcome in await self._cache.publish(candidates)}
+        except (CacheError, DerivationsError) as error:
+            failure = Failure(FailureKind.INFRASTRUCTURE, f"publishing failed: {error}")
+            return [_NotNow(PublishFailed(effect.lease, failure)) for effect in batch]
+        return [_verdict(lease, claim, outcomes) for lease, claim in checked]
+
+
+def _claim(effect: PublishOutputs, infos: Mapping[StepKey, StepInfo]) -> Evidence | str:
+    """Return the evidence if it is about exactly the outputs of the step, else a sentence why not."""
+    try:
+        evidence = decode_evidence(effect.evidence)
+    except CodecError as error:
+        return str(error)
+    info = infos.get(effect.lease.step)
+    if info is None:
+        return "the coordinator does not know the outputs of the step"
+    wanted = sorted(path for _, path in info.outputs)
+    told = sorted(output.path for output in evidence.outputs)
+    if wanted != told:
+        other = next((path for path in told if path not in wanted), "")
+        what = f"reported {other}, which is no output of it" if other else "did not report all outputs"
+        return f"the worker {what}"
+    return evidence
+
+
+def claim_of(output: Output, deriver: str = "") -> Candidate:
+    """Return the claim that a worker makes with an output; `deriver` is the base name of its .drv."""
+    return Candidate(
+        store_path=output.path,
+        nar_hash=output.nar_hash,
+        nar_size=output.nar_size,
+        references=output.references,
+        url=output.url,
+        compression=output.compression,
+        file_hash=output.file_hash,
+        file_size=output.file_size,
+        deriver=deriver,
+        ca=output.ca,
+    )
+
+
+def _verdict(
+    lease: LeaseId, claim: Evidence | str, outcomes: Mapping[str, PublishOutcome]
+) -> OutputsPublished | PublishFailed | _NotNow:
+    """Say what became of one step's outputs. A conflict is no failure: the first bits stay and can be fetched."""
+    if isinstance(claim, str):
+        return PublishFailed(lease, Failure(FailureKind.INFRASTRUCTURE, f"publishing was refused: {claim}"))
+    for output in claim.outputs:
+        outcome = outcomes.get(output.path)
+        if isinstance(outcome, Conflict):
+            _log.warning("%s is not reproducible: its first publication stays", output.path)
+        elif outcome is None or isinstance(outcome, Rejected):
+            why = outcome.message if isinstance(outcome, Rejected) else "the cache did not answer"
+            passes = isinstance(outcome, Rejected) and outcome.reason is RejectReason.STORE_FAILED
+            sentence = f"publishing of {output.path} {'failed' if passes else 'was refused'}: {why}"
+            failed = PublishFailed(lease, Failure(FailureKind.INFRASTRUCTURE, sentence))
+            return _NotNow(failed) if passes else failed
+    return OutputsPublished(lease)
