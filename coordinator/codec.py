@@ -48,6 +48,8 @@ _TAGS: dict[type, str] = {
     facts.SubmissionAccepted: "submission-accepted",
     facts.SubmissionRetried: "submission-retried",
     facts.SubmissionWithdrawn: "submission-withdrawn",
+    facts.SubmissionForgotten: "submission-forgotten",
+    facts.StepsForgotten: "steps-forgotten",
     facts.StepAdded: "step-added",
     facts.RecipeAdded: "recipe-added",
     facts.StepHeld: "step-held",

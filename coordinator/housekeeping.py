@@ -49,7 +49,8 @@ class SubmissionNeeds:
     async def live_paths(self) -> set[str]:
         """Return the outputs of all members of running submissions, and the sources of their recipes: full paths."""
         paths: set[str] = set()
-        for some in _slices(list(self._views.live_members())):
+        live = {key for row in self.rows() if not (row.ended or row.withdrawn) for key in row.members}
+        for some in _slices(list(live)):
             members = await self._derivations.members(some)
             nodes = await self._derivations.nodes([drv for drvs in members.values() for drv in drvs])
             for node in nodes.values():
@@ -150,7 +151,11 @@ class Housekeeper:
             # What was there before this start was written with the same members: a large one costs seconds.
             roots = await self.cache.roots()
             self._kept = {root.name: root.expires_at for root in roots if root.kind == SUBMISSION}
-        for row in submissions.rows():
+        rows = submissions.rows()
+        known = {row.id for row in rows}
+        # The root of one that the farm has forgotten stays until it expires.
+        self._kept = {name: at for name, at in self._kept.items() if name in known}
+        for row in rows:
             over = row.ended or row.withdrawn
             expires_at = self._how.expiry(row.touched_at) if over else None
             if expires_at is not None and expires_at <= now:

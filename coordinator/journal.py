@@ -42,7 +42,7 @@ from coordinator.errors import CoordinatorError
 from infra.cache.metadata import Reign
 from infra.database import PATIENCE_S, may_pass, reason
 from infra.patience import Patience
-from scheduler.facts import Fact
+from scheduler.facts import Fact, SubmissionForgotten
 from scheduler.model import SubmissionId
 
 #: Facts in one frame; a larger batch becomes several frames of one commit.
@@ -260,7 +260,9 @@ class Journal:
         return {SubmissionId(row.submission): row.body for row in rows}
 
     async def append(self, facts: Sequence[Fact], notes: Mapping[SubmissionId, bytes] | None = None) -> None:
-        """Store durable `facts` and `notes` in one commit; returns when they are safe.
+        """Store durable `facts` and `notes` in one commit, without the notes of what they say is forgotten.
+
+        Returns when they are safe.
 
         Waits for a database that is away, and for room on a disk that is full. After any error the caller must stop:
         what is stored is not known.
@@ -277,9 +279,10 @@ class Journal:
             seq = self._seq + len(frames) + 1
             frames.append({"seq": seq, "facts": len(part), "crc": zlib.crc32(body), "body": body})
         noted = [{"submission": name, "body": body} for name, body in (notes or {}).items()]
+        forgotten = [fact.submission for fact in facts if isinstance(fact, SubmissionForgotten)]
         slow = asyncio.get_running_loop().call_later(SLOW_S, self._suffer, "its database does not answer")
         try:
-            await self._store(frames, noted)
+            await self._store(frames, noted, forgotten)
         finally:
             slow.cancel()
         if self._trouble:
@@ -288,7 +291,9 @@ class Journal:
         self._seq += len(frames)
         self._tail += len(facts)
 
-    async def _store(self, frames: Sequence[dict[str, Any]], notes: Sequence[dict[str, Any]]) -> None:
+    async def _store(
+        self, frames: Sequence[dict[str, Any]], notes: Sequence[dict[str, Any]], forgotten: Sequence[SubmissionId]
+    ) -> None:
         patience: Patience | None = None
         while True:
             try:
@@ -298,6 +303,8 @@ class Journal:
                         await connection.execute(insert(_frames), frames)
                         if notes:
                             await connection.execute(insert(_notes), notes)
+                        if forgotten:
+                            await connection.execute(delete(_notes).where(_notes.c.submission.in_(forgotten)))
                         # Last: SQLite is locked for writing by now, and sees what is.
                         await self.fence(connection)
             except (SQLAlchemyError, OSError) as error:

@@ -34,6 +34,7 @@ from coordinator.dispatch import Dispatch
 from coordinator.engine import Engine
 from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
 from coordinator.explain import FarmExplainer
+from coordinator.forgetting import Forgetter
 from coordinator.housekeeping import Housekeeper, SubmissionNeeds
 from coordinator.http.api import Api
 from coordinator.http.app import make_app
@@ -206,6 +207,8 @@ async def open_coordinator(
         await runner.setup()
         async with asyncio.TaskGroup() as group:
             serving = [
+                # First, because it waits for the engine.
+                group.create_task(Forgetter(engine, views, settings.limits, clock).run(), name="forgetting"),
                 group.create_task(fleet.run(sink), name="fleet"),
                 group.create_task(dispatch.run(), name="dispatch"),
                 group.create_task(engine.run(), name="engine"),

@@ -5,6 +5,7 @@ Written by `coordinator.views` alone, read by whoever renders them.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -94,6 +95,11 @@ class StepRow:
             self.dependents = (*known, above)
         else:
             self.dependents = [*known, above]
+
+    def unlink(self, gone: Collection[StepRow]) -> None:
+        """Let go of steps that are no longer known."""
+        left = [above for above in self.dependents if above not in gone]
+        self.dependents = tuple(left) if len(left) <= _FEW else left
 
 
 @dataclass(slots=True, eq=False)

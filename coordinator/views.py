@@ -104,6 +104,8 @@ class Views:
                 facts.SubmissionAccepted: self._accepted,
                 facts.SubmissionRetried: self._retried,
                 facts.SubmissionWithdrawn: self._withdrawn,
+                facts.SubmissionForgotten: self._submission_forgotten,
+                facts.StepsForgotten: self._steps_forgotten,
                 facts.StepAdded: self._added,
                 facts.RecipeAdded: self._recipe_added,
                 facts.StepHeld: self._held,
@@ -233,10 +235,6 @@ class Views:
         wanting = [submission for submission in row.submissions if not submission.withdrawn] if row else []
         return [self._limits.get(submission.id, {}).get(step) for submission in wanting]
 
-    def step_keys(self) -> list[StepKey]:
-        """Return the keys of all steps, oldest first."""
-        return list(self._steps)
-
     def nameless(self) -> list[StepKey]:
         """Return the keys of the steps of which no details are known, oldest first."""
         return [key for key in self._steps if key not in self._details]
@@ -257,6 +255,10 @@ class Views:
                     break
         return found
 
+    def step_total(self) -> int:
+        """Return how many steps are known."""
+        return len(self._steps)
+
     def step_counts(self) -> Counter[str]:
         """Count all steps by state."""
         return Counter(row.state.value for row in self._steps.values())
@@ -268,10 +270,6 @@ class Views:
     def submission_rows(self) -> list[SubmissionRow]:
         """Return the rows of all submissions, oldest first; for reading only."""
         return list(self._submissions.values())
-
-    def live_members(self) -> set[StepKey]:
-        """Return the steps of all submissions that have not ended."""
-        return {key for row in self._submissions.values() if not row.ended and not row.withdrawn for key in row.members}
 
     @contextlib.contextmanager
     def watch(self, submission: SubmissionRow, wake: Callable[[], None]) -> Iterator[Watcher]:
@@ -399,6 +397,27 @@ class Views:
             sub.withdrawn = True
             sub.touched_at = fact.at
             touch(sub)
+
+    def _submission_forgotten(self, fact: facts.SubmissionForgotten) -> None:
+        sub = self._submissions.pop(fact.submission)
+        self._notes.pop(fact.submission, None)
+        self._limits.pop(fact.submission, None)
+        self._unsettled.pop(fact.submission, None)
+        if not sub.ended:
+            # Others keep some of its steps open.
+            self._leave_members(sub)
+
+    def _steps_forgotten(self, fact: facts.StepsForgotten) -> None:
+        below: dict[StepKey, StepRow] = {}
+        gone: set[StepRow] = set()
+        for key in fact.steps:
+            row = self._steps.pop(key)
+            self._details.forget(key)
+            gone.add(row)
+            below.update((need, self._steps[need]) for recipe in row.recipes for need in recipe.needs)
+        # A wide step is looked through once for all that stood on it.
+        for row in below.values():
+            row.unlink(gone)
 
     def _added(self, fact: facts.StepAdded) -> None:
         row = self._row(fact.spec.key)

@@ -16,11 +16,14 @@ from scheduler import events as e
 from scheduler import facts as f
 from scheduler.admission import check_graph
 from scheduler.attendance import Attendance
-from scheduler.model import Instant, LeaseId, StepKey, StepState
+from scheduler.model import Instant, LeaseId, StepKey, StepState, SubmissionId
 from scheduler.policy import Limits, Policy
 from scheduler.records import Queue, Step
 from scheduler.state import FarmState, is_lapsed
 from scheduler.verdicts import Verdicts, is_known_failure
+
+#: Steps that one fact forgets at most.
+FORGOTTEN_AT_ONCE = 1000
 
 _LEASED, _PUBLISHING, _DONE = StepState.LEASED, StepState.PUBLISHING, StepState.DONE
 
@@ -63,6 +66,8 @@ class Decider:
             case e.SubmissionCancelled():
                 if event.submission in self._state.submissions:
                     yield f.SubmissionWithdrawn(event.submission, now)
+            case e.SubmissionExpired():
+                yield from self._expired(event.submission, now)
             case e.RetryAsked():
                 yield from self._retry_asked(event.step)
             case e.BuilderJoined():
@@ -111,7 +116,7 @@ class Decider:
                 del queues[best]
                 continue
             builder = self._policy.place(step, able) if len(able) > 1 else able[0]
-            yield f.StepLeased(LeaseId(step.key, step.attempt + 1), builder.id, step.active, now)
+            yield f.StepLeased(LeaseId(step.key, self._state.next_attempt(step)), builder.id, step.active, now)
             if not free:
                 return
             if not best.heap:
@@ -182,6 +187,24 @@ class Decider:
             elif step.state is not _DONE:
                 yield from self._verdicts.stop(step, now, "the cache holds the result")
                 yield f.StepHeld(key, seen_at)
+
+    def _expired(self, submission: SubmissionId, now: Instant) -> Iterator[f.Fact]:
+        """Forget a submission that has ended, and the steps that nothing names any more.
+
+        What is known to fail stays known for as long as that counts, and what it names with it.
+        """
+        state = self._state
+        roots = state.submissions.get(submission)
+        if roots is None:
+            if submission not in state.withdrawn:
+                return
+        elif any(submission in root.roots for root in roots):
+            return
+        yield f.SubmissionForgotten(submission, now)
+        loose = state.names.loose
+        while gone := [step.key for step in loose.values() if not is_known_failure(step, self._limits, now)]:
+            for start in range(0, len(gone), FORGOTTEN_AT_ONCE):
+                yield f.StepsForgotten(tuple(gone[start : start + FORGOTTEN_AT_ONCE]))
 
     def _retry_asked(self, key: StepKey) -> Iterator[f.Fact]:
         """Forget a failure that nobody waits for any more: the next submission that wants the step builds it."""

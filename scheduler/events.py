@@ -43,6 +43,13 @@ class SubmissionCancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class SubmissionExpired:
+    """Nobody asks any more what became of a submission; one that has not ended stays."""
+
+    submission: SubmissionId
+
+
+@dataclass(frozen=True, slots=True)
 class RetryAsked:
     """A client wants a failed step forgotten as such although no submission waits for it."""
 
@@ -125,6 +132,7 @@ class TimePassed:
 Event = (
     SubmissionReceived
     | SubmissionCancelled
+    | SubmissionExpired
     | RetryAsked
     | BuilderJoined
     | BuilderReported

@@ -66,6 +66,26 @@ class SubmissionWithdrawn:
 
 
 @dataclass(frozen=True, slots=True)
+class SubmissionForgotten:
+    """Nobody asks any more what became of a submission that had ended or was withdrawn."""
+
+    durable: ClassVar[bool] = True
+    submission: SubmissionId
+    at: Instant
+
+
+@dataclass(frozen=True, slots=True)
+class StepsForgotten:
+    """Steps that nobody wants and nothing names are not known any more.
+
+    One that becomes known again begins anew, but for its attempts: these go on above all that were forgotten.
+    """
+
+    durable: ClassVar[bool] = True
+    steps: tuple[StepKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepAdded:
     """A step became known."""
 
@@ -326,11 +346,12 @@ class StepRestored:
 
 @dataclass(frozen=True, slots=True)
 class SubmissionRestored:
-    """Part of a snapshot: a submission that is not withdrawn."""
+    """Part of a snapshot: a submission that is not forgotten."""
 
     durable: ClassVar[bool] = True
     submission: SubmissionId
     roots: tuple[StepKey, ...]
+    withdrawn: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,12 +372,15 @@ class FarmRestored:
     steps: int
     known: int
     life: int
+    floor: int = 0
 
 
 Fact = (
     SubmissionAccepted
     | SubmissionRetried
     | SubmissionWithdrawn
+    | SubmissionForgotten
+    | StepsForgotten
     | StepAdded
     | RecipeAdded
     | StepHeld

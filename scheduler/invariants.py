@@ -6,6 +6,8 @@ with each other. What no state can show (a lease granted twice) is for oracles o
 
 from __future__ import annotations
 
+from collections import Counter
+
 from scheduler.model import ImpossibleError, StepKey, StepState
 from scheduler.records import Step
 from scheduler.state import FarmState
@@ -25,6 +27,7 @@ def check(state: FarmState) -> None:
         _check_index(state, step)
     failed = {step.key for step in state.steps.values() if step.state is StepState.FAILED}
     _require(set(state.failed) == failed, "the index of failed steps is wrong")
+    _check_names(state)
     _check_builders(state)
     # No circle, not even through what is done: it may be lost.
     state.descend(state.steps.values(), below_done=True)
@@ -86,6 +89,17 @@ def _check_life(state: FarmState, step: Step) -> None:
     _require(step.active not in step.tried or step.state in LAPSED, f"{step} uses a recipe proven failing")
     for submission in step.roots:
         _require(step in state.submissions[submission], f"{step} is no root of {submission}")
+
+
+def _check_names(state: FarmState) -> None:
+    """Nothing is forgotten that something names, and the counts that say so are right."""
+    names = Counter(need for step in state.steps.values() for recipe in step.recipes for need in recipe.needs)
+    names.update(root.key for roots in (*state.submissions.values(), *state.withdrawn.values()) for root in roots)
+    _require(names.keys() <= state.steps.keys(), f"{names.keys() - state.steps.keys()} are named and not known")
+    for step in state.steps.values():
+        _require(step.named == names[step.key], f"{step} counts {step.named} names, has {names[step.key]}")
+    loose = {step.key for step in state.steps.values() if not step.named}
+    _require(set(state.names.loose) == loose, "the index of steps that nothing names is wrong")
 
 
 def _check_needs(step: Step) -> None:

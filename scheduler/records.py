@@ -51,6 +51,7 @@ class Step:
         "faults",
         "home",
         "key",
+        "named",
         "needs",
         "not_before",
         "queue",
@@ -91,6 +92,8 @@ class Step:
         self.done_at = NO_INSTANT
         #: Live submissions that have this step as a root; empty once the step is finished.
         self.roots: tuple[SubmissionId, ...] = ()
+        #: How many recipes of known steps name this one as a need, and submissions that are not forgotten as a root.
+        self.named = 0
         #: The steps that engage this one, in the order in which they began to. Changed by `gain` and `lose`.
         self.dependents: tuple[Step, ...] | dict[Step, None] = ()
         #: True exactly while wanted and unfinished, orphans of a running `handle` aside.

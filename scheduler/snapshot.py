@@ -18,7 +18,7 @@ _PLAIN = (StepState.WAITING, StepState.READY, StepState.DONE)
 
 
 def tell_all(state: FarmState) -> Iterator[f.Fact]:
-    """Yield the facts that rebuild `state`, which must not change meanwhile."""
+    """Yield the facts that rebuild `state`, which must not change meanwhile; not amidst the facts of one call."""
     for step in state.steps.values():
         yield f.StepRestored(
             step.key,
@@ -35,10 +35,12 @@ def tell_all(state: FarmState) -> Iterator[f.Fact]:
         )
     for submission, roots in state.submissions.items():
         yield f.SubmissionRestored(submission, tuple([root.key for root in roots]))
+    for submission, roots in state.withdrawn.items():
+        yield f.SubmissionRestored(submission, tuple([root.key for root in roots]), withdrawn=True)
     for builder in state.builders.values():
         if builder.leases:
             yield f.BuilderRestored(builder.id, builder.heard, tuple(builder.leases))
-    yield f.FarmRestored(len(state.steps), state.known, state.life)
+    yield f.FarmRestored(len(state.steps), state.known, state.life, state.floor)
 
 
 def _past(step: Step) -> f.StepPast | None:

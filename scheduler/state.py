@@ -29,6 +29,7 @@ from scheduler.model import (
     StepState,
     SubmissionId,
 )
+from scheduler.names import Names
 from scheduler.ready import ReadyIndex
 from scheduler.records import FEW_DEPENDENTS, NO_TRIES, NOBODY, Builder, Step
 from scheduler.transitions import LAPSED, LEGAL, SUBJECT
@@ -41,10 +42,15 @@ class FarmState:
     """Everything the core knows."""
 
     def __init__(self, rank: Callable[[Step], int]) -> None:
-        #: Every step ever known, in order of becoming known.
+        #: Every step that is known, in order of becoming known.
         self.steps: dict[StepKey, Step] = {}
-        #: Submissions neither withdrawn nor forgotten, with their roots.
+        #: Submissions neither withdrawn nor forgotten, with their roots; and those that are withdrawn, not forgotten.
         self.submissions: dict[SubmissionId, tuple[Step, ...]] = {}
+        self.withdrawn: dict[SubmissionId, tuple[Step, ...]] = {}
+        #: Who names each step: what nobody names may be forgotten.
+        self.names = Names(self.steps)
+        #: At least the attempts of every step ever forgotten: those of a step that never had any begin above.
+        self.floor = 0
         #: Builders from the longest silent to the last heard.
         self.builders: dict[BuilderId, Builder] = {}
         #: Exactly the builders that are `willing` and have `free > 0`.
@@ -134,6 +140,7 @@ class FarmState:
             case f.RecipeAdded():
                 step = self._subject(fact, fact.step)
                 step.recipes = (*step.recipes, fact.recipe)
+                self.names.add(fact.recipe.needs)
             case f.StepHeld():
                 self._held(fact)
             case f.SubmissionAccepted() | f.SubmissionRetried():
@@ -158,6 +165,10 @@ class FarmState:
                 self._lost(fact)
             case f.SubmissionWithdrawn():
                 self._withdrawn(fact)
+            case f.SubmissionForgotten():
+                self._submission_forgotten(fact)
+            case f.StepsForgotten():
+                self._steps_forgotten(fact)
             case f.BuilderAdmitted():
                 self._admitted(fact)
             case f.BuilderRemoved():
@@ -171,7 +182,8 @@ class FarmState:
             case f.StepRestored():
                 self._step_restored(fact)
             case f.SubmissionRestored():
-                self.submissions[fact.submission] = tuple([self.steps[key] for key in fact.roots])
+                known = self.withdrawn if fact.withdrawn else self.submissions
+                known[fact.submission] = tuple([self.steps[key] for key in fact.roots])
             case f.BuilderRestored():
                 self._builder_restored(fact)
             case f.FarmRestored():
@@ -204,6 +216,8 @@ class FarmState:
         self.known += 1
         step.born = self.life
         self.steps[key] = step
+        self.names.meet(step)
+        self.names.add_needs(step)
 
     def _held(self, fact: f.StepHeld) -> None:
         if fact.step in self.steps:
@@ -215,7 +229,10 @@ class FarmState:
 
     def _accepted(self, fact: f.SubmissionAccepted | f.SubmissionRetried) -> None:
         roots = tuple([self.steps[key] for key in dict.fromkeys(fact.roots)])
+        before = self.submissions.get(fact.submission) or self.withdrawn.pop(fact.submission, ())
         self.submissions[fact.submission] = roots
+        self.names.add(root.key for root in roots)
+        self.names.drop(root.key for root in before)
         for root in roots:
             if root.state is not _DONE and root.state not in LAPSED and fact.submission not in root.roots:
                 root.roots = (*root.roots, fact.submission)
@@ -223,10 +240,32 @@ class FarmState:
         self._engage(self.steps[key] for key in fact.members)
 
     def _withdrawn(self, fact: f.SubmissionWithdrawn) -> None:
-        for root in self.submissions.pop(fact.submission):
+        roots = self.withdrawn[fact.submission] = self.submissions.pop(fact.submission)
+        for root in roots:
             root.roots = tuple(other for other in root.roots if other != fact.submission)
             if root.engaged and not root.wanted:
                 self.orphans[root.key] = root
+
+    def _submission_forgotten(self, fact: f.SubmissionForgotten) -> None:
+        known = self.submissions if fact.submission in self.submissions else self.withdrawn
+        roots = known.pop(fact.submission)
+        if any(fact.submission in root.roots for root in roots):
+            raise ImpossibleError(f"{fact.submission} is forgotten and has not ended")
+        self.names.drop(root.key for root in roots)
+
+    def _steps_forgotten(self, fact: f.StepsForgotten) -> None:
+        for key in fact.steps:
+            step = self.names.loose.get(key)
+            if step is None or step.wanted or step.engaged or step.builder:
+                raise ImpossibleError(f"{step or key} is forgotten and named or wanted")
+            self.names.forget(step)
+            del self.steps[key]
+            self.failed.pop(key, None)
+            self.floor = max(self.floor, step.attempt)
+
+    def next_attempt(self, step: Step) -> int:
+        """Return the attempt of the next lease: never one that the step, or an earlier one of this key, has had."""
+        return (step.attempt or self.floor) + 1
 
     def _engage(self, order: Iterable[Step]) -> None:
         """Engage the wanted steps of `order` (each before its needs), raise depths, make ready what can run."""
@@ -343,7 +382,7 @@ class FarmState:
 
     def _leased(self, fact: f.StepLeased) -> None:
         step = self._subject(fact, fact.lease.step)
-        if fact.lease.attempt != step.attempt + 1 or fact.recipe != step.active or step.unmet:
+        if fact.lease.attempt != self.next_attempt(step) or fact.recipe != step.active or step.unmet:
             raise ImpossibleError(f"{fact.lease} cannot follow {step}")
         # A replayed lease was granted after its back-off, whose end the journal does not tell.
         step.not_before = NO_INSTANT
@@ -513,13 +552,17 @@ class FarmState:
         """Link what the restored steps say of each other, and index the ready ones."""
         if len(self.steps) != fact.steps:
             raise ImpossibleError(f"a snapshot of {fact.steps} steps has brought {len(self.steps)}")
-        self.life, self.known = fact.life, fact.known
+        self.life, self.known, self.floor = fact.life, fact.known, fact.floor
         by_sequence = {step.sequence: step for step in self.steps.values()}
         for step, dependents in self._unlinked:
             linked = tuple([by_sequence[sequence] for sequence in dependents])
             step.dependents = linked if len(linked) <= FEW_DEPENDENTS else dict.fromkeys(linked)
         self._unlinked = []
+        self.names.loose.update(self.steps)
+        for roots in (*self.submissions.values(), *self.withdrawn.values()):
+            self.names.add(root.key for root in roots)
         for step in self.steps.values():
+            self.names.add_needs(step)
             if not step.wanted or step.state is _DONE or step.state in LAPSED:
                 continue
             step.needs = self.needs_of(step)

@@ -38,8 +38,10 @@ def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911, PLR0912  
             | f.BackOffEnded()
         ):
             return (fact.step,)
-        case f.SubmissionAccepted() | f.SubmissionRetried() | f.SubmissionWithdrawn():
+        case f.SubmissionAccepted() | f.SubmissionRetried() | f.SubmissionWithdrawn() | f.SubmissionForgotten():
             return (fact.submission,)
+        case f.StepsForgotten():
+            return fact.steps
         case f.BuilderAdmitted():
             return (fact.builder.id,)
         case f.BuilderRefreshed() | f.BuilderRemoved() | f.BuilderQuarantined() | f.QuarantineEnded():
@@ -72,6 +74,10 @@ def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fac
             )
         case f.SubmissionWithdrawn():
             return f"submission {fact.submission} withdrawn"
+        case f.SubmissionForgotten():
+            return f"submission {fact.submission} forgotten"
+        case f.StepsForgotten():
+            return f"{len(fact.steps)} steps forgotten: {_some(fact.steps)}"
         case f.StepAdded():
             ways = "; or ".join(f"on {_needs(r.requirements)} from {_some(r.needs)}" for r in fact.spec.recipes)
             return f"{fact.spec.key} added: {ways}"

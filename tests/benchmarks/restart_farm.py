@@ -99,6 +99,7 @@ class StandIn:
         self._built = 0
         self._reached = asyncio.Event()
         self._last = 0
+        self.trouble = ""
 
     async def run(self, sink: Sink) -> None:
         """See `Fleet`."""

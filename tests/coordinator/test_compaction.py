@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -50,22 +51,23 @@ def _told(farm: Farm, views: Views) -> tuple[object, list[Fact], list[str]]:
 @pytest.mark.parametrize("seed", range(6))
 async def test_snapshot_and_tail_give_what_the_whole_journal_gives(tmp_path: Path, seed: int) -> None:
     """A farm's whole life is journalled in batches; after some of them a snapshot is made of what is durable."""
-    facts: Sequence[Fact] = [fact for fact in play(seed).facts if fact.durable]
+    calls = [durable for call in play(seed).calls if (durable := [fact for fact in call if fact.durable])]
     chance = random.Random(seed)
     engine = open_engine(f"sqlite+aiosqlite:///{tmp_path / 'j'}")
     journal = Journal(engine)
     await journal.prepare()
     await journal.take_over()
     at = 0
-    while at < len(facts):
-        size = chance.randint(1, 40)
-        await journal.append(facts[at : at + size])
+    while at < len(calls):
+        size = chance.randint(1, 20)
+        await journal.append(list(chain.from_iterable(calls[at : at + size])))
         at += size
         # The first batch always, so that every life has one.
         if chance.random() < 0.1 or at == size:
             await compact(Journal(engine, epoch=journal.epoch))
     assert await journal.snapshots()
     whole, views = Farm(), Views(_Silence())
+    facts: Sequence[Fact] = list(chain.from_iterable(calls))
     whole.replay(facts)
     views.fold(facts, settle=False)
     views.settle()

@@ -31,6 +31,7 @@ from scheduler.events import (
     OutputsPublished,
     PublishFailed,
     SubmissionCancelled,
+    SubmissionExpired,
     SubmissionReceived,
 )
 from scheduler.facts import Fact
@@ -232,7 +233,22 @@ def test_a_watcher_that_falls_behind_gets_a_snapshot_and_holds_no_more_than_its_
 _EVENTS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["submit", "submit", "cancel", "build", "build", "fail", "lose", "return", "unpublish", "join", "again"]
+            [
+                *(
+                    "submit",
+                    "submit",
+                    "cancel",
+                    "build",
+                    "build",
+                    "fail",
+                    "lose",
+                    "return",
+                    "unpublish",
+                    "join",
+                    "again",
+                ),
+                "expire",
+            ]
         ),
         st.integers(0, 10_000),
     ),
@@ -311,6 +327,8 @@ def test_incremental_counts_equal_a_naive_recount_and_a_replay_or_a_snapshot_giv
         if at == cut:
             snapshot = encode_facts(driven.farm.snapshot()), encode_records(driven.views.records())
             beyond = len(driven.frames)
+        if what == "expire":
+            driven.tell(*[SubmissionExpired(name) for name in list(driven.views._submissions)[number % 3 :: 3]])
         _one(driven, what, number)
         for name, row in driven.views._submissions.items():
             view = driven.views.submission_view(row)
@@ -335,7 +353,8 @@ def test_incremental_counts_equal_a_naive_recount_and_a_replay_or_a_snapshot_giv
         assert [view.model_dump() for view in views.submissions()] == [
             view.model_dump() for view in driven.views.submissions()
         ]
-        for key in driven.views.step_keys():
+        assert set(views.nameless()) == set(driven.views.nameless()) == driven.farm.state.steps.keys()
+        for key in driven.views.nameless():
             live, again = driven.views.step_view(driven.views.step(key)), views.step_view(views.step(key))
             said = {"stage": "", "phase": ""}
             assert live.model_copy(update=said) == again.model_copy(update=said)

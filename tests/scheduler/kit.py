@@ -121,6 +121,10 @@ def cancel(name: str) -> e.SubmissionCancelled:
     return e.SubmissionCancelled(SubmissionId(name))
 
 
+def expire(name: str) -> e.SubmissionExpired:
+    return e.SubmissionExpired(SubmissionId(name))
+
+
 class Scene:
     """A farm whose every call is checked, journaled and told as lines of a trace."""
 
@@ -185,6 +189,8 @@ def tell_event(event: e.Event) -> str:  # noqa: C901, PLR0911  one line per even
             return f"submission {event.submission} {verb} {' '.join(event.roots)}{held}{retry}"
         case e.SubmissionCancelled():
             return f"submission {event.submission} is cancelled"
+        case e.SubmissionExpired():
+            return f"nobody asks for submission {event.submission} any more"
         case e.RetryAsked():
             return f"a retry of {event.step} is asked for"
         case e.BuilderJoined():

@@ -24,10 +24,13 @@ class Life:
     recipes: list[Recipe] = field(default_factory=list)
     active: int = 0
     proven: set[int] = field(default_factory=set)
+    #: Goes on where the step is forgotten and becomes known again.
     attempt: int = 0
     holder: BuilderId | None = None
     built: bool = False
     done: bool = False
+    #: Done, failed, doomed or abandoned.
+    over: bool = False
     #: Its last failure, and when; None once it lives again.
     failed: Failure | None = None
     failed_at: float = 0.0
@@ -37,6 +40,7 @@ class Life:
 
     def renew(self) -> None:
         self.proven, self.faults, self.returns, self.done, self.failed = set(), [], 0, False, None
+        self.over = False
         self.gained_recipe = False
 
     def close(self) -> None:
@@ -94,6 +98,11 @@ class Judge:
         self.builders: dict[BuilderId, Admitted] = {}
         self.quarantines: dict[BuilderId, float] = {}
         self.submissions: dict[SubmissionId, bool] = {}
+        #: Roots of what is not forgotten, and those that have not ended since it was accepted.
+        self.roots: dict[SubmissionId, set[StepKey]] = {}
+        self.waiting: dict[SubmissionId, set[StepKey]] = {}
+        #: The last attempts of forgotten steps.
+        self.attempts: dict[StepKey, int] = {}
 
     def restarted(self) -> None:
         """The farm has forgotten its builders."""
@@ -112,24 +121,35 @@ class Judge:
                 self.submissions[fact.submission] = True
                 must(set(fact.roots) <= set(fact.members), "the roots are members", fact)
                 must(set(fact.held) == {k for k in fact.members if self.steps[k].done}, "held members are done", fact)
+                self._wait(fact)
             case f.SubmissionRetried():
                 must(self.submissions.get(fact.submission, False), "only what was accepted runs again", fact)
                 roots = [self.steps[key] for key in fact.roots]
                 must(any(not root.done for root in roots), "what succeeded does not run again", fact)
+                self._wait(fact)
             case f.SubmissionWithdrawn():
                 must(self.submissions.get(fact.submission, False), "only what was accepted is withdrawn", fact)
                 self.submissions[fact.submission] = False
+                self.waiting[fact.submission] = set()
+            case f.SubmissionForgotten():
+                must(not self.waiting.pop(fact.submission), "only what has ended is forgotten", fact)
+                del self.roots[fact.submission]
+            case f.StepsForgotten():
+                self._forget(fact)
             case f.StepAdded():
                 must(fact.spec.key not in self.steps, "a step is added once", fact)
-                self.steps[fact.spec.key] = Life(list(fact.spec.recipes))
+                self.steps[fact.spec.key] = self._newborn(fact.spec.key, list(fact.spec.recipes))
             case f.RecipeAdded():
                 must(fact.recipe not in self.steps[fact.step].recipes, "a recipe is new", fact)
                 self.steps[fact.step].gained_recipe = True
                 self.steps[fact.step].recipes.append(fact.recipe)
             case f.StepHeld():
-                life = self.steps.setdefault(fact.step, Life())
+                if fact.step not in self.steps:
+                    self.steps[fact.step] = self._newborn(fact.step, [])
+                life = self.steps[fact.step]
                 must(life.holder is None, "a held step has no open lease", fact)
                 life.done, life.failed = True, None
+                self._over(fact.step)
             case f.StepRevived() | f.StepLost():
                 life = self.steps[fact.step]
                 must(life.done == isinstance(fact, f.StepLost), "what is done is lost, what is not is revived", fact)
@@ -160,6 +180,7 @@ class Judge:
                 must(life.built, "a step is done only after it was built by the same attempt", fact)
                 life.close()
                 life.done = True
+                self._over(fact.lease.step)
             case f.StepFellBack():
                 life = self.steps[fact.step]
                 life.proven.add(life.active)
@@ -172,11 +193,14 @@ class Judge:
                 self._strike(fact, life, fact.failure.kind)
                 life.failed, life.failed_at = fact.failure, fact.at
                 life.close()
+                self._over(fact.step)
             case f.StepDoomed():
                 must(self.steps[fact.cause].failed is not None, "the cause of a doom has itself failed", fact)
                 must(self.steps[fact.step].holder is None, "a doomed step has no open lease", fact)
+                self._over(fact.step)
             case f.StepAbandoned():
                 must(self.steps[fact.step].holder is None, "an abandoned step has no open lease", fact)
+                self._over(fact.step)
             case f.BuilderAdmitted():
                 old = self.builders.get(fact.builder.id) or Admitted(fact.builder, 0, 0.0, closed=True)
                 self._heard(fact.builder.id, replace(old, spec=fact.builder), fact)
@@ -202,6 +226,34 @@ class Judge:
                 self.quarantines.pop(fact.builder, None)
             case _:
                 pass
+
+    def _newborn(self, key: StepKey, recipes: list[Recipe]) -> Life:
+        return Life(recipes, attempt=self.attempts.get(key, 0))
+
+    def granted(self, key: StepKey) -> int:
+        """Return the last attempt of a step, forgotten or not."""
+        life = self.steps.get(key)
+        return self.attempts.get(key, 0) if life is None else life.attempt
+
+    def _wait(self, fact: f.SubmissionAccepted | f.SubmissionRetried) -> None:
+        self.roots[fact.submission] = set(fact.roots)
+        self.waiting[fact.submission] = {key for key in fact.roots if not self.steps[key].over}
+
+    def _over(self, key: StepKey) -> None:
+        self.steps[key].over = True
+        for waiting in self.waiting.values():
+            waiting.discard(key)
+
+    def _forget(self, fact: f.StepsForgotten) -> None:
+        for key in fact.steps:
+            life = self.steps.pop(key)
+            self._must(life.holder is None, "a step with an open lease is not forgotten", fact)
+            self._must(not self._is_known(life), "a known failure is not forgotten", fact)
+            self._must(not any(key in roots for roots in self.roots.values()), "a root is not forgotten", fact)
+            self.attempts[key] = life.attempt
+        gone = set(fact.steps)
+        named = {need for life in self.steps.values() for recipe in life.recipes for need in recipe.needs}
+        self._must(not gone & named, "what a known step may need is not forgotten", fact)
 
     def _heard(self, name: BuilderId, here: Admitted, fact: f.BuilderAdmitted | f.BuilderRefreshed) -> None:
         closed = fact.draining or bool(fact.unfit)

@@ -60,21 +60,9 @@ CHECK_EVERY = 20
 STORY_LINES = 400
 
 FAULTS = (
-    "lose",
-    "double",
-    "late",
-    "ghost",
-    "cut",
-    "die",
-    "drain",
-    "unfit",
-    "break",
-    "vanish",
-    "publish",
-    "crash",
-    "cancel",
+    "lose", "double", "late", "ghost", "cut", "die", "drain", "unfit", "break", "vanish", "publish", "crash", "cancel",
     "retry",
-)
+)  # fmt: skip
 
 
 @dataclass
@@ -98,6 +86,9 @@ class Sim:
         self.chance = random.Random(self.seed)
         chance = self.chance
         self.faults = {name: chance.choice([0.0, 0.0, 0.05, 0.2]) for name in FAULTS}
+        #: Chance of its own: half of the seeds stay what they were before submissions could be forgotten.
+        self.forgetting = random.Random(f"forgetting {self.seed}")
+        self.forgetful = self.forgetting.choice([0.0, 0.0, 0.2, 0.6])
         self.graph = random_graph(chance, chance.choice([0.0, 0.3]))
         self.plain = only_first(self.graph)
         #: How (step, recipe) ends whenever it is built; what is not in here succeeds.
@@ -362,11 +353,13 @@ class Sim:
             lambda: self.now,
             self._of_worker,
             self._outcome,
-            lambda lease, recipe: all(
-                need in self.cache for need in self.judge.steps[lease.step].recipes[recipe].needs
-            ),
+            self._has_inputs,
             self.chance,
         )
+
+    def _has_inputs(self, lease: LeaseId, recipe: int) -> bool:
+        life = self.judge.steps.get(lease.step)
+        return life is not None and all(need in self.cache for need in life.recipes[recipe].needs)
 
     def _of_worker(self, worker: SimWorker, seconds: float, action: Callable[[], None]) -> None:
         self.after(seconds, lambda: action() if worker.alive else None)
@@ -444,6 +437,11 @@ class Sim:
         if not self.turn(e.SubmissionCancelled(name)):
             self.after(5.0, lambda: self.cancel(name))
 
+    def _expire(self) -> None:
+        """Forget a submission, or ask for it too early or again."""
+        if self.accepted and self.forgetting.random() < self.forgetful:
+            self.turn(e.SubmissionExpired(self.forgetting.choice(list(self.accepted))))
+
     def _something(self) -> None:
         """What goes on in the troubled time, once every few seconds."""
         chance = self.chance
@@ -456,6 +454,7 @@ class Sim:
         if self.accepted and self.happens("retry"):
             name = chance.choice(list(self.accepted))
             self.wish(self.accepted[name], graph, retry=True, again=name)
+        self._expire()
         link = chance.choice(self.links)
         if self.happens("die"):
             self.kill(link)
@@ -532,7 +531,7 @@ class Sim:
             if held:
                 raise OracleError(f"{link.worker.spec.id} still holds {held}")
             for step, attempt in link.worker.began:
-                if self.judge.steps[StepKey(step)].attempt < attempt:
+                if self.judge.granted(StepKey(step)) < attempt:
                     raise OracleError(f"{link.worker.spec.id} built {step}@{attempt}, which no fact grants")
 
     def lines(self) -> list[str]:

@@ -57,7 +57,12 @@ def play(seed: int) -> World:
     }
     weights = {operation: chance.choice([0, 1, 3]) for operation in (_kill, _start, _restart, _forget, _cancel)}
     weights |= {_submit: 2, _post: 12, _order: 10, _finish: 8, _heartbeat: 3, _sleep: 2}
+    # Chance of its own: half of the seeds stay what they were before submissions could be forgotten.
+    forgetting = random.Random(f"forgetting {seed}")
+    forgetful = forgetting.choice([0.0, 0.0, 0.05, 0.2])
     for _ in range(OPERATIONS):
+        if world.submitted and forgetting.random() < forgetful:
+            world.expire(_pick(forgetting, world.submitted))
         operation = chance.choices(list(weights), list(weights.values()))[0]
         operation(world, chance, graph if chance.random() < 0.7 else plain, faults)
     world.settle()

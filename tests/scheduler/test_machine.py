@@ -49,6 +49,11 @@ class FarmMachine(RuleBasedStateMachine):
     def cancel(self, which: int) -> None:
         self.world.cancel(self.world.submitted[which % len(self.world.submitted)])
 
+    @rule(which=ANY)
+    @precondition(lambda self: self.world.submitted)
+    def expire(self, which: int) -> None:
+        self.world.expire(self.world.submitted[which % len(self.world.submitted)])
+
     @rule(which=ANY, twice=st.booleans())
     @precondition(lambda self: self.world.mail)
     def post(self, which: int, twice: bool) -> None:

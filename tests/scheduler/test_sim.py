@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scheduler import attendance, decide, failures, records, snapshot, verdicts
+from scheduler import attendance, decide, failures, farm, records, snapshot, state, verdicts
 from scheduler import facts as f
-from scheduler.model import FailureKind
+from scheduler.model import FailureKind, Instant, SubmissionId
 from tests.scheduler.sim import play
 
 FIXED = range(1000)
@@ -47,6 +48,25 @@ def _nothing(*_args: object, **_kwargs: object) -> Iterator[f.Fact]:
     return iter(())
 
 
+def _forget_all(self: decide.Decider, submission: SubmissionId, now: Instant) -> Iterator[f.Fact]:
+    """Forget a submission that still runs."""
+    if submission in self._state.submissions or submission in self._state.withdrawn:
+        yield f.SubmissionForgotten(submission, now)
+
+
+def _forget_failures(self: decide.Decider, submission: SubmissionId, now: Instant) -> Iterator[f.Fact]:
+    state = self._state
+    roots = state.submissions.get(submission) or state.withdrawn.get(submission, ())
+    if roots and not any(submission in root.roots for root in roots):
+        yield f.SubmissionForgotten(submission, now)
+        while state.names.loose:
+            yield f.StepsForgotten(tuple(state.names.loose))
+
+
+def _without_floor(state: state.FarmState) -> Iterator[f.Fact]:
+    return (replace(fact, floor=0) if isinstance(fact, f.FarmRestored) else fact for fact in snapshot.tell_all(state))
+
+
 MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("nobody is quarantined", attendance.Attendance, "judge", _nothing),
     ("known failures are built again", decide, "is_known_failure", lambda *_: False),
@@ -54,6 +74,10 @@ MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("a snapshot forgets trials and leases", snapshot, "_past", lambda _: None),
     ("verdicts are retried", verdicts.Verdicts, "_end", verdicts.Verdicts.retry),
     ("what is known to fail dooms nobody", verdicts.Verdicts, "doom", _nothing),
+    ("attempts begin anew", state.FarmState, "next_attempt", lambda _, step: step.attempt + 1),
+    ("a snapshot forgets the attempts of what is forgotten", farm, "tell_all", _without_floor),
+    ("what still runs is forgotten", decide.Decider, "_expired", _forget_all),
+    ("known failures are forgotten", decide.Decider, "_expired", _forget_failures),
 )
 
 

@@ -20,6 +20,7 @@ from tests.scheduler.kit import (
     built,
     cancel,
     either,
+    expire,
     join,
     lease,
     lost,
@@ -247,6 +248,25 @@ def quarantine(scene: Scene) -> None:
     scene.at(scene.now + 1).play(built(steady.key, "full", steady.attempt))
 
 
+def forgotten(scene: Scene) -> None:
+    scene.note("A submission that still waits is not forgotten, one that has ended is, with all that only it named.")
+    scene.play(join("b1"))
+    scene.play(submit("s1", ["app"], a_step("app", "lib"), a_step("lib")))
+    scene.play(submit("s2", ["lib"], a_step("lib")))
+    scene.at(1).play(expire("s1"))
+    scene.at(2).play(built("lib", "b1"))
+    scene.at(3).play(published("lib"))
+    scene.at(4).play(cancel("s1"))
+    scene.at(5).play(expire("s1"))
+    scene.note("A repeat is nothing. `lib` goes with the last that names it.")
+    scene.at(6).play(expire("s1"), expire("s2"))
+    scene.note("It becomes known again, and its attempts go on: what the old lease still says is stale.")
+    scene.at(7).play(submit("s3", ["lib"], a_step("lib")))
+    scene.at(8).play(built("lib", "b1", 1))
+    scene.at(9).play(built("lib", "b1", 2))
+    scene.at(10).play(published("lib", 2))
+
+
 STORIES: tuple[Callable[[Scene], None], ...] = (
     diamond,
     failure_dooms,
@@ -263,6 +283,7 @@ STORIES: tuple[Callable[[Scene], None], ...] = (
     placement,
     known_failure,
     quarantine,
+    forgotten,
 )
 
 

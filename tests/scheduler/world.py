@@ -63,6 +63,8 @@ class World:
     def __post_init__(self) -> None:
         self.farm = Farm(self.limits)
         self.facts: list[f.Fact] = []
+        #: The same, call by call.
+        self.calls: list[list[f.Fact]] = []
         self.judge = Judge(self.limits)
         self.orders: list[x.Effect] = []
         self.mail: list[e.Event] = []
@@ -100,6 +102,7 @@ class World:
             self.judge.take(fact)
         self.judge.after_call()
         self.facts += facts
+        self.calls.append(facts)
         self.orders += effects
         invariants.check(self.farm.state)
         for name in doomed:
@@ -174,6 +177,10 @@ class World:
         """A client is promised that this arrives; only after its submission has."""
         if name in self.farm.state.submissions:
             self.call(e.SubmissionCancelled(name))
+
+    def expire(self, name: SubmissionId) -> None:
+        """Nobody asks for a submission any more, whether it has ended, still runs or never arrived."""
+        self.call(e.SubmissionExpired(name))
 
     def post(self, index: int, *, twice: bool = False) -> None:
         """Deliver one piece of mail, any one; perhaps keep a copy for later."""
@@ -295,8 +302,8 @@ class World:
         self._deliver_all()
         for agent in self.agents.values():
             for lease in agent.leases:
-                life = self.judge.steps[lease.step]
-                if (life.holder, life.attempt) != (agent.spec.id, lease.attempt):
+                life = self.judge.steps.get(lease.step)
+                if life is None or (life.holder, life.attempt) != (agent.spec.id, lease.attempt):
                     raise OracleError(f"{agent.spec.id} still builds {lease} without a right")
 
     def _deliver_all(self) -> None:
