@@ -292,8 +292,7 @@ class _Ray:
 
         Raises `ClusterLostError`.
         """
-        now = _cluster_at(self._address)
-        if not now:
+        if not (now := _cluster_at(self._address)):
             return []
         if now != self._cluster:
             raise ClusterLostError(f"{_cluster_lost(self._address)}; start coordinator and workers again")
@@ -427,6 +426,8 @@ class RayFleet:
         self._roster = AgentRoster(farm)
         self._ray: _Ray | None = None
         self._trouble = ""
+        #: Living nodes that get no work, by node id, and what is said of each.
+        self._seconds: dict[str, str] = {}
         #: Nodes that are served or known to be dead, by node id; dead ones stay, Ray never revives an id.
         self._nodes: dict[str, _Node] = {}
         self._calls = BlockingCalls(BLOCKED_CALLS)
@@ -434,7 +435,7 @@ class RayFleet:
     @property
     def trouble(self) -> str:
         """See `Fleet.trouble`."""
-        return self._trouble
+        return self._trouble or "; ".join(self._seconds.values())
 
     @property
     def workers(self) -> tuple[str, ...]:
@@ -477,7 +478,8 @@ class RayFleet:
         """See `Fleet.run`."""
         async with asyncio.TaskGroup() as serving:
             while True:
-                for node in await self._list():
+                # The dead first: they may make room for others of their name.
+                for node in sorted(await self._list(), key=lambda listed: listed.alive):
                     self._look_at(node, sink, serving)
                 await asyncio.sleep(self._discover_every_s)
 
@@ -528,12 +530,25 @@ class RayFleet:
 
     def _look_at(self, listed: _Listed, sink: Sink, serving: asyncio.TaskGroup) -> None:
         known = self._nodes.get(listed.node_id)
-        if listed.alive and known is None:
+        if listed.alive and known is None and not self._is_second(listed):
             dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             node = self._nodes[listed.node_id] = _Node(listed.node_id, listed.worker, dead)
             serving.create_task(self._serve(node, sink), name=f"serve {listed.worker}")
-        elif not listed.alive and known is not None and not known.dead.done():
-            known.dead.set_result(listed.death)
+        elif not listed.alive:
+            self._seconds.pop(listed.node_id, None)
+            if known is not None and not known.dead.done():
+                known.dead.set_result(listed.death)
+
+    def _is_second(self, listed: _Listed) -> bool:
+        """Whether another living node has the worker's name: two would take each other's leases in turn."""
+        if not any(node.worker == listed.worker and not node.dead.done() for node in self._nodes.values()):
+            self._seconds.pop(listed.node_id, None)
+            return False
+        if listed.node_id not in self._seconds:
+            said = f"two Ray nodes are called {listed.worker}; the later one gets no work until the other is gone"
+            log.warning("%s", said)
+            self._seconds[listed.node_id] = said
+        return True
 
     async def _serve(self, node: _Node, sink: Sink) -> None:
         """Keep one agent on the node for as long as the node lives."""

@@ -75,9 +75,11 @@ class Site:
         self.farm = farm
         self.head = head
 
-    def node(self, name: str) -> RayWorkerNode:
-        settings = self.root / f"{name}.json"
-        places = {"state_dir": str(self.root / name / "state"), "store": str(self.root / name / "store")}
+    def node(self, name: str, machine: str = "") -> RayWorkerNode:
+        """A node that is not started; on another `machine` it shares nothing with those of its name."""
+        place = self.root / (machine or name)
+        settings = Path(f"{place}.json")
+        places = {"state_dir": str(place / "state"), "store": str(place / "store")}
         settings.write_text(json.dumps({"name": name, "slots": 1, **places}))
         return RayWorkerNode(
             name=name, head=self.head.address, token_file=self.token, settings_file=settings, base_dir=self.root
@@ -258,6 +260,18 @@ async def test_a_node_killed_in_the_middle_of_a_build_is_lost_and_the_others_go_
         other = order(drv("survivor", ": > $out"))
         await fleet.start_many("a", [other])
         await heard.until(lambda: other.step in heard.reports)
+
+
+async def test_of_two_nodes_of_one_name_the_first_alone_is_given_work(site: Site) -> None:
+    async with site.fleet() as (fleet, heard):
+        await heard.until(lambda: bool(heard.hellos("a")))
+        async with site.node("a", "elsewhere"), asyncio.timeout(PATIENCE_S):
+            while "two Ray nodes are called a" not in fleet.trouble:  # noqa: ASYNC110 - sends no event
+                await asyncio.sleep(0.1)
+        built = order(drv("by-the-first", ": > $out"))
+        await fleet.start_many("a", [built])
+        await heard.until(lambda: built.step in heard.reports)
+        assert len({hello.incarnation for hello in heard.hellos("a")}) == 1
 
 
 def is_agent(pid: int) -> bool:

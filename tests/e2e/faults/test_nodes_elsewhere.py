@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,9 +23,9 @@ pytestmark = pytest.mark.e2e
 
 JOINED = "has joined the farm"
 WAIT_FOR_GO = "while [ ! -e /tally/go ]; do /bin/busybox sleep 0.1; done"
-#: How long a worker lets running builds end, and what that takes with everything around it on a busy machine.
+#: How long a worker lets running builds end; the long one is longer than this test would wait for it.
 GRACE_S = 2.0
-LONG_GRACE_S = 60.0
+LONG_GRACE_S = 3600.0
 
 
 class Apart(Hurt):
@@ -189,7 +188,6 @@ def what_does_not_end_within_the_grace_is_handed_back(apart: Apart) -> None:
 def a_second_signal_ends_the_grace(apart: Apart) -> None:
     submission = apart.submit(apart.graph(f'hurry = step "hurried" [ ] "{WAIT_FOR_GO}";'), "hurry")
     apart.until(lambda: apart.busy() == {"left"})
-    began = time.monotonic()
     apart.left.send(signal.SIGTERM)
     apart.until(lambda: apart.online() == set())
     apart.left.send(signal.SIGTERM)
@@ -201,7 +199,6 @@ def a_second_signal_ends_the_grace(apart: Apart) -> None:
     apart.until(lambda: apart.online() == set())
     apart.kill_node(apart.elsewhere.root / "worker-left", "worker")
     assert apart.left.ended() == 4
-    assert time.monotonic() - began < LONG_GRACE_S
     (apart.tally / "go").touch()
     apart.right.start(JOINED)
     assert apart.ended(submission)["state"] == "succeeded"
