@@ -101,6 +101,8 @@ class Judge:
         #: Roots of what is not forgotten, and those that have not ended since it was accepted.
         self.roots: dict[SubmissionId, set[StepKey]] = {}
         self.waiting: dict[SubmissionId, set[StepKey]] = {}
+        #: What the cache turned out to hold in the present call: a retry may find that it was published after all.
+        self.just_held: list[StepKey] = []
         #: The last attempts of forgotten steps.
         self.attempts: dict[StepKey, int] = {}
 
@@ -124,8 +126,8 @@ class Judge:
                 self._wait(fact)
             case f.SubmissionRetried():
                 must(self.submissions.get(fact.submission, False), "only what was accepted runs again", fact)
-                roots = [self.steps[key] for key in fact.roots]
-                must(any(not root.done for root in roots), "what succeeded does not run again", fact)
+                ended = [key for key in fact.roots if self.steps[key].done and key not in self.just_held]
+                must(len(ended) < len(fact.roots), "what succeeded does not run again", fact)
                 self._wait(fact)
             case f.SubmissionWithdrawn():
                 must(self.submissions.get(fact.submission, False), "only what was accepted is withdrawn", fact)
@@ -148,6 +150,8 @@ class Judge:
                     self.steps[fact.step] = self._newborn(fact.step, [])
                 life = self.steps[fact.step]
                 must(life.holder is None, "a held step has no open lease", fact)
+                if not life.done:
+                    self.just_held.append(fact.step)
                 life.done, life.failed = True, None
                 self._over(fact.step)
             case f.StepRevived() | f.StepLost():
@@ -274,6 +278,7 @@ class Judge:
 
     def after_call(self) -> None:
         """Judge what must hold between two calls: nobody who has earned a quarantine goes without."""
+        self.just_held = []
         for name, here in self.builders.items():
             earned = here.strikes >= (1 if here.probation else self.limits.quarantine_after)
             if earned and not here.quarantined and not here.closed:
