@@ -27,7 +27,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -35,6 +35,8 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
+
+from workers.process_tree import process_tree
 
 #: Seconds for a server to answer, and to end.
 START_WITHIN_S = 60.0
@@ -148,6 +150,10 @@ class Daemon:
                 start_new_session=True,
             )
         return self
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_WITHIN_S
@@ -265,14 +271,18 @@ def postgres_bin() -> Path:
 
 
 class MortalPostgres:
-    """A server over one directory of data. A context; leaving it ends the server."""
+    """A server over a directory of data that may be killed and started again. A context; leaving it ends the server.
 
-    def __init__(self, directory: Path, *, stop: signal.Signals = signal.SIGKILL) -> None:
+    `durable`: what it confirms survives that it is killed.
+    """
+
+    def __init__(self, directory: Path, *, durable: bool) -> None:
         # PostgreSQL refuses to run as root.
         self._user = "postgres" if os.geteuid() == 0 else ""
         self._directory = directory
-        self._stop = stop
+        self._durable = durable
         self._running = ExitStack()
+        self._daemon: Daemon | None = None
         self._programs = postgres_bin()
         self.server = PostgresServer(directory, "drover")
 
@@ -295,18 +305,23 @@ class MortalPostgres:
 
     def start(self) -> None:
         """Return once it answers, after a recovery where it was killed."""
-        # What is lost when the server is killed must be none of what it confirmed.
-        commit = "on" if self._stop is signal.SIGKILL else "off"
+        commit = "on" if self._durable else "off"
         argv = _postgres_argv(self._programs, self._data, self._directory, commit)
-        daemon = Daemon("postgres", argv, self._directory, self._user, stop=self._stop)
-        self._running.enter_context(daemon).wait_until(lambda: _answers(self.server))
+        # SIGINT: do not wait for clients to leave.
+        daemon = Daemon("postgres", argv, self._directory, self._user, stop=signal.SIGINT)
+        self._daemon = self._running.enter_context(daemon)
+        daemon.wait_until(lambda: _answers(self.server))
 
-    def end(self) -> None:
-        """Send it its signal and wait; after a SIGKILL its children notice by themselves."""
+    def kill(self) -> None:
+        """SIGKILL all its processes, as a crash of its machine does."""
+        assert self._daemon is not None
+        for process in process_tree(self._daemon.pid):
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
         self._running.close()
 
     def __exit__(self, *_: object) -> None:
-        self.end()
+        self._running.close()
 
 
 @pytest.fixture(scope="session")
@@ -314,8 +329,7 @@ def postgres_server() -> Iterator[PostgresServer]:
     # The name is short: a socket's path has at most 107 bytes.
     directory = Path(tempfile.mkdtemp(prefix="drover-pg-"))
     try:
-        # SIGINT: do not wait for clients to leave.
-        with MortalPostgres(directory, stop=signal.SIGINT) as postgres:
+        with MortalPostgres(directory, durable=False) as postgres:
             yield postgres.server
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -325,7 +339,7 @@ def postgres_server() -> Iterator[PostgresServer]:
 def mortal_postgres() -> Iterator[MortalPostgres]:
     directory = Path(tempfile.mkdtemp(prefix="drover-pg-"))
     try:
-        with MortalPostgres(directory) as postgres:
+        with MortalPostgres(directory, durable=True) as postgres:
             yield postgres
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -345,6 +359,8 @@ def _postgres_argv(programs: Path, data: Path, directory: Path, synchronous_comm
         "synchronous_commit": synchronous_commit,
         "full_page_writes": "off",
         "max_connections": 200,
+        # Below the data, so that a server which is killed leaves nothing elsewhere.
+        "dynamic_shared_memory_type": "mmap",
         "shared_buffers": "32MB",
     }
     flags = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]

@@ -46,7 +46,7 @@ def test_a_database_that_is_gone_for_a_while_costs_nothing_but_the_wait(
     )
     submission = one.submit(file, "top")
     one.until(lambda: "short-2" in one.runs() and "long" in one.runs())
-    mortal_postgres.end()
+    mortal_postgres.kill()
     gone = time.monotonic()
     one.until(lambda: "the journal cannot be written" in one.farm.drover("status").stdout)
     with subprocess.Popen(one.farm.build_command(file, "-A", "late"), env=one.farm.environment) as late:

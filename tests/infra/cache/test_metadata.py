@@ -188,7 +188,7 @@ async def test_a_server_that_is_away_is_waited_for(mortal_postgres: MortalPostgr
             return int((await connection.execute(sa.select(sa.func.count()).select_from(paths))).scalar_one())
 
     assert await count() == 0
-    await asyncio.to_thread(mortal_postgres.end)
+    await asyncio.to_thread(mortal_postgres.kill)
     counting = [asyncio.create_task(count()) for _ in range(4)]
     while "is away" not in database.trouble:  # noqa: ASYNC110 - what is waited for is another program's doing
         await asyncio.sleep(0.02)
