@@ -80,6 +80,11 @@ class Succession:
                     f"this coordinator cannot stand by: {setting} is not set, and the coordinator that works on the "
                     "same journal has another one; give both the same databases."
                 )
+        if RAY_TOKEN in known and not self._settings.ray_address:
+            raise SuccessionError(
+                "this coordinator cannot stand by: ray_address is not set, and the coordinator that works on the same "
+                "database shares its Ray cluster; set it to the same, or running builds would be lost."
+            )
         if known and (wrong := _difference(await self._present(), known, self._caches)):
             where = self._settings.secrets
             what = "object_store_url" if wrong == _STORE else f"secrets (copy them to {where}, or set secrets_dir)"

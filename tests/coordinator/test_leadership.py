@@ -221,27 +221,28 @@ async def test_who_would_lead_another_farm_says_what_differs_instead_of_standing
         ray = {"ray_address": "127.0.0.1:1", "ray_token": make_token_file(tmp_path / "ray-token")}
         first, stop_first = candidates.start("0", **ray)
         await candidates.ready.get()
-        nothing = await candidates.refused("1", secrets_dir=None)
+        nothing = await candidates.refused("1", **ray, secrets_dir=None)
         assert "its API token is missing or is not that of the coordinator that works" in nothing
         assert str(tmp_path / "1") in nothing
         assert not (tmp_path / "1" / "cache-key").exists()
         other = tmp_path / "other"
         shutil.copytree(secrets, other)
         (other / "upload-secret").write_text("x" * 40)
-        assert "its upload secret is missing or is not" in await candidates.refused("1", secrets_dir=other)
+        assert "its upload secret is missing or is not" in await candidates.refused("1", **ray, secrets_dir=other)
         shutil.copy(secrets / "upload-secret", other)
         (other / "cache-key").write_text(generate("drover-1", b"k" * 32).reveal())
-        assert "its signing key is missing or is not" in await candidates.refused("1", secrets_dir=other)
-        ray["ray_token"] = make_token_file(tmp_path / "another-token")
-        assert "its Ray token is missing or is not" in await candidates.refused("1", **ray)
+        assert "its signing key is missing or is not" in await candidates.refused("1", **ray, secrets_dir=other)
+        assert "ray_address is not set" in await candidates.refused("1")
+        another = ray | {"ray_token": make_token_file(tmp_path / "another-token")}
+        assert "its Ray token is missing or is not" in await candidates.refused("1", **another)
         elsewhere = (tmp_path / "elsewhere").as_uri()
-        assert "its object store is missing" in await candidates.refused("1", object_store_url=elsewhere)
+        assert "its object store is missing" in await candidates.refused("1", **ray, object_store_url=elsewhere)
         assert "cache_database_url is not set" in await candidates.refused("1", cache_database_url="")
         # One key in common is enough, so that keys can be changed at one after the other.
         rotated = CacheSettings(signing_keys=(str(secrets / "cache-key"), str(tmp_path / "new")))
         (tmp_path / "new").write_text(generate("drover-2", b"n" * 32).reveal())
         (tmp_path / "new").chmod(0o600)
-        second, stop_second = candidates.start("2", cache=rotated)
+        second, stop_second = candidates.start("2", **ray, cache=rotated)
         await candidates.waiting.get()
         stop_first.set()
         await first
