@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from tests.e2e.faults.conftest import Hurt
 from tests.support.elsewhere import Elsewhere, Program
 from tests.support.farm import Farm
 from tests.support.processes import processes_with
-from workers.process_tree import process_tree
+from workers.process_tree import process_tree, signal_all
 
 pytestmark = pytest.mark.e2e
 
@@ -64,8 +63,7 @@ class Apart(Hurt):
         self.kill_node(self.elsewhere.root / "head", "head")
 
     def kill_node(self, state: Path, record: str) -> None:
-        for process in process_tree(self.node(state, record)):
-            os.kill(process.pid, signal.SIGKILL)
+        signal_all(process_tree(self.node(state, record)), signal.SIGKILL)
 
     def stop(self) -> None:
         # Twice: what is left to build is of no interest.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tests.e2e.faults.conftest import MakeFarm
 from tests.support.elsewhere import Program
 from tests.support.farm import free_port
 from tests.support.servers import RedisPlace
-from workers.process_tree import process_tree
+from workers.process_tree import process_tree, signal_all
 
 pytestmark = pytest.mark.e2e
 
@@ -35,8 +34,7 @@ def test_a_head_that_keeps_its_tables_in_redis_comes_back_with_its_builds(hurt: 
     file = one.graph('slow = step "slow" [] "while [ ! -e /tally/go ]; do /bin/busybox sleep 0.1; done";')
     submission = one.submit(file, "slow")
     one.until(one.building)
-    for process in process_tree(one.leader("head")):
-        os.kill(process.pid, signal.SIGKILL)
+    signal_all(process_tree(one.leader("head")), signal.SIGKILL)
     one.until(lambda: "answers again" in one.farm.log_path.read_text())
     (one.tally / "go").touch()
     assert one.ended(submission)["state"] == "succeeded"

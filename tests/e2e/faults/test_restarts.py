@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 import pytest
 
 from tests.e2e.faults.conftest import MakeFarm
-from workers.process_tree import process_tree
+from workers.process_tree import process_tree, signal_all
 
 pytestmark = pytest.mark.e2e
 
@@ -42,8 +41,7 @@ def test_a_build_goes_on_while_coordinator_and_ray_head_are_dead(hurt: MakeFarm)
     submission = one.submit(file, "slow")
     one.until(one.building)
     head = one.leader("head")
-    for process in process_tree(head):
-        os.kill(process.pid, signal.SIGKILL)
+    signal_all(process_tree(head), signal.SIGKILL)
     one.until(lambda: "it is started again" in one.farm.log_path.read_text())
     one.farm.kill()
     (one.tally / "go").touch()
