@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from scheduler import facts
-from scheduler.model import FailureKind
+from scheduler.model import Failure, FailureKind
 from tests.e2e.faults.conftest import Hurt, MakeFarm
 from tests.support.processes import ancestors, processes_with
 from workers.process_tree import live_processes, process_tree
@@ -54,7 +54,8 @@ def test_whatever_is_killed_is_replaced_and_its_step_is_built_elsewhere(hurt: Ma
     assert one.farm.stop() == 0
     assert one.farm.leftovers() == {}
     one.nothing_ran_twice_without_a_reason()
-    assert verdicts(one) == {
+    found = verdicts(one)
+    assert {step: [failure.kind for failure in failures] for step, failures in found.items()} == {
         "shot-once": [FailureKind.KILLED],
         "shot-twice": [FailureKind.KILLED, FailureKind.KILLED],
         "silent": [FailureKind.CONNECTION_LOST],
@@ -62,7 +63,7 @@ def test_whatever_is_killed_is_replaced_and_its_step_is_built_elsewhere(hurt: Ma
         "breaker": [FailureKind.CONNECTION_LOST, FailureKind.CONNECTION_LOST, FailureKind.SUSPECT],
         "agentless": [FailureKind.WORKER_LOST],
         "survivor": [FailureKind.WORKER_LOST],
-    }
+    }, found
 
 
 def a_builder_killed_once_gets_another_machine_and_killed_twice_has_failed(one: Hurt) -> None:
@@ -193,9 +194,9 @@ def step_of(one: Hurt, submission: str) -> dict[str, object]:
     return step
 
 
-def verdicts(one: Hurt) -> dict[str, list[FailureKind]]:
+def verdicts(one: Hurt) -> dict[str, list[Failure]]:
     """Why builds that had begun ended without a result, by step and in order."""
-    found: dict[str, list[FailureKind]] = {}
+    found: dict[str, list[Failure]] = {}
     for fact in one.journal():
         match fact:
             case facts.LeaseRevoked():
@@ -205,7 +206,7 @@ def verdicts(one: Hurt) -> dict[str, list[FailureKind]]:
             case _:
                 continue
         if fact.failure.kind is not FailureKind.RETURNED:
-            found.setdefault(step.partition("-")[2], []).append(fact.failure.kind)
+            found.setdefault(step.partition("-")[2], []).append(fact.failure)
     return found
 
 
