@@ -359,7 +359,9 @@ class Sim:
 
     def _has_inputs(self, lease: LeaseId, recipe: int) -> bool:
         life = self.judge.steps.get(lease.step)
-        return life is not None and all(need in self.cache for need in life.recipes[recipe].needs)
+        # A lease may outlive its step, which may since be known again by fewer recipes.
+        recipes = life.recipes[recipe : recipe + 1] if life is not None else []
+        return bool(recipes) and all(need in self.cache for need in recipes[0].needs)
 
     def _of_worker(self, worker: SimWorker, seconds: float, action: Callable[[], None]) -> None:
         self.after(seconds, lambda: action() if worker.alive else None)
