@@ -88,7 +88,7 @@ async def follow(
 
 
 def _tell(screen: Screen, news: News, step: StepView) -> None:
-    if screen.live and news is News.STARTED:
+    if screen.live and news in {News.STARTED, News.STARTED_AGAIN}:
         return
     lines = news_lines(news, step)
     if screen.live and news is News.BUILT:

@@ -83,6 +83,7 @@ class News(Enum):
     """What may be worth a line."""
 
     STARTED = "started"
+    STARTED_AGAIN = "started again"
     BUILT = "built"
     FAILED = "failed"
 
@@ -99,8 +100,8 @@ class Progress:
     running: dict[str, StepView] = field(default_factory=dict)
     #: Steps whose failure has been told, in the order in which it was.
     failed: dict[str, StepView] = field(default_factory=dict)
-    #: Attempts that were announced: (key, attempt).
-    _started: set[tuple[str, int]] = field(default_factory=set)
+    #: The latest attempt of each step that was announced. Their numbers go on from earlier lives of a step.
+    _started: dict[str, int] = field(default_factory=dict)
     _built: set[str] = field(default_factory=set)
 
     def apply(self, event: WatchEvent) -> list[tuple[News, StepView]]:
@@ -134,9 +135,10 @@ class Progress:
             self.running[step.key] = step
         else:
             self.running.pop(step.key, None)
-        if active and (step.key, step.attempt) not in self._started:
-            self._started.add((step.key, step.attempt))
-            return [(News.STARTED, step)]
+        announced = self._started.get(step.key)
+        if active and (announced is None or step.attempt > announced):
+            self._started[step.key] = step.attempt
+            return [(News.STARTED if announced is None else News.STARTED_AGAIN, step)]
         if step.state is StepStatus.DONE and step.attempt and step.key not in self._built:
             self._built.add(step.key)
             return [(News.BUILT, step)]
@@ -176,8 +178,9 @@ def news_lines(news: News, step: StepView) -> list[str]:
     """Return what a plain (not a terminal) output says about a step."""
     match news:
         case News.STARTED:
-            again = f" (attempt {step.attempt})" if step.attempt > 1 else ""
-            return [f"started {step.name} on {who(step)}{again}"]
+            return [f"started {step.name} on {who(step)}"]
+        case News.STARTED_AGAIN:
+            return [f"started {step.name} again on {who(step)}"]
         case News.BUILT:
             took = f" in {duration(step.ended_at - step.started_at)}" if step.started_at and step.ended_at else ""
             return [f"built {step.name} on {who(step)}{took}"]

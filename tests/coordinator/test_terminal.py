@@ -141,15 +141,15 @@ def test_plain_lines_say_each_thing_once_even_when_the_stream_begins_again() -> 
             Snapshot(submission=submission(), steps=(running, FAILED)),
             StepChanged(step=running.model_copy(update={"stage": "uploading"})),
             Snapshot(submission=submission(), steps=(running, FAILED)),
-            StepChanged(step=step("a", attempt=2, worker="other")),
-            StepChanged(step=step("a", StepStatus.DONE, attempt=2, worker="other", ended_at=NOW)),
+            StepChanged(step=step("a", attempt=9, worker="other")),
+            StepChanged(step=step("a", StepStatus.DONE, attempt=9, worker="other", ended_at=NOW)),
             StepChanged(step=step("held", StepStatus.DONE, attempt=0)),
             Ended(submission=submission(SubmissionState.FAILED)),
         )
         for news, each in progress.apply(event)
         for line in (news_lines(news, each) if news is not News.FAILED else ["failed"])
     ]
-    assert told == ["started a on native", "failed", "started a on other (attempt 2)", "built a on other in 1m02s"]
+    assert told == ["started a on native", "failed", "started a again on other", "built a on other in 1m02s"]
     assert progress.ended
     assert not progress.running
 
