@@ -40,14 +40,18 @@ _odd = st.builds(
 )
 
 
-@given(st.lists(st.one_of(_infos(), _odd), unique_by=lambda info: info.key))
-def test_what_is_learnt_comes_back(told: list[StepInfo]) -> None:
+@given(st.lists(st.one_of(_infos(), _odd), unique_by=lambda info: info.key), st.integers(0, 90), st.integers(1, 90))
+def test_what_is_learnt_comes_back_and_any_part_of_a_drv_finds_it(
+    told: list[StepInfo], start: int, length: int
+) -> None:
     details = Details()
     for info in told:
         details.learn(info.key, info)
     assert [details.get(info.key) for info in told] == told
     for info in told:
         assert info.key in details.find(info.drv)
+        part = info.drv[start : start + length]
+        assert set(details.find(part)) == {other.key for other in told if part in other.drv}
     assert details.get(StepKey("not known")) is None
 
 
