@@ -93,7 +93,9 @@ def _below_nix(process: Process, everyone: dict[int, Process], ended: set[int]) 
     while above is not None:
         with suppress(OSError):
             name = Path(f"/proc/{above.pid}/comm").read_text(errors="replace")
-            if name.startswith("nix") and above.pid not in ended:
+            # One that is dying has no memory any more, and so no command line.
+            lives = bool(Path(f"/proc/{above.pid}/cmdline").read_bytes()) and above.pid not in ended
+            if name.startswith("nix") and lives:
                 return True
         above = everyone.get(above.parent)
     return False
