@@ -1,8 +1,8 @@
 """The fleet of `drover up`: a Ray head, a node for the coordinator's driver, and the workers of this machine.
 
 All of them are programs of their own that outlive the coordinator: an end on purpose (`stopping`) ends them, any other
-leaves them running, and the next `drover up` with the same state directory takes them over (`workers.ray_records`) with
-the builds on them. Their records, and the head's tables, lie in `STATE_DIR/ray`.
+leaves head and workers running, and the next `drover up` with the same state directory takes them over
+(`workers.ray_records`) with the builds on them. Their records, and the head's tables, lie in `STATE_DIR/ray`.
 
 The head is started again when it dies, at the same address and with the same tables, while nodes and driver wait for
 it. A worker's node is started again too; its builds are lost and go elsewhere. Without its own node the coordinator
@@ -95,16 +95,17 @@ class RayFarm:
 
 @asynccontextmanager
 async def ray_farm(settings: Settings, info: FarmInfo, stopping: Callable[[], bool]) -> AsyncIterator[Fleet]:
-    """Start or take over the nodes and connect; at the end, end them if `stopping`, else leave them running."""
+    """Start or take over the nodes and connect; at the end, end them if `stopping`, else leave what builds need."""
     # ray is imported only where a farm runs on it: the client's commands share this package.
-    from workers.ray_fleet import ClusterLostError, RayFleet  # noqa: PLC0415
+    from workers.ray_fleet import RayFleet  # noqa: PLC0415
 
     (settings.state_dir / "ray").mkdir(mode=0o700, exist_ok=True)
     token_file = settings.ray_token_file
     async with AsyncExitStack() as stack:
         head: RayHead | None = None
         nodes: list[RayJoiningNode] = []
-        up = lost = False
+        workers: list[RayWorkerNode] = []
+        up = False
         try:
             if settings.ray_address:
                 address = settings.ray_address
@@ -130,16 +131,14 @@ async def ray_farm(settings: Settings, info: FarmInfo, stopping: Callable[[], bo
                 tasks = [watching.create_task(watch) for watch in watches]
                 try:
                     yield fleet
-                except* ClusterLostError:
-                    lost = True
-                    raise
                 finally:
                     for task in tasks:
                         task.cancel()
                     await asyncio.wait(tasks)
         finally:
-            if not stopping() and not lost:
-                for left in (*nodes, *filter(None, (head,))):
+            if not stopping():
+                # Our own has no builds on it, and who knows whether we come back: another coordinator may lead now.
+                for left in (*workers, *filter(None, (head,))):
                     if up or left.adopted:
                         left.leave()
             # At once, not one after the other: each takes seconds. The head last, the others would miss it.
