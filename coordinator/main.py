@@ -213,13 +213,14 @@ async def open_coordinator(
                 group.create_task(dispatch.run(), name="dispatch"),
                 group.create_task(engine.run(), name="engine"),
                 *(group.create_task(each.uploads.run(), name="uploads") for each in services),
-                *(group.create_task(each.run(), name="housekeeping") for each in keepers),
                 group.create_task(leadership.hold(journal), name="leadership"),
                 group.create_task(Compactor(settings.database_url("journal"), journal).run(), name="compaction"),
             ]
             try:
                 # Builds go on from here; whoever asks must be told names too.
                 await engine.recall(stores.derivations)
+                # Not before: what it makes and throws away would lie between what stays.
+                serving += [group.create_task(each.run(), name="housekeeping") for each in keepers]
                 await FastSite(runner, listener, narinfos).start()
                 yield Coordinator(
                     Ready(url, info.cache_url, info.public_keys, settings.secrets / API_TOKEN, replayed),

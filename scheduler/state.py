@@ -10,7 +10,9 @@ a fact), so the same durable facts give the same durable state for ever. Nothing
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import assert_never
 
 from scheduler import facts as f
@@ -70,8 +72,10 @@ class FarmState:
         self.failed: dict[StepKey, Step] = {}
         #: Builders that get no new leases for now.
         self.quarantined: dict[BuilderId, Builder] = {}
-        #: While a snapshot is taken in: the steps whose dependents are not linked yet, with the sequences of these.
-        self._unlinked: list[tuple[Step, tuple[int, ...]]] = []
+        #: While a snapshot is taken in: the steps whose dependents are not linked yet; for each of them the number of
+        #: these and their sequences. As an array, because a million small objects would leave holes everywhere.
+        self._unlinked: list[Step] = []
+        self._links = array("Q")
 
     def lease_holder(self, lease: LeaseId, state: StepState) -> Step | None:
         """Return the step if this lease is its open one and the step is in `state`; None for a stale lease."""
@@ -542,7 +546,9 @@ class FarmState:
             if fact.state is StepState.FAILED:
                 self.failed[step.key] = step
         if fact.dependents:
-            self._unlinked.append((step, fact.dependents))
+            self._unlinked.append(step)
+            self._links.append(len(fact.dependents))
+            self._links.extend(fact.dependents)
 
     def _builder_restored(self, fact: f.BuilderRestored) -> None:
         builder = self.builders[fact.builder] = Builder(fact.builder, fact.heard)
@@ -554,10 +560,11 @@ class FarmState:
             raise ImpossibleError(f"a snapshot of {fact.steps} steps has brought {len(self.steps)}")
         self.life, self.known, self.floor = fact.life, fact.known, fact.floor
         by_sequence = {step.sequence: step for step in self.steps.values()}
-        for step, dependents in self._unlinked:
-            linked = tuple([by_sequence[sequence] for sequence in dependents])
+        links = iter(self._links)
+        for step in self._unlinked:
+            linked = tuple([by_sequence[sequence] for sequence in islice(links, next(links))])
             step.dependents = linked if len(linked) <= FEW_DEPENDENTS else dict.fromkeys(linked)
-        self._unlinked = []
+        self._unlinked, self._links = [], array("Q")
         self.names.loose.update(self.steps)
         for roots in (*self.submissions.values(), *self.withdrawn.values()):
             self.names.add(root.key for root in roots)

@@ -27,6 +27,8 @@ MAX_KIND_LENGTH = 32
 MAX_NAME_LENGTH = 512
 #: Paths that one root may name.
 MAX_ROOT_PATHS = 1_000_000
+#: Names written by one statement: all of a large root at once would be a hundred megabytes of parameters.
+NAMED_AT_ONCE = 5_000
 #: Uses closer together than this are one: they order roots for a size budget, and each is a write.
 TOUCH_RESOLUTION_S = 600.0
 #: `why` looks at this many referrers, and tells this many roots, the nearest first.
@@ -219,9 +221,9 @@ async def _name(connection: AsyncConnection, root: int, hash_parts: Sequence[str
     """Let a root name these paths too, or `only` these."""
     question = sa.select(root_paths.c.hash_part).where(root_paths.c.root == root)
     named = set((await connection.execute(question)).scalars())
-    new = [{"root": root, "hash_part": hash_part} for hash_part in hash_parts if hash_part not in named]
-    if new:
-        await connection.execute(root_paths.insert(), new)
+    new = [hash_part for hash_part in hash_parts if hash_part not in named]
+    for some in slices(new, NAMED_AT_ONCE):
+        await connection.execute(root_paths.insert(), [{"root": root, "hash_part": hash_part} for hash_part in some])
     if only:
         for some in slices(sorted(named.difference(hash_parts))):
             gone = (root_paths.c.root == root) & root_paths.c.hash_part.in_(some)

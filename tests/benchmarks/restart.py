@@ -6,7 +6,7 @@ Then the time from the start of the next process until the journal holds, commit
 A stand-in worker greets it as soon as it listens to workers, holds the leases it had and takes more.
 
 With `--ray` also the same for all of `drover up`: killed while a real worker builds, started again, its Ray nodes taken
-over. The peer is the target: 5 s, and 600 MB of memory (RSS, after replay and first lease).
+over. The peer is the target: 5 s, and 600 MB of memory (RSS, once HTTP answers and the process has come to rest).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEPS = 100_000
 MEMORY_STEPS = 300_000
 #: Only ends a benchmark that hangs.
 PATIENCE_S = 900.0
-#: Seconds after the first lease at which memory is read: by then what the start began has come to rest.
+#: Seconds after HTTP answers at which memory is read: by then what the start began has come to rest.
 REST_S = 10.0
 
 
@@ -87,6 +87,7 @@ def start(plan: Plan, template: Path) -> Start:
     with _running("serve", plan) as process:
         lease_s = _first_lease(observer, began)
         processor_s = _processor_s(process.pid)
+        _wait_for(process, "ready")
         time.sleep(REST_S)
         return Start(lease_s, processor_s, _memory_mb(process.pid, "VmRSS"), _memory_mb(process.pid, "VmHWM"))
 
@@ -99,6 +100,8 @@ def start_farm(farm: Farm) -> Start:
     farm.launch()
     lease_s = _first_lease(observer, began)
     processor_s = _processor_s(farm.pid)
+    while farm.health() != "ok":
+        time.sleep(0.1)
     time.sleep(REST_S)
     return Start(lease_s, processor_s, _memory_mb(farm.pid, "VmRSS"), _memory_mb(farm.pid, "VmHWM"))
 

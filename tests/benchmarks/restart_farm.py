@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict
 from coordinator.compaction import SNAPSHOT_FACTS
 from coordinator.config import Settings
 from coordinator.framing import encode_derivations
+from coordinator.housekeeping import SUBMISSION
 from coordinator.main import Coordinator, open_coordinator
 from coordinator.schema import RootRequest, SubmitRequest
 from coordinator.submissions import Submissions
@@ -54,9 +55,9 @@ WORKER: Final = "stand-in"
 INCARNATION: Final = "1"
 #: Builds reported in one batch.
 REPORTED: Final = 64
-#: Seconds between two heartbeats, and to wait for the snapshot.
+#: Seconds between two heartbeats, and to wait for snapshot and housekeeping.
 HEARTBEAT_S: Final = 1.0
-SNAPSHOT_WITHIN_S: Final = 300.0
+SETTLED_WITHIN_S: Final = 300.0
 
 
 class Plan(BaseModel):
@@ -247,6 +248,10 @@ async def _submit(coordinator: Coordinator, steps: int) -> None:
     await submissions.submit(SubmitRequest(roots=wanted, label="bench"))
 
 
+async def _is_kept(coordinator: Coordinator) -> bool:
+    return any(root.kind == SUBMISSION for root in await coordinator.cache.roots())
+
+
 async def main(mode: str, plan: Plan) -> None:
     """Run until killed."""
     plan.state_dir.mkdir(parents=True, exist_ok=True)
@@ -262,9 +267,10 @@ async def main(mode: str, plan: Plan) -> None:
         if mode == "seed":
             await _submit(coordinator, plan.steps)
             await agent.build(plan.before)
-            async with asyncio.timeout(SNAPSHOT_WITHIN_S):
-                while coordinator.journal.tail >= SNAPSHOT_FACTS:  # noqa: ASYNC110 - another process makes it
-                    await asyncio.sleep(0.1)
+            async with asyncio.timeout(SETTLED_WITHIN_S):
+                # A submission in flight has a snapshot behind it, and is among the roots of the cache.
+                while coordinator.journal.tail >= SNAPSHOT_FACTS or not await _is_kept(coordinator):  # noqa: ASYNC110
+                    await asyncio.sleep(0.5)
             await agent.build(plan.after)
             # The last reports are published and their successors leased.
             await asyncio.sleep(HEARTBEAT_S)
