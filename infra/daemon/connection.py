@@ -59,6 +59,11 @@ HANDSHAKE_S: Final = 30.0
 MAX_FEATURES: Final = 1_000
 #: Largest piece of a NAR that nar_from_path yields.
 NAR_CHUNK_BYTES: Final = 1024 * 1024
+#: How often a root is asked for that a collector which ends at that moment refuses, and seconds between two questions.
+ROOT_TRIES = 5
+ROOT_PAUSE_S = 0.05
+#: What such a refusal names (libstore, LocalStore::addTempRoot).
+COLLECTOR_SOCKET = "gc-socket"
 #: Garbage collection without a limit.
 NO_LIMIT: Final = (1 << 64) - 1
 
@@ -225,8 +230,19 @@ class DaemonConnection:
     async def add_temp_roots(self, paths: Iterable[str]) -> None:
         """Keep paths, present or not, from garbage collection for as long as this connection lives."""
         for path in paths:
-            async with self._request(Encoder().integer(Operation.ADD_TEMP_ROOT).string(path)):
-                await self._channel.decode(Inbox.read_int)
+            for left in reversed(range(ROOT_TRIES)):
+                try:
+                    await self._add_temp_root(path)
+                    break
+                except DaemonOperationError as error:
+                    # Nix 2.8 tells a running collector over a socket; one that has just ended leaves nobody there.
+                    if not left or COLLECTOR_SOCKET not in str(error):
+                        raise
+                await asyncio.sleep(ROOT_PAUSE_S)
+
+    async def _add_temp_root(self, path: str) -> None:
+        async with self._request(Encoder().integer(Operation.ADD_TEMP_ROOT).string(path)):
+            await self._channel.decode(Inbox.read_int)
 
     async def build_derivation(
         self,

