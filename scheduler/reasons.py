@@ -197,7 +197,8 @@ def why(state: FarmState, places: Places, limits: Limits, key: StepKey, now: Ins
         return _known(state, limits, step, now)
     if step.state is not StepState.READY:
         return None
-    if step.not_before > now:
+    # Until the core has said that it ended: a step whose time has just come stands in no queue yet.
+    if step.not_before:
         return BacksOff(step.not_before, step.faults + step.returns)
     requirements = step.recipe.requirements
     return _unserved(state, requirements) or _busy(step, places.of(requirements))

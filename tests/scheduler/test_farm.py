@@ -230,6 +230,8 @@ def test_every_step_that_does_not_run_has_a_reason() -> None:
     scene.play(broke("n0", "b", INFRA))
     reason = why(scene, "n0")
     assert isinstance(reason, r.BacksOff)
+    # Asked when its time has come and nothing has happened yet, as a page may be.
+    assert scene.farm.why(StepKey("n0"), f.Instant(reason.until + 1)) == reason
     assert reason.until == scene.farm.state.steps[StepKey("n0")].not_before
 
 
