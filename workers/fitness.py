@@ -116,6 +116,8 @@ class FitnessWatch:
         self._idle = idle
         self._let_go = let_go
         self._changed = changed
+        #: The room that is too little at the moment, and what is said of it for as long as it has not recovered.
+        self._low_room: Room | None = None
         self._low = ""
         self._broken = ""
         self._next_trial = self._next_collection = 0.0
@@ -135,18 +137,18 @@ class FitnessWatch:
         self._next_trial = 0.0
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
+        """Look again and again, and make room where it is wanted, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             await self.look()
+            low, due = self._low_room, self._clock.now() >= self._next_collection
+            if low is not None and self._may_collect and due and self._idle():
+                await self._collect(low)
 
     async def look(self) -> None:
-        """Look at the disks, collect garbage and try a build where that is due."""
+        """Look at the disks, and try a build where that is due."""
         before = self.unfit
-        low = await self._look_at_disks()
-        if low is not None and self._may_collect and self._clock.now() >= self._next_collection and self._idle():
-            await self._collect(low)
-            await self._look_at_disks()
+        await self._look_at_disks()
         # A trial on a full disk would only say again that it is full.
         if self._trial_every_s and not self._low and self._clock.now() >= self._next_trial and self._idle():
             await self._try()
@@ -157,20 +159,19 @@ class FitnessWatch:
                 log.info("worker %s takes work again", self._name)
             self._changed()
 
-    async def _look_at_disks(self) -> Room | None:
+    async def _look_at_disks(self) -> None:
         rooms = await asyncio.to_thread(look_at, self._places)
         if too_little(rooms, FULL_BYTES) is not None:
             self._full_at = self._clock.now()
         if not self._floor_bytes:
-            return None
+            return
         low = too_little(rooms, self._floor_bytes)
-        if low is None:
-            if self._low and too_little(rooms, int(self._floor_bytes * RECOVERED)) is None:
-                self._low = ""
-            return None
-        # The sentence of the moment at which it ran low: one that changes with every look would be news every time.
-        self._low = self._low or low[1]
-        return low[0]
+        self._low_room = low[0] if low is not None else None
+        if low is not None:
+            # The sentence of the moment at which it ran low: another at every look would be news every time.
+            self._low = self._low or low[1]
+        elif self._low and too_little(rooms, int(self._floor_bytes * RECOVERED)) is None:
+            self._low = ""
 
     async def _collect(self, low: Room) -> None:
         """Let the store delete garbage until there is room again, where it lies on the disk that ran low."""
