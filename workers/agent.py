@@ -26,7 +26,14 @@ from infra.clock import Clock, SystemClock
 from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
 from infra.nix.errors import NixError
 from workers import stopping
-from workers.build import BuildLimits, ConnectionLostError, LogGate, basic_derivation, build_in_slot
+from workers.build import (
+    BuildLimits,
+    ConnectionLostError,
+    LogGate,
+    RecipeBrokeDaemonError,
+    basic_derivation,
+    build_in_slot,
+)
 from workers.daemons import DaemonOpener, DaemonUnreachableError, Line, Pool
 from workers.errors import WorkerError
 from workers.fitness import FitnessWatch
@@ -510,6 +517,8 @@ class Agent:
             self._tell_stage(key, Stage.UPLOADING)
             await self._check_size(derivation, order.max_output_bytes)
             return await self._upload(key, derivation, sources, order.upload_token)
+        except RecipeBrokeDaemonError as error:
+            raise _Stopped(judge_trouble(error.trouble, str(error))) from None
         except InputError as error:
             raise _Stopped(judge_trouble(Trouble.INPUT_MISSING, str(error))) from None
         except OutputError as error:

@@ -6,16 +6,19 @@ coordinator resolved.
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 from infra.daemon import (
     BasicDerivation,
     BasicOutput,
     BuildEvent,
     BuildResult,
+    DaemonConnection,
     DaemonError,
     DaemonGone,
     DaemonOperationError,
@@ -27,16 +30,50 @@ from infra.daemon import (
 from infra.nix import aterm
 from workers.daemons import Line
 from workers.errors import WorkerError
+from workers.machine import Trouble
 
 #: Of a log that is too long, this part of the limit is its tail, at most so many bytes (they wait in memory).
 TAIL_PART = 4
 TAIL_BYTES = 256 * 1024
+#: Bytes of log after which Nix itself ends a build. Only a builder that runs away prints so much; what is beyond the
+#: log's own limit is left out of the log long before.
+RUNAWAY_LOG_BYTES = 1024 * 1024 * 1024
+#: Memory that one daemon may take while its builder runs. Nix holds each line of a log in memory, several times.
+MAX_DAEMON_BYTES = 1024 * 1024 * 1024
+#: Seconds between two looks at that memory: a builder prints some 200 MB a second.
+LOOK_EVERY_S = 0.25
+#: How the exceptions of Nix's JSON library begin. All the JSON that Nix reads for a build comes from its recipe.
+JSON_EXCEPTION = "[json.exception."
 #: Longest phase name that is passed on; a builder may print anything as one.
 MAX_PHASE_CHARACTERS = 100
 
 
 class ConnectionLostError(WorkerError):
     """The connection to the Nix daemon broke after it had taken up the build; the builder may be what broke it."""
+
+
+class RecipeBrokeDaemonError(WorkerError):
+    """Root of the ways in which a recipe, not the machine, ends its connection to the daemon."""
+
+    trouble: ClassVar[Trouble]
+
+
+class UnreadableLogError(RecipeBrokeDaemonError):
+    """The builder printed an `@nix` line that Nix cannot read, and Nix (before 2.26) gave the connection up."""
+
+    trouble = Trouble.LOG_UNREADABLE
+
+
+class UnreadableRecipeError(RecipeBrokeDaemonError):
+    """The derivation holds JSON that Nix cannot read, and Nix gave the connection up before the builder ran."""
+
+    trouble = Trouble.DERIVATION_UNREADABLE
+
+
+class EndlessLineError(RecipeBrokeDaemonError):
+    """The builder printed a line that took more of the daemon's memory than one build may."""
+
+    trouble = Trouble.LOG_ENDLESS
 
 
 def basic_derivation(derivation: bytes, inputs: Sequence[str]) -> BasicDerivation:
@@ -78,6 +115,9 @@ class LogGate:
             self._write(line)
             return
         self._over = True
+        if len(line) > self._tail_bytes:
+            self.dropped_bytes += len(line) - self._tail_bytes
+            line = line[-self._tail_bytes :] if self._tail_bytes else b""
         self._tail.append(line)
         self._tail_held += len(line)
         while self._tail_held > self._tail_bytes:
@@ -110,7 +150,7 @@ class BuildLimits:
             build_cores=self.cores,
             max_silent_s=self.max_silent_s,
             # The log's limit is kept here, by counting, because the daemon's own would end the build.
-            overrides={"timeout": str(self.timeout_s), "max-build-log-size": "0"},
+            overrides={"timeout": str(self.timeout_s), "max-build-log-size": str(RUNAWAY_LOG_BYTES)},
         )
 
 
@@ -130,7 +170,7 @@ async def build_in_slot(
     prints faster than its log is taken away is slowed down. Cancelling hangs up, which kills the builder. A daemon
     that is found gone before it took the request up (it died while the slot was idle) is replaced once. Raises
     `ConnectionLostError` where the builder may have begun, else `infra.daemon.DaemonError` or
-    `DaemonUnreachableError`.
+    `DaemonUnreachableError`; where the recipe broke the connection, a `RecipeBrokeDaemonError`.
     """
 
     def on_event(event: BuildEvent) -> Awaitable[object] | None:
@@ -150,11 +190,15 @@ async def build_in_slot(
             # They are rooted already, by a connection that may die before this one.
             await slot.keep(derivation.inputs)
             try:
-                return await connection.build_derivation(drv_path, derivation, on_event)
+                async with _bounded_memory(connection):
+                    return await connection.build_derivation(drv_path, derivation, on_event)
             except DaemonOperationError as error:
                 # A build that fails is a result. An error instead of one (say, a phase that Nix 2.8 cannot parse)
                 # is often the last thing that a daemon says before it hangs up.
                 connection.abort(str(error))
+                if JSON_EXCEPTION in str(error):
+                    reading = UnreadableLogError if error.builder_ran else UnreadableRecipeError
+                    raise reading(str(error)) from error
                 raise
 
     try:
@@ -167,6 +211,33 @@ async def build_in_slot(
                 return await attempt()
     finally:
         gate.finish()
+
+
+@asynccontextmanager
+async def _bounded_memory(connection: DaemonConnection) -> AsyncIterator[None]:
+    """Hang up where the daemon of a running builder takes more than `MAX_DAEMON_BYTES`. Raises `EndlessLineError`.
+
+    A line without an end is seen by nobody but the daemon, which waits for the rest of it.
+    """
+    taken = 0
+
+    async def look() -> None:
+        nonlocal taken
+        while (now := connection.memory_of_building()) <= MAX_DAEMON_BYTES:  # noqa: ASYNC110 - memory sends no event
+            await asyncio.sleep(LOOK_EVERY_S)
+        taken = now
+        connection.abort("the log takes too much memory")
+
+    watch = asyncio.create_task(look(), name="watch over a daemon's memory")
+    try:
+        yield
+    except DaemonError as error:
+        if taken:
+            raise EndlessLineError(f"the daemon took {taken >> 20} MiB to hold it") from error
+        raise
+    finally:
+        watch.cancel()
+        await asyncio.wait((watch,))
 
 
 @contextmanager

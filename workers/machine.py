@@ -142,6 +142,7 @@ HINTS: Mapping[int, tuple[tuple[str, Verdict], ...]] = MappingProxyType(
         8: (("of silence", Verdict("silence", "the build was stopped at its limit of silence")),),
         9: (
             ("substitution is disabled", Verdict("input_missing", "an input is missing in the worker's store")),
+            ("unsupported JSON type", Verdict("permanent", "the builder printed an @nix line that Nix cannot read")),
             *_NO_SPACE,
         ),
         10: _NO_SPACE,
@@ -164,6 +165,8 @@ class Trouble(StrEnum):
     TIMED_OUT = "the build was stopped at its limit of time"
     SILENT = "the build was stopped at its limit of silence"
     LOG_TOO_LARGE = "the build printed more than its limit"
+    LOG_ENDLESS = "the builder printed a line that is too long for Nix"
+    LOG_UNREADABLE = "the builder printed an @nix line that Nix cannot read"
     OUTPUT_TOO_LARGE = "an output is larger than its limit"
     KILLED = "the builder was killed from outside"
     UNEXPECTED = "the worker failed"
@@ -189,6 +192,9 @@ TROUBLE_POLICY: Mapping[Trouble, Reason] = MappingProxyType(
         Trouble.TIMED_OUT: "timeout",
         Trouble.SILENT: "silence",
         Trouble.LOG_TOO_LARGE: "log_limit",
+        Trouble.LOG_ENDLESS: "log_limit",
+        # The same line ends the build on every worker that has this Nix.
+        Trouble.LOG_UNREADABLE: "permanent",
         Trouble.OUTPUT_TOO_LARGE: "output_size",
         Trouble.KILLED: "killed",
         Trouble.UNEXPECTED: "infrastructure",

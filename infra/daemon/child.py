@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from infra.daemon import owner
@@ -25,6 +26,13 @@ END_GRACE_S: Final = 1.0
 KILL_GRACE_S: Final = 5.0
 #: How long an error message waits for the last words of a child that ended.
 LAST_WORDS_S: Final = 0.5
+#: Unit of /proc/PID/statm.
+PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+def _children(pid: int) -> list[int]:
+    """Return the children of a process's main thread, oldest first. Raises `OSError` where it is gone."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_bytes().split()]
 
 
 class Child:
@@ -56,6 +64,17 @@ class Child:
     def pid(self) -> int:
         """Process id of the owner, which is also the id of its session."""
         return self._process.pid
+
+    def memory_of_building(self) -> int:
+        """Resident bytes of the daemon while it has children; 0 while it has none, and where /proc does not tell."""
+        try:
+            daemon = _children(self.pid)[0]
+            if not _children(daemon):
+                return 0
+            pages = int(Path(f"/proc/{daemon}/statm").read_bytes().split()[1])
+        except (OSError, IndexError, ValueError):
+            return 0
+        return pages * PAGE_BYTES
 
     def hang_up(self) -> None:
         """Close our ends of its standard input and output now, sending nothing more. The child ends by itself."""

@@ -165,6 +165,10 @@ class DaemonConnection:
         """Process id of our own daemon, which leads its process group; None over a socket."""
         return None if self._channel.child is None else self._channel.child.pid
 
+    def memory_of_building(self) -> int:
+        """Resident bytes of our own daemon while a builder of it runs; 0 where that cannot be seen."""
+        return 0 if self._channel.child is None else self._channel.child.memory_of_building()
+
     def abort(self, reason: str = "aborted") -> None:
         """Hang up now, from any task of the same loop: a running build is killed, its caller gets DaemonGone.
 
@@ -275,8 +279,13 @@ class DaemonConnection:
         derivation.encode(request)
         request.integer(mode)
         store_dir = drv_path.rpartition("/")[0]
-        async with self._request(request, BuildListener(drv_path, on_event)):
-            return await self._channel.decode(lambda inbox: BuildResult.decode(inbox, self.version[1], store_dir))
+        listener = BuildListener(drv_path, on_event)
+        try:
+            async with self._request(request, listener):
+                return await self._channel.decode(lambda inbox: BuildResult.decode(inbox, self.version[1], store_dir))
+        except DaemonOperationError as error:
+            error.builder_ran = listener.began
+            raise
 
     async def nar_from_path(self, path: str, nar_size: int) -> AsyncGenerator[bytes, None]:
         """Yield the NAR of a valid path in pieces of at most 1 MiB.

@@ -39,9 +39,11 @@ class DaemonOperationError(DaemonError):
     Attributes:
         level: Verbosity level that the daemon gave the error; 0 is error.
         message: The daemon's text without terminal escapes.
+        builder_ran: The request was a build, and its builder had been started.
     """
 
     def __init__(self, level: int, message: str) -> None:
         super().__init__(message)
         self.level = level
         self.message = message
+        self.builder_ran = False

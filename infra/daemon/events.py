@@ -58,6 +58,11 @@ class BuildListener:
         #: Activities that are builds of the derivation; ids are not reused within a connection.
         self._activities: set[int] = set()
 
+    @property
+    def began(self) -> bool:
+        """Whether the daemon has said that the builder runs."""
+        return bool(self._activities)
+
     def __call__(self, message: WireMessage) -> Awaitable[object] | None:
         """Look at one message and pass on the event that it is, if any; return what the listener wants awaited."""
         if isinstance(message, Result):

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Final
 
 from infra.daemon.errors import DaemonProtocolError
-from infra.daemon.wire import MAX_STRING_BYTES, Encoder, Inbox
+from infra.daemon.wire import Encoder, Inbox
 from infra.nix.derivation import Derivation
 from infra.nix.errors import FormatError
 from infra.nix.hashing import parse_hash, sha256_text
@@ -276,7 +276,7 @@ class BuildResult:
     def decode(cls, inbox: Inbox, version_minor: int, store_dir: str) -> "BuildResult":
         """Read a result of protocol 1.<version_minor>, 29 or later."""
         code = inbox.read_int()
-        message = plain_text(inbox.read_string(MAX_STRING_BYTES, "message of a build"))
+        message = plain_text(inbox.read_free_text("message of a build"))
         try:
             status = BuildStatus(code)
         except ValueError:

@@ -6,6 +6,10 @@ of bytes that are certainly missing and leaves the inbox as it was, so the shell
 else is wrong with the bytes raises `DaemonProtocolError`. Every length is checked against a named limit *before* the
 bytes are waited for, so a peer cannot make this process allocate by announcing a size.
 
+Free text (log lines, messages, fields of activities) is what builders print, of any length. Such a text is never
+refused for its length: an inbox keeps its first `MAX_TEXT_BYTES`, ends them with a note, and drops the rest as it
+arrives. Fields beyond `MAX_FIELDS` are dropped in the same way.
+
 Format: an integer is 8 bytes little-endian unsigned; a string is its length, its bytes and zero bytes up to a multiple
 of 8; a list is a count and its items; a map is a count and key, value pairs. Strings are bytes, never text.
 """
@@ -22,14 +26,20 @@ CLIENT_MAGIC: Final = 0x6E697863
 #: Magic number that a server answers ("dxio").
 SERVER_MAGIC: Final = 0x6478696F
 
-#: Longest log line, error message or free text that is accepted; one line is held in memory whole, as Nix itself does.
-MAX_STRING_BYTES: Final = 64 * 1024 * 1024
+#: Longest log line, error message or other free text that is kept; what is longer is cut, and says so at its end.
+MAX_TEXT_BYTES: Final = 1024 * 1024
+#: Longest free text that a peer may announce: a daemon holds it in memory whole, so none is near it.
+MAX_ANNOUNCED_BYTES: Final = 1 << 40
 #: Longest store path, name or other short word that is accepted.
 MAX_WORD_BYTES: Final = 64 * 1024
 #: Most items in a list or map that answers a request.
 MAX_LIST_ITEMS: Final = 1_000_000
-#: Most fields of one activity or result; Nix sends at most four.
+#: Most fields of one activity or result that are kept. Nix sends at most four; builders may inject any number.
 MAX_FIELDS: Final = 64
+#: Longest text among several fields that is kept; a log line is the only field of its result.
+MAX_FIELD_BYTES: Final = 64 * 1024
+#: Most fields that a peer may announce: a daemon holds them in memory.
+MAX_ANNOUNCED_FIELDS: Final = 1 << 32
 #: Most trace entries of one error.
 MAX_TRACES: Final = 10_000
 
@@ -170,12 +180,14 @@ class Inbox:
     DaemonProtocolError when the bytes are not allowed (the inbox is of no use afterwards).
     """
 
-    __slots__ = ("_buffer", "_position")
+    __slots__ = ("_buffer", "_position", "_skip_bytes")
 
     def __init__(self, data: bytes = b"") -> None:
         self._buffer = bytearray(data)
         #: Bytes before this index are read; 0 <= _position <= len(_buffer).
         self._position = 0
+        #: So many of the next bytes to arrive belong to a text that was cut; they are dropped.
+        self._skip_bytes = 0
 
     def __len__(self) -> int:
         return len(self._buffer) - self._position
@@ -185,7 +197,12 @@ class Inbox:
         if self._position:
             del self._buffer[: self._position]
             self._position = 0
-        self._buffer += data
+        if self._skip_bytes:
+            skipped = min(self._skip_bytes, len(data))
+            self._skip_bytes -= skipped
+            self._buffer += memoryview(data)[skipped:]
+        else:
+            self._buffer += data
 
     def attempt(self, parse: Callable[["Inbox"], T]) -> T:
         """Run a parser of several reads so that it consumes all of its bytes or none."""
@@ -243,6 +260,70 @@ class Inbox:
         self._position = begin + padded
         return bytes(memoryview(buffer)[begin:end])
 
+    def read_free_text(self, what: str, keep_bytes: int = MAX_TEXT_BYTES) -> bytes:
+        """Read a string of any length, of which at most `keep_bytes` (a multiple of 8) are kept, the note included.
+
+        A string that is too long is cut in the buffer as soon as the kept part is there, so that reading again after
+        an IncompleteError finds a string of the right length.
+        """
+        start = self._position
+        buffer = self._buffer
+        available = len(buffer) - start
+        if available < 8:
+            raise IncompleteError(8 - available)
+        (length,) = _INT.unpack_from(buffer, start)
+        if length > keep_bytes:
+            if length > MAX_ANNOUNCED_BYTES:
+                raise DaemonProtocolError(
+                    f"{what}: a string of {length} bytes announced, the limit is {MAX_ANNOUNCED_BYTES}"
+                )
+            if available < 8 + keep_bytes:
+                raise IncompleteError(8 + keep_bytes - available)
+            self._cut(start, length, keep_bytes)
+        return self.read_string(keep_bytes, what)
+
+    def _cut(self, start: int, length: int, keep_bytes: int) -> None:
+        """Replace the string that begins at `start`, of which at least `keep_bytes` are here, by its beginning."""
+        buffer = self._buffer
+        note = b" [drover: cut here, %d bytes in all]" % length
+        begin, end = start + 8, start + 8 + keep_bytes
+        buffer[end - len(note) : end] = note
+        rest = ((length + 7) & ~7) - keep_bytes
+        here = min(rest, len(buffer) - end)
+        del buffer[end : end + here]
+        self._skip_bytes = rest - here
+        buffer[start:begin] = _INT.pack(keep_bytes)
+
+    def read_fields(self) -> tuple[int | bytes, ...]:
+        """Read the fields of an activity or result; those beyond MAX_FIELDS are dropped as they arrive."""
+        start = self._position
+        count = self.read_count(MAX_ANNOUNCED_FIELDS, "fields")
+        fields = [self._read_field() for _ in range(min(count, MAX_FIELDS))]
+        kept_to = self._position
+        try:
+            while count > MAX_FIELDS:
+                before = self._position
+                try:
+                    self._read_field()
+                except IncompleteError:
+                    self._position = before
+                    raise
+                count -= 1
+        finally:
+            if self._position > kept_to:
+                del self._buffer[kept_to : self._position]
+                self._position = kept_to
+                _INT.pack_into(self._buffer, start, count)
+        return tuple(fields)
+
+    def _read_field(self) -> int | bytes:
+        kind = self.read_int()
+        if kind == _FIELD_INT:
+            return self.read_int()
+        if kind == _FIELD_STRING:
+            return self.read_free_text("field", MAX_FIELD_BYTES)
+        raise DaemonProtocolError(f"field of unknown kind {kind}")
+
     def read_text(self, limit: int, what: str) -> str:
         """Read a string that must be UTF-8 (paths, names, signatures)."""
         data = self.read_string(limit, what)
@@ -269,7 +350,7 @@ class Inbox:
             if tag == TAG_RESULT and count == 1 and field == _FIELD_STRING:
                 self._position = start + 40
                 try:
-                    line = self.read_string(MAX_STRING_BYTES, "field of a result")
+                    line = self.read_free_text("field of a result")
                 except IncompleteError:
                     self._position = start
                     raise
@@ -277,30 +358,17 @@ class Inbox:
         return self.attempt(_read_any_message)
 
 
-def _read_fields(inbox: Inbox) -> tuple[int | bytes, ...]:
-    fields: list[int | bytes] = []
-    for _ in range(inbox.read_count(MAX_FIELDS, "fields")):
-        kind = inbox.read_int()
-        if kind == _FIELD_INT:
-            fields.append(inbox.read_int())
-        elif kind == _FIELD_STRING:
-            fields.append(inbox.read_string(MAX_STRING_BYTES, "field"))
-        else:
-            raise DaemonProtocolError(f"field of unknown kind {kind}")
-    return tuple(fields)
-
-
 def _read_failure(inbox: Inbox) -> Refusal:
     inbox.read_string(MAX_WORD_BYTES, "type of an error")
     level = inbox.read_int()
     inbox.read_string(MAX_WORD_BYTES, "name of an error")
-    message = inbox.read_string(MAX_STRING_BYTES, "message of an error")
+    message = inbox.read_free_text("message of an error")
     if inbox.read_int() != 0:
         raise DaemonProtocolError("an error has a position, which the protocol does not allow")
     for _ in range(inbox.read_count(MAX_TRACES, "traces of an error")):
         if inbox.read_int() != 0:
             raise DaemonProtocolError("a trace has a position, which the protocol does not allow")
-        inbox.read_string(MAX_STRING_BYTES, "trace of an error")
+        inbox.read_free_text("trace of an error", MAX_FIELD_BYTES)
     return Refusal(level, message)
 
 
@@ -309,8 +377,8 @@ def _read_activity(inbox: Inbox) -> ActivityStarted:
         activity=inbox.read_int(),
         level=inbox.read_int(),
         type=inbox.read_int(),
-        text=inbox.read_string(MAX_STRING_BYTES, "text of an activity"),
-        fields=_read_fields(inbox),
+        text=inbox.read_free_text("text of an activity", MAX_FIELD_BYTES),
+        fields=inbox.read_fields(),
         parent=inbox.read_int(),
     )
 
@@ -326,8 +394,8 @@ def _read_any_message(inbox: Inbox) -> Message:
 _READERS: Final[Mapping[int, Callable[[Inbox], Message]]] = {
     TAG_LAST: lambda _: Last(),
     TAG_ERROR: _read_failure,
-    TAG_NEXT: lambda inbox: Text(inbox.read_string(MAX_STRING_BYTES, "text")),
+    TAG_NEXT: lambda inbox: Text(inbox.read_free_text("text", MAX_FIELD_BYTES)),
     TAG_START_ACTIVITY: _read_activity,
     TAG_STOP_ACTIVITY: lambda inbox: ActivityStopped(inbox.read_int()),
-    TAG_RESULT: lambda inbox: Result(inbox.read_int(), inbox.read_int(), _read_fields(inbox)),
+    TAG_RESULT: lambda inbox: Result(inbox.read_int(), inbox.read_int(), inbox.read_fields()),
 }

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from infra.daemon import BuildResult, BuildStatus, DaemonProtocolError, ValidPathInfo
 from infra.daemon.values import plain_text
 from infra.daemon.wire import (
+    MAX_ANNOUNCED_BYTES,
+    MAX_ANNOUNCED_FIELDS,
+    MAX_FIELD_BYTES,
     MAX_FIELDS,
     MAX_LIST_ITEMS,
-    MAX_STRING_BYTES,
+    MAX_TEXT_BYTES,
     MAX_WORD_BYTES,
     TAG_ERROR,
     TAG_LAST,
@@ -156,7 +159,7 @@ def test_integers_strings_and_lists_round_trip(number: int, string: bytes, items
     assert len(data) % 8 == 0
     inbox = Inbox(data)
     assert inbox.read_int() == number
-    assert inbox.read_string(MAX_STRING_BYTES, "string") == string
+    assert inbox.read_free_text("string") == string
     assert inbox.read_words("items") == tuple(items)
     assert len(inbox) == 0
 
@@ -209,7 +212,7 @@ def test_arbitrary_bytes_raise_protocol_errors_only(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("read", "limit"),
     [
-        (lambda inbox: inbox.read_string(MAX_STRING_BYTES, "x"), MAX_STRING_BYTES),
+        (lambda inbox: inbox.read_free_text("x"), MAX_ANNOUNCED_BYTES),
         (lambda inbox: inbox.read_word("x"), MAX_WORD_BYTES),
         (lambda inbox: inbox.read_words("x"), MAX_LIST_ITEMS),
     ],
@@ -228,13 +231,69 @@ def test_a_size_over_its_limit_is_refused_before_its_bytes_are_waited_for(
     [
         (Encoder().integer(TAG_NEXT).integer(1).getvalue() + b"a\0\0\0\0\0\0\1", "padding"),
         (Encoder().integer(0x64617461).getvalue(), "unknown message"),
-        (Encoder().integer(TAG_RESULT).integer(1).integer(101).integer(MAX_FIELDS + 1).getvalue(), "fields"),
+        (Encoder().integer(TAG_RESULT).integer(1).integer(101).integer(MAX_ANNOUNCED_FIELDS + 1).getvalue(), "fields"),
         (Encoder().integer(TAG_RESULT).integer(1).integer(101).integer(1).integer(2).getvalue(), "unknown kind 2"),
     ],
 )
 def test_what_the_protocol_does_not_allow_is_named(data: bytes, what: str) -> None:
     with pytest.raises(DaemonProtocolError, match=what):
         Inbox(data).read_message()
+
+
+@given(
+    kind=st.sampled_from(("log line", "text", "field", "activity", "refusal")),
+    beyond=st.integers(-9, 40_000),
+    step=st.integers(20_000, 300_000),
+)
+def test_a_text_of_any_length_is_cut_with_a_note_and_what_follows_is_read(kind: str, beyond: int, step: int) -> None:
+    keep = MAX_TEXT_BYTES if kind in ("log line", "refusal") else MAX_FIELD_BYTES
+    line = b"\xff\0\r\x1b]" + b"x" * (keep + beyond - 5)
+    message: Message = {
+        "log line": Result(1, 101, (line,)),
+        "text": Text(line),
+        "field": Result(1, 7, (1, line, line)),
+        "activity": ActivityStarted(1, 0, 101, line, (line,), 0),
+        "refusal": Refusal(0, line),
+    }[kind]
+    data = encode_message(message) + encode_message(Text(b"next"))
+    inbox = Inbox()
+    read: list[Message] = []
+    for start in range(0, len(data), step):
+        inbox.feed(data[start : start + step])
+        try:
+            while True:
+                read.append(inbox.read_message())
+        except IncompleteError:
+            pass  # more comes
+        assert len(inbox) <= 4 * keep + step, "what is cut is not held"
+    first, second = read
+    assert second == Text(b"next")
+    match first:
+        case Result(fields=fields) | ActivityStarted(fields=fields):
+            kept = fields[-1]
+        case Text(data=kept) | Refusal(message=kept):
+            pass
+    assert isinstance(kept, bytes)
+    if beyond <= 0:
+        assert kept == line
+    else:
+        note = b" [drover: cut here, %d bytes in all]" % len(line)
+        assert kept == line[: keep - len(note)] + note
+
+
+@given(st.lists(integers | strings, min_size=MAX_FIELDS - 1, max_size=MAX_FIELDS + 30), st.integers(100, 900))
+def test_of_any_number_of_fields_the_first_are_kept(values: list[int | bytes], step: int) -> None:
+    data = encode_message(Result(1, 7, tuple(values))) + encode_message(Last())
+    inbox = Inbox()
+    read: list[Message] = []
+    for start in range(0, len(data), step):
+        inbox.feed(data[start : start + step])
+        try:
+            while True:
+                read.append(inbox.read_message())
+        except IncompleteError:
+            pass  # more comes
+    assert read == [Result(1, 7, tuple(values[:MAX_FIELDS])), Last()]
 
 
 def test_a_result_of_1_37_has_cpu_times_and_an_older_one_has_not() -> None:
