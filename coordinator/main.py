@@ -51,6 +51,7 @@ from coordinator.journal import Journal, JournalError
 from coordinator.leadership import Leadership, open_leadership
 from coordinator.limits import StepLimits, in_force
 from coordinator.logs import LogStore
+from coordinator.loop_watch import LoopWatch
 from coordinator.metrics import CacheGauges, add_cache_metrics, add_farm_metrics, add_metrics_route
 from coordinator.ray_farm import RayFarm, worker_state_dir
 from coordinator.repair import WorkerSource
@@ -200,7 +201,7 @@ async def open_coordinator(
             submissions=SubmissionNeeds(views, stores.derivations),
             workers=WorkerSource(fleet, views, stores.cache.objects, tokens.for_path(clock)),
         )
-        _show_metrics(app, views, telemetry)
+        watch = _show_metrics(app, views, telemetry)
         narinfos = FastNarinfos(caches, lambda host: not settings.loopback or is_own_host(host, url))
         add_worker_routes(app, views, lambda worker, on: fleet.drain(worker, on=on))
         runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
@@ -222,6 +223,8 @@ async def open_coordinator(
                 # Not before: what it makes and throws away would lie between what stays.
                 serving += [group.create_task(each.run(), name="housekeeping") for each in keepers]
                 await FastSite(runner, listener, narinfos).start()
+                # Not before: replaying a large journal holds up nobody.
+                stack.enter_context(watch)
                 yield Coordinator(
                     Ready(url, info.cache_url, info.public_keys, settings.secrets / API_TOKEN, replayed),
                     engine,
@@ -410,9 +413,12 @@ async def _serve_caches(  # noqa: PLR0917 - collaborators, named by their types
     return services
 
 
-def _show_metrics(app: web.Application, views: Views, telemetry: Telemetry) -> None:
+def _show_metrics(app: web.Application, views: Views, telemetry: Telemetry) -> LoopWatch:
     add_farm_metrics(telemetry, views)
     add_metrics_route(app, telemetry)
+    watch = LoopWatch()
+    watch.show(telemetry)
+    return watch
 
 
 def _look_after(

@@ -1,0 +1,45 @@
+"""The watchdog sees what holds the event loop by computing, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import pytest
+
+from coordinator.loop_watch import STALL_S, LoopWatch
+from infra.telemetry import Telemetry
+
+
+def compute(seconds: float) -> None:
+    end_s = time.thread_time() + seconds
+    while time.thread_time() < end_s:
+        pass
+
+
+async def test_a_callback_that_computes_is_counted_and_its_place_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    telemetry = Telemetry("test", "0")
+    watch = LoopWatch()
+    watch.show(telemetry)
+    with caplog.at_level(logging.WARNING), watch:
+        for _ in range(2):
+            compute(0.2)
+            await asyncio.sleep(0.02)
+    assert watch.stalls == 2
+    assert watch.longest_s >= 0.2
+    assert [each for each in caplog.messages if "test_loop_watch.py:compute" in each] == caplog.messages[:1]
+    shown = telemetry.expose().decode()
+    assert "drover_loop_stalls_total 2.0" in shown
+    assert 'drover_loop_stall_seconds_bucket{le="0.1"} 0.0' in shown
+    assert "drover_loop_stall_seconds_count 2.0" in shown
+    telemetry.close()
+
+
+async def test_waiting_and_other_threads_are_no_stall() -> None:
+    with LoopWatch() as watch:
+        time.sleep(0.1)  # noqa: ASYNC251 - what other programs do to the loop on a busy machine
+        await asyncio.to_thread(compute, 0.2)
+    assert watch.longest_s < STALL_S
