@@ -150,6 +150,8 @@ class StepRecord:
     ended_at: float
     uploaded_bytes: int
     trouble: str
+    #: As in `rows.Life`; absent in snapshots of before 2026-11-29.
+    isolation: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +192,11 @@ def decode_records(frame: bytes) -> tuple[Record, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a finished build claims: every output as uploaded."""
+    """What a finished build claims: every output as uploaded, and in which class of isolation it was built."""
 
     outputs: tuple[Output, ...]
+    #: Empty in what was written before 2026-11-29.
+    isolation: str = ""
 
     @property
     def uploaded_bytes(self) -> int:
@@ -205,7 +209,8 @@ _OUTPUTS: TypeAdapter[tuple[Output, ...]] = TypeAdapter(tuple[Output, ...])
 
 def encode_evidence(evidence: Evidence) -> bytes:
     """Return the bytes that the core keeps until the outputs are published."""
-    return orjson.dumps({"v": 1, "outputs": [output.model_dump() for output in evidence.outputs]})
+    outputs = [output.model_dump() for output in evidence.outputs]
+    return orjson.dumps({"v": 1, "outputs": outputs, "isolation": evidence.isolation})
 
 
 def decode_evidence(data: bytes) -> Evidence:
@@ -214,17 +219,21 @@ def decode_evidence(data: bytes) -> Evidence:
         raw = _need(orjson.loads(data), dict)
         if raw.get("v") != 1:
             raise CodecError("the evidence of a build was written by another version of drover.")
-        return Evidence(_OUTPUTS.validate_python(raw.get("outputs")))
+        return Evidence(_OUTPUTS.validate_python(raw.get("outputs")), _need(raw.get("isolation", ""), str))
     except (orjson.JSONDecodeError, ValidationError):
         raise CodecError("the evidence of a build is damaged.") from None
 
 
-def evidence_size(data: bytes) -> int:
-    """Return the bytes uploaded for some evidence, 0 where it cannot be read (it is only shown to people)."""
+def evidence_shown(data: bytes) -> tuple[int, str]:
+    """Return (bytes uploaded, class of isolation) of some evidence, (0, "") where it cannot be read.
+
+    It is only shown to people.
+    """
     try:
-        return sum(int(output["file_size"]) for output in orjson.loads(data)["outputs"])
-    except (ValueError, KeyError, TypeError):
-        return 0
+        raw = orjson.loads(data)
+        return sum(int(output["file_size"]) for output in raw["outputs"]), str(raw.get("isolation", ""))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return 0, ""
 
 
 def encode_note(note: SubmissionNote) -> bytes:

@@ -86,6 +86,8 @@ class WorkerConfig(BaseModel):
     collect_garbage: bool | None = None
     #: Seconds between two trial builds while it is idle; 0: none.
     trial_every_s: Annotated[int, Field(ge=0)] = 600
+    #: Seconds between two canaries, which measure how builds are isolated; 0: at the start and after doubt only.
+    canary_every_s: Annotated[int, Field(ge=0)] = 4 * 3600
     #: Nix settings of this worker only; they win over the farm's.
     nix_options: dict[str, str] = Field(default_factory=dict)
 

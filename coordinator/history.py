@@ -37,7 +37,8 @@ def tell_history(
     for row in steps.values():
         life = row.life
         if life.started_at or life.ended_at or life.uploaded_bytes or life.trouble:
-            yield StepRecord(row.key, life.builder, life.started_at, life.ended_at, life.uploaded_bytes, life.trouble)
+            times = life.started_at, life.ended_at
+            yield StepRecord(row.key, life.builder, *times, life.uploaded_bytes, life.trouble, life.isolation)
     for sub in submissions.values():
         yield SubmissionRecord(
             submission=sub.id,
@@ -67,7 +68,7 @@ def take_history(
         if isinstance(record, StepRecord):
             life = steps[record.step].live()
             life.builder, life.started_at, life.ended_at = record.builder, record.started_at, record.ended_at
-            life.uploaded_bytes, life.trouble = record.uploaded_bytes, record.trouble
+            life.uploaded_bytes, life.trouble, life.isolation = record.uploaded_bytes, record.trouble, record.isolation
         else:
             submissions[record.submission] = _submission(record, steps)
 

@@ -2,7 +2,7 @@
 
 Counting happens where things happen, as plain integers (`infra.cache.counters`) or in the rows of the views; here they
 only get names. Names begin with `drover_`; units are last, as Prometheus wants them. Labels are bounded: names of
-caches, states, phases, workers, never a store path or a derivation.
+caches, states, phases, workers, classes, never a store path or a derivation.
 """
 
 from __future__ import annotations
@@ -83,6 +83,11 @@ def add_farm_metrics(telemetry: Telemetry, views: Views) -> None:
     telemetry.gauge("drover_steps", "Steps by state.", lambda: _by_state(views.step_counts()))
     telemetry.gauge("drover_submissions", "Submissions by state.", lambda: _by_state(views.submission_counts()))
     telemetry.gauge("drover_workers", "Workers by state.", lambda: _by_state(views.workforce.counts()))
+    telemetry.gauge(
+        "drover_workers_isolation",
+        "Workers by how they keep builds from their machine: A full, B the macOS sandbox, C weaker.",
+        lambda: [(count, {"class": level}) for level, count in views.workforce.isolation_counts().items()],
+    )
     telemetry.gauge(
         "drover_worker_leases",
         "Leases in a worker's hands.",

@@ -44,6 +44,8 @@ class Life:
     cause: str = ""
     #: Why the last lease of this life ended without a verdict through the farm's fault.
     trouble: str = ""
+    #: Class of the isolation that it was built in.
+    isolation: str = ""
 
     def leave(self) -> None:
         """No builder has it any more."""

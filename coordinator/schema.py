@@ -39,6 +39,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from coordinator.limits import MAX_LIMIT
+from workers.grades import CanaryReport
 
 
 class Model(BaseModel):
@@ -191,6 +192,8 @@ class StepView(Model):
     worker: str = ""
     #: The worker only pretends to be `system` (`--emulate`).
     emulated: bool = False
+    #: Class of the isolation that it was built in; of the worker's while it runs, empty where that is not known.
+    isolation: str = ""
     stage: str = ""
     phase: str = ""
     started_at: float = 0.0
@@ -251,6 +254,11 @@ class WorkerView(Model):
     #: Steps in its hands: key and stage.
     leases: tuple[tuple[str, str], ...]
     nix_version: str
+    #: How it keeps builds from its machine (`workers.grades`): A full, B the macOS sandbox, C weaker or not measured;
+    #: why it is no better, and what its latest canary found.
+    isolation: Literal["A", "B", "C"] = "C"
+    isolation_reasons: tuple[str, ...] = ()
+    isolation_report: CanaryReport | None = None
     built: int = 0
     last_seen: float = 0.0
     #: Why it is silent, gone or quarantined, and until when it is quarantined.

@@ -110,7 +110,8 @@ class FleetSink:
     def _event(self, worker: str, report: Report) -> Event:
         lease = LeaseId(StepKey(report.step), report.attempt)
         if isinstance(report.result, Succeeded):
-            return BuildSucceeded(lease, BuilderId(worker), encode_evidence(Evidence(report.result.outputs)))
+            evidence = Evidence(report.result.outputs, self._views.workforce.isolation(worker).level)
+            return BuildSucceeded(lease, BuilderId(worker), encode_evidence(evidence))
         kind, message = FailureKind(report.result.reason), _clean(report.result.message)
         if limit_was_raised(kind, report.result.limit, self._limits_of(lease.step)):
             # Somebody who wants the step gives it more than this build was given; it was nobody's fault.

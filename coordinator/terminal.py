@@ -154,8 +154,10 @@ class Progress:
 
 
 def who(step: StepView) -> str:
-    """Return the worker, and whether it only pretends to be the step's system."""
-    return f"{step.worker} (emulated {step.system})" if step.emulated else step.worker
+    """Return the worker, whether it only pretends to be the step's system, and whether its isolation is weak."""
+    told = [f"emulated {step.system}"] if step.emulated else []
+    told += ["isolation class C"] if step.isolation == "C" else []
+    return f"{step.worker} ({', '.join(told)})" if told else step.worker
 
 
 def failure_lines(step: StepView) -> list[str]:
@@ -369,7 +371,7 @@ def submission_rows(submissions: Sequence[SubmissionView], now: float) -> list[t
 
 def worker_lines(workers: Sequence[WorkerView], now: float) -> list[str]:
     """Return a table of workers, and below it why those that get no work get none."""
-    rows: list[tuple[str, ...]] = [("WORKER", "STATE", "SYSTEMS", "FEATURES", "BUSY", "BUILT", "SEEN", "NIX")]
+    rows: list[tuple[str, ...]] = [("WORKER", "STATE", "SYSTEMS", "FEATURES", "CLASS", "BUSY", "BUILT", "SEEN", "NIX")]
     for worker in workers:
         systems = [
             f"{system} (emulated)" if system in worker.emulated else system
@@ -381,6 +383,7 @@ def worker_lines(workers: Sequence[WorkerView], now: float) -> list[str]:
                 worker.state,
                 ", ".join(systems),
                 ", ".join(worker.features) or "-",
+                worker.isolation,
                 f"{len(worker.leases)}/{worker.slots}",
                 str(worker.built),
                 f"{duration(now - worker.last_seen)} ago" if worker.last_seen else "-",
@@ -392,7 +395,30 @@ def worker_lines(workers: Sequence[WorkerView], now: float) -> list[str]:
         for worker in workers
         if worker.reason
     ]
+    reasons += [
+        f"{worker.name} is of isolation class {worker.isolation}: {sanitise('; '.join(worker.isolation_reasons))}"
+        for worker in workers
+        if worker.isolation_reasons
+    ]
     return [*table_lines(rows), *([""] if reasons else []), *reasons]
+
+
+def step_lines(step: StepView, now: float) -> list[str]:
+    """Return what is known of one step."""
+    lines = [f"{step.state.value}: {step.name} ({step.system})", f"  step       {step.key}", f"  derivation {step.drv}"]
+    lines += [f"  output     {name}  {path}" for name, path in sorted(step.outputs.items())]
+    if step.worker:
+        lines.append(f"  worker     {who(step)}, attempt {step.attempt}")
+    if step.isolation:
+        lines.append(f"  isolation  class {step.isolation}")
+    if step.started_at:
+        ended = step.ended_at if step.ended_at >= step.started_at else now
+        lines.append(f"  time       {duration(ended - step.started_at)}")
+    if step.waiting_for:
+        lines.append(f"  waits      {sanitise(step.waiting_for)}")
+    if step.state is StepStatus.FAILED:
+        lines += [f"  {line}" for line in failure_lines(step)]
+    return lines
 
 
 def _until(worker: WorkerView, now: float) -> str:

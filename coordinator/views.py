@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol, cast
 
-from coordinator.codec import Record, SubmissionNote, evidence_size
+from coordinator.codec import Record, SubmissionNote, evidence_shown
 from coordinator.derivations import StepInfo
 from coordinator.details import Details
 from coordinator.errors import NotFoundError
@@ -285,7 +285,7 @@ class Views:
         """Render a step."""
         detail = self._details.get(row.key) or _NO_DETAIL
         life = row.life
-        failed = row.state is StepStatus.FAILED
+        failed, running = row.state is StepStatus.FAILED, row.state is StepStatus.RUNNING
         sentence, waiting = "", None
         if row.state in _EXPLAINED:
             sentence, waiting = self._explain.waiting(row.key, self._name)
@@ -300,6 +300,7 @@ class Views:
             attempt=life.attempt,
             worker=life.builder,
             emulated=self.workforce.emulates(life.builder, detail.system),
+            isolation=self.workforce.isolation(life.builder).level if running else life.isolation,
             stage=life.stage,
             phase=life.phase,
             started_at=life.started_at,
@@ -469,7 +470,8 @@ class Views:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
         life = row.live()
-        life.uploaded_bytes, life.stage, life.phase = evidence_size(fact.evidence), "", ""
+        life.uploaded_bytes, life.isolation = evidence_shown(fact.evidence)
+        life.stage, life.phase = "", ""
         self.workforce.has_built(fact.builder)
         self._move(row, StepStatus.PUBLISHING)
 

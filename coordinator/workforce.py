@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.schema import WorkerView
+from workers.grades import LEVELS, UNMEASURED, IsolationGrade
 from workers.protocol import Batch, HeldLease, Hello
 
 
@@ -15,6 +16,8 @@ class WorkerRow:
     """A worker as it last spoke of itself."""
 
     hello: Hello
+    #: How it keeps builds from its machine, as it last said.
+    isolation: IsolationGrade
     state: str = "online"
     leases: tuple[HeldLease, ...] = ()
     built: int = 0
@@ -41,7 +44,8 @@ class Workforce:
         """A worker introduced itself."""
         old = self._rows.get(hello.worker)
         built = old.built if old is not None else 0
-        self._rows[hello.worker] = WorkerRow(hello, leases=hello.leases, built=built, last_seen=now)
+        grade = hello.isolation or UNMEASURED
+        self._rows[hello.worker] = WorkerRow(hello, grade, leases=hello.leases, built=built, last_seen=now)
         self._changed()
 
     def incarnation(self, worker: str) -> str:
@@ -56,6 +60,7 @@ class Workforce:
             return
         row.state, row.reason = ("draining" if batch.draining else "online"), ""
         row.leases, row.last_seen = batch.leases, now
+        row.isolation = batch.isolation or row.isolation
 
     def unreachable(self, worker: str, incarnation: str, reason: str, *, gone: bool) -> None:
         """The transport lost a worker for now (`gone` false) or for ever."""
@@ -79,6 +84,11 @@ class Workforce:
         if row is not None:
             row.quarantined_until, row.quarantine = until, reason
 
+    def isolation(self, worker: str) -> IsolationGrade:
+        """Return how a worker keeps builds from its machine; one that is not known does not say."""
+        row = self._rows.get(worker)
+        return UNMEASURED if row is None else row.isolation
+
     def emulates(self, worker: str, system: str) -> bool:
         """Whether a worker that is known has a system only by emulation."""
         row = self._rows.get(worker)
@@ -92,6 +102,12 @@ class Workforce:
         """Count workers by state."""
         return Counter(row.told_state for row in self._rows.values())
 
+    def isolation_counts(self) -> Counter[str]:
+        """Count workers that are there by the class of their isolation; all classes are named."""
+        counted = Counter(dict.fromkeys(LEVELS, 0))
+        counted.update(row.isolation.level for row in self._rows.values() if row.state != "gone")
+        return counted
+
 
 def _view(name: str, row: WorkerRow) -> WorkerView:
     return WorkerView(
@@ -103,6 +119,9 @@ def _view(name: str, row: WorkerRow) -> WorkerView:
         slots=row.hello.slots,
         leases=tuple((lease.step, lease.stage.value) for lease in row.leases),
         nix_version=row.hello.nix_version,
+        isolation=row.isolation.level,
+        isolation_reasons=row.isolation.reasons,
+        isolation_report=row.isolation.report,
         built=row.built,
         last_seen=row.last_seen,
         reason=row.reason or row.quarantine,

@@ -34,9 +34,11 @@ from workers.build import (
     basic_derivation,
     build_in_slot,
 )
+from workers.canary import Canary
 from workers.daemons import DaemonOpener, DaemonUnreachableError, Line, Pool
 from workers.errors import WorkerError
 from workers.fitness import FitnessWatch
+from workers.grades import IsolationGrade
 from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher, open_sources
 from workers.leftovers import MARK, sweep_leftovers, sweep_orphans
 from workers.machine import (
@@ -147,6 +149,8 @@ class Agent:
         #: Leases that left, oldest first; at most REMEMBERED_LEASES.
         self._finished: OrderedDict[LeaseKey, None] = OrderedDict()
         self._nix_version = ""
+        #: What the latest greeting said of the isolation.
+        self._isolation_told: IsolationGrade | None = None
         self._sources: FarmSources | None = None
         #: Sources of earlier greetings, which leases in hand may still use; at most KEPT_SOURCES.
         self._old_sources: list[FarmSources] = []
@@ -209,6 +213,7 @@ class Agent:
             self.require_reign(told.epoch)
             if self._sources is None or self._sources.farm != told:
                 await self._meet(told)
+        self._isolation_told = self._fitness.isolation
         return Hello(
             protocol=PROTOCOL_VERSION,
             worker=self.name,
@@ -220,6 +225,7 @@ class Agent:
             slots=self._offer.slots,
             capacity=self._machine.capacity(),
             unfit=self._fitness.unfit,
+            isolation=self._isolation_told,
             nix_version=self._nix_version,
             leases=tuple(HeldLease.model_validate(held) for held in self._held(set())),
         ).dump()
@@ -258,6 +264,8 @@ class Agent:
         await self._spool.wait(min(wait_s, MAX_WAIT_S))
         self._check_started()
         last, events, ended = self._spool.take(min(max_bytes, MAX_ANSWER_BYTES))
+        isolation = self._fitness.isolation
+        changed = isolation is not None and isolation is not self._isolation_told
         return {
             "incarnation": self._incarnation,
             "last": last,
@@ -266,6 +274,7 @@ class Agent:
             "leases": self._held(ended),
             "draining": self._machine.draining,
             "unfit": self._fitness.unfit,
+            **({"isolation": isolation.model_dump()} if isolation is not None and changed else {}),
         }
 
     async def cancel(self, leases: Sequence[dict[str, Any]]) -> None:
@@ -334,8 +343,9 @@ class Agent:
                 self._slots = [line() for _ in range(self._offer.slots)]
                 self._readers = Pool([line() for _ in range(READERS)])
                 roots, transfers = line(), Pool([line() for _ in range(TRANSFERS)])
+                canary = Canary(self._native(), where.store_dir, where.physical_store, where.state_dir)
                 self._fitness = FitnessWatch(
-                    where, line(), self._clock, lambda: not self._runs, let_go, self._spool.stop_waiting
+                    where, line(), canary, self._clock, lambda: not self._runs, let_go, self._spool.stop_waiting
                 )
                 async with self._slots[0].use() as connection:
                     self._nix_version = connection.nix_version
@@ -407,6 +417,11 @@ class Agent:
         self._sources = sources
         if len(self._old_sources) > KEPT_SOURCES:
             await self._old_sources.pop(0).close()
+
+    def _native(self) -> str:
+        """A system that the worker's Nix builds for: the machine's own where it offers that."""
+        systems = self._offer.systems
+        return self._host.system if self._host.system in systems else systems[0]
 
     def _check_started(self) -> None:
         if self._closing.is_set():

@@ -1,8 +1,10 @@
-"""Whether a worker is fit for work: there is room on its disks, and a trial build goes the way of the real ones.
+"""Whether a worker is fit for work: there is room on its disks, and trial builds go the way of the real ones.
 
 A worker that is not fit says why in every answer (`unfit` on the wire) and the farm gives it nothing new; what runs
 goes on. It is fit again by itself: a disk once there is room, a trial once it succeeds. Trials run while no lease is
-in hand: a worker that builds shows by its builds what it can do, and by their endings what it cannot.
+in hand: a worker that builds shows by its builds what it can do, and by their endings what it cannot. There are two: a
+cheap one that only shows that Nix builds, and the canary (`workers.canary`), which measures how builds are isolated:
+at the start, every few hours, and after doubt. What follows from its grade is the coordinator's decision.
 
 Where the worker may, it makes the room itself, by letting its store collect garbage: all it has is in the farm's cache.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
@@ -18,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.clock import Clock
-from infra.daemon import BasicDerivation, BasicOutput, BuildEvent, DaemonError, GcAction
+from infra.daemon import BasicDerivation, BasicOutput, BuildEvent, DaemonConnection, DaemonError, GcAction
 from infra.nix import base32
+from workers.canary import Canary, CanaryError
 from workers.daemons import DaemonUnreachableError, Line
+from workers.grades import IsolationGrade, grade
 from workers.machine import judge_status
 from workers.settings import WorkerSettings
 
@@ -92,6 +97,7 @@ class FitnessWatch:
         self,
         settings: WorkerSettings,
         line: Line,
+        canary: Canary,
         clock: Clock,
         idle: Callable[[], bool],
         let_go: Callable[[], Awaitable[bool]],
@@ -100,10 +106,11 @@ class FitnessWatch:
         """Look at nothing yet.
 
         `idle`: no lease is in hand. `let_go` drops what keeps the store's paths from collection, False where leases
-        need it. `changed` is called when `unfit` has changed.
+        need it. `changed` is called when `unfit` or `isolation` has changed.
         """
         self._floor_bytes = settings.min_free_mb << 20
         self._trial_every_s = settings.trial_every_s
+        self._canary_every_s = settings.canary_every_s
         self._may_collect = settings.collects_garbage
         self._store_dir = settings.store_dir
         self._store = settings.physical_store
@@ -112,6 +119,7 @@ class FitnessWatch:
         self._places = (self._store, build_dir, settings.state_dir)
         self._name = settings.name
         self._line = line
+        self._canary = canary
         self._clock = clock
         self._idle = idle
         self._let_go = let_go
@@ -120,7 +128,9 @@ class FitnessWatch:
         self._low_room: Room | None = None
         self._low = ""
         self._broken = ""
-        self._next_trial = self._next_collection = 0.0
+        #: How builds are isolated, once a canary has said; the same object for as long as it says the same.
+        self.isolation: IsolationGrade | None = None
+        self._next_trial = self._next_canary = self._next_collection = 0.0
         self._full_at = 0.0
 
     @property
@@ -133,8 +143,8 @@ class FitnessWatch:
         return self._full_at >= at
 
     def doubt(self) -> None:
-        """A build ended in a way that a broken machine explains: try one as soon as no lease is in hand."""
-        self._next_trial = 0.0
+        """A build ended in a way that a broken machine explains: try some as soon as no lease is in hand."""
+        self._next_canary = 0.0
 
     async def run(self) -> None:
         """Look again and again, and make room where it is wanted, until cancelled."""
@@ -147,11 +157,17 @@ class FitnessWatch:
 
     async def look(self) -> None:
         """Look at the disks, and try a build where that is due."""
-        before = self.unfit
+        before, isolation = self.unfit, self.isolation
         await self._look_at_disks()
         # A trial on a full disk would only say again that it is full.
-        if self._trial_every_s and not self._low and self._clock.now() >= self._next_trial and self._idle():
-            await self._try()
+        if not self._low and self._idle():
+            if self._clock.now() >= self._next_canary:
+                await self._try(self._measure)
+            elif self._trial_every_s and self._clock.now() >= self._next_trial:
+                await self._try(self._trial)
+        if self.isolation is not isolation:
+            self._tell_isolation()
+            self._changed()
         if self.unfit != before:
             if self.unfit:
                 log.warning("worker %s takes no work: %s", self._name, self.unfit)
@@ -190,26 +206,42 @@ class FitnessWatch:
         else:
             log.info("worker %s deleted %d paths, %d bytes", self._name, len(done.paths), done.freed_bytes)
 
-    async def _try(self) -> None:
-        problem = await self._trial()
+    async def _try(self, trial: Callable[[DaemonConnection], Awaitable[str]]) -> None:
+        """Do a trial, and decide what it says of the worker and when the next one is due."""
+        try:
+            async with asyncio.timeout(TRIAL_WITHIN_S), self._line.use() as connection:
+                problem = await trial(connection)
+        except TimeoutError:
+            problem = f"it did not end within {TRIAL_WITHIN_S:.0f} s"
+        except (CanaryError, DaemonError, DaemonUnreachableError) as error:
+            problem = str(error)
+        self._broken = f"a trial build fails: {problem}" if problem else ""
+        now = self._clock.now()
         if problem:
             # What is mended (a nix.conf, a daemon) shows on new connections only, those of the slots too.
             await self._let_go()
-        self._broken = f"a trial build fails: {problem}" if problem else ""
-        self._next_trial = self._clock.now() + (TRIAL_AGAIN_S if problem else self._trial_every_s)
+            # It may come back as another machine.
+            self._next_canary = now + TRIAL_AGAIN_S
+        self._next_trial = now + self._trial_every_s
 
-    async def _trial(self) -> str:
+    async def _measure(self, connection: DaemonConnection) -> str:
+        """Build the canary and grade what it says; raises where that fails."""
+        found = grade(await self._canary.measure(connection))
+        if found != self.isolation:
+            self.isolation = found
+        self._next_canary = self._clock.now() + (self._canary_every_s or math.inf)
+        return ""
+
+    async def _trial(self, connection: DaemonConnection) -> str:
         """Build something new; returns what went wrong, empty where nothing did."""
-        drv_path, derivation = trial_derivation(self._store_dir)
-        try:
-            async with asyncio.timeout(TRIAL_WITHIN_S), self._line.use() as connection:
-                result = await connection.build_derivation(drv_path, derivation, _ignore)
-        except TimeoutError:
-            return f"it did not end within {TRIAL_WITHIN_S:.0f} s"
-        except (DaemonError, DaemonUnreachableError) as error:
-            return str(error)
+        result = await connection.build_derivation(*trial_derivation(self._store_dir), _ignore)
         ending = judge_status(result.status, result.error_msg.strip())
         return "" if ending is None else ending.message
+
+    def _tell_isolation(self) -> None:
+        if self.isolation is not None:
+            level, why = self.isolation.level, self.isolation.summary
+            log.info("worker %s isolates its builds as class %s%s", self._name, level, f": {why}" if why else "")
 
 
 def trial_derivation(store_dir: str) -> tuple[str, BasicDerivation]:

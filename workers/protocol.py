@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from workers.grades import IsolationGrade
 from workers.machine import Reason
 
 PROTOCOL_VERSION = 2
@@ -132,6 +133,8 @@ class Hello(WireMessage):
     capacity: int
     #: Why the worker should get no leases for now (a failing trial build, a full disk); empty while it is fit.
     unfit: str = ""
+    #: How builds are kept from its machine; None: it cannot say (it runs an older drover, or could build no canary).
+    isolation: IsolationGrade | None = None
     nix_version: str
     leases: tuple[HeldLease, ...]
 
@@ -222,6 +225,8 @@ class Batch(WireMessage):
     draining: bool = False
     #: As in `Hello`.
     unfit: str = ""
+    #: As in `Hello`, once it is no longer what the latest `Hello` said.
+    isolation: IsolationGrade | None = None
 
 
 ORDERS: TypeAdapter[tuple[LeaseOrder, ...]] = TypeAdapter(tuple[LeaseOrder, ...])

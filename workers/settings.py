@@ -97,6 +97,8 @@ class WorkerSettings(BaseModel):
     collect_garbage: bool | None = None
     #: Seconds between two trial builds of an idle worker; 0: none.
     trial_every_s: Annotated[int, Field(ge=0)] = 600
+    #: Seconds between two canaries, which measure how builds are isolated; 0: at the start and after doubt only.
+    canary_every_s: Annotated[int, Field(ge=0)] = 4 * 3600
     #: Program that speaks the worker protocol on its standard streams.
     nix_daemon: str = "nix-daemon"
 

@@ -147,11 +147,11 @@ def watch(url: str, token_file: str, submission: str, as_json: bool) -> int:
 
 
 @cli.command()
-@click.argument("submission", required=False)
+@click.argument("submission", required=False, metavar="[ID|STEP]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @addressed
 def status(url: str, token_file: str, submission: str | None, as_json: bool) -> int:
-    """Show the farm and its submissions, or one submission."""
+    """Show the farm and its submissions, or one submission, or one step and where it was built."""
     from coordinator.cli import showing  # noqa: PLC0415 - slow to import
 
     return asked(url, token_file, lambda client: showing.status(client, submission, as_json=as_json))

@@ -14,7 +14,7 @@ import orjson
 from coordinator.cli import options
 from coordinator.client import ApiClient, RefusedError
 from coordinator.schema import Model, StepStatus, SubmissionState
-from coordinator.terminal import sanitise, status_lines, submission_rows, table_lines, worker_lines
+from coordinator.terminal import sanitise, status_lines, step_lines, submission_rows, table_lines, worker_lines
 
 #: Submissions that `drover status` lists, newest first.
 LISTED = 20
@@ -23,9 +23,14 @@ DRAIN_LOOK_S = 0.5
 
 
 async def status(client: ApiClient, submission: str | None, *, as_json: bool) -> int:
-    """Show the farm and its submissions, or one submission."""
+    """Show the farm and its submissions, or one submission, or one step."""
     if submission is not None:
-        view = await client.submission(submission)
+        try:
+            view = await client.submission(submission)
+        except RefusedError as error:
+            if error.reason != "not_found":
+                raise
+            return await _step_status(client, submission, error, as_json=as_json)
         if as_json:
             print_json(view)
             return options.OK
@@ -49,6 +54,20 @@ async def status(client: ApiClient, submission: str | None, *, as_json: bool) ->
     )
     if submissions:
         print_lines(["", *table_lines(submission_rows(submissions[:LISTED], time.time()))])
+    return options.OK
+
+
+async def _step_status(client: ApiClient, name: str, unknown: RefusedError, *, as_json: bool) -> int:
+    """Show the step that is called so; raises `unknown` where there is none either."""
+    try:
+        step = await client.step(name)
+    except RefusedError as error:
+        # Several steps match: that is worth saying. None does: then it was meant for a submission.
+        raise (unknown if error.reason == "not_found" and "there is no step" in str(error) else error) from None
+    if as_json:
+        print_json(step)
+    else:
+        print_lines(step_lines(step, time.time()))
     return options.OK
 
 

@@ -28,7 +28,7 @@ from coordinator.codec import (
     decode_facts,
     encode_evidence,
     encode_facts,
-    evidence_size,
+    evidence_shown,
 )
 from coordinator.journal import FRAME_FACTS, FencedError, Journal, JournalError
 from coordinator.state_lock import StateDirBusyError, StateLock
@@ -96,11 +96,16 @@ def test_evidence_comes_back_as_it_went_in() -> None:
         name="out", path="/nix/store/x-a", nar_hash="sha256:x", nar_size=1, references=("x-a",), url="nar/x.nar.zst",
         compression="zstd", file_hash="sha256:y", file_size=77,
     )  # fmt: skip
-    evidence = Evidence((output,))
+    evidence = Evidence((output,), "A")
     assert decode_evidence(encode_evidence(evidence)) == evidence
-    assert evidence_size(encode_evidence(evidence)) == 77
+    assert evidence_shown(encode_evidence(evidence)) == (77, "A")
     with pytest.raises(CodecError):
         decode_evidence(b'{"v":2}')
+
+
+def test_evidence_of_before_classes_of_isolation_can_be_read() -> None:
+    assert decode_evidence(b'{"v":1,"outputs":[]}') == Evidence(())
+    assert evidence_shown(b'{"v":1,"outputs":[{"file_size":7}]}') == (7, "")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -201,18 +201,22 @@ def test_tables_are_aligned_and_emulation_is_labelled() -> None:
         slots=2,
         leases=(("k", "building"),),
         nix_version="2.8.0",
+        isolation="A",
         built=3,
         last_seen=NOW - 2,
     )
+    weak = worker.model_copy(update={"name": "weak", "isolation": "C", "isolation_reasons": ("one", "another")})
     resting = worker.model_copy(
         update={"name": "full", "state": "quarantined", "reason": "its disk is full", "until": NOW + 9}
     )
-    assert worker_lines([worker, resting], NOW) == [
-        "WORKER  STATE        SYSTEMS                                  FEATURES  BUSY  BUILT  SEEN    NIX",
-        "mac     online       x86_64-linux, aarch64-darwin (emulated)  -         1/2   3      2s ago  2.8.0",
-        "full    quarantined  x86_64-linux, aarch64-darwin (emulated)  -         1/2   3      2s ago  2.8.0",
+    assert worker_lines([worker, resting, weak], NOW) == [
+        "WORKER  STATE        SYSTEMS                                  FEATURES  CLASS  BUSY  BUILT  SEEN    NIX",
+        "mac     online       x86_64-linux, aarch64-darwin (emulated)  -         A      1/2   3      2s ago  2.8.0",
+        "full    quarantined  x86_64-linux, aarch64-darwin (emulated)  -         A      1/2   3      2s ago  2.8.0",
+        "weak    online       x86_64-linux, aarch64-darwin (emulated)  -         C      1/2   3      2s ago  2.8.0",
         "",
         "full is quarantined for 9s: its disk is full",
+        "weak is of isolation class C: one; another",
     ]
     assert len(worker_lines([worker], NOW)) == 2
     assert table_lines(submission_rows([submission()], NOW)) == [

@@ -78,9 +78,9 @@ async def test_a_build_that_breaks_with_its_machine_puts_the_machine_to_the_test
     [report] = await told.build(order(drv("unsuited", "echo > $out", system="m68k-linux")))
     assert _reason(report) == "infrastructure"
     # The next trial is a day away, but for the doubt; it succeeds, so the worker stays fit.
-    trials = list((bench.root / "one" / "store" / "nix" / "store").glob("*-drover-trial"))
-    assert len(trials) == 1
-    await told.until(lambda: len(list((bench.root / "one/store/nix/store").glob("*-drover-trial"))) == 2)
+    trials = bench.root / "one" / "store" / "nix" / "store"
+    assert len(list(trials.glob("*-drover-canary-plain"))) == 1
+    await told.until(lambda: len(list(trials.glob("*-drover-canary-plain"))) == 2)
     assert not told.batches[-1].unfit
 
 
