@@ -123,13 +123,9 @@ class Decider:
                 del queues[best]
 
     def _received(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.Fact]:
-        """Take a submission, or let one that ended with lapsed roots run again."""
+        """Take a submission, let one that ended with lapsed roots run again, or give one that runs a new plan."""
         state = self._state
-        known = state.submissions.get(event.submission)
-        if event.again:
-            if known is None or not any(map(is_lapsed, known)):
-                return
-        elif known is not None:
+        if self._is_stale(event):
             return
         check_graph(state, event)
         renewed = yield from self._take_steps(event)
@@ -143,9 +139,11 @@ class Decider:
         for step in lost:
             yield from self._verdicts.revive(state.needs_of(step), restart=True, stands=standing)
             yield f.StepLost(step.key)
-        yield from self._verdicts.revive(roots, restart=True, stands=standing)
+        if not event.replanned:
+            yield from self._verdicts.revive(roots, restart=True, stands=standing)
+            yield from self._end_waits(event)
         members = state.descend(roots)
-        kind = f.SubmissionRetried if event.again else f.SubmissionAccepted
+        kind = f.SubmissionRetried if event.again or event.replanned else f.SubmissionAccepted
         yield kind(
             submission=event.submission,
             at=now,
@@ -157,6 +155,15 @@ class Decider:
         for step, cause in tuple(standing.causes.items()):
             if step.dependents:
                 yield from self._verdicts.doom(step, cause, now)
+
+    def _is_stale(self, event: e.SubmissionReceived) -> bool:
+        """Whether the submission is a repeat, or no longer in the state that running again or a new plan is for."""
+        known = self._state.submissions.get(event.submission)
+        if event.again:
+            return known is None or not any(map(is_lapsed, known))
+        if event.replanned:
+            return known is None or not any(event.submission in root.roots for root in known)
+        return known is not None
 
     def _take_steps(self, event: e.SubmissionReceived) -> Generator[f.Fact, None, dict[StepKey, None]]:
         """Learn steps and recipes; return the known steps that gained one."""
@@ -171,6 +178,13 @@ class Decider:
                     renewed[spec.key] = None
                     yield f.RecipeAdded(spec.key, recipe)
         return renewed
+
+    def _end_waits(self, event: e.SubmissionReceived) -> Iterator[f.Fact]:
+        """Let steps that were handed back go on at once: the client has just sent what they lacked."""
+        for spec in event.steps:
+            step = self._state.steps[spec.key]
+            if step.not_before and step.returns and step.state is StepState.READY:
+                yield f.BackOffEnded(step.key)
 
     def _lost_steps(self, event: e.SubmissionReceived) -> list[Step]:
         """Return what the core takes for done and the cache, asked since, does not hold."""

@@ -33,6 +33,9 @@ class SubmissionReceived:
     retry: tuple[StepKey, ...] = ()
     #: The submission is known and ended without success; it is to run again. Nothing happens where it did not.
     again: bool = False
+    #: The submission is known and has not ended; it was planned anew because the cache lost something. What was lost is
+    #: made again, what failed stays failed. Nothing happens where the submission has ended.
+    replanned: bool = False
 
 
 @dataclass(frozen=True, slots=True)

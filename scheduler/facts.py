@@ -45,7 +45,10 @@ class SubmissionAccepted:
 
 @dataclass(frozen=True, slots=True)
 class SubmissionRetried:
-    """A submission that had ended without success runs again; fields are as in `SubmissionAccepted`."""
+    """A submission that had ended without success runs again, or one that runs was planned anew after a loss.
+
+    Fields are as in `SubmissionAccepted`.
+    """
 
     durable: ClassVar[bool] = True
     submission: SubmissionId

@@ -41,6 +41,8 @@ class Consequence:
     next_recipe: bool = False
     #: Once final: whether later submissions take it for known, within the failure cache's time to live.
     cacheable: bool = False
+    #: Handed back: whether even the first lease after it waits.
+    waits: bool = False
     #: Whether it counts towards the quarantine of the builder that reported or caused it.
     blames_builder: bool = False
 
@@ -91,6 +93,8 @@ CONSEQUENCES: Mapping[FailureKind, Consequence] = MappingProxyType(
         ),
         _K.SUSPECT: _verdict("the build seems to break the daemon that runs it", cacheable=False),
         _K.RETURNED: Consequence(Course.HAND_BACK, "handed back without having been started"),
+        # Mending takes a while, and what is built again needs the worker too.
+        _K.INPUT_LOST: Consequence(Course.HAND_BACK, "the cache has lost an input", waits=True),
         _K.CANCELLED: Consequence(Course.HAND_BACK, "stopped on request"),
     }
 )

@@ -144,6 +144,8 @@ class FailureKind(StrEnum):
     SUSPECT = "suspect"
     #: The worker hands the lease back without having started it. Costs no attempt budget.
     RETURNED = "returned"
+    #: The shell has seen that the cache lost an input, and mends that. Costs no attempt budget either.
+    INPUT_LOST = "input_lost"
     #: The build was stopped on the coordinator's wish.
     CANCELLED = "cancelled"
 

@@ -447,7 +447,7 @@ class FarmState:
             step.faults += 1
             if CONSEQUENCES[kind].tries is not None:
                 step.strikes = (*step.strikes, kind)
-        elif kind is FailureKind.RETURNED:
+        elif kind is not FailureKind.CANCELLED:
             step.returns += 1
         if kind is not FailureKind.CANCELLED:
             step.avoid = fact.builder

@@ -159,9 +159,10 @@ class Verdicts:
             message = f"handed back {returns} times: {failure.message}"
             yield from self.retry(step, Failure(FailureKind.INFRASTRUCTURE, message), now)
             return
-        beyond = returns - self._limits.returns_at_once
+        waits = CONSEQUENCES[failure.kind].waits
+        beyond = returns - (0 if waits else self._limits.returns_at_once)
         wait = self._policy.back_off_s(step.key, beyond) if beyond > 0 else 0.0
-        returned = Failure(FailureKind.RETURNED, failure.message)
+        returned = failure if waits else Failure(FailureKind.RETURNED, failure.message)
         yield f.LeaseRevoked(step.lease, step.builder, returned, Instant(now + wait))
 
     def _next_recipe(self, step: Step, now: Instant) -> Generator[f.Fact, None, int | None]:

@@ -50,6 +50,7 @@ def submit(
     asked_at: float = FAR_OFF,
     retry: bool | Iterable[str] = False,
     again: bool = False,
+    replanned: bool = False,
 ) -> e.SubmissionReceived:
     return e.SubmissionReceived(
         SubmissionId(name),
@@ -60,6 +61,7 @@ def submit(
         retry_failed=retry is True,
         retry=() if isinstance(retry, bool) else tuple(StepKey(key) for key in retry),
         again=again,
+        replanned=replanned,
     )
 
 

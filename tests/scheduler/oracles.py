@@ -85,6 +85,7 @@ FAULTS = {
     FailureKind.KILLED,
     FailureKind.CONNECTION_LOST,
 }
+HANDED_BACK = {FailureKind.RETURNED, FailureKind.INPUT_LOST}
 
 
 class Judge:
@@ -166,8 +167,8 @@ class Judge:
                 life = self._open(fact, fact.lease.step, fact.lease.attempt, fact.builder)
                 kind = fact.failure.kind
                 life.faults += [kind] if kind in FAULTS else []
-                life.returns += kind is FailureKind.RETURNED
-                must(kind in FAULTS | {FailureKind.RETURNED, FailureKind.CANCELLED}, "a verdict is not retried", fact)
+                life.returns += kind in HANDED_BACK
+                must(kind in FAULTS | HANDED_BACK | {FailureKind.CANCELLED}, "a verdict is not retried", fact)
                 must(len(life.faults) < self.limits.attempts, "infrastructure faults are bounded", fact)
                 must(life.faults.count(kind) <= MOST.get(kind, 99), "this kind is not retried so often", fact)
                 must(life.returns <= self.limits.returns, "returned leases are bounded", fact)

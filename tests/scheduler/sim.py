@@ -89,6 +89,8 @@ class Sim:
         #: Chance of its own: half of the seeds stay what they were before submissions could be forgotten.
         self.forgetting = random.Random(f"forgetting {self.seed}")
         self.forgetful = self.forgetting.choice([0.0, 0.0, 0.2, 0.6])
+        self.mending = random.Random(f"mending {self.seed}")
+        self.mended = self.mending.choice([0.0, 0.5, 1.0])
         self.graph = random_graph(chance, chance.choice([0.0, 0.3]))
         self.plain = only_first(self.graph)
         #: How (step, recipe) ends whenever it is built; what is not in here succeeds.
@@ -405,6 +407,7 @@ class Sim:
         *,
         retry: bool,
         again: SubmissionId | None = None,
+        replanned: bool = False,
     ) -> None:
         """Plan, ask the cache, submit; a client whose call fails tries again."""
         wanted, held, steps = list(dict.fromkeys(roots)), [], []
@@ -421,7 +424,14 @@ class Sim:
         def arrive() -> None:
             self.pending -= 1
             event = e.SubmissionReceived(
-                name, tuple(roots), tuple(steps), tuple(held), asked_at, retry, again=again is not None
+                name,
+                tuple(roots),
+                tuple(steps),
+                tuple(held),
+                asked_at,
+                retry,
+                again=again is not None and not replanned,
+                replanned=replanned,
             )
             if self.turn(event):
                 self.accepted.setdefault(name, tuple(roots))
@@ -443,6 +453,13 @@ class Sim:
         """Forget a submission, or ask for it too early or again."""
         if self.accepted and self.forgetting.random() < self.forgetful:
             self.turn(e.SubmissionExpired(self.forgetting.choice(list(self.accepted))))
+
+    def _vanish(self) -> None:
+        """The cache loses something. Perhaps a worker reports it, and the coordinator has seen it and plans anew."""
+        self.cache.discard(self.chance.choice(sorted(self.cache)))
+        if self.accepted and self.mending.random() < self.mended:
+            name = self.mending.choice(list(self.accepted))
+            self.wish(self.accepted[name], self.graph, retry=False, again=name, replanned=True)
 
     def _something(self) -> None:
         """What goes on in the troubled time, once every few seconds."""
@@ -467,7 +484,7 @@ class Sim:
         if self.happens("unfit"):
             link.worker.unfit = "" if link.worker.unfit else "its trial build fails"
         if self.cache and self.happens("vanish"):
-            self.cache.discard(chance.choice(sorted(self.cache)))
+            self._vanish()
         if self.now < 1000.0 + TROUBLED_S:
             self.after(chance.uniform(1.0, 10.0), self._something)
 

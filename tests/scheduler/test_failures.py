@@ -29,7 +29,17 @@ def fail(scene: Scene, key: str, kind: FailureKind) -> list[f.Fact]:
 def test_every_kind_has_a_row_and_no_fault_is_ever_cached_unless_the_build_has_proven_itself_guilty() -> None:
     assert set(CONSEQUENCES) == set(K)
     assert [kind for kind in FAULTS if CONSEQUENCES[kind].cacheable] == [K.KILLED]
-    never = {K.RETURNED, K.CANCELLED, K.SUSPECT, K.DEPENDENCY, K.TIMEOUT, K.SILENCE, K.LOG_LIMIT, K.OUTPUT_SIZE}
+    never = {
+        K.RETURNED,
+        K.INPUT_LOST,
+        K.CANCELLED,
+        K.SUSPECT,
+        K.DEPENDENCY,
+        K.TIMEOUT,
+        K.SILENCE,
+        K.LOG_LIMIT,
+        K.OUTPUT_SIZE,
+    }
     assert not any(CONSEQUENCES[kind].cacheable for kind in never)
     assert not any(CONSEQUENCES[kind].blames_builder for kind in VERDICTS)
     assert all(row.says for row in CONSEQUENCES.values())

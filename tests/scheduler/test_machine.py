@@ -38,6 +38,13 @@ class FarmMachine(RuleBasedStateMachine):
         if name in self.world.wishes:
             self.world.retry(name, self.plain if plain else self.graph)
 
+    @rule(which=ANY, plain=st.booleans())
+    @precondition(lambda self: self.world.submitted)
+    def replan(self, which: int, plain: bool) -> None:
+        name = self.world.submitted[which % len(self.world.submitted)]
+        if name in self.world.wishes:
+            self.world.replan(name, self.plain if plain else self.graph)
+
     @rule(which=ANY)
     @precondition(lambda self: self.world.farm.state.failed)
     def retry_step(self, which: int) -> None:

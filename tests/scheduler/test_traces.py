@@ -267,6 +267,29 @@ def forgotten(scene: Scene) -> None:
     scene.at(10).play(published("lib", 2))
 
 
+def lost_while_wanted(scene: Scene) -> None:
+    scene.note("The cache holds `lib`, at which the plan ends. It loses it, and its `src`, before `app` can begin.")
+    scene.play(join("b1", 2), join("b2", 2))
+    scene.play(submit("s1", ["app"], a_step("app", "lib", "tool"), a_step("tool"), held=["lib"], asked_at=0))
+    scene.play(submit("s2", ["other"], a_step("other", "lib", "tool"), held=["lib"], asked_at=0))
+    scene.at(1).play(built("tool", "b1"))
+    scene.at(2).play(published("tool"))
+    scene.note("The shell has seen the loss itself: no builder is blamed, no attempt is used up, and the step waits.")
+    holder = scene.farm.state.steps[lease("app").step].builder
+    scene.at(3).play(broke("app", holder, FailureKind.INPUT_LOST, message="lib is gone from the cache"))
+    scene.note("Nothing could be mended, so the submission is planned anew. What another one wants waits, too.")
+    chain = (a_step("app", "lib", "tool"), a_step("lib", "src"), a_step("src"))
+    scene.at(4).play(submit("s1", ["app"], *chain, held=["tool"], asked_at=4, replanned=True))
+    scene.at(5).play(built("src", scene.farm.state.steps[lease("src").step].builder))
+    scene.at(6).play(published("src"))
+    scene.at(7).play(built("lib", scene.farm.state.steps[lease("lib").step].builder))
+    scene.at(8).play(published("lib"))
+    scene.note("What has ended is not planned anew: this is nothing.")
+    scene.at(9).play(built("app", scene.farm.state.steps[lease("app").step].builder, 2))
+    scene.at(10).play(published("app", 2))
+    scene.at(11).play(submit("s1", ["app"], *chain, held=["tool"], replanned=True))
+
+
 STORIES: tuple[Callable[[Scene], None], ...] = (
     diamond,
     failure_dooms,
@@ -276,6 +299,7 @@ STORIES: tuple[Callable[[Scene], None], ...] = (
     builder_lost,
     shared_work,
     held_and_lost,
+    lost_while_wanted,
     returned,
     healing,
     restart,

@@ -109,7 +109,7 @@ class World:
             if name in self.judge.builders:
                 raise OracleError(f"{name} died and is not removed")
         for event in events:
-            if isinstance(event, e.SubmissionReceived) and facts and not event.again:
+            if isinstance(event, e.SubmissionReceived) and facts and not (event.again or event.replanned):
                 built = [key for key in event.held if not self.judge.steps[key].done]
                 if built:
                     raise OracleError(f"the cache holds {built}, which are to be built")
@@ -138,6 +138,7 @@ class World:
         blind: bool = False,
         retry: bool = False,
         again: SubmissionId | None = None,
+        replanned: bool = False,
     ) -> None:
         """Ask the cache and send a submission of everything below `roots`, now or by mail; `again` is a known one."""
         wanted = list(dict.fromkeys(roots))
@@ -161,7 +162,8 @@ class World:
             tuple(held),
             Instant(self.now),
             retry_failed=retry,
-            again=again is not None,
+            again=again is not None and not replanned,
+            replanned=replanned,
         )
         if later:
             self.mail.append(event)
@@ -172,6 +174,11 @@ class World:
         """Let a submission run again: it is planned anew, as the coordinator does."""
         if name in self.farm.state.submissions:
             self.submit(self.wishes[name], graph, later=False, retry=True, again=name)
+
+    def replan(self, name: SubmissionId, graph: dict[StepKey, StepSpec]) -> None:
+        """Plan a submission anew, as the coordinator does where it has seen that the cache lost something."""
+        if name in self.farm.state.submissions:
+            self.submit(self.wishes[name], graph, later=False, again=name, replanned=True)
 
     def cancel(self, name: SubmissionId) -> None:
         """A client is promised that this arrives; only after its submission has."""
