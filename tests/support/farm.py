@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from tests.support.ordinary import OrdinaryUser
+
 BIN = Path(sys.executable).parent
 READY_WITHIN_S = 60.0
 STOP_WITHIN_S = 45.0
@@ -85,18 +87,28 @@ class Farm:
         settings: str = "",
         secrets: Path | None = None,
         host: str = "127.0.0.1",
+        user: OrdinaryUser | None = None,
     ) -> None:
-        """`settings` are lines of the configuration file before its tables, `secrets` their `secrets_dir`."""
+        """`settings` are lines of the configuration file before its tables, `secrets` their `secrets_dir`.
+
+        Without both and without workers there is no configuration file, as in the README's first command. `user` is who
+        runs the farm and its commands, instead of who runs the tests.
+        """
         self.root = root
         self.host = host
-        self.state = root / "farm"
+        self.user = user
+        home = root if user is None else user.home
+        self.state = home / "farm"
         self.secrets = secrets or self.state
         self.port = free_port()
         self.url = f"http://{host}:{self.port}"
         self.cache_url = f"{self.url}/cache"
-        self.eval_store = root / "client"
-        self._config = root / "farm.toml"
-        self._config.write_text("\n\n".join([settings, *(worker.toml() for worker in workers)]) + "\n")
+        self.eval_store = home / "client"
+        self._config: tuple[str | Path, ...] = ()
+        if settings or workers:
+            config = root / "farm.toml"
+            config.write_text("\n\n".join([settings, *(worker.toml() for worker in workers)]) + "\n")
+            self._config = ("--config", config)
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self.log_path = root / "farm.log"
@@ -104,7 +116,7 @@ class Farm:
     @property
     def environment(self) -> dict[str, str]:
         return {
-            **os.environ,
+            **(os.environ if self.user is None else self.user.environment),
             "DROVER_URL": self.url,
             "DROVER_TOKEN_FILE": str(self.secrets / "api-token"),
             "DROVER_TEST_MARK": str(self.root),
@@ -119,16 +131,7 @@ class Farm:
         """Start the program, and wait for nothing."""
         self._log = self.log_path.open("ab")
         self._process = subprocess.Popen(
-            [
-                BIN / "drover",
-                "up",
-                "--state-dir",
-                self.state,
-                "--listen",
-                f"{self.host}:{self.port}",
-                "--config",
-                self._config,
-            ],
+            self.command("up", "--state-dir", self.state, "--listen", f"{self.host}:{self.port}", *self._config),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -233,7 +236,8 @@ class Farm:
         return " ".join(self.api("farm")["public_keys"])
 
     def command(self, *arguments: str | Path) -> list[str]:
-        return [str(BIN / "drover"), *map(str, arguments)]
+        prefix = () if self.user is None else self.user.prefix
+        return [*prefix, str(BIN / "drover"), *map(str, arguments)]
 
     def build_command(self, file: Path, *arguments: str | Path) -> list[str]:
         return self.command("build", file, "--store", self.eval_store, *arguments)

@@ -1,0 +1,40 @@
+"""Farms as the README starts them, for tests that attack them. Both are shared by the tests of a module.
+
+- `readme_farm`: `drover up` as whoever runs the tests (root), without configuration, with its default worker.
+- `users_farm`: the same as an ordinary user of the machine with a home of their own (`tests.support.ordinary`).
+
+Both are `FarmUnderAttack`, which is a `tests.support.farm.Farm` with what attacks need:
+
+    def test_a_stranger_is_refused(readme_farm: FarmUnderAttack) -> None:
+        built = readme_farm.build_text('derivation { name = "x"; … }')        # `drover build`, as the farm's user
+        with LoopStalls(readme_farm.url) as stalls:                           # tests.support.loop
+            answer = readme_farm.request("POST", "/api/v1/submissions", b"{", token=None)   # raw HTTP
+        assert answer.status == 401
+        assert stalls.over(0.05) == 0
+        assert readme_farm.process.peak_rss_bytes < 500_000_000               # also rss_bytes, descriptors
+
+`readme_farm.process.reset_peak()` lets the peak begin anew. A test that hurts its farm for good makes one of its own:
+`with running_farm(directory) as farm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.attack import FarmUnderAttack, running_farm
+from tests.support.ordinary import OrdinaryUser
+
+
+@pytest.fixture(scope="module")
+def readme_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarmUnderAttack]:
+    with running_farm(tmp_path_factory.mktemp("readme")) as farm:
+        yield farm
+
+
+@pytest.fixture(scope="module")
+def users_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarmUnderAttack]:
+    root = tmp_path_factory.mktemp("user")
+    with running_farm(root, user=OrdinaryUser(root)) as farm:
+        yield farm

@@ -1,0 +1,127 @@
+"""A farm as the README starts it, with the means of an attacker and the instruments that judge the damage."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.farm import Farm
+from tests.support.ordinary import OrdinaryUser
+
+#: Seconds; only ends a request that hangs.
+ANSWER_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An HTTP answer, whatever its status."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class ProcessGauge:
+    """What the kernel says about a process."""
+
+    def __init__(self, pid: int) -> None:
+        self._proc = Path(f"/proc/{pid}")
+
+    @property
+    def rss_bytes(self) -> int:
+        return self._status_bytes("VmRSS")
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Most resident memory since the start or `reset_peak`."""
+        return self._status_bytes("VmHWM")
+
+    @property
+    def descriptors(self) -> int:
+        return len(list((self._proc / "fd").iterdir()))
+
+    def reset_peak(self) -> None:
+        (self._proc / "clear_refs").write_text("5")
+
+    def _status_bytes(self, field: str) -> int:
+        found = re.search(rf"^{field}:\s+(\d+) kB$", (self._proc / "status").read_text(), re.MULTILINE)
+        assert found is not None
+        return int(found[1]) * 1024
+
+
+class FarmUnderAttack(Farm):
+    """A farm without configuration, run by whoever runs the tests or by `user`."""
+
+    def __init__(self, root: Path, user: OrdinaryUser | None = None) -> None:
+        super().__init__(root, [], user=user)
+        self._expressions = root / "expressions"
+        self._expressions.mkdir()
+        self._numbers = itertools.count()
+
+    @property
+    def process(self) -> ProcessGauge:
+        """The coordinator's process."""
+        return ProcessGauge(self.pid)
+
+    @property
+    def token(self) -> str:
+        """The API token, which a stranger does not have."""
+        return (self.secrets / "api-token").read_text().strip()
+
+    def expression(self, text: str) -> Path:
+        """Write a Nix file that the farm's user can read; `shell NAME SCRIPT` in it makes a derivation."""
+        # An ordinary user sees of a closed directory only their home.
+        directory = self._expressions if self.user is None else self.user.home
+        file = directory / f"expression-{next(self._numbers)}.nix"
+        file.write_text(
+            f"""
+            let
+              shell = name: script: derivation {{
+                inherit name; system = builtins.currentSystem; builder = "/bin/sh"; args = [ "-c" script ];
+                salt = "{self.root}";
+              }};
+            in {text}
+            """
+        )
+        return file
+
+    def build_text(self, text: str, *arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
+        """Evaluate `text` and build it with `drover build`; the result is the last line with `--json`."""
+        return self.build(self.expression(text), *arguments, timeout_s=timeout_s)
+
+    def request(
+        self,
+        method: str,
+        target: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        token: str | None = None,
+    ) -> Answer:
+        """Send one request to the coordinator as it stands, with a token only where one is given."""
+        sent = {**({"Authorization": f"Bearer {token}"} if token else {}), **(headers or {})}
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=ANSWER_S)
+        try:
+            connection.request(method, target, body, sent)
+            response = connection.getresponse()
+            return Answer(response.status, dict(response.getheaders()), response.read())
+        finally:
+            connection.close()
+
+
+@contextmanager
+def running_farm(root: Path, user: OrdinaryUser | None = None) -> Iterator[FarmUnderAttack]:
+    """A farm that has its one worker; stopped, and cleared of what does not stop, at the end."""
+    farm = FarmUnderAttack(root, user)
+    try:
+        farm.start().wait_for_workers(1)
+        yield farm
+    finally:
+        farm.stop()
+        farm.clear()
