@@ -1,32 +1,35 @@
 """Nix evaluation on the client: a file and attributes in, derivations out.
 
-`nix-instantiate` does it, in a process of its own, once for all attributes. Its output has one line for each derivation
-and does not say which attribute it came from; attributes that stand for several derivations are told apart by asking
-once for each attribute, which happens only when the numbers do not match.
+One `nix-instantiate` does it, in a process of its own: `roots.nix` finds the derivations as `nix-instantiate` itself
+would, writes each to the store, and says with each the attribute that it came from and what its `meta` says of limits.
+So a root has its attribute's name and limits whichever way it came about: named with `-A`, a member of a set or of a
+list, what a function returns, or the whole file.
 
-Limits that packages set for themselves are asked for after it, in a process that instantiates nothing; where that fails
-there are none. `meta.timeout` and `meta.maxSilent` are Hydra's names (seconds); `meta.drover` is an attribute set of
-`logBytes`, `outputBytes` and `memoryBytes`.
+`meta.timeout` and `meta.maxSilent` are Hydra's names (seconds); `meta.drover` is an attribute set of `logBytes`,
+`outputBytes` and `memoryBytes`.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-import orjson
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from coordinator.errors import CoordinatorError
 from coordinator.limits import MAX_LIMIT, StepLimits
-from infra.process import ProcessError, ProcessNotFound, ProcessOutputTooLarge, ProcessTimeout, run
+from infra.process import Completed, ProcessError, ProcessNotFound, ProcessOutputTooLarge, ProcessTimeout, run
 
-#: The expression that finds the limits.
-META = Path(__file__).with_name("meta.nix")
+#: The expression that finds the derivations of attributes.
+ROOTS = Path(__file__).with_name("roots.nix")
 TIMEOUT_S = 3600.0
+#: Attributes that a sentence names; it counts the rest.
+MAX_NAMED = 8
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 #: What nix-instantiate says that is no news here: the graph is sent before anybody could collect it, and nothing is
 #: built on this machine.
@@ -34,6 +37,9 @@ _NOISE = re.compile(
     r"warning: (?:you did not specify '--add-root'|the group '\w+' specified in 'build-users-group').*\n?"
 )
 _ATTR_NAME = re.compile(r'(?:"[^"]*"|[^."])+')
+#: What Nix prints of an attribute's name without quotes.
+_BARE_NAME = re.compile(r"[A-Za-z_][-A-Za-z0-9_+]*|[0-9]+")
+_PLACE = TypeAdapter(list[int | str])
 _ERROR_LINE = re.compile(r"^[ \t]*error:[ \t]+(\S.*)$", re.MULTILINE)
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _DRV = re.compile(r"(/[^!]+/[0-9a-z]{32}-[^/!]+\.drv)(?:!([^!]+))?")
@@ -49,6 +55,7 @@ class EvaluationError(CoordinatorError):
 class Wanted:
     """One derivation that an attribute stands for; `outputs` empty: all of them."""
 
+    #: The attribute's path as `-A` takes it; the derivation's name where the whole file is that derivation.
     attr: str
     #: Full store path.
     drv: str
@@ -71,6 +78,47 @@ def drv_name(drv: str) -> str:
     return drv.rpartition("/")[2][33:].removesuffix(".drv")
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """An attribute that nothing was built of, though it may hold derivations, as Nix leaves it out."""
+
+    attr: str
+    #: Whether it is a set that does not ask to be entered; else its name has characters that Nix passes over.
+    is_set: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a file and attributes stand for."""
+
+    #: At least one.
+    wanted: tuple[Wanted, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+
+class _Row(BaseModel):
+    """One entry of what `roots.nix` answers."""
+
+    at: int
+    path: tuple[str, ...]
+    drv: str = ""
+    output: str = ""
+    left: str = ""
+    timeout_s: Annotated[int, Field(ge=0)] = 0
+    silence_s: Annotated[int, Field(ge=0)] = 0
+    log_bytes: Annotated[int, Field(ge=0)] = 0
+    output_bytes: Annotated[int, Field(ge=0)] = 0
+    memory_bytes: Annotated[int, Field(ge=0)] = 0
+
+    def limits(self) -> StepLimits | None:
+        """Return what the row says of limits, None where it says nothing."""
+        said = StepLimits(**{each.name: min(getattr(self, each.name), MAX_LIMIT) for each in fields(StepLimits)})
+        return said if said != StepLimits() else None
+
+
+_ROWS = TypeAdapter(list[_Row])
+
+
 async def evaluate(
     file: str,
     attrs: Sequence[str],
@@ -79,7 +127,7 @@ async def evaluate(
     env: Mapping[str, str] | None = None,
     on_stderr: Callable[[str], None] = lambda _text: None,
     timeout_s: float = TIMEOUT_S,
-) -> list[Wanted]:
+) -> Evaluation:
     """Evaluate `attrs` of `file` (the whole file if there are none) with `nix-instantiate`.
 
     Args:
@@ -93,63 +141,113 @@ async def evaluate(
     Raises:
         EvaluationError: No derivation came of it.
     """
-    if not file.startswith("<") and "://" not in file and not _exists(file):
+    if not file.startswith("<") and not _is_url(file) and not _exists(file):
         raise EvaluationError(f"{file} does not exist; name the Nix file to evaluate")
-    how = _How(file, tuple(flags), os.environ if env is None else env, timeout_s)
-    wanted = await _instantiate(how, attrs, on_stderr)
-    # One after the other: two Nix processes that make a new store at the same time fail at it.
-    limits = await _limits(how, attrs or [""])
-    if len(wanted) == len(limits):
-        # Only then it is known which derivation an attribute's `meta` belongs to.
-        pairs = zip(wanted, limits, strict=True)
-        wanted = [replace(each, limits=said if said != StepLimits() else None) for each, said in pairs]
-    if len(attrs) <= 1 or len(wanted) == len(attrs):
-        return _named(wanted, attrs)
-    named: list[Wanted] = []
-    for attr in attrs:
-        again = await _instantiate(how, [attr], lambda _text: None)
-        named += _named(again, [attr])
-    return named
+    asked = list(attrs) or [""]
+    token = f"drover-{secrets.token_hex(8)}"
+    done = await _run(file, asked, token, flags, os.environ if env is None else env, timeout_s)
+    places, messages = _split_places(token, _NOISE.sub("", done.stderr.decode(errors="replace")))
+    if messages.strip():
+        on_stderr(messages)
+    if done.returncode != 0:
+        raise EvaluationError(explain(file, messages, done.returncode, _place(asked, places)))
+    try:
+        rows = _ROWS.validate_json(done.stdout)
+    except ValidationError:
+        raise EvaluationError(f"nix-instantiate answered {done.stdout[:200]!r}, which names no derivations") from None
+    return _evaluation(file, asked, rows)
 
 
-def _named(wanted: Sequence[Wanted], attrs: Sequence[str]) -> list[Wanted]:
-    """Call each derivation by its attribute; several of one attribute get a number, those of none keep their name."""
-    if not attrs:
-        return list(wanted)
-    if len(attrs) == len(wanted):
-        return [replace(each, attr=attr) for attr, each in zip(attrs, wanted, strict=True)]
-    return [replace(each, attr=f"{attrs[0]}.{number}") for number, each in enumerate(wanted, 1)]
+def _evaluation(file: str, asked: Sequence[str], rows: Sequence[_Row]) -> Evaluation:
+    # One derivation under two names in one set is one root, as for Nix.
+    wanted: dict[tuple[int, str, str, StepLimits | None], Wanted] = {}
+    left_out: dict[str, LeftOut] = {}
+    for row in rows:
+        attr = _attr(asked, row)
+        if row.left:
+            left_out[attr] = LeftOut(attr, row.left == "set")
+            continue
+        drv = parse_drv(row.drv)
+        if drv is None:
+            raise EvaluationError(f"{attr or file} has the derivation {row.drv[:200]!r}, which is no path of one")
+        outputs = () if row.output == "out" else (row.output,)
+        limits = row.limits()
+        each = Wanted(attr or drv.attr, drv.drv, outputs, limits)
+        wanted.setdefault((row.at, drv.drv, row.output, limits), each)
+    if not wanted:
+        what = ", ".join(attr for attr in asked if attr) or "the file"
+        names = _some(list(left_out))
+        inside = f"; not looked into: {names}" if names else ""
+        raise EvaluationError(f"{what} of {file} holds no derivation{inside}; choose an attribute that does with -A")
+    return Evaluation(tuple(wanted.values()), tuple(left_out.values()))
 
 
-@dataclass(frozen=True, slots=True)
-class _How:
-    file: str
-    flags: tuple[str, ...]
-    env: Mapping[str, str]
-    timeout_s: float
+def _some(names: Sequence[str]) -> str:
+    """Return the first of `names` as one text, with how many more there are."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
+
+
+def left_out_text(file: str, left_out: Sequence[LeftOut]) -> str:
+    """Return what to tell of attributes that were left out; empty where there are none."""
+    if not left_out:
+        return ""
+    advice = f"-A '{left_out[0].attr}'" if '"' in left_out[0].attr else f"-A {left_out[0].attr}"
+    if any(each.is_set for each in left_out):
+        advice += " or with recurseForDerivations = true in the set"
+    names = _some([each.attr for each in left_out])
+    return f"left out of {file}, as Nix leaves them out: {names}; build them with {advice}"
+
+
+def _attr(asked: Sequence[str], row: _Row) -> str:
+    """Return the attribute path of a row; names with other characters than Nix prints bare stand in quotes."""
+    names = [name if _BARE_NAME.fullmatch(name) else f'"{name}"' for name in row.path]
+    return ".".join(([asked[row.at]] if asked[row.at] else []) + names)
+
+
+def _split_places(token: str, messages: str) -> tuple[list[str], str]:
+    """Take the lines that say which attribute comes next out of what Nix printed."""
+    places = re.compile(rf"^trace: {token} (\[.*\])\n?", re.MULTILINE)
+    return places.findall(messages), places.sub("", messages)
+
+
+def _place(asked: Sequence[str], places: Sequence[str]) -> str:
+    """Return the attribute that was being evaluated last."""
+    if not places:
+        return ""
+    try:
+        at, *path = _PLACE.validate_json(places[-1])
+        return _attr(asked, _Row(at=int(at), path=tuple(map(str, path))))
+    except (ValueError, IndexError):
+        return ""
+
+
+def _is_url(file: str) -> bool:
+    return "://" in file or file.startswith("channel:")
 
 
 def _exists(file: str) -> bool:
     return Path(file).exists()
 
 
-async def _instantiate(how: _How, attrs: Sequence[str], on_stderr: Callable[[str], None]) -> list[Wanted]:
-    file = how.file
-    selection = [word for attr in attrs for word in ("-A", attr)]
-    # A file called "-A" must not become an option.
-    name = f"./{file}" if file.startswith("-") else file
+async def _run(  # noqa: PLR0917 - what one process takes
+    file: str, attrs: Sequence[str], token: str, flags: Sequence[str], env: Mapping[str, str], timeout_s: float
+) -> Completed:
+    told = ["--argstr", "drover_token", token]
+    told += ["--arg", "drover_file", _nix_file(file), "--arg", "drover_attrs", _nix_paths(attrs)]
     try:
-        done = await run(
-            ["nix-instantiate", name, *selection, *how.flags],
-            env=how.env,
-            timeout_s=how.timeout_s,
+        return await run(
+            # What it evaluates to is written to the store, as if it were instantiated.
+            ["nix-instantiate", "--eval", "--read-write-mode", "--strict", "--json", str(ROOTS), *flags, *told],
+            env=env,
+            timeout_s=timeout_s,
             max_output_bytes=MAX_OUTPUT_BYTES,
         )
     except ProcessNotFound:
         raise EvaluationError("nix-instantiate is not on PATH; install Nix on this machine to evaluate files") from None
     except ProcessTimeout:
         raise EvaluationError(
-            f"the evaluation of {file} did not end within {how.timeout_s:g} s; choose fewer attributes with -A"
+            f"the evaluation of {file} did not end within {timeout_s:g} s; choose fewer attributes with -A"
         ) from None
     except ProcessOutputTooLarge:
         raise EvaluationError(
@@ -157,46 +255,15 @@ async def _instantiate(how: _How, attrs: Sequence[str], on_stderr: Callable[[str
         ) from None
     except ProcessError as error:
         raise EvaluationError(f"the evaluation of {file} could not be run: {error}") from None
-    messages = _NOISE.sub("", done.stderr.decode(errors="replace"))
-    if messages.strip():
-        on_stderr(messages)
-    if done.returncode != 0:
-        raise EvaluationError(explain(file, messages, done.returncode))
-    wanted = []
-    for line in done.stdout.decode(errors="replace").splitlines():
-        each = parse_drv(line.strip())
-        if each is None:
-            raise EvaluationError(f"nix-instantiate printed {line[:200]!r}, which names no derivation")
-        wanted.append(each)
-    if not wanted:
-        what = ", ".join(attrs) or "the file"
-        raise EvaluationError(f"{what} of {file} holds no derivation; choose an attribute that does with -A")
-    return wanted
-
-
-async def _limits(how: _How, attrs: Sequence[str]) -> list[StepLimits]:
-    """Return what the `meta` of each attribute says; an empty list where that cannot be had."""
-    told = ["--arg", "drover_file", _nix_file(how.file), "--arg", "drover_attrs", _nix_paths(attrs)]
-    flags = [*how.flags, *told]
-    try:
-        done = await run(
-            ["nix-instantiate", "--eval", "--strict", "--json", str(META), *flags],
-            env=how.env,
-            timeout_s=how.timeout_s,
-            max_output_bytes=MAX_OUTPUT_BYTES,
-        )
-        rows = orjson.loads(done.stdout) if done.returncode == 0 else []
-        return [StepLimits(**{name: min(int(value), MAX_LIMIT) for name, value in row.items()}) for row in rows]
-    except (ProcessError, ValueError, KeyError, TypeError):
-        # The evaluation itself says what is wrong; a limit is not worth a second error.
-        return []
 
 
 def _nix_file(file: str) -> str:
     """Write what nix-instantiate takes for a file as a Nix expression; `import` refuses a URL."""
     if file.startswith("<"):
         return file
-    return _nix_text(file) if "://" in file else f"(/. + {_nix_text(str(Path(file).absolute()))})"
+    if _is_url(file):
+        return f"(builtins.fetchTarball {_nix_text(file)})"
+    return f"(/. + {_nix_text(str(Path(file).absolute()))})"
 
 
 def _nix_paths(attrs: Sequence[str]) -> str:
@@ -215,12 +282,13 @@ def _nix_text(text: str) -> str:
     return f'"{escaped}"'
 
 
-def explain(file: str, messages: str, status: int) -> str:
-    """Return one sentence: Nix's first error line and what to do about it."""
+def explain(file: str, messages: str, status: int, attr: str = "") -> str:
+    """Return one sentence: the attribute if it is known, Nix's first error line, and what to do about it."""
+    where = f"{attr} of {file}" if attr else file
     match = _ERROR_LINE.search(_ESCAPES.sub("", messages))
     if match is None:
-        return f"the evaluation of {file} failed with status {status}; Nix's messages are above"
+        return f"the evaluation of {where} failed with status {status}; Nix's messages are above"
     line = match[1].strip().rstrip(".")
-    if re.search(r"attribute .* (in selection path|missing)", line):
+    if re.search(r"in selection path|attribute .* missing", line):
         return f"{line}; check the names after -A against {file}"
-    return f"{line}; correct {file} (Nix's whole message is above)"
+    return f"{line}; correct {where} (Nix's whole message is above)"

@@ -16,7 +16,7 @@ import orjson
 from coordinator.cli import options
 from coordinator.client import ApiClient, ClientError
 from coordinator.closure import Closure, LocalStore, base_name, describe_sources, local_store, read_closure
-from coordinator.evaluate import EvaluationError, Wanted, evaluate, parse_drv
+from coordinator.evaluate import Evaluation, EvaluationError, LeftOut, Wanted, evaluate, left_out_text, parse_drv
 from coordinator.follow import Screen, follow
 from coordinator.framing import SourceHeader, encode_derivations, encode_sources, in_thread
 from coordinator.schema import (
@@ -64,6 +64,7 @@ class _Submitted:
 
     id: str = ""
     failed: dict[str, StepView] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def build(connect: Callable[[], ApiClient], wish: Wish) -> int:
@@ -105,7 +106,10 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
     async with connect() as client:
         # First of all whether anybody is there: an evaluation can take minutes.
         farm = await client.farm()
-        wanted = await _wanted(wish)
+        evaluation = await _evaluate(wish)
+        wanted, submitted.left_out = evaluation.wanted, evaluation.left_out
+        if submitted.left_out:
+            click.echo(f"drover: {left_out_text(wish.files[0], submitted.left_out)}", err=True)
         store = local_store(wish.store, wanted[0].drv)
         await _send(client, store, wanted, screen)
         roots = tuple(
@@ -120,17 +124,17 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
         view = await client.submit(SubmitRequest(roots=roots, label=wish.label, retry_failed=wish.retry))
         submitted.id = view.id
         if wish.detach:
-            return _detached(view, as_json=wish.as_json)
+            return _detached(view, submitted, as_json=wish.as_json)
         view = await follow(client, view.id, screen, submitted.failed)
         if wish.fetch and view.state is SubmissionState.SUCCEEDED:
             await _fetch(farm, view, wish, store, screen)
         return _finish(view, submitted, screen, as_json=wish.as_json)
 
 
-async def _wanted(wish: Wish) -> list[Wanted]:
+async def _evaluate(wish: Wish) -> Evaluation:
     drvs = [each for each in map(parse_drv, wish.files) if each is not None]
     if len(drvs) == len(wish.files):
-        return drvs
+        return Evaluation(tuple(drvs))
     if len(wish.files) > 1 or wish.files[0].partition("!")[0].endswith(".drv"):
         raise EvaluationError(f"{wish.files[0]} is not the full path of a derivation in a Nix store")
     flags = [*wish.flags, *wish.settings]
@@ -172,14 +176,14 @@ def _nar(store: LocalStore, header: SourceHeader) -> Callable[[], Any]:
     return lambda: dump(store.physical(f"{store.store_dir}/{header.path}"))
 
 
-def _detached(view: SubmissionView, *, as_json: bool) -> int:
+def _detached(view: SubmissionView, submitted: _Submitted, *, as_json: bool) -> int:
     click.echo(
         f"submitted {view.id}: {view.counts.total} steps, {view.counts.held} already in the cache\n"
         f"  watch it: drover watch {view.id}\n  end it:   drover cancel {view.id}",
         err=as_json,
     )
     if as_json:
-        _print_json(view, [])
+        _print_json(view, [], submitted.left_out)
     return options.OK
 
 
@@ -188,12 +192,16 @@ def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_j
     for line in summary_lines(view, failed, time.time()):
         screen.line(line)
     if as_json:
-        _print_json(view, failed)
+        _print_json(view, failed, submitted.left_out)
     return options.OK if view.state is SubmissionState.SUCCEEDED else options.BUILD_FAILED
 
 
-def _print_json(view: SubmissionView, failed: Sequence[StepView]) -> None:
-    document = {**view.model_dump(mode="json"), "failed_steps": [step.model_dump(mode="json") for step in failed]}
+def _print_json(view: SubmissionView, failed: Sequence[StepView], left_out: Sequence[LeftOut]) -> None:
+    document = {
+        **view.model_dump(mode="json"),
+        "failed_steps": [step.model_dump(mode="json") for step in failed],
+        "left_out": [each.attr for each in left_out],
+    }
     sys.stdout.write(orjson.dumps(document).decode() + "\n")
     sys.stdout.flush()
 

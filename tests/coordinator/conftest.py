@@ -54,7 +54,7 @@ class TestFarm:
         file = self.root / "default.nix"
         await asyncio.to_thread(file.write_text, PRELUDE + text)
         store = LocalStore(root=str(self.root / "client"))
-        wanted = await evaluate(str(file), attrs, flags=("--option", "substituters", "", *store.flags))
+        wanted = (await evaluate(str(file), attrs, flags=("--option", "substituters", "", *store.flags))).wanted
         closure = read_closure(store, [each.drv for each in wanted])
         sources = [header.path for header in await describe_sources(store, closure.sources)]
         names = {base_name(path): path for path in closure.derivations}

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from coordinator.closure import ClosureError, LocalStore, describe_sources, local_store, read_closure
-from coordinator.evaluate import EvaluationError, Wanted, evaluate, explain, parse_drv
+from coordinator.evaluate import EvaluationError, LeftOut, Wanted, evaluate, explain, left_out_text, parse_drv
 from coordinator.limits import StepLimits
 from infra.nar_files import dump
 from infra.nix.ca import SourceDigest, verify_source
 from infra.nix.store_path import StoreDir
+from infra.process import run
 
 EXPRESSION = """
 let make = name: more: derivation ({ inherit name; system = "x86_64-linux"; builder = "/bin/sh"; } // more);
@@ -42,19 +44,19 @@ def flags(tmp_path: Path) -> tuple[str, ...]:
     return ("--store", str(tmp_path / "store"), "--option", "substituters", "")
 
 
-def described(wanted: list[Wanted]) -> list[tuple[str, str, tuple[str, ...]]]:
+def described(wanted: Sequence[Wanted]) -> list[tuple[str, str, tuple[str, ...]]]:
     return [(each.attr, each.drv[44:], each.outputs) for each in wanted]
 
 
 async def test_attributes_are_told_apart(file: str, flags: tuple[str, ...]) -> None:
-    assert described(await evaluate(file, ["a", "b", "dev"], flags=flags)) == [
+    assert described((await evaluate(file, ["a", "b", "dev"], flags=flags)).wanted) == [
         ("a", "a.drv", ()),
         ("b", "b.drv", ()),
         ("dev", "b.drv", ("dev",)),
     ]
-    assert described(await evaluate(file, ["several", "a"], flags=flags)) == [
-        ("several.1", "a.drv", ()),
-        ("several.2", "b.drv", ()),
+    assert described((await evaluate(file, ["several", "a"], flags=flags)).wanted) == [
+        ("several.x", "a.drv", ()),
+        ("several.y", "b.drv", ()),
         ("a", "a.drv", ()),
     ]
 
@@ -109,7 +111,7 @@ def test_derivation_paths_are_arguments_too() -> None:
 
 
 async def test_the_closure_is_read_inputs_first_with_all_sources(file: str, flags: tuple[str, ...]) -> None:
-    wanted = await evaluate(file, ["b"], flags=flags)
+    wanted = (await evaluate(file, ["b"], flags=flags)).wanted
     store = local_store(flags[1], wanted[0].drv)
     closure = read_closure(store, [wanted[0].drv])
     assert [drv[44:] for drv in closure.derivations] == ["a.drv", "b.drv"]
@@ -128,7 +130,7 @@ async def test_the_closure_is_read_inputs_first_with_all_sources(file: str, flag
 
 
 async def test_a_store_that_lost_a_member_is_an_error_that_names_it(file: str, flags: tuple[str, ...]) -> None:
-    wanted = await evaluate(file, ["b"], flags=flags)
+    wanted = (await evaluate(file, ["b"], flags=flags)).wanted
     store = local_store(flags[1], wanted[0].drv)
     whole = read_closure(store, [wanted[0].drv])
     await asyncio.to_thread(Path(store.physical(whole.derivations[0])).unlink)
@@ -146,29 +148,115 @@ def test_a_store_that_is_no_directory_is_refused() -> None:
     assert LocalStore().flags == ()
 
 
-async def test_limits_come_from_the_meta_of_the_attribute_itself(
-    file: str, flags: tuple[str, ...], tmp_path: Path
-) -> None:
-    (tmp_path / "limited.nix").write_text(
+LIMITED = """
+{ factor ? 1, ... }:
+let
+  make = name: meta:
+    (derivation { inherit name; system = "x86_64-linux"; builder = "/bin/sh"; }) // { inherit meta; };
+in {
+  plain = make "plain" { };
+  set."with.dot" = make "dotted" {
+    timeout = 60 * factor; maxSilent = 7; drover = { memoryBytes = 8; outputBytes = 9; logBytes = 10; };
+  };
+  called = { factor ? 0 }: make "called" { timeout = factor; };
+  broken = make "broken" { timeout = throw "no"; maxSilent = "soon"; };
+  both = { x = make "x" { timeout = 1; }; y = make "y" { timeout = 1; }; };
+  list = [ (make "first" { timeout = 3; }) [ ({ factor ? 4 }: make "second" { timeout = factor; }) ] ];
+  deep.recurseForDerivations = true;
+  deep.inner = { recurseForDerivations = true; leaf = make "leaf" { maxSilent = 5; }; };
+}
+"""
+
+
+async def test_limits_come_from_the_meta_of_the_attribute_itself(flags: tuple[str, ...], tmp_path: Path) -> None:
+    limited = tmp_path / "limited.nix"
+    limited.write_text(LIMITED)
+    attrs = ["plain", 'set."with.dot"', "called", "broken"]
+    found = (await evaluate(str(limited), attrs, flags=(*flags, "--arg", "factor", "2"))).wanted
+    assert [each.attr for each in found] == attrs
+    assert [each.limits for each in found] == [None, StepLimits(120, 7, 10, 9, 8), StepLimits(timeout_s=2), None]
+
+
+async def test_limits_and_names_hold_whichever_way_a_root_came_about(flags: tuple[str, ...], tmp_path: Path) -> None:
+    limited = tmp_path / "limited.nix"
+    limited.write_text(LIMITED)
+
+    async def said(file: Path, *attrs: str) -> dict[str, StepLimits | None]:
+        found = await evaluate(str(file), attrs, flags=flags)
+        return {each.attr: each.limits for each in found.wanted}
+
+    def seconds(count: int) -> StepLimits:
+        return StepLimits(timeout_s=count)
+
+    leaf = StepLimits(silence_s=5)
+    assert await said(limited) == {"broken": None, "deep.inner.leaf": leaf, "plain": None}
+    assert await said(limited, "both", "list", "deep.inner") == {
+        "both.x": seconds(1),
+        "both.y": seconds(1),
+        "list.0": seconds(3),
+        "list.1.0": seconds(4),
+        "deep.inner.leaf": leaf,
+    }
+    single = tmp_path / "single.nix"
+    single.write_text(f"(import {limited} {{ }}).both.x")
+    assert await said(single) == {"x": seconds(1)}
+
+
+async def test_what_nix_leaves_out_of_a_set_is_said(flags: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "nested.nix"
+    file.write_text(
         """
-        { factor ? 1, ... }:
-        let
-          make = name: meta:
-            (derivation { inherit name; system = "x86_64-linux"; builder = "/bin/sh"; }) // { inherit meta; };
+        let make = name: derivation { inherit name; system = "x86_64-linux"; builder = "/bin/sh"; };
+        in rec { a = make "a"; again = a; nested = { b = throw "not looked into"; }; "3d" = make "c"; number = 3; }
+        """
+    )
+    found = await evaluate(str(file), [], flags=flags)
+    assert [each.attr for each in found.wanted] == ["a"]
+    assert found.left_out == (LeftOut('"3d"', is_set=False), LeftOut("nested", is_set=True))
+    assert left_out_text("f.nix", found.left_out[1:]) == (
+        "left out of f.nix, as Nix leaves them out: nested; "
+        "build them with -A nested or with recurseForDerivations = true in the set"
+    )
+    assert [each.attr for each in (await evaluate(str(file), ['"3d"'], flags=flags)).wanted] == ['"3d"']
+
+
+async def test_an_attribute_that_cannot_be_evaluated_is_named(flags: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "wrong.nix"
+    file.write_text('{ set = { recurseForDerivations = true; ok = 1; wrong = throw "the moon is wrong"; }; }')
+    heard: list[str] = []
+    with pytest.raises(EvaluationError, match=r"^the moon is wrong; correct set\.wrong of .*wrong\.nix "):
+        await evaluate(str(file), [], flags=flags, on_stderr=heard.append)
+    assert "drover-" not in "".join(heard)
+    file.write_text("{ needed }: needed")
+    with pytest.raises(EvaluationError, match=r"an argument without a value \('needed'\); give it with --arg"):
+        await evaluate(str(file), [], flags=flags)
+
+
+async def test_the_roots_of_a_file_are_those_of_nix_instantiate(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Told apart by attribute, but the same derivations and outputs in the same order."""
+    file = tmp_path / "all.nix"
+    file.write_text(
+        """
+        { ... }@args:
+        let make = name: derivation { inherit name; system = "s"; builder = "b"; outputs = [ "out" "x" ]; };
         in {
-          plain = make "plain" { };
-          set."with.dot" = make "dotted" {
-            timeout = 60 * factor; maxSilent = 7; drover = { memoryBytes = 8; outputBytes = 9; logBytes = 10; };
-          };
-          called = { factor ? 0 }: make "called" { timeout = factor; };
-          broken = make "broken" { timeout = throw "no"; maxSilent = "soon"; };
-          both = { x = make "x" { timeout = 1; }; y = make "y" { timeout = 1; }; };
+          z = make "z"; B = (make "b").x; a = [ (make "never") ]; f = _: make "never";
+          set.recurseForDerivations = true;
+          set.__functor = self: { seen ? 1 }: { s = make "s"; n = make (toString seen); };
+          off = { recurseForDerivations = false; n = make "never"; };
+          l.recurseForDerivations = true; l.inner = make "inner";
         }
         """
     )
-    attrs = ["plain", 'set."with.dot"', "called", "broken"]
-    limited = await evaluate(str(tmp_path / "limited.nix"), attrs, flags=(*flags, "--arg", "factor", "2"))
-    assert [each.limits for each in limited] == [None, StepLimits(120, 7, 10, 9, 8), StepLimits(timeout_s=2), None]
-    several = await evaluate(str(tmp_path / "limited.nix"), ["both"], flags=flags)
-    assert [each.limits for each in several] == [None, None]
-    assert [each.limits for each in await evaluate(file, ["a"], flags=flags)] == [None]
+    more = ("--arg", "seen", "2")
+    for attrs in ([], ["a", "l", "a.0"]):
+        words = [word for attr in attrs for word in ("-A", attr)]
+        plain = await run(
+            ["nix-instantiate", str(file), *words, *flags, *more],
+            env=os.environ, timeout_s=60, max_output_bytes=1 << 20,
+        )  # fmt: skip
+        assert plain.returncode == 0, plain.stderr
+        found = (await evaluate(str(file), attrs, flags=(*flags, *more))).wanted
+        assert [f"{each.drv}{''.join('!' + name for name in each.outputs)}" for each in found] == (
+            plain.stdout.decode().split()
+        )
