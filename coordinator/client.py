@@ -70,6 +70,12 @@ class ClientError(CoordinatorError):
     code: ClassVar[str] = "client"
 
 
+class BadArgumentError(ClientError):
+    """The command was called with something that cannot be meant; calling it otherwise helps."""
+
+    code: ClassVar[str] = "bad_argument"
+
+
 class UnreachableError(ClientError):
     """Nobody answers at the coordinator's address, or no longer."""
 
@@ -108,7 +114,7 @@ def find_token(told: str | None = None) -> str:
             return Path(named).read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "not text"
-            raise ClientError(f"cannot read the token file {named}: {why}") from None
+            raise BadArgumentError(f"cannot read the token file {named}: {why}") from None
     try:
         return (_state_dir() / "api-token").read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -364,7 +370,7 @@ class ApiClient:
                 allow_redirects=False,
             )
         except aiohttp.InvalidURL:
-            raise ClientError(f"{self.url} is not an address; set DROVER_URL to one like {DEFAULT_URL}") from None
+            raise BadArgumentError(f"{self.url} is not an address; set DROVER_URL to one like {DEFAULT_URL}") from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             # What went wrong while the body was made comes wrapped.
             if isinstance(error.__cause__, CoordinatorError):

@@ -209,6 +209,16 @@ class StepView(Model):
     log_tail: str = ""
 
 
+class RootFailureView(Model):
+    """Why a root is not built: the step whose own failure is the root cause, which may be the root's."""
+
+    step: str
+    name: str
+    kind: str
+    #: The failure's sentence, cut (the step has all of it).
+    message: str
+
+
 class RootView(Model):
     """A root of a submission and the step it stands on."""
 
@@ -217,6 +227,8 @@ class RootView(Model):
     step: str
     state: StepStatus
     outputs: dict[str, str]
+    #: Of a root that failed or is doomed.
+    failure: RootFailureView | None = None
 
 
 class SubmissionView(Model):

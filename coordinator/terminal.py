@@ -19,6 +19,7 @@ from coordinator.schema import (
     Counts,
     CountsChanged,
     Ended,
+    RootFailureView,
     Snapshot,
     StepChanged,
     StepStatus,
@@ -305,6 +306,7 @@ def summary_lines(submission: SubmissionView, failed: Sequence[StepView], now: f
         for name, path in sorted(root.outputs.items())
     ]
     lines += _listed("  ", results, "more; `--json` lists all")
+    lines += _unbuilt_lines(submission)
     known = [step for step in failed if step.ended_at and step.ended_at < submission.created_at]
     lines += _listed(
         "  known to fail  ",
@@ -314,10 +316,31 @@ def summary_lines(submission: SubmissionView, failed: Sequence[StepView], now: f
         ],
         "more steps that are known to fail",
     )
+    named = {root.failure.step for root in submission.roots if root.failure is not None}
     lines += _listed(
-        "  \u2718 ", [f"{step.name}: drover log {shlex.quote(step.key)}" for step in failed], "more failed steps"
+        "  \u2718 ",
+        [f"{sanitise(step.name)}: drover log {shlex.quote(step.key)}" for step in failed if step.key not in named],
+        "more failed steps",
     )
     return lines
+
+
+def _unbuilt_lines(submission: SubmissionView) -> list[str]:
+    """Return a line for each root that did not succeed: the root cause and the way to its log."""
+    unbuilt = []
+    for root in submission.roots:
+        if root.failure is not None:
+            unbuilt.append(f"{sanitise(root.attr)}  {_because(root.failure, doomed=root.state is StepStatus.DOOMED)}")
+        elif root.state is not StepStatus.DONE and submission.state is not SubmissionState.RUNNING:
+            why = "the submission was cancelled" if submission.state is SubmissionState.CANCELLED else root.state.value
+            unbuilt.append(f"{sanitise(root.attr)}  not built: {why}")
+    return _listed("  \u2718 ", unbuilt, "more roots that are not built; `--json` lists all")
+
+
+def _because(failure: RootFailureView, *, doomed: bool) -> str:
+    message = _LOG_IN_MESSAGE.sub("", sanitise(failure.message).replace("\n", " ")) or failure.kind
+    what = f"not built because {sanitise(failure.name)} failed" if doomed else "failed"
+    return f"{what}: {message}; the log: drover log {shlex.quote(failure.step)}"
 
 
 def _listed(prefix: str, items: Sequence[str], rest: str) -> list[str]:
@@ -344,6 +367,7 @@ def status_lines(submission: SubmissionView, steps: Sequence[StepView], now: flo
     ]
     lines += _listed("  ", rows, "more running")
     lines += _listed("  ! ", [sanitise(sentence) for sentence in submission.stuck], "more")
+    lines += _unbuilt_lines(submission)
     for step in (step for step in steps if step.state is StepStatus.FAILED):
         lines += [f"  {line}" for line in failure_lines(step)]
     return lines

@@ -30,6 +30,7 @@ from coordinator.schema import (
     Counts,
     CountsChanged,
     FailureView,
+    RootFailureView,
     RootView,
     Snapshot,
     StepStatus,
@@ -63,6 +64,10 @@ _BEGINNINGS = (
     facts.StepHeld,
     facts.StepRevived,
 )
+
+
+#: Characters of a failure's sentence that every root which it dooms repeats; the step's own view has all.
+ROOT_FAILURE_CHARS = 500
 
 
 class Explainer(Protocol):
@@ -329,6 +334,7 @@ class Views:
                     step=root.step,
                     state=self._row(root.step).state,
                     outputs=dict(root.outputs),
+                    failure=self._root_failure(self._row(root.step)),
                 )
                 for root in said.roots
             ),
@@ -336,6 +342,21 @@ class Views:
             derivations=said.derivations,
             uploaded_bytes=row.uploaded_bytes,
             stuck=self._stuck(row),
+        )
+
+    def _root_failure(self, root: StepRow) -> RootFailureView | None:
+        """Return why a root failed or is doomed; None where it is neither, or its cause is forgotten."""
+        step: StepRow | None = root
+        if root.state is StepStatus.DOOMED:
+            step = self._steps.get(StepKey(root.life.cause))
+        if step is None or step.state is not StepStatus.FAILED or step.life.failure is None:
+            return None
+        failure = step.life.failure
+        return RootFailureView(
+            step=step.key,
+            name=(self._details.get(step.key) or _NO_DETAIL).name,
+            kind=failure.kind,
+            message=failure.message[:ROOT_FAILURE_CHARS],
         )
 
     def snapshot(self, row: SubmissionRow) -> Snapshot:

@@ -1,8 +1,8 @@
 """The `drover` command.
 
-Exit status: 0 done, 1 a build failed, 2 wrong usage, 3 evaluation failed, 4 infrastructure (no coordinator, no Nix, a
-store that cannot be read), 130 interrupted. Whatever goes wrong is one sentence on standard error; what nobody foresaw
-is written to a file that the sentence names.
+Exit status: 0 done, 1 a build failed, 2 wrong usage, 3 nothing that can be built was evaluated, 4 infrastructure (no
+coordinator, no Nix, a store that cannot be read), 130 interrupted; `statuses` has the table. Whatever goes wrong is one
+sentence on standard error; what nobody foresaw is written to a file that the sentence names.
 
 Commands import what they need when they run: `drover --help` must not wait for Ray.
 """
@@ -19,16 +19,8 @@ from typing import Any, NoReturn
 import click
 
 from coordinator.cli.cache_commands import cache
-from coordinator.cli.options import (
-    EVALUATION_FAILED,
-    INFRASTRUCTURE,
-    INTERRUPTED,
-    OK,
-    USAGE,
-    Address,
-    addressed,
-    asked,
-)
+from coordinator.cli.options import Address, addressed, asked
+from coordinator.cli.statuses import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
 from coordinator.errors import CoordinatorError
 
 #: What a shell shows for a program that was ended by SIGPIPE.
@@ -231,7 +223,7 @@ def run(arguments: list[str]) -> int:
         return INTERRUPTED
     except CoordinatorError as error:
         _say(str(error))
-        return _status_of(error)
+        return status_of(getattr(error, "reason", error.code))
     except BrokenPipeError:
         # Nobody reads any more; what is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -239,13 +231,6 @@ def run(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the last stop: a person gets a sentence, the details go to a file
         return _unforeseen(error)
     return status if isinstance(status, int) else OK
-
-
-def _status_of(error: CoordinatorError) -> int:
-    # By code, so that nothing slow is imported to fail.
-    if error.code == "evaluation":
-        return EVALUATION_FAILED
-    return USAGE if getattr(error, "reason", "") == "not_found" else INFRASTRUCTURE
 
 
 def _say(sentence: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import orjson
 
-from coordinator.cli import options
+from coordinator.cli import statuses
 from coordinator.client import ApiClient, ClientError
 from coordinator.closure import Closure, LocalStore, base_name, describe_sources, local_store, read_closure
 from coordinator.evaluate import Evaluation, EvaluationError, LeftOut, Wanted, evaluate, left_out_text, parse_drv
@@ -97,7 +97,7 @@ def _interruptible(work: Any, submitted: _Submitted) -> int:
             f"drover: end it: drover cancel {submitted.id}",
             err=True,
         )
-        return options.INTERRUPTED
+        return statuses.INTERRUPTED
     return status
 
 
@@ -184,7 +184,7 @@ def _detached(view: SubmissionView, submitted: _Submitted, *, as_json: bool) -> 
     )
     if as_json:
         _print_json(view, [], submitted.left_out)
-    return options.OK
+    return statuses.OK
 
 
 def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_json: bool) -> int:
@@ -193,7 +193,7 @@ def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_j
         screen.line(line)
     if as_json:
         _print_json(view, failed, submitted.left_out)
-    return options.OK if view.state is SubmissionState.SUCCEEDED else options.BUILD_FAILED
+    return statuses.OK if view.state is SubmissionState.SUCCEEDED else statuses.BUILD_FAILED
 
 
 def _print_json(view: SubmissionView, failed: Sequence[StepView], left_out: Sequence[LeftOut]) -> None:

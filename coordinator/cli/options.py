@@ -1,4 +1,4 @@
-"""What commands share: exit statuses, where the coordinator is, and asking it one thing.
+"""What commands share: where the coordinator is, and asking it one thing.
 
 Nothing slow is imported here before a command runs.
 """
@@ -14,13 +14,6 @@ import click
 
 if TYPE_CHECKING:
     from coordinator.client import ApiClient
-
-OK = 0
-BUILD_FAILED = 1
-USAGE = 2
-EVALUATION_FAILED = 3
-INFRASTRUCTURE = 4
-INTERRUPTED = 130
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

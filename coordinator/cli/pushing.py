@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from coordinator.cli import options
+from coordinator.cli import statuses
 from coordinator.cli.showing import print_json, print_lines
-from coordinator.client import ClientError, find_token
+from coordinator.client import BadArgumentError, ClientError, RefusedError, find_token
 from coordinator.closure import LocalStore, base_name, local_store
 from coordinator.terminal import size
 from infra.cache.errors import CacheError
 from infra.cache.upload import CompressedNar, compressing_files
-from infra.cache.upload_client import UploadClient, UploadProgress, UploadResult, upload_session
+from infra.cache.upload_client import SenderRefusedError, UploadClient, UploadProgress, UploadResult, upload_session
 from infra.cache.upload_wire import MAX_PATHS, KeepWish, PathClaim, SendStatus
 from infra.daemon import DaemonError, ValidPathInfo, open_stdio
 from infra.nar_files import dump
@@ -52,6 +52,8 @@ def push(url: str, token_file: str, wish: PushWish) -> int:
     """Run `drover cache push`; returns the exit status."""
     try:
         return asyncio.run(_push(url, token_file, wish))
+    except SenderRefusedError as error:
+        raise RefusedError(error.status, error.code, str(error)) from None
     except CacheError as error:
         raise ClientError(str(error)) from None
 
@@ -61,7 +63,7 @@ async def _push(url: str, token_file: str, wish: PushWish) -> int:
     roots = [_store_path(path, store) for path in wish.paths]
     infos = await _closure(store, roots)
     if len(infos) > MAX_PATHS:
-        raise ClientError(f"the closure has {len(infos)} paths; push parts of it, at most {MAX_PATHS} at a time")
+        raise BadArgumentError(f"the closure has {len(infos)} paths; push parts of it, at most {MAX_PATHS} at a time")
     claims = [_claim(info) for info in infos.values()]
     name = wish.keep_as or base_name(roots[0])[:200]
     keep = KeepWish(name=name, paths=tuple(base_name(root) for root in roots), days=wish.days)
@@ -90,7 +92,7 @@ def _store_path(path: str, store: LocalStore) -> str:
     try:
         directory.parse(top)
     except FormatError:
-        raise ClientError(f"{path} is no path of the store {directory.path}, and no link to one") from None
+        raise BadArgumentError(f"{path} is no path of the store {directory.path}, and no link to one") from None
     return top
 
 
@@ -106,7 +108,7 @@ async def _closure(store: LocalStore, roots: Sequence[str]) -> dict[str, ValidPa
                     continue
                 info = await connection.query_path_info(path)
                 if info is None:
-                    raise ClientError(f"{path} is not valid in the local store; build or fetch it first")
+                    raise BadArgumentError(f"{path} is not valid in the local store; build or fetch it first")
                 infos[path] = info
                 waiting.extend(info.references)
     except DaemonError as error:
@@ -175,4 +177,4 @@ def _tell(wish: PushWish, address: str, name: str, result: UploadResult, progres
         kept = f"for {wish.days:g} days" if wish.days else "for ever"
         lines.append(f"kept as push {name} {kept}")
         print_lines(lines)
-    return options.INFRASTRUCTURE if failed else options.OK
+    return statuses.INFRASTRUCTURE if failed else statuses.OK

@@ -13,7 +13,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from coordinator.cli import options
+from coordinator.cli import statuses
 from coordinator.config import ConfigError, Settings, WorkerConfig, load_settings
 from coordinator.errors import CoordinatorError
 
@@ -65,7 +65,7 @@ def up(
         sys.stdout.flush()
 
     run_up(settings, ready, standing_by)
-    return options.OK
+    return statuses.OK
 
 
 def head(*, state_dir: Path, listen: str | None, config: Path | None) -> int:
@@ -92,7 +92,7 @@ def head(*, state_dir: Path, listen: str | None, config: Path | None) -> int:
         asyncio.run(run())
     except WorkerError as error:
         raise CoordinatorError(str(error)) from None
-    return options.OK
+    return statuses.OK
 
 
 def _address(listen: str | None) -> tuple[str | None, int | None]:
@@ -170,7 +170,7 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
             finally:
                 failing.cancel()
                 stopping.cancel()
-        return options.OK
+        return statuses.OK
 
     try:
         return asyncio.run(run())

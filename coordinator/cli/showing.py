@@ -11,7 +11,7 @@ from typing import Any
 import click
 import orjson
 
-from coordinator.cli import options
+from coordinator.cli import statuses
 from coordinator.client import ApiClient, RefusedError
 from coordinator.schema import Model, StepStatus, SubmissionState
 from coordinator.terminal import sanitise, status_lines, step_lines, submission_rows, table_lines, worker_lines
@@ -33,15 +33,15 @@ async def status(client: ApiClient, submission: str | None, *, as_json: bool) ->
             return await _step_status(client, submission, error, as_json=as_json)
         if as_json:
             print_json(view)
-            return options.OK
+            return statuses.OK
         steps = await client.steps(submission, (StepStatus.RUNNING, StepStatus.PUBLISHING, StepStatus.FAILED))
         print_lines(status_lines(view, steps, time.time()))
-        return options.OK
+        return statuses.OK
     farm = await client.farm()
     submissions = await client.submissions()
     if as_json:
         print_json({"farm": farm, "submissions": submissions})
-        return options.OK
+        return statuses.OK
     running = sum(1 for each in submissions if each.state is SubmissionState.RUNNING)
     print_lines(
         [
@@ -54,7 +54,7 @@ async def status(client: ApiClient, submission: str | None, *, as_json: bool) ->
     )
     if submissions:
         print_lines(["", *table_lines(submission_rows(submissions[:LISTED], time.time()))])
-    return options.OK
+    return statuses.OK
 
 
 async def _step_status(client: ApiClient, name: str, unknown: RefusedError, *, as_json: bool) -> int:
@@ -68,7 +68,7 @@ async def _step_status(client: ApiClient, name: str, unknown: RefusedError, *, a
         print_json(step)
     else:
         print_lines(step_lines(step, time.time()))
-    return options.OK
+    return statuses.OK
 
 
 async def cancel(client: ApiClient, submission: str) -> int:
@@ -78,7 +78,7 @@ async def cancel(client: ApiClient, submission: str) -> int:
         print_lines([f"cancelled {view.id}; builds that another submission wants go on"])
     else:
         print_lines([f"{view.id} had already {view.state.value}"])
-    return options.OK
+    return statuses.OK
 
 
 async def retry(client: ApiClient, name: str) -> int:
@@ -93,7 +93,7 @@ async def retry(client: ApiClient, name: str) -> int:
         print_lines([f"{view.id} runs again", f"  watch it: drover watch {view.id}"])
     else:
         print_lines([f"{view.id} has {view.state.value}: nothing of it can be retried"])
-    return options.OK
+    return statuses.OK
 
 
 async def _retry_step(client: ApiClient, name: str) -> int:
@@ -108,7 +108,7 @@ async def _retry_step(client: ApiClient, name: str) -> int:
         )
     else:
         print_lines([f"{told.step.key} is {told.step.state.value}: there is nothing to retry"])
-    return options.OK
+    return statuses.OK
 
 
 async def log(client: ApiClient, step: str, *, follow: bool) -> int:
@@ -130,7 +130,7 @@ async def log(client: ApiClient, step: str, *, follow: bool) -> int:
         click.echo(sanitise(rest.decode(errors="replace"), None))
     if silent:
         click.echo("drover: the build printed nothing", err=True)
-    return options.OK
+    return statuses.OK
 
 
 async def workers(client: ApiClient, *, as_json: bool) -> int:
@@ -142,7 +142,7 @@ async def workers(client: ApiClient, *, as_json: bool) -> int:
         print_lines(worker_lines(found, time.time()))
     else:
         print_lines(["no worker has joined; start one with `drover up` or `drover worker`"])
-    return options.OK
+    return statuses.OK
 
 
 async def drain(client: ApiClient, worker: str, *, on: bool, wait: bool) -> int:
@@ -150,14 +150,14 @@ async def drain(client: ApiClient, worker: str, *, on: bool, wait: bool) -> int:
     await client.drain(worker, on=on)
     if not on:
         print_lines([f"{worker} gets new builds again"])
-        return options.OK
+        return statuses.OK
     while held := [len(each.leases) for each in await client.workers() if each.name == worker and each.leases]:
         if not wait:
             print_lines([f"{worker} gets no new builds; {held[0]} still run there"])
-            return options.OK
+            return statuses.OK
         await asyncio.sleep(DRAIN_LOOK_S)
     print_lines([f"{worker} gets no new builds and has none"])
-    return options.OK
+    return statuses.OK
 
 
 def print_lines(lines: Sequence[str]) -> None:

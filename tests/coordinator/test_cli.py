@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
+import pkgutil
 import socket
 import subprocess
 import sys
@@ -13,9 +15,12 @@ from unittest.mock import patch
 
 import pytest
 
+import coordinator
 from coordinator import cli
-from coordinator.cli import options
+from coordinator.cli import statuses
+from coordinator.client import RefusedError
 from coordinator.errors import CoordinatorError
+from infra.cache.upload_errors import UploadError
 
 
 def drover(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -51,7 +56,7 @@ def nobody() -> str:
 )
 def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str], sentence: str) -> None:
     done = drover(*arguments)
-    assert (done.returncode, done.stdout) == (options.USAGE, "")
+    assert (done.returncode, done.stdout) == (statuses.USAGE, "")
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -59,7 +64,7 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str], se
 @pytest.mark.parametrize("command", [["status"], ["workers"], ["log", "x"], ["cancel", "x"], ["watch", "x"]])
 def test_a_coordinator_that_is_down_ends_with_4_and_says_how_to_start_one(command: list[str], nobody: str) -> None:
     done = drover(*command, "--coordinator", nobody)
-    assert done.returncode == options.INFRASTRUCTURE
+    assert done.returncode == statuses.INFRASTRUCTURE
     assert done.stderr == (
         f"drover: cannot reach the coordinator at {nobody} (connection refused); start one with `drover up` or set "
         "DROVER_URL\n"
@@ -70,25 +75,25 @@ def test_the_program_ends_with_the_status_and_one_sentence(nobody: str) -> None:
     program = [sys.executable, "-W", "error", "-c", "from coordinator.cli import main; main()", "workers"]
     env = {**os.environ, "DROVER_URL": nobody}
     done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (options.INFRASTRUCTURE, "")
+    assert (done.returncode, done.stdout) == (statuses.INFRASTRUCTURE, "")
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_address_and_the_token_come_from_the_environment_too(nobody: str, tmp_path: Path) -> None:
     done = drover("build", "default.nix", env={"DROVER_URL": nobody})
-    assert (done.returncode, nobody in done.stderr) == (options.INFRASTRUCTURE, True)
+    assert (done.returncode, nobody in done.stderr) == (statuses.INFRASTRUCTURE, True)
     done = drover("status", env={"DROVER_URL": nobody, "DROVER_TOKEN_FILE": str(tmp_path / "none")})
-    assert done.returncode == options.INFRASTRUCTURE
+    assert done.returncode == statuses.USAGE
     assert f"cannot read the token file {tmp_path / 'none'}: No such file" in done.stderr
     done = drover("status", env={"DROVER_URL": "not an address"})
-    assert (done.returncode, "not an address" in done.stderr) == (options.INFRASTRUCTURE, True)
+    assert (done.returncode, "not an address" in done.stderr) == (statuses.USAGE, True)
 
 
 def test_settings_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     file = tmp_path / "farm.toml"
     file.write_text("colour = 1\n")
     done = drover("up", "--config", file, "--state-dir", tmp_path)
-    assert done.returncode == options.INFRASTRUCTURE
+    assert done.returncode == statuses.USAGE
     assert "colour" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -112,16 +117,31 @@ def test_what_nobody_foresaw_is_a_sentence_and_a_file(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(cli.cli, "main", broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert cli.run([]) == options.INFRASTRUCTURE
+    assert cli.run([]) == statuses.INFRASTRUCTURE
     (details,) = tmp_path.glob("drover-error-*.txt")
     assert "ZeroDivisionError" in details.read_text()
+
+
+def test_every_kind_of_error_has_its_exit_status_in_the_table() -> None:
+    for module in pkgutil.walk_packages(coordinator.__path__, "coordinator."):
+        importlib.import_module(module.name)
+    classes = [CoordinatorError, UploadError]
+    for each in classes:  # grows while it is walked
+        classes += each.__subclasses__()
+    codes = {each.code for each in classes if each.__module__.partition(".")[0] in {"coordinator", "infra"}}
+    # Answers that no class stands for.
+    codes |= {"http", "method_not_allowed", "standby", "store_full"}
+    assert codes == set(statuses.STATUSES)
 
 
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (KeyboardInterrupt(), options.INTERRUPTED),
-        (CoordinatorError("no"), options.INFRASTRUCTURE),
+        (KeyboardInterrupt(), statuses.INTERRUPTED),
+        (CoordinatorError("no"), statuses.INFRASTRUCTURE),
+        (RefusedError(400, "bad_request", "no"), statuses.USAGE),
+        (RefusedError(400, "bad_derivation", "no"), statuses.EVALUATION_FAILED),
+        (RefusedError(418, "of a newer coordinator", "no"), statuses.INFRASTRUCTURE),
         (BrokenPipeError(), cli.READER_GONE),
     ],
 )

@@ -13,6 +13,7 @@ from coordinator.schema import (
     CountsChanged,
     Ended,
     FailureView,
+    RootFailureView,
     RootView,
     Snapshot,
     StepChanged,
@@ -180,6 +181,42 @@ def test_the_summary_tells_what_was_built_shared_and_uploaded() -> None:
     ]
     many = submission(SubmissionState.SUCCEEDED, roots=submission().roots * 30)
     assert summary_lines(many, [], NOW)[-1] == "  and 40 more; `--json` lists all"
+
+
+def test_an_ended_submission_names_every_root_that_is_not_built_and_why() -> None:
+    failure = RootFailureView(
+        step="0-broken", name="broken\x1b[2J", kind="permanent", message="exit code 7; last 1 log line:\nx"
+    )
+    states = {
+        "own": StepStatus.FAILED,
+        "above": StepStatus.DOOMED,
+        "left": StepStatus.ABANDONED,
+        "good": StepStatus.DONE,
+    }
+    roots = tuple(
+        RootView(
+            attr=attr,
+            drv="/nix/store/x.drv",
+            step="0-broken" if attr == "own" else attr,
+            state=state,
+            outputs={},
+            failure=failure if attr in {"own", "above"} else None,
+        )
+        for attr, state in states.items()
+    )
+    ended = submission(SubmissionState.FAILED, ended_at=NOW, roots=roots)
+    told = [
+        "  ✘ own  failed: exit code 7; the log: drover log 0-broken",
+        "  ✘ above  not built because broken failed: exit code 7; the log: drover log 0-broken",
+        "  ✘ left  not built: abandoned",
+    ]
+    failed = FAILED.model_copy(update={"key": "0-broken"})
+    assert summary_lines(ended, [failed], NOW)[-3:] == told
+    assert status_lines(ended, [failed], NOW)[-3:] == told
+    running = submission(roots=roots)
+    assert status_lines(running, [], NOW)[-2:] == told[:2]
+    cancelled = submission(SubmissionState.CANCELLED, ended_at=NOW, roots=roots)
+    assert summary_lines(cancelled, [], NOW)[-1] == "  ✘ left  not built: the submission was cancelled"
 
 
 def test_status_says_why_nothing_happens() -> None:
