@@ -15,8 +15,8 @@ import logging
 import os
 import secrets
 from collections import OrderedDict
-from collections.abc import Awaitable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -39,6 +39,7 @@ from workers.daemons import DaemonOpener, DaemonUnreachableError, Line, Pool
 from workers.errors import WorkerError
 from workers.fitness import FitnessWatch
 from workers.grades import IsolationGrade
+from workers.input_guard import InputChangedError, InputGuard, MendingError
 from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher, open_sources
 from workers.leftovers import MARK, sweep_leftovers, sweep_orphans
 from workers.machine import (
@@ -160,11 +161,14 @@ class Agent:
         self._ready: asyncio.Future[None] | None = None
         self._closing = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        #: What mends the store; at most one.
+        self._mending: asyncio.Task[None] | None = None
         # These exist between start() and close(); see _serve.
         self._group: asyncio.TaskGroup
         self._spool: Spool
         self._slots: list[Line]
         self._fitness: FitnessWatch
+        self._guard: InputGuard
         self._inputs: InputFetcher
         self._readers: Pool
 
@@ -345,8 +349,16 @@ class Agent:
                 roots, transfers = line(), Pool([line() for _ in range(TRANSFERS)])
                 canary = Canary(self._native(), where.store_dir, where.physical_store, where.state_dir)
                 self._fitness = FitnessWatch(
-                    where, line(), canary, self._clock, lambda: not self._runs, let_go, self._spool.stop_waiting
+                    where,
+                    line(),
+                    canary,
+                    self._clock,
+                    lambda: not self._runs,
+                    let_go,
+                    self._spool.stop_waiting,
+                    lambda: self._guard.trouble,
                 )
+                self._guard = InputGuard(where.physical_store, self._readers, self._trusts_builds)
                 async with self._slots[0].use() as connection:
                     self._nix_version = connection.nix_version
                 async with asyncio.TaskGroup() as self._group:
@@ -397,6 +409,8 @@ class Agent:
         for run in self._runs.values():
             if run.task is not None:
                 run.task.cancel()
+        if self._mending is not None:
+            self._mending.cancel()
         self._inputs.stop()
 
     async def _close_sources(self) -> None:
@@ -417,6 +431,11 @@ class Agent:
         self._sources = sources
         if len(self._old_sources) > KEPT_SOURCES:
             await self._old_sources.pop(0).close()
+
+    def _trusts_builds(self) -> bool:
+        """Whether builds are kept from the worker's store."""
+        isolation = self._fitness.isolation
+        return isolation is not None and isolation.level != "C"
 
     def _native(self) -> str:
         """A system that the worker's Nix builds for: the machine's own where it offers that."""
@@ -551,6 +570,9 @@ class Agent:
         run.building_at = self._clock.now()
         self._tell_stage(key, Stage.BUILDING)
         gate = LogGate(run.order.max_log_bytes, lambda data: self._spool.log(key, data))
+        outputs = [output.path for output in derivation.outputs]
+        with self._ending_where_inputs_changed():
+            watch = await self._guard.begin(derivation.inputs, outputs, self._slots[slot])
         result = await build_in_slot(
             self._slots[slot],
             run.order.drv_path,
@@ -561,6 +583,9 @@ class Agent:
             pause=self._pause,
         )
         run.built_at = self._clock.now()
+        # Before it is judged: a build that failed may have failed by what it read.
+        with self._ending_where_inputs_changed():
+            await self._guard.end(watch, outputs, self._slots[slot])
         disk_was_full = self._fitness.was_full_since(run.building_at)
         ending = judge_status(result.status, result.error_msg.strip(), disk_was_full=disk_was_full)
         if ending is not None:
@@ -568,6 +593,25 @@ class Agent:
                 self._inputs.forget()
             raise _Stopped(ending)
         self._machine.built(key, run.built_at)
+
+    @contextmanager
+    def _ending_where_inputs_changed(self) -> Iterator[None]:
+        """End the lease where the guard finds a changed input, and have it mended."""
+        try:
+            yield
+        except MendingError as error:
+            raise _Stopped(judge_trouble(Trouble.MENDING, str(error))) from None
+        except InputChangedError as error:
+            self._inputs.forget()
+            if self._guard.trouble:
+                self._fitness.hurt()
+                if self._mending is None or self._mending.done():
+                    self._mending = self._group.create_task(self._mend(), name="mend the store")
+            raise _Stopped(judge_trouble(Trouble.INPUT_CHANGED, str(error))) from None
+
+    async def _mend(self) -> None:
+        await self._guard.mend(lambda: self._sources)
+        self._fitness.doubt()
 
     async def _check_size(self, derivation: BasicDerivation, limit_bytes: int) -> None:
         paths = [output.path for output in derivation.outputs]

@@ -102,11 +102,13 @@ class FitnessWatch:
         idle: Callable[[], bool],
         let_go: Callable[[], Awaitable[bool]],
         changed: Callable[[], None],
+        broken_store: Callable[[], str],
     ) -> None:
         """Look at nothing yet.
 
         `idle`: no lease is in hand. `let_go` drops what keeps the store's paths from collection, False where leases
-        need it. `changed` is called when `unfit` or `isolation` has changed.
+        need it. `changed` is called when `unfit` or `isolation` has changed. `broken_store` says what is wrong with the
+        store's paths (`workers.input_guard`), nothing while all is well.
         """
         self._floor_bytes = settings.min_free_mb << 20
         self._trial_every_s = settings.trial_every_s
@@ -124,6 +126,9 @@ class FitnessWatch:
         self._idle = idle
         self._let_go = let_go
         self._changed = changed
+        self._broken_store = broken_store
+        #: What was wrong with the store when it was last asked, until a canary was well after it.
+        self._hurt = ""
         #: The room that is too little at the moment, and what is said of it for as long as it has not recovered.
         self._low_room: Room | None = None
         self._low = ""
@@ -136,11 +141,17 @@ class FitnessWatch:
     @property
     def unfit(self) -> str:
         """Why the worker should get no leases, one sentence; empty while it is fit."""
-        return self._low or self._broken
+        return self._broken_store() or self._hurt or self._low or self._broken
 
     def was_full_since(self, at: float) -> bool:
         """Whether a disk was all but full at some look since then (seconds of the clock)."""
         return self._full_at >= at
+
+    def hurt(self) -> None:
+        """The store was found broken: the worker is unfit until it is mended and a canary was well after that."""
+        self._hurt = self._broken_store()
+        self._next_canary = 0.0
+        self._changed()
 
     def doubt(self) -> None:
         """A build ended in a way that a broken machine explains: try some as soon as no lease is in hand."""
@@ -229,6 +240,7 @@ class FitnessWatch:
         found = grade(await self._canary.measure(connection))
         if found != self.isolation:
             self.isolation = found
+        self._hurt = self._broken_store()
         self._next_canary = self._clock.now() + (self._canary_every_s or math.inf)
         return ""
 

@@ -176,6 +176,9 @@ class Trouble(StrEnum):
     STOPPING = "handed back because the worker is stopping"
     #: Stopped because the worker stops: another one begins anew.
     DRAINED = "handed back because the worker stops"
+    #: `workers.input_guard`: what was built is thrown away; what would be built now has to wait.
+    INPUT_CHANGED = "an input is not what it was"
+    MENDING = "handed back until what changed in the worker's store is mended"
 
 
 #: The other half of the table: from trouble to the reason on the wire.
@@ -203,6 +206,8 @@ TROUBLE_POLICY: Mapping[Trouble, Reason] = MappingProxyType(
         Trouble.NOT_STARTED: "returned",
         Trouble.STOPPING: "returned",
         Trouble.DRAINED: "returned",
+        Trouble.INPUT_CHANGED: "infrastructure",
+        Trouble.MENDING: "returned",
     }
 )
 #: Troubles that a full disk of this machine can cause. (What an upload meets is the disk of the cache.)

@@ -1,0 +1,175 @@
+"""An input that changed in a worker's store spoils what was built from it, and is fetched anew."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from workers import fitness, input_guard
+from workers.input_guard import Alteration, identify
+from workers.protocol import Failed, Output, Report, Succeeded
+
+from .conftest import Bench, Told, drv, nar_of, order
+
+#: As a farm must not be: builders own the store. Class C; these agents have no coordinator that would refuse them.
+WEAK = {"build-users-group": ""}
+FILE = "echo true > $out"
+TREE = "mkdir -p $out/deep; echo true > $out/deep/file"
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitness, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(fitness, "TRIAL_AGAIN_S", 0.3)
+    monkeypatch.setattr(input_guard, "MEND_AGAIN_S", 0.2)
+
+
+async def _published(bench: Bench, told: Told, script: str) -> Output:
+    """Build an input and publish it."""
+    [made] = await told.build(order(drv("input", script)))
+    [output] = bench.publish(made)
+    return output
+
+
+def _spoilt(report: Report, output: Output) -> str:
+    assert isinstance(report.result, Failed), report.result
+    assert report.result.reason == "infrastructure"
+    assert output.path in report.result.message
+    return report.result.message
+
+
+async def _until_mended(told: Told) -> None:
+    async def unfit(said: bool) -> None:
+        await told.until(lambda: bool(told.batches) and bool(told.batches[-1].unfit) is said)
+
+    await unfit(True)
+    assert "was changed in the worker's store" in next(batch.unfit for batch in told.batches if batch.unfit)
+    await unfit(False)
+
+
+def _in_store(bench: Bench, output: Output, name: str = "one") -> Path:
+    return bench.root / name / "store" / output.path.lstrip("/")
+
+
+def _tamper(place: Path) -> None:
+    """Change a file out of band, and put back all that can be put back."""
+    before = place.stat()
+    place.chmod(0o644)
+    place.write_text("evil\n")
+    place.chmod(before.st_mode & 0o7777)
+    os.utime(place, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("attack", ["echo TAMPERED > $it", "echo TAMPERED > $it; exit 1"])
+@pytest.mark.parametrize(("script", "below"), [(FILE, ""), (TREE, "/deep/file")])
+async def test_a_build_that_rewrites_its_input_is_thrown_away_and_the_next_gets_the_true_one(
+    bench: Bench, script: str, below: str, attack: str
+) -> None:
+    told = await bench.agent(nix_options=WEAK)
+    given = await _published(bench, told, script)
+    at = f"{given.path}{below}"
+    evil = order(drv("evil", f"it={at}; read x < $it; chmod u+w $it; {attack}; echo built > $out"), [given.path])
+    [report] = await told.build(evil)
+    _spoilt(report, given)
+    made = evil.derivation.split(b'"out","')[1].split(b'"')[0].decode()
+    assert not (bench.root / "one/store" / made.lstrip("/")).exists(), "nothing of it may count as built"
+    await _until_mended(told)
+    [report] = await told.build(order(drv("honest", f"read x < {at}; echo built from $x > $out"), [given.path]))
+    [output] = bench.publish(report)
+    assert b"built from true\n" in nar_of(bench, output)
+
+
+async def test_a_build_that_puts_back_what_it_changed_is_thrown_away_all_the_same(bench: Bench) -> None:
+    told = await bench.agent(nix_options=WEAK)
+    given = await _published(bench, told, TREE)
+    script = f"it={given.path}/deep/file; chmod u+w $it; echo evil > $it; echo true > $it; chmod a-w $it; echo > $out"
+    [report] = await told.build(order(drv("sly", script), [given.path]))
+    assert "while the build ran" in _spoilt(report, given)
+    [report] = await told.build(order(drv("honest", f"read x < {given.path}/deep/file; echo > $out"), [given.path]))
+    assert isinstance(report.result, Succeeded)
+
+
+async def test_what_another_build_saw_meanwhile_is_thrown_away_too(bench: Bench) -> None:
+    told = await bench.agent(nix_options=WEAK, slots=2)
+    given = await _published(bench, told, TREE)
+    at = f"{given.path}/deep/file"
+    evil = order(drv("evil", f"chmod u+w {at}; echo TAMPERED > {at}; echo > $out"), [given.path])
+    # It reads what it was shown until that changes.
+    victim = order(drv("victim", f"while read x < {at} && [ $x = true ]; do :; done; echo > $out"), [given.path])
+    await told.agent.start_many([victim.dump()])
+    await told.until(lambda: any(stage.stage == "building" and stage.step == victim.step for stage in told.stages))
+    for report in (await told.build(evil), await told.finish(victim)):
+        _spoilt(report[0], given)
+
+
+@pytest.mark.parametrize(("script", "below"), [(FILE, ""), (TREE, "/deep/file")])
+@pytest.mark.parametrize("options", [{}, WEAK])
+async def test_what_somebody_changes_between_two_builds_is_noticed_before_it_is_used(
+    bench: Bench, script: str, below: str, options: dict[str, str]
+) -> None:
+    told = await bench.agent(nix_options=options)
+    given = await _published(bench, told, script)
+    reads = f"read x < {given.path}{below}; echo $x > $out"
+    [report] = await told.build(order(drv("first", reads), [given.path]))
+    assert isinstance(report.result, Succeeded)
+    _tamper(Path(f"{_in_store(bench, given)}{below}"))
+    [report] = await told.build(order(drv("second", reads), [given.path]))
+    _spoilt(report, given)
+    await _until_mended(told)
+    again = order(drv("third", reads), [given.path])
+    [report] = await told.build(again)
+    [output] = bench.publish(report)
+    assert b"true\n" in nar_of(bench, output)
+
+
+async def test_an_input_of_an_input_is_looked_after_as_well_and_one_that_vanished(bench: Bench) -> None:
+    told = await bench.agent()
+    below = await _published(bench, told, FILE)
+    [made] = await told.build(order(drv("middle", f"echo {below.path} > $out"), [below.path]))
+    [middle] = bench.publish(made)
+    _in_store(bench, below).unlink()
+    reads = f"read p < {middle.path}; read x < $p; echo $x > $out"
+    [report] = await told.build(order(drv("reads", reads), [middle.path]))
+    _spoilt(report, below)
+    await _until_mended(told)
+    [report] = await told.build(order(drv("again", reads), [middle.path]))
+    assert isinstance(report.result, Succeeded)
+
+
+async def test_a_change_of_before_the_agent_came_is_noticed_at_first_sight(bench: Bench) -> None:
+    first = await bench.agent()
+    given = await _published(bench, first, FILE)
+    await first.agent.close()
+    _tamper(_in_store(bench, given))
+    told = await bench.agent()
+    [report] = await told.build(order(drv("reads", f"read x < {given.path}; echo > $out"), [given.path]))
+    _spoilt(report, given)
+
+
+def test_an_identity_shows_every_change_and_leaves_links_to_the_contents(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "in").mkdir(parents=True)
+    (tree / "in/file").write_text("true")
+    (tree / "link").symlink_to("in")
+
+    def now(budget: int = 100) -> input_guard.Identity:
+        return identify(str(tree), budget)[0]
+
+    before = now()
+    assert before.compared(now()) is Alteration.SAME
+    assert before.compared(now(budget=1)) is Alteration.SAME, "what was not read says nothing"
+    assert not now(budget=1).below
+    _tamper(tree / "in/file")
+    assert before.compared(now()) is Alteration.TOUCHED
+    # As Nix saves space: the file has another link elsewhere.
+    (tmp_path / "other").hardlink_to(tree / "in/file")
+    linked = now()
+    (tmp_path / "third").hardlink_to(tree / "in/file")
+    assert linked.compared(now()) is None
+    (tree / "in/more").touch()
+    assert linked.compared(now()) is Alteration.TOUCHED
+    file = identify(str(tree / "in/file"), 0)[0]
+    (tmp_path / "fourth").hardlink_to(tree / "in/file")
+    assert file.compared(identify(str(tree / "in/file"), 0)[0]) is None
