@@ -13,6 +13,7 @@ The tables lie in SQLite or in PostgreSQL. Every call may be done twice, and is 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -250,7 +251,8 @@ class DerivationStore:
         async def insert() -> None:
             async with self._engine.begin() as connection:
                 for start in range(0, len(batch), INSERT_ROWS):
-                    rows = [_row(new, compressor) for new in batch[start : start + INSERT_ROWS]]
+                    # Beside the loop: compressing takes as long as the derivation is large.
+                    rows = await asyncio.to_thread(_rows_of, batch[start : start + INSERT_ROWS], compressor)
                     await connection.exec_driver_sql(self._insert, rows)
 
         await _told(insert)
@@ -374,6 +376,10 @@ def _node(row: Any) -> Node:
         needs=tuple(needs),
         sources=tuple(sources),
     )
+
+
+def _rows_of(batch: Sequence[NewDerivation], compressor: zstandard.ZstdCompressor) -> list[tuple[object, ...]]:
+    return [_row(new, compressor) for new in batch]
 
 
 def _row(new: NewDerivation, compressor: zstandard.ZstdCompressor) -> tuple[object, ...]:

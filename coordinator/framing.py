@@ -9,14 +9,16 @@ Both are one zstd frame around a magic line, records and an end mark (integers a
 The end mark tells a whole stream from one that was cut at a record's edge; anything after it, compressed or not, is an
 error. Members stand inputs first in both streams.
 
-Memory is bounded on both sides: the reader inflates `INFLATE_SLICE` compressed bytes at a time (at zstd's greatest
-ratio that is 32 MiB), holds one derivation at most beyond that, and passes a NAR on in pieces as it comes.
+Memory is bounded on both sides: the reader inflates a slice of compressed bytes at a time (at zstd's greatest ratio
+`DERIVATIONS_SLICE` is 2 MiB, `SOURCES_SLICE` 8 MiB), holds one derivation at most beyond that, and passes a NAR on in
+pieces as it comes. For a derivation of more than `LARGE_BYTES` the reader first asks its caller for room.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -30,7 +32,15 @@ SOURCES_MAGIC = b"drover-sources-1\n"
 #: Longest store path name is 211 characters, its hash part and dash 33, `.drv` is part of the name.
 MAX_NAME_BYTES = 256
 MAX_HEADER_BYTES = 1024 * 1024
-INFLATE_SLICE = 1024
+#: Compressed bytes that are inflated at one time; zstd makes at most 32,768 bytes of one.
+DERIVATIONS_SLICE = 64
+SOURCES_SLICE = 256
+#: A larger derivation comes alone, and only once there is room for it.
+LARGE_BYTES = 1024 * 1024
+#: Seconds within which a large derivation must come once it has its room: others wait for that.
+LARGE_WITHIN_S = 300.0
+#: Inflated bytes after which the loop is given back.
+_TURN_BYTES = 4 * 1024 * 1024
 #: What a reader's frame may ask for; the fast levels stay at 2 MiB.
 MAX_WINDOW_BYTES = 8 * 1024 * 1024
 PIECE_BYTES = 256 * 1024
@@ -136,62 +146,94 @@ def _compressed(plain: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(ready)
 
 
-async def read_derivations(body: AsyncIterable[bytes], limits: StreamLimits) -> AsyncIterator[list[tuple[str, bytes]]]:
+async def read_derivations(
+    body: AsyncIterable[bytes],
+    limits: StreamLimits,
+    room_for: Callable[[int], AbstractAsyncContextManager[None]] = lambda _: nullcontext(),
+) -> AsyncGenerator[list[tuple[str, bytes]]]:
     """Yield the members of a derivations stream in batches, in the order in which they were sent.
+
+    A derivation of more than `LARGE_BYTES` is a batch of its own; `room_for(its size)` is held from before it is
+    inflated until the next batch is asked for.
 
     Raises:
         FramingError: the stream is not one; batches before the fault have been yielded.
     """
-    stream = _Inflater(body, limits.max_bytes)
+    stream = _Inflater(body, limits.max_bytes, DERIVATIONS_SLICE)
     await stream.magic(DERIVATIONS_MAGIC)
     parser = _derivation_parser(limits)
     next(parser)
     while True:
-        batch, used, done = parser.send(stream.view())
+        batch, used, next_step = parser.send(stream.view())
         stream.drop(used)
         if batch:
             yield batch
-        if done:
+        if next_step is None:
             break
-        await stream.fill()
+        name, size = next_step
+        if size <= LARGE_BYTES:
+            await stream.fill()
+            continue
+        async with room_for(size):
+            try:
+                async with asyncio.timeout(LARGE_WITHIN_S):
+                    large = await stream.exactly(size)
+            except TimeoutError:
+                raise FramingError(
+                    f"{name} has {size} bytes and did not come within {LARGE_WITHIN_S:.0f} s; send it again"
+                ) from None
+            yield [(name, large)]
+            del large
     await stream.finish()
+
+
+#: What a parser wants next: more bytes ("", 0), the body of one large derivation (its name and size), or nothing.
+_Wanted = tuple[str, int] | None
 
 
 def _derivation_parser(
     limits: StreamLimits,
-) -> Generator[tuple[list[tuple[str, bytes]], int, bool], bytes, None]:
-    """Take what is there of the stream, give (whole records, bytes used, end seen); keeps only the count between."""
+) -> Generator[tuple[list[tuple[str, bytes]], int, _Wanted], bytes, None]:
+    """Take what is there of the stream, give (whole records, bytes used, what comes next); keeps only the count."""
     count = 0
-    data = yield [], 0, False
+    data = yield [], 0, ("", 0)
     while True:
         batch: list[tuple[str, bytes]] = []
-        at, end, done = 0, len(data), False
+        at, end = 0, len(data)
+        wanted: _Wanted = ("", 0)
         while end - at >= _INT:
             name_size = int.from_bytes(data[at : at + _INT], "little")
+            body_at = at + _INT + name_size + _INT
             if name_size == 0:
-                at, done = at + _INT, True
+                at, wanted = at + _INT, None
                 break
             if name_size > MAX_NAME_BYTES:
                 raise FramingError(f"record {count} has a name of {name_size} bytes; at most {MAX_NAME_BYTES}")
-            body_at = at + _INT + name_size + _INT
             if body_at > end:
                 break
             size = int.from_bytes(data[body_at - _INT : body_at], "little")
             if size > limits.max_record_bytes:
                 name = data[at + _INT : body_at - _INT].decode(errors="replace")
                 raise FramingError(f"{name} has {size} bytes; a derivation may have {limits.max_record_bytes}")
-            if body_at + size > end:
+            if body_at + size > end and size <= LARGE_BYTES:
                 break
             count += 1
             if count > limits.max_records:
                 raise FramingError(f"the stream holds more than {limits.max_records} derivations, the limit")
-            try:
-                name = data[at + _INT : body_at - _INT].decode("ascii")
-            except UnicodeDecodeError:
-                raise FramingError(f"record {count - 1} has a name that is not ASCII") from None
+            name = _ascii(data[at + _INT : body_at - _INT], count - 1)
+            if size > LARGE_BYTES:
+                at, wanted = body_at, (name, size)
+                break
             batch.append((name, data[body_at : body_at + size]))
             at = body_at + size
-        data = yield batch, at, done
+        data = yield batch, at, wanted
+
+
+def _ascii(name: bytes, record: int) -> str:
+    try:
+        return name.decode("ascii")
+    except UnicodeDecodeError:
+        raise FramingError(f"record {record} has a name that is not ASCII") from None
 
 
 class Source:
@@ -218,7 +260,7 @@ async def read_sources(body: AsyncIterable[bytes], limits: StreamLimits) -> Asyn
     Raises:
         FramingError: the stream is not one; sources before the fault have been yielded.
     """
-    stream = _Inflater(body, limits.max_bytes)
+    stream = _Inflater(body, limits.max_bytes, SOURCES_SLICE)
     await stream.magic(SOURCES_MAGIC)
     count = 0
     while size := int.from_bytes(await stream.exactly(_INT), "little"):
@@ -247,7 +289,7 @@ async def read_sources(body: AsyncIterable[bytes], limits: StreamLimits) -> Asyn
 class _Inflater:
     """Inflates a body into a buffer, a bounded slice at a time."""
 
-    def __init__(self, body: AsyncIterable[bytes], max_bytes: int) -> None:
+    def __init__(self, body: AsyncIterable[bytes], max_bytes: int, slice_bytes: int) -> None:
         self._chunks = aiter(body)
         self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
         #: Compressed bytes not yet inflated, from `_taken` on.
@@ -256,11 +298,17 @@ class _Inflater:
         self._plain = bytearray()
         self._total = 0
         self._max_bytes = max_bytes
+        self._slice_bytes = slice_bytes
+        #: Bytes inflated since the loop was given back.
+        self._held = 0
 
     async def fill(self) -> None:
         """Inflate at least one byte more; FramingError where there is none."""
         # A whole chunk's slices are taken together while they stay small: fewer turns for the reader above.
         before = len(self._plain)
+        if self._held >= _TURN_BYTES:
+            self._held = 0
+            await asyncio.sleep(0)
         while len(self._plain) - before < PIECE_BYTES:
             if self._taken >= len(self._waiting):
                 if len(self._plain) > before:
@@ -278,13 +326,14 @@ class _Inflater:
             self._inflate_slice()
 
     def _inflate_slice(self) -> None:
-        piece = self._waiting[self._taken : self._taken + INFLATE_SLICE]
+        piece = self._waiting[self._taken : self._taken + self._slice_bytes]
         try:
             data = self._frame.decompress(piece)
         except zstandard.ZstdError:
             raise FramingError("the stream is not valid zstd") from None
         self._taken += len(piece) - len(self._frame.unused_data)
         self._total += len(data)
+        self._held += len(data)
         if self._total > self._max_bytes:
             raise FramingError(f"the stream is longer than {self._max_bytes} bytes, the limit")
         self._plain += data

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 from coordinator import planning
+from coordinator.byte_budget import ByteBudget
 from coordinator.derivations import DerivationStore, Kind, Known, NewDerivation, Node, StepInfo, step_info
-from coordinator.errors import IntakeError
-from coordinator.framing import StreamLimits, read_derivations, read_sources
+from coordinator.errors import IntakeError, UnavailableError
+from coordinator.framing import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
 from coordinator.limits import StepLimits
 from coordinator.schema import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.sources import SourceIntake
@@ -30,6 +32,13 @@ from scheduler.model import ANY_SYSTEM, StepKey, StepSpec, SubmissionId
 
 #: Derivations that one turn of a worker thread verifies; some 20 ms.
 VERIFY_AT_ONCE = 256
+#: Inflated bytes and derivations of one stream that are verified before they are stored in one transaction.
+STORED_AT_ONCE_BYTES = LARGE_BYTES
+STORED_AT_ONCE = 5_000
+#: Bytes in memory for each byte of a derivation that is verified: itself inflated, parsed, rendered, compressed.
+VERIFYING_COST = 6
+#: Seconds without a byte after which a stream is given up: its place is wanted by others.
+STREAM_IDLE_S = 60.0
 #: Seconds for which what a client asked about is safe from collection; it must submit within them.
 LEASE_S = 3600.0
 _KINDS = {DerivationKind.INPUT_ADDRESSED: Kind.INPUT_ADDRESSED, DerivationKind.FIXED: Kind.FIXED}
@@ -69,11 +78,15 @@ class IntakeLimits:
     max_derivations: int = 200_000
     max_sources: int = 200_000
     max_derivation_bytes: int = 16 * 1024 * 1024
-    #: Of an inflated derivations stream. What is verified waits in memory until the stream has ended well.
+    #: Of an inflated derivations stream.
     max_derivations_bytes: int = 2 * 1024 * 1024 * 1024
     #: NAR size of one source, and of all in one stream.
     max_source_bytes: int = 64 * 1024 * 1024 * 1024
     max_sources_bytes: int = 256 * 1024 * 1024 * 1024
+    #: Streams of derivations and of sources that are taken at one time; each has some MiB in memory.
+    max_streams: int = 32
+    #: Memory for verifying derivations of more than `framing.LARGE_BYTES`, of all clients together.
+    verifying_bytes: int = 512 * 1024 * 1024
     #: Members that are kept as recipes of one fixed-output step.
     max_recipes: int = 8
 
@@ -127,6 +140,9 @@ class Intake:
         self._sources = SourceIntake(cache, objects, store_dir)
         self._store_dir = store_dir
         self._limits = limits or IntakeLimits()
+        #: Memory for verifying large derivations, of all clients together.
+        self.budget = ByteBudget(self._limits.verifying_bytes)
+        self._streams = 0
         #: Recipe indexes are given out by one plan at a time.
         self._planning = asyncio.Lock()
 
@@ -151,23 +167,56 @@ class Intake:
             sources=tuple(name for name in query.sources if f"{self._store_dir.path}/{name}" in absent),
         )
 
-    async def add_derivations(self, body: AsyncIterable[bytes]) -> int:
-        """Verify and store a derivations stream (coordinator.framing), all or nothing; returns how many it held.
+    async def add_derivations(self, body: AsyncIterable[bytes], client: str = "") -> int:
+        """Verify and store a derivations stream (coordinator.framing); returns how many it held.
+
+        Of a stream with a fault at most whole pieces of `STORED_AT_ONCE_BYTES` before it are stored: each derivation is
+        true by itself and stands behind its inputs. Between clients the room for large ones is shared fairly.
 
         Raises:
             IntakeError: The stream is damaged, or the sentence names the member that is at fault.
+            UnavailableError: Too many streams are being taken.
         """
         limits = StreamLimits(
             self._limits.max_derivations, self._limits.max_derivation_bytes, self._limits.max_derivations_bytes
         )
         verifier = Verifier(self._store_dir)
         verified: list[NewDerivation] = []
-        async for batch in read_derivations(body, limits):
-            for start in range(0, len(batch), VERIFY_AT_ONCE):
-                verified += await self._verify(verifier, batch[start : start + VERIFY_AT_ONCE])
-        if verified:
-            await self._derivations.add(verified)
-        return len(verified)
+        count = size = 0
+        with self._stream():
+            batches = read_derivations(_lively(body), limits, lambda size: self._room_for(client, size))
+            async with aclosing(batches):
+                async for batch in batches:
+                    for start in range(0, len(batch), VERIFY_AT_ONCE):
+                        some = batch[start : start + VERIFY_AT_ONCE]
+                        verified += await self._verify(verifier, some)
+                        size += sum(len(data) for _, data in some)
+                        if size >= STORED_AT_ONCE_BYTES or len(verified) >= STORED_AT_ONCE:
+                            count += len(verified)
+                            await self._derivations.add(verified)
+                            verified, size = [], 0
+                        # Nothing of a large one may stay when its room is given back.
+                        del some
+                    batch.clear()
+            if verified:
+                await self._derivations.add(verified)
+        return count + len(verified)
+
+    def _room_for(self, client: str, size: int) -> AbstractAsyncContextManager[None]:
+        return self.budget.acquire(client, size * VERIFYING_COST)
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        """Count a stream for as long as the block runs. Raises `UnavailableError`."""
+        if self._streams >= self._limits.max_streams:
+            raise UnavailableError(
+                f"{self._limits.max_streams} streams are being taken, the limit; send it again in a moment."
+            )
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
 
     async def _verify(self, verifier: Verifier, batch: Sequence[tuple[str, bytes]]) -> list[NewDerivation]:
         members = [(f"{self._store_dir.path}/{name}", data) for name, data in batch]
@@ -195,9 +244,11 @@ class Intake:
 
         Raises:
             IntakeError: The stream is damaged, or the sentence names the source that is at fault.
+            UnavailableError: Too many streams are being taken.
         """
         limits = StreamLimits(self._limits.max_sources, self._limits.max_source_bytes, self._limits.max_sources_bytes)
-        return await self._sources.add(read_sources(body, limits))
+        with self._stream():
+            return await self._sources.add(read_sources(_lively(body), limits))
 
     async def submit(self, request: SubmitRequest) -> Planned:
         """Plan a submission of derivations that are stored: steps, and which of them the cache holds.
@@ -331,6 +382,20 @@ class _Graph:
     def _info(self, step: StepKey, stand_in: Mapping[StepKey, str], store_dir: str) -> StepInfo:
         first = self.recipes.by_step[step][0]
         return step_info(self.nodes[first if first in self.nodes else stand_in[step]], store_dir)
+
+
+async def _lively(body: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """Pass a stream on, and give it up where nothing comes any more. Raises `FramingError`."""
+    chunks = aiter(body)
+    while True:
+        try:
+            async with asyncio.timeout(STREAM_IDLE_S):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise FramingError(f"nothing of the stream came for {STREAM_IDLE_S:.0f} s; send it again") from None
+        yield chunk
 
 
 def _verify_members(

@@ -36,10 +36,17 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from coordinator.limits import MAX_LIMIT
 from workers.grades import CanaryReport
+
+#: Bytes of a label, an attribute path, a path: what people read, and every list shows.
+MAX_TEXT_BYTES = 1024
+#: Roots of one submission; some 20 MB of JSON.
+MAX_ROOTS = 100_000
+#: Characters of an output's name; Nix makes it part of a store path's name, which has at most 211.
+MAX_OUTPUT_LENGTH = 211
 
 
 class Model(BaseModel):
@@ -83,20 +90,31 @@ class RootLimits(Model):
     memory_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
 
 
+def _short(text: str) -> str:
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(f"it has {size} bytes; at most {MAX_TEXT_BYTES} are taken")
+    return text
+
+
+#: What people call something. The length in characters is looked at first: that costs nothing.
+_Text = Annotated[str, Field(max_length=MAX_TEXT_BYTES), AfterValidator(_short)]
+
+
 class RootRequest(Model):
     """One wish: an attribute of the evaluated file and the derivation it stands for (`outputs` empty: all)."""
 
-    attr: str
-    drv: str
-    outputs: tuple[str, ...] = ()
+    attr: _Text
+    drv: _Text
+    outputs: Annotated[tuple[Annotated[str, Field(max_length=MAX_OUTPUT_LENGTH)], ...], Field(max_length=64)] = ()
     limits: RootLimits | None = None
 
 
 class SubmitRequest(Model):
     """A submission of derivations that the coordinator already has."""
 
-    roots: Annotated[tuple[RootRequest, ...], Field(min_length=1)]
-    label: str = ""
+    roots: Annotated[tuple[RootRequest, ...], Field(min_length=1, max_length=MAX_ROOTS)]
+    label: _Text = ""
     #: Build again what is known to fail.
     retry_failed: bool = False
 

@@ -14,15 +14,17 @@ from coordinator.engine import Engine
 from coordinator.errors import BadRequestError, NotFoundError
 from coordinator.http.answers import answer, answer_list, read_body
 from coordinator.http.sse import WatchStreams
-from coordinator.intake import Intake
+from coordinator.intake import Intake, TooLargeError
 from coordinator.logs import LogStore
 from coordinator.rows import StepRow
-from coordinator.schema import FarmView, IntakeQuery, RetryView, StepStatus, SubmitRequest
+from coordinator.schema import MAX_ROOTS, FarmView, IntakeQuery, RetryView, StepStatus, SubmitRequest
 from coordinator.submissions import Submissions
 from coordinator.views import Views
 
 #: Bytes read from a request's body at one time.
 READ_BYTES = 256 * 1024
+#: Body of a submission: room for `MAX_ROOTS` roots as Nix names them.
+SUBMIT_BYTES = 48 * 1024 * 1024
 
 
 class Api:
@@ -73,7 +75,7 @@ class Api:
 
     async def put_derivations(self, request: web.Request) -> web.Response:
         """Take a stream of .drv files."""
-        await self._intake.add_derivations(request.content.iter_chunked(READ_BYTES))
+        await self._intake.add_derivations(request.content.iter_chunked(READ_BYTES), request.remote or "")
         return web.Response(status=204)
 
     async def put_sources(self, request: web.Request) -> web.Response:
@@ -83,7 +85,14 @@ class Api:
 
     async def submit(self, request: web.Request) -> web.Response:
         """Take a submission; the answer leaves once it is durable."""
-        row = await self._submissions.submit(await read_body(request, SubmitRequest))
+        size = request.content_length or 0
+        if size > SUBMIT_BYTES:
+            raise TooLargeError(
+                f"the submission has {size} bytes; this farm takes {SUBMIT_BYTES} and {MAX_ROOTS} roots: "
+                "submit it in several."
+            )
+        wish = await read_body(request.clone(client_max_size=SUBMIT_BYTES), SubmitRequest)
+        row = await self._submissions.submit(wish)
         return answer(self._views.submission_view(row), status=201)
 
     async def retry(self, request: web.Request) -> web.Response:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from coordinator.derivations import DerivationStore
-from coordinator.errors import IntakeError
-from coordinator.framing import FramingError, SourceHeader, encode_derivations, encode_sources
+from coordinator.errors import IntakeError, UnavailableError
+from coordinator.framing import LARGE_BYTES, FramingError, SourceHeader, encode_derivations, encode_sources
 from coordinator.intake import (
+    VERIFYING_COST,
     DerivationRefusedError,
     Intake,
     IntakeLimits,
@@ -20,7 +25,7 @@ from coordinator.intake import (
     StoreDirError,
     TooLargeError,
 )
-from coordinator.schema import IntakeQuery, RootRequest, SubmitRequest
+from coordinator.schema import MAX_ROOTS, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.sources import SourceRefusedError
 from infra.cache import Cache
 from infra.nix.nar import NarData, NarFile, write_events
@@ -296,6 +301,57 @@ class TestLimits:
         large = make.plain("large", text="x" * 3000)
         with pytest.raises(FramingError, match=large.name):
             await room.send([large])
+
+
+async def test_large_derivations_of_all_clients_share_one_budget(tmp_path: Path, make: Maker) -> None:
+    limits = IntakeLimits(verifying_bytes=2 * LARGE_BYTES * VERIFYING_COST)
+    graphs = [
+        [make.plain(f"large-{each}-{number}", text="x" * (LARGE_BYTES + 1)) for number in range(3)] for each in "abc"
+    ]
+    derivations = DerivationStore.open(f"sqlite+aiosqlite:///{tmp_path}/derivations.sqlite3")
+    await derivations.prepare()
+    async with open_cache(tmp_path) as cache:
+        room = Room(cache, derivations, limits)
+        assert await asyncio.gather(*(room.send(graph) for graph in graphs)) == [3, 3, 3]
+        budget = room.intake.budget
+        assert LARGE_BYTES < budget.peak <= budget.capacity
+        assert budget.held == 0
+        assert await room.unknown(*(made for graph in graphs for made in graph)) == []
+    await derivations.close()
+
+
+async def test_more_streams_than_the_limit_are_refused_with_the_limit(room: Room, make: Maker) -> None:
+    opened = [asyncio.Event() for _ in range(IntakeLimits().max_streams)]
+
+    async def open_stream(event: asyncio.Event) -> AsyncIterator[bytes]:
+        event.set()
+        await asyncio.Event().wait()
+        yield b""
+
+    streams = [asyncio.ensure_future(room.intake.add_derivations(open_stream(event))) for event in opened]
+    await asyncio.gather(*(event.wait() for event in opened))
+    with pytest.raises(UnavailableError, match=f"{len(opened)} streams are being taken, the limit"):
+        await room.send([make.plain("one")])
+    for each in streams:
+        each.cancel()
+    await asyncio.gather(*streams, return_exceptions=True)
+    assert await room.send([make.plain("one")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "wish"),
+    [
+        ("label", {"label": "\u00e9" * 600}),
+        ("attr", {"attr": "a" * 1025}),
+        ("drv", {"drv": "/nix/store/" + "a" * 1025}),
+        ("roots", {"roots": MAX_ROOTS + 1}),
+    ],
+)
+def test_what_people_read_is_bounded_and_the_refusal_names_field_and_bound(field: str, wish: dict[str, Any]) -> None:
+    root = {"attr": wish.get("attr", "a"), "drv": wish.get("drv", "/nix/store/x.drv")}
+    body = {"label": wish.get("label", ""), "roots": [root] * wish.get("roots", 1)}
+    with pytest.raises(ValidationError, match=rf"{field}[\s\S]*(1024|{MAX_ROOTS})"):
+        SubmitRequest.model_validate_json(json.dumps(body))
 
 
 async def test_another_store_directory_is_refused_with_both_names(room: Room) -> None:
