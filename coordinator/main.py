@@ -36,9 +36,9 @@ from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
 from coordinator.explain import FarmExplainer
 from coordinator.forgetting import Forgetter
 from coordinator.housekeeping import Housekeeper, SubmissionNeeds
-from coordinator.http.api import Api
+from coordinator.http.api import Api, ApiBounds
 from coordinator.http.app import make_app
-from coordinator.http.auth import is_own_host
+from coordinator.http.auth import is_host, is_own_host
 from coordinator.http.cache import LogFor, add_cache_routes
 from coordinator.http.caching import CachingApi
 from coordinator.http.fast import FastNarinfos, FastSite
@@ -181,6 +181,7 @@ async def open_coordinator(
             stores.logs,
             _farm_view(info, (journal, fleet, dispatch, *(each.cache for each in caches))),
             streams,
+            bounds=ApiBounds.of(settings.limits),
         )
         app = make_app(
             api,
@@ -202,9 +203,9 @@ async def open_coordinator(
             workers=WorkerSource(fleet, views, stores.cache.objects, tokens.for_path(clock)),
         )
         watch = _show_metrics(app, views, telemetry)
-        narinfos = FastNarinfos(caches, lambda host: not settings.loopback or is_own_host(host, url))
+        narinfos = FastNarinfos(caches, lambda host: is_own_host(host, url) if settings.loopback else is_host(host))
         add_worker_routes(app, views, lambda worker, on: fleet.drain(worker, on=on))
-        runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
+        runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None, auto_decompress=False)
         await runner.setup()
         async with asyncio.TaskGroup() as group:
             serving = [

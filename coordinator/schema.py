@@ -36,7 +36,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
 from coordinator.limits import MAX_LIMIT
 from workers.grades import CanaryReport
@@ -53,6 +53,10 @@ class Model(BaseModel):
     """Base of the API's models."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+#: Base names of store paths; the first that is none is the only one that is told.
+Names = Annotated[tuple[Annotated[str, Field(max_length=255)], ...], FailFast()]
 
 
 class StepStatus(StrEnum):
@@ -106,14 +110,16 @@ class RootRequest(Model):
 
     attr: _Text
     drv: _Text
-    outputs: Annotated[tuple[Annotated[str, Field(max_length=MAX_OUTPUT_LENGTH)], ...], Field(max_length=64)] = ()
+    outputs: Annotated[
+        tuple[Annotated[str, Field(max_length=MAX_OUTPUT_LENGTH)], ...], Field(max_length=64), FailFast()
+    ] = ()
     limits: RootLimits | None = None
 
 
 class SubmitRequest(Model):
     """A submission of derivations that the coordinator already has."""
 
-    roots: Annotated[tuple[RootRequest, ...], Field(min_length=1, max_length=MAX_ROOTS)]
+    roots: Annotated[tuple[RootRequest, ...], Field(min_length=1, max_length=MAX_ROOTS), FailFast()]
     label: _Text = ""
     #: Build again what is known to fail.
     retry_failed: bool = False
@@ -122,9 +128,9 @@ class SubmitRequest(Model):
 class IntakeQuery(Model):
     """Base names of the closure: .drv files and input sources."""
 
-    store_dir: str
-    derivations: tuple[str, ...]
-    sources: tuple[str, ...]
+    store_dir: Annotated[str, Field(max_length=4096)]
+    derivations: Names
+    sources: Names
 
 
 class IntakeMissing(Model):
@@ -380,8 +386,10 @@ class CacheRootView(Model):
 class PinRequest(Model):
     """Full store paths to keep with all that they refer to; `expires_at` 0: until unpinned."""
 
-    paths: Annotated[tuple[str, ...], Field(min_length=1, max_length=10_000)]
-    expires_at: float = 0.0
+    paths: Annotated[
+        tuple[Annotated[str, Field(max_length=4096)], ...], Field(min_length=1, max_length=10_000), FailFast()
+    ]
+    expires_at: Annotated[float, Field(allow_inf_nan=False)] = 0.0
 
 
 class KeeperView(Model):

@@ -15,8 +15,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import aiohttp
@@ -43,8 +44,11 @@ QUESTION_S = 60.0
 CONNECT_S = 10.0
 #: Seconds for which a cache that does not answer, or a store that fails, is asked again.
 AWAY_S = 60.0
-#: Bytes of one answer (100,000 narinfos of a kilobyte).
-MAX_ANSWER_BYTES = 256 * 1024 * 1024
+#: Paths of one question to the cache, which takes 500; bytes of one answer, 500 narinfos that may have many references.
+QUESTION_PATHS = 500
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+#: Paths that the inputs of one lease may reach.
+MAX_CLOSURE = 100_000
 #: NARs up to this size are downloaded ahead of their turn, so many at a time.
 AHEAD_BYTES = 1024 * 1024
 AHEAD = 8
@@ -91,20 +95,37 @@ class FarmSources:
 
         Raises `InputError` where a member is not in the cache, is not signed by the farm, or the cache does not answer.
         """
-        body = orjson.dumps({"paths": sorted(path.rpartition("/")[2] for path in paths), "closure": True})
-        answer = await self._ask(body)
-        missing = answer.get("missing")
-        if missing:
-            raise InputError(f"{self.farm.store_dir}/{missing[0]} is not in the farm's cache")
-        try:
-            infos = [narinfo.parse(text.encode(), self.store_dir) for text in answer["narinfos"]]
-        except (NixError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"the cache's answer cannot be read: {error}") from error
+        known: dict[str, NarInfo] = {}
+        wanted = sorted({path.rpartition("/")[2] for path in paths})
+        while wanted:
+            if len(known) > MAX_CLOSURE:
+                raise InputError(f"the inputs reach more than {MAX_CLOSURE} paths")
+            asked, wanted = wanted[:QUESTION_PATHS], wanted[QUESTION_PATHS:]
+            told = await self._told(asked)
+            found = {info.store_path.rpartition("/")[2]: info for info in told}
+            if not found.keys() >= set(asked):
+                raise InputError("the cache's answer lacks paths that were asked for")
+            known |= found
+            # An answer is bounded: what it only refers to is asked for in turn.
+            beyond = {reference.rpartition("/")[2] for info in told for reference in info.references}
+            wanted = sorted((beyond | set(wanted)) - known.keys())
+        infos = _references_first(known)
         for info in infos:
             fingerprint = info.fingerprint(self.store_dir)
             if not any(key.verify(fingerprint, sig) for key in self._keys for sig in info.sigs):
                 raise InputError(f"{info.store_path} is not signed by a key of the farm")
         return infos
+
+    async def _told(self, names: Sequence[str]) -> list[NarInfo]:
+        """Ask for narinfos by base name, with as much of their closure as one answer holds. Raises `InputError`."""
+        answer = await self._ask(orjson.dumps({"paths": names, "closure": True}))
+        missing = answer.get("missing")
+        if missing:
+            raise InputError(f"{self.farm.store_dir}/{missing[0]} is not in the farm's cache")
+        try:
+            return [narinfo.parse(text.encode(), self.store_dir) for text in answer["narinfos"]]
+        except (NixError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"the cache's answer cannot be read: {error}") from error
 
     async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None]:
         """Yield the NAR of a narinfo, verified by its end. Raises `InputError`."""
@@ -147,6 +168,20 @@ class FarmSources:
             if not await patience.pause():
                 break
         raise InputError(f"the farm's cache at {self.farm.cache_url} {problem}")
+
+
+def _references_first(infos: Mapping[str, NarInfo]) -> list[NarInfo]:
+    """Order a closure. Raises `InputError` where it runs in a circle, which no published closure does."""
+    order = TopologicalSorter(
+        {
+            name: [own for path in info.references if (own := path.rpartition("/")[2]) != name]
+            for name, info in infos.items()
+        }
+    )
+    try:
+        return [infos[name] for name in order.static_order()]
+    except CycleError:
+        raise InputError("the cache's answer has paths that refer to each other in a circle") from None
 
 
 async def _json_object(response: aiohttp.ClientResponse) -> dict[str, Any]:

@@ -7,12 +7,15 @@ Handlers read the request, ask one room and answer with one model; whatever they
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from aiohttp import web
 
+from coordinator.config import LimitSettings
 from coordinator.engine import Engine
 from coordinator.errors import BadRequestError, NotFoundError
-from coordinator.http.answers import answer, answer_list, read_body
+from coordinator.http.answers import answer, answer_list
+from coordinator.http.bodies import BodyBounds, body_chunks, read_model
 from coordinator.http.sse import WatchStreams
 from coordinator.intake import Intake, TooLargeError
 from coordinator.logs import LogStore
@@ -21,10 +24,29 @@ from coordinator.schema import MAX_ROOTS, FarmView, IntakeQuery, RetryView, Step
 from coordinator.submissions import Submissions
 from coordinator.views import Views
 
-#: Bytes read from a request's body at one time.
-READ_BYTES = 256 * 1024
 #: Body of a submission: room for `MAX_ROOTS` roots as Nix names them.
 SUBMIT_BYTES = 48 * 1024 * 1024
+#: A root names an attribute, a derivation, limits and most often a few outputs.
+ITEMS_PER_ROOT = 16
+CONTAINERS_PER_ROOT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ApiBounds:
+    """What the two large requests may hold."""
+
+    question: BodyBounds
+    submission: BodyBounds
+
+    @classmethod
+    def of(cls, limits: LimitSettings) -> ApiBounds:
+        """Return the bounds that follow from the farm's limits."""
+        members = 2 * limits.graph_size
+        roots = min(limits.graph_size, MAX_ROOTS)
+        return cls(
+            BodyBounds(limits.request_bytes, items=members + 64, containers=16),
+            BodyBounds(SUBMIT_BYTES, items=roots * ITEMS_PER_ROOT + 64, containers=roots * CONTAINERS_PER_ROOT + 16),
+        )
 
 
 class Api:
@@ -38,6 +60,8 @@ class Api:
         logs: LogStore,
         farm: Callable[[], FarmView],
         streams: WatchStreams,
+        *,
+        bounds: ApiBounds,
     ) -> None:
         self._engine = engine
         self._views = views
@@ -46,6 +70,7 @@ class Api:
         self._logs = logs
         self._farm = farm
         self._streams = streams
+        self._bounds = bounds
 
     def routes(self) -> list[web.RouteDef]:
         """Return the route table."""
@@ -71,16 +96,16 @@ class Api:
 
     async def missing(self, request: web.Request) -> web.Response:
         """Answer what of a closure must be sent."""
-        return answer(await self._intake.missing(await read_body(request, IntakeQuery)))
+        return answer(await self._intake.missing(await read_model(request, IntakeQuery, self._bounds.question)))
 
     async def put_derivations(self, request: web.Request) -> web.Response:
         """Take a stream of .drv files."""
-        await self._intake.add_derivations(request.content.iter_chunked(READ_BYTES), request.remote or "")
+        await self._intake.add_derivations(body_chunks(request), request.remote or "")
         return web.Response(status=204)
 
     async def put_sources(self, request: web.Request) -> web.Response:
         """Take a stream of input sources."""
-        await self._intake.add_sources(request.content.iter_chunked(READ_BYTES))
+        await self._intake.add_sources(body_chunks(request))
         return web.Response(status=204)
 
     async def submit(self, request: web.Request) -> web.Response:
@@ -91,7 +116,7 @@ class Api:
                 f"the submission has {size} bytes; this farm takes {SUBMIT_BYTES} and {MAX_ROOTS} roots: "
                 "submit it in several."
             )
-        wish = await read_body(request.clone(client_max_size=SUBMIT_BYTES), SubmitRequest)
+        wish = await read_model(request, SubmitRequest, self._bounds.submission)
         row = await self._submissions.submit(wish)
         return answer(self._views.submission_view(row), status=201)
 

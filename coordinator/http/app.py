@@ -14,7 +14,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from coordinator.errors import CoordinatorError
 from coordinator.http.api import Api
-from coordinator.http.auth import require_host, require_token
+from coordinator.http.auth import require_host, require_plain_head, require_token
 from coordinator.schema import ErrorBody, ErrorView
 from infra.cache.errors import MetadataError, ObjectStoreError
 
@@ -32,7 +32,7 @@ _REFUSALS = {
 
 def make_app(api: Api, token: str, *, public_url: str, loopback: bool, max_body_bytes: int) -> web.Application:
     """Put the API behind its checks. `max_body_bytes` bounds JSON bodies; streams have bounds of their own."""
-    checks: list[Middleware] = [_answer_errors]
+    checks: list[Middleware] = [_answer_errors, require_plain_head]
     if loopback:
         checks.append(require_host(public_url))
     checks.append(require_token(token))

@@ -3,6 +3,9 @@
 The token is made on the first start, lies in the state directory with mode 0600 and is compared in constant time. The
 cache needs none: what it serves is signed, and Nix clients have no bearer tokens.
 
+A head that two readers may understand differently is refused (`require_plain_head`): several or malformed `Host`s,
+several `Authorization`s.
+
 A page in a browser can make the browser ask a loopback address under the page's own host name (DNS rebinding). While
 the coordinator listens on loopback only, requests whose `Host` is not a loopback name or the public URL's are refused.
 """
@@ -12,21 +15,28 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import os
+import re
 import secrets
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 from urllib.parse import urlsplit
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
-from coordinator.errors import CoordinatorError
+from coordinator.errors import BadRequestError, CoordinatorError
+from coordinator.http.bodies import refuse_encoding
 
 #: Where the API begins; everything below it wants the token.
 API_PREFIX = "/api/"
 _TOKEN_BYTES = 32
 #: A shorter text is no secret.
 LEAST_TOKEN_CHARACTERS = 16
+MAX_PORT: Final = 65535
+#: Names as DNS and hosts files have them; no user part, no zone of an IPv6 address.
+_HOST: Final = re.compile(
+    r"(?:\[(?P<address>[0-9A-Fa-f:.]{2,45})\]|(?P<name>[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252})))(?::(?P<port>[0-9]{1,5}))?"
+)
 
 
 class TokenError(CoordinatorError):
@@ -100,12 +110,27 @@ def require_token(token: str) -> Middleware:
     return check
 
 
+@web.middleware
+async def require_plain_head(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse requests whose `Host` or `Authorization` could be read in two ways, and compressed bodies.
+
+    A middleware. Raises `BadRequestError` or `BodyEncodedError`.
+    """
+    hosts = request.headers.getall("Host", ())
+    if len(hosts) > 1 or (not hosts and request.version >= HttpVersion11) or not all(map(is_host, hosts)):
+        raise BadRequestError("the request must have one Host header: a name or an address, and perhaps a port.")
+    if len(request.headers.getall("Authorization", ())) > 1:
+        raise BadRequestError("the request has more than one Authorization header.")
+    refuse_encoding(request)
+    return await handler(request)
+
+
 def require_host(public_url: str) -> Middleware:
     """Return a middleware that refuses host names other than loopback ones and that of `public_url`."""
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not is_own_host(request.host, public_url):
+        if not is_own_host(request.headers.get("Host", ""), public_url):
             raise ForbiddenHostError("this coordinator listens on loopback only and does not answer under that name.")
         return await handler(request)
 
@@ -114,11 +139,25 @@ def require_host(public_url: str) -> Middleware:
 
 def is_own_host(told: str, public_url: str) -> bool:
     """Tell whether a `Host` header (with or without a port) names loopback, or the host of `public_url`."""
+    found = _HOST.fullmatch(told)
+    if found is None or not is_host(told):
+        return False
+    host = (found["address"] or found["name"]).lower()
+    return host == (urlsplit(public_url).hostname or "") or _is_loopback(host)
+
+
+def is_host(told: str) -> bool:
+    """Tell whether a `Host` header is `name`, `address` or `[IPv6 address]`, with or without `:port` (1 to 65535)."""
+    found = _HOST.fullmatch(told)
+    if found is None or not 0 < int(found["port"] or 1) <= MAX_PORT:
+        return False
+    if found["address"] is None:
+        return True
     try:
-        host = urlsplit(f"//{told}").hostname or ""
+        ipaddress.IPv6Address(found["address"])
     except ValueError:
         return False
-    return host == (urlsplit(public_url).hostname or "") or _is_loopback(host)
+    return True
 
 
 def _is_loopback(host: str) -> bool:

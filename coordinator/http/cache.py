@@ -6,6 +6,8 @@
     GET  PREFIX/log/<derivation>          what the build printed
     PUT  PREFIX/…                         for writers: `coordinator.http.puts`
     POST PREFIX/narinfos                  {"paths": [base name], "closure": bool} -> {"narinfos": [text], "missing": []}
+                                          at most MAX_QUESTION paths, and NARINFOS_AT_ONCE of what they reach, the
+                                          nearest first: the asker asks again for references that it was not told
 
 A private cache answers 401 to whoever has no token (`coordinator.http.access`). HEAD is answered wherever GET is, and
 the same. What is unknown, malformed, lost or cannot be looked up just now is 404 with `no-store`: a client then asks
@@ -24,15 +26,16 @@ from typing import Annotated, Final, TypeAlias
 import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from coordinator.caches import OpenCache
+from coordinator.errors import CoordinatorError
 from coordinator.http.access import challenge
+from coordinator.http.bodies import BodyBounds, read_model
 from coordinator.http.nars import NAR_HEADERS, NarAnswers, cut
 from coordinator.http.puts import CachePuts, log_key
 from coordinator.schema import ErrorBody, ErrorView
-from infra.cache.catalog import MAX_CLOSURE
-from infra.cache.errors import CacheError, ClosureTooLargeError, ObjectMissingError, ObjectStoreError
+from infra.cache.errors import CacheError, ObjectMissingError, ObjectStoreError
 from infra.cache.listing import Listings
 from infra.nix.errors import FormatError
 from infra.nix.realisation import RealisationLayout, parse_key
@@ -45,8 +48,11 @@ _log = logging.getLogger(__name__)
 #: Gives the log of a derivation (base name of the .drv), None if there is none.
 LogFor: TypeAlias = Callable[[str], Awaitable[AsyncIterator[bytes] | None]]
 
-#: A question for MAX_CLOSURE paths with names of usual length.
-MAX_QUESTION_BYTES: Final = 16 * 1024 * 1024
+#: Paths of one question, which a stranger may ask where the cache is public, and narinfos of its answer: some 10 ms of
+#: the loop and a megabyte. Closures are larger; who asks for one goes on with what is left.
+MAX_QUESTION: Final = 500
+NARINFOS_AT_ONCE: Final = 500
+QUESTION_BOUNDS: Final = BodyBounds(size_bytes=160 * 1024, items=MAX_QUESTION + 8, containers=4)
 
 _JSON_HEADERS: Final = {"Content-Type": "application/json", "Cache-Control": "public, max-age=60"}
 _LOG_HEADERS: Final = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-cache"}
@@ -57,7 +63,7 @@ class NarinfosQuestion(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    paths: Annotated[tuple[Annotated[str, Field(max_length=255)], ...], Field(max_length=MAX_CLOSURE)]
+    paths: Annotated[tuple[Annotated[str, Field(max_length=255)], ...], Field(max_length=MAX_QUESTION), FailFast()]
     closure: bool = True
 
 
@@ -194,18 +200,13 @@ class CacheRoutes:
 
     async def narinfos(self, request: web.Request) -> web.Response:
         """Answer what is known of many paths and all that they reach, references first."""
-        body = await _bounded_body(request)
-        if body is None:
-            return _refused(413, "too_large", f"the question is larger than {MAX_QUESTION_BYTES} bytes; ask in parts.")
         try:
-            question = NarinfosQuestion.model_validate_json(body)
+            question = await read_model(request, NarinfosQuestion, QUESTION_BOUNDS)
             base = f"{self._cache.store_dir.path}/"
             asked = [base + name for name in question.paths]
-            narinfos, missing = await self._cache.closure(asked, recursive=question.closure)
-        except ValidationError as error:
-            return _refused(400, "bad_request", f"the question is malformed: {error.errors()[0]['msg']}.")
-        except ClosureTooLargeError as error:
-            return _refused(413, "too_large", f"{error}.")
+            narinfos, missing = await self._cache.closure(asked, recursive=question.closure, at_most=NARINFOS_AT_ONCE)
+        except CoordinatorError as error:
+            return _refused(error.status, error.code, str(error))
         except CacheError as error:
             return _refused(503, "unavailable", f"{error}; try again.")
         answer = {"narinfos": [text.decode() for text in narinfos], "missing": [name[len(base) :] for name in missing]}
@@ -220,15 +221,6 @@ class CacheRoutes:
         if self._served.access.public:
             return headers
         return {**headers, "Cache-Control": headers["Cache-Control"].replace("public", "private")}
-
-
-async def _bounded_body(request: web.Request) -> bytes | None:
-    body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > MAX_QUESTION_BYTES:
-            return None
-    return bytes(body)
 
 
 def narinfo_headers(text: bytes) -> dict[str, str]:

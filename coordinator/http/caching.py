@@ -10,7 +10,8 @@ from aiohttp import web
 
 from coordinator.errors import BadRequestError, NotFoundError
 from coordinator.housekeeping import Housekeeper
-from coordinator.http.answers import answer, answer_list, read_body
+from coordinator.http.answers import answer, answer_list
+from coordinator.http.bodies import BodyBounds, read_model
 from coordinator.schema import (
     CacheRootView,
     CacheView,
@@ -31,6 +32,9 @@ from infra.nix.store_path import HASH_PART_LENGTH
 _BASE: Final = "/api/v1/caches/{cache}"
 #: What a pin may be called.
 _PIN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
+
+#: 10,000 paths of the longest name.
+PIN_BOUNDS: Final = BodyBounds(size_bytes=4 * 1024 * 1024, items=10_064, containers=16)
 
 
 class CachingApi:
@@ -103,7 +107,7 @@ class CachingApi:
     async def pin(self, request: web.Request) -> web.Response:
         """Keep paths under a name."""
         _, cache = self._cache(request)
-        wish = await read_body(request, PinRequest)
+        wish = await read_model(request, PinRequest, PIN_BOUNDS)
         paths = [_store_path(cache, path) for path in wish.paths]
         await cache.pin(_pin_name(request), paths, wish.expires_at or None)
         return web.Response(status=204)
@@ -118,7 +122,7 @@ class CachingApi:
 
     async def collect(self, request: web.Request) -> web.Response:
         """Collect garbage."""
-        wish = await read_body(request, CollectRequest)
+        wish = await read_model(request, CollectRequest)
         report = await self._housekeeper(request).collect(dry_run=wish.dry_run)
         return answer(
             CollectView(
@@ -136,7 +140,7 @@ class CachingApi:
 
     async def verify(self, request: web.Request) -> web.Response:
         """Check every path, and repair what can be."""
-        wish = await read_body(request, VerifyRequest)
+        wish = await read_model(request, VerifyRequest)
         report = await self._housekeeper(request).verify(full=wish.full, repair=wish.repair)
         faults = tuple(FaultView(path=each.path, fault=each.fault, outcome=each.outcome) for each in report.faults)
         return answer(

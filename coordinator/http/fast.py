@@ -172,6 +172,8 @@ class FastSite(web.BaseSite):
             raise RuntimeError("the runner is not set up")
 
         def connected() -> FastConnection:
-            return FastConnection(self._fast, manager, loop=loop, access_log=None, keepalive_timeout=KEEP_ALIVE_S)
+            return FastConnection(
+                self._fast, manager, loop=loop, access_log=None, keepalive_timeout=KEEP_ALIVE_S, auto_decompress=False
+            )
 
         self._server = await loop.create_server(connected, sock=self._socket, backlog=self._backlog)

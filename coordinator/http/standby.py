@@ -23,7 +23,7 @@ async def serving_standby(listener: socket.socket) -> AsyncIterator[Callable[[],
     app = web.Application()
     app.router.add_get("/healthz", _health)
     app.router.add_route("*", "/{anything:.*}", _refuse)
-    runner = web.AppRunner(app, shutdown_timeout=1.0, access_log=None)
+    runner = web.AppRunner(app, shutdown_timeout=1.0, access_log=None, auto_decompress=False)
     starting: list[asyncio.Task[None]] = []
 
     async def start() -> None:

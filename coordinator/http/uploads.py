@@ -13,16 +13,19 @@ from typing import Final, TypeAlias, TypeVar
 import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from coordinator.caches import OpenCache
+from coordinator.errors import BadRequestError
 from coordinator.http.access import challenge, told_token
+from coordinator.http.bodies import BodyBounds, read_model
 from coordinator.schema import ErrorBody, ErrorView
 from coordinator.upload_tokens import UploadTokens
 from infra.cache.errors import CacheError, StoreFullError
 from infra.cache.upload_errors import UploadError, WrongOffsetError
 from infra.cache.upload_wire import (
     MAX_MESSAGE_BYTES,
+    MAX_PATHS,
     PIECE_BYTES,
     Begin,
     Commit,
@@ -35,8 +38,8 @@ from infra.cache.uploads import Sender, Uploads
 
 #: Seconds without a byte after which a sender is given up.
 SILENCE_S: Final = 60.0
-#: Bytes parsed on the event loop; larger messages are parsed beside it.
-INLINE_BYTES: Final = 64 * 1024
+#: MAX_PATHS objects, with references and entity tags as far as MAX_MESSAGE_BYTES go.
+MESSAGE_BOUNDS: Final = BodyBounds(MAX_MESSAGE_BYTES, items=1_500_000, containers=3 * MAX_PATHS)
 
 _STATUS: Final[Mapping[str, int]] = {
     "unknown_upload": 404,
@@ -170,19 +173,10 @@ async def _body(request: web.Request) -> AsyncIterator[bytes]:
 
 
 async def _message(request: web.Request, model: type[_Message]) -> _Message:
-    data = bytearray()
-    async for chunk in _body(request):
-        data += chunk
-        if len(data) > MAX_MESSAGE_BYTES:
-            raise _BadMessageError(f"the message is larger than {MAX_MESSAGE_BYTES} bytes")
     try:
-        if len(data) > INLINE_BYTES:
-            return await asyncio.to_thread(model.model_validate_json, bytes(data))
-        return model.model_validate_json(bytes(data))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "message"
-        raise _BadMessageError(f"the message's {where} is wrong: {first['msg']}") from None
+        return await read_model(request, model, MESSAGE_BOUNDS)
+    except BadRequestError as error:
+        raise _BadMessageError(str(error)) from None
 
 
 def _json(model: BaseModel, status: int = 200) -> web.Response:

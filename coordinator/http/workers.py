@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
-from pydantic import ValidationError
 
-from coordinator.errors import BadRequestError, NotFoundError, UnavailableError
+from coordinator.errors import NotFoundError, UnavailableError
+from coordinator.http.bodies import read_model
 from coordinator.schema import DrainRequest
 from coordinator.views import Views
 from workers.fleet import FleetError
@@ -21,10 +21,7 @@ def add_worker_routes(app: web.Application, views: Views, drain: Drain) -> None:
 
     async def handle(request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        try:
-            wish = DrainRequest.model_validate_json(await request.read() or b"{}")
-        except ValidationError:
-            raise BadRequestError('the request\'s body is {"on": true} or {"on": false}.') from None
+        wish = await read_model(request, DrainRequest) if request.body_exists else DrainRequest()
         if name not in {worker.name for worker in views.workforce.views()}:
             raise NotFoundError(f"there is no worker {name[:80]!r}; `drover workers` lists them.")
         try:

@@ -133,16 +133,19 @@ class Cache:
         """
         return await self._catalog.object_size(url)
 
-    async def closure(self, store_paths: Iterable[str], *, recursive: bool = True) -> tuple[list[bytes], list[str]]:
+    async def closure(
+        self, store_paths: Iterable[str], *, recursive: bool = True, at_most: int | None = None
+    ) -> tuple[list[bytes], list[str]]:
         """Return the signed narinfos of all that the full store paths reach, references first, and what is missing.
 
         Missing are paths of the question, and lost members of the closure, that cannot be fetched: full paths, sorted.
-        Without `recursive` the answer holds the paths of the question only.
+        Without `recursive` the answer holds the paths of the question only. With `at_most` it holds so many of those
+        that are reached, the nearest to the question.
 
         Raises:
             ClosureTooLargeError: more than MAX_CLOSURE paths, asked or reached.
         """
-        return await self._catalog.closure(store_paths, recursive=recursive)
+        return await self._catalog.closure(store_paths, recursive=recursive, at_most=at_most)
 
     async def realisation(self, layout: RealisationLayout, key: str) -> bytes | None:
         """Return the signed realisation with this key (`infra.nix.realisation.parse_key`) if its path is here."""

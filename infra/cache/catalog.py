@@ -145,7 +145,9 @@ class Catalog:
         row = await self._find(url, paths.c.url)
         return None if row is None else row.file_size
 
-    async def closure(self, store_paths: Iterable[str], *, recursive: bool) -> tuple[list[bytes], list[str]]:
+    async def closure(
+        self, store_paths: Iterable[str], *, recursive: bool, at_most: int | None = None
+    ) -> tuple[list[bytes], list[str]]:
         """See `Cache.closure`."""
         asked = set(store_paths)
         if len(asked) > MAX_CLOSURE:
@@ -154,7 +156,12 @@ class Catalog:
         reached: dict[int, Row] = {}
         async with reading(self.database) as connection:
             for some in slices(hash_parts):
-                reached.update(await self._reach(connection, some, recursive))
+                if not recursive:
+                    reached.update({row.serial: row for row in (await self.rows(connection, some)).values()})
+                elif at_most is not None:
+                    reached.update(await self._nearest(connection, some, at_most))
+                else:
+                    reached.update(await self._reach(connection, some))
                 if len(reached) > MAX_CLOSURE:
                     raise ClosureTooLargeError(f"the closure has more than {MAX_CLOSURE} paths; ask for parts of it")
         rows = [reached[serial] for serial in sorted(reached)]
@@ -232,9 +239,30 @@ class Catalog:
                 self._recent.popitem(last=False)
         return row
 
-    async def _reach(self, connection: AsyncConnection, hash_parts: Sequence[str], recursive: bool) -> dict[int, Row]:
-        if not recursive:
-            return {row.serial: row for row in (await self.rows(connection, hash_parts)).values()}
+    async def _nearest(self, connection: AsyncConnection, hash_parts: Sequence[str], at_most: int) -> dict[int, Row]:
+        """Return the rows that are reached, the nearest `at_most` if there are more, and always those that were asked.
+
+        Level by level: neither SQLite nor PostgreSQL walks a recursive question no further than it is read.
+        """
+        found = {row.serial: row for row in (await self.rows(connection, hash_parts)).values()}
+        level: list[int] = list(found)
+        while level and len(found) < at_most:
+            further: dict[int, Row] = {}
+            for some in slices(level):
+                question = (
+                    sa.select(*_ROW_COLUMNS)
+                    .where(paths.c.serial.in_(sa.select(refs.c.reference).where(refs.c.referrer.in_(some))))
+                    .limit(at_most)
+                )
+                for values in await connection.execute(question):
+                    row = Row(*values)
+                    if row.serial not in found and len(found) + len(further) < at_most:
+                        further[row.serial] = row
+            found |= further
+            level = list(further)
+        return found
+
+    async def _reach(self, connection: AsyncConnection, hash_parts: Sequence[str]) -> dict[int, Row]:
         reach = sa.select(paths.c.serial).where(paths.c.hash_part.in_(hash_parts)).cte("reach", recursive=True)
         reach = reach.union(sa.select(refs.c.reference).join(reach, refs.c.referrer == reach.c.serial))
         question = sa.select(*_ROW_COLUMNS).where(paths.c.serial.in_(sa.select(reach.c.serial))).limit(MAX_CLOSURE + 1)

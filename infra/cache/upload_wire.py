@@ -22,7 +22,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from infra.cache.candidates import MAX_NAR_BYTES
 
@@ -69,7 +69,7 @@ class PathClaim(UploadMessage):
     path: _Name
     nar_hash: _Hash
     nar_size: _Size
-    references: Annotated[tuple[_Name, ...], Field(max_length=100_000)] = ()
+    references: Annotated[tuple[_Name, ...], Field(max_length=100_000), FailFast()] = ()
     deriver: Annotated[str, Field(max_length=255)] = ""
     ca: Annotated[str, Field(max_length=200)] = ""
 
@@ -78,14 +78,14 @@ class KeepWish(UploadMessage):
     """What keeps the pushed paths: a root of kind `push` with this name, for so many days (0: for ever)."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+?=-]{0,199}$")]
-    paths: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=MAX_PATHS)]
+    paths: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=MAX_PATHS), FailFast()]
     days: Annotated[float, Field(ge=0, le=36_500)] = 30.0
 
 
 class Begin(UploadMessage):
     """All paths of the closure, those that may be there too: each is protected from collection from here on."""
 
-    paths: Annotated[tuple[PathClaim, ...], Field(min_length=1, max_length=MAX_PATHS)]
+    paths: Annotated[tuple[PathClaim, ...], Field(min_length=1, max_length=MAX_PATHS), FailFast()]
 
 
 class SendRoute(StrEnum):
@@ -112,7 +112,7 @@ class Begun(UploadMessage):
 class UrlsWanted(UploadMessage):
     """Paths whose object is at most SINGLE_BYTES."""
 
-    paths: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=MAX_URLS)]
+    paths: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=MAX_URLS), FailFast()]
 
 
 class Urls(UploadMessage):
@@ -156,13 +156,13 @@ class SentPath(UploadMessage):
     path: _Name
     file_hash: _Hash
     file_size: _Size
-    etags: Annotated[tuple[Annotated[str, Field(max_length=200)], ...], Field(max_length=MAX_PARTS)] = ()
+    etags: Annotated[tuple[Annotated[str, Field(max_length=200)], ...], Field(max_length=MAX_PARTS), FailFast()] = ()
 
 
 class Commit(UploadMessage):
     """What was sent; all of it becomes visible together. `keep` makes a root, also of what was there already."""
 
-    sent: Annotated[tuple[SentPath, ...], Field(max_length=MAX_PATHS)]
+    sent: Annotated[tuple[SentPath, ...], Field(max_length=MAX_PATHS), FailFast()]
     keep: KeepWish | None = None
 
 

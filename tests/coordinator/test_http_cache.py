@@ -20,7 +20,7 @@ from coordinator.caches import OpenCache
 from coordinator.config import CacheSettings
 from coordinator.http import cache as http_cache
 from coordinator.http.access import CacheAccess
-from coordinator.http.cache import add_cache_routes
+from coordinator.http.cache import MAX_QUESTION, QUESTION_BOUNDS, add_cache_routes
 from infra.cache import Cache, Candidate, ObjectStore, Published, upload_nar
 from infra.cache.errors import ObjectStoreError
 from infra.cache.upload import QUICK_BYTES
@@ -240,14 +240,26 @@ async def test_one_question_answers_a_closure_references_first(served: Served) -
 async def test_a_question_that_is_none_is_refused_with_a_sentence(served: Served, body: bytes) -> None:
     async with served.http.post(f"{served.url}/narinfos", data=body) as answer:
         assert answer.status == 400
-        assert (await answer.json())["error"]["message"].startswith("the question is malformed")
+        assert (await answer.json())["error"]["message"].startswith("the request's ")
 
 
-async def test_a_question_is_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_cache, "MAX_QUESTION_BYTES", 1000)
-    async with served.http.post(f"{served.url}/narinfos", data=b" " * 2000) as answer:
+async def test_a_question_is_bounded(served: Served) -> None:
+    async with served.http.post(f"{served.url}/narinfos", data=b" " * (QUESTION_BOUNDS.size_bytes + 1)) as answer:
         assert answer.status == 413
-        assert "1000 bytes" in (await answer.json())["error"]["message"]
+        assert f"{QUESTION_BOUNDS.size_bytes} bytes" in (await answer.json())["error"]["message"]
+    async with served.http.post(f"{served.url}/narinfos", json={"paths": ["a"] * (MAX_QUESTION + 1)}) as answer:
+        assert answer.status == 400
+
+
+async def test_an_answer_holds_the_nearest_of_a_large_closure(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    await publish(served.cache, A)
+    await publish(served.cache, B, references=[A])
+    await publish(served.cache, C, references=[B])
+    monkeypatch.setattr(http_cache, "NARINFOS_AT_ONCE", 2)
+    async with served.http.post(f"{served.url}/narinfos", json={"paths": [base_name(C)]}) as answer:
+        told = await answer.json()
+    infos = [narinfo.parse(text.encode(), STORE_DIR) for text in told["narinfos"]]
+    assert ([info.store_path for info in infos], told["missing"]) == ([B, C], [])
 
 
 # What no client sends.

@@ -1,0 +1,201 @@
+"""Reader of request bodies: bounded bytes, bounded time, bounded shape, one error.
+
+Every JSON body of every route comes through `read_model`. What it costs is bounded before each step, because the sender
+of a public route is a stranger:
+
+    bytes        `BodyBounds.size_bytes`, and BODIES_BYTES over all requests that are being read
+    time         PATIENCE_S of waiting, and more only as bytes come at LEAST_BYTES_PER_S
+    encoding     none: a compressed body is 415, so nothing is ever inflated here
+    shape        commas and brackets are counted before parsing, depth, keys and duplicate keys after it
+    errors       sequences of the models fail fast and objects have at most MAX_KEYS keys, so few errors are collected
+
+Bodies over INLINE_BYTES are parsed beside the event loop, one at a time, so that their memory does not add up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, TypeVar
+
+import orjson
+from aiohttp import web
+from pydantic import BaseModel, ValidationError
+
+from coordinator.errors import BadRequestError, CoordinatorError, UnavailableError
+
+#: Bodies up to this size are parsed in the event loop: some hundred microseconds.
+INLINE_BYTES: Final = 32 * 1024
+#: Bytes of all JSON bodies that are being read at one time.
+BODIES_BYTES: Final = 512 * 1024 * 1024
+#: Seconds to wait for a body, and the pace in bytes a second that earns more of them.
+PATIENCE_S: Final = 30.0
+LEAST_BYTES_PER_S: Final = 4 * 1024
+#: Arrays and objects in each other; the API's deepest request has four.
+MAX_DEPTH: Final = 16
+#: Keys of one object; the API's widest request has five.
+MAX_KEYS: Final = 32
+#: Characters of a field's name, and of a parser's sentence, in an answer.
+SHOWN_CHARACTERS: Final = 120
+
+_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"(?:\s*+(:))?', re.DOTALL)
+#: One thread: what two large bodies take at once would add up.
+_PARSER: Final = ThreadPoolExecutor(1, thread_name_prefix="bodies")
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class BodyBounds:
+    """What one route takes: bytes, elements (as commas) and arrays with objects (as opening brackets)."""
+
+    size_bytes: int
+    items: int
+    containers: int
+
+
+#: A request of a few fields.
+SMALL: Final = BodyBounds(size_bytes=16 * 1024, items=64, containers=16)
+
+
+class BodyTooLargeError(CoordinatorError):
+    """A body has more bytes than its route takes."""
+
+    code: ClassVar[str] = "too_large"
+    status: ClassVar[int] = 413
+
+
+class BodyEncodedError(CoordinatorError):
+    """A body is compressed."""
+
+    code: ClassVar[str] = "encoded_body"
+    status: ClassVar[int] = 415
+
+
+class BodySlowError(CoordinatorError):
+    """A body comes too slowly."""
+
+    code: ClassVar[str] = "too_slow"
+    status: ClassVar[int] = 408
+
+
+def refuse_encoding(request: web.BaseRequest) -> None:
+    """Raise `BodyEncodedError` for a request that has a Content-Encoding."""
+    if any(value.strip().lower() != "identity" for value in request.headers.getall("Content-Encoding", ())):
+        raise BodyEncodedError("this coordinator takes no Content-Encoding; send the body as it is.")
+
+
+async def body_chunks(request: web.Request) -> AsyncGenerator[bytes, None]:
+    """Yield a body as it comes.
+
+    Raises:
+        BodyEncodedError: it is compressed.
+        BodySlowError: the sender kept us waiting for too long; our own work on the chunks does not count.
+        BadRequestError: it ended too early.
+    """
+    refuse_encoding(request)
+    loop = asyncio.get_running_loop()
+    taken, waited_s = 0, 0.0
+    while True:
+        began_s = loop.time()
+        try:
+            async with asyncio.timeout(PATIENCE_S + taken / LEAST_BYTES_PER_S - waited_s):
+                chunk = await request.content.readany()
+        except TimeoutError:
+            raise BodySlowError(f"after {taken} bytes the body came too slowly; send it again.") from None
+        except web.RequestPayloadError:
+            raise BadRequestError("the request's body ended too early; send it again.") from None
+        waited_s += loop.time() - began_s
+        if not chunk:
+            return
+        taken += len(chunk)
+        yield chunk
+
+
+class _InFlight:
+    """Bytes of the bodies that are being read, over all requests of this process."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+
+    def take(self, count: int) -> None:
+        if self._bytes + count > BODIES_BYTES:
+            raise UnavailableError("too many large requests are being read; try again later.")
+        self._bytes += count
+
+    def give_back(self, count: int) -> None:
+        self._bytes -= count
+
+
+_in_flight: Final = _InFlight()
+
+
+async def read_model(request: web.Request, model: type[_Model], bounds: BodyBounds = SMALL) -> _Model:
+    """Read and check a JSON body.
+
+    Raises:
+        BadRequestError: it is no such request; the sentence names the first field that is wrong.
+        BodyTooLargeError, BodyEncodedError, BodySlowError: see there.
+        UnavailableError: BODIES_BYTES are being read.
+    """
+    refuse_encoding(request)
+    if (request.content_length or 0) > bounds.size_bytes:
+        raise _too_large(bounds)
+    data = bytearray()
+    try:
+        async with aclosing(body_chunks(request)) as chunks:
+            async for chunk in chunks:
+                if len(data) + len(chunk) > bounds.size_bytes:
+                    raise _too_large(bounds)
+                _in_flight.take(len(chunk))
+                data += chunk
+        if len(data) <= INLINE_BYTES:
+            return parse_model(data, model, bounds)
+        return await asyncio.get_running_loop().run_in_executor(_PARSER, parse_model, data, model, bounds)
+    finally:
+        _in_flight.give_back(len(data))
+
+
+def parse_model(data: bytes | bytearray, model: type[_Model], bounds: BodyBounds = SMALL) -> _Model:
+    """Return the model that a JSON text is. Raises `BadRequestError`."""
+    if data.count(b",") > bounds.items or data.count(b"[") + data.count(b"{") > bounds.containers:
+        raise BadRequestError(f"the request has more than {bounds.items} elements; ask in parts.")
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise BadRequestError(f"the request's body is wrong: {error.msg[:SHOWN_CHARACTERS]}.") from None
+    _check_keys(data, value)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])[:SHOWN_CHARACTERS] or "body"
+        raise BadRequestError(f"the request's {where} is wrong: {first['msg'][:SHOWN_CHARACTERS]}.") from None
+
+
+def _check_keys(data: bytes | bytearray, value: Any) -> None:
+    """Refuse what is deep, wide, or names a key twice (parsers differ in which of the two counts)."""
+    level, keys = [value], 0
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                keys += len(each)
+                if len(each) > MAX_KEYS:
+                    raise BadRequestError(f"the request has an object with more than {MAX_KEYS} keys.")
+            members = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+            below.extend(member for member in members if isinstance(member, dict | list))
+        if not below:
+            break
+        level = below
+    else:
+        raise BadRequestError(f"the request is nested deeper than {MAX_DEPTH}.")
+    if sum(found.end(1) >= 0 for found in _STRING.finditer(data)) != keys:
+        raise BadRequestError("the request has an object with one key twice.")
+
+
+def _too_large(bounds: BodyBounds) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the request's body is larger than {bounds.size_bytes} bytes; ask in parts.")

@@ -1,0 +1,78 @@
+"""What a body may be: every nasty one is one clear refusal, for little work."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+from pydantic import BaseModel
+
+from coordinator.errors import BadRequestError
+from coordinator.http.auth import is_host, is_own_host
+from coordinator.http.bodies import SMALL, BodyBounds, parse_model
+from coordinator.http.cache import QUESTION_BOUNDS, NarinfosQuestion
+from coordinator.loop_watch import LoopWatch
+from coordinator.schema import DrainRequest, SubmitRequest
+from infra.cache.upload_wire import Begin
+from tests.support.bodies import NASTY
+
+#: Seconds of processor time that a public route may spend on the body of one request.
+PUBLIC_S = 0.02
+
+
+@pytest.fixture(autouse=True)
+def _no_collector() -> Iterator[None]:
+    """Python's collector looks at all that the tests before have left: that is no cost of a body."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("model", [NarinfosQuestion, SubmitRequest, Begin, DrainRequest])
+@pytest.mark.parametrize("name", NASTY)
+async def test_every_nasty_body_is_one_short_refusal(name: str, model: type[BaseModel]) -> None:
+    with LoopWatch() as watch, pytest.raises(BadRequestError) as raised:
+        parse_model(NASTY[name][: QUESTION_BOUNDS.size_bytes], model, QUESTION_BOUNDS)
+    assert len(str(raised.value)) < 300
+    assert watch.longest_s < PUBLIC_S
+
+
+@pytest.mark.parametrize("name", ["half a million ones", "half a million objects", "half a million keys"])
+async def test_a_wide_route_counts_before_it_makes_objects(name: str) -> None:
+    bounds = BodyBounds(size_bytes=2**30, items=100_000, containers=100_000)
+    with LoopWatch() as watch, pytest.raises(BadRequestError, match="elements"):
+        parse_model(NASTY[name], SubmitRequest, bounds)
+    assert watch.longest_s < PUBLIC_S
+
+
+async def test_the_first_wrong_element_of_many_is_the_only_one_that_is_looked_at() -> None:
+    bounds = BodyBounds(size_bytes=2**30, items=10**6, containers=10**6)
+    body = b'{"roots":[' + b",".join([b'{"x":1}'] * 100_000) + b"]}"
+    with pytest.raises(BadRequestError, match=r"^the request's roots\.0\.attr is wrong"):
+        parse_model(body, SubmitRequest, bounds)
+
+
+def test_text_that_looks_like_keys_is_taken() -> None:
+    tricky = b'{"roots": [{"attr" : "a\\":\\\\", "drv":"\\"x\\":{1}[,]"}], "label": "\\"label\\":"}'
+    assert parse_model(tricky, SubmitRequest, SMALL).label == '"label":'
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "127.0.0.1", "127.0.0.1:1", "[::1]:7878", "farm.example:65535", "LOCALHOST:7878"]
+)
+def test_a_host_is_a_name_or_an_address_and_perhaps_a_port(host: str) -> None:
+    assert is_host(host)
+    assert is_own_host(host, "http://farm.example:7878")
+
+
+NO_HOSTS = (
+    *("", "evil@127.0.0.1", "127.0.0.1:abc", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:", "127.0.0.1:80:80", "::1"),
+    *("[::1", "[::1%lo]", "[x]", "127.0.0.1/", "127.0.0.1#", "127.0.0.1,127.0.0.1", " 127.0.0.1", "localhost\u0660"),
+)
+
+
+@pytest.mark.parametrize("host", NO_HOSTS)
+def test_no_other_text_is_a_host(host: str) -> None:
+    assert not is_host(host)
+    assert not is_own_host(host, "http://farm.example:7878")
