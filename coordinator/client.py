@@ -356,6 +356,7 @@ class ApiClient:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._session is None:
             raise ClientError("the client is used outside its context")
+        body = _Body(data) if isinstance(data, AsyncIterator) else None
         timeout = aiohttp.ClientTimeout(total=answer_s, sock_connect=CONNECT_S, sock_read=silence_s)
         headers = {"Content-Type": "application/json"} if isinstance(data, bytes) else {}
         try:
@@ -363,7 +364,7 @@ class ApiClient:
                 method,
                 f"{self.url}/api/v1/{path}",
                 # As a file: aiohttp sends a large one in pieces.
-                data=io.BytesIO(data) if isinstance(data, bytes) else data,
+                data=io.BytesIO(data) if isinstance(data, bytes) else body,
                 params=params,
                 headers=headers,
                 timeout=timeout,
@@ -372,9 +373,8 @@ class ApiClient:
         except aiohttp.InvalidURL:
             raise BadArgumentError(f"{self.url} is not an address; set DROVER_URL to one like {DEFAULT_URL}") from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            # What went wrong while the body was made comes wrapped.
-            if isinstance(error.__cause__, CoordinatorError):
-                raise error.__cause__ from None
+            if body is not None and body.fault is not None:
+                raise body.fault from None
             raise UnreachableError(self.url, _why(error)) from None
         try:
             if response.status >= 300:
@@ -382,6 +382,26 @@ class ApiClient:
             yield response
         finally:
             response.release()
+
+
+class _Body:
+    """A body that keeps what went wrong while it was made: aiohttp tells that as a fault of the connection."""
+
+    def __init__(self, pieces: AsyncIterator[bytes]) -> None:
+        self._pieces = pieces
+        self.fault: CoordinatorError | None = None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for piece in self._pieces:
+                yield piece
+        except CoordinatorError as error:
+            self.fault = error
+            raise
+        except Exception as error:
+            self.fault = ClientError(f"what was to be sent cannot be made on this machine: {_why(error)}")
+            self.fault.__cause__ = error
+            raise
 
 
 class EventReader:

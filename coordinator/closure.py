@@ -14,8 +14,9 @@ from typing import ClassVar
 from coordinator.errors import CoordinatorError
 from coordinator.framing import SourceHeader
 from infra.daemon import DaemonError, ValidPathInfo, open_stdio
+from infra.nar_files import dump
 from infra.nix import aterm
-from infra.nix.errors import FormatError
+from infra.nix.errors import FormatError, NixError
 
 
 class ClosureError(CoordinatorError):
@@ -53,6 +54,19 @@ class LocalStore:
             raise ClosureError(f"{drv} is not in the local store{self._named}; evaluate the file again") from None
         except OSError as error:
             raise ClosureError(f"cannot read {drv}: {error.strerror}") from None
+
+    def dump(self, path: str, *, case_hack: bool = False) -> Iterator[bytes]:
+        """Yield the NAR of a store path.
+
+        Raises:
+            ClosureError: It cannot be read, or no NAR can hold it.
+        """
+        try:
+            yield from dump(Path(self.physical(path)), case_hack=case_hack)
+        except OSError as error:
+            raise ClosureError(f"{path} cannot be read: {error.strerror}") from None
+        except NixError as error:
+            raise ClosureError(f"{path} cannot be sent: {error}") from None
 
     @property
     def _named(self) -> str:

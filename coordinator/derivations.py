@@ -297,14 +297,17 @@ class DerivationStore:
             .join(_derivations, _derivations.c.drv == _members.c.drv)
         )
         pairs = set(wanted)
-        found: dict[tuple[StepKey, int], BuildOrder] = {}
         rows = await self._answers(query, dict.fromkeys(step for step, _ in wanted))
-        for step, ordinal, drv, aterm, inputs in rows:
-            if (step, ordinal) in pairs:
-                found[step, ordinal] = BuildOrder(
-                    f"{self._store_dir}/{drv}", _unpacked(aterm), tuple(orjson.loads(inputs))
-                )
-        return found
+
+        def unpack() -> dict[tuple[StepKey, int], BuildOrder]:
+            return {
+                (step, ordinal): BuildOrder(f"{self._store_dir}/{drv}", _unpacked(aterm), tuple(orjson.loads(inputs)))
+                for step, ordinal, drv, aterm, inputs in rows
+                if (step, ordinal) in pairs
+            }
+
+        # In a thread: one derivation may have tens of megabytes.
+        return await asyncio.to_thread(unpack)
 
     async def steps(self, keys: Sequence[StepKey]) -> Mapping[StepKey, StepInfo]:
         """Return what people want to know of each step; keys that were never submitted are absent. One query."""

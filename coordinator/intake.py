@@ -77,7 +77,7 @@ class IntakeLimits:
     #: Of one submission's closure, and of one stream.
     max_derivations: int = 200_000
     max_sources: int = 200_000
-    max_derivation_bytes: int = 16 * 1024 * 1024
+    max_derivation_bytes: int = 64 * 1024 * 1024
     #: Of an inflated derivations stream.
     max_derivations_bytes: int = 2 * 1024 * 1024 * 1024
     #: NAR size of one source, and of all in one stream.

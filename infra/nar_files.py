@@ -1,7 +1,8 @@
 """NAR archives and real files: packing a tree, and unpacking one where it cannot escape.
 
 Both sides stream: memory holds one piece (at most `CHUNK_SIZE`) and the names of the open directories, whatever the
-size of the tree. Unpacking creates every file, link and directory new, relative to an open descriptor of its parent,
+size of the tree. Packing goes as deep as the kernel takes paths, as Nix does; unpacking holds one descriptor for each
+open directory. Unpacking creates every file, link and directory new, relative to an open descriptor of its parent,
 and never follows a link, so nothing outside the destination can be reached whatever the archive holds. Operating
 system errors pass through as `OSError`.
 
@@ -12,7 +13,6 @@ suffix, which packing strips.
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -259,10 +259,19 @@ class NarUnpacker:
 
 def _remove(path: Path) -> None:
     """Remove a tree that we created; a symlink is removed itself."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    # shutil.rmtree recurses, and a tree may be deeper than the interpreter's stack.
+    directories = [path]
+    for directory in directories:
+        for entry in directory.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                directories.append(entry)
+            else:
+                entry.unlink()
+    for directory in reversed(directories):
+        directory.rmdir()
 
 
 def restore(chunks: Iterable[bytes], dest: str | os.PathLike[str], *, case_hack: bool = False) -> None:

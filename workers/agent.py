@@ -84,6 +84,8 @@ STAGE_WITHIN_S = 0.1
 KEPT_SOURCES = 3
 #: Longest message of a failure that is sent, characters; the log has the rest.
 MAX_MESSAGE = 4000
+#: Longest derivation that is parsed on the event loop, some milliseconds.
+PARSE_HERE_BYTES = 256 * 1024
 #: Longest wait of one `events` call, whatever is asked for, and most bytes of one answer.
 MAX_WAIT_S = 30.0
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
@@ -537,7 +539,7 @@ class Agent:
         if sources is None:
             raise _Stopped(judge_trouble(Trouble.NOT_GREETED))
         try:
-            derivation = basic_derivation(order.derivation, order.inputs)
+            derivation = await _parsed(order)
         except NixError as error:
             raise _Stopped(judge_trouble(Trouble.DERIVATION_UNREADABLE, str(error))) from None
         try:
@@ -637,6 +639,13 @@ class Agent:
     def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
         change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())
         self._spool.stage(change, within_s=STAGE_WITHIN_S)
+
+
+async def _parsed(order: LeaseOrder) -> BasicDerivation:
+    """Parse the derivation, a long one in a thread. Raises `infra.nix.errors.FormatError`."""
+    if len(order.derivation) <= PARSE_HERE_BYTES:
+        return basic_derivation(order.derivation, order.inputs)
+    return await asyncio.to_thread(basic_derivation, order.derivation, order.inputs)
 
 
 def _lock(state_dir: Path) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from pydantic import ValidationError
@@ -51,6 +51,8 @@ RETRY_LONGEST_S = 5.0
 GREET_AGAIN_S = 1.0
 #: Leases in one `start_many` or `cancel` call; more are split.
 ORDERS_PER_CALL = 256
+#: Bytes of derivations in one `start_many` call, unless it has one lease only.
+DERIVATION_BYTES_PER_CALL = 16 * 1024 * 1024
 
 
 class AgentUnavailable(FleetError):  # noqa: N818 - a state of the agent, like the transport's own word for it
@@ -194,8 +196,8 @@ class AgentRoster:
 
     async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:
         """Hand over leases. Raises `FleetError` where the worker is unknown or could not be reached in time."""
-        for first in range(0, len(orders), ORDERS_PER_CALL):
-            part = [order.dump() for order in orders[first : first + ORDERS_PER_CALL]]
+        for portion in _portions(orders):
+            part = [order.dump() for order in portion]
             await _in_time(self._of(worker).start_many(part), CALL_DEADLINE_S, "start_many")
 
     async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
@@ -221,3 +223,17 @@ class AgentRoster:
         if calls is None:
             raise AgentUnavailable(f"worker {worker} is not connected")
         return calls
+
+
+def _portions(orders: Sequence[LeaseOrder]) -> Iterator[list[LeaseOrder]]:
+    """Split leases into calls, in their order."""
+    portion: list[LeaseOrder] = []
+    size = 0
+    for order in orders:
+        size += len(order.derivation)
+        if portion and (len(portion) == ORDERS_PER_CALL or size > DERIVATION_BYTES_PER_CALL):
+            yield portion
+            portion, size = [], len(order.derivation)
+        portion.append(order)
+    if portion:
+        yield portion

@@ -31,7 +31,6 @@ from coordinator.schema import (
     SubmitRequest,
 )
 from coordinator.terminal import size, summary_lines
-from infra.nar_files import dump
 from infra.process import ProcessError, run
 
 #: Seconds for one `nix-store -r`, and how many paths it is given.
@@ -173,7 +172,7 @@ async def _send(client: ApiClient, store: LocalStore, wanted: Sequence[Wanted], 
 
 
 def _nar(store: LocalStore, header: SourceHeader) -> Callable[[], Any]:
-    return lambda: dump(store.physical(f"{store.store_dir}/{header.path}"))
+    return lambda: store.dump(f"{store.store_dir}/{header.path}")
 
 
 def _detached(view: SubmissionView, submitted: _Submitted, *, as_json: bool) -> int:

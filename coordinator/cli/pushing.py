@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from coordinator.cli import statuses
@@ -26,7 +25,6 @@ from infra.cache.upload import CompressedNar, compressing_files
 from infra.cache.upload_client import SenderRefusedError, UploadClient, UploadProgress, UploadResult, upload_session
 from infra.cache.upload_wire import MAX_PATHS, KeepWish, PathClaim, SendStatus
 from infra.daemon import DaemonError, ValidPathInfo, open_stdio
-from infra.nar_files import dump
 from infra.nix.errors import FormatError
 from infra.nix.store_path import StoreDir
 
@@ -132,7 +130,7 @@ def _opener(store: LocalStore) -> Callable[[PathClaim], AbstractAsyncContextMana
     case_hack = sys.platform == "darwin"
 
     def open_nar(claim: PathClaim) -> AbstractAsyncContextManager[CompressedNar]:
-        return compressing_files(dump(Path(store.physical(f"{store.store_dir}/{claim.path}")), case_hack=case_hack))
+        return compressing_files(store.dump(f"{store.store_dir}/{claim.path}", case_hack=case_hack))
 
     return open_nar
 

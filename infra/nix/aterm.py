@@ -17,7 +17,7 @@ system and the builder must be UTF-8. `DrvWithVersion` (dynamic derivations) is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import lt
 from typing import Final
@@ -25,6 +25,11 @@ from typing import Final
 from infra.nix.derivation import Derivation, DerivationOutput
 from infra.nix.errors import FormatError
 
+#: Longest text for the slow road, which takes half a second for a megabyte of escapes.
+SLOW_BYTES: Final = 4 * 1024 * 1024
+#: Most quotes in a text longer than that: each string is an object.
+MAX_QUOTES: Final = 4_000_000
+_PIECE_BYTES: Final = 1024 * 1024
 _WHAT: Final = "derivation"
 
 # One quote stands for one whole string.
@@ -78,8 +83,25 @@ def _rising(items: list[bytes] | list[str] | tuple[str, ...]) -> bool:
     return all(map(lt, items, items[1:]))
 
 
+def _pieces(text: bytes) -> Iterator[bytes]:
+    """Cut a long text between escapes, so that no step of the fast road holds the interpreter for long."""
+    at = 0
+    while at < len(text):
+        end = at + _PIECE_BYTES
+        piece = text[at:end]
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
+            end += 1
+            piece = text[at:end]
+        yield piece
+        at = end
+
+
 def _unescape_safe(text: bytes) -> bytes:
     """Undo the escapes of a fast-road string, where 0 stands for an escaped backslash, 1 for a quote."""
+    return b"".join(map(_unescape_piece, _pieces(text))) if len(text) > _PIECE_BYTES else _unescape_piece(text)
+
+
+def _unescape_piece(text: bytes) -> bytes:
     text = text.replace(b"\\n", b"\n").replace(b"\\\1", b'"').replace(b"\\t", b"\t").replace(b"\\r", b"\r")
     return text.replace(b"\\\0", b"\\")
 
@@ -118,17 +140,26 @@ def _input_offsets(parts: list[bytes], outputs_end: int, inputs_end: int, skelet
     return start, start + 2 + sum(map(len, between)) + len(between) - 1 + closing
 
 
-def _fast(data: bytes) -> Scan | None:
-    """The scan of a text as Nix writes it, or None for the slow road."""
-    safe = data
-    escapes = b"\\" in data
-    if escapes:
-        if b"\0" in data or b"\1" in data:
-            return None
-        safe = data.replace(b"\\\\", b"\\\0") if b"\\\\" in data else data
+def _safe(data: bytes) -> bytes | None:
+    """The text with its escapes made safe to split by bytes of equal length; None where that cannot be."""
+    if b"\0" in data or b"\1" in data:
+        return None
+    pieces = []
+    for piece in _pieces(data):
+        safe = piece.replace(b"\\\\", b"\\\0") if b"\\\\" in piece else piece
         safe = safe.replace(b'\\"', b"\\\1")
         if _ODD_ESCAPE.search(safe):
             return None
+        pieces.append(safe)
+    return b"".join(pieces)
+
+
+def _fast(data: bytes) -> Scan | None:
+    """The scan of a text as Nix writes it, or None for the slow road."""
+    escapes = b"\\" in data
+    safe = _safe(data) if escapes else data
+    if safe is None or (len(data) > SLOW_BYTES and safe.count(b'"') > MAX_QUOTES):
+        return None
     parts = safe.split(b'"')
     skeleton = _SKELETON.match(b'"'.join(parts[::2]))
     if skeleton is None:
@@ -300,7 +331,10 @@ def scan(data: bytes) -> Scan:
     Raises:
         FormatError: If `data` does not follow the grammar, at the first byte that breaks it.
     """
-    return _fast(data) or _Reader(data).scan()
+    found = _fast(data)
+    if found is None and len(data) > SLOW_BYTES:
+        raise FormatError(f"more than {SLOW_BYTES} bytes that are not written as Nix writes them", offset=0, what=_WHAT)
+    return found or _Reader(data).scan()
 
 
 def parse(data: bytes) -> Derivation:

@@ -4,9 +4,9 @@ An archive is one node. The events of a node are one `NarSymlink`; or one `NarFi
 its size in all; or one `NarDirectory`, the events of its entries in rising order of name, and one `NarDirectoryEnd`.
 The root's name is b"". Writer and reader are inverse: what one takes the other gives, byte for byte.
 
-Stricter than Nix 2.8, as newer Nix is: entries must rise strictly, directories nest at most `MAX_DEPTH` deep, names
-have at most `MAX_NAME_LENGTH` bytes and symlink targets 1 to `MAX_TARGET_LENGTH`. Neither side recurses or holds
-more than a token.
+Stricter than Nix 2.8: entries must rise strictly, names have at most `MAX_NAME_LENGTH` bytes and symlink targets 1 to
+`MAX_TARGET_LENGTH`. Directories nest as deep as Nix can hold them (`MAX_DEPTH`). Neither side recurses or holds more
+than a token and the names of the open directories.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Final
 
 from infra.nix.errors import FormatError
 
-#: Deepest nesting of directories: the root is at depth 1.
-MAX_DEPTH: Final = 64
+#: Deepest nesting of directories: the root is at depth 1. Nix reaches every file by its whole path, for which Linux
+#: takes 4095 bytes; a store path has 45 at the least, and each directory below it two more.
+MAX_DEPTH: Final = 2048
 #: Longest name of a directory entry, in bytes.
 MAX_NAME_LENGTH: Final = 255
 #: Longest target of a symlink, in bytes.

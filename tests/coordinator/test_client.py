@@ -76,6 +76,24 @@ async def test_nobody_there_and_no_address_are_told_apart() -> None:
             await client.farm()
 
 
+@pytest.mark.parametrize("fault", [OSError(36, "File name too long"), ValueError("no tree"), FramingError("a cut")])
+async def test_what_goes_wrong_while_a_body_is_made_is_not_told_as_the_network_s(fault: Exception) -> None:
+    async def swallow(request: web.Request) -> web.Response:
+        await request.read()
+        return web.Response(text="{}")
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"x" * 1_000_000
+        raise fault
+
+    for send in (ApiClient.send_sources, ApiClient.send_derivations):
+        async with served(swallow) as client:
+            with pytest.raises((ClientError, FramingError)) as caught:
+                await send(client, pieces())
+        assert not isinstance(caught.value, UnreachableError)
+        assert str(fault) in str(caught.value)
+
+
 async def test_names_become_one_segment_of_the_path_and_the_token_a_header() -> None:
     seen: list[tuple[str, str]] = []
 

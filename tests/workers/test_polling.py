@@ -12,7 +12,15 @@ import pytest
 from workers import polling
 from workers.fleet import FleetError, FleetEvent, NotKnownError, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.local_fleet import InProcessFleet, LocalCalls
-from workers.polling import AgentDead, AgentRoster, AgentUnavailable, poll_agent
+from workers.polling import (
+    DERIVATION_BYTES_PER_CALL,
+    ORDERS_PER_CALL,
+    AgentDead,
+    AgentRoster,
+    AgentUnavailable,
+    _portions,
+    poll_agent,
+)
 from workers.protocol import PROTOCOL_VERSION, Batch, FarmInfo, Lease, Report, Stage, StageChange, Succeeded
 
 from .conftest import PATIENCE_S, Bench, drv, order
@@ -262,3 +270,11 @@ async def test_a_coordinator_that_was_replaced_moves_nothing_any_more(bench: Ben
     assert not batch.draining
     assert batch.events
     await new.cancel([{"step": running.step, "attempt": 1}])
+
+
+def test_large_derivations_go_to_a_worker_one_call_each_and_small_ones_together() -> None:
+    small = order(drv("small", ": > $out"))
+    large = small.model_copy(update={"derivation": bytes(DERIVATION_BYTES_PER_CALL)})
+    sizes = [len(part) for part in _portions([small] * (ORDERS_PER_CALL + 1) + [large, large] + [small])]
+    assert sizes == [ORDERS_PER_CALL, 1, 1, 1, 1]
+    assert not list(_portions([]))

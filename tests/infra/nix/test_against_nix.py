@@ -190,6 +190,18 @@ def test_archives_are_equal_in_both_directions(nix: Nix, tmp_path: Path) -> None
     reader.close()
 
 
+def test_a_tree_that_nix_adds_however_deep_is_packed_to_the_same_archive(nix: Nix) -> None:
+    """Nix reaches every file by its whole path, and so ends where the kernel does."""
+    place = nix.root / "deep"
+    for _ in range((4000 - len(str(nix.on_disk(f"{nix.logical}/{'0' * 32}-deep")))) // 2):
+        place.mkdir()
+        place /= "d"
+    added = nix.lines("nix-store", "--add", "deep")
+    archive = b"".join(nar_files.dump(nix.on_disk(added[0])))
+    assert added == [StoreDir(nix.logical).make_source_path("deep", sha256(archive).hexdigest())]
+    assert nix.run("nix-store", "--dump", nix.on_disk(added[0])) == archive
+
+
 @pytest.mark.parametrize("algo", ["md5", "sha1", "sha256", "sha512"])
 def test_hash_texts_are_equal(algo: str, tmp_path: Path) -> None:
     nix = Nix(tmp_path, "/nix/store")

@@ -254,3 +254,19 @@ def test_structured_attributes_win_over_variables_of_the_same_name() -> None:
 def test_structured_attributes_of_the_wrong_shape_are_refused(attrs: bytes) -> None:
     with pytest.raises(FormatError):
         options(with_env(__json=attrs))
+
+
+@pytest.mark.parametrize("value", [b"x" * 3 * aterm._PIECE_BYTES, b'\\"\n' * aterm._PIECE_BYTES, b"\\" * 3_000_001])
+def test_a_long_value_is_read_as_a_short_one_is(value: bytes) -> None:
+    """In pieces, none of which ends within an escape."""
+    drv = replace(aterm.parse(MASKED), env=((b"a", b"\\"), (b"big", b"." + value), (b"z", value[1:])))
+    text = aterm.render(drv)
+    found = aterm.scan(text)
+    assert found.derivation == drv
+    assert found.in_order()
+
+
+def test_a_long_text_that_nix_did_not_write_is_refused_at_once() -> None:
+    text = MASKED.replace(b"echo", b"\\a" * (aterm.SLOW_BYTES // 2))
+    with pytest.raises(FormatError, match="not written as Nix writes them"):
+        aterm.scan(text)

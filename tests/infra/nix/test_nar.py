@@ -131,16 +131,17 @@ def nested(depth: int) -> list[NarEvent]:
     return [NarDirectory(b"d" if level else b"") for level in range(depth)] + [NarDirectoryEnd()] * depth
 
 
-def test_directories_nest_64_deep_and_no_deeper_on_either_side() -> None:
-    deep = b"".join(nar.write_events(nested(64)))
-    assert read(deep, []) == nested(64)
+def test_directories_nest_as_deep_as_paths_go_and_no_deeper_on_either_side() -> None:
+    deepest = nar.MAX_DEPTH
+    deep = b"".join(nar.write_events(nested(deepest)))
+    assert read(deep, []) == nested(deepest)
     with pytest.raises(FormatError, match="deeper"):
-        list(nar.write_events(nested(65)))
+        list(nar.write_events(nested(deepest + 1)))
     start = deep.index(nar._ENTRY)
     entry = nar._tokens(b"entry", b"(", b"name", b"d", b"node", b"(", b"type", b"directory")
     with pytest.raises(FormatError, match="deeper") as refusal:
         NarReader().feed(deep[:start] + entry * 1_000_000)
-    assert refusal.value.offset < start + 65 * len(entry)
+    assert refusal.value.offset < start + (deepest + 1) * len(entry)
 
 
 @pytest.mark.parametrize(
@@ -268,3 +269,16 @@ def test_a_writer_can_be_closed_only_when_the_tree_is_whole() -> None:
     writer.write(NarDirectory(b""))
     with pytest.raises(FormatError):
         writer.close()
+
+
+def test_a_tree_is_packed_as_deep_as_the_kernel_takes_paths_and_cleared_again(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    levels = (4000 - len(str(tree))) // 2
+    place = tree
+    for _ in range(levels):
+        place.mkdir()
+        place /= "d"
+    archive = b"".join(nar_files.dump(tree))
+    assert read(archive, []) == nested(levels)
+    nar_files._remove(tree)
+    assert not tree.exists()
