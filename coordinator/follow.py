@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from coordinator.client import ApiClient, ClientError
+from coordinator.control import harmless
 from coordinator.errors import CoordinatorError
 from coordinator.schema import StepView, SubmissionView
 from coordinator.terminal import News, Progress, heartbeat_line, live_region, news_lines
@@ -40,7 +41,8 @@ class Screen:
         return cls(Console(file=stream, highlight=False, emoji=False, markup=False))
 
     def line(self, text: str, style: str = "") -> None:
-        """Write one line as it stands: not wrapped, nothing in it means anything."""
+        """Write one line as it stands: not wrapped, nothing in it means anything, to the terminal neither."""
+        text = harmless(text)
         if self.live:
             self.console.print(Text(text, style), soft_wrap=True)
         else:

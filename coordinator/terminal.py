@@ -1,7 +1,7 @@
 """What a person sees of a submission: a live region on a terminal, plain lines elsewhere.
 
-`Progress` folds watch events and says what is new; everything below it is a pure function from it to text. Build logs
-are somebody else's bytes: whatever of them is shown has passed `sanitise`.
+`Progress` folds watch events and says what is new; everything below it is a pure function from it to text. Build logs,
+names and messages are somebody else's bytes: whatever of them is shown has passed `sanitise`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from enum import Enum
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from coordinator.control import ControlFilter
 from coordinator.schema import (
     Counts,
     CountsChanged,
@@ -38,14 +39,7 @@ LIVE_ROWS = 16
 #: Output paths, failed steps and sentences listed at the end; `--json` has all of them.
 LISTED = 20
 
-_ESCAPES = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI
-    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)"  # OSC and the other string sequences
-    r"|\x1b[ -/]*[0-~]",  # all others
-    re.DOTALL,
-)
 _LOG_IN_MESSAGE = re.compile(r"[;.]? *[Ll]ast \d+ log lines?:.*", re.DOTALL)
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def sanitise(text: str, most: int | None = LINE_CHARS) -> str:
@@ -53,10 +47,11 @@ def sanitise(text: str, most: int | None = LINE_CHARS) -> str:
 
     Of a line that was overwritten (carriage returns) the last state is kept.
     """
+    shown = ControlFilter(colours=False, carriage="\r")
     lines = []
-    for line in _ESCAPES.sub("", text).replace("\r\n", "\n").split("\n"):
+    for line in (shown.feed(text) + shown.finish()).split("\n"):
         last = line.rstrip("\r").rpartition("\r")[2]
-        lines.append(_CONTROLS.sub("", last.expandtabs())[:most])
+        lines.append(last.expandtabs()[:most])
     return "\n".join(lines)
 
 
@@ -156,9 +151,10 @@ class Progress:
 
 def who(step: StepView) -> str:
     """Return the worker, whether it only pretends to be the step's system, and whether its isolation is weak."""
-    told = [f"emulated {step.system}"] if step.emulated else []
+    told = [f"emulated {sanitise(step.system)}"] if step.emulated else []
     told += ["isolation class C"] if step.isolation == "C" else []
-    return f"{step.worker} ({', '.join(told)})" if told else step.worker
+    worker = sanitise(step.worker)
+    return f"{worker} ({', '.join(told)})" if told else worker
 
 
 def failure_lines(step: StepView) -> list[str]:
@@ -229,12 +225,12 @@ def live_region(progress: Progress, now: float, width: int, height: int) -> Text
     rows = sorted(progress.running.values(), key=lambda step: (step.started_at or now, step.key))
     room = max(1, min(LIVE_ROWS, height // 3))
     shown = rows[:room]
-    name_width = min(max((cell_len(step.name) for step in shown), default=0), max(12, width // 3))
+    name_width = min(max((cell_len(sanitise(step.name)) for step in shown), default=0), max(12, width // 3))
     who_width = min(max((cell_len(who(step)) for step in shown), default=0), max(8, width // 4))
     for step in shown:
         line = Text(no_wrap=True)
         line.append("\u23f5 ", "yellow")
-        line.append(_cell(step.name, name_width), "bold")
+        line.append(_cell(sanitise(step.name), name_width), "bold")
         line.append("  ")
         line.append(_cell(who(step), who_width), "magenta" if step.emulated else "cyan")
         line.append(f"  {duration(now - (step.started_at or now)):>6}  ")
@@ -269,6 +265,7 @@ def _totals(progress: Progress, now: float, width: int) -> Text:
 
 def _doing(step: StepView) -> str:
     stage = "publishing" if step.state is StepStatus.PUBLISHING else step.stage
+    stage = sanitise(stage)
     if not step.phase:
         return stage
     # What a builder calls its phase, or what an upload waits for.
@@ -451,7 +448,8 @@ def _until(worker: WorkerView, now: float) -> str:
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as aligned columns, two spaces apart."""
-    widths = [max(cell_len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    shown = [[sanitise(cell) for cell in row] for row in rows]
+    widths = [max(cell_len(cell) for cell in column) for column in zip(*shown, strict=True)]
     return [
-        "  ".join(set_cell_size(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(set_cell_size(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown
     ]

@@ -21,6 +21,7 @@ import click
 from coordinator.cli.cache_commands import cache
 from coordinator.cli.options import Address, addressed, asked
 from coordinator.cli.statuses import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
+from coordinator.control import harmless
 from coordinator.errors import CoordinatorError
 
 #: What a shell shows for a program that was ended by SIGPIPE.
@@ -234,7 +235,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _say(sentence: str) -> None:
-    click.echo(f"drover: {sentence}", err=True)
+    click.echo(f"drover: {harmless(sentence)}", err=True)
 
 
 def _unforeseen(error: BaseException) -> int:

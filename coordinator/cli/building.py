@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import click
-import orjson
 
 from coordinator.cli import statuses
+from coordinator.cli.showing import print_json
 from coordinator.client import ApiClient, ClientError
 from coordinator.closure import Closure, LocalStore, base_name, describe_sources, local_store, read_closure
+from coordinator.control import harmless
 from coordinator.evaluate import Evaluation, EvaluationError, LeftOut, Wanted, evaluate, left_out_text, parse_drv
 from coordinator.follow import Screen, follow
 from coordinator.framing import SourceHeader, encode_derivations, encode_sources, in_thread
@@ -108,7 +109,7 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
         evaluation = await _evaluate(wish)
         wanted, submitted.left_out = evaluation.wanted, evaluation.left_out
         if submitted.left_out:
-            click.echo(f"drover: {left_out_text(wish.files[0], submitted.left_out)}", err=True)
+            click.echo(f"drover: {harmless(left_out_text(wish.files[0], submitted.left_out))}", err=True)
         store = local_store(wish.store, wanted[0].drv)
         await _send(client, store, wanted, screen)
         roots = tuple(
@@ -140,7 +141,10 @@ async def _evaluate(wish: Wish) -> Evaluation:
     if wish.store:
         flags += local_store(wish.store).flags
     return await evaluate(
-        wish.files[0], wish.attrs, flags=flags, on_stderr=lambda text: click.echo(text.rstrip("\n"), err=True)
+        wish.files[0],
+        wish.attrs,
+        flags=flags,
+        on_stderr=lambda text: click.echo(harmless(text.rstrip("\n"), colours=True), err=True),
     )
 
 
@@ -201,7 +205,7 @@ def _print_json(view: SubmissionView, failed: Sequence[StepView], left_out: Sequ
         "failed_steps": [step.model_dump(mode="json") for step in failed],
         "left_out": [each.attr for each in left_out],
     }
-    sys.stdout.write(orjson.dumps(document).decode() + "\n")
+    print_json(document)
     sys.stdout.flush()
 
 
@@ -225,7 +229,7 @@ async def _fetch(farm: FarmView, view: SubmissionView, wish: Wish, store: LocalS
             raise ClientError(f"the outputs are built but could not be fetched: {error}") from None
         if done.returncode != 0:
             messages = done.stderr.decode(errors="replace").strip()
-            click.echo(messages, err=True)
+            click.echo(harmless(messages, colours=True), err=True)
             raise ClientError(
                 f"the outputs are built but could not be fetched from {farm.cache_url} (Nix's messages are above); "
                 "if this machine's Nix daemon does not trust you, add the cache to its nix.conf"

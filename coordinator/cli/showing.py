@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -13,11 +14,13 @@ import orjson
 
 from coordinator.cli import statuses
 from coordinator.client import ApiClient, RefusedError
+from coordinator.control import ControlFilter, harmless
 from coordinator.schema import Model, StepStatus, SubmissionState
 from coordinator.terminal import sanitise, status_lines, step_lines, submission_rows, table_lines, worker_lines
 
 #: Submissions that `drover status` lists, newest first.
 LISTED = 20
+_LATE_CONTROLS = re.compile("[\x7f-\x9f]")
 #: Seconds between two looks at a worker that is drained.
 DRAIN_LOOK_S = 0.5
 
@@ -112,22 +115,20 @@ async def _retry_step(client: ApiClient, name: str) -> int:
 
 
 async def log(client: ApiClient, step: str, *, follow: bool) -> int:
-    """Print a log: the very bytes, except on a terminal, which escapes in them could take over."""
+    """Print a log: the very bytes, except on a terminal, which gets text and colours (`coordinator.control`)."""
     out = sys.stdout.buffer
-    tidy = sys.stdout.isatty()
-    rest = b""
+    shown = ControlFilter(colours=True) if sys.stdout.isatty() else None
     silent = True
-    async for chunk in client.log(step, follow=follow):
-        silent = False
-        if not tidy:
-            out.write(chunk)
+    try:
+        async for chunk in client.log(step, follow=follow):
+            silent = False
+            out.write(chunk if shown is None else _encoded(shown.feed_bytes(chunk)))
             out.flush()
-            continue
-        whole, newline, rest = (rest + chunk).rpartition(b"\n")
-        if newline:
-            click.echo(sanitise(whole.decode(errors="replace"), None))
-    if rest:
-        click.echo(sanitise(rest.decode(errors="replace"), None))
+    finally:
+        if shown is not None:
+            # After an interruption too: the terminal is left as it was.
+            out.write(_encoded(shown.finish()))
+            out.flush()
     if silent:
         click.echo("drover: the build printed nothing", err=True)
     return statuses.OK
@@ -161,15 +162,21 @@ async def drain(client: ApiClient, worker: str, *, on: bool, wait: bool) -> int:
 
 
 def print_lines(lines: Sequence[str]) -> None:
-    """Print lines; what the terminal's encoding lacks becomes `?`."""
+    """Print lines, without what a terminal would obey; what its encoding lacks becomes `?`."""
     encoding = sys.stdout.encoding or "utf-8"
     for line in lines:
-        sys.stdout.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+        sys.stdout.write(_encoded(harmless(line)).decode(encoding) + "\n")
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(sys.stdout.encoding or "utf-8", "replace")
 
 
 def print_json(document: Model | dict[str, Any]) -> None:
-    """Print one line of JSON."""
-    sys.stdout.write(orjson.dumps(document, default=_plain).decode() + "\n")
+    """Print one line of JSON, whose texts hold no control character as it stands."""
+    text = orjson.dumps(document, default=_plain).decode()
+    # JSON itself asks this of the controls below U+0020 only; terminals obey these too.
+    sys.stdout.write(_LATE_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def _plain(value: object) -> Any:

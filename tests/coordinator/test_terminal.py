@@ -269,7 +269,7 @@ def test_tables_are_aligned_and_emulation_is_labelled() -> None:
         ("\x1b]0;title\x07text", "text"),
         ("\x1b]8;;http://evil\x1b\\link\x1b]8;;\x1b\\", "link"),
         ("\x1bP1;2q#payload\x1b\\after", "after"),
-        ("a\x9b31mb", "a31mb"),
+        ("a\x9b31mb", "ab"),
         ("10%\r50%\r100%\r\nnext", "100%\nnext"),
         ("tab\there", "tab     here"),
         ("\u202eright to left", "right to left"),

@@ -1,0 +1,66 @@
+"""A build's log in a real terminal: what it prints is shown, and the terminal is as it was before."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.attack import FarmUnderAttack
+
+pytestmark = pytest.mark.e2e
+
+#: What a stranger prints, as `printf` takes it: titles (OSC, screen's ESC k), the other screen, no cursor, mouse, a
+#: clear screen, a palette, each without an end where it may have one.
+HOSTILE = (
+    r"BEFORE\n\033]0;STOLEN\007\033]2;STOLEN\033\\\033kSTOLEN\033\\\302\2350;STOLEN\302\234",
+    r"\033[?1049h\033[?25l\033[?1003h\033[2J\033[31mRED\nPLAIN\n",
+    r"\033P1;2q no end\nAFTER-DCS\n\033]0;no end\nAFTER-OSC\n\033_no end\n\033[8mAFTER-ALL\n",
+)
+
+
+def tmux(socket: Path, *words: str, farm: FarmUnderAttack) -> str:
+    return subprocess.run(
+        ["tmux", "-u", "-f", "/dev/null", "-S", str(socket), *words],
+        env={**farm.environment, "LC_ALL": "C.UTF-8"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+
+
+def test_a_log_shows_all_its_text_and_leaves_the_terminal_alone(readme_farm: FarmUnderAttack, tmp_path: Path) -> None:
+    script = "; ".join(f"printf '{each}'" for each in HOSTILE) + "; exit 1"
+    done = readme_farm.build_text(f"shell \"hostile\" ''{script}''")
+    assert done.returncode == 1, done.stderr
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", done.stdout + done.stderr)
+    found = re.search(r"drover log (\S+)", done.stdout)
+    assert found is not None, done.stdout
+
+    socket = tmp_path / "tmux"
+    log = shlex.join(readme_farm.command("log", found[1]))
+    state = "#{pane_title}|#{window_name}|#{alternate_on}|#{cursor_flag}|#{mouse_any_flag}"
+    ready = f"tmux -S {socket} wait-for -S ready; tmux -S {socket} wait-for begin"
+    tmux(
+        socket, "new-session", "-d", "-x", "200", "-y", "50", f"{ready}; {log}; tmux -S {socket} wait-for -S done; cat",
+        farm=readme_farm,
+    )  # fmt: skip
+    try:
+        tmux(socket, "set", "-g", "allow-rename", "on", ";", "set", "-g", "automatic-rename", "off", farm=readme_farm)
+        tmux(socket, "wait-for", "ready", farm=readme_farm)
+        before = tmux(socket, "display-message", "-p", state, farm=readme_farm)
+        tmux(socket, "wait-for", "-S", "begin", ";", "wait-for", "done", farm=readme_farm)
+        after = tmux(socket, "display-message", "-p", state, farm=readme_farm)
+        plain = tmux(socket, "capture-pane", "-p", farm=readme_farm)
+        coloured = tmux(socket, "capture-pane", "-p", "-e", farm=readme_farm)
+    finally:
+        tmux(socket, "kill-server", farm=readme_farm)
+    assert after == before
+    assert plain.split() == ["BEFORE", "RED", "PLAIN", "AFTER-DCS", "AFTER-OSC", "AFTER-ALL"]
+    assert "STOLEN" not in plain
+    assert "\x1b[31mRED" in coloured
+    assert "\x1b[31mPLAIN" not in coloured
