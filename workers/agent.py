@@ -41,6 +41,7 @@ from workers.fitness import FitnessWatch
 from workers.grades import IsolationGrade
 from workers.input_guard import InputChangedError, InputGuard, MendingError
 from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher, open_sources
+from workers.isolation import isolate
 from workers.leftovers import MARK, sweep_leftovers, sweep_orphans
 from workers.machine import (
     DOUBTFUL,
@@ -329,7 +330,10 @@ class Agent:
                 where = self._settings
                 stopping.forget(where.state_dir)
                 await asyncio.to_thread(sweep_leftovers, where.state_dir, where.physical_store)
-                opener = DaemonOpener(daemon_argv(where, self._host), where.store_dir, {MARK: str(where.state_dir)})
+                found = await asyncio.to_thread(isolate, where, self._host)
+                self._offer = offer(where, found.machine)
+                variables = {MARK: str(where.state_dir), **found.environment}
+                opener = DaemonOpener(daemon_argv(where, found.machine), where.store_dir, variables, found.confinement)
 
                 lines: list[Line] = []
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from infra.daemon import DaemonConnection, DaemonError, Options, open_stdio
+from infra.daemon import UNCONFINED, Confinement, DaemonConnection, DaemonError, Options, open_stdio
 from workers.errors import WorkerError
 
 #: What the daemon's process is given of this process's environment: enough to find Nix and its configuration, and
@@ -43,19 +43,26 @@ class DaemonUnreachableError(WorkerError):
 
 
 class DaemonOpener:
-    """Opens connections by one command. Its processes carry `mark`, by which a later agent finds them."""
+    """Opens connections by one command, whose processes have the namespaces and the variables that are given here."""
 
-    def __init__(self, argv: Sequence[str], store_dir: str, mark: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        store_dir: str,
+        environment: Mapping[str, str] | None = None,
+        confinement: Confinement = UNCONFINED,
+    ) -> None:
         self._argv = tuple(argv)
+        self._confinement = confinement
         self._turns = asyncio.Semaphore(MAX_OPENING)
-        environment = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
-        self._environment = environment | {"NIX_STORE_DIR": store_dir} | dict(mark or {})
+        passed = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
+        self._environment = passed | {"NIX_STORE_DIR": store_dir} | dict(environment or {})
 
     async def open(self) -> DaemonConnection:
         """Open one more connection. Raises `DaemonUnreachableError` with one sentence."""
         try:
             async with self._turns:
-                return await open_stdio(self._argv, self._environment)
+                return await open_stdio(self._argv, self._environment, self._confinement)
         except DaemonError as error:
             raise DaemonUnreachableError(f"`{self._argv[0]}` gives no connection: {error}") from error
 

@@ -148,6 +148,8 @@ class Machine:
     busybox: str = ""
     #: Whether the group that Nix takes build users from by default exists.
     has_build_users: bool = False
+    #: Group of build users that are this worker's own (`workers.isolation`), or empty.
+    build_users_group: str = ""
     #: Bytes; 0 is unknown.
     memory_bytes: int = 0
     #: Whether the machine's nix.conf says something about sandbox paths.
@@ -243,8 +245,8 @@ def nix_options(settings: WorkerSettings, machine: Machine) -> Mapping[str, str]
         options["sandbox"] = "true"
         if machine.busybox and not machine.configures_sandbox_paths:
             options["sandbox-paths"] = f"/bin/sh={machine.busybox}"
-        if not machine.has_build_users:
-            options["build-users-group"] = ""
+        if machine.build_users_group or not machine.has_build_users:
+            options["build-users-group"] = machine.build_users_group
     options |= settings.nix_options
     return options | {
         "sandbox-fallback": "false",

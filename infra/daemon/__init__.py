@@ -4,6 +4,7 @@
 `framed` uploads, `connection` the requests. Everything that other rooms need is named here.
 """
 
+from infra.daemon.confinement import UNCONFINED, Confinement
 from infra.daemon.connection import DaemonConnection, open_socket, open_stdio
 from infra.daemon.errors import (
     DaemonError,
@@ -28,6 +29,7 @@ from infra.daemon.values import (
 )
 
 __all__ = [
+    "UNCONFINED",
     "BasicDerivation",
     "BasicOutput",
     "BuildEvent",
@@ -35,6 +37,7 @@ __all__ = [
     "BuildResult",
     "BuildStatus",
     "Collected",
+    "Confinement",
     "DaemonConnection",
     "DaemonError",
     "DaemonGone",

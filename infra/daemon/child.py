@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from infra.daemon import owner
+from infra.daemon.confinement import UNCONFINED, Confinement
 from infra.daemon.errors import DaemonGone
 from infra.process import ChildProcess, ProcessNotFound
 
@@ -48,15 +49,18 @@ class Child:
         self._drain = asyncio.create_task(self._keep_tail(), name="stderr of nix-daemon")
 
     @classmethod
-    async def start(cls, command: Sequence[str], env: Mapping[str, str]) -> "Child":
-        """Start the command with exactly this environment.
+    async def start(
+        cls, command: Sequence[str], env: Mapping[str, str], confinement: Confinement = UNCONFINED
+    ) -> "Child":
+        """Start the command with exactly this environment, in these namespaces.
 
         Raises:
             DaemonGone: It cannot be started.
         """
         try:
             # Isolated and without `site`: the owner starts in 20 ms and takes nothing from the environment.
-            return cls(await ChildProcess.start([sys.executable, "-I", "-S", owner.__file__, *command], env=env))
+            argv = [sys.executable, "-I", "-S", owner.__file__, *confinement.words(), *command]
+            return cls(await ChildProcess.start(argv, env=env))
         except ProcessNotFound as error:
             raise DaemonGone(str(error)) from error
 

@@ -18,6 +18,7 @@ from typing import Final, Self
 
 from infra.daemon.channel import Channel
 from infra.daemon.child import Child
+from infra.daemon.confinement import UNCONFINED, Confinement
 from infra.daemon.errors import (
     DaemonError,
     DaemonGone,
@@ -87,19 +88,22 @@ class Operation(IntEnum):
     ADD_MULTIPLE_TO_STORE = 44
 
 
-async def open_stdio(command: Sequence[str], env: Mapping[str, str]) -> "DaemonConnection":
+async def open_stdio(
+    command: Sequence[str], env: Mapping[str, str], confinement: Confinement = UNCONFINED
+) -> "DaemonConnection":
     """Start a daemon of our own (`nix-daemon --stdio ...`, the whole command) and shake hands.
 
     Args:
         command: Program and arguments; `--store` and `--option` are understood by nix-daemon.
         env: The child's whole environment; nothing is inherited.
+        confinement: Namespaces that the daemon and its builds live in.
 
     Raises:
         DaemonGone: The command cannot be started, or ended instead of answering.
         DaemonUnsupportedError: It speaks a protocol before 1.32.
         DaemonProtocolError: It does not speak the protocol.
     """
-    child = await Child.start(command, env)
+    child = await Child.start(command, env, confinement)
     return await DaemonConnection.over(Channel(child.reader, child.writer, child))
 
 

@@ -1,6 +1,8 @@
 """Owns one daemon and everything that comes of it: a small program between us and `nix-daemon --stdio`.
 
-    python -I -S owner.py COMMAND...
+    python -I -S owner.py [--confined OPTION... --] COMMAND...
+
+What stands before the command is a `Confinement` (`infra.daemon.confinement`): the namespaces that the daemon enters.
 
 Nix kills the process group of a builder. A process that called setsid or was forked twice has left it, and a daemon
 that is killed kills nobody. So the owner is a *subreaper* (prctl(2)): whoever loses its parent below it becomes its
@@ -24,7 +26,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING or __name__ != "__main__":
+    from infra.daemon import confinement
+else:
+    # Run in isolation, the directory of this file is not looked in; the standard library comes first.
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 - pathlib: as below
+    import confinement
 
 #: prctl(2).
 PR_SET_PDEATHSIG: Final = 1
@@ -37,16 +46,20 @@ NOT_RUN: Final = 127
 LINUX: Final = sys.platform == "linux"
 
 
-def main(command: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Run the command, end what it leaves behind, and return its exit status (or end by its signal)."""
+    confined, command = confinement.parse(words)
+    launch = confinement.Launch(confined) if any(confined) else None
     if LINUX:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     owner = os.getpid()
     daemon = os.fork()
     if daemon == 0:
-        _become(command, owner)
+        _become(command, owner, launch)
     for descriptor in (0, 1):
         os.close(descriptor)
+    if launch is not None:
+        _assist(launch, daemon)
 
     def end(_number: int, _frame: FrameType | None) -> None:
         _kill_all(daemon)
@@ -77,19 +90,36 @@ def _end_rest(daemon: int) -> None:
         _kill_all(daemon)
 
 
-def _become(command: Sequence[str], owner: int) -> None:
+def _become(command: Sequence[str], owner: int, launch: confinement.Launch | None) -> None:
     """Be the command; never returns."""
     # Python ignores these, and what is ignored is inherited: a builder's `yes | head` would never end.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     try:
+        if launch is not None:
+            launch.enter()
         if LINUX:
+            # After the namespaces: the kernel forgets it when a process gets other credentials.
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() == owner:
             os.execvp(command[0], list(command))  # noqa: S606 - the daemon's command is the operator's
+    except confinement.ConfinementError as error:
+        _complain(str(error))
     except OSError as error:
-        os.write(2, f"{command[0]} cannot be started: {error.strerror}\n".encode())
+        _complain(f"{command[0]} cannot be started: {error.strerror}")
     os._exit(NOT_RUN)
+
+
+def _assist(launch: confinement.Launch, daemon: int) -> None:
+    """Complete the daemon's namespaces; where that fails, the daemon never begins."""
+    try:
+        launch.assist(daemon)
+    except confinement.ConfinementError as error:
+        _complain(str(error))
+
+
+def _complain(sentence: str) -> None:
+    os.write(2, f"{sentence}\n".encode())
 
 
 def _has_children() -> bool:

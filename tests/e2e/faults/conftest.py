@@ -54,6 +54,9 @@ class Hurt:
         self.tally = root / "tally"
         self.tally.mkdir()
         self.tally.chmod(0o777)
+        # Builders are users of their own, each worker's others.
+        (self.tally / "log").touch()
+        (self.tally / "log").chmod(0o666)
 
     @property
     def sandbox_paths(self) -> str:
