@@ -88,6 +88,9 @@ class WorkerConfig(BaseModel):
     trial_every_s: Annotated[int, Field(ge=0)] = 600
     #: Seconds between two canaries, which measure how builds are isolated; 0: at the start and after doubt only.
     canary_every_s: Annotated[int, Field(ge=0)] = 4 * 3600
+    #: IPv4 networks that its fixed-output builds reach although they are denied, and others that they do not reach.
+    network_allow: tuple[str, ...] = ()
+    network_deny: tuple[str, ...] = ()
     #: Nix settings of this worker only; they win over the farm's.
     nix_options: dict[str, str] = Field(default_factory=dict)
 

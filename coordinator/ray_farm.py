@@ -213,7 +213,7 @@ def _worker_node(settings: Settings, worker: WorkerConfig, head: str, token_file
         host=settings.ray_host,
         head=head,
         token_file=token_file,
-        settings_file=write_worker_settings(settings, worker),
+        settings_file=write_worker_settings(settings, worker, (head.rpartition(":")[0], settings.host)),
         keep=_keep(settings, f"worker-{worker.name}"),
     )
 
@@ -223,8 +223,11 @@ def worker_state_dir(settings: Settings, worker: str) -> Path:
     return settings.state_dir / "workers" / worker / "state"
 
 
-def write_worker_settings(settings: Settings, worker: WorkerConfig) -> Path:
-    """Write what a worker's agent reads at its start; returns the file's path. Raises `ConfigError`."""
+def write_worker_settings(settings: Settings, worker: WorkerConfig, farm_hosts: Sequence[str] = ()) -> Path:
+    """Write what a worker's agent reads at its start; returns the file's path. Raises `ConfigError`.
+
+    Builds do not reach the hosts in `farm_hosts`.
+    """
     directory = settings.state_dir / "workers" / worker.name
     file = directory / "settings.json"
     told = worker.model_dump()
@@ -234,6 +237,7 @@ def write_worker_settings(settings: Settings, worker: WorkerConfig) -> Path:
             | {
                 "state_dir": worker_state_dir(settings, worker.name),
                 "store": worker.store or str(directory / "store"),
+                "farm_hosts": tuple(host.strip("[]") for host in farm_hosts if host),
                 "nix_options": {**settings.nix_options, **worker.nix_options},
             }
         )

@@ -20,6 +20,7 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from infra.cache.errors import CacheError
 from infra.clock import Clock, SystemClock
@@ -41,7 +42,7 @@ from workers.fitness import FitnessWatch
 from workers.grades import IsolationGrade
 from workers.input_guard import InputChangedError, InputGuard, MendingError
 from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher, open_sources
-from workers.isolation import isolate
+from workers.isolation import addresses_of, isolate
 from workers.leftovers import MARK, sweep_leftovers, sweep_orphans
 from workers.machine import (
     DOUBTFUL,
@@ -170,6 +171,7 @@ class Agent:
         self._group: asyncio.TaskGroup
         self._spool: Spool
         self._slots: list[Line]
+        self._builders: DaemonOpener
         self._fitness: FitnessWatch
         self._guard: InputGuard
         self._inputs: InputFetcher
@@ -330,15 +332,12 @@ class Agent:
                 where = self._settings
                 stopping.forget(where.state_dir)
                 await asyncio.to_thread(sweep_leftovers, where.state_dir, where.physical_store)
-                found = await asyncio.to_thread(isolate, where, self._host)
-                self._offer = offer(where, found.machine)
-                variables = {MARK: str(where.state_dir), **found.environment}
-                opener = DaemonOpener(daemon_argv(where, found.machine), where.store_dir, variables, found.confinement)
+                opener, builders = await self._openers()
 
                 lines: list[Line] = []
 
-                def line() -> Line:
-                    made = Line(opener.open)
+                def line(by: DaemonOpener = opener) -> Line:
+                    made = Line(by.open)
                     stack.push_async_callback(made.close)
                     lines.append(made)
                     return made
@@ -350,13 +349,13 @@ class Agent:
                     await asyncio.gather(*(each.hang_up() for each in lines if not each.busy))
                     return True
 
-                self._slots = [line() for _ in range(self._offer.slots)]
+                self._slots = [line(builders) for _ in range(self._offer.slots)]
                 self._readers = Pool([line() for _ in range(READERS)])
                 roots, transfers = line(), Pool([line() for _ in range(TRANSFERS)])
                 canary = Canary(self._native(), where.store_dir, where.physical_store, where.state_dir)
                 self._fitness = FitnessWatch(
                     where,
-                    line(),
+                    line(builders),
                     canary,
                     self._clock,
                     lambda: not self._runs,
@@ -390,6 +389,16 @@ class Agent:
             raise
         finally:
             self._closing.set()
+
+    async def _openers(self) -> tuple[DaemonOpener, DaemonOpener]:
+        """Isolate the worker's builds; return what opens daemons that do not build, and those that do."""
+        where = self._settings
+        found = await asyncio.to_thread(isolate, where, self._host)
+        self._offer = offer(where, found.machine)
+        variables = {MARK: str(where.state_dir), **found.environment}
+        argv = daemon_argv(where, found.machine)
+        self._builders = DaemonOpener(argv, where.store_dir, variables, found.building)
+        return DaemonOpener(argv, where.store_dir, variables, found.confinement), self._builders
 
     async def _watch_stop(self) -> None:
         """Stop in order when the program that started the worker asks for it (`workers.stopping`)."""
@@ -432,6 +441,8 @@ class Agent:
             sources = await open_sources(farm)
         except (CacheError, NixError) as error:
             raise AgentError(f"worker {self.name} cannot serve this farm: {error}") from error
+        if self._builders.deny(await asyncio.to_thread(addresses_of, urlsplit(farm.cache_url).hostname or "")):
+            await asyncio.gather(*(slot.hang_up() for slot in self._slots if not slot.busy))
         if self._sources is not None:
             self._old_sources.append(self._sources)
         self._sources = sources

@@ -58,6 +58,14 @@ class DaemonOpener:
         passed = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
         self._environment = passed | {"NIX_STORE_DIR": store_dir} | dict(environment or {})
 
+    def deny(self, addresses: Iterable[str]) -> bool:
+        """Keep builds of connections opened from now on from IPv4 addresses; whether that is news."""
+        network = self._confinement.network
+        new = sorted(set(addresses) - set(network.deny)) if network is not None else []
+        if network is not None and new:
+            self._confinement = self._confinement._replace(network=network._replace(deny=(*network.deny, *new)))
+        return bool(new)
+
     async def open(self) -> DaemonConnection:
         """Open one more connection. Raises `DaemonUnreachableError` with one sentence."""
         try:

@@ -13,6 +13,7 @@ decides (an operator's value for one of these is refused, not ignored):
 from __future__ import annotations
 
 import grp
+import ipaddress
 import json
 import os
 import platform
@@ -88,6 +89,11 @@ class WorkerSettings(BaseModel):
     slots: Annotated[int, Field(ge=0, le=1024)] = 0
     #: NIX_BUILD_CORES of builders; 0 is the machine's cores divided by the slots.
     build_cores: Annotated[int, Field(ge=0)] = 0
+    #: IPv4 networks that fixed-output builds reach although they are denied, and others that they do not reach.
+    network_allow: tuple[str, ...] = ()
+    network_deny: tuple[str, ...] = ()
+    #: Names or addresses of the farm's own machines (coordinator, Ray head), which no build reaches.
+    farm_hosts: tuple[str, ...] = ()
     #: Nix settings by name.
     nix_options: dict[str, str] = Field(default_factory=dict)
     #: MiB that must be free on each disk in use (store, build directory, state directory), or the worker takes no
@@ -109,6 +115,15 @@ class WorkerSettings(BaseModel):
             msg = "must be an absolute directory, or empty for the machine's own store"
             raise ValueError(msg)
         return value
+
+    @field_validator("network_allow", "network_deny")
+    @classmethod
+    def _ipv4_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            return tuple(str(ipaddress.IPv4Network(text, strict=False)) for text in value)
+        except ValueError as error:
+            msg = f"not an IPv4 network such as 10.1.0.0/16: {error}"
+            raise ValueError(msg) from None
 
     @field_validator("nix_options")
     @classmethod

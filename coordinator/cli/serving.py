@@ -135,7 +135,7 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
     from workers.stopping import stop_agents  # noqa: PLC0415
 
     settings = load_settings(state_dir=state_dir)
-    file = write_worker_settings(settings, told)
+    file = write_worker_settings(settings, told, (head.rpartition(":")[0],))
 
     async def run() -> int:
         stop, hurry = asyncio.Event(), asyncio.Event()

@@ -4,7 +4,7 @@
 `framed` uploads, `connection` the requests. Everything that other rooms need is named here.
 """
 
-from infra.daemon.confinement import UNCONFINED, Confinement
+from infra.daemon.confinement import UNCONFINED, Confinement, Network
 from infra.daemon.connection import DaemonConnection, open_socket, open_stdio
 from infra.daemon.errors import (
     DaemonError,
@@ -48,6 +48,7 @@ __all__ = [
     "GcAction",
     "LogLine",
     "Message",
+    "Network",
     "Options",
     "Phase",
     "Upload",

@@ -8,6 +8,9 @@ outside and does what can only be done from there: it gives out the ids of a use
    later still arrive (MS_SLAVE), mounts made here never leave.
 2. Ids: an ordinary user's daemon is root of a user namespace that holds the user and some sub-uids, which
    `newuidmap` and `newgidmap` give out by /etc/subuid and /etc/subgid.
+3. Network: a network namespace with a loopback of its own. A relay (slirp4netns) carries to the outside what builds
+   send there. Routes of the namespace, which builds cannot change, prohibit the rest. The host's own addresses are
+   prohibited, those too that it gets later. Without a relay there is no outside. The relay ends with the owner.
 
 Linux only. This file stands alone, as `owner.py` does.
 """
@@ -16,14 +19,21 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING or __name__ != "confinement":
+    from infra.daemon import netlink
+else:
+    import netlink
 
 #: Marks a confined command: `--confined OPTION... -- COMMAND...`.
 CONFINED: Final = "--confined"
 #: unshare(2), mount(2).
 CLONE_NEWNS: Final = 0x0002_0000
 CLONE_NEWUSER: Final = 0x1000_0000
+CLONE_NEWNET: Final = 0x4000_0000
 MS_RDONLY: Final = 1
 MS_REMOUNT: Final = 32
 MS_BIND: Final = 4096
@@ -33,8 +43,33 @@ MS_SLAVE: Final = 1 << 19
 KEPT_FLAGS: Final = 2 | 4 | 8
 
 
+#: Interface of the relay in the namespace, and its packets' size in bytes, which is the largest that it takes.
+INTERFACE: Final = "tap0"
+MTU: Final = 65_520
+
+
 class ConfinementError(Exception):
     """The namespaces cannot be made; one sentence."""
+
+
+class Network(NamedTuple):
+    """A network of a daemon's own.
+
+    Attributes:
+        relay: slirp4netns and its switches; empty: there is no outside.
+        network: IPv4 network of the namespace (`a.b.c.0/24`); the relay is its second address, names its third.
+        deny: IPv4 networks that cannot be reached, beside the host's own addresses.
+        allow: IPv4 networks that can be reached all the same.
+    """
+
+    relay: tuple[str, ...]
+    network: str
+    deny: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
+
+    def address(self, number: int) -> str:
+        """Return an address of the namespace's network."""
+        return f"{self.network.rpartition('.')[0]}.{number}"
 
 
 class Confinement(NamedTuple):
@@ -44,11 +79,13 @@ class Confinement(NamedTuple):
         binds: (directory, place) pairs, in order: each directory lies read-only over its place.
         uid_map: Ids of a user namespace as (inner, outer, count) words of newuidmap(1); empty: no user namespace.
         gid_map: The same for groups.
+        network: Its own network; None: the owner's.
     """
 
     binds: tuple[tuple[str, str], ...] = ()
     uid_map: tuple[int, ...] = ()
     gid_map: tuple[int, ...] = ()
+    network: Network | None = None
 
     def words(self) -> list[str]:
         """Return the owner's arguments that stand before the command."""
@@ -57,6 +94,9 @@ class Confinement(NamedTuple):
             words += ["--bind", *pair]
         if self.uid_map:
             words += ["--ids", " ".join(map(str, self.uid_map)), " ".join(map(str, self.gid_map))]
+        if (own := self.network) is not None:
+            words += ["--network", own.network, " ".join(own.relay)]
+            words += ["--routes", " ".join(own.deny), " ".join(own.allow)]
         return [*words, "--"] if len(words) > 1 else []
 
 
@@ -74,6 +114,11 @@ def parse(words: Sequence[str]) -> tuple[Confinement, list[str]]:
         first, second = rest.pop(0), rest.pop(0)
         if option == "--bind":
             found = found._replace(binds=(*found.binds, (first, second)))
+        elif option == "--network":
+            found = found._replace(network=Network(tuple(second.split()), first))
+        elif option == "--routes" and found.network is not None:
+            routes = found.network._replace(deny=tuple(first.split()), allow=tuple(second.split()))
+            found = found._replace(network=routes)
         else:
             maps = [tuple(map(int, text.split())) for text in (first, second)]
             found = found._replace(uid_map=maps[0], gid_map=maps[1])
@@ -88,6 +133,11 @@ class Launch:
         #: (read, write) ends: the child says that its namespaces are there, the owner that they are complete.
         self._entered = os.pipe()
         self._complete = os.pipe()
+        #: The relay ends when this end of a pipe is closed, as the owner's death does.
+        self._relay_lives = -1
+        #: Hears of changes to the host's addresses, from before they are first read.
+        self._changes = netlink.open_socket(netlink.IPV4_ADDRESSES) if confinement.network else None
+        self._addresses = netlink.ipv4_addresses() if confinement.network else []
 
     def enter(self) -> None:
         """Enter the namespaces; only in the process that becomes the daemon. Raises `ConfinementError`."""
@@ -95,18 +145,20 @@ class Launch:
         os.close(self._entered[0])
         os.close(self._complete[1])
         try:
-            _call("unshare", "namespaces", CLONE_NEWNS | (CLONE_NEWUSER if wanted.uid_map else 0))
+            kinds = CLONE_NEWNS
+            kinds |= CLONE_NEWUSER if wanted.uid_map else 0
+            kinds |= CLONE_NEWNET if wanted.network else 0
+            _call("unshare", "namespaces", kinds)
             os.write(self._entered[1], b"1")
             if not os.read(self._complete[0], 1):
                 raise ConfinementError("the namespaces stayed incomplete")
             if wanted.uid_map:
                 os.setresgid(0, 0, 0)
                 os.setresuid(0, 0, 0)
-            _call("mount", "/", None, b"/", None, MS_REC | MS_SLAVE, None)
-            for source, target in wanted.binds:
-                _call("mount", target, source.encode(), target.encode(), None, MS_BIND | MS_REC, None)
-                kept = os.statvfs(target).f_flag & KEPT_FLAGS
-                _call("mount", target, None, target.encode(), None, MS_BIND | MS_REMOUNT | MS_RDONLY | kept, None)
+            _mount(wanted.binds)
+            if wanted.network is not None:
+                netlink.raise_loopback()
+                _route(wanted.network, self._addresses)
         except OSError as error:
             raise ConfinementError(f"no namespaces for the daemon: {error.strerror}") from error
         os.close(self._entered[1])
@@ -122,10 +174,91 @@ class Launch:
                 if self._confinement.uid_map:
                     _give_ids(daemon, "newuidmap", self._confinement.uid_map)
                     _give_ids(daemon, "newgidmap", self._confinement.gid_map)
+                if self._confinement.network is not None:
+                    self._relay(daemon, self._confinement.network)
                 os.write(self._complete[1], b"1")
         finally:
             os.close(self._entered[0])
             os.close(self._complete[1])
+
+    def _relay(self, daemon: int, network: Network) -> None:
+        """Start the relay, wait until it works, and follow the host's addresses from now on."""
+        if not network.relay:
+            return
+        ready, theirs_ready = os.pipe()
+        theirs_lives, self._relay_lives = os.pipe()
+        for descriptor in (theirs_ready, theirs_lives):
+            os.set_inheritable(descriptor, True)
+        words = [*network.relay, "--configure", f"--mtu={MTU}", f"--cidr={network.network}", "--disable-host-loopback"]
+        words += [f"--ready-fd={theirs_ready}", f"--exit-fd={theirs_lives}", "--netns-type=path"]
+        if self._confinement.uid_map:
+            words.append(f"--userns-path=/proc/{daemon}/ns/user")
+        words += [f"/proc/{daemon}/ns/net", INTERFACE]
+        null = os.open(os.devnull, os.O_RDWR)
+        streams = [(os.POSIX_SPAWN_DUP2, null, number) for number in (0, 1, 2)]
+        try:
+            os.posix_spawnp(words[0], words, os.environ, file_actions=streams)
+        except OSError as error:
+            raise ConfinementError(f"{words[0]} cannot be started: {error.strerror}") from error
+        finally:
+            for descriptor in (theirs_ready, theirs_lives, null):
+                os.close(descriptor)
+        came = os.read(ready, 1)
+        os.close(ready)
+        if not came:
+            raise ConfinementError(f"the network did not come up: `{' '.join(words)}` ended")
+        self._follow(daemon, network)
+
+    def _follow(self, daemon: int, network: Network) -> None:
+        """Prohibit addresses that the host gets later, too: the kernel tells of each by SIGIO."""
+        import fcntl  # noqa: PLC0415 - only where there is a network
+
+        changes = self._changes
+        if changes is None:
+            return
+
+        def changed(*_: object) -> None:
+            changes.setblocking(False)
+            try:
+                while changes.recv(netlink.ANSWER_BYTES):
+                    pass
+            except OSError:
+                pass  # all is read, or so much came that some was dropped: what is there now counts
+            new = [address for address in netlink.ipv4_addresses() if address not in self._addresses]
+            self._addresses += new
+            if new and os.fork() == 0:
+                self._prohibit_from_outside(daemon, network, new)
+
+        signal.signal(signal.SIGIO, changed)
+        descriptor = changes.fileno()
+        fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+        changed()
+
+    def _prohibit_from_outside(self, daemon: int, network: Network, addresses: Sequence[str]) -> None:
+        """Enter the daemon's network and prohibit more; only in a process of its own, which ends."""
+        try:
+            for kind in (*(("user",) if self._confinement.uid_map else ()), "net"):
+                _call("setns", kind, os.open(f"/proc/{daemon}/ns/{kind}", os.O_RDONLY), 0)
+            _route(network, addresses)
+        finally:
+            os._exit(0)
+
+
+def _mount(binds: Sequence[tuple[str, str]]) -> None:
+    _call("mount", "/", None, b"/", None, MS_REC | MS_SLAVE, None)
+    for source, target in binds:
+        _call("mount", target, source.encode(), target.encode(), None, MS_BIND | MS_REC, None)
+        kept = os.statvfs(target).f_flag & KEPT_FLAGS
+        _call("mount", target, None, target.encode(), None, MS_BIND | MS_REMOUNT | MS_RDONLY | kept, None)
+
+
+def _route(network: Network, host: Sequence[str]) -> None:
+    for denied in (*network.deny, *host):
+        netlink.prohibit(denied)
+    if network.relay:
+        for allowed in network.allow:
+            netlink.allow(allowed, network.address(2))
 
 
 def _give_ids(process: int, program: str, ids: Sequence[int]) -> None:

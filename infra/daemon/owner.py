@@ -56,8 +56,10 @@ def main(words: Sequence[str]) -> int:
     daemon = os.fork()
     if daemon == 0:
         _become(command, owner, launch)
+    nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1):
-        os.close(descriptor)
+        # Not only closed: the next file that is opened would take the number, and stand where a stream is expected.
+        os.dup2(nothing, descriptor, inheritable=False)
     if launch is not None:
         _assist(launch, daemon)
 

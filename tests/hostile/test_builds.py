@@ -1,21 +1,30 @@
-"""Builds that reach for the machine, on a farm as the README starts it: root, and no build users on the machine."""
+"""Builds that reach for the machine, on a farm as the README starts it: root, and no build users on the machine.
+
+"Outside" is a network namespace behind a cable, whose near end gives this machine an address after the farm's start.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.support.farm import Farm
+from infra.daemon import netlink
+from tests.support.farm import Farm, free_port
+from tests.support.link import Link, open_link
 from workers.build_users import HIGH_IDS
 
 pytestmark = pytest.mark.e2e
 
-#: Each build writes one line a try to its output: whether it could do what it must not. What is the host's is only
-#: opened for writing, and given the mode that it has: on a farm that fails these tests they must do no harm.
+#: Each build writes one line a try to its output and its log: whether it could do what it must not. What is the
+#: host's is only opened for writing, and given the mode that it has: on a farm that fails this it must do no harm.
 GRAPH = """
 let
   busybox = builtins.path {{ path = /bin/busybox; name = "busybox"; }};
@@ -25,8 +34,12 @@ let
   '';
   build = name: script: extra: derivation ({{
     inherit name; system = "x86_64-linux"; builder = "/bin/sh"; salt = "{salt}";
-    args = [ "-c" (words + "exec > $out\\n" + script) ];
+    args = [ "-c" (words + "main() {{\\n" + script + "\\n}}\\nmain > $out; bb cat $out") ];
   }} // extra);
+  fetch = name: url: derivation {{
+    inherit name; system = "x86_64-linux"; builder = "builtin:fetchurl"; inherit url; salt = "{salt}";
+    outputHashMode = "flat"; outputHashAlgo = "sha256"; outputHash = "{hello_hash}";
+  }};
 in rec {{
   ids = build "ids" "bb cat /proc/self/uid_map /proc/self/gid_map" {{}};
   files = build "files" ''
@@ -50,14 +63,33 @@ in rec {{
     can resolver ': >> /etc/resolv.conf'
     can services ': >> /etc/services'
   '' {{ outputHashMode = "flat"; outputHashAlgo = "sha256"; outputHash = "{fixed_hash}"; }};
+  fetch_coordinator = fetch "fetch_coordinator" "http://127.0.0.1:{port}/healthz";
+  fetch_machine = fetch "fetch_machine" "http://{machine}:{here}/hello";
+  fetch_new_address = fetch "fetch_new_address" "http://{new_address}:{here}/hello";
+  fetch_metadata = fetch "fetch_metadata" "http://169.254.169.254/";
+  fetch_outside = fetch "fetch_outside" "http://{outside}/hello";
+  sockets = build "sockets" "bb grep -c @{salt} /proc/net/unix || :" {{
+    outputHashMode = "flat"; outputHashAlgo = "sha256"; outputHash = "{none_hash}";
+  }};
 }}
+"""
+WAIT_FOR_PORT = """
+import socket, sys, time
+while True:
+    try:
+        socket.create_connection(("127.0.0.1", int(sys.argv[1]))).close()
+        break
+    except OSError:
+        time.sleep(0.05)
 """
 NOTHING_FIXED = "hosts: no\nresolver: no\nservices: no\n"
 
 
 @pytest.fixture(scope="module")
 def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
-    made = Farm(tmp_path_factory.mktemp("builds"), workers=())
+    # What cannot be reached is not tried five times.
+    options = 'nix_options = { download-attempts = "1" }'
+    made = Farm(tmp_path_factory.mktemp("builds"), workers=(), settings=options)
     try:
         made.start().wait_for_workers(1)
         yield made
@@ -66,18 +98,61 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
 
 
 @pytest.fixture(scope="module")
-def said(farm: Farm) -> dict[str, str]:
-    """What each build wrote, by name, as the farm's cache has it."""
-    file = farm.root / "hostile.nix"
-    fixed_hash = hashlib.sha256(NOTHING_FIXED.encode()).hexdigest()
-    file.write_text(GRAPH.format(salt=farm.root, fixed_hash=fixed_hash))
-    done = farm.build(file, "--json")
-    submission = json.loads(done.stdout.splitlines()[-1])
-    outputs = {root["attr"]: root["outputs"]["out"] for root in submission["roots"] if root["state"] == "done"}
-    plain = farm.root / "plain"
-    fetched = farm.fetch(plain, *outputs.values())
-    assert fetched.returncode == 0, fetched.stderr
-    return {name: Path(f"{plain}{path}").read_text() for name, path in outputs.items()}
+def link(farm: Farm) -> Iterator[Link]:
+    with open_link() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def said(farm: Farm, link: Link) -> Iterator[dict[str, str]]:
+    """What each build wrote to its log, by name: one that fails has one as well."""
+    with ExitStack() as stack:
+        served = farm.root / "served"
+        served.mkdir()
+        (served / "hello").write_text(str(farm.root))
+        # What answers on every address of this machine, the new one included, without asking for anything.
+        here = stack.enter_context(web_server(served, ()))
+        outside = stack.enter_context(web_server(served, link.prefix()))
+        abstract = stack.enter_context(socket.socket(socket.AF_UNIX))
+        abstract.bind(f"\0{farm.root}")
+        # Other tests' cables apart, which come and go.
+        own = next(address for address in netlink.ipv4_addresses() if not address.startswith("10.213."))
+        file = farm.root / "hostile.nix"
+        file.write_text(
+            GRAPH.format(
+                salt=farm.root,
+                fixed_hash=sha256(NOTHING_FIXED),
+                hello_hash=sha256(str(farm.root)),
+                none_hash=sha256("0\n"),
+                port=farm.port,
+                machine=own,
+                here=here,
+                new_address=link.here,
+                outside=f"{link.there}:{outside}",
+            )
+        )
+        done = farm.build(file, "--json")
+        ended = json.loads(done.stdout.splitlines()[-1])
+        logs = {root["attr"]: farm.drover("log", root["step"]).stdout for root in ended["roots"]}
+        yield logs | {f"{root['attr']}: state": root["state"] for root in ended["roots"]}
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def web_server(directory: Path, prefix: Sequence[str]) -> Iterator[int]:
+    """A web server on all addresses, run by the command `prefix`; gives its port."""
+    port = free_port()
+    argv = [*prefix, sys.executable, "-m", "http.server", str(port), "--bind", "0.0.0.0", "--directory", str(directory)]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as server:
+        try:
+            probe = [*prefix, sys.executable, "-c", WAIT_FOR_PORT, str(port)]
+            subprocess.run(probe, check=True, timeout=30)
+            yield port
+        finally:
+            server.kill()
 
 
 def test_a_builder_is_a_user_of_its_own_on_the_host(said: dict[str, str]) -> None:
@@ -106,6 +181,16 @@ def test_a_build_sees_no_device_but_those_that_nix_gives(said: dict[str, str]) -
 
 def test_a_fixed_output_build_cannot_write_the_files_that_it_shares_with_the_host(said: dict[str, str]) -> None:
     assert said["fixed"] == NOTHING_FIXED
+
+
+def test_a_fixed_output_build_reaches_the_outside_and_neither_farm_nor_machine(said: dict[str, str]) -> None:
+    assert said["fetch_outside: state"] == "done"
+    for place in ("coordinator", "machine", "new_address", "metadata"):
+        assert "unable to download" in said[f"fetch_{place}"], place
+
+
+def test_a_fixed_output_build_sees_no_abstract_socket_of_the_machine(said: dict[str, str]) -> None:
+    assert said["sockets"] == "0\n"
 
 
 def test_a_build_cannot_change_an_input_that_the_next_build_uses(said: dict[str, str]) -> None:
