@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from coordinator.derivations import BuildOrder, DerivationsError, DerivationStore
 from coordinator.limits import StepLimits
-from coordinator.publishing import Post, Publications
+from coordinator.publishing import LossCheck, Post, Publications
 from infra.cache.cache import Cache
 from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
 from scheduler.events import BuildFailed
@@ -37,6 +37,11 @@ _log = logging.getLogger(__name__)
 
 def no_upload_token(_lease: LeaseId, _derivation: bytes) -> str:
     """Let workers upload nothing over HTTP: for farms whose workers all see the object store."""
+    return ""
+
+
+async def no_losses(_step: StepKey, _paths: Sequence[str]) -> str:
+    """Take the cache for whole."""
     return ""
 
 
@@ -59,6 +64,7 @@ class Dispatch:
         limits_of: Callable[[StepKey], StepLimits],
         post: Post,
         *,
+        losses: LossCheck = no_losses,
         upload_token: UploadToken = no_upload_token,
     ) -> None:
         self._fleet = fleet
@@ -68,7 +74,7 @@ class Dispatch:
         self._upload_token = upload_token
         self._lanes: dict[str, _Lane] = {}
         self._new_lanes: asyncio.Queue[str] = asyncio.Queue()
-        self._publications = Publications(cache, derivations, post)
+        self._publications = Publications(cache, derivations, post, losses)
 
     @property
     def trouble(self) -> str:

@@ -250,8 +250,10 @@ class Intake:
         with self._stream():
             return await self._sources.add(read_sources(_lively(body), limits))
 
-    async def submit(self, request: SubmitRequest) -> Planned:
+    async def submit(self, request: SubmitRequest, *, sources_may_lack: bool = False) -> Planned:
         """Plan a submission of derivations that are stored: steps, and which of them the cache holds.
+
+        With `sources_may_lack` steps are planned whose sources the cache has lost: they wait for these.
 
         Raises:
             IntakeError: A member is not known here, an output does not exist, or the graph is too large.
@@ -265,7 +267,8 @@ class Intake:
             await self._derivations.add_members(graph.recipes.new)
         absent = await self._lease(graph.paths())
         roots = tuple(self._root(root, nodes[name]) for root, name in wishes)
-        return await asyncio.to_thread(graph.plan, roots, absent, self._store_dir.path)
+        store_dir = self._store_dir.path
+        return await asyncio.to_thread(graph.plan, roots, absent, store_dir, sources_may_lack=sources_may_lack)
 
     async def _lease(self, paths: Sequence[str]) -> set[str]:
         """Return which of the paths the cache lacks; for `LEASE_S` no collection takes the others, or new ones.
@@ -359,7 +362,9 @@ class _Graph:
         paths.update((source, None) for name in self.own for source in self.nodes[name].sources)
         return list(paths)
 
-    def plan(self, roots: tuple[PlannedRoot, ...], absent: set[str], store_dir: str) -> Planned:
+    def plan(
+        self, roots: tuple[PlannedRoot, ...], absent: set[str], store_dir: str, *, sources_may_lack: bool
+    ) -> Planned:
         """Cut the graph where the cache holds it; `absent` are the paths that the cache lacks."""
         held = {node.step for node in self.nodes.values() if not any(path in absent for _, path in node.outputs)}
         stand_in = {self.nodes[name].step: name for name in self.own}
@@ -372,7 +377,7 @@ class _Graph:
         for name in self.own:
             node = self.nodes[name]
             count += node.step in reached
-            if node.step in to_do:
+            if node.step in to_do and not sources_may_lack:
                 for source in node.sources:
                     if source in absent:
                         raise MissingMemberError(f"the source {source} of {name} is not in the cache; send it first")

@@ -52,18 +52,21 @@ from coordinator.leadership import Leadership, open_leadership
 from coordinator.limits import StepLimits, in_force
 from coordinator.logs import LogStore
 from coordinator.loop_watch import LoopWatch
+from coordinator.losses import Losses
 from coordinator.metrics import CacheGauges, add_cache_metrics, add_farm_metrics, add_metrics_route
 from coordinator.ray_farm import RayFarm, worker_state_dir
 from coordinator.repair import WorkerSource
 from coordinator.schema import FarmView
 from coordinator.sink import FleetSink
 from coordinator.state_lock import StateLock
+from coordinator.submissions import Submissions
 from coordinator.succession import API_TOKEN, Secrets, Succession
 from coordinator.upload_tokens import UploadTokens
 from coordinator.views import Views
 from infra.cache import Cache
 from infra.cache.direct import direct_uploads
 from infra.cache.errors import CacheError
+from infra.cache.fsck import RepairSource
 from infra.cache.uploads import Uploads
 from infra.cache.upstream import Upstream
 from infra.clock import Clock, SystemClock
@@ -166,12 +169,10 @@ async def open_coordinator(
             _intake_limits(settings.limits),
         )
         fleet = await stack.enter_async_context(fleet_factory(info))
-        limits_of = _limits_of(views, settings.limits)
-        dispatch = Dispatch(
-            fleet, stores.cache, stores.derivations, limits_of, engine.post, upload_token=tokens.for_lease(clock)
+        work = _connect(
+            fleet, engine, views, stores, clock, tokens, Submissions(engine, views, intake), settings.limits
         )
-        outbox.to = dispatch
-        sink = FleetSink(engine, dispatch, views, stores.logs, clock, limits_of)
+        outbox.to = work.dispatch
 
         streams = WatchStreams(views, settings.limits.watchers)
         api = Api(
@@ -179,7 +180,7 @@ async def open_coordinator(
             views,
             intake,
             stores.logs,
-            _farm_view(info, (journal, fleet, dispatch, *(each.cache for each in caches))),
+            _farm_view(info, (journal, fleet, work.dispatch, *(each.cache for each in caches))),
             streams,
             bounds=ApiBounds.of(settings.limits),
         )
@@ -194,13 +195,14 @@ async def open_coordinator(
         stack.callback(telemetry.close)
         log_for = _log_reader(views, stores)
         services = await _serve_caches(stack, app, caches, settings, clock, tokens, log_for)
+        work.repair_sources.extend(services[0].upstreams)
         keepers = _look_after(
             app,
             services,
             clock,
             telemetry,
             submissions=SubmissionNeeds(views, stores.derivations),
-            workers=WorkerSource(fleet, views, stores.cache.objects, tokens.for_path(clock)),
+            workers=work.workers,
         )
         watch = _show_metrics(app, views, telemetry)
         narinfos = FastNarinfos(caches, lambda host: is_own_host(host, url) if settings.loopback else is_host(host))
@@ -211,9 +213,10 @@ async def open_coordinator(
             serving = [
                 # First, because it waits for the engine.
                 group.create_task(Forgetter(engine, views, settings.limits, clock).run(), name="forgetting"),
-                group.create_task(fleet.run(sink), name="fleet"),
-                group.create_task(dispatch.run(), name="dispatch"),
+                group.create_task(fleet.run(work.sink), name="fleet"),
+                group.create_task(work.dispatch.run(), name="dispatch"),
                 group.create_task(engine.run(), name="engine"),
+                group.create_task(work.losses.run(), name="losses"),
                 *(group.create_task(each.uploads.run(), name="uploads") for each in services),
                 group.create_task(leadership.hold(journal), name="leadership"),
                 group.create_task(Compactor(settings.database_url("journal"), journal).run(), name="compaction"),
@@ -251,6 +254,46 @@ class _Stores:
     derivations: DerivationStore
     logs: LogStore
     journal: Journal
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The rooms between the core and the workers."""
+
+    dispatch: Dispatch
+    sink: FleetSink
+    losses: Losses
+    workers: WorkerSource
+    #: Where lost objects are looked for, in order; upstreams are added once they are open.
+    repair_sources: list[RepairSource]
+
+
+def _connect(  # noqa: PLR0917 - collaborators, named by their types
+    fleet: Fleet,
+    engine: Engine,
+    views: Views,
+    stores: _Stores,
+    clock: Clock,
+    tokens: UploadTokens,
+    submissions: Submissions,
+    limits: LimitSettings,
+) -> _Work:
+    """Make the rooms between the core and the workers."""
+    workers = WorkerSource(fleet, views, stores.cache.objects, tokens.for_path(clock))
+    sources: list[RepairSource] = [workers]
+    losses = Losses(stores.cache, stores.derivations, views, clock, submissions.replan, sources)
+    limits_of = _limits_of(views, limits)
+    dispatch = Dispatch(
+        fleet,
+        stores.cache,
+        stores.derivations,
+        limits_of,
+        engine.post,
+        losses=losses.check,
+        upload_token=tokens.for_lease(clock),
+    )
+    sink = FleetSink(engine, dispatch, views, stores.logs, clock, limits_of, losses.check)
+    return _Work(dispatch, sink, losses, workers, sources)
 
 
 async def _open_journal(

@@ -37,6 +37,8 @@ PUBLISH_BACKLOG = 4096
 PUBLISH_WITHIN_S = 60.0
 
 Post = Callable[[Sequence[Event]], Awaitable[None]]
+#: Says which of some paths that a step needs the cache has lost, and sees to it; "" for none.
+LossCheck = Callable[[StepKey, Sequence[str]], Awaitable[str]]
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ class _NotNow:
 class Publications:
     """Publishes until `run` is cancelled; each effect ends in one event, which `post` takes."""
 
-    def __init__(self, cache: Cache, derivations: DerivationStore, post: Post) -> None:
+    def __init__(self, cache: Cache, derivations: DerivationStore, post: Post, losses: LossCheck) -> None:
+        self._losses = losses
         self._cache = cache
         self._derivations = derivations
         self._post = post
@@ -149,7 +152,28 @@ class Publications:
         except (CacheError, DerivationsError) as error:
             failure = Failure(FailureKind.INFRASTRUCTURE, f"publishing failed: {error}")
             return [_NotNow(PublishFailed(effect.lease, failure)) for effect in batch]
-        return [_verdict(lease, claim, outcomes) for lease, claim in checked]
+        return [
+            await self._judged_by_losses(_verdict(lease, claim, outcomes), claim, outcomes) for lease, claim in checked
+        ]
+
+    async def _judged_by_losses(
+        self,
+        verdict: OutputsPublished | PublishFailed | _NotNow,
+        claim: Evidence | str,
+        outcomes: Mapping[str, PublishOutcome],
+    ) -> OutputsPublished | PublishFailed | _NotNow:
+        """Wait for references that the cache lost since the build began, instead of building again in vain."""
+        if not isinstance(verdict, PublishFailed) or isinstance(claim, str):
+            return verdict
+        missing = [
+            f"{output.path.rpartition('/')[0]}/{name}"
+            for output in claim.outputs
+            if isinstance(outcome := outcomes.get(output.path), Rejected)
+            and outcome.reason is RejectReason.MISSING_REFERENCES
+            for name in outcome.missing
+        ]
+        why = await self._losses(verdict.lease.step, missing) if missing else ""
+        return PublishFailed(verdict.lease, Failure(FailureKind.INPUT_LOST, why)) if why else verdict
 
 
 def _claim(effect: PublishOutputs, infos: Mapping[StepKey, StepInfo]) -> Evidence | str:

@@ -10,10 +10,11 @@ import logging
 from collections.abc import Callable, Iterable
 
 from coordinator.codec import Evidence, encode_evidence
-from coordinator.dispatch import Dispatch
+from coordinator.dispatch import Dispatch, no_losses
 from coordinator.engine import Engine
 from coordinator.limits import StepLimits, limit_was_raised
 from coordinator.logs import LogError, LogStore
+from coordinator.publishing import LossCheck
 from coordinator.views import Views
 from infra.clock import Clock
 from scheduler.events import BuilderJoined, BuilderLost, BuilderReported, BuildFailed, BuildSucceeded, Event
@@ -38,7 +39,9 @@ class FleetSink:
         logs: LogStore,
         clock: Clock,
         limits_of: Callable[[StepKey], StepLimits],
+        losses: LossCheck = no_losses,
     ) -> None:
+        self._losses = losses
         self._limits_of = limits_of
         self._engine = engine
         self._dispatch = dispatch
@@ -102,12 +105,12 @@ class FleetSink:
             draining=batch.draining,
             unfit=_clean(batch.unfit),
         )
-        await self._engine.offer(*(self._event(worker, report) for report in reports), heartbeat)
+        await self._engine.offer(*[await self._event(worker, report) for report in reports], heartbeat)
         for report in reports:
             if self._views.had_attempt(report.step, report.attempt):
                 self._logs.wake(report.step, report.attempt)
 
-    def _event(self, worker: str, report: Report) -> Event:
+    async def _event(self, worker: str, report: Report) -> Event:
         lease = LeaseId(StepKey(report.step), report.attempt)
         if isinstance(report.result, Succeeded):
             evidence = Evidence(report.result.outputs, self._views.workforce.isolation(worker).level)
@@ -116,6 +119,10 @@ class FleetSink:
         if limit_was_raised(kind, report.result.limit, self._limits_of(lease.step)):
             # Somebody who wants the step gives it more than this build was given; it was nobody's fault.
             kind, message = FailureKind.RETURNED, f"its limit was raised while it ran ({message})"
+        if report.result.missing:
+            # The worker's word alone counts for nothing: it may have lost its way to the cache.
+            lost = await self._losses(lease.step, report.result.missing)
+            kind, message = (FailureKind.INPUT_LOST, lost) if lost else (kind, message)
         return BuildFailed(lease, BuilderId(worker), Failure(kind, message))
 
 

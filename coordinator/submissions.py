@@ -54,6 +54,13 @@ class Submissions:
             await self._run_again(row, retry_failed=True)
         return row
 
+    async def replan(self, row: SubmissionRow) -> None:
+        """Plan a running submission anew: the cache has lost something that it held. What failed stays failed."""
+        asked_at = self._engine.now()
+        planned = await self._intake.submit(self._wish(row), sources_may_lack=True)
+        event = replace(planned.event(row.id), asked_at=asked_at, replanned=True)
+        await self._engine.submit(lambda _: event, planned.infos)
+
     async def retry_step(self, text: str) -> tuple[StepRow, list[SubmissionRow]]:
         """Build a failed step again, for every submission that it made fail, which run again; returns both.
 
@@ -75,6 +82,13 @@ class Submissions:
     async def _run_again(
         self, row: SubmissionRow, *, retry_failed: bool = False, retry: tuple[StepKey, ...] = ()
     ) -> None:
+        asked_at = self._engine.now()
+        planned = await self._intake.submit(self._wish(row))
+        event = replace(planned.event(row.id), asked_at=asked_at, retry_failed=retry_failed, retry=retry, again=True)
+        await self._engine.submit(lambda _: event, planned.infos)
+
+    def _wish(self, row: SubmissionRow) -> SubmitRequest:
+        """Return what the client asked for when it submitted."""
         note = self._views.note(row.id)
         roots = tuple(
             RootRequest(
@@ -85,7 +99,4 @@ class Submissions:
             )
             for root in note.roots
         )
-        asked_at = self._engine.now()
-        planned = await self._intake.submit(SubmitRequest(roots=roots, label=note.label))
-        event = replace(planned.event(row.id), asked_at=asked_at, retry_failed=retry_failed, retry=retry, again=True)
-        await self._engine.submit(lambda _: event, planned.infos)
+        return SubmitRequest(roots=roots, label=note.label)

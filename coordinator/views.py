@@ -43,7 +43,7 @@ from coordinator.workforce import Workforce
 from scheduler import facts
 from scheduler.facts import Fact
 from scheduler.failures import is_fault
-from scheduler.model import Recipe, Requirements, StepKey, SubmissionId
+from scheduler.model import FailureKind, Recipe, Requirements, StepKey, SubmissionId
 from workers.protocol import StageChange
 
 #: Failed steps in one snapshot; the rest is behind `submissions/ID/steps?state=failed`.
@@ -201,6 +201,16 @@ class Views:
         """Return the newest submissions, at most `SUBMISSIONS_LISTED`, newest first."""
         newest = itertools.islice(reversed(self._submissions.values()), SUBMISSIONS_LISTED)
         return [self.submission_view(row) for row in newest]
+
+    def recipe_of(self, key: StepKey) -> int:
+        """Return the index of the recipe that a step has in use; 0 for one that is not known."""
+        row = self._steps.get(key)
+        return 0 if row is None else row.recipe
+
+    def submissions_of(self, key: StepKey) -> tuple[SubmissionRow, ...]:
+        """Return the submissions that wait for a step."""
+        row = self._steps.get(key)
+        return () if row is None else tuple(sub for sub in row.submissions if not sub.ended and not sub.withdrawn)
 
     def step(self, text: str) -> StepRow:
         """Return the step whose key is `text`, or the only one whose key, name or .drv contains it.
@@ -483,7 +493,7 @@ class Views:
         row = self._row(fact.lease.step)
         life = row.live()
         life.leave()
-        if is_fault(fact.failure.kind):
+        if is_fault(fact.failure.kind) or fact.failure.kind is FailureKind.INPUT_LOST:
             life.trouble = fact.failure.message
         self._wait(row, row.recipe)
 

@@ -65,6 +65,8 @@ class Verdicts:
                 yield from self._fail(step, failure, now)
             case Course.RETRY:
                 yield from self.retry(step, failure, now)
+            case Course.HAND_BACK if CONSEQUENCES[failure.kind].waits:
+                yield from self._hand_back(step, failure, now)
             case Course.HAND_BACK:
                 yield from self.retry(step, Failure(FailureKind.INFRASTRUCTURE, failure.message), now)
 

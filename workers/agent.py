@@ -17,7 +17,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -534,7 +534,9 @@ class Agent:
         told: Succeeded | Failed
         if isinstance(result, Ending):
             limit = run.order.limit_of(result.reason)
-            told = Failed(reason=result.reason, message=result.message[:MAX_MESSAGE], limit=limit)
+            told = Failed(
+                reason=result.reason, message=result.message[:MAX_MESSAGE], limit=limit, missing=result.missing
+            )
         else:
             told = result
         report = Report(
@@ -571,7 +573,8 @@ class Agent:
         except RecipeBrokeDaemonError as error:
             raise _Stopped(judge_trouble(error.trouble, str(error))) from None
         except InputError as error:
-            raise _Stopped(judge_trouble(Trouble.INPUT_MISSING, str(error))) from None
+            ending = judge_trouble(Trouble.INPUT_MISSING, str(error))
+            raise _Stopped(replace(ending, missing=error.missing)) from None
         except OutputError as error:
             raise _Stopped(judge_trouble(Trouble.UPLOAD_FAILED, str(error))) from None
         except DaemonOperationError as error:

@@ -37,7 +37,7 @@ from infra.nix.store_path import StoreDir
 from infra.patience import Patience
 from workers.daemons import Line, Pool
 from workers.errors import WorkerError
-from workers.protocol import FarmInfo
+from workers.protocol import MAX_MISSING, FarmInfo
 
 #: Seconds for one question to the cache, in all and until it connects.
 QUESTION_S = 60.0
@@ -63,7 +63,15 @@ log = logging.getLogger(__name__)
 
 
 class InputError(WorkerError):
-    """An input cannot be had; the message names it."""
+    """An input cannot be had; the message names it.
+
+    Attributes:
+        missing: Full paths that the farm's cache, or its object store, does not have; at most MAX_MISSING.
+    """
+
+    def __init__(self, message: str, missing: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)[:MAX_MISSING]
 
 
 class InputAwayError(InputError):
@@ -121,7 +129,8 @@ class FarmSources:
         answer = await self._ask(orjson.dumps({"paths": names, "closure": True}))
         missing = answer.get("missing")
         if missing:
-            raise InputError(f"{self.farm.store_dir}/{missing[0]} is not in the farm's cache")
+            paths = [f"{self.farm.store_dir}/{name}" for name in missing[:MAX_MISSING]]
+            raise InputError(f"{paths[0]} is not in the farm's cache", paths)
         try:
             return [narinfo.parse(text.encode(), self.store_dir) for text in answer["narinfos"]]
         except (NixError, KeyError, AttributeError, TypeError) as error:
@@ -139,8 +148,10 @@ class FarmSources:
                 async for chunk in chunks:
                     yield chunk
         except CacheError as error:
-            passes = isinstance(error, ObjectStoreError) and not isinstance(error, ObjectMissingError)
-            raise (InputAwayError if passes else InputError)(f"{info.store_path}: {error}") from error
+            gone = isinstance(error, ObjectMissingError)
+            raise (InputAwayError if isinstance(error, ObjectStoreError) and not gone else InputError)(
+                f"{info.store_path}: {error}", [info.store_path] if gone else ()
+            ) from error
 
     def uploads(self, token: str) -> UploadClient:
         """Return what uploads outputs over HTTP with the token of a lease."""

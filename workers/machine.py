@@ -228,6 +228,8 @@ class Ending:
 
     reason: Reason
     message: str
+    #: Inputs that the farm's cache does not have.
+    missing: tuple[str, ...] = ()
 
 
 def judge_status(status: int, message: str, *, disk_was_full: bool = False) -> Ending | None:

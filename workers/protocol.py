@@ -27,6 +27,8 @@ PROTOCOL_VERSION = 2
 SMALL_BATCH_BYTES = 64 * 1024
 BULK_BATCH_BYTES = 1024 * 1024
 LONG_POLL_S = 10.0
+#: Missing inputs that one report names; the others come to light once these are there.
+MAX_MISSING = 64
 
 
 class WireMessage(BaseModel):
@@ -172,6 +174,8 @@ class Failed(WireMessage):
     message: str
     #: The limit that the build ended at, seconds or bytes; 0 where it was none.
     limit: int = 0
+    #: Full paths that the farm's cache does not have and the build needs. The coordinator looks for itself.
+    missing: Annotated[tuple[str, ...], Field(max_length=MAX_MISSING)] = ()
 
 
 class Report(WireMessage):

@@ -13,7 +13,7 @@ from infra.cache.candidates import Candidate, PublishOutcome
 from infra.cache.catalog import Catalog
 from infra.cache.counters import CacheCounters
 from infra.cache.errors import CacheError
-from infra.cache.fsck import Fsck, FsckReport, RepairSource
+from infra.cache.fsck import Fsck, FsckReport, RepairSource, Restored
 from infra.cache.gc import Collector, CollectPlan, CollectReport
 from infra.cache.inspection import CacheInfo, inspect
 from infra.cache.metadata import Database, Reign, open_metadata
@@ -263,6 +263,25 @@ class Cache:
             ObjectStoreError: the store does not answer; nothing more is judged.
         """
         return await Fsck(self._catalog, self.signer).run(full=full, repair=repair, sources=sources)
+
+    async def lost(self, inputs: Iterable[str], suspects: Iterable[str]) -> set[str]:
+        """Return what the full store paths `inputs` stand on, themselves included, and that cannot be fetched.
+
+        The objects of `suspects` are looked at even where that is not cheap; each is one question to the store.
+
+        Raises:
+            ObjectStoreError: the store does not answer.
+            ClosureTooLargeError: as `closure`.
+        """
+        return await self._catalog.lost(inputs, suspects)
+
+    async def restore(self, store_paths: Iterable[str], sources: Sequence[RepairSource]) -> Restored:
+        """Have the objects of paths again from `sources`; what cannot be had is hidden with all that refers to it.
+
+        Raises:
+            ObjectStoreError: the store does not answer; nothing more is judged.
+        """
+        return await Fsck(self._catalog, self.signer).restore(store_paths, sources)
 
     async def resign(self) -> ResignReport:
         """Sign everything with the present keys, and with no other; see `resigning`."""

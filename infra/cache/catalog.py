@@ -169,6 +169,24 @@ class Catalog:
         missing = (asked | {row.store_path for row in rows}) - present
         return [row.narinfo for row in rows if row.store_path in present], sorted(missing)
 
+    async def lost(self, inputs: Iterable[str], suspects: Iterable[str]) -> set[str]:
+        """See `Cache.lost`."""
+        asked, suspected = set(inputs), set(suspects)
+        if len(asked) > MAX_CLOSURE:
+            raise ClosureTooLargeError(f"{len(asked)} paths were asked for at once; the limit is {MAX_CLOSURE}")
+        reached: dict[str, Row] = {}
+        async with reading(self.database) as connection:
+            for some in slices(self.hash_parts(asked)):
+                rows = await self._reach(connection, some)
+                reached.update((row.store_path, row) for row in rows.values())
+        here = {row.store_path for row in await self.fetchable(reached.values())}
+        lost = (asked | reached.keys()) - here
+        for path in sorted(suspected & here):
+            # The database says that it is there; a remote store is asked for what somebody did not find.
+            if await self.objects.head(reached[path].url) != reached[path].file_size:
+                lost.add(path)
+        return lost
+
     def forget(self, rows: Iterable[tuple[str, str]]) -> None:
         """Forget rows that were tombstoned, deleted or repaired: their hash parts and URLs."""
         self._forgotten += 1

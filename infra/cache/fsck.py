@@ -17,8 +17,9 @@ Memory is bounded by a batch. Paths that go meanwhile are no fault.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
@@ -43,6 +44,8 @@ BATCH: Final = 200
 CONCURRENCY: Final = 4
 #: Faults that a report names; all are counted.
 MAX_FAULTS: Final = 500
+
+_log = logging.getLogger(__name__)
 
 
 class RepairSource(Protocol):
@@ -84,6 +87,16 @@ class FsckReport:
         """Name a fault, unless there are too many."""
         if len(self.faults) < MAX_FAULTS:
             self.faults = (*self.faults, fault)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What became of lost paths (full store paths, sorted)."""
+
+    #: They can be fetched, by now or again.
+    here: tuple[str, ...]
+    #: They are not in the cache, nor is what referred to them.
+    gone: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +156,23 @@ class Fsck:
                     report.add(Fault(found.store_path, found.fault, outcome))
         report.seconds = time.perf_counter() - began
         return report
+
+    async def restore(self, store_paths: Iterable[str], sources: Sequence[RepairSource]) -> Restored:
+        """See `Cache.restore`."""
+        wanted = sorted(set(store_paths))
+        async with reading(self._catalog.database) as connection:
+            rows = await self._catalog.rows(connection, self._catalog.hash_parts(wanted))
+        by_path = {row.store_path: row for row in rows.values() if row.tombstoned_at is None}
+        report = FsckReport()
+        for path, row in by_path.items():
+            checked = await self._check(asyncio.Semaphore(1), row.serial, path, bytes(row.narinfo), "", full=False)
+            if checked.fault:
+                report.broken += 1
+                outcome = await self._mend(checked, sources, report)
+                _log.warning("%s: %s; %s", path, checked.fault, outcome)
+        # One may have gone with another that it refers to.
+        gone = await self._catalog.missing(wanted)
+        return Restored(tuple(path for path in wanted if path not in gone), tuple(sorted(gone)))
 
     async def _batch(self, after: int) -> dict[int, tuple[str, bytes]]:
         async with reading(self._catalog.database) as connection:

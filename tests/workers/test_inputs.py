@@ -63,6 +63,7 @@ async def test_an_input_that_the_cache_lacks_is_named_and_the_farms_fault(bench:
     assert isinstance(report.result, Failed)
     assert report.result.reason == "input_missing"
     assert lost in report.result.message
+    assert report.result.missing == (lost,)
 
 
 async def test_an_input_that_is_not_signed_by_the_farm_is_refused(bench: Bench) -> None:

@@ -116,6 +116,27 @@ async def test_what_nobody_has_goes_with_all_that_refers_to_it_and_can_be_publis
     assert (await cache.verify(full=True)).broken == 0
 
 
+async def test_what_stands_on_a_lost_path_is_told_and_nothing_else_is_suspected(cache: Cache) -> None:
+    absent = store_path("absent")
+    assert await cache.lost([TOP], [LOW, OTHER, absent]) == set()
+    (await file_of(cache, LOW)).unlink()
+    (await file_of(cache, OTHER)).unlink()
+    assert await cache.lost([TOP], [LOW, OTHER, absent]) == {LOW}
+    assert await cache.lost([TOP, absent], []) == {LOW, absent}
+
+
+async def test_lost_paths_are_restored_from_a_source_or_leave_with_all_that_refers_to_them(cache: Cache) -> None:
+    absent = store_path("absent")
+    for path in (LOW, OTHER):
+        (await file_of(cache, path)).unlink()
+    sources = [Elsewhere({OTHER: NARS[OTHER], absent: b"somebody's word for a path that has no record"})]
+    restored = await cache.restore([LOW, OTHER, TOP, absent], sources)
+    assert (set(restored.here), set(restored.gone)) == ({OTHER}, {LOW, TOP, absent})
+    assert set(sources[0].asked) == {LOW, OTHER}
+    assert await cache.missing(NARS) == {LOW, MIDDLE, TOP}
+    assert (await cache.verify(full=True)).broken == 0
+
+
 async def test_a_narinfo_that_cannot_be_read_is_a_fault_of_its_own(cache: Cache) -> None:
     async with writing(cache._database) as connection:
         await connection.execute(paths.update().where(paths.c.store_path == OTHER).values(narinfo=b"not one"))
