@@ -122,6 +122,10 @@ class LimitSettings(BaseModel):
     worker_silence_s: Annotated[float, Field(ge=20)] = 120.0
     #: Watch streams open at one time.
     watchers: Annotated[int, Field(ge=1)] = 1000
+    #: HTTP connections at one time, in all and from one address that is not loopback. Lowered to what the limit of open
+    #: files allows (`ulimit -n`, raised to the hard limit at start); watch streams get half of them.
+    connections: Annotated[int, Field(ge=8)] = 4096
+    connections_per_address: Annotated[int, Field(ge=1)] = 256
 
 
 class Redirect(StrEnum):

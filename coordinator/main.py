@@ -18,6 +18,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from secrets import token_urlsafe
@@ -41,7 +42,8 @@ from coordinator.http.app import make_app
 from coordinator.http.auth import is_host, is_own_host
 from coordinator.http.cache import LogFor, add_cache_routes
 from coordinator.http.caching import CachingApi
-from coordinator.http.fast import FastNarinfos, FastSite
+from coordinator.http.connections import ConnectionGate, require_room
+from coordinator.http.fast import FastNarinfos, FastSite, open_gate
 from coordinator.http.sse import WatchStreams
 from coordinator.http.standby import serving_standby
 from coordinator.http.uploads import add_upload_routes
@@ -174,7 +176,9 @@ async def open_coordinator(
         )
         outbox.to = work.dispatch
 
-        streams = WatchStreams(views, settings.limits.watchers)
+        gate = open_gate(settings.limits.connections, settings.limits.connections_per_address)
+        # Half of all: those who only look must not keep out those who build.
+        streams = WatchStreams(views, min(settings.limits.watchers, max(1, gate.bounds.total // 2)))
         api = Api(
             engine,
             views,
@@ -204,10 +208,9 @@ async def open_coordinator(
             submissions=SubmissionNeeds(views, stores.derivations),
             workers=work.workers,
         )
-        watch = _show_metrics(app, views, telemetry)
-        narinfos = FastNarinfos(caches, lambda host: is_own_host(host, url) if settings.loopback else is_host(host))
+        watch = _show_metrics(app, views, telemetry, gate)
         add_worker_routes(app, views, lambda worker, on: fleet.drain(worker, on=on))
-        runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None, auto_decompress=False)
+        runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
         await runner.setup()
         async with asyncio.TaskGroup() as group:
             serving = [
@@ -226,7 +229,7 @@ async def open_coordinator(
                 await engine.recall(stores.derivations)
                 # Not before: what it makes and throws away would lie between what stays.
                 serving += [group.create_task(each.run(), name="housekeeping") for each in keepers]
-                await FastSite(runner, listener, narinfos).start()
+                await FastSite(runner, listener, FastNarinfos(caches, _own_host(settings, url)), gate).start()
                 # Not before: replaying a large journal holds up nobody.
                 stack.enter_context(watch)
                 yield Coordinator(
@@ -457,9 +460,11 @@ async def _serve_caches(  # noqa: PLR0917 - collaborators, named by their types
     return services
 
 
-def _show_metrics(app: web.Application, views: Views, telemetry: Telemetry) -> LoopWatch:
+def _show_metrics(app: web.Application, views: Views, telemetry: Telemetry, gate: ConnectionGate) -> LoopWatch:
     add_farm_metrics(telemetry, views)
     add_metrics_route(app, telemetry)
+    app.middlewares.append(require_room(gate))
+    gate.show(telemetry)
     watch = LoopWatch()
     watch.show(telemetry)
     return watch
@@ -520,6 +525,11 @@ def _listen(settings: Settings) -> socket.socket:
         raise ConfigError(
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; choose another with --listen."
         ) from None
+
+
+def _own_host(settings: Settings, url: str) -> Callable[[str], bool]:
+    """Return what tells whether a `Host` header is to be answered."""
+    return partial(is_own_host, public_url=url) if settings.loopback else is_host
 
 
 def _url(host: str, listener: socket.socket) -> str:

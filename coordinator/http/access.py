@@ -23,6 +23,7 @@ from pathlib import Path
 from aiohttp import web
 
 from coordinator.http.auth import LEAST_TOKEN_CHARACTERS, TokenError
+from coordinator.http.connections import mark_known
 
 #: Content of a token file: some thousand tokens.
 MAX_TOKEN_FILE_BYTES = 256 * 1024
@@ -72,11 +73,18 @@ class CacheAccess:
 
     def may_read(self, request: web.BaseRequest) -> bool:
         """Tell whether the request may be answered at all."""
-        return self.public or told_token(request.headers) in self._readers
+        return self.public or _holds(request, self._readers)
 
     def may_write(self, request: web.BaseRequest) -> bool:
         """Tell whether the request may change the cache."""
-        return bool(self._writers) and told_token(request.headers) in self._writers
+        return bool(self._writers) and _holds(request, self._writers)
+
+
+def _holds(request: web.BaseRequest, tokens: TokenSet) -> bool:
+    known = told_token(request.headers) in tokens
+    if known:
+        mark_known(request)
+    return known
 
 
 def told_token(headers: Mapping[str, str]) -> str:

@@ -26,6 +26,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from coordinator.errors import BadRequestError, CoordinatorError
 from coordinator.http.bodies import refuse_encoding
+from coordinator.http.connections import mark_known
 
 #: Where the API begins; everything below it wants the token.
 API_PREFIX = "/api/"
@@ -105,6 +106,7 @@ def require_token(token: str) -> Middleware:
                     "the request has no valid token; it is in the file api-token of the coordinator's state directory "
                     "(set DROVER_TOKEN_FILE)."
                 )
+            mark_known(request)
         return await handler(request)
 
     return check

@@ -29,10 +29,18 @@ from typing import Any, Final
 from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import SERVER_SOFTWARE
-from aiohttp.web_protocol import RequestHandler
 
 from coordinator.caches import OpenCache
 from coordinator.http.cache import narinfo_headers
+from coordinator.http.connections import (
+    MAX_CONNECTIONS,
+    MAX_PER_ADDRESS,
+    ConnectionBounds,
+    ConnectionGate,
+    GuardedConnection,
+    accept,
+    raise_descriptor_limit,
+)
 from infra.cache import Cache
 from infra.cache.errors import CacheError
 
@@ -115,13 +123,15 @@ class FastNarinfos:
         return len(hosts) == 1 and self._own_host(hosts[0])
 
 
-class FastConnection(RequestHandler):
+class FastConnection(GuardedConnection):
     """One client's connection."""
 
     __slots__ = ("_fast", "_whole")
 
-    def __init__(self, fast: FastNarinfos, manager: web.Server, **options: Any) -> None:
-        super().__init__(manager, **options)
+    def __init__(
+        self, fast: FastNarinfos, gate: ConnectionGate, address: str, manager: web.Server, **options: Any
+    ) -> None:
+        super().__init__(gate, address, manager, **options)
         self._fast = fast
         #: Whether nothing of a request can be in the parser.
         self._whole = True
@@ -134,6 +144,7 @@ class FastConnection(RequestHandler):
                 if answer is not None:
                     self.transport.write(answer)
                     self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+                    self.answered()
                     return
             self._whole = _is_whole(data)
         super().data_received(data)
@@ -148,14 +159,19 @@ def _is_whole(data: bytes) -> bool:
 
 
 class FastSite(web.BaseSite):
-    """Serves a runner's application on a socket that listens already, through `FastConnection`s."""
+    """Serves a runner's application on a socket that listens already, through `FastConnection`s behind a gate."""
 
-    __slots__ = ("_fast", "_socket")
+    __slots__ = ("_accepting", "_fast", "_gate", "_socket")
 
-    def __init__(self, runner: web.BaseRunner, listener: socket.socket, fast: FastNarinfos) -> None:
+    def __init__(
+        self, runner: web.BaseRunner, listener: socket.socket, fast: FastNarinfos, gate: ConnectionGate | None = None
+    ) -> None:
+        """The socket is closed with the site."""
         super().__init__(runner)
         self._socket = listener
         self._fast = fast
+        self._gate = open_gate() if gate is None else gate
+        self._accepting: asyncio.Task[None] | None = None
 
     @property
     def name(self) -> str:
@@ -170,10 +186,24 @@ class FastSite(web.BaseSite):
         manager = self._runner.server
         if manager is None:
             raise RuntimeError("the runner is not set up")
+        self._socket.setblocking(False)
 
-        def connected() -> FastConnection:
+        def connected(address: str) -> FastConnection:
             return FastConnection(
-                self._fast, manager, loop=loop, access_log=None, keepalive_timeout=KEEP_ALIVE_S, auto_decompress=False
+                self._fast, self._gate, address, manager, loop=loop, access_log=None, keepalive_timeout=KEEP_ALIVE_S
             )
 
-        self._server = await loop.create_server(connected, sock=self._socket, backlog=self._backlog)
+        self._accepting = loop.create_task(accept(self._socket, self._gate, connected), name="accept")
+
+    async def stop(self) -> None:
+        """Accept no more; connections that are open are the runner's to close."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.wait([self._accepting])
+        self._socket.close()
+        await super().stop()
+
+
+def open_gate(total: int = MAX_CONNECTIONS, per_address: int = MAX_PER_ADDRESS) -> ConnectionGate:
+    """Return a gate within the limit of descriptors, which is raised to what this process may have."""
+    return ConnectionGate(ConnectionBounds.within(raise_descriptor_limit(), total, per_address))

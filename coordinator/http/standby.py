@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import orjson
 from aiohttp import web
 
+from coordinator.http.fast import FastNarinfos, FastSite
 from coordinator.schema import ErrorBody, ErrorView
 
 #: When a client may ask again, in seconds.
@@ -23,13 +24,13 @@ async def serving_standby(listener: socket.socket) -> AsyncIterator[Callable[[],
     app = web.Application()
     app.router.add_get("/healthz", _health)
     app.router.add_route("*", "/{anything:.*}", _refuse)
-    runner = web.AppRunner(app, shutdown_timeout=1.0, access_log=None, auto_decompress=False)
+    runner = web.AppRunner(app, shutdown_timeout=1.0, access_log=None)
     starting: list[asyncio.Task[None]] = []
 
     async def start() -> None:
         await runner.setup()
         # A copy: ending the site closes it, and clients go on knocking at the same address.
-        await web.SockSite(runner, listener.dup()).start()
+        await FastSite(runner, listener.dup(), FastNarinfos((), lambda _: False)).start()
 
     def answer() -> None:
         starting.append(asyncio.create_task(start(), name="standby"))

@@ -19,6 +19,7 @@ from coordinator.caches import OpenCache
 from coordinator.errors import BadRequestError
 from coordinator.http.access import challenge, told_token
 from coordinator.http.bodies import BodyBounds, read_model
+from coordinator.http.connections import mark_known
 from coordinator.schema import ErrorBody, ErrorView
 from coordinator.upload_tokens import UploadTokens
 from infra.cache.errors import CacheError, StoreFullError
@@ -110,6 +111,7 @@ class UploadRoutes:
         grant = self._tokens.check(told_token(request.headers), self._now())
         if grant is None or grant.cache != self._served.name:
             return None
+        mark_known(request)
         return Sender(f"lease {grant.step} {grant.attempt}", frozenset(grant.paths), publishes=False)
 
     async def begin(self, request: web.Request, sender: Sender) -> web.StreamResponse:
