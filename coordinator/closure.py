@@ -18,6 +18,9 @@ from infra.nar_files import dump
 from infra.nix import aterm
 from infra.nix.errors import FormatError, NixError
 
+#: Content addresses by which `infra.nix.ca` verifies a source.
+VERIFIABLE = ("text:sha256:", "fixed:r:sha256:", "fixed:sha256:")
+
 
 class ClosureError(CoordinatorError):
     """The local store does not hold what it should, or cannot be read."""
@@ -75,10 +78,21 @@ class LocalStore:
 
 @dataclass(frozen=True, slots=True)
 class Closure:
-    """Full store paths: .drv files, inputs first, and the input sources that they name, sorted."""
+    """Full store paths: .drv files, inputs first; the input sources that they name, sorted; the outputs they make."""
 
     derivations: tuple[str, ...]
     sources: tuple[str, ...]
+    outputs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Input sources with what they refer to."""
+
+    #: Those that the farm can verify by their content, references first.
+    headers: tuple[SourceHeader, ...]
+    #: Full paths of the others, which something built, and their derivers ("" where the store knows none).
+    built: Mapping[str, str]
 
 
 def read_closure(store: LocalStore, roots: Sequence[str]) -> Closure:
@@ -91,6 +105,7 @@ def read_closure(store: LocalStore, roots: Sequence[str]) -> Closure:
     open_: set[str] = set()
     order: list[str] = []
     sources: set[str] = set()
+    outputs: set[str] = set()
     stack: list[tuple[str, bool]] = [(root, False) for root in reversed(roots)]
     while stack:
         drv, inputs_done = stack.pop()
@@ -108,6 +123,7 @@ def read_closure(store: LocalStore, roots: Sequence[str]) -> Closure:
         except FormatError as error:
             raise ClosureError(f"{drv} is not a derivation: {error}") from None
         sources.update(derivation.input_srcs)
+        outputs.update(output.path for output in derivation.outputs)
         open_.add(drv)
         stack.append((drv, True))
         for needed, _ in derivation.input_drvs:
@@ -115,36 +131,63 @@ def read_closure(store: LocalStore, roots: Sequence[str]) -> Closure:
                 raise ClosureError(f"{needed} needs itself; the local store is damaged")
             if needed not in done:
                 stack.append((needed, False))
-    return Closure(tuple(order), tuple(sorted(sources)))
+    return Closure(tuple(order), tuple(sorted(sources)), frozenset(outputs))
 
 
-async def describe_sources(
-    store: LocalStore, paths: Sequence[str], env: Mapping[str, str] | None = None
-) -> list[SourceHeader]:
-    """Return what the local store knows of `paths` and of everything they refer to, references first.
+def find_maker(store: LocalStore, path: str, deriver: str) -> str:
+    """Return the derivation that the farm must build to have `path`, a built path.
+
+    Raises:
+        ClosureError: The local store does not have it whole; the sentence says what to do.
+    """
+    try:
+        if deriver and path in read_closure(store, [deriver]).outputs:
+            return deriver
+    except ClosureError:
+        # Its derivation, or one below it, is collected.
+        pass
+    raise ClosureError(
+        f"the input {path} was built before and not by this evaluation; the farm's cache does not have it and the "
+        f"local store does not know how it is built: run `drover cache push {path}`"
+    )
+
+
+async def describe_sources(store: LocalStore, paths: Sequence[str], env: Mapping[str, str] | None = None) -> Sources:
+    """Return what the local store knows of `paths` and of everything they refer to.
+
+    What a built path refers to is left to who builds it.
 
     Raises:
         ClosureError: A path is not valid in the store, or the store cannot be asked.
     """
     if not paths:
-        return []
+        return Sources((), {})
     infos: dict[str, ValidPathInfo] = {}
+    built: dict[str, str] = {}
     command = ("nix-daemon", "--stdio", *store.flags)
     try:
         async with await open_stdio(command, os.environ if env is None else env) as connection:
             waiting = list(paths)
             while waiting:
                 path = waiting.pop()
-                if path in infos:
+                if path in infos or path in built:
                     continue
                 info = await connection.query_path_info(path)
                 if info is None:
                     raise ClosureError(f"the source {path} is not in the local store; evaluate the file again")
+                if not _is_verifiable(info):
+                    built[path] = info.deriver
+                    continue
                 infos[path] = info
                 waiting.extend(ref for ref in info.references if ref not in infos)
     except DaemonError as error:
         raise ClosureError(f"cannot ask the local Nix store about sources: {error}") from None
-    return [_header(infos[path]) for path in _references_first(infos)]
+    return Sources(tuple(_header(infos[path]) for path in _references_first(infos) if path in infos), built)
+
+
+def _is_verifiable(info: ValidPathInfo) -> bool:
+    """Whether the farm can tell from the content that the path is true."""
+    return info.ca.startswith(VERIFIABLE) and info.path not in info.references
 
 
 def _references_first(infos: Mapping[str, ValidPathInfo]) -> Iterator[str]:
@@ -157,7 +200,8 @@ def _references_first(infos: Mapping[str, ValidPathInfo]) -> Iterator[str]:
         elif path not in seen:
             seen.add(path)
             stack.append((path, True))
-            stack.extend((ref, False) for ref in infos[path].references if ref not in seen)
+            references = infos[path].references if path in infos else ()
+            stack.extend((ref, False) for ref in references if ref not in seen)
 
 
 def _header(info: ValidPathInfo) -> SourceHeader:

@@ -258,17 +258,35 @@ class Intake:
         Raises:
             IntakeError: A member is not known here, an output does not exist, or the graph is too large.
         """
-        wishes = [(root, self._drv_name(root)) for root in request.roots]
+        wishes = [(root, self._drv_name(root.drv)) for root in request.roots]
         names = list(dict.fromkeys(name for _, name in wishes))
+        makers = dict.fromkeys(self._drv_name(drv) for drv in request.makers)
+        while True:
+            graph = await self._graph(names, list(makers))
+            absent = await self._lease(graph.paths())
+            # Built paths among the sources are made again by what made them for an earlier submission.
+            known = await self._makers(graph.lacking(absent))
+            if makers.keys() >= known.keys():
+                break
+            makers |= known
+        roots = tuple(self._root(root, graph.nodes[name]) for root, name in wishes)
+        store_dir = self._store_dir.path
+        return await asyncio.to_thread(graph.plan, roots, absent, store_dir, sources_may_lack=sources_may_lack)
+
+    async def _graph(self, names: Sequence[str], makers: Sequence[str]) -> _Graph:
         async with self._planning:
-            nodes, members = await self._load(names)
+            nodes, members = await self._load([*names, *makers])
             graph = await asyncio.to_thread(_Graph.build, names, nodes, members, self._limits.max_recipes)
             _within(len(graph.own), self._limits.max_derivations, "derivations")
             await self._derivations.add_members(graph.recipes.new)
-        absent = await self._lease(graph.paths())
-        roots = tuple(self._root(root, nodes[name]) for root, name in wishes)
-        store_dir = self._store_dir.path
-        return await asyncio.to_thread(graph.plan, roots, absent, store_dir, sources_may_lack=sources_may_lack)
+        return graph
+
+    async def _makers(self, sources: Sequence[str]) -> dict[str, None]:
+        """Return the derivations of steps that are named after one of these paths."""
+        if not sources:
+            return {}
+        keys = [StepKey(source.rpartition("/")[2]) for source in sources]
+        return {drvs[0]: None for drvs in (await self._derivations.members(keys)).values()}
 
     async def _lease(self, paths: Sequence[str]) -> set[str]:
         """Return which of the paths the cache lacks; for `LEASE_S` no collection takes the others, or new ones.
@@ -318,11 +336,11 @@ class Intake:
             )
         return nodes, members
 
-    def _drv_name(self, root: RootRequest) -> str:
+    def _drv_name(self, drv: str) -> str:
         prefix = f"{self._store_dir.path}/"
-        if not root.drv.startswith(prefix):
-            raise StoreDirError(f"{root.drv} does not lie in the farm's store, {self._store_dir.path}")
-        name = root.drv.removeprefix(prefix)
+        if not drv.startswith(prefix):
+            raise StoreDirError(f"{drv} does not lie in the farm's store, {self._store_dir.path}")
+        name = drv.removeprefix(prefix)
         self._check_name(name)
         return name
 
@@ -351,6 +369,7 @@ class _Graph:
         members: Mapping[StepKey, Sequence[str]],
         max_recipes: int,
     ) -> _Graph:
+        nodes = planning.with_made_sources(nodes)
         own = planning.inputs_first(roots, nodes)
         others = [drv for places in members.values() for drv in places if drv in nodes]
         order = planning.inputs_first([*roots, *others], nodes)
@@ -361,6 +380,10 @@ class _Graph:
         paths = {path: None for node in self.nodes.values() for _, path in node.outputs}
         paths.update((source, None) for name in self.own for source in self.nodes[name].sources)
         return list(paths)
+
+    def lacking(self, absent: set[str]) -> list[str]:
+        """Return the sources of the submission's own derivations that the cache lacks."""
+        return [source for name in self.own for source in self.nodes[name].sources if source in absent]
 
     def plan(
         self, roots: tuple[PlannedRoot, ...], absent: set[str], store_dir: str, *, sources_may_lack: bool

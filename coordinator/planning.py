@@ -9,7 +9,7 @@ are no cycle as derivations and would be one as steps.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coordinator.derivations import Kind, Node
 from coordinator.errors import IntakeError
@@ -60,6 +60,26 @@ def inputs_first(roots: Iterable[str], nodes: Mapping[str, Node]) -> list[str]:
             if need not in done:
                 stack.append((need, False))
     return order
+
+
+def with_made_sources(nodes: Mapping[str, Node]) -> dict[str, Node]:
+    """Let each derivation need those among `nodes` that make one of its input sources.
+
+    Such a source is a built path that an evaluation named by its path alone (`builtins.storePath`).
+    """
+    makers: dict[str, str] = {}
+    for node in nodes.values():
+        for _, path in node.outputs:
+            makers.setdefault(path, node.drv)
+    return {name: _with_made_sources(node, makers) for name, node in nodes.items()}
+
+
+def _with_made_sources(node: Node, makers: Mapping[str, str]) -> Node:
+    made = {makers[source] for source in node.sources if source in makers}
+    if not made:
+        return node
+    sources = tuple(source for source in node.sources if source not in makers)
+    return replace(node, needs=tuple(sorted(made.union(node.needs))), sources=sources)
 
 
 def assign_recipes(

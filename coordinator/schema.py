@@ -123,6 +123,8 @@ class SubmitRequest(Model):
     label: _Text = ""
     #: Build again what is known to fail.
     retry_failed: bool = False
+    #: Further derivations, full .drv paths: built where one makes an input source that the cache lacks.
+    makers: Annotated[tuple[_Text, ...], Field(max_length=MAX_ROOTS), FailFast()] = ()
 
 
 class IntakeQuery(Model):

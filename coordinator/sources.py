@@ -80,7 +80,7 @@ class SourceIntake:
         except SourcePathError:
             raise SourceRefusedError(
                 f"the source {header.path} is not addressed by its content, so the farm cannot tell whether it is "
-                "true; only sources that Nix added from files can be sent"
+                f"true; put it into the farm's cache with `drover cache push {path}`, or let the farm build it"
             ) from None
         return Candidate.of_upload(path, uploaded, tuple(sorted(header.references)), ca=ca)
 

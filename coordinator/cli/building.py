@@ -15,7 +15,7 @@ import click
 from coordinator.cli import statuses
 from coordinator.cli.showing import print_json
 from coordinator.client import ApiClient, ClientError
-from coordinator.closure import Closure, LocalStore, base_name, describe_sources, local_store, read_closure
+from coordinator.closure import Closure, LocalStore, base_name, describe_sources, find_maker, local_store, read_closure
 from coordinator.control import harmless
 from coordinator.evaluate import Evaluation, EvaluationError, LeftOut, Wanted, evaluate, left_out_text, parse_drv
 from coordinator.follow import Screen, follow
@@ -111,7 +111,7 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
         if submitted.left_out:
             click.echo(f"drover: {harmless(left_out_text(wish.files[0], submitted.left_out))}", err=True)
         store = local_store(wish.store, wanted[0].drv)
-        await _send(client, store, wanted, screen)
+        makers = await _send(client, store, wanted, screen)
         roots = tuple(
             RootRequest(
                 attr=each.attr,
@@ -121,7 +121,7 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
             )
             for each in wanted
         )
-        view = await client.submit(SubmitRequest(roots=roots, label=wish.label, retry_failed=wish.retry))
+        view = await client.submit(SubmitRequest(roots=roots, label=wish.label, retry_failed=wish.retry, makers=makers))
         submitted.id = view.id
         if wish.detach:
             return _detached(view, submitted, as_json=wish.as_json)
@@ -148,16 +148,29 @@ async def _evaluate(wish: Wish) -> Evaluation:
     )
 
 
-async def _send(client: ApiClient, store: LocalStore, wanted: Sequence[Wanted], screen: Screen) -> None:
-    """Send what the coordinator lacks of the closure, in one stream each."""
-    closure: Closure = await asyncio.to_thread(read_closure, store, [each.drv for each in wanted])
-    headers = await describe_sources(store, closure.sources)
-    query = IntakeQuery(
-        store_dir=store.store_dir,
-        derivations=tuple(base_name(drv) for drv in closure.derivations),
-        sources=tuple(header.path for header in headers),
-    )
-    missing = await client.missing(query)
+async def _send(client: ApiClient, store: LocalStore, wanted: Sequence[Wanted], screen: Screen) -> tuple[str, ...]:
+    """Send what the coordinator lacks of the closure, in one stream each.
+
+    Returns the derivations of built paths among the sources that the farm must build first.
+    """
+    makers: dict[str, None] = {}
+    while True:
+        closure: Closure = await asyncio.to_thread(read_closure, store, [*(each.drv for each in wanted), *makers])
+        found = await describe_sources(store, closure.sources)
+        headers, built = found.headers, [path for path in found.built if path not in closure.outputs]
+        query = IntakeQuery(
+            store_dir=store.store_dir,
+            derivations=tuple(base_name(drv) for drv in closure.derivations),
+            sources=(*(header.path for header in headers), *map(base_name, built)),
+        )
+        missing = await client.missing(query)
+        absent = set(missing.sources)
+        unbuilt = [path for path in built if base_name(path) in absent]
+        if not unbuilt:
+            break
+        # Each goes into the next closure, so that this ends.
+        for path in unbuilt:
+            makers[await asyncio.to_thread(find_maker, store, path, found.built[path])] = None
     if missing.derivations or missing.sources:
         lacking = set(missing.sources)
         sources = [header for header in headers if header.path in lacking]
@@ -173,6 +186,7 @@ async def _send(client: ApiClient, store: LocalStore, wanted: Sequence[Wanted], 
         if sources:
             nars = ((header, _nar(store, header)) for header in sources)
             await client.send_sources(in_thread(encode_sources(nars)))
+    return tuple(makers)
 
 
 def _nar(store: LocalStore, header: SourceHeader) -> Callable[[], Any]:

@@ -2,7 +2,7 @@
 
 Every path is `S + "/" + nix32(fold20(sha256(type ":sha256:" inner ":" S ":" name))) + "-" + name`, where S is the
 store directory. S is always an argument, held by `StoreDir`: nothing here assumes /nix/store. Hash arguments are
-base16 text, references are full store paths, results are full store paths (`str`).
+base16 text, references are full store paths (a set: repeats do not count), results are full store paths (`str`).
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class StoreDir:
         Raises:
             FormatError: If `name` is not a valid name.
         """
-        return self.make_path(":".join(("text", *sorted(refs))), content_sha256_hex, name)
+        return self.make_path(":".join(("text", *sorted(set(refs)))), content_sha256_hex, name)
 
     def make_source_path(
         self, name: str, nar_sha256_hex: str, refs: Iterable[str] = (), *, self_reference: bool = False
@@ -156,7 +156,7 @@ class StoreDir:
             FormatError: If `name` is not a valid name.
         """
         tail = ("self",) if self_reference else ()
-        return self.make_path(":".join(("source", *sorted(refs), *tail)), nar_sha256_hex, name)
+        return self.make_path(":".join(("source", *sorted(set(refs)), *tail)), nar_sha256_hex, name)
 
     def make_fixed_output_path(
         self, name: str, method: str, algo: str, digest_hex: str, refs: Iterable[str] = ()

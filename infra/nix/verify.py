@@ -159,6 +159,7 @@ class Verifier:
         for source in drv.input_srcs:
             if not self.store_dir.contains(source):
                 raise VerificationError(drv_path, f"input source {source!r} is not a path in {self.store_dir.path}")
+        # A .drv that the builder reads as a file (`drvPath`) stands among both.
         refs = [path for path, _ in drv.input_drvs]
         refs += drv.input_srcs
         expected = self.store_dir.make_text_path(f"{name}{_DRV_SUFFIX}", sha256(data).hexdigest(), refs)
@@ -202,8 +203,8 @@ class Verifier:
                     paths.append(path)
             deferred = deferred or known.deferred
             entries.append((known.hash_modulo, names))
-        paths.sort()
-        return entries, tuple(paths), deferred
+        # A source may be what an input builds, where an evaluation named it by its path.
+        return entries, tuple(sorted(set(paths))), deferred
 
 
 def _inputs_text(entries: list[tuple[str, tuple[str, ...]]]) -> bytes:

@@ -56,7 +56,7 @@ class TestFarm:
         store = LocalStore(root=str(self.root / "client"))
         wanted = (await evaluate(str(file), attrs, flags=("--option", "substituters", "", *store.flags))).wanted
         closure = read_closure(store, [each.drv for each in wanted])
-        sources = [header.path for header in await describe_sources(store, closure.sources)]
+        sources = [header.path for header in (await describe_sources(store, closure.sources)).headers]
         names = {base_name(path): path for path in closure.derivations}
         missing = await self.client.missing(
             IntakeQuery(store_dir="/nix/store", derivations=tuple(names), sources=tuple(sources))

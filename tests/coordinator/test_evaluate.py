@@ -116,7 +116,7 @@ async def test_the_closure_is_read_inputs_first_with_all_sources(file: str, flag
     closure = read_closure(store, [wanted[0].drv])
     assert [drv[44:] for drv in closure.derivations] == ["a.drv", "b.drv"]
     assert sorted(source[44:] for source in closure.sources) == ["s", "source.txt"]
-    headers = await describe_sources(store, closure.sources)
+    headers = (await describe_sources(store, closure.sources)).headers
     assert [header.path[33:] for header in headers if header.path[33:] != "source.txt"] == ["note", "s"]
     for header in headers:
         path = f"/nix/store/{header.path}"

@@ -402,6 +402,36 @@ async def test_sources_are_published_with_their_references_and_then_enough_for_a
     assert len((await room.submit(user)).steps) == 1
 
 
+async def test_a_built_path_among_the_sources_is_made_by_the_derivation_that_makes_it(room: Room, make: Maker) -> None:
+    """Nothing can tell whether the bytes of such a path are true, so none are taken: it is built."""
+    below = make.plain("below")
+    maker = make.plain("maker", [below], outputs=("dev", "out"))
+    path = maker.outputs["out"]
+    user = make.plain("user", sources=[path])
+    await room.send([below, maker, user])
+    with pytest.raises(MissingMemberError, match="maker"):
+        await room.submit(user)
+    header, nar = text("maker", b"forged")
+    forged = header.model_copy(update={"path": path.rpartition("/")[2]})
+    with pytest.raises(SourceRefusedError, match="drover cache push"):
+        await send_sources(room, (forged, nar))
+    wish = SubmitRequest(roots=(RootRequest(attr="user", drv=user.drv),), makers=(maker.drv,))
+    planned = await room.intake.submit(wish)
+    assert needs(planned) == {"below": [[]], "maker": [["below"]], "user": [["maker"]]}
+    order = (await room.derivations.orders([(StepKey(user.step), 0)]))[StepKey(user.step), 0]
+    assert order.inputs == (path,)
+
+
+async def test_what_made_a_built_path_for_one_submission_makes_it_for_the_next(room: Room, make: Maker) -> None:
+    maker = make.plain("maker")
+    user = make.plain("user", sources=[maker.outputs["out"]])
+    await room.send([maker, user])
+    await room.submit(maker)
+    assert needs(await room.submit(user)) == {"maker": [[]], "user": [["maker"]]}
+    await publish(room.cache, maker.outputs["out"])
+    assert needs(await room.submit(user)) == {"user": [[]]}
+
+
 async def test_a_source_of_other_content_is_refused_with_its_name(room: Room) -> None:
     header, _ = text("real.sh", b"content")
     nar = nar_of(b"CONTENT")

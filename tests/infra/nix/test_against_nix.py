@@ -54,6 +54,8 @@ let
   impure = make { name = "impure"; __impure = true; outputHashMode = "recursive"; outputHashAlgo = "sha256"; };
   source = builtins.path { path = ./tree; name = "tree-source"; };
 in [
+  (make { name = "reads"; script = "${structured.drvPath} ${base}"; })
+  (make { name = "reads-one"; drv = builtins.unsafeDiscardOutputDependency odd.drvPath; })
   (make {
     name = "top"; builder = builtins.toFile "builder.sh" "use ${source} ${builtins.toFile "lib.sh" "x"}";
     args = [ structured.bin structured.out odd.lib ]; requiredSystemFeatures = "kvm nixos-test";
@@ -135,7 +137,7 @@ def closure(nix: Nix, roots: list[str]) -> dict[str, VerifiedDerivation]:
 def test_derivations_of_every_kind_verify_and_render_to_their_bytes(nix: Nix) -> None:
     verified = closure(nix, nix.lines("nix-instantiate", "graph.nix"))
     by_name = {member.name: member for member in verified.values()}
-    assert len(verified) == 14
+    assert len(verified) == 16
     assert {member.kind for member in verified.values()} == set(DerivationKind)
     assert by_name["deferred"].kind is by_name["over-deferred"].kind is DerivationKind.DEFERRED
     assert by_name["structured"].options.required_system_features == ("kvm", "big-parallel")
