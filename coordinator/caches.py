@@ -47,8 +47,16 @@ async def open_caches(
     objects = open_object_store(settings.objects_url)
     store_dir = StoreDir(settings.store_dir)
 
-    async def made(database: str, part: ObjectStore, keys: Sequence[SecretKey]) -> Cache:
-        cache = await Cache.open(database, part, store_dir=store_dir, keys=keys, now=clock.now, reign=reign)
+    async def made(database: str, part: ObjectStore, keys: Sequence[SecretKey], its: CacheSettings) -> Cache:
+        cache = await Cache.open(
+            database,
+            part,
+            store_dir=store_dir,
+            keys=keys,
+            now=clock.now,
+            reign=reign,
+            compression=its.compression,
+        )
         stack.push_async_callback(cache.close)
         return cache
 
@@ -57,13 +65,13 @@ async def open_caches(
     if readers:
         readers |= TokenSet([farm_token])
     access = CacheAccess(readers, load_tokens(default.writers) | TokenSet([secrets.api_token]))
-    cache = await made(settings.database_url("cache"), objects, secrets.keys[DEFAULT_CACHE])
+    cache = await made(settings.database_url("cache"), objects, secrets.keys[DEFAULT_CACHE], default)
     opened = [OpenCache(DEFAULT_CACHE, "/cache", default, cache, access)]
     for named in settings.caches:
         name = named.name
         access = CacheAccess(load_tokens(named.readers), load_tokens(named.writers))
         part = objects.below(f"caches/{name}")
-        cache = await made(settings.named_cache_database_url(name), part, secrets.keys[name])
+        cache = await made(settings.named_cache_database_url(name), part, secrets.keys[name], named)
         opened.append(OpenCache(name, f"/cache/{name}", named, cache, access))
     # Nothing that is started later, such as workers, inherits a key.
     for open_cache in opened:

@@ -38,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from coordinator.errors import CoordinatorError
+from infra.cache.compression import COMPRESSION, Compression
 
 #: Where `drover up` listens unless told otherwise: loopback only.
 DEFAULT_HOST = "127.0.0.1"
@@ -173,6 +174,9 @@ class CacheSettings(BaseModel):
     priority: Annotated[int, Field(ge=0, le=1000)] = 30
     #: Size budget of the objects: beyond it whole roots expire, least recently used first. 0 is no limit.
     max_bytes: Annotated[int, Field(ge=0)] = 0
+    #: What NARs that come from now on are compressed with; those that are there stay as they are. zstd is the fastest
+    #: to read and write, but Nix 2.3 does not read it; every Nix reads xz.
+    compression: Compression = COMPRESSION
     #: How long what was built or pushed is kept, unless something else keeps it. 0 is for ever.
     retention_days: Annotated[float, Field(ge=0)] = 30.0
     #: What they have need not be pushed here; what broke here is fetched from them (`drover cache verify --repair`).

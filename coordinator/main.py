@@ -157,6 +157,7 @@ async def open_coordinator(
             cache_token="" if caches[0].access.public else farm_token,
             store_mark=await stores.cache.objects.check_marker(),
             takes_uploads=True,
+            compression=stores.cache.compression,
         )
         farm = Farm(Limits(failure_ttl_s=settings.limits.failure_ttl_s, lease_ttl_s=settings.limits.worker_silence_s))
         views = Views(FarmExplainer(farm, stores.logs, clock))

@@ -71,7 +71,7 @@ class SourceIntake:
             parse_base_name(header.path)
             for reference in header.references:
                 parse_base_name(reference)
-            uploaded = await upload_nar(self._objects, checked())
+            uploaded = await upload_nar(self._objects, checked(), self._cache.compression)
             refs = [f"{prefix}/{reference}" for reference in header.references]
             hashes = digest.finish()
             ca = verify_source(self._store_dir, path, hashes, refs)

@@ -15,7 +15,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 
-from infra.cache.compression import COMPRESSION
+from infra.cache.compression import Compression
 from infra.cache.errors import CacheError
 from infra.cache.objects import ObjectStore
 from infra.cache.upload import CompressedNar, compressing, upload_nar
@@ -75,7 +75,7 @@ async def deliver(
             return await _send(readers, farm.uploads(token), wanted)
         for name, path in wanted.items():
             if name not in done:
-                done[name] = await _upload(readers, farm.store, name, path)
+                done[name] = await _upload(readers, farm.store, name, path, farm.farm.compression)
         return tuple(done.values())
 
     patience = Patience(within_s)
@@ -102,12 +102,12 @@ async def _send(readers: Pool, client: UploadClient, wanted: Mapping[str, str]) 
             infos[_base(path)] = await _path_info(connection, path)
 
     @asynccontextmanager
-    async def open_nar(claim: PathClaim) -> AsyncIterator[CompressedNar]:
+    async def open_nar(claim: PathClaim, compression: Compression) -> AsyncIterator[CompressedNar]:
         info = infos[claim.path]
         async with (
             readers.use() as reader,
             aclosing(reader.nar_from_path(info.path, info.nar_size)) as chunks,
-            compressing(chunks) as nar,
+            compressing(chunks, compression) as nar,
         ):
             yield nar
 
@@ -133,7 +133,7 @@ async def _send(readers: Pool, client: UploadClient, wanted: Mapping[str, str]) 
             references=_references(info),
             ca=info.ca,
             url=urls[_base(path)],
-            compression=COMPRESSION,
+            compression=result.compression,
             file_hash=sent[_base(path)].file_hash,
             file_size=sent[_base(path)].file_size,
         )
@@ -163,12 +163,12 @@ def _references(info: ValidPathInfo) -> tuple[str, ...]:
     return tuple(sorted(_base(reference) for reference in info.references))
 
 
-async def _upload(readers: Pool, store: ObjectStore, name: str, path: str) -> Output:
+async def _upload(readers: Pool, store: ObjectStore, name: str, path: str, compression: Compression) -> Output:
     async with readers.use() as connection:
         info = await _path_info(connection, path)
         try:
             async with aclosing(connection.nar_from_path(path, info.nar_size)) as chunks:
-                uploaded = await upload_nar(store, chunks)
+                uploaded = await upload_nar(store, chunks, compression)
         except CacheError as error:
             raise NotTakenError(f"{path}: {error}") from error
     if (uploaded.nar_hash, uploaded.nar_size) != (info.nar_hash, info.nar_size):

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from infra.cache.compression import COMPRESSION, Compression
 from workers.grades import IsolationGrade
 from workers.machine import Reason
 
@@ -57,6 +58,8 @@ class FarmInfo(WireMessage):
     store_mark: str = ""
     #: Whether the cache takes uploads over HTTP, so that a worker need not see the object store.
     takes_uploads: bool = False
+    #: What the cache wants NARs compressed with.
+    compression: Compression = COMPRESSION
     #: Which reign over the journal the coordinator has; an agent follows none lower than it has seen.
     epoch: int = 0
     #: Lets the agent read the cache where that is private; a secret.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final
@@ -20,9 +20,17 @@ from coordinator.cli.showing import print_json, print_lines
 from coordinator.client import BadArgumentError, ClientError, RefusedError, find_token
 from coordinator.closure import LocalStore, base_name, local_store
 from coordinator.terminal import size
+from infra.cache.compression import Compression
 from infra.cache.errors import CacheError
 from infra.cache.upload import CompressedNar, compressing_files
-from infra.cache.upload_client import SenderRefusedError, UploadClient, UploadProgress, UploadResult, upload_session
+from infra.cache.upload_client import (
+    OpenNar,
+    SenderRefusedError,
+    UploadClient,
+    UploadProgress,
+    UploadResult,
+    upload_session,
+)
 from infra.cache.upload_wire import MAX_PATHS, KeepWish, PathClaim, SendStatus
 from infra.daemon import DaemonError, ValidPathInfo, open_stdio
 from infra.nix.errors import FormatError
@@ -125,12 +133,13 @@ def _claim(info: ValidPathInfo) -> PathClaim:
     )
 
 
-def _opener(store: LocalStore) -> Callable[[PathClaim], AbstractAsyncContextManager[CompressedNar]]:
+def _opener(store: LocalStore) -> OpenNar:
     # On macOS Nix renames files that differ in case only; their NAR has the true names.
     case_hack = sys.platform == "darwin"
 
-    def open_nar(claim: PathClaim) -> AbstractAsyncContextManager[CompressedNar]:
-        return compressing_files(store.dump(f"{store.store_dir}/{claim.path}", case_hack=case_hack))
+    def open_nar(claim: PathClaim, compression: Compression) -> AbstractAsyncContextManager[CompressedNar]:
+        nar = store.dump(f"{store.store_dir}/{claim.path}", case_hack=case_hack)
+        return compressing_files(nar, compression)
 
     return open_nar
 

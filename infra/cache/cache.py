@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from infra.cache.candidates import Candidate, PublishOutcome
 from infra.cache.catalog import Catalog
+from infra.cache.compression import COMPRESSION, Compression
 from infra.cache.counters import CacheCounters
 from infra.cache.errors import CacheError
 from infra.cache.fsck import Fsck, FsckReport, RepairSource, Restored
@@ -44,9 +45,13 @@ class Cache:
         store_dir: StoreDir,
         keys: Sequence[SecretKey],
         now: Callable[[], float],
+        *,
+        compression: Compression = COMPRESSION,
     ) -> None:
         self._database = database
         self.objects = objects
+        #: What is stored from now on is compressed with; what is there stays as it is.
+        self.compression: Compression = compression
         self.store_dir = store_dir
         self.counters = CacheCounters()
         self.signer = Signer(keys)
@@ -66,6 +71,7 @@ class Cache:
         keys: Sequence[SecretKey],
         now: Callable[[], float],
         reign: Reign | None = None,
+        compression: Compression = COMPRESSION,
     ) -> Cache:
         """Open, or make, the cache whose metadata is at `database_url` (see `open_metadata`).
 
@@ -80,7 +86,7 @@ class Cache:
         """
         database = await open_metadata(database_url, reign)
         try:
-            cache = cls(database, objects, store_dir, keys, now)
+            cache = cls(database, objects, store_dir, keys, now, compression=compression)
             await cache._collector.resume()
         except BaseException:
             await database.close()
@@ -262,7 +268,7 @@ class Cache:
         Raises:
             ObjectStoreError: the store does not answer; nothing more is judged.
         """
-        return await Fsck(self._catalog, self.signer).run(full=full, repair=repair, sources=sources)
+        return await Fsck(self._catalog, self.signer, self.compression).run(full=full, repair=repair, sources=sources)
 
     async def lost(self, inputs: Iterable[str], suspects: Iterable[str]) -> set[str]:
         """Return what the full store paths `inputs` stand on, themselves included, and that cannot be fetched.

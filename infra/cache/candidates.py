@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
-from infra.cache.compression import COMPRESSION, SUFFIXES, nar_key
+from infra.cache.compression import SUFFIXES, nar_key
 from infra.cache.upload import UploadedNar
 from infra.nix.errors import FormatError
 from infra.nix.hashing import parse_sha256, sha256_text
@@ -21,7 +21,7 @@ MAX_NAR_BYTES = 256 * 1024**3
 #: References of one path; Nix itself has no limit, the largest known closures have some 10,000 paths.
 MAX_REFERENCES = 100_000
 
-_GENERATION = re.compile(r"[0-9a-z]{1,40}\.nar\.zst")
+_GENERATION = re.compile(r"[0-9a-z]{1,40}")
 _CONTENT_ADDRESS = re.compile(r"(?:text|fixed):(?:r:|git:)?(?:md5|sha1|sha256|sha512):[0-9a-z]{26,128}")
 
 
@@ -162,9 +162,12 @@ def _is_named_after(candidate: Candidate) -> bool:
     if candidate.url == nar_key(candidate.file_hash, candidate.compression):
         return True
     start, _, generation = candidate.url.partition("-")
-    if candidate.compression != COMPRESSION:
-        return False
-    return start == f"nar/{candidate.nar_hash.removeprefix('sha256:')}" and bool(_GENERATION.fullmatch(generation))
+    suffix = f".nar{SUFFIXES[candidate.compression]}"
+    return (
+        start == f"nar/{candidate.nar_hash.removeprefix('sha256:')}"
+        and generation.endswith(suffix)
+        and bool(_GENERATION.fullmatch(generation.removesuffix(suffix)))
+    )
 
 
 def references_first(

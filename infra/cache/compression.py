@@ -1,7 +1,8 @@
 """The compressions that NAR objects come in, and unpacking them within bounds.
 
-This cache writes zstd. It also takes what people push with `nix copy`, whose default is xz, and keeps it as it came:
-the clients unpack. `br`, `lzip` and the rest need libraries that nothing else here needs, and are refused.
+A cache writes one of `Compression`, zstd unless its settings say otherwise. It also takes what people push with
+`nix copy`, whose default is xz, and keeps it as it came: the clients unpack. `br`, `lzip` and the rest need libraries
+that nothing else here needs, and are refused.
 
 A reader yields at most what it is asked for and holds at most its decoder's memory, which is bounded whatever the
 object asks for. Files of several frames or streams, one after the other, are one NAR, as every client reads them.
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import bz2
 import lzma
-from typing import IO, Final, Protocol, cast
+from typing import IO, Final, Literal, Protocol, cast
 
 import zstandard
 
-#: What this cache writes itself.
+Compression = Literal["zstd", "xz", "none"]
+#: What a cache writes unless its settings say otherwise. Nix 2.3 does not read it.
 COMPRESSION: Final = "zstd"
 #: Name in a narinfo -> what the object's key ends with. These can be read.
 SUFFIXES: Final = {"zstd": ".zst", "xz": ".xz", "bzip2": ".bz2", "none": ""}

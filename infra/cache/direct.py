@@ -70,8 +70,11 @@ class DirectUploads:
 
         return await self._ask("sign", sign)
 
-    async def open_multipart(self, key_start: str) -> tuple[str, str]:
-        """Return key and id of an unfinished multipart upload whose key begins so, a new one if there is none."""
+    async def open_multipart(self, key_start: str, suffix: str) -> tuple[str, str]:
+        """Return key and id of an unfinished multipart upload whose key begins so, a new one if there is none.
+
+        The key of a new one ends with `suffix`.
+        """
 
         def find(client: S3Client) -> tuple[str, str]:
             start = self._prefix + key_start
@@ -79,7 +82,7 @@ class DirectUploads:
             for upload in found.get("Uploads", ()):
                 if upload["Key"].startswith(start):
                     return upload["Key"].removeprefix(self._prefix), upload["UploadId"]
-            key = f"{key_start}{secrets.token_hex(4)}.nar.zst"
+            key = f"{key_start}{secrets.token_hex(4)}{suffix}"
             made = client.create_multipart_upload(Bucket=self._bucket, Key=self._prefix + key)
             return key, made["UploadId"]
 

@@ -28,6 +28,7 @@ import sqlalchemy as sa
 
 from infra.cache.candidates import Candidate
 from infra.cache.catalog import Catalog
+from infra.cache.compression import COMPRESSION, Compression
 from infra.cache.errors import CacheError, CorruptNarError, ObjectMissingError
 from infra.cache.metadata import conflicts, paths, reading, realisations, refs, slices, writing
 from infra.cache.publishing import repoint
@@ -123,9 +124,10 @@ class _Checked:
 class Fsck:
     """Verifies one cache."""
 
-    def __init__(self, catalog: Catalog, signer: Signer) -> None:
+    def __init__(self, catalog: Catalog, signer: Signer, compression: Compression = COMPRESSION) -> None:
         self._catalog = catalog
         self._signer = signer
+        self._compression: Compression = compression
 
     async def run(self, *, full: bool, repair: bool, sources: Sequence[RepairSource]) -> FsckReport:
         """See `Cache.verify`."""
@@ -250,7 +252,7 @@ class Fsck:
                 if chunks is None:
                     continue
                 async with aclosing(chunks):
-                    uploaded = await upload_nar(self._catalog.objects, chunks)
+                    uploaded = await upload_nar(self._catalog.objects, chunks, self._compression)
             except CacheError:
                 # This source cannot help; the next may. What it left is an orphan.
                 continue

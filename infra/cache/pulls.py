@@ -68,7 +68,7 @@ class Pulls:
                 return None
             try:
                 async with aclosing(chunks):
-                    stored = await upload_nar(self._cache.objects, chunks)
+                    stored = await upload_nar(self._cache.objects, chunks, self._cache.compression)
             except CacheError as error:
                 _log.warning("%s was not had from %s: %s", path, upstream.url, error)
                 return None

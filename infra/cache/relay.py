@@ -16,7 +16,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from infra.cache.compression import nar_key
 from infra.cache.errors import ObjectMissingError, ObjectStoreError, StoreFullError
 from infra.cache.objects import FULL, INCOMING, LocalObjectStore, ObjectStore, says_full
 from infra.cache.upload import BLOCK_BYTES
@@ -73,8 +72,8 @@ class RelaySpool:
                 await asyncio.to_thread(_write, file, running, block)
         return running.size
 
-    async def place(self, slot: str, file_hash: str, file_size: int) -> str | None:
-        """Put a whole object where it is published from; returns its key, None where it has another hash or size.
+    async def place(self, slot: str, key: str, file_hash: str, file_size: int) -> bool:
+        """Put a whole object where it is published from; False where it has another hash or size.
 
         That is then thrown away. Where nothing arrived, the object may be in its place already.
 
@@ -82,15 +81,15 @@ class RelaySpool:
             ObjectMissingError: nothing arrived, and it is not in its place.
             ObjectStoreError: the store failed; the same call may succeed later.
         """
-        key, file = nar_key(file_hash), self._file(slot)
+        file = self._file(slot)
         if not file.exists():
             if await self._objects.head(key) != file_size:
                 raise ObjectMissingError("its object was not sent")
-            return key
+            return True
         running = await self._hash_so_far(slot)
         if (running.size, sha256_text(running.hash.digest())) != (file_size, file_hash):
             self._forget(slot)
-            return None
+            return False
         if isinstance(self._objects, LocalObjectStore):
             await self._objects.rename(f"{INCOMING}/{file.name}", key)
         elif file_size <= SINGLE_BYTES:
@@ -98,7 +97,7 @@ class RelaySpool:
         else:
             await self._objects.put_stream(key, _read_file(file))
         self._forget(slot)
-        return key
+        return True
 
     async def sweep(self, before: float) -> None:
         """Delete what has not been written to since `before` (Unix seconds)."""

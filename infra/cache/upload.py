@@ -1,4 +1,4 @@
-"""NAR bytes into the object store, once, at constant memory: NAR -> sha256 -> zstd -> sha256 -> object.
+"""NAR bytes into the object store, once, at constant memory: NAR -> sha256 -> codec -> sha256 -> object.
 
 The object's key is the hash of its own bytes, so it is known only at the end. Up to QUICK_BYTES of compressed data wait
 in memory and are put at once under the final key (nearly every output); beyond that the object streams to
@@ -11,20 +11,24 @@ Memory per upload is bounded by QUICK_BYTES, the parts in flight (`objects`) and
 from __future__ import annotations
 
 import asyncio
+import lzma
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Protocol
 
 import zstandard
 
-from infra.cache.compression import COMPRESSION, nar_key
+from infra.cache.compression import COMPRESSION, Compression, nar_key
 from infra.cache.errors import CacheError, ObjectStoreError
 from infra.cache.objects import INLINE_BYTES, ObjectStore, incoming_key
 from infra.nix.hashing import sha256_text
 
 #: zstd's own default: 2 to 3 times faster than a local disk needs, within a few per cent of the size of higher levels.
 LEVEL = 3
+#: xz's preset: 32 MiB of memory for each NAR under way, where its default (6) takes 94.
+XZ_PRESET = 3
 #: NAR bytes that are hashed and compressed at a time.
 BLOCK_BYTES = 1024 * 1024
 #: NAR bytes per zstd frame, a multiple of BLOCK_BYTES: a reader may seek to, or unpack in parallel, whole frames.
@@ -45,39 +49,102 @@ class UploadedNar:
     file_size: int
 
 
-class _Encoder:
-    """NAR blocks in, compressed bytes out, both sides hashed. Not for two threads at once."""
+class _Codec(Protocol):
+    """Compresses one NAR."""
+
+    def whole(self, nar: bytes) -> bytes:
+        """Compress all there is."""
+
+    def add(self, block: bytes) -> bytes:
+        """Compress the next block; what comes out may be empty."""
+
+    def finish(self) -> bytes:
+        """Return the last compressed bytes."""
+
+
+class _ZstdFrames:
+    """Frames of FRAME_BYTES of the NAR; a whole one states its content size."""
 
     def __init__(self) -> None:
         self._compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
         self._frame: zstandard.ZstdCompressionObj | None = None
         self._frame_size = 0
+
+    def whole(self, nar: bytes) -> bytes:
+        return self._compressor.compress(nar)
+
+    def add(self, block: bytes) -> bytes:
+        if self._frame is None:
+            self._frame = self._compressor.compressobj()
+        data = self._frame.compress(block)
+        self._frame_size += len(block)
+        return data + self.finish() if self._frame_size >= FRAME_BYTES else data
+
+    def finish(self) -> bytes:
+        data = b"" if self._frame is None else self._frame.flush()
+        self._frame = None
+        self._frame_size = 0
+        return data
+
+
+class _XzStream:
+    """One stream."""
+
+    def __init__(self) -> None:
+        self._compressor = lzma.LZMACompressor(lzma.FORMAT_XZ, preset=XZ_PRESET)
+
+    def whole(self, nar: bytes) -> bytes:
+        return self._compressor.compress(nar) + self._compressor.flush()
+
+    def add(self, block: bytes) -> bytes:
+        return self._compressor.compress(block)
+
+    def finish(self) -> bytes:
+        return self._compressor.flush()
+
+
+class _Plain:
+    """The NAR as it is."""
+
+    def whole(self, nar: bytes) -> bytes:
+        return nar
+
+    def add(self, block: bytes) -> bytes:
+        return block
+
+    def finish(self) -> bytes:
+        return b""
+
+
+_CODECS: dict[Compression, type[_Codec]] = {"zstd": _ZstdFrames, "xz": _XzStream, "none": _Plain}
+
+
+class _Encoder:
+    """NAR blocks in, compressed bytes out, both sides hashed. Not for two threads at once."""
+
+    def __init__(self, compression: Compression) -> None:
+        self._compression = compression
+        self._codec = _CODECS[compression]()
         self._nar_hash = sha256()
         self._nar_size = 0
         self._file_hash = sha256()
         self._file_size = 0
 
     def whole(self, nar: bytes) -> bytes:
-        """Encode all there is as one frame that states its content size."""
+        """Encode all there is."""
         self._nar_hash.update(nar)
         self._nar_size = len(nar)
-        return self._out(self._compressor.compress(nar))
+        return self._out(self._codec.whole(nar))
 
     def add(self, block: bytes) -> bytes:
         """Encode one block of at most BLOCK_BYTES; what comes out may be empty."""
         self._nar_hash.update(block)
         self._nar_size += len(block)
-        if self._frame is None:
-            self._frame = self._compressor.compressobj()
-        data = self._frame.compress(block)
-        self._frame_size += len(block)
-        if self._frame_size >= FRAME_BYTES:
-            data += self._end_frame()
-        return self._out(data)
+        return self._out(self._codec.add(block))
 
     def finish(self) -> bytes:
         """Return the last compressed bytes."""
-        return self._out(self._end_frame())
+        return self._out(self._codec.finish())
 
     def uploaded(self) -> UploadedNar:
         """Return what the object is, once all of it went through."""
@@ -85,17 +152,11 @@ class _Encoder:
         return UploadedNar(
             nar_hash=sha256_text(self._nar_hash.digest()),
             nar_size=self._nar_size,
-            url=nar_key(file_hash),
-            compression=COMPRESSION,
+            url=nar_key(file_hash, self._compression),
+            compression=self._compression,
             file_hash=file_hash,
             file_size=self._file_size,
         )
-
-    def _end_frame(self) -> bytes:
-        data = b"" if self._frame is None else self._frame.flush()
-        self._frame = None
-        self._frame_size = 0
-        return data
 
     def _out(self, data: bytes) -> bytes:
         self._file_hash.update(data)
@@ -116,13 +177,15 @@ class CompressedNar:
 
 
 @asynccontextmanager
-async def compressing(chunks: AsyncIterable[bytes]) -> AsyncIterator[CompressedNar]:
+async def compressing(
+    chunks: AsyncIterable[bytes], compression: Compression = COMPRESSION
+) -> AsyncIterator[CompressedNar]:
     """Compress the NAR that `chunks` are the bytes of; one NAR gives one object, however it was cut.
 
     Raises:
         CacheError: there were no bytes at all.
     """
-    encoder = _Encoder()
+    encoder = _Encoder(compression)
     async with aclosing(_blocks(chunks)) as blocks:
         first = await anext(blocks, b"")
         if not first:
@@ -133,25 +196,29 @@ async def compressing(chunks: AsyncIterable[bytes]) -> AsyncIterator[CompressedN
 
 
 @asynccontextmanager
-async def compressing_files(chunks: Iterator[bytes]) -> AsyncIterator[CompressedNar]:
+async def compressing_files(
+    chunks: Iterator[bytes], compression: Compression = COMPRESSION
+) -> AsyncIterator[CompressedNar]:
     """Do the same with chunks that block, all in threads: reading, hashing and compressing are one walk.
 
     Raises:
         OSError: reading failed; as `chunks` gives it.
     """
-    encoder = _Encoder()
+    encoder = _Encoder(compression)
     async with aclosing(_ahead(_encode(encoder, chunks))) as pieces:
         yield CompressedNar(encoder, pieces)
 
 
-async def upload_nar(store: ObjectStore, chunks: AsyncIterable[bytes]) -> UploadedNar:
+async def upload_nar(
+    store: ObjectStore, chunks: AsyncIterable[bytes], compression: Compression = COMPRESSION
+) -> UploadedNar:
     """Store the NAR that `chunks` are the bytes of, and say what it is. Two uploads of one NAR are one object.
 
     Raises:
         CacheError: there were no bytes at all.
         ObjectStoreError: the store failed; nothing is visible.
     """
-    async with compressing(chunks) as nar:
+    async with compressing(chunks, compression) as nar:
         head = bytearray()
         async for piece in nar.pieces:
             head += piece

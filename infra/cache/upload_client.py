@@ -22,6 +22,7 @@ import aiohttp
 from pydantic import BaseModel, ValidationError
 from yarl import URL
 
+from infra.cache.compression import COMPRESSION, Compression
 from infra.cache.errors import CacheError
 from infra.cache.upload import CompressedNar
 from infra.cache.upload_wire import (
@@ -64,8 +65,8 @@ BEGINNINGS: Final = 3
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 
 _Answer = TypeVar("_Answer", bound=BaseModel)
-#: Opens the compressed NAR of a claimed path.
-OpenNar = Callable[[PathClaim], AbstractAsyncContextManager[CompressedNar]]
+#: Opens the NAR of a claimed path, compressed as the cache wants it.
+OpenNar = Callable[[PathClaim, Compression], AbstractAsyncContextManager[CompressedNar]]
 
 
 class UploadFailedError(CacheError):
@@ -95,6 +96,7 @@ class UploadResult:
     sent: tuple[SentPath, ...]
     #: Paths that are published with other bits than these, sent now or before.
     conflicts: tuple[str, ...] = ()
+    compression: Compression = COMPRESSION
 
 
 @dataclass(slots=True)
@@ -164,7 +166,8 @@ class UploadClient:
             waking.cancel()
             await asyncio.wait([waking])
         lost = (verdict.path for verdict in verdicts if verdict.status is SendStatus.CONFLICT)
-        return UploadResult(tuple(verdicts), begun.present, begun.upstream, tuple(sent), (*begun.conflicts, *lost))
+        conflicts = (*begun.conflicts, *lost)
+        return UploadResult(tuple(verdicts), begun.present, begun.upstream, tuple(sent), conflicts, begun.compression)
 
     async def _send_all(
         self, begun: Begun, claims: Sequence[PathClaim], open_nar: OpenNar, parallel: int
@@ -188,7 +191,7 @@ class UploadClient:
     async def _send(self, begun: Begun, claim: PathClaim, open_nar: OpenNar) -> SentPath:
         for left in reversed(range(BEGINNINGS)):
             try:
-                async with open_nar(claim) as nar:
+                async with open_nar(claim, begun.compression) as nar:
                     send = self._relay if begun.how is SendRoute.RELAY else self._direct
                     etags = await send(begun.id, claim, nar.pieces)
                     uploaded = nar.uploaded()

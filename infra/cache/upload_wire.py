@@ -25,6 +25,7 @@ from typing import Annotated, Final
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from infra.cache.candidates import MAX_NAR_BYTES
+from infra.cache.compression import COMPRESSION, Compression
 
 #: Paths of one upload, and bytes of its longest message.
 MAX_PATHS: Final = 10_000
@@ -47,7 +48,7 @@ _Size = Annotated[int, Field(ge=1, le=MAX_NAR_BYTES)]
 
 
 def most_bytes(nar_size: int) -> int:
-    """Bound the size of a NAR's object: zstd adds less than a hundredth to what it cannot compress."""
+    """Bound the size of a NAR's object: a codec adds less than a hundredth to what it cannot compress."""
     return nar_size + nar_size // 64 + 64 * 1024
 
 
@@ -107,6 +108,8 @@ class Begun(UploadMessage):
     #: Paths that are published with other bits, which stay; that these differ is recorded already.
     conflicts: tuple[str, ...] = ()
     ttl_s: float = UPLOAD_TTL_S
+    #: What the cache wants the objects of this upload compressed with.
+    compression: Compression = COMPRESSION
 
 
 class UrlsWanted(UploadMessage):

@@ -26,7 +26,7 @@ from typing import Final
 
 from infra.cache.cache import Cache
 from infra.cache.candidates import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome, RejectReason
-from infra.cache.compression import COMPRESSION, nar_key
+from infra.cache.compression import SUFFIXES, nar_key
 from infra.cache.direct import DirectUploads, staged_key
 from infra.cache.errors import CacheError, ObjectMissingError, ObjectStoreError
 from infra.cache.pulls import Pulls
@@ -196,6 +196,7 @@ class Uploads:
             present=tuple(path for path in claims if path not in to_send and path not in lost),
             conflicts=tuple(path for path in claims if path in lost),
             upstream=tuple(elsewhere),
+            compression=self._cache.compression,
         )
 
     def _check_name(self, sender: Sender, name: str) -> None:
@@ -246,7 +247,7 @@ class Uploads:
         """Return path -> address for a small object. Raises `UploadError`, `ObjectStoreError`."""
         upload = self._find(sender, name)
         direct = self._needs_direct()
-        keys = [staged_key(_slot(sender, self._claim(upload, path))) for path in wish.paths]
+        keys = [staged_key(self._slot(sender, self._claim(upload, path))) for path in wish.paths]
         return dict(zip(wish.paths, await direct.put_urls(keys), strict=True))
 
     async def parts(self, sender: Sender, name: str, path: str, numbers: range) -> Parts:
@@ -256,10 +257,10 @@ class Uploads:
         claim = self._claim(upload, path)
         most = -(-most_bytes(claim.nar_size) // part_bytes(claim.nar_size))
         numbers = range(numbers.start, min(numbers.stop, most + 1))
-        async with self._lock(_slot(sender, claim)):
+        async with self._lock(self._slot(sender, claim)):
             if path not in upload.multiparts:
-                start = f"nar/{claim.nar_hash.removeprefix('sha256:')}-{_slot(sender, claim)[:12]}"
-                upload.multiparts[path] = await direct.open_multipart(start)
+                start = f"nar/{claim.nar_hash.removeprefix('sha256:')}-{self._slot(sender, claim)[:12]}"
+                upload.multiparts[path] = await direct.open_multipart(start, f".nar{SUFFIXES[self._cache.compression]}")
         key, multipart = upload.multiparts[path]
         try:
             have = await direct.parts(key, multipart, numbers) if numbers else []
@@ -279,7 +280,7 @@ class Uploads:
     async def offset(self, sender: Sender, name: str, path: str) -> int:
         """Return how many bytes of an object have arrived. Raises `UploadError`."""
         claim = self._claim(self._find(sender, name), path)
-        return self._spool.size(_slot(sender, claim))
+        return self._spool.size(self._slot(sender, claim))
 
     async def append(self, sender: Sender, name: str, path: str, offset: int, data: AsyncIterable[bytes]) -> int:
         """Add a piece to an object; returns how many bytes it has then. What came before an error stays.
@@ -291,7 +292,7 @@ class Uploads:
             ObjectStoreError: the spool failed.
         """
         claim = self._claim(self._find(sender, name), path)
-        slot = _slot(sender, claim)
+        slot = self._slot(sender, claim)
         async with self._lock(slot):
             return await self._spool.append(slot, offset, data, most_bytes(claim.nar_size))
 
@@ -311,7 +312,7 @@ class Uploads:
         placed: dict[str, SendVerdict] = {}
 
         async def place(claim: PathClaim, sent: SentPath) -> None:
-            async with self._placing, self._lock(_slot(sender, claim)):
+            async with self._placing, self._lock(self._slot(sender, claim)):
                 placed[claim.path] = await self._place(sender, upload, claim, sent)
 
         async with asyncio.TaskGroup() as tasks:
@@ -349,7 +350,7 @@ class Uploads:
             nar_size=claim.nar_size,
             references=claim.references,
             url=url,
-            compression=COMPRESSION,
+            compression=self._cache.compression,
             file_hash=sent.file_hash,
             file_size=sent.file_size,
             deriver=claim.deriver,
@@ -358,7 +359,7 @@ class Uploads:
 
     async def _place(self, sender: Sender, upload: _Upload, claim: PathClaim, sent: SentPath) -> SendVerdict:
         """Move an object to where it is published from; the caller holds its slot."""
-        slot = _slot(sender, claim)
+        slot = self._slot(sender, claim)
         try:
             if self._direct is None:
                 return await self._place_spooled(slot, claim, sent)
@@ -371,11 +372,12 @@ class Uploads:
             return SendVerdict(path=claim.path, status=SendStatus.FAILED, message=str(error))
 
     async def _place_spooled(self, slot: str, claim: PathClaim, sent: SentPath) -> SendVerdict:
-        key = await self._spool.place(slot, sent.file_hash, sent.file_size)
-        return _stored(claim.path, key) if key else _refused(claim.path, _DAMAGED)
+        key = nar_key(sent.file_hash, self._cache.compression)
+        whole = await self._spool.place(slot, key, sent.file_hash, sent.file_size)
+        return _stored(claim.path, key) if whole else _refused(claim.path, _DAMAGED)
 
     async def _place_small(self, slot: str, claim: PathClaim, sent: SentPath) -> SendVerdict:
-        objects, key, staged = self._cache.objects, nar_key(sent.file_hash), staged_key(slot)
+        objects, key, staged = self._cache.objects, nar_key(sent.file_hash, self._cache.compression), staged_key(slot)
         size = await objects.head(staged)
         if size is None:
             there = await objects.head(key) == sent.file_size
@@ -406,6 +408,11 @@ class Uploads:
 
     # Names.
 
+    def _slot(self, sender: Sender, claim: PathClaim) -> str:
+        """Name what one kind of sender uploads for one path: the same for all tries of it, another for every other."""
+        words = (sender.name, claim.path, claim.nar_hash, self._cache.compression)
+        return sha256("\n".join(words).encode()).hexdigest()[:32]
+
     def _full(self, name: str) -> str:
         return f"{self._cache.store_dir.path}/{name}"
 
@@ -424,11 +431,6 @@ class Uploads:
 
 def _lease(name: str) -> str:
     return f"upload-{name}"
-
-
-def _slot(sender: Sender, claim: PathClaim) -> str:
-    """Name what one kind of sender uploads for one path: the same for all tries of it, another for every other."""
-    return sha256(f"{sender.name}\n{claim.path}\n{claim.nar_hash}".encode()).hexdigest()[:32]
 
 
 def _stored(path: str, key: str) -> SendVerdict:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from io import BytesIO
@@ -24,8 +24,8 @@ from infra.cache.download import fetch_nar
 from infra.cache.errors import ObjectMissingError, ObjectStoreError
 from infra.cache.http_source import fetch_nar_over_http
 from infra.cache.objects import RETRIES
-from infra.cache.upload import CompressedNar, compressing, compressing_files
-from infra.cache.upload_client import SenderRefusedError, UploadClient, UploadFailedError, upload_session
+from infra.cache.upload import compressing, compressing_files
+from infra.cache.upload_client import OpenNar, SenderRefusedError, UploadClient, UploadFailedError, upload_session
 from infra.cache.upload_wire import PART_BYTES, PIECE_BYTES, KeepWish, PathClaim, SendStatus
 from infra.clock import SystemClock
 from infra.nix import narinfo
@@ -60,9 +60,9 @@ def thing(name: str, nar: bytes = b"", references: Sequence[Thing] = ()) -> Thin
     )
 
 
-def opener(*things: Thing) -> Callable[[PathClaim], AbstractAsyncContextManager[CompressedNar]]:
+def opener(*things: Thing) -> OpenNar:
     nars = {each.claim.path: each.nar for each in things}
-    return lambda claim: compressing(chunked(nars[claim.path], 300_000))
+    return lambda claim, compression: compressing(chunked(nars[claim.path], 300_000), compression)
 
 
 @dataclass
@@ -193,7 +193,7 @@ async def test_an_upload_that_was_cut_goes_on_where_it_was(site: Site, after: in
 
     first = site.client()
     with pytest.raises(Cut):
-        await first.upload_all([large.claim], lambda _claim: compressing(cut_short()), parallel=1)
+        await first.upload_all([large.claim], lambda _claim, _compression: compressing(cut_short()), parallel=1)
     second = site.client()
     (verdict,) = (await second.upload_all([large.claim], opener(large), parallel=1)).verdicts
     assert verdict.status is SendStatus.PUBLISHED
@@ -217,7 +217,7 @@ async def test_an_upload_goes_on_after_the_coordinator_was_started_again(place: 
             raise Cut
 
         with pytest.raises(Cut):
-            await first.upload_all([large.claim], lambda _claim: compressing(first_half()), parallel=1)
+            await first.upload_all([large.claim], lambda _claim, _compression: compressing(first_half()), parallel=1)
     async with AsyncExitStack() as stack:
         site = await opened(stack, place)
         client = site.client()

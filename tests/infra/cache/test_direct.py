@@ -19,8 +19,8 @@ async def test_abandoned_uploads_are_swept_however_many_there_are(s3: S3Place, m
     monkeypatch.setattr(direct, "PAGE", 2)
     uploads = direct_uploads(open_object_store(s3.url))
     assert uploads is not None
-    begun = [await uploads.open_multipart(f"nar/{number}-") for number in range(7)]
-    assert await uploads.open_multipart("nar/3-") == begun[3]
+    begun = [await uploads.open_multipart(f"nar/{number}-", ".nar.zst") for number in range(7)]
+    assert await uploads.open_multipart("nar/3-", ".nar.zst") == begun[3]
     assert await uploads.sweep(time.time() - 3600) == 0
     assert await uploads.sweep(time.time() + 60) == 7
     for key, upload in begun:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from infra.cache.compression import SUFFIXES, Compression
 from infra.cache.download import fetch_nar
 from infra.cache.errors import CacheError, CorruptNarError, ObjectMissingError, ObjectStoreError
 from infra.cache.objects import INLINE_BYTES, LocalObjectStore, ObjectStore
@@ -49,16 +50,19 @@ def files(store: LocalObjectStore, folder: str) -> list[Path]:
     return sorted(path.iterdir()) if path.exists() else []
 
 
+@pytest.mark.parametrize("compression", ["zstd", "xz", "none"])
 @pytest.mark.parametrize("size", SIZES)
-async def test_what_is_uploaded_is_described_truly_and_read_back(store: LocalObjectStore, size: int) -> None:
+async def test_what_is_uploaded_is_described_truly_and_read_back(
+    store: LocalObjectStore, size: int, compression: Compression
+) -> None:
     nar = NOISE[:size]
-    uploaded = await upload_nar(store, chunked(nar, 300_000))
+    uploaded = await upload_nar(store, chunked(nar, 300_000), compression)
     data = await store.get_bytes(uploaded.url)
     assert uploaded == UploadedNar(
         nar_hash=sha256_text(sha256(nar).digest()),
         nar_size=size,
-        url=f"nar/{sha256_text(sha256(data).digest()).removeprefix('sha256:')}.nar.zst",
-        compression="zstd",
+        url=f"nar/{sha256_text(sha256(data).digest()).removeprefix('sha256:')}.nar{SUFFIXES[compression]}",
+        compression=compression,
         file_hash=sha256_text(sha256(data).digest()),
         file_size=len(data),
     )
