@@ -366,7 +366,7 @@ async def test_lines_of_any_length_and_any_bytes_are_cut_and_the_build_goes_on(b
         echo '@nix {"action":"result","type":7,"id":1,"fields":['$f']}'
         printf '@nix {"action":"msg","level":0,"msg":"'; head -c 20000000 /dev/zero | tr '\0' y; echo '"}'
         printf '@nix {"action":"setPhase","phase":"'; head -c 2000000 /dev/zero | tr '\0' z; echo '"}'
-        echo '@nix {'; echo '@nix'; head -c 1000000 /dev/urandom; echo end; printf unterminated; : > $out
+        echo '@nix {'; echo '@nix'; head -c 1000000 /dev/urandom; echo; echo end; printf unterminated; : > $out
     """
     wild = order(drv("wild", script))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -378,7 +378,7 @@ async def test_lines_of_any_length_and_any_bytes_are_cut_and_the_build_goes_on(b
     assert first.endswith(b"x [drover: cut here, 100000000 bytes in all]")
     assert len(first) == 1024 * 1024
     assert rest.startswith(b"over")
-    assert log.endswith(b"end\nunterminated\n")
+    assert log.endswith(b"\nend\nunterminated\n")
 
 
 async def test_a_line_without_an_end_is_stopped_before_the_daemon_takes_the_machines_memory(
