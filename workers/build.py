@@ -191,7 +191,7 @@ async def build_in_slot(
             await slot.keep(derivation.inputs)
             try:
                 async with _bounded_memory(connection):
-                    return await connection.build_derivation(drv_path, derivation, on_event)
+                    result = await connection.build_derivation(drv_path, derivation, on_event)
             except DaemonOperationError as error:
                 # A build that fails is a result. An error instead of one (say, a phase that Nix 2.8 cannot parse)
                 # is often the last thing that a daemon says before it hangs up.
@@ -200,6 +200,9 @@ async def build_in_slot(
                     reading = UnreadableLogError if error.builder_ran else UnreadableRecipeError
                     raise reading(str(error)) from error
                 raise
+            # Before the slot is anybody else's: what its next build leaves to the owner is that build's.
+            await connection.end_orphans()
+            return result
 
     try:
         with _told_from_idle_loss():

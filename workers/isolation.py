@@ -52,6 +52,11 @@ FIRST_INNER_ID = 30_001
 NETWORKS = ("10.0.2.0/24", "192.168.242.0/24", "172.30.242.0/24")
 #: What no build has business with: link-local addresses, among them the metadata of most clouds; those of the others.
 ALWAYS_DENIED = ("0.0.0.0/8", "169.254.0.0/16", "100.100.100.200/32", "168.63.129.16/32")
+#: What is said where there is no relay.
+NO_OUTSIDE = (
+    "fixed-output builds have no network: install `slirp4netns`, let the worker's user open /dev/net/tun "
+    "(`chmod 666 /dev/net/tun`), and start the worker again."
+)
 #: How the relay gives up rights of its own.
 RELAY_SWITCHES = ("--enable-sandbox", "--enable-seccomp")
 #: Seconds that a trial of the namespaces may take.
@@ -84,7 +89,7 @@ def isolate(settings: WorkerSettings, machine: Machine) -> Isolation:
     directory = settings.state_dir / "sandbox"
     if machine.busybox:
         machine = replace(machine, busybox=copy_shell(machine.busybox, directory))
-    network, lacks = _network(settings)
+    network = _network(settings)
     root = os.geteuid() == 0
     found = Isolation(machine)
     if _wants_build_users(settings, machine, root=root):
@@ -94,8 +99,8 @@ def isolate(settings: WorkerSettings, machine: Machine) -> Isolation:
             found = replace(found, shortfall=str(error))
     if root and not found.building.network:
         found = _with_network(found, network)
-    if found.building.network and lacks:
-        found = replace(found, shortfall=f"{found.shortfall} {lacks}".strip())
+    if found.building.network is not None and not found.building.network.relay:
+        found = replace(found, shortfall=f"{found.shortfall} {NO_OUTSIDE}".strip())
     if found.shortfall:
         log.warning("worker %s isolates its builds less than it could: %s", settings.name, found.shortfall)
     return found
@@ -130,20 +135,18 @@ def _with_network(found: Isolation, network: Network) -> Isolation:
         return replace(found, shortfall=found.shortfall or str(error))
 
 
-def _network(settings: WorkerSettings) -> tuple[Network, str]:
-    """Return the network of daemons that build, and what it lacks."""
+def _network(settings: WorkerSettings) -> Network:
+    """Return the network of daemons that build, without an outside where the relay is not installed."""
     program = shutil.which("slirp4netns")
     denied = [*ALWAYS_DENIED, *settings.network_deny]
     for host in settings.farm_hosts:
         denied += addresses_of(host)
-    network = Network(
+    return Network(
         relay=(program, *RELAY_SWITCHES) if program else (),
         network=_free_network(),
         deny=tuple(denied),
         allow=settings.network_allow,
     )
-    lacks = "" if program else "fixed-output builds have no network: install `slirp4netns`, and start the worker again."
-    return network, lacks
 
 
 def addresses_of(host: str) -> list[str]:
@@ -203,15 +206,14 @@ def _claim(settings: WorkerSettings, registry: Path, pool: list[range], taken: l
 
 
 def _tried(plain: Confinement, network: Network) -> Confinement:
-    """Return the namespaces with the network, as far as the machine lets the relay protect itself.
+    """Return the namespaces with the network, its relay confined as far as the machine lets it be, or without one.
 
-    Raises `NoBuildUsersError` where it refuses the namespaces.
+    Raises `NoBuildUsersError` where the machine refuses the namespaces.
     """
-    if network.relay:
+    for relay in (network.relay, network.relay[:1]) if network.relay else ():
         with suppress(NoBuildUsersError):
-            return _try(plain._replace(network=network))
-        network = network._replace(relay=network.relay[:1])
-    return _try(plain._replace(network=network))
+            return _try(plain._replace(network=network._replace(relay=relay)))
+    return _try(plain._replace(network=network._replace(relay=())))
 
 
 def _try(confinement: Confinement) -> Confinement:

@@ -27,6 +27,9 @@ END_GRACE_S: Final = 1.0
 KILL_GRACE_S: Final = 5.0
 #: How long an error message waits for the last words of a child that ended.
 LAST_WORDS_S: Final = 0.5
+#: Seconds between two looks at what the owner still has to kill, and until a build's leftovers are left to it.
+LOOK_AGAIN_S: Final = 0.005
+ORPHANS_END_S: Final = 5.0
 #: Unit of /proc/PID/statm.
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -43,6 +46,8 @@ class Child:
         self.reader = process.stdout
         self.writer = process.stdin
         self._process = process
+        #: The owner's children before the first build; None until `keep_children`.
+        self._kept: frozenset[int] | None = None
         #: The end of standard error, never longer than STDERR_TAIL_BYTES.
         self._tail = bytearray()
         #: Ends when the child and all that inherited its standard error are gone, or when close() cancels it.
@@ -79,6 +84,25 @@ class Child:
         except (OSError, IndexError, ValueError):
             return 0
         return pages * PAGE_BYTES
+
+    def keep_children(self) -> None:
+        """Take the owner's children of this moment for its own: no build has begun."""
+        with suppress(OSError, ValueError):
+            self._kept = frozenset(_children(self.pid))
+
+    async def end_orphans(self) -> None:
+        """Have the owner kill what the build that has ended left behind, and wait for it, at most ORPHANS_END_S.
+
+        Does nothing where /proc does not tell children, and on systems without subreapers.
+        """
+        signalled = False
+        with suppress(OSError, ValueError, TimeoutError):
+            async with asyncio.timeout(ORPHANS_END_S):
+                while self._kept is not None and not self._kept.issuperset(_children(self.pid)):
+                    if not signalled:
+                        os.kill(self.pid, signal.SIGUSR1)
+                        signalled = True
+                    await asyncio.sleep(LOOK_AGAIN_S)
 
     def hang_up(self) -> None:
         """Close our ends of its standard input and output now, sending nothing more. The child ends by itself."""

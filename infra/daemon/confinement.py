@@ -30,10 +30,11 @@ else:
 
 #: Marks a confined command: `--confined OPTION... -- COMMAND...`.
 CONFINED: Final = "--confined"
-#: unshare(2), mount(2).
+#: unshare(2), prctl(2), mount(2).
 CLONE_NEWNS: Final = 0x0002_0000
 CLONE_NEWUSER: Final = 0x1000_0000
 CLONE_NEWNET: Final = 0x4000_0000
+PR_SET_DUMPABLE: Final = 4
 MS_RDONLY: Final = 1
 MS_REMOUNT: Final = 32
 MS_BIND: Final = 4096
@@ -133,6 +134,8 @@ class Launch:
         #: (read, write) ends: the child says that its namespaces are there, the owner that they are complete.
         self._entered = os.pipe()
         self._complete = os.pipe()
+        #: Processes beside the daemon that live as long as it does.
+        self.helpers: set[int] = set()
         #: The relay ends when this end of a pipe is closed, as the owner's death does.
         self._relay_lives = -1
         #: Hears of changes to the host's addresses, from before they are first read.
@@ -149,6 +152,8 @@ class Launch:
             kinds |= CLONE_NEWUSER if wanted.uid_map else 0
             kinds |= CLONE_NEWNET if wanted.network else 0
             _call("unshare", "namespaces", kinds)
+            # What changes its rights is hidden from its own user, and the relay looks up its namespaces in /proc.
+            ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
             os.write(self._entered[1], b"1")
             if not os.read(self._complete[0], 1):
                 raise ConfinementError("the namespaces stayed incomplete")
@@ -197,7 +202,7 @@ class Launch:
         null = os.open(os.devnull, os.O_RDWR)
         streams = [(os.POSIX_SPAWN_DUP2, null, number) for number in (0, 1, 2)]
         try:
-            os.posix_spawnp(words[0], words, os.environ, file_actions=streams)
+            self.helpers.add(os.posix_spawnp(words[0], words, os.environ, file_actions=streams))
         except OSError as error:
             raise ConfinementError(f"{words[0]} cannot be started: {error.strerror}") from error
         finally:
@@ -226,8 +231,11 @@ class Launch:
                 pass  # all is read, or so much came that some was dropped: what is there now counts
             new = [address for address in netlink.ipv4_addresses() if address not in self._addresses]
             self._addresses += new
-            if new and os.fork() == 0:
-                self._prohibit_from_outside(daemon, network, new)
+            if new:
+                entered = os.fork()
+                if entered == 0:
+                    self._prohibit_from_outside(daemon, network, new)
+                os.waitpid(entered, 0)
 
         signal.signal(signal.SIGIO, changed)
         descriptor = changes.fileno()

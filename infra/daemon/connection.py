@@ -141,6 +141,8 @@ class DaemonConnection:
         try:
             async with asyncio.timeout(HANDSHAKE_S):
                 await connection._shake_hands()
+            if channel.child is not None:
+                channel.child.keep_children()
         except TimeoutError as error:
             await connection.close()
             raise DaemonGone(f"the daemon did not answer the handshake within {HANDSHAKE_S:g} s") from error
@@ -168,6 +170,11 @@ class DaemonConnection:
     def pid(self) -> int | None:
         """Process id of our own daemon, which leads its process group; None over a socket."""
         return None if self._channel.child is None else self._channel.child.pid
+
+    async def end_orphans(self) -> None:
+        """Have what an ended build left behind killed, and wait for it; only while no build runs on the connection."""
+        if self._channel.child is not None:
+            await self._channel.child.end_orphans()
 
     def memory_of_building(self) -> int:
         """Resident bytes of our own daemon while a builder of it runs; 0 where that cannot be seen."""

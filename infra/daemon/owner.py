@@ -8,6 +8,7 @@ Nix kills the process group of a builder. A process that called setsid or was fo
 that is killed kills nobody. So the owner is a *subreaper* (prctl(2)): whoever loses its parent below it becomes its
 child, and it ends only when it has no child left. It ends with its daemon: the descendants that are left then are
 killed. SIGTERM, SIGINT and SIGHUP make it kill all of them at once; the death of the owner sends its daemon SIGTERM.
+SIGUSR1 makes it kill those that lost their parent: what a build left that has ended while the daemon goes on.
 
 The streams are the daemon's alone: the owner closes its own, so the daemon's end shows as their end, and hanging up
 (also by the death of whoever holds the other ends) reaches the daemon directly.
@@ -63,11 +64,7 @@ def main(words: Sequence[str]) -> int:
     if launch is not None:
         _assist(launch, daemon)
 
-    def end(_number: int, _frame: FrameType | None) -> None:
-        _kill_all(daemon)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, end)
+    _listen(daemon, frozenset({daemon} | (launch.helpers if launch is not None else set())))
     status = 0
     ended = 0
     while ended != daemon:
@@ -80,6 +77,21 @@ def main(words: Sequence[str]) -> int:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(owner, -code)
     return code
+
+
+def _listen(daemon: int, kept: frozenset[int]) -> None:
+    """Take the signals by which builds are ended; `kept` are the owner's children that are no build's."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        _kill_all(daemon)
+
+    def end_orphans(_number: int, _frame: FrameType | None) -> None:
+        _kill_orphans(kept)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, end)
+    if LINUX:
+        signal.signal(signal.SIGUSR1, end_orphans)
 
 
 def _end_rest(daemon: int) -> None:
@@ -141,6 +153,28 @@ def _kill_all(daemon: int) -> None:
         return
     for pid in descendants(os.getpid(), parents()):
         _kill(pid)
+
+
+def _kill_orphans(kept: frozenset[int]) -> None:
+    """Kill what became a child of the owner and is none of `kept`, with all below it; the main loop collects them."""
+    deadline = time.monotonic() + GIVE_UP_S
+    while time.monotonic() < deadline:
+        above = parents()
+        orphans = [pid for pid, parent in above.items() if parent == os.getpid() and pid not in kept]
+        alive = [pid for pid in orphans if not _has_ended(pid)]
+        if not alive:
+            return
+        for pid in (below for orphan in alive for below in (orphan, *descendants(orphan, above))):
+            _kill(pid)
+        time.sleep(LOOK_AGAIN_S)
+
+
+def _has_ended(pid: int) -> bool:
+    """Collect a child that ended; whether it is gone."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
 
 
 def _kill(pid: int) -> None:

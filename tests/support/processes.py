@@ -14,6 +14,14 @@ trap '' TERM HUP INT
 echo started
 while :; do /bin/busybox sleep 1; done
 """
+#: Leaves a process that holds none of the builder's streams, so that Nix sees the end of the build.
+LEAVES_A_PROCESS = """
+trap '' TERM HUP INT
+/bin/busybox setsid /bin/busybox sh -c '
+  (trap "" TERM HUP INT; echo > $PWD/left; while :; do /bin/busybox sleep 1; done) &
+' > /dev/null 2>&1 < /dev/null
+while [ ! -e $PWD/left ]; do :; done
+"""
 
 
 def processes_with(text: str) -> list[int]:

@@ -30,7 +30,7 @@ from infra.daemon.framed import FRAME_BYTES
 from infra.nix import aterm
 from infra.process import ChildProcess
 from tests.infra.daemon.conftest import Bare, Store, add, nar_of_file, processes_mentioning, store_path, until
-from tests.support.processes import SURVIVOR, daemons_below
+from tests.support.processes import LEAVES_A_PROCESS, SURVIVOR, daemons_below
 
 
 def nothing(_: object) -> None:
@@ -301,6 +301,22 @@ async def test_nothing_of_a_build_survives_its_connection(store: Store, *, sandb
             case _:
                 os.kill(connection.pid, signal.SIGKILL)
     await until(lambda: not processes_mentioning(out))
+
+
+@pytest.mark.parametrize("status", [0, 1], ids=["well", "badly"])
+async def test_nothing_of_a_build_survives_its_end_while_the_daemon_goes_on(store: Store, status: int) -> None:
+    place = Bare(store.directory)
+    connection = await place.open()
+    store.connections.append(connection)
+    drv_path, derivation = place.derivation("leaves", LEAVES_A_PROCESS + f"echo > $out; exit {status}")
+    out = derivation.outputs[0].path
+    result = await connection.build_derivation(drv_path, derivation, nothing)
+    assert result.status.is_success == (status == 0)
+    assert processes_mentioning(out), "Nix ends it itself"
+    await connection.end_orphans()
+    assert not processes_mentioning(out)
+    drv_path, derivation = place.derivation("next", "echo > $out")
+    assert (await connection.build_derivation(drv_path, derivation, nothing)).status is BuildStatus.BUILT
 
 
 async def _ends_early(build: Awaitable[object]) -> None:
