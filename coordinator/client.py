@@ -15,6 +15,7 @@ from urllib.parse import quote
 import aiohttp
 import orjson
 from pydantic import TypeAdapter, ValidationError
+from yarl import URL
 
 from coordinator.errors import CoordinatorError
 from coordinator.schema import (
@@ -31,6 +32,7 @@ from coordinator.schema import (
     PinRequest,
     ResignView,
     RetryView,
+    RootView,
     StepStatus,
     StepView,
     SubmissionView,
@@ -47,6 +49,8 @@ DEFAULT_URL = "http://127.0.0.1:7878"
 CONNECT_S = 10.0
 ANSWER_S = 300.0
 SILENCE_S = 60.0
+#: Rows asked for at a time of a list.
+PAGE_ROWS = 1000
 #: Seconds between attempts to watch again: first, longest; and after how long of nothing but failures to give up.
 RECONNECT_FIRST_S = 0.25
 RECONNECT_LONGEST_S = 5.0
@@ -57,11 +61,13 @@ MAX_EVENT_BYTES = 256 * 1024 * 1024
 _EVENTS: TypeAdapter[WatchEvent] = TypeAdapter(WatchEvent)
 _STEPS = TypeAdapter(list[StepView])
 _SUBMISSIONS = TypeAdapter(list[SubmissionView])
+_ROOTS = TypeAdapter(list[RootView])
 _WORKERS = TypeAdapter(list[WorkerView])
 _WHY = TypeAdapter(WhyView)
 _CACHE_ROOTS = TypeAdapter(list[CacheRootView])
 _Answer = TypeVar("_Answer", bound=Model)
 _Parsed = TypeVar("_Parsed")
+_Listed = TypeVar("_Listed")
 
 
 class ClientError(CoordinatorError):
@@ -169,9 +175,16 @@ class ApiClient:
         """Submit derivations that the coordinator has."""
         return await self._json("POST", "submissions", SubmissionView, request)
 
-    async def submissions(self) -> list[SubmissionView]:
-        """Return all submissions, newest first."""
-        return self._parse(_SUBMISSIONS, await self._bytes("GET", "submissions"))
+    async def submissions(self, newest: int | None = None) -> list[SubmissionView]:
+        """Return the submissions, newest first, all or some, with their first few roots."""
+        return await self._pages("submissions", _SUBMISSIONS, most=newest)
+
+    async def whole(self, view: SubmissionView) -> SubmissionView:
+        """Return the view with all its roots, asked for again where some are missing."""
+        if len(view.roots) >= view.root_count:
+            return view
+        roots = await self._pages(f"submissions/{_part(view.id)}/roots", _ROOTS)
+        return view.model_copy(update={"roots": tuple(roots)})
 
     async def submission(self, submission: str) -> SubmissionView:
         """Return one submission."""
@@ -192,7 +205,7 @@ class ApiClient:
     async def steps(self, submission: str, states: Sequence[StepStatus] = ()) -> list[StepView]:
         """Return the steps of a submission, those in `states` or all."""
         query = {"state": ",".join(states)} if states else {}
-        return self._parse(_STEPS, await self._bytes("GET", f"submissions/{_part(submission)}/steps", params=query))
+        return await self._pages(f"submissions/{_part(submission)}/steps", _STEPS, query)
 
     async def step(self, key: str) -> StepView:
         """Return one step; `key` may be any unique part of its key."""
@@ -200,7 +213,7 @@ class ApiClient:
 
     async def workers(self) -> list[WorkerView]:
         """Return all workers."""
-        return self._parse(_WORKERS, await self._bytes("GET", "workers"))
+        return await self._pages("workers", _WORKERS)
 
     async def drain(self, worker: str, *, on: bool) -> None:
         """Give a worker no new leases while `on`."""
@@ -216,7 +229,7 @@ class ApiClient:
 
     async def cache_roots(self, name: str) -> list[CacheRootView]:
         """Return the roots of a cache."""
-        return self._parse(_CACHE_ROOTS, await self._bytes("GET", f"caches/{_part(name)}/roots"))
+        return await self._pages(f"caches/{_part(name)}/roots", _CACHE_ROOTS)
 
     async def cache_why(self, name: str, path: str) -> WhyView:
         """Return what keeps a store path."""
@@ -300,6 +313,29 @@ class ApiClient:
                         yield self._parse(_EVENTS, data)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 raise UnreachableError(self.url, _why(error)) from None
+
+    async def _pages(
+        self,
+        path: str,
+        adapter: TypeAdapter[list[_Listed]],
+        query: Mapping[str, str] | None = None,
+        *,
+        most: int | None = None,
+    ) -> list[_Listed]:
+        """Follow the pages of a list to its end, or until there are `most`."""
+        found: list[_Listed] = []
+        params = {**(query or {}), "limit": str(min(most or PAGE_ROWS, PAGE_ROWS))}
+        while True:
+            async with self._call("GET", path, params=params) as response:
+                try:
+                    page: list[_Listed] = self._parse(adapter, await response.read())
+                except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                    raise UnreachableError(self.url, _why(error)) from None
+                found += page
+                following = _next_cursor(response)
+            if not following or (most is not None and len(found) >= most):
+                return found[:most]
+            params["after"] = following
 
     async def _json(
         self,
@@ -441,6 +477,13 @@ async def _refusal(response: aiohttp.ClientResponse, url: str) -> RefusedError:
             "or DROVER_TOKEN_FILE (`drover up` writes it as api-token into its state directory)"
         )
     return RefusedError(response.status, reason, message)
+
+
+def _next_cursor(response: aiohttp.ClientResponse) -> str:
+    """Return the cursor of the next page, "" on the last one."""
+    if "next" not in response.links:
+        return ""
+    return URL(str(response.links["next"]["url"])).query.get("after", "")
 
 
 def _part(text: str) -> str:

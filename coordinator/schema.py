@@ -7,26 +7,30 @@ All paths are below `/api/v1` and want `Authorization: Bearer <token>`; times ar
     PUT  intake/derivations    zstd stream of .drv files -> 204        framing: coordinator.framing
     PUT  intake/sources        zstd stream of (header, NAR) -> 204
     POST submissions           SubmitRequest -> 201 SubmissionView
-    GET  submissions           -> [SubmissionView], newest first
-    GET  submissions/ID        -> SubmissionView
+    GET  submissions           -> [SubmissionView], newest first, a page; three roots of each
+    GET  submissions/ID        -> SubmissionView                       with its first 500 roots
+    GET  submissions/ID/roots  -> [RootView], a page
     POST submissions/ID/cancel -> SubmissionView
     POST submissions/ID/retry  -> SubmissionView                       runs again what failed; a repeat changes nothing
-    GET  submissions/ID/steps  ?state=failed,running… -> [StepView]
+    GET  submissions/ID/steps  ?state=failed,running… -> [StepView], a page
     GET  submissions/ID/events -> text/event-stream of WatchEvent: `snapshot`, then `step` and `counts`, at last `end`
     GET  steps/KEY             -> StepView                             KEY, or any unique part of it
     POST steps/KEY/retry       -> RetryView                            builds a failed step again
     GET  steps/KEY/log         ?follow=1&attempt=N -> text/plain, raw log bytes (chunked while following)
-    GET  workers               -> [WorkerView]
+    GET  workers               -> [WorkerView], a page
     POST workers/NAME/drain    DrainRequest -> 204                     no new leases while on; running builds finish
     GET  farm                  -> FarmView (cache URL, public keys)
     GET  caches/NAME           -> CacheView                            what is stored; the cache at /cache is `default`
-    GET  caches/NAME/roots     -> [CacheRootView]                      what is kept, and until when
+    GET  caches/NAME/roots     -> [CacheRootView], a page               what is kept, and until when
     PUT  caches/NAME/pins/PIN  PinRequest -> 204                       keeps paths and all that they refer to
     DELETE caches/NAME/pins/PIN -> 204
     GET  caches/NAME/why       ?path=… -> WhyView                      which roots keep a path
     POST caches/NAME/collect   CollectRequest -> CollectView           garbage collection
     POST caches/NAME/verify    VerifyRequest -> VerifyView             narinfo -> NAR -> references, and repair
     POST caches/NAME/resign    -> ResignView                           sign everything with the present keys
+
+A page takes `?limit=` (100, at most 1000) and `?after=`; where there is more, a header `Link: <…>; rel="next"` has the
+address of the next one.
 
 `GET /healthz` (no token) answers 200 with `{"status": "ok"}` while the engine runs.
 """
@@ -265,8 +269,10 @@ class SubmissionView(Model):
     state: SubmissionState
     created_at: float
     ended_at: float = 0.0
+    #: The first ones; all `root_count` are behind `submissions/ID/roots`.
     roots: tuple[RootView, ...]
     counts: Counts
+    root_count: int = 0
     #: Derivations that stand behind these steps; what is beyond `counts.total` makes what another one makes.
     derivations: int = 0
     #: Bytes of compressed NARs uploaded for this submission's own builds.

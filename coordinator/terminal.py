@@ -376,7 +376,8 @@ def submission_rows(submissions: Sequence[SubmissionView], now: float) -> list[t
     for submission in submissions:
         counts = submission.counts
         attrs = ", ".join(root.attr for root in submission.roots[:3])
-        more = f" and {len(submission.roots) - 3} more" if len(submission.roots) > 3 else ""
+        count = max(submission.root_count, len(submission.roots))
+        more = f" and {count - 3} more" if count > 3 else ""
         rows.append(
             (
                 submission.id,

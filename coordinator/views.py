@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol, cast
 
-from coordinator.codec import Record, SubmissionNote, evidence_shown
+from coordinator.codec import Record, RootNote, SubmissionNote, evidence_shown
 from coordinator.derivations import StepInfo
 from coordinator.details import Details
 from coordinator.errors import NotFoundError
@@ -48,10 +48,11 @@ from workers.protocol import StageChange
 
 #: Failed steps in one snapshot; the rest is behind `submissions/ID/steps?state=failed`.
 SNAPSHOT_FAILED = 100
-#: Submissions in one answer of `submissions`.
-SUBMISSIONS_LISTED = 1000
-#: Steps in one answer of `submissions/ID/steps`.
-STEPS_LISTED = 10_000
+#: Roots in the view of a submission, and in a list of submissions; all are behind `submissions/ID/roots`.
+ROOTS_SHOWN = 500
+ROOTS_LISTED = 3
+#: Members that one page of `submissions/ID/steps` looks at: some 10 ms of the event loop.
+STEPS_LOOKED_AT = 50_000
 
 #: States of a step that does not run although somebody may wait for it.
 _EXPLAINED = (StepStatus.WAITING, StepStatus.READY, StepStatus.FAILED, StepStatus.DOOMED)
@@ -197,10 +198,17 @@ class Views:
             raise NotFoundError(f"there is no submission {submission[:80]!r}; `drover status` lists them.")
         return row
 
-    def submissions(self) -> list[SubmissionView]:
-        """Return the newest submissions, at most `SUBMISSIONS_LISTED`, newest first."""
-        newest = itertools.islice(reversed(self._submissions.values()), SUBMISSIONS_LISTED)
-        return [self.submission_view(row) for row in newest]
+    def submissions_after(self, seen: str, limit: int) -> list[SubmissionRow]:
+        """Return at most `limit` submissions, newest first: those older than `seen`, "" for the newest.
+
+        Raises `NotFoundError` where `seen` has been forgotten, as everything older has then.
+        """
+        newest = iter(reversed(self._submissions.values()))
+        if seen:
+            last = self.submission(seen)
+            newest = itertools.dropwhile(lambda row: row is not last, newest)
+            next(newest, None)
+        return list(itertools.islice(newest, limit))
 
     def recipe_of(self, key: StepKey) -> int:
         """Return the index of the recipe that a step has in use; 0 for one that is not known."""
@@ -259,16 +267,22 @@ class Views:
         row = self._steps.get(step)
         return row.life.attempt if row is not None else 0
 
-    def steps(self, submission: SubmissionRow, states: frozenset[StepStatus]) -> list[StepView]:
-        """Return members in `states` (empty: all), at most `STEPS_LISTED`."""
-        found: list[StepView] = []
-        for key in submission.members:
-            row = self._steps[key]
+    def steps_after(
+        self, submission: SubmissionRow, states: frozenset[StepStatus], seen: int, limit: int
+    ) -> tuple[list[StepRow], int]:
+        """Return at most `limit` members in `states` (empty: all) behind the first `seen`, and how many are seen then.
+
+        At most `STEPS_LOOKED_AT` members are looked at, so that there may be none although more follow.
+        """
+        found: list[StepRow] = []
+        end = min(len(submission.members), seen + STEPS_LOOKED_AT)
+        for position in range(seen, end):
+            row = self._steps[submission.members[position]]
             if not states or row.state in states:
-                found.append(self.step_view(row))
-                if len(found) == STEPS_LISTED:
-                    break
-        return found
+                found.append(row)
+                if len(found) == limit:
+                    return found, position + 1
+        return found, max(seen, end)
 
     def step_total(self) -> int:
         """Return how many steps are known."""
@@ -328,8 +342,8 @@ class Views:
             log_tail=self._explain.log_tail(row.key, life.attempt) if failed else "",
         )
 
-    def submission_view(self, row: SubmissionRow) -> SubmissionView:
-        """Render a submission."""
+    def submission_view(self, row: SubmissionRow, roots: int = ROOTS_SHOWN) -> SubmissionView:
+        """Render a submission with the first of its roots."""
         said = self.note(row.id)
         return SubmissionView(
             id=row.id,
@@ -337,21 +351,24 @@ class Views:
             state=row.state,
             created_at=row.created_at,
             ended_at=row.touched_at if row.ended or row.withdrawn else 0.0,
-            roots=tuple(
-                RootView(
-                    attr=root.attr,
-                    drv=root.drv,
-                    step=root.step,
-                    state=self._row(root.step).state,
-                    outputs=dict(root.outputs),
-                    failure=self._root_failure(self._row(root.step)),
-                )
-                for root in said.roots
-            ),
+            roots=tuple(self.root_view(root) for root in said.roots[:roots]),
+            root_count=len(said.roots),
             counts=self._counts(row),
             derivations=said.derivations,
             uploaded_bytes=row.uploaded_bytes,
             stuck=self._stuck(row),
+        )
+
+    def root_view(self, root: RootNote) -> RootView:
+        """Render a root of a submission."""
+        row = self._row(root.step)
+        return RootView(
+            attr=root.attr,
+            drv=root.drv,
+            step=root.step,
+            state=row.state,
+            outputs=dict(root.outputs),
+            failure=self._root_failure(row),
         )
 
     def _root_failure(self, root: StepRow) -> RootFailureView | None:

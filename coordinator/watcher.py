@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from coordinator.rows import StepRow, SubmissionRow
@@ -62,18 +62,21 @@ class Watcher:
 
     def take(self) -> list[WatchEvent]:
         """Return what a reader must now see; the first time, and when it fell behind, a whole snapshot."""
+        return list(self.events())
+
+    def events(self) -> Iterator[WatchEvent]:
+        """Yield what `take` returns, each rendered when it is asked for; changes may come in between."""
         views, submission = self._views, self._submission
         if self._over:
-            return []
-        events: list[WatchEvent]
+            return
+        changed, self._changed = self._changed, {}
         if self._behind:
-            events = [views.snapshot(submission)]
             self._behind = False
+            yield views.snapshot(submission)
         else:
-            events = [StepChanged(step=views.step_view(row)) for row in self._changed.values()]
-            events.append(views.counts_changed(submission))
-        self._changed.clear()
-        if submission.ended or submission.withdrawn:
+            for row in changed.values():
+                yield StepChanged(step=views.step_view(row))
+            yield views.counts_changed(submission)
+        if (submission.ended or submission.withdrawn) and not self._changed and not self._behind:
             self._over = True
-            events.append(Ended(submission=views.submission_view(submission)))
-        return events
+            yield Ended(submission=views.submission_view(submission))

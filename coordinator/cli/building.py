@@ -80,7 +80,7 @@ def watch(connect: Callable[[], ApiClient], submission: str, *, as_json: bool) -
     async def run_watch() -> int:
         async with connect() as client:
             screen = Screen.choose(as_json=as_json)
-            view = await follow(client, submission, screen, submitted.failed)
+            view = await client.whole(await follow(client, submission, screen, submitted.failed))
             return _finish(view, submitted, screen, as_json=as_json)
 
     return _interruptible(run_watch(), submitted)
@@ -124,8 +124,8 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
         view = await client.submit(SubmitRequest(roots=roots, label=wish.label, retry_failed=wish.retry, makers=makers))
         submitted.id = view.id
         if wish.detach:
-            return _detached(view, submitted, as_json=wish.as_json)
-        view = await follow(client, view.id, screen, submitted.failed)
+            return _detached(await client.whole(view), submitted, as_json=wish.as_json)
+        view = await client.whole(await follow(client, view.id, screen, submitted.failed))
         if wish.fetch and view.state is SubmissionState.SUCCEEDED:
             await _fetch(farm, view, wish, store, screen)
         return _finish(view, submitted, screen, as_json=wish.as_json)

@@ -29,7 +29,7 @@ async def status(client: ApiClient, submission: str | None, *, as_json: bool) ->
     """Show the farm and its submissions, or one submission, or one step."""
     if submission is not None:
         try:
-            view = await client.submission(submission)
+            view = await client.whole(await client.submission(submission))
         except RefusedError as error:
             if error.reason != "not_found":
                 raise
@@ -41,10 +41,12 @@ async def status(client: ApiClient, submission: str | None, *, as_json: bool) ->
         print_lines(status_lines(view, steps, time.time()))
         return statuses.OK
     farm = await client.farm()
-    submissions = await client.submissions()
+    submissions = await client.submissions(None if as_json else LISTED + 1)
     if as_json:
         print_json({"farm": farm, "submissions": submissions})
         return statuses.OK
+    many = f"the newest {LISTED} (`drover status --json` has all)" if len(submissions) > LISTED else len(submissions)
+    submissions = submissions[:LISTED]
     running = sum(1 for each in submissions if each.state is SubmissionState.RUNNING)
     print_lines(
         [
@@ -52,11 +54,11 @@ async def status(client: ApiClient, submission: str | None, *, as_json: bool) ->
             f"cache        {farm.cache_url}",
             *(f"public key   {key}" for key in farm.public_keys),
             *(f"trouble      {sanitise(trouble)}" for trouble in farm.troubles),
-            f"submissions  {len(submissions)}, of which {running} run",
+            f"submissions  {many}, of which {running} run",
         ]
     )
     if submissions:
-        print_lines(["", *table_lines(submission_rows(submissions[:LISTED], time.time()))])
+        print_lines(["", *table_lines(submission_rows(submissions, time.time()))])
     return statuses.OK
 
 

@@ -14,15 +14,16 @@ from aiohttp import web
 from coordinator.config import LimitSettings
 from coordinator.engine import Engine
 from coordinator.errors import BadRequestError, NotFoundError
-from coordinator.http.answers import answer, answer_list
+from coordinator.http.answers import answer
 from coordinator.http.bodies import BodyBounds, body_chunks, read_model
+from coordinator.http.pages import Page, answer_page, cut, limit_of, position_of
 from coordinator.http.sse import WatchStreams
-from coordinator.intake import Intake, TooLargeError
+from coordinator.intake import Intake
 from coordinator.logs import LogStore
 from coordinator.rows import StepRow
 from coordinator.schema import MAX_ROOTS, FarmView, IntakeQuery, RetryView, StepStatus, SubmitRequest
 from coordinator.submissions import Submissions
-from coordinator.views import Views
+from coordinator.views import ROOTS_LISTED, Views
 
 #: Body of a submission: room for `MAX_ROOTS` roots as Nix names them.
 SUBMIT_BYTES = 48 * 1024 * 1024
@@ -45,7 +46,11 @@ class ApiBounds:
         roots = min(limits.graph_size, MAX_ROOTS)
         return cls(
             BodyBounds(limits.request_bytes, items=members + 64, containers=16),
-            BodyBounds(SUBMIT_BYTES, items=roots * ITEMS_PER_ROOT + 64, containers=roots * CONTAINERS_PER_ROOT + 16),
+            BodyBounds(
+                min(limits.request_bytes, SUBMIT_BYTES),
+                items=roots * ITEMS_PER_ROOT + 64,
+                containers=roots * CONTAINERS_PER_ROOT + 16,
+            ),
         )
 
 
@@ -84,6 +89,7 @@ class Api:
             web.get(f"{base}/submissions/{{id}}", self.submission),
             web.post(f"{base}/submissions/{{id}}/cancel", self.cancel),
             web.post(f"{base}/submissions/{{id}}/retry", self.retry),
+            web.get(f"{base}/submissions/{{id}}/roots", self.roots),
             web.get(f"{base}/submissions/{{id}}/steps", self.steps),
             web.get(f"{base}/submissions/{{id}}/events", self.events, allow_head=False),
             web.get(f"{base}/steps/{{key}}", self.step),
@@ -110,12 +116,6 @@ class Api:
 
     async def submit(self, request: web.Request) -> web.Response:
         """Take a submission; the answer leaves once it is durable."""
-        size = request.content_length or 0
-        if size > SUBMIT_BYTES:
-            raise TooLargeError(
-                f"the submission has {size} bytes; this farm takes {SUBMIT_BYTES} and {MAX_ROOTS} roots: "
-                "submit it in several."
-            )
         wish = await read_model(request, SubmitRequest, self._bounds.submission)
         row = await self._submissions.submit(wish)
         return answer(self._views.submission_view(row), status=201)
@@ -130,9 +130,18 @@ class Api:
         names = tuple(row.id for row in submissions)
         return answer(RetryView(step=self._views.step_view(step), submissions=names))
 
-    async def submissions(self, _request: web.Request) -> web.Response:
-        """List submissions, newest first."""
-        return answer_list(self._views.submissions())
+    async def submissions(self, request: web.Request) -> web.Response:
+        """List submissions, newest first, with a few of their roots each."""
+        limit = limit_of(request)
+        rows = self._views.submissions_after(request.query.get("after", ""), limit + 1)
+        page = Page(rows[:limit], rows[limit - 1].id if len(rows) > limit else "")
+        return await answer_page(request, page, lambda row: self._views.submission_view(row, ROOTS_LISTED))
+
+    async def roots(self, request: web.Request) -> web.Response:
+        """List the roots of a submission."""
+        row = self._views.submission(request.match_info["id"])
+        page = cut(self._views.note(row.id).roots, position_of(request), limit_of(request))
+        return await answer_page(request, page, self._views.root_view)
 
     async def submission(self, request: web.Request) -> web.Response:
         """Show one submission."""
@@ -149,7 +158,10 @@ class Api:
             states = frozenset(StepStatus(word) for word in told)
         except ValueError:
             raise BadRequestError(f"a step's state is one of {', '.join(StepStatus)}.") from None
-        return answer_list(self._views.steps(self._views.submission(request.match_info["id"]), states))
+        row = self._views.submission(request.match_info["id"])
+        rows, end = self._views.steps_after(row, states, position_of(request), limit_of(request))
+        following = str(end) if end < len(row.members) else ""
+        return await answer_page(request, Page(rows, following), self._views.step_view)
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Stream the changes of a submission."""
@@ -174,9 +186,10 @@ class Api:
         await response.write_eof()
         return response
 
-    async def workers(self, _request: web.Request) -> web.Response:
+    async def workers(self, request: web.Request) -> web.Response:
         """List workers."""
-        return answer_list(self._views.workforce.views())
+        page = cut(self._views.workforce.views(), position_of(request), limit_of(request))
+        return await answer_page(request, page, lambda view: view)
 
     async def farm(self, _request: web.Request) -> web.Response:
         """Say how to use the cache, and what is wrong."""

@@ -10,8 +10,9 @@ from aiohttp import web
 
 from coordinator.errors import BadRequestError, NotFoundError
 from coordinator.housekeeping import Housekeeper
-from coordinator.http.answers import answer, answer_list
+from coordinator.http.answers import answer
 from coordinator.http.bodies import BodyBounds, read_model
+from coordinator.http.pages import answer_page, cut, limit_of, position_of
 from coordinator.schema import (
     CacheRootView,
     CacheView,
@@ -25,7 +26,7 @@ from coordinator.schema import (
     VerifyView,
     WhyView,
 )
-from infra.cache import Cache
+from infra.cache import Cache, RootRow
 from infra.nix.errors import FormatError
 from infra.nix.store_path import HASH_PART_LENGTH
 
@@ -77,21 +78,10 @@ class CachingApi:
         )
 
     async def roots(self, request: web.Request) -> web.Response:
-        """List roots."""
+        """List roots, the last used first."""
         _, cache = self._cache(request)
-        return answer_list(
-            [
-                CacheRootView(
-                    kind=root.kind,
-                    name=root.name,
-                    paths=root.paths,
-                    created_at=root.created_at,
-                    expires_at=root.expires_at or 0.0,
-                    used_at=root.used_at or 0.0,
-                )
-                for root in await cache.roots()
-            ]
-        )
+        page = cut(await cache.roots(), position_of(request), limit_of(request))
+        return await answer_page(request, page, _root_view)
 
     async def why(self, request: web.Request) -> web.Response:
         """Show what keeps a path."""
@@ -182,6 +172,17 @@ def _pin_name(request: web.Request) -> str:
     if _PIN.fullmatch(name) is None:
         raise BadRequestError("a pin is called by letters, digits and ._+=- and at most 128 characters.")
     return name
+
+
+def _root_view(root: RootRow) -> CacheRootView:
+    return CacheRootView(
+        kind=root.kind,
+        name=root.name,
+        paths=root.paths,
+        created_at=root.created_at,
+        expires_at=root.expires_at or 0.0,
+        used_at=root.used_at or 0.0,
+    )
 
 
 def _store_path(cache: Cache, text: str) -> str:

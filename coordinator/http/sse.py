@@ -8,12 +8,12 @@ comments, so that both sides notice a connection that is gone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
 import orjson
 from aiohttp import web
 
 from coordinator.errors import UnavailableError
+from coordinator.http.pages import in_slices
 from coordinator.rows import SubmissionRow
 from coordinator.schema import WatchEvent
 from coordinator.views import Views
@@ -52,7 +52,8 @@ class WatchStreams:
                 await response.prepare(request)
                 while not self._stopping:
                     woken.clear()
-                    await response.write(_frames(watcher.take()))
+                    frames = await in_slices(watcher.events(), _frame)
+                    await response.write(b"".join(frames))
                     if watcher.over:
                         break
                     await self._silence(response, woken)
@@ -75,7 +76,5 @@ class WatchStreams:
                 await response.write(b": still here\n\n")
 
 
-def _frames(events: Sequence[WatchEvent]) -> bytes:
-    return b"".join(
-        b"event: " + event.type.encode() + b"\ndata: " + orjson.dumps(event.model_dump()) + b"\n\n" for event in events
-    )
+def _frame(event: WatchEvent) -> bytes:
+    return b"event: " + event.type.encode() + b"\ndata: " + orjson.dumps(event.model_dump()) + b"\n\n"

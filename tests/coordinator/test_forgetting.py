@@ -40,7 +40,7 @@ async def test_an_old_submission_is_forgotten_and_what_its_leases_still_say_chan
 
     again = ScriptedWorker()
     async with open_farm(fleet=again.start, clock=clock) as farm:
-        assert [view.id for view in farm.coordinator.views.submissions()] == [running.id]
+        assert [row.id for row in farm.coordinator.views.submission_rows()] == [running.id]
         await again.hello("2")
         await started(farm, again)
         await farm.client.cancel(running.id)

@@ -350,8 +350,8 @@ def test_incremental_counts_equal_a_naive_recount_and_a_replay_or_a_snapshot_giv
                 # One fact at a time: frames may split a batch anywhere.
                 views.fold([fact], settle=False)
         views.settle()
-        assert [view.model_dump() for view in views.submissions()] == [
-            view.model_dump() for view in driven.views.submissions()
+        assert [views.submission_view(row).model_dump() for row in views.submission_rows()] == [
+            driven.views.submission_view(row).model_dump() for row in driven.views.submission_rows()
         ]
         assert set(views.nameless()) == set(driven.views.nameless()) == driven.farm.state.steps.keys()
         for key in driven.views.nameless():

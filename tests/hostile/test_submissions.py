@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -49,3 +51,42 @@ def test_a_submission_of_too_many_roots_is_refused_cheaply(readme_farm: FarmUnde
     assert b"100000" in answer.body or b"bytes" in answer.body
     assert stalls.over(0.05) == 0
     assert readme_farm.process.peak_rss_bytes - before < 3 * SLACK_BYTES
+
+
+def test_lists_are_paged_name_few_roots_and_lose_nothing(readme_farm: FarmUnderAttack) -> None:
+    """Many roots of one recipe that is held: the graph that made the list of submissions 41 MB long."""
+    built = readme_farm.build_text('shell "held" "echo > $out"', "--json")
+    root = json.loads(built.stdout.splitlines()[-1])["roots"][0]
+    roots = [{"attr": f"attribute-{number}", "drv": root["drv"]} for number in range(6008)]
+    for number in range(12):
+        wish = json.dumps({"label": f"label-{number}", "roots": roots}).encode()
+        answer = readme_farm.request("POST", "/api/v1/submissions", wish, token=readme_farm.token)
+        assert answer.status == 201, answer.body
+
+    def pages(target: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        while target:
+            answer = readme_farm.request("GET", target, token=readme_farm.token)
+            assert answer.status == 200
+            assert len(answer.body) < 1_000_000
+            found += json.loads(answer.body)
+            link = re.fullmatch(r'<(.+)>; rel="next"', answer.headers.get("Link", ""))
+            target = link[1] if link else ""
+        return found
+
+    before = readme_farm.process.rss_bytes
+    readme_farm.process.reset_peak()
+    with LoopStalls(readme_farm.url) as stalls:
+        listed = pages("/api/v1/submissions?limit=5")
+        newest = listed[0]["id"]
+        steps = pages(f"/api/v1/submissions/{newest}/steps")
+        every = pages(f"/api/v1/submissions/{newest}/roots?limit=1000")
+    assert [each["label"] for each in listed][:12] == [f"label-{number}" for number in reversed(range(12))]
+    assert [len(each["roots"]) for each in listed[:12]] == [3] * 12
+    assert [each["root_count"] for each in listed[:12]] == [6008] * 12
+    assert [each["attr"] for each in every] == [each["attr"] for each in roots]
+    assert [each["state"] for each in steps] == ["done"]
+    assert stalls.over(0.05) == 0
+    assert readme_farm.process.peak_rss_bytes - before < SLACK_BYTES
+    status = readme_farm.drover("status", "--json").stdout
+    assert len(json.loads(status)["submissions"]) == len(listed)

@@ -1,0 +1,80 @@
+"""Pages of a list: so many rows from a cursor on, rendered in slices that give the event loop back.
+
+A page is a JSON array. Where there is more, the answer has `Link: <address>; rel="next"`, whose address gives the next
+page: `?limit=` rows, at most `MAX_ROWS`, behind the row that `?after=` names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import orjson
+from aiohttp import web
+from pydantic import BaseModel
+
+from coordinator.errors import BadRequestError
+
+#: Rows of one page, where nothing is said and at most.
+ROWS = 100
+MAX_ROWS = 1000
+#: Processor time after which rendering gives the loop back.
+SLICE_S = 0.01
+
+_Row = TypeVar("_Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[_Row]):
+    """Rows, and the cursor behind which there are more; "" where these are the last."""
+
+    rows: Sequence[_Row]
+    following: str = ""
+
+
+def limit_of(request: web.Request) -> int:
+    """Return how many rows the request wants. Raises `BadRequestError`."""
+    return min(_number(request, "limit", ROWS), MAX_ROWS)
+
+
+def position_of(request: web.Request) -> int:
+    """Return how many rows the request has seen, for lists whose cursor is that number. Raises `BadRequestError`."""
+    return _number(request, "after", 0)
+
+
+def cut(rows: Sequence[_Row], position: int, limit: int) -> Page[_Row]:
+    """Return the rows from `position` on, for lists whose cursor is the number of rows seen."""
+    end = position + limit
+    return Page(rows[position:end], str(end) if end < len(rows) else "")
+
+
+async def answer_page(request: web.Request, page: Page[_Row], render: Callable[[_Row], BaseModel]) -> web.Response:
+    """Return a page as JSON, with the way to the next one."""
+    body = b"[" + b",".join(await in_slices(page.rows, lambda row: orjson.dumps(render(row).model_dump()))) + b"]"
+    response = web.Response(body=body, content_type="application/json")
+    if page.following:
+        following = request.rel_url.update_query({"after": page.following})
+        response.headers["Link"] = f'<{following}>; rel="next"'
+    return response
+
+
+async def in_slices(rows: Iterable[_Row], render: Callable[[_Row], bytes]) -> list[bytes]:
+    """Render rows one after the other, and give the loop back after each `SLICE_S`."""
+    parts = []
+    began_s = time.thread_time()
+    for row in rows:
+        parts.append(render(row))
+        if time.thread_time() - began_s > SLICE_S:
+            await asyncio.sleep(0)
+            began_s = time.thread_time()
+    return parts
+
+
+def _number(request: web.Request, name: str, default: int) -> int:
+    told = request.query.get(name, str(default))
+    if not told.isascii() or not told.isdigit() or len(told) > 9 or (name == "limit" and int(told) == 0):
+        raise BadRequestError(f"`{name}` is a number; leave it out for the first page of {ROWS}.")
+    return int(told)
