@@ -268,6 +268,8 @@ class Settings(BaseSettings):
     #: Further caches, at `/cache/NAME`.
     caches: tuple[NamedCacheSettings, ...] = ()
     workers: tuple[WorkerConfig, ...] = ()
+    #: Names of workers that may build although they isolate builds weakly (class C, see `drover workers`).
+    weak_isolation: tuple[_Name, ...] = ()
     #: Nix settings of every worker.
     nix_options: dict[str, str] = Field(default_factory=dict)
 

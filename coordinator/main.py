@@ -49,6 +49,7 @@ from coordinator.http.standby import serving_standby
 from coordinator.http.uploads import add_upload_routes
 from coordinator.http.workers import add_worker_routes
 from coordinator.intake import Intake, IntakeLimits
+from coordinator.isolation import WeakIsolation
 from coordinator.journal import Journal, JournalError
 from coordinator.leadership import Leadership, open_leadership
 from coordinator.limits import StepLimits, in_force
@@ -172,9 +173,7 @@ async def open_coordinator(
             _intake_limits(settings.limits),
         )
         fleet = await stack.enter_async_context(fleet_factory(info))
-        work = _connect(
-            fleet, engine, views, stores, clock, tokens, Submissions(engine, views, intake), settings.limits
-        )
+        work = _connect(fleet, engine, views, stores, clock, tokens, Submissions(engine, views, intake), settings)
         outbox.to = work.dispatch
 
         gate = open_gate(settings.limits.connections, settings.limits.connections_per_address)
@@ -280,13 +279,13 @@ def _connect(  # noqa: PLR0917 - collaborators, named by their types
     clock: Clock,
     tokens: UploadTokens,
     submissions: Submissions,
-    limits: LimitSettings,
+    settings: Settings,
 ) -> _Work:
     """Make the rooms between the core and the workers."""
     workers = WorkerSource(fleet, views, stores.cache.objects, tokens.for_path(clock))
     sources: list[RepairSource] = [workers]
     losses = Losses(stores.cache, stores.derivations, views, clock, submissions.replan, sources)
-    limits_of = _limits_of(views, limits)
+    limits_of = _limits_of(views, settings.limits)
     dispatch = Dispatch(
         fleet,
         stores.cache,
@@ -296,7 +295,8 @@ def _connect(  # noqa: PLR0917 - collaborators, named by their types
         losses=losses.check,
         upload_token=tokens.for_lease(clock),
     )
-    sink = FleetSink(engine, dispatch, views, stores.logs, clock, limits_of, losses.check)
+    weak = WeakIsolation(settings.weak_isolation)
+    sink = FleetSink(engine, dispatch, views, stores.logs, clock, limits_of, losses.check, weak=weak)
     return _Work(dispatch, sink, losses, workers, sources)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from coordinator.codec import Evidence, encode_evidence
 from coordinator.dispatch import Dispatch, no_losses
 from coordinator.engine import Engine
+from coordinator.isolation import WeakIsolation
 from coordinator.limits import StepLimits, limit_was_raised
 from coordinator.logs import LogError, LogStore
 from coordinator.publishing import LossCheck
@@ -40,8 +41,11 @@ class FleetSink:
         clock: Clock,
         limits_of: Callable[[StepKey], StepLimits],
         losses: LossCheck = no_losses,
+        *,
+        weak: WeakIsolation,
     ) -> None:
         self._losses = losses
+        self._weak = weak
         self._limits_of = limits_of
         self._engine = engine
         self._dispatch = dispatch
@@ -64,7 +68,7 @@ class FleetSink:
                     features=frozenset(hello.features),
                     mandatory=frozenset(hello.mandatory_features),
                 )
-                unfit = _clean(hello.unfit)
+                unfit = self._unfit(hello.worker, hello.unfit)
                 await self._engine.offer(BuilderJoined(spec, hello.capacity, _held(hello.leases), unfit=unfit))
             case WorkerSpoke():
                 await self._spoke(event)
@@ -103,12 +107,16 @@ class FleetSink:
             batch.capacity,
             _held(batch.leases),
             draining=batch.draining,
-            unfit=_clean(batch.unfit),
+            unfit=self._unfit(worker, batch.unfit),
         )
         await self._engine.offer(*[await self._event(worker, report) for report in reports], heartbeat)
         for report in reports:
             if self._views.had_attempt(report.step, report.attempt):
                 self._logs.wake(report.step, report.attempt)
+
+    def _unfit(self, worker: str, said: str) -> str:
+        """Why a worker should get no work: by its own word, or because of how it isolates builds."""
+        return _clean(said or self._weak.refusal(worker, self._views.workforce.isolation(worker)))
 
     async def _event(self, worker: str, report: Report) -> Event:
         lease = LeaseId(StepKey(report.step), report.attempt)

@@ -154,6 +154,8 @@ class Agent:
         #: Leases that left, oldest first; at most REMEMBERED_LEASES.
         self._finished: OrderedDict[LeaseKey, None] = OrderedDict()
         self._nix_version = ""
+        #: What the machine lacks to isolate builds better (`workers.isolation`).
+        self._shortfall = ""
         #: What the latest greeting said of the isolation.
         self._isolation_told: IsolationGrade | None = None
         self._sources: FarmSources | None = None
@@ -362,6 +364,7 @@ class Agent:
                     let_go,
                     self._spool.stop_waiting,
                     lambda: self._guard.trouble,
+                    self._shortfall,
                 )
                 self._guard = InputGuard(where.physical_store, self._readers, self._trusts_builds)
                 async with self._slots[0].use() as connection:
@@ -394,7 +397,7 @@ class Agent:
         """Isolate the worker's builds; return what opens daemons that do not build, and those that do."""
         where = self._settings
         found = await asyncio.to_thread(isolate, where, self._host)
-        self._offer = offer(where, found.machine)
+        self._offer, self._shortfall = offer(where, found.machine), found.shortfall
         variables = {MARK: str(where.state_dir), **found.environment}
         argv = daemon_argv(where, found.machine)
         self._builders = DaemonOpener(argv, where.store_dir, variables, found.building)

@@ -103,12 +103,14 @@ class FitnessWatch:
         let_go: Callable[[], Awaitable[bool]],
         changed: Callable[[], None],
         broken_store: Callable[[], str],
+        shortfall: str = "",
     ) -> None:
         """Look at nothing yet.
 
         `idle`: no lease is in hand. `let_go` drops what keeps the store's paths from collection, False where leases
         need it. `changed` is called when `unfit` or `isolation` has changed. `broken_store` says what is wrong with the
         store's paths (`workers.input_guard`), nothing while all is well.
+        `shortfall`: what the machine lacks to isolate builds better.
         """
         self._floor_bytes = settings.min_free_mb << 20
         self._trial_every_s = settings.trial_every_s
@@ -127,6 +129,7 @@ class FitnessWatch:
         self._let_go = let_go
         self._changed = changed
         self._broken_store = broken_store
+        self._shortfall = shortfall
         #: What was wrong with the store when it was last asked, until a canary was well after it.
         self._hurt = ""
         #: The room that is too little at the moment, and what is said of it for as long as it has not recovered.
@@ -237,7 +240,7 @@ class FitnessWatch:
 
     async def _measure(self, connection: DaemonConnection) -> str:
         """Build the canary and grade what it says; raises where that fails."""
-        found = grade(await self._canary.measure(connection))
+        found = grade(await self._canary.measure(connection), self._shortfall)
         if found != self.isolation:
             self.isolation = found
         self._hurt = self._broken_store()

@@ -236,12 +236,15 @@ _RULES: Final = (
 )
 
 
-def grade(report: CanaryReport) -> IsolationGrade:
-    """Return the class that follows from a report, with all reasons why it is no better."""
+def grade(report: CanaryReport, shortfall: str = "") -> IsolationGrade:
+    """Return the class that follows from a report, with all reasons why it is no better.
+
+    `shortfall` says what the machine lacks, in one sentence; it is a better remedy than those that the table has.
+    """
     found = [rule for rule in _RULES if rule.found(report) and not (rule.implied and report.outside_sandbox)]
     reasons = tuple([rule.reason(report)[:300] for rule in found])
     if reasons:
-        return IsolationGrade(level="C", reasons=reasons, remedy=found[0].remedy, report=report)
+        return IsolationGrade(level="C", reasons=reasons, remedy=(shortfall or found[0].remedy)[:300], report=report)
     if report.kernel == "darwin":
         reason = "the macOS sandbox shares network, processes and host name with the machine"
         return IsolationGrade(level="B", reasons=(reason,), report=report)

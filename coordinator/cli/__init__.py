@@ -43,6 +43,13 @@ def cli() -> None:
 @click.option(
     "--nix-option", "nix_options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting of every worker."
 )
+@click.option(
+    "--allow-weak-isolation",
+    "weak",
+    multiple=True,
+    metavar="NAME",
+    help="Let worker NAME build although it isolates builds weakly (class C in `drover workers`).",
+)
 @click.option("--no-workers", is_flag=True, help="Only the coordinator; workers join with `drover worker`.")
 def up(**told: Any) -> int:
     """Run a farm on this machine until Ctrl-C: coordinator, Ray head and workers."""

@@ -28,6 +28,7 @@ def up(
     slots: int | None,
     emulated: Sequence[str],
     nix_options: Sequence[tuple[str, str]],
+    weak: Sequence[str],
     no_workers: bool,
 ) -> int:
     """Run a farm until SIGINT or SIGTERM."""
@@ -40,6 +41,7 @@ def up(
     settings = settings.model_copy(
         update={
             "workers": () if no_workers else _workers(settings, slots, emulated),
+            "weak_isolation": _weak(settings, weak),
             "nix_options": {**settings.nix_options, **dict(nix_options)},
         }
     )
@@ -66,6 +68,15 @@ def up(
 
     run_up(settings, ready, standing_by)
     return statuses.OK
+
+
+def _weak(settings: Settings, told: Sequence[str]) -> tuple[str, ...]:
+    """All workers that may build although they isolate weakly. Raises `ConfigError` for what is no worker's name."""
+    try:
+        return Settings(weak_isolation=(*settings.weak_isolation, *told)).weak_isolation
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise ConfigError(f"--allow-weak-isolation: {first['msg']}") from None
 
 
 def head(*, state_dir: Path, listen: str | None, config: Path | None) -> int:

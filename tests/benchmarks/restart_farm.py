@@ -34,6 +34,7 @@ from infra.cache.upload import upload_nar
 from infra.nix.nar import NarData, NarFile, write_events
 from tests.support.graphs import Made, Maker
 from workers.fleet import Fleet, Sink, WorkerConnected, WorkerSpoke
+from workers.grades import IsolationGrade
 from workers.protocol import (
     PROTOCOL_VERSION,
     AgentEvent,
@@ -114,6 +115,7 @@ class StandIn:
             mandatory_features=(),
             slots=self._capacity,
             capacity=self._capacity,
+            isolation=IsolationGrade(level="A"),
             nix_version="2.8.0",
             leases=self._leases(),
         )

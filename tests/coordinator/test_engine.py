@@ -22,6 +22,7 @@ from infra.cache import Candidate, open_object_store, upload_nar
 from infra.nix.nar import NarData, NarFile, write_events
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from workers.fleet import Fleet, FleetError, FleetEvent, Sink, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
+from workers.grades import IsolationGrade
 from workers.protocol import (
     AgentEvent,
     Batch,
@@ -92,17 +93,31 @@ class ScriptedWorker:
         assert self._sink is not None
         await (await self._sink)(event)
 
-    async def hello(self, incarnation: str = "1", leases: tuple[HeldLease, ...] = ()) -> None:
+    async def hello(
+        self,
+        incarnation: str = "1",
+        leases: tuple[HeldLease, ...] = (),
+        isolation: IsolationGrade | None = IsolationGrade(level="A"),  # noqa: B008 - it is frozen
+    ) -> None:
         hello = Hello(
             protocol=1, worker="w", incarnation=incarnation, systems=("x86_64-linux",), emulated=(), features=(),
             mandatory_features=(), slots=1, capacity=1, nix_version="2.8", leases=leases,
+            isolation=isolation,
         )  # fmt: skip
         await self.tell(WorkerConnected(hello))
 
-    async def speak(self, *events: AgentEvent, holds: Sequence[LeaseOrder] = (), incarnation: str = "1") -> None:
+    async def speak(
+        self,
+        *events: AgentEvent,
+        holds: Sequence[LeaseOrder] = (),
+        incarnation: str = "1",
+        isolation: IsolationGrade | None = None,
+    ) -> None:
         self._last += len(events)
         leases = tuple(HeldLease(step=o.step, attempt=o.attempt, stage=Stage.BUILDING) for o in holds)
-        batch = Batch(incarnation=incarnation, last=self._last, events=events, capacity=1, leases=leases)
+        batch = Batch(
+            incarnation=incarnation, last=self._last, events=events, capacity=1, leases=leases, isolation=isolation
+        )
         await self.tell(WorkerSpoke("w", batch))
 
     async def upload(self, path: str, text: bytes = b"made") -> Output:

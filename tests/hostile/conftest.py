@@ -3,6 +3,9 @@
 - `readme_farm`: `drover up` as whoever runs the tests (root), without configuration, with its default worker.
 - `users_farm`: the same as an ordinary user of the machine with a home of their own (`tests.support.ordinary`).
 
+`weak_farm` is shared by all tests: two workers whose builders own the machine (class C), of which `allowed` is allowed
+by name and `refused` is not.
+
 Both are `FarmUnderAttack`, which is a `tests.support.farm.Farm` with what attacks need:
 
     def test_a_stranger_is_refused(readme_farm: FarmUnderAttack) -> None:
@@ -24,7 +27,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.attack import FarmUnderAttack, running_farm
+from tests.support.farm import Farm, WorkerSpec
 from tests.support.ordinary import OrdinaryUser
+
+#: Builders are root, as on a machine without build users before drover had its own.
+WEAK = {"build-users-group": ""}
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +45,15 @@ def users_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarmUnderAt
     root = tmp_path_factory.mktemp("user")
     with running_farm(root, user=OrdinaryUser(root)) as farm:
         yield farm
+
+
+@pytest.fixture(scope="session")
+def weak_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+    workers = [WorkerSpec("allowed", slots=1, nix_options=WEAK), WorkerSpec("refused", slots=1, nix_options=WEAK)]
+    farm = Farm(tmp_path_factory.mktemp("weak"), workers, settings='weak_isolation = ["allowed"]')
+    try:
+        farm.start().wait_for_workers(1)
+        yield farm
+    finally:
+        farm.stop()
+        farm.clear()
