@@ -131,7 +131,7 @@ class FleetSink:
             # The worker's word alone counts for nothing: it may have lost its way to the cache.
             lost = await self._losses(lease.step, report.result.missing)
             kind, message = (FailureKind.INPUT_LOST, lost) if lost else (kind, message)
-        return BuildFailed(lease, BuilderId(worker), Failure(kind, message))
+        return BuildFailed(lease, BuilderId(worker), Failure(kind, message, report.result.signature))
 
 
 def _held(leases: Iterable[HeldLease]) -> tuple[LeaseId, ...]:

@@ -1,7 +1,7 @@
 """Which builders are there, what they hold, and which get no leases for a while. Says facts, changes nothing.
 
-Quarantine: a builder whose leases end through infrastructure faults again and again, or that calls itself unfit, gets
-nothing new for a growing while. It comes back by itself, on probation: one lease at a time until one is built, and
+Quarantine: a builder that is to blame for the ends of several steps' leases, or that calls itself unfit, gets nothing
+new for a growing while. It comes back by itself, on probation: one lease at a time until one is built, and
 one more fault sends it back for longer. What it runs goes on. Nothing of this is durable: builders join anew.
 """
 
@@ -107,14 +107,21 @@ class Attendance:
             return
         if builder.unfit:
             reason = builder.unfit
-        elif builder.strikes >= (1 if builder.probation else self._limits.quarantine_after):
-            times = "again" if builder.probation else f"{builder.strikes} times in a row"
-            reason = f"a build ended {times} by a fault that is not its own: {builder.trouble}"
+        elif len(builder.strikes) >= (1 if builder.probation else self._limits.quarantine_after):
+            many = len(builder.strikes)
+            which = "another build" if builder.probation else f"{many} builds in a row" if many > 1 else "a build"
+            reason = f"{which} ended by a fault that is not its own: {builder.trouble}"
         else:
             return
         level = builder.level + 1
         until = Instant(now + self._policy.quarantine_s(id_, level))
         yield f.BuilderQuarantined(id_, reason, until, level, bool(builder.unfit))
+
+    def judge_others(self, but: BuilderId, now: Instant) -> Iterator[f.Fact]:
+        """Judge the builders that have strikes: another one has built a step that failed on some of them."""
+        for builder in tuple(self._state.builders.values()):
+            if builder.strikes and builder.id != but:
+                yield from self.judge(builder.id, now)
 
     def _missing(
         self, builder: Builder | None, listed: tuple[LeaseId, ...], now: Instant

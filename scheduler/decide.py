@@ -47,6 +47,8 @@ class Decider:
                 step = self._state.lease_holder(event.lease, _LEASED)
                 if step is not None and step.builder == event.builder:
                     yield f.StepBuilt(event.lease, event.builder, event.evidence, now)
+                    if step.faults:
+                        yield from self._attendance.judge_others(event.builder, now)
             case e.OutputsPublished():
                 if self._state.lease_holder(event.lease, _PUBLISHING) is not None:
                     yield f.StepDone(event.lease, now)

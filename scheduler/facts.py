@@ -322,6 +322,7 @@ class StepPast:
     strikes: tuple[FailureKind, ...]
     avoid: BuilderId
     not_before: Instant
+    accounts: tuple[tuple[BuilderId, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,10 @@
 Only what may be the farm's fault is tried again, another builder first, with back-off, and never without bound: each
 recipe in a life of a step has the common budget `policy.Limits.attempts`, and some kinds a smaller one of their own.
 Beyond it the failure is final, under the name that the row gives.
+
+Blame follows evidence. A recipe that fails twice in the same way (`Failure.signature`) is at fault itself, by its
+second builder's word, or by the same builder's where nothing else speaks against that one. A builder is to blame for
+faults that no recipe can cause, counted by step, and for the others once another builder has built the same step.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
-from scheduler.model import FailureKind
+from scheduler.model import Failure, FailureKind
 
 
 class Course(StrEnum):
@@ -45,6 +49,9 @@ class Consequence:
     waits: bool = False
     #: Whether it counts towards the quarantine of the builder that reported or caused it.
     blames_builder: bool = False
+    #: Whether the recipe may have caused it, so that it counts only once another builder has built the same step.
+    #: A failure with a signature is always of this sort.
+    doubtful: bool = False
 
 
 _K = FailureKind
@@ -90,6 +97,7 @@ CONSEQUENCES: Mapping[FailureKind, Consequence] = MappingProxyType(
             tries=2,
             then=_K.SUSPECT,
             blames_builder=True,
+            doubtful=True,
         ),
         _K.SUSPECT: _verdict("the build seems to break the daemon that runs it", cacheable=False),
         _K.RETURNED: Consequence(Course.HAND_BACK, "handed back without having been started"),
@@ -98,6 +106,11 @@ CONSEQUENCES: Mapping[FailureKind, Consequence] = MappingProxyType(
         _K.CANCELLED: Consequence(Course.HAND_BACK, "stopped on request"),
     }
 )
+
+
+def suspects_recipe(failure: Failure) -> bool:
+    """Whether a fault of the farm may as well be the recipe's."""
+    return bool(failure.signature) or CONSEQUENCES[failure.kind].doubtful
 
 
 def is_fault(kind: FailureKind) -> bool:

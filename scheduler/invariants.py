@@ -49,6 +49,7 @@ def durable(state: FarmState) -> dict[StepKey, tuple[object, ...]]:
             step.faults,
             step.returns,
             step.strikes,
+            step.accounts,
             step.born,
             step.ended,
             step.done_at,

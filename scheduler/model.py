@@ -156,3 +156,6 @@ class Failure:
 
     kind: FailureKind
     message: str
+    #: Two failures with one signature are the same one, however their messages differ (in hashes, numbers, places). Set
+    #: where Nix has spoken of the build itself; empty where nothing points to the recipe. Opaque to the core.
+    signature: str = ""

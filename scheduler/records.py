@@ -25,6 +25,8 @@ NOBODY = BuilderId("")
 #: Dependents of a step that are kept as a tuple; more are kept as a dict, which costs four times as much and loses one
 #: in no time.
 FEW_DEPENDENTS = 8
+#: Suspicions that are kept of one builder: a few convict it, and a hostile farm's worth must not fill the memory.
+SUSPICIONS = 64
 #: The tries of every step that has none.
 NO_TRIES: frozenset[int] = frozenset()
 
@@ -33,6 +35,7 @@ class Step:
     """One step. Read by everyone, written by `evolve` alone."""
 
     __slots__ = (
+        "accounts",
         "active",
         "asked_at",
         "attempt",
@@ -85,6 +88,8 @@ class Step:
         self.returns = 0
         #: The kinds of those of `faults` that have a budget of their own.
         self.strikes: tuple[FailureKind, ...] = ()
+        #: Who said what of the recipe in use, in this life: builder and signature of each failure that has one.
+        self.accounts: tuple[tuple[BuilderId, str], ...] = ()
         #: Values of the state's `life` counter when this life began and when it lapsed.
         self.born = 0
         self.ended = 0
@@ -199,6 +204,7 @@ class Builder:
         "reason",
         "spec",
         "strikes",
+        "suspicions",
         "trouble",
         "unfit",
         "until",
@@ -219,9 +225,13 @@ class Builder:
         #: By its own word: it wants nothing new; why it is not fit to build.
         self.draining = False
         self.unfit = ""
-        #: Leases in a row that ended by a fault of the farm that it may be to blame for, and the last one's message.
-        self.strikes = 0
+        #: Steps whose leases ended here by a fault that it is to blame for, since it last built something; and the
+        #: message of the last one.
+        self.strikes: dict[StepKey, None] = {}
         self.trouble = ""
+        #: Steps that failed here by a fault which may be their own, with its message: strikes once another builder has
+        #: built them. At most `SUSPICIONS`, the latest.
+        self.suspicions: dict[StepKey, str] = {}
         #: Quarantines since it last built something; when this one ends (0: there is none), and why it began.
         self.level = 0
         self.until = NO_INSTANT

@@ -60,4 +60,5 @@ def _past(step: Step) -> f.StepPast | None:
         strikes=step.strikes,
         avoid=step.avoid,
         not_before=step.not_before,
+        accounts=step.accounts,
     )

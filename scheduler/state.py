@@ -16,7 +16,7 @@ from itertools import islice
 from typing import assert_never
 
 from scheduler import facts as f
-from scheduler.failures import CONSEQUENCES, is_fault
+from scheduler.failures import CONSEQUENCES, is_fault, suspects_recipe
 from scheduler.model import (
     NO_INSTANT,
     BuilderId,
@@ -33,7 +33,7 @@ from scheduler.model import (
 )
 from scheduler.names import Names
 from scheduler.ready import ReadyIndex
-from scheduler.records import FEW_DEPENDENTS, NO_TRIES, NOBODY, Builder, Step
+from scheduler.records import FEW_DEPENDENTS, NO_TRIES, NOBODY, SUSPICIONS, Builder, Step
 from scheduler.transitions import LAPSED, LEGAL, SUBJECT
 
 _WAITING, _READY, _LEASED = StepState.WAITING, StepState.READY, StepState.LEASED
@@ -267,6 +267,14 @@ class FarmState:
             self.failed.pop(key, None)
             self.floor = max(self.floor, step.attempt)
 
+    def wisher(self, step: Step) -> SubmissionId | None:
+        """Return a submission that wants the step, the first by the graph's own order; None where there is none."""
+        while not step.roots:
+            if not step.dependents:
+                return None
+            step = next(iter(step.dependents))
+        return step.roots[0]
+
     def next_attempt(self, step: Step) -> int:
         """Return the attempt of the next lease: never one that the step, or an earlier one of this key, has had."""
         return (step.attempt or self.floor) + 1
@@ -333,7 +341,8 @@ class FarmState:
     def _failed(self, fact: f.StepFailed) -> None:
         step = self._subject(fact, fact.step)
         if step.state is _LEASED:
-            self._blame(fact.builder, fact.failure)
+            self._blame(step, fact.failure)
+        self._acquit(step, fact.failure)
         self._finish(step, StepState.FAILED)
         step.failure, step.failed_at = fact.failure, fact.at
         self.failed[step.key] = step
@@ -343,7 +352,7 @@ class FarmState:
         step.born = self.life
         step.tried = NO_TRIES
         step.faults = step.returns = 0
-        step.strikes = ()
+        step.strikes = step.accounts = ()
         step.avoid, step.not_before = NOBODY, NO_INSTANT
         step.failure = step.cause = None
 
@@ -373,13 +382,14 @@ class FarmState:
 
     def _fell_back(self, fact: f.StepFellBack) -> None:
         step = self._subject(fact, fact.step)
+        self._acquit(step, fact.failure)
         if step.state is _LEASED:
             self._free_slot(step)
             step.builder = NOBODY
             self._move(step, _WAITING)
         self._release(step)
         step.tried = step.tried | {step.active}
-        step.faults, step.strikes = 0, ()
+        step.faults, step.strikes, step.accounts = 0, (), ()
         step.avoid, step.not_before = NOBODY, NO_INSTANT
         self._use(step, fact.recipe)
         self._engage(self.descend((step,)))
@@ -418,19 +428,40 @@ class FarmState:
             raise ImpossibleError(f"{fact.lease} is not the open lease of {step}")
         return step
 
-    def _blame(self, id_: BuilderId, failure: Failure) -> None:
-        builder = self.builders[id_]
+    def _blame(self, step: Step, failure: Failure) -> None:
+        """Hold a fault against the builder of the step's lease, or remember that it may have to be."""
+        builder = self.builders[step.builder]
         # One known only from the journal has not joined: its past is forgotten.
-        if builder.spec is not None and CONSEQUENCES[failure.kind].blames_builder:
-            builder.strikes += 1
-            builder.trouble = failure.message
+        if builder.spec is None or not CONSEQUENCES[failure.kind].blames_builder:
+            return
+        if not suspects_recipe(failure):
+            self._strike(builder, step.key, failure.message)
+        elif step.key not in builder.strikes:
+            builder.suspicions.pop(step.key, None)
+            builder.suspicions[step.key] = failure.message
+            if len(builder.suspicions) > SUSPICIONS:
+                del builder.suspicions[next(iter(builder.suspicions))]
+
+    def _strike(self, builder: Builder, step: StepKey, message: str) -> None:
+        builder.strikes[step] = None
+        builder.trouble = message
+
+    def _acquit(self, step: Step, failure: Failure) -> None:
+        """A step is at fault itself: no builder is suspected for its sake any more."""
+        if step.faults and not is_fault(failure.kind):
+            for builder in self.builders.values():
+                builder.suspicions.pop(step.key, None)
 
     def _built(self, fact: f.StepBuilt) -> None:
         step = self._open(fact)
         builder = self.builders[fact.builder]
-        if builder.strikes or builder.level:
-            builder.strikes = builder.level = 0
+        if builder.strikes or builder.level or builder.suspicions:
+            builder.strikes, builder.suspicions, builder.level = {}, {}, 0
             builder.probation, builder.capacity = False, builder.offered
+        if step.faults:
+            for other in self.builders.values():
+                if step.key in other.suspicions:
+                    self._strike(other, step.key, other.suspicions.pop(step.key))
         self._free_slot(step)
         self._move(step, _PUBLISHING)
         step.evidence = fact.evidence
@@ -439,12 +470,14 @@ class FarmState:
         step = self._open(fact)
         if step.state is _LEASED:
             self._free_slot(step)
-            self._blame(fact.builder, fact.failure)
+            self._blame(step, fact.failure)
         step.builder = NOBODY
         step.evidence = b""
         kind = fact.failure.kind
         if is_fault(kind):
             step.faults += 1
+            if fact.failure.signature:
+                step.accounts = (*step.accounts, (fact.builder, fact.failure.signature))
             if CONSEQUENCES[kind].tries is not None:
                 step.strikes = (*step.strikes, kind)
         elif kind is not FailureKind.CANCELLED:
@@ -507,7 +540,7 @@ class FarmState:
     def _quarantine_ended(self, fact: f.QuarantineEnded) -> None:
         builder = self.quarantined.pop(fact.builder)
         builder.until = NO_INSTANT
-        builder.strikes = 0
+        builder.strikes, builder.suspicions = {}, {}
         self._count_slots(builder)
         self.ready.rematch()
 
@@ -541,6 +574,7 @@ class FarmState:
             step.builder, step.evidence = past.builder, past.evidence
             step.failure, step.cause = past.failure, past.cause
             step.tried, step.strikes = frozenset(past.tried) or NO_TRIES, past.strikes
+            step.accounts = past.accounts
             step.faults, step.returns = past.faults, past.returns
             step.avoid, step.not_before = past.avoid, past.not_before
             if fact.state is StepState.FAILED:

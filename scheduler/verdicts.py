@@ -15,7 +15,7 @@ from scheduler import facts as f
 from scheduler.failures import CONSEQUENCES, Course
 from scheduler.model import Failure, FailureKind, Instant, StepKey, StepState
 from scheduler.policy import Limits, Policy
-from scheduler.records import Step
+from scheduler.records import Builder, Step
 from scheduler.state import FarmState, is_lapsed
 
 _LEASED, _DONE, _FAILED, _DOOMED = StepState.LEASED, StepState.DONE, StepState.FAILED, StepState.DOOMED
@@ -73,6 +73,13 @@ class Verdicts:
     def retry(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
         """Revoke the open lease with back-off; where the budget is spent, the failure is final."""
         row = CONSEQUENCES[failure.kind]
+        if self._is_recipes_own(step, failure):
+            who = " and ".join(
+                dict.fromkeys((*[by for by, what in step.accounts if what == failure.signature][:1], step.builder))
+            )
+            message = f"{failure.message} (the same again, on {who})"
+            yield from self._end(step, Failure(FailureKind.PERMANENT, message, failure.signature), now)
+            return
         strikes = step.strikes.count(failure.kind) + 1
         if row.tries is not None and strikes > row.tries:
             message = f"{failure.message} (for the {strikes}. time)"
@@ -86,6 +93,31 @@ class Verdicts:
             return
         wait = self._policy.back_off_s(step.key, step.faults + 1)
         yield f.LeaseRevoked(step.lease, step.builder, failure, Instant(now + wait))
+
+    def _is_recipes_own(self, step: Step, failure: Failure) -> bool:
+        """Whether the recipe in use has failed so before, and what is known of the builders leaves the blame with it.
+
+        Two builders that say the same are believed, unless steps built elsewhere speak against one of them. The same
+        builder twice is believed where no fault of another step is held against it or may have to be, and it has not
+        called itself unfit since (it tries itself when a build ends so).
+        """
+        if not failure.signature or step.state is not _LEASED:
+            return False
+        before = [by for by, what in step.accounts if what == failure.signature]
+        if not before:
+            return False
+        here = self._state.builders[step.builder]
+        if here.unfit or any(key != step.key for key in here.strikes):
+            return False
+        return any(by != here.id for by in before) or self._is_alone_in_doubt(step, here)
+
+    def _is_alone_in_doubt(self, step: Step, builder: Builder) -> bool:
+        """Whether all that a builder is suspected of stands with steps of one submission."""
+        wanted_by = {self._state.wisher(step)}
+        wanted_by.update(
+            self._state.wisher(self._state.steps[key]) for key in builder.suspicions if key in self._state.steps
+        )
+        return len(wanted_by) == 1
 
     def stop(self, step: Step, now: Instant, why: str) -> Iterator[f.Fact]:
         """Revoke the open lease, if there is one: the farm no longer wants the build."""

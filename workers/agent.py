@@ -54,6 +54,7 @@ from workers.machine import (
     LeaseState,
     Trouble,
     WorkerMachine,
+    judge_refusal,
     judge_status,
     judge_trouble,
 )
@@ -538,7 +539,11 @@ class Agent:
         if isinstance(result, Ending):
             limit = run.order.limit_of(result.reason)
             told = Failed(
-                reason=result.reason, message=result.message[:MAX_MESSAGE], limit=limit, missing=result.missing
+                reason=result.reason,
+                message=result.message[:MAX_MESSAGE],
+                limit=limit,
+                missing=result.missing,
+                signature=result.signature,
             )
         else:
             told = result
@@ -596,15 +601,19 @@ class Agent:
         outputs = [output.path for output in derivation.outputs]
         with self._ending_where_inputs_changed():
             watch = await self._guard.begin(derivation.inputs, outputs, self._slots[slot])
-        result = await build_in_slot(
-            self._slots[slot],
-            run.order.drv_path,
-            derivation,
-            limits=BuildLimits(run.order.timeout_s, run.order.max_silent_s, self._offer.build_cores),
-            gate=gate,
-            on_phase=lambda phase: self._tell_stage(key, Stage.BUILDING, phase),
-            pause=self._pause,
-        )
+        try:
+            result = await build_in_slot(
+                self._slots[slot],
+                run.order.drv_path,
+                derivation,
+                limits=BuildLimits(run.order.timeout_s, run.order.max_silent_s, self._offer.build_cores),
+                gate=gate,
+                on_phase=lambda phase: self._tell_stage(key, Stage.BUILDING, phase),
+                pause=self._pause,
+            )
+        except DaemonOperationError as error:
+            self._inputs.forget()
+            raise _Stopped(judge_refusal(str(error))) from None
         run.built_at = self._clock.now()
         # Before it is judged: a build that failed may have failed by what it read.
         with self._ending_where_inputs_changed():

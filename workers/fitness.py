@@ -2,7 +2,7 @@
 
 A worker that is not fit says why in every answer (`unfit` on the wire) and the farm gives it nothing new; what runs
 goes on. It is fit again by itself: a disk once there is room, a trial once it succeeds. Trials run while no lease is
-in hand: a worker that builds shows by its builds what it can do, and by their endings what it cannot. There are two: a
+in hand, but for a cheap one soon after a build ended in a way that the machine may be to blame for. There are two: a
 cheap one that only shows that Nix builds, and the canary (`workers.canary`), which measures how builds are isolated:
 at the start, every few hours, and after doubt. What follows from its grade is the coordinator's decision.
 
@@ -140,6 +140,8 @@ class FitnessWatch:
         self.isolation: IsolationGrade | None = None
         self._next_trial = self._next_canary = self._next_collection = 0.0
         self._full_at = 0.0
+        self._doubted = False
+        self._next_doubt = 0.0
 
     @property
     def unfit(self) -> str:
@@ -157,8 +159,12 @@ class FitnessWatch:
         self._changed()
 
     def doubt(self) -> None:
-        """A build ended in a way that a broken machine explains: try some as soon as no lease is in hand."""
+        """A build ended in a way that a broken machine explains: try one now, and the canary once no lease is in hand.
+
+        Not only then: the farm gives a machine that fails everything at once new leases without end.
+        """
         self._next_canary = 0.0
+        self._doubted = True
 
     async def run(self) -> None:
         """Look again and again, and make room where it is wanted, until cancelled."""
@@ -174,7 +180,13 @@ class FitnessWatch:
         before, isolation = self.unfit, self.isolation
         await self._look_at_disks()
         # A trial on a full disk would only say again that it is full.
-        if not self._low and self._idle():
+        now = self._clock.now()
+        if not self._low and self._doubted and not self._idle():
+            if now >= self._next_doubt:
+                self._doubted, self._next_doubt = False, now + TRIAL_AGAIN_S
+                await self._try(self._trial)
+        elif not self._low and self._idle():
+            self._doubted = False
             if self._clock.now() >= self._next_canary:
                 await self._try(self._measure)
             elif self._trial_every_s and self._clock.now() >= self._next_trial:

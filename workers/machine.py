@@ -22,6 +22,8 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Literal
 
+from workers import refusals
+
 #: Seconds of expected work kept waiting per slot.
 BACKLOG_S = 0.25
 #: Most leases kept waiting per slot, however short builds are.
@@ -230,6 +232,8 @@ class Ending:
     message: str
     #: Inputs that the farm's cache does not have.
     missing: tuple[str, ...] = ()
+    #: As in `scheduler.model.Failure`: what Nix said of this build, and of no machine for certain.
+    signature: str = ""
 
 
 def judge_status(status: int, message: str, *, disk_was_full: bool = False) -> Ending | None:
@@ -248,7 +252,21 @@ def judge_status(status: int, message: str, *, disk_was_full: bool = False) -> E
         verdict = _DISK_LOW
     # A hint has a reason; success has none.
     reason = verdict.reason or _INFRASTRUCTURE
+    if reason == _INFRASTRUCTURE:
+        return judge_refusal(message, verdict.text)
     return Ending(reason, f"{verdict.text}: {message}" if message else verdict.text)
+
+
+def judge_refusal(message: str, says: str = Trouble.DAEMON_REFUSED) -> Ending:
+    """Turn what Nix says instead of building into an ending: the recipe's fault where its words leave no doubt."""
+    full = f"{says}: {message}" if message else says
+    if any(words in message for words in NO_SPACE_WORDS):
+        return Ending("disk_low", full)
+    known = refusals.recognise(message)
+    if known is not None:
+        return Ending(known, f"Nix refuses the build: {message}")
+    reason = TROUBLE_POLICY[Trouble.DAEMON_REFUSED] if says == Trouble.DAEMON_REFUSED else _INFRASTRUCTURE
+    return Ending(reason, full, signature=refusals.signature(message))
 
 
 def judge_trouble(trouble: Trouble, detail: str = "") -> Ending:

@@ -179,6 +179,8 @@ class Failed(WireMessage):
     limit: int = 0
     #: Full paths that the farm's cache does not have and the build needs. The coordinator looks for itself.
     missing: Annotated[tuple[str, ...], Field(max_length=MAX_MISSING)] = ()
+    #: As in `scheduler.model.Failure`.
+    signature: Annotated[str, Field(pattern=r"\A[0-9a-f]{0,64}\z")] = ""
 
 
 class Report(WireMessage):

@@ -103,8 +103,10 @@ def built(key: str, by: str, attempt: int = 1) -> e.BuildSucceeded:
     return e.BuildSucceeded(lease(key, attempt), BuilderId(by), b"evidence")
 
 
-def broke(key: str, by: str, kind: FailureKind, attempt: int = 1, message: str = "exit status 1") -> e.BuildFailed:
-    return e.BuildFailed(lease(key, attempt), BuilderId(by), Failure(kind, message))
+def broke(
+    key: str, by: str, kind: FailureKind, attempt: int = 1, message: str = "exit status 1", *, signature: str = ""
+) -> e.BuildFailed:
+    return e.BuildFailed(lease(key, attempt), BuilderId(by), Failure(kind, message, signature))
 
 
 def published(key: str, attempt: int = 1) -> e.OutputsPublished:

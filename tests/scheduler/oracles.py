@@ -55,8 +55,10 @@ class Admitted:
     capacity: int
     heard: float
     closed: bool
-    #: Faults in a row; a success ends the row, and so does a quarantine.
-    strikes: int = 0
+    #: Steps that it is to blame for, in a row; a success ends the row, and so does a quarantine.
+    strikes: set[StepKey] = field(default_factory=set)
+    #: Steps whose own fault it may have been, until somebody else has built them.
+    suspicions: set[StepKey] = field(default_factory=set)
     quarantined: bool = False
     #: It was in quarantine and has built nothing since.
     probation: bool = False
@@ -172,14 +174,19 @@ class Judge:
                 must(len(life.faults) < self.limits.attempts, "infrastructure faults are bounded", fact)
                 must(life.faults.count(kind) <= MOST.get(kind, 99), "this kind is not retried so often", fact)
                 must(life.returns <= self.limits.returns, "returned leases are bounded", fact)
-                self._strike(fact, life, kind)
+                self._strike(fact, life)
                 life.close()
             case f.StepBuilt():
                 life = self._open(fact, fact.lease.step, fact.lease.attempt, fact.builder)
                 must(not life.built, "a lease is built once", fact)
                 life.built = True
                 if fact.builder in self.builders:
-                    self.builders[fact.builder].strikes, self.builders[fact.builder].probation = 0, False
+                    here = self.builders[fact.builder]
+                    here.strikes, here.suspicions, here.probation = set(), set(), False
+                for other in self.builders.values():
+                    if fact.lease.step in other.suspicions:
+                        other.suspicions.remove(fact.lease.step)
+                        other.strikes.add(fact.lease.step)
             case f.StepDone():
                 life = self._open(fact, fact.lease.step, fact.lease.attempt, None)
                 must(life.built, "a step is done only after it was built by the same attempt", fact)
@@ -190,12 +197,14 @@ class Judge:
                 life = self.steps[fact.step]
                 life.proven.add(life.active)
                 must(fact.recipe not in life.proven, "a recipe proven failing is not tried again in a life", fact)
+                self._acquit(fact.step, fact.failure)
                 life.active, life.faults = fact.recipe, []
                 life.close()
             case f.StepFailed():
                 life = self._open(fact, fact.step, fact.attempt, fact.builder)
                 must(fact.failure.kind is not FailureKind.CANCELLED, "a wish to stop is no failure", fact)
-                self._strike(fact, life, fact.failure.kind)
+                self._strike(fact, life)
+                self._acquit(fact.step, fact.failure)
                 life.failed, life.failed_at = fact.failure, fact.at
                 life.close()
                 self._over(fact.step)
@@ -215,14 +224,14 @@ class Judge:
                 here = self.builders[fact.builder]
                 must(not here.quarantined, "a quarantine begins once", fact)
                 most = 1 if here.probation else self.limits.quarantine_after
-                must(fact.for_unfitness or here.strikes >= most, "a builder is in quarantine for a reason", fact)
+                must(fact.for_unfitness or len(here.strikes) >= most, "a builder is in quarantine for a reason", fact)
                 must(self.now < fact.until <= self.now + 900.0, "a quarantine is bounded", fact)
-                here.quarantined, here.probation, here.strikes = True, True, 0
+                here.quarantined, here.probation = True, True
                 self.quarantines[fact.builder] = fact.until
             case f.QuarantineEnded():
                 here = self.builders[fact.builder]
                 must(here.quarantined, "only a quarantine ends", fact)
-                here.quarantined, here.strikes = False, 0
+                here.quarantined, here.strikes, here.suspicions = False, set(), set()
                 del self.quarantines[fact.builder]
             case f.BuilderRemoved():
                 held = [key for key, life in self.steps.items() if life.holder == fact.builder and not life.built]
@@ -264,10 +273,20 @@ class Judge:
         closed = fact.draining or bool(fact.unfit)
         self.builders[name] = replace(here, capacity=fact.capacity, heard=fact.at, closed=closed)
 
-    def _strike(self, fact: f.LeaseRevoked | f.StepFailed, life: Life, kind: FailureKind) -> None:
+    def _strike(self, fact: f.LeaseRevoked | f.StepFailed, life: Life) -> None:
         here = self.builders.get(fact.builder)
+        kind = fact.failure.kind
         if here is not None and not life.built and kind in FAULTS - BLAMELESS:
-            here.strikes += 1
+            step = fact.step if isinstance(fact, f.StepFailed) else fact.lease.step
+            if not fact.failure.signature and kind is not FailureKind.CONNECTION_LOST:
+                here.strikes.add(step)
+            elif step not in here.strikes:
+                here.suspicions.add(step)
+
+    def _acquit(self, step: StepKey, failure: Failure) -> None:
+        if failure.kind not in FAULTS:
+            for here in self.builders.values():
+                here.suspicions.discard(step)
 
     def _is_known(self, life: Life) -> bool:
         return (
@@ -281,9 +300,9 @@ class Judge:
         """Judge what must hold between two calls: nobody who has earned a quarantine goes without."""
         self.just_held = []
         for name, here in self.builders.items():
-            earned = here.strikes >= (1 if here.probation else self.limits.quarantine_after)
+            earned = len(here.strikes) >= (1 if here.probation else self.limits.quarantine_after)
             if earned and not here.quarantined and not here.closed:
-                raise OracleError(f"{name} has failed {here.strikes} times in a row and is still trusted")
+                raise OracleError(f"{name} has failed {len(here.strikes)} steps in a row and is still trusted")
 
     def _open(self, fact: f.Fact, key: StepKey, attempt: int, builder: BuilderId | None) -> Life:
         life = self.steps[key]

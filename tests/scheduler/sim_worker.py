@@ -21,6 +21,7 @@ from workers.machine import (
     LeaseState,
     Trouble,
     WorkerMachine,
+    judge_refusal,
     judge_status,
     judge_trouble,
 )
@@ -52,6 +53,8 @@ def ending(outcome: str) -> Ending | None:
     what = OUTCOMES.get(outcome)
     if what is None:
         return None
+    if what is Trouble.DAEMON_REFUSED:
+        return judge_refusal("getting status of /x: permission denied")
     return judge_trouble(what) if isinstance(what, Trouble) else judge_status(*what)
 
 
@@ -179,7 +182,7 @@ class SimWorker:
         if end is None:
             event = e.BuildSucceeded(lease, self.spec.id, b"outputs")
         else:
-            event = e.BuildFailed(lease, self.spec.id, Failure(FailureKind(end.reason), end.message))
+            event = e.BuildFailed(lease, self.spec.id, Failure(FailureKind(end.reason), end.message, end.signature))
         self.sequence += 1
         self.spool.append((self.sequence, key, event))
         if self.waiting is not None:
