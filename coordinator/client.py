@@ -17,7 +17,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 from yarl import URL
 
-from coordinator.errors import CoordinatorError
+from coordinator.errors import CoordinatorError, UnavailableError
 from coordinator.schema import (
     CacheRootView,
     CacheView,
@@ -33,8 +33,10 @@ from coordinator.schema import (
     ResignView,
     RetryView,
     RootView,
+    Snapshot,
     StepStatus,
     StepView,
+    SubmissionState,
     SubmissionView,
     SubmitRequest,
     VerifyRequest,
@@ -58,6 +60,8 @@ RECONNECT_GIVE_UP_S = 300.0
 #: One server-sent event; a snapshot names every running and failed step.
 MAX_EVENT_BYTES = 256 * 1024 * 1024
 
+#: The steps that a snapshot names.
+_SHOWN = (StepStatus.RUNNING, StepStatus.PUBLISHING, StepStatus.FAILED)
 _EVENTS: TypeAdapter[WatchEvent] = TypeAdapter(WatchEvent)
 _STEPS = TypeAdapter(list[StepView])
 _SUBMISSIONS = TypeAdapter(list[SubmissionView])
@@ -274,6 +278,7 @@ class ApiClient:
     ) -> AsyncIterator[WatchEvent]:
         """Yield a submission's events up to and with `Ended`; after a break it begins again with a new snapshot.
 
+        Where the coordinator has no stream free, snapshots are asked for instead: too many watchers fail no build.
         `on_lost` is told why, once for each time that the connection breaks.
 
         Raises:
@@ -285,7 +290,7 @@ class ApiClient:
         pause_s = RECONNECT_FIRST_S
         while True:
             try:
-                async for event in self._watch_once(submission):
+                async for event in self._events(submission, on_lost):
                     seen, lost_at, pause_s = True, None, RECONNECT_FIRST_S
                     yield event
                     if isinstance(event, Ended):
@@ -302,6 +307,34 @@ class ApiClient:
                 raise UnreachableError(self.url, f"for {RECONNECT_GIVE_UP_S:.0f} s")
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, RECONNECT_LONGEST_S)
+
+    async def _events(self, submission: str, on_lost: Callable[[str], None]) -> AsyncIterator[WatchEvent]:
+        """Yield what a stream says, and where none is free what it would begin with, again and again."""
+        try:
+            async for event in self._watch_once(submission):
+                yield event
+        except RefusedError as refusal:
+            if refusal.reason != UnavailableError.code:
+                raise
+            on_lost(str(refusal))
+        else:
+            return
+        while True:
+            for event in await self._look(submission):
+                yield event
+            await asyncio.sleep(RECONNECT_LONGEST_S)
+
+    async def _look(self, submission: str) -> list[WatchEvent]:
+        """Ask for a snapshot, and the end where there is one. Raises `UnreachableError` while not even that is had."""
+        try:
+            # The state first: once it has ended, the steps that are asked for after it are the last ones.
+            view = await self.submission(submission)
+            snapshot = Snapshot(submission=view, steps=tuple(await self.steps(submission, _SHOWN)))
+        except RefusedError as refusal:
+            if refusal.reason != UnavailableError.code:
+                raise
+            raise UnreachableError(self.url, str(refusal)) from None
+        return [snapshot] if view.state is SubmissionState.RUNNING else [snapshot, Ended(submission=view)]
 
     async def _watch_once(self, submission: str) -> AsyncIterator[WatchEvent]:
         path = f"submissions/{_part(submission)}/events"

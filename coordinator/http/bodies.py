@@ -4,7 +4,7 @@ Every JSON body of every route comes through `read_model`. What it costs is boun
 of a public route is a stranger:
 
     bytes        `BodyBounds.size_bytes`, and BODIES_BYTES over all requests that are being read
-    time         PATIENCE_S of waiting, and more only as bytes come at LEAST_BYTES_PER_S
+    time         PATIENCE_S of waiting at a time, and in all PATIENCE_S more than LEAST_BYTES_PER_S needs (`Pace`)
     encoding     none: a compressed body is 415, so nothing is ever inflated here
     shape        commas and brackets are counted before parsing, depth, keys and duplicate keys after it
     errors       sequences of the models fail fast and objects have at most MAX_KEYS keys, so few errors are collected
@@ -32,8 +32,10 @@ from coordinator.errors import BadRequestError, CoordinatorError, UnavailableErr
 INLINE_BYTES: Final = 32 * 1024
 #: Bytes of all JSON bodies that are being read at one time.
 BODIES_BYTES: Final = 512 * 1024 * 1024
-#: Seconds to wait for a body, and the pace in bytes a second that earns more of them.
+#: Seconds to wait for bytes of a JSON body, and of a stream, whose sender reads them from a disk as it goes.
 PATIENCE_S: Final = 30.0
+STREAM_PATIENCE_S: Final = 60.0
+#: Least pace of any body: a modem's. It bounds how long one request can hold its connection and memory.
 LEAST_BYTES_PER_S: Final = 4 * 1024
 #: Arrays and objects in each other; the API's deepest request has four.
 MAX_DEPTH: Final = 16
@@ -88,8 +90,31 @@ def refuse_encoding(request: web.BaseRequest) -> None:
         raise BodyEncodedError("this coordinator takes no Content-Encoding; send the body as it is.")
 
 
-async def body_chunks(request: web.Request) -> AsyncGenerator[bytes, None]:
-    """Yield a body as it comes.
+class Pace:
+    """Reader of one request's body that gives up a silent or slow sender; our own work between reads does not count."""
+
+    def __init__(self, request: web.BaseRequest, patience_s: float) -> None:
+        """`patience_s`: how long nothing may come, and how far the body may be behind LEAST_BYTES_PER_S."""
+        self._content = request.content
+        self._patience_s = patience_s
+        self._waited_s = 0.0
+        #: Bytes that came.
+        self.taken = 0
+
+    async def read(self) -> bytes:
+        """Return the next bytes, b"" at the end. Raises `TimeoutError`, or what aiohttp does where the body breaks."""
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        behind_s = self._waited_s - self.taken / LEAST_BYTES_PER_S
+        async with asyncio.timeout(self._patience_s - max(0.0, behind_s)):
+            chunk = await self._content.readany()
+        self._waited_s += loop.time() - began_s
+        self.taken += len(chunk)
+        return chunk
+
+
+async def body_chunks(request: web.Request, patience_s: float = STREAM_PATIENCE_S) -> AsyncGenerator[bytes, None]:
+    """Yield a body as it comes, within the bounds of `Pace`.
 
     Raises:
         BodyEncodedError: it is compressed.
@@ -97,21 +122,16 @@ async def body_chunks(request: web.Request) -> AsyncGenerator[bytes, None]:
         BadRequestError: it ended too early.
     """
     refuse_encoding(request)
-    loop = asyncio.get_running_loop()
-    taken, waited_s = 0, 0.0
+    pace = Pace(request, patience_s)
     while True:
-        began_s = loop.time()
         try:
-            async with asyncio.timeout(PATIENCE_S + taken / LEAST_BYTES_PER_S - waited_s):
-                chunk = await request.content.readany()
+            chunk = await pace.read()
         except TimeoutError:
-            raise BodySlowError(f"after {taken} bytes the body came too slowly; send it again.") from None
+            raise BodySlowError(f"after {pace.taken} bytes the body came too slowly; send it again.") from None
         except web.RequestPayloadError:
             raise BadRequestError("the request's body ended too early; send it again.") from None
-        waited_s += loop.time() - began_s
         if not chunk:
             return
-        taken += len(chunk)
         yield chunk
 
 
@@ -146,7 +166,7 @@ async def read_model(request: web.Request, model: type[_Model], bounds: BodyBoun
         raise _too_large(bounds)
     data = bytearray()
     try:
-        async with aclosing(body_chunks(request)) as chunks:
+        async with aclosing(body_chunks(request, PATIENCE_S)) as chunks:
             async for chunk in chunks:
                 if len(data) + len(chunk) > bounds.size_bytes:
                     raise _too_large(bounds)

@@ -8,7 +8,9 @@ Rules:
        new one; where there is none, an idle authenticated one if the total is reached, else the new one is closed.
     3. The head of a request comes within HEAD_S of the connection, or of its first byte on a connection that is kept.
     4. Strangers' downloads take at most STRANGERS_SHARE of the connections; more are 503, which Nix tries again.
-    5. `accept` that fails (no descriptor is free) is tried again; it never ends the loop or the listening socket.
+    5. A client that takes too little of its answer for UNREAD_S loses the connection: 48 KiB of what waits for it, and
+       more where files go past the loop (`coordinator.http.nars`).
+    6. `accept` that fails (no descriptor is free) is tried again; it never ends the loop or the listening socket.
 
 A connection is *known* once a request on it had a valid token (`mark_known`).
 """
@@ -48,6 +50,8 @@ STRANGERS_SHARE: Final = 0.75
 RETRY_AFTER_S: Final = 5
 #: Seconds for a request's head.
 HEAD_S: Final = 10.0
+#: Seconds within which a client makes room for more of its answer (Nix itself gives up after as long).
+UNREAD_S: Final = 300.0
 #: Seconds between two tries to accept while that fails.
 ACCEPT_PAUSE_S: Final = 0.1
 #: Errors of `accept` that are the connection's own, gone before it was accepted.
@@ -89,7 +93,7 @@ class ConnectionGate:
         #: Oldest first, by when they were opened or last became idle.
         self._open: dict[GuardedConnection, None] = {}
         self._by_address: Counter[str] = Counter()
-        #: Connections closed for others, refused, and given up for want of a head.
+        #: Connections closed for others, refused, and given up for want of a head or of a reader.
         self.evicted = self.refused = self.silent = 0
 
     def __len__(self) -> int:
@@ -135,7 +139,7 @@ class ConnectionGate:
         telemetry.gauge("drover_connections", "Open connections.", lambda: [(len(self._open), {})])
         telemetry.counter(
             "drover_connections_closed",
-            "Connections closed by the gate: for another, refused, without a head in time.",
+            "Connections closed by the gate: for another, refused, without a head or a reader in time.",
             lambda: [
                 (self.evicted, {"reason": "evicted"}),
                 (self.refused, {"reason": "refused"}),
@@ -156,7 +160,7 @@ class ConnectionGate:
 class GuardedConnection(RequestHandler):
     """aiohttp's connection, counted by a gate and bounded in the time for a head."""
 
-    __slots__ = ("_gate", "_head_timer", "_heads", "address", "known")
+    __slots__ = ("_gate", "_head_timer", "_heads", "_unread_timer", "address", "known")
 
     def __init__(self, gate: ConnectionGate, address: str, manager: web.Server, **options: Any) -> None:
         super().__init__(manager, auto_decompress=False, **options)
@@ -166,6 +170,7 @@ class GuardedConnection(RequestHandler):
         self.known = False
         self._heads = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
 
     @property
     def idle(self) -> bool:
@@ -188,7 +193,18 @@ class GuardedConnection(RequestHandler):
         """Leave the gate."""
         self._gate.leave(self)
         self._forget_timer()
+        self._forget_unread()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client to take what is sent."""
+        super().pause_writing()
+        self._unread_timer = self._loop.call_later(UNREAD_S, self._give_up)
+
+    def resume_writing(self) -> None:
+        """Note that the client took it."""
+        self._forget_unread()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Pass on, and look whether a head is whole."""
@@ -213,8 +229,13 @@ class GuardedConnection(RequestHandler):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def _forget_unread(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
+
     def _give_up(self) -> None:
-        self._head_timer = None
+        self._head_timer = self._unread_timer = None
         self._gate.silent += 1
         self.drop()
 

@@ -37,8 +37,10 @@ _log = logging.getLogger(__name__)
 SMALL_FILE_BYTES: Final = 64 * 1024
 #: Bytes given to one connection before the event loop looks after the others.
 SENDFILE_BYTES: Final = 1024 * 1024
-#: A client that takes nothing for so long is left (Nix itself gives up after as long).
+#: A client that takes nothing for so long is left (Nix itself gives up after as long), and so is one that is this much
+#: behind LEAST_BYTES_PER_S, a modem's pace.
 STALL_S: Final = 300.0
+LEAST_BYTES_PER_S: Final = 4 * 1024
 #: How long a presigned address is good for: long enough to begin.
 PRESIGNED_S: Final = 900.0
 
@@ -220,7 +222,7 @@ async def _copy(connection: int, file: int, start: int, stop: int) -> None:
     """Copy from file to socket whenever the socket takes more. Raises `OSError` or `TimeoutError`."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
-    at = start
+    at, began_s = start, loop.time()
 
     def send() -> None:
         nonlocal at
@@ -233,7 +235,7 @@ async def _copy(connection: int, file: int, start: int, stop: int) -> None:
                 ended.set_exception(error)
             return
         at += sent
-        stall.reschedule(loop.time() + STALL_S)
+        stall.reschedule(min(loop.time(), began_s + (at - start) / LEAST_BYTES_PER_S) + STALL_S)
         if not ended.done() and (at >= stop or sent == 0):
             if at < stop:
                 ended.set_exception(OSError(f"the object ended after {at} bytes"))

@@ -36,7 +36,7 @@ from aiohttp.typedefs import Handler
 
 from coordinator.caches import OpenCache
 from coordinator.http.access import challenge
-from coordinator.http.bodies import BodyEncodedError, refuse_encoding
+from coordinator.http.bodies import BodyEncodedError, Pace, refuse_encoding
 from infra.cache import AlreadyPublished, Candidate, Conflict, ObjectStore, Published, PublishOutcome
 from infra.cache.candidates import MAX_NAR_BYTES
 from infra.cache.errors import CacheError
@@ -55,7 +55,7 @@ _log = logging.getLogger(__name__)
 PUT: Final = "put"
 #: Bodies that are taken at one time; further ones wait before `100 Continue`.
 MAX_UPLOADS: Final = 32
-#: A body that is silent for so long is given up.
+#: A body that is silent for so long, or this far behind `bodies.LEAST_BYTES_PER_S`, is given up.
 SILENCE_S: Final = 30.0
 #: A narinfo with MAX_REFERENCES references.
 MAX_NARINFO_BYTES: Final = 8 * 1024 * 1024
@@ -301,29 +301,27 @@ def _length(request: web.Request, limit: int) -> int:
 async def _body(request: web.Request, size: int, limit: int) -> AsyncGenerator[bytes, None]:
     """Ask for the body and yield it.
 
-    Raises `UploadRefusedError` if it ends before `size`, falls silent, or is more than `limit`.
+    Raises `UploadRefusedError` if it ends before `size`, comes too slowly, or is more than `limit`.
     """
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         # aiohttp counts what was written to tell whether an answer has begun.
         request.writer.output_size = 0
-    taken = 0
-    try:
-        while True:
-            async with asyncio.timeout(SILENCE_S):
-                chunk = await request.content.readany()
-            if not chunk:
-                break
-            taken += len(chunk)
-            if taken > limit:
-                raise UploadRefusedError(413, f"it is more than {limit} bytes")
-            yield chunk
-    except TimeoutError:
-        raise UploadRefusedError(400, f"nothing came for {SILENCE_S:.0f} s; what came before is thrown away") from None
-    except (ConnectionError, web.RequestPayloadError):
-        raise UploadRefusedError(400, "the body ended early; what came is thrown away") from None
-    if taken != size:
-        raise UploadRefusedError(400, f"{taken} bytes came, {size} were announced; they are thrown away")
+    pace = Pace(request, SILENCE_S)
+    while True:
+        try:
+            chunk = await pace.read()
+        except TimeoutError:
+            raise UploadRefusedError(400, "the body came too slowly; what came is thrown away") from None
+        except (ConnectionError, web.RequestPayloadError):
+            raise UploadRefusedError(400, "the body ended early; what came is thrown away") from None
+        if not chunk:
+            break
+        if pace.taken > limit:
+            raise UploadRefusedError(413, f"it is more than {limit} bytes")
+        yield chunk
+    if pace.taken != size:
+        raise UploadRefusedError(400, f"{pace.taken} bytes came, {size} were announced; they are thrown away")
 
 
 def _answer(outcome: PublishOutcome) -> web.StreamResponse:

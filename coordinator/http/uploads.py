@@ -6,7 +6,6 @@ Errors are an `ErrorView` whose `code` a sender acts on. A piece that ends early
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Final, TypeAlias, TypeVar
 
@@ -18,7 +17,7 @@ from pydantic import BaseModel
 from coordinator.caches import OpenCache
 from coordinator.errors import BadRequestError
 from coordinator.http.access import challenge, told_token
-from coordinator.http.bodies import BodyBounds, read_model
+from coordinator.http.bodies import BodyBounds, Pace, read_model
 from coordinator.http.connections import mark_known
 from coordinator.schema import ErrorBody, ErrorView
 from coordinator.upload_tokens import UploadTokens
@@ -37,7 +36,7 @@ from infra.cache.upload_wire import (
 )
 from infra.cache.uploads import Sender, Uploads
 
-#: Seconds without a byte after which a sender is given up.
+#: Seconds without a byte, or behind `bodies.LEAST_BYTES_PER_S`, after which a sender is given up.
 SILENCE_S: Final = 60.0
 #: MAX_PATHS objects, with references and entity tags as far as MAX_MESSAGE_BYTES go.
 MESSAGE_BOUNDS: Final = BodyBounds(MAX_MESSAGE_BYTES, items=1_500_000, containers=3 * MAX_PATHS)
@@ -162,13 +161,10 @@ class UploadRoutes:
 
 
 async def _body(request: web.Request) -> AsyncIterator[bytes]:
-    """Yield what arrives. Raises `ConnectionError` where it ends early, or nothing comes for SILENCE_S."""
+    """Yield what arrives. Raises `ConnectionError` where it ends early or comes too slowly."""
+    pace = Pace(request, SILENCE_S)
     try:
-        while True:
-            async with asyncio.timeout(SILENCE_S):
-                chunk = await request.content.readany()
-            if not chunk:
-                return
+        while chunk := await pace.read():
             yield chunk
     except (TimeoutError, web.RequestPayloadError) as error:
         raise ConnectionResetError("the sender went away") from error

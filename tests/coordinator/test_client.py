@@ -172,6 +172,25 @@ async def test_a_watch_begins_again_after_a_break_and_tells_of_it_once(monkeypat
     assert len(lost) == 2
 
 
+async def test_a_watch_that_finds_no_stream_free_looks_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RECONNECT_LONGEST_S", 0.01)
+    states = [SubmissionState.RUNNING, SubmissionState.RUNNING, SubmissionState.SUCCEEDED]
+    crowded = refusal(503, {"error": {"code": "unavailable", "message": "too many clients are watching"}})
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if request.path.endswith("/events"):
+            return await crowded(request)
+        if request.path.endswith("/steps"):
+            return web.json_response([])
+        return web.Response(text=ENDED.model_copy(update={"state": states.pop(0)}).model_dump_json())
+
+    lost: list[str] = []
+    async with served(handler) as client:
+        events = [event async for event in client.watch("s", on_lost=lost.append)]
+    assert [type(event) for event in events] == [Snapshot, Snapshot, Snapshot, Ended]
+    assert lost == ["too many clients are watching"]
+
+
 async def test_a_watch_gives_up_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RECONNECT_FIRST_S", 0.01)
     monkeypatch.setattr(module, "RECONNECT_GIVE_UP_S", 0.1)

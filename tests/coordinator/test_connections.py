@@ -18,6 +18,8 @@ from coordinator.http.connections import ConnectionBounds, ConnectionGate, requi
 from coordinator.http.fast import FastNarinfos, FastSite
 
 TOKEN = "t" * 20
+#: More than the sockets of both sides hold.
+LARGE_BYTES = 32 * 1024 * 1024
 
 
 @dataclass
@@ -68,6 +70,9 @@ async def serve(bounds: ConnectionBounds) -> AsyncGenerator[Site, None]:
     async def quick(_request: web.Request) -> web.Response:
         return web.Response(text="here")
 
+    async def large(_request: web.Request) -> web.Response:
+        return web.Response(body=bytes(LARGE_BYTES))
+
     gate = ConnectionGate(bounds)
     clients: list[Client] = []
     app = web.Application(middlewares=[require_room(gate), require_token(TOKEN)])
@@ -75,6 +80,7 @@ async def serve(bounds: ConnectionBounds) -> AsyncGenerator[Site, None]:
     app.router.add_get("/slow", last)
     app.router.add_get("/api/x", quick)
     app.router.add_get("/quick", quick)
+    app.router.add_get("/large", large)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     listener = socket.create_server(("127.0.0.1", 0))
@@ -148,6 +154,18 @@ async def test_a_head_comes_in_time(sent: bytes, monkeypatch: pytest.MonkeyPatch
         assert await fresh.closed()
         assert await kept.closed()
         assert site.gate.silent == 2
+
+
+async def test_a_client_that_does_not_read_its_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "UNREAD_S", 0.2)
+    async with serve(ConnectionBounds(8, 8)) as site:
+        client = await site.connect("/large")
+        async with asyncio.timeout(30):
+            while not site.gate.silent:  # noqa: ASYNC110 - what is waited for happens at the other end
+                await asyncio.sleep(0.02)
+        assert len(site.gate) == 0
+        with suppress(ConnectionError):
+            assert len(await client.reader.read()) < LARGE_BYTES
 
 
 def test_bounds_lie_below_the_limit_of_descriptors() -> None:

@@ -369,6 +369,21 @@ async def test_a_silent_body_is_given_up(served: Writable, monkeypatch: pytest.M
     assert served.left_behind() == []
 
 
+async def test_a_body_that_trickles_is_given_up(served: Writable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_puts, "SILENCE_S", 0.3)
+    upload = upload_of(A, os.urandom(QUICK_OBJECT_BYTES * 2))
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(put_head(upload.info.url, len(upload.data)).encode())
+    answer = asyncio.ensure_future(reader.readuntil(b"\r\n\r\n"))
+    # A byte at a time is never silence, and less than the least pace.
+    while not (await asyncio.wait([answer], timeout=0.02))[0]:
+        writer.write(b"x")
+    assert answer.result().startswith(b"HTTP/1.1 400 ")
+    writer.close()
+    await writer.wait_closed()
+    assert served.left_behind() == []
+
+
 async def test_bodies_without_a_length_or_in_another_encoding_are_refused(served: Writable) -> None:
     upload = upload_of(A, b"x")
     assert (await served.put(upload.info.url, upload.data, **{"Content-Encoding": "gzip"}))[0] == 415

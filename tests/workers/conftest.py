@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import shutil
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -86,6 +87,8 @@ class FarmCache:
         self.questions: list[list[str]] = []
         #: Answers nothing while it is set.
         self.away = False
+        #: Narinfos of one answer.
+        self.at_most = 500
         #: Signs what is published; another key is a cache that is not the farm's.
         self.key = KEY
 
@@ -112,21 +115,18 @@ class FarmCache:
             raise web.HTTPServiceUnavailable
         found: dict[str, str] = {}
         missing: list[str] = []
-
-        def visit(name: str) -> None:
+        # The nearest first, as the coordinator does where it must leave some out.
+        wanted = deque(asked)
+        while wanted and len(found) < self.at_most:
+            name = wanted.popleft()
             if name in found or name in missing:
-                return
+                continue
             info = self.narinfos.get(name)
             if info is None:
                 missing.append(name)
-                return
-            for reference in info.references:
-                if reference != name:
-                    visit(reference)
+                continue
             found[name] = info.render().decode()
-
-        for name in asked:
-            visit(name)
+            wanted.extend(info.references)
         return web.json_response({"narinfos": list(found.values()), "missing": missing})
 
 

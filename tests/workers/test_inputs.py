@@ -6,6 +6,7 @@ import pytest
 
 from infra.nix import signing
 from workers import inputs
+from workers.inputs import QUESTION_PATHS, FarmSources
 from workers.protocol import Failed, Output, Succeeded
 
 from .conftest import STORE, Bench, Told, drv, hash_part, order
@@ -41,6 +42,46 @@ async def test_a_second_worker_fetches_the_closure_of_its_inputs(bench: Bench) -
     assert bench.cache.questions == [[chain[2].path.rpartition("/")[2]]]
     for output in chain:
         assert (bench.root / "two" / "store" / output.path.lstrip("/")).exists()
+
+
+async def test_a_closure_larger_than_one_answer_is_asked_for_in_parts_references_first(bench: Bench) -> None:
+    """A bounded answer holds the nearest paths; a fan and a chain that end beyond it come with further questions."""
+    bench.cache.at_most = QUESTION_PATHS
+
+    def publish(name: str, *references: str) -> str:
+        path = f"{STORE}/{hash_part(name)}-{name}"
+        nar_hash = "sha256:" + "0" * 52
+        bench.cache.publish(
+            Output(
+                name="out",
+                path=path,
+                url=f"nar/{'0' * 52}.nar",
+                compression="none",
+                file_hash=nar_hash,
+                file_size=1,
+                nar_hash=nar_hash,
+                nar_size=1,
+                references=tuple(sorted(references)),
+                ca="",
+            )
+        )
+        return path.rpartition("/")[2]
+
+    chain = publish("chain-0")
+    for number in range(1, 40):
+        chain = publish(f"chain-{number}", chain)
+    leaves = [publish(f"leaf-{number}", chain) for number in range(2 * QUESTION_PATHS + 7)]
+    roots = [f"{STORE}/{publish(f'root-{number}', *leaves[number::2])}" for number in range(2)]
+    sources = FarmSources(bench.farm, None)
+    try:
+        infos = await sources.narinfos(roots)
+    finally:
+        await sources.close()
+    places = {info.store_path.rpartition("/")[2]: place for place, info in enumerate(infos)}
+    assert len(places) == len(infos) == 40 + len(leaves) + len(roots)
+    assert all(places[name] < place for place, info in enumerate(infos) for name in info.references)
+    assert len(bench.cache.questions) > 2
+    assert max(map(len, bench.cache.questions)) <= QUESTION_PATHS
 
 
 async def test_concurrent_leases_fetch_a_shared_input_once_and_later_ones_ask_nothing(bench: Bench) -> None:
