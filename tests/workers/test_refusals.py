@@ -25,6 +25,17 @@ PROVOKED: tuple[tuple[str, str, dict[str, str], tuple[str, ...], str, str], ...]
     ("own-reference", "echo $out > $out", {"allowedReferences": ""}, ("out",), "permanent", "not allowed to refer"),
 )
 
+#: What 2.34.8 says in other words than 2.8, and its class.
+RECIPE_REFUSALS_OF_2_34 = {
+    "error:\n       … while parsing derivation '/nix/store/z-graph.drv'\n\n"
+    "       error: path '/etc' is not in the Nix store": "permanent",
+    "error:\n       … while parsing derivation '/nix/store/s-graph.drv'\n\n"
+    "       error: odd number of tokens in 'exportReferencesGraph': 'graph'": "permanent",
+    "cannot process __json attribute: [json.exception.type_error.302] type must be object, but is array": "permanent",
+    "derivation '/nix/store/p-x.drv' output check for 'out' contains output name 'nonsense', but this is not a valid "
+    "output of this derivation. (Valid outputs are [out].)": "permanent",
+}
+
 
 async def test_each_refusal_that_can_be_provoked_is_the_recipes_own_fault_at_once(bench: Bench) -> None:
     told = await bench.agent(trial_every_s=86_400)
@@ -66,6 +77,11 @@ def test_a_signature_forgets_what_differs_between_machines_and_keeps_what_differ
     assert signature(one) == signature(two)
     assert signature(one) != signature(one.replace("No such file", "Permission denied"))
     assert signature("") == ""
+
+
+def test_sentences_of_later_versions_are_the_recipes_own_fault_too() -> None:
+    """As 2.34.8 said them to a worker of this farm; the installed Nix has other words."""
+    assert RECIPE_REFUSALS_OF_2_34 == {text: recognise(text) for text in RECIPE_REFUSALS_OF_2_34}
 
 
 def test_words_about_the_machine_are_not_taken_for_the_recipes() -> None:
