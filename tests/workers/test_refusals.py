@@ -81,7 +81,7 @@ def test_a_signature_forgets_what_differs_between_machines_and_keeps_what_differ
 
 def test_sentences_of_later_versions_are_the_recipes_own_fault_too() -> None:
     """As 2.34.8 said them to a worker of this farm; the installed Nix has other words."""
-    assert RECIPE_REFUSALS_OF_2_34 == {text: recognise(text) for text in RECIPE_REFUSALS_OF_2_34}
+    assert {text: recognise(text) for text in RECIPE_REFUSALS_OF_2_34} == RECIPE_REFUSALS_OF_2_34
 
 
 def test_words_about_the_machine_are_not_taken_for_the_recipes() -> None:
