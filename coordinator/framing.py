@@ -39,8 +39,8 @@ SOURCES_SLICE = 256
 LARGE_BYTES = 1024 * 1024
 #: Seconds within which a large derivation must come once it has its room: others wait for that.
 LARGE_WITHIN_S = 300.0
-#: Inflated bytes after which the loop is given back.
-_TURN_BYTES = 4 * 1024 * 1024
+#: Inflated bytes after which a stream gives the loop back; all streams take such turns between two looks at the others.
+_TURN_BYTES = 1024 * 1024
 #: What a reader's frame may ask for; the fast levels stay at 2 MiB.
 MAX_WINDOW_BYTES = 8 * 1024 * 1024
 PIECE_BYTES = 256 * 1024
@@ -177,7 +177,7 @@ async def read_derivations(
         async with room_for(size):
             try:
                 async with asyncio.timeout(LARGE_WITHIN_S):
-                    large = await stream.exactly(size)
+                    large = await stream.large(size)
             except TimeoutError:
                 raise FramingError(
                     f"{name} has {size} bytes and did not come within {LARGE_WITHIN_S:.0f} s; send it again"
@@ -358,6 +358,14 @@ class _Inflater:
         piece = bytes(self._plain[:count])
         del self._plain[:count]
         return piece
+
+    async def large(self, count: int) -> bytes:
+        """Return `count` bytes as `exactly` does, copied piece by piece and put together beside the loop."""
+        pieces: list[bytes] = []
+        while count:
+            pieces.append(await self.some(min(count, PIECE_BYTES)))
+            count -= len(pieces[-1])
+        return await asyncio.to_thread(b"".join, pieces)
 
     async def magic(self, expected: bytes) -> None:
         if await self.exactly(len(expected)) != expected:

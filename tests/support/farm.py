@@ -24,7 +24,7 @@ from typing import IO, Any
 from tests.support.ordinary import OrdinaryUser
 
 BIN = Path(sys.executable).parent
-READY_WITHIN_S = 60.0
+READY_WITHIN_S = 120.0
 STOP_WITHIN_S = 45.0
 
 
@@ -162,7 +162,7 @@ class Farm:
             return ""
         return str(json.loads(said)["status"])
 
-    def wait_for_workers(self, count: int, within_s: float = 60.0) -> list[dict[str, Any]]:
+    def wait_for_workers(self, count: int, within_s: float = 180.0) -> list[dict[str, Any]]:
         deadline = time.monotonic() + within_s
         while True:
             workers: list[dict[str, Any]] = [w for w in self.api("workers") if w["state"] == "online"]
