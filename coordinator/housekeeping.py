@@ -3,7 +3,11 @@
 What must stay is told to the cache before each collection, level-triggered: every submission that the coordinator
 knows is a root (while it runs without end, afterwards for the retention), and everything that a running submission may
 still read, its members' outputs and their sources, is named as such. What a client is about to submit is leased by
-intake from its first question on. So there is no moment at which a path is wanted and nobody says so.
+intake from its first question on; these leases end here, between two collections, once the submission is a root. So
+there is no moment at which a path is wanted and nobody says so.
+
+Submissions with the same members share one root, which has the name of one of them and lasts as long as the longest: a
+graph that is submitted every few minutes is stored once.
 
 Only `collect` collects, one at a time. The numbers that queries tell for `/metrics` are refreshed here too.
 """
@@ -11,13 +15,16 @@ Only `collect` collects, one at a time. The numbers that queries tell for `/metr
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, cast
 
 from coordinator.config import CacheSettings
 from coordinator.derivations import DerivationsError, DerivationStore
 from coordinator.metrics import CacheGauges
+from coordinator.path_leases import PathLeases
 from coordinator.rows import SubmissionRow
 from coordinator.views import Views
 from infra.cache import Cache
@@ -42,9 +49,12 @@ _log = logging.getLogger(__name__)
 class SubmissionNeeds:
     """What submissions need of the farm's own cache, from the read model and the stored derivations."""
 
-    def __init__(self, views: Views, derivations: DerivationStore) -> None:
+    def __init__(self, views: Views, derivations: DerivationStore, leases: PathLeases) -> None:
         self._views = views
         self._derivations = derivations
+        self._leases = leases
+        #: Submission -> (its members, how many they were, their digest): members grow, or become another list.
+        self._digests: dict[str, tuple[list[StepKey], int, bytes]] = {}
 
     async def live_paths(self) -> set[str]:
         """Return the outputs of all members of running submissions, and the sources of their recipes: full paths."""
@@ -70,6 +80,24 @@ class SubmissionNeeds:
         """Return all submissions that the coordinator knows."""
         return self._views.submission_rows()
 
+    async def alike(self) -> dict[bytes, list[SubmissionRow]]:
+        """Return all submissions, those with the same members together, by the digest of their members."""
+        before, self._digests = self._digests, {}
+        alike: dict[bytes, list[SubmissionRow]] = {}
+        for row in self.rows():
+            known = before.get(row.id)
+            if known is None or known[0] is not row.members or known[1] != len(row.members):
+                known = (row.members, len(row.members), _digest(row.members))
+                await asyncio.sleep(0)
+            self._digests[row.id] = known
+            alike.setdefault(known[2], []).append(row)
+        return alike
+
+    async def end_leases(self, rooted: Collection[str]) -> None:
+        """End what intake leased for submissions that are roots by now, or are not known any more."""
+        known = {row.id for row in self.rows()}
+        await self._leases.end(known.difference(rooted))
+
 
 class Housekeeper:
     """Looks after one cache; `submissions` only for the one that the farm publishes to."""
@@ -91,8 +119,8 @@ class Housekeeper:
         self._submissions = submissions
         self._sources = sources
         self._collecting = asyncio.Lock()
-        #: Submissions whose root is as it must be, and when that root expires; None until the cache was asked.
-        self._kept: dict[str, float | None] | None = None
+        #: Roots by the name of the submission that gave it; None until the cache was asked.
+        self._kept: dict[str, _Kept] | None = None
 
     async def run(self) -> None:
         """Refresh the gauges and collect at the configured pace until cancelled; what fails is tried again later."""
@@ -103,7 +131,8 @@ class Housekeeper:
                 await self.cache.write_uses()
                 if self._submissions is not None:
                     async with self._collecting:
-                        await self._keep_submissions(self._submissions)
+                        await self._submissions.end_leases(await self._keep_submissions(self._submissions))
+                await self.cache.drop_lapsed_leases()
                 await self.refresh_gauges()
                 if pause_s and self._clock.now() >= next_collection:
                     next_collection = self._clock.now() + pause_s
@@ -117,16 +146,21 @@ class Housekeeper:
         async with self._collecting:
             # In this order: a submission that comes in between is leased by intake.
             also: set[str] = set()
+            rooted: set[str] = set()
             if self._submissions is not None:
                 also = await self._submissions.live_paths()
-                await self._keep_submissions(self._submissions)
+                rooted = await self._keep_submissions(self._submissions)
             plan = CollectPlan(
                 also=frozenset(also),
                 grace_s=self._how.grace_hours * HOUR_S,
                 max_bytes=self._how.max_bytes,
                 dry_run=dry_run,
             )
-            return await self.cache.collect(plan)
+            report = await self.cache.collect(plan)
+            if self._submissions is not None:
+                # Not before: `also` does not name what came meanwhile.
+                await self._submissions.end_leases(rooted)
+            return report
 
     async def verify(self, *, full: bool, repair: bool) -> FsckReport:
         """Prove the cache, and repair it from `sources` if asked to. Raises `MetadataError`, `ObjectStoreError`."""
@@ -144,26 +178,57 @@ class Housekeeper:
         self._gauges.leases = info.leases
         self._gauges.dangling = info.dangling
 
-    async def _keep_submissions(self, submissions: SubmissionNeeds) -> None:
-        """Make every submission the root that it should be now."""
+    async def _keep_submissions(self, submissions: SubmissionNeeds) -> set[str]:
+        """Make all submissions the roots that they should be now; returns those whose members are kept, or need not."""
         now = self._clock.now()
         if self._kept is None:
             # What was there before this start was written with the same members: a large one costs seconds.
             roots = await self.cache.roots()
-            self._kept = {root.name: root.expires_at for root in roots if root.kind == SUBMISSION}
-        rows = submissions.rows()
-        known = {row.id for row in rows}
+            self._kept = {root.name: _Kept(root.expires_at) for root in roots if root.kind == SUBMISSION}
+        alike = await submissions.alike()
         # The root of one that the farm has forgotten stays until it expires.
-        self._kept = {name: at for name, at in self._kept.items() if name in known}
+        known: set[str] = {row.id for rows in alike.values() for row in rows}
+        self._kept = {name: kept for name, kept in self._kept.items() if name in known}
+        for digest, rows in alike.items():
+            await self._keep(submissions, digest, rows, now)
+        return known
+
+    async def _keep(
+        self, submissions: SubmissionNeeds, digest: bytes, rows: Sequence[SubmissionRow], now: float
+    ) -> None:
+        """Make submissions with the same members one root."""
+        kept = cast("dict[str, _Kept]", self._kept)
+        times = [self._how.expiry(row.touched_at) if row.ended or row.withdrawn else None for row in rows]
+        ends = [at for at in times if at is not None]
+        expires_at = max(ends) if len(ends) == len(times) else None
+        if expires_at is not None and expires_at <= now:
+            for row in rows:
+                # It ran when this was last looked at.
+                if row.id in kept and kept[row.id].expires_at is None:
+                    await self.cache.drop(SUBMISSION, row.id)
+                    del kept[row.id]
+            return
+        named = [row.id for row in rows if row.id in kept and kept[row.id].digest in {digest, b""}]
+        name = named[0] if named else rows[0].id
+        if name not in kept or kept[name].expires_at != expires_at or kept[name].digest not in {digest, b""}:
+            await self.cache.keep(SUBMISSION, name, await submissions.outputs(rows[0]), expires_at)
+        kept[name] = _Kept(expires_at, digest)
+        # Each had its own before, or had other members then.
         for row in rows:
-            over = row.ended or row.withdrawn
-            expires_at = self._how.expiry(row.touched_at) if over else None
-            if expires_at is not None and expires_at <= now:
-                continue
-            if row.id in self._kept and self._kept[row.id] == expires_at:
-                continue
-            await self.cache.keep(SUBMISSION, row.id, await submissions.outputs(row), expires_at)
-            self._kept[row.id] = expires_at
+            if row.id != name and kept.pop(row.id, None) is not None:
+                await self.cache.drop(SUBMISSION, row.id)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A root as the cache has it; the digest of its members is b"" where it was kept before this start."""
+
+    expires_at: float | None
+    digest: bytes = b""
+
+
+def _digest(members: Sequence[StepKey]) -> bytes:
+    return hashlib.blake2b("\n".join(members).encode(), digest_size=20).digest()
 
 
 def _slices(keys: Sequence[StepKey]) -> Iterator[Sequence[StepKey]]:

@@ -7,10 +7,9 @@ The only module that turns derivations into steps. The three requests of a clien
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from coordinator import planning
@@ -19,6 +18,7 @@ from coordinator.derivations import DerivationStore, Kind, Known, NewDerivation,
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.framing import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
 from coordinator.limits import StepLimits
+from coordinator.path_leases import PathLeases
 from coordinator.schema import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.sources import SourceIntake
 from infra.cache import Cache, ObjectStore
@@ -39,8 +39,6 @@ STORED_AT_ONCE = 5_000
 VERIFYING_COST = 6
 #: Seconds without a byte after which a stream is given up: its place is wanted by others.
 STREAM_IDLE_S = 60.0
-#: Seconds for which what a client asked about is safe from collection; it must submit within them.
-LEASE_S = 3600.0
 _KINDS = {DerivationKind.INPUT_ADDRESSED: Kind.INPUT_ADDRESSED, DerivationKind.FIXED: Kind.FIXED}
 _BACK = {kind: nix for nix, kind in _KINDS.items()}
 
@@ -113,6 +111,8 @@ class Planned:
     infos: tuple[StepInfo, ...]
     #: Derivations of the submission that stand behind `steps` and `held`.
     derivations: int = 0
+    #: What keeps what the plan stands on until housekeeping knows the submission (`PathLeases`).
+    leases: tuple[str, ...] = ()
 
     def event(self, submission: SubmissionId) -> SubmissionReceived:
         """Return the core's event for this plan."""
@@ -136,7 +136,8 @@ class Intake:
         limits: IntakeLimits | None = None,
     ) -> None:
         self._derivations = derivations
-        self._cache = cache
+        #: What keeps the paths that clients were told are there.
+        self.leases = PathLeases(cache)
         self._sources = SourceIntake(cache, objects, store_dir)
         self._store_dir = store_dir
         self._limits = limits or IntakeLimits()
@@ -161,7 +162,7 @@ class Intake:
         for name in (*query.derivations, *query.sources):
             self._check_name(name)
         derivations = await self._derivations.unknown(query.derivations)
-        absent = await self._lease([f"{self._store_dir.path}/{name}" for name in query.sources])
+        absent = await self.leases.ask([f"{self._store_dir.path}/{name}" for name in query.sources])
         return IntakeMissing(
             derivations=tuple(derivations),
             sources=tuple(name for name in query.sources if f"{self._store_dir.path}/{name}" in absent),
@@ -253,7 +254,8 @@ class Intake:
     async def submit(self, request: SubmitRequest, *, sources_may_lack: bool = False) -> Planned:
         """Plan a submission of derivations that are stored: steps, and which of them the cache holds.
 
-        With `sources_may_lack` steps are planned whose sources the cache has lost: they wait for these.
+        Whoever asks gives the plan's `leases` back or attaches them to the submission that it becomes. With
+        `sources_may_lack` steps are planned whose sources the cache has lost: they wait for these.
 
         Raises:
             IntakeError: A member is not known here, an output does not exist, or the graph is too large.
@@ -261,17 +263,25 @@ class Intake:
         wishes = [(root, self._drv_name(root.drv)) for root in request.roots]
         names = list(dict.fromkeys(name for _, name in wishes))
         makers = dict.fromkeys(self._drv_name(drv) for drv in request.makers)
-        while True:
-            graph = await self._graph(names, list(makers))
-            absent = await self._lease(graph.paths())
-            # Built paths among the sources are made again by what made them for an earlier submission.
-            known = await self._makers(graph.lacking(absent))
-            if makers.keys() >= known.keys():
-                break
-            makers |= known
-        roots = tuple(self._root(root, graph.nodes[name]) for root, name in wishes)
-        store_dir = self._store_dir.path
-        return await asyncio.to_thread(graph.plan, roots, absent, store_dir, sources_may_lack=sources_may_lack)
+        leases: list[str] = []
+        try:
+            while True:
+                graph = await self._graph(names, list(makers))
+                lease, absent = await self.leases.take(graph.paths())
+                leases.append(lease)
+                # Built paths among the sources are made again by what made them for an earlier submission.
+                known = await self._makers(graph.lacking(absent))
+                if makers.keys() >= known.keys():
+                    break
+                makers |= known
+            roots = tuple(self._root(root, graph.nodes[name]) for root, name in wishes)
+            store_dir = self._store_dir.path
+            planned = await asyncio.to_thread(graph.plan, roots, absent, store_dir, sources_may_lack=sources_may_lack)
+            leases += await self.leases.answered(graph.sources())
+        except BaseException:
+            self.leases.give_back(leases)
+            raise
+        return replace(planned, leases=tuple(leases))
 
     async def _graph(self, names: Sequence[str], makers: Sequence[str]) -> _Graph:
         async with self._planning:
@@ -287,15 +297,6 @@ class Intake:
             return {}
         keys = [StepKey(source.rpartition("/")[2]) for source in sources]
         return {drvs[0]: None for drvs in (await self._derivations.members(keys)).values()}
-
-    async def _lease(self, paths: Sequence[str]) -> set[str]:
-        """Return which of the paths the cache lacks; for `LEASE_S` no collection takes the others, or new ones.
-
-        By then the submission stands in the read model, whose needs housekeeping names.
-        """
-        if not paths:
-            return set()
-        return await self._cache.lease(f"intake-{secrets.token_hex(8)}", paths, LEASE_S)
 
     def _root(self, root: RootRequest, node: Node) -> PlannedRoot:
         outputs = dict(node.outputs)
@@ -378,8 +379,12 @@ class _Graph:
     def paths(self) -> list[str]:
         """All output paths of the graph, and the sources of the submission's own derivations."""
         paths = {path: None for node in self.nodes.values() for _, path in node.outputs}
-        paths.update((source, None) for name in self.own for source in self.nodes[name].sources)
+        paths.update(dict.fromkeys(self.sources()))
         return list(paths)
+
+    def sources(self) -> set[str]:
+        """Return the sources of the submission's own derivations."""
+        return {source for name in self.own for source in self.nodes[name].sources}
 
     def lacking(self, absent: set[str]) -> list[str]:
         """Return the sources of the submission's own derivations that the cache lacks."""

@@ -205,7 +205,7 @@ async def open_coordinator(
             services,
             clock,
             telemetry,
-            submissions=SubmissionNeeds(views, stores.derivations),
+            submissions=SubmissionNeeds(views, stores.derivations, intake.leases),
             workers=work.workers,
         )
         watch = _show_metrics(app, views, telemetry, gate)

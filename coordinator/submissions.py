@@ -6,17 +6,18 @@ was in it then may be gone. What the core takes for known to fail is built again
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from coordinator.codec import RootNote, SubmissionNote
 from coordinator.engine import Engine
 from coordinator.errors import BadRequestError
-from coordinator.intake import Intake
+from coordinator.intake import Intake, Planned
 from coordinator.rows import StepRow, SubmissionRow
 from coordinator.schema import RootLimits, RootRequest, StepStatus, SubmissionState, SubmitRequest
 from coordinator.views import Views
-from scheduler.events import RetryAsked
-from scheduler.model import StepKey
+from scheduler.events import RetryAsked, SubmissionReceived
+from scheduler.model import StepKey, SubmissionId
 
 #: Submissions that one retried step lets run again; the newest.
 RUN_AGAIN_AT_ONCE = 20
@@ -36,9 +37,9 @@ class Submissions:
         planned = await self._intake.submit(wish)
         roots = tuple(RootNote(root.attr, root.drv, root.step, root.outputs, root.limits) for root in planned.roots)
         note = SubmissionNote(wish.label, roots, planned.derivations)
-        return await self._engine.submit(
+        return await self._hand_over(
+            planned,
             lambda name: replace(planned.event(name), asked_at=asked_at, retry_failed=wish.retry_failed),
-            planned.infos,
             note,
         )
 
@@ -59,7 +60,7 @@ class Submissions:
         asked_at = self._engine.now()
         planned = await self._intake.submit(self._wish(row), sources_may_lack=True)
         event = replace(planned.event(row.id), asked_at=asked_at, replanned=True)
-        await self._engine.submit(lambda _: event, planned.infos)
+        await self._hand_over(planned, lambda _: event)
 
     async def retry_step(self, text: str) -> tuple[StepRow, list[SubmissionRow]]:
         """Build a failed step again, for every submission that it made fail, which run again; returns both.
@@ -85,7 +86,23 @@ class Submissions:
         asked_at = self._engine.now()
         planned = await self._intake.submit(self._wish(row))
         event = replace(planned.event(row.id), asked_at=asked_at, retry_failed=retry_failed, retry=retry, again=True)
-        await self._engine.submit(lambda _: event, planned.infos)
+        await self._hand_over(planned, lambda _: event)
+
+    async def _hand_over(
+        self,
+        planned: Planned,
+        event: Callable[[SubmissionId], SubmissionReceived],
+        note: SubmissionNote | None = None,
+    ) -> SubmissionRow:
+        """Give a plan to the engine, and its leases to the submission that it becomes."""
+        try:
+            row = await self._engine.submit(event, planned.infos, note)
+        except Exception:
+            self._intake.leases.give_back(planned.leases)
+            raise
+        # Where this is cancelled the submission may yet become known: its leases end by their time.
+        self._intake.leases.attach(row.id, planned.leases)
+        return row
 
     def _wish(self, row: SubmissionRow) -> SubmitRequest:
         """Return what the client asked for when it submitted."""

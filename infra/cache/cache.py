@@ -203,6 +203,10 @@ class Cache:
         """End a lease; there being none is no error."""
         await self._roots.drop(LEASE, holder)
 
+    async def drop_lapsed_leases(self) -> None:
+        """Remove leases whose time is over: they keep nothing, and their rows need not wait for a collection."""
+        await self._roots.drop_lapsed_leases()
+
     async def pin(self, name: str, store_paths: Iterable[str], expires_at: float | None = None) -> None:
         """Keep full store paths, published or not, under a name; only these, if the name had others."""
         await self._roots.keep(PIN, name, store_paths, expires_at)

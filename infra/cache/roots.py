@@ -29,6 +29,8 @@ MAX_NAME_LENGTH = 512
 MAX_ROOT_PATHS = 1_000_000
 #: Names written by one statement: all of a large root at once would be a hundred megabytes of parameters.
 NAMED_AT_ONCE = 5_000
+#: Lapsed leases that one transaction removes; each may name as many paths as a large graph has.
+LEASES_AT_ONCE = 4
 #: Uses closer together than this are one: they order roots for a size budget, and each is a write.
 TOUCH_RESOLUTION_S = 600.0
 #: `why` looks at this many referrers, and tells this many roots, the nearest first.
@@ -115,6 +117,18 @@ class Roots:
         async with writing(self._catalog.database) as connection:
             dropped = await connection.execute(roots.delete().where((roots.c.kind == kind) & (roots.c.name == name)))
         return dropped.rowcount > 0
+
+    async def drop_lapsed_leases(self) -> None:
+        """See `Cache.drop_lapsed_leases`."""
+        lapsed = sa.select(roots.c.id).where((roots.c.kind == LEASE) & ~alive(self._catalog.now()))
+        while True:
+            async with reading(self._catalog.database) as connection:
+                some = (await connection.execute(lapsed.limit(LEASES_AT_ONCE))).scalars().all()
+            if not some:
+                return
+            async with writing(self._catalog.database) as connection:
+                # One may have been taken again meanwhile.
+                await connection.execute(roots.delete().where(roots.c.id.in_(some) & ~alive(self._catalog.now())))
 
     async def living(self) -> list[RootRow]:
         """See `Cache.roots`."""

@@ -1,0 +1,114 @@
+"""Leases of the store paths that a client was told it need not send: one for equal paths, ended with their last use.
+
+A lease is named after the paths that it keeps. So the same graph, asked about or submitted again, renews what is there
+and adds nothing. What is *used* is not ended: a question waits for the submission that it prepares, a submission until
+its root keeps what it needs. What nobody answers for, a question without a submission or the leases of a coordinator
+that is gone, ends by its time, `LEASE_S`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from infra.cache import Cache
+
+#: Seconds for which what a client asked about is safe from collection; it must submit within them.
+LEASE_S: Final = 3600.0
+#: Bytes of the digest that names a lease: no two sets of paths have the same by chance or by intent.
+_DIGEST_BYTES: Final = 20
+
+
+@dataclass(slots=True)
+class _Lease:
+    """How many use a lease, how many of those are questions without a submission, and when it is over by itself."""
+
+    uses: int = 0
+    questions: int = 0
+    over_at: float = 0.0
+
+
+class PathLeases:
+    """The leases of intake in the farm's own cache."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._leases: dict[str, _Lease] = {}
+        #: Submission -> the leases that last until a root keeps what it needs.
+        self._of: dict[str, list[str]] = {}
+        #: Held while leases end: one that is taken again at that moment waits, so that it is there afterwards.
+        self._ending = asyncio.Lock()
+
+    async def ask(self, paths: Collection[str]) -> set[str]:
+        """Return which paths the cache lacks; the others stay for `LEASE_S` or until their submission is a root."""
+        if not paths:
+            return set()
+        name, absent = await self.take(paths)
+        self._leases[name].questions += 1
+        return absent
+
+    async def take(self, paths: Collection[str]) -> tuple[str, set[str]]:
+        """Return the name of a lease of full paths, and which of them the cache lacks; it is used until `give_back`."""
+        name = await asyncio.to_thread(_name, paths)
+        lease = self._leases.setdefault(name, _Lease())
+        lease.uses += 1
+        lease.over_at = time.monotonic() + LEASE_S
+        try:
+            async with self._ending:
+                pass
+            absent = await self._cache.lease(name, paths, LEASE_S)
+        except BaseException:
+            self.give_back((name,))
+            raise
+        return name, absent
+
+    async def answered(self, paths: Collection[str]) -> tuple[str, ...]:
+        """Return the lease of a question about exactly these paths, which is its asker's submission's from now on."""
+        name = await asyncio.to_thread(_name, paths)
+        lease = self._leases.get(name)
+        if lease is None or not lease.questions:
+            return ()
+        lease.questions -= 1
+        return (name,)
+
+    def attach(self, submission: str, names: Iterable[str]) -> None:
+        """Let a submission that the coordinator knows use leases until `end` says that it needs them no more."""
+        self._of.setdefault(submission, []).extend(names)
+
+    def give_back(self, names: Iterable[str]) -> None:
+        """End one use of each lease."""
+        for name in names:
+            lease = self._leases.get(name)
+            if lease is not None:
+                lease.uses -= 1
+
+    async def end(self, running: Collection[str]) -> None:
+        """End the leases of all submissions but these, and those that nobody uses.
+
+        For housekeeping, under the lock under which it collects: a collection names first what submissions need.
+        """
+        for submission in [each for each in self._of if each not in running]:
+            self.give_back(self._of.pop(submission))
+        now = time.monotonic()
+        async with self._ending:
+            for name, lease in list(self._leases.items()):
+                if lease.uses <= 0:
+                    await self._cache.release(name)
+                if lease.uses <= 0 or lease.over_at <= now:
+                    del self._leases[name]
+
+
+def _name(paths: Collection[str]) -> str:
+    """Return the name of a lease of these paths, whatever their order; for a thread, since they may be many."""
+    #: Sorting in parts lets other threads go on in between.
+    parts: dict[str, list[str]] = {}
+    for path in set(paths):
+        parts.setdefault(path.rpartition("/")[2][:1], []).append(path)
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for _, part in sorted(parts.items()):
+        digest.update("\n".join([*sorted(part), ""]).encode())
+    return f"intake-{digest.hexdigest()}"
