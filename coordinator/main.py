@@ -120,6 +120,8 @@ class Coordinator:
     journal: Journal
     #: All caches, `cache` (the default one) first.
     caches: tuple[OpenCache, ...]
+    #: What answers over HTTP, with every route.
+    app: web.Application
 
 
 @asynccontextmanager
@@ -240,6 +242,7 @@ async def open_coordinator(
                     stores.cache,
                     stores.journal,
                     tuple(caches),
+                    app,
                 )
             finally:
                 streams.stop()

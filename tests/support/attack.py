@@ -5,7 +5,10 @@ from __future__ import annotations
 import http.client
 import itertools
 import re
+import select
+import socket
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,11 +61,17 @@ class ProcessGauge:
 class FarmUnderAttack(Farm):
     """A farm without configuration, run by whoever runs the tests or by `user`."""
 
-    def __init__(self, root: Path, user: OrdinaryUser | None = None) -> None:
+    def __init__(self, root: Path, user: OrdinaryUser | None = None, descriptors: int | None = None) -> None:
+        """`descriptors`: the hard limit of open files of all its processes, where it is not the tests' own."""
         super().__init__(root, [], user=user)
+        self._limits = () if descriptors is None else ("prlimit", f"--nofile={descriptors}:{descriptors}", "--")
         self._expressions = root / "expressions"
         self._expressions.mkdir()
         self._numbers = itertools.count()
+
+    def command(self, *arguments: str | Path) -> list[str]:
+        # It becomes the command, so the process keeps its id.
+        return [*self._limits, *super().command(*arguments)]
 
     @property
     def process(self) -> ProcessGauge:
@@ -114,11 +123,48 @@ class FarmUnderAttack(Farm):
         finally:
             connection.close()
 
+    def connect(self, source: str = "127.0.0.1") -> socket.socket:
+        """Open a connection from an address of loopback."""
+        return socket.create_connection((self.host, self.port), ANSWER_S, (source, 0))
+
+    def send_raw(self, data: bytes, *, half_close: bool = False) -> int:
+        """Send bytes as they stand on a new connection; return the answer's status, 0 if there is none.
+
+        Sending ends with the first answer. `half_close` tells the coordinator that nothing more comes. Raises
+        `TimeoutError` where neither an answer nor the end comes.
+        """
+        with self.connect() as client:
+            return exchange(client, data, half_close=half_close)
+
+
+def exchange(client: socket.socket, data: bytes, *, half_close: bool = False) -> int:
+    """Send bytes on a connection; see `FarmUnderAttack.send_raw`."""
+    deadline = time.monotonic() + ANSWER_S
+    rest, answer = memoryview(data), b""
+    client.setblocking(False)
+    while time.monotonic() < deadline:
+        readable, writable, _ = select.select([client], [client] if rest else [], [], 1.0)
+        try:
+            if readable:
+                received = client.recv(65536)
+                answer += received
+                if b"\r\n\r\n" in answer or not received:
+                    return int(answer.split(None, 2)[1]) if answer else 0
+            elif writable:
+                rest = rest[client.send(rest) :]
+                if not rest and half_close:
+                    client.shutdown(socket.SHUT_WR)
+        except ConnectionError:
+            return 0
+    raise TimeoutError(f"neither an answer nor the end of the connection to {data[:200]!r}")
+
 
 @contextmanager
-def running_farm(root: Path, user: OrdinaryUser | None = None) -> Iterator[FarmUnderAttack]:
+def running_farm(
+    root: Path, user: OrdinaryUser | None = None, descriptors: int | None = None
+) -> Iterator[FarmUnderAttack]:
     """A farm that has its one worker; stopped, and cleared of what does not stop, at the end."""
-    farm = FarmUnderAttack(root, user)
+    farm = FarmUnderAttack(root, user, descriptors)
     try:
         farm.start().wait_for_workers(1)
         yield farm

@@ -1,0 +1,195 @@
+"""No body and no head hurts a farm, whoever sends it: a 4xx each, for little memory and no stall."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import re
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from coordinator.config import DEFAULT_CACHE, Settings
+from coordinator.main import open_coordinator
+from tests.support.attack import FarmUnderAttack, exchange
+from tests.support.bodies import NASTY
+from tests.support.loop import LoopStalls
+from workers.fleet import Fleet
+from workers.local_fleet import InProcessFleet
+from workers.protocol import FarmInfo
+
+pytestmark = pytest.mark.e2e
+
+#: Longest slice of the loop, in seconds of processor time: the house's bound.
+STALL_S = 0.05
+#: Memory that a public question may cost, and a submission, whose largest body is 48 MiB of up to 100,000 roots.
+STRANGERS_BYTES = 48 * 1024 * 1024
+HOLDERS_BYTES = 256 * 1024 * 1024
+#: What the bombs become where somebody inflates them.
+BOMB_BYTES = 64 * 1024 * 1024
+
+#: What stands for the dynamic parts of addresses: texts that the routes take, of things that are not there.
+PARTS = {
+    "cache": DEFAULT_CACHE,
+    "pin": "p",
+    "id": "0" * 32,
+    "key": "0" * 32 + "-x.drv",
+    "name": "nobody",
+    "path": "0" * 32 + "-x",
+    "hash_part": "0" * 32,
+    "file": "0" * 52 + ".nar",
+    "derivation": "0" * 32 + "-x.drv",
+    "output": "out",
+    "build_id": "0" * 40,
+}
+#: Addresses whose bodies are opaque bytes that a holder of a token may send, whatever they are.
+OPAQUE = re.compile(r"/cache/(log/|debuginfo/|[0-9a-z]{32}\.ls$)")
+#: An address that takes no body and looks at none.
+BODILESS = "/api/v1/caches/default/resign"
+#: Streams of members, of which there may be none.
+STREAMS = re.compile(r"/api/v1/intake/(derivations|sources)$")
+
+ONES = {"1 MB of ones": 500_000, "8 MB of ones": 4_000_000}
+BODIES = {
+    **NASTY,
+    **{name: b"[" + b",".join([b"1"] * count) + b"]" for name, count in ONES.items()},
+    "a million unknown keys": b"{" + b",".join(b'"k%d":1' % number for number in range(1_000_000)) + b"}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """Headers and bytes as they stand; `ends`: the sender says that no more comes, so there may be no answer."""
+
+    headers: str
+    body: bytes
+    ends: bool = False
+
+
+def _bombs() -> dict[str, bytes]:
+    plain = b"[" * BOMB_BYTES
+    return {
+        "gzip": gzip.compress(plain, 1),
+        "deflate": zlib.compress(plain, 1),
+        "br": gzip.compress(plain[:1024], 1),
+        "zstd": zstandard.compress(plain, 1),
+        "identity, gzip": gzip.compress(plain[:1024], 1),
+    }
+
+
+def chunked(body: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:1000], body[1000:]) if part) + b"0\r\n\r\n"
+
+
+def requests() -> dict[str, Raw]:
+    """What comes after the request's first lines."""
+    sent = {name: Raw(f"Content-Length: {len(body)}", body) for name, body in BODIES.items()}
+    for name in ("8 MB of ones", "a million unknown keys", "deep arrays"):
+        sent[f"{name}, in chunks"] = Raw("Transfer-Encoding: chunked", chunked(BODIES[name]))
+    for coding, body in _bombs().items():
+        sent[f"a bomb of {coding}"] = Raw(f"Content-Encoding: {coding}\r\nContent-Length: {len(body)}", body)
+    coded = "Content-Encoding: gzip\r\nTransfer-Encoding: chunked"
+    return {
+        **sent,
+        "a bomb in chunks": Raw(coded, chunked(gzip.compress(bytes(BOMB_BYTES), 1))),
+        "less than announced": Raw("Content-Length: 1000", b'{"paths":', ends=True),
+        "a length below zero": Raw("Content-Length: -1", b"{}"),
+        "a length with a sign": Raw("Content-Length: +2", b"{}"),
+        "a length of many digits": Raw(f"Content-Length: {'9' * 5000}", b"{}"),
+        "two lengths": Raw("Content-Length: 2\r\nContent-Length: 3", b"{} "),
+        "a length and chunks": Raw("Content-Length: 2\r\nTransfer-Encoding: chunked", chunked(b"{}")),
+        "a chunk of no number": Raw("Transfer-Encoding: chunked", b"zz\r\n{}\r\n0\r\n\r\n"),
+        "a chunk of many digits": Raw("Transfer-Encoding: chunked", b"f" * 100 + b"\r\n{}\r\n"),
+        "a chunk that is longer than it says": Raw("Transfer-Encoding: chunked", b"1\r\n{}{}{}\r\n0\r\n\r\n"),
+        "chunks that end early": Raw("Transfer-Encoding: chunked", b"ff\r\n{}", ends=True),
+    }
+
+
+@asynccontextmanager
+async def _no_workers(info: FarmInfo) -> AsyncIterator[Fleet]:
+    yield InProcessFleet(info, [])
+
+
+@pytest.fixture(scope="module")
+def addresses(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
+    """Method and address of every route that may have a body, from the router of a coordinator as it is configured."""
+
+    async def ask() -> list[tuple[str, str]]:
+        settings = Settings(state_dir=tmp_path_factory.mktemp("router") / "farm", port=0)
+        async with open_coordinator(settings, _no_workers) as coordinator:
+            routes = [(route.method, route.resource) for route in coordinator.app.router.routes()]
+        found = {(method, resource.canonical) for method, resource in routes if resource is not None}
+        return sorted(each for each in found if each[0] not in {"GET", "HEAD"})
+
+    return [(method, re.sub(r"\{(\w+)[^{}]*\}", lambda part: PARTS[part[1]], to)) for method, to in asyncio.run(ask())]
+
+
+@pytest.fixture(scope="module")
+def narinfo(readme_farm: FarmUnderAttack) -> str:
+    """Address of a narinfo that the farm has."""
+    built = readme_farm.build_text('shell "good" "echo good > $out"', "--json")
+    assert built.returncode == 0, built.stderr
+    path: str = json.loads(built.stdout.splitlines()[-1])["roots"][0]["outputs"]["out"]
+    return f"/cache/{Path(path).name[:32]}.narinfo"
+
+
+def _is_right(status: int, address: str, name: str, raw: Raw, *, token: bool) -> bool:
+    if 400 <= status < 500 or (raw.ends and status == 0):
+        return True
+    if token and (OPAQUE.match(address) or address == BODILESS):
+        return status == 200
+    return token and name == "nothing" and STREAMS.match(address) is not None and status == 204
+
+
+@pytest.mark.parametrize("token", [False, True], ids=["a stranger", "a token holder"])
+def test_every_nasty_body_at_every_route_is_refused_for_little(
+    readme_farm: FarmUnderAttack, addresses: list[tuple[str, str]], token: bool
+) -> None:
+    assert ("POST", "/cache/narinfos") in addresses
+    assert len(addresses) > 15
+    authorization = f"Authorization: Bearer {readme_farm.token}\r\n" if token else ""
+    before = readme_farm.process.rss_bytes
+    readme_farm.process.reset_peak()
+    wrong = []
+    with LoopStalls(readme_farm.url) as stalls:
+        for name, raw in requests().items():
+            for method, address in addresses:
+                head = f"{method} {address} HTTP/1.1\r\nHost: localhost\r\n{authorization}{raw.headers}\r\n\r\n"
+                status = readme_farm.send_raw(head.encode() + raw.body, half_close=raw.ends)
+                if not _is_right(status, address, name, raw, token=token):
+                    wrong.append((status, method, address, name))
+    assert wrong == []
+    assert stalls.over(STALL_S) == 0, readme_farm.log_path.read_text(errors="replace")[-4000:]
+    assert readme_farm.process.peak_rss_bytes - before < (HOLDERS_BYTES if token else STRANGERS_BYTES)
+    assert readme_farm.request("POST", "/cache/narinfos", b'{"paths":[]}').status == 200
+    assert readme_farm.request("GET", "/api/v1/farm", token=readme_farm.token).status == 200
+
+
+TWO_READINGS = {
+    "a user before the host": "Host: evil@127.0.0.1",
+    "a port that is no number": "Host: 127.0.0.1:abc",
+    "a port that is none": "Host: 127.0.0.1:0",
+    "no host": "Accept: */*",
+    "two hosts": "Host: localhost\r\nHost: localhost",
+    "two tokens": "Host: localhost\r\nAuthorization: Bearer {token}\r\nAuthorization: Bearer {token}",
+    "a good and a bad token": "Host: localhost\r\nAuthorization: Bearer {token}\r\nAuthorization: Basic eDp5",
+}
+
+
+@pytest.mark.parametrize("head", TWO_READINGS)
+def test_a_head_that_can_be_read_in_two_ways_is_refused_everywhere(
+    readme_farm: FarmUnderAttack, narinfo: str, head: str
+) -> None:
+    lines = TWO_READINGS[head].format(token=readme_farm.token)
+    for address in ("/api/v1/farm", "/cache/nix-cache-info", "/healthz", narinfo):
+        with readme_farm.connect() as client:
+            # A narinfo in memory is answered before aiohttp looks at it; what comes next on that connection is not.
+            good = f"GET {narinfo} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            assert exchange(client, good.encode()) == 200
+            assert exchange(client, f"GET {address} HTTP/1.1\r\n{lines}\r\n\r\n".encode()) == 400
