@@ -67,7 +67,7 @@ class WorkerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: _Name
-    #: Empty: what the machine is, or none of its own where the worker emulates.
+    #: Empty: what the machine's Nix builds for, or none of its own where the worker emulates.
     systems: tuple[str, ...] = ()
     #: Systems that the machine only pretends to be (`extra-platforms`).
     emulate: tuple[str, ...] = ()

@@ -145,7 +145,7 @@ class Agent:
 
     def __init__(self, settings: WorkerSettings, *, machine: Machine | None = None, clock: Clock | None = None) -> None:
         self._settings = settings
-        self._host = machine or inspect_machine()
+        self._host = machine or inspect_machine(settings.nix_daemon)
         self._offer = offer(settings, self._host)
         self._clock = clock or SystemClock()
         self._machine = WorkerMachine(self._offer.slots, self._host.memory_bytes)

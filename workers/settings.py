@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,6 +56,10 @@ _KERNELS = {"linux": "linux", "darwin": "darwin"}
 #: Where distributions put a busybox that can serve as /bin/sh in a sandbox, if it is static.
 _BUSYBOXES = ("/bin/busybox", "/usr/bin/busybox", "/usr/lib/busybox/busybox-static")
 _ELF_PROGRAM_INTERPRETER = 3
+#: How Nix says its settings: before 2.20 and since.
+_SHOW_CONFIG = (("show-config",), ("config", "show"))
+#: Seconds for Nix to say its settings; it takes a twentieth of one.
+_SHOW_CONFIG_S = 20.0
 
 
 class SettingsError(WorkerError):
@@ -74,8 +79,8 @@ class WorkerSettings(BaseModel):
     store: str = ""
     #: Logical store directory, as the farm has it.
     store_dir: Annotated[str, Field(pattern=r"^/.*[^/]$")] = "/nix/store"
-    #: Systems that the machine can run; empty is what the machine is, or none where it emulates: a worker that stands
-    #: in for a Mac should not take the work of the real ones.
+    #: Systems that the machine can run; empty is what its Nix builds for, or none where it emulates: a worker
+    #: that stands in for a Mac should not take the work of the real ones.
     systems: tuple[str, ...] = ()
     #: Systems that the machine only pretends to be.
     emulate: tuple[str, ...] = ()
@@ -170,6 +175,10 @@ class Machine:
     #: Whether the machine's nix.conf says something about sandbox paths.
     configures_sandbox_paths: bool = False
     has_kvm: bool = False
+    #: What the machine's Nix builds for beside `system` (its `extra-platforms`): i686-linux on x86_64-linux.
+    extra_systems: tuple[str, ...] = ()
+    #: Those of them that Nix would not name by itself: the machine's nix.conf adds them, most often for an emulator.
+    configured_systems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,13 +214,14 @@ def load_settings(path: str | Path | None = None) -> WorkerSettings:
         raise SettingsError(f"the worker settings {place} are not JSON") from None
 
 
-def inspect_machine() -> Machine:
-    """Look at the machine that this process runs on."""
+def inspect_machine(nix_daemon: str = "nix-daemon") -> Machine:
+    """Look at the machine that this process runs on; `nix_daemon` is the program of its Nix."""
     try:
         grp.getgrnam("nixbld")
         has_build_users = True
     except KeyError:
         has_build_users = False
+    platforms, usual = extra_platforms(nix_daemon)
     return Machine(
         system=native_system(),
         cores=os.cpu_count() or 1,
@@ -220,7 +230,36 @@ def inspect_machine() -> Machine:
         has_build_users=has_build_users,
         configures_sandbox_paths=_nix_conf_mentions("sandbox-paths"),
         has_kvm=os.access("/dev/kvm", os.R_OK | os.W_OK),
+        extra_systems=platforms,
+        configured_systems=tuple(name for name in platforms if name not in usual),
     )
+
+
+def extra_platforms(nix_daemon: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Ask the `nix` beside a `nix-daemon` for its `extra-platforms`: as configured, and as they are by default.
+
+    Both are empty where it does not say: the worker then offers what the machine is.
+    """
+    daemon = shutil.which(nix_daemon)
+    nix = shutil.which("nix", path=str(Path(daemon).parent)) if daemon else None
+    for words in _SHOW_CONFIG if nix else ():
+        command = [nix or "nix", "--extra-experimental-features", "nix-command", *words, "--json"]
+        try:
+            shown = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SHOW_CONFIG_S, check=True
+            )
+            setting = _PlatformSetting.model_validate(json.loads(shown.stdout)["extra-platforms"])
+        except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError):
+            continue
+        return setting.value, setting.defaultValue
+    return (), ()
+
+
+class _PlatformSetting(BaseModel):
+    """`extra-platforms` as Nix shows it."""
+
+    value: tuple[str, ...]
+    defaultValue: tuple[str, ...] = ()  # noqa: N815 - Nix's own name
 
 
 def native_system(machine: str | None = None, kernel: str | None = None) -> str:
@@ -234,7 +273,11 @@ def native_system(machine: str | None = None, kernel: str | None = None) -> str:
 
 def offer(settings: WorkerSettings, machine: Machine) -> Offer:
     """Complete what the operator said with what the machine is."""
-    real = settings.systems or (() if settings.emulate else (machine.system,))
+    native = () if settings.emulate else (machine.system, *machine.extra_systems)
+    real = settings.systems or native
+    pretended = settings.emulate if settings.systems else (*settings.emulate, *machine.configured_systems)
+    offered = {*real, *settings.emulate}
+    genuine = {*settings.systems, machine.system}
     features = set(settings.features) | set(settings.mandatory_features)
     if settings.default_features:
         # What Nix itself assumes of a machine when `system-features` is not set.
@@ -243,8 +286,8 @@ def offer(settings: WorkerSettings, machine: Machine) -> Offer:
             features.add("kvm")
     slots = settings.slots or machine.cores
     return Offer(
-        systems=tuple(sorted({*real, *settings.emulate})),
-        emulated=tuple(sorted(set(settings.emulate) - {*real, machine.system})),
+        systems=tuple(sorted(offered)),
+        emulated=tuple(sorted(offered.intersection(pretended) - genuine)),
         features=tuple(sorted(features)),
         mandatory_features=tuple(sorted(set(settings.mandatory_features))),
         slots=slots,

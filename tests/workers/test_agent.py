@@ -417,6 +417,16 @@ async def test_an_emulated_system_is_accepted_and_another_is_not(bench: Bench) -
     assert failure(there).reason == "infrastructure"
 
 
+async def test_a_32_bit_derivation_is_built_as_its_own_system_on_a_64_bit_machine(bench: Bench) -> None:
+    told = await bench.agent()
+    hello = await told.agent.hello(bench.farm.dump())
+    assert "i686-linux" in hello["systems"]
+    assert not hello["emulated"]
+    small = order(drv("small", "uname -m > $out; uname -m", system="i686-linux"))
+    success((await told.build(small))[0])
+    assert told.logs[small.step] == b"i686\n", "Nix gives the build the personality of its system"
+
+
 async def test_a_feature_that_is_offered_is_accepted_by_nix(bench: Bench) -> None:
     told = await bench.agent(features=("gpu",))
     special = order(drv("special", ": > $out", env={"requiredSystemFeatures": "gpu"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,23 @@ def test_an_emulating_worker_offers_what_the_machine_is_only_where_that_is_said(
     both = offer(told(emulate=("aarch64-darwin",), systems=("x86_64-linux",)), LINUX)
     assert both.systems == ("aarch64-darwin", "x86_64-linux")
     assert both.emulated == ("aarch64-darwin",)
+
+
+def test_a_worker_offers_what_its_nix_builds_for_unless_the_operator_names_systems() -> None:
+    machine = replace(LINUX, extra_systems=("i686-linux", "aarch64-linux"), configured_systems=("aarch64-linux",))
+    offered = offer(told(), machine)
+    assert offered.systems == ("aarch64-linux", "i686-linux", "x86_64-linux")
+    assert offered.emulated == ("aarch64-linux",), "nix.conf adds what Nix itself does not run: an emulator does"
+    assert nix_options(told(), machine)["extra-platforms"] == "aarch64-linux i686-linux"
+    named = offer(told(systems=("x86_64-linux",)), machine)
+    assert (named.systems, named.emulated) == (("x86_64-linux",), ())
+    assert offer(told(emulate=("aarch64-darwin",)), machine).systems == ("aarch64-darwin",)
+
+
+def test_this_machines_nix_says_what_else_it_builds_for() -> None:
+    assert "i686-linux" in inspect_machine().extra_systems
+    assert inspect_machine().configured_systems == ()
+    assert inspect_machine("/no/such/nix-daemon").extra_systems == ()
 
 
 def test_slots_default_to_the_cores_and_default_features_can_be_left_out() -> None:
