@@ -16,7 +16,7 @@ import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -589,7 +589,6 @@ class Agent:
             self._inputs.forget()
             raise _Stopped(judge_trouble(Trouble.DAEMON_REFUSED, str(error))) from None
         except ConnectionLostError as error:
-            await asyncio.to_thread(sweep_orphans, self._settings.physical_store)
             raise _Stopped(judge_trouble(Trouble.CONNECTION_LOST, str(error))) from None
         except (DaemonError, DaemonUnreachableError) as error:
             raise _Stopped(judge_trouble(Trouble.DAEMON_LOST, str(error))) from None
@@ -611,9 +610,17 @@ class Agent:
                 on_phase=lambda phase: self._tell_stage(key, Stage.BUILDING, phase),
                 pause=self._pause,
             )
-        except DaemonOperationError as error:
-            self._inputs.forget()
-            raise _Stopped(judge_refusal(str(error))) from None
+        except (DaemonError, WorkerError) as error:
+            if isinstance(error, ConnectionLostError):
+                # What runs on may go on writing.
+                await asyncio.to_thread(sweep_orphans, self._settings.physical_store)
+            # It ran all the same. Where nothing can be looked at, the next build looks first.
+            with self._ending_where_inputs_changed(), suppress(DaemonError, DaemonUnreachableError):
+                await self._guard.end(watch, outputs, self._slots[slot])
+            if isinstance(error, DaemonOperationError):
+                self._inputs.forget()
+                raise _Stopped(judge_refusal(str(error))) from None
+            raise
         run.built_at = self._clock.now()
         # Before it is judged: a build that failed may have failed by what it read.
         with self._ending_where_inputs_changed():

@@ -16,6 +16,8 @@ from .conftest import Bench, Told, drv, nar_of, order
 #: As a farm must not be: builders own the store. Class C; these agents have no coordinator that would refuse them.
 WEAK = {"build-users-group": ""}
 FILE = "echo true > $out"
+#: Nix 2.8 answers this with an error instead of a result, and hangs up.
+ENDS_WITHOUT_A_RESULT = """echo TAMPERED > $it; echo '@nix {"action":"setPhase","phase":7}' >&2; sleep 1"""
 TREE = "mkdir -p $out/deep; echo true > $out/deep/file"
 
 
@@ -62,7 +64,7 @@ def _tamper(place: Path) -> None:
     os.utime(place, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-@pytest.mark.parametrize("attack", ["echo TAMPERED > $it", "echo TAMPERED > $it; exit 1"])
+@pytest.mark.parametrize("attack", ["echo TAMPERED > $it", "echo TAMPERED > $it; exit 1", ENDS_WITHOUT_A_RESULT])
 @pytest.mark.parametrize(("script", "below"), [(FILE, ""), (TREE, "/deep/file")])
 async def test_a_build_that_rewrites_its_input_is_thrown_away_and_the_next_gets_the_true_one(
     bench: Bench, script: str, below: str, attack: str
