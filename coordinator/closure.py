@@ -6,7 +6,7 @@ Everything here reads; what is sent is read again when its turn comes, so that m
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -134,8 +134,10 @@ def read_closure(store: LocalStore, roots: Sequence[str]) -> Closure:
     return Closure(tuple(order), tuple(sorted(sources)), frozenset(outputs))
 
 
-def find_maker(store: LocalStore, path: str, deriver: str) -> str:
+def find_maker(store: LocalStore, path: str, deriver: str, trouble: str = "") -> str:
     """Return the derivation that the farm must build to have `path`, a built path.
+
+    `trouble` says why the farm did not have it from an upstream, "" where it has asked all of them.
 
     Raises:
         ClosureError: The local store does not have it whole; the sentence says what to do.
@@ -147,9 +149,33 @@ def find_maker(store: LocalStore, path: str, deriver: str) -> str:
         # Its derivation, or one below it, is collected.
         pass
     raise ClosureError(
-        f"the input {path} was built before and not by this evaluation; the farm's cache does not have it and the "
+        f"the input {path} was built before and not by this evaluation; {_nowhere(trouble)} and the "
         f"local store does not know how it is built: run `drover cache push {path}`"
     )
+
+
+def refuse_lost_references(
+    store: LocalStore, headers: Iterable[SourceHeader], lacking: Collection[str], trouble: str = ""
+) -> None:
+    """Refuse sources that refer to built paths which the farm lacks (`lacking`, base names).
+
+    A source is published before anything is built, and only with all that it refers to.
+
+    Raises:
+        ClosureError: There is one; the sentence says what to do.
+    """
+    for header in headers:
+        for reference in header.references:
+            if reference in lacking:
+                path = f"{store.store_dir}/{reference}"
+                raise ClosureError(
+                    f"the source {header.path} refers to {path}, which was built before; {_nowhere(trouble)}, "
+                    f"and sources are sent before anything is built: run `drover cache push {path}`"
+                )
+
+
+def _nowhere(trouble: str) -> str:
+    return f"the farm's cache does not have it{f' ({trouble})' if trouble else ''}"
 
 
 async def describe_sources(store: LocalStore, paths: Sequence[str], env: Mapping[str, str] | None = None) -> Sources:

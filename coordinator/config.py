@@ -179,7 +179,8 @@ class CacheSettings(BaseModel):
     compression: Compression = COMPRESSION
     #: How long what was built or pushed is kept, unless something else keeps it. 0 is for ever.
     retention_days: Annotated[float, Field(ge=0)] = 30.0
-    #: What they have need not be pushed here; what broke here is fetched from them (`drover cache verify --repair`).
+    #: What they have need not be pushed here; what broke here is fetched from them (`drover cache verify --repair`),
+    #: and so are built paths that a submission names as sources.
     upstreams: tuple[UpstreamSettings, ...] = ()
     #: How long what nothing keeps stays on disk, invisible, before it is deleted; more than the longest download.
     grace_hours: Annotated[float, Field(ge=0)] = 24.0

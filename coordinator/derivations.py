@@ -158,6 +158,14 @@ _members = Table(
     Column("drv", Text, nullable=False),
     UniqueConstraint("step", "drv"),
 )
+#: Steps of those outputs that do not name their step; databases from before it lack the table.
+_outputs = Table(
+    "derivation_outputs",
+    _metadata,
+    #: Full store path.
+    Column("path", Text, primary_key=True),
+    Column("step", Text, nullable=False),
+)
 _meta = Table("derivations_meta", _metadata, Column("format", Integer, primary_key=True, autoincrement=False))
 
 
@@ -166,6 +174,18 @@ def _format(connection: Connection) -> int:
     if not inspect(connection).has_table(_meta.name):
         return 0
     return connection.execute(select(func.max(_meta.c.format))).scalar_one() or 0
+
+
+def _add_outputs_table(connection: Connection, insert_output: str) -> None:
+    """Make the table of outputs and fill it from the derivations that are there."""
+    _outputs.create(connection)
+    query = select(_derivations.c.drv, _derivations.c.step, _derivations.c.detail).order_by(_derivations.c.drv)
+    last = ""
+    while rows := connection.execute(query.where(_derivations.c.drv > last).limit(INSERT_ROWS)).all():
+        outputs = [row for _, step, detail in rows for row in _output_rows(step, orjson.loads(detail)[2])]
+        if outputs:
+            connection.exec_driver_sql(insert_output, outputs)
+        last = rows[-1].drv
 
 
 def step_info(node: Node, store_dir: str) -> StepInfo:
@@ -183,6 +203,7 @@ class DerivationStore:
         self._nodes: dict[str, Node] = {}
         self._asked = names_table(engine)
         self._insert = insert_or_ignore(engine, "derivations", "drv, step, kind, detail, inputs, modulo, aterm")
+        self._insert_output = insert_or_ignore(engine, _outputs.name, "path, step")
         self._insert_member = insert_or_ignore(engine, "members", "step, ordinal, drv")
 
     @classmethod
@@ -197,15 +218,20 @@ class DerivationStore:
             # On its own first: a database that must not be touched is not even locked.
             async with self._engine.connect() as connection:
                 found = await connection.run_sync(_format)
+                has_outputs = await connection.run_sync(lambda sync: inspect(sync).has_table(_outputs.name))
             if found > FORMAT:
                 raise DerivationsError(
                     f"the database of derivations was written by a newer version of drover (format {found}, this one "
                     f"reads {FORMAT}); start the newer version. Nothing was changed."
                 )
-            if found < FORMAT:
+            if found < FORMAT or not has_outputs:
                 async with self._engine.begin() as connection:
-                    await connection.run_sync(_metadata.create_all)
-                    await connection.execute(insert(_meta).values(format=FORMAT))
+                    others = [table for table in _metadata.sorted_tables if table is not _outputs]
+                    await connection.run_sync(_metadata.create_all, others)
+                    if not has_outputs:
+                        await connection.run_sync(_add_outputs_table, self._insert_output)
+                    if found < FORMAT:
+                        await connection.execute(insert(_meta).values(format=FORMAT))
         except (SQLAlchemyError, OSError) as error:
             raise DerivationsError(f"cannot open the database of derivations: {reason(error)}.") from None
 
@@ -254,6 +280,10 @@ class DerivationStore:
                     # Beside the loop: compressing takes as long as the derivation is large.
                     rows = await asyncio.to_thread(_rows_of, batch[start : start + INSERT_ROWS], compressor)
                     await connection.exec_driver_sql(self._insert, rows)
+                    nodes = (new.node for new in batch[start : start + INSERT_ROWS])
+                    outputs = [row for node in nodes for row in _output_rows(node.step, node.outputs)]
+                    if outputs:
+                        await connection.exec_driver_sql(self._insert_output, outputs)
 
         await _told(insert)
         self._remember([new.node for new in batch])
@@ -270,6 +300,18 @@ class DerivationStore:
         for step, drv in await self._answers(query, keys):
             found.setdefault(StepKey(step), []).append(drv)
         return found
+
+    async def makers(self, paths: Sequence[str]) -> dict[str, str]:
+        """Return the .drv base name that is the first recipe of the step which makes each output (full paths).
+
+        Paths that no submitted derivation makes are absent.
+        """
+        asked = self._asked
+        query = select(_outputs.c.path, _outputs.c.step).join(asked, asked.c.value == _outputs.c.path)
+        steps = {path: StepKey(path.rpartition("/")[2]) for path in paths}
+        steps.update((path, StepKey(step)) for path, step in await self._answers(query, paths))
+        members = await self.members(list(dict.fromkeys(steps.values())))
+        return {path: members[step][0] for path, step in steps.items() if step in members}
 
     async def add_members(self, new: Sequence[tuple[StepKey, int, str]]) -> None:
         """Give recipes (step, index, .drv base name) their places, in one transaction."""
@@ -379,6 +421,11 @@ def _node(row: Any) -> Node:
         needs=tuple(needs),
         sources=tuple(sources),
     )
+
+
+def _output_rows(step: str, outputs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Rows of `_outputs` for those outputs that do not name the step."""
+    return [(path, step) for _, path in outputs if path.rpartition("/")[2] != step]
 
 
 def _rows_of(batch: Sequence[NewDerivation], compressor: zstandard.ZstdCompressor) -> list[tuple[object, ...]]:

@@ -22,6 +22,7 @@ from coordinator.path_leases import PathLeases
 from coordinator.schema import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.sources import SourceIntake
 from infra.cache import Cache, ObjectStore
+from infra.cache.closure_pulls import ClosurePulls, Pulled
 from infra.nix import aterm
 from infra.nix.derivation import DerivationKind
 from infra.nix.errors import FormatError, NixError, UnknownInputError
@@ -135,6 +136,8 @@ class Intake:
         store_dir: StoreDir,
         limits: IntakeLimits | None = None,
     ) -> None:
+        #: Has built paths from upstreams; whoever opens these adds them.
+        self.pulls = ClosurePulls(cache)
         self._derivations = derivations
         #: What keeps the paths that clients were told are there.
         self.leases = PathLeases(cache)
@@ -148,7 +151,7 @@ class Intake:
         self._planning = asyncio.Lock()
 
     async def missing(self, query: IntakeQuery) -> IntakeMissing:
-        """Return the part of the query that must be sent.
+        """Return the part of the query that must be sent. Built paths come from upstreams where these have them.
 
         Raises:
             IntakeError: The store directories differ, there are too many names, or one is none.
@@ -159,13 +162,16 @@ class Intake:
             )
         _within(len(query.derivations), self._limits.max_derivations, "derivations")
         _within(len(query.sources), self._limits.max_sources, "sources")
-        for name in (*query.derivations, *query.sources):
+        for name in (*query.derivations, *query.sources, *query.built):
             self._check_name(name)
         derivations = await self._derivations.unknown(query.derivations)
         absent = await self.leases.ask([f"{self._store_dir.path}/{name}" for name in query.sources])
+        pulled = await self.pulls.pull(absent.intersection(f"{self._store_dir.path}/{name}" for name in query.built))
+        absent -= pulled.paths
         return IntakeMissing(
             derivations=tuple(derivations),
             sources=tuple(name for name in query.sources if f"{self._store_dir.path}/{name}" in absent),
+            trouble=pulled.trouble,
         )
 
     async def add_derivations(self, body: AsyncIterable[bytes], client: str = "") -> int:
@@ -264,11 +270,14 @@ class Intake:
         names = list(dict.fromkeys(name for _, name in wishes))
         makers = dict.fromkeys(self._drv_name(drv) for drv in request.makers)
         leases: list[str] = []
+        pulled = Pulled()
         try:
             while True:
                 graph = await self._graph(names, list(makers))
                 lease, absent = await self.leases.take(graph.paths())
                 leases.append(lease)
+                pulled = await self.pulls.pull(graph.lacking(absent))
+                absent -= pulled.paths
                 # Built paths among the sources are made again by what made them for an earlier submission.
                 known = await self._makers(graph.lacking(absent))
                 if makers.keys() >= known.keys():
@@ -278,6 +287,11 @@ class Intake:
             store_dir = self._store_dir.path
             planned = await asyncio.to_thread(graph.plan, roots, absent, store_dir, sources_may_lack=sources_may_lack)
             leases += await self.leases.answered(graph.sources())
+        except MissingMemberError as error:
+            self.leases.give_back(leases)
+            if pulled.trouble:
+                raise MissingMemberError(f"{error}, or try again later: {pulled.trouble}") from None
+            raise
         except BaseException:
             self.leases.give_back(leases)
             raise
@@ -292,11 +306,8 @@ class Intake:
         return graph
 
     async def _makers(self, sources: Sequence[str]) -> dict[str, None]:
-        """Return the derivations of steps that are named after one of these paths."""
-        if not sources:
-            return {}
-        keys = [StepKey(source.rpartition("/")[2]) for source in sources]
-        return {drvs[0]: None for drvs in (await self._derivations.members(keys)).values()}
+        """Return the derivations that made one of these paths for an earlier submission, by whichever output."""
+        return dict.fromkeys((await self._derivations.makers(sources)).values()) if sources else {}
 
     def _root(self, root: RootRequest, node: Node) -> PlannedRoot:
         outputs = dict(node.outputs)
@@ -387,8 +398,10 @@ class _Graph:
         return {source for name in self.own for source in self.nodes[name].sources}
 
     def lacking(self, absent: set[str]) -> list[str]:
-        """Return the sources of the submission's own derivations that the cache lacks."""
-        return [source for name in self.own for source in self.nodes[name].sources if source in absent]
+        """Return the sources that the cache lacks of the submission's own derivations that it does not hold."""
+        nodes = (self.nodes[name] for name in self.own)
+        unheld = (node for node in nodes if any(path in absent for _, path in node.outputs))
+        return list(dict.fromkeys(source for node in unheld for source in node.sources if source in absent))
 
     def plan(
         self, roots: tuple[PlannedRoot, ...], absent: set[str], store_dir: str, *, sources_may_lack: bool

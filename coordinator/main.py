@@ -201,6 +201,7 @@ async def open_coordinator(
         stack.callback(telemetry.close)
         log_for = _log_reader(views, stores)
         services = await _serve_caches(stack, app, caches, settings, clock, tokens, log_for)
+        intake.pulls.upstreams.extend(services[0].upstreams)
         work.repair_sources.extend(services[0].upstreams)
         keepers = _look_after(
             app,

@@ -137,6 +137,8 @@ class IntakeQuery(Model):
     store_dir: Annotated[str, Field(max_length=4096)]
     derivations: Names
     sources: Names
+    #: Those of `sources` that something built: they cannot be sent, so the farm's upstreams are asked for them.
+    built: Names = ()
 
 
 class IntakeMissing(Model):
@@ -144,6 +146,8 @@ class IntakeMissing(Model):
 
     derivations: tuple[str, ...]
     sources: tuple[str, ...]
+    #: Why upstreams could not be asked for built paths, or gave less than they have; "" where they could.
+    trouble: str = ""
 
 
 class Counts(Model):

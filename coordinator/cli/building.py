@@ -15,7 +15,16 @@ import click
 from coordinator.cli import statuses
 from coordinator.cli.showing import print_json
 from coordinator.client import ApiClient, ClientError
-from coordinator.closure import Closure, LocalStore, base_name, describe_sources, find_maker, local_store, read_closure
+from coordinator.closure import (
+    Closure,
+    LocalStore,
+    base_name,
+    describe_sources,
+    find_maker,
+    local_store,
+    read_closure,
+    refuse_lost_references,
+)
 from coordinator.control import harmless
 from coordinator.evaluate import Evaluation, EvaluationError, LeftOut, Wanted, evaluate, left_out_text, parse_drv
 from coordinator.follow import Screen, follow
@@ -157,20 +166,24 @@ async def _send(client: ApiClient, store: LocalStore, wanted: Sequence[Wanted], 
     while True:
         closure: Closure = await asyncio.to_thread(read_closure, store, [*(each.drv for each in wanted), *makers])
         found = await describe_sources(store, closure.sources)
-        headers, built = found.headers, [path for path in found.built if path not in closure.outputs]
+        headers = found.headers
+        built = tuple(map(base_name, found.built))
         query = IntakeQuery(
             store_dir=store.store_dir,
             derivations=tuple(base_name(drv) for drv in closure.derivations),
-            sources=(*(header.path for header in headers), *map(base_name, built)),
+            sources=(*(header.path for header in headers), *built),
+            built=built,
         )
         missing = await client.missing(query)
         absent = set(missing.sources)
-        unbuilt = [path for path in built if base_name(path) in absent]
+        sent = [header for header in headers if header.path in absent]
+        refuse_lost_references(store, sent, absent.intersection(built), missing.trouble)
+        unbuilt = [path for path in found.built if base_name(path) in absent and path not in closure.outputs]
         if not unbuilt:
             break
         # Each goes into the next closure, so that this ends.
         for path in unbuilt:
-            makers[await asyncio.to_thread(find_maker, store, path, found.built[path])] = None
+            makers[await asyncio.to_thread(find_maker, store, path, found.built[path], missing.trouble)] = None
     if missing.derivations or missing.sources:
         lacking = set(missing.sources)
         sources = [header for header in headers if header.path in lacking]

@@ -17,6 +17,7 @@ gc          collecting what nothing keeps (survey, marking, tombstones, deletion
 realisations  what content-addressed outputs became
 resigning   new signatures for everything
 pulls       what a sender need not send, had from upstreams
+closure_pulls  whole closures that nobody sends, had from upstreams
 fsck        proving and repairing (upstream: another cache to have NARs from)
 inspection  sums
 cache       Cache: the front of all this                   (the coordinator)

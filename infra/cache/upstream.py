@@ -90,6 +90,11 @@ class Upstream:
         """What it is called in reports."""
         return self.url
 
+    @property
+    def is_away(self) -> bool:
+        """Whether it failed lately and is left alone, so that it seems to have nothing."""
+        return self._now() < self._rests_until
+
     async def narinfos(self, hash_parts: Collection[str]) -> dict[str, NarInfo]:
         """Return, by hash part, what the upstream has with a trusted signature; nothing while it fails."""
         found: dict[str, NarInfo] = {}

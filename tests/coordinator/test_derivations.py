@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from coordinator.derivations import DerivationsError, DerivationStore
+from tests.coordinator.test_intake import Room, limits, room
+from tests.support.graphs import Maker
+
+__all__ = ["limits", "room"]
 
 
 async def _open(file: Path) -> None:
@@ -41,6 +45,16 @@ async def test_a_database_that_does_not_say_its_format_is_taken_on(tmp_path: Pat
     _sql(file, "DROP TABLE derivations_meta")
     await _open(file)
     await _open(file)
+
+
+async def test_a_database_from_before_outputs_were_noted_knows_what_makes_them(room: Room, tmp_path: Path) -> None:
+    made = Maker().plain("made", outputs=("dev", "lib", "out"))
+    await room.send([made])
+    await room.submit(made)
+    _sql(tmp_path / "derivations.sqlite3", "DROP TABLE derivation_outputs")
+    await room.derivations.prepare()
+    paths = list(made.outputs.values())
+    assert await room.derivations.makers([*paths, f"{paths[0]}-other"]) == dict.fromkeys(paths, made.name)
 
 
 async def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path: Path) -> None:

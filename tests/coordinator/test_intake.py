@@ -29,6 +29,8 @@ from coordinator.schema import MAX_ROOTS, IntakeQuery, RootRequest, SubmitReques
 from coordinator.sources import SourceRefusedError
 from infra.cache import Cache
 from infra.nix.nar import NarData, NarFile, write_events
+from infra.nix.narinfo import NarInfo
+from infra.nix.narinfo import parse as parse_narinfo
 from infra.nix.store_path import StoreDir
 from scheduler.farm import Farm
 from scheduler.model import Instant, Requirements, StepKey, SubmissionId
@@ -422,14 +424,48 @@ async def test_a_built_path_among_the_sources_is_made_by_the_derivation_that_mak
     assert order.inputs == (path,)
 
 
-async def test_what_made_a_built_path_for_one_submission_makes_it_for_the_next(room: Room, make: Maker) -> None:
-    maker = make.plain("maker")
-    user = make.plain("user", sources=[maker.outputs["out"]])
+@pytest.mark.parametrize("output", ["dev", "lib", "out"])
+async def test_what_made_a_built_path_for_one_submission_makes_it_for_the_next(
+    room: Room, make: Maker, output: str
+) -> None:
+    maker = make.plain("maker", outputs=("dev", "lib", "out"))
+    user = make.plain("user", sources=[maker.outputs[output]])
     await room.send([maker, user])
     await room.submit(maker)
     assert needs(await room.submit(user)) == {"maker": [[]], "user": [["maker"]]}
-    await publish(room.cache, maker.outputs["out"])
+    await publish(room.cache, maker.outputs[output])
     assert needs(await room.submit(user)) == {"user": [[]]}
+
+
+async def test_a_built_path_that_is_lost_while_a_submission_waits_is_built_again_or_waited_for(
+    room: Room, make: Maker
+) -> None:
+    maker, stranger = make.plain("maker", outputs=("dev", "lib", "out")), make.plain("stranger")
+    on_maker = [make.plain(f"on-{name}", sources=[path]) for name, path in maker.outputs.items()]
+    on_stranger = make.plain("on-stranger", sources=[stranger.outputs["out"]])
+    for path in (*maker.outputs.values(), *stranger.outputs.values()):
+        await publish(room.cache, path)
+    await room.send([maker, *on_maker, on_stranger])
+    await room.submit(maker)
+    users = (*on_maker, on_stranger)
+    waiting = {user.name[33:-4]: [[]] for user in users}
+    assert needs(await room.submit(*users)) == waiting
+    for path in (*maker.outputs.values(), *stranger.outputs.values()):
+        file = room.cache.objects.local_path((await narinfo_of(room.cache, path)).url)
+        assert file is not None
+        file.unlink()
+    roots = tuple(RootRequest(attr=user.name, drv=user.drv) for user in users)
+    planned = await room.intake.submit(SubmitRequest(roots=roots), sources_may_lack=True)
+    made = {f"on-{name}": [["maker"]] for name in maker.outputs}
+    assert needs(planned) == {**made, "maker": [[]], "on-stranger": [[]]}
+    with pytest.raises(MissingMemberError, match="stranger"):
+        await room.intake.submit(SubmitRequest(roots=roots))
+
+
+async def narinfo_of(cache: Cache, path: str) -> NarInfo:
+    text = await cache.narinfo(path.rpartition("/")[2][:32])
+    assert text is not None
+    return parse_narinfo(text, STORE)
 
 
 async def test_a_source_of_other_content_is_refused_with_its_name(room: Room) -> None:
