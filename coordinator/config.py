@@ -114,6 +114,9 @@ class LimitSettings(BaseModel):
     log_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
     #: How long a build that failed by its own fault is taken for known to fail; 0 is never.
     failure_ttl_s: Annotated[float, Field(ge=0)] = 24 * 3600.0
+    #: How long a build waits while no worker that could do it is there, before it fails; 0 is for ever. The time starts
+    #: anew when such a worker has been there, and when the coordinator starts.
+    give_up_s: Annotated[float, Field(ge=0)] = 24 * 3600.0
     #: How long a submission that ended is remembered (`drover status`, `why`, `retry`); 0 is for ever.
     history_days: Annotated[float, Field(ge=0)] = 30.0
     #: Steps in memory beyond which submissions that ended are forgotten earlier, some 1.7 KB each; 0 is no limit.

@@ -162,7 +162,13 @@ async def open_coordinator(
             takes_uploads=True,
             compression=stores.cache.compression,
         )
-        farm = Farm(Limits(failure_ttl_s=settings.limits.failure_ttl_s, lease_ttl_s=settings.limits.worker_silence_s))
+        farm = Farm(
+            Limits(
+                failure_ttl_s=settings.limits.failure_ttl_s,
+                lease_ttl_s=settings.limits.worker_silence_s,
+                give_up_s=settings.limits.give_up_s,
+            )
+        )
         views = Views(FarmExplainer(farm, stores.logs, clock))
         outbox = _Outbox()
         engine = Engine(farm, stores.journal, views, clock, outbox.hand)

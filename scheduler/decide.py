@@ -16,6 +16,7 @@ from scheduler import events as e
 from scheduler import facts as f
 from scheduler.admission import check_graph
 from scheduler.attendance import Attendance
+from scheduler.forsaken import Forsaken
 from scheduler.model import Instant, LeaseId, StepKey, StepState, SubmissionId
 from scheduler.policy import Limits, Policy
 from scheduler.records import Queue, Step
@@ -31,7 +32,7 @@ _LEASED, _PUBLISHING, _DONE = StepState.LEASED, StepState.PUBLISHING, StepState.
 class Decider:
     """The decisions, with the policy and the budgets they are made under. Holds nothing else."""
 
-    __slots__ = ("_attendance", "_limits", "_policy", "_state", "_verdicts")
+    __slots__ = ("_attendance", "_forsaken", "_limits", "_policy", "_state", "_verdicts")
 
     def __init__(self, state: FarmState, limits: Limits, policy: Policy) -> None:
         self._state = state
@@ -39,6 +40,7 @@ class Decider:
         self._policy = policy
         self._verdicts = Verdicts(state, limits, policy)
         self._attendance = Attendance(state, limits, policy, self._verdicts)
+        self._forsaken = Forsaken(state, limits, self._verdicts)
 
     def decide(self, event: e.Event, now: Instant) -> Iterator[f.Fact]:  # noqa: C901, PLR0912  one arm per event
         """Yield what follows from one event, without granting leases (`assign` does, once per batch)."""
@@ -90,11 +92,16 @@ class Decider:
         delayed = self._state.ready.delayed
         while delayed and delayed[0][0] <= now:
             yield f.BackOffEnded(delayed[0][2].key)
+        yield from self._forsaken.due(now)
+        yield from self._verdicts.abandon_orphans(now)
 
     def deadline(self) -> Instant | None:
         """Return when `due` will next have something to say."""
         delayed = self._state.ready.delayed
-        return min([*(delayed[0][:1] if delayed else ()), *self._attendance.deadline()], default=None)
+        return min(
+            [*(delayed[0][:1] if delayed else ()), *self._attendance.deadline(), *self._forsaken.deadline()],
+            default=None,
+        )
 
     def assign(self, now: Instant) -> Iterator[f.Fact]:
         """Grant leases, the best-ranked step first, until no free builder can take any ready step.

@@ -78,6 +78,8 @@ CONSEQUENCES: Mapping[FailureKind, Consequence] = MappingProxyType(
         _K.NOT_DETERMINISTIC: _verdict("the build is not deterministic"),
         # The cause is cached, not what it doomed.
         _K.DEPENDENCY: _verdict("a step below failed", cacheable=False),
+        # A worker may join any time; another recipe may ask for one that is there.
+        _K.NO_WORKER: _verdict("no worker that could build it was there", cacheable=False),
         # A fetch from a server that does not answer: the builder's machine is not to blame, another source may help.
         _K.TRANSIENT: Consequence(Course.RETRY, "the builder failed in a way that may pass", next_recipe=True),
         _K.INFRASTRUCTURE: _fault("the farm failed"),

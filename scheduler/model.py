@@ -142,6 +142,8 @@ class FailureKind(StrEnum):
     CONNECTION_LOST = "connection_lost"
     #: Connections were lost so often that the build itself is suspected.
     SUSPECT = "suspect"
+    #: No builder that could take it has been known for too long; it never had a lease for that.
+    NO_WORKER = "no_worker"
     #: The worker hands the lease back without having started it. Costs no attempt budget.
     RETURNED = "returned"
     #: The shell has seen that the cache lost an input, and mends that. Costs no attempt budget either.

@@ -32,6 +32,8 @@ class Limits:
     start_resends: int = 3
     #: How long a step that failed by its own fault is taken for known to fail; 0 is never.
     failure_ttl_s: float = 24 * 3600.0
+    #: How long a ready step may wait while no builder that is known can take it, before it fails; 0 is for ever.
+    give_up_s: float = 0.0
     #: Leases of one builder in a row that end by a fault of the farm, after which it is put in quarantine.
     quarantine_after: int = 3
 

@@ -16,7 +16,7 @@ from scheduler.records import NOBODY, Builder, Queue, Step
 class ReadyIndex:
     """Queues and back-offs over the builders of a state. `rank` is asked whenever a step is put in a queue."""
 
-    __slots__ = ("_builders", "_rank", "delayed", "queues")
+    __slots__ = ("_builders", "_rank", "delayed", "forsaken", "queues")
 
     def __init__(self, builders: dict[BuilderId, Builder], rank: Callable[[Step], int]) -> None:
         self._builders = builders
@@ -25,6 +25,8 @@ class ReadyIndex:
         self.queues: dict[tuple[Requirements, BuilderId], Queue] = {}
         #: Back-offs as (not_before, sequence, step); the first is always live.
         self.delayed: list[tuple[Instant, int, Step]] = []
+        #: Steps that have come to stand where no builder can take them (taken by `scheduler.forsaken`).
+        self.forsaken: dict[Step, None] = {}
 
     def put(self, step: Step) -> None:
         """Take in a step that has become ready."""
@@ -37,6 +39,8 @@ class ReadyIndex:
         """Put a ready step in its queue, anew where its rank has changed."""
         queue = self._queue_of(step)
         step.rank = rank = self._rank(step)
+        if not queue.builders and step.queue is not queue:
+            self.forsaken[step] = None
         step.queue = queue
         heappush(queue.heap, (-rank, step.sequence, step))
         _prune(queue)
@@ -48,6 +52,7 @@ class ReadyIndex:
             self.prune_delayed()
         else:
             step.queue = None
+            self.forsaken.pop(step, None)
             _prune(queue)
 
     def prune_delayed(self) -> None:
@@ -67,7 +72,10 @@ class ReadyIndex:
         for builder in self._builders.values():
             builder.queues = []
         for queue in self.queues.values():
+            had_builders = bool(queue.builders)
             self._match(queue)
+            if had_builders and not queue.builders:
+                self.forsaken.update((step, None) for _, _, step in queue.heap if step.queue is queue)
 
     def _queue_of(self, step: Step) -> Queue:
         if step.avoid:

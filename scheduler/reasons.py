@@ -201,7 +201,7 @@ def why(state: FarmState, places: Places, limits: Limits, key: StepKey, now: Ins
     if step.not_before:
         return BacksOff(step.not_before, step.faults + step.returns)
     requirements = step.recipe.requirements
-    return _unserved(state, requirements) or _busy(step, places.of(requirements))
+    return unserved(state, requirements) or _busy(step, places.of(requirements))
 
 
 def _known(state: FarmState, limits: Limits, step: Step, now: Instant) -> KnownToFail | None:
@@ -239,7 +239,7 @@ def stuck(state: FarmState) -> list[StuckClass]:
         heaps = [queue for key, queue in state.ready.queues.items() if key[0] == requirements and queue.heap]
         if not heaps or any(queue.builders for queue in heaps):
             continue
-        reason = _unserved(state, requirements)
+        reason = unserved(state, requirements)
         if reason is None:
             raise ImpossibleError(f"the queue for {requirements} has lost its builders")
         steps = _live(state, requirements)
@@ -255,7 +255,7 @@ def _live(state: FarmState, requirements: Requirements) -> list[Step]:
     return list(steps)
 
 
-def _unserved(state: FarmState, requirements: Requirements) -> Unserved | None:
+def unserved(state: FarmState, requirements: Requirements) -> Unserved | None:
     """Say why no builder can ever take this class as things stand; None where one can."""
     specs = [builder.spec for builder in state.builders.values() if builder.spec is not None]
     if not specs:

@@ -387,6 +387,8 @@ class FarmState:
             self._free_slot(step)
             step.builder = NOBODY
             self._move(step, _WAITING)
+        elif step.state is _READY:
+            self._move(step, _WAITING)
         self._release(step)
         step.tried = step.tried | {step.active}
         step.faults, step.strikes, step.accounts = 0, (), ()

@@ -119,6 +119,10 @@ class Verdicts:
         )
         return len(wanted_by) == 1
 
+    def give_up(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+        """End a ready step that no builder can take."""
+        yield from self._end(step, failure, now)
+
     def stop(self, step: Step, now: Instant, why: str) -> Iterator[f.Fact]:
         """Revoke the open lease, if there is one: the farm no longer wants the build."""
         if step.state in _OPEN:
@@ -176,7 +180,7 @@ class Verdicts:
     def _end(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
         """Take a failure for final: the next recipe that can help takes over, else the step fails."""
         recipe = None
-        if CONSEQUENCES[failure.kind].next_recipe and step.state is _LEASED:
+        if CONSEQUENCES[failure.kind].next_recipe and step.state in (_LEASED, StepState.READY):
             recipe = yield from self._next_recipe(step, now)
         if recipe is None:
             yield from self._fail(step, failure, now)

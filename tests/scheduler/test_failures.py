@@ -35,6 +35,7 @@ def test_every_kind_has_a_row_and_no_fault_is_ever_cached_unless_the_build_has_p
         K.CANCELLED,
         K.SUSPECT,
         K.DEPENDENCY,
+        K.NO_WORKER,
         K.TIMEOUT,
         K.SILENCE,
         K.LOG_LIMIT,

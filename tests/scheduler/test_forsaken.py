@@ -1,0 +1,102 @@
+"""A build that no builder can take is given up in time: once, not while such a builder is known, restarts or not."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler import facts as f
+from scheduler.model import FailureKind, StepKey
+from scheduler.policy import Limits
+from tests.scheduler.kit import Scene, builder, either, join, lost, recipe, report, step, submit
+
+LIMITS = Limits(give_up_s=100.0, lease_ttl_s=10_000.0)
+MAC = "aarch64-darwin"
+
+
+def given_up(facts: list[f.Fact]) -> list[StepKey]:
+    return [x.step for x in facts if isinstance(x, f.StepFailed) and x.failure.kind is FailureKind.NO_WORKER]
+
+
+def test_time_alone_gives_up_what_no_builder_offers_and_a_sentence_says_what_to_do() -> None:
+    scene = Scene(LIMITS)
+    scene.play(join("b"))
+    scene.play(submit("s", ["top"], step("top", "x"), step("x", system=MAC, features=["big"])))
+    facts, _ = scene.wake()
+    assert (scene.now, given_up(facts)) == (100.0, [StepKey("x")])
+    assert scene.states("x", "top") == ["failed", "doomed"]
+    failure = scene.farm.state.steps[StepKey("x")].failure
+    assert failure is not None
+    assert failure.message == (
+        f"no worker could take it for 100 s (no worker offers the system {MAC}):"
+        f" start a worker for {MAC} with big, then submit it again"
+    )
+
+
+def test_what_was_given_up_waits_anew_when_it_is_retried_and_runs_where_a_worker_has_come() -> None:
+    scene = Scene(LIMITS)
+    scene.play(submit("s", ["x"], step("x")))
+    scene.wake()
+    scene.at(150).play(submit("s", ["x"], step("x"), again=True, retry=True))
+    assert scene.farm.deadline() == 250.0
+    scene.play(join("b"))
+    assert scene.state("x").value == "leased"
+
+
+def test_each_step_has_its_own_time_and_a_builder_that_was_there_starts_it_anew() -> None:
+    scene = Scene(LIMITS)
+    scene.play(submit("s1", ["x"], step("x")))
+    scene.at(50).play(submit("s2", ["y"], step("y")))
+    scene.at(60).play(join("b", 0))
+    assert scene.farm.deadline() is not None
+    scene.at(500).play(report("b", 0))
+    assert scene.states("x", "y") == ["ready", "ready"], "a full builder is a builder"
+    scene.at(600).play(lost("b"))
+    scene.at(650).play(submit("s3", ["z"], step("z")))
+    scene.at(700).play(report("b", 0))
+    assert scene.states("x", "y", "z") == ["failed", "failed", "ready"]
+
+
+def test_another_recipe_that_a_builder_can_take_is_tried_before_the_step_is_given_up() -> None:
+    scene = Scene(LIMITS)
+    scene.play(join("b"), submit("s", ["x"], either("x", recipe(system=MAC), recipe())))
+    scene.at(100).play(report("b"))
+    assert scene.state("x").value == "leased"
+
+
+def test_without_a_limit_nothing_is_given_up() -> None:
+    scene = Scene(Limits(lease_ttl_s=1e9))
+    scene.play(join("b", 0), submit("s", ["x"], step("x", system=MAC)))
+    scene.at(1e8).play(report("b", 0))
+    assert scene.state("x").value == "ready"
+
+
+@given(st.lists(st.tuples(st.integers(1, 120), st.sampled_from(["join", "lose", "restart", "wake"])), max_size=30))
+def test_a_step_is_given_up_exactly_once_and_never_while_a_capable_builder_is_known(
+    moves: list[tuple[int, str]],
+) -> None:
+    scene = Scene(LIMITS)
+    scene.play(submit("s", ["x"], step("x")))
+    alone_since, here = 0.0, False
+    ended = 0
+    for wait, move in moves:
+        scene.at(scene.now + wait)
+        if move == "restart":
+            scene.restart()
+            assert scene.state("x").value == "failed" or scene.farm.deadline() == 0.0
+            alone_since, here = scene.now, False
+        # Whatever comes, what is due by then is said first by the clock.
+        facts = scene.play(report("nobody"))[0]
+        if move == "join" and not here:
+            facts += scene.play(join(builder("b"), 0))[0]
+        elif move == "lose" and here:
+            facts += scene.play(lost("b"))[0]
+        gone = len(given_up(facts))
+        due = not here and not ended and scene.now - alone_since >= LIMITS.give_up_s
+        assert gone == due
+        ended += gone
+        if move == "join":
+            here = True
+        elif move == "lose" and here:
+            alone_since, here = scene.now, False
+    assert ended <= 1
