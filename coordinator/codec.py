@@ -36,6 +36,9 @@ from workers.protocol import Output
 
 #: Frames above this many bytes are compressed.
 _COMPRESS_ABOVE_BYTES = 4096
+#: In frames above this many bytes repetitions are looked for 2^27 bytes back: the same keys stand megabytes apart.
+_LOOK_FAR_ABOVE_BYTES = 256 * 1024
+_FAR_LOG = 27
 #: A frame that claims to be larger than this is damaged (one frame holds at most `journal.FRAME_FACTS` facts).
 MAX_FRAME_BYTES = 1024 * 1024 * 1024
 
@@ -94,7 +97,13 @@ def _encode(batch: Sequence[object], tags: Mapping[type, str]) -> bytes:
     frame = orjson.dumps([[tags[type(each)], each] for each in batch], default=_plain)
     if len(frame) <= _COMPRESS_ABOVE_BYTES:
         return frame
-    return zstandard.ZstdCompressor(level=1, write_checksum=True).compress(frame)
+    if len(frame) <= _LOOK_FAR_ABOVE_BYTES:
+        return zstandard.ZstdCompressor(level=1, write_checksum=True).compress(frame)
+    # A large submission names its members several times, a snapshot those of all that were submitted again.
+    far = zstandard.ZstdCompressionParameters.from_level(
+        1, source_size=len(frame), enable_ldm=True, window_log=_FAR_LOG, write_checksum=True
+    )
+    return zstandard.ZstdCompressor(compression_params=far).compress(frame)
 
 
 def decode_facts(frame: bytes) -> tuple[Fact, ...]:
@@ -236,17 +245,58 @@ def evidence_shown(data: bytes) -> tuple[int, str]:
         return 0, ""
 
 
-def encode_note(note: SubmissionNote) -> bytes:
-    """Return the bytes that the journal keeps of a submission's names."""
-    return orjson.dumps(note)
+@dataclass(frozen=True, slots=True)
+class StoredNote:
+    """A note as the journal keeps it: `own` is the submission's, `shared` stands once for all that have the same.
+
+    `shared` is empty for a note of before 2026-11-29, whose `own` has all, and for one with few roots.
+    """
+
+    own: bytes
+    shared: bytes = b""
 
 
-def decode_note(data: bytes) -> SubmissionNote:
+def encode_note(note: SubmissionNote) -> StoredNote:
+    """Return what the journal keeps of a submission's names: the roots of the same graph are the same bytes."""
+    roots = orjson.dumps(note.roots)
+    if len(roots) <= _COMPRESS_ABOVE_BYTES:
+        return StoredNote(orjson.dumps(note))
+    own = orjson.dumps({"label": note.label, "derivations": note.derivations})
+    return StoredNote(own, zstandard.ZstdCompressor(level=3, write_checksum=True).compress(roots))
+
+
+def decode_note(stored: StoredNote) -> SubmissionNote:
     """Read a note back. Raises `CodecError`."""
     try:
-        return cast("SubmissionNote", _NOTE(orjson.loads(data)))
+        raw = orjson.loads(stored.own)
+        if stored.shared:
+            roots = zstandard.ZstdDecompressor().decompress(stored.shared, max_output_size=MAX_FRAME_BYTES)
+            raw = {**_need(raw, dict), "roots": orjson.loads(roots)}
+        return cast("SubmissionNote", _NOTE(raw))
+    except (orjson.JSONDecodeError, zstandard.ZstdError):
+        raise CodecError("the note of a submission is damaged.") from None
+
+
+def _note(own: bytes, roots: tuple[RootNote, ...]) -> SubmissionNote:
+    try:
+        note: SubmissionNote = _NOTE({**_need(orjson.loads(own), dict), "roots": []})
     except orjson.JSONDecodeError:
         raise CodecError("the note of a submission is damaged.") from None
+    return dataclasses.replace(note, roots=roots)
+
+
+def decode_notes(stored: Mapping[SubmissionId, StoredNote]) -> dict[SubmissionId, SubmissionNote]:
+    """Read notes back; those that share their roots share them in memory too. Raises `CodecError`."""
+    notes: dict[SubmissionId, SubmissionNote] = {}
+    roots: dict[bytes, tuple[RootNote, ...]] = {}
+    for name, each in stored.items():
+        if each.shared in roots:
+            notes[name] = _note(each.own, roots[each.shared])
+            continue
+        notes[name] = decode_note(each)
+        if each.shared:
+            roots[each.shared] = notes[name].roots
+    return notes
 
 
 def _plain(value: object) -> object:

@@ -18,7 +18,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.codec import SubmissionNote, decode_note, encode_note
+from coordinator.codec import StoredNote, SubmissionNote, decode_notes, encode_note
 from coordinator.derivations import DerivationStore, StepInfo
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.journal import Journal
@@ -94,7 +94,7 @@ class Engine:
                 # A long replay must not keep signals and supervisors waiting.
                 await asyncio.sleep(0)
             self._views.settle()
-            notes = {name: decode_note(body) for name, body in (await self._journal.notes()).items()}
+            notes = decode_notes(await self._journal.notes())
             self._views.know({}, notes)
             # Nearly all of this stays: no collection need ever look at it.
             gc.freeze()
@@ -188,7 +188,8 @@ class Engine:
         durable = [fact for fact in facts if fact.durable]
         notes = {name: note for letter in letters if not letter.refused for name, note in letter.notes.items()}
         if durable or notes:
-            encoded = {name: encode_note(note) for name, note in notes.items()}
+            # Those of a large graph take long to compress.
+            encoded = await asyncio.to_thread(_encoded, notes) if notes else {}
             await self._journal.append(durable, encoded)
         for letter in letters:
             self._views.know(letter.infos, letter.notes)
@@ -237,6 +238,10 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def _encoded(notes: Mapping[SubmissionId, SubmissionNote]) -> dict[SubmissionId, StoredNote]:
+    return {name: encode_note(note) for name, note in notes.items()}
 
 
 def _refuse(letter: _Letter) -> None:

@@ -4,7 +4,8 @@ Rules:
 1. Facts are stored before anything acts on them. `append` returns after the commit and raises if there was none.
 2. A row ("frame") holds the facts of one batch, at most `FRAME_FACTS`; `seq` has no gaps; a CRC guards each body.
 3. What cannot be understood stops the start with one sentence; nothing is skipped, repaired or overwritten.
-4. `notes` (what people called a submission) go into the same commit as the submission's facts.
+4. `notes` (what people called a submission) go into the same commit as the submission's facts. What several have in
+   common, the roots of one graph, is stored once by its digest, until the last of them is forgotten.
 5. One writer. Each that begins raises the **epoch** (`take_over`), and every write is conditional on it inside its own
    transaction: whoever comes back after another has taken over gets `FencedError`, and nothing of it is stored.
 6. A server that is away and a full disk are waited for, at most `PATIENCE_S`; meanwhile nothing is acknowledged,
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import secrets
 import zlib
@@ -37,7 +39,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from coordinator.codec import CodecError, Record, decode_facts, decode_records, encode_facts, encode_records
+from coordinator.codec import CodecError, Record, StoredNote, decode_facts, decode_records, encode_facts, encode_records
 from coordinator.errors import CoordinatorError
 from infra.cache.metadata import Reign
 from infra.database import PATIENCE_S, may_pass, reason
@@ -49,8 +51,10 @@ from scheduler.model import SubmissionId
 FRAME_FACTS: Final = 4096
 #: Snapshots that are kept, with the frames since the oldest of them.
 SNAPSHOTS_KEPT: Final = 2
-#: What this module writes. 1 had no snapshots and no epoch; it is brought up to date when it is opened.
-FORMAT: Final = 2
+#: What this module writes. 1 had no snapshots and no epoch, 2 a whole note for each submission; both are brought up to
+#: date when they are opened.
+FORMAT: Final = 3
+_FIRST_WITH_EPOCH: Final = 2
 #: Seconds after which a database that says nothing is told of.
 SLOW_S: Final = 10.0
 #: Frames read, and removed, at one time.
@@ -85,6 +89,19 @@ _notes = Table(
     _metadata,
     Column("submission", String(64), primary_key=True),
     Column("body", LargeBinary, nullable=False),
+)
+#: What notes of several submissions may have in common, stored once.
+_shared = Table(
+    "journal_shared_notes",
+    _metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+)
+_shares = Table(
+    "journal_note_shares",
+    _metadata,
+    Column("submission", String(64), primary_key=True),
+    Column("digest", String(64), nullable=False, index=True),
 )
 _snapshots = Table(
     "journal_snapshots",
@@ -252,14 +269,21 @@ class Journal:
         self._tail += count
         return loaded
 
-    async def notes(self) -> Mapping[SubmissionId, bytes]:
-        """Return what was noted for each submission."""
+    async def notes(self) -> Mapping[SubmissionId, StoredNote]:
+        """Return what was noted for each submission; equal shared parts are one object."""
         with _translated("read"):
             async with self._engine.connect() as connection:
+                shared = {row.digest: row.body for row in await connection.execute(select(_shared))}
+                shares = {row.submission: row.digest for row in await connection.execute(select(_shares))}
                 rows = (await connection.execute(select(_notes))).all()
-        return {SubmissionId(row.submission): row.body for row in rows}
+        if lost := set(shares.values()) - shared.keys():
+            raise JournalError(
+                f"the journal lacks {len(lost)} notes of submissions; restore the database from a backup."
+            )
+        bodies = {name: shared[digest] for name, digest in shares.items()}
+        return {SubmissionId(row.submission): StoredNote(row.body, bodies.get(row.submission, b"")) for row in rows}
 
-    async def append(self, facts: Sequence[Fact], notes: Mapping[SubmissionId, bytes] | None = None) -> None:
+    async def append(self, facts: Sequence[Fact], notes: Mapping[SubmissionId, StoredNote] | None = None) -> None:
         """Store durable `facts` and `notes` in one commit, without the notes of what they say is forgotten.
 
         Returns when they are safe.
@@ -278,11 +302,10 @@ class Journal:
             body = encode_facts(part)
             seq = self._seq + len(frames) + 1
             frames.append({"seq": seq, "facts": len(part), "crc": zlib.crc32(body), "body": body})
-        noted = [{"submission": name, "body": body} for name, body in (notes or {}).items()]
         forgotten = [fact.submission for fact in facts if isinstance(fact, SubmissionForgotten)]
         slow = asyncio.get_running_loop().call_later(SLOW_S, self._suffer, "its database does not answer")
         try:
-            await self._store(frames, noted, forgotten)
+            await self._store(frames, notes or {}, forgotten)
         finally:
             slow.cancel()
         if self._trouble:
@@ -292,7 +315,10 @@ class Journal:
         self._tail += len(facts)
 
     async def _store(
-        self, frames: Sequence[dict[str, Any]], notes: Sequence[dict[str, Any]], forgotten: Sequence[SubmissionId]
+        self,
+        frames: Sequence[dict[str, Any]],
+        notes: Mapping[SubmissionId, StoredNote],
+        forgotten: Sequence[SubmissionId],
     ) -> None:
         patience: Patience | None = None
         while True:
@@ -302,9 +328,9 @@ class Journal:
                     async with self._engine.begin() as connection:
                         await connection.execute(insert(_frames), frames)
                         if notes:
-                            await connection.execute(insert(_notes), notes)
+                            await _write_notes(connection, notes)
                         if forgotten:
-                            await connection.execute(delete(_notes).where(_notes.c.submission.in_(forgotten)))
+                            await _forget_notes(connection, forgotten)
                         # Last: SQLite is locked for writing by now, and sees what is.
                         await self.fence(connection)
             except (SQLAlchemyError, OSError) as error:
@@ -464,6 +490,32 @@ class Journal:
                 return
 
 
+async def _write_notes(connection: AsyncConnection, notes: Mapping[SubmissionId, StoredNote]) -> None:
+    """Store notes, and of what they share what is not there yet."""
+    await connection.execute(insert(_notes), [{"submission": name, "body": note.own} for name, note in notes.items()])
+    digests = {name: hashlib.sha256(note.shared).hexdigest() for name, note in notes.items() if note.shared}
+    if not digests:
+        return
+    bodies = {digests[name]: note.shared for name, note in notes.items() if name in digests}
+    known = select(_shared.c.digest).where(_shared.c.digest.in_(bodies))
+    for digest in (await connection.execute(known)).scalars():
+        del bodies[digest]
+    if bodies:
+        await connection.execute(insert(_shared), [{"digest": name, "body": body} for name, body in bodies.items()])
+    await connection.execute(insert(_shares), [{"submission": name, "digest": each} for name, each in digests.items()])
+
+
+async def _forget_notes(connection: AsyncConnection, submissions: Sequence[SubmissionId]) -> None:
+    """Remove notes, and what no other note shares with them."""
+    await connection.execute(delete(_notes).where(_notes.c.submission.in_(submissions)))
+    theirs = _shares.c.submission.in_(submissions)
+    digests = set((await connection.execute(select(_shares.c.digest).where(theirs))).scalars())
+    if digests:
+        await connection.execute(delete(_shares).where(theirs))
+        unshared = _shared.c.digest.in_(digests) & _shared.c.digest.not_in(select(_shares.c.digest))
+        await connection.execute(delete(_shared).where(unshared))
+
+
 class _DamagedPartError(JournalError):
     """A part of a snapshot is not what was written."""
 
@@ -521,7 +573,8 @@ def _bring_up_to_date(connection: Connection) -> None:
         connection.execute(insert(_meta).values(name="facts_version", value=FORMAT))
     else:
         connection.execute(sa.update(_meta).where(_meta.c.name == "facts_version").values(value=FORMAT))
-    connection.execute(insert(_meta).values(name="epoch", value=0))
+    if found is None or found < _FIRST_WITH_EPOCH:
+        connection.execute(insert(_meta).values(name="epoch", value=0))
 
 
 async def _identity(connection: AsyncConnection) -> int:

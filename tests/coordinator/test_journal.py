@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import os
+import sqlite3
 import subprocess
 import sys
 import types
@@ -18,23 +20,30 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import func, select, text
+from sqlalchemy import table as sql_table
 
 from coordinator import journal as journal_module
 from coordinator.codec import (
     CodecError,
     Evidence,
+    RootNote,
+    StoredNote,
+    SubmissionNote,
     decode_evidence,
     decode_facts,
+    decode_note,
+    decode_notes,
     encode_evidence,
     encode_facts,
+    encode_note,
     evidence_shown,
 )
 from coordinator.journal import FRAME_FACTS, FencedError, Journal, JournalError
 from coordinator.state_lock import StateDirBusyError, StateLock
 from infra.database import open_engine
-from scheduler.facts import Fact, StepAbandoned, StepAdded, StepHeld
-from scheduler.model import Recipe, Requirements, StepKey, StepSpec, SubmissionId
+from scheduler.facts import Fact, StepAbandoned, StepAdded, StepHeld, SubmissionAccepted, SubmissionForgotten
+from scheduler.model import Instant, Recipe, Requirements, StepKey, StepSpec, SubmissionId
 from workers.protocol import Output
 
 _TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -57,7 +66,9 @@ def _values(kind: Any) -> st.SearchStrategy[Any]:
         some, _none = typing.get_args(kind)
         return st.none() | _values(some)
     if typing.get_origin(kind) is tuple:
-        return st.lists(_values(typing.get_args(kind)[0]), max_size=3).map(tuple)
+        *items, last = typing.get_args(kind)
+        several = st.lists(_values(items[0]), max_size=3).map(tuple)
+        return several if last is Ellipsis else st.tuples(*map(_values, [*items, last]))
     if typing.get_origin(kind) is frozenset:
         return st.frozensets(_values(typing.get_args(kind)[0]), max_size=3)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -129,7 +140,7 @@ async def _opened(url: str, *, patience_s: float = 5.0) -> AsyncIterator[Journal
         await engine.dispose()
 
 
-async def _written(url: str, batches: Sequence[Sequence[Fact]], notes: dict[SubmissionId, bytes]) -> None:
+async def _written(url: str, batches: Sequence[Sequence[Fact]], notes: dict[SubmissionId, StoredNote]) -> None:
     async with _opened(url) as journal:
         for batch in batches:
             await journal.append(batch, notes)
@@ -140,7 +151,7 @@ async def _facts(journal: Journal) -> list[Fact]:
     return [fact async for piece in journal.load() for fact in piece.facts]
 
 
-async def _read(url: str) -> tuple[list[Fact], dict[SubmissionId, bytes]]:
+async def _read(url: str) -> tuple[list[Fact], dict[SubmissionId, StoredNote]]:
     async with _opened(url) as journal:
         return await _facts(journal), dict(await journal.notes())
 
@@ -177,10 +188,10 @@ def _held(*numbers: int) -> list[Fact]:
 
 async def test_batches_come_back_in_order_after_a_restart(database: str) -> None:
     batches: list[list[Fact]] = [_steps(FRAME_FACTS * 2 + 3), [StepHeld(StepKey("k1"))], [StepAbandoned(StepKey("k2"))]]
-    await _written(database, batches, {SubmissionId("s"): b"note"})
+    await _written(database, batches, {SubmissionId("s"): StoredNote(b"note")})
     facts, notes = await _read(database)
     assert facts == [fact for batch in batches for fact in batch]
-    assert notes == {SubmissionId("s"): b"note"}
+    assert notes == {SubmissionId("s"): StoredNote(b"note")}
 
 
 async def test_more_frames_than_one_read_come_back(database: str) -> None:
@@ -323,6 +334,62 @@ async def test_a_journal_of_the_first_release_is_taken_on(tmp_path: Path) -> Non
     assert (await _read(_file(tmp_path)))[0] == _held(1)
 
 
+async def test_a_journal_of_before_shared_notes_is_taken_on(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "j")) as connection:
+        connection.executescript(Path(__file__).with_name("journal_format_2.sql").read_text())
+    new = _note("new", 100)
+    async with _opened(_file(tmp_path)) as journal:
+        assert [type(fact).__name__ for fact in await _facts(journal)] == ["StepAdded", "SubmissionAccepted"]
+        await journal.append([], {SubmissionId("new"): encode_note(new)})
+    notes = decode_notes((await _read(_file(tmp_path)))[1])
+    assert notes.pop(SubmissionId("new")) == new
+    [old] = notes.values()
+    assert (old.label, old.roots[0].attr, old.derivations) == ("of before", "hello", 1)
+
+
+def _note(label: str, roots: int) -> SubmissionNote:
+    places = [f"{number:032}-step" for number in range(roots)]
+    made = [RootNote(each, f"/{each}.drv", StepKey(each), (("out", f"/{each}"),)) for each in places]
+    return SubmissionNote(label, tuple(made), roots)
+
+
+async def test_notes_of_one_graph_are_stored_once_until_the_last_is_forgotten(database: str) -> None:
+    notes = {SubmissionId(name): _note(name, 500) for name in ("one", "two", "three")}
+    other = {SubmissionId("other"): _note("other", 600), SubmissionId("small"): _note("small", 1)}
+    async with _opened(database) as journal:
+        await journal.append([], {name: encode_note(note) for name, note in notes.items()})
+        await journal.append([], {name: encode_note(note) for name, note in other.items()})
+    read = decode_notes((await _read(database))[1])
+    assert read == notes | other
+    assert read[SubmissionId("one")].roots is read[SubmissionId("three")].roots
+    left = list(notes)
+    async with _opened(database) as journal:
+        await _facts(journal)
+        for at, name in enumerate(left, start=1):
+            assert len({note.shared for note in (await journal.notes()).values() if note.shared}) == 2
+            await journal.append([SubmissionForgotten(name, Instant(1.0))])
+            assert decode_notes(await journal.notes()) == {each: notes[each] for each in left[at:]} | other
+        assert await _count(journal, "journal_shared_notes") == await _count(journal, "journal_note_shares") == 1
+        await journal.append([SubmissionForgotten(name, Instant(1.0)) for name in other])
+        assert await _count(journal, "journal_shared_notes") == await _count(journal, "journal_notes") == 0
+
+
+async def _count(journal: Journal, table: str) -> int:
+    async with journal._engine.connect() as connection:
+        return int((await connection.execute(select(func.count()).select_from(sql_table(table)))).scalar_one())
+
+
+@pytest.mark.parametrize("roots", [1, 500])
+def test_a_damaged_note_is_one_typed_error(roots: int) -> None:
+    stored = encode_note(_note("x", roots))
+    assert decode_note(stored) == _note("x", roots)
+    for damaged in (StoredNote(stored.own[:-1], stored.shared), StoredNote(b"[]", stored.shared or b"{")):
+        with pytest.raises(CodecError):
+            decode_note(damaged)
+    with pytest.raises(CodecError):
+        decode_note(StoredNote(stored.own, stored.shared[:-5] or b"-"))
+
+
 async def test_whoever_is_taken_over_from_can_write_nothing_more(database: str) -> None:
     async with _opened(database) as old:
         await old.append(_held(1))
@@ -330,7 +397,7 @@ async def test_whoever_is_taken_over_from_can_write_nothing_more(database: str) 
             assert new.epoch == old.epoch + 1
             assert await _facts(new) == _held(1)
             with pytest.raises(FencedError, match="another coordinator has taken over"):
-                await old.append(_held(2), {SubmissionId("s"): b"note"})
+                await old.append(_held(2), {SubmissionId("s"): StoredNote(b"note")})
             with pytest.raises(FencedError):
                 await old.save_snapshot(1, _held(1), [])
             await new.append(_held(3))
@@ -397,3 +464,12 @@ def test_a_state_directory_has_one_owner_and_the_error_names_it(tmp_path: Path) 
 
 settings.register_profile("coordinator", deadline=None)
 settings.load_profile("coordinator")
+
+
+def test_keys_that_a_large_frame_repeats_are_stored_once() -> None:
+    """As in a snapshot of a farm to which one graph was submitted again and again."""
+    keys = tuple(StepKey(f"{hashlib.sha256(b'%d' % number).hexdigest()[:32]}-step") for number in range(6000))
+    accepted = [SubmissionAccepted(SubmissionId(f"s{n}"), Instant(1.0), keys, keys, keys, ()) for n in range(10)]
+    one, ten = encode_facts(accepted[:1]), encode_facts(accepted)
+    assert len(ten) < len(one) * 1.5
+    assert decode_facts(ten) == tuple(accepted)

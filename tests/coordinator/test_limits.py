@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.codec import CodecError, RootNote, SubmissionNote, decode_note, encode_note
+from coordinator.codec import CodecError, RootNote, StoredNote, SubmissionNote, decode_note, encode_note
 from coordinator.limits import StepLimits, in_force, limit_was_raised
 from scheduler.model import FailureKind, StepKey
 
@@ -51,10 +51,10 @@ def test_notes_of_before_limits_are_readable() -> None:
     note = SubmissionNote("x", (RootNote("a", "/d", StepKey("s"), (("out", "/o"),), StepLimits(5)),), 1)
     assert decode_note(encode_note(note)) == note
     old = b'{"label":"x","roots":[{"attr":"a","drv":"/d","step":"s","outputs":[["out","/o"]]}],"derivations":1}'
-    assert decode_note(old).roots[0].limits is None
+    assert decode_note(StoredNote(old)).roots[0].limits is None
     said = b'"limits":{"timeout_s":5,"silence_s":0,"log_bytes":0,"output_bytes":0}}'
-    assert decode_note(old.replace(b"}", b"," + said, 1)).roots[0].limits == StepLimits(timeout_s=5)
+    assert decode_note(StoredNote(old.replace(b"}", b"," + said, 1))).roots[0].limits == StepLimits(timeout_s=5)
     with pytest.raises(CodecError):
-        decode_note(old.replace(b'"attr":"a",', b""))
+        decode_note(StoredNote(old.replace(b'"attr":"a",', b"")))
     with pytest.raises(CodecError):
-        decode_note(old.replace(b'"attr":"a",', b'"attr":"a","colour":"red",'))
+        decode_note(StoredNote(old.replace(b'"attr":"a",', b'"attr":"a","colour":"red",')))
