@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -69,7 +69,7 @@ class WorkerWatch:
         self._thread = threading.Thread(target=self._watch)
         self.seen: set[tuple[str, str, str]] = set()
 
-    def __enter__(self) -> WorkerWatch:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
