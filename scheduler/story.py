@@ -101,7 +101,8 @@ def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fac
         case f.StepFellBack():
             return f"{fact.step} falls back to recipe {fact.recipe}: {fact.failure.message}"
         case f.StepFailed():
-            return f"{fact.step}@{fact.attempt} failed on {fact.builder}, {fact.failure.kind}: {fact.failure.message}"
+            place = f" on {fact.builder}" if fact.builder else ""
+            return f"{fact.step}@{fact.attempt} failed{place}, {fact.failure.kind}: {fact.failure.message}"
         case f.StepDoomed():
             return f"{fact.step} doomed by {fact.cause}"
         case f.StepAbandoned():

@@ -33,6 +33,7 @@ from scheduler.events import (
     SubmissionCancelled,
     SubmissionExpired,
     SubmissionReceived,
+    TimePassed,
 )
 from scheduler.facts import Fact
 from scheduler.farm import Farm
@@ -48,6 +49,7 @@ from scheduler.model import (
     StepSpec,
     SubmissionId,
 )
+from scheduler.policy import Limits
 from workers.protocol import Output
 
 _CORE_STATE = {"leased": "running"}
@@ -69,8 +71,8 @@ class Silent:
 class Driven:
     """A real core whose facts go to views and, as bytes, to a journal."""
 
-    def __init__(self) -> None:
-        self.farm = Farm()
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.farm = Farm(limits)
         self.views = Views(Silent())
         self.now = 1000.0
         self.frames: list[bytes] = []
@@ -192,6 +194,16 @@ def test_an_ended_submission_is_history_also_when_its_failed_step_is_tried_again
     after = driven.views.submission_view(driven.views.submission("old"))
     assert (after.state, after.counts, after.ended_at) == (before.state, before.counts, before.ended_at)
     assert driven.views.submission_view(driven.views.submission("new")).state is SubmissionState.SUCCEEDED
+
+
+def test_a_build_that_was_given_up_ends_its_submission_with_the_sentence_that_says_why() -> None:
+    driven = Driven(Limits(give_up_s=60.0))
+    driven.tell(submission("s", "a", spec("a", system="mac")))
+    driven.now += 60.0
+    driven.tell(TimePassed())
+    view = driven.views.submission_view(driven.views.submission("s"))
+    assert view.state is SubmissionState.FAILED
+    assert "start a worker for mac" in view.model_dump_json()
 
 
 def test_ready_steps_that_nobody_can_take_are_told_by_what_they_require() -> None:

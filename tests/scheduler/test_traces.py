@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from scheduler.events import TimePassed
+from scheduler.farm import Farm
 from scheduler.model import FailureKind
+from scheduler.policy import Limits
 from tests.scheduler.kit import (
     LINUX,
     Scene,
@@ -290,6 +292,20 @@ def lost_while_wanted(scene: Scene) -> None:
     scene.at(11).play(submit("s1", ["app"], *chain, held=["tool"], replanned=True))
 
 
+def given_up(scene: Scene) -> None:
+    scene.note("Nobody offers `mac`: a step waits its time and fails; one with another recipe takes that.")
+    scene.farm = Farm(Limits(give_up_s=60.0))
+    scene.play(join("b1"))
+    fetched = either("fetched", recipe(system="mac"), recipe())
+    scene.play(submit("s1", ["app"], a_step("app", "tool"), a_step("tool", system="mac"), fetched))
+    scene.at(20).play(submit("s2", ["fetched"], fetched), report("b1"))
+    scene.at(60).play(TimePassed())
+    scene.at(80).play(report("b1"))
+    scene.note("Asked for again, it waits anew; the worker that has come meanwhile takes it.")
+    scene.at(90).play(submit("s3", ["app"], a_step("app", "tool"), a_step("tool", system="mac")))
+    scene.at(100).play(join(builder("m1", "mac")))
+
+
 STORIES: tuple[Callable[[Scene], None], ...] = (
     diamond,
     failure_dooms,
@@ -308,6 +324,7 @@ STORIES: tuple[Callable[[Scene], None], ...] = (
     known_failure,
     quarantine,
     forgotten,
+    given_up,
 )
 
 
