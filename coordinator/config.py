@@ -117,6 +117,9 @@ class LimitSettings(BaseModel):
     #: How long a build waits while no worker that could do it is there, before it fails; 0 is for ever. The time starts
     #: anew when such a worker has been there, and when the coordinator starts.
     give_up_s: Annotated[float, Field(ge=0)] = 24 * 3600.0
+    #: Failed attempts beyond the first of each build that one submission may cost at once, and again in each hour.
+    #: Beyond it what fails of it waits before it is tried again. 0 is no limit.
+    retries_per_hour: Annotated[int, Field(ge=0)] = 200
     #: How long a submission that ended is remembered (`drover status`, `why`, `retry`); 0 is for ever.
     history_days: Annotated[float, Field(ge=0)] = 30.0
     #: Steps in memory beyond which submissions that ended are forgotten earlier, some 1.7 KB each; 0 is no limit.

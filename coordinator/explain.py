@@ -58,6 +58,9 @@ def _sentence(reason: r.Reason, now: Instant, name_of: Callable[[StepKey], str])
         case r.BuildersQuarantined():
             wait = f"for {max(0.0, reason.until - now):.0f} s"
             return f"worker {', '.join(reason.builders)} gets no work {wait}: {reason.reason}"
+        case r.RetriesSpent():
+            wait = f"tried again in {max(0.0, reason.until - now):.0f} s"
+            return f"{wait}: too many attempts of its submission failed within the hour"
         case r.KnownToFail():
             name = name_of(reason.cause) or reason.cause
             return f"{name} is known to fail; build it again: drover retry {reason.cause}"
@@ -89,6 +92,8 @@ def _value(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911  one way for
             return WaitingView(kind="draining", workers=reason.builders)
         case r.BacksOff():
             return WaitingView(kind="back_off", until=reason.until, count=reason.failures)
+        case r.RetriesSpent():
+            return WaitingView(kind="retries_spent", until=reason.until)
         case r.KnownToFail():
             return WaitingView(kind="known_failure", steps=(reason.cause,), since=reason.since, until=reason.until)
 

@@ -167,6 +167,7 @@ async def open_coordinator(
                 failure_ttl_s=settings.limits.failure_ttl_s,
                 lease_ttl_s=settings.limits.worker_silence_s,
                 give_up_s=settings.limits.give_up_s,
+                retries_per_hour=settings.limits.retries_per_hour,
             )
         )
         views = Views(FarmExplainer(farm, stores.logs, clock))

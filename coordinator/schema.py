@@ -182,7 +182,8 @@ class WaitingView(Model):
     `steps`: `count` needs are not done, `steps` the first few. `not_wanted`. `no_worker`, `no_system`, `no_feature`
     (`system`, `features` that the closest lacks), `reserved` (`workers` demand features it does not ask for): nobody
     can take it. `slots`, `limit`: `workers` could, it is number `position` of `count`. `quarantined`, `draining`:
-    `workers` could and take nothing. `back_off`: tried again at `until`, after `count` failures. `known_failure`:
+    `workers` could and take nothing. `back_off`: tried again at `until`, after `count` failures. `retries_spent`:
+    tried again at `until`, because too many attempts of its submission failed within the hour. `known_failure`:
     `steps` names the step that failed at `since`, which is taken for known until `until`.
     """
 
@@ -198,6 +199,7 @@ class WaitingView(Model):
         "quarantined",
         "draining",
         "back_off",
+        "retries_spent",
         "known_failure",
     ]
     steps: tuple[str, ...] = ()

@@ -161,6 +161,9 @@ class LeaseRevoked:
     builder: BuilderId
     failure: Failure
     not_before: Instant
+    #: The submission that pays for another attempt, and the end of what it has paid for by now (`state.paid_until`).
+    payer: SubmissionId | None = None
+    paid_until: Instant = NO_INSTANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,6 +359,7 @@ class SubmissionRestored:
     submission: SubmissionId
     roots: tuple[StepKey, ...]
     withdrawn: bool = False
+    paid_until: Instant = NO_INSTANT
 
 
 @dataclass(frozen=True, slots=True)

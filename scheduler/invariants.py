@@ -28,6 +28,8 @@ def check(state: FarmState) -> None:
     failed = {step.key for step in state.steps.values() if step.state is StepState.FAILED}
     _require(set(state.failed) == failed, "the index of failed steps is wrong")
     _check_names(state)
+    unknown = state.paid_until.keys() - state.submissions.keys() - state.withdrawn.keys()
+    _require(not unknown, f"{unknown} are forgotten and still pay")
     _check_builders(state)
     # No circle, not even through what is done: it may be lost.
     state.descend(state.steps.values(), below_done=True)

@@ -36,6 +36,9 @@ class Limits:
     give_up_s: float = 0.0
     #: Leases of one builder in a row that end by a fault of the farm, after which it is put in quarantine.
     quarantine_after: int = 3
+    #: Failed attempts beyond the first of each step that one submission may cost at once, and again in each hour.
+    #: Beyond it the next tries of its failing steps wait their turn. 0 is no limit.
+    retries_per_hour: int = 200
 
 
 class Policy(Protocol):

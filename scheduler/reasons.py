@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.model import BuilderId, BuilderSpec, ImpossibleError, Instant, Requirements, StepKey, StepState
+from scheduler.model import (
+    NO_INSTANT,
+    BuilderId,
+    BuilderSpec,
+    ImpossibleError,
+    Instant,
+    Requirements,
+    StepKey,
+    StepState,
+    SubmissionId,
+)
 from scheduler.policy import Limits
 from scheduler.records import Step
 from scheduler.state import FarmState
-from scheduler.verdicts import is_known_failure
+from scheduler.verdicts import ALLOWANCE_S, is_known_failure
 
 #: How many names a reason gives at most.
 NAMED = 5
@@ -134,6 +144,17 @@ class BacksOff:
 
 
 @dataclass(frozen=True, slots=True)
+class RetriesSpent:
+    """It failed, as many others of `submission` have within the hour: its turn to be tried again comes at `until`."""
+
+    until: Instant
+    submission: SubmissionId
+
+    def __str__(self) -> str:
+        return f"waits until {self.until:.0f}: too many attempts of submission {self.submission} failed within the hour"
+
+
+@dataclass(frozen=True, slots=True)
 class KnownToFail:
     """`cause` failed by its own fault at `since`: submissions take that for known until `until`."""
 
@@ -147,7 +168,7 @@ class KnownToFail:
 
 Unserved = NoBuilderJoined | NoBuilderOffersSystem | NoBuilderOffersFeatures | OnlyReservedBuilders
 Busy = BuildersFull | BuildersQuarantined | BuildersDraining | LimitReached
-Reason = WaitsForSteps | NotWanted | Busy | BacksOff | KnownToFail | Unserved
+Reason = WaitsForSteps | NotWanted | Busy | BacksOff | RetriesSpent | KnownToFail | Unserved
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +220,16 @@ def why(state: FarmState, places: Places, limits: Limits, key: StepKey, now: Ins
         return None
     # Until the core has said that it ended: a step whose time has just come stands in no queue yet.
     if step.not_before:
-        return BacksOff(step.not_before, step.faults + step.returns)
+        return _backs_off(state, step, now)
     requirements = step.recipe.requirements
     return unserved(state, requirements) or _busy(step, places.of(requirements))
+
+
+def _backs_off(state: FarmState, step: Step, now: Instant) -> BacksOff | RetriesSpent:
+    payer = state.wisher(step)
+    if step.faults and payer is not None and state.paid_until.get(payer, NO_INSTANT) > now + ALLOWANCE_S:
+        return RetriesSpent(step.not_before, payer)
+    return BacksOff(step.not_before, step.faults + step.returns)
 
 
 def _known(state: FarmState, limits: Limits, step: Step, now: Instant) -> KnownToFail | None:

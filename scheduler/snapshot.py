@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from scheduler import facts as f
-from scheduler.model import StepState
+from scheduler.model import NO_INSTANT, StepState
 from scheduler.records import Step
 from scheduler.state import FarmState
 
@@ -34,9 +34,11 @@ def tell_all(state: FarmState) -> Iterator[f.Fact]:
             _past(step),
         )
     for submission, roots in state.submissions.items():
-        yield f.SubmissionRestored(submission, tuple([root.key for root in roots]))
+        paid = state.paid_until.get(submission, NO_INSTANT)
+        yield f.SubmissionRestored(submission, tuple([root.key for root in roots]), paid_until=paid)
     for submission, roots in state.withdrawn.items():
-        yield f.SubmissionRestored(submission, tuple([root.key for root in roots]), withdrawn=True)
+        paid = state.paid_until.get(submission, NO_INSTANT)
+        yield f.SubmissionRestored(submission, tuple([root.key for root in roots]), withdrawn=True, paid_until=paid)
     for builder in state.builders.values():
         if builder.leases:
             yield f.BuilderRestored(builder.id, builder.heard, tuple(builder.leases))

@@ -24,6 +24,7 @@ from scheduler.model import (
     Failure,
     FailureKind,
     ImpossibleError,
+    Instant,
     LeaseId,
     Recipe,
     StepKey,
@@ -49,6 +50,9 @@ class FarmState:
         #: Submissions neither withdrawn nor forgotten, with their roots; and those that are withdrawn, not forgotten.
         self.submissions: dict[SubmissionId, tuple[Step, ...]] = {}
         self.withdrawn: dict[SubmissionId, tuple[Step, ...]] = {}
+        #: What failing attempts have cost submissions: each moves the instant on by a part of an hour (`verdicts`). One
+        #: that lies an hour ahead has spent its allowance. Only of submissions that are not forgotten.
+        self.paid_until: dict[SubmissionId, Instant] = {}
         #: Who names each step: what nobody names may be forgotten.
         self.names = Names(self.steps)
         #: At least the attempts of every step ever forgotten: those of a step that never had any begin above.
@@ -188,6 +192,8 @@ class FarmState:
             case f.SubmissionRestored():
                 known = self.withdrawn if fact.withdrawn else self.submissions
                 known[fact.submission] = tuple([self.steps[key] for key in fact.roots])
+                if fact.paid_until:
+                    self.paid_until[fact.submission] = fact.paid_until
             case f.BuilderRestored():
                 self._builder_restored(fact)
             case f.FarmRestored():
@@ -256,6 +262,7 @@ class FarmState:
         if any(fact.submission in root.roots for root in roots):
             raise ImpossibleError(f"{fact.submission} is forgotten and has not ended")
         self.names.drop(root.key for root in roots)
+        self.paid_until.pop(fact.submission, None)
 
     def _steps_forgotten(self, fact: f.StepsForgotten) -> None:
         for key in fact.steps:
@@ -487,6 +494,8 @@ class FarmState:
         if kind is not FailureKind.CANCELLED:
             step.avoid = fact.builder
         step.not_before = fact.not_before
+        if fact.payer:
+            self.paid_until[fact.payer] = fact.paid_until
         if step.unmet:
             self._move(step, _WAITING)
         else:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 
 from scheduler import facts as f
 from scheduler.failures import CONSEQUENCES, Course
-from scheduler.model import Failure, FailureKind, Instant, StepKey, StepState
+from scheduler.model import NO_INSTANT, Failure, FailureKind, Instant, StepKey, StepState
 from scheduler.policy import Limits, Policy
 from scheduler.records import Builder, Step
 from scheduler.state import FarmState, is_lapsed
 
 _LEASED, _DONE, _FAILED, _DOOMED = StepState.LEASED, StepState.DONE, StepState.FAILED, StepState.DOOMED
+#: Seconds over which `Limits.retries_per_hour` counts.
+ALLOWANCE_S = 3600.0
 _OPEN = (StepState.LEASED, StepState.PUBLISHING)
 
 
@@ -92,7 +94,23 @@ class Verdicts:
             yield from self._end(step, Failure(kind, message), now)
             return
         wait = self._policy.back_off_s(step.key, step.faults + 1)
-        yield f.LeaseRevoked(step.lease, step.builder, failure, Instant(now + wait))
+        yield self._charged(step, failure, now, Instant(now + wait))
+
+    def _charged(self, step: Step, failure: Failure, now: Instant, not_before: Instant) -> f.LeaseRevoked:
+        """Let the submission pay for another attempt of the step, which waits where its allowance is spent.
+
+        The first failure of a step is free unless the allowance is spent: one fault of the farm's may hit all that
+        runs. Of several submissions that want the step, the first pays.
+        """
+        payer = self._state.wisher(step) if self._limits.retries_per_hour else None
+        if payer is None:
+            return f.LeaseRevoked(step.lease, step.builder, failure, not_before)
+        paid = max(self._state.paid_until.get(payer, NO_INSTANT), now)
+        if not step.faults and paid <= now + ALLOWANCE_S:
+            return f.LeaseRevoked(step.lease, step.builder, failure, not_before)
+        paid = Instant(paid + ALLOWANCE_S / self._limits.retries_per_hour)
+        not_before = max(not_before, Instant(paid - ALLOWANCE_S))
+        return f.LeaseRevoked(step.lease, step.builder, failure, not_before, payer, paid)
 
     def _is_recipes_own(self, step: Step, failure: Failure) -> bool:
         """Whether the recipe in use has failed so before, and what is known of the builders leaves the blame with it.
