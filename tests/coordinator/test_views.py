@@ -203,7 +203,9 @@ def test_a_build_that_was_given_up_ends_its_submission_with_the_sentence_that_sa
     driven.tell(TimePassed())
     view = driven.views.submission_view(driven.views.submission("s"))
     assert view.state is SubmissionState.FAILED
-    assert "start a worker for mac" in view.model_dump_json()
+    failure = driven.views.step("a").life.failure
+    assert failure is not None
+    assert "start a worker for mac" in failure.message
 
 
 def test_ready_steps_that_nobody_can_take_are_told_by_what_they_require() -> None:
