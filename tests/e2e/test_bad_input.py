@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Expression
-from tests.support.farm import BIN, Farm, free_port
+from tests.support.farm import BIN, Farm
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.e2e
 

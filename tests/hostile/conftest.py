@@ -1,12 +1,14 @@
-"""Farms as the README starts them, for tests that attack them. Both are shared by the tests of a module.
+"""Farms as the README starts them, for tests that attack them.
 
-- `readme_farm`: `drover up` as whoever runs the tests (root), without configuration, with its default worker.
-- `users_farm`: the same as an ordinary user of the machine with a home of their own (`tests.support.ordinary`).
+- `readme_farm`: `drover up` as root or whoever else runs the tests, without configuration, with its default worker.
+  All modules share it, so its tests leave it as it was: one worker that is online, and nothing that runs.
+- `own_farm`: the same for the tests of one module, which burden it.
+- `users_farm`: the same for the tests of one module, as an ordinary user of the machine with a home of their own
+  (`tests.support.ordinary`).
+- `weak_farm`: two workers whose builders own the machine (class C), of which `allowed` is allowed by name and
+  `refused` is not. All modules share it.
 
-`weak_farm` is shared by all tests: two workers whose builders own the machine (class C), of which `allowed` is allowed
-by name and `refused` is not.
-
-Both are `FarmUnderAttack`, which is a `tests.support.farm.Farm` with what attacks need:
+The first three are `FarmUnderAttack`, which is a `tests.support.farm.Farm` with what attacks need:
 
     def test_a_stranger_is_refused(readme_farm: FarmUnderAttack) -> None:
         built = readme_farm.build_text('derivation { name = "x"; … }')        # `drover build`, as the farm's user
@@ -34,9 +36,15 @@ from tests.support.ordinary import OrdinaryUser
 WEAK = {"build-users-group": ""}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def readme_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarmUnderAttack]:
     with running_farm(tmp_path_factory.mktemp("readme")) as farm:
+        yield farm
+
+
+@pytest.fixture(scope="module")
+def own_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarmUnderAttack]:
+    with running_farm(tmp_path_factory.mktemp("own")) as farm:
         yield farm
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from infra.daemon import netlink
-from tests.support.farm import Farm, free_port
+from tests.support.farm import Farm
 from tests.support.link import Link, open_link
+from tests.support.ports import free_port
 from workers.build_users import HIGH_IDS
 
 pytestmark = pytest.mark.e2e

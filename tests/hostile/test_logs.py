@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import BUSYBOX, Expression
-from tests.support.farm import Farm, WorkerSpec
+from tests.support.attack import FarmUnderAttack
 
 pytestmark = pytest.mark.e2e
 
@@ -26,18 +23,9 @@ WILD = r"""
 """
 
 
-@pytest.fixture(scope="module")
-def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
-    farm = Farm(tmp_path_factory.mktemp("logs"), [WorkerSpec("one", nix_options=BUSYBOX)])
-    try:
-        farm.start().wait_for_workers(1)
-        yield farm
-    finally:
-        farm.stop()
-
-
-def test_wild_logs_are_their_own_recipes_trouble_only(farm: Farm, tmp_path: Path) -> None:
-    file = Expression(tmp_path).write(WILD)
+def test_wild_logs_are_their_own_recipes_trouble_only(readme_farm: FarmUnderAttack) -> None:
+    farm = readme_farm
+    file = farm.expression(f"{{ {WILD} }}")
     ended: dict[str, subprocess.CompletedProcess[str]] = {}
 
     def build(name: str, *attributes: str) -> None:

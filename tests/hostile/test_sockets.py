@@ -72,10 +72,10 @@ def http_status(port: int) -> int:
     return int(subprocess.run([*argv, target], capture_output=True, check=False, text=True).stdout)
 
 
-def test_every_socket_of_a_farm_is_on_loopback_and_wants_its_token(readme_farm: FarmUnderAttack) -> None:
-    pids = [readme_farm.pid, *processes_naming(str(readme_farm.root))]
+def test_every_socket_of_a_farm_is_on_loopback_and_wants_its_token(own_farm: FarmUnderAttack) -> None:
+    pids = [own_farm.pid, *processes_naming(str(own_farm.root))]
     sockets = listening_sockets(iter(pids))
-    assert readme_farm.port in sockets
+    assert own_farm.port in sockets
     assert set(sockets.values()) <= set(LOOPBACK)
     guarded = dict.fromkeys(METHODS, 0)
     for port in sockets:

@@ -22,51 +22,51 @@ pytestmark = pytest.mark.e2e
 SLACK_BYTES = 128 * 1024 * 1024
 
 
-def test_streams_that_inflate_a_thousandfold_share_one_budget_of_memory(readme_farm: FarmUnderAttack) -> None:
+def test_streams_that_inflate_a_thousandfold_share_one_budget_of_memory(own_farm: FarmUnderAttack) -> None:
     make = Maker()
     members = [make.plain(f"wide-{number}", text="x" * 15_900_000) for number in range(16)]
     stream = b"".join(encode_derivations((made.name, made.data) for made in members))
     assert len(stream) < 1_000_000
-    before = readme_farm.process.rss_bytes
-    readme_farm.process.reset_peak()
-    with LoopStalls(readme_farm.url) as stalls, ThreadPoolExecutor(3) as clients:
+    before = own_farm.process.rss_bytes
+    own_farm.process.reset_peak()
+    with LoopStalls(own_farm.url) as stalls, ThreadPoolExecutor(3) as clients:
         sent = [
-            clients.submit(readme_farm.request, "PUT", "/api/v1/intake/derivations", stream, token=readme_farm.token)
+            clients.submit(own_farm.request, "PUT", "/api/v1/intake/derivations", stream, token=own_farm.token)
             for _ in range(3)
         ]
         assert [each.result().status for each in sent] == [204] * 3
     assert stalls.over(0.05) == 0
-    assert readme_farm.process.peak_rss_bytes - before < IntakeLimits().verifying_bytes + SLACK_BYTES
+    assert own_farm.process.peak_rss_bytes - before < IntakeLimits().verifying_bytes + SLACK_BYTES
 
 
 @pytest.mark.parametrize("roots", [MAX_ROOTS + 1, 1_000_000])
-def test_a_submission_of_too_many_roots_is_refused_cheaply(readme_farm: FarmUnderAttack, roots: int) -> None:
+def test_a_submission_of_too_many_roots_is_refused_cheaply(own_farm: FarmUnderAttack, roots: int) -> None:
     drv = Maker().plain("one").drv
     body = b'{"roots":[' + b",".join([json.dumps({"attr": "a", "drv": drv}).encode()] * roots) + b"]}"
-    before = readme_farm.process.rss_bytes
-    readme_farm.process.reset_peak()
-    with LoopStalls(readme_farm.url) as stalls:
-        answer = readme_farm.request("POST", "/api/v1/submissions", body, token=readme_farm.token)
+    before = own_farm.process.rss_bytes
+    own_farm.process.reset_peak()
+    with LoopStalls(own_farm.url) as stalls:
+        answer = own_farm.request("POST", "/api/v1/submissions", body, token=own_farm.token)
     assert answer.status in {400, 413}
     assert b"100000" in answer.body or b"bytes" in answer.body
     assert stalls.over(0.05) == 0
-    assert readme_farm.process.peak_rss_bytes - before < 3 * SLACK_BYTES
+    assert own_farm.process.peak_rss_bytes - before < 3 * SLACK_BYTES
 
 
-def test_lists_are_paged_name_few_roots_and_lose_nothing(readme_farm: FarmUnderAttack) -> None:
+def test_lists_are_paged_name_few_roots_and_lose_nothing(own_farm: FarmUnderAttack) -> None:
     """Many roots of one recipe that is held: the graph that made the list of submissions 41 MB long."""
-    built = readme_farm.build_text('shell "held" "echo > $out"', "--json")
+    built = own_farm.build_text('shell "held" "echo > $out"', "--json")
     root = json.loads(built.stdout.splitlines()[-1])["roots"][0]
     roots = [{"attr": f"attribute-{number}", "drv": root["drv"]} for number in range(6008)]
     for number in range(12):
         wish = json.dumps({"label": f"label-{number}", "roots": roots}).encode()
-        answer = readme_farm.request("POST", "/api/v1/submissions", wish, token=readme_farm.token)
+        answer = own_farm.request("POST", "/api/v1/submissions", wish, token=own_farm.token)
         assert answer.status == 201, answer.body
 
     def pages(target: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         while target:
-            answer = readme_farm.request("GET", target, token=readme_farm.token)
+            answer = own_farm.request("GET", target, token=own_farm.token)
             assert answer.status == 200
             assert len(answer.body) < 1_000_000
             found += json.loads(answer.body)
@@ -74,9 +74,9 @@ def test_lists_are_paged_name_few_roots_and_lose_nothing(readme_farm: FarmUnderA
             target = link[1] if link else ""
         return found
 
-    before = readme_farm.process.rss_bytes
-    readme_farm.process.reset_peak()
-    with LoopStalls(readme_farm.url) as stalls:
+    before = own_farm.process.rss_bytes
+    own_farm.process.reset_peak()
+    with LoopStalls(own_farm.url) as stalls:
         listed = pages("/api/v1/submissions?limit=5")
         newest = listed[0]["id"]
         steps = pages(f"/api/v1/submissions/{newest}/steps")
@@ -87,6 +87,6 @@ def test_lists_are_paged_name_few_roots_and_lose_nothing(readme_farm: FarmUnderA
     assert [each["attr"] for each in every] == [each["attr"] for each in roots]
     assert [each["state"] for each in steps] == ["done"]
     assert stalls.over(0.05) == 0
-    assert readme_farm.process.peak_rss_bytes - before < SLACK_BYTES
-    status = readme_farm.drover("status", "--json").stdout
+    assert own_farm.process.peak_rss_bytes - before < SLACK_BYTES
+    status = own_farm.drover("status", "--json").stdout
     assert len(json.loads(status)["submissions"]) == len(listed)

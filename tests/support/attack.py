@@ -93,7 +93,7 @@ class FarmUnderAttack(Farm):
             let
               shell = name: script: derivation {{
                 inherit name; system = builtins.currentSystem; builder = "/bin/sh"; args = [ "-c" script ];
-                salt = "{self.root}";
+                salt = "{file}";
               }};
             in {text}
             """

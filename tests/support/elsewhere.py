@@ -9,7 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.support.farm import BIN, free_port
+from tests.support.farm import BIN
+from tests.support.ports import free_port
 
 #: Only ends a test that hangs.
 WITHIN_S = 90.0

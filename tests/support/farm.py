@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tests.support.ordinary import OrdinaryUser
+from tests.support.ports import free_port
 
 BIN = Path(sys.executable).parent
 READY_WITHIN_S = 120.0
@@ -51,13 +51,6 @@ class WorkerSpec:
             lines.append("[workers.nix_options]")
             lines += [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in self.nix_options.items()]
         return "\n".join(lines)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def processes_naming(text: str) -> dict[int, str]:

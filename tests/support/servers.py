@@ -36,6 +36,7 @@ from urllib.parse import quote
 import psycopg
 import pytest
 
+from tests.support.ports import free_port
 from workers.process_tree import process_tree
 
 #: Seconds for a server to answer, and to end.
@@ -107,15 +108,6 @@ class PostgresServer:
     def drop_database(self, name: str) -> None:
         with psycopg.connect(self.conninfo("postgres"), autocommit=True) as connection:
             connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'.encode())
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that are free now, all different."""
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def _as_user(user: str) -> list[str]:
@@ -208,7 +200,7 @@ def s3_server() -> Iterator[S3Server]:
     config = directory / "s3.json"
     config.touch(mode=0o600)
     config.write_text(json.dumps({"identities": [identity]}))
-    ports = free_ports(8)
+    ports = [free_port() for _ in range(8)]
     server = S3Server(ports[6], access, secret)
     try:
         # Its files are thrown away with it: nothing is gained by waiting for it to tidy up.
@@ -393,7 +385,7 @@ class RedisPlace:
 @pytest.fixture
 def redis() -> Iterator[RedisPlace]:
     directory = Path(tempfile.mkdtemp(prefix="drover-redis-"))
-    (port,) = free_ports(1)
+    port = free_port()
     password = secrets.token_hex(16)
     place = RedisPlace(f"127.0.0.1:{port}", directory / "password")
     for file, text in (

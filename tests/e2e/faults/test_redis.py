@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.faults.conftest import MakeFarm
 from tests.support.elsewhere import Program
-from tests.support.farm import free_port
+from tests.support.ports import free_port
 from tests.support.servers import RedisPlace
 from workers.process_tree import process_tree, signal_all
 

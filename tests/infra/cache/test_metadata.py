@@ -19,7 +19,8 @@ from infra.cache.errors import MetadataBusyError, MetadataError, ReignOverError,
 from infra.cache.metadata import Database, Reign, metadata, open_metadata, paths, reading, writing
 from infra.cache.migrate import VERSION_TABLE
 from tests.support.cache import open_cache, publish, store_path
-from tests.support.servers import MortalPostgres, free_ports
+from tests.support.ports import free_port
+from tests.support.servers import MortalPostgres
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ async def test_a_database_that_is_locked_or_absent_says_so_in_one_sentence(
         pass
     await holder.close()
     await waiter.close()
-    (port,) = free_ports(1)
+    port = free_port()
     for absent in (
         f"sqlite+aiosqlite:///{tmp_path}/none/cache.sqlite",
         f"postgresql+psycopg://user:hunter2@127.0.0.1:{port}/none",
