@@ -98,3 +98,17 @@ def test_a_built_path_that_nobody_can_build_is_named_with_what_to_do(readme_farm
     done = readme_farm.build_text(f'shell "uses" "read -r line < ${{builtins.storePath {path}}}; echo $line > $out"')
     assert done.returncode not in {0, 1}
     assert f"drover cache push {path}" in done.stderr
+
+
+def test_a_source_that_refers_to_a_built_path_needs_that_path_in_the_farm(readme_farm: FarmUnderAttack) -> None:
+    _, path = build_here(readme_farm, "below-a-source")
+    text = f"""
+      let note = builtins.toFile "note" "stands on ${{builtins.storePath {path}}}";
+      in shell "uses-note" "read -r line < ${{note}}; echo $line > $out"
+    """
+    done = readme_farm.build_text(text)
+    assert done.returncode not in {0, 1}
+    assert f"-note refers to {path}" in done.stderr
+    assert f"drover cache push {path}" in done.stderr
+    assert readme_farm.drover("cache", "push", "--store", readme_farm.eval_store, path).returncode == 0
+    assert readme_farm.build_text(text).returncode == 0
