@@ -84,7 +84,8 @@ def test_every_socket_of_a_farm_is_on_loopback_and_wants_its_token(own_farm: Far
             # HTTP: the API, and Ray's agent for runtime environments.
             assert http_status(port) == 401
             continue
-        assert set(answers.values()) <= {UNIMPLEMENTED, UNAUTHENTICATED}
+        # A method that the server does not know is refused, or its stream is closed before curl has read why.
+        assert set(answers.values()) <= {UNIMPLEMENTED, UNAUTHENTICATED, None}
         assert UNAUTHENTICATED in answers.values(), f"port {port} has no known service"
         assert grpc_status(port, LIVES) == 0
         for method, status in answers.items():
