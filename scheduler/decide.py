@@ -104,10 +104,10 @@ class Decider:
         )
 
     def assign(self, now: Instant) -> Iterator[f.Fact]:
-        """Grant leases, the best-ranked step first, until no free builder can take any ready step.
+        """Grant leases, submissions in turn, the best-ranked step of each, until no free builder can take a ready one.
 
-        Only queues of builders with free slots are looked at, and of each only its first step: steps that nobody can
-        take cost nothing.
+        Only queues of builders with free slots are looked at, and of each only the first step of the lane whose
+        turn it is: steps that nobody can take cost nothing.
         """
         free = self._state.free
         if not free:
@@ -115,11 +115,11 @@ class Decider:
         queues: dict[Queue, None] = {}
         for builder in free.values():
             for queue in builder.queues:
-                if queue.heap:
+                if queue.lanes:
                     queues[queue] = None
         while queues:
             best = min(queues, key=_head) if len(queues) > 1 else next(iter(queues))
-            step = best.heap[0][2]
+            step = best.head[1][2]
             able = [builder for builder in free.values() if builder.id in best.builders]
             if not able:
                 del queues[best]
@@ -128,7 +128,7 @@ class Decider:
             yield f.StepLeased(LeaseId(step.key, self._state.next_attempt(step)), builder.id, step.active, now)
             if not free:
                 return
-            if not best.heap:
+            if not best.lanes:
                 del queues[best]
 
     def _received(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.Fact]:
@@ -269,5 +269,5 @@ class _Standing:
         return True
 
 
-def _head(queue: Queue) -> tuple[int, int, Step]:
-    return queue.heap[0]
+def _head(queue: Queue) -> tuple[int, tuple[int, int, Step]]:
+    return queue.head

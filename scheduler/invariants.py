@@ -129,7 +129,12 @@ def _check_index(state: FarmState, step: Step) -> None:
         entry = (step.not_before, step.sequence, step)
         _require(entry in state.ready.delayed, f"{step} backs off and nobody waits for it")
     if step.queue is not None:
-        _require((-step.rank, step.sequence, step) in step.queue.heap, f"{step} is not in its queue")
+        standing = (-step.rank, step.sequence, step)
+        wishers = state.shares.live(step.owners)
+        _require(bool(wishers), f"{step} stands in a queue for nobody")
+        for stake in wishers:
+            lane = step.queue.lanes.get(stake)
+            _require(lane is not None and standing in lane.heap, f"{step} is not in the lane of {stake}")
         _require(step.queue.requirements == step.recipe.requirements, f"{step} is in a queue of others")
     if step.state is StepState.LEASED:
         _require(state.builders[step.builder].leases.get(step.key) is step, f"{step.builder} does not hold {step}")
@@ -152,8 +157,10 @@ def _check_builders(state: FarmState) -> None:
         elsewhere = any(b.willing for b in able if b.id != avoid)
         expected = {b.id for b in able if b.id != avoid or not elsewhere}
         _require(set(queue.builders) == expected, f"the queue for {requirements} lists the wrong builders")
-        if queue.heap:
-            rank, _, step = queue.heap[0]
+        _require(state.shares.live(queue.lanes) == tuple(sorted(queue.lanes)), "a lane is left of what has ended")
+        for lane in queue.lanes.values():
+            _require(bool(lane.heap), f"the queue for {requirements} has an empty lane")
+            rank, _, step = lane.heap[0]
             _require(step.queue is queue and step.rank == -rank, f"the queue for {requirements} has a stale head")
     for builder in state.builders.values():
         for queue in builder.queues:

@@ -1,5 +1,10 @@
 """Which ready steps wait where: queues by what they require, a heap of back-offs, and the builders of each queue.
 
+A queue has one lane for each submission that waits in it, and submissions take turns at each builder: one that begins
+to wait goes behind those that wait, and one that was served to the end; between equals the rank decides. So a
+submission waits for about one step of each other one, however many steps these have. A step that several submissions
+want is served as soon as one of them may, and counts for all.
+
 An index of the state and nothing more: it can be made anew from steps and builders. Heaps are pruned where they
 change, so that the top of each is always live and readers only look. Written by `evolve` alone.
 """
@@ -10,17 +15,22 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 
 from scheduler.model import BuilderId, Instant, Requirements, StepState
-from scheduler.records import NOBODY, Builder, Queue, Step
+from scheduler.records import NOBODY, Builder, Lane, Queue, Step
 
 
 class ReadyIndex:
     """Queues and back-offs over the builders of a state. `rank` is asked whenever a step is put in a queue."""
 
-    __slots__ = ("_builders", "_rank", "delayed", "forsaken", "queues")
+    __slots__ = ("_builders", "_is_live", "_rank", "_turn", "delayed", "forsaken", "queues")
 
-    def __init__(self, builders: dict[BuilderId, Builder], rank: Callable[[Step], int]) -> None:
+    def __init__(
+        self, builders: dict[BuilderId, Builder], rank: Callable[[Step], int], is_live: Callable[[int], bool]
+    ) -> None:
+        self._is_live = is_live
         self._builders = builders
         self._rank = rank
+        #: How many leases were ever granted.
+        self._turn = 0
         #: One queue per class and avoided builder ever met; those of builders that are gone are dropped when empty.
         self.queues: dict[tuple[Requirements, BuilderId], Queue] = {}
         #: Back-offs as (not_before, sequence, step); the first is always live.
@@ -36,24 +46,54 @@ class ReadyIndex:
             self.enqueue(step)
 
     def enqueue(self, step: Step) -> None:
-        """Put a ready step in its queue, anew where its rank has changed."""
+        """Put a ready step in the lanes of its queue, anew where its rank or its owners have changed."""
         queue = self._queue_of(step)
         step.rank = rank = self._rank(step)
         if not queue.builders and step.queue is not queue:
             self.forsaken[step] = None
         step.queue = queue
-        heappush(queue.heap, (-rank, step.sequence, step))
-        _prune(queue)
+        entry = (-rank, step.sequence, step)
+        for stake in step.owners:
+            lane = queue.lanes.get(stake)
+            if lane is None:
+                # What an ended submission has left on the step opens no lane.
+                if not self._is_live(stake):
+                    continue
+                lane = queue.lanes[stake] = Lane(self._turn)
+            heappush(lane.heap, entry)
+            _prune(queue, stake, lane)
 
     def leave(self, step: Step) -> None:
         """Forget a step that is no longer ready."""
         queue = step.queue
         if queue is None:
             self.prune_delayed()
-        else:
-            step.queue = None
-            self.forsaken.pop(step, None)
-            _prune(queue)
+            return
+        step.queue = None
+        self.forsaken.pop(step, None)
+        for stake in step.owners:
+            lane = queue.lanes.get(stake)
+            if lane is not None:
+                _prune(queue, stake, lane)
+
+    def served(self, step: Step, builder: Builder) -> None:
+        """A builder has taken a step: its owners come last in all that the builder can take."""
+        self._turn += 1
+        # Behind those that begin to wait before the next lease is granted.
+        turn = self._turn + 1
+        owners = step.owners
+        for queue in builder.queues:
+            lanes = queue.lanes
+            if lanes:
+                for stake in owners:
+                    lane = lanes.get(stake)
+                    if lane is not None:
+                        lane.turn = turn
+
+    def close_lanes(self, stake: int) -> None:
+        """A submission waits for nothing any more: what others want too stands in their lanes."""
+        for queue in self.queues.values():
+            queue.lanes.pop(stake, None)
 
     def prune_delayed(self) -> None:
         """Drop what no longer backs off from the top of the heap."""
@@ -67,7 +107,7 @@ class ReadyIndex:
     def rematch(self) -> None:
         """Builders changed: find those of every queue anew, and forget empty queues of builders that are gone."""
         for key, queue in tuple(self.queues.items()):
-            if queue.avoid and queue.avoid not in self._builders and not queue.heap:
+            if queue.avoid and queue.avoid not in self._builders and not queue.lanes:
                 del self.queues[key]
         for builder in self._builders.values():
             builder.queues = []
@@ -75,7 +115,8 @@ class ReadyIndex:
             had_builders = bool(queue.builders)
             self._match(queue)
             if had_builders and not queue.builders:
-                self.forsaken.update((step, None) for _, _, step in queue.heap if step.queue is queue)
+                for lane in queue.lanes.values():
+                    self.forsaken.update((step, None) for _, _, step in lane.heap if step.queue is queue)
 
     def _queue_of(self, step: Step) -> Queue:
         if step.avoid:
@@ -105,10 +146,12 @@ class ReadyIndex:
             builder.queues.append(queue)
 
 
-def _prune(queue: Queue) -> None:
-    heap = queue.heap
+def _prune(queue: Queue, stake: int, lane: Lane) -> None:
+    """Drop what is stale from the top of a lane, and the lane where nothing is left."""
+    heap = lane.heap
     while heap:
         rank, _, step = heap[0]
         if step.queue is queue and step.rank == -rank:
             return
         heappop(heap)
+    del queue.lanes[stake]

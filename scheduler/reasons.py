@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 from scheduler.model import (
     NO_INSTANT,
@@ -16,7 +17,7 @@ from scheduler.model import (
     SubmissionId,
 )
 from scheduler.policy import Limits
-from scheduler.records import Step
+from scheduler.records import Queue, Step
 from scheduler.state import FarmState
 from scheduler.verdicts import ALLOWANCE_S, is_known_failure
 
@@ -197,7 +198,7 @@ class Places:
         """Return the ready steps of a class with their positions, from 1."""
         places = self._places.get(requirements)
         if places is None:
-            steps = sorted(_live(self._state, requirements), key=lambda step: (-step.rank, step.sequence))
+            steps = _in_turn(self._state, requirements)
             places = self._places[requirements] = {step: position for position, step in enumerate(steps, 1)}
         return places
 
@@ -264,7 +265,7 @@ def stuck(state: FarmState) -> list[StuckClass]:
     found: list[StuckClass] = []
     classes = dict.fromkeys(requirements for requirements, _ in state.ready.queues)
     for requirements in sorted(classes, key=lambda wanted: (wanted.system, wanted.features)):
-        heaps = [queue for key, queue in state.ready.queues.items() if key[0] == requirements and queue.heap]
+        heaps = [queue for key, queue in state.ready.queues.items() if key[0] == requirements and queue.lanes]
         if not heaps or any(queue.builders for queue in heaps):
             continue
         reason = unserved(state, requirements)
@@ -279,8 +280,63 @@ def _live(state: FarmState, requirements: Requirements) -> list[Step]:
     steps: dict[Step, None] = {}
     for (wanted, _), queue in state.ready.queues.items():
         if wanted == requirements:
-            steps.update((step, None) for _, _, step in queue.heap if step.queue is queue)
+            for lane in queue.lanes.values():
+                steps.update((step, None) for _, _, step in lane.heap if step.queue is queue)
     return list(steps)
+
+
+def _in_turn(state: FarmState, requirements: Requirements) -> list[Step]:
+    """Return the ready steps of a class in the order in which `assign` would grant them, one after the other."""
+    lanes: dict[tuple[Queue, int], list[Step]] = {}
+    # From the last to the first, so that the next step of each lane is at the end of its list.
+    for step in sorted(_live(state, requirements), key=_entry, reverse=True):
+        for place in _lanes_of(step):
+            lanes.setdefault(place, []).append(step)
+    return _take_turns(lanes)
+
+
+def _take_turns(lanes: dict[tuple[Queue, int], list[Step]]) -> list[Step]:
+    """Empty lists of steps, each in the reverse of its order, as lanes are emptied that take turns."""
+    places: dict[int, list[tuple[Queue, int]]] = {}
+    turns: dict[tuple[Queue, int], int] = {}
+    for place in lanes:
+        queue, stake = place
+        turns[place] = queue.lanes[stake].turn
+        places.setdefault(stake, []).append(place)
+    following = max(turns.values(), default=0)
+    order = [(turn, _entry(lanes[place][-1]), index, place) for index, (place, turn) in enumerate(turns.items())]
+    heapify(order)
+    granted: dict[Step, None] = {}
+    while order:
+        turn, entry, index, place = heappop(order)
+        lane = lanes[place]
+        while lane and lane[-1] in granted:
+            lane.pop()
+        if not lane:
+            continue
+        first = _entry(lane[-1]), turns[place]
+        # Its submission was served meanwhile, or its first step was: it comes up again where it belongs.
+        if first != (entry, turn):
+            heappush(order, (first[1], first[0], index, place))
+            continue
+        step = lane.pop()
+        granted[step] = None
+        following += 1
+        for stake in step.owners:
+            for owner in places.get(stake, ()):
+                turns[owner] = following
+        if lane:
+            heappush(order, (following, _entry(lane[-1]), index, place))
+    return list(granted)
+
+
+def _entry(step: Step) -> tuple[int, int]:
+    return (-step.rank, step.sequence)
+
+
+def _lanes_of(step: Step) -> list[tuple[Queue, int]]:
+    queue = step.queue
+    return [] if queue is None else [(queue, stake) for stake in step.owners if stake in queue.lanes]
 
 
 def unserved(state: FarmState, requirements: Requirements) -> Unserved | None:

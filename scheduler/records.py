@@ -57,6 +57,7 @@ class Step:
         "named",
         "needs",
         "not_before",
+        "owners",
         "queue",
         "rank",
         "recipes",
@@ -97,6 +98,8 @@ class Step:
         self.done_at = NO_INSTANT
         #: Live submissions that have this step as a root; empty once the step is finished.
         self.roots: tuple[SubmissionId, ...] = ()
+        #: Stakes (see `shares`) of the submissions that want this step, the oldest first, and of some that did.
+        self.owners: tuple[int, ...] = ()
         #: How many recipes of known steps name this one as a need, and submissions that are not forgotten as a root.
         self.named = 0
         #: The steps that engage this one, in the order in which they began to. Changed by `gain` and `lose`.
@@ -173,18 +176,36 @@ class Step:
         return self.recipes[self.active]
 
 
+class Lane:
+    """The steps of one queue that one submission wants."""
+
+    __slots__ = ("heap", "turn")
+
+    def __init__(self, turn: int) -> None:
+        #: When its submission was last served by a builder of the queue, or the lane began: the lowest goes first.
+        self.turn = turn
+        #: (-rank, sequence, step), the first always live; stale ones below are dropped when they come up.
+        self.heap: list[tuple[int, int, Step]] = []
+
+
 class Queue:
     """Ready steps that the same builders can take: one class of requirements, one avoided builder or none."""
 
-    __slots__ = ("avoid", "builders", "heap", "requirements")
+    __slots__ = ("avoid", "builders", "lanes", "requirements")
 
     def __init__(self, requirements: Requirements, avoid: BuilderId) -> None:
         self.requirements = requirements
         self.avoid = avoid
-        #: (-rank, sequence, step), the first always live; stale ones below are dropped when they come up.
-        self.heap: list[tuple[int, int, Step]] = []
+        #: By stake; none is empty. A step stands in the lane of each of its owners.
+        self.lanes: dict[int, Lane] = {}
         #: Builders that may take these steps; the avoided one only where there is no other.
         self.builders: dict[BuilderId, Builder] = {}
+
+    @property
+    def head(self) -> tuple[int, tuple[int, int, Step]]:
+        """The turn and the entry of what goes first; the queue must not be empty."""
+        lanes = self.lanes.values()
+        return min([(lane.turn, lane.heap[0]) for lane in lanes])
 
 
 class Builder:

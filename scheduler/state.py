@@ -2,7 +2,7 @@
 
 Theory: a step *engages* its needs while it is wanted and unfinished. `dependents` of a step are exactly the steps that
 engage it, so "wanted" is `roots or dependents` and a need that becomes done knows whom to tell. Everything else here
-is an index over that: ready steps (`ready`), builders by last word.
+is an index over that: ready steps (`ready`), the submissions that wait for each (`shares`), builders by last word.
 
 Rules: no function but `evolve` mutates; `evolve` reads no clock and asks no policy but for the rank (an index, never
 a fact), so the same durable facts give the same durable state for ever. Nothing here recurses.
@@ -35,10 +35,15 @@ from scheduler.model import (
 from scheduler.names import Names
 from scheduler.ready import ReadyIndex
 from scheduler.records import FEW_DEPENDENTS, NO_TRIES, NOBODY, SUSPICIONS, Builder, Step
+from scheduler.shares import Shares
 from scheduler.transitions import LAPSED, LEGAL, SUBJECT
 
 _WAITING, _READY, _LEASED = StepState.WAITING, StepState.READY, StepState.LEASED
 _PUBLISHING, _DONE = StepState.PUBLISHING, StepState.DONE
+
+
+#: Owners of a step and stakes that join them, with what comes of it: for the time of one fact.
+Merged = dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]
 
 
 class FarmState:
@@ -64,8 +69,10 @@ class FarmState:
         #: Builders removed for silence, which their next heartbeat brings back; at most `silent_limit`.
         self.silent: dict[BuilderId, BuilderSpec] = {}
         self.silent_limit = 1024
+        #: Which submissions wait, for fairness between them.
+        self.shares = Shares()
         #: Where ready steps wait.
-        self.ready = ReadyIndex(self.builders, rank)
+        self.ready = ReadyIndex(self.builders, rank, self.shares.is_live)
         #: Engaged steps that nobody wants any more; `decide` abandons them, empty between calls of `handle`.
         self.orphans: dict[StepKey, Step] = {}
         #: Counts beginnings and ends of lives: orders a failure against the life of the step that meets it.
@@ -243,15 +250,19 @@ class FarmState:
         self.submissions[fact.submission] = roots
         self.names.add(root.key for root in roots)
         self.names.drop(root.key for root in before)
+        merged: Merged = {}
         for root in roots:
             if root.state is not _DONE and root.state not in LAPSED and fact.submission not in root.roots:
                 root.roots = (*root.roots, fact.submission)
+                self._own(root, (self.shares.begin(fact.submission),), merged)
                 self.orphans.pop(root.key, None)
         self._engage(self.steps[key] for key in fact.members)
 
     def _withdrawn(self, fact: f.SubmissionWithdrawn) -> None:
         roots = self.withdrawn[fact.submission] = self.submissions.pop(fact.submission)
         for root in roots:
+            if fact.submission in root.roots:
+                self._end_share(fact.submission)
             root.roots = tuple(other for other in root.roots if other != fact.submission)
             if root.engaged and not root.wanted:
                 self.orphans[root.key] = root
@@ -288,6 +299,7 @@ class FarmState:
 
     def _engage(self, order: Iterable[Step]) -> None:
         """Engage the wanted steps of `order` (each before its needs), raise depths, make ready what can run."""
+        merged: Merged = {}
         for step in order:
             if step.state is _DONE or step.state in LAPSED:
                 continue
@@ -295,13 +307,34 @@ class FarmState:
             if fresh:
                 self._take_needs(step)
             depth = step.depth + 1
+            owners = step.owners
             for need in step.needs:
+                if need.owners is not owners:
+                    self._own(need, owners, merged)
                 if need.depth < depth:
                     need.depth = depth
                     if need.queue is not None:
                         self.ready.enqueue(need)
             if fresh and step.unmet == 0:
                 self._become_ready(step)
+
+    def _own(self, step: Step, stakes: tuple[int, ...], merged: Merged) -> None:
+        """Count that more submissions want a step; `merged` keeps equal tuples one, as most of a graph's are."""
+        key = (step.owners, stakes)
+        owners = merged.get(key)
+        if owners is None:
+            owners = merged[key] = self.shares.live((*step.owners, *stakes))
+        if owners != step.owners:
+            step.owners = owners
+            if step.queue is not None:
+                self.ready.enqueue(step)
+        else:
+            step.owners = owners
+
+    def _end_share(self, submission: SubmissionId) -> None:
+        stake = self.shares.end(submission)
+        if stake is not None:
+            self.ready.close_lanes(stake)
 
     def _take_needs(self, step: Step) -> None:
         step.needs = self.needs_of(step)
@@ -330,6 +363,8 @@ class FarmState:
         if step.state is _LEASED:
             self._free_slot(step)
         self._move(step, target)
+        for submission in step.roots:
+            self._end_share(submission)
         step.roots = ()
         step.builder = NOBODY
         step.evidence = b""
@@ -417,6 +452,7 @@ class FarmState:
         if builder is None:
             builder = self.builders[fact.builder] = Builder(fact.builder, fact.at)
         builder.leases[step.key] = step
+        self.ready.served(step, builder)
         if len(builder.leases) >= builder.capacity:
             self.free.pop(builder.id, None)
 
@@ -613,6 +649,7 @@ class FarmState:
         self.names.loose.update(self.steps)
         for roots in (*self.submissions.values(), *self.withdrawn.values()):
             self.names.add(root.key for root in roots)
+        self._restore_owners()
         for step in self.steps.values():
             self.names.add_needs(step)
             if not step.wanted or step.state is _DONE or step.state in LAPSED:
@@ -624,6 +661,17 @@ class FarmState:
                     step.unmet += 1
             if step.state is _READY:
                 self.ready.put(step)
+
+    def _restore_owners(self) -> None:
+        merged: Merged = {}
+        for submission, roots in self.submissions.items():
+            for root in roots:
+                if submission in root.roots:
+                    self._own(root, (self.shares.begin(submission),), merged)
+        # Each before its needs, as in `_engage`.
+        for step in self.descend(step for step in self.steps.values() if step.roots):
+            for need in self._below(step, below_done=False):
+                self._own(need, step.owners, merged)
 
     def _resumed(self, fact: f.FarmResumed) -> None:
         for builder in tuple(self.builders.values()):

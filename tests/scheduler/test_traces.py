@@ -306,6 +306,23 @@ def given_up(scene: Scene) -> None:
     scene.at(100).play(join(builder("m1", "mac")))
 
 
+def fair_share(scene: Scene) -> None:
+    scene.note("A mass rebuild stands in front. Somebody else's one step waits for its turn, not for the end of it.")
+    mass = [a_step(f"mass-{i}", f"base-{i}") for i in range(4)]
+    bases = [a_step(f"base-{i}") for i in range(4)]
+    scene.play(submit("mass", [item.key for item in mass], *mass, *bases))
+    scene.play(join("b1"))
+    scene.play(submit("small", ["one"], a_step("one")))
+    scene.note("The rank of its steps gives the mass nothing: it has just been served.")
+    scene.at(1).play(built("base-0", "b1"))
+    scene.note("A step that both want counts for both.")
+    scene.play(submit("other", ["base-3", "two"], a_step("base-3"), a_step("two")))
+    holder = next(step for step in scene.farm.state.steps.values() if step.state == "leased")
+    scene.at(3).play(built(holder.key, "b1"))
+    holder = next(step for step in scene.farm.state.steps.values() if step.state == "leased")
+    scene.at(4).play(built(holder.key, "b1"))
+
+
 STORIES: tuple[Callable[[Scene], None], ...] = (
     diamond,
     failure_dooms,
@@ -325,6 +342,7 @@ STORIES: tuple[Callable[[Scene], None], ...] = (
     quarantine,
     forgotten,
     given_up,
+    fair_share,
 )
 
 
