@@ -160,10 +160,17 @@ class Decider:
             members=tuple([step.key for step in members]),
             held=tuple([step.key for step in members if step.state is _DONE]),
             joined=tuple([step.key for step in members if step.engaged]),
+            wait_s=self._wait_of(event),
         )
         for step, cause in tuple(standing.causes.items()):
             if step.dependents:
                 yield from self._verdicts.doom(step, cause, now)
+
+    def _wait_of(self, event: e.SubmissionReceived) -> int | None:
+        """Return how long the submission lets its steps wait for a builder: as before where it does not say."""
+        if event.wait_s is None and (event.again or event.replanned):
+            return self._state.patience.get(event.submission)
+        return event.wait_s
 
     def _is_stale(self, event: e.SubmissionReceived) -> bool:
         """Whether the submission is a repeat, or no longer in the state that running again or a new plan is for."""

@@ -36,6 +36,9 @@ class SubmissionReceived:
     #: The submission is known and has not ended; it was planned anew because the cache lost something. What was lost is
     #: made again, what failed stays failed. Nothing happens where the submission has ended.
     replanned: bool = False
+    #: Seconds that its steps wait for a builder that could take them, before they fail; 0 is for ever. None is the
+    #: farm's limit, and what was said before where it runs again or was planned anew.
+    wait_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

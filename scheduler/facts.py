@@ -31,7 +31,8 @@ class SubmissionAccepted:
 
     `held` are the members that are already done, `joined` those that others had already brought, unfinished. Members
     that are known to fail are among them; nothing below these is. Members can grow later: where one falls back, the
-    needs of its next recipe join.
+    needs of its next recipe join. `wait_s` is how long its steps wait for a builder that could take them: 0 is for
+    ever, None is as long as the farm's limit says.
     """
 
     durable: ClassVar[bool] = True
@@ -41,6 +42,7 @@ class SubmissionAccepted:
     members: tuple[StepKey, ...]
     held: tuple[StepKey, ...]
     joined: tuple[StepKey, ...]
+    wait_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class SubmissionRetried:
     members: tuple[StepKey, ...]
     held: tuple[StepKey, ...]
     joined: tuple[StepKey, ...]
+    wait_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +363,7 @@ class SubmissionRestored:
     roots: tuple[StepKey, ...]
     withdrawn: bool = False
     paid_until: Instant = NO_INSTANT
+    wait_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,70 +1,186 @@
-"""How long a ready step waits for a builder that could take it: beyond `Limits.give_up_s` it fails.
+"""How long a ready step waits for a builder that could take it: beyond its limit it fails.
 
-The time of a step runs while it stands in a queue without builders. It starts anew when such a builder has been there,
-and after a restart, for builders join anew then: a step may wait longer than the limit and never shorter.
+The limit of a step is that of the most patient submission that stands on it; `Limits.give_up_s` is that of a
+submission which names none. The time of a step runs while it stands in a queue without builders. It starts anew when
+such a builder has been there, and after a restart, for builders join anew then: a step may wait longer than its limit
+and never shorter.
 
 This is memory of the decisions and no part of the durable state: the failure is a fact. An event costs the steps
-that have come to stand so, and those whose time is over.
+that have come to stand so. Which submissions stand on a step is asked only when the shortest limit of the farm is over
+for it, and again where a submission has let go of steps, at most every `LOOK_AGAIN_S`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
+from math import inf
 
 from scheduler import facts as f
-from scheduler.model import NO_INSTANT, Failure, FailureKind, Instant
+from scheduler.model import NO_INSTANT, Failure, FailureKind, Instant, SubmissionId
 from scheduler.policy import Limits
 from scheduler.reasons import unserved
 from scheduler.records import Step
 from scheduler.state import FarmState
 from scheduler.verdicts import Verdicts
 
+#: Seconds between two looks at all that wait, where submissions have let go of steps: a look costs their number.
+LOOK_AGAIN_S = 10.0
+#: Entries of steps that no longer wait which are kept in any case before they are swept out.
+STALE_ENTRIES = 1024
+
 
 class Forsaken:
-    """Since when steps wait for a builder of their kind, the longest first."""
+    """Since when steps wait for a builder of their kind, and when each is looked at next."""
 
-    __slots__ = ("_limits", "_since", "_state", "_verdicts")
+    __slots__ = (
+        "_heap",
+        "_limits",
+        "_looked_at",
+        "_partings",
+        "_state",
+        "_sweep_at",
+        "_varied",
+        "_verdicts",
+        "_waiting",
+    )
 
     def __init__(self, state: FarmState, limits: Limits, verdicts: Verdicts) -> None:
         self._state = state
         self._limits = limits
         self._verdicts = verdicts
-        #: Those that have left such a queue drop out when they come to the front.
-        self._since: dict[Step, Instant] = {}
+        #: (since when it waits, when it is looked at next). Those that have left such a queue drop out when looked at.
+        self._waiting: dict[Step, tuple[Instant, float]] = {}
+        #: (when, sequence, step) of every next look that comes; those that `_waiting` does not say are stale.
+        self._heap: list[tuple[float, int, Step]] = []
+        self._sweep_at = STALE_ENTRIES
+        #: `FarmState.partings` and the time when all that wait were last looked at; whether any look was put off since.
+        self._partings = 0
+        self._looked_at = NO_INSTANT
+        self._varied = False
 
     def due(self, now: Instant) -> Iterator[f.Fact]:
         """Give up the steps whose time is over; start the time of those that have come to wait."""
         self._take_note(now)
-        while self._since:
-            step, since = next(iter(self._since.items()))
-            if not _waits(step):
-                del self._since[step]
-            elif since + self._limits.give_up_s <= now:
-                del self._since[step]
-                yield from self._verdicts.give_up(step, self._failure(step, since, now), now)
-                self._take_note(now)
-            else:
-                return
+        if self._should_look_again() and now >= self._looked_at + LOOK_AGAIN_S:
+            self._look_again(now)
+        while over := self._over(now):
+            while over:
+                step = over.pop()
+                since, _ = self._waiting.pop(step)
+                if not _waits(step) or step in self._state.ready.forsaken:
+                    continue
+                fell_back = False
+                for fact in self._verdicts.give_up(step, self._failure(step, since, now), now):
+                    fell_back = fell_back or isinstance(fact, f.StepFellBack)
+                    yield fact
+                if fell_back and self._state.patience:
+                    # A more patient submission may stand on the others by now.
+                    break
+            for step in over:
+                self._look_at(step, self._waiting[step][0], now)
+            self._take_note(now)
 
     def deadline(self) -> Iterator[Instant]:
         """Yield when `due` will next have something to say: at once where it has not seen all that wait."""
-        if not self._limits.give_up_s:
-            return
-        if self._state.ready.forsaken:
+        if self._state.ready.forsaken and self._shortest() < inf:
             yield NO_INSTANT
-        for since in self._since.values():
-            yield Instant(since + self._limits.give_up_s)
-            return
+        if self._heap:
+            yield Instant(self._heap[0][0])
+        if self._should_look_again():
+            yield Instant(self._looked_at + LOOK_AGAIN_S)
+
+    def until(self, step: Step) -> Instant | None:
+        """Return when a step is given up as things stand; None for never. Costs the steps that stand on it."""
+        if step not in self._waiting or not _waits(step):
+            return None
+        until = self._waiting[step][0] + self._limit(step, {})
+        return Instant(until) if until < inf else None
 
     def _take_note(self, now: Instant) -> None:
         forsaken = self._state.ready.forsaken
         if not forsaken:
             return
-        if self._limits.give_up_s:
-            for step in forsaken:
-                self._since.pop(step, None)
-                self._since[step] = now
+        shortest = self._shortest()
+        for step in forsaken:
+            self._look_at(step, now, now + shortest)
         forsaken.clear()
+        if len(self._waiting) + len(self._heap) > self._sweep_at:
+            self._sweep()
+
+    def _look_at(self, step: Step, since: Instant, when: float) -> None:
+        self._waiting[step] = (since, when)
+        if when < inf:
+            heappush(self._heap, (when, step.sequence, step))
+
+    def _sweep(self) -> None:
+        """Drop what no longer waits, and stale looks: this costs no more than what has come since the last time."""
+        self._waiting = {step: entry for step, entry in self._waiting.items() if _waits(step)}
+        self._heap = [(when, step.sequence, step) for step, (_, when) in self._waiting.items() if when < inf]
+        heapify(self._heap)
+        self._sweep_at = 2 * (len(self._waiting) + len(self._heap)) + STALE_ENTRIES
+
+    def _should_look_again(self) -> bool:
+        """Whether the limit of a step that waits may have become shorter since all were looked at."""
+        if self._partings == self._state.partings or not self._waiting:
+            return False
+        return self._varied or bool(self._state.patience)
+
+    def _look_again(self, now: Instant) -> None:
+        self._partings, self._looked_at, self._varied = self._state.partings, now, False
+        shortest = self._shortest()
+        self._waiting = {step: (since, since + shortest) for step, (since, _) in self._waiting.items()}
+        self._sweep()
+
+    def _over(self, now: Instant) -> list[Step]:
+        """Return the steps whose time is over, the last to be looked at first; put off those that have a longer one."""
+        heap, over = self._heap, []
+        limits: dict[Step, float] = {}
+        while heap and heap[0][0] <= now:
+            when, _, step = heappop(heap)
+            since, next_look = self._waiting.get(step, (NO_INSTANT, inf))
+            if next_look != when:
+                continue
+            if not _waits(step):
+                del self._waiting[step]
+                continue
+            until = since + self._limit(step, limits)
+            if until <= now:
+                self._waiting[step] = (since, inf)
+                over.append(step)
+            else:
+                self._varied = True
+                self._look_at(step, since, until)
+        over.reverse()
+        return over
+
+    def _shortest(self) -> float:
+        """Return the least that any step waits."""
+        patience = self._state.patience
+        return min(map(_told, (self._limits.give_up_s, *patience.values())))
+
+    def _limit(self, step: Step, limits: dict[Step, float]) -> float:
+        """Return how long the most patient submission that stands on a step waits, with what is known in `limits`.
+
+        A submission that names no limit has the farm's.
+        """
+        if not self._state.patience:
+            return _told(self._limits.give_up_s)
+        stack = [step]
+        while stack:
+            top = stack[-1]
+            above = [dependent for dependent in top.dependents if dependent not in limits]
+            if above and top not in limits:
+                stack += above
+                continue
+            stack.pop()
+            if top not in limits:
+                own = [self._patience(submission) for submission in top.roots]
+                limits[top] = max([*own, *(limits[dependent] for dependent in top.dependents)], default=0.0)
+        return limits[step]
+
+    def _patience(self, submission: SubmissionId) -> float:
+        return _told(self._state.patience.get(submission, self._limits.give_up_s))
 
     def _failure(self, step: Step, since: Instant, now: Instant) -> Failure:
         wanted = step.recipe.requirements
@@ -75,6 +191,11 @@ class Forsaken:
             f" {wanted.system}{asks}, then submit it again"
         )
         return Failure(FailureKind.NO_WORKER, message.replace("builder", "worker"))
+
+
+def _told(limit_s: float) -> float:
+    """Return a limit as a number of seconds that can be compared: 0 says for ever."""
+    return limit_s or inf
 
 
 def _waits(step: Step) -> bool:

@@ -30,6 +30,8 @@ def check(state: FarmState) -> None:
     _check_names(state)
     unknown = state.paid_until.keys() - state.submissions.keys() - state.withdrawn.keys()
     _require(not unknown, f"{unknown} are forgotten and still pay")
+    unknown = state.patience.keys() - state.submissions.keys() - state.withdrawn.keys()
+    _require(not unknown, f"{unknown} are forgotten and still wait")
     _check_builders(state)
     # No circle, not even through what is done: it may be lost.
     state.descend(state.steps.values(), below_done=True)

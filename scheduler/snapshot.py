@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from scheduler import facts as f
-from scheduler.model import NO_INSTANT, StepState
+from scheduler.model import NO_INSTANT, StepState, SubmissionId
 from scheduler.records import Step
 from scheduler.state import FarmState
 
@@ -34,15 +34,25 @@ def tell_all(state: FarmState) -> Iterator[f.Fact]:
             _past(step),
         )
     for submission, roots in state.submissions.items():
-        paid = state.paid_until.get(submission, NO_INSTANT)
-        yield f.SubmissionRestored(submission, tuple([root.key for root in roots]), paid_until=paid)
+        yield _submission(state, submission, roots, withdrawn=False)
     for submission, roots in state.withdrawn.items():
-        paid = state.paid_until.get(submission, NO_INSTANT)
-        yield f.SubmissionRestored(submission, tuple([root.key for root in roots]), withdrawn=True, paid_until=paid)
+        yield _submission(state, submission, roots, withdrawn=True)
     for builder in state.builders.values():
         if builder.leases:
             yield f.BuilderRestored(builder.id, builder.heard, tuple(builder.leases))
     yield f.FarmRestored(len(state.steps), state.known, state.life, state.floor)
+
+
+def _submission(
+    state: FarmState, submission: SubmissionId, roots: tuple[Step, ...], *, withdrawn: bool
+) -> f.SubmissionRestored:
+    return f.SubmissionRestored(
+        submission,
+        tuple([root.key for root in roots]),
+        withdrawn=withdrawn,
+        paid_until=state.paid_until.get(submission, NO_INSTANT),
+        wait_s=state.patience.get(submission),
+    )
 
 
 def _past(step: Step) -> f.StepPast | None:

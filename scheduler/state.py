@@ -58,6 +58,11 @@ class FarmState:
         #: What failing attempts have cost submissions: each moves the instant on by a part of an hour (`verdicts`). One
         #: that lies an hour ahead has spent its allowance. Only of submissions that are not forgotten.
         self.paid_until: dict[SubmissionId, Instant] = {}
+        #: How long steps of a submission wait for a builder that could take them, in seconds, 0 for ever: of those that
+        #: said so and are not forgotten.
+        self.patience: dict[SubmissionId, int] = {}
+        #: Counts how often something let go of an unfinished step: its limit may be shorter since.
+        self.partings = 0
         #: Who names each step: what nobody names may be forgotten.
         self.names = Names(self.steps)
         #: At least the attempts of every step ever forgotten: those of a step that never had any begin above.
@@ -201,6 +206,7 @@ class FarmState:
                 known[fact.submission] = tuple([self.steps[key] for key in fact.roots])
                 if fact.paid_until:
                     self.paid_until[fact.submission] = fact.paid_until
+                self._set_patience(fact.submission, fact.wait_s)
             case f.BuilderRestored():
                 self._builder_restored(fact)
             case f.FarmRestored():
@@ -248,6 +254,7 @@ class FarmState:
         roots = tuple([self.steps[key] for key in dict.fromkeys(fact.roots)])
         before = self.submissions.get(fact.submission) or self.withdrawn.pop(fact.submission, ())
         self.submissions[fact.submission] = roots
+        self._set_patience(fact.submission, fact.wait_s)
         self.names.add(root.key for root in roots)
         self.names.drop(root.key for root in before)
         merged: Merged = {}
@@ -258,12 +265,22 @@ class FarmState:
                 self.orphans.pop(root.key, None)
         self._engage(self.steps[key] for key in fact.members)
 
+    def _set_patience(self, submission: SubmissionId, wait_s: int | None) -> None:
+        if self.patience.get(submission) == wait_s:
+            return
+        self.partings += 1
+        if wait_s is None:
+            del self.patience[submission]
+        else:
+            self.patience[submission] = wait_s
+
     def _withdrawn(self, fact: f.SubmissionWithdrawn) -> None:
         roots = self.withdrawn[fact.submission] = self.submissions.pop(fact.submission)
         for root in roots:
             if fact.submission in root.roots:
                 self._end_share(fact.submission)
             root.roots = tuple(other for other in root.roots if other != fact.submission)
+            self.partings += 1
             if root.engaged and not root.wanted:
                 self.orphans[root.key] = root
 
@@ -274,6 +291,7 @@ class FarmState:
             raise ImpossibleError(f"{fact.submission} is forgotten and has not ended")
         self.names.drop(root.key for root in roots)
         self.paid_until.pop(fact.submission, None)
+        self.patience.pop(fact.submission, None)
 
     def _steps_forgotten(self, fact: f.StepsForgotten) -> None:
         for key in fact.steps:
@@ -352,8 +370,10 @@ class FarmState:
             return
         for need in step.needs:
             need.lose(step)
-            if need.engaged and not need.dependents and not need.roots:
-                self.orphans[need.key] = need
+            if need.engaged:
+                self.partings += 1
+                if not need.dependents and not need.roots:
+                    self.orphans[need.key] = need
         step.engaged = False
         step.needs = ()
         step.unmet = 0

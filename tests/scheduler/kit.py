@@ -51,6 +51,7 @@ def submit(
     retry: bool | Iterable[str] = False,
     again: bool = False,
     replanned: bool = False,
+    wait_s: int | None = None,
 ) -> e.SubmissionReceived:
     return e.SubmissionReceived(
         SubmissionId(name),
@@ -62,6 +63,7 @@ def submit(
         retry=() if isinstance(retry, bool) else tuple(StepKey(key) for key in retry),
         again=again,
         replanned=replanned,
+        wait_s=wait_s,
     )
 
 

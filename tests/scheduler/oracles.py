@@ -7,9 +7,10 @@ below that does not hold.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from scheduler import facts as f
-from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, Recipe, StepKey, SubmissionId
+from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, Recipe, Requirements, StepKey, SubmissionId
 from scheduler.policy import Limits
 
 
@@ -37,6 +38,8 @@ class Life:
     gained_recipe: bool = False
     faults: list[FailureKind] = field(default_factory=list)
     returns: int = 0
+    #: When it became known or lived again.
+    since: float = 0.0
 
     def renew(self) -> None:
         self.proven, self.faults, self.returns, self.done, self.failed = set(), [], 0, False, None
@@ -106,12 +109,18 @@ class Judge:
         self.waiting: dict[SubmissionId, set[StepKey]] = {}
         #: What the cache turned out to hold in the present call: a retry may find that it was published after all.
         self.just_held: list[StepKey] = []
+        #: How long submissions wait for builders: those that said so.
+        self.patience: dict[SubmissionId, float] = {}
+        #: When builders went that offered this, and when the farm began to hear of builders.
+        self.gone: dict[BuilderSpec, float] = {}
+        self.began = 0.0
         #: The last attempts of forgotten steps.
         self.attempts: dict[StepKey, int] = {}
 
     def restarted(self) -> None:
         """The farm has forgotten its builders."""
         self.builders.clear()
+        self.began = self.now
         self.quarantines.clear()
 
     def _must(self, holds: bool, sentence: str, fact: f.Fact) -> None:
@@ -162,6 +171,7 @@ class Judge:
                 must(life.done == isinstance(fact, f.StepLost), "what is done is lost, what is not is revived", fact)
                 must(self.asked or not self._is_known(life), "a known failure is not built again unasked", fact)
                 life.renew()
+                life.since = self.now
                 life.active = fact.recipe if isinstance(fact, f.StepRevived) else life.active
             case f.StepLeased():
                 self._leased(fact)
@@ -195,13 +205,19 @@ class Judge:
                 self._over(fact.lease.step)
             case f.StepFellBack():
                 life = self.steps[fact.step]
+                if life.holder is None and fact.failure.kind is FailureKind.NO_WORKER:
+                    self._given_up(fact, life)
                 life.proven.add(life.active)
                 must(fact.recipe not in life.proven, "a recipe proven failing is not tried again in a life", fact)
                 self._acquit(fact.step, fact.failure)
                 life.active, life.faults = fact.recipe, []
                 life.close()
             case f.StepFailed():
-                life = self._open(fact, fact.step, fact.attempt, fact.builder)
+                if fact.builder:
+                    life = self._open(fact, fact.step, fact.attempt, fact.builder)
+                else:
+                    life = self.steps[fact.step]
+                    self._given_up(fact, life)
                 must(fact.failure.kind is not FailureKind.CANCELLED, "a wish to stop is no failure", fact)
                 self._strike(fact, life)
                 self._acquit(fact.step, fact.failure)
@@ -217,6 +233,8 @@ class Judge:
                 self._over(fact.step)
             case f.BuilderAdmitted():
                 old = self.builders.get(fact.builder.id) or Admitted(fact.builder, 0, 0.0, closed=True)
+                if old.spec != fact.builder:
+                    self.gone[old.spec] = self.now
                 self._heard(fact.builder.id, replace(old, spec=fact.builder), fact)
             case f.BuilderRefreshed():
                 self._heard(fact.builder, self.builders[fact.builder], fact)
@@ -236,13 +254,14 @@ class Judge:
             case f.BuilderRemoved():
                 held = [key for key, life in self.steps.items() if life.holder == fact.builder and not life.built]
                 must(not held, "a builder is removed after its leases are revoked", fact)
-                self.builders.pop(fact.builder, None)
+                if fact.builder in self.builders:
+                    self.gone[self.builders.pop(fact.builder).spec] = self.now
                 self.quarantines.pop(fact.builder, None)
             case _:
                 pass
 
     def _newborn(self, key: StepKey, recipes: list[Recipe]) -> Life:
-        return Life(recipes, attempt=self.attempts.get(key, 0))
+        return Life(recipes, attempt=self.attempts.get(key, 0), since=self.now)
 
     def granted(self, key: StepKey) -> int:
         """Return the last attempt of a step, forgotten or not."""
@@ -251,6 +270,7 @@ class Judge:
 
     def _wait(self, fact: f.SubmissionAccepted | f.SubmissionRetried) -> None:
         self.roots[fact.submission] = set(fact.roots)
+        self.patience[fact.submission] = (self.limits.give_up_s if fact.wait_s is None else fact.wait_s) or inf
         self.waiting[fact.submission] = {key for key in fact.roots if not self.steps[key].over}
 
     def _over(self, key: StepKey) -> None:
@@ -310,6 +330,28 @@ class Judge:
         self._must(builder in (None, life.holder), "only the holder's word ends a lease", fact)
         return life
 
+    def _given_up(self, fact: f.StepFailed | f.StepFellBack, life: Life) -> None:
+        """A step ends without a lease only where no builder could take it for as long as somebody would wait."""
+        must, recipe = self._must, life.recipes[life.active]
+        must(fact.failure.kind is FailureKind.NO_WORKER, "what has no lease only ends for want of a builder", fact)
+        must(life.holder is None and not life.over, "what is given up is not built and not over", fact)
+        must(all(self.steps[need].done for need in recipe.needs), "only what could be built is given up", fact)
+        able = [here for here in self.builders.values() if _offers(here.spec, recipe.requirements)]
+        must(not able, "nothing is given up that a builder could take", fact)
+        since = max(self.began, life.since, *(self.gone[x] for x in self.gone if _offers(x, recipe.requirements)), 0.0)
+        patience = max((self.patience[name] for name in self.waiting if self._stands_on(name, fact.step)), default=0.0)
+        must(since + patience <= self.now, "nothing is given up while a submission has patience left", fact)
+
+    def _stands_on(self, submission: SubmissionId, key: StepKey) -> bool:
+        pending = list(self.waiting[submission])
+        seen = set(pending)
+        while pending:
+            life = self.steps[pending.pop()]
+            needs = life.recipes[life.active].needs if life.recipes and not life.over else ()
+            pending += [need for need in needs if need not in seen]
+            seen.update(needs)
+        return key in seen
+
     def _leased(self, fact: f.StepLeased) -> None:
         life = self.steps[fact.lease.step]
         self._must(life.holder is None, "no step is leased while another lease of it is open", fact)
@@ -322,15 +364,18 @@ class Judge:
         admitted = self.builders[fact.builder]
         spec = admitted.spec
         wanted = recipe.requirements
-        offered = (
-            wanted.system in spec.systems | {"builtin"}
-            and set(wanted.features) <= spec.features
-            and spec.mandatory <= set(wanted.features)
-        )
-        self._must(offered, "the builder offers what the recipe requires", fact)
+        self._must(_offers(spec, wanted), "the builder offers what the recipe requires", fact)
         held = sum(other.holder == fact.builder and not other.built for other in self.steps.values())
         self._must(held < admitted.capacity, "no builder is given more than its capacity", fact)
         self._must(not admitted.closed, "a builder that drains or is unfit is given nothing", fact)
         self._must(not admitted.quarantined, "a builder in quarantine is given nothing", fact)
         self._must(not (admitted.probation and held), "a builder on probation is given one lease", fact)
         life.attempt, life.holder = fact.lease.attempt, fact.builder
+
+
+def _offers(spec: BuilderSpec, wanted: Requirements) -> bool:
+    return (
+        wanted.system in spec.systems | {"builtin"}
+        and set(wanted.features) <= spec.features
+        and spec.mandatory <= set(wanted.features)
+    )

@@ -99,7 +99,13 @@ class Sim:
             for recipe in range(len(spec.recipes)):
                 if chance.random() < self.faults["break"]:
                     self.fate[spec.key, recipe] = chance.choice(list(OUTCOMES))
-        self.limits = Limits(failure_ttl_s=chance.choice([0.0, 60.0, 24 * 3600.0]))
+        #: Chance of its own: half of the seeds stay what they were before builds could be given up.
+        self.waiting = random.Random(f"waiting {self.seed}")
+        self.limits = Limits(
+            failure_ttl_s=chance.choice([0.0, 60.0, 24 * 3600.0]),
+            give_up_s=self.waiting.choice([0.0, 0.0, 5.0, 40.0]),
+        )
+        self.patience = self.waiting.choice([(None,), (None,), (None, 0, 2, 20, 90)])
         self.cache: set[StepKey] = set()
         self.ever_cached: set[StepKey] = set()
         self.heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -223,6 +229,7 @@ class Sim:
             farm = short
         invariants.check(farm.state)
         self.farm = farm
+        self.judge.now = self.now
         self.judge.restarted()
         self.wake_at = 0.0
         self._act(farm.resume(Instant(self.now)))
@@ -419,6 +426,7 @@ class Sim:
             wanted += [need for recipe in graph[key].recipes for need in recipe.needs if need not in wanted]
         name = SubmissionId(f"s{next(self.names)}") if again is None else again
         asked_at = Instant(self.now)
+        wait_s = self.waiting.choice(self.patience)
         self.pending += 1
 
         def arrive() -> None:
@@ -432,6 +440,7 @@ class Sim:
                 retry,
                 again=again is not None and not replanned,
                 replanned=replanned,
+                wait_s=wait_s,
             )
             if self.turn(event):
                 self.accepted.setdefault(name, tuple(roots))

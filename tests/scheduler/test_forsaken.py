@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler import facts as f
-from scheduler.model import FailureKind, StepKey
+from scheduler.farm import Farm
+from scheduler.forsaken import LOOK_AGAIN_S, STALE_ENTRIES
+from scheduler.model import FailureKind, Instant, StepKey
 from scheduler.policy import Limits
-from tests.scheduler.kit import Scene, builder, either, join, lost, recipe, report, step, submit
+from tests.scheduler.kit import Scene, builder, cancel, either, expire, join, lost, recipe, report, step, submit
 
 LIMITS = Limits(give_up_s=100.0, lease_ttl_s=10_000.0)
 MAC = "aarch64-darwin"
@@ -69,6 +71,65 @@ def test_without_a_limit_nothing_is_given_up() -> None:
     scene.play(join("b", 0), submit("s", ["x"], step("x", system=MAC)))
     scene.at(1e8).play(report("b", 0))
     assert scene.state("x").value == "ready"
+
+
+def test_the_most_patient_of_the_submissions_that_stand_on_a_step_says_how_long_it_waits() -> None:
+    scene = Scene(LIMITS)
+    scene.play(submit("hasty", ["a"], step("a", "x"), step("x"), wait_s=30))
+    scene.play(submit("plain", ["b"], step("b", "y"), step("y")))
+    scene.at(10).play(submit("patient", ["c"], step("c", "x"), step("x"), wait_s=200))
+    assert given_up(scene.at(199).play(report("nobody"))[0]) == [StepKey("y")]
+    assert scene.farm.deadline() == 200.0
+    assert given_up(scene.wake()[0]) == [StepKey("x")]
+
+
+def test_a_submission_may_wait_for_ever_or_shorter_than_a_farm_that_would() -> None:
+    scene = Scene(Limits(lease_ttl_s=1e9))
+    scene.play(submit("s", ["x"], step("x")), submit("hasty", ["y"], step("y"), wait_s=30))
+    assert given_up(scene.at(30).play(report("nobody"))[0]) == [StepKey("y")]
+    scene = Scene(LIMITS)
+    scene.play(submit("s", ["x"], step("x"), wait_s=0), submit("t", ["x"], step("x")))
+    scene.at(1e8).play(report("nobody"))
+    assert (scene.state("x").value, scene.farm.deadline()) == ("ready", None)
+
+
+def test_a_step_waits_no_longer_for_the_sake_of_a_submission_that_is_gone() -> None:
+    for limits in (LIMITS, Limits(lease_ttl_s=1e9)):
+        scene = Scene(limits)
+        scene.play(submit("patient", ["a"], step("a", "x"), step("x"), wait_s=0))
+        scene.at(50).play(submit("hasty", ["b"], step("b", "x"), step("x"), wait_s=30))
+        scene.at(300).play(report("nobody"))
+        assert scene.state("x").value == "ready"
+        scene.at(301).play(cancel("patient"))
+        while scene.state("x").value == "ready":
+            scene.wake()
+        assert scene.now <= 301 + LOOK_AGAIN_S
+
+
+def test_how_long_a_submission_waits_is_kept_where_it_runs_again_and_by_a_snapshot() -> None:
+    scene = Scene(LIMITS)
+    scene.play(submit("s", ["x"], step("x"), wait_s=30), submit("gone", ["y"], step("y"), wait_s=7))
+    scene.play(cancel("gone"))
+    assert given_up(scene.at(30).play(report("nobody"))[0]) == [StepKey("x")]
+    scene.play(submit("s", ["x"], step("x"), again=True, retry=True))
+    assert given_up(scene.at(60).play(report("nobody"))[0]) == [StepKey("x")]
+    scene.restart()
+    short = Farm(LIMITS)
+    short.replay(scene.farm.snapshot())
+    assert short.state.patience == scene.farm.state.patience == {"s": 30, "gone": 7}
+    scene.play(expire("s"), expire("gone"))
+    assert not scene.farm.state.patience
+
+
+def test_steps_that_come_and_go_without_end_leave_no_entries_behind() -> None:
+    scene = Scene(LIMITS)
+    scene.play(join("b", 0), submit("s", ["x"], step("x")))
+    most = 0
+    for _ in range(3 * STALE_ENTRIES):
+        scene.farm.handle_many([lost("b")], Instant(0.0))
+        scene.farm.handle_many([join("b", 0)], Instant(0.0))
+        most = max(most, len(scene.farm._decider._forsaken._heap))
+    assert most <= 2 * STALE_ENTRIES
 
 
 @given(st.lists(st.tuples(st.integers(1, 120), st.sampled_from(["join", "lose", "restart", "wake"])), max_size=30))

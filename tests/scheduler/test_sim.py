@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scheduler import attendance, decide, failures, farm, records, snapshot, state, verdicts
+from scheduler import attendance, decide, failures, farm, forsaken, records, snapshot, state, verdicts
 from scheduler import facts as f
 from scheduler.model import FailureKind, Instant, SubmissionId
 from tests.scheduler.sim import play
@@ -77,6 +77,12 @@ MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("attempts begin anew", state.FarmState, "next_attempt", lambda _, step: step.attempt + 1),
     ("a snapshot forgets the attempts of what is forgotten", farm, "tell_all", _without_floor),
     ("what still runs is forgotten", decide.Decider, "_expired", _forget_all),
+    (
+        "the hastiest submission says how long a step waits",
+        forsaken.Forsaken,
+        "_limit",
+        lambda self, *_: self._shortest(),
+    ),
     ("known failures are forgotten", decide.Decider, "_expired", _forget_failures),
 )
 

@@ -272,6 +272,7 @@ class World:
         self.restarts += 1
         self.farm = shortcut if self.restarts % 2 else farm
         self.orders = list(farm.resume(Instant(self.now)))
+        self.judge.now = self.now
         self.judge.restarted()
         for agent in self.agents.values():
             if agent.alive:
