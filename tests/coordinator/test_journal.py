@@ -102,6 +102,12 @@ def test_a_fact_with_an_unknown_tag_or_field_is_refused() -> None:
             decode_facts(frame)
 
 
+def test_submissions_of_before_they_could_say_how_long_they_wait_can_be_read() -> None:
+    said = '"submission":"s","roots":[]'
+    frame = f'[["submission-accepted",{{{said},"at":1.0,"members":[],"held":[],"joined":[]}}],["submission-restored",{{{said}}}]]'
+    assert [getattr(fact, "wait_s", 0) for fact in decode_facts(frame.encode())] == [None, None]
+
+
 def test_evidence_comes_back_as_it_went_in() -> None:
     output = Output(
         name="out", path="/nix/store/x-a", nar_hash="sha256:x", nar_size=1, references=("x-a",), url="nar/x.nar.zst",
