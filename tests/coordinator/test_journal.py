@@ -104,7 +104,8 @@ def test_a_fact_with_an_unknown_tag_or_field_is_refused() -> None:
 
 def test_submissions_of_before_they_could_say_how_long_they_wait_can_be_read() -> None:
     said = '"submission":"s","roots":[]'
-    frame = f'[["submission-accepted",{{{said},"at":1.0,"members":[],"held":[],"joined":[]}}],["submission-restored",{{{said}}}]]'
+    accepted = f'["submission-accepted",{{{said},"at":1.0,"members":[],"held":[],"joined":[]}}]'
+    frame = f'[{accepted},["submission-restored",{{{said}}}]]'
     assert [getattr(fact, "wait_s", 0) for fact in decode_facts(frame.encode())] == [None, None]
 
 
