@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.attack import FarmUnderAttack
+from tests.support.farm import processes_naming
 from tests.support.loop import LoopStalls
 from tests.support.ordinary import UID
 
 pytestmark = pytest.mark.e2e
 
 GOOD = 'shell "good" "echo good > $out"'
+#: Starts a process that left its session and is deaf to signals, and goes on without waiting for it.
+LEAVES = (
+    """/bin/sh -c \\"trap '' TERM HUP INT QUIT; while :; do : leftover-NAME; done\\" < /dev/null > /dev/null 2>&1 &"""
+)
+#: Seconds within which what a cancelled build left is gone, also on a machine that has other things to do.
+GONE_WITHIN_S = 60.0
 
 
 def test_a_farm_without_configuration_builds_and_its_cache_is_read(
@@ -41,3 +49,32 @@ def test_an_ordinary_user_runs_a_farm(users_farm: FarmUnderAttack, tmp_path: Pat
     assert built.returncode == 0, built.stderr + users_farm.log_path.read_text()[-2000:]
     path = json.loads(built.stdout.splitlines()[-1])["roots"][0]["outputs"]["out"]
     assert users_farm.fetch(tmp_path / "plain", path).returncode == 0
+    [worker] = users_farm.api("workers")
+    assert (worker["isolation"], worker["isolation_reasons"]) == ("A", [])
+    assert worker["isolation_report"]["host_uid"] not in (0, UID, None)
+
+
+@pytest.mark.parametrize("which", ["readme_farm", "users_farm"])
+def test_nothing_that_a_build_leaves_outlives_it(request: pytest.FixtureRequest, which: str) -> None:
+    farm: FarmUnderAttack = request.getfixturevalue(which)
+    ended = f"{farm.port}-ended"
+    built = farm.build_text(f'shell "leaves" "{LEAVES.replace("NAME", ended)} echo > $out"')
+    assert built.returncode == 0, built.stderr
+    assert processes_naming(f"leftover-{ended}") == {}
+
+
+@pytest.mark.parametrize("which", ["readme_farm", "users_farm"])
+def test_nothing_of_a_build_outlives_its_cancellation(request: pytest.FixtureRequest, which: str) -> None:
+    farm: FarmUnderAttack = request.getfixturevalue(which)
+    name = f"{farm.port}-cancelled"
+    endless = f'shell "endless" "{LEAVES.replace("NAME", name)} trap \'\' TERM; while :; do :; done"'
+    submitted = json.loads(farm.build_text(endless, "--detach", "--json").stdout.splitlines()[-1])
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while not processes_naming(f"leftover-{name}"):
+        assert time.monotonic() < deadline, "the build did not start"
+        time.sleep(0.05)
+    assert farm.drover("cancel", submitted["id"]).returncode == 0
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while left := processes_naming(f"leftover-{name}"):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
