@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 
 from coordinator.logs import LogStore
 from coordinator.schema import WaitingView
@@ -10,6 +11,9 @@ from infra.clock import Clock
 from scheduler import reasons as r
 from scheduler.farm import Farm
 from scheduler.model import Instant, Requirements, StepKey
+
+#: The last second that a date can name.
+_LAST_INSTANT = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
 
 class FarmExplainer:
@@ -47,7 +51,7 @@ class FarmExplainer:
         return self._logs.tail(step, attempt)
 
 
-def _sentence(reason: r.Reason, now: Instant, name_of: Callable[[StepKey], str]) -> str:
+def _sentence(reason: r.Reason, now: Instant, name_of: Callable[[StepKey], str]) -> str:  # noqa: PLR0911  as `_value`
     match reason:
         case r.WaitsForSteps():
             names = ", ".join(name_of(key) or key for key in reason.some)
@@ -64,6 +68,8 @@ def _sentence(reason: r.Reason, now: Instant, name_of: Callable[[StepKey], str])
         case r.KnownToFail():
             name = name_of(reason.cause) or reason.cause
             return f"{name} is known to fail; build it again: drover retry {reason.cause}"
+        case r.NoBuilderJoined() | r.NoBuilderOffersSystem() | r.NoBuilderOffersFeatures() | r.OnlyReservedBuilders():
+            return f"{_for_people(str(reason))}; it waits for one {_until(reason.until)}"
         case _:
             return _for_people(str(reason))
 
@@ -75,13 +81,14 @@ def _value(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911  one way for
         case r.NotWanted():
             return WaitingView(kind="not_wanted")
         case r.NoBuilderJoined():
-            return WaitingView(kind="no_worker")
+            return WaitingView(kind="no_worker", until=reason.until)
         case r.NoBuilderOffersSystem():
-            return WaitingView(kind="no_system", system=reason.system)
+            return WaitingView(kind="no_system", system=reason.system, until=reason.until)
         case r.NoBuilderOffersFeatures():
-            return WaitingView(kind="no_feature", system=reason.system, features=reason.missing)
+            features, until = reason.missing, reason.until
+            return WaitingView(kind="no_feature", system=reason.system, features=features, until=until)
         case r.OnlyReservedBuilders():
-            return WaitingView(kind="reserved", workers=reason.builders)
+            return WaitingView(kind="reserved", workers=reason.builders, until=reason.until)
         case r.BuildersFull() | r.LimitReached():
             kind = "slots" if isinstance(reason, r.BuildersFull) else "limit"
             workers = reason.builders[: r.NAMED]
@@ -96,6 +103,12 @@ def _value(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911  one way for
             return WaitingView(kind="retries_spent", until=reason.until)
         case r.KnownToFail():
             return WaitingView(kind="known_failure", steps=(reason.cause,), since=reason.since, until=reason.until)
+
+
+def _until(instant: Instant) -> str:
+    if not instant:
+        return "for ever"
+    return f"until {datetime.fromtimestamp(min(instant, _LAST_INSTANT), UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _for_people(reason: str) -> str:

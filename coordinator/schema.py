@@ -42,7 +42,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
-from coordinator.limits import MAX_LIMIT
+from coordinator.limits import MAX_LIMIT, MAX_WAIT_S
 from workers.grades import CanaryReport
 
 #: Bytes of a label, an attribute path, a path: what people read, and every list shows.
@@ -127,6 +127,9 @@ class SubmitRequest(Model):
     label: _Text = ""
     #: Build again what is known to fail.
     retry_failed: bool = False
+    #: Seconds that a step waits while no worker that could build it is there, before it fails; 0 is for ever, None the
+    #: farm's own limit. The most patient submission counts; kept where it runs again.
+    wait_s: Annotated[int, Field(ge=0, le=MAX_WAIT_S)] | None = None
     #: Further derivations, full .drv paths: built where one makes an input source that the cache lacks.
     makers: Annotated[tuple[_Text, ...], Field(max_length=MAX_ROOTS), FailFast()] = ()
 
@@ -181,10 +184,11 @@ class WaitingView(Model):
 
     `steps`: `count` needs are not done, `steps` the first few. `not_wanted`. `no_worker`, `no_system`, `no_feature`
     (`system`, `features` that the closest lacks), `reserved` (`workers` demand features it does not ask for): nobody
-    can take it. `slots`, `limit`: `workers` could, it is number `position` of `count`. `quarantined`, `draining`:
-    `workers` could and take nothing. `back_off`: tried again at `until`, after `count` failures. `retries_spent`:
-    tried again at `until`, because too many attempts of its submission failed within the hour. `known_failure`:
-    `steps` names the step that failed at `since`, which is taken for known until `until`.
+    can take it, and where `until` is not 0, it fails then. `slots`, `limit`: `workers` could, it is number `position`
+    of `count`. `quarantined`, `draining`: `workers` could and take nothing. `back_off`: tried again at `until`,
+    after `count` failures. `retries_spent`: tried again at `until`, because too many attempts of its submission failed
+    within the hour. `known_failure`: `steps` names the step that failed at `since`, which is taken for known until
+    `until`.
     """
 
     kind: Literal[

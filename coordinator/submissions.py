@@ -39,7 +39,9 @@ class Submissions:
         note = SubmissionNote(wish.label, roots, planned.derivations)
         return await self._hand_over(
             planned,
-            lambda name: replace(planned.event(name), asked_at=asked_at, retry_failed=wish.retry_failed),
+            lambda name: replace(
+                planned.event(name), asked_at=asked_at, retry_failed=wish.retry_failed, wait_s=wish.wait_s
+            ),
             note,
         )
 

@@ -103,6 +103,10 @@ class Decider:
             default=None,
         )
 
+    def gives_up_at(self, step: Step) -> Instant | None:
+        """Return when a step that no builder can take is given up as things stand; None for never."""
+        return self._forsaken.until(step)
+
     def assign(self, now: Instant) -> Iterator[f.Fact]:
         """Grant leases, submissions in turn, the best-ranked step of each, until no free builder can take a ready one.
 

@@ -7,6 +7,7 @@ exit and replay: the state here is already ahead of the journal.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from scheduler.decide import Decider
 from scheduler.effects import Effect
@@ -15,7 +16,7 @@ from scheduler.facts import Fact, FarmResumed
 from scheduler.model import Instant, StepKey, SubmissionId
 from scheduler.policy import Limits, LongestPathFirst, Policy
 from scheduler.react import react
-from scheduler.reasons import Places, Reason, StuckClass, stuck, why
+from scheduler.reasons import Places, Reason, StuckClass, Unserved, stuck, why
 from scheduler.snapshot import tell_all
 from scheduler.state import FarmState
 
@@ -91,7 +92,11 @@ class Farm:
 
     def why(self, step: StepKey, now: Instant) -> Reason | None:
         """Return why a step is not running; None for one that runs or has finished for good. Raises `KeyError`."""
-        return why(self.state, self._places, self._limits, step, now)
+        reason = why(self.state, self._places, self._limits, step, now)
+        if isinstance(reason, Unserved):
+            until = self._decider.gives_up_at(self.state.steps[step])
+            return reason if until is None else replace(reason, until=until)
+        return reason
 
     def stuck(self) -> list[StuckClass]:
         """Return the classes of ready steps that no builder of the farm can take."""

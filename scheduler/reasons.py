@@ -49,6 +49,8 @@ class NotWanted:
 class NoBuilderJoined:
     """The farm has no builder at all."""
 
+    until: Instant = NO_INSTANT
+
     def __str__(self) -> str:
         return "no builder has joined"
 
@@ -58,6 +60,7 @@ class NoBuilderOffersSystem:
     """No builder is of this system."""
 
     system: str
+    until: Instant = NO_INSTANT
 
     def __str__(self) -> str:
         return f"no builder offers the system {self.system}"
@@ -69,6 +72,7 @@ class NoBuilderOffersFeatures:
 
     system: str
     missing: tuple[str, ...]
+    until: Instant = NO_INSTANT
 
     def __str__(self) -> str:
         return f"no builder of {self.system} offers the feature {', '.join(self.missing)}"
@@ -79,6 +83,7 @@ class OnlyReservedBuilders:
     """Every builder that offers all this takes only steps with features that this one does not ask for."""
 
     builders: tuple[BuilderId, ...]
+    until: Instant = NO_INSTANT
 
     def __str__(self) -> str:
         return f"needs a builder without mandatory features; {', '.join(self.builders)} demand some"
@@ -167,6 +172,7 @@ class KnownToFail:
         return f"{self.cause} is known to fail until {self.until:.0f}"
 
 
+#: Nobody can take the step; it is given up at `until`, where that is not 0, unless a builder comes that can.
 Unserved = NoBuilderJoined | NoBuilderOffersSystem | NoBuilderOffersFeatures | OnlyReservedBuilders
 Busy = BuildersFull | BuildersQuarantined | BuildersDraining | LimitReached
 Reason = WaitsForSteps | NotWanted | Busy | BacksOff | RetriesSpent | KnownToFail | Unserved

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from coordinator.cli.cache_commands import cache
-from coordinator.cli.options import Address, addressed, asked
+from coordinator.cli.options import Address, Wait, addressed, asked
 from coordinator.cli.statuses import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
 from coordinator.control import harmless
 from coordinator.errors import CoordinatorError
@@ -105,6 +105,12 @@ def worker(head: str, ray_token: Path, host: str, state_dir: Path, **told: Any) 
 @click.option("--store", metavar="DIR", help="Evaluate into (and fetch to) a Nix store below DIR.")
 @click.option("--label", default="", help="Shown in lists of submissions.")
 @click.option("--retry", is_flag=True, help="Build again what is known to fail.")
+@click.option(
+    "--wait",
+    "wait_s",
+    type=Wait(),
+    help="How long a step waits for a worker that can build it, before it fails.  [default: as the farm says]",
+)
 @click.option("--detach", is_flag=True, help="Do not watch; print how to.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @click.option("--fetch", is_flag=True, help="Realise the outputs on this machine when all is built.")

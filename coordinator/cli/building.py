@@ -62,6 +62,8 @@ class Wish:
     store: str | None = None
     label: str = ""
     retry: bool = False
+    #: As in `SubmitRequest`.
+    wait_s: int | None = None
     detach: bool = False
     as_json: bool = False
     fetch: bool = False
@@ -130,7 +132,10 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
             )
             for each in wanted
         )
-        view = await client.submit(SubmitRequest(roots=roots, label=wish.label, retry_failed=wish.retry, makers=makers))
+        request = SubmitRequest(
+            roots=roots, label=wish.label, retry_failed=wish.retry, makers=makers, wait_s=wish.wait_s
+        )
+        view = await client.submit(request)
         submitted.id = view.id
         if wish.detach:
             return _detached(await client.whole(view), submitted, as_json=wish.as_json)

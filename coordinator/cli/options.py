@@ -6,16 +6,41 @@ Nothing slow is imported here before a command runs.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from coordinator.limits import MAX_WAIT_S
+
 if TYPE_CHECKING:
     from coordinator.client import ApiClient
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
+
+
+class Wait(click.ParamType[int]):
+    """A time to wait in seconds, said as `90`, `15m`, `36h`, `7d`; 0 for `forever`."""
+
+    name = "wait"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:  # noqa: ARG002  click's
+        """Return what help shows in the place of the value."""
+        return "DURATION|forever"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the seconds; ends the command with a usage error for anything else."""
+        if value == "forever":
+            return 0
+        said = re.fullmatch(r"([0-9]{1,12})([smhd]?)", str(value), re.ASCII)
+        wait_s = int(said[1]) * _UNITS_S[said[2]] if said else 0
+        if not 0 < wait_s <= MAX_WAIT_S:
+            self.fail(f"{value!r} is no time to wait: say seconds (90), 15m, 36h, 7d or forever", param, ctx)
+        return wait_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
+from datetime import datetime
 from pathlib import Path
 
 import aiohttp
 import pytest
 
+from coordinator.cli import statuses
 from coordinator.client import ApiClient, RefusedError, UnreachableError
 from coordinator.config import Settings
 from coordinator.logs import LogStore
 from coordinator.main import open_coordinator
-from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState
+from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState, SubmitRequest
 from coordinator.state_lock import StateDirBusyError
-from tests.coordinator.conftest import OpenFarm, TestFarm, nix_workers
+from tests.coordinator.conftest import PATIENCE_S, PRELUDE, OpenFarm, TestFarm, nix_workers
+from tests.coordinator.test_cli import drover
 from workers import polling
 from workers.fleet import Fleet, FleetEvent, Sink, WorkerConnected
 from workers.local_fleet import InProcessFleet
@@ -241,7 +245,35 @@ async def test_a_step_that_no_worker_can_take_waits_and_says_so(open_farm: OpenF
         assert view.state is SubmissionState.RUNNING
         assert view.stuck == ("1 step waits: no worker offers the system x86_64-darwin",)
         waiting = {step.name: step.waiting_for for step in await farm.client.steps(view.id)}
-        assert waiting == {"mac": "no worker offers the system x86_64-darwin", "top": "waits for mac"}
+        assert waiting["top"] == "waits for mac"
+        said = re.fullmatch(
+            r"no worker offers the system x86_64-darwin; it waits for one until (.+) UTC", waiting["mac"]
+        )
+        assert said is not None
+        until = datetime.fromisoformat(f"{said[1]}+00:00").timestamp()
+        assert 0 <= until - submitted.created_at - farm.settings.limits.give_up_s + 1 <= PATIENCE_S
+        roots = await farm.evaluate(text, "top")
+        await farm.client.submit(SubmitRequest(roots=roots, wait_s=0))
+        waiting = {step.name: step.waiting_for for step in await farm.client.steps(view.id)}
+        assert waiting["mac"] == "no worker offers the system x86_64-darwin; it waits for one for ever"
+
+
+async def test_a_build_that_waits_for_no_worker_longer_than_was_said_ends_with_status_1_and_says_what_to_do(
+    open_farm: OpenFarm, tmp_path: Path
+) -> None:
+    file = tmp_path / "mac.nix"
+    file.write_text(PRELUDE + '{ mac = runOn "x86_64-darwin" {} "mac" "echo > $out"; }')
+    async with open_farm() as farm:
+        ready = farm.coordinator.ready
+        words = ["build", file, "-A", "mac", "--wait", "1", "--option", "substituters", "", "--store", tmp_path / "n"]
+        done = await asyncio.to_thread(drover, *words, "--coordinator", ready.url, "--token-file", ready.token_file)
+        assert done.returncode == statuses.BUILD_FAILED
+        told = "no worker could take it for 1 s (no worker has joined): start a worker for x86_64-darwin"
+        assert told in done.stdout
+        # Running again is as patient as it was.
+        [view] = await farm.client.submissions()
+        await farm.client.retry(view.id)
+        assert (await farm.ended(view.id)).state is SubmissionState.FAILED
 
 
 async def test_after_a_restart_the_views_are_the_same_and_waiting_work_goes_on(open_farm: OpenFarm) -> None:

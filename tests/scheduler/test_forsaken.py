@@ -10,6 +10,7 @@ from scheduler.farm import Farm
 from scheduler.forsaken import LOOK_AGAIN_S, STALE_ENTRIES
 from scheduler.model import FailureKind, Instant, StepKey
 from scheduler.policy import Limits
+from scheduler.reasons import NoBuilderJoined
 from tests.scheduler.kit import Scene, builder, cancel, either, expire, join, lost, recipe, report, step, submit
 
 LIMITS = Limits(give_up_s=100.0, lease_ttl_s=10_000.0)
@@ -119,6 +120,15 @@ def test_how_long_a_submission_waits_is_kept_where_it_runs_again_and_by_a_snapsh
     assert short.state.patience == scene.farm.state.patience == {"s": 30, "gone": 7}
     scene.play(expire("s"), expire("gone"))
     assert not scene.farm.state.patience
+
+
+def test_a_step_that_waits_for_a_builder_says_until_when() -> None:
+    scene = Scene(LIMITS)
+    scene.at(5).play(submit("s", ["a", "x"], step("a"), step("x"), wait_s=30), submit("t", ["x"], step("x"), wait_s=0))
+    assert [scene.farm.why(StepKey(key), Instant(6)) for key in "ax"] == [
+        NoBuilderJoined(Instant(35)),
+        NoBuilderJoined(),
+    ]
 
 
 def test_steps_that_come_and_go_without_end_leave_no_entries_behind() -> None:
