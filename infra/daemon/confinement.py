@@ -39,7 +39,10 @@ MS_RDONLY: Final = 1
 MS_REMOUNT: Final = 32
 MS_BIND: Final = 4096
 MS_REC: Final = 16384
+MS_PRIVATE: Final = 1 << 18
 MS_SLAVE: Final = 1 << 19
+#: Exit status of a relay that cannot be started, as shells have it.
+NOT_RUN: Final = 127
 #: Flags that a read-only remount keeps (nosuid, nodev, noexec): a user namespace may not clear those of the host.
 KEPT_FLAGS: Final = 2 | 4 | 8
 
@@ -199,20 +202,36 @@ class Launch:
         if self._confinement.uid_map:
             words.append(f"--userns-path=/proc/{daemon}/ns/user")
         words += [f"/proc/{daemon}/ns/net", INTERFACE]
-        null = os.open(os.devnull, os.O_RDWR)
-        streams = [(os.POSIX_SPAWN_DUP2, null, number) for number in (0, 1, 2)]
-        try:
-            self.helpers.add(os.posix_spawnp(words[0], words, os.environ, file_actions=streams))
-        except OSError as error:
-            raise ConfinementError(f"{words[0]} cannot be started: {error.strerror}") from error
-        finally:
-            for descriptor in (theirs_ready, theirs_lives, null):
-                os.close(descriptor)
+        self.helpers.add(self._start_relay(words))
+        for descriptor in (theirs_ready, theirs_lives):
+            os.close(descriptor)
         came = os.read(ready, 1)
         os.close(ready)
         if not came:
             raise ConfinementError(f"the network did not come up: `{' '.join(words)}` ended")
         self._follow(daemon, network)
+
+    def _start_relay(self, words: Sequence[str]) -> int:
+        """Start the relay in a mount namespace that no change leaves, and return its process.
+
+        The sandbox of slirp4netns 1.2 unmounts what it does not need and makes only the root private before. What is
+        mounted on shared mounts below (the named network namespaces in /run/netns are) would be unmounted for the whole
+        machine. In a user namespace the kernel keeps such changes in by itself.
+        """
+        relay = os.fork()
+        if relay:
+            return relay
+        try:
+            if not self._confinement.uid_map:
+                _call("unshare", "the relay's mounts", CLONE_NEWNS)
+                _call("mount", "/", None, b"/", None, MS_REC | MS_PRIVATE, None)
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(null, stream)
+            os.execvp(words[0], list(words))  # noqa: S606 - the relay's command is this program's own
+        finally:
+            # Reached only where it cannot be started; whoever waits for it sees the end of its pipe.
+            os._exit(NOT_RUN)
 
     def _follow(self, daemon: int, network: Network) -> None:
         """Prohibit addresses that the host gets later, too: the kernel tells of each by SIGIO."""
