@@ -6,8 +6,9 @@ such a builder has been there, and after a restart, for builders join anew then:
 and never shorter.
 
 This is memory of the decisions and no part of the durable state: the failure is a fact. An event costs the steps
-that have come to stand so. Which submissions stand on a step is asked only when the shortest limit of the farm is over
-for it, and again where a submission has let go of steps, at most every `LOOK_AGAIN_S`.
+that have come to stand so, and one call looks at `LOOKS_AT_ONCE` at most. Which submissions stand on a step is asked
+only when the shortest limit of the farm is over for it, and again where a submission has let go of steps, at most every
+`LOOK_AGAIN_S`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from scheduler.verdicts import Verdicts
 
 #: Seconds between two looks at all that wait, where submissions have let go of steps: a look costs their number.
 LOOK_AGAIN_S = 10.0
+#: Steps that one call looks at: a mass rebuild that nobody can take must not hold up what else happens.
+LOOKS_AT_ONCE = 1000
 #: Entries of steps that no longer wait which are kept in any case before they are swept out.
 STALE_ENTRIES = 1024
 
@@ -64,22 +67,22 @@ class Forsaken:
         self._take_note(now)
         if self._should_look_again() and now >= self._looked_at + LOOK_AGAIN_S:
             self._look_again(now)
-        while over := self._over(now):
-            while over:
-                step = over.pop()
-                since, _ = self._waiting.pop(step)
-                if not _waits(step) or step in self._state.ready.forsaken:
-                    continue
-                fell_back = False
-                for fact in self._verdicts.give_up(step, self._failure(step, since, now), now):
-                    fell_back = fell_back or isinstance(fact, f.StepFellBack)
-                    yield fact
-                if fell_back and self._state.patience:
-                    # A more patient submission may stand on the others by now.
-                    break
-            for step in over:
-                self._look_at(step, self._waiting[step][0], now)
-            self._take_note(now)
+        over = self._over(now)
+        while over:
+            step = over.pop()
+            since, _ = self._waiting.pop(step)
+            if not _waits(step) or step in self._state.ready.forsaken:
+                continue
+            fell_back = False
+            for fact in self._verdicts.give_up(step, self._failure(step, since, now), now):
+                fell_back = fell_back or isinstance(fact, f.StepFellBack)
+                yield fact
+            if fell_back and self._state.patience:
+                # A more patient submission may stand on the others by now: the next call, at once, looks again.
+                break
+        for step in over:
+            self._look_at(step, self._waiting[step][0], now)
+        self._take_note(now)
 
     def deadline(self) -> Iterator[Instant]:
         """Yield when `due` will next have something to say: at once where it has not seen all that wait."""
@@ -136,7 +139,8 @@ class Forsaken:
         """Return the steps whose time is over, the last to be looked at first; put off those that have a longer one."""
         heap, over = self._heap, []
         limits: dict[Step, float] = {}
-        while heap and heap[0][0] <= now:
+        looks = 0
+        while heap and heap[0][0] <= now and looks < LOOKS_AT_ONCE:
             when, _, step = heappop(heap)
             since, next_look = self._waiting.get(step, (NO_INSTANT, inf))
             if next_look != when:
@@ -144,6 +148,7 @@ class Forsaken:
             if not _waits(step):
                 del self._waiting[step]
                 continue
+            looks += 1
             until = since + self._limit(step, limits)
             if until <= now:
                 self._waiting[step] = (since, inf)
@@ -166,6 +171,11 @@ class Forsaken:
         """
         if not self._state.patience:
             return _told(self._limits.give_up_s)
+        owners = self._state.shares.submissions(step.owners)
+        said = set(map(self._patience, owners))
+        if len(said) == 1:
+            # Whoever stands on the step is among its owners; these may have let go of it meanwhile.
+            return said.pop()
         stack = [step]
         while stack:
             top = stack[-1]

@@ -15,11 +15,12 @@ from scheduler.model import SubmissionId
 class Shares:
     """The live stakes."""
 
-    __slots__ = ("_last", "_stakes", "_waiting")
+    __slots__ = ("_last", "_stakes", "_submissions", "_waiting")
 
     def __init__(self) -> None:
         self._last = 0
         self._stakes: dict[SubmissionId, int] = {}
+        self._submissions: dict[int, SubmissionId] = {}
         #: By stake: how many roots its submission still waits for.
         self._waiting: dict[int, int] = {}
 
@@ -29,6 +30,7 @@ class Shares:
         if stake is None:
             self._last += 1
             stake = self._stakes[submission] = self._last
+            self._submissions[stake] = submission
         self._waiting[stake] = self._waiting.get(stake, 0) + 1
         return stake
 
@@ -38,12 +40,17 @@ class Shares:
         self._waiting[stake] -= 1
         if self._waiting[stake]:
             return None
-        del self._waiting[stake], self._stakes[submission]
+        del self._waiting[stake], self._stakes[submission], self._submissions[stake]
         return stake
 
     def is_live(self, stake: int) -> bool:
         """Whether the stake has not ended."""
         return stake in self._waiting
+
+    def submissions(self, stakes: Iterable[int]) -> list[SubmissionId]:
+        """Return whose those of `stakes` are that have not ended."""
+        known = self._submissions
+        return [known[stake] for stake in stakes if stake in known]
 
     def live(self, stakes: Iterable[int]) -> tuple[int, ...]:
         """Return those of `stakes` that have not ended, each once, the oldest first."""
