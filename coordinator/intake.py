@@ -162,8 +162,7 @@ class Intake:
             )
         _within(len(query.derivations), self._limits.max_derivations, "derivations")
         _within(len(query.sources), self._limits.max_sources, "sources")
-        for name in (*query.derivations, *query.sources, *query.built):
-            self._check_name(name)
+        await asyncio.to_thread(self._check_names, (*query.derivations, *query.sources, *query.built))
         derivations = await self._derivations.unknown(query.derivations)
         absent = await self.leases.ask([f"{self._store_dir.path}/{name}" for name in query.sources])
         pulled = await self.pulls.pull(absent.intersection(f"{self._store_dir.path}/{name}" for name in query.built))
@@ -266,27 +265,28 @@ class Intake:
         Raises:
             IntakeError: A member is not known here, an output does not exist, or the graph is too large.
         """
-        wishes = [(root, self._drv_name(root.drv)) for root in request.roots]
+        # What walks the whole graph does so in a thread: a mass rebuild has some hundred thousand members.
+        wishes = await asyncio.to_thread(lambda: [(root, self._drv_name(root.drv)) for root in request.roots])
         names = list(dict.fromkeys(name for _, name in wishes))
-        makers = dict.fromkeys(self._drv_name(drv) for drv in request.makers)
+        makers = await asyncio.to_thread(lambda: dict.fromkeys(map(self._drv_name, request.makers)))
         leases: list[str] = []
         pulled = Pulled()
         try:
             while True:
                 graph = await self._graph(names, list(makers))
-                lease, absent = await self.leases.take(graph.paths())
+                lease, absent = await self.leases.take(await asyncio.to_thread(graph.paths))
                 leases.append(lease)
-                pulled = await self.pulls.pull(graph.lacking(absent))
+                pulled = await self.pulls.pull(await asyncio.to_thread(graph.lacking, absent))
                 absent -= pulled.paths
                 # Built paths among the sources are made again by what made them for an earlier submission.
-                known = await self._makers(graph.lacking(absent))
+                known = await self._makers(await asyncio.to_thread(graph.lacking, absent))
                 if makers.keys() >= known.keys():
                     break
                 makers |= known
-            roots = tuple(self._root(root, graph.nodes[name]) for root, name in wishes)
+            roots = await asyncio.to_thread(self._roots, wishes, graph.nodes)
             store_dir = self._store_dir.path
             planned = await asyncio.to_thread(graph.plan, roots, absent, store_dir, sources_may_lack=sources_may_lack)
-            leases += await self.leases.answered(graph.sources())
+            leases += await self.leases.answered(await asyncio.to_thread(graph.sources))
         except MissingMemberError as error:
             self.leases.give_back(leases)
             if pulled.trouble:
@@ -308,6 +308,9 @@ class Intake:
     async def _makers(self, sources: Sequence[str]) -> dict[str, None]:
         """Return the derivations that made one of these paths for an earlier submission, by whichever output."""
         return dict.fromkeys((await self._derivations.makers(sources)).values()) if sources else {}
+
+    def _roots(self, wishes: Sequence[tuple[RootRequest, str]], nodes: Mapping[str, Node]) -> tuple[PlannedRoot, ...]:
+        return tuple(self._root(root, nodes[name]) for root, name in wishes)
 
     def _root(self, root: RootRequest, node: Node) -> PlannedRoot:
         outputs = dict(node.outputs)
@@ -355,6 +358,10 @@ class Intake:
         name = drv.removeprefix(prefix)
         self._check_name(name)
         return name
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._check_name(name)
 
     @staticmethod
     def _check_name(name: str) -> None:
