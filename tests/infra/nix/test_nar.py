@@ -64,8 +64,10 @@ def read(archive: bytes, cuts: list[int]) -> list[NarEvent]:
     found: list[NarEvent] = []
     bounds = [0, *sorted(cuts), len(archive)]
     for start, end in pairwise(bounds):
-        assert not reader.complete or start == len(archive)
+        complete = reader.complete
+        # Bytes after the end are refused here.
         found += reader.feed(archive[start:end])
+        assert not complete or start == len(archive)
     reader.close()
     return merged(found)
 
