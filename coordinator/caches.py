@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from coordinator.config import DEFAULT_CACHE, CacheSettings, Settings
 from coordinator.http.access import CacheAccess, TokenSet, load_tokens
 from coordinator.succession import Secrets
-from infra.cache import Cache, ObjectStore, Reign, open_object_store
+from infra.cache.cache import Cache
 from infra.cache.keys import forget_keys
+from infra.cache.metadata import Reign
+from infra.cache.objects import ObjectStore, open_object_store
 from infra.clock import Clock
 from infra.nix.signing import SecretKey
 from infra.nix.store_path import StoreDir

@@ -27,7 +27,7 @@ from coordinator.metrics import CacheGauges
 from coordinator.path_leases import PathLeases
 from coordinator.rows import SubmissionRow
 from coordinator.views import Views
-from infra.cache import Cache
+from infra.cache.cache import Cache
 from infra.cache.errors import CacheError
 from infra.cache.fsck import FsckReport, RepairSource
 from infra.cache.gc import CollectPlan, CollectReport

@@ -21,8 +21,9 @@ from coordinator.limits import StepLimits
 from coordinator.path_leases import PathLeases
 from coordinator.schema import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.sources import SourceIntake
-from infra.cache import Cache, ObjectStore
+from infra.cache.cache import Cache
 from infra.cache.closure_pulls import ClosurePulls, Pulled
+from infra.cache.objects import ObjectStore
 from infra.nix import aterm
 from infra.nix.derivation import DerivationKind
 from infra.nix.errors import FormatError, NixError, UnknownInputError

@@ -26,7 +26,7 @@ from coordinator.derivations import DerivationsError, DerivationStore
 from coordinator.errors import CoordinatorError
 from coordinator.rows import SubmissionRow
 from coordinator.views import Views
-from infra.cache import Cache
+from infra.cache.cache import Cache
 from infra.cache.errors import CacheError, ClosureTooLargeError
 from infra.cache.fsck import RepairSource
 from infra.clock import Clock

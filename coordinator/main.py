@@ -66,7 +66,7 @@ from coordinator.submissions import Submissions
 from coordinator.succession import API_TOKEN, Secrets, Succession
 from coordinator.upload_tokens import UploadTokens
 from coordinator.views import Views
-from infra.cache import Cache
+from infra.cache.cache import Cache
 from infra.cache.direct import direct_uploads
 from infra.cache.errors import CacheError
 from infra.cache.fsck import RepairSource

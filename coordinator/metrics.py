@@ -14,7 +14,7 @@ from typing import Final
 from aiohttp import web
 
 from coordinator.views import Views
-from infra.cache import Cache
+from infra.cache.cache import Cache
 from infra.cache.counters import CacheCounters
 from infra.telemetry import CONTENT_TYPE, Observe, Telemetry
 

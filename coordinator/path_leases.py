@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from infra.cache import Cache
+from infra.cache.cache import Cache
 
 #: Seconds for which what a client asked about is safe from collection; it must submit within them.
 LEASE_S: Final = 3600.0

@@ -12,8 +12,9 @@ from typing import Final
 
 from coordinator.publishing import claim_of
 from coordinator.views import Views
-from infra.cache import ObjectStore, fetch_nar
+from infra.cache.download import fetch_nar
 from infra.cache.errors import CacheError
+from infra.cache.objects import ObjectStore
 from infra.nix.narinfo import NarInfo
 from workers.fleet import Fleet, FleetError
 

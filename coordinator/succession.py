@@ -26,9 +26,9 @@ from typing import ClassVar, Final
 from coordinator.config import DEFAULT_CACHE, CacheSettings, Settings
 from coordinator.errors import CoordinatorError
 from coordinator.http.auth import load_token, read_token
-from infra.cache import ObjectStore, open_object_store
 from infra.cache.errors import StoreUnreachableError
 from infra.cache.keys import load_key, load_or_create_key, read_keys
+from infra.cache.objects import ObjectStore, open_object_store
 from infra.nix.signing import SecretKey
 
 API_TOKEN: Final = "api-token"  # noqa: S105 - a file's name

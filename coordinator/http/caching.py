@@ -26,7 +26,8 @@ from coordinator.schema import (
     VerifyView,
     WhyView,
 )
-from infra.cache import Cache, RootRow
+from infra.cache.cache import Cache
+from infra.cache.roots import RootRow
 from infra.nix.errors import FormatError
 from infra.nix.store_path import HASH_PART_LENGTH
 

@@ -41,7 +41,7 @@ from coordinator.http.connections import (
     accept,
     raise_descriptor_limit,
 )
-from infra.cache import Cache
+from infra.cache.cache import Cache
 from infra.cache.errors import CacheError
 
 #: Header blocks that were found plain (or not) and are remembered; a client sends the same one each time.

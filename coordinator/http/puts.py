@@ -37,10 +37,9 @@ from aiohttp.typedefs import Handler
 from coordinator.caches import OpenCache
 from coordinator.http.access import challenge
 from coordinator.http.bodies import BodyEncodedError, Pace, refuse_encoding
-from infra.cache import AlreadyPublished, Candidate, Conflict, ObjectStore, Published, PublishOutcome
-from infra.cache.candidates import MAX_NAR_BYTES
+from infra.cache.candidates import MAX_NAR_BYTES, AlreadyPublished, Candidate, Conflict, Published, PublishOutcome
 from infra.cache.errors import CacheError
-from infra.cache.objects import INCOMING
+from infra.cache.objects import INCOMING, ObjectStore
 from infra.cache.realisations import Registered
 from infra.cache.spool import WrongBytesError, spool_object
 from infra.nix import narinfo as narinfo_format

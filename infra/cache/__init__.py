@@ -21,42 +21,6 @@ closure_pulls  whole closures that nobody sends, had from upstreams
 fsck        proving and repairing (upstream: another cache to have NARs from)
 inspection  sums
 cache       Cache: the front of all this                   (the coordinator)
+
+Nothing is imported here: a worker and `drover cache push` use objects and uploads, and load no database with them.
 """
-
-from infra.cache.cache import Cache
-from infra.cache.candidates import (
-    AlreadyPublished,
-    Candidate,
-    Conflict,
-    Published,
-    PublishOutcome,
-    Rejected,
-    RejectReason,
-)
-from infra.cache.download import fetch_nar
-from infra.cache.gc import CollectPlan, CollectReport
-from infra.cache.metadata import Reign
-from infra.cache.objects import ObjectStore, open_object_store
-from infra.cache.roots import Keeper, RootRow
-from infra.cache.upload import UploadedNar, upload_nar
-
-__all__ = [
-    "AlreadyPublished",
-    "Cache",
-    "Candidate",
-    "CollectPlan",
-    "CollectReport",
-    "Conflict",
-    "Keeper",
-    "ObjectStore",
-    "PublishOutcome",
-    "Published",
-    "Reign",
-    "RejectReason",
-    "Rejected",
-    "RootRow",
-    "UploadedNar",
-    "fetch_nar",
-    "open_object_store",
-    "upload_nar",
-]

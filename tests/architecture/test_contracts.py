@@ -81,3 +81,17 @@ def test_the_command_line_is_there_at_once() -> None:
     code = f"import sys, coordinator.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("program", "foreign"),
+    [
+        # Keys sign in the coordinator alone; a worker has cryptography, to check the signatures of its inputs.
+        ("workers.agent", ("sqlalchemy", "alembic", "infra.cache.cache", "infra.cache.signer", "infra.cache.keys")),
+        ("coordinator.cli.pushing", ("sqlalchemy", "alembic", "cryptography", "infra.cache.cache")),
+    ],
+)
+def test_a_worker_and_a_push_load_no_database_and_no_keys(program: str, foreign: tuple[str, ...]) -> None:
+    code = f"import sys, {program}; print([name for name in {foreign} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

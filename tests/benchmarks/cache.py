@@ -30,7 +30,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
-from infra.cache import Cache, Candidate, open_object_store, upload_nar
+from infra.cache.cache import Cache
+from infra.cache.candidates import Candidate
+from infra.cache.objects import open_object_store
+from infra.cache.upload import upload_nar
 from infra.nix.signing import generate
 from infra.nix.store_path import StoreDir
 from tests.benchmarks.report import arguments, progress, publish

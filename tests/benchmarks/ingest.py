@@ -32,7 +32,8 @@ from coordinator.derivations import DerivationStore
 from coordinator.framing import encode_derivations
 from coordinator.intake import Intake
 from coordinator.schema import IntakeQuery, RootRequest, SubmitRequest
-from infra.cache import Cache, open_object_store
+from infra.cache.cache import Cache
+from infra.cache.objects import open_object_store
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.signing import generate
 from infra.nix.store_path import StoreDir

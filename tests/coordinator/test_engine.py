@@ -18,7 +18,9 @@ from coordinator.config import ConfigError, Settings
 from coordinator.journal import JournalError
 from coordinator.main import Ready, serve
 from coordinator.schema import StepStatus, SubmissionState, SubmitRequest
-from infra.cache import Candidate, open_object_store, upload_nar
+from infra.cache.candidates import Candidate
+from infra.cache.objects import open_object_store
+from infra.cache.upload import upload_nar
 from infra.nix.nar import NarData, NarFile, write_events
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from workers.fleet import Fleet, FleetError, FleetEvent, Sink, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke

@@ -21,9 +21,11 @@ from coordinator.config import CacheSettings
 from coordinator.http import cache as http_cache
 from coordinator.http.access import CacheAccess
 from coordinator.http.cache import MAX_QUESTION, QUESTION_BOUNDS, add_cache_routes
-from infra.cache import Cache, Candidate, ObjectStore, Published, upload_nar
+from infra.cache.cache import Cache
+from infra.cache.candidates import Candidate, Published
 from infra.cache.errors import ObjectStoreError
-from infra.cache.upload import QUICK_BYTES
+from infra.cache.objects import ObjectStore
+from infra.cache.upload import QUICK_BYTES, upload_nar
 from infra.nix import narinfo
 from tests.support.cache import (
     STORE_DIR,

@@ -28,7 +28,7 @@ from coordinator.http import puts
 from coordinator.http import puts as http_puts
 from coordinator.http.access import CacheAccess, TokenSet
 from coordinator.http.cache import add_cache_routes
-from infra.cache import Cache
+from infra.cache.cache import Cache
 from infra.cache.spool import QUICK_OBJECT_BYTES
 from infra.nix.hashing import sha256_text
 from infra.nix.nar import NarData, NarFile, write_events

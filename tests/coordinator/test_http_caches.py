@@ -21,7 +21,7 @@ from coordinator.http.access import CacheAccess, TokenSet, load_tokens, told_tok
 from coordinator.http.auth import TokenError
 from coordinator.http.cache import add_cache_routes
 from coordinator.succession import Succession
-from infra.cache import Reign
+from infra.cache.metadata import Reign
 from infra.clock import SystemClock
 from tests.support.cache import base_name, candidate, publish, store_path
 

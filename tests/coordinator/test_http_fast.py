@@ -24,7 +24,7 @@ from coordinator.http.access import CacheAccess, TokenSet
 from coordinator.http.auth import is_own_host, require_host
 from coordinator.http.cache import add_cache_routes
 from coordinator.http.fast import FastNarinfos, FastSite
-from infra.cache import Cache
+from infra.cache.cache import Cache
 from tests.support.cache import base_name, candidate, object_file, open_cache, publish, store_path
 
 A, B = store_path("a"), store_path("b")

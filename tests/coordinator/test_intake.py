@@ -27,7 +27,7 @@ from coordinator.intake import (
 )
 from coordinator.schema import MAX_ROOTS, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.sources import SourceRefusedError
-from infra.cache import Cache
+from infra.cache.cache import Cache
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.narinfo import NarInfo
 from infra.nix.narinfo import parse as parse_narinfo

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from coordinator.path_leases import LEASE_S, PathLeases
-from infra.cache import Cache
+from infra.cache.cache import Cache
 from infra.cache.gc import CollectPlan
 from infra.cache.metadata import reading, roots
 from tests.support.cache import open_cache, publish, store_path

@@ -8,7 +8,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from infra.cache import Cache, Candidate, ObjectStore, PublishOutcome, open_object_store, upload_nar
+from infra.cache.cache import Cache
+from infra.cache.candidates import Candidate, PublishOutcome
+from infra.cache.objects import ObjectStore, open_object_store
+from infra.cache.upload import upload_nar
 from infra.nix import base32
 from infra.nix.signing import SecretKey, generate
 from infra.nix.store_path import StoreDir

@@ -15,10 +15,18 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.cache import AlreadyPublished, Cache, Candidate, Conflict, Published, Rejected, RejectReason
 from infra.cache import cache as cache_module
 from infra.cache import catalog as catalog_module
-from infra.cache.candidates import references_first
+from infra.cache.cache import Cache
+from infra.cache.candidates import (
+    AlreadyPublished,
+    Candidate,
+    Conflict,
+    Published,
+    Rejected,
+    RejectReason,
+    references_first,
+)
 from infra.cache.compression import nar_key
 from infra.cache.errors import CacheError, ClosureTooLargeError, MetadataError
 from infra.nix import narinfo

@@ -15,9 +15,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.cache import Candidate, Published, fetch_nar
-from infra.cache.candidates import malformed
+from infra.cache.candidates import Candidate, Published, malformed
 from infra.cache.compression import MAX_XZ_BYTES, SUFFIXES, DecodeError, nar_key, unpacker
+from infra.cache.download import fetch_nar
 from infra.cache.errors import CorruptNarError
 from infra.cache.verify import verify_nar
 from infra.nix.hashing import sha256_text

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from infra.cache import CollectPlan, Conflict, Published, fetch_nar
+from infra.cache.candidates import Conflict, Published
+from infra.cache.download import fetch_nar
+from infra.cache.gc import CollectPlan
 from infra.cache.objects import sweep_incoming
 from infra.nix import narinfo
 from tests.support.cache import STORE_DIR, base_name, open_cache, publish, store_path
@@ -78,7 +80,7 @@ async def test_after_a_kill_everything_that_is_answered_can_be_fetched(tmp_path:
 COLLECTOR = """
 import asyncio, itertools, os, sys
 from pathlib import Path
-from infra.cache import CollectPlan
+from infra.cache.gc import CollectPlan
 from tests.support.cache import candidate, open_cache, store_path
 
 async def main():

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.cache import AlreadyPublished, Cache, Published
+from infra.cache.cache import Cache
+from infra.cache.candidates import AlreadyPublished, Published
 from infra.cache.fsck import FsckReport
 from infra.cache.gc import CollectPlan
 from infra.cache.metadata import paths, writing

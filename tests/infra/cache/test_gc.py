@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from infra.cache import AlreadyPublished, Cache, CollectPlan, Conflict, Published, Rejected, RejectReason
+from infra.cache.cache import Cache
+from infra.cache.candidates import AlreadyPublished, Conflict, Published, Rejected, RejectReason
 from infra.cache.errors import CacheError, CollectorBusyError
-from infra.cache.gc import alone
+from infra.cache.gc import CollectPlan, alone
 from tests.support.cache import base_name, candidate, object_file, open_cache, publish, store_path
 
 A, B, C, D, E = (store_path(name) for name in "abcde")

@@ -20,8 +20,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from infra.cache import Cache, CollectPlan, gc, publishing, roots
+from infra.cache import gc, publishing, roots
+from infra.cache.cache import Cache
 from infra.cache.errors import MetadataError
+from infra.cache.gc import CollectPlan
 from infra.cache.metadata import Database
 from infra.nix import narinfo
 from tests.support.cache import STORE_DIR, base_name, candidate, open_cache, store_path

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.cache import Cache, listing
+from infra.cache import listing
+from infra.cache.cache import Cache
 from infra.cache.listing import Listings
 from infra.nix.nar import NarData, NarFile, write_events
 from tests.support.cache import candidate, object_file, open_cache, store_path

@@ -206,7 +206,8 @@ async def test_a_reader_may_leave_early(store: LocalObjectStore) -> None:
 MEMORY = """
 import asyncio, sys
 from pathlib import Path
-from infra.cache import open_object_store, upload_nar
+from infra.cache.objects import open_object_store
+from infra.cache.upload import upload_nar
 from infra.cache.verify import verify_nar
 import random
 
