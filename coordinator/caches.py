@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from coordinator.config import DEFAULT_CACHE, CacheSettings, Settings
-from coordinator.http.access import CacheAccess, TokenSet, load_tokens
+from coordinator.security.tokens import CacheAccess, TokenSet, load_tokens
 from coordinator.succession import Secrets
 from infra.cache.cache import Cache
 from infra.cache.keys import forget_keys

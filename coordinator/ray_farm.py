@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from coordinator.config import ConfigError, Settings, WorkerConfig
 from coordinator.errors import StoppedError
-from coordinator.http.access import read_source
+from coordinator.security.tokens import read_source
 from coordinator.state_lock import StateLock
 from infra.cache.keys import forget_keys
 from workers.errors import WorkerError

@@ -25,7 +25,7 @@ from typing import ClassVar, Final
 
 from coordinator.config import DEFAULT_CACHE, CacheSettings, Settings
 from coordinator.errors import CoordinatorError
-from coordinator.http.auth import load_token, read_token
+from coordinator.security.tokens import load_token, read_token
 from infra.cache.errors import StoreUnreachableError
 from infra.cache.keys import load_key, load_or_create_key, read_keys
 from infra.cache.objects import ObjectStore, open_object_store

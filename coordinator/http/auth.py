@@ -1,7 +1,7 @@
-"""Who may ask: a bearer token for the API, and no foreign web page anywhere.
+"""Middlewares that refuse requests: those to the API without its token, and those of foreign web pages to any route.
 
-The token is made on the first start, lies in the state directory with mode 0600 and is compared in constant time. The
-cache needs none: what it serves is signed, and Nix clients have no bearer tokens.
+The API's token is `coordinator.security.tokens`. The cache needs none: what it serves is signed, and Nix clients have
+no bearer tokens.
 
 A head that two readers may understand differently is refused (`require_plain_head`): several or malformed `Host`s,
 several `Authorization`s.
@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import os
 import re
-import secrets
-from pathlib import Path
 from typing import ClassVar, Final
 from urllib.parse import urlsplit
 
@@ -30,20 +27,11 @@ from coordinator.http.connections import mark_known
 
 #: Where the API begins; everything below it wants the token.
 API_PREFIX = "/api/"
-_TOKEN_BYTES = 32
-#: A shorter text is no secret.
-LEAST_TOKEN_CHARACTERS = 16
 MAX_PORT: Final = 65535
 #: Names as DNS and hosts files have them; no user part, no zone of an IPv6 address.
 _HOST: Final = re.compile(
     r"(?:\[(?P<address>[0-9A-Fa-f:.]{2,45})\]|(?P<name>[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252})))(?::(?P<port>[0-9]{1,5}))?"
 )
-
-
-class TokenError(CoordinatorError):
-    """The token file cannot be used."""
-
-    code: ClassVar[str] = "token"
 
 
 class UnauthorizedError(CoordinatorError):
@@ -58,38 +46,6 @@ class ForbiddenHostError(CoordinatorError):
 
     code: ClassVar[str] = "forbidden_host"
     status: ClassVar[int] = 421
-
-
-def load_token(path: Path) -> str:
-    """Return the token in `path`, made if it is not there (mode 0600). Raises `TokenError`."""
-    try:
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            return read_token(path)
-        token = secrets.token_urlsafe(_TOKEN_BYTES)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(token + "\n")
-        except OSError:
-            # Half a token would be in the way of the next start.
-            path.unlink()
-            raise
-    except OSError as error:
-        raise TokenError(f"cannot use the token file {path}: {error.strerror}.") from None
-    return token
-
-
-def read_token(path: Path) -> str:
-    """Return the token in `path`. Raises `TokenError` or `OSError`."""
-    if path.stat().st_mode & 0o077:
-        raise TokenError(
-            f"others can read the token file {path}; remove it (a new one is made) or set its mode to 600."
-        )
-    token = path.read_bytes().decode("ascii", "replace").strip()
-    if len(token) < LEAST_TOKEN_CHARACTERS:
-        raise TokenError(f"the token file {path} holds no token; remove it, a new one is made.")
-    return token
 
 
 def require_token(token: str) -> Middleware:

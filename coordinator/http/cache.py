@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from coordinator.caches import OpenCache
 from coordinator.errors import CoordinatorError
-from coordinator.http.access import challenge
+from coordinator.http.access import challenge, may_read, may_write
 from coordinator.http.bodies import BodyBounds, read_model
 from coordinator.http.nars import NAR_HEADERS, NarAnswers, cut
 from coordinator.http.puts import CachePuts, log_key
@@ -107,7 +107,7 @@ class CacheRoutes:
             return handler
 
         async def guarded(request: web.Request) -> web.StreamResponse:
-            return await handler(request) if access.may_read(request) else challenge(name)
+            return await handler(request) if may_read(request, access) else challenge(name)
 
         return guarded
 
@@ -162,7 +162,7 @@ class CacheRoutes:
         key = f"nar/{request.match_info['file']}"
         try:
             size = await self._cache.object_size(key)
-            if size is None and self.puts is not None and self._served.access.may_write(request):
+            if size is None and self.puts is not None and may_write(request, self._served.access):
                 size = await self.puts.recent.size(key)
             return _not_found() if size is None else await self._nars.answer(request, key, size)
         except ObjectMissingError:

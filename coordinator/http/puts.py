@@ -35,7 +35,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from coordinator.caches import OpenCache
-from coordinator.http.access import challenge
+from coordinator.http.access import challenge, may_write
 from coordinator.http.bodies import BodyEncodedError, Pace, refuse_encoding
 from infra.cache.candidates import MAX_NAR_BYTES, AlreadyPublished, Candidate, Conflict, Published, PublishOutcome
 from infra.cache.errors import CacheError
@@ -222,7 +222,7 @@ class CachePuts:
 
     def _guarded(self, handler: Handler) -> Handler:
         async def guarded(request: web.Request) -> web.StreamResponse:
-            if not self._served.access.may_write(request):
+            if not may_write(request, self._served.access):
                 answer: web.StreamResponse = challenge(self._served.name)
             else:
                 answer = await self._taken(handler, request)

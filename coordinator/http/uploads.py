@@ -16,10 +16,11 @@ from pydantic import BaseModel
 
 from coordinator.caches import OpenCache
 from coordinator.errors import BadRequestError
-from coordinator.http.access import challenge, told_token
+from coordinator.http.access import challenge, may_write
 from coordinator.http.bodies import BodyBounds, Pace, read_model
 from coordinator.http.connections import mark_known
 from coordinator.schema import ErrorBody, ErrorView
+from coordinator.security.tokens import told_token
 from coordinator.upload_tokens import UploadTokens
 from infra.cache.errors import CacheError, StoreFullError
 from infra.cache.upload_errors import UploadError, WrongOffsetError
@@ -105,7 +106,7 @@ class UploadRoutes:
         return guarded
 
     def _who(self, request: web.Request) -> Sender | None:
-        if self._served.access.may_write(request):
+        if may_write(request, self._served.access):
             return Sender("writer")
         grant = self._tokens.check(told_token(request.headers), self._now())
         if grant is None or grant.cache != self._served.name:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.config import ConfigError, Settings, WorkerConfig, default_state_dir, load_settings
-from coordinator.http.auth import TokenError, load_token
 from coordinator.ray_farm import write_worker_settings
+from coordinator.security.tokens import TokenError, load_token
 from workers.settings import load_settings as load_worker_settings
 
 

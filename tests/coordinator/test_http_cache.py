@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from coordinator.caches import OpenCache
 from coordinator.config import CacheSettings
 from coordinator.http import cache as http_cache
-from coordinator.http.access import CacheAccess
 from coordinator.http.cache import MAX_QUESTION, QUESTION_BOUNDS, add_cache_routes
+from coordinator.security.tokens import CacheAccess
 from infra.cache.cache import Cache
 from infra.cache.candidates import Candidate, Published
 from infra.cache.errors import ObjectStoreError

@@ -26,8 +26,8 @@ from coordinator.caches import OpenCache
 from coordinator.config import CacheSettings
 from coordinator.http import puts
 from coordinator.http import puts as http_puts
-from coordinator.http.access import CacheAccess, TokenSet
 from coordinator.http.cache import add_cache_routes
+from coordinator.security.tokens import CacheAccess, TokenSet
 from infra.cache.cache import Cache
 from infra.cache.spool import QUICK_OBJECT_BYTES
 from infra.nix.hashing import sha256_text

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 from coordinator.caches import OpenCache, open_caches
 from coordinator.config import CacheSettings, ConfigError, NamedCacheSettings, Settings, load_settings
-from coordinator.http.access import CacheAccess, TokenSet, load_tokens, told_token
-from coordinator.http.auth import TokenError
 from coordinator.http.cache import add_cache_routes
+from coordinator.security.tokens import CacheAccess, TokenError, TokenSet, load_tokens, told_token
 from coordinator.succession import Succession
 from infra.cache.metadata import Reign
 from infra.clock import SystemClock
