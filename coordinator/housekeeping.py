@@ -23,7 +23,6 @@ from typing import Final, cast
 
 from coordinator.config import CacheSettings
 from coordinator.derivations import DerivationsError, DerivationStore
-from coordinator.metrics import CacheGauges
 from coordinator.path_leases import PathLeases
 from coordinator.rows import SubmissionRow
 from coordinator.views import Views
@@ -97,6 +96,17 @@ class SubmissionNeeds:
         """End what intake leased for submissions that are roots by now, or are not known any more."""
         known = {row.id for row in self.rows()}
         await self._leases.end(known.difference(rooted))
+
+
+@dataclass(slots=True)
+class CacheGauges:
+    """Numbers of one cache that a query tells; housekeeping asks now and then."""
+
+    paths: int = 0
+    stored_bytes: int = 0
+    leases: int = 0
+    #: Published paths that refer to one that cannot be fetched. Anything but 0 is a bug.
+    dangling: int = 0
 
 
 class Housekeeper:

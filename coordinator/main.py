@@ -36,7 +36,7 @@ from coordinator.engine import Engine
 from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
 from coordinator.explain import FarmExplainer
 from coordinator.forgetting import Forgetter
-from coordinator.housekeeping import Housekeeper, SubmissionNeeds
+from coordinator.housekeeping import CacheGauges, Housekeeper, SubmissionNeeds
 from coordinator.http.api import Api, ApiBounds
 from coordinator.http.app import make_app
 from coordinator.http.auth import is_host, is_own_host
@@ -44,6 +44,7 @@ from coordinator.http.cache import LogFor, add_cache_routes
 from coordinator.http.caching import CachingApi
 from coordinator.http.connections import ConnectionGate, require_room
 from coordinator.http.fast import FastNarinfos, FastSite, open_gate
+from coordinator.http.metrics import add_metrics_route
 from coordinator.http.sse import WatchStreams
 from coordinator.http.standby import serving_standby
 from coordinator.http.uploads import add_upload_routes
@@ -56,7 +57,7 @@ from coordinator.limits import StepLimits, in_force
 from coordinator.logs import LogStore
 from coordinator.loop_watch import LoopWatch
 from coordinator.losses import Losses
-from coordinator.metrics import CacheGauges, add_cache_metrics, add_farm_metrics, add_metrics_route
+from coordinator.metrics import add_cache_metrics, add_farm_metrics
 from coordinator.ray_farm import RayFarm, worker_state_dir
 from coordinator.repair import WorkerSource
 from coordinator.schema import FarmView

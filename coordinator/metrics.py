@@ -8,15 +8,13 @@ caches, states, phases, workers, classes, never a store path or a derivation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Final
 
-from aiohttp import web
-
+from coordinator.housekeeping import CacheGauges
 from coordinator.views import Views
 from infra.cache.cache import Cache
 from infra.cache.counters import CacheCounters
-from infra.telemetry import CONTENT_TYPE, Observe, Telemetry
+from infra.telemetry import Observe, Telemetry
 
 _COUNTED: Final[Mapping[str, tuple[str, Callable[[CacheCounters], float]]]] = {
     "narinfo_hits": ("Narinfo requests that were answered.", lambda c: c.narinfo_hits),
@@ -36,17 +34,6 @@ _COUNTED_BYTES: Final[Mapping[str, tuple[str, Callable[[CacheCounters], float]]]
     "uploaded": ("Compressed bytes taken in over HTTP.", lambda c: c.uploaded_bytes),
     "deleted": ("Bytes of deleted objects.", lambda c: c.deleted_bytes),
 }
-
-
-@dataclass(slots=True)
-class CacheGauges:
-    """Numbers of one cache that a query tells; housekeeping asks now and then."""
-
-    paths: int = 0
-    stored_bytes: int = 0
-    leases: int = 0
-    #: Published paths that refer to one that cannot be fetched. Anything but 0 is a bug.
-    dangling: int = 0
 
 
 def add_cache_metrics(telemetry: Telemetry, caches: Mapping[str, Cache], gauges: Mapping[str, CacheGauges]) -> None:
@@ -93,15 +80,6 @@ def add_farm_metrics(telemetry: Telemetry, views: Views) -> None:
         "Leases in a worker's hands.",
         lambda: [(len(worker.leases), {"worker": worker.name}) for worker in views.workforce.views()],
     )
-
-
-def add_metrics_route(app: web.Application, telemetry: Telemetry) -> None:
-    """Serve `/metrics`, without a token as Prometheus expects: there are numbers in it and the names of caches."""
-
-    async def metrics(_request: web.Request) -> web.Response:
-        return web.Response(body=telemetry.expose(), headers={"Content-Type": CONTENT_TYPE})
-
-    app.router.add_get("/metrics", metrics)
 
 
 def _recorder(record: Callable[[float, Mapping[str, str]], None], labels: Mapping[str, str]) -> Callable[[float], None]:
