@@ -465,7 +465,6 @@ class RayJoiningNode(RayNode):
         if loopback:
             # `ray start --address` insists on a multi-node system; the hook brings loopback back.
             env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"
-            env["RAY_START_HOOK"] = "workers.ray_fleet.prepare_node"
             env[LOOPBACK_VARIABLE] = "1"
         return env
 

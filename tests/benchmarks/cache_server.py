@@ -15,7 +15,7 @@ import uvloop
 
 from coordinator.config import Settings
 from coordinator.main import Ready, serve
-from workers.local_fleet import InProcessFleet
+from tests.support.local_fleet import InProcessFleet
 
 
 async def run(state_dir: Path) -> None:

@@ -18,9 +18,9 @@ from coordinator.framing import encode_derivations, in_thread
 from coordinator.main import Coordinator, FleetFactory, open_coordinator
 from coordinator.schema import Ended, IntakeQuery, RootRequest, StepStatus, SubmissionView, SubmitRequest, WatchEvent
 from infra.clock import Clock
+from tests.support.local_fleet import InProcessFleet
 from workers.agent import Agent
 from workers.fleet import Fleet
-from workers.local_fleet import InProcessFleet
 from workers.protocol import FarmInfo
 from workers.settings import WorkerSettings
 

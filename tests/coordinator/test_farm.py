@@ -22,9 +22,9 @@ from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepStatus,
 from coordinator.state_lock import StateDirBusyError
 from tests.coordinator.conftest import PATIENCE_S, PRELUDE, OpenFarm, TestFarm, nix_workers
 from tests.coordinator.test_cli import drover
+from tests.support.local_fleet import InProcessFleet
 from workers import polling
 from workers.fleet import Fleet, FleetEvent, Sink, WorkerConnected
-from workers.local_fleet import InProcessFleet
 from workers.protocol import FarmInfo
 
 DIAMOND = """

@@ -19,9 +19,9 @@ from coordinator.config import DEFAULT_CACHE, Settings
 from coordinator.main import open_coordinator
 from tests.support.attack import FarmUnderAttack, exchange
 from tests.support.bodies import NASTY
+from tests.support.local_fleet import InProcessFleet
 from tests.support.loop import LoopStalls
 from workers.fleet import Fleet
-from workers.local_fleet import InProcessFleet
 from workers.protocol import FarmInfo
 
 pytestmark = pytest.mark.e2e

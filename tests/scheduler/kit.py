@@ -25,7 +25,7 @@ from scheduler.model import (
     SubmissionId,
 )
 from scheduler.policy import Limits
-from scheduler.story import tell, tell_effect
+from tests.scheduler.story import tell, tell_effect
 
 LINUX = "linux"
 

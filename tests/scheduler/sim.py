@@ -40,11 +40,11 @@ from scheduler.model import (
     SubmissionRefusedError,
 )
 from scheduler.policy import Limits
-from scheduler.story import tell
 from tests.scheduler.kit import builder, tell_event
 from tests.scheduler.oracles import Judge, OracleError
 from tests.scheduler.sim_worker import OUTCOMES, SimWorker, Told
 from tests.scheduler.simulation import only_first, random_graph
+from tests.scheduler.story import tell
 
 #: Seconds of faults, and most seconds until everything has ended afterwards (quarantines, back-offs, expired leases).
 TROUBLED_S = 400.0

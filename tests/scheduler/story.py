@@ -1,17 +1,13 @@
-"""The facts of one key, and a fact as one line: what a person reads to see what happened and why."""
+"""Facts and effects as lines of text: the form of the golden traces, and of a simulated life that failed."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
 from typing import assert_never
 
 from scheduler import facts as f
 from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
 from scheduler.model import LeaseId, Requirements, StepKey
 
-#: How many facts a story keeps: the last ones.
-STORY_FACTS = 1000
 _NAMED = 8
 
 
@@ -56,11 +52,6 @@ def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911, PLR0912  
             return ()
         case _:
             assert_never(fact)
-
-
-def story(facts: Iterable[f.Fact], key: str, limit: int = STORY_FACTS) -> list[f.Fact]:
-    """Return the last `limit` facts about one step, builder or submission, oldest first."""
-    return list(deque((fact for fact in facts if key in subjects(fact)), maxlen=limit))
 
 
 def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fact

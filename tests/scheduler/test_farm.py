@@ -16,7 +16,6 @@ from scheduler import reasons as r
 from scheduler.effects import StartBuild
 from scheduler.model import BuilderId, FailureKind, StepKey, SubmissionRefusedError
 from scheduler.policy import Limits, LongestPathFirst
-from scheduler.story import story
 from tests.scheduler.kit import (
     Scene,
     broke,
@@ -258,17 +257,6 @@ def test_a_step_is_not_kept_from_its_builder_for_the_sake_of_one_that_takes_noth
     scene.play(broke("x", "b", INFRA))
     scene.wake()
     assert scene.farm.state.steps[StepKey("x")].builder == "b"
-
-
-def test_a_story_is_the_last_facts_of_one_key() -> None:
-    scene = Scene()
-    scene.play(join("b"), submit("s1", ["y"], step("y", "x"), step("x")))
-    build(scene, "x")
-    build(scene, "y")
-    told = [type(fact).__name__ for fact in story(scene.journal, "x")]
-    assert told == ["StepAdded", "StepLeased", "StepBuilt", "StepDone"]
-    assert story(scene.journal, "x", limit=1) == [f.StepDone(f.LeaseId(StepKey("x"), 1), f.Instant(0.0))]
-    assert all(isinstance(fact, f.SubmissionAccepted) for fact in story(scene.journal, "s1"))
 
 
 def test_a_builder_with_less_capacity_than_leases_gets_no_more_and_loses_none() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from scheduler.events import Event, RetryAsked, TimePassed
 from scheduler.model import FailureKind, StepKey
-from scheduler.story import subjects
 from scheduler.transitions import EDGES, LAPSED, SUBJECT, StepState, mermaid
 from tests.scheduler.kit import (
     Scene,
@@ -23,6 +22,7 @@ from tests.scheduler.kit import (
     submit,
     unpublished,
 )
+from tests.scheduler.story import subjects
 from tests.scheduler.test_traces import TRACES
 
 P, R, C = FailureKind.PERMANENT, FailureKind.RETURNED, FailureKind.CANCELLED

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.local_fleet import InProcessFleet, LocalCalls
 from workers import polling
 from workers.fleet import FleetError, FleetEvent, NotKnownError, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
-from workers.local_fleet import InProcessFleet, LocalCalls
 from workers.polling import (
     DERIVATION_BYTES_PER_CALL,
     ORDERS_PER_CALL,

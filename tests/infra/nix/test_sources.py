@@ -1,53 +1,18 @@
-"""Scanning finds what a plain search finds, however cut; sources are what their path says or are refused."""
+"""Sources are what their path says or are refused."""
 
 from __future__ import annotations
 
 from hashlib import sha256
-from itertools import pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from infra.nix import base32, nar
+from infra.nix import nar
 from infra.nix.ca import SourceDigest, SourceHashes, path_of_content, verify_source
 from infra.nix.errors import FormatError, SourcePathError
 from infra.nix.nar import NarData, NarDirectory, NarDirectoryEnd, NarFile
-from infra.nix.references import Scanner
 from infra.nix.store_path import StoreDir
 
 NIX_STORE = StoreDir("/nix/store")
-DIGITS = st.text(alphabet=base32.ALPHABET, min_size=32, max_size=32)
-
-
-@given(st.sets(DIGITS, max_size=5), st.data())
-def test_what_occurs_is_found_however_the_content_is_cut(candidates: set[str], data: st.DataObject) -> None:
-    pool = [candidate.encode() for candidate in sorted(candidates)]
-    parts = [st.binary(max_size=40), st.text(alphabet=base32.ALPHABET, max_size=80).map(str.encode)]
-    parts += [st.sampled_from(pool), st.sampled_from([part[:31] for part in pool])] if pool else []
-    content = b"".join(data.draw(st.lists(st.one_of(parts), max_size=8)))
-    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, len(content)), max_size=10))), len(content)]
-    scanner = Scanner(candidates)
-    for start, end in pairwise(cuts):
-        scanner.feed(content[start:end])
-    assert scanner.found == {candidate for candidate in candidates if candidate.encode() in content}
-
-
-@pytest.mark.parametrize("length", [32, 33, 100, 5000])
-def test_a_candidate_in_a_long_run_of_hash_characters_is_found(length: int) -> None:
-    wanted = "0123456789abcdfghijklmnpqrsvwxyz"
-    content = (b"a" * length + wanted.encode() + b"0" * length) * 2
-    for size in (1, 31, 32, 4096):
-        scanner = Scanner([wanted, "z" * 32])
-        for at in range(0, len(content), size):
-            scanner.feed(content[at : at + size])
-        assert scanner.found == {wanted}
-
-
-@pytest.mark.parametrize("candidate", ["", "a" * 31, "e" * 32, "A" * 32, "a" * 33])
-def test_only_hash_parts_can_be_looked_for(candidate: str) -> None:
-    with pytest.raises(FormatError):
-        Scanner([candidate])
 
 
 def digest(archive: bytes, step: int = 7) -> SourceHashes:
