@@ -23,6 +23,7 @@ import orjson
 import zstandard
 from sqlalchemy import (
     Column,
+    ColumnElement,
     Integer,
     LargeBinary,
     MetaData,
@@ -52,6 +53,8 @@ MAX_CACHED_NODES = 200_000
 #: Below this many bytes compression does not pay.
 _COMPRESS_FROM = 512
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+#: Bytes at the beginning of a zstd frame that have its inflated size.
+_ZSTD_HEADER_BYTES: Final = 18
 _LEVEL = 1
 
 _Result = TypeVar("_Result")
@@ -120,6 +123,8 @@ class BuildOrder:
     derivation: bytes
     #: Full store paths: input sources and the chosen outputs of input derivations, sorted.
     inputs: tuple[str, ...]
+    #: Full store paths of the outputs, sorted by output name.
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,33 +328,46 @@ class DerivationStore:
 
         await _told(insert)
 
-    async def orders(self, wanted: Sequence[tuple[StepKey, int]]) -> Mapping[tuple[StepKey, int], BuildOrder]:
-        """Return what to send for each (step, recipe index); unknown pairs are absent. One query."""
-        asked = self._asked
+    async def order_sizes(self, wanted: Iterable[tuple[StepKey, int]]) -> Mapping[tuple[StepKey, int], int]:
+        """Return the bytes in memory of what `orders` gives for each (step, recipe index); unknown pairs are absent.
+
+        One query for each index, which inflates nothing: few bytes in the database may be tens of megabytes inflated.
+        """
         columns = (
-            _members.c.step,
-            _members.c.ordinal,
-            _derivations.c.drv,
-            _derivations.c.aterm,
-            _derivations.c.inputs,
+            func.length(_derivations.c.aterm).label("stored"),
+            func.substr(_derivations.c.aterm, 1, _ZSTD_HEADER_BYTES).label("header"),
+            (func.length(_derivations.c.inputs) + func.length(_derivations.c.detail)).label("others"),
         )
-        query = (
-            select(*columns)
-            .join(asked, asked.c.value == _members.c.step)
-            .join(_derivations, _derivations.c.drv == _members.c.drv)
-        )
-        pairs = set(wanted)
-        rows = await self._answers(query, dict.fromkeys(step for step, _ in wanted))
+        rows = await self._recipes(wanted, *columns)
+        return {pair: _inflated_size(row.header, row.stored) + row.others for pair, row in rows}
+
+    async def orders(self, wanted: Iterable[tuple[StepKey, int]]) -> Mapping[tuple[StepKey, int], BuildOrder]:
+        """Return what to send for each (step, recipe index); unknown pairs are absent. One query for each index.
+
+        All are in memory at once: `order_sizes` says before how many fit.
+        """
+        columns = (_derivations.c.drv, _derivations.c.aterm, _derivations.c.inputs, _derivations.c.detail)
+        rows = await self._recipes(wanted, *columns)
 
         def unpack() -> dict[tuple[StepKey, int], BuildOrder]:
             return {
-                (step, ordinal): BuildOrder(f"{self._store_dir}/{drv}", _unpacked(aterm), tuple(orjson.loads(inputs)))
-                for step, ordinal, drv, aterm, inputs in rows
-                if (step, ordinal) in pairs
+                pair: BuildOrder(
+                    f"{self._store_dir}/{row.drv}",
+                    _unpacked(row.aterm),
+                    tuple(orjson.loads(row.inputs)),
+                    tuple([path for _, path in orjson.loads(row.detail)[2]]),
+                )
+                for pair, row in rows
             }
 
         # In a thread: one derivation may have tens of megabytes.
         return await asyncio.to_thread(unpack)
+
+    async def inputs(self, step: StepKey, recipe: int) -> tuple[str, ...]:
+        """Return the inputs (full store paths) of a step's recipe, without its derivation; none where it is unknown."""
+        for _, row in await self._recipes([(step, recipe)], _derivations.c.inputs):
+            return tuple(await asyncio.to_thread(orjson.loads, row.inputs))
+        return ()
 
     async def steps(self, keys: Sequence[StepKey]) -> Mapping[StepKey, StepInfo]:
         """Return what people want to know of each step; keys that were never submitted are absent. One query."""
@@ -365,6 +383,25 @@ class DerivationStore:
             system, features, outputs, _, _ = orjson.loads(detail)
             key = StepKey(step)
             found[key] = _info(key, drv, system, tuple(features), _pairs(outputs), self._store_dir)
+        return found
+
+    async def _recipes(
+        self, wanted: Iterable[tuple[StepKey, int]], *columns: ColumnElement[Any]
+    ) -> list[tuple[tuple[StepKey, int], Any]]:
+        """Return columns of (step, recipe index) pairs; a step's other recipes may be large and are not read."""
+        steps: dict[int, list[StepKey]] = {}
+        for step, index in wanted:
+            steps.setdefault(index, []).append(step)
+        found: list[tuple[tuple[StepKey, int], Any]] = []
+        for index, keys in steps.items():
+            query = (
+                select(_members.c.step, *columns)
+                .select_from(_members)
+                .join(self._asked, self._asked.c.value == _members.c.step)
+                .join(_derivations, _derivations.c.drv == _members.c.drv)
+                .where(_members.c.ordinal == index)
+            )
+            found += [((StepKey(row.step), index), row) for row in await self._answers(query, dict.fromkeys(keys))]
         return found
 
     async def _rows(self, query: Select[Any], names: Iterable[str]) -> Sequence[Any]:
@@ -449,3 +486,8 @@ def _row(new: NewDerivation, compressor: zstandard.ZstdCompressor) -> tuple[obje
 
 def _unpacked(aterm: bytes) -> bytes:
     return zstandard.decompress(aterm) if aterm.startswith(_ZSTD_MAGIC) else aterm
+
+
+def _inflated_size(header: bytes, stored: int) -> int:
+    """Return the bytes that `_unpacked` makes of `stored` bytes which begin with `header`."""
+    return int(zstandard.frame_content_size(header)) if header.startswith(_ZSTD_MAGIC) else stored

@@ -6,6 +6,8 @@ Rules:
 2. Effects for one worker go out in order, batched: a start and its cancel never overtake each other.
 3. A start that does not get through is no event. The worker's next heartbeat lacks the lease and the core sends it
    again; the loss of the worker frees it. So nothing is built twice because an answer was lost.
+4. A call to a worker carries at most `START_BYTES`, or one larger order alone; calls with large orders share
+   `SENDING_BYTES` of memory, workers by turns. A derivation may have 64 MiB, and a worker hundreds of leases.
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Final
 
+from coordinator.byte_budget import ByteBudget
 from coordinator.derivations import BuildOrder, DerivationsError, DerivationStore
+from coordinator.framing import LARGE_BYTES
 from coordinator.limits import StepLimits
 from coordinator.publishing import LossCheck, Post, Publications
 from infra.cache.cache import Cache
@@ -24,18 +30,25 @@ from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
 from scheduler.events import BuildFailed
 from scheduler.model import Failure, FailureKind, LeaseId, StepKey
 from workers.fleet import Fleet, FleetError
+from workers.polling import DERIVATION_BYTES_PER_CALL
 from workers.protocol import Lease, LeaseOrder
 
-#: Leases in one call to a worker.
-START_BATCH = 256
+#: Effects for one worker that are carried out together.
+START_BATCH: Final = 256
+#: Bytes of orders that are sent together; a larger one goes alone. What one `start_many` of the fleet sends at a time.
+START_BYTES: Final = DERIVATION_BYTES_PER_CALL
+#: Memory for orders on their way, of all workers together, in calls of more than `LARGE_BYTES`.
+SENDING_BYTES: Final = 256 * 1024 * 1024
+#: Bytes in memory for each byte of an order: the database's row, inflated, and serialised twice by the transport.
+SENDING_COST: Final = 4
 
-#: Gives what lets a worker upload the outputs of one lease; takes the bytes of its .drv.
-UploadToken = Callable[[LeaseId, bytes], str]
+#: Gives what lets a worker upload the outputs of one lease; takes their full paths.
+UploadToken = Callable[[LeaseId, Iterable[str]], str]
 
 _log = logging.getLogger(__name__)
 
 
-def no_upload_token(_lease: LeaseId, _derivation: bytes) -> str:
+def no_upload_token(_lease: LeaseId, _outputs: Iterable[str]) -> str:
     """Let workers upload nothing over HTTP: for farms whose workers all see the object store."""
     return ""
 
@@ -72,6 +85,8 @@ class Dispatch:
         self._limits_of = limits_of
         self._post = post
         self._upload_token = upload_token
+        #: Memory for large orders on their way, of all workers together.
+        self.budget = ByteBudget(SENDING_BYTES)
         self._lanes: dict[str, _Lane] = {}
         self._new_lanes: asyncio.Queue[str] = asyncio.Queue()
         self._publications = Publications(cache, derivations, post, losses)
@@ -128,33 +143,45 @@ class Dispatch:
                 _log.warning("worker %s was not reached: %s", worker, error)
 
     async def _start(self, worker: str, starts: Sequence[StartBuild]) -> None:
-        wanted = [(start.lease.step, start.recipe) for start in starts]
         try:
-            known = await self._derivations.orders(wanted)
+            sizes = await self._derivations.order_sizes([_recipe_of(start) for start in starts])
         except DerivationsError as error:
-            _log.warning("worker %s gets no leases: %s", worker, error)
-            await self._give_back(starts, "the derivation could not be read from the coordinator's database")
+            await self._unreadable(worker, starts, error)
             return
-        absent = [start for start in starts if (start.lease.step, start.recipe) not in known]
+        absent = [start for start in starts if _recipe_of(start) not in sizes]
         if absent:
             await self._give_back(absent, "the coordinator does not have the derivation any more; submit it again")
-        orders = [
-            self._order(start.lease, known[start.lease.step, start.recipe])
-            for start in starts
-            if (start.lease.step, start.recipe) in known
-        ]
-        if orders:
-            await self._fleet.start_many(worker, orders)
+        for portion, size in _portions([start for start in starts if _recipe_of(start) in sizes], sizes):
+            async with self._room_for(worker, size):
+                await self._send(worker, portion, large=size > LARGE_BYTES)
 
-    def _order(self, lease: LeaseId, order: BuildOrder) -> LeaseOrder:
-        limits = self._limits_of(lease.step)
+    def _room_for(self, worker: str, size: int) -> AbstractAsyncContextManager[None]:
+        return self.budget.acquire(worker, size * SENDING_COST) if size > LARGE_BYTES else nullcontext()
+
+    async def _send(self, worker: str, starts: Sequence[StartBuild], *, large: bool) -> None:
+        try:
+            known = await self._derivations.orders([_recipe_of(start) for start in starts])
+        except DerivationsError as error:
+            await self._unreadable(worker, starts, error)
+            return
+        limits = [self._limits_of(start.lease.step) for start in starts]
+
+        def make() -> list[LeaseOrder]:
+            pairs = zip(starts, limits, strict=True)
+            return [self._order(start.lease, known[_recipe_of(start)], limit) for start, limit in pairs]
+
+        # Beside the loop where there are many names to look at; a thread costs more than few of them.
+        orders = await asyncio.to_thread(make) if large else make()
+        await self._fleet.start_many(worker, orders)
+
+    def _order(self, lease: LeaseId, order: BuildOrder, limits: StepLimits) -> LeaseOrder:
         return LeaseOrder(
             step=lease.step,
             attempt=lease.attempt,
             drv_path=order.drv_path,
             derivation=order.derivation,
             inputs=order.inputs,
-            upload_token=self._upload_token(lease, order.derivation),
+            upload_token=self._upload_token(lease, order.outputs),
             timeout_s=limits.timeout_s,
             max_silent_s=limits.silence_s,
             max_log_bytes=limits.log_bytes,
@@ -162,6 +189,31 @@ class Dispatch:
             memory_bytes=limits.memory_bytes,
         )
 
+    async def _unreadable(self, worker: str, starts: Sequence[StartBuild], error: DerivationsError) -> None:
+        _log.warning("worker %s gets no leases: %s", worker, error)
+        await self._give_back(starts, "the derivation could not be read from the coordinator's database")
+
     async def _give_back(self, starts: Sequence[StartBuild], message: str) -> None:
         failure = Failure(FailureKind.INFRASTRUCTURE, message)
         await self._post([BuildFailed(start.lease, start.builder, failure) for start in starts])
+
+
+def _recipe_of(start: StartBuild) -> tuple[StepKey, int]:
+    return start.lease.step, start.recipe
+
+
+def _portions(
+    starts: Sequence[StartBuild], sizes: Mapping[tuple[StepKey, int], int]
+) -> Iterator[tuple[list[StartBuild], int]]:
+    """Split starts into calls of at most `START_BYTES`, in their order; yields each with its bytes."""
+    portion: list[StartBuild] = []
+    total = 0
+    for start in starts:
+        size = sizes[_recipe_of(start)]
+        if portion and total + size > START_BYTES:
+            yield portion, total
+            portion, total = [], 0
+        portion.append(start)
+        total += size
+    if portion:
+        yield portion, total

@@ -70,7 +70,7 @@ class Losses:
         What is lost is repaired later, in `run`. `paths` are full paths that somebody did not find.
         """
         try:
-            inputs = await self._inputs(step)
+            inputs = await self._derivations.inputs(step, self._views.recipe_of(step))
             lost = await self._cache.lost(inputs, paths)
             sources = await self._sources_of(step)
         except ClosureTooLargeError:
@@ -121,11 +121,6 @@ class Losses:
                     await self._replan(row)
                 except (CoordinatorError, CacheError) as error:
                     _log.warning("submission %s could not be planned anew after a loss: %s", row.id, error)
-
-    async def _inputs(self, step: StepKey) -> Sequence[str]:
-        recipe = self._views.recipe_of(step)
-        order = (await self._derivations.orders([(step, recipe)])).get((step, recipe))
-        return () if order is None else order.inputs
 
     async def _sources_of(self, step: StepKey) -> frozenset[str]:
         drvs = (await self._derivations.members([step])).get(step, [])

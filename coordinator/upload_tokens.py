@@ -22,8 +22,6 @@ from typing import Final
 
 from coordinator.config import DEFAULT_CACHE
 from infra.clock import Clock
-from infra.nix import aterm
-from infra.nix.errors import FormatError
 from scheduler.model import LeaseId
 
 #: Version and first part of every token.
@@ -57,16 +55,11 @@ class UploadTokens:
         body = _encode(json.dumps(claims, sort_keys=True, separators=(",", ":")).encode())
         return f"{VERSION}.{body}.{_encode(self._mac(body))}"
 
-    def for_lease(self, clock: Clock) -> Callable[[LeaseId, bytes], str]:
-        """Return what makes the token of a lease in the farm's cache from the bytes of its .drv ("": unreadable)."""
+    def for_lease(self, clock: Clock) -> Callable[[LeaseId, Iterable[str]], str]:
+        """Return what makes the token of a lease in the farm's cache from the full paths of its outputs."""
 
-        def make(lease: LeaseId, derivation: bytes) -> str:
-            try:
-                outputs = aterm.parse(derivation).outputs
-            except FormatError:
-                # The worker says so, better than this would.
-                return ""
-            names = [output.path.rpartition("/")[2] for output in outputs]
+        def make(lease: LeaseId, outputs: Iterable[str]) -> str:
+            names = [path.rpartition("/")[2] for path in outputs]
             return self.make(DEFAULT_CACHE, lease.step, lease.attempt, names, clock.now() + TOKEN_S)
 
         return make

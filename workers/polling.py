@@ -53,6 +53,8 @@ GREET_AGAIN_S = 1.0
 ORDERS_PER_CALL = 256
 #: Bytes of derivations in one `start_many` call, unless it has one lease only.
 DERIVATION_BYTES_PER_CALL = 16 * 1024 * 1024
+#: Bytes of derivations from which on a call is made ready beside the event loop.
+LARGE_CALL_BYTES = 1024 * 1024
 
 
 class AgentUnavailable(FleetError):  # noqa: N818 - a state of the agent, like the transport's own word for it
@@ -197,7 +199,8 @@ class AgentRoster:
     async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:
         """Hand over leases. Raises `FleetError` where the worker is unknown or could not be reached in time."""
         for portion in _portions(orders):
-            part = [order.dump() for order in portion]
+            large = sum(len(order.derivation) for order in portion) > LARGE_CALL_BYTES
+            part = await asyncio.to_thread(_dumped, portion) if large else _dumped(portion)
             await _in_time(self._of(worker).start_many(part), CALL_DEADLINE_S, "start_many")
 
     async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
@@ -223,6 +226,10 @@ class AgentRoster:
         if calls is None:
             raise AgentUnavailable(f"worker {worker} is not connected")
         return calls
+
+
+def _dumped(orders: Sequence[LeaseOrder]) -> list[dict[str, Any]]:
+    return [order.dump() for order in orders]
 
 
 def _portions(orders: Sequence[LeaseOrder]) -> Iterator[list[LeaseOrder]]:

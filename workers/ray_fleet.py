@@ -22,7 +22,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from workers.blocking import BlockingCalls, first_line
 from workers.fleet import FleetError, Sink
-from workers.polling import AgentDead, AgentRoster, AgentUnavailable
+from workers.polling import LARGE_CALL_BYTES, AgentDead, AgentRoster, AgentUnavailable
 from workers.protocol import FarmInfo, Lease, LeaseOrder, Output
 from workers.ray_access import (
     LISTEN_DEADLINE_S,
@@ -323,14 +323,10 @@ class _Ray:
         )
         return options.remote()
 
-    def call(self, handle: Any, method: str, group: str, arguments: Sequence[Any]) -> Coroutine[Any, Any, Any]:
-        """Send one call and return what waits for its answer."""
-        reference = getattr(handle, method).options(concurrency_group=group).remote(*arguments)
-
-        async def answer() -> Any:
-            return await reference
-
-        return answer()
+    def send(self, handle: Any, method: str, group: str, arguments: Sequence[Any]) -> Awaitable[Any]:
+        """Send one call, from any thread, and return what an event loop waits for: its answer."""
+        reference: Awaitable[Any] = getattr(handle, method).options(concurrency_group=group).remote(*arguments)
+        return reference
 
     def translate(self, error: Exception) -> AgentDead | AgentUnavailable:
         """Say what a failed call means for the agent."""
@@ -362,7 +358,9 @@ class _ActorCalls:
         return _container(await self._call("hello", "ctl", farm))
 
     async def start_many(self, orders: list[dict[str, Any]]) -> None:
-        await self._call("start_many", "ctl", self._epoch, orders)
+        # Beside the loop where Ray copies much.
+        large = sum(len(order["derivation"]) for order in orders) > LARGE_CALL_BYTES
+        await self._call("start_many", "ctl", self._epoch, orders, beside=large)
 
     async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
         return _container(await self._call("events", "io", self._epoch, ack, max_bytes, wait_s))
@@ -377,11 +375,15 @@ class _ActorCalls:
         answer: list[dict[str, Any]] = await self._call("provide", "io", self._epoch, paths, token)
         return answer
 
-    async def _call(self, method: str, group: str, *arguments: Any) -> Any:
-        """Send, and wait for the answer or for the node's death, whichever comes first."""
+    async def _call(self, method: str, group: str, *arguments: Any, beside: bool = False) -> Any:
+        """Send, in a thread where that is said, and wait for the answer or the node's death: what comes first."""
         self._raise_if_dead()
+
+        def send() -> Awaitable[Any]:
+            return self._ray.send(self._handle, method, group, arguments)
+
         try:
-            answer = asyncio.ensure_future(self._ray.call(self._handle, method, group, arguments))
+            answer = asyncio.ensure_future(_answered(await asyncio.to_thread(send) if beside else send()))
         except Exception as error:
             raise self._ray.translate(error) from error
         try:
@@ -400,6 +402,10 @@ class _ActorCalls:
     def _raise_if_dead(self) -> None:
         if self._dead.done():
             raise AgentDead(f"Ray reports that the node is dead: {self._dead.result()}")
+
+
+async def _answered(reference: Awaitable[Any]) -> Any:
+    return await reference
 
 
 class RayFleet:

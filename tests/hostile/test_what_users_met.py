@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from coordinator.intake import VERIFYING_COST
 from tests.support.attack import FarmUnderAttack
 from tests.support.farm import nix_store
+from tests.support.loop import LoopStalls
 
 pytestmark = pytest.mark.e2e
 
@@ -22,7 +24,13 @@ def built(farm: FarmUnderAttack, text: str, *words: str) -> dict[str, Any]:
     return {root["attr"]: root for root in json.loads(done.stdout.splitlines()[-1])["roots"]}
 
 
-def test_a_deep_tree_and_a_large_derivation_are_built(readme_farm: FarmUnderAttack, tmp_path: Path) -> None:
+#: Bytes of the large derivation below, about.
+LARGE_BYTES = 18_000_000
+
+
+def test_a_deep_tree_and_a_large_derivation_are_built_in_bounded_memory_beside_the_loop(
+    readme_farm: FarmUnderAttack, tmp_path: Path
+) -> None:
     deep = tmp_path / "deep"
     place = deep
     for _ in range(1500):
@@ -30,7 +38,8 @@ def test_a_deep_tree_and_a_large_derivation_are_built(readme_farm: FarmUnderAtta
         place /= "d"
     text = f"""
         deep = derivation {{
-          name = "deep"; system = "x86_64-linux"; builder = "/bin/sh"; src = {deep}; args = [ "-c" "echo $src > $out" ];
+          name = "deep"; system = "x86_64-linux"; builder = "/bin/sh"; src = {deep};
+          args = [ "-c" "echo $src > $out" ];
         }};
         large = derivation {{
           name = "large"; system = "x86_64-linux"; builder = "/bin/sh"; passAsFile = [ "big" ];
@@ -38,8 +47,14 @@ def test_a_deep_tree_and_a_large_derivation_are_built(readme_farm: FarmUnderAtta
           args = [ "-c" "n=0; while read -r line; do n=$((n+1)); done < $bigPath; echo $n > $out" ];
         }};
     """
-    roots = built(readme_farm, text)
+    readme_farm.process.reset_peak()
+    before = readme_farm.process.rss_bytes
+    with LoopStalls(readme_farm.url) as stalls:
+        roots = built(readme_farm, text)
     assert {name: root["state"] for name, root in roots.items()} == {"deep": "done", "large": "done"}
+    assert stalls.over(0.05) == 0, readme_farm.log_path.read_text()[-5000:]
+    # What intake acquires for verifying it, which is more than dispatch does for sending it, and some.
+    assert readme_farm.process.peak_rss_bytes - before < VERIFYING_COST * LARGE_BYTES + 48 * 1024 * 1024
     assert readme_farm.fetch(tmp_path / "plain", roots["large"]["outputs"]["out"]).returncode == 0
     assert len(json.dumps(readme_farm.api(f"steps/{roots['large']['step']}"))) < 100_000
 
