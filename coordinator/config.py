@@ -66,12 +66,15 @@ class WorkerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    #: Unique in the farm.
     name: _Name
     #: Empty: what the machine's Nix builds for, or none of its own where the worker emulates.
     systems: tuple[str, ...] = ()
     #: Systems that the machine only pretends to be (`extra-platforms`).
     emulate: tuple[str, ...] = ()
+    #: Features beside those that Nix assumes of every machine.
     features: tuple[str, ...] = ()
+    #: Features of which a build must ask for all to come here; they are offered as well.
     mandatory_features: tuple[str, ...] = ()
     #: Whether the features that Nix assumes of every machine are offered.
     default_features: bool = True
@@ -159,6 +162,7 @@ class UpstreamSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    #: Its address, as in `substituters`.
     url: Annotated[str, Field(pattern=r"^https?://")]
     #: `name:base64`, as in `trusted-public-keys`.
     public_keys: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -195,7 +199,10 @@ class CacheSettings(BaseModel):
     #: Behind nginx: an internal location that maps to the object directory; NARs are then sent by nginx
     #: (`X-Accel-Redirect`). Needs a `file://` object store.
     accel_prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._-]+)*$")] = ""
+    #: Whether a NAR in a remote store is answered by a redirect to a presigned address; `auto`: where the store's host
+    #: name is not the coordinator's.
     redirect: Redirect = Redirect.AUTO
+    #: How uploads travel; `auto`: straight to the object store where that is S3, else through the coordinator.
     uploads: UploadRoute = UploadRoute.AUTO
 
     def expiry(self, since: float) -> float | None:
@@ -206,6 +213,7 @@ class CacheSettings(BaseModel):
 class NamedCacheSettings(CacheSettings):
     """A cache at `/cache/NAME`, with its own metadata, objects, keys, readers and writers."""
 
+    #: The NAME in `/cache/NAME`.
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")]
 
     @field_validator("name", mode="after")
@@ -230,7 +238,9 @@ class Settings(BaseSettings):
         env_prefix="DROVER_", env_nested_delimiter="__", extra="forbid", frozen=True, env_ignore_empty=True
     )
 
+    #: Where the farm keeps what it knows; the default is `$XDG_STATE_HOME/drover` or `~/.local/state/drover`.
     state_dir: Path = Field(default_factory=default_state_dir)
+    #: Where the coordinator listens; other machines reach it there, with the tokens that THREAT_MODEL.md describes.
     host: str = DEFAULT_HOST
     #: 0 takes any free port; the address that was taken is told when the farm is ready.
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
@@ -268,12 +278,15 @@ class Settings(BaseSettings):
     cache_database_url: str = ""
     #: Name part of the farm's signing key, made on the first start.
     key_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "drover-1"
+    #: Logical store directory of every path that the farm builds.
     store_dir: Annotated[str, Field(pattern=r"^/.*[^/]$")] = "/nix/store"
+    #: Named bounds, see `[limits]`.
     limits: LimitSettings = LimitSettings()
     #: The cache at `/cache`, which the farm publishes to.
     cache: CacheSettings = CacheSettings()
     #: Further caches, at `/cache/NAME`.
     caches: tuple[NamedCacheSettings, ...] = ()
+    #: Workers on this machine; without any, `drover up` starts one called `native`.
     workers: tuple[WorkerConfig, ...] = ()
     #: Names of workers that may build although they isolate builds weakly (class C, see `drover workers`).
     weak_isolation: tuple[_Name, ...] = ()
