@@ -40,7 +40,7 @@ from workers.daemons import DaemonOpener, DaemonUnreachableError, Line, Pool
 from workers.errors import WorkerError
 from workers.fitness import FitnessWatch
 from workers.grades import IsolationGrade
-from workers.input_guard import InputChangedError, InputGuard, MendingError
+from workers.input_guard import InputChangedError, InputCollectedError, InputGuard, MendingError
 from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher, open_sources
 from workers.isolation import addresses_of, isolate
 from workers.leftovers import MARK, sweep_leftovers, sweep_orphans
@@ -635,11 +635,14 @@ class Agent:
 
     @contextmanager
     def _ending_where_inputs_changed(self) -> Iterator[None]:
-        """End the lease where the guard finds a changed input, and have it mended."""
+        """End the lease where the guard finds a changed input, and have it mended; have a collected one fetched."""
         try:
             yield
         except MendingError as error:
             raise _Stopped(judge_trouble(Trouble.MENDING, str(error))) from None
+        except InputCollectedError:
+            self._inputs.forget()
+            raise
         except InputChangedError as error:
             self._inputs.forget()
             if self._guard.trouble:

@@ -16,6 +16,8 @@ does that to show it in a sandbox, or to save space) changes its identity too. 2
 back what they changed, a path that was touched while a build ran spoils the build even where its contents are right.
 3. A path that has other contents spoils every build that ran meanwhile, is fetched anew over what is there, and keeps
 the worker unfit until then. 4. What a spoilt build made is deleted from the store, because it would count as built.
+5. A path that the store no longer holds by its own record was collected, whatever still lies there: it is missing, not
+changed. Nothing is broken and the worker is not to blame; a build that ran meanwhile is thrown away all the same.
 
 What this cannot see: a change below the top of a path of class A or B until its turn comes; a single file that one
 build of class C changed and put back while another one read it; a change of a path that is larger than `FIRST_BYTES`
@@ -68,6 +70,10 @@ MEND_AGAIN_S = 5.0
 
 class InputChangedError(WorkerError):
     """An input is not what the store recorded; the message names it."""
+
+
+class InputCollectedError(InputError):
+    """The store no longer holds an input; the message names it."""
 
 
 class MendingError(WorkerError):
@@ -166,7 +172,8 @@ class InputGuard:
     async def begin(self, inputs: Collection[str], outputs: Collection[str], slot: Line) -> Watch:
         """Look at all that a build of these inputs sees, and make sure that it really builds its outputs.
 
-        Raises `MendingError` while something is broken, `InputChangedError`, or what a line raises.
+        Raises `MendingError` while something is broken, `InputChangedError`, `InputCollectedError`, or what a line
+        raises.
         """
         if self._broken:
             raise MendingError(self.trouble)
@@ -180,19 +187,23 @@ class InputGuard:
         return Watch(watched, {path: self._changes[path] for path in watched if path in self._changes})
 
     async def end(self, watch: Watch, outputs: Collection[str], slot: Line) -> None:
-        """Look again after a build that made these outputs. Raises `InputChangedError` where it is spoilt."""
-        spoilt = ""
+        """Look again after a build that made these outputs.
+
+        Raises `InputChangedError` or `InputCollectedError` where it is spoilt, or what a line raises.
+        """
+        spoilt: InputChangedError | InputCollectedError | None = None
         try:
             await self._look(watch.paths, sample=False)
-        except InputChangedError as error:
-            spoilt = str(error)
+        except (InputChangedError, InputCollectedError) as error:
+            spoilt = error
         touched = [path for path in watch.paths if self._changes[path] != watch.changes.get(path, 0)]
-        if touched:
-            spoilt = spoilt or f"{touched[0]} was changed in the worker's store while the build ran"
+        if touched and spoilt is None:
+            spoilt = InputChangedError(f"{touched[0]} was changed in the worker's store while the build ran")
+        if spoilt is not None:
             self._spoilt.update(outputs)
             self._vouched.difference_update(outputs)
             await self._discard(outputs, slot)
-            raise InputChangedError(spoilt)
+            raise spoilt
         if len(self._vouched) > MAX_KNOWN:
             self._vouched.clear()
         self._vouched.update(outputs)
@@ -269,14 +280,18 @@ class InputGuard:
             async with self._readers.use() as connection:
                 info = await connection.query_path_info(path)
             if info is None:
-                raise InputError(f"{path} is no longer valid in the worker's store")
+                raise _collected(path)
             if len(self._records) >= MAX_KNOWN:
                 self._records.clear()
             known = self._records[path] = _Path(path, info.nar_hash, info.nar_size, info.references)
         return known
 
     async def _look(self, paths: Sequence[str], *, sample: bool) -> None:
-        """Look at paths, remember how they are now, and raise `InputChangedError` for what has other contents."""
+        """Look at paths, remember how they are now.
+
+        Raises `InputChangedError` for what has other contents, else `InputCollectedError` for what the store no longer
+        holds.
+        """
         if not paths:
             return
         looks = self._plan([await self._record(path) for path in paths], sample=sample)
@@ -291,11 +306,20 @@ class InputGuard:
                 self._changes[path] += 1
             if verdict is Alteration.CHANGED:
                 changed.append(path)
-        if changed:
-            self._broken.update(changed)
-            for path in changed:
-                self._known.pop(path, None)
-            raise InputChangedError(f"{changed[0]} was changed in the worker's store")
+        if not changed:
+            return
+        async with self._readers.use() as connection:
+            held = await connection.query_valid_paths(changed)
+        for path in changed:
+            self._known.pop(path, None)
+            if path in held:
+                self._broken.add(path)
+            else:
+                # What comes in its place may have another record.
+                self._records.pop(path, None)
+        if held:
+            raise InputChangedError(f"{min(held)} was changed in the worker's store")
+        raise _collected(changed[0])
 
     @property
     def _budget(self) -> int:
@@ -316,6 +340,10 @@ class InputGuard:
             if looks[chosen].path.nar_size <= SAMPLE_BYTES:
                 looks[chosen] = replace(looks[chosen], read=True)
         return looks
+
+
+def _collected(path: str) -> InputCollectedError:
+    return InputCollectedError(f"{path} is no longer in the worker's store")
 
 
 def _look_at(store: Path, looks: Sequence[_Look], start: int, budget: int) -> list[tuple[Identity | None, Alteration]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.farm import nix_store
 from workers import fitness, input_guard
 from workers.input_guard import Alteration, identify
 from workers.protocol import Failed, Output, Report, Succeeded
@@ -53,6 +54,22 @@ async def _until_mended(told: Told) -> None:
 
 def _in_store(bench: Bench, output: Output, name: str = "one") -> Path:
     return bench.root / name / "store" / output.path.lstrip("/")
+
+
+def _missing(report: Report, output: Output) -> None:
+    assert isinstance(report.result, Failed), report.result
+    assert report.result.reason == "input_missing"
+    assert output.path in report.result.message
+    assert report.result.missing == (), "the farm's cache has it"
+
+
+def _collect(bench: Bench, output: Output, name: str = "one") -> None:
+    """Collect garbage in an agent's store as if no connection kept anything."""
+    for roots in (bench.root / name / "store/nix/var/nix/temproots").iterdir():
+        roots.unlink()
+    done = nix_store(bench.root / name / "store", "--gc")
+    assert done.returncode == 0, done.stderr
+    assert not _in_store(bench, output).exists()
 
 
 def _tamper(place: Path) -> None:
@@ -137,6 +154,53 @@ async def test_an_input_of_an_input_is_looked_after_as_well_and_one_that_vanishe
     _spoilt(report, below)
     await _until_mended(told)
     [report] = await told.build(order(drv("again", reads), [middle.path]))
+    assert isinstance(report.result, Succeeded)
+
+
+async def test_an_input_that_was_collected_is_missing_not_changed_and_fetched_again(bench: Bench) -> None:
+    told = await bench.agent()
+    given = await _published(bench, told, TREE)
+    reads = f"read x < {given.path}/deep/file; echo built from $x > $out"
+    [report] = await told.build(order(drv("first", reads), [given.path]))
+    assert isinstance(report.result, Succeeded)
+    _collect(bench, given)
+    [report] = await told.build(order(drv("second", reads), [given.path]))
+    _missing(report, given)
+    [report] = await told.build(order(drv("third", reads), [given.path]))
+    [output] = bench.publish(report)
+    assert b"built from true\n" in nar_of(bench, output)
+    assert not any(batch.unfit for batch in told.batches), "the worker is not to blame"
+
+
+async def test_a_collector_that_has_not_deleted_all_of_an_input_has_changed_nothing(bench: Bench) -> None:
+    told = await bench.agent()
+    given = await _published(bench, told, TREE)
+    reads = f"read x < {given.path}/deep/file; echo built from $x > $out"
+    [report] = await told.build(order(drv("first", reads), [given.path]))
+    assert isinstance(report.result, Succeeded)
+    _collect(bench, given)
+    # Nix takes a path out of its records before it deletes what lies there.
+    _in_store(bench, given).mkdir()
+    [report] = await told.build(order(drv("second", reads), [given.path]))
+    _missing(report, given)
+    [report] = await told.build(order(drv("third", reads), [given.path]))
+    assert isinstance(report.result, Succeeded)
+    assert not any(batch.unfit for batch in told.batches)
+
+
+async def test_a_build_whose_input_is_collected_while_it_runs_is_thrown_away(bench: Bench) -> None:
+    told = await bench.agent()
+    given = await _published(bench, told, TREE)
+    at = f"{given.path}/deep/file"
+    victim = order(drv("victim", f"while [ -e {at} ]; do :; done; echo > $out"), [given.path])
+    await told.agent.start_many([victim.dump()])
+    await told.until(lambda: any(stage.stage == "building" and stage.step == victim.step for stage in told.stages))
+    _collect(bench, given)
+    [report] = await told.finish(victim)
+    _missing(report, given)
+    made = victim.derivation.split(b'"out","')[1].split(b'"')[0].decode()
+    assert not (bench.root / "one/store" / made.lstrip("/")).exists(), "nothing of it may count as built"
+    [report] = await told.build(order(drv("next", f"read x < {at}; echo > $out"), [given.path]))
     assert isinstance(report.result, Succeeded)
 
 
