@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import itertools
 import re
-import select
+import selectors
 import socket
 import subprocess
 import time
@@ -142,20 +142,25 @@ def exchange(client: socket.socket, data: bytes, *, half_close: bool = False) ->
     deadline = time.monotonic() + ANSWER_S
     rest, answer = memoryview(data), b""
     client.setblocking(False)
-    while time.monotonic() < deadline:
-        readable, writable, _ = select.select([client], [client] if rest else [], [], 1.0)
-        try:
-            if readable:
-                received = client.recv(65536)
-                answer += received
-                if b"\r\n\r\n" in answer or not received:
-                    return int(answer.split(None, 2)[1]) if answer else 0
-            elif writable:
-                rest = rest[client.send(rest) :]
-                if not rest and half_close:
-                    client.shutdown(socket.SHUT_WR)
-        except ConnectionError:
-            return 0
+    # Not `select`, which takes no descriptor from 1,024 on: an attacker has more connections than that.
+    with selectors.DefaultSelector() as selector:
+        selector.register(client, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        while time.monotonic() < deadline:
+            ready = next((events for _, events in selector.select(1.0)), 0)
+            try:
+                if ready & selectors.EVENT_READ:
+                    received = client.recv(65536)
+                    answer += received
+                    if b"\r\n\r\n" in answer or not received:
+                        return int(answer.split(None, 2)[1]) if answer else 0
+                elif ready:
+                    rest = rest[client.send(rest) :]
+                    if not rest:
+                        selector.modify(client, selectors.EVENT_READ)
+                        if half_close:
+                            client.shutdown(socket.SHUT_WR)
+            except ConnectionError:
+                return 0
     raise TimeoutError(f"neither an answer nor the end of the connection to {data[:200]!r}")
 
 
