@@ -38,7 +38,7 @@ def test_the_top_level_holds_what_its_owner_fixed() -> None:
     assert top <= {
         "coordinator", "workers", "scheduler", "infra", "tests", "terraform", "pyproject.toml", "run", ".ci",
         ".gitignore",
-        "README.md", "ARCHITECTURE.md", "THREAT_MODEL.md", "CHANGELOG.md", "LICENSE",
+        "README.md", "ARCHITECTURE.md", "THREAT_MODEL.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
     }  # fmt: skip
 
 
