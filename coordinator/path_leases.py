@@ -3,7 +3,8 @@
 A lease is named after the paths that it keeps. So the same graph, asked about or submitted again, renews what is there
 and adds nothing. What is *used* is not ended: a question waits for the submission that it prepares, a submission until
 its root keeps what it needs. What nobody answers for, a question without a submission or the leases of a coordinator
-that is gone, ends by its time, `LEASE_S`.
+that is gone, ends by its time, `LEASE_S`, or earlier where there are too many: beyond `MAX_QUESTIONS` questions, or
+`MAX_QUESTION_PATHS` paths in them, the oldest ends. Its client may have to send again what was collected meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -19,6 +21,9 @@ from infra.cache.cache import Cache
 
 #: Seconds for which what a client asked about is safe from collection; it must submit within them.
 LEASE_S: Final = 3600.0
+#: Different questions without a submission that are kept, and their paths: five of the largest graphs.
+MAX_QUESTIONS: Final = 256
+MAX_QUESTION_PATHS: Final = 1_000_000
 #: Bytes of the digest that names a lease: no two sets of paths have the same by chance or by intent.
 _DIGEST_BYTES: Final = 20
 
@@ -38,18 +43,42 @@ class PathLeases:
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self._leases: dict[str, _Lease] = {}
+        #: Leases of questions, the one that was asked longest ago first, and how many paths each has.
+        self._asked: OrderedDict[str, int] = OrderedDict()
+        self._asked_paths = 0
         #: Submission -> the leases that last until a root keeps what it needs.
         self._of: dict[str, list[str]] = {}
         #: Held while leases end: one that is taken again at that moment waits, so that it is there afterwards.
         self._ending = asyncio.Lock()
 
     async def ask(self, paths: Collection[str]) -> set[str]:
-        """Return which paths the cache lacks; the others stay for `LEASE_S` or until their submission is a root."""
+        """Return which paths the cache lacks; the others stay for `LEASE_S` or until their submission is a root.
+
+        They stay shorter where too many questions come after this one.
+        """
         if not paths:
             return set()
         name, absent = await self.take(paths)
         self._leases[name].questions += 1
+        if name not in self._asked:
+            self._asked[name] = len(paths)
+            self._asked_paths += len(paths)
+        self._asked.move_to_end(name)
+        while len(self._asked) > MAX_QUESTIONS or (self._asked_paths > MAX_QUESTION_PATHS and len(self._asked) > 1):
+            await self._drop(next(iter(self._asked)))
         return absent
+
+    async def _drop(self, name: str) -> None:
+        """End what the questions of a lease keep."""
+        self._answered(name)
+        lease = self._leases[name]
+        lease.uses -= lease.questions
+        lease.questions = 0
+        async with self._ending:
+            await self._end_unused(name)
+
+    def _answered(self, name: str) -> None:
+        self._asked_paths -= self._asked.pop(name)
 
     async def take(self, paths: Collection[str]) -> tuple[str, set[str]]:
         """Return the name of a lease of full paths, and which of them the cache lacks; it is used until `give_back`."""
@@ -73,6 +102,8 @@ class PathLeases:
         if lease is None or not lease.questions:
             return ()
         lease.questions -= 1
+        if not lease.questions:
+            self._answered(name)
         return (name,)
 
     def attach(self, submission: str, names: Iterable[str]) -> None:
@@ -96,10 +127,20 @@ class PathLeases:
         now = time.monotonic()
         async with self._ending:
             for name, lease in list(self._leases.items()):
-                if lease.uses <= 0:
-                    await self._cache.release(name)
-                if lease.uses <= 0 or lease.over_at <= now:
+                await self._end_unused(name)
+                if lease.over_at <= now and name in self._leases:
                     del self._leases[name]
+                    if name in self._asked:
+                        self._answered(name)
+
+    async def _end_unused(self, name: str) -> None:
+        """End a lease that nobody uses; the caller holds `_ending`."""
+        lease = self._leases.get(name)
+        if lease is not None and lease.uses <= 0:
+            await self._cache.release(name)
+            # Whoever has taken it meanwhile waits, and has a new row afterwards.
+            if lease.uses <= 0:
+                del self._leases[name]
 
 
 def _name(paths: Collection[str]) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import sqlalchemy as sa
 
+from coordinator import path_leases
 from coordinator.path_leases import LEASE_S, PathLeases
 from infra.cache.cache import Cache
 from infra.cache.gc import CollectPlan
@@ -63,15 +65,42 @@ async def test_equal_paths_share_a_lease_that_lasts_until_its_last_user_needs_it
     assert await rows(cache) == 0
 
 
-async def test_a_lease_that_is_taken_while_it_ends_is_there_afterwards(cache: Cache) -> None:
+class WatchedLock(asyncio.Lock):
+    """Says when somebody waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wanted = asyncio.Event()
+
+    async def acquire(self) -> Literal[True]:
+        if self.locked():
+            self.wanted.set()
+        return await super().acquire()
+
+
+async def test_a_lease_that_is_taken_while_it_ends_is_there_afterwards(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     leases = PathLeases(cache)
-    for _ in range(20):
-        leases.give_back(((await leases.take([A]))[0],))
-        _, (name, absent) = await asyncio.gather(leases.end(set()), leases.take([A]))
-        assert absent == set()
-        await cache.collect(AT_ONCE)
-        assert await cache.missing([A]) == set()
-        leases.give_back((name,))
+    leases._ending = ending = WatchedLock()
+    leases.give_back(((await leases.take([A]))[0],))
+    release = cache.release
+    taking: list[asyncio.Task[tuple[str, set[str]]]] = []
+
+    async def taken_before(name: str) -> None:
+        # It is taken at the worst moment: its end is decided, and not yet done.
+        taking.append(asyncio.create_task(leases.take([A])))
+        wanted = asyncio.create_task(ending.wanted.wait())
+        await asyncio.wait((*taking, wanted), return_when=asyncio.FIRST_COMPLETED)
+        wanted.cancel()
+        await release(name)
+
+    monkeypatch.setattr(cache, "release", taken_before)
+    await leases.end(set())
+    _, absent = await taking[0]
+    assert absent == set()
+    await cache.collect(AT_ONCE)
+    assert await cache.missing([A]) == set()
 
 
 async def test_what_nobody_comes_back_for_ends_by_its_time_and_leaves_no_row(cache: Cache, clock: Clock) -> None:
@@ -82,3 +111,36 @@ async def test_what_nobody_comes_back_for_ends_by_its_time_and_leaves_no_row(cac
     clock.time += LEASE_S + 1
     await cache.drop_lapsed_leases()
     assert await rows(cache) == 0
+
+
+@pytest.mark.parametrize(("bound", "most"), [("MAX_QUESTIONS", 5), ("MAX_QUESTION_PATHS", 10)])
+async def test_questions_without_a_submission_are_bounded_and_the_oldest_end_first(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, bound: str, most: int
+) -> None:
+    monkeypatch.setattr(path_leases, bound, most)
+    leases = PathLeases(cache)
+    used, _ = await leases.take([A])
+    await leases.ask([A])
+    for number in range(20):
+        await leases.ask([B, store_path(f"other-{number}")])
+        assert await rows(cache) <= 6
+    # What is used stays though its question is over; the newest question is there, and the oldest are not.
+    assert await leases.answered([A]) == ()
+    assert await leases.answered([B, store_path("other-0")]) == ()
+    [newest] = await leases.answered([B, store_path("other-19")])
+    leases.give_back([newest])
+    await leases.end(set())
+    await cache.collect(AT_ONCE)
+    assert await cache.missing([A]) == set()
+    leases.give_back([used])
+
+
+async def test_a_question_that_is_asked_again_is_no_longer_the_oldest(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(path_leases, "MAX_QUESTIONS", 2)
+    leases = PathLeases(cache)
+    for paths in ([A], [B], [A], [A, B]):
+        await leases.ask(paths)
+    assert await leases.answered([B]) == ()
+    assert await leases.answered([A]) == await leases.answered([A]) != ()
