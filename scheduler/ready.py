@@ -3,7 +3,8 @@
 A queue has one lane for each submission that waits in it, and submissions take turns at each builder: one that begins
 to wait goes behind those that wait, and one that was served to the end; between equals the rank decides. So a
 submission waits for about one step of each other one, however many steps these have. A step that several submissions
-want is served as soon as one of them may, and counts for all.
+want is served as soon as one of them may, and counts for all. There are as many lanes as stakes (`shares`), which are
+bounded, and so is what one grant costs.
 
 An index of the state and nothing more: it can be made anew from steps and builders. Heaps are pruned where they
 change, so that the top of each is always live and readers only look. Written by `evolve` alone.
@@ -45,15 +46,23 @@ class ReadyIndex:
         else:
             self.enqueue(step)
 
-    def enqueue(self, step: Step) -> None:
-        """Put a ready step in the lanes of its queue, anew where its rank or its owners have changed."""
+    def enqueue(self, step: Step, standing: tuple[int, ...] = ()) -> None:
+        """Put a ready step in the lanes of its queue, anew where its rank or its owners have changed.
+
+        `standing` are owners in whose lanes of the queue it stands already: unless its rank is another one by now,
+        these stay as they are, so that many submissions of one graph leave one entry in each lane.
+        """
         queue = self._queue_of(step)
-        step.rank = rank = self._rank(step)
+        rank = self._rank(step)
+        stays = frozenset(standing) if step.queue is queue and step.rank == rank else frozenset()
+        step.rank = rank
         if not queue.builders and step.queue is not queue:
             self.forsaken[step] = None
         step.queue = queue
         entry = (-rank, step.sequence, step)
         for stake in step.owners:
+            if stake in stays:
+                continue
             lane = queue.lanes.get(stake)
             if lane is None:
                 # What an ended submission has left on the step opens no lane.

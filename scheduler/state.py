@@ -343,9 +343,9 @@ class FarmState:
         if owners is None:
             owners = merged[key] = self.shares.live((*step.owners, *stakes))
         if owners != step.owners:
-            step.owners = owners
+            before, step.owners = step.owners, owners
             if step.queue is not None:
-                self.ready.enqueue(step)
+                self.ready.enqueue(step, before)
         else:
             step.owners = owners
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scheduler import reasons as r
 from scheduler.effects import StartBuild
 from scheduler.farm import Farm
+from scheduler.invariants import check
 from scheduler.model import FailureKind, Instant, StepKey, StepSpec
 from tests.scheduler.kit import Scene, broke, built, cancel, join, lease, step, submit
 
@@ -106,3 +107,38 @@ def test_a_step_that_is_retried_or_left_by_another_submission_keeps_its_lane() -
         scene.play(built(busy[0].key, "b", busy[0].attempt))
     assert keys >= {lease("x").step, lease("z").step}
     assert not any(queue.lanes for queue in scene.farm.state.ready.queues.values())
+
+
+@given(
+    shared=st.integers(1, 6),
+    submissions=st.integers(1, 12),
+    own=st.integers(0, 2),
+    most=st.integers(1, 4),
+    cancelled=st.sets(st.integers(0, 11)),
+)
+def test_what_a_grant_looks_at_does_not_grow_with_the_submissions_that_want_a_step(
+    shared: int, submissions: int, own: int, most: int, cancelled: set[int]
+) -> None:
+    farm = Farm()
+    farm.state.shares.most = most
+    common = [step(f"common-{number}") for number in range(shared)]
+    for number in range(submissions):
+        mine = [step(f"own-{number}-{each}") for each in range(own)]
+        names = [spec.key for spec in (*common, *mine)]
+        farm.handle(submit(f"s{number}", names, *common, *mine), Instant(0))
+    for number in cancelled:
+        if number < submissions - 1:
+            farm.handle(cancel(f"s{number}"), Instant(0))
+    check(farm.state)
+    wanted = {item for item in farm.state.steps.values() if item.queue is not None}
+    assert all(len(item.owners) <= most for item in wanted)
+    lanes = [lane for queue in farm.state.ready.queues.values() for lane in queue.lanes.values()]
+    assert len(lanes) <= most
+    # One entry for each step in each lane, however often it was submitted; stale ones are of what was cancelled.
+    assert all(len(lane.heap) == len(set(lane.heap)) for lane in lanes)
+    _, effects = farm.handle(join("b", 2), Instant(0))
+    running = [effect for effect in effects if isinstance(effect, StartBuild)]
+    order = [effect.lease.step for effect in running] + grants(farm, running)
+    assert sorted(order) == sorted(item.key for item in wanted)
+    check(farm.state)
+    assert not any(queue.lanes for queue in farm.state.ready.queues.values())
