@@ -252,8 +252,14 @@ class DerivationStore:
             .outerjoin(_derivations, _derivations.c.drv == asked.c.value)
             .where(_derivations.c.drv.is_(None))
         )
-        absent = {row[0] for row in await self._answers(query, names)}
-        return [name for name in dict.fromkeys(names) if name in absent]
+        rows = await self._answers(query, names)
+
+        def absent() -> list[str]:
+            found = {row[0] for row in rows}
+            return [name for name in dict.fromkeys(names) if name in found]
+
+        # As all that walks the answer for a whole graph: in a thread.
+        return await asyncio.to_thread(absent)
 
     async def known(self, names: Sequence[str]) -> dict[str, Known]:
         """Return hash modulo, kind and outputs of those .drv base names that are stored. One query."""
@@ -265,15 +271,20 @@ class DerivationStore:
 
     async def nodes(self, names: Sequence[str]) -> dict[str, Node]:
         """Return the nodes of those .drv base names that are stored. At most one query."""
-        found = {name: node for name in names if (node := self._nodes.get(name)) is not None}
-        asked = [name for name in names if name not in found]
+        found, asked = await asyncio.to_thread(self._remembered, names)
         if not asked:
             return found
         columns = (_derivations.c.drv, _derivations.c.step, _derivations.c.kind, _derivations.c.detail)
-        fresh = [_node(row) for row in await self._rows(select(*columns), asked)]
+        rows = await self._rows(select(*columns), asked)
+        fresh = await asyncio.to_thread(lambda: [_node(row) for row in rows])
         self._remember(fresh)
         found.update((node.drv, node) for node in fresh)
         return found
+
+    def _remembered(self, names: Sequence[str]) -> tuple[dict[str, Node], list[str]]:
+        """Return the nodes that are in memory, and the names of the others."""
+        found = {name: node for name in names if (node := self._nodes.get(name)) is not None}
+        return found, [name for name in names if name not in found]
 
     async def add(self, batch: Sequence[NewDerivation]) -> None:
         """Store verified derivations in one transaction; those already stored stay as they are."""
@@ -301,10 +312,15 @@ class DerivationStore:
             .join(asked, asked.c.value == _members.c.step)
             .order_by(_members.c.step, _members.c.ordinal)
         )
-        found: dict[StepKey, list[str]] = {}
-        for step, drv in await self._answers(query, keys):
-            found.setdefault(StepKey(step), []).append(drv)
-        return found
+        rows = await self._answers(query, keys)
+
+        def by_step() -> dict[StepKey, list[str]]:
+            found: dict[StepKey, list[str]] = {}
+            for step, drv in rows:
+                found.setdefault(StepKey(step), []).append(drv)
+            return found
+
+        return await asyncio.to_thread(by_step)
 
     async def makers(self, paths: Sequence[str]) -> dict[str, str]:
         """Return the .drv base name that is the first recipe of the step which makes each output (full paths).

@@ -2,7 +2,8 @@
 
 One turn: take everything that waits, ask the core once, append the durable facts in one commit, fold all facts into the
 views, hand the effects to dispatch, tell those who waited that their event is safe. The order is the promise: nothing
-is shown, acknowledged or done before its facts are durable.
+is shown, acknowledged or done before its facts are durable. A turn that concerns many steps gives the event loop to
+others again and again (`slices`); the next one begins when it has ended.
 
 An append waits for a database that is away, for a bounded time. If it fails the engine stops with that error and the
 process ends: the core has already moved on, and only a replay brings memory and journal together again.
@@ -23,13 +24,14 @@ from coordinator.derivations import DerivationStore, StepInfo
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.journal import Journal
 from coordinator.rows import SubmissionRow
+from coordinator.slices import in_slices
 from coordinator.views import Views
 from infra.clock import Clock
 from scheduler.effects import Effect
 from scheduler.events import Event, SubmissionCancelled, SubmissionReceived, TimePassed
 from scheduler.facts import Fact
 from scheduler.farm import Farm
-from scheduler.model import Instant, StepKey, SubmissionId, SubmissionRefusedError
+from scheduler.model import Instant, SubmissionId, SubmissionRefusedError
 
 #: Letters that may wait; whoever sends more waits at the door.
 INBOX_LETTERS = 4096
@@ -37,6 +39,8 @@ INBOX_LETTERS = 4096
 TURN_LETTERS = 1024
 #: Keys in one question for step details at the start: some 10 ms, which others must wait.
 _DETAILS_ASKED = 2_000
+#: Facts of one turn from which on what it made is kept from the cycle collector for good, as what a replay made is.
+_FROZEN_FACTS = 5_000
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +51,7 @@ class _Letter:
 
     events: tuple[Event, ...]
     notes: Mapping[SubmissionId, SubmissionNote] = field(default_factory=dict)
-    infos: Mapping[StepKey, StepInfo] = field(default_factory=dict)
+    infos: Sequence[StepInfo] = ()
     safe: asyncio.Future[None] | None = None
     #: It holds a submission, which the core may refuse.
     alone: bool = False
@@ -139,9 +143,10 @@ class Engine:
         `event` makes the core's event, for the name that is chosen here or for a known one that runs again; `note` is
         of a new one. Raises `UnavailableError`, `IntakeError`.
         """
-        received = event(SubmissionId(secrets.token_hex(5)))
+        # In a thread: it lists the steps of a large graph.
+        received = await asyncio.to_thread(event, SubmissionId(secrets.token_hex(5)))
         notes = {} if note is None else {received.submission: note}
-        await self._send(_Letter((received,), notes, {info.key: info for info in infos}, alone=True))
+        await self._send(_Letter((received,), notes, infos, alone=True))
         return self._views.submission(received.submission)
 
     async def cancel(self, submission: str) -> SubmissionRow:
@@ -184,7 +189,9 @@ class Engine:
 
     async def _take(self, letters: Sequence[_Letter]) -> None:
         with _collector_paused():
-            facts, effects = self._ask(letters)
+            facts, effects = await self._ask(letters)
+            if len(facts) > _FROZEN_FACTS:
+                gc.freeze()
         durable = [fact for fact in facts if fact.durable]
         notes = {name: note for letter in letters if not letter.refused for name, note in letter.notes.items()}
         if durable or notes:
@@ -192,18 +199,20 @@ class Engine:
             encoded = await asyncio.to_thread(_encoded, notes) if notes else {}
             await self._journal.append(durable, encoded)
         for letter in letters:
-            self._views.know(letter.infos, letter.notes)
+            await in_slices(self._views.knowing(letter.infos, letter.notes))
         with _collector_paused():
-            self._views.fold(facts)
+            await in_slices(self._views.folding(facts))
+            if len(facts) > _FROZEN_FACTS:
+                gc.freeze()
         self._hand(effects)
 
-    def _ask(self, letters: Sequence[_Letter]) -> tuple[list[Fact], list[Effect]]:
+    async def _ask(self, letters: Sequence[_Letter]) -> tuple[list[Fact], list[Effect]]:
         """Let the core decide. A submission is asked about alone: the core may refuse it, and only it."""
         facts: list[Fact] = []
         effects: list[Effect] = []
 
-        def handle(events: Sequence[Event]) -> None:
-            more_facts, more_effects = self._farm.handle_many(events, self.now())
+        async def handle(events: Sequence[Event]) -> None:
+            more_facts, more_effects = await in_slices(self._farm.handling(events, self.now()))
             facts.extend(more_facts)
             effects.extend(more_effects)
 
@@ -212,16 +221,16 @@ class Engine:
             if not letter.alone:
                 plain.extend(letter.events)
                 continue
-            handle(plain)
+            await handle(plain)
             plain = []
             try:
-                handle(letter.events)
+                await handle(letter.events)
             except SubmissionRefusedError as error:
                 _log.warning("a submission was refused: %s", error)
                 letter.refused = True
                 if letter.safe is not None and not letter.safe.done():
                     letter.safe.set_exception(IntakeError(f"the graph of this submission cannot be built: {error}."))
-        handle(plain or [TimePassed()])
+        await handle(plain or [TimePassed()])
         return facts, effects
 
 

@@ -39,7 +39,7 @@ class FarmExplainer:
         """Say which of the ready steps, counted by what they require, nobody can take, and why."""
         if not ready:
             return ()
-        classes = {found.requirements: found.reason for found in self._farm.stuck()}
+        classes = self._farm.unserved()
         return tuple(
             f"{count} {'step waits' if count == 1 else 'steps wait'}: {_for_people(str(classes[requirements]))}"
             for requirements, count in ready.items()

@@ -268,7 +268,7 @@ class Intake:
         """
         # What walks the whole graph does so in a thread: a mass rebuild has some hundred thousand members.
         wishes = await asyncio.to_thread(lambda: [(root, self._drv_name(root.drv)) for root in request.roots])
-        names = list(dict.fromkeys(name for _, name in wishes))
+        names = await asyncio.to_thread(lambda: list(dict.fromkeys(name for _, name in wishes)))
         makers = await asyncio.to_thread(lambda: dict.fromkeys(map(self._drv_name, request.makers)))
         leases: list[str] = []
         pulled = Pulled()
@@ -333,23 +333,12 @@ class Intake:
             fresh: list[Node] = []
             while frontier:
                 found = await self._derivations.nodes(frontier)
-                for name in frontier:
-                    if name not in found:
-                        raise MissingMemberError(f"the derivation {name} is not known here; send its closure first")
-                nodes.update(found)
+                frontier = await asyncio.to_thread(_add_nodes, nodes, frontier, found)
                 fresh += found.values()
                 _within(len(nodes), limit, "derivations")
-                frontier = list(
-                    dict.fromkeys(need for node in found.values() for need in node.needs if need not in nodes)
-                )
-            steps = list(dict.fromkeys(node.step for node in fresh if node.step not in members))
+            steps = await asyncio.to_thread(_new_steps, fresh, members)
             places = await self._derivations.members(steps)
-            members.update((step, places.get(step, [])) for step in steps)
-            frontier = list(
-                dict.fromkeys(
-                    drv for node in fresh if node.kind is Kind.FIXED for drv in members[node.step] if drv not in nodes
-                )
-            )
+            frontier = await asyncio.to_thread(_add_places, nodes, members, fresh, steps, places)
         return nodes, members
 
     def _drv_name(self, drv: str) -> str:
@@ -370,6 +359,32 @@ class Intake:
             parse_base_name(name)
         except FormatError as error:
             raise IntakeError(f"{name[:300]!r} is no store path name: {error.message}") from None
+
+
+def _add_nodes(nodes: dict[str, Node], asked: Sequence[str], found: Mapping[str, Node]) -> list[str]:
+    """Take in what was found; return what it needs and is not loaded. Raises `MissingMemberError`."""
+    for name in asked:
+        if name not in found:
+            raise MissingMemberError(f"the derivation {name} is not known here; send its closure first")
+    nodes.update(found)
+    return list(dict.fromkeys(need for node in found.values() for need in node.needs if need not in nodes))
+
+
+def _new_steps(fresh: Sequence[Node], members: Mapping[StepKey, Sequence[str]]) -> list[StepKey]:
+    return list(dict.fromkeys(node.step for node in fresh if node.step not in members))
+
+
+def _add_places(
+    nodes: Mapping[str, Node],
+    members: dict[StepKey, list[str]],
+    fresh: Sequence[Node],
+    steps: Sequence[StepKey],
+    places: Mapping[StepKey, list[str]],
+) -> list[str]:
+    """Take in the recipes of `steps`; return those of the fixed-output ones that are not loaded."""
+    members.update((step, places.get(step, [])) for step in steps)
+    fixed = (node.step for node in fresh if node.kind is Kind.FIXED)
+    return list(dict.fromkeys(drv for step in fixed for drv in members[step] if drv not in nodes))
 
 
 @dataclass(frozen=True, slots=True)

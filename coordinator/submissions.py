@@ -6,6 +6,7 @@ was in it then may be gone. What the core takes for known to fail is built again
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
@@ -35,8 +36,8 @@ class Submissions:
         """Plan a wish and hand it over; returns its row once it is durable."""
         asked_at = self._engine.now()
         planned = await self._intake.submit(wish)
-        roots = tuple(RootNote(root.attr, root.drv, root.step, root.outputs, root.limits) for root in planned.roots)
-        note = SubmissionNote(wish.label, roots, planned.derivations)
+        # As all that lists the roots of a submission: in a thread, for a mass rebuild has some ten thousand.
+        note = await asyncio.to_thread(_note, wish.label, planned)
         return await self._hand_over(
             planned,
             lambda name: replace(
@@ -60,9 +61,8 @@ class Submissions:
     async def replan(self, row: SubmissionRow) -> None:
         """Plan a running submission anew: the cache has lost something that it held. What failed stays failed."""
         asked_at = self._engine.now()
-        planned = await self._intake.submit(self._wish(row), sources_may_lack=True)
-        event = replace(planned.event(row.id), asked_at=asked_at, replanned=True)
-        await self._hand_over(planned, lambda _: event)
+        planned = await self._intake.submit(await self._wish(row), sources_may_lack=True)
+        await self._hand_over(planned, lambda _: replace(planned.event(row.id), asked_at=asked_at, replanned=True))
 
     async def retry_step(self, text: str) -> tuple[StepRow, list[SubmissionRow]]:
         """Build a failed step again, for every submission that it made fail, which run again; returns both.
@@ -86,9 +86,13 @@ class Submissions:
         self, row: SubmissionRow, *, retry_failed: bool = False, retry: tuple[StepKey, ...] = ()
     ) -> None:
         asked_at = self._engine.now()
-        planned = await self._intake.submit(self._wish(row))
-        event = replace(planned.event(row.id), asked_at=asked_at, retry_failed=retry_failed, retry=retry, again=True)
-        await self._hand_over(planned, lambda _: event)
+        planned = await self._intake.submit(await self._wish(row))
+        await self._hand_over(
+            planned,
+            lambda _: replace(
+                planned.event(row.id), asked_at=asked_at, retry_failed=retry_failed, retry=retry, again=True
+            ),
+        )
 
     async def _hand_over(
         self,
@@ -106,16 +110,24 @@ class Submissions:
         self._intake.leases.attach(row.id, planned.leases)
         return row
 
-    def _wish(self, row: SubmissionRow) -> SubmitRequest:
+    async def _wish(self, row: SubmissionRow) -> SubmitRequest:
         """Return what the client asked for when it submitted."""
-        note = self._views.note(row.id)
-        roots = tuple(
-            RootRequest(
-                attr=root.attr,
-                drv=root.drv,
-                outputs=tuple(name for name, _ in root.outputs),
-                limits=RootLimits(**asdict(root.limits)) if root.limits else None,
-            )
-            for root in note.roots
+        return await asyncio.to_thread(_request, self._views.note(row.id))
+
+
+def _note(label: str, planned: Planned) -> SubmissionNote:
+    roots = tuple(RootNote(root.attr, root.drv, root.step, root.outputs, root.limits) for root in planned.roots)
+    return SubmissionNote(label, roots, planned.derivations)
+
+
+def _request(note: SubmissionNote) -> SubmitRequest:
+    roots = tuple(
+        RootRequest(
+            attr=root.attr,
+            drv=root.drv,
+            outputs=tuple(name for name, _ in root.outputs),
+            limits=RootLimits(**asdict(root.limits)) if root.limits else None,
         )
-        return SubmitRequest(roots=roots, label=note.label)
+        for root in note.roots
+    )
+    return SubmitRequest(roots=roots, label=note.label)

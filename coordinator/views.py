@@ -4,7 +4,9 @@ Rules:
 1. No I/O, no clock, no asyncio. Times come out of facts; the same facts give the same views, live or replayed.
 2. A fact costs O(1) for each running submission that has the step, plus the step's own edges; never O(submission).
 3. A submission is frozen when it ends: its counts are history, and later facts no longer pay for it.
-4. A watcher holds at most `WATCH_PENDING` changed steps. More than that becomes one fresh snapshot, so a slow watcher
+4. What concerns many steps is folded with pauses (`scheduler.pauses`), at which the views may be asked: counts of a
+   submission that begins again are then of those members that are counted already.
+5. A watcher holds at most `WATCH_PENDING` changed steps. More than that becomes one fresh snapshot, so a slow watcher
    costs neither memory nor truth.
 
 Readiness is derived here once more (a step is ready when no need of its active recipe is open) because it is no fact:
@@ -16,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Protocol, cast
 
 from coordinator.codec import Record, RootNote, SubmissionNote, evidence_shown
@@ -44,6 +46,7 @@ from scheduler import facts
 from scheduler.facts import Fact
 from scheduler.failures import is_fault
 from scheduler.model import FailureKind, Recipe, Requirements, StepKey, SubmissionId
+from scheduler.pauses import FACTS_PIECE, PAUSE, PIECE, Pause, whole
 from workers.protocol import StageChange
 
 #: Failed steps in one snapshot; the rest is behind `submissions/ID/steps?state=failed`.
@@ -53,6 +56,9 @@ ROOTS_SHOWN = 500
 ROOTS_LISTED = 3
 #: Members that one page of `submissions/ID/steps` looks at: some 10 ms of the event loop.
 STEPS_LOOKED_AT = 50_000
+
+#: Details learnt between two pauses, some 20 µs each.
+DETAILS_PIECE = 128
 
 #: States of a step that does not run although somebody may wait for it.
 _EXPLAINED = (StepStatus.WAITING, StepStatus.READY, StepStatus.FAILED, StepStatus.DOOMED)
@@ -105,7 +111,7 @@ class Views:
         #: Time of the newest durable fact.
         self._at = 0.0
         self._folders = cast(
-            "Mapping[type, Callable[[Fact], None]]",
+            "Mapping[type, Callable[[Fact], Iterator[Pause] | None]]",
             {
                 facts.SubmissionAccepted: self._accepted,
                 facts.SubmissionRetried: self._retried,
@@ -139,10 +145,18 @@ class Views:
         self, details: Mapping[StepKey, StepInfo], notes: Mapping[SubmissionId, SubmissionNote] | None = None
     ) -> None:
         """Learn names; may come before or after the facts they belong to."""
-        for detail in details.values():
+        whole(self.knowing(details.values(), notes))
+
+    def knowing(
+        self, details: Iterable[StepInfo], notes: Mapping[SubmissionId, SubmissionNote] | None = None
+    ) -> Generator[Pause, None, None]:
+        """Do the work of `know`, with pauses."""
+        for count, detail in enumerate(details, 1):
             row = self._steps.get(detail.key)
             # One string serves them all.
             self._details.learn(detail.key if row is None else row.key, detail)
+            if not count % DETAILS_PIECE:
+                yield PAUSE
         self._notes.update(notes or {})
         for name, known in (notes or {}).items():
             if told := {root.step: root.limits for root in known.roots if root.limits is not None}:
@@ -150,21 +164,35 @@ class Views:
 
     def fold(self, batch: Iterable[Fact], *, settle: bool = True) -> None:
         """Take facts in order. `settle` is off while a journal is replayed, whose frames may split a batch."""
+        whole(self.folding(batch, settle=settle))
+
+    def folding(self, batch: Iterable[Fact], *, settle: bool = True) -> Generator[Pause, None, None]:
+        """Do the work of `fold`, with pauses."""
+        until_pause = FACTS_PIECE
         for fact in batch:
             if self._unsettled and isinstance(fact, _BEGINNINGS):
-                self.settle()
+                yield from self._settling()
             folder = self._folders.get(type(fact))
             if folder is not None:
-                folder(fact)
+                rest = folder(fact)
+                if rest is not None:
+                    yield from rest
+            until_pause -= 1
+            if not until_pause:
+                until_pause = FACTS_PIECE
+                yield PAUSE
         if settle:
-            self.settle()
+            yield from self._settling()
 
     def settle(self) -> None:
         """End the submissions that have nothing open."""
+        whole(self._settling())
+
+    def _settling(self) -> Generator[Pause, None, None]:
         for row in self._unsettled.values():
             if not row.ended and (row.open == 0 or row.done_roots == len(row.roots)):
+                yield from self._leave_members(row)
                 row.ended = True
-                self._leave_members(row)
                 row.active.clear()
                 touch(row)
         self._unsettled.clear()
@@ -407,37 +435,46 @@ class Views:
 
     # One method for each fact.
 
-    def _accepted(self, fact: facts.SubmissionAccepted) -> None:
+    def _accepted(self, fact: facts.SubmissionAccepted) -> Iterator[Pause]:
         sub = SubmissionRow(fact.submission, fact.at, frozenset(fact.roots), [])
+        yield from self._fill(sub, fact)
         self._submissions[fact.submission] = sub
-        self._fill(sub, fact)
 
-    def _retried(self, fact: facts.SubmissionRetried) -> None:
+    def _retried(self, fact: facts.SubmissionRetried) -> Iterator[Pause]:
         sub = self._submissions[fact.submission]
         if not sub.ended:
-            self._leave_members(sub)
-        self._fill(sub, fact)
+            yield from self._leave_members(sub)
+        yield from self._fill(sub, fact)
         touch(sub)
 
-    def _fill(self, sub: SubmissionRow, fact: facts.SubmissionAccepted | facts.SubmissionRetried) -> None:
+    def _fill(self, sub: SubmissionRow, fact: facts.SubmissionAccepted | facts.SubmissionRetried) -> Iterator[Pause]:
         """Count the members of a submission that begins, or begins again."""
         self._at = max(self._at, fact.at)
         sub.begin(list(fact.members), fact.at)
         held, company = set(fact.held), Company(sub)
-        for key in fact.members:
+        for count, key in enumerate(fact.members, 1):
+            if not count % PIECE:
+                yield PAUSE
             row = self._row(key)
             if key in held or row.state is StepStatus.DONE:
                 sub.held += 1
                 continue
             company.join(row)
-        sub.done_roots = sum(1 for root in sub.roots if root in held or self._row(root).state is StepStatus.DONE)
+        done_roots = 0
+        for count, root in enumerate(sub.roots, 1):
+            done_roots += root in held or self._row(root).state is StepStatus.DONE
+            if not count % PIECE:
+                yield PAUSE
+        sub.done_roots = done_roots
         sub.joined = len(fact.joined)
         self._unsettled[sub.id] = sub
 
-    def _leave_members(self, sub: SubmissionRow) -> None:
+    def _leave_members(self, sub: SubmissionRow) -> Iterator[Pause]:
         company = Company(sub)
-        for key in sub.members:
+        for count, key in enumerate(sub.members, 1):
             company.leave(self._steps[key])
+            if not count % PIECE:
+                yield PAUSE
 
     def _withdrawn(self, fact: facts.SubmissionWithdrawn) -> None:
         self._at = max(self._at, fact.at)
@@ -447,16 +484,16 @@ class Views:
             sub.touched_at = fact.at
             touch(sub)
 
-    def _submission_forgotten(self, fact: facts.SubmissionForgotten) -> None:
+    def _submission_forgotten(self, fact: facts.SubmissionForgotten) -> Iterator[Pause]:
         sub = self._submissions.pop(fact.submission)
         self._notes.pop(fact.submission, None)
         self._limits.pop(fact.submission, None)
         self._unsettled.pop(fact.submission, None)
         if not sub.ended:
             # Others keep some of its steps open.
-            self._leave_members(sub)
+            yield from self._leave_members(sub)
 
-    def _steps_forgotten(self, fact: facts.StepsForgotten) -> None:
+    def _steps_forgotten(self, fact: facts.StepsForgotten) -> Iterator[Pause]:
         below: dict[StepKey, StepRow] = {}
         gone: set[StepRow] = set()
         for key in fact.steps:
@@ -467,6 +504,7 @@ class Views:
         # A wide step is looked through once for all that stood on it.
         for row in below.values():
             row.unlink(gone)
+            yield PAUSE
 
     def _added(self, fact: facts.StepAdded) -> None:
         row = self._row(fact.spec.key)
@@ -480,8 +518,8 @@ class Views:
         row.recipes = (*row.recipes, fact.recipe)
         self._link(row, fact.recipe)
 
-    def _held(self, fact: facts.StepHeld) -> None:
-        self._finish(self._row(fact.step))
+    def _held(self, fact: facts.StepHeld) -> Iterator[Pause] | None:
+        return self._finish(self._row(fact.step))
 
     def _revived(self, fact: facts.StepRevived) -> None:
         row = self._row(fact.step)
@@ -489,14 +527,16 @@ class Views:
         life.failure, life.cause, life.trouble, life.ended_at = None, "", "", 0.0
         self._wait(row, fact.recipe)
 
-    def _lost(self, fact: facts.StepLost) -> None:
+    def _lost(self, fact: facts.StepLost) -> Iterator[Pause]:
         row = self._row(fact.step)
         row.live().ended_at = 0.0
         self._wait(row, row.recipe)
-        for above in self._users(row):
+        for count, above in enumerate(self._users(row), 1):
             above.pending += 1
             if above.state is StepStatus.READY:
                 self._move(above, StepStatus.WAITING)
+            if not count % PIECE:
+                yield PAUSE
 
     def _leased(self, fact: facts.StepLeased) -> None:
         self._at = max(self._at, fact.at)
@@ -523,19 +563,19 @@ class Views:
         self.workforce.has_built(fact.builder)
         self._move(row, StepStatus.PUBLISHING)
 
-    def _done(self, fact: facts.StepDone) -> None:
+    def _done(self, fact: facts.StepDone) -> Iterator[Pause] | None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
         row.live().ended_at = fact.at
         for sub in row.submissions:
             sub.uploaded_bytes += row.life.uploaded_bytes
-        self._finish(row)
+        return self._finish(row)
 
-    def _fell_back(self, fact: facts.StepFellBack) -> None:
+    def _fell_back(self, fact: facts.StepFellBack) -> Iterator[Pause]:
         row = self._row(fact.step)
         row.live().leave()
         self._wait(row, fact.recipe)
-        self._join_needs(row)
+        yield from self._join_needs(row)
 
     def _failed(self, fact: facts.StepFailed) -> None:
         self._at = max(self._at, fact.at)
@@ -567,9 +607,11 @@ class Views:
         for recipe in row.recipes:
             self._link(row, recipe)
 
-    def _restored(self, _fact: facts.FarmRestored) -> None:
-        for row in self._steps.values():
+    def _restored(self, _fact: facts.FarmRestored) -> Iterator[Pause]:
+        for count, row in enumerate(self._steps.values(), 1):
             row.pending = self._open_needs(row)
+            if not count % PIECE:
+                yield PAUSE
 
     # The parts they share.
 
@@ -597,17 +639,28 @@ class Views:
         needs = row.recipes[row.recipe].needs if row.recipe < len(row.recipes) else ()
         return sum(1 for need in dict.fromkeys(needs) if self._row(need).state is not StepStatus.DONE)
 
-    def _finish(self, row: StepRow) -> None:
+    def _finish(self, row: StepRow) -> Iterator[Pause] | None:
+        """The step is done; many that stand on it are told of it in what is returned."""
         if row.state is StepStatus.DONE:
-            return
+            return None
         if row.life.stage:
             life = row.live()
             life.stage, life.phase = "", ""
         self._move(row, StepStatus.DONE)
-        for above in self._users(row):
+        if len(row.dependents) > PIECE:
+            return self._meet(row)
+        for _ in self._meet(row):
+            pass
+        return None
+
+    def _meet(self, row: StepRow) -> Iterator[Pause]:
+        """A need of those that stand on the step is done."""
+        for count, above in enumerate(self._users(row), 1):
             above.pending -= 1
             if above.pending == 0 and above.state is StepStatus.WAITING:
                 self._move(above, StepStatus.READY)
+            if not count % PIECE:
+                yield PAUSE
 
     def _users(self, row: StepRow) -> Iterator[StepRow]:
         """Yield the steps whose active recipe needs this one."""
@@ -616,7 +669,7 @@ class Views:
             if len(above.recipes) == 1 or row.key in above.recipes[above.recipe].needs:
                 yield above
 
-    def _join_needs(self, row: StepRow) -> None:
+    def _join_needs(self, row: StepRow) -> Iterator[Pause]:
         """The submissions of a step now also stand on what its active recipe needs."""
         for sub in row.submissions:
             company = Company(sub)
@@ -627,6 +680,8 @@ class Views:
                     continue
                 company.join(below)
                 sub.members.append(below.key)
+                if not len(sub.members) % PIECE:
+                    yield PAUSE
                 if below.recipe < len(below.recipes):
                     stack.extend(below.recipes[below.recipe].needs)
 

@@ -1,31 +1,42 @@
-"""Which graphs the core takes: closed over their needs, and free of circles. Asked before any fact is said of one."""
+"""Which graphs the core takes: closed over their needs, and free of circles. Asked before any fact is said of one.
+
+All of it pauses, since the graph of a mass rebuild has some hundred thousand steps.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Generator, Mapping
+from itertools import chain
+
 from scheduler import events as e
 from scheduler.model import StepKey, SubmissionRefusedError
+from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.state import FarmState
 
 
-def check_graph(state: FarmState, event: e.SubmissionReceived) -> None:
+def check_graph(state: FarmState, event: e.SubmissionReceived) -> Generator[Pause, None, None]:
     """Raise `SubmissionRefusedError` for a graph with missing members, or whose recipes in use run in a circle."""
-    _check_closed(state, event)
-    _check_acyclic(state, event)
+    yield from _check_closed(state, event)
+    yield from _check_acyclic(state, event)
 
 
-def _check_closed(state: FarmState, event: e.SubmissionReceived) -> None:
-    known = dict.fromkeys(event.held)
-    for spec in event.steps:
+def _check_closed(state: FarmState, event: e.SubmissionReceived) -> Generator[Pause, None, None]:
+    given = dict.fromkeys(event.held)
+    for count, spec in enumerate(event.steps, 1):
         if not spec.recipes:
             raise SubmissionRefusedError(f"{spec.key} has no recipe")
-        known[spec.key] = None
-    named = [*event.roots, *(need for spec in event.steps for recipe in spec.recipes for need in recipe.needs)]
-    for key in named:
-        if key not in known and key not in state.steps:
+        given[spec.key] = None
+        if not count % PIECE:
+            yield PAUSE
+    needs = (need for spec in event.steps for recipe in spec.recipes for need in recipe.needs)
+    for count, key in enumerate(chain(event.roots, needs), 1):
+        if key not in given and key not in state.steps:
             raise SubmissionRefusedError(f"{key} is needed and neither known, given nor held")
+        if not count % PIECE:
+            yield PAUSE
 
 
-def _check_acyclic(state: FarmState, event: e.SubmissionReceived) -> None:
+def _check_acyclic(state: FarmState, event: e.SubmissionReceived) -> Generator[Pause, None, None]:
     """Look for a circle in the graph of recipes in use.
 
     Recipes of known steps need only steps that were known when they came, so a circle runs through steps that get
@@ -33,36 +44,52 @@ def _check_acyclic(state: FarmState, event: e.SubmissionReceived) -> None:
     """
     graph: dict[StepKey, tuple[StepKey, ...]] = {}
     known_before: list[StepKey] = []
-    for spec in event.steps:
+    for count, spec in enumerate(event.steps, 1):
         known = state.steps.get(spec.key)
         if known is None or not known.recipes:
             graph.setdefault(spec.key, spec.recipes[0].needs)
             known_before += [] if known is None else [spec.key]
+        if not count % PIECE:
+            yield PAUSE
     if known_before:
-        _add_known(state, graph)
+        yield from _add_known(state, graph)
+    yield from _sort(graph)
+
+
+def _sort(graph: Mapping[StepKey, tuple[StepKey, ...]]) -> Generator[Pause, None, None]:
+    """Sort a graph topologically, as Kahn does, only to see whether that can be done."""
     dependents: dict[StepKey, list[StepKey]] = {key: [] for key in graph}
+    yield PAUSE
     unmet: dict[StepKey, int] = {}
     for key, needs in graph.items():
         inner = [need for need in needs if need in graph]
         unmet[key] = len(inner)
         for need in inner:
             dependents[need].append(key)
+        if not len(unmet) % PIECE:
+            yield PAUSE
+    # The list grows while it is walked.
     clear = [key for key, count in unmet.items() if count == 0]
-    # The list grows while it is walked: Kahn's topological sort.
-    for key in clear:
+    for done, key in enumerate(clear, 1):
         for dependent in dependents[key]:
             unmet[dependent] -= 1
             if unmet[dependent] == 0:
                 clear.append(dependent)
+        if not done % PIECE:
+            yield PAUSE
     if len(clear) < len(graph):
         stuck = next(key for key, count in unmet.items() if count)
         raise SubmissionRefusedError(f"the needs of {stuck} run in a circle")
 
 
-def _add_known(state: FarmState, graph: dict[StepKey, tuple[StepKey, ...]]) -> None:
+def _add_known(state: FarmState, graph: dict[StepKey, tuple[StepKey, ...]]) -> Generator[Pause, None, None]:
     """Add what is known and stands below the steps of `graph`, with the recipes in use."""
     pending = [need for needs in graph.values() for need in needs]
+    looked_at = 0
     while pending:
+        looked_at += 1
+        if not looked_at % PIECE:
+            yield PAUSE
         key = pending.pop()
         step = state.steps.get(key)
         if key not in graph and step is not None and step.recipes:

@@ -1,7 +1,8 @@
 """From an event to facts. Nothing here changes the state: whoever iterates applies each fact before asking for more.
 
 So every function is a generator that reads a state which already holds what it said before. Stale events (an old
-attempt, a builder that is gone, a repeat) yield nothing; a graph that cannot be is refused before any fact.
+attempt, a builder that is gone, a repeat) yield nothing; a graph that cannot be is refused before any fact. What looks
+at many steps pauses in between (`pauses`).
 
 What becomes of steps is decided in `verdicts`, what of builders in `attendance`; here are submissions, the passing of
 time and the granting of leases.
@@ -18,6 +19,7 @@ from scheduler.admission import check_graph
 from scheduler.attendance import Attendance
 from scheduler.forsaken import Forsaken
 from scheduler.model import Instant, LeaseId, StepKey, StepState, SubmissionId
+from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.policy import Limits, Policy
 from scheduler.records import Queue, Step
 from scheduler.state import FarmState, is_lapsed
@@ -42,7 +44,7 @@ class Decider:
         self._attendance = Attendance(state, limits, policy, self._verdicts)
         self._forsaken = Forsaken(state, limits, self._verdicts)
 
-    def decide(self, event: e.Event, now: Instant) -> Iterator[f.Fact]:  # noqa: C901, PLR0912  one arm per event
+    def decide(self, event: e.Event, now: Instant) -> Iterator[f.Said]:  # noqa: C901, PLR0912  one arm per event
         """Yield what follows from one event, without granting leases (`assign` does, once per batch)."""
         match event:
             case e.BuildSucceeded():
@@ -85,7 +87,7 @@ class Decider:
         if self._state.orphans:
             yield from self._verdicts.abandon_orphans(now)
 
-    def due(self, now: Instant) -> Iterator[f.Fact]:
+    def due(self, now: Instant) -> Iterator[f.Said]:
         """Yield what the passing of time has decided: silent builders, back-offs and quarantines that ended."""
         yield from self._attendance.due(now)
         yield from self._verdicts.abandon_orphans(now)
@@ -107,7 +109,7 @@ class Decider:
         """Return when a step that no builder can take is given up as things stand; None for never."""
         return self._forsaken.until(step)
 
-    def assign(self, now: Instant) -> Iterator[f.Fact]:
+    def assign(self, now: Instant) -> Iterator[f.Said]:
         """Grant leases, submissions in turn, the best-ranked step of each, until no free builder can take a ready one.
 
         Only queues of builders with free slots are looked at, and of each only the first step of the lane whose
@@ -135,37 +137,35 @@ class Decider:
             if not best.lanes:
                 del queues[best]
 
-    def _received(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.Fact]:
+    def _received(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.Said]:
         """Take a submission, let one that ended with lapsed roots run again, or give one that runs a new plan."""
         state = self._state
         if self._is_stale(event):
             return
-        check_graph(state, event)
+        yield from check_graph(state, event)
         renewed = yield from self._take_steps(event)
         yield from self._hold(event, now)
-        lost = self._lost_steps(event)
+        lost = yield from self._lost_steps(event)
         roots = [state.steps[key] for key in event.roots]
         standing = _Standing(self._limits, event, renewed, now)
         if state.failed:
             below_lost = [need for step in lost for need in state.needs_of(step)]
-            standing.look_below(state, [*roots, *below_lost])
+            yield from standing.look_below(state, [*roots, *below_lost])
         for step in lost:
             yield from self._verdicts.revive(state.needs_of(step), restart=True, stands=standing)
             yield f.StepLost(step.key)
         if not event.replanned:
             yield from self._verdicts.revive(roots, restart=True, stands=standing)
             yield from self._end_waits(event)
-        members = state.descend(roots)
+        members = yield from state.descending(roots)
+        keys = tuple([step.key for step in members])
+        yield PAUSE
+        held = tuple([step.key for step in members if step.state is _DONE])
+        yield PAUSE
+        joined = tuple([step.key for step in members if step.engaged])
+        yield PAUSE
         kind = f.SubmissionRetried if event.again or event.replanned else f.SubmissionAccepted
-        yield kind(
-            submission=event.submission,
-            at=now,
-            roots=event.roots,
-            members=tuple([step.key for step in members]),
-            held=tuple([step.key for step in members if step.state is _DONE]),
-            joined=tuple([step.key for step in members if step.engaged]),
-            wait_s=self._wait_of(event),
-        )
+        yield kind(event.submission, now, event.roots, keys, held, joined, self._wait_of(event))
         for step, cause in tuple(standing.causes.items()):
             if step.dependents:
                 yield from self._verdicts.doom(step, cause, now)
@@ -185,10 +185,12 @@ class Decider:
             return known is None or not any(event.submission in root.roots for root in known)
         return known is not None
 
-    def _take_steps(self, event: e.SubmissionReceived) -> Generator[f.Fact, None, dict[StepKey, None]]:
+    def _take_steps(self, event: e.SubmissionReceived) -> Generator[f.Said, None, dict[StepKey, None]]:
         """Learn steps and recipes; return the known steps that gained one."""
         renewed: dict[StepKey, None] = {}
-        for spec in event.steps:
+        for count, spec in enumerate(event.steps, 1):
+            if not count % PIECE:
+                yield PAUSE
             step = self._state.steps.get(spec.key)
             if step is None:
                 yield f.StepAdded(spec)
@@ -199,22 +201,32 @@ class Decider:
                     yield f.RecipeAdded(spec.key, recipe)
         return renewed
 
-    def _end_waits(self, event: e.SubmissionReceived) -> Iterator[f.Fact]:
+    def _end_waits(self, event: e.SubmissionReceived) -> Iterator[f.Said]:
         """Let steps that were handed back go on at once: the client has just sent what they lacked."""
-        for spec in event.steps:
+        for count, spec in enumerate(event.steps, 1):
+            if not count % PIECE:
+                yield PAUSE
             step = self._state.steps[spec.key]
             if step.not_before and step.returns and step.state is StepState.READY:
                 yield f.BackOffEnded(step.key)
 
-    def _lost_steps(self, event: e.SubmissionReceived) -> list[Step]:
+    def _lost_steps(self, event: e.SubmissionReceived) -> Generator[Pause, None, list[Step]]:
         """Return what the core takes for done and the cache, asked since, does not hold."""
         held = dict.fromkeys(event.held)
-        steps = dict.fromkeys(self._state.steps[spec.key] for spec in event.steps if spec.key not in held)
-        return [step for step in steps if step.state is _DONE and step.done_at < event.asked_at]
+        lost: dict[Step, None] = {}
+        for count, spec in enumerate(event.steps, 1):
+            if not count % PIECE:
+                yield PAUSE
+            step = self._state.steps[spec.key]
+            if step.state is _DONE and step.done_at < event.asked_at and spec.key not in held:
+                lost[step] = None
+        return list(lost)
 
-    def _hold(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.Fact]:
+    def _hold(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.Said]:
         seen_at = min(now, event.asked_at)
-        for key in dict.fromkeys(event.held):
+        for count, key in enumerate(dict.fromkeys(event.held), 1):
+            if not count % PIECE:
+                yield PAUSE
             step = self._state.steps.get(key)
             if step is None:
                 yield f.StepHeld(key, seen_at)
@@ -222,7 +234,7 @@ class Decider:
                 yield from self._verdicts.stop(step, now, "the cache holds the result")
                 yield f.StepHeld(key, seen_at)
 
-    def _expired(self, submission: SubmissionId, now: Instant) -> Iterator[f.Fact]:
+    def _expired(self, submission: SubmissionId, now: Instant) -> Iterator[f.Said]:
         """Forget a submission that has ended, and the steps that nothing names any more.
 
         What is known to fail stays known for as long as that counts, and what it names with it.
@@ -235,12 +247,22 @@ class Decider:
         elif any(submission in root.roots for root in roots):
             return
         yield f.SubmissionForgotten(submission, now)
-        loose = state.names.loose
-        while gone := [step.key for step in loose.values() if not is_known_failure(step, self._limits, now)]:
+        while gone := (yield from self._unnamed(now)):
             for start in range(0, len(gone), FORGOTTEN_AT_ONCE):
                 yield f.StepsForgotten(tuple(gone[start : start + FORGOTTEN_AT_ONCE]))
+                yield PAUSE
 
-    def _retry_asked(self, key: StepKey) -> Iterator[f.Fact]:
+    def _unnamed(self, now: Instant) -> Generator[Pause, None, list[StepKey]]:
+        """Return the steps that nothing names, but those that are known to fail."""
+        gone: list[StepKey] = []
+        for count, step in enumerate(self._state.names.loose.values(), 1):
+            if not is_known_failure(step, self._limits, now):
+                gone.append(step.key)
+            if not count % PIECE:
+                yield PAUSE
+        return gone
+
+    def _retry_asked(self, key: StepKey) -> Iterator[f.Said]:
         """Forget a failure that nobody waits for any more: the next submission that wants the step builds it."""
         step = self._state.steps.get(key)
         if step is not None and step.state is StepState.FAILED:
@@ -261,9 +283,12 @@ class _Standing:
         self._now = now
         self.causes: dict[Step, StepKey] = {}
 
-    def look_below(self, state: FarmState, starts: list[Step]) -> None:
+    def look_below(self, state: FarmState, starts: list[Step]) -> Generator[Pause, None, None]:
         """Find what stands at or below `starts`, needs first: a doomed step stands while what doomed it does."""
-        for step in reversed(state.descend(starts)):
+        below = yield from state.descending(starts)
+        for count, step in enumerate(reversed(below), 1):
+            if not count % PIECE:
+                yield PAUSE
             if not self(step) and step.state is StepState.DOOMED and len(step.recipes) == 1:
                 cause = next((self.causes[need] for need in state.needs_of(step) if need in self.causes), None)
                 if cause is not None:

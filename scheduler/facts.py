@@ -23,6 +23,7 @@ from scheduler.model import (
     StepState,
     SubmissionId,
 )
+from scheduler.pauses import Pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,3 +419,6 @@ Fact = (
     | BuilderRestored
     | FarmRestored
 )
+
+#: What a decision yields: facts, and pauses between them.
+Said = Fact | Pause

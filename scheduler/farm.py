@@ -6,19 +6,23 @@ exit and replay: the state here is already ahead of the journal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import replace
 
 from scheduler.decide import Decider
 from scheduler.effects import Effect
 from scheduler.events import Event
-from scheduler.facts import Fact, FarmResumed
-from scheduler.model import Instant, StepKey, SubmissionId
+from scheduler.facts import Fact, FarmResumed, Said
+from scheduler.model import Instant, Requirements, StepKey, SubmissionId
+from scheduler.pauses import FACTS_PIECE, PAUSE, Pause, whole
 from scheduler.policy import Limits, LongestPathFirst, Policy
 from scheduler.react import react
-from scheduler.reasons import Places, Reason, StuckClass, Unserved, stuck, why
+from scheduler.reasons import Places, Reason, StuckClass, Unserved, stuck, unserved_classes, why
 from scheduler.snapshot import tell_all
 from scheduler.state import FarmState
+
+#: Work of one call, with what it gives in the end.
+Handling = Generator[Pause, None, tuple[list[Fact], list[Effect]]]
 
 
 class Farm:
@@ -45,23 +49,42 @@ class Farm:
 
         A refused submission loses the facts of the events before it: hand submissions over one by one.
         """
+        return whole(self.handling(events, now))
+
+    def handling(self, events: Iterable[Event], now: Instant) -> Handling:
+        """Do the work of `handle_many`, with pauses, so that an event that concerns many steps holds nobody up.
+
+        Between the pauses the farm may be asked (`why`, `unserved`), and takes nothing else in.
+        """
         facts: list[Fact] = []
         effects: list[Effect] = []
         decider = self._decider
         self._places.forget()
         for event in events:
-            self._take(decider.decide(event, now), facts, effects)
-        self._take(decider.due(now), facts, effects)
-        self._take(decider.assign(now), facts, effects)
+            yield from self._take(decider.decide(event, now), facts, effects)
+        yield from self._take(decider.due(now), facts, effects)
+        yield from self._take(decider.assign(now), facts, effects)
+        # Those that were asked for at a pause are of a state that is gone.
+        self._places.forget()
         return facts, effects
 
-    def _take(self, said: Iterable[Fact], facts: list[Fact], effects: list[Effect]) -> None:
+    def _take(self, said: Iterable[Said], facts: list[Fact], effects: list[Effect]) -> Generator[Pause, None, None]:
         state = self.state
-        evolve = state.evolve
+        apply = state.apply
+        until_pause = FACTS_PIECE
         for fact in said:
-            evolve(fact)
+            if fact is PAUSE:
+                yield PAUSE
+                continue
+            rest = apply(fact)
+            if rest is not None:
+                yield from rest
             facts.append(fact)
             effects.extend(react(state, fact))
+            until_pause -= 1
+            if not until_pause:
+                until_pause = FACTS_PIECE
+                yield PAUSE
 
     def deadline(self) -> Instant | None:
         """Return when to call again at the latest, with `TimePassed` if nothing else happens; None for never."""
@@ -101,6 +124,10 @@ class Farm:
     def stuck(self) -> list[StuckClass]:
         """Return the classes of ready steps that no builder of the farm can take."""
         return stuck(self.state)
+
+    def unserved(self) -> dict[Requirements, Unserved]:
+        """Return what the classes of `stuck` require, and why no builder takes them."""
+        return unserved_classes(self.state)
 
     def ended(self, submission: SubmissionId) -> bool:
         """Whether nothing is left to wait for. It stays so, even where a root is lost or revived for another later.

@@ -13,12 +13,13 @@ only when the shortest limit of the farm is over for it, and again where a submi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from heapq import heapify, heappop, heappush
 from math import inf
 
 from scheduler import facts as f
 from scheduler.model import NO_INSTANT, Failure, FailureKind, Instant, SubmissionId
+from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.policy import Limits
 from scheduler.reasons import unserved
 from scheduler.records import Step
@@ -62,11 +63,11 @@ class Forsaken:
         self._looked_at = NO_INSTANT
         self._varied = False
 
-    def due(self, now: Instant) -> Iterator[f.Fact]:
+    def due(self, now: Instant) -> Iterator[f.Said]:
         """Give up the steps whose time is over; start the time of those that have come to wait."""
-        self._take_note(now)
+        yield from self._take_note(now)
         if self._should_look_again() and now >= self._looked_at + LOOK_AGAIN_S:
-            self._look_again(now)
+            yield from self._look_again(now)
         over = self._over(now)
         while over:
             step = over.pop()
@@ -82,7 +83,7 @@ class Forsaken:
                 break
         for step in over:
             self._look_at(step, self._waiting[step][0], now)
-        self._take_note(now)
+        yield from self._take_note(now)
 
     def deadline(self) -> Iterator[Instant]:
         """Yield when `due` will next have something to say: at once where it has not seen all that wait."""
@@ -100,27 +101,37 @@ class Forsaken:
         until = self._waiting[step][0] + self._limit(step, {})
         return Instant(until) if until < inf else None
 
-    def _take_note(self, now: Instant) -> None:
+    def _take_note(self, now: Instant) -> Generator[Pause, None, None]:
         forsaken = self._state.ready.forsaken
         if not forsaken:
             return
         shortest = self._shortest()
-        for step in forsaken:
+        for count, step in enumerate(forsaken, 1):
             self._look_at(step, now, now + shortest)
+            if not count % PIECE:
+                yield PAUSE
         forsaken.clear()
         if len(self._waiting) + len(self._heap) > self._sweep_at:
-            self._sweep()
+            yield from self._sweep()
 
     def _look_at(self, step: Step, since: Instant, when: float) -> None:
         self._waiting[step] = (since, when)
         if when < inf:
             heappush(self._heap, (when, step.sequence, step))
 
-    def _sweep(self) -> None:
+    def _sweep(self) -> Generator[Pause, None, None]:
         """Drop what no longer waits, and stale looks: this costs no more than what has come since the last time."""
-        self._waiting = {step: entry for step, entry in self._waiting.items() if _waits(step)}
-        self._heap = [(when, step.sequence, step) for step, (_, when) in self._waiting.items() if when < inf]
-        heapify(self._heap)
+        waiting: dict[Step, tuple[Instant, float]] = {}
+        heap: list[tuple[float, int, Step]] = []
+        for count, (step, entry) in enumerate(self._waiting.items(), 1):
+            if _waits(step):
+                waiting[step] = entry
+                if entry[1] < inf:
+                    heap.append((entry[1], step.sequence, step))
+            if not count % PIECE:
+                yield PAUSE
+        heapify(heap)
+        self._waiting, self._heap = waiting, heap
         self._sweep_at = 2 * (len(self._waiting) + len(self._heap)) + STALE_ENTRIES
 
     def _should_look_again(self) -> bool:
@@ -129,11 +140,15 @@ class Forsaken:
             return False
         return self._varied or bool(self._state.patience)
 
-    def _look_again(self, now: Instant) -> None:
+    def _look_again(self, now: Instant) -> Generator[Pause, None, None]:
         self._partings, self._looked_at, self._varied = self._state.partings, now, False
         shortest = self._shortest()
-        self._waiting = {step: (since, since + shortest) for step, (since, _) in self._waiting.items()}
-        self._sweep()
+        for count, (step, (since, _)) in enumerate(self._waiting.items(), 1):
+            # No key is new: the dictionary may be written while it is walked.
+            self._waiting[step] = (since, since + shortest)
+            if not count % PIECE:
+                yield PAUSE
+        yield from self._sweep()
 
     def _over(self, now: Instant) -> list[Step]:
         """Return the steps whose time is over, the last to be looked at first; put off those that have a longer one."""

@@ -23,6 +23,8 @@ from scheduler.verdicts import ALLOWANCE_S, is_known_failure
 
 #: How many names a reason gives at most.
 NAMED = 5
+#: Ready steps of one class of which each has its position told: working these out takes some 20 ms.
+PLACED_AT_MOST = 5_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,16 @@ class OnlyReservedBuilders:
         return f"needs a builder without mandatory features; {', '.join(self.builders)} demand some"
 
 
+def _place(position: int, ready: int) -> str:
+    return f"number {position} of {ready}" if position else f"one of {ready}"
+
+
 @dataclass(frozen=True, slots=True)
 class BuildersFull:
-    """Builders could take it, none has room. It is the `position`-th (from 1) of `ready` steps of its class."""
+    """Builders could take it, none has room. It is the `position`-th (from 1) of `ready` steps of its class.
+
+    `position` is 0 where more than `PLACED_AT_MOST` are ready.
+    """
 
     builders: tuple[BuilderId, ...]
     position: int
@@ -100,7 +109,7 @@ class BuildersFull:
     def __str__(self) -> str:
         count = len(self.builders)
         who = f"all {count} builders that could are" if count > 1 else f"builder {self.builders[0]}, the only one, is"
-        return f"{who} full; number {self.position} of {self.ready} in the queue"
+        return f"{who} full; {_place(self.position, self.ready)} in the queue"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +144,7 @@ class LimitReached:
 
     def __str__(self) -> str:
         who = ", ".join(self.builders)
-        return f"builder {who} takes one step at a time after its failures; number {self.position} of {self.ready}"
+        return f"builder {who} takes one step at a time after its failures; {_place(self.position, self.ready)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,19 +202,24 @@ class Places:
 
     def __init__(self, state: FarmState) -> None:
         self._state = state
-        self._places: dict[Requirements, dict[Step, int]] = {}
+        self._places: dict[Requirements, tuple[dict[Step, int], int]] = {}
 
     def forget(self) -> None:
         """The state has moved."""
         if self._places:
             self._places = {}
 
-    def of(self, requirements: Requirements) -> dict[Step, int]:
-        """Return the ready steps of a class with their positions, from 1."""
+    def of(self, requirements: Requirements) -> tuple[dict[Step, int], int]:
+        """Return the ready steps of a class with their positions, from 1, and their count.
+
+        Beyond `PLACED_AT_MOST` there are no positions: working them out would hold up others.
+        """
         places = self._places.get(requirements)
         if places is None:
-            steps = _in_turn(self._state, requirements)
-            places = self._places[requirements] = {step: position for position, step in enumerate(steps, 1)}
+            steps = _live(self._state, requirements)
+            ordered = _in_turn(steps) if len(steps) <= PLACED_AT_MOST else []
+            positions = {step: position for position, step in enumerate(ordered, 1)}
+            places = self._places[requirements] = (positions, len(steps))
         return places
 
 
@@ -217,7 +231,7 @@ def why(state: FarmState, places: Places, limits: Limits, key: StepKey, now: Ins
     """
     step = state.steps[key]
     if step.state is StepState.WAITING:
-        if not step.wanted:
+        if not step.wanted or not step.engaged:
             return NotWanted()
         unmet = [need.key for need in step.needs if need.state is not StepState.DONE]
         return WaitsForSteps(len(unmet), tuple(unmet[:NAMED]))
@@ -229,7 +243,7 @@ def why(state: FarmState, places: Places, limits: Limits, key: StepKey, now: Ins
     if step.not_before:
         return _backs_off(state, step, now)
     requirements = step.recipe.requirements
-    return unserved(state, requirements) or _busy(step, places.of(requirements))
+    return unserved(state, requirements) or _busy(step, *places.of(requirements))
 
 
 def _backs_off(state: FarmState, step: Step, now: Instant) -> BacksOff | RetriesSpent:
@@ -246,11 +260,11 @@ def _known(state: FarmState, limits: Limits, step: Step, now: Instant) -> KnownT
     return KnownToFail(cause.key, cause.failed_at, Instant(cause.failed_at + limits.failure_ttl_s))
 
 
-def _busy(step: Step, places: dict[Step, int]) -> Busy:
+def _busy(step: Step, places: dict[Step, int], ready: int) -> Busy:
     """Say why none of the builders that could take a ready step has."""
     able = list(step.queue.builders.values()) if step.queue is not None else []
     willing = [builder for builder in able if builder.willing]
-    place, ready = places.get(step, 0), len(places)
+    place = places.get(step, 0)
     if willing or not able:
         roomy = [builder.id for builder in willing if builder.probation and builder.offered > len(builder.leases)]
         if roomy and len(roomy) == len(willing):
@@ -269,6 +283,15 @@ def stuck(state: FarmState) -> list[StuckClass]:
     Costs the number of classes, and for each stuck one the number of its ready steps.
     """
     found: list[StuckClass] = []
+    for requirements, reason in unserved_classes(state).items():
+        steps = _live(state, requirements)
+        found.append(StuckClass(requirements, len(steps), tuple(step.key for step in steps[:NAMED]), reason))
+    return found
+
+
+def unserved_classes(state: FarmState) -> dict[Requirements, Unserved]:
+    """Return the classes of ready steps that no builder offers, sorted, and why. Costs the number of classes."""
+    found: dict[Requirements, Unserved] = {}
     classes = dict.fromkeys(requirements for requirements, _ in state.ready.queues)
     for requirements in sorted(classes, key=lambda wanted: (wanted.system, wanted.features)):
         heaps = [queue for key, queue in state.ready.queues.items() if key[0] == requirements and queue.lanes]
@@ -277,8 +300,7 @@ def stuck(state: FarmState) -> list[StuckClass]:
         reason = unserved(state, requirements)
         if reason is None:
             raise ImpossibleError(f"the queue for {requirements} has lost its builders")
-        steps = _live(state, requirements)
-        found.append(StuckClass(requirements, len(steps), tuple(step.key for step in steps[:NAMED]), reason))
+        found[requirements] = reason
     return found
 
 
@@ -291,11 +313,11 @@ def _live(state: FarmState, requirements: Requirements) -> list[Step]:
     return list(steps)
 
 
-def _in_turn(state: FarmState, requirements: Requirements) -> list[Step]:
+def _in_turn(steps: list[Step]) -> list[Step]:
     """Return the ready steps of a class in the order in which `assign` would grant them, one after the other."""
     lanes: dict[tuple[Queue, int], list[Step]] = {}
     # From the last to the first, so that the next step of each lane is at the end of its list.
-    for step in sorted(_live(state, requirements), key=_entry, reverse=True):
+    for step in sorted(steps, key=_entry, reverse=True):
         for place in _lanes_of(step):
             lanes.setdefault(place, []).append(step)
     return _take_turns(lanes)

@@ -5,13 +5,14 @@ engage it, so "wanted" is `roots or dependents` and a need that becomes done kno
 is an index over that: ready steps (`ready`), the submissions that wait for each (`shares`), builders by last word.
 
 Rules: no function but `evolve` mutates; `evolve` reads no clock and asks no policy but for the rank (an index, never
-a fact), so the same durable facts give the same durable state for ever. Nothing here recurses.
+a fact), so the same durable facts give the same durable state for ever. Nothing here recurses. A fact that concerns
+many steps may be applied with pauses (`apply`).
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from itertools import islice
 from typing import assert_never
 
@@ -33,6 +34,7 @@ from scheduler.model import (
     SubmissionId,
 )
 from scheduler.names import Names
+from scheduler.pauses import PAUSE, PIECE, Pause, whole
 from scheduler.ready import ReadyIndex
 from scheduler.records import FEW_DEPENDENTS, NO_TRIES, NOBODY, SUSPICIONS, Builder, Step
 from scheduler.shares import Shares
@@ -114,6 +116,10 @@ class FarmState:
 
         It stops at done and at failed steps unless `below_done`. Raises `ImpossibleError` where that runs in a circle.
         """
+        return whole(self.descending(starts, below_done=below_done))
+
+    def descending(self, starts: Iterable[Step], *, below_done: bool = False) -> Generator[Pause, None, list[Step]]:
+        """Do the work of `descend`, with pauses."""
         order: list[Step] = []
         closed: dict[Step, bool] = {}
         for start in starts:
@@ -135,6 +141,8 @@ class FarmState:
                     stack.pop()
                     closed[step] = True
                     order.append(step)
+                    if not len(order) % PIECE:
+                        yield PAUSE
         order.reverse()
         return order
 
@@ -142,8 +150,18 @@ class FarmState:
         ends = step.state is _DONE or step.state is StepState.FAILED
         return () if ends and not below_done else self.needs_of(step)
 
-    def evolve(self, fact: f.Fact) -> None:  # noqa: C901, PLR0912, PLR0915  one arm per fact, most frequent first
+    def evolve(self, fact: f.Fact) -> None:
         """Apply one fact. Raises `ImpossibleError` for a fact that cannot follow from this state."""
+        rest = self.apply(fact)
+        if rest is not None:
+            for _ in rest:
+                pass
+
+    def apply(self, fact: f.Fact) -> Iterator[Pause] | None:  # noqa: C901, PLR0911, PLR0912, PLR0915  one arm each
+        """Apply one fact, or begin to: what is left of one that concerns many steps is returned, to be exhausted.
+
+        The most frequent facts come first. Raises as `evolve`.
+        """
         match fact:
             case f.StepLeased():
                 self._leased(fact)
@@ -152,7 +170,7 @@ class FarmState:
             case f.StepDone():
                 step = self._subject(fact, fact.lease.step)
                 step.done_at = fact.at
-                self._finish(step, _DONE)
+                return self._finish(step, _DONE)
             case f.BuilderRefreshed():
                 self._refreshed(fact)
             case f.StepAdded():
@@ -162,9 +180,9 @@ class FarmState:
                 step.recipes = (*step.recipes, fact.recipe)
                 self.names.add(fact.recipe.needs)
             case f.StepHeld():
-                self._held(fact)
+                return self._held(fact)
             case f.SubmissionAccepted() | f.SubmissionRetried():
-                self._accepted(fact)
+                return self._accepted(fact)
             case f.LeaseRevoked():
                 self._revoked(fact)
             case f.BackOffEnded():
@@ -178,15 +196,15 @@ class FarmState:
             case f.StepAbandoned():
                 self._finish(self._subject(fact, fact.step), StepState.ABANDONED)
             case f.StepFellBack():
-                self._fell_back(fact)
+                return self._fell_back(fact)
             case f.StepRevived():
                 self._revived(fact)
             case f.StepLost():
-                self._lost(fact)
+                return self._lost(fact)
             case f.SubmissionWithdrawn():
-                self._withdrawn(fact)
+                return self._withdrawn(fact)
             case f.SubmissionForgotten():
-                self._submission_forgotten(fact)
+                return self._submission_forgotten(fact)
             case f.StepsForgotten():
                 self._steps_forgotten(fact)
             case f.BuilderAdmitted():
@@ -213,6 +231,7 @@ class FarmState:
                 self._restored(fact)
             case _:
                 assert_never(fact)
+        return None
 
     def _subject(self, fact: f.Fact, key: StepKey) -> Step:
         step = self.steps.get(key)
@@ -242,28 +261,36 @@ class FarmState:
         self.names.meet(step)
         self.names.add_needs(step)
 
-    def _held(self, fact: f.StepHeld) -> None:
+    def _held(self, fact: f.StepHeld) -> Iterator[Pause] | None:
+        rest = None
         if fact.step in self.steps:
             self.failed.pop(fact.step, None)
-            self._finish(self._subject(fact, fact.step), _DONE)
+            rest = self._finish(self._subject(fact, fact.step), _DONE)
         else:
             self._know(fact.step, (), _DONE)
         self.steps[fact.step].done_at = fact.at
+        return rest
 
-    def _accepted(self, fact: f.SubmissionAccepted | f.SubmissionRetried) -> None:
+    def _accepted(self, fact: f.SubmissionAccepted | f.SubmissionRetried) -> Iterator[Pause]:
         roots = tuple([self.steps[key] for key in dict.fromkeys(fact.roots)])
         before = self.submissions.get(fact.submission) or self.withdrawn.pop(fact.submission, ())
         self.submissions[fact.submission] = roots
         self._set_patience(fact.submission, fact.wait_s)
-        self.names.add(root.key for root in roots)
-        self.names.drop(root.key for root in before)
+        for some in _pieces(roots):
+            self.names.add(root.key for root in some)
+            yield PAUSE
+        for some in _pieces(before):
+            self.names.drop(root.key for root in some)
+            yield PAUSE
         merged: Merged = {}
-        for root in roots:
+        for count, root in enumerate(roots, 1):
+            if not count % PIECE:
+                yield PAUSE
             if root.state is not _DONE and root.state not in LAPSED and fact.submission not in root.roots:
                 root.roots = (*root.roots, fact.submission)
                 self._own(root, (self.shares.begin(fact.submission),), merged)
                 self.orphans.pop(root.key, None)
-        self._engage(self.steps[key] for key in fact.members)
+        yield from self._engage(self.steps[key] for key in fact.members)
 
     def _set_patience(self, submission: SubmissionId, wait_s: int | None) -> None:
         if self.patience.get(submission) == wait_s:
@@ -274,9 +301,11 @@ class FarmState:
         else:
             self.patience[submission] = wait_s
 
-    def _withdrawn(self, fact: f.SubmissionWithdrawn) -> None:
+    def _withdrawn(self, fact: f.SubmissionWithdrawn) -> Iterator[Pause]:
         roots = self.withdrawn[fact.submission] = self.submissions.pop(fact.submission)
-        for root in roots:
+        for count, root in enumerate(roots, 1):
+            if not count % PIECE:
+                yield PAUSE
             if fact.submission in root.roots:
                 self._end_share(fact.submission)
             root.roots = tuple(other for other in root.roots if other != fact.submission)
@@ -284,14 +313,16 @@ class FarmState:
             if root.engaged and not root.wanted:
                 self.orphans[root.key] = root
 
-    def _submission_forgotten(self, fact: f.SubmissionForgotten) -> None:
+    def _submission_forgotten(self, fact: f.SubmissionForgotten) -> Iterator[Pause]:
         known = self.submissions if fact.submission in self.submissions else self.withdrawn
         roots = known.pop(fact.submission)
         if any(fact.submission in root.roots for root in roots):
             raise ImpossibleError(f"{fact.submission} is forgotten and has not ended")
-        self.names.drop(root.key for root in roots)
         self.paid_until.pop(fact.submission, None)
         self.patience.pop(fact.submission, None)
+        for some in _pieces(roots):
+            self.names.drop(root.key for root in some)
+            yield PAUSE
 
     def _steps_forgotten(self, fact: f.StepsForgotten) -> None:
         for key in fact.steps:
@@ -315,10 +346,12 @@ class FarmState:
         """Return the attempt of the next lease: never one that the step, or an earlier one of this key, has had."""
         return (step.attempt or self.floor) + 1
 
-    def _engage(self, order: Iterable[Step]) -> None:
+    def _engage(self, order: Iterable[Step]) -> Iterator[Pause]:
         """Engage the wanted steps of `order` (each before its needs), raise depths, make ready what can run."""
         merged: Merged = {}
-        for step in order:
+        for count, step in enumerate(order, 1):
+            if not count % PIECE:
+                yield PAUSE
             if step.state is _DONE or step.state in LAPSED:
                 continue
             fresh = not step.engaged and step.wanted
@@ -378,8 +411,11 @@ class FarmState:
         step.needs = ()
         step.unmet = 0
 
-    def _finish(self, step: Step, target: StepState) -> None:
-        """Enter one of the finished states: nothing is wanted of the step, and it wants nothing."""
+    def _finish(self, step: Step, target: StepState) -> Iterator[Pause] | None:
+        """Enter one of the finished states: nothing is wanted of the step, and it wants nothing.
+
+        Many dependents of a done step are told of it in what is returned, as by `apply`.
+        """
         if step.state is _LEASED:
             self._free_slot(step)
         self._move(step, target)
@@ -391,14 +427,26 @@ class FarmState:
         if self.orphans:
             self.orphans.pop(step.key, None)
         self._release(step)
-        if target is _DONE:
-            for dependent in step.dependents:
-                dependent.unmet -= 1
-                if dependent.unmet == 0 and dependent.state is _WAITING:
-                    self._become_ready(dependent)
-        else:
+        if target is not _DONE:
             self.life += 1
             step.ended = self.life
+        elif len(step.dependents) > PIECE:
+            return self._meet_in_pieces(step.dependents)
+        else:
+            self._meet(step.dependents)
+        return None
+
+    def _meet(self, dependents: Iterable[Step]) -> None:
+        """A need of these is done."""
+        for dependent in dependents:
+            dependent.unmet -= 1
+            if dependent.unmet == 0 and dependent.state is _WAITING:
+                self._become_ready(dependent)
+
+    def _meet_in_pieces(self, dependents: Collection[Step]) -> Iterator[Pause]:
+        for some in _pieces(tuple(dependents)):
+            self._meet(some)
+            yield PAUSE
 
     def _failed(self, fact: f.StepFailed) -> None:
         step = self._subject(fact, fact.step)
@@ -431,18 +479,20 @@ class FarmState:
         step.active = recipe
         step.home = None
 
-    def _lost(self, fact: f.StepLost) -> None:
+    def _lost(self, fact: f.StepLost) -> Iterator[Pause]:
         step = self._subject(fact, fact.step)
         self._move(step, _WAITING)
         self._begin_life(step)
-        for dependent in step.dependents:
+        for count, dependent in enumerate(step.dependents, 1):
             dependent.unmet += 1
             if dependent.state is _READY:
                 self._move(dependent, _WAITING)
+            if not count % PIECE:
+                yield PAUSE
         if step.dependents:
-            self._engage(self.descend((step,)))
+            yield from self._engage((yield from self.descending((step,))))
 
-    def _fell_back(self, fact: f.StepFellBack) -> None:
+    def _fell_back(self, fact: f.StepFellBack) -> Iterator[Pause]:
         step = self._subject(fact, fact.step)
         self._acquit(step, fact.failure)
         if step.state is _LEASED:
@@ -456,7 +506,7 @@ class FarmState:
         step.faults, step.strikes, step.accounts = 0, (), ()
         step.avoid, step.not_before = NOBODY, NO_INSTANT
         self._use(step, fact.recipe)
-        self._engage(self.descend((step,)))
+        yield from self._engage((yield from self.descending((step,))))
 
     def _leased(self, fact: f.StepLeased) -> None:
         step = self._subject(fact, fact.lease.step)
@@ -701,6 +751,10 @@ class FarmState:
             builder.heard = fact.at
             for step in builder.leases.values():
                 step.asked_at = fact.at
+
+
+def _pieces(steps: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:
+    return (steps[start : start + PIECE] for start in range(0, len(steps), PIECE))
 
 
 def is_lapsed(step: Step) -> bool:

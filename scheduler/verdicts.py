@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from scheduler import facts as f
 from scheduler.failures import CONSEQUENCES, Course
 from scheduler.model import NO_INSTANT, Failure, FailureKind, Instant, StepKey, StepState
+from scheduler.pauses import PAUSE, PIECE
 from scheduler.policy import Limits, Policy
 from scheduler.records import Builder, Step
 from scheduler.state import FarmState, is_lapsed
@@ -49,7 +50,7 @@ class Verdicts:
         self._limits = limits
         self._policy = policy
 
-    def build_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+    def build_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
         """Say what follows when the open lease of a leased step has ended so."""
         match CONSEQUENCES[failure.kind].course:
             case Course.END:
@@ -59,7 +60,7 @@ class Verdicts:
             case Course.HAND_BACK:
                 yield from self._hand_back(step, failure, now)
 
-    def publish_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+    def publish_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
         """Say what follows when the outputs of a publishing step could not be published."""
         match CONSEQUENCES[failure.kind].course:
             case Course.END:
@@ -72,7 +73,7 @@ class Verdicts:
             case Course.HAND_BACK:
                 yield from self.retry(step, Failure(FailureKind.INFRASTRUCTURE, failure.message), now)
 
-    def retry(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+    def retry(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
         """Revoke the open lease with back-off; where the budget is spent, the failure is final."""
         row = CONSEQUENCES[failure.kind]
         if self._is_recipes_own(step, failure):
@@ -137,24 +138,27 @@ class Verdicts:
         )
         return len(wanted_by) == 1
 
-    def give_up(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+    def give_up(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
         """End a ready step that no builder can take."""
         yield from self._end(step, failure, now)
 
-    def stop(self, step: Step, now: Instant, why: str) -> Iterator[f.Fact]:
+    def stop(self, step: Step, now: Instant, why: str) -> Iterator[f.Said]:
         """Revoke the open lease, if there is one: the farm no longer wants the build."""
         if step.state in _OPEN:
             yield f.LeaseRevoked(step.lease, step.builder, Failure(FailureKind.CANCELLED, why), now)
 
-    def abandon_orphans(self, now: Instant) -> Iterator[f.Fact]:
+    def abandon_orphans(self, now: Instant) -> Iterator[f.Said]:
         """Stop and abandon what nobody wants any more."""
         orphans = self._state.orphans
         while orphans:
-            step = next(iter(orphans.values()))
-            yield from self.stop(step, now, "nobody wants it any more")
-            yield f.StepAbandoned(step.key)
+            # All that there are now before those that they bring: to find the first of a dictionary whose front is gone
+            # costs as much as that front.
+            for step in tuple(orphans.values()):
+                if step.key in orphans:
+                    yield from self.stop(step, now, "nobody wants it any more")
+                    yield f.StepAbandoned(step.key)
 
-    def doom(self, step: Step, cause: StepKey, now: Instant) -> Iterator[f.Fact]:
+    def doom(self, step: Step, cause: StepKey, now: Instant) -> Iterator[f.Said]:
         """End what stands on a step that has failed for good, or let it fall back to a recipe that can do without."""
         pending = deque((step,))
         while pending:
@@ -170,15 +174,19 @@ class Verdicts:
 
     def revive(
         self, starts: Iterable[Step], *, restart: bool, stands: Callable[[Step], bool] = _nothing_stands
-    ) -> Iterator[f.Fact]:
+    ) -> Iterator[f.Said]:
         """Revive what has lapsed at or below `starts`, but what `stands` and what is below it. Engaged steps are sound.
 
         With `restart` a step begins with its first recipe again, else with the one that it had.
         """
         seen = dict.fromkeys(starts)
         pending = list(seen)
+        looked_at = 0
         while pending:
             step = pending.pop()
+            looked_at += 1
+            if not looked_at % PIECE:
+                yield PAUSE
             if is_lapsed(step):
                 if stands(step):
                     continue
@@ -195,7 +203,7 @@ class Verdicts:
         first = restart and not (step.active and self._leads_back(step, 0))
         return f.StepRevived(step.key, 0 if first else step.active)
 
-    def _end(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+    def _end(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
         """Take a failure for final: the next recipe that can help takes over, else the step fails."""
         recipe = None
         if CONSEQUENCES[failure.kind].next_recipe and step.state in (_LEASED, StepState.READY):
@@ -205,11 +213,11 @@ class Verdicts:
         else:
             yield f.StepFellBack(step.key, recipe, failure)
 
-    def _fail(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+    def _fail(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
         yield f.StepFailed(step.key, step.attempt, step.builder, failure, now)
         yield from self.doom(step, step.key, now)
 
-    def _hand_back(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Fact]:
+    def _hand_back(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
         returns = step.returns + 1
         if returns > self._limits.returns:
             message = f"handed back {returns} times: {failure.message}"
@@ -221,7 +229,7 @@ class Verdicts:
         returned = failure if waits else Failure(FailureKind.RETURNED, failure.message)
         yield f.LeaseRevoked(step.lease, step.builder, returned, Instant(now + wait))
 
-    def _next_recipe(self, step: Step, now: Instant) -> Generator[f.Fact, None, int | None]:
+    def _next_recipe(self, step: Step, now: Instant) -> Generator[f.Said, None, int | None]:
         """Return the next recipe that can help; what it needs and has lapsed is revived first."""
         for recipe in range(len(step.recipes)):
             if recipe != step.active and recipe not in step.tried and self._helps(step, recipe, now):

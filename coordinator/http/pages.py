@@ -6,9 +6,7 @@ page: `?limit=` rows, at most `MAX_ROWS`, behind the row that `?after=` names.
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -17,12 +15,11 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from coordinator.errors import BadRequestError
+from coordinator.slices import in_slices
 
 #: Rows of one page, where nothing is said and at most.
 ROWS = 100
 MAX_ROWS = 1000
-#: Processor time after which rendering gives the loop back.
-SLICE_S = 0.01
 
 _Row = TypeVar("_Row")
 
@@ -53,7 +50,7 @@ def cut(rows: Sequence[_Row], position: int, limit: int) -> Page[_Row]:
 
 async def answer_page(request: web.Request, page: Page[_Row], render: Callable[[_Row], BaseModel]) -> web.Response:
     """Return a page as JSON, with the way to the next one."""
-    body = b"[" + b",".join(await in_slices(page.rows, lambda row: orjson.dumps(render(row).model_dump()))) + b"]"
+    body = b"[" + b",".join(await rendered(page.rows, lambda row: orjson.dumps(render(row).model_dump()))) + b"]"
     response = web.Response(body=body, content_type="application/json")
     if page.following:
         following = request.rel_url.update_query({"after": page.following})
@@ -61,16 +58,17 @@ async def answer_page(request: web.Request, page: Page[_Row], render: Callable[[
     return response
 
 
-async def in_slices(rows: Iterable[_Row], render: Callable[[_Row], bytes]) -> list[bytes]:
-    """Render rows one after the other, and give the loop back after each `SLICE_S`."""
-    parts = []
-    began_s = time.thread_time()
-    for row in rows:
-        parts.append(render(row))
-        if time.thread_time() - began_s > SLICE_S:
-            await asyncio.sleep(0)
-            began_s = time.thread_time()
-    return parts
+async def rendered(rows: Iterable[_Row], render: Callable[[_Row], bytes]) -> list[bytes]:
+    """Render rows one after the other, and give the loop back again and again."""
+
+    def rendering() -> Generator[None, None, list[bytes]]:
+        parts = []
+        for row in rows:
+            parts.append(render(row))
+            yield
+        return parts
+
+    return await in_slices(rendering())
 
 
 def _number(request: web.Request, name: str, default: int) -> int:

@@ -13,7 +13,7 @@ import orjson
 from aiohttp import web
 
 from coordinator.errors import UnavailableError
-from coordinator.http.pages import in_slices
+from coordinator.http.pages import rendered
 from coordinator.rows import SubmissionRow
 from coordinator.schema import WatchEvent
 from coordinator.views import Views
@@ -52,7 +52,7 @@ class WatchStreams:
                 await response.prepare(request)
                 while not self._stopping:
                     woken.clear()
-                    frames = await in_slices(watcher.events(), _frame)
+                    frames = await rendered(watcher.events(), _frame)
                     await response.write(b"".join(frames))
                     if watcher.over:
                         break

@@ -9,6 +9,7 @@ whatever a live root names, now or once it is published, is not tombstoned, and 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -78,8 +79,9 @@ class Roots:
 
     async def lease(self, holder: str, store_paths: Iterable[str], ttl_s: float) -> set[str]:
         """See `Cache.lease`."""
-        asked = set(store_paths)
-        hash_parts = _checked(LEASE, holder, self._catalog.hash_parts(asked))
+        # In a thread: a large submission has some ten thousand paths.
+        asked = await asyncio.to_thread(set, store_paths)
+        hash_parts = _checked(LEASE, holder, await asyncio.to_thread(self._catalog.hash_parts, asked))
         async with writing(self._catalog.database) as connection:
             now = self._catalog.now()
             # What an expired lease named need not be there any more: it begins anew.
@@ -104,7 +106,7 @@ class Roots:
     async def keep(self, kind: str, name: str, store_paths: Iterable[str], expires_at: float | None) -> None:
         """See `Cache.keep`."""
         asked = set(store_paths)
-        hash_parts = _checked(kind, name, self._catalog.hash_parts(asked))
+        hash_parts = _checked(kind, name, await asyncio.to_thread(self._catalog.hash_parts, asked))
         if len(hash_parts) != len(asked):
             raise CacheError(f"the {kind} {name!r} names a path that is not one of this cache's store")
         async with writing(self._catalog.database) as connection:

@@ -1,0 +1,38 @@
+"""Pauses in long work: places where whoever drives the core may do something else before it goes on.
+
+A mass rebuild has some hundred thousand steps, and one event may concern all of them. Work of that kind is written as a
+generator that yields `PAUSE` after each `PIECE` of it; between two pauses it takes some milliseconds. The core itself
+decides nothing at a pause: driven to its end at once (`whole`) the work gives the same facts in the same order. Between
+the pauses of one call the state may be read, with the call's work half done, but takes nothing else in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from enum import Enum
+from typing import Final, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class Pause(Enum):
+    """The type of `PAUSE`."""
+
+    HERE = 1
+
+
+PAUSE: Final[Literal[Pause.HERE]] = Pause.HERE
+#: Steps looked at, or changed, between two pauses: some microseconds each.
+PIECE: Final = 512
+#: Facts applied between two pauses of a call: some ten microseconds each, with what follows from them.
+FACTS_PIECE: Final = 64
+
+
+def whole(work: Generator[object, None, T]) -> T:
+    """Do all of the work at once; return what it returns."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
