@@ -1,7 +1,9 @@
 """Long work in the event loop, done in slices between which every other task has its turn.
 
 The work is a generator that yields at places where it may be interrupted, as `scheduler.pauses` says: the core's calls,
-the folds of the views, pages of lists. In a thread it would be no better, because others read what it changes.
+the folds of the views, pages of lists, watch streams. In a thread it would be no better, because others read what it
+changes. All that is under way takes turns, one slice each, and between two slices the loop does everything else: a
+hundred watchers who must be told of one end are told one after the other.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Generator
 from typing import Final, TypeVar
+from weakref import WeakKeyDictionary
 
 #: Processor time after which work gives the loop back, in seconds: a fifth of what the house allows (`loop_watch`).
 SLICE_S: Final = 0.01
@@ -17,15 +20,38 @@ SLICE_S: Final = 0.01
 T = TypeVar("T")
 
 
+class _Turns:
+    """Who of a loop's long work goes on: one at a time, in the order in which they came."""
+
+    __slots__ = ("lock", "spent_s")
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        #: Processor time that slices have taken since the loop was last given back, at least.
+        self.spent_s = 0.0
+
+
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, _Turns] = WeakKeyDictionary()
+
+
 async def in_slices(work: Generator[object, None, T]) -> T:
     """Do all of the work and return what it returns, giving the loop back after each `SLICE_S`."""
-    began_s = time.thread_time()
+    loop = asyncio.get_running_loop()
+    turns = _turns.get(loop)
+    if turns is None:
+        turns = _turns[loop] = _Turns()
     while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        if time.thread_time() - began_s > SLICE_S:
-            await asyncio.sleep(0)
+        async with turns.lock:
             began_s = time.thread_time()
+            left_s = SLICE_S - turns.spent_s
+            try:
+                while time.thread_time() - began_s < left_s:
+                    next(work)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            finally:
+                turns.spent_s += time.thread_time() - began_s
+            # The others that wait for a turn wait this long too.
+            await asyncio.sleep(0)
+            turns.spent_s = 0.0

@@ -58,20 +58,19 @@ def _check_acyclic(state: FarmState, event: e.SubmissionReceived) -> Generator[P
 
 def _sort(graph: Mapping[StepKey, tuple[StepKey, ...]]) -> Generator[Pause, None, None]:
     """Sort a graph topologically, as Kahn does, only to see whether that can be done."""
-    dependents: dict[StepKey, list[StepKey]] = {key: [] for key in graph}
-    yield PAUSE
+    dependents: dict[StepKey, list[StepKey]] = {}
     unmet: dict[StepKey, int] = {}
     for key, needs in graph.items():
         inner = [need for need in needs if need in graph]
         unmet[key] = len(inner)
         for need in inner:
-            dependents[need].append(key)
+            dependents.setdefault(need, []).append(key)
         if not len(unmet) % PIECE:
             yield PAUSE
     # The list grows while it is walked.
     clear = [key for key, count in unmet.items() if count == 0]
     for done, key in enumerate(clear, 1):
-        for dependent in dependents[key]:
+        for dependent in dependents.get(key, ()):
             unmet[dependent] -= 1
             if unmet[dependent] == 0:
                 clear.append(dependent)

@@ -1,0 +1,144 @@
+"""No event, however many steps it concerns, keeps core or read model busy for long between two pauses.
+
+Busy is counted in lines of Python that ran, some 50 ns each, and not in seconds: a slow machine changes nothing. What
+concerns all steps of the graph here runs some hundred thousand lines, several times the bound.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from coordinator.views import Views
+from scheduler import events as e
+from scheduler.facts import Fact
+from scheduler.farm import Farm
+from scheduler.model import (
+    BuilderId,
+    BuilderSpec,
+    Failure,
+    FailureKind,
+    Instant,
+    LeaseId,
+    Recipe,
+    Requirements,
+    StepKey,
+    StepSpec,
+    SubmissionId,
+)
+from scheduler.policy import Limits
+from tests.coordinator.test_views import Silent
+
+#: Steps that stand on one, and are the roots.
+WIDE = 1_500
+#: Lines between two pauses: some 2 ms here.
+LINES = 40_000
+GIVE_UP_S = 100.0
+
+ORIGIN, HELD, BUILDER = StepKey("origin"), StepKey("held"), BuilderId("b")
+TOPS = tuple(StepKey(f"top-{number}") for number in range(WIDE))
+NEEDS = Requirements("sys")
+STEPS = (
+    StepSpec(ORIGIN, (Recipe(NEEDS, ()),)),
+    *(StepSpec(top, (Recipe(NEEDS, (ORIGIN, HELD)),)) for top in TOPS),
+)
+
+
+class Metered:
+    """A farm and its views; counts the lines of each piece of work of what it is told."""
+
+    def __init__(self) -> None:
+        self.farm = Farm(Limits(give_up_s=GIVE_UP_S))
+        self.views = Views(Silent())
+        self.now = 0.0
+        #: Event -> lines of the longest piece, and of all.
+        self.longest: dict[str, int] = {}
+        self.total: dict[str, int] = {}
+
+    def tell(self, name: str, *events: e.Event, later_s: float = 1.0) -> list[Fact]:
+        self.now += later_s
+        facts: list[Fact] = []
+
+        def call() -> Iterator[object]:
+            found, _ = yield from self.farm.handling(events, Instant(self.now))
+            facts.extend(found)
+
+        for what, work in (("core", call()), ("views", self.views.folding(facts))):
+            pieces = list(lines_of_pieces(work))
+            self.longest[f"{name}: {what}"] = max(pieces)
+            self.total[f"{name}: {what}"] = sum(pieces)
+        return facts
+
+
+def lines_of_pieces(work: Iterator[object]) -> Iterator[int]:
+    lines = 0
+
+    def count(_frame: FrameType, event: str, _arg: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    going_on = True
+    while going_on:
+        before = sys.gettrace()
+        sys.settrace(count)
+        try:
+            next(work)
+        except StopIteration:
+            going_on = False
+        finally:
+            sys.settrace(before)
+        yield lines
+        lines = 0
+
+
+def submission(name: str, **how: Any) -> e.SubmissionReceived:
+    return e.SubmissionReceived(SubmissionId(name), TOPS, STEPS, (HELD,), **how)
+
+
+@pytest.fixture(scope="module")
+def metered() -> Metered:
+    """The life of a mass rebuild, with everything in it that concerns all its steps at once."""
+    told = Metered()
+    builder = BuilderSpec(BUILDER, "1", frozenset({"sys"}))
+    told.tell("submitted", submission("first"))
+    told.tell("submitted by another one", submission("second"))
+    told.tell("cancelled", e.SubmissionCancelled(SubmissionId("first")))
+    told.tell("cancelled by all", e.SubmissionCancelled(SubmissionId("second")))
+    told.tell("submitted anew", submission("third"))
+    told.tell("a builder joins", e.BuilderJoined(builder, 1))
+    failure = Failure(FailureKind.PERMANENT, "exit status 1")
+    told.tell("all are doomed", e.BuildFailed(LeaseId(ORIGIN, 1), BUILDER, failure))
+    told.tell("submitted and known to fail", submission("fourth"))
+    told.tell("run again", submission("third", again=True, retry_failed=True))
+    told.tell("built", e.BuildSucceeded(LeaseId(ORIGIN, 2), BUILDER, b""))
+    # It is given none of the steps that wait, so that what is lost comes first.
+    told.tell("the builder drains", e.BuilderReported(BUILDER, "1", 1, draining=True))
+    told.tell("all are ready", e.OutputsPublished(LeaseId(ORIGIN, 2)))
+    told.tell("a need of all is lost", submission("third", replanned=True))
+    told.tell("the builder is back", e.BuilderReported(BUILDER, "1", 1))
+    told.tell("built again", e.BuildSucceeded(LeaseId(ORIGIN, 3), BUILDER, b""))
+    told.tell("all are ready again", e.OutputsPublished(LeaseId(ORIGIN, 3)))
+    told.tell("no builder is left", e.BuilderLost(BUILDER, "1", "gone"))
+    told.tell("the first are given up", e.TimePassed(), later_s=GIVE_UP_S + 1)
+    for number in range(WIDE // 1000 + 1):
+        told.tell(f"more are given up, {number}", e.TimePassed())
+    told.tell("all are held", e.SubmissionReceived(SubmissionId("fifth"), TOPS, STEPS, (*TOPS, HELD)))
+    for name in ("first", "second", "third", "fourth", "fifth"):
+        told.tell(f"{name} is forgotten", e.SubmissionExpired(SubmissionId(name)))
+    assert not told.farm.state.steps
+    assert not told.views.step_total()
+    return told
+
+
+def test_nothing_is_busy_for_long_between_two_pauses(metered: Metered) -> None:
+    assert {name: lines for name, lines in metered.longest.items() if lines > LINES} == {}
+
+
+def test_the_bound_is_no_matter_of_course(metered: Metered) -> None:
+    """Without pauses many of these events would break it."""
+    assert sum(lines > LINES for lines in metered.total.values()) >= 20
