@@ -10,7 +10,7 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -69,6 +69,11 @@ in rec {{
   fetch_new_address = fetch "fetch_new_address" "http://{new_address}:{here}/hello";
   fetch_metadata = fetch "fetch_metadata" "http://169.254.169.254/";
   fetch_outside = fetch "fetch_outside" "http://{outside}/hello";
+  fetch_by_name = fetch "fetch_by_name" "http://outside.drover.test:{outside_port}/hello";
+  fetch_machine_by_name = fetch "fetch_machine_by_name" "http://machine.drover.test:{here}/hello";
+  resolver = build "resolver" "bb cat /etc/resolv.conf" {{
+    outputHashMode = "flat"; outputHashAlgo = "sha256"; outputHash = "{resolver_hash}";
+  }};
   sockets = build "sockets" "bb grep -c @{salt} /proc/net/unix || :" {{
     outputHashMode = "flat"; outputHashAlgo = "sha256"; outputHash = "{none_hash}";
   }};
@@ -83,14 +88,47 @@ while True:
     except OSError:
         time.sleep(0.05)
 """
+#: Answers for the names `NAME=ADDRESS...` of its arguments.
+NAME_SERVER = """
+import ipaddress, socket, sys
+names = dict(word.split("=") for word in sys.argv[1:])
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("0.0.0.0", 53))
+print("ready", flush=True)
+while True:
+    asked, client = server.recvfrom(512)
+    labels, at = [], 12
+    while asked[at]:
+        labels.append(asked[at + 1 : at + 1 + asked[at]].decode().lower())
+        at += 1 + asked[at]
+    address = names.get(".".join(labels))
+    found = address is not None and asked[at + 1 : at + 3] == b"\\0\\1"
+    head = asked[:2] + (b"\\x81\\x80" if address else b"\\x81\\x83") + bytes([0, 1, 0, found, 0, 0, 0, 0])
+    record = b"\\xc0\\x0c\\0\\1\\0\\1\\0\\0\\0\\x3c\\0\\4" + ipaddress.IPv4Address(address).packed if found else b""
+    server.sendto(head + asked[12 : at + 5] + record, client)
+"""
+#: What builds have: slirp4netns, the third address of their network.
+RESOLVER = "nameserver 10.0.2.3\n"
 NOTHING_FIXED = "hosts: no\nresolver: no\nservices: no\n"
 
 
+class NamingFarm(Farm):
+    """A farm whose machine asks the name server that the file `name_server` names."""
+
+    def __init__(self, root: Path) -> None:
+        # What cannot be reached is not tried five times.
+        super().__init__(root, workers=(), settings='nix_options = { download-attempts = "1" }')
+        self.name_server = root / "resolv.conf"
+        self.name_server.write_text("nameserver 127.0.0.1\n")
+
+    def command(self, *arguments: str | Path) -> list[str]:
+        over = f"mount --bind '{self.name_server}' /etc/resolv.conf && exec \"$@\""
+        return ["unshare", "--mount", "sh", "-c", over, "sh", *super().command(*arguments)]
+
+
 @pytest.fixture(scope="module")
-def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
-    # What cannot be reached is not tried five times.
-    options = 'nix_options = { download-attempts = "1" }'
-    made = Farm(tmp_path_factory.mktemp("builds"), workers=(), settings=options)
+def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NamingFarm]:
+    made = NamingFarm(tmp_path_factory.mktemp("builds"))
     try:
         made.start().wait_for_workers(1)
         yield made
@@ -99,13 +137,13 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
 
 
 @pytest.fixture(scope="module")
-def link(farm: Farm) -> Iterator[Link]:
+def link(farm: NamingFarm) -> Iterator[Link]:
     with open_link() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def said(farm: Farm, link: Link) -> Iterator[dict[str, str]]:
+def said(farm: NamingFarm, link: Link) -> Iterator[dict[str, str]]:
     """What each build wrote to its log, by name: one that fails has one as well."""
     with ExitStack() as stack:
         served = farm.root / "served"
@@ -114,6 +152,9 @@ def said(farm: Farm, link: Link) -> Iterator[dict[str, str]]:
         # What answers on every address of this machine, the new one included, without asking for anything.
         here = stack.enter_context(web_server(served, ()))
         outside = stack.enter_context(web_server(served, link.prefix()))
+        names = {"outside.drover.test": link.there, "machine.drover.test": link.here}
+        stack.enter_context(name_server(names, link.prefix()))
+        farm.name_server.write_text(f"nameserver {link.there}\n")
         abstract = stack.enter_context(socket.socket(socket.AF_UNIX))
         abstract.bind(f"\0{farm.root}")
         # Other tests' cables apart, which come and go.
@@ -130,6 +171,8 @@ def said(farm: Farm, link: Link) -> Iterator[dict[str, str]]:
                 here=here,
                 new_address=link.here,
                 outside=f"{link.there}:{outside}",
+                outside_port=outside,
+                resolver_hash=sha256(RESOLVER),
             )
         )
         done = farm.build(file, "--json")
@@ -152,6 +195,19 @@ def web_server(directory: Path, prefix: Sequence[str]) -> Iterator[int]:
             probe = [*prefix, sys.executable, "-c", WAIT_FOR_PORT, str(port)]
             subprocess.run(probe, check=True, timeout=30)
             yield port
+        finally:
+            server.kill()
+
+
+@contextmanager
+def name_server(names: Mapping[str, str], prefix: Sequence[str]) -> Iterator[None]:
+    """A name server that knows these names, run by the command `prefix`."""
+    words = [f"{name}={address}" for name, address in names.items()]
+    with subprocess.Popen([*prefix, sys.executable, "-c", NAME_SERVER, *words], stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == b"ready\n"
+            yield
         finally:
             server.kill()
 
@@ -188,6 +244,14 @@ def test_a_fixed_output_build_reaches_the_outside_and_neither_farm_nor_machine(s
     assert said["fetch_outside: state"] == "done"
     for place in ("coordinator", "machine", "new_address", "metadata"):
         assert "unable to download" in said[f"fetch_{place}"], place
+
+
+def test_a_fixed_output_build_resolves_names_and_what_is_denied_stays_so_by_name(said: dict[str, str]) -> None:
+    assert said["resolver: state"] == "done", said["resolver"]
+    assert said["fetch_by_name: state"] == "done", said["fetch_by_name"]
+    # The name has an address, and that is denied: a name that has none is another message.
+    assert "unable to download" in said["fetch_machine_by_name"]
+    assert "resolve" not in said["fetch_machine_by_name"]
 
 
 def test_a_fixed_output_build_sees_no_abstract_socket_of_the_machine(said: dict[str, str]) -> None:
