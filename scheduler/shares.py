@@ -15,8 +15,8 @@ from typing import Final
 
 from scheduler.model import SubmissionId
 
-#: Stakes at one time. A grant that looks at all of them takes about a tenth of a millisecond.
-MAX_STAKES: Final = 1024
+#: Stakes at one time. A grant of a step that all of them want takes less than a millisecond.
+MAX_STAKES: Final = 256
 
 
 class Shares:
