@@ -1,7 +1,7 @@
 """The web application: routes, who may ask, and how errors look.
 
 Whatever goes wrong below the API is an `ErrorView` with one sentence; a client never sees a traceback, an operator
-finds it in the log.
+finds it in the log. A client that leaves in the middle of its request is answered nothing and logged nowhere.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from aiohttp.typedefs import Handler, Middleware
 from coordinator.errors import CoordinatorError
 from coordinator.http.api import Api
 from coordinator.http.auth import require_host, require_plain_head, require_token
+from coordinator.http.connections import is_abandoned
 from coordinator.schema import ErrorBody, ErrorView
 from infra.cache.errors import MetadataError, ObjectStoreError
 
@@ -51,15 +52,20 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
     """Turn exceptions into answers; where an answer has begun, break the connection, so that its end is seen."""
     try:
         return await handler(request)
-    except ConnectionError:
-        raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it ends in an answer or in the end of one
+        if is_abandoned(request, error):
+            return _nothing()
         if _BEGUN not in request:
             return _answer(request, error)
         _log.exception("an answer was cut short: %s %s", request.method, request.path)
         if request.transport is not None:
             request.transport.abort()
-        raise ConnectionResetError from error
+        return _nothing()
+
+
+def _nothing() -> web.Response:
+    """What aiohttp wants returned where the connection is gone; it finds that out and sends nothing."""
+    return web.Response(status=500)
 
 
 def _answer(request: web.Request, error: Exception) -> web.StreamResponse:

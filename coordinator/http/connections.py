@@ -11,6 +11,8 @@ Rules:
     5. A client that takes too little of its answer for UNREAD_S loses the connection: 48 KiB of what waits for it, and
        more where files go past the loop (`coordinator.http.nars`).
     6. `accept` that fails (no descriptor is free) is tried again; it never ends the loop or the listening socket.
+    7. Clients that leave in the middle of a request are counted. Neither they nor bytes that are no request cost a line
+       in the log: a stranger could fill it for nothing.
 
 A connection is *known* once a request on it had a valid token (`mark_known`).
 """
@@ -30,6 +32,7 @@ from functools import partial
 from typing import Any, Final
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 from aiohttp.web_protocol import RequestHandler
 
@@ -54,6 +57,8 @@ HEAD_S: Final = 10.0
 UNREAD_S: Final = 300.0
 #: Seconds between two tries to accept while that fails.
 ACCEPT_PAUSE_S: Final = 0.1
+#: Errors that aiohttp would log with their traceback, although a client made them: it left, or sent no HTTP.
+_CLIENTS_DOING: Final = (ConnectionError, HttpProcessingError, web.RequestPayloadError)
 #: Errors of `accept` that are the connection's own, gone before it was accepted.
 _GONE: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ENETDOWN, errno.EHOSTUNREACH})
 
@@ -95,6 +100,8 @@ class ConnectionGate:
         self._by_address: Counter[str] = Counter()
         #: Connections closed for others, refused, and given up for want of a head or of a reader.
         self.evicted = self.refused = self.silent = 0
+        #: Requests whose client left before it had the answer, as far as anything noticed.
+        self.abandoned = 0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -146,6 +153,11 @@ class ConnectionGate:
                 (self.silent, {"reason": "silent"}),
             ],
         )
+        telemetry.counter(
+            "drover_requests_abandoned",
+            "Requests whose client left in the middle of them.",
+            lambda: [(self.abandoned, {})],
+        )
 
     def _evict(self, may_go: Callable[[GuardedConnection], bool]) -> bool:
         for each in self._open:
@@ -160,11 +172,11 @@ class ConnectionGate:
 class GuardedConnection(RequestHandler):
     """aiohttp's connection, counted by a gate and bounded in the time for a head."""
 
-    __slots__ = ("_gate", "_head_timer", "_heads", "_unread_timer", "address", "known")
+    __slots__ = ("_head_timer", "_heads", "_unread_timer", "address", "gate", "known")
 
     def __init__(self, gate: ConnectionGate, address: str, manager: web.Server, **options: Any) -> None:
         super().__init__(manager, auto_decompress=False, **options)
-        self._gate = gate
+        self.gate = gate
         self.address = address
         #: Whether a request on it had a valid token.
         self.known = False
@@ -185,13 +197,13 @@ class GuardedConnection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Enter the gate; the first head is awaited from here on."""
-        self._gate.enter(self)
+        self.gate.enter(self)
         self._expect_head()
         super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Leave the gate."""
-        self._gate.leave(self)
+        self.gate.leave(self)
         self._forget_timer()
         self._forget_unread()
         super().connection_lost(exc)
@@ -212,14 +224,19 @@ class GuardedConnection(RequestHandler):
         if self._request_count > self._heads:
             self._heads = self._request_count
             self._forget_timer()
-            self._gate.touch(self)
+            self.gate.touch(self)
         elif self._head_timer is None and self.idle:
             self._expect_head()
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Log an error of ours; what a client sent or left undone is none."""
+        clients = isinstance(kw.get("exc_info"), _CLIENTS_DOING)
+        (self.logger.debug if clients else self.logger.exception)(*args, **kw)
 
     def answered(self) -> None:
         """Note a request that was answered without aiohttp."""
         self._forget_timer()
-        self._gate.touch(self)
+        self.gate.touch(self)
 
     def _expect_head(self) -> None:
         self._head_timer = self._loop.call_later(HEAD_S, self._give_up)
@@ -236,8 +253,21 @@ class GuardedConnection(RequestHandler):
 
     def _give_up(self) -> None:
         self._head_timer = self._unread_timer = None
-        self._gate.silent += 1
+        self.gate.silent += 1
         self.drop()
+
+
+def is_abandoned(request: web.BaseRequest, error: Exception) -> bool:
+    """Tell whether a request failed because its client left, and count it.
+
+    A broken connection to something else (a database, an object store) is an error while the client is still there.
+    """
+    transport = request.transport
+    if not isinstance(error, ConnectionError) or (transport is not None and not transport.is_closing()):
+        return False
+    if isinstance(request.protocol, GuardedConnection):
+        request.protocol.gate.abandoned += 1
+    return True
 
 
 def mark_known(request: web.BaseRequest) -> None:

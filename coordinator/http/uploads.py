@@ -47,9 +47,23 @@ _STATUS: Final[Mapping[str, int]] = {
     "forbidden_path": 403,
     "bad_upload": 400,
     "too_many_uploads": 429,
+    # A sender goes on after it.
+    "too_slow": 408,
 }
 _Message = TypeVar("_Message", bound=BaseModel)
 _ForSender: TypeAlias = Callable[[web.Request, Sender], Awaitable[web.StreamResponse]]
+
+
+class _PieceSlowError(UploadError, ConnectionError):
+    """A piece came too slowly; what came of it is kept."""
+
+    code = "too_slow"
+
+
+class _PieceShortError(UploadError, ConnectionError):
+    """A piece ended early; what came of it is kept."""
+
+    code = "bad_upload"
 
 
 class _BadMessageError(UploadError):
@@ -162,13 +176,15 @@ class UploadRoutes:
 
 
 async def _body(request: web.Request) -> AsyncIterator[bytes]:
-    """Yield what arrives. Raises `ConnectionError` where it ends early or comes too slowly."""
+    """Yield what arrives. Raises `ConnectionError` where the sender leaves, ends early or is too slow."""
     pace = Pace(request, SILENCE_S)
     try:
         while chunk := await pace.read():
             yield chunk
-    except (TimeoutError, web.RequestPayloadError) as error:
-        raise ConnectionResetError("the sender went away") from error
+    except TimeoutError:
+        raise _PieceSlowError("the piece came too slowly; what came is kept, so go on from there") from None
+    except web.RequestPayloadError:
+        raise _PieceShortError("the piece ended too early; what came is kept") from None
 
 
 async def _message(request: web.Request, model: type[_Message]) -> _Message:

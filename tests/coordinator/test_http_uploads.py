@@ -17,6 +17,7 @@ import pytest
 from yarl import URL
 
 from coordinator.config import CacheSettings, NamedCacheSettings, Settings, UploadRoute, UpstreamSettings
+from coordinator.http import uploads
 from coordinator.main import Coordinator, open_coordinator
 from coordinator.upload_tokens import UploadTokens
 from infra.cache import http_source
@@ -26,7 +27,16 @@ from infra.cache.http_source import fetch_nar_over_http
 from infra.cache.objects import RETRIES
 from infra.cache.upload import compressing, compressing_files
 from infra.cache.upload_client import OpenNar, SenderRefusedError, UploadClient, UploadFailedError, upload_session
-from infra.cache.upload_wire import PART_BYTES, PIECE_BYTES, KeepWish, PathClaim, SendStatus
+from infra.cache.upload_wire import (
+    PART_BYTES,
+    PIECE_BYTES,
+    Begin,
+    Begun,
+    KeepWish,
+    PathClaim,
+    SendStatus,
+    SentOffset,
+)
 from infra.clock import SystemClock
 from infra.nix import narinfo
 from infra.nix.hashing import sha256_text
@@ -202,6 +212,30 @@ async def test_an_upload_that_was_cut_goes_on_where_it_was(site: Site, after: in
     assert first.progress.sent_bytes + second.progress.sent_bytes <= len(LARGE) + 17 * 1024 * 1024
     if after >= 20:
         assert second.progress.sent_bytes < len(LARGE)
+
+
+@pytest.mark.parametrize("place", ["directory"], indirect=True)
+async def test_a_piece_that_comes_too_slowly_is_kept_as_far_as_it_came(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "SILENCE_S", 0.3)
+    claim, path = thing("slow", LARGE).claim, URL(site.coordinator.ready.cache_url)
+    headers = {"Authorization": f"Bearer {site.token}"}
+    async with site.session.post(path / "uploads", json=Begin(paths=(claim,)).model_dump(), headers=headers) as begun:
+        nar = path / "uploads" / Begun.model_validate(await begun.json()).id / "nar" / claim.path
+    reader, writer = await asyncio.open_connection(path.host, path.port)
+    head = f"PUT {nar.raw_path}?offset=0 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {site.token}\r\n"
+    writer.write(f"{head}Content-Length: 1000\r\n\r\n".encode() + LARGE[:100])
+    answer = asyncio.ensure_future(reader.readuntil(b"\r\n\r\n"))
+    sent = 100
+    # A byte at a time is never silence, and less than the least pace.
+    while not (await asyncio.wait([answer], timeout=0.02))[0]:
+        writer.write(LARGE[sent : sent + 1])
+        sent += 1
+    assert b" 408 " in answer.result()
+    writer.close()
+    async with site.session.get(nar, headers=headers) as told:
+        assert 100 <= SentOffset.model_validate(await told.json()).offset <= sent
 
 
 async def test_an_upload_goes_on_after_the_coordinator_was_started_again(place: Settings) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import hashlib
 import json
 import re
+import socket
+import struct
 import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +20,7 @@ import zstandard
 
 from coordinator.config import DEFAULT_CACHE, Settings
 from coordinator.main import open_coordinator
+from infra.nix import base32
 from tests.support.attack import FarmUnderAttack, exchange
 from tests.support.bodies import NASTY
 from tests.support.local_fleet import InProcessFleet
@@ -33,6 +37,9 @@ STRANGERS_BYTES = 48 * 1024 * 1024
 HOLDERS_BYTES = 256 * 1024 * 1024
 #: What the bombs become where somebody inflates them.
 BOMB_BYTES = 64 * 1024 * 1024
+
+#: More than the sockets of both sides hold.
+LONG_BYTES = 16 * 1024 * 1024
 
 #: What stands for the dynamic parts of addresses: texts that the routes take, of things that are not there.
 PARTS = {
@@ -169,6 +176,68 @@ def test_every_nasty_body_at_every_route_is_refused_for_little(
     assert readme_farm.process.peak_rss_bytes - before < (HOLDERS_BYTES if token else STRANGERS_BYTES)
     assert readme_farm.request("POST", "/cache/narinfos", b'{"paths":[]}').status == 200
     assert readme_farm.request("GET", "/api/v1/farm", token=readme_farm.token).status == 200
+
+
+def _begin_body(client: socket.socket, head: str) -> bytes:
+    """Send a head, wait until the coordinator asks for the body or refuses it, and send nine bytes of it."""
+    client.sendall(f"{head}Expect: 100-continue\r\nContent-Length: 1000\r\n\r\n".encode())
+    answer = client.recv(4096)
+    client.sendall(b'{"paths":')
+    return answer
+
+
+def _leave(client: socket.socket, *, reset: bool) -> None:
+    if reset:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def _abandoned(farm: FarmUnderAttack) -> int:
+    """Requests whose client left, by the farm's own count. Two answers lie between: what was before them is done."""
+    farm.health()
+    shown = farm.request("GET", "/metrics").body.decode()
+    found = re.search(r"^drover_requests_abandoned_total(?:\{.*\})? (\d+)", shown, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def test_clients_that_leave_in_the_middle_are_counted_and_leave_no_word_in_the_log(
+    readme_farm: FarmUnderAttack, addresses: list[tuple[str, str]]
+) -> None:
+    logged, abandoned = readme_farm.log_path.stat().st_size, _abandoned(readme_farm)
+    authorization = f"Authorization: Bearer {readme_farm.token}\r\n"
+    asked = 0
+    for reset in (False, True):
+        for method, address in addresses:
+            for token in ("", authorization):
+                client = readme_farm.connect()
+                head = f"{method} {address} HTTP/1.1\r\nHost: localhost\r\n{token}"
+                asked += b" 100 " in _begin_body(client, head)
+                _leave(client, reset=reset)
+    # Not all that ask for a body read it, and an upload by Nix that ends early is an answer of its own.
+    assert asked > len(addresses)
+    assert _abandoned(readme_farm) - abandoned > asked // 4
+
+    data = bytes(LONG_BYTES)
+    name = f"/cache/nar/{base32.encode(hashlib.sha256(data).digest())}.nar"
+    assert readme_farm.request("PUT", name, data, token=readme_farm.token).status == 200
+    waits = 'derivation { name = "waits"; system = "riscv64-linux"; builder = "/bin/sh"; }'
+    sent = readme_farm.build_text(waits, "--detach")
+    assert sent.returncode == 0, sent.stderr
+    submission = f"/api/v1/submissions/{readme_farm.api('submissions')[0]['id']}"
+    for reset in (False, True):
+        for address in (name, f"{submission}/events"):
+            client = readme_farm.connect()
+            client.sendall(f"GET {address} HTTP/1.1\r\nHost: localhost\r\n{authorization}\r\n".encode())
+            assert client.recv(64).startswith(b"HTTP/1.1 200 ")
+            _leave(client, reset=reset)
+    # A change is written to the streams, whose clients are gone.
+    assert readme_farm.request("POST", f"{submission}/cancel", token=readme_farm.token).status == 200
+    for garbage in (b"\x16\x03\x01\x02", b"GET / HTTP/9.9\r\n\r\n", b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n"):
+        assert readme_farm.send_raw(garbage, half_close=True) in {0, 400}
+    _abandoned(readme_farm)
+    with readme_farm.log_path.open("rb") as log:
+        log.seek(logged)
+        assert log.read().decode(errors="replace") == ""
 
 
 TWO_READINGS = {
