@@ -174,7 +174,10 @@ async def read_model(request: web.Request, model: type[_Model], bounds: BodyBoun
                 data += chunk
         if len(data) <= INLINE_BYTES:
             return parse_model(data, model, bounds)
-        return await asyncio.get_running_loop().run_in_executor(_PARSER, parse_model, data, model, bounds)
+        parsed = await asyncio.get_running_loop().run_in_executor(_PARSER, _parse_apart, data, model, bounds)
+        if isinstance(parsed, BadRequestError):
+            raise parsed
+        return parsed
     finally:
         _in_flight.give_back(len(data))
 
@@ -194,6 +197,18 @@ def parse_model(data: bytes | bytearray, model: type[_Model], bounds: BodyBounds
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])[:SHOWN_CHARACTERS] or "body"
         raise BadRequestError(f"the request's {where} is wrong: {first['msg'][:SHOWN_CHARACTERS]}.") from None
+
+
+def _parse_apart(data: bytearray, model: type[_Model], bounds: BodyBounds) -> _Model | BadRequestError:
+    """Return the model, or why there is none, in the parser's thread.
+
+    The error is a new one, without a traceback: that would keep what was parsed, and to release a million objects would
+    hold the event loop for 30 ms.
+    """
+    try:
+        return parse_model(data, model, bounds)
+    except BadRequestError as error:
+        return BadRequestError(str(error))
 
 
 def _check_keys(data: bytes | bytearray, value: Any) -> None:

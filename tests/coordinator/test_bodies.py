@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from io import BytesIO
+from traceback import walk_tb
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 from pydantic import BaseModel
 
 from coordinator.errors import BadRequestError
 from coordinator.http.auth import is_host, is_own_host
-from coordinator.http.bodies import SMALL, BodyBounds, parse_model
+from coordinator.http.bodies import SMALL, BodyBounds, parse_model, read_model
 from coordinator.http.cache import QUESTION_BOUNDS, NarinfosQuestion
 from coordinator.loop_watch import LoopWatch
 from coordinator.schema import DrainRequest, SubmitRequest
@@ -51,6 +55,27 @@ async def test_the_first_wrong_element_of_many_is_the_only_one_that_is_looked_at
     body = b'{"roots":[' + b",".join([b'{"x":1}'] * 100_000) + b"]}"
     with pytest.raises(BadRequestError, match=r"^the request's roots\.0\.attr is wrong"):
         parse_model(body, SubmitRequest, bounds)
+
+
+async def test_what_a_refused_body_became_does_not_come_to_the_event_loop() -> None:
+    bounds = BodyBounds(size_bytes=2**30, items=10**6, containers=10**6)
+    refusals: list[Exception] = []
+
+    async def handle(request: web.Request) -> web.Response:
+        try:
+            await read_model(request, SubmitRequest, bounds)
+        except BadRequestError as error:
+            refusals.append(error)
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_put("/", handle)
+    async with TestClient(TestServer(app)) as client:
+        await client.put("/", data=BytesIO(NASTY["half a million keys"]))
+    [refusal] = refusals
+    seen = [value for frame, _ in walk_tb(refusal.__traceback__) for value in frame.f_locals.values()]
+    assert seen
+    assert not any(isinstance(value, dict) and len(value) > 1000 for value in seen)
 
 
 def test_text_that_looks_like_keys_is_taken() -> None:
