@@ -468,6 +468,7 @@ class _Body:
             self.fault = error
             raise
         except Exception as error:
+            # Raised on; aiohttp would hide that it came from here, whatever the caller's own source failed with.
             self.fault = ClientError(f"what was to be sent cannot be made on this machine: {_why(error)}")
             self.fault.__cause__ = error
             raise

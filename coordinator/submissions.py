@@ -104,6 +104,7 @@ class Submissions:
         try:
             row = await self._engine.submit(event, planned.infos, note)
         except Exception:
+            # Whatever it was, nothing knows this submission, so nothing else would end its leases.
             self._intake.leases.give_back(planned.leases)
             raise
         # Where this is cancelled the submission may yet become known: its leases end by their time.

@@ -40,7 +40,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
-from infra.daemon import DaemonError, DaemonOperationError, GcAction, Upload, ValidPathInfo
+from infra.daemon import DaemonError, DaemonOperationError, GcAction
 from infra.nar_files import dump
 from infra.nix.errors import NixError
 from infra.nix.hashing import sha256_text
@@ -222,23 +222,11 @@ class InputGuard:
 
     async def _mend(self, broken: Sequence[str], sources: FarmSources) -> None:
         infos = {info.store_path: info for info in await sources.narinfos(broken)}
-        prefix = sources.farm.store_dir + "/"
         for path in broken:
             info = infos.get(path)
             if info is None:
                 raise InputError(f"{path} is not in the farm's cache")
-            upload = Upload(
-                ValidPathInfo(
-                    path=path,
-                    nar_hash=info.nar_hash,
-                    nar_size=info.nar_size,
-                    references=tuple(prefix + name for name in info.references),
-                    deriver=prefix + info.deriver if info.deriver else "",
-                    signatures=info.sigs,
-                    ca=info.ca,
-                ),
-                sources.nar(info),
-            )
+            upload = sources.upload(info, sources.nar(info))
             async with self._readers.use() as connection:
                 await connection.add_to_store_nar(upload, dont_check_sigs=True, repair=True)
             self._known.pop(path, None)

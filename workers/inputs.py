@@ -153,6 +153,22 @@ class FarmSources:
                 f"{info.store_path}: {error}", [info.store_path] if gone else ()
             ) from error
 
+    def upload(self, info: NarInfo, nar: AsyncIterator[bytes]) -> Upload:
+        """Return what adds a path to the worker's store; its narinfo is one of `narinfos`."""
+        prefix = self.farm.store_dir + "/"
+        return Upload(
+            ValidPathInfo(
+                path=info.store_path,
+                nar_hash=info.nar_hash,
+                nar_size=info.nar_size,
+                references=tuple(prefix + name for name in info.references),
+                deriver=prefix + info.deriver if info.deriver else "",
+                signatures=info.sigs,
+                ca=info.ca,
+            ),
+            nar,
+        )
+
     def uploads(self, token: str) -> UploadClient:
         """Return what uploads outputs over HTTP with the token of a lease."""
         return UploadClient(self._session, self.farm.cache_url, token)
@@ -394,22 +410,7 @@ class _NarsAhead:
 
     def uploads(self) -> list[Upload]:
         """What `add_multiple_to_store` wants; the NARs must be read in order, each once."""
-        prefix = self._sources.farm.store_dir + "/"
-        return [
-            Upload(
-                ValidPathInfo(
-                    path=info.store_path,
-                    nar_hash=info.nar_hash,
-                    nar_size=info.nar_size,
-                    references=tuple(prefix + name for name in info.references),
-                    deriver=prefix + info.deriver if info.deriver else "",
-                    signatures=info.sigs,
-                    ca=info.ca,
-                ),
-                self._nar(number),
-            )
-            for number, info in enumerate(self._infos)
-        ]
+        return [self._sources.upload(info, self._nar(number)) for number, info in enumerate(self._infos)]
 
     async def close(self) -> None:
         """Stop downloads that nobody wants any more."""

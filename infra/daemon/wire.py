@@ -267,16 +267,14 @@ class Inbox:
         an IncompleteError finds a string of the right length.
         """
         start = self._position
-        buffer = self._buffer
-        available = len(buffer) - start
-        if available < 8:
-            raise IncompleteError(8 - available)
-        (length,) = _INT.unpack_from(buffer, start)
+        length = self.read_int()
+        self._position = start
         if length > keep_bytes:
             if length > MAX_ANNOUNCED_BYTES:
                 raise DaemonProtocolError(
                     f"{what}: a string of {length} bytes announced, the limit is {MAX_ANNOUNCED_BYTES}"
                 )
+            available = len(self._buffer) - start
             if available < 8 + keep_bytes:
                 raise IncompleteError(8 + keep_bytes - available)
             self._cut(start, length, keep_bytes)

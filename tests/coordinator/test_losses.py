@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from coordinator.schema import StepStatus, SubmissionState
+from coordinator.schema import StepStatus, SubmissionState, SubmissionView
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from tests.coordinator.test_engine import ONE, ScriptedWorker, output_path, report, started
 from workers.fleet import FleetError
@@ -33,6 +34,19 @@ class Worker(ScriptedWorker):
         await self.speak(report(order, failed))
 
 
+@asynccontextmanager
+async def leased(
+    open_farm: OpenFarm,
+) -> AsyncGenerator[tuple[TestFarm, Worker, SubmissionView, Output, LeaseOrder]]:
+    """A farm that has built and published `one`, whose worker holds the lease of `two` above it."""
+    worker = Worker()
+    async with open_farm(fleet=worker.start) as farm:
+        await worker.hello()
+        submitted = await farm.submit(ONE, "two")
+        _, one = await worker.build(farm, 1)
+        yield farm, worker, submitted, one, await started(farm, worker, 2)
+
+
 def object_of(farm: TestFarm, output: Output) -> Path:
     file = farm.coordinator.cache.objects.local_path(output.url)
     assert file is not None
@@ -40,12 +54,7 @@ def object_of(farm: TestFarm, output: Output) -> Path:
 
 
 async def test_a_lost_input_is_built_again_and_the_step_that_waits_goes_on(open_farm: OpenFarm) -> None:
-    worker = Worker()
-    async with open_farm(fleet=worker.start) as farm:
-        await worker.hello()
-        submitted = await farm.submit(ONE, "two")
-        _, one = await worker.build(farm, 1)
-        two = await started(farm, worker, 2)
+    async with leased(open_farm) as (farm, worker, submitted, one, two):
         object_of(farm, one).unlink()
         await worker.misses(two, one.path)
         again, _ = await worker.build(farm, 3)
@@ -83,12 +92,7 @@ async def test_an_input_that_the_core_knew_only_as_held_is_built_again(open_farm
 
 @pytest.mark.parametrize("lie", ["it is there", "it is none of the step's"])
 async def test_a_worker_cannot_make_the_farm_forget_a_path(open_farm: OpenFarm, lie: str) -> None:
-    worker = Worker()
-    async with open_farm(fleet=worker.start) as farm:
-        await worker.hello()
-        submitted = await farm.submit(ONE, "two")
-        _, one = await worker.build(farm, 1)
-        two = await started(farm, worker, 2)
+    async with leased(open_farm) as (farm, worker, submitted, one, two):
         named = one.path if lie == "it is there" else f"/nix/store/{'0' * 32}-other"
         await worker.misses(two, named)
         await farm.until(lambda: farm.states(submitted.id)["two"] is StepStatus.READY)
@@ -98,12 +102,7 @@ async def test_a_worker_cannot_make_the_farm_forget_a_path(open_farm: OpenFarm, 
 
 
 async def test_a_reference_that_is_lost_before_publishing_is_waited_for(open_farm: OpenFarm) -> None:
-    worker = Worker()
-    async with open_farm(fleet=worker.start) as farm:
-        await worker.hello()
-        submitted = await farm.submit(ONE, "two")
-        _, one = await worker.build(farm, 1)
-        two = await started(farm, worker, 2)
+    async with leased(open_farm) as (farm, worker, submitted, one, two):
         output = await worker.upload(output_path(farm, two), b"stands on one")
         refers = output.model_copy(update={"references": (one.path.rpartition("/")[2],)})
         object_of(farm, one).unlink()

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.attack import FarmUnderAttack, running_farm
+from tests.support.attack import FarmUnderAttack, running, running_farm
 from tests.support.farm import Farm, WorkerSpec
 from tests.support.ordinary import OrdinaryUser
 
@@ -58,10 +58,5 @@ def users_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarmUnderAt
 @pytest.fixture(scope="session")
 def weak_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
     workers = [WorkerSpec("allowed", slots=1, nix_options=WEAK), WorkerSpec("refused", slots=1, nix_options=WEAK)]
-    farm = Farm(tmp_path_factory.mktemp("weak"), workers, settings='weak_isolation = ["allowed"]')
-    try:
-        farm.start().wait_for_workers(1)
+    with running(Farm(tmp_path_factory.mktemp("weak"), workers, settings='weak_isolation = ["allowed"]')) as farm:
         yield farm
-    finally:
-        farm.stop()
-        farm.clear()

@@ -13,12 +13,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tests.support.farm import Farm
 from tests.support.ordinary import OrdinaryUser
 
 #: Seconds; only ends a request that hangs.
 ANSWER_S = 120.0
+
+SomeFarm = TypeVar("SomeFarm", bound=Farm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +168,20 @@ def exchange(client: socket.socket, data: bytes, *, half_close: bool = False) ->
 
 
 @contextmanager
-def running_farm(
-    root: Path, user: OrdinaryUser | None = None, descriptors: int | None = None
-) -> Iterator[FarmUnderAttack]:
-    """A farm that has its one worker; stopped, and cleared of what does not stop, at the end."""
-    farm = FarmUnderAttack(root, user, descriptors)
+def running(farm: SomeFarm) -> Iterator[SomeFarm]:
+    """Start a farm and wait for a worker that may work; stop it, and clear what does not stop, at the end."""
     try:
         farm.start().wait_for_workers(1)
         yield farm
     finally:
         farm.stop()
         farm.clear()
+
+
+@contextmanager
+def running_farm(
+    root: Path, user: OrdinaryUser | None = None, descriptors: int | None = None
+) -> Iterator[FarmUnderAttack]:
+    """A farm as the README starts it; see `running`."""
+    with running(FarmUnderAttack(root, user, descriptors)) as farm:
+        yield farm

@@ -240,6 +240,21 @@ def test_what_the_protocol_does_not_allow_is_named(data: bytes, what: str) -> No
         Inbox(data).read_message()
 
 
+def _read_in_steps(data: bytes, step: int, held: int = 2**30) -> list[Message]:
+    """Read messages that come `step` bytes at a time; at most `held` bytes besides are ever kept."""
+    inbox = Inbox()
+    read: list[Message] = []
+    for start in range(0, len(data), step):
+        inbox.feed(data[start : start + step])
+        try:
+            while True:
+                read.append(inbox.read_message())
+        except IncompleteError:
+            pass  # more comes
+        assert len(inbox) <= held + step, "what is cut is not held"
+    return read
+
+
 @given(
     kind=st.sampled_from(("log line", "text", "field", "activity", "refusal")),
     beyond=st.integers(-9, 40_000),
@@ -256,17 +271,7 @@ def test_a_text_of_any_length_is_cut_with_a_note_and_what_follows_is_read(kind: 
         "refusal": Refusal(0, line),
     }[kind]
     data = encode_message(message) + encode_message(Text(b"next"))
-    inbox = Inbox()
-    read: list[Message] = []
-    for start in range(0, len(data), step):
-        inbox.feed(data[start : start + step])
-        try:
-            while True:
-                read.append(inbox.read_message())
-        except IncompleteError:
-            pass  # more comes
-        assert len(inbox) <= 4 * keep + step, "what is cut is not held"
-    first, second = read
+    first, second = _read_in_steps(data, step, held=4 * keep)
     assert second == Text(b"next")
     match first:
         case Result(fields=fields) | ActivityStarted(fields=fields):
@@ -284,16 +289,7 @@ def test_a_text_of_any_length_is_cut_with_a_note_and_what_follows_is_read(kind: 
 @given(st.lists(integers | strings, min_size=MAX_FIELDS - 1, max_size=MAX_FIELDS + 30), st.integers(100, 900))
 def test_of_any_number_of_fields_the_first_are_kept(values: list[int | bytes], step: int) -> None:
     data = encode_message(Result(1, 7, tuple(values))) + encode_message(Last())
-    inbox = Inbox()
-    read: list[Message] = []
-    for start in range(0, len(data), step):
-        inbox.feed(data[start : start + step])
-        try:
-            while True:
-                read.append(inbox.read_message())
-        except IncompleteError:
-            pass  # more comes
-    assert read == [Result(1, 7, tuple(values[:MAX_FIELDS])), Last()]
+    assert _read_in_steps(data, step) == [Result(1, 7, tuple(values[:MAX_FIELDS])), Last()]
 
 
 def test_a_result_of_1_37_has_cpu_times_and_an_older_one_has_not() -> None:
