@@ -1,6 +1,10 @@
 """What every test folder may use."""
 
+from __future__ import annotations
+
+import gc
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,3 +18,10 @@ REMOVAL_DEPTH = 20_000
 def pytest_sessionfinish() -> None:
     """Let pytest remove deep trees of earlier runs, which it does last; tests ran with Python's own limit."""
     sys.setrecursionlimit(REMOVAL_DEPTH)
+
+
+@pytest.fixture(autouse=True)
+def _thawed() -> Iterator[None]:
+    """Undo what a coordinator in this process kept from Python's collector, garbage of the tests included."""
+    yield
+    gc.unfreeze()

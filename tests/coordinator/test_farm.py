@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import re
 from collections.abc import AsyncIterator
@@ -35,6 +36,14 @@ rec {
   top = run "top" "read l < ${left}; read r < ${right}; echo $l and $r > $out; echo made top";
 }
 """
+
+
+async def test_what_stays_for_a_coordinators_life_is_kept_from_the_collector_once_it_serves(
+    open_farm: OpenFarm,
+) -> None:
+    async with open_farm() as farm:
+        app = farm.coordinator.app
+        assert not any(each is app for each in gc.get_objects())
 
 
 async def test_a_submitted_graph_is_built_in_order_and_every_output_can_be_fetched(open_farm: OpenFarm) -> None:
