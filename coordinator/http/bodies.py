@@ -6,7 +6,7 @@ of a public route is a stranger:
     bytes        `BodyBounds.size_bytes`, and BODIES_BYTES over all requests that are being read
     time         PATIENCE_S of waiting at a time, and in all PATIENCE_S more than LEAST_BYTES_PER_S needs (`Pace`)
     encoding     none: a compressed body is 415, so nothing is ever inflated here
-    shape        commas and brackets are counted before parsing, depth, keys and duplicate keys after it
+    shape        commas, brackets and keys are counted before parsing, depth and the keys of each object after it
     errors       sequences of the models fail fast and objects have at most MAX_KEYS keys, so few errors are collected
 
 Bodies over INLINE_BYTES are parsed beside the event loop, one at a time, so that their memory does not add up.
@@ -186,11 +186,15 @@ def parse_model(data: bytes | bytearray, model: type[_Model], bounds: BodyBounds
     """Return the model that a JSON text is. Raises `BadRequestError`."""
     if data.count(b",") > bounds.items or data.count(b"[") + data.count(b"{") > bounds.containers:
         raise BadRequestError(f"the request has more than {bounds.items} elements; ask in parts.")
+    keys = sum(found.end(1) >= 0 for found in _STRING.finditer(data))
+    if keys > MAX_KEYS * data.count(b"{"):
+        # Before they are made: a million of them take 300 MB.
+        raise _too_wide()
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise BadRequestError(f"the request's body is wrong: {error.msg[:SHOWN_CHARACTERS]}.") from None
-    _check_keys(data, value)
+    _check_keys(keys, value)
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -211,8 +215,11 @@ def _parse_apart(data: bytearray, model: type[_Model], bounds: BodyBounds) -> _M
         return BadRequestError(str(error))
 
 
-def _check_keys(data: bytes | bytearray, value: Any) -> None:
-    """Refuse what is deep, wide, or names a key twice (parsers differ in which of the two counts)."""
+def _check_keys(written: int, value: Any) -> None:
+    """Refuse what is deep, wide, or names a key twice (parsers differ in which of the two counts).
+
+    `written`: keys of the text that became `value`.
+    """
     level, keys = [value], 0
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
@@ -220,7 +227,7 @@ def _check_keys(data: bytes | bytearray, value: Any) -> None:
             if isinstance(each, dict):
                 keys += len(each)
                 if len(each) > MAX_KEYS:
-                    raise BadRequestError(f"the request has an object with more than {MAX_KEYS} keys.")
+                    raise _too_wide()
             members = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
             below.extend(member for member in members if isinstance(member, dict | list))
         if not below:
@@ -228,8 +235,12 @@ def _check_keys(data: bytes | bytearray, value: Any) -> None:
         level = below
     else:
         raise BadRequestError(f"the request is nested deeper than {MAX_DEPTH}.")
-    if sum(found.end(1) >= 0 for found in _STRING.finditer(data)) != keys:
+    if written != keys:
         raise BadRequestError("the request has an object with one key twice.")
+
+
+def _too_wide() -> BadRequestError:
+    return BadRequestError(f"the request has an object with more than {MAX_KEYS} keys.")
 
 
 def _too_large(bounds: BodyBounds) -> BodyTooLargeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
 from collections.abc import Iterator
 from io import BytesIO
 from traceback import walk_tb
@@ -71,11 +72,22 @@ async def test_what_a_refused_body_became_does_not_come_to_the_event_loop() -> N
     app = web.Application()
     app.router.add_put("/", handle)
     async with TestClient(TestServer(app)) as client:
-        await client.put("/", data=BytesIO(NASTY["half a million keys"]))
+        await client.put("/", data=BytesIO(b'{"roots":[' + b",".join([b'{"x":1}'] * 100_000) + b"]}"))
     [refusal] = refusals
-    seen = [value for frame, _ in walk_tb(refusal.__traceback__) for value in frame.f_locals.values()]
-    assert seen
-    assert not any(isinstance(value, dict) and len(value) > 1000 for value in seen)
+    holders = [frame.f_code.co_name for frame, _ in walk_tb(refusal.__traceback__)]
+    assert "read_model" in holders
+    assert "parse_model" not in holders, "its frame keeps what it made"
+
+
+def test_keys_are_counted_before_they_are_made() -> None:
+    bounds = BodyBounds(size_bytes=2**30, items=10**6, containers=10**6)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadRequestError, match="more than 32 keys"):
+            parse_model(NASTY["half a million keys"], SubmitRequest, bounds)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_text_that_looks_like_keys_is_taken() -> None:
