@@ -65,6 +65,8 @@ class Forsaken:
 
     def due(self, now: Instant) -> Iterator[f.Said]:
         """Give up the steps whose time is over; start the time of those that have come to wait."""
+        if not (self._waiting or self._heap or self._state.ready.forsaken):
+            return
         yield from self._take_note(now)
         if self._should_look_again() and now >= self._looked_at + LOOK_AGAIN_S:
             yield from self._look_again(now)

@@ -70,7 +70,10 @@ class ReadyIndex:
                     continue
                 lane = queue.lanes[stake] = Lane(self._turn)
             heappush(lane.heap, entry)
-            _prune(queue, stake, lane)
+            top = lane.heap[0]
+            # Only what the step itself had left there can be stale.
+            if top[2] is step and top is not entry:
+                _prune(queue, stake, lane)
 
     def leave(self, step: Step) -> None:
         """Forget a step that is no longer ready."""
@@ -82,7 +85,8 @@ class ReadyIndex:
         self.forsaken.pop(step, None)
         for stake in step.owners:
             lane = queue.lanes.get(stake)
-            if lane is not None:
+            # What lies below the first one is dropped when it comes up.
+            if lane is not None and lane.heap[0][2] is step:
                 _prune(queue, stake, lane)
 
     def served(self, step: Step, builder: Builder) -> None:
@@ -95,9 +99,8 @@ class ReadyIndex:
             lanes = queue.lanes
             if lanes:
                 for stake in owners:
-                    lane = lanes.get(stake)
-                    if lane is not None:
-                        lane.turn = turn
+                    if stake in lanes:
+                        lanes[stake].turn = turn
 
     def close_lanes(self, stake: int) -> None:
         """A submission waits for nothing any more: what others want too stands in their lanes."""

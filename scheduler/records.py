@@ -205,6 +205,9 @@ class Queue:
     def head(self) -> tuple[int, tuple[int, int, Step]]:
         """The turn and the entry of what goes first; the queue must not be empty."""
         lanes = self.lanes.values()
+        if len(lanes) == 1:
+            (lane,) = lanes
+            return lane.turn, lane.heap[0]
         return min([(lane.turn, lane.heap[0]) for lane in lanes])
 
 
