@@ -40,7 +40,7 @@ TAIL_BYTES = 256 * 1024
 RUNAWAY_LOG_BYTES = 1024 * 1024 * 1024
 #: Memory that one daemon may take while its builder runs. Nix holds each line of a log in memory, several times.
 MAX_DAEMON_BYTES = 1024 * 1024 * 1024
-#: Seconds between two looks at that memory: a builder prints some 200 MB a second.
+#: Seconds until the first look at that memory and between two: a builder prints some 200 MB a second.
 LOOK_EVERY_S = 0.25
 #: How the exceptions of Nix's JSON library begin. All the JSON that Nix reads for a build comes from its recipe.
 JSON_EXCEPTION = "[json.exception."
@@ -226,8 +226,11 @@ async def _bounded_memory(connection: DaemonConnection) -> AsyncIterator[None]:
 
     async def look() -> None:
         nonlocal taken
-        while (now := connection.memory_of_building()) <= MAX_DAEMON_BYTES:  # noqa: ASYNC110 - memory sends no event
+        now = 0
+        while now <= MAX_DAEMON_BYTES:
+            # First of all: most builds of a large graph end before a line could take that much.
             await asyncio.sleep(LOOK_EVERY_S)
+            now = connection.memory_of_building()
         taken = now
         connection.abort("the log takes too much memory")
 

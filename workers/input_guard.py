@@ -38,6 +38,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 
 from infra.daemon import DaemonError, DaemonOperationError, GcAction
@@ -49,6 +50,8 @@ from workers.errors import WorkerError
 from workers.inputs import FarmSources, InputError
 
 log = logging.getLogger(__name__)
+
+_name = attrgetter("name")
 
 #: Entries (files, directories, links) below the tops of paths that one look reads, where builds cannot write inputs.
 DEEP_ENTRIES = 2000
@@ -371,26 +374,30 @@ def identify(at: str, budget: int) -> tuple[Identity, int]:
     Where there are more than `budget` of them, the identity says nothing of what is below. Raises `OSError`.
     """
     top = os.lstat(at)
+    is_directory = stat.S_ISDIR(top.st_mode)
     # A file is linked into the sandbox that shows it.
-    firm = _numbers(top, linked=stat.S_ISDIR(top.st_mode))
-    if not stat.S_ISDIR(top.st_mode):
+    firm = _numbers(top, linked=is_directory)
+    if budget <= 0 or not is_directory:
+        # Most paths of a large closure: without reading a directory whose entries are too many by now.
         return Identity(firm, _numbers(top, linked=True)), 0
     entries = 0
     below, below_linked = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     stack = [at]
     while stack:
         with os.scandir(stack.pop()) as directory:
-            inside = sorted(directory, key=lambda entry: entry.name)
+            inside = sorted(directory, key=_name)
         entries += len(inside)
         if entries > budget:
             return Identity(firm, _numbers(top, linked=True)), budget
         for entry in inside:
             status = entry.stat(follow_symlinks=False)
             is_directory = stat.S_ISDIR(status.st_mode)
-            alone = is_directory or status.st_nlink == 1
             name = os.fsencode(entry.path)
-            below.update(b"%d %b %b" % (len(name), name, repr(_numbers(status, linked=alone)).encode()))
-            below_linked.update(repr(_numbers(status, linked=True)).encode())
+            numbers = repr(_numbers(status, linked=True)).encode()
+            below_linked.update(numbers)
+            if not is_directory and status.st_nlink != 1:
+                numbers = repr(_numbers(status, linked=False)).encode()
+            below.update(b"%d %b %b" % (len(name), name, numbers))
             if is_directory:
                 stack.append(entry.path)
     return Identity(firm, _numbers(top, linked=True), below.digest(), below_linked.digest()), entries
