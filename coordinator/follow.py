@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.text import Text
 from coordinator.client import ApiClient, ClientError
 from coordinator.control import harmless
 from coordinator.errors import CoordinatorError
-from coordinator.schema import StepView, SubmissionView
+from coordinator.schema import StepChanged, StepView, SubmissionView
 from coordinator.terminal import News, Progress, heartbeat_line, live_region, news_lines
 
 FRAMES_PER_S = 10
@@ -58,9 +59,15 @@ class Screen:
 
 
 async def follow(
-    client: ApiClient, submission: str, screen: Screen, failed: dict[str, StepView] | None = None
+    client: ApiClient,
+    submission: str,
+    screen: Screen,
+    failed: dict[str, StepView] | None = None,
+    on_step: Callable[[StepView], None] = lambda _: None,
 ) -> SubmissionView:
     """Show a submission until it has ended and return its last state; `failed` is filled with its failed steps.
+
+    `on_step` is called with each step that changes.
 
     Raises:
         ClientError: The coordinator refused, or has been away for too long.
@@ -78,6 +85,8 @@ async def follow(
             async for event in client.watch(submission, on_lost=lambda why: screen.note(f"{why}; trying again")):
                 for news, step in progress.apply(event):
                     _tell(screen, news, step)
+                if isinstance(event, StepChanged):
+                    on_step(event.step)
                 dirty.set()
         finally:
             painter.cancel()

@@ -8,7 +8,7 @@ A worker that cannot have an input, and a publication whose references are gone,
 3. A lost object is had again from a worker's store or an upstream, bit for bit. Where nobody has it, the path leaves
    the cache with all that refers to it, because a path is published only with everything that it refers to.
 4. Then the running submissions of the step are planned anew: what is gone is built again. A lost source has no deriver;
-   the step waits until a client that submits it sends it.
+   the step waits (`StepView.lost_input`) until a client sends it: one that watches does so by itself.
 
 Whether a remote object exists is asked only for the paths that a report names: one question each. Intake believes the
 database, where it cannot look at files.

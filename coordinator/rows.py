@@ -44,6 +44,8 @@ class Life:
     cause: str = ""
     #: Why the last lease of this life ended without a verdict through the farm's fault.
     trouble: str = ""
+    #: Whether that was because the cache has lost an input; not known after a restart, until it is tried again.
+    lost_input: bool = False
     #: Class of the isolation that it was built in.
     isolation: str = ""
 

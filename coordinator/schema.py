@@ -6,7 +6,7 @@ All paths are below `/api/v1` and want `Authorization: Bearer <token>`; times ar
     POST intake/missing        IntakeQuery -> IntakeMissing            one question for the whole closure
     PUT  intake/derivations    zstd stream of .drv files -> 204        framing: coordinator.framing
     PUT  intake/sources        zstd stream of (header, NAR) -> 204
-    POST submissions           SubmitRequest -> 201 SubmissionView
+    POST submissions           SubmitRequest -> 201 SubmissionView     three roots, as from cancel and retry
     GET  submissions           -> [SubmissionView], newest first, a page; three roots of each
     GET  submissions/ID        -> SubmissionView                       with its first 500 roots
     GET  submissions/ID/roots  -> [RootView], a page
@@ -245,6 +245,8 @@ class StepView(Model):
     #: For a step that does not run: why, in one sentence, and as a value.
     waiting_for: str = ""
     waiting: WaitingView | None = None
+    #: It waits because the farm's cache has lost an input.
+    lost_input: bool = False
     #: The last lines of a failed step's log.
     log_tail: str = ""
 

@@ -367,6 +367,7 @@ class Views:
             cause=life.cause,
             waiting_for=f"{sentence}; last time: {life.trouble}" if sentence and life.trouble else sentence,
             waiting=waiting,
+            lost_input=waiting is not None and life.lost_input,
             log_tail=self._explain.log_tail(row.key, life.attempt) if failed else "",
         )
 
@@ -525,6 +526,7 @@ class Views:
         row = self._row(fact.step)
         life = row.live()
         life.failure, life.cause, life.trouble, life.ended_at = None, "", "", 0.0
+        life.lost_input = False
         self._wait(row, fact.recipe)
 
     def _lost(self, fact: facts.StepLost) -> Iterator[Pause]:
@@ -552,6 +554,7 @@ class Views:
         life.leave()
         if is_fault(fact.failure.kind) or fact.failure.kind is FailureKind.INPUT_LOST:
             life.trouble = fact.failure.message
+            life.lost_input = fact.failure.kind is FailureKind.INPUT_LOST
         self._wait(row, row.recipe)
 
     def _built(self, fact: facts.StepBuilt) -> None:

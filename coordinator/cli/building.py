@@ -6,7 +6,8 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from coordinator.closure import (
     refuse_lost_references,
 )
 from coordinator.control import harmless
+from coordinator.errors import CoordinatorError
 from coordinator.evaluate import Evaluation, EvaluationError, LeftOut, Wanted, evaluate, left_out_text, parse_drv
 from coordinator.follow import Screen, follow
 from coordinator.framing import SourceHeader, encode_derivations, encode_sources, in_thread
@@ -43,6 +45,8 @@ from coordinator.schema import (
 from coordinator.terminal import size, summary_lines
 from infra.process import ProcessError, run
 
+#: Seconds after the client has sent what the farm lost before it looks again: the whole graph is asked about.
+SEND_AGAIN_EVERY_S = 10.0
 #: Seconds for one `nix-store -r`, and how many paths it is given.
 FETCH_S = 24 * 3600.0
 FETCH_AT_ONCE = 500
@@ -139,7 +143,9 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
         submitted.id = view.id
         if wish.detach:
             return _detached(await client.whole(view), submitted, as_json=wish.as_json)
-        view = await client.whole(await follow(client, view.id, screen, submitted.failed))
+        async with _sending_again(lambda: _send(client, store, wanted, screen), screen) as on_step:
+            view = await follow(client, view.id, screen, submitted.failed, on_step)
+        view = await client.whole(view)
         if wish.fetch and view.state is SubmissionState.SUCCEEDED:
             await _fetch(farm, view, wish, store, screen)
         return _finish(view, submitted, screen, as_json=wish.as_json)
@@ -205,6 +211,39 @@ async def _send(client: ApiClient, store: LocalStore, wanted: Sequence[Wanted], 
             nars = ((header, _nar(store, header)) for header in sources)
             await client.send_sources(in_thread(encode_sources(nars)))
     return tuple(makers)
+
+
+@asynccontextmanager
+async def _sending_again(
+    send: Callable[[], Awaitable[object]], screen: Screen
+) -> AsyncIterator[Callable[[StepView], None]]:
+    """Send what the farm lacks again whenever a step waits for a lost input, as long as the block runs.
+
+    Gives what takes each step that changes. Where what is lost cannot be sent, its step waits as before.
+    """
+    lost = asyncio.Event()
+
+    def on_step(step: StepView) -> None:
+        if step.lost_input:
+            lost.set()
+
+    async def run() -> None:
+        while True:
+            await lost.wait()
+            lost.clear()
+            try:
+                await send()
+            except (CoordinatorError, OSError) as error:
+                screen.note(f"the farm lost an input, which could not be sent again: {error}")
+            await asyncio.sleep(SEND_AGAIN_EVERY_S)
+
+    sender = asyncio.create_task(run())
+    try:
+        yield on_step
+    finally:
+        sender.cancel()
+        with suppress(asyncio.CancelledError):
+            await sender
 
 
 def _nar(store: LocalStore, header: SourceHeader) -> Callable[[], Any]:

@@ -115,14 +115,15 @@ class Api:
         return web.Response(status=204)
 
     async def submit(self, request: web.Request) -> web.Response:
-        """Take a submission; the answer leaves once it is durable."""
+        """Take a submission; the answer leaves once it is durable, and names few of its roots."""
         wish = await read_model(request, SubmitRequest, self._bounds.submission)
         row = await self._submissions.submit(wish)
-        return answer(self._views.submission_view(row), status=201)
+        return answer(self._views.submission_view(row, ROOTS_LISTED), status=201)
 
     async def retry(self, request: web.Request) -> web.Response:
         """Let a submission run again."""
-        return answer(self._views.submission_view(await self._submissions.retry(request.match_info["id"])))
+        row = await self._submissions.retry(request.match_info["id"])
+        return answer(self._views.submission_view(row, ROOTS_LISTED))
 
     async def retry_step(self, request: web.Request) -> web.Response:
         """Build a failed step again."""
@@ -149,7 +150,7 @@ class Api:
 
     async def cancel(self, request: web.Request) -> web.Response:
         """Withdraw a submission."""
-        return answer(self._views.submission_view(await self._engine.cancel(request.match_info["id"])))
+        return answer(self._views.submission_view(await self._engine.cancel(request.match_info["id"]), ROOTS_LISTED))
 
     async def steps(self, request: web.Request) -> web.Response:
         """List the steps of a submission, all or those in the named states."""

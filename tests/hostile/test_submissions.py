@@ -62,6 +62,9 @@ def test_lists_are_paged_name_few_roots_and_lose_nothing(own_farm: FarmUnderAtta
         wish = json.dumps({"label": f"label-{number}", "roots": roots}).encode()
         answer = own_farm.request("POST", "/api/v1/submissions", wish, token=own_farm.token)
         assert answer.status == 201, answer.body
+        # Few roots suffice for a client that has just sent them all; it asks for the rest where it shows them.
+        accepted = json.loads(answer.body)
+        assert (len(accepted["roots"]), accepted["root_count"]) == (3, 6008)
 
     def pages(target: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
