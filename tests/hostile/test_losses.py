@@ -20,7 +20,7 @@ pytestmark = pytest.mark.e2e
 PATIENCE_S = 90.0
 #: `FIRST` is in the cache before. Everything else waits for `gate`, and meanwhile the cache loses what it loses.
 GRAPH = """
-    gate = shell "gate" "/bin/busybox sleep 6; echo open > $out";
+    gate = shell "gate" "while [ ! -e /gate/open ]; do /bin/busybox sleep 0.1; done; echo open > $out";
     kept = on-first "kept" { } "echo kept > $out";
     object = on-first "object" { } "echo object > $out";
     row = on-first "row" { } "echo row > $out";
@@ -51,6 +51,7 @@ class Lossy:
     def __init__(self, farm: Farm, file: Path) -> None:
         self.farm = farm
         self.file = file
+        self.gate = farm.root / "gate"
         self.database = sqlite3.connect(farm.state / "cache.sqlite3", timeout=30, isolation_level=None)
 
     def close(self) -> None:
@@ -147,7 +148,10 @@ class Lossy:
 def lossy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lossy]:
     root = tmp_path_factory.mktemp("losses")
     # One can build what is lost, the other what stands on it and has nothing in its store.
-    workers = [WorkerSpec(name, features=(name,), nix_options=BUSYBOX) for name in ("first", "second")]
+    gate = root / "gate"
+    gate.mkdir()
+    options = {"sandbox-paths": f"{BUSYBOX['sandbox-paths']} /bin/busybox /gate={gate}"}
+    workers = [WorkerSpec(name, features=(name,), nix_options=options) for name in ("first", "second")]
     farm = Farm(root, workers)
     directory = root / "expression"
     directory.mkdir()
@@ -172,6 +176,7 @@ def test_what_is_lost_while_steps_wait_for_it_comes_back_and_nobody_is_blamed(lo
     lossy.lose(lossy.path_of("below"))
     lossy.lose(lossy.path_of("source"), row=True)
     lossy.lose(lossy.path_of("unwatched"), row=True)
+    (lossy.gate / "open").touch()
 
     # The client that watches sends its source again by itself.
     assert client.wait(PATIENCE_S) == 0
