@@ -48,6 +48,8 @@ from scheduler.model import StepKey
 FORMAT: Final = 1
 #: Rows of one executemany; keeps the driver's thread from holding megabytes of parameters twice.
 INSERT_ROWS = 5_000
+#: Rows of an answer that are made at once, a microsecond each; the loop goes on in between.
+ROWS_AT_ONCE = 2_000
 #: Nodes kept in memory so that a submission right after its upload asks the database nothing; emptied when full.
 MAX_CACHED_NODES = 200_000
 #: Below this many bytes compression does not pay.
@@ -428,7 +430,10 @@ class DerivationStore:
 
         async def ask() -> Sequence[Any]:
             async with self._engine.connect() as connection:
-                rows: Sequence[Any] = (await connection.execute(query, parameters)).all()
+                rows: list[Any] = []
+                for some in (await connection.execute(query, parameters)).partitions(ROWS_AT_ONCE):
+                    rows += some
+                    await asyncio.sleep(0)
             return rows
 
         return await _told(ask)

@@ -42,16 +42,24 @@ async def in_slices(work: Generator[object, None, T]) -> T:
         turns = _turns[loop] = _Turns()
     while True:
         async with turns.lock:
-            began_s = time.thread_time()
-            left_s = SLICE_S - turns.spent_s
+            # Others may have used up this slice of the loop's time. Who waits for a turn waits for the pause too.
+            await _pause_if_due(turns)
+            before_s = turns.spent_s - time.thread_time()
             try:
-                while time.thread_time() - began_s < left_s:
+                while True:
                     next(work)
+                    turns.spent_s = before_s + time.thread_time()
+                    if turns.spent_s >= SLICE_S:
+                        break
             except StopIteration as end:
                 result: T = end.value
                 return result
             finally:
-                turns.spent_s += time.thread_time() - began_s
-            # The others that wait for a turn wait this long too.
-            await asyncio.sleep(0)
-            turns.spent_s = 0.0
+                turns.spent_s = before_s + time.thread_time()
+            await _pause_if_due(turns)
+
+
+async def _pause_if_due(turns: _Turns) -> None:
+    if turns.spent_s >= SLICE_S:
+        await asyncio.sleep(0)
+        turns.spent_s = 0.0

@@ -55,8 +55,8 @@ LOCK_TIMEOUT_S = 10
 POOL_SIZE = 4
 #: How long a reader waits for one of them.
 POOL_WAIT_S = 10.0
-#: Values in one `IN (…)`; SQLite takes 32,766, PostgreSQL's drivers 32,767.
-MAX_IN = 10_000
+#: Values in one `IN (…)`. SQLite and PostgreSQL take over 32,000; rendering holds the event loop for some 5 µs each.
+MAX_IN = 2_000
 
 _log = logging.getLogger(__name__)
 

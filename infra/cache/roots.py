@@ -29,7 +29,7 @@ MAX_NAME_LENGTH = 512
 #: Paths that one root may name.
 MAX_ROOT_PATHS = 1_000_000
 #: Names written by one statement: all of a large root at once would be a hundred megabytes of parameters.
-NAMED_AT_ONCE = 5_000
+NAMED_AT_ONCE = 1_000
 #: Lapsed leases that one transaction removes; each may name as many paths as a large graph has.
 LEASES_AT_ONCE = 4
 #: Uses closer together than this are one: they order roots for a size budget, and each is a write.
@@ -236,7 +236,10 @@ async def _write(connection: AsyncConnection, kind: str, name: str, now: float, 
 async def _name(connection: AsyncConnection, root: int, hash_parts: Sequence[str], *, only: bool) -> None:
     """Let a root name these paths too, or `only` these."""
     question = sa.select(root_paths.c.hash_part).where(root_paths.c.root == root)
-    named = set((await connection.execute(question)).scalars())
+    named: set[str] = set()
+    for some in (await connection.execute(question)).scalars().partitions(NAMED_AT_ONCE):
+        named.update(some)
+        await asyncio.sleep(0)
     new = [hash_part for hash_part in hash_parts if hash_part not in named]
     for some in slices(new, NAMED_AT_ONCE):
         await connection.execute(root_paths.insert(), [{"root": root, "hash_part": hash_part} for hash_part in some])

@@ -1,0 +1,102 @@
+"""A large submission never holds the event loop of a whole coordinator for long, whatever becomes of it.
+
+What holds the loop is one callback. Its length is counted in lines of Python that ran, libraries included, and not in
+seconds: a slow machine changes nothing. Work in threads is not counted. `coordinator.loop_watch` measures the same in
+processor time where a farm runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from coordinator import slices
+from coordinator.framing import encode_derivations, in_thread
+from coordinator.schema import RootRequest, StepStatus, SubmitRequest
+from coordinator.submissions import Submissions
+from scheduler import events as e
+from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, LeaseId
+from tests.coordinator.conftest import OpenFarm, TestFarm
+from tests.support.graphs import Maker
+
+#: Roots, all of which stand on one derivation.
+ROOTS = 1_500
+#: Lines of one callback: some 4 ms. Without slices a callback here runs through up to 360,000.
+LINES = 60_000
+BUILDER = BuilderId("b")
+
+
+@contextmanager
+def lines_of_callbacks() -> Iterator[list[int]]:
+    """Give the lines of each callback that the loop of this thread runs in the block."""
+    every: list[int] = []
+    lines = 0
+
+    def count(_frame: FrameType, event: str, _arg: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    run = asyncio.Handle._run
+
+    def counted(handle: asyncio.Handle) -> None:
+        nonlocal lines
+        lines = 0
+        run(handle)
+        every.append(lines)
+
+    before = sys.gettrace()
+    asyncio.Handle._run = counted  # type: ignore[method-assign]
+    sys.settrace(count)
+    try:
+        yield every
+    finally:
+        sys.settrace(before)
+        asyncio.Handle._run = run  # type: ignore[method-assign]
+
+
+async def sent(farm: TestFarm) -> tuple[RootRequest, ...]:
+    maker = Maker()
+    origin = maker.plain("origin")
+    tops = [maker.plain(f"top-{number}", [origin]) for number in range(ROOTS)]
+    members = ((made.name, made.data) for made in (origin, *tops))
+    await farm.client.send_derivations(in_thread(encode_derivations(members)))
+    return tuple(RootRequest(attr=f"top-{number}", drv=made.drv) for number, made in enumerate(tops))
+
+
+async def test_no_callback_is_long_whatever_becomes_of_a_large_submission(
+    open_farm: OpenFarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices are as short as can be: how many pieces fit into one depends on the machine."""
+    monkeypatch.setattr(slices, "SLICE_S", 0.0)
+    async with open_farm() as farm:
+        wish = SubmitRequest(roots=await sent(farm))
+        engine, views = farm.coordinator.engine, farm.coordinator.views
+        submissions = Submissions(engine, views, farm.coordinator.intake)
+        with lines_of_callbacks() as lines:
+            first, second = (await submissions.submit(wish)).id, (await submissions.submit(wish)).id
+            await engine.cancel(first)
+            await engine.cancel(second)
+            third = await submissions.submit(wish)
+            await engine.offer(e.BuilderJoined(BuilderSpec(BUILDER, "1", frozenset({"x86_64-linux"})), 1))
+            [(origin, row)] = third.active.items()
+            failure = Failure(FailureKind.PERMANENT, "exit status 1")
+            await engine.offer(e.BuildFailed(LeaseId(origin, row.life.attempt), BUILDER, failure))
+            assert third.counts[StepStatus.DOOMED] == ROOTS
+            await submissions.retry(third.id)
+            lease = LeaseId(origin, row.life.attempt)
+            await engine.offer(e.BuildSucceeded(lease, BUILDER, b""))
+            await engine.offer(e.OutputsPublished(lease))
+            assert third.counts[StepStatus.READY] == ROOTS - 1
+            await engine.offer(e.BuilderLost(BUILDER, "1", "gone"))
+            await engine.cancel(third.id)
+            for submission in (first, second, third.id):
+                await engine.offer(e.SubmissionExpired(submission))
+            assert views.step_total() == 0
+    assert [each for each in lines if each > LINES] == []
