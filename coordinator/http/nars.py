@@ -195,7 +195,7 @@ async def _send_file(
 ) -> web.StreamResponse:
     """Send bytes of an open file without seeing them; who stalls, or whose file ends early, loses the connection."""
     transport = request.transport
-    if transport is None:
+    if transport is None or transport.is_closing():
         raise ConnectionResetError("the client has left")
     connection = os.dup(transport.get_extra_info("socket").fileno())
     try:
@@ -213,7 +213,9 @@ async def _send_file(
         return response
     finally:
         os.close(connection)
-        transport.set_write_buffer_limits()
+        if not transport.is_closing():
+            # uvloop raises where the connection is gone.
+            transport.set_write_buffer_limits()
     await response.write_eof()
     return response
 
