@@ -1,23 +1,25 @@
-"""The HTTP API from the client's side: typed answers, typed errors, a watch that survives a broken connection."""
+"""The HTTP API from the client's side: typed answers, typed errors, a watch that survives a broken connection.
+
+Short questions go by `coordinator.exchange`; aiohttp, which takes a while to import, carries streams alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import io
 import os
+import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self, TypeVar
-from urllib.parse import quote
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
+from urllib.parse import parse_qs, quote, urlsplit
 
-import aiohttp
 import orjson
 from pydantic import TypeAdapter, ValidationError
-from yarl import URL
 
 from coordinator.errors import CoordinatorError, UnavailableError
+from coordinator.exchange import AddressError, Answer, BadAnswerError, exchange
 from coordinator.schema import (
     CacheRootView,
     CacheView,
@@ -46,6 +48,9 @@ from coordinator.schema import (
     WorkerView,
 )
 
+if TYPE_CHECKING:
+    import aiohttp
+
 DEFAULT_URL = "http://127.0.0.1:7878"
 #: Seconds for a connection, for one JSON answer, and of silence on a stream before it is taken for broken.
 CONNECT_S = 10.0
@@ -59,9 +64,12 @@ RECONNECT_LONGEST_S = 5.0
 RECONNECT_GIVE_UP_S = 300.0
 #: One server-sent event; a snapshot names every running and failed step.
 MAX_EVENT_BYTES = 256 * 1024 * 1024
+#: Of a refusal's body that are read.
+MAX_REFUSAL_BYTES = 64 * 1024
 
 #: The steps that a snapshot names.
 _SHOWN = (StepStatus.RUNNING, StepStatus.PUBLISHING, StepStatus.FAILED)
+_NEXT = re.compile(r'<([^<>]*)>; *rel="?next"?')
 _EVENTS: TypeAdapter[WatchEvent] = TypeAdapter(WatchEvent)
 _STEPS = TypeAdapter(list[StepView])
 _SUBMISSIONS = TypeAdapter(list[SubmissionView])
@@ -141,7 +149,7 @@ def _state_dir() -> Path:
 
 
 class ApiClient:
-    """One HTTP session with the coordinator; an asynchronous context manager.
+    """The coordinator's methods, and one session for streams; an asynchronous context manager.
 
     Every method raises `UnreachableError` where nobody answers and `RefusedError` where the answer is no.
     """
@@ -149,15 +157,18 @@ class ApiClient:
     def __init__(self, url: str, token: str) -> None:
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._entered = False
+        #: Made for the first stream.
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(headers=self._headers)
+        self._entered = True
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._entered = False
         if self._session is not None:
             await self._session.close()
 
@@ -267,11 +278,8 @@ class ApiClient:
         """Yield a step's log as raw bytes; with `follow` until the step has ended."""
         query = {"follow": "1"} if follow else {}
         async with self._call("GET", f"steps/{_part(key)}/log", params=query, answer_s=None) as response:
-            try:
-                async for chunk in response.content.iter_any():
-                    yield chunk
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise UnreachableError(self.url, _why(error)) from None
+            async for chunk in self._chunks(response):
+                yield chunk
 
     async def watch(
         self, submission: str, on_lost: Callable[[str], None] = lambda _why: None
@@ -340,12 +348,18 @@ class ApiClient:
         path = f"submissions/{_part(submission)}/events"
         async with self._call("GET", path, answer_s=None, silence_s=SILENCE_S) as response:
             reader = EventReader()
-            try:
-                async for chunk in response.content.iter_any():
-                    for data in reader.feed(chunk):
-                        yield self._parse(_EVENTS, data)
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise UnreachableError(self.url, _why(error)) from None
+            async for chunk in self._chunks(response):
+                for data in reader.feed(chunk):
+                    yield self._parse(_EVENTS, data)
+
+    async def _chunks(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        import aiohttp  # noqa: PLC0415 - slow to import
+
+        try:
+            async for chunk in response.content.iter_any():
+                yield chunk
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise UnreachableError(self.url, _why(error)) from None
 
     async def _pages(
         self,
@@ -359,13 +373,10 @@ class ApiClient:
         found: list[_Listed] = []
         params = {**(query or {}), "limit": str(min(most or PAGE_ROWS, PAGE_ROWS))}
         while True:
-            async with self._call("GET", path, params=params) as response:
-                try:
-                    page: list[_Listed] = self._parse(adapter, await response.read())
-                except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                    raise UnreachableError(self.url, _why(error)) from None
-                found += page
-                following = _next_cursor(response)
+            answer = await self._ask("GET", path, params=params)
+            page: list[_Listed] = self._parse(adapter, answer.body)
+            found += page
+            following = _next_cursor(answer)
             if not following or (most is not None and len(found) >= most):
                 return found[:most]
             params["after"] = following
@@ -406,11 +417,44 @@ class ApiClient:
         params: Mapping[str, str] | None = None,
         answer_s: float | None = ANSWER_S,
     ) -> bytes:
-        async with self._call(method, path, data=data, params=params, answer_s=answer_s) as response:
-            try:
-                return await response.read()
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise UnreachableError(self.url, _why(error)) from None
+        return (await self._ask(method, path, data=data, params=params, answer_s=answer_s)).body
+
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        data: bytes | None = None,
+        params: Mapping[str, str] | None = None,
+        answer_s: float | None = ANSWER_S,
+    ) -> Answer:
+        """Return the whole answer to one request."""
+        self._require_context()
+        headers = {**self._headers, **({} if data is None else {"Content-Type": "application/json"})}
+        try:
+            async with asyncio.timeout(answer_s):
+                answer = await exchange(
+                    method,
+                    f"{self.url}/api/v1/{path}",
+                    params=params or {},
+                    headers=headers,
+                    body=data,
+                    connect_s=CONNECT_S,
+                )
+        except AddressError:
+            raise self._no_address() from None
+        except (BadAnswerError, TimeoutError, OSError) as error:
+            raise UnreachableError(self.url, _why(error)) from None
+        if answer.status >= 300:
+            raise _refusal(answer.status, answer.body, self.url)
+        return answer
+
+    def _require_context(self) -> None:
+        if not self._entered:
+            raise ClientError("the client is used outside its context")
+
+    def _no_address(self) -> BadArgumentError:
+        return BadArgumentError(f"{self.url} is not an address; set DROVER_URL to one like {DEFAULT_URL}")
 
     @asynccontextmanager
     async def _call(
@@ -418,36 +462,37 @@ class ApiClient:
         method: str,
         path: str,
         *,
-        data: bytes | AsyncIterator[bytes] | None = None,
+        data: AsyncIterator[bytes] | None = None,
         params: Mapping[str, str] | None = None,
         answer_s: float | None = ANSWER_S,
         silence_s: float | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Yield the answer to a request as it comes; for streams in either direction."""
+        import aiohttp  # noqa: PLC0415 - slow to import
+
+        self._require_context()
         if self._session is None:
-            raise ClientError("the client is used outside its context")
-        body = _Body(data) if isinstance(data, AsyncIterator) else None
+            self._session = aiohttp.ClientSession(headers=self._headers)
+        body = None if data is None else _Body(data)
         timeout = aiohttp.ClientTimeout(total=answer_s, sock_connect=CONNECT_S, sock_read=silence_s)
-        headers = {"Content-Type": "application/json"} if isinstance(data, bytes) else {}
         try:
             response = await self._session.request(
                 method,
                 f"{self.url}/api/v1/{path}",
-                # As a file: aiohttp sends a large one in pieces.
-                data=io.BytesIO(data) if isinstance(data, bytes) else body,
+                data=body,
                 params=params,
-                headers=headers,
                 timeout=timeout,
                 allow_redirects=False,
             )
         except aiohttp.InvalidURL:
-            raise BadArgumentError(f"{self.url} is not an address; set DROVER_URL to one like {DEFAULT_URL}") from None
+            raise self._no_address() from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if body is not None and body.fault is not None:
                 raise body.fault from None
             raise UnreachableError(self.url, _why(error)) from None
         try:
             if response.status >= 300:
-                raise await _refusal(response, self.url)
+                raise _refusal(response.status, await response.content.read(MAX_REFUSAL_BYTES), self.url)
             yield response
         finally:
             response.release()
@@ -469,7 +514,9 @@ class _Body:
             raise
         except Exception as error:
             # Raised on; aiohttp would hide that it came from here, whatever the caller's own source failed with.
-            self.fault = ClientError(f"what was to be sent cannot be made on this machine: {_why(error)}")
+            self.fault = ClientError(
+                f"what was to be sent cannot be made on this machine: {str(error) or type(error).__name__}"
+            )
             self.fault.__cause__ = error
             raise
 
@@ -498,26 +545,24 @@ class EventReader:
         return events
 
 
-async def _refusal(response: aiohttp.ClientResponse, url: str) -> RefusedError:
-    raw = await response.content.read(64 * 1024)
+def _refusal(status: int, raw: bytes, url: str) -> RefusedError:
     try:
         body = ErrorView.model_validate_json(raw).error
         reason, message = body.code, body.message
     except ValidationError:
-        reason, message = "http", f"{url} answered with status {response.status}; is that a drover coordinator?"
-    if response.status == 401:
+        reason, message = "http", f"{url} answered with status {status}; is that a drover coordinator?"
+    if status == 401:
         message = (
             f"the coordinator at {url} did not accept the API token; name its file with --token-file "
             "or DROVER_TOKEN_FILE (`drover up` writes it as api-token into its state directory)"
         )
-    return RefusedError(response.status, reason, message)
+    return RefusedError(status, reason, message)
 
 
-def _next_cursor(response: aiohttp.ClientResponse) -> str:
+def _next_cursor(answer: Answer) -> str:
     """Return the cursor of the next page, "" on the last one."""
-    if "next" not in response.links:
-        return ""
-    return URL(str(response.links["next"]["url"])).query.get("after", "")
+    found = _NEXT.search(answer.headers.get("link", ""))
+    return parse_qs(urlsplit(found[1]).query).get("after", [""])[0] if found else ""
 
 
 def _part(text: str) -> str:
@@ -526,9 +571,9 @@ def _part(text: str) -> str:
 
 
 def _why(error: BaseException) -> str:
-    if isinstance(error, aiohttp.ClientConnectorError):
-        number = error.os_error.errno
-        return os.strerror(number).lower() if number else "connection failed"
     if isinstance(error, TimeoutError):
         return "no answer in time"
+    if isinstance(error, OSError) and error.errno:
+        # Those of name resolution are negative.
+        return (os.strerror(error.errno) if error.errno > 0 else error.strerror or "connection failed").lower()
     return str(error) or type(error).__name__

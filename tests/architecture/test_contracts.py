@@ -75,6 +75,12 @@ def test_every_module_says_what_it_is_for() -> None:
             assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
+def test_a_command_with_a_short_question_imports_no_library_of_streams_or_servers() -> None:
+    code = "import sys, coordinator.cli.showing; print([name for name in ('aiohttp', 'infra') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_the_command_line_is_there_at_once() -> None:
     """Heavy libraries are imported by the command that needs them, not by `drover --help`."""
     heavy = "('ray', 'sqlalchemy', 'aiohttp', 'obstore')"

@@ -104,7 +104,7 @@ async def test_names_become_one_segment_of_the_path_and_the_token_a_header() -> 
     async with served(handler) as client:
         with pytest.raises(RefusedError):
             await client.step("a/../b?c=d+e")
-    assert seen == [("/api/v1/steps/a%2F..%2Fb%3Fc=d%2Be", "Bearer token")]
+    assert seen == [("/api/v1/steps/a%2F..%2Fb%3Fc%3Dd%2Be", "Bearer token")]
 
 
 async def test_a_stream_that_fails_while_it_is_made_says_why() -> None:
