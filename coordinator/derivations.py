@@ -396,12 +396,17 @@ class DerivationStore:
             .join(_derivations, _derivations.c.drv == _members.c.drv)
             .where(_members.c.ordinal == 0)
         )
-        found: dict[StepKey, StepInfo] = {}
-        for step, drv, detail in await self._answers(query, keys):
-            system, features, outputs, _, _ = orjson.loads(detail)
-            key = StepKey(step)
-            found[key] = _info(key, drv, system, tuple(features), _pairs(outputs), self._store_dir)
-        return found
+        rows = await self._answers(query, keys)
+
+        def infos() -> dict[StepKey, StepInfo]:
+            found: dict[StepKey, StepInfo] = {}
+            for step, drv, detail in rows:
+                system, features, outputs, _, _ = orjson.loads(detail)
+                key = StepKey(step)
+                found[key] = _info(key, drv, system, tuple(features), _pairs(outputs), self._store_dir)
+            return found
+
+        return await asyncio.to_thread(infos)
 
     async def _recipes(
         self, wanted: Iterable[tuple[StepKey, int]], *columns: ColumnElement[Any]

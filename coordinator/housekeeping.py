@@ -86,8 +86,9 @@ class SubmissionNeeds:
         for row in self.rows():
             known = before.get(row.id)
             if known is None or known[0] is not row.members or known[1] != len(row.members):
-                known = (row.members, len(row.members), _digest(row.members))
-                await asyncio.sleep(0)
+                # Members may join while a thread reads them.
+                members = tuple(row.members)
+                known = (row.members, len(members), await asyncio.to_thread(_digest, members))
             self._digests[row.id] = known
             alike.setdefault(known[2], []).append(row)
         return alike

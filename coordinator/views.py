@@ -100,6 +100,8 @@ class Views:
     def __init__(self, explainer: Explainer) -> None:
         self._explain = explainer
         self._steps: dict[StepKey, StepRow] = {}
+        #: How many steps are in each state: counting them all would hold the loop whenever metrics are asked for.
+        self._by_state = dict.fromkeys(StepStatus, 0)
         self._submissions: dict[SubmissionId, SubmissionRow] = {}
         self.workforce = Workforce(self._touch_all)
         self._details = Details()
@@ -318,7 +320,7 @@ class Views:
 
     def step_counts(self) -> Counter[str]:
         """Count all steps by state."""
-        return Counter(row.state.value for row in self._steps.values())
+        return Counter({state.value: count for state, count in self._by_state.items() if count})
 
     def submission_counts(self) -> Counter[str]:
         """Count all submissions by state."""
@@ -499,6 +501,7 @@ class Views:
         gone: set[StepRow] = set()
         for key in fact.steps:
             row = self._steps.pop(key)
+            self._by_state[row.state] -= 1
             self._details.forget(key)
             gone.add(row)
             below.update((need, self._steps[need]) for recipe in row.recipes for need in recipe.needs)
@@ -606,7 +609,9 @@ class Views:
 
     def _step_restored(self, fact: facts.StepRestored) -> None:
         row = self._row(fact.step)
+        self._by_state[row.state] -= 1
         restore_step(row, fact)
+        self._by_state[row.state] += 1
         for recipe in row.recipes:
             self._link(row, recipe)
 
@@ -622,6 +627,7 @@ class Views:
         row = self._steps.get(key)
         if row is None:
             row = self._steps[key] = StepRow(key)
+            self._by_state[row.state] += 1
         return row
 
     def _link(self, row: StepRow, recipe: Recipe) -> None:
@@ -691,6 +697,8 @@ class Views:
     def _move(self, row: StepRow, state: StepStatus) -> None:
         """Change a step's state in every submission that has it."""
         old, row.state = row.state, state
+        self._by_state[old] -= 1
+        self._by_state[state] += 1
         for sub in row.submissions:
             sub.counts[old] -= 1
             sub.counts[state] += 1

@@ -368,6 +368,8 @@ def test_incremental_counts_equal_a_naive_recount_and_a_replay_or_a_snapshot_giv
             driven.views.submission_view(row).model_dump() for row in driven.views.submission_rows()
         ]
         assert set(views.nameless()) == set(driven.views.nameless()) == driven.farm.state.steps.keys()
+        states = Counter(views.step(key).state.value for key in views.nameless())
+        assert views.step_counts() == driven.views.step_counts() == states
         for key in driven.views.nameless():
             live, again = driven.views.step_view(driven.views.step(key)), views.step_view(views.step(key))
             said = {"stage": "", "phase": ""}
