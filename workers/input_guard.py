@@ -4,10 +4,10 @@ A path is valid for ever by what the store's database says; what lies on the dis
 build that could, by a program beside the farm, by a failing disk. So every path that a sandbox shows to a build (the
 closure of its inputs) has an *identity* here, by which a change shows without reading the contents.
 
-| isolation | looked at before and after each build | read in full |
+| isolation | looked at before and after each build | read in full at first sight |
 | --- | --- | --- |
-| A, B | the top of every path; in turn, all below it of some (`DEEP_ENTRIES`) | at first sight, some (`FIRST_BYTES`) |
-| C | everything of every path | at first sight, every path |
+| A, B | the top of every path; all below it of one in turn, and of some more (`DEEP_ENTRIES`) | some (`FIRST_BYTES`) |
+| C | everything of every path | every path |
 
 On all of them one path is read in full now and then (`SAMPLE_EVERY`).
 
@@ -53,7 +53,8 @@ log = logging.getLogger(__name__)
 
 _name = attrgetter("name")
 
-#: Entries (files, directories, links) below the tops of paths that one look reads, where builds cannot write inputs.
+#: Entries (files, directories, links) below the tops of paths that one look reads, where builds cannot write inputs:
+#: beyond it no other path is begun. The one whose turn it is is read whole, or a large one would never be.
 DEEP_ENTRIES = 2000
 #: Entries that one look reads at most, on any worker: some seconds.
 MOST_ENTRIES = 500_000
@@ -348,8 +349,9 @@ def _look_at(store: Path, looks: Sequence[_Look], start: int, budget: int) -> li
         look = looks[number]
         at = str(store / look.path.name.rpartition("/")[2])
         try:
-            identity, entries = identify(at, budget)
-            budget -= entries
+            # The first is read whole, or a path with more entries than one look has would never be.
+            identity, entries = identify(at, budget if turn else MOST_ENTRIES)
+            budget -= min(budget, entries)
             found[number] = _judge(look, at, identity)
         except FileNotFoundError:
             found[number] = None, Alteration.CHANGED

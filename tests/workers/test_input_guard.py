@@ -143,6 +143,20 @@ async def test_what_somebody_changes_between_two_builds_is_noticed_before_it_is_
     assert b"true\n" in nar_of(bench, output)
 
 
+async def test_a_path_of_more_entries_than_one_look_has_is_looked_at_all_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_guard, "DEEP_ENTRIES", 1)
+    told = await bench.agent()
+    given = await _published(bench, told, TREE)
+    reads = f"read x < {given.path}/deep/file; echo $x > $out"
+    [report] = await told.build(order(drv("first", reads), [given.path]))
+    assert isinstance(report.result, Succeeded)
+    _tamper(_in_store(bench, given) / "deep/file")
+    [report] = await told.build(order(drv("second", reads), [given.path]))
+    _spoilt(report, given)
+
+
 async def test_an_input_of_an_input_is_looked_after_as_well_and_one_that_vanished(bench: Bench) -> None:
     told = await bench.agent()
     below = await _published(bench, told, FILE)
