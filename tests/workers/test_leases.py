@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 
@@ -137,9 +138,14 @@ async def test_a_draining_worker_finishes_what_runs_and_hands_back_the_rest(benc
 async def test_short_builds_raise_the_capacity_beyond_the_slots(bench: Bench) -> None:
     told = await bench.agent(slots=1)
     assert (await told.hear(0.0)).capacity == 1
-    for number in range(3):
-        await told.build(order(drv(f"quick{number}", ": > $out")))
-    assert 1 < (await told.hear(0.0)).capacity <= 9
+    capacity = 1
+    # A busy machine takes its time for the first ones.
+    async with asyncio.timeout(PATIENCE_S):
+        for number in itertools.count():
+            await told.build(order(drv(f"quick{number}", ": > $out")))
+            if (capacity := (await told.hear(0.0)).capacity) > 1:
+                break
+    assert capacity <= 9
 
 
 async def test_a_new_poll_ends_the_one_that_still_waits(bench: Bench) -> None:
