@@ -645,11 +645,12 @@ class Agent:
             raise
         except InputChangedError as error:
             self._inputs.forget()
-            if self._guard.trouble:
-                self._fitness.hurt()
-                if self._mending is None or self._mending.done():
-                    self._mending = self._group.create_task(self._mend(), name="mend the store")
             raise _Stopped(judge_trouble(Trouble.INPUT_CHANGED, str(error))) from None
+        finally:
+            # Also where the lease is cancelled as soon as the guard has found something.
+            if self._guard.trouble and (self._mending is None or self._mending.done()) and not self._closing.is_set():
+                self._fitness.hurt()
+                self._mending = self._group.create_task(self._mend(), name="mend the store")
 
     async def _mend(self) -> None:
         await self._guard.mend(lambda: self._sources)

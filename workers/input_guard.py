@@ -40,6 +40,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from operator import attrgetter
 from pathlib import Path
+from typing import NoReturn
 
 from infra.daemon import DaemonError, DaemonOperationError, GcAction
 from infra.nar_files import dump
@@ -196,6 +197,8 @@ class InputGuard:
         Raises `InputChangedError` or `InputCollectedError` where it is spoilt, or what a line raises.
         """
         spoilt: InputChangedError | InputCollectedError | None = None
+        # Until the look says otherwise; it may be cancelled.
+        self._spoilt.update(outputs)
         try:
             await self._look(watch.paths, sample=False)
         except (InputChangedError, InputCollectedError) as error:
@@ -204,13 +207,13 @@ class InputGuard:
         if touched and spoilt is None:
             spoilt = InputChangedError(f"{touched[0]} was changed in the worker's store while the build ran")
         if spoilt is not None:
-            self._spoilt.update(outputs)
             self._vouched.difference_update(outputs)
             await self._discard(outputs, slot)
             raise spoilt
         if len(self._vouched) > MAX_KNOWN:
             self._vouched.clear()
         self._vouched.update(outputs)
+        self._spoilt.difference_update(outputs)
 
     async def mend(self, sources: Callable[[], FarmSources | None]) -> None:
         """Fetch what is broken over what is there, again and again until all is well; for one caller at a time."""
@@ -298,12 +301,21 @@ class InputGuard:
                 self._changes[path] += 1
             if verdict is Alteration.CHANGED:
                 changed.append(path)
-        if not changed:
-            return
-        async with self._readers.use() as connection:
-            held = await connection.query_valid_paths(changed)
+        if changed:
+            await self._tell_apart(changed)
+
+    async def _tell_apart(self, changed: Sequence[str]) -> NoReturn:
+        """Raise what `_look` raises for paths that are not what they were."""
         for path in changed:
             self._known.pop(path, None)
+        try:
+            async with self._readers.use() as connection:
+                held = await connection.query_valid_paths(changed)
+        except BaseException:
+            # Cancelled with its lease, or no answer: whatever became of them, they are fetched anew.
+            self._broken.update(changed)
+            raise
+        for path in changed:
             if path in held:
                 self._broken.add(path)
             else:

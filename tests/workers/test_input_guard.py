@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,6 +171,28 @@ async def test_an_input_of_an_input_is_looked_after_as_well_and_one_that_vanishe
     await _until_mended(told)
     [report] = await told.build(order(drv("again", reads), [middle.path]))
     assert isinstance(report.result, Succeeded)
+
+
+async def test_a_lease_that_is_cancelled_while_its_input_is_found_changed_leaves_it_to_be_mended(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = await bench.agent(nix_options=WEAK)
+    given = await _published(bench, told, FILE)
+    discard, found = input_guard.InputGuard._discard, asyncio.Event()
+
+    async def stuck(*arguments: Any) -> None:
+        if told.agent._guard.trouble:
+            found.set()
+            await asyncio.Event().wait()
+        await discard(*arguments)
+
+    monkeypatch.setattr(input_guard.InputGuard, "_discard", stuck)
+    evil = order(drv("evil", f"chmod u+w {given.path}; echo TAMPERED > {given.path}; echo > $out"), [given.path])
+    await told.agent.start_many([evil.dump()])
+    await found.wait()
+    await told.agent.cancel([{"step": evil.step, "attempt": evil.attempt}])
+    await _until_mended(told)
+    assert _in_store(bench, given).read_text() == "true\n"
 
 
 async def test_an_input_that_was_collected_is_missing_not_changed_and_fetched_again(bench: Bench) -> None:
