@@ -20,11 +20,11 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Final
 
-from coordinator.byte_budget import ByteBudget
 from coordinator.derivations import BuildOrder, DerivationsError, DerivationStore
 from coordinator.framing import LARGE_BYTES
 from coordinator.limits import StepLimits
 from coordinator.publishing import LossCheck, Post, Publications
+from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache
 from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
 from scheduler.events import BuildFailed

@@ -24,9 +24,9 @@ from coordinator.derivations import DerivationStore, StepInfo
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.journal import Journal
 from coordinator.rows import SubmissionRow
-from coordinator.slices import in_slices
 from coordinator.views import Views
 from infra.clock import Clock
+from infra.slices import in_slices
 from scheduler.effects import Effect
 from scheduler.events import Event, SubmissionCancelled, SubmissionReceived, TimePassed
 from scheduler.facts import Fact

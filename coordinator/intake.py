@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from coordinator import planning
-from coordinator.byte_budget import ByteBudget
 from coordinator.derivations import DerivationStore, Kind, Known, NewDerivation, Node, StepInfo, step_info
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.framing import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
@@ -21,6 +20,7 @@ from coordinator.limits import StepLimits
 from coordinator.path_leases import PathLeases
 from coordinator.schema import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.sources import SourceIntake
+from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache
 from infra.cache.closure_pulls import ClosurePulls, Pulled
 from infra.cache.objects import ObjectStore

@@ -43,7 +43,7 @@ from coordinator.codec import CodecError, Record, StoredNote, decode_facts, deco
 from coordinator.errors import CoordinatorError
 from infra.cache.metadata import Reign
 from infra.database import PATIENCE_S, may_pass, reason
-from infra.patience import Patience
+from infra.retry import Patience
 from scheduler.facts import Fact, SubmissionAccepted, SubmissionForgotten, SubmissionRetried
 from scheduler.model import SubmissionId
 

@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from coordinator.errors import CoordinatorError
 from coordinator.journal import FencedError, Journal, JournalError
 from infra.database import PATIENCE_S, may_pass, reason
-from infra.patience import Patience
+from infra.retry import Patience
 
 #: How often a leader's session speaks, and one that stands by asks for the lock, in seconds.
 BEAT_S: Final = 2.0

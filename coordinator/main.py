@@ -55,7 +55,6 @@ from coordinator.journal import Journal, JournalError
 from coordinator.leadership import Leadership, open_leadership
 from coordinator.limits import StepLimits, in_force
 from coordinator.logs import LogStore
-from coordinator.loop_watch import LoopWatch
 from coordinator.losses import Losses
 from coordinator.metrics import add_cache_metrics, add_farm_metrics
 from coordinator.ray_farm import RayFarm, worker_state_dir
@@ -75,6 +74,7 @@ from infra.cache.uploads import Uploads
 from infra.cache.upstream import Upstream
 from infra.clock import Clock, SystemClock
 from infra.database import open_engine
+from infra.loop_watch import LoopWatch
 from infra.nix.errors import FormatError
 from infra.nix.signing import PublicKey
 from infra.telemetry import Telemetry

@@ -21,7 +21,7 @@ from coordinator.derivations import DerivationsError, DerivationStore, StepInfo
 from infra.cache.cache import Cache
 from infra.cache.candidates import Candidate, Conflict, PublishOutcome, Rejected, RejectReason
 from infra.cache.errors import CacheError
-from infra.patience import Patience
+from infra.retry import Patience
 from scheduler.effects import PublishOutputs
 from scheduler.events import Event, OutputsPublished, PublishFailed
 from scheduler.model import Failure, FailureKind, LeaseId, StepKey

@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from infra.patience import Patience
+from infra.retry import Patience
 
 #: How long a writer of SQLite waits for another one.
 BUSY_TIMEOUT_MS: Final = 10_000

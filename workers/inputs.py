@@ -34,7 +34,7 @@ from infra.nix.errors import NixError
 from infra.nix.narinfo import NarInfo
 from infra.nix.signing import PublicKey
 from infra.nix.store_path import StoreDir
-from infra.patience import Patience
+from infra.retry import Patience
 from workers.daemons import Line, Pool
 from workers.errors import WorkerError
 from workers.protocol import MAX_MISSING, FarmInfo

@@ -21,7 +21,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from workers.process_tree import Process, live_processes, signal_all, still_alive
+from infra.process_tree import Process, live_processes, signal_all, still_alive
 
 log = logging.getLogger(__name__)
 

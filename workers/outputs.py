@@ -22,7 +22,7 @@ from infra.cache.upload import CompressedNar, compressing, upload_nar
 from infra.cache.upload_client import SenderRefusedError, UploadClient
 from infra.cache.upload_wire import PathClaim, SendStatus
 from infra.daemon import DaemonConnection, DaemonGone, ValidPathInfo
-from infra.patience import Patience
+from infra.retry import Patience
 from workers.daemons import Pool
 from workers.errors import WorkerError
 from workers.inputs import FarmSources

@@ -34,7 +34,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from workers.process_tree import Process, children, identity, is_alive, process_tree, signal_all, still_alive
+from infra.process_tree import Process, children, identity, is_alive, process_tree, signal_all, still_alive
 from workers.ray_access import (
     LOOPBACK,
     NodeHealth,

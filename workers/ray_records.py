@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from workers.process_tree import (
+from infra.process_tree import (
     Process,
     children,
     identity,

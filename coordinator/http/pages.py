@@ -15,7 +15,7 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from coordinator.errors import BadRequestError
-from coordinator.slices import in_slices
+from infra.slices import in_slices
 
 #: Rows of one page, where nothing is said and at most.
 ROWS = 100

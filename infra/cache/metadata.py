@@ -45,7 +45,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from infra.cache.errors import MetadataBusyError, MetadataError, ReignOverError
 from infra.cache.migrate import migrate, refuse_newer
 from infra.database import IDLE_IN_TRANSACTION_MS, PATIENCE_S, POSTGRES_CONNECT, may_pass, reason
-from infra.patience import Patience
+from infra.retry import Patience
 
 _T = TypeVar("_T")
 

@@ -17,9 +17,9 @@ from coordinator.errors import BadRequestError
 from coordinator.http.auth import is_host, is_own_host
 from coordinator.http.bodies import SMALL, BodyBounds, parse_model, read_model
 from coordinator.http.cache import QUESTION_BOUNDS, NarinfosQuestion
-from coordinator.loop_watch import LoopWatch
 from coordinator.schema import DrainRequest, SubmitRequest
 from infra.cache.upload_wire import Begin
+from infra.loop_watch import LoopWatch
 from tests.support.bodies import NASTY
 
 #: Seconds of processor time that a public route may spend on the body of one request.

@@ -1,7 +1,7 @@
 """A large submission never holds the event loop of a whole coordinator for long, whatever becomes of it.
 
 What holds the loop is one callback. Its length is counted in lines of Python that ran, libraries included, and not in
-seconds: a slow machine changes nothing. Work in threads is not counted. `coordinator.loop_watch` measures the same in
+seconds: a slow machine changes nothing. Work in threads is not counted. `infra.loop_watch` measures the same in
 processor time where a farm runs.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from coordinator import slices
 from coordinator.framing import encode_derivations, in_thread
 from coordinator.schema import RootRequest, StepStatus, SubmitRequest
 from coordinator.submissions import Submissions
+from infra import slices
 from scheduler import events as e
 from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, LeaseId
 from tests.coordinator.conftest import OpenFarm, TestFarm

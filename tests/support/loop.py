@@ -1,4 +1,4 @@
-"""Stalls of a running coordinator's event loop, read from its `/metrics` (see `coordinator.loop_watch`)."""
+"""Stalls of a running coordinator's event loop, read from its `/metrics` (see `infra.loop_watch`)."""
 
 from __future__ import annotations
 

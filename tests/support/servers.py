@@ -36,8 +36,8 @@ from urllib.parse import quote
 import psycopg
 import pytest
 
+from infra.process_tree import process_tree
 from tests.support.ports import free_port
-from workers.process_tree import process_tree
 
 #: Seconds for a server to answer, and to end.
 START_WITHIN_S = 60.0

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from infra.nix.store_path import StorePath
+from infra.process_tree import live_processes
 from tests.support.processes import SURVIVOR, daemons_below, processes_with
 from workers import agent as agent_module
 from workers.agent import Agent, AgentError
-from workers.process_tree import live_processes
 from workers.protocol import Failed, Report, Stage, Succeeded
 from workers.settings import WorkerSettings
 from workers.stopping import stop_agents

@@ -20,8 +20,8 @@ import pytest
 import pytest_asyncio
 
 from infra.cache.objects import open_object_store
+from infra.process_tree import process_tree
 from workers.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSpoke
-from workers.process_tree import process_tree
 from workers.protocol import Failed, FarmInfo, Hello, Lease, LogChunk, Report, Succeeded
 from workers.ray_access import make_token_file
 from workers.ray_fleet import RayFleet

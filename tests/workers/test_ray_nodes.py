@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from workers.process_tree import process_tree
+from infra.process_tree import process_tree
 from workers.ray_access import NodeHealth, RayNodeError, check_token_file, make_token_file, ray_env
 from workers.ray_nodes import Keep, RayHead, RayWorkerNode
 from workers.ray_records import private_directory, sweep_stale

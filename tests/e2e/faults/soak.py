@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from infra.process_tree import process_tree
 from scheduler import facts
 from tests.e2e.faults.conftest import Hurt
-from workers.process_tree import process_tree
 
 WORKERS = ("left", "middle", "right")
 #: Steps of one graph.

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from infra.process_tree import live_processes, process_tree
 from scheduler import facts
 from scheduler.model import Failure, FailureKind
 from tests.e2e.faults.conftest import Hurt, MakeFarm
 from tests.support.processes import ancestors, processes_with
-from workers.process_tree import live_processes, process_tree
 
 pytestmark = pytest.mark.e2e
 

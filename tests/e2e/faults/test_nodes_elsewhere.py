@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from infra.process_tree import process_tree, signal_all
 from tests.e2e.faults.conftest import Hurt
 from tests.support.elsewhere import Elsewhere, Program
 from tests.support.farm import Farm
 from tests.support.processes import processes_with
-from workers.process_tree import process_tree, signal_all
 
 pytestmark = pytest.mark.e2e
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from infra.process_tree import process_tree, signal_all
 from tests.e2e.faults.conftest import MakeFarm
 from tests.support.elsewhere import Program
 from tests.support.ports import free_port
 from tests.support.servers import RedisPlace
-from workers.process_tree import process_tree, signal_all
 
 pytestmark = pytest.mark.e2e
 

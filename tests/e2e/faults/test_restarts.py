@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
+from infra.process_tree import process_tree, signal_all
 from tests.e2e.faults.conftest import MakeFarm
-from workers.process_tree import process_tree, signal_all
 
 pytestmark = pytest.mark.e2e
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from coordinator.byte_budget import ByteBudget
+from infra.byte_budget import ByteBudget
 
 
 async def test_clients_take_turns_and_a_large_wish_is_not_overtaken() -> None:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from coordinator.loop_watch import STALL_S, LoopWatch
+from infra.loop_watch import STALL_S, LoopWatch
 from infra.telemetry import Telemetry
 
 

@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 import pytest
 
-from coordinator.slices import SLICE_S, in_slices
+from infra.slices import SLICE_S, in_slices
 
 
 def burn(seconds: float) -> None:
