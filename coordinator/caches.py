@@ -17,10 +17,10 @@ from coordinator.succession import Secrets
 from infra.cache.cache import Cache
 from infra.cache.keys import forget_keys
 from infra.cache.metadata import Reign
-from infra.cache.objects import ObjectStore, open_object_store
 from infra.clock import Clock
 from infra.nix.signing import SecretKey
 from infra.nix.store_path import StoreDir
+from infra.objects.store import ObjectStore, open_object_store
 
 
 @dataclass(frozen=True, slots=True)

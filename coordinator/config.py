@@ -38,7 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from coordinator.errors import CoordinatorError
-from infra.cache.compression import COMPRESSION, Compression
+from infra.objects.compression import COMPRESSION, Compression
 
 #: Where `drover up` listens unless told otherwise: loopback only.
 DEFAULT_HOST = "127.0.0.1"

@@ -27,11 +27,11 @@ from coordinator.path_leases import PathLeases
 from coordinator.rows import SubmissionRow
 from coordinator.views import Views
 from infra.cache.cache import Cache
-from infra.cache.errors import CacheError
 from infra.cache.fsck import FsckReport, RepairSource
 from infra.cache.gc import CollectPlan, CollectReport
 from infra.cache.resigning import ResignReport
 from infra.clock import Clock
+from infra.objects.errors import CacheError
 from scheduler.model import StepKey
 
 HOUR_S: Final = 3600.0

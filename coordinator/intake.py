@@ -23,12 +23,12 @@ from coordinator.sources import SourceIntake
 from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache
 from infra.cache.closure_pulls import ClosurePulls, Pulled
-from infra.cache.objects import ObjectStore
 from infra.nix import aterm
 from infra.nix.derivation import DerivationKind
 from infra.nix.errors import FormatError, NixError, UnknownInputError
 from infra.nix.store_path import StoreDir, parse_base_name
 from infra.nix.verify import KnownDerivation, VerifiedDerivation, Verifier
+from infra.objects.store import ObjectStore
 from scheduler.events import SubmissionReceived
 from scheduler.model import ANY_SYSTEM, StepKey, StepSpec, SubmissionId
 

@@ -27,9 +27,10 @@ from coordinator.errors import CoordinatorError
 from coordinator.rows import SubmissionRow
 from coordinator.views import Views
 from infra.cache.cache import Cache
-from infra.cache.errors import CacheError, ClosureTooLargeError
+from infra.cache.errors import ClosureTooLargeError
 from infra.cache.fsck import RepairSource
 from infra.clock import Clock
+from infra.objects.errors import CacheError
 from scheduler.model import StepKey
 
 #: Steps whose losses wait to be repaired; further ones report theirs again.

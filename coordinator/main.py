@@ -68,7 +68,6 @@ from coordinator.upload_tokens import UploadTokens
 from coordinator.views import Views
 from infra.cache.cache import Cache
 from infra.cache.direct import direct_uploads
-from infra.cache.errors import CacheError
 from infra.cache.fsck import RepairSource
 from infra.cache.uploads import Uploads
 from infra.cache.upstream import Upstream
@@ -77,6 +76,7 @@ from infra.database import open_engine
 from infra.loop_watch import LoopWatch
 from infra.nix.errors import FormatError
 from infra.nix.signing import PublicKey
+from infra.objects.errors import CacheError
 from infra.telemetry import Telemetry
 from scheduler.effects import Effect
 from scheduler.farm import Farm

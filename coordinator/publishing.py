@@ -20,7 +20,7 @@ from coordinator.codec import CodecError, Evidence, decode_evidence
 from coordinator.derivations import DerivationsError, DerivationStore, StepInfo
 from infra.cache.cache import Cache
 from infra.cache.candidates import Candidate, Conflict, PublishOutcome, Rejected, RejectReason
-from infra.cache.errors import CacheError
+from infra.objects.errors import CacheError
 from infra.retry import Patience
 from scheduler.effects import PublishOutputs
 from scheduler.events import Event, OutputsPublished, PublishFailed

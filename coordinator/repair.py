@@ -12,10 +12,10 @@ from typing import Final
 
 from coordinator.publishing import claim_of
 from coordinator.views import Views
-from infra.cache.download import fetch_nar
-from infra.cache.errors import CacheError
-from infra.cache.objects import ObjectStore
 from infra.nix.narinfo import NarInfo
+from infra.objects.errors import CacheError
+from infra.objects.nar_reader import fetch_nar
+from infra.objects.store import ObjectStore
 from workers.fleet import Fleet, FleetError
 
 #: States of workers that are worth asking.

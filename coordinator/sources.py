@@ -14,11 +14,11 @@ from coordinator.errors import IntakeError, UnavailableError
 from coordinator.framing import Source
 from infra.cache.cache import Cache
 from infra.cache.candidates import Candidate, Rejected, RejectReason
-from infra.cache.objects import ObjectStore
-from infra.cache.upload import upload_nar
 from infra.nix.ca import SourceDigest, verify_source
 from infra.nix.errors import FormatError, SourcePathError
 from infra.nix.store_path import StoreDir, parse_base_name
+from infra.objects.nar_writer import upload_nar
+from infra.objects.store import ObjectStore
 
 #: Sources published in one transaction.
 PUBLISH_AT_ONCE = 64

@@ -26,10 +26,10 @@ from typing import ClassVar, Final
 from coordinator.config import DEFAULT_CACHE, CacheSettings, Settings
 from coordinator.errors import CoordinatorError
 from coordinator.security.tokens import load_token, read_token
-from infra.cache.errors import StoreUnreachableError
 from infra.cache.keys import load_key, load_or_create_key, read_keys
-from infra.cache.objects import ObjectStore, open_object_store
 from infra.nix.signing import SecretKey
+from infra.objects.errors import StoreUnreachableError
+from infra.objects.store import ObjectStore, open_object_store
 
 API_TOKEN: Final = "api-token"  # noqa: S105 - a file's name
 UPLOAD_SECRET: Final = "upload-secret"  # noqa: S105

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from infra.cache.errors import CacheError
 from infra.clock import Clock, SystemClock
 from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
 from infra.nix.errors import NixError
+from infra.objects.errors import CacheError
 from workers import stopping
 from workers.build import (
     BuildLimits,

@@ -23,10 +23,6 @@ from typing import Any
 import aiohttp
 import orjson
 
-from infra.cache.download import fetch_nar
-from infra.cache.errors import CacheError, ObjectMissingError, ObjectStoreError, StoreUnreachableError
-from infra.cache.http_source import fetch_nar_over_http
-from infra.cache.objects import ObjectStore, open_object_store
 from infra.cache.upload_client import UploadClient
 from infra.daemon import DaemonGone, DaemonOperationError, Upload, ValidPathInfo
 from infra.nix import narinfo
@@ -34,6 +30,10 @@ from infra.nix.errors import NixError
 from infra.nix.narinfo import NarInfo
 from infra.nix.signing import PublicKey
 from infra.nix.store_path import StoreDir
+from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreError, StoreUnreachableError
+from infra.objects.http_source import fetch_nar_over_http
+from infra.objects.nar_reader import fetch_nar
+from infra.objects.store import ObjectStore, open_object_store
 from infra.retry import Patience
 from workers.daemons import Line, Pool
 from workers.errors import WorkerError

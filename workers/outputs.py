@@ -15,13 +15,13 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 
-from infra.cache.compression import Compression
-from infra.cache.errors import CacheError
-from infra.cache.objects import ObjectStore
-from infra.cache.upload import CompressedNar, compressing, upload_nar
 from infra.cache.upload_client import SenderRefusedError, UploadClient
 from infra.cache.upload_wire import PathClaim, SendStatus
 from infra.daemon import DaemonConnection, DaemonGone, ValidPathInfo
+from infra.objects.compression import Compression
+from infra.objects.errors import CacheError
+from infra.objects.nar_writer import CompressedNar, compressing, upload_nar
+from infra.objects.store import ObjectStore
 from infra.retry import Patience
 from workers.daemons import Pool
 from workers.errors import WorkerError

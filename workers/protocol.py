@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from infra.cache.compression import COMPRESSION, Compression
+from infra.objects.compression import COMPRESSION, Compression
 from workers.grades import IsolationGrade
 from workers.machine import Reason
 

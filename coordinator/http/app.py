@@ -17,7 +17,8 @@ from coordinator.http.api import Api
 from coordinator.http.auth import require_host, require_plain_head, require_token
 from coordinator.http.connections import is_abandoned
 from coordinator.schema import ErrorBody, ErrorView
-from infra.cache.errors import MetadataError, ObjectStoreError
+from infra.cache.errors import MetadataError
+from infra.objects.errors import ObjectStoreError
 
 _log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ A private cache answers 401 to whoever has no token (`coordinator.http.access`).
 the same. What is unknown, malformed, lost or cannot be looked up just now is 404 with `no-store`: a client then asks
 its next cache or builds, while any 5xx would fail its build (design page "binary cache", 2.4). For the same reason no
 200 leaves before its first bytes are at hand. Workers, who have no other cache, tell what fails just now from what is
-lost by its `Retry-After` (`infra.cache.http_source`).
+lost by its `Retry-After` (`infra.objects.http_source`).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from coordinator.http.bodies import BodyBounds, read_model
 from coordinator.http.nars import NAR_HEADERS, NarAnswers, cut
 from coordinator.http.puts import CachePuts, log_key
 from coordinator.schema import ErrorBody, ErrorView
-from infra.cache.errors import CacheError, ObjectMissingError, ObjectStoreError
 from infra.cache.listing import Listings
 from infra.nix.errors import FormatError
 from infra.nix.realisation import RealisationLayout, parse_key
+from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreError
 
 #: When what fails just now may be asked for again, in seconds.
 RETRY_AFTER_S: Final = 5

@@ -42,7 +42,7 @@ from coordinator.http.connections import (
     raise_descriptor_limit,
 )
 from infra.cache.cache import Cache
-from infra.cache.errors import CacheError
+from infra.objects.errors import CacheError
 
 #: Header blocks that were found plain (or not) and are remembered; a client sends the same one each time.
 REMEMBERED_HEADERS: Final = 256

@@ -29,7 +29,7 @@ from aiohttp import ETag, web
 
 from coordinator.caches import OpenCache
 from coordinator.config import Redirect
-from infra.cache.errors import ObjectMissingError, ObjectStoreError
+from infra.objects.errors import ObjectMissingError, ObjectStoreError
 
 _log = logging.getLogger(__name__)
 

@@ -37,16 +37,17 @@ from aiohttp.typedefs import Handler
 from coordinator.caches import OpenCache
 from coordinator.http.access import challenge, may_write
 from coordinator.http.bodies import BodyEncodedError, Pace, refuse_encoding
-from infra.cache.candidates import MAX_NAR_BYTES, AlreadyPublished, Candidate, Conflict, Published, PublishOutcome
-from infra.cache.errors import CacheError
-from infra.cache.objects import INCOMING, ObjectStore
+from infra.cache.candidates import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome
 from infra.cache.realisations import Registered
-from infra.cache.spool import WrongBytesError, spool_object
 from infra.nix import narinfo as narinfo_format
 from infra.nix import realisation as realisation_format
 from infra.nix.errors import FormatError
 from infra.nix.realisation import MAX_REALISATION_BYTES, RealisationLayout
 from infra.nix.store_path import parse_base_name
+from infra.objects.compression import MAX_NAR_BYTES
+from infra.objects.errors import CacheError
+from infra.objects.hashed_put import WrongBytesError, spool_object
+from infra.objects.store import INCOMING, ObjectStore
 
 _log = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ from coordinator.http.connections import mark_known
 from coordinator.schema import ErrorBody, ErrorView
 from coordinator.security.tokens import told_token
 from coordinator.upload_tokens import UploadTokens
-from infra.cache.errors import CacheError, StoreFullError
 from infra.cache.upload_errors import UploadError, WrongOffsetError
 from infra.cache.upload_wire import (
     MAX_MESSAGE_BYTES,
@@ -36,6 +35,7 @@ from infra.cache.upload_wire import (
     UrlsWanted,
 )
 from infra.cache.uploads import Sender, Uploads
+from infra.objects.errors import CacheError, StoreFullError
 
 #: Seconds without a byte, or behind `bodies.LEAST_BYTES_PER_S`, after which a sender is given up.
 SILENCE_S: Final = 60.0

@@ -11,14 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from infra.cache.candidates import Candidate, PublishOutcome
 from infra.cache.catalog import Catalog
-from infra.cache.compression import COMPRESSION, Compression
 from infra.cache.counters import CacheCounters
-from infra.cache.errors import CacheError
 from infra.cache.fsck import Fsck, FsckReport, RepairSource, Restored
 from infra.cache.gc import Collector, CollectPlan, CollectReport
 from infra.cache.inspection import CacheInfo, inspect
 from infra.cache.metadata import Database, Reign, open_metadata
-from infra.cache.objects import ObjectStore
 from infra.cache.publishing import Publisher
 from infra.cache.realisations import Realisations, Registration
 from infra.cache.resigning import ResignReport, resign
@@ -27,6 +24,9 @@ from infra.cache.signer import Signer
 from infra.nix.realisation import Realisation, RealisationLayout
 from infra.nix.signing import PublicKey, SecretKey
 from infra.nix.store_path import StoreDir
+from infra.objects.compression import COMPRESSION, Compression
+from infra.objects.errors import CacheError
+from infra.objects.store import ObjectStore
 
 #: Candidates of one `publish`.
 MAX_BATCH = 10_000

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
-from infra.cache.compression import SUFFIXES, nar_key
-from infra.cache.upload import UploadedNar
 from infra.nix.errors import FormatError
 from infra.nix.hashing import parse_sha256, sha256_text
 from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import StoreDir, parse_base_name
+from infra.objects.compression import MAX_NAR_BYTES, SUFFIXES, nar_key
+from infra.objects.nar_writer import UploadedNar
 
-#: Largest NAR that is published. It bounds the work that one false claim can cause.
-MAX_NAR_BYTES = 256 * 1024**3
 #: References of one path; Nix itself has no limit, the largest known closures have some 10,000 paths.
 MAX_REFERENCES = 100_000
 

@@ -22,9 +22,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache.errors import ClosureTooLargeError
 from infra.cache.metadata import Database, conflicts, paths, reading, refs, slices
-from infra.cache.objects import LocalObjectStore, ObjectStore
 from infra.nix.errors import FormatError
 from infra.nix.store_path import HASH_PART_LENGTH, StoreDir
+from infra.objects.store import LocalObjectStore, ObjectStore
 
 #: Narinfos kept in memory, some 1 KiB each, and for how long one is believed.
 NARINFOS_IN_MEMORY = 8192

@@ -14,12 +14,12 @@ from typing import Final
 
 from infra.cache.cache import MAX_BATCH, Cache
 from infra.cache.candidates import Candidate, Rejected
-from infra.cache.errors import CacheError
 from infra.cache.pulls import PULLING
-from infra.cache.upload import upload_nar
 from infra.cache.upstream import Upstream
 from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import HASH_PART_LENGTH
+from infra.objects.errors import CacheError
+from infra.objects.nar_writer import upload_nar
 
 #: Paths of one pull; they are published together.
 MAX_PULLED_PATHS: Final = MAX_BATCH

@@ -28,17 +28,17 @@ import sqlalchemy as sa
 
 from infra.cache.candidates import Candidate
 from infra.cache.catalog import Catalog
-from infra.cache.compression import COMPRESSION, Compression
-from infra.cache.errors import CacheError, CorruptNarError, ObjectMissingError
 from infra.cache.metadata import conflicts, paths, reading, realisations, refs, slices, writing
 from infra.cache.publishing import repoint
 from infra.cache.signer import Signer
-from infra.cache.upload import upload_nar
-from infra.cache.verify import verify_nar
 from infra.nix import narinfo as narinfo_format
 from infra.nix.errors import FormatError
 from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import HASH_PART_LENGTH
+from infra.objects.compression import COMPRESSION, Compression
+from infra.objects.errors import CacheError, CorruptNarError, ObjectMissingError
+from infra.objects.nar_writer import upload_nar
+from infra.objects.verification import verify_nar
 
 #: Paths that are looked at together, and objects at one time.
 BATCH: Final = 200

@@ -37,7 +37,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache.catalog import Catalog
 from infra.cache.deletions import FORGOTTEN_AFTER_S, doom, unnamed
-from infra.cache.errors import CollectorBusyError, ObjectStoreError
+from infra.cache.errors import CollectorBusyError
 from infra.cache.marking import settled
 from infra.cache.metadata import (
     Database,
@@ -54,10 +54,11 @@ from infra.cache.metadata import (
     slices,
     writing,
 )
-from infra.cache.objects import sweep_incoming
 from infra.cache.roots import RankedRoot
 from infra.cache.survey import Survey
 from infra.cache.tombstones import revive
+from infra.objects.errors import ObjectStoreError
+from infra.objects.store import sweep_incoming
 
 #: Paths that are decided on in one transaction, and objects that are deleted between two: some 20 ms.
 BATCH = 1000

@@ -11,12 +11,12 @@ import asyncio
 from collections import OrderedDict
 
 from infra.cache.cache import Cache
-from infra.cache.errors import CorruptNarError, ObjectStoreError
-from infra.cache.verify import VerifiedNar
 from infra.nix import narinfo as narinfo_format
 from infra.nix.errors import FormatError
 from infra.nix.listing import NarLister
 from infra.nix.narinfo import NarInfo
+from infra.objects.errors import CorruptNarError, ObjectStoreError
+from infra.objects.verification import VerifiedNar
 
 #: Largest NAR that is listed.
 MAX_LISTED_NAR_BYTES = 4 * 1024**3

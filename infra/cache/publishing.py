@@ -30,14 +30,14 @@ from infra.cache.candidates import (
 )
 from infra.cache.catalog import Catalog, Row
 from infra.cache.deletions import PUBLISH_WITHIN_S, deleted, endangered
-from infra.cache.errors import CorruptNarError, ObjectMissingError, ObjectStoreError
 from infra.cache.metadata import conflicts, paths, reading, refs, writing
-from infra.cache.objects import LocalObjectStore
 from infra.cache.signer import Signer
 from infra.cache.tombstones import revive
-from infra.cache.verify import verify_nar
 from infra.nix import narinfo as narinfo_format
 from infra.nix.store_path import HASH_PART_LENGTH
+from infra.objects.errors import CorruptNarError, ObjectMissingError, ObjectStoreError
+from infra.objects.store import LocalObjectStore
+from infra.objects.verification import verify_nar
 
 #: Objects up to this size (on both sides) are verified one after the other in one thread: a hop costs more than one.
 SMALL_BYTES = 256 * 1024

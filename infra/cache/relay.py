@@ -16,12 +16,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from infra.cache.errors import ObjectMissingError, ObjectStoreError, StoreFullError
-from infra.cache.objects import FULL, INCOMING, LocalObjectStore, ObjectStore, says_full
-from infra.cache.upload import BLOCK_BYTES
 from infra.cache.upload_errors import BadUploadError, WrongOffsetError
 from infra.cache.upload_wire import SINGLE_BYTES
 from infra.nix.hashing import sha256_text
+from infra.objects.errors import ObjectMissingError, ObjectStoreError, StoreFullError
+from infra.objects.nar_writer import BLOCK_BYTES
+from infra.objects.store import FULL, INCOMING, LocalObjectStore, ObjectStore, says_full
 
 if TYPE_CHECKING:
     from hashlib import _Hash

@@ -17,9 +17,9 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache.catalog import Catalog
-from infra.cache.errors import CacheError
 from infra.cache.metadata import alive, paths, reading, refs, root_paths, roots, slices, writing
 from infra.cache.tombstones import revive
+from infra.objects.errors import CacheError
 
 #: The kinds of roots that are treated in a way of their own: no size budget ends them, and leases are not listed.
 LEASE = "lease"

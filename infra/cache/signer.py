@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from infra.cache.errors import CacheError
 from infra.nix.signing import PublicKey, SecretKey
+from infra.objects.errors import CacheError
 
 
 class Signer:

@@ -22,9 +22,6 @@ import aiohttp
 from pydantic import BaseModel, ValidationError
 from yarl import URL
 
-from infra.cache.compression import COMPRESSION, Compression
-from infra.cache.errors import CacheError
-from infra.cache.upload import CompressedNar
 from infra.cache.upload_wire import (
     MAX_PATHS,
     MAX_URLS,
@@ -48,6 +45,9 @@ from infra.cache.upload_wire import (
     UrlsWanted,
     part_bytes,
 )
+from infra.objects.compression import COMPRESSION, Compression
+from infra.objects.errors import CacheError
+from infra.objects.nar_writer import CompressedNar
 
 #: Tries of one request, the first pause between two and the longest (seconds).
 TRIES: Final = 6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infra.cache.errors import CacheError
+from infra.objects.errors import CacheError
 
 
 class UploadError(CacheError):

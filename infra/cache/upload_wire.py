@@ -24,8 +24,7 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from infra.cache.candidates import MAX_NAR_BYTES
-from infra.cache.compression import COMPRESSION, Compression
+from infra.objects.compression import COMPRESSION, MAX_NAR_BYTES, Compression
 
 #: Paths of one upload, and bytes of its longest message.
 MAX_PATHS: Final = 10_000

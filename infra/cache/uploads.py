@@ -26,9 +26,7 @@ from typing import Final
 
 from infra.cache.cache import Cache
 from infra.cache.candidates import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome, RejectReason
-from infra.cache.compression import SUFFIXES, nar_key
 from infra.cache.direct import DirectUploads, staged_key
-from infra.cache.errors import CacheError, ObjectMissingError, ObjectStoreError
 from infra.cache.pulls import Pulls
 from infra.cache.relay import RelaySpool
 from infra.cache.upload_errors import (
@@ -59,6 +57,8 @@ from infra.cache.upload_wire import (
 from infra.cache.upstream import Upstream
 from infra.nix.errors import FormatError
 from infra.nix.hashing import sha256_text
+from infra.objects.compression import SUFFIXES, nar_key
+from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreError
 
 #: Uploads under way, and the paths that they name together.
 MAX_UPLOADS: Final = 1024

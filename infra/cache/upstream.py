@@ -18,13 +18,13 @@ from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 
-from infra.cache.errors import CacheError, CorruptNarError, ObjectStoreError
-from infra.cache.verify import VerifiedNar
 from infra.nix import narinfo as narinfo_format
 from infra.nix.errors import FormatError
 from infra.nix.narinfo import NarInfo
 from infra.nix.signing import PublicKey
 from infra.nix.store_path import HASH_PART_LENGTH, StoreDir
+from infra.objects.errors import CacheError, CorruptNarError, ObjectStoreError
+from infra.objects.verification import VerifiedNar
 
 #: Requests to one upstream at one time.
 UPSTREAM_CONCURRENCY: Final = 16

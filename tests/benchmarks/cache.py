@@ -32,10 +32,10 @@ from urllib.request import urlopen
 
 from infra.cache.cache import Cache
 from infra.cache.candidates import Candidate
-from infra.cache.objects import open_object_store
-from infra.cache.upload import upload_nar
 from infra.nix.signing import generate
 from infra.nix.store_path import StoreDir
+from infra.objects.nar_writer import upload_nar
+from infra.objects.store import open_object_store
 from tests.benchmarks.report import arguments, progress, publish
 from tests.support.cache import base_name, chunked, store_path
 

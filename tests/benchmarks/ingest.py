@@ -33,10 +33,10 @@ from coordinator.framing import encode_derivations
 from coordinator.intake import Intake
 from coordinator.schema import IntakeQuery, RootRequest, SubmitRequest
 from infra.cache.cache import Cache
-from infra.cache.objects import open_object_store
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.signing import generate
 from infra.nix.store_path import StoreDir
+from infra.objects.store import open_object_store
 from scheduler.farm import Farm
 from scheduler.model import Instant, SubmissionId
 from tests.benchmarks.report import arguments, progress, publish

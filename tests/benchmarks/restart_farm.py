@@ -29,9 +29,9 @@ from coordinator.housekeeping import SUBMISSION
 from coordinator.main import Coordinator, open_coordinator
 from coordinator.schema import RootRequest, SubmitRequest
 from coordinator.submissions import Submissions
-from infra.cache.objects import ObjectStore, open_object_store
-from infra.cache.upload import upload_nar
 from infra.nix.nar import NarData, NarFile, write_events
+from infra.objects.nar_writer import upload_nar
+from infra.objects.store import ObjectStore, open_object_store
 from tests.support.graphs import Made, Maker
 from workers.fleet import Fleet, Sink, WorkerConnected, WorkerSpoke
 from workers.grades import IsolationGrade

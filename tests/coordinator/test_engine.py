@@ -19,9 +19,9 @@ from coordinator.journal import JournalError
 from coordinator.main import Ready, serve
 from coordinator.schema import StepStatus, SubmissionState, SubmitRequest
 from infra.cache.candidates import Candidate
-from infra.cache.objects import open_object_store
-from infra.cache.upload import upload_nar
 from infra.nix.nar import NarData, NarFile, write_events
+from infra.objects.nar_writer import upload_nar
+from infra.objects.store import open_object_store
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from workers.fleet import Fleet, FleetError, FleetEvent, Sink, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.grades import IsolationGrade

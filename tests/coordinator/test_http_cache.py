@@ -23,10 +23,10 @@ from coordinator.http.cache import MAX_QUESTION, QUESTION_BOUNDS, add_cache_rout
 from coordinator.security.tokens import CacheAccess
 from infra.cache.cache import Cache
 from infra.cache.candidates import Candidate, Published
-from infra.cache.errors import ObjectStoreError
-from infra.cache.objects import ObjectStore
-from infra.cache.upload import QUICK_BYTES, upload_nar
 from infra.nix import narinfo
+from infra.objects.errors import ObjectStoreError
+from infra.objects.nar_writer import QUICK_BYTES, upload_nar
+from infra.objects.store import ObjectStore
 from tests.support.cache import (
     STORE_DIR,
     base_name,

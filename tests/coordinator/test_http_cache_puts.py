@@ -29,10 +29,10 @@ from coordinator.http import puts as http_puts
 from coordinator.http.cache import add_cache_routes
 from coordinator.security.tokens import CacheAccess, TokenSet
 from infra.cache.cache import Cache
-from infra.cache.spool import QUICK_OBJECT_BYTES
 from infra.nix.hashing import sha256_text
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.narinfo import NarInfo
+from infra.objects.hashed_put import QUICK_OBJECT_BYTES
 from tests.support.cache import base_name, open_cache, secret_key, store_path
 from tests.support.disks import fill, small_disk
 

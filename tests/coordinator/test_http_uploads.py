@@ -20,12 +20,6 @@ from coordinator.config import CacheSettings, NamedCacheSettings, Settings, Uplo
 from coordinator.http import uploads
 from coordinator.main import Coordinator, open_coordinator
 from coordinator.upload_tokens import UploadTokens
-from infra.cache import http_source
-from infra.cache.download import fetch_nar
-from infra.cache.errors import ObjectMissingError, ObjectStoreError
-from infra.cache.http_source import fetch_nar_over_http
-from infra.cache.objects import RETRIES
-from infra.cache.upload import compressing, compressing_files
 from infra.cache.upload_client import OpenNar, SenderRefusedError, UploadClient, UploadFailedError, upload_session
 from infra.cache.upload_wire import (
     PART_BYTES,
@@ -40,6 +34,12 @@ from infra.cache.upload_wire import (
 from infra.clock import SystemClock
 from infra.nix import narinfo
 from infra.nix.hashing import sha256_text
+from infra.objects import http_source
+from infra.objects.errors import ObjectMissingError, ObjectStoreError
+from infra.objects.http_source import fetch_nar_over_http
+from infra.objects.nar_reader import fetch_nar
+from infra.objects.nar_writer import compressing, compressing_files
+from infra.objects.store import RETRIES
 from tests.coordinator.conftest import nix_workers
 from tests.support.cache import STORE_DIR, base_name, chunked, store_path
 from tests.support.proxy import Fault, FaultyProxy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psycopg
 
-from infra.cache.objects import open_object_store
+from infra.objects.store import open_object_store
 from tests.support.servers import PostgresServer, S3Place
 
 

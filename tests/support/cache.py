@@ -10,11 +10,11 @@ from pathlib import Path
 
 from infra.cache.cache import Cache
 from infra.cache.candidates import Candidate, PublishOutcome
-from infra.cache.objects import ObjectStore, open_object_store
-from infra.cache.upload import upload_nar
 from infra.nix import base32
 from infra.nix.signing import SecretKey, generate
 from infra.nix.store_path import StoreDir
+from infra.objects.nar_writer import upload_nar
+from infra.objects.store import ObjectStore, open_object_store
 
 STORE_DIR = StoreDir("/nix/store")
 

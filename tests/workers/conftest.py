@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from infra.cache.objects import open_object_store
 from infra.nix import aterm, narinfo, signing
 from infra.nix.derivation import Derivation, DerivationOutput
 from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import StoreDir
+from infra.objects.store import open_object_store
 from workers.agent import Agent
 from workers.protocol import Batch, FarmInfo, LeaseOrder, Output, Report, StageChange, Succeeded
 from workers.settings import WorkerSettings

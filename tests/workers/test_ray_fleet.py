@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from infra.cache.objects import open_object_store
+from infra.objects.store import open_object_store
 from infra.process_tree import process_tree
 from workers.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSpoke
 from workers.protocol import Failed, FarmInfo, Hello, Lease, LogChunk, Report, Succeeded

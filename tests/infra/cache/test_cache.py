@@ -27,10 +27,11 @@ from infra.cache.candidates import (
     RejectReason,
     references_first,
 )
-from infra.cache.compression import nar_key
-from infra.cache.errors import CacheError, ClosureTooLargeError, MetadataError
+from infra.cache.errors import ClosureTooLargeError, MetadataError
 from infra.nix import narinfo
 from infra.nix.hashing import sha256_text
+from infra.objects.compression import nar_key
+from infra.objects.errors import CacheError
 from tests.support.cache import (
     STORE_DIR,
     base_name,

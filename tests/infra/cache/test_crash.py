@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from infra.cache.candidates import Conflict, Published
-from infra.cache.download import fetch_nar
 from infra.cache.gc import CollectPlan
-from infra.cache.objects import sweep_incoming
 from infra.nix import narinfo
+from infra.objects.nar_reader import fetch_nar
+from infra.objects.store import sweep_incoming
 from tests.support.cache import STORE_DIR, base_name, open_cache, publish, store_path
 
 # Publishes chains of paths for ever, large and small, and says so once the cache has confirmed them.

@@ -7,10 +7,11 @@ from datetime import timedelta
 
 import pytest
 
-from infra.cache import direct, objects
+from infra.cache import direct
 from infra.cache.direct import direct_uploads
-from infra.cache.errors import ObjectMissingError, ObjectStoreError
-from infra.cache.objects import open_object_store
+from infra.objects import store as objects
+from infra.objects.errors import ObjectMissingError, ObjectStoreError
+from infra.objects.store import open_object_store
 from tests.support.proxy import Fault, FaultyProxy
 from tests.support.servers import S3Place, S3Server
 

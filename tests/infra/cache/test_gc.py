@@ -11,8 +11,9 @@ import pytest
 
 from infra.cache.cache import Cache
 from infra.cache.candidates import AlreadyPublished, Conflict, Published, Rejected, RejectReason
-from infra.cache.errors import CacheError, CollectorBusyError
+from infra.cache.errors import CollectorBusyError
 from infra.cache.gc import CollectPlan, alone
+from infra.objects.errors import CacheError
 from tests.support.cache import base_name, candidate, object_file, open_cache, publish, store_path
 
 A, B, C, D, E = (store_path(name) for name in "abcde")

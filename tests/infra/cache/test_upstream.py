@@ -13,11 +13,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from infra.cache import upstream as upstream_module
-from infra.cache.compression import nar_key
-from infra.cache.errors import CacheError, CorruptNarError
 from infra.cache.upstream import UPSTREAM_CONCURRENCY, Upstream, UpstreamError
 from infra.nix.hashing import sha256_text
 from infra.nix.narinfo import NarInfo
+from infra.objects.compression import nar_key
+from infra.objects.errors import CacheError, CorruptNarError
 from tests.support.cache import STORE_DIR, base_name, secret_key, store_path
 
 KEY = secret_key("upstream-1", 7)

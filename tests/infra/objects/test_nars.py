@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from infra.cache.compression import SUFFIXES, Compression
-from infra.cache.download import fetch_nar
-from infra.cache.errors import CacheError, CorruptNarError, ObjectMissingError, ObjectStoreError
-from infra.cache.objects import INLINE_BYTES, LocalObjectStore, ObjectStore
-from infra.cache.upload import BLOCK_BYTES, FRAME_BYTES, QUICK_BYTES, UploadedNar, upload_nar
 from infra.nix.hashing import sha256_text
+from infra.objects.compression import SUFFIXES, Compression
+from infra.objects.errors import CacheError, CorruptNarError, ObjectMissingError, ObjectStoreError
+from infra.objects.nar_reader import fetch_nar
+from infra.objects.nar_writer import BLOCK_BYTES, FRAME_BYTES, QUICK_BYTES, UploadedNar, upload_nar
+from infra.objects.store import INLINE_BYTES, LocalObjectStore, ObjectStore
 from tests.support.cache import chunked
 
 NOISE = random.Random(7).randbytes(24 * 1024 * 1024)
@@ -208,9 +208,9 @@ async def test_a_reader_may_leave_early(store: LocalObjectStore) -> None:
 MEMORY = """
 import asyncio, sys
 from pathlib import Path
-from infra.cache.objects import open_object_store
-from infra.cache.upload import upload_nar
-from infra.cache.verify import verify_nar
+from infra.objects.store import open_object_store
+from infra.objects.nar_writer import upload_nar
+from infra.objects.verification import verify_nar
 import random
 
 async def nar(blocks):

@@ -16,6 +16,9 @@ from typing import IO, Final, Literal, Protocol, cast
 
 import zstandard
 
+#: Largest NAR that is published. It bounds the work that one false claim can cause.
+MAX_NAR_BYTES = 256 * 1024**3
+
 Compression = Literal["zstd", "xz", "none"]
 #: What a cache writes unless its settings say otherwise. Nix 2.3 does not read it.
 COMPRESSION: Final = "zstd"

@@ -14,9 +14,9 @@ from contextlib import aclosing
 
 import aiohttp
 
-from infra.cache.download import read_verified
-from infra.cache.errors import ObjectMissingError, ObjectStoreError
-from infra.cache.verify import NarPromise, VerifiedNar
+from infra.objects.errors import ObjectMissingError, ObjectStoreError
+from infra.objects.nar_reader import read_verified
+from infra.objects.verification import NarPromise, VerifiedNar
 
 #: Tries without progress, and the first pause between two in seconds (it doubles).
 TRIES = 5

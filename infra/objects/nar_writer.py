@@ -20,10 +20,10 @@ from typing import Protocol
 
 import zstandard
 
-from infra.cache.compression import COMPRESSION, Compression, nar_key
-from infra.cache.errors import CacheError, ObjectStoreError
-from infra.cache.objects import INLINE_BYTES, ObjectStore, incoming_key
 from infra.nix.hashing import sha256_text
+from infra.objects.compression import COMPRESSION, Compression, nar_key
+from infra.objects.errors import CacheError, ObjectStoreError
+from infra.objects.store import INLINE_BYTES, ObjectStore, incoming_key
 
 #: zstd's own default: 2 to 3 times faster than a local disk needs, within a few per cent of the size of higher levels.
 LEVEL = 3

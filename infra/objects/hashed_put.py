@@ -12,9 +12,9 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from contextlib import aclosing, suppress
 from hashlib import sha256
 
-from infra.cache.errors import CacheError, ObjectStoreError
-from infra.cache.objects import READ_BYTES, ObjectStore, incoming_key
 from infra.nix.hashing import sha256_text
+from infra.objects.errors import CacheError, ObjectStoreError
+from infra.objects.store import READ_BYTES, ObjectStore, incoming_key
 
 #: Objects up to this size wait in memory for their end.
 QUICK_OBJECT_BYTES = 1024 * 1024

@@ -10,14 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.cache.errors import (
-    CacheError,
-    ObjectKeyError,
-    ObjectMissingError,
-    ObjectStoreError,
-    StoreUnreachableError,
-)
-from infra.cache.objects import (
+from infra.objects.errors import CacheError, ObjectKeyError, ObjectMissingError, ObjectStoreError, StoreUnreachableError
+from infra.objects.store import (
     LocalObjectStore,
     ObjectStore,
     check_key,

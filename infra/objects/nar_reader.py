@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from infra.cache.objects import INLINE_BYTES, LocalObjectStore, ObjectStore
-from infra.cache.verify import NarPromise, VerifiedNar
+from infra.objects.store import INLINE_BYTES, LocalObjectStore, ObjectStore
+from infra.objects.verification import NarPromise, VerifiedNar
 
 
 async def fetch_nar(store: ObjectStore, narinfo: NarPromise) -> AsyncGenerator[bytes, None]:

@@ -30,7 +30,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store, from_url
 
-from infra.cache.errors import (
+from infra.objects.errors import (
     CacheError,
     ObjectKeyError,
     ObjectMissingError,

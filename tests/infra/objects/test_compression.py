@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.cache.candidates import Candidate, Published, malformed
-from infra.cache.compression import MAX_XZ_BYTES, SUFFIXES, DecodeError, nar_key, unpacker
-from infra.cache.download import fetch_nar
-from infra.cache.errors import CorruptNarError
-from infra.cache.verify import verify_nar
 from infra.nix.hashing import sha256_text
+from infra.objects.compression import MAX_XZ_BYTES, SUFFIXES, DecodeError, nar_key, unpacker
+from infra.objects.errors import CorruptNarError
+from infra.objects.nar_reader import fetch_nar
+from infra.objects.verification import verify_nar
 from tests.support.cache import STORE_DIR, open_cache, store_path
 
 PACK: dict[str, Callable[[bytes], bytes]] = {

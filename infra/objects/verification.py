@@ -12,10 +12,10 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import Protocol
 
-from infra.cache.compression import DecodeError, unpacker
-from infra.cache.errors import CorruptNarError, ObjectStoreError
-from infra.cache.objects import READ_BYTES, BlockingSource
 from infra.nix.hashing import sha256_text
+from infra.objects.compression import DecodeError, unpacker
+from infra.objects.errors import CorruptNarError, ObjectStoreError
+from infra.objects.store import READ_BYTES, BlockingSource
 
 
 class NarPromise(Protocol):
