@@ -23,7 +23,6 @@ from typing import Any
 import aiohttp
 import orjson
 
-from infra.cache.upload_client import UploadClient
 from infra.daemon import DaemonGone, DaemonOperationError, Upload, ValidPathInfo
 from infra.nix import narinfo
 from infra.nix.errors import NixError
@@ -35,6 +34,7 @@ from infra.objects.http_source import fetch_nar_over_http
 from infra.objects.nar_reader import fetch_nar
 from infra.objects.store import ObjectStore, open_object_store
 from infra.retry import Patience
+from infra.upload.client import UploadClient
 from workers.daemons import Line, Pool
 from workers.errors import WorkerError
 from workers.protocol import MAX_MISSING, FarmInfo

@@ -15,14 +15,14 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 
-from infra.cache.upload_client import SenderRefusedError, UploadClient
-from infra.cache.upload_wire import PathClaim, SendStatus
 from infra.daemon import DaemonConnection, DaemonGone, ValidPathInfo
 from infra.objects.compression import Compression
 from infra.objects.errors import CacheError
 from infra.objects.nar_writer import CompressedNar, compressing, upload_nar
 from infra.objects.store import ObjectStore
 from infra.retry import Patience
+from infra.upload.client import SenderRefusedError, UploadClient
+from infra.upload.protocol import PathClaim, SendStatus
 from workers.daemons import Pool
 from workers.errors import WorkerError
 from workers.inputs import FarmSources

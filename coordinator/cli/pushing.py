@@ -20,21 +20,14 @@ from coordinator.cli.showing import print_json, print_lines
 from coordinator.client import BadArgumentError, ClientError, RefusedError, find_token
 from coordinator.closure import LocalStore, base_name, local_store
 from coordinator.terminal import size
-from infra.cache.upload_client import (
-    OpenNar,
-    SenderRefusedError,
-    UploadClient,
-    UploadProgress,
-    UploadResult,
-    upload_session,
-)
-from infra.cache.upload_wire import MAX_PATHS, KeepWish, PathClaim, SendStatus
 from infra.daemon import DaemonError, ValidPathInfo, open_stdio
 from infra.nix.errors import FormatError
 from infra.nix.store_path import StoreDir
 from infra.objects.compression import Compression
 from infra.objects.errors import CacheError
 from infra.objects.nar_writer import CompressedNar, compressing_files
+from infra.upload.client import OpenNar, SenderRefusedError, UploadClient, UploadProgress, UploadResult, upload_session
+from infra.upload.protocol import MAX_PATHS, KeepWish, PathClaim, SendStatus
 
 #: Seconds between two progress lines on a terminal.
 PROGRESS_S: Final = 0.2

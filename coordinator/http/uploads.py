@@ -1,4 +1,4 @@
-"""The routes of the upload protocol; `infra.cache.upload_wire` says what is sent, `infra.cache.uploads` does it.
+"""The routes of the upload protocol; `infra.upload.protocol` says what is sent, `infra.cache.uploads` does it.
 
 Who may: writers of the cache (any path), and workers with the token of one lease (exactly its outputs, not publishing).
 Errors are an `ErrorView` whose `code` a sender acts on. A piece that ends early is kept as far as it came.
@@ -23,7 +23,9 @@ from coordinator.schema import ErrorBody, ErrorView
 from coordinator.security.tokens import told_token
 from coordinator.upload_tokens import UploadTokens
 from infra.cache.upload_errors import UploadError, WrongOffsetError
-from infra.cache.upload_wire import (
+from infra.cache.uploads import Sender, Uploads
+from infra.objects.errors import CacheError, StoreFullError
+from infra.upload.protocol import (
     MAX_MESSAGE_BYTES,
     MAX_PATHS,
     PIECE_BYTES,
@@ -34,8 +36,6 @@ from infra.cache.upload_wire import (
     Urls,
     UrlsWanted,
 )
-from infra.cache.uploads import Sender, Uploads
-from infra.objects.errors import CacheError, StoreFullError
 
 #: Seconds without a byte, or behind `bodies.LEAST_BYTES_PER_S`, after which a sender is given up.
 SILENCE_S: Final = 60.0

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
-from infra.cache.upload_wire import StoredPart
 from infra.objects.errors import ObjectMissingError, ObjectStoreError
 from infra.objects.store import INCOMING, ObjectStore
+from infra.upload.protocol import StoredPart
 
 #: botocore makes the methods of its clients at run time.
 S3Client: TypeAlias = Any

@@ -14,11 +14,11 @@ from typing import Final
 
 from infra.cache.cache import Cache
 from infra.cache.candidates import Candidate
-from infra.cache.upload_wire import PathClaim
 from infra.cache.upstream import Upstream
 from infra.nix.store_path import HASH_PART_LENGTH
 from infra.objects.errors import CacheError
 from infra.objects.nar_writer import upload_nar
+from infra.upload.protocol import PathClaim
 
 #: NARs that are had from upstreams at one time, for one sender.
 PULLING: Final = 4

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from infra.cache.upload_errors import BadUploadError, WrongOffsetError
-from infra.cache.upload_wire import SINGLE_BYTES
 from infra.nix.hashing import sha256_text
 from infra.objects.errors import ObjectMissingError, ObjectStoreError, StoreFullError
 from infra.objects.nar_writer import BLOCK_BYTES
 from infra.objects.store import FULL, INCOMING, LocalObjectStore, ObjectStore, says_full
+from infra.upload.protocol import SINGLE_BYTES
 
 if TYPE_CHECKING:
     from hashlib import _Hash

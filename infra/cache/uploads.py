@@ -36,7 +36,12 @@ from infra.cache.upload_errors import (
     UnknownUploadError,
     WrongOffsetError,
 )
-from infra.cache.upload_wire import (
+from infra.cache.upstream import Upstream
+from infra.nix.errors import FormatError
+from infra.nix.hashing import sha256_text
+from infra.objects.compression import SUFFIXES, nar_key
+from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreError
+from infra.upload.protocol import (
     SINGLE_BYTES,
     UPLOAD_TTL_S,
     Begin,
@@ -54,11 +59,6 @@ from infra.cache.upload_wire import (
     most_bytes,
     part_bytes,
 )
-from infra.cache.upstream import Upstream
-from infra.nix.errors import FormatError
-from infra.nix.hashing import sha256_text
-from infra.objects.compression import SUFFIXES, nar_key
-from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreError
 
 #: Uploads under way, and the paths that they name together.
 MAX_UPLOADS: Final = 1024

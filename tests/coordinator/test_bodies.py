@@ -18,8 +18,8 @@ from coordinator.http.auth import is_host, is_own_host
 from coordinator.http.bodies import SMALL, BodyBounds, parse_model, read_model
 from coordinator.http.cache import QUESTION_BOUNDS, NarinfosQuestion
 from coordinator.schema import DrainRequest, SubmitRequest
-from infra.cache.upload_wire import Begin
 from infra.loop_watch import LoopWatch
+from infra.upload.protocol import Begin
 from tests.support.bodies import NASTY
 
 #: Seconds of processor time that a public route may spend on the body of one request.

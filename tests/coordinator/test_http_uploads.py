@@ -20,17 +20,6 @@ from coordinator.config import CacheSettings, NamedCacheSettings, Settings, Uplo
 from coordinator.http import uploads
 from coordinator.main import Coordinator, open_coordinator
 from coordinator.upload_tokens import UploadTokens
-from infra.cache.upload_client import OpenNar, SenderRefusedError, UploadClient, UploadFailedError, upload_session
-from infra.cache.upload_wire import (
-    PART_BYTES,
-    PIECE_BYTES,
-    Begin,
-    Begun,
-    KeepWish,
-    PathClaim,
-    SendStatus,
-    SentOffset,
-)
 from infra.clock import SystemClock
 from infra.nix import narinfo
 from infra.nix.hashing import sha256_text
@@ -40,6 +29,8 @@ from infra.objects.http_source import fetch_nar_over_http
 from infra.objects.nar_reader import fetch_nar
 from infra.objects.nar_writer import compressing, compressing_files
 from infra.objects.store import RETRIES
+from infra.upload.client import OpenNar, SenderRefusedError, UploadClient, UploadFailedError, upload_session
+from infra.upload.protocol import PART_BYTES, PIECE_BYTES, Begin, Begun, KeepWish, PathClaim, SendStatus, SentOffset
 from tests.coordinator.conftest import nix_workers
 from tests.support.cache import STORE_DIR, base_name, chunked, store_path
 from tests.support.proxy import Fault, FaultyProxy

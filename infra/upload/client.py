@@ -22,7 +22,10 @@ import aiohttp
 from pydantic import BaseModel, ValidationError
 from yarl import URL
 
-from infra.cache.upload_wire import (
+from infra.objects.compression import COMPRESSION, Compression
+from infra.objects.errors import CacheError
+from infra.objects.nar_writer import CompressedNar
+from infra.upload.protocol import (
     MAX_PATHS,
     MAX_URLS,
     PIECE_BYTES,
@@ -45,9 +48,6 @@ from infra.cache.upload_wire import (
     UrlsWanted,
     part_bytes,
 )
-from infra.objects.compression import COMPRESSION, Compression
-from infra.objects.errors import CacheError
-from infra.objects.nar_writer import CompressedNar
 
 #: Tries of one request, the first pause between two and the longest (seconds).
 TRIES: Final = 6
