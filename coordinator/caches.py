@@ -15,8 +15,8 @@ from coordinator.config import DEFAULT_CACHE, CacheSettings, Settings
 from coordinator.security.tokens import CacheAccess, TokenSet, load_tokens
 from coordinator.succession import Secrets
 from infra.cache.cache import Cache
+from infra.cache.catalog.database import Reign
 from infra.cache.keys import forget_keys
-from infra.cache.metadata import Reign
 from infra.clock import Clock
 from infra.nix.signing import SecretKey
 from infra.nix.store_path import StoreDir

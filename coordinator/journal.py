@@ -41,7 +41,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.codec import CodecError, Record, StoredNote, decode_facts, decode_records, encode_facts, encode_records
 from coordinator.errors import CoordinatorError
-from infra.cache.metadata import Reign
+from infra.cache.catalog.database import Reign
 from infra.database import PATIENCE_S, may_pass, reason
 from infra.retry import Patience
 from scheduler.facts import Fact, SubmissionAccepted, SubmissionForgotten, SubmissionRetried

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from infra.cache.candidates import Candidate, PublishOutcome
-from infra.cache.catalog import Catalog
+from infra.cache.catalog.catalog import Catalog
+from infra.cache.catalog.database import Database, Reign, open_metadata
 from infra.cache.counters import CacheCounters
 from infra.cache.fsck import Fsck, FsckReport, RepairSource, Restored
 from infra.cache.gc import Collector, CollectPlan, CollectReport
 from infra.cache.inspection import CacheInfo, inspect
-from infra.cache.metadata import Database, Reign, open_metadata
 from infra.cache.publishing import Publisher
 from infra.cache.realisations import Realisations, Registration
 from infra.cache.resigning import ResignReport, resign

@@ -27,8 +27,8 @@ from typing import Final, Protocol
 import sqlalchemy as sa
 
 from infra.cache.candidates import Candidate
-from infra.cache.catalog import Catalog
-from infra.cache.metadata import conflicts, paths, reading, realisations, refs, slices, writing
+from infra.cache.catalog.catalog import Catalog
+from infra.cache.catalog.database import conflicts, paths, reading, realisations, refs, slices, writing
 from infra.cache.publishing import repoint
 from infra.cache.signer import Signer
 from infra.nix import narinfo as narinfo_format

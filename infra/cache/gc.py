@@ -35,11 +35,8 @@ from functools import partial
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.cache.catalog import Catalog
-from infra.cache.deletions import FORGOTTEN_AFTER_S, doom, unnamed
-from infra.cache.errors import CollectorBusyError
-from infra.cache.marking import settled
-from infra.cache.metadata import (
+from infra.cache.catalog.catalog import Catalog
+from infra.cache.catalog.database import (
     Database,
     alive,
     conflicts,
@@ -54,9 +51,12 @@ from infra.cache.metadata import (
     slices,
     writing,
 )
+from infra.cache.catalog.deletions import FORGOTTEN_AFTER_S, doom, unnamed
+from infra.cache.catalog.tombstones import revive
+from infra.cache.errors import CollectorBusyError
+from infra.cache.marking import settled
 from infra.cache.roots import RankedRoot
 from infra.cache.survey import Survey
-from infra.cache.tombstones import revive
 from infra.objects.errors import ObjectStoreError
 from infra.objects.store import sweep_incoming
 

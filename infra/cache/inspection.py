@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from infra.cache.catalog import Catalog
-from infra.cache.metadata import alive, conflicts, paths, reading, realisations, refs, root_paths, roots
+from infra.cache.catalog.catalog import Catalog
+from infra.cache.catalog.database import alive, conflicts, paths, reading, realisations, refs, root_paths, roots
 from infra.cache.roots import LEASE
 
 

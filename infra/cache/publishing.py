@@ -28,11 +28,11 @@ from infra.cache.candidates import (
     references_first,
     rejected_for_references,
 )
-from infra.cache.catalog import Catalog, Row
-from infra.cache.deletions import PUBLISH_WITHIN_S, deleted, endangered
-from infra.cache.metadata import conflicts, paths, reading, refs, writing
+from infra.cache.catalog.catalog import Catalog, Row
+from infra.cache.catalog.database import conflicts, paths, reading, refs, writing
+from infra.cache.catalog.deletions import PUBLISH_WITHIN_S, deleted, endangered
+from infra.cache.catalog.tombstones import revive
 from infra.cache.signer import Signer
-from infra.cache.tombstones import revive
 from infra.nix import narinfo as narinfo_format
 from infra.nix.store_path import HASH_PART_LENGTH
 from infra.objects.errors import CorruptNarError, ObjectMissingError, ObjectStoreError

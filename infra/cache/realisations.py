@@ -13,10 +13,10 @@ from enum import StrEnum
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.cache.catalog import Catalog, Row
-from infra.cache.metadata import reading, realisations, writing
+from infra.cache.catalog.catalog import Catalog, Row
+from infra.cache.catalog.database import reading, realisations, writing
+from infra.cache.catalog.tombstones import revive
 from infra.cache.signer import Signer
-from infra.cache.tombstones import revive
 from infra.nix import realisation as realisation_format
 from infra.nix.realisation import Realisation, RealisationLayout
 from infra.nix.store_path import HASH_PART_LENGTH

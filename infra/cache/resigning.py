@@ -12,8 +12,8 @@ from typing import Final
 
 import sqlalchemy as sa
 
-from infra.cache.catalog import Catalog
-from infra.cache.metadata import paths, realisations, writing
+from infra.cache.catalog.catalog import Catalog
+from infra.cache.catalog.database import paths, realisations, writing
 from infra.cache.signer import Signer
 from infra.nix import narinfo as narinfo_format
 from infra.nix import realisation as realisation_format

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.cache.catalog import Catalog
-from infra.cache.metadata import alive, paths, reading, refs, root_paths, roots, slices, writing
-from infra.cache.tombstones import revive
+from infra.cache.catalog.catalog import Catalog
+from infra.cache.catalog.database import alive, paths, reading, refs, root_paths, roots, slices, writing
+from infra.cache.catalog.tombstones import revive
 from infra.objects.errors import CacheError
 
 #: The kinds of roots that are treated in a way of their own: no size budget ends them, and leases are not listed.

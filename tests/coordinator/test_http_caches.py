@@ -20,7 +20,7 @@ from coordinator.config import CacheSettings, ConfigError, NamedCacheSettings, S
 from coordinator.http.cache import add_cache_routes
 from coordinator.security.tokens import CacheAccess, TokenError, TokenSet, load_tokens, told_token
 from coordinator.succession import Succession
-from infra.cache.metadata import Reign
+from infra.cache.catalog.database import Reign
 from infra.clock import SystemClock
 from tests.support.cache import base_name, candidate, publish, store_path
 

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.cache import cache as cache_module
-from infra.cache import catalog as catalog_module
 from infra.cache.cache import Cache
 from infra.cache.candidates import (
     AlreadyPublished,
@@ -27,6 +26,7 @@ from infra.cache.candidates import (
     RejectReason,
     references_first,
 )
+from infra.cache.catalog import catalog as catalog_module
 from infra.cache.errors import ClosureTooLargeError, MetadataError
 from infra.nix import narinfo
 from infra.nix.hashing import sha256_text

@@ -11,9 +11,9 @@ import pytest
 
 from infra.cache.cache import Cache
 from infra.cache.candidates import AlreadyPublished, Published
+from infra.cache.catalog.database import paths, writing
 from infra.cache.fsck import FsckReport
 from infra.cache.gc import CollectPlan
-from infra.cache.metadata import paths, writing
 from infra.cache.realisations import Registered
 from infra.nix import narinfo as narinfo_format
 from infra.nix.narinfo import NarInfo

@@ -22,9 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from infra.cache import gc, publishing, roots
 from infra.cache.cache import Cache
+from infra.cache.catalog.database import Database
 from infra.cache.errors import MetadataError
 from infra.cache.gc import CollectPlan
-from infra.cache.metadata import Database
 from infra.nix import narinfo
 from tests.support.cache import STORE_DIR, base_name, candidate, open_cache, store_path
 

@@ -14,10 +14,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy.engine import Connection
 
-from infra.cache import metadata as metadata_module
+from infra.cache.catalog import database as metadata_module
+from infra.cache.catalog.database import Database, Reign, metadata, open_metadata, paths, reading, writing
+from infra.cache.catalog.migrate import VERSION_TABLE
 from infra.cache.errors import MetadataBusyError, MetadataError, ReignOverError, SchemaTooNewError
-from infra.cache.metadata import Database, Reign, metadata, open_metadata, paths, reading, writing
-from infra.cache.migrate import VERSION_TABLE
 from tests.support.cache import open_cache, publish, store_path
 from tests.support.ports import free_port
 from tests.support.servers import MortalPostgres

@@ -1,4 +1,4 @@
-"""Run by alembic: migrates over the connection, and inside the transaction, that `infra.cache.migrate` hands over."""
+"""Run by alembic: migrates over the connection, and inside the transaction, of `infra.cache.catalog.migrate`."""
 
 from alembic import context
 

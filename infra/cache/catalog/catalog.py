@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from infra.cache.catalog.database import Database, conflicts, paths, reading, refs, slices
 from infra.cache.errors import ClosureTooLargeError
-from infra.cache.metadata import Database, conflicts, paths, reading, refs, slices
 from infra.nix.errors import FormatError
 from infra.nix.store_path import HASH_PART_LENGTH, StoreDir
 from infra.objects.store import LocalObjectStore, ObjectStore

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.cache.metadata import conflicts, deletions, paths, slices
+from infra.cache.catalog.database import conflicts, deletions, paths, slices
 
 #: How long a deletion that is done is remembered.
 FORGOTTEN_AFTER_S = 86_400.0

@@ -42,8 +42,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from infra.cache.catalog.migrate import migrate, refuse_newer
 from infra.cache.errors import MetadataBusyError, MetadataError, ReignOverError
-from infra.cache.migrate import migrate, refuse_newer
 from infra.database import IDLE_IN_TRANSACTION_MS, PATIENCE_S, POSTGRES_CONNECT, may_pass, reason
 from infra.retry import Patience
 

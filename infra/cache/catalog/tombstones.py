@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.cache.metadata import paths, refs, slices
+from infra.cache.catalog.database import paths, refs, slices
 
 
 async def revive(connection: AsyncConnection, serials: Sequence[int]) -> set[int]:
