@@ -16,7 +16,7 @@ from coordinator.security.tokens import CacheAccess, TokenSet, load_tokens
 from coordinator.succession import Secrets
 from infra.cache.cache import Cache
 from infra.cache.catalog.database import Reign
-from infra.cache.keys import forget_keys
+from infra.cache.publishing.keys import forget_keys
 from infra.clock import Clock
 from infra.nix.signing import SecretKey
 from infra.nix.store_path import StoreDir

@@ -29,7 +29,7 @@ from coordinator.views import Views
 from infra.cache.cache import Cache
 from infra.cache.fsck import FsckReport, RepairSource
 from infra.cache.gc import CollectPlan, CollectReport
-from infra.cache.resigning import ResignReport
+from infra.cache.publishing.key_rotation import ResignReport
 from infra.clock import Clock
 from infra.objects.errors import CacheError
 from scheduler.model import StepKey

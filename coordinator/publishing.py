@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from coordinator.codec import CodecError, Evidence, decode_evidence
 from coordinator.derivations import DerivationsError, DerivationStore, StepInfo
 from infra.cache.cache import Cache
-from infra.cache.candidates import Candidate, Conflict, PublishOutcome, Rejected, RejectReason
+from infra.cache.publishing.claims import Candidate, Conflict, PublishOutcome, Rejected, RejectReason
 from infra.objects.errors import CacheError
 from infra.retry import Patience
 from scheduler.effects import PublishOutputs

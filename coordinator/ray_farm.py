@@ -28,7 +28,7 @@ from coordinator.config import ConfigError, Settings, WorkerConfig
 from coordinator.errors import StoppedError
 from coordinator.security.tokens import read_source
 from coordinator.state_lock import StateLock
-from infra.cache.keys import forget_keys
+from infra.cache.publishing.keys import forget_keys
 from workers.errors import WorkerError
 from workers.fleet import Fleet, FleetError, Sink
 from workers.protocol import FarmInfo, Lease, LeaseOrder, Output

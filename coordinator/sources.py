@@ -13,7 +13,7 @@ from typing import ClassVar
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.framing import Source
 from infra.cache.cache import Cache
-from infra.cache.candidates import Candidate, Rejected, RejectReason
+from infra.cache.publishing.claims import Candidate, Rejected, RejectReason
 from infra.nix.ca import SourceDigest, verify_source
 from infra.nix.errors import FormatError, SourcePathError
 from infra.nix.store_path import StoreDir, parse_base_name

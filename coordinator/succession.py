@@ -26,7 +26,7 @@ from typing import ClassVar, Final
 from coordinator.config import DEFAULT_CACHE, CacheSettings, Settings
 from coordinator.errors import CoordinatorError
 from coordinator.security.tokens import load_token, read_token
-from infra.cache.keys import load_key, load_or_create_key, read_keys
+from infra.cache.publishing.keys import load_key, load_or_create_key, read_keys
 from infra.nix.signing import SecretKey
 from infra.objects.errors import StoreUnreachableError
 from infra.objects.store import ObjectStore, open_object_store

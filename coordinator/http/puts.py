@@ -37,8 +37,8 @@ from aiohttp.typedefs import Handler
 from coordinator.caches import OpenCache
 from coordinator.http.access import challenge, may_write
 from coordinator.http.bodies import BodyEncodedError, Pace, refuse_encoding
-from infra.cache.candidates import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome
-from infra.cache.realisations import Registered
+from infra.cache.publishing.claims import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome
+from infra.cache.publishing.realisations import Registered
 from infra.nix import narinfo as narinfo_format
 from infra.nix import realisation as realisation_format
 from infra.nix.errors import FormatError

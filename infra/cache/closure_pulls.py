@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from infra.cache.cache import MAX_BATCH, Cache
-from infra.cache.candidates import Candidate, Rejected
+from infra.cache.publishing.claims import Candidate, Rejected
 from infra.cache.pulls import PULLING
 from infra.cache.upstream import Upstream
 from infra.nix.narinfo import NarInfo

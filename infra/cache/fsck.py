@@ -26,11 +26,11 @@ from typing import Final, Protocol
 
 import sqlalchemy as sa
 
-from infra.cache.candidates import Candidate
 from infra.cache.catalog.catalog import Catalog
 from infra.cache.catalog.database import conflicts, paths, reading, realisations, refs, slices, writing
-from infra.cache.publishing import repoint
-from infra.cache.signer import Signer
+from infra.cache.publishing.claims import Candidate
+from infra.cache.publishing.publisher import repoint
+from infra.cache.publishing.signer import Signer
 from infra.nix import narinfo as narinfo_format
 from infra.nix.errors import FormatError
 from infra.nix.narinfo import NarInfo

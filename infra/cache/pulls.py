@@ -13,7 +13,7 @@ from contextlib import aclosing
 from typing import Final
 
 from infra.cache.cache import Cache
-from infra.cache.candidates import Candidate
+from infra.cache.publishing.claims import Candidate
 from infra.cache.upstream import Upstream
 from infra.nix.store_path import HASH_PART_LENGTH
 from infra.objects.errors import CacheError

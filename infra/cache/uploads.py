@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Final
 
 from infra.cache.cache import Cache
-from infra.cache.candidates import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome, RejectReason
 from infra.cache.direct import DirectUploads, staged_key
+from infra.cache.publishing.claims import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome, RejectReason
 from infra.cache.pulls import Pulls
 from infra.cache.relay import RelaySpool
 from infra.cache.upload_errors import (

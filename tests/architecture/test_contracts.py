@@ -93,7 +93,16 @@ def test_the_command_line_is_there_at_once() -> None:
     ("program", "foreign"),
     [
         # Keys sign in the coordinator alone; a worker has cryptography, to check the signatures of its inputs.
-        ("workers.agent", ("sqlalchemy", "alembic", "infra.cache.cache", "infra.cache.signer", "infra.cache.keys")),
+        (
+            "workers.agent",
+            (
+                "sqlalchemy",
+                "alembic",
+                "infra.cache.cache",
+                "infra.cache.publishing.signer",
+                "infra.cache.publishing.keys",
+            ),
+        ),
         ("coordinator.cli.pushing", ("sqlalchemy", "alembic", "cryptography", "infra.cache.cache")),
     ],
 )

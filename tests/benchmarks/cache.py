@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from infra.cache.cache import Cache
-from infra.cache.candidates import Candidate
+from infra.cache.publishing.claims import Candidate
 from infra.nix.signing import generate
 from infra.nix.store_path import StoreDir
 from infra.objects.nar_writer import upload_nar

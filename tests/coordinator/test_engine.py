@@ -18,7 +18,7 @@ from coordinator.config import ConfigError, Settings
 from coordinator.journal import JournalError
 from coordinator.main import Ready, serve
 from coordinator.schema import StepStatus, SubmissionState, SubmitRequest
-from infra.cache.candidates import Candidate
+from infra.cache.publishing.claims import Candidate
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.objects.nar_writer import upload_nar
 from infra.objects.store import open_object_store

@@ -22,7 +22,7 @@ from coordinator.http import cache as http_cache
 from coordinator.http.cache import MAX_QUESTION, QUESTION_BOUNDS, add_cache_routes
 from coordinator.security.tokens import CacheAccess
 from infra.cache.cache import Cache
-from infra.cache.candidates import Candidate, Published
+from infra.cache.publishing.claims import Candidate, Published
 from infra.nix import narinfo
 from infra.objects.errors import ObjectStoreError
 from infra.objects.nar_writer import QUICK_BYTES, upload_nar

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from infra.cache.cache import Cache
-from infra.cache.candidates import Candidate, PublishOutcome
+from infra.cache.publishing.claims import Candidate, PublishOutcome
 from infra.nix import base32
 from infra.nix.signing import SecretKey, generate
 from infra.nix.store_path import StoreDir

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from infra.cache import cache as cache_module
 from infra.cache.cache import Cache
-from infra.cache.candidates import (
+from infra.cache.catalog import catalog as catalog_module
+from infra.cache.errors import ClosureTooLargeError, MetadataError
+from infra.cache.publishing.claims import (
     AlreadyPublished,
     Candidate,
     Conflict,
@@ -26,8 +28,6 @@ from infra.cache.candidates import (
     RejectReason,
     references_first,
 )
-from infra.cache.catalog import catalog as catalog_module
-from infra.cache.errors import ClosureTooLargeError, MetadataError
 from infra.nix import narinfo
 from infra.nix.hashing import sha256_text
 from infra.objects.compression import nar_key

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.cache.candidates import Conflict, Published
 from infra.cache.gc import CollectPlan
+from infra.cache.publishing.claims import Conflict, Published
 from infra.nix import narinfo
 from infra.objects.nar_reader import fetch_nar
 from infra.objects.store import sweep_incoming

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from infra.cache.cache import Cache
-from infra.cache.candidates import AlreadyPublished, Conflict, Published, Rejected, RejectReason
 from infra.cache.errors import CollectorBusyError
 from infra.cache.gc import CollectPlan, alone
+from infra.cache.publishing.claims import AlreadyPublished, Conflict, Published, Rejected, RejectReason
 from infra.objects.errors import CacheError
 from tests.support.cache import base_name, candidate, object_file, open_cache, publish, store_path
 

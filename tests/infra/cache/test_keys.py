@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra.cache.errors import KeyFileError
-from infra.cache.keys import forget_keys, load_key, load_or_create_key, read_keys
+from infra.cache.publishing.keys import forget_keys, load_key, load_or_create_key, read_keys
 from tests.support.cache import secret_key
 
 

@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.cache.candidates import Candidate, Published, malformed
+from infra.cache.publishing.claims import Candidate, Published, malformed
 from infra.nix.hashing import sha256_text
 from infra.objects.compression import MAX_XZ_BYTES, SUFFIXES, DecodeError, nar_key, unpacker
 from infra.objects.errors import CorruptNarError

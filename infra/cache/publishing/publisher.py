@@ -16,7 +16,11 @@ from dataclasses import replace
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.cache.candidates import (
+from infra.cache.catalog.catalog import Catalog, Row
+from infra.cache.catalog.database import conflicts, paths, reading, refs, writing
+from infra.cache.catalog.deletions import PUBLISH_WITHIN_S, deleted, endangered
+from infra.cache.catalog.tombstones import revive
+from infra.cache.publishing.claims import (
     AlreadyPublished,
     Candidate,
     Conflict,
@@ -28,11 +32,7 @@ from infra.cache.candidates import (
     references_first,
     rejected_for_references,
 )
-from infra.cache.catalog.catalog import Catalog, Row
-from infra.cache.catalog.database import conflicts, paths, reading, refs, writing
-from infra.cache.catalog.deletions import PUBLISH_WITHIN_S, deleted, endangered
-from infra.cache.catalog.tombstones import revive
-from infra.cache.signer import Signer
+from infra.cache.publishing.signer import Signer
 from infra.nix import narinfo as narinfo_format
 from infra.nix.store_path import HASH_PART_LENGTH
 from infra.objects.errors import CorruptNarError, ObjectMissingError, ObjectStoreError

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from infra.cache.catalog.catalog import Catalog
 from infra.cache.catalog.database import paths, realisations, writing
-from infra.cache.signer import Signer
+from infra.cache.publishing.signer import Signer
 from infra.nix import narinfo as narinfo_format
 from infra.nix import realisation as realisation_format
 from infra.nix.realisation import RealisationLayout

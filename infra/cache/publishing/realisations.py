@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from infra.cache.catalog.catalog import Catalog, Row
 from infra.cache.catalog.database import reading, realisations, writing
 from infra.cache.catalog.tombstones import revive
-from infra.cache.signer import Signer
+from infra.cache.publishing.signer import Signer
 from infra.nix import realisation as realisation_format
 from infra.nix.realisation import Realisation, RealisationLayout
 from infra.nix.store_path import HASH_PART_LENGTH

@@ -1,0 +1,1 @@
+"""Publishing: claims become published paths, and signatures are made. The only package that holds signing keys."""
