@@ -27,7 +27,7 @@ from coordinator.schema import (
     WhyView,
 )
 from infra.cache.cache import Cache
-from infra.cache.roots import RootRow
+from infra.cache.retention.roots import RootRow
 from infra.nix.errors import FormatError
 from infra.nix.store_path import HASH_PART_LENGTH
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from infra.cache.gc import CollectReport
 from infra.cache.publishing.claims import AlreadyPublished, Conflict, Published, PublishOutcome
+from infra.cache.retention.collector import CollectReport
 
 
 def _untold(_seconds: float) -> None:

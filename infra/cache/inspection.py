@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from infra.cache.catalog.catalog import Catalog
 from infra.cache.catalog.database import alive, conflicts, paths, reading, realisations, refs, root_paths, roots
-from infra.cache.roots import LEASE
+from infra.cache.retention.roots import LEASE
 
 
 @dataclass(frozen=True, slots=True)

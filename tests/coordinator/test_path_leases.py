@@ -14,7 +14,7 @@ from coordinator import path_leases
 from coordinator.path_leases import LEASE_S, PathLeases
 from infra.cache.cache import Cache
 from infra.cache.catalog.database import reading, roots
-from infra.cache.gc import CollectPlan
+from infra.cache.retention.collector import CollectPlan
 from tests.support.cache import open_cache, publish, store_path
 
 A, B = store_path("a"), store_path("b")

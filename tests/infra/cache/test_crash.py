@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.cache.gc import CollectPlan
 from infra.cache.publishing.claims import Conflict, Published
+from infra.cache.retention.collector import CollectPlan
 from infra.nix import narinfo
 from infra.objects.nar_reader import fetch_nar
 from infra.objects.store import sweep_incoming
@@ -80,7 +80,7 @@ async def test_after_a_kill_everything_that_is_answered_can_be_fetched(tmp_path:
 COLLECTOR = """
 import asyncio, itertools, os, sys
 from pathlib import Path
-from infra.cache.gc import CollectPlan
+from infra.cache.retention.collector import CollectPlan
 from tests.support.cache import candidate, open_cache, store_path
 
 async def main():

@@ -12,9 +12,9 @@ import pytest
 from infra.cache.cache import Cache
 from infra.cache.catalog.database import paths, writing
 from infra.cache.fsck import FsckReport
-from infra.cache.gc import CollectPlan
 from infra.cache.publishing.claims import AlreadyPublished, Published
 from infra.cache.publishing.realisations import Registered
+from infra.cache.retention.collector import CollectPlan
 from infra.nix import narinfo as narinfo_format
 from infra.nix.narinfo import NarInfo
 from infra.nix.realisation import Realisation, RealisationLayout

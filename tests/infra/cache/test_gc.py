@@ -11,8 +11,8 @@ import pytest
 
 from infra.cache.cache import Cache
 from infra.cache.errors import CollectorBusyError
-from infra.cache.gc import CollectPlan, alone
 from infra.cache.publishing.claims import AlreadyPublished, Conflict, Published, Rejected, RejectReason
+from infra.cache.retention.collector import CollectPlan, alone
 from infra.objects.errors import CacheError
 from tests.support.cache import base_name, candidate, object_file, open_cache, publish, store_path
 

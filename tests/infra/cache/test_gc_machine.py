@@ -20,12 +20,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from infra.cache import gc, roots
 from infra.cache.cache import Cache
 from infra.cache.catalog.database import Database
 from infra.cache.errors import MetadataError
-from infra.cache.gc import CollectPlan
 from infra.cache.publishing import publisher
+from infra.cache.retention import collector, roots
+from infra.cache.retention.collector import CollectPlan
 from infra.nix import narinfo
 from tests.support.cache import STORE_DIR, base_name, candidate, open_cache, store_path
 
@@ -63,7 +63,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.seen: dict[str, float] = {}
         self.cut: tuple[int, str, int] | None = None
         self.patches = pytest.MonkeyPatch()
-        for module in (gc, publisher, roots):
+        for module in (collector, publisher, roots):
             self.patches.setattr(module, "writing", self.hooked(module.writing))
         self.runner.run(self.open())
 
@@ -277,7 +277,7 @@ async def _needs_no_look(_self: object, _connection: object, hash_parts: dict[in
 
 MUTANTS: dict[str, tuple[object, str, object]] = {
     "naming a path does not bring it back": (roots, "revive", _revives_nothing),
-    "a transaction trusts the mark": (gc._Collection, "_unneeded", _needs_no_look),
+    "a transaction trusts the mark": (collector._Collection, "_unneeded", _needs_no_look),
 }
 
 

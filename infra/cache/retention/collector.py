@@ -54,9 +54,9 @@ from infra.cache.catalog.database import (
 from infra.cache.catalog.deletions import FORGOTTEN_AFTER_S, doom, unnamed
 from infra.cache.catalog.tombstones import revive
 from infra.cache.errors import CollectorBusyError
-from infra.cache.marking import settled
-from infra.cache.roots import RankedRoot
-from infra.cache.survey import Survey
+from infra.cache.retention.mark_phase import Survey
+from infra.cache.retention.reachability import settled
+from infra.cache.retention.roots import RankedRoot
 from infra.objects.errors import ObjectStoreError
 from infra.objects.store import sweep_incoming
 

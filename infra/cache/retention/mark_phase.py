@@ -14,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache.catalog.catalog import Catalog
 from infra.cache.catalog.database import alive, conflicts, paths, reading, refs, root_paths, roots, slices
-from infra.cache.marking import Marks, within_budget
-from infra.cache.roots import LEASE, PIN, RankedRoot, by_use
+from infra.cache.retention.reachability import Marks, within_budget
+from infra.cache.retention.roots import LEASE, PIN, RankedRoot, by_use
 
 #: Rows that are read at a time: some 10 ms of the event loop.
 PAGE = 4000
