@@ -27,8 +27,8 @@ from coordinator.path_leases import PathLeases
 from coordinator.rows import SubmissionRow
 from coordinator.views import Views
 from infra.cache.cache import Cache
-from infra.cache.fsck import FsckReport, RepairSource
 from infra.cache.publishing.key_rotation import ResignReport
+from infra.cache.repair.fsck import FsckReport, RepairSource
 from infra.cache.retention.collector import CollectPlan, CollectReport
 from infra.clock import Clock
 from infra.objects.errors import CacheError

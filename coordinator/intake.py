@@ -22,7 +22,7 @@ from coordinator.schema import IntakeMissing, IntakeQuery, RootRequest, SubmitRe
 from coordinator.sources import SourceIntake
 from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache
-from infra.cache.closure_pulls import ClosurePulls, Pulled
+from infra.cache.pulls.closure_pulls import ClosurePulls, Pulled
 from infra.nix import aterm
 from infra.nix.derivation import DerivationKind
 from infra.nix.errors import FormatError, NixError, UnknownInputError

@@ -28,7 +28,7 @@ from coordinator.rows import SubmissionRow
 from coordinator.views import Views
 from infra.cache.cache import Cache
 from infra.cache.errors import ClosureTooLargeError
-from infra.cache.fsck import RepairSource
+from infra.cache.repair.fsck import RepairSource
 from infra.clock import Clock
 from infra.objects.errors import CacheError
 from scheduler.model import StepKey

@@ -67,10 +67,10 @@ from coordinator.succession import API_TOKEN, Secrets, Succession
 from coordinator.upload_tokens import UploadTokens
 from coordinator.views import Views
 from infra.cache.cache import Cache
-from infra.cache.direct import direct_uploads
-from infra.cache.fsck import RepairSource
-from infra.cache.uploads import Uploads
-from infra.cache.upstream import Upstream
+from infra.cache.pulls.upstream import Upstream
+from infra.cache.repair.fsck import RepairSource
+from infra.cache.uploads.s3_direct import direct_uploads
+from infra.cache.uploads.uploads import Uploads
 from infra.clock import Clock, SystemClock
 from infra.database import open_engine
 from infra.loop_watch import LoopWatch

@@ -1,4 +1,4 @@
-"""The routes of the upload protocol; `infra.upload.protocol` says what is sent, `infra.cache.uploads` does it.
+"""The routes of the upload protocol; `infra.upload.protocol` says what is sent, `infra.cache.uploads.uploads` does it.
 
 Who may: writers of the cache (any path), and workers with the token of one lease (exactly its outputs, not publishing).
 Errors are an `ErrorView` whose `code` a sender acts on. A piece that ends early is kept as far as it came.
@@ -22,8 +22,8 @@ from coordinator.http.connections import mark_known
 from coordinator.schema import ErrorBody, ErrorView
 from coordinator.security.tokens import told_token
 from coordinator.upload_tokens import UploadTokens
-from infra.cache.upload_errors import UploadError, WrongOffsetError
-from infra.cache.uploads import Sender, Uploads
+from infra.cache.uploads.errors import UploadError, WrongOffsetError
+from infra.cache.uploads.uploads import Sender, Uploads
 from infra.objects.errors import CacheError, StoreFullError
 from infra.upload.protocol import (
     MAX_MESSAGE_BYTES,

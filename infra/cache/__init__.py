@@ -1,26 +1,15 @@
-"""The signed binary cache: objects, metadata, publishing and reading.
+"""The signed binary cache, the coordinator's alone: what is published, kept, collected, signed and repaired.
 
-objects     bytes by key: a directory, S3, GCS, Azure
-compression the codecs that NARs come in, unpacked within bounds
-verify      the one reader of NAR objects: trusts no size or hash that it was told
-upload      NAR -> object, streaming                       (workers, intake)
-listing     object -> `.ls`
-download    object -> NAR, streaming and verified          (workers)
-keys        signing keys, from files and the environment
-signer      fingerprint -> signatures
-metadata    the SQL tables (migrate, migrations: how they came about)
-candidates  claims, outcomes and the pure part of deciding
-catalog     what is published and can be fetched
-publishing  claims -> truth
-roots       what keeps paths: pins, submissions, pushes, leases
-gc          collecting what nothing keeps (survey, marking, tombstones, deletions)
-realisations  what content-addressed outputs became
-resigning   new signatures for everything
-pulls       what a sender need not send, had from upstreams
-closure_pulls  whole closures that nobody sends, had from upstreams
-fsck        proving and repairing (upstream: another cache to have NARs from)
-inspection  sums
-cache       Cache: the front of all this                   (the coordinator)
+uploads      taking uploads in
+pulls        paths had from trusted upstreams
+listing      object -> `.ls`
+cache        Cache: the front of all below
+repair       proving and repairing
+statistics   sums; counters: what is counted while it runs
+retention    what keeps paths, and the collector
+publishing   claims -> truth, signatures and keys
+catalog      the database: what is published
+errors
 
-Nothing is imported here: a worker and `drover cache push` use objects and uploads, and load no database with them.
+Objects and the sending side of uploads are for workers too: `infra.objects`, `infra.upload`. Nothing is imported here.
 """

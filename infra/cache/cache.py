@@ -12,15 +12,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from infra.cache.catalog.catalog import Catalog
 from infra.cache.catalog.database import Database, Reign, open_metadata
 from infra.cache.counters import CacheCounters
-from infra.cache.fsck import Fsck, FsckReport, RepairSource, Restored
-from infra.cache.inspection import CacheInfo, inspect
 from infra.cache.publishing.claims import Candidate, PublishOutcome
 from infra.cache.publishing.key_rotation import ResignReport, resign
 from infra.cache.publishing.publisher import Publisher
 from infra.cache.publishing.realisations import Realisations, Registration
 from infra.cache.publishing.signer import Signer
+from infra.cache.repair.fsck import Fsck, FsckReport, RepairSource, Restored
 from infra.cache.retention.collector import Collector, CollectPlan, CollectReport
 from infra.cache.retention.roots import LEASE, PIN, Keeper, RootRow, Roots
+from infra.cache.statistics import CacheInfo, inspect
 from infra.nix.realisation import Realisation, RealisationLayout
 from infra.nix.signing import PublicKey, SecretKey
 from infra.nix.store_path import StoreDir

@@ -20,7 +20,7 @@ from coordinator import cli
 from coordinator.cli import statuses
 from coordinator.client import RefusedError
 from coordinator.errors import CoordinatorError
-from infra.cache.upload_errors import UploadError
+from infra.cache.uploads.errors import UploadError
 
 
 def drover(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -16,9 +16,9 @@ from coordinator.framing import encode_derivations, in_thread
 from coordinator.intake import MissingMemberError
 from coordinator.main import open_coordinator
 from coordinator.schema import IntakeQuery, RootRequest, SubmissionState, SubmitRequest
-from infra.cache import closure_pulls
 from infra.cache.cache import Cache
-from infra.cache.upstream import Upstream
+from infra.cache.pulls import closure_pulls
+from infra.cache.pulls.upstream import Upstream
 from tests.coordinator.conftest import TestFarm
 from tests.coordinator.test_engine import ScriptedWorker, output_path, report, started
 from tests.coordinator.test_intake import Room, limits, make, needs, room

@@ -7,8 +7,8 @@ from datetime import timedelta
 
 import pytest
 
-from infra.cache import direct
-from infra.cache.direct import direct_uploads
+from infra.cache.uploads import s3_direct
+from infra.cache.uploads.s3_direct import direct_uploads
 from infra.objects import store as objects
 from infra.objects.errors import ObjectMissingError, ObjectStoreError
 from infra.objects.store import open_object_store
@@ -17,7 +17,7 @@ from tests.support.servers import S3Place, S3Server
 
 
 async def test_abandoned_uploads_are_swept_however_many_there_are(s3: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "PAGE", 2)
+    monkeypatch.setattr(s3_direct, "PAGE", 2)
     uploads = direct_uploads(open_object_store(s3.url))
     assert uploads is not None
     begun = [await uploads.open_multipart(f"nar/{number}-", ".nar.zst") for number in range(7)]

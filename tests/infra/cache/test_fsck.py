@@ -11,9 +11,9 @@ import pytest
 
 from infra.cache.cache import Cache
 from infra.cache.catalog.database import paths, writing
-from infra.cache.fsck import FsckReport
 from infra.cache.publishing.claims import AlreadyPublished, Published
 from infra.cache.publishing.realisations import Registered
+from infra.cache.repair.fsck import FsckReport
 from infra.cache.retention.collector import CollectPlan
 from infra.nix import narinfo as narinfo_format
 from infra.nix.narinfo import NarInfo

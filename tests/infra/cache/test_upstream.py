@@ -12,8 +12,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from infra.cache import upstream as upstream_module
-from infra.cache.upstream import UPSTREAM_CONCURRENCY, Upstream, UpstreamError
+from infra.cache.pulls import upstream as upstream_module
+from infra.cache.pulls.upstream import UPSTREAM_CONCURRENCY, Upstream, UpstreamError
 from infra.nix.hashing import sha256_text
 from infra.nix.narinfo import NarInfo
 from infra.objects.compression import nar_key

@@ -25,18 +25,18 @@ from pathlib import Path
 from typing import Final
 
 from infra.cache.cache import Cache
-from infra.cache.direct import DirectUploads, staged_key
 from infra.cache.publishing.claims import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome, RejectReason
-from infra.cache.pulls import Pulls
-from infra.cache.relay import RelaySpool
-from infra.cache.upload_errors import (
+from infra.cache.pulls.upstream import Upstream
+from infra.cache.pulls.upstream_pulls import Pulls
+from infra.cache.uploads.errors import (
     BadUploadError,
     ForbiddenPathError,
     TooManyUploadsError,
     UnknownUploadError,
     WrongOffsetError,
 )
-from infra.cache.upstream import Upstream
+from infra.cache.uploads.relay import RelaySpool
+from infra.cache.uploads.s3_direct import DirectUploads, staged_key
 from infra.nix.errors import FormatError
 from infra.nix.hashing import sha256_text
 from infra.objects.compression import SUFFIXES, nar_key

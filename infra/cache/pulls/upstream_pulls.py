@@ -14,7 +14,7 @@ from typing import Final
 
 from infra.cache.cache import Cache
 from infra.cache.publishing.claims import Candidate
-from infra.cache.upstream import Upstream
+from infra.cache.pulls.upstream import Upstream
 from infra.nix.store_path import HASH_PART_LENGTH
 from infra.objects.errors import CacheError
 from infra.objects.nar_writer import upload_nar

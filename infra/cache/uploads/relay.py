@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from infra.cache.upload_errors import BadUploadError, WrongOffsetError
+from infra.cache.uploads.errors import BadUploadError, WrongOffsetError
 from infra.nix.hashing import sha256_text
 from infra.objects.errors import ObjectMissingError, ObjectStoreError, StoreFullError
 from infra.objects.nar_writer import BLOCK_BYTES

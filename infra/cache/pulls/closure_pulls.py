@@ -14,8 +14,8 @@ from typing import Final
 
 from infra.cache.cache import MAX_BATCH, Cache
 from infra.cache.publishing.claims import Candidate, Rejected
-from infra.cache.pulls import PULLING
-from infra.cache.upstream import Upstream
+from infra.cache.pulls.upstream import Upstream
+from infra.cache.pulls.upstream_pulls import PULLING
 from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import HASH_PART_LENGTH
 from infra.objects.errors import CacheError

@@ -1,0 +1,1 @@
+"""Repair: proving that a cache holds what it promises, and replacing objects that it has lost."""

@@ -1,0 +1,1 @@
+"""Uploads over HTTP, the coordinator's side: sessions, relayed pieces, presigned addresses of S3."""
