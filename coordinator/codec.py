@@ -32,7 +32,7 @@ from coordinator.limits import StepLimits
 from scheduler import facts
 from scheduler.facts import Fact
 from scheduler.model import Requirements, StepKey, SubmissionId
-from workers.protocol import Output
+from workers.wire.messages import Output
 
 #: Frames above this many bytes are compressed.
 _COMPRESS_ABOVE_BYTES = 4096

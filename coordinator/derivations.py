@@ -117,7 +117,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class BuildOrder:
-    """What a worker needs to build one recipe of a step: see `workers.protocol.LeaseOrder`."""
+    """What a worker needs to build one recipe of a step: see `workers.wire.messages.LeaseOrder`."""
 
     #: Full store path of the .drv.
     drv_path: str

@@ -29,9 +29,9 @@ from infra.cache.cache import Cache
 from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
 from scheduler.events import BuildFailed
 from scheduler.model import Failure, FailureKind, LeaseId, StepKey
-from workers.fleet import Fleet, FleetError
-from workers.polling import DERIVATION_BYTES_PER_CALL
-from workers.protocol import Lease, LeaseOrder
+from workers.wire.fleet import Fleet, FleetError
+from workers.wire.messages import Lease, LeaseOrder
+from workers.wire.polling import DERIVATION_BYTES_PER_CALL
 
 #: Effects for one worker that are carried out together.
 START_BATCH: Final = 256

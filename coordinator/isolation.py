@@ -1,6 +1,6 @@
 """Which workers may build although they keep builds from their machine less than they could: those allowed by name.
 
-The decision is the coordinator's, because it publishes what they build; workers only measure (`workers.grades`). A
+The decision is the coordinator's, because it publishes what they build; workers only measure (`workers.wire.grades`). A
 worker that says nothing of its isolation counts as the weakest.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from workers.grades import UNMEASURED, IsolationGrade
+from workers.wire.grades import UNMEASURED, IsolationGrade
 
 #: The class that needs a permission.
 WEAK = "C"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from coordinator.errors import CoordinatorError, NotFoundError
-from workers.protocol import LogChunk
+from workers.wire.messages import LogChunk
 
 #: Files kept open for appending.
 OPEN_FILES = 128

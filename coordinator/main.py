@@ -83,9 +83,9 @@ from scheduler.farm import Farm
 from scheduler.model import StepKey
 from scheduler.policy import Limits
 from workers.errors import WorkerError
-from workers.fleet import Fleet, FleetError
-from workers.protocol import FarmInfo
 from workers.stopping import stop_agents
+from workers.wire.fleet import Fleet, FleetError
+from workers.wire.messages import FarmInfo
 
 #: Seconds that open requests have to end when the coordinator stops.
 HTTP_GRACE_S = 2.0

@@ -25,7 +25,7 @@ from infra.retry import Patience
 from scheduler.effects import PublishOutputs
 from scheduler.events import Event, OutputsPublished, PublishFailed
 from scheduler.model import Failure, FailureKind, LeaseId, StepKey
-from workers.protocol import Output
+from workers.wire.messages import Output
 
 #: Publications in one call of the cache.
 PUBLISH_BATCH = 256

@@ -30,12 +30,12 @@ from coordinator.security.tokens import read_source
 from coordinator.state_lock import StateLock
 from infra.cache.publishing.keys import forget_keys
 from workers.errors import WorkerError
-from workers.fleet import Fleet, FleetError, Sink
-from workers.protocol import FarmInfo, Lease, LeaseOrder, Output
 from workers.ray_access import NodeHealth, make_token_file
 from workers.ray_nodes import Keep, RayHead, RayJoiningNode, RayNode, RayWorkerNode
 from workers.ray_redis import RedisStore, RedisUnusableError
 from workers.settings import WorkerSettings
+from workers.wire.fleet import Fleet, FleetError, Sink
+from workers.wire.messages import FarmInfo, Lease, LeaseOrder, Output
 
 #: How often the head is started again before it is given up; a worker's node is never given up.
 START_AGAIN_TRIES = 8

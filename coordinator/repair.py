@@ -16,7 +16,7 @@ from infra.nix.narinfo import NarInfo
 from infra.objects.errors import CacheError
 from infra.objects.nar_reader import fetch_nar
 from infra.objects.store import ObjectStore
-from workers.fleet import Fleet, FleetError
+from workers.wire.fleet import Fleet, FleetError
 
 #: States of workers that are worth asking.
 _THERE: Final = frozenset({"online", "draining", "quarantined"})

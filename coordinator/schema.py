@@ -43,7 +43,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
 from coordinator.limits import MAX_LIMIT, MAX_WAIT_S
-from workers.grades import CanaryReport
+from workers.wire.grades import CanaryReport
 
 #: Bytes of a label, an attribute path, a path: what people read, and every list shows.
 MAX_TEXT_BYTES = 1024
@@ -310,8 +310,8 @@ class WorkerView(Model):
     #: Steps in its hands: key and stage.
     leases: tuple[tuple[str, str], ...]
     nix_version: str
-    #: How it keeps builds from its machine (`workers.grades`): A full, B the macOS sandbox, C weaker or not measured;
-    #: why it is no better, and what its latest canary found.
+    #: How it keeps builds from its machine (`workers.wire.grades`): A full, B the macOS sandbox, C weaker or not
+    #: measured; why it is no better, and what its latest canary found.
     isolation: Literal["A", "B", "C"] = "C"
     isolation_reasons: tuple[str, ...] = ()
     isolation_report: CanaryReport | None = None

@@ -20,8 +20,8 @@ from coordinator.views import Views
 from infra.clock import Clock
 from scheduler.events import BuilderJoined, BuilderLost, BuilderReported, BuildFailed, BuildSucceeded, Event
 from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, LeaseId, StepKey
-from workers.fleet import FleetEvent, NotKnownError, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
-from workers.protocol import HeldLease, LogChunk, Report, StageChange, Succeeded
+from workers.wire.fleet import FleetEvent, NotKnownError, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
+from workers.wire.messages import HeldLease, LogChunk, Report, StageChange, Succeeded
 
 _log = logging.getLogger(__name__)
 

@@ -47,7 +47,7 @@ from scheduler.facts import Fact
 from scheduler.failures import is_fault
 from scheduler.model import FailureKind, Recipe, Requirements, StepKey, SubmissionId
 from scheduler.pauses import FACTS_PIECE, PAUSE, PIECE, Pause, whole
-from workers.protocol import StageChange
+from workers.wire.messages import StageChange
 
 #: Failed steps in one snapshot; the rest is behind `submissions/ID/steps?state=failed`.
 SNAPSHOT_FAILED = 100

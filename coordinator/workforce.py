@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.schema import WorkerView
-from workers.grades import LEVELS, UNMEASURED, IsolationGrade
-from workers.protocol import Batch, HeldLease, Hello
+from workers.wire.grades import LEVELS, UNMEASURED, IsolationGrade
+from workers.wire.messages import Batch, HeldLease, Hello
 
 
 @dataclass(slots=True, eq=False)

@@ -39,7 +39,6 @@ from workers.canary import Canary
 from workers.daemons import DaemonOpener, DaemonUnreachableError, Line, Pool
 from workers.errors import WorkerError
 from workers.fitness import FitnessWatch
-from workers.grades import IsolationGrade
 from workers.input_guard import InputChangedError, InputCollectedError, InputGuard, MendingError
 from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher, open_sources
 from workers.isolation import addresses_of, isolate
@@ -59,7 +58,10 @@ from workers.machine import (
     judge_trouble,
 )
 from workers.outputs import READERS, UPLOAD_WITHIN_S, OutputError, deliver, nar_size
-from workers.protocol import (
+from workers.settings import Machine, WorkerSettings, daemon_argv, inspect_machine, load_settings, offer
+from workers.spool import Spool
+from workers.wire.grades import IsolationGrade
+from workers.wire.messages import (
     LEASES,
     ORDERS,
     PROTOCOL_VERSION,
@@ -73,8 +75,6 @@ from workers.protocol import (
     StageChange,
     Succeeded,
 )
-from workers.settings import Machine, WorkerSettings, daemon_argv, inspect_machine, load_settings, offer
-from workers.spool import Spool
 
 log = logging.getLogger(__name__)
 

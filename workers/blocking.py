@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from workers.fleet import FleetError
-from workers.polling import AgentUnavailable
+from workers.wire.fleet import FleetError
+from workers.wire.polling import AgentUnavailable
 
 T = TypeVar("T")
 

@@ -25,9 +25,9 @@ from infra.daemon import BasicDerivation, BasicOutput, BuildEvent, DaemonConnect
 from infra.nix import base32
 from workers.canary import Canary, CanaryError
 from workers.daemons import DaemonUnreachableError, Line
-from workers.grades import IsolationGrade, grade
 from workers.machine import judge_status
 from workers.settings import WorkerSettings
+from workers.wire.grades import IsolationGrade, grade
 
 log = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from infra.retry import Patience
 from infra.upload.client import UploadClient
 from workers.daemons import Line, Pool
 from workers.errors import WorkerError
-from workers.protocol import MAX_MISSING, FarmInfo
+from workers.wire.messages import MAX_MISSING, FarmInfo
 
 #: Seconds for one question to the cache, in all and until it connects.
 QUESTION_S = 60.0

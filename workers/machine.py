@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Literal
 
 from workers import refusals
+from workers.wire.reasons import Reason
 
 #: Seconds of expected work kept waiting per slot.
 BACKLOG_S = 0.25
@@ -39,28 +39,6 @@ MAX_LEASES = 4096
 
 #: (step, attempt)
 LeaseKey = tuple[str, int]
-#: Why a lease ended without a result, as the wire says it: values of `scheduler.model.FailureKind`, whose table there
-#: says what follows.
-Reason = Literal[
-    "permanent",
-    "output_rejected",
-    "hash_mismatch",
-    "timeout",
-    "silence",
-    "log_limit",
-    "output_size",
-    "not_deterministic",
-    "transient",
-    "infrastructure",
-    "daemon_lost",
-    "input_missing",
-    "disk_low",
-    "upload_failed",
-    "killed",
-    "connection_lost",
-    "returned",
-    "cancelled",
-]
 
 
 class LeaseState(StrEnum):

@@ -26,7 +26,7 @@ from infra.upload.protocol import PathClaim, SendStatus
 from workers.daemons import Pool
 from workers.errors import WorkerError
 from workers.inputs import FarmSources
-from workers.protocol import Output
+from workers.wire.messages import Output
 
 #: Connections that outputs are read through, so that slots are free for the next build.
 READERS = 2

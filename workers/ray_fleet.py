@@ -29,9 +29,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from workers.blocking import BlockingCalls, first_line
-from workers.fleet import FleetError, Sink
-from workers.polling import LARGE_CALL_BYTES, AgentDead, AgentRoster, AgentUnavailable
-from workers.protocol import FarmInfo, Lease, LeaseOrder, Output
 from workers.ray_access import (
     LISTEN_DEADLINE_S,
     LOOPBACK,
@@ -53,6 +50,9 @@ from workers.ray_nodes import (
 )
 from workers.ray_records import watch_owner
 from workers.ray_redis import FLAGS_FILE, read_password
+from workers.wire.fleet import FleetError, Sink
+from workers.wire.messages import FarmInfo, Lease, LeaseOrder, Output
+from workers.wire.polling import LARGE_CALL_BYTES, AgentDead, AgentRoster, AgentUnavailable
 
 if TYPE_CHECKING:
     from workers.agent import Agent
@@ -187,27 +187,27 @@ class AgentHost:
         threading.Thread(target=self._loop.run_forever, name="drover-agent", daemon=True).start()
 
     async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
-        """See `workers.protocol`."""
+        """See `workers.wire.messages`."""
         return await self._there(lambda agent: agent.hello(farm))
 
     async def start_many(self, epoch: int, orders: list[dict[str, Any]]) -> None:
-        """See `workers.protocol`; `epoch` is the caller's, here and below."""
+        """See `workers.wire.messages`; `epoch` is the caller's, here and below."""
         await self._there(lambda agent: agent.start_many(orders), epoch)
 
     async def events(self, epoch: int, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
-        """See `workers.protocol`."""
+        """See `workers.wire.messages`."""
         return await self._there(lambda agent: agent.events(ack, max_bytes, wait_s), epoch)
 
     async def cancel(self, epoch: int, leases: list[dict[str, Any]]) -> None:
-        """See `workers.protocol`."""
+        """See `workers.wire.messages`."""
         await self._there(lambda agent: agent.cancel(leases), epoch)
 
     async def drain(self, epoch: int, on: bool) -> None:
-        """See `workers.protocol`."""
+        """See `workers.wire.messages`."""
         await self._there(lambda agent: agent.drain(on), epoch)
 
     async def provide(self, epoch: int, paths: list[str], token: str) -> list[dict[str, Any]]:
-        """See `workers.protocol`."""
+        """See `workers.wire.messages`."""
         return await self._there(lambda agent: agent.provide(paths, token), epoch)
 
     async def _there(self, call: Callable[[Agent], Awaitable[T]], epoch: int | None = None) -> T:
@@ -409,7 +409,7 @@ async def _answered(reference: Awaitable[Any]) -> Any:
 
 
 class RayFleet:
-    """`workers.fleet.Fleet` over a running Ray cluster; an async context that connects and disconnects.
+    """`workers.wire.fleet.Fleet` over a running Ray cluster; an async context that connects and disconnects.
 
     `address` is `host:port` of the head. A process can be connected to one cluster at a time (Ray's limit), through a
     Ray node of its host: the one with the private directory `node_dir`, or any, the head's first.

@@ -29,7 +29,7 @@ import orjson
 
 from workers.errors import WorkerError
 from workers.machine import LeaseKey
-from workers.protocol import SMALL_BATCH_BYTES, LogChunk, Report, StageChange
+from workers.wire.messages import SMALL_BATCH_BYTES, LogChunk, Report, StageChange
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from coordinator.errors import NotFoundError, UnavailableError
 from coordinator.http.bodies import read_model
 from coordinator.schema import DrainRequest
 from coordinator.views import Views
-from workers.fleet import FleetError
+from workers.wire.fleet import FleetError
 
 #: (worker, on); raises `FleetError`.
 Drain = Callable[[str, bool], Awaitable[None]]

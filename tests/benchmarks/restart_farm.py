@@ -33,9 +33,9 @@ from infra.nix.nar import NarData, NarFile, write_events
 from infra.objects.nar_writer import upload_nar
 from infra.objects.store import ObjectStore, open_object_store
 from tests.support.graphs import Made, Maker
-from workers.fleet import Fleet, Sink, WorkerConnected, WorkerSpoke
-from workers.grades import IsolationGrade
-from workers.protocol import (
+from workers.wire.fleet import Fleet, Sink, WorkerConnected, WorkerSpoke
+from workers.wire.grades import IsolationGrade
+from workers.wire.messages import (
     PROTOCOL_VERSION,
     AgentEvent,
     Batch,

@@ -20,9 +20,9 @@ from coordinator.schema import Ended, IntakeQuery, RootRequest, StepStatus, Subm
 from infra.clock import Clock
 from tests.support.local_fleet import InProcessFleet
 from workers.agent import Agent
-from workers.fleet import Fleet
-from workers.protocol import FarmInfo
 from workers.settings import WorkerSettings
+from workers.wire.fleet import Fleet
+from workers.wire.messages import FarmInfo
 
 #: Only ends a test that hangs.
 PATIENCE_S = 60.0

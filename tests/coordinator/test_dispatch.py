@@ -16,8 +16,8 @@ from scheduler.effects import StartBuild
 from scheduler.events import Event
 from scheduler.model import LeaseId, StepKey
 from tests.support.cache import open_cache
-from workers.fleet import Sink
-from workers.protocol import Lease, LeaseOrder, Output
+from workers.wire.fleet import Sink
+from workers.wire.messages import Lease, LeaseOrder, Output
 
 MIB = 1024 * 1024
 

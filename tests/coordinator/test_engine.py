@@ -23,9 +23,18 @@ from infra.nix.nar import NarData, NarFile, write_events
 from infra.objects.nar_writer import upload_nar
 from infra.objects.store import open_object_store
 from tests.coordinator.conftest import OpenFarm, TestFarm
-from workers.fleet import Fleet, FleetError, FleetEvent, Sink, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
-from workers.grades import IsolationGrade
-from workers.protocol import (
+from workers.wire.fleet import (
+    Fleet,
+    FleetError,
+    FleetEvent,
+    Sink,
+    WorkerConnected,
+    WorkerGone,
+    WorkerSilent,
+    WorkerSpoke,
+)
+from workers.wire.grades import IsolationGrade
+from workers.wire.messages import (
     AgentEvent,
     Batch,
     Failed,

@@ -24,9 +24,9 @@ from coordinator.state_lock import StateDirBusyError
 from tests.coordinator.conftest import PATIENCE_S, PRELUDE, OpenFarm, TestFarm, nix_workers
 from tests.coordinator.test_cli import drover
 from tests.support.local_fleet import InProcessFleet
-from workers import polling
-from workers.fleet import Fleet, FleetEvent, Sink, WorkerConnected
-from workers.protocol import FarmInfo
+from workers.wire import polling
+from workers.wire.fleet import Fleet, FleetEvent, Sink, WorkerConnected
+from workers.wire.messages import FarmInfo
 
 DIAMOND = """
 rec {

@@ -10,7 +10,7 @@ from coordinator.forgetting import AT_LEAST_S, DAY_S, Forgetter
 from coordinator.schema import StepStatus, SubmissionState
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from tests.coordinator.test_engine import ONE, ManualClock, ScriptedWorker, report, started
-from workers.protocol import Failed, Succeeded
+from workers.wire.messages import Failed, Succeeded
 
 
 async def _forget(farm: TestFarm, clock: ManualClock, *, days: float = 0, steps: int = 0) -> int:

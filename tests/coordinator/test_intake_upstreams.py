@@ -24,7 +24,7 @@ from tests.coordinator.test_engine import ScriptedWorker, output_path, report, s
 from tests.coordinator.test_intake import Room, limits, make, needs, room
 from tests.support.cache import STORE_DIR, base_name, open_cache, publish, secret_key, store_path
 from tests.support.graphs import Maker
-from workers.protocol import Succeeded
+from workers.wire.messages import Succeeded
 
 __all__ = ["limits", "make", "room"]
 

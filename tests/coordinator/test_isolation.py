@@ -13,8 +13,8 @@ from coordinator.isolation import WeakIsolation
 from coordinator.schema import StepStatus, SubmissionState
 from tests.coordinator.conftest import OpenFarm
 from tests.coordinator.test_engine import ONE, ScriptedWorker, output_path, report, started
-from workers.grades import IsolationGrade
-from workers.protocol import Succeeded
+from workers.wire.grades import IsolationGrade
+from workers.wire.messages import Succeeded
 
 FULL = IsolationGrade(level="A")
 MAC = IsolationGrade(level="B", reasons=("the macOS sandbox shares network with the machine",))

@@ -44,7 +44,7 @@ from coordinator.state_lock import StateDirBusyError, StateLock
 from infra.database import open_engine
 from scheduler.facts import Fact, StepAbandoned, StepAdded, StepHeld, SubmissionAccepted, SubmissionForgotten
 from scheduler.model import Instant, Recipe, Requirements, StepKey, StepSpec, SubmissionId
-from workers.protocol import Output
+from workers.wire.messages import Output
 
 _TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 

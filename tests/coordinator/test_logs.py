@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from coordinator.errors import NotFoundError
 from coordinator.logs import OPEN_FILES, LogError, LogStore
-from workers.protocol import LogChunk
+from workers.wire.messages import LogChunk
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 from coordinator.schema import StepStatus, SubmissionState, SubmissionView
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from tests.coordinator.test_engine import ONE, ScriptedWorker, output_path, report, started
-from workers.fleet import FleetError
-from workers.protocol import Failed, LeaseOrder, Output, Succeeded
+from workers.wire.fleet import FleetError
+from workers.wire.messages import Failed, LeaseOrder, Output, Succeeded
 
 
 class Worker(ScriptedWorker):

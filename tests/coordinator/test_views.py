@@ -50,7 +50,7 @@ from scheduler.model import (
     SubmissionId,
 )
 from scheduler.policy import Limits
-from workers.protocol import Output
+from workers.wire.messages import Output
 
 _CORE_STATE = {"leased": "running"}
 

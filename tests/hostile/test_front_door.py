@@ -25,8 +25,8 @@ from tests.support.attack import FarmUnderAttack, exchange
 from tests.support.bodies import NASTY
 from tests.support.local_fleet import InProcessFleet
 from tests.support.loop import LoopStalls
-from workers.fleet import Fleet
-from workers.protocol import FarmInfo
+from workers.wire.fleet import Fleet
+from workers.wire.messages import FarmInfo
 
 pytestmark = pytest.mark.e2e
 

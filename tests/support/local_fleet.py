@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from workers.agent import Agent
 from workers.errors import WorkerError
-from workers.fleet import Sink
-from workers.polling import AgentRoster, AgentUnavailable
-from workers.protocol import LONG_POLL_S, FarmInfo, Lease, LeaseOrder, Output
+from workers.wire.fleet import Sink
+from workers.wire.messages import LONG_POLL_S, FarmInfo, Lease, LeaseOrder, Output
+from workers.wire.polling import AgentRoster, AgentUnavailable
 
 T = TypeVar("T")
 

@@ -22,8 +22,8 @@ from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import StoreDir
 from infra.objects.store import open_object_store
 from workers.agent import Agent
-from workers.protocol import Batch, FarmInfo, LeaseOrder, Output, Report, StageChange, Succeeded
 from workers.settings import WorkerSettings
+from workers.wire.messages import Batch, FarmInfo, LeaseOrder, Output, Report, StageChange, Succeeded
 
 STORE = "/nix/store"
 STORE_DIR = StoreDir(STORE)

@@ -17,9 +17,9 @@ from infra.process_tree import live_processes
 from tests.support.processes import SURVIVOR, daemons_below, processes_with
 from workers import agent as agent_module
 from workers.agent import Agent, AgentError
-from workers.protocol import Failed, Report, Stage, Succeeded
 from workers.settings import WorkerSettings
 from workers.stopping import stop_agents
+from workers.wire.messages import Failed, Report, Stage, Succeeded
 
 from .conftest import STORE, STORE_DIR, Bench, Told, drv, hash_part, nar_of, order
 

@@ -12,7 +12,7 @@ import pytest
 
 from infra.daemon import DaemonConnection, open_stdio
 from workers.canary import SECRET_VARIABLE, Canary, CanaryError
-from workers.grades import CanaryReport, grade
+from workers.wire.grades import CanaryReport, grade
 
 #: What a sound worker's canary says.
 SOUND = CanaryReport(

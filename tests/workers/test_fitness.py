@@ -11,8 +11,8 @@ from tests.support.disks import fill, small_disk
 from workers import fitness
 from workers.agent import Agent
 from workers.fitness import Room, too_little
-from workers.protocol import Failed, Hello, Report, Succeeded
 from workers.settings import WorkerSettings
+from workers.wire.messages import Failed, Hello, Report, Succeeded
 
 from .conftest import Bench, Told, drv, order
 

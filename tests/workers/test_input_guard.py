@@ -12,7 +12,7 @@ import pytest
 from tests.support.farm import nix_store
 from workers import fitness, input_guard
 from workers.input_guard import Alteration, identify
-from workers.protocol import Failed, Output, Report, Succeeded
+from workers.wire.messages import Failed, Output, Report, Succeeded
 
 from .conftest import Bench, Told, drv, nar_of, order
 

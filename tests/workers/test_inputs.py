@@ -7,7 +7,7 @@ import pytest
 from infra.nix import signing
 from workers import inputs
 from workers.inputs import QUESTION_PATHS, FarmSources
-from workers.protocol import Failed, Output, Succeeded
+from workers.wire.messages import Failed, Output, Succeeded
 
 from .conftest import STORE, Bench, Told, drv, hash_part, order
 

@@ -8,8 +8,8 @@ import itertools
 import pytest
 
 from workers.agent import AgentError
-from workers.protocol import Batch, Failed, Hello, Stage, Succeeded
 from workers.spool import CHUNK_BYTES
+from workers.wire.messages import Batch, Failed, Hello, Stage, Succeeded
 
 from .conftest import PATIENCE_S, Bench, Told, drv, order
 

@@ -24,12 +24,12 @@ from workers.machine import (
     HandBack,
     LeaseKey,
     LeaseState,
-    Reason,
     Trouble,
     WorkerMachine,
     judge_status,
     judge_trouble,
 )
+from workers.wire.reasons import Reason
 
 A, B, C = ("a", 1), ("b", 1), ("c", 1)
 

@@ -10,9 +10,18 @@ from typing import Any
 import pytest
 
 from tests.support.local_fleet import InProcessFleet, LocalCalls
-from workers import polling
-from workers.fleet import FleetError, FleetEvent, NotKnownError, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
-from workers.polling import (
+from workers.wire import polling
+from workers.wire.fleet import (
+    FleetError,
+    FleetEvent,
+    NotKnownError,
+    WorkerConnected,
+    WorkerGone,
+    WorkerSilent,
+    WorkerSpoke,
+)
+from workers.wire.messages import PROTOCOL_VERSION, Batch, FarmInfo, Lease, Report, Stage, StageChange, Succeeded
+from workers.wire.polling import (
     DERIVATION_BYTES_PER_CALL,
     ORDERS_PER_CALL,
     AgentDead,
@@ -21,7 +30,6 @@ from workers.polling import (
     _portions,
     poll_agent,
 )
-from workers.protocol import PROTOCOL_VERSION, Batch, FarmInfo, Lease, Report, Stage, StageChange, Succeeded
 
 from .conftest import PATIENCE_S, Bench, drv, order
 

@@ -47,7 +47,7 @@ except ray.exceptions.AuthenticationError:
 TRY_TO_SERVE = """
 import asyncio, sys
 from pathlib import Path
-from workers.protocol import FarmInfo
+from workers.wire.messages import FarmInfo
 from workers.ray_fleet import RayFleet
 async def main():
     farm = FarmInfo(cache_url="http://127.0.0.1:9", public_keys=(), object_store_url="file:///")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from infra.nix.derivation import Derivation
-from workers.protocol import Failed, Succeeded
 from workers.refusals import recognise, signature
+from workers.wire.messages import Failed, Succeeded
 
 from .conftest import Bench, drv, order
 

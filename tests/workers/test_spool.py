@@ -14,8 +14,8 @@ import orjson
 import pytest
 
 from workers import spool as spool_module
-from workers.protocol import Failed, Report, Stage, StageChange
 from workers.spool import CHUNK_BYTES, MEMORY_LOG_BYTES, Spool, SpoolError
+from workers.wire.messages import Failed, Report, Stage, StageChange
 
 KEY = ("step", 1)
 BULK = 1 << 20

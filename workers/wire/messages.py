@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from infra.objects.compression import COMPRESSION, Compression
-from workers.grades import IsolationGrade
-from workers.machine import Reason
+from workers.wire.grades import IsolationGrade
+from workers.wire.reasons import Reason
 
 PROTOCOL_VERSION = 2
 #: Bounds of one `events` answer: with only reports and phases, and with log text in it (Ray is slower above 100 KiB).

@@ -20,8 +20,8 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import ValidationError
 
-from workers.fleet import FleetError, NotKnownError, Sink, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
-from workers.protocol import (
+from workers.wire.fleet import FleetError, NotKnownError, Sink, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
+from workers.wire.messages import (
     BULK_BATCH_BYTES,
     LONG_POLL_S,
     OUTPUTS,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from workers.errors import WorkerError
-from workers.protocol import Batch, Hello, Lease, LeaseOrder, Output
+from workers.wire.messages import Batch, Hello, Lease, LeaseOrder, Output
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,28 @@
+"""Reasons for which a lease ends without a result, as the wire names them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+#: Why a lease ended without a result, as the wire says it: values of `scheduler.model.FailureKind`, whose table there
+#: says what follows.
+Reason = Literal[
+    "permanent",
+    "output_rejected",
+    "hash_mismatch",
+    "timeout",
+    "silence",
+    "log_limit",
+    "output_size",
+    "not_deterministic",
+    "transient",
+    "infrastructure",
+    "daemon_lost",
+    "input_missing",
+    "disk_low",
+    "upload_failed",
+    "killed",
+    "connection_lost",
+    "returned",
+    "cancelled",
+]
