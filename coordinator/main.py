@@ -82,8 +82,8 @@ from scheduler.effects import Effect
 from scheduler.farm import Farm
 from scheduler.model import StepKey
 from scheduler.policy import Limits
+from workers.agent.stopping import stop_agents
 from workers.errors import WorkerError
-from workers.stopping import stop_agents
 from workers.wire.fleet import Fleet, FleetError
 from workers.wire.messages import FarmInfo
 

@@ -29,11 +29,11 @@ from coordinator.errors import StoppedError
 from coordinator.security.tokens import read_source
 from coordinator.state_lock import StateLock
 from infra.cache.publishing.keys import forget_keys
+from workers.agent.settings import WorkerSettings
 from workers.errors import WorkerError
 from workers.ray_access import NodeHealth, make_token_file
 from workers.ray_nodes import Keep, RayHead, RayJoiningNode, RayNode, RayWorkerNode
 from workers.ray_redis import RedisStore, RedisUnusableError
-from workers.settings import WorkerSettings
 from workers.wire.fleet import Fleet, FleetError, Sink
 from workers.wire.messages import FarmInfo, Lease, LeaseOrder, Output
 

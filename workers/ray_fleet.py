@@ -55,7 +55,7 @@ from workers.wire.messages import FarmInfo, Lease, LeaseOrder, Output
 from workers.wire.polling import LARGE_CALL_BYTES, AgentDead, AgentRoster, AgentUnavailable
 
 if TYPE_CHECKING:
-    from workers.agent import Agent
+    from workers.agent.agent import Agent
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -224,7 +224,7 @@ class AgentHost:
     async def _opened(self) -> Agent:
         async with self._opening:
             if self._agent is None:
-                from workers.agent import open_agent  # noqa: PLC0415 - coordinators need not load the agent's tools
+                from workers.agent.agent import open_agent  # noqa: PLC0415 - coordinators need not load the agent's tools
 
                 self._agent = await open_agent()
             return self._agent

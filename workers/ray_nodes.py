@@ -35,6 +35,7 @@ from types import TracebackType
 from typing import Self
 
 from infra.process_tree import Process, children, identity, is_alive, process_tree, signal_all, still_alive
+from workers.agent.settings import SETTINGS_VARIABLE
 from workers.ray_access import (
     LOOPBACK,
     NodeHealth,
@@ -55,7 +56,6 @@ from workers.ray_records import (
     take_over,
 )
 from workers.ray_redis import RedisStore, check_redis
-from workers.settings import SETTINGS_VARIABLE
 
 log = logging.getLogger(__name__)
 

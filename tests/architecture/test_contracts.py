@@ -94,7 +94,7 @@ def test_the_command_line_is_there_at_once() -> None:
     [
         # Keys sign in the coordinator alone; a worker has cryptography, to check the signatures of its inputs.
         (
-            "workers.agent",
+            "workers.agent.agent",
             (
                 "sqlalchemy",
                 "alembic",

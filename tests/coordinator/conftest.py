@@ -19,8 +19,8 @@ from coordinator.main import Coordinator, FleetFactory, open_coordinator
 from coordinator.schema import Ended, IntakeQuery, RootRequest, StepStatus, SubmissionView, SubmitRequest, WatchEvent
 from infra.clock import Clock
 from tests.support.local_fleet import InProcessFleet
-from workers.agent import Agent
-from workers.settings import WorkerSettings
+from workers.agent.agent import Agent
+from workers.agent.settings import WorkerSettings
 from workers.wire.fleet import Fleet
 from workers.wire.messages import FarmInfo
 

@@ -9,7 +9,7 @@ import pytest
 from coordinator.config import ConfigError, Settings, WorkerConfig, default_state_dir, load_settings
 from coordinator.ray_farm import write_worker_settings
 from coordinator.security.tokens import TokenError, load_token
-from workers.settings import load_settings as load_worker_settings
+from workers.agent.settings import load_settings as load_worker_settings
 
 
 def test_arguments_win_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

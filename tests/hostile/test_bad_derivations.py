@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.conftest import Expression
 from tests.support.farm import Farm, WorkerSpec
-from workers.refusals import recognise
+from workers.agent.refusals import recognise
 
 pytestmark = pytest.mark.e2e
 

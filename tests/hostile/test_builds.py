@@ -20,7 +20,7 @@ from infra.daemon import netlink
 from tests.support.farm import Farm
 from tests.support.link import Link, open_link
 from tests.support.ports import free_port
-from workers.build_users import HIGH_IDS
+from workers.agent.build_users import HIGH_IDS
 
 pytestmark = pytest.mark.e2e
 

@@ -1,7 +1,7 @@
 """A worker of the simulation: the real `WorkerMachine` and the real tables of failures, with scripted builds around it.
 
-It does what `workers.agent` does, without daemon, disk or event loop: it keeps reports until they are acknowledged,
-takes a repeated start for nothing, and tells its machine what has happened.
+It does what `workers.agent.agent` does, without daemon, disk or event loop: it keeps reports until they are
+acknowledged, takes a repeated start for nothing, and tells its machine what has happened.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from scheduler import events as e
 from scheduler.model import BuilderSpec, Failure, FailureKind, LeaseId, StepKey
-from workers.machine import (
+from workers.agent.lease_machine import (
     Build,
     Ending,
     Fetch,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
-from workers.agent import Agent
+from workers.agent.agent import Agent
 from workers.errors import WorkerError
 from workers.wire.fleet import Sink
 from workers.wire.messages import LONG_POLL_S, FarmInfo, Lease, LeaseOrder, Output

@@ -21,8 +21,8 @@ from infra.nix.derivation import Derivation, DerivationOutput
 from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import StoreDir
 from infra.objects.store import open_object_store
-from workers.agent import Agent
-from workers.settings import WorkerSettings
+from workers.agent.agent import Agent
+from workers.agent.settings import WorkerSettings
 from workers.wire.messages import Batch, FarmInfo, LeaseOrder, Output, Report, StageChange, Succeeded
 
 STORE = "/nix/store"

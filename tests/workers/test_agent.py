@@ -15,10 +15,10 @@ import pytest
 from infra.nix.store_path import StorePath
 from infra.process_tree import live_processes
 from tests.support.processes import SURVIVOR, daemons_below, processes_with
-from workers import agent as agent_module
-from workers.agent import Agent, AgentError
-from workers.settings import WorkerSettings
-from workers.stopping import stop_agents
+from workers.agent import agent as agent_module
+from workers.agent.agent import Agent, AgentError
+from workers.agent.settings import WorkerSettings
+from workers.agent.stopping import stop_agents
 from workers.wire.messages import Failed, Report, Stage, Succeeded
 
 from .conftest import STORE, STORE_DIR, Bench, Told, drv, hash_part, nar_of, order
@@ -326,7 +326,7 @@ async def test_a_daemon_that_cannot_be_reopened_is_the_farms_fault(bench: Bench)
 
 
 async def _unreachable() -> object:
-    from workers.daemons import DaemonOpener  # noqa: PLC0415 - one use
+    from workers.agent.daemon_pool import DaemonOpener  # noqa: PLC0415 - one use
 
     return await DaemonOpener(["/nonexistent/nix-daemon"], STORE).open()
 
@@ -384,7 +384,7 @@ async def test_lines_of_any_length_and_any_bytes_are_cut_and_the_build_goes_on(b
 async def test_a_line_without_an_end_is_stopped_before_the_daemon_takes_the_machines_memory(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.build.MAX_DAEMON_BYTES", 128 * 1024 * 1024)
+    monkeypatch.setattr("workers.agent.build.MAX_DAEMON_BYTES", 128 * 1024 * 1024)
     told = await bench.agent(slots=1)
     [report] = await told.build(order(drv("endless", "tr '\\0' x < /dev/zero")))
     assert failure(report).reason == "log_limit"

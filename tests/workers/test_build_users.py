@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from workers.build_users import HIGH_IDS, NOBODY, NoBuildUsersError, claim, own_ids
-from workers.sandbox_files import GROUP, HOST, copy_shell, cover_etc
+from workers.agent.build_users import HIGH_IDS, NOBODY, NoBuildUsersError, claim, own_ids
+from workers.agent.sandbox_files import GROUP, HOST, copy_shell, cover_etc
 
 POOL = [range(1000, 1100)]
 

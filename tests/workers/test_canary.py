@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from infra.daemon import DaemonConnection, open_stdio
-from workers.canary import SECRET_VARIABLE, Canary, CanaryError
+from workers.agent.canary import SECRET_VARIABLE, Canary, CanaryError
 from workers.wire.grades import CanaryReport, grade
 
 #: What a sound worker's canary says.

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.support.farm import nix_store
-from workers import fitness, input_guard
-from workers.input_guard import Alteration, identify
+from workers.agent import health, input_guard
+from workers.agent.input_guard import Alteration, identify
 from workers.wire.messages import Failed, Output, Report, Succeeded
 
 from .conftest import Bench, Told, drv, nar_of, order
@@ -26,8 +26,8 @@ TREE = "mkdir -p $out/deep; echo true > $out/deep/file"
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitness, "LOOK_EVERY_S", 0.1)
-    monkeypatch.setattr(fitness, "TRIAL_AGAIN_S", 0.3)
+    monkeypatch.setattr(health, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(health, "TRIAL_AGAIN_S", 0.3)
     monkeypatch.setattr(input_guard, "MEND_AGAIN_S", 0.2)
 
 

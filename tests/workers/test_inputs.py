@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from infra.nix import signing
-from workers import inputs
-from workers.inputs import QUESTION_PATHS, FarmSources
+from workers.agent import inputs
+from workers.agent.inputs import QUESTION_PATHS, FarmSources
 from workers.wire.messages import Failed, Output, Succeeded
 
 from .conftest import STORE, Bench, Told, drv, hash_part, order

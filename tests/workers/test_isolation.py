@@ -19,8 +19,8 @@ BUILD_IN_TWO_STORES = """
 import asyncio, json, os, subprocess, sys
 from pathlib import Path
 from infra.daemon import BasicDerivation, BasicOutput, LogLine, open_stdio
-from workers.isolation import isolate
-from workers.settings import WorkerSettings, daemon_argv, inspect_machine
+from workers.agent.isolation import isolate
+from workers.agent.settings import WorkerSettings, daemon_argv, inspect_machine
 
 SCRIPT = r'''
 read line < /proc/self/uid_map; echo $line

@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 
-from workers.agent import AgentError
-from workers.spool import CHUNK_BYTES
+from workers.agent.agent import AgentError
+from workers.agent.outbox import CHUNK_BYTES
 from workers.wire.messages import Batch, Failed, Hello, Stage, Succeeded
 
 from .conftest import PATIENCE_S, Bench, Told, drv, order

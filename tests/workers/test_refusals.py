@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from infra.nix.derivation import Derivation
-from workers.refusals import recognise, signature
+from workers.agent.refusals import recognise, signature
 from workers.wire.messages import Failed, Succeeded
 
 from .conftest import Bench, drv, order

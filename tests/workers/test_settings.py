@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from workers.settings import (
+from workers.agent.settings import (
     FARM_OPTIONS,
     SETTINGS_VARIABLE,
     Machine,
@@ -137,7 +137,7 @@ def test_the_command_names_the_store_and_every_option() -> None:
 
 
 def test_only_a_static_busybox_serves_as_the_shell_of_a_sandbox() -> None:
-    from workers.settings import _is_static_elf  # noqa: PLC0415 - the rule behind inspect_machine
+    from workers.agent.settings import _is_static_elf  # noqa: PLC0415 - the rule behind inspect_machine
 
     assert not _is_static_elf(Path(shutil.which("env") or "/usr/bin/env"))
     assert not _is_static_elf(Path(__file__))

@@ -67,7 +67,7 @@ class CanaryReport(BaseModel):
     reads_secrets: bool = False
     #: Whether the environment of the agent's process was read.
     reads_agent: bool = False
-    #: Probed paths that can be written, of `workers.canary.PROBES`.
+    #: Probed paths that can be written, of `workers.agent.canary.PROBES`.
     writable: _Words = ()
     #: Whether the canary's input could be made writable, whether a file that it made lies in the real store.
     changes_inputs: bool = False

@@ -8,7 +8,7 @@ import sys
 from infra.daemon import netlink, owner
 from infra.daemon.confinement import Confinement, Network
 from tests.support.link import open_link
-from workers.isolation import RELAY_SWITCHES
+from workers.agent.isolation import RELAY_SWITCHES
 
 
 def test_a_relay_unmounts_nothing_of_the_machine() -> None:

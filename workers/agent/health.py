@@ -3,8 +3,8 @@
 A worker that is not fit says why in every answer (`unfit` on the wire) and the farm gives it nothing new; what runs
 goes on. It is fit again by itself: a disk once there is room, a trial once it succeeds. Trials run while no lease is
 in hand, but for a cheap one soon after a build ended in a way that the machine may be to blame for. There are two: a
-cheap one that only shows that Nix builds, and the canary (`workers.canary`), which measures how builds are isolated:
-at the start, every few hours, and after doubt. What follows from its grade is the coordinator's decision.
+cheap one that only shows that Nix builds, and the canary (`workers.agent.canary`), which measures how builds are
+isolated: at the start, every few hours, and after doubt. What follows from its grade is the coordinator's decision.
 
 Where the worker may, it makes the room itself, by letting its store collect garbage: all it has is in the farm's cache.
 """
@@ -23,10 +23,10 @@ from pathlib import Path
 from infra.clock import Clock
 from infra.daemon import BasicDerivation, BasicOutput, BuildEvent, DaemonConnection, DaemonError, GcAction
 from infra.nix import base32
-from workers.canary import Canary, CanaryError
-from workers.daemons import DaemonUnreachableError, Line
-from workers.machine import judge_status
-from workers.settings import WorkerSettings
+from workers.agent.canary import Canary, CanaryError
+from workers.agent.daemon_pool import DaemonUnreachableError, Line
+from workers.agent.lease_machine import judge_status
+from workers.agent.settings import WorkerSettings
 from workers.wire.grades import IsolationGrade, grade
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class FitnessWatch:
 
         `idle`: no lease is in hand. `let_go` drops what keeps the store's paths from collection, False where leases
         need it. `changed` is called when `unfit` or `isolation` has changed. `broken_store` says what is wrong with the
-        store's paths (`workers.input_guard`), nothing while all is well.
+        store's paths (`workers.agent.input_guard`), nothing while all is well.
         `shortfall`: what the machine lacks to isolate builds better.
         """
         self._floor_bytes = settings.min_free_mb << 20

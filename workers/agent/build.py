@@ -28,9 +28,9 @@ from infra.daemon import (
     Phase,
 )
 from infra.nix import aterm
-from workers.daemons import Line
+from workers.agent.daemon_pool import Line
+from workers.agent.lease_machine import Trouble
 from workers.errors import WorkerError
-from workers.machine import Trouble
 
 #: Of a log that is too long, this part of the limit is its tail, at most so many bytes (they wait in memory).
 TAIL_PART = 4

@@ -26,8 +26,8 @@ from infra.clock import Clock, SystemClock
 from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
 from infra.nix.errors import NixError
 from infra.objects.errors import CacheError
-from workers import stopping
-from workers.build import (
+from workers.agent import stopping
+from workers.agent.build import (
     BuildLimits,
     ConnectionLostError,
     LogGate,
@@ -35,15 +35,13 @@ from workers.build import (
     basic_derivation,
     build_in_slot,
 )
-from workers.canary import Canary
-from workers.daemons import DaemonOpener, DaemonUnreachableError, Line, Pool
-from workers.errors import WorkerError
-from workers.fitness import FitnessWatch
-from workers.input_guard import InputChangedError, InputCollectedError, InputGuard, MendingError
-from workers.inputs import TRANSFERS, FarmSources, InputError, InputFetcher, open_sources
-from workers.isolation import addresses_of, isolate
-from workers.leftovers import MARK, sweep_leftovers, sweep_orphans
-from workers.machine import (
+from workers.agent.canary import Canary
+from workers.agent.daemon_pool import DaemonOpener, DaemonUnreachableError, Line, Pool
+from workers.agent.health import FitnessWatch
+from workers.agent.input_guard import InputChangedError, InputCollectedError, InputGuard, MendingError
+from workers.agent.inputs import TRANSFERS, FarmSources, InputError, InputFetcher, open_sources
+from workers.agent.isolation import addresses_of, isolate
+from workers.agent.lease_machine import (
     DOUBTFUL,
     Build,
     Ending,
@@ -57,9 +55,11 @@ from workers.machine import (
     judge_status,
     judge_trouble,
 )
-from workers.outputs import READERS, UPLOAD_WITHIN_S, OutputError, deliver, nar_size
-from workers.settings import Machine, WorkerSettings, daemon_argv, inspect_machine, load_settings, offer
-from workers.spool import Spool
+from workers.agent.orphans import MARK, sweep_leftovers, sweep_orphans
+from workers.agent.outbox import Spool
+from workers.agent.outputs import READERS, UPLOAD_WITHIN_S, OutputError, deliver, nar_size
+from workers.agent.settings import Machine, WorkerSettings, daemon_argv, inspect_machine, load_settings, offer
+from workers.errors import WorkerError
 from workers.wire.grades import IsolationGrade
 from workers.wire.messages import (
     LEASES,
@@ -155,7 +155,7 @@ class Agent:
         #: Leases that left, oldest first; at most REMEMBERED_LEASES.
         self._finished: OrderedDict[LeaseKey, None] = OrderedDict()
         self._nix_version = ""
-        #: What the machine lacks to isolate builds better (`workers.isolation`).
+        #: What the machine lacks to isolate builds better (`workers.agent.isolation`).
         self._shortfall = ""
         #: What the latest greeting said of the isolation.
         self._isolation_told: IsolationGrade | None = None
@@ -405,7 +405,7 @@ class Agent:
         return DaemonOpener(argv, where.store_dir, variables, found.confinement), self._builders
 
     async def _watch_stop(self) -> None:
-        """Stop in order when the program that started the worker asks for it (`workers.stopping`)."""
+        """Stop in order when the program that started the worker asks for it (`workers.agent.stopping`)."""
         where = self._settings.state_dir
         while (deadline := stopping.requested(where)) is None:  # noqa: ASYNC110 - a file sends no event
             await asyncio.sleep(stopping.LOOK_EVERY_S)

@@ -35,7 +35,7 @@ from infra.objects.nar_reader import fetch_nar
 from infra.objects.store import ObjectStore, open_object_store
 from infra.retry import Patience
 from infra.upload.client import UploadClient
-from workers.daemons import Line, Pool
+from workers.agent.daemon_pool import Line, Pool
 from workers.errors import WorkerError
 from workers.wire.messages import MAX_MISSING, FarmInfo
 

@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 import pytest
 
-from workers import spool as spool_module
-from workers.spool import CHUNK_BYTES, MEMORY_LOG_BYTES, Spool, SpoolError
+from workers.agent import outbox as spool_module
+from workers.agent.outbox import CHUNK_BYTES, MEMORY_LOG_BYTES, Spool, SpoolError
 from workers.wire.messages import Failed, Report, Stage, StageChange
 
 KEY = ("step", 1)

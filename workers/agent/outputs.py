@@ -23,9 +23,9 @@ from infra.objects.store import ObjectStore
 from infra.retry import Patience
 from infra.upload.client import SenderRefusedError, UploadClient
 from infra.upload.protocol import PathClaim, SendStatus
-from workers.daemons import Pool
+from workers.agent.daemon_pool import Pool
+from workers.agent.inputs import FarmSources
 from workers.errors import WorkerError
-from workers.inputs import FarmSources
 from workers.wire.messages import Output
 
 #: Connections that outputs are read through, so that slots are free for the next build.

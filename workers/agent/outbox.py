@@ -27,8 +27,8 @@ from typing import Any
 
 import orjson
 
+from workers.agent.lease_machine import LeaseKey
 from workers.errors import WorkerError
-from workers.machine import LeaseKey
 from workers.wire.messages import SMALL_BATCH_BYTES, LogChunk, Report, StageChange
 
 log = logging.getLogger(__name__)

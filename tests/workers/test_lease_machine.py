@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from infra.daemon import BuildStatus
 from scheduler.model import FailureKind
-from workers.machine import (
+from workers.agent.lease_machine import (
     HAND_BACK_S,
     HINTS,
     MAX_BACKLOG_PER_SLOT,

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from infra.daemon import UNCONFINED, Confinement, Network, netlink, owner
-from workers.build_users import (
+from workers.agent.build_users import (
     MACHINE_REGISTRY,
     SPARE_IDS,
     IdRange,
@@ -41,8 +41,8 @@ from workers.build_users import (
     own_ids,
     sub_ids,
 )
-from workers.sandbox_files import GROUP, copy_shell, cover_etc
-from workers.settings import Machine, WorkerSettings, offer
+from workers.agent.sandbox_files import GROUP, copy_shell, cover_etc
+from workers.agent.settings import Machine, WorkerSettings, offer
 
 log = logging.getLogger(__name__)
 

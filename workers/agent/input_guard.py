@@ -46,9 +46,9 @@ from infra.daemon import DaemonError, DaemonOperationError, GcAction
 from infra.nar_files import dump
 from infra.nix.errors import NixError
 from infra.nix.hashing import sha256_text
-from workers.daemons import DaemonUnreachableError, Line, Pool
+from workers.agent.daemon_pool import DaemonUnreachableError, Line, Pool
+from workers.agent.inputs import FarmSources, InputError
 from workers.errors import WorkerError
-from workers.inputs import FarmSources, InputError
 
 log = logging.getLogger(__name__)
 

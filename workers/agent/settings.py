@@ -168,7 +168,7 @@ class Machine:
     busybox: str = ""
     #: Whether the group that Nix takes build users from by default exists.
     has_build_users: bool = False
-    #: Group of build users that are this worker's own (`workers.isolation`), or empty.
+    #: Group of build users that are this worker's own (`workers.agent.isolation`), or empty.
     build_users_group: str = ""
     #: Bytes; 0 is unknown.
     memory_bytes: int = 0

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.disks import fill, small_disk
-from workers import fitness
-from workers.agent import Agent
-from workers.fitness import Room, too_little
-from workers.settings import WorkerSettings
+from workers.agent import health
+from workers.agent.agent import Agent
+from workers.agent.health import Room, too_little
+from workers.agent.settings import WorkerSettings
 from workers.wire.messages import Failed, Hello, Report, Succeeded
 
 from .conftest import Bench, Told, drv, order
@@ -23,9 +23,9 @@ DISK_MIB = 96
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitness, "LOOK_EVERY_S", 0.1)
-    monkeypatch.setattr(fitness, "TRIAL_AGAIN_S", 0.3)
-    monkeypatch.setattr(fitness, "FULL_BYTES", 2 * MIB)
+    monkeypatch.setattr(health, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(health, "TRIAL_AGAIN_S", 0.3)
+    monkeypatch.setattr(health, "FULL_BYTES", 2 * MIB)
 
 
 @pytest.fixture

@@ -44,8 +44,8 @@ from infra.nix import base32
 from infra.nix.hashing import sha256_text
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.store_path import StoreDir
+from workers.agent.lease_machine import judge_status
 from workers.errors import WorkerError
-from workers.machine import judge_status
 from workers.wire.grades import CLOCK_DIFFERS_S, CanaryReport
 
 #: Paths that a build must not be able to write.

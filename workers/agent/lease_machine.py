@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
-from workers import refusals
+from workers.agent import refusals
 from workers.wire.reasons import Reason
 
 #: Seconds of expected work kept waiting per slot.
@@ -156,7 +156,7 @@ class Trouble(StrEnum):
     STOPPING = "handed back because the worker is stopping"
     #: Stopped because the worker stops: another one begins anew.
     DRAINED = "handed back because the worker stops"
-    #: `workers.input_guard`: what was built is thrown away; what would be built now has to wait.
+    #: `workers.agent.input_guard`: what was built is thrown away; what would be built now has to wait.
     INPUT_CHANGED = "an input is not what it was"
     MENDING = "handed back until what changed in the worker's store is mended"
 
