@@ -2,7 +2,8 @@
 
 All of them are programs of their own that outlive the coordinator: an end on purpose (`stopping`) ends them, any other
 leaves head and workers running, and the next `drover up` with the same state directory takes them over
-(`workers.ray_records`) with the builds on them. Their records, and the head's tables, lie in `STATE_DIR/ray`.
+(`workers.ray_transport.node_records`) with the builds on them. Their records, and the head's tables, lie in
+`STATE_DIR/ray`.
 
 The head is started again when it dies, at the same address and with the same tables, while nodes and driver wait for
 it. A worker's node is started again too; its builds are lost and go elsewhere. Without its own node the coordinator
@@ -31,9 +32,9 @@ from coordinator.state_lock import StateLock
 from infra.cache.publishing.keys import forget_keys
 from workers.agent.settings import WorkerSettings
 from workers.errors import WorkerError
-from workers.ray_access import NodeHealth, make_token_file
-from workers.ray_nodes import Keep, RayHead, RayJoiningNode, RayNode, RayWorkerNode
-from workers.ray_redis import RedisStore, RedisUnusableError
+from workers.ray_transport.access import NodeHealth, make_token_file
+from workers.ray_transport.nodes import Keep, RayHead, RayJoiningNode, RayNode, RayWorkerNode
+from workers.ray_transport.redis import RedisStore, RedisUnusableError
 from workers.wire.fleet import Fleet, FleetError, Sink
 from workers.wire.messages import FarmInfo, Lease, LeaseOrder, Output
 
@@ -97,7 +98,7 @@ class RayFarm:
 async def ray_farm(settings: Settings, info: FarmInfo, stopping: Callable[[], bool]) -> AsyncIterator[Fleet]:
     """Start or take over the nodes and connect; at the end, end them if `stopping`, else leave what builds need."""
     # ray is imported only where a farm runs on it: the client's commands share this package.
-    from workers.ray_fleet import RayFleet  # noqa: PLC0415
+    from workers.ray_transport.fleet import RayFleet  # noqa: PLC0415
 
     (settings.state_dir / "ray").mkdir(mode=0o700, exist_ok=True)
     token_file = settings.ray_token_file

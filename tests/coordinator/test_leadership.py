@@ -24,7 +24,7 @@ from scheduler.facts import Fact, StepHeld
 from scheduler.model import StepKey
 from tests.coordinator.test_engine import ScriptedWorker
 from tests.support.servers import PostgresServer
-from workers.ray_access import make_token_file
+from workers.ray_transport.access import make_token_file
 
 PATIENCE_S = 60.0
 BEAT_S = 0.05

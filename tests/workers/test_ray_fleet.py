@@ -21,9 +21,9 @@ import pytest_asyncio
 
 from infra.objects.store import open_object_store
 from infra.process_tree import process_tree
-from workers.ray_access import make_token_file
-from workers.ray_fleet import RayFleet
-from workers.ray_nodes import RayHead, RayWorkerNode
+from workers.ray_transport.access import make_token_file
+from workers.ray_transport.fleet import RayFleet
+from workers.ray_transport.nodes import RayHead, RayWorkerNode
 from workers.wire.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSpoke
 from workers.wire.messages import Failed, FarmInfo, Hello, Lease, LogChunk, Report, Succeeded
 

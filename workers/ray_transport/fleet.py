@@ -28,8 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from workers.blocking import BlockingCalls, first_line
-from workers.ray_access import (
+from workers.ray_transport.access import (
     LISTEN_DEADLINE_S,
     LOOPBACK,
     RayNodeError,
@@ -38,7 +37,9 @@ from workers.ray_access import (
     is_loopback,
     ray_env,
 )
-from workers.ray_nodes import (
+from workers.ray_transport.blocking_calls import BlockingCalls, first_line
+from workers.ray_transport.node_records import watch_owner
+from workers.ray_transport.nodes import (
     DIRECTORY_VARIABLE,
     ENDED_FILE,
     HEAD_VARIABLE,
@@ -48,8 +49,7 @@ from workers.ray_nodes import (
     WORKER_LABEL,
     ray_temp_dir,
 )
-from workers.ray_records import watch_owner
-from workers.ray_redis import FLAGS_FILE, read_password
+from workers.ray_transport.redis import FLAGS_FILE, read_password
 from workers.wire.fleet import FleetError, Sink
 from workers.wire.messages import FarmInfo, Lease, LeaseOrder, Output
 from workers.wire.polling import LARGE_CALL_BYTES, AgentDead, AgentRoster, AgentUnavailable
@@ -86,8 +86,9 @@ class ClusterLostError(FleetError):
 def prepare_node(ray_params: Any, head: bool) -> None:
     """Ray's start hook (RAY_START_HOOK): runs inside `ray start`, before it starts anything.
 
-    Binds the node to loopback where `workers.ray_nodes` asked for it, and ends the node when the program that owns it
-    is gone for too long, or its head is another (`ray start` itself would live on). A head is told Redis's password.
+    Binds the node to loopback where `workers.ray_transport.nodes` asked for it, and ends the node when the program that
+    owns it is gone for too long, or its head is another (`ray start` itself would live on). A head is told Redis's
+    password.
     """
     parent = os.environ.get(PARENT_VARIABLE, "")
     directory = os.environ.get(DIRECTORY_VARIABLE, "")

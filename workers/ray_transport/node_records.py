@@ -36,7 +36,7 @@ from infra.process_tree import (
     signal_all,
     still_alive,
 )
-from workers.ray_access import RayNodeError
+from workers.ray_transport.access import RayNodeError
 
 log = logging.getLogger(__name__)
 

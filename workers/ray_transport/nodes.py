@@ -3,12 +3,12 @@
 A node is one `ray start --block` in a session of its own, with a private directory (mode 0700) around everything that
 Ray writes: Ray makes its own session directory and sockets accessible to all. Rules of this file:
 
-* What a node is told of the token and of time limits comes from `workers.ray_access`.
+* What a node is told of the token and of time limits comes from `workers.ray_transport.access`.
 * On loopback nothing listens on another interface. Ray rewrites "localhost" to the routable address of the host, so a
-  loopback node is started through `workers.ray_fleet.prepare_node` (Ray's own start hook), which undoes that.
+  loopback node is started through `workers.ray_transport.fleet.prepare_node` (Ray's own start hook), which undoes that.
 * Leaving the context ends the whole process tree: SIGTERM, a named grace, SIGKILL, then a look at what is left. When
   this process is killed instead, a node with a record goes on for a while and is taken over by the next start
-  (`workers.ray_records`); any other is ended by its start hook.
+  (`workers.ray_transport.node_records`); any other is ended by its start hook.
 * The head's tables (nodes, actors) lie on disk where it is given a place: killed and started again at the same address
   it finds its nodes again, and they wait for it, so no build is lost with it.
 """
@@ -36,7 +36,7 @@ from typing import Self
 
 from infra.process_tree import Process, children, identity, is_alive, process_tree, signal_all, still_alive
 from workers.agent.settings import SETTINGS_VARIABLE
-from workers.ray_access import (
+from workers.ray_transport.access import (
     LOOPBACK,
     NodeHealth,
     RayNodeError,
@@ -45,7 +45,7 @@ from workers.ray_access import (
     is_loopback,
     ray_env,
 )
-from workers.ray_records import (
+from workers.ray_transport.node_records import (
     CLUSTER_FILE,
     KILL_GRACE_S,
     LOOK_AGAIN_S,
@@ -55,7 +55,7 @@ from workers.ray_records import (
     sweep_stale,
     take_over,
 )
-from workers.ray_redis import RedisStore, check_redis
+from workers.ray_transport.redis import RedisStore, check_redis
 
 log = logging.getLogger(__name__)
 
@@ -270,7 +270,7 @@ class RayNode:
         base = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
         env = self.env(base) | {PARENT_VARIABLE: str(os.getpid()), DIRECTORY_VARIABLE: str(directory)}
         # Any hook will do for the watch over the parent; it also binds to loopback where that is wanted.
-        env["RAY_START_HOOK"] = "workers.ray_fleet.prepare_node"
+        env["RAY_START_HOOK"] = "workers.ray_transport.fleet.prepare_node"
         with (directory / "start.log").open("wb") as output:
             self._child = await asyncio.create_subprocess_exec(
                 *self.argv(directory),
@@ -470,7 +470,7 @@ class RayJoiningNode(RayNode):
 
 
 class RayWorkerNode(RayJoiningNode):
-    """A worker's Ray node; `workers.ray_fleet` starts the agent on it once the label is seen.
+    """A worker's Ray node; `workers.ray_transport.fleet` starts the agent on it once the label is seen.
 
     `settings_file` is read by the agent, on this machine. Several nodes may share a machine.
     """

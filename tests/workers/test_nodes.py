@@ -20,9 +20,9 @@ import pytest
 import pytest_asyncio
 
 from infra.process_tree import process_tree
-from workers.ray_access import NodeHealth, RayNodeError, check_token_file, make_token_file, ray_env
-from workers.ray_nodes import Keep, RayHead, RayWorkerNode
-from workers.ray_records import private_directory, sweep_stale
+from workers.ray_transport.access import NodeHealth, RayNodeError, check_token_file, make_token_file, ray_env
+from workers.ray_transport.node_records import private_directory, sweep_stale
+from workers.ray_transport.nodes import Keep, RayHead, RayWorkerNode
 
 shared = pytest.mark.asyncio(loop_scope="module")
 
@@ -48,7 +48,7 @@ TRY_TO_SERVE = """
 import asyncio, sys
 from pathlib import Path
 from workers.wire.messages import FarmInfo
-from workers.ray_fleet import RayFleet
+from workers.ray_transport.fleet import RayFleet
 async def main():
     farm = FarmInfo(cache_url="http://127.0.0.1:9", public_keys=(), object_store_url="file:///")
     async with RayFleet(address=sys.argv[1], token_file=Path(sys.argv[2]), farm=farm):
@@ -291,7 +291,7 @@ async def test_nodes_whose_owner_was_killed_end_and_the_next_start_removes_their
     owner.write_text(
         "import asyncio, sys\n"
         "from pathlib import Path\n"
-        "from workers.ray_nodes import RayWorkerNode\n"
+        "from workers.ray_transport.nodes import RayWorkerNode\n"
         "async def main():\n"
         "    token, head, base = sys.argv[1:]\n"
         "    node = RayWorkerNode(name='w3', head=head, token_file=Path(token), settings_file=Path('/x'),"

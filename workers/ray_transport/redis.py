@@ -2,7 +2,7 @@
 
 Ray ends its head with a stack trace where Redis does not answer, so it is asked first. Ray would write the password
 into the command lines of its processes, which everybody on the machine can read; it goes through a file in the node's
-private directory instead (`workers.ray_fleet.prepare_node`).
+private directory instead (`workers.ray_transport.fleet.prepare_node`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from workers.ray_access import RayNodeError
+from workers.ray_transport.access import RayNodeError
 
 #: In a head's private directory (mode 0600): the password as gcs_server reads it (`--flagfile`).
 FLAGS_FILE = "redis.flags"
