@@ -18,9 +18,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
-from coordinator.errors import CoordinatorError, UnavailableError
-from coordinator.exchange import AddressError, Answer, BadAnswerError, exchange
-from coordinator.schema import (
+from coordinator.api.models import (
     CacheRootView,
     CacheView,
     CollectRequest,
@@ -47,6 +45,8 @@ from coordinator.schema import (
     WhyView,
     WorkerView,
 )
+from coordinator.errors import CoordinatorError, UnavailableError
+from coordinator.exchange import AddressError, Answer, BadAnswerError, exchange
 
 if TYPE_CHECKING:
     import aiohttp
@@ -177,12 +177,12 @@ class ApiClient:
         return await self._json("POST", "intake/missing", IntakeMissing, query)
 
     async def send_derivations(self, stream: AsyncIterator[bytes]) -> None:
-        """Send the derivations stream of `coordinator.framing`."""
+        """Send the derivations stream of `coordinator.api.streams`."""
         async with self._call("PUT", "intake/derivations", data=stream, answer_s=None):
             pass
 
     async def send_sources(self, stream: AsyncIterator[bytes]) -> None:
-        """Send the sources stream of `coordinator.framing`."""
+        """Send the sources stream of `coordinator.api.streams`."""
         async with self._call("PUT", "intake/sources", data=stream, answer_s=None):
             pass
 

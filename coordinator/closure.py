@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from coordinator.api.streams import SourceHeader
 from coordinator.errors import CoordinatorError
-from coordinator.framing import SourceHeader
 from infra.daemon import DaemonError, ValidPathInfo, open_stdio
 from infra.nar_files import dump
 from infra.nix import aterm

@@ -27,8 +27,8 @@ import orjson
 import zstandard
 from pydantic import TypeAdapter, ValidationError
 
+from coordinator.api.limits import StepLimits
 from coordinator.errors import CoordinatorError
-from coordinator.limits import StepLimits
 from scheduler import facts
 from scheduler.facts import Fact
 from scheduler.model import Requirements, StepKey, SubmissionId

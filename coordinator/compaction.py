@@ -21,9 +21,9 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from coordinator.api.models import WaitingView
 from coordinator.errors import CoordinatorError
 from coordinator.journal import Journal, JournalError
-from coordinator.schema import WaitingView
 from coordinator.views import Views
 from infra.database import open_engine
 from infra.process import ChildProcess, ProcessError

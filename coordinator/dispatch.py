@@ -20,9 +20,9 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Final
 
+from coordinator.api.limits import StepLimits
+from coordinator.api.streams import LARGE_BYTES
 from coordinator.derivations import BuildOrder, DerivationsError, DerivationStore
-from coordinator.framing import LARGE_BYTES
-from coordinator.limits import StepLimits
 from coordinator.publishing import LossCheck, Post, Publications
 from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache

@@ -21,8 +21,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from coordinator.api.limits import MAX_LIMIT, StepLimits
 from coordinator.errors import CoordinatorError
-from coordinator.limits import MAX_LIMIT, StepLimits
 from infra.process import Completed, ProcessError, ProcessNotFound, ProcessOutputTooLarge, ProcessTimeout, run
 
 #: The expression that finds the derivations of attributes.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
+from coordinator.api.models import WaitingView
 from coordinator.logs import LogStore
-from coordinator.schema import WaitingView
 from infra.clock import Clock
 from scheduler import reasons as r
 from scheduler.farm import Farm

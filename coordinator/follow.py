@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from coordinator.api.models import StepChanged, StepView, SubmissionView
 from coordinator.client import ApiClient, ClientError
 from coordinator.control import harmless
 from coordinator.errors import CoordinatorError
-from coordinator.schema import StepChanged, StepView, SubmissionView
 from coordinator.terminal import News, Progress, heartbeat_line, live_region, news_lines
 
 FRAMES_PER_S = 10

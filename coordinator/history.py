@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 
+from coordinator.api.models import StepStatus
 from coordinator.codec import Record, StepRecord, SubmissionRecord
 from coordinator.rows import Company, StepRow, SubmissionRow
-from coordinator.schema import StepStatus
 from scheduler.facts import StepRestored
 from scheduler.model import StepKey, StepState, SubmissionId
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from coordinator import planning
+from coordinator.api.limits import StepLimits
+from coordinator.api.models import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
+from coordinator.api.streams import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
 from coordinator.derivations import DerivationStore, Kind, Known, NewDerivation, Node, StepInfo, step_info
 from coordinator.errors import IntakeError, UnavailableError
-from coordinator.framing import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
-from coordinator.limits import StepLimits
 from coordinator.path_leases import PathLeases
-from coordinator.schema import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.sources import SourceIntake
 from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache
@@ -175,7 +175,7 @@ class Intake:
         )
 
     async def add_derivations(self, body: AsyncIterable[bytes], client: str = "") -> int:
-        """Verify and store a derivations stream (coordinator.framing); returns how many it held.
+        """Verify and store a derivations stream (coordinator.api.streams); returns how many it held.
 
         Of a stream with a fault at most whole pieces of `STORED_AT_ONCE_BYTES` before it are stored: each derivation is
         true by itself and stands behind its inputs. Between clients the room for large ones is shared fairly.

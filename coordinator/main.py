@@ -27,6 +27,8 @@ from typing import Protocol
 import uvloop
 from aiohttp import web
 
+from coordinator.api.limits import StepLimits, in_force
+from coordinator.api.models import FarmView
 from coordinator.caches import OpenCache, open_caches
 from coordinator.compaction import Compactor
 from coordinator.config import DEFAULT_CACHE, ConfigError, LimitSettings, Settings, UploadRoute
@@ -53,13 +55,11 @@ from coordinator.intake import Intake, IntakeLimits
 from coordinator.isolation import WeakIsolation
 from coordinator.journal import Journal, JournalError
 from coordinator.leadership import Leadership, open_leadership
-from coordinator.limits import StepLimits, in_force
 from coordinator.logs import LogStore
 from coordinator.losses import Losses
 from coordinator.metrics import add_cache_metrics, add_farm_metrics
 from coordinator.ray_farm import RayFarm, worker_state_dir
 from coordinator.repair import WorkerSource
-from coordinator.schema import FarmView
 from coordinator.sink import FleetSink
 from coordinator.state_lock import StateLock
 from coordinator.submissions import Submissions

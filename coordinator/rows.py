@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from coordinator.schema import StepStatus, SubmissionState
+from coordinator.api.models import StepStatus, SubmissionState
 from scheduler.model import Failure, Recipe, Requirements, StepKey, SubmissionId
 
 OPEN = frozenset({StepStatus.WAITING, StepStatus.READY, StepStatus.RUNNING, StepStatus.PUBLISHING})

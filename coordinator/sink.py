@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
+from coordinator.api.limits import StepLimits, limit_was_raised
 from coordinator.codec import Evidence, encode_evidence
 from coordinator.dispatch import Dispatch, no_losses
 from coordinator.engine import Engine
 from coordinator.isolation import WeakIsolation
-from coordinator.limits import StepLimits, limit_was_raised
 from coordinator.logs import LogError, LogStore
 from coordinator.publishing import LossCheck
 from coordinator.views import Views

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, AsyncIterator
 from typing import ClassVar
 
+from coordinator.api.streams import Source
 from coordinator.errors import IntakeError, UnavailableError
-from coordinator.framing import Source
 from infra.cache.cache import Cache
 from infra.cache.publishing.claims import Candidate, Rejected, RejectReason
 from infra.nix.ca import SourceDigest, verify_source

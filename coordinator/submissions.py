@@ -10,12 +10,12 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
+from coordinator.api.models import RootLimits, RootRequest, StepStatus, SubmissionState, SubmitRequest
 from coordinator.codec import RootNote, SubmissionNote
 from coordinator.engine import Engine
 from coordinator.errors import BadRequestError
 from coordinator.intake import Intake, Planned
 from coordinator.rows import StepRow, SubmissionRow
-from coordinator.schema import RootLimits, RootRequest, StepStatus, SubmissionState, SubmitRequest
 from coordinator.views import Views
 from scheduler.events import RetryAsked, SubmissionReceived
 from scheduler.model import StepKey, SubmissionId

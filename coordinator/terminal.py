@@ -15,8 +15,7 @@ from enum import Enum
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from coordinator.control import ControlFilter
-from coordinator.schema import (
+from coordinator.api.models import (
     Counts,
     CountsChanged,
     Ended,
@@ -30,6 +29,7 @@ from coordinator.schema import (
     WatchEvent,
     WorkerView,
 )
+from coordinator.control import ControlFilter
 
 #: Lines of a failed step's log that are shown with the verdict, and the longest of them.
 TAIL_LINES = 25

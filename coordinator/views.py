@@ -21,14 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Protocol, cast
 
-from coordinator.codec import Record, RootNote, SubmissionNote, evidence_shown
-from coordinator.derivations import StepInfo
-from coordinator.details import Details
-from coordinator.errors import NotFoundError
-from coordinator.history import restore_step, take_history, tell_history
-from coordinator.limits import StepLimits
-from coordinator.rows import NOTHING, Company, StepRow, SubmissionRow, note, place, touch
-from coordinator.schema import (
+from coordinator.api.limits import StepLimits
+from coordinator.api.models import (
     Counts,
     CountsChanged,
     FailureView,
@@ -40,6 +34,12 @@ from coordinator.schema import (
     SubmissionView,
     WaitingView,
 )
+from coordinator.codec import Record, RootNote, SubmissionNote, evidence_shown
+from coordinator.derivations import StepInfo
+from coordinator.details import Details
+from coordinator.errors import NotFoundError
+from coordinator.history import restore_step, take_history, tell_history
+from coordinator.rows import NOTHING, Company, StepRow, SubmissionRow, note, place, touch
 from coordinator.watcher import Watcher
 from coordinator.workforce import Workforce
 from scheduler import facts

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from coordinator.api.models import CountsChanged, Ended, Snapshot, StepChanged, StepView, SubmissionView, WatchEvent
 from coordinator.rows import StepRow, SubmissionRow
-from coordinator.schema import CountsChanged, Ended, Snapshot, StepChanged, StepView, SubmissionView, WatchEvent
 from scheduler.model import StepKey
 
 #: Changed steps that a watcher may leave unread before it gets a snapshot instead.

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.schema import WorkerView
+from coordinator.api.models import WorkerView
 from workers.wire.grades import LEVELS, UNMEASURED, IsolationGrade
 from workers.wire.messages import Batch, HeldLease, Hello
 

@@ -13,6 +13,18 @@ from typing import Any
 
 import click
 
+from coordinator.api.models import (
+    FarmView,
+    IntakeQuery,
+    RootLimits,
+    RootRequest,
+    StepStatus,
+    StepView,
+    SubmissionState,
+    SubmissionView,
+    SubmitRequest,
+)
+from coordinator.api.streams import SourceHeader, encode_derivations, encode_sources, in_thread
 from coordinator.cli import statuses
 from coordinator.cli.showing import print_json
 from coordinator.client import ApiClient, ClientError
@@ -30,18 +42,6 @@ from coordinator.control import harmless
 from coordinator.errors import CoordinatorError
 from coordinator.evaluate import Evaluation, EvaluationError, LeftOut, Wanted, evaluate, left_out_text, parse_drv
 from coordinator.follow import Screen, follow
-from coordinator.framing import SourceHeader, encode_derivations, encode_sources, in_thread
-from coordinator.schema import (
-    FarmView,
-    IntakeQuery,
-    RootLimits,
-    RootRequest,
-    StepStatus,
-    StepView,
-    SubmissionState,
-    SubmissionView,
-    SubmitRequest,
-)
 from coordinator.terminal import size, summary_lines
 from infra.process import ProcessError, run
 

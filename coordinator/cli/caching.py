@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+from coordinator.api.models import CacheRootView, CollectView, PinRequest, VerifyView
 from coordinator.cli import statuses
 from coordinator.cli.showing import print_json, print_lines
 from coordinator.client import ApiClient
-from coordinator.schema import CacheRootView, CollectView, PinRequest, VerifyView
 from coordinator.terminal import duration, size, table_lines
 
 DAY_S: Final = 86400.0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from coordinator.limits import MAX_WAIT_S
+from coordinator.api.limits import MAX_WAIT_S
 
 if TYPE_CHECKING:
     from coordinator.client import ApiClient

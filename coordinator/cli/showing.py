@@ -12,10 +12,10 @@ from typing import Any
 import click
 import orjson
 
+from coordinator.api.models import Model, StepStatus, SubmissionState
 from coordinator.cli import statuses
 from coordinator.client import ApiClient, RefusedError
 from coordinator.control import ControlFilter, harmless
-from coordinator.schema import Model, StepStatus, SubmissionState
 from coordinator.terminal import sanitise, status_lines, step_lines, submission_rows, table_lines, worker_lines
 
 #: Submissions that `drover status` lists, newest first.

@@ -1,4 +1,4 @@
-"""The JSON API: one small handler for each route of coordinator.schema's table.
+"""The JSON API: one small handler for each route of coordinator.api.models's table.
 
 Handlers read the request, ask one room and answer with one model; whatever they raise becomes an `ErrorView` in
 `coordinator.http.app`.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from coordinator.api.models import MAX_ROOTS, FarmView, IntakeQuery, RetryView, StepStatus, SubmitRequest
 from coordinator.config import LimitSettings
 from coordinator.engine import Engine
 from coordinator.errors import BadRequestError, NotFoundError
@@ -21,7 +22,6 @@ from coordinator.http.sse import WatchStreams
 from coordinator.intake import Intake
 from coordinator.logs import LogStore
 from coordinator.rows import StepRow
-from coordinator.schema import MAX_ROOTS, FarmView, IntakeQuery, RetryView, StepStatus, SubmitRequest
 from coordinator.submissions import Submissions
 from coordinator.views import ROOTS_LISTED, Views
 

@@ -28,13 +28,13 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
+from coordinator.api.models import ErrorBody, ErrorView
 from coordinator.caches import OpenCache
 from coordinator.errors import CoordinatorError
 from coordinator.http.access import challenge, may_read, may_write
 from coordinator.http.bodies import BodyBounds, read_model
 from coordinator.http.nars import NAR_HEADERS, NarAnswers, cut
 from coordinator.http.puts import CachePuts, log_key
-from coordinator.schema import ErrorBody, ErrorView
 from infra.cache.listing import Listings
 from infra.nix.errors import FormatError
 from infra.nix.realisation import RealisationLayout, parse_key

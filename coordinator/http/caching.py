@@ -8,12 +8,7 @@ from typing import Final
 
 from aiohttp import web
 
-from coordinator.errors import BadRequestError, NotFoundError
-from coordinator.housekeeping import Housekeeper
-from coordinator.http.answers import answer
-from coordinator.http.bodies import BodyBounds, read_model
-from coordinator.http.pages import answer_page, cut, limit_of, position_of
-from coordinator.schema import (
+from coordinator.api.models import (
     CacheRootView,
     CacheView,
     CollectRequest,
@@ -26,6 +21,11 @@ from coordinator.schema import (
     VerifyView,
     WhyView,
 )
+from coordinator.errors import BadRequestError, NotFoundError
+from coordinator.housekeeping import Housekeeper
+from coordinator.http.answers import answer
+from coordinator.http.bodies import BodyBounds, read_model
+from coordinator.http.pages import answer_page, cut, limit_of, position_of
 from infra.cache.cache import Cache
 from infra.cache.retention.roots import RootRow
 from infra.nix.errors import FormatError

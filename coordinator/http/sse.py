@@ -12,10 +12,10 @@ import asyncio
 import orjson
 from aiohttp import web
 
+from coordinator.api.models import WatchEvent
 from coordinator.errors import UnavailableError
 from coordinator.http.pages import rendered
 from coordinator.rows import SubmissionRow
-from coordinator.schema import WatchEvent
 from coordinator.views import Views
 
 #: Seconds between two writes of one stream, and of silence before a comment.

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 import orjson
 from aiohttp import web
 
+from coordinator.api.models import ErrorBody, ErrorView
 from coordinator.http.fast import FastNarinfos, FastSite
-from coordinator.schema import ErrorBody, ErrorView
 
 #: When a client may ask again, in seconds.
 RETRY_AFTER_S = 2

@@ -14,12 +14,12 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from pydantic import BaseModel
 
+from coordinator.api.models import ErrorBody, ErrorView
 from coordinator.caches import OpenCache
 from coordinator.errors import BadRequestError
 from coordinator.http.access import challenge, may_write
 from coordinator.http.bodies import BodyBounds, Pace, read_model
 from coordinator.http.connections import mark_known
-from coordinator.schema import ErrorBody, ErrorView
 from coordinator.security.tokens import told_token
 from coordinator.upload_tokens import UploadTokens
 from infra.cache.uploads.errors import UploadError, WrongOffsetError

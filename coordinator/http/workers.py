@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from coordinator.api.models import DrainRequest
 from coordinator.errors import NotFoundError, UnavailableError
 from coordinator.http.bodies import read_model
-from coordinator.schema import DrainRequest
 from coordinator.views import Views
 from workers.wire.fleet import FleetError
 

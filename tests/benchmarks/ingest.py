@@ -27,11 +27,11 @@ from collections.abc import AsyncIterator, Iterable
 from hashlib import sha256
 from pathlib import Path
 
+from coordinator.api.models import IntakeQuery, RootRequest, SubmitRequest
+from coordinator.api.streams import encode_derivations
 from coordinator.closure import LocalStore, base_name, read_closure
 from coordinator.derivations import DerivationStore
-from coordinator.framing import encode_derivations
 from coordinator.intake import Intake
-from coordinator.schema import IntakeQuery, RootRequest, SubmitRequest
 from infra.cache.cache import Cache
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.signing import generate

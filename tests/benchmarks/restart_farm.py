@@ -22,12 +22,12 @@ from typing import Final
 import uvloop
 from pydantic import BaseModel, ConfigDict
 
+from coordinator.api.models import RootRequest, SubmitRequest
+from coordinator.api.streams import encode_derivations
 from coordinator.compaction import SNAPSHOT_FACTS
 from coordinator.config import Settings
-from coordinator.framing import encode_derivations
 from coordinator.housekeeping import SUBMISSION
 from coordinator.main import Coordinator, open_coordinator
-from coordinator.schema import RootRequest, SubmitRequest
 from coordinator.submissions import Submissions
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.objects.nar_writer import upload_nar

@@ -10,13 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.api.models import (
+    Ended,
+    IntakeQuery,
+    RootRequest,
+    StepStatus,
+    SubmissionView,
+    SubmitRequest,
+    WatchEvent,
+)
+from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.client import ApiClient
 from coordinator.closure import LocalStore, base_name, describe_sources, read_closure
 from coordinator.config import LimitSettings, Settings
 from coordinator.evaluate import evaluate
-from coordinator.framing import encode_derivations, in_thread
 from coordinator.main import Coordinator, FleetFactory, open_coordinator
-from coordinator.schema import Ended, IntakeQuery, RootRequest, StepStatus, SubmissionView, SubmitRequest, WatchEvent
 from infra.clock import Clock
 from tests.support.local_fleet import InProcessFleet
 from workers.agent.agent import Agent

@@ -13,11 +13,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from pydantic import BaseModel
 
+from coordinator.api.models import DrainRequest, SubmitRequest
 from coordinator.errors import BadRequestError
 from coordinator.http.auth import is_host, is_own_host
 from coordinator.http.bodies import SMALL, BodyBounds, parse_model, read_model
 from coordinator.http.cache import QUESTION_BOUNDS, NarinfosQuestion
-from coordinator.schema import DrainRequest, SubmitRequest
 from infra.loop_watch import LoopWatch
 from infra.upload.protocol import Begin
 from tests.support.bodies import NASTY

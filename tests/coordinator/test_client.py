@@ -13,9 +13,9 @@ import pytest
 from aiohttp import web
 
 from coordinator import client as module
+from coordinator.api.models import Counts, Ended, IntakeQuery, Snapshot, SubmissionState, SubmissionView
+from coordinator.api.streams import FramingError
 from coordinator.client import ApiClient, ClientError, EventReader, RefusedError, UnreachableError, find_token
-from coordinator.framing import FramingError
-from coordinator.schema import Counts, Ended, IntakeQuery, Snapshot, SubmissionState, SubmissionView
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ENDED = SubmissionView(id="s", label="", state=SubmissionState.SUCCEEDED, created_at=1.0, roots=(), counts=Counts())

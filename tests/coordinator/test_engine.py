@@ -13,11 +13,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from coordinator.api.models import StepStatus, SubmissionState, SubmitRequest
 from coordinator.client import RefusedError
 from coordinator.config import ConfigError, Settings
 from coordinator.journal import JournalError
 from coordinator.main import Ready, serve
-from coordinator.schema import StepStatus, SubmissionState, SubmitRequest
 from infra.cache.publishing.claims import Candidate
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.objects.nar_writer import upload_nar

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.api.limits import StepLimits
 from coordinator.closure import ClosureError, LocalStore, describe_sources, local_store, read_closure
 from coordinator.evaluate import EvaluationError, LeftOut, Wanted, evaluate, explain, left_out_text, parse_drv
-from coordinator.limits import StepLimits
 from infra.nar_files import dump
 from infra.nix.ca import SourceDigest, verify_source
 from infra.nix.store_path import StoreDir

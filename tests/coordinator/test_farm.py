@@ -14,12 +14,12 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from coordinator.api.models import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState, SubmitRequest
 from coordinator.cli import statuses
 from coordinator.client import ApiClient, RefusedError, UnreachableError
 from coordinator.config import Settings
 from coordinator.logs import LogStore
 from coordinator.main import open_coordinator
-from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState, SubmitRequest
 from coordinator.state_lock import StateDirBusyError
 from tests.coordinator.conftest import PATIENCE_S, PRELUDE, OpenFarm, TestFarm, nix_workers
 from tests.coordinator.test_cli import drover

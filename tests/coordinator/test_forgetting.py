@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.config import LimitSettings
 from coordinator.errors import NotFoundError
 from coordinator.forgetting import AT_LEAST_S, DAY_S, Forgetter
-from coordinator.schema import StepStatus, SubmissionState
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from tests.coordinator.test_engine import ONE, ManualClock, ScriptedWorker, report, started
 from workers.wire.messages import Failed, Succeeded

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import aiohttp
 import pytest
 
+from coordinator.api.models import PinRequest, SubmissionState
 from coordinator.client import RefusedError
-from coordinator.schema import PinRequest, SubmissionState
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from tests.coordinator.test_farm import DIAMOND
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from coordinator.api.models import MAX_ROOTS, IntakeQuery, RootRequest, SubmitRequest
+from coordinator.api.streams import LARGE_BYTES, FramingError, SourceHeader, encode_derivations, encode_sources
 from coordinator.derivations import DerivationStore
 from coordinator.errors import IntakeError, UnavailableError
-from coordinator.framing import LARGE_BYTES, FramingError, SourceHeader, encode_derivations, encode_sources
 from coordinator.intake import (
     VERIFYING_COST,
     DerivationRefusedError,
@@ -25,7 +26,6 @@ from coordinator.intake import (
     StoreDirError,
     TooLargeError,
 )
-from coordinator.schema import MAX_ROOTS, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.sources import SourceRefusedError
 from infra.cache.cache import Cache
 from infra.nix.nar import NarData, NarFile, write_events

@@ -10,12 +10,12 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from coordinator.api.models import IntakeQuery, RootRequest, SubmissionState, SubmitRequest
+from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.client import ApiClient
 from coordinator.config import CacheSettings, Settings, UpstreamSettings
-from coordinator.framing import encode_derivations, in_thread
 from coordinator.intake import MissingMemberError
 from coordinator.main import open_coordinator
-from coordinator.schema import IntakeQuery, RootRequest, SubmissionState, SubmitRequest
 from infra.cache.cache import Cache
 from infra.cache.pulls import closure_pulls
 from infra.cache.pulls.upstream import Upstream

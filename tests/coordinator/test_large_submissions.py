@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from coordinator.framing import encode_derivations, in_thread
-from coordinator.schema import RootRequest, StepStatus, SubmitRequest
+from coordinator.api.models import RootRequest, StepStatus, SubmitRequest
+from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.submissions import Submissions
 from infra import slices
 from scheduler import events as e

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.schema import StepStatus, SubmissionState, SubmissionView
+from coordinator.api.models import StepStatus, SubmissionState, SubmissionView
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from tests.coordinator.test_engine import ONE, ScriptedWorker, output_path, report, started
 from workers.wire.fleet import FleetError

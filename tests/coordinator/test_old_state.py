@@ -14,8 +14,8 @@ import aiohttp
 import pytest
 import zstandard
 
+from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.config import LimitSettings, Settings
-from coordinator.schema import StepStatus, SubmissionState
 from infra.nix import narinfo
 from infra.nix.base32 import encode
 from infra.nix.signing import PublicKey

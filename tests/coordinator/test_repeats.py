@@ -7,8 +7,8 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from coordinator.framing import encode_derivations, in_thread
-from coordinator.schema import IntakeQuery, RootRequest, SubmissionState, SubmitRequest
+from coordinator.api.models import IntakeQuery, RootRequest, SubmissionState, SubmitRequest
+from coordinator.api.streams import encode_derivations, in_thread
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from tests.support.cache import base_name, candidate, store_path
 from tests.support.graphs import Made, Maker

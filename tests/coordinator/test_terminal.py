@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.schema import (
+from coordinator.api.models import (
     Counts,
     CountsChanged,
     Ended,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.api.models import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState, WaitingView
 from coordinator.codec import (
     Evidence,
     decode_facts,
@@ -18,7 +19,6 @@ from coordinator.codec import (
     encode_facts,
     encode_records,
 )
-from coordinator.schema import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState, WaitingView
 from coordinator.views import Views
 from coordinator.watcher import WATCH_PENDING
 from scheduler.events import (

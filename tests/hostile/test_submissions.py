@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from coordinator.framing import encode_derivations
+from coordinator.api.models import MAX_ROOTS
+from coordinator.api.streams import encode_derivations
 from coordinator.intake import IntakeLimits
-from coordinator.schema import MAX_ROOTS
 from tests.support.attack import FarmUnderAttack
 from tests.support.graphs import Maker
 from tests.support.loop import LoopStalls

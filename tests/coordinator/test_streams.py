@@ -11,7 +11,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.framing import (
+from coordinator.api.streams import (
     DERIVATIONS_MAGIC,
     FramingError,
     SourceHeader,

@@ -4,7 +4,7 @@ All paths are below `/api/v1` and want `Authorization: Bearer <token>`; times ar
 `{"error": {"code": "...", "message": "one sentence and what to do"}}` with a 4xx or 5xx status.
 
     POST intake/missing        IntakeQuery -> IntakeMissing            one question for the whole closure
-    PUT  intake/derivations    zstd stream of .drv files -> 204        framing: coordinator.framing
+    PUT  intake/derivations    zstd stream of .drv files -> 204        framing: coordinator.api.streams
     PUT  intake/sources        zstd stream of (header, NAR) -> 204
     POST submissions           SubmitRequest -> 201 SubmissionView     three roots, as from cancel and retry
     GET  submissions           -> [SubmissionView], newest first, a page; three roots of each
@@ -42,7 +42,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
-from coordinator.limits import MAX_LIMIT, MAX_WAIT_S
+from coordinator.api.limits import MAX_LIMIT, MAX_WAIT_S
 from workers.wire.grades import CanaryReport
 
 #: Bytes of a label, an attribute path, a path: what people read, and every list shows.
