@@ -12,8 +12,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from coordinator.config import DEFAULT_CACHE, CacheSettings, Settings
+from coordinator.security.farm_secrets import Secrets
 from coordinator.security.tokens import CacheAccess, TokenSet, load_tokens
-from coordinator.succession import Secrets
 from infra.cache.cache import Cache
 from infra.cache.catalog.database import Reign
 from infra.cache.publishing.keys import forget_keys

@@ -52,7 +52,6 @@ from coordinator.http.standby import serving_standby
 from coordinator.http.uploads import add_upload_routes
 from coordinator.http.workers import add_worker_routes
 from coordinator.intake import Intake, IntakeLimits
-from coordinator.isolation import WeakIsolation
 from coordinator.journal import Journal, JournalError
 from coordinator.leadership import Leadership, open_leadership
 from coordinator.logs import LogStore
@@ -60,11 +59,12 @@ from coordinator.losses import Losses
 from coordinator.metrics import add_cache_metrics, add_farm_metrics
 from coordinator.ray_farm import RayFarm, worker_state_dir
 from coordinator.repair import WorkerSource
+from coordinator.security.farm_secrets import API_TOKEN, Secrets, Succession
+from coordinator.security.isolation import WeakIsolation
+from coordinator.security.upload_tokens import UploadTokens
 from coordinator.sink import FleetSink
 from coordinator.state_lock import StateLock
 from coordinator.submissions import Submissions
-from coordinator.succession import API_TOKEN, Secrets, Succession
-from coordinator.upload_tokens import UploadTokens
 from coordinator.views import Views
 from infra.cache.cache import Cache
 from infra.cache.pulls.upstream import Upstream

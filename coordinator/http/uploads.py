@@ -21,7 +21,7 @@ from coordinator.http.access import challenge, may_write
 from coordinator.http.bodies import BodyBounds, Pace, read_model
 from coordinator.http.connections import mark_known
 from coordinator.security.tokens import told_token
-from coordinator.upload_tokens import UploadTokens
+from coordinator.security.upload_tokens import UploadTokens
 from infra.cache.uploads.errors import UploadError, WrongOffsetError
 from infra.cache.uploads.uploads import Sender, Uploads
 from infra.objects.errors import CacheError, StoreFullError

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from coordinator.caches import OpenCache, open_caches
 from coordinator.config import CacheSettings, ConfigError, NamedCacheSettings, Settings, load_settings
 from coordinator.http.cache import add_cache_routes
+from coordinator.security.farm_secrets import Succession
 from coordinator.security.tokens import CacheAccess, TokenError, TokenSet, load_tokens, told_token
-from coordinator.succession import Succession
 from infra.cache.catalog.database import Reign
 from infra.clock import SystemClock
 from tests.support.cache import base_name, candidate, publish, store_path

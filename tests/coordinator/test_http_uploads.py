@@ -19,7 +19,7 @@ from yarl import URL
 from coordinator.config import CacheSettings, NamedCacheSettings, Settings, UploadRoute, UpstreamSettings
 from coordinator.http import uploads
 from coordinator.main import Coordinator, open_coordinator
-from coordinator.upload_tokens import UploadTokens
+from coordinator.security.upload_tokens import UploadTokens
 from infra.clock import SystemClock
 from infra.nix import narinfo
 from infra.nix.hashing import sha256_text

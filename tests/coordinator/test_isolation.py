@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.cli import cli, serving
 from coordinator.config import Settings, load_settings
-from coordinator.isolation import WeakIsolation
+from coordinator.security.isolation import WeakIsolation
 from tests.coordinator.conftest import OpenFarm
 from tests.coordinator.test_engine import ONE, ScriptedWorker, output_path, report, started
 from workers.wire.grades import IsolationGrade

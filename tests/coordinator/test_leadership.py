@@ -17,7 +17,7 @@ from coordinator.config import CacheSettings, Settings
 from coordinator.journal import FencedError, Journal
 from coordinator.leadership import LeadershipLostError, SessionLock, open_leadership
 from coordinator.main import Ready, serve
-from coordinator.succession import SuccessionError
+from coordinator.security.farm_secrets import SuccessionError
 from infra.database import open_engine
 from infra.nix.signing import generate
 from scheduler.facts import Fact, StepHeld
