@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from coordinator.derivations import StepInfo
+from coordinator.stores.derivations import StepInfo
 from scheduler.model import StepKey
 
 #: Characters of a hash in a store path.

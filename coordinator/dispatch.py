@@ -22,8 +22,8 @@ from typing import Final
 
 from coordinator.api.limits import StepLimits
 from coordinator.api.streams import LARGE_BYTES
-from coordinator.derivations import BuildOrder, DerivationsError, DerivationStore
 from coordinator.publishing import LossCheck, Post, Publications
+from coordinator.stores.derivations import BuildOrder, DerivationsError, DerivationStore
 from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache
 from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild

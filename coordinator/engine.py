@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.codec import StoredNote, SubmissionNote, decode_notes, encode_note
-from coordinator.derivations import DerivationStore, StepInfo
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.journal import Journal
 from coordinator.rows import SubmissionRow
+from coordinator.stores.derivations import DerivationStore, StepInfo
 from coordinator.views import Views
 from infra.clock import Clock
 from infra.slices import in_slices

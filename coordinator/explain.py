@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 from coordinator.api.models import WaitingView
-from coordinator.logs import LogStore
+from coordinator.stores.logs import LogStore
 from infra.clock import Clock
 from scheduler import reasons as r
 from scheduler.farm import Farm

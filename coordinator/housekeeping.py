@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 from coordinator.config import CacheSettings
-from coordinator.derivations import DerivationsError, DerivationStore
-from coordinator.path_leases import PathLeases
 from coordinator.rows import SubmissionRow
+from coordinator.stores.derivations import DerivationsError, DerivationStore
+from coordinator.stores.path_leases import PathLeases
 from coordinator.views import Views
 from infra.cache.cache import Cache
 from infra.cache.publishing.key_rotation import ResignReport

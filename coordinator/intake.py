@@ -16,10 +16,10 @@ from coordinator import planning
 from coordinator.api.limits import StepLimits
 from coordinator.api.models import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
-from coordinator.derivations import DerivationStore, Kind, Known, NewDerivation, Node, StepInfo, step_info
 from coordinator.errors import IntakeError, UnavailableError
-from coordinator.path_leases import PathLeases
 from coordinator.sources import SourceIntake
+from coordinator.stores.derivations import DerivationStore, Kind, Known, NewDerivation, Node, StepInfo, step_info
+from coordinator.stores.path_leases import PathLeases
 from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache
 from infra.cache.pulls.closure_pulls import ClosurePulls, Pulled

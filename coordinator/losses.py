@@ -22,9 +22,9 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
-from coordinator.derivations import DerivationsError, DerivationStore
 from coordinator.errors import CoordinatorError
 from coordinator.rows import SubmissionRow
+from coordinator.stores.derivations import DerivationsError, DerivationStore
 from coordinator.views import Views
 from infra.cache.cache import Cache
 from infra.cache.errors import ClosureTooLargeError

@@ -32,7 +32,6 @@ from coordinator.api.models import FarmView
 from coordinator.caches import OpenCache, open_caches
 from coordinator.compaction import Compactor
 from coordinator.config import DEFAULT_CACHE, ConfigError, LimitSettings, Settings, UploadRoute
-from coordinator.derivations import DerivationStore
 from coordinator.dispatch import Dispatch
 from coordinator.engine import Engine
 from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
@@ -54,7 +53,6 @@ from coordinator.http.workers import add_worker_routes
 from coordinator.intake import Intake, IntakeLimits
 from coordinator.journal import Journal, JournalError
 from coordinator.leadership import Leadership, open_leadership
-from coordinator.logs import LogStore
 from coordinator.losses import Losses
 from coordinator.metrics import add_cache_metrics, add_farm_metrics
 from coordinator.ray_farm import RayFarm, worker_state_dir
@@ -64,6 +62,8 @@ from coordinator.security.isolation import WeakIsolation
 from coordinator.security.upload_tokens import UploadTokens
 from coordinator.sink import FleetSink
 from coordinator.state_lock import StateLock
+from coordinator.stores.derivations import DerivationStore
+from coordinator.stores.logs import LogStore
 from coordinator.submissions import Submissions
 from coordinator.views import Views
 from infra.cache.cache import Cache

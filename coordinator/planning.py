@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from coordinator.derivations import Kind, Node
 from coordinator.errors import IntakeError
+from coordinator.stores.derivations import Kind, Node
 from scheduler.model import Recipe, Requirements, StepKey, StepSpec
 
 #: Steps visited in one plan to see whether further recipes would close a cycle; what is not looked at is left out.

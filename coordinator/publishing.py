@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from coordinator.codec import CodecError, Evidence, decode_evidence
-from coordinator.derivations import DerivationsError, DerivationStore, StepInfo
+from coordinator.stores.derivations import DerivationsError, DerivationStore, StepInfo
 from infra.cache.cache import Cache
 from infra.cache.publishing.claims import Candidate, Conflict, PublishOutcome, Rejected, RejectReason
 from infra.objects.errors import CacheError

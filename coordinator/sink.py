@@ -13,9 +13,9 @@ from coordinator.api.limits import StepLimits, limit_was_raised
 from coordinator.codec import Evidence, encode_evidence
 from coordinator.dispatch import Dispatch, no_losses
 from coordinator.engine import Engine
-from coordinator.logs import LogError, LogStore
 from coordinator.publishing import LossCheck
 from coordinator.security.isolation import WeakIsolation
+from coordinator.stores.logs import LogError, LogStore
 from coordinator.views import Views
 from infra.clock import Clock
 from scheduler.events import BuilderJoined, BuilderLost, BuilderReported, BuildFailed, BuildSucceeded, Event

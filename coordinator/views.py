@@ -35,11 +35,11 @@ from coordinator.api.models import (
     WaitingView,
 )
 from coordinator.codec import Record, RootNote, SubmissionNote, evidence_shown
-from coordinator.derivations import StepInfo
 from coordinator.details import Details
 from coordinator.errors import NotFoundError
 from coordinator.history import restore_step, take_history, tell_history
 from coordinator.rows import NOTHING, Company, StepRow, SubmissionRow, note, place, touch
+from coordinator.stores.derivations import StepInfo
 from coordinator.watcher import Watcher
 from coordinator.workforce import Workforce
 from scheduler import facts

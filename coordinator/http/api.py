@@ -20,8 +20,8 @@ from coordinator.http.bodies import BodyBounds, body_chunks, read_model
 from coordinator.http.pages import Page, answer_page, cut, limit_of, position_of
 from coordinator.http.sse import WatchStreams
 from coordinator.intake import Intake
-from coordinator.logs import LogStore
 from coordinator.rows import StepRow
+from coordinator.stores.logs import LogStore
 from coordinator.submissions import Submissions
 from coordinator.views import ROOTS_LISTED, Views
 

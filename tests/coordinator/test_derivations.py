@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.derivations import DerivationsError, DerivationStore
+from coordinator.stores.derivations import DerivationsError, DerivationStore
 from tests.coordinator.test_intake import Room, limits, room
 from tests.support.graphs import Maker
 

@@ -8,8 +8,8 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.derivations import StepInfo
 from coordinator.details import Details
+from coordinator.stores.derivations import StepInfo
 from scheduler.model import StepKey
 
 _hash = st.text("0123456789abcdfghijklmnpqrsvwxyz", min_size=32, max_size=32)

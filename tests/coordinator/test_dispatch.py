@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.api.limits import StepLimits
-from coordinator.derivations import DerivationStore, Kind, NewDerivation, Node
 from coordinator.dispatch import SENDING_BYTES, SENDING_COST, START_BYTES, Dispatch
+from coordinator.stores.derivations import DerivationStore, Kind, NewDerivation, Node
 from scheduler.effects import StartBuild
 from scheduler.events import Event
 from scheduler.model import LeaseId, StepKey

@@ -18,9 +18,9 @@ from coordinator.api.models import Counts, Ended, Snapshot, StepChanged, StepSta
 from coordinator.cli import statuses
 from coordinator.client import ApiClient, RefusedError, UnreachableError
 from coordinator.config import Settings
-from coordinator.logs import LogStore
 from coordinator.main import open_coordinator
 from coordinator.state_lock import StateDirBusyError
+from coordinator.stores.logs import LogStore
 from tests.coordinator.conftest import PATIENCE_S, PRELUDE, OpenFarm, TestFarm, nix_workers
 from tests.coordinator.test_cli import drover
 from tests.support.local_fleet import InProcessFleet

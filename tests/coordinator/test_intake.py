@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from coordinator.api.models import MAX_ROOTS, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import LARGE_BYTES, FramingError, SourceHeader, encode_derivations, encode_sources
-from coordinator.derivations import DerivationStore
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.intake import (
     VERIFYING_COST,
@@ -27,6 +26,7 @@ from coordinator.intake import (
     TooLargeError,
 )
 from coordinator.sources import SourceRefusedError
+from coordinator.stores.derivations import DerivationStore
 from infra.cache.cache import Cache
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.narinfo import NarInfo

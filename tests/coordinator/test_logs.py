@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coordinator.errors import NotFoundError
-from coordinator.logs import OPEN_FILES, LogError, LogStore
+from coordinator.stores.logs import OPEN_FILES, LogError, LogStore
 from workers.wire.messages import LogChunk
 
 

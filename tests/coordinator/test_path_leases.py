@@ -10,8 +10,8 @@ from typing import Literal
 import pytest
 import sqlalchemy as sa
 
-from coordinator import path_leases
-from coordinator.path_leases import LEASE_S, PathLeases
+from coordinator.stores import path_leases
+from coordinator.stores.path_leases import LEASE_S, PathLeases
 from infra.cache.cache import Cache
 from infra.cache.catalog.database import reading, roots
 from infra.cache.retention.collector import CollectPlan
