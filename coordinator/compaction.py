@@ -23,7 +23,7 @@ from typing import Final
 
 from coordinator.api.models import WaitingView
 from coordinator.errors import CoordinatorError
-from coordinator.journal import Journal, JournalError
+from coordinator.journal.journal import Journal, JournalError
 from coordinator.views import Views
 from infra.database import open_engine
 from infra.process import ChildProcess, ProcessError

@@ -19,9 +19,9 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.codec import StoredNote, SubmissionNote, decode_notes, encode_note
 from coordinator.errors import IntakeError, UnavailableError
-from coordinator.journal import Journal
+from coordinator.journal.codec import StoredNote, SubmissionNote, decode_notes, encode_note
+from coordinator.journal.journal import Journal
 from coordinator.rows import SubmissionRow
 from coordinator.stores.derivations import DerivationStore, StepInfo
 from coordinator.views import Views

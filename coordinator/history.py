@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 
 from coordinator.api.models import StepStatus
-from coordinator.codec import Record, StepRecord, SubmissionRecord
+from coordinator.journal.codec import Record, StepRecord, SubmissionRecord
 from coordinator.rows import Company, StepRow, SubmissionRow
 from scheduler.facts import StepRestored
 from scheduler.model import StepKey, StepState, SubmissionId

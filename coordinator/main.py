@@ -51,8 +51,8 @@ from coordinator.http.standby import serving_standby
 from coordinator.http.uploads import add_upload_routes
 from coordinator.http.workers import add_worker_routes
 from coordinator.intake import Intake, IntakeLimits
-from coordinator.journal import Journal, JournalError
-from coordinator.leadership import Leadership, open_leadership
+from coordinator.journal.journal import Journal, JournalError
+from coordinator.journal.leadership import Leadership, open_leadership
 from coordinator.losses import Losses
 from coordinator.metrics import add_cache_metrics, add_farm_metrics
 from coordinator.ray_farm import RayFarm, worker_state_dir

@@ -10,9 +10,9 @@ import logging
 from collections.abc import Callable, Iterable
 
 from coordinator.api.limits import StepLimits, limit_was_raised
-from coordinator.codec import Evidence, encode_evidence
 from coordinator.dispatch import Dispatch, no_losses
 from coordinator.engine import Engine
+from coordinator.journal.codec import Evidence, encode_evidence
 from coordinator.publishing import LossCheck
 from coordinator.security.isolation import WeakIsolation
 from coordinator.stores.logs import LogError, LogStore

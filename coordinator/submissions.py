@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from coordinator.api.models import RootLimits, RootRequest, StepStatus, SubmissionState, SubmitRequest
-from coordinator.codec import RootNote, SubmissionNote
 from coordinator.engine import Engine
 from coordinator.errors import BadRequestError
 from coordinator.intake import Intake, Planned
+from coordinator.journal.codec import RootNote, SubmissionNote
 from coordinator.rows import StepRow, SubmissionRow
 from coordinator.views import Views
 from scheduler.events import RetryAsked, SubmissionReceived

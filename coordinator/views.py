@@ -34,10 +34,10 @@ from coordinator.api.models import (
     SubmissionView,
     WaitingView,
 )
-from coordinator.codec import Record, RootNote, SubmissionNote, evidence_shown
 from coordinator.details import Details
 from coordinator.errors import NotFoundError
 from coordinator.history import restore_step, take_history, tell_history
+from coordinator.journal.codec import Record, RootNote, SubmissionNote, evidence_shown
 from coordinator.rows import NOTHING, Company, StepRow, SubmissionRow, note, place, touch
 from coordinator.stores.derivations import StepInfo
 from coordinator.watcher import Watcher

@@ -24,7 +24,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.codec import decode_facts
+from coordinator.journal.codec import decode_facts
 from scheduler.facts import StepLeased
 from tests.benchmarks.report import arguments, progress, publish
 from tests.benchmarks.restart_farm import Plan

@@ -16,7 +16,7 @@ import pytest
 from coordinator.api.models import StepStatus, SubmissionState, SubmitRequest
 from coordinator.client import RefusedError
 from coordinator.config import ConfigError, Settings
-from coordinator.journal import JournalError
+from coordinator.journal.journal import JournalError
 from coordinator.main import Ready, serve
 from infra.cache.publishing.claims import Candidate
 from infra.nix.nar import NarData, NarFile, write_events

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from sqlalchemy import func, select, text
 from sqlalchemy import table as sql_table
 
-from coordinator import journal as journal_module
-from coordinator.codec import (
+from coordinator.journal import journal as journal_module
+from coordinator.journal.codec import (
     CodecError,
     Evidence,
     RootNote,
@@ -39,7 +39,7 @@ from coordinator.codec import (
     encode_note,
     evidence_shown,
 )
-from coordinator.journal import FRAME_FACTS, FencedError, Journal, JournalError
+from coordinator.journal.journal import FRAME_FACTS, FencedError, Journal, JournalError
 from coordinator.state_lock import StateDirBusyError, StateLock
 from infra.database import open_engine
 from scheduler.facts import Fact, StepAbandoned, StepAdded, StepHeld, SubmissionAccepted, SubmissionForgotten
@@ -212,7 +212,7 @@ def _append_and_die(database: str) -> None:
     """Let a process append five times and die right after the last returned, without closing anything."""
     program = (
         "import asyncio, os, signal, sys\n"
-        "from coordinator.journal import Journal\n"
+        "from coordinator.journal.journal import Journal\n"
         "from infra.database import open_engine\n"
         "from scheduler.facts import StepHeld\n"
         "async def main():\n"

@@ -14,8 +14,8 @@ import pytest
 from aiohttp import ClientSession
 
 from coordinator.config import CacheSettings, Settings
-from coordinator.journal import FencedError, Journal
-from coordinator.leadership import LeadershipLostError, SessionLock, open_leadership
+from coordinator.journal.journal import FencedError, Journal
+from coordinator.journal.leadership import LeadershipLostError, SessionLock, open_leadership
 from coordinator.main import Ready, serve
 from coordinator.security.farm_secrets import SuccessionError
 from infra.database import open_engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coordinator.api.limits import StepLimits, in_force, limit_was_raised
-from coordinator.codec import CodecError, RootNote, StoredNote, SubmissionNote, decode_note, encode_note
+from coordinator.journal.codec import CodecError, RootNote, StoredNote, SubmissionNote, decode_note, encode_note
 from scheduler.model import FailureKind, StepKey
 
 DEFAULT = StepLimits(timeout_s=100, silence_s=0, log_bytes=1000, output_bytes=0)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.api.models import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState, WaitingView
-from coordinator.codec import (
+from coordinator.journal.codec import (
     Evidence,
     decode_facts,
     decode_records,

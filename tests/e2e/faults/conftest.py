@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.journal import Journal
+from coordinator.journal.journal import Journal
 from infra.database import open_engine
 from scheduler import facts
 from scheduler.facts import Fact

@@ -39,8 +39,16 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from coordinator.codec import CodecError, Record, StoredNote, decode_facts, decode_records, encode_facts, encode_records
 from coordinator.errors import CoordinatorError
+from coordinator.journal.codec import (
+    CodecError,
+    Record,
+    StoredNote,
+    decode_facts,
+    decode_records,
+    encode_facts,
+    encode_records,
+)
 from infra.cache.catalog.database import Reign
 from infra.database import PATIENCE_S, may_pass, reason
 from infra.retry import Patience
