@@ -24,7 +24,7 @@ from typing import Final
 from coordinator.api.models import WaitingView
 from coordinator.errors import CoordinatorError
 from coordinator.journal.journal import Journal, JournalError
-from coordinator.views import Views
+from coordinator.readmodel.views import Views
 from infra.database import open_engine
 from infra.process import ChildProcess, ProcessError
 from scheduler.farm import Farm

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.journal.codec import StoredNote, SubmissionNote, decode_notes, encode_note
 from coordinator.journal.journal import Journal
-from coordinator.rows import SubmissionRow
+from coordinator.readmodel.rows import SubmissionRow
+from coordinator.readmodel.views import Views
 from coordinator.stores.derivations import DerivationStore, StepInfo
-from coordinator.views import Views
 from infra.clock import Clock
 from infra.slices import in_slices
 from scheduler.effects import Effect

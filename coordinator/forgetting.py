@@ -14,8 +14,8 @@ from typing import Final
 
 from coordinator.config import LimitSettings
 from coordinator.engine import Engine
-from coordinator.rows import SubmissionRow
-from coordinator.views import Views
+from coordinator.readmodel.rows import SubmissionRow
+from coordinator.readmodel.views import Views
 from infra.clock import Clock
 from scheduler.events import SubmissionExpired
 

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 from coordinator.config import CacheSettings
-from coordinator.rows import SubmissionRow
+from coordinator.readmodel.rows import SubmissionRow
+from coordinator.readmodel.views import Views
 from coordinator.stores.derivations import DerivationsError, DerivationStore
 from coordinator.stores.path_leases import PathLeases
-from coordinator.views import Views
 from infra.cache.cache import Cache
 from infra.cache.publishing.key_rotation import ResignReport
 from infra.cache.repair.fsck import FsckReport, RepairSource

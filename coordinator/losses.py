@@ -23,9 +23,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from coordinator.errors import CoordinatorError
-from coordinator.rows import SubmissionRow
+from coordinator.readmodel.rows import SubmissionRow
+from coordinator.readmodel.views import Views
 from coordinator.stores.derivations import DerivationsError, DerivationStore
-from coordinator.views import Views
 from infra.cache.cache import Cache
 from infra.cache.errors import ClosureTooLargeError
 from infra.cache.repair.fsck import RepairSource

@@ -35,7 +35,6 @@ from coordinator.config import DEFAULT_CACHE, ConfigError, LimitSettings, Settin
 from coordinator.dispatch import Dispatch
 from coordinator.engine import Engine
 from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
-from coordinator.explain import FarmExplainer
 from coordinator.forgetting import Forgetter
 from coordinator.housekeeping import CacheGauges, Housekeeper, SubmissionNeeds
 from coordinator.http.api import Api, ApiBounds
@@ -56,6 +55,8 @@ from coordinator.journal.leadership import Leadership, open_leadership
 from coordinator.losses import Losses
 from coordinator.metrics import add_cache_metrics, add_farm_metrics
 from coordinator.ray_farm import RayFarm, worker_state_dir
+from coordinator.readmodel.explain import FarmExplainer
+from coordinator.readmodel.views import Views
 from coordinator.repair import WorkerSource
 from coordinator.security.farm_secrets import API_TOKEN, Secrets, Succession
 from coordinator.security.isolation import WeakIsolation
@@ -65,7 +66,6 @@ from coordinator.state_lock import StateLock
 from coordinator.stores.derivations import DerivationStore
 from coordinator.stores.logs import LogStore
 from coordinator.submissions import Submissions
-from coordinator.views import Views
 from infra.cache.cache import Cache
 from infra.cache.pulls.upstream import Upstream
 from infra.cache.repair.fsck import RepairSource

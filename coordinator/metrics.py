@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from coordinator.housekeeping import CacheGauges
-from coordinator.views import Views
+from coordinator.readmodel.views import Views
 from infra.cache.cache import Cache
 from infra.cache.counters import CacheCounters
 from infra.telemetry import Observe, Telemetry

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Final
 
 from coordinator.publishing import claim_of
-from coordinator.views import Views
+from coordinator.readmodel.views import Views
 from infra.nix.narinfo import NarInfo
 from infra.objects.errors import CacheError
 from infra.objects.nar_reader import fetch_nar

@@ -14,9 +14,9 @@ from coordinator.dispatch import Dispatch, no_losses
 from coordinator.engine import Engine
 from coordinator.journal.codec import Evidence, encode_evidence
 from coordinator.publishing import LossCheck
+from coordinator.readmodel.views import Views
 from coordinator.security.isolation import WeakIsolation
 from coordinator.stores.logs import LogError, LogStore
-from coordinator.views import Views
 from infra.clock import Clock
 from scheduler.events import BuilderJoined, BuilderLost, BuilderReported, BuildFailed, BuildSucceeded, Event
 from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, LeaseId, StepKey

@@ -15,8 +15,8 @@ from coordinator.engine import Engine
 from coordinator.errors import BadRequestError
 from coordinator.intake import Intake, Planned
 from coordinator.journal.codec import RootNote, SubmissionNote
-from coordinator.rows import StepRow, SubmissionRow
-from coordinator.views import Views
+from coordinator.readmodel.rows import StepRow, SubmissionRow
+from coordinator.readmodel.views import Views
 from scheduler.events import RetryAsked, SubmissionReceived
 from scheduler.model import StepKey, SubmissionId
 

@@ -20,10 +20,10 @@ from coordinator.http.bodies import BodyBounds, body_chunks, read_model
 from coordinator.http.pages import Page, answer_page, cut, limit_of, position_of
 from coordinator.http.sse import WatchStreams
 from coordinator.intake import Intake
-from coordinator.rows import StepRow
+from coordinator.readmodel.rows import StepRow
+from coordinator.readmodel.views import ROOTS_LISTED, Views
 from coordinator.stores.logs import LogStore
 from coordinator.submissions import Submissions
-from coordinator.views import ROOTS_LISTED, Views
 
 #: Body of a submission: room for `MAX_ROOTS` roots as Nix names them.
 SUBMIT_BYTES = 48 * 1024 * 1024

@@ -15,8 +15,8 @@ from aiohttp import web
 from coordinator.api.models import WatchEvent
 from coordinator.errors import UnavailableError
 from coordinator.http.pages import rendered
-from coordinator.rows import SubmissionRow
-from coordinator.views import Views
+from coordinator.readmodel.rows import SubmissionRow
+from coordinator.readmodel.views import Views
 
 #: Seconds between two writes of one stream, and of silence before a comment.
 PAUSE_S = 0.2

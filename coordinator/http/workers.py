@@ -9,7 +9,7 @@ from aiohttp import web
 from coordinator.api.models import DrainRequest
 from coordinator.errors import NotFoundError, UnavailableError
 from coordinator.http.bodies import read_model
-from coordinator.views import Views
+from coordinator.readmodel.views import Views
 from workers.wire.fleet import FleetError
 
 #: (worker, on); raises `FleetError`.

@@ -17,7 +17,7 @@ import pytest
 
 from coordinator.compaction import Compactor, _Silence, compact
 from coordinator.journal.journal import FencedError, Journal, JournalError
-from coordinator.views import Views
+from coordinator.readmodel.views import Views
 from infra.database import open_engine
 from scheduler import invariants
 from scheduler.facts import Fact, StepHeld

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.views import Views
+from coordinator.readmodel.views import Views
 from scheduler import events as e
 from scheduler.facts import Fact
 from scheduler.farm import Farm

@@ -19,8 +19,8 @@ from coordinator.journal.codec import (
     encode_facts,
     encode_records,
 )
-from coordinator.views import Views
-from coordinator.watcher import WATCH_PENDING
+from coordinator.readmodel.views import Views
+from coordinator.readmodel.watcher import WATCH_PENDING
 from scheduler.events import (
     BuilderJoined,
     BuilderLost,

@@ -8,7 +8,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.details import Details
+from coordinator.readmodel.step_details import Details
 from coordinator.stores.derivations import StepInfo
 from scheduler.model import StepKey
 

@@ -17,7 +17,7 @@ _LAST_INSTANT = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
 
 class FarmExplainer:
-    """`coordinator.views.Explainer` over a farm and its logs. `name_of` gives a step's name, or nothing."""
+    """`coordinator.readmodel.views.Explainer` over a farm and its logs. `name_of` gives a step's name, or nothing."""
 
     def __init__(self, farm: Farm, logs: LogStore, clock: Clock) -> None:
         self._farm = farm

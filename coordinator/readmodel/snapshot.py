@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 
 from coordinator.api.models import StepStatus
 from coordinator.journal.codec import Record, StepRecord, SubmissionRecord
-from coordinator.rows import Company, StepRow, SubmissionRow
+from coordinator.readmodel.rows import Company, StepRow, SubmissionRow
 from scheduler.facts import StepRestored
 from scheduler.model import StepKey, StepState, SubmissionId
 

@@ -1,6 +1,6 @@
 """The rows of the read model: a step, a submission; and how a step's move shows in its submissions.
 
-Written by `coordinator.views` alone, read by whoever renders them.
+Written by `coordinator.readmodel.views` alone, read by whoever renders them.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from coordinator.api.models import CountsChanged, Ended, Snapshot, StepChanged, StepView, SubmissionView, WatchEvent
-from coordinator.rows import StepRow, SubmissionRow
+from coordinator.readmodel.rows import StepRow, SubmissionRow
 from scheduler.model import StepKey
 
 #: Changed steps that a watcher may leave unread before it gets a snapshot instead.

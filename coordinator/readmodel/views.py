@@ -34,14 +34,14 @@ from coordinator.api.models import (
     SubmissionView,
     WaitingView,
 )
-from coordinator.details import Details
 from coordinator.errors import NotFoundError
-from coordinator.history import restore_step, take_history, tell_history
 from coordinator.journal.codec import Record, RootNote, SubmissionNote, evidence_shown
-from coordinator.rows import NOTHING, Company, StepRow, SubmissionRow, note, place, touch
+from coordinator.readmodel.rows import NOTHING, Company, StepRow, SubmissionRow, note, place, touch
+from coordinator.readmodel.snapshot import restore_step, take_history, tell_history
+from coordinator.readmodel.step_details import Details
+from coordinator.readmodel.watcher import Watcher
+from coordinator.readmodel.workers import Workforce
 from coordinator.stores.derivations import StepInfo
-from coordinator.watcher import Watcher
-from coordinator.workforce import Workforce
 from scheduler import facts
 from scheduler.facts import Fact
 from scheduler.failures import is_fault
