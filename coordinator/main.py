@@ -30,12 +30,13 @@ from aiohttp import web
 from coordinator.api.limits import StepLimits, in_force
 from coordinator.api.models import FarmView
 from coordinator.caches import OpenCache, open_caches
-from coordinator.compaction import Compactor
 from coordinator.config import DEFAULT_CACHE, ConfigError, LimitSettings, Settings, UploadRoute
-from coordinator.dispatch import Dispatch
-from coordinator.engine import Engine
+from coordinator.engine.compaction import Compactor
+from coordinator.engine.dispatch import Dispatch
+from coordinator.engine.engine import Engine
+from coordinator.engine.expiry import Forgetter
+from coordinator.engine.worker_events import FleetSink
 from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
-from coordinator.forgetting import Forgetter
 from coordinator.housekeeping import CacheGauges, Housekeeper, SubmissionNeeds
 from coordinator.http.api import Api, ApiBounds
 from coordinator.http.app import make_app
@@ -61,7 +62,6 @@ from coordinator.repair import WorkerSource
 from coordinator.security.farm_secrets import API_TOKEN, Secrets, Succession
 from coordinator.security.isolation import WeakIsolation
 from coordinator.security.upload_tokens import UploadTokens
-from coordinator.sink import FleetSink
 from coordinator.state_lock import StateLock
 from coordinator.stores.derivations import DerivationStore
 from coordinator.stores.logs import LogStore

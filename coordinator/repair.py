@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Final
 
-from coordinator.publishing import claim_of
+from coordinator.engine.publishing import claim_of
 from coordinator.readmodel.views import Views
 from infra.nix.narinfo import NarInfo
 from infra.objects.errors import CacheError

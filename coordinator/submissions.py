@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from coordinator.api.models import RootLimits, RootRequest, StepStatus, SubmissionState, SubmitRequest
-from coordinator.engine import Engine
+from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError
 from coordinator.intake import Intake, Planned
 from coordinator.journal.codec import RootNote, SubmissionNote

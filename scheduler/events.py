@@ -3,7 +3,7 @@
 Every event may be lost, doubled, late or out of order except `SubmissionReceived`, `SubmissionCancelled` and
 `RetryAsked`, which a client has been promised. A stale event is ignored; an impossible one is a bug and asserted.
 One stale event cannot be told from a fresh one: the greeting of a builder's earlier life. It is believed, and the shell
-greets the builder again as soon as the present one speaks (`coordinator/sink.py`).
+greets the builder again as soon as the present one speaks (`coordinator/engine/worker_events.py`).
 """
 
 from __future__ import annotations

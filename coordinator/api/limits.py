@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from scheduler.model import FailureKind
-
 #: Largest limit that a submission may name.
 MAX_LIMIT = 1 << 53
 #: Seconds that a submission can say it waits for a worker, short of for ever: a hundred years.
@@ -47,20 +45,6 @@ def in_force(told: Iterable[StepLimits | None], default: StepLimits) -> StepLimi
         most.output_bytes,
         max((wish.memory_bytes for wish in wishes), default=0),
     )
-
-
-def limit_was_raised(kind: FailureKind, limit: int, now: StepLimits) -> bool:
-    """Whether a build that ended at `limit` may use more by now; a limit of 0 was not told."""
-    match kind:
-        case FailureKind.TIMEOUT:
-            holds = now.timeout_s
-        case FailureKind.SILENCE:
-            holds = now.silence_s
-        case FailureKind.OUTPUT_SIZE:
-            holds = now.output_bytes
-        case _:
-            return False
-    return limit > 0 and (holds == 0 or holds > limit)
 
 
 def _completed(wish: StepLimits, default: StepLimits) -> StepLimits:

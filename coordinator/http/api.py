@@ -13,7 +13,7 @@ from aiohttp import web
 
 from coordinator.api.models import MAX_ROOTS, FarmView, IntakeQuery, RetryView, StepStatus, SubmitRequest
 from coordinator.config import LimitSettings
-from coordinator.engine import Engine
+from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError, NotFoundError
 from coordinator.http.answers import answer
 from coordinator.http.bodies import BodyBounds, body_chunks, read_model

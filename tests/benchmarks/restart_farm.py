@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict
 
 from coordinator.api.models import RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations
-from coordinator.compaction import SNAPSHOT_FACTS
 from coordinator.config import Settings
+from coordinator.engine.compaction import SNAPSHOT_FACTS
 from coordinator.housekeeping import SUBMISSION
 from coordinator.main import Coordinator, open_coordinator
 from coordinator.submissions import Submissions

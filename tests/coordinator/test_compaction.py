@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.compaction import Compactor, _Silence, compact
+from coordinator.engine.compaction import Compactor, _Silence, compact
 from coordinator.journal.journal import FencedError, Journal, JournalError
 from coordinator.readmodel.views import Views
 from infra.database import open_engine
@@ -111,7 +111,7 @@ async def test_a_snapshot_of_a_coordinator_that_is_no_more_in_office_is_not_made
 
 _WRITER = """
 import asyncio, sys
-from coordinator.compaction import compact
+from coordinator.engine.compaction import compact
 from coordinator.journal.journal import Journal
 from infra.database import open_engine
 from scheduler.facts import StepHeld

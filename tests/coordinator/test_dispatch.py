@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.api.limits import StepLimits
-from coordinator.dispatch import SENDING_BYTES, SENDING_COST, START_BYTES, Dispatch
+from coordinator.engine.dispatch import SENDING_BYTES, SENDING_COST, START_BYTES, Dispatch
 from coordinator.stores.derivations import DerivationStore, Kind, NewDerivation, Node
 from scheduler.effects import StartBuild
 from scheduler.events import Event

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.api.limits import StepLimits, in_force, limit_was_raised
+from coordinator.api.limits import StepLimits, in_force
+from coordinator.engine.limits import limit_was_raised
 from coordinator.journal.codec import CodecError, RootNote, StoredNote, SubmissionNote, decode_note, encode_note
 from scheduler.model import FailureKind, StepKey
 

@@ -6,8 +6,8 @@ import pytest
 
 from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.config import LimitSettings
+from coordinator.engine.expiry import AT_LEAST_S, DAY_S, Forgetter
 from coordinator.errors import NotFoundError
-from coordinator.forgetting import AT_LEAST_S, DAY_S, Forgetter
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from tests.coordinator.test_engine import ONE, ManualClock, ScriptedWorker, report, started
 from workers.wire.messages import Failed, Succeeded

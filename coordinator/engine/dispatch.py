@@ -22,7 +22,7 @@ from typing import Final
 
 from coordinator.api.limits import StepLimits
 from coordinator.api.streams import LARGE_BYTES
-from coordinator.publishing import LossCheck, Post, Publications
+from coordinator.engine.publishing import LossCheck, Post, Publications
 from coordinator.stores.derivations import BuildOrder, DerivationsError, DerivationStore
 from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache

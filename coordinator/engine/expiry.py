@@ -13,7 +13,7 @@ import logging
 from typing import Final
 
 from coordinator.config import LimitSettings
-from coordinator.engine import Engine
+from coordinator.engine.engine import Engine
 from coordinator.readmodel.rows import SubmissionRow
 from coordinator.readmodel.views import Views
 from infra.clock import Clock

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-from coordinator.api.limits import StepLimits, limit_was_raised
-from coordinator.dispatch import Dispatch, no_losses
-from coordinator.engine import Engine
+from coordinator.api.limits import StepLimits
+from coordinator.engine.dispatch import Dispatch, no_losses
+from coordinator.engine.engine import Engine
+from coordinator.engine.limits import limit_was_raised
+from coordinator.engine.publishing import LossCheck
 from coordinator.journal.codec import Evidence, encode_evidence
-from coordinator.publishing import LossCheck
 from coordinator.readmodel.views import Views
 from coordinator.security.isolation import WeakIsolation
 from coordinator.stores.logs import LogError, LogStore
