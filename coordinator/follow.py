@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from coordinator.api.models import StepChanged, StepView, SubmissionView
-from coordinator.client import ApiClient, ClientError
+from coordinator.client.api_client import ApiClient, ClientError
 from coordinator.control import harmless
 from coordinator.errors import CoordinatorError
 from coordinator.terminal import News, Progress, heartbeat_line, live_region, news_lines

@@ -27,8 +27,8 @@ from coordinator.api.models import (
 from coordinator.api.streams import SourceHeader, encode_derivations, encode_sources, in_thread
 from coordinator.cli import statuses
 from coordinator.cli.showing import print_json
-from coordinator.client import ApiClient, ClientError
-from coordinator.closure import (
+from coordinator.client.api_client import ApiClient, ClientError
+from coordinator.client.closure import (
     Closure,
     LocalStore,
     base_name,
@@ -38,9 +38,17 @@ from coordinator.closure import (
     read_closure,
     refuse_lost_references,
 )
+from coordinator.client.evaluation import (
+    Evaluation,
+    EvaluationError,
+    LeftOut,
+    Wanted,
+    evaluate,
+    left_out_text,
+    parse_drv,
+)
 from coordinator.control import harmless
 from coordinator.errors import CoordinatorError
-from coordinator.evaluate import Evaluation, EvaluationError, LeftOut, Wanted, evaluate, left_out_text, parse_drv
 from coordinator.follow import Screen, follow
 from coordinator.terminal import size, summary_lines
 from infra.process import ProcessError, run

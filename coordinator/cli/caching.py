@@ -9,7 +9,7 @@ from typing import Final
 from coordinator.api.models import CacheRootView, CollectView, PinRequest, VerifyView
 from coordinator.cli import statuses
 from coordinator.cli.showing import print_json, print_lines
-from coordinator.client import ApiClient
+from coordinator.client.api_client import ApiClient
 from coordinator.terminal import duration, size, table_lines
 
 DAY_S: Final = 86400.0

@@ -16,7 +16,7 @@ import click
 from coordinator.api.limits import MAX_WAIT_S
 
 if TYPE_CHECKING:
-    from coordinator.client import ApiClient
+    from coordinator.client.api_client import ApiClient
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -52,7 +52,7 @@ class Address:
 
     def client(self) -> ApiClient:
         """Return a client, not yet connected."""
-        from coordinator.client import ApiClient, find_token  # noqa: PLC0415 - slow to import
+        from coordinator.client.api_client import ApiClient, find_token  # noqa: PLC0415 - slow to import
 
         return ApiClient(self.url, find_token(self.token_file))
 

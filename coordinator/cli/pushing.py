@@ -17,8 +17,8 @@ from typing import Final
 
 from coordinator.cli import statuses
 from coordinator.cli.showing import print_json, print_lines
-from coordinator.client import BadArgumentError, ClientError, RefusedError, find_token
-from coordinator.closure import LocalStore, base_name, local_store
+from coordinator.client.api_client import BadArgumentError, ClientError, RefusedError, find_token
+from coordinator.client.closure import LocalStore, base_name, local_store
 from coordinator.terminal import size
 from infra.daemon import DaemonError, ValidPathInfo, open_stdio
 from infra.nix.errors import FormatError

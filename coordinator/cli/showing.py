@@ -14,7 +14,7 @@ import orjson
 
 from coordinator.api.models import Model, StepStatus, SubmissionState
 from coordinator.cli import statuses
-from coordinator.client import ApiClient, RefusedError
+from coordinator.client.api_client import ApiClient, RefusedError
 from coordinator.control import ControlFilter, harmless
 from coordinator.terminal import sanitise, status_lines, step_lines, submission_rows, table_lines, worker_lines
 

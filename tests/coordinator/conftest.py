@@ -20,10 +20,10 @@ from coordinator.api.models import (
     WatchEvent,
 )
 from coordinator.api.streams import encode_derivations, in_thread
-from coordinator.client import ApiClient
-from coordinator.closure import LocalStore, base_name, describe_sources, read_closure
+from coordinator.client.api_client import ApiClient
+from coordinator.client.closure import LocalStore, base_name, describe_sources, read_closure
+from coordinator.client.evaluation import evaluate
 from coordinator.config import LimitSettings, Settings
-from coordinator.evaluate import evaluate
 from coordinator.main import Coordinator, FleetFactory, open_coordinator
 from infra.clock import Clock
 from tests.support.local_fleet import InProcessFleet

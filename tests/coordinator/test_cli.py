@@ -18,7 +18,7 @@ import pytest
 import coordinator
 from coordinator import cli
 from coordinator.cli import statuses
-from coordinator.client import RefusedError
+from coordinator.client.api_client import RefusedError
 from coordinator.errors import CoordinatorError
 from infra.cache.uploads.errors import UploadError
 

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from coordinator.api.models import StepStatus, SubmissionState, SubmitRequest
-from coordinator.client import RefusedError
+from coordinator.client.api_client import RefusedError
 from coordinator.config import ConfigError, Settings
 from coordinator.journal.journal import JournalError
 from coordinator.main import Ready, serve

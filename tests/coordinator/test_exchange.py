@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from coordinator.exchange import MAX_BODY_BYTES, Answer, BadAnswerError, exchange
+from coordinator.client.exchange import MAX_BODY_BYTES, Answer, BadAnswerError, exchange
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from aiohttp.test_utils import TestServer
 
 from coordinator.api.models import IntakeQuery, RootRequest, SubmissionState, SubmitRequest
 from coordinator.api.streams import encode_derivations, in_thread
-from coordinator.client import ApiClient
+from coordinator.client.api_client import ApiClient
 from coordinator.config import CacheSettings, Settings, UpstreamSettings
 from coordinator.intake import MissingMemberError
 from coordinator.main import open_coordinator

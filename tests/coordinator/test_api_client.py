@@ -12,10 +12,17 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from coordinator import client as module
 from coordinator.api.models import Counts, Ended, IntakeQuery, Snapshot, SubmissionState, SubmissionView
 from coordinator.api.streams import FramingError
-from coordinator.client import ApiClient, ClientError, EventReader, RefusedError, UnreachableError, find_token
+from coordinator.client import api_client as module
+from coordinator.client.api_client import (
+    ApiClient,
+    ClientError,
+    EventReader,
+    RefusedError,
+    UnreachableError,
+    find_token,
+)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ENDED = SubmissionView(id="s", label="", state=SubmissionState.SUCCEEDED, created_at=1.0, roots=(), counts=Counts())

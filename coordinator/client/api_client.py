@@ -1,6 +1,6 @@
 """The HTTP API from the client's side: typed answers, typed errors, a watch that survives a broken connection.
 
-Short questions go by `coordinator.exchange`; aiohttp, which takes a while to import, carries streams alone.
+Short questions go by `coordinator.client.exchange`; aiohttp, which takes a while to import, carries streams alone.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from coordinator.api.models import (
     WhyView,
     WorkerView,
 )
+from coordinator.client.exchange import AddressError, Answer, BadAnswerError, exchange
 from coordinator.errors import CoordinatorError, UnavailableError
-from coordinator.exchange import AddressError, Answer, BadAnswerError, exchange
 
 if TYPE_CHECKING:
     import aiohttp

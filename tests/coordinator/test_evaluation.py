@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.api.limits import StepLimits
-from coordinator.closure import ClosureError, LocalStore, describe_sources, local_store, read_closure
-from coordinator.evaluate import EvaluationError, LeftOut, Wanted, evaluate, explain, left_out_text, parse_drv
+from coordinator.client.closure import ClosureError, LocalStore, describe_sources, local_store, read_closure
+from coordinator.client.evaluation import EvaluationError, LeftOut, Wanted, evaluate, explain, left_out_text, parse_drv
 from infra.nar_files import dump
 from infra.nix.ca import SourceDigest, verify_source
 from infra.nix.store_path import StoreDir
