@@ -50,7 +50,8 @@ from coordinator.http.sse import WatchStreams
 from coordinator.http.standby import serving_standby
 from coordinator.http.uploads import add_upload_routes
 from coordinator.http.workers import add_worker_routes
-from coordinator.intake import Intake, IntakeLimits
+from coordinator.intake.intake import Intake, IntakeLimits
+from coordinator.intake.submissions import Submissions
 from coordinator.journal.journal import Journal, JournalError
 from coordinator.journal.leadership import Leadership, open_leadership
 from coordinator.losses import Losses
@@ -65,7 +66,6 @@ from coordinator.security.upload_tokens import UploadTokens
 from coordinator.state_lock import StateLock
 from coordinator.stores.derivations import DerivationStore
 from coordinator.stores.logs import LogStore
-from coordinator.submissions import Submissions
 from infra.cache.cache import Cache
 from infra.cache.pulls.upstream import Upstream
 from infra.cache.repair.fsck import RepairSource

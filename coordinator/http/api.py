@@ -19,11 +19,11 @@ from coordinator.http.answers import answer
 from coordinator.http.bodies import BodyBounds, body_chunks, read_model
 from coordinator.http.pages import Page, answer_page, cut, limit_of, position_of
 from coordinator.http.sse import WatchStreams
-from coordinator.intake import Intake
+from coordinator.intake.intake import Intake
+from coordinator.intake.submissions import Submissions
 from coordinator.readmodel.rows import StepRow
 from coordinator.readmodel.views import ROOTS_LISTED, Views
 from coordinator.stores.logs import LogStore
-from coordinator.submissions import Submissions
 
 #: Body of a submission: room for `MAX_ROOTS` roots as Nix names them.
 SUBMIT_BYTES = 48 * 1024 * 1024

@@ -30,7 +30,7 @@ from pathlib import Path
 from coordinator.api.models import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations
 from coordinator.client.closure import LocalStore, base_name, read_closure
-from coordinator.intake import Intake
+from coordinator.intake.intake import Intake
 from coordinator.stores.derivations import DerivationStore
 from infra.cache.cache import Cache
 from infra.nix.nar import NarData, NarFile, write_events

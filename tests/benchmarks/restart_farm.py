@@ -27,8 +27,8 @@ from coordinator.api.streams import encode_derivations
 from coordinator.config import Settings
 from coordinator.engine.compaction import SNAPSHOT_FACTS
 from coordinator.housekeeping import SUBMISSION
+from coordinator.intake.submissions import Submissions
 from coordinator.main import Coordinator, open_coordinator
-from coordinator.submissions import Submissions
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.objects.nar_writer import upload_nar
 from infra.objects.store import ObjectStore, open_object_store

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from coordinator.api.models import MAX_ROOTS, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import LARGE_BYTES, FramingError, SourceHeader, encode_derivations, encode_sources
 from coordinator.errors import IntakeError, UnavailableError
-from coordinator.intake import (
+from coordinator.intake.intake import (
     VERIFYING_COST,
     DerivationRefusedError,
     Intake,
@@ -25,7 +25,7 @@ from coordinator.intake import (
     StoreDirError,
     TooLargeError,
 )
-from coordinator.sources import SourceRefusedError
+from coordinator.intake.sources import SourceRefusedError
 from coordinator.stores.derivations import DerivationStore
 from infra.cache.cache import Cache
 from infra.nix.nar import NarData, NarFile, write_events

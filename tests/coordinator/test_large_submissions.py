@@ -18,7 +18,7 @@ import pytest
 
 from coordinator.api.models import RootRequest, StepStatus, SubmitRequest
 from coordinator.api.streams import encode_derivations, in_thread
-from coordinator.submissions import Submissions
+from coordinator.intake.submissions import Submissions
 from infra import slices
 from scheduler import events as e
 from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, LeaseId

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.intake import VERIFYING_COST
+from coordinator.intake.intake import VERIFYING_COST
 from tests.support.attack import FarmUnderAttack
 from tests.support.farm import nix_store
 from tests.support.loop import LoopStalls

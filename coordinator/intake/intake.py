@@ -12,12 +12,12 @@ from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from coordinator import planning
 from coordinator.api.limits import StepLimits
 from coordinator.api.models import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
 from coordinator.errors import IntakeError, UnavailableError
-from coordinator.sources import SourceIntake
+from coordinator.intake import planning
+from coordinator.intake.sources import SourceIntake
 from coordinator.stores.derivations import DerivationStore, Kind, Known, NewDerivation, Node, StepInfo, step_info
 from coordinator.stores.path_leases import PathLeases
 from infra.byte_budget import ByteBudget

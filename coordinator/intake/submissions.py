@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from coordinator.api.models import RootLimits, RootRequest, StepStatus, SubmissionState, SubmitRequest
 from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError
-from coordinator.intake import Intake, Planned
+from coordinator.intake.intake import Intake, Planned
 from coordinator.journal.codec import RootNote, SubmissionNote
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.views import Views
