@@ -29,7 +29,10 @@ from aiohttp import web
 
 from coordinator.api.limits import StepLimits, in_force
 from coordinator.api.models import FarmView
-from coordinator.caches import OpenCache, open_caches
+from coordinator.caches.housekeeping import CacheGauges, Housekeeper, SubmissionNeeds
+from coordinator.caches.losses import Losses
+from coordinator.caches.opening import OpenCache, open_caches
+from coordinator.caches.worker_repair import WorkerSource
 from coordinator.config import DEFAULT_CACHE, ConfigError, LimitSettings, Settings, UploadRoute
 from coordinator.engine.compaction import Compactor
 from coordinator.engine.dispatch import Dispatch
@@ -37,7 +40,6 @@ from coordinator.engine.engine import Engine
 from coordinator.engine.expiry import Forgetter
 from coordinator.engine.worker_events import FleetSink
 from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
-from coordinator.housekeeping import CacheGauges, Housekeeper, SubmissionNeeds
 from coordinator.http.api import Api, ApiBounds
 from coordinator.http.app import make_app
 from coordinator.http.auth import is_host, is_own_host
@@ -54,12 +56,10 @@ from coordinator.intake.intake import Intake, IntakeLimits
 from coordinator.intake.submissions import Submissions
 from coordinator.journal.journal import Journal, JournalError
 from coordinator.journal.leadership import Leadership, open_leadership
-from coordinator.losses import Losses
 from coordinator.metrics import add_cache_metrics, add_farm_metrics
 from coordinator.ray_farm import RayFarm, worker_state_dir
 from coordinator.readmodel.explain import FarmExplainer
 from coordinator.readmodel.views import Views
-from coordinator.repair import WorkerSource
 from coordinator.security.farm_secrets import API_TOKEN, Secrets, Succession
 from coordinator.security.isolation import WeakIsolation
 from coordinator.security.upload_tokens import UploadTokens

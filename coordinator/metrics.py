@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from coordinator.housekeeping import CacheGauges
+from coordinator.caches.housekeeping import CacheGauges
 from coordinator.readmodel.views import Views
 from infra.cache.cache import Cache
 from infra.cache.counters import CacheCounters

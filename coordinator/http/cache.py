@@ -29,7 +29,7 @@ from aiohttp.typedefs import Handler
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from coordinator.api.models import ErrorBody, ErrorView
-from coordinator.caches import OpenCache
+from coordinator.caches.opening import OpenCache
 from coordinator.errors import CoordinatorError
 from coordinator.http.access import challenge, may_read, may_write
 from coordinator.http.bodies import BodyBounds, read_model

@@ -21,8 +21,8 @@ from coordinator.api.models import (
     VerifyView,
     WhyView,
 )
+from coordinator.caches.housekeeping import Housekeeper
 from coordinator.errors import BadRequestError, NotFoundError
-from coordinator.housekeeping import Housekeeper
 from coordinator.http.answers import answer
 from coordinator.http.bodies import BodyBounds, read_model
 from coordinator.http.pages import answer_page, cut, limit_of, position_of

@@ -30,7 +30,7 @@ from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import SERVER_SOFTWARE
 
-from coordinator.caches import OpenCache
+from coordinator.caches.opening import OpenCache
 from coordinator.http.cache import narinfo_headers
 from coordinator.http.connections import (
     MAX_CONNECTIONS,

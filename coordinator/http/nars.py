@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import ETag, web
 
-from coordinator.caches import OpenCache
+from coordinator.caches.opening import OpenCache
 from coordinator.config import Redirect
 from infra.objects.errors import ObjectMissingError, ObjectStoreError
 

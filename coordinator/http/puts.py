@@ -34,7 +34,7 @@ from typing import Final
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from coordinator.caches import OpenCache
+from coordinator.caches.opening import OpenCache
 from coordinator.http.access import challenge, may_write
 from coordinator.http.bodies import BodyEncodedError, Pace, refuse_encoding
 from infra.cache.publishing.claims import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome

@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler
 from pydantic import BaseModel
 
 from coordinator.api.models import ErrorBody, ErrorView
-from coordinator.caches import OpenCache
+from coordinator.caches.opening import OpenCache
 from coordinator.errors import BadRequestError
 from coordinator.http.access import challenge, may_write
 from coordinator.http.bodies import BodyBounds, Pace, read_model

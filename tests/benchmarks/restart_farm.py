@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict
 
 from coordinator.api.models import RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations
+from coordinator.caches.housekeeping import SUBMISSION
 from coordinator.config import Settings
 from coordinator.engine.compaction import SNAPSHOT_FACTS
-from coordinator.housekeeping import SUBMISSION
 from coordinator.intake.submissions import Submissions
 from coordinator.main import Coordinator, open_coordinator
 from infra.nix.nar import NarData, NarFile, write_events

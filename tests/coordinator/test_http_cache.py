@@ -16,7 +16,7 @@ from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordinator.caches import OpenCache
+from coordinator.caches.opening import OpenCache
 from coordinator.config import CacheSettings
 from coordinator.http import cache as http_cache
 from coordinator.http.cache import MAX_QUESTION, QUESTION_BOUNDS, add_cache_routes

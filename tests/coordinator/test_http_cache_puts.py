@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from yarl import URL
 
-from coordinator.caches import OpenCache
+from coordinator.caches.opening import OpenCache
 from coordinator.config import CacheSettings
 from coordinator.http import puts
 from coordinator.http import puts as http_puts

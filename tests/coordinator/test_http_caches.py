@@ -15,7 +15,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.caches import OpenCache, open_caches
+from coordinator.caches.opening import OpenCache, open_caches
 from coordinator.config import CacheSettings, ConfigError, NamedCacheSettings, Settings, load_settings
 from coordinator.http.cache import add_cache_routes
 from coordinator.security.farm_secrets import Succession

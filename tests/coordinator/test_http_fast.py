@@ -18,7 +18,7 @@ from aiohttp import web
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from coordinator.caches import OpenCache
+from coordinator.caches.opening import OpenCache
 from coordinator.config import CacheSettings
 from coordinator.http.auth import is_own_host, require_host
 from coordinator.http.cache import add_cache_routes

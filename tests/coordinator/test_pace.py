@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 from pydantic import BaseModel
 
-from coordinator.caches import OpenCache
+from coordinator.caches.opening import OpenCache
 from coordinator.config import CacheSettings
 from coordinator.http import bodies, nars
 from coordinator.http.access import CacheAccess
