@@ -40,6 +40,7 @@ from coordinator.engine.engine import Engine
 from coordinator.engine.expiry import Forgetter
 from coordinator.engine.worker_events import FleetSink
 from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
+from coordinator.fleet.ray_cluster import RayFarm, worker_state_dir
 from coordinator.http.api import Api, ApiBounds
 from coordinator.http.app import make_app
 from coordinator.http.auth import is_host, is_own_host
@@ -56,8 +57,7 @@ from coordinator.intake.intake import Intake, IntakeLimits
 from coordinator.intake.submissions import Submissions
 from coordinator.journal.journal import Journal, JournalError
 from coordinator.journal.leadership import Leadership, open_leadership
-from coordinator.metrics import add_cache_metrics, add_farm_metrics
-from coordinator.ray_farm import RayFarm, worker_state_dir
+from coordinator.observability.metrics import add_cache_metrics, add_farm_metrics
 from coordinator.readmodel.explain import FarmExplainer
 from coordinator.readmodel.views import Views
 from coordinator.security.farm_secrets import API_TOKEN, Secrets, Succession

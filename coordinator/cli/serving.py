@@ -81,7 +81,7 @@ def _weak(settings: Settings, told: Sequence[str]) -> tuple[str, ...]:
 
 def head(*, state_dir: Path, listen: str | None, config: Path | None) -> int:
     """Run a Ray head until SIGINT or SIGTERM."""
-    from coordinator.ray_farm import serve_head  # noqa: PLC0415 - imports Ray
+    from coordinator.fleet.ray_cluster import serve_head  # noqa: PLC0415 - imports Ray
     from workers.errors import WorkerError  # noqa: PLC0415
 
     host, port = _address(listen)
@@ -140,7 +140,7 @@ def worker_config(told: dict[str, Any]) -> WorkerConfig:
 
 def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_dir: Path) -> int:
     """Join this machine to a farm that runs elsewhere, until SIGINT, SIGTERM or the end of the node."""
-    from coordinator.ray_farm import worker_state_dir, write_worker_settings  # noqa: PLC0415 - imports Ray
+    from coordinator.fleet.ray_cluster import worker_state_dir, write_worker_settings  # noqa: PLC0415 - imports Ray
     from workers.agent.stopping import stop_agents  # noqa: PLC0415
     from workers.errors import WorkerError  # noqa: PLC0415
     from workers.ray_transport.nodes import Keep, RayWorkerNode  # noqa: PLC0415

@@ -1,0 +1,1 @@
+"""The fleet of `drover up`: the Ray cluster and the workers of this machine."""
