@@ -41,18 +41,18 @@ from coordinator.engine.expiry import Forgetter
 from coordinator.engine.worker_events import FleetSink
 from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
 from coordinator.fleet.ray_cluster import RayFarm, worker_state_dir
-from coordinator.http.api import Api, ApiBounds
+from coordinator.http.api.caches import CachingApi
+from coordinator.http.api.events import WatchStreams
+from coordinator.http.api.submissions import Api, ApiBounds
+from coordinator.http.api.workers import add_worker_routes
 from coordinator.http.app import make_app
-from coordinator.http.auth import is_host, is_own_host
-from coordinator.http.cache import LogFor, add_cache_routes
-from coordinator.http.caching import CachingApi
+from coordinator.http.binary_cache.fast_narinfo import FastNarinfos, FastSite, open_gate
+from coordinator.http.binary_cache.routes import LogFor, add_cache_routes
+from coordinator.http.binary_cache.uploads import add_upload_routes
 from coordinator.http.connections import ConnectionGate, require_room
-from coordinator.http.fast import FastNarinfos, FastSite, open_gate
 from coordinator.http.metrics import add_metrics_route
-from coordinator.http.sse import WatchStreams
+from coordinator.http.middleware import is_host, is_own_host
 from coordinator.http.standby import serving_standby
-from coordinator.http.uploads import add_upload_routes
-from coordinator.http.workers import add_worker_routes
 from coordinator.intake.intake import Intake, IntakeLimits
 from coordinator.intake.submissions import Submissions
 from coordinator.journal.journal import Journal, JournalError

@@ -14,9 +14,9 @@ from aiohttp.typedefs import Handler, Middleware
 
 from coordinator.api.models import ErrorBody, ErrorView
 from coordinator.errors import CoordinatorError
-from coordinator.http.api import Api
-from coordinator.http.auth import require_host, require_plain_head, require_token
+from coordinator.http.api.submissions import Api
 from coordinator.http.connections import is_abandoned
+from coordinator.http.middleware import require_host, require_plain_head, require_token
 from infra.cache.errors import MetadataError
 from infra.objects.errors import ObjectStoreError
 

@@ -9,7 +9,7 @@ Rules:
     3. The head of a request comes within HEAD_S of the connection, or of its first byte on a connection that is kept.
     4. Strangers' downloads take at most STRANGERS_SHARE of the connections; more are 503, which Nix tries again.
     5. A client that takes too little of its answer for UNREAD_S loses the connection: 48 KiB of what waits for it, and
-       more where files go past the loop (`coordinator.http.nars`).
+       more where files go past the loop (`coordinator.http.binary_cache.nars`).
     6. `accept` that fails (no descriptor is free) is tried again; it never ends the loop or the listening socket.
     7. Clients that leave in the middle of a request are counted. Neither they nor bytes that are no request cost a line
        in the log: a stranger could fill it for nothing.

@@ -11,7 +11,7 @@ import orjson
 from aiohttp import web
 
 from coordinator.api.models import ErrorBody, ErrorView
-from coordinator.http.fast import FastNarinfos, FastSite
+from coordinator.http.binary_cache.fast_narinfo import FastNarinfos, FastSite
 
 #: When a client may ask again, in seconds.
 RETRY_AFTER_S = 2

@@ -15,9 +15,9 @@ from pydantic import BaseModel
 
 from coordinator.api.models import DrainRequest, SubmitRequest
 from coordinator.errors import BadRequestError
-from coordinator.http.auth import is_host, is_own_host
+from coordinator.http.binary_cache.routes import QUESTION_BOUNDS, NarinfosQuestion
 from coordinator.http.bodies import SMALL, BodyBounds, parse_model, read_model
-from coordinator.http.cache import QUESTION_BOUNDS, NarinfosQuestion
+from coordinator.http.middleware import is_host, is_own_host
 from infra.loop_watch import LoopWatch
 from infra.upload.protocol import Begin
 from tests.support.bodies import NASTY

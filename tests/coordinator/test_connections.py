@@ -13,9 +13,9 @@ import pytest
 from aiohttp import web
 
 from coordinator.http import connections
-from coordinator.http.auth import require_token
+from coordinator.http.binary_cache.fast_narinfo import FastNarinfos, FastSite
 from coordinator.http.connections import ConnectionBounds, ConnectionGate, require_room
-from coordinator.http.fast import FastNarinfos, FastSite
+from coordinator.http.middleware import require_token
 
 TOKEN = "t" * 20
 #: More than the sockets of both sides hold.

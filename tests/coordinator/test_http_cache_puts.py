@@ -24,9 +24,9 @@ from yarl import URL
 
 from coordinator.caches.opening import OpenCache
 from coordinator.config import CacheSettings
-from coordinator.http import puts
-from coordinator.http import puts as http_puts
-from coordinator.http.cache import add_cache_routes
+from coordinator.http.binary_cache import puts
+from coordinator.http.binary_cache import puts as http_puts
+from coordinator.http.binary_cache.routes import add_cache_routes
 from coordinator.security.tokens import CacheAccess, TokenSet
 from infra.cache.cache import Cache
 from infra.nix.hashing import sha256_text

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from coordinator.caches.opening import OpenCache, open_caches
 from coordinator.config import CacheSettings, ConfigError, NamedCacheSettings, Settings, load_settings
-from coordinator.http.cache import add_cache_routes
+from coordinator.http.binary_cache.routes import add_cache_routes
 from coordinator.security.farm_secrets import Succession
 from coordinator.security.tokens import CacheAccess, TokenError, TokenSet, load_tokens, told_token
 from infra.cache.catalog.database import Reign

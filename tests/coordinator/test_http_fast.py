@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from coordinator.caches.opening import OpenCache
 from coordinator.config import CacheSettings
-from coordinator.http.auth import is_own_host, require_host
-from coordinator.http.cache import add_cache_routes
-from coordinator.http.fast import FastNarinfos, FastSite
+from coordinator.http.binary_cache.fast_narinfo import FastNarinfos, FastSite
+from coordinator.http.binary_cache.routes import add_cache_routes
+from coordinator.http.middleware import is_own_host, require_host
 from coordinator.security.tokens import CacheAccess, TokenSet
 from infra.cache.cache import Cache
 from tests.support.cache import base_name, candidate, object_file, open_cache, publish, store_path

@@ -17,7 +17,7 @@ import pytest
 from yarl import URL
 
 from coordinator.config import CacheSettings, NamedCacheSettings, Settings, UploadRoute, UpstreamSettings
-from coordinator.http import uploads
+from coordinator.http.binary_cache import uploads
 from coordinator.main import Coordinator, open_coordinator
 from coordinator.security.upload_tokens import UploadTokens
 from infra.clock import SystemClock

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from coordinator.api.models import WatchEvent
 from coordinator.errors import UnavailableError
-from coordinator.http.pages import rendered
+from coordinator.http.api.pages import rendered
 from coordinator.readmodel.rows import SubmissionRow
 from coordinator.readmodel.views import Views
 

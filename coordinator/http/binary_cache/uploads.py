@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from coordinator.api.models import ErrorBody, ErrorView
 from coordinator.caches.opening import OpenCache
 from coordinator.errors import BadRequestError
-from coordinator.http.access import challenge, may_write
+from coordinator.http.binary_cache.access import challenge, may_write
 from coordinator.http.bodies import BodyBounds, Pace, read_model
 from coordinator.http.connections import mark_known
 from coordinator.security.tokens import told_token

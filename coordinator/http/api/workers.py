@@ -1,4 +1,4 @@
-"""The routes that steer a worker; the list of workers is a route of `coordinator.http.api`."""
+"""The routes that steer a worker; the list of workers is a route of `coordinator.http.api.submissions`."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import SERVER_SOFTWARE
 
 from coordinator.caches.opening import OpenCache
-from coordinator.http.cache import narinfo_headers
+from coordinator.http.binary_cache.routes import narinfo_headers
 from coordinator.http.connections import (
     MAX_CONNECTIONS,
     MAX_PER_ADDRESS,

@@ -4,16 +4,16 @@
     GET  PREFIX/<hash>.narinfo            rendered and signed when published
     GET  PREFIX/nar/<hash>.nar[.zst …]    whole files: ranges, resume, strong caching
     GET  PREFIX/log/<derivation>          what the build printed
-    PUT  PREFIX/…                         for writers: `coordinator.http.puts`
+    PUT  PREFIX/…                         for writers: `coordinator.http.binary_cache.puts`
     POST PREFIX/narinfos                  {"paths": [base name], "closure": bool} -> {"narinfos": [text], "missing": []}
                                           at most MAX_QUESTION paths, and NARINFOS_AT_ONCE of what they reach, the
                                           nearest first: the asker asks again for references that it was not told
 
-A private cache answers 401 to whoever has no token (`coordinator.http.access`). HEAD is answered wherever GET is, and
-the same. What is unknown, malformed, lost or cannot be looked up just now is 404 with `no-store`: a client then asks
-its next cache or builds, while any 5xx would fail its build (design page "binary cache", 2.4). For the same reason no
-200 leaves before its first bytes are at hand. Workers, who have no other cache, tell what fails just now from what is
-lost by its `Retry-After` (`infra.objects.http_source`).
+A private cache answers 401 to whoever has no token (`coordinator.http.binary_cache.access`). HEAD is answered wherever
+GET is, and the same. What is unknown, malformed, lost or cannot be looked up just now is 404 with `no-store`: a client
+then asks its next cache or builds, while any 5xx would fail its build (design page "binary cache", 2.4). For the same
+reason no 200 leaves before its first bytes are at hand. Workers, who have no other cache, tell what fails just now from
+what is lost by its `Retry-After` (`infra.objects.http_source`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 from coordinator.api.models import ErrorBody, ErrorView
 from coordinator.caches.opening import OpenCache
 from coordinator.errors import CoordinatorError
-from coordinator.http.access import challenge, may_read, may_write
+from coordinator.http.binary_cache.access import challenge, may_read, may_write
+from coordinator.http.binary_cache.nars import NAR_HEADERS, NarAnswers, cut
+from coordinator.http.binary_cache.puts import CachePuts, log_key
 from coordinator.http.bodies import BodyBounds, read_model
-from coordinator.http.nars import NAR_HEADERS, NarAnswers, cut
-from coordinator.http.puts import CachePuts, log_key
 from infra.cache.listing import Listings
 from infra.nix.errors import FormatError
 from infra.nix.realisation import RealisationLayout, parse_key

@@ -15,10 +15,10 @@ from coordinator.api.models import MAX_ROOTS, FarmView, IntakeQuery, RetryView, 
 from coordinator.config import LimitSettings
 from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError, NotFoundError
-from coordinator.http.answers import answer
+from coordinator.http.api.answers import answer
+from coordinator.http.api.events import WatchStreams
+from coordinator.http.api.pages import Page, answer_page, cut, limit_of, position_of
 from coordinator.http.bodies import BodyBounds, body_chunks, read_model
-from coordinator.http.pages import Page, answer_page, cut, limit_of, position_of
-from coordinator.http.sse import WatchStreams
 from coordinator.intake.intake import Intake
 from coordinator.intake.submissions import Submissions
 from coordinator.readmodel.rows import StepRow

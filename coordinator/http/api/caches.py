@@ -23,9 +23,9 @@ from coordinator.api.models import (
 )
 from coordinator.caches.housekeeping import Housekeeper
 from coordinator.errors import BadRequestError, NotFoundError
-from coordinator.http.answers import answer
+from coordinator.http.api.answers import answer
+from coordinator.http.api.pages import answer_page, cut, limit_of, position_of
 from coordinator.http.bodies import BodyBounds, read_model
-from coordinator.http.pages import answer_page, cut, limit_of, position_of
 from infra.cache.cache import Cache
 from infra.cache.retention.roots import RootRow
 from infra.nix.errors import FormatError

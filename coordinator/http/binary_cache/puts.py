@@ -35,7 +35,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from coordinator.caches.opening import OpenCache
-from coordinator.http.access import challenge, may_write
+from coordinator.http.binary_cache.access import challenge, may_write
 from coordinator.http.bodies import BodyEncodedError, Pace, refuse_encoding
 from infra.cache.publishing.claims import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome
 from infra.cache.publishing.realisations import Registered
