@@ -1,4 +1,4 @@
-"""`drover cache …`: the words of the commands; what they do is in `coordinator.cli.caching` and `pushing`."""
+"""`drover cache …`: the words of the commands; what they do is in `coordinator.cli.cache` and `pushing`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cached(command: _Command) -> _Command:
 @cached
 def info(*, url: str, token_file: str, name: str, as_json: bool) -> int:
     """Say what is stored, kept, and saved by deduplication."""
-    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+    from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
     return asked(url, token_file, lambda client: caching.info(client, name, as_json=as_json))
 
@@ -37,7 +37,7 @@ def info(*, url: str, token_file: str, name: str, as_json: bool) -> int:
 @cached
 def roots(*, url: str, token_file: str, name: str, as_json: bool) -> int:
     """List what is kept, and until when: pins, submissions, pushes."""
-    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+    from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
     return asked(url, token_file, lambda client: caching.roots(client, name, as_json=as_json))
 
@@ -47,7 +47,7 @@ def roots(*, url: str, token_file: str, name: str, as_json: bool) -> int:
 @cached
 def why(*, url: str, token_file: str, name: str, as_json: bool, path: str) -> int:
     """Say which roots keep PATH (a store path, or its base name), and through which references."""
-    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+    from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
     return asked(url, token_file, lambda client: caching.why(client, name, path, as_json=as_json))
 
@@ -61,7 +61,7 @@ def pin(
     *, url: str, token_file: str, name: str, as_json: bool, pin: str, paths: tuple[str, ...], days: float | None
 ) -> int:
     """Keep PATHs, and all that they refer to, under the name PIN; the same name again replaces it."""
-    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+    from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
     return asked(url, token_file, lambda client: caching.pin(client, name, pin, paths, days=days, as_json=as_json))
 
@@ -71,7 +71,7 @@ def pin(
 @cached
 def unpin(*, url: str, token_file: str, name: str, as_json: bool, pin: str) -> int:
     """Forget a pin; the next collections may take what only it kept."""
-    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+    from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
     return asked(url, token_file, lambda client: caching.unpin(client, name, pin, as_json=as_json))
 
@@ -81,7 +81,7 @@ def unpin(*, url: str, token_file: str, name: str, as_json: bool, pin: str) -> i
 @cached
 def gc(*, url: str, token_file: str, name: str, as_json: bool, dry_run: bool) -> int:
     """Collect what no root keeps: first made invisible, deleted after a grace."""
-    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+    from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
     return asked(url, token_file, lambda client: caching.gc(client, name, dry_run=dry_run, as_json=as_json))
 
@@ -92,7 +92,7 @@ def gc(*, url: str, token_file: str, name: str, as_json: bool, dry_run: bool) ->
 @cached
 def verify(*, url: str, token_file: str, name: str, as_json: bool, full: bool, repair: bool) -> int:
     """Prove that every narinfo leads to its NAR and its references; status 1 if something stays broken."""
-    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+    from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
     return asked(
         url, token_file, lambda client: caching.verify(client, name, full=full, repair=repair, as_json=as_json)
@@ -103,7 +103,7 @@ def verify(*, url: str, token_file: str, name: str, as_json: bool, full: bool, r
 @cached
 def resign(*, url: str, token_file: str, name: str, as_json: bool) -> int:
     """Sign everything anew with the keys that the coordinator has now; NARs stay untouched."""
-    from coordinator.cli import caching  # noqa: PLC0415 - slow to import
+    from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
     return asked(url, token_file, lambda client: caching.resign(client, name, as_json=as_json))
 
@@ -121,6 +121,6 @@ def push(*, url: str, token_file: str, name: str, as_json: bool, **told: Any) ->
 
     Wants a token that may write to the cache: the API token for the default one, else one of its writers'.
     """
-    from coordinator.cli import pushing  # noqa: PLC0415 - slow to import
+    from coordinator.cli import cache_push  # noqa: PLC0415 - slow to import
 
-    return pushing.push(url, token_file, pushing.PushWish(cache=name, as_json=as_json, **told))
+    return cache_push.push(url, token_file, cache_push.PushWish(cache=name, as_json=as_json, **told))

@@ -76,7 +76,7 @@ def test_every_module_says_what_it_is_for() -> None:
 
 
 def test_a_command_with_a_short_question_imports_no_library_of_streams_or_servers() -> None:
-    code = "import sys, coordinator.cli.showing; print([name for name in ('aiohttp', 'infra') if name in sys.modules])"
+    code = "import sys, coordinator.cli.status; print([name for name in ('aiohttp', 'infra') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -84,7 +84,7 @@ def test_a_command_with_a_short_question_imports_no_library_of_streams_or_server
 def test_the_command_line_is_there_at_once() -> None:
     """Heavy libraries are imported by the command that needs them, not by `drover --help`."""
     heavy = "('ray', 'sqlalchemy', 'aiohttp', 'obstore')"
-    code = f"import sys, coordinator.cli; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, coordinator.cli.commands; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -103,7 +103,7 @@ def test_the_command_line_is_there_at_once() -> None:
                 "infra.cache.publishing.keys",
             ),
         ),
-        ("coordinator.cli.pushing", ("sqlalchemy", "alembic", "cryptography", "infra.cache.cache")),
+        ("coordinator.cli.cache_push", ("sqlalchemy", "alembic", "cryptography", "infra.cache.cache")),
     ],
 )
 def test_a_worker_and_a_push_load_no_database_and_no_keys(program: str, foreign: tuple[str, ...]) -> None:

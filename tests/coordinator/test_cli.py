@@ -16,8 +16,8 @@ from unittest.mock import patch
 import pytest
 
 import coordinator
-from coordinator import cli
-from coordinator.cli import statuses
+from coordinator.cli import commands as cli
+from coordinator.cli import exit_status
 from coordinator.client.api_client import RefusedError
 from coordinator.errors import CoordinatorError
 from infra.cache.uploads.errors import UploadError
@@ -59,7 +59,7 @@ def nobody() -> str:
 )
 def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str], sentence: str) -> None:
     done = drover(*arguments)
-    assert (done.returncode, done.stdout) == (statuses.USAGE, "")
+    assert (done.returncode, done.stdout) == (exit_status.USAGE, "")
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -67,7 +67,7 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str], se
 @pytest.mark.parametrize("command", [["status"], ["workers"], ["log", "x"], ["cancel", "x"], ["watch", "x"]])
 def test_a_coordinator_that_is_down_ends_with_4_and_says_how_to_start_one(command: list[str], nobody: str) -> None:
     done = drover(*command, "--coordinator", nobody)
-    assert done.returncode == statuses.INFRASTRUCTURE
+    assert done.returncode == exit_status.INFRASTRUCTURE
     assert done.stderr == (
         f"drover: cannot reach the coordinator at {nobody} (connection refused); start one with `drover up` or set "
         "DROVER_URL\n"
@@ -78,32 +78,32 @@ def test_the_program_ends_with_the_status_and_one_sentence(nobody: str) -> None:
     program = [sys.executable, "-W", "error", "-c", "from coordinator.cli import main; main()", "workers"]
     env = {**os.environ, "DROVER_URL": nobody}
     done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (statuses.INFRASTRUCTURE, "")
+    assert (done.returncode, done.stdout) == (exit_status.INFRASTRUCTURE, "")
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_address_and_the_token_come_from_the_environment_too(nobody: str, tmp_path: Path) -> None:
     done = drover("build", "default.nix", env={"DROVER_URL": nobody})
-    assert (done.returncode, nobody in done.stderr) == (statuses.INFRASTRUCTURE, True)
+    assert (done.returncode, nobody in done.stderr) == (exit_status.INFRASTRUCTURE, True)
     done = drover("status", env={"DROVER_URL": nobody, "DROVER_TOKEN_FILE": str(tmp_path / "none")})
-    assert done.returncode == statuses.USAGE
+    assert done.returncode == exit_status.USAGE
     assert f"cannot read the token file {tmp_path / 'none'}: No such file" in done.stderr
     done = drover("status", env={"DROVER_URL": "not an address"})
-    assert (done.returncode, "not an address" in done.stderr) == (statuses.USAGE, True)
+    assert (done.returncode, "not an address" in done.stderr) == (exit_status.USAGE, True)
 
 
 def test_settings_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     file = tmp_path / "farm.toml"
     file.write_text("colour = 1\n")
     done = drover("up", "--config", file, "--state-dir", tmp_path)
-    assert done.returncode == statuses.USAGE
+    assert done.returncode == exit_status.USAGE
     assert "colour" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_help_is_there_for_every_command_without_importing_what_is_slow() -> None:
     program = (
-        "import sys; from coordinator import cli\n"
+        "import sys; from coordinator.cli import commands as cli\n"
         "words = [[], *([name] for name in cli.cli.commands)]\n"
         "words += [['cache', name] for name in cli.cli.commands['cache'].commands]\n"
         "for each in words: assert cli.run([*each, '--help']) == 0, each\n"
@@ -120,7 +120,7 @@ def test_what_nobody_foresaw_is_a_sentence_and_a_file(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(cli.cli, "main", broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert cli.run([]) == statuses.INFRASTRUCTURE
+    assert cli.run([]) == exit_status.INFRASTRUCTURE
     (details,) = tmp_path.glob("drover-error-*.txt")
     assert "ZeroDivisionError" in details.read_text()
 
@@ -134,17 +134,17 @@ def test_every_kind_of_error_has_its_exit_status_in_the_table() -> None:
     codes = {each.code for each in classes if each.__module__.partition(".")[0] in {"coordinator", "infra"}}
     # Answers that no class stands for.
     codes |= {"http", "method_not_allowed", "standby", "store_full"}
-    assert codes == set(statuses.STATUSES)
+    assert codes == set(exit_status.STATUSES)
 
 
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (KeyboardInterrupt(), statuses.INTERRUPTED),
-        (CoordinatorError("no"), statuses.INFRASTRUCTURE),
-        (RefusedError(400, "bad_request", "no"), statuses.USAGE),
-        (RefusedError(400, "bad_derivation", "no"), statuses.EVALUATION_FAILED),
-        (RefusedError(418, "of a newer coordinator", "no"), statuses.INFRASTRUCTURE),
+        (KeyboardInterrupt(), exit_status.INTERRUPTED),
+        (CoordinatorError("no"), exit_status.INFRASTRUCTURE),
+        (RefusedError(400, "bad_request", "no"), exit_status.USAGE),
+        (RefusedError(400, "bad_derivation", "no"), exit_status.EVALUATION_FAILED),
+        (RefusedError(418, "of a newer coordinator", "no"), exit_status.INFRASTRUCTURE),
         (BrokenPipeError(), cli.READER_GONE),
     ],
 )

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from coordinator.api.models import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState, SubmitRequest
-from coordinator.cli import statuses
+from coordinator.cli import exit_status
 from coordinator.client.api_client import ApiClient, RefusedError, UnreachableError
 from coordinator.config import Settings
 from coordinator.main import open_coordinator
@@ -276,7 +276,7 @@ async def test_a_build_that_waits_for_no_worker_longer_than_was_said_ends_with_s
         ready = farm.coordinator.ready
         words = ["build", file, "-A", "mac", "--wait", "1", "--option", "substituters", "", "--store", tmp_path / "n"]
         done = await asyncio.to_thread(drover, *words, "--coordinator", ready.url, "--token-file", ready.token_file)
-        assert done.returncode == statuses.BUILD_FAILED
+        assert done.returncode == exit_status.BUILD_FAILED
         told = "no worker could take it for 1 s (no worker has joined): start a worker for x86_64-darwin"
         assert told in done.stdout
         # Running again is as patient as it was.

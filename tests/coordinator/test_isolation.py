@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from coordinator.api.models import StepStatus, SubmissionState
-from coordinator.cli import cli, serving
+from coordinator.cli import cli, serve
 from coordinator.config import Settings, load_settings
 from coordinator.security.isolation import WeakIsolation
 from tests.coordinator.conftest import OpenFarm
@@ -90,7 +90,7 @@ def test_names_come_from_the_file_and_from_the_command_line(tmp_path: Path, monk
     assert load_settings(file).weak_isolation == ("laptop",)
     assert Settings().weak_isolation == ()
     told = []
-    monkeypatch.setattr(serving, "up", lambda **given: told.append(given["weak"]) or 0)
+    monkeypatch.setattr(serve, "up", lambda **given: told.append(given["weak"]) or 0)
     words = ["up", "--allow-weak-isolation", "one", "--allow-weak-isolation", "two"]
     assert CliRunner().invoke(cli, words).exit_code == 0
     assert told == [("one", "two")]

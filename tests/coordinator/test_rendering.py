@@ -23,7 +23,7 @@ from coordinator.api.models import (
     SubmissionView,
     WorkerView,
 )
-from coordinator.terminal import (
+from coordinator.cli.rendering import (
     News,
     Progress,
     duration,

@@ -19,10 +19,10 @@ from rich.live import Live
 from rich.text import Text
 
 from coordinator.api.models import StepChanged, StepView, SubmissionView
+from coordinator.cli.rendering import News, Progress, heartbeat_line, live_region, news_lines
+from coordinator.cli.terminal_controls import harmless
 from coordinator.client.api_client import ApiClient, ClientError
-from coordinator.control import harmless
 from coordinator.errors import CoordinatorError
-from coordinator.terminal import News, Progress, heartbeat_line, live_region, news_lines
 
 FRAMES_PER_S = 10
 HEARTBEAT_S = 30.0

@@ -25,8 +25,11 @@ from coordinator.api.models import (
     SubmitRequest,
 )
 from coordinator.api.streams import SourceHeader, encode_derivations, encode_sources, in_thread
-from coordinator.cli import statuses
-from coordinator.cli.showing import print_json
+from coordinator.cli import exit_status
+from coordinator.cli.follow import Screen, follow
+from coordinator.cli.rendering import size, summary_lines
+from coordinator.cli.status import print_json
+from coordinator.cli.terminal_controls import harmless
 from coordinator.client.api_client import ApiClient, ClientError
 from coordinator.client.closure import (
     Closure,
@@ -47,10 +50,7 @@ from coordinator.client.evaluation import (
     left_out_text,
     parse_drv,
 )
-from coordinator.control import harmless
 from coordinator.errors import CoordinatorError
-from coordinator.follow import Screen, follow
-from coordinator.terminal import size, summary_lines
 from infra.process import ProcessError, run
 
 #: Seconds after the client has sent what the farm lost before it looks again: the whole graph is asked about.
@@ -120,7 +120,7 @@ def _interruptible(work: Any, submitted: _Submitted) -> int:
             f"drover: end it: drover cancel {submitted.id}",
             err=True,
         )
-        return statuses.INTERRUPTED
+        return exit_status.INTERRUPTED
     return status
 
 
@@ -266,7 +266,7 @@ def _detached(view: SubmissionView, submitted: _Submitted, *, as_json: bool) -> 
     )
     if as_json:
         _print_json(view, [], submitted.left_out)
-    return statuses.OK
+    return exit_status.OK
 
 
 def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_json: bool) -> int:
@@ -275,7 +275,7 @@ def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_j
         screen.line(line)
     if as_json:
         _print_json(view, failed, submitted.left_out)
-    return statuses.OK if view.state is SubmissionState.SUCCEEDED else statuses.BUILD_FAILED
+    return exit_status.OK if view.state is SubmissionState.SUCCEEDED else exit_status.BUILD_FAILED
 
 
 def _print_json(view: SubmissionView, failed: Sequence[StepView], left_out: Sequence[LeftOut]) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from coordinator.api.models import CacheRootView, CollectView, PinRequest, VerifyView
-from coordinator.cli import statuses
-from coordinator.cli.showing import print_json, print_lines
+from coordinator.cli import exit_status
+from coordinator.cli.rendering import duration, size, table_lines
+from coordinator.cli.status import print_json, print_lines
 from coordinator.client.api_client import ApiClient
-from coordinator.terminal import duration, size, table_lines
 
 DAY_S: Final = 86400.0
 #: Roots, keepers and faults listed; `--json` has all that the coordinator tells.
@@ -22,7 +22,7 @@ async def info(client: ApiClient, cache: str, *, as_json: bool) -> int:
     view = await client.cache(cache)
     if as_json:
         print_json(view)
-        return statuses.OK
+        return exit_status.OK
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(view.roots.items())) or "none"
     print_lines(
         [
@@ -36,7 +36,7 @@ async def info(client: ApiClient, cache: str, *, as_json: bool) -> int:
             *(f"public key    {key}" for key in view.public_keys),
         ]
     )
-    return statuses.OK
+    return exit_status.OK
 
 
 async def roots(client: ApiClient, cache: str, *, as_json: bool) -> int:
@@ -50,7 +50,7 @@ async def roots(client: ApiClient, cache: str, *, as_json: bool) -> int:
             print_lines([f"and {len(found) - LISTED} more; --json lists all"])
     else:
         print_lines(["nothing is kept; pin something with `drover cache pin NAME PATH`"])
-    return statuses.OK
+    return exit_status.OK
 
 
 def _root_rows(found: Sequence[CacheRootView], now: float) -> list[tuple[str, ...]]:
@@ -67,7 +67,7 @@ async def why(client: ApiClient, cache: str, path: str, *, as_json: bool) -> int
     view = await client.cache_why(cache, path)
     if as_json:
         print_json(view)
-        return statuses.OK
+        return exit_status.OK
     lines = [] if view.published else [f"{view.path} is not published in this cache"]
     for keeper in view.keepers[:LISTED]:
         until = f", until {time.strftime('%Y-%m-%d %H:%M', time.localtime(keeper.expires_at))}" * bool(
@@ -78,7 +78,7 @@ async def why(client: ApiClient, cache: str, path: str, *, as_json: bool) -> int
     if not view.keepers:
         lines.append("no root keeps it: a collection may take it")
     print_lines(lines)
-    return statuses.OK
+    return exit_status.OK
 
 
 async def pin(
@@ -92,7 +92,7 @@ async def pin(
     else:
         count = f"{len(paths)} path" + "s" * (len(paths) != 1)
         print_lines([f"pinned {count} as {name}; end it with `drover cache unpin {name}`"])
-    return statuses.OK
+    return exit_status.OK
 
 
 async def unpin(client: ApiClient, cache: str, name: str, *, as_json: bool) -> int:
@@ -102,7 +102,7 @@ async def unpin(client: ApiClient, cache: str, name: str, *, as_json: bool) -> i
         print_json({"unpinned": name})
     else:
         print_lines([f"unpinned {name}"])
-    return statuses.OK
+    return exit_status.OK
 
 
 async def gc(client: ApiClient, cache: str, *, dry_run: bool, as_json: bool) -> int:
@@ -112,7 +112,7 @@ async def gc(client: ApiClient, cache: str, *, dry_run: bool, as_json: bool) -> 
         print_json(view)
     else:
         print_lines(_collect_lines(view))
-    return statuses.OK
+    return exit_status.OK
 
 
 def _collect_lines(view: CollectView) -> list[str]:
@@ -136,7 +136,7 @@ async def verify(client: ApiClient, cache: str, *, full: bool, repair: bool, as_
         print_json(view)
     else:
         print_lines(_verify_lines(view))
-    return statuses.OK if view.broken == view.repaired + view.hidden else statuses.BUILD_FAILED
+    return exit_status.OK if view.broken == view.repaired + view.hidden else exit_status.BUILD_FAILED
 
 
 def _verify_lines(view: VerifyView) -> list[str]:
@@ -162,4 +162,4 @@ async def resign(client: ApiClient, cache: str, *, as_json: bool) -> int:
                 f"{view.narinfos:,} narinfos and {view.realisations:,} realisations had other signatures before",
             ]
         )
-    return statuses.OK
+    return exit_status.OK

@@ -29,7 +29,7 @@ from coordinator.api.models import (
     WatchEvent,
     WorkerView,
 )
-from coordinator.control import ControlFilter
+from coordinator.cli.terminal_controls import ControlFilter
 
 #: Lines of a failed step's log that are shown with the verdict, and the longest of them.
 TAIL_LINES = 25

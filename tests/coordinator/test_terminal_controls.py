@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.control import MAX_COLOURS, MAX_SEQUENCE_CHARS, MAX_STRING_CHARS, RESET, ControlFilter, harmless
+from coordinator.cli.terminal_controls import (
+    MAX_COLOURS,
+    MAX_SEQUENCE_CHARS,
+    MAX_STRING_CHARS,
+    RESET,
+    ControlFilter,
+    harmless,
+)
 
 COLOUR = re.compile("\x1b\\[[0-9]+(;[0-9]+)*m")
 #: The pieces that sequences are made of, and text.

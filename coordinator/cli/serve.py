@@ -13,7 +13,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from coordinator.cli import statuses
+from coordinator.cli import exit_status
 from coordinator.config import ConfigError, Settings, WorkerConfig, load_settings
 from coordinator.errors import CoordinatorError
 
@@ -67,7 +67,7 @@ def up(
         sys.stdout.flush()
 
     run_up(settings, ready, standing_by)
-    return statuses.OK
+    return exit_status.OK
 
 
 def _weak(settings: Settings, told: Sequence[str]) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ def head(*, state_dir: Path, listen: str | None, config: Path | None) -> int:
         asyncio.run(run())
     except WorkerError as error:
         raise CoordinatorError(str(error)) from None
-    return statuses.OK
+    return exit_status.OK
 
 
 def _address(listen: str | None) -> tuple[str | None, int | None]:
@@ -181,7 +181,7 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
             finally:
                 failing.cancel()
                 stopping.cancel()
-        return statuses.OK
+        return exit_status.OK
 
     try:
         return asyncio.run(run())

@@ -15,11 +15,11 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final
 
-from coordinator.cli import statuses
-from coordinator.cli.showing import print_json, print_lines
+from coordinator.cli import exit_status
+from coordinator.cli.rendering import size
+from coordinator.cli.status import print_json, print_lines
 from coordinator.client.api_client import BadArgumentError, ClientError, RefusedError, find_token
 from coordinator.client.closure import LocalStore, base_name, local_store
-from coordinator.terminal import size
 from infra.daemon import DaemonError, ValidPathInfo, open_stdio
 from infra.nix.errors import FormatError
 from infra.nix.store_path import StoreDir
@@ -177,4 +177,4 @@ def _tell(wish: PushWish, address: str, name: str, result: UploadResult, progres
         kept = f"for {wish.days:g} days" if wish.days else "for ever"
         lines.append(f"kept as push {name} {kept}")
         print_lines(lines)
-    return statuses.INFRASTRUCTURE if failed else statuses.OK
+    return exit_status.INFRASTRUCTURE if failed else exit_status.OK

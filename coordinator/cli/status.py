@@ -13,10 +13,10 @@ import click
 import orjson
 
 from coordinator.api.models import Model, StepStatus, SubmissionState
-from coordinator.cli import statuses
+from coordinator.cli import exit_status
+from coordinator.cli.rendering import sanitise, status_lines, step_lines, submission_rows, table_lines, worker_lines
+from coordinator.cli.terminal_controls import ControlFilter, harmless
 from coordinator.client.api_client import ApiClient, RefusedError
-from coordinator.control import ControlFilter, harmless
-from coordinator.terminal import sanitise, status_lines, step_lines, submission_rows, table_lines, worker_lines
 
 #: Submissions that `drover status` lists, newest first.
 LISTED = 20
@@ -36,15 +36,15 @@ async def status(client: ApiClient, submission: str | None, *, as_json: bool) ->
             return await _step_status(client, submission, error, as_json=as_json)
         if as_json:
             print_json(view)
-            return statuses.OK
+            return exit_status.OK
         steps = await client.steps(submission, (StepStatus.RUNNING, StepStatus.PUBLISHING, StepStatus.FAILED))
         print_lines(status_lines(view, steps, time.time()))
-        return statuses.OK
+        return exit_status.OK
     farm = await client.farm()
     submissions = await client.submissions(None if as_json else LISTED + 1)
     if as_json:
         print_json({"farm": farm, "submissions": submissions})
-        return statuses.OK
+        return exit_status.OK
     many = f"the newest {LISTED} (`drover status --json` has all)" if len(submissions) > LISTED else len(submissions)
     submissions = submissions[:LISTED]
     running = sum(1 for each in submissions if each.state is SubmissionState.RUNNING)
@@ -59,7 +59,7 @@ async def status(client: ApiClient, submission: str | None, *, as_json: bool) ->
     )
     if submissions:
         print_lines(["", *table_lines(submission_rows(submissions, time.time()))])
-    return statuses.OK
+    return exit_status.OK
 
 
 async def _step_status(client: ApiClient, name: str, unknown: RefusedError, *, as_json: bool) -> int:
@@ -73,7 +73,7 @@ async def _step_status(client: ApiClient, name: str, unknown: RefusedError, *, a
         print_json(step)
     else:
         print_lines(step_lines(step, time.time()))
-    return statuses.OK
+    return exit_status.OK
 
 
 async def cancel(client: ApiClient, submission: str) -> int:
@@ -83,7 +83,7 @@ async def cancel(client: ApiClient, submission: str) -> int:
         print_lines([f"cancelled {view.id}; builds that another submission wants go on"])
     else:
         print_lines([f"{view.id} had already {view.state.value}"])
-    return statuses.OK
+    return exit_status.OK
 
 
 async def retry(client: ApiClient, name: str) -> int:
@@ -98,7 +98,7 @@ async def retry(client: ApiClient, name: str) -> int:
         print_lines([f"{view.id} runs again", f"  watch it: drover watch {view.id}"])
     else:
         print_lines([f"{view.id} has {view.state.value}: nothing of it can be retried"])
-    return statuses.OK
+    return exit_status.OK
 
 
 async def _retry_step(client: ApiClient, name: str) -> int:
@@ -113,11 +113,11 @@ async def _retry_step(client: ApiClient, name: str) -> int:
         )
     else:
         print_lines([f"{told.step.key} is {told.step.state.value}: there is nothing to retry"])
-    return statuses.OK
+    return exit_status.OK
 
 
 async def log(client: ApiClient, step: str, *, follow: bool) -> int:
-    """Print a log: the very bytes, except on a terminal, which gets text and colours (`coordinator.control`)."""
+    """Print a log: the very bytes; on a terminal text and colours (`coordinator.cli.terminal_controls`)."""
     out = sys.stdout.buffer
     shown = ControlFilter(colours=True) if sys.stdout.isatty() else None
     silent = True
@@ -133,7 +133,7 @@ async def log(client: ApiClient, step: str, *, follow: bool) -> int:
             out.flush()
     if silent:
         click.echo("drover: the build printed nothing", err=True)
-    return statuses.OK
+    return exit_status.OK
 
 
 async def workers(client: ApiClient, *, as_json: bool) -> int:
@@ -145,7 +145,7 @@ async def workers(client: ApiClient, *, as_json: bool) -> int:
         print_lines(worker_lines(found, time.time()))
     else:
         print_lines(["no worker has joined; start one with `drover up` or `drover worker`"])
-    return statuses.OK
+    return exit_status.OK
 
 
 async def drain(client: ApiClient, worker: str, *, on: bool, wait: bool) -> int:
@@ -153,14 +153,14 @@ async def drain(client: ApiClient, worker: str, *, on: bool, wait: bool) -> int:
     await client.drain(worker, on=on)
     if not on:
         print_lines([f"{worker} gets new builds again"])
-        return statuses.OK
+        return exit_status.OK
     while held := [len(each.leases) for each in await client.workers() if each.name == worker and each.leases]:
         if not wait:
             print_lines([f"{worker} gets no new builds; {held[0]} still run there"])
-            return statuses.OK
+            return exit_status.OK
         await asyncio.sleep(DRAIN_LOOK_S)
     print_lines([f"{worker} gets no new builds and has none"])
-    return statuses.OK
+    return exit_status.OK
 
 
 def print_lines(lines: Sequence[str]) -> None:

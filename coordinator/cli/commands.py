@@ -1,0 +1,263 @@
+"""The `drover` command.
+
+Exit status: 0 done, 1 a build failed, 2 wrong usage, 3 nothing that can be built was evaluated, 4 infrastructure (no
+coordinator, no Nix, a store that cannot be read), 130 interrupted; `statuses` has the table. Whatever goes wrong is one
+sentence on standard error; what nobody foresaw is written to a file that the sentence names.
+
+Commands import what they need when they run: `drover --help` must not wait for Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from coordinator.cli.cache_commands import cache
+from coordinator.cli.exit_status import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
+from coordinator.cli.options import Address, Wait, addressed, asked
+from coordinator.cli.terminal_controls import harmless
+from coordinator.errors import CoordinatorError
+
+#: What a shell shows for a program that was ended by SIGPIPE.
+READER_GONE = 141
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="drover", message="drover %(version)s")
+def cli() -> None:
+    """A build farm for Nix: one command on one machine, the same program on a fleet."""
+
+
+@cli.command()
+@click.option("--state-dir", type=click.Path(file_okay=False, path_type=Path), help="Where the farm keeps everything.")
+@click.option("--listen", metavar="HOST:PORT", help="Address to listen on.  [default: 127.0.0.1:7878]")
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="Settings file (TOML).")
+@click.option("--slots", type=click.IntRange(0, 1024), help="Builds at one time of the native worker; 0: one per core.")
+@click.option("--emulate", "emulated", multiple=True, metavar="SYSTEM", help="Add a worker that pretends to be SYSTEM.")
+@click.option(
+    "--nix-option", "nix_options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting of every worker."
+)
+@click.option(
+    "--allow-weak-isolation",
+    "weak",
+    multiple=True,
+    metavar="NAME",
+    help="Let worker NAME build although it isolates builds weakly (class C in `drover workers`).",
+)
+@click.option("--no-workers", is_flag=True, help="Only the coordinator; workers join with `drover worker`.")
+def up(**told: Any) -> int:
+    """Run a farm on this machine until Ctrl-C: coordinator, Ray head and workers."""
+    from coordinator.cli import serve  # noqa: PLC0415 - imports Ray and the HTTP server
+
+    return serve.up(**told)
+
+
+@cli.command()
+@click.option("--state-dir", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory to use.")
+@click.option("--listen", metavar="HOST:PORT", help="Address to listen on, numeric.  [default: 127.0.0.1, a free port]")
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="Settings file (TOML).")
+def head(**told: Any) -> int:
+    """Run a Ray head by itself, for coordinators with `ray_address`, until Ctrl-C."""
+    from coordinator.cli import serve  # noqa: PLC0415 - imports Ray
+
+    return serve.head(**told)
+
+
+@cli.command()
+@click.option("--head", required=True, metavar="HOST:PORT", help="Address of the farm's Ray head.")
+@click.option(
+    "--ray-token", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The farm's Ray token file."
+)
+@click.option("--name", required=True, help="Name of this worker, unique in the farm.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address of this machine for the farm.")
+@click.option("--state-dir", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory to use.")
+@click.option("--slots", type=click.IntRange(0, 1024), default=0, help="Builds at one time; 0: one per core.")
+@click.option("--emulate", "emulate", multiple=True, metavar="SYSTEM", help="Pretend to be SYSTEM too.")
+@click.option("--feature", "features", multiple=True, help="System feature beside the machine's own.")
+@click.option("--store", default="", metavar="DIR", help="Chroot store; by default one in the state directory.")
+@click.option(
+    "--min-free-mb", type=click.IntRange(0), default=512, show_default=True, help="No work while less room is left."
+)
+@click.option("--nix-option", "nix_options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting.")
+def worker(head: str, ray_token: Path, host: str, state_dir: Path, **told: Any) -> int:
+    """Join this machine to a farm that runs elsewhere, until Ctrl-C."""
+    from coordinator.cli import serve  # noqa: PLC0415 - imports Ray and the HTTP server
+
+    told["nix_options"] = dict(told["nix_options"])
+    return serve.worker(head=head, ray_token=ray_token, host=host, told=serve.worker_config(told), state_dir=state_dir)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE|DRV...")
+@click.option("-A", "--attr", "attrs", multiple=True, metavar="ATTR", help="Attribute to build; repeatable.")
+@click.option("--arg", "args", multiple=True, nargs=2, metavar="NAME EXPR", help="Passed to the evaluation.")
+@click.option("--argstr", "argstrs", multiple=True, nargs=2, metavar="NAME TEXT", help="Passed to the evaluation.")
+@click.option("-I", "includes", multiple=True, metavar="PATH", help="Passed to the evaluation.")
+@click.option("--option", "options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting on this machine.")
+@click.option("--store", metavar="DIR", help="Evaluate into (and fetch to) a Nix store below DIR.")
+@click.option("--label", default="", help="Shown in lists of submissions.")
+@click.option("--retry", is_flag=True, help="Build again what is known to fail.")
+@click.option(
+    "--wait",
+    "wait_s",
+    type=Wait(),
+    help="How long a step waits for a worker that can build it, before it fails.  [default: as the farm says]",
+)
+@click.option("--detach", is_flag=True, help="Do not watch; print how to.")
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
+@click.option("--fetch", is_flag=True, help="Realise the outputs on this machine when all is built.")
+@addressed
+def build(url: str, token_file: str, **told: Any) -> int:
+    """Evaluate FILE, build its attributes on the farm, and watch.
+
+    Arguments may also be .drv paths of the local store (`PATH.drv`, `PATH.drv!out,dev`).
+    """
+    from coordinator.cli import build as building  # noqa: PLC0415 - slow to import
+
+    files = told.pop("files")
+    drvs = [file for file in files if file.partition("!")[0].endswith(".drv")]
+    if drvs and len(drvs) != len(files):
+        raise click.UsageError("name one file to evaluate or several .drv paths, not both")
+    if not drvs and len(files) > 1:
+        raise click.UsageError("name one file; choose several things to build with -A")
+    if drvs and told["attrs"]:
+        raise click.UsageError("-A chooses from a file; a .drv path has no attributes")
+    if told["detach"] and told["fetch"]:
+        raise click.UsageError("--fetch waits for the build and --detach does not; choose one")
+    flags: list[str] = []
+    for option, pairs in (("--arg", told.pop("args")), ("--argstr", told.pop("argstrs"))):
+        flags += [word for name, value in pairs for word in (option, name, value)]
+    flags += [word for path in told.pop("includes") for word in ("-I", path)]
+    settings = [word for name, value in told.pop("options") for word in ("--option", name, value)]
+    wish = building.Wish(files=files, flags=tuple(flags), settings=tuple(settings), **told)
+    return building.build(Address(url, token_file).client, wish)
+
+
+@cli.command()
+@click.argument("submission")
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
+@addressed
+def watch(url: str, token_file: str, submission: str, as_json: bool) -> int:
+    """Watch a submission until it ends."""
+    from coordinator.cli import build as building  # noqa: PLC0415 - slow to import
+
+    return building.watch(Address(url, token_file).client, submission, as_json=as_json)
+
+
+@cli.command()
+@click.argument("submission", required=False, metavar="[ID|STEP]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@addressed
+def status(url: str, token_file: str, submission: str | None, as_json: bool) -> int:
+    """Show the farm and its submissions, or one submission, or one step and where it was built."""
+    from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: showing.status(client, submission, as_json=as_json))
+
+
+@cli.command()
+@click.argument("submission")
+@addressed
+def cancel(url: str, token_file: str, submission: str) -> int:
+    """Withdraw a submission; builds that another one wants go on."""
+    from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: showing.cancel(client, submission))
+
+
+@cli.command()
+@click.argument("name", metavar="ID|STEP")
+@addressed
+def retry(url: str, token_file: str, name: str) -> int:
+    """Build again what failed: of a submission, or one step and everything that it doomed."""
+    from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: showing.retry(client, name))
+
+
+@cli.command()
+@click.argument("step")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the build ends.")
+@addressed
+def log(url: str, token_file: str, step: str, follow: bool) -> int:
+    """Print the build log of a step, named by its key or any unique part of it."""
+    from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: showing.log(client, step, follow=follow))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@addressed
+def workers(url: str, token_file: str, as_json: bool) -> int:
+    """Show who is there, what they offer and what they do."""
+    from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: showing.workers(client, as_json=as_json))
+
+
+@cli.command()
+@click.argument("worker_name", metavar="WORKER")
+@click.option("--off", is_flag=True, help="Give it new builds again.")
+@click.option("--wait", is_flag=True, help="Return once the builds that run there have ended.")
+@addressed
+def drain(url: str, token_file: str, worker_name: str, off: bool, wait: bool) -> int:
+    """Give a worker no new builds; those that run there finish. A worker that starts anew is not drained."""
+    from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
+
+    return asked(url, token_file, lambda client: showing.drain(client, worker_name, on=not off, wait=wait))
+
+
+cli.add_command(cache)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit status; never raises."""
+    try:
+        status = cli.main(arguments, prog_name="drover", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return USAGE
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted")
+        return INTERRUPTED
+    except CoordinatorError as error:
+        _say(str(error))
+        return status_of(getattr(error, "reason", error.code))
+    except BrokenPipeError:
+        # Nobody reads any more; what is still buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return READER_GONE
+    except Exception as error:  # noqa: BLE001 - the last stop: a person gets a sentence, the details go to a file
+        return _unforeseen(error)
+    return status if isinstance(status, int) else OK
+
+
+def _say(sentence: str) -> None:
+    click.echo(f"drover: {harmless(sentence)}", err=True)
+
+
+def _unforeseen(error: BaseException) -> int:
+    details = "".join(traceback.format_exception(error))
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="drover-error-", suffix=".txt")
+        with os.fdopen(descriptor, "w", errors="replace") as file:
+            file.write(details)
+        where = f"the details are in {path}"
+    except OSError:
+        where = "the details could not be written"
+    summary = str(error).split("\n", 1)[0][:200] or type(error).__name__
+    _say(f"this should not have happened: {summary}; {where}")
+    return INFRASTRUCTURE
