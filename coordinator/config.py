@@ -244,8 +244,8 @@ class Settings(BaseSettings):
     host: str = DEFAULT_HOST
     #: 0 takes any free port; the address that was taken is told when the farm is ready.
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
-    #: Where the farm's secrets lie, and are made on the first start (`succession`); empty: the state directory. What a
-    #: coordinator that stands by has a copy of.
+    #: Where the farm's secrets lie, and are made on the first start (`farm_secrets`); empty: the state directory. What
+    #: a coordinator that stands by has a copy of.
     secrets_dir: Path | None = None
     #: `host:port` of a Ray head that runs elsewhere (`drover head`) and is not this coordinator's to start or end;
     #: empty: one of its own. Its token is `ray-token` among the secrets, or the file `ray_token`.

@@ -1,4 +1,4 @@
-"""`drover cache …`: the words of the commands; what they do is in `coordinator.cli.cache` and `pushing`."""
+"""`drover cache …`: the words of the commands; what they do is in `coordinator.cli.cache` and `cache_push`."""
 
 from __future__ import annotations
 

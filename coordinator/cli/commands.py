@@ -1,8 +1,8 @@
 """The `drover` command.
 
 Exit status: 0 done, 1 a build failed, 2 wrong usage, 3 nothing that can be built was evaluated, 4 infrastructure (no
-coordinator, no Nix, a store that cannot be read), 130 interrupted; `statuses` has the table. Whatever goes wrong is one
-sentence on standard error; what nobody foresaw is written to a file that the sentence names.
+coordinator, no Nix, a store that cannot be read), 130 interrupted; `exit_status` has the table. Whatever goes wrong is
+one sentence on standard error; what nobody foresaw is written to a file that the sentence names.
 
 Commands import what they need when they run: `drover --help` must not wait for Ray.
 """

@@ -11,7 +11,8 @@ Rules:
 6. A server that is away and a full disk are waited for, at most `PATIENCE_S`; meanwhile nothing is acknowledged,
    because nothing is stored. Where the connection was lost it is not known whether a commit took place: `append` asks
    for the journal's last `seq` before it tries again.
-7. A snapshot (facts of the core and records of the read model, see `history`) stands for all frames up to its `seq`. It
+7. A snapshot (facts of the core and records of the read model, see `readmodel.snapshot`) stands for all frames up to
+   its `seq`. It
    counts once its row is there, which is written last; it is read again before anything older is removed, and the one
    before it is kept with the frames since. `load` starts at the newest whose checksums are right.
 
@@ -206,7 +207,7 @@ class Journal:
                 await connection.run_sync(_bring_up_to_date)
 
     async def marks(self) -> dict[str, int]:
-        """Return what the last reign left for the next one to compare itself with (`succession`)."""
+        """Return what the last reign left for the next one to compare itself with (`farm_secrets`)."""
         query = select(_meta).where(_meta.c.name.startswith(_MARK, autoescape=True))
         with _translated("read"):
             async with self._engine.connect() as connection:

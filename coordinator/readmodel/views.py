@@ -95,7 +95,7 @@ _NO_NOTE = SubmissionNote(label="", roots=(), derivations=0)
 
 
 class Views:
-    """All rows. `fold` takes facts; `stage` and `workforce` take what is not worth a fact."""
+    """All rows. `fold` takes facts; `stage` and `readmodel.workers` take what is not worth a fact."""
 
     def __init__(self, explainer: Explainer) -> None:
         self._explain = explainer
@@ -200,7 +200,7 @@ class Views:
         self._unsettled.clear()
 
     def records(self) -> list[Record]:
-        """Return what to keep beside `Farm.snapshot` so that `restore` gives these views back (see `history`)."""
+        """Return what to keep beside `Farm.snapshot` so that `restore` gives these views back (see `snapshot`)."""
         return list(tell_history(self._steps, self._submissions))
 
     def restore(self, records: Iterable[Record]) -> None:

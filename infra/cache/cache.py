@@ -1,7 +1,7 @@
 """The cache as the coordinator sees it: what is published, publishing, keeping, collecting, and answering.
 
-A thin front over the rooms that do it: `catalog` reads, `publishing` publishes, `roots` keeps, `gc` collects. Here is
-the contract; each of them says how.
+A thin front over the rooms that do it: `catalog` reads, `publishing` publishes, `roots` keeps, `collector` collects.
+Here is the contract; each of them says how.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ class Cache:
             await self._roots.touch(used)
 
     async def collect(self, plan: CollectPlan) -> CollectReport:
-        """Collect garbage as planned, one at a time; see `gc`.
+        """Collect garbage as planned, one at a time; see `collector`.
 
         Raises:
             CollectorBusyError: another process collects.
@@ -294,5 +294,5 @@ class Cache:
         return await Fsck(self._catalog, self.signer).restore(store_paths, sources)
 
     async def resign(self) -> ResignReport:
-        """Sign everything with the present keys, and with no other; see `resigning`."""
+        """Sign everything with the present keys, and with no other; see `key_rotation`."""
         return await resign(self._catalog, self.signer)

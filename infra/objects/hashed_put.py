@@ -1,7 +1,7 @@
 """Foreign bytes into the object store under a key that names their hash: nothing shows unless they have it.
 
-For clients that upload finished objects (`nix copy`), where `upload` makes the object itself. Small ones are hashed in
-memory and put at once; others stream to `incoming/` while they are hashed and are renamed at the end. A stream that
+For clients that upload finished objects (`nix copy`), where `nar_writer` makes the object itself. Small ones are hashed
+in memory and put at once; others stream to `incoming/` while they are hashed and are renamed at the end. A stream that
 ends early, raises or has another hash leaves nothing; a kill leaves garbage below `incoming/`, which is swept.
 """
 

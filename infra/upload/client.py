@@ -1,4 +1,4 @@
-"""The sending side of the upload protocol (`upload_wire`), for workers and for `drover cache push`.
+"""The sending side of the upload protocol (`infra.upload.protocol`), for workers and for `drover cache push`.
 
 One `begin`, any number of objects at once, one `commit`; `upload_all` does the three. Each object is compressed while
 it is sent, and at most a few parts of it are in memory. A request that fails in a way that may pass is made again, a

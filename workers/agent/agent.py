@@ -1,8 +1,8 @@
 """The agent of one worker: takes leases, works them off, tells what came of them. No transport is known here.
 
-One task per lease walks it through inputs, slot, build and outputs; `machine` decides who goes when and what an error
-means, `spool` keeps what must be told. A lease task ends in exactly one report, whatever happens in it; nothing that
-happens in one lease ends the agent.
+One task per lease walks it through inputs, slot, build and outputs; `lease_machine` decides who goes when and what an
+error means, `outbox` keeps what must be told. A lease task ends in exactly one report, whatever happens in it; nothing
+that happens in one lease ends the agent.
 
 All methods belong to one event loop: an adapter whose transport calls from several threads must hop to the agent's.
 """

@@ -170,7 +170,7 @@ class Succeeded(WireMessage):
 
 
 class Failed(WireMessage):
-    """`reason` is a value of `scheduler.model.FailureKind`; the agent's `machine` decides it."""
+    """`reason` is a value of `scheduler.model.FailureKind`; the agent's `lease_machine` decides it."""
 
     kind: Literal["failed"] = "failed"
     reason: Reason

@@ -2,7 +2,7 @@
 
 The rule is that what is not tombstoned refers only to what is not tombstoned; with it, whatever is answered can be
 fetched with all that it refers to. Setting tombstones keeps it by looking at the referrers inside the transaction
-(`gc`), clearing them by going on to the references (`revive`).
+(`collector`), clearing them by going on to the references (`revive`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Wanted is what a root names (pins, submissions, pushes, leases: `roots`), what `
 published within the last `fresh_s` seconds, and all that those refer to. A collection
 
     expires     roots whose time is over, and, for a size budget, whole roots, the last used last; never pins or leases
-    marks       what is wanted, in one pass over the references (`survey`, `marking`)
+    marks       what is wanted, in one pass over the references (`mark_phase`, `reachability`)
     revives     what is wanted and tombstoned
     deletes     rows that were tombstoned `grace_s` ago and are not wanted
     erases      the objects of those rows that no other row names (`deletions`)

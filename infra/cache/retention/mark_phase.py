@@ -1,6 +1,6 @@
 """Looking over a whole cache for what is wanted, before anything is collected. Reads only, a page at a time.
 
-What it finds is a proposal: the pages are of different moments. Memory is some integers for each path (`marking`).
+What it finds is a proposal: the pages are of different moments. Memory is some integers for each path (`reachability`).
 """
 
 from __future__ import annotations
