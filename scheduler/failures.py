@@ -92,7 +92,7 @@ CONSEQUENCES: Mapping[FailureKind, Consequence] = MappingProxyType(
         _K.KILLED: Consequence(
             Course.RETRY, "the builder was killed from outside", tries=1, next_recipe=True, cacheable=True
         ),
-        # Some builds break the daemon that runs them; nix_formats 9.8 caps such retries at two.
+        # Some builds break the daemon that runs them; infra/nix/FORMATS.md 5.4 allows such retries twice.
         _K.CONNECTION_LOST: Consequence(
             Course.RETRY,
             "the connection to the Nix daemon broke during the build",

@@ -1,9 +1,9 @@
 """From verified derivations to steps: pure graph work, iterative throughout.
 
-Derivations with one output set are one step (nix_formats 2.4), whose key is the base name of its first output path. An
-input-addressed step has one recipe: all its members need the same steps. A fixed-output step keeps its members as
-further recipes, unless one would make a step need itself: two fetchers of one file, one of which stands on the other,
-are no cycle as derivations and would be one as steps.
+Derivations with one output set are one step (infra/nix/FORMATS.md 3.4), whose key is the base name of its first output
+path. An input-addressed step has one recipe: all its members need the same steps. A fixed-output step keeps its members
+as further recipes, unless one would make a step need itself: two fetchers of one file, one of which stands on the
+other, are no cycle as derivations and would be one as steps.
 """
 
 from __future__ import annotations

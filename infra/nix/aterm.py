@@ -1,4 +1,4 @@
-"""The text of .drv files (nix_formats 1.1): strict reading, canonical writing.
+"""The text of .drv files (infra/nix/FORMATS.md 2.1): strict reading, canonical writing.
 
 Reading takes two roads to one result. The fast road splits the whole text at its quotes: the odd pieces are the
 strings, the even ones, joined, are the punctuation, which one regular expression checks. Two-byte escapes are first

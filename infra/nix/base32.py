@@ -1,4 +1,4 @@
-"""Nix's base 32 text of hashes (nix_formats section 0).
+"""Nix's base 32 text of hashes (infra/nix/FORMATS.md 1.1).
 
 The digest is a little-endian number, cut into 5-bit digits from bit 0 (the last digit zero-extended) and printed
 from the most significant digit. The standard library does the digits: base 32 of the reversed bytes one way,

@@ -1,4 +1,4 @@
-"""Whether an uploaded source is what its store path says (nix_formats 2.1), while its archive streams by.
+"""Proof that an uploaded source is what its store path says (infra/nix/FORMATS.md 3.1), while its archive streams by.
 
 Input sources are content-addressed: added trees by the hash of their archive, texts (`builtins.toFile`) and flat
 files by the hash of their content. A `SourceDigest` takes the archive's bytes and gives all these hashes;

@@ -20,7 +20,7 @@ STRUCTURED_ATTRS_KEY: Final = b"__json"
 
 
 class DerivationKind(Enum):
-    """How the output paths of a derivation come about (nix_formats 1.2)."""
+    """How the output paths of a derivation come about (infra/nix/FORMATS.md 2.2)."""
 
     INPUT_ADDRESSED = "input-addressed"
     FIXED = "fixed"
@@ -64,7 +64,7 @@ class Derivation:
 
 @dataclass(frozen=True, slots=True)
 class DerivationOptions:
-    """Attributes of a derivation that decide where and how it is built (nix_formats 1.3).
+    """Attributes of a derivation that decide where and how it is built (infra/nix/FORMATS.md 2.3).
 
     Attributes:
         required_system_features: In the order given; a worker must have all.

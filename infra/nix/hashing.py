@@ -22,7 +22,7 @@ _PREFIX: Final = re.compile(r"(md5|sha1|sha256|sha512)([:-])")
 
 
 def compress_hash(digest: bytes, size: int = 20) -> bytes:
-    """Fold `digest` to `size` bytes: byte i is XORed into position i mod `size` (nix_formats 2.1)."""
+    """Fold `digest` to `size` bytes: byte i is XORed into position i mod `size` (infra/nix/FORMATS.md 3.1)."""
     # Little-endian, so that a short last piece is aligned with the first byte.
     folded = int.from_bytes(digest[:size], "little")
     for start in range(size, len(digest), size):

@@ -1,4 +1,4 @@
-"""Hash modulo: the hash of a derivation that ignores how its fixed inputs are fetched (nix_formats 2.3).
+"""Hash modulo: the hash of a derivation that ignores how its fixed inputs are fetched (infra/nix/FORMATS.md 3.3).
 
 As an input, a fixed-output derivation is represented by its content hash and path, any other by the sha256 of its
 text in which each input derivation is replaced by the hash that represents it. Its own output paths come from the

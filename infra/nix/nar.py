@@ -1,4 +1,4 @@
-"""NAR, the archive format of store paths (nix_formats section 3): a strict push reader and a writer of events.
+"""NAR, the archive format of store paths (infra/nix/FORMATS.md 4): a strict push reader and a writer of events.
 
 An archive is one node. The events of a node are one `NarSymlink`; or one `NarFile` followed by `NarData` of exactly
 its size in all; or one `NarDirectory`, the events of its entries in rising order of name, and one `NarDirectoryEnd`.

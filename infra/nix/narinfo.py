@@ -1,4 +1,4 @@
-"""narinfo: what a binary cache says about one store path (binary_cache 2.8, 2.9).
+"""narinfo: what a binary cache says about one store path (infra/nix/FORMATS.md 6.3).
 
 Rendering follows Nix byte for byte: its field order, `References: ` with the space even when empty, and a final
 newline. Reading is as tolerant as Nix: any order, unknown fields ignored, base16 and SRI hashes accepted and turned

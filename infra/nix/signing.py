@@ -1,4 +1,4 @@
-"""Ed25519 keys and signatures in Nix's texts (binary_cache 2.9).
+"""Ed25519 keys and signatures in Nix's texts (infra/nix/FORMATS.md 6.4).
 
 A key or signature is `name:base64`; a secret key holds seed and public key (64 bytes), a public key 32 bytes, a
 signature 64. Randomness is an argument: `generate` takes the seed.

@@ -1,4 +1,4 @@
-"""Store paths: their text, and how they are computed from what they name (nix_formats 2.1).
+"""Store paths: their text, and how they are computed from what they name (infra/nix/FORMATS.md 3.1).
 
 Every path is `S + "/" + nix32(fold20(sha256(type ":sha256:" inner ":" S ":" name))) + "-" + name`, where S is the
 store directory. S is always an argument, held by `StoreDir`: nothing here assumes /nix/store. Hash arguments are

@@ -81,8 +81,8 @@ _RAN: tuple[Reason, ...] = ("permanent", "output_rejected", "hash_mismatch", "no
 _MAYBE_THE_DISK: tuple[Reason, ...] = ("permanent", "output_rejected", "transient", _INFRASTRUCTURE)
 #: Reasons after which the machine itself is put to the test.
 DOUBTFUL: tuple[Reason | None, ...] = (_INFRASTRUCTURE, "daemon_lost", "connection_lost", "disk_low", "input_missing")
-#: The one table from the daemon's build status (nix_formats 4.1) to the verdict. What it means to build again is the
-#: scheduler's affair.
+#: The one table from the daemon's build status (infra/nix/FORMATS.md 5.1) to the verdict. The scheduler decides what
+#: is built again.
 STATUS_POLICY: Mapping[int, Verdict] = MappingProxyType(
     {
         0: Verdict(None),

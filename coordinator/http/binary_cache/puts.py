@@ -1,4 +1,4 @@
-"""Uploads by `nix copy --to http://HOST/cache[/NAME]` (design page "binary cache", 2.2), for holders of a writer token.
+"""Uploads by `nix copy --to http://HOST/cache[/NAME]` (infra/nix/FORMATS.md 6.1), for holders of a writer token.
 
     PUT PREFIX/nar/<file hash>.nar[.zst …]     hashed while it comes; stored if it has the hash in its name
     PUT PREFIX/<hash>.narinfo                  a claim: the object is read back whole, verified, signed by us, shown

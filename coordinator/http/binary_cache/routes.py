@@ -11,7 +11,7 @@
 
 A private cache answers 401 to whoever has no token (`coordinator.http.binary_cache.access`). HEAD is answered wherever
 GET is, and the same. What is unknown, malformed, lost or cannot be looked up just now is 404 with `no-store`: a client
-then asks its next cache or builds, while any 5xx would fail its build (design page "binary cache", 2.4). For the same
+then asks its next cache or builds, while any 5xx would fail its build (infra/nix/FORMATS.md 6.2). For the same
 reason no 200 leaves before its first bytes are at hand. Workers, who have no other cache, tell what fails just now from
 what is lost by its `Retry-After` (`infra.objects.http_source`).
 """

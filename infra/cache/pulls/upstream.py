@@ -41,7 +41,7 @@ FOUND_S: Final = 3600.0
 NOT_FOUND_S: Final = 30.0
 #: How long an upstream that failed is not asked.
 REST_S: Final = 30.0
-#: Answers that mean "not here" (binary_cache 2.4).
+#: Answers that mean "not here" (infra/nix/FORMATS.md 6.2).
 _ABSENT: Final = frozenset({403, 404, 410})
 
 

@@ -193,7 +193,7 @@ async def test_an_old_daemon_that_refuses_the_probe_does_not_trust(socket_dir: P
 
 
 async def test_a_missing_path_that_is_reported_as_an_error_is_missing(socket_dir: Path) -> None:
-    # Nix 2.32.0-2.32.5 and 2.33.0-2.33.2 (nix_formats 5.7, operation 26).
+    # Nix 2.32.0-2.32.5 and 2.33.0-2.33.2 (infra/nix/FORMATS.md 5.3).
     async def script(peer: Peer) -> None:
         await peer.shake_hands(38)
         for valid in (0, 1):

@@ -56,7 +56,7 @@ async def test_a_build_succeeds_and_its_output_can_be_read(store: Store) -> None
 
 
 async def test_the_derivation_of_a_drv_file_is_built_without_its_graph(store: Store) -> None:
-    # The vector of nix_formats 2.2: the paths are what Nix itself computes for this derivation.
+    # The vector of infra/nix/FORMATS.md 3.2: the paths are what Nix itself computes for this derivation.
     drv = aterm.parse(
         b'Derive([("out","/nix/store/2jmiqxxd2z4ypk8am71rc6kffqzgma57-t","","")],[],[],"x86_64-linux","/bin/sh",'
         b'["-c","echo hi > $out"],[("builder","/bin/sh"),("name","t"),'

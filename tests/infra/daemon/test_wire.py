@@ -73,7 +73,7 @@ def encode_fields(out: Encoder, values: tuple[int | bytes, ...]) -> None:
 
 
 def encode_message(message: Message) -> bytes:
-    """Write a message as the daemon does (nix_formats 5.4)."""
+    """Write a message as the daemon does (infra/nix/FORMATS.md 5.2)."""
     out = Encoder()
     match message:
         case Last():
