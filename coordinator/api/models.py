@@ -154,12 +154,12 @@ class IntakeMissing(Model):
 
 
 class Counts(Model):
-    """Steps of one submission by what became of them; `held + built + joined_done + … = total`."""
+    """Steps of one submission by state. `held` and the states `done` to `abandoned` sum up to `total`."""
 
     total: int = 0
     #: Already in the cache when the submission arrived.
     held: int = 0
-    #: Unfinished then, but already wanted by another submission.
+    #: Unfinished then, but already wanted by another submission; counted by their state too.
     joined: int = 0
     #: Published since.
     done: int = 0
