@@ -8,30 +8,73 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
+from tests.support.farm import FARMS
 
 pytest_plugins = ["tests.support.servers"]
 
 TESTS = Path(__file__).parent
 #: Folders by the time that their tests take, the longest first, so that lanes end together.
 LONGEST_FIRST = ("e2e/faults", "hostile", "e2e", "workers", "coordinator", "infra", "scheduler", "architecture")
-#: Farms that modules share, each with the name of the group that the modules make.
-SHARED_FARMS = {"readme_farm": "hostile", "weak_farm": "hostile", "farm@e2e": "e2e"}
+#: Farms that many modules share; in `tests/hostile` these modules are one group.
+SHARED_FARMS = frozenset({"readme_farm", "weak_farm"})
+SHARING = frozenset(
+    f"tests/hostile/test_{name}.py"
+    for name in (
+        *("answers", "fair_share", "front_door", "inputs", "isolation", "logs", "readme_farm", "terminal"),
+        "what_users_met",
+    )
+)
 #: Frames in which pytest removes what earlier runs left: one for each directory of a tree, and tests make deep ones.
 REMOVAL_DEPTH = 20_000
 
 
+def group(nodeid: str) -> str:
+    """Return the name of the group of one test. A group shares its fixtures and is run by one process, in one go.
+
+    In `e2e/faults` each test hurts a farm of its own, so each is a group; `e2e` shares a farm; else a module is one.
+    """
+    module = nodeid.partition("::")[0]
+    folder = module.rpartition("/")[0]
+    if folder == "tests/e2e/faults":
+        return nodeid
+    return "tests/hostile" if module in SHARING else folder if folder == "tests/e2e" else module
+
+
+class ByGroup(LoadScopeScheduling):
+    """Hands whole groups to the lanes of pytest-xdist, in the order in which they were collected."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByGroup:
+    """`--dist` of every kind goes by groups here."""
+    return ByGroup(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the tests, and give pytest-xdist (`--dist loadgroup`) those as one group that share fixtures.
-
-    A group is run by one process. In `e2e/faults` each test hurts a farm of its own, so each is a group.
-    """
-    items.sort(key=_turn)
-    shared = {item.path: SHARED_FARMS[name] for item in items for name in _fixtures(item) if name in SHARED_FARMS}
+    """Order the tests by folder, and groups within them whole."""
+    places: dict[str, int] = {}
     for item in items:
-        alone = _folder(item).startswith("e2e/faults/")
-        group = item.nodeid if alone else shared.get(item.path, str(item.path.relative_to(TESTS)))
-        item.add_marker(pytest.mark.xdist_group(group))
+        places.setdefault(group(item.nodeid), len(places))
+        assert item.nodeid.partition("::")[0] in SHARING or SHARED_FARMS.isdisjoint(
+            getattr(item, "fixturenames", ())
+        ), f"{item.nodeid} uses a farm that modules share: name its module in SHARING"
+    items.sort(key=lambda item: (_turn(item), places[group(item.nodeid)]))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Stop the farms of a session after the last group that uses them, because an idle farm takes a tenth of a core."""
+    if nextitem is None or group(nextitem.nodeid) != group(item.nodeid):
+        for farm in item.config.stash.get(FARMS, []):
+            farm.stop()
+        item.config.stash[FARMS] = []
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -47,16 +90,6 @@ def _thawed() -> Iterator[None]:
     gc.unfreeze()
 
 
-def _folder(item: pytest.Item) -> str:
-    return f"{item.path.parent.relative_to(TESTS)}/"
-
-
 def _turn(item: pytest.Item) -> int:
-    folder = _folder(item)
+    folder = f"{item.path.parent.relative_to(TESTS)}/"
     return next(turn for turn, name in enumerate(LONGEST_FIRST) if folder.startswith(f"{name}/"))
-
-
-def _fixtures(item: pytest.Item) -> list[str]:
-    names: list[str] = getattr(item, "fixturenames", [])
-    in_e2e = _folder(item).startswith("e2e/")
-    return [f"{name}@e2e" if name == "farm" and in_e2e else name for name in names]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.farm import Farm, WorkerSpec
+from tests.support.farm import FARMS, Farm, WorkerSpec
 
 BUSYBOX = {"sandbox-paths": "/bin/sh=/bin/busybox"}
 
 
 @pytest.fixture(scope="session")
-def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+def farm(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Farm]:
     farm = Farm(
         tmp_path_factory.mktemp("farm"),
         [
@@ -24,6 +24,7 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
     )
     try:
         farm.start().wait_for_workers(3)
+        pytestconfig.stash.setdefault(FARMS, []).append(farm)
         yield farm
     finally:
         farm.stop()

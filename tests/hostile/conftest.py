@@ -29,7 +29,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.attack import FarmUnderAttack, running, running_farm
-from tests.support.farm import Farm, WorkerSpec
+from tests.support.farm import FARMS, Farm, WorkerSpec
 from tests.support.ordinary import OrdinaryUser
 
 #: Builders are root, as on a machine without build users before drover had its own.
@@ -37,8 +37,9 @@ WEAK = {"build-users-group": ""}
 
 
 @pytest.fixture(scope="session")
-def readme_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarmUnderAttack]:
+def readme_farm(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[FarmUnderAttack]:
     with running_farm(tmp_path_factory.mktemp("readme")) as farm:
+        pytestconfig.stash.setdefault(FARMS, []).append(farm)
         yield farm
 
 
@@ -56,7 +57,8 @@ def users_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarmUnderAt
 
 
 @pytest.fixture(scope="session")
-def weak_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+def weak_farm(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Farm]:
     workers = [WorkerSpec("allowed", slots=1, nix_options=WEAK), WorkerSpec("refused", slots=1, nix_options=WEAK)]
     with running(Farm(tmp_path_factory.mktemp("weak"), workers, settings='weak_isolation = ["allowed"]')) as farm:
+        pytestconfig.stash.setdefault(FARMS, []).append(farm)
         yield farm

@@ -20,10 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import pytest
+
 from tests.support.ordinary import OrdinaryUser
 from tests.support.ports import free_port
 
 BIN = Path(sys.executable).parent
+#: Farms of the session that run; see `tests.conftest.pytest_runtest_teardown`.
+FARMS = pytest.StashKey[list["Farm"]]()
 READY_WITHIN_S = 120.0
 STOP_WITHIN_S = 45.0
 
