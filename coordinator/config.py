@@ -1,4 +1,4 @@
-"""What an operator may set: a TOML file (`drover up --config FILE`), the environment (`DROVER_…`), arguments.
+"""Settings of a coordinator: a TOML file (`drover up --config FILE`), the environment (`DROVER_…`), arguments.
 
 Arguments win over the environment, the environment over the file, the file over the defaults. Unknown names are
 errors: a setting that is silently ignored is worse than none.

@@ -1,4 +1,4 @@
-"""The right to use a state directory, held by one process at a time and given back by its death."""
+"""Exclusive `flock` on STATE_DIR/lock; the kernel releases it when the process exits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which processes live, which belong together, and how to end them.
+"""Process trees: the processes that live, those that belong together, and ending them.
 
 A process is named by its number and its start time, since numbers are used again.
 """

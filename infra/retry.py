@@ -1,4 +1,4 @@
-"""Trying again for a bounded time: what is away may come back by itself."""
+"""Retries with exponential backoff, bounded by total time."""
 
 from __future__ import annotations
 

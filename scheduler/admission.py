@@ -1,4 +1,4 @@
-"""Which graphs the core takes: closed over their needs, and free of circles. Asked before any fact is said of one.
+"""Admission of graphs: closed over their needs and free of circles. Checked before any fact of one.
 
 All of it pauses, since the graph of a mass rebuild has some hundred thousand steps.
 """

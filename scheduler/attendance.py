@@ -1,4 +1,4 @@
-"""Which builders are there, what they hold, and which get no leases for a while. Says facts, changes nothing.
+"""Rules for builders: joining, heartbeats, loss, quarantine. Yields facts, changes nothing.
 
 Quarantine: a builder that is to blame for the ends of several steps' leases, or that calls itself unfit, gets nothing
 new for a growing while. It comes back by itself, on probation: one lease at a time until one is built, and

@@ -1,4 +1,4 @@
-"""What the shell must now do, in the imperative. Every effect ends in exactly one event and may be run twice."""
+"""Effects: commands to the shell, in the imperative. Every effect ends in exactly one event and may be run twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened outside: the closed set of inputs of the core, in the past tense.
+"""Events: the closed set of inputs of the core, in the past tense.
 
 Every event may be lost, doubled, late or out of order except `SubmissionReceived`, `SubmissionCancelled` and
 `RetryAsked`, which a client has been promised. A stale event is ignored; an impossible one is a bug and asserted.

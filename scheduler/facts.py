@@ -1,4 +1,4 @@
-"""What the core decided: the closed set of facts, in the past tense. The journal holds exactly the durable ones.
+"""Facts: the closed set of decisions of the core, in the past tense. The journal holds exactly the durable ones.
 
 Policy may change between releases, a fact may not: `evolve` gives the same state for the same facts for ever. Facts
 about builders are not durable: after a restart builders join anew and say which leases they still hold.

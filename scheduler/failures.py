@@ -1,4 +1,4 @@
-"""What follows from a failure: one table, a row for each kind. Nothing else in the core decides by kind.
+"""Consequences of failures: one table, a row for each kind. Nothing else in the core decides by kind.
 
 Only what may be the farm's fault is tried again, another builder first, with back-off, and never without bound: each
 recipe in a life of a step has the common budget `policy.Limits.attempts`, and some kinds a smaller one of their own.

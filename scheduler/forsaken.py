@@ -1,4 +1,4 @@
-"""How long a ready step waits for a builder that could take it: beyond its limit it fails.
+"""Time limit of ready steps that no builder could take: beyond it they fail.
 
 The limit of a step is that of the most patient submission that stands on it; `Limits.give_up_s` is that of a
 submission which names none. The time of a step runs while it stands in a queue without builders. It starts anew when

@@ -1,4 +1,4 @@
-"""What must hold between two calls of `handle`, recomputed from first principles; and the durable part of a state.
+"""Invariants between two calls of `handle`, recomputed from first principles; and the durable part of a state.
 
 For tests and simulations: one check costs the size of the state. The indexes are compared with what they index, never
 with each other. What no state can show (a lease granted twice) is for oracles over the journal.

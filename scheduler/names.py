@@ -1,4 +1,4 @@
-"""Who names each step: recipes of known steps as a need, submissions as a root. What nobody names may be forgotten.
+"""Reference counts of steps: recipes refer to a need, submissions to a root. A step without any may be forgotten.
 
 An index of the state and nothing more: it can be made anew from steps and submissions. Since a submission names its
 roots until it is forgotten, and every step its needs, all that a submission stands on is known as long as it is itself.

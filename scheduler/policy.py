@@ -1,4 +1,4 @@
-"""What may change between releases without rewriting history: order, placement, back-off, budgets.
+"""Policy, which may change between releases without rewriting history: order, placement, back-off, budgets.
 
 A policy is asked by `decide` (and for ranks by the indexes of the state); what follows from it is a fact. It sees
 steps and builders read-only, holds no clock and no chance: the same question has the same answer.

@@ -1,4 +1,4 @@
-"""Which ready steps wait where: queues by what they require, a heap of back-offs, and the builders of each queue.
+"""Queues of ready steps by what they require, a heap of back-offs, and the builders of each queue.
 
 A queue has one lane for each submission that waits in it, and submissions take turns at each builder: one that begins
 to wait goes behind those that wait, and one that was served to the end; between equals the rank decides. So a

@@ -1,4 +1,4 @@
-"""Which submissions wait, each under a number of its own: its stake in the steps that it wants.
+"""Shares of submissions that wait, each under a number of its own: its stake in the steps that it wants.
 
 An index of the state and nothing more. A stake begins with the first root that a submission waits for and ends with
 the last; one that runs again gets a new one, so that what an old stake has left on steps counts for nobody. Written by

@@ -1,4 +1,4 @@
-"""What becomes of steps: failures, retries, falling back, doom, revival, abandonment. Says facts, changes nothing.
+"""Rules for steps: failures, retries, falling back, doom, revival, abandonment. Yields facts, changes nothing.
 
 Every function here is a generator that reads a state which already holds what it said before.
 

@@ -1,4 +1,4 @@
-"""What `drover cache …` does and prints: one question, one answer."""
+"""Commands of `drover cache …`: one question to the coordinator, one answer printed."""
 
 from __future__ import annotations
 

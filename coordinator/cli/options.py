@@ -1,4 +1,4 @@
-"""What commands share: where the coordinator is, and asking it one thing.
+"""Options that commands share, and one call of the API against the coordinator that they name.
 
 Nothing slow is imported here before a command runs.
 """

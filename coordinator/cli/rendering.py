@@ -1,4 +1,4 @@
-"""What a person sees of a submission: a live region on a terminal, plain lines elsewhere.
+"""Rendering of a submission for people: a live region on a terminal, plain lines elsewhere.
 
 `Progress` folds watch events and says what is new; everything below it is a pure function from it to text. Build logs,
 names and messages are somebody else's bytes: whatever of them is shown has passed `sanitise`.

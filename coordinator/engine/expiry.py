@@ -1,4 +1,4 @@
-"""Forgetting what has long ended, so that a farm's memory is bounded by what it does and not by what it ever did.
+"""Expiry of submissions that ended long ago, and of the steps that no other submission refers to.
 
 A submission is forgotten a while after it ended: it is no longer listed, and its steps leave core, read model and
 journal unless something else names them (`scheduler.names`). Beyond a number of steps the oldest go earlier. Never

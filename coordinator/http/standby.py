@@ -1,4 +1,4 @@
-"""What a coordinator answers while another one works on the same database: that it stands by, with status 503."""
+"""Answers of a coordinator that stands by while another one works on the same database: status 503 everywhere."""
 
 from __future__ import annotations
 

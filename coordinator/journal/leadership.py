@@ -1,4 +1,4 @@
-"""Which coordinator works on a database: one at a time, the others stand by.
+"""Election of the one coordinator that works on a database; the others stand by.
 
 With PostgreSQL that is a session-level advisory lock, which the server gives back when the session ends, however it
 does. Three ways of ending are seen to: a process that dies (at once), a machine or network that dies (the server's

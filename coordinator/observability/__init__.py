@@ -1,1 +1,1 @@
-"""What a farm shows to those who watch it: metrics, made from counters and views."""
+"""Observability of a farm: metrics, made from counters and views."""

@@ -1,4 +1,4 @@
-"""What a farm shows at `/metrics`: which numbers, under which names, from which room.
+"""Metrics of a farm at `/metrics`: each number with its name and the room that it comes from.
 
 Counting happens where things happen, as plain integers (`infra.cache.counters`) or in the rows of the views; here they
 only get names. Names begin with `drover_`; units are last, as Prometheus wants them. Labels are bounded: names of

@@ -1,4 +1,4 @@
-"""What people want to know of each step, kept small: a farm knows hundreds of thousands.
+"""Details of each step that people want to read, stored compactly: a farm knows hundreds of thousands of steps.
 
 Paths in a store say the same things again and again: an output is `STORE/HASH-NAME` or `STORE/HASH-NAME-OUTPUT`, a
 .drv `STORE/HASH-NAME.drv`, and a step's key is one of its outputs. So what is kept of a step is its class (system,

@@ -1,4 +1,4 @@
-"""What coordinators that work on one database in turn must have in common, and the farm's secrets with it.
+"""Secrets of the farm, and the marks by which coordinators that share a database compare theirs.
 
     api-token        opens the API
     upload-secret    makes and checks the tokens of leases (`upload_tokens`)

@@ -1,4 +1,4 @@
-"""Which workers may build although they keep builds from their machine less than they could: those allowed by name.
+"""Permission for weakly isolated workers: those that the operator allows by name may build.
 
 The decision is the coordinator's, because it publishes what they build; workers only measure (`workers.wire.grades`). A
 worker that says nothing of its isolation counts as the weakest.

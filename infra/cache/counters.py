@@ -1,4 +1,4 @@
-"""What one cache counts while it runs: plain numbers, so that counting costs nothing on the paths that must be quick.
+"""Counters of one cache: plain numbers, so that counting costs nothing on the paths that must be quick.
 
 Incremented on the event loop's thread only. Telemetry reads them when it is asked; nothing here knows how.
 """

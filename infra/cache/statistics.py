@@ -1,4 +1,4 @@
-"""What a cache holds, in sums: for people and for `/metrics`. Queries only, no object is looked at."""
+"""Sums of a cache's content, for people and for `/metrics`. Queries only, no object is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can go wrong between this process and a Nix daemon.
+"""Errors between this process and a Nix daemon.
 
 Only `DaemonOperationError` and `DaemonSourceError` leave a connection usable. After any other error, and after a
 cancelled call, every further call raises `DaemonGone` with the first reason.

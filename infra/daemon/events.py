@@ -1,4 +1,4 @@
-"""What a running build says, picked out of everything a daemon says.
+"""Events of a running build, picked out of all messages of a daemon.
 
 A connection reports all activities of the daemon process that serves it; only those of the build that was asked for
 count. Builders can inject free text and activities of their own, so none of this may decide anything: the verdict is

@@ -1,4 +1,4 @@
-"""Whether derivations are what they claim: their own paths, their output paths, their inputs.
+"""Verification of derivations: their own paths, their output paths, their inputs.
 
 A `Verifier` takes the derivations of one graph, inputs first, as (path, bytes), and recomputes everything that a
 path promises. What it needs to know of a derivation to verify those above it is a `KnownDerivation`, small enough to

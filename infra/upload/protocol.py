@@ -1,4 +1,4 @@
-"""What is said while paths are uploaded over HTTP: both sides' words and bounds.
+"""Upload protocol over HTTP: messages and bounds of both sides.
 
     POST   PREFIX/uploads                  Begin -> Begun: all paths of a push or a job at once
     POST   PREFIX/uploads/ID/urls          UrlsWanted -> Urls: presigned PUTs of small objects

@@ -1,4 +1,4 @@
-"""Whether a worker is fit for work: there is room on its disks, and trial builds go the way of the real ones.
+"""Health of a worker: room on its disks, and trial builds that go the way of the real ones.
 
 A worker that is not fit says why in every answer (`unfit` on the wire) and the farm gives it nothing new; what runs
 goes on. It is fit again by itself: a disk once there is room, a trial once it succeeds. Trials run while no lease is

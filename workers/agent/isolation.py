@@ -1,4 +1,4 @@
-"""What stands between a worker's builds and its machine, chosen once at the worker's start.
+"""Isolation of a worker's builds from its machine, chosen once at the worker's start.
 
 | worker | builders are | by |
 | --- | --- | --- |

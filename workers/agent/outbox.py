@@ -1,4 +1,4 @@
-"""What the coordinator must hear, kept until it says that it has.
+"""Outbox of the agent: numbers events to the coordinator and keeps each until it is acknowledged.
 
 Every event gets the next sequence number; `take` gives what lies after the last acknowledged one, again and again, so a
 lost answer loses nothing. Log lines are put together in chunks of at most `CHUNK_BYTES`, at the latest after

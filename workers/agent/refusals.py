@@ -1,4 +1,4 @@
-"""What Nix says when it refuses a build, and what that is: a table for what is known, a signature for what is not.
+"""Refusals of Nix: a table of known messages, and a signature for each unknown one.
 
 Nix ends many builds with one status or with an error instead of a result, whether the recipe or the machine is at
 fault; only its words tell. `recognise` finds the words that can only be about the recipe. For all else `signature` says

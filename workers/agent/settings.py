@@ -1,4 +1,4 @@
-"""What one worker is told at its start, and the one place that composes the `nix-daemon` command.
+"""Settings of one worker, and the one place that composes the `nix-daemon` command.
 
 The settings are a JSON file named by `DROVER_WORKER_SETTINGS`; nothing of them is secret. Nix options come in three
 layers: what this module finds right for the machine, then the operator's `nix_options` (they win), then what the farm

@@ -1,4 +1,4 @@
-"""How the program that started a worker asks its agent to stop in order: two files in the agent's state directory.
+"""Requests to an agent to stop in order: two files in its state directory, written by the program that started it.
 
     stop-request    written by the starter: Unix time after which running builds are handed back
     stopped         written by the agent once it holds no lease and everything it told is acknowledged

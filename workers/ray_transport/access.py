@@ -1,4 +1,4 @@
-"""What every process of the farm's Ray cluster is told: the token by its path, and how long to wait for whom.
+"""Environment of every process of the farm's Ray cluster: the token by its path, and how long to wait for peers.
 
 * No process uses Ray without token authentication. The token travels as the *path* of a file that only its owner can
   read, never as a value in an environment, an argument or a log.

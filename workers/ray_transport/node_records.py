@@ -1,4 +1,4 @@
-"""Who owns a running Ray node, written down, so that another process can take the node over or clear it away.
+"""Records of the owner of each running Ray node, so that another process can take the node over or clear it away.
 
 A node's private directory holds `node.json`: the node's leader (`ray start --block`), its owner (the program that
 started it or took it over), how long it may go on without an owner, and a fingerprint of how it was started. A *record*

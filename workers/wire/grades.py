@@ -1,4 +1,4 @@
-"""How well a worker keeps builds from its machine: what a canary build reported, and the class that follows.
+"""Classes of isolation: the report of a canary build, and the class that follows from it.
 
 | class | means |
 | --- | --- |

@@ -1,4 +1,4 @@
-"""What is published, as answers need it: rows, whether their objects are there, and a small memory of hot ones.
+"""Catalog of published paths: rows, whether their objects are there, and a small memory of hot ones.
 
 A path can be fetched if it has a row, no tombstone, and an object. Where objects are files, a file that is gone or has
 another size makes the path absent everywhere. (Of remote stores the database is believed: asking them for each narinfo

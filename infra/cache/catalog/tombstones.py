@@ -1,4 +1,4 @@
-"""Tombstones: paths that nothing keeps, absent to everybody, before they are deleted.
+"""Tombstones: marks of paths that no root reaches. Readers treat these as absent; the collector deletes them later.
 
 The rule is that what is not tombstoned refers only to what is not tombstoned; with it, whatever is answered can be
 fetched with all that it refers to. Setting tombstones keeps it by looking at the referrers inside the transaction

@@ -1,4 +1,4 @@
-"""What is offered for publishing, what becomes of it, and the part of deciding that needs no I/O."""
+"""Claims: offers to publish a path, their outcomes, and the part of the decision that needs no I/O."""
 
 from __future__ import annotations
 

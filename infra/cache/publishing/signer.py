@@ -1,4 +1,4 @@
-"""Who signs for a cache: bytes in, signatures out.
+"""Signer of a cache: bytes in, signatures out.
 
 The only place of a running coordinator that touches secret keys. Everything else sees fingerprints and signatures, so
 the keys can move into a process of their own behind these three names.

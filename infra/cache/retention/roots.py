@@ -1,4 +1,4 @@
-"""What keeps paths: pins, submissions, pushes and leases, and asking which of them keeps a path.
+"""Roots, which keep paths from collection: pins, submissions, pushes and leases; and which of them keeps a path.
 
 A root names paths by hash part, published or not, and keeps all that they refer to. A lease is a root with a short
 life that its holder renews; it is taken before anything is looked up, so that what was answered stays.

@@ -1,4 +1,4 @@
-"""Why an upload cannot go on."""
+"""Errors that end an upload."""
 
 from __future__ import annotations
 

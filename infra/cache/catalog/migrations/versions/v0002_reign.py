@@ -1,4 +1,4 @@
-"""Who may write: the coordinator with the highest epoch."""
+"""Fencing: only the coordinator with the highest epoch may write."""
 
 from __future__ import annotations
 
