@@ -117,7 +117,7 @@ class Compactor:
 
 
 def main() -> None:
-    """Be the child."""
+    """Run the process that makes one snapshot."""
     os.nice(_NICE)
     # Objects are made that all stay: the collector would walk them again and again.
     gc.disable()

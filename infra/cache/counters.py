@@ -13,7 +13,7 @@ from infra.cache.retention.collector import CollectReport
 
 
 def _untold(_seconds: float) -> None:
-    """Tell nobody."""
+    """Drop a latency: no telemetry is attached."""
 
 
 @dataclass(slots=True)

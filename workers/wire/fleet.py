@@ -1,9 +1,9 @@
 """The port through which the coordinator reaches its workers, whatever carries the messages.
 
-A fleet finds agents, greets them, polls each with one outstanding call and hands what comes to its sink **in order per
-worker**. Returning from the sink means "safe": only then is the batch acknowledged and forgotten by the agent. A sink
-that knows another incarnation of the worker (a greeting came late, after that of the next one) raises `NotKnownError`,
-and whoever speaks is greeted again: what is true is said until it is heard.
+A fleet finds agents, greets them, polls each with one outstanding call and passes events to its sink **in order per
+worker**. Events repeat until the sink returns: only then does the adapter acknowledge the batch, so the agent drops it.
+A sink raises `NotKnownError` for a `WorkerSpoke` of an incarnation that is not the one it knows (a greeting came late,
+after that of the next incarnation); the adapter then sends `hello` again.
 """
 
 from __future__ import annotations

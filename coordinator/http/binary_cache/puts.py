@@ -51,7 +51,7 @@ from infra.objects.store import INCOMING, ObjectStore
 
 _log = logging.getLogger(__name__)
 
-#: The kind of the roots that uploads by Nix are: one a path, since nobody says which belong together.
+#: Root kind of uploads by `nix copy`. One root a path: the protocol has no notion of a closure.
 PUT: Final = "put"
 #: Bodies that are taken at one time; further ones wait before `100 Continue`.
 MAX_UPLOADS: Final = 32
