@@ -35,8 +35,6 @@ class Consequence:
     """One row of the table."""
 
     course: Course
-    #: For people: what happened, as the beginning of a sentence.
-    says: str
     #: Retries of this very kind in one life of a step; None where the common budget alone bounds them.
     tries: int | None = None
     #: What the failure is called once its tries are spent; None where its own name says it well enough.
@@ -57,55 +55,52 @@ class Consequence:
 _K = FailureKind
 
 
-def _verdict(says: str, *, next_recipe: bool = True, cacheable: bool = True) -> Consequence:
-    return Consequence(Course.END, says, next_recipe=next_recipe, cacheable=cacheable)
+def _verdict(*, next_recipe: bool = True, cacheable: bool = True) -> Consequence:
+    return Consequence(Course.END, next_recipe=next_recipe, cacheable=cacheable)
 
 
-def _fault(says: str) -> Consequence:
-    return Consequence(Course.RETRY, says, blames_builder=True)
+def _fault() -> Consequence:
+    return Consequence(Course.RETRY, blames_builder=True)
 
 
 CONSEQUENCES: Mapping[FailureKind, Consequence] = MappingProxyType(
     {
-        _K.PERMANENT: _verdict("the builder failed"),
-        _K.OUTPUT_REJECTED: _verdict("an output was not accepted"),
-        _K.HASH_MISMATCH: _verdict("an output has another hash than it must have"),
+        _K.PERMANENT: _verdict(),
+        _K.OUTPUT_REJECTED: _verdict(),
+        _K.HASH_MISMATCH: _verdict(),
         # A limit belongs to the submission that set it: another one's may be wider.
-        _K.TIMEOUT: _verdict("the build took longer than its limit", cacheable=False),
-        _K.SILENCE: _verdict("the build printed nothing for longer than its limit", cacheable=False),
-        _K.LOG_LIMIT: _verdict("the build printed more than its limit", cacheable=False),
-        _K.OUTPUT_SIZE: _verdict("an output is larger than its limit", cacheable=False),
-        _K.NOT_DETERMINISTIC: _verdict("the build is not deterministic"),
+        _K.TIMEOUT: _verdict(cacheable=False),
+        _K.SILENCE: _verdict(cacheable=False),
+        _K.LOG_LIMIT: _verdict(cacheable=False),
+        _K.OUTPUT_SIZE: _verdict(cacheable=False),
+        _K.NOT_DETERMINISTIC: _verdict(),
         # The cause is cached, not what it doomed.
-        _K.DEPENDENCY: _verdict("a step below failed", cacheable=False),
+        _K.DEPENDENCY: _verdict(cacheable=False),
         # A worker may join any time; another recipe may ask for one that is there.
-        _K.NO_WORKER: _verdict("no worker that could build it was there", cacheable=False),
+        _K.NO_WORKER: _verdict(cacheable=False),
         # A fetch from a server that does not answer: the builder's machine is not to blame, another source may help.
-        _K.TRANSIENT: Consequence(Course.RETRY, "the builder failed in a way that may pass", next_recipe=True),
-        _K.INFRASTRUCTURE: _fault("the farm failed"),
-        _K.DAEMON_LOST: _fault("the Nix daemon is gone or refuses"),
-        _K.INPUT_MISSING: _fault("an input could not be fetched"),
-        _K.DISK_LOW: _fault("the worker's disk is full"),
-        _K.UPLOAD_FAILED: _fault("an output could not be uploaded"),
-        _K.WORKER_LOST: _fault("the worker is gone"),
+        _K.TRANSIENT: Consequence(Course.RETRY, next_recipe=True),
+        _K.INFRASTRUCTURE: _fault(),
+        _K.DAEMON_LOST: _fault(),
+        _K.INPUT_MISSING: _fault(),
+        _K.DISK_LOW: _fault(),
+        _K.UPLOAD_FAILED: _fault(),
+        _K.WORKER_LOST: _fault(),
         # Most often for lack of memory, which a larger machine may have; the second time the build is to blame.
-        _K.KILLED: Consequence(
-            Course.RETRY, "the builder was killed from outside", tries=1, next_recipe=True, cacheable=True
-        ),
+        _K.KILLED: Consequence(Course.RETRY, tries=1, next_recipe=True, cacheable=True),
         # Some builds break the daemon that runs them; infra/nix/FORMATS.md 5.4 allows such retries twice.
         _K.CONNECTION_LOST: Consequence(
             Course.RETRY,
-            "the connection to the Nix daemon broke during the build",
             tries=2,
             then=_K.SUSPECT,
             blames_builder=True,
             doubtful=True,
         ),
-        _K.SUSPECT: _verdict("the build seems to break the daemon that runs it", cacheable=False),
-        _K.RETURNED: Consequence(Course.HAND_BACK, "handed back without having been started"),
+        _K.SUSPECT: _verdict(cacheable=False),
+        _K.RETURNED: Consequence(Course.HAND_BACK),
         # Mending takes a while, and what is built again needs the worker too.
-        _K.INPUT_LOST: Consequence(Course.HAND_BACK, "the cache has lost an input", waits=True),
-        _K.CANCELLED: Consequence(Course.HAND_BACK, "stopped on request"),
+        _K.INPUT_LOST: Consequence(Course.HAND_BACK, waits=True),
+        _K.CANCELLED: Consequence(Course.HAND_BACK),
     }
 )
 

@@ -16,12 +16,20 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from heapq import heapify, heappop, heappush
 from math import inf
+from typing import assert_never
 
 from scheduler import facts as f
 from scheduler.model import NO_INSTANT, Failure, FailureKind, Instant, SubmissionId
 from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.policy import Limits
-from scheduler.reasons import unserved
+from scheduler.reasons import (
+    NoBuilderJoined,
+    NoBuilderOffersFeatures,
+    NoBuilderOffersSystem,
+    OnlyReservedBuilders,
+    Unserved,
+    unserved,
+)
 from scheduler.records import Step
 from scheduler.state import FarmState
 from scheduler.verdicts import Verdicts
@@ -213,11 +221,27 @@ class Forsaken:
         wanted = step.recipe.requirements
         asks = f" with {', '.join(wanted.features)}" if wanted.features else ""
         reason = unserved(self._state, wanted)
+        because = f" ({describe_unserved(reason)})" if reason is not None else ""
         message = (
-            f"no worker could take it for {_duration(now - since)} ({reason}): start a worker for"
+            f"no worker could take it for {_duration(now - since)}{because}: start a worker for"
             f" {wanted.system}{asks}, then submit it again"
         )
-        return Failure(FailureKind.NO_WORKER, message.replace("builder", "worker"))
+        return Failure(FailureKind.NO_WORKER, message)
+
+
+def describe_unserved(reason: Unserved) -> str:
+    """Return the clause that a failure's message keeps of why no builder could take a step; people call it a worker."""
+    match reason:
+        case NoBuilderJoined():
+            return "no worker has joined"
+        case NoBuilderOffersSystem():
+            return f"no worker offers the system {reason.system}"
+        case NoBuilderOffersFeatures():
+            return f"no worker of {reason.system} offers the feature {', '.join(reason.missing)}"
+        case OnlyReservedBuilders():
+            return f"needs a worker without mandatory features; {', '.join(reason.builders)} demand some"
+        case _:
+            assert_never(reason)
 
 
 def _told(limit_s: float) -> float:

@@ -1,4 +1,4 @@
-"""Why a step does not run, as a value. Texts are made by whoever shows them (`str` gives a plain sentence)."""
+"""Reasons why a step does not run, as values. `coordinator.readmodel.explain` makes the sentences."""
 
 from __future__ import annotations
 
@@ -34,17 +34,10 @@ class WaitsForSteps:
     count: int
     some: tuple[StepKey, ...]
 
-    def __str__(self) -> str:
-        more = f" and {self.count - len(self.some)} more" if self.count > len(self.some) else ""
-        return f"waits for {', '.join(self.some)}{more}"
-
 
 @dataclass(frozen=True, slots=True)
 class NotWanted:
     """No submission stands on it: a need of a recipe that is not in use."""
-
-    def __str__(self) -> str:
-        return "no submission stands on it now"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +46,6 @@ class NoBuilderJoined:
 
     until: Instant = NO_INSTANT
 
-    def __str__(self) -> str:
-        return "no builder has joined"
-
 
 @dataclass(frozen=True, slots=True)
 class NoBuilderOffersSystem:
@@ -63,9 +53,6 @@ class NoBuilderOffersSystem:
 
     system: str
     until: Instant = NO_INSTANT
-
-    def __str__(self) -> str:
-        return f"no builder offers the system {self.system}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +63,6 @@ class NoBuilderOffersFeatures:
     missing: tuple[str, ...]
     until: Instant = NO_INSTANT
 
-    def __str__(self) -> str:
-        return f"no builder of {self.system} offers the feature {', '.join(self.missing)}"
-
 
 @dataclass(frozen=True, slots=True)
 class OnlyReservedBuilders:
@@ -86,13 +70,6 @@ class OnlyReservedBuilders:
 
     builders: tuple[BuilderId, ...]
     until: Instant = NO_INSTANT
-
-    def __str__(self) -> str:
-        return f"needs a builder without mandatory features; {', '.join(self.builders)} demand some"
-
-
-def _place(position: int, ready: int) -> str:
-    return f"number {position} of {ready}" if position else f"one of {ready}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +83,6 @@ class BuildersFull:
     position: int
     ready: int
 
-    def __str__(self) -> str:
-        count = len(self.builders)
-        who = f"all {count} builders that could are" if count > 1 else f"builder {self.builders[0]}, the only one, is"
-        return f"{who} full; {_place(self.position, self.ready)} in the queue"
-
 
 @dataclass(frozen=True, slots=True)
 class BuildersQuarantined:
@@ -120,18 +92,12 @@ class BuildersQuarantined:
     until: Instant
     reason: str
 
-    def __str__(self) -> str:
-        return f"builder {', '.join(self.builders)} gets no work until {self.until:.0f}: {self.reason}"
-
 
 @dataclass(frozen=True, slots=True)
 class BuildersDraining:
     """Every builder that could take it finishes what it has and takes nothing new."""
 
     builders: tuple[BuilderId, ...]
-
-    def __str__(self) -> str:
-        return f"builder {', '.join(self.builders)} is draining"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +108,6 @@ class LimitReached:
     position: int
     ready: int
 
-    def __str__(self) -> str:
-        who = ", ".join(self.builders)
-        return f"builder {who} takes one step at a time after its failures; {_place(self.position, self.ready)}"
-
 
 @dataclass(frozen=True, slots=True)
 class BacksOff:
@@ -153,9 +115,6 @@ class BacksOff:
 
     until: Instant
     failures: int
-
-    def __str__(self) -> str:
-        return f"backs off until {self.until:.0f} after {self.failures} failures"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +124,6 @@ class RetriesSpent:
     until: Instant
     submission: SubmissionId
 
-    def __str__(self) -> str:
-        return f"waits until {self.until:.0f}: too many attempts of submission {self.submission} failed within the hour"
-
 
 @dataclass(frozen=True, slots=True)
 class KnownToFail:
@@ -176,9 +132,6 @@ class KnownToFail:
     cause: StepKey
     since: Instant
     until: Instant
-
-    def __str__(self) -> str:
-        return f"{self.cause} is known to fail until {self.until:.0f}"
 
 
 #: Nobody can take the step; it is given up at `until`, where that is not 0, unless a builder comes that can.

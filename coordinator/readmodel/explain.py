@@ -1,15 +1,20 @@
-"""What views ask others about while they render: the core about waiting, the log store about last lines."""
+"""Explainer of waiting steps: turns the core's reasons into sentences and wire values, and reads last lines of logs.
+
+The core names builders; what is shown names workers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from typing import assert_never
 
 from coordinator.api.models import WaitingView
 from coordinator.stores.logs import LogStore
 from infra.clock import Clock
 from scheduler import reasons as r
 from scheduler.farm import Farm
+from scheduler.forsaken import describe_unserved
 from scheduler.model import Instant, Requirements, StepKey
 
 #: The last second that a date can name.
@@ -33,7 +38,7 @@ class FarmExplainer:
             reason = None
         if reason is None:
             return "", None
-        return _sentence(reason, now, name_of), _value(reason)
+        return sentence_of(reason, now, name_of), value_of(reason)
 
     def stuck(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
         """Say which of the ready steps, counted by what they require, nobody can take, and why."""
@@ -41,7 +46,7 @@ class FarmExplainer:
             return ()
         classes = self._farm.unserved()
         return tuple(
-            f"{count} {'step waits' if count == 1 else 'steps wait'}: {_for_people(str(classes[requirements]))}"
+            f"{count} {'step waits' if count == 1 else 'steps wait'}: {describe_unserved(classes[requirements])}"
             for requirements, count in ready.items()
             if requirements in classes
         )
@@ -51,17 +56,31 @@ class FarmExplainer:
         return self._logs.tail(step, attempt)
 
 
-def _sentence(reason: r.Reason, now: Instant, name_of: Callable[[StepKey], str]) -> str:  # noqa: PLR0911  as `_value`
+def sentence_of(  # noqa: C901, PLR0911  one way for each reason
+    reason: r.Reason, now: Instant, name_of: Callable[[StepKey], str]
+) -> str:
+    """Return the sentence for a reason at `now`; `name_of` gives a step's name, or nothing."""
     match reason:
         case r.WaitsForSteps():
             names = ", ".join(name_of(key) or key for key in reason.some)
             more = f" and {reason.count - len(reason.some)} more" if reason.count > len(reason.some) else ""
             return f"waits for {names}{more}"
+        case r.NotWanted():
+            return "no submission stands on it now"
+        case r.BuildersFull(workers):
+            who = f"all {len(workers)} workers that could are" if len(workers) > 1 else None
+            who = who or f"worker {workers[0]}, the only one, is"
+            return f"{who} full; {_place(reason.position, reason.ready)} in the queue"
+        case r.LimitReached(workers):
+            who = f"worker {', '.join(workers)} takes one step at a time after its failures"
+            return f"{who}; {_place(reason.position, reason.ready)}"
+        case r.BuildersQuarantined(workers):
+            wait = f"for {max(0.0, reason.until - now):.0f} s"
+            return f"worker {', '.join(workers)} gets no work {wait}: {reason.reason}"
+        case r.BuildersDraining(workers):
+            return f"worker {', '.join(workers)} is draining"
         case r.BacksOff():
             return f"tried again in {max(0.0, reason.until - now):.0f} s after {reason.failures} failures"
-        case r.BuildersQuarantined():
-            wait = f"for {max(0.0, reason.until - now):.0f} s"
-            return f"worker {', '.join(reason.builders)} gets no work {wait}: {reason.reason}"
         case r.RetriesSpent():
             wait = f"tried again in {max(0.0, reason.until - now):.0f} s"
             return f"{wait}: too many attempts of its submission failed within the hour"
@@ -69,12 +88,17 @@ def _sentence(reason: r.Reason, now: Instant, name_of: Callable[[StepKey], str])
             name = name_of(reason.cause) or reason.cause
             return f"{name} is known to fail; build it again: drover retry {reason.cause}"
         case r.NoBuilderJoined() | r.NoBuilderOffersSystem() | r.NoBuilderOffersFeatures() | r.OnlyReservedBuilders():
-            return f"{_for_people(str(reason))}; it waits for one {_until(reason.until)}"
+            return f"{describe_unserved(reason)}; it waits for one {_until(reason.until)}"
         case _:
-            return _for_people(str(reason))
+            assert_never(reason)
 
 
-def _value(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911  one way for each reason
+def _place(position: int, ready: int) -> str:
+    return f"number {position} of {ready}" if position else f"one of {ready}"
+
+
+def value_of(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911  one way for each reason
+    """Return what programs read of a reason."""
     match reason:
         case r.WaitsForSteps():
             return WaitingView(kind="steps", count=reason.count, steps=reason.some)
@@ -109,8 +133,3 @@ def _until(instant: Instant) -> str:
     if not instant:
         return "for ever"
     return f"until {datetime.fromtimestamp(min(instant, _LAST_INSTANT), UTC):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def _for_people(reason: str) -> str:
-    # The core knows no machines and says "builder"; a program that a derivation runs is called so too.
-    return reason.replace("builder", "worker")

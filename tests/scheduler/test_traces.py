@@ -12,6 +12,7 @@ import pytest
 
 from scheduler.events import TimePassed
 from scheduler.farm import Farm
+from scheduler.forsaken import describe_unserved
 from scheduler.model import FailureKind
 from scheduler.policy import Limits
 from tests.scheduler.kit import (
@@ -207,7 +208,7 @@ def placement(scene: Scene) -> None:
     )
     scene.play(submit("s1", ["long", "short", "huge", "on-mac", "fetch", "alien"], *steps))
     for stuck in scene.farm.stuck():
-        scene.note(f"stuck: {stuck.count} x {stuck.requirements.system}: {stuck.reason}")
+        scene.note(f"stuck: {stuck.count} x {stuck.requirements.system}: {describe_unserved(stuck.reason)}")
 
 
 def known_failure(scene: Scene) -> None:
