@@ -59,6 +59,7 @@ from coordinator.journal.journal import Journal, JournalError
 from coordinator.journal.leadership import Leadership, open_leadership
 from coordinator.observability.metrics import add_cache_metrics, add_farm_metrics
 from coordinator.readmodel.explain import FarmExplainer
+from coordinator.readmodel.recall import recall_details, recall_notes
 from coordinator.readmodel.views import Views
 from coordinator.security.farm_secrets import API_TOKEN, Secrets, Succession
 from coordinator.security.isolation import WeakIsolation
@@ -174,7 +175,7 @@ async def open_coordinator(
         views = Views(FarmExplainer(farm, stores.logs, clock))
         outbox = _Outbox()
         engine = Engine(farm, stores.journal, views, clock, outbox.hand)
-        replayed = await engine.recover()
+        replayed = await _recover(engine, views, stores.journal)
         intake = Intake(
             stores.derivations,
             stores.cache,
@@ -237,7 +238,7 @@ async def open_coordinator(
             ]
             try:
                 # Builds go on from here; whoever asks must be told names too.
-                await engine.recall(stores.derivations)
+                await recall_details(views, stores.derivations)
                 # Not before: what it makes and throws away would lie between what stays.
                 serving += [group.create_task(each.run(), name="housekeeping") for each in keepers]
                 await FastSite(runner, listener, FastNarinfos(caches, _own_host(settings, url)), gate).start()
@@ -340,6 +341,13 @@ async def _open_journal(
     secrets = await succession.load(await journal.marks(), stood_by=stood_by)
     await journal.take_over(secrets.marks)
     return journal, leadership, secrets
+
+
+async def _recover(engine: Engine, views: Views, journal: Journal) -> int:
+    """Bring core and views to where the journal ends; returns the number of facts."""
+    replayed = await engine.recover()
+    await recall_notes(views, journal)
+    return replayed
 
 
 async def _open_stores(stack: AsyncExitStack, settings: Settings, cache: Cache, journal: Journal) -> _Stores:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from coordinator.api.models import WaitingView
+from coordinator.engine.replay import replay
 from coordinator.errors import CoordinatorError
 from coordinator.journal.journal import Journal, JournalError
 from coordinator.readmodel.views import Views
@@ -61,12 +62,7 @@ class _Silence:
 async def compact(journal: Journal) -> int:
     """Store a snapshot of all that `journal` holds; returns its last frame. Raises `JournalError`."""
     farm, views = Farm(), Views(_Silence())
-    async for piece in journal.load():
-        farm.replay(piece.facts)
-        views.fold(piece.facts, settle=False)
-        if piece.records:
-            views.restore(piece.records)
-    views.settle()
+    await replay(journal, farm, views)
     await journal.save_snapshot(journal.seq, farm.snapshot(), views.records())
     return journal.seq
 

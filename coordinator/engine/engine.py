@@ -1,4 +1,4 @@
-"""The loop: events in, facts to the journal, effects out. The only owner of the `Farm` and of its time.
+"""Event loop of the core: events in, facts to the journal, effects out. The only owner of the `Farm` and of its time.
 
 One turn: take everything that waits, ask the core once, append the durable facts in one commit, fold all facts into the
 views, hand the effects to dispatch, tell those who waited that their event is safe. The order is the promise: nothing
@@ -15,30 +15,26 @@ import asyncio
 import contextlib
 import gc
 import logging
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from coordinator.errors import IntakeError, UnavailableError
-from coordinator.journal.codec import StoredNote, SubmissionNote, decode_notes, encode_note
+from coordinator.engine.replay import replay
+from coordinator.errors import UnavailableError
+from coordinator.journal.codec import StoredNote
 from coordinator.journal.journal import Journal
-from coordinator.readmodel.rows import SubmissionRow
 from coordinator.readmodel.views import Views
-from coordinator.stores.derivations import DerivationStore, StepInfo
 from infra.clock import Clock
 from infra.slices import in_slices
 from scheduler.effects import Effect
-from scheduler.events import Event, SubmissionCancelled, SubmissionReceived, TimePassed
+from scheduler.events import Event, SubmissionReceived, TimePassed
 from scheduler.facts import Fact
 from scheduler.farm import Farm
-from scheduler.model import Instant, SubmissionId, SubmissionRefusedError
+from scheduler.model import Instant, SubmissionRefusedError
 
-#: Letters that may wait; whoever sends more waits at the door.
+#: Capacity of the inbox in letters; `offer`, `submit` and `post` block while it is full.
 INBOX_LETTERS = 4096
 #: Letters of one turn: bounds how long the loop keeps others from running.
 TURN_LETTERS = 1024
-#: Keys in one question for step details at the start: some 10 ms, which others must wait.
-_DETAILS_ASKED = 2_000
 #: Facts of one turn from which on what it made is kept from the cycle collector for good, as what a replay made is.
 _FROZEN_FACTS = 5_000
 
@@ -47,14 +43,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Letter:
-    """Events that belong together, what to note with them, and who waits for it."""
+    """Events that belong together, and the future of the sender that waits for them."""
 
     events: tuple[Event, ...]
-    notes: Mapping[SubmissionId, SubmissionNote] = field(default_factory=dict)
-    infos: Sequence[StepInfo] = ()
     safe: asyncio.Future[None] | None = None
-    #: It holds a submission, which the core may refuse.
-    alone: bool = False
+    #: Its only event, which the core may refuse, and what the journal keeps beside the facts where it does not.
+    submission: SubmissionReceived | None = None
+    note: StoredNote | None = None
     refused: bool = False
 
 
@@ -83,36 +78,15 @@ class Engine:
         return Instant(self._clock.now())
 
     async def recover(self) -> int:
-        """Replay the journal, from its newest snapshot on, into core and views. Raises `JournalError`.
+        """Replay the journal, from its newest snapshot on, into core and views; returns the number of facts.
 
-        Returns the number of facts. What people want to know of the steps is left to `recall`.
+        Names and notes are left to `coordinator.readmodel.recall`. Raises `JournalError`.
         """
-        count = 0
         with _collector_paused():
-            async for piece in self._journal.load():
-                self._farm.replay(piece.facts)
-                self._views.fold(piece.facts, settle=False)
-                if piece.records:
-                    self._views.restore(piece.records)
-                count += len(piece.facts)
-                # A long replay must not keep signals and supervisors waiting.
-                await asyncio.sleep(0)
-            self._views.settle()
-            notes = decode_notes(await self._journal.notes())
-            self._views.know({}, notes)
+            count = await replay(self._journal, self._farm, self._views)
             # Nearly all of this stays: no collection need ever look at it.
             gc.freeze()
         return count
-
-    async def recall(self, derivations: DerivationStore) -> None:
-        """Learn what people want to know of the steps, while the engine runs. Raises `DerivationsError`."""
-        keys = self._views.nameless()
-        for start in range(0, len(keys), _DETAILS_ASKED):
-            self._views.know(await derivations.steps(keys[start : start + _DETAILS_ASKED]))
-            await asyncio.sleep(0)
-        # It stays too, as do Ray and the routes, which came after the journal: a full collection of the 44,000 objects
-        # of an empty farm holds the loop for 20 ms.
-        gc.freeze()
 
     async def run(self) -> None:
         """Serve until cancelled. Raises `JournalError` where facts cannot be stored; then nothing was acted on."""
@@ -135,29 +109,12 @@ class Engine:
         if events and not self._stopped:
             await self._inbox.put(_Letter(tuple(events)))
 
-    async def submit(
-        self,
-        event: Callable[[SubmissionId], SubmissionReceived],
-        infos: Sequence[StepInfo],
-        note: SubmissionNote | None = None,
-    ) -> SubmissionRow:
-        """Take a planned submission; returns its row once it is durable.
+    async def submit(self, event: SubmissionReceived, note: StoredNote | None = None) -> None:
+        """Hand a submission to the core; returns once what follows from it, and its note, are durable.
 
-        `event` makes the core's event, for the name that is chosen here or for a known one that runs again; `note` is
-        of a new one. Raises `UnavailableError`, `IntakeError`.
+        Raises `UnavailableError`, and `SubmissionRefusedError` where the core does not take the graph.
         """
-        # In a thread: it lists the steps of a large graph.
-        received = await asyncio.to_thread(event, SubmissionId(secrets.token_hex(5)))
-        notes = {} if note is None else {received.submission: note}
-        await self._send(_Letter((received,), notes, infos, alone=True))
-        return self._views.submission(received.submission)
-
-    async def cancel(self, submission: str) -> SubmissionRow:
-        """Withdraw a submission; a repeat changes nothing. Raises `NotFoundError`, `UnavailableError`."""
-        row = self._views.submission(submission)
-        if not row.ended and not row.withdrawn:
-            await self.offer(SubmissionCancelled(row.id))
-        return row
+        await self._send(_Letter((event,), submission=event, note=note))
 
     async def _send(self, letter: _Letter) -> None:
         letter.safe = asyncio.get_running_loop().create_future()
@@ -196,13 +153,13 @@ class Engine:
             if len(facts) > _FROZEN_FACTS:
                 gc.freeze()
         durable = [fact for fact in facts if fact.durable]
-        notes = {name: note for letter in letters if not letter.refused for name, note in letter.notes.items()}
+        notes = {
+            letter.submission.submission: letter.note
+            for letter in letters
+            if letter.submission is not None and letter.note is not None and not letter.refused
+        }
         if durable or notes:
-            # Those of a large graph take long to compress.
-            encoded = await asyncio.to_thread(_encoded, notes) if notes else {}
-            await self._journal.append(durable, encoded)
-        for letter in letters:
-            await in_slices(self._views.knowing(letter.infos, letter.notes))
+            await self._journal.append(durable, notes)
         with _collector_paused():
             await in_slices(self._views.folding(facts))
             if len(facts) > _FROZEN_FACTS:
@@ -221,7 +178,7 @@ class Engine:
 
         plain: list[Event] = []
         for letter in letters:
-            if not letter.alone:
+            if letter.submission is None:
                 plain.extend(letter.events)
                 continue
             await handle(plain)
@@ -232,7 +189,7 @@ class Engine:
                 _log.warning("a submission was refused: %s", error)
                 letter.refused = True
                 if letter.safe is not None and not letter.safe.done():
-                    letter.safe.set_exception(IntakeError(f"the graph of this submission cannot be built: {error}."))
+                    letter.safe.set_exception(error)
         await handle(plain or [TimePassed()])
         return facts, effects
 
@@ -250,10 +207,6 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def _encoded(notes: Mapping[SubmissionId, SubmissionNote]) -> dict[SubmissionId, StoredNote]:
-    return {name: encode_note(note) for name, note in notes.items()}
 
 
 def _refuse(letter: _Letter) -> None:

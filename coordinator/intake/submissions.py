@@ -7,18 +7,20 @@ was in it then may be gone. What the core takes for known to fail is built again
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from coordinator.api.models import RootLimits, RootRequest, StepStatus, SubmissionState, SubmitRequest
 from coordinator.engine.engine import Engine
-from coordinator.errors import BadRequestError
+from coordinator.errors import BadRequestError, IntakeError
 from coordinator.intake.intake import Intake, Planned
-from coordinator.journal.codec import RootNote, SubmissionNote
+from coordinator.journal.codec import RootNote, SubmissionNote, encode_note
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.views import Views
-from scheduler.events import RetryAsked, SubmissionReceived
-from scheduler.model import StepKey, SubmissionId
+from infra.slices import in_slices
+from scheduler.events import RetryAsked, SubmissionCancelled, SubmissionReceived
+from scheduler.model import StepKey, SubmissionId, SubmissionRefusedError
 
 #: Submissions that one retried step lets run again; the newest.
 RUN_AGAIN_AT_ONCE = 20
@@ -38,13 +40,19 @@ class Submissions:
         planned = await self._intake.submit(wish)
         # As all that lists the roots of a submission: in a thread, for a mass rebuild has some ten thousand.
         note = await asyncio.to_thread(_note, wish.label, planned)
-        return await self._hand_over(
-            planned,
-            lambda name: replace(
-                planned.event(name), asked_at=asked_at, retry_failed=wish.retry_failed, wait_s=wish.wait_s
-            ),
-            note,
-        )
+        name = SubmissionId(secrets.token_hex(5))
+
+        def event() -> SubmissionReceived:
+            return replace(planned.event(name), asked_at=asked_at, retry_failed=wish.retry_failed, wait_s=wish.wait_s)
+
+        return await self._hand_over(planned, event, note)
+
+    async def cancel(self, submission: str) -> SubmissionRow:
+        """Withdraw a submission; a repeat changes nothing. Raises `NotFoundError`, `UnavailableError`."""
+        row = self._views.submission(submission)
+        if not row.ended and not row.withdrawn:
+            await self._engine.offer(SubmissionCancelled(row.id))
+        return row
 
     async def retry(self, submission: str) -> SubmissionRow:
         """Let a submission run again whose roots have failed; nothing happens where none has.
@@ -62,7 +70,7 @@ class Submissions:
         """Plan a running submission anew: the cache has lost something that it held. What failed stays failed."""
         asked_at = self._engine.now()
         planned = await self._intake.submit(await self._wish(row), sources_may_lack=True)
-        await self._hand_over(planned, lambda _: replace(planned.event(row.id), asked_at=asked_at, replanned=True))
+        await self._hand_over(planned, lambda: replace(planned.event(row.id), asked_at=asked_at, replanned=True))
 
     async def retry_step(self, text: str) -> tuple[StepRow, list[SubmissionRow]]:
         """Build a failed step again, for every submission that it made fail, which run again; returns both.
@@ -89,26 +97,39 @@ class Submissions:
         planned = await self._intake.submit(await self._wish(row))
         await self._hand_over(
             planned,
-            lambda _: replace(
+            lambda: replace(
                 planned.event(row.id), asked_at=asked_at, retry_failed=retry_failed, retry=retry, again=True
             ),
         )
 
     async def _hand_over(
-        self,
-        planned: Planned,
-        event: Callable[[SubmissionId], SubmissionReceived],
-        note: SubmissionNote | None = None,
+        self, planned: Planned, make: Callable[[], SubmissionReceived], note: SubmissionNote | None = None
     ) -> SubmissionRow:
-        """Give a plan to the engine, and its leases to the submission that it becomes."""
+        """Give the event that `make` returns to the engine, its names to the views, its leases to the submission.
+
+        `note` is of a new submission. Raises `IntakeError` where the core refuses the graph.
+        """
         try:
-            row = await self._engine.submit(event, planned.infos, note)
+            # In threads: they list and compress what a large graph has.
+            event = await asyncio.to_thread(make)
+            stored = None if note is None else await asyncio.to_thread(encode_note, note)
+            # Before the facts: where this is cancelled the submission may yet become known.
+            await in_slices(self._views.knowing(planned.infos))
+            self._views.know({}, {} if note is None else {event.submission: note})
+            try:
+                await self._engine.submit(event, stored)
+            except SubmissionRefusedError as error:
+                await in_slices(self._views.unknowing(planned.infos, event.submission))
+                raise IntakeError(f"the graph of this submission cannot be built: {error}.") from None
+            row = self._views.submission(event.submission)
         except Exception:
             # Whatever it was, nothing knows this submission, so nothing else would end its leases.
             self._intake.leases.give_back(planned.leases)
             raise
         # Where this is cancelled the submission may yet become known: its leases end by their time.
         self._intake.leases.attach(row.id, planned.leases)
+        # Steps that were forgotten in the meantime have lost their names.
+        await in_slices(self._views.knowing(planned.infos, only_known=True))
         return row
 
     async def _wish(self, row: SubmissionRow) -> SubmitRequest:

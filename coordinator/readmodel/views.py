@@ -150,19 +150,37 @@ class Views:
         whole(self.knowing(details.values(), notes))
 
     def knowing(
-        self, details: Iterable[StepInfo], notes: Mapping[SubmissionId, SubmissionNote] | None = None
+        self,
+        details: Iterable[StepInfo],
+        notes: Mapping[SubmissionId, SubmissionNote] | None = None,
+        *,
+        only_known: bool = False,
     ) -> Generator[Pause, None, None]:
-        """Do the work of `know`, with pauses."""
+        """Do the work of `know`, with pauses; `only_known` passes over details of steps that no fact has named."""
         for count, detail in enumerate(details, 1):
             row = self._steps.get(detail.key)
-            # One string serves them all.
-            self._details.learn(detail.key if row is None else row.key, detail)
+            if row is not None:
+                # One string serves them all.
+                self._details.learn(row.key, detail)
+            elif not only_known:
+                self._details.learn(detail.key, detail)
             if not count % DETAILS_PIECE:
                 yield PAUSE
         self._notes.update(notes or {})
         for name, known in (notes or {}).items():
             if told := {root.step: root.limits for root in known.roots if root.limits is not None}:
                 self._limits[name] = told
+
+    def unknowing(self, details: Iterable[StepInfo], submission: SubmissionId) -> Generator[Pause, None, None]:
+        """Forget the names of a submission that the core refused, with pauses: those of steps that are not known."""
+        if submission not in self._submissions:
+            self._notes.pop(submission, None)
+            self._limits.pop(submission, None)
+        for count, detail in enumerate(details, 1):
+            if detail.key not in self._steps:
+                self._details.forget(detail.key)
+            if not count % DETAILS_PIECE:
+                yield PAUSE
 
     def fold(self, batch: Iterable[Fact], *, settle: bool = True) -> None:
         """Take facts in order. `settle` is off while a journal is replayed, whose frames may split a batch."""

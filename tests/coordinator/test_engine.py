@@ -16,12 +16,15 @@ import pytest
 from coordinator.api.models import StepStatus, SubmissionState, SubmitRequest
 from coordinator.client.api_client import RefusedError
 from coordinator.config import ConfigError, Settings
+from coordinator.journal.codec import StoredNote
 from coordinator.journal.journal import JournalError
 from coordinator.main import Ready, serve
 from infra.cache.publishing.claims import Candidate
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.objects.nar_writer import upload_nar
 from infra.objects.store import open_object_store
+from scheduler.events import SubmissionCancelled, SubmissionReceived
+from scheduler.model import StepKey, SubmissionId, SubmissionRefusedError
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from workers.wire.fleet import (
     Fleet,
@@ -364,3 +367,18 @@ async def test_serve_answers_until_it_is_told_to_stop(settings: Settings) -> Non
 
     await serve(settings, worker.start, ready=ready, stop=stop)
     assert urls[0].startswith("http://127.0.0.1:")
+
+
+async def test_a_graph_that_the_core_refuses_is_refused_alone_and_leaves_no_note(open_farm: OpenFarm) -> None:
+    async with open_farm(fleet=ScriptedWorker().start) as farm:
+        engine, name = farm.coordinator.engine, SubmissionId("refused")
+        known = await farm.submit(ONE, "one")
+        # Handed over in one turn with an event that is taken.
+        refused, _ = await asyncio.gather(
+            engine.submit(SubmissionReceived(name, (StepKey("nowhere"),), ()), StoredNote(b"{}")),
+            engine.offer(SubmissionCancelled(SubmissionId(known.id))),
+            return_exceptions=True,
+        )
+        assert isinstance(refused, SubmissionRefusedError)
+        assert (await farm.client.submission(known.id)).state is SubmissionState.CANCELLED
+        assert set(await farm.coordinator.journal.notes()) == {known.id}

@@ -81,8 +81,8 @@ async def test_no_callback_is_long_whatever_becomes_of_a_large_submission(
         submissions = Submissions(engine, views, farm.coordinator.intake)
         with lines_of_callbacks() as lines:
             first, second = (await submissions.submit(wish)).id, (await submissions.submit(wish)).id
-            await engine.cancel(first)
-            await engine.cancel(second)
+            await submissions.cancel(first)
+            await submissions.cancel(second)
             third = await submissions.submit(wish)
             await engine.offer(e.BuilderJoined(BuilderSpec(BUILDER, "1", frozenset({"x86_64-linux"})), 1))
             [(origin, row)] = third.active.items()
@@ -95,7 +95,7 @@ async def test_no_callback_is_long_whatever_becomes_of_a_large_submission(
             await engine.offer(e.OutputsPublished(lease))
             assert third.counts[StepStatus.READY] == ROOTS - 1
             await engine.offer(e.BuilderLost(BUILDER, "1", "gone"))
-            await engine.cancel(third.id)
+            await submissions.cancel(third.id)
             for submission in (first, second, third.id):
                 await engine.offer(e.SubmissionExpired(submission))
             assert views.step_total() == 0

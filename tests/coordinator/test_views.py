@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from coordinator.api.models import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState, WaitingView
 from coordinator.journal.codec import (
     Evidence,
+    SubmissionNote,
     decode_facts,
     decode_records,
     encode_evidence,
@@ -21,6 +22,7 @@ from coordinator.journal.codec import (
 )
 from coordinator.readmodel.views import Views
 from coordinator.readmodel.watcher import WATCH_PENDING
+from coordinator.stores.derivations import StepInfo
 from scheduler.events import (
     BuilderJoined,
     BuilderLost,
@@ -35,7 +37,7 @@ from scheduler.events import (
     SubmissionReceived,
     TimePassed,
 )
-from scheduler.facts import Fact
+from scheduler.facts import Fact, StepAdded
 from scheduler.farm import Farm
 from scheduler.model import (
     BuilderId,
@@ -49,6 +51,7 @@ from scheduler.model import (
     StepSpec,
     SubmissionId,
 )
+from scheduler.pauses import whole
 from scheduler.policy import Limits
 from workers.wire.messages import Output
 
@@ -398,3 +401,18 @@ def test_a_large_submission_costs_a_bounded_number_of_operations_for_each_finish
 class _Untouchable(list[StepKey]):
     def __iter__(self) -> object:  # type: ignore[override]
         raise AssertionError("a fact about one step must not walk the submission")
+
+
+def test_what_the_core_refused_leaves_no_names_and_takes_none_from_steps_that_are_known() -> None:
+    views, name = Views(Silent()), SubmissionId("refused")
+    known, new = StepKey("known"), StepKey("new")
+    infos = [StepInfo(key, f"the {key}", "sys", (), f"/nix/store/{key}.drv", ()) for key in (known, new)]
+    views.fold([StepAdded(StepSpec(known, (Recipe(Requirements("sys")),)))])
+    whole(views.knowing(infos, {name: SubmissionNote("label", (), 2)}))
+    whole(views.unknowing(infos, name))
+    assert views.note(name).label == ""
+    views.fold([StepAdded(StepSpec(new, (Recipe(Requirements("sys")),)))])
+    assert [views.step_view(views.step(key)).name for key in (known, new)] == ["the known", ""]
+    # Names of steps that no fact has named are not kept where only known ones are asked for.
+    whole(views.knowing([StepInfo(StepKey("odd"), "odd", "sys", (), "/odd.drv", ())], only_known=True))
+    assert views.nameless() == [new]

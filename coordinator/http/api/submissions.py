@@ -150,7 +150,8 @@ class Api:
 
     async def cancel(self, request: web.Request) -> web.Response:
         """Withdraw a submission."""
-        return answer(self._views.submission_view(await self._engine.cancel(request.match_info["id"]), ROOTS_LISTED))
+        row = await self._submissions.cancel(request.match_info["id"])
+        return answer(self._views.submission_view(row, ROOTS_LISTED))
 
     async def steps(self, request: web.Request) -> web.Response:
         """List the steps of a submission, all or those in the named states."""
