@@ -27,7 +27,6 @@ from typing import Protocol
 import uvloop
 from aiohttp import web
 
-from coordinator.api.limits import StepLimits, in_force
 from coordinator.api.models import FarmView
 from coordinator.caches.housekeeping import CacheGauges, Housekeeper, SubmissionNeeds
 from coordinator.caches.losses import Losses
@@ -55,11 +54,12 @@ from coordinator.http.middleware import is_host, is_own_host
 from coordinator.http.standby import serving_standby
 from coordinator.intake.intake import Intake, IntakeLimits
 from coordinator.intake.submissions import Submissions
+from coordinator.journal.codec import decode_notes
 from coordinator.journal.journal import Journal, JournalError
 from coordinator.journal.leadership import Leadership, open_leadership
 from coordinator.observability.metrics import add_cache_metrics, add_farm_metrics
 from coordinator.readmodel.explain import FarmExplainer
-from coordinator.readmodel.recall import recall_details, recall_notes
+from coordinator.readmodel.recall import recall_details
 from coordinator.readmodel.views import Views
 from coordinator.security.farm_secrets import API_TOKEN, Secrets, Succession
 from coordinator.security.isolation import WeakIsolation
@@ -81,8 +81,8 @@ from infra.objects.errors import CacheError
 from infra.telemetry import Telemetry
 from scheduler.effects import Effect
 from scheduler.farm import Farm
-from scheduler.model import StepKey
 from scheduler.policy import Limits
+from scheduler.resource_limits import ResourceLimits
 from workers.agent.stopping import stop_agents
 from workers.errors import WorkerError
 from workers.wire.fleet import Fleet, FleetError
@@ -170,6 +170,7 @@ async def open_coordinator(
                 lease_ttl_s=settings.limits.worker_silence_s,
                 give_up_s=settings.limits.give_up_s,
                 retries_per_hour=settings.limits.retries_per_hour,
+                build=_build_limits(settings.limits),
             )
         )
         views = Views(FarmExplainer(farm, stores.logs, clock))
@@ -184,7 +185,7 @@ async def open_coordinator(
             _intake_limits(settings.limits),
         )
         fleet = await stack.enter_async_context(fleet_factory(info))
-        work = _connect(fleet, engine, views, stores, clock, tokens, Submissions(engine, views, intake), settings)
+        work = _connect(fleet, engine, farm, views, stores, clock, tokens, Submissions(engine, views, intake), settings)
         outbox.to = work.dispatch
 
         gate = open_gate(settings.limits.connections, settings.limits.connections_per_address)
@@ -287,6 +288,7 @@ class _Work:
 def _connect(  # noqa: PLR0917 - collaborators, named by their types
     fleet: Fleet,
     engine: Engine,
+    farm: Farm,
     views: Views,
     stores: _Stores,
     clock: Clock,
@@ -298,18 +300,17 @@ def _connect(  # noqa: PLR0917 - collaborators, named by their types
     workers = WorkerSource(fleet, views, stores.cache.objects, tokens.for_path(clock))
     sources: list[RepairSource] = [workers]
     losses = Losses(stores.cache, stores.derivations, views, clock, submissions.replan, sources)
-    limits_of = _limits_of(views, settings.limits)
     dispatch = Dispatch(
         fleet,
         stores.cache,
         stores.derivations,
-        limits_of,
+        farm.limits_of,
         engine.post,
         losses=losses.check,
         upload_token=tokens.for_lease(clock),
     )
     weak = WeakIsolation(settings.weak_isolation)
-    sink = FleetSink(engine, dispatch, views, stores.logs, clock, limits_of, losses.check, weak=weak)
+    sink = FleetSink(engine, dispatch, farm, views, stores.logs, clock, losses.check, weak=weak)
     return _Work(dispatch, sink, losses, workers, sources)
 
 
@@ -345,8 +346,9 @@ async def _open_journal(
 
 async def _recover(engine: Engine, views: Views, journal: Journal) -> int:
     """Bring core and views to where the journal ends; returns the number of facts."""
-    replayed = await engine.recover()
-    await recall_notes(views, journal)
+    notes = decode_notes(await journal.notes())
+    replayed = await engine.recover(notes)
+    views.know({}, notes)
     return replayed
 
 
@@ -558,14 +560,17 @@ def _url(host: str, listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _build_limits(limits: LimitSettings) -> ResourceLimits:
+    return ResourceLimits(
+        timeout_s=limits.build_timeout_s,
+        silence_s=limits.build_silence_s,
+        log_bytes=limits.log_bytes,
+        output_bytes=limits.build_output_bytes,
+    )
+
+
 def _intake_limits(limits: LimitSettings) -> IntakeLimits:
     return IntakeLimits(max_derivations=limits.graph_size, max_sources=limits.graph_size)
-
-
-def _limits_of(views: Views, limits: LimitSettings) -> Callable[[StepKey], StepLimits]:
-    """Return what says which limits hold for a step now."""
-    default = StepLimits(limits.build_timeout_s, limits.build_silence_s, limits.log_bytes, limits.build_output_bytes)
-    return lambda step: in_force(views.limits_told(step), default)
 
 
 class _Troubled(Protocol):

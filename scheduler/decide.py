@@ -61,7 +61,7 @@ class Decider:
             case e.BuildFailed():
                 step = self._state.lease_holder(event.lease, _LEASED)
                 if step is not None and step.builder == event.builder:
-                    yield from self._verdicts.build_failed(step, event.failure, now)
+                    yield from self._verdicts.build_failed(step, event.failure, event.limit, now)
                     yield from self._attendance.judge(event.builder, now)
             case e.PublishFailed():
                 step = self._state.lease_holder(event.lease, _PUBLISHING)
@@ -165,7 +165,7 @@ class Decider:
         joined = tuple([step.key for step in members if step.engaged])
         yield PAUSE
         kind = f.SubmissionRetried if event.again or event.replanned else f.SubmissionAccepted
-        yield kind(event.submission, now, event.roots, keys, held, joined, self._wait_of(event))
+        yield kind(event.submission, now, event.roots, keys, held, joined, self._wait_of(event), event.limits)
         for step, cause in tuple(standing.causes.items()):
             if step.dependents:
                 yield from self._verdicts.doom(step, cause, now)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scheduler.model import FAR_OFF, BuilderId, BuilderSpec, Failure, Instant, LeaseId, StepKey, StepSpec, SubmissionId
+from scheduler.resource_limits import ResourceLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class SubmissionReceived:
     #: Seconds that its steps wait for a builder that could take them, before they fail; 0 is for ever. None is the
     #: farm's limit, and what was said before where it runs again or was planned anew.
     wait_s: int | None = None
+    #: What builds of these roots may use, where the submission says something.
+    limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,8 @@ class BuildFailed:
     lease: LeaseId
     builder: BuilderId
     failure: Failure
+    #: The limit, in seconds or bytes, at which the build was stopped; 0 where it was none.
+    limit: int = 0
 
 
 @dataclass(frozen=True, slots=True)

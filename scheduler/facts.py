@@ -24,6 +24,7 @@ from scheduler.model import (
     SubmissionId,
 )
 from scheduler.pauses import Pause
+from scheduler.resource_limits import ResourceLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class SubmissionAccepted:
     `held` are the members that are already done, `joined` those that others had already brought, unfinished. Members
     that are known to fail are among them; nothing below these is. Members can grow later: where one falls back, the
     needs of its next recipe join. `wait_s` is how long its steps wait for a builder that could take them: 0 is for
-    ever, None is as long as the farm's limit says.
+    ever, None is as long as the farm's limit says. `limits` are what builds of some roots may use; they are absent in
+    journals of before 2026-11-29, whose notes have them.
     """
 
     durable: ClassVar[bool] = True
@@ -44,6 +46,7 @@ class SubmissionAccepted:
     held: tuple[StepKey, ...]
     joined: tuple[StepKey, ...]
     wait_s: int | None = None
+    limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class SubmissionRetried:
     held: tuple[StepKey, ...]
     joined: tuple[StepKey, ...]
     wait_s: int | None = None
+    limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +369,7 @@ class SubmissionRestored:
     withdrawn: bool = False
     paid_until: Instant = NO_INSTANT
     wait_s: int | None = None
+    limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

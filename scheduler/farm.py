@@ -13,11 +13,12 @@ from scheduler.decide import Decider
 from scheduler.effects import Effect
 from scheduler.events import Event
 from scheduler.facts import Fact, FarmResumed, Said
-from scheduler.model import Instant, Requirements, StepKey, SubmissionId
+from scheduler.model import BuilderId, Instant, LeaseId, Requirements, StepKey, SubmissionId
 from scheduler.pauses import FACTS_PIECE, PAUSE, Pause, whole
 from scheduler.policy import Limits, LongestPathFirst, Policy
 from scheduler.react import react
 from scheduler.reasons import Places, Reason, StuckClass, Unserved, stuck, unserved_classes, why
+from scheduler.resource_limits import ResourceLimits, in_force
 from scheduler.snapshot import tell_all
 from scheduler.state import FarmState
 
@@ -128,6 +129,22 @@ class Farm:
     def unserved(self) -> dict[Requirements, Unserved]:
         """Return what the classes of `stuck` require, and why no builder takes them."""
         return unserved_classes(self.state)
+
+    def limits_of(self, step: StepKey) -> ResourceLimits:
+        """Return what a build of the step may use, as the submissions that want it say now."""
+        known = self.state.steps.get(step)
+        return in_force([] if known is None else self.state.limits_said(known), self._limits.build)
+
+    def had_attempt(self, lease: LeaseId) -> bool:
+        """Whether this lease was ever granted, for a step that is not forgotten."""
+        step = self.state.steps.get(lease.step)
+        return step is not None and 0 < lease.attempt <= step.attempt
+
+    def holds(self, builder: BuilderId, incarnation: str) -> bool:
+        """Whether this is the incarnation of the builder that joined last, silent or not, and is not lost since."""
+        known = self.state.builders.get(builder)
+        spec = self.state.silent.get(builder) if known is None else known.spec
+        return spec is not None and spec.incarnation == incarnation
 
     def ended(self, submission: SubmissionId) -> bool:
         """Whether nothing is left to wait for. It stays so, even where a root is lost or revived for another later.

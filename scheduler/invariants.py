@@ -32,6 +32,8 @@ def check(state: FarmState) -> None:
     _require(not unknown, f"{unknown} are forgotten and still pay")
     unknown = state.patience.keys() - state.submissions.keys() - state.withdrawn.keys()
     _require(not unknown, f"{unknown} are forgotten and still wait")
+    unknown = state.limits.keys() - state.submissions.keys() - state.withdrawn.keys()
+    _require(not unknown, f"{unknown} are forgotten and still limit builds")
     _check_builders(state)
     # No circle, not even through what is done: it may be lost.
     state.descend(state.steps.values(), below_done=True)

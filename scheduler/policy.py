@@ -12,6 +12,7 @@ from typing import Protocol
 
 from scheduler.model import BuilderId, StepKey
 from scheduler.records import Builder, Step
+from scheduler.resource_limits import UNLIMITED, ResourceLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class Limits:
     #: Failed attempts beyond the first of each step that one submission may cost at once, and again in each hour.
     #: Beyond it the next tries of its failing steps wait their turn. 0 is no limit.
     retries_per_hour: int = 200
+    #: What a build may use where no submission that wants its step says otherwise.
+    build: ResourceLimits = UNLIMITED
 
 
 class Policy(Protocol):

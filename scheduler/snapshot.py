@@ -52,6 +52,7 @@ def _submission(
         withdrawn=withdrawn,
         paid_until=state.paid_until.get(submission, NO_INSTANT),
         wait_s=state.patience.get(submission),
+        limits=tuple(state.limits.get(submission, {}).items()),
     )
 
 

@@ -37,6 +37,7 @@ from scheduler.names import Names
 from scheduler.pauses import PAUSE, PIECE, Pause, whole
 from scheduler.ready import ReadyIndex
 from scheduler.records import FEW_DEPENDENTS, NO_TRIES, NOBODY, SUSPICIONS, Builder, Step
+from scheduler.resource_limits import ResourceLimits
 from scheduler.shares import Shares
 from scheduler.transitions import LAPSED, LEGAL, SUBJECT
 
@@ -63,6 +64,8 @@ class FarmState:
         #: How long steps of a submission wait for a builder that could take them, in seconds, 0 for ever: of those that
         #: said so and are not forgotten.
         self.patience: dict[SubmissionId, int] = {}
+        #: What submissions say of builds of their roots, where they say something and are not forgotten.
+        self.limits: dict[SubmissionId, dict[StepKey, ResourceLimits]] = {}
         #: Counts how often something let go of an unfinished step: its limit may be shorter since.
         self.partings = 0
         #: Who names each step: what nobody names may be forgotten.
@@ -225,6 +228,7 @@ class FarmState:
                 if fact.paid_until:
                     self.paid_until[fact.submission] = fact.paid_until
                 self._set_patience(fact.submission, fact.wait_s)
+                self._set_limits(fact.submission, fact.limits)
             case f.BuilderRestored():
                 self._builder_restored(fact)
             case f.FarmRestored():
@@ -276,6 +280,7 @@ class FarmState:
         before = self.submissions.get(fact.submission) or self.withdrawn.pop(fact.submission, ())
         self.submissions[fact.submission] = roots
         self._set_patience(fact.submission, fact.wait_s)
+        self._set_limits(fact.submission, fact.limits)
         for some in _pieces(roots):
             self.names.add(root.key for root in some)
             yield PAUSE
@@ -301,6 +306,12 @@ class FarmState:
         else:
             self.patience[submission] = wait_s
 
+    def _set_limits(self, submission: SubmissionId, limits: tuple[tuple[StepKey, ResourceLimits], ...]) -> None:
+        if limits:
+            self.limits[submission] = dict(limits)
+        else:
+            self.limits.pop(submission, None)
+
     def _withdrawn(self, fact: f.SubmissionWithdrawn) -> Iterator[Pause]:
         roots = self.withdrawn[fact.submission] = self.submissions.pop(fact.submission)
         for count, root in enumerate(roots, 1):
@@ -320,6 +331,7 @@ class FarmState:
             raise ImpossibleError(f"{fact.submission} is forgotten and has not ended")
         self.paid_until.pop(fact.submission, None)
         self.patience.pop(fact.submission, None)
+        self.limits.pop(fact.submission, None)
         for some in _pieces(roots):
             self.names.drop(root.key for root in some)
             yield PAUSE
@@ -341,6 +353,17 @@ class FarmState:
                 return None
             step = next(iter(step.dependents))
         return step.roots[0]
+
+    def limits_said(self, step: Step) -> list[ResourceLimits | None]:
+        """Return what the submissions that want the step say of it as their root, and None for those that do not.
+
+        Empty where none says anything. Submissions that share a stake (`shares`) with one that wants it count too.
+        """
+        said = [self.limits.get(submission, {}).get(step.key) for submission in step.roots] if self.limits else []
+        if not any(said):
+            return []
+        others = set(self.shares.submissions(step.owners)).difference(step.roots)
+        return [*said, None] if others else said
 
     def next_attempt(self, step: Step) -> int:
         """Return the attempt of the next lease: never one that the step, or an earlier one of this key, has had."""

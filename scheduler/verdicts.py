@@ -17,6 +17,7 @@ from scheduler.model import NO_INSTANT, Failure, FailureKind, Instant, StepKey, 
 from scheduler.pauses import PAUSE, PIECE
 from scheduler.policy import Limits, Policy
 from scheduler.records import Builder, Step
+from scheduler.resource_limits import in_force
 from scheduler.state import FarmState, is_lapsed
 
 _LEASED, _DONE, _FAILED, _DOOMED = StepState.LEASED, StepState.DONE, StepState.FAILED, StepState.DOOMED
@@ -50,8 +51,12 @@ class Verdicts:
         self._limits = limits
         self._policy = policy
 
-    def build_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
-        """Say what follows when the open lease of a leased step has ended so."""
+    def build_failed(self, step: Step, failure: Failure, limit: int, now: Instant) -> Iterator[f.Said]:
+        """Say what follows when the open lease of a leased step has ended so, at `limit` where that is not 0."""
+        if limit and in_force(self._state.limits_said(step), self._limits.build).exceeds(failure.kind, limit):
+            # A submission gives the step more than this build was given; it was nobody's fault.
+            message = f"its limit was raised while it ran ({failure.message})"
+            failure = Failure(FailureKind.RETURNED, message, failure.signature)
         match CONSEQUENCES[failure.kind].course:
             case Course.END:
                 yield from self._end(step, failure, now)

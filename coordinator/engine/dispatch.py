@@ -20,7 +20,6 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Final
 
-from coordinator.api.limits import StepLimits
 from coordinator.api.streams import LARGE_BYTES
 from coordinator.engine.publishing import LossCheck, Post, Publications
 from coordinator.stores.derivations import BuildOrder, DerivationsError, DerivationStore
@@ -29,6 +28,7 @@ from infra.cache.cache import Cache
 from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
 from scheduler.events import BuildFailed
 from scheduler.model import Failure, FailureKind, LeaseId, StepKey
+from scheduler.resource_limits import ResourceLimits
 from workers.wire.fleet import Fleet, FleetError
 from workers.wire.messages import Lease, LeaseOrder
 from workers.wire.polling import DERIVATION_BYTES_PER_CALL
@@ -74,7 +74,7 @@ class Dispatch:
         fleet: Fleet,
         cache: Cache,
         derivations: DerivationStore,
-        limits_of: Callable[[StepKey], StepLimits],
+        limits_of: Callable[[StepKey], ResourceLimits],
         post: Post,
         *,
         losses: LossCheck = no_losses,
@@ -174,7 +174,7 @@ class Dispatch:
         orders = await asyncio.to_thread(make) if large else make()
         await self._fleet.start_many(worker, orders)
 
-    def _order(self, lease: LeaseId, order: BuildOrder, limits: StepLimits) -> LeaseOrder:
+    def _order(self, lease: LeaseId, order: BuildOrder, limits: ResourceLimits) -> LeaseOrder:
         return LeaseOrder(
             step=lease.step,
             attempt=lease.attempt,

@@ -15,12 +15,12 @@ import asyncio
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from coordinator.engine.replay import replay
 from coordinator.errors import UnavailableError
-from coordinator.journal.codec import StoredNote
+from coordinator.journal.codec import StoredNote, SubmissionNote
 from coordinator.journal.journal import Journal
 from coordinator.readmodel.views import Views
 from infra.clock import Clock
@@ -29,7 +29,7 @@ from scheduler.effects import Effect
 from scheduler.events import Event, SubmissionReceived, TimePassed
 from scheduler.facts import Fact
 from scheduler.farm import Farm
-from scheduler.model import Instant, SubmissionRefusedError
+from scheduler.model import Instant, SubmissionId, SubmissionRefusedError
 
 #: Capacity of the inbox in letters; `offer`, `submit` and `post` block while it is full.
 INBOX_LETTERS = 4096
@@ -77,13 +77,13 @@ class Engine:
         """Return the engine's time."""
         return Instant(self._clock.now())
 
-    async def recover(self) -> int:
+    async def recover(self, notes: Mapping[SubmissionId, SubmissionNote]) -> int:
         """Replay the journal, from its newest snapshot on, into core and views; returns the number of facts.
 
-        Names and notes are left to `coordinator.readmodel.recall`. Raises `JournalError`.
+        Names are left to `coordinator.readmodel.recall`; for `notes` see `replay`. Raises `JournalError`.
         """
         with _collector_paused():
-            count = await replay(self._journal, self._farm, self._views)
+            count = await replay(self._journal, self._farm, self._views, notes)
             # Nearly all of this stays: no collection need ever look at it.
             gc.freeze()
         return count

@@ -1,18 +1,18 @@
-"""What workers say, put into words of the core: the sink of the fleet port.
+"""Sink of the fleet port: turns what workers send into events of the core, log chunks and rows of the read model.
 
-Returning means "safe": logs are written and what follows from the reports is durable, so the agent may forget them.
-Reports come before the heartbeat of the same batch; otherwise the heartbeat would name a finished lease as missing.
+The core knows which incarnation of a worker joined last, which leases it has granted and what follows from a failure;
+the sink asks it. Returning means "safe": logs are written and what follows from the reports is durable, so the agent
+may forget them. Reports come before the heartbeat of the same batch, because the heartbeat would otherwise name a
+finished lease as missing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from coordinator.api.limits import StepLimits
 from coordinator.engine.dispatch import Dispatch, no_losses
 from coordinator.engine.engine import Engine
-from coordinator.engine.limits import limit_was_raised
 from coordinator.engine.publishing import LossCheck
 from coordinator.journal.codec import Evidence, encode_evidence
 from coordinator.readmodel.views import Views
@@ -20,8 +20,10 @@ from coordinator.security.isolation import WeakIsolation
 from coordinator.stores.logs import LogError, LogStore
 from infra.clock import Clock
 from scheduler.events import BuilderJoined, BuilderLost, BuilderReported, BuildFailed, BuildSucceeded, Event
+from scheduler.farm import Farm
 from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, LeaseId, StepKey
 from workers.wire.fleet import FleetEvent, NotKnownError, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
+from workers.wire.grades import UNMEASURED, IsolationGrade
 from workers.wire.messages import HeldLease, LogChunk, Report, StageChange, Succeeded
 
 _log = logging.getLogger(__name__)
@@ -37,27 +39,30 @@ class FleetSink:
         self,
         engine: Engine,
         dispatch: Dispatch,
+        farm: Farm,
         views: Views,
         logs: LogStore,
         clock: Clock,
-        limits_of: Callable[[StepKey], StepLimits],
         losses: LossCheck = no_losses,
         *,
         weak: WeakIsolation,
     ) -> None:
         self._losses = losses
         self._weak = weak
-        self._limits_of = limits_of
         self._engine = engine
         self._dispatch = dispatch
+        #: For reading only: the engine owns it.
+        self._farm = farm
         self._views = views
+        #: How each worker keeps builds from its machine, as it last said.
+        self._grades: dict[str, IsolationGrade] = {}
         self._logs = logs
         self._clock = clock
 
     async def __call__(self, event: FleetEvent) -> None:
         """Take one event; returns once it is safe.
 
-        Raises `UnavailableError` while the engine stops, `NotKnownError` where another incarnation was greeted last.
+        Raises `UnavailableError` while the engine stops, `NotKnownError` where the core holds another incarnation.
         """
         match event:
             case WorkerConnected(hello):
@@ -69,6 +74,7 @@ class FleetSink:
                     features=frozenset(hello.features),
                     mandatory=frozenset(hello.mandatory_features),
                 )
+                self._grades[hello.worker] = hello.isolation or UNMEASURED
                 unfit = self._unfit(hello.worker, hello.unfit)
                 await self._engine.offer(BuilderJoined(spec, hello.capacity, _held(hello.leases), unfit=unfit))
             case WorkerSpoke():
@@ -77,18 +83,21 @@ class FleetSink:
                 self._views.workforce.unreachable(worker, incarnation, reason, gone=False)
             case WorkerGone(worker, incarnation, reason):
                 self._views.workforce.unreachable(worker, incarnation, reason, gone=True)
+                if self._farm.holds(BuilderId(worker), incarnation):
+                    self._grades.pop(worker, None)
                 await self._engine.offer(BuilderLost(BuilderId(worker), incarnation, _clean(reason)))
 
     async def _spoke(self, event: WorkerSpoke) -> None:
         worker, batch = event.worker, event.batch
-        if self._views.workforce.incarnation(worker) != batch.incarnation:
-            raise NotKnownError(f"worker {worker} speaks, and an earlier life of it was greeted after this one")
+        if not self._farm.holds(BuilderId(worker), batch.incarnation):
+            raise NotKnownError(f"worker {worker} sent events of a life that is not the one that was greeted last")
+        self._grades[worker] = batch.isolation or self._grade(worker)
         reports: list[Report] = []
         chunks: list[LogChunk] = []
         for said in batch.events:
             if isinstance(said, LogChunk):
                 # Only attempts that were handed out have logs; anything else would let a worker fill the disk.
-                if self._views.had_attempt(said.step, said.attempt):
+                if self._farm.had_attempt(LeaseId(StepKey(said.step), said.attempt)):
                     chunks.append(said)
             elif isinstance(said, StageChange):
                 self._views.stage(said)
@@ -112,27 +121,28 @@ class FleetSink:
         )
         await self._engine.offer(*[await self._event(worker, report) for report in reports], heartbeat)
         for report in reports:
-            if self._views.had_attempt(report.step, report.attempt):
+            if self._farm.had_attempt(LeaseId(StepKey(report.step), report.attempt)):
                 self._logs.wake(report.step, report.attempt)
+
+    def _grade(self, worker: str) -> IsolationGrade:
+        return self._grades.get(worker, UNMEASURED)
 
     def _unfit(self, worker: str, said: str) -> str:
         """Why a worker should get no work: by its own word, or because of how it isolates builds."""
-        return _clean(said or self._weak.refusal(worker, self._views.workforce.isolation(worker)))
+        return _clean(said or self._weak.refusal(worker, self._grade(worker)))
 
     async def _event(self, worker: str, report: Report) -> Event:
         lease = LeaseId(StepKey(report.step), report.attempt)
         if isinstance(report.result, Succeeded):
-            evidence = Evidence(report.result.outputs, self._views.workforce.isolation(worker).level)
+            evidence = Evidence(report.result.outputs, self._grade(worker).level)
             return BuildSucceeded(lease, BuilderId(worker), encode_evidence(evidence))
         kind, message = FailureKind(report.result.reason), _clean(report.result.message)
-        if limit_was_raised(kind, report.result.limit, self._limits_of(lease.step)):
-            # Somebody who wants the step gives it more than this build was given; it was nobody's fault.
-            kind, message = FailureKind.RETURNED, f"its limit was raised while it ran ({message})"
         if report.result.missing:
             # The worker's word alone counts for nothing: it may have lost its way to the cache.
             lost = await self._losses(lease.step, report.result.missing)
             kind, message = (FailureKind.INPUT_LOST, lost) if lost else (kind, message)
-        return BuildFailed(lease, BuilderId(worker), Failure(kind, message, report.result.signature))
+        failure = Failure(kind, message, report.result.signature)
+        return BuildFailed(lease, BuilderId(worker), failure, report.result.limit)
 
 
 def _held(leases: Iterable[HeldLease]) -> tuple[LeaseId, ...]:

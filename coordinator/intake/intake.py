@@ -12,7 +12,6 @@ from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from coordinator.api.limits import StepLimits
 from coordinator.api.models import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
 from coordinator.errors import IntakeError, UnavailableError
@@ -31,6 +30,7 @@ from infra.nix.verify import KnownDerivation, VerifiedDerivation, Verifier
 from infra.objects.store import ObjectStore
 from scheduler.events import SubmissionReceived
 from scheduler.model import ANY_SYSTEM, StepKey, StepSpec, SubmissionId
+from scheduler.resource_limits import ResourceLimits
 
 #: Derivations that one turn of a worker thread verifies; some 20 ms.
 VERIFY_AT_ONCE = 256
@@ -99,7 +99,7 @@ class PlannedRoot:
     drv: str
     step: StepKey
     outputs: tuple[tuple[str, str], ...]
-    limits: StepLimits | None = None
+    limits: ResourceLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +123,7 @@ class Planned:
             roots=tuple(dict.fromkeys(root.step for root in self.roots)),
             steps=self.steps,
             held=self.held,
+            limits=tuple({root.step: root.limits for root in self.roots if root.limits is not None}.items()),
         )
 
 
@@ -319,7 +320,7 @@ class Intake:
             if name not in outputs:
                 raise IntakeError(f"{root.drv} has no output {name}; it has {', '.join(outputs)}")
         wanted = tuple((name, path) for name, path in node.outputs if not root.outputs or name in root.outputs)
-        limits = StepLimits(**root.limits.model_dump()) if root.limits else None
+        limits = ResourceLimits(**root.limits.model_dump()) if root.limits else None
         return PlannedRoot(root.attr, f"{self._store_dir.path}/{node.drv}", node.step, wanted, limits)
 
     async def _load(self, roots: Sequence[str]) -> tuple[dict[str, Node], dict[StepKey, list[str]]]:

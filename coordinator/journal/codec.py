@@ -27,11 +27,11 @@ import orjson
 import zstandard
 from pydantic import TypeAdapter, ValidationError
 
-from coordinator.api.limits import StepLimits
 from coordinator.errors import CoordinatorError
 from scheduler import facts
 from scheduler.facts import Fact
 from scheduler.model import Requirements, StepKey, SubmissionId
+from scheduler.resource_limits import ResourceLimits
 from workers.wire.messages import Output
 
 #: Frames above this many bytes are compressed.
@@ -136,7 +136,7 @@ class RootNote:
     step: StepKey
     outputs: tuple[tuple[str, str], ...]
     #: What the submission says of this root; absent in notes of before 2026-11-24.
-    limits: StepLimits | None = None
+    limits: ResourceLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)

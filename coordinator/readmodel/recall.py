@@ -1,4 +1,4 @@
-"""Recall of names after a restart: what the journal and the derivation store hold for people and no fact says."""
+"""Recall of step details after a restart: what the derivation store holds for people and no fact says."""
 
 from __future__ import annotations
 
@@ -6,18 +6,11 @@ import asyncio
 import gc
 from typing import Final
 
-from coordinator.journal.codec import decode_notes
-from coordinator.journal.journal import Journal
 from coordinator.readmodel.views import Views
 from coordinator.stores.derivations import DerivationStore
 
 #: Keys in one question for step details: some 10 ms, which others must wait.
 _DETAILS_ASKED: Final = 2_000
-
-
-async def recall_notes(views: Views, journal: Journal) -> None:
-    """Learn the labels and roots of all submissions. Raises `JournalError`, `CodecError`."""
-    views.know({}, decode_notes(await journal.notes()))
 
 
 async def recall_details(views: Views, derivations: DerivationStore) -> None:

@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Protocol, cast
 
-from coordinator.api.limits import StepLimits
 from coordinator.api.models import (
     Counts,
     CountsChanged,
@@ -106,8 +105,6 @@ class Views:
         self.workforce = Workforce(self._touch_all)
         self._details = Details()
         self._notes: dict[SubmissionId, SubmissionNote] = {}
-        #: What submissions say of their roots, where they say something.
-        self._limits: dict[SubmissionId, dict[StepKey, StepLimits]] = {}
         #: Submissions that may have ended; looked at before the next beginning and at the end of a batch.
         self._unsettled: dict[SubmissionId, SubmissionRow] = {}
         #: Time of the newest durable fact.
@@ -167,15 +164,11 @@ class Views:
             if not count % DETAILS_PIECE:
                 yield PAUSE
         self._notes.update(notes or {})
-        for name, known in (notes or {}).items():
-            if told := {root.step: root.limits for root in known.roots if root.limits is not None}:
-                self._limits[name] = told
 
     def unknowing(self, details: Iterable[StepInfo], submission: SubmissionId) -> Generator[Pause, None, None]:
         """Forget the names of a submission that the core refused, with pauses: those of steps that are not known."""
         if submission not in self._submissions:
             self._notes.pop(submission, None)
-            self._limits.pop(submission, None)
         for count, detail in enumerate(details, 1):
             if detail.key not in self._steps:
                 self._details.forget(detail.key)
@@ -286,11 +279,6 @@ class Views:
             raise NotFoundError(f"{len(found)} steps match {text[:80]!r} ({some}, …); give more of the name.")
         raise NotFoundError(f"there is no step {text[:80]!r}; `drover status ID` lists those of a submission.")
 
-    def had_attempt(self, step: str, attempt: int) -> bool:
-        """Whether this lease was ever granted."""
-        row = self._steps.get(StepKey(step))
-        return row is not None and 0 < attempt <= row.life.attempt
-
     def note(self, submission: SubmissionId) -> SubmissionNote:
         """Return what people called a submission."""
         return self._notes.get(submission, _NO_NOTE)
@@ -299,12 +287,6 @@ class Views:
         """Return the submissions that have this failed step among theirs and are not cancelled, newest first."""
         rows = reversed(self._submissions.values())
         return [row for row in rows if step.key in row.failed and not row.withdrawn and row.done_roots < len(row.roots)]
-
-    def limits_told(self, step: StepKey) -> list[StepLimits | None]:
-        """Return what each submission that wants the step says of it as its root; None where it says nothing."""
-        row = self._steps.get(step)
-        wanting = [submission for submission in row.submissions if not submission.withdrawn] if row else []
-        return [self._limits.get(submission.id, {}).get(step) for submission in wanting]
 
     def nameless(self) -> list[StepKey]:
         """Return the keys of the steps of which no details are known, oldest first."""
@@ -508,7 +490,6 @@ class Views:
     def _submission_forgotten(self, fact: facts.SubmissionForgotten) -> Iterator[Pause]:
         sub = self._submissions.pop(fact.submission)
         self._notes.pop(fact.submission, None)
-        self._limits.pop(fact.submission, None)
         self._unsettled.pop(fact.submission, None)
         if not sub.ended:
             # Others keep some of its steps open.

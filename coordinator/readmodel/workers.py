@@ -48,11 +48,6 @@ class Workforce:
         self._rows[hello.worker] = WorkerRow(hello, grade, leases=hello.leases, built=built, last_seen=now)
         self._changed()
 
-    def incarnation(self, worker: str) -> str:
-        """Return the incarnation that was greeted last, empty for a worker that never was."""
-        row = self._rows.get(worker)
-        return "" if row is None else row.hello.incarnation
-
     def spoke(self, worker: str, batch: Batch, now: float) -> None:
         """A heartbeat."""
         row = self._rows.get(worker)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.api.limits import StepLimits
 from coordinator.engine.dispatch import SENDING_BYTES, SENDING_COST, START_BYTES, Dispatch
 from coordinator.stores.derivations import DerivationStore, Kind, NewDerivation, Node
 from scheduler.effects import StartBuild
 from scheduler.events import Event
 from scheduler.model import LeaseId, StepKey
+from scheduler.resource_limits import ResourceLimits
 from tests.support.cache import open_cache
 from workers.wire.fleet import Sink
 from workers.wire.messages import Lease, LeaseOrder, Output
@@ -93,7 +93,7 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
             raise AssertionError(events)
 
         fleet = NotingFleet()
-        fleet.dispatch = Dispatch(fleet, cache, derivations, lambda _: StepLimits(), post)
+        fleet.dispatch = Dispatch(fleet, cache, derivations, lambda _: ResourceLimits(), post)
         running = asyncio.ensure_future(fleet.dispatch.run())
         try:
             yield Desk(fleet.dispatch, derivations, fleet)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from scheduler import events as e
 from scheduler import invariants
@@ -25,6 +25,7 @@ from scheduler.model import (
     SubmissionId,
 )
 from scheduler.policy import Limits
+from scheduler.resource_limits import ResourceLimits
 from tests.scheduler.story import tell, tell_effect
 
 LINUX = "linux"
@@ -52,6 +53,7 @@ def submit(
     again: bool = False,
     replanned: bool = False,
     wait_s: int | None = None,
+    limits: Mapping[str, ResourceLimits] | None = None,
 ) -> e.SubmissionReceived:
     return e.SubmissionReceived(
         SubmissionId(name),
@@ -64,6 +66,7 @@ def submit(
         again=again,
         replanned=replanned,
         wait_s=wait_s,
+        limits=tuple((StepKey(root), said) for root, said in (limits or {}).items()),
     )
 
 
@@ -106,9 +109,16 @@ def built(key: str, by: str, attempt: int = 1) -> e.BuildSucceeded:
 
 
 def broke(
-    key: str, by: str, kind: FailureKind, attempt: int = 1, message: str = "exit status 1", *, signature: str = ""
+    key: str,
+    by: str,
+    kind: FailureKind,
+    attempt: int = 1,
+    message: str = "exit status 1",
+    *,
+    signature: str = "",
+    limit: int = 0,
 ) -> e.BuildFailed:
-    return e.BuildFailed(lease(key, attempt), BuilderId(by), Failure(kind, message, signature))
+    return e.BuildFailed(lease(key, attempt), BuilderId(by), Failure(kind, message, signature), limit)
 
 
 def published(key: str, attempt: int = 1) -> e.OutputsPublished:
