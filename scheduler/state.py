@@ -1,8 +1,7 @@
 """What the core knows, and `evolve`, the only thing that changes it.
 
-Theory: a step *engages* its needs while it is wanted and unfinished. `dependents` of a step are exactly the steps that
-engage it, so "wanted" is `roots or dependents` and a need that becomes done knows whom to tell. Everything else here
-is an index over that: ready steps (`ready`), the submissions that wait for each (`shares`), builders by last word.
+The steps and who wants them are in `graph`, builders in `builders`; here are submissions, lives of steps, and the way
+from each fact to what it changes.
 
 Rules: no function but `evolve` mutates; `evolve` reads no clock and asks no policy but for the rank (an index, never
 a fact), so the same durable facts give the same durable state for ever. Nothing here recurses. A fact that concerns
@@ -12,21 +11,19 @@ many steps may be applied with pauses (`apply`).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import assert_never
 
 from scheduler import facts as f
-from scheduler.failures import CONSEQUENCES, is_fault, suspects_recipe
+from scheduler.builders import Builders
+from scheduler.failures import CONSEQUENCES, is_fault
+from scheduler.graph import Merged, StepGraph, pieces
 from scheduler.model import (
     NO_INSTANT,
-    BuilderId,
-    BuilderSpec,
-    Failure,
     FailureKind,
     ImpossibleError,
     Instant,
-    LeaseId,
     Recipe,
     StepKey,
     StepSpec,
@@ -34,27 +31,22 @@ from scheduler.model import (
     SubmissionId,
 )
 from scheduler.names import Names
-from scheduler.pauses import PAUSE, PIECE, Pause, whole
-from scheduler.ready import ReadyIndex
-from scheduler.records import FEW_DEPENDENTS, NO_TRIES, NOBODY, SUSPICIONS, Builder, Step
+from scheduler.pauses import PAUSE, PIECE, Pause
+from scheduler.records import FEW_DEPENDENTS, NO_TRIES, NOBODY, Step
 from scheduler.resource_limits import ResourceLimits
-from scheduler.shares import Shares
-from scheduler.transitions import LAPSED, LEGAL, SUBJECT
+from scheduler.transitions import LAPSED, SUBJECT
 
 _WAITING, _READY, _LEASED = StepState.WAITING, StepState.READY, StepState.LEASED
 _PUBLISHING, _DONE = StepState.PUBLISHING, StepState.DONE
 
 
-#: Owners of a step and stakes that join them, with what comes of it: for the time of one fact.
-Merged = dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]
-
-
-class FarmState:
+class FarmState(StepGraph):
     """Everything the core knows."""
 
     def __init__(self, rank: Callable[[Step], int]) -> None:
-        #: Every step that is known, in order of becoming known.
-        self.steps: dict[StepKey, Step] = {}
+        super().__init__(rank)
+        roster = self._roster = Builders(self.builders, self.ready)
+        self.free, self.silent, self.quarantined = roster.free, roster.silent, roster.quarantined
         #: Submissions neither withdrawn nor forgotten, with their roots; and those that are withdrawn, not forgotten.
         self.submissions: dict[SubmissionId, tuple[Step, ...]] = {}
         self.withdrawn: dict[SubmissionId, tuple[Step, ...]] = {}
@@ -66,92 +58,20 @@ class FarmState:
         self.patience: dict[SubmissionId, int] = {}
         #: What submissions say of builds of their roots, where they say something and are not forgotten.
         self.limits: dict[SubmissionId, dict[StepKey, ResourceLimits]] = {}
-        #: Counts how often something let go of an unfinished step: its limit may be shorter since.
-        self.partings = 0
         #: Who names each step: what nobody names may be forgotten.
         self.names = Names(self.steps)
         #: At least the attempts of every step ever forgotten: those of a step that never had any begin above.
         self.floor = 0
-        #: Builders from the longest silent to the last heard.
-        self.builders: dict[BuilderId, Builder] = {}
-        #: Exactly the builders that are `willing` and have `free > 0`.
-        self.free: dict[BuilderId, Builder] = {}
-        #: Builders removed for silence, which their next heartbeat brings back; at most `silent_limit`.
-        self.silent: dict[BuilderId, BuilderSpec] = {}
-        self.silent_limit = 1024
-        #: Which submissions wait, for fairness between them.
-        self.shares = Shares()
-        #: Where ready steps wait.
-        self.ready = ReadyIndex(self.builders, rank, self.shares.is_live)
-        #: Engaged steps that nobody wants any more; `decide` abandons them, empty between calls of `handle`.
-        self.orphans: dict[StepKey, Step] = {}
         #: Counts beginnings and ends of lives: orders a failure against the life of the step that meets it.
         self.life = 0
         #: How many steps ever became known: the next one's sequence.
         self.known = 0
         #: The steps that have failed.
         self.failed: dict[StepKey, Step] = {}
-        #: Builders that get no new leases for now.
-        self.quarantined: dict[BuilderId, Builder] = {}
         #: While a snapshot is taken in: the steps whose dependents are not linked yet; for each of them the number of
         #: these and their sequences. As an array, because a million small objects would leave holes everywhere.
         self._unlinked: list[Step] = []
         self._links = array("Q")
-
-    def lease_holder(self, lease: LeaseId, state: StepState) -> Step | None:
-        """Return the step if this lease is its open one and the step is in `state`; None for a stale lease."""
-        step = self.steps.get(lease.step)
-        if step is None or step.state is not state or step.attempt != lease.attempt:
-            return None
-        return step
-
-    def needs_of(self, step: Step) -> tuple[Step, ...]:
-        """Return the needs of the recipe in use, whether the step engages them or not."""
-        if step.engaged:
-            return step.needs
-        if not step.recipes:
-            return ()
-        steps = self.steps
-        return tuple([steps[key] for key in dict.fromkeys(step.recipes[step.active].needs)])
-
-    def descend(self, starts: Iterable[Step], *, below_done: bool = False) -> list[Step]:
-        """Return every step reachable from `starts` through recipes in use, each before its needs.
-
-        It stops at done and at failed steps unless `below_done`. Raises `ImpossibleError` where that runs in a circle.
-        """
-        return whole(self.descending(starts, below_done=below_done))
-
-    def descending(self, starts: Iterable[Step], *, below_done: bool = False) -> Generator[Pause, None, list[Step]]:
-        """Do the work of `descend`, with pauses."""
-        order: list[Step] = []
-        closed: dict[Step, bool] = {}
-        for start in starts:
-            if start in closed:
-                continue
-            closed[start] = False
-            stack = [(start, iter(self._below(start, below_done)))]
-            while stack:
-                step, rest = stack[-1]
-                for need in rest:
-                    seen = closed.get(need)
-                    if seen is None:
-                        closed[need] = False
-                        stack.append((need, iter(self._below(need, below_done))))
-                        break
-                    if not seen:
-                        raise ImpossibleError(f"{need.key} needs itself through {step.key}")
-                else:
-                    stack.pop()
-                    closed[step] = True
-                    order.append(step)
-                    if not len(order) % PIECE:
-                        yield PAUSE
-        order.reverse()
-        return order
-
-    def _below(self, step: Step, below_done: bool) -> tuple[Step, ...]:
-        ends = step.state is _DONE or step.state is StepState.FAILED
-        return () if ends and not below_done else self.needs_of(step)
 
     def evolve(self, fact: f.Fact) -> None:
         """Apply one fact. Raises `ImpossibleError` for a fact that cannot follow from this state."""
@@ -175,7 +95,7 @@ class FarmState:
                 step.done_at = fact.at
                 return self._finish(step, _DONE)
             case f.BuilderRefreshed():
-                self._refreshed(fact)
+                self._roster.refreshed(fact)
             case f.StepAdded():
                 self._added(fact.spec)
             case f.RecipeAdded():
@@ -211,15 +131,15 @@ class FarmState:
             case f.StepsForgotten():
                 self._steps_forgotten(fact)
             case f.BuilderAdmitted():
-                self._admitted(fact)
+                self._roster.admitted(fact)
             case f.BuilderRemoved():
-                self._removed(fact)
+                self._roster.removed(fact)
             case f.BuilderQuarantined():
-                self._quarantined(fact)
+                self._roster.quarantine(fact)
             case f.QuarantineEnded():
-                self._quarantine_ended(fact)
+                self._roster.end_quarantine(fact)
             case f.FarmResumed():
-                self._resumed(fact)
+                self._roster.resumed(fact.at)
             case f.StepRestored():
                 self._step_restored(fact)
             case f.SubmissionRestored():
@@ -230,7 +150,7 @@ class FarmState:
                 self._set_patience(fact.submission, fact.wait_s)
                 self._set_limits(fact.submission, fact.limits)
             case f.BuilderRestored():
-                self._builder_restored(fact)
+                self._roster.restored(fact.builder, fact.heard, [self.steps[key] for key in fact.leases])
             case f.FarmRestored():
                 self._restored(fact)
             case _:
@@ -242,14 +162,6 @@ class FarmState:
         if step is None or step.state not in SUBJECT[type(fact)]:
             raise ImpossibleError(f"{type(fact).__name__} cannot be said of {step or key}")
         return step
-
-    def _move(self, step: Step, target: StepState) -> None:
-        source = step.state
-        if target not in LEGAL[source]:
-            raise ImpossibleError(f"{step} cannot become {target.value}")
-        step.state = target
-        if source is _READY:
-            self.ready.leave(step)
 
     def _added(self, spec: StepSpec) -> None:
         if spec.key in self.steps or not spec.recipes:
@@ -281,10 +193,10 @@ class FarmState:
         self.submissions[fact.submission] = roots
         self._set_patience(fact.submission, fact.wait_s)
         self._set_limits(fact.submission, fact.limits)
-        for some in _pieces(roots):
+        for some in pieces(roots):
             self.names.add(root.key for root in some)
             yield PAUSE
-        for some in _pieces(before):
+        for some in pieces(before):
             self.names.drop(root.key for root in some)
             yield PAUSE
         merged: Merged = {}
@@ -332,7 +244,7 @@ class FarmState:
         self.paid_until.pop(fact.submission, None)
         self.patience.pop(fact.submission, None)
         self.limits.pop(fact.submission, None)
-        for some in _pieces(roots):
+        for some in pieces(roots):
             self.names.drop(root.key for root in some)
             yield PAUSE
 
@@ -345,14 +257,6 @@ class FarmState:
             del self.steps[key]
             self.failed.pop(key, None)
             self.floor = max(self.floor, step.attempt)
-
-    def wisher(self, step: Step) -> SubmissionId | None:
-        """Return a submission that wants the step, the first by the graph's own order; None where there is none."""
-        while not step.roots:
-            if not step.dependents:
-                return None
-            step = next(iter(step.dependents))
-        return step.roots[0]
 
     def limits_said(self, step: Step) -> list[ResourceLimits | None]:
         """Return what the submissions that want the step say of it as their root, and None for those that do not.
@@ -369,78 +273,13 @@ class FarmState:
         """Return the attempt of the next lease: never one that the step, or an earlier one of this key, has had."""
         return (step.attempt or self.floor) + 1
 
-    def _engage(self, order: Iterable[Step]) -> Iterator[Pause]:
-        """Engage the wanted steps of `order` (each before its needs), raise depths, make ready what can run."""
-        merged: Merged = {}
-        for count, step in enumerate(order, 1):
-            if not count % PIECE:
-                yield PAUSE
-            if step.state is _DONE or step.state in LAPSED:
-                continue
-            fresh = not step.engaged and step.wanted
-            if fresh:
-                self._take_needs(step)
-            depth = step.depth + 1
-            owners = step.owners
-            for need in step.needs:
-                if need.owners is not owners:
-                    self._own(need, owners, merged)
-                if need.depth < depth:
-                    need.depth = depth
-                    if need.queue is not None:
-                        self.ready.enqueue(need)
-            if fresh and step.unmet == 0:
-                self._become_ready(step)
-
-    def _own(self, step: Step, stakes: tuple[int, ...], merged: Merged) -> None:
-        """Count that more submissions want a step; `merged` keeps equal tuples one, as most of a graph's are."""
-        key = (step.owners, stakes)
-        owners = merged.get(key)
-        if owners is None:
-            owners = merged[key] = self.shares.live((*step.owners, *stakes))
-        if owners != step.owners:
-            before, step.owners = step.owners, owners
-            if step.queue is not None:
-                self.ready.enqueue(step, before)
-        else:
-            step.owners = owners
-
-    def _end_share(self, submission: SubmissionId) -> None:
-        stake = self.shares.end(submission)
-        if stake is not None:
-            self.ready.close_lanes(stake)
-
-    def _take_needs(self, step: Step) -> None:
-        step.needs = self.needs_of(step)
-        step.engaged = True
-        step.unmet = 0
-        for need in step.needs:
-            need.gain(step)
-            if need.state is not _DONE:
-                step.unmet += 1
-                self.orphans.pop(need.key, None)
-
-    def _release(self, step: Step) -> None:
-        """Let go of the needs; those that nobody else wants become orphans."""
-        if not step.engaged:
-            return
-        for need in step.needs:
-            need.lose(step)
-            if need.engaged:
-                self.partings += 1
-                if not need.dependents and not need.roots:
-                    self.orphans[need.key] = need
-        step.engaged = False
-        step.needs = ()
-        step.unmet = 0
-
     def _finish(self, step: Step, target: StepState) -> Iterator[Pause] | None:
         """Enter one of the finished states: nothing is wanted of the step, and it wants nothing.
 
         Many dependents of a done step are told of it in what is returned, as by `apply`.
         """
         if step.state is _LEASED:
-            self._free_slot(step)
+            self._roster.free_slot(step)
         self._move(step, target)
         for submission in step.roots:
             self._end_share(submission)
@@ -459,23 +298,11 @@ class FarmState:
             self._meet(step.dependents)
         return None
 
-    def _meet(self, dependents: Iterable[Step]) -> None:
-        """A need of these is done."""
-        for dependent in dependents:
-            dependent.unmet -= 1
-            if dependent.unmet == 0 and dependent.state is _WAITING:
-                self._become_ready(dependent)
-
-    def _meet_in_pieces(self, dependents: Collection[Step]) -> Iterator[Pause]:
-        for some in _pieces(tuple(dependents)):
-            self._meet(some)
-            yield PAUSE
-
     def _failed(self, fact: f.StepFailed) -> None:
         step = self._subject(fact, fact.step)
         if step.state is _LEASED:
-            self._blame(step, fact.failure)
-        self._acquit(step, fact.failure)
+            self._roster.blame(step, fact.failure)
+        self._roster.acquit(step, fact.failure)
         self._finish(step, StepState.FAILED)
         step.failure, step.failed_at = fact.failure, fact.at
         self.failed[step.key] = step
@@ -517,9 +344,9 @@ class FarmState:
 
     def _fell_back(self, fact: f.StepFellBack) -> Iterator[Pause]:
         step = self._subject(fact, fact.step)
-        self._acquit(step, fact.failure)
+        self._roster.acquit(step, fact.failure)
         if step.state is _LEASED:
-            self._free_slot(step)
+            self._roster.free_slot(step)
             step.builder = NOBODY
             self._move(step, _WAITING)
         elif step.state is _READY:
@@ -541,24 +368,7 @@ class FarmState:
         step.builder = fact.builder
         step.asked_at, step.resends = fact.at, 0
         self._move(step, _LEASED)
-        builder = self.builders.get(fact.builder)
-        if builder is None:
-            builder = self.builders[fact.builder] = Builder(fact.builder, fact.at)
-        builder.leases[step.key] = step
-        self.ready.served(step, builder)
-        if len(builder.leases) >= builder.capacity:
-            self.free.pop(builder.id, None)
-
-    def _free_slot(self, step: Step) -> None:
-        builder = self.builders[step.builder]
-        del builder.leases[step.key]
-        self._count_slots(builder)
-
-    def _count_slots(self, builder: Builder) -> None:
-        if builder.capacity > len(builder.leases) and builder.willing:
-            self.free[builder.id] = builder
-        else:
-            self.free.pop(builder.id, None)
+        self._roster.lease(step, fact.builder, fact.at)
 
     def _open(self, fact: f.LeaseRevoked | f.StepBuilt) -> Step:
         step = self._subject(fact, fact.lease.step)
@@ -566,49 +376,18 @@ class FarmState:
             raise ImpossibleError(f"{fact.lease} is not the open lease of {step}")
         return step
 
-    def _blame(self, step: Step, failure: Failure) -> None:
-        """Hold a fault against the builder of the step's lease, or remember that it may have to be."""
-        builder = self.builders[step.builder]
-        # One known only from the journal has not joined: its past is forgotten.
-        if builder.spec is None or not CONSEQUENCES[failure.kind].blames_builder:
-            return
-        if not suspects_recipe(failure):
-            self._strike(builder, step.key, failure.message)
-        elif step.key not in builder.strikes:
-            builder.suspicions.pop(step.key, None)
-            builder.suspicions[step.key] = failure.message
-            if len(builder.suspicions) > SUSPICIONS:
-                del builder.suspicions[next(iter(builder.suspicions))]
-
-    def _strike(self, builder: Builder, step: StepKey, message: str) -> None:
-        builder.strikes[step] = None
-        builder.trouble = message
-
-    def _acquit(self, step: Step, failure: Failure) -> None:
-        """A step is at fault itself: no builder is suspected for its sake any more."""
-        if step.faults and not is_fault(failure.kind):
-            for builder in self.builders.values():
-                builder.suspicions.pop(step.key, None)
-
     def _built(self, fact: f.StepBuilt) -> None:
         step = self._open(fact)
-        builder = self.builders[fact.builder]
-        if builder.strikes or builder.level or builder.suspicions:
-            builder.strikes, builder.suspicions, builder.level = {}, {}, 0
-            builder.probation, builder.capacity = False, builder.offered
-        if step.faults:
-            for other in self.builders.values():
-                if step.key in other.suspicions:
-                    self._strike(other, step.key, other.suspicions.pop(step.key))
-        self._free_slot(step)
+        self._roster.has_built(step, fact.builder)
+        self._roster.free_slot(step)
         self._move(step, _PUBLISHING)
         step.evidence = fact.evidence
 
     def _revoked(self, fact: f.LeaseRevoked) -> None:
         step = self._open(fact)
         if step.state is _LEASED:
-            self._free_slot(step)
-            self._blame(step, fact.failure)
+            self._roster.free_slot(step)
+            self._roster.blame(step, fact.failure)
         step.builder = NOBODY
         step.evidence = b""
         kind = fact.failure.kind
@@ -636,69 +415,6 @@ class FarmState:
         self.ready.prune_delayed()
         self.ready.enqueue(step)
 
-    def _become_ready(self, step: Step) -> None:
-        self._move(step, _READY)
-        self.ready.put(step)
-
-    def _admitted(self, fact: f.BuilderAdmitted) -> None:
-        spec = fact.builder
-        self.silent.pop(spec.id, None)
-        builder = self.builders.pop(spec.id, None) or Builder(spec.id, fact.at)
-        self.builders[spec.id] = builder
-        changed = builder.spec != spec
-        builder.spec = spec
-        self._heard(builder, fact)
-        if changed:
-            self.ready.rematch()
-
-    def _refreshed(self, fact: f.BuilderRefreshed) -> None:
-        builder = self.builders.pop(fact.builder)
-        self.builders[fact.builder] = builder
-        self._heard(builder, fact)
-
-    def _heard(self, builder: Builder, fact: f.BuilderAdmitted | f.BuilderRefreshed) -> None:
-        builder.heard = fact.at
-        builder.offered = fact.capacity
-        builder.capacity = min(fact.capacity, 1) if builder.probation else fact.capacity
-        if builder.draining is not fact.draining or builder.unfit != fact.unfit:
-            builder.draining, builder.unfit = fact.draining, fact.unfit
-            self.ready.rematch()
-        self._count_slots(builder)
-        for lease in fact.missing:
-            step = builder.leases[lease.step]
-            step.asked_at = fact.at
-            step.resends += 1
-
-    def _quarantined(self, fact: f.BuilderQuarantined) -> None:
-        builder = self.quarantined[fact.builder] = self.builders[fact.builder]
-        builder.until, builder.level, builder.reason = fact.until, fact.level, fact.reason
-        builder.for_unfitness, builder.probation = fact.for_unfitness, True
-        builder.capacity = min(builder.offered, 1)
-        self._count_slots(builder)
-        self.ready.rematch()
-
-    def _quarantine_ended(self, fact: f.QuarantineEnded) -> None:
-        builder = self.quarantined.pop(fact.builder)
-        builder.until = NO_INSTANT
-        builder.strikes, builder.suspicions = {}, {}
-        self._count_slots(builder)
-        self.ready.rematch()
-
-    def _removed(self, fact: f.BuilderRemoved) -> None:
-        self.silent.pop(fact.builder, None)
-        builder = self.builders.pop(fact.builder, None)
-        self.free.pop(fact.builder, None)
-        self.quarantined.pop(fact.builder, None)
-        if builder is None:
-            return
-        if builder.leases:
-            raise ImpossibleError(f"builder {fact.builder} is removed with open leases")
-        if fact.silent and builder.spec is not None:
-            self.silent[fact.builder] = builder.spec
-            if len(self.silent) > self.silent_limit:
-                del self.silent[next(iter(self.silent))]
-        self.ready.rematch()
-
     # A snapshot: facts that set what many facts before have led to. `snapshot.tell_all` says them.
 
     def _step_restored(self, fact: f.StepRestored) -> None:
@@ -723,10 +439,6 @@ class FarmState:
             self._unlinked.append(step)
             self._links.append(len(fact.dependents))
             self._links.extend(fact.dependents)
-
-    def _builder_restored(self, fact: f.BuilderRestored) -> None:
-        builder = self.builders[fact.builder] = Builder(fact.builder, fact.heard)
-        builder.leases = {key: self.steps[key] for key in fact.leases}
 
     def _restored(self, fact: f.FarmRestored) -> None:
         """Link what the restored steps say of each other, and index the ready ones."""
@@ -765,19 +477,6 @@ class FarmState:
         for step in self.descend(step for step in self.steps.values() if step.roots):
             for need in self._below(step, below_done=False):
                 self._own(need, step.owners, merged)
-
-    def _resumed(self, fact: f.FarmResumed) -> None:
-        for builder in tuple(self.builders.values()):
-            if builder.spec is None and not builder.leases:
-                del self.builders[builder.id]
-                continue
-            builder.heard = fact.at
-            for step in builder.leases.values():
-                step.asked_at = fact.at
-
-
-def _pieces(steps: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:
-    return (steps[start : start + PIECE] for start in range(0, len(steps), PIECE))
 
 
 def is_lapsed(step: Step) -> bool:

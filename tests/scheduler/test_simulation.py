@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from scheduler import attendance, decide, model, records, state, verdicts
+from scheduler import attendance, builders, decide, model, records, state, verdicts
 from scheduler import facts as f
 from tests.scheduler.simulation import play
 
@@ -52,13 +52,13 @@ def _any_attempt(self: state.FarmState, lease: model.LeaseId, where: model.StepS
     return step if step is not None and step.state is where else None
 
 
-def _always_room(self: state.FarmState, builder: records.Builder) -> None:
+def _always_room(self: builders.Builders, builder: records.Builder) -> None:
     if builder.spec is not None:
         self.free[builder.id] = builder
 
 
-def _drop_slot_count(self: state.FarmState, step: records.Step) -> None:
-    self.builders[step.builder].leases.pop(step.key)
+def _drop_slot_count(self: builders.Builders, step: records.Step) -> None:
+    self.known[step.builder].leases.pop(step.key)
 
 
 def _lose_quietly(self: state.FarmState, fact: f.StepLost) -> None:
@@ -81,8 +81,8 @@ MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("lost orders are not said again", attendance.Attendance, "_missing", lambda *_: (yield from ()) or ()),
     ("leases without a right are left", attendance.Attendance, "_unknown", lambda *_: ()),
     ("a builder takes what it cannot build", model.BuilderSpec, "offers", lambda *_: True),
-    ("capacity is not counted", state.FarmState, "_count_slots", _always_room),
-    ("a freed slot is not offered", state.FarmState, "_free_slot", _drop_slot_count),
+    ("capacity is not counted", builders.Builders, "_count_slots", _always_room),
+    ("a freed slot is not offered", builders.Builders, "free_slot", _drop_slot_count),
     ("dependents do not hear of a loss", state.FarmState, "_lost", _lose_quietly),
     ("needs are let go of by nobody", state.FarmState, "_release", lambda *_: None),
     ("a lost builder keeps its leases", attendance.Attendance, "lost", _nothing),

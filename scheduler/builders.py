@@ -1,0 +1,170 @@
+"""Builders as the core knows them: what they offer, hold and are suspected of, and which may get leases.
+
+Written by `FarmState.evolve` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from scheduler import facts as f
+from scheduler.failures import CONSEQUENCES, is_fault, suspects_recipe
+from scheduler.model import NO_INSTANT, BuilderId, BuilderSpec, Failure, ImpossibleError, Instant, StepKey
+from scheduler.ready import ReadyIndex
+from scheduler.records import SUSPICIONS, Builder, Step
+
+#: Builders removed for silence that are remembered; the longest gone are forgotten first.
+SILENT = 1024
+
+
+class Builders:
+    """All builders with their leases; `known` is shared with the index of ready steps."""
+
+    __slots__ = ("_ready", "free", "known", "quarantined", "silent")
+
+    def __init__(self, known: dict[BuilderId, Builder], ready: ReadyIndex) -> None:
+        self._ready = ready
+        #: From the longest silent to the last heard.
+        self.known = known
+        #: Exactly the builders that are `willing` and have `free > 0`.
+        self.free: dict[BuilderId, Builder] = {}
+        #: Builders removed for silence, which their next heartbeat brings back; at most `SILENT`.
+        self.silent: dict[BuilderId, BuilderSpec] = {}
+        #: Builders that get no new leases for now.
+        self.quarantined: dict[BuilderId, Builder] = {}
+
+    def lease(self, step: Step, id_: BuilderId, at: Instant) -> None:
+        """Give a builder a lease; one that is known only from a journal becomes known."""
+        builder = self.known.get(id_)
+        if builder is None:
+            builder = self.known[id_] = Builder(id_, at)
+        builder.leases[step.key] = step
+        self._ready.served(step, builder)
+        if len(builder.leases) >= builder.capacity:
+            self.free.pop(builder.id, None)
+
+    def has_built(self, step: Step, id_: BuilderId) -> None:
+        """Clear a builder that has built something; faults of others with that step are theirs now."""
+        builder = self.known[id_]
+        if builder.strikes or builder.level or builder.suspicions:
+            builder.strikes, builder.suspicions, builder.level = {}, {}, 0
+            builder.probation, builder.capacity = False, builder.offered
+        if step.faults:
+            for other in self.known.values():
+                if step.key in other.suspicions:
+                    self._strike(other, step.key, other.suspicions.pop(step.key))
+
+    def free_slot(self, step: Step) -> None:
+        """Take the lease of a step from its builder."""
+        builder = self.known[step.builder]
+        del builder.leases[step.key]
+        self._count_slots(builder)
+
+    def _count_slots(self, builder: Builder) -> None:
+        if builder.capacity > len(builder.leases) and builder.willing:
+            self.free[builder.id] = builder
+        else:
+            self.free.pop(builder.id, None)
+
+    def blame(self, step: Step, failure: Failure) -> None:
+        """Hold a fault against the builder of the step's lease, or remember that it may have to be."""
+        builder = self.known[step.builder]
+        # One known only from the journal has not joined: its past is forgotten.
+        if builder.spec is None or not CONSEQUENCES[failure.kind].blames_builder:
+            return
+        if not suspects_recipe(failure):
+            self._strike(builder, step.key, failure.message)
+        elif step.key not in builder.strikes:
+            builder.suspicions.pop(step.key, None)
+            builder.suspicions[step.key] = failure.message
+            if len(builder.suspicions) > SUSPICIONS:
+                del builder.suspicions[next(iter(builder.suspicions))]
+
+    def _strike(self, builder: Builder, step: StepKey, message: str) -> None:
+        builder.strikes[step] = None
+        builder.trouble = message
+
+    def acquit(self, step: Step, failure: Failure) -> None:
+        """A step is at fault itself: no builder is suspected for its sake any more."""
+        if step.faults and not is_fault(failure.kind):
+            for builder in self.known.values():
+                builder.suspicions.pop(step.key, None)
+
+    def admitted(self, fact: f.BuilderAdmitted) -> None:
+        """Take in what a builder that joined offers and holds."""
+        spec = fact.builder
+        self.silent.pop(spec.id, None)
+        builder = self.known.pop(spec.id, None) or Builder(spec.id, fact.at)
+        self.known[spec.id] = builder
+        changed = builder.spec != spec
+        builder.spec = spec
+        self._heard(builder, fact)
+        if changed:
+            self._ready.rematch()
+
+    def refreshed(self, fact: f.BuilderRefreshed) -> None:
+        """Take in a heartbeat."""
+        builder = self.known.pop(fact.builder)
+        self.known[fact.builder] = builder
+        self._heard(builder, fact)
+
+    def _heard(self, builder: Builder, fact: f.BuilderAdmitted | f.BuilderRefreshed) -> None:
+        builder.heard = fact.at
+        builder.offered = fact.capacity
+        builder.capacity = min(fact.capacity, 1) if builder.probation else fact.capacity
+        if builder.draining is not fact.draining or builder.unfit != fact.unfit:
+            builder.draining, builder.unfit = fact.draining, fact.unfit
+            self._ready.rematch()
+        self._count_slots(builder)
+        for lease in fact.missing:
+            step = builder.leases[lease.step]
+            step.asked_at = fact.at
+            step.resends += 1
+
+    def quarantine(self, fact: f.BuilderQuarantined) -> None:
+        """Give a builder no new leases for a while."""
+        builder = self.quarantined[fact.builder] = self.known[fact.builder]
+        builder.until, builder.level, builder.reason = fact.until, fact.level, fact.reason
+        builder.for_unfitness, builder.probation = fact.for_unfitness, True
+        builder.capacity = min(builder.offered, 1)
+        self._count_slots(builder)
+        self._ready.rematch()
+
+    def end_quarantine(self, fact: f.QuarantineEnded) -> None:
+        """Trust a builder again, with one lease at first."""
+        builder = self.quarantined.pop(fact.builder)
+        builder.until = NO_INSTANT
+        builder.strikes, builder.suspicions = {}, {}
+        self._count_slots(builder)
+        self._ready.rematch()
+
+    def removed(self, fact: f.BuilderRemoved) -> None:
+        """Forget a builder; one that was removed for silence may come back by itself."""
+        self.silent.pop(fact.builder, None)
+        builder = self.known.pop(fact.builder, None)
+        self.free.pop(fact.builder, None)
+        self.quarantined.pop(fact.builder, None)
+        if builder is None:
+            return
+        if builder.leases:
+            raise ImpossibleError(f"builder {fact.builder} is removed with open leases")
+        if fact.silent and builder.spec is not None:
+            self.silent[fact.builder] = builder.spec
+            if len(self.silent) > SILENT:
+                del self.silent[next(iter(self.silent))]
+        self._ready.rematch()
+
+    def restored(self, id_: BuilderId, heard: Instant, leases: Iterable[Step]) -> None:
+        """Take in a builder of a snapshot with its leases, oldest first."""
+        builder = self.known[id_] = Builder(id_, heard)
+        builder.leases = {step.key: step for step in leases}
+
+    def resumed(self, at: Instant) -> None:
+        """Start the time of all leases anew; forget the builders of a journal that have none."""
+        for builder in tuple(self.known.values()):
+            if builder.spec is None and not builder.leases:
+                del self.known[builder.id]
+                continue
+            builder.heard = at
+            for step in builder.leases.values():
+                step.asked_at = at

@@ -1,0 +1,199 @@
+"""Graph of the known steps: which engage which, who wants them, and when one becomes ready.
+
+Theory: a step *engages* its needs while it is wanted and unfinished. `dependents` of a step are exactly the steps that
+engage it, so "wanted" is `roots or dependents` and a need that becomes done knows whom to tell. Everything else here
+is an index over that: ready steps (`ready`) and the submissions that wait for each (`shares`).
+
+Written by `FarmState.evolve` alone. Nothing here recurses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+
+from scheduler.model import BuilderId, ImpossibleError, LeaseId, StepKey, StepState, SubmissionId
+from scheduler.pauses import PAUSE, PIECE, Pause, whole
+from scheduler.ready import ReadyIndex
+from scheduler.records import Builder, Step
+from scheduler.shares import Shares
+from scheduler.transitions import LAPSED, LEGAL
+
+_WAITING, _READY, _DONE = StepState.WAITING, StepState.READY, StepState.DONE
+
+#: Owners of a step and stakes that join them, with what comes of it: for the time of one fact.
+Merged = dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]
+
+
+class StepGraph:
+    """The steps, their engagements, and the indexes over these."""
+
+    def __init__(self, rank: Callable[[Step], int]) -> None:
+        #: Every step that is known, in order of becoming known.
+        self.steps: dict[StepKey, Step] = {}
+        #: Counts how often something let go of an unfinished step: its limit may be shorter since.
+        self.partings = 0
+        #: Builders from the longest silent to the last heard.
+        self.builders: dict[BuilderId, Builder] = {}
+        #: Which submissions wait, for fairness between them.
+        self.shares = Shares()
+        #: Where ready steps wait.
+        self.ready = ReadyIndex(self.builders, rank, self.shares.is_live)
+        #: Engaged steps that nobody wants any more; `decide` abandons them, empty between calls of `handle`.
+        self.orphans: dict[StepKey, Step] = {}
+
+    def lease_holder(self, lease: LeaseId, state: StepState) -> Step | None:
+        """Return the step if this lease is its open one and the step is in `state`; None for a stale lease."""
+        step = self.steps.get(lease.step)
+        if step is None or step.state is not state or step.attempt != lease.attempt:
+            return None
+        return step
+
+    def needs_of(self, step: Step) -> tuple[Step, ...]:
+        """Return the needs of the recipe in use, whether the step engages them or not."""
+        if step.engaged:
+            return step.needs
+        if not step.recipes:
+            return ()
+        steps = self.steps
+        return tuple([steps[key] for key in dict.fromkeys(step.recipes[step.active].needs)])
+
+    def descend(self, starts: Iterable[Step], *, below_done: bool = False) -> list[Step]:
+        """Return every step reachable from `starts` through recipes in use, each before its needs.
+
+        It stops at done and at failed steps unless `below_done`. Raises `ImpossibleError` where that runs in a circle.
+        """
+        return whole(self.descending(starts, below_done=below_done))
+
+    def descending(self, starts: Iterable[Step], *, below_done: bool = False) -> Generator[Pause, None, list[Step]]:
+        """Do the work of `descend`, with pauses."""
+        order: list[Step] = []
+        closed: dict[Step, bool] = {}
+        for start in starts:
+            if start in closed:
+                continue
+            closed[start] = False
+            stack = [(start, iter(self._below(start, below_done)))]
+            while stack:
+                step, rest = stack[-1]
+                for need in rest:
+                    seen = closed.get(need)
+                    if seen is None:
+                        closed[need] = False
+                        stack.append((need, iter(self._below(need, below_done))))
+                        break
+                    if not seen:
+                        raise ImpossibleError(f"{need.key} needs itself through {step.key}")
+                else:
+                    stack.pop()
+                    closed[step] = True
+                    order.append(step)
+                    if not len(order) % PIECE:
+                        yield PAUSE
+        order.reverse()
+        return order
+
+    def _below(self, step: Step, below_done: bool) -> tuple[Step, ...]:
+        ends = step.state is _DONE or step.state is StepState.FAILED
+        return () if ends and not below_done else self.needs_of(step)
+
+    def wisher(self, step: Step) -> SubmissionId | None:
+        """Return a submission that wants the step, the first by the graph's own order; None where there is none."""
+        while not step.roots:
+            if not step.dependents:
+                return None
+            step = next(iter(step.dependents))
+        return step.roots[0]
+
+    def _move(self, step: Step, target: StepState) -> None:
+        source = step.state
+        if target not in LEGAL[source]:
+            raise ImpossibleError(f"{step} cannot become {target.value}")
+        step.state = target
+        if source is _READY:
+            self.ready.leave(step)
+
+    def _engage(self, order: Iterable[Step]) -> Iterator[Pause]:
+        """Engage the wanted steps of `order` (each before its needs), raise depths, make ready what can run."""
+        merged: Merged = {}
+        for count, step in enumerate(order, 1):
+            if not count % PIECE:
+                yield PAUSE
+            if step.state is _DONE or step.state in LAPSED:
+                continue
+            fresh = not step.engaged and step.wanted
+            if fresh:
+                self._take_needs(step)
+            depth = step.depth + 1
+            owners = step.owners
+            for need in step.needs:
+                if need.owners is not owners:
+                    self._own(need, owners, merged)
+                if need.depth < depth:
+                    need.depth = depth
+                    if need.queue is not None:
+                        self.ready.enqueue(need)
+            if fresh and step.unmet == 0:
+                self._become_ready(step)
+
+    def _own(self, step: Step, stakes: tuple[int, ...], merged: Merged) -> None:
+        """Count that more submissions want a step; `merged` keeps equal tuples one, as most of a graph's are."""
+        key = (step.owners, stakes)
+        owners = merged.get(key)
+        if owners is None:
+            owners = merged[key] = self.shares.live((*step.owners, *stakes))
+        if owners != step.owners:
+            before, step.owners = step.owners, owners
+            if step.queue is not None:
+                self.ready.enqueue(step, before)
+        else:
+            step.owners = owners
+
+    def _end_share(self, submission: SubmissionId) -> None:
+        stake = self.shares.end(submission)
+        if stake is not None:
+            self.ready.close_lanes(stake)
+
+    def _take_needs(self, step: Step) -> None:
+        step.needs = self.needs_of(step)
+        step.engaged = True
+        step.unmet = 0
+        for need in step.needs:
+            need.gain(step)
+            if need.state is not _DONE:
+                step.unmet += 1
+                self.orphans.pop(need.key, None)
+
+    def _release(self, step: Step) -> None:
+        """Let go of the needs; those that nobody else wants become orphans."""
+        if not step.engaged:
+            return
+        for need in step.needs:
+            need.lose(step)
+            if need.engaged:
+                self.partings += 1
+                if not need.dependents and not need.roots:
+                    self.orphans[need.key] = need
+        step.engaged = False
+        step.needs = ()
+        step.unmet = 0
+
+    def _meet(self, dependents: Iterable[Step]) -> None:
+        """A need of these is done."""
+        for dependent in dependents:
+            dependent.unmet -= 1
+            if dependent.unmet == 0 and dependent.state is _WAITING:
+                self._become_ready(dependent)
+
+    def _meet_in_pieces(self, dependents: Collection[Step]) -> Iterator[Pause]:
+        for some in pieces(tuple(dependents)):
+            self._meet(some)
+            yield PAUSE
+
+    def _become_ready(self, step: Step) -> None:
+        self._move(step, _READY)
+        self.ready.put(step)
+
+
+def pieces(steps: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:
+    """Yield the steps in tuples of `PIECE`, between which work may pause."""
+    return (steps[start : start + PIECE] for start in range(0, len(steps), PIECE))
