@@ -1,0 +1,457 @@
+"""Fold of facts into the rows of the read model, and of what workers send of their leases.
+
+Rules:
+1. No I/O, no clock, no asyncio. Times come out of facts; the same facts give the same rows, live or replayed.
+2. A fact costs O(1) for each running submission that has the step, plus the step's own edges; never O(submission).
+3. A submission is frozen when it ends: its counts are history, and later facts no longer pay for it.
+4. What concerns many steps is folded with pauses (`scheduler.pauses`), at which the rows may be read: counts of a
+   submission that begins again are then of those members that are counted already.
+
+Readiness is derived here once more (a step is ready when no need of its active recipe is open) because it is no fact:
+the core can tell it from its state, and a read model must not reach into that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import cast
+
+from coordinator.api.models import StepStatus
+from coordinator.journal.codec import Record, SubmissionNote, evidence_shown
+from coordinator.readmodel.rows import NOTHING, Company, StepRow, SubmissionRow, note, place, touch
+from coordinator.readmodel.snapshot import restore_step, take_history, tell_history
+from coordinator.readmodel.step_details import Details
+from coordinator.readmodel.workers import Workforce
+from coordinator.stores.derivations import StepInfo
+from scheduler import facts
+from scheduler.facts import Fact
+from scheduler.failures import is_fault
+from scheduler.model import FailureKind, Recipe, StepKey, SubmissionId
+from scheduler.pauses import FACTS_PIECE, PAUSE, PIECE, Pause, whole
+from workers.wire.messages import StageChange
+
+#: Details learnt between two pauses, some 20 µs each.
+DETAILS_PIECE = 128
+#: Facts that begin something new; whoever has nothing open by then has ended before it.
+_BEGINNINGS = (
+    facts.SubmissionAccepted,
+    facts.SubmissionRetried,
+    facts.StepAdded,
+    facts.RecipeAdded,
+    facts.StepHeld,
+    facts.StepRevived,
+)
+
+
+class FoldedRows:
+    """All rows. `fold` takes facts; `stage` and `readmodel.workers` take what is not worth a fact."""
+
+    def __init__(self) -> None:
+        self._steps: dict[StepKey, StepRow] = {}
+        #: How many steps are in each state: counting them all would hold the loop whenever metrics are asked for.
+        self._by_state = dict.fromkeys(StepStatus, 0)
+        self._submissions: dict[SubmissionId, SubmissionRow] = {}
+        self.workforce = Workforce(self._touch_all)
+        self._details = Details()
+        self._notes: dict[SubmissionId, SubmissionNote] = {}
+        #: Submissions that may have ended; looked at before the next beginning and at the end of a batch.
+        self._unsettled: dict[SubmissionId, SubmissionRow] = {}
+        #: Time of the newest durable fact.
+        self._at = 0.0
+        self._folders = cast(
+            "Mapping[type, Callable[[Fact], Iterator[Pause] | None]]",
+            {
+                facts.SubmissionAccepted: self._accepted,
+                facts.SubmissionRetried: self._retried,
+                facts.SubmissionWithdrawn: self._withdrawn,
+                facts.SubmissionForgotten: self._submission_forgotten,
+                facts.StepsForgotten: self._steps_forgotten,
+                facts.StepAdded: self._added,
+                facts.RecipeAdded: self._recipe_added,
+                facts.StepHeld: self._held,
+                facts.StepRevived: self._revived,
+                facts.StepLost: self._lost,
+                facts.StepLeased: self._leased,
+                facts.LeaseRevoked: self._revoked,
+                facts.StepBuilt: self._built,
+                facts.StepDone: self._done,
+                facts.StepFellBack: self._fell_back,
+                facts.StepFailed: self._failed,
+                facts.StepDoomed: self._doomed,
+                facts.StepAbandoned: self._abandoned,
+                facts.StepRestored: self._step_restored,
+                facts.FarmRestored: self._restored,
+                facts.BuilderQuarantined: self._quarantined,
+                facts.QuarantineEnded: self._trusted,
+                facts.BuilderRemoved: self._trusted,
+            },
+        )
+
+    # What is folded in.
+
+    def know(
+        self, details: Mapping[StepKey, StepInfo], notes: Mapping[SubmissionId, SubmissionNote] | None = None
+    ) -> None:
+        """Learn names; may come before or after the facts they belong to."""
+        whole(self.knowing(details.values(), notes))
+
+    def knowing(
+        self,
+        details: Iterable[StepInfo],
+        notes: Mapping[SubmissionId, SubmissionNote] | None = None,
+        *,
+        only_known: bool = False,
+    ) -> Generator[Pause, None, None]:
+        """Do the work of `know`, with pauses; `only_known` passes over details of steps that no fact has named."""
+        for count, detail in enumerate(details, 1):
+            row = self._steps.get(detail.key)
+            if row is not None:
+                # One string serves them all.
+                self._details.learn(row.key, detail)
+            elif not only_known:
+                self._details.learn(detail.key, detail)
+            if not count % DETAILS_PIECE:
+                yield PAUSE
+        self._notes.update(notes or {})
+
+    def unknowing(self, details: Iterable[StepInfo], submission: SubmissionId) -> Generator[Pause, None, None]:
+        """Forget the names of a submission that the core refused, with pauses: those of steps that are not known."""
+        if submission not in self._submissions:
+            self._notes.pop(submission, None)
+        for count, detail in enumerate(details, 1):
+            if detail.key not in self._steps:
+                self._details.forget(detail.key)
+            if not count % DETAILS_PIECE:
+                yield PAUSE
+
+    def fold(self, batch: Iterable[Fact], *, settle: bool = True) -> None:
+        """Take facts in order. `settle` is off while a journal is replayed, whose frames may split a batch."""
+        whole(self.folding(batch, settle=settle))
+
+    def folding(self, batch: Iterable[Fact], *, settle: bool = True) -> Generator[Pause, None, None]:
+        """Do the work of `fold`, with pauses."""
+        until_pause = FACTS_PIECE
+        for fact in batch:
+            if self._unsettled and isinstance(fact, _BEGINNINGS):
+                yield from self._settling()
+            folder = self._folders.get(type(fact))
+            if folder is not None:
+                rest = folder(fact)
+                if rest is not None:
+                    yield from rest
+            until_pause -= 1
+            if not until_pause:
+                until_pause = FACTS_PIECE
+                yield PAUSE
+        if settle:
+            yield from self._settling()
+
+    def settle(self) -> None:
+        """End the submissions that have nothing open."""
+        whole(self._settling())
+
+    def _settling(self) -> Generator[Pause, None, None]:
+        for row in self._unsettled.values():
+            if not row.ended and (row.open == 0 or row.done_roots == len(row.roots)):
+                yield from self._leave_members(row)
+                row.ended = True
+                row.active.clear()
+                touch(row)
+        self._unsettled.clear()
+
+    def records(self) -> list[Record]:
+        """Return what to keep beside `Farm.snapshot` so that `restore` gives these views back (see `snapshot`)."""
+        return list(tell_history(self._steps, self._submissions))
+
+    def restore(self, records: Iterable[Record]) -> None:
+        """Take in a snapshot's records, once its facts are folded and before any other."""
+        take_history(records, self._steps, self._submissions)
+        self._at = max((sub.touched_at for sub in self._submissions.values()), default=0.0)
+        self._unsettled.update((sub.id, sub) for sub in self._submissions.values() if not sub.ended)
+
+    def stage(self, change: StageChange) -> None:
+        """A worker says where a lease is; stale words are ignored."""
+        row = self._steps.get(StepKey(change.step))
+        if row is None or row.life.attempt != change.attempt or row.state is not StepStatus.RUNNING:
+            return
+        life = row.live()
+        if (life.stage, life.phase) != (change.stage.value, change.phase):
+            life.stage, life.phase = change.stage.value, change.phase
+            note(row)
+
+    # One method for each fact.
+
+    def _accepted(self, fact: facts.SubmissionAccepted) -> Iterator[Pause]:
+        sub = SubmissionRow(fact.submission, fact.at, frozenset(fact.roots), [])
+        yield from self._fill(sub, fact)
+        self._submissions[fact.submission] = sub
+
+    def _retried(self, fact: facts.SubmissionRetried) -> Iterator[Pause]:
+        sub = self._submissions[fact.submission]
+        if not sub.ended:
+            yield from self._leave_members(sub)
+        yield from self._fill(sub, fact)
+        touch(sub)
+
+    def _fill(self, sub: SubmissionRow, fact: facts.SubmissionAccepted | facts.SubmissionRetried) -> Iterator[Pause]:
+        """Count the members of a submission that begins, or begins again."""
+        self._at = max(self._at, fact.at)
+        sub.begin(list(fact.members), fact.at)
+        held, company = set(fact.held), Company(sub)
+        for count, key in enumerate(fact.members, 1):
+            if not count % PIECE:
+                yield PAUSE
+            row = self._row(key)
+            if key in held or row.state is StepStatus.DONE:
+                sub.held += 1
+                continue
+            company.join(row)
+        done_roots = 0
+        for count, root in enumerate(sub.roots, 1):
+            done_roots += root in held or self._row(root).state is StepStatus.DONE
+            if not count % PIECE:
+                yield PAUSE
+        sub.done_roots = done_roots
+        sub.joined = len(fact.joined)
+        self._unsettled[sub.id] = sub
+
+    def _leave_members(self, sub: SubmissionRow) -> Iterator[Pause]:
+        company = Company(sub)
+        for count, key in enumerate(sub.members, 1):
+            company.leave(self._steps[key])
+            if not count % PIECE:
+                yield PAUSE
+
+    def _withdrawn(self, fact: facts.SubmissionWithdrawn) -> None:
+        self._at = max(self._at, fact.at)
+        sub = self._submissions[fact.submission]
+        if not sub.withdrawn and not sub.ended:
+            sub.withdrawn = True
+            sub.touched_at = fact.at
+            touch(sub)
+
+    def _submission_forgotten(self, fact: facts.SubmissionForgotten) -> Iterator[Pause]:
+        sub = self._submissions.pop(fact.submission)
+        self._notes.pop(fact.submission, None)
+        self._unsettled.pop(fact.submission, None)
+        if not sub.ended:
+            # Others keep some of its steps open.
+            yield from self._leave_members(sub)
+
+    def _steps_forgotten(self, fact: facts.StepsForgotten) -> Iterator[Pause]:
+        below: dict[StepKey, StepRow] = {}
+        gone: set[StepRow] = set()
+        for key in fact.steps:
+            row = self._steps.pop(key)
+            self._by_state[row.state] -= 1
+            self._details.forget(key)
+            gone.add(row)
+            below.update((need, self._steps[need]) for recipe in row.recipes for need in recipe.needs)
+        # A wide step is looked through once for all that stood on it.
+        for row in below.values():
+            row.unlink(gone)
+            yield PAUSE
+
+    def _added(self, fact: facts.StepAdded) -> None:
+        row = self._row(fact.spec.key)
+        row.recipes = fact.spec.recipes
+        for recipe in row.recipes:
+            self._link(row, recipe)
+        self._wait(row, 0)
+
+    def _recipe_added(self, fact: facts.RecipeAdded) -> None:
+        row = self._row(fact.step)
+        row.recipes = (*row.recipes, fact.recipe)
+        self._link(row, fact.recipe)
+
+    def _held(self, fact: facts.StepHeld) -> Iterator[Pause] | None:
+        return self._finish(self._row(fact.step))
+
+    def _revived(self, fact: facts.StepRevived) -> None:
+        row = self._row(fact.step)
+        life = row.live()
+        life.failure, life.cause, life.trouble, life.ended_at = None, "", "", 0.0
+        life.lost_input = False
+        self._wait(row, fact.recipe)
+
+    def _lost(self, fact: facts.StepLost) -> Iterator[Pause]:
+        row = self._row(fact.step)
+        row.live().ended_at = 0.0
+        self._wait(row, row.recipe)
+        for count, above in enumerate(self._users(row), 1):
+            above.pending += 1
+            if above.state is StepStatus.READY:
+                self._move(above, StepStatus.WAITING)
+            if not count % PIECE:
+                yield PAUSE
+
+    def _leased(self, fact: facts.StepLeased) -> None:
+        self._at = max(self._at, fact.at)
+        row = self._row(fact.lease.step)
+        life = row.live()
+        row.recipe, life.attempt, life.builder = fact.recipe, fact.lease.attempt, fact.builder
+        life.started_at, life.ended_at, life.stage, life.phase = fact.at, 0.0, "queued", ""
+        self._move(row, StepStatus.RUNNING)
+
+    def _revoked(self, fact: facts.LeaseRevoked) -> None:
+        row = self._row(fact.lease.step)
+        life = row.live()
+        life.leave()
+        if is_fault(fact.failure.kind) or fact.failure.kind is FailureKind.INPUT_LOST:
+            life.trouble = fact.failure.message
+            life.lost_input = fact.failure.kind is FailureKind.INPUT_LOST
+        self._wait(row, row.recipe)
+
+    def _built(self, fact: facts.StepBuilt) -> None:
+        self._at = max(self._at, fact.at)
+        row = self._row(fact.lease.step)
+        life = row.live()
+        life.uploaded_bytes, life.isolation = evidence_shown(fact.evidence)
+        life.stage, life.phase = "", ""
+        self.workforce.has_built(fact.builder)
+        self._move(row, StepStatus.PUBLISHING)
+
+    def _done(self, fact: facts.StepDone) -> Iterator[Pause] | None:
+        self._at = max(self._at, fact.at)
+        row = self._row(fact.lease.step)
+        row.live().ended_at = fact.at
+        for sub in row.submissions:
+            sub.uploaded_bytes += row.life.uploaded_bytes
+        return self._finish(row)
+
+    def _fell_back(self, fact: facts.StepFellBack) -> Iterator[Pause]:
+        row = self._row(fact.step)
+        row.live().leave()
+        self._wait(row, fact.recipe)
+        yield from self._join_needs(row)
+
+    def _failed(self, fact: facts.StepFailed) -> None:
+        self._at = max(self._at, fact.at)
+        row = self._row(fact.step)
+        life = row.live()
+        life.leave()
+        life.failure, life.ended_at, life.builder = fact.failure, fact.at, fact.builder
+        self._move(row, StepStatus.FAILED)
+
+    def _doomed(self, fact: facts.StepDoomed) -> None:
+        row = self._row(fact.step)
+        row.live().cause = fact.cause
+        self._move(row, StepStatus.DOOMED)
+
+    def _abandoned(self, fact: facts.StepAbandoned) -> None:
+        row = self._row(fact.step)
+        row.live().leave()
+        self._move(row, StepStatus.ABANDONED)
+
+    def _quarantined(self, fact: facts.BuilderQuarantined) -> None:
+        self.workforce.quarantine(fact.builder, fact.until, fact.reason)
+
+    def _trusted(self, fact: facts.QuarantineEnded | facts.BuilderRemoved) -> None:
+        self.workforce.quarantine(fact.builder, 0.0, "")
+
+    def _step_restored(self, fact: facts.StepRestored) -> None:
+        row = self._row(fact.step)
+        self._by_state[row.state] -= 1
+        restore_step(row, fact)
+        self._by_state[row.state] += 1
+        for recipe in row.recipes:
+            self._link(row, recipe)
+
+    def _restored(self, _fact: facts.FarmRestored) -> Iterator[Pause]:
+        for count, row in enumerate(self._steps.values(), 1):
+            row.pending = self._open_needs(row)
+            if not count % PIECE:
+                yield PAUSE
+
+    # The parts they share.
+
+    def _row(self, key: StepKey) -> StepRow:
+        row = self._steps.get(key)
+        if row is None:
+            row = self._steps[key] = StepRow(key)
+            self._by_state[row.state] += 1
+        return row
+
+    def _link(self, row: StepRow, recipe: Recipe) -> None:
+        for need in recipe.needs:
+            self._row(need).link(row)
+
+    def _wait(self, row: StepRow, recipe: int) -> None:
+        """The step starts over with a recipe: ready, or waiting for its open needs."""
+        row.recipe = recipe
+        if row.state is StepStatus.READY:
+            self._move(row, StepStatus.WAITING)
+        row.requires = row.recipes[recipe].requirements if recipe < len(row.recipes) else NOTHING
+        row.pending = self._open_needs(row)
+        self._move(row, StepStatus.WAITING if row.pending else StepStatus.READY)
+
+    def _open_needs(self, row: StepRow) -> int:
+        """Count the needs of the active recipe that are not done."""
+        needs = row.recipes[row.recipe].needs if row.recipe < len(row.recipes) else ()
+        return sum(1 for need in dict.fromkeys(needs) if self._row(need).state is not StepStatus.DONE)
+
+    def _finish(self, row: StepRow) -> Iterator[Pause] | None:
+        """The step is done; many that stand on it are told of it in what is returned."""
+        if row.state is StepStatus.DONE:
+            return None
+        if row.life.stage:
+            life = row.live()
+            life.stage, life.phase = "", ""
+        self._move(row, StepStatus.DONE)
+        if len(row.dependents) > PIECE:
+            return self._meet(row)
+        for _ in self._meet(row):
+            pass
+        return None
+
+    def _meet(self, row: StepRow) -> Iterator[Pause]:
+        """A need of those that stand on the step is done."""
+        for count, above in enumerate(self._users(row), 1):
+            above.pending -= 1
+            if above.pending == 0 and above.state is StepStatus.WAITING:
+                self._move(above, StepStatus.READY)
+            if not count % PIECE:
+                yield PAUSE
+
+    def _users(self, row: StepRow) -> Iterator[StepRow]:
+        """Yield the steps whose active recipe needs this one."""
+        for above in row.dependents:
+            # With one recipe every dependent needs this step; a wide step's needs must not be scanned for each need.
+            if len(above.recipes) == 1 or row.key in above.recipes[above.recipe].needs:
+                yield above
+
+    def _join_needs(self, row: StepRow) -> Iterator[Pause]:
+        """The submissions of a step now also stand on what its active recipe needs."""
+        for sub in row.submissions:
+            company = Company(sub)
+            stack = list(row.recipes[row.recipe].needs)
+            while stack:
+                below = self._row(stack.pop())
+                if below.state is StepStatus.DONE or sub in below.submissions:
+                    continue
+                company.join(below)
+                sub.members.append(below.key)
+                if not len(sub.members) % PIECE:
+                    yield PAUSE
+                if below.recipe < len(below.recipes):
+                    stack.extend(below.recipes[below.recipe].needs)
+
+    def _move(self, row: StepRow, state: StepStatus) -> None:
+        """Change a step's state in every submission that has it."""
+        old, row.state = row.state, state
+        self._by_state[old] -= 1
+        self._by_state[state] += 1
+        for sub in row.submissions:
+            sub.counts[old] -= 1
+            sub.counts[state] += 1
+            place(sub, row, old, state)
+            sub.touched_at = max(sub.touched_at, self._at)
+            if sub.open == 0 or sub.done_roots == len(sub.roots):
+                self._unsettled[sub.id] = sub
+            for watcher in sub.watchers:
+                watcher.note(row)
+
+    def _touch_all(self) -> None:
+        for sub in self._submissions.values():
+            if sub.watchers:
+                touch(sub)
