@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from coordinator.api.models import StepStatus, SubmissionState
-from coordinator.cli import cli, serve
+from coordinator.cli import serve
+from coordinator.cli.commands import cli
 from coordinator.config import Settings, load_settings
 from coordinator.security.isolation import WeakIsolation
 from tests.coordinator.conftest import OpenFarm
