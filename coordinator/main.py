@@ -55,7 +55,8 @@ from coordinator.http.standby import serving_standby
 from coordinator.intake.intake import Intake, IntakeLimits
 from coordinator.intake.submissions import Submissions
 from coordinator.journal.codec import decode_notes
-from coordinator.journal.journal import Journal, JournalError
+from coordinator.journal.errors import JournalError
+from coordinator.journal.journal import Journal
 from coordinator.journal.leadership import Leadership, open_leadership
 from coordinator.observability.metrics import add_cache_metrics, add_farm_metrics
 from coordinator.readmodel.explain import FarmExplainer

@@ -24,7 +24,8 @@ from typing import Final
 from coordinator.api.models import WaitingView
 from coordinator.engine.replay import replay
 from coordinator.errors import CoordinatorError
-from coordinator.journal.journal import Journal, JournalError
+from coordinator.journal.errors import JournalError
+from coordinator.journal.journal import Journal
 from coordinator.readmodel.views import Views
 from infra.database import open_engine
 from infra.process import ChildProcess, ProcessError
@@ -63,7 +64,7 @@ async def compact(journal: Journal) -> int:
     """Store a snapshot of all that `journal` holds; returns its last frame. Raises `JournalError`."""
     farm, views = Farm(), Views(_Silence())
     await replay(journal, farm, views)
-    await journal.save_snapshot(journal.seq, farm.snapshot(), views.records())
+    await journal.snapshots.save(journal.seq, farm.snapshot(), views.records())
     return journal.seq
 
 

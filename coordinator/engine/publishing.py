@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from coordinator.journal.codec import CodecError, Evidence, decode_evidence
+from coordinator.journal.codec import Evidence, decode_evidence
+from coordinator.journal.errors import CodecError
 from coordinator.stores.derivations import DerivationsError, DerivationStore, StepInfo
 from infra.cache.cache import Cache
 from infra.cache.publishing.claims import Candidate, Conflict, PublishOutcome, Rejected, RejectReason

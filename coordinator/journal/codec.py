@@ -11,26 +11,21 @@ unread.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
-import enum
-import sys
 import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import orjson
 import zstandard
 from pydantic import TypeAdapter, ValidationError
 
-from coordinator.errors import CoordinatorError
+from coordinator.journal.decoding import Decoder, need, plain, record_decoder
+from coordinator.journal.errors import CodecError
 from scheduler import facts
 from scheduler.facts import Fact
-from scheduler.model import Requirements, StepKey, SubmissionId
+from scheduler.model import StepKey, SubmissionId
 from scheduler.resource_limits import ResourceLimits
 from workers.wire.messages import Output
 
@@ -41,11 +36,6 @@ _LOOK_FAR_ABOVE_BYTES = 256 * 1024
 _FAR_LOG = 27
 #: A frame that claims to be larger than this is damaged (one frame holds at most `journal.FRAME_FACTS` facts).
 MAX_FRAME_BYTES = 1024 * 1024 * 1024
-
-#: Records with fewer plain fields are decoded field by field.
-_QUICK_FIELDS = 3
-#: Different requirements that are remembered to be shared.
-_SHARED_VALUES = 10_000
 
 _TAGS: dict[type, str] = {
     facts.SubmissionAccepted: "submission-accepted",
@@ -79,14 +69,6 @@ _TAGS: dict[type, str] = {
     facts.FarmRestored: "farm-restored",
 }
 
-_Decoder = Callable[[Any], Any]
-
-
-class CodecError(CoordinatorError):
-    """Stored bytes do not say what this version of drover can understand."""
-
-    code: ClassVar[str] = "damaged"
-
 
 def encode_facts(batch: Sequence[Fact]) -> bytes:
     """Return the frame that holds `batch`, in order."""
@@ -94,7 +76,7 @@ def encode_facts(batch: Sequence[Fact]) -> bytes:
 
 
 def _encode(batch: Sequence[object], tags: Mapping[type, str]) -> bytes:
-    frame = orjson.dumps([[tags[type(each)], each] for each in batch], default=_plain)
+    frame = orjson.dumps([[tags[type(each)], each] for each in batch], default=plain)
     if len(frame) <= _COMPRESS_ABOVE_BYTES:
         return frame
     if len(frame) <= _LOOK_FAR_ABOVE_BYTES:
@@ -111,7 +93,7 @@ def decode_facts(frame: bytes) -> tuple[Fact, ...]:
     return cast("tuple[Fact, ...]", _decode(frame, _DECODERS))
 
 
-def _decode(frame: bytes, decoders: Mapping[str, _Decoder]) -> tuple[Any, ...]:
+def _decode(frame: bytes, decoders: Mapping[str, Decoder]) -> tuple[Any, ...]:
     if frame[:1] != b"[":
         try:
             frame = zstandard.ZstdDecompressor().decompress(frame, max_output_size=MAX_FRAME_BYTES)
@@ -122,7 +104,7 @@ def _decode(frame: bytes, decoders: Mapping[str, _Decoder]) -> tuple[Any, ...]:
     except orjson.JSONDecodeError as error:
         raise CodecError(f"a frame of facts is damaged at byte {error.pos}.") from None
     try:
-        return tuple([_decode_row(row, decoders) for row in _need(rows, list)])
+        return tuple([_decode_row(row, decoders) for row in need(rows, list)])
     except RecursionError:
         raise CodecError("a frame of facts is nested too deeply.") from None
 
@@ -225,10 +207,10 @@ def encode_evidence(evidence: Evidence) -> bytes:
 def decode_evidence(data: bytes) -> Evidence:
     """Read evidence back. Raises `CodecError`."""
     try:
-        raw = _need(orjson.loads(data), dict)
+        raw = need(orjson.loads(data), dict)
         if raw.get("v") != 1:
             raise CodecError("the evidence of a build was written by another version of drover.")
-        return Evidence(_OUTPUTS.validate_python(raw.get("outputs")), _need(raw.get("isolation", ""), str))
+        return Evidence(_OUTPUTS.validate_python(raw.get("outputs")), need(raw.get("isolation", ""), str))
     except (orjson.JSONDecodeError, ValidationError):
         raise CodecError("the evidence of a build is damaged.") from None
 
@@ -271,7 +253,7 @@ def decode_note(stored: StoredNote) -> SubmissionNote:
         raw = orjson.loads(stored.own)
         if stored.shared:
             roots = zstandard.ZstdDecompressor().decompress(stored.shared, max_output_size=MAX_FRAME_BYTES)
-            raw = {**_need(raw, dict), "roots": orjson.loads(roots)}
+            raw = {**need(raw, dict), "roots": orjson.loads(roots)}
         return cast("SubmissionNote", _NOTE(raw))
     except (orjson.JSONDecodeError, zstandard.ZstdError):
         raise CodecError("the note of a submission is damaged.") from None
@@ -279,7 +261,7 @@ def decode_note(stored: StoredNote) -> SubmissionNote:
 
 def _note(own: bytes, roots: tuple[RootNote, ...]) -> SubmissionNote:
     try:
-        note: SubmissionNote = _NOTE({**_need(orjson.loads(own), dict), "roots": []})
+        note: SubmissionNote = _NOTE({**need(orjson.loads(own), dict), "roots": []})
     except orjson.JSONDecodeError:
         raise CodecError("the note of a submission is damaged.") from None
     return dataclasses.replace(note, roots=roots)
@@ -299,210 +281,17 @@ def decode_notes(stored: Mapping[SubmissionId, StoredNote]) -> dict[SubmissionId
     return notes
 
 
-def _plain(value: object) -> object:
-    """Turn what JSON lacks into what it has."""
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode("ascii")
-    if isinstance(value, frozenset):
-        return sorted(value)
-    raise TypeError(type(value).__name__)
-
-
-def _decode_row(row: Any, decoders: Mapping[str, _Decoder]) -> Any:
-    pair = _need(row, list)
+def _decode_row(row: Any, decoders: Mapping[str, Decoder]) -> Any:
+    pair = need(row, list)
     if len(pair) != 2 or not isinstance(pair[0], str) or pair[0] not in decoders:
         raise CodecError("a fact in the journal is of a kind that this version of drover does not know.")
     return decoders[pair[0]](pair[1])
 
 
-def _need(value: Any, kind: type) -> Any:
-    # bool is an int to Python, not to a journal.
-    if type(value) is not kind:
-        raise CodecError(f"the journal has {type(value).__name__} where {kind.__name__} belongs.")
-    return value
-
-
-def _float(value: Any) -> float:
-    if type(value) is int:
-        return float(value)
-    return cast("float", _need(value, float))
-
-
-def _bytes(value: Any) -> bytes:
-    try:
-        return base64.b64decode(_need(value, str), validate=True)
-    except (binascii.Error, ValueError):
-        raise CodecError("the journal has text that is not base64 where bytes belong.") from None
-
-
-def _str(value: Any) -> str:
-    if type(value) is not str:
-        raise CodecError(f"the journal has {type(value).__name__} where text belongs.")
-    return value
-
-
-def _int(value: Any) -> int:
-    if type(value) is not int:
-        raise CodecError(f"the journal has {type(value).__name__} where a whole number belongs.")
-    return value
-
-
-def _bool(value: Any) -> bool:
-    return cast("bool", _need(value, bool))
-
-
-_LEAVES: dict[Any, _Decoder] = {str: _str, int: _int, float: _float, bytes: _bytes, bool: _bool}
-
-
-def _key(value: Any) -> str:
-    # A step's key stands in its spec, in the needs of others and in every later fact: one string serves them all.
-    try:
-        return sys.intern(value)
-    except TypeError:
-        return _str(value)
-
-
-def _keys(value: Any) -> tuple[str, ...]:
-    try:
-        return tuple(map(sys.intern, _need(value, list)))
-    except TypeError:
-        return tuple(map(_str, value))
-
-
-def _decoder(kind: Any) -> _Decoder:  # noqa: PLR0911  one way for each form of type
-    """Build the decoder of a type from its annotations; done once, at import."""
-    if kind is StepKey:
-        return _key
-    if kind == tuple[StepKey, ...]:
-        return _keys
-    while isinstance(kind, typing.NewType):
-        kind = kind.__supertype__
-    if kind in _LEAVES:
-        return _LEAVES[kind]
-    origin = typing.get_origin(kind)
-    if origin in (types.UnionType, typing.Union):
-        [some] = [choice for choice in typing.get_args(kind) if choice is not types.NoneType]
-        return _optional(_decoder(some))
-    if origin in (tuple, frozenset):
-        arguments = typing.get_args(kind)
-        if origin is tuple and arguments[1] is not Ellipsis:
-            return _pair(_decoder(arguments[0]), _decoder(arguments[1]))
-        return _many(origin, _decoder(arguments[0]))
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return _choice(kind)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _record(kind)
-    raise TypeError(f"facts may not hold {kind!r}")
-
-
-def _optional(some: _Decoder) -> _Decoder:
-    return lambda value: None if value is None else some(value)
-
-
-def _pair(first: _Decoder, second: _Decoder) -> _Decoder:
-    def decode(value: Any) -> Any:
-        pair = _need(value, list)
-        if len(pair) != 2:
-            raise CodecError("the journal has something else where a pair belongs.")
-        return (first(pair[0]), second(pair[1]))
-
-    return decode
-
-
-def _many(container: type, item: _Decoder) -> _Decoder:
-    def decode(value: Any) -> Any:
-        return container(map(item, _need(value, list)))
-
-    return decode
-
-
-def _choice(kind: type[enum.Enum]) -> _Decoder:
-    values = {member.value: member for member in kind}
-
-    def decode(value: Any) -> enum.Enum:
-        if not isinstance(value, str) or value not in values:
-            raise CodecError(f"the journal has an unknown {kind.__name__}.")
-        return values[value]
-
-    return decode
-
-
-def _record(kind: type) -> _Decoder:
-    hints = typing.get_type_hints(kind)
-    names = tuple(field.name for field in dataclasses.fields(kind))
-    items = tuple(_decoder(hints[name]) for name in names)
-    # Most fields hold what they must: one comparison of all their types is worth a call for each.
-    exact = {_str: str, _int: int, _float: float, _bool: bool}
-    leaves = tuple(name for name, item in zip(names, items, strict=True) if item in exact)
-    types_of_leaves = tuple(exact[item] for item in items if item in exact)
-    quick_items = tuple(None if item in exact else item for item in items)
-    if len(names) < _QUICK_FIELDS or len(leaves) < _QUICK_FIELDS:
-        return _small_record(kind, names, items)
-    pick, pick_leaves = itemgetter(*names), itemgetter(*leaves)
-
-    def decode(value: Any) -> Any:
-        if type(value) is not dict or len(value) != len(names):
-            value = _completed(kind, value)
-        try:
-            raw = pick(value)
-        except KeyError:
-            raise _mismatch(kind) from None
-        if tuple(map(type, pick_leaves(value))) != types_of_leaves:
-            return kind(*[item(each) for item, each in zip(items, raw, strict=True)])
-        return kind(*[each if item is None else item(each) for item, each in zip(quick_items, raw, strict=True)])
-
-    return decode
-
-
-def _small_record(kind: type, names: tuple[str, ...], items: tuple[_Decoder, ...]) -> _Decoder:
-    fields = tuple(zip(names, items, strict=True))
-    known = frozenset(names)
-
-    def decode(value: Any) -> Any:
-        if type(value) is not dict or value.keys() != known:
-            value = _completed(kind, value)
-        return kind(*[item(value[name]) for name, item in fields])
-
-    return _shared(decode) if kind is Requirements else decode
-
-
-def _completed(kind: type, value: Any) -> dict[str, Any]:
-    """Give a record of before a field was added what the field is by default. Raises `CodecError`."""
-    fields = dataclasses.fields(kind)
-    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-    made = orjson.loads(orjson.dumps(defaults, default=_plain)) | (value if type(value) is dict else {})
-    if made.keys() != {field.name for field in fields}:
-        raise _mismatch(kind)
-    return cast("dict[str, Any]", made)
-
-
-def _mismatch(kind: type) -> CodecError:
-    return CodecError(f"the journal has a {kind.__name__} with missing or unknown fields.")
-
-
-def _shared(decode: _Decoder) -> _Decoder:
-    """Give one value for equal ones: a farm knows a handful of requirements and a hundred thousand steps."""
-    known: dict[Any, Any] = {}
-
-    def decode_shared(value: Any) -> Any:
-        try:
-            said = (value["system"], *_need(value["features"], list)) if len(value) == 2 else ()
-            made = known.get(said)
-        except (TypeError, KeyError):
-            return decode(value)
-        if made is None:
-            made = decode(value)
-            if len(known) < _SHARED_VALUES:
-                known[said] = made
-        return made
-
-    return decode_shared
-
-
-_DECODERS: types.MappingProxyType[str, _Decoder] = types.MappingProxyType(
-    {tag: _record(kind) for kind, tag in _TAGS.items()}
+_DECODERS: types.MappingProxyType[str, Decoder] = types.MappingProxyType(
+    {tag: record_decoder(kind) for kind, tag in _TAGS.items()}
 )
-_RECORD_DECODERS: types.MappingProxyType[str, _Decoder] = types.MappingProxyType(
-    {tag: _record(kind) for kind, tag in _RECORD_TAGS.items()}
+_RECORD_DECODERS: types.MappingProxyType[str, Decoder] = types.MappingProxyType(
+    {tag: record_decoder(kind) for kind, tag in _RECORD_TAGS.items()}
 )
-_NOTE = _record(SubmissionNote)
+_NOTE = record_decoder(SubmissionNote)

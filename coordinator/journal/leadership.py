@@ -23,7 +23,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.errors import CoordinatorError
-from coordinator.journal.journal import FencedError, Journal, JournalError
+from coordinator.journal.errors import FencedError, JournalError
+from coordinator.journal.journal import Journal
 from infra.database import PATIENCE_S, may_pass, reason
 from infra.retry import Patience
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.engine.compaction import Compactor, _Silence, compact
-from coordinator.journal.journal import FencedError, Journal, JournalError
+from coordinator.journal.errors import FencedError, JournalError
+from coordinator.journal.journal import Journal
 from coordinator.readmodel.views import Views
 from infra.database import open_engine
 from scheduler import invariants
@@ -65,7 +66,7 @@ async def test_snapshot_and_tail_give_what_the_whole_journal_gives(tmp_path: Pat
         # The first batch always, so that every life has one.
         if chance.random() < 0.1 or at == size:
             await compact(Journal(engine, epoch=journal.epoch))
-    assert await journal.snapshots()
+    assert await journal.snapshots.ends()
     whole, views = Farm(), Views(_Silence())
     facts: Sequence[Fact] = list(chain.from_iterable(calls))
     whole.replay(facts)
@@ -85,7 +86,7 @@ async def test_the_process_that_makes_snapshots_leaves_a_shorter_tail(database: 
     for n in range(50):
         await journal.append([StepHeld(StepKey(f"k{n}"))])
     await Compactor(database, journal).snapshot()
-    assert (await journal.snapshots(), journal.tail) == ([50], 0)
+    assert (await journal.snapshots.ends(), journal.tail) == ([50], 0)
     await journal.append([StepHeld(StepKey("k50"))])
     assert journal.tail == 1
     again = Journal(engine)
@@ -105,7 +106,7 @@ async def test_a_snapshot_of_a_coordinator_that_is_no_more_in_office_is_not_made
         await compact(Journal(engine, epoch=old.epoch))
     with pytest.raises(JournalError, match="another coordinator has taken over"):
         await Compactor(database, old).snapshot()
-    assert await new.snapshots() == []
+    assert await new.snapshots.ends() == []
     await engine.dispose()
 
 

@@ -17,7 +17,7 @@ from coordinator.api.models import StepStatus, SubmissionState, SubmitRequest
 from coordinator.client.api_client import RefusedError
 from coordinator.config import ConfigError, Settings
 from coordinator.journal.codec import StoredNote
-from coordinator.journal.journal import JournalError
+from coordinator.journal.errors import JournalError
 from coordinator.main import Ready, serve
 from infra.cache.publishing.claims import Candidate
 from infra.nix.nar import NarData, NarFile, write_events

@@ -25,7 +25,6 @@ from sqlalchemy import table as sql_table
 
 from coordinator.journal import journal as journal_module
 from coordinator.journal.codec import (
-    CodecError,
     Evidence,
     RootNote,
     StoredNote,
@@ -39,7 +38,9 @@ from coordinator.journal.codec import (
     encode_note,
     evidence_shown,
 )
-from coordinator.journal.journal import FRAME_FACTS, FencedError, Journal, JournalError
+from coordinator.journal.errors import CodecError, FencedError, JournalError
+from coordinator.journal.frames import FRAME_FACTS
+from coordinator.journal.journal import Journal
 from coordinator.state_lock import StateDirBusyError, StateLock
 from infra.database import open_engine
 from scheduler.facts import Fact, StepAbandoned, StepAdded, StepHeld, SubmissionAccepted, SubmissionForgotten
@@ -406,7 +407,7 @@ async def test_whoever_is_taken_over_from_can_write_nothing_more(database: str) 
             with pytest.raises(FencedError, match="another coordinator has taken over"):
                 await old.append(_held(2), {SubmissionId("s"): StoredNote(b"note")})
             with pytest.raises(FencedError):
-                await old.save_snapshot(1, _held(1), [])
+                await old.snapshots.save(1, _held(1), [])
             await new.append(_held(3))
             with pytest.raises(FencedError):
                 await old.append(_held(2))
@@ -418,9 +419,9 @@ async def test_a_snapshot_stands_for_the_frames_before_it(database: str) -> None
         for n in range(1, 4):
             await journal.append(_held(n))
             # Not what the frames say, so that it is seen where facts come from.
-            await journal.save_snapshot(journal.seq, _held(-n), [])
+            await journal.snapshots.save(journal.seq, _held(-n), [])
         await journal.append(_held(4))
-        assert await journal.snapshots() == [3, 2]
+        assert await journal.snapshots.ends() == [3, 2]
     assert (await _read(database))[0] == _held(-3, 4)
 
 
@@ -428,7 +429,7 @@ async def test_a_damaged_snapshot_is_passed_over_for_the_one_before(database: st
     async with _opened(database) as journal:
         for n in range(1, 4):
             await journal.append(_held(n))
-            await journal.save_snapshot(journal.seq, _held(-n), [])
+            await journal.snapshots.save(journal.seq, _held(-n), [])
         await journal.append(_held(4))
     await _sql(database, _DAMAGE_THE_NEWEST)
     assert (await _read(database))[0] == _held(-2, 3, 4)
@@ -452,9 +453,9 @@ async def test_what_a_broken_off_snapshot_left_is_removed_by_the_next(database: 
             raise CodecError("cut off")
 
         with pytest.raises(CodecError):
-            await journal.save_snapshot(1, torn(), [])
-        assert await journal.snapshots() == []
-        await journal.save_snapshot(1, _held(-1), [])
+            await journal.snapshots.save(1, torn(), [])
+        assert await journal.snapshots.ends() == []
+        await journal.snapshots.save(1, _held(-1), [])
         async with journal._engine.connect() as connection:
             left = await connection.execute(text("SELECT count(*) FROM journal_snapshot_parts"))
             assert left.scalar_one() == 1

@@ -14,7 +14,8 @@ import pytest
 from aiohttp import ClientSession
 
 from coordinator.config import CacheSettings, Settings
-from coordinator.journal.journal import FencedError, Journal
+from coordinator.journal.errors import FencedError
+from coordinator.journal.journal import Journal
 from coordinator.journal.leadership import LeadershipLostError, SessionLock, open_leadership
 from coordinator.main import Ready, serve
 from coordinator.security.farm_secrets import SuccessionError

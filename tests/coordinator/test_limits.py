@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from coordinator.engine.replay import with_limits
-from coordinator.journal.codec import CodecError, RootNote, StoredNote, SubmissionNote, decode_note, encode_note
+from coordinator.journal.codec import RootNote, StoredNote, SubmissionNote, decode_note, encode_note
+from coordinator.journal.errors import CodecError
 from scheduler.facts import StepAbandoned, SubmissionAccepted, SubmissionRestored
 from scheduler.model import Instant, StepKey, SubmissionId
 from scheduler.resource_limits import ResourceLimits
