@@ -52,7 +52,8 @@ from coordinator.http.connections import ConnectionGate, require_room
 from coordinator.http.metrics import add_metrics_route
 from coordinator.http.middleware import is_host, is_own_host
 from coordinator.http.standby import serving_standby
-from coordinator.intake.intake import Intake, IntakeLimits
+from coordinator.intake.intake import Intake
+from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.submissions import Submissions
 from coordinator.journal.codec import decode_notes
 from coordinator.journal.errors import JournalError
@@ -183,7 +184,7 @@ async def open_coordinator(
             stores.cache,
             stores.cache.objects,
             stores.cache.store_dir,
-            _intake_limits(settings.limits),
+            IntakeLimits.of(settings.limits),
         )
         fleet = await stack.enter_async_context(fleet_factory(info))
         work = _connect(fleet, engine, farm, views, stores, clock, tokens, Submissions(engine, views, intake), settings)
@@ -568,10 +569,6 @@ def _build_limits(limits: LimitSettings) -> ResourceLimits:
         log_bytes=limits.log_bytes,
         output_bytes=limits.build_output_bytes,
     )
-
-
-def _intake_limits(limits: LimitSettings) -> IntakeLimits:
-    return IntakeLimits(max_derivations=limits.graph_size, max_sources=limits.graph_size)
 
 
 class _Troubled(Protocol):

@@ -14,7 +14,8 @@ from dataclasses import asdict, replace
 from coordinator.api.models import RootLimits, RootRequest, StepStatus, SubmissionState, SubmitRequest
 from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError, IntakeError
-from coordinator.intake.intake import Intake, Planned
+from coordinator.intake.graph import Planned
+from coordinator.intake.intake import Intake
 from coordinator.journal.codec import RootNote, SubmissionNote, encode_note
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.views import Views

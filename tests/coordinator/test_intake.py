@@ -15,16 +15,10 @@ from pydantic import ValidationError
 from coordinator.api.models import MAX_ROOTS, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import LARGE_BYTES, FramingError, SourceHeader, encode_derivations, encode_sources
 from coordinator.errors import IntakeError, UnavailableError
-from coordinator.intake.intake import (
-    VERIFYING_COST,
-    DerivationRefusedError,
-    Intake,
-    IntakeLimits,
-    MissingMemberError,
-    Planned,
-    StoreDirError,
-    TooLargeError,
-)
+from coordinator.intake.errors import DerivationRefusedError, MissingMemberError, StoreDirError, TooLargeError
+from coordinator.intake.graph import Planned
+from coordinator.intake.intake import VERIFYING_COST, Intake
+from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.sources import SourceRefusedError
 from coordinator.stores.derivations import DerivationStore
 from infra.cache.cache import Cache

@@ -11,7 +11,7 @@ import pytest
 
 from coordinator.api.models import MAX_ROOTS
 from coordinator.api.streams import encode_derivations
-from coordinator.intake.intake import IntakeLimits
+from coordinator.intake.limits import IntakeLimits
 from tests.support.attack import FarmUnderAttack
 from tests.support.graphs import Maker
 from tests.support.loop import LoopStalls

@@ -1,0 +1,146 @@
+"""Graph of one submission: its derivations as steps, cut where the cache holds them.
+
+Everything here walks whole graphs, so callers run it in a thread: a mass rebuild has some hundred thousand members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from coordinator.intake import planning
+from coordinator.intake.errors import MissingMemberError
+from coordinator.stores.derivations import Kind, Node, StepInfo, step_info
+from scheduler.events import SubmissionReceived
+from scheduler.model import StepKey, StepSpec, SubmissionId
+from scheduler.resource_limits import ResourceLimits
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRoot:
+    """A wish and the step that it stands on; `outputs` are the wanted (name, full path), sorted by name."""
+
+    attr: str
+    drv: str
+    step: StepKey
+    outputs: tuple[tuple[str, str], ...]
+    limits: ResourceLimits | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A submission as steps. `infos` has one entry for each of `steps` and each of `held`."""
+
+    roots: tuple[PlannedRoot, ...]
+    steps: tuple[StepSpec, ...]
+    #: Steps that the cache holds and at which the graph ends; not in `steps`.
+    held: tuple[StepKey, ...]
+    infos: tuple[StepInfo, ...]
+    #: Derivations of the submission that stand behind `steps` and `held`.
+    derivations: int = 0
+    #: What keeps what the plan stands on until housekeeping knows the submission (`PathLeases`).
+    leases: tuple[str, ...] = ()
+
+    def event(self, submission: SubmissionId) -> SubmissionReceived:
+        """Return the core's event for this plan."""
+        return SubmissionReceived(
+            submission=submission,
+            roots=tuple(dict.fromkeys(root.step for root in self.roots)),
+            steps=self.steps,
+            held=self.held,
+            limits=tuple({root.step: root.limits for root in self.roots if root.limits is not None}.items()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A submission's derivations and their recipes."""
+
+    nodes: Mapping[str, Node]
+    #: The submission's own derivations, inputs first.
+    own: tuple[str, ...]
+    recipes: planning.Recipes
+
+    @classmethod
+    def build(
+        cls,
+        roots: Sequence[str],
+        nodes: Mapping[str, Node],
+        members: Mapping[StepKey, Sequence[str]],
+        max_recipes: int,
+    ) -> Graph:
+        """Return the graph of `roots` among `nodes`; `members` are the recipes that each step has so far."""
+        nodes = planning.with_made_sources(nodes)
+        own = planning.inputs_first(roots, nodes)
+        others = [drv for places in members.values() for drv in places if drv in nodes]
+        order = planning.inputs_first([*roots, *others], nodes)
+        return cls(nodes, tuple(own), planning.assign_recipes(order, nodes, members, max_recipes))
+
+    def paths(self) -> list[str]:
+        """Return all output paths of the graph, and the sources of the submission's own derivations."""
+        paths = {path: None for node in self.nodes.values() for _, path in node.outputs}
+        paths.update(dict.fromkeys(self.sources()))
+        return list(paths)
+
+    def sources(self) -> set[str]:
+        """Return the sources of the submission's own derivations."""
+        return {source for name in self.own for source in self.nodes[name].sources}
+
+    def lacking(self, absent: set[str]) -> list[str]:
+        """Return the sources that the cache lacks of the submission's own derivations that it does not hold."""
+        nodes = (self.nodes[name] for name in self.own)
+        unheld = (node for node in nodes if any(path in absent for _, path in node.outputs))
+        return list(dict.fromkeys(source for node in unheld for source in node.sources if source in absent))
+
+    def plan(
+        self, roots: tuple[PlannedRoot, ...], absent: set[str], store_dir: str, *, sources_may_lack: bool
+    ) -> Planned:
+        """Cut the graph where the cache holds it; `absent` are the paths that the cache lacks."""
+        held = {node.step for node in self.nodes.values() if not any(path in absent for _, path in node.outputs)}
+        stand_in = {self.nodes[name].step: name for name in self.own}
+        specs, ends = planning.steps_to_do(
+            (root.step for root in roots), self.recipes.by_step, self.nodes, stand_in, held
+        )
+        to_do = {spec.key for spec in specs}
+        reached = to_do.union(ends)
+        count = 0
+        for name in self.own:
+            node = self.nodes[name]
+            count += node.step in reached
+            if node.step in to_do and not sources_may_lack:
+                for source in node.sources:
+                    if source in absent:
+                        raise MissingMemberError(f"the source {source} of {name} is not in the cache; send it first")
+        infos = tuple(self._info(step, stand_in, store_dir) for step in (*(spec.key for spec in specs), *ends))
+        return Planned(roots, tuple(specs), tuple(ends), infos, count)
+
+    def _info(self, step: StepKey, stand_in: Mapping[StepKey, str], store_dir: str) -> StepInfo:
+        first = self.recipes.by_step[step][0]
+        return step_info(self.nodes[first if first in self.nodes else stand_in[step]], store_dir)
+
+
+def add_nodes(nodes: dict[str, Node], asked: Sequence[str], found: Mapping[str, Node]) -> list[str]:
+    """Take in what was found; return what it needs and is not loaded. Raises `MissingMemberError`."""
+    for name in asked:
+        if name not in found:
+            raise MissingMemberError(f"the derivation {name} is not known here; send its closure first")
+    nodes.update(found)
+    return list(dict.fromkeys(need for node in found.values() for need in node.needs if need not in nodes))
+
+
+def new_steps(fresh: Sequence[Node], members: Mapping[StepKey, Sequence[str]]) -> list[StepKey]:
+    """Return the steps of fresh nodes whose recipes are not loaded."""
+    return list(dict.fromkeys(node.step for node in fresh if node.step not in members))
+
+
+def add_recipes(
+    nodes: Mapping[str, Node],
+    members: dict[StepKey, list[str]],
+    fresh: Sequence[Node],
+    steps: Sequence[StepKey],
+    places: Mapping[StepKey, list[str]],
+) -> list[str]:
+    """Take in the recipes of `steps`; return those of the fixed-output ones that are not loaded."""
+    members.update((step, places.get(step, [])) for step in steps)
+    fixed = (node.step for node in fresh if node.kind is Kind.FIXED)
+    return list(dict.fromkeys(drv for step in fixed for drv in members[step] if drv not in nodes))
