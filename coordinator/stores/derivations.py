@@ -21,33 +21,15 @@ from typing import Any, Final, TypeVar
 
 import orjson
 import zstandard
-from sqlalchemy import (
-    Column,
-    ColumnElement,
-    Integer,
-    LargeBinary,
-    MetaData,
-    Select,
-    Table,
-    Text,
-    UniqueConstraint,
-    func,
-    insert,
-    inspect,
-    select,
-)
-from sqlalchemy.engine import Connection
+from sqlalchemy import ColumnElement, Select, func, insert, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator.errors import CoordinatorError
+from coordinator.stores import derivation_tables as tables
 from infra.database import insert_or_ignore, names_parameter, names_table, open_engine, patiently, reason
 from scheduler.model import StepKey
 
-#: What this module writes. Databases from before it was written down are of format 1 too.
-FORMAT: Final = 1
-#: Rows of one executemany; keeps the driver's thread from holding megabytes of parameters twice.
-INSERT_ROWS = 5_000
 #: Rows of an answer that are made at once, a microsecond each; the loop goes on in between.
 ROWS_AT_ONCE = 2_000
 #: Nodes kept in memory so that a submission right after its upload asks the database nothing; emptied when full.
@@ -143,58 +125,6 @@ class StepInfo:
     outputs: tuple[tuple[str, str], ...]
 
 
-_metadata = MetaData()
-_derivations = Table(
-    "derivations",
-    _metadata,
-    Column("drv", Text, primary_key=True),
-    Column("step", Text, nullable=False),
-    Column("kind", Integer, nullable=False),
-    #: JSON: system, features, outputs, needs, sources; what is always read together is one value.
-    Column("detail", LargeBinary, nullable=False),
-    Column("inputs", LargeBinary, nullable=False),
-    Column("modulo", LargeBinary, nullable=False),
-    #: zstd where that pays; tells itself from an ATerm by its first bytes.
-    Column("aterm", LargeBinary, nullable=False),
-)
-_members = Table(
-    "members",
-    _metadata,
-    Column("step", Text, primary_key=True),
-    Column("ordinal", Integer, primary_key=True),
-    Column("drv", Text, nullable=False),
-    UniqueConstraint("step", "drv"),
-)
-#: Steps of those outputs that do not name their step; databases from before it lack the table.
-_outputs = Table(
-    "derivation_outputs",
-    _metadata,
-    #: Full store path.
-    Column("path", Text, primary_key=True),
-    Column("step", Text, nullable=False),
-)
-_meta = Table("derivations_meta", _metadata, Column("format", Integer, primary_key=True, autoincrement=False))
-
-
-def _format(connection: Connection) -> int:
-    """Return the format of the tables that are there, 0 where they do not say one."""
-    if not inspect(connection).has_table(_meta.name):
-        return 0
-    return connection.execute(select(func.max(_meta.c.format))).scalar_one() or 0
-
-
-def _add_outputs_table(connection: Connection, insert_output: str) -> None:
-    """Make the table of outputs and fill it from the derivations that are there."""
-    _outputs.create(connection)
-    query = select(_derivations.c.drv, _derivations.c.step, _derivations.c.detail).order_by(_derivations.c.drv)
-    last = ""
-    while rows := connection.execute(query.where(_derivations.c.drv > last).limit(INSERT_ROWS)).all():
-        outputs = [row for _, step, detail in rows for row in _output_rows(step, orjson.loads(detail)[2])]
-        if outputs:
-            connection.exec_driver_sql(insert_output, outputs)
-        last = rows[-1].drv
-
-
 def step_info(node: Node, store_dir: str) -> StepInfo:
     """Return what people see of the step whose first recipe is `node`."""
     return _info(node.step, node.drv, node.system, node.features, node.outputs, store_dir)
@@ -210,7 +140,7 @@ class DerivationStore:
         self._nodes: dict[str, Node] = {}
         self._asked = names_table(engine)
         self._insert = insert_or_ignore(engine, "derivations", "drv, step, kind, detail, inputs, modulo, aterm")
-        self._insert_output = insert_or_ignore(engine, _outputs.name, "path, step")
+        self._insert_output = insert_or_ignore(engine, tables.outputs.name, "path, step")
         self._insert_member = insert_or_ignore(engine, "members", "step, ordinal, drv")
 
     @classmethod
@@ -224,21 +154,21 @@ class DerivationStore:
         try:
             # On its own first: a database that must not be touched is not even locked.
             async with self._engine.connect() as connection:
-                found = await connection.run_sync(_format)
-                has_outputs = await connection.run_sync(lambda sync: inspect(sync).has_table(_outputs.name))
-            if found > FORMAT:
+                found = await connection.run_sync(tables.format_of)
+                has_outputs = await connection.run_sync(lambda sync: inspect(sync).has_table(tables.outputs.name))
+            if found > tables.FORMAT:
                 raise DerivationsError(
                     f"the database of derivations was written by a newer version of drover (format {found}, this one "
-                    f"reads {FORMAT}); start the newer version. Nothing was changed."
+                    f"reads {tables.FORMAT}); start the newer version. Nothing was changed."
                 )
-            if found < FORMAT or not has_outputs:
+            if found < tables.FORMAT or not has_outputs:
                 async with self._engine.begin() as connection:
-                    others = [table for table in _metadata.sorted_tables if table is not _outputs]
-                    await connection.run_sync(_metadata.create_all, others)
+                    others = [table for table in tables.metadata.sorted_tables if table is not tables.outputs]
+                    await connection.run_sync(tables.metadata.create_all, others)
                     if not has_outputs:
-                        await connection.run_sync(_add_outputs_table, self._insert_output)
-                    if found < FORMAT:
-                        await connection.execute(insert(_meta).values(format=FORMAT))
+                        await connection.run_sync(tables.add_outputs_table, self._insert_output)
+                    if found < tables.FORMAT:
+                        await connection.execute(insert(tables.meta).values(format=tables.FORMAT))
         except (SQLAlchemyError, OSError) as error:
             raise DerivationsError(f"cannot open the database of derivations: {reason(error)}.") from None
 
@@ -251,8 +181,8 @@ class DerivationStore:
         asked = self._asked
         query = (
             select(asked.c.value)
-            .outerjoin(_derivations, _derivations.c.drv == asked.c.value)
-            .where(_derivations.c.drv.is_(None))
+            .outerjoin(tables.derivations, tables.derivations.c.drv == asked.c.value)
+            .where(tables.derivations.c.drv.is_(None))
         )
         rows = await self._answers(query, names)
 
@@ -265,7 +195,12 @@ class DerivationStore:
 
     async def known(self, names: Sequence[str]) -> dict[str, Known]:
         """Return hash modulo, kind and outputs of those .drv base names that are stored. One query."""
-        columns = (_derivations.c.drv, _derivations.c.modulo, _derivations.c.kind, _derivations.c.detail)
+        columns = (
+            tables.derivations.c.drv,
+            tables.derivations.c.modulo,
+            tables.derivations.c.kind,
+            tables.derivations.c.detail,
+        )
         return {
             drv: Known(modulo, Kind(kind), _pairs(orjson.loads(detail)[2]))
             for drv, modulo, kind, detail in await self._rows(select(*columns), names)
@@ -276,7 +211,12 @@ class DerivationStore:
         found, asked = await asyncio.to_thread(self._remembered, names)
         if not asked:
             return found
-        columns = (_derivations.c.drv, _derivations.c.step, _derivations.c.kind, _derivations.c.detail)
+        columns = (
+            tables.derivations.c.drv,
+            tables.derivations.c.step,
+            tables.derivations.c.kind,
+            tables.derivations.c.detail,
+        )
         rows = await self._rows(select(*columns), asked)
         fresh = await asyncio.to_thread(lambda: [_node(row) for row in rows])
         self._remember(fresh)
@@ -294,12 +234,12 @@ class DerivationStore:
 
         async def insert() -> None:
             async with self._engine.begin() as connection:
-                for start in range(0, len(batch), INSERT_ROWS):
+                for start in range(0, len(batch), tables.INSERT_ROWS):
                     # Beside the loop: compressing takes as long as the derivation is large.
-                    rows = await asyncio.to_thread(_rows_of, batch[start : start + INSERT_ROWS], compressor)
+                    rows = await asyncio.to_thread(_rows_of, batch[start : start + tables.INSERT_ROWS], compressor)
                     await connection.exec_driver_sql(self._insert, rows)
-                    nodes = (new.node for new in batch[start : start + INSERT_ROWS])
-                    outputs = [row for node in nodes for row in _output_rows(node.step, node.outputs)]
+                    nodes = (new.node for new in batch[start : start + tables.INSERT_ROWS])
+                    outputs = [row for node in nodes for row in tables.output_rows(node.step, node.outputs)]
                     if outputs:
                         await connection.exec_driver_sql(self._insert_output, outputs)
 
@@ -310,9 +250,9 @@ class DerivationStore:
         """Return the .drv base names that are recipes of each step, by recipe index. One query."""
         asked = self._asked
         query = (
-            select(_members.c.step, _members.c.drv)
-            .join(asked, asked.c.value == _members.c.step)
-            .order_by(_members.c.step, _members.c.ordinal)
+            select(tables.members.c.step, tables.members.c.drv)
+            .join(asked, asked.c.value == tables.members.c.step)
+            .order_by(tables.members.c.step, tables.members.c.ordinal)
         )
         rows = await self._answers(query, keys)
 
@@ -330,7 +270,7 @@ class DerivationStore:
         Paths that no submitted derivation makes are absent.
         """
         asked = self._asked
-        query = select(_outputs.c.path, _outputs.c.step).join(asked, asked.c.value == _outputs.c.path)
+        query = select(tables.outputs.c.path, tables.outputs.c.step).join(asked, asked.c.value == tables.outputs.c.path)
         steps = {path: StepKey(path.rpartition("/")[2]) for path in paths}
         steps.update((path, StepKey(step)) for path, step in await self._answers(query, paths))
         members = await self.members(list(dict.fromkeys(steps.values())))
@@ -341,8 +281,8 @@ class DerivationStore:
 
         async def insert() -> None:
             async with self._engine.begin() as connection:
-                for start in range(0, len(new), INSERT_ROWS):
-                    await connection.exec_driver_sql(self._insert_member, list(new[start : start + INSERT_ROWS]))
+                for start in range(0, len(new), tables.INSERT_ROWS):
+                    await connection.exec_driver_sql(self._insert_member, list(new[start : start + tables.INSERT_ROWS]))
 
         await _told(insert)
 
@@ -352,9 +292,9 @@ class DerivationStore:
         One query for each index, which inflates nothing: few bytes in the database may be tens of megabytes inflated.
         """
         columns = (
-            func.length(_derivations.c.aterm).label("stored"),
-            func.substr(_derivations.c.aterm, 1, _ZSTD_HEADER_BYTES).label("header"),
-            (func.length(_derivations.c.inputs) + func.length(_derivations.c.detail)).label("others"),
+            func.length(tables.derivations.c.aterm).label("stored"),
+            func.substr(tables.derivations.c.aterm, 1, _ZSTD_HEADER_BYTES).label("header"),
+            (func.length(tables.derivations.c.inputs) + func.length(tables.derivations.c.detail)).label("others"),
         )
         rows = await self._recipes(wanted, *columns)
         return {pair: _inflated_size(row.header, row.stored) + row.others for pair, row in rows}
@@ -364,7 +304,12 @@ class DerivationStore:
 
         All are in memory at once: `order_sizes` says before how many fit.
         """
-        columns = (_derivations.c.drv, _derivations.c.aterm, _derivations.c.inputs, _derivations.c.detail)
+        columns = (
+            tables.derivations.c.drv,
+            tables.derivations.c.aterm,
+            tables.derivations.c.inputs,
+            tables.derivations.c.detail,
+        )
         rows = await self._recipes(wanted, *columns)
 
         def unpack() -> dict[tuple[StepKey, int], BuildOrder]:
@@ -383,7 +328,7 @@ class DerivationStore:
 
     async def inputs(self, step: StepKey, recipe: int) -> tuple[str, ...]:
         """Return the inputs (full store paths) of a step's recipe, without its derivation; none where it is unknown."""
-        for _, row in await self._recipes([(step, recipe)], _derivations.c.inputs):
+        for _, row in await self._recipes([(step, recipe)], tables.derivations.c.inputs):
             return tuple(await asyncio.to_thread(orjson.loads, row.inputs))
         return ()
 
@@ -391,10 +336,10 @@ class DerivationStore:
         """Return what people want to know of each step; keys that were never submitted are absent. One query."""
         asked = self._asked
         query = (
-            select(_members.c.step, _derivations.c.drv, _derivations.c.detail)
-            .join(asked, asked.c.value == _members.c.step)
-            .join(_derivations, _derivations.c.drv == _members.c.drv)
-            .where(_members.c.ordinal == 0)
+            select(tables.members.c.step, tables.derivations.c.drv, tables.derivations.c.detail)
+            .join(asked, asked.c.value == tables.members.c.step)
+            .join(tables.derivations, tables.derivations.c.drv == tables.members.c.drv)
+            .where(tables.members.c.ordinal == 0)
         )
         rows = await self._answers(query, keys)
 
@@ -418,17 +363,17 @@ class DerivationStore:
         found: list[tuple[tuple[StepKey, int], Any]] = []
         for index, keys in steps.items():
             query = (
-                select(_members.c.step, *columns)
-                .select_from(_members)
-                .join(self._asked, self._asked.c.value == _members.c.step)
-                .join(_derivations, _derivations.c.drv == _members.c.drv)
-                .where(_members.c.ordinal == index)
+                select(tables.members.c.step, *columns)
+                .select_from(tables.members)
+                .join(self._asked, self._asked.c.value == tables.members.c.step)
+                .join(tables.derivations, tables.derivations.c.drv == tables.members.c.drv)
+                .where(tables.members.c.ordinal == index)
             )
             found += [((StepKey(row.step), index), row) for row in await self._answers(query, dict.fromkeys(keys))]
         return found
 
     async def _rows(self, query: Select[Any], names: Iterable[str]) -> Sequence[Any]:
-        return await self._answers(query.join(self._asked, self._asked.c.value == _derivations.c.drv), names)
+        return await self._answers(query.join(self._asked, self._asked.c.value == tables.derivations.c.drv), names)
 
     async def _answers(self, query: Select[Any], names: Iterable[str]) -> Sequence[Any]:
         parameters = {"names": names_parameter(names)}
@@ -484,11 +429,6 @@ def _node(row: Any) -> Node:
         needs=tuple(needs),
         sources=tuple(sources),
     )
-
-
-def _output_rows(step: str, outputs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Rows of `_outputs` for those outputs that do not name the step."""
-    return [(path, step) for _, path in outputs if path.rpartition("/")[2] != step]
 
 
 def _rows_of(batch: Sequence[NewDerivation], compressor: zstandard.ZstdCompressor) -> list[tuple[object, ...]]:
