@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from coordinator.cli import exit_status
 from coordinator.config import ConfigError, Settings, WorkerConfig, load_settings
 from coordinator.errors import CoordinatorError
+from coordinator.stop_signals import StopSignals
 
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
@@ -47,7 +47,8 @@ def up(
     )
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
     # Ray and the HTTP server are imported only now: what is wrong with the settings is said at once.
-    from coordinator.main import Ready, run_up  # noqa: PLC0415
+    from coordinator.main import Ready  # noqa: PLC0415
+    from coordinator.run import run_up  # noqa: PLC0415
 
     def ready(farm: Ready) -> None:
         workers = ", ".join(worker.name for worker in settings.workers) or "none; they join with `drover worker`"
@@ -94,10 +95,7 @@ def head(*, state_dir: Path, listen: str | None, config: Path | None) -> int:
         sys.stdout.flush()
 
     async def run() -> None:
-        stop = asyncio.Event()
-        for name in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(name, stop.set)
-        await serve_head(settings, ready, stop)
+        await serve_head(settings, ready, StopSignals.install().stop)
 
     try:
         asyncio.run(run())
@@ -149,13 +147,7 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
     file = write_worker_settings(settings, told, (head.rpartition(":")[0],))
 
     async def run() -> int:
-        stop, hurry = asyncio.Event(), asyncio.Event()
-
-        def asked() -> None:
-            (hurry if stop.is_set() else stop).set()
-
-        for name in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(name, asked)
+        signals = StopSignals.install()
         node = RayWorkerNode(
             name=told.name,
             head=head,
@@ -169,8 +161,9 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
             sys.stdout.flush()
 
             async def stopped() -> None:
-                await stop.wait()
-                await stop_agents([worker_state_dir(settings, told.name)], settings.stop_grace_s, hurry.is_set)
+                await signals.stop.wait()
+                ours = [worker_state_dir(settings, told.name)]
+                await stop_agents(ours, settings.stop_grace_s, signals.at_once.is_set)
 
             failing, stopping = asyncio.ensure_future(node.wait_failed()), asyncio.ensure_future(stopped())
             try:

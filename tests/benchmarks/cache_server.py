@@ -14,7 +14,8 @@ from pathlib import Path
 import uvloop
 
 from coordinator.config import Settings
-from coordinator.main import Ready, serve
+from coordinator.main import Ready
+from coordinator.run import serve
 from tests.support.local_fleet import InProcessFleet
 
 

@@ -18,7 +18,8 @@ from coordinator.client.api_client import RefusedError
 from coordinator.config import ConfigError, Settings
 from coordinator.journal.codec import StoredNote
 from coordinator.journal.errors import JournalError
-from coordinator.main import Ready, serve
+from coordinator.main import Ready
+from coordinator.run import serve
 from infra.cache.publishing.claims import Candidate
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.objects.nar_writer import upload_nar

@@ -17,7 +17,8 @@ from coordinator.config import CacheSettings, Settings
 from coordinator.journal.errors import FencedError
 from coordinator.journal.journal import Journal
 from coordinator.journal.leadership import LeadershipLostError, SessionLock, open_leadership
-from coordinator.main import Ready, serve
+from coordinator.main import Ready
+from coordinator.run import serve
 from coordinator.security.farm_secrets import SuccessionError
 from infra.database import open_engine
 from infra.nix.signing import generate

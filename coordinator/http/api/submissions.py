@@ -62,6 +62,7 @@ class Api:
         engine: Engine,
         views: Views,
         intake: Intake,
+        submissions: Submissions,
         logs: LogStore,
         farm: Callable[[], FarmView],
         streams: WatchStreams,
@@ -71,7 +72,7 @@ class Api:
         self._engine = engine
         self._views = views
         self._intake = intake
-        self._submissions = Submissions(engine, views, intake)
+        self._submissions = submissions
         self._logs = logs
         self._farm = farm
         self._streams = streams
