@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -16,7 +16,6 @@ import click
 from coordinator.api.models import (
     FarmView,
     IntakeQuery,
-    RootLimits,
     RootRequest,
     StepStatus,
     StepView,
@@ -140,7 +139,7 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
                 attr=each.attr,
                 drv=each.drv,
                 outputs=each.outputs,
-                limits=RootLimits(**asdict(each.limits)) if each.limits else None,
+                limits=each.limits,
             )
             for each in wanted
         )

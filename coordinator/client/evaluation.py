@@ -15,13 +15,14 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from coordinator.api.limits import MAX_LIMIT, StepLimits
+from coordinator.api.limits import MAX_LIMIT
+from coordinator.api.models import RootLimits
 from coordinator.errors import CoordinatorError
 from infra.process import Completed, ProcessError, ProcessNotFound, ProcessOutputTooLarge, ProcessTimeout, run
 
@@ -61,7 +62,7 @@ class Wanted:
     drv: str
     outputs: tuple[str, ...] = ()
     #: What its `meta` says; None where it says nothing.
-    limits: StepLimits | None = None
+    limits: RootLimits | None = None
 
 
 def parse_drv(text: str) -> Wanted | None:
@@ -110,10 +111,10 @@ class _Row(BaseModel):
     output_bytes: Annotated[int, Field(ge=0)] = 0
     memory_bytes: Annotated[int, Field(ge=0)] = 0
 
-    def limits(self) -> StepLimits | None:
+    def limits(self) -> RootLimits | None:
         """Return what the row says of limits, None where it says nothing."""
-        said = StepLimits(**{each.name: min(getattr(self, each.name), MAX_LIMIT) for each in fields(StepLimits)})
-        return said if said != StepLimits() else None
+        said = RootLimits(**{name: min(getattr(self, name), MAX_LIMIT) for name in RootLimits.model_fields})
+        return said if said != RootLimits() else None
 
 
 _ROWS = TypeAdapter(list[_Row])
@@ -160,7 +161,7 @@ async def evaluate(
 
 def _evaluation(file: str, asked: Sequence[str], rows: Sequence[_Row]) -> Evaluation:
     # One derivation under two names in one set is one root, as for Nix.
-    wanted: dict[tuple[int, str, str, StepLimits | None], Wanted] = {}
+    wanted: dict[tuple[int, str, str, RootLimits | None], Wanted] = {}
     left_out: dict[str, LeftOut] = {}
     for row in rows:
         attr = _attr(asked, row)

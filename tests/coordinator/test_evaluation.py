@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.api.limits import StepLimits
+from coordinator.api.models import RootLimits
 from coordinator.client.closure import ClosureError, LocalStore, describe_sources, local_store, read_closure
 from coordinator.client.evaluation import EvaluationError, LeftOut, Wanted, evaluate, explain, left_out_text, parse_drv
 from infra.nar_files import dump
@@ -174,21 +174,22 @@ async def test_limits_come_from_the_meta_of_the_attribute_itself(flags: tuple[st
     attrs = ["plain", 'set."with.dot"', "called", "broken"]
     found = (await evaluate(str(limited), attrs, flags=(*flags, "--arg", "factor", "2"))).wanted
     assert [each.attr for each in found] == attrs
-    assert [each.limits for each in found] == [None, StepLimits(120, 7, 10, 9, 8), StepLimits(timeout_s=2), None]
+    every = RootLimits(timeout_s=120, silence_s=7, log_bytes=10, output_bytes=9, memory_bytes=8)
+    assert [each.limits for each in found] == [None, every, RootLimits(timeout_s=2), None]
 
 
 async def test_limits_and_names_hold_whichever_way_a_root_came_about(flags: tuple[str, ...], tmp_path: Path) -> None:
     limited = tmp_path / "limited.nix"
     limited.write_text(LIMITED)
 
-    async def said(file: Path, *attrs: str) -> dict[str, StepLimits | None]:
+    async def said(file: Path, *attrs: str) -> dict[str, RootLimits | None]:
         found = await evaluate(str(file), attrs, flags=flags)
         return {each.attr: each.limits for each in found.wanted}
 
-    def seconds(count: int) -> StepLimits:
-        return StepLimits(timeout_s=count)
+    def seconds(count: int) -> RootLimits:
+        return RootLimits(timeout_s=count)
 
-    leaf = StepLimits(silence_s=5)
+    leaf = RootLimits(silence_s=5)
     assert await said(limited) == {"broken": None, "deep.inner.leaf": leaf, "plain": None}
     assert await said(limited, "both", "list", "deep.inner") == {
         "both.x": seconds(1),
