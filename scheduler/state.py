@@ -1,4 +1,4 @@
-"""What the core knows, and `evolve`, the only thing that changes it.
+"""State of the core, and `evolve`, which alone changes it.
 
 The steps and who wants them are in `graph`, builders in `builders`; here are submissions, lives of steps, and the way
 from each fact to what it changes.
