@@ -45,6 +45,7 @@ from coordinator.http.connections import ConnectionGate, require_room
 from coordinator.http.listener import listen, url_of
 from coordinator.http.metrics import add_metrics_route
 from coordinator.http.middleware import is_host, is_own_host
+from coordinator.http.routing import serve as serve_routes
 from coordinator.http.standby import serving_standby
 from coordinator.intake.intake import Intake
 from coordinator.intake.limits import IntakeLimits
@@ -363,7 +364,7 @@ async def _make_site(  # noqa: PLR0917 - collaborators, named by their types
     work.repair_sources.extend(services[0].upstreams)
     needs = SubmissionNeeds(core.views, stores.derivations, core.intake.leases)
     keepers, gauges = keep_house(services, clock, submissions=needs, workers=work.workers)
-    app.add_routes(CachingApi(keepers).routes())
+    serve_routes(app, CachingApi(keepers).handlers())
     add_cache_metrics(telemetry, {each.name: each.cache for each in stores.caches}, gauges)
     watch = _show_metrics(app, core.views, telemetry, gate)
     add_worker_routes(app, core.views, lambda worker, on: work.fleet.drain(worker, on=on))

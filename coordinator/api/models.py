@@ -1,38 +1,6 @@
 """The HTTP API's JSON, as models: what clients send, what they get, what a watcher is streamed.
 
-All paths are below `/api/v1` and want `Authorization: Bearer <token>`; times are Unix seconds. Errors are
-`{"error": {"code": "...", "message": "one sentence and what to do"}}` with a 4xx or 5xx status.
-
-    POST intake/missing        IntakeQuery -> IntakeMissing            one question for the whole closure
-    PUT  intake/derivations    zstd stream of .drv files -> 204        framing: coordinator.api.streams
-    PUT  intake/sources        zstd stream of (header, NAR) -> 204
-    POST submissions           SubmitRequest -> 201 SubmissionView     three roots, as from cancel and retry
-    GET  submissions           -> [SubmissionView], newest first, a page; three roots of each
-    GET  submissions/ID        -> SubmissionView                       with its first 500 roots
-    GET  submissions/ID/roots  -> [RootView], a page
-    POST submissions/ID/cancel -> SubmissionView
-    POST submissions/ID/retry  -> SubmissionView                       runs again what failed; a repeat changes nothing
-    GET  submissions/ID/steps  ?state=failed,running… -> [StepView], a page
-    GET  submissions/ID/events -> text/event-stream of WatchEvent: `snapshot`, then `step` and `counts`, at last `end`
-    GET  steps/KEY             -> StepView                             KEY, or any unique part of it
-    POST steps/KEY/retry       -> RetryView                            builds a failed step again
-    GET  steps/KEY/log         ?follow=1&attempt=N -> text/plain, raw log bytes (chunked while following)
-    GET  workers               -> [WorkerView], a page
-    POST workers/NAME/drain    DrainRequest -> 204                     no new leases while on; running builds finish
-    GET  farm                  -> FarmView (cache URL, public keys)
-    GET  caches/NAME           -> CacheView                            what is stored; the cache at /cache is `default`
-    GET  caches/NAME/roots     -> [CacheRootView], a page               what is kept, and until when
-    PUT  caches/NAME/pins/PIN  PinRequest -> 204                       keeps paths and all that they refer to
-    DELETE caches/NAME/pins/PIN -> 204
-    GET  caches/NAME/why       ?path=… -> WhyView                      which roots keep a path
-    POST caches/NAME/collect   CollectRequest -> CollectView           garbage collection
-    POST caches/NAME/verify    VerifyRequest -> VerifyView             narinfo -> NAR -> references, and repair
-    POST caches/NAME/resign    -> ResignView                           sign everything with the present keys
-
-A page takes `?limit=` (100, at most 1000) and `?after=`; where there is more, a header `Link: <…>; rel="next"` has the
-address of the next one.
-
-`GET /healthz` (no token) answers 200 with `{"status": "ok"}` while the engine runs.
+`coordinator.api.routes` says which route takes and answers which.
 """
 
 from __future__ import annotations

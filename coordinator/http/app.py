@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 
-import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from coordinator.api.models import ErrorBody, ErrorView
 from coordinator.errors import CoordinatorError
+from coordinator.http.answers import error_answer
 from coordinator.http.api.submissions import Api
 from coordinator.http.connections import is_abandoned
 from coordinator.http.middleware import require_host, require_plain_head, require_token
+from coordinator.http.routing import serve
 from infra.cache.errors import MetadataError
 from infra.objects.errors import ObjectStoreError
 
@@ -40,7 +40,7 @@ def make_app(api: Api, token: str, *, public_url: str, loopback: bool, max_body_
     checks.append(require_token(token))
     app = web.Application(middlewares=checks, client_max_size=max_body_bytes)
     app.on_response_prepare.append(_note_begun)
-    app.add_routes(api.routes())
+    serve(app, api.handlers())
     return app
 
 
@@ -72,14 +72,14 @@ def _nothing() -> web.Response:
 def _answer(request: web.Request, error: Exception) -> web.StreamResponse:
     match error:
         case CoordinatorError():
-            return _error(error.status, error.code, str(error))
+            return error_answer(error.status, error.code, str(error))
         case ObjectStoreError() | MetadataError():
             _log.warning("a request failed: %s %s: %s", request.method, request.path, error)
-            return _error(503, "unavailable", f"{error}.")
+            return error_answer(503, "unavailable", f"{error}.")
         case web.RequestPayloadError():
-            return _error(400, "bad_request", "the request's body ended too early; send it again.")
+            return error_answer(400, "bad_request", "the request's body ended too early; send it again.")
         case web.HTTPException() if error.status in _REFUSALS:
-            answer = _error(error.status, *_REFUSALS[error.status])
+            answer = error_answer(error.status, *_REFUSALS[error.status])
             if "Allow" in error.headers:
                 answer.headers["Allow"] = error.headers["Allow"]
             return answer
@@ -88,9 +88,4 @@ def _answer(request: web.Request, error: Exception) -> web.StreamResponse:
         case _:
             # Whatever it is, the client gets a sentence and the operator the traceback.
             _log.error("a request failed: %s %s", request.method, request.path, exc_info=error)
-            return _error(500, "internal", "the coordinator failed to answer; its log says why.")
-
-
-def _error(status: int, code: str, message: str) -> web.Response:
-    view = ErrorView(error=ErrorBody(code=code, message=message))
-    return web.Response(body=orjson.dumps(view.model_dump()), status=status, content_type="application/json")
+            return error_answer(500, "internal", "the coordinator failed to answer; its log says why.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from coordinator.api.routes import METRICS
+from coordinator.http.routing import serve
 from infra.telemetry import CONTENT_TYPE, Telemetry
 
 
@@ -13,4 +15,4 @@ def add_metrics_route(app: web.Application, telemetry: Telemetry) -> None:
     async def metrics(_request: web.Request) -> web.Response:
         return web.Response(body=telemetry.expose(), headers={"Content-Type": CONTENT_TYPE})
 
-    app.router.add_get("/metrics", metrics)
+    serve(app, {METRICS: metrics})

@@ -1,7 +1,7 @@
 """Middlewares that refuse requests: those to the API without its token, and those of foreign web pages to any route.
 
-The API's token is `coordinator.security.tokens`. The cache needs none: what it serves is signed, and Nix clients have
-no bearer tokens.
+`coordinator.api.routes` says which route wants the API token. A cache checks its own readers and writers
+(`coordinator.http.binary_cache.access`).
 
 A head that two readers may understand differently is refused (`require_plain_head`): several or malformed `Host`s,
 several `Authorization`s.
@@ -21,12 +21,12 @@ from urllib.parse import urlsplit
 from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
+from coordinator.api.routes import Right
 from coordinator.errors import BadRequestError, CoordinatorError
 from coordinator.http.bodies import refuse_encoding
 from coordinator.http.connections import mark_known
+from coordinator.http.routing import right_of
 
-#: Where the API begins; everything below it wants the token.
-API_PREFIX = "/api/"
 MAX_PORT: Final = 65535
 #: Names as DNS and hosts files have them; no user part, no zone of an IPv6 address.
 _HOST: Final = re.compile(
@@ -49,12 +49,12 @@ class ForbiddenHostError(CoordinatorError):
 
 
 def require_token(token: str) -> Middleware:
-    """Return a middleware that lets only holders of `token` at the API."""
+    """Return a middleware that lets only holders of `token` at the routes whose right is `Right.API`."""
     expected = token.encode()
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path.startswith(API_PREFIX):
+        if right_of(request) is Right.API:
             scheme, _, told = request.headers.get("Authorization", "").partition(" ")
             known = hmac.compare_digest(told.strip().encode("utf-8", "replace"), expected)
             if scheme.lower() != "bearer" or not known:

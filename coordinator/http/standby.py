@@ -6,15 +6,18 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Final
 
 import orjson
 from aiohttp import web
 
-from coordinator.api.models import ErrorBody, ErrorView
+from coordinator.api.routes import HEALTH
+from coordinator.http.answers import error_answer
 from coordinator.http.binary_cache.fast_narinfo import FastNarinfos, FastSite
 
 #: When a client may ask again, in seconds.
 RETRY_AFTER_S = 2
+_HEADERS: Final = {"Retry-After": str(RETRY_AFTER_S), "Cache-Control": "no-store"}
 _SENTENCE = "this coordinator stands by while another one works on the same database; ask that one, or try again later."
 
 
@@ -22,7 +25,7 @@ _SENTENCE = "this coordinator stands by while another one works on the same data
 async def serving_standby(listener: socket.socket) -> AsyncIterator[Callable[[], None]]:
     """Give a function that makes `listener` answer until the block ends; the socket itself stays open."""
     app = web.Application()
-    app.router.add_get("/healthz", _health)
+    app.router.add_get(HEALTH.path, _health)
     app.router.add_route("*", "/{anything:.*}", _refuse)
     runner = web.AppRunner(app, shutdown_timeout=1.0, access_log=None)
     starting: list[asyncio.Task[None]] = []
@@ -44,13 +47,10 @@ async def serving_standby(listener: socket.socket) -> AsyncIterator[Callable[[],
 
 
 async def _health(_request: web.Request) -> web.Response:
-    return _answer(orjson.dumps({"status": "standby"}))
+    return web.Response(
+        body=orjson.dumps({"status": "standby"}), status=503, content_type="application/json", headers=_HEADERS
+    )
 
 
 async def _refuse(_request: web.Request) -> web.Response:
-    return _answer(orjson.dumps(ErrorView(error=ErrorBody(code="standby", message=_SENTENCE)).model_dump()))
-
-
-def _answer(body: bytes) -> web.Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S), "Cache-Control": "no-store"}
-    return web.Response(body=body, status=503, content_type="application/json", headers=headers)
+    return error_answer(503, "standby", _SENTENCE, _HEADERS)

@@ -14,6 +14,9 @@ from infra.nix.errors import FormatError
 
 #: The 32 digits in order of value; `e`, `o`, `t`, `u` are left out so that hashes spell no words.
 ALPHABET: Final = "0123456789abcdfghijklmnpqrsvwxyz"
+#: Regular expressions of one digit, and of a SHA-256 in full.
+DIGIT_PATTERN: Final = "[0-9a-df-np-sv-z]"
+SHA256_PATTERN: Final = f"{DIGIT_PATTERN}{{52}}"
 
 #: Two digits at a time: the text of every 10-bit number. A larger table would not stay in the processor's cache.
 _PAIRS: Final = tuple(a + b for a in ALPHABET for b in ALPHABET)

@@ -19,6 +19,8 @@ from infra.nix.hashing import compress_hash
 
 #: Characters of a hash part: 20 bytes in nix32.
 HASH_PART_LENGTH: Final = 32
+#: Regular expression of a hash part.
+HASH_PART_PATTERN: Final = f"{base32.DIGIT_PATTERN}{{{HASH_PART_LENGTH}}}"
 #: Longest name after the hash part; with ".drv" and the hash part it still fits one file name.
 MAX_NAME_LENGTH: Final = 211
 

@@ -24,6 +24,7 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
+from infra.nix.base32 import SHA256_PATTERN
 from infra.objects.compression import COMPRESSION, MAX_NAR_BYTES, Compression
 
 #: Paths of one upload, and bytes of its longest message.
@@ -42,7 +43,7 @@ MAX_URLS: Final = 256
 UPLOAD_TTL_S: Final = 900.0
 
 _Name = Annotated[str, Field(min_length=34, max_length=255)]
-_Hash = Annotated[str, Field(pattern=r"^sha256:[0-9a-df-np-sv-z]{52}$")]
+_Hash = Annotated[str, Field(pattern=f"^sha256:{SHA256_PATTERN}$")]
 _Size = Annotated[int, Field(ge=1, le=MAX_NAR_BYTES)]
 
 

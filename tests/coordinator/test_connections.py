@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 import pytest
 from aiohttp import web
 
+from coordinator.api.routes import Right, Route
 from coordinator.http import connections
 from coordinator.http.binary_cache.fast_narinfo import FastNarinfos, FastSite
 from coordinator.http.connections import ConnectionBounds, ConnectionGate, require_room
 from coordinator.http.middleware import require_token
+from coordinator.http.routing import serve as serve_routes
 
 TOKEN = "t" * 20
 #: More than the sockets of both sides hold.
@@ -76,11 +78,9 @@ async def serve(bounds: ConnectionBounds) -> AsyncGenerator[Site, None]:
     gate = ConnectionGate(bounds)
     clients: list[Client] = []
     app = web.Application(middlewares=[require_room(gate), require_token(TOKEN)])
-    app.router.add_get("/nar/x", last)
-    app.router.add_get("/slow", last)
-    app.router.add_get("/api/x", quick)
-    app.router.add_get("/quick", quick)
-    app.router.add_get("/large", large)
+    handlers = {"/nar/x": last, "/slow": last, "/quick": quick, "/large": large}
+    serve_routes(app, {Route[None]("GET", address, Right.NONE): handler for address, handler in handlers.items()})
+    serve_routes(app, {Route[None]("GET", "/api/x", Right.API): quick})
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     listener = socket.create_server(("127.0.0.1", 0))

@@ -16,10 +16,11 @@ from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from coordinator.api.cache_routes import MAX_QUESTION
 from coordinator.caches.opening import OpenCache
 from coordinator.config import CacheSettings
 from coordinator.http.binary_cache import routes as http_cache
-from coordinator.http.binary_cache.routes import MAX_QUESTION, QUESTION_BOUNDS, add_cache_routes
+from coordinator.http.binary_cache.routes import QUESTION_BOUNDS, add_cache_routes
 from coordinator.security.tokens import CacheAccess
 from infra.cache.cache import Cache
 from infra.cache.publishing.claims import Candidate, Published

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import hashlib
 import json
@@ -10,23 +9,17 @@ import re
 import socket
 import struct
 import zlib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from coordinator.config import DEFAULT_CACHE, Settings
-from coordinator.main import open_coordinator
 from infra.nix import base32
 from tests.support.attack import FarmUnderAttack, exchange
 from tests.support.bodies import NASTY
-from tests.support.local_fleet import InProcessFleet
 from tests.support.loop import LoopStalls
-from workers.wire.fleet import Fleet
-from workers.wire.messages import FarmInfo
+from tests.support.routes import addresses as route_addresses
 
 pytestmark = pytest.mark.e2e
 
@@ -41,20 +34,6 @@ BOMB_BYTES = 64 * 1024 * 1024
 #: More than the sockets of both sides hold.
 LONG_BYTES = 16 * 1024 * 1024
 
-#: What stands for the dynamic parts of addresses: texts that the routes take, of things that are not there.
-PARTS = {
-    "cache": DEFAULT_CACHE,
-    "pin": "p",
-    "id": "0" * 32,
-    "key": "0" * 32 + "-x.drv",
-    "name": "nobody",
-    "path": "0" * 32 + "-x",
-    "hash_part": "0" * 32,
-    "file": "0" * 52 + ".nar",
-    "derivation": "0" * 32 + "-x.drv",
-    "output": "out",
-    "build_id": "0" * 40,
-}
 #: Addresses whose bodies are opaque bytes that a holder of a token may send, whatever they are.
 OPAQUE = re.compile(r"/cache/(log/|debuginfo/|[0-9a-z]{32}\.ls$)")
 #: An address that takes no body and looks at none.
@@ -118,23 +97,10 @@ def requests() -> dict[str, Raw]:
     }
 
 
-@asynccontextmanager
-async def _no_workers(info: FarmInfo) -> AsyncIterator[Fleet]:
-    yield InProcessFleet(info, [])
-
-
 @pytest.fixture(scope="module")
-def addresses(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
-    """Method and address of every route that may have a body, from the router of a coordinator as it is configured."""
-
-    async def ask() -> list[tuple[str, str]]:
-        settings = Settings(state_dir=tmp_path_factory.mktemp("router") / "farm", port=0)
-        async with open_coordinator(settings, _no_workers) as coordinator:
-            routes = [(route.method, route.resource) for route in coordinator.app.router.routes()]
-        found = {(method, resource.canonical) for method, resource in routes if resource is not None}
-        return sorted(each for each in found if each[0] not in {"GET", "HEAD"})
-
-    return [(method, re.sub(r"\{(\w+)[^{}]*\}", lambda part: PARTS[part[1]], to)) for method, to in asyncio.run(ask())]
+def addresses() -> list[tuple[str, str]]:
+    """Method and address of every route that may have a body."""
+    return sorted({(route.method, address) for route, address, _ in route_addresses("/cache") if route.method != "GET"})
 
 
 @pytest.fixture(scope="module")

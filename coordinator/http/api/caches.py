@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
+from coordinator.api import routes
 from coordinator.api.models import (
     CacheRootView,
     CacheView,
@@ -21,9 +23,10 @@ from coordinator.api.models import (
     VerifyView,
     WhyView,
 )
+from coordinator.api.routes import Route
 from coordinator.caches.housekeeping import Housekeeper
 from coordinator.errors import BadRequestError, NotFoundError
-from coordinator.http.api.answers import answer
+from coordinator.http.answers import answer
 from coordinator.http.api.pages import answer_page, cut, limit_of, position_of
 from coordinator.http.bodies import BodyBounds, read_model
 from infra.cache.cache import Cache
@@ -31,7 +34,6 @@ from infra.cache.retention.roots import RootRow
 from infra.nix.errors import FormatError
 from infra.nix.store_path import HASH_PART_LENGTH
 
-_BASE: Final = "/api/v1/caches/{cache}"
 #: What a pin may be called.
 _PIN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
 
@@ -45,18 +47,18 @@ class CachingApi:
     def __init__(self, housekeepers: Mapping[str, Housekeeper]) -> None:
         self._housekeepers = housekeepers
 
-    def routes(self) -> list[web.RouteDef]:
-        """Return the route table."""
-        return [
-            web.get(_BASE, self.info),
-            web.get(f"{_BASE}/roots", self.roots),
-            web.get(f"{_BASE}/why", self.why),
-            web.put(f"{_BASE}/pins/{{pin}}", self.pin),
-            web.delete(f"{_BASE}/pins/{{pin}}", self.unpin),
-            web.post(f"{_BASE}/collect", self.collect),
-            web.post(f"{_BASE}/verify", self.verify),
-            web.post(f"{_BASE}/resign", self.resign),
-        ]
+    def handlers(self) -> dict[Route[Any], Handler]:
+        """Return the handler of each route."""
+        return {
+            routes.CACHE: self.info,
+            routes.CACHE_ROOTS: self.roots,
+            routes.CACHE_WHY: self.why,
+            routes.PIN: self.pin,
+            routes.UNPIN: self.unpin,
+            routes.COLLECT: self.collect,
+            routes.VERIFY: self.verify,
+            routes.RESIGN: self.resign,
+        }
 
     async def info(self, request: web.Request) -> web.Response:
         """Show what is stored."""

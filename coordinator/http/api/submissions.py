@@ -1,4 +1,4 @@
-"""The JSON API: one small handler for each route of coordinator.api.models's table.
+"""The JSON API: a small handler for each of most routes of `coordinator.api.routes`.
 
 Handlers read the request, ask one room and answer with one model; whatever they raise becomes an `ErrorView` in
 `coordinator.http.app`.
@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
+from coordinator.api import routes
 from coordinator.api.models import MAX_ROOTS, FarmView, IntakeQuery, RetryView, StepStatus, SubmitRequest
+from coordinator.api.routes import Route
 from coordinator.config import LimitSettings
 from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError, NotFoundError
-from coordinator.http.api.answers import answer
+from coordinator.http.answers import answer
 from coordinator.http.api.events import WatchStreams
 from coordinator.http.api.pages import Page, answer_page, cut, limit_of, position_of
 from coordinator.http.bodies import BodyBounds, body_chunks, read_model
@@ -78,28 +82,27 @@ class Api:
         self._streams = streams
         self._bounds = bounds
 
-    def routes(self) -> list[web.RouteDef]:
-        """Return the route table."""
-        base = "/api/v1"
-        return [
-            web.post(f"{base}/intake/missing", self.missing),
-            web.put(f"{base}/intake/derivations", self.put_derivations),
-            web.put(f"{base}/intake/sources", self.put_sources),
-            web.post(f"{base}/submissions", self.submit),
-            web.get(f"{base}/submissions", self.submissions),
-            web.get(f"{base}/submissions/{{id}}", self.submission),
-            web.post(f"{base}/submissions/{{id}}/cancel", self.cancel),
-            web.post(f"{base}/submissions/{{id}}/retry", self.retry),
-            web.get(f"{base}/submissions/{{id}}/roots", self.roots),
-            web.get(f"{base}/submissions/{{id}}/steps", self.steps),
-            web.get(f"{base}/submissions/{{id}}/events", self.events, allow_head=False),
-            web.get(f"{base}/steps/{{key}}", self.step),
-            web.post(f"{base}/steps/{{key}}/retry", self.retry_step),
-            web.get(f"{base}/steps/{{key}}/log", self.log, allow_head=False),
-            web.get(f"{base}/workers", self.workers),
-            web.get(f"{base}/farm", self.farm),
-            web.get("/healthz", self.health),
-        ]
+    def handlers(self) -> dict[Route[Any], Handler]:
+        """Return the handler of each route."""
+        return {
+            routes.MISSING: self.missing,
+            routes.PUT_DERIVATIONS: self.put_derivations,
+            routes.PUT_SOURCES: self.put_sources,
+            routes.SUBMIT: self.submit,
+            routes.SUBMISSIONS: self.submissions,
+            routes.SUBMISSION: self.submission,
+            routes.CANCEL: self.cancel,
+            routes.RETRY: self.retry,
+            routes.ROOTS: self.roots,
+            routes.STEPS: self.steps,
+            routes.EVENTS: self.events,
+            routes.STEP: self.step,
+            routes.RETRY_STEP: self.retry_step,
+            routes.LOG: self.log,
+            routes.WORKERS: self.workers,
+            routes.FARM: self.farm,
+            routes.HEALTH: self.health,
+        }
 
     async def missing(self, request: web.Request) -> web.Response:
         """Answer what of a closure must be sent."""

@@ -7,8 +7,10 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from coordinator.api.models import DrainRequest
+from coordinator.api.routes import DRAIN
 from coordinator.errors import NotFoundError, UnavailableError
 from coordinator.http.bodies import read_model
+from coordinator.http.routing import serve
 from coordinator.readmodel.views import Views
 from workers.wire.fleet import FleetError
 
@@ -17,7 +19,7 @@ Drain = Callable[[str, bool], Awaitable[None]]
 
 
 def add_worker_routes(app: web.Application, views: Views, drain: Drain) -> None:
-    """Add `POST /api/v1/workers/NAME/drain`."""
+    """Serve `DRAIN`."""
 
     async def handle(request: web.Request) -> web.Response:
         name = request.match_info["name"]
@@ -30,4 +32,4 @@ def add_worker_routes(app: web.Application, views: Views, drain: Drain) -> None:
             raise UnavailableError(f"worker {name} was not reached: {error}; try again once it answers.") from None
         return web.Response(status=204)
 
-    app.router.add_post("/api/v1/workers/{name}/drain", handle)
+    serve(app, {DRAIN: handle})

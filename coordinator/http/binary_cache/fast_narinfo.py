@@ -42,6 +42,7 @@ from coordinator.http.connections import (
     raise_descriptor_limit,
 )
 from infra.cache.cache import Cache
+from infra.nix.store_path import HASH_PART_PATTERN
 from infra.objects.errors import CacheError
 
 #: Header blocks that were found plain (or not) and are remembered; a client sends the same one each time.
@@ -53,7 +54,7 @@ MAX_HEADER_BYTES: Final = 1024
 KEEP_ALIVE_S: Final = 120.0
 
 _HEADER = re.compile(rb"(?i)(?:(host)|user-agent|accept|accept-encoding): ([!-~](?:[ -~]*[!-~])?)")
-_HASH: Final = rb"([0-9a-df-np-sv-z]{32})"
+_HASH: Final = f"({HASH_PART_PATTERN})".encode("ascii")
 _END: Final = b"\r\n\r\n"
 #: Words of requests that have a body, or turn the connection into something else.
 _BODY_WORDS: Final = (b"content-length", b"transfer-encoding", b"upgrade")

@@ -29,18 +29,22 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from coordinator.api import cache_routes
+from coordinator.api.routes import Right, Route
 from coordinator.caches.opening import OpenCache
 from coordinator.http.binary_cache.access import challenge, may_write
 from coordinator.http.bodies import BodyEncodedError, Pace, refuse_encoding
+from coordinator.http.routing import serve_below
 from infra.cache.publishing.claims import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome
 from infra.cache.publishing.realisations import Registered
 from infra.nix import narinfo as narinfo_format
 from infra.nix import realisation as realisation_format
+from infra.nix.base32 import SHA256_PATTERN
 from infra.nix.errors import FormatError
 from infra.nix.realisation import MAX_REALISATION_BYTES, RealisationLayout
 from infra.nix.store_path import parse_base_name
@@ -68,7 +72,7 @@ RECENT_UPLOADS: Final = 10_000
 #: Room that stays free in a directory store.
 RESERVE_BYTES: Final = 64 * 1024 * 1024
 
-_NAR_KEY: Final = re.compile(r"nar/(?P<hash>[0-9a-df-np-sv-z]{52})\.nar(?:\.(?:zst|xz|bz2))?")
+_NAR_KEY: Final = re.compile(rf"nar/(?P<hash>{SHA256_PATTERN})\.nar(?:\.(?:zst|xz|bz2))?")
 
 
 class UploadRefusedError(Exception):
@@ -121,20 +125,19 @@ class CachePuts:
         self.recent = RecentUploads(served.cache.objects)
         self._slots = asyncio.Semaphore(MAX_UPLOADS)
 
-    def add_to(self, router: web.UrlDispatcher) -> None:
-        """Add the routes."""
-        routes: dict[str, Handler] = {
-            "nix-cache-info": self.cache_info,
-            "{hash_part:[0-9a-df-np-sv-z]{32}}.narinfo": self.narinfo,
-            "nar/{file}": self.nar,
-            "log/{derivation}": self.log,
-            "{hash_part:[0-9a-df-np-sv-z]{32}}.ls": self.drop,
-            "debuginfo/{build_id}": self.drop,
-            "realisations/{key}.doi": self.realisation_by_hash,
-            "build-trace-v2/{derivation}/{output}.doi": self.realisation_by_derivation,
+    def add_to(self, app: web.Application) -> None:
+        """Serve the routes for writers."""
+        handlers: dict[Route[Any], Handler] = {
+            cache_routes.PUT_CACHE_INFO: self.cache_info,
+            cache_routes.PUT_NARINFO: self.narinfo,
+            cache_routes.PUT_NAR: self.nar,
+            cache_routes.PUT_LOG: self.log,
+            cache_routes.PUT_LISTING: self.drop,
+            cache_routes.PUT_DEBUG_INFO: self.drop,
+            cache_routes.PUT_REALISATION: self.realisation_by_hash,
+            cache_routes.PUT_BUILD_TRACE: self.realisation_by_derivation,
         }
-        for address, handler in routes.items():
-            router.add_put(f"{self._served.prefix}/{address}", self._guarded(handler), expect_handler=_not_yet)
+        serve_below(app, self._served.prefix, handlers, {Right.WRITE: self._guarded}, _not_yet)
 
     async def nar(self, request: web.Request) -> web.StreamResponse:
         """Store an object."""

@@ -1,13 +1,9 @@
 """The binary cache over HTTP: what Nix clients of any version ask, and one question of our own for workers.
 
-    GET  PREFIX/nix-cache-info
-    GET  PREFIX/<hash>.narinfo            rendered and signed when published
-    GET  PREFIX/nar/<hash>.nar[.zst …]    whole files: ranges, resume, strong caching
-    GET  PREFIX/log/<derivation>          what the build printed
-    PUT  PREFIX/…                         for writers: `coordinator.http.binary_cache.puts`
-    POST PREFIX/narinfos                  {"paths": [base name], "closure": bool} -> {"narinfos": [text], "missing": []}
-                                          at most MAX_QUESTION paths, and NARINFOS_AT_ONCE of what they reach, the
-                                          nearest first: the asker asks again for references that it was not told
+`coordinator.api.cache_routes` has the routes; `coordinator.http.binary_cache.puts` answers writers. The question of our
+own, `{"paths": [base name], "closure": bool}`, is answered by `{"narinfos": [text], "missing": []}`: at most
+`MAX_QUESTION` paths, and `NARINFOS_AT_ONCE` of what they reach, the nearest first; a worker asks again for the
+references that the answer lacks.
 
 A private cache answers 401 to whoever has no token (`coordinator.http.binary_cache.access`). HEAD is answered wherever
 GET is, and the same. What is unknown, malformed, lost or cannot be looked up just now is 404 with `no-store`: a client
@@ -21,20 +17,23 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from hashlib import blake2b
-from typing import Annotated, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from coordinator.api.models import ErrorBody, ErrorView
+from coordinator.api import cache_routes
+from coordinator.api.cache_routes import MAX_QUESTION, NarinfosQuestion
+from coordinator.api.routes import Right, Route
 from coordinator.caches.opening import OpenCache
 from coordinator.errors import CoordinatorError
+from coordinator.http.answers import error_answer
 from coordinator.http.binary_cache.access import challenge, may_read, may_write
 from coordinator.http.binary_cache.nars import NAR_HEADERS, NarAnswers, cut
 from coordinator.http.binary_cache.puts import CachePuts, log_key
 from coordinator.http.bodies import BodyBounds, read_model
+from coordinator.http.routing import serve_below
 from infra.cache.listing import Listings
 from infra.nix.errors import FormatError
 from infra.nix.realisation import RealisationLayout, parse_key
@@ -48,9 +47,7 @@ _log = logging.getLogger(__name__)
 #: Gives the log of a derivation (base name of the .drv), None if there is none.
 LogFor: TypeAlias = Callable[[str], Awaitable[AsyncIterator[bytes] | None]]
 
-#: Paths of one question, which a stranger may ask where the cache is public, and narinfos of its answer: some 10 ms of
-#: the loop and a megabyte. Closures are larger; who asks for one goes on with what is left.
-MAX_QUESTION: Final = 500
+#: Narinfos of one answer. Closures are larger; a client that asks for one goes on with what is left.
 NARINFOS_AT_ONCE: Final = 500
 QUESTION_BOUNDS: Final = BodyBounds(size_bytes=160 * 1024, items=MAX_QUESTION + 8, containers=4)
 
@@ -58,34 +55,12 @@ _JSON_HEADERS: Final = {"Content-Type": "application/json", "Cache-Control": "pu
 _LOG_HEADERS: Final = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-cache"}
 
 
-class NarinfosQuestion(BaseModel):
-    """Body of POST narinfos: base names, and whether all that they reach is wanted too."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    paths: Annotated[tuple[Annotated[str, Field(max_length=255)], ...], Field(max_length=MAX_QUESTION), FailFast()]
-    closure: bool = True
-
-
 def add_cache_routes(app: web.Application, served: OpenCache, *, log_for: LogFor | None = None) -> None:
     """Serve a cache below its prefix. Where one prefix begins another, the longer one must be added first."""
-    routes = CacheRoutes(served, log_for)
-    prefix = served.prefix
-
-    def get(address: str, handler: Handler) -> None:
-        app.router.add_get(f"{prefix}/{address}", routes.for_readers(handler))
-
-    get("nix-cache-info", routes.cache_info)
-    get("{hash_part:[0-9a-df-np-sv-z]{32}}.narinfo", routes.narinfo)
-    get("nar/{file:[0-9a-df-np-sv-z]{52}(-[0-9a-z]+)?[.]nar([.](zst|xz|bz2))?}", routes.nar)
-    get("{hash_part:[0-9a-df-np-sv-z]{32}}.ls", routes.listing)
-    get("log/{derivation}", routes.log)
-    get("realisations/{key}.doi", routes.realisation_by_hash)
-    get("build-trace-v2/{derivation}/{output}.doi", routes.realisation_by_derivation)
-    app.router.add_post(f"{prefix}/narinfos", routes.for_readers(routes.narinfos))
-    get("{anything:.*}", routes.nothing)
-    if routes.puts is not None:
-        routes.puts.add_to(app.router)
+    handlers = CacheRoutes(served, log_for)
+    serve_below(app, served.prefix, handlers.handlers(), {Right.READ: handlers.for_readers})
+    if handlers.puts is not None:
+        handlers.puts.add_to(app)
 
 
 class CacheRoutes:
@@ -99,6 +74,20 @@ class CacheRoutes:
         self._nars = NarAnswers(served, self._headers(NAR_HEADERS))
         #: None where nobody may write.
         self.puts = CachePuts(served) if served.access.writable else None
+
+    def handlers(self) -> dict[Route[Any], Handler]:
+        """Return the handler of each route for readers, the one for every other address last."""
+        return {
+            cache_routes.CACHE_INFO: self.cache_info,
+            cache_routes.NARINFO: self.narinfo,
+            cache_routes.NAR: self.nar,
+            cache_routes.LISTING: self.listing,
+            cache_routes.BUILD_LOG: self.log,
+            cache_routes.REALISATION: self.realisation_by_hash,
+            cache_routes.BUILD_TRACE: self.realisation_by_derivation,
+            cache_routes.NARINFOS: self.narinfos,
+            cache_routes.NOTHING: self.nothing,
+        }
 
     def for_readers(self, handler: Handler) -> Handler:
         """Return `handler`, for those only who may read."""
@@ -206,9 +195,9 @@ class CacheRoutes:
             asked = [base + name for name in question.paths]
             narinfos, missing = await self._cache.closure(asked, recursive=question.closure, at_most=NARINFOS_AT_ONCE)
         except CoordinatorError as error:
-            return _refused(error.status, error.code, str(error))
+            return error_answer(error.status, error.code, str(error))
         except CacheError as error:
-            return _refused(503, "unavailable", f"{error}; try again.")
+            return error_answer(503, "unavailable", f"{error}; try again.")
         answer = {"narinfos": [text.decode() for text in narinfos], "missing": [name[len(base) :] for name in missing]}
         return web.Response(body=orjson.dumps(answer), content_type="application/json")
 
@@ -238,8 +227,3 @@ def _unavailable(error: CacheError) -> web.Response:
     answer = _not_found()
     answer.headers["Retry-After"] = str(RETRY_AFTER_S)
     return answer
-
-
-def _refused(status: int, code: str, message: str) -> web.Response:
-    view = ErrorView(error=ErrorBody(code=code, message=message))
-    return web.Response(status=status, body=orjson.dumps(view.model_dump()), content_type="application/json")

@@ -7,19 +7,21 @@ Errors are an `ErrorView` whose `code` a sender acts on. A piece that ends early
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
-import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from pydantic import BaseModel
 
-from coordinator.api.models import ErrorBody, ErrorView
+from coordinator.api import cache_routes
+from coordinator.api.routes import Right, Route
 from coordinator.caches.opening import OpenCache
 from coordinator.errors import BadRequestError
+from coordinator.http.answers import answer, error_answer
 from coordinator.http.binary_cache.access import challenge, may_write
 from coordinator.http.bodies import BodyBounds, Pace, read_model
 from coordinator.http.connections import mark_known
+from coordinator.http.routing import serve_below
 from coordinator.security.tokens import told_token
 from coordinator.security.upload_tokens import UploadTokens
 from infra.cache.uploads.errors import UploadError, WrongOffsetError
@@ -77,17 +79,17 @@ def add_upload_routes(
 ) -> None:
     """Take uploads for a cache below its prefix; must be added before the cache's own routes."""
     routes = UploadRoutes(served, uploads, tokens, now)
-    base = f"{served.prefix}/uploads"
-    one = base + "/{id:[0-9a-f]{32}}"
-    nar = one + "/nar/{path}"
-    app.router.add_post(base, routes.sender(routes.begin))
-    app.router.add_post(f"{one}/urls", routes.sender(routes.urls))
-    app.router.add_post(f"{one}/parts", routes.sender(routes.parts))
-    app.router.add_post(f"{one}/commit", routes.sender(routes.commit))
-    app.router.add_post(f"{one}/renew", routes.sender(routes.renew))
-    app.router.add_delete(one, routes.sender(routes.end))
-    app.router.add_get(nar, routes.sender(routes.offset), allow_head=False)
-    app.router.add_put(nar, routes.sender(routes.append))
+    handlers: dict[Route[Any], _ForSender] = {
+        cache_routes.BEGIN: routes.begin,
+        cache_routes.URLS: routes.urls,
+        cache_routes.PARTS: routes.parts,
+        cache_routes.COMMIT: routes.commit,
+        cache_routes.RENEW: routes.renew,
+        cache_routes.END: routes.end,
+        cache_routes.OFFSET: routes.offset,
+        cache_routes.APPEND: routes.append,
+    }
+    serve_below(app, served.prefix, handlers, {Right.UPLOAD: routes.sender})
 
 
 class UploadRoutes:
@@ -109,13 +111,13 @@ class UploadRoutes:
             try:
                 return await handler(request, sender)
             except WrongOffsetError as error:
-                return _json(SentOffset(offset=error.offset), 409)
+                return answer(SentOffset(offset=error.offset), 409)
             except UploadError as error:
-                return _error(_STATUS.get(error.code, 400), error.code, str(error))
+                return error_answer(_STATUS.get(error.code, 400), error.code, str(error))
             except StoreFullError as error:
-                return _error(507, "store_full", str(error))
+                return error_answer(507, "store_full", str(error))
             except CacheError as error:
-                return _error(503, "unavailable", str(error))
+                return error_answer(503, "unavailable", str(error))
 
         return guarded
 
@@ -130,23 +132,23 @@ class UploadRoutes:
 
     async def begin(self, request: web.Request, sender: Sender) -> web.StreamResponse:
         """Begin an upload."""
-        return _json(await self._uploads.begin(sender, await _message(request, Begin)), 201)
+        return answer(await self._uploads.begin(sender, await _message(request, Begin)), 201)
 
     async def urls(self, request: web.Request, sender: Sender) -> web.StreamResponse:
         """Presign small objects."""
         wish = await _message(request, UrlsWanted)
-        return _json(Urls(urls=await self._uploads.urls(sender, request.match_info["id"], wish)))
+        return answer(Urls(urls=await self._uploads.urls(sender, request.match_info["id"], wish)))
 
     async def parts(self, request: web.Request, sender: Sender) -> web.StreamResponse:
         """Presign parts of a large object."""
         wish = await _message(request, PartsWanted)
         numbers = range(wish.first, wish.first + wish.count)
-        return _json(await self._uploads.parts(sender, request.match_info["id"], wish.path, numbers))
+        return answer(await self._uploads.parts(sender, request.match_info["id"], wish.path, numbers))
 
     async def commit(self, request: web.Request, sender: Sender) -> web.StreamResponse:
         """Put what was sent in its place and publish it."""
         wish = await _message(request, Commit)
-        return _json(await self._uploads.commit(sender, request.match_info["id"], wish))
+        return answer(await self._uploads.commit(sender, request.match_info["id"], wish))
 
     async def renew(self, request: web.Request, sender: Sender) -> web.StreamResponse:
         """Keep an upload."""
@@ -161,7 +163,7 @@ class UploadRoutes:
     async def offset(self, request: web.Request, sender: Sender) -> web.StreamResponse:
         """Say how much has arrived."""
         upload, path = request.match_info["id"], request.match_info["path"]
-        return _json(SentOffset(offset=await self._uploads.offset(sender, upload, path)))
+        return answer(SentOffset(offset=await self._uploads.offset(sender, upload, path)))
 
     async def append(self, request: web.Request, sender: Sender) -> web.StreamResponse:
         """Take a piece."""
@@ -172,7 +174,7 @@ class UploadRoutes:
             raise _BadMessageError(f"a piece says its length, which is at most {PIECE_BYTES} bytes")
         upload, path = request.match_info["id"], request.match_info["path"]
         size = await self._uploads.append(sender, upload, path, int(told), _body(request))
-        return _json(SentOffset(offset=size))
+        return answer(SentOffset(offset=size))
 
 
 async def _body(request: web.Request) -> AsyncIterator[bytes]:
@@ -192,12 +194,3 @@ async def _message(request: web.Request, model: type[_Message]) -> _Message:
         return await read_model(request, model, MESSAGE_BOUNDS)
     except BadRequestError as error:
         raise _BadMessageError(str(error)) from None
-
-
-def _json(model: BaseModel, status: int = 200) -> web.Response:
-    return web.Response(body=model.model_dump_json().encode(), status=status, content_type="application/json")
-
-
-def _error(status: int, code: str, message: str) -> web.Response:
-    view = ErrorView(error=ErrorBody(code=code, message=message))
-    return web.Response(body=orjson.dumps(view.model_dump()), status=status, content_type="application/json")

@@ -1,0 +1,137 @@
+"""The routes below a cache's prefix as data; `coordinator.api.routes` says what a record holds.
+
+The order is the router's: uploads first, then what Nix reads, then the 404 of every other address, then what Nix sends.
+HEAD is answered wherever GET is. What is unknown, malformed or cannot be looked up just now is 404, because a client
+would fail its build for any 5xx; `coordinator.http.binary_cache` says more.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field
+
+from coordinator.api.routes import Content, Right, Route
+from infra.nix.base32 import SHA256_PATTERN
+from infra.nix.store_path import HASH_PART_PATTERN
+from infra.upload.protocol import Begin, Begun, Commit, Committed, Parts, PartsWanted, SentOffset, Urls, UrlsWanted
+
+#: Paths of one question, which a stranger may ask where the cache is public: some 10 ms of the loop and a megabyte.
+MAX_QUESTION: Final = 500
+
+_HASH_PART: Final = f"{{hash_part:{HASH_PART_PATTERN}}}"
+_FILE: Final = f"{{file:{SHA256_PATTERN}(-[0-9a-z]+)?[.]nar([.](zst|xz|bz2))?}}"
+_UPLOADS: Final = "{prefix}/uploads"
+_UPLOAD: Final = f"{_UPLOADS}/{{id:[0-9a-f]{{32}}}}"
+
+#: Refusals of an upload: not such a path or upload, too slow, wrong offset, too many, no room.
+_UPLOAD_ERRORS: Final = (403, 404, 408, 409, 413, 415, 429, 507)
+#: Refusals that Nix does not retry: conflict, no length, too large, not publishable, the store failed.
+_PUT_ERRORS: Final = (409, 411, 413, 415, 422, 424)
+_NAMED: Final = (404,)
+
+
+class NarinfosQuestion(BaseModel):
+    """Body of POST narinfos: base names, and whether all that they reach is wanted too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    paths: Annotated[tuple[Annotated[str, Field(max_length=255)], ...], Field(max_length=MAX_QUESTION), FailFast()]
+    closure: bool = True
+
+
+BEGIN: Final = Route("POST", _UPLOADS, Right.UPLOAD, body=Begin, answer=Begun, status=201, errors=_UPLOAD_ERRORS)
+URLS: Final = Route("POST", f"{_UPLOAD}/urls", Right.UPLOAD, body=UrlsWanted, answer=Urls, errors=_UPLOAD_ERRORS)
+PARTS: Final = Route("POST", f"{_UPLOAD}/parts", Right.UPLOAD, body=PartsWanted, answer=Parts, errors=_UPLOAD_ERRORS)
+COMMIT: Final = Route("POST", f"{_UPLOAD}/commit", Right.UPLOAD, body=Commit, answer=Committed, errors=_UPLOAD_ERRORS)
+RENEW: Final = Route[None]("POST", f"{_UPLOAD}/renew", Right.UPLOAD, status=204, errors=_UPLOAD_ERRORS)
+END: Final = Route[None]("DELETE", _UPLOAD, Right.UPLOAD, status=204, errors=_UPLOAD_ERRORS)
+OFFSET: Final = Route(
+    "GET", f"{_UPLOAD}/nar/{{path}}", Right.UPLOAD, answer=SentOffset, errors=_UPLOAD_ERRORS, head=False
+)
+#: `?offset=…`: where the piece belongs.
+APPEND: Final = Route(
+    "PUT", f"{_UPLOAD}/nar/{{path}}", Right.UPLOAD, body=Content.NAR, answer=SentOffset, errors=_UPLOAD_ERRORS
+)
+
+CACHE_INFO: Final = Route[None]("GET", "{prefix}/nix-cache-info", Right.READ, answer=Content.CACHE_INFO)
+#: `coordinator.http.binary_cache.fast_narinfo` answers it for public caches before the router sees it.
+NARINFO: Final = Route[None](
+    "GET", f"{{prefix}}/{_HASH_PART}.narinfo", Right.READ, answer=Content.NARINFO, errors=_NAMED
+)
+#: Whole files: ranges, resume, strong caching; 307 where the object store answers itself.
+NAR: Final = Route[None]("GET", f"{{prefix}}/nar/{_FILE}", Right.READ, answer=Content.NAR, errors=(*_NAMED, 416))
+LISTING: Final = Route[None]("GET", f"{{prefix}}/{_HASH_PART}.ls", Right.READ, answer=Content.LISTING, errors=_NAMED)
+#: What the build printed.
+BUILD_LOG: Final = Route[None]("GET", "{prefix}/log/{derivation}", Right.READ, answer=Content.LOG, errors=_NAMED)
+#: As Nix up to 2.34 asks, and from 2.35 on.
+REALISATION: Final = Route[None](
+    "GET", "{prefix}/realisations/{key}.doi", Right.READ, answer=Content.REALISATION, errors=_NAMED
+)
+BUILD_TRACE: Final = Route[None](
+    "GET", "{prefix}/build-trace-v2/{derivation}/{output}.doi", Right.READ, answer=Content.REALISATION, errors=_NAMED
+)
+#: A worker's question about many paths at once; its body is `NarinfosQuestion`.
+NARINFOS: Final = Route[None](
+    "POST",
+    "{prefix}/narinfos",
+    Right.READ,
+    body=NarinfosQuestion,
+    answer=Content.NARINFOS,
+    errors=(408, 413, 415),
+)
+NOTHING: Final = Route[None]("GET", "{prefix}/{anything:.*}", Right.READ, status=404)
+
+PUT_CACHE_INFO: Final = Route[None](
+    "PUT", "{prefix}/nix-cache-info", Right.WRITE, body=Content.CACHE_INFO, errors=_PUT_ERRORS
+)
+PUT_NARINFO: Final = Route[None](
+    "PUT", f"{{prefix}}/{_HASH_PART}.narinfo", Right.WRITE, body=Content.NARINFO, errors=_PUT_ERRORS
+)
+PUT_NAR: Final = Route[None]("PUT", "{prefix}/nar/{file}", Right.WRITE, body=Content.NAR, errors=_PUT_ERRORS)
+PUT_LOG: Final = Route[None]("PUT", "{prefix}/log/{derivation}", Right.WRITE, body=Content.LOG, errors=_PUT_ERRORS)
+PUT_LISTING: Final = Route[None](
+    "PUT", f"{{prefix}}/{_HASH_PART}.ls", Right.WRITE, body=Content.DROPPED, errors=_PUT_ERRORS
+)
+PUT_DEBUG_INFO: Final = Route[None](
+    "PUT", "{prefix}/debuginfo/{build_id}", Right.WRITE, body=Content.DROPPED, errors=_PUT_ERRORS
+)
+PUT_REALISATION: Final = Route[None](
+    "PUT", "{prefix}/realisations/{key}.doi", Right.WRITE, body=Content.REALISATION, errors=_PUT_ERRORS
+)
+PUT_BUILD_TRACE: Final = Route[None](
+    "PUT",
+    "{prefix}/build-trace-v2/{derivation}/{output}.doi",
+    Right.WRITE,
+    body=Content.REALISATION,
+    errors=_PUT_ERRORS,
+)
+
+#: Every route below a cache's prefix.
+CACHE_ROUTES: Final[tuple[Route[Any], ...]] = (
+    BEGIN,
+    URLS,
+    PARTS,
+    COMMIT,
+    RENEW,
+    END,
+    OFFSET,
+    APPEND,
+    CACHE_INFO,
+    NARINFO,
+    NAR,
+    LISTING,
+    BUILD_LOG,
+    REALISATION,
+    BUILD_TRACE,
+    NARINFOS,
+    NOTHING,
+    PUT_CACHE_INFO,
+    PUT_NARINFO,
+    PUT_NAR,
+    PUT_LOG,
+    PUT_LISTING,
+    PUT_DEBUG_INFO,
+    PUT_REALISATION,
+    PUT_BUILD_TRACE,
+)

@@ -1,0 +1,61 @@
+"""Binds handlers to the records of the route tables, and finds the record of a request again.
+
+A handler is served only under a `Route`. Those whose right belongs to a cache are served behind a guard for that right;
+`coordinator.http.middleware.require_token` checks all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, TypeVar
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from coordinator.api.routes import API_PREFIX, Right, Route
+
+#: Every route that an application serves.
+SERVED: Final[web.AppKey[dict[web.AbstractRoute, Route[Any]]]] = web.AppKey("drover.routes", dict)
+#: Rights that the middleware checks; the others belong to one cache, which has its own tokens.
+OF_THE_FARM: Final = frozenset({Right.NONE, Right.API})
+
+_Guarded = TypeVar("_Guarded")
+#: What a router calls for a request with `Expect: 100-continue`.
+Expect = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
+
+
+def serve(app: web.Application, handlers: Mapping[Route[Any], Handler]) -> None:
+    """Serve routes whose right the middleware checks. Raises `ValueError` for any other."""
+    for route, handler in handlers.items():
+        if route.right not in OF_THE_FARM:
+            raise ValueError(f"{route.method} {route.path} is served without the guard for {route.right}")
+        _add(app, route, route.path, handler, None)
+
+
+def serve_below(
+    app: web.Application,
+    prefix: str,
+    handlers: Mapping[Route[Any], _Guarded],
+    guards: Mapping[Right, Callable[[_Guarded], Handler]],
+    expect: Expect | None = None,
+) -> None:
+    """Serve routes of the cache at `prefix`, each behind the guard for its right. Raises `KeyError` without one."""
+    for route, handler in handlers.items():
+        _add(app, route, route.below(prefix), guards[route.right](handler), expect)
+
+
+def right_of(request: web.Request) -> Right:
+    """Return what the request must show; a route without a record wants the token, as addresses below the API do."""
+    served = request.app.get(SERVED, {}).get(request.match_info.route)
+    if served is not None:
+        return served.right
+    unknown = request.match_info.http_exception is not None and not request.path.startswith(API_PREFIX)
+    return Right.NONE if unknown else Right.API
+
+
+def _add(app: web.Application, route: Route[Any], path: str, handler: Handler, expect: Expect | None) -> None:
+    if SERVED not in app:
+        app[SERVED] = {}
+    resource = app.router.add_resource(path)
+    for method in ("HEAD", "GET") if route.method == "GET" and route.head else (route.method,):
+        app[SERVED][resource.add_route(method, handler, expect_handler=expect)] = route
