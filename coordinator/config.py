@@ -37,12 +37,9 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from coordinator.defaults import HOST, PORT, default_state_dir
 from coordinator.errors import CoordinatorError
 from infra.objects.compression import COMPRESSION, Compression
-
-#: Where `drover up` listens unless told otherwise: loopback only.
-DEFAULT_HOST = "127.0.0.1"
-DEFAULT_PORT = 7878
 
 #: What the cache at `/cache` is called where caches have names.
 DEFAULT_CACHE: Final = "default"
@@ -225,12 +222,6 @@ class NamedCacheSettings(CacheSettings):
         return value
 
 
-def default_state_dir() -> Path:
-    """`$XDG_STATE_HOME/drover`, or `~/.local/state/drover`."""
-    base = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".local" / "state") / "drover"
-
-
 class Settings(BaseSettings):
     """All settings of a coordinator. Empty texts stand for what follows from `state_dir` and the address."""
 
@@ -241,9 +232,9 @@ class Settings(BaseSettings):
     #: Where the farm keeps what it knows; the default is `$XDG_STATE_HOME/drover` or `~/.local/state/drover`.
     state_dir: Path = Field(default_factory=default_state_dir)
     #: Where the coordinator listens; other machines reach it there, with the tokens that THREAT_MODEL.md describes.
-    host: str = DEFAULT_HOST
+    host: str = HOST
     #: 0 takes any free port; the address that was taken is told when the farm is ready.
-    port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
+    port: Annotated[int, Field(ge=0, le=65535)] = PORT
     #: Where the farm's secrets lie, and are made on the first start (`farm_secrets`); empty: the state directory. What
     #: a coordinator that stands by has a copy of.
     secrets_dir: Path | None = None
@@ -259,7 +250,7 @@ class Settings(BaseSettings):
     ray_redis_password: str = ""
     #: This machine's address for Ray, and where a head listens; 127.0.0.1 is this machine alone, anything else needs a
     #: private network (Ray then listens on every interface, behind its token). Port 0 takes a free one.
-    ray_host: str = DEFAULT_HOST
+    ray_host: str = HOST
     ray_port: Annotated[int, Field(ge=0, le=65535)] = 0
     #: Seconds that head, nodes and builds go on after a coordinator that was killed, for the next one to take over.
     ray_outlive_s: Annotated[float, Field(ge=0)] = 3600

@@ -29,7 +29,7 @@ from coordinator.cli.follow import Screen, follow
 from coordinator.cli.rendering import size, summary_lines
 from coordinator.cli.status import print_json
 from coordinator.cli.terminal_controls import harmless
-from coordinator.client.api_client import ApiClient, ClientError
+from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import (
     Closure,
     LocalStore,
@@ -40,6 +40,7 @@ from coordinator.client.closure import (
     read_closure,
     refuse_lost_references,
 )
+from coordinator.client.errors import ClientError
 from coordinator.client.evaluation import (
     Evaluation,
     EvaluationError,

@@ -18,8 +18,9 @@ from typing import Final
 from coordinator.cli import exit_status
 from coordinator.cli.rendering import size
 from coordinator.cli.status import print_json, print_lines
-from coordinator.client.api_client import BadArgumentError, ClientError, RefusedError, find_token
 from coordinator.client.closure import LocalStore, base_name, local_store
+from coordinator.client.errors import BadArgumentError, ClientError, RefusedError
+from coordinator.client.token import find_token
 from infra.daemon import DaemonError, ValidPathInfo, open_stdio
 from infra.nix.errors import FormatError
 from infra.nix.store_path import StoreDir

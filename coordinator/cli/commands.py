@@ -22,6 +22,7 @@ from coordinator.cli.cache_commands import cache
 from coordinator.cli.exit_status import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
 from coordinator.cli.options import Address, Wait, addressed, asked
 from coordinator.cli.terminal_controls import harmless
+from coordinator.defaults import HOST, PORT
 from coordinator.errors import CoordinatorError
 
 #: What a shell shows for a program that was ended by SIGPIPE.
@@ -36,7 +37,7 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--state-dir", type=click.Path(file_okay=False, path_type=Path), help="Where the farm keeps everything.")
-@click.option("--listen", metavar="HOST:PORT", help="Address to listen on.  [default: 127.0.0.1:7878]")
+@click.option("--listen", metavar="HOST:PORT", help=f"Address to listen on.  [default: {HOST}:{PORT}]")
 @click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="Settings file (TOML).")
 @click.option("--slots", type=click.IntRange(0, 1024), help="Builds at one time of the native worker; 0: one per core.")
 @click.option("--emulate", "emulated", multiple=True, metavar="SYSTEM", help="Add a worker that pretends to be SYSTEM.")

@@ -21,7 +21,8 @@ from rich.text import Text
 from coordinator.api.models import StepChanged, StepView, SubmissionView
 from coordinator.cli.rendering import News, Progress, heartbeat_line, live_region, news_lines
 from coordinator.cli.terminal_controls import harmless
-from coordinator.client.api_client import ApiClient, ClientError
+from coordinator.client.api_client import ApiClient
+from coordinator.client.errors import ClientError
 from coordinator.errors import CoordinatorError
 
 FRAMES_PER_S = 10

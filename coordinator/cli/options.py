@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from coordinator.api.limits import MAX_WAIT_S
+from coordinator.defaults import URL
 
 if TYPE_CHECKING:
     from coordinator.client.api_client import ApiClient
@@ -52,7 +53,8 @@ class Address:
 
     def client(self) -> ApiClient:
         """Return a client, not yet connected."""
-        from coordinator.client.api_client import ApiClient, find_token  # noqa: PLC0415 - slow to import
+        from coordinator.client.api_client import ApiClient  # noqa: PLC0415 - slow to import
+        from coordinator.client.token import find_token  # noqa: PLC0415
 
         return ApiClient(self.url, find_token(self.token_file))
 
@@ -63,7 +65,7 @@ def addressed(command: _Command) -> _Command:
         "--coordinator",
         "url",
         envvar="DROVER_URL",
-        default="http://127.0.0.1:7878",
+        default=URL,
         show_default=True,
         help="Address of the coordinator (DROVER_URL).",
     )

@@ -16,7 +16,8 @@ from coordinator.api.models import Model, StepStatus, SubmissionState
 from coordinator.cli import exit_status
 from coordinator.cli.rendering import sanitise, status_lines, step_lines, submission_rows, table_lines, worker_lines
 from coordinator.cli.terminal_controls import ControlFilter, harmless
-from coordinator.client.api_client import ApiClient, RefusedError
+from coordinator.client.api_client import ApiClient
+from coordinator.client.errors import RefusedError
 
 #: Submissions that `drover status` lists, newest first.
 LISTED = 20

@@ -15,14 +15,10 @@ from aiohttp import web
 from coordinator.api.models import Counts, Ended, IntakeQuery, Snapshot, SubmissionState, SubmissionView
 from coordinator.api.streams import FramingError
 from coordinator.client import api_client as module
-from coordinator.client.api_client import (
-    ApiClient,
-    ClientError,
-    EventReader,
-    RefusedError,
-    UnreachableError,
-    find_token,
-)
+from coordinator.client.api_client import ApiClient
+from coordinator.client.errors import ClientError, RefusedError, UnreachableError
+from coordinator.client.event_reader import EventReader
+from coordinator.client.token import find_token
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ENDED = SubmissionView(id="s", label="", state=SubmissionState.SUCCEEDED, created_at=1.0, roots=(), counts=Counts())

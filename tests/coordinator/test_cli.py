@@ -18,7 +18,7 @@ import pytest
 import coordinator
 from coordinator.cli import commands as cli
 from coordinator.cli import exit_status
-from coordinator.client.api_client import RefusedError
+from coordinator.client.errors import RefusedError
 from coordinator.errors import CoordinatorError
 from infra.cache.uploads.errors import UploadError
 

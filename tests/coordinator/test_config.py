@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.config import ConfigError, Settings, WorkerConfig, default_state_dir, load_settings
+from coordinator.config import ConfigError, Settings, WorkerConfig, load_settings
+from coordinator.defaults import default_state_dir
 from coordinator.fleet.ray_cluster import write_worker_settings
 from coordinator.security.tokens import TokenError, load_token
 from workers.agent.settings import load_settings as load_worker_settings

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from coordinator.api.models import StepStatus, SubmissionState, SubmitRequest
-from coordinator.client.api_client import RefusedError
+from coordinator.client.errors import RefusedError
 from coordinator.config import ConfigError, Settings
 from coordinator.journal.codec import StoredNote
 from coordinator.journal.errors import JournalError

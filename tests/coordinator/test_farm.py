@@ -16,7 +16,8 @@ import pytest
 
 from coordinator.api.models import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState, SubmitRequest
 from coordinator.cli import exit_status
-from coordinator.client.api_client import ApiClient, RefusedError, UnreachableError
+from coordinator.client.api_client import ApiClient
+from coordinator.client.errors import RefusedError, UnreachableError
 from coordinator.config import Settings
 from coordinator.main import open_coordinator
 from coordinator.state_lock import StateDirBusyError

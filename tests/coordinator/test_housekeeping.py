@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from coordinator.api.models import PinRequest, SubmissionState
-from coordinator.client.api_client import RefusedError
+from coordinator.client.errors import RefusedError
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from tests.coordinator.test_farm import DIAMOND
 

@@ -1,0 +1,159 @@
+"""Requests to a coordinator: one question by `exchange`, streams by aiohttp, which takes a while to import."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from coordinator.api.routes import Route
+from coordinator.client.errors import BadArgumentError, ClientError, UnreachableError, reason_of, refusal
+from coordinator.client.exchange import AddressError, Answer, BadAnswerError, exchange
+from coordinator.defaults import URL
+from coordinator.errors import CoordinatorError
+
+if TYPE_CHECKING:
+    import aiohttp
+
+#: Seconds for a connection, and for one JSON answer.
+CONNECT_S = 10.0
+ANSWER_S = 300.0
+#: Of a refusal's body that are read.
+MAX_REFUSAL_BYTES = 64 * 1024
+
+
+class Transport:
+    """Sends requests with the token, and holds one session for streams; an asynchronous context manager.
+
+    Every method raises `UnreachableError` where the coordinator does not answer and `RefusedError` where it refuses.
+    """
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._entered = False
+        #: Made for the first stream.
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._entered = True
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entered = False
+        if self._session is not None:
+            await self._session.close()
+
+    async def ask(
+        self,
+        route: Route[Any],
+        parts: Mapping[str, str],
+        *,
+        data: bytes | None = None,
+        params: Mapping[str, str] | None = None,
+        answer_s: float | None = ANSWER_S,
+    ) -> Answer:
+        """Return the whole answer to one request."""
+        self._require_context()
+        headers = {**self._headers, **({} if data is None else {"Content-Type": "application/json"})}
+        try:
+            async with asyncio.timeout(answer_s):
+                answer = await exchange(
+                    route.method,
+                    self.url + route.address(**parts),
+                    params=params or {},
+                    headers=headers,
+                    body=data,
+                    connect_s=CONNECT_S,
+                )
+        except AddressError:
+            raise self._no_address() from None
+        except (BadAnswerError, TimeoutError, OSError) as error:
+            raise UnreachableError(self.url, reason_of(error)) from None
+        if answer.status >= 300:
+            raise refusal(answer.status, answer.body, self.url)
+        return answer
+
+    def _require_context(self) -> None:
+        if not self._entered:
+            raise ClientError("the client is used outside its context")
+
+    def _no_address(self) -> BadArgumentError:
+        return BadArgumentError(f"{self.url} is not an address; set DROVER_URL to one like {URL}")
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        route: Route[Any],
+        parts: Mapping[str, str],
+        *,
+        data: AsyncIterator[bytes] | None = None,
+        params: Mapping[str, str] | None = None,
+        silence_s: float | None = None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Yield the answer to a request as it comes, after at most `silence_s` of silence; for streams both ways."""
+        import aiohttp  # noqa: PLC0415 - slow to import
+
+        self._require_context()
+        if self._session is None:
+            self._session = aiohttp.ClientSession(headers=self._headers)
+        body = None if data is None else _Body(data)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=silence_s)
+        try:
+            response = await self._session.request(
+                route.method,
+                self.url + route.address(**parts),
+                data=body,
+                params=params,
+                timeout=timeout,
+                allow_redirects=False,
+            )
+        except aiohttp.InvalidURL:
+            raise self._no_address() from None
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if body is not None and body.fault is not None:
+                raise body.fault from None
+            raise UnreachableError(self.url, reason_of(error)) from None
+        try:
+            if response.status >= 300:
+                raise refusal(response.status, await response.content.read(MAX_REFUSAL_BYTES), self.url)
+            yield response
+        finally:
+            response.release()
+
+    async def chunks(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """Yield a streamed answer's bytes as they come."""
+        import aiohttp  # noqa: PLC0415 - slow to import
+
+        try:
+            async for chunk in response.content.iter_any():
+                yield chunk
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise UnreachableError(self.url, reason_of(error)) from None
+
+
+class _Body:
+    """A body that keeps what went wrong while it was made: aiohttp tells that as a fault of the connection."""
+
+    def __init__(self, pieces: AsyncIterator[bytes]) -> None:
+        self._pieces = pieces
+        self.fault: CoordinatorError | None = None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for piece in self._pieces:
+                yield piece
+        except CoordinatorError as error:
+            self.fault = error
+            raise
+        except Exception as error:
+            # Raised on; aiohttp would hide that it came from here, whatever the caller's own source failed with.
+            self.fault = ClientError(
+                f"what was to be sent cannot be made on this machine: {str(error) or type(error).__name__}"
+            )
+            self.fault.__cause__ = error
+            raise
