@@ -1,34 +1,16 @@
-"""The HTTP API's JSON, as models: what clients send, what they get, what a watcher is streamed.
+"""What the coordinator answers and streams as JSON: plain records.
 
-`coordinator.api.routes` says which route takes and answers which.
+They are dataclasses without pydantic, because a client that asks one short question would wait longer for pydantic than
+for its answer; `coordinator.client.decoding` checks what arrives. `coordinator.api.routes` says which route answers
+which, and `coordinator.api.requests` has what clients send.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Literal
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
-
-from coordinator.api.limits import MAX_LIMIT, MAX_WAIT_S
-from workers.wire.grades import CanaryReport
-
-#: Bytes of a label, an attribute path, a path: what people read, and every list shows.
-MAX_TEXT_BYTES = 1024
-#: Roots of one submission; some 20 MB of JSON.
-MAX_ROOTS = 100_000
-#: Characters of an output's name; Nix makes it part of a store path's name, which has at most 211.
-MAX_OUTPUT_LENGTH = 211
-
-
-class Model(BaseModel):
-    """Base of the API's models."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-#: Base names of store paths; the first that is none is the only one that is told.
-Names = Annotated[tuple[Annotated[str, Field(max_length=255)], ...], FailFast()]
+from typing import Any, Literal, TypeAlias
 
 
 class StepStatus(StrEnum):
@@ -53,66 +35,27 @@ class SubmissionState(StrEnum):
     CANCELLED = "cancelled"
 
 
-class RootLimits(Model):
-    """What the build of a root itself may use; 0: the farm's default. Its dependencies have the defaults."""
-
-    #: Seconds of wall time and of silence (`meta.timeout`, `meta.maxSilent`).
-    timeout_s: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
-    silence_s: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
-    #: Bytes of log that are kept, at most the farm's own limit, and of all outputs together (`meta.drover`).
-    log_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
-    output_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
-    #: Memory that the build takes: workers run builds side by side only as far as theirs goes.
-    memory_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
-
-
-def _short(text: str) -> str:
-    size = len(text.encode("utf-8", "surrogatepass"))
-    if size > MAX_TEXT_BYTES:
-        raise ValueError(f"it has {size} bytes; at most {MAX_TEXT_BYTES} are taken")
-    return text
-
-
-#: What people call something. The length in characters is looked at first: that costs nothing.
-_Text = Annotated[str, Field(max_length=MAX_TEXT_BYTES), AfterValidator(_short)]
+WorkerState: TypeAlias = Literal["online", "silent", "draining", "quarantined", "gone"]
+IsolationClass: TypeAlias = Literal["A", "B", "C"]
+WaitingKind: TypeAlias = Literal[
+    "steps",
+    "not_wanted",
+    "no_worker",
+    "no_system",
+    "no_feature",
+    "reserved",
+    "slots",
+    "limit",
+    "quarantined",
+    "draining",
+    "back_off",
+    "retries_spent",
+    "known_failure",
+]
 
 
-class RootRequest(Model):
-    """One wish: an attribute of the evaluated file and the derivation it stands for (`outputs` empty: all)."""
-
-    attr: _Text
-    drv: _Text
-    outputs: Annotated[
-        tuple[Annotated[str, Field(max_length=MAX_OUTPUT_LENGTH)], ...], Field(max_length=64), FailFast()
-    ] = ()
-    limits: RootLimits | None = None
-
-
-class SubmitRequest(Model):
-    """A submission of derivations that the coordinator already has."""
-
-    roots: Annotated[tuple[RootRequest, ...], Field(min_length=1, max_length=MAX_ROOTS), FailFast()]
-    label: _Text = ""
-    #: Build again what is known to fail.
-    retry_failed: bool = False
-    #: Seconds that a step waits while no worker that could build it is there, before it fails; 0 is for ever, None the
-    #: farm's own limit. The most patient submission counts; kept where it runs again.
-    wait_s: Annotated[int, Field(ge=0, le=MAX_WAIT_S)] | None = None
-    #: Further derivations, full .drv paths: built where one makes an input source that the cache lacks.
-    makers: Annotated[tuple[_Text, ...], Field(max_length=MAX_ROOTS), FailFast()] = ()
-
-
-class IntakeQuery(Model):
-    """Base names of the closure: .drv files and input sources."""
-
-    store_dir: Annotated[str, Field(max_length=4096)]
-    derivations: Names
-    sources: Names
-    #: Those of `sources` that something built: they cannot be sent, so the farm's upstreams are asked for them.
-    built: Names = ()
-
-
-class IntakeMissing(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntakeMissing:
     """The part of the query that must be sent."""
 
     derivations: tuple[str, ...]
@@ -121,7 +64,8 @@ class IntakeMissing(Model):
     trouble: str = ""
 
 
-class Counts(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
     """Steps of one submission by state. `held` and the states `done` to `abandoned` sum up to `total`."""
 
     total: int = 0
@@ -140,14 +84,16 @@ class Counts(Model):
     abandoned: int = 0
 
 
-class FailureView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureView:
     """Why a step failed."""
 
     kind: str
     message: str
 
 
-class WaitingView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitingView:
     """Why a step does not run, for programs; what a kind does not tell is empty.
 
     `steps`: `count` needs are not done, `steps` the first few. `not_wanted`. `no_worker`, `no_system`, `no_feature`
@@ -159,21 +105,7 @@ class WaitingView(Model):
     `until`.
     """
 
-    kind: Literal[
-        "steps",
-        "not_wanted",
-        "no_worker",
-        "no_system",
-        "no_feature",
-        "reserved",
-        "slots",
-        "limit",
-        "quarantined",
-        "draining",
-        "back_off",
-        "retries_spent",
-        "known_failure",
-    ]
+    kind: WaitingKind
     steps: tuple[str, ...] = ()
     count: int = 0
     system: str = ""
@@ -185,7 +117,8 @@ class WaitingView(Model):
     reason: str = ""
 
 
-class StepView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepView:
     """One step as people see it."""
 
     key: str
@@ -219,7 +152,8 @@ class StepView(Model):
     log_tail: str = ""
 
 
-class RootFailureView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootFailureView:
     """Why a root is not built: the step whose own failure is the root cause, which may be the root's."""
 
     step: str
@@ -229,7 +163,8 @@ class RootFailureView(Model):
     message: str
 
 
-class RootView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootView:
     """A root of a submission and the step it stands on."""
 
     attr: str
@@ -241,7 +176,8 @@ class RootView(Model):
     failure: RootFailureView | None = None
 
 
-class SubmissionView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmissionView:
     """A submission as people see it. `stuck` holds sentences about steps that no worker can take."""
 
     id: str
@@ -260,17 +196,12 @@ class SubmissionView(Model):
     stuck: tuple[str, ...] = ()
 
 
-class DrainRequest(Model):
-    """Whether a worker is drained."""
-
-    on: bool = True
-
-
-class WorkerView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
     """A worker as people see it."""
 
     name: str
-    state: Literal["online", "silent", "draining", "quarantined", "gone"]
+    state: WorkerState
     systems: tuple[str, ...]
     emulated: tuple[str, ...]
     features: tuple[str, ...]
@@ -280,9 +211,9 @@ class WorkerView(Model):
     nix_version: str
     #: How it keeps builds from its machine (`workers.wire.grades`): A full, B the macOS sandbox, C weaker or not
     #: measured; why it is no better, and what its latest canary found.
-    isolation: Literal["A", "B", "C"] = "C"
+    isolation: IsolationClass = "C"
     isolation_reasons: tuple[str, ...] = ()
-    isolation_report: CanaryReport | None = None
+    isolation_report: Mapping[str, Any] | None = None
     built: int = 0
     last_seen: float = 0.0
     #: Why it is silent, gone or quarantined, and until when it is quarantined.
@@ -290,7 +221,8 @@ class WorkerView(Model):
     until: float = 0.0
 
 
-class RetryView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryView:
     """What became of a wish to build a failed step again."""
 
     step: StepView
@@ -298,7 +230,8 @@ class RetryView(Model):
     submissions: tuple[str, ...]
 
 
-class FarmView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FarmView:
     """How to use the farm's cache, and what keeps the farm from working at the moment."""
 
     version: str
@@ -309,7 +242,8 @@ class FarmView(Model):
     troubles: tuple[str, ...] = ()
 
 
-class Snapshot(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
     """First event of a stream: the whole submission and the steps that run or failed."""
 
     type: Literal["snapshot"] = "snapshot"
@@ -317,14 +251,16 @@ class Snapshot(Model):
     steps: tuple[StepView, ...]
 
 
-class StepChanged(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepChanged:
     """A step of the submission changed state, stage or phase."""
 
     type: Literal["step"] = "step"
     step: StepView
 
 
-class CountsChanged(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountsChanged:
     """Counts moved; at most a few a second."""
 
     type: Literal["counts"] = "counts"
@@ -333,17 +269,19 @@ class CountsChanged(Model):
     stuck: tuple[str, ...] = ()
 
 
-class Ended(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
     """Last event of a stream."""
 
     type: Literal["end"] = "end"
     submission: SubmissionView
 
 
-WatchEvent = Annotated[Snapshot | StepChanged | CountsChanged | Ended, Field(discriminator="type")]
+WatchEvent = Snapshot | StepChanged | CountsChanged | Ended
 
 
-class CacheView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheView:
     """What one cache holds. Sizes are bytes; `saved_bytes` is what objects that serve several paths save."""
 
     name: str
@@ -360,7 +298,8 @@ class CacheView(Model):
     public_keys: tuple[str, ...]
 
 
-class CacheRootView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheRootView:
     """A root: `kind` is `pin`, `submission`, `push` or another; 0 for times that there are none of."""
 
     kind: str
@@ -371,16 +310,8 @@ class CacheRootView(Model):
     used_at: float = 0.0
 
 
-class PinRequest(Model):
-    """Full store paths to keep with all that they refer to; `expires_at` 0: until unpinned."""
-
-    paths: Annotated[
-        tuple[Annotated[str, Field(max_length=4096)], ...], Field(min_length=1, max_length=10_000), FailFast()
-    ]
-    expires_at: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-
-
-class KeeperView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeeperView:
     """A root that keeps a path: `chain` leads from a path of the root to it, each referring to the next."""
 
     kind: str
@@ -389,7 +320,8 @@ class KeeperView(Model):
     chain: tuple[str, ...]
 
 
-class WhyView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WhyView:
     """Who keeps a path."""
 
     path: str
@@ -397,13 +329,8 @@ class WhyView(Model):
     keepers: tuple[KeeperView, ...]
 
 
-class CollectRequest(Model):
-    """A wish for a garbage collection; `dry_run` changes nothing and gives the same numbers."""
-
-    dry_run: bool = False
-
-
-class CollectView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectView:
     """What a collection did, or would do. Sizes are bytes, times seconds."""
 
     dry_run: bool
@@ -417,14 +344,8 @@ class CollectView(Model):
     phase_seconds: dict[str, float]
 
 
-class VerifyRequest(Model):
-    """`full` reads every object; `repair` fetches again what is broken, and hides what cannot be had."""
-
-    full: bool = False
-    repair: bool = False
-
-
-class FaultView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultView:
     """A path that is not as promised, and what was done about it."""
 
     path: str
@@ -432,7 +353,8 @@ class FaultView(Model):
     outcome: str
 
 
-class VerifyView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyView:
     """What verification found; `faults` are at most some hundreds, `broken` counts all."""
 
     checked: int
@@ -443,7 +365,8 @@ class VerifyView(Model):
     seconds: float
 
 
-class ResignView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResignView:
     """What signing anew changed."""
 
     narinfos: int
@@ -451,14 +374,16 @@ class ResignView(Model):
     public_keys: tuple[str, ...]
 
 
-class ErrorBody(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorBody:
     """What went wrong, for a program (`code`) and for a person (`message`)."""
 
     code: str
     message: str
 
 
-class ErrorView(Model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorView:
     """The body of every answer that is not a success."""
 
     error: ErrorBody

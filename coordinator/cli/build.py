@@ -8,21 +8,13 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import click
 
-from coordinator.api.models import (
-    FarmView,
-    IntakeQuery,
-    RootRequest,
-    StepStatus,
-    StepView,
-    SubmissionState,
-    SubmissionView,
-    SubmitRequest,
-)
+from coordinator.api.models import FarmView, StepStatus, StepView, SubmissionState, SubmissionView
+from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import SourceHeader, encode_derivations, encode_sources, in_thread
 from coordinator.cli import exit_status
 from coordinator.cli.follow import Screen, follow
@@ -280,8 +272,8 @@ def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_j
 
 def _print_json(view: SubmissionView, failed: Sequence[StepView], left_out: Sequence[LeftOut]) -> None:
     document = {
-        **view.model_dump(mode="json"),
-        "failed_steps": [step.model_dump(mode="json") for step in failed],
+        **{field.name: getattr(view, field.name) for field in fields(view)},
+        "failed_steps": failed,
         "left_out": [each.attr for each in left_out],
     }
     print_json(document)

@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from coordinator.api.models import CacheRootView, CollectView, PinRequest, VerifyView
+from coordinator.api.models import CacheRootView, CollectView, VerifyView
+from coordinator.api.requests import PinRequest
 from coordinator.cli import exit_status
 from coordinator.cli.rendering import duration, size, table_lines
 from coordinator.cli.status import print_json, print_lines

@@ -11,9 +11,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
-from rich.text import Text
 
 from coordinator.api.models import (
     Counts,
@@ -30,6 +30,9 @@ from coordinator.api.models import (
     WorkerView,
 )
 from coordinator.cli.terminal_controls import ControlFilter
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 #: Lines of a failed step's log that are shown with the verdict, and the longest of them.
 TAIL_LINES = 25
@@ -221,6 +224,8 @@ def live_region(progress: Progress, now: float, width: int, height: int) -> Text
 
     The totals stand last, where the eye rests; running steps longest first; nothing is wider than the window.
     """
+    from rich.text import Text  # noqa: PLC0415 - slow to import
+
     lines: list[Text] = []
     rows = sorted(progress.running.values(), key=lambda step: (step.started_at or now, step.key))
     room = max(1, min(LIVE_ROWS, height // 3))
@@ -246,6 +251,8 @@ def live_region(progress: Progress, now: float, width: int, height: int) -> Text
 
 
 def _totals(progress: Progress, now: float, width: int) -> Text:
+    from rich.text import Text  # noqa: PLC0415 - slow to import
+
     counts = progress.counts
     finished = counts.done + counts.held + counts.failed + counts.doomed + counts.abandoned
     bar_width = max(6, min(30, width // 6))

@@ -7,12 +7,11 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import click
 import orjson
 
-from coordinator.api.models import Model, StepStatus, SubmissionState
+from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.cli import exit_status
 from coordinator.cli.rendering import sanitise, status_lines, step_lines, submission_rows, table_lines, worker_lines
 from coordinator.cli.terminal_controls import ControlFilter, harmless
@@ -175,14 +174,8 @@ def _encoded(text: str) -> bytes:
     return text.encode(sys.stdout.encoding or "utf-8", "replace")
 
 
-def print_json(document: Model | dict[str, Any]) -> None:
-    """Print one line of JSON, whose texts hold no control character as it stands."""
-    text = orjson.dumps(document, default=_plain).decode()
+def print_json(document: object) -> None:
+    """Print a record or a mapping as one line of JSON, whose texts hold no control character as it stands."""
+    text = orjson.dumps(document).decode()
     # JSON itself asks this of the controls below U+0020 only; terminals obey these too.
     sys.stdout.write(_LATE_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, Model):
-        return value.model_dump(mode="json")
-    raise TypeError(type(value).__name__)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import orjson
@@ -14,14 +15,10 @@ from coordinator.api import routes
 from coordinator.api.models import (
     CacheRootView,
     CacheView,
-    CollectRequest,
     CollectView,
     Ended,
     FarmView,
     IntakeMissing,
-    IntakeQuery,
-    Model,
-    PinRequest,
     ResignView,
     RetryView,
     Snapshot,
@@ -29,8 +26,6 @@ from coordinator.api.models import (
     StepView,
     SubmissionState,
     SubmissionView,
-    SubmitRequest,
-    VerifyRequest,
     VerifyView,
     WatchEvent,
     WhyView,
@@ -43,6 +38,9 @@ from coordinator.client.event_reader import EventReader
 from coordinator.client.exchange import Answer
 from coordinator.client.transport import ANSWER_S, Transport
 from coordinator.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from coordinator.api.requests import IntakeQuery, PinRequest, Request, SubmitRequest
 
 #: Seconds of silence on a stream before it is taken for broken.
 SILENCE_S = 60.0
@@ -67,7 +65,7 @@ class ApiClient(Transport):
 
     async def missing(self, query: IntakeQuery) -> IntakeMissing:
         """Ask once which members of a closure must be sent."""
-        return await self._one(routes.MISSING, body=query)
+        return await self._one(routes.MISSING, data=_json(query))
 
     async def send_derivations(self, stream: AsyncIterator[bytes]) -> None:
         """Send the derivations stream of `coordinator.api.streams`."""
@@ -81,7 +79,7 @@ class ApiClient(Transport):
 
     async def submit(self, request: SubmitRequest) -> SubmissionView:
         """Submit derivations that the coordinator has."""
-        return await self._one(routes.SUBMIT, body=request)
+        return await self._one(routes.SUBMIT, data=_json(request))
 
     async def submissions(self, newest: int | None = None) -> list[SubmissionView]:
         """Return the submissions, newest first, all or some, with their first few roots."""
@@ -92,7 +90,7 @@ class ApiClient(Transport):
         if len(view.roots) >= view.root_count:
             return view
         roots = await self._pages(routes.ROOTS, {"id": view.id})
-        return view.model_copy(update={"roots": tuple(roots)})
+        return replace(view, roots=tuple(roots))
 
     async def submission(self, submission: str) -> SubmissionView:
         """Return one submission."""
@@ -145,7 +143,7 @@ class ApiClient(Transport):
 
     async def pin(self, name: str, pin: str, request: PinRequest) -> None:
         """Keep paths under a name."""
-        data = orjson.dumps(request.model_dump(mode="json"))
+        data = _json(request)
         await self.ask(routes.PIN, {"cache": name, "pin": pin}, data=data)
 
     async def unpin(self, name: str, pin: str) -> None:
@@ -154,13 +152,13 @@ class ApiClient(Transport):
 
     async def collect(self, name: str, *, dry_run: bool) -> CollectView:
         """Collect garbage; takes as long as it takes."""
-        body = CollectRequest(dry_run=dry_run)
-        return await self._one(routes.COLLECT, {"cache": name}, body, answer_s=None)
+        data = orjson.dumps({"dry_run": dry_run})
+        return await self._one(routes.COLLECT, {"cache": name}, data, answer_s=None)
 
     async def verify(self, name: str, *, full: bool, repair: bool) -> VerifyView:
         """Check a cache; takes as long as it takes."""
-        body = VerifyRequest(full=full, repair=repair)
-        return await self._one(routes.VERIFY, {"cache": name}, body, answer_s=None)
+        data = orjson.dumps({"full": full, "repair": repair})
+        return await self._one(routes.VERIFY, {"cache": name}, data, answer_s=None)
 
     async def resign(self, name: str) -> ResignView:
         """Sign everything in a cache anew; takes as long as it takes."""
@@ -247,13 +245,12 @@ class ApiClient(Transport):
         self,
         route: Route[_Answer],
         parts: Mapping[str, str] | None = None,
-        body: Model | None = None,
+        data: bytes | None = None,
         *,
         params: Mapping[str, str] | None = None,
         answer_s: float | None = ANSWER_S,
     ) -> _Answer:
         """Return the answer of a route that answers with one model."""
-        data = None if body is None else orjson.dumps(body.model_dump(mode="json"))
         answer = await self.ask(route, parts or {}, data=data, params=params, answer_s=answer_s)
         return decode(route, answer.body, self.url)
 
@@ -275,6 +272,10 @@ class ApiClient(Transport):
             if not following or (most is not None and len(found) >= most):
                 return found[:most]
             params["after"] = following
+
+
+def _json(request: Request) -> bytes:
+    return orjson.dumps(request.model_dump(mode="json"))
 
 
 def _next_cursor(answer: Answer) -> str:

@@ -22,7 +22,7 @@ from typing import Annotated, ClassVar
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from coordinator.api.limits import MAX_LIMIT
-from coordinator.api.models import RootLimits
+from coordinator.api.requests import RootLimits
 from coordinator.errors import CoordinatorError
 from infra.process import Completed, ProcessError, ProcessNotFound, ProcessOutputTooLarge, ProcessTimeout, run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -11,14 +12,20 @@ from pydantic import BaseModel
 from coordinator.api.models import ErrorBody, ErrorView
 
 
-def answer(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    """Return a model as JSON."""
-    return web.Response(
-        body=orjson.dumps(model.model_dump(mode="json")),
-        status=status,
-        content_type="application/json",
-        headers=headers,
-    )
+def answer(record: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Return a dataclass of `coordinator.api.models`, or a pydantic model, as JSON."""
+    return web.Response(body=json_of(record), status=status, content_type="application/json", headers=headers)
+
+
+def json_of(record: object) -> bytes:
+    """Return the JSON of a dataclass or a pydantic model."""
+    return orjson.dumps(record, default=_dumped)
+
+
+def _dumped(value: object) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    raise TypeError(type(value).__name__)
 
 
 def error_answer(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> web.Response:

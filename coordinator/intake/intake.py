@@ -11,7 +11,8 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Ma
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from dataclasses import replace
 
-from coordinator.api.models import IntakeMissing, IntakeQuery, RootRequest, SubmitRequest
+from coordinator.api.models import IntakeMissing
+from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.intake.errors import MissingMemberError, StoreDirError

@@ -11,7 +11,8 @@ import secrets
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from coordinator.api.models import RootLimits, RootRequest, StepStatus, SubmissionState, SubmitRequest
+from coordinator.api.models import StepStatus, SubmissionState
+from coordinator.api.requests import RootLimits, RootRequest, SubmitRequest
 from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError, IntakeError
 from coordinator.intake.graph import Planned

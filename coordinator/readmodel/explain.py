@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import assert_never
 
-from coordinator.api.models import WaitingView
+from coordinator.api.models import WaitingKind, WaitingView
 from coordinator.stores.logs import LogStore
 from infra.clock import Clock
 from scheduler import reasons as r
@@ -114,7 +114,7 @@ def value_of(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911  one way f
         case r.OnlyReservedBuilders():
             return WaitingView(kind="reserved", workers=reason.builders, until=reason.until)
         case r.BuildersFull() | r.LimitReached():
-            kind = "slots" if isinstance(reason, r.BuildersFull) else "limit"
+            kind: WaitingKind = "slots" if isinstance(reason, r.BuildersFull) else "limit"
             workers = reason.builders[: r.NAMED]
             return WaitingView(kind=kind, workers=workers, position=reason.position, count=reason.ready)
         case r.BuildersQuarantined():

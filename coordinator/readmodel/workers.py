@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.api.models import WorkerView
+from coordinator.api.models import WorkerState, WorkerView
 from workers.wire.grades import LEVELS, UNMEASURED, IsolationGrade
 from workers.wire.messages import Batch, HeldLease, Hello
 
@@ -18,7 +18,7 @@ class WorkerRow:
     hello: Hello
     #: How it keeps builds from its machine, as it last said.
     isolation: IsolationGrade
-    state: str = "online"
+    state: WorkerState = "online"
     leases: tuple[HeldLease, ...] = ()
     built: int = 0
     last_seen: float = 0.0
@@ -28,7 +28,7 @@ class WorkerRow:
     quarantine: str = ""
 
     @property
-    def told_state(self) -> str:
+    def told_state(self) -> WorkerState:
         """The state as people see it."""
         return "quarantined" if self.quarantined_until and self.state in ("online", "draining") else self.state
 
@@ -116,7 +116,7 @@ def _view(name: str, row: WorkerRow) -> WorkerView:
         nix_version=row.hello.nix_version,
         isolation=row.isolation.level,
         isolation_reasons=row.isolation.reasons,
-        isolation_report=row.isolation.report,
+        isolation_report=row.isolation.report.model_dump() if row.isolation.report else None,
         built=row.built,
         last_seen=row.last_seen,
         reason=row.reason or row.quarantine,

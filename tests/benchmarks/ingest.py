@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator, Iterable
 from hashlib import sha256
 from pathlib import Path
 
-from coordinator.api.models import IntakeQuery, RootRequest, SubmitRequest
+from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations
 from coordinator.client.closure import LocalStore, base_name, read_closure
 from coordinator.intake.intake import Intake

@@ -22,7 +22,7 @@ from typing import Final
 import uvloop
 from pydantic import BaseModel, ConfigDict
 
-from coordinator.api.models import RootRequest, SubmitRequest
+from coordinator.api.requests import RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations
 from coordinator.caches.housekeeping import SUBMISSION
 from coordinator.config import Settings

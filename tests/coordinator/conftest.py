@@ -10,15 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.api.models import (
-    Ended,
-    IntakeQuery,
-    RootRequest,
-    StepStatus,
-    SubmissionView,
-    SubmitRequest,
-    WatchEvent,
-)
+from coordinator.api.models import Ended, StepStatus, SubmissionView, WatchEvent
+from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore, base_name, describe_sources, read_closure

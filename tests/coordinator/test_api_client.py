@@ -6,13 +6,16 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from aiohttp import web
 
-from coordinator.api.models import Counts, Ended, IntakeQuery, Snapshot, SubmissionState, SubmissionView
+from coordinator.api.models import Counts, Ended, Snapshot, SubmissionState, SubmissionView
+from coordinator.api.requests import IntakeQuery
 from coordinator.api.streams import FramingError
 from coordinator.client import api_client as module
 from coordinator.client.api_client import ApiClient
@@ -148,7 +151,7 @@ async def test_a_question_about_many_names_is_one_request() -> None:
 
 
 def frames(*events: Snapshot | Ended) -> bytes:
-    return b"".join(b": comment\n\nevent: x\ndata: " + event.model_dump_json().encode() + b"\n\n" for event in events)
+    return b"".join(b": comment\n\nevent: x\ndata: " + orjson.dumps(event) + b"\n\n" for event in events)
 
 
 async def test_a_watch_begins_again_after_a_break_and_tells_of_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +188,7 @@ async def test_a_watch_that_finds_no_stream_free_looks_now_and_then(monkeypatch:
             return await crowded(request)
         if request.path.endswith("/steps"):
             return web.json_response([])
-        return web.Response(text=ENDED.model_copy(update={"state": states.pop(0)}).model_dump_json())
+        return web.Response(body=orjson.dumps(replace(ENDED, state=states.pop(0))))
 
     lost: list[str] = []
     async with served(handler) as client:

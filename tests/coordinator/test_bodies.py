@@ -13,9 +13,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from pydantic import BaseModel
 
-from coordinator.api.models import DrainRequest, SubmitRequest
+from coordinator.api.cache_routes import NarinfosQuestion
+from coordinator.api.requests import DrainRequest, SubmitRequest
 from coordinator.errors import BadRequestError
-from coordinator.http.binary_cache.routes import QUESTION_BOUNDS, NarinfosQuestion
+from coordinator.http.binary_cache.routes import QUESTION_BOUNDS
 from coordinator.http.bodies import SMALL, BodyBounds, parse_model, read_model
 from coordinator.http.middleware import is_host, is_own_host
 from infra.loop_watch import LoopWatch

@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from coordinator.api.models import StepStatus, SubmissionState, SubmitRequest
+from coordinator.api.models import StepStatus, SubmissionState
+from coordinator.api.requests import SubmitRequest
 from coordinator.client.errors import RefusedError
 from coordinator.config import ConfigError, Settings
 from coordinator.journal.codec import StoredNote

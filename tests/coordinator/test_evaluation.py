@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.api.models import RootLimits
+from coordinator.api.requests import RootLimits
 from coordinator.client.closure import ClosureError, LocalStore, describe_sources, local_store, read_closure
 from coordinator.client.evaluation import EvaluationError, LeftOut, Wanted, evaluate, explain, left_out_text, parse_drv
 from infra.nar_files import dump

@@ -14,7 +14,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from coordinator.api.models import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState, SubmitRequest
+from coordinator.api.models import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState
+from coordinator.api.requests import SubmitRequest
+from coordinator.api.routes import Right, Route
 from coordinator.cli import exit_status
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import RefusedError, UnreachableError
@@ -360,7 +362,7 @@ async def test_what_does_not_exist_is_404_with_a_sentence(open_farm: OpenFarm) -
         }
         for path, sentence in asked.items():
             with pytest.raises(RefusedError, match=sentence) as refused:
-                await farm.client._bytes("GET", path)
+                await farm.client.ask(Route[None]("GET", f"/api/v1/{path}", Right.API), {})
             assert (refused.value.http_status, refused.value.reason) == (404, "not_found")
         assert (await farm.client.step("-left.drv")).name == "left"
         with pytest.raises(RefusedError, match="3 steps match"):

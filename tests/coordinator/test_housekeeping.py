@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import aiohttp
 import pytest
 
-from coordinator.api.models import PinRequest, SubmissionState
+from coordinator.api.models import SubmissionState
+from coordinator.api.requests import PinRequest
 from coordinator.client.errors import RefusedError
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from tests.coordinator.test_farm import DIAMOND

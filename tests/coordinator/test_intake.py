@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from coordinator.api.models import MAX_ROOTS, IntakeQuery, RootRequest, SubmitRequest
+from coordinator.api.requests import MAX_ROOTS, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import LARGE_BYTES, FramingError, SourceHeader, encode_derivations, encode_sources
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.intake.errors import DerivationRefusedError, MissingMemberError, StoreDirError, TooLargeError

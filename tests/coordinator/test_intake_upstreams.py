@@ -10,7 +10,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from coordinator.api.models import IntakeQuery, RootRequest, SubmissionState, SubmitRequest
+from coordinator.api.models import SubmissionState
+from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.client.api_client import ApiClient
 from coordinator.config import CacheSettings, Settings, UpstreamSettings

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from coordinator.api.models import RootRequest, StepStatus, SubmitRequest
+from coordinator.api.models import StepStatus
+from coordinator.api.requests import RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.intake.submissions import Submissions
 from infra import slices

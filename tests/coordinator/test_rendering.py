@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,7 +141,7 @@ def test_plain_lines_say_each_thing_once_even_when_the_stream_begins_again() -> 
         line
         for event in (
             Snapshot(submission=submission(), steps=(running, FAILED)),
-            StepChanged(step=running.model_copy(update={"stage": "uploading"})),
+            StepChanged(step=replace(running, stage="uploading")),
             Snapshot(submission=submission(), steps=(running, FAILED)),
             StepChanged(step=step("a", attempt=9, worker="other")),
             StepChanged(step=step("a", StepStatus.DONE, attempt=9, worker="other", ended_at=NOW)),
@@ -210,7 +211,7 @@ def test_an_ended_submission_names_every_root_that_is_not_built_and_why() -> Non
         "  ✘ above  not built because broken failed: exit code 7; the log: drover log 0-broken",
         "  ✘ left  not built: abandoned",
     ]
-    failed = FAILED.model_copy(update={"key": "0-broken"})
+    failed = replace(FAILED, key="0-broken")
     assert summary_lines(ended, [failed], NOW)[-3:] == told
     assert status_lines(ended, [failed], NOW)[-3:] == told
     running = submission(roots=roots)
@@ -242,10 +243,8 @@ def test_tables_are_aligned_and_emulation_is_labelled() -> None:
         built=3,
         last_seen=NOW - 2,
     )
-    weak = worker.model_copy(update={"name": "weak", "isolation": "C", "isolation_reasons": ("one", "another")})
-    resting = worker.model_copy(
-        update={"name": "full", "state": "quarantined", "reason": "its disk is full", "until": NOW + 9}
-    )
+    weak = replace(worker, name="weak", isolation="C", isolation_reasons=("one", "another"))
+    resting = replace(worker, name="full", state="quarantined", reason="its disk is full", until=NOW + 9)
     assert worker_lines([worker, resting, weak], NOW) == [
         "WORKER  STATE        SYSTEMS                                  FEATURES  CLASS  BUSY  BUILT  SEEN    NIX",
         "mac     online       x86_64-linux, aarch64-darwin (emulated)  -         A      1/2   3      2s ago  2.8.0",

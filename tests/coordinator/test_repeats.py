@@ -7,7 +7,8 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from coordinator.api.models import IntakeQuery, RootRequest, SubmissionState, SubmitRequest
+from coordinator.api.models import SubmissionState
+from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations, in_thread
 from tests.coordinator.conftest import OpenFarm, TestFarm
 from tests.support.cache import base_name, candidate, store_path

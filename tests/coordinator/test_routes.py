@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from pydantic import BaseModel
 
-from coordinator.api import models
+from coordinator.api import requests
 from coordinator.api.cache_routes import CACHE_ROUTES, NARINFO
 from coordinator.api.routes import ROUTES, SUBMIT, Content, Right, Route
 from coordinator.config import NamedCacheSettings, Settings
@@ -66,7 +66,7 @@ def model_of(route: Route[Any]) -> type[BaseModel] | None:
     """The model that a route's body is."""
     if isinstance(route.body, Content) or route.body is None:
         return None
-    found = getattr(models, route.body) if isinstance(route.body, str) else route.body
+    found = getattr(requests, route.body) if isinstance(route.body, str) else route.body
     assert issubclass(found, BaseModel)
     return found
 

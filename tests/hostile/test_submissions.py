@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.api.models import MAX_ROOTS
+from coordinator.api.requests import MAX_ROOTS
 from coordinator.api.streams import encode_derivations
 from coordinator.intake.limits import IntakeLimits
 from tests.support.attack import FarmUnderAttack

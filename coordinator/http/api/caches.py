@@ -13,16 +13,14 @@ from coordinator.api import routes
 from coordinator.api.models import (
     CacheRootView,
     CacheView,
-    CollectRequest,
     CollectView,
     FaultView,
     KeeperView,
-    PinRequest,
     ResignView,
-    VerifyRequest,
     VerifyView,
     WhyView,
 )
+from coordinator.api.requests import CollectRequest, PinRequest, VerifyRequest
 from coordinator.api.routes import Route
 from coordinator.caches.housekeeping import Housekeeper
 from coordinator.errors import BadRequestError, NotFoundError

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 
-import orjson
 from aiohttp import web
 
 from coordinator.api.models import WatchEvent
 from coordinator.errors import UnavailableError
+from coordinator.http.answers import json_of
 from coordinator.http.api.pages import rendered
 from coordinator.readmodel.rows import SubmissionRow
 from coordinator.readmodel.views import Views
@@ -77,4 +77,4 @@ class WatchStreams:
 
 
 def _frame(event: WatchEvent) -> bytes:
-    return b"event: " + event.type.encode() + b"\ndata: " + orjson.dumps(event.model_dump()) + b"\n\n"
+    return b"event: " + event.type.encode() + b"\ndata: " + json_of(event) + b"\n\n"

@@ -10,11 +10,10 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import orjson
 from aiohttp import web
-from pydantic import BaseModel
 
 from coordinator.errors import BadRequestError
+from coordinator.http.answers import json_of
 from infra.slices import in_slices
 
 #: Rows of one page, where nothing is said and at most.
@@ -48,9 +47,9 @@ def cut(rows: Sequence[_Row], position: int, limit: int) -> Page[_Row]:
     return Page(rows[position:end], str(end) if end < len(rows) else "")
 
 
-async def answer_page(request: web.Request, page: Page[_Row], render: Callable[[_Row], BaseModel]) -> web.Response:
+async def answer_page(request: web.Request, page: Page[_Row], render: Callable[[_Row], object]) -> web.Response:
     """Return a page as JSON, with the way to the next one."""
-    body = b"[" + b",".join(await rendered(page.rows, lambda row: orjson.dumps(render(row).model_dump()))) + b"]"
+    body = b"[" + b",".join(await rendered(page.rows, lambda row: json_of(render(row)))) + b"]"
     response = web.Response(body=body, content_type="application/json")
     if page.following:
         following = request.rel_url.update_query({"after": page.following})

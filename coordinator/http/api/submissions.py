@@ -14,7 +14,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from coordinator.api import routes
-from coordinator.api.models import MAX_ROOTS, FarmView, IntakeQuery, RetryView, StepStatus, SubmitRequest
+from coordinator.api.models import FarmView, RetryView, StepStatus
+from coordinator.api.requests import MAX_ROOTS, IntakeQuery, SubmitRequest
 from coordinator.api.routes import Route
 from coordinator.config import LimitSettings
 from coordinator.engine.engine import Engine

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from coordinator.api.models import DrainRequest
+from coordinator.api.requests import DrainRequest
 from coordinator.api.routes import DRAIN
 from coordinator.errors import NotFoundError, UnavailableError
 from coordinator.http.bodies import read_model

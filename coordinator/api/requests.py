@@ -1,0 +1,113 @@
+"""What clients send as JSON: bounded models, because the sender of a request is a stranger."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
+
+from coordinator.api.limits import MAX_LIMIT, MAX_WAIT_S
+
+#: Bytes of a label, an attribute path, a path: what people read, and every list shows.
+MAX_TEXT_BYTES = 1024
+#: Roots of one submission; some 20 MB of JSON.
+MAX_ROOTS = 100_000
+#: Characters of an output's name; Nix makes it part of a store path's name, which has at most 211.
+MAX_OUTPUT_LENGTH = 211
+
+
+class Request(BaseModel):
+    """Base of the API's requests."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+#: Base names of store paths; the first that is none is the only one that is told.
+Names = Annotated[tuple[Annotated[str, Field(max_length=255)], ...], FailFast()]
+
+
+class RootLimits(Request):
+    """What the build of a root itself may use; 0: the farm's default. Its dependencies have the defaults."""
+
+    #: Seconds of wall time and of silence (`meta.timeout`, `meta.maxSilent`).
+    timeout_s: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
+    silence_s: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
+    #: Bytes of log that are kept, at most the farm's own limit, and of all outputs together (`meta.drover`).
+    log_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
+    output_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
+    #: Memory that the build takes: workers run builds side by side only as far as theirs goes.
+    memory_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
+
+
+def _short(text: str) -> str:
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(f"it has {size} bytes; at most {MAX_TEXT_BYTES} are taken")
+    return text
+
+
+#: What people call something. The length in characters is looked at first: that costs nothing.
+_Text = Annotated[str, Field(max_length=MAX_TEXT_BYTES), AfterValidator(_short)]
+
+
+class RootRequest(Request):
+    """One wish: an attribute of the evaluated file and the derivation it stands for (`outputs` empty: all)."""
+
+    attr: _Text
+    drv: _Text
+    outputs: Annotated[
+        tuple[Annotated[str, Field(max_length=MAX_OUTPUT_LENGTH)], ...], Field(max_length=64), FailFast()
+    ] = ()
+    limits: RootLimits | None = None
+
+
+class SubmitRequest(Request):
+    """A submission of derivations that the coordinator already has."""
+
+    roots: Annotated[tuple[RootRequest, ...], Field(min_length=1, max_length=MAX_ROOTS), FailFast()]
+    label: _Text = ""
+    #: Build again what is known to fail.
+    retry_failed: bool = False
+    #: Seconds that a step waits while no worker that could build it is there, before it fails; 0 is for ever, None the
+    #: farm's own limit. The most patient submission counts; kept where it runs again.
+    wait_s: Annotated[int, Field(ge=0, le=MAX_WAIT_S)] | None = None
+    #: Further derivations, full .drv paths: built where one makes an input source that the cache lacks.
+    makers: Annotated[tuple[_Text, ...], Field(max_length=MAX_ROOTS), FailFast()] = ()
+
+
+class IntakeQuery(Request):
+    """Base names of the closure: .drv files and input sources."""
+
+    store_dir: Annotated[str, Field(max_length=4096)]
+    derivations: Names
+    sources: Names
+    #: Those of `sources` that something built: they cannot be sent, so the farm's upstreams are asked for them.
+    built: Names = ()
+
+
+class DrainRequest(Request):
+    """Whether a worker is drained."""
+
+    on: bool = True
+
+
+class PinRequest(Request):
+    """Full store paths to keep with all that they refer to; `expires_at` 0: until unpinned."""
+
+    paths: Annotated[
+        tuple[Annotated[str, Field(max_length=4096)], ...], Field(min_length=1, max_length=10_000), FailFast()
+    ]
+    expires_at: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+
+
+class CollectRequest(Request):
+    """A wish for a garbage collection; `dry_run` changes nothing and gives the same numbers."""
+
+    dry_run: bool = False
+
+
+class VerifyRequest(Request):
+    """`full` reads every object; `repair` fetches again what is broken, and hides what cannot be had."""
+
+    full: bool = False
+    repair: bool = False
