@@ -40,6 +40,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from coordinator.defaults import HOST, PORT, default_state_dir
 from coordinator.errors import CoordinatorError
 from infra.objects.compression import COMPRESSION, Compression
+from infra.validation import first_fault
 
 #: What the cache at `/cache` is called where caches have names.
 DEFAULT_CACHE: Final = "default"
@@ -387,7 +388,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _sentence(error: ValidationError, config: Path | None) -> str:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "settings"
+    first = first_fault(error)
     source = f" (in {config} or the environment)" if config is not None else ""
-    return f"setting {where}{source}: {first['msg'].removeprefix('Value error, ')}."
+    return f"setting {first.place or 'settings'}{source}: {first.message}."

@@ -26,6 +26,7 @@ import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coordinator.errors import IntakeError
+from infra.validation import first_fault
 
 DERIVATIONS_MAGIC = b"drover-derivations-1\n"
 SOURCES_MAGIC = b"drover-sources-1\n"
@@ -272,9 +273,8 @@ async def read_sources(body: AsyncIterable[bytes], limits: StreamLimits) -> Asyn
         try:
             header = SourceHeader.model_validate_json(await stream.exactly(size))
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(str(part) for part in first["loc"]) or "JSON"
-            raise FramingError(f"the header of source {count - 1} is wrong at {place}: {first['msg']}") from None
+            place, why = first_fault(error)
+            raise FramingError(f"the header of source {count - 1} is wrong at {place or 'JSON'}: {why}") from None
         if header.nar_size > limits.max_record_bytes:
             raise FramingError(
                 f"the source {header.path} has {header.nar_size} bytes; at most {limits.max_record_bytes} are taken"

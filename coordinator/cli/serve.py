@@ -16,6 +16,7 @@ from coordinator.cli import exit_status
 from coordinator.config import ConfigError, Settings, WorkerConfig, load_settings
 from coordinator.errors import CoordinatorError
 from coordinator.stop_signals import StopSignals
+from infra.validation import first_fault
 
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
@@ -76,8 +77,7 @@ def _weak(settings: Settings, told: Sequence[str]) -> tuple[str, ...]:
     try:
         return Settings(weak_isolation=(*settings.weak_isolation, *told)).weak_isolation
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise ConfigError(f"--allow-weak-isolation: {first['msg']}") from None
+        raise ConfigError(f"--allow-weak-isolation: {first_fault(error).message}") from None
 
 
 def head(*, state_dir: Path, listen: str | None, config: Path | None) -> int:
@@ -132,8 +132,8 @@ def worker_config(told: dict[str, Any]) -> WorkerConfig:
     try:
         return WorkerConfig(**told)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise ConfigError(f"--{first['loc'][0]}: {first['msg']}") from None
+        place, why = first_fault(error)
+        raise ConfigError(f"--{place.partition('.')[0]}: {why}") from None
 
 
 def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_dir: Path) -> int:

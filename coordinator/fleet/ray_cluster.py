@@ -30,6 +30,7 @@ from coordinator.errors import StoppedError
 from coordinator.security.tokens import read_source
 from coordinator.state_lock import StateLock
 from infra.cache.publishing.keys import forget_keys
+from infra.validation import first_fault
 from workers.agent.settings import WorkerSettings
 from workers.errors import WorkerError
 from workers.ray_transport.access import NodeHealth, make_token_file
@@ -246,8 +247,7 @@ def write_worker_settings(settings: Settings, worker: WorkerConfig, farm_hosts: 
         file.touch(mode=0o600)
         file.write_text(made.model_dump_json(indent=2) + "\n")
     except ValidationError as error:
-        reason = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
-        raise ConfigError(f"worker {worker.name}: {reason.removeprefix('Value error, ')}.") from None
+        raise ConfigError(f"worker {worker.name}: {first_fault(error).message}.") from None
     except OSError as error:
         raise ConfigError(f"cannot write {file}: {error.strerror}.") from None
     return file

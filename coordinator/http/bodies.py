@@ -27,6 +27,7 @@ from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from coordinator.errors import BadRequestError, CoordinatorError, UnavailableError
+from infra.validation import first_fault
 
 #: Bodies up to this size are parsed in the event loop: some hundred microseconds.
 INLINE_BYTES: Final = 32 * 1024
@@ -198,9 +199,9 @@ def parse_model(data: bytes | bytearray, model: type[_Model], bounds: BodyBounds
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])[:SHOWN_CHARACTERS] or "body"
-        raise BadRequestError(f"the request's {where} is wrong: {first['msg'][:SHOWN_CHARACTERS]}.") from None
+        first = first_fault(error)
+        where = first.place[:SHOWN_CHARACTERS] or "body"
+        raise BadRequestError(f"the request's {where} is wrong: {first.message[:SHOWN_CHARACTERS]}.") from None
 
 
 def _parse_apart(data: bytearray, model: type[_Model], bounds: BodyBounds) -> _Model | BadRequestError:

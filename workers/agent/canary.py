@@ -44,6 +44,7 @@ from infra.nix import base32
 from infra.nix.hashing import sha256_text
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.store_path import StoreDir
+from infra.validation import first_fault
 from workers.agent.lease_machine import judge_status
 from workers.errors import WorkerError
 from workers.wire.grades import CLOCK_DIFFERS_S, CanaryReport
@@ -372,8 +373,8 @@ def _report(
     try:
         return CanaryReport.model_validate(told)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise CanaryError(f"the trial build says something odd of its isolation: {first['msg']}") from None
+        why = first_fault(error).message
+        raise CanaryError(f"the trial build says something odd of its isolation: {why}") from None
 
 
 def _one(found: Mapping[str, list[str]], key: str) -> str | None:

@@ -28,6 +28,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from infra.validation import first_fault
 from workers.errors import WorkerError
 
 #: Environment variable that holds the path of the settings file.
@@ -206,10 +207,8 @@ def load_settings(path: str | Path | None = None) -> WorkerSettings:
     except OSError as error:
         raise SettingsError(f"cannot read the worker settings {place}: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "settings"
-        text = first["msg"].removeprefix("Value error, ")
-        raise SettingsError(f"worker settings {place}: {where}: {text}") from None
+        where, why = first_fault(error)
+        raise SettingsError(f"worker settings {place}: {where or 'settings'}: {why}") from None
     except ValueError:
         raise SettingsError(f"the worker settings {place} are not JSON") from None
 

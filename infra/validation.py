@@ -1,0 +1,20 @@
+"""The first fault of a pydantic validation, for a sentence to a person."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+
+class Fault(NamedTuple):
+    """Where a value is wrong (names and numbers with dots between, "" for all of it), and how."""
+
+    place: str
+    message: str
+
+
+def first_fault(error: ValidationError) -> Fault:
+    """Return the first fault. Nothing of the value is quoted, because it may be a secret."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return Fault(".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, "))
