@@ -7,14 +7,14 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 
-class Fault(NamedTuple):
+class FieldFault(NamedTuple):
     """Where a value is wrong (names and numbers with dots between, "" for all of it), and how."""
 
     place: str
     message: str
 
 
-def first_fault(error: ValidationError) -> Fault:
+def first_fault(error: ValidationError) -> FieldFault:
     """Return the first fault. Nothing of the value is quoted, because it may be a secret."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return Fault(".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, "))
+    return FieldFault(".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, "))
