@@ -13,7 +13,7 @@ import uvloop
 
 from coordinator.config import Settings
 from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
-from coordinator.fleet.ray_cluster import RayFarm, worker_state_dir
+from coordinator.fleet.ray_cluster import RayCluster, worker_state_dir
 from coordinator.main import Coordinator, FleetFactory, Ready, open_coordinator
 from coordinator.stop_signals import StopSignals
 from infra.objects.errors import CacheError
@@ -88,7 +88,7 @@ def run_up(settings: Settings, ready: Callable[[Ready], None], standing_by: Call
             await stop_agents(ours, settings.stop_grace_s, signals.at_once.is_set)
 
         def fleet(info: FarmInfo) -> AbstractAsyncContextManager[Fleet]:
-            return nullcontext(RayFarm(settings, info, signals.stop.is_set))
+            return nullcontext(RayCluster(settings, info, signals.stop.is_set).fleet)
 
         await serve(settings, fleet, ready=ready, stop=signals.stop, wind_down=wind_down, standing_by=standing_by)
 

@@ -34,10 +34,10 @@ from infra.validation import first_fault
 from workers.agent.settings import WorkerSettings
 from workers.errors import WorkerError
 from workers.ray_transport.access import NodeHealth, make_token_file
+from workers.ray_transport.fleet import RayFleet
 from workers.ray_transport.nodes import Keep, RayHead, RayJoiningNode, RayNode, RayWorkerNode
 from workers.ray_transport.redis import RedisStore, RedisUnusableError
-from workers.wire.fleet import Fleet, FleetError, Sink
-from workers.wire.messages import FarmInfo, Lease, LeaseOrder, Output
+from workers.wire.messages import FarmInfo
 
 #: How often the head is started again before it is given up; a worker's node is never given up.
 START_AGAIN_TRIES = 8
@@ -48,103 +48,74 @@ START_AGAIN_LONGEST_S = 60.0
 _log = logging.getLogger(__name__)
 
 
-class RayFarm:
-    """The fleet over Ray nodes that start while the coordinator already answers."""
+class RayCluster:
+    """The Ray nodes of a farm: started or taken over, supervised, at last ended or left to their builds.
+
+    `fleet` reaches the workers on them. Its `run` brings the nodes up while the coordinator already answers.
+    """
 
     def __init__(self, settings: Settings, info: FarmInfo, stopping: Callable[[], bool]) -> None:
         self._settings = settings
-        self._info = info
         self._stopping = stopping
-        #: Set while Ray is connected.
-        self._fleet: Fleet | None = None
+        self.fleet = RayFleet(token_file=settings.ray_token_file, farm=info, cluster=self._running)
 
-    @property
-    def trouble(self) -> str:
-        """See `Fleet`."""
-        return self._fleet.trouble if self._fleet is not None else ""
+    @asynccontextmanager
+    async def _running(self) -> AsyncIterator[None]:
+        """Start or take over the nodes and connect; at the end, end them if `stopping`, else leave what builds need.
 
-    async def run(self, sink: Sink) -> None:
-        """Start or take over the nodes and serve until cancelled. Raises `WorkerError`, or a group with one."""
-        async with ray_farm(self._settings, self._info, self._stopping) as fleet:
-            self._fleet = fleet
+        Raises `CoordinatorError` or `WorkerError`, or a group with one.
+        """
+        settings, token_file = self._settings, self._settings.ray_token_file
+        (settings.state_dir / "ray").mkdir(mode=0o700, exist_ok=True)
+        async with AsyncExitStack() as stack:
+            head: RayHead | None = None
+            nodes: list[RayJoiningNode] = []
+            workers: list[RayWorkerNode] = []
+            up = False
             try:
-                await fleet.run(sink)
+                if settings.ray_address:
+                    address = settings.ray_address
+                else:
+                    head = _own_head(settings)
+                    address = await _start_head(stack, settings, head)
+                own = RayJoiningNode(
+                    head=address, token_file=token_file, host=settings.ray_host, keep=_keep(settings, "coordinator")
+                )
+                workers = [_worker_node(settings, worker, address, token_file) for worker in settings.workers]
+                nodes = [own, *workers]
+                async with asyncio.TaskGroup() as starting:
+                    for node in nodes:
+                        starting.create_task(_enter(stack, node))
+                await stack.enter_async_context(self.fleet.connected(address, own.directory))
+                up = True
+                async with _supervised(head, own, workers):
+                    yield
             finally:
-                self._fleet = None
-
-    async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:
-        """See `Fleet`."""
-        await self._connected.start_many(worker, orders)
-
-    async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
-        """See `Fleet`."""
-        await self._connected.cancel(worker, leases)
-
-    async def drain(self, worker: str, *, on: bool) -> None:
-        """See `Fleet`."""
-        await self._connected.drain(worker, on=on)
-
-    async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
-        """See `Fleet`."""
-        return await self._connected.provide(worker, paths, token)
-
-    @property
-    def _connected(self) -> Fleet:
-        if self._fleet is None:
-            raise FleetError("the farm's Ray nodes are not running yet, or no longer")
-        return self._fleet
+                if not self._stopping():
+                    # Our own has no builds on it, and who knows whether we come back: another coordinator may lead now.
+                    for left in (*workers, *filter(None, (head,))):
+                        if up or left.adopted:
+                            left.leave()
+                # At once, not one after the other: each takes seconds. The head last, the others would miss it.
+                await asyncio.gather(*(node.stop() for node in nodes), return_exceptions=True)
 
 
 @asynccontextmanager
-async def ray_farm(settings: Settings, info: FarmInfo, stopping: Callable[[], bool]) -> AsyncIterator[Fleet]:
-    """Start or take over the nodes and connect; at the end, end them if `stopping`, else leave what builds need."""
-    # ray is imported only where a farm runs on it: the client's commands share this package.
-    from workers.ray_transport.fleet import RayFleet  # noqa: PLC0415
-
-    (settings.state_dir / "ray").mkdir(mode=0o700, exist_ok=True)
-    token_file = settings.ray_token_file
-    async with AsyncExitStack() as stack:
-        head: RayHead | None = None
-        nodes: list[RayJoiningNode] = []
-        workers: list[RayWorkerNode] = []
-        up = False
+async def _supervised(
+    head: RayHead | None, own: RayJoiningNode, workers: Sequence[RayWorkerNode]
+) -> AsyncIterator[None]:
+    """Start again what dies meanwhile. Raises `StoppedError`, in a group, where the farm cannot go on."""
+    async with asyncio.TaskGroup() as watching:
+        watches = [_watch_own(own), *(_watch_worker(node) for node in workers)]
+        if head is not None:
+            watches.append(_watch_head(head))
+        tasks = [watching.create_task(watch) for watch in watches]
         try:
-            if settings.ray_address:
-                address = settings.ray_address
-            else:
-                head = _own_head(settings)
-                address = await _start_head(stack, settings, head)
-            own = RayJoiningNode(
-                head=address, token_file=token_file, host=settings.ray_host, keep=_keep(settings, "coordinator")
-            )
-            workers = [_worker_node(settings, worker, address, token_file) for worker in settings.workers]
-            nodes = [own, *workers]
-            async with asyncio.TaskGroup() as starting:
-                for node in nodes:
-                    starting.create_task(_enter(stack, node))
-            fleet = await stack.enter_async_context(
-                RayFleet(address=address, token_file=token_file, farm=info, node_dir=own.directory)
-            )
-            up = True
-            async with asyncio.TaskGroup() as watching:
-                watches = [_watch_own(own), *(_watch_worker(node) for node in workers)]
-                if head is not None:
-                    watches.append(_watch_head(head))
-                tasks = [watching.create_task(watch) for watch in watches]
-                try:
-                    yield fleet
-                finally:
-                    for task in tasks:
-                        task.cancel()
-                    await asyncio.wait(tasks)
+            yield
         finally:
-            if not stopping():
-                # Our own has no builds on it, and who knows whether we come back: another coordinator may lead now.
-                for left in (*workers, *filter(None, (head,))):
-                    if up or left.adopted:
-                        left.leave()
-            # At once, not one after the other: each takes seconds. The head last, the others would miss it.
-            await asyncio.gather(*(node.stop() for node in nodes), return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
 
 async def serve_head(settings: Settings, ready: Callable[[str], None], stop: asyncio.Event) -> None:

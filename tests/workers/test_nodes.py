@@ -51,7 +51,7 @@ from workers.wire.messages import FarmInfo
 from workers.ray_transport.fleet import RayFleet
 async def main():
     farm = FarmInfo(cache_url="http://127.0.0.1:9", public_keys=(), object_store_url="file:///")
-    async with RayFleet(address=sys.argv[1], token_file=Path(sys.argv[2]), farm=farm):
+    async with RayFleet(token_file=Path(sys.argv[2]), farm=farm).connected(sys.argv[1]):
         pass
 try:
     asyncio.run(main())

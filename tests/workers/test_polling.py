@@ -20,7 +20,18 @@ from workers.wire.fleet import (
     WorkerSilent,
     WorkerSpoke,
 )
-from workers.wire.messages import PROTOCOL_VERSION, Batch, FarmInfo, Lease, Report, Stage, StageChange, Succeeded
+from workers.wire.messages import (
+    CALLS,
+    PROTOCOL_VERSION,
+    Batch,
+    CallName,
+    FarmInfo,
+    Lease,
+    Report,
+    Stage,
+    StageChange,
+    Succeeded,
+)
 from workers.wire.polling import (
     DERIVATION_BYTES_PER_CALL,
     ORDERS_PER_CALL,
@@ -71,25 +82,20 @@ class Script:
             raise line
         return line
 
-    async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
-        assert farm == FARM.dump()
-        return self._next()
-
-    async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
-        assert max_bytes > 0
-        assert wait_s > 0
-        self.acks.append(ack)
-        return self._next()
-
-    async def start_many(self, orders: list[dict[str, Any]]) -> None:
-        raise NotImplementedError
-
-    async def cancel(self, leases: list[dict[str, Any]]) -> None:
-        raise NotImplementedError
-
-    async def drain(self, on: bool) -> None:
-        assert on
-        await asyncio.sleep(3600)
+    async def call(self, name: CallName, *arguments: Any, large: bool = False) -> Any:
+        assert not large
+        match name, arguments:
+            case "hello", (farm,):
+                assert farm == FARM.dump()
+                return self._next()
+            case "events", (ack, max_bytes, wait_s):
+                assert max_bytes > 0
+                assert wait_s > 0
+                self.acks.append(ack)
+                return self._next()
+            case "drain", (True,):
+                return await asyncio.sleep(3600)
+        raise NotImplementedError(name)
 
 
 @pytest.fixture(autouse=True)
@@ -261,23 +267,25 @@ async def test_a_coordinator_that_was_replaced_moves_nothing_any_more(bench: Ben
     told = await bench.agent(slots=1)
     running, wanted = order(drv("running", FOREVER)), order(drv("wanted", ": > $out"))
     old, new = LocalCalls(told.agent, 0), LocalCalls(told.agent, 2)
-    await old.start_many([running.dump()])
-    await new.hello(bench.farm.model_copy(update={"epoch": 2}).dump())
-    for call in (
-        old.hello(bench.farm.dump()),
-        old.start_many([wanted.dump()]),
-        old.cancel([{"step": running.step, "attempt": 1}]),
-        old.events(10_000, 1 << 20, 0.0),
-        old.drain(on=True),
-        old.provide([], ""),
-    ):
+    await old.call("start_many", [running.dump()])
+    await new.call("hello", bench.farm.model_copy(update={"epoch": 2}).dump())
+    arguments: dict[CallName, tuple[Any, ...]] = {
+        "hello": (bench.farm.dump(),),
+        "start_many": ([wanted.dump()],),
+        "cancel": ([{"step": running.step, "attempt": 1}],),
+        "events": (10_000, 1 << 20, 0.0),
+        "drain": (True,),
+        "provide": ([], ""),
+    }
+    assert set(arguments) == set(CALLS)
+    for name, said in arguments.items():
         with pytest.raises(AgentUnavailable, match="follows a later coordinator"):
-            await call
-    batch = Batch.model_validate(await new.events(0, 1 << 20, 5.0))
+            await old.call(name, *said)
+    batch = Batch.model_validate(await new.call("events", 0, 1 << 20, 5.0))
     assert [lease.step for lease in batch.leases] == [running.step]
     assert not batch.draining
     assert batch.events
-    await new.cancel([{"step": running.step, "attempt": 1}])
+    await new.call("cancel", [{"step": running.step, "attempt": 1}])
 
 
 def test_large_derivations_go_to_a_worker_one_call_each_and_small_ones_together() -> None:

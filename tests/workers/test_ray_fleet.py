@@ -88,7 +88,8 @@ class Site:
     @asynccontextmanager
     async def fleet(self) -> AsyncIterator[tuple[RayFleet, Heard]]:
         heard = Heard()
-        async with RayFleet(address=self.head.address, token_file=self.token, farm=self.farm) as fleet:
+        fleet = RayFleet(token_file=self.token, farm=self.farm)
+        async with fleet.connected(self.head.address):
             serving = asyncio.create_task(fleet.run(heard.sink))
             try:
                 yield fleet, heard

@@ -65,6 +65,7 @@ from workers.wire.messages import (
     LEASES,
     ORDERS,
     PROTOCOL_VERSION,
+    CallName,
     Failed,
     FarmInfo,
     HeldLease,
@@ -139,8 +140,8 @@ class _Stopped(Exception):  # noqa: N818 - a lease that ended early is no error 
 class Agent:
     """See the module's text. Use it as an async context, or `start` and `close` it.
 
-    The five calls take and give plain containers (`Message.dump()`); they raise `pydantic.ValidationError` for what
-    is not a message, `AgentError` where the agent cannot serve.
+    The calls of `CallName` take and give plain containers (`Message.dump()`); they raise `pydantic.ValidationError` for
+    what is not a message, `AgentError` where the agent cannot serve. Adapters make them through `answer`.
     """
 
     def __init__(self, settings: WorkerSettings, *, machine: Machine | None = None, clock: Clock | None = None) -> None:
@@ -211,6 +212,16 @@ class Agent:
         if not owner.cancelled() and (error := owner.exception()) is not None:
             log.error("agent %s ended badly", self.name, exc_info=error)
 
+    async def answer(self, name: CallName, epoch: int, *arguments: Any) -> Any:
+        """Answer a call of the coordinator that has `epoch` (`hello` brings its own).
+
+        Raises `StaleCoordinatorError` where a later coordinator has been greeted; the look and the call are one turn of
+        the agent's loop.
+        """
+        if name != "hello":
+            self._require_reign(epoch)
+        return await getattr(self, name)(*arguments)
+
     async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
         """Introduce both sides; takes `FarmInfo`, gives `Hello`. Starts the agent where it is not started.
 
@@ -218,11 +229,11 @@ class Agent:
         later coordinator has said hello.
         """
         told = FarmInfo.model_validate(farm)
-        self.require_reign(told.epoch)
+        self._require_reign(told.epoch)
         await self.start()
         async with self._greeting:
             # Again: a later coordinator may have been greeted while this one waited.
-            self.require_reign(told.epoch)
+            self._require_reign(told.epoch)
             if self._sources is None or self._sources.farm != told:
                 await self._meet(told)
         self._isolation_told = self._fitness.isolation
@@ -242,11 +253,8 @@ class Agent:
             leases=tuple(HeldLease.model_validate(held) for held in self._held(set())),
         ).dump()
 
-    def require_reign(self, epoch: int) -> None:
-        """Raise `StaleCoordinatorError` if a coordinator with a higher epoch has been greeted.
-
-        Adapters ask before every call, in the agent's loop and in the same turn as the call.
-        """
+    def _require_reign(self, epoch: int) -> None:
+        """Raise `StaleCoordinatorError` if a coordinator with a higher epoch has been greeted."""
         if self._sources is not None and epoch < self._sources.farm.epoch:
             raise StaleCoordinatorError(
                 f"worker {self.name} follows a later coordinator (epoch {self._sources.farm.epoch}, not {epoch})"

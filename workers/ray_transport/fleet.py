@@ -2,7 +2,8 @@
 
 The only file that imports ray. Ray carries messages and knows which nodes live; it decides nothing. Rules:
 
-* ray reads its settings when it is imported, so the import happens in `RayFleet.connect`, after the environment is set.
+* ray reads its settings when it is imported, so the import happens in `RayFleet.connected`, after the environment is
+  set.
 * Whatever may block (connecting, creating an actor, listing nodes: without bound while the head is away) runs in a
   daemon thread with a deadline; at most `BLOCKED_CALLS` threads may hang at once.
 * An actor never restarts and its calls are never retried by Ray: a repeat is this program's decision, and every call of
@@ -22,11 +23,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from workers.ray_transport.access import (
     LISTEN_DEADLINE_S,
@@ -51,14 +52,13 @@ from workers.ray_transport.nodes import (
 )
 from workers.ray_transport.redis import FLAGS_FILE, read_password
 from workers.wire.fleet import FleetError, Sink
-from workers.wire.messages import FarmInfo, Lease, LeaseOrder, Output
-from workers.wire.polling import LARGE_CALL_BYTES, AgentDead, AgentRoster, AgentUnavailable
+from workers.wire.messages import CALLS, CallName, FarmInfo
+from workers.wire.polling import AgentDead, AgentRoster, AgentUnavailable
 
 if TYPE_CHECKING:
     from workers.agent.agent import Agent
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 NAMESPACE = "drover"
 #: Seconds for connecting to the head, for one look at the nodes, for creating one actor, and for disconnecting.
@@ -74,6 +74,8 @@ SAME_HEAD_EVERY_S = 3.0
 BLOCKED_CALLS = 16
 #: Calls that one agent serves at a time: control must get through while polls are parked.
 CONCURRENCY = {"ctl": 50, "io": 50}
+#: Calls of the group "io"; all others are control.
+_SLOW_CALLS: Final = frozenset[CallName]({"events", "provide"})
 #: Pauses between two agents on a node whose agent died although the node lives, seconds; doubling between them.
 RECREATE_FIRST_S = 1.0
 RECREATE_LONGEST_S = 30.0
@@ -178,7 +180,7 @@ class AgentHost:
 
     Ray runs every concurrency group of an actor in an event loop and thread of its own. The agent knows one loop only,
     so all calls are handed to a thread that is the agent's. It is opened by the first call; a failure to open it is the
-    answer of that call, and the next one tries again.
+    answer of that call, and the next one tries again. Its remote methods are `CALLS`, set below.
     """
 
     def __init__(self) -> None:
@@ -187,38 +189,12 @@ class AgentHost:
         self._opening = asyncio.Lock()
         threading.Thread(target=self._loop.run_forever, name="drover-agent", daemon=True).start()
 
-    async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
-        """See `workers.wire.messages`."""
-        return await self._there(lambda agent: agent.hello(farm))
+    async def answer(self, name: CallName, epoch: int, arguments: Sequence[Any]) -> Any:
+        """Have the agent answer in its loop, and return its answer in ours."""
 
-    async def start_many(self, epoch: int, orders: list[dict[str, Any]]) -> None:
-        """See `workers.wire.messages`; `epoch` is the caller's, here and below."""
-        await self._there(lambda agent: agent.start_many(orders), epoch)
-
-    async def events(self, epoch: int, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
-        """See `workers.wire.messages`."""
-        return await self._there(lambda agent: agent.events(ack, max_bytes, wait_s), epoch)
-
-    async def cancel(self, epoch: int, leases: list[dict[str, Any]]) -> None:
-        """See `workers.wire.messages`."""
-        await self._there(lambda agent: agent.cancel(leases), epoch)
-
-    async def drain(self, epoch: int, on: bool) -> None:
-        """See `workers.wire.messages`."""
-        await self._there(lambda agent: agent.drain(on), epoch)
-
-    async def provide(self, epoch: int, paths: list[str], token: str) -> list[dict[str, Any]]:
-        """See `workers.wire.messages`."""
-        return await self._there(lambda agent: agent.provide(paths, token), epoch)
-
-    async def _there(self, call: Callable[[Agent], Awaitable[T]], epoch: int | None = None) -> T:
-        """Run `call` in the agent's loop, for the coordinator with that epoch, and return its answer in ours."""
-
-        async def run() -> T:
+        async def run() -> Any:
             agent = await self._opened()
-            if epoch is not None:
-                agent.require_reign(epoch)
-            return await call(agent)
+            return await agent.answer(name, epoch, *arguments)
 
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run(), self._loop))
 
@@ -229,6 +205,21 @@ class AgentHost:
 
                 self._agent = await open_agent()
             return self._agent
+
+
+def _actor_method(name: CallName) -> Callable[..., Awaitable[Any]]:
+    async def method(self: AgentHost, *arguments: Any) -> Any:
+        # `hello` carries the epoch in its message, every other call before its arguments.
+        epoch, rest = (0, arguments) if name == "hello" else (arguments[0], arguments[1:])
+        return await self.answer(name, epoch, rest)
+
+    method.__name__ = name
+    return method
+
+
+# One method a call: Ray names a call by its method, and an actor may be older than the coordinator that reaches it.
+for _name in CALLS:
+    setattr(AgentHost, _name, _actor_method(_name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,36 +346,16 @@ class _ActorCalls:
         self._dead = dead
         self._epoch = epoch
 
-    async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
-        return _container(await self._call("hello", "ctl", farm))
-
-    async def start_many(self, orders: list[dict[str, Any]]) -> None:
-        # Beside the loop where Ray copies much.
-        large = sum(len(order["derivation"]) for order in orders) > LARGE_CALL_BYTES
-        await self._call("start_many", "ctl", self._epoch, orders, beside=large)
-
-    async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
-        return _container(await self._call("events", "io", self._epoch, ack, max_bytes, wait_s))
-
-    async def cancel(self, leases: list[dict[str, Any]]) -> None:
-        await self._call("cancel", "ctl", self._epoch, leases)
-
-    async def drain(self, on: bool) -> None:
-        await self._call("drain", "ctl", self._epoch, on)
-
-    async def provide(self, paths: list[str], token: str) -> list[dict[str, Any]]:
-        answer: list[dict[str, Any]] = await self._call("provide", "io", self._epoch, paths, token)
-        return answer
-
-    async def _call(self, method: str, group: str, *arguments: Any, beside: bool = False) -> Any:
-        """Send, in a thread where that is said, and wait for the answer or the node's death: what comes first."""
+    async def call(self, name: CallName, *arguments: Any, large: bool = False) -> Any:
+        """Send, and wait for the answer or the node's death: what comes first."""
         self._raise_if_dead()
+        sent = arguments if name == "hello" else (self._epoch, *arguments)
 
         def send() -> Awaitable[Any]:
-            return self._ray.send(self._handle, method, group, arguments)
+            return self._ray.send(self._handle, name, "io" if name in _SLOW_CALLS else "ctl", sent)
 
         try:
-            answer = asyncio.ensure_future(_answered(await asyncio.to_thread(send) if beside else send()))
+            answer = asyncio.ensure_future(_answered(await asyncio.to_thread(send) if large else send()))
         except Exception as error:
             raise self._ray.translate(error) from error
         try:
@@ -409,108 +380,86 @@ async def _answered(reference: Awaitable[Any]) -> Any:
     return await reference
 
 
-class RayFleet:
-    """`workers.wire.fleet.Fleet` over a running Ray cluster; an async context that connects and disconnects.
+class RayFleet(AgentRoster):
+    """`workers.wire.fleet.Fleet` over a Ray cluster, to which it is `connected` while it runs.
 
-    `address` is `host:port` of the head. A process can be connected to one cluster at a time (Ray's limit), through a
-    Ray node of its host: the one with the private directory `node_dir`, or any, the head's first.
+    `cluster` surrounds every `run`: it brings the cluster's nodes and the connection where the caller has not.
     """
 
     def __init__(
         self,
         *,
-        address: str,
         token_file: Path,
         farm: FarmInfo,
-        node_dir: Path | None = None,
+        cluster: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
         discover_every_s: float = DISCOVER_EVERY_S,
     ) -> None:
-        self._address = address
-        self._node_dir = node_dir
+        super().__init__(farm)
         self._token_file = token_file
+        self._cluster = cluster
         self._discover_every_s = discover_every_s
         self._epoch = farm.epoch
-        self._roster = AgentRoster(farm)
+        #: The head's `host:port`, once it is known.
+        self._address = ""
         self._ray: _Ray | None = None
         self._trouble = ""
         #: Living nodes that get no work, by node id, and what is said of each.
         self._seconds: dict[str, str] = {}
         #: Nodes that are served or known to be dead, by node id; dead ones stay, Ray never revives an id.
         self._nodes: dict[str, _Node] = {}
-        self._calls = BlockingCalls(BLOCKED_CALLS)
+        self._blocking = BlockingCalls(BLOCKED_CALLS)
 
     @property
     def trouble(self) -> str:
         """See `Fleet.trouble`."""
         return self._trouble or "; ".join(self._seconds.values())
 
-    @property
-    def workers(self) -> tuple[str, ...]:
-        """Names of the workers that have been greeted and are not known to be gone."""
-        return self._roster.workers
+    @asynccontextmanager
+    async def connected(self, address: str, node_dir: Path | None = None) -> AsyncIterator[None]:
+        """Connect to the head at `host:port`, and disconnect at the end; agents and builds go on.
 
-    async def __aenter__(self) -> Self:
-        """Connect. Raises `FleetError`: no head there, or it refuses the token."""
+        A process can be connected to one cluster at a time (Ray's limit), through a Ray node of its host: the one with
+        the private directory `node_dir`, or any, the head's first. Raises `FleetError`: no head there, or it refuses
+        the token.
+        """
         check_token_file(self._token_file)
-        loopback = is_loopback(self._address.rpartition(":")[0])
+        self._address = address
         await self._check_head()
 
         def connect() -> _Ray:
-            ray = _Ray(self._token_file, loopback=loopback)
-            ray.init(self._address, self._node_dir)
+            ray = _Ray(self._token_file, loopback=is_loopback(address.rpartition(":")[0]))
+            ray.init(address, node_dir)
             return ray
 
         try:
-            self._ray = await self._calls.run(f"connecting to {self._address}", CONNECT_DEADLINE_S, connect)
+            ray = self._ray = await self._blocking.run(f"connecting to {address}", CONNECT_DEADLINE_S, connect)
         finally:
             _take_signals_back()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Disconnect; agents and builds go on and are found again at the next start."""
-        ray, self._ray = self._connected, None
         try:
-            await self._calls.run("disconnecting", CLOSE_DEADLINE_S, ray.shutdown)
-        except FleetError as failure:
-            log.warning("%s", failure)
+            yield
         finally:
-            _take_signals_back()
+            self._ray = None
+            try:
+                await self._blocking.run("disconnecting", CLOSE_DEADLINE_S, ray.shutdown)
+            except FleetError as failure:
+                log.warning("%s", failure)
+            finally:
+                _take_signals_back()
 
     async def run(self, sink: Sink) -> None:
-        """See `Fleet.run`."""
-        async with asyncio.TaskGroup() as serving:
+        """See `Fleet.run`. Raises what `cluster` raises too."""
+        async with self._cluster(), asyncio.TaskGroup() as serving:
             while True:
                 # The dead first: they may make room for others of their name.
                 for node in sorted(await self._list(), key=lambda listed: listed.alive):
                     self._look_at(node, sink, serving)
                 await asyncio.sleep(self._discover_every_s)
 
-    async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:
-        """See `Fleet.start_many`."""
-        await self._roster.start_many(worker, orders)
-
-    async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
-        """See `Fleet.cancel`."""
-        await self._roster.cancel(worker, leases)
-
-    async def drain(self, worker: str, *, on: bool) -> None:
-        """See `Fleet.drain`."""
-        await self._roster.drain(worker, on=on)
-
-    async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
-        """See `Fleet.provide`."""
-        return await self._roster.provide(worker, paths, token)
-
     async def _list(self) -> list[_Listed]:
         """Return all nodes; none while the head is away: agents are still reached, and new ones can wait."""
         try:
             await self._check_head()
-            listed = await self._calls.run("listing nodes", DISCOVER_DEADLINE_S, self._connected.nodes)
+            listed = await self._blocking.run("listing nodes", DISCOVER_DEADLINE_S, self._driver.nodes)
         except ClusterLostError:
             raise
         except FleetError as error:
@@ -530,7 +479,7 @@ class RayFleet:
             raise FleetError(str(error)) from None
 
     @property
-    def _connected(self) -> _Ray:
+    def _driver(self) -> _Ray:
         if self._ray is None:
             raise FleetError("the Ray fleet is not connected")
         return self._ray
@@ -559,16 +508,16 @@ class RayFleet:
 
     async def _serve(self, node: _Node, sink: Sink) -> None:
         """Keep one agent on the node for as long as the node lives."""
-        ray = self._connected
+        ray = self._driver
         pause_s = RECREATE_FIRST_S
         try:
             while not node.dead.done():
                 began = time.monotonic()
                 try:
-                    handle = await self._calls.run(
+                    handle = await self._blocking.run(
                         f"creating the agent of {node.worker}", CREATE_DEADLINE_S, lambda: ray.agent(node.node_id)
                     )
-                    await self._roster.serve(node.worker, _ActorCalls(ray, handle, node.dead, self._epoch), sink)
+                    await self.serve(node.worker, _ActorCalls(ray, handle, node.dead, self._epoch), sink)
                 except AgentUnavailable as error:
                     log.warning("worker %s has no agent: %s", node.worker, error)
                 if time.monotonic() - began > RECREATE_LONGEST_S:
@@ -594,12 +543,6 @@ def _take_signals_back() -> None:
             if handler is not None:
                 signal.signal(number, handler)
                 signal.siginterrupt(number, False)
-
-
-def _container(answer: Any) -> dict[str, Any]:
-    if not isinstance(answer, dict):
-        raise AgentUnavailable(f"the agent answered with a {type(answer).__name__}")
-    return answer
 
 
 def _log_raylet(data: dict[str, Any], *_: Any, **__: Any) -> None:

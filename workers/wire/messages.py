@@ -10,12 +10,15 @@ is made under the epoch of a coordinator's reign: what one says that another has
     cancel([Lease]) -> None                 an unknown lease is a no-op
     drain(bool) -> None                     no new work while true
     provide([path], token) -> [Output]      uploads again what is valid in the worker's store, for a cache that lost it
+
+A call is defined three times: `workers.wire.fleet.Fleet` (the port), `workers.wire.polling.AgentRoster` (sends it) and
+`workers.agent.agent.Agent` (answers it). Transports carry every call of `CallName` alike.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -24,6 +27,8 @@ from workers.wire.grades import IsolationGrade
 from workers.wire.reasons import Reason
 
 PROTOCOL_VERSION = 2
+CallName = Literal["hello", "start_many", "events", "cancel", "drain", "provide"]
+CALLS: tuple[CallName, ...] = get_args(CallName)
 #: Bounds of one `events` answer: with only reports and phases, and with log text in it (Ray is slower above 100 KiB).
 SMALL_BATCH_BYTES = 64 * 1024
 BULK_BATCH_BYTES = 1024 * 1024

@@ -1,6 +1,6 @@
 """The transport-independent half of a fleet adapter: greet an agent, poll it, acknowledge what is safe.
 
-An adapter finds agents and gives each to `AgentRoster.serve` as `AgentCalls`, five calls that carry plain containers.
+An adapter is an `AgentRoster`: it finds agents and gives each to `serve` as `AgentCalls`, which carries one call.
 `serve` keeps exactly one `events` call outstanding per agent and hands everything to the sink in order:
 
     hello -> WorkerConnected;  events -> WorkerSpoke, acknowledged with the next call, after the sink returned;
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
@@ -27,6 +27,7 @@ from workers.wire.messages import (
     OUTPUTS,
     PROTOCOL_VERSION,
     Batch,
+    CallName,
     FarmInfo,
     Hello,
     Lease,
@@ -35,7 +36,6 @@ from workers.wire.messages import (
 )
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 #: Seconds that one short call (everything but `events`) may take.
 CALL_DEADLINE_S = 20.0
@@ -53,7 +53,7 @@ GREET_AGAIN_S = 1.0
 ORDERS_PER_CALL = 256
 #: Bytes of derivations in one `start_many` call, unless it has one lease only.
 DERIVATION_BYTES_PER_CALL = 16 * 1024 * 1024
-#: Bytes of derivations from which on a call is made ready beside the event loop.
+#: Bytes of derivations from which on a call is made ready, and copied, beside the event loop.
 LARGE_CALL_BYTES = 1024 * 1024
 
 
@@ -66,42 +66,27 @@ class AgentDead(FleetError):  # noqa: N818 - as above
 
 
 class AgentCalls(Protocol):
-    """The five calls of one agent over some transport; arguments and answers are `Message.dump()` containers.
+    """One agent over some transport, for one coordinator's reign."""
 
-    Every method raises `AgentUnavailable` or `AgentDead`, nothing else, and must be safe to cancel. Deadlines are
-    kept by the caller, so an implementation may wait for as long as its transport does.
-    """
+    async def call(self, name: CallName, *arguments: Any, large: bool = False) -> Any:
+        """Send one call of `workers.wire.messages` and return its answer, both in plain containers.
 
-    async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
-        """`FarmInfo` in, `Hello` out."""
-
-    async def start_many(self, orders: list[dict[str, Any]]) -> None:
-        """A list of `LeaseOrder`."""
-
-    async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
-        """One long poll; `Batch` out."""
-
-    async def cancel(self, leases: list[dict[str, Any]]) -> None:
-        """A list of `Lease`."""
-
-    async def drain(self, on: bool) -> None:
-        """No new work while true."""
-
-    async def provide(self, paths: list[str], token: str) -> list[dict[str, Any]]:
-        """Full paths -> a list of `Output`."""
+        `large` marks arguments of more than LARGE_CALL_BYTES, which the event loop should not copy. Safe to cancel. The
+        caller keeps the deadline, so the transport may wait without one. Raises `AgentUnavailable` or `AgentDead` only.
+        """
 
 
-async def _in_time(call: Awaitable[T], deadline_s: float, what: str) -> T:
+async def _in_time(calls: AgentCalls, deadline_s: float, name: CallName, *arguments: Any, large: bool = False) -> Any:
     try:
         async with asyncio.timeout(deadline_s):
-            return await call
+            return await calls.call(name, *arguments, large=large)
     except TimeoutError:
-        raise AgentUnavailable(f"the agent did not answer `{what}` within {deadline_s:.0f} s") from None
+        raise AgentUnavailable(f"the agent did not answer `{name}` within {deadline_s:.0f} s") from None
 
 
 async def greet(calls: AgentCalls, farm: FarmInfo) -> Hello:
     """Introduce both sides. Raises `AgentUnavailable` (also for an answer that cannot be read) or `AgentDead`."""
-    answer = await _in_time(calls.hello(farm.dump()), CALL_DEADLINE_S, "hello")
+    answer = await _in_time(calls, CALL_DEADLINE_S, "hello", farm.dump())
     try:
         hello = Hello.model_validate(answer)
     except ValidationError as error:
@@ -161,7 +146,7 @@ async def poll_agent(
 
 
 async def _next_batch(calls: AgentCalls, ack: int, wait_s: float) -> Batch:
-    answer = await _in_time(calls.events(ack, BULK_BATCH_BYTES, wait_s), wait_s + POLL_GRACE_S, "events")
+    answer = await _in_time(calls, wait_s + POLL_GRACE_S, "events", ack, BULK_BATCH_BYTES, wait_s)
     try:
         return Batch.model_validate(answer)
     except ValidationError as error:
@@ -169,7 +154,7 @@ async def _next_batch(calls: AgentCalls, ack: int, wait_s: float) -> Batch:
 
 
 class AgentRoster:
-    """The agents that answer now, by worker name: the sending half of a `Fleet`, shared by all adapters."""
+    """The agents that answer now, by worker name: the sending half of a `Fleet`, which every adapter inherits."""
 
     def __init__(self, farm: FarmInfo) -> None:
         self._farm = farm
@@ -201,24 +186,24 @@ class AgentRoster:
         for portion in _portions(orders):
             large = sum(len(order.derivation) for order in portion) > LARGE_CALL_BYTES
             part = await asyncio.to_thread(_dumped, portion) if large else _dumped(portion)
-            await _in_time(self._of(worker).start_many(part), CALL_DEADLINE_S, "start_many")
+            await _in_time(self._of(worker), CALL_DEADLINE_S, "start_many", part, large=large)
 
     async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
         """Stop builds. Raises `FleetError` as `start_many`."""
         for first in range(0, len(leases), ORDERS_PER_CALL):
             part = [lease.dump() for lease in leases[first : first + ORDERS_PER_CALL]]
-            await _in_time(self._of(worker).cancel(part), CALL_DEADLINE_S, "cancel")
+            await _in_time(self._of(worker), CALL_DEADLINE_S, "cancel", part)
 
     async def drain(self, worker: str, *, on: bool) -> None:
         """Set or clear "no new work". Raises `FleetError` as `start_many`."""
-        await _in_time(self._of(worker).drain(on), CALL_DEADLINE_S, "drain")
+        await _in_time(self._of(worker), CALL_DEADLINE_S, "drain", on)
 
     async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
         """Have paths uploaded again. Raises `FleetError` as `start_many`, and where the answer makes no sense."""
-        told = await _in_time(self._of(worker).provide(list(paths), token), PROVIDE_DEADLINE_S, "provide")
+        outputs = await _in_time(self._of(worker), PROVIDE_DEADLINE_S, "provide", list(paths), token)
         try:
-            return OUTPUTS.validate_python(tuple(told))
-        except ValidationError:
+            return OUTPUTS.validate_python(tuple(outputs))
+        except (ValidationError, TypeError):
             raise AgentUnavailable(f"worker {worker} gave an answer that makes no sense") from None
 
     def _of(self, worker: str) -> AgentCalls:
