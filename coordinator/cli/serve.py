@@ -141,7 +141,8 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
     from coordinator.fleet.ray_cluster import worker_state_dir, write_worker_settings  # noqa: PLC0415 - imports Ray
     from workers.agent.stopping import stop_agents  # noqa: PLC0415
     from workers.errors import WorkerError  # noqa: PLC0415
-    from workers.ray_transport.nodes import Keep, RayWorkerNode  # noqa: PLC0415
+    from workers.ray_transport.node_process import Keep  # noqa: PLC0415
+    from workers.ray_transport.nodes import RayWorkerNode  # noqa: PLC0415
 
     settings = load_settings(state_dir=state_dir)
     file = write_worker_settings(settings, told, (head.rpartition(":")[0],))

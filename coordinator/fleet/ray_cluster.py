@@ -35,7 +35,8 @@ from workers.agent.settings import WorkerSettings
 from workers.errors import WorkerError
 from workers.ray_transport.access import NodeHealth, make_token_file
 from workers.ray_transport.fleet import RayFleet
-from workers.ray_transport.nodes import Keep, RayHead, RayJoiningNode, RayNode, RayWorkerNode
+from workers.ray_transport.node_process import Keep, RayNode
+from workers.ray_transport.nodes import RayHead, RayJoiningNode, RayWorkerNode
 from workers.ray_transport.redis import RedisStore, RedisUnusableError
 from workers.wire.messages import FarmInfo
 

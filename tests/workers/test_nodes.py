@@ -21,8 +21,9 @@ import pytest_asyncio
 
 from infra.process_tree import process_tree
 from workers.ray_transport.access import NodeHealth, RayNodeError, check_token_file, make_token_file, ray_env
+from workers.ray_transport.node_process import Keep
 from workers.ray_transport.node_records import private_directory, sweep_stale
-from workers.ray_transport.nodes import Keep, RayHead, RayWorkerNode
+from workers.ray_transport.nodes import RayHead, RayWorkerNode
 
 shared = pytest.mark.asyncio(loop_scope="module")
 

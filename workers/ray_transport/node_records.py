@@ -49,6 +49,8 @@ NODE_FILE = "node.json"
 CLUSTER_FILE = "r/ray_current_cluster"
 #: How often the watch looks for the owner, seconds.
 WATCH_EVERY_S = 1.0
+#: Seconds that a node may take to end by itself.
+STOP_GRACE_S = 5.0
 #: Seconds that killed processes may take to disappear.
 KILL_GRACE_S = 5.0
 LOOK_AGAIN_S = 0.05

@@ -1,0 +1,65 @@
+"""The actor on each node, which hosts the node's `Agent` and has one remote method for each worker call."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from workers.wire.messages import CALLS, CallName
+
+if TYPE_CHECKING:
+    from workers.agent.agent import Agent
+
+#: Calls that one agent serves at a time: control must get through while polls are parked.
+CONCURRENCY = {"ctl": 50, "io": 50}
+#: Calls of the group "io"; all others are control.
+SLOW_CALLS: Final = frozenset[CallName]({"events", "provide"})
+
+
+class AgentHost:
+    """The actor: hosts the node's `Agent`, made from the settings that the node's environment names.
+
+    Ray runs every concurrency group of an actor in an event loop and thread of its own. The agent knows one loop only,
+    so all calls are handed to a thread that is the agent's. It is opened by the first call; a failure to open it is the
+    answer of that call, and the next one tries again. Its remote methods are `CALLS`, set below.
+    """
+
+    def __init__(self) -> None:
+        self._agent: Agent | None = None
+        self._loop = asyncio.new_event_loop()
+        self._opening = asyncio.Lock()
+        threading.Thread(target=self._loop.run_forever, name="drover-agent", daemon=True).start()
+
+    async def answer(self, name: CallName, epoch: int, arguments: Sequence[Any]) -> Any:
+        """Have the agent answer in its loop, and return its answer in ours."""
+
+        async def run() -> Any:
+            agent = await self._opened()
+            return await agent.answer(name, epoch, *arguments)
+
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run(), self._loop))
+
+    async def _opened(self) -> Agent:
+        async with self._opening:
+            if self._agent is None:
+                from workers.agent.agent import open_agent  # noqa: PLC0415 - coordinators need not load the agent's tools
+
+                self._agent = await open_agent()
+            return self._agent
+
+
+def _actor_method(name: CallName) -> Callable[..., Awaitable[Any]]:
+    async def method(self: AgentHost, *arguments: Any) -> Any:
+        # `hello` carries the epoch in its message, every other call before its arguments.
+        epoch, rest = (0, arguments) if name == "hello" else (arguments[0], arguments[1:])
+        return await self.answer(name, epoch, rest)
+
+    method.__name__ = name
+    return method
+
+
+# One method a call: Ray names a call by its method, and an actor may be older than the coordinator that reaches it.
+for _name in CALLS:
+    setattr(AgentHost, _name, _actor_method(_name))

@@ -1,0 +1,185 @@
+"""What the fleet uses of ray, typed: this process as a driver, and the calls of one actor."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workers.ray_transport.access import ray_env
+from workers.ray_transport.actor import CONCURRENCY, SLOW_CALLS, AgentHost
+from workers.ray_transport.blocking_calls import first_line
+from workers.ray_transport.cluster_identity import cluster_at, cluster_lost
+from workers.ray_transport.node_process import ray_temp_dir
+from workers.ray_transport.nodes import WORKER_LABEL
+from workers.wire.fleet import FleetError
+from workers.wire.messages import CallName
+from workers.wire.polling import AgentDead, AgentUnavailable
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "drover"
+
+
+class ClusterLostError(FleetError):
+    """The head has been started again without its tables: it knows neither us nor the nodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListedNode:
+    """A node of a worker as Ray lists it; `death` says why it is no longer alive."""
+
+    node_id: str
+    worker: str
+    alive: bool
+    death: str
+
+
+class RayDriver:
+    """What is used of ray, typed; every method but `call` may block."""
+
+    def __init__(self, token_file: Path, *, loopback: bool) -> None:
+        os.environ.update(ray_env(token_file, base={}, loopback=loopback))
+        import ray  # noqa: PLC0415 - ray reads the environment when it is imported
+
+        self._ray: Any = ray
+        self._actor_class: Any = None
+        self._address = ""
+        self._cluster = ""
+
+    def init(self, address: str, node_dir: Path | None) -> None:
+        """Connect as a driver."""
+        ray = self._ray
+        if ray.is_initialized():
+            raise FleetError("this process is already connected to a Ray cluster")
+        # `init` retries a refused token for 20 s and then only says that it could not connect.
+        try:
+            self._cluster = str(ray._raylet.GcsClient(address=address).cluster_id)  # noqa: SLF001 - no public equal
+        except ray.exceptions.AuthenticationError:
+            raise FleetError(f"the Ray head at {address} refuses this farm's token") from None
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        # Ray prints raylets' complaints to standard output, which belongs to the program.
+        ray._private.worker.print_to_stdstream = _log_raylet  # noqa: SLF001 - no public switch
+        ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            configure_logging=False,
+            # Ray has no other way to choose among the nodes of one host.
+            _temp_dir=str(ray_temp_dir(node_dir)) if node_dir else None,
+        )
+        self._address = address
+        self._actor_class = ray.remote(concurrency_groups=CONCURRENCY)(AgentHost)
+
+    def shutdown(self) -> None:
+        """Disconnect; detached agents live on."""
+        self._ray.shutdown()
+
+    def nodes(self) -> list[ListedNode]:
+        """Return all nodes that carry a worker's label, dead ones too; none while the head does not answer.
+
+        Raises `ClusterLostError`.
+        """
+        if not (now := cluster_at(self._address)):
+            return []
+        if now != self._cluster:
+            raise ClusterLostError(f"{cluster_lost(self._address)}; start coordinator and workers again")
+        return [
+            ListedNode(
+                node_id=str(node["NodeID"]),
+                worker=str(node["Labels"][WORKER_LABEL]),
+                alive=bool(node["Alive"]),
+                death=str(node.get("DeathReasonMessage") or "no reason given"),
+            )
+            for node in self._ray.nodes()
+            if WORKER_LABEL in (node.get("Labels") or {})
+        ]
+
+    def agent(self, node_id: str) -> Any:
+        """Return the handle of the node's agent, made if there is none."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415 - as in __init__
+
+        options = self._actor_class.options(
+            name=f"agent-{node_id}",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        )
+        return options.remote()
+
+    def send(self, handle: Any, method: str, group: str, arguments: Sequence[Any]) -> Awaitable[Any]:
+        """Send one call, from any thread, and return what an event loop waits for: its answer."""
+        reference: Awaitable[Any] = getattr(handle, method).options(concurrency_group=group).remote(*arguments)
+        return reference
+
+    def translate(self, error: Exception) -> AgentDead | AgentUnavailable:
+        """Say what a failed call means for the agent."""
+        known = self._ray.exceptions
+        text = first_line(error)
+        match error:
+            case known.ActorDiedError() | known.NodeDiedError():
+                return AgentDead(f"Ray reports that the agent died: {text}")
+            case known.ActorUnschedulableError() | known.TaskUnschedulableError():
+                return AgentDead(f"the agent's node is gone: {text}")
+            case known.ActorUnavailableError() | known.GetTimeoutError():
+                return AgentUnavailable(f"Ray does not reach the agent: {text}")
+            case known.RayTaskError():
+                return AgentUnavailable(f"the agent failed: {text}")
+            case _:
+                return AgentUnavailable(f"Ray failed: {type(error).__name__}: {text}")
+
+
+class ActorCalls:
+    """`AgentCalls` of one actor."""
+
+    def __init__(self, ray: RayDriver, handle: Any, dead: asyncio.Future[str], epoch: int) -> None:
+        self._ray = ray
+        self._handle = handle
+        self._dead = dead
+        self._epoch = epoch
+
+    async def call(self, name: CallName, *arguments: Any, large: bool = False) -> Any:
+        """Send, and wait for the answer or the node's death: what comes first."""
+        self._raise_if_dead()
+        sent = arguments if name == "hello" else (self._epoch, *arguments)
+
+        def send() -> Awaitable[Any]:
+            return self._ray.send(self._handle, name, "io" if name in SLOW_CALLS else "ctl", sent)
+
+        try:
+            answer = asyncio.ensure_future(_answered(await asyncio.to_thread(send) if large else send()))
+        except Exception as error:
+            raise self._ray.translate(error) from error
+        try:
+            await asyncio.wait((answer, self._dead), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                self._raise_if_dead()
+            return await answer
+        except FleetError:
+            raise
+        except Exception as error:
+            raise self._ray.translate(error) from error
+        finally:
+            # Ray is not told: a poll that nobody awaits ends by itself after its wait.
+            answer.cancel()
+
+    def _raise_if_dead(self) -> None:
+        if self._dead.done():
+            raise AgentDead(f"Ray reports that the node is dead: {self._dead.result()}")
+
+
+async def _answered(reference: Awaitable[Any]) -> Any:
+    return await reference
+
+
+def _log_raylet(data: dict[str, Any], *_: Any, **__: Any) -> None:
+    for line in data.get("lines", ()):
+        log.info("ray: %s", str(line).partition("\n")[0])
