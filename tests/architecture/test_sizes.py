@@ -14,9 +14,6 @@ FUNCTION_LINES = 70
 #: Modules that are longer, and why.
 LONG_MODULES = {
     "coordinator.client.api_client": "one method for each route; splits with the route table",
-    "workers.agent.agent": "the agent's loops over one state; splits by what they serve",
-    "workers.ray_transport.fleet": "three programs that Ray runs from one file",
-    "workers.ray_transport.nodes": "three kinds of node over one life cycle",
 }
 #: Functions that are longer, and why.
 LONG_FUNCTIONS = {

@@ -15,7 +15,7 @@ import pytest
 from infra.nix.store_path import StorePath
 from infra.process_tree import live_processes
 from tests.support.processes import SURVIVOR, daemons_below, processes_with
-from workers.agent import agent as agent_module
+from workers.agent import lease_runner
 from workers.agent.agent import Agent, AgentError
 from workers.agent.settings import WorkerSettings
 from workers.agent.stopping import stop_agents
@@ -462,7 +462,7 @@ def _spoil_store(bench: Bench) -> Path:
 
 
 async def test_an_object_store_that_fails_is_the_farms_fault(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_module, "UPLOAD_WITHIN_S", 0.3)
+    monkeypatch.setattr(lease_runner, "UPLOAD_WITHIN_S", 0.3)
     told = await bench.agent()
     _spoil_store(bench)
     failed = failure((await told.build(order(drv("homeless", ": > $out"))))[0])

@@ -1,8 +1,7 @@
-"""The agent of one worker: takes leases, works them off, tells what came of them. No transport is known here.
+"""Agent of one worker: answers the coordinator's calls, and owns what its leases work with. It knows no transport.
 
-One task per lease walks it through inputs, slot, build and outputs; `lease_machine` decides who goes when and what an
-error means, `outbox` keeps what must be told. A lease task ends in exactly one report, whatever happens in it; nothing
-that happens in one lease ends the agent.
+`lease_runner` walks the leases from order to report, `outbox` keeps what the coordinator must get, `health` watches
+over the machine. Nothing that happens in one lease ends the agent.
 
 All methods belong to one event loop: an adapter whose transport calls from several threads must hop to the agent's.
 """
@@ -14,50 +13,28 @@ import fcntl
 import logging
 import os
 import secrets
-from collections import OrderedDict
-from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from infra.clock import Clock, SystemClock
-from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
+from infra.daemon import DaemonError
 from infra.nix.errors import NixError
 from infra.objects.errors import CacheError
 from workers.agent import stopping
-from workers.agent.build import (
-    BuildLimits,
-    ConnectionLostError,
-    LogGate,
-    RecipeBrokeDaemonError,
-    basic_derivation,
-    build_in_slot,
-)
 from workers.agent.canary import Canary
-from workers.agent.daemon_pool import DaemonOpener, DaemonUnreachableError, Line, Pool
+from workers.agent.daemon_pool import DaemonOpener, Line, Pool
 from workers.agent.health import FitnessWatch
-from workers.agent.input_guard import InputChangedError, InputCollectedError, InputGuard, MendingError
-from workers.agent.inputs import TRANSFERS, FarmSources, InputError, InputFetcher, open_sources
+from workers.agent.input_guard import InputGuard
+from workers.agent.inputs import TRANSFERS, FarmSources, InputFetcher, open_sources
 from workers.agent.isolation import addresses_of, isolate
-from workers.agent.lease_machine import (
-    DOUBTFUL,
-    Build,
-    Ending,
-    Fetch,
-    HandBack,
-    LeaseKey,
-    LeaseState,
-    Trouble,
-    WorkerMachine,
-    judge_refusal,
-    judge_status,
-    judge_trouble,
-)
-from workers.agent.orphans import MARK, sweep_leftovers, sweep_orphans
+from workers.agent.lease_machine import Trouble, WorkerMachine
+from workers.agent.lease_runner import LeaseRunner
+from workers.agent.orphans import MARK, sweep_leftovers
 from workers.agent.outbox import Spool
-from workers.agent.outputs import READERS, UPLOAD_WITHIN_S, OutputError, deliver, nar_size
+from workers.agent.outputs import READERS, OutputError, deliver
 from workers.agent.settings import Machine, WorkerSettings, daemon_argv, inspect_machine, load_settings, offer
 from workers.errors import WorkerError
 from workers.wire.grades import IsolationGrade
@@ -66,43 +43,18 @@ from workers.wire.messages import (
     ORDERS,
     PROTOCOL_VERSION,
     CallName,
-    Failed,
     FarmInfo,
     HeldLease,
     Hello,
-    LeaseOrder,
-    Report,
-    Stage,
-    StageChange,
-    Succeeded,
 )
 
 log = logging.getLogger(__name__)
 
-#: Finished and acknowledged leases whose repeated start is still recognised.
-REMEMBERED_LEASES = 10_000
-#: Seconds within which a report is sent while other builds run (several then share one answer), and a stage change.
-REPORT_WITHIN_S = 0.015
-STAGE_WITHIN_S = 0.1
 #: Greetings whose connections are kept for the leases that began under them.
 KEPT_SOURCES = 3
-#: Longest message of a failure that is sent, characters; the log has the rest.
-MAX_MESSAGE = 4000
-#: Longest derivation that is parsed on the event loop, some milliseconds.
-PARSE_HERE_BYTES = 256 * 1024
 #: Longest wait of one `events` call, whatever is asked for, and most bytes of one answer.
 MAX_WAIT_S = 30.0
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
-
-_STAGES = {
-    LeaseState.QUEUED: Stage.QUEUED,
-    LeaseState.FETCHING: Stage.FETCHING,
-    LeaseState.READY: Stage.QUEUED,
-    LeaseState.BUILDING: Stage.BUILDING,
-    LeaseState.UPLOADING: Stage.UPLOADING,
-    # The work is done and only the report is on its way.
-    LeaseState.REPORTING: Stage.UPLOADING,
-}
 
 
 class AgentError(WorkerError):
@@ -113,28 +65,24 @@ class StaleCoordinatorError(AgentError):
     """A coordinator speaks that another one has taken over from."""
 
 
-@dataclass(slots=True)
-class _Run:
-    """One lease in hand."""
+class _Sessions:
+    """The agent's daemon sessions; the stack closes them."""
 
-    order: LeaseOrder
-    #: The slot, once the machine has given one.
-    slot: asyncio.Future[int]
-    task: asyncio.Task[None] | None = None
-    #: The task runs, so that it will report.
-    begun: bool = False
-    #: Why the task was cancelled; None means that the agent is closing.
-    stop: Trouble | None = None
-    started_at: float = 0.0
-    building_at: float = 0.0
-    built_at: float = 0.0
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self._stack = stack
+        self._all: list[Line] = []
 
+    def add(self, opener: DaemonOpener, count: int) -> list[Line]:
+        """Return new sessions, which connect when they are used."""
+        made = [Line(opener.open) for _ in range(count)]
+        for line in made:
+            self._stack.push_async_callback(line.close)
+        self._all += made
+        return made
 
-@dataclass(slots=True)
-class _Stopped(Exception):  # noqa: N818 - a lease that ended early is no error of the program
-    """Carries the ending of a lease out of its steps."""
-
-    ending: Ending = field()
+    async def hang_up_idle(self) -> None:
+        """End idle connections, because a connection keeps what was built over it from collection."""
+        await asyncio.gather(*(line.hang_up() for line in self._all if not line.busy))
 
 
 class Agent:
@@ -149,12 +97,7 @@ class Agent:
         self._host = machine or inspect_machine(settings.nix_daemon)
         self._offer = offer(settings, self._host)
         self._clock = clock or SystemClock()
-        self._machine = WorkerMachine(self._offer.slots, self._host.memory_bytes)
         self._incarnation = secrets.token_hex(8)
-        #: Exactly the leases that the machine holds.
-        self._runs: dict[LeaseKey, _Run] = {}
-        #: Leases that left, oldest first; at most REMEMBERED_LEASES.
-        self._finished: OrderedDict[LeaseKey, None] = OrderedDict()
         self._nix_version = ""
         #: What the machine lacks to isolate builds better (`workers.agent.isolation`).
         self._shortfall = ""
@@ -168,11 +111,7 @@ class Agent:
         #: Done once `_serve` is ready for calls or has failed to be.
         self._ready: asyncio.Future[None] | None = None
         self._closing = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
-        #: What mends the store; at most one.
-        self._mending: asyncio.Task[None] | None = None
         # These exist between start() and close(); see _serve.
-        self._group: asyncio.TaskGroup
         self._spool: Spool
         self._slots: list[Line]
         self._builders: DaemonOpener
@@ -180,6 +119,7 @@ class Agent:
         self._guard: InputGuard
         self._inputs: InputFetcher
         self._readers: Pool
+        self._leases: LeaseRunner
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -246,11 +186,11 @@ class Agent:
             features=self._offer.features,
             mandatory_features=self._offer.mandatory_features,
             slots=self._offer.slots,
-            capacity=self._machine.capacity(),
+            capacity=self._leases.capacity(),
             unfit=self._fitness.unfit,
             isolation=self._isolation_told,
             nix_version=self._nix_version,
-            leases=tuple(HeldLease.model_validate(held) for held in self._held(set())),
+            leases=tuple(HeldLease.model_validate(held) for held in self._leases.held()),
         ).dump()
 
     def _require_reign(self, epoch: int) -> None:
@@ -264,23 +204,12 @@ class Agent:
         """Take leases (`LeaseOrder`); those in hand or finished already are no-ops."""
         parsed = ORDERS.validate_python(tuple(orders))
         self._check_started()
-        now = self._clock.now()
-        for order in parsed:
-            key = (order.step, order.attempt)
-            if key in self._finished or not self._machine.accept(key, now, order.memory_bytes):
-                continue
-            self._runs[key] = _Run(order, asyncio.get_running_loop().create_future(), started_at=now)
-        self._advance()
+        self._leases.start(parsed)
 
     async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
         """Forget what is at or below `ack`, then answer with what there is, or comes within `wait_s`; gives `Batch`."""
         self._check_started()
-        for key in self._spool.acknowledge(ack):
-            self._machine.acknowledged(key)
-            del self._runs[key]
-            self._finished[key] = None
-            if len(self._finished) > REMEMBERED_LEASES:
-                self._finished.popitem(last=False)
+        self._leases.acknowledged(self._spool.acknowledge(ack))
         await self._spool.wait(min(wait_s, MAX_WAIT_S))
         self._check_started()
         last, events, ended = self._spool.take(min(max_bytes, MAX_ANSWER_BYTES))
@@ -290,9 +219,9 @@ class Agent:
             "incarnation": self._incarnation,
             "last": last,
             "events": events,
-            "capacity": self._machine.capacity(ended),
-            "leases": self._held(ended),
-            "draining": self._machine.draining,
+            "capacity": self._leases.capacity(ended),
+            "leases": self._leases.held(ended),
+            "draining": self._leases.draining,
             "unfit": self._fitness.unfit,
             **({"isolation": isolation.model_dump()} if isolation is not None and changed else {}),
         }
@@ -301,15 +230,12 @@ class Agent:
         """Stop builds (`Lease`), which are then reported as cancelled; unknown and finished leases are no-ops."""
         parsed = LEASES.validate_python(tuple(leases))
         self._check_started()
-        for lease in parsed:
-            self._stop((lease.step, lease.attempt), Trouble.CANCELLED)
-        self._advance()
+        self._leases.stop([(lease.step, lease.attempt) for lease in parsed], Trouble.CANCELLED)
 
     async def drain(self, on: bool) -> None:
         """While true, leases that have not begun are handed back and the capacity is 0."""
         self._check_started()
-        self._machine.draining = on
-        self._advance()
+        self._leases.drain(on=on)
         # The coordinator shall not send more until its poll ends by itself.
         self._spool.stop_waiting()
 
@@ -344,32 +270,25 @@ class Agent:
                 stopping.forget(where.state_dir)
                 await asyncio.to_thread(sweep_leftovers, where.state_dir, where.physical_store)
                 opener, builders = await self._openers()
-
-                lines: list[Line] = []
-
-                def line(by: DaemonOpener = opener) -> Line:
-                    made = Line(by.open)
-                    stack.push_async_callback(made.close)
-                    lines.append(made)
-                    return made
+                sessions = _Sessions(stack)
 
                 async def let_go() -> bool:
-                    if not await self._inputs.let_go(lambda: not self._runs):
+                    if not await self._inputs.let_go(lambda: self._leases.idle):
                         return False
-                    # A connection keeps what was built over it.
-                    await asyncio.gather(*(each.hang_up() for each in lines if not each.busy))
+                    await sessions.hang_up_idle()
                     return True
 
-                self._slots = [line(builders) for _ in range(self._offer.slots)]
-                self._readers = Pool([line() for _ in range(READERS)])
-                roots, transfers = line(), Pool([line() for _ in range(TRANSFERS)])
+                self._slots = sessions.add(builders, self._offer.slots)
+                self._readers = Pool(sessions.add(opener, READERS))
+                [roots], transfers = sessions.add(opener, 1), Pool(sessions.add(opener, TRANSFERS))
+                [trials] = sessions.add(builders, 1)
                 canary = Canary(self._native(), where.store_dir, where.physical_store, where.state_dir)
                 self._fitness = FitnessWatch(
                     where,
-                    line(builders),
+                    trials,
                     canary,
                     self._clock,
-                    lambda: not self._runs,
+                    lambda: self._leases.idle,
                     let_go,
                     self._spool.stop_waiting,
                     lambda: self._guard.trouble,
@@ -378,19 +297,22 @@ class Agent:
                 self._guard = InputGuard(where.physical_store, self._readers, self._trusts_builds)
                 async with self._slots[0].use() as connection:
                     self._nix_version = connection.nix_version
-                async with asyncio.TaskGroup() as self._group:
-                    self._inputs = InputFetcher(roots, transfers, self._group)
+                async with asyncio.TaskGroup() as group:
+                    self._inputs = InputFetcher(roots, transfers, group)
+                    self._leases = self._runner(group)
                     # Before the farm is met: it shall not give a worker that cannot build anything to build.
                     await self._fitness.look()
                     watches = (
-                        self._group.create_task(self._watch_stop(), name="watch for a stop request"),
-                        self._group.create_task(self._fitness.run(), name="watch over fitness"),
+                        group.create_task(self._watch_stop(), name="watch for a stop request"),
+                        group.create_task(self._fitness.run(), name="watch over fitness"),
                     )
                     ready.set_result(None)
                     await self._closing.wait()
                     for watch in watches:
                         watch.cancel()
-                    self._stop_all()
+                    self._leases.cancel_tasks()
+                    self._spool.stop_waiting()
+                    self._inputs.stop()
         except (WorkerError, OSError) as error:
             if ready.done():
                 raise
@@ -401,6 +323,23 @@ class Agent:
             raise
         finally:
             self._closing.set()
+
+    def _runner(self, group: asyncio.TaskGroup) -> LeaseRunner:
+        return LeaseRunner(
+            WorkerMachine(self._offer.slots, self._host.memory_bytes),
+            self._clock,
+            self._spool,
+            group,
+            slots=self._slots,
+            readers=self._readers,
+            inputs=self._inputs,
+            guard=self._guard,
+            fitness=self._fitness,
+            sources=lambda: self._sources,
+            store=self._settings.physical_store,
+            build_cores=self._offer.build_cores,
+            closing=self._closing,
+        )
 
     async def _openers(self) -> tuple[DaemonOpener, DaemonOpener]:
         """Isolate the worker's builds; return what opens daemons that do not build, and those that do."""
@@ -417,28 +356,14 @@ class Agent:
         where = self._settings.state_dir
         while (deadline := stopping.requested(where)) is None:  # noqa: ASYNC110 - a file sends no event
             await asyncio.sleep(stopping.LOOK_EVERY_S)
-        self._machine.draining = True
-        self._advance()
+        self._leases.drain(on=True)
         self._spool.stop_waiting()
-        while self._runs:
+        while not self._leases.idle:
             if self._clock.now() >= deadline:
-                for key in list(self._runs):
-                    self._stop(key, Trouble.STOPPING)
-                self._advance()
+                self._leases.stop_all(Trouble.STOPPING)
             await asyncio.sleep(stopping.LOOK_EVERY_S)
             deadline = min(deadline, stopping.requested(where) or deadline)
         stopping.answer(where)
-
-    def _stop_all(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._spool.stop_waiting()
-        for run in self._runs.values():
-            if run.task is not None:
-                run.task.cancel()
-        if self._mending is not None:
-            self._mending.cancel()
-        self._inputs.stop()
 
     async def _close_sources(self) -> None:
         for sources in (*self._old_sources, self._sources):
@@ -476,225 +401,6 @@ class Agent:
             raise AgentError(f"worker {self.name} is closed")
         if self._ready is None or not self._ready.done():
             raise AgentError(f"worker {self.name} is not started")
-
-    def _held(self, told: set[LeaseKey]) -> list[dict[str, Any]]:
-        return [
-            {"step": key[0], "attempt": key[1], "stage": _STAGES[state]}
-            for key, state in self._machine.held()
-            if key not in told
-        ]
-
-    # Leases
-
-    def _advance(self) -> None:
-        """Carry out what the machine decides now, and wake up when it wants to be asked again."""
-        if self._closing.is_set():
-            return
-        now = self._clock.now()
-        for action in self._machine.next_actions(now):
-            run = self._runs[action.key]
-            match action:
-                case Fetch(key=key):
-                    run.task = self._group.create_task(self._run(key, run), name=f"lease {key[0]} {key[1]}")
-                case Build(slot=slot):
-                    run.slot.set_result(slot)
-                case HandBack(key=key):
-                    self._stop(key, Trouble.NOT_STARTED)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        deadline = self._machine.deadline(now)
-        if deadline is not None:
-            self._timer = asyncio.get_running_loop().call_later(deadline - now + 0.001, self._advance)
-
-    def _stop(self, key: LeaseKey, why: Trouble) -> None:
-        run = self._runs.get(key)
-        if run is None or run.stop is not None or self._machine.state(key) is LeaseState.REPORTING:
-            return
-        run.stop = why
-        if run.task is not None:
-            run.task.cancel()
-        if not run.begun:
-            # A task that is cancelled before its first step never gets to report.
-            self._report(key, run, judge_trouble(why))
-
-    async def _run(self, key: LeaseKey, run: _Run) -> None:
-        """One lease from beginning to report."""
-        run.begun = True
-        result: Succeeded | Ending
-        try:
-            result = await self._work(key, run)
-        except asyncio.CancelledError:
-            if run.stop is None:
-                raise
-            result = judge_trouble(run.stop)
-        except _Stopped as stopped:
-            result = stopped.ending
-        except Exception as error:
-            log.exception("lease %s attempt %d failed in an unexpected way", *key)
-            result = judge_trouble(Trouble.UNEXPECTED, f"{type(error).__name__}: {error}")
-        self._report(key, run, result)
-        self._advance()
-
-    def _report(self, key: LeaseKey, run: _Run, result: Succeeded | Ending) -> None:
-        now = self._clock.now()
-        reason = result.reason if isinstance(result, Ending) else None
-        if reason in DOUBTFUL:
-            self._fitness.doubt()
-        if not self._machine.report(key, now, reason):
-            return
-        told: Succeeded | Failed
-        if isinstance(result, Ending):
-            limit = run.order.limit_of(result.reason)
-            told = Failed(
-                reason=result.reason,
-                message=result.message[:MAX_MESSAGE],
-                limit=limit,
-                missing=result.missing,
-                signature=result.signature,
-            )
-        else:
-            told = result
-        report = Report(
-            step=key[0],
-            attempt=key[1],
-            started_at=run.started_at,
-            building_at=run.building_at,
-            built_at=run.built_at,
-            ended_at=now,
-            result=told,
-        )
-        self._spool.report(report, within_s=0.0 if self._machine.has_idle_slot else REPORT_WITHIN_S)
-
-    async def _work(self, key: LeaseKey, run: _Run) -> Succeeded:
-        """Raises `_Stopped` where the lease ends without a result."""
-        order, sources = run.order, self._sources
-        if sources is None:
-            raise _Stopped(judge_trouble(Trouble.NOT_GREETED))
-        try:
-            derivation = await _parsed(order)
-        except NixError as error:
-            raise _Stopped(judge_trouble(Trouble.DERIVATION_UNREADABLE, str(error))) from None
-        try:
-            if not self._inputs.known(order.inputs):
-                self._tell_stage(key, Stage.FETCHING)
-                await self._inputs.ensure(order.inputs, sources)
-            self._machine.fetched(key)
-            self._advance()
-            await self._build(key, run, await run.slot, derivation)
-            self._advance()
-            self._tell_stage(key, Stage.UPLOADING)
-            await self._check_size(derivation, order.max_output_bytes)
-            return await self._upload(key, derivation, sources, order.upload_token)
-        except RecipeBrokeDaemonError as error:
-            raise _Stopped(judge_trouble(error.trouble, str(error))) from None
-        except InputError as error:
-            ending = judge_trouble(Trouble.INPUT_MISSING, str(error))
-            raise _Stopped(replace(ending, missing=error.missing)) from None
-        except OutputError as error:
-            raise _Stopped(judge_trouble(Trouble.UPLOAD_FAILED, str(error))) from None
-        except DaemonOperationError as error:
-            self._inputs.forget()
-            raise _Stopped(judge_trouble(Trouble.DAEMON_REFUSED, str(error))) from None
-        except ConnectionLostError as error:
-            raise _Stopped(judge_trouble(Trouble.CONNECTION_LOST, str(error))) from None
-        except (DaemonError, DaemonUnreachableError) as error:
-            raise _Stopped(judge_trouble(Trouble.DAEMON_LOST, str(error))) from None
-
-    async def _build(self, key: LeaseKey, run: _Run, slot: int, derivation: BasicDerivation) -> None:
-        run.building_at = self._clock.now()
-        self._tell_stage(key, Stage.BUILDING)
-        gate = LogGate(run.order.max_log_bytes, lambda data: self._spool.log(key, data))
-        outputs = [output.path for output in derivation.outputs]
-        with self._ending_where_inputs_changed():
-            watch = await self._guard.begin(derivation.inputs, outputs, self._slots[slot])
-        try:
-            result = await build_in_slot(
-                self._slots[slot],
-                run.order.drv_path,
-                derivation,
-                limits=BuildLimits(run.order.timeout_s, run.order.max_silent_s, self._offer.build_cores),
-                gate=gate,
-                on_phase=lambda phase: self._tell_stage(key, Stage.BUILDING, phase),
-                pause=self._pause,
-            )
-        except (DaemonError, WorkerError) as error:
-            if isinstance(error, ConnectionLostError):
-                # What runs on may go on writing.
-                await asyncio.to_thread(sweep_orphans, self._settings.physical_store)
-            # It ran all the same. Where nothing can be looked at, the next build looks first.
-            with self._ending_where_inputs_changed(), suppress(DaemonError, DaemonUnreachableError):
-                await self._guard.end(watch, outputs, self._slots[slot])
-            if isinstance(error, DaemonOperationError):
-                self._inputs.forget()
-                raise _Stopped(judge_refusal(str(error))) from None
-            raise
-        run.built_at = self._clock.now()
-        # Before it is judged: a build that failed may have failed by what it read.
-        with self._ending_where_inputs_changed():
-            await self._guard.end(watch, outputs, self._slots[slot])
-        disk_was_full = self._fitness.was_full_since(run.building_at)
-        ending = judge_status(result.status, result.error_msg.strip(), disk_was_full=disk_was_full)
-        if ending is not None:
-            if ending.reason in ("infrastructure", "input_missing"):
-                self._inputs.forget()
-            raise _Stopped(ending)
-        self._machine.built(key, run.built_at)
-
-    @contextmanager
-    def _ending_where_inputs_changed(self) -> Iterator[None]:
-        """End the lease where the guard finds a changed input, and have it mended; have a collected one fetched."""
-        try:
-            yield
-        except MendingError as error:
-            raise _Stopped(judge_trouble(Trouble.MENDING, str(error))) from None
-        except InputCollectedError:
-            self._inputs.forget()
-            raise
-        except InputChangedError as error:
-            self._inputs.forget()
-            raise _Stopped(judge_trouble(Trouble.INPUT_CHANGED, str(error))) from None
-        finally:
-            # Also where the lease is cancelled as soon as the guard has found something.
-            if self._guard.trouble and (self._mending is None or self._mending.done()) and not self._closing.is_set():
-                self._fitness.hurt()
-                self._mending = self._group.create_task(self._mend(), name="mend the store")
-
-    async def _mend(self) -> None:
-        await self._guard.mend(lambda: self._sources)
-        self._fitness.doubt()
-
-    async def _check_size(self, derivation: BasicDerivation, limit_bytes: int) -> None:
-        paths = [output.path for output in derivation.outputs]
-        if limit_bytes and (size := await nar_size(self._readers, paths)) > limit_bytes:
-            detail = f"{size} bytes, and at most {limit_bytes} are allowed"
-            raise _Stopped(judge_trouble(Trouble.OUTPUT_TOO_LARGE, detail))
-
-    async def _upload(self, key: LeaseKey, derivation: BasicDerivation, sources: FarmSources, token: str) -> Succeeded:
-        outputs = await deliver(
-            self._readers,
-            # Another coordinator may take over meanwhile: outputs go to the one that leads then.
-            lambda: self._sources or sources,
-            {output.name: output.path for output in derivation.outputs},
-            token,
-            within_s=UPLOAD_WITHIN_S,
-            waits=lambda why: self._tell_stage(key, Stage.UPLOADING, why[:MAX_MESSAGE]),
-        )
-        return Succeeded(outputs=outputs)
-
-    def _pause(self) -> Awaitable[object] | None:
-        return None if self._spool.room.is_set() else self._spool.room.wait()
-
-    def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
-        change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())
-        self._spool.stage(change, within_s=STAGE_WITHIN_S)
-
-
-async def _parsed(order: LeaseOrder) -> BasicDerivation:
-    """Parse the derivation, a long one in a thread. Raises `infra.nix.errors.FormatError`."""
-    if len(order.derivation) <= PARSE_HERE_BYTES:
-        return basic_derivation(order.derivation, order.inputs)
-    return await asyncio.to_thread(basic_derivation, order.derivation, order.inputs)
 
 
 def _lock(state_dir: Path) -> int:

@@ -1,0 +1,419 @@
+"""Lease runner: walks each lease of a worker through inputs, slot, build and upload, to exactly one report.
+
+`lease_machine` decides which lease goes on when and what an error means; the runner carries that out with one task a
+lease. Whatever happens in a lease, it ends in one report in the `Spool`, and nothing that happens in one ends another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from infra.clock import Clock
+from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
+from infra.nix.errors import NixError
+from workers.agent.build import (
+    BuildLimits,
+    ConnectionLostError,
+    LogGate,
+    RecipeBrokeDaemonError,
+    basic_derivation,
+    build_in_slot,
+)
+from workers.agent.daemon_pool import DaemonUnreachableError, Line, Pool
+from workers.agent.health import FitnessWatch
+from workers.agent.input_guard import InputChangedError, InputCollectedError, InputGuard, MendingError
+from workers.agent.inputs import FarmSources, InputError, InputFetcher
+from workers.agent.lease_machine import (
+    DOUBTFUL,
+    Build,
+    Ending,
+    Fetch,
+    HandBack,
+    LeaseKey,
+    LeaseState,
+    Trouble,
+    WorkerMachine,
+    judge_refusal,
+    judge_status,
+    judge_trouble,
+)
+from workers.agent.orphans import sweep_orphans
+from workers.agent.outbox import Spool
+from workers.agent.outputs import UPLOAD_WITHIN_S, OutputError, deliver, nar_size
+from workers.errors import WorkerError
+from workers.wire.messages import Failed, LeaseOrder, Report, Stage, StageChange, Succeeded
+
+log = logging.getLogger(__name__)
+
+#: Finished and acknowledged leases whose repeated start is still recognised.
+REMEMBERED_LEASES = 10_000
+#: Seconds within which a report is sent while other builds run (several then share one answer), and a stage change.
+REPORT_WITHIN_S = 0.015
+STAGE_WITHIN_S = 0.1
+#: Longest message of a failure that is sent, characters; the log has the rest.
+MAX_MESSAGE = 4000
+#: Longest derivation that is parsed on the event loop, some milliseconds.
+PARSE_HERE_BYTES = 256 * 1024
+
+_STAGES = {
+    LeaseState.QUEUED: Stage.QUEUED,
+    LeaseState.FETCHING: Stage.FETCHING,
+    LeaseState.READY: Stage.QUEUED,
+    LeaseState.BUILDING: Stage.BUILDING,
+    LeaseState.UPLOADING: Stage.UPLOADING,
+    # The work is done and only the report is on its way.
+    LeaseState.REPORTING: Stage.UPLOADING,
+}
+
+
+@dataclass(slots=True)
+class _Run:
+    """One lease in hand."""
+
+    order: LeaseOrder
+    #: The slot, once the machine has given one.
+    slot: asyncio.Future[int]
+    task: asyncio.Task[None] | None = None
+    #: The task runs, so that it will report.
+    begun: bool = False
+    #: Why the task was cancelled; None means that the agent is closing.
+    stop: Trouble | None = None
+    started_at: float = 0.0
+    building_at: float = 0.0
+    built_at: float = 0.0
+
+
+@dataclass(slots=True)
+class _Stopped(Exception):  # noqa: N818 - a lease that ended early is no error of the program
+    """Carries the ending of a lease out of its steps."""
+
+    ending: Ending = field()
+
+
+class LeaseRunner:
+    """All leases of a worker, from order to acknowledged report. Belongs to the agent's loop, from start to close.
+
+    `sources` gives what the latest greeting named, None before the first. `store` is the physical store of the builds.
+    Once `closing` is set, nothing begins any more.
+    """
+
+    def __init__(
+        self,
+        machine: WorkerMachine,
+        clock: Clock,
+        spool: Spool,
+        group: asyncio.TaskGroup,
+        *,
+        slots: Sequence[Line],
+        readers: Pool,
+        inputs: InputFetcher,
+        guard: InputGuard,
+        fitness: FitnessWatch,
+        sources: Callable[[], FarmSources | None],
+        store: Path,
+        build_cores: int,
+        closing: asyncio.Event,
+    ) -> None:
+        self._machine = machine
+        self._clock = clock
+        self._spool = spool
+        self._group = group
+        self._slots = slots
+        self._readers = readers
+        self._inputs = inputs
+        self._guard = guard
+        self._fitness = fitness
+        self._sources = sources
+        self._store = store
+        self._build_cores = build_cores
+        self._closing = closing
+        #: Exactly the leases that the machine holds.
+        self._runs: dict[LeaseKey, _Run] = {}
+        #: Leases that left, oldest first; at most REMEMBERED_LEASES.
+        self._finished: OrderedDict[LeaseKey, None] = OrderedDict()
+        self._timer: asyncio.TimerHandle | None = None
+        #: What mends the store; at most one.
+        self._mending: asyncio.Task[None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """No lease is in hand."""
+        return not self._runs
+
+    @property
+    def draining(self) -> bool:
+        """Leases that have not begun are handed back, and the capacity is 0."""
+        return self._machine.draining
+
+    def drain(self, *, on: bool) -> None:
+        """Set or clear `draining`."""
+        self._machine.draining = on
+        self._advance()
+
+    def capacity(self, ended: frozenset[LeaseKey] | set[LeaseKey] = frozenset()) -> int:
+        """Return how many leases the worker takes in all; `ended` are reported in the same answer."""
+        return self._machine.capacity(ended)
+
+    def held(self, ended: frozenset[LeaseKey] | set[LeaseKey] = frozenset()) -> list[dict[str, Any]]:
+        """Return `HeldLease` of each lease in hand that is not among `ended`."""
+        return [
+            {"step": key[0], "attempt": key[1], "stage": _STAGES[state]}
+            for key, state in self._machine.held()
+            if key not in ended
+        ]
+
+    def start(self, orders: Iterable[LeaseOrder]) -> None:
+        """Take leases; those in hand or finished already are no-ops."""
+        now = self._clock.now()
+        for order in orders:
+            key = (order.step, order.attempt)
+            if key in self._finished or not self._machine.accept(key, now, order.memory_bytes):
+                continue
+            self._runs[key] = _Run(order, asyncio.get_running_loop().create_future(), started_at=now)
+        self._advance()
+
+    def acknowledged(self, keys: Iterable[LeaseKey]) -> None:
+        """Forget leases whose reports the coordinator has."""
+        for key in keys:
+            self._machine.acknowledged(key)
+            del self._runs[key]
+            self._finished[key] = None
+            if len(self._finished) > REMEMBERED_LEASES:
+                self._finished.popitem(last=False)
+
+    def stop(self, keys: Iterable[LeaseKey], why: Trouble) -> None:
+        """End leases, which are then reported; unknown and finished ones are no-ops."""
+        for key in keys:
+            self._stop(key, why)
+        self._advance()
+
+    def stop_all(self, why: Trouble) -> None:
+        """End every lease, which is then reported."""
+        self.stop(list(self._runs), why)
+
+    def cancel_tasks(self) -> None:
+        """End all work without a report, because the agent is closing; the task group waits for it."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for run in self._runs.values():
+            if run.task is not None:
+                run.task.cancel()
+        if self._mending is not None:
+            self._mending.cancel()
+
+    def _advance(self) -> None:
+        """Carry out what the machine decides now, and wake up when it wants to be asked again."""
+        if self._closing.is_set():
+            return
+        now = self._clock.now()
+        for action in self._machine.next_actions(now):
+            run = self._runs[action.key]
+            match action:
+                case Fetch(key=key):
+                    run.task = self._group.create_task(self._run(key, run), name=f"lease {key[0]} {key[1]}")
+                case Build(slot=slot):
+                    run.slot.set_result(slot)
+                case HandBack(key=key):
+                    self._stop(key, Trouble.NOT_STARTED)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self._machine.deadline(now)
+        if deadline is not None:
+            self._timer = asyncio.get_running_loop().call_later(deadline - now + 0.001, self._advance)
+
+    def _stop(self, key: LeaseKey, why: Trouble) -> None:
+        run = self._runs.get(key)
+        if run is None or run.stop is not None or self._machine.state(key) is LeaseState.REPORTING:
+            return
+        run.stop = why
+        if run.task is not None:
+            run.task.cancel()
+        if not run.begun:
+            # A task that is cancelled before its first step never gets to report.
+            self._report(key, run, judge_trouble(why))
+
+    async def _run(self, key: LeaseKey, run: _Run) -> None:
+        """One lease from beginning to report."""
+        run.begun = True
+        result: Succeeded | Ending
+        try:
+            result = await self._work(key, run)
+        except asyncio.CancelledError:
+            if run.stop is None:
+                raise
+            result = judge_trouble(run.stop)
+        except _Stopped as stopped:
+            result = stopped.ending
+        except Exception as error:
+            log.exception("lease %s attempt %d failed in an unexpected way", *key)
+            result = judge_trouble(Trouble.UNEXPECTED, f"{type(error).__name__}: {error}")
+        self._report(key, run, result)
+        self._advance()
+
+    def _report(self, key: LeaseKey, run: _Run, result: Succeeded | Ending) -> None:
+        now = self._clock.now()
+        reason = result.reason if isinstance(result, Ending) else None
+        if reason in DOUBTFUL:
+            self._fitness.doubt()
+        if not self._machine.report(key, now, reason):
+            return
+        told: Succeeded | Failed
+        if isinstance(result, Ending):
+            limit = run.order.limit_of(result.reason)
+            told = Failed(
+                reason=result.reason,
+                message=result.message[:MAX_MESSAGE],
+                limit=limit,
+                missing=result.missing,
+                signature=result.signature,
+            )
+        else:
+            told = result
+        report = Report(
+            step=key[0],
+            attempt=key[1],
+            started_at=run.started_at,
+            building_at=run.building_at,
+            built_at=run.built_at,
+            ended_at=now,
+            result=told,
+        )
+        self._spool.report(report, within_s=0.0 if self._machine.has_idle_slot else REPORT_WITHIN_S)
+
+    async def _work(self, key: LeaseKey, run: _Run) -> Succeeded:
+        """Raises `_Stopped` where the lease ends without a result."""
+        order, sources = run.order, self._sources()
+        if sources is None:
+            raise _Stopped(judge_trouble(Trouble.NOT_GREETED))
+        try:
+            derivation = await _parsed(order)
+        except NixError as error:
+            raise _Stopped(judge_trouble(Trouble.DERIVATION_UNREADABLE, str(error))) from None
+        try:
+            if not self._inputs.known(order.inputs):
+                self._tell_stage(key, Stage.FETCHING)
+                await self._inputs.ensure(order.inputs, sources)
+            self._machine.fetched(key)
+            self._advance()
+            await self._build(key, run, await run.slot, derivation)
+            self._advance()
+            self._tell_stage(key, Stage.UPLOADING)
+            await self._check_size(derivation, order.max_output_bytes)
+            return await self._upload(key, derivation, sources, order.upload_token)
+        except RecipeBrokeDaemonError as error:
+            raise _Stopped(judge_trouble(error.trouble, str(error))) from None
+        except InputError as error:
+            ending = judge_trouble(Trouble.INPUT_MISSING, str(error))
+            raise _Stopped(replace(ending, missing=error.missing)) from None
+        except OutputError as error:
+            raise _Stopped(judge_trouble(Trouble.UPLOAD_FAILED, str(error))) from None
+        except DaemonOperationError as error:
+            self._inputs.forget()
+            raise _Stopped(judge_trouble(Trouble.DAEMON_REFUSED, str(error))) from None
+        except ConnectionLostError as error:
+            raise _Stopped(judge_trouble(Trouble.CONNECTION_LOST, str(error))) from None
+        except (DaemonError, DaemonUnreachableError) as error:
+            raise _Stopped(judge_trouble(Trouble.DAEMON_LOST, str(error))) from None
+
+    async def _build(self, key: LeaseKey, run: _Run, slot: int, derivation: BasicDerivation) -> None:
+        run.building_at = self._clock.now()
+        self._tell_stage(key, Stage.BUILDING)
+        gate = LogGate(run.order.max_log_bytes, lambda data: self._spool.log(key, data))
+        outputs = [output.path for output in derivation.outputs]
+        with self._ending_where_inputs_changed():
+            watch = await self._guard.begin(derivation.inputs, outputs, self._slots[slot])
+        try:
+            result = await build_in_slot(
+                self._slots[slot],
+                run.order.drv_path,
+                derivation,
+                limits=BuildLimits(run.order.timeout_s, run.order.max_silent_s, self._build_cores),
+                gate=gate,
+                on_phase=lambda phase: self._tell_stage(key, Stage.BUILDING, phase),
+                pause=self._pause,
+            )
+        except (DaemonError, WorkerError) as error:
+            if isinstance(error, ConnectionLostError):
+                # What runs on may go on writing.
+                await asyncio.to_thread(sweep_orphans, self._store)
+            # It ran all the same. Where nothing can be looked at, the next build looks first.
+            with self._ending_where_inputs_changed(), suppress(DaemonError, DaemonUnreachableError):
+                await self._guard.end(watch, outputs, self._slots[slot])
+            if isinstance(error, DaemonOperationError):
+                self._inputs.forget()
+                raise _Stopped(judge_refusal(str(error))) from None
+            raise
+        run.built_at = self._clock.now()
+        # Before it is judged: a build that failed may have failed by what it read.
+        with self._ending_where_inputs_changed():
+            await self._guard.end(watch, outputs, self._slots[slot])
+        disk_was_full = self._fitness.was_full_since(run.building_at)
+        ending = judge_status(result.status, result.error_msg.strip(), disk_was_full=disk_was_full)
+        if ending is not None:
+            if ending.reason in ("infrastructure", "input_missing"):
+                self._inputs.forget()
+            raise _Stopped(ending)
+        self._machine.built(key, run.built_at)
+
+    @contextmanager
+    def _ending_where_inputs_changed(self) -> Iterator[None]:
+        """End the lease where the guard finds a changed input, and have it mended; have a collected one fetched."""
+        try:
+            yield
+        except MendingError as error:
+            raise _Stopped(judge_trouble(Trouble.MENDING, str(error))) from None
+        except InputCollectedError:
+            self._inputs.forget()
+            raise
+        except InputChangedError as error:
+            self._inputs.forget()
+            raise _Stopped(judge_trouble(Trouble.INPUT_CHANGED, str(error))) from None
+        finally:
+            # Also where the lease is cancelled as soon as the guard has found something.
+            if self._guard.trouble and (self._mending is None or self._mending.done()) and not self._closing.is_set():
+                self._fitness.hurt()
+                self._mending = self._group.create_task(self._mend(), name="mend the store")
+
+    async def _mend(self) -> None:
+        await self._guard.mend(self._sources)
+        self._fitness.doubt()
+
+    async def _check_size(self, derivation: BasicDerivation, limit_bytes: int) -> None:
+        paths = [output.path for output in derivation.outputs]
+        if limit_bytes and (size := await nar_size(self._readers, paths)) > limit_bytes:
+            detail = f"{size} bytes, and at most {limit_bytes} are allowed"
+            raise _Stopped(judge_trouble(Trouble.OUTPUT_TOO_LARGE, detail))
+
+    async def _upload(self, key: LeaseKey, derivation: BasicDerivation, sources: FarmSources, token: str) -> Succeeded:
+        outputs = await deliver(
+            self._readers,
+            # Another coordinator may take over meanwhile: outputs go to the one that leads then.
+            lambda: self._sources() or sources,
+            {output.name: output.path for output in derivation.outputs},
+            token,
+            within_s=UPLOAD_WITHIN_S,
+            waits=lambda why: self._tell_stage(key, Stage.UPLOADING, why[:MAX_MESSAGE]),
+        )
+        return Succeeded(outputs=outputs)
+
+    def _pause(self) -> Awaitable[object] | None:
+        return None if self._spool.room.is_set() else self._spool.room.wait()
+
+    def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
+        change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())
+        self._spool.stage(change, within_s=STAGE_WITHIN_S)
+
+
+async def _parsed(order: LeaseOrder) -> BasicDerivation:
+    """Parse the derivation, a long one in a thread. Raises `infra.nix.errors.FormatError`."""
+    if len(order.derivation) <= PARSE_HERE_BYTES:
+        return basic_derivation(order.derivation, order.inputs)
+    return await asyncio.to_thread(basic_derivation, order.derivation, order.inputs)
