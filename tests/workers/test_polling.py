@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from tests.support.local_fleet import InProcessFleet, LocalCalls
+from workers.agent.agent import Agent
+from workers.ray_transport.actor import AgentHost
 from workers.wire import polling
 from workers.wire.fleet import (
     FleetError,
@@ -286,6 +289,12 @@ async def test_a_coordinator_that_was_replaced_moves_nothing_any_more(bench: Ben
     assert not batch.draining
     assert batch.events
     await new.call("cancel", [{"step": running.step, "attempt": 1}])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_call_is_answered_by_the_agent_and_carried_by_the_actor(name: CallName) -> None:
+    assert inspect.iscoroutinefunction(getattr(Agent, name))
+    assert inspect.iscoroutinefunction(getattr(AgentHost, name))
 
 
 def test_large_derivations_go_to_a_worker_one_call_each_and_small_ones_together() -> None:
