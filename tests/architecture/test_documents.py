@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import re
 import subprocess
@@ -117,3 +118,12 @@ def test_every_promise_of_the_threat_model_has_a_name_and_a_test() -> None:
     promises = re.split(r"^- ", done, flags=re.MULTILINE)[1:]
     assert [promise.split(" ")[0] for promise in promises] == [f"**T{number}" for number in range(1, len(promises) + 1)]
     assert [promise for promise in promises if not re.search(r"`tests/[\w/]+\.py(?:::\w+)?`", promise)] == []
+
+
+def test_the_docstring_of_a_module_begins_with_the_thing_and_not_with_a_question() -> None:
+    question = re.compile(r"(What|Which|Who|Whoever|Whether|Why|How|Nobody)\b")
+    modules = tracked("coordinator/*.py", "workers/*.py", "infra/*.py", "scheduler/*.py")
+    docstrings = {path: ast.get_docstring(ast.parse(path.read_text())) or "" for path in modules}
+    assert {
+        str(path.relative_to(ROOT)): text.split("\n")[0] for path, text in docstrings.items() if question.match(text)
+    } == {}
