@@ -1,4 +1,4 @@
-"""What the coordinator answers and streams as JSON: plain records.
+"""Answers and streamed events of the coordinator as JSON: plain records.
 
 They are dataclasses without pydantic, because a client that asks one short question would wait longer for pydantic than
 for its answer; `coordinator.client.decoding` checks what arrives. `coordinator.api.routes` says which route answers

@@ -1,4 +1,4 @@
-"""What clients send as JSON: bounded models, because the sender of a request is a stranger."""
+"""Requests of clients as JSON: bounded models, because the sender of a request is a stranger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fleet uses of ray, typed: this process as a driver, and the calls of one actor."""
+"""Ray as the fleet uses it, typed: this process as a driver, and the calls of one actor."""
 
 from __future__ import annotations
 
