@@ -119,7 +119,12 @@ class SessionLock:
             try:
                 async with asyncio.timeout(BEAT_WITHIN_S):
                     await self._beat()
-            except (SQLAlchemyError, OSError, TimeoutError) as error:
+                    # The lock may have been had again in the moment in which another coordinator took over.
+                    await journal.check_epoch()
+            except FencedError:
+                await self.release()
+                raise
+            except (JournalError, SQLAlchemyError, OSError, TimeoutError) as error:
                 _log.warning("the session that holds the journal's lock is lost: %s; taking it again", reason(error))
                 await self._again(journal)
 
