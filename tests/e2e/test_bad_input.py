@@ -143,7 +143,8 @@ def test_unusual_outputs_travel(farm: Farm, expression: Expression, tmp_path: Pa
 def test_interrupting_the_client_leaves_the_build_running(farm: Farm, expression: Expression) -> None:
     file = expression.write('a = shell "patient" "sleep 10; echo x > $out";')
     client = subprocess.Popen(
-        farm.build_command(file, "-A", "a"),
+        # Programs that a shell starts in the background ignore this signal, and so may these tests.
+        ["env", "--default-signal=INT", *farm.build_command(file, "-A", "a")],
         env=farm.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

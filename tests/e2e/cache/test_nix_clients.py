@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from coordinator.cli import run as drover
+from coordinator.cli.commands import run as drover
 from coordinator.config import CacheSettings, Settings
 from coordinator.main import Coordinator, open_coordinator
 from infra.nix import narinfo
