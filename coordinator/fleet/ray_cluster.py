@@ -87,10 +87,11 @@ class RayCluster:
                 async with asyncio.TaskGroup() as starting:
                     for node in nodes:
                         starting.create_task(_enter(stack, node))
-                await stack.enter_async_context(self.fleet.connected(address, own.directory))
-                up = True
-                async with _supervised(head, own, workers):
-                    yield
+                # Disconnected before any node stops: Ray ends a connected process at once when its node does.
+                async with self.fleet.connected(address, own.directory):
+                    up = True
+                    async with _supervised(head, own, workers):
+                        yield
             finally:
                 if not self._stopping():
                     # Our own has no builds on it, and who knows whether we come back: another coordinator may lead now.

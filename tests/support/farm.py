@@ -124,11 +124,16 @@ class Farm:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def up_command(self) -> list[str]:
+        """What starts the farm's program."""
+        return self.command("up", "--state-dir", self.state, "--listen", f"{self.host}:{self.port}", *self._config)
+
     def launch(self) -> None:
         """Start the program, and wait for nothing."""
         self._log = self.log_path.open("ab")
         self._process = subprocess.Popen(
-            self.command("up", "--state-dir", self.state, "--listen", f"{self.host}:{self.port}", *self._config),
+            self.up_command,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
