@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from coordinator.engine.replay import replay
@@ -24,6 +24,7 @@ from coordinator.journal.codec import StoredNote, SubmissionNote
 from coordinator.journal.journal import Journal
 from coordinator.readmodel.views import Views
 from infra.clock import Clock
+from infra.collector import collector_paused
 from infra.slices import in_slices
 from scheduler.effects import Effect
 from scheduler.events import Event, SubmissionReceived, TimePassed
@@ -35,8 +36,6 @@ from scheduler.model import Instant, SubmissionId, SubmissionRefusedError
 INBOX_LETTERS = 4096
 #: Letters of one turn: bounds how long the loop keeps others from running.
 TURN_LETTERS = 1024
-#: Facts of one turn from which on what it made is kept from the cycle collector for good, as what a replay made is.
-_FROZEN_FACTS = 5_000
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ class Engine:
 
         Names are left to `coordinator.readmodel.recall`; for `notes` see `replay`. Raises `JournalError`.
         """
-        with _collector_paused():
+        with collector_paused():
             count = await replay(self._journal, self._farm, self._views, notes)
             # Nearly all of this stays: no collection need ever look at it.
             gc.freeze()
@@ -148,10 +147,8 @@ class Engine:
                 letter.safe.set_result(None)
 
     async def _take(self, letters: Sequence[_Letter]) -> None:
-        with _collector_paused():
+        with collector_paused():
             facts, effects = await self._ask(letters)
-            if len(facts) > _FROZEN_FACTS:
-                gc.freeze()
         durable = [fact for fact in facts if fact.durable]
         notes = {
             letter.submission.submission: letter.note
@@ -160,10 +157,8 @@ class Engine:
         }
         if durable or notes:
             await self._journal.append(durable, notes)
-        with _collector_paused():
+        with collector_paused():
             await in_slices(self._views.folding(facts))
-            if len(facts) > _FROZEN_FACTS:
-                gc.freeze()
         self._hand(effects)
 
     async def _ask(self, letters: Sequence[_Letter]) -> tuple[list[Fact], list[Effect]]:
@@ -192,21 +187,6 @@ class Engine:
                     letter.safe.set_exception(error)
         await handle(plain or [TimePassed()])
         return facts, effects
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Keep the cycle collector out while many objects are made that stay: it would walk them again and again.
-
-    A submission of 100,000 steps and a replay are twice as fast; what cycles arise are collected afterwards.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _refuse(letter: _Letter) -> None:

@@ -27,6 +27,7 @@ from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from coordinator.errors import BadRequestError, CoordinatorError, UnavailableError
+from infra.collector import collector_paused
 from infra.validation import first_fault
 
 #: Bodies up to this size are parsed in the event loop: some hundred microseconds.
@@ -175,7 +176,8 @@ async def read_model(request: web.Request, model: type[_Model], bounds: BodyBoun
                 data += chunk
         if len(data) <= INLINE_BYTES:
             return parse_model(data, model, bounds)
-        parsed = await asyncio.get_running_loop().run_in_executor(_PARSER, _parse_apart, data, model, bounds)
+        with collector_paused():
+            parsed = await asyncio.get_running_loop().run_in_executor(_PARSER, _parse_apart, data, model, bounds)
         if isinstance(parsed, BadRequestError):
             raise parsed
         return parsed

@@ -20,6 +20,7 @@ from coordinator.intake.intake import Intake
 from coordinator.journal.codec import RootNote, SubmissionNote, encode_note
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.views import Views
+from infra.collector import collector_paused
 from infra.slices import in_slices
 from scheduler.events import RetryAsked, SubmissionCancelled, SubmissionReceived
 from scheduler.model import StepKey, SubmissionId, SubmissionRefusedError
@@ -38,6 +39,10 @@ class Submissions:
 
     async def submit(self, wish: SubmitRequest) -> SubmissionRow:
         """Plan a wish and hand it over; returns its row once it is durable."""
+        with collector_paused():
+            return await self._submit(wish)
+
+    async def _submit(self, wish: SubmitRequest) -> SubmissionRow:
         asked_at = self._engine.now()
         planned = await self._intake.submit(wish)
         # As all that lists the roots of a submission: in a thread, for a mass rebuild has some ten thousand.
@@ -71,8 +76,9 @@ class Submissions:
     async def replan(self, row: SubmissionRow) -> None:
         """Plan a running submission anew: the cache has lost something that it held. What failed stays failed."""
         asked_at = self._engine.now()
-        planned = await self._intake.submit(await self._wish(row), sources_may_lack=True)
-        await self._hand_over(planned, lambda: replace(planned.event(row.id), asked_at=asked_at, replanned=True))
+        with collector_paused():
+            planned = await self._intake.submit(await self._wish(row), sources_may_lack=True)
+            await self._hand_over(planned, lambda: replace(planned.event(row.id), asked_at=asked_at, replanned=True))
 
     async def retry_step(self, text: str) -> tuple[StepRow, list[SubmissionRow]]:
         """Build a failed step again, for every submission that it made fail, which run again; returns both.
@@ -96,13 +102,14 @@ class Submissions:
         self, row: SubmissionRow, *, retry_failed: bool = False, retry: tuple[StepKey, ...] = ()
     ) -> None:
         asked_at = self._engine.now()
-        planned = await self._intake.submit(await self._wish(row))
-        await self._hand_over(
-            planned,
-            lambda: replace(
-                planned.event(row.id), asked_at=asked_at, retry_failed=retry_failed, retry=retry, again=True
-            ),
-        )
+        with collector_paused():
+            planned = await self._intake.submit(await self._wish(row))
+            await self._hand_over(
+                planned,
+                lambda: replace(
+                    planned.event(row.id), asked_at=asked_at, retry_failed=retry_failed, retry=retry, again=True
+                ),
+            )
 
     async def _hand_over(
         self, planned: Planned, make: Callable[[], SubmissionReceived], note: SubmissionNote | None = None

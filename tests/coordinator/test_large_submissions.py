@@ -8,6 +8,7 @@ processor time where a farm runs.
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,3 +102,25 @@ async def test_no_callback_is_long_whatever_becomes_of_a_large_submission(
                 await engine.offer(e.SubmissionExpired(submission))
             assert views.step_total() == 0
     assert [each for each in lines if each > LINES] == []
+
+
+async def test_the_collector_does_not_walk_again_and_again_while_a_large_submission_is_taken_in(
+    open_farm: OpenFarm,
+) -> None:
+    """It holds the interpreter whatever thread it runs in, and so the event loop, for longer the more there is."""
+    walks: list[int] = []
+
+    def walked(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            walks.append(info["generation"])
+
+    async with open_farm() as farm:
+        wish = SubmitRequest(roots=await sent(farm))
+        submissions = Submissions(farm.coordinator.engine, farm.coordinator.views, farm.coordinator.intake)
+        gc.callbacks.append(walked)
+        try:
+            await submissions.submit(wish)
+        finally:
+            gc.callbacks.remove(walked)
+    # One of what is young may come when all is over.
+    assert walks in ([], [0])

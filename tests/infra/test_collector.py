@@ -1,0 +1,52 @@
+"""Python's cycle collector is kept out while very much is made, and not for ever."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from infra import collector
+from infra.collector import KEPT_OBJECTS, collector_paused
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    gc.collect()
+    yield
+    gc.enable()
+
+
+def test_pauses_that_overlap_end_with_the_last() -> None:
+    first, second = collector_paused(), collector_paused()
+    with first:
+        second.__enter__()
+        assert not gc.isenabled()
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
+
+
+def test_a_pause_of_a_collector_that_is_off_leaves_it_off() -> None:
+    gc.disable()
+    with collector_paused():
+        pass
+    assert not gc.isenabled()
+
+
+@pytest.mark.parametrize(("count", "kept"), [(KEPT_OBJECTS + 100, True), (100, False)])
+def test_what_a_pause_made_very_much_of_is_not_looked_at_afterwards(count: int, kept: bool) -> None:
+    before = gc.get_freeze_count()
+    with collector_paused():
+        made: list[list[int]] = [[] for _ in range(count)]
+    assert (gc.get_freeze_count() >= before + len(made)) is kept
+
+
+def test_pauses_without_a_gap_let_the_collector_work_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collector, "MAX_PAUSE_S", -1.0)
+    with collector_paused():
+        assert not gc.isenabled()
+        with collector_paused():
+            assert gc.isenabled()
+    assert gc.isenabled()
