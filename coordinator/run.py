@@ -81,10 +81,8 @@ def run_up(settings: Settings, ready: Callable[[Ready], None], standing_by: Call
         signals = StopSignals.install()
 
         async def wind_down(coordinator: Coordinator) -> None:
-            online = {
-                worker.name for worker in coordinator.views.workforce.views() if worker.state in ("online", "draining")
-            }
-            ours = [worker_state_dir(settings, worker.name) for worker in settings.workers if worker.name in online]
+            answering = frozenset(coordinator.views.workforce.answering())
+            ours = [worker_state_dir(settings, worker.name) for worker in settings.workers if worker.name in answering]
             await stop_agents(ours, settings.stop_grace_s, signals.at_once.is_set)
 
         def fleet(info: FarmInfo) -> AbstractAsyncContextManager[Fleet]:

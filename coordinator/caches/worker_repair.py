@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Callable
-from typing import Final
 
 from coordinator.engine.publishing import claim_of
 from coordinator.readmodel.views import Views
@@ -17,9 +16,6 @@ from infra.objects.errors import CacheError
 from infra.objects.nar_reader import fetch_nar
 from infra.objects.store import ObjectStore
 from workers.wire.fleet import Fleet, FleetError
-
-#: States of workers that are worth asking.
-_THERE: Final = frozenset({"online", "draining", "quarantined"})
 
 _log = logging.getLogger(__name__)
 
@@ -38,13 +34,11 @@ class WorkerSource:
     async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None] | None:
         """Return the NAR of a path that a worker has with the same bits. What a worker cannot do is no error."""
         base_name = info.store_path.rpartition("/")[2]
-        for worker in self._views.workforce.views():
-            if worker.state not in _THERE:
-                continue
+        for worker in self._views.workforce.answering():
             try:
-                outputs = await self._fleet.provide(worker.name, [info.store_path], self._token(base_name))
+                outputs = await self._fleet.provide(worker, [info.store_path], self._token(base_name))
             except (FleetError, CacheError) as error:
-                _log.warning("worker %s was asked for %s: %s", worker.name, base_name, error)
+                _log.warning("worker %s was asked for %s: %s", worker, base_name, error)
                 continue
             for output in outputs:
                 if (output.path, output.nar_hash) == (info.store_path, info.nar_hash):

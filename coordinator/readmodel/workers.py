@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from coordinator.api.models import WorkerState, WorkerView
 from workers.wire.grades import LEVELS, UNMEASURED, IsolationGrade
 from workers.wire.messages import Batch, HeldLease, Hello
+
+#: States of a worker whose agent answers calls. One in quarantine has one of them too.
+_ANSWERING: Final = frozenset[WorkerState]({"online", "draining"})
 
 
 @dataclass(slots=True, eq=False)
@@ -30,7 +34,7 @@ class WorkerRow:
     @property
     def told_state(self) -> WorkerState:
         """The state as people see it."""
-        return "quarantined" if self.quarantined_until and self.state in ("online", "draining") else self.state
+        return "quarantined" if self.quarantined_until and self.state in _ANSWERING else self.state
 
 
 class Workforce:
@@ -92,6 +96,10 @@ class Workforce:
     def views(self) -> list[WorkerView]:
         """Return all workers, by name."""
         return [_view(name, row) for name, row in sorted(self._rows.items())]
+
+    def answering(self) -> tuple[str, ...]:
+        """Return the names of workers whose agent answers, by name: quarantined ones are among them."""
+        return tuple(name for name, row in sorted(self._rows.items()) if row.state in _ANSWERING)
 
     def counts(self) -> Counter[str]:
         """Count workers by state."""

@@ -57,6 +57,7 @@ async def test_a_weak_worker_gets_nothing_and_is_told_what_is_weak_and_what_to_d
             "its isolation is weak, class C: builders run as the host's root (and 1 more in `drover workers`); "
             "give it build users, or allow it by name: `drover up --allow-weak-isolation w`"
         )
+        assert farm.coordinator.views.workforce.answering() == ("w",), "a stop gives its builds time too"
         assert "its isolation is weak" in (await farm.client.step(submitted.roots[0].step)).waiting_for
         # What it measures anew counts at once, and what it built then says of which class it was.
         await worker.speak(isolation=FULL)

@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class Keep:
     outlive_s: float
 
 
-class RayNode:
+class RayNode(ABC):
     """One `ray start --block` child and its private directory; see the module for the rules."""
 
     def __init__(
@@ -117,13 +118,13 @@ class RayNode:
             raise RayNodeError(f"{self._what} is not running")
         return self._dir
 
+    @abstractmethod
     def argv(self, directory: Path) -> list[str]:
         """Return the command line that runs this node with its files below `directory`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def env(self, base: Mapping[str, str]) -> dict[str, str]:
         """Return the environment of this node, made of `base`."""
-        raise NotImplementedError
 
     def _fingerprint(self) -> str:
         """What must be the same for a running node to be taken over."""
@@ -224,10 +225,11 @@ class RayNode:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         self._dir = None
 
+    @abstractmethod
     async def check(self) -> None:
         """Look for what would make the start fail late or obscurely. Raises `RayNodeError`."""
 
-    def prepare(self, directory: Path) -> None:
+    def prepare(self, directory: Path) -> None:  # noqa: B027  most nodes need nothing there
         """Put what the node reads into its private directory."""
 
     async def _start(self, directory: Path) -> None:
