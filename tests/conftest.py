@@ -43,7 +43,7 @@ def group(nodeid: str) -> str:
     return "tests/hostile" if module in SHARING else folder if folder == "tests/e2e" else module
 
 
-class ByGroup(LoadScopeScheduling):
+class ByGroup(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
     """Hands whole groups to the lanes of pytest-xdist, in the order in which they were collected."""
 
     def _split_scope(self, nodeid: str) -> str:

@@ -68,7 +68,7 @@ def make_closure(root: Path, count: int, seed: int) -> list[str]:
 
 def push(server: Server, store: Path, paths: list[str]) -> tuple[float, int]:
     """Seconds, and the pusher's peak memory."""
-    command = [BIN / "drover", "cache", "push", "--store", store, "--keep-as", "bench", *paths]
+    command: list[str | Path] = [BIN / "drover", "cache", "push", "--store", store, "--keep-as", "bench", *paths]
     command += ["--coordinator", server.url, "--token-file", server.state_dir / "api-token", "--json"]
     began = time.monotonic()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

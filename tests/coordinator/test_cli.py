@@ -128,7 +128,7 @@ def test_what_nobody_foresaw_is_a_sentence_and_a_file(monkeypatch: pytest.Monkey
 def test_every_kind_of_error_has_its_exit_status_in_the_table() -> None:
     for module in pkgutil.walk_packages(coordinator.__path__, "coordinator."):
         importlib.import_module(module.name)
-    classes = [CoordinatorError, UploadError]
+    classes: list[type[CoordinatorError | UploadError]] = [CoordinatorError, UploadError]
     for each in classes:  # grows while it is walked
         classes += each.__subclasses__()
     codes = {each.code for each in classes if each.__module__.partition(".")[0] in {"coordinator", "infra"}}

@@ -13,7 +13,7 @@ from coordinator.engine.dispatch import SENDING_BYTES, SENDING_COST, START_BYTES
 from coordinator.stores.derivations import DerivationStore, Kind, NewDerivation, Node
 from scheduler.effects import StartBuild
 from scheduler.events import Event
-from scheduler.model import LeaseId, StepKey
+from scheduler.model import BuilderId, LeaseId, StepKey
 from scheduler.resource_limits import ResourceLimits
 from tests.support.cache import open_cache
 from workers.wire.fleet import Sink
@@ -64,7 +64,7 @@ class Desk:
 
     async def start(self, worker: str, step: str, recipe: int = 0) -> StartBuild:
         self._attempt += 1
-        return StartBuild(LeaseId(StepKey(step), self._attempt), worker, recipe)
+        return StartBuild(LeaseId(StepKey(step), self._attempt), BuilderId(worker), recipe)
 
     async def add(self, step: str, *sizes: int) -> None:
         """Store a step with a recipe of each size."""

@@ -105,6 +105,9 @@ class ScriptedWorker:
     async def drain(self, worker: str, *, on: bool) -> None:
         raise FleetError(f"{worker} cannot drain {on}")
 
+    async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
+        raise FleetError(f"{worker} has none of {paths} for {token}")
+
     async def tell(self, event: FleetEvent) -> None:
         assert self._sink is not None
         await (await self._sink)(event)

@@ -276,7 +276,8 @@ async def test_a_build_that_waits_for_no_worker_longer_than_was_said_ends_with_s
     file.write_text(PRELUDE + '{ mac = runOn "x86_64-darwin" {} "mac" "echo > $out"; }')
     async with open_farm() as farm:
         ready = farm.coordinator.ready
-        words = ["build", file, "-A", "mac", "--wait", "1", "--option", "substituters", "", "--store", tmp_path / "n"]
+        words: list[str | Path] = ["build", file, "-A", "mac"]
+        words += ["--wait", "1", "--option", "substituters", "", "--store", tmp_path / "n"]
         done = await asyncio.to_thread(drover, *words, "--coordinator", ready.url, "--token-file", ready.token_file)
         assert done.returncode == exit_status.BUILD_FAILED
         told = "no worker could take it for 1 s (no worker has joined): start a worker for x86_64-darwin"

@@ -442,7 +442,7 @@ async def test_a_built_path_that_is_lost_while_a_submission_waits_is_built_again
     await room.send([maker, *on_maker, on_stranger])
     await room.submit(maker)
     users = (*on_maker, on_stranger)
-    waiting = {user.name[33:-4]: [[]] for user in users}
+    waiting: dict[str, list[list[str]]] = {user.name[33:-4]: [[]] for user in users}
     assert needs(await room.submit(*users)) == waiting
     for path in (*maker.outputs.values(), *stranger.outputs.values()):
         file = room.cache.objects.local_path((await narinfo_of(room.cache, path)).url)

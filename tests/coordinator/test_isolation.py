@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -92,7 +93,12 @@ def test_names_come_from_the_file_and_from_the_command_line(tmp_path: Path, monk
     assert load_settings(file).weak_isolation == ("laptop",)
     assert Settings().weak_isolation == ()
     told = []
-    monkeypatch.setattr(serve, "up", lambda **given: told.append(given["weak"]) or 0)
+
+    def up(**given: Any) -> int:
+        told.append(given["weak"])
+        return 0
+
+    monkeypatch.setattr(serve, "up", up)
     words = ["up", "--allow-weak-isolation", "one", "--allow-weak-isolation", "two"]
     assert CliRunner().invoke(cli, words).exit_code == 0
     assert told == [("one", "two")]

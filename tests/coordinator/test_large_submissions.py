@@ -54,7 +54,7 @@ def lines_of_callbacks() -> Iterator[list[int]]:
         every.append(lines)
 
     before = sys.gettrace()
-    asyncio.Handle._run = counted  # type: ignore[method-assign]
+    asyncio.Handle._run = counted  # type: ignore[method-assign,assignment]
     sys.settrace(count)
     try:
         yield every

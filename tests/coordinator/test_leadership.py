@@ -161,12 +161,9 @@ class Candidates:
 
     def _serve(self, name: str, told: dict[str, Any]) -> tuple[Coroutine[Any, Any, None], asyncio.Event]:
         shared = {f"{part}_database_url": self._url for part in ("journal", "derivations", "cache")}
-        settings = Settings(
-            **{"secrets_dir": self._root / "secrets", "object_store_url": (self._root / "objects").as_uri()}
-            | shared
-            | told,
-            state_dir=self._root / name,
-            port=0,
+        places = {"secrets_dir": self._root / "secrets", "object_store_url": (self._root / "objects").as_uri()}
+        settings = Settings.model_validate(
+            {**places, **shared, **told, "state_dir": self._root / name, "port": 0},
         )
         stop = asyncio.Event()
         running = serve(

@@ -18,7 +18,7 @@ from workers.wire.messages import Failed, LeaseOrder, Output, Succeeded
 class Worker(ScriptedWorker):
     """A scripted worker that has nothing in its store."""
 
-    async def provide(self, worker: str, _paths: Sequence[str], _token: str) -> Sequence[Output]:
+    async def provide(self, worker: str, _paths: Sequence[str], _token: str) -> tuple[Output, ...]:
         raise FleetError(f"{worker} has nothing")
 
     async def build(self, farm: TestFarm, count: int, text: bytes = b"made") -> tuple[LeaseOrder, Output]:

@@ -17,9 +17,9 @@ from coordinator.caches.opening import OpenCache
 from coordinator.config import CacheSettings
 from coordinator.http import bodies
 from coordinator.http.binary_cache import nars
-from coordinator.http.binary_cache.access import CacheAccess
 from coordinator.http.binary_cache.routes import add_cache_routes
 from coordinator.http.bodies import BodySlowError, body_chunks, read_model
+from coordinator.security.tokens import CacheAccess
 from tests.support.cache import candidate, open_cache, store_path
 
 #: Seconds after which a body is given up here, and only in these tests.

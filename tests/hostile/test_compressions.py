@@ -86,7 +86,7 @@ def test_what_is_built_and_what_is_pushed_is_stored_as_the_cache_says_and_read_b
     other = tmp_path / "other"
     other.write_text("added by hand")
     added = nix_store(tmp_path / "fetched", "--add", str(other)).stdout.strip()
-    copy = ["nix", "--extra-experimental-features", "nix-command", "copy", "--store", tmp_path / "fetched"]
+    copy = ["nix", "--extra-experimental-features", "nix-command", "copy", "--store", str(tmp_path / "fetched")]
     copied = subprocess.run(
         [*copy, "--to", f"{plain}?compression=zstd", "--option", "netrc-file", netrc, added],
         env={**os.environ, "HOME": str(tmp_path)},

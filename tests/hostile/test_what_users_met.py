@@ -62,7 +62,7 @@ def test_a_deep_tree_and_a_large_derivation_are_built_in_bounded_memory_beside_t
 def build_here(farm: FarmUnderAttack, name: str) -> tuple[str, str]:
     """Build a derivation with Nix itself in the client's store; its path and its output's."""
     file = farm.expression(f'shell "{name}" "echo {name} > $out"')
-    command = ["nix-instantiate", file, "--store", farm.eval_store, "--option", "substituters", ""]
+    command = ["nix-instantiate", str(file), "--store", str(farm.eval_store), "--option", "substituters", ""]
     drv = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     done = nix_store(farm.eval_store, "--realise", drv, options={"sandbox-paths": "/bin/sh=/bin/busybox"})
     assert done.returncode == 0, done.stderr

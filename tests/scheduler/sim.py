@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from operator import methodcaller
 
 from scheduler import effects as x
 from scheduler import events as e
@@ -243,9 +244,9 @@ class Sim:
                 case x.PublishOutputs():
                     self._publish(effect.lease)
                 case x.StartBuild():
-                    self._send(effect.builder, lambda worker, order=effect: worker.start(order.lease, order.recipe))
+                    self._send(effect.builder, methodcaller("start", effect.lease, effect.recipe))
                 case x.CancelBuild():
-                    self._send(effect.builder, lambda worker, order=effect: worker.cancel(order.lease))
+                    self._send(effect.builder, methodcaller("cancel", effect.lease))
 
     def _publish(self, lease: LeaseId) -> None:
         life = self.life
@@ -348,10 +349,13 @@ class Sim:
 
         self.after(self._delay(), arrive)
 
+    def _hears(self, event: e.Event) -> None:
+        self.turn(event)
+
     def _ghost(self, event: e.Event) -> None:
         """Let the core hear something once more, long after its time."""
         if self.happens("ghost"):
-            self.after(self.chance.uniform(1.0, 200.0), lambda: self.turn(event) and None)
+            self.after(self.chance.uniform(1.0, 200.0), lambda: self._hears(event))
 
     # The workers.
 
@@ -390,7 +394,7 @@ class Sim:
         worker.alive = False
         if self.chance.random() < 0.5:
             lost = e.BuilderLost(worker.spec.id, worker.spec.incarnation, "its node died")
-            self.after(self.chance.uniform(0.1, 5.0), lambda: self.turn(lost) and None)
+            self.after(self.chance.uniform(0.1, 5.0), lambda: self._hears(lost))
         self.after(self.chance.uniform(1.0, 60.0), lambda: self.revive(link))
 
     def revive(self, link: Link) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from scheduler import events as e
 from scheduler.model import BuilderSpec, Failure, FailureKind, LeaseId, StepKey
@@ -140,10 +141,10 @@ class SimWorker:
             key = action.key
             match action:
                 case Fetch():
-                    self.later(self, self.chance.uniform(0.1, 2.0), lambda key=key: self._fetched(key))
+                    self.later(self, self.chance.uniform(0.1, 2.0), partial(self._fetched, key))
                 case Build():
                     self.began.append(key)
-                    self.later(self, self.chance.uniform(0.1, 30.0), lambda key=key: self._built(key))
+                    self.later(self, self.chance.uniform(0.1, 30.0), partial(self._built, key))
                 case HandBack():
                     self._report(key, judge_trouble(Trouble.NOT_STARTED))
         deadline = self.machine.deadline(now)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scheduler import facts as f
 from scheduler import reasons as r
 from scheduler.effects import StartBuild
-from scheduler.model import BuilderId, FailureKind, StepKey, SubmissionRefusedError
+from scheduler.model import BuilderId, FailureKind, Instant, StepKey, StepSpec, SubmissionId, SubmissionRefusedError
 from scheduler.policy import Limits, LongestPathFirst
 from tests.scheduler.kit import (
     Scene,
@@ -41,7 +41,7 @@ def build(scene: Scene, key: str, by: str = "b", attempt: int = 1) -> None:
 
 
 def why(scene: Scene, key: str) -> r.Reason | None:
-    return scene.farm.why(StepKey(key), f.Instant(scene.now))
+    return scene.farm.why(StepKey(key), Instant(scene.now))
 
 
 def test_a_submission_that_ended_stays_ended_when_its_root_is_lost() -> None:
@@ -52,8 +52,8 @@ def test_a_submission_that_ended_stays_ended_when_its_root_is_lost() -> None:
     # The second submission needs `y`; `x` is only a need of the recipe of `y` that is not in use.
     scene.play(submit("s2", ["y"], either("y", recipe(), recipe("x")), step("x")))
     assert scene.states("x", "y") == ["waiting", "leased"]
-    assert scene.farm.ended(f.SubmissionId("s1"))
-    assert not scene.farm.ended(f.SubmissionId("s2"))
+    assert scene.farm.ended(SubmissionId("s1"))
+    assert not scene.farm.ended(SubmissionId("s2"))
     assert why(scene, "x") == r.NotWanted()
 
 
@@ -75,7 +75,7 @@ def test_a_submission_is_taken_once_and_a_cancellation_twice_is_nothing() -> Non
         ((either("x"),), "no recipe"),
     ],
 )
-def test_an_impossible_graph_is_refused_before_any_fact(graph: tuple[f.StepSpec, ...], named: str) -> None:
+def test_an_impossible_graph_is_refused_before_any_fact(graph: tuple[StepSpec, ...], named: str) -> None:
     scene = Scene()
     with pytest.raises(SubmissionRefusedError, match=named):
         scene.play(submit("s1", ["x"], *graph))
@@ -97,13 +97,13 @@ def test_a_chain_of_any_length_is_taken_doomed_and_abandoned_without_recursion()
     length = 20_000
     chain = [step(f"n{i}", f"n{i - 1}") if i else step("n0") for i in range(length)]
     scene = Scene()
-    scene.farm.handle_many((join("b"), submit("s1", [f"n{length - 1}"], *chain)), f.Instant(0.0))
-    scene.farm.handle(broke("n0", "b", PERMANENT), f.Instant(1.0))
+    scene.farm.handle_many((join("b"), submit("s1", [f"n{length - 1}"], *chain)), Instant(0.0))
+    scene.farm.handle(broke("n0", "b", PERMANENT), Instant(1.0))
     assert scene.state(f"n{length - 1}").value == "doomed"
-    scene.farm.handle(submit("s2", [f"n{length - 1}"], *chain), f.Instant(1.5))
-    assert scene.farm.ended(f.SubmissionId("s2"))
-    scene.farm.handle(submit("s3", [f"n{length - 1}"], *chain, retry=True), f.Instant(2.0))
-    scene.farm.handle(cancel("s3"), f.Instant(3.0))
+    scene.farm.handle(submit("s2", [f"n{length - 1}"], *chain), Instant(1.5))
+    assert scene.farm.ended(SubmissionId("s2"))
+    scene.farm.handle(submit("s3", [f"n{length - 1}"], *chain, retry=True), Instant(2.0))
+    scene.farm.handle(cancel("s3"), Instant(3.0))
     assert {item.state.value for item in scene.farm.state.steps.values()} == {"abandoned"}
 
 
@@ -196,7 +196,7 @@ def test_a_revived_step_starts_with_its_first_recipe_unless_that_now_leads_back(
     assert [fact.recipe for fact in revived] == [1]
     build(scene, "x", attempt=2)
     build(scene, "y", attempt=3)
-    assert scene.farm.ended(f.SubmissionId("s2"))
+    assert scene.farm.ended(SubmissionId("s2"))
 
 
 def test_every_step_that_does_not_run_has_a_reason() -> None:
@@ -229,7 +229,7 @@ def test_every_step_that_does_not_run_has_a_reason() -> None:
     reason = why(scene, "n0")
     assert isinstance(reason, r.BacksOff)
     # Asked when its time has come and nothing has happened yet, as a page may be.
-    assert scene.farm.why(StepKey("n0"), f.Instant(reason.until + 1)) == reason
+    assert scene.farm.why(StepKey("n0"), Instant(reason.until + 1)) == reason
     assert reason.until == scene.farm.state.steps[StepKey("n0")].not_before
 
 
@@ -246,7 +246,7 @@ def test_builders_that_take_nothing_are_a_reason() -> None:
     assert scene.states("x", "y") == ["leased", "ready"]
     assert why(scene, "y") == r.LimitReached((BuilderId("b"),), 1, 1)
     scene.play(broke("x", "b", PERMANENT))
-    assert why(scene, "x") == r.KnownToFail(StepKey("x"), f.Instant(0.0), f.Instant(24 * 3600.0))
+    assert why(scene, "x") == r.KnownToFail(StepKey("x"), Instant(0.0), Instant(24 * 3600.0))
 
 
 def test_a_step_is_not_kept_from_its_builder_for_the_sake_of_one_that_takes_nothing() -> None:

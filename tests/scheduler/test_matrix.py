@@ -6,8 +6,8 @@ Each line: state, event, the facts about the step that follow, the state after. 
 from __future__ import annotations
 
 from scheduler.events import Event, RetryAsked, TimePassed
-from scheduler.model import FailureKind, StepKey
-from scheduler.transitions import EDGES, LAPSED, SUBJECT, StepState, mermaid
+from scheduler.model import FailureKind, StepKey, StepState
+from scheduler.transitions import EDGES, LAPSED, SUBJECT, mermaid
 from tests.scheduler.kit import (
     Scene,
     broke,

@@ -78,7 +78,7 @@ MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("a recipe may lead back to its step", verdicts.Verdicts, "_leads_back", lambda *_: False),
     ("silence and back-off never end", decide.Decider, "due", _nothing),
     ("the farm never asks to be woken", decide.Decider, "deadline", lambda _: None),
-    ("lost orders are not said again", attendance.Attendance, "_missing", lambda *_: (yield from ()) or ()),
+    ("lost orders are not said again", attendance.Attendance, "_missing", _nothing),
     ("leases without a right are left", attendance.Attendance, "_unknown", lambda *_: ()),
     ("a builder takes what it cannot build", model.BuilderSpec, "offers", lambda *_: True),
     ("capacity is not counted", builders.Builders, "_count_slots", _always_room),

@@ -111,12 +111,14 @@ class Elsewhere:
     def start_head(self) -> None:
         self.head.start("the Ray head is ready")
 
-    def worker(self, name: str, *options: str, environment: Mapping[str, str] | None = None) -> Program:
+    def worker(self, name: str, *options: str | Path, environment: Mapping[str, str] | None = None) -> Program:
         """A worker that is not started."""
         return Program(
             self.root / f"{name}.log",
-            "worker",
-            *("--head", self.address, "--ray-token", self._token, "--name", name),
-            *("--state-dir", self.root / f"worker-{name}", *options),
+            *("worker", "--head", self.address, "--ray-token"),
+            self._token,
+            *("--name", name, "--state-dir"),
+            self.root / f"worker-{name}",
+            *options,
             environment={**self._environment, **(environment or {})},
         )

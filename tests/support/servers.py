@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 from urllib.parse import quote
 
 import psycopg
@@ -224,7 +224,7 @@ def _has_bucket(server: S3Server) -> bool:
         pass
     except OSError:
         return False
-    client = botocore.session.Session().create_client(
+    client: Any = botocore.session.Session().create_client(
         "s3",
         region_name="us-east-1",
         endpoint_url=server.endpoint,
@@ -396,7 +396,7 @@ def redis() -> Iterator[RedisPlace]:
         file.touch(mode=0o600)
         file.write_text(text + "\n")
     try:
-        argv = ["redis-server", directory / "redis.conf"]
+        argv: list[str | Path] = ["redis-server", directory / "redis.conf"]
         with Daemon("redis", argv, directory, stop=signal.SIGKILL) as daemon:
             daemon.wait_until(lambda: _listens(port))
             yield place

@@ -170,7 +170,7 @@ class Told:
                 await self.hear()
         return [self.reports[one.step] for one in orders]
 
-    async def until(self, condition: Callable[[], bool]) -> None:
+    async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(PATIENCE_S):
             while not condition():
                 await self.hear(0.2)

@@ -7,11 +7,13 @@ import os
 import resource
 import shutil
 import signal
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+from infra.daemon import DaemonConnection
 from infra.nix.store_path import StorePath
 from infra.process_tree import live_processes
 from tests.support.processes import SURVIVOR, daemons_below, processes_with
@@ -290,7 +292,7 @@ async def test_the_agent_survives_a_killed_daemon(bench: Bench) -> None:
         made = drv(name, MUTE)
         victim, mark = order(made), made[1].outputs[0].path
         await told.agent.start_many([victim.dump()])
-        await told.until(lambda mark=mark: bool(processes_with(mark)))
+        await told.until(partial(processes_with, mark))
         builder = processes_with(mark)
         held = told.agent._slots[0]._open
         assert held is not None
@@ -325,7 +327,7 @@ async def test_a_daemon_that_cannot_be_reopened_is_the_farms_fault(bench: Bench)
     assert failed.reason == "daemon_lost"
 
 
-async def _unreachable() -> object:
+async def _unreachable() -> DaemonConnection:
     from workers.agent.daemon_pool import DaemonOpener  # noqa: PLC0415 - one use
 
     return await DaemonOpener(["/nonexistent/nix-daemon"], STORE).open()

@@ -15,7 +15,7 @@ import pytest
 
 from workers.agent import outbox as spool_module
 from workers.agent.outbox import CHUNK_BYTES, MEMORY_LOG_BYTES, Spool, SpoolError
-from workers.wire.messages import Failed, Report, Stage, StageChange
+from workers.wire.messages import SMALL_BATCH_BYTES, Failed, Report, Stage, StageChange
 
 KEY = ("step", 1)
 BULK = 1 << 20
@@ -141,7 +141,7 @@ async def test_answers_without_log_stay_small(tmp_path: Path) -> None:
             spool.report(report((f"step{number}", 1)), within_s=0.0)
         _, events, _ = spool.take(BULK)
         assert 1 < len(events) < 1000
-        assert len(orjson.dumps(events)) <= spool_module.SMALL_BATCH_BYTES
+        assert len(orjson.dumps(events)) <= SMALL_BATCH_BYTES
         assert len(drain(spool)) == 1000
 
 

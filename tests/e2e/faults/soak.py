@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from infra.process_tree import process_tree
@@ -118,10 +119,10 @@ class Soak:
         self.say("peace")
         farm = self.hurt.farm
         for worker in WORKERS:
-            self.within(HEAL_S, f"worker {worker} is back", lambda worker=worker: self.is_back(worker))
+            self.within(HEAL_S, f"worker {worker} is back", partial(self.is_back, worker))
         self.submit()
         for submission in self.submissions:
-            self.within(END_S, f"submission {submission} ends", lambda one=submission: self.has_ended(one))
+            self.within(END_S, f"submission {submission} ends", partial(self.has_ended, submission))
             view = self.hurt.view(submission)
             self.say(f"{submission} {view['state']} { ({k: v for k, v in view['counts'].items() if v}) }")
             if view["state"] == "failed":
@@ -146,7 +147,7 @@ class Soak:
     def has_ended(self, submission: str) -> bool:
         return bool(self.hurt.view(submission)["state"] != "running")
 
-    def within(self, seconds: float, what: str, condition: Callable[[], bool]) -> None:
+    def within(self, seconds: float, what: str, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:

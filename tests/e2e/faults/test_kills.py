@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -189,7 +190,8 @@ def finish(one: Hurt, build: Running) -> None:
     one.can_be_fetched(view)
 
 
-def step_of(one: Hurt, submission: str) -> dict[str, object]:
+def step_of(one: Hurt, submission: str) -> dict[str, Any]:
+    step: dict[str, Any]
     [step] = one.farm.api(f"submissions/{submission}/steps")
     return step
 

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,8 +72,9 @@ class Divided(Hurt):
         assert self.farm.drover("drain", "near", "--off").returncode == 0
         return submission
 
-    def step(self, submission: str, name: str) -> dict[str, object]:
-        return next(step for step in self.farm.api(f"submissions/{submission}/steps") if step["name"] == name)
+    def step(self, submission: str, name: str) -> dict[str, Any]:
+        steps: list[dict[str, Any]] = self.farm.api(f"submissions/{submission}/steps")
+        return next(step for step in steps if step["name"] == name)
 
     def states(self) -> dict[str, str]:
         return {worker["name"]: worker["state"] for worker in self.farm.api("workers")}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 
 import pytest
 
 from infra.process_tree import process_tree, signal_all
-from tests.e2e.faults.conftest import MakeFarm
+from tests.e2e.faults.conftest import Hurt, MakeFarm
 
 pytestmark = pytest.mark.e2e
 
@@ -16,12 +17,17 @@ SHORT_BUILDS = 300
 KILLS = 5
 
 
+def have_run(one: Hurt, count: int) -> bool:
+    return one.runs().total() >= count
+
+
 def test_a_coordinator_killed_again_and_again_during_three_hundred_builds_builds_each_once(hurt: MakeFarm) -> None:
     one = hurt("left", "right", slots=2)
     file = one.graph(f'top = step "top" (map (n: step "short-${{toString n}}" [] ":") (range 1 {SHORT_BUILDS})) ":";')
     submission = one.submit(file, "top")
     for kill in range(1, KILLS + 1):
-        one.until(lambda kill=kill: sum(one.runs().values()) >= kill * SHORT_BUILDS // (KILLS + 2))
+        enough = kill * SHORT_BUILDS // (KILLS + 2)
+        one.until(partial(have_run, one, enough))
         one.farm.kill()
         one.farm.start()
     view = one.ended(submission)

@@ -136,7 +136,7 @@ def test_a_full_disk_of_the_cache_shows_nothing_broken_and_room_is_all_that_it_t
         sent = one.farm.build(file, "-A", "sourced")
         assert sent.returncode != 0
         assert "no room is left; make some" in sent.stderr
-        added = nix_store(one.farm.eval_store, "--add", tmp_path / "source").stdout.strip()
+        added = nix_store(one.farm.eval_store, "--add", str(tmp_path / "source")).stdout.strip()
         push = ("cache", "push", "--store", one.farm.eval_store, added)
         pushed = one.farm.drover(*push)
         assert pushed.returncode != 0

@@ -130,7 +130,7 @@ def test_a_broken_archive_is_refused(archive: bytes, fault: str) -> None:
 
 
 def nested(depth: int) -> list[NarEvent]:
-    return [NarDirectory(b"d" if level else b"") for level in range(depth)] + [NarDirectoryEnd()] * depth
+    return [*(NarDirectory(b"d" if level else b"") for level in range(depth)), *[NarDirectoryEnd()] * depth]
 
 
 def test_directories_nest_as_deep_as_paths_go_and_no_deeper_on_either_side() -> None:
@@ -204,7 +204,8 @@ def test_unpacking_never_writes_through_what_is_already_there(tmp_path: Path) ->
     outside = tmp_path / "outside"
     outside.mkdir()
     (tmp_path / "dest").symlink_to(outside)
-    for tree in (b"data", {b"f": b"data"}, (b"target",)):
+    trees: tuple[Tree, ...] = (b"data", {b"f": b"data"}, (b"target",))
+    for tree in trees:
         with pytest.raises(FileExistsError):
             nar_files.restore([pack(tree)], tmp_path / "dest")
     assert list(outside.iterdir()) == []

@@ -60,7 +60,7 @@ def test_a_source_that_lies_is_refused_by_name() -> None:
 
 
 def test_a_directory_has_no_flat_hash_even_if_it_holds_one_file() -> None:
-    events = [NarDirectory(b""), NarFile(b"f", False, 1), NarData(b"x"), NarDirectoryEnd()]
+    events: list[nar.NarEvent] = [NarDirectory(b""), NarFile(b"f", False, 1), NarData(b"x"), NarDirectoryEnd()]
     assert digest(b"".join(nar.write_events(events))).flat_hash == ""
     with pytest.raises(FormatError, match="cut short"):
         digest(plain_file(b"abc")[:-8])
