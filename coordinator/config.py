@@ -137,7 +137,7 @@ class LimitSettings(BaseModel):
 
 
 class Redirect(StrEnum):
-    """Whether a NAR in a remote store is answered by a redirect to a presigned address of it."""
+    """Choice of answer for a NAR in a remote store: its bytes, or a redirect to its presigned address."""
 
     #: Where the store's host name is not the coordinator's: clients send their credentials to a host, whatever its
     #: port, and S3 refuses presigned requests that carry any.
@@ -147,7 +147,7 @@ class Redirect(StrEnum):
 
 
 class UploadRoute(StrEnum):
-    """How objects travel that workers and people upload over HTTP."""
+    """Route of objects that workers and people upload over HTTP."""
 
     #: Straight to the object store where that is S3, else through the coordinator.
     AUTO = "auto"
@@ -350,7 +350,7 @@ class Settings(BaseSettings):
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach the coordinator."""
+        """True if only this machine can reach the coordinator."""
         if self.host == "localhost":
             return True
         try:

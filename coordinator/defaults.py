@@ -1,4 +1,4 @@
-"""Where a coordinator listens and keeps its state unless it is set otherwise; clients look for it there."""
+"""Default address and state directory of a coordinator, by which clients find it too."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ FleetFactory = Callable[[FarmInfo], AbstractAsyncContextManager[Fleet]]
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Where a running coordinator is found; `token_file` holds the API token."""
+    """Address of a running coordinator; `token_file` holds the API token."""
 
     url: str
     cache_url: str
@@ -173,7 +173,7 @@ async def open_coordinator(
 
 @dataclass(frozen=True, slots=True)
 class _Stores:
-    """What a coordinator keeps on disk and in databases, and what lets workers and clients write to it."""
+    """Stores of a coordinator on disk and in databases, and the ways by which workers and clients write to them."""
 
     journal: Journal
     derivations: DerivationStore
@@ -314,7 +314,7 @@ def _connect(settings: Settings, clock: Clock, stores: _Stores, core: _Core, fle
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """What answers over HTTP, and what looks after the caches that it serves."""
+    """HTTP server of a coordinator, and the housekeeping of the caches that it serves."""
 
     app: web.Application
     runner: web.AppRunner

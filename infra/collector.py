@@ -21,7 +21,7 @@ MAX_PAUSE_S: Final = 30.0
 
 
 class _Pauses:
-    """How many are under way in this process, and since when without a gap."""
+    """Count of the pauses under way in this process, and the time since which there was no gap."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -80,7 +80,7 @@ def _configure_postgresql(connection: Any, _record: object) -> None:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same may work later without a change here; what the failed statement did is then not known."""
+    """True if the same may work later without a change here; the effect of the failed statement is then unknown."""
     if isinstance(error, IntegrityError):
         return False
     if isinstance(error, DBAPIError):

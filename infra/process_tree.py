@@ -65,7 +65,7 @@ def identity(pid: int) -> tuple[int, str]:
 
 
 def is_alive(pid: int, started: str) -> bool:
-    """Whether the process of this identity lives."""
+    """Return whether the process of this identity lives."""
     return bool(started) and _started(pid) == started
 
 

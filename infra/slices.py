@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class _Turns:
-    """Who of a loop's long work goes on: one at a time, in the order in which they came."""
+    """Turns of a loop's long works: one goes on at a time, in the order of arrival."""
 
     __slots__ = ("lock", "spent_s")
 

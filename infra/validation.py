@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 
 class FieldFault(NamedTuple):
-    """Where a value is wrong (names and numbers with dots between, "" for all of it), and how."""
+    """Fault of a value and its place (names and numbers with dots between, "" for the whole)."""
 
     place: str
     message: str

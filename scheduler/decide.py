@@ -177,7 +177,7 @@ class Decider:
         return event.wait_s
 
     def _is_stale(self, event: e.SubmissionReceived) -> bool:
-        """Whether the submission is a repeat, or no longer in the state that running again or a new plan is for."""
+        """Return whether the submission is a repeat, or has left the state that running again or a new plan is for."""
         known = self._state.submissions.get(event.submission)
         if event.again:
             return known is None or not any(map(is_lapsed, known))
@@ -295,7 +295,7 @@ class _Standing:
                     self.causes[step] = cause
 
     def __call__(self, step: Step) -> bool:
-        """Whether a lapsed step is to be left as it is."""
+        """Return whether a lapsed step is to be left as it is."""
         if step in self.causes:
             return True
         asked = not self._all or step.key in self._but or step.key in self._renewed

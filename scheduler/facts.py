@@ -318,7 +318,7 @@ class FarmResumed:
 
 @dataclass(frozen=True, slots=True)
 class StepPast:
-    """What is not true of most steps of a snapshot: they have trials behind them, or a lease. As in `records.Step`."""
+    """Part of a step's state that few steps of a snapshot have: past trials or a lease. As in `records.Step`."""
 
     active: int
     ended: int

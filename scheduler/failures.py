@@ -20,7 +20,7 @@ from scheduler.model import Failure, FailureKind
 
 
 class Course(StrEnum):
-    """What becomes of the lease's step."""
+    """Next state of the lease's step."""
 
     #: It is a verdict: the next recipe takes over where that can help, else the step fails.
     END = "end"
@@ -106,10 +106,10 @@ CONSEQUENCES: Mapping[FailureKind, Consequence] = MappingProxyType(
 
 
 def suspects_recipe(failure: Failure) -> bool:
-    """Whether a fault of the farm may as well be the recipe's."""
+    """Return whether a fault of the farm may as well be the recipe's."""
     return bool(failure.signature) or CONSEQUENCES[failure.kind].doubtful
 
 
 def is_fault(kind: FailureKind) -> bool:
-    """Whether a lease that ended so costs one attempt of its step's budget."""
+    """Return whether a lease that ended so costs one attempt of its step's budget."""
     return CONSEQUENCES[kind].course is Course.RETRY

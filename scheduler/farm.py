@@ -136,18 +136,18 @@ class Farm:
         return in_force([] if known is None else self.state.limits_said(known), self._limits.build)
 
     def had_attempt(self, lease: LeaseId) -> bool:
-        """Whether this lease was ever granted, for a step that is not forgotten."""
+        """Return whether this lease was ever granted, for a step that is not forgotten."""
         step = self.state.steps.get(lease.step)
         return step is not None and 0 < lease.attempt <= step.attempt
 
     def holds(self, builder: BuilderId, incarnation: str) -> bool:
-        """Whether this is the incarnation of the builder that joined last, silent or not, and is not lost since."""
+        """Return whether the builder joined last with this incarnation, silent or not, and is not lost since."""
         known = self.state.builders.get(builder)
         spec = self.state.silent.get(builder) if known is None else known.spec
         return spec is not None and spec.incarnation == incarnation
 
     def ended(self, submission: SubmissionId) -> bool:
-        """Whether nothing is left to wait for. It stays so, even where a root is lost or revived for another later.
+        """Return whether nothing is left to wait for. It stays so where a root is lost or revived for another later.
 
         True also for a submission that is withdrawn or unknown.
         """

@@ -145,7 +145,7 @@ class Forsaken:
         self._sweep_at = 2 * (len(self._waiting) + len(self._heap)) + STALE_ENTRIES
 
     def _should_look_again(self) -> bool:
-        """Whether the limit of a step that waits may have become shorter since all were looked at."""
+        """Return whether the limit of a step that waits may have become shorter since all were looked at."""
         if self._partings == self._state.partings or not self._waiting:
             return False
         return self._varied or bool(self._state.patience)

@@ -38,7 +38,7 @@ ANY_SYSTEM = "builtin"
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """What a builder must offer: one system, and every named feature (sorted, without repeats)."""
+    """Requirements on a builder: one system, and every named feature (sorted, without repeats)."""
 
     system: str
     features: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class StepSpec:
 
 @dataclass(frozen=True, slots=True)
 class BuilderSpec:
-    """What a builder offers. One with mandatory features takes only steps that ask for all of them."""
+    """Offer of a builder. One with mandatory features takes only steps that require all of them."""
 
     id: BuilderId
     #: Changes whenever the builder's process starts anew; reports of an earlier incarnation are stale.
@@ -72,7 +72,7 @@ class BuilderSpec:
     mandatory: frozenset[str] = frozenset()
 
     def offers(self, wanted: Requirements) -> bool:
-        """Whether a step with these requirements may run here."""
+        """Return whether a step with these requirements may run here."""
         return (
             (wanted.system == ANY_SYSTEM or wanted.system in self.systems)
             and self.features.issuperset(wanted.features)
@@ -81,7 +81,7 @@ class BuilderSpec:
 
 
 class StepState(StrEnum):
-    """Where a step is. The last four are finished: nothing happens until a submission asks again."""
+    """States of a step. The last four are finished: nothing happens until a submission wants the step again."""
 
     #: A need is not done, or nobody wants the step yet.
     WAITING = "waiting"
@@ -110,7 +110,7 @@ class LeaseId:
 
 
 class FailureKind(StrEnum):
-    """Why a lease ended without a result; `failures.CONSEQUENCES` is the one table of what follows."""
+    """Reasons that a lease ended without a result; `failures.CONSEQUENCES` is the one table of consequences."""
 
     #: The builder ran and said no (exit status).
     PERMANENT = "permanent"

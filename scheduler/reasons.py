@@ -151,7 +151,7 @@ class StuckClass:
 
 
 class Places:
-    """Where ready steps stand in the queue of their class: worked out when first asked, valid until the state moves."""
+    """Positions of ready steps in the queue of their class: computed at the first use, valid until the state moves."""
 
     def __init__(self, state: FarmState) -> None:
         self._state = state

@@ -165,7 +165,7 @@ class Step:
 
     @property
     def wanted(self) -> bool:
-        """Whether a live submission stands on this step."""
+        """True if a live submission stands on this step."""
         return bool(self.roots or self.dependents)
 
     @property
@@ -266,7 +266,7 @@ class Builder:
 
     @property
     def willing(self) -> bool:
-        """Whether it may get leases at all."""
+        """True if it may get leases at all."""
         return self.spec is not None and not (self.until or self.draining or self.unfit)
 
     @property

@@ -28,7 +28,7 @@ class ResourceLimits:
     memory_bytes: int = 0
 
     def exceeds(self, kind: FailureKind, limit: int) -> bool:
-        """Whether these allow a build more than the `limit` at which it failed so; a limit of 0 is not known."""
+        """Return whether these allow a build more than the `limit` at which it failed so; a limit of 0 is not known."""
         match kind:
             case FailureKind.TIMEOUT:
                 holds = self.timeout_s

@@ -63,7 +63,7 @@ class Shares:
         return stake
 
     def is_live(self, stake: int) -> bool:
-        """Whether the stake has not ended."""
+        """Return whether the stake has not ended."""
         return stake in self._submissions
 
     def submissions(self, stakes: Iterable[int]) -> list[SubmissionId]:

@@ -480,5 +480,5 @@ class FarmState(StepGraph):
 
 
 def is_lapsed(step: Step) -> bool:
-    """Whether the step finished without a result."""
+    """Return whether the step finished without a result."""
     return step.state in LAPSED

@@ -27,7 +27,7 @@ _OPEN = (StepState.LEASED, StepState.PUBLISHING)
 
 
 def is_known_failure(step: Step, limits: Limits, now: Instant) -> bool:
-    """Whether the step failed by its own fault, and not so long ago that it should be tried anew."""
+    """Return whether the step failed by its own fault, and not so long ago that it should be tried anew."""
     failure = step.failure
     return (
         step.state is _FAILED
@@ -119,7 +119,7 @@ class Verdicts:
         return f.LeaseRevoked(step.lease, step.builder, failure, not_before, payer, paid)
 
     def _is_recipes_own(self, step: Step, failure: Failure) -> bool:
-        """Whether the recipe in use has failed so before, and what is known of the builders leaves the blame with it.
+        """Return whether the recipe in use has failed so before, and the record of the builders leaves the blame with it.
 
         Two builders that say the same are believed, unless steps built elsewhere speak against one of them. The same
         builder twice is believed where no fault of another step is held against it or may have to be, and it has not
@@ -136,7 +136,7 @@ class Verdicts:
         return any(by != here.id for by in before) or self._is_alone_in_doubt(step, here)
 
     def _is_alone_in_doubt(self, step: Step, builder: Builder) -> bool:
-        """Whether all that a builder is suspected of stands with steps of one submission."""
+        """Return whether all that a builder is suspected of stands with steps of one submission."""
         wanted_by = {self._state.wisher(step)}
         wanted_by.update(
             self._state.wisher(self._state.steps[key]) for key in builder.suspicions if key in self._state.steps
@@ -247,7 +247,7 @@ class Verdicts:
         return [self._state.steps[key] for key in step.recipes[recipe].needs]
 
     def _helps(self, step: Step, recipe: int, now: Instant) -> bool:
-        """Whether a recipe neither leads back to its step nor stands on a known failure or one of this life.
+        """Return whether a recipe neither leads back to its step nor stands on a known failure or one of this life.
 
         An older failure is no evidence: what has lapsed before this life began may be tried again.
         """
@@ -260,7 +260,7 @@ class Verdicts:
         )
 
     def _leads_back(self, step: Step, recipe: int) -> bool:
-        """Whether `step` stands below that recipe. Done steps count: should they be lost, their needs count again."""
+        """Return whether `step` stands below that recipe. Done steps count: once lost, their needs count again."""
         return step in self._below(self._needs(step, recipe), through_done=True)
 
     def _below(self, starts: Iterable[Step], *, through_done: bool) -> dict[Step, None]:

@@ -86,7 +86,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailureView:
-    """Why a step failed."""
+    """Reason of a step's failure."""
 
     kind: str
     message: str
@@ -94,7 +94,7 @@ class FailureView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitingView:
-    """Why a step does not run, for programs; what a kind does not tell is empty.
+    """Reason for programs that a step does not run. Fields that its kind does not use are empty.
 
     `steps`: `count` needs are not done, `steps` the first few. `not_wanted`. `no_worker`, `no_system`, `no_feature`
     (`system`, `features` that the closest lacks), `reserved` (`workers` demand features it does not ask for): nobody
@@ -154,7 +154,7 @@ class StepView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RootFailureView:
-    """Why a root is not built: the step whose own failure is the root cause, which may be the root's."""
+    """Reason that a root is not built: the step whose own failure is the root cause, which may be the root's."""
 
     step: str
     name: str
@@ -223,7 +223,7 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryView:
-    """What became of a wish to build a failed step again."""
+    """Outcome of a request to build a failed step again."""
 
     step: StepView
     #: Those that run again for it; none where nobody waits for it, and the next one that wants it builds it.
@@ -232,7 +232,7 @@ class RetryView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FarmView:
-    """How to use the farm's cache, and what keeps the farm from working at the moment."""
+    """Address and keys of the farm's cache, and present obstacles to the farm's work."""
 
     version: str
     cache_url: str
@@ -282,7 +282,7 @@ WatchEvent = Snapshot | StepChanged | CountsChanged | Ended
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheView:
-    """What one cache holds. Sizes are bytes; `saved_bytes` is what objects that serve several paths save."""
+    """Statistics of one cache. Sizes are bytes; `saved_bytes` are those that objects shared by several paths save."""
 
     name: str
     paths: int
@@ -322,7 +322,7 @@ class KeeperView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WhyView:
-    """Who keeps a path."""
+    """Roots that keep a path."""
 
     path: str
     published: bool
@@ -331,7 +331,7 @@ class WhyView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectView:
-    """What a collection did, or would do. Sizes are bytes, times seconds."""
+    """Report of a collection, done or only planned. Sizes are bytes, times seconds."""
 
     dry_run: bool
     reachable: int
@@ -355,7 +355,7 @@ class FaultView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyView:
-    """What verification found; `faults` are at most some hundreds, `broken` counts all."""
+    """Report of a verification; `faults` are at most some hundreds, `broken` counts all."""
 
     checked: int
     broken: int
@@ -367,7 +367,7 @@ class VerifyView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResignView:
-    """What signing anew changed."""
+    """Report of signing anew."""
 
     narinfos: int
     realisations: int
@@ -376,7 +376,7 @@ class ResignView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorBody:
-    """What went wrong, for a program (`code`) and for a person (`message`)."""
+    """Error for a program (`code`) and for a person (`message`)."""
 
     code: str
     message: str

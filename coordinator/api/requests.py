@@ -27,7 +27,7 @@ Names = Annotated[tuple[Annotated[str, Field(max_length=255)], ...], FailFast()]
 
 
 class RootLimits(Request):
-    """What the build of a root itself may use; 0: the farm's default. Its dependencies have the defaults."""
+    """Limits on the build of a root itself; 0: the farm's default. Its dependencies have the defaults."""
 
     #: Seconds of wall time and of silence (`meta.timeout`, `meta.maxSilent`).
     timeout_s: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
@@ -86,7 +86,7 @@ class IntakeQuery(Request):
 
 
 class DrainRequest(Request):
-    """Whether a worker is drained."""
+    """Body of a request that drains a worker or ends its drain."""
 
     on: bool = True
 

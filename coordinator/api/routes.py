@@ -48,7 +48,7 @@ _Answer = TypeVar("_Answer")
 
 
 class Right(StrEnum):
-    """What a request must show. `Authorization` carries it: `Bearer TOKEN`, or the password of `Basic`."""
+    """Rights that a request must prove by `Authorization`: `Bearer TOKEN`, or the password of `Basic`."""
 
     #: Nothing.
     NONE = "none"

@@ -56,7 +56,7 @@ class FramingError(IntakeError):
 
 
 class SourceHeader(BaseModel):
-    """What the client's Nix says of an input source; the coordinator believes none of it."""
+    """Description of an input source by the client's Nix; the coordinator verifies all of it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

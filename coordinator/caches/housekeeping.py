@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 
 class SubmissionNeeds:
-    """What submissions need of the farm's own cache, from the read model and the stored derivations."""
+    """Paths of the farm's own cache that submissions need, from the read model and the stored derivations."""
 
     def __init__(self, views: Views, derivations: DerivationStore, leases: PathLeases) -> None:
         self._views = views

@@ -55,7 +55,7 @@ MAX_FETCH_OUTPUT_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the command line asked for."""
+    """Arguments of the command."""
 
     files: tuple[str, ...]
     attrs: tuple[str, ...]
@@ -75,7 +75,7 @@ class Wish:
 
 @dataclass(slots=True)
 class _Submitted:
-    """What an interruption must know."""
+    """State of a followed submission that the handler of an interruption reads."""
 
     id: str = ""
     failed: dict[str, StepView] = field(default_factory=dict)

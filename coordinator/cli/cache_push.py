@@ -38,7 +38,7 @@ _GOOD: Final = frozenset({SendStatus.PUBLISHED, SendStatus.PRESENT, SendStatus.C
 
 @dataclass(frozen=True, slots=True)
 class PushWish:
-    """What the command line asked for."""
+    """Arguments of the command."""
 
     cache: str
     paths: tuple[str, ...]

@@ -30,7 +30,7 @@ HEARTBEAT_S = 30.0
 
 
 class Screen:
-    """Where lines for people go, and whether a live region can stand below them."""
+    """Output for people: lines, and on a terminal a live region below them."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

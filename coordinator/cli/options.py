@@ -46,7 +46,7 @@ class Wait(click.ParamType[int]):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the coordinator is and which file holds its token; empty: the usual place."""
+    """Address of the coordinator and the file that holds its token; empty: the default."""
 
     url: str
     token_file: str

@@ -79,7 +79,7 @@ def size(count: int) -> str:
 
 
 class News(Enum):
-    """What may be worth a line."""
+    """Kinds of news that a follower may print as a line."""
 
     STARTED = "started"
     STARTED_AGAIN = "started again"
@@ -148,7 +148,7 @@ class Progress:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come."""
+        """True if nothing more will come."""
         return self.submission is not None and self.submission.state is not SubmissionState.RUNNING
 
 

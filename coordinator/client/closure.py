@@ -37,7 +37,7 @@ class LocalStore:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What makes a Nix command use this store."""
+        """Arguments that make a Nix command use this store."""
         return ("--store", self.root) if self.root else ()
 
     def physical(self, path: str) -> str:
@@ -212,7 +212,7 @@ async def describe_sources(store: LocalStore, paths: Sequence[str], env: Mapping
 
 
 def _is_verifiable(info: ValidPathInfo) -> bool:
-    """Whether the farm can tell from the content that the path is true."""
+    """Return whether the farm can tell from the content that the path is true."""
     return info.ca.startswith(VERIFIABLE) and info.path not in info.references
 
 

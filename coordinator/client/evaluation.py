@@ -90,7 +90,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a file and attributes stand for."""
+    """Result of an evaluation of attributes of a file."""
 
     #: At least one.
     wanted: tuple[Wanted, ...]

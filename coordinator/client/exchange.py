@@ -24,7 +24,7 @@ class AddressError(ValueError):
 
 
 class BadAnswerError(Exception):
-    """What came is no answer of an HTTP server, or is larger than any of ours."""
+    """The bytes received are no answer of an HTTP server, or exceed every answer of a coordinator."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ async def no_losses(_step: StepKey, _paths: Sequence[str]) -> str:
 
 @dataclass(slots=True, eq=False)
 class _Lane:
-    """What one worker must still be told, in order."""
+    """Effects that one worker has not yet received, in order."""
 
     waiting: deque[StartBuild | CancelBuild] = field(default_factory=deque)
     filled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -93,7 +93,7 @@ class Dispatch:
 
     @property
     def trouble(self) -> str:
-        """Why publishing waits at the moment, "" while all is well."""
+        """Reason that publishing waits at the moment, "" while all is well."""
         return self._publications.trouble
 
     def hand(self, effects: Sequence[Effect]) -> None:

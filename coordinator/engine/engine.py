@@ -69,7 +69,7 @@ class Engine:
 
     @property
     def running(self) -> bool:
-        """Whether events are being taken."""
+        """True if events are being taken."""
         return self._running
 
     def now(self) -> Instant:

@@ -69,7 +69,7 @@ class Publications:
 
     @property
     def trouble(self) -> str:
-        """Why something waits to be published at the moment, "" while all is well."""
+        """Reason that outputs wait to be published at the moment, "" while all is well."""
         return next(iter(self._away.values()), "")
 
     def hand(self, effect: PublishOutputs) -> None:

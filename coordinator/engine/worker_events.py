@@ -128,7 +128,7 @@ class FleetSink:
         return self._grades.get(worker, UNMEASURED)
 
     def _unfit(self, worker: str, said: str) -> str:
-        """Why a worker should get no work: by its own word, or because of how it isolates builds."""
+        """Return the reason that a worker should get no work, its own or the weakness of its isolation; "" for none."""
         return _clean(said or self._weak.refusal(worker, self._grade(worker)))
 
     async def _event(self, worker: str, report: Report) -> Event:

@@ -65,7 +65,7 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
 
 
 def _nothing() -> web.Response:
-    """What aiohttp wants returned where the connection is gone; it finds that out and sends nothing."""
+    """Response object for a handler whose connection is gone: aiohttp wants one and sends nothing."""
     return web.Response(status=500)
 
 

@@ -54,7 +54,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class BodyBounds:
-    """What one route takes: bytes, elements (as commas) and arrays with objects (as opening brackets)."""
+    """Bounds on a body of one route: bytes, elements (as commas), arrays with objects (as opening brackets)."""
 
     size_bytes: int
     items: int

@@ -137,7 +137,7 @@ class ConnectionGate:
 
     @property
     def crowded(self) -> bool:
-        """Whether requests without a token hold so many connections that those with one might soon find none."""
+        """True if requests without a token hold so many connections that those with one might soon find none."""
         bound = self.bounds.total * STRANGERS_SHARE
         return len(self._open) > bound and sum(not each.idle and not each.known for each in self._open) > bound
 
@@ -186,7 +186,7 @@ class GuardedConnection(RequestHandler):
 
     @property
     def idle(self) -> bool:
-        """Whether no request is under way; half a head is none."""
+        """True if no request is under way; half a head is none."""
         waiter = self._waiter
         return self._request_count == 0 or (waiter is not None and not waiter.done() and not self._messages)
 

@@ -21,7 +21,7 @@ MAX_CYCLE_VISITS = 2_000_000
 
 @dataclass(frozen=True, slots=True)
 class Recipes:
-    """Which derivations make each step, by recipe index, and which of those places are new."""
+    """Derivations of each step by recipe index, and those of these recipes that are new."""
 
     by_step: Mapping[StepKey, Sequence[str]]
     #: (step, recipe index, .drv base name).
@@ -125,7 +125,7 @@ def step_needs(node: Node, nodes: Mapping[str, Node]) -> set[StepKey]:
 def _leads_to(
     starts: Iterable[StepKey], goal: StepKey, needs: Mapping[StepKey, Collection[StepKey]], visits: int
 ) -> tuple[bool, int]:
-    """Whether one of `starts` is `goal` or stands on it, and what is left of `visits`; true where they run out."""
+    """Return whether one of `starts` is `goal` or stands on it, and the rest of `visits`; true where they run out."""
     seen: set[StepKey] = set()
     stack = list(starts)
     while stack:

@@ -118,7 +118,7 @@ def _refusal(error: Exception, rest: Mapping[str, bytes]) -> IntakeError:
 
 
 def _in_cycle(start: str, rest: Mapping[str, bytes]) -> bool:
-    """Whether `start` needs itself by way of members that were sent with it."""
+    """Return whether `start` needs itself by way of members that were sent with it."""
     seen: set[str] = set()
     stack = [start]
     while stack:

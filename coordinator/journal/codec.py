@@ -123,7 +123,7 @@ class RootNote:
 
 @dataclass(frozen=True, slots=True)
 class SubmissionNote:
-    """What people called a submission, and how many derivations stand behind its steps."""
+    """Name of a submission for people, and the number of derivations behind its steps."""
 
     label: str
     roots: tuple[RootNote, ...]
@@ -183,7 +183,7 @@ def decode_records(frame: bytes) -> tuple[Record, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a finished build claims: every output as uploaded, and in which class of isolation it was built."""
+    """Claim of a finished build: every output as uploaded, and the class of isolation in which it was built."""
 
     outputs: tuple[Output, ...]
     #: Empty in what was written before 2026-11-29.

@@ -76,12 +76,12 @@ class Journal:
 
     @property
     def epoch(self) -> int:
-        """Which reign over the journal this is, counted from 1; 0 before `take_over`."""
+        """Number of this reign over the journal, counted from 1; 0 before `take_over`."""
         return self._epoch
 
     @property
     def reign(self) -> Reign:
-        """What caches are to be written under, after `take_over`."""
+        """Fencing token under which caches are written, after `take_over`."""
         return Reign(self._identity, self._epoch)
 
     @property
@@ -96,7 +96,7 @@ class Journal:
 
     @property
     def trouble(self) -> str:
-        """Why nothing can be stored at the moment, "" while all is well."""
+        """Reason that nothing can be stored at the moment, "" while all is well."""
         return self._trouble
 
     async def prepare(self) -> None:

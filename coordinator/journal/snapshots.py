@@ -98,13 +98,13 @@ class Snapshots:
         return None
 
     async def _begins(self) -> bool:
-        """Whether the first frame is still there."""
+        """Return whether the first frame is still there."""
         with translated("read"):
             async with self._engine.connect() as connection:
                 return bool((await connection.execute(select(func.min(tables.frames.c.seq)))).scalar_one_or_none() == 1)
 
     async def _is_whole(self, name: str, parts: int, *, deeply: bool = False) -> bool:
-        """Whether all parts are there with the right checksums, and can be understood where that is asked for."""
+        """Return whether all parts are there with the right checksums, and, where requested, can be decoded."""
         count = 0
         try:
             async for kind, items, body in self.parts(name):

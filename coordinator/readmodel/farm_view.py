@@ -15,7 +15,7 @@ class Troubled(Protocol):
 
     @property
     def trouble(self) -> str:
-        """Why it waits at the moment, "" while all is well."""
+        """Reason that it waits at the moment, "" while all is well."""
 
 
 def farm_view(info: FarmInfo, parts: Sequence[Troubled]) -> Callable[[], FarmView]:

@@ -31,7 +31,7 @@ class Listener(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Life:
-    """What happened to a step. Most steps of a large submission wait, and nothing has."""
+    """History of a step. Most steps of a large submission wait and share one empty history."""
 
     attempt: int = 0
     builder: str = ""
@@ -79,7 +79,7 @@ class StepRow:
 
     @property
     def life(self) -> Life:
-        """What happened to it, for reading only."""
+        """History of the step, for reading only."""
         return self._life or _UNTOUCHED
 
     def live(self) -> Life:

@@ -47,7 +47,7 @@ ROOT_FAILURE_CHARS = 500
 
 
 class Explainer(Protocol):
-    """What views show but cannot know: it is asked only while something is rendered."""
+    """Source of facts that views show and do not hold: called only while a view is rendered."""
 
     def waiting(self, step: StepKey, name_of: Callable[[StepKey], str]) -> tuple[str, WaitingView | None]:
         """Return why the step does not run, in one sentence and as a value; nothing where that needs no reason."""

@@ -57,7 +57,7 @@ class Watcher:
 
     @property
     def over(self) -> bool:
-        """Whether the last event has been taken."""
+        """True if the last event has been taken."""
         return self._over
 
     def take(self) -> list[WatchEvent]:

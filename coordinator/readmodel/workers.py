@@ -89,7 +89,7 @@ class Workforce:
         return UNMEASURED if row is None else row.isolation
 
     def emulates(self, worker: str, system: str) -> bool:
-        """Whether a worker that is known has a system only by emulation."""
+        """Return whether a worker that is known has a system only by emulation."""
         row = self._rows.get(worker)
         return row is not None and system in row.hello.emulated
 

@@ -48,7 +48,7 @@ class SuccessionError(CoordinatorError):
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """What a coordinator works with; `keys` are the signing keys of each cache by its name."""
+    """Secrets of a coordinator; `keys` are the signing keys of each cache by its name."""
 
     api_token: str
     upload_secret: str

@@ -69,12 +69,12 @@ class CacheAccess:
 
     @property
     def public(self) -> bool:
-        """Whether everybody may read."""
+        """True if everybody may read."""
         return not self._readers
 
     @property
     def writable(self) -> bool:
-        """Whether anybody may write."""
+        """True if anybody may write."""
         return bool(self._writers)
 
     def may_read(self, token: str) -> bool:

@@ -34,7 +34,7 @@ MAX_TOKEN: Final = 16 * 1024
 
 @dataclass(frozen=True, slots=True)
 class UploadGrant:
-    """What a token allows: base names of paths of one lease, in one cache, until then (Unix seconds)."""
+    """Grant that a token proves: base names of paths of one lease, in one cache, until then (Unix seconds)."""
 
     cache: str
     step: str

@@ -51,7 +51,7 @@ class DerivationsError(CoordinatorError):
 
 
 class Kind(IntEnum):
-    """How the output paths of a derivation are known."""
+    """Ways in which the output paths of a derivation are known."""
 
     INPUT_ADDRESSED = 0
     FIXED = 1
@@ -59,7 +59,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What planning wants to know of a derivation; .drv names are base names, output paths are full."""
+    """Derivation as planning sees it; .drv names are base names, output paths are full."""
 
     drv: str
     step: StepKey
@@ -89,7 +89,7 @@ class NewDerivation:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What verifying a derivation wants to know of its inputs."""
+    """Input of a derivation as verification sees it."""
 
     #: The 32 bytes that stand for it where it is an input.
     modulo: bytes
@@ -99,7 +99,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class BuildOrder:
-    """What a worker needs to build one recipe of a step: see `workers.wire.messages.LeaseOrder`."""
+    """Recipe of a step as a worker builds it: see `workers.wire.messages.LeaseOrder`."""
 
     #: Full store path of the .drv.
     drv_path: str

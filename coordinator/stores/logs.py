@@ -71,7 +71,7 @@ class LogStore:
         self._wake(self._path(step, attempt))
 
     def exists(self, step: str, attempt: int) -> bool:
-        """Whether anything was logged."""
+        """Return whether anything was logged."""
         return self._path(step, attempt).exists()
 
     def tail(self, step: str, attempt: int, lines: int = TAIL_LINES) -> str:

@@ -30,7 +30,7 @@ _DIGEST_BYTES: Final = 20
 
 @dataclass(slots=True)
 class _Lease:
-    """How many use a lease, how many of those are questions without a submission, and when it is over by itself."""
+    """Use counts of a lease, those by questions without a submission among them, and the time of its own end."""
 
     uses: int = 0
     questions: int = 0

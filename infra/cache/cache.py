@@ -104,7 +104,7 @@ class Cache:
 
     @property
     def trouble(self) -> str:
-        """Why the database cannot be used at the moment, "" while all is well."""
+        """Reason that the database cannot be used at the moment, "" while all is well."""
         return self._database.trouble
 
     # Reading.

@@ -84,7 +84,7 @@ class Channel:
 
     @property
     def at_end(self) -> bool:
-        """Whether the peer has hung up and all it sent was read."""
+        """True if the peer has hung up and all that it sent was read."""
         return self._reader.at_eof() and not len(self.inbox)
 
     def expect_silence(self) -> None:

@@ -161,7 +161,7 @@ class DaemonConnection:
 
     @property
     def unusable_reason(self) -> str | None:
-        """Why every further request would raise DaemonGone, or None while the connection is usable."""
+        """Reason that every further request would raise DaemonGone, or None while the connection is usable."""
         if self._unusable is None and self._channel.at_end:
             return "the daemon ended the connection"
         return self._unusable

@@ -60,7 +60,7 @@ class BuildListener:
 
     @property
     def began(self) -> bool:
-        """Whether the daemon has said that the builder runs."""
+        """True if the daemon has reported that the builder runs."""
         return bool(self._activities)
 
     def __call__(self, message: WireMessage) -> Awaitable[object] | None:

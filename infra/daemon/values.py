@@ -72,7 +72,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class ValidPathInfo:
-    """What a store knows of a path.
+    """Metadata of a path in a store.
 
     Attributes:
         path: Full store path.
@@ -203,7 +203,7 @@ class BasicDerivation:
 
 
 class BuildMode(IntEnum):
-    """What BuildDerivation does with outputs that are valid already."""
+    """Modes of BuildDerivation for outputs that are valid already."""
 
     NORMAL = 0
     REPAIR = 1
@@ -211,7 +211,7 @@ class BuildMode(IntEnum):
 
 
 class BuildStatus(IntEnum):
-    """How a build ended, by the numbers of the protocol."""
+    """Ends of a build, by the numbers of the protocol."""
 
     BUILT = 0
     SUBSTITUTED = 1
@@ -232,7 +232,7 @@ class BuildStatus(IntEnum):
 
     @property
     def is_success(self) -> bool:
-        """Whether the outputs are valid in the store now."""
+        """True if the outputs are valid in the store now."""
         return self in _SUCCESSES
 
 
@@ -326,7 +326,7 @@ def _read_built_outputs(inbox: Inbox, store_dir: str) -> tuple[tuple[str, str], 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What a garbage collection did.
+    """Report of a garbage collection.
 
     Attributes:
         paths: Full paths that were deleted, or that answer the question.
@@ -338,7 +338,7 @@ class Collected:
 
 
 class GcAction(IntEnum):
-    """What CollectGarbage is asked."""
+    """Actions of CollectGarbage."""
 
     RETURN_LIVE = 0
     RETURN_DEAD = 1

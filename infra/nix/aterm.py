@@ -64,7 +64,7 @@ class Scan:
     canonical_text: bool
 
     def in_order(self) -> bool:
-        """Whether everything that Nix keeps sorted is sorted and unique, so that Nix would write these bytes."""
+        """Return whether everything that Nix keeps sorted is sorted and unique, so that Nix would write these bytes."""
         drv = self.derivation
         if not self.canonical_text:
             return False
@@ -79,7 +79,7 @@ class Scan:
 
 
 def _rising(items: list[bytes] | list[str] | tuple[str, ...]) -> bool:
-    """Whether `items` strictly rise. For `str`, code points order as UTF-8 bytes do."""
+    """Return whether `items` strictly rise. For `str`, code points order as UTF-8 bytes do."""
     return all(map(lt, items, items[1:]))
 
 

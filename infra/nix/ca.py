@@ -23,7 +23,7 @@ _FIXED: Final = "fixed:"
 
 @dataclass(frozen=True, slots=True)
 class SourceHashes:
-    """What the content of a source hashes to.
+    """Hashes of the content of a source.
 
     Attributes:
         nar_hash: `sha256:<nix32>` of the archive.

@@ -20,7 +20,7 @@ STRUCTURED_ATTRS_KEY: Final = b"__json"
 
 
 class DerivationKind(Enum):
-    """How the output paths of a derivation come about (infra/nix/FORMATS.md 2.2)."""
+    """Kinds of derivations by the origin of their output paths (infra/nix/FORMATS.md 2.2)."""
 
     INPUT_ADDRESSED = "input-addressed"
     FIXED = "fixed"

@@ -93,7 +93,7 @@ NarEvent = NarDirectory | NarDirectoryEnd | NarFile | NarData | NarSymlink
 
 
 def _name_fault(name: bytes) -> str | None:
-    """Why `name` cannot name a directory entry, or None."""
+    """Return the reason that `name` cannot name a directory entry, or None."""
     if not name:
         return "an empty entry name"
     if len(name) > MAX_NAME_LENGTH:
@@ -106,7 +106,7 @@ def _name_fault(name: bytes) -> str | None:
 
 
 def _target_fault(target: bytes) -> str | None:
-    """Why `target` cannot be a symlink's target, or None."""
+    """Return the reason that `target` cannot be a symlink's target, or None."""
     if not target or len(target) > MAX_TARGET_LENGTH:
         return f"a symlink target that has not 1 to {MAX_TARGET_LENGTH} bytes"
     if b"\0" in target:
@@ -124,7 +124,7 @@ class _Levels:
         self.stack: list[bytes] = []
 
     def fault(self, name: bytes) -> str | None:
-        """Why no entry `name` may come next in the innermost directory, or None; if None it is now the latest."""
+        """Record `name` as the next entry of the innermost directory, or return the reason that it may not come there."""
         fault = _name_fault(name)
         if fault is None and name <= self.stack[-1]:
             return "an entry that is not above the one before it"
@@ -179,7 +179,7 @@ class NarReader:
 
     @property
     def complete(self) -> bool:
-        """Whether the archive is whole: the way to see the end of one that comes without a length."""
+        """True if the archive is whole: the way to see the end of one that comes without a length."""
         return self._step is NarReader._read_end
 
     def close(self) -> None:
@@ -346,7 +346,7 @@ class NarReader:
 
 
 def _common(one: bytes, other: bytes) -> int:
-    """How many leading bytes agree."""
+    """Return the number of leading bytes that agree."""
     for index, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
             return index
@@ -406,7 +406,7 @@ class NarWriter:
             raise _misplaced("the tree is not complete")
 
     def _open(self, name: bytes) -> bytes:
-        """What precedes a node called `name` here."""
+        """Return the bytes that precede a node called `name` here."""
         if self._state == "directory":
             fault = self._levels.fault(name)
             if fault is not None:

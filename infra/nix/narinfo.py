@@ -102,7 +102,7 @@ class NarInfo:
         return ("\n".join(lines) + "\n").encode()
 
     def fingerprint(self, store_dir: StoreDir) -> bytes:
-        """What a signature covers: `1;<path>;<nar hash>;<nar size>;<full references, comma separated>`."""
+        """Text that a signature covers: `1;<path>;<nar hash>;<nar size>;<full references, comma separated>`."""
         refs = ",".join(f"{store_dir.path}/{reference}" for reference in sorted(self.references))
         return f"1;{self.store_path};{self.nar_hash};{self.nar_size};{refs}".encode()
 

@@ -77,7 +77,7 @@ class Realisation:
     signatures: tuple[str, ...] = ()
 
     def fingerprint(self) -> bytes:
-        """What a signature covers."""
+        """Text that a signature covers."""
         if self.layout is RealisationLayout.BY_HASH:
             return _json(self._by_hash())
         drv_path, _, output = self.key.partition("/")

@@ -73,7 +73,7 @@ class PublicKey:
         return f"{self.name}:{base64.b64encode(self.raw).decode('ascii')}"
 
     def verify(self, fingerprint: bytes, signature: str) -> bool:
-        """Whether `signature` is by this key, over `fingerprint`; malformed or foreign signatures are simply not."""
+        """Return whether `signature` is by this key, over `fingerprint`; false for malformed and foreign signatures."""
         try:
             name, value = split_signature(signature)
             if name != self.name:

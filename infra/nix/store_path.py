@@ -32,7 +32,7 @@ _STORE_DIR_PATTERN: Final = re.compile(r"(?:/(?!\.{1,2}(?:/|\Z))[ !#-.0-9;-\[\]-
 
 
 def is_valid_name(name: str) -> bool:
-    """Whether `name` may follow the hash part: 1 to 211 of `0-9A-Za-z+-._?=`, and not a reserved dot name."""
+    """Return whether `name` may follow the hash part: 1 to 211 of `0-9A-Za-z+-._?=`, and not a reserved dot name."""
     return _NAME_PATTERN.match(name) is not None
 
 
@@ -50,7 +50,7 @@ class StorePath:
 
     @property
     def is_derivation(self) -> bool:
-        """Whether the name ends with `.drv`."""
+        """True if the name ends with `.drv`."""
         return self.name.endswith(".drv")
 
 
@@ -67,7 +67,7 @@ def parse_base_name(text: str) -> StorePath:
 
 
 def _explain(text: str) -> str:
-    """Why `text` is no base name, for a person."""
+    """Return the reason for a person that `text` is no base name."""
     if len(text) <= HASH_PART_LENGTH or text[HASH_PART_LENGTH] != "-":
         return "not 32 hash characters, a dash and a name"
     if any(char not in _HASH_CHARS for char in text[:HASH_PART_LENGTH]):
@@ -115,7 +115,7 @@ class StoreDir:
         raise FormatError(_explain(path_text[len(prefix) :]), offset=len(prefix), what="store path")
 
     def contains(self, path_text: str) -> bool:
-        """Whether `path_text` is a well-formed store path directly in this directory."""
+        """Return whether `path_text` is a well-formed store path directly in this directory."""
         return self._bases.match(path_text) is not None
 
     def render(self, store_path: StorePath) -> str:

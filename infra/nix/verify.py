@@ -39,7 +39,7 @@ _PATHS_KNOWN: Final = frozenset((DerivationKind.INPUT_ADDRESSED, DerivationKind.
 
 @dataclass(frozen=True, slots=True)
 class KnownDerivation:
-    """What a verifier must remember of a verified derivation.
+    """Digest of a verified derivation that a verifier keeps.
 
     Attributes:
         kind: How its paths come about.
@@ -81,7 +81,7 @@ class VerifiedDerivation:
 
     @property
     def kind(self) -> DerivationKind:
-        """How the output paths come about."""
+        """Origin of the output paths."""
         return self.known.kind
 
     @property
@@ -112,7 +112,7 @@ class Verifier:
         self._known[drv_path] = known
 
     def known(self, drv_path: str) -> KnownDerivation | None:
-        """What is remembered of `drv_path`."""
+        """Return the kept digest of `drv_path`."""
         return self._known.get(drv_path)
 
     def add(self, drv_path: str, data: bytes, scan: aterm.Scan | None = None) -> VerifiedDerivation:
@@ -231,7 +231,7 @@ class _Hasher:
     def known(
         self, kind: DerivationKind, entries: list[tuple[str, tuple[str, ...]]], *, deferred: bool
     ) -> tuple[KnownDerivation, str]:
-        """What others need of this derivation, and its masked hash."""
+        """Return the digest of this derivation that others need, and its masked hash."""
         outputs = self.scan.derivation.outputs
         paths = {output.name: output.path for output in outputs}
         if kind is DerivationKind.FIXED:

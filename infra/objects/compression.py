@@ -57,7 +57,7 @@ class Unpacker(Protocol):
 
 
 class _Decompressor(Protocol):
-    """What `lzma.LZMADecompressor` and `bz2.BZ2Decompressor` have in common."""
+    """Common interface of `lzma.LZMADecompressor` and `bz2.BZ2Decompressor`."""
 
     @property
     def eof(self) -> bool: ...

@@ -19,7 +19,7 @@ from infra.objects.store import READ_BYTES, BlockingSource
 
 
 class NarPromise(Protocol):
-    """What is said of an object; a `NarInfo` and a `Candidate` both are one. An empty `file_hash` promises nothing."""
+    """Claimed hashes and sizes of an object, as in `NarInfo` and `Candidate`. An empty `file_hash` claims nothing."""
 
     @property
     def store_path(self) -> str:

@@ -88,7 +88,7 @@ class _BehindError(UploadFailedError):
 
 @dataclass(frozen=True, slots=True)
 class UploadResult:
-    """What became of an upload: a verdict for each path that was sent, and those that were not."""
+    """Outcome of an upload: a verdict for each path that was sent, and those that were not."""
 
     verdicts: tuple[SendVerdict, ...]
     present: tuple[str, ...]

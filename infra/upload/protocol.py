@@ -76,7 +76,7 @@ class PathClaim(UploadMessage):
 
 
 class KeepWish(UploadMessage):
-    """What keeps the pushed paths: a root of kind `push` with this name, for so many days (0: for ever)."""
+    """Root that is to keep the pushed paths: of kind `push`, with this name, for so many days (0: for ever)."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+?=-]{0,199}$")]
     paths: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=MAX_PATHS), FailFast()]
@@ -90,14 +90,14 @@ class Begin(UploadMessage):
 
 
 class SendRoute(StrEnum):
-    """How an object travels."""
+    """Routes of an object from client to store."""
 
     DIRECT = "direct"
     RELAY = "relay"
 
 
 class Begun(UploadMessage):
-    """What must be sent, how, and what need not be."""
+    """Answer to the begin of an upload: the paths to send, the route of each, and the paths that are there already."""
 
     id: str
     how: SendRoute
@@ -148,7 +148,7 @@ class Parts(UploadMessage):
 
 
 class SentOffset(UploadMessage):
-    """How many bytes of an object have arrived."""
+    """Number of bytes of an object that have arrived."""
 
     offset: int
 
@@ -163,14 +163,14 @@ class SentPath(UploadMessage):
 
 
 class Commit(UploadMessage):
-    """What was sent; all of it becomes visible together. `keep` makes a root, also of what was there already."""
+    """Request to publish the paths sent, all together. `keep` makes a root, also of paths that were there already."""
 
     sent: Annotated[tuple[SentPath, ...], Field(max_length=MAX_PATHS), FailFast()]
     keep: KeepWish | None = None
 
 
 class SendStatus(StrEnum):
-    """What became of one path."""
+    """Outcomes of one path."""
 
     #: Verified, signed, visible.
     PUBLISHED = "published"

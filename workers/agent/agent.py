@@ -387,7 +387,7 @@ class Agent:
             await self._old_sources.pop(0).close()
 
     def _trusts_builds(self) -> bool:
-        """Whether builds are kept from the worker's store."""
+        """Return whether builds are kept from the worker's store."""
         isolation = self._fitness.isolation
         return isolation is not None and isolation.level != "C"
 

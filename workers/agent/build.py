@@ -138,7 +138,7 @@ class LogGate:
 
 @dataclass(frozen=True, slots=True)
 class BuildLimits:
-    """What one build may use; seconds, 0 is no limit."""
+    """Limits of one build; seconds, 0 is no limit."""
 
     timeout_s: int
     max_silent_s: int
@@ -258,5 +258,5 @@ def _told_from_idle_loss() -> Iterator[None]:
 
 
 def _is_unanswered(error: DaemonError) -> bool:
-    """Whether the daemon was gone before it took the request up, so that nothing has run."""
+    """Return whether the daemon was gone before it took the request up, so that nothing has run."""
     return isinstance(error, DaemonGone) and error.unanswered

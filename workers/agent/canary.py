@@ -144,7 +144,7 @@ class CanaryError(WorkerError):
 
 @dataclass(slots=True)
 class _Seen:
-    """What the agent saw of a canary from outside."""
+    """Observations of a canary from outside, by the agent."""
 
     uids: set[int] = field(default_factory=set)
     shared: bool = False
@@ -153,7 +153,7 @@ class _Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Bait:
-    """What is put out for one canary."""
+    """Resources that the agent exposes to one canary."""
 
     nonce: str
     port: int
@@ -283,7 +283,7 @@ class Canary:
         return f"{self._store_dir.path}/{base32.encode(bytes.fromhex(nonce)[:12]).rjust(32, '0')}-drover-canary-probe"
 
     def _take_probe(self, nonce: str) -> bool:
-        """Whether the file that the canary tried to make lies in the real store; it is removed."""
+        """Return whether the file that the canary tried to make lies in the real store; it is removed."""
         place = self._physical_store / self._probe(nonce).rpartition("/")[2]
         there = place.exists()
         with contextlib.suppress(OSError):

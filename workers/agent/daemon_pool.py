@@ -98,12 +98,12 @@ class Line:
 
     @property
     def busy(self) -> bool:
-        """Whether somebody holds the line."""
+        """True if somebody holds the line."""
         return self._turn.locked()
 
     @property
     def broken(self) -> bool:
-        """Whether the connection is known to have ended, and with it what it kept from collection."""
+        """True if the connection is known to have ended, and with it what it kept from collection."""
         return self._open is not None and self._open.connection.unusable_reason is not None
 
     @asynccontextmanager

@@ -52,7 +52,7 @@ COLLECT_TO = 3
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What is left of one file system."""
+    """Free space of one file system."""
 
     place: Path
     #: `st_dev`: places on one file system have one room.
@@ -145,11 +145,11 @@ class FitnessWatch:
 
     @property
     def unfit(self) -> str:
-        """Why the worker should get no leases, one sentence; empty while it is fit."""
+        """Reason that the worker should get no leases, one sentence; empty while it is fit."""
         return self._broken_store() or self._hurt or self._low or self._broken
 
     def was_full_since(self, at: float) -> bool:
-        """Whether a disk was all but full at some look since then (seconds of the clock)."""
+        """Return whether a disk was all but full at some look since then (seconds of the clock)."""
         return self._full_at >= at
 
     def hurt(self) -> None:

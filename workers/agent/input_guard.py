@@ -86,7 +86,7 @@ class MendingError(WorkerError):
 
 
 class Alteration(Enum):
-    """What became of a path since it was last looked at."""
+    """Change of a path since the last look at it."""
 
     SAME = "same"
     #: Its contents are right, and somebody did something to it.
@@ -107,7 +107,7 @@ class Identity:
     below_linked: bytes = b""
 
     def compared(self, now: Identity) -> Alteration | None:
-        """Whether the path that was this is the same now; None where only its contents can tell."""
+        """Return whether the path that was this is the same now; None where only its contents can tell."""
         firm, linked = self.top == now.top, self.top_linked == now.top_linked
         if self.below and now.below:
             firm, linked = firm and self.below == now.below, linked and self.below_linked == now.below_linked
@@ -128,7 +128,7 @@ class _Path:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What is to be done with one path."""
+    """Plan for the look at one path."""
 
     path: _Path
     known: Identity | None
@@ -167,7 +167,7 @@ class InputGuard:
 
     @property
     def trouble(self) -> str:
-        """What is broken in one sentence, empty while nothing is."""
+        """Description of the damage in one sentence, empty while there is none."""
         if not self._broken:
             return ""
         first = min(self._broken)
@@ -418,7 +418,7 @@ def identify(at: str, budget: int) -> tuple[Identity, int]:
 
 
 def _numbers(status: os.stat_result, *, linked: bool) -> tuple[int, ...]:
-    """What tells a file from another one; with `linked` also what making or removing a link to it changes."""
+    """Return the numbers that identify a file; with `linked` also those that a link made or removed changes."""
     firm = status.st_dev, status.st_ino, status.st_mode, status.st_uid, status.st_size, status.st_mtime_ns
     return (*firm, status.st_ctime_ns) if linked else firm
 

@@ -79,7 +79,7 @@ class InputAwayError(InputError):
 
 
 class FarmSources:
-    """Where one farm's inputs come from and outputs go: its cache over HTTP, its object store. Must be closed.
+    """Source of one farm's inputs and target of its outputs: its cache over HTTP, its object store. Must be closed.
 
     `store` is None where this machine does not see the object store; the coordinator's address is then all it needs.
     """
@@ -273,7 +273,7 @@ class InputFetcher:
         self._claimed: dict[str, asyncio.Task[Exception | None]] = {}
 
     def known(self, paths: Iterable[str]) -> bool:
-        """Whether all paths are known to be valid, so that `ensure` would return at once."""
+        """Return whether all paths are known to be valid, so that `ensure` would return at once."""
         current = self._generation == self._roots.generation and not self._roots.broken
         return current and self._valid.issuperset(paths)
 
@@ -409,7 +409,7 @@ class _NarsAhead:
         self._next = 0
 
     def uploads(self) -> list[Upload]:
-        """What `add_multiple_to_store` wants; the NARs must be read in order, each once."""
+        """Return the paths as `add_multiple_to_store` takes them; the NARs must be read in order, each once."""
         return [self._sources.upload(info, self._nar(number)) for number, info in enumerate(self._infos)]
 
     async def close(self) -> None:

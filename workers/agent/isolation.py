@@ -65,7 +65,7 @@ TRIAL_WITHIN_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """What a worker's daemons are started with.
+    """Isolation with which a worker's daemons are started.
 
     Attributes:
         machine: The machine, with the shell and the build users of the worker's own.

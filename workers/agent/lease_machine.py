@@ -42,7 +42,7 @@ LeaseKey = tuple[str, int]
 
 
 class LeaseState(StrEnum):
-    """Where a lease is in the worker."""
+    """States of a lease in the worker."""
 
     QUEUED = "queued"
     FETCHING = "fetching"
@@ -67,7 +67,7 @@ _WAITING = (LeaseState.QUEUED, LeaseState.FETCHING, LeaseState.READY)
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How the end of a build is told; `reason` None is success."""
+    """Report of the end of a build; `reason` None is success."""
 
     reason: Reason | None
     #: Put before the daemon's text.
@@ -131,7 +131,7 @@ HINTS: Mapping[int, tuple[tuple[str, Verdict], ...]] = MappingProxyType(
 
 
 class Trouble(StrEnum):
-    """What can end a lease beside a build status."""
+    """Ends of a lease beside a build status."""
 
     DERIVATION_UNREADABLE = "the derivation cannot be read"
     INPUT_MISSING = "an input could not be fetched"
@@ -322,7 +322,7 @@ class WorkerMachine:
 
     @property
     def has_idle_slot(self) -> bool:
-        """Whether a slot would start a lease that came now."""
+        """True if a slot would start a lease that came now."""
         waiting = sum(held.state in _WAITING for held in self._held.values())
         return len(self._free) > waiting
 
@@ -364,7 +364,7 @@ class WorkerMachine:
         del self._held[key]
 
     def next_actions(self, now: float) -> list[Action]:
-        """What must be done now, each action once."""
+        """Return the actions that are due now, each once."""
         actions: list[Action] = []
         uploads = building = waiting = memory_bytes = 0
         short_of_memory = False
@@ -399,7 +399,7 @@ class WorkerMachine:
         return actions
 
     def deadline(self, now: float) -> float | None:
-        """When, after `now`, `next_actions` should be asked again although nothing happened."""
+        """Return the time after `now` at which `next_actions` is due again although nothing happened."""
         times = [held.arrived_at + HAND_BACK_S for held in self._held.values() if held.state in _WAITING]
         return min((time for time in times if time > now), default=None)
 
@@ -417,7 +417,7 @@ class WorkerMachine:
         return self._slots * min(each, MAX_BACKLOG_PER_SLOT)
 
     def capacity(self, told: frozenset[LeaseKey] | set[LeaseKey] = frozenset()) -> int:
-        """How many leases the worker is willing to hold in all, those whose report is among `told` left out."""
+        """Return how many leases the worker is willing to hold in all, without those whose report is among `told`."""
         if self.draining:
             return 0
         finishing = 0
@@ -427,7 +427,7 @@ class WorkerMachine:
         return self._slots + self.backlog + finishing
 
     def _has_memory(self, taken_bytes: int, wanted_bytes: int) -> bool:
-        """Whether one more build fits beside those that take so much; the first one always does."""
+        """Return whether one more build fits beside those that take so much; the first one always does."""
         return not (self._memory_bytes and taken_bytes) or taken_bytes + wanted_bytes <= self._memory_bytes
 
     def _move(self, key: LeaseKey, to: LeaseState) -> None:

@@ -149,7 +149,7 @@ class WorkerSettings(BaseModel):
 
     @property
     def collects_garbage(self) -> bool:
-        """Whether the store may be made to delete what nothing needs."""
+        """True if the store may be made to delete what nothing needs."""
         return bool(self.store) if self.collect_garbage is None else self.collect_garbage
 
     @property
@@ -160,7 +160,7 @@ class WorkerSettings(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the settings are completed with; a value, so that the composition below is a pure function."""
+    """Facts of this machine that complete the settings; a value, so that the composition below is a pure function."""
 
     #: Nix's name of the system, for example `x86_64-linux`.
     system: str
@@ -184,7 +184,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What the worker offers to the farm; every tuple is sorted and without repeats."""
+    """Offer of the worker to the farm; every tuple is sorted and without repeats."""
 
     systems: tuple[str, ...]
     emulated: tuple[str, ...]
@@ -341,7 +341,7 @@ def _static_busybox() -> str:
 
 
 def _is_static_elf(path: Path) -> bool:
-    """Whether a program needs no interpreter: only then does it run in a sandbox that has nothing else."""
+    """Return whether a program needs no interpreter: only then does it run in a sandbox that has nothing else."""
     try:
         with path.open("rb") as file:
             header = file.read(64)

@@ -32,7 +32,7 @@ class RayNodeError(WorkerError):
 
 @dataclass(frozen=True, slots=True)
 class NodeHealth:
-    """When the head declares a node dead, which is final: its raylet then ends itself and its builds.
+    """Times after which the head declares a node dead, which is final: its raylet then ends itself and its builds.
 
     A node whose processes are gone is dead after `failures * period_ms` (about 6 s); a node that is silent, because its
     machine sleeps or is overloaded, after `failures * timeout_ms + (failures - 1) * period_ms` (35 s). Only the head's

@@ -40,7 +40,7 @@ class ListedNode:
 
 
 class RayDriver:
-    """What is used of ray, typed; every method but `call` may block."""
+    """The part of Ray that the product uses, typed; every method but `call` may block."""
 
     def __init__(self, token_file: Path, *, loopback: bool) -> None:
         os.environ.update(ray_env(token_file, base={}, loopback=loopback))

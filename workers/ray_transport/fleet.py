@@ -173,7 +173,7 @@ class RayFleet(AgentRoster):
                 known.dead.set_result(listed.death)
 
     def _is_second(self, listed: ListedNode) -> bool:
-        """Whether another living node has the worker's name: two would take each other's leases in turn."""
+        """Return whether another living node has the worker's name: two would take each other's leases in turn."""
         if not any(node.worker == listed.worker and not node.dead.done() for node in self._nodes.values()):
             self._seconds.pop(listed.node_id, None)
             return False

@@ -127,7 +127,7 @@ class RayNode(ABC):
         """Return the environment of this node, made of `base`."""
 
     def _fingerprint(self) -> str:
-        """What must be the same for a running node to be taken over."""
+        """Return a digest of the settings that a running node must share to be taken over."""
         nowhere = Path("/")
         env = {name: value for name, value in self.env({}).items() if name.startswith(("RAY_", "DROVER_"))}
         told = [self.argv(nowhere), sorted(env.items()), self.reads()]

@@ -61,7 +61,7 @@ Identity = tuple[int, str]
 
 @dataclass(frozen=True, slots=True)
 class NodeNote:
-    """What `node.json` says."""
+    """Content of `node.json`."""
 
     owner: Identity
     node: Identity

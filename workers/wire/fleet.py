@@ -58,15 +58,15 @@ class FleetError(WorkerError):
 
 
 class NotKnownError(FleetError):
-    """What a sink raises of a `WorkerSpoke` by an incarnation that is not the one it knows: greet it again."""
+    """A sink received `WorkerSpoke` from an incarnation that it does not know: the sender must greet again."""
 
 
 class Fleet(Protocol):
-    """What the coordinator needs of a transport."""
+    """Port of the coordinator to a transport."""
 
     @property
     def trouble(self) -> str:
-        """Why workers cannot be found at the moment, "" while all is well."""
+        """Reason that workers cannot be found at the moment, "" while all is well."""
 
     async def run(self, sink: Sink) -> None:
         """Serve until cancelled: discover, greet, poll, report losses."""

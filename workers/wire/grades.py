@@ -40,7 +40,7 @@ _Words = Annotated[tuple[_Word, ...], Field(max_length=64)]
 
 
 class CanaryReport(BaseModel):
-    """What one canary build found, and what the agent saw of it from outside. None: it could not be found out."""
+    """Findings of one canary build, and the agent's from outside. None: it could not be found out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -85,7 +85,7 @@ class CanaryReport(BaseModel):
 
     @property
     def outside_sandbox(self) -> bool:
-        """Whether there is no sandbox at all."""
+        """True if there is no sandbox at all."""
         if self.kernel == "darwin":
             return self.sees_host_files
         return self.sees_host_files and (self.processes or 0) > OWN_PROCESSES
@@ -131,7 +131,7 @@ def _says(text: str) -> Callable[[CanaryReport], str]:
 
 
 def _outer_root(report: CanaryReport) -> bool:
-    """Whether the map of users says that the builder is the host's root, where nobody saw it from outside."""
+    """Return whether the map of users says that the builder is the host's root, where no view from outside is there."""
     uid = report.uid
     for line in report.uid_map:
         words = line.split()

@@ -48,7 +48,7 @@ class WireMessage(BaseModel):
 
 
 class FarmInfo(WireMessage):
-    """What an agent must know of the farm."""
+    """Description of the farm for an agent."""
 
     protocol: int = PROTOCOL_VERSION
     #: Where the binary cache answers, without a trailing slash, for example `http://127.0.0.1:7878/cache`.
@@ -110,7 +110,7 @@ class LeaseOrder(WireMessage):
 
 
 class Stage(StrEnum):
-    """Where a lease is on its worker."""
+    """Stages of a lease on its worker."""
 
     QUEUED = "queued"
     FETCHING = "fetching"
@@ -127,7 +127,7 @@ class HeldLease(WireMessage):
 
 
 class Hello(WireMessage):
-    """What an agent says of itself."""
+    """Description of an agent by itself."""
 
     protocol: int
     #: The worker's name, unique in the farm.

@@ -39,7 +39,7 @@ CONTAINERS_PER_ROOT = 3
 
 @dataclass(frozen=True, slots=True)
 class ApiBounds:
-    """What the two large requests may hold."""
+    """Bounds on the bodies of the two large requests."""
 
     question: BodyBounds
     submission: BodyBounds

@@ -39,7 +39,7 @@ LOOK_INLINE = 64
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the database knows of one path, as far as decisions need it."""
+    """Row of one path, as far as decisions need it."""
 
     serial: int
     store_path: str

@@ -86,7 +86,7 @@ class Candidate:
 
 
 class RejectReason(StrEnum):
-    """Why a claim was refused. Only STORE_FAILED may go away by itself."""
+    """Reasons for the refusal of a claim. Only STORE_FAILED may go away by itself."""
 
     MALFORMED = "malformed"
     MISSING_OBJECT = "missing_object"

@@ -25,7 +25,7 @@ BATCH: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class ResignReport:
-    """How many rows have other signatures than before."""
+    """Report of a key rotation: the number of rows with other signatures than before."""
 
     narinfos: int
     realisations: int

@@ -23,7 +23,7 @@ from infra.nix.store_path import HASH_PART_LENGTH
 
 
 class Registered(StrEnum):
-    """What became of a realisation that was offered."""
+    """Outcomes of a realisation that was offered."""
 
     NEW = "new"
     SAME = "same"
@@ -35,7 +35,7 @@ class Registered(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """What became of it, and for CONFLICT or MISSING which path or key it is about."""
+    """Outcome of one realisation; for CONFLICT or MISSING also the path or key that it is about."""
 
     outcome: Registered
     about: str = ""

@@ -33,7 +33,7 @@ PULLS_AT_ONCE: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """What a pull brought."""
+    """Report of a pull."""
 
     #: Full paths of the question that can be fetched now.
     paths: frozenset[str] = frozenset()

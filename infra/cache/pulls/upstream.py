@@ -87,12 +87,12 @@ class Upstream:
 
     @property
     def name(self) -> str:
-        """What it is called in reports."""
+        """Name in reports."""
         return self.url
 
     @property
     def is_away(self) -> bool:
-        """Whether it failed lately and is left alone, so that it seems to have nothing."""
+        """True while it is left alone after a failure, so that it seems to have nothing."""
         return self._now() < self._rests_until
 
     async def narinfos(self, hash_parts: Collection[str]) -> dict[str, NarInfo]:

@@ -54,7 +54,7 @@ class RepairSource(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called in reports."""
+        """Name in reports."""
 
     async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None] | None:
         """Return the NAR with this very hash, checked by its end, None if it is not here. Raises `CacheError`."""
@@ -71,7 +71,7 @@ class Fault:
 
 @dataclass(slots=True)
 class FsckReport:
-    """What was found. `broken` counts paths; each is repaired, hidden or (without `repair`) left as it is.
+    """Report of a verification. `broken` counts paths; each is repaired, hidden or (without `repair`) left as it is.
 
     `hidden` counts only broken paths; whole ones that went with them, because they refer to them, are `dragged`.
     """
@@ -92,7 +92,7 @@ class FsckReport:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What became of lost paths (full store paths, sorted)."""
+    """Outcome for lost paths (full store paths, sorted)."""
 
     #: They can be fetched, by now or again.
     here: tuple[str, ...]

@@ -72,7 +72,7 @@ NARS = "nar"
 
 @dataclass(frozen=True, slots=True)
 class CollectPlan:
-    """What a collection is to do. Times are seconds, sizes bytes.
+    """Parameters of a collection. Times are seconds, sizes bytes.
 
     `also` are full store paths that are wanted though no root names them. Paths younger than `fresh_s` are kept: their
     publisher may be about to name them. A tombstoned path is deleted after `grace_s`; more than the longest download.
@@ -90,7 +90,7 @@ class CollectPlan:
 
 @dataclass(slots=True)
 class CollectReport:
-    """What a collection did, or with `dry_run` would do."""
+    """Report of a collection, done or with `dry_run` only planned."""
 
     dry_run: bool
     #: Paths that are wanted; of those, how many were tombstoned and are back.

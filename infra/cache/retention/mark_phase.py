@@ -22,7 +22,7 @@ PAGE = 4000
 
 
 class Survey:
-    """What is wanted at one time. `marks` has every path; `expiring` are roots that a size budget has no room for."""
+    """Wanted paths at one time. `marks` has every path; `expiring` are roots that a size budget has no room for."""
 
     def __init__(self, catalog: Catalog, now: float) -> None:
         self._catalog = catalog

@@ -76,7 +76,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """Who uploads. `paths` are the base names that it may upload, None for any; `publishes` is false for workers."""
+    """Sender of uploads. `paths` are base names that it may upload, None for any; `publishes` is false for workers."""
 
     name: str
     paths: frozenset[str] | None = None
@@ -101,7 +101,7 @@ PUSH: Final = "push"
 
 @dataclass(slots=True)
 class _Turn:
-    """Who may write to a slot."""
+    """Lock of a slot, which admits one writer, and the count of its users."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     users: int = 0
