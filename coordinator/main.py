@@ -151,7 +151,7 @@ async def open_coordinator(
                 # Not before: what it makes and throws away would lie between what stays.
                 tasks += [group.create_task(each.run(), name="housekeeping") for each in site.keepers]
                 await _serve(site, listener, settings, url, stores)
-                # Not before: replaying a large journal holds up nobody.
+                # Not before: replaying a large journal stalls the loop, and no client waits for it yet.
                 stack.enter_context(site.watch)
                 yield Coordinator(
                     Ready(url, info.cache_url, info.public_keys, settings.secrets / API_TOKEN, core.replayed),

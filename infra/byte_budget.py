@@ -1,7 +1,7 @@
 """Budget of bytes that all clients share, given out fairly: clients take turns, each in the order in which it asked.
 
-Whoever takes a large thing into memory acquires its bytes before and releases them after. Nobody is overtaken: where
-the one whose turn it is does not fit yet, all wait for it, so that many small wishes cannot keep a large one out.
+A task acquires the bytes of a large object before it reads it into memory and releases them after. Requests do not
+overtake: where the one whose turn it is does not fit yet, all wait, so many small ones cannot keep a large one out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ByteBudget:
 
     def _leave(self, client: str, size: int, granted: asyncio.Future[None]) -> None:
         queue = self._waiting.get(client, deque())
-        # Whoever gave bytes back meanwhile has passed it over.
+        # A release meanwhile may have removed it from the queue.
         with contextlib.suppress(ValueError):
             queue.remove((size, granted))
             if not queue:

@@ -31,7 +31,7 @@ BUSY_TIMEOUT_MS: Final = 10_000
 PATIENCE_S: Final = 60.0
 
 #: After how long PostgreSQL ends the session of a program that was paused inside a transaction, in milliseconds: what
-#: it has locked would hold up whoever takes over from it.
+#: it has locked would hold up the program that takes over from it.
 IDLE_IN_TRANSACTION_MS: Final = 20_000
 
 #: What libpq is told: notice a dead network within some 20 s instead of hours.

@@ -124,7 +124,7 @@ class ChildProcess:
         return self._process.returncode
 
     async def wait(self) -> int:
-        """Wait for the end of the child, whoever still holds its pipes, and return its exit status."""
+        """Wait for the end of the child, even if its pipes are still open elsewhere, and return its exit status."""
         return await self._process.wait()
 
     def hang_up(self) -> None:

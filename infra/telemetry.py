@@ -26,7 +26,7 @@ Observe: TypeAlias = Callable[[], Iterable[tuple[float, Labels]]]
 
 
 class Telemetry:
-    """One set of instruments. `close` it when nobody asks any more."""
+    """One set of instruments. `close` it after the last reading."""
 
     def __init__(self, service: str, version: str) -> None:
         self._registry = CollectorRegistry()

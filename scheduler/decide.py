@@ -1,11 +1,11 @@
-"""From an event to facts. Nothing here changes the state: whoever iterates applies each fact before asking for more.
+"""Decisions: facts that follow from an event. Nothing here changes the state.
 
-So every function is a generator that reads a state which already holds what it said before. Stale events (an old
-attempt, a builder that is gone, a repeat) yield nothing; a graph that cannot be is refused before any fact. What looks
-at many steps pauses in between (`pauses`).
+The caller applies each fact before it takes the next. So every function is a generator and reads a state that holds the
+facts which it yielded. Stale events (an old attempt, a builder that is gone, a repeat) yield nothing; a graph that
+cannot be is refused before any fact. Work on many steps pauses in between (`pauses`).
 
-What becomes of steps is decided in `verdicts`, what of builders in `attendance`; here are submissions, the passing of
-time and the granting of leases.
+`verdicts` decides about steps, `attendance` about builders; here are submissions, the passing of time and the grants of
+leases.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Decider:
         """Grant leases, submissions in turn, the best-ranked step of each, until no free builder can take a ready one.
 
         Only queues of builders with free slots are looked at, and of each only the first step of the lane whose
-        turn it is: steps that nobody can take cost nothing.
+        turn it is: steps that no builder can take cost nothing.
         """
         free = self._state.free
         if not free:
@@ -263,7 +263,7 @@ class Decider:
         return gone
 
     def _retry_asked(self, key: StepKey) -> Iterator[f.Said]:
-        """Forget a failure that nobody waits for any more: the next submission that wants the step builds it."""
+        """Forget a failure that no submission waits for: the next one that wants the step builds it."""
         step = self._state.steps.get(key)
         if step is not None and step.state is StepState.FAILED:
             yield self._verdicts.revived(step, restart=True)

@@ -53,7 +53,7 @@ class SubmissionCancelled:
 
 @dataclass(frozen=True, slots=True)
 class SubmissionExpired:
-    """Nobody asks any more what became of a submission; one that has not ended stays."""
+    """The time to keep an ended submission is over; one that has not ended stays."""
 
     submission: SubmissionId
 

@@ -69,7 +69,7 @@ class SubmissionRetried:
 
 @dataclass(frozen=True, slots=True)
 class SubmissionWithdrawn:
-    """The client's wish is gone; steps that nobody else wants are abandoned by facts of their own."""
+    """The client withdrew the submission; steps that no other wants are abandoned by facts of their own."""
 
     durable: ClassVar[bool] = True
     submission: SubmissionId
@@ -78,7 +78,7 @@ class SubmissionWithdrawn:
 
 @dataclass(frozen=True, slots=True)
 class SubmissionForgotten:
-    """Nobody asks any more what became of a submission that had ended or was withdrawn."""
+    """The history of a submission that had ended or was withdrawn is over; its identifier is free."""
 
     durable: ClassVar[bool] = True
     submission: SubmissionId
@@ -87,7 +87,7 @@ class SubmissionForgotten:
 
 @dataclass(frozen=True, slots=True)
 class StepsForgotten:
-    """Steps that nobody wants and nothing names are not known any more.
+    """Steps without a reference are not known any more.
 
     One that becomes known again begins anew, but for its attempts: these go on above all that were forgotten.
     """
@@ -227,7 +227,7 @@ class StepDoomed:
 
 @dataclass(frozen=True, slots=True)
 class StepAbandoned:
-    """Nobody wants the step any more."""
+    """No submission wants the step any more."""
 
     durable: ClassVar[bool] = True
     step: StepKey

@@ -53,7 +53,7 @@ class Farm:
         return whole(self.handling(events, now))
 
     def handling(self, events: Iterable[Event], now: Instant) -> Handling:
-        """Do the work of `handle_many`, with pauses, so that an event that concerns many steps holds nobody up.
+        """Do the work of `handle_many`, with pauses, so that an event of many steps does not hold up the loop.
 
         Between the pauses the farm may be asked (`why`, `unserved`), and takes nothing else in.
         """

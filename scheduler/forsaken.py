@@ -36,7 +36,7 @@ from scheduler.verdicts import Verdicts
 
 #: Seconds between two looks at all that wait, where submissions have let go of steps: a look costs their number.
 LOOK_AGAIN_S = 10.0
-#: Steps that one call looks at: a mass rebuild that nobody can take must not hold up what else happens.
+#: Steps that one call looks at: a mass rebuild that no builder can take must not hold up other events.
 LOOKS_AT_ONCE = 1000
 #: Entries of steps that no longer wait which are kept in any case before they are swept out.
 STALE_ENTRIES = 1024
@@ -199,7 +199,7 @@ class Forsaken:
         owners = self._state.shares.submissions(step.owners)
         said = set(map(self._patience, owners))
         if len(said) == 1:
-            # Whoever stands on the step is among its owners; these may have let go of it meanwhile.
+            # Every submission that stands on the step is among its owners; an owner may have let go of it meanwhile.
             return said.pop()
         stack = [step]
         while stack:

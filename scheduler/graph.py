@@ -38,7 +38,7 @@ class StepGraph:
         self.shares = Shares()
         #: Where ready steps wait.
         self.ready = ReadyIndex(self.builders, rank, self.shares.is_live)
-        #: Engaged steps that nobody wants any more; `decide` abandons them, empty between calls of `handle`.
+        #: Engaged steps that no submission wants any more; `decide` abandons them, empty between calls of `handle`.
         self.orphans: dict[StepKey, Step] = {}
 
     def lease_holder(self, lease: LeaseId, state: StepState) -> Step | None:
@@ -164,7 +164,7 @@ class StepGraph:
                 self.orphans.pop(need.key, None)
 
     def _release(self, step: Step) -> None:
-        """Let go of the needs; those that nobody else wants become orphans."""
+        """Let go of the needs; those that no other step or root wants become orphans."""
         if not step.engaged:
             return
         for need in step.needs:

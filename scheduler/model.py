@@ -83,7 +83,7 @@ class BuilderSpec:
 class StepState(StrEnum):
     """States of a step. The last four are finished: nothing happens until a submission wants the step again."""
 
-    #: A need is not done, or nobody wants the step yet.
+    #: A need is not done, or no submission wants the step yet.
     WAITING = "waiting"
     #: Every need is done and somebody wants it; may still be backing off.
     READY = "ready"
@@ -97,7 +97,7 @@ class StepState(StrEnum):
     FAILED = "failed"
     #: A step below failed.
     DOOMED = "doomed"
-    #: Nobody wants it any more.
+    #: No submission wants it any more.
     ABANDONED = "abandoned"
 
 

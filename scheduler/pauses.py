@@ -1,4 +1,4 @@
-"""Pauses in long work: places where whoever drives the core may do something else before it goes on.
+"""Pauses in long work: places where the driver of the core may do other work before it goes on.
 
 A mass rebuild has some hundred thousand steps, and one event may concern all of them. Work of that kind is written as a
 generator that yields `PAUSE` after each `PIECE` of it; between two pauses it takes some milliseconds. The core itself

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 
 from scheduler.model import BuilderId, Instant, Requirements, StepState
-from scheduler.records import NOBODY, Builder, Lane, Queue, Step
+from scheduler.records import NO_BUILDER, Builder, Lane, Queue, Step
 
 
 class ReadyIndex:
@@ -134,7 +134,7 @@ class ReadyIndex:
         if step.avoid:
             return self._queue(step.recipe.requirements, step.avoid)
         if step.home is None:
-            step.home = self._queue(step.recipe.requirements, NOBODY)
+            step.home = self._queue(step.recipe.requirements, NO_BUILDER)
         return step.home
 
     def _queue(self, requirements: Requirements, avoid: BuilderId) -> Queue:

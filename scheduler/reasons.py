@@ -134,7 +134,7 @@ class KnownToFail:
     until: Instant
 
 
-#: Nobody can take the step; it is given up at `until`, where that is not 0, unless a builder comes that can.
+#: No builder can take the step; it is given up at `until`, where that is not 0, unless a builder comes that can.
 Unserved = NoBuilderJoined | NoBuilderOffersSystem | NoBuilderOffersFeatures | OnlyReservedBuilders
 Busy = BuildersFull | BuildersQuarantined | BuildersDraining | LimitReached
 Reason = WaitsForSteps | NotWanted | Busy | BacksOff | RetriesSpent | KnownToFail | Unserved
@@ -142,7 +142,7 @@ Reason = WaitsForSteps | NotWanted | Busy | BacksOff | RetriesSpent | KnownToFai
 
 @dataclass(frozen=True, slots=True)
 class StuckClass:
-    """Ready steps that nobody can take: `count` of them, the first few by name, and why."""
+    """Ready steps that no builder can take: `count` of them, the first few by key, and the reason."""
 
     requirements: Requirements
     count: int

@@ -21,7 +21,7 @@ from scheduler.model import (
     SubmissionId,
 )
 
-NOBODY = BuilderId("")
+NO_BUILDER = BuilderId("")
 #: Dependents of a step that are kept as a tuple; more are kept as a dict, which costs four times as much and loses one
 #: in no time.
 FEW_DEPENDENTS = 8
@@ -119,11 +119,11 @@ class Step:
         #: The queue in which it stands: set exactly while ready and not backing off.
         self.queue: Queue | None = None
         #: The builder that last gave this step back or lost it; others come first.
-        self.avoid = NOBODY
+        self.avoid = NO_BUILDER
         #: When not 0, the step may not be leased before; cleared by `BackOffEnded`.
         self.not_before = NO_INSTANT
-        #: The builder of the open lease (leased or publishing), else nobody.
-        self.builder = NOBODY
+        #: The builder of the open lease (leased or publishing), else `NO_BUILDER`.
+        self.builder = NO_BUILDER
         #: When the builder was last told to start, and how often it was told again.
         self.asked_at = NO_INSTANT
         self.resends = 0

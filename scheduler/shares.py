@@ -1,7 +1,7 @@
 """Shares of submissions that wait, each under a number of its own: its stake in the steps that it wants.
 
 An index of the state and nothing more. A stake begins with the first root that a submission waits for and ends with
-the last; one that runs again gets a new one, so that what an old stake has left on steps counts for nobody. Written by
+the last; one that runs again gets a new one, so that marks of an old stake on steps count no more. Written by
 `evolve` alone.
 
 There are at most `most` stakes, because each grant of a lease looks at all stakes that wait, and at all of the step's.
@@ -67,7 +67,7 @@ class Shares:
         return stake in self._submissions
 
     def submissions(self, stakes: Iterable[int]) -> list[SubmissionId]:
-        """Return whose those of `stakes` are that have not ended: whoever has a stake, whatever it wants itself."""
+        """Return the submissions behind those of `stakes` that have not ended, whatever each wants itself."""
         return [submission for stake in stakes for submission in self._submissions.get(stake, ())]
 
     def live(self, stakes: Iterable[int]) -> tuple[int, ...]:

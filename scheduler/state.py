@@ -32,7 +32,7 @@ from scheduler.model import (
 )
 from scheduler.names import Names
 from scheduler.pauses import PAUSE, PIECE, Pause
-from scheduler.records import FEW_DEPENDENTS, NO_TRIES, NOBODY, Step
+from scheduler.records import FEW_DEPENDENTS, NO_BUILDER, NO_TRIES, Step
 from scheduler.resource_limits import ResourceLimits
 from scheduler.transitions import LAPSED, SUBJECT
 
@@ -58,7 +58,7 @@ class FarmState(StepGraph):
         self.patience: dict[SubmissionId, int] = {}
         #: What submissions say of builds of their roots, where they say something and are not forgotten.
         self.limits: dict[SubmissionId, dict[StepKey, ResourceLimits]] = {}
-        #: Who names each step: what nobody names may be forgotten.
+        #: Counts the references to each step: one without any may be forgotten.
         self.names = Names(self.steps)
         #: At least the attempts of every step ever forgotten: those of a step that never had any begin above.
         self.floor = 0
@@ -284,7 +284,7 @@ class FarmState(StepGraph):
         for submission in step.roots:
             self._end_share(submission)
         step.roots = ()
-        step.builder = NOBODY
+        step.builder = NO_BUILDER
         step.evidence = b""
         if self.orphans:
             self.orphans.pop(step.key, None)
@@ -313,7 +313,7 @@ class FarmState(StepGraph):
         step.tried = NO_TRIES
         step.faults = step.returns = 0
         step.strikes = step.accounts = ()
-        step.avoid, step.not_before = NOBODY, NO_INSTANT
+        step.avoid, step.not_before = NO_BUILDER, NO_INSTANT
         step.failure = step.cause = None
 
     def _revived(self, fact: f.StepRevived) -> None:
@@ -347,14 +347,14 @@ class FarmState(StepGraph):
         self._roster.acquit(step, fact.failure)
         if step.state is _LEASED:
             self._roster.free_slot(step)
-            step.builder = NOBODY
+            step.builder = NO_BUILDER
             self._move(step, _WAITING)
         elif step.state is _READY:
             self._move(step, _WAITING)
         self._release(step)
         step.tried = step.tried | {step.active}
         step.faults, step.strikes, step.accounts = 0, (), ()
-        step.avoid, step.not_before = NOBODY, NO_INSTANT
+        step.avoid, step.not_before = NO_BUILDER, NO_INSTANT
         self._use(step, fact.recipe)
         yield from self._engage((yield from self.descending((step,))))
 
@@ -388,7 +388,7 @@ class FarmState(StepGraph):
         if step.state is _LEASED:
             self._roster.free_slot(step)
             self._roster.blame(step, fact.failure)
-        step.builder = NOBODY
+        step.builder = NO_BUILDER
         step.evidence = b""
         kind = fact.failure.kind
         if is_fault(kind):

@@ -1,8 +1,8 @@
 """The life of a step as data: states, legal edges, and which fact may touch a step in which state.
 
 `state.evolve` takes no edge that is not here, and the diagram in ARCHITECTURE.md is printed from here (`mermaid`).
-`waiting` is also where a step rests that is known and that nobody wants (a need of a recipe that is not in use): it
-runs only once a submission stands on it.
+A known step that no submission wants (a need of a recipe that is not in use) is `waiting` too: it runs only once a
+submission stands on it.
 """
 
 from __future__ import annotations

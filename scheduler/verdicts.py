@@ -52,9 +52,9 @@ class Verdicts:
         self._policy = policy
 
     def build_failed(self, step: Step, failure: Failure, limit: int, now: Instant) -> Iterator[f.Said]:
-        """Say what follows when the open lease of a leased step has ended so, at `limit` where that is not 0."""
+        """Yield the consequences of the end of a leased step's open lease, at `limit` where that is not 0."""
         if limit and in_force(self._state.limits_said(step), self._limits.build).exceeds(failure.kind, limit):
-            # A submission gives the step more than this build was given; it was nobody's fault.
+            # A submission allows the step more than this build had, so neither recipe nor builder is at fault.
             message = f"its limit was raised while it ran ({failure.message})"
             failure = Failure(FailureKind.RETURNED, message, failure.signature)
         match CONSEQUENCES[failure.kind].course:
@@ -119,7 +119,7 @@ class Verdicts:
         return f.LeaseRevoked(step.lease, step.builder, failure, not_before, payer, paid)
 
     def _is_recipes_own(self, step: Step, failure: Failure) -> bool:
-        """Return whether the recipe in use has failed so before, and the record of the builders leaves the blame with it.
+        """Return whether the recipe in use failed so before, and the builders' records leave the blame with it.
 
         Two builders that say the same are believed, unless steps built elsewhere speak against one of them. The same
         builder twice is believed where no fault of another step is held against it or may have to be, and it has not
@@ -153,7 +153,7 @@ class Verdicts:
             yield f.LeaseRevoked(step.lease, step.builder, Failure(FailureKind.CANCELLED, why), now)
 
     def abandon_orphans(self, now: Instant) -> Iterator[f.Said]:
-        """Stop and abandon what nobody wants any more."""
+        """Stop and abandon the steps that no submission wants any more."""
         orphans = self._state.orphans
         while orphans:
             # All that there are now before those that they bring: to find the first of a dictionary whose front is gone

@@ -97,12 +97,11 @@ class WaitingView:
     """Reason for programs that a step does not run. Fields that its kind does not use are empty.
 
     `steps`: `count` needs are not done, `steps` the first few. `not_wanted`. `no_worker`, `no_system`, `no_feature`
-    (`system`, `features` that the closest lacks), `reserved` (`workers` demand features it does not ask for): nobody
+    (`system`, `features` that the closest lacks), `reserved` (`workers` demand features it does not require): no worker
     can take it, and where `until` is not 0, it fails then. `slots`, `limit`: `workers` could, it is number `position`
-    of `count`. `quarantined`, `draining`: `workers` could and take nothing. `back_off`: tried again at `until`,
-    after `count` failures. `retries_spent`: tried again at `until`, because too many attempts of its submission failed
-    within the hour. `known_failure`: `steps` names the step that failed at `since`, which is taken for known until
-    `until`.
+    of `count`. `quarantined`, `draining`: `workers` could and take nothing. `back_off`: tried again at `until`, after
+    `count` failures. `retries_spent`: tried again at `until`, because too many attempts of its submission failed within
+    the hour. `known_failure`: `steps` names the step that failed at `since`, which is taken for known until `until`.
     """
 
     kind: WaitingKind
@@ -226,7 +225,7 @@ class RetryView:
     """Outcome of a request to build a failed step again."""
 
     step: StepView
-    #: Those that run again for it; none where nobody waits for it, and the next one that wants it builds it.
+    #: Those that run again for it; none where no submission waits for it: the next one that wants it builds it.
     submissions: tuple[str, ...]
 
 

@@ -1,15 +1,15 @@
-"""Keeping what submissions made, and collecting what nobody keeps any more.
+"""Retention of what submissions made, and collection of the paths that no root keeps any more.
 
-What must stay is told to the cache before each collection, level-triggered: every submission that the coordinator
+Before each collection the cache receives all roots anew (level-triggered): every submission that the coordinator
 knows is a root (while it runs without end, afterwards for the retention), and everything that a running submission may
 still read, its members' outputs and their sources, is named as such. What a client is about to submit is leased by
 intake from its first question on; these leases end here, between two collections, once the submission is a root. So
-there is no moment at which a path is wanted and nobody says so.
+there is no moment at which a path is wanted and neither root nor lease names it.
 
 Submissions with the same members share one root, which has the name of one of them and lasts as long as the longest: a
 graph that is submitted every few minutes is stored once.
 
-Only `collect` collects, one at a time. The numbers that queries tell for `/metrics` are refreshed here too.
+Only `collect` collects, one at a time. The numbers for `/metrics` that need queries are refreshed here too.
 """
 
 from __future__ import annotations

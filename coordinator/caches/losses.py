@@ -5,7 +5,7 @@ A worker that cannot have an input, and a publication whose references are gone,
 1. A report is verified: only a path that the step stands on, and that the cache itself cannot deliver, is lost. So no
    worker makes the farm forget anything, and one that merely cannot reach the cache is blamed for that.
 2. The step waits meanwhile; no attempt is used up, and no worker is blamed.
-3. A lost object is had again from a worker's store or an upstream, bit for bit. Where nobody has it, the path leaves
+3. A lost object is had again from a worker's store or an upstream, bit for bit. Where none has it, the path leaves
    the cache with all that refers to it, because a path is published only with everything that it refers to.
 4. Then the running submissions of the step are planned anew: what is gone is built again. A lost source has no deriver;
    the step waits (`StepView.lost_input`) until a client sends it: one that watches does so by itself.

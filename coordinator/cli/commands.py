@@ -2,7 +2,7 @@
 
 Exit status: 0 done, 1 a build failed, 2 wrong usage, 3 nothing that can be built was evaluated, 4 infrastructure (no
 coordinator, no Nix, a store that cannot be read), 130 interrupted; `exit_status` has the table. Whatever goes wrong is
-one sentence on standard error; what nobody foresaw is written to a file that the sentence names.
+one sentence on standard error; an unexpected error is written to a file that the sentence names.
 
 Commands import what they need when they run: `drover --help` must not wait for Ray.
 """
@@ -238,7 +238,7 @@ def run(arguments: list[str]) -> int:
         _say(str(error))
         return status_of(getattr(error, "reason", error.code))
     except BrokenPipeError:
-        # Nobody reads any more; what is still buffered must not raise again at exit.
+        # The reader of the output is gone; what is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return READER_GONE
     except Exception as error:  # noqa: BLE001 - the last stop: a person gets a sentence, the details go to a file

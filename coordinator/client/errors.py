@@ -23,7 +23,7 @@ class BadArgumentError(ClientError):
 
 
 class UnreachableError(ClientError):
-    """Nobody answers at the coordinator's address, or no longer."""
+    """No coordinator answers at the address, or no longer."""
 
     code: ClassVar[str] = "unreachable"
 

@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Silence:
-    """For views that nobody looks at."""
+    """Explainer of views that no client reads: explains nothing."""
 
     def waiting(self, step: StepKey, name_of: Callable[[StepKey], str]) -> tuple[str, WaitingView | None]:  # noqa: ARG002
         return "", None

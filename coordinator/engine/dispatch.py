@@ -110,7 +110,7 @@ class Dispatch:
             lane.filled.set()
 
     async def room(self) -> None:
-        """Wait until publishing has caught up; whoever brings more outputs asks first."""
+        """Wait until publishing has caught up; the caller has more outputs to bring."""
         await self._publications.room()
 
     async def run(self) -> None:

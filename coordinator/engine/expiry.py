@@ -52,7 +52,7 @@ class Forgetter:
                 break
             await self._engine.offer(SubmissionExpired(row.id))
         if forgotten := before - self._views.step_total():
-            _log.info("%d steps that nobody asks for any more were forgotten", forgotten)
+            _log.info("%d steps that no submission refers to any more were forgotten", forgotten)
 
     def _is_due(self, row: SubmissionRow) -> bool:
         age_s = self._clock.now() - row.touched_at

@@ -79,7 +79,7 @@ class Publications:
         self._measure()
 
     async def room(self) -> None:
-        """Wait until publishing has caught up; whoever brings more outputs asks first."""
+        """Wait until publishing has caught up; the caller has more outputs to bring."""
         await self._roomy.wait()
 
     async def run(self) -> None:

@@ -53,7 +53,7 @@ class Intake:
         store_dir: StoreDir,
         limits: IntakeLimits | None = None,
     ) -> None:
-        #: Has built paths from upstreams; whoever opens these adds them.
+        #: Fetches built paths from upstreams, which `coordinator.caches.opening` adds.
         self.pulls = ClosurePulls(cache)
         self._derivations = derivations
         #: What keeps the paths that clients were told are there.
@@ -157,7 +157,7 @@ class Intake:
     async def submit(self, request: SubmitRequest, *, sources_may_lack: bool = False) -> Planned:
         """Plan a submission of derivations that are stored: steps, and which of them the cache holds.
 
-        Whoever asks gives the plan's `leases` back or attaches them to the submission that it becomes. With
+        The caller gives the plan's `leases` back or attaches them to the submission that it becomes. With
         `sources_may_lack` steps are planned whose sources the cache has lost: they wait for these.
 
         Raises:

@@ -94,7 +94,7 @@ class Submissions:
         for row in submissions:
             await self._run_again(row, retry=(step.key,))
         if step.state is StepStatus.FAILED:
-            # Nobody waits for it: the next submission that wants it builds it.
+            # No submission waits for it: the next one that wants it builds it.
             await self._engine.offer(RetryAsked(step.key))
         return step, submissions
 

@@ -7,7 +7,7 @@ Rules:
 4. `notes` (what people called a submission) go into the same commit as the submission's facts. What several have in
    common, the roots of one graph, is stored once by its digest, until the last of them is forgotten.
 5. One writer. Each that begins raises the **epoch** (`take_over`), and every write is conditional on it inside its own
-   transaction: whoever comes back after another has taken over gets `FencedError`, and nothing of it is stored.
+   transaction: an earlier writer that comes back gets `FencedError`, and nothing of it is stored.
 6. A server that is away and a full disk are waited for, at most `PATIENCE_S`; meanwhile nothing is acknowledged,
    because nothing is stored. Where the connection was lost it is not known whether a commit took place: `append` asks
    for the journal's last `seq` before it tries again.
@@ -119,7 +119,7 @@ class Journal:
                 return {row.name.removeprefix(_MARK): row.value for row in await connection.execute(query)}
 
     async def take_over(self, marks: Mapping[str, int] | None = None) -> int:
-        """Begin a reign: from now on whoever wrote before is fenced out. Returns the epoch. Raises `JournalError`.
+        """Begin an epoch: from now on every earlier writer is fenced out. Returns the epoch. Raises `JournalError`.
 
         `marks`, of at most 50 characters and 31 bits, replace those of the last reign.
         """
@@ -148,9 +148,9 @@ class Journal:
                 await self.fence(connection)
 
     async def fence(self, connection: AsyncConnection) -> None:
-        """Check inside somebody's transaction in the same database that this is still the reign.
+        """Check inside a caller's transaction in the same database that this is still the epoch.
 
-        With PostgreSQL nobody can take over before that transaction ends. Raises `FencedError`.
+        With PostgreSQL no other coordinator can take over before that transaction ends. Raises `FencedError`.
         """
         query = select(tables.meta.c.value).where(tables.meta.c.name == "epoch").with_for_update(read=True)
         now = (await connection.execute(query)).scalar_one_or_none()

@@ -1,14 +1,14 @@
 """Election of the one coordinator that works on a database; the others stand by.
 
 With PostgreSQL that is a session-level advisory lock, which the server gives back when the session ends, however it
-does. Three ways of ending are seen to: a process that dies (at once), a machine or network that dies (the server's
-TCP keepalives, some 15 s) and a process that is paused (the session says something every `BEAT_S`; the server ends one
+does. Three ways of ending are seen to: a process that dies (at once), a machine or network that dies (the server's TCP
+keepalives, some 15 s) and a process that is paused (the session sends a statement every `BEAT_S`; the server ends one
 that has been idle for `IDLE_MS`). The lock only decides who begins. What keeps two from writing is the journal's epoch,
-which workers and caches are told as well.
+which workers and caches check as well.
 
-A leader whose session is lost, because the database was restarted say, tries to get the lock again. Where nobody has
-begun a reign meanwhile its state is still the truth, and it goes on. A file needs none of this: the lock on the state
-directory is enough.
+A leader whose session is lost, because the database was restarted say, tries to get the lock again. Where no other
+coordinator began an epoch meanwhile its state is still the truth, and it goes on. A file needs none of this: the lock
+on the state directory is enough.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class SessionLock:
             try:
                 async with asyncio.timeout(BEAT_WITHIN_S):
                     got = await self._try()
-                # In any case: whoever took over and has ended again wrote something.
+                # In any case: another coordinator may have taken over, written and ended.
                 await journal.check_epoch()
                 if got:
                     _log.warning("the journal's lock is held again")

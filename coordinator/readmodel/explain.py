@@ -41,7 +41,7 @@ class FarmExplainer:
         return sentence_of(reason, now, name_of), value_of(reason)
 
     def stuck(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
-        """Say which of the ready steps, counted by what they require, nobody can take, and why."""
+        """Return a sentence for each class of ready steps (counted by requirements) that no worker can take."""
         if not ready:
             return ()
         classes = self._farm.unserved()

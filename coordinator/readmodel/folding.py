@@ -32,7 +32,7 @@ from workers.wire.messages import StageChange
 
 #: Details learnt between two pauses, some 20 µs each.
 DETAILS_PIECE = 128
-#: Facts that begin something new; whoever has nothing open by then has ended before it.
+#: Facts that begin something new; a submission with nothing open by then has ended before it.
 _BEGINNINGS = (
     facts.SubmissionAccepted,
     facts.SubmissionRetried,

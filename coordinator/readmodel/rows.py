@@ -1,6 +1,6 @@
 """The rows of the read model: a step, a submission; and how a step's move shows in its submissions.
 
-Written by `coordinator.readmodel.views` alone, read by whoever renders them.
+`coordinator.readmodel.views` alone writes them; the modules that render answers read them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FEW = 8
 
 
 class Listener(Protocol):
-    """Whoever watches a submission."""
+    """Port of a watcher of one submission."""
 
     def note(self, row: StepRow) -> None:
         """A step of the submission changed."""
@@ -217,13 +217,13 @@ def arrive(sub: SubmissionRow, row: StepRow, state: StepStatus) -> None:
 
 
 def note(row: StepRow) -> None:
-    """Tell whoever watches a submission of the step that it changed."""
+    """Notify the watchers of the step's submissions that the step changed."""
     for sub in row.submissions:
         for watcher in sub.watchers:
             watcher.note(row)
 
 
 def touch(sub: SubmissionRow) -> None:
-    """Tell whoever watches a submission that it changed as a whole."""
+    """Notify the watchers of a submission that it changed as a whole."""
     for watcher in sub.watchers:
         watcher.touch()

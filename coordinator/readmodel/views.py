@@ -53,7 +53,7 @@ class Explainer(Protocol):
         """Return why the step does not run, in one sentence and as a value; nothing where that needs no reason."""
 
     def stuck(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
-        """Return sentences about those of the ready steps that nobody can take."""
+        """Return sentences about those of the ready steps that no worker can take."""
 
     def log_tail(self, step: StepKey, attempt: int) -> str:
         """Return the last lines of an attempt's log, or nothing."""

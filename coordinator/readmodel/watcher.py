@@ -14,7 +14,7 @@ WATCH_PENDING = 1024
 
 
 class Renderer(Protocol):
-    """Whoever renders rows."""
+    """Port of the views, which render rows."""
 
     def snapshot(self, row: SubmissionRow) -> Snapshot:
         """Render a submission with the steps that run or failed."""

@@ -9,9 +9,9 @@ They lie in the state directory, or in `secrets_dir`, and each is made on the fi
 builds and workers know those of the coordinator before, so the next one must have the same. The journal keeps a *mark*
 of each, 30 bits of a hash: enough to notice a mistake, of no use for finding the secret. Rules:
 
-1. Who stood by takes over only with the same secrets and the same object store. Of the signing keys of a cache one is
+1. A standby takes over only with the same secrets and the same object store. Of the signing keys of a cache one is
    enough, so that keys can be changed at one coordinator after the other.
-2. Who found nobody at work may have others: somebody changed them on purpose. But a signing key is not made anew where
+2. A coordinator that found no other at work may have other secrets: an operator changed them. But no key is made where
    the farm has had one, because that is a state directory that was lost, or one that never belonged to the farm.
 """
 

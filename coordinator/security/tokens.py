@@ -61,7 +61,7 @@ class TokenSet:
 
 
 class CacheAccess:
-    """Answers who may read and who may write. Without `readers` everybody may read; without `writers` nobody writes."""
+    """Access to a cache by tokens. Without `readers` every client may read; without `writers` none may write."""
 
     def __init__(self, readers: TokenSet | None = None, writers: TokenSet | None = None) -> None:
         self._writers = writers or TokenSet()

@@ -4,8 +4,8 @@
 
 The claims are canonical JSON (sorted keys, no spaces): the cache `c`, the step `s` and attempt `a` of the lease, the
 base names `p` of its outputs, and when it expires, `e`, in Unix seconds. The coordinator makes and checks them with one
-secret (`farm_secrets`), so a token needs no memory and outlives a restart, also that by another coordinator. Whoever
-has one can put bytes where that lease's outputs are expected: what they are, and whether the lease still stands, is
+secret (`farm_secrets`), so a token needs no memory and outlives a restart, also that by another coordinator. Its
+holder can put bytes where that lease's outputs are expected: what they are, and whether the lease still stands, is
 decided when they are published.
 """
 

@@ -1,7 +1,7 @@
 """The derivations that the coordinator has verified, and which of them are recipes of which step.
 
-A row is written only when the derivation's whole input closure is stored and verified, so whoever reads a derivation
-here may rely on everything below it. Rows never change. A member of a step gets its recipe index (`ordinal`) when it is
+A row is written only when the derivation's whole input closure is stored and verified, so the reader of a row may
+rely on everything below it. Rows never change. A member of a step gets its recipe index (`ordinal`) when it is
 first submitted and keeps it for ever: the journal names recipes by that index.
 
 Questions about many names are one query each: the names travel as one JSON array and are joined in SQL, which has no

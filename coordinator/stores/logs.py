@@ -27,7 +27,7 @@ READ_BYTES = 64 * 1024
 #: Bytes and lines of a tail.
 TAIL_BYTES = 8 * 1024
 TAIL_LINES = 20
-#: A follower looks again after this many seconds even if nobody woke it.
+#: A follower looks again after this many seconds even if no write woke it.
 _FOLLOW_WAIT_S = 5.0
 
 _SAFE_KEY = re.compile(r"[A-Za-z0-9+_=][A-Za-z0-9+._?=-]{0,254}")

@@ -1,10 +1,10 @@
-"""Leases of the store paths that a client was told it need not send: one for equal paths, ended with their last use.
+"""Leases of the store paths that a client need not send: one for equal paths, ended with their last use.
 
 A lease is named after the paths that it keeps. So the same graph, asked about or submitted again, renews what is there
-and adds nothing. What is *used* is not ended: a question waits for the submission that it prepares, a submission until
-its root keeps what it needs. What nobody answers for, a question without a submission or the leases of a coordinator
-that is gone, ends by its time, `LEASE_S`, or earlier where there are too many: beyond `MAX_QUESTIONS` questions, or
-`MAX_QUESTION_PATHS` paths in them, the oldest ends. Its client may have to send again what was collected meanwhile.
+and adds nothing. A lease in *use* does not end: a question uses it until the submission that it prepares comes, a
+submission until its root keeps the paths. A lease without a user (of a question without a submission, of a coordinator
+that is gone) ends after `LEASE_S`, or earlier where there are too many: beyond `MAX_QUESTIONS` questions, or
+`MAX_QUESTION_PATHS` paths in them, the oldest ends. Its client may have to send collected paths again.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class PathLeases:
                 lease.uses -= 1
 
     async def end(self, running: Collection[str]) -> None:
-        """End the leases of all submissions but these, and those that nobody uses.
+        """End the leases of all submissions but these, and those without a user.
 
         For housekeeping, under the lock under which it collects: a collection names first what submissions need.
         """
@@ -134,11 +134,11 @@ class PathLeases:
                         self._answered(name)
 
     async def _end_unused(self, name: str) -> None:
-        """End a lease that nobody uses; the caller holds `_ending`."""
+        """End a lease without a user; the caller holds `_ending`."""
         lease = self._leases.get(name)
         if lease is not None and lease.uses <= 0:
             await self._cache.release(name)
-            # Whoever has taken it meanwhile waits, and has a new row afterwards.
+            # A caller of `take` that came meanwhile waits for `_ending`, and makes a new row afterwards.
             if lease.uses <= 0:
                 del self._leases[name]
 

@@ -75,8 +75,8 @@ class Cache:
     ) -> Cache:
         """Open, or make, the cache whose metadata is at `database_url` (see `open_metadata`).
 
-        `now` gives Unix seconds. Every narinfo is signed by each of `keys`. With a `reign` whoever had the cache open
-        under an earlier one writes nothing from now on.
+        `now` gives Unix seconds. Every narinfo is signed by each of `keys`. With a `reign` a process that has the cache
+        open under an earlier one writes nothing from now on.
 
         Raises:
             ReignOverError: a later reign has begun.

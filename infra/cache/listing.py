@@ -63,7 +63,7 @@ class Listings:
                 return None
             task = asyncio.create_task(self._make(info))
             self._making[info.nar_hash] = task
-        # Whoever leaves does not take it from the others.
+        # Shielded: a waiter that is cancelled does not end it for the others.
         return await asyncio.shield(task)
 
     async def close(self) -> None:

@@ -38,7 +38,7 @@ class Channel:
         """Connect to the Unix socket of a daemon.
 
         Raises:
-            DaemonGone: Nobody listens there.
+            DaemonGone: No daemon listens there.
         """
         try:
             reader, writer = await asyncio.open_unix_connection(path, limit=PIPE_BUFFER_BYTES)
@@ -88,7 +88,7 @@ class Channel:
         return self._reader.at_eof() and not len(self.inbox)
 
     def expect_silence(self) -> None:
-        """Check that nothing arrived that nobody asked for; the next reply would be misread."""
+        """Check that no unrequested bytes arrived; the next reply would be misread."""
         if len(self.inbox):
             raise DaemonProtocolError(f"{len(self.inbox)} bytes arrived that belong to no request")
 

@@ -230,7 +230,7 @@ class Launch:
                 os.dup2(null, stream)
             os.execvp(words[0], list(words))  # noqa: S606 - the relay's command is this program's own
         finally:
-            # Reached only where it cannot be started; whoever waits for it sees the end of its pipe.
+            # Reached only where it cannot be started; the process that waits for it sees the end of its pipe.
             os._exit(NOT_RUN)
 
     def _follow(self, daemon: int, network: Network) -> None:

@@ -250,7 +250,7 @@ class DaemonConnection:
                     await self._add_temp_root(path)
                     break
                 except DaemonOperationError as error:
-                    # Nix 2.8 tells a running collector over a socket; one that has just ended leaves nobody there.
+                    # Nix 2.8 sends the root to a running collector over a socket; after its end none listens there.
                     if not left or COLLECTOR_SOCKET not in str(error):
                         raise
                 await asyncio.sleep(ROOT_PAUSE_S)

@@ -58,7 +58,7 @@ async def many_paths(uploads: Iterable[Upload]) -> AsyncIterator[bytes]:
 async def send_framed(
     chunks: AsyncIterable[bytes], send: Callable[[bytes], Awaitable[None]], is_refused: Callable[[], bool]
 ) -> None:
-    """Write chunks as frames until they end or `is_refused` says that nobody wants them; always end the stream.
+    """Write chunks as frames until they end or `is_refused` returns true; always end the stream.
 
     Raises:
         Exception: Whatever the chunks raise, after the stream was ended properly.

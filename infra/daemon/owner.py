@@ -1,17 +1,17 @@
-"""Owns one daemon and everything that comes of it: a small program between us and `nix-daemon --stdio`.
+"""Owner of one daemon and all its descendants: a small program between us and `nix-daemon --stdio`.
 
     python -I -S owner.py [--confined OPTION... --] COMMAND...
 
 What stands before the command is a `Confinement` (`infra.daemon.confinement`): the namespaces that the daemon enters.
 
 Nix kills the process group of a builder. A process that called setsid or was forked twice has left it, and a daemon
-that is killed kills nobody. So the owner is a *subreaper* (prctl(2)): whoever loses its parent below it becomes its
-child, and it ends only when it has no child left. It ends with its daemon: the descendants that are left then are
+that is killed kills no builder. So the owner is a *subreaper* (prctl(2)): a descendant that loses its parent becomes
+its child, and it ends only when it has no child left. It ends with its daemon: the descendants that are left then are
 killed. SIGTERM, SIGINT and SIGHUP make it kill all of them at once; the death of the owner sends its daemon SIGTERM.
 SIGUSR1 makes it kill those that lost their parent: what a build left that has ended while the daemon goes on.
 
 The streams are the daemon's alone: the owner closes its own, so the daemon's end shows as their end, and hanging up
-(also by the death of whoever holds the other ends) reaches the daemon directly.
+(also by the death of the holder of the other ends) reaches the daemon directly.
 
 Subreapers are Linux's. Elsewhere the owner knows its daemon's process group only, and a process that left it survives.
 This file stands alone: it is run without the program's packages, which take longer to import than it takes to run.
@@ -95,7 +95,7 @@ def _listen(daemon: int, kept: frozenset[int]) -> None:
 
 
 def _end_rest(daemon: int) -> None:
-    """Kill until nobody is left."""
+    """Kill until no child is left."""
     deadline = time.monotonic() + GIVE_UP_S
     while _has_children() and time.monotonic() < deadline:
         _kill_all(daemon)
@@ -137,7 +137,7 @@ def _complain(sentence: str) -> None:
 
 
 def _has_children() -> bool:
-    """Collect whoever ended; whether anybody is left."""
+    """Collect the children that ended; return whether any is left."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -124,7 +124,7 @@ class _Levels:
         self.stack: list[bytes] = []
 
     def fault(self, name: bytes) -> str | None:
-        """Record `name` as the next entry of the innermost directory, or return the reason that it may not come there."""
+        """Take `name` as the next entry of the innermost directory, or return the reason that it may not come there."""
         fault = _name_fault(name)
         if fault is None and name <= self.stack[-1]:
             return "an entry that is not above the one before it"

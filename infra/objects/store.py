@@ -71,7 +71,7 @@ FULL = "no room is left; make some (`drover cache gc` collects what nothing keep
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _CLIENT_OPTIONS: ClientConfig = {
-    # Whoever names an endpoint with http:// means it.
+    # An endpoint with http:// in the configuration is meant so.
     "allow_http": True,
     "connect_timeout": timedelta(seconds=CONNECT_S),
     "read_timeout": timedelta(seconds=SILENCE_S),

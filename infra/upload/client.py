@@ -355,7 +355,7 @@ class UploadClient:
         for attempt in range(TRIES):
             answer = await self._again(ask, attempt)
             if answer is not None or model is None:
-                return answer  # type: ignore[return-value]  # without a model nobody looks at it
+                return answer  # type: ignore[return-value]  # without a model it is not used
         raise UploadFailedError(f"the coordinator at {self._cache_url} does not answer; the next try goes on from here")
 
     async def _again(self, ask: Callable[[], Awaitable[_Answer | None]], attempt: int) -> _Answer | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import doctest
+import io
 import re
 import subprocess
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -120,10 +123,37 @@ def test_every_promise_of_the_threat_model_has_a_name_and_a_test() -> None:
     assert [promise for promise in promises if not re.search(r"`tests/[\w/]+\.py(?:::\w+)?`", promise)] == []
 
 
-def test_the_docstring_of_a_module_begins_with_the_thing_and_not_with_a_question() -> None:
-    question = re.compile(r"(What|Which|Who|Whoever|Whether|Why|How|Nobody)\b")
-    modules = tracked("coordinator/*.py", "workers/*.py", "infra/*.py", "scheduler/*.py")
-    docstrings = {path: ast.get_docstring(ast.parse(path.read_text())) or "" for path in modules}
-    assert {
-        str(path.relative_to(ROOT)): text.split("\n")[0] for path, text in docstrings.items() if question.match(text)
-    } == {}
+#: The product's own modules.
+MODULES = ("coordinator/*.py", "workers/*.py", "infra/*.py", "scheduler/*.py")
+
+
+def docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield where each docstring of a module stands, and its text."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{path.relative_to(ROOT)}:{getattr(node, 'name', '')}", ast.get_docstring(node) or ""
+
+
+def comments(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield where each comment of a module stands, and its text."""
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type == tokenize.COMMENT:
+            yield f"{path.relative_to(ROOT)}:{token.start[0]}", token.string
+
+
+def test_a_docstring_begins_with_the_thing_and_not_with_a_question() -> None:
+    question = re.compile(r"(What|Which|Who|Whoever|Whether|Why|How|That|Where|When|Nobody)\b")
+    found = {place: text.split("\n")[0] for path in tracked(*MODULES) for place, text in docstrings(path)}
+    assert {place: line for place, line in found.items() if question.match(line)} == {}
+
+
+def test_docstrings_and_comments_name_the_actor() -> None:
+    """`nobody` in backticks is the system's user of that name."""
+    nameless = re.compile(r"(?<!`)\b(whoever|nobody)\b(?!`)", re.IGNORECASE)
+    found = [
+        f"{place}: {word[0]}"
+        for path in tracked(*MODULES)
+        for place, text in (*docstrings(path), *comments(path))
+        for word in nameless.finditer(text)
+    ]
+    assert found == []

@@ -220,7 +220,7 @@ async def build_in_slot(
 async def _bounded_memory(connection: DaemonConnection) -> AsyncIterator[None]:
     """Hang up where the daemon of a running builder takes more than `MAX_DAEMON_BYTES`. Raises `EndlessLineError`.
 
-    A line without an end is seen by nobody but the daemon, which waits for the rest of it.
+    Only the daemon sees a line without an end: it waits for the rest of it.
     """
     taken = 0
 

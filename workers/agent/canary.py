@@ -297,7 +297,7 @@ async def _chunks(data: bytes) -> AsyncIterator[bytes]:
 
 @contextmanager
 def _files(state_dir: Path, nonce: str) -> Iterator[tuple[Path, Path]]:
-    """Put out a file of the machine's that everybody may read, and one of the agent's that nobody else may."""
+    """Put out a file of the machine's that every user may read, and one that only the agent may."""
     with (
         tempfile.NamedTemporaryFile(prefix=f"drover-canary-{nonce}-", dir="/tmp") as shown,
         tempfile.NamedTemporaryFile(prefix="canary-", dir=state_dir) as secret,

@@ -1,6 +1,6 @@
 """Long-lived connections to the Nix daemon, each with one owner at a time and reopened where it broke.
 
-A `Line` is one connection's place: a slot, the roots, a transfer. Whoever uses it holds it alone; when the connection
+A `Line` is one connection's place: a slot, the roots, a transfer. Its user holds it alone; when the connection
 was aborted or broke, the next user gets a new one. Opening costs some 25 ms, a request on an open line 0.1 ms.
 """
 
@@ -143,7 +143,7 @@ class Line:
             await self.close()
 
     async def close(self) -> None:
-        """Hang up, whoever holds the line, and wait for the end of its process."""
+        """Hang up, also while a user holds the line, and wait for the end of its process."""
         self._retire()
         while self._ending:
             await asyncio.wait(self._ending)
@@ -163,7 +163,7 @@ class Line:
 
 
 class Pool:
-    """A few lines for whoever comes first."""
+    """A few lines, given out in the order of requests."""
 
     def __init__(self, lines: Sequence[Line]) -> None:
         self._lines = tuple(lines)

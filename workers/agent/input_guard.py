@@ -186,7 +186,7 @@ class InputGuard:
         await self._look(watched, sample=self._looks % SAMPLE_EVERY == 0)
         await self._discard(self._spoilt.intersection(outputs), slot)
         if not self._trusts_builds() and (old := set(outputs) - self._vouched):
-            # A build of an earlier life of the agent may have been spoilt, and nobody saw it.
+            # A build of an earlier life of the agent may have been spoilt, and no look was there to see it.
             with suppress(InputChangedError):
                 await self._discard(old, slot)
         return Watch(watched, {path: self._changes[path] for path in watched if path in self._changes})

@@ -1,7 +1,7 @@
 """A lease's inputs become valid in the worker's store, fetched once however many leases want them.
 
     planning (one at a time): root the paths, ask the store which are valid, ask the cache for the narinfos of the rest
-    with their closure, check every signature, and claim the paths that nobody fetches yet;
+    with their closure, check every signature, and claim the paths that no transfer fetches yet;
     transfer (several at a time): wait for what others fetch, then stream the NARs into the store, references first.
 
 A cache that does not answer, and a store that breaks off, are asked again for a while before the lease is given back.
@@ -413,7 +413,7 @@ class _NarsAhead:
         return [self._sources.upload(info, self._nar(number)) for number, info in enumerate(self._infos)]
 
     async def close(self) -> None:
-        """Stop downloads that nobody wants any more."""
+        """Stop downloads that no transfer wants any more."""
         tasks = [task for _, task in self._ahead]
         for task in tasks:
             task.cancel()

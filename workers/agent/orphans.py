@@ -1,4 +1,4 @@
-"""Builders that nobody watches any more, found and ended: before an agent begins, and when a daemon of its own dies.
+"""Orphaned builders, found and ended: before an agent begins, and when a daemon of its own dies.
 
 An agent that dies takes its builds with it: its daemons see the end of their streams, and the owner of each daemon ends
 the rest (`infra.daemon.owner`). Only when owner and daemon are killed at once, as by `kill -9` over a whole node, does
@@ -6,7 +6,7 @@ a builder go on. Two marks find such leftovers:
 
 * daemons and owners carry `MARK` in their environment, which Nix does not pass on to builders;
 * a sandboxed builder has a root directory of its own, `<store>/<name>.drv.chroot`. One that has no living Nix process
-  above it serves nobody, whoever started it.
+  above it serves no build any more, of this agent or another.
 
 What ran outside the sandbox of a shared store and lost agent, owner and daemon in one moment is not found, and on macOS
 there is neither a root directory to look at nor a readable environment: there a person must end such a builder.
@@ -44,7 +44,7 @@ def sweep_leftovers(state_dir: Path, store: Path) -> int:
 
 
 def sweep_orphans(store: Path) -> int:
-    """End the builders in this physical store that lost daemon and owner, and so serve nobody; returns as above.
+    """End the orphaned builders in this physical store, those without daemon and owner; returns as above.
 
     Blocks; for an agent whose daemon is gone, before it says so: what is built again elsewhere must not run on here.
     """

@@ -1,10 +1,10 @@
 """Requests to an agent to stop in order: two files in its state directory, written by the program that started it.
 
     stop-request    written by the starter: Unix time after which running builds are handed back
-    stopped         written by the agent once it holds no lease and everything it told is acknowledged
+    stopped         written by the agent once it holds no lease and every event it sent is acknowledged
 
-The agent takes no new lease from the request on. Whoever stops a worker is not always connected to it (`drover worker`
-only runs the node), so this does not go over the transport. A request lasts until the agent starts anew.
+The agent takes no new lease from the request on. The program that stops a worker is not always connected to it (`drover
+worker` only runs the node), so this does not go over the transport. A request lasts until the agent starts anew.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLUSH_S = 5.0
 
 
 def requested(state_dir: Path) -> float | None:
-    """Return the Unix time at which running builds are handed back; None while nobody asked."""
+    """Return the Unix time at which running builds are handed back; None without a request."""
     try:
         return float((state_dir / REQUEST_FILE).read_text())
     except (OSError, ValueError):

@@ -14,7 +14,7 @@ def cluster_at(address: str) -> str:
 
     host, _, port = address.rpartition(":")
     try:
-        # Ray itself takes 40 s to say that nobody listens.
+        # Ray itself takes 40 s to report that no process listens.
         with socket.create_connection((host.strip("[]"), int(port)), LISTEN_DEADLINE_S):
             pass
         return str(GcsClient(address=address).cluster_id)

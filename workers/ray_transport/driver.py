@@ -168,7 +168,7 @@ class ActorCalls:
         except Exception as error:
             raise self._ray.translate(error) from error
         finally:
-            # Ray is not told: a poll that nobody awaits ends by itself after its wait.
+            # Not cancelled in Ray: a poll without a waiter ends by itself after its wait.
             answer.cancel()
 
     def _raise_if_dead(self) -> None:

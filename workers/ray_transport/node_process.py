@@ -188,7 +188,7 @@ class RayNode(ABC):
         self._leader = self._child = self._dir = None
 
     async def wait_failed(self) -> str:
-        """Return the reason, in one sentence, when the node ends although nobody asked it to; otherwise never."""
+        """Return the reason, in one sentence, when the node ends without a request to stop; otherwise never."""
         if self._leader is None:
             raise RayNodeError(f"{self._what} is not running")
         ending = await self._ending(*self._leader)

@@ -157,7 +157,7 @@ def watch_owner(directory: Path, parent: int) -> None:
 
 
 def sweep_stale(base: Path) -> Sequence[Path]:
-    """End nodes in `base` that nobody owns and that may not go on alone, remove their directories, and return these."""
+    """End nodes in `base` that have no owner and may not go on alone, remove their directories, and return these."""
     swept: list[Path] = []
     for directory in sorted(base.glob(f"{DIRECTORY_PREFIX}*")):
         note = read_note(directory)

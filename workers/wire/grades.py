@@ -2,12 +2,12 @@
 
 | class | means |
 | --- | --- |
-| A | a Linux sandbox whose builders are nobody else on the machine, and which shows nothing that could be changed |
+| A | a Linux sandbox whose builders have user ids of their own, and which shows nothing that could be changed |
 | B | the macOS sandbox, which has one network and one file system with the machine but keeps builds from its files |
 | C | anything weaker, and whatever was not measured |
 
 Rules: 1. The class follows from the report alone, by the table `_RULES`; each finding has its own sentence. 2. What a
-report does not say is no finding, except for the user that builders run as: a worker that cannot show it is class C.
+report leaves out is no finding, except for the user that builders run as: a worker that cannot show it is class C.
 3. Nothing here is secret, and all of it is bounded, because it travels with every greeting.
 """
 

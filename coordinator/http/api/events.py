@@ -33,7 +33,7 @@ class WatchStreams:
         self._stopping = False
 
     def stop(self) -> None:
-        """End all streams at their next look; clients connect again to whoever comes next."""
+        """End all streams at their next look; clients connect again to the next coordinator."""
         self._stopping = True
         for woken in self._open:
             woken.set()
@@ -61,7 +61,7 @@ class WatchStreams:
                 await response.write_eof()
                 return response
         except ConnectionError:
-            # The client went away: nothing is wrong, and nobody is left to answer.
+            # The client went away: nothing is wrong, and there is no one to answer.
             return web.Response()
         finally:
             self._open.discard(woken)

@@ -3,12 +3,12 @@
     PUT PREFIX/nar/<file hash>.nar[.zst …]     hashed while it comes; stored if it has the hash in its name
     PUT PREFIX/<hash>.narinfo                  a claim: the object is read back whole, verified, signed by us, shown
     PUT PREFIX/log/<derivation>                kept beside the cache, bounded, for `nix log`
-    PUT PREFIX/<hash>.ls, PREFIX/debuginfo/…   taken and dropped: nobody vouches for them
+    PUT PREFIX/<hash>.ls, PREFIX/debuginfo/…   taken and dropped: no key vouches for them
     PUT PREFIX/realisations/…  build-trace-v2/…  signed by us, if their paths are here
     PUT PREFIX/nix-cache-info                  taken if it names our store directory
 
-Nix retries a 5xx or 429 with an empty body and the old Content-Length (2.8), and then hangs. So: whoever has no token,
-is too large or finds no room is refused before `100 Continue`; after that every refusal is a 4xx that Nix does not
+Nix retries a 5xx or 429 with an empty body and the old Content-Length (2.8), and then hangs. So: a PUT without a
+token, too large or without room is refused before `100 Continue`; after that every refusal is a 4xx that Nix does not
 retry, with one sentence. A body that ends early or falls silent leaves nothing.
 
 HEAD (and GET) of an object tells its writers that it is there from the moment it is whole, so that a second run need

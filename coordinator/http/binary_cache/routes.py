@@ -5,9 +5,9 @@ own, `{"paths": [base name], "closure": bool}`, is answered by `{"narinfos": [te
 `MAX_QUESTION` paths, and `NARINFOS_AT_ONCE` of what they reach, the nearest first; a worker asks again for the
 references that the answer lacks.
 
-A private cache answers 401 to whoever has no token (`coordinator.http.binary_cache.access`). HEAD is answered wherever
-GET is, and the same. What is unknown, malformed, lost or cannot be looked up just now is 404 with `no-store`: a client
-then asks its next cache or builds, while any 5xx would fail its build (infra/nix/FORMATS.md 6.2). For the same
+A private cache answers 401 to a client without a token (`coordinator.http.binary_cache.access`). HEAD is answered
+wherever GET is, and the same. What is unknown, malformed, lost or cannot be looked up just now is 404 with `no-store`:
+a client then asks its next cache or builds, while any 5xx would fail its build (infra/nix/FORMATS.md 6.2). For the same
 reason no 200 leaves before its first bytes are at hand. Workers, who have no other cache, tell what fails just now from
 what is lost by its `Retry-After` (`infra.objects.http_source`).
 """
@@ -72,7 +72,7 @@ class CacheRoutes:
         self._log_for = log_for
         self._listings = Listings(served.cache)
         self._nars = NarAnswers(served, self._headers(NAR_HEADERS))
-        #: None where nobody may write.
+        #: None where no token may write.
         self.puts = CachePuts(served) if served.access.writable else None
 
     def handlers(self) -> dict[Route[Any], Handler]:

@@ -104,7 +104,7 @@ conflicts = sa.Table(
     sa.Column("serial", _Serial, sa.ForeignKey("paths.serial"), primary_key=True, autoincrement=False),
     sa.Column("nar_hash", sa.String(59), primary_key=True),
     sa.Column("nar_size", sa.BigInteger, nullable=False),
-    # The object of the losing bits; it stays as long as the path, for whoever wants to compare.
+    # The object of the losing bits; it stays as long as the path, so that a person can compare.
     sa.Column("url", sa.Text, nullable=False),
     sa.Column("file_size", sa.BigInteger, nullable=False),
     sa.Column("deriver", sa.Text, nullable=False),
@@ -193,7 +193,7 @@ class Database:
     patience_s: float = 0.0
     #: Why nothing can be read or written at the moment, "" while all is well.
     trouble: str = ""
-    #: Under which every transaction writes; None: nobody is fenced out.
+    #: Under which every transaction writes; None: no writer is fenced out.
     reign: Reign | None = None
 
     async def close(self) -> None:

@@ -19,7 +19,7 @@ from infra.nix import narinfo as narinfo_format
 from infra.nix import realisation as realisation_format
 from infra.nix.realisation import RealisationLayout
 
-#: Rows of one transaction; a signature takes some 50 us, which nobody should wait for long.
+#: Rows of one transaction; a signature takes some 50 us, and other work waits for it.
 BATCH: Final = 100
 
 

@@ -1,4 +1,4 @@
-"""Pulls of whole closures from trusted upstreams, for paths that nobody sends and nothing here builds.
+"""Pulls of whole closures from trusted upstreams, for paths that no client sends and no build here makes.
 
 Only what an upstream signs counts, down to the last reference: a path is published only with all that it refers to, so
 nothing is fetched of a closure of which a part is nowhere. Each pull is bounded by paths, bytes and time.

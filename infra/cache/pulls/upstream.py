@@ -3,7 +3,7 @@
 What an upstream has need not be uploaded here, and what broke here can be fetched from there. Only a narinfo of the
 path that was asked for, of the same store directory and signed by one of the keys counts; anything else is as if it
 were not there. An upstream that fails is left alone for REST_S and has nothing meanwhile: it is a convenience, and
-nobody must wait for it twice.
+no client must wait for it twice.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Objects that arrive in pieces: one file for each slot, hashed while it grows, moved to its place when it is whole.
 
 The files are the directory `incoming/` of a store that is a directory, so that placing an object is a rename; else they
-lie in a directory of the coordinator. They outlive this process and are found again by their slot: whoever sends the
-object anew goes on where it ends. The holder of a slot (`Uploads` gives turns) alone may write to it.
+lie in a directory of the coordinator. They outlive this process and are found again by their slot: a client that
+sends the object anew goes on where it ends. The holder of a slot (`Uploads` gives turns) alone may write to it.
 """
 
 from __future__ import annotations

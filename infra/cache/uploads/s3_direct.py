@@ -1,4 +1,4 @@
-"""Presigned uploads to S3: whoever holds an address may PUT exactly that object or part, for a while, and nothing else.
+"""Presigned uploads to S3: the holder of an address may PUT exactly that object or part, for a while, nothing else.
 
 obstore signs whole objects; parts of a multipart upload are signed by botocore, which also begins, lists, completes and
 aborts them. Signing is arithmetic; the rest are requests of its own to the store, made in threads, each bounded in time

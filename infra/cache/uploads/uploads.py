@@ -1,9 +1,9 @@
-"""Taking uploads in: what the coordinator keeps of one, from `begin` to `commit`.
+"""Uploads into a cache, from `begin` to `commit`.
 
 An upload names all of its paths at once. What is missing is sent, directly to the object store with presigned
 addresses or through here into a spool (`relay`); `commit` puts it in its place and hands it to `Cache.publish`, which
 trusts nothing. What is published with other bits is sent too, unless the very same bits have lost before: they are kept
-beside the first for whoever wants to compare.
+beside the first so that a person can compare.
 
 Everything that must outlive this process lies in files and in the object store and is found again by a name that
 follows from sender, path and NAR hash (the *slot*): an upload that begins anew continues. Two senders with the same
