@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from infra.daemon import owner
+from infra.daemon import owner, usage
 from infra.daemon.confinement import UNCONFINED, Confinement
 from infra.daemon.errors import DaemonGone
 from infra.process import ChildProcess, ProcessNotFound
@@ -30,8 +30,6 @@ LAST_WORDS_S: Final = 0.5
 #: Seconds between two looks at what the owner still has to kill, and until a build's leftovers are left to it.
 LOOK_AGAIN_S: Final = 0.005
 ORPHANS_END_S: Final = 5.0
-#: Unit of /proc/PID/statm.
-PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 def _children(pid: int) -> list[int]:
@@ -83,7 +81,24 @@ class Child:
             pages = int(Path(f"/proc/{daemon}/statm").read_bytes().split()[1])
         except (OSError, IndexError, ValueError):
             return 0
-        return pages * PAGE_BYTES
+        return pages * usage.PAGE_BYTES
+
+    def memory_of_builders(self) -> int | None:
+        """Bytes that all processes below the daemon have for themselves now; None while it has none."""
+        daemon = self._daemon()
+        return None if daemon is None else usage.memory_below(daemon)
+
+    def account(self) -> usage.Account | None:
+        """Return what the daemon's builders have used so far; None where /proc does not tell."""
+        daemon = self._daemon()
+        return None if daemon is None else usage.read_account(daemon)
+
+    def _daemon(self) -> int | None:
+        """Process id of the daemon, the owner's first child."""
+        try:
+            return _children(self.pid)[0]
+        except (OSError, IndexError, ValueError):
+            return None
 
     def keep_children(self) -> None:
         """Take the owner's children of this moment for its own: no build has begun."""

@@ -28,6 +28,7 @@ from infra.daemon.errors import (
 )
 from infra.daemon.events import BuildEvent, BuildListener
 from infra.daemon.framed import Upload, checked_nar, many_paths, send_framed
+from infra.daemon.usage import Account
 from infra.daemon.values import (
     BasicDerivation,
     BuildMode,
@@ -179,6 +180,14 @@ class DaemonConnection:
     def memory_of_building(self) -> int:
         """Resident bytes of our own daemon while a builder of it runs; 0 where that cannot be seen."""
         return 0 if self._channel.child is None else self._channel.child.memory_of_building()
+
+    def memory_of_builders(self) -> int | None:
+        """Bytes that the builders of our own daemon have for themselves now; None where that cannot be seen."""
+        return None if self._channel.child is None else self._channel.child.memory_of_builders()
+
+    def account(self) -> Account | None:
+        """Return what the builders of our own daemon have used so far; None where that cannot be seen."""
+        return None if self._channel.child is None else self._channel.child.account()
 
     def abort(self, reason: str = "aborted") -> None:
         """Hang up now, from any task of the same loop: a running build is killed, its caller gets DaemonGone.

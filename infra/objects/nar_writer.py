@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import lzma
+import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Protocol
 
@@ -39,7 +40,10 @@ QUICK_BYTES = 8 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class UploadedNar:
-    """A NAR in the object store. Hashes are `sha256:<nix32>`, sizes bytes, `url` the object's key."""
+    """A NAR in the object store. Hashes are `sha256:<nix32>`, sizes bytes, `url` the object's key.
+
+    `packing_s` is how long its upload waited for its bytes to be read, hashed and compressed.
+    """
 
     nar_hash: str
     nar_size: int
@@ -47,6 +51,7 @@ class UploadedNar:
     compression: str
     file_hash: str
     file_size: int
+    packing_s: float = field(default=0.0, compare=False)
 
 
 class _Codec(Protocol):
@@ -146,7 +151,7 @@ class _Encoder:
         """Return the last compressed bytes."""
         return self._out(self._codec.finish())
 
-    def uploaded(self) -> UploadedNar:
+    def uploaded(self, packing_s: float) -> UploadedNar:
         """Return what the object is, once all of it went through."""
         file_hash = sha256_text(self._file_hash.digest())
         return UploadedNar(
@@ -156,6 +161,7 @@ class _Encoder:
             compression=self._compression,
             file_hash=file_hash,
             file_size=self._file_size,
+            packing_s=packing_s,
         )
 
     def _out(self, data: bytes) -> bytes:
@@ -168,12 +174,27 @@ class CompressedNar:
     """A NAR that is being compressed. Read `pieces` to their end, once; `uploaded` then says what the object is."""
 
     def __init__(self, encoder: _Encoder, pieces: AsyncGenerator[bytes, None]) -> None:
-        self.pieces = pieces
+        self.pieces = _TimedPieces(pieces)
         self._encoder = encoder
 
     def uploaded(self) -> UploadedNar:
         """Return hashes and sizes; `url` is the key of an object that is named after its hash."""
-        return self._encoder.uploaded()
+        return self._encoder.uploaded(self.pieces.waited_s)
+
+
+class _TimedPieces(AsyncIterator[bytes]):
+    """The pieces of a NAR, and the seconds that were waited for them."""
+
+    def __init__(self, pieces: AsyncGenerator[bytes, None]) -> None:
+        self._pieces = pieces
+        self.waited_s = 0.0
+
+    async def __anext__(self) -> bytes:
+        began = time.monotonic()
+        try:
+            return await anext(self._pieces)
+        finally:
+            self.waited_s += time.monotonic() - began
 
 
 @asynccontextmanager

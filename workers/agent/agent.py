@@ -209,6 +209,7 @@ class Agent:
     async def events(self, ack: int, max_bytes: int, wait_s: float) -> dict[str, Any]:
         """Forget what is at or below `ack`, then answer with what there is, or comes within `wait_s`; gives `Batch`."""
         self._check_started()
+        received_at = self._clock.now()
         self._leases.acknowledged(self._spool.acknowledge(ack))
         await self._spool.wait(min(wait_s, MAX_WAIT_S))
         self._check_started()
@@ -223,6 +224,8 @@ class Agent:
             "leases": self._leases.held(ended),
             "draining": self._leases.draining,
             "unfit": self._fitness.unfit,
+            "received_at": received_at,
+            "answered_at": self._clock.now(),
             **({"isolation": isolation.model_dump()} if isolation is not None and changed else {}),
         }
 
@@ -298,7 +301,7 @@ class Agent:
                 async with self._slots[0].use() as connection:
                     self._nix_version = connection.nix_version
                 async with asyncio.TaskGroup() as group:
-                    self._inputs = InputFetcher(roots, transfers, group)
+                    self._inputs = InputFetcher(roots, transfers, group, self._clock)
                     self._leases = self._runner(group)
                     # Before the farm is met: it shall not give a worker that cannot build anything to build.
                     await self._fitness.look()

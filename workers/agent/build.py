@@ -27,7 +27,9 @@ from infra.daemon import (
     Options,
     Phase,
 )
+from infra.daemon.usage import BuildersUse, used_between
 from infra.nix import aterm
+from workers.agent.attempt_record import BuildUse
 from workers.agent.daemon_pool import Line
 from workers.agent.lease_machine import Trouble
 from workers.errors import WorkerError
@@ -42,6 +44,8 @@ RUNAWAY_LOG_BYTES = 1024 * 1024 * 1024
 MAX_DAEMON_BYTES = 1024 * 1024 * 1024
 #: Seconds until the first look at that memory and between two: a builder prints some 200 MB a second.
 LOOK_EVERY_S = 0.25
+#: Looks at the daemon's memory for each at the memory of all processes of the build, but for the first.
+LOOKS_PER_PEAK = 4
 #: How the exceptions of Nix's JSON library begin. All the JSON that Nix reads for a build comes from its recipe.
 JSON_EXCEPTION = "[json.exception."
 #: Longest phase name that is passed on; a builder may print anything as one.
@@ -163,8 +167,9 @@ async def build_in_slot(
     gate: LogGate,
     on_phase: Callable[[str], None],
     pause: Callable[[], Awaitable[object] | None],
+    use: BuildUse,
 ) -> BuildResult:
-    """Build and return the daemon's verdict.
+    """Build and return the daemon's verdict; `use` gets what the build used, as far as the machine tells.
 
     `pause` is asked after each event; what it returns is awaited before the daemon is read on, so a builder that
     prints faster than its log is taken away is slowed down. Cancelling hangs up, which kills the builder. A daemon
@@ -189,8 +194,9 @@ async def build_in_slot(
             await slot.set_options(limits.options())
             # They are rooted already, by a connection that may die before this one.
             await slot.keep(derivation.inputs)
+            before = connection.account()
             try:
-                async with _bounded_memory(connection):
+                async with _bounded_memory(connection, use):
                     result = await connection.build_derivation(drv_path, derivation, on_event)
             except DaemonOperationError as error:
                 # A build that fails is a result. An error instead of one (say, a phase that Nix 2.8 cannot parse)
@@ -200,6 +206,7 @@ async def build_in_slot(
                     reading = UnreadableLogError if error.builder_ran else UnreadableRecipeError
                     raise reading(str(error)) from error
                 raise
+            _settle(use, used_between(before, connection.account()), result)
             # Before the slot is anybody else's: what its next build leaves to the owner is that build's.
             await connection.end_orphans()
             return result
@@ -216,21 +223,33 @@ async def build_in_slot(
         gate.finish()
 
 
+def _settle(use: BuildUse, used: BuildersUse | None, result: BuildResult) -> None:
+    """Complete `use`; what the daemon itself has measured (with cgroups, since Nix 2.20) is more exact."""
+    if used is not None:
+        use.cpu_s, use.read_bytes, use.written_bytes = used.cpu_s, used.read_bytes, used.written_bytes
+    if result.cpu_user_us is not None and result.cpu_system_us is not None:
+        use.cpu_s = (result.cpu_user_us + result.cpu_system_us) / 1e6
+
+
 @asynccontextmanager
-async def _bounded_memory(connection: DaemonConnection) -> AsyncIterator[None]:
+async def _bounded_memory(connection: DaemonConnection, use: BuildUse) -> AsyncIterator[None]:
     """Hang up where the daemon of a running builder takes more than `MAX_DAEMON_BYTES`. Raises `EndlessLineError`.
 
     Only the daemon sees a line without an end: it waits for the rest of it.
+    The memory of the build's processes is looked at too, and bounded by nothing here.
     """
     taken = 0
 
     async def look() -> None:
         nonlocal taken
-        now = 0
+        now = looks = 0
         while now <= MAX_DAEMON_BYTES:
             # First of all: most builds of a large graph end before a line could take that much.
             await asyncio.sleep(LOOK_EVERY_S)
             now = connection.memory_of_building()
+            if looks % LOOKS_PER_PEAK == 0:
+                use.saw_memory(connection.memory_of_builders())
+            looks += 1
         taken = now
         connection.abort("the log takes too much memory")
 

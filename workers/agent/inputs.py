@@ -17,12 +17,14 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import aiohttp
 import orjson
 
+from infra.clock import Clock
 from infra.daemon import DaemonGone, DaemonOperationError, Upload, ValidPathInfo
 from infra.nix import narinfo
 from infra.nix.errors import NixError
@@ -35,8 +37,10 @@ from infra.objects.nar_reader import fetch_nar
 from infra.objects.store import ObjectStore, open_object_store
 from infra.retry import Patience
 from infra.upload.client import UploadClient
+from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog
 from workers.agent.daemon_pool import Line, Pool
 from workers.errors import WorkerError
+from workers.wire.measures import FetchSource
 from workers.wire.messages import MAX_MISSING, FarmInfo
 
 #: Seconds for one question to the cache, in all and until it connects.
@@ -135,6 +139,11 @@ class FarmSources:
             return [narinfo.parse(text.encode(), self.store_dir) for text in answer["narinfos"]]
         except (NixError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"the cache's answer cannot be read: {error}") from error
+
+    @property
+    def kind(self) -> FetchSource:
+        """Source that `nar` reads."""
+        return "cache" if self.store is None else "objects"
 
     async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None]:
         """Yield the NAR of a narinfo, verified by its end. Raises `InputError`."""
@@ -257,20 +266,29 @@ async def _reachable_store(farm: FarmInfo) -> ObjectStore | None:
     return store
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Transfer:
+    """Paths on their way into the store. The task never raises: it returns its error."""
+
+    task: asyncio.Task[Exception | None]
+    log: FetchLog
+
+
 class InputFetcher:
     """Makes paths valid; see the module's text. Its tasks live in `group`."""
 
-    def __init__(self, roots: Line, transfers: Pool, group: asyncio.TaskGroup) -> None:
+    def __init__(self, roots: Line, transfers: Pool, group: asyncio.TaskGroup, clock: Clock) -> None:
         self._roots = roots
         self._transfers = transfers
         self._group = group
+        self._clock = clock
         self._planning = asyncio.Lock()
         #: Rooted by the roots connection of `_generation` and seen valid since.
         self._valid: set[str] = set()
         self._generation = 0
         self._tasks: set[asyncio.Task[Exception | None]] = set()
-        #: Claimed paths and the transfer that will make them valid. A transfer never raises: it returns its error.
-        self._claimed: dict[str, asyncio.Task[Exception | None]] = {}
+        #: Claimed paths and the transfer that will make them valid.
+        self._claimed: dict[str, _Transfer] = {}
 
     def known(self, paths: Iterable[str]) -> bool:
         """Return whether all paths are known to be valid, so that `ensure` would return at once."""
@@ -296,40 +314,47 @@ class InputFetcher:
         for task in self._tasks:
             task.cancel()
 
-    async def ensure(self, paths: Sequence[str], sources: FarmSources) -> None:
+    async def ensure(self, paths: Sequence[str], sources: FarmSources, record: AttemptRecord) -> None:
         """Return when all full paths are valid and rooted for the life of the roots connection.
 
-        A cancelled caller leaves the transfer running: others may wait for it. Raises `InputError`,
-        `infra.daemon.DaemonError` or `DaemonUnreachableError`.
+        `record` gets what was fetched meanwhile by the transfers that this waited for. A cancelled caller leaves the
+        transfer running: others may wait for it. Raises `InputError`, `infra.daemon.DaemonError` or
+        `DaemonUnreachableError`.
         """
         if self.known(paths):
             return
         async with self._planning:
-            tasks = await self._plan(set(paths), sources)
-        for task in tasks:
-            error = await asyncio.shield(task)
-            if error is not None:
-                raise error
+            earlier, own = await self._plan(set(paths), sources)
+        try:
+            for transfer in (*earlier, *own):
+                error = await asyncio.shield(transfer.task)
+                if error is not None:
+                    raise error
+        finally:
+            for transfer in (*earlier, *own):
+                record.fetched(transfer.log, shared=transfer not in own)
 
-    async def _plan(self, wanted: set[str], sources: FarmSources) -> list[asyncio.Task[Exception | None]]:
-        """Claim what is missing; return the transfers to wait for."""
+    async def _plan(self, wanted: set[str], sources: FarmSources) -> tuple[list[_Transfer], list[_Transfer]]:
+        """Claim what is missing; return the transfers to wait for, those of others and the own one if any."""
         missing = await self._missing(wanted)
         earlier = {self._claimed[path] for path in missing if path in self._claimed}
         unclaimed = missing - self._claimed.keys()
         if not unclaimed:
-            return list(earlier)
+            return list(earlier), []
         infos = await sources.narinfos(unclaimed)
         missing = await self._missing({info.store_path for info in infos})
         earlier |= {self._claimed[path] for path in missing if path in self._claimed}
         mine = [info for info in infos if info.store_path in missing and info.store_path not in self._claimed]
         if not mine:
-            return list(earlier)
-        task = self._group.create_task(self._transfer(mine, sources, frozenset(earlier)), name="fetch inputs")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            return list(earlier), []
+        log = FetchLog()
+        work = self._transfer(mine, sources, frozenset(transfer.task for transfer in earlier), log)
+        own = _Transfer(self._group.create_task(work, name="fetch inputs"), log)
+        self._tasks.add(own.task)
+        own.task.add_done_callback(self._tasks.discard)
         for info in mine:
-            self._claimed[info.store_path] = task
-        return [*earlier, task]
+            self._claimed[info.store_path] = own
+        return list(earlier), [own]
 
     async def _missing(self, paths: set[str]) -> set[str]:
         """Root paths, then ask which are not valid; a connection whose daemon is gone is replaced once."""
@@ -355,6 +380,7 @@ class InputFetcher:
         infos: Sequence[NarInfo],
         sources: FarmSources,
         earlier: frozenset[asyncio.Task[Exception | None]],
+        log: FetchLog,
     ) -> Exception | None:
         """Add the paths; the error is returned, because every lease that waits wants it."""
         try:
@@ -362,7 +388,7 @@ class InputFetcher:
                 error = await asyncio.shield(task)
                 if error is not None:
                     return error
-            await self._stream(infos, sources)
+            await self._stream(infos, sources, log)
         except Exception as error:  # noqa: BLE001 - handed to every waiting lease, which tells it
             return error
         finally:
@@ -370,14 +396,14 @@ class InputFetcher:
                 del self._claimed[info.store_path]
         return None
 
-    async def _stream(self, infos: Sequence[NarInfo], sources: FarmSources) -> None:
+    async def _stream(self, infos: Sequence[NarInfo], sources: FarmSources, fetches: FetchLog) -> None:
         """Add the paths, where the store breaks off what is left of them again for a while."""
         left = list(infos)
         patience: Patience | None = None
         while left:
             try:
                 async with self._transfers.use() as connection:
-                    stream = _NarsAhead(left, sources)
+                    stream = _NarsAhead(left, sources, self._clock, fetches)
                     try:
                         # The signatures are verified above, with the farm's keys; the daemon has its own list.
                         await connection.add_multiple_to_store(stream.uploads(), dont_check_sigs=True)
@@ -401,9 +427,11 @@ class InputFetcher:
 class _NarsAhead:
     """The NARs of a transfer in order; small ones are downloaded while those before them are sent."""
 
-    def __init__(self, infos: Sequence[NarInfo], sources: FarmSources) -> None:
+    def __init__(self, infos: Sequence[NarInfo], sources: FarmSources, clock: Clock, log: FetchLog) -> None:
         self._infos = infos
         self._sources = sources
+        self._clock = clock
+        self._log = log
         #: Downloads of the infos from `_next` on backwards, oldest first; at most AHEAD.
         self._ahead: deque[tuple[int, asyncio.Task[bytes]]] = deque()
         self._next = 0
@@ -427,7 +455,7 @@ class _NarsAhead:
             self._ahead.popleft()
             yield data
             return
-        async with aclosing(self._sources.nar(self._infos[number])) as chunks:
+        async with aclosing(self._read(self._infos[number])) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -443,5 +471,14 @@ class _NarsAhead:
             self._next += 1
 
     async def _whole(self, info: NarInfo) -> bytes:
-        async with aclosing(self._sources.nar(info)) as chunks:
+        async with aclosing(self._read(info)) as chunks:
             return b"".join([chunk async for chunk in chunks])
+
+    async def _read(self, info: NarInfo) -> AsyncGenerator[bytes, None]:
+        """Yield a NAR, and note it in the log when all of it has come."""
+        began = self._clock.now()
+        async with aclosing(self._sources.nar(info)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        took_s = self._clock.now() - began
+        self._log.add(Fetched(info.nar_size, info.store_path, self._sources.kind, began, took_s))

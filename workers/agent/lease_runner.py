@@ -18,6 +18,7 @@ from typing import Any
 from infra.clock import Clock
 from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
 from infra.nix.errors import NixError
+from workers.agent.attempt_record import AttemptRecord
 from workers.agent.build import (
     BuildLimits,
     ConnectionLostError,
@@ -78,6 +79,7 @@ class _Run:
     """One lease in hand."""
 
     order: LeaseOrder
+    record: AttemptRecord
     #: The slot, once the machine has given one.
     slot: asyncio.Future[int]
     task: asyncio.Task[None] | None = None
@@ -176,7 +178,9 @@ class LeaseRunner:
             key = (order.step, order.attempt)
             if key in self._finished or not self._machine.accept(key, now, order.memory_bytes):
                 continue
-            self._runs[key] = _Run(order, asyncio.get_running_loop().create_future(), started_at=now)
+            self._runs[key] = _Run(
+                order, AttemptRecord(self._clock.now), asyncio.get_running_loop().create_future(), started_at=now
+            )
         self._advance()
 
     def acknowledged(self, keys: Iterable[LeaseKey]) -> None:
@@ -285,6 +289,7 @@ class LeaseRunner:
             built_at=run.built_at,
             ended_at=now,
             result=told,
+            measures=run.record.measures(),
         )
         self._spool.report(report, within_s=0.0 if self._machine.has_idle_slot else REPORT_WITHIN_S)
 
@@ -300,14 +305,15 @@ class LeaseRunner:
         try:
             if not self._inputs.known(order.inputs):
                 self._tell_stage(key, Stage.FETCHING)
-                await self._inputs.ensure(order.inputs, sources)
+                with run.record.span("inputs"):
+                    await self._inputs.ensure(order.inputs, sources, run.record)
             self._machine.fetched(key)
             self._advance()
             await self._build(key, run, await run.slot, derivation)
             self._advance()
             self._tell_stage(key, Stage.UPLOADING)
             await self._check_size(derivation, order.max_output_bytes)
-            return await self._upload(key, derivation, sources, order.upload_token)
+            return await self._upload(key, run, derivation, sources)
         except RecipeBrokeDaemonError as error:
             raise _Stopped(judge_trouble(error.trouble, str(error))) from None
         except InputError as error:
@@ -330,16 +336,23 @@ class LeaseRunner:
         outputs = [output.path for output in derivation.outputs]
         with self._ending_where_inputs_changed():
             watch = await self._guard.begin(derivation.inputs, outputs, self._slots[slot])
+
+        def entered(phase: str) -> None:
+            run.record.phase(phase)
+            self._tell_stage(key, Stage.BUILDING, phase)
+
         try:
-            result = await build_in_slot(
-                self._slots[slot],
-                run.order.drv_path,
-                derivation,
-                limits=BuildLimits(run.order.timeout_s, run.order.max_silent_s, self._build_cores),
-                gate=gate,
-                on_phase=lambda phase: self._tell_stage(key, Stage.BUILDING, phase),
-                pause=self._pause,
-            )
+            with run.record.span("build"):
+                result = await build_in_slot(
+                    self._slots[slot],
+                    run.order.drv_path,
+                    derivation,
+                    limits=BuildLimits(run.order.timeout_s, run.order.max_silent_s, self._build_cores),
+                    gate=gate,
+                    on_phase=entered,
+                    pause=self._pause,
+                    use=run.record.use,
+                )
         except (DaemonError, WorkerError) as error:
             if isinstance(error, ConnectionLostError):
                 # What runs on may go on writing.
@@ -392,16 +405,18 @@ class LeaseRunner:
             detail = f"{size} bytes, and at most {limit_bytes} are allowed"
             raise _Stopped(judge_trouble(Trouble.OUTPUT_TOO_LARGE, detail))
 
-    async def _upload(self, key: LeaseKey, derivation: BasicDerivation, sources: FarmSources, token: str) -> Succeeded:
-        outputs = await deliver(
-            self._readers,
-            # Another coordinator may take over meanwhile: outputs go to the one that leads then.
-            lambda: self._sources() or sources,
-            {output.name: output.path for output in derivation.outputs},
-            token,
-            within_s=UPLOAD_WITHIN_S,
-            waits=lambda why: self._tell_stage(key, Stage.UPLOADING, why[:MAX_MESSAGE]),
-        )
+    async def _upload(self, key: LeaseKey, run: _Run, derivation: BasicDerivation, sources: FarmSources) -> Succeeded:
+        with run.record.delivery() as packed:
+            outputs = await deliver(
+                self._readers,
+                # Another coordinator may take over meanwhile: outputs go to the one that leads then.
+                lambda: self._sources() or sources,
+                {output.name: output.path for output in derivation.outputs},
+                run.order.upload_token,
+                within_s=UPLOAD_WITHIN_S,
+                waits=lambda why: self._tell_stage(key, Stage.UPLOADING, why[:MAX_MESSAGE]),
+                packed=packed,
+            )
         return Succeeded(outputs=outputs)
 
     def _pause(self) -> Awaitable[object] | None:

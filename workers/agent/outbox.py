@@ -43,8 +43,10 @@ MAX_LOG_BYTES = 256 * 1024 * 1024
 MAX_REPORTS_BYTES = 4 * 1024 * 1024
 #: Seconds after which a report that is not acknowledged is synced to disk.
 SYNC_S = 1.0
-#: What an event without log text is counted as in an answer.
+#: What an event without log text is counted as in an answer; with each output, and each fetch or phase, of a report.
 EVENT_BYTES = 400
+OUTPUT_BYTES = 200
+MEASURE_BYTES = 120
 
 
 class SpoolError(WorkerError):
@@ -227,7 +229,9 @@ class Spool:
                 events.append(entry.event)
                 if entry.kind == "report":
                     ended.add(entry.key)
-                    cost += 200 * len(entry.event["result"].get("outputs", ()))
+                    cost += OUTPUT_BYTES * len(entry.event["result"].get("outputs", ()))
+                    measures = entry.event["measures"] or {}
+                    cost += MEASURE_BYTES * (len(measures.get("fetches", ())) + len(measures.get("phases", ())))
                 else:
                     self._stages.pop(entry.key, None)
             else:

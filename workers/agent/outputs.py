@@ -59,11 +59,12 @@ async def deliver(
     *,
     within_s: float,
     waits: Callable[[str], None],
+    packed: Callable[[float], None] = lambda _: None,
 ) -> tuple[Output, ...]:
     """Upload the outputs (name -> full path) of a finished build to where `sources` says; `token` is for HTTP.
 
     While they are not taken they are offered again, for `within_s` seconds; `waits` is told why. A reader whose daemon
-    is gone is replaced once.
+    is gone is replaced once. `packed` gets the seconds that packing each NAR took.
 
     Raises `OutputError`, `infra.daemon.DaemonError` or `DaemonUnreachableError`.
     """
@@ -72,10 +73,11 @@ async def deliver(
     async def offer() -> tuple[Output, ...]:
         farm = sources()
         if farm.store is None:
-            return await _send(readers, farm.uploads(token), wanted)
+            return await _send(readers, farm.uploads(token), wanted, packed)
         for name, path in wanted.items():
             if name not in done:
-                done[name] = await _upload(readers, farm.store, name, path, farm.farm.compression)
+                done[name], packing_s = await _upload(readers, farm.store, name, path, farm.farm.compression)
+                packed(packing_s)
         return tuple(done.values())
 
     patience = Patience(within_s)
@@ -95,7 +97,9 @@ async def deliver(
                 raise
 
 
-async def _send(readers: Pool, client: UploadClient, wanted: Mapping[str, str]) -> tuple[Output, ...]:
+async def _send(
+    readers: Pool, client: UploadClient, wanted: Mapping[str, str], packed: Callable[[float], None]
+) -> tuple[Output, ...]:
     infos: dict[str, ValidPathInfo] = {}
     async with readers.use() as connection:
         for path in wanted.values():
@@ -110,6 +114,7 @@ async def _send(readers: Pool, client: UploadClient, wanted: Mapping[str, str]) 
             compressing(chunks, compression) as nar,
         ):
             yield nar
+            packed(nar.pieces.waited_s)
 
     claims = [_claim(name, info) for name, info in infos.items()]
     try:
@@ -163,7 +168,10 @@ def _references(info: ValidPathInfo) -> tuple[str, ...]:
     return tuple(sorted(_base(reference) for reference in info.references))
 
 
-async def _upload(readers: Pool, store: ObjectStore, name: str, path: str, compression: Compression) -> Output:
+async def _upload(
+    readers: Pool, store: ObjectStore, name: str, path: str, compression: Compression
+) -> tuple[Output, float]:
+    """Return the output and the seconds of packing."""
     async with readers.use() as connection:
         info = await _path_info(connection, path)
         try:
@@ -173,7 +181,7 @@ async def _upload(readers: Pool, store: ObjectStore, name: str, path: str, compr
             raise NotTakenError(f"{path}: {error}") from error
     if (uploaded.nar_hash, uploaded.nar_size) != (info.nar_hash, info.nar_size):
         raise OutputError(f"{path} changed since it was built: its NAR has another hash than the store recorded")
-    return Output(
+    output = Output(
         name=name,
         path=path,
         nar_hash=info.nar_hash,
@@ -185,3 +193,4 @@ async def _upload(readers: Pool, store: ObjectStore, name: str, path: str, compr
         file_hash=uploaded.file_hash,
         file_size=uploaded.file_size,
     )
+    return output, uploaded.packing_s

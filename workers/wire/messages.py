@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from infra.objects.compression import COMPRESSION, Compression
 from workers.wire.grades import IsolationGrade
+from workers.wire.measures import Measures
 from workers.wire.reasons import Reason
 
 PROTOCOL_VERSION = 2
@@ -200,6 +201,8 @@ class Report(WireMessage):
     built_at: float
     ended_at: float
     result: Annotated[Succeeded | Failed, Field(discriminator="kind")]
+    #: None from an agent that measures nothing (an older drover).
+    measures: Measures | None = None
 
 
 class StageChange(WireMessage):
@@ -241,6 +244,9 @@ class Batch(WireMessage):
     unfit: str = ""
     #: As in `Hello`, once it is no longer what the latest `Hello` said.
     isolation: IsolationGrade | None = None
+    #: The agent's time when it got the call, and when it answered; None from an older drover.
+    received_at: float | None = None
+    answered_at: float | None = None
 
 
 ORDERS: TypeAdapter[tuple[LeaseOrder, ...]] = TypeAdapter(tuple[LeaseOrder, ...])

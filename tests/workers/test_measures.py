@@ -1,0 +1,157 @@
+"""What an agent measures of each attempt reaches its report, bounded, and says nothing where the machine does not."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infra.daemon.usage import Account, used_between
+from workers.agent import build
+from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog
+from workers.wire.measures import MAX_FETCHES, MAX_PHASES, Measures, Span
+from workers.wire.messages import Batch, Failed, Report, Succeeded
+
+from .conftest import Bench, drv, order
+
+SPIN = "i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done"
+
+
+def phase(name: str) -> str:
+    return f"""echo '@nix {{"action":"setPhase","phase":"{name}"}}' >&2"""
+
+
+def measured(report: Report) -> Measures:
+    assert report.measures is not None
+    return report.measures
+
+
+async def test_a_report_has_inputs_phases_packing_upload_and_what_the_build_used(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "LOOK_EVERY_S", 0.01)
+    one, two = await bench.agent("one"), await bench.agent("two")
+    [made] = await one.build(order(drv("input", "echo input > $out")))
+    [output] = bench.publish(made)
+    script = f"{phase('unpackPhase')}; cat {output.path} > $out; {phase('buildPhase')}; {SPIN}"
+    [report] = await two.build(order(drv("phased", script), [output.path]))
+
+    assert isinstance(report.result, Succeeded), report.result
+    measures = measured(report)
+    assert [span.name for span in measures.spans] == ["inputs", "build", "pack", "upload"]
+    assert all(_end(before) <= after.at + 1e-5 for before, after in pairwise(measures.spans))
+    assert report.started_at <= measures.spans[0].at
+    assert _end(measures.spans[-1]) <= report.ended_at + 1e-5
+    [inputs, built, _, _] = measures.spans
+
+    [fetch] = measures.fetches
+    assert (fetch.path, fetch.source, fetch.nar_bytes) == (output.path, "objects", output.nar_size)
+    assert inputs.at <= fetch.at
+    assert fetch.at + fetch.took_s <= _end(inputs) + 1e-5
+
+    assert [one.name for one in measures.phases] == ["unpackPhase", "buildPhase"]
+    unpack, compile_ = measures.phases
+    assert built.at <= unpack.at
+    assert unpack.at + unpack.took_s == pytest.approx(compile_.at, abs=1e-4)
+    assert compile_.at + compile_.took_s <= _end(built) + 1e-4
+
+    assert measures.cpu_s is not None
+    assert measures.cpu_s > 0
+    assert measures.peak_memory_bytes is not None
+    assert 0 < measures.peak_memory_bytes < 64 * 1024 * 1024
+    assert measures.read_bytes is not None
+
+
+async def test_an_attempt_that_fails_or_is_stopped_is_measured_until_then(bench: Bench) -> None:
+    told = await bench.agent()
+    failing = order(drv("failing", f"{phase('checkPhase')}; exit 1"))
+    forever = order(drv("forever", f"{phase('buildPhase')}; echo started; while :; do sleep 1; done"))
+    [failed] = await told.build(failing)
+    assert isinstance(failed.result, Failed)
+    assert [span.name for span in measured(failed).spans] == ["build"]
+    assert [one.name for one in measured(failed).phases] == ["checkPhase"]
+
+    await told.agent.start_many([forever.dump()])
+    await told.until(lambda: forever.step in told.logs)
+    await told.agent.cancel([{"step": forever.step, "attempt": 1}])
+    [stopped] = await told.finish(forever)
+    assert [one.name for one in measured(stopped).phases] == ["buildPhase"]
+    # Its daemon was killed with it, and with the daemon its account.
+    assert measured(stopped).cpu_s is None
+
+
+async def test_each_poll_has_the_agents_time_of_its_arrival_and_of_its_answer(bench: Bench) -> None:
+    told = await bench.agent()
+    first, second = await told.hear(0.05), await told.hear(0.0)
+    times = [first.received_at, first.answered_at, second.received_at, second.answered_at]
+    assert None not in times
+    assert times == sorted(time for time in times if time is not None)
+
+
+def test_what_an_older_agent_sends_is_read_as_not_measured() -> None:
+    report = {
+        "kind": "report",
+        "step": "s",
+        "attempt": 1,
+        "started_at": 1.0,
+        "building_at": 2.0,
+        "built_at": 3.0,
+        "ended_at": 4.0,
+        "result": {"kind": "failed", "reason": "permanent", "message": ""},
+    }
+    batch = Batch.model_validate(
+        {"incarnation": "i", "last": 1, "events": [report], "capacity": 1, "leases": []},
+    )
+    [event] = batch.events
+    assert isinstance(event, Report)
+    assert event.measures is None
+    assert batch.received_at is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    logs=st.lists(st.lists(st.integers(0, 10**12), max_size=3 * MAX_FETCHES), max_size=3),
+    phases=st.integers(0, 3 * MAX_PHASES),
+)
+def test_fetches_and_phases_are_bounded_and_no_byte_and_no_second_is_lost(logs: list[list[int]], phases: int) -> None:
+    now = 0.0
+
+    def tick() -> float:
+        nonlocal now
+        now += 1.0
+        return now
+
+    record = AttemptRecord(tick)
+    for number, sizes in enumerate(logs):
+        log = FetchLog()
+        for place, size in enumerate(sizes):
+            log.add(Fetched(size, f"/nix/store/{number}-{place}", "cache", 0.0, 1.0))
+        record.fetched(log, shared=False)
+    with record.span("build"):
+        for place in range(phases):
+            record.phase(f"phase{place}")
+    # Valid: what the wire would refuse raises here.
+    measures = Measures.model_validate(record.measures().model_dump())
+
+    every = sorted((size for sizes in logs for size in sizes), reverse=True)
+    assert [fetch.nar_bytes for fetch in measures.fetches] == every[:MAX_FETCHES]
+    assert measures.more_fetches == len(every[MAX_FETCHES:])
+    assert measures.more_fetches_bytes == sum(every[MAX_FETCHES:])
+    assert len(measures.phases) + measures.more_phases == phases
+    # The clock ticks twice a phase: at its beginning and at its end.
+    assert sum(one.took_s for one in measures.phases) + measures.more_phases_s == phases
+
+
+def test_without_an_account_or_without_a_child_nothing_is_said_to_be_used() -> None:
+    before = Account(1.0, 100, 10, None)
+    assert used_between(None, before) is None
+    assert used_between(before, before) is None
+    used = used_between(before, Account(1.5, 200, 30, 5))
+    assert used is not None
+    assert (used.cpu_s, used.read_bytes, used.written_bytes) == (0.5, 20, None)
+
+
+def _end(span: Span) -> float:
+    return span.at + span.took_s
