@@ -47,6 +47,8 @@ from coordinator.http.metrics import add_metrics_route
 from coordinator.http.middleware import is_host, is_own_host
 from coordinator.http.routing import serve as serve_routes
 from coordinator.http.standby import serving_standby
+from coordinator.http.web.live import LiveStreams
+from coordinator.http.web.site import PageSources, add_web_routes
 from coordinator.intake.intake import Intake
 from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.submissions import Submissions
@@ -60,6 +62,7 @@ from coordinator.readmodel.recall import recall_details
 from coordinator.readmodel.views import Views
 from coordinator.security.farm_secrets import API_TOKEN
 from coordinator.security.isolation import WeakIsolation
+from coordinator.security.sessions import Sessions
 from coordinator.security.upload_tokens import UploadTokens
 from coordinator.state_lock import StateLock
 from coordinator.stores.derivation_logs import DerivationLogs
@@ -165,6 +168,7 @@ async def open_coordinator(
                 )
             finally:
                 site.streams.stop()
+                site.pages.stop()
                 await site.runner.cleanup()
                 for task in tasks:
                     task.cancel()
@@ -182,6 +186,7 @@ class _Stores:
     caches: Sequence[OpenCache]
     api_token: str
     upload_tokens: UploadTokens
+    sessions: Sessions
     #: What the farm's own workers read the default cache with, where that is not public.
     farm_token: str
 
@@ -201,7 +206,8 @@ async def _open_stores(stack: AsyncExitStack, settings: Settings, clock: Clock, 
     logs = LogStore(settings.state_dir / "logs", settings.limits.log_bytes + LOG_SLACK_BYTES)
     stack.push_async_callback(logs.close)
     upload_tokens = UploadTokens(secrets.upload_secret.encode())
-    return _Stores(lead.journal, derivations, logs, caches, secrets.api_token, upload_tokens, farm_token)
+    sessions = Sessions(secrets.upload_secret, secrets.api_token)
+    return _Stores(lead.journal, derivations, logs, caches, secrets.api_token, upload_tokens, sessions, farm_token)
 
 
 async def _farm_info(settings: Settings, url: str, stores: _Stores) -> FarmInfo:
@@ -239,6 +245,7 @@ class _Core:
     farm: Farm
     engine: Engine
     views: Views
+    explainer: FarmExplainer
     intake: Intake
     submissions: Submissions
     relay: _EffectRelay
@@ -258,7 +265,8 @@ async def _recover(settings: Settings, clock: Clock, stores: _Stores) -> _Core:
             build=_build_limits(limits),
         )
     )
-    views = Views(FarmExplainer(farm, stores.logs, clock))
+    explainer = FarmExplainer(farm, stores.logs, clock)
+    views = Views(explainer)
     relay = _EffectRelay()
     engine = Engine(farm, stores.journal, views, clock, relay.hand)
     notes = decode_notes(await stores.journal.notes())
@@ -266,7 +274,7 @@ async def _recover(settings: Settings, clock: Clock, stores: _Stores) -> _Core:
     views.know({}, notes)
     cache = stores.cache
     intake = Intake(stores.derivations, cache, cache.objects, cache.store_dir, IntakeLimits.of(limits))
-    return _Core(farm, engine, views, intake, Submissions(engine, views, intake), relay, replayed)
+    return _Core(farm, engine, views, explainer, intake, Submissions(engine, views, intake), relay, replayed)
 
 
 def _build_limits(limits: LimitSettings) -> ResourceLimits:
@@ -320,6 +328,7 @@ class _Site:
     runner: web.AppRunner
     gate: ConnectionGate
     streams: WatchStreams
+    pages: LiveStreams
     watch: LoopWatch
     services: Sequence[CacheService]
     keepers: Sequence[Housekeeper]
@@ -339,13 +348,15 @@ async def _make_site(  # noqa: PLR0917 - collaborators, named by their types
     gate = open_gate(settings.limits.connections, settings.limits.connections_per_address)
     # Half of all: those who only look must not keep out those who build.
     streams = WatchStreams(core.views, min(settings.limits.watchers, max(1, gate.bounds.total // 2)))
+    pages = LiveStreams(min(settings.limits.watchers, max(1, gate.bounds.total // 8)))
+    farm = farm_view(info, (stores.journal, work.fleet, work.dispatch, *(each.cache for each in stores.caches)))
     api = Api(
         core.engine,
         core.views,
         core.intake,
         core.submissions,
         stores.logs,
-        farm_view(info, (stores.journal, work.fleet, work.dispatch, *(each.cache for each in stores.caches))),
+        farm,
         streams,
         bounds=ApiBounds.of(settings.limits),
     )
@@ -368,8 +379,10 @@ async def _make_site(  # noqa: PLR0917 - collaborators, named by their types
     add_cache_metrics(telemetry, {each.name: each.cache for each in stores.caches}, gauges)
     watch = _show_metrics(app, core.views, telemetry, gate)
     add_worker_routes(app, core.views, lambda worker, on: work.fleet.drain(worker, on=on))
+    sources = PageSources(core.views, farm, core.explainer.queues, clock)
+    add_web_routes(app, sources, stores.sessions, pages, url)
     runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
-    return _Site(app, runner, gate, streams, watch, services, tuple(keepers.values()))
+    return _Site(app, runner, gate, streams, pages, watch, services, tuple(keepers.values()))
 
 
 def _add_caches(

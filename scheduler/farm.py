@@ -17,7 +17,7 @@ from scheduler.model import BuilderId, Instant, LeaseId, Requirements, StepKey, 
 from scheduler.pauses import FACTS_PIECE, PAUSE, Pause, whole
 from scheduler.policy import Limits, LongestPathFirst, Policy
 from scheduler.react import react
-from scheduler.reasons import Places, Reason, StuckClass, Unserved, stuck, unserved_classes, why
+from scheduler.reasons import Busy, Places, Reason, StuckClass, Unserved, queue_reasons, stuck, unserved_classes, why
 from scheduler.resource_limits import ResourceLimits, in_force
 from scheduler.snapshot import tell_all
 from scheduler.state import FarmState
@@ -129,6 +129,10 @@ class Farm:
     def unserved(self) -> dict[Requirements, Unserved]:
         """Return what the classes of `stuck` require, and why no builder takes them."""
         return unserved_classes(self.state)
+
+    def queue_reasons(self) -> dict[Requirements, Unserved | Busy]:
+        """Return why the first ready step of each class has no builder; costs the number of classes and builders."""
+        return queue_reasons(self.state)
 
     def limits_of(self, step: StepKey) -> ResourceLimits:
         """Return what a build of the step may use, as the submissions that want it say now."""

@@ -257,6 +257,19 @@ def unserved_classes(state: FarmState) -> dict[Requirements, Unserved]:
     return found
 
 
+def queue_reasons(state: FarmState) -> dict[Requirements, Unserved | Busy]:
+    """Return why the first step of each queue has no builder yet, by what the queue requires.
+
+    Positions are 0: places in a queue cost its length, this costs the number of queues and builders.
+    """
+    found: dict[Requirements, Unserved | Busy] = {}
+    for (requirements, _), queue in state.ready.queues.items():
+        if queue.lanes and requirements not in found:
+            _, _, first = next(iter(queue.lanes.values())).heap[0]
+            found[requirements] = unserved(state, requirements) or _busy(first, {}, 0)
+    return found
+
+
 def _live(state: FarmState, requirements: Requirements) -> list[Step]:
     steps: dict[Step, None] = {}
     for (wanted, _), queue in state.ready.queues.items():

@@ -1,7 +1,8 @@
 """The route table of the HTTP API as data: routing, the rights check and the client's addresses follow from it.
 
-One record a route; `coordinator.api.cache_routes` has those below a cache's prefix. `coordinator.http.routing` refuses
-to serve a handler without a record, and a record cannot be made without a right.
+One record a route; `coordinator.api.cache_routes` has those below a cache's prefix, `coordinator.api.web_routes` the
+pages. `coordinator.http.routing` refuses to serve a handler without a record, and a record cannot be made without a
+right.
 
 Rules: 1. Times in bodies and answers are Unix seconds. 2. An answer of status 4xx or 5xx is an `ErrorView`:
 `{"error": {"code": "...", "message": "one sentence and what to do"}}`. 3. A list (`many`) comes in pages: it takes
@@ -54,6 +55,10 @@ class Right(StrEnum):
     NONE = "none"
     #: The API token, as `Bearer`.
     API = "api"
+    #: The cookie of a browser's session, or the API token as `Bearer`.
+    PAGE = "page"
+    #: The cookie of a session, its CSRF token in the form, and an `Origin` that is the coordinator's own.
+    CHANGE = "change"
     #: A reader's or a writer's token of the cache; nothing where the cache is public.
     READ = "read"
     #: A writer's token of the cache.
@@ -72,6 +77,11 @@ class Content(StrEnum):
     EVENTS = "text/event-stream"
     #: Raw bytes of a build log, chunked while it is followed.
     LOG = "text/plain"
+    PAGE = "text/html"
+    #: Server-sent events: `parts` (JSON: name of a part of the page -> its HTML), at last `end`.
+    PARTS = "text/event-stream; parts"
+    FORM = "application/x-www-form-urlencoded"
+    ASSET = "text/css, text/javascript, image/svg+xml"
     HEALTH = "application/json; status"
     METRICS = "text/plain; version=0.0.4"
     #: What Nix defines.

@@ -1,7 +1,7 @@
 """Binds handlers to the records of the route tables, and finds the record of a request again.
 
-A handler is served only under a `Route`. Those whose right belongs to a cache are served behind a guard for that right;
-`coordinator.http.middleware.require_token` checks all others.
+A handler is served only under a `Route`. Those whose right belongs to a cache or a browser's session are served behind
+a guard for that right; `coordinator.http.middleware.require_token` checks all others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from coordinator.api.routes import API_PREFIX, Right, Route
 
 #: Every route that an application serves.
 SERVED: Final[web.AppKey[dict[web.AbstractRoute, Route[Any]]]] = web.AppKey("drover.routes", dict)
-#: Rights that the middleware checks; the others belong to one cache, which has its own tokens.
+#: Rights that the middleware checks; the others have guards: those of a cache, with its own tokens, and of sessions.
 OF_THE_FARM: Final = frozenset({Right.NONE, Right.API})
 
 _Guarded = TypeVar("_Guarded")
@@ -42,6 +42,16 @@ def serve_below(
     """Serve routes of the cache at `prefix`, each behind the guard for its right. Raises `KeyError` without one."""
     for route, handler in handlers.items():
         _add(app, route, route.below(prefix), guards[route.right](handler), expect)
+
+
+def serve_guarded(
+    app: web.Application,
+    handlers: Mapping[Route[Any], Handler],
+    guards: Mapping[Right, Callable[[Handler], Handler]],
+) -> None:
+    """Serve routes of the farm, each behind the guard for its right. Raises `KeyError` for a right without one."""
+    for route, handler in handlers.items():
+        _add(app, route, route.path, guards[route.right](handler), None)
 
 
 def right_of(request: web.Request) -> Right:

@@ -51,6 +51,11 @@ class FarmExplainer:
             if requirements in classes
         )
 
+    def queues(self) -> dict[Requirements, str]:
+        """Say what each class of ready steps waits for; a class whose steps all back off is absent."""
+        now = Instant(self._clock.now())
+        return {wanted: queue_sentence(reason, now) for wanted, reason in self._farm.queue_reasons().items()}
+
     def log_tail(self, step: StepKey, attempt: int) -> str:
         """Return the last lines of an attempt's log."""
         return self._logs.tail(step, attempt)
@@ -91,6 +96,21 @@ def sentence_of(  # noqa: C901, PLR0911  one way for each reason
             return f"{describe_unserved(reason)}; it waits for one {_until(reason.until)}"
         case _:
             assert_never(reason)
+
+
+def queue_sentence(reason: r.Unserved | r.Busy, now: Instant) -> str:
+    """Return the sentence for what a whole class of ready steps waits for."""
+    match reason:
+        case r.BuildersFull(workers) if len(workers) > 1:
+            return f"all {len(workers)} workers that could are full"
+        case r.BuildersFull(workers):
+            return f"worker {workers[0]}, the only one that could, is full"
+        case r.LimitReached(workers):
+            return f"worker {', '.join(workers)} takes one step at a time after its failures"
+        case r.BuildersQuarantined() | r.BuildersDraining():
+            return sentence_of(reason, now, str)
+        case _:
+            return describe_unserved(reason)
 
 
 def _place(position: int, ready: int) -> str:

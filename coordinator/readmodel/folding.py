@@ -26,7 +26,7 @@ from coordinator.stores.derivations import StepInfo
 from scheduler import facts
 from scheduler.facts import Fact
 from scheduler.failures import is_fault
-from scheduler.model import FailureKind, Recipe, StepKey, SubmissionId
+from scheduler.model import FailureKind, Recipe, Requirements, StepKey, SubmissionId
 from scheduler.pauses import FACTS_PIECE, PAUSE, PIECE, Pause, whole
 from workers.wire.messages import StageChange
 
@@ -50,6 +50,8 @@ class FoldedRows:
         self._steps: dict[StepKey, StepRow] = {}
         #: How many steps are in each state: counting them all would hold the loop whenever metrics are asked for.
         self._by_state = dict.fromkeys(StepStatus, 0)
+        #: Ready steps by what they require; no zeros.
+        self._ready_by_class: dict[Requirements, int] = {}
         self._submissions: dict[SubmissionId, SubmissionRow] = {}
         self.workforce = Workforce(self._touch_all)
         self._details = Details()
@@ -243,7 +245,7 @@ class FoldedRows:
         gone: set[StepRow] = set()
         for key in fact.steps:
             row = self._steps.pop(key)
-            self._by_state[row.state] -= 1
+            self._count(row, -1)
             self._details.forget(key)
             gone.add(row)
             below.update((need, self._steps[need]) for recipe in row.recipes for need in recipe.needs)
@@ -351,9 +353,9 @@ class FoldedRows:
 
     def _step_restored(self, fact: facts.StepRestored) -> None:
         row = self._row(fact.step)
-        self._by_state[row.state] -= 1
+        self._count(row, -1)
         restore_step(row, fact)
-        self._by_state[row.state] += 1
+        self._count(row, 1)
         for recipe in row.recipes:
             self._link(row, recipe)
 
@@ -369,8 +371,18 @@ class FoldedRows:
         row = self._steps.get(key)
         if row is None:
             row = self._steps[key] = StepRow(key)
-            self._by_state[row.state] += 1
+            self._count(row, 1)
         return row
+
+    def _count(self, row: StepRow, by: int) -> None:
+        """Count a step in its state, or no longer (`by` -1)."""
+        self._by_state[row.state] += by
+        if row.state is StepStatus.READY:
+            left = self._ready_by_class.get(row.requires, 0) + by
+            if left:
+                self._ready_by_class[row.requires] = left
+            else:
+                del self._ready_by_class[row.requires]
 
     def _link(self, row: StepRow, recipe: Recipe) -> None:
         for need in recipe.needs:
@@ -438,9 +450,10 @@ class FoldedRows:
 
     def _move(self, row: StepRow, state: StepStatus) -> None:
         """Change a step's state in every submission that has it."""
-        old, row.state = row.state, state
-        self._by_state[old] -= 1
-        self._by_state[state] += 1
+        old = row.state
+        self._count(row, -1)
+        row.state = state
+        self._count(row, 1)
         for sub in row.submissions:
             sub.counts[old] -= 1
             sub.counts[state] += 1

@@ -89,6 +89,18 @@ class Views(FoldedRows):
             next(newest, None)
         return list(itertools.islice(newest, limit))
 
+    def row_of(self, key: StepKey) -> StepRow | None:
+        """Return the row of a step by its whole key, None for one that is not known."""
+        return self._steps.get(key)
+
+    def name_of(self, row: StepRow) -> str:
+        """Return a step's name, or its key where no details are known."""
+        return self._name(row.key) or row.key
+
+    def ready(self) -> Mapping[Requirements, int]:
+        """Return how many steps are ready, by what they require."""
+        return self._ready_by_class
+
     def recipe_of(self, key: StepKey) -> int:
         """Return the index of the recipe that a step has in use; 0 for one that is not known."""
         row = self._steps.get(key)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,18 @@ from pydantic import BaseModel
 from coordinator.api import requests
 from coordinator.api.cache_routes import CACHE_ROUTES, NARINFO
 from coordinator.api.routes import ROUTES, SUBMIT, Content, Right, Route
+from coordinator.api.web_routes import WEB_ROUTES
 from coordinator.config import NamedCacheSettings, Settings
 from coordinator.errors import BadRequestError, CoordinatorError
 from coordinator.http.bodies import parse_model
 from coordinator.http.middleware import require_token
 from coordinator.http.routing import SERVED, serve
 from coordinator.main import open_coordinator
-from tests.support.local_fleet import InProcessFleet
+from tests.support.local_fleet import no_workers
 from tests.support.routes import addresses
-from workers.wire.fleet import Fleet
-from workers.wire.messages import FarmInfo
 
 READER, WRITER = "r" * 32, "w" * 32
 PUBLIC, PRIVATE = "/cache", "/cache/team"
-
-
-@asynccontextmanager
-async def no_workers(info: FarmInfo) -> AsyncIterator[Fleet]:
-    yield InProcessFleet(info, [])
 
 
 @pytest.fixture
@@ -54,8 +47,11 @@ def admits(right: Right, prefix: str, holder: str) -> bool:
     match right:
         case Right.NONE:
             return True
-        case Right.API:
+        case Right.API | Right.PAGE:
             return holder == "api"
+        case Right.CHANGE:
+            # Forms come from the pages of a session, whatever token is shown beside.
+            return False
         case Right.READ:
             return prefix == PUBLIC or holder in {"reader", "writer"}
         case Right.WRITE | Right.UPLOAD:
@@ -92,7 +88,7 @@ async def test_the_tables_and_nothing_else_are_served(with_a_private_cache: Sett
     async with open_coordinator(with_a_private_cache, no_workers) as coordinator:
         served = coordinator.app[SERVED]
         assert set(coordinator.app.router.routes()) == set(served)
-        assert set(served.values()) == {*ROUTES, *CACHE_ROUTES}
+        assert set(served.values()) == {*ROUTES, *WEB_ROUTES, *CACHE_ROUTES}
 
 
 async def test_each_body_is_the_model_that_the_table_names(with_a_private_cache: Settings) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from workers.agent.agent import Agent
 from workers.errors import WorkerError
-from workers.wire.fleet import Sink
+from workers.wire.fleet import Fleet, Sink
 from workers.wire.messages import LONG_POLL_S, CallName, FarmInfo
 from workers.wire.polling import AgentRoster, AgentUnavailable
 
@@ -51,3 +52,9 @@ class InProcessFleet(AgentRoster):
                     name=f"poll {agent.name}",
                 )
             await asyncio.Event().wait()
+
+
+@asynccontextmanager
+async def no_workers(info: FarmInfo) -> AsyncIterator[Fleet]:
+    """Give a farm a fleet without agents."""
+    yield InProcessFleet(info, [])

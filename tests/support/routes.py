@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from coordinator.api.cache_routes import CACHE_ROUTES
 from coordinator.api.routes import ROUTES, Route
+from coordinator.api.web_routes import WEB_ROUTES
 from coordinator.config import DEFAULT_CACHE
 
 #: What stands for the dynamic parts of addresses: texts that the routes take.
@@ -27,5 +28,5 @@ PARTS: Final = {
 
 def addresses(*prefixes: str) -> list[tuple[Route[Any], str, str]]:
     """Every route with an address of it and the prefix of its cache, "" for those of the farm."""
-    farm = [(route, route.address(**PARTS), "") for route in ROUTES]
+    farm = [(route, route.address(**PARTS), "") for route in (*ROUTES, *WEB_ROUTES)]
     return farm + [(route, route.address(prefix, **PARTS), prefix) for prefix in prefixes for route in CACHE_ROUTES]

@@ -1,0 +1,172 @@
+"""View of the farm's page: what runs where, what each queue waits for, submissions, troubles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from aiohttp import web
+
+from coordinator.api.models import FarmView, StepStatus, WorkerView
+from coordinator.http.web.guards import VISITOR, html
+from coordinator.http.web.lines import StepLine, SubmissionLine, step_line, submission_line
+from coordinator.http.web.live import LiveStreams
+from coordinator.http.web.rendering import PageRenderer
+from coordinator.readmodel.rows import SubmissionRow
+from coordinator.readmodel.views import Views
+from infra.slices import in_slices
+from scheduler.model import Requirements, StepKey
+from workers.wire.messages import Stage
+
+#: Workers on the page, slots and queues of each; their own pages have the rest.
+WORKERS_SHOWN: Final = 100
+SLOTS_SHOWN: Final = 64
+QUEUES_SHOWN: Final = 30
+SUBMISSIONS_SHOWN: Final = 12
+#: Submissions looked at between two pauses.
+_ROWS_LOOKED_AT: Final = 500
+#: Stages in which a lease has a slot.
+_IN_SLOT: Final = (Stage.FETCHING, Stage.BUILDING)
+_PRESENT: Final = ("online", "draining", "quarantined", "silent")
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLine:
+    """A lease in a worker's hands, and where the worker is with it."""
+
+    step: StepLine
+    stage: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLine:
+    """A worker with its slots."""
+
+    view: WorkerView
+    leases: tuple[SlotLine, ...]
+    #: Slots that nothing runs in, and leases that are not shown.
+    free: int
+    more: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLine:
+    """Ready steps that require the same, and what they wait for."""
+
+    system: str
+    features: tuple[str, ...]
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FarmData:
+    """The whole page."""
+
+    farm: FarmView
+    workers: tuple[WorkerLine, ...]
+    worker_total: int
+    slots: int
+    counts: Mapping[str, int]
+    queues: tuple[QueueLine, ...]
+    queue_total: int
+    submissions: tuple[SubmissionLine, ...]
+    submission_total: int
+    submissions_running: int
+
+    @property
+    def waiting(self) -> int:
+        """Steps that wait for others."""
+        return self.counts.get(StepStatus.WAITING, 0)
+
+
+class FarmPage:
+    """The page at `/`."""
+
+    def __init__(
+        self,
+        views: Views,
+        farm: Callable[[], FarmView],
+        queues: Callable[[], Mapping[Requirements, str]],
+        renderer: PageRenderer,
+        streams: LiveStreams,
+    ) -> None:
+        self._views = views
+        self._farm = farm
+        self._queues = queues
+        self._renderer = renderer
+        self._streams = streams
+
+    async def show(self, request: web.Request) -> web.Response:
+        """Show the farm."""
+        data = await in_slices(self.gathering())
+        return html(await self._renderer.page("farm.html", visitor=request[VISITOR], page=data))
+
+    async def live(self, request: web.Request) -> web.StreamResponse:
+        """Stream what changes of it, for as long as the coordinator runs."""
+        return await self._streams.serve(request, self._parts)
+
+    async def _parts(self) -> tuple[Mapping[str, str], bool]:
+        data = await in_slices(self.gathering())
+        return await self._renderer.parts("farm.html", page=data), False
+
+    def gathering(self) -> Generator[None, None, FarmData]:
+        """Return what the page shows, with pauses."""
+        views = self._views
+        workers = [worker for worker in views.workforce.views() if worker.state in _PRESENT]
+        lines = []
+        for worker in workers[:WORKERS_SHOWN]:
+            yield
+            lines.append(self._worker(worker))
+        running: list[SubmissionRow] = []
+        ended: list[SubmissionRow] = []
+        rows = views.submission_rows()
+        for count, row in enumerate(reversed(rows), 1):
+            (ended if row.ended or row.withdrawn else running).append(row)
+            if not count % _ROWS_LOOKED_AT:
+                yield
+        submissions = []
+        for row in [*running, *ended][:SUBMISSIONS_SHOWN]:
+            yield
+            submissions.append(submission_line(views, row))
+        queues = self._queue_lines()
+        return FarmData(
+            farm=self._farm(),
+            workers=tuple(lines),
+            worker_total=len(workers),
+            slots=sum(worker.slots for worker in workers),
+            counts=views.step_counts(),
+            queues=tuple(queues[:QUEUES_SHOWN]),
+            queue_total=len(queues),
+            submissions=tuple(submissions),
+            submission_total=len(rows),
+            submissions_running=len(running),
+        )
+
+    def _worker(self, worker: WorkerView) -> WorkerLine:
+        leases = []
+        for key, stage in worker.leases[:SLOTS_SHOWN]:
+            row = self._views.row_of(StepKey(key))
+            line = step_line(self._views, row) if row is not None else StepLine(key, key, StepStatus.RUNNING)
+            leases.append(SlotLine(line, stage))
+        return WorkerLine(
+            worker,
+            tuple(leases),
+            free=max(0, min(worker.slots, SLOTS_SHOWN) - sum(lease.stage in _IN_SLOT for lease in leases)),
+            more=max(0, len(worker.leases) - SLOTS_SHOWN),
+        )
+
+    def _queue_lines(self) -> list[QueueLine]:
+        """Return the classes of ready steps, the longest first."""
+        reasons = self._queues()
+        lines = [
+            QueueLine(
+                wanted.system,
+                tuple(wanted.features),
+                count,
+                reasons.get(wanted, "tried again after a pause, because an attempt failed or was handed back"),
+            )
+            for wanted, count in self._views.ready().items()
+        ]
+        return sorted(lines, key=lambda line: (-line.count, line.system, line.features))

@@ -1,0 +1,117 @@
+"""Live parts of pages: server-sent events with the parts that changed since the browser last got them.
+
+Rules: 1. A page that many watch is rendered once a `PAUSE_S` for all of them. 2. Nothing is queued for a browser: one
+that does not read holds back its own stream alone, and gets the present state when it reads again. 3. Streams are
+bounded in number; a page without one stays as it was when it was loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import orjson
+from aiohttp import web
+
+from coordinator.errors import UnavailableError
+from coordinator.http.web.guards import HEADERS
+
+#: Seconds between two looks at a page, and of silence before a comment.
+PAUSE_S: Final = 1.0
+COMMENT_S: Final = 10.0
+#: Milliseconds after which a browser connects again.
+_RETRY: Final = b"retry: 3000\n\n"
+_END: Final = b"event: end\ndata: -\n\n"
+
+#: Renders the parts of a page; the second value says that they will not change any more.
+Parts = Callable[[], Awaitable[tuple[Mapping[str, str], bool]]]
+
+
+@dataclass(slots=True, eq=False)
+class _Watched:
+    """A page that is watched, with its parts as last rendered."""
+
+    render: Parts
+    readers: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    parts: Mapping[str, str] = field(default_factory=dict)
+    over: bool = False
+    rendered_at: float = float("-inf")
+
+    async def look(self) -> None:
+        """Render anew where that was not done just now."""
+        loop = asyncio.get_running_loop()
+        async with self.lock:
+            if loop.time() - self.rendered_at >= PAUSE_S / 2:
+                self.parts, self.over = await self.render()
+                self.rendered_at = loop.time()
+
+
+class LiveStreams:
+    """All streams of live parts; at most `limit`."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._open = 0
+        self._watched: dict[str, _Watched] = {}
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """End all streams; browsers connect again to the coordinator that comes next."""
+        self._stopping.set()
+
+    async def serve(self, request: web.Request, render: Parts) -> web.StreamResponse:
+        """Stream the parts of the page at this address until they are final or the browser is gone.
+
+        Raises `UnavailableError`.
+        """
+        if self._open >= self._limit:
+            raise UnavailableError("too many browsers are watching; reload the page to see what is new.")
+        watched = self._watched.setdefault(request.path_qs, _Watched(render))
+        self._open += 1
+        watched.readers += 1
+        try:
+            # What cannot be rendered at all is an error of the request.
+            await watched.look()
+            response = web.StreamResponse(
+                headers={**HEADERS, "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
+            )
+            await response.prepare(request)
+            await self._send(response, watched)
+            await response.write_eof()
+        except ConnectionError:
+            # The browser went away: nothing is wrong.
+            return web.Response()
+        else:
+            return response
+        finally:
+            self._open -= 1
+            watched.readers -= 1
+            if not watched.readers:
+                self._watched.pop(request.path_qs, None)
+
+    async def _send(self, response: web.StreamResponse, watched: _Watched) -> None:
+        loop = asyncio.get_running_loop()
+        sent: dict[str, int] = {}
+        await response.write(_RETRY)
+        written_at = loop.time()
+        while not self._stopping.is_set():
+            await watched.look()
+            fresh = {name: part for name, part in watched.parts.items() if sent.get(name) != hash(part)}
+            if fresh:
+                await response.write(b"event: parts\ndata: " + orjson.dumps(fresh) + b"\n\n")
+                sent.update((name, hash(part)) for name, part in fresh.items())
+                written_at = loop.time()
+            elif loop.time() - written_at >= COMMENT_S:
+                await response.write(b": still here\n\n")
+                written_at = loop.time()
+            if watched.over:
+                await response.write(_END)
+                return
+            try:
+                async with asyncio.timeout(PAUSE_S):
+                    await self._stopping.wait()
+            except TimeoutError:
+                continue

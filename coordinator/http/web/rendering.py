@@ -1,0 +1,72 @@
+"""PageRenderer of pages: Jinja templates with autoescape, rendered in slices that give the event loop back.
+
+A template's blocks `live_NAME` are its parts: `parts` renders them alone, and the script replaces the content of
+`id="live-NAME"` by each. They name no present time, so that a part is the same text for as long as nothing happens: the
+script writes ages (`age` in `parts.html`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import Final
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from coordinator.http.web.assets import Assets
+from coordinator.http.web.svg import bar
+from coordinator.http.web.texts import age_text, bytes_text, date_text, number_text
+from infra.clock import Clock
+from infra.slices import in_slices
+
+_FOLDER: Final = Path(__file__).parent / "templates"
+#: Prefix of the blocks that are parts.
+_LIVE: Final = "live_"
+
+
+class PageRenderer:
+    """All templates; every page is rendered here."""
+
+    def __init__(self, assets: Assets, clock: Clock) -> None:
+        self._clock = clock
+        self._environment = Environment(
+            loader=FileSystemLoader(_FOLDER),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=False,
+        )
+        self._environment.filters.update(bytes=bytes_text, number=number_text, date=date_text, age=age_text)
+        self._environment.globals.update(asset=assets.address, bar=bar)
+        # Blocks that are rendered alone see no import of their template.
+        self._environment.globals["ui"] = self._environment.get_template("parts.html").module
+
+    async def page(self, name: str, **context: object) -> bytes:
+        """Return a whole page, in UTF-8."""
+        told = {"now": self._clock.now(), **context}
+        html = await in_slices(_joined(self._environment.get_template(name).generate(told)))
+        return html.encode("utf-8", "replace")
+
+    async def parts(self, name: str, **context: object) -> dict[str, str]:
+        """Return the parts of a page by their names."""
+        template = self._environment.get_template(name)
+        told = {"now": 0.0, **context}
+        return {
+            block.removeprefix(_LIVE): await in_slices(_joined(_block(template, block, told)))
+            for block in template.blocks
+            if block.startswith(_LIVE)
+        }
+
+
+def _block(template: Template, name: str, told: dict[str, object]) -> Iterable[str]:
+    return template.blocks[name](template.new_context(told))
+
+
+def _joined(chunks: Iterable[str]) -> Generator[None, None, str]:
+    """Join what a template yields, with a pause after each piece."""
+    pieces = []
+    for chunk in chunks:
+        pieces.append(chunk)
+        yield
+    return "".join(pieces)

@@ -1,0 +1,45 @@
+"""Numbers, sizes, ages and dates as people read them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Final
+
+_MINUTE_S: Final = 60
+_HOUR_S: Final = 3600
+_DAY_S: Final = 24 * 3600
+#: The last second that a date can name.
+_LAST_INSTANT: Final = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
+
+
+def number_text(count: int) -> str:
+    """Return a number with its thousands apart: 12,345."""
+    return f"{count:,}"
+
+
+def bytes_text(size: float) -> str:
+    """Return a size with three digits and its unit: 0 B, 1.5 KB, 12.0 MB (powers of 1,000)."""
+    if size < 1000:
+        return f"{size:.0f} B"
+    for unit in ("KB", "MB", "GB"):
+        size /= 1000
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+    return f"{size / 1000:,.1f} TB"
+
+
+def age_text(seconds: float) -> str:
+    """Return a span of time by its two largest units: 42 s, 3 m 07 s, 5 h 20 m, 3 d 4 h. The script does the same."""
+    whole = max(0, int(seconds))
+    if whole < _MINUTE_S:
+        return f"{whole} s"
+    if whole < _HOUR_S:
+        return f"{whole // 60} m {whole % 60:02} s"
+    if whole < _DAY_S:
+        return f"{whole // _HOUR_S} h {whole % _HOUR_S // 60:02} m"
+    return f"{whole // _DAY_S} d {whole % _DAY_S // _HOUR_S} h"
+
+
+def date_text(instant: float) -> str:
+    """Return Unix seconds as a date in UTC: 2026-11-29 14:07:05 UTC."""
+    return f"{datetime.fromtimestamp(min(max(instant, 0.0), _LAST_INSTANT), UTC):%Y-%m-%d %H:%M:%S} UTC"

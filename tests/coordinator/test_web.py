@@ -1,0 +1,249 @@
+"""The pages: who sees them, what a browser is allowed, and that names of strangers stay text."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from html import unescape
+from pathlib import Path
+
+import aiohttp
+import orjson
+
+from coordinator.api.web_routes import WEB_ROUTES
+from coordinator.config import LimitSettings, Settings
+from coordinator.http.web.guards import HEADERS
+from coordinator.http.web.texts import age_text, bytes_text, date_text
+from coordinator.main import open_coordinator
+from coordinator.security.sessions import SESSION_S, Sessions
+from tests.coordinator.conftest import PATIENCE_S, OpenFarm, TestFarm
+from tests.support.local_fleet import no_workers
+from tests.support.ports import free_port
+from tests.support.routes import PARTS
+
+UPLOAD_SECRET, API_TOKEN = "u" * 32, "a" * 32
+CSRF = re.compile(r'name="csrf" value="([^"]+)"')
+#: A name of a package that would be markup, if it could be; a store takes no such name, a label does.
+NASTY = "a&b <script>alert(1)</script> \"c\" 'd'"
+WAITS = '{ a = runOn "riscv64-linux" {} "waits" "echo > $out"; }'
+
+
+class Browser:
+    """A client that keeps cookies, as a browser does."""
+
+    def __init__(self, farm: TestFarm, session: aiohttp.ClientSession) -> None:
+        self.url = farm.coordinator.ready.url
+        self.token = farm.coordinator.ready.token_file.read_text().strip()
+        self.session = session
+        #: As browsers send with every form.
+        self.origin = {"Origin": self.url}
+
+    async def get(self, address: str, **headers: str) -> tuple[int, str]:
+        async with self.session.get(self.url + address, headers=headers) as answer:
+            return answer.status, await answer.text()
+
+    async def post(self, address: str, form: dict[str, str], headers: dict[str, str] | None = None) -> int:
+        told = self.origin if headers is None else headers
+        async with self.session.post(self.url + address, data=form, headers=told, allow_redirects=False) as answer:
+            await answer.read()
+            return answer.status
+
+    async def log_in(self) -> None:
+        assert await self.post("/login", {"token": self.token, "next": "/"}) == 303
+
+    async def csrf(self) -> str:
+        found = CSRF.search((await self.get("/"))[1])
+        assert found is not None
+        return found[1]
+
+
+@asynccontextmanager
+async def browser_of(farm: TestFarm) -> AsyncIterator[Browser]:
+    # The farm listens at an address, whose cookies aiohttp keeps only when told to.
+    async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as session:
+        yield Browser(farm, session)
+
+
+def test_a_cookie_opens_the_pages_of_its_own_farm_until_it_expires() -> None:
+    sessions = Sessions(UPLOAD_SECRET, API_TOKEN)
+    cookie = sessions.begin(1000.0)
+    session = sessions.check(cookie, 1000.0 + SESSION_S - 1)
+    assert session is not None
+    assert sessions.check(cookie, 1000.0 + SESSION_S) is None
+    assert Sessions(UPLOAD_SECRET, "b" * 32).check(cookie, 1000.0) is None
+    assert Sessions("v" * 32, API_TOKEN).check(cookie, 1000.0) is None
+    version, expiry, nonce, mac = cookie.split(".")
+    for forged in (
+        f"{version}.{int(expiry) + 1}.{nonce}.{mac}",
+        f"{version}.{expiry}.{nonce}x.{mac}",
+        f"{version}.{expiry}.{nonce}.",
+        f"{version}.{expiry}.{nonce}",
+        "",
+        "ü",
+        "x" * 100_000,
+    ):
+        assert sessions.check(forged, 1000.0) is None
+    other = sessions.check(sessions.begin(1000.0), 1000.0)
+    assert other is not None
+    assert sessions.is_csrf_token(session, sessions.csrf_token(session))
+    assert not sessions.is_csrf_token(session, sessions.csrf_token(other))
+    assert not sessions.is_csrf_token(session, "ü")
+
+
+async def test_a_page_is_shown_to_a_session_and_to_the_token_and_everybody_else_gets_the_login_form(
+    open_farm: OpenFarm,
+) -> None:
+    async with open_farm() as farm, browser_of(farm) as browser:
+        version = farm.coordinator.ready.public_keys[0]
+        status, page = await browser.get("/")
+        assert status == 401
+        assert 'name="token"' in page
+        assert version not in page
+        assert await browser.post("/login", {"token": "x" * 43, "next": "/"}) == 403
+        assert (await browser.get("/"))[0] == 401
+        await browser.log_in()
+        status, page = await browser.get("/")
+        assert status == 200
+        assert version in page
+
+
+async def test_the_cookie_is_kept_from_scripts_and_other_sites_and_opens_no_other_address(open_farm: OpenFarm) -> None:
+    async with open_farm() as farm, browser_of(farm) as browser:
+        form = {"token": browser.token, "next": "//evil.example/"}
+        async with browser.session.post(
+            f"{browser.url}/login", data=form, headers=browser.origin, allow_redirects=False
+        ) as answer:
+            assert answer.headers["Location"] == "/"
+            (told,) = answer.headers.getall("Set-Cookie")
+        assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(told.split("; "))
+        assert (await browser.get("/"))[0] == 200
+        assert (await browser.get("/api/v1/farm"))[0] == 401
+        async with browser.session.post(f"{browser.url}/api/v1/submissions", json={}) as answer:
+            assert answer.status == 401
+
+
+async def test_the_cookie_of_a_farm_behind_tls_is_sent_over_tls_alone(tmp_path: Path) -> None:
+    port = free_port()
+    settings = Settings(state_dir=tmp_path / "farm", port=port, public_url="https://farm.example.org")
+    async with open_coordinator(settings, no_workers) as coordinator, aiohttp.ClientSession() as session:
+        form = {"token": coordinator.ready.token_file.read_text().strip()}
+        headers = {"Origin": "https://farm.example.org"}
+        async with session.post(
+            f"http://127.0.0.1:{port}/login", data=form, headers=headers, allow_redirects=False
+        ) as answer:
+            assert answer.status == 303
+            assert "Secure" in answer.headers["Set-Cookie"].split("; ")
+
+
+async def test_a_change_needs_the_session_the_origin_and_the_form_of_a_page(open_farm: OpenFarm) -> None:
+    async with open_farm() as farm, browser_of(farm) as browser, browser_of(farm) as other:
+        for forged in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {}):
+            assert await browser.post("/login", {"token": browser.token}, forged) == 403
+        assert await browser.post("/logout", {"csrf": "x"}) == 401
+        await browser.log_in()
+        await other.log_in()
+        good = {"csrf": await browser.csrf()}
+        assert await browser.post("/logout", {}) == 403
+        assert await browser.post("/logout", {"csrf": await other.csrf()}) == 403
+        for forged in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {}):
+            assert await browser.post("/logout", good, forged) == 403
+        async with browser.session.post(f"{browser.url}/logout", json=good, headers=browser.origin) as answer:
+            assert answer.status == 400
+        too_many = {f"field-{number}": "" for number in range(17)}
+        assert await browser.post("/logout", {**good, **too_many}) == 400
+        assert await browser.post("/logout", {**good, "more": "x" * 20_000}) == 413
+        assert (await browser.get("/"))[0] == 200
+        assert await browser.post("/logout", good) == 303
+        assert (await browser.get("/"))[0] == 401
+
+
+async def test_every_answer_says_what_a_browser_may_load_and_holds_no_script_of_its_own(open_farm: OpenFarm) -> None:
+    inline = re.compile(
+        r"<script(?![^>]*src=)|\sstyle=|\son[a-z]+=|<style|(?:src|href|action)=\"(?!/[^/]|#)", re.IGNORECASE
+    )
+    async with open_farm() as farm, browser_of(farm) as browser:
+        await browser.log_in()
+        await farm.submit(WAITS, label=NASTY)
+        pages = 0
+        for route in WEB_ROUTES:
+            if route.method != "GET":
+                continue
+            async with browser.session.get(browser.url + route.address(**PARTS)) as answer:
+                assert answer.status in {200, 404}, route.path
+                assert {name: answer.headers.get(name) for name in HEADERS} == HEADERS, route.path
+                if answer.content_type == "text/html":
+                    pages += 1
+                    assert answer.headers["Cache-Control"] == "no-store"
+                    assert inline.findall(await answer.text()) == [], route.path
+        assert pages >= 2
+        page = (await browser.get("/"))[1]
+        for address in re.findall(r'(?:src|href)="(/static/[^"]+)"', page):
+            async with browser.session.get(browser.url + address) as answer:
+                assert answer.status == 200
+                assert "immutable" in answer.headers["Cache-Control"]
+
+
+async def test_names_of_strangers_stay_text(open_farm: OpenFarm) -> None:
+    async with open_farm() as farm, browser_of(farm) as browser:
+        await browser.log_in()
+        await farm.submit(WAITS, label=NASTY)
+        page = (await browser.get("/"))[1]
+        assert "<script>alert" not in page
+        assert NASTY in unescape(page)
+
+
+async def next_parts(answer: aiohttp.ClientResponse) -> dict[str, str]:
+    """Read a stream up to its next parts."""
+    event = b""
+    while True:
+        line = (await answer.content.readline()).rstrip(b"\n")
+        if line.startswith(b"event: "):
+            event = line[7:]
+        elif line.startswith(b"data: ") and event == b"parts":
+            parts: dict[str, str] = orjson.loads(line[6:])
+            return parts
+
+
+async def test_a_page_is_kept_up_to_date_by_the_parts_that_changed(open_farm: OpenFarm) -> None:
+    async with open_farm() as farm, browser_of(farm) as browser:
+        await browser.log_in()
+        async with browser.session.get(f"{browser.url}/live/farm") as answer:
+            first = await next_parts(answer)
+            page = (await browser.get("/"))[1]
+            assert all(f'id="live-{name}"' in page for name in first)
+            assert len(first) == page.count('id="live-')
+            await farm.submit(WAITS, label=NASTY)
+            changed = await next_parts(answer)
+            assert changed.keys() == {"summary", "queue", "submissions"}
+            assert "no worker has joined" in changed["queue"]
+
+
+async def test_streams_are_bounded_and_one_that_is_not_read_holds_up_no_other(tmp_path: Path) -> None:
+    settings = Settings(state_dir=tmp_path / "farm", port=0, limits=LimitSettings(watchers=2))
+    async with open_coordinator(settings, no_workers) as coordinator, aiohttp.ClientSession() as session:
+        url = f"{coordinator.ready.url}/live/farm"
+        headers = {"Authorization": f"Bearer {coordinator.ready.token_file.read_text().strip()}"}
+        async with session.get(url, headers=headers), session.get(url, headers=headers) as reader:
+            assert "workers" in await next_parts(reader)
+            async with session.get(url, headers=headers) as refused:
+                assert refused.status == 503
+                assert "too many browsers" in await refused.text()
+        # Streams that were left are given back once the coordinator has something to send, or notices it.
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                async with session.get(url, headers=headers) as answer:
+                    if answer.status == 200:
+                        break
+
+
+def test_spans_sizes_and_dates_read_as_people_say_them() -> None:
+    assert [age_text(s) for s in (-5, 0, 59.9, 187, 3600, 90_061)] == [
+        "0 s", "0 s", "59 s", "3 m 07 s", "1 h 00 m", "1 d 1 h",
+    ]  # fmt: skip
+    assert [bytes_text(s) for s in (0, 999, 1500, 999_499, 12_000_000, 1.5e9, 3e15)] == [
+        "0 B", "999 B", "1.5 KB", "999 KB", "12 MB", "1.5 GB", "3,000.0 TB",
+    ]  # fmt: skip
+    assert date_text(0) == "1970-01-01 00:00:00 UTC"
+    assert date_text(1e300).startswith("9999-12-31")
