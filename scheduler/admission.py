@@ -77,8 +77,8 @@ def _sort(graph: Mapping[StepKey, tuple[StepKey, ...]]) -> Generator[Pause, None
         if not done % PIECE:
             yield PAUSE
     if len(clear) < len(graph):
-        stuck = next(key for key, count in unmet.items() if count)
-        raise SubmissionRefusedError(f"the needs of {stuck} run in a circle")
+        in_circle = next(key for key, count in unmet.items() if count)
+        raise SubmissionRefusedError(f"the needs of {in_circle} run in a circle")
 
 
 def _add_known(state: FarmState, graph: dict[StepKey, tuple[StepKey, ...]]) -> Generator[Pause, None, None]:

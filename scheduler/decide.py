@@ -4,8 +4,8 @@ The caller applies each fact before it takes the next. So every function is a ge
 facts which it yielded. Stale events (an old attempt, a builder that is gone, a repeat) yield nothing; a graph that
 cannot be is refused before any fact. Work on many steps pauses in between (`pauses`).
 
-`verdicts` decides about steps, `attendance` about builders; here are submissions, the passing of time and the grants of
-leases.
+`step_rules` decides about steps, `builder_rules` about builders; here are submissions, the passing of time and the
+grants of leases.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import assert_never
 from scheduler import events as e
 from scheduler import facts as f
 from scheduler.admission import check_graph
-from scheduler.attendance import Attendance
+from scheduler.builder_rules import BuilderRules
 from scheduler.forsaken import Forsaken
 from scheduler.model import Instant, LeaseId, StepKey, StepState, SubmissionId
 from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.policy import Limits, Policy
 from scheduler.records import Queue, Step
 from scheduler.state import FarmState, is_lapsed
-from scheduler.verdicts import Verdicts, is_known_failure
+from scheduler.step_rules import StepRules, is_known_failure
 
 #: Steps that one fact forgets at most.
 FORGOTTEN_AT_ONCE = 1000
@@ -34,15 +34,15 @@ _LEASED, _PUBLISHING, _DONE = StepState.LEASED, StepState.PUBLISHING, StepState.
 class Decider:
     """The decisions, with the policy and the budgets they are made under. Holds nothing else."""
 
-    __slots__ = ("_attendance", "_forsaken", "_limits", "_policy", "_state", "_verdicts")
+    __slots__ = ("_builder_rules", "_forsaken", "_limits", "_policy", "_state", "_step_rules")
 
     def __init__(self, state: FarmState, limits: Limits, policy: Policy) -> None:
         self._state = state
         self._limits = limits
         self._policy = policy
-        self._verdicts = Verdicts(state, limits, policy)
-        self._attendance = Attendance(state, limits, policy, self._verdicts)
-        self._forsaken = Forsaken(state, limits, self._verdicts)
+        self._step_rules = StepRules(state, limits, policy)
+        self._builder_rules = BuilderRules(state, limits, policy, self._step_rules)
+        self._forsaken = Forsaken(state, limits, self._step_rules)
 
     def decide(self, event: e.Event, now: Instant) -> Iterator[f.Said]:  # noqa: C901, PLR0912  one arm per event
         """Yield what follows from one event, without granting leases (`assign` does, once per batch)."""
@@ -52,21 +52,21 @@ class Decider:
                 if step is not None and step.builder == event.builder:
                     yield f.StepBuilt(event.lease, event.builder, event.evidence, now)
                     if step.faults:
-                        yield from self._attendance.judge_others(event.builder, now)
+                        yield from self._builder_rules.judge_others(event.builder, now)
             case e.OutputsPublished():
                 if self._state.lease_holder(event.lease, _PUBLISHING) is not None:
                     yield f.StepDone(event.lease, now)
             case e.BuilderReported():
-                yield from self._attendance.reported(event, now)
+                yield from self._builder_rules.reported(event, now)
             case e.BuildFailed():
                 step = self._state.lease_holder(event.lease, _LEASED)
                 if step is not None and step.builder == event.builder:
-                    yield from self._verdicts.build_failed(step, event.failure, event.limit, now)
-                    yield from self._attendance.judge(event.builder, now)
+                    yield from self._step_rules.build_failed(step, event.failure, event.limit, now)
+                    yield from self._builder_rules.judge(event.builder, now)
             case e.PublishFailed():
                 step = self._state.lease_holder(event.lease, _PUBLISHING)
                 if step is not None:
-                    yield from self._verdicts.publish_failed(step, event.failure, now)
+                    yield from self._step_rules.publish_failed(step, event.failure, now)
             case e.SubmissionReceived():
                 yield from self._received(event, now)
             case e.SubmissionCancelled():
@@ -77,31 +77,31 @@ class Decider:
             case e.RetryAsked():
                 yield from self._retry_asked(event.step)
             case e.BuilderJoined():
-                yield from self._attendance.joined(event, now)
+                yield from self._builder_rules.joined(event, now)
             case e.BuilderLost():
-                yield from self._attendance.lost(event, now)
+                yield from self._builder_rules.lost(event, now)
             case e.TimePassed():
                 pass
             case _:
                 assert_never(event)
         if self._state.orphans:
-            yield from self._verdicts.abandon_orphans(now)
+            yield from self._step_rules.abandon_orphans(now)
 
     def due(self, now: Instant) -> Iterator[f.Said]:
         """Yield what the passing of time has decided: silent builders, back-offs and quarantines that ended."""
-        yield from self._attendance.due(now)
-        yield from self._verdicts.abandon_orphans(now)
+        yield from self._builder_rules.due(now)
+        yield from self._step_rules.abandon_orphans(now)
         delayed = self._state.ready.delayed
         while delayed and delayed[0][0] <= now:
             yield f.BackOffEnded(delayed[0][2].key)
         yield from self._forsaken.due(now)
-        yield from self._verdicts.abandon_orphans(now)
+        yield from self._step_rules.abandon_orphans(now)
 
     def deadline(self) -> Instant | None:
         """Return when `due` will next have something to say."""
         delayed = self._state.ready.delayed
         return min(
-            [*(delayed[0][:1] if delayed else ()), *self._attendance.deadline(), *self._forsaken.deadline()],
+            [*(delayed[0][:1] if delayed else ()), *self._builder_rules.deadline(), *self._forsaken.deadline()],
             default=None,
         )
 
@@ -147,15 +147,15 @@ class Decider:
         yield from self._hold(event, now)
         lost = yield from self._lost_steps(event)
         roots = [state.steps[key] for key in event.roots]
-        standing = _Standing(self._limits, event, renewed, now)
+        known_failures = _KnownFailures(self._limits, event, renewed, now)
         if state.failed:
             below_lost = [need for step in lost for need in state.needs_of(step)]
-            yield from standing.look_below(state, [*roots, *below_lost])
+            yield from known_failures.look_below(state, [*roots, *below_lost])
         for step in lost:
-            yield from self._verdicts.revive(state.needs_of(step), restart=True, stands=standing)
+            yield from self._step_rules.revive(state.needs_of(step), restart=True, stands=known_failures)
             yield f.StepLost(step.key)
         if not event.replanned:
-            yield from self._verdicts.revive(roots, restart=True, stands=standing)
+            yield from self._step_rules.revive(roots, restart=True, stands=known_failures)
             yield from self._end_waits(event)
         members = yield from state.descending(roots)
         keys = tuple([step.key for step in members])
@@ -166,9 +166,9 @@ class Decider:
         yield PAUSE
         kind = f.SubmissionRetried if event.again or event.replanned else f.SubmissionAccepted
         yield kind(event.submission, now, event.roots, keys, held, joined, self._wait_of(event), event.limits)
-        for step, cause in tuple(standing.causes.items()):
+        for step, cause in tuple(known_failures.causes.items()):
             if step.dependents:
-                yield from self._verdicts.doom(step, cause, now)
+                yield from self._step_rules.doom(step, cause, now)
 
     def _wait_of(self, event: e.SubmissionReceived) -> int | None:
         """Return how long the submission lets its steps wait for a builder: as before where it does not say."""
@@ -231,7 +231,7 @@ class Decider:
             if step is None:
                 yield f.StepHeld(key, seen_at)
             elif step.state is not _DONE:
-                yield from self._verdicts.stop(step, now, "the cache holds the result")
+                yield from self._step_rules.stop(step, now, "the cache holds the result")
                 yield f.StepHeld(key, seen_at)
 
     def _expired(self, submission: SubmissionId, now: Instant) -> Iterator[f.Said]:
@@ -247,15 +247,15 @@ class Decider:
         elif any(submission in root.roots for root in roots):
             return
         yield f.SubmissionForgotten(submission, now)
-        while gone := (yield from self._unnamed(now)):
+        while gone := (yield from self._forgettable(now)):
             for start in range(0, len(gone), FORGOTTEN_AT_ONCE):
                 yield f.StepsForgotten(tuple(gone[start : start + FORGOTTEN_AT_ONCE]))
                 yield PAUSE
 
-    def _unnamed(self, now: Instant) -> Generator[Pause, None, list[StepKey]]:
-        """Return the steps that nothing names, but those that are known to fail."""
+    def _forgettable(self, now: Instant) -> Generator[Pause, None, list[StepKey]]:
+        """Return the unreferenced steps, but for those that are known to fail."""
         gone: list[StepKey] = []
-        for count, step in enumerate(self._state.names.loose.values(), 1):
+        for count, step in enumerate(self._state.references.unreferenced.values(), 1):
             if not is_known_failure(step, self._limits, now):
                 gone.append(step.key)
             if not count % PIECE:
@@ -266,10 +266,10 @@ class Decider:
         """Forget a failure that no submission waits for: the next one that wants the step builds it."""
         step = self._state.steps.get(key)
         if step is not None and step.state is StepState.FAILED:
-            yield self._verdicts.revived(step, restart=True)
+            yield self._step_rules.revived(step, restart=True)
 
 
-class _Standing:
+class _KnownFailures:
     """Failures that a submission takes for known, and the steps that they have doomed, each with its root cause."""
 
     __slots__ = ("_all", "_but", "_limits", "_now", "_renewed", "causes")

@@ -17,7 +17,17 @@ from scheduler.model import BuilderId, Instant, LeaseId, Requirements, StepKey, 
 from scheduler.pauses import FACTS_PIECE, PAUSE, Pause, whole
 from scheduler.policy import Limits, LongestPathFirst, Policy
 from scheduler.react import react
-from scheduler.reasons import Busy, Places, Reason, StuckClass, Unserved, queue_reasons, stuck, unserved_classes, why
+from scheduler.reasons import (
+    Busy,
+    QueuePositions,
+    Reason,
+    UnschedulableClass,
+    Unserved,
+    queue_reasons,
+    unschedulable,
+    unserved_classes,
+    why,
+)
 from scheduler.resource_limits import ResourceLimits, in_force
 from scheduler.snapshot import tell_all
 from scheduler.state import FarmState
@@ -34,7 +44,7 @@ class Farm:
         self._limits = Limits() if limits is None else limits
         #: For reading only.
         self.state = FarmState(policy.rank)
-        self._places = Places(self.state)
+        self._queue_positions = QueuePositions(self.state)
         self._decider = Decider(self.state, self._limits, policy)
 
     def handle(self, event: Event, now: Instant) -> tuple[list[Fact], list[Effect]]:
@@ -60,13 +70,13 @@ class Farm:
         facts: list[Fact] = []
         effects: list[Effect] = []
         decider = self._decider
-        self._places.forget()
+        self._queue_positions.forget()
         for event in events:
             yield from self._take(decider.decide(event, now), facts, effects)
         yield from self._take(decider.due(now), facts, effects)
         yield from self._take(decider.assign(now), facts, effects)
         # Those that were asked for at a pause are of a state that is gone.
-        self._places.forget()
+        self._queue_positions.forget()
         return facts, effects
 
     def _take(self, said: Iterable[Said], facts: list[Fact], effects: list[Effect]) -> Generator[Pause, None, None]:
@@ -116,18 +126,18 @@ class Farm:
 
     def why(self, step: StepKey, now: Instant) -> Reason | None:
         """Return why a step is not running; None for one that runs or has finished for good. Raises `KeyError`."""
-        reason = why(self.state, self._places, self._limits, step, now)
+        reason = why(self.state, self._queue_positions, self._limits, step, now)
         if isinstance(reason, Unserved):
             until = self._decider.gives_up_at(self.state.steps[step])
             return reason if until is None else replace(reason, until=until)
         return reason
 
-    def stuck(self) -> list[StuckClass]:
+    def unschedulable(self) -> list[UnschedulableClass]:
         """Return the classes of ready steps that no builder of the farm can take."""
-        return stuck(self.state)
+        return unschedulable(self.state)
 
     def unserved(self) -> dict[Requirements, Unserved]:
-        """Return what the classes of `stuck` require, and why no builder takes them."""
+        """Return what the classes of `unschedulable` require, and why no builder takes them."""
         return unserved_classes(self.state)
 
     def queue_reasons(self) -> dict[Requirements, Unserved | Busy]:

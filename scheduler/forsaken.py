@@ -32,7 +32,7 @@ from scheduler.reasons import (
 )
 from scheduler.records import Step
 from scheduler.state import FarmState
-from scheduler.verdicts import Verdicts
+from scheduler.step_rules import StepRules
 
 #: Seconds between two looks at all that wait, where submissions have let go of steps: a look costs their number.
 LOOK_AGAIN_S = 10.0
@@ -51,16 +51,16 @@ class Forsaken:
         "_looked_at",
         "_partings",
         "_state",
+        "_step_rules",
         "_sweep_at",
         "_varied",
-        "_verdicts",
         "_waiting",
     )
 
-    def __init__(self, state: FarmState, limits: Limits, verdicts: Verdicts) -> None:
+    def __init__(self, state: FarmState, limits: Limits, step_rules: StepRules) -> None:
         self._state = state
         self._limits = limits
-        self._verdicts = verdicts
+        self._step_rules = step_rules
         #: (since when it waits, when it is looked at next). Those that have left such a queue drop out when looked at.
         self._waiting: dict[Step, tuple[Instant, float]] = {}
         #: (when, sequence, step) of every next look that comes; those that `_waiting` does not say are stale.
@@ -85,7 +85,7 @@ class Forsaken:
             if not _waits(step) or step in self._state.ready.forsaken:
                 continue
             fell_back = False
-            for fact in self._verdicts.give_up(step, self._failure(step, since, now), now):
+            for fact in self._step_rules.give_up(step, self._failure(step, since, now), now):
                 fell_back = fell_back or isinstance(fact, f.StepFellBack)
                 yield fact
             if fell_back and self._state.patience:

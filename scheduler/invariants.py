@@ -56,8 +56,8 @@ def durable(state: FarmState) -> dict[StepKey, tuple[object, ...]]:
             step.returns,
             step.strikes,
             step.accounts,
-            step.born,
-            step.ended,
+            step.generation_started,
+            step.generation_ended,
             step.done_at,
             step.failed_at,
             step.roots,
@@ -100,13 +100,13 @@ def _check_life(state: FarmState, step: Step) -> None:
 
 def _check_names(state: FarmState) -> None:
     """Nothing is forgotten that something names, and the counts that say so are right."""
-    names = Counter(need for step in state.steps.values() for recipe in step.recipes for need in recipe.needs)
-    names.update(root.key for roots in (*state.submissions.values(), *state.withdrawn.values()) for root in roots)
-    _require(names.keys() <= state.steps.keys(), f"{names.keys() - state.steps.keys()} are named and not known")
+    counts = Counter(need for step in state.steps.values() for recipe in step.recipes for need in recipe.needs)
+    counts.update(root.key for roots in (*state.submissions.values(), *state.withdrawn.values()) for root in roots)
+    _require(counts.keys() <= state.steps.keys(), f"{counts.keys() - state.steps.keys()} are referred to and not known")
     for step in state.steps.values():
-        _require(step.named == names[step.key], f"{step} counts {step.named} names, has {names[step.key]}")
-    loose = {step.key for step in state.steps.values() if not step.named}
-    _require(set(state.names.loose) == loose, "the index of steps that nothing names is wrong")
+        _require(step.refcount == counts[step.key], f"{step} has refcount {step.refcount}, not {counts[step.key]}")
+    unreferenced = {step.key for step in state.steps.values() if not step.refcount}
+    _require(set(state.references.unreferenced) == unreferenced, "the index of unreferenced steps is wrong")
 
 
 def _check_needs(step: Step) -> None:

@@ -19,7 +19,7 @@ from scheduler.model import (
 from scheduler.policy import Limits
 from scheduler.records import Queue, Step
 from scheduler.state import FarmState
-from scheduler.verdicts import ALLOWANCE_S, is_known_failure
+from scheduler.step_rules import ALLOWANCE_S, is_known_failure
 
 #: How many names a reason gives at most.
 NAMED = 5
@@ -29,10 +29,10 @@ PLACED_AT_MOST = 5_000
 
 @dataclass(frozen=True, slots=True)
 class WaitsForSteps:
-    """Some needs are not done; `some` names the first few of `count`."""
+    """Some needs are not done; `examples` names the first few of `count`."""
 
     count: int
-    some: tuple[StepKey, ...]
+    examples: tuple[StepKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,42 +141,42 @@ Reason = WaitsForSteps | NotWanted | Busy | BacksOff | RetriesSpent | KnownToFai
 
 
 @dataclass(frozen=True, slots=True)
-class StuckClass:
+class UnschedulableClass:
     """Ready steps that no builder can take: `count` of them, the first few by key, and the reason."""
 
     requirements: Requirements
     count: int
-    some: tuple[StepKey, ...]
+    examples: tuple[StepKey, ...]
     reason: Unserved
 
 
-class Places:
+class QueuePositions:
     """Positions of ready steps in the queue of their class: computed at the first use, valid until the state moves."""
 
     def __init__(self, state: FarmState) -> None:
         self._state = state
-        self._places: dict[Requirements, tuple[dict[Step, int], int]] = {}
+        self._by_class: dict[Requirements, tuple[dict[Step, int], int]] = {}
 
     def forget(self) -> None:
         """The state has moved."""
-        if self._places:
-            self._places = {}
+        if self._by_class:
+            self._by_class = {}
 
     def of(self, requirements: Requirements) -> tuple[dict[Step, int], int]:
         """Return the ready steps of a class with their positions, from 1, and their count.
 
         Beyond `PLACED_AT_MOST` there are no positions: working them out would hold up others.
         """
-        places = self._places.get(requirements)
-        if places is None:
+        found = self._by_class.get(requirements)
+        if found is None:
             steps = _live(self._state, requirements)
             ordered = _in_turn(steps) if len(steps) <= PLACED_AT_MOST else []
             positions = {step: position for position, step in enumerate(ordered, 1)}
-            places = self._places[requirements] = (positions, len(steps))
-        return places
+            found = self._by_class[requirements] = (positions, len(steps))
+        return found
 
 
-def why(state: FarmState, places: Places, limits: Limits, key: StepKey, now: Instant) -> Reason | None:
+def why(state: FarmState, positions: QueuePositions, limits: Limits, key: StepKey, now: Instant) -> Reason | None:
     """Return why a step is not running; None for one that runs, publishes or has finished for good.
 
     Raises `KeyError` for an unknown step. Costs the number of needs, or of builders, and of steps in the same queue
@@ -196,7 +196,7 @@ def why(state: FarmState, places: Places, limits: Limits, key: StepKey, now: Ins
     if step.not_before:
         return _backs_off(state, step, now)
     requirements = step.recipe.requirements
-    return unserved(state, requirements) or _busy(step, *places.of(requirements))
+    return unserved(state, requirements) or _busy(step, *positions.of(requirements))
 
 
 def _backs_off(state: FarmState, step: Step, now: Instant) -> BacksOff | RetriesSpent:
@@ -213,16 +213,16 @@ def _known(state: FarmState, limits: Limits, step: Step, now: Instant) -> KnownT
     return KnownToFail(cause.key, cause.failed_at, Instant(cause.failed_at + limits.failure_ttl_s))
 
 
-def _busy(step: Step, places: dict[Step, int], ready: int) -> Busy:
+def _busy(step: Step, positions: dict[Step, int], ready: int) -> Busy:
     """Say why none of the builders that could take a ready step has."""
     able = list(step.queue.builders.values()) if step.queue is not None else []
     willing = [builder for builder in able if builder.willing]
-    place = places.get(step, 0)
+    position = positions.get(step, 0)
     if willing or not able:
         roomy = [builder.id for builder in willing if builder.probation and builder.offered > len(builder.leases)]
         if roomy and len(roomy) == len(willing):
-            return LimitReached(tuple(roomy[:NAMED]), place, ready)
-        return BuildersFull(tuple([builder.id for builder in willing]), place, ready)
+            return LimitReached(tuple(roomy[:NAMED]), position, ready)
+        return BuildersFull(tuple([builder.id for builder in willing]), position, ready)
     held_back = [builder for builder in able if builder.until]
     if held_back:
         first = min(held_back, key=lambda builder: builder.until)
@@ -230,15 +230,15 @@ def _busy(step: Step, places: dict[Step, int], ready: int) -> Busy:
     return BuildersDraining(tuple([builder.id for builder in able][:NAMED]))
 
 
-def stuck(state: FarmState) -> list[StuckClass]:
+def unschedulable(state: FarmState) -> list[UnschedulableClass]:
     """Return one line per class of requirements with ready steps that no builder offers, sorted by class.
 
-    Costs the number of classes, and for each stuck one the number of its ready steps.
+    Costs the number of classes, and for each of these the number of its ready steps.
     """
-    found: list[StuckClass] = []
+    found: list[UnschedulableClass] = []
     for requirements, reason in unserved_classes(state).items():
         steps = _live(state, requirements)
-        found.append(StuckClass(requirements, len(steps), tuple(step.key for step in steps[:NAMED]), reason))
+        found.append(UnschedulableClass(requirements, len(steps), tuple(step.key for step in steps[:NAMED]), reason))
     return found
 
 
@@ -284,43 +284,43 @@ def _in_turn(steps: list[Step]) -> list[Step]:
     lanes: dict[tuple[Queue, int], list[Step]] = {}
     # From the last to the first, so that the next step of each lane is at the end of its list.
     for step in sorted(steps, key=_entry, reverse=True):
-        for place in _lanes_of(step):
-            lanes.setdefault(place, []).append(step)
+        for lane_of in _lanes_of(step):
+            lanes.setdefault(lane_of, []).append(step)
     return _take_turns(lanes)
 
 
 def _take_turns(lanes: dict[tuple[Queue, int], list[Step]]) -> list[Step]:
     """Empty lists of steps, each in the reverse of its order, as lanes are emptied that take turns."""
-    places: dict[int, list[tuple[Queue, int]]] = {}
+    by_stake: dict[int, list[tuple[Queue, int]]] = {}
     turns: dict[tuple[Queue, int], int] = {}
-    for place in lanes:
-        queue, stake = place
-        turns[place] = queue.lanes[stake].turn
-        places.setdefault(stake, []).append(place)
+    for lane_of in lanes:
+        queue, stake = lane_of
+        turns[lane_of] = queue.lanes[stake].turn
+        by_stake.setdefault(stake, []).append(lane_of)
     following = max(turns.values(), default=0)
-    order = [(turn, _entry(lanes[place][-1]), index, place) for index, (place, turn) in enumerate(turns.items())]
+    order = [(turn, _entry(lanes[lane_of][-1]), index, lane_of) for index, (lane_of, turn) in enumerate(turns.items())]
     heapify(order)
     granted: dict[Step, None] = {}
     while order:
-        turn, entry, index, place = heappop(order)
-        lane = lanes[place]
+        turn, entry, index, lane_of = heappop(order)
+        lane = lanes[lane_of]
         while lane and lane[-1] in granted:
             lane.pop()
         if not lane:
             continue
-        first = _entry(lane[-1]), turns[place]
+        first = _entry(lane[-1]), turns[lane_of]
         # Its submission was served meanwhile, or its first step was: it comes up again where it belongs.
         if first != (entry, turn):
-            heappush(order, (first[1], first[0], index, place))
+            heappush(order, (first[1], first[0], index, lane_of))
             continue
         step = lane.pop()
         granted[step] = None
         following += 1
         for stake in step.owners:
-            for owner in places.get(stake, ()):
+            for owner in by_stake.get(stake, ()):
                 turns[owner] = following
         if lane:
-            heappush(order, (following, _entry(lane[-1]), index, place))
+            heappush(order, (following, _entry(lane[-1]), index, lane_of))
     return list(granted)
 
 

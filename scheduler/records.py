@@ -40,27 +40,27 @@ class Step:
         "asked_at",
         "attempt",
         "avoid",
-        "born",
         "builder",
         "cause",
         "dependents",
         "depth",
         "done_at",
-        "ended",
         "engaged",
         "evidence",
         "failed_at",
         "failure",
         "faults",
+        "generation_ended",
+        "generation_started",
         "home",
         "key",
-        "named",
         "needs",
         "not_before",
         "owners",
         "queue",
         "rank",
         "recipes",
+        "refcount",
         "resends",
         "returns",
         "roots",
@@ -91,9 +91,9 @@ class Step:
         self.strikes: tuple[FailureKind, ...] = ()
         #: Who said what of the recipe in use, in this life: builder and signature of each failure that has one.
         self.accounts: tuple[tuple[BuilderId, str], ...] = ()
-        #: Values of the state's `life` counter when this life began and when it lapsed.
-        self.born = 0
-        self.ended = 0
+        #: Values of the state's `generation` counter when this life began and when it lapsed.
+        self.generation_started = 0
+        self.generation_ended = 0
         #: When the result was last seen to be there.
         self.done_at = NO_INSTANT
         #: Live submissions that have this step as a root; empty once the step is finished.
@@ -101,7 +101,7 @@ class Step:
         #: Stakes (see `shares`) of the submissions that want this step, the oldest first, and of some that did.
         self.owners: tuple[int, ...] = ()
         #: How many recipes of known steps name this one as a need, and submissions that are not forgotten as a root.
-        self.named = 0
+        self.refcount = 0
         #: The steps that engage this one, in the order in which they began to. Changed by `gain` and `lose`.
         self.dependents: tuple[Step, ...] | dict[Step, None] = ()
         #: True exactly while wanted and unfinished, orphans of a running `handle` aside.

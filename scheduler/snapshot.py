@@ -26,7 +26,7 @@ def tell_all(state: FarmState) -> Iterator[f.Fact]:
             step.sequence,
             step.state,
             step.depth,
-            step.born,
+            step.generation_started,
             step.attempt,
             step.done_at,
             tuple([dependent.sequence for dependent in step.dependents]) if step.dependents else (),
@@ -40,7 +40,7 @@ def tell_all(state: FarmState) -> Iterator[f.Fact]:
     for builder in state.builders.values():
         if builder.leases:
             yield f.BuilderRestored(builder.id, builder.heard, tuple(builder.leases))
-    yield f.FarmRestored(len(state.steps), state.known, state.life, state.floor)
+    yield f.FarmRestored(len(state.steps), state.known, state.generation, state.attempt_floor)
 
 
 def _submission(
@@ -57,11 +57,13 @@ def _submission(
 
 
 def _past(step: Step) -> f.StepPast | None:
-    if step.state in _PLAIN and not (step.active or step.ended or step.tried or step.avoid or step.not_before):
+    if step.state in _PLAIN and not (
+        step.active or step.generation_ended or step.tried or step.avoid or step.not_before
+    ):
         return None
     return f.StepPast(
         active=step.active,
-        ended=step.ended,
+        ended=step.generation_ended,
         failed_at=step.failed_at,
         builder=step.builder,
         evidence=step.evidence,

@@ -30,9 +30,9 @@ from scheduler.model import (
     StepState,
     SubmissionId,
 )
-from scheduler.names import Names
 from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.records import FEW_DEPENDENTS, NO_BUILDER, NO_TRIES, Step
+from scheduler.references import ReferenceCounts
 from scheduler.resource_limits import ResourceLimits
 from scheduler.transitions import LAPSED, SUBJECT
 
@@ -50,8 +50,8 @@ class FarmState(StepGraph):
         #: Submissions neither withdrawn nor forgotten, with their roots; and those that are withdrawn, not forgotten.
         self.submissions: dict[SubmissionId, tuple[Step, ...]] = {}
         self.withdrawn: dict[SubmissionId, tuple[Step, ...]] = {}
-        #: What failing attempts have cost submissions: each moves the instant on by a part of an hour (`verdicts`). One
-        #: that lies an hour ahead has spent its allowance. Only of submissions that are not forgotten.
+        #: What failing attempts have cost submissions: each moves the instant on by a part of an hour (`step_rules`).
+        #: One that lies an hour ahead has spent its allowance. Only of submissions that are not forgotten.
         self.paid_until: dict[SubmissionId, Instant] = {}
         #: How long steps of a submission wait for a builder that could take them, in seconds, 0 for ever: of those that
         #: said so and are not forgotten.
@@ -59,11 +59,12 @@ class FarmState(StepGraph):
         #: What submissions say of builds of their roots, where they say something and are not forgotten.
         self.limits: dict[SubmissionId, dict[StepKey, ResourceLimits]] = {}
         #: Counts the references to each step: one without any may be forgotten.
-        self.names = Names(self.steps)
+        self.references = ReferenceCounts(self.steps)
         #: At least the attempts of every step ever forgotten: those of a step that never had any begin above.
-        self.floor = 0
-        #: Counts beginnings and ends of lives: orders a failure against the life of the step that meets it.
-        self.life = 0
+        self.attempt_floor = 0
+        #: Counts the beginnings and ends of lives of steps, and so orders a failure before or after the life that meets
+        #: it.
+        self.generation = 0
         #: How many steps ever became known: the next one's sequence.
         self.known = 0
         #: The steps that have failed.
@@ -101,7 +102,7 @@ class FarmState(StepGraph):
             case f.RecipeAdded():
                 step = self._subject(fact, fact.step)
                 step.recipes = (*step.recipes, fact.recipe)
-                self.names.add(fact.recipe.needs)
+                self.references.add(fact.recipe.needs)
             case f.StepHeld():
                 return self._held(fact)
             case f.SubmissionAccepted() | f.SubmissionRetried():
@@ -169,13 +170,13 @@ class FarmState(StepGraph):
         self._know(spec.key, spec.recipes, _WAITING)
 
     def _know(self, key: StepKey, recipes: tuple[Recipe, ...], state: StepState) -> None:
-        self.life += 1
+        self.generation += 1
         step = Step(key, recipes, self.known, state)
         self.known += 1
-        step.born = self.life
+        step.generation_started = self.generation
         self.steps[key] = step
-        self.names.meet(step)
-        self.names.add_needs(step)
+        self.references.meet(step)
+        self.references.add_needs(step)
 
     def _held(self, fact: f.StepHeld) -> Iterator[Pause] | None:
         rest = None
@@ -194,10 +195,10 @@ class FarmState(StepGraph):
         self._set_patience(fact.submission, fact.wait_s)
         self._set_limits(fact.submission, fact.limits)
         for some in pieces(roots):
-            self.names.add(root.key for root in some)
+            self.references.add(root.key for root in some)
             yield PAUSE
         for some in pieces(before):
-            self.names.drop(root.key for root in some)
+            self.references.drop(root.key for root in some)
             yield PAUSE
         merged: Merged = {}
         for count, root in enumerate(roots, 1):
@@ -245,18 +246,18 @@ class FarmState(StepGraph):
         self.patience.pop(fact.submission, None)
         self.limits.pop(fact.submission, None)
         for some in pieces(roots):
-            self.names.drop(root.key for root in some)
+            self.references.drop(root.key for root in some)
             yield PAUSE
 
     def _steps_forgotten(self, fact: f.StepsForgotten) -> None:
         for key in fact.steps:
-            step = self.names.loose.get(key)
+            step = self.references.unreferenced.get(key)
             if step is None or step.wanted or step.engaged or step.builder:
-                raise ImpossibleError(f"{step or key} is forgotten and named or wanted")
-            self.names.forget(step)
+                raise ImpossibleError(f"{step or key} is forgotten and referred to or wanted")
+            self.references.forget(step)
             del self.steps[key]
             self.failed.pop(key, None)
-            self.floor = max(self.floor, step.attempt)
+            self.attempt_floor = max(self.attempt_floor, step.attempt)
 
     def limits_said(self, step: Step) -> list[ResourceLimits | None]:
         """Return what the submissions that want the step say of it as their root, and None for those that do not.
@@ -271,7 +272,7 @@ class FarmState(StepGraph):
 
     def next_attempt(self, step: Step) -> int:
         """Return the attempt of the next lease: never one that the step, or an earlier one of this key, has had."""
-        return (step.attempt or self.floor) + 1
+        return (step.attempt or self.attempt_floor) + 1
 
     def _finish(self, step: Step, target: StepState) -> Iterator[Pause] | None:
         """Enter one of the finished states: nothing is wanted of the step, and it wants nothing.
@@ -290,8 +291,8 @@ class FarmState(StepGraph):
             self.orphans.pop(step.key, None)
         self._release(step)
         if target is not _DONE:
-            self.life += 1
-            step.ended = self.life
+            self.generation += 1
+            step.generation_ended = self.generation
         elif len(step.dependents) > PIECE:
             return self._meet_in_pieces(step.dependents)
         else:
@@ -308,8 +309,8 @@ class FarmState(StepGraph):
         self.failed[step.key] = step
 
     def _begin_life(self, step: Step) -> None:
-        self.life += 1
-        step.born = self.life
+        self.generation += 1
+        step.generation_started = self.generation
         step.tried = NO_TRIES
         step.faults = step.returns = 0
         step.strikes = step.accounts = ()
@@ -422,11 +423,12 @@ class FarmState(StepGraph):
             raise ImpossibleError(f"{fact.step} is restored and known already")
         step = Step(fact.step, fact.recipes, fact.sequence, fact.state)
         self.steps[fact.step] = step
-        step.depth, step.born, step.attempt, step.done_at = fact.depth, fact.born, fact.attempt, fact.done_at
+        step.depth, step.generation_started = fact.depth, fact.born
+        step.attempt, step.done_at = fact.attempt, fact.done_at
         step.roots = fact.roots
         past = fact.past
         if past is not None:
-            step.active, step.ended, step.failed_at = past.active, past.ended, past.failed_at
+            step.active, step.generation_ended, step.failed_at = past.active, past.ended, past.failed_at
             step.builder, step.evidence = past.builder, past.evidence
             step.failure, step.cause = past.failure, past.cause
             step.tried, step.strikes = frozenset(past.tried) or NO_TRIES, past.strikes
@@ -444,19 +446,19 @@ class FarmState(StepGraph):
         """Link what the restored steps say of each other, and index the ready ones."""
         if len(self.steps) != fact.steps:
             raise ImpossibleError(f"a snapshot of {fact.steps} steps has brought {len(self.steps)}")
-        self.life, self.known, self.floor = fact.life, fact.known, fact.floor
+        self.generation, self.known, self.attempt_floor = fact.life, fact.known, fact.floor
         by_sequence = {step.sequence: step for step in self.steps.values()}
         links = iter(self._links)
         for step in self._unlinked:
             linked = tuple([by_sequence[sequence] for sequence in islice(links, next(links))])
             step.dependents = linked if len(linked) <= FEW_DEPENDENTS else dict.fromkeys(linked)
         self._unlinked, self._links = [], array("Q")
-        self.names.loose.update(self.steps)
+        self.references.unreferenced.update(self.steps)
         for roots in (*self.submissions.values(), *self.withdrawn.values()):
-            self.names.add(root.key for root in roots)
+            self.references.add(root.key for root in roots)
         self._restore_owners()
         for step in self.steps.values():
-            self.names.add_needs(step)
+            self.references.add_needs(step)
             if not step.wanted or step.state is _DONE or step.state in LAPSED:
                 continue
             step.needs = self.needs_of(step)

@@ -53,7 +53,7 @@ class _Silence:
     def waiting(self, step: StepKey, name_of: Callable[[StepKey], str]) -> tuple[str, WaitingView | None]:  # noqa: ARG002
         return "", None
 
-    def stuck(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:  # noqa: ARG002
+    def unschedulable(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:  # noqa: ARG002
         return ()
 
     def log_tail(self, step: StepKey, attempt: int) -> str:  # noqa: ARG002

@@ -1,9 +1,9 @@
 """Expiry of submissions that ended long ago, and of the steps that no other submission refers to.
 
 A submission is forgotten a while after it ended: it is no longer listed, and its steps leave core, read model and
-journal unless something else names them (`scheduler.names`). Beyond a number of steps the oldest go earlier. Never
-forgotten is what runs, what ended only just now, and a failure for as long as it counts as known. What was built stays
-in the cache as the cache's own settings say, and derivations and logs stay where they are.
+journal unless something else refers to them (`scheduler.references`). Beyond a number of steps the oldest go earlier.
+Never forgotten is what runs, what ended only just now, and a failure for as long as it counts as known. What was built
+stays in the cache as the cache's own settings say, and derivations and logs stay where they are.
 """
 
 from __future__ import annotations

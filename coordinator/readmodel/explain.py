@@ -40,7 +40,7 @@ class FarmExplainer:
             return "", None
         return sentence_of(reason, now, name_of), value_of(reason)
 
-    def stuck(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
+    def unschedulable(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
         """Return a sentence for each class of ready steps (counted by requirements) that no worker can take."""
         if not ready:
             return ()
@@ -67,8 +67,8 @@ def sentence_of(  # noqa: C901, PLR0911  one way for each reason
     """Return the sentence for a reason at `now`; `name_of` gives a step's name, or nothing."""
     match reason:
         case r.WaitsForSteps():
-            names = ", ".join(name_of(key) or key for key in reason.some)
-            more = f" and {reason.count - len(reason.some)} more" if reason.count > len(reason.some) else ""
+            names = ", ".join(name_of(key) or key for key in reason.examples)
+            more = f" and {reason.count - len(reason.examples)} more" if reason.count > len(reason.examples) else ""
             return f"waits for {names}{more}"
         case r.NotWanted():
             return "no submission stands on it now"
@@ -121,7 +121,7 @@ def value_of(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911  one way f
     """Return what programs read of a reason."""
     match reason:
         case r.WaitsForSteps():
-            return WaitingView(kind="steps", count=reason.count, steps=reason.some)
+            return WaitingView(kind="steps", count=reason.count, steps=reason.examples)
         case r.NotWanted():
             return WaitingView(kind="not_wanted")
         case r.NoBuilderJoined():

@@ -52,7 +52,7 @@ class Explainer(Protocol):
     def waiting(self, step: StepKey, name_of: Callable[[StepKey], str]) -> tuple[str, WaitingView | None]:
         """Return why the step does not run, in one sentence and as a value; nothing where that needs no reason."""
 
-    def stuck(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
+    def unschedulable(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
         """Return sentences about those of the ready steps that no worker can take."""
 
     def log_tail(self, step: StepKey, attempt: int) -> str:
@@ -237,7 +237,7 @@ class Views(FoldedRows):
             counts=self._counts(row),
             derivations=said.derivations,
             uploaded_bytes=row.uploaded_bytes,
-            stuck=self._stuck(row),
+            stuck=self._unschedulable(row),
         )
 
     def root_view(self, root: RootNote) -> RootView:
@@ -274,7 +274,9 @@ class Views(FoldedRows):
 
     def counts_changed(self, row: SubmissionRow) -> CountsChanged:
         """Render the counts of a submission."""
-        return CountsChanged(counts=self._counts(row), uploaded_bytes=row.uploaded_bytes, stuck=self._stuck(row))
+        return CountsChanged(
+            counts=self._counts(row), uploaded_bytes=row.uploaded_bytes, stuck=self._unschedulable(row)
+        )
 
     def _counts(self, row: SubmissionRow) -> Counts:
         by_state = {state.value: count for state, count in row.counts.items()}
@@ -283,5 +285,5 @@ class Views(FoldedRows):
     def _name(self, key: StepKey) -> str:
         return (self._details.get(key) or _NO_DETAIL).name
 
-    def _stuck(self, row: SubmissionRow) -> tuple[str, ...]:
-        return () if row.ended or row.withdrawn else self._explain.stuck(row.ready)
+    def _unschedulable(self, row: SubmissionRow) -> tuple[str, ...]:
+        return () if row.ended or row.withdrawn else self._explain.unschedulable(row.ready)

@@ -64,7 +64,7 @@ class Silent:
     def waiting(self, step: StepKey, name_of: Callable[[StepKey], str]) -> tuple[str, WaitingView | None]:
         return f"waits: {step} {name_of(step)}", None
 
-    def stuck(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
+    def unschedulable(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
         return tuple(sorted(f"{count} {requirements.system}" for requirements, count in ready.items()))
 
     def log_tail(self, step: StepKey, attempt: int) -> str:

@@ -220,7 +220,7 @@ def test_every_step_that_does_not_run_has_a_reason() -> None:
         "mac": r.OnlyReservedBuilders((BuilderId("m"),)),
     }
     assert why(scene, "n0") is None
-    assert [(item.requirements.system, item.count, item.some) for item in scene.farm.stuck()] == [
+    assert [(item.requirements.system, item.count, item.examples) for item in scene.farm.unschedulable()] == [
         ("darwin", 1, ("mac",)),
         ("linux", 1, ("test",)),
         ("riscv", 1, ("alien",)),

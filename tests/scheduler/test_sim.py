@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scheduler import attendance, decide, failures, farm, forsaken, records, snapshot, state, verdicts
+from scheduler import builder_rules, decide, failures, farm, forsaken, records, snapshot, state, step_rules
 from scheduler import facts as f
 from scheduler.model import FailureKind, Instant, SubmissionId
 from tests.scheduler.sim import play
@@ -59,8 +59,8 @@ def _forget_failures(self: decide.Decider, submission: SubmissionId, now: Instan
     roots = state.submissions.get(submission) or state.withdrawn.get(submission, ())
     if roots and not any(submission in root.roots for root in roots):
         yield f.SubmissionForgotten(submission, now)
-        while state.names.loose:
-            yield f.StepsForgotten(tuple(state.names.loose))
+        while state.references.unreferenced:
+            yield f.StepsForgotten(tuple(state.references.unreferenced))
 
 
 def _without_floor(state: state.FarmState) -> Iterator[f.Fact]:
@@ -68,12 +68,12 @@ def _without_floor(state: state.FarmState) -> Iterator[f.Fact]:
 
 
 MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
-    ("nobody is quarantined", attendance.Attendance, "judge", _nothing),
+    ("nobody is quarantined", builder_rules.BuilderRules, "judge", _nothing),
     ("known failures are built again", decide, "is_known_failure", lambda *_: False),
     ("a builder in quarantine is given work", records.Builder, "willing", property(lambda self: self.spec is not None)),
     ("a snapshot forgets trials and leases", snapshot, "_past", lambda _: None),
-    ("verdicts are retried", verdicts.Verdicts, "_end", verdicts.Verdicts.retry),
-    ("what is known to fail dooms nobody", verdicts.Verdicts, "doom", _nothing),
+    ("verdicts are retried", step_rules.StepRules, "_end", step_rules.StepRules.retry),
+    ("what is known to fail dooms nobody", step_rules.StepRules, "doom", _nothing),
     ("attempts begin anew", state.FarmState, "next_attempt", lambda _, step: step.attempt + 1),
     ("a snapshot forgets the attempts of what is forgotten", farm, "tell_all", _without_floor),
     ("what still runs is forgotten", decide.Decider, "_expired", _forget_all),
@@ -101,7 +101,7 @@ def test_a_mutant_dies(target: Any, name: str, mutation: Any, monkeypatch: pytes
 def test_a_builder_killed_from_outside_without_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     row = failures.CONSEQUENCES[FailureKind.INFRASTRUCTURE]
     table = {**failures.CONSEQUENCES, FailureKind.KILLED: row}
-    monkeypatch.setattr(verdicts, "CONSEQUENCES", table)
+    monkeypatch.setattr(step_rules, "CONSEQUENCES", table)
 
     def play_all() -> None:
         for seed in FIXED:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from scheduler import attendance, builders, decide, model, records, state, verdicts
+from scheduler import builder_rules, builders, decide, model, records, state, step_rules
 from scheduler import facts as f
 from tests.scheduler.simulation import play
 
@@ -36,13 +36,13 @@ def _nothing(*_args: object, **_kwargs: object) -> Iterator[f.Fact]:
 
 
 def _no_verdict(
-    self: verdicts.Verdicts, step: records.Step, failure: model.Failure, now: model.Instant
+    self: step_rules.StepRules, step: records.Step, failure: model.Failure, now: model.Instant
 ) -> Iterator[f.Fact]:
     yield f.LeaseRevoked(step.lease, step.builder, failure, now)
 
 
 def _fail_alone(
-    self: verdicts.Verdicts, step: records.Step, failure: model.Failure, now: model.Instant
+    self: step_rules.StepRules, step: records.Step, failure: model.Failure, now: model.Instant
 ) -> Iterator[f.Fact]:
     yield f.StepFailed(step.key, step.attempt, step.builder, failure, now)
 
@@ -70,24 +70,24 @@ def _lose_quietly(self: state.FarmState, fact: f.StepLost) -> None:
 #: Name, object, attribute, mutation: each removes one rule of the core.
 MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("any attempt may report", state.FarmState, "lease_holder", _any_attempt),
-    ("a failure dooms nobody", verdicts.Verdicts, "_fail", _fail_alone),
-    ("attempts are not bounded", verdicts.Verdicts, "retry", _no_verdict),
-    ("unwanted steps run on", verdicts.Verdicts, "abandon_orphans", _nothing),
-    ("leases are not revoked before other facts", verdicts.Verdicts, "stop", _nothing),
-    ("what lapsed is not revived", verdicts.Verdicts, "revive", _nothing),
-    ("a recipe may lead back to its step", verdicts.Verdicts, "_leads_back", lambda *_: False),
+    ("a failure dooms nobody", step_rules.StepRules, "_fail", _fail_alone),
+    ("attempts are not bounded", step_rules.StepRules, "retry", _no_verdict),
+    ("unwanted steps run on", step_rules.StepRules, "abandon_orphans", _nothing),
+    ("leases are not revoked before other facts", step_rules.StepRules, "stop", _nothing),
+    ("what lapsed is not revived", step_rules.StepRules, "revive", _nothing),
+    ("a recipe may lead back to its step", step_rules.StepRules, "_leads_back", lambda *_: False),
     ("silence and back-off never end", decide.Decider, "due", _nothing),
     ("the farm never asks to be woken", decide.Decider, "deadline", lambda _: None),
-    ("lost orders are not said again", attendance.Attendance, "_missing", _nothing),
-    ("leases without a right are left", attendance.Attendance, "_unknown", lambda *_: ()),
+    ("lost orders are not said again", builder_rules.BuilderRules, "_missing", _nothing),
+    ("leases without a right are left", builder_rules.BuilderRules, "_unknown", lambda *_: ()),
     ("a builder takes what it cannot build", model.BuilderSpec, "offers", lambda *_: True),
     ("capacity is not counted", builders.Builders, "_count_slots", _always_room),
     ("a freed slot is not offered", builders.Builders, "free_slot", _drop_slot_count),
     ("dependents do not hear of a loss", state.FarmState, "_lost", _lose_quietly),
     ("needs are let go of by nobody", state.FarmState, "_release", lambda *_: None),
-    ("a lost builder keeps its leases", attendance.Attendance, "lost", _nothing),
+    ("a lost builder keeps its leases", builder_rules.BuilderRules, "lost", _nothing),
     ("a result in the cache is built all the same", decide.Decider, "_hold", _nothing),
-    ("every recipe helps", verdicts.Verdicts, "_helps", lambda *_: True),
+    ("every recipe helps", step_rules.StepRules, "_helps", lambda *_: True),
 )
 
 

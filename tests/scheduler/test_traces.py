@@ -207,8 +207,8 @@ def placement(scene: Scene) -> None:
         a_step("alien", system="riscv"),
     )
     scene.play(submit("s1", ["long", "short", "huge", "on-mac", "fetch", "alien"], *steps))
-    for stuck in scene.farm.stuck():
-        scene.note(f"stuck: {stuck.count} x {stuck.requirements.system}: {describe_unserved(stuck.reason)}")
+    for waiting in scene.farm.unschedulable():
+        scene.note(f"stuck: {waiting.count} x {waiting.requirements.system}: {describe_unserved(waiting.reason)}")
 
 
 def known_failure(scene: Scene) -> None:

@@ -41,7 +41,7 @@ def _nothing_stands(_step: Step) -> bool:
     return False
 
 
-class Verdicts:
+class StepRules:
     """The fate of steps, under budgets and a policy."""
 
     __slots__ = ("_limits", "_policy", "_state")
@@ -255,7 +255,7 @@ class Verdicts:
             return False
         return all(
             below.state not in (_FAILED, _DOOMED)
-            or (below.ended < step.born and not is_known_failure(below, self._limits, now))
+            or (below.generation_ended < step.generation_started and not is_known_failure(below, self._limits, now))
             for below in self._below(self._needs(step, recipe), through_done=False)
         )
 

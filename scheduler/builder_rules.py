@@ -15,21 +15,21 @@ from scheduler.model import BuilderId, Failure, FailureKind, Instant, LeaseId, S
 from scheduler.policy import Limits, Policy
 from scheduler.records import Builder
 from scheduler.state import FarmState
-from scheduler.verdicts import Verdicts
+from scheduler.step_rules import StepRules
 
 _OPEN = (StepState.LEASED, StepState.PUBLISHING)
 
 
-class Attendance:
+class BuilderRules:
     """The decisions about builders."""
 
-    __slots__ = ("_limits", "_policy", "_state", "_verdicts")
+    __slots__ = ("_limits", "_policy", "_state", "_step_rules")
 
-    def __init__(self, state: FarmState, limits: Limits, policy: Policy, verdicts: Verdicts) -> None:
+    def __init__(self, state: FarmState, limits: Limits, policy: Policy, step_rules: StepRules) -> None:
         self._state = state
         self._limits = limits
         self._policy = policy
-        self._verdicts = verdicts
+        self._step_rules = step_rules
 
     def joined(self, event: e.BuilderJoined, now: Instant) -> Iterator[f.Said]:
         """Admit a builder, and square the leases it names with those it should hold."""
@@ -40,7 +40,7 @@ class Attendance:
             failure = Failure(FailureKind.WORKER_LOST, f"{spec.id} started anew")
             for step in tuple(builder.leases.values()):
                 if step.lease not in listed and step.key in builder.leases:
-                    yield from self._verdicts.retry(step, failure, now)
+                    yield from self._step_rules.retry(step, failure, now)
         missing = yield from self._missing(builder, event.leases, now)
         unknown = self._unknown(spec.id, event.leases)
         yield f.BuilderAdmitted(spec, event.capacity, now, missing, unknown, event.draining, event.unfit)
@@ -140,7 +140,7 @@ class Attendance:
                 continue
             if step.resends >= self._limits.start_resends:
                 message = f"{builder.id} was told {step.resends + 1} times to start and does not hold the lease"
-                yield from self._verdicts.retry(step, Failure(FailureKind.INFRASTRUCTURE, message), now)
+                yield from self._step_rules.retry(step, Failure(FailureKind.INFRASTRUCTURE, message), now)
             else:
                 missing.append(step.lease)
         # A revocation above may have ended others (a step that failed dooms what stands on it).
@@ -158,5 +158,5 @@ class Attendance:
     def _remove(self, builder: Builder, reason: str, now: Instant, *, silent: bool) -> Iterator[f.Said]:
         failure = Failure(FailureKind.WORKER_LOST, reason)
         while builder.leases:
-            yield from self._verdicts.retry(next(iter(builder.leases.values())), failure, now)
+            yield from self._step_rules.retry(next(iter(builder.leases.values())), failure, now)
         yield f.BuilderRemoved(builder.id, reason, now, silent)
