@@ -43,7 +43,7 @@ from coordinator.http.binary_cache.routes import add_cache_routes
 from coordinator.http.binary_cache.uploads import add_upload_routes
 from coordinator.http.connections import ConnectionGate, require_room
 from coordinator.http.listener import listen, url_of
-from coordinator.http.metrics import add_metrics_route
+from coordinator.http.metrics import add_connection_metrics, add_metrics_route
 from coordinator.http.middleware import is_host, is_own_host
 from coordinator.http.routing import serve as serve_routes
 from coordinator.http.standby import serving_standby
@@ -55,7 +55,7 @@ from coordinator.intake.submissions import Submissions
 from coordinator.journal.codec import decode_notes
 from coordinator.journal.journal import Journal
 from coordinator.journal.takeover import Lead, lead_journal
-from coordinator.observability.metrics import add_cache_metrics, add_farm_metrics
+from coordinator.observability.metrics import add_cache_metrics, add_engine_metrics, add_farm_metrics, add_loop_metrics
 from coordinator.readmodel.explain import FarmExplainer
 from coordinator.readmodel.farm_view import farm_view
 from coordinator.readmodel.recall import recall_details
@@ -377,7 +377,13 @@ async def _make_site(  # noqa: PLR0917 - collaborators, named by their types
     keepers, gauges = keep_house(services, clock, submissions=needs, workers=work.workers)
     serve_routes(app, CachingApi(keepers).handlers())
     add_cache_metrics(telemetry, {each.name: each.cache for each in stores.caches}, gauges)
-    watch = _show_metrics(app, core.views, telemetry, gate)
+    add_farm_metrics(telemetry, core.views, farm, core.explainer.holding)
+    add_engine_metrics(telemetry, core.engine.meter, settings.state_dir)
+    add_connection_metrics(telemetry, gate)
+    watch = LoopWatch()
+    add_loop_metrics(telemetry, watch)
+    add_metrics_route(app, telemetry)
+    app.middlewares.append(require_room(gate))
     add_worker_routes(app, core.views, lambda worker, on: work.fleet.drain(worker, on=on))
     sources = PageSources(core.views, farm, core.explainer.queues, clock)
     add_web_routes(app, sources, stores.sessions, pages, url)
@@ -395,17 +401,6 @@ def _add_caches(
     # The default one last: its address is the beginning of all others.
     for served in reversed(stores.caches):
         add_cache_routes(app, served, log_for=logs.read if served.name == DEFAULT_CACHE else None)
-
-
-def _show_metrics(app: web.Application, views: Views, telemetry: Telemetry, gate: ConnectionGate) -> LoopWatch:
-    """Add the route of the metrics and all that is counted; returns the watch of the loop, to be entered."""
-    add_farm_metrics(telemetry, views)
-    add_metrics_route(app, telemetry)
-    app.middlewares.append(require_room(gate))
-    gate.show(telemetry)
-    watch = LoopWatch()
-    watch.show(telemetry)
-    return watch
 
 
 def _start(  # noqa: PLR0917 - collaborators, named by their types

@@ -24,8 +24,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, Self
 
-from infra.telemetry import Telemetry
-
 #: Seconds between two ticks: 100 wake-ups a second of some microseconds each.
 TICK_S: Final = 0.01
 #: Slices below this are no stall and are not recorded.
@@ -42,10 +40,11 @@ _log = logging.getLogger(__name__)
 
 
 class LoopWatch:
-    """Watches the running loop for as long as the block does. `record` is called with each slice over RECORDED_S."""
+    """Watches the running loop for as long as the block does."""
 
-    def __init__(self, record: Callable[[float], None] = lambda _: None) -> None:
-        self._record = record
+    def __init__(self) -> None:
+        #: Called with each slice over RECORDED_S, in seconds.
+        self.on_slice: Callable[[float], object] = lambda _: None
         #: Slices over STALL_S, and the longest slice in seconds.
         self.stalls = 0
         self.longest_s = 0.0
@@ -76,15 +75,6 @@ class LoopWatch:
         if self._observer is not None:
             self._observer.join()
 
-    def show(self, telemetry: Telemetry) -> None:
-        """Export the longest slice and the histogram of slices; to be called before the block begins."""
-        histogram = telemetry.seconds("drover_loop_stall", "Processor time for which callbacks held the event loop.")
-        self._record = histogram.record
-        telemetry.counter("drover_loop_stalls", "Times the loop was held over 50 ms.", lambda: [(self.stalls, {})])
-        telemetry.gauge(
-            "drover_loop_longest_stall", "Longest time the loop was held.", lambda: [(self.longest_s, {})], unit="s"
-        )
-
     def _tick(self) -> None:
         self._account()
         self._timer = self._loop.call_later(TICK_S, self._tick)
@@ -97,7 +87,7 @@ class LoopWatch:
         if slice_s >= STALL_S:
             self.stalls += 1
         if slice_s >= RECORDED_S:
-            self._record(slice_s)
+            self.on_slice(slice_s)
 
     def _observe(self, ident: int, clock: int) -> None:
         """Log who holds the loop, once for each place; runs in a thread of its own."""

@@ -6,8 +6,9 @@ so that two coordinators of one process, as in tests, do not count into each oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Final, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
 
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.metrics import CallbackOptions, Histogram, Observation
@@ -24,6 +25,29 @@ Labels: TypeAlias = Mapping[str, str]
 #: Gives the present values of one instrument, each with its labels.
 Observe: TypeAlias = Callable[[], Iterable[tuple[float, Labels]]]
 
+#: Endings that Prometheus' names have for a unit (UCUM, as OpenTelemetry names units).
+_UNIT_ENDINGS: Final = {"": "", "s": "_seconds", "By": "_bytes"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Name and meaning of one instrument, which every user of it refers to."""
+
+    #: Without the endings of unit and kind.
+    name: str
+    #: Counters only grow, gauges go up and down, histograms have buckets of seconds.
+    kind: Literal["counter", "gauge", "histogram"]
+    #: One sentence.
+    meaning: str
+    labels: tuple[str, ...] = ()
+    #: "", "s" (seconds) or "By" (bytes).
+    unit: Literal["", "s", "By"] = ""
+
+    @property
+    def exposed(self) -> str:
+        """The name in Prometheus' text format, without the endings of a histogram's parts."""
+        return self.name + _UNIT_ENDINGS[self.unit] + ("_total" if self.kind == "counter" else "")
+
 
 class Telemetry:
     """One set of instruments. `close` it after the last reading."""
@@ -35,18 +59,17 @@ class Telemetry:
         self._provider = MeterProvider(metric_readers=[reader], resource=resource, shutdown_on_exit=False)
         self._meter = self._provider.get_meter(service, version)
 
-    def counter(self, name: str, text: str, observe: Observe, unit: str = "") -> None:
-        """Show numbers that only grow, as `observe` gives them when they are read."""
-        self._meter.create_observable_counter(name, [_observed(observe)], unit=unit, description=text)
+    def show(self, metric: Metric, observe: Observe) -> None:
+        """Show a counter or a gauge with the values that `observe` returns at each reading."""
+        create = (
+            self._meter.create_observable_counter if metric.kind == "counter" else self._meter.create_observable_gauge
+        )
+        create(metric.name, [_observed(observe)], unit=metric.unit, description=metric.meaning)
 
-    def gauge(self, name: str, text: str, observe: Observe, unit: str = "") -> None:
-        """Show numbers that go up and down, as `observe` gives them when they are read."""
-        self._meter.create_observable_gauge(name, [_observed(observe)], unit=unit, description=text)
-
-    def seconds(self, name: str, text: str) -> Histogram:
-        """Return a histogram of seconds to record into."""
+    def histogram(self, metric: Metric, bounds: Sequence[float] = SECONDS) -> Histogram:
+        """Return a histogram to record into; `bounds` are the upper ends of its buckets."""
         return self._meter.create_histogram(
-            name, unit="s", description=text, explicit_bucket_boundaries_advisory=SECONDS
+            metric.name, unit=metric.unit, description=metric.meaning, explicit_bucket_boundaries_advisory=bounds
         )
 
     def expose(self) -> bytes:

@@ -218,6 +218,10 @@ class WorkerView:
     #: Why it is silent, gone or quarantined, and until when it is quarantined.
     reason: str = ""
     until: float = 0.0
+    #: Its machine at the last heartbeat, where that tells: load average over a minute by processor, bytes.
+    load: float | None = None
+    memory_available_bytes: int | None = None
+    disk_free_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from coordinator.engine.meter import EngineMeter
 from coordinator.engine.replay import replay
 from coordinator.errors import UnavailableError
 from coordinator.journal.codec import StoredNote, SubmissionNote
@@ -66,6 +67,7 @@ class Engine:
         self._inbox: asyncio.Queue[_Letter] = asyncio.Queue(INBOX_LETTERS)
         self._running = False
         self._stopped = False
+        self.meter = EngineMeter()
 
     @property
     def running(self) -> bool:
@@ -147,7 +149,8 @@ class Engine:
                 letter.safe.set_result(None)
 
     async def _take(self, letters: Sequence[_Letter]) -> None:
-        with collector_paused():
+        meter = self.meter
+        with collector_paused(), meter.timing("core"):
             facts, effects = await self._ask(letters)
         durable = [fact for fact in facts if fact.durable]
         notes = {
@@ -156,9 +159,13 @@ class Engine:
             if letter.submission is not None and letter.note is not None and not letter.refused
         }
         if durable or notes:
-            await self._journal.append(durable, notes)
-        with collector_paused():
+            with meter.timing("journal"):
+                await self._journal.append(durable, notes)
+        with collector_paused(), meter.timing("views"):
             await in_slices(self._views.folding(facts))
+        meter.events += sum(len(letter.events) for letter in letters)
+        meter.durable_facts += len(durable)
+        meter.count(durable)
         self._hand(effects)
 
     async def _ask(self, letters: Sequence[_Letter]) -> tuple[list[Fact], list[Effect]]:

@@ -36,8 +36,6 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 from aiohttp.web_protocol import RequestHandler
 
-from infra.telemetry import Telemetry
-
 #: Connections at one time unless configured otherwise, some 30 KB each, and from one address.
 MAX_CONNECTIONS: Final = 4096
 MAX_PER_ADDRESS: Final = 256
@@ -140,24 +138,6 @@ class ConnectionGate:
         """True if requests without a token hold so many connections that those with one might soon find none."""
         bound = self.bounds.total * STRANGERS_SHARE
         return len(self._open) > bound and sum(not each.idle and not each.known for each in self._open) > bound
-
-    def show(self, telemetry: Telemetry) -> None:
-        """Export the counts."""
-        telemetry.gauge("drover_connections", "Open connections.", lambda: [(len(self._open), {})])
-        telemetry.counter(
-            "drover_connections_closed",
-            "Connections closed by the gate: for another, refused, without a head or a reader in time.",
-            lambda: [
-                (self.evicted, {"reason": "evicted"}),
-                (self.refused, {"reason": "refused"}),
-                (self.silent, {"reason": "silent"}),
-            ],
-        )
-        telemetry.counter(
-            "drover_requests_abandoned",
-            "Requests whose client left in the middle of them.",
-            lambda: [(self.abandoned, {})],
-        )
 
     def _evict(self, may_go: Callable[[GuardedConnection], bool]) -> bool:
         for each in self._open:

@@ -1,39 +1,33 @@
-"""Metrics of a farm at `/metrics`: each number with its name and the room that it comes from.
+"""Metrics of a farm at `/metrics`: each record of the metric table with the room that its numbers come from.
 
-Counting happens where things happen, as plain integers (`infra.cache.counters`) or in the rows of the views; here they
-only get names. Names begin with `drover_`; units are last, as Prometheus wants them. Labels are bounded: names of
-caches, states, phases, workers, classes, never a store path or a derivation.
+Counting happens where things happen, as plain integers (`infra.cache.counters`, `coordinator.engine.meter`) or in the
+rows of the views; here they only get names.
 """
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final
+from contextlib import suppress
+from pathlib import Path
+from typing import get_args
 
+from coordinator.api.models import FarmView, StepStatus, SubmissionState, WaitingKind, WorkerState
 from coordinator.caches.housekeeping import CacheGauges
+from coordinator.engine.meter import EngineMeter
+from coordinator.observability import metric_table as table
 from coordinator.readmodel.views import Views
 from infra.cache.cache import Cache
 from infra.cache.counters import CacheCounters
-from infra.telemetry import Observe, Telemetry
+from infra.loop_watch import LoopWatch
+from infra.telemetry import Labels, Observe, Telemetry
+from scheduler.failures import CONSEQUENCES
+from scheduler.model import FailureKind, Requirements
+from workers.wire.grades import LEVELS
+from workers.wire.messages import Vitals
 
-_COUNTED: Final[Mapping[str, tuple[str, Callable[[CacheCounters], float]]]] = {
-    "narinfo_hits": ("Narinfo requests that were answered.", lambda c: c.narinfo_hits),
-    "narinfo_misses": ("Narinfo requests for paths that are not there.", lambda c: c.narinfo_misses),
-    "nar_requests": ("NAR requests that were answered.", lambda c: c.nar_requests),
-    "published_paths": ("Paths published.", lambda c: c.published),
-    "already_published_paths": ("Paths offered again with the same bits.", lambda c: c.already_published),
-    "conflicts": ("Paths offered with other bits than the published ones.", lambda c: c.conflicts),
-    "rejected_paths": ("Paths refused: untrue claims, missing references.", lambda c: c.rejected),
-    "collections": ("Garbage collections that ended.", lambda c: c.collections),
-    "tombstoned_paths": ("Paths made invisible by collections.", lambda c: c.tombstoned_paths),
-    "deleted_paths": ("Paths deleted by collections.", lambda c: c.deleted_paths),
-    "deleted_objects": ("Objects deleted by collections.", lambda c: c.deleted_objects),
-}
-_COUNTED_BYTES: Final[Mapping[str, tuple[str, Callable[[CacheCounters], float]]]] = {
-    "nar_served": ("Bytes of NAR answers.", lambda c: c.nar_bytes),
-    "uploaded": ("Compressed bytes taken in over HTTP.", lambda c: c.uploaded_bytes),
-    "deleted": ("Bytes of deleted objects.", lambda c: c.deleted_bytes),
-}
+_Values = Iterable[tuple[float, Labels]]
 
 
 def add_cache_metrics(telemetry: Telemetry, caches: Mapping[str, Cache], gauges: Mapping[str, CacheGauges]) -> None:
@@ -45,52 +39,103 @@ def add_cache_metrics(telemetry: Telemetry, caches: Mapping[str, Cache], gauges:
     def of_gauges(read: Callable[[CacheGauges], float]) -> Observe:
         return lambda: [(read(gauge), {"cache": name}) for name, gauge in gauges.items()]
 
-    for name, (text, read) in _COUNTED.items():
-        telemetry.counter(f"drover_cache_{name}", text, of_counters(read))
-    for name, (text, read) in _COUNTED_BYTES.items():
-        telemetry.counter(f"drover_cache_{name}", text, of_counters(read), unit="By")
-    telemetry.counter(
-        "drover_cache_collection_phase", "Time of each phase of collections.", lambda: _phases(caches), unit="s"
-    )
-    telemetry.gauge("drover_cache_paths", "Paths that can be fetched.", of_gauges(lambda g: g.paths))
-    telemetry.gauge("drover_cache_stored", "Bytes of stored objects.", of_gauges(lambda g: g.stored_bytes), unit="By")
-    telemetry.gauge("drover_cache_leases", "Leases on paths.", of_gauges(lambda g: g.leases))
-    telemetry.gauge(
-        "drover_cache_dangling_references",
-        "Published paths whose reference cannot be fetched; always 0.",
-        of_gauges(lambda g: g.dangling),
-    )
-    latency = telemetry.seconds("drover_cache_publish", "Time of one publishing call, verification included.")
+    for metric, read in table.CACHE_COUNTERS.items():
+        telemetry.show(metric, of_counters(read))
+    telemetry.show(table.CACHE_COLLECTION_PHASE, lambda: _phases(caches))
+    telemetry.show(table.CACHE_PATHS, of_gauges(lambda g: g.paths))
+    telemetry.show(table.CACHE_STORED, of_gauges(lambda g: g.stored_bytes))
+    telemetry.show(table.CACHE_LEASES, of_gauges(lambda g: g.leases))
+    telemetry.show(table.CACHE_DANGLING, of_gauges(lambda g: g.dangling))
+    latency = telemetry.histogram(table.CACHE_PUBLISH)
     for name, cache in caches.items():
         cache.counters.on_publish = _recorder(latency.record, {"cache": name})
 
 
-def add_farm_metrics(telemetry: Telemetry, views: Views) -> None:
-    """Show steps, submissions and workers by state."""
-    telemetry.gauge("drover_steps", "Steps by state.", lambda: _by_state(views.step_counts()))
-    telemetry.gauge("drover_submissions", "Submissions by state.", lambda: _by_state(views.submission_counts()))
-    telemetry.gauge("drover_workers", "Workers by state.", lambda: _by_state(views.workforce.counts()))
-    telemetry.gauge(
-        "drover_workers_isolation",
-        "Workers by how they keep builds from their machine: A full, B the macOS sandbox, C weaker.",
-        lambda: [(count, {"class": level}) for level, count in views.workforce.isolation_counts().items()],
-    )
-    telemetry.gauge(
-        "drover_worker_leases",
-        "Leases in a worker's hands.",
-        lambda: [(len(worker.leases), {"worker": worker.name}) for worker in views.workforce.views()],
-    )
+def add_farm_metrics(
+    telemetry: Telemetry,
+    views: Views,
+    farm: Callable[[], FarmView],
+    holding: Callable[[], Mapping[Requirements, WaitingKind]],
+) -> None:
+    """Show steps, submissions, workers and troubles; `holding` gives what holds each class of ready steps."""
+    workforce = views.workforce
+    telemetry.show(table.STEPS, lambda: _by("state", views.step_counts(), StepStatus))
+    telemetry.show(table.READY_STEPS, lambda: _ready(views.ready(), holding()))
+    telemetry.show(table.SUBMISSIONS, lambda: _by("state", views.submission_counts(), SubmissionState))
+    telemetry.show(table.TROUBLES, lambda: [(len(farm().troubles), {})])
+    telemetry.show(table.WORKERS, lambda: _by("state", workforce.counts(), get_args(WorkerState)))
+    telemetry.show(table.WORKERS_ISOLATION, lambda: _by("class", workforce.isolation_counts(), LEVELS))
+    telemetry.show(table.WORKER_SLOTS, lambda: [(each.slots, {"worker": each.name}) for each in workforce.views()])
+    telemetry.show(table.WORKER_BUILT, lambda: [(each.built, {"worker": each.name}) for each in workforce.views()])
+    telemetry.show(table.WORKER_LEASES, lambda: _leases(views))
+
+    def of_vitals(read: Callable[[Vitals], float | None]) -> Observe:
+        def observe() -> _Values:
+            for worker, vitals in workforce.vitals():
+                value = read(vitals)
+                if value is not None:
+                    yield value, {"worker": worker}
+
+        return observe
+
+    for metric, read in table.WORKER_VITALS.items():
+        telemetry.show(metric, of_vitals(read))
+
+
+def add_engine_metrics(telemetry: Telemetry, meter: EngineMeter, state_dir: Path) -> None:
+    """Show what the engine does, and the room on the disk that its state is on."""
+    telemetry.show(table.TURN_EVENTS, lambda: [(meter.events, {})])
+    telemetry.show(table.JOURNAL_FACTS, lambda: [(meter.durable_facts, {})])
+    telemetry.show(table.FAILED_ATTEMPTS, lambda: _failures(meter))
+    telemetry.show(table.ENDED_STEPS, lambda: _by("result", meter.ended, ("done", "failed")))
+    telemetry.show(table.STATE_DISK_FREE, lambda: _free(state_dir))
+    turn = telemetry.histogram(table.TURN)
+    meter.on_part = lambda part, seconds: turn.record(seconds, {"part": part})
+
+
+def add_loop_metrics(telemetry: Telemetry, watch: LoopWatch) -> None:
+    """Show what holds the event loop; to be called before the watch begins."""
+    watch.on_slice = telemetry.histogram(table.LOOP_STALL).record
+    telemetry.show(table.LOOP_STALLS, lambda: [(watch.stalls, {})])
+    telemetry.show(table.LOOP_LONGEST, lambda: [(watch.longest_s, {})])
 
 
 def _recorder(record: Callable[[float, Mapping[str, str]], None], labels: Mapping[str, str]) -> Callable[[float], None]:
     return lambda seconds: record(seconds, labels)
 
 
-def _phases(caches: Mapping[str, Cache]) -> Iterable[tuple[float, Mapping[str, str]]]:
+def _phases(caches: Mapping[str, Cache]) -> _Values:
     for name, cache in caches.items():
         for phase, seconds in cache.counters.phase_seconds.items():
             yield seconds, {"cache": name, "phase": phase}
 
 
-def _by_state(counts: Mapping[str, int]) -> Iterable[tuple[float, Mapping[str, str]]]:
-    return [(count, {"state": state}) for state, count in counts.items()]
+def _ready(counts: Mapping[Requirements, int], holding: Mapping[Requirements, WaitingKind]) -> _Values:
+    for wanted, count in counts.items():
+        reason = holding.get(wanted, "back_off")
+        yield count, {"system": wanted.system, "features": ",".join(wanted.features), "reason": reason}
+
+
+def _leases(views: Views) -> _Values:
+    """Count each worker's leases by stage; a worker without any has one 0, so that its line does not end."""
+    for worker in views.workforce.views():
+        stages = Counter(stage for _, stage in worker.leases) or {"building": 0}
+        for stage, count in stages.items():
+            yield count, {"worker": worker.name, "stage": stage}
+
+
+def _free(directory: Path) -> _Values:
+    with suppress(OSError):
+        room = os.statvfs(directory)
+        return [(room.f_bavail * room.f_frsize, {})]
+    return []
+
+
+def _failures(meter: EngineMeter) -> _Values:
+    for kind in FailureKind:
+        yield meter.failures[kind], {"kind": kind.value, "course": CONSEQUENCES[kind].course.value}
+
+
+def _by(label: str, counts: Mapping[str, int], values: Iterable[str]) -> _Values:
+    """Give a count to each of all `values`: one that is absent would leave Prometheus with its last number."""
+    return [(counts.get(value, 0), {label: str(value)}) for value in values]

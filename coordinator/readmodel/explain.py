@@ -56,6 +56,10 @@ class FarmExplainer:
         now = Instant(self._clock.now())
         return {wanted: queue_sentence(reason, now) for wanted, reason in self._farm.queue_reasons().items()}
 
+    def holding(self) -> dict[Requirements, WaitingKind]:
+        """Return the kind of what holds each class of ready steps; a class whose steps all back off is absent."""
+        return {wanted: value_of(reason).kind for wanted, reason in self._farm.queue_reasons().items()}
+
     def log_tail(self, step: StepKey, attempt: int) -> str:
         """Return the last lines of an attempt's log."""
         return self._logs.tail(step, attempt)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from coordinator.api.models import WorkerState, WorkerView
 from workers.wire.grades import LEVELS, UNMEASURED, IsolationGrade
-from workers.wire.messages import Batch, HeldLease, Hello
+from workers.wire.messages import Batch, HeldLease, Hello, Vitals
 
+#: Nothing is known of a machine.
+NO_VITALS: Final = Vitals()
 #: States of a worker whose agent answers calls. One in quarantine has one of them too.
 _ANSWERING: Final = frozenset[WorkerState]({"online", "draining"})
 
@@ -30,6 +32,8 @@ class WorkerRow:
     #: Until when the farm gives it no work, and why; 0 where it does.
     quarantined_until: float = 0.0
     quarantine: str = ""
+    #: As its machine was at its last heartbeat.
+    vitals: Vitals = NO_VITALS
 
     @property
     def told_state(self) -> WorkerState:
@@ -60,6 +64,7 @@ class Workforce:
         row.state, row.reason = ("draining" if batch.draining else "online"), ""
         row.leases, row.last_seen = batch.leases, now
         row.isolation = batch.isolation or row.isolation
+        row.vitals = batch.vitals or row.vitals
 
     def unreachable(self, worker: str, incarnation: str, reason: str, *, gone: bool) -> None:
         """The transport lost a worker for now (`gone` false) or for ever."""
@@ -101,6 +106,10 @@ class Workforce:
         """Return the names of workers whose agent answers, by name: quarantined ones are among them."""
         return tuple(name for name, row in sorted(self._rows.items()) if row.state in _ANSWERING)
 
+    def vitals(self) -> Iterator[tuple[str, Vitals]]:
+        """Yield the machine's figures of each worker that is there; those that no agent sent are None."""
+        return ((name, row.vitals) for name, row in self._rows.items() if row.state != "gone")
+
     def counts(self) -> Counter[str]:
         """Count workers by state."""
         return Counter(row.told_state for row in self._rows.values())
@@ -129,4 +138,7 @@ def _view(name: str, row: WorkerRow) -> WorkerView:
         last_seen=row.last_seen,
         reason=row.reason or row.quarantine,
         until=row.quarantined_until,
+        load=row.vitals.load,
+        memory_available_bytes=row.vitals.memory_available_bytes,
+        disk_free_bytes=row.vitals.disk_free_bytes,
     )

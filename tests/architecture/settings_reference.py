@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -149,9 +148,3 @@ def _default(setting: FieldInfo) -> str:
         return ""
     number = isinstance(value, int) and not isinstance(value, bool) and value >= _GROUPED
     return f"`{value:_}`" if number else f"`{json.dumps(value)}`"
-
-
-if __name__ == "__main__":
-    FILE.parent.mkdir(exist_ok=True)
-    FILE.write_text(reference())
-    sys.stdout.write(f"{FILE.name} is written\n")

@@ -216,6 +216,7 @@ class Agent:
         last, events, ended = self._spool.take(min(max_bytes, MAX_ANSWER_BYTES))
         isolation = self._fitness.isolation
         changed = isolation is not None and isolation is not self._isolation_told
+        vitals = self._fitness.vitals
         return {
             "incarnation": self._incarnation,
             "last": last,
@@ -226,6 +227,7 @@ class Agent:
             "unfit": self._fitness.unfit,
             "received_at": received_at,
             "answered_at": self._clock.now(),
+            "vitals": None if vitals is None else vitals.model_dump(),
             **({"isolation": isolation.model_dump()} if isolation is not None and changed else {}),
         }
 

@@ -27,7 +27,9 @@ from workers.agent.canary import Canary, CanaryError
 from workers.agent.daemon_pool import DaemonUnreachableError, Line
 from workers.agent.lease_machine import judge_status
 from workers.agent.settings import WorkerSettings
+from workers.agent.vitals import read_vitals
 from workers.wire.grades import IsolationGrade, grade
+from workers.wire.messages import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +141,8 @@ class FitnessWatch:
         #: How builds are isolated, once a canary has said; the same object for as long as it says the same.
         self.isolation: IsolationGrade | None = None
         self._next_trial = self._next_canary = self._next_collection = 0.0
+        #: The machine's figures as of the last look; None before the first.
+        self.vitals: Vitals | None = None
         self._full_at = 0.0
         self._doubted = False
         self._next_doubt = 0.0
@@ -202,7 +206,7 @@ class FitnessWatch:
             self._changed()
 
     async def _look_at_disks(self) -> None:
-        rooms = await asyncio.to_thread(look_at, self._places)
+        rooms, self.vitals = await asyncio.to_thread(self._read)
         if too_little(rooms, FULL_BYTES) is not None:
             self._full_at = self._clock.now()
         if not self._floor_bytes:
@@ -214,6 +218,10 @@ class FitnessWatch:
             self._low = self._low or low[1]
         elif self._low and too_little(rooms, int(self._floor_bytes * RECOVERED)) is None:
             self._low = ""
+
+    def _read(self) -> tuple[list[Room], Vitals]:
+        rooms = look_at(self._places)
+        return rooms, read_vitals(room.free_bytes for room in rooms)
 
     async def _collect(self, low: Room) -> None:
         """Let the store delete garbage until there is room again, where it lies on the disk that ran low."""

@@ -229,6 +229,20 @@ class LogChunk(WireMessage):
 AgentEvent = Annotated[Report | StageChange | LogChunk, Field(discriminator="kind")]
 
 
+class Vitals(WireMessage):
+    """Load of a worker's machine at the last look; None where the machine does not tell."""
+
+    #: Load average over a minute, divided by the number of processors.
+    load: float | None = None
+    #: Parts (0 to 1) of the last 10 s in which some task waited: Linux pressure stall information.
+    cpu_pressure: float | None = None
+    memory_pressure: float | None = None
+    io_pressure: float | None = None
+    memory_available_bytes: int | None = None
+    #: Room on the fullest of the disks that builds use.
+    disk_free_bytes: int | None = None
+
+
 class Batch(WireMessage):
     """One answer of `events`: everything after the acknowledged sequence number that fits."""
 
@@ -247,6 +261,8 @@ class Batch(WireMessage):
     #: The agent's time when it got the call, and when it answered; None from an older drover.
     received_at: float | None = None
     answered_at: float | None = None
+    #: None: the agent runs an older drover, or has not looked yet.
+    vitals: Vitals | None = None
 
 
 ORDERS: TypeAdapter[tuple[LeaseOrder, ...]] = TypeAdapter(tuple[LeaseOrder, ...])

@@ -1,0 +1,60 @@
+"""Counts and times of an engine's turns: plain numbers, which `coordinator.observability` reads.
+
+Only what happens is counted: facts that a replay takes in are history of an earlier process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from scheduler.facts import Fact, LeaseRevoked, StepDone, StepFailed, StepFellBack
+from scheduler.model import FailureKind
+
+#: Parts of a turn: decisions of the core, commit of the journal, folding into the views.
+TurnPart = Literal["core", "journal", "views"]
+
+
+class EngineMeter:
+    """Numbers of one engine since the start of its process."""
+
+    def __init__(self) -> None:
+        #: Events that the core took in, and facts that the journal took.
+        self.events = 0
+        self.durable_facts = 0
+        #: Attempts that did not succeed, by kind; all kinds are there, so that a first failure shows as an increase.
+        self.failures: Counter[str] = Counter({kind.value: 0 for kind in FailureKind})
+        #: Steps that ended by a build, "done" or "failed".
+        self.ended: Counter[str] = Counter({"done": 0, "failed": 0})
+        #: Called with each part of a turn and its seconds of wall time.
+        self.on_part: Callable[[TurnPart, float], None] = _dropped
+
+    def count(self, facts: Sequence[Fact]) -> None:
+        """Count what new facts say."""
+        for fact in facts:
+            match fact:
+                case StepDone():
+                    self.ended["done"] += 1
+                case StepFailed():
+                    self.ended["failed"] += 1
+                    self.failures[fact.failure.kind] += 1
+                case LeaseRevoked() | StepFellBack():
+                    self.failures[fact.failure.kind] += 1
+                case _:
+                    pass
+
+    @contextmanager
+    def timing(self, part: TurnPart) -> Iterator[None]:
+        """Measure the block as a part of a turn."""
+        began_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.on_part(part, time.perf_counter() - began_s)
+
+
+def _dropped(_part: TurnPart, _seconds: float) -> None:
+    """Drop a time: no telemetry is attached."""

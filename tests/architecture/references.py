@@ -1,0 +1,22 @@
+"""Pages of infra/docs that are printed from code: `./run docs` writes them, a test compares."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from tests.architecture import metrics_reference, settings_reference
+
+PAGES: Mapping[Path, Callable[[], str]] = MappingProxyType(
+    {
+        settings_reference.FILE: settings_reference.reference,
+        metrics_reference.FILE: metrics_reference.reference,
+    }
+)
+
+if __name__ == "__main__":
+    for file, text in PAGES.items():
+        file.write_text(text())
+        sys.stdout.write(f"{file.name} is written\n")
