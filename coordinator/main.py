@@ -304,7 +304,7 @@ def _connect(settings: Settings, clock: Clock, stores: _Stores, core: _Core, fle
     tokens, views = stores.upload_tokens, core.views
     workers = WorkerSource(fleet, views, stores.cache.objects, tokens.for_path(clock))
     sources: list[RepairSource] = [workers]
-    losses = Losses(stores.cache, stores.derivations, views, clock, core.submissions.replan, sources)
+    losses = Losses(stores.cache, stores.derivations, core.farm, views, clock, core.submissions.replan, sources)
     dispatch = Dispatch(
         fleet,
         stores.cache,

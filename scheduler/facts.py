@@ -1,7 +1,9 @@
 """Facts: the closed set of decisions of the core, in the past tense. The journal holds exactly the durable ones.
 
 Policy may change between releases, a fact may not: `evolve` gives the same state for the same facts for ever. Facts
-about builders are not durable: after a restart builders join anew and say which leases they still hold.
+about builders are not durable: after a restart builders join anew and say which leases they still hold. `StepReady`,
+`StepWaiting` and `MembersJoined` decide nothing: they tell readers what `evolve` derived from the fact before them, so
+that no reader needs a second copy of the graph. A replay derives them again (`Farm.replaying`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from scheduler.model import (
     Instant,
     LeaseId,
     Recipe,
+    Requirements,
     StepKey,
     StepSpec,
     StepState,
@@ -33,9 +36,9 @@ class SubmissionAccepted:
 
     `held` are the members that are already done, `joined` those that others had already brought, unfinished. Members
     that are known to fail are among them; nothing below these is. Members can grow later: where one falls back, the
-    needs of its next recipe join. `wait_s` is how long its steps wait for a builder that could take them: 0 is for
-    ever, None is as long as the farm's limit says. `limits` are what builds of some roots may use; they are absent in
-    journals of before 2026-11-29, whose notes have them.
+    needs of its next recipe join (`MembersJoined`). `wait_s` is how long its steps wait for a builder that could take
+    them: 0 is for ever, None is as long as the farm's limit says. `limits` are what builds of some roots may use; they
+    are absent in journals of before 2026-11-29, whose notes have them.
     """
 
     durable: ClassVar[bool] = True
@@ -242,6 +245,40 @@ class BackOffEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class StepReady:
+    """A wanted step has no open need any more: it may be leased, after its back-off where it has one.
+
+    `at` is the `now` of the call. In a replay it is the newest time of the facts before, since the journal holds no
+    other. `requirements` are those of the recipe in use.
+    """
+
+    durable: ClassVar[bool] = False
+    step: StepKey
+    at: Instant
+    requirements: Requirements
+
+
+@dataclass(frozen=True, slots=True)
+class StepWaiting:
+    """A ready step waits again, because the cache has lost a need of it."""
+
+    durable: ClassVar[bool] = False
+    step: StepKey
+
+
+@dataclass(frozen=True, slots=True)
+class MembersJoined:
+    """The submissions that want a step which fell back stand on these steps too, each before its needs.
+
+    `members` begins with the step itself. It holds also what these submissions stood on before, and done steps.
+    """
+
+    durable: ClassVar[bool] = False
+    step: StepKey
+    members: tuple[StepKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BuilderAdmitted:
     """A builder may get leases. `missing` and `unknown` as in `BuilderRefreshed`."""
 
@@ -413,6 +450,9 @@ Fact = (
     | StepDoomed
     | StepAbandoned
     | BackOffEnded
+    | StepReady
+    | StepWaiting
+    | MembersJoined
     | BuilderAdmitted
     | BuilderRefreshed
     | BuilderRemoved

@@ -6,15 +6,15 @@ exit and replay: the state here is already ahead of the journal.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 
 from scheduler.decide import Decider
 from scheduler.effects import Effect
 from scheduler.events import Event
-from scheduler.facts import Fact, FarmResumed, Said
-from scheduler.model import BuilderId, Instant, LeaseId, Requirements, StepKey, SubmissionId
-from scheduler.pauses import FACTS_PIECE, PAUSE, Pause, whole
+from scheduler.facts import Fact, FarmResumed, MembersJoined, Said, StepReady, StepWaiting
+from scheduler.model import NO_INSTANT, BuilderId, Instant, LeaseId, Requirements, StepKey, StepState, SubmissionId
+from scheduler.pauses import FACTS_PIECE, PAUSE, PIECE, Pause, whole
 from scheduler.policy import Limits, LongestPathFirst, Policy
 from scheduler.react import react
 from scheduler.reasons import (
@@ -72,15 +72,18 @@ class Farm:
         decider = self._decider
         self._queue_positions.forget()
         for event in events:
-            yield from self._take(decider.decide(event, now), facts, effects)
-        yield from self._take(decider.due(now), facts, effects)
-        yield from self._take(decider.assign(now), facts, effects)
+            yield from self._take(decider.decide(event, now), now, facts, effects)
+        yield from self._take(decider.due(now), now, facts, effects)
+        yield from self._take(decider.assign(now), now, facts, effects)
         # Those that were asked for at a pause are of a state that is gone.
         self._queue_positions.forget()
         return facts, effects
 
-    def _take(self, said: Iterable[Said], facts: list[Fact], effects: list[Effect]) -> Generator[Pause, None, None]:
+    def _take(
+        self, said: Iterable[Said], now: Instant, facts: list[Fact], effects: list[Effect]
+    ) -> Generator[Pause, None, None]:
         state = self.state
+        turned, joined = state.turned, state.joined
         apply = state.apply
         until_pause = FACTS_PIECE
         for fact in said:
@@ -91,11 +94,29 @@ class Farm:
             if rest is not None:
                 yield from rest
             facts.append(fact)
+            if turned or joined:
+                for count, derived in enumerate(self._derived(now), 1):
+                    facts.append(derived)
+                    if not count % PIECE:
+                        yield PAUSE
             effects.extend(react(state, fact))
             until_pause -= 1
             if not until_pause:
                 until_pause = FACTS_PIECE
                 yield PAUSE
+
+    def _derived(self, at: Instant) -> Iterator[Fact]:
+        """Yield what `evolve` has derived since the last call, as facts."""
+        state = self.state
+        for step, members in state.joined:
+            yield MembersJoined(step.key, tuple([member.key for member in members]))
+        state.joined.clear()
+        for step in state.turned:
+            if step.state is StepState.READY:
+                yield StepReady(step.key, at, step.recipe.requirements)
+            else:
+                yield StepWaiting(step.key)
+        state.turned.clear()
 
     def deadline(self) -> Instant | None:
         """Return when to call again at the latest, with `TimePassed` if nothing else happens; None for never."""
@@ -114,9 +135,22 @@ class Farm:
 
         A journal may begin with a snapshot. Raises `ImpossibleError` for a journal that contradicts itself.
         """
+        for _ in self.replaying(facts):
+            pass
+
+    def replaying(self, facts: Iterable[Fact]) -> Iterator[Fact]:
+        """Do the work of `replay`; yield each durable fact once it is taken in, then what the state derived from it."""
+        state = self.state
+        turned, joined = state.turned, state.joined
+        newest = NO_INSTANT
         for fact in facts:
-            if fact.durable:
-                self.state.evolve(fact)
+            if not fact.durable:
+                continue
+            state.evolve(fact)
+            newest = max(newest, getattr(fact, "at", newest))
+            yield fact
+            if turned or joined:
+                yield from self._derived(newest)
 
     def resume(self, now: Instant) -> list[Effect]:
         """Return the effects of all open leases, once after `replay`; their builders have from now on to be heard."""
@@ -143,6 +177,11 @@ class Farm:
     def queue_reasons(self) -> dict[Requirements, Unserved | Busy]:
         """Return why the first ready step of each class has no builder; costs the number of classes and builders."""
         return queue_reasons(self.state)
+
+    def recipe_of(self, step: StepKey) -> int:
+        """Return the index of the recipe that a step has in use; 0 for one that is not known."""
+        known = self.state.steps.get(step)
+        return 0 if known is None else known.active
 
     def limits_of(self, step: StepKey) -> ResourceLimits:
         """Return what a build of the step may use, as the submissions that want it say now."""

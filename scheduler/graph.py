@@ -40,6 +40,10 @@ class StepGraph:
         self.ready = ReadyIndex(self.builders, rank, self.shares.is_live)
         #: Engaged steps that no submission wants any more; `decide` abandons them, empty between calls of `handle`.
         self.orphans: dict[StepKey, Step] = {}
+        #: Steps that became ready, or wait again, and those that submissions began to stand on because a step fell
+        #: back: since `Farm` last made facts of them.
+        self.turned: list[Step] = []
+        self.joined: list[tuple[Step, list[Step]]] = []
 
     def lease_holder(self, lease: LeaseId, state: StepState) -> Step | None:
         """Return the step if this lease is its open one and the step is in `state`; None for a stale lease."""
@@ -192,6 +196,7 @@ class StepGraph:
     def _become_ready(self, step: Step) -> None:
         self._move(step, _READY)
         self.ready.put(step)
+        self.turned.append(step)
 
 
 def pieces(steps: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:

@@ -154,6 +154,8 @@ class FarmState(StepGraph):
                 self._roster.restored(fact.builder, fact.heard, [self.steps[key] for key in fact.leases])
             case f.FarmRestored():
                 self._restored(fact)
+            case f.StepReady() | f.StepWaiting() | f.MembersJoined():
+                raise ImpossibleError(f"{type(fact).__name__} follows from another fact")
             case _:
                 assert_never(fact)
         return None
@@ -338,6 +340,7 @@ class FarmState(StepGraph):
             dependent.unmet += 1
             if dependent.state is _READY:
                 self._move(dependent, _WAITING)
+                self.turned.append(dependent)
             if not count % PIECE:
                 yield PAUSE
         if step.dependents:
@@ -357,7 +360,9 @@ class FarmState(StepGraph):
         step.faults, step.strikes, step.accounts = 0, (), ()
         step.avoid, step.not_before = NO_BUILDER, NO_INSTANT
         self._use(step, fact.recipe)
-        yield from self._engage((yield from self.descending((step,))))
+        below = yield from self.descending((step,))
+        self.joined.append((step, below))
+        yield from self._engage(below)
 
     def _leased(self, fact: f.StepLeased) -> None:
         step = self._subject(fact, fact.lease.step)

@@ -31,6 +31,7 @@ from infra.cache.errors import ClosureTooLargeError
 from infra.cache.repair.fsck import RepairSource
 from infra.clock import Clock
 from infra.objects.errors import CacheError
+from scheduler.farm import Farm
 from scheduler.model import StepKey
 
 #: Steps whose losses wait to be repaired; further ones report theirs again.
@@ -49,6 +50,7 @@ class Losses:
         self,
         cache: Cache,
         derivations: DerivationStore,
+        farm: Farm,
         views: Views,
         clock: Clock,
         replan: Callable[[SubmissionRow], Awaitable[None]],
@@ -56,6 +58,7 @@ class Losses:
     ) -> None:
         self._cache = cache
         self._derivations = derivations
+        self._farm = farm
         self._views = views
         self._clock = clock
         self._replan = replan
@@ -71,7 +74,7 @@ class Losses:
         What is lost is repaired later, in `run`. `paths` are full paths that somebody did not find.
         """
         try:
-            inputs = await self._derivations.inputs(step, self._views.recipe_of(step))
+            inputs = await self._derivations.inputs(step, self._farm.recipe_of(step))
             lost = await self._cache.lost(inputs, paths)
             sources = await self._sources_of(step)
         except ClosureTooLargeError:

@@ -27,9 +27,9 @@ async def replay(
     count = 0
     limited = {name: note for name, note in notes.items() if any(root.limits for root in note.roots)}
     async for piece in journal.load():
-        farm.replay(with_limits(piece.facts, limited) if limited else piece.facts)
+        facts = with_limits(piece.facts, limited) if limited else piece.facts
         # A batch may be split between frames, so nothing ends before the last of them.
-        views.fold(piece.facts, settle=False)
+        views.fold(farm.replaying(facts), settle=False)
         if piece.records:
             views.restore(piece.records)
         count += len(piece.facts)

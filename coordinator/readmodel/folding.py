@@ -2,13 +2,13 @@
 
 Rules:
 1. No I/O, no clock, no asyncio. Times come out of facts; the same facts give the same rows, live or replayed.
-2. A fact costs O(1) for each running submission that has the step, plus the step's own edges; never O(submission).
+2. A fact about a step costs O(1) for each running submission that has it; never O(submission).
 3. A submission is frozen when it ends: its counts are history, and later facts no longer pay for it.
 4. What concerns many steps is folded with pauses (`scheduler.pauses`), at which the rows may be read: counts of a
    submission that begins again are then of those members that are counted already.
 
-Readiness is derived here once more (a step is ready when no need of its active recipe is open) because it is no fact:
-the core can tell it from its state, and a read model must not reach into that.
+The rows hold no edges: the core derives which steps are ready, and who stands on what, and tells it by facts
+(`StepReady`, `StepWaiting`, `MembersJoined`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import cast
 
 from coordinator.api.models import StepStatus
 from coordinator.journal.codec import Record, SubmissionNote, evidence_shown
-from coordinator.readmodel.rows import NOTHING, Company, StepRow, SubmissionRow, note, place, touch
+from coordinator.readmodel.rows import Company, StepRow, SubmissionRow, note, place, touch
 from coordinator.readmodel.snapshot import restore_step, take_history, tell_history
 from coordinator.readmodel.step_details import Details
 from coordinator.readmodel.workers import Workforce
@@ -26,7 +26,7 @@ from coordinator.stores.derivations import StepInfo
 from scheduler import facts
 from scheduler.facts import Fact
 from scheduler.failures import is_fault
-from scheduler.model import FailureKind, Recipe, Requirements, StepKey, SubmissionId
+from scheduler.model import FailureKind, Requirements, StepKey, SubmissionId
 from scheduler.pauses import FACTS_PIECE, PAUSE, PIECE, Pause, whole
 from workers.wire.messages import StageChange
 
@@ -69,7 +69,6 @@ class FoldedRows:
                 facts.SubmissionForgotten: self._submission_forgotten,
                 facts.StepsForgotten: self._steps_forgotten,
                 facts.StepAdded: self._added,
-                facts.RecipeAdded: self._recipe_added,
                 facts.StepHeld: self._held,
                 facts.StepRevived: self._revived,
                 facts.StepLost: self._lost,
@@ -78,11 +77,13 @@ class FoldedRows:
                 facts.StepBuilt: self._built,
                 facts.StepDone: self._done,
                 facts.StepFellBack: self._fell_back,
+                facts.StepReady: self._ready,
+                facts.StepWaiting: self._waits,
+                facts.MembersJoined: self._members_joined,
                 facts.StepFailed: self._failed,
                 facts.StepDoomed: self._doomed,
                 facts.StepAbandoned: self._abandoned,
                 facts.StepRestored: self._step_restored,
-                facts.FarmRestored: self._restored,
                 facts.BuilderQuarantined: self._quarantined,
                 facts.QuarantineEnded: self._trusted,
                 facts.BuilderRemoved: self._trusted,
@@ -240,58 +241,43 @@ class FoldedRows:
             # Others keep some of its steps open.
             yield from self._leave_members(sub)
 
-    def _steps_forgotten(self, fact: facts.StepsForgotten) -> Iterator[Pause]:
-        below: dict[StepKey, StepRow] = {}
-        gone: set[StepRow] = set()
+    def _steps_forgotten(self, fact: facts.StepsForgotten) -> None:
         for key in fact.steps:
             row = self._steps.pop(key)
             self._count(row, -1)
             self._details.forget(key)
-            gone.add(row)
-            below.update((need, self._steps[need]) for recipe in row.recipes for need in recipe.needs)
-        # A wide step is looked through once for all that stood on it.
-        for row in below.values():
-            row.unlink(gone)
-            yield PAUSE
 
     def _added(self, fact: facts.StepAdded) -> None:
-        row = self._row(fact.spec.key)
-        row.recipes = fact.spec.recipes
-        for recipe in row.recipes:
-            self._link(row, recipe)
-        self._wait(row, 0)
+        self._row(fact.spec.key)
 
-    def _recipe_added(self, fact: facts.RecipeAdded) -> None:
-        row = self._row(fact.step)
-        row.recipes = (*row.recipes, fact.recipe)
-        self._link(row, fact.recipe)
-
-    def _held(self, fact: facts.StepHeld) -> Iterator[Pause] | None:
-        return self._finish(self._row(fact.step))
+    def _held(self, fact: facts.StepHeld) -> None:
+        self._finish(self._row(fact.step))
 
     def _revived(self, fact: facts.StepRevived) -> None:
         row = self._row(fact.step)
         life = row.live()
         life.failure, life.cause, life.trouble, life.ended_at = None, "", "", 0.0
         life.lost_input = False
-        self._wait(row, fact.recipe)
+        self._move(row, StepStatus.WAITING)
 
-    def _lost(self, fact: facts.StepLost) -> Iterator[Pause]:
+    def _lost(self, fact: facts.StepLost) -> None:
         row = self._row(fact.step)
         row.live().ended_at = 0.0
-        self._wait(row, row.recipe)
-        for count, above in enumerate(self._users(row), 1):
-            above.pending += 1
-            if above.state is StepStatus.READY:
-                self._move(above, StepStatus.WAITING)
-            if not count % PIECE:
-                yield PAUSE
+        self._move(row, StepStatus.WAITING)
+
+    def _ready(self, fact: facts.StepReady) -> None:
+        row = self._row(fact.step)
+        row.requires = fact.requirements
+        self._move(row, StepStatus.READY)
+
+    def _waits(self, fact: facts.StepWaiting) -> None:
+        self._move(self._row(fact.step), StepStatus.WAITING)
 
     def _leased(self, fact: facts.StepLeased) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
         life = row.live()
-        row.recipe, life.attempt, life.builder = fact.recipe, fact.lease.attempt, fact.builder
+        life.attempt, life.builder = fact.lease.attempt, fact.builder
         life.started_at, life.ended_at, life.stage, life.phase = fact.at, 0.0, "queued", ""
         self._move(row, StepStatus.RUNNING)
 
@@ -302,7 +288,7 @@ class FoldedRows:
         if is_fault(fact.failure.kind) or fact.failure.kind is FailureKind.INPUT_LOST:
             life.trouble = fact.failure.message
             life.lost_input = fact.failure.kind is FailureKind.INPUT_LOST
-        self._wait(row, row.recipe)
+        self._move(row, StepStatus.WAITING)
 
     def _built(self, fact: facts.StepBuilt) -> None:
         self._at = max(self._at, fact.at)
@@ -313,19 +299,29 @@ class FoldedRows:
         self.workforce.has_built(fact.builder)
         self._move(row, StepStatus.PUBLISHING)
 
-    def _done(self, fact: facts.StepDone) -> Iterator[Pause] | None:
+    def _done(self, fact: facts.StepDone) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
         row.live().ended_at = fact.at
         for sub in row.submissions:
             sub.uploaded_bytes += row.life.uploaded_bytes
-        return self._finish(row)
+        self._finish(row)
 
-    def _fell_back(self, fact: facts.StepFellBack) -> Iterator[Pause]:
+    def _fell_back(self, fact: facts.StepFellBack) -> None:
         row = self._row(fact.step)
         row.live().leave()
-        self._wait(row, fact.recipe)
-        yield from self._join_needs(row)
+        self._move(row, StepStatus.WAITING)
+
+    def _members_joined(self, fact: facts.MembersJoined) -> Iterator[Pause]:
+        for sub in self._row(fact.step).submissions:
+            company = Company(sub)
+            for count, key in enumerate(fact.members, 1):
+                row = self._row(key)
+                if row.state is not StepStatus.DONE and sub not in row.submissions:
+                    company.join(row)
+                    sub.members.append(key)
+                if not count % PIECE:
+                    yield PAUSE
 
     def _failed(self, fact: facts.StepFailed) -> None:
         self._at = max(self._at, fact.at)
@@ -356,14 +352,6 @@ class FoldedRows:
         self._count(row, -1)
         restore_step(row, fact)
         self._count(row, 1)
-        for recipe in row.recipes:
-            self._link(row, recipe)
-
-    def _restored(self, _fact: facts.FarmRestored) -> Iterator[Pause]:
-        for count, row in enumerate(self._steps.values(), 1):
-            row.pending = self._open_needs(row)
-            if not count % PIECE:
-                yield PAUSE
 
     # The parts they share.
 
@@ -384,69 +372,13 @@ class FoldedRows:
             else:
                 del self._ready_by_class[row.requires]
 
-    def _link(self, row: StepRow, recipe: Recipe) -> None:
-        for need in recipe.needs:
-            self._row(need).link(row)
-
-    def _wait(self, row: StepRow, recipe: int) -> None:
-        """The step starts over with a recipe: ready, or waiting for its open needs."""
-        row.recipe = recipe
-        if row.state is StepStatus.READY:
-            self._move(row, StepStatus.WAITING)
-        row.requires = row.recipes[recipe].requirements if recipe < len(row.recipes) else NOTHING
-        row.pending = self._open_needs(row)
-        self._move(row, StepStatus.WAITING if row.pending else StepStatus.READY)
-
-    def _open_needs(self, row: StepRow) -> int:
-        """Count the needs of the active recipe that are not done."""
-        needs = row.recipes[row.recipe].needs if row.recipe < len(row.recipes) else ()
-        return sum(1 for need in dict.fromkeys(needs) if self._row(need).state is not StepStatus.DONE)
-
-    def _finish(self, row: StepRow) -> Iterator[Pause] | None:
-        """The step is done; many that stand on it are told of it in what is returned."""
+    def _finish(self, row: StepRow) -> None:
         if row.state is StepStatus.DONE:
-            return None
+            return
         if row.life.stage:
             life = row.live()
             life.stage, life.phase = "", ""
         self._move(row, StepStatus.DONE)
-        if len(row.dependents) > PIECE:
-            return self._meet(row)
-        for _ in self._meet(row):
-            pass
-        return None
-
-    def _meet(self, row: StepRow) -> Iterator[Pause]:
-        """A need of those that stand on the step is done."""
-        for count, above in enumerate(self._users(row), 1):
-            above.pending -= 1
-            if above.pending == 0 and above.state is StepStatus.WAITING:
-                self._move(above, StepStatus.READY)
-            if not count % PIECE:
-                yield PAUSE
-
-    def _users(self, row: StepRow) -> Iterator[StepRow]:
-        """Yield the steps whose active recipe needs this one."""
-        for above in row.dependents:
-            # With one recipe every dependent needs this step; a wide step's needs must not be scanned for each need.
-            if len(above.recipes) == 1 or row.key in above.recipes[above.recipe].needs:
-                yield above
-
-    def _join_needs(self, row: StepRow) -> Iterator[Pause]:
-        """The submissions of a step now also stand on what its active recipe needs."""
-        for sub in row.submissions:
-            company = Company(sub)
-            stack = list(row.recipes[row.recipe].needs)
-            while stack:
-                below = self._row(stack.pop())
-                if below.state is StepStatus.DONE or sub in below.submissions:
-                    continue
-                company.join(below)
-                sub.members.append(below.key)
-                if not len(sub.members) % PIECE:
-                    yield PAUSE
-                if below.recipe < len(below.recipes):
-                    stack.extend(below.recipes[below.recipe].needs)
 
     def _move(self, row: StepRow, state: StepStatus) -> None:
         """Change a step's state in every submission that has it."""

@@ -5,18 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from coordinator.api.models import StepStatus, SubmissionState
-from scheduler.model import Failure, Recipe, Requirements, StepKey, SubmissionId
+from scheduler.model import Failure, Requirements, StepKey, SubmissionId
 
 OPEN = frozenset({StepStatus.WAITING, StepStatus.READY, StepStatus.RUNNING, StepStatus.PUBLISHING})
 ACTIVE = frozenset({StepStatus.RUNNING, StepStatus.PUBLISHING})
 NOTHING = Requirements("")
-#: Dependents that are kept as a tuple, which is smaller than a list and made anew for each.
-_FEW = 8
 
 
 class Listener(Protocol):
@@ -64,15 +61,8 @@ class StepRow:
 
     key: StepKey
     state: StepStatus = StepStatus.WAITING
-    recipes: tuple[Recipe, ...] = ()
-    #: Index of the active recipe.
-    recipe: int = 0
-    #: What the active recipe requires; changes only while the step is not ready.
+    #: What the recipe in use required when the step last became ready.
     requires: Requirements = NOTHING
-    #: Needs of the active recipe that are not done.
-    pending: int = 0
-    #: Steps of which any recipe needs this one. Changed by `link`.
-    dependents: tuple[StepRow, ...] | list[StepRow] = ()
     #: Submissions that had the step open when they arrived and have not ended. Steps share one tuple (`Company`).
     submissions: tuple[SubmissionRow, ...] = ()
     _life: Life | None = None
@@ -87,23 +77,6 @@ class StepRow:
         if self._life is None:
             self._life = Life()
         return self._life
-
-    def link(self, above: StepRow) -> None:
-        """Note that a recipe of `above` needs this step; a repeat at once changes nothing."""
-        known = self.dependents
-        if known and known[-1] is above:
-            return
-        if isinstance(known, list):
-            known.append(above)
-        elif len(known) < _FEW:
-            self.dependents = (*known, above)
-        else:
-            self.dependents = [*known, above]
-
-    def unlink(self, gone: Collection[StepRow]) -> None:
-        """Let go of steps that are no longer known."""
-        left = [above for above in self.dependents if above not in gone]
-        self.dependents = tuple(left) if len(left) <= _FEW else left
 
 
 @dataclass(slots=True, eq=False)

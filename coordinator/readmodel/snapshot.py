@@ -18,16 +18,16 @@ _STATUS = {state: StepStatus.RUNNING if state is StepState.LEASED else StepStatu
 
 
 def restore_step(row: StepRow, fact: StepRestored) -> None:
-    """Take in what a snapshot of the core says of a step, but for its links to others."""
-    row.state, row.recipes = _STATUS[fact.state], fact.recipes
+    """Take in what a snapshot of the core says of a step."""
+    row.state = _STATUS[fact.state]
     if fact.attempt:
         row.live().attempt = fact.attempt
     if fact.past is not None:
         life = row.live()
-        row.recipe, life.builder = fact.past.active, fact.past.builder
+        life.builder = fact.past.builder
         life.failure, life.cause = fact.past.failure, fact.past.cause or ""
-    if row.recipes:
-        row.requires = row.recipes[row.recipe].requirements
+    if fact.recipes:
+        row.requires = fact.recipes[fact.past.active if fact.past is not None else 0].requirements
 
 
 def tell_history(

@@ -101,11 +101,6 @@ class Views(FoldedRows):
         """Return how many steps are ready, by what they require."""
         return self._ready_by_class
 
-    def recipe_of(self, key: StepKey) -> int:
-        """Return the index of the recipe that a step has in use; 0 for one that is not known."""
-        row = self._steps.get(key)
-        return 0 if row is None else row.recipe
-
     def submissions_of(self, key: StepKey) -> tuple[SubmissionRow, ...]:
         """Return the submissions that wait for a step."""
         row = self._steps.get(key)

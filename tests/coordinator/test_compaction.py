@@ -37,8 +37,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 async def _restored(journal: Journal) -> tuple[Farm, Views]:
     farm, views = Farm(), Views(_Silence())
     async for piece in journal.load():
-        farm.replay(piece.facts)
-        views.fold(piece.facts, settle=False)
+        views.fold(farm.replaying(piece.facts), settle=False)
         if piece.records:
             views.restore(piece.records)
     views.settle()
@@ -69,8 +68,7 @@ async def test_snapshot_and_tail_give_what_the_whole_journal_gives(tmp_path: Pat
     assert await journal.snapshots.ends()
     whole, views = Farm(), Views(_Silence())
     facts: Sequence[Fact] = list(chain.from_iterable(calls))
-    whole.replay(facts)
-    views.fold(facts, settle=False)
+    views.fold(whole.replaying(facts), settle=False)
     views.settle()
     reader = Journal(engine)
     assert _told(*await _restored(reader)) == _told(whole, views)

@@ -211,6 +211,17 @@ def test_a_build_that_was_given_up_ends_its_submission_with_the_sentence_that_sa
     assert "start a worker for mac" in failure.message
 
 
+def test_a_step_that_no_submission_stands_on_waits_until_one_falls_back_on_it() -> None:
+    driven = Driven()
+    either = StepSpec(StepKey("either"), tuple(Recipe(Requirements("sys"), (StepKey(way),)) for way in ("one", "two")))
+    driven.tell(submission("s", "either", either, spec("one"), spec("two", "deep"), spec("deep")))
+    assert driven.views.step_counts() == {"ready": 1, "waiting": 3}
+    assert counts(driven, "s") == Counts(total=2, ready=1, waiting=1)
+    driven.join(slots=1)
+    driven.finish(lambda key: key == "deep")
+    assert counts(driven, "s") == Counts(total=4, done=1, failed=2, doomed=1)
+
+
 def test_ready_steps_that_nobody_can_take_are_told_by_what_they_require() -> None:
     driven = Driven()
     driven.tell(submission("s", "a b c", spec("a", system="mac"), spec("b", system="mac"), spec("c")))
@@ -281,7 +292,8 @@ def _graph(seed: int) -> SubmissionReceived:
         needs = tuple(StepKey(f"k{m}") for m in {n // 2, n // 3} if m < n)
         recipes = [Recipe(Requirements("sys" if n % 5 else "other"), needs)]
         if n % 3 == 0:
-            recipes.append(Recipe(Requirements("sys"), needs[:1]))
+            # What only this one needs is known, and nobody wants it before the first has failed.
+            recipes.append(Recipe(Requirements("sys"), tuple(StepKey(f"k{m}") for m in {n - 1, n - 2} if m >= 0)))
         specs.append(StepSpec(StepKey(f"k{n}"), tuple(recipes)))
     roots = {StepKey(f"k{seed % size}"), StepKey(f"k{seed // size % size}")}
     by_key = {step.key: step for step in specs}
@@ -357,15 +369,22 @@ def test_incremental_counts_equal_a_naive_recount_and_a_replay_or_a_snapshot_giv
                 by_state["done"] += row.held
                 assert +by_state == _recounted(driven, name)
                 assert not driven.farm.ended(name)
+        assert {key: driven.views.step(key).state.value for key in driven.views.nameless()} == {
+            key: _CORE_STATE.get(step.state.value, step.state.value) for key, step in driven.farm.state.steps.items()
+        }
 
     replayed, restored = Views(Silent()), Views(Silent())
-    restored.fold(decode_facts(snapshot[0]), settle=False)
+    whole_farm, resumed_farm = Farm(), Farm()
+    restored.fold(resumed_farm.replaying(decode_facts(snapshot[0])), settle=False)
     restored.restore(decode_records(snapshot[1]))
-    for views, frames in ((replayed, driven.frames), (restored, driven.frames[beyond:])):
+    for views, farm, frames in (
+        (replayed, whole_farm, driven.frames),
+        (restored, resumed_farm, driven.frames[beyond:]),
+    ):
         for frame in frames:
             for fact in decode_facts(frame):
                 # One fact at a time: frames may split a batch anywhere.
-                views.fold([fact], settle=False)
+                views.fold(farm.replaying([fact]), settle=False)
         views.settle()
         assert [asdict(views.submission_view(row)) for row in views.submission_rows()] == [
             asdict(driven.views.submission_view(row)) for row in driven.views.submission_rows()

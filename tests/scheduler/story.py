@@ -32,6 +32,9 @@ def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911, PLR0912  
             | f.StepFellBack()
             | f.StepAbandoned()
             | f.BackOffEnded()
+            | f.StepReady()
+            | f.StepWaiting()
+            | f.MembersJoined()
         ):
             return (fact.step,)
         case f.SubmissionAccepted() | f.SubmissionRetried() | f.SubmissionWithdrawn() | f.SubmissionForgotten():
@@ -100,6 +103,12 @@ def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fac
             return f"{fact.step} abandoned"
         case f.BackOffEnded():
             return f"{fact.step} may run again"
+        case f.StepReady():
+            return f"{fact.step} is ready"
+        case f.StepWaiting():
+            return f"{fact.step} waits again"
+        case f.MembersJoined():
+            return f"the submissions of {fact.step} stand on {_some(fact.members)}"
         case f.BuilderAdmitted():
             systems = _some(tuple(sorted(fact.builder.systems)))
             heal = _heal(fact.missing, fact.unknown)

@@ -93,7 +93,7 @@ def meet(state: StepState, name: str) -> str:
     after = scene.state("x")
     if not said and after is state:
         return f"{state.value:10} {name:36} -"
-    return f"{state.value:10} {name:36} {' '.join(said) or '(a need)'} = {after.value}"
+    return f"{state.value:10} {name:36} {' '.join(said)} = {after.value}"
 
 
 def test_every_state_meets_every_event_as_the_matrix_says(rewrite_traces: bool) -> None:
