@@ -17,9 +17,9 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 
 from coordinator.api.limits import MAX_LIMIT
 from coordinator.api.requests import RootLimits
@@ -105,16 +105,13 @@ class _Row(BaseModel):
     drv: str = ""
     output: str = ""
     left: str = ""
-    timeout_s: Annotated[int, Field(ge=0)] = 0
-    silence_s: Annotated[int, Field(ge=0)] = 0
-    log_bytes: Annotated[int, Field(ge=0)] = 0
-    output_bytes: Annotated[int, Field(ge=0)] = 0
-    memory_bytes: Annotated[int, Field(ge=0)] = 0
+    limits: RootLimits = RootLimits()
 
-    def limits(self) -> RootLimits | None:
-        """Return what the row says of limits, None where it says nothing."""
-        said = RootLimits(**{name: min(getattr(self, name), MAX_LIMIT) for name in RootLimits.model_fields})
-        return said if said != RootLimits() else None
+    @field_validator("limits", mode="before")
+    @classmethod
+    def _bounded(cls, said: dict[str, int]) -> dict[str, int]:
+        """Take a limit that no build can reach for the largest that may be named."""
+        return {name: min(limit, MAX_LIMIT) for name, limit in said.items()}
 
 
 _ROWS = TypeAdapter(list[_Row])
@@ -172,7 +169,7 @@ def _evaluation(file: str, asked: Sequence[str], rows: Sequence[_Row]) -> Evalua
         if drv is None:
             raise EvaluationError(f"{attr or file} has the derivation {row.drv[:200]!r}, which is no path of one")
         outputs = () if row.output == "out" else (row.output,)
-        limits = row.limits()
+        limits = row.limits if row.limits != RootLimits() else None
         each = Wanted(attr or drv.attr, drv.drv, outputs, limits)
         wanted.setdefault((row.at, drv.drv, row.output, limits), each)
     if not wanted:

@@ -58,11 +58,13 @@ let
       inherit at path;
       drv = builtins.unsafeDiscardStringContext found.drvPath;
       output = found.outputName or "out";
-      timeout_s = number (found.meta.timeout or 0);
-      silence_s = number (found.meta.maxSilent or 0);
-      log_bytes = said "logBytes";
-      output_bytes = said "outputBytes";
-      memory_bytes = said "memoryBytes";
+      limits = {
+        timeout_s = number (found.meta.timeout or 0);
+        silence_s = number (found.meta.maxSilent or 0);
+        log_bytes = said "logBytes";
+        output_bytes = said "outputBytes";
+        memory_bytes = said "memoryBytes";
+      };
     };
 
   marked = at: path: rows: builtins.trace "${drover_token} ${builtins.toJSON ([ at ] ++ path)}" (builtins.deepSeq rows rows);

@@ -17,7 +17,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from coordinator.api.streams import LARGE_BYTES
@@ -30,7 +30,7 @@ from scheduler.events import BuildFailed
 from scheduler.model import Failure, FailureKind, LeaseId, StepKey
 from scheduler.resource_limits import ResourceLimits
 from workers.wire.fleet import Fleet, FleetError
-from workers.wire.messages import Lease, LeaseOrder
+from workers.wire.messages import BuildLimits, Lease, LeaseOrder
 from workers.wire.polling import DERIVATION_BYTES_PER_CALL
 
 #: Effects for one worker that are carried out together.
@@ -182,11 +182,7 @@ class Dispatch:
             derivation=order.derivation,
             inputs=order.inputs,
             upload_token=self._upload_token(lease, order.outputs),
-            timeout_s=limits.timeout_s,
-            max_silent_s=limits.silence_s,
-            max_log_bytes=limits.log_bytes,
-            max_output_bytes=limits.output_bytes,
-            memory_bytes=limits.memory_bytes,
+            limits=BuildLimits.model_validate(asdict(limits)),
         )
 
     async def _unreadable(self, worker: str, starts: Sequence[StartBuild], error: DerivationsError) -> None:

@@ -23,7 +23,7 @@ from infra.nix.store_path import StoreDir
 from infra.objects.store import open_object_store
 from workers.agent.agent import Agent
 from workers.agent.settings import WorkerSettings
-from workers.wire.messages import Batch, FarmInfo, LeaseOrder, Output, Report, StageChange, Succeeded
+from workers.wire.messages import Batch, BuildLimits, FarmInfo, LeaseOrder, Output, Report, StageChange, Succeeded
 
 STORE = "/nix/store"
 STORE_DIR = StoreDir(STORE)
@@ -75,7 +75,7 @@ def order(made: tuple[str, Derivation], inputs: Sequence[str] = (), *, attempt: 
         drv_path=path,
         derivation=aterm.render(derivation),
         inputs=tuple(inputs),
-        **limits,
+        limits=BuildLimits.model_validate(limits),
     )
 
 

@@ -206,7 +206,7 @@ async def test_a_build_is_stopped_at_its_limit_of_time(bench: Bench) -> None:
 
 async def test_a_build_that_prints_nothing_is_stopped_at_its_limit_of_silence(bench: Bench) -> None:
     told = await bench.agent()
-    failed = failure((await told.build(order(drv("mute", FOREVER), timeout_s=60, max_silent_s=1)))[0])
+    failed = failure((await told.build(order(drv("mute", FOREVER), timeout_s=60, silence_s=1)))[0])
     assert (failed.reason, failed.limit) == ("silence", 1)
 
 

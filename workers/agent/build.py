@@ -10,7 +10,6 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from typing import ClassVar
 
 from infra.daemon import (
@@ -33,6 +32,7 @@ from workers.agent.attempt_record import BuildUse
 from workers.agent.daemon_pool import Line
 from workers.agent.lease_machine import Trouble
 from workers.errors import WorkerError
+from workers.wire.messages import BuildLimits
 
 #: Of a log that is too long, this part of the limit is its tail, at most so many bytes (they wait in memory).
 TAIL_PART = 4
@@ -140,22 +140,14 @@ class LogGate:
         self._tail_held = 0
 
 
-@dataclass(frozen=True, slots=True)
-class BuildLimits:
-    """Limits of one build; seconds, 0 is no limit."""
-
-    timeout_s: int
-    max_silent_s: int
-    cores: int
-
-    def options(self) -> Options:
-        """The settings of a connection that keep the limits."""
-        return Options(
-            build_cores=self.cores,
-            max_silent_s=self.max_silent_s,
-            # The log's limit is kept here, by counting, because the daemon's own would end the build.
-            overrides={"timeout": str(self.timeout_s), "max-build-log-size": str(RUNAWAY_LOG_BYTES)},
-        )
+def _options(limits: BuildLimits, cores: int) -> Options:
+    """Return the settings of a connection that keep the limits of time."""
+    return Options(
+        build_cores=cores,
+        max_silent_s=limits.silence_s,
+        # The log's limit is kept here, by counting, because the daemon's own would end the build.
+        overrides={"timeout": str(limits.timeout_s), "max-build-log-size": str(RUNAWAY_LOG_BYTES)},
+    )
 
 
 async def build_in_slot(
@@ -164,6 +156,7 @@ async def build_in_slot(
     derivation: BasicDerivation,
     *,
     limits: BuildLimits,
+    cores: int,
     gate: LogGate,
     on_phase: Callable[[str], None],
     pause: Callable[[], Awaitable[object] | None],
@@ -191,7 +184,7 @@ async def build_in_slot(
 
     async def attempt() -> BuildResult:
         async with slot.use() as connection:
-            await slot.set_options(limits.options())
+            await slot.set_options(_options(limits, cores))
             # They are rooted already, by a connection that may die before this one.
             await slot.keep(derivation.inputs)
             before = connection.account()

@@ -20,7 +20,6 @@ from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
 from infra.nix.errors import NixError
 from workers.agent.attempt_record import AttemptRecord
 from workers.agent.build import (
-    BuildLimits,
     ConnectionLostError,
     LogGate,
     RecipeBrokeDaemonError,
@@ -176,7 +175,7 @@ class LeaseRunner:
         now = self._clock.now()
         for order in orders:
             key = (order.step, order.attempt)
-            if key in self._finished or not self._machine.accept(key, now, order.memory_bytes):
+            if key in self._finished or not self._machine.accept(key, now, order.limits.memory_bytes):
                 continue
             self._runs[key] = _Run(
                 order, AttemptRecord(self._clock.now), asyncio.get_running_loop().create_future(), started_at=now
@@ -271,7 +270,7 @@ class LeaseRunner:
             return
         told: Succeeded | Failed
         if isinstance(result, Ending):
-            limit = run.order.limit_of(result.reason)
+            limit = run.order.limits.limit_of(result.reason)
             told = Failed(
                 reason=result.reason,
                 message=result.message[:MAX_MESSAGE],
@@ -312,7 +311,7 @@ class LeaseRunner:
             await self._build(key, run, await run.slot, derivation)
             self._advance()
             self._tell_stage(key, Stage.UPLOADING)
-            await self._check_size(derivation, order.max_output_bytes)
+            await self._check_size(derivation, order.limits.output_bytes)
             return await self._upload(key, run, derivation, sources)
         except RecipeBrokeDaemonError as error:
             raise _Stopped(judge_trouble(error.trouble, str(error))) from None
@@ -332,7 +331,7 @@ class LeaseRunner:
     async def _build(self, key: LeaseKey, run: _Run, slot: int, derivation: BasicDerivation) -> None:
         run.building_at = self._clock.now()
         self._tell_stage(key, Stage.BUILDING)
-        gate = LogGate(run.order.max_log_bytes, lambda data: self._spool.log(key, data))
+        gate = LogGate(run.order.limits.log_bytes, lambda data: self._spool.log(key, data))
         outputs = [output.path for output in derivation.outputs]
         with self._ending_where_inputs_changed():
             watch = await self._guard.begin(derivation.inputs, outputs, self._slots[slot])
@@ -347,7 +346,8 @@ class LeaseRunner:
                     self._slots[slot],
                     run.order.drv_path,
                     derivation,
-                    limits=BuildLimits(run.order.timeout_s, run.order.max_silent_s, self._build_cores),
+                    limits=run.order.limits,
+                    cores=self._build_cores,
                     gate=gate,
                     on_phase=entered,
                     pause=self._pause,

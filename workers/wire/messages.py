@@ -20,7 +20,15 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    model_serializer,
+    model_validator,
+)
 
 from infra.objects.compression import COMPRESSION, Compression
 from workers.wire.grades import IsolationGrade
@@ -79,8 +87,39 @@ class Lease(WireMessage):
     attempt: int
 
 
+class BuildLimits(WireMessage):
+    """Limits of one build: the fields of `scheduler.resource_limits.ResourceLimits`, by the same names.
+
+    The aliases are the names on the wire.
+    """
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    #: Seconds of wall time and of silence after which the build is stopped; 0 is no limit.
+    timeout_s: int = 0
+    silence_s: int = Field(default=0, alias="max_silent_s")
+    #: Bytes of log that are kept and sent, its head and its tail; what is between is counted, not kept.
+    log_bytes: int = Field(default=64 * 1024 * 1024, alias="max_log_bytes")
+    #: Bytes of the NARs of all outputs together; 0 is no limit.
+    output_bytes: int = Field(default=0, alias="max_output_bytes")
+    #: Memory that the build is said to take; a hint, 0: nothing is said.
+    memory_bytes: int = 0
+
+    def limit_of(self, reason: Reason) -> int:
+        """The limit that a build ended at which ended for this reason; 0 where it did not end at one."""
+        limits = {"timeout": self.timeout_s, "silence": self.silence_s, "output_size": self.output_bytes}
+        return limits.get(reason, 0)
+
+
+_LIMITS_ON_THE_WIRE = frozenset(field.alias or name for name, field in BuildLimits.model_fields.items())
+
+
 class LeaseOrder(WireMessage):
-    """One build to do. The agent parses `derivation` itself; no .drv file is needed on its machine."""
+    """One build to do. The agent parses `derivation` itself; no .drv file is needed on its machine.
+
+    On the wire the fields of `limits` stand among the order's own, because agents of protocol 2, which outlive the
+    update of their coordinator, read them there and refuse a field that they do not know.
+    """
 
     step: str
     attempt: int
@@ -90,24 +129,26 @@ class LeaseOrder(WireMessage):
     derivation: bytes
     #: Full store paths: input sources and the chosen outputs of input derivations, resolved by the coordinator.
     inputs: tuple[str, ...]
-    #: Seconds of wall time and of silence after which the build is stopped; 0 is no limit.
-    timeout_s: int = 0
-    max_silent_s: int = 0
-    #: Bytes of log that are kept and sent, its head and its tail; what is between is counted, not kept.
-    max_log_bytes: int = 64 * 1024 * 1024
+    limits: BuildLimits = BuildLimits()
     #: Lets the worker upload exactly this lease's outputs over HTTP; a secret.
     upload_token: str = Field(default="", repr=False)
-    #: Bytes of the NARs of all outputs together; 0 is no limit.
-    max_output_bytes: int = 0
-    #: Memory that the build is said to take; a hint, 0: nothing is said.
-    memory_bytes: int = 0
     #: W3C trace context of the submission, or empty.
     traceparent: str = ""
 
-    def limit_of(self, reason: Reason) -> int:
-        """The limit that a build ended at which ended for this reason; 0 where it did not end at one."""
-        limits = {"timeout": self.timeout_s, "silence": self.max_silent_s, "output_size": self.max_output_bytes}
-        return limits.get(reason, 0)
+    @model_validator(mode="before")
+    @classmethod
+    def _take_limits(cls, data: Any) -> Any:
+        """Gather the limits that stand among the order's own fields."""
+        if not isinstance(data, dict) or data.keys().isdisjoint(_LIMITS_ON_THE_WIRE):
+            return data
+        own = {name: value for name, value in data.items() if name not in _LIMITS_ON_THE_WIRE}
+        return own | {"limits": {name: data[name] for name in _LIMITS_ON_THE_WIRE & data.keys()}}
+
+    @model_serializer(mode="wrap")
+    def _give_limits(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = dump(self)
+        del data["limits"]
+        return data | self.limits.model_dump(by_alias=True)
 
 
 class Stage(StrEnum):
