@@ -199,7 +199,9 @@ class _Stores:
 async def _open_stores(stack: AsyncExitStack, settings: Settings, clock: Clock, lead: Lead) -> _Stores:
     """Open, or make, all that lies below the state directory or in databases; `stack` closes it."""
     secrets, farm_token = lead.secrets, token_urlsafe()
-    caches = await open_caches(stack, settings, clock, lead.journal.reign, secrets=secrets, farm_token=farm_token)
+    caches = await open_caches(
+        stack, settings, clock, lead.journal.fencing_token, secrets=secrets, farm_token=farm_token
+    )
     derivations = DerivationStore.open(settings.database_url("derivations"), settings.store_dir)
     stack.push_async_callback(derivations.close)
     await derivations.prepare()
@@ -227,15 +229,15 @@ async def _farm_info(settings: Settings, url: str, stores: _Stores) -> FarmInfo:
 
 
 class _EffectRelay:
-    """Breaks the one circle of the composition: the engine hands effects to dispatch, which posts events to it."""
+    """Relay of effects from the engine to dispatch; breaks the circle, because dispatch posts events to the engine."""
 
     def __init__(self) -> None:
         self.dispatch: Dispatch | None = None
 
-    def hand(self, effects: Sequence[Effect]) -> None:
+    def submit(self, effects: Sequence[Effect]) -> None:
         """Pass effects on; those of the replay, before there are workers, are not."""
         if self.dispatch is not None:
-            self.dispatch.hand(effects)
+            self.dispatch.submit(effects)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,10 +270,10 @@ async def _recover(settings: Settings, clock: Clock, stores: _Stores) -> _Core:
     explainer = FarmExplainer(farm, stores.logs, clock)
     views = Views(explainer)
     relay = _EffectRelay()
-    engine = Engine(farm, stores.journal, views, clock, relay.hand)
+    engine = Engine(farm, stores.journal, views, clock, relay.submit)
     notes = decode_notes(await stores.journal.notes())
     replayed = await engine.recover(notes)
-    views.know({}, notes)
+    views.add_details({}, notes)
     cache = stores.cache
     intake = Intake(stores.derivations, cache, cache.objects, cache.store_dir, IntakeLimits.of(limits))
     return _Core(farm, engine, views, explainer, intake, Submissions(engine, views, intake), relay, replayed)

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 #: Processor time after which work gives the loop back, in seconds: a fifth of what the house allows (`loop_watch`).
 SLICE_S: Final = 0.01
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class _Turns:
@@ -34,7 +34,7 @@ class _Turns:
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, _Turns] = WeakKeyDictionary()
 
 
-async def in_slices(work: Generator[object, None, T]) -> T:
+async def in_slices(work: Generator[object, None, _T]) -> _T:
     """Do all of the work and return what it returns, giving the loop back after each `SLICE_S`."""
     loop = asyncio.get_running_loop()
     turns = _turns.get(loop)
@@ -52,7 +52,7 @@ async def in_slices(work: Generator[object, None, T]) -> T:
                     if turns.spent_s >= SLICE_S:
                         break
             except StopIteration as end:
-                result: T = end.value
+                result: _T = end.value
                 return result
             finally:
                 turns.spent_s = before_s + time.thread_time()

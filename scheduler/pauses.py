@@ -12,7 +12,7 @@ from collections.abc import Generator
 from enum import Enum
 from typing import Final, Literal, TypeVar
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Pause(Enum):
@@ -28,11 +28,11 @@ PIECE: Final = 512
 FACTS_PIECE: Final = 64
 
 
-def whole(work: Generator[object, None, T]) -> T:
+def whole(work: Generator[object, None, _T]) -> _T:
     """Do all of the work at once; return what it returns."""
     while True:
         try:
             next(work)
         except StopIteration as end:
-            result: T = end.value
+            result: _T = end.value
             return result

@@ -15,7 +15,7 @@ from coordinator.config import DEFAULT_CACHE, CacheSettings, Settings
 from coordinator.security.farm_secrets import Secrets
 from coordinator.security.tokens import CacheAccess, TokenSet, load_tokens
 from infra.cache.cache import Cache
-from infra.cache.catalog.database import Reign
+from infra.cache.catalog.database import FencingToken
 from infra.cache.publishing.keys import forget_keys
 from infra.clock import Clock
 from infra.nix.signing import SecretKey
@@ -35,11 +35,11 @@ class OpenCache:
 
 
 async def open_caches(
-    stack: AsyncExitStack, settings: Settings, clock: Clock, reign: Reign, *, secrets: Secrets, farm_token: str
+    stack: AsyncExitStack, settings: Settings, clock: Clock, fence: FencingToken, *, secrets: Secrets, farm_token: str
 ) -> list[OpenCache]:
     """Open, or make, every configured cache, the default one first; `stack` closes them.
 
-    They are written under `reign` alone. The holder of the API token may write to the default cache; the farm's own
+    They are written under `fence` alone. The holder of the API token may write to the default cache; the farm's own
     workers, who are given `farm_token`, may read it.
 
     Raises:
@@ -56,7 +56,7 @@ async def open_caches(
             store_dir=store_dir,
             keys=keys,
             now=clock.now,
-            reign=reign,
+            fence=fence,
             compression=its.compression,
         )
         stack.push_async_callback(cache.close)

@@ -34,10 +34,10 @@ from coordinator.client.closure import (
 )
 from coordinator.client.errors import ClientError
 from coordinator.client.evaluation import (
+    EvaluatedRoot,
     Evaluation,
     EvaluationError,
     LeftOut,
-    Wanted,
     evaluate,
     left_out_text,
     parse_drv,
@@ -54,7 +54,7 @@ MAX_FETCH_OUTPUT_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class BuildRequest:
     """Arguments of the command."""
 
     files: tuple[str, ...]
@@ -82,10 +82,10 @@ class _Submitted:
     left_out: tuple[LeftOut, ...] = ()
 
 
-def build(connect: Callable[[], ApiClient], wish: Wish) -> int:
+def build(connect: Callable[[], ApiClient], options: BuildRequest) -> int:
     """Run `drover build`; returns the exit status."""
     submitted = _Submitted()
-    return _interruptible(_build(connect, wish, submitted), submitted)
+    return _interruptible(_build(connect, options, submitted), submitted)
 
 
 def watch(connect: Callable[[], ApiClient], submission: str, *, as_json: bool) -> int:
@@ -116,16 +116,16 @@ def _interruptible(work: Any, submitted: _Submitted) -> int:
     return status
 
 
-async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submitted) -> int:
-    screen = Screen.choose(as_json=wish.as_json)
+async def _build(connect: Callable[[], ApiClient], options: BuildRequest, submitted: _Submitted) -> int:
+    screen = Screen.choose(as_json=options.as_json)
     async with connect() as client:
         # First of all whether anybody is there: an evaluation can take minutes.
         farm = await client.farm()
-        evaluation = await _evaluate(wish)
+        evaluation = await _evaluate(options)
         wanted, submitted.left_out = evaluation.wanted, evaluation.left_out
         if submitted.left_out:
-            click.echo(f"drover: {harmless(left_out_text(wish.files[0], submitted.left_out))}", err=True)
-        store = local_store(wish.store, wanted[0].drv)
+            click.echo(f"drover: {harmless(left_out_text(options.files[0], submitted.left_out))}", err=True)
+        store = local_store(options.store, wanted[0].drv)
         makers = await _send(client, store, wanted, screen)
         roots = tuple(
             RootRequest(
@@ -137,38 +137,40 @@ async def _build(connect: Callable[[], ApiClient], wish: Wish, submitted: _Submi
             for each in wanted
         )
         request = SubmitRequest(
-            roots=roots, label=wish.label, retry_failed=wish.retry, makers=makers, wait_s=wish.wait_s
+            roots=roots, label=options.label, retry_failed=options.retry, makers=makers, wait_s=options.wait_s
         )
         view = await client.submit(request)
         submitted.id = view.id
-        if wish.detach:
-            return _detached(await client.whole(view), submitted, as_json=wish.as_json)
+        if options.detach:
+            return _detached(await client.whole(view), submitted, as_json=options.as_json)
         async with _sending_again(lambda: _send(client, store, wanted, screen), screen) as on_step:
             view = await follow(client, view.id, screen, submitted.failed, on_step)
         view = await client.whole(view)
-        if wish.fetch and view.state is SubmissionState.SUCCEEDED:
-            await _fetch(farm, view, wish, store, screen)
-        return _finish(view, submitted, screen, as_json=wish.as_json)
+        if options.fetch and view.state is SubmissionState.SUCCEEDED:
+            await _fetch(farm, view, options, store, screen)
+        return _finish(view, submitted, screen, as_json=options.as_json)
 
 
-async def _evaluate(wish: Wish) -> Evaluation:
-    drvs = [each for each in map(parse_drv, wish.files) if each is not None]
-    if len(drvs) == len(wish.files):
+async def _evaluate(options: BuildRequest) -> Evaluation:
+    drvs = [each for each in map(parse_drv, options.files) if each is not None]
+    if len(drvs) == len(options.files):
         return Evaluation(tuple(drvs))
-    if len(wish.files) > 1 or wish.files[0].partition("!")[0].endswith(".drv"):
-        raise EvaluationError(f"{wish.files[0]} is not the full path of a derivation in a Nix store")
-    flags = [*wish.flags, *wish.settings]
-    if wish.store:
-        flags += local_store(wish.store).flags
+    if len(options.files) > 1 or options.files[0].partition("!")[0].endswith(".drv"):
+        raise EvaluationError(f"{options.files[0]} is not the full path of a derivation in a Nix store")
+    flags = [*options.flags, *options.settings]
+    if options.store:
+        flags += local_store(options.store).flags
     return await evaluate(
-        wish.files[0],
-        wish.attrs,
+        options.files[0],
+        options.attrs,
         flags=flags,
         on_stderr=lambda text: click.echo(harmless(text.rstrip("\n"), colours=True), err=True),
     )
 
 
-async def _send(client: ApiClient, store: LocalStore, wanted: Sequence[Wanted], screen: Screen) -> tuple[str, ...]:
+async def _send(
+    client: ApiClient, store: LocalStore, wanted: Sequence[EvaluatedRoot], screen: Screen
+) -> tuple[str, ...]:
     """Send what the coordinator lacks of the closure, in one stream each.
 
     Returns the derivations of built paths among the sources that the farm must build first.
@@ -199,7 +201,7 @@ async def _send(client: ApiClient, store: LocalStore, wanted: Sequence[Wanted], 
         lacking = set(missing.sources)
         sources = [header for header in headers if header.path in lacking]
         sized = f" ({size(sum(header.nar_size for header in sources))})" if sources else ""
-        screen.note(
+        screen.status(
             f"sending {len(missing.derivations)} of {len(query.derivations)} derivations and "
             f"{len(sources)} of {len(headers)} sources{sized}"
         )
@@ -234,7 +236,7 @@ async def _sending_again(
             try:
                 await send()
             except (CoordinatorError, OSError) as error:
-                screen.note(f"the farm lost an input, which could not be sent again: {error}")
+                screen.status(f"the farm lost an input, which could not be sent again: {error}")
             await asyncio.sleep(SEND_AGAIN_EVERY_S)
 
     sender = asyncio.create_task(run())
@@ -280,10 +282,12 @@ def _print_json(view: SubmissionView, failed: Sequence[StepView], left_out: Sequ
     sys.stdout.flush()
 
 
-async def _fetch(farm: FarmView, view: SubmissionView, wish: Wish, store: LocalStore, screen: Screen) -> None:
+async def _fetch(
+    farm: FarmView, view: SubmissionView, options: BuildRequest, store: LocalStore, screen: Screen
+) -> None:
     """Realise the root outputs in the local store with the farm's cache as the only substituter."""
     paths = sorted({path for root in view.roots if root.state is StepStatus.DONE for path in root.outputs.values()})
-    screen.note(f"fetching {len(paths)} outputs from {farm.cache_url}")
+    screen.status(f"fetching {len(paths)} outputs from {farm.cache_url}")
     settings = {
         "substituters": farm.cache_url,
         "trusted-public-keys": " ".join(farm.public_keys),
@@ -293,7 +297,7 @@ async def _fetch(farm: FarmView, view: SubmissionView, wish: Wish, store: LocalS
     }
     words = [word for name, value in settings.items() for word in ("--option", name, value)]
     for start in range(0, len(paths), FETCH_AT_ONCE):
-        command = ["nix-store", "-r", *paths[start : start + FETCH_AT_ONCE], *store.flags, *wish.settings, *words]
+        command = ["nix-store", "-r", *paths[start : start + FETCH_AT_ONCE], *store.flags, *options.settings, *words]
         try:
             done = await run(command, env=os.environ, timeout_s=FETCH_S, max_output_bytes=MAX_FETCH_OUTPUT_BYTES)
         except ProcessError as error:

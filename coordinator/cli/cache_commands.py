@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from coordinator.cli.options import addressed, asked
+from coordinator.cli.options import addressed, run_with_client
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -30,7 +30,7 @@ def info(*, url: str, token_file: str, name: str, as_json: bool) -> int:
     """Say what is stored, kept, and saved by deduplication."""
     from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
-    return asked(url, token_file, lambda client: caching.info(client, name, as_json=as_json))
+    return run_with_client(url, token_file, lambda client: caching.info(client, name, as_json=as_json))
 
 
 @cache.command()
@@ -39,7 +39,7 @@ def roots(*, url: str, token_file: str, name: str, as_json: bool) -> int:
     """List what is kept, and until when: pins, submissions, pushes."""
     from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
-    return asked(url, token_file, lambda client: caching.roots(client, name, as_json=as_json))
+    return run_with_client(url, token_file, lambda client: caching.roots(client, name, as_json=as_json))
 
 
 @cache.command()
@@ -49,7 +49,7 @@ def why(*, url: str, token_file: str, name: str, as_json: bool, path: str) -> in
     """Say which roots keep PATH (a store path, or its base name), and through which references."""
     from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
-    return asked(url, token_file, lambda client: caching.why(client, name, path, as_json=as_json))
+    return run_with_client(url, token_file, lambda client: caching.why(client, name, path, as_json=as_json))
 
 
 @cache.command()
@@ -63,7 +63,9 @@ def pin(
     """Keep PATHs, and all that they refer to, under the name PIN; the same name again replaces it."""
     from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
-    return asked(url, token_file, lambda client: caching.pin(client, name, pin, paths, days=days, as_json=as_json))
+    return run_with_client(
+        url, token_file, lambda client: caching.pin(client, name, pin, paths, days=days, as_json=as_json)
+    )
 
 
 @cache.command()
@@ -73,7 +75,7 @@ def unpin(*, url: str, token_file: str, name: str, as_json: bool, pin: str) -> i
     """Forget a pin; the next collections may take what only it kept."""
     from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
-    return asked(url, token_file, lambda client: caching.unpin(client, name, pin, as_json=as_json))
+    return run_with_client(url, token_file, lambda client: caching.unpin(client, name, pin, as_json=as_json))
 
 
 @cache.command()
@@ -83,7 +85,7 @@ def gc(*, url: str, token_file: str, name: str, as_json: bool, dry_run: bool) ->
     """Collect what no root keeps: first made invisible, deleted after a grace."""
     from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
-    return asked(url, token_file, lambda client: caching.gc(client, name, dry_run=dry_run, as_json=as_json))
+    return run_with_client(url, token_file, lambda client: caching.gc(client, name, dry_run=dry_run, as_json=as_json))
 
 
 @cache.command()
@@ -94,7 +96,7 @@ def verify(*, url: str, token_file: str, name: str, as_json: bool, full: bool, r
     """Prove that every narinfo leads to its NAR and its references; status 1 if something stays broken."""
     from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
-    return asked(
+    return run_with_client(
         url, token_file, lambda client: caching.verify(client, name, full=full, repair=repair, as_json=as_json)
     )
 
@@ -105,7 +107,7 @@ def resign(*, url: str, token_file: str, name: str, as_json: bool) -> int:
     """Sign everything anew with the keys that the coordinator has now; NARs stay untouched."""
     from coordinator.cli import cache as caching  # noqa: PLC0415 - slow to import
 
-    return asked(url, token_file, lambda client: caching.resign(client, name, as_json=as_json))
+    return run_with_client(url, token_file, lambda client: caching.resign(client, name, as_json=as_json))
 
 
 @cache.command()
@@ -123,4 +125,4 @@ def push(*, url: str, token_file: str, name: str, as_json: bool, **told: Any) ->
     """
     from coordinator.cli import cache_push  # noqa: PLC0415 - slow to import
 
-    return cache_push.push(url, token_file, cache_push.PushWish(cache=name, as_json=as_json, **told))
+    return cache_push.push(url, token_file, cache_push.PushRequest(cache=name, as_json=as_json, **told))

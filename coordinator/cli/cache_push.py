@@ -28,7 +28,7 @@ from infra.objects.compression import Compression
 from infra.objects.errors import CacheError
 from infra.objects.nar_writer import CompressedNar, compressing_files
 from infra.upload.client import OpenNar, SenderRefusedError, UploadClient, UploadProgress, UploadResult, upload_session
-from infra.upload.protocol import MAX_PATHS, KeepWish, PathClaim, SendStatus
+from infra.upload.protocol import MAX_PATHS, KeepRequest, PathClaim, SendStatus
 
 #: Seconds between two progress lines on a terminal.
 PROGRESS_S: Final = 0.2
@@ -37,7 +37,7 @@ _GOOD: Final = frozenset({SendStatus.PUBLISHED, SendStatus.PRESENT, SendStatus.C
 
 
 @dataclass(frozen=True, slots=True)
-class PushWish:
+class PushRequest:
     """Arguments of the command."""
 
     cache: str
@@ -48,26 +48,26 @@ class PushWish:
     as_json: bool = False
 
 
-def push(url: str, token_file: str, wish: PushWish) -> int:
+def push(url: str, token_file: str, request: PushRequest) -> int:
     """Run `drover cache push`; returns the exit status."""
     try:
-        return asyncio.run(_push(url, token_file, wish))
+        return asyncio.run(_push(url, token_file, request))
     except SenderRefusedError as error:
         raise RefusedError(error.status, error.code, str(error)) from None
     except CacheError as error:
         raise ClientError(str(error)) from None
 
 
-async def _push(url: str, token_file: str, wish: PushWish) -> int:
-    store = local_store(wish.store)
-    roots = [_store_path(path, store) for path in wish.paths]
+async def _push(url: str, token_file: str, request: PushRequest) -> int:
+    store = local_store(request.store)
+    roots = [_store_path(path, store) for path in request.paths]
     infos = await _closure(store, roots)
     if len(infos) > MAX_PATHS:
         raise BadArgumentError(f"the closure has {len(infos)} paths; push parts of it, at most {MAX_PATHS} at a time")
     claims = [_claim(info) for info in infos.values()]
-    name = wish.keep_as or base_name(roots[0])[:200]
-    keep = KeepWish(name=name, paths=tuple(base_name(root) for root in roots), days=wish.days)
-    address = f"{url.rstrip('/')}/cache" + (f"/{wish.cache}" if wish.cache != "default" else "")
+    name = request.keep_as or base_name(roots[0])[:200]
+    keep = KeepRequest(name=name, paths=tuple(base_name(root) for root in roots), days=request.days)
+    address = f"{url.rstrip('/')}/cache" + (f"/{request.cache}" if request.cache != "default" else "")
     async with upload_session() as session:
         client = UploadClient(session, address, find_token(token_file))
         shown = asyncio.create_task(_show(client.progress)) if sys.stderr.isatty() else None
@@ -78,7 +78,7 @@ async def _push(url: str, token_file: str, wish: PushWish) -> int:
             if shown is not None:
                 shown.cancel()
                 await asyncio.wait([shown])
-    return _tell(wish, address, name, result, client.progress)
+    return _tell(request, address, name, result, client.progress)
 
 
 def _store_path(path: str, store: LocalStore) -> str:
@@ -151,10 +151,10 @@ async def _show(progress: UploadProgress) -> None:
         sys.stderr.flush()
 
 
-def _tell(wish: PushWish, address: str, name: str, result: UploadResult, progress: UploadProgress) -> int:
+def _tell(request: PushRequest, address: str, name: str, result: UploadResult, progress: UploadProgress) -> int:
     failed = [verdict for verdict in result.verdicts if verdict.status not in _GOOD]
     published = sum(verdict.status in {SendStatus.PUBLISHED, SendStatus.PRESENT} for verdict in result.verdicts)
-    if wish.as_json:
+    if request.as_json:
         print_json(
             {
                 "cache": address,
@@ -175,7 +175,7 @@ def _tell(wish: PushWish, address: str, name: str, result: UploadResult, progres
             f"{path}: other bits were published before and stay; yours differ" for path in sorted(result.conflicts)
         ]
         lines += [f"{verdict.path}: {verdict.message or verdict.status.value}" for verdict in failed]
-        kept = f"for {wish.days:g} days" if wish.days else "for ever"
+        kept = f"for {request.days:g} days" if request.days else "for ever"
         lines.append(f"kept as push {name} {kept}")
         print_lines(lines)
     return exit_status.INFRASTRUCTURE if failed else exit_status.OK

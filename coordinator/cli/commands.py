@@ -20,7 +20,7 @@ import click
 
 from coordinator.cli.cache_commands import cache
 from coordinator.cli.exit_status import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
-from coordinator.cli.options import Address, Wait, addressed, asked
+from coordinator.cli.options import Address, Wait, addressed, run_with_client
 from coordinator.cli.terminal_controls import harmless
 from coordinator.defaults import HOST, PORT
 from coordinator.errors import CoordinatorError
@@ -136,8 +136,8 @@ def build(url: str, token_file: str, **told: Any) -> int:
         flags += [word for name, value in pairs for word in (option, name, value)]
     flags += [word for path in told.pop("includes") for word in ("-I", path)]
     settings = [word for name, value in told.pop("options") for word in ("--option", name, value)]
-    wish = building.Wish(files=files, flags=tuple(flags), settings=tuple(settings), **told)
-    return building.build(Address(url, token_file).client, wish)
+    request = building.BuildRequest(files=files, flags=tuple(flags), settings=tuple(settings), **told)
+    return building.build(Address(url, token_file).client, request)
 
 
 @cli.command()
@@ -159,7 +159,7 @@ def status(url: str, token_file: str, submission: str | None, as_json: bool) -> 
     """Show the farm and its submissions, or one submission, or one step and where it was built."""
     from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
 
-    return asked(url, token_file, lambda client: showing.status(client, submission, as_json=as_json))
+    return run_with_client(url, token_file, lambda client: showing.status(client, submission, as_json=as_json))
 
 
 @cli.command()
@@ -169,7 +169,7 @@ def cancel(url: str, token_file: str, submission: str) -> int:
     """Withdraw a submission; builds that another one wants go on."""
     from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
 
-    return asked(url, token_file, lambda client: showing.cancel(client, submission))
+    return run_with_client(url, token_file, lambda client: showing.cancel(client, submission))
 
 
 @cli.command()
@@ -179,7 +179,7 @@ def retry(url: str, token_file: str, name: str) -> int:
     """Build again what failed: of a submission, or one step and everything that it doomed."""
     from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
 
-    return asked(url, token_file, lambda client: showing.retry(client, name))
+    return run_with_client(url, token_file, lambda client: showing.retry(client, name))
 
 
 @cli.command()
@@ -190,7 +190,7 @@ def log(url: str, token_file: str, step: str, follow: bool) -> int:
     """Print the build log of a step, named by its key or any unique part of it."""
     from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
 
-    return asked(url, token_file, lambda client: showing.log(client, step, follow=follow))
+    return run_with_client(url, token_file, lambda client: showing.log(client, step, follow=follow))
 
 
 @cli.command()
@@ -200,7 +200,7 @@ def workers(url: str, token_file: str, as_json: bool) -> int:
     """Show who is there, what they offer and what they do."""
     from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
 
-    return asked(url, token_file, lambda client: showing.workers(client, as_json=as_json))
+    return run_with_client(url, token_file, lambda client: showing.workers(client, as_json=as_json))
 
 
 @cli.command()
@@ -212,7 +212,7 @@ def drain(url: str, token_file: str, worker_name: str, off: bool, wait: bool) ->
     """Give a worker no new builds; those that run there finish. A worker that starts anew is not drained."""
     from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
 
-    return asked(url, token_file, lambda client: showing.drain(client, worker_name, on=not off, wait=wait))
+    return run_with_client(url, token_file, lambda client: showing.drain(client, worker_name, on=not off, wait=wait))
 
 
 cli.add_command(cache)

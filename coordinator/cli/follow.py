@@ -54,7 +54,7 @@ class Screen:
             file.write(text.encode(encoding, "replace").decode(encoding) + "\n")
             file.flush()
 
-    def note(self, text: str) -> None:
+    def status(self, text: str) -> None:
         """Write a line about the client's own doings."""
         self.line(text, "dim")
 
@@ -83,7 +83,7 @@ async def follow(
             _paint(live, screen, progress, dirty) if screen.live else _beat(screen, progress, dirty)
         )
         try:
-            async for event in client.watch(submission, on_lost=lambda why: screen.note(f"{why}; trying again")):
+            async for event in client.watch(submission, on_lost=lambda why: screen.status(f"{why}; trying again")):
                 for news, step in progress.apply(event):
                     _tell(screen, news, step)
                 if isinstance(event, StepChanged):

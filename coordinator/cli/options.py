@@ -77,7 +77,7 @@ def addressed(command: _Command) -> _Command:
     return url(token(command))
 
 
-def asked(url: str, token_file: str, ask: Callable[[ApiClient], Coroutine[Any, Any, int]]) -> int:
+def run_with_client(url: str, token_file: str, ask: Callable[[ApiClient], Coroutine[Any, Any, int]]) -> int:
     """Ask the coordinator one thing and return the exit status."""
 
     async def run() -> int:

@@ -141,7 +141,7 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
     from coordinator.fleet.ray_cluster import worker_state_dir, write_worker_settings  # noqa: PLC0415 - imports Ray
     from workers.agent.stopping import stop_agents  # noqa: PLC0415
     from workers.errors import WorkerError  # noqa: PLC0415
-    from workers.ray_transport.node_process import Keep  # noqa: PLC0415
+    from workers.ray_transport.node_process import Handover  # noqa: PLC0415
     from workers.ray_transport.nodes import RayWorkerNode  # noqa: PLC0415
 
     settings = load_settings(state_dir=state_dir)
@@ -155,7 +155,7 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
             token_file=ray_token,
             settings_file=file,
             host=host,
-            keep=Keep(settings.state_dir / "ray" / "worker", settings.ray_outlive_s),
+            keep=Handover(settings.state_dir / "ray" / "worker", settings.ray_outlive_s),
         )
         async with node:
             click.echo(f"worker {told.name} has joined the farm at {head}; stop with Ctrl-C")

@@ -53,7 +53,7 @@ class EvaluationError(CoordinatorError):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class EvaluatedRoot:
     """One derivation that an attribute stands for; `outputs` empty: all of them."""
 
     #: The attribute's path as `-A` takes it; the derivation's name where the whole file is that derivation.
@@ -65,13 +65,13 @@ class Wanted:
     limits: RootLimits | None = None
 
 
-def parse_drv(text: str) -> Wanted | None:
+def parse_drv(text: str) -> EvaluatedRoot | None:
     """Read `/nix/store/….drv` or `/nix/store/….drv!out,dev`; None if it is neither."""
     match = _DRV.fullmatch(text)
     if match is None:
         return None
     outputs = tuple(match[2].split(",")) if match[2] else ()
-    return Wanted(drv_name(match[1]), match[1], outputs)
+    return EvaluatedRoot(drv_name(match[1]), match[1], outputs)
 
 
 def drv_name(drv: str) -> str:
@@ -93,7 +93,7 @@ class Evaluation:
     """Result of an evaluation of attributes of a file."""
 
     #: At least one.
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[EvaluatedRoot, ...]
     left_out: tuple[LeftOut, ...] = ()
 
 
@@ -158,7 +158,7 @@ async def evaluate(
 
 def _evaluation(file: str, asked: Sequence[str], rows: Sequence[_Row]) -> Evaluation:
     # One derivation under two names in one set is one root, as for Nix.
-    wanted: dict[tuple[int, str, str, RootLimits | None], Wanted] = {}
+    wanted: dict[tuple[int, str, str, RootLimits | None], EvaluatedRoot] = {}
     left_out: dict[str, LeftOut] = {}
     for row in rows:
         attr = _attr(asked, row)
@@ -170,7 +170,7 @@ def _evaluation(file: str, asked: Sequence[str], rows: Sequence[_Row]) -> Evalua
             raise EvaluationError(f"{attr or file} has the derivation {row.drv[:200]!r}, which is no path of one")
         outputs = () if row.output == "out" else (row.output,)
         limits = row.limits if row.limits != RootLimits() else None
-        each = Wanted(attr or drv.attr, drv.drv, outputs, limits)
+        each = EvaluatedRoot(attr or drv.attr, drv.drv, outputs, limits)
         wanted.setdefault((row.at, drv.drv, row.output, limits), each)
     if not wanted:
         what = ", ".join(attr for attr in asked if attr) or "the file"

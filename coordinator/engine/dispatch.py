@@ -1,7 +1,7 @@
 """From effects to the outside: every effect goes through one port and ends in one event.
 
 Rules:
-1. `hand` never waits, so the engine never waits for a worker or an object store. What is under way is bounded by the
+1. `submit` never waits, so the engine never waits for a worker or an object store. What is under way is bounded by the
    core: leases by the workers' capacities, publishing by its backlog (`publishing`).
 2. Effects for one worker go out in order, batched: a start and its cancel never overtake each other.
 3. A start that does not get through is no event. The worker's next heartbeat lacks the lease and the core sends it
@@ -59,7 +59,7 @@ async def no_losses(_step: StepKey, _paths: Sequence[str]) -> str:
 
 
 @dataclass(slots=True, eq=False)
-class _Lane:
+class _WorkerQueue:
     """Effects that one worker has not yet received, in order."""
 
     waiting: deque[StartBuild | CancelBuild] = field(default_factory=deque)
@@ -87,8 +87,8 @@ class Dispatch:
         self._upload_token = upload_token
         #: Memory for large orders on their way, of all workers together.
         self.budget = ByteBudget(SENDING_BYTES)
-        self._lanes: dict[str, _Lane] = {}
-        self._new_lanes: asyncio.Queue[str] = asyncio.Queue()
+        self._worker_queues: dict[str, _WorkerQueue] = {}
+        self._new_queues: asyncio.Queue[str] = asyncio.Queue()
         self._publications = Publications(cache, derivations, post, losses)
 
     @property
@@ -96,18 +96,18 @@ class Dispatch:
         """Reason that publishing waits at the moment, "" while all is well."""
         return self._publications.trouble
 
-    def hand(self, effects: Sequence[Effect]) -> None:
+    def submit(self, effects: Sequence[Effect]) -> None:
         """Take effects over; returns at once."""
         for effect in effects:
             if isinstance(effect, PublishOutputs):
-                self._publications.hand(effect)
+                self._publications.submit(effect)
                 continue
-            lane = self._lanes.get(effect.builder)
-            if lane is None:
-                lane = self._lanes[effect.builder] = _Lane()
-                self._new_lanes.put_nowait(effect.builder)
-            lane.waiting.append(effect)
-            lane.filled.set()
+            queue = self._worker_queues.get(effect.builder)
+            if queue is None:
+                queue = self._worker_queues[effect.builder] = _WorkerQueue()
+                self._new_queues.put_nowait(effect.builder)
+            queue.waiting.append(effect)
+            queue.filled.set()
 
     async def room(self) -> None:
         """Wait until publishing has caught up; the caller has more outputs to bring."""
@@ -118,17 +118,17 @@ class Dispatch:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._publications.run())
             while True:
-                worker = await self._new_lanes.get()
-                group.create_task(self._lane_loop(worker, self._lanes[worker]))
+                worker = await self._new_queues.get()
+                group.create_task(self._drain_queue(worker, self._worker_queues[worker]))
 
     # Starting and cancelling.
 
-    async def _lane_loop(self, worker: str, lane: _Lane) -> None:
+    async def _drain_queue(self, worker: str, queue: _WorkerQueue) -> None:
         while True:
-            await lane.filled.wait()
-            batch = [lane.waiting.popleft() for _ in range(min(START_BATCH, len(lane.waiting)))]
-            if not lane.waiting:
-                lane.filled.clear()
+            await queue.filled.wait()
+            batch = [queue.waiting.popleft() for _ in range(min(START_BATCH, len(queue.waiting)))]
+            if not queue.waiting:
+                queue.filled.clear()
             # Every start before every cancel keeps their order: an attempt is never started after its cancel.
             cancels = [effect.lease for effect in batch if isinstance(effect, CancelBuild)]
             cancelled = frozenset(cancels)

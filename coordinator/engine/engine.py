@@ -33,16 +33,16 @@ from scheduler.facts import Fact
 from scheduler.farm import Farm
 from scheduler.model import Instant, SubmissionId, SubmissionRefusedError
 
-#: Capacity of the inbox in letters; `offer`, `submit` and `post` block while it is full.
-INBOX_LETTERS = 4096
-#: Letters of one turn: bounds how long the loop keeps others from running.
-TURN_LETTERS = 1024
+#: Capacity of the inbox in messages; `offer`, `submit` and `post` block while it is full.
+INBOX_MESSAGES = 4096
+#: Messages of one turn: bounds how long the loop keeps others from running.
+TURN_MESSAGES = 1024
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Letter:
+class _Message:
     """Events that belong together, and the future of the sender that waits for them."""
 
     events: tuple[Event, ...]
@@ -64,7 +64,7 @@ class Engine:
         self._views = views
         self._clock = clock
         self._hand = hand
-        self._inbox: asyncio.Queue[_Letter] = asyncio.Queue(INBOX_LETTERS)
+        self._inbox: asyncio.Queue[_Message] = asyncio.Queue(INBOX_MESSAGES)
         self._running = False
         self._stopped = False
         self.meter = EngineMeter()
@@ -95,7 +95,7 @@ class Engine:
         try:
             self._hand(self._farm.resume(self.now()))
             while True:
-                await self._turn(await self._letters())
+                await self._turn(await self._next_messages())
         finally:
             self._running, self._stopped = False, True
             while not self._inbox.empty():
@@ -103,72 +103,72 @@ class Engine:
 
     async def offer(self, *events: Event) -> None:
         """Give events to the core; returns once what follows from them is durable. Raises `UnavailableError`."""
-        await self._send(_Letter(events))
+        await self._send(_Message(events))
 
     async def post(self, events: Sequence[Event]) -> None:
         """Give events to the core without waiting for the journal."""
         if events and not self._stopped:
-            await self._inbox.put(_Letter(tuple(events)))
+            await self._inbox.put(_Message(tuple(events)))
 
     async def submit(self, event: SubmissionReceived, note: StoredNote | None = None) -> None:
         """Hand a submission to the core; returns once what follows from it, and its note, are durable.
 
         Raises `UnavailableError`, and `SubmissionRefusedError` where the core does not take the graph.
         """
-        await self._send(_Letter((event,), submission=event, note=note))
+        await self._send(_Message((event,), submission=event, note=note))
 
-    async def _send(self, letter: _Letter) -> None:
-        letter.safe = asyncio.get_running_loop().create_future()
-        await self._inbox.put(letter)
+    async def _send(self, message: _Message) -> None:
+        message.safe = asyncio.get_running_loop().create_future()
+        await self._inbox.put(message)
         if self._stopped:
-            _refuse(letter)
-        await letter.safe
+            _refuse(message)
+        await message.safe
 
-    async def _letters(self) -> list[_Letter]:
-        """Wait for a letter or the core's next deadline; return all letters that wait, at most one turn's."""
-        letters: list[_Letter] = []
+    async def _next_messages(self) -> list[_Message]:
+        """Wait for a message or the core's next deadline; return all messages that wait, at most one turn's."""
+        messages: list[_Message] = []
         if self._inbox.empty():
             deadline = self._farm.deadline()
             wait_s = None if deadline is None else max(0.0, deadline - self.now())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
-                    letters.append(await self._inbox.get())
-        while len(letters) < TURN_LETTERS and not self._inbox.empty():
-            letters.append(self._inbox.get_nowait())
-        return letters
+                    messages.append(await self._inbox.get())
+        while len(messages) < TURN_MESSAGES and not self._inbox.empty():
+            messages.append(self._inbox.get_nowait())
+        return messages
 
-    async def _turn(self, letters: Sequence[_Letter]) -> None:
+    async def _turn(self, messages: Sequence[_Message]) -> None:
         try:
-            await self._take(letters)
+            await self._take(messages)
         except BaseException:
-            for letter in letters:
-                _refuse(letter)
+            for message in messages:
+                _refuse(message)
             raise
-        for letter in letters:
-            if letter.safe is not None and not letter.safe.done():
-                letter.safe.set_result(None)
+        for message in messages:
+            if message.safe is not None and not message.safe.done():
+                message.safe.set_result(None)
 
-    async def _take(self, letters: Sequence[_Letter]) -> None:
+    async def _take(self, messages: Sequence[_Message]) -> None:
         meter = self.meter
         with collector_paused(), meter.timing("core"):
-            facts, effects = await self._ask(letters)
+            facts, effects = await self._ask(messages)
         durable = [fact for fact in facts if fact.durable]
         notes = {
-            letter.submission.submission: letter.note
-            for letter in letters
-            if letter.submission is not None and letter.note is not None and not letter.refused
+            message.submission.submission: message.note
+            for message in messages
+            if message.submission is not None and message.note is not None and not message.refused
         }
         if durable or notes:
             with meter.timing("journal"):
                 await self._journal.append(durable, notes)
         with collector_paused(), meter.timing("views"):
             await in_slices(self._views.folding(facts))
-        meter.events += sum(len(letter.events) for letter in letters)
+        meter.events += sum(len(message.events) for message in messages)
         meter.durable_facts += len(durable)
         meter.count(durable)
         self._hand(effects)
 
-    async def _ask(self, letters: Sequence[_Letter]) -> tuple[list[Fact], list[Effect]]:
+    async def _ask(self, messages: Sequence[_Message]) -> tuple[list[Fact], list[Effect]]:
         """Let the core decide. A submission is asked about alone: the core may refuse it, and only it."""
         facts: list[Fact] = []
         effects: list[Effect] = []
@@ -179,23 +179,23 @@ class Engine:
             effects.extend(more_effects)
 
         plain: list[Event] = []
-        for letter in letters:
-            if letter.submission is None:
-                plain.extend(letter.events)
+        for message in messages:
+            if message.submission is None:
+                plain.extend(message.events)
                 continue
             await handle(plain)
             plain = []
             try:
-                await handle(letter.events)
+                await handle(message.events)
             except SubmissionRefusedError as error:
                 _log.warning("a submission was refused: %s", error)
-                letter.refused = True
-                if letter.safe is not None and not letter.safe.done():
-                    letter.safe.set_exception(error)
+                message.refused = True
+                if message.safe is not None and not message.safe.done():
+                    message.safe.set_exception(error)
         await handle(plain or [TimePassed()])
         return facts, effects
 
 
-def _refuse(letter: _Letter) -> None:
-    if letter.safe is not None and not letter.safe.done():
-        letter.safe.set_exception(UnavailableError("the coordinator is stopping; try again once it runs."))
+def _refuse(message: _Message) -> None:
+    if message.safe is not None and not message.safe.done():
+        message.safe.set_exception(UnavailableError("the coordinator is stopping; try again once it runs."))

@@ -5,7 +5,8 @@ Rules:
    and references before it signs.
 2. What is uploaded is not built again because a store or a database is away: it is tried again, for PUBLISH_WITHIN_S,
    and nothing else waits for it.
-3. `hand` never waits. What waits to be published is bounded by PUBLISH_BACKLOG, beyond which reports wait at the sink.
+3. `submit` never waits. What waits to be published is bounded by PUBLISH_BACKLOG, beyond which reports wait at the
+   sink.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Publications:
         """Reason that outputs wait to be published at the moment, "" while all is well."""
         return next(iter(self._away.values()), "")
 
-    def hand(self, effect: PublishOutputs) -> None:
+    def submit(self, effect: PublishOutputs) -> None:
         """Take an effect over; returns at once."""
         self._waiting.append(effect)
         self._filled.set()

@@ -35,7 +35,7 @@ from workers.agent.settings import WorkerSettings
 from workers.errors import WorkerError
 from workers.ray_transport.access import NodeHealth, make_token_file
 from workers.ray_transport.fleet import RayFleet
-from workers.ray_transport.node_process import Keep, RayNode
+from workers.ray_transport.node_process import Handover, RayNode
 from workers.ray_transport.nodes import RayHead, RayJoiningNode, RayWorkerNode
 from workers.ray_transport.redis import RedisStore, RedisUnusableError
 from workers.wire.messages import FarmInfo
@@ -97,7 +97,7 @@ class RayCluster:
                     # Our own has no builds on it, and who knows whether we come back: another coordinator may lead now.
                     for left in (*workers, *filter(None, (head,))):
                         if up or left.adopted:
-                            left.leave()
+                            left.detach()
                 # At once, not one after the other: each takes seconds. The head last, the others would miss it.
                 await asyncio.gather(*(node.stop() for node in nodes), return_exceptions=True)
 
@@ -178,8 +178,8 @@ async def _start_head(stack: AsyncExitStack, settings: Settings, head: RayHead) 
     return head.address
 
 
-def _keep(settings: Settings, name: str) -> Keep:
-    return Keep(settings.state_dir / "ray" / name, settings.ray_outlive_s)
+def _keep(settings: Settings, name: str) -> Handover:
+    return Handover(settings.state_dir / "ray" / name, settings.ray_outlive_s)
 
 
 def _worker_node(settings: Settings, worker: WorkerConfig, head: str, token_file: Path) -> RayWorkerNode:

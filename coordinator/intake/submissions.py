@@ -123,8 +123,8 @@ class Submissions:
             event = await asyncio.to_thread(make)
             stored = None if note is None else await asyncio.to_thread(encode_note, note)
             # Before the facts: where this is cancelled the submission may yet become known.
-            await in_slices(self._views.knowing(planned.infos))
-            self._views.know({}, {} if note is None else {event.submission: note})
+            await in_slices(self._views.adding_details(planned.infos))
+            self._views.add_details({}, {} if note is None else {event.submission: note})
             try:
                 await self._engine.submit(event, stored)
             except SubmissionRefusedError as error:
@@ -138,7 +138,7 @@ class Submissions:
         # Where this is cancelled the submission may yet become known: its leases end by their time.
         self._intake.leases.attach(row.id, planned.leases)
         # Steps that were forgotten in the meantime have lost their names.
-        await in_slices(self._views.knowing(planned.infos, only_known=True))
+        await in_slices(self._views.adding_details(planned.infos, only_known=True))
         return row
 
     async def _wish(self, row: SubmissionRow) -> SubmitRequest:

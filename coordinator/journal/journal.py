@@ -40,7 +40,7 @@ from coordinator.journal.errors import FencedError, JournalError, journal_error,
 from coordinator.journal.frames import Loaded, decoded, numbered
 from coordinator.journal.notes import forget_notes, read_notes, write_notes
 from coordinator.journal.snapshots import Snapshots
-from infra.cache.catalog.database import Reign
+from infra.cache.catalog.database import FencingToken
 from infra.database import PATIENCE_S, may_pass, reason
 from infra.retry import Patience
 from scheduler.facts import Fact, SubmissionAccepted, SubmissionForgotten, SubmissionRetried
@@ -76,13 +76,13 @@ class Journal:
 
     @property
     def epoch(self) -> int:
-        """Number of this reign over the journal, counted from 1; 0 before `take_over`."""
+        """Number of the coordinators that began to write, this one included; 0 before `take_over`."""
         return self._epoch
 
     @property
-    def reign(self) -> Reign:
+    def fencing_token(self) -> FencingToken:
         """Fencing token under which caches are written, after `take_over`."""
-        return Reign(self._identity, self._epoch)
+        return FencingToken(self._identity, self._epoch)
 
     @property
     def seq(self) -> int:
@@ -112,7 +112,7 @@ class Journal:
                 await connection.run_sync(tables.bring_up_to_date)
 
     async def marks(self) -> dict[str, int]:
-        """Return what the last reign left for the next one to compare itself with (`farm_secrets`)."""
+        """Return the fingerprints that the last epoch left for the next one to compare (`farm_secrets`)."""
         query = select(tables.meta).where(tables.meta.c.name.startswith(_MARK, autoescape=True))
         with translated("read"):
             async with self._engine.connect() as connection:
@@ -121,7 +121,7 @@ class Journal:
     async def take_over(self, marks: Mapping[str, int] | None = None) -> int:
         """Begin an epoch: from now on every earlier writer is fenced out. Returns the epoch. Raises `JournalError`.
 
-        `marks`, of at most 50 characters and 31 bits, replace those of the last reign.
+        `marks`, of at most 50 characters and 31 bits, replace those of the last epoch.
         """
         mine = tables.meta.c.name == "epoch"
         with translated("open"):

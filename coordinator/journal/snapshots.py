@@ -34,7 +34,7 @@ class _DamagedPartError(JournalError):
 
 
 class Snapshots:
-    """The snapshots in one database; `fence` raises `FencedError` in a transaction of a reign that is over."""
+    """The snapshots in one database; `fence` raises `FencedError` in a transaction of an epoch that is over."""
 
     def __init__(self, engine: AsyncEngine, fence: Callable[[AsyncConnection], Awaitable[None]]) -> None:
         self._engine = engine

@@ -18,7 +18,14 @@ from typing import cast
 
 from coordinator.api.models import StepStatus
 from coordinator.journal.codec import Record, SubmissionNote, evidence_shown
-from coordinator.readmodel.rows import Company, StepRow, SubmissionRow, note, place, touch
+from coordinator.readmodel.rows import (
+    SharedMemberships,
+    StepRow,
+    SubmissionRow,
+    move_member,
+    notify_step_changed,
+    notify_submission_changed,
+)
 from coordinator.readmodel.snapshot import restore_step, take_history, tell_history
 from coordinator.readmodel.step_details import Details
 from coordinator.readmodel.workers import Workforce
@@ -92,20 +99,20 @@ class FoldedRows:
 
     # What is folded in.
 
-    def know(
+    def add_details(
         self, details: Mapping[StepKey, StepInfo], notes: Mapping[SubmissionId, SubmissionNote] | None = None
     ) -> None:
         """Learn names; may come before or after the facts they belong to."""
-        whole(self.knowing(details.values(), notes))
+        whole(self.adding_details(details.values(), notes))
 
-    def knowing(
+    def adding_details(
         self,
         details: Iterable[StepInfo],
         notes: Mapping[SubmissionId, SubmissionNote] | None = None,
         *,
         only_known: bool = False,
     ) -> Generator[Pause, None, None]:
-        """Do the work of `know`, with pauses; `only_known` passes over details of steps that no fact has named."""
+        """Do the work of `add_details`, with pauses; `only_known` skips details of steps that no fact named."""
         for count, detail in enumerate(details, 1):
             row = self._steps.get(detail.key)
             if row is not None:
@@ -159,7 +166,7 @@ class FoldedRows:
                 yield from self._leave_members(row)
                 row.ended = True
                 row.active.clear()
-                touch(row)
+                notify_submission_changed(row)
         self._unsettled.clear()
 
     def records(self) -> list[Record]:
@@ -177,10 +184,10 @@ class FoldedRows:
         row = self._steps.get(StepKey(change.step))
         if row is None or row.life.attempt != change.attempt or row.state is not StepStatus.RUNNING:
             return
-        life = row.live()
+        life = row.mutable_life()
         if (life.stage, life.phase) != (change.stage.value, change.phase):
             life.stage, life.phase = change.stage.value, change.phase
-            note(row)
+            notify_step_changed(row)
 
     # One method for each fact.
 
@@ -194,13 +201,13 @@ class FoldedRows:
         if not sub.ended:
             yield from self._leave_members(sub)
         yield from self._fill(sub, fact)
-        touch(sub)
+        notify_submission_changed(sub)
 
     def _fill(self, sub: SubmissionRow, fact: facts.SubmissionAccepted | facts.SubmissionRetried) -> Iterator[Pause]:
         """Count the members of a submission that begins, or begins again."""
         self._at = max(self._at, fact.at)
         sub.begin(list(fact.members), fact.at)
-        held, company = set(fact.held), Company(sub)
+        held, memberships = set(fact.held), SharedMemberships(sub)
         for count, key in enumerate(fact.members, 1):
             if not count % PIECE:
                 yield PAUSE
@@ -208,7 +215,7 @@ class FoldedRows:
             if key in held or row.state is StepStatus.DONE:
                 sub.held += 1
                 continue
-            company.join(row)
+            memberships.add(row)
         done_roots = 0
         for count, root in enumerate(sub.roots, 1):
             done_roots += root in held or self._row(root).state is StepStatus.DONE
@@ -219,9 +226,9 @@ class FoldedRows:
         self._unsettled[sub.id] = sub
 
     def _leave_members(self, sub: SubmissionRow) -> Iterator[Pause]:
-        company = Company(sub)
+        memberships = SharedMemberships(sub)
         for count, key in enumerate(sub.members, 1):
-            company.leave(self._steps[key])
+            memberships.remove(self._steps[key])
             if not count % PIECE:
                 yield PAUSE
 
@@ -231,7 +238,7 @@ class FoldedRows:
         if not sub.withdrawn and not sub.ended:
             sub.withdrawn = True
             sub.touched_at = fact.at
-            touch(sub)
+            notify_submission_changed(sub)
 
     def _submission_forgotten(self, fact: facts.SubmissionForgotten) -> Iterator[Pause]:
         sub = self._submissions.pop(fact.submission)
@@ -255,14 +262,14 @@ class FoldedRows:
 
     def _revived(self, fact: facts.StepRevived) -> None:
         row = self._row(fact.step)
-        life = row.live()
+        life = row.mutable_life()
         life.failure, life.cause, life.trouble, life.ended_at = None, "", "", 0.0
         life.lost_input = False
         self._move(row, StepStatus.WAITING)
 
     def _lost(self, fact: facts.StepLost) -> None:
         row = self._row(fact.step)
-        row.live().ended_at = 0.0
+        row.mutable_life().ended_at = 0.0
         self._move(row, StepStatus.WAITING)
 
     def _ready(self, fact: facts.StepReady) -> None:
@@ -276,15 +283,15 @@ class FoldedRows:
     def _leased(self, fact: facts.StepLeased) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
-        life = row.live()
+        life = row.mutable_life()
         life.attempt, life.builder = fact.lease.attempt, fact.builder
         life.started_at, life.ended_at, life.stage, life.phase = fact.at, 0.0, "queued", ""
         self._move(row, StepStatus.RUNNING)
 
     def _revoked(self, fact: facts.LeaseRevoked) -> None:
         row = self._row(fact.lease.step)
-        life = row.live()
-        life.leave()
+        life = row.mutable_life()
+        life.clear_builder()
         if is_fault(fact.failure.kind) or fact.failure.kind is FailureKind.INPUT_LOST:
             life.trouble = fact.failure.message
             life.lost_input = fact.failure.kind is FailureKind.INPUT_LOST
@@ -293,7 +300,7 @@ class FoldedRows:
     def _built(self, fact: facts.StepBuilt) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
-        life = row.live()
+        life = row.mutable_life()
         life.uploaded_bytes, life.isolation = evidence_shown(fact.evidence)
         life.stage, life.phase = "", ""
         self.workforce.has_built(fact.builder)
@@ -302,23 +309,23 @@ class FoldedRows:
     def _done(self, fact: facts.StepDone) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
-        row.live().ended_at = fact.at
+        row.mutable_life().ended_at = fact.at
         for sub in row.submissions:
             sub.uploaded_bytes += row.life.uploaded_bytes
         self._finish(row)
 
     def _fell_back(self, fact: facts.StepFellBack) -> None:
         row = self._row(fact.step)
-        row.live().leave()
+        row.mutable_life().clear_builder()
         self._move(row, StepStatus.WAITING)
 
     def _members_joined(self, fact: facts.MembersJoined) -> Iterator[Pause]:
         for sub in self._row(fact.step).submissions:
-            company = Company(sub)
+            memberships = SharedMemberships(sub)
             for count, key in enumerate(fact.members, 1):
                 row = self._row(key)
                 if row.state is not StepStatus.DONE and sub not in row.submissions:
-                    company.join(row)
+                    memberships.add(row)
                     sub.members.append(key)
                 if not count % PIECE:
                     yield PAUSE
@@ -326,19 +333,19 @@ class FoldedRows:
     def _failed(self, fact: facts.StepFailed) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.step)
-        life = row.live()
-        life.leave()
+        life = row.mutable_life()
+        life.clear_builder()
         life.failure, life.ended_at, life.builder = fact.failure, fact.at, fact.builder
         self._move(row, StepStatus.FAILED)
 
     def _doomed(self, fact: facts.StepDoomed) -> None:
         row = self._row(fact.step)
-        row.live().cause = fact.cause
+        row.mutable_life().cause = fact.cause
         self._move(row, StepStatus.DOOMED)
 
     def _abandoned(self, fact: facts.StepAbandoned) -> None:
         row = self._row(fact.step)
-        row.live().leave()
+        row.mutable_life().clear_builder()
         self._move(row, StepStatus.ABANDONED)
 
     def _quarantined(self, fact: facts.BuilderQuarantined) -> None:
@@ -376,7 +383,7 @@ class FoldedRows:
         if row.state is StepStatus.DONE:
             return
         if row.life.stage:
-            life = row.live()
+            life = row.mutable_life()
             life.stage, life.phase = "", ""
         self._move(row, StepStatus.DONE)
 
@@ -389,14 +396,14 @@ class FoldedRows:
         for sub in row.submissions:
             sub.counts[old] -= 1
             sub.counts[state] += 1
-            place(sub, row, old, state)
+            move_member(sub, row, old, state)
             sub.touched_at = max(sub.touched_at, self._at)
             if sub.open == 0 or sub.done_roots == len(sub.roots):
                 self._unsettled[sub.id] = sub
             for watcher in sub.watchers:
-                watcher.note(row)
+                watcher.step_changed(row)
 
     def _touch_all(self) -> None:
         for sub in self._submissions.values():
             if sub.watchers:
-                touch(sub)
+                notify_submission_changed(sub)

@@ -19,10 +19,10 @@ NOTHING = Requirements("")
 class Listener(Protocol):
     """Port of a watcher of one submission."""
 
-    def note(self, row: StepRow) -> None:
+    def step_changed(self, row: StepRow) -> None:
         """A step of the submission changed."""
 
-    def touch(self) -> None:
+    def submission_changed(self) -> None:
         """Something about the submission as a whole changed."""
 
 
@@ -46,8 +46,8 @@ class Life:
     #: Class of the isolation that it was built in.
     isolation: str = ""
 
-    def leave(self) -> None:
-        """No builder has it any more."""
+    def clear_builder(self) -> None:
+        """Record that no builder has the step any more."""
         self.builder = self.stage = self.phase = ""
 
 
@@ -63,7 +63,8 @@ class StepRow:
     state: StepStatus = StepStatus.WAITING
     #: What the recipe in use required when the step last became ready.
     requires: Requirements = NOTHING
-    #: Submissions that had the step open when they arrived and have not ended. Steps share one tuple (`Company`).
+    #: Submissions that had the step open when they arrived and have not ended. Steps share one tuple
+    #: (`SharedMemberships`).
     submissions: tuple[SubmissionRow, ...] = ()
     _life: Life | None = None
 
@@ -72,7 +73,7 @@ class StepRow:
         """History of the step, for reading only."""
         return self._life or _UNTOUCHED
 
-    def live(self) -> Life:
+    def mutable_life(self) -> Life:
         """Return what happened to it, for writing."""
         if self._life is None:
             self._life = Life()
@@ -124,7 +125,7 @@ class SubmissionRow:
         return SubmissionState.SUCCEEDED if self.done_roots == len(self.roots) else SubmissionState.FAILED
 
 
-class Company:
+class SharedMemberships:
     """Adds and removes one submission in `StepRow.submissions`.
 
     Steps with equal membership share one tuple, which saves 110 bytes a step.
@@ -137,31 +138,31 @@ class Company:
         self._with: dict[tuple[SubmissionRow, ...], tuple[SubmissionRow, ...]] = {}
         self._without: dict[tuple[SubmissionRow, ...], tuple[SubmissionRow, ...]] = {}
 
-    def join(self, row: StepRow) -> None:
+    def add(self, row: StepRow) -> None:
         """Count a member that was not done at arrival."""
-        company = self._with.get(row.submissions)
-        if company is None:
-            company = self._with[row.submissions] = (*row.submissions, self._sub)
-        row.submissions = company
-        enter(self._sub, row)
+        memberships = self._with.get(row.submissions)
+        if memberships is None:
+            memberships = self._with[row.submissions] = (*row.submissions, self._sub)
+        row.submissions = memberships
+        add_member(self._sub, row)
 
-    def leave(self, row: StepRow) -> None:
-        """Let go of a step, which need not be in the submission."""
-        company = self._without.get(row.submissions)
-        if company is None:
+    def remove(self, row: StepRow) -> None:
+        """Remove a step, which need not be in the submission."""
+        memberships = self._without.get(row.submissions)
+        if memberships is None:
             others = tuple([sub for sub in row.submissions if sub is not self._sub])
-            company = self._without[row.submissions] = others
-        row.submissions = company
+            memberships = self._without[row.submissions] = others
+        row.submissions = memberships
 
 
-def enter(sub: SubmissionRow, row: StepRow) -> None:
+def add_member(sub: SubmissionRow, row: StepRow) -> None:
     """Count a member that was not done at arrival."""
     sub.counts[row.state] += 1
     sub.open += row.state in OPEN
-    arrive(sub, row, row.state)
+    index_member(sub, row, row.state)
 
 
-def place(sub: SubmissionRow, row: StepRow, old: StepStatus, new: StepStatus) -> None:
+def move_member(sub: SubmissionRow, row: StepRow, old: StepStatus, new: StepStatus) -> None:
     """Keep the indexes of a submission in step with a member's move."""
     sub.open += (new in OPEN) - (old in OPEN)
     if row.key in sub.roots:
@@ -176,10 +177,10 @@ def place(sub: SubmissionRow, row: StepRow, old: StepStatus, new: StepStatus) ->
             del sub.ready[row.requires]
     elif old is StepStatus.FAILED:
         sub.failed.pop(row.key, None)
-    arrive(sub, row, new)
+    index_member(sub, row, new)
 
 
-def arrive(sub: SubmissionRow, row: StepRow, state: StepStatus) -> None:
+def index_member(sub: SubmissionRow, row: StepRow, state: StepStatus) -> None:
     """Put a member in the index of the state that it has come into."""
     if state in ACTIVE:
         sub.active[row.key] = row
@@ -189,14 +190,14 @@ def arrive(sub: SubmissionRow, row: StepRow, state: StepStatus) -> None:
         sub.failed[row.key] = row
 
 
-def note(row: StepRow) -> None:
+def notify_step_changed(row: StepRow) -> None:
     """Notify the watchers of the step's submissions that the step changed."""
     for sub in row.submissions:
         for watcher in sub.watchers:
-            watcher.note(row)
+            watcher.step_changed(row)
 
 
-def touch(sub: SubmissionRow) -> None:
+def notify_submission_changed(sub: SubmissionRow) -> None:
     """Notify the watchers of a submission that it changed as a whole."""
     for watcher in sub.watchers:
-        watcher.touch()
+        watcher.submission_changed()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 
 from coordinator.api.models import StepStatus
 from coordinator.journal.codec import Record, StepRecord, SubmissionRecord
-from coordinator.readmodel.rows import Company, StepRow, SubmissionRow
+from coordinator.readmodel.rows import SharedMemberships, StepRow, SubmissionRow
 from scheduler.facts import StepRestored
 from scheduler.model import StepKey, StepState, SubmissionId
 
@@ -21,9 +21,9 @@ def restore_step(row: StepRow, fact: StepRestored) -> None:
     """Take in what a snapshot of the core says of a step."""
     row.state = _STATUS[fact.state]
     if fact.attempt:
-        row.live().attempt = fact.attempt
+        row.mutable_life().attempt = fact.attempt
     if fact.past is not None:
-        life = row.live()
+        life = row.mutable_life()
         life.builder = fact.past.builder
         life.failure, life.cause = fact.past.failure, fact.past.cause or ""
     if fact.recipes:
@@ -66,7 +66,7 @@ def take_history(
     """Take records in, in order; all steps that they name are known by now."""
     for record in records:
         if isinstance(record, StepRecord):
-            life = steps[record.step].live()
+            life = steps[record.step].mutable_life()
             life.builder, life.started_at, life.ended_at = record.builder, record.started_at, record.ended_at
             life.uploaded_bytes, life.trouble, life.isolation = record.uploaded_bytes, record.trouble, record.isolation
         else:
@@ -91,8 +91,8 @@ def _submission(record: SubmissionRecord, steps: Mapping[StepKey, StepRow]) -> S
         sub.counts.update((StepStatus(state), count) for state, count in record.counts)
         sub.failed.update((key, steps[key]) for key in record.failed if key in steps)
         return sub
-    apart, company = frozenset(record.apart), Company(sub)
+    apart, memberships = frozenset(record.apart), SharedMemberships(sub)
     for key in sub.members:
         if key not in apart:
-            company.join(steps[key])
+            memberships.add(steps[key])
     return sub

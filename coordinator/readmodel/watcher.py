@@ -41,7 +41,7 @@ class Watcher:
         self._behind = True
         self._over = False
 
-    def note(self, row: StepRow) -> None:
+    def step_changed(self, row: StepRow) -> None:
         """A step of the submission changed."""
         if not self._behind:
             self._changed.pop(row.key, None)
@@ -51,7 +51,7 @@ class Watcher:
                 self._behind = True
         self._wake()
 
-    def touch(self) -> None:
+    def submission_changed(self) -> None:
         """Something about the submission as a whole changed."""
         self._wake()
 

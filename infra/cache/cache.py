@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from infra.cache.catalog.catalog import Catalog
-from infra.cache.catalog.database import Database, Reign, open_metadata
+from infra.cache.catalog.database import Database, FencingToken, open_metadata
 from infra.cache.counters import CacheCounters
 from infra.cache.publishing.claims import Candidate, PublishOutcome
 from infra.cache.publishing.key_rotation import ResignReport, resign
@@ -70,21 +70,21 @@ class Cache:
         store_dir: StoreDir,
         keys: Sequence[SecretKey],
         now: Callable[[], float],
-        reign: Reign | None = None,
+        fence: FencingToken | None = None,
         compression: Compression = COMPRESSION,
     ) -> Cache:
         """Open, or make, the cache whose metadata is at `database_url` (see `open_metadata`).
 
-        `now` gives Unix seconds. Every narinfo is signed by each of `keys`. With a `reign` a process that has the cache
+        `now` gives Unix seconds. Every narinfo is signed by each of `keys`. With a `fence` a process that has the cache
         open under an earlier one writes nothing from now on.
 
         Raises:
-            ReignOverError: a later reign has begun.
+            CacheFencedError: a later epoch has begun.
             SchemaTooNewError: a newer release wrote the database; nothing was touched.
             MetadataError: the database cannot be opened.
             ObjectStoreError: an object whose deletion was interrupted cannot be deleted.
         """
-        database = await open_metadata(database_url, reign)
+        database = await open_metadata(database_url, fence)
         try:
             cache = cls(database, objects, store_dir, keys, now, compression=compression)
             await cache._collector.resume()

@@ -13,7 +13,7 @@ class MetadataBusyError(MetadataError):
     """Others kept the metadata database locked for too long. Trying again helps."""
 
 
-class ReignOverError(CacheError):
+class CacheFencedError(CacheError):
     """Another coordinator has taken over the cache; nothing was written."""
 
 

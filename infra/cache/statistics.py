@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from infra.cache.catalog.catalog import Catalog
-from infra.cache.catalog.database import alive, conflicts, paths, reading, realisations, refs, root_paths, roots
+from infra.cache.catalog.database import conflicts, not_expired, paths, reading, realisations, refs, root_paths, roots
 from infra.cache.retention.roots import LEASE
 
 
@@ -60,7 +60,7 @@ async def inspect(catalog: Catalog) -> CacheInfo:
     leases = (
         sa.select(sa.func.count())
         .select_from(root_paths.join(roots, roots.c.id == root_paths.c.root))
-        .where(roots.c.kind == LEASE, alive(now))
+        .where(roots.c.kind == LEASE, not_expired(now))
     )
     question = sa.select(
         sa.select(sa.func.count()).select_from(paths).where(visible).scalar_subquery(),
@@ -73,7 +73,9 @@ async def inspect(catalog: Catalog) -> CacheInfo:
         leases.scalar_subquery(),
         dangling.scalar_subquery(),
     )
-    kinds = sa.select(roots.c.kind, sa.func.count()).where(alive(now), roots.c.kind != LEASE).group_by(roots.c.kind)
+    kinds = (
+        sa.select(roots.c.kind, sa.func.count()).where(not_expired(now), roots.c.kind != LEASE).group_by(roots.c.kind)
+    )
     async with reading(catalog.database) as connection:
         sums = [int(value) for value in (await connection.execute(question)).one()]
         by_kind = {kind: int(count) for kind, count in await connection.execute(kinds)}

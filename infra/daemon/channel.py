@@ -19,7 +19,7 @@ READ_BYTES: Final = 1024 * 1024
 #: How long closing a socket may take.
 CLOSE_S: Final = 5.0
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Channel:
@@ -59,7 +59,7 @@ class Channel:
             self.received += len(data)
             self.inbox.feed(data)
 
-    async def decode(self, parse: Callable[[Inbox], T]) -> T:
+    async def decode(self, parse: Callable[[Inbox], _T]) -> _T:
         """Run a parser until it has all its bytes."""
         while True:
             try:

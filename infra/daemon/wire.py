@@ -64,7 +64,7 @@ _FIELD_INT = 0
 _FIELD_STRING = 1
 _ZEROS = bytes(8)
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class IncompleteError(DaemonError):
@@ -204,7 +204,7 @@ class Inbox:
         else:
             self._buffer += data
 
-    def attempt(self, parse: Callable[["Inbox"], T]) -> T:
+    def attempt(self, parse: Callable[["Inbox"], _T]) -> _T:
         """Run a parser of several reads so that it consumes all of its bytes or none."""
         start = self._position
         try:

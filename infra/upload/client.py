@@ -35,7 +35,7 @@ from infra.upload.protocol import (
     Begun,
     Commit,
     Committed,
-    KeepWish,
+    KeepRequest,
     Parts,
     PartsWanted,
     PathClaim,
@@ -126,7 +126,7 @@ class UploadClient:
         self.progress = UploadProgress()
 
     async def upload_all(
-        self, claims: Sequence[PathClaim], open_nar: OpenNar, *, parallel: int, keep: KeepWish | None = None
+        self, claims: Sequence[PathClaim], open_nar: OpenNar, *, parallel: int, keep: KeepRequest | None = None
     ) -> UploadResult:
         """Upload all paths (at most MAX_PATHS), references in any order, `parallel` objects at a time.
 
@@ -146,7 +146,7 @@ class UploadClient:
         raise AssertionError
 
     async def _upload_all(
-        self, claims: Sequence[PathClaim], open_nar: OpenNar, parallel: int, keep: KeepWish | None
+        self, claims: Sequence[PathClaim], open_nar: OpenNar, parallel: int, keep: KeepRequest | None
     ) -> UploadResult:
         begun = await self._ask("POST", "", Begun, Begin(paths=tuple(claims)))
         by_path = {claim.path: claim for claim in claims}
@@ -215,11 +215,11 @@ class UploadClient:
                 # What is being sent will meet the same, and tell.
                 continue
 
-    async def _commit(self, begun: Begun, sent: Sequence[SentPath], keep: KeepWish | None) -> list[SendVerdict]:
+    async def _commit(self, begun: Begun, sent: Sequence[SentPath], keep: KeepRequest | None) -> list[SendVerdict]:
         """Commit, and again while the store fails."""
-        wish = Commit(sent=tuple(sent), keep=keep)
+        request = Commit(sent=tuple(sent), keep=keep)
         for attempt in range(TRIES):
-            verdicts = (await self._ask("POST", f"/{begun.id}/commit", Committed, wish, total_s=COMMIT_S)).verdicts
+            verdicts = (await self._ask("POST", f"/{begun.id}/commit", Committed, request, total_s=COMMIT_S)).verdicts
             if attempt + 1 == TRIES or all(verdict.status is not SendStatus.FAILED for verdict in verdicts):
                 return list(verdicts)
             await _pause(attempt)
@@ -286,11 +286,11 @@ class UploadClient:
                 for part in (first, second):
                     if part is not None:
                         number += 1
-                        await sender.hand(tasks, number, part)
+                        await sender.submit(tasks, number, part)
                 del first, second
                 async for part in parts:
                     number += 1
-                    await sender.hand(tasks, number, part)
+                    await sender.submit(tasks, number, part)
         except BaseExceptionGroup as group:
             raise _first(group) from None
         return tuple(sender.etags[number] for number in sorted(sender.etags))
@@ -387,7 +387,7 @@ class _PartSender:
         self._have: dict[int, tuple[int, str]] = {}
         self.etags: dict[int, str] = {}
 
-    async def hand(self, tasks: asyncio.TaskGroup, number: int, data: bytes) -> None:
+    async def submit(self, tasks: asyncio.TaskGroup, number: int, data: bytes) -> None:
         """Take a part over once there is room for it."""
         await self._room.acquire()
         tasks.create_task(self._send(number, data))

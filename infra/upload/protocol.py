@@ -75,7 +75,7 @@ class PathClaim(UploadMessage):
     ca: Annotated[str, Field(max_length=200)] = ""
 
 
-class KeepWish(UploadMessage):
+class KeepRequest(UploadMessage):
     """Root that is to keep the pushed paths: of kind `push`, with this name, for so many days (0: for ever)."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+?=-]{0,199}$")]
@@ -166,7 +166,7 @@ class Commit(UploadMessage):
     """Request to publish the paths sent, all together. `keep` makes a root, also of paths that were there already."""
 
     sent: Annotated[tuple[SentPath, ...], Field(max_length=MAX_PATHS), FailFast()]
-    keep: KeepWish | None = None
+    keep: KeepRequest | None = None
 
 
 class SendStatus(StrEnum):

@@ -108,7 +108,7 @@ async def test_a_call_has_bounded_bytes_and_a_larger_order_goes_alone(desk: Desk
     # Its other recipe is never read.
     await desk.add("large", 6 * MIB, START_BYTES + MIB)
     steps = [("small", 0), ("medium", 0), ("medium", 0), ("medium", 0), ("large", 1), ("small", 0), ("large", 0)]
-    desk.dispatch.hand([await desk.start("w", step, recipe) for step, recipe in steps])
+    desk.dispatch.submit([await desk.start("w", step, recipe) for step, recipe in steps])
     await desk.sent(len(steps))
     assert [attempts for _, attempts, _ in desk.fleet.calls] == [[1, 2, 3], [4], [5], [6, 7]]
     assert all(size <= START_BYTES or len(attempts) == 1 for _, attempts, size in desk.fleet.calls)
@@ -119,9 +119,9 @@ async def test_large_orders_of_all_workers_share_memory_and_small_ones_do_not_wa
     size = SENDING_BYTES // SENDING_COST // 4
     await desk.add("large", size)
     for worker in "abcdefgh":
-        desk.dispatch.hand([await desk.start(worker, "large")])
+        desk.dispatch.submit([await desk.start(worker, "large")])
     async with desk.dispatch.budget.acquire("somebody", SENDING_BYTES):
-        desk.dispatch.hand([await desk.start("quick", "small")])
+        desk.dispatch.submit([await desk.start("quick", "small")])
         await desk.sent(1)
         assert [worker for worker, _, _ in desk.fleet.calls] == ["quick"]
     await desk.sent(9)

@@ -11,7 +11,15 @@ import pytest
 
 from coordinator.api.requests import RootLimits
 from coordinator.client.closure import ClosureError, LocalStore, describe_sources, local_store, read_closure
-from coordinator.client.evaluation import EvaluationError, LeftOut, Wanted, evaluate, explain, left_out_text, parse_drv
+from coordinator.client.evaluation import (
+    EvaluatedRoot,
+    EvaluationError,
+    LeftOut,
+    evaluate,
+    explain,
+    left_out_text,
+    parse_drv,
+)
 from infra.nar_files import dump
 from infra.nix.ca import SourceDigest, verify_source
 from infra.nix.store_path import StoreDir
@@ -44,7 +52,7 @@ def flags(tmp_path: Path) -> tuple[str, ...]:
     return ("--store", str(tmp_path / "store"), "--option", "substituters", "")
 
 
-def described(wanted: Sequence[Wanted]) -> list[tuple[str, str, tuple[str, ...]]]:
+def described(wanted: Sequence[EvaluatedRoot]) -> list[tuple[str, str, tuple[str, ...]]]:
     return [(each.attr, each.drv[44:], each.outputs) for each in wanted]
 
 
@@ -105,8 +113,8 @@ def test_newer_nix_puts_the_error_last_and_that_is_the_one_that_counts() -> None
 
 def test_derivation_paths_are_arguments_too() -> None:
     path = "/nix/store/h0qb3wmwhkx4nsnnlp5janwnw1bz9ng8-a+b.drv"
-    assert parse_drv(path) == Wanted("a+b", path)
-    assert parse_drv(f"{path}!out,dev") == Wanted("a+b", path, ("out", "dev"))
+    assert parse_drv(path) == EvaluatedRoot("a+b", path)
+    assert parse_drv(f"{path}!out,dev") == EvaluatedRoot("a+b", path, ("out", "dev"))
     assert parse_drv("./a.drv") is None
 
 

@@ -20,7 +20,7 @@ from coordinator.config import CacheSettings, ConfigError, NamedCacheSettings, S
 from coordinator.http.binary_cache.routes import add_cache_routes
 from coordinator.security.farm_secrets import Succession
 from coordinator.security.tokens import CacheAccess, TokenError, TokenSet, load_tokens, told_token
-from infra.cache.catalog.database import Reign
+from infra.cache.catalog.database import FencingToken
 from infra.clock import SystemClock
 from tests.support.cache import base_name, candidate, publish, store_path
 
@@ -50,7 +50,7 @@ async def serve(
     settings = Settings(state_dir=state_dir, cache=cache or CacheSettings(), caches=tuple(caches))
     async with AsyncExitStack() as stack:
         secrets = replace(await Succession(settings).load({}, stood_by=False), api_token=API)
-        opened = await open_caches(stack, settings, SystemClock(), Reign(1, 1), secrets=secrets, farm_token=FARM)
+        opened = await open_caches(stack, settings, SystemClock(), FencingToken(1, 1), secrets=secrets, farm_token=FARM)
         app = web.Application()
         for each in reversed(opened):
             add_cache_routes(app, each)

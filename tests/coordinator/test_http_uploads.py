@@ -30,7 +30,7 @@ from infra.objects.nar_reader import fetch_nar
 from infra.objects.nar_writer import compressing, compressing_files
 from infra.objects.store import RETRIES
 from infra.upload.client import OpenNar, SenderRefusedError, UploadClient, UploadFailedError, upload_session
-from infra.upload.protocol import PART_BYTES, PIECE_BYTES, Begin, Begun, KeepWish, PathClaim, SendStatus, SentOffset
+from infra.upload.protocol import PART_BYTES, PIECE_BYTES, Begin, Begun, KeepRequest, PathClaim, SendStatus, SentOffset
 from tests.coordinator.conftest import nix_workers
 from tests.support.cache import STORE_DIR, base_name, chunked, store_path
 from tests.support.proxy import Fault, FaultyProxy
@@ -77,7 +77,7 @@ class Site:
     def client(self, token: str = "", cache: str = "") -> UploadClient:
         return UploadClient(self.session, self.coordinator.ready.cache_url + cache, token or self.token)
 
-    async def push(self, *things: Thing, keep: KeepWish | None = None) -> dict[str, SendStatus]:
+    async def push(self, *things: Thing, keep: KeepRequest | None = None) -> dict[str, SendStatus]:
         result = await self.client().upload_all([each.claim for each in things], opener(*things), parallel=4, keep=keep)
         return {verdict.path: verdict.status for verdict in result.verdicts}
 
@@ -375,7 +375,7 @@ async def _numbered(chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[int, by
 async def test_what_is_pushed_is_a_root_as_the_sender_wishes(site: Site) -> None:
     base = thing("base")
     top = thing("top", references=[base])
-    await site.push(top, base, keep=KeepWish(name="release", paths=(top.claim.path,), days=0))
+    await site.push(top, base, keep=KeepRequest(name="release", paths=(top.claim.path,), days=0))
     await site.push(thing("other"))
     roots = {root.name: root for root in await site.coordinator.cache.roots()}
     assert (roots["release"].kind, roots["release"].paths, roots["release"].expires_at) == ("push", 1, None)

@@ -426,11 +426,11 @@ def test_what_the_core_refused_leaves_no_names_and_takes_none_from_steps_that_ar
     known, new = StepKey("known"), StepKey("new")
     infos = [StepInfo(key, f"the {key}", "sys", (), f"/nix/store/{key}.drv", ()) for key in (known, new)]
     views.fold([StepAdded(StepSpec(known, (Recipe(Requirements("sys")),)))])
-    whole(views.knowing(infos, {name: SubmissionNote("label", (), 2)}))
+    whole(views.adding_details(infos, {name: SubmissionNote("label", (), 2)}))
     whole(views.unknowing(infos, name))
     assert views.note(name).label == ""
     views.fold([StepAdded(StepSpec(new, (Recipe(Requirements("sys")),)))])
     assert [views.step_view(views.step(key)).name for key in (known, new)] == ["the known", ""]
     # Names of steps that no fact has named are not kept where only known ones are asked for.
-    whole(views.knowing([StepInfo(StepKey("odd"), "odd", "sys", (), "/odd.drv", ())], only_known=True))
+    whole(views.adding_details([StepInfo(StepKey("odd"), "odd", "sys", (), "/odd.drv", ())], only_known=True))
     assert views.nameless() == [new]

@@ -76,7 +76,7 @@ class Program:
         """Wait for its end; return its exit status."""
         return self.process.wait(WITHIN_S)
 
-    def hurry(self) -> None:
+    def force_stop(self) -> None:
         """End it at once, as two signals do, unless it has ended."""
         if self._process is not None and self._process.poll() is None:
             self.send(signal.SIGTERM)

@@ -21,7 +21,7 @@ import pytest_asyncio
 
 from infra.process_tree import process_tree
 from workers.ray_transport.access import NodeHealth, RayNodeError, check_token_file, make_token_file, ray_env
-from workers.ray_transport.node_process import Keep
+from workers.ray_transport.node_process import Handover
 from workers.ray_transport.node_records import private_directory, sweep_stale
 from workers.ray_transport.nodes import RayHead, RayWorkerNode
 from workers.ray_transport.start_hook import START_HOOK
@@ -272,7 +272,7 @@ async def test_a_node_whose_raylet_ended_in_order_is_reported_and_not_taken_over
             token_file=token,
             settings_file=tmp_path / "none",
             base_dir=base,
-            keep=Keep(tmp_path / "record", 60.0),
+            keep=Handover(tmp_path / "record", 60.0),
         )
 
     async with made() as worker:

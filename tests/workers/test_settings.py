@@ -13,7 +13,7 @@ import pytest
 from workers.agent.settings import (
     FARM_OPTIONS,
     SETTINGS_VARIABLE,
-    Machine,
+    HostSpec,
     SettingsError,
     WorkerSettings,
     daemon_argv,
@@ -24,8 +24,8 @@ from workers.agent.settings import (
     offer,
 )
 
-LINUX = Machine(system="x86_64-linux", cores=8, busybox="/bin/busybox")
-MAC = Machine(system="aarch64-darwin", cores=8, has_build_users=True)
+LINUX = HostSpec(system="x86_64-linux", cores=8, busybox="/bin/busybox")
+MAC = HostSpec(system="aarch64-darwin", cores=8, has_build_users=True)
 
 
 def told(**values: Any) -> WorkerSettings:
@@ -67,7 +67,7 @@ def test_on_macos_the_sandbox_is_as_the_machine_has_it() -> None:
 
 
 def test_sandbox_paths_that_the_machine_configures_are_left_alone() -> None:
-    machine = Machine(system="x86_64-linux", cores=1, busybox="/bin/busybox", configures_sandbox_paths=True)
+    machine = HostSpec(system="x86_64-linux", cores=1, busybox="/bin/busybox", configures_sandbox_paths=True)
     assert "sandbox-paths" not in nix_options(told(), machine)
 
 

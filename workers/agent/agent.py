@@ -25,7 +25,7 @@ from infra.nix.errors import NixError
 from infra.objects.errors import CacheError
 from workers.agent import stopping
 from workers.agent.canary import Canary
-from workers.agent.daemon_pool import DaemonOpener, Line, Pool
+from workers.agent.daemon_pool import DaemonOpener, DaemonSession, SessionPool
 from workers.agent.health import FitnessWatch
 from workers.agent.input_guard import InputGuard
 from workers.agent.inputs import TRANSFERS, FarmSources, InputFetcher, open_sources
@@ -35,7 +35,7 @@ from workers.agent.lease_runner import LeaseRunner
 from workers.agent.orphans import MARK, sweep_leftovers
 from workers.agent.outbox import Spool
 from workers.agent.outputs import READERS, OutputError, deliver
-from workers.agent.settings import Machine, WorkerSettings, daemon_argv, inspect_machine, load_settings, offer
+from workers.agent.settings import HostSpec, WorkerSettings, daemon_argv, inspect_machine, load_settings, offer
 from workers.errors import WorkerError
 from workers.wire.grades import IsolationGrade
 from workers.wire.messages import (
@@ -48,7 +48,7 @@ from workers.wire.messages import (
     Hello,
 )
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 #: Greetings whose connections are kept for the leases that began under them.
 KEPT_SOURCES = 3
@@ -70,11 +70,11 @@ class _Sessions:
 
     def __init__(self, stack: AsyncExitStack) -> None:
         self._stack = stack
-        self._all: list[Line] = []
+        self._all: list[DaemonSession] = []
 
-    def add(self, opener: DaemonOpener, count: int) -> list[Line]:
+    def add(self, opener: DaemonOpener, count: int) -> list[DaemonSession]:
         """Return new sessions, which connect when they are used."""
-        made = [Line(opener.open) for _ in range(count)]
+        made = [DaemonSession(opener.open) for _ in range(count)]
         for line in made:
             self._stack.push_async_callback(line.close)
         self._all += made
@@ -92,7 +92,9 @@ class Agent:
     what is not a message, `AgentError` where the agent cannot serve. Adapters make them through `answer`.
     """
 
-    def __init__(self, settings: WorkerSettings, *, machine: Machine | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self, settings: WorkerSettings, *, machine: HostSpec | None = None, clock: Clock | None = None
+    ) -> None:
         self._settings = settings
         self._host = machine or inspect_machine(settings.nix_daemon)
         self._offer = offer(settings, self._host)
@@ -113,12 +115,12 @@ class Agent:
         self._closing = asyncio.Event()
         # These exist between start() and close(); see _serve.
         self._spool: Spool
-        self._slots: list[Line]
+        self._slots: list[DaemonSession]
         self._builders: DaemonOpener
         self._fitness: FitnessWatch
         self._guard: InputGuard
         self._inputs: InputFetcher
-        self._readers: Pool
+        self._readers: SessionPool
         self._leases: LeaseRunner
 
     async def __aenter__(self) -> Self:
@@ -150,7 +152,7 @@ class Agent:
             return
         await asyncio.wait((owner,))
         if not owner.cancelled() and (error := owner.exception()) is not None:
-            log.error("agent %s ended badly", self.name, exc_info=error)
+            _log.error("agent %s ended badly", self.name, exc_info=error)
 
     async def answer(self, name: CallName, epoch: int, *arguments: Any) -> Any:
         """Answer a call of the coordinator that has `epoch` (`hello` brings its own).
@@ -284,8 +286,8 @@ class Agent:
                     return True
 
                 self._slots = sessions.add(builders, self._offer.slots)
-                self._readers = Pool(sessions.add(opener, READERS))
-                [roots], transfers = sessions.add(opener, 1), Pool(sessions.add(opener, TRANSFERS))
+                self._readers = SessionPool(sessions.add(opener, READERS))
+                [roots], transfers = sessions.add(opener, 1), SessionPool(sessions.add(opener, TRANSFERS))
                 [trials] = sessions.add(builders, 1)
                 canary = Canary(self._native(), where.store_dir, where.physical_store, where.state_dir)
                 self._fitness = FitnessWatch(

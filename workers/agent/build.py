@@ -29,7 +29,7 @@ from infra.daemon import (
 from infra.daemon.usage import BuildersUse, used_between
 from infra.nix import aterm
 from workers.agent.attempt_record import BuildUse
-from workers.agent.daemon_pool import Line
+from workers.agent.daemon_pool import DaemonSession
 from workers.agent.lease_machine import Trouble
 from workers.errors import WorkerError
 from workers.wire.messages import BuildLimits
@@ -151,7 +151,7 @@ def _options(limits: BuildLimits, cores: int) -> Options:
 
 
 async def build_in_slot(
-    slot: Line,
+    slot: DaemonSession,
     drv_path: str,
     derivation: BasicDerivation,
     *,

@@ -1,7 +1,7 @@
 """Long-lived connections to the Nix daemon, each with one owner at a time and reopened where it broke.
 
-A `Line` is one connection's place: a slot, the roots, a transfer. Its user holds it alone; when the connection
-was aborted or broke, the next user gets a new one. Opening costs some 25 ms, a request on an open line 0.1 ms.
+A `DaemonSession` is one connection's place: a slot, the roots, a transfer. Its user holds it alone; when the connection
+was aborted or broke, the next user gets a new one. Opening costs some 25 ms, a request on an open session 0.1 ms.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _Open:
     rooted: set[str] = field(default_factory=set)
 
 
-class Line:
+class DaemonSession:
     """One long-lived connection; see the module's text. Must be closed."""
 
     def __init__(self, open_connection: Callable[[], Awaitable[DaemonConnection]]) -> None:
@@ -98,7 +98,7 @@ class Line:
 
     @property
     def busy(self) -> bool:
-        """True if somebody holds the line."""
+        """True if somebody holds the session."""
         return self._turn.locked()
 
     @property
@@ -108,7 +108,7 @@ class Line:
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[DaemonConnection]:
-        """Hold the line. Raises `DaemonUnreachableError` where it must be reopened and cannot."""
+        """Hold the session. Raises `DaemonUnreachableError` where it must be reopened and cannot."""
         async with self._turn:
             self._retire_broken()
             if self._open is None:
@@ -120,17 +120,17 @@ class Line:
                 self._retire_broken()
 
     async def set_options(self, options: Options) -> None:
-        """Put options in force, without a request where they are. Only while the line is held."""
+        """Put options in force, without a request where they are. Only while the session is held."""
         if self._open is None:
-            raise RuntimeError("options are set on a line that is held")
+            raise RuntimeError("options are set on a session that is held")
         if self._open.options != options:
             await self._open.connection.set_options(options)
             self._open.options = options
 
     async def keep(self, paths: Iterable[str]) -> None:
-        """Keep paths from collection for as long as the connection lives. Only while the line is held."""
+        """Keep paths from collection for as long as the connection lives. Only while the session is held."""
         if self._open is None:
-            raise RuntimeError("paths are kept by a line that is held")
+            raise RuntimeError("paths are kept by a session that is held")
         if len(self._open.rooted) > MAX_REMEMBERED:
             self._open.rooted.clear()
         new = sorted(set(paths) - self._open.rooted)
@@ -143,7 +143,7 @@ class Line:
             await self.close()
 
     async def close(self) -> None:
-        """Hang up, also while a user holds the line, and wait for the end of its process."""
+        """Hang up, also while a user holds the session, and wait for the end of its process."""
         self._retire()
         while self._ending:
             await asyncio.wait(self._ending)
@@ -162,26 +162,26 @@ class Line:
         task.add_done_callback(self._ending.discard)
 
 
-class Pool:
-    """A few lines, given out in the order of requests."""
+class SessionPool:
+    """A few sessions, given out in the order of requests."""
 
-    def __init__(self, lines: Sequence[Line]) -> None:
-        self._lines = tuple(lines)
-        self._free = list(lines)
-        self._turns = asyncio.Semaphore(len(lines))
+    def __init__(self, sessions: Sequence[DaemonSession]) -> None:
+        self._sessions = tuple(sessions)
+        self._free = list(sessions)
+        self._turns = asyncio.Semaphore(len(sessions))
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[DaemonConnection]:
-        """Hold any one line. Raises `DaemonUnreachableError` as `Line.use`."""
+        """Hold any one session. Raises `DaemonUnreachableError` as `DaemonSession.use`."""
         async with self._turns:
-            line = self._free.pop()
+            session = self._free.pop()
             try:
-                async with line.use() as connection:
+                async with session.use() as connection:
                     yield connection
             finally:
-                self._free.append(line)
+                self._free.append(session)
 
     async def close(self) -> None:
-        """Close all lines."""
-        for line in self._lines:
-            await line.close()
+        """Close all sessions."""
+        for session in self._sessions:
+            await session.close()

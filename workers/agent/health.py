@@ -24,14 +24,14 @@ from infra.clock import Clock
 from infra.daemon import BasicDerivation, BasicOutput, BuildEvent, DaemonConnection, DaemonError, GcAction
 from infra.nix import base32
 from workers.agent.canary import Canary, CanaryError
-from workers.agent.daemon_pool import DaemonUnreachableError, Line
+from workers.agent.daemon_pool import DaemonSession, DaemonUnreachableError
 from workers.agent.lease_machine import judge_status
 from workers.agent.settings import WorkerSettings
 from workers.agent.vitals import read_vitals
 from workers.wire.grades import IsolationGrade, grade
 from workers.wire.messages import Vitals
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 #: Seconds between two looks at the disks; a builder fills gigabytes in a few.
 LOOK_EVERY_S = 1.0
@@ -98,7 +98,7 @@ class FitnessWatch:
     def __init__(  # noqa: PLR0917 - collaborators, named by their types
         self,
         settings: WorkerSettings,
-        line: Line,
+        session: DaemonSession,
         canary: Canary,
         clock: Clock,
         idle: Callable[[], bool],
@@ -124,7 +124,7 @@ class FitnessWatch:
         build_dir = Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108 - read, never written
         self._places = (self._store, build_dir, settings.state_dir)
         self._name = settings.name
-        self._line = line
+        self._session = session
         self._canary = canary
         self._clock = clock
         self._idle = idle
@@ -200,9 +200,9 @@ class FitnessWatch:
             self._changed()
         if self.unfit != before:
             if self.unfit:
-                log.warning("worker %s takes no work: %s", self._name, self.unfit)
+                _log.warning("worker %s takes no work: %s", self._name, self.unfit)
             else:
-                log.info("worker %s takes work again", self._name)
+                _log.info("worker %s takes work again", self._name)
             self._changed()
 
     async def _look_at_disks(self) -> None:
@@ -231,19 +231,19 @@ class FitnessWatch:
         self._next_collection = self._clock.now() + COLLECT_AGAIN_S
         wanted = max(0, self._floor_bytes * COLLECT_TO - low.free_bytes)
         try:
-            async with asyncio.timeout(COLLECT_WITHIN_S), self._line.use() as connection:
+            async with asyncio.timeout(COLLECT_WITHIN_S), self._session.use() as connection:
                 done = await connection.collect_garbage(GcAction.DELETE_DEAD, max_freed_bytes=wanted)
         except TimeoutError:
-            log.warning("worker %s did not collect garbage within %.0f s", self._name, COLLECT_WITHIN_S)
+            _log.warning("worker %s did not collect garbage within %.0f s", self._name, COLLECT_WITHIN_S)
         except (DaemonError, DaemonUnreachableError) as error:
-            log.warning("worker %s could not collect garbage: %s", self._name, error)
+            _log.warning("worker %s could not collect garbage: %s", self._name, error)
         else:
-            log.info("worker %s deleted %d paths, %d bytes", self._name, len(done.paths), done.freed_bytes)
+            _log.info("worker %s deleted %d paths, %d bytes", self._name, len(done.paths), done.freed_bytes)
 
     async def _try(self, trial: Callable[[DaemonConnection], Awaitable[str]]) -> None:
         """Do a trial, and decide what it says of the worker and when the next one is due."""
         try:
-            async with asyncio.timeout(TRIAL_WITHIN_S), self._line.use() as connection:
+            async with asyncio.timeout(TRIAL_WITHIN_S), self._session.use() as connection:
                 problem = await trial(connection)
         except TimeoutError:
             problem = f"it did not end within {TRIAL_WITHIN_S:.0f} s"
@@ -276,7 +276,7 @@ class FitnessWatch:
     def _tell_isolation(self) -> None:
         if self.isolation is not None:
             level, why = self.isolation.level, self.isolation.summary
-            log.info("worker %s isolates its builds as class %s%s", self._name, level, f": {why}" if why else "")
+            _log.info("worker %s isolates its builds as class %s%s", self._name, level, f": {why}" if why else "")
 
 
 def trial_derivation(store_dir: str) -> tuple[str, BasicDerivation]:

@@ -46,11 +46,11 @@ from infra.daemon import DaemonError, DaemonOperationError, GcAction
 from infra.nar_files import dump
 from infra.nix.errors import NixError
 from infra.nix.hashing import sha256_text
-from workers.agent.daemon_pool import DaemonUnreachableError, Line, Pool
+from workers.agent.daemon_pool import DaemonSession, DaemonUnreachableError, SessionPool
 from workers.agent.inputs import FarmSources, InputError
 from workers.errors import WorkerError
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _name = attrgetter("name")
 
@@ -147,7 +147,7 @@ class Watch:
 class InputGuard:
     """Looks after the inputs of one worker; see the module's text."""
 
-    def __init__(self, store: Path, readers: Pool, trusts_builds: Callable[[], bool]) -> None:
+    def __init__(self, store: Path, readers: SessionPool, trusts_builds: Callable[[], bool]) -> None:
         """`store`: where paths lie; nothing is looked at where that is not there. `trusts_builds`: class A or B."""
         self._store = store
         self._readers = readers
@@ -174,7 +174,7 @@ class InputGuard:
         more = f" (and {len(self._broken) - 1} more)" if len(self._broken) > 1 else ""
         return f"{first}{more} was changed in the worker's store; it is fetched anew, and nothing is built until then"
 
-    async def begin(self, inputs: Collection[str], outputs: Collection[str], slot: Line) -> Watch:
+    async def begin(self, inputs: Collection[str], outputs: Collection[str], slot: DaemonSession) -> Watch:
         """Look at all that a build of these inputs sees, and make sure that it really builds its outputs.
 
         Raises `MendingError` while something is broken, `InputChangedError`, `InputCollectedError`, or what a line
@@ -191,7 +191,7 @@ class InputGuard:
                 await self._discard(old, slot)
         return Watch(watched, {path: self._changes[path] for path in watched if path in self._changes})
 
-    async def end(self, watch: Watch, outputs: Collection[str], slot: Line) -> None:
+    async def end(self, watch: Watch, outputs: Collection[str], slot: DaemonSession) -> None:
         """Look again after a build that made these outputs.
 
         Raises `InputChangedError` or `InputCollectedError` where it is spoilt, or what a line raises.
@@ -224,7 +224,7 @@ class InputGuard:
                     await self._mend(sorted(self._broken), farm)
                     continue
             except (DaemonError, DaemonUnreachableError, InputError, NixError) as error:
-                log.warning("inputs that changed cannot be mended yet: %s", error)
+                _log.warning("inputs that changed cannot be mended yet: %s", error)
             await asyncio.sleep(MEND_AGAIN_S)
 
     async def _mend(self, broken: Sequence[str], sources: FarmSources) -> None:
@@ -239,9 +239,9 @@ class InputGuard:
             self._known.pop(path, None)
             self._changes[path] += 1
             self._broken.discard(path)
-            log.warning("%s was fetched anew over what it had become", path)
+            _log.warning("%s was fetched anew over what it had become", path)
 
-    async def _discard(self, outputs: Collection[str], slot: Line) -> None:
+    async def _discard(self, outputs: Collection[str], slot: DaemonSession) -> None:
         """Delete outputs that are valid. Raises `InputChangedError` where the store keeps one."""
         if not outputs:
             return
@@ -368,7 +368,7 @@ def _look_at(store: Path, looks: Sequence[_Look], start: int, budget: int) -> li
         except FileNotFoundError:
             found[number] = None, Alteration.CHANGED
         except (OSError, NixError) as error:
-            log.warning("%s cannot be looked at: %s", look.path.name, error)
+            _log.warning("%s cannot be looked at: %s", look.path.name, error)
             found[number] = None, Alteration.SAME
     return [found[number] for number in range(len(looks))]
 

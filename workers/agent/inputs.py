@@ -38,7 +38,7 @@ from infra.objects.store import ObjectStore, open_object_store
 from infra.retry import Patience
 from infra.upload.client import UploadClient
 from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog
-from workers.agent.daemon_pool import Line, Pool
+from workers.agent.daemon_pool import DaemonSession, SessionPool
 from workers.errors import WorkerError
 from workers.wire.measures import FetchSource
 from workers.wire.messages import MAX_MISSING, FarmInfo
@@ -63,7 +63,7 @@ STORE_WITHIN_S = 10.0
 #: Paths remembered as valid; beyond it they are asked about again.
 MAX_REMEMBERED = 200_000
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class InputError(WorkerError):
@@ -277,7 +277,7 @@ class _Transfer:
 class InputFetcher:
     """Makes paths valid; see the module's text. Its tasks live in `group`."""
 
-    def __init__(self, roots: Line, transfers: Pool, group: asyncio.TaskGroup, clock: Clock) -> None:
+    def __init__(self, roots: DaemonSession, transfers: SessionPool, group: asyncio.TaskGroup, clock: Clock) -> None:
         self._roots = roots
         self._transfers = transfers
         self._group = group
@@ -414,7 +414,7 @@ class InputFetcher:
             except InputAwayError as error:
                 if patience is None:
                     patience = Patience(AWAY_S)
-                    log.warning("%s; it is asked again", error)
+                    _log.warning("%s; it is asked again", error)
                 if not await patience.pause():
                     raise
             else:

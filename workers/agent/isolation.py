@@ -42,9 +42,9 @@ from workers.agent.build_users import (
     sub_ids,
 )
 from workers.agent.sandbox_files import GROUP, copy_shell, cover_etc
-from workers.agent.settings import Machine, WorkerSettings, offer
+from workers.agent.settings import HostSpec, WorkerSettings, offer
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 #: Inner id of the first build user in a user namespace, as Nix's own set-up counts them.
 FIRST_INNER_ID = 30_001
@@ -75,14 +75,14 @@ class Isolation:
         shortfall: What is weaker than it could be and what to do about it, one sentence; empty where nothing is.
     """
 
-    machine: Machine
+    machine: HostSpec
     confinement: Confinement = UNCONFINED
     building: Confinement = UNCONFINED
     environment: Mapping[str, str] = field(default_factory=dict)
     shortfall: str = ""
 
 
-def isolate(settings: WorkerSettings, machine: Machine) -> Isolation:
+def isolate(settings: WorkerSettings, machine: HostSpec) -> Isolation:
     """Prepare a worker's isolation; blocks, and only for the holder of the worker's lock. Logs what falls short."""
     if sys.platform != "linux":
         return Isolation(machine)
@@ -102,18 +102,18 @@ def isolate(settings: WorkerSettings, machine: Machine) -> Isolation:
     if found.building.network is not None and not found.building.network.relay:
         found = replace(found, shortfall=f"{found.shortfall} {NO_OUTSIDE}".strip())
     if found.shortfall:
-        log.warning("worker %s isolates its builds less than it could: %s", settings.name, found.shortfall)
+        _log.warning("worker %s isolates its builds less than it could: %s", settings.name, found.shortfall)
     return found
 
 
-def _wants_build_users(settings: WorkerSettings, machine: Machine, *, root: bool) -> bool:
+def _wants_build_users(settings: WorkerSettings, machine: HostSpec, *, root: bool) -> bool:
     if "build-users-group" in settings.nix_options:
         return False
     return bool(settings.store) or (root and not machine.has_build_users)
 
 
 def _with_build_users(
-    settings: WorkerSettings, machine: Machine, directory: Path, network: Network, *, root: bool
+    settings: WorkerSettings, machine: HostSpec, directory: Path, network: Network, *, root: bool
 ) -> Isolation:
     """Raises `NoBuildUsersError` where the worker cannot have any."""
     slots = offer(settings, machine).slots

@@ -26,7 +26,7 @@ from workers.agent.build import (
     basic_derivation,
     build_in_slot,
 )
-from workers.agent.daemon_pool import DaemonUnreachableError, Line, Pool
+from workers.agent.daemon_pool import DaemonSession, DaemonUnreachableError, SessionPool
 from workers.agent.health import FitnessWatch
 from workers.agent.input_guard import InputChangedError, InputCollectedError, InputGuard, MendingError
 from workers.agent.inputs import FarmSources, InputError, InputFetcher
@@ -50,7 +50,7 @@ from workers.agent.outputs import UPLOAD_WITHIN_S, OutputError, deliver, nar_siz
 from workers.errors import WorkerError
 from workers.wire.messages import Failed, LeaseOrder, Report, Stage, StageChange, Succeeded
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 #: Finished and acknowledged leases whose repeated start is still recognised.
 REMEMBERED_LEASES = 10_000
@@ -112,8 +112,8 @@ class LeaseRunner:
         spool: Spool,
         group: asyncio.TaskGroup,
         *,
-        slots: Sequence[Line],
-        readers: Pool,
+        slots: Sequence[DaemonSession],
+        readers: SessionPool,
         inputs: InputFetcher,
         guard: InputGuard,
         fitness: FitnessWatch,
@@ -255,8 +255,8 @@ class LeaseRunner:
             result = judge_trouble(run.stop)
         except _Stopped as stopped:
             result = stopped.ending
-        except Exception as error:
-            log.exception("lease %s attempt %d failed in an unexpected way", *key)
+        except Exception as error:  # noqa: BLE001 - reported as the end of the lease
+            _log.exception("lease %s attempt %d failed in an unexpected way", *key)
             result = judge_trouble(Trouble.UNEXPECTED, f"{type(error).__name__}: {error}")
         self._report(key, run, result)
         self._advance()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from infra.process_tree import Process, live_processes, signal_all, still_alive
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 #: Environment variable of daemons and owners: the state directory of the worker that they belong to.
 MARK = "DROVER_WORKER_DIR"
@@ -58,7 +58,7 @@ def _end(left: set[Process], whose: str) -> int:
     deadline = time.monotonic() + GONE_WITHIN_S
     while still_alive(left) and time.monotonic() < deadline:
         time.sleep(LOOK_AGAIN_S)
-    log.warning("ended %d processes that %s left behind", len(left), whose)
+    _log.warning("ended %d processes that %s left behind", len(left), whose)
     return len(left)
 
 

@@ -31,7 +31,7 @@ from workers.agent.lease_machine import LeaseKey
 from workers.errors import WorkerError
 from workers.wire.messages import SMALL_BATCH_BYTES, LogChunk, Report, StageChange
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 64 * 1024
 FLUSH_S = 0.1
@@ -94,7 +94,7 @@ class Spool:
             if directory.exists():
                 leftovers = sum(1 for _ in directory.iterdir())
                 if leftovers:
-                    log.info("sweeping %d files that an earlier worker left in %s", leftovers, directory)
+                    _log.info("sweeping %d files that an earlier worker left in %s", leftovers, directory)
                 shutil.rmtree(directory)
             directory.mkdir(parents=True, mode=0o700)
             self._reports = os.open(directory / "reports.jsonl", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
@@ -354,7 +354,7 @@ class Spool:
             return os.write(self._reports, data)
         except OSError as error:
             # The report is delivered from memory all the same; only a later process would miss it.
-            log.warning("a report could not be written to %s: %s", self._directory, error.strerror)
+            _log.warning("a report could not be written to %s: %s", self._directory, error.strerror)
             return 0
 
     def _rewrite_reports(self) -> None:
@@ -377,4 +377,4 @@ class Spool:
         try:
             await asyncio.to_thread(os.fsync, self._reports)
         except OSError as error:
-            log.warning("reports in %s could not be synced: %s", self._directory, error.strerror)
+            _log.warning("reports in %s could not be synced: %s", self._directory, error.strerror)

@@ -23,7 +23,7 @@ from infra.objects.store import ObjectStore
 from infra.retry import Patience
 from infra.upload.client import SenderRefusedError, UploadClient
 from infra.upload.protocol import PathClaim, SendStatus
-from workers.agent.daemon_pool import Pool
+from workers.agent.daemon_pool import SessionPool
 from workers.agent.inputs import FarmSources
 from workers.errors import WorkerError
 from workers.wire.messages import Output
@@ -33,7 +33,7 @@ READERS = 2
 #: Seconds for which a store that does not take outputs is asked again; beyond it another machine may do better.
 UPLOAD_WITHIN_S = 300.0
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class OutputError(WorkerError):
@@ -44,7 +44,7 @@ class NotTakenError(OutputError):
     """The store, or the coordinator before it, does not take an output at the moment."""
 
 
-async def nar_size(readers: Pool, paths: Sequence[str]) -> int:
+async def nar_size(readers: SessionPool, paths: Sequence[str]) -> int:
     """Return the NAR bytes of full paths together, those that are not valid left out. Raises `DaemonError`."""
     async with readers.use() as connection:
         infos = [await connection.query_path_info(path) for path in paths]
@@ -52,7 +52,7 @@ async def nar_size(readers: Pool, paths: Sequence[str]) -> int:
 
 
 async def deliver(
-    readers: Pool,
+    readers: SessionPool,
     sources: Callable[[], FarmSources],
     wanted: Mapping[str, str],
     token: str,
@@ -91,14 +91,14 @@ async def deliver(
         except NotTakenError as error:
             if str(error) != told:
                 told = str(error)
-                log.warning("%s; it is offered again", told)
+                _log.warning("%s; it is offered again", told)
                 waits(told)
             if not await patience.pause():
                 raise
 
 
 async def _send(
-    readers: Pool, client: UploadClient, wanted: Mapping[str, str], packed: Callable[[float], None]
+    readers: SessionPool, client: UploadClient, wanted: Mapping[str, str], packed: Callable[[float], None]
 ) -> tuple[Output, ...]:
     infos: dict[str, ValidPathInfo] = {}
     async with readers.use() as connection:
@@ -169,7 +169,7 @@ def _references(info: ValidPathInfo) -> tuple[str, ...]:
 
 
 async def _upload(
-    readers: Pool, store: ObjectStore, name: str, path: str, compression: Compression
+    readers: SessionPool, store: ObjectStore, name: str, path: str, compression: Compression
 ) -> tuple[Output, float]:
     """Return the output and the seconds of packing."""
     async with readers.use() as connection:

@@ -159,7 +159,7 @@ class WorkerSettings(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class HostSpec:
     """Facts of this machine that complete the settings; a value, so that the composition below is a pure function."""
 
     #: Nix's name of the system, for example `x86_64-linux`.
@@ -213,7 +213,7 @@ def load_settings(path: str | Path | None = None) -> WorkerSettings:
         raise SettingsError(f"the worker settings {place} are not JSON") from None
 
 
-def inspect_machine(nix_daemon: str = "nix-daemon") -> Machine:
+def inspect_machine(nix_daemon: str = "nix-daemon") -> HostSpec:
     """Look at the machine that this process runs on; `nix_daemon` is the program of its Nix."""
     try:
         grp.getgrnam("nixbld")
@@ -221,7 +221,7 @@ def inspect_machine(nix_daemon: str = "nix-daemon") -> Machine:
     except KeyError:
         has_build_users = False
     platforms, usual = extra_platforms(nix_daemon)
-    return Machine(
+    return HostSpec(
         system=native_system(),
         cores=os.cpu_count() or 1,
         memory_bytes=_memory_bytes(),
@@ -270,7 +270,7 @@ def native_system(machine: str | None = None, kernel: str | None = None) -> str:
     return f"{_MACHINES.get(name, name)}-{_KERNELS[os_name]}"
 
 
-def offer(settings: WorkerSettings, machine: Machine) -> Offer:
+def offer(settings: WorkerSettings, machine: HostSpec) -> Offer:
     """Complete what the operator said with what the machine is."""
     native = () if settings.emulate else (machine.system, *machine.extra_systems)
     real = settings.systems or native
@@ -294,7 +294,7 @@ def offer(settings: WorkerSettings, machine: Machine) -> Offer:
     )
 
 
-def nix_options(settings: WorkerSettings, machine: Machine) -> Mapping[str, str]:
+def nix_options(settings: WorkerSettings, machine: HostSpec) -> Mapping[str, str]:
     """All Nix options of the worker's connections, by name; see the module's text for who wins."""
     offered = offer(settings, machine)
     options: dict[str, str] = {}
@@ -316,7 +316,7 @@ def nix_options(settings: WorkerSettings, machine: Machine) -> Mapping[str, str]
     }
 
 
-def daemon_argv(settings: WorkerSettings, machine: Machine) -> tuple[str, ...]:
+def daemon_argv(settings: WorkerSettings, machine: HostSpec) -> tuple[str, ...]:
     """The command that serves one connection on its standard streams."""
     arguments = [settings.nix_daemon, "--stdio"]
     if settings.store:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 REQUEST_FILE = "stop-request"
 STOPPED_FILE = "stopped"
@@ -46,19 +46,19 @@ def forget(state_dir: Path) -> None:
         (state_dir / name).unlink(missing_ok=True)
 
 
-async def stop_agents(state_dirs: Sequence[Path], grace_s: float, hurry: Callable[[], bool]) -> None:
-    """Ask agents to stop; return when all have, or FLUSH_S after the grace. `hurry` true ends the grace at once."""
+async def stop_agents(state_dirs: Sequence[Path], grace_s: float, force_stop: Callable[[], bool]) -> None:
+    """Ask agents to stop; return when all have, or FLUSH_S after the grace. True of `force_stop` ends the grace."""
     waiting = list(state_dirs)
     deadline = time.time() + grace_s
     _ask(waiting, deadline)
     while waiting and time.time() < deadline + FLUSH_S:
-        if hurry() and deadline > time.time():
+        if force_stop() and deadline > time.time():
             deadline = time.time()
             _ask(waiting, deadline)
         waiting = [state_dir for state_dir in waiting if not (state_dir / STOPPED_FILE).exists()]
         await asyncio.sleep(LOOK_EVERY_S)
     for state_dir in waiting:
-        log.warning("the worker in %s did not stop in time; its builds will be done again", state_dir)
+        _log.warning("the worker in %s did not stop in time; its builds will be done again", state_dir)
 
 
 def _ask(state_dirs: Sequence[Path], deadline: float) -> None:

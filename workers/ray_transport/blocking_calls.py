@@ -11,7 +11,7 @@ from typing import TypeVar
 from workers.wire.fleet import FleetError
 from workers.wire.polling import AgentUnavailable
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class BlockingCalls:
@@ -21,7 +21,7 @@ class BlockingCalls:
         self._most = most
         self._blocked = 0
 
-    async def run(self, what: str, deadline_s: float, call: Callable[[], T]) -> T:
+    async def run(self, what: str, deadline_s: float, call: Callable[[], _T]) -> _T:
         """Return what `call` gives, or raise the `FleetError` that it raises.
 
         Raises `AgentUnavailable` where it fails otherwise, takes longer, or too many others are stuck already.
@@ -29,7 +29,7 @@ class BlockingCalls:
         if self._blocked >= self._most:
             raise AgentUnavailable(f"{what}: {self._blocked} calls are stuck already")
         loop = asyncio.get_running_loop()
-        result: asyncio.Future[T] = loop.create_future()
+        result: asyncio.Future[_T] = loop.create_future()
 
         def deliver(settle: Callable[[], None]) -> None:
             self._blocked -= 1

@@ -20,7 +20,7 @@ from workers.wire.fleet import FleetError
 from workers.wire.messages import CallName
 from workers.wire.polling import AgentDead, AgentUnavailable
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 NAMESPACE = "drover"
 
@@ -182,4 +182,4 @@ async def _answered(reference: Awaitable[Any]) -> Any:
 
 def _log_raylet(data: dict[str, Any], *_: Any, **__: Any) -> None:
     for line in data.get("lines", ()):
-        log.info("ray: %s", str(line).partition("\n")[0])
+        _log.info("ray: %s", str(line).partition("\n")[0])

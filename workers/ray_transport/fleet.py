@@ -32,7 +32,7 @@ from workers.wire.fleet import FleetError, Sink
 from workers.wire.messages import FarmInfo
 from workers.wire.polling import AgentRoster, AgentUnavailable
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 #: Seconds for connecting to the head, for one look at the nodes, for creating one actor, and for disconnecting.
 CONNECT_DEADLINE_S = 60.0
@@ -119,7 +119,7 @@ class RayFleet(AgentRoster):
             try:
                 await self._blocking.run("disconnecting", CLOSE_DEADLINE_S, ray.shutdown)
             except FleetError as failure:
-                log.warning("%s", failure)
+                _log.warning("%s", failure)
             finally:
                 _take_signals_back()
 
@@ -141,11 +141,11 @@ class RayFleet(AgentRoster):
             raise
         except FleetError as error:
             if not self._trouble:
-                log.warning("%s; what runs goes on, workers that come wait until it is back", error)
+                _log.warning("%s; what runs goes on, workers that come wait until it is back", error)
             self._trouble = str(error)
             return []
         if self._trouble:
-            log.warning("the Ray head at %s answers again", self._address)
+            _log.warning("the Ray head at %s answers again", self._address)
         self._trouble = ""
         return listed
 
@@ -179,7 +179,7 @@ class RayFleet(AgentRoster):
             return False
         if listed.node_id not in self._seconds:
             said = f"two Ray nodes are called {listed.worker}; the later one gets no work until the other is gone"
-            log.warning("%s", said)
+            _log.warning("%s", said)
             self._seconds[listed.node_id] = said
         return True
 
@@ -196,7 +196,7 @@ class RayFleet(AgentRoster):
                     )
                     await self.serve(node.worker, ActorCalls(ray, handle, node.dead, self._epoch), sink)
                 except AgentUnavailable as error:
-                    log.warning("worker %s has no agent: %s", node.worker, error)
+                    _log.warning("worker %s has no agent: %s", node.worker, error)
                 if time.monotonic() - began > RECREATE_LONGEST_S:
                     pause_s = RECREATE_FIRST_S
                 await asyncio.wait((node.dead,), timeout=pause_s)

@@ -39,7 +39,7 @@ from workers.ray_transport.node_records import (
     KILL_GRACE_S,
     LOOK_AGAIN_S,
     STOP_GRACE_S,
-    NodeNote,
+    NodeRecord,
     own_identity,
     private_directory,
     sweep_stale,
@@ -47,7 +47,7 @@ from workers.ray_transport.node_records import (
 )
 from workers.ray_transport.start_hook import DIRECTORY_VARIABLE, ENDED_FILE, PARENT_VARIABLE, START_HOOK
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 #: Ray itself gives a node 30 s, without a switch (node.py); an overloaded machine gets this many tries.
 START_TRIES = 3
@@ -64,7 +64,7 @@ CLUSTER_ADDRESS = re.compile(r"\S+:[0-9]{1,5}")
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
+class Handover:
     """Makes a node go on when its owner is killed: where the next owner finds it, how long it goes on alone."""
 
     record: Path
@@ -82,7 +82,7 @@ class RayNode(ABC):
         host: str,
         base_dir: Path,
         start_deadline_s: float,
-        keep: Keep | None,
+        keep: Handover | None,
     ) -> None:
         _check_host(host)
         check_token_file(token_file)
@@ -168,7 +168,7 @@ class RayNode(ABC):
             except BaseException as error:
                 await self.stop()
                 if isinstance(error, RayNodeError) and RAY_TOO_SLOW in str(error) and tries:
-                    log.warning("%s did not start within Ray's own 30 s; once more", self._what)
+                    _log.warning("%s did not start within Ray's own 30 s; once more", self._what)
                     continue
                 raise
             return
@@ -182,7 +182,7 @@ class RayNode(ABC):
         """End the node; see `stop`."""
         await self.stop()
 
-    def leave(self) -> None:
+    def detach(self) -> None:
         """Let the node go on without us: `stop`, and leaving the context, do nothing after it."""
         self._stopping = True
         self._leader = self._child = self._dir = None
@@ -251,7 +251,7 @@ class RayNode(ABC):
             )
         self._leader = identity(self._child.pid)
         outlive_s = self._keep.outlive_s if self._keep else 0.0
-        NodeNote(own_identity(), self._leader, outlive_s, self._fingerprint()).write(directory)
+        NodeRecord(own_identity(), self._leader, outlive_s, self._fingerprint()).write(directory)
         if self._keep is not None:
             self._keep.record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._keep.record.write_text(f"{directory}\n")
@@ -328,7 +328,7 @@ async def _end_tree(leader: int, what: str) -> None:
     left = await asyncio.to_thread(still_alive, tree)
     signal_all(left, signal.SIGKILL)
     if left := await _all_gone(left, KILL_GRACE_S):
-        log.error("%s left processes behind: %s", what, sorted(process.pid for process in left))
+        _log.error("%s left processes behind: %s", what, sorted(process.pid for process in left))
 
 
 async def _all_gone(processes: Iterable[Process], within_s: float) -> set[Process]:

@@ -38,7 +38,7 @@ from infra.process_tree import (
 )
 from workers.ray_transport.access import RayNodeError
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 DIRECTORY_PREFIX = "drover-ray-"
 #: Unix socket paths end at 103 bytes on macOS; Ray appends "/r/session_<date>_<pid>/sockets/plasma_store".
@@ -60,7 +60,7 @@ Identity = tuple[int, str]
 
 
 @dataclass(frozen=True, slots=True)
-class NodeNote:
+class NodeRecord:
     """Content of `node.json`."""
 
     owner: Identity
@@ -81,7 +81,7 @@ class NodeNote:
         fresh.replace(directory / NODE_FILE)
 
 
-def read_note(directory: Path) -> NodeNote | None:
+def read_note(directory: Path) -> NodeRecord | None:
     """Read the note of a private directory; None where it is not ours or is not (yet) a note."""
     try:
         found = directory.lstat()
@@ -95,7 +95,7 @@ def read_note(directory: Path) -> NodeNote | None:
                 "outlive_s": int() | float() as outlive_s,
                 "fingerprint": str(fingerprint),
             }:
-                return NodeNote((owner, owner_started), (node, node_started), outlive_s, fingerprint)
+                return NodeRecord((owner, owner_started), (node, node_started), outlive_s, fingerprint)
             case _:
                 return None
     except (OSError, ValueError):
@@ -135,7 +135,7 @@ def take_over(record: Path, fingerprint: str) -> tuple[Path, Process] | None:
     # A leader lives on after a raylet that ended in order: that is no node.
     alive = leader is not None and leader.started == note.node[1] and bool(children(leader.pid))
     if alive and leader is not None and note.fingerprint == fingerprint and (directory / CLUSTER_FILE).exists():
-        NodeNote(own_identity(), note.node, note.outlive_s, fingerprint).write(directory)
+        NodeRecord(own_identity(), note.node, note.outlive_s, fingerprint).write(directory)
         return directory, leader
     _clear(directory, note)
     return None
@@ -166,11 +166,11 @@ def sweep_stale(base: Path) -> Sequence[Path]:
             continue
         _clear(directory, note)
         swept.append(directory)
-        log.warning("removed a Ray node that an earlier run left behind in %s", directory)
+        _log.warning("removed a Ray node that an earlier run left behind in %s", directory)
     return swept
 
 
-def _clear(directory: Path, note: NodeNote) -> None:
+def _clear(directory: Path, note: NodeRecord) -> None:
     """Kill what is left of a node and remove its directory."""
     pid, started = note.node
     leader = live_processes().get(pid)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from workers.agent.settings import SETTINGS_VARIABLE
 from workers.ray_transport.access import LOOPBACK, NodeHealth, RayNodeError, check_listens, is_loopback, ray_env
-from workers.ray_transport.node_process import CLUSTER_ADDRESS, Keep, RayNode, default_base_dir, ray_temp_dir
+from workers.ray_transport.node_process import CLUSTER_ADDRESS, Handover, RayNode, default_base_dir, ray_temp_dir
 from workers.ray_transport.redis import RedisStore, check_redis
 from workers.ray_transport.start_hook import HEAD_VARIABLE, LOOPBACK_VARIABLE
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 #: Node label that names a drover worker; its value is the worker's name.
 WORKER_LABEL = "drover.worker"
@@ -51,7 +51,7 @@ class RayHead(RayNode):
         port: int = 0,
         health: NodeHealth | None = None,
         tables: Path | RedisStore | None = None,
-        keep: Keep | None = None,
+        keep: Handover | None = None,
         base_dir: Path | None = None,
         start_deadline_s: float = START_DEADLINE_S,
     ) -> None:
@@ -126,7 +126,7 @@ class RayJoiningNode(RayNode):
         token_file: Path,
         what: str = "the coordinator's Ray node",
         host: str = LOOPBACK,
-        keep: Keep | None = None,
+        keep: Handover | None = None,
         base_dir: Path | None = None,
         start_deadline_s: float = START_DEADLINE_S,
     ) -> None:
@@ -153,7 +153,7 @@ class RayJoiningNode(RayNode):
                 if time.monotonic() > deadline:
                     raise
                 if not told:
-                    log.warning("%s; %s waits for it, at most %.0f s", error, self._what, HEAD_WITHIN_S)
+                    _log.warning("%s; %s waits for it, at most %.0f s", error, self._what, HEAD_WITHIN_S)
                 told = True
                 await asyncio.sleep(HEAD_EVERY_S)
             else:
@@ -195,7 +195,7 @@ class RayWorkerNode(RayJoiningNode):
         token_file: Path,
         settings_file: Path,
         host: str = LOOPBACK,
-        keep: Keep | None = None,
+        keep: Handover | None = None,
         base_dir: Path | None = None,
         start_deadline_s: float = START_DEADLINE_S,
     ) -> None:

@@ -2,7 +2,7 @@
 
 Messages cross the transport as plain containers (`dump`), never as pickled classes, so that either side may change its
 code without the other. Every call is short and idempotent; see ARCHITECTURE.md, "The agent on each worker". Every call
-is made under the epoch of a coordinator's reign: what one says that another has taken over from has no effect.
+carries the epoch of its coordinator: a call of one that another has taken over from has no effect.
 
     hello(FarmInfo) -> Hello                introduces both sides; may be repeated at any time
     start_many([LeaseOrder]) -> None        keyed by (step, attempt); a repeat is a no-op
@@ -74,7 +74,7 @@ class FarmInfo(WireMessage):
     takes_uploads: bool = False
     #: What the cache wants NARs compressed with.
     compression: Compression = COMPRESSION
-    #: Which reign over the journal the coordinator has; an agent follows none lower than it has seen.
+    #: Epoch of the coordinator over the journal; an agent follows none lower than it has seen.
     epoch: int = 0
     #: Lets the agent read the cache where that is private; a secret.
     cache_token: str = Field(default="", repr=False)

@@ -35,7 +35,7 @@ from workers.wire.messages import (
     Output,
 )
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 #: Seconds that one short call (everything but `events`) may take.
 CALL_DEADLINE_S = 20.0
@@ -66,7 +66,7 @@ class AgentDead(FleetError):  # noqa: N818 - as above
 
 
 class AgentCalls(Protocol):
-    """One agent over some transport, for one coordinator's reign."""
+    """One agent over some transport, for one coordinator's epoch."""
 
     async def call(self, name: CallName, *arguments: Any, large: bool = False) -> Any:
         """Send one call of `workers.wire.messages` and return its answer, both in plain containers.
@@ -135,11 +135,11 @@ async def poll_agent(
             await sink(WorkerGone(name, hello.incarnation if hello else "", str(error)))
             return
         except NotKnownError as error:
-            log.warning("%s; it is greeted again", error)
+            _log.warning("%s; it is greeted again", error)
             await asyncio.sleep(GREET_AGAIN_S)
         except AgentUnavailable as error:
             if pause_s == 0.0:
-                log.warning("worker %s does not answer: %s", name, error)
+                _log.warning("worker %s does not answer: %s", name, error)
                 await sink(WorkerSilent(name, hello.incarnation if hello else "", str(error)))
             pause_s = min(max(pause_s * 2, RETRY_FIRST_S), RETRY_LONGEST_S)
             await asyncio.sleep(pause_s)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.cache.catalog.database import Database, conflicts, paths, reading, refs, slices
+from infra.cache.catalog.database import Database, chunked, conflicts, paths, reading, refs
 from infra.cache.errors import ClosureTooLargeError
 from infra.nix.errors import FormatError
 from infra.nix.store_path import HASH_PART_LENGTH, StoreDir
@@ -107,7 +107,7 @@ class Catalog:
                 if claims.get(row.store_path, row.nar_hash) != row.nar_hash
             ]
             known: set[tuple[int, str]] = set()
-            for some in slices([row.serial for row in other]):
+            for some in chunked([row.serial for row in other]):
                 question = sa.select(conflicts.c.serial, conflicts.c.nar_hash).where(conflicts.c.serial.in_(some))
                 known.update((serial, nar_hash) for serial, nar_hash in await connection.execute(question))
         return {row.store_path: (row.serial, claims[row.store_path]) in known for row in other}
@@ -155,7 +155,7 @@ class Catalog:
         hash_parts = self.hash_parts(asked)
         reached: dict[int, Row] = {}
         async with reading(self.database) as connection:
-            for some in slices(hash_parts):
+            for some in chunked(hash_parts):
                 if not recursive:
                     reached.update({row.serial: row for row in (await self.rows(connection, some)).values()})
                 elif at_most is not None:
@@ -176,7 +176,7 @@ class Catalog:
             raise ClosureTooLargeError(f"{len(asked)} paths were asked for at once; the limit is {MAX_CLOSURE}")
         reached: dict[str, Row] = {}
         async with reading(self.database) as connection:
-            for some in slices(self.hash_parts(asked)):
+            for some in chunked(self.hash_parts(asked)):
                 rows = await self._reach(connection, some)
                 reached.update((row.store_path, row) for row in rows.values())
         here = {row.store_path for row in await self.fetchable(reached.values())}
@@ -210,7 +210,7 @@ class Catalog:
     async def rows(self, connection: AsyncConnection, hash_parts: Sequence[str]) -> dict[str, Row]:
         """Return the rows that there are, tombstoned or not, by hash part."""
         found: dict[str, Row] = {}
-        for some in slices(hash_parts):
+        for some in chunked(hash_parts):
             question = sa.select(*_ROW_COLUMNS).where(paths.c.hash_part.in_(some))
             for values in await connection.execute(question):
                 row = Row(*values)
@@ -266,7 +266,7 @@ class Catalog:
         level: list[int] = list(found)
         while level and len(found) < at_most:
             further: dict[int, Row] = {}
-            for some in slices(level):
+            for some in chunked(level):
                 question = (
                     sa.select(*_ROW_COLUMNS)
                     .where(paths.c.serial.in_(sa.select(refs.c.reference).where(refs.c.referrer.in_(some))))

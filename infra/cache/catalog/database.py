@@ -7,7 +7,7 @@
     roots         what keeps paths: pins, submissions, pushes, leases; `expires_at` null is without end
     root_paths    which paths each root names, by hash part: also paths that are not published (yet)
     deletions     objects that are being deleted (`done_at` null), and for a day those that were
-    reign         one row: which coordinator may write (`Reign`)
+    reign         one row: which coordinator may write (`FencingToken`)
 
 `serial` rises with publication, and a path is published after (or with, and then behind) all that it refers to: by
 serial order *is* references first. Collecting garbage keeps that true, since it deletes a path only with all that
@@ -43,7 +43,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from infra.cache.catalog.migrate import migrate, refuse_newer
-from infra.cache.errors import MetadataBusyError, MetadataError, ReignOverError
+from infra.cache.errors import CacheFencedError, MetadataBusyError, MetadataError
 from infra.database import IDLE_IN_TRANSACTION_MS, PATIENCE_S, POSTGRES_CONNECT, may_pass, reason
 from infra.retry import Patience
 
@@ -162,7 +162,7 @@ deletions = sa.Table(
     sqlite_autoincrement=True,
 )
 
-reign = sa.Table(
+fencing = sa.Table(
     "reign",
     metadata,
     sa.Column("journal", sa.BigInteger, primary_key=True, autoincrement=False),
@@ -171,10 +171,10 @@ reign = sa.Table(
 
 
 @dataclass(frozen=True, slots=True)
-class Reign:
-    """Whose word counts: the reign `epoch` over the journal with the random number `journal`.
+class FencingToken:
+    """Right to write: the `epoch` of the journal with the random number `journal`.
 
-    A later reign over the same journal fences out an earlier one. A cache that is given to another journal has no
+    A later epoch of the same journal fences out an earlier one. A cache that is given to another journal has no
     memory of the one before.
     """
 
@@ -194,33 +194,33 @@ class Database:
     #: Why nothing can be read or written at the moment, "" while all is well.
     trouble: str = ""
     #: Under which every transaction writes; None: no writer is fenced out.
-    reign: Reign | None = None
+    fence: FencingToken | None = None
 
     async def close(self) -> None:
         """Close all connections."""
         await self.engine.dispose()
 
 
-def alive(now: float) -> sa.ColumnElement[bool]:
+def not_expired(now: float) -> sa.ColumnElement[bool]:
     """Return the condition on `roots` that a root keeps what it names at `now`."""
     return roots.c.expires_at.is_(None) | (roots.c.expires_at > now)
 
 
-async def open_metadata(url: str, reign: Reign | None = None) -> Database:
+async def open_metadata(url: str, fence: FencingToken | None = None) -> Database:
     """Return a database whose schema is this release's, made or migrated if need be.
 
     Args:
         url: `sqlite+aiosqlite:///FILE` or `postgresql+psycopg://USER:PASSWORD@HOST/DATABASE`.
-        reign: begins here; from now on earlier ones write nothing.
+        fence: its epoch begins here; from now on earlier ones write nothing.
 
     Raises:
-        ReignOverError: a later reign has begun.
+        CacheFencedError: a later epoch has begun.
         SchemaTooNewError: a newer release wrote it; nothing was touched.
         MetadataBusyError: another process kept it locked.
         MetadataError: it cannot be opened.
     """
     with database_errors():
-        database = Database(_engine(url), asyncio.Lock(), reign=reign)
+        database = Database(_engine(url), asyncio.Lock(), fence=fence)
     try:
         async with reading(database) as connection:
             await connection.run_sync(refuse_newer)
@@ -230,8 +230,8 @@ async def open_metadata(url: str, reign: Reign | None = None) -> Database:
                 await _make_schema(connection)
         async with _transaction(database) as connection:
             await connection.run_sync(migrate)
-            if reign is not None:
-                await _begin_reign(connection, reign)
+            if fence is not None:
+                await _begin_epoch(connection, fence)
     except BaseException:
         await database.close()
         raise
@@ -273,11 +273,11 @@ async def reading(database: Database) -> AsyncIterator[AsyncConnection]:
 async def writing(database: Database) -> AsyncIterator[AsyncConnection]:
     """Give a writing transaction, exclusive among the cache's writers; it commits when left without an error.
 
-    Raises `ReignOverError` where the database's reign is over.
+    Raises `CacheFencedError` where a later epoch than the database's has begun.
     """
     async with _transaction(database) as connection:
-        if database.reign is not None and await _reigning(connection) != database.reign:
-            raise ReignOverError("another coordinator has taken over the cache; nothing was written")
+        if database.fence is not None and await _current_token(connection) != database.fence:
+            raise CacheFencedError("another coordinator has taken over the cache; nothing was written")
         yield connection
 
 
@@ -319,17 +319,17 @@ async def _enter(
             return connection
 
 
-async def _reigning(connection: AsyncConnection) -> Reign | None:
-    row = (await connection.execute(sa.select(reign))).one_or_none()
-    return None if row is None else Reign(row.journal, row.epoch)
+async def _current_token(connection: AsyncConnection) -> FencingToken | None:
+    row = (await connection.execute(sa.select(fencing))).one_or_none()
+    return None if row is None else FencingToken(row.journal, row.epoch)
 
 
-async def _begin_reign(connection: AsyncConnection, new: Reign) -> None:
-    now = await _reigning(connection)
+async def _begin_epoch(connection: AsyncConnection, new: FencingToken) -> None:
+    now = await _current_token(connection)
     if now is not None and now.journal == new.journal and now.epoch > new.epoch:
-        raise ReignOverError("another coordinator has taken over the cache; nothing was written")
-    await connection.execute(reign.delete())
-    await connection.execute(reign.insert().values(journal=new.journal, epoch=new.epoch))
+        raise CacheFencedError("another coordinator has taken over the cache; nothing was written")
+    await connection.execute(fencing.delete())
+    await connection.execute(fencing.insert().values(journal=new.journal, epoch=new.epoch))
 
 
 def lock_key(purpose: str) -> sa.ColumnElement[int]:
@@ -337,7 +337,7 @@ def lock_key(purpose: str) -> sa.ColumnElement[int]:
     return sa.func.hashtextextended(f"drover cache {purpose} " + sa.func.current_schema(), 0)
 
 
-def slices(values: Sequence[_T], size: int = MAX_IN) -> Iterable[Sequence[_T]]:
+def chunked(values: Sequence[_T], size: int = MAX_IN) -> Iterable[Sequence[_T]]:
     """Cut `values` into parts that one statement takes."""
     return (values[start : start + size] for start in range(0, len(values), size))
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.cache.catalog.database import conflicts, deletions, paths, slices
+from infra.cache.catalog.database import chunked, conflicts, deletions, paths
 
 #: How long a deletion that is done is remembered.
 FORGOTTEN_AFTER_S = 86_400.0
@@ -26,22 +26,22 @@ PUBLISH_WITHIN_S = 43_200.0
 async def deleted(connection: AsyncConnection, urls: Collection[str]) -> dict[str, int | None]:
     """Return, for objects with an entry, which deletion of the key it was; None while it is not done."""
     found: dict[str, int | None] = {}
-    for some in slices(sorted(urls)):
+    for some in chunked(sorted(urls)):
         question = sa.select(deletions).where(deletions.c.url.in_(some))
         for row in await connection.execute(question):
             found[row.url] = None if row.done_at is None else row.serial
     return found
 
 
-def endangered(before: Mapping[str, int | None], now: Mapping[str, int | None]) -> set[str]:
+def maybe_deleted(before: Mapping[str, int | None], now: Mapping[str, int | None]) -> set[str]:
     """Return the objects that may be gone although they were verified in between the two answers of `deleted`."""
     return {url for url, deletion in now.items() if deletion is None or before.get(url) != deletion}
 
 
-async def unnamed(connection: AsyncConnection, sizes: Mapping[str, int]) -> dict[str, int]:
+async def unreferenced_objects(connection: AsyncConnection, sizes: Mapping[str, int]) -> dict[str, int]:
     """Return those objects (with sizes) that no row names and whose deletion is not written down."""
     free = dict(sizes)
-    for some in slices(sorted(sizes)):
+    for some in chunked(sorted(sizes)):
         named = [sa.select(table.c.url).where(table.c.url.in_(some)) for table in (paths, conflicts)]
         waiting = sa.select(deletions.c.url).where(deletions.c.url.in_(some), deletions.c.done_at.is_(None))
         for question in (*named, waiting):
@@ -50,13 +50,13 @@ async def unnamed(connection: AsyncConnection, sizes: Mapping[str, int]) -> dict
     return free
 
 
-async def doom(connection: AsyncConnection, sizes: Mapping[str, int]) -> dict[str, int]:
+async def schedule_deletion(connection: AsyncConnection, sizes: Mapping[str, int]) -> dict[str, int]:
     """Write down those objects (with sizes) that nothing names; they may then be deleted. Returns them.
 
     To be called inside the writing transaction that took away what named them.
     """
-    free = await unnamed(connection, sizes)
-    for some in slices(sorted(free)):
+    free = await unreferenced_objects(connection, sizes)
+    for some in chunked(sorted(free)):
         # One that came back after an earlier deletion gets a new entry.
         await connection.execute(deletions.delete().where(deletions.c.url.in_(some)))
         await connection.execute(deletions.insert(), [{"url": url, "file_size": free[url]} for url in some])

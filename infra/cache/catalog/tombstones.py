@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.cache.catalog.database import paths, refs, slices
+from infra.cache.catalog.database import chunked, paths, refs
 
 
 async def revive(connection: AsyncConnection, serials: Sequence[int]) -> set[int]:
@@ -23,7 +23,7 @@ async def revive(connection: AsyncConnection, serials: Sequence[int]) -> set[int
     """
     revived: set[int] = set()
     dead = paths.c.tombstoned_at.is_not(None)
-    for some in slices(serials):
+    for some in chunked(serials):
         reach = sa.select(paths.c.serial).where(paths.c.serial.in_(some), dead).cte("reach", recursive=True)
         reach = reach.union(
             sa.select(paths.c.serial)
@@ -32,7 +32,7 @@ async def revive(connection: AsyncConnection, serials: Sequence[int]) -> set[int
             .where(dead)
         )
         found = (await connection.execute(sa.select(reach.c.serial))).scalars().all()
-        for part in slices(found):
+        for part in chunked(found):
             await connection.execute(paths.update().where(paths.c.serial.in_(part)).values(tombstoned_at=None))
         revived.update(found)
     return revived

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache.catalog.catalog import Catalog, Row
 from infra.cache.catalog.database import conflicts, paths, reading, refs, writing
-from infra.cache.catalog.deletions import PUBLISH_WITHIN_S, deleted, endangered
+from infra.cache.catalog.deletions import PUBLISH_WITHIN_S, deleted, maybe_deleted
 from infra.cache.catalog.tombstones import revive
 from infra.cache.publishing.claims import (
     AlreadyPublished,
@@ -93,7 +93,7 @@ class Publisher:
                 sealed[candidate.store_path] = result
         proven = [candidate for candidate in sound if candidate.store_path not in outcomes]
         async with writing(self._catalog.database) as connection:
-            gone = endangered(before, await deleted(connection, {candidate.url for candidate in proven}))
+            gone = maybe_deleted(before, await deleted(connection, {candidate.url for candidate in proven}))
             too_late = self._catalog.now() - began > PUBLISH_WITHIN_S
             for candidate in proven:
                 if candidate.store_path in sealed and (too_late or candidate.url in gone):

@@ -27,7 +27,7 @@ from typing import Final, Protocol
 import sqlalchemy as sa
 
 from infra.cache.catalog.catalog import Catalog
-from infra.cache.catalog.database import conflicts, paths, reading, realisations, refs, slices, writing
+from infra.cache.catalog.database import chunked, conflicts, paths, reading, realisations, refs, writing
 from infra.cache.publishing.claims import Candidate
 from infra.cache.publishing.publisher import repoint
 from infra.cache.publishing.signer import Signer
@@ -288,12 +288,12 @@ class Fsck:
             rows = (await connection.execute(columns.where(paths.c.serial.in_(sa.select(reach.c.serial))))).all()
             names = {row.serial: row.store_path for row in rows}
             serials = sorted(names, reverse=True)
-            for some in slices(serials):
+            for some in chunked(serials):
                 named = [names[serial] for serial in some]
                 await connection.execute(realisations.delete().where(realisations.c.out_path.in_(named)))
                 await connection.execute(conflicts.delete().where(conflicts.c.serial.in_(some)))
                 await connection.execute(refs.delete().where(refs.c.referrer.in_(some)))
-            for some in slices(serials):
+            for some in chunked(serials):
                 await connection.execute(paths.delete().where(paths.c.serial.in_(some)))
         self._catalog.forget((row.hash_part, row.url) for row in rows)
         report.hidden += 1

@@ -38,24 +38,24 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from infra.cache.catalog.catalog import Catalog
 from infra.cache.catalog.database import (
     Database,
-    alive,
+    chunked,
     conflicts,
     deletions,
     lock_key,
+    not_expired,
     paths,
     reading,
     realisations,
     refs,
     root_paths,
     roots,
-    slices,
     writing,
 )
-from infra.cache.catalog.deletions import FORGOTTEN_AFTER_S, doom, unnamed
+from infra.cache.catalog.deletions import FORGOTTEN_AFTER_S, schedule_deletion, unreferenced_objects
 from infra.cache.catalog.tombstones import revive
 from infra.cache.errors import CollectorBusyError
 from infra.cache.retention.mark_phase import Survey
-from infra.cache.retention.reachability import settled
+from infra.cache.retention.reachability import removable_together
 from infra.cache.retention.roots import RankedRoot
 from infra.objects.errors import ObjectStoreError
 from infra.objects.store import sweep_incoming
@@ -130,7 +130,7 @@ class Collector:
 
     async def collect(self, plan: CollectPlan) -> CollectReport:
         """See `Cache.collect`."""
-        async with self._collecting, alone(self._catalog.database) as check:
+        async with self._collecting, collector_lock(self._catalog.database) as check:
             collection = _Collection(self._catalog, plan, check)
             await (collection.rehearse() if plan.dry_run else collection.run())
             return collection.report
@@ -142,12 +142,12 @@ class Collector:
             if (await connection.execute(waiting)).first() is None:
                 return
         with suppress(CollectorBusyError):
-            async with self._collecting, alone(self._catalog.database) as check:
+            async with self._collecting, collector_lock(self._catalog.database) as check:
                 await _Collection(self._catalog, CollectPlan(), check).erase()
 
 
 @asynccontextmanager
-async def alone(database: Database) -> AsyncIterator[Callable[[], Awaitable[object]]]:
+async def collector_lock(database: Database) -> AsyncIterator[Callable[[], Awaitable[object]]]:
     """Keep other processes from collecting; gives a question that fails once that is not sure any more.
 
     Raises:
@@ -187,7 +187,7 @@ class _Collection:
         """Find out what `run` would do."""
         report, plan = self.report, self._plan
         async with reading(self._catalog.database) as connection:
-            lapsed = sa.select(sa.func.count()).select_from(roots).where(~alive(self._began))
+            lapsed = sa.select(sa.func.count()).select_from(roots).where(~not_expired(self._began))
             report.lapsed_roots = (await connection.execute(lapsed)).scalar_one()
             waiting = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(deletions.c.file_size), 0))
             row = (await connection.execute(waiting.where(deletions.c.done_at.is_(None)))).one()
@@ -211,17 +211,17 @@ class _Collection:
         with report.phase("expire"):
             await self._make_room(survey.expiring)
         with report.phase("revive"):
-            for some in slices(survey.marks.to_revive(), BATCH):
+            for some in chunked(survey.marks.to_revive(), BATCH):
                 async with writing(self._catalog.database) as connection:
                     revived = await revive(connection, some)
                 report.revived += len(revived)
         with report.phase("delete"):
             before = self._began - plan.grace_s
-            for some in slices(survey.marks.to_delete(before), BATCH):
+            for some in chunked(survey.marks.to_delete(before), BATCH):
                 report.deleted_paths += await self._delete(some, before)
         await self.erase()
         with report.phase("tombstone"):
-            for some in slices(survey.marks.to_tombstone(), BATCH):
+            for some in chunked(survey.marks.to_tombstone(), BATCH):
                 report.tombstoned += await self._tombstone(some)
         await self._sweep()
         with report.phase("forget"):
@@ -278,7 +278,7 @@ class _Collection:
         """End the roots whose time is over."""
         while True:
             async with writing(self._catalog.database) as connection:
-                over = sa.select(roots.c.id).where(~alive(self._catalog.now())).limit(ROOTS_AT_ONCE)
+                over = sa.select(roots.c.id).where(~not_expired(self._catalog.now())).limit(ROOTS_AT_ONCE)
                 some = (await connection.execute(over)).scalars().all()
                 await connection.execute(roots.delete().where(roots.c.id.in_(some)))
             self.report.lapsed_roots += len(some)
@@ -288,7 +288,7 @@ class _Collection:
     async def _make_room(self, expiring: Sequence[RankedRoot]) -> None:
         """End roots for which there is no room, but those that were kept again since they were looked at."""
         expired: list[str] = []
-        for some in slices(expiring, ROOTS_AT_ONCE):
+        for some in chunked(expiring, ROOTS_AT_ONCE):
             async with writing(self._catalog.database) as connection:
                 for root in some:
                     seen = (roots.c.id == root.id) & (roots.c.kept_at == root.kept_at)
@@ -327,7 +327,7 @@ class _Collection:
             await connection.execute(conflicts.delete().where(conflicts.c.serial.in_(going)))
             await connection.execute(refs.delete().where(refs.c.referrer.in_(going)))
             await connection.execute(paths.delete().where(paths.c.serial.in_(going)))
-            await doom(connection, objects)
+            await schedule_deletion(connection, objects)
         self._catalog.forget((rows[serial].hash_part, rows[serial].url) for serial in going)
         return len(going)
 
@@ -336,13 +336,13 @@ class _Collection:
     ) -> list[int]:
         """Return those of some paths (by serial) that no root names, and no `counted` path but such as go too."""
         question = sa.select(root_paths.c.hash_part).join(roots, roots.c.id == root_paths.c.root)
-        question = question.where(root_paths.c.hash_part.in_(hash_parts.values()), alive(self._catalog.now()))
+        question = question.where(root_paths.c.hash_part.in_(hash_parts.values()), not_expired(self._catalog.now()))
         kept = self._also.union((await connection.execute(question)).scalars())
         edges = sa.select(refs.c.reference, refs.c.referrer).join(paths, paths.c.serial == refs.c.referrer)
         edges = edges.where(refs.c.reference.in_(hash_parts), refs.c.referrer != refs.c.reference, counted)
         named = {serial for serial, hash_part in hash_parts.items() if hash_part in kept}
         needing = [(reference, referrer) for reference, referrer in await connection.execute(edges)]
-        return settled(sorted(hash_parts, reverse=True), named, needing)
+        return removable_together(sorted(hash_parts, reverse=True), named, needing)
 
     async def _sweep(self) -> None:
         """Delete objects that no row names, and what is left of uploads."""
@@ -366,8 +366,8 @@ class _Collection:
         if not batch:
             return
         async with reading(self._catalog.database) as connection:
-            orphans = await unnamed(connection, batch)
+            orphans = await unreferenced_objects(connection, batch)
         if orphans and not self._plan.dry_run:
             async with writing(self._catalog.database) as connection:
-                orphans = await doom(connection, orphans)
+                orphans = await schedule_deletion(connection, orphans)
         self.report.orphans += len(orphans)

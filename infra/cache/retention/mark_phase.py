@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache.catalog.catalog import Catalog
-from infra.cache.catalog.database import alive, conflicts, paths, reading, refs, root_paths, roots, slices
+from infra.cache.catalog.database import chunked, conflicts, not_expired, paths, reading, refs, root_paths, roots
 from infra.cache.retention.reachability import Marks, within_budget
 from infra.cache.retention.roots import LEASE, PIN, RankedRoot, by_use
 
@@ -71,12 +71,12 @@ class Survey:
             sa.select(root_paths.c.root, root_paths.c.hash_part, paths.c.serial)
             .join(roots, roots.c.id == root_paths.c.root)
             .join(paths, paths.c.hash_part == root_paths.c.hash_part)
-            .where(alive(self._now))
+            .where(not_expired(self._now))
         )
         async for page in _pages(connection, question, root_paths.c.root, root_paths.c.hash_part):
             for root, _, serial in page:
                 self.marks.mark(serial, ranks.get(root, 0))
-        for some in slices(self._catalog.hash_parts(also)):
+        for some in chunked(self._catalog.hash_parts(also)):
             named = sa.select(paths.c.serial).where(paths.c.hash_part.in_(some))
             for serial in (await connection.execute(named)).scalars():
                 self.marks.mark(serial, 0)

@@ -100,7 +100,7 @@ def within_budget(added: Iterable[int], max_bytes: int) -> int:
     return UNREACHED
 
 
-def settled(falling: Iterable[int], named: set[int], referrers: Iterable[tuple[int, int]]) -> list[int]:
+def removable_together(falling: Iterable[int], named: set[int], referrers: Iterable[tuple[int, int]]) -> list[int]:
     """Return those of some paths that can go together because nothing that stays needs them.
 
     Args:

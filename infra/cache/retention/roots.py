@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache.catalog.catalog import Catalog
-from infra.cache.catalog.database import alive, paths, reading, refs, root_paths, roots, slices, writing
+from infra.cache.catalog.database import chunked, not_expired, paths, reading, refs, root_paths, roots, writing
 from infra.cache.catalog.tombstones import revive
 from infra.objects.errors import CacheError
 
@@ -86,7 +86,7 @@ class Roots:
             now = self._catalog.now()
             # What an expired lease named need not be there any more: it begins anew.
             mine = (roots.c.kind == LEASE) & (roots.c.name == holder)
-            await connection.execute(roots.delete().where(mine & ~alive(now)))
+            await connection.execute(roots.delete().where(mine & ~not_expired(now)))
             before = (await connection.execute(sa.select(roots.c.expires_at).where(mine))).scalar_one_or_none()
             root = await _write(connection, LEASE, holder, now, max(now + ttl_s, before or 0.0))
             await _name(connection, root, hash_parts, only=False)
@@ -98,7 +98,7 @@ class Roots:
         """See `Cache.renew`."""
         async with writing(self._catalog.database) as connection:
             now = self._catalog.now()
-            mine = (roots.c.kind == LEASE) & (roots.c.name == holder) & alive(now)
+            mine = (roots.c.kind == LEASE) & (roots.c.name == holder) & not_expired(now)
             later = sa.case((roots.c.expires_at > now + ttl_s, roots.c.expires_at), else_=now + ttl_s)
             renewed = await connection.execute(roots.update().where(mine).values(expires_at=later))
         return renewed.rowcount > 0
@@ -122,7 +122,7 @@ class Roots:
 
     async def drop_lapsed_leases(self) -> None:
         """See `Cache.drop_lapsed_leases`."""
-        lapsed = sa.select(roots.c.id).where((roots.c.kind == LEASE) & ~alive(self._catalog.now()))
+        lapsed = sa.select(roots.c.id).where((roots.c.kind == LEASE) & ~not_expired(self._catalog.now()))
         while True:
             async with reading(self._catalog.database) as connection:
                 some = (await connection.execute(lapsed.limit(LEASES_AT_ONCE))).scalars().all()
@@ -130,7 +130,7 @@ class Roots:
                 return
             async with writing(self._catalog.database) as connection:
                 # One may have been taken again meanwhile.
-                await connection.execute(roots.delete().where(roots.c.id.in_(some) & ~alive(self._catalog.now())))
+                await connection.execute(roots.delete().where(roots.c.id.in_(some) & ~not_expired(self._catalog.now())))
 
     async def living(self) -> list[RootRow]:
         """See `Cache.roots`."""
@@ -144,7 +144,7 @@ class Roots:
         """See `Cache.touch`."""
         async with writing(self._catalog.database) as connection:
             now = self._catalog.now()
-            for some in slices(sorted(hash_parts)):
+            for some in chunked(sorted(hash_parts)):
                 stale = paths.c.hash_part.in_(some) & (paths.c.last_used_at < now - TOUCH_RESOLUTION_S)
                 await connection.execute(paths.update().where(stale).values(last_used_at=now))
 
@@ -169,7 +169,7 @@ class Roots:
         frontier = [serial]
         while frontier and len(met) < MAX_KEEPERS and len(towards) < MAX_REFERRERS:
             reached: list[int] = []
-            for some in slices(frontier):
+            for some in chunked(frontier):
                 naming = _naming(self._catalog.now()).join(paths, paths.c.hash_part == root_paths.c.hash_part)
                 question = naming.add_columns(paths.c.serial).where(paths.c.serial.in_(some))
                 for root in await connection.execute(question):
@@ -201,7 +201,7 @@ def by_use(now: float) -> sa.Select[tuple[int, str, str, float, float, float | N
         sa.select(*columns, sa.func.count(root_paths.c.hash_part).label("paths"), used_at)
         .outerjoin(root_paths, root_paths.c.root == roots.c.id)
         .outerjoin(paths, paths.c.hash_part == root_paths.c.hash_part)
-        .where(alive(now))
+        .where(not_expired(now))
         .group_by(*columns)
         .order_by(used_at.desc(), roots.c.id.desc())
     )
@@ -209,7 +209,12 @@ def by_use(now: float) -> sa.Select[tuple[int, str, str, float, float, float | N
 
 def _naming(now: float) -> sa.Select[tuple[int, str, str, float | None]]:
     columns = (roots.c.id, roots.c.kind, roots.c.name, roots.c.expires_at)
-    return sa.select(*columns).join(root_paths, root_paths.c.root == roots.c.id).where(alive(now)).order_by(roots.c.id)
+    return (
+        sa.select(*columns)
+        .join(root_paths, root_paths.c.root == roots.c.id)
+        .where(not_expired(now))
+        .order_by(roots.c.id)
+    )
 
 
 def _checked(kind: str, name: str, hash_parts: list[str]) -> list[str]:
@@ -241,16 +246,16 @@ async def _name(connection: AsyncConnection, root: int, hash_parts: Sequence[str
         named.update(some)
         await asyncio.sleep(0)
     new = [hash_part for hash_part in hash_parts if hash_part not in named]
-    for some in slices(new, NAMED_AT_ONCE):
+    for some in chunked(new, NAMED_AT_ONCE):
         await connection.execute(root_paths.insert(), [{"root": root, "hash_part": hash_part} for hash_part in some])
     if only:
-        for some in slices(sorted(named.difference(hash_parts))):
+        for some in chunked(sorted(named.difference(hash_parts))):
             gone = (root_paths.c.root == root) & root_paths.c.hash_part.in_(some)
             await connection.execute(root_paths.delete().where(gone))
 
 
 async def _revive_named(connection: AsyncConnection, hash_parts: Sequence[str]) -> None:
-    for some in slices(hash_parts):
+    for some in chunked(hash_parts):
         dead = paths.c.hash_part.in_(some) & paths.c.tombstoned_at.is_not(None)
         found = (await connection.execute(sa.select(paths.c.serial).where(dead))).scalars().all()
         await revive(connection, found)
@@ -265,7 +270,7 @@ def _way(towards: dict[int, int], serial: int) -> list[int]:
 
 async def _store_paths(connection: AsyncConnection, serials: Collection[int]) -> dict[int, str]:
     names: dict[int, str] = {}
-    for some in slices(sorted(serials)):
+    for some in chunked(sorted(serials)):
         question = sa.select(paths.c.serial, paths.c.store_path).where(paths.c.serial.in_(some))
         names.update((serial, store_path) for serial, store_path in await connection.execute(question))
     return names

@@ -48,7 +48,7 @@ from infra.upload.protocol import (
     Begun,
     Commit,
     Committed,
-    KeepWish,
+    KeepRequest,
     Parts,
     PathClaim,
     SendRoute,
@@ -156,14 +156,14 @@ class Uploads:
 
     # Beginning and ending.
 
-    async def begin(self, sender: Sender, wish: Begin) -> Begun:
+    async def begin(self, sender: Sender, request: Begin) -> Begun:
         """Protect every named path from collection, and say what must be sent, and how.
 
         Raises:
             UploadError: the sender may not, a name is no path of the store, or too much is under way.
             MetadataError: the database failed.
         """
-        claims = {claim.path: claim for claim in wish.paths}
+        claims = {claim.path: claim for claim in request.paths}
         for name in claims:
             self._check_name(sender, name)
         self._expire()
@@ -243,12 +243,12 @@ class Uploads:
 
     # Straight to the store.
 
-    async def urls(self, sender: Sender, name: str, wish: UrlsWanted) -> dict[str, str]:
+    async def urls(self, sender: Sender, name: str, request: UrlsWanted) -> dict[str, str]:
         """Return path -> address for a small object. Raises `UploadError`, `ObjectStoreError`."""
         upload = self._find(sender, name)
         direct = self._needs_direct()
-        keys = [staged_key(self._slot(sender, self._claim(upload, path))) for path in wish.paths]
-        return dict(zip(wish.paths, await direct.put_urls(keys), strict=True))
+        keys = [staged_key(self._slot(sender, self._claim(upload, path))) for path in request.paths]
+        return dict(zip(request.paths, await direct.put_urls(keys), strict=True))
 
     async def parts(self, sender: Sender, name: str, path: str, numbers: range) -> Parts:
         """Return addresses of parts of an object, and which are there. Raises `UploadError`, `ObjectStoreError`."""
@@ -298,7 +298,7 @@ class Uploads:
 
     # Committing.
 
-    async def commit(self, sender: Sender, name: str, wish: Commit) -> Committed:
+    async def commit(self, sender: Sender, name: str, request: Commit) -> Committed:
         """Put what was sent in its place and publish it together; one verdict for each path.
 
         May be repeated: what is in its place already is not asked for again.
@@ -308,7 +308,7 @@ class Uploads:
             CacheError: the database failed; nothing of it is visible.
         """
         upload = self._find(sender, name)
-        claims = [self._claim(upload, sent.path) for sent in wish.sent]
+        claims = [self._claim(upload, sent.path) for sent in request.sent]
         placed: dict[str, SendVerdict] = {}
 
         async def place(claim: PathClaim, sent: SentPath) -> None:
@@ -316,32 +316,32 @@ class Uploads:
                 placed[claim.path] = await self._place(sender, upload, claim, sent)
 
         async with asyncio.TaskGroup() as tasks:
-            for claim, sent in zip(claims, wish.sent, strict=True):
+            for claim, sent in zip(claims, request.sent, strict=True):
                 tasks.create_task(place(claim, sent))
         if sender.publishes:
             stored = [
                 (claim, sent)
-                for claim, sent in zip(claims, wish.sent, strict=True)
+                for claim, sent in zip(claims, request.sent, strict=True)
                 if placed[claim.path].status is SendStatus.STORED
             ]
             candidates = [self._candidate(claim, sent, placed[claim.path].url) for claim, sent in stored]
-            await self._keep(name, upload, wish.keep)
+            await self._keep(name, upload, request.keep)
             pulled = await self._pulls.pull({upload.claims[path]: up for path, up in upload.elsewhere.items()})
             outcomes = (await self._cache.publish([*pulled, *candidates]))[len(pulled) :]
             for (claim, _), outcome in zip(stored, outcomes, strict=True):
                 placed[claim.path] = _verdict(claim.path, outcome, placed[claim.path].url)
         return Committed(verdicts=tuple(placed[claim.path] for claim in claims))
 
-    async def _keep(self, name: str, upload: _Upload, wish: KeepWish | None) -> None:
+    async def _keep(self, name: str, upload: _Upload, request: KeepRequest | None) -> None:
         """Make what is published a root, before it is: as the sender wishes, or all of it for the retention."""
-        if wish is None:
+        if request is None:
             named = [self._full(path) for path in upload.claims]
             await self._cache.keep(PUSH, name, named, self._expiry(self._now()))
             return
-        for path in wish.paths:
+        for path in request.paths:
             self._claim(upload, path)
-        expires_at = self._now() + wish.days * DAY_S if wish.days else None
-        await self._cache.keep(PUSH, wish.name, [self._full(path) for path in wish.paths], expires_at)
+        expires_at = self._now() + request.days * DAY_S if request.days else None
+        await self._cache.keep(PUSH, request.name, [self._full(path) for path in request.paths], expires_at)
 
     def _candidate(self, claim: PathClaim, sent: SentPath, url: str) -> Candidate:
         return Candidate(

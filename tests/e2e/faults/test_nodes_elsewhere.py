@@ -68,7 +68,7 @@ class Apart(Hurt):
     def stop(self) -> None:
         # Twice: what is left to build is of no interest.
         for program in (self.left, self.right):
-            program.hurry()
+            program.force_stop()
         self.farm.stop()
         self.elsewhere.head.stop()
 

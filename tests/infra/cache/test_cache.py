@@ -124,10 +124,10 @@ async def test_a_path_is_published_only_after_all_it_refers_to(cache: Cache) -> 
         await candidate(cache, B, references=[A]),
         await candidate(cache, C, references=[B, C]),
     )
-    (alone,) = await cache.publish([c])
-    assert reason(alone) is RejectReason.MISSING_REFERENCES
-    assert isinstance(alone, Rejected)
-    assert alone.missing == (base_name(B),)
+    (refused,) = await cache.publish([c])
+    assert reason(refused) is RejectReason.MISSING_REFERENCES
+    assert isinstance(refused, Rejected)
+    assert refused.missing == (base_name(B),)
     assert not await visible(cache, C)
     assert await cache.publish([c, b, a]) == [Published(C), Published(B), Published(A)]
     narinfos, missing = await cache.closure([C, LOST, "/elsewhere/x"])

@@ -12,7 +12,7 @@ import pytest
 from infra.cache.cache import Cache
 from infra.cache.errors import CollectorBusyError
 from infra.cache.publishing.claims import AlreadyPublished, Conflict, Published, Rejected, RejectReason
-from infra.cache.retention.collector import CollectPlan, alone
+from infra.cache.retention.collector import CollectPlan, collector_lock
 from infra.objects.errors import CacheError
 from tests.support.cache import base_name, candidate, object_file, open_cache, publish, store_path
 
@@ -259,7 +259,7 @@ async def test_one_process_collects_at_a_time(tmp_path: Path, postgres_url: str)
         open_cache(tmp_path, database_url=postgres_url) as one,
         open_cache(tmp_path, database_url=postgres_url) as other,
     ):
-        async with alone(one._catalog.database):
+        async with collector_lock(one._catalog.database):
             with pytest.raises(CollectorBusyError):
                 await other.collect(AT_ONCE)
         await other.collect(AT_ONCE)

@@ -15,9 +15,9 @@ from alembic.migration import MigrationContext
 from sqlalchemy.engine import Connection
 
 from infra.cache.catalog import database as metadata_module
-from infra.cache.catalog.database import Database, Reign, metadata, open_metadata, paths, reading, writing
+from infra.cache.catalog.database import Database, FencingToken, metadata, open_metadata, paths, reading, writing
 from infra.cache.catalog.migrate import VERSION_TABLE
-from infra.cache.errors import MetadataBusyError, MetadataError, ReignOverError, SchemaTooNewError
+from infra.cache.errors import CacheFencedError, MetadataBusyError, MetadataError, SchemaTooNewError
 from tests.support.cache import open_cache, publish, store_path
 from tests.support.ports import free_port
 from tests.support.servers import MortalPostgres
@@ -113,19 +113,19 @@ async def test_what_is_decided_in_a_writing_transaction_is_decided_on_the_presen
 
 
 async def test_whoever_began_an_earlier_reign_writes_nothing_any_more(database_url: str) -> None:
-    first, second = Reign(journal=7, epoch=1), Reign(journal=7, epoch=2)
+    first, second = FencingToken(journal=7, epoch=1), FencingToken(journal=7, epoch=2)
     old, new = await open_metadata(database_url, first), await open_metadata(database_url, second)
-    with pytest.raises(ReignOverError, match="has taken over the cache; nothing was written"):
+    with pytest.raises(CacheFencedError, match="has taken over the cache; nothing was written"):
         async with writing(old):
             pytest.fail("it must not come so far")
-    with pytest.raises(ReignOverError):
+    with pytest.raises(CacheFencedError):
         await open_metadata(database_url, first)
     async with writing(new):
         pass
-    # Another journal knows nothing of the reigns over the first.
-    other = await open_metadata(database_url, Reign(journal=8, epoch=1))
+    # Another journal knows nothing of the epochs of the first.
+    other = await open_metadata(database_url, FencingToken(journal=8, epoch=1))
     for database in (old, new):
-        with pytest.raises(ReignOverError):
+        with pytest.raises(CacheFencedError):
             async with writing(database):
                 pass
         await database.close()
