@@ -123,6 +123,8 @@ class LimitSettings(BaseModel):
     retries_per_hour: Annotated[int, Field(ge=0)] = 200
     #: How long a submission that ended is remembered (`drover status`, `why`, `retry`); 0 is for ever.
     history_days: Annotated[float, Field(ge=0)] = 30.0
+    #: How long build logs are kept, in the object store; 0 is for ever.
+    log_days: Annotated[float, Field(ge=0)] = 90.0
     #: Steps in memory beyond which submissions that ended are forgotten earlier, some 1.7 KB each; 0 is no limit.
     history_steps: Annotated[int, Field(ge=0)] = 200_000
     #: How long a worker, which says something every 10 s, may be silent before its builds are done elsewhere. It is

@@ -32,6 +32,7 @@ from coordinator.engine.compaction import Compactor
 from coordinator.engine.dispatch import Dispatch
 from coordinator.engine.engine import Engine
 from coordinator.engine.expiry import Forgetter
+from coordinator.engine.log_archiver import LogArchiver
 from coordinator.engine.worker_events import FleetSink
 from coordinator.http.api.caches import CachingApi
 from coordinator.http.api.events import WatchStreams
@@ -67,6 +68,7 @@ from coordinator.security.upload_tokens import UploadTokens
 from coordinator.state_lock import StateLock
 from coordinator.stores.derivation_logs import DerivationLogs
 from coordinator.stores.derivations import DerivationStore
+from coordinator.stores.log_archive import LogArchive
 from coordinator.stores.logs import LogStore
 from infra.cache.cache import Cache
 from infra.cache.repair.fsck import RepairSource
@@ -205,7 +207,8 @@ async def _open_stores(stack: AsyncExitStack, settings: Settings, clock: Clock, 
     derivations = DerivationStore.open(settings.database_url("derivations"), settings.store_dir)
     stack.push_async_callback(derivations.close)
     await derivations.prepare()
-    logs = LogStore(settings.state_dir / "logs", settings.limits.log_bytes + LOG_SLACK_BYTES)
+    log_bytes = settings.limits.log_bytes + LOG_SLACK_BYTES
+    logs = LogStore(settings.state_dir / "logs", log_bytes, LogArchive(caches[0].cache.objects, log_bytes))
     stack.push_async_callback(logs.close)
     upload_tokens = UploadTokens(secrets.upload_secret.encode())
     sessions = Sessions(secrets.upload_secret, secrets.api_token)
@@ -296,6 +299,7 @@ class _Work:
     dispatch: Dispatch
     sink: FleetSink
     losses: Losses
+    archiver: LogArchiver
     workers: WorkerSource
     #: Where lost objects are looked for, in order; upstreams are added once they are open.
     repair_sources: list[RepairSource]
@@ -319,7 +323,8 @@ def _connect(settings: Settings, clock: Clock, stores: _Stores, core: _Core, fle
     core.relay.dispatch = dispatch
     weak = WeakIsolation(settings.weak_isolation)
     sink = FleetSink(core.engine, dispatch, core.farm, views, stores.logs, clock, losses.check, weak=weak)
-    return _Work(fleet, dispatch, sink, losses, workers, sources)
+    archiver = LogArchiver(stores.logs, core.farm, clock, settings.limits.log_days)
+    return _Work(fleet, dispatch, sink, losses, archiver, workers, sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +356,9 @@ async def _make_site(  # noqa: PLR0917 - collaborators, named by their types
     # Half of all: those who only look must not keep out those who build.
     streams = WatchStreams(core.views, min(settings.limits.watchers, max(1, gate.bounds.total // 2)))
     pages = LiveStreams(min(settings.limits.watchers, max(1, gate.bounds.total // 8)))
-    farm = farm_view(info, (stores.journal, work.fleet, work.dispatch, *(each.cache for each in stores.caches)))
+    farm = farm_view(
+        info, (stores.journal, work.fleet, work.dispatch, work.archiver, *(each.cache for each in stores.caches))
+    )
     api = Api(
         core.engine,
         core.views,
@@ -417,6 +424,7 @@ def _start(  # noqa: PLR0917 - collaborators, named by their types
         group.create_task(work.dispatch.run(), name="dispatch"),
         group.create_task(engine.run(), name="engine"),
         group.create_task(work.losses.run(), name="losses"),
+        group.create_task(work.archiver.run(), name="log archiver"),
         *(group.create_task(each.uploads.run(), name="uploads") for each in site.services),
         group.create_task(lead.leadership.hold(journal), name="leadership"),
         group.create_task(Compactor(settings.database_url("journal"), journal).run(), name="compaction"),

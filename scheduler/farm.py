@@ -193,6 +193,23 @@ class Farm:
         step = self.state.steps.get(lease.step)
         return step is not None and 0 < lease.attempt <= step.attempt
 
+    def is_open(self, lease: LeaseId) -> bool:
+        """Return whether this lease is the one under which its step is built or published now."""
+        step = self.state.steps.get(lease.step)
+        open_states = (StepState.LEASED, StepState.PUBLISHING)
+        return step is not None and step.attempt == lease.attempt and step.state in open_states
+
+    def failed(self) -> Iterator[LeaseId]:
+        """Yield the last lease of each step that has failed, the newest step first."""
+        for step in reversed(self.state.steps.values()):
+            if step.state is StepState.FAILED:
+                yield LeaseId(step.key, step.attempt)
+
+    def ended_in_failure(self, lease: LeaseId) -> bool:
+        """Return whether this lease was the last one of a step that has failed."""
+        step = self.state.steps.get(lease.step)
+        return step is not None and step.attempt == lease.attempt and step.state is StepState.FAILED
+
     def holds(self, builder: BuilderId, incarnation: str) -> bool:
         """Return whether the builder joined last with this incarnation, silent or not, and is not lost since."""
         known = self.state.builders.get(builder)

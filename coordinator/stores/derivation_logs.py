@@ -23,4 +23,4 @@ class DerivationLogs:
         if node is None:
             return None
         attempt = self._attempts(node.step)
-        return self._logs.read(node.step, attempt) if self._logs.exists(node.step, attempt) else None
+        return self._logs.read(node.step, attempt) if await self._logs.file(node.step, attempt) else None

@@ -1,5 +1,8 @@
 """Build logs as files: `LOGS/<first two of the key>/<key>/<attempt>.log`, raw bytes as the builder wrote them.
 
+A log lies here while its attempt runs and somebody reads it. `coordinator.engine.log_archiver` moves those of ended
+attempts to the archive; a reader, or a late chunk, brings a log back. What stays of a failed attempt's is its tail.
+
 Workers send chunks with their offset and may send them again, so a file's size says what is already here: repeats are
 dropped, and writing is idempotent. Bytes that never came read as zeros. All writing happens in one thread of its own:
 a slow disk holds up the batch that waits for it, not the engine.
@@ -9,15 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from coordinator.errors import CoordinatorError, NotFoundError
+from coordinator.stores.log_archive import LogArchive
+from infra.objects.errors import ObjectStoreError
 from workers.wire.messages import LogChunk
 
 #: Files kept open for appending.
@@ -30,6 +37,11 @@ TAIL_LINES = 20
 #: A follower looks again after this many seconds even if no write woke it.
 _FOLLOW_WAIT_S = 5.0
 
+#: Endings of a log and of what is kept of one that was moved to the archive.
+_LOG, _TAIL = ".log", ".tail"
+
+_log = logging.getLogger(__name__)
+
 _SAFE_KEY = re.compile(r"[A-Za-z0-9+_=][A-Za-z0-9+._?=-]{0,254}")
 _UNPRINTABLE = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]")
 
@@ -40,16 +52,34 @@ class LogError(CoordinatorError):
     code: ClassVar[str] = "log"
 
 
+@dataclass(frozen=True, slots=True)
+class LocalLog:
+    """A log, or the tail of one, that lies on this machine."""
+
+    step: str
+    attempt: int
+    path: Path
+    size: int
+    #: Unix seconds of the last write, or of the last restoration.
+    written_at: float
+    is_tail: bool
+
+
 class LogStore:
     """All logs of a farm. `max_bytes` bounds one file; what a worker sends beyond it is dropped."""
 
-    def __init__(self, root: Path, max_bytes: int) -> None:
+    def __init__(self, root: Path, max_bytes: int, archive: LogArchive) -> None:
         self._root = root
+        self._archive = archive
         self._max_bytes = max_bytes
         self._io = ThreadPoolExecutor(max_workers=1, thread_name_prefix="drover-logs")
         #: Descriptor and size, least recently used first; touched by the I/O thread only.
         self._open: OrderedDict[Path, tuple[int, int]] = OrderedDict()
         self._followers: dict[Path, set[asyncio.Event]] = {}
+        #: Logs that were brought back, with their size: the archive has these already.
+        self._restored: dict[Path, int] = {}
+        #: Restorations under way: the second reader of a log waits for the first one's.
+        self._restoring: dict[Path, asyncio.Task[bool]] = {}
 
     async def close(self) -> None:
         """Close all files; nothing may be written afterwards."""
@@ -62,6 +92,9 @@ class LogStore:
             return
         paths = [self._path(chunk.step, chunk.attempt) for chunk in chunks]
         pairs = list(zip(paths, chunks, strict=True))
+        for path, chunk in pairs:
+            if chunk.offset and not path.exists():
+                await self._bring_back(path, chunk)
         await asyncio.get_running_loop().run_in_executor(self._io, self._write_all, pairs)
         for path in dict.fromkeys(paths):
             self._wake(path)
@@ -70,19 +103,19 @@ class LogStore:
         """Let followers look again, because the attempt has ended."""
         self._wake(self._path(step, attempt))
 
-    def exists(self, step: str, attempt: int) -> bool:
-        """Return whether anything was logged."""
-        return self._path(step, attempt).exists()
+    async def file(self, step: str, attempt: int) -> Path | None:
+        """Return the log's file, brought back from the archive where it lies there; None where nothing was logged.
+
+        It stays for some minutes after the last write; a reader that finds it gone calls this again. Raises `LogError`
+        where the archive does not answer.
+        """
+        path = self._path(step, attempt)
+        return path if path.exists() or await self._restore(path, step, attempt) else None
 
     def tail(self, step: str, attempt: int, lines: int = TAIL_LINES) -> str:
         """Return the last lines, fit for a terminal: control characters become `?`. Nothing if there is no log."""
-        try:
-            with self._path(step, attempt).open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - TAIL_BYTES))
-                data = file.read(TAIL_BYTES)
-        except OSError:
-            return ""
+        path = self._path(step, attempt)
+        data = _tail_of(path) or _tail_of(path.with_suffix(_TAIL)) or b""
         text = data.decode("utf-8", "replace").replace("\r\n", "\n").rstrip("\n")
         return _UNPRINTABLE.sub("?", "\n".join(text.split("\n")[-lines:]))
 
@@ -100,7 +133,7 @@ class LogStore:
                 woken.clear()
                 # Asked before reading: what came in between is then read by the next round.
                 more = running is not None and running()
-                while data := await asyncio.to_thread(_read_at, path, offset):
+                while data := await self._read_at(step, attempt, offset):
                     offset += len(data)
                     yield data
                 if not more:
@@ -113,11 +146,75 @@ class LogStore:
             if not followers:
                 del self._followers[path]
 
+    async def local(self) -> list[LocalLog]:
+        """Return all logs and tails that lie on this machine."""
+        return await asyncio.get_running_loop().run_in_executor(self._io, self._scan)
+
+    async def archive(self, log: LocalLog, *, keep_tail: bool) -> None:
+        """Move a log of an ended attempt to the archive, unless it is written to meanwhile.
+
+        Raises `ObjectStoreError` where the archive does not take it; nothing is lost then.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if self._restored.get(log.path) != log.size:
+                await self._archive.put(log.step, log.attempt, log.path)
+            await asyncio.get_running_loop().run_in_executor(self._io, self._let_go, log, keep_tail)
+
+    async def expire(self, before: float) -> int:
+        """Delete archived logs of before this moment (Unix seconds); returns how many. Raises `ObjectStoreError`."""
+        return await self._archive.expire(before)
+
+    async def forget_tail(self, log: LocalLog) -> None:
+        """Delete the tail of a log that is no longer one of a failed step."""
+        await asyncio.get_running_loop().run_in_executor(self._io, _remove, log.path)
+
+    async def keep_tail(self, step: str, attempt: int) -> None:
+        """Have the tail of a failed attempt on this machine, as far as the archive has the log. Raises `LogError`."""
+        path = self._path(step, attempt)
+        if not path.exists() and not path.with_suffix(_TAIL).exists():
+            await self._restore(path, step, attempt)
+
+    async def _bring_back(self, path: Path, chunk: LogChunk) -> None:
+        """Restore what comes before a late chunk; where that cannot be, it reads as zeros."""
+        try:
+            await self._restore(path, chunk.step, chunk.attempt)
+        except LogError as error:
+            _log.warning("%s", error)
+
+    async def _restore(self, path: Path, step: str, attempt: int) -> bool:
+        task = self._restoring.get(path)
+        if task is None:
+            task = self._restoring[path] = asyncio.create_task(self._fetch(path, step, attempt))
+            task.add_done_callback(lambda _: self._restoring.pop(path, None))
+        # One reader that leaves must not break off what others wait for.
+        return await asyncio.shield(task)
+
+    async def _fetch(self, path: Path, step: str, attempt: int) -> bool:
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            size = await self._archive.get(step, attempt, path)
+            if size is not None:
+                self._restored[path] = size
+            else:
+                await asyncio.get_running_loop().run_in_executor(self._io, _remove_empty, path.parent)
+        except ObjectStoreError as error:
+            raise LogError(f"cannot read an archived log: {error}.") from None
+        except OSError as error:
+            raise LogError(f"cannot unpack an archived log: {error.strerror}.") from None
+        return size is not None
+
+    async def _read_at(self, step: str, attempt: int, offset: int) -> bytes:
+        path = self._path(step, attempt)
+        data = await asyncio.to_thread(_read_at, path, offset)
+        if data is None and await self._restore(path, step, attempt):
+            data = await asyncio.to_thread(_read_at, path, offset)
+        return data or b""
+
     def _path(self, step: str, attempt: int) -> Path:
         # Keys come from the wire: none may name a place outside the root.
         if _SAFE_KEY.fullmatch(step) is None or attempt < 0:
             raise NotFoundError("that is not the key of a step.")
-        return self._root / step[:2] / step / f"{attempt}.log"
+        return self._root / step[:2] / step / f"{attempt}{_LOG}"
 
     def _wake(self, path: Path) -> None:
         for woken in self._followers.get(path, ()):
@@ -151,16 +248,67 @@ class LogStore:
             os.close(oldest)
         return self._open[path]
 
+    def _scan(self) -> list[LocalLog]:
+        found: list[LocalLog] = []
+        for path in self._root.glob("*/*/*"):
+            if path.suffix not in (_LOG, _TAIL) or not path.stem.isdecimal():
+                continue
+            with contextlib.suppress(OSError):
+                known = path.stat()
+                attempt, is_tail = int(path.stem), path.suffix == _TAIL
+                found.append(LocalLog(path.parent.name, attempt, path, known.st_size, known.st_mtime, is_tail))
+        return found
+
+    def _let_go(self, log: LocalLog, keep_tail: bool) -> None:
+        """Delete a log that is in the archive, unless it has grown since."""
+        with contextlib.suppress(OSError):
+            if log.path.stat().st_size != log.size:
+                return
+            tail = log.path.with_suffix(_TAIL)
+            if keep_tail:
+                fresh = tail.with_name(f"{tail.name}.new")
+                fresh.write_bytes(_tail_of(log.path) or b"")
+                fresh.replace(tail)
+            self._restored.pop(log.path, None)
+            known = self._open.pop(log.path, None)
+            if known is not None:
+                os.close(known[0])
+            _remove(log.path)
+
     def _close_all(self) -> None:
         while self._open:
             _, (descriptor, _) = self._open.popitem()
             os.close(descriptor)
 
 
-def _read_at(path: Path, offset: int) -> bytes:
+def _read_at(path: Path, offset: int) -> bytes | None:
+    """Return the bytes from `offset` on, at most READ_BYTES; None where the file is not there."""
     try:
         with path.open("rb") as file:
             file.seek(offset)
             return file.read(READ_BYTES)
     except FileNotFoundError:
-        return b""
+        return None
+
+
+def _tail_of(path: Path) -> bytes | None:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            return file.read(TAIL_BYTES)
+    except OSError:
+        return None
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, and the directories that are empty then."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+    _remove_empty(path.parent)
+
+
+def _remove_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+        directory.parent.rmdir()
