@@ -6,6 +6,7 @@ exit and replay: the state here is already ahead of the journal.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 
@@ -182,6 +183,17 @@ class Farm:
         """Return the index of the recipe that a step has in use; 0 for one that is not known."""
         known = self.state.steps.get(step)
         return 0 if known is None else known.active
+
+    def unmet(self, step: StepKey) -> int:
+        """Return how many needs of a step are not done; 0 for one that is finished, not wanted or not known."""
+        known = self.state.steps.get(step)
+        return 0 if known is None else known.unmet
+
+    def above(self, step: StepKey, most: int) -> list[StepKey]:
+        """Return wanted steps that need this one, those nearest to a root first; `most` are looked at."""
+        known = self.state.steps.get(step)
+        some = itertools.islice(() if known is None else known.dependents, most)
+        return [each.key for each in sorted(some, key=lambda each: (each.depth, each.sequence))]
 
     def limits_of(self, step: StepKey) -> ResourceLimits:
         """Return what a build of the step may use, as the submissions that want it say now."""

@@ -246,12 +246,26 @@ class FarmView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TreeNode:
+    """A step's place in the forest of steps that run and of those that wait for them, one way up from each."""
+
+    key: str
+    name: str
+    #: Key of one step that waits for it; "" where none does, and where the way up is cut.
+    above: str = ""
+    #: Its needs that are not done.
+    pending: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """First event of a stream: the whole submission and the steps that run or failed."""
 
     type: Literal["snapshot"] = "snapshot"
     submission: SubmissionView
     steps: tuple[StepView, ...]
+    #: Where they stand, with what is above them.
+    tree: tuple[TreeNode, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,6 +284,8 @@ class CountsChanged:
     counts: Counts
     uploaded_bytes: int
     stuck: tuple[str, ...] = ()
+    #: Places that are new or changed. One that is not open any more is gone without a word: its step's event says so.
+    tree: tuple[TreeNode, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

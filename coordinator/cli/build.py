@@ -17,8 +17,9 @@ from coordinator.api.models import FarmView, StepStatus, StepView, SubmissionSta
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import SourceHeader, encode_derivations, encode_sources, in_thread
 from coordinator.cli import exit_status
-from coordinator.cli.follow import Screen, follow
+from coordinator.cli.follow import follow
 from coordinator.cli.rendering import size, summary_lines
+from coordinator.cli.screen import Screen
 from coordinator.cli.status import print_json
 from coordinator.cli.terminal_controls import harmless
 from coordinator.client.api_client import ApiClient

@@ -23,6 +23,7 @@ STATUSES: Final = {
     "bad_config": USAGE,
     "bad_request": USAGE,
     "forbidden_path": USAGE,
+    "forgery": USAGE,
     "not_found": USAGE,
     "store_dir": USAGE,
     "token": USAGE,

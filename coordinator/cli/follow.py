@@ -1,4 +1,4 @@
-"""Following a submission on a screen: the part of the terminal that has a clock and writes.
+"""Following a submission on a screen: the part of the terminal that has a clock.
 
 On a terminal a live region stands below what scrolls, drawn again when something changed, at most `FRAMES_PER_S`
 times a second, and once a second for the ages in it. Elsewhere there are plain lines, and a heartbeat where nothing
@@ -8,55 +8,103 @@ happens.
 from __future__ import annotations
 
 import asyncio
-import sys
+import contextlib
+import signal
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
-
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+from collections.abc import Callable, Iterator
 
 from coordinator.api.models import StepChanged, StepView, SubmissionView
-from coordinator.cli.rendering import News, Progress, heartbeat_line, live_region, news_lines
-from coordinator.cli.terminal_controls import harmless
+from coordinator.cli.lines import cut
+from coordinator.cli.live import live_lines
+from coordinator.cli.progress import News, Progress
+from coordinator.cli.rendering import built_line, heartbeat_line, news_lines
+from coordinator.cli.screen import Screen
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import ClientError
 from coordinator.errors import CoordinatorError
 
-FRAMES_PER_S = 10
+#: The coordinator sends changes five times a second; more frames would show nothing more.
+FRAMES_PER_S = 5
+#: Seconds between two lines about what was built, on a terminal.
+BUILT_EVERY_S = 1.0
 HEARTBEAT_S = 30.0
 
 
-class Screen:
-    """Output for people: lines, and on a terminal a live region below them."""
+class Follower:
+    """One submission on one screen."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.live = console.is_terminal and not console.is_dumb_terminal
+    def __init__(self, screen: Screen, progress: Progress) -> None:
+        self._screen = screen
+        self._progress = progress
+        self._dirty = asyncio.Event()
+        #: Built since the last line about that; for terminals only.
+        self._built: list[StepView] = []
 
-    @classmethod
-    def choose(cls, *, as_json: bool) -> Screen:
-        """Return standard output, or standard error where standard output is for JSON."""
-        stream = sys.stderr if as_json else sys.stdout
-        return cls(Console(file=stream, highlight=False, emoji=False, markup=False))
+    def changed(self) -> None:
+        """Something of the progress, or the size of the window, changed."""
+        self._dirty.set()
 
-    def line(self, text: str, style: str = "") -> None:
-        """Write one line as it stands: not wrapped, nothing in it means anything, to the terminal neither."""
-        text = harmless(text)
-        if self.live:
-            self.console.print(Text(text, style), soft_wrap=True)
-        else:
-            # Not through the console: a pipe wants whole lines at once, whatever its encoding.
-            file = self.console.file
-            encoding = getattr(file, "encoding", None) or "utf-8"
-            file.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-            file.flush()
+    def tell(self, news: News, step: StepView) -> None:
+        """Say what is new: at once, but what was built together with what else was within a second."""
+        screen = self._screen
+        if screen.live and news in {News.STARTED, News.STARTED_AGAIN}:
+            return
+        if screen.live and news is News.BUILT:
+            self._built.append(step)
+            return
+        first, *rest = news_lines(news, step)
+        style = "bold red" if news is News.FAILED else ""
+        screen.block([[(first, style)], *([(line, "")] for line in rest)])
 
-    def status(self, text: str) -> None:
-        """Write a line about the client's own doings."""
-        self.line(text, "dim")
+    async def show(self) -> None:
+        """Show the progress until cancelled."""
+        with _resizing(self.changed):
+            await (self._paint() if self._screen.live else self._beat())
+
+    def end(self) -> None:
+        """Say what is still to be said, and leave the terminal as it was."""
+        self.tell_built()
+        self._screen.undraw()
+
+    async def _paint(self) -> None:
+        clock = asyncio.get_running_loop().time
+        told_at = clock()
+        while True:
+            if clock() - told_at >= BUILT_EVERY_S:
+                told_at = clock()
+                self.tell_built()
+            self._screen.draw(live_lines(self._progress, time.time(), self._screen.window()))
+            await asyncio.sleep(1 / FRAMES_PER_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._dirty.wait()
+            self._dirty.clear()
+
+    def tell_built(self) -> None:
+        """Say what was built since this was said last."""
+        if self._built:
+            width = self._screen.window().width
+            self._screen.block([cut([(built_line(self._built, width), "green")], width)])
+            self._built.clear()
+
+    async def _beat(self) -> None:
+        screen, progress = self._screen, self._progress
+        stuck: tuple[str, ...] = ()
+        silent_since = time.monotonic()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._dirty.wait()
+                self._dirty.clear()
+            if progress.stuck != stuck:
+                for sentence in progress.stuck:
+                    if sentence not in stuck:
+                        screen.line(f"! {sentence}")
+                stuck = progress.stuck
+            if time.monotonic() - silent_since >= HEARTBEAT_S:
+                screen.line(heartbeat_line(progress, time.time()))
+                silent_since = time.monotonic()
+            await asyncio.sleep(1 / FRAMES_PER_S)
 
 
 async def follow(
@@ -76,22 +124,19 @@ async def follow(
     progress = Progress()
     if failed is not None:
         progress.failed = failed
-    dirty = asyncio.Event()
-    live: Any = Live(console=screen.console, auto_refresh=False, transient=True) if screen.live else nullcontext()
-    with live:
-        painter = asyncio.create_task(
-            _paint(live, screen, progress, dirty) if screen.live else _beat(screen, progress, dirty)
-        )
-        try:
-            async for event in client.watch(submission, on_lost=lambda why: screen.status(f"{why}; trying again")):
-                for news, step in progress.apply(event):
-                    _tell(screen, news, step)
-                if isinstance(event, StepChanged):
-                    on_step(event.step)
-                dirty.set()
-        finally:
-            painter.cancel()
-            await asyncio.gather(painter, return_exceptions=True)
+    follower = Follower(screen, progress)
+    painter = asyncio.create_task(follower.show())
+    try:
+        async for event in client.watch(submission, on_lost=lambda why: screen.status(f"{why}; trying again")):
+            for news, step in progress.apply(event):
+                follower.tell(news, step)
+            if isinstance(event, StepChanged):
+                on_step(event.step)
+            follower.changed()
+    finally:
+        painter.cancel()
+        await asyncio.gather(painter, return_exceptions=True)
+        follower.end()
     if not painter.cancelled() and (error := painter.exception()) is not None:
         raise error if isinstance(error, CoordinatorError | OSError) else RuntimeError("drawing failed") from error
     if progress.submission is None:
@@ -99,46 +144,12 @@ async def follow(
     return progress.submission
 
 
-def _tell(screen: Screen, news: News, step: StepView) -> None:
-    if screen.live and news in {News.STARTED, News.STARTED_AGAIN}:
-        return
-    lines = news_lines(news, step)
-    if screen.live and news is News.BUILT:
-        screen.line(f"\u2714 {lines[0].removeprefix('built ')}", "green")
-        return
-    screen.line(lines[0], "bold red" if news is News.FAILED else "")
-    for line in lines[1:]:
-        screen.line(line)
-
-
-async def _paint(live: Live, screen: Screen, progress: Progress, dirty: asyncio.Event) -> None:
-    while True:
-        live.update(live_region(progress, time.time(), screen.console.width, screen.console.height), refresh=True)
-        await asyncio.sleep(1 / FRAMES_PER_S)
-        try:
-            async with asyncio.timeout(1.0):
-                await dirty.wait()
-        except TimeoutError:
-            continue
-        dirty.clear()
-
-
-async def _beat(screen: Screen, progress: Progress, dirty: asyncio.Event) -> None:
-    stuck: tuple[str, ...] = ()
-    silent_since = time.monotonic()
-    while True:
-        try:
-            async with asyncio.timeout(1.0):
-                await dirty.wait()
-            dirty.clear()
-        except TimeoutError:
-            pass
-        if progress.stuck != stuck:
-            for sentence in progress.stuck:
-                if sentence not in stuck:
-                    screen.line(f"! {sentence}")
-            stuck = progress.stuck
-        if time.monotonic() - silent_since >= HEARTBEAT_S:
-            screen.line(heartbeat_line(progress, time.time()))
-            silent_since = time.monotonic()
-        await asyncio.sleep(1 / FRAMES_PER_S)
+@contextlib.contextmanager
+def _resizing(resized: Callable[[], None]) -> Iterator[None]:
+    """Have `resized` called when the window changes, as long as the block runs."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGWINCH, resized)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGWINCH)

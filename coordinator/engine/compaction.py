@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from coordinator.api.models import WaitingView
@@ -58,6 +58,12 @@ class _Silence:
 
     def log_tail(self, step: StepKey, attempt: int) -> str:  # noqa: ARG002
         return ""
+
+    def unmet(self, step: StepKey) -> int:  # noqa: ARG002
+        return 0
+
+    def above(self, step: StepKey) -> Sequence[StepKey]:  # noqa: ARG002
+        return ()
 
 
 async def compact(journal: Journal) -> int:

@@ -5,7 +5,7 @@ The core names builders; what is shown names workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import assert_never
 
@@ -17,6 +17,8 @@ from scheduler.farm import Farm
 from scheduler.forsaken import describe_unserved
 from scheduler.model import Instant, Requirements, StepKey
 
+#: Dependents that are looked at for one that waits: a compiler has tens of thousands.
+DEPENDENTS_LOOKED_AT = 64
 #: The last second that a date can name.
 _LAST_INSTANT = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
@@ -59,6 +61,14 @@ class FarmExplainer:
     def holding(self) -> dict[Requirements, WaitingKind]:
         """Return the kind of what holds each class of ready steps; a class whose steps all back off is absent."""
         return {wanted: value_of(reason).kind for wanted, reason in self._farm.queue_reasons().items()}
+
+    def unmet(self, step: StepKey) -> int:
+        """Return how many needs of a step are not done."""
+        return self._farm.unmet(step)
+
+    def above(self, step: StepKey) -> Sequence[StepKey]:
+        """Return some of the wanted steps that need this one, those nearest to a root first."""
+        return self._farm.above(step, DEPENDENTS_LOOKED_AT)
 
     def log_tail(self, step: StepKey, attempt: int) -> str:
         """Return the last lines of an attempt's log."""

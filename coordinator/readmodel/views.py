@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from coordinator.api.models import (
@@ -27,6 +27,7 @@ from coordinator.api.models import (
 from coordinator.errors import NotFoundError
 from coordinator.journal.codec import RootNote, SubmissionNote
 from coordinator.readmodel.folding import FoldedRows
+from coordinator.readmodel.forest import waits
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.watcher import Watcher
 from coordinator.stores.derivations import StepInfo
@@ -57,6 +58,12 @@ class Explainer(Protocol):
 
     def log_tail(self, step: StepKey, attempt: int) -> str:
         """Return the last lines of an attempt's log, or nothing."""
+
+    def unmet(self, step: StepKey) -> int:
+        """Return how many needs of a step are not done."""
+
+    def above(self, step: StepKey) -> Sequence[StepKey]:
+        """Return some of the wanted steps that need this one, those nearest to a root first."""
 
 
 _NO_DETAIL = StepInfo(key=StepKey(""), name="", system="", features=(), drv="", outputs=())
@@ -96,6 +103,15 @@ class Views(FoldedRows):
     def name_of(self, row: StepRow) -> str:
         """Return a step's name, or its key where no details are known."""
         return self._name(row.key) or row.key
+
+    def unmet(self, row: StepRow) -> int:
+        """Return how many needs of a step are not done."""
+        return self._explain.unmet(row.key)
+
+    def above(self, row: StepRow, submission: SubmissionRow) -> StepRow | None:
+        """Return a step of the submission that waits for this one."""
+        rows = map(self._steps.get, self._explain.above(row.key))
+        return next((above for above in rows if above is not None and waits(above, submission)), None)
 
     def ready(self) -> Mapping[Requirements, int]:
         """Return how many steps are ready, by what they require."""

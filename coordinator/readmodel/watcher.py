@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from coordinator.api.models import CountsChanged, Ended, Snapshot, StepChanged, StepView, SubmissionView, WatchEvent
+from coordinator.readmodel.forest import ForestTeller, Ways
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from scheduler.model import StepKey
 
@@ -13,7 +15,7 @@ from scheduler.model import StepKey
 WATCH_PENDING = 1024
 
 
-class Renderer(Protocol):
+class Renderer(Ways, Protocol):
     """Port of the views, which render rows."""
 
     def snapshot(self, row: SubmissionRow) -> Snapshot:
@@ -36,6 +38,7 @@ class Watcher:
         self._views = views
         self._submission = submission
         self._wake = wake
+        self._forest = ForestTeller(submission, views)
         #: Steps that changed since the last `take`, oldest change first.
         self._changed: dict[StepKey, StepRow] = {}
         self._behind = True
@@ -72,11 +75,11 @@ class Watcher:
         changed, self._changed = self._changed, {}
         if self._behind:
             self._behind = False
-            yield views.snapshot(submission)
+            yield replace(views.snapshot(submission), tree=self._forest.anew())
         else:
             for row in changed.values():
                 yield StepChanged(step=views.step_view(row))
-            yield views.counts_changed(submission)
+            yield replace(views.counts_changed(submission), tree=self._forest.changes())
         if (submission.ended or submission.withdrawn) and not self._changed and not self._behind:
             self._over = True
             yield Ended(submission=views.submission_view(submission))

@@ -137,3 +137,12 @@ def open_farm(tmp_path: Path, settings: Settings) -> OpenFarm:
             yield TestFarm(coordinator, client, tmp_path, settings)
 
     return start
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite-screens", action="store_true", help="write tests/coordinator/screens anew")
+
+
+@pytest.fixture
+def rewrite_screens(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--rewrite-screens", default=False))

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from coordinator.api.models import (
     Counts,
-    CountsChanged,
     Ended,
     FailureView,
     RootFailureView,
@@ -24,13 +23,11 @@ from coordinator.api.models import (
     SubmissionView,
     WorkerView,
 )
+from coordinator.cli.progress import News, Progress
 from coordinator.cli.rendering import (
-    News,
-    Progress,
     duration,
     failure_lines,
     heartbeat_line,
-    live_region,
     news_lines,
     sanitise,
     size,
@@ -91,35 +88,6 @@ FAILED = step(
     failure=FailureView(kind="permanent", message="builder failed with exit code 7; last 2 log lines:\n> one"),
     log_tail="one\n\x1b[31mred\x1b[0m\n10%\r20%\rdone\n",
 )
-
-
-def test_the_live_region_shows_who_does_what_and_the_totals_last() -> None:
-    progress = Progress()
-    emulated = step(
-        "mac-thing", system="aarch64-darwin", worker="mac", emulated=True, started_at=NOW - 5, phase="buildPhase"
-    )
-    progress.apply(Snapshot(submission=submission(), steps=(emulated, step("long-runner", stage="fetching"))))
-    progress.apply(
-        CountsChanged(
-            counts=submission().counts, uploaded_bytes=1, stuck=("12 steps wait: no worker offers riscv64-linux",)
-        )
-    )
-    assert live_region(progress, NOW, 100, 40).plain.split("\n") == [
-        "⏵ long-runner  native                      1m02s  fetching",
-        "⏵ mac-thing    mac (emulated aarch64-da…      5s  buildPhase",
-        "! 12 steps wait: no worker offers riscv64-linux",
-        "━━━━━─────────── 14/40 · 12 done · 3 held · 3 running · 4 ready · 19 waiting · 1 failed · 1 doomed …",
-    ]
-
-
-def test_the_live_region_never_outgrows_the_window() -> None:
-    progress = Progress()
-    progress.apply(Snapshot(submission=submission(), steps=tuple(step(f"{n}" + "名" * 90) for n in range(50))))
-    for width, height in ((20, 10), (40, 3), (200, 60)):
-        text = live_region(progress, NOW, width, height)
-        assert len(text.plain.split("\n")) <= max(3, height)
-        assert all(line.cell_len <= width for line in text.split("\n"))
-    assert "and 34 more running" in live_region(progress, NOW, 200, 60).plain
 
 
 def test_a_failure_is_one_block_with_the_command_that_shows_the_rest() -> None:

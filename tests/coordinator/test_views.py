@@ -10,7 +10,17 @@ from dataclasses import asdict, replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.api.models import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState, WaitingView
+from coordinator.api.models import (
+    Counts,
+    CountsChanged,
+    Ended,
+    Snapshot,
+    StepChanged,
+    StepStatus,
+    SubmissionState,
+    WaitingView,
+    WatchEvent,
+)
 from coordinator.journal.codec import (
     Evidence,
     SubmissionNote,
@@ -20,6 +30,7 @@ from coordinator.journal.codec import (
     encode_facts,
     encode_records,
 )
+from coordinator.readmodel.forest import ForestTeller
 from coordinator.readmodel.views import Views
 from coordinator.readmodel.watcher import WATCH_PENDING
 from coordinator.stores.derivations import StepInfo
@@ -70,13 +81,22 @@ class Silent:
     def log_tail(self, step: StepKey, attempt: int) -> str:
         return f"last words of {step} {attempt}"
 
+    def __init__(self, farm: Farm | None = None) -> None:
+        self._farm = farm or Farm()
+
+    def unmet(self, step: StepKey) -> int:
+        return self._farm.unmet(step)
+
+    def above(self, step: StepKey) -> list[StepKey]:
+        return self._farm.above(step, 64)
+
 
 class Driven:
     """A real core whose facts go to views and, as bytes, to a journal."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.farm = Farm(limits)
-        self.views = Views(Silent())
+        self.views = Views(Silent(self.farm))
         self.now = 1000.0
         self.frames: list[bytes] = []
         self.effects: list[object] = []
@@ -92,6 +112,12 @@ class Driven:
     def join(self, name: str = "b", slots: int = 2) -> None:
         builder = BuilderSpec(BuilderId(name), "1", frozenset({"sys"}))
         self.tell(BuilderJoined(builder, slots))
+
+    def publish(self, key: str) -> None:
+        """Build and publish one step that is leased."""
+        step = self.farm.state.steps[StepKey(key)]
+        self.tell(BuildSucceeded(step.lease, step.builder, evidence(key)))
+        self.tell(OutputsPublished(step.lease))
 
     def finish(self, ok: Callable[[StepKey], bool] = lambda _: True) -> None:
         """Build and publish whatever is leased until nothing is."""
@@ -245,6 +271,47 @@ def test_a_watcher_sees_a_snapshot_then_each_changed_step_then_the_end() -> None
         assert isinstance(events[-1], Ended)
         assert watcher.over
         assert watcher.take() == []
+
+
+def test_a_watcher_hears_one_way_up_from_each_step_that_runs_and_only_what_is_new() -> None:
+    driven = Driven()
+    graph = (spec("low"), spec("left", "low"), spec("right", "low"), spec("top", "left", "right"), spec("aside"))
+    driven.tell(submission("s", "top aside", *graph))
+    with driven.views.watch(driven.views.submission("s"), lambda: None) as watcher:
+        assert isinstance(snapshot := watcher.take()[0], Snapshot)
+        assert snapshot.tree == ()
+        driven.join(slots=4)
+        places = _places(watcher.take())
+        assert places == {"low": ("left", 0), "left": ("top", 1), "top": ("", 2), "aside": ("", 0)}
+        driven.publish("low")
+        assert _places(watcher.take()) == {"left": ("top", 0), "right": ("top", 0)}
+        driven.views.workforce._changed()
+        assert _places(watcher.take()) == {}
+
+
+def test_a_forest_holds_no_more_places_than_its_bound_and_forgets_those_below_which_nothing_runs() -> None:
+    driven = Driven()
+    pairs = [(f"low{n}", f"top{n}") for n in range(10)]
+    steps = [each for low, top in pairs for each in (spec(low), spec(top, low), spec(f"last{top}", top))]
+    driven.tell(submission("s", " ".join(f"last{top}" for _, top in pairs), *steps))
+    forest = ForestTeller(driven.views.submission("s"), driven.views, most=7)
+    driven.join(slots=2)
+    told = {node.key for node in forest.changes()}
+    assert told == {"low0", "top0", "lasttop0", "low1", "top1", "lasttop1"}
+    for number in (0, 1):
+        driven.publish(f"low{number}")
+    told = {node.key for node in forest.changes()}
+    running = {str(key) for key in driven.views.submission("s").active}
+    assert told >= running
+    assert len(forest._told) <= 7
+    driven.publish(min(running))
+    forest.changes()
+    assert len(forest._told) <= 7
+
+
+def _places(events: list[WatchEvent]) -> dict[str, tuple[str, int]]:
+    [tree] = [event.tree for event in events if isinstance(event, CountsChanged)]
+    return {node.key: (node.above, node.pending) for node in tree}
 
 
 def test_a_watcher_that_falls_behind_gets_a_snapshot_and_holds_no_more_than_its_bound() -> None:

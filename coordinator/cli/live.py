@@ -1,0 +1,207 @@
+"""Rendering of the live region below what scrolls: a pure function of progress, time and the size of the window.
+
+From top to bottom: the forest of what runs and what waits for it, the workers, what no worker can take, what failed,
+the totals, on which the eye rests. No line is wider than the window, and the region leaves most of the window to what
+scrolls. What is not known has no place: a time that steps usually take, an end that cannot be told.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from rich.cells import cell_len
+
+from coordinator.api.models import StepStatus, StepView
+from coordinator.cli import forest
+from coordinator.cli.lines import Line, Piece, cell, cut, joined, plain, width_of
+from coordinator.cli.progress import Progress, Tally
+from coordinator.cli.rendering import doing, duration, one_line, size, tally, who
+
+#: Rows of the forest and of workers, as parts of the window's height, and at most.
+FOREST_PART: Final = (2, 5)
+WORKERS_PART: Final = 6
+FOREST_ROWS: Final = 40
+WORKER_ROWS: Final = 16
+#: Windows that are lower have no table of workers.
+LOWEST_FOR_WORKERS: Final = 14
+#: Windows that are narrower do not name the worker of each step.
+NARROW: Final = 60
+#: Sentences about steps that no worker can take, and failed steps that are named.
+STUCK_ROWS: Final = 3
+FAILED_NAMED: Final = 5
+#: Cells that one step of depth takes in the forest.
+_INDENT: Final = 3
+#: Stage -> sign and colour. A step that the worker has not begun is only queued there.
+_SIGNS: Final[dict[str, Piece]] = {
+    "queued": ("\u00b7 ", "dim"),
+    "fetching": ("\u2193 ", "cyan"),
+    "building": ("\u23f5 ", "yellow"),
+    "uploading": ("\u2191 ", "cyan"),
+    "publishing": ("\u2191 ", "cyan"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The size of a terminal in cells."""
+
+    width: int
+    height: int
+
+
+def live_lines(progress: Progress, now: float, window: Window) -> list[Line]:
+    """Return the region, at most as wide and almost as high as the window."""
+    running = progress.longest_first(now)
+    lines = _forest_lines(progress, running, now, window)
+    if window.height >= LOWEST_FOR_WORKERS:
+        lines += _worker_lines(progress, running, min(WORKER_ROWS, window.height // WORKERS_PART))
+    room = STUCK_ROWS if window.height >= LOWEST_FOR_WORKERS else 1
+    lines += [[(f"! {one_line(sentence)}", "yellow")] for sentence in progress.stuck[:room]]
+    lines += _failed_lines(progress)
+    lines.append(_totals(progress, now, window.width))
+    lines = lines[-max(1, window.height - 1) :]
+    return [cut(line, window.width) for line in lines]
+
+
+def stage_of(step: StepView) -> str:
+    """Return the word for what is done with a step that runs."""
+    return "publishing" if step.state is StepStatus.PUBLISHING else step.stage or "queued"
+
+
+def _forest_lines(progress: Progress, running: Sequence[StepView], now: float, window: Window) -> list[Line]:
+    room = max(1, min(FOREST_ROWS, window.height * FOREST_PART[0] // FOREST_PART[1]))
+    above = {key: node.above for key, node in progress.tree.items()}
+    places, hidden = forest.draw([step.key for step in running], above, room, window.width // 2 // _INDENT)
+    drawn = [(place, progress.running.get(place.key)) for place in places]
+    names = [cell_len(f"{place.branches}  {_name(progress, place.key)}") for place, _ in drawn]
+    most = window.width * 2 // 5 if window.width >= NARROW else window.width - 20
+    name_width = min(max(names, default=0), max(14, most))
+    workers = [cell_len(who(step)) for _, step in drawn if step is not None]
+    who_width = min(max(workers, default=0), max(8, window.width // 4)) if window.width >= NARROW else 0
+    lines: list[Line] = []
+    if hidden:
+        stages = Counter(stage_of(step) for step in running)
+        counted = ", ".join(f"{stages[stage]} {stage}" for stage in _SIGNS if stages[stage])
+        more = "more run" if len(running) > hidden else "run"
+        lines.append([(f"  and {hidden} {more}; in all {counted}", "dim")])
+    for place, step in drawn:
+        if step is None:
+            node = progress.tree[place.key]
+            lines.append(
+                [
+                    (place.branches, "dim"),
+                    ("\u23f8 ", "blue"),
+                    (one_line(node.name), "blue"),
+                    (f"  waits for {node.pending}" if node.pending else "", "dim"),
+                ]
+            )
+        else:
+            lines.append(_running_line(place.branches, step, now, name_width, who_width))
+    return lines
+
+
+def _name(progress: Progress, key: str) -> str:
+    step = progress.running.get(key)
+    return one_line(step.name if step is not None else progress.tree[key].name)
+
+
+def _running_line(branches: str, step: StepView, now: float, name_width: int, who_width: int) -> Line:
+    stage = stage_of(step)
+    sign, colour = _SIGNS.get(stage, _SIGNS["queued"])
+    room = max(1, name_width - cell_len(branches) - 2)
+    return [
+        (branches, "dim"),
+        (sign, colour),
+        (cell(one_line(step.name), room), "bold"),
+        (cell(f"  {who(step)}", who_width + 2) if who_width else "", "magenta" if step.emulated else "cyan"),
+        (f"  {duration(now - (step.started_at or now)):>6}  ", ""),
+        (doing(step), "dim"),
+    ]
+
+
+def _worker_lines(progress: Progress, running: Sequence[StepView], room: int) -> list[Line]:
+    """Return the table of workers; with one worker there is nothing in it that the totals do not say."""
+    if len(progress.workers) < 2:
+        return []
+    hands = {name: Counter(stage_of(step) for step in running if step.worker == name) for name in progress.workers}
+    # Always the same ones: what is busiest changes with every frame.
+    names = sorted(hands, key=_natural)
+    if len(names) > room:
+        del names[room - 1 :]
+    built = "built" if progress.all_seen else "built since"
+    rows: list[tuple[Line, ...]] = [
+        tuple([(word, "dim")] for word in ("worker", "building", "fetching", "uploading", built, "failed"))
+    ]
+    rows += [_worker_cells(name, hands[name], progress.workers[name]) for name in names]
+    widths = [max(width_of(each) for each in column) for column in zip(*rows, strict=True)]
+    lines: list[Line] = []
+    for row in rows:
+        parts: list[Line] = [[(cell(plain(row[0]), widths[0]), row[0][0][1])]]
+        parts += [[(plain(each).rjust(width), each[0][1])] for each, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append([("  ", ""), *joined(parts, ("  ", ""))])
+    if len(hands) > len(names):
+        others = sum(counted.total() for name, counted in hands.items() if name not in names)
+        lines.append([(f"  and {len(hands) - len(names)} more workers with {others} steps", "dim")])
+    return lines
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return what sorts names by the numbers in them."""
+    return [(int(word), "") if word.isdecimal() else (-1, word) for word in re.split("([0-9]{1,9})", name)]
+
+
+def _worker_cells(name: str, hands: Counter[str], done: Tally) -> tuple[Line, ...]:
+    def number(count: int, style: str) -> Line:
+        return [(str(count) if count else "\u00b7", style if count else "dim")]
+
+    return (
+        [(one_line(name), "cyan")],
+        number(hands["building"], "yellow"),
+        number(hands["queued"] + hands["fetching"], "cyan"),
+        number(hands["uploading"] + hands["publishing"], "cyan"),
+        number(done.built, "green"),
+        number(done.failed, "bold red"),
+    )
+
+
+def _failed_lines(progress: Progress) -> list[Line]:
+    """Return what failed by itself; what stands on that is only counted."""
+    if not progress.failed:
+        return []
+    names = [one_line(step.name) for step in progress.failed.values()]
+    told = ", ".join(names[:FAILED_NAMED])
+    count = max(progress.counts.failed, len(names))
+    more = f" and {count - FAILED_NAMED} more" if count > FAILED_NAMED else ""
+    doomed = f"; {progress.counts.doomed} cannot be built without" if progress.counts.doomed else ""
+    return [[(f"\u2718 {told}{more} failed{doomed}", "red")]]
+
+
+def _totals(progress: Progress, now: float, width: int) -> Line:
+    """Return the last line; what matters least is left out first where it does not fit."""
+    counts = progress.counts
+    finished = counts.done + counts.held + counts.failed + counts.doomed + counts.abandoned
+    bar_width = max(6, min(30, width // 6))
+    filled = bar_width * finished // counts.total if counts.total else 0
+    bar: Line = [
+        ("\u2501" * filled, "red" if counts.failed else "green"),
+        ("\u2500" * (bar_width - filled), "dim"),
+        (f" {finished}/{counts.total}", ""),
+    ]
+    parts: dict[str, Line] = {word: [(f"{number} {word}", style)] for word, number, style in tally(counts)}
+    if progress.uploaded_bytes:
+        parts["uploaded"] = [(f"\u2191 {size(progress.uploaded_bytes)}", "")]
+    if progress.submission is not None:
+        parts["age"] = [(duration(now - progress.submission.created_at), "")]
+    for word in ("uploaded", "held", "abandoned", "waiting", "ready", "done", "doomed", "age"):
+        if width_of(_total(bar, parts)) <= width:
+            break
+        parts.pop(word, None)
+    return _total(bar, parts)
+
+
+def _total(bar: Line, parts: dict[str, Line]) -> Line:
+    return joined([bar, *parts.values()], (" \u00b7 ", "dim"))

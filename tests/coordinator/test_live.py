@@ -1,0 +1,170 @@
+"""The live region on an emulated terminal, as golden screens in three sizes (`--rewrite-screens` writes them anew)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.api.models import Counts, StepStatus
+from coordinator.cli.forest import draw
+from coordinator.cli.screen import Screen, reflows
+from tests.support.screens import NOW, Scripted, Terminal, changed, counts, failed, place, snapshot, step
+
+SCREENS = Path(__file__).parent / "screens"
+SIZES = ((80, 24), (132, 43), (40, 12))
+
+
+def calm(watched: Scripted) -> None:
+    """Little runs: all of the forest has room."""
+    watched.see(
+        snapshot(
+            Counts(total=9, held=2, running=3, waiting=4),
+            step("zlib-1.3", started_at=NOW - 12, phase="buildPhase"),
+            step("openssl-3.3", started_at=NOW - 62, worker="ec2-large", phase="checkPhase"),
+            step("llvm-18", started_at=NOW - 4, stage="fetching"),
+            tree=(
+                place("zlib-1.3", "curl-8.9"),
+                place("openssl-3.3", "curl-8.9"),
+                place("curl-8.9", "git-2.46", 2),
+                place("git-2.46", "hello", 1),
+                place("hello", "", 2),
+                place("llvm-18", "clang-18"),
+                place("clang-18", "hello", 1),
+            ),
+        )
+    )
+    zlib = step("zlib-1.3", StepStatus.DONE, started_at=NOW - 12, ended_at=NOW + 1)
+    watched.see(
+        *changed(zlib),
+        counts(
+            total=9, held=2, done=1, running=2, waiting=4, uploaded=1536 * 1024, tree=[place("curl-8.9", "git-2.46", 1)]
+        ),
+    )
+
+
+def failing(watched: Scripted) -> None:
+    """A step failed, another waits for a worker that is not there, one is emulated."""
+    calm(watched)
+    mac = step("mac-thing", system="aarch64-darwin", worker="mac", emulated=True, started_at=NOW - 5, stage="uploading")
+    watched.see(
+        *changed(failed("openssl-3.3", worker="ec2-large"), mac),
+        counts(
+            total=9, held=2, done=1, running=2, ready=1, doomed=2, failed=1,
+            stuck=["1 step waits: no worker offers riscv64-linux"],
+            tree=[place("mac-thing", "hello"), place("hello", "", 3)],
+        ),
+    )  # fmt: skip
+
+
+def crowded(watched: Scripted) -> None:
+    """300 builds run on 12 workers, some of them with long names."""
+    steps = [
+        step(
+            f"python3.12-package-number-{number}-1.{number}",
+            worker=f"builder-{number % 12}",
+            started_at=NOW - number,
+            stage=("building", "building", "fetching", "uploading", "queued")[number % 5],
+            phase="installCheckPhase" if number % 5 == 0 else "",
+        )
+        for number in range(300)
+    ]
+    tree = [place(each.name, "hello") for each in steps]
+    watched.see(
+        snapshot(
+            Counts(total=90_000, held=5, running=300, waiting=89_695), *steps, tree=[*tree, place("hello", "", 300)]
+        )
+    )
+    done = [replace(each, state=StepStatus.DONE, ended_at=NOW) for each in steps[:40]]
+    watched.see(*changed(*done), counts(total=90_000, held=5, done=40, running=260, waiting=89_695))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("tale", [calm, failing, crowded], ids=lambda tale: tale.__name__)
+def test_the_screen_is_the_golden_one(
+    tale: Callable[[Scripted], None], size: tuple[int, int], rewrite_screens: bool
+) -> None:
+    watched = Scripted(*size)
+    tale(watched)
+    shown = "\n".join([*watched.terminal.scrolled(), *watched.terminal.shown()]) + "\n"
+    golden = SCREENS / f"{tale.__name__}-{size[0]}x{size[1]}.txt"
+    if rewrite_screens:
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(shown)
+    assert shown == golden.read_text()
+
+
+@pytest.mark.parametrize("tale", [calm, failing, crowded], ids=lambda tale: tale.__name__)
+def test_each_frame_replaces_the_last_one_whole_and_the_end_leaves_only_what_scrolled(
+    tale: Callable[[Scripted], None],
+) -> None:
+    watched = Scripted(80, 24)
+    tale(watched)
+    before = [*watched.terminal.scrolled(), *watched.terminal.shown()]
+    watched.see(seconds=0.0)
+    assert [*watched.terminal.scrolled(), *watched.terminal.shown()] == before
+    watched.follower.end()
+    left = [*watched.terminal.scrolled(), *watched.terminal.shown()]
+    assert left == before[: len(left)]
+    assert not any("running" in line for line in left)
+    assert not watched.terminal.emulated.cursor.hidden
+
+
+def test_a_window_that_changes_its_size_keeps_one_region_and_every_line_that_scrolled() -> None:
+    watched = Scripted(100, 30, TERM="linux")
+    failing(watched)
+    for width, height in ((60, 30), (33, 30), (120, 30)):
+        watched.resize(width, height)
+        watched.see(seconds=0.0)
+        assert sum("9 · " in line or "/9" in line for line in watched.terminal.shown()) == 1
+    watched.follower.end()
+    assert sum("openssl-3.3 failed" in line for line in watched.terminal.scrolled() + watched.terminal.shown()) == 1
+
+
+def test_a_terminal_that_wraps_what_it_shows_is_cleared_of_all_rows_that_the_last_frame_takes_now() -> None:
+    watched = Scripted(100, 40)
+    calm(watched)
+    lines = [len(line.rstrip()) for line in watched.terminal.shown() if not line.startswith("✔")]
+    watched.resize(40, 40)
+    watched.terminal.written = ""
+    watched.see(seconds=0.0)
+    rows = sum(-(-max(1, width) // 40) for width in lines[:-1])
+    assert f"\x1b[{rows}A" in watched.terminal.written
+    assert rows > len(lines) - 1
+
+
+def test_terminals_that_keep_their_lines_are_known() -> None:
+    assert reflows({"TERM": "xterm-256color"})
+    assert reflows({"TERM": "screen-256color", "TMUX": "a socket"})
+    assert not reflows({"TERM": "screen"})
+    assert not reflows({"TERM": "linux"})
+    assert not reflows({"TERM": "xterm-256color", "XTERM_VERSION": "XTerm(390)"})
+
+
+def test_colours_are_left_out_where_nobody_wants_them_and_a_dumb_terminal_gets_lines() -> None:
+    watched = Scripted(80, 24, NO_COLOR="1")
+    failing(watched)
+    assert "\x1b[1m" in watched.terminal.written
+    assert not any(f"\x1b[{code}m" in watched.terminal.written for code in range(30, 48))
+    for term in ("dumb", ""):
+        assert not Screen(Terminal(80, 24), {"TERM": term} if term else {}).live  # type: ignore[arg-type]
+
+
+@settings(max_examples=60)
+@given(st.dictionaries(st.integers(0, 30), st.integers(0, 30), max_size=31), st.integers(1, 12), st.integers(1, 6))
+def test_a_drawing_has_each_step_once_and_keeps_its_bounds(edges: dict[int, int], room: int, depth: int) -> None:
+    above = {str(low): str(high) if high > low else "" for low, high in edges.items()}
+    running = [key for key in above if key not in set(above.values())]
+    places, hidden = draw(running, above, room, depth)
+    keys = [each.key for each in places]
+    assert len(set(keys)) == len(keys) <= room
+    assert set(running) - set(keys) == set(running[len(running) - hidden :])
+    assert all(len(each.branches) <= 3 * depth for each in places)
+    for number, each in enumerate(places):
+        if each.branches:
+            lower = [other for other in places[number + 1 :] if len(other.branches) == len(each.branches) - 3]
+            assert lower, "a branch leads to something below it"

@@ -1,0 +1,159 @@
+"""A terminal in memory, and scripted events of a submission for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyte
+
+from coordinator.api.models import (
+    Counts,
+    CountsChanged,
+    FailureView,
+    RootView,
+    Snapshot,
+    StepChanged,
+    StepStatus,
+    StepView,
+    SubmissionState,
+    SubmissionView,
+    TreeNode,
+    WatchEvent,
+)
+from coordinator.cli.follow import Follower
+from coordinator.cli.live import Window, live_lines
+from coordinator.cli.progress import Progress
+from coordinator.cli.screen import Screen
+
+NOW = 1_000_100.0
+
+
+class Terminal:
+    """A terminal's window and all that scrolled out of it. It is a stream: `Screen` writes to it."""
+
+    encoding = "utf-8"
+
+    def __init__(self, width: int, height: int) -> None:
+        self.emulated = pyte.HistoryScreen(width, height, history=10_000, ratio=0.5)
+        # A terminal's driver returns the carriage at a newline.
+        self.emulated.set_mode(pyte.modes.LNM)
+        self._stream = pyte.Stream(self.emulated)
+        self.written = ""
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        raise OSError("a terminal in memory has no descriptor")
+
+    def write(self, text: str) -> int:
+        self.written += text
+        self._stream.feed(text)
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def scrolled(self) -> list[str]:
+        """What left the window upwards."""
+        lines = self.emulated.history.top
+        width = self.emulated.columns
+        return ["".join(line[column].data for column in range(width)).rstrip() for line in lines]
+
+    def shown(self) -> list[str]:
+        """What stands in the window, without the empty lines below it."""
+        lines = [line.rstrip() for line in self.emulated.display]
+        while lines and not lines[-1]:
+            lines.pop()
+        return lines
+
+
+class Scripted:
+    """A follower on a terminal in memory, driven by events and a clock that the test moves."""
+
+    def __init__(self, width: int, height: int, **environment: str) -> None:
+        self.terminal = Terminal(width, height)
+        self.screen = _Sized(self.terminal, {"TERM": "xterm-256color", **environment})
+        self.progress = Progress()
+        self.follower = Follower(self.screen, self.progress)
+        self.now = NOW
+
+    def see(self, *events: WatchEvent, seconds: float = 1.0) -> None:
+        """Take events in and draw a frame, some seconds later."""
+        self.now += seconds
+        for event in events:
+            for news, step in self.progress.apply(event):
+                self.follower.tell(news, step)
+        self.follower.tell_built()
+        self.screen.draw(live_lines(self.progress, self.now, self.screen.window()))
+
+    def resize(self, width: int, height: int) -> None:
+        self.terminal.emulated.resize(height, width)
+
+
+class _Sized(Screen):
+    """A screen that asks the terminal in memory for its size."""
+
+    def __init__(self, terminal: Terminal, environment: dict[str, str]) -> None:
+        super().__init__(terminal, environment)  # type: ignore[arg-type]
+        self._terminal = terminal
+
+    def window(self) -> Window:
+        return Window(self._terminal.emulated.columns, self._terminal.emulated.lines)
+
+
+def step(name: str, state: StepStatus = StepStatus.RUNNING, **more: Any) -> StepView:
+    given: dict[str, Any] = {
+        "key": f"{'0' * 32}-{name}",
+        "name": name,
+        "system": "x86_64-linux",
+        "features": (),
+        "drv": f"/nix/store/{'1' * 32}-{name}.drv",
+        "outputs": {"out": f"/nix/store/{'0' * 32}-{name}"},
+        "state": state,
+        "attempt": 1,
+        "worker": "native",
+        "started_at": NOW - 62,
+        "stage": "building",
+    }
+    return StepView(**{**given, **more})
+
+
+def failed(name: str, **more: Any) -> StepView:
+    given: dict[str, Any] = {
+        "ended_at": NOW,
+        "failure": FailureView(kind="permanent", message="builder failed with exit code 1"),
+        "log_tail": "configuring\nno such file\n",
+    }
+    return step(name, StepStatus.FAILED, **{**given, **more})
+
+
+def place(name: str, above: str = "", pending: int = 0) -> TreeNode:
+    upper = f"{'0' * 32}-{above}" if above else ""
+    return TreeNode(key=f"{'0' * 32}-{name}", name=name, above=upper, pending=pending)
+
+
+def snapshot(counts: Counts, *steps: StepView, tree: Sequence[TreeNode] = ()) -> Snapshot:
+    root = RootView(
+        attr="hello", drv="/nix/store/x.drv", step=f"{'0' * 32}-hello", state=StepStatus.WAITING, outputs={}
+    )
+    submission = SubmissionView(
+        id="abc123",
+        label="",
+        state=SubmissionState.RUNNING,
+        created_at=NOW - 100,
+        roots=(root,),
+        counts=counts,
+    )
+    return Snapshot(submission=submission, steps=steps, tree=tuple(tree))
+
+
+def counts(
+    tree: Sequence[TreeNode] = (), stuck: Sequence[str] = (), uploaded: int = 0, **numbers: int
+) -> CountsChanged:
+    return CountsChanged(counts=Counts(**numbers), uploaded_bytes=uploaded, stuck=tuple(stuck), tree=tuple(tree))
+
+
+def changed(*steps: StepView) -> list[StepChanged]:
+    return [StepChanged(step=each) for each in steps]
