@@ -60,22 +60,29 @@ def _sort(graph: Mapping[StepKey, tuple[StepKey, ...]]) -> Generator[Pause, None
     """Sort a graph topologically, as Kahn does, only to see whether that can be done."""
     dependents: dict[StepKey, list[StepKey]] = {}
     unmet: dict[StepKey, int] = {}
+    # Edges, not steps: few steps may have very many.
+    looked_at = 0
     for key, needs in graph.items():
         inner = [need for need in needs if need in graph]
         unmet[key] = len(inner)
         for need in inner:
             dependents.setdefault(need, []).append(key)
-        if not len(unmet) % PIECE:
+        looked_at += 1 + len(needs)
+        if looked_at >= PIECE:
+            looked_at = 0
             yield PAUSE
     # The list grows while it is walked.
     clear = [key for key, count in unmet.items() if count == 0]
-    for done, key in enumerate(clear, 1):
+    for key in clear:
         for dependent in dependents.get(key, ()):
             unmet[dependent] -= 1
             if unmet[dependent] == 0:
                 clear.append(dependent)
-        if not done % PIECE:
-            yield PAUSE
+            looked_at += 1
+            if looked_at >= PIECE:
+                looked_at = 0
+                yield PAUSE
+        looked_at += 1
     if len(clear) < len(graph):
         in_circle = next(key for key, count in unmet.items() if count)
         raise SubmissionRefusedError(f"the needs of {in_circle} run in a circle")
@@ -83,8 +90,14 @@ def _sort(graph: Mapping[StepKey, tuple[StepKey, ...]]) -> Generator[Pause, None
 
 def _add_known(state: FarmState, graph: dict[StepKey, tuple[StepKey, ...]]) -> Generator[Pause, None, None]:
     """Add what is known and stands below the steps of `graph`, with the recipes in use."""
-    pending = [need for needs in graph.values() for need in needs]
+    pending: list[StepKey] = []
     looked_at = 0
+    for needs in graph.values():
+        pending += needs
+        looked_at += 1 + len(needs)
+        if looked_at >= PIECE:
+            looked_at = 0
+            yield PAUSE
     while pending:
         looked_at += 1
         if not looked_at % PIECE:

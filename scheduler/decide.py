@@ -286,13 +286,18 @@ class _KnownFailures:
     def look_below(self, state: FarmState, starts: list[Step]) -> Generator[Pause, None, None]:
         """Find what stands at or below `starts`, needs first: a doomed step stands while what doomed it does."""
         below = yield from state.descending(starts)
-        for count, step in enumerate(reversed(below), 1):
-            if not count % PIECE:
-                yield PAUSE
+        looked_at = 0
+        for step in reversed(below):
+            looked_at += 1
             if not self(step) and step.state is StepState.DOOMED and len(step.recipes) == 1:
-                cause = next((self.causes[need] for need in state.needs_of(step) if need in self.causes), None)
+                needs = state.needs_of(step)
+                looked_at += len(needs)
+                cause = next((self.causes[need] for need in needs if need in self.causes), None)
                 if cause is not None:
                     self.causes[step] = cause
+            if looked_at >= PIECE:
+                looked_at = 0
+                yield PAUSE
 
     def __call__(self, step: Step) -> bool:
         """Return whether a lapsed step is to be left as it is."""

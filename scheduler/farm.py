@@ -102,8 +102,8 @@ class Farm:
                         yield PAUSE
             effects.extend(react(state, fact))
             until_pause -= 1
-            if not until_pause:
-                until_pause = FACTS_PIECE
+            if not until_pause or state.edges_changed >= PIECE:
+                until_pause, state.edges_changed = FACTS_PIECE, 0
                 yield PAUSE
 
     def _derived(self, at: Instant) -> Iterator[Fact]:

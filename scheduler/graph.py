@@ -40,6 +40,8 @@ class StepGraph:
         self.ready = ReadyIndex(self.builders, rank, self.shares.is_live)
         #: Engaged steps that no submission wants any more; `decide` abandons them, empty between calls of `handle`.
         self.orphans: dict[StepKey, Step] = {}
+        #: Edges that facts without pauses of their own have changed since `Farm` last paused.
+        self.edges_changed = 0
         #: Steps that became ready, or wait again, and those that submissions began to stand on because a step fell
         #: back: since `Farm` last made facts of them.
         self.turned: list[Step] = []
@@ -72,18 +74,26 @@ class StepGraph:
         """Do the work of `descend`, with pauses."""
         order: list[Step] = []
         closed: dict[Step, bool] = {}
+        looked_at = 0
         for start in starts:
             if start in closed:
                 continue
             closed[start] = False
-            stack = [(start, iter(self._below(start, below_done)))]
+            below = self._below(start, below_done)
+            stack = [(start, iter(below))]
+            looked_at += 1 + len(below)
             while stack:
+                if looked_at >= PIECE:
+                    looked_at = 0
+                    yield PAUSE
                 step, rest = stack[-1]
                 for need in rest:
                     seen = closed.get(need)
                     if seen is None:
                         closed[need] = False
-                        stack.append((need, iter(self._below(need, below_done))))
+                        below = self._below(need, below_done)
+                        stack.append((need, iter(below)))
+                        looked_at += 1 + len(below)
                         break
                     if not seen:
                         raise ImpossibleError(f"{need.key} needs itself through {step.key}")
@@ -91,8 +101,6 @@ class StepGraph:
                     stack.pop()
                     closed[step] = True
                     order.append(step)
-                    if not len(order) % PIECE:
-                        yield PAUSE
         order.reverse()
         return order
 
@@ -119,14 +127,18 @@ class StepGraph:
     def _engage(self, order: Iterable[Step]) -> Iterator[Pause]:
         """Engage the wanted steps of `order` (each before its needs), raise depths, make ready what can run."""
         merged: Merged = {}
-        for count, step in enumerate(order, 1):
-            if not count % PIECE:
+        looked_at = 0
+        for step in order:
+            looked_at += 1
+            if looked_at >= PIECE:
+                looked_at = 0
                 yield PAUSE
             if step.state is _DONE or step.state in LAPSED:
                 continue
             fresh = not step.engaged and step.wanted
             if fresh:
                 self._take_needs(step)
+            looked_at += len(step.needs)
             depth = step.depth + 1
             owners = step.owners
             for need in step.needs:
@@ -171,6 +183,7 @@ class StepGraph:
         """Let go of the needs; those that no other step or root wants become orphans."""
         if not step.engaged:
             return
+        self.edges_changed += len(step.needs)
         for need in step.needs:
             need.lose(step)
             if need.engaged:

@@ -22,9 +22,11 @@ class Pause(Enum):
 
 
 PAUSE: Final[Literal[Pause.HERE]] = Pause.HERE
-#: Steps looked at, or changed, between two pauses: some microseconds each.
+#: Steps and edges looked at, or changed, between two pauses: some microseconds each. Edges count because few steps may
+#: have very many: a thousand packages that all need the same thirty have thirty thousand.
 PIECE: Final = 512
-#: Facts applied between two pauses of a call: some ten microseconds each, with what follows from them.
+#: Facts applied between two pauses of a call: some ten microseconds each, with what follows from them. Fewer where they
+#: change `PIECE` edges.
 FACTS_PIECE: Final = 64
 
 

@@ -130,7 +130,7 @@ class FarmState(StepGraph):
             case f.SubmissionForgotten():
                 return self._submission_forgotten(fact)
             case f.StepsForgotten():
-                self._steps_forgotten(fact)
+                return self._steps_forgotten(fact)
             case f.BuilderAdmitted():
                 self._roster.admitted(fact)
             case f.BuilderRemoved():
@@ -178,7 +178,9 @@ class FarmState(StepGraph):
         step.generation_started = self.generation
         self.steps[key] = step
         self.references.meet(step)
-        self.references.add_needs(step)
+        for recipe in recipes:
+            self.references.add(recipe.needs)
+            self.edges_changed += len(recipe.needs)
 
     def _held(self, fact: f.StepHeld) -> Iterator[Pause] | None:
         rest = None
@@ -251,12 +253,17 @@ class FarmState(StepGraph):
             self.references.drop(root.key for root in some)
             yield PAUSE
 
-    def _steps_forgotten(self, fact: f.StepsForgotten) -> None:
+    def _steps_forgotten(self, fact: f.StepsForgotten) -> Iterator[Pause]:
+        looked_at = 0
         for key in fact.steps:
+            if looked_at >= PIECE:
+                looked_at = 0
+                yield PAUSE
             step = self.references.unreferenced.get(key)
             if step is None or step.wanted or step.engaged or step.builder:
                 raise ImpossibleError(f"{step or key} is forgotten and referred to or wanted")
             self.references.forget(step)
+            looked_at += 1 + sum(len(recipe.needs) for recipe in step.recipes)
             del self.steps[key]
             self.failed.pop(key, None)
             self.attempt_floor = max(self.attempt_floor, step.attempt)

@@ -190,7 +190,8 @@ class StepRules:
         while pending:
             step = pending.pop()
             looked_at += 1
-            if not looked_at % PIECE:
+            if looked_at >= PIECE:
+                looked_at = 0
                 yield PAUSE
             if is_lapsed(step):
                 if stands(step):
@@ -198,7 +199,9 @@ class StepRules:
                 yield self.revived(step, restart=restart)
             if step.state is _DONE or step.engaged:
                 continue
-            for need in self._state.needs_of(step):
+            needs = self._state.needs_of(step)
+            looked_at += len(needs)
+            for need in needs:
                 if need not in seen:
                     seen[need] = None
                     pending.append(need)

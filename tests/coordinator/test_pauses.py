@@ -142,3 +142,28 @@ def test_nothing_is_busy_for_long_between_two_pauses(metered: Metered) -> None:
 def test_the_bound_is_no_matter_of_course(metered: Metered) -> None:
     """Without pauses many of these events would break it."""
     assert sum(lines > LINES for lines in metered.total.values()) >= 20
+
+
+@pytest.mark.parametrize(("wide", "deep"), [(600, 30), (60, 300)])
+def test_edges_count_where_few_steps_have_very_many(wide: int, deep: int) -> None:
+    """Each of `wide` steps stands on the same `deep` ones: few steps, and some ten thousand edges."""
+    metered = Metered()
+    hubs = tuple(StepKey(f"hub-{number}") for number in range(deep))
+    tops = tuple(StepKey(f"top-{number}") for number in range(wide))
+    steps = (
+        *(StepSpec(hub, (Recipe(NEEDS, ()),)) for hub in hubs),
+        *(StepSpec(top, (Recipe(NEEDS, hubs),)) for top in tops),
+    )
+    metered.tell("submitted", e.SubmissionReceived(SubmissionId("first"), tops, steps, ()))
+    metered.tell("submitted again", e.SubmissionReceived(SubmissionId("second"), tops, steps, ()))
+    metered.tell("cancelled", e.SubmissionCancelled(SubmissionId("second")))
+    metered.tell("a builder joins", e.BuilderJoined(BuilderSpec(BUILDER, "1", frozenset({"sys"})), 1))
+    failure = Failure(FailureKind.PERMANENT, "exit status 1")
+    metered.tell("all are doomed", e.BuildFailed(LeaseId(hubs[0], 1), BUILDER, failure))
+    again = e.SubmissionReceived(SubmissionId("first"), tops, steps, (), again=True, retry_failed=True)
+    metered.tell("run again", again)
+    metered.tell("cancelled by all", e.SubmissionCancelled(SubmissionId("first")))
+    for name in ("first", "second"):
+        metered.tell(f"{name} is forgotten", e.SubmissionExpired(SubmissionId(name)))
+    assert not metered.farm.state.steps
+    assert {name: lines for name, lines in metered.longest.items() if lines > LINES} == {}
