@@ -333,12 +333,12 @@ class Settings(BaseSettings):
         Three files, not one: SQLite has one writer per file, and a large intake must not hold up the
         journal.
         """
-        told = {
+        urls = {
             "journal": self.journal_database_url,
             "derivations": self.derivations_database_url,
             "cache": self.cache_database_url,
         }[name]
-        return told or f"sqlite+aiosqlite:///{self.state_dir / f'{name}.sqlite3'}"
+        return urls or f"sqlite+aiosqlite:///{self.state_dir / f'{name}.sqlite3'}"
 
     def named_cache_database_url(self, name: str) -> str:
         """Address of the metadata of the cache `name`: a file beside the default cache's, or a schema of its own."""
@@ -366,9 +366,9 @@ def load_settings(config: Path | None = None, **arguments: Any) -> Settings:
 
     Raises `ConfigError` with one sentence that names the setting.
     """
-    told = {name: value for name, value in arguments.items() if value is not None}
+    given = {name: value for name, value in arguments.items() if value is not None}
     try:
-        environment = Settings(**told)
+        environment = Settings(**given)
         if config is None:
             return environment
         from_file = _read_toml(config)

@@ -110,7 +110,7 @@ def reason(error: BaseException) -> str:
     return (str(cause).strip() or type(cause).__name__).split("\n", 1)[0].removesuffix(".")
 
 
-async def patiently(call: Callable[[], Awaitable[_Result]], what: str) -> _Result:
+async def patiently(call: Callable[[], Awaitable[_Result]], subject: str) -> _Result:
     """Return what `call` gives, repeating it while that may pass, at most `PATIENCE_S`.
 
     Only for what may be done twice. Raises what `call` raised last.
@@ -124,7 +124,7 @@ async def patiently(call: Callable[[], Awaitable[_Result]], what: str) -> _Resul
                 raise
             if patience is None:
                 patience = Patience(PATIENCE_S)
-                _log.warning("the database fails while %s: %s; trying again", what, reason(error))
+                _log.warning("the database fails while %s: %s; trying again", subject, reason(error))
             if not await patience.pause():
                 raise
 

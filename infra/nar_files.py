@@ -237,7 +237,7 @@ class NarUnpacker:
         directory = self._stack[-1]
         if self._case_hack:
             if CASE_HACK_SUFFIX in name:
-                raise FormatError("a name carries the case hack's suffix", offset=0, what="NAR")
+                raise FormatError("a name carries the case hack's suffix", offset=0, subject="NAR")
             folded = name.lower()
             count = directory.folded.get(folded)
             directory.folded[folded] = 0 if count is None else count + 1

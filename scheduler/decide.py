@@ -303,8 +303,8 @@ class _KnownFailures:
         """Return whether a lapsed step is to be left as it is."""
         if step in self.causes:
             return True
-        asked = not self._all or step.key in self._but or step.key in self._renewed
-        if asked or not is_known_failure(step, self._limits, self._now):
+        requested = not self._all or step.key in self._but or step.key in self._renewed
+        if requested or not is_known_failure(step, self._limits, self._now):
             return False
         self.causes[step] = step.key
         return True

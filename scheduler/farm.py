@@ -81,13 +81,13 @@ class Farm:
         return facts, effects
 
     def _take(
-        self, said: Iterable[Said], now: Instant, facts: list[Fact], effects: list[Effect]
+        self, decided: Iterable[Said], now: Instant, facts: list[Fact], effects: list[Effect]
     ) -> Generator[Pause, None, None]:
         state = self.state
         turned, joined = state.turned, state.joined
         apply = state.apply
         until_pause = FACTS_PIECE
-        for fact in said:
+        for fact in decided:
             if fact is PAUSE:
                 yield PAUSE
                 continue
@@ -198,7 +198,7 @@ class Farm:
     def limits_of(self, step: StepKey) -> ResourceLimits:
         """Return what a build of the step may use, as the submissions that want it say now."""
         known = self.state.steps.get(step)
-        return in_force([] if known is None else self.state.limits_said(known), self._limits.build)
+        return in_force([] if known is None else self.state.limits_wanted(known), self._limits.build)
 
     def had_attempt(self, lease: LeaseId) -> bool:
         """Return whether this lease was ever granted, for a step that is not forgotten."""

@@ -197,10 +197,10 @@ class Forsaken:
         if not self._state.patience:
             return _told(self._limits.give_up_s)
         owners = self._state.shares.submissions(step.owners)
-        said = set(map(self._patience, owners))
-        if len(said) == 1:
+        waits = set(map(self._patience, owners))
+        if len(waits) == 1:
             # Every submission that stands on the step is among its owners; an owner may have let go of it meanwhile.
-            return said.pop()
+            return waits.pop()
         stack = [step]
         while stack:
             top = stack[-1]

@@ -202,8 +202,8 @@ class StepGraph:
                 self._become_ready(dependent)
 
     def _meet_in_pieces(self, dependents: Collection[Step]) -> Iterator[Pause]:
-        for some in pieces(tuple(dependents)):
-            self._meet(some)
+        for piece in pieces(tuple(dependents)):
+            self._meet(piece)
             yield PAUSE
 
     def _become_ready(self, step: Step) -> None:

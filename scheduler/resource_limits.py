@@ -44,9 +44,9 @@ class ResourceLimits:
 UNLIMITED = ResourceLimits()
 
 
-def in_force(said: Iterable[ResourceLimits | None], default: ResourceLimits) -> ResourceLimits:
-    """Return what holds for a step; `said` has an entry for each submission that wants it, None: says nothing."""
-    wishes = [_completed(wish or ResourceLimits(), default) for wish in said] or [default]
+def in_force(wanted: Iterable[ResourceLimits | None], default: ResourceLimits) -> ResourceLimits:
+    """Return what holds for a step; `wanted` has an entry for each submission that wants it, None: says nothing."""
+    wishes = [_completed(wish or ResourceLimits(), default) for wish in wanted] or [default]
     most = ResourceLimits(
         **{field.name: _most(getattr(wish, field.name) for wish in wishes) for field in fields(ResourceLimits)}
     )

@@ -198,11 +198,11 @@ class FarmState(StepGraph):
         self.submissions[fact.submission] = roots
         self._set_patience(fact.submission, fact.wait_s)
         self._set_limits(fact.submission, fact.limits)
-        for some in pieces(roots):
-            self.references.add(root.key for root in some)
+        for piece in pieces(roots):
+            self.references.add(root.key for root in piece)
             yield PAUSE
-        for some in pieces(before):
-            self.references.drop(root.key for root in some)
+        for piece in pieces(before):
+            self.references.drop(root.key for root in piece)
             yield PAUSE
         merged: Merged = {}
         for count, root in enumerate(roots, 1):
@@ -249,8 +249,8 @@ class FarmState(StepGraph):
         self.paid_until.pop(fact.submission, None)
         self.patience.pop(fact.submission, None)
         self.limits.pop(fact.submission, None)
-        for some in pieces(roots):
-            self.references.drop(root.key for root in some)
+        for piece in pieces(roots):
+            self.references.drop(root.key for root in piece)
             yield PAUSE
 
     def _steps_forgotten(self, fact: f.StepsForgotten) -> Iterator[Pause]:
@@ -268,16 +268,16 @@ class FarmState(StepGraph):
             self.failed.pop(key, None)
             self.attempt_floor = max(self.attempt_floor, step.attempt)
 
-    def limits_said(self, step: Step) -> list[ResourceLimits | None]:
+    def limits_wanted(self, step: Step) -> list[ResourceLimits | None]:
         """Return what the submissions that want the step say of it as their root, and None for those that do not.
 
         Empty where none says anything. Submissions that share a stake (`shares`) with one that wants it count too.
         """
-        said = [self.limits.get(submission, {}).get(step.key) for submission in step.roots] if self.limits else []
-        if not any(said):
+        limits = [self.limits.get(submission, {}).get(step.key) for submission in step.roots] if self.limits else []
+        if not any(limits):
             return []
         others = set(self.shares.submissions(step.owners)).difference(step.roots)
-        return [*said, None] if others else said
+        return [*limits, None] if others else limits
 
     def next_attempt(self, step: Step) -> int:
         """Return the attempt of the next lease: never one that the step, or an earlier one of this key, has had."""

@@ -53,7 +53,7 @@ class StepRules:
 
     def build_failed(self, step: Step, failure: Failure, limit: int, now: Instant) -> Iterator[f.Said]:
         """Yield the consequences of the end of a leased step's open lease, at `limit` where that is not 0."""
-        if limit and in_force(self._state.limits_said(step), self._limits.build).exceeds(failure.kind, limit):
+        if limit and in_force(self._state.limits_wanted(step), self._limits.build).exceeds(failure.kind, limit):
             # A submission allows the step more than this build had, so neither recipe nor builder is at fault.
             message = f"its limit was raised while it ran ({failure.message})"
             failure = Failure(FailureKind.RETURNED, message, failure.signature)
@@ -83,7 +83,9 @@ class StepRules:
         row = CONSEQUENCES[failure.kind]
         if self._is_recipes_own(step, failure):
             who = " and ".join(
-                dict.fromkeys((*[by for by, what in step.accounts if what == failure.signature][:1], step.builder))
+                dict.fromkeys(
+                    (*[by for by, signature in step.accounts if signature == failure.signature][:1], step.builder)
+                )
             )
             message = f"{failure.message} (the same again, on {who})"
             yield from self._end(step, Failure(FailureKind.PERMANENT, message, failure.signature), now)
@@ -127,7 +129,7 @@ class StepRules:
         """
         if not failure.signature or step.state is not _LEASED:
             return False
-        before = [by for by, what in step.accounts if what == failure.signature]
+        before = [by for by, signature in step.accounts if signature == failure.signature]
         if not before:
             return False
         here = self._state.builders[step.builder]

@@ -116,7 +116,7 @@ class Housekeeper:
     def __init__(
         self,
         cache: Cache,
-        how: CacheSettings,
+        settings: CacheSettings,
         gauges: CacheGauges,
         clock: Clock,
         *,
@@ -124,7 +124,7 @@ class Housekeeper:
         sources: Sequence[RepairSource] = (),
     ) -> None:
         self.cache = cache
-        self._how = how
+        self._settings = settings
         self._gauges = gauges
         self._clock = clock
         self._submissions = submissions
@@ -135,7 +135,7 @@ class Housekeeper:
 
     async def run(self) -> None:
         """Refresh the gauges and collect at the configured pace until cancelled; what fails is tried again later."""
-        pause_s = self._how.collect_every_hours * HOUR_S
+        pause_s = self._settings.collect_every_hours * HOUR_S
         next_collection = self._clock.now() + pause_s
         while True:
             try:
@@ -163,8 +163,8 @@ class Housekeeper:
                 rooted = await self._keep_submissions(self._submissions)
             plan = CollectPlan(
                 also=frozenset(also),
-                grace_s=self._how.grace_hours * HOUR_S,
-                max_bytes=self._how.max_bytes,
+                grace_s=self._settings.grace_hours * HOUR_S,
+                max_bytes=self._settings.max_bytes,
                 dry_run=dry_run,
             )
             report = await self.cache.collect(plan)
@@ -209,7 +209,7 @@ class Housekeeper:
     ) -> None:
         """Make submissions with the same members one root."""
         kept = cast("dict[str, _Kept]", self._kept)
-        times = [self._how.expiry(row.touched_at) if row.ended or row.withdrawn else None for row in rows]
+        times = [self._settings.expiry(row.touched_at) if row.ended or row.withdrawn else None for row in rows]
         ends = [at for at in times if at is not None]
         expires_at = max(ends) if len(ends) == len(times) else None
         if expires_at is not None and expires_at <= now:

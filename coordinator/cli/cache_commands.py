@@ -118,11 +118,11 @@ def resign(*, url: str, token_file: str, name: str, as_json: bool) -> int:
     "--days", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Keep so long; 0: for ever."
 )
 @cached
-def push(*, url: str, token_file: str, name: str, as_json: bool, **told: Any) -> int:
+def push(*, url: str, token_file: str, name: str, as_json: bool, **options: Any) -> int:
     """Send store PATHs (or links to them, such as ./result) with all that they refer to.
 
     Wants a token that may write to the cache: the API token for the default one, else one of its writers'.
     """
     from coordinator.cli import cache_push  # noqa: PLC0415 - slow to import
 
-    return cache_push.push(url, token_file, cache_push.PushRequest(cache=name, as_json=as_json, **told))
+    return cache_push.push(url, token_file, cache_push.PushRequest(cache=name, as_json=as_json, **options))

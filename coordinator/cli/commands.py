@@ -52,22 +52,22 @@ def cli() -> None:
     help="Let worker NAME build although it isolates builds weakly (class C in `drover workers`).",
 )
 @click.option("--no-workers", is_flag=True, help="Only the coordinator; workers join with `drover worker`.")
-def up(**told: Any) -> int:
+def up(**options: Any) -> int:
     """Run a farm on this machine until Ctrl-C: coordinator, Ray head and workers."""
     from coordinator.cli import serve  # noqa: PLC0415 - imports Ray and the HTTP server
 
-    return serve.up(**told)
+    return serve.up(**options)
 
 
 @cli.command()
 @click.option("--state-dir", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory to use.")
 @click.option("--listen", metavar="HOST:PORT", help="Address to listen on, numeric.  [default: 127.0.0.1, a free port]")
 @click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="Settings file (TOML).")
-def head(**told: Any) -> int:
+def head(**options: Any) -> int:
     """Run a Ray head by itself, for coordinators with `ray_address`, until Ctrl-C."""
     from coordinator.cli import serve  # noqa: PLC0415 - imports Ray
 
-    return serve.head(**told)
+    return serve.head(**options)
 
 
 @cli.command()
@@ -86,12 +86,14 @@ def head(**told: Any) -> int:
     "--min-free-mb", type=click.IntRange(0), default=512, show_default=True, help="No work while less room is left."
 )
 @click.option("--nix-option", "nix_options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting.")
-def worker(head: str, ray_token: Path, host: str, state_dir: Path, **told: Any) -> int:
+def worker(head: str, ray_token: Path, host: str, state_dir: Path, **options: Any) -> int:
     """Join this machine to a farm that runs elsewhere, until Ctrl-C."""
     from coordinator.cli import serve  # noqa: PLC0415 - imports Ray and the HTTP server
 
-    told["nix_options"] = dict(told["nix_options"])
-    return serve.worker(head=head, ray_token=ray_token, host=host, told=serve.worker_config(told), state_dir=state_dir)
+    options["nix_options"] = dict(options["nix_options"])
+    return serve.worker(
+        head=head, ray_token=ray_token, host=host, config=serve.worker_config(options), state_dir=state_dir
+    )
 
 
 @cli.command()
@@ -114,29 +116,29 @@ def worker(head: str, ray_token: Path, host: str, state_dir: Path, **told: Any) 
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @click.option("--fetch", is_flag=True, help="Realise the outputs on this machine when all is built.")
 @addressed
-def build(url: str, token_file: str, **told: Any) -> int:
+def build(url: str, token_file: str, **options: Any) -> int:
     """Evaluate FILE, build its attributes on the farm, and watch.
 
     Arguments may also be .drv paths of the local store (`PATH.drv`, `PATH.drv!out,dev`).
     """
     from coordinator.cli import build as building  # noqa: PLC0415 - slow to import
 
-    files = told.pop("files")
+    files = options.pop("files")
     drvs = [file for file in files if file.partition("!")[0].endswith(".drv")]
     if drvs and len(drvs) != len(files):
         raise click.UsageError("name one file to evaluate or several .drv paths, not both")
     if not drvs and len(files) > 1:
         raise click.UsageError("name one file; choose several things to build with -A")
-    if drvs and told["attrs"]:
+    if drvs and options["attrs"]:
         raise click.UsageError("-A chooses from a file; a .drv path has no attributes")
-    if told["detach"] and told["fetch"]:
+    if options["detach"] and options["fetch"]:
         raise click.UsageError("--fetch waits for the build and --detach does not; choose one")
     flags: list[str] = []
-    for option, pairs in (("--arg", told.pop("args")), ("--argstr", told.pop("argstrs"))):
+    for option, pairs in (("--arg", options.pop("args")), ("--argstr", options.pop("argstrs"))):
         flags += [word for name, value in pairs for word in (option, name, value)]
-    flags += [word for path in told.pop("includes") for word in ("-I", path)]
-    settings = [word for name, value in told.pop("options") for word in ("--option", name, value)]
-    request = building.BuildRequest(files=files, flags=tuple(flags), settings=tuple(settings), **told)
+    flags += [word for path in options.pop("includes") for word in ("-I", path)]
+    settings = [word for name, value in options.pop("options") for word in ("--option", name, value)]
+    request = building.BuildRequest(files=files, flags=tuple(flags), settings=tuple(settings), **options)
     return building.build(Address(url, token_file).client, request)
 
 

@@ -37,8 +37,8 @@ class Wait(click.ParamType[int]):
         """Return the seconds; ends the command with a usage error for anything else."""
         if value == "forever":
             return 0
-        said = re.fullmatch(r"([0-9]{1,12})([smhd]?)", str(value), re.ASCII)
-        wait_s = int(said[1]) * _UNITS_S[said[2]] if said else 0
+        match = re.fullmatch(r"([0-9]{1,12})([smhd]?)", str(value), re.ASCII)
+        wait_s = int(match[1]) * _UNITS_S[match[2]] if match else 0
         if not 0 < wait_s <= MAX_WAIT_S:
             self.fail(f"{value!r} is no time to wait: say seconds (90), 15m, 36h, 7d or forever", param, ctx)
         return wait_s

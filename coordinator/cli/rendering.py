@@ -77,10 +77,10 @@ def size(count: int) -> str:
 
 def who(step: StepView) -> str:
     """Return the worker, whether it only pretends to be the step's system, and whether its isolation is weak."""
-    told = [f"emulated {one_line(step.system)}"] if step.emulated else []
-    told += ["isolation class C"] if step.isolation == "C" else []
+    remarks = [f"emulated {one_line(step.system)}"] if step.emulated else []
+    remarks += ["isolation class C"] if step.isolation == "C" else []
     worker = one_line(step.worker)
-    return f"{worker} ({', '.join(told)})" if told else worker
+    return f"{worker} ({', '.join(remarks)})" if remarks else worker
 
 
 def failure_lines(step: StepView) -> list[str]:
@@ -227,8 +227,8 @@ def _unbuilt_lines(submission: SubmissionView) -> list[str]:
 
 def _because(failure: RootFailureView, *, doomed: bool) -> str:
     message = _BUILDER_FOR.sub("", _LOG_IN_MESSAGE.sub("", one_line(failure.message))) or failure.kind
-    what = f"not built because {one_line(failure.name)} failed" if doomed else "failed"
-    return f"{what}: {message}; the log: drover log {shlex.quote(failure.step)}"
+    outcome = f"not built because {one_line(failure.name)} failed" if doomed else "failed"
+    return f"{outcome}: {message}; the log: drover log {shlex.quote(failure.step)}"
 
 
 def _listed(prefix: str, items: Sequence[str], rest: str) -> list[str]:

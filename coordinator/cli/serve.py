@@ -72,10 +72,10 @@ def up(
     return exit_status.OK
 
 
-def _weak(settings: Settings, told: Sequence[str]) -> tuple[str, ...]:
+def _weak(settings: Settings, names: Sequence[str]) -> tuple[str, ...]:
     """All workers that may build although they isolate weakly. Raises `ConfigError` for what is no worker's name."""
     try:
-        return Settings(weak_isolation=(*settings.weak_isolation, *told)).weak_isolation
+        return Settings(weak_isolation=(*settings.weak_isolation, *names)).weak_isolation
     except ValidationError as error:
         raise ConfigError(f"--allow-weak-isolation: {first_fault(error).message}") from None
 
@@ -127,16 +127,16 @@ def _workers(settings: Settings, slots: int | None, emulated: Sequence[str]) -> 
     return tuple(workers)
 
 
-def worker_config(told: dict[str, Any]) -> WorkerConfig:
+def worker_config(options: dict[str, Any]) -> WorkerConfig:
     """Check what the command line says of one worker. Raises `ConfigError` with one sentence."""
     try:
-        return WorkerConfig(**told)
+        return WorkerConfig(**options)
     except ValidationError as error:
         place, why = first_fault(error)
         raise ConfigError(f"--{place.partition('.')[0]}: {why}") from None
 
 
-def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_dir: Path) -> int:
+def worker(*, head: str, ray_token: Path, host: str, config: WorkerConfig, state_dir: Path) -> int:
     """Join this machine to a farm that runs elsewhere, until SIGINT, SIGTERM or the end of the node."""
     from coordinator.fleet.ray_cluster import worker_state_dir, write_worker_settings  # noqa: PLC0415 - imports Ray
     from workers.agent.stopping import stop_agents  # noqa: PLC0415
@@ -145,12 +145,12 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
     from workers.ray_transport.nodes import RayWorkerNode  # noqa: PLC0415
 
     settings = load_settings(state_dir=state_dir)
-    file = write_worker_settings(settings, told, (head.rpartition(":")[0],))
+    file = write_worker_settings(settings, config, (head.rpartition(":")[0],))
 
     async def run() -> int:
         signals = StopSignals.install()
         node = RayWorkerNode(
-            name=told.name,
+            name=config.name,
             head=head,
             token_file=ray_token,
             settings_file=file,
@@ -158,12 +158,12 @@ def worker(*, head: str, ray_token: Path, host: str, told: WorkerConfig, state_d
             keep=Handover(settings.state_dir / "ray" / "worker", settings.ray_outlive_s),
         )
         async with node:
-            click.echo(f"worker {told.name} has joined the farm at {head}; stop with Ctrl-C")
+            click.echo(f"worker {config.name} has joined the farm at {head}; stop with Ctrl-C")
             sys.stdout.flush()
 
             async def stopped() -> None:
                 await signals.stop.wait()
-                ours = [worker_state_dir(settings, told.name)]
+                ours = [worker_state_dir(settings, config.name)]
                 await stop_agents(ours, settings.stop_grace_s, signals.at_once.is_set)
 
             failing, stopping = asyncio.ensure_future(node.wait_failed()), asyncio.ensure_future(stopped())

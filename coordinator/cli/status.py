@@ -102,17 +102,20 @@ async def retry(client: ApiClient, name: str) -> int:
 
 
 async def _retry_step(client: ApiClient, name: str) -> int:
-    told = await client.retry_step(name)
-    if told.submissions:
+    outcome = await client.retry_step(name)
+    if outcome.submissions:
         print_lines(
-            [f"{told.step.key} is built again", *(f"  watch it: drover watch {each}" for each in told.submissions)]
+            [
+                f"{outcome.step.key} is built again",
+                *(f"  watch it: drover watch {each}" for each in outcome.submissions),
+            ]
         )
-    elif told.step.state is StepStatus.WAITING:
+    elif outcome.step.state is StepStatus.WAITING:
         print_lines(
-            [f"{told.step.key} is no longer taken for known to fail; the next submission that wants it builds it"]
+            [f"{outcome.step.key} is no longer taken for known to fail; the next submission that wants it builds it"]
         )
     else:
-        print_lines([f"{told.step.key} is {told.step.state.value}: there is nothing to retry"])
+        print_lines([f"{outcome.step.key} is {outcome.step.state.value}: there is nothing to retry"])
     return exit_status.OK
 
 

@@ -245,15 +245,15 @@ def base_name(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def local_store(told: str | None, drv: str = "") -> LocalStore:
+def local_store(directory: str | None, drv: str = "") -> LocalStore:
     """Return the store of `--store DIR` (the machine's own without it); `drv` tells the store directory.
 
     Raises:
         ClosureError: It is a store of another kind than a directory.
     """
     store_dir = drv.rpartition("/")[0] or "/nix/store"
-    if not told:
+    if not directory:
         return LocalStore(store_dir)
-    if "://" in told or "?" in told:
-        raise ClosureError(f"--store wants a directory, not {told}; evaluate on this machine")
-    return LocalStore(store_dir, str(Path(told).absolute()))
+    if "://" in directory or "?" in directory:
+        raise ClosureError(f"--store wants a directory, not {directory}; evaluate on this machine")
+    return LocalStore(store_dir, str(Path(directory).absolute()))

@@ -109,9 +109,9 @@ class _Row(BaseModel):
 
     @field_validator("limits", mode="before")
     @classmethod
-    def _bounded(cls, said: dict[str, int]) -> dict[str, int]:
+    def _bounded(cls, limits: dict[str, int]) -> dict[str, int]:
         """Take a limit that no build can reach for the largest that may be named."""
-        return {name: min(limit, MAX_LIMIT) for name, limit in said.items()}
+        return {name: min(limit, MAX_LIMIT) for name, limit in limits.items()}
 
 
 _ROWS = TypeAdapter(list[_Row])
@@ -141,27 +141,27 @@ async def evaluate(
     """
     if not file.startswith("<") and not _is_url(file) and not _exists(file):
         raise EvaluationError(f"{file} does not exist; name the Nix file to evaluate")
-    asked = list(attrs) or [""]
+    wanted_attrs = list(attrs) or [""]
     token = f"drover-{secrets.token_hex(8)}"
-    done = await _run(file, asked, token, flags, os.environ if env is None else env, timeout_s)
+    done = await _run(file, wanted_attrs, token, flags, os.environ if env is None else env, timeout_s)
     places, messages = _split_places(token, _NOISE.sub("", done.stderr.decode(errors="replace")))
     if messages.strip():
         on_stderr(messages)
     if done.returncode != 0:
-        raise EvaluationError(explain(file, messages, done.returncode, _place(asked, places)))
+        raise EvaluationError(explain(file, messages, done.returncode, _place(wanted_attrs, places)))
     try:
         rows = _ROWS.validate_json(done.stdout)
     except ValidationError:
         raise EvaluationError(f"nix-instantiate answered {done.stdout[:200]!r}, which names no derivations") from None
-    return _evaluation(file, asked, rows)
+    return _evaluation(file, wanted_attrs, rows)
 
 
-def _evaluation(file: str, asked: Sequence[str], rows: Sequence[_Row]) -> Evaluation:
+def _evaluation(file: str, attrs: Sequence[str], rows: Sequence[_Row]) -> Evaluation:
     # One derivation under two names in one set is one root, as for Nix.
     wanted: dict[tuple[int, str, str, RootLimits | None], EvaluatedRoot] = {}
     left_out: dict[str, LeftOut] = {}
     for row in rows:
-        attr = _attr(asked, row)
+        attr = _attr(attrs, row)
         if row.left:
             left_out[attr] = LeftOut(attr, row.left == "set")
             continue
@@ -173,10 +173,10 @@ def _evaluation(file: str, asked: Sequence[str], rows: Sequence[_Row]) -> Evalua
         each = EvaluatedRoot(attr or drv.attr, drv.drv, outputs, limits)
         wanted.setdefault((row.at, drv.drv, row.output, limits), each)
     if not wanted:
-        what = ", ".join(attr for attr in asked if attr) or "the file"
+        given = ", ".join(attr for attr in attrs if attr) or "the file"
         names = _some(list(left_out))
         inside = f"; not looked into: {names}" if names else ""
-        raise EvaluationError(f"{what} of {file} holds no derivation{inside}; choose an attribute that does with -A")
+        raise EvaluationError(f"{given} of {file} holds no derivation{inside}; choose an attribute that does with -A")
     return Evaluation(tuple(wanted.values()), tuple(left_out.values()))
 
 
@@ -197,10 +197,10 @@ def left_out_text(file: str, left_out: Sequence[LeftOut]) -> str:
     return f"left out of {file}, as Nix leaves them out: {names}; build them with {advice}"
 
 
-def _attr(asked: Sequence[str], row: _Row) -> str:
+def _attr(attrs: Sequence[str], row: _Row) -> str:
     """Return the attribute path of a row; names with other characters than Nix prints bare stand in quotes."""
     names = [name if _BARE_NAME.fullmatch(name) else f'"{name}"' for name in row.path]
-    return ".".join(([asked[row.at]] if asked[row.at] else []) + names)
+    return ".".join(([attrs[row.at]] if attrs[row.at] else []) + names)
 
 
 def _split_places(token: str, messages: str) -> tuple[list[str], str]:
@@ -209,13 +209,13 @@ def _split_places(token: str, messages: str) -> tuple[list[str], str]:
     return places.findall(messages), places.sub("", messages)
 
 
-def _place(asked: Sequence[str], places: Sequence[str]) -> str:
+def _place(attrs: Sequence[str], places: Sequence[str]) -> str:
     """Return the attribute that was being evaluated last."""
     if not places:
         return ""
     try:
         at, *path = _PLACE.validate_json(places[-1])
-        return _attr(asked, _Row(at=int(at), path=tuple(map(str, path))))
+        return _attr(attrs, _Row(at=int(at), path=tuple(map(str, path))))
     except (ValueError, IndexError):
         return ""
 
@@ -231,12 +231,12 @@ def _exists(file: str) -> bool:
 async def _run(  # noqa: PLR0917 - what one process takes
     file: str, attrs: Sequence[str], token: str, flags: Sequence[str], env: Mapping[str, str], timeout_s: float
 ) -> Completed:
-    told = ["--argstr", "drover_token", token]
-    told += ["--arg", "drover_file", _nix_file(file), "--arg", "drover_attrs", _nix_paths(attrs)]
+    arguments = ["--argstr", "drover_token", token]
+    arguments += ["--arg", "drover_file", _nix_file(file), "--arg", "drover_attrs", _nix_paths(attrs)]
     try:
         return await run(
             # What it evaluates to is written to the store, as if it were instantiated.
-            ["nix-instantiate", "--eval", "--read-write-mode", "--strict", "--json", str(ROOTS), *flags, *told],
+            ["nix-instantiate", "--eval", "--read-write-mode", "--strict", "--json", str(ROOTS), *flags, *arguments],
             env=env,
             timeout_s=timeout_s,
             max_output_bytes=MAX_OUTPUT_BYTES,

@@ -9,13 +9,13 @@ from coordinator.client.errors import BadArgumentError
 from coordinator.defaults import state_dir
 
 
-def find_token(told: str | None = None) -> str:
-    """Return the API token from the file `told`, `DROVER_TOKEN_FILE`, or the default state directory; "" if none.
+def find_token(token: str | None = None) -> str:
+    """Return the API token from the file `token`, `DROVER_TOKEN_FILE`, or the default state directory; "" if none.
 
     Raises:
         ClientError: A file that was named cannot be read.
     """
-    named = told or os.environ.get("DROVER_TOKEN_FILE", "")
+    named = token or os.environ.get("DROVER_TOKEN_FILE", "")
     if named:
         try:
             return Path(named).read_text().strip()

@@ -107,14 +107,14 @@ class Compactor:
         try:
             child.stdin.write(json.dumps({"url": self._url, "epoch": self._journal.epoch}).encode() + b"\n")
             async with asyncio.timeout(SNAPSHOT_WITHIN_S):
-                said = await child.stderr.read(_SAID_BYTES)
+                errors = await child.stderr.read(_SAID_BYTES)
                 status = await child.wait()
         except TimeoutError:
             raise JournalError(f"a snapshot of the journal took more than {SNAPSHOT_WITHIN_S:.0f} s.") from None
         finally:
             await child.kill()
         if status != 0:
-            last = said.decode(errors="replace").strip().rpartition("\n")[2]
+            last = errors.decode(errors="replace").strip().rpartition("\n")[2]
             raise JournalError(last or f"the process for a snapshot of the journal ended with status {status}.")
         self._journal.snapshot_taken(behind)
 
@@ -124,13 +124,13 @@ def main() -> None:
     os.nice(_NICE)
     # Objects are made that all stay: the collector would walk them again and again.
     gc.disable()
-    told = json.loads(sys.stdin.buffer.readline())
+    task = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     async def run() -> None:
-        engine = open_engine(told["url"])
+        engine = open_engine(task["url"])
         try:
-            await compact(Journal(engine, epoch=told["epoch"]))
+            await compact(Journal(engine, epoch=task["epoch"]))
         finally:
             await engine.dispose()
 

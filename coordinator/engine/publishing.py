@@ -113,7 +113,7 @@ class Publications:
         while failed:
             if not self._away:
                 _log.warning("%s; it is tried again", next(iter(failed.values())).failure.message)
-            self._away.update((effect.lease, said.failure.message) for effect, said in failed.items())
+            self._away.update((effect.lease, failed_step.failure.message) for effect, failed_step in failed.items())
             self._measure()
             left: Mapping[PublishOutputs, PublishFailed] = {}
             if await patience.pause():
@@ -188,11 +188,11 @@ def _claim(effect: PublishOutputs, infos: Mapping[StepKey, StepInfo]) -> Evidenc
     if info is None:
         return "the coordinator does not know the outputs of the step"
     wanted = sorted(path for _, path in info.outputs)
-    told = sorted(output.path for output in evidence.outputs)
-    if wanted != told:
-        other = next((path for path in told if path not in wanted), "")
-        what = f"reported {other}, which is no output of it" if other else "did not report all outputs"
-        return f"the worker {what}"
+    reported = sorted(output.path for output in evidence.outputs)
+    if wanted != reported:
+        other = next((path for path in reported if path not in wanted), "")
+        fault = f"reported {other}, which is no output of it" if other else "did not report all outputs"
+        return f"the worker {fault}"
     return evidence
 
 

@@ -94,15 +94,15 @@ class FleetSink:
         self._grades[worker] = batch.isolation or self._grade(worker)
         reports: list[Report] = []
         chunks: list[LogChunk] = []
-        for said in batch.events:
-            if isinstance(said, LogChunk):
+        for item in batch.events:
+            if isinstance(item, LogChunk):
                 # Only attempts that were handed out have logs; anything else would let a worker fill the disk.
-                if self._farm.had_attempt(LeaseId(StepKey(said.step), said.attempt)):
-                    chunks.append(said)
-            elif isinstance(said, StageChange):
-                self._views.stage(said)
+                if self._farm.had_attempt(LeaseId(StepKey(item.step), item.attempt)):
+                    chunks.append(item)
+            elif isinstance(item, StageChange):
+                self._views.stage(item)
             else:
-                reports.append(said)
+                reports.append(item)
         try:
             await self._logs.append(chunks)
         except LogError as error:
@@ -127,9 +127,9 @@ class FleetSink:
     def _grade(self, worker: str) -> IsolationGrade:
         return self._grades.get(worker, UNMEASURED)
 
-    def _unfit(self, worker: str, said: str) -> str:
+    def _unfit(self, worker: str, own_reason: str) -> str:
         """Return the reason that a worker should get no work, its own or the weakness of its isolation; "" for none."""
-        return _clean(said or self._weak.refusal(worker, self._grade(worker)))
+        return _clean(own_reason or self._weak.refusal(worker, self._grade(worker)))
 
     async def _event(self, worker: str, report: Report) -> Event:
         lease = LeaseId(StepKey(report.step), report.attempt)

@@ -205,10 +205,10 @@ def write_worker_settings(settings: Settings, worker: WorkerConfig, farm_hosts: 
     """
     directory = settings.state_dir / "workers" / worker.name
     file = directory / "settings.json"
-    told = worker.model_dump()
+    values = worker.model_dump()
     try:
         made = WorkerSettings(
-            **told
+            **values
             | {
                 "state_dir": worker_state_dir(settings, worker.name),
                 "store": worker.store or str(directory / "store"),

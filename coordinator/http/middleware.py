@@ -55,8 +55,8 @@ def require_token(token: str) -> Middleware:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         if right_of(request) is Right.API:
-            scheme, _, told = request.headers.get("Authorization", "").partition(" ")
-            known = hmac.compare_digest(told.strip().encode("utf-8", "replace"), expected)
+            scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+            known = hmac.compare_digest(token.strip().encode("utf-8", "replace"), expected)
             if scheme.lower() != "bearer" or not known:
                 raise UnauthorizedError(
                     "the request has no valid token; it is in the file api-token of the coordinator's state directory "
@@ -95,18 +95,18 @@ def require_host(public_url: str) -> Middleware:
     return check
 
 
-def is_own_host(told: str, public_url: str) -> bool:
+def is_own_host(host: str, public_url: str) -> bool:
     """Tell whether a `Host` header (with or without a port) names loopback, or the host of `public_url`."""
-    found = _HOST.fullmatch(told)
-    if found is None or not is_host(told):
+    found = _HOST.fullmatch(host)
+    if found is None or not is_host(host):
         return False
     host = (found["address"] or found["name"]).lower()
     return host == (urlsplit(public_url).hostname or "") or _is_loopback(host)
 
 
-def is_host(told: str) -> bool:
+def is_host(host: str) -> bool:
     """Tell whether a `Host` header is `name`, `address` or `[IPv6 address]`, with or without `:port` (1 to 65535)."""
-    found = _HOST.fullmatch(told)
+    found = _HOST.fullmatch(host)
     if found is None or not 0 < int(found["port"] or 1) <= MAX_PORT:
         return False
     if found["address"] is None:

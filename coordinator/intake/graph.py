@@ -119,9 +119,9 @@ class Graph:
         return step_info(self.nodes[first if first in self.nodes else stand_in[step]], store_dir)
 
 
-def add_nodes(nodes: dict[str, Node], asked: Sequence[str], found: Mapping[str, Node]) -> list[str]:
+def add_nodes(nodes: dict[str, Node], names: Sequence[str], found: Mapping[str, Node]) -> list[str]:
     """Take in what was found; return what it needs and is not loaded. Raises `MissingMemberError`."""
-    for name in asked:
+    for name in names:
         if name not in found:
             raise MissingMemberError(f"the derivation {name} is not known here; send its closure first")
     nodes.update(found)

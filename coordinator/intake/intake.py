@@ -111,15 +111,15 @@ class Intake:
             async with aclosing(batches):
                 async for batch in batches:
                     for start in range(0, len(batch), VERIFY_AT_ONCE):
-                        some = batch[start : start + VERIFY_AT_ONCE]
-                        verified += await verifier.verify(some)
-                        size += sum(len(data) for _, data in some)
+                        part = batch[start : start + VERIFY_AT_ONCE]
+                        verified += await verifier.verify(part)
+                        size += sum(len(data) for _, data in part)
                         if size >= STORED_AT_ONCE_BYTES or len(verified) >= STORED_AT_ONCE:
                             count += len(verified)
                             await self._derivations.add(verified)
                             verified, size = [], 0
                         # Nothing of a large one may stay when its room is given back.
-                        del some
+                        del part
                     batch.clear()
             if verified:
                 await self._derivations.add(verified)

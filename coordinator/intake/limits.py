@@ -34,7 +34,7 @@ class IntakeLimits:
         return cls(max_derivations=limits.graph_size, max_sources=limits.graph_size)
 
 
-def require_within(count: int, limit: int, what: str) -> None:
+def require_within(count: int, limit: int, subject: str) -> None:
     """Raise `TooLargeError` for a graph with more than `limit` members of a kind."""
     if count > limit:
-        raise TooLargeError(f"the graph has {count} {what}; this farm takes at most {limit} in one submission")
+        raise TooLargeError(f"the graph has {count} {subject}; this farm takes at most {limit} in one submission")

@@ -212,14 +212,14 @@ def _shared(decode: Decoder) -> Decoder:
 
     def decode_shared(value: Any) -> Any:
         try:
-            said = (value["system"], *need(value["features"], list)) if len(value) == 2 else ()
-            made = known.get(said)
+            fields = (value["system"], *need(value["features"], list)) if len(value) == 2 else ()
+            made = known.get(fields)
         except (TypeError, KeyError):
             return decode(value)
         if made is None:
             made = decode(value)
             if len(known) < _SHARED_VALUES:
-                known[said] = made
+                known[fields] = made
         return made
 
     return decode_shared

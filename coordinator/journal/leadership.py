@@ -97,18 +97,18 @@ class SessionLock:
 
     async def acquire(self, standing_by: Callable[[], Awaitable[None]]) -> None:
         """See `Leadership`. Waits for a database that is away while it stands by, not before."""
-        told = False
+        logged = False
         while True:
             try:
                 if await self._try():
                     return
             except (SQLAlchemyError, OSError, TimeoutError) as error:
                 await self.release()
-                if not told or not may_pass(error):
+                if not logged or not may_pass(error):
                     raise LeadershipLostError(f"the journal's database does not answer: {reason(error)}.") from None
                 _log.warning("the journal's database does not answer: %s; still standing by", reason(error))
             else:
-                told = True
+                logged = True
                 await standing_by()
             await asyncio.sleep(self._beat_s)
 
@@ -164,8 +164,8 @@ class SessionLock:
             self._session = await session.execution_options(isolation_level="AUTOCOMMIT")
             for statement in _SESSION:
                 await self._session.exec_driver_sql(statement)
-        asked = await self._session.execute(sa.text(f"SELECT pg_try_advisory_lock({_KEY})"))
-        return bool(asked.scalar_one())
+        answer = await self._session.execute(sa.text(f"SELECT pg_try_advisory_lock({_KEY})"))
+        return bool(answer.scalar_one())
 
     async def _beat(self) -> None:
         if self._session is not None:

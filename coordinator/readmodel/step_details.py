@@ -68,8 +68,8 @@ class Details:
         store = info.drv[: -(len(info.name) + len(".drv") + _HASH + 2)]
         names = tuple([name for name, _ in info.outputs])
         start = len(store) + 1
-        told = "".join([path[start : start + _HASH] for path in (info.drv, *(path for _, path in info.outputs))])
-        if not names or len(told) != _HASH * (1 + len(names)):
+        hashes = "".join([path[start : start + _HASH] for path in (info.drv, *(path for _, path in info.outputs))])
+        if not names or len(hashes) != _HASH * (1 + len(names)):
             return None
         kind = (store, info.system, info.features, names)
         number = self._class_of.get(kind)
@@ -79,13 +79,17 @@ class Details:
             number = self._class_of[kind] = len(self._classes).to_bytes(_CLASS, "big")
             self._classes.append(kind)
         # One hash that is the key's need not be said twice.
-        packed = number + (told if len(names) > 1 else told[:_HASH]).encode()
+        packed = number + (hashes if len(names) > 1 else hashes[:_HASH]).encode()
         return packed if self._unpacked(info.key, packed) == info else None
 
     def _unpacked(self, key: StepKey, packed: bytes) -> StepInfo:
         store, system, features, names = self._classes[int.from_bytes(packed[:_CLASS], "big")]
-        told = packed[_CLASS:].decode()
-        hashes = [told[at : at + _HASH] for at in range(_HASH, len(told), _HASH)] if len(names) > 1 else [key[:_HASH]]
+        packed_hashes = packed[_CLASS:].decode()
+        hashes = (
+            [packed_hashes[at : at + _HASH] for at in range(_HASH, len(packed_hashes), _HASH)]
+            if len(names) > 1
+            else [key[:_HASH]]
+        )
         name = key[_HASH + 1 :]
         for output, digest in zip(names, hashes, strict=True):
             if digest == key[:_HASH] and output != "out":
@@ -98,4 +102,4 @@ class Details:
                 for output, digest in zip(names, hashes, strict=True)
             ]
         )
-        return StepInfo(key, name, system, features, f"{store}/{told[:_HASH]}{stem}.drv", outputs)
+        return StepInfo(key, name, system, features, f"{store}/{packed_hashes[:_HASH]}{stem}.drv", outputs)

@@ -136,8 +136,8 @@ class Views(FoldedRows):
         if len(found) == 1:
             return self._steps[found[0]]
         if found:
-            some = ", ".join(found[:3])
-            raise NotFoundError(f"{len(found)} steps match {text[:80]!r} ({some}, …); give more of the name.")
+            examples = ", ".join(found[:3])
+            raise NotFoundError(f"{len(found)} steps match {text[:80]!r} ({examples}, …); give more of the name.")
         raise NotFoundError(f"there is no step {text[:80]!r}; `drover status ID` lists those of a submission.")
 
     def note(self, submission: SubmissionId) -> SubmissionNote:
@@ -236,17 +236,17 @@ class Views(FoldedRows):
 
     def submission_view(self, row: SubmissionRow, roots: int = ROOTS_SHOWN) -> SubmissionView:
         """Render a submission with the first of its roots."""
-        said = self.note(row.id)
+        note = self.note(row.id)
         return SubmissionView(
             id=row.id,
-            label=said.label,
+            label=note.label,
             state=row.state,
             created_at=row.created_at,
             ended_at=row.touched_at if row.ended or row.withdrawn else 0.0,
-            roots=tuple(self.root_view(root) for root in said.roots[:roots]),
-            root_count=len(said.roots),
+            roots=tuple(self.root_view(root) for root in note.roots[:roots]),
+            root_count=len(note.roots),
             counts=self._counts(row),
-            derivations=said.derivations,
+            derivations=note.derivations,
             uploaded_bytes=row.uploaded_bytes,
             stuck=self._unschedulable(row),
         )

@@ -87,10 +87,10 @@ class Succession:
             )
         if known and (wrong := _difference(await self._present(), known, self._caches)):
             where = self._settings.secrets
-            what = "object_store_url" if wrong == _STORE else f"secrets (copy them to {where}, or set secrets_dir)"
+            settings = "object_store_url" if wrong == _STORE else f"secrets (copy them to {where}, or set secrets_dir)"
             raise SuccessionError(
                 f"this coordinator cannot stand by: its {_words(wrong)} is missing or is not that of the coordinator "
-                f"that works on the same database; give both the same {what}."
+                f"that works on the same database; give both the same {settings}."
             )
 
     async def load(self, known: Marks, *, stood_by: bool) -> Secrets:

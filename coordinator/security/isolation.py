@@ -22,13 +22,13 @@ class WeakIsolation:
 
     def refusal(self, worker: str, grade: IsolationGrade | None) -> str:
         """Return why a worker gets no work for its isolation and what to do, one sentence; empty where it gets some."""
-        told = grade or UNMEASURED
-        if told.level != WEAK or worker in self._allowed:
+        measured = grade or UNMEASURED
+        if measured.level != WEAK or worker in self._allowed:
             return ""
-        reason = told.reasons[0] if told.reasons else "it says no reason"
-        more = f" (and {len(told.reasons) - 1} more in `drover workers`)" if len(told.reasons) > 1 else ""
-        remedy = f"{told.remedy}, or " if told.remedy else ""
+        reason = measured.reasons[0] if measured.reasons else "it says no reason"
+        more = f" (and {len(measured.reasons) - 1} more in `drover workers`)" if len(measured.reasons) > 1 else ""
+        remedy = f"{measured.remedy}, or " if measured.remedy else ""
         return (
-            f"its isolation is weak, class {told.level}: {reason}{more}; "
+            f"its isolation is weak, class {measured.level}: {reason}{more}; "
             f"{remedy}allow it by name: `drover up --allow-weak-isolation {worker}`"
         )

@@ -44,8 +44,8 @@ class TokenSet:
     def __init__(self, tokens: Iterable[str] = ()) -> None:
         self._digests = tuple(sha256(token.encode()).digest() for token in tokens)
 
-    def __contains__(self, told: str) -> bool:
-        digest = sha256(told.encode("utf-8", "surrogateescape")).digest()
+    def __contains__(self, token: str) -> bool:
+        digest = sha256(token.encode("utf-8", "surrogateescape")).digest()
         known = False
         for each in self._digests:
             known |= hmac.compare_digest(each, digest)

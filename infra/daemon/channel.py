@@ -68,14 +68,14 @@ class Channel:
                 missing = error.missing
             await self.fill(missing)
 
-    async def words(self, what: str, limit: int) -> list[str]:
+    async def words(self, subject: str, limit: int) -> list[str]:
         """Read a list of at most `limit` short texts, without starting over when it comes in many pieces."""
-        count = await self.decode(lambda inbox: inbox.read_count(limit, what))
+        count = await self.decode(lambda inbox: inbox.read_count(limit, subject))
         words: list[str] = []
         while True:
             try:
                 while len(words) < count:
-                    words.append(self.inbox.read_word(what))
+                    words.append(self.inbox.read_word(subject))
             except IncompleteError as error:
                 missing = error.missing
             else:

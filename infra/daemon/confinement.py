@@ -299,8 +299,8 @@ def _give_ids(process: int, program: str, ids: Sequence[int]) -> None:
         raise ConfinementError(f"`{' '.join(words)}` ended with status {code}")
 
 
-def _call(name: str, what: str, *arguments: object) -> None:
+def _call(name: str, subject: str, *arguments: object) -> None:
     """Call the C library, raising `ConfinementError` for what it refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
     if getattr(libc, name)(*arguments) != 0:
-        raise ConfinementError(f"{name} of {what} failed: {os.strerror(ctypes.get_errno())}")
+        raise ConfinementError(f"{name} of {subject} failed: {os.strerror(ctypes.get_errno())}")

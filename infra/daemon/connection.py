@@ -212,12 +212,12 @@ class DaemonConnection:
 
     async def query_valid_paths(self, paths: Iterable[str], *, substitute: bool = False) -> frozenset[str]:
         """Return those of the paths that the store has, after trying to download the rest if `substitute`."""
-        asked = sorted(set(paths))
-        if not asked:
+        wanted = sorted(set(paths))
+        if not wanted:
             return frozenset()
-        request = Encoder().integer(Operation.QUERY_VALID_PATHS).strings(asked).integer(substitute)
+        request = Encoder().integer(Operation.QUERY_VALID_PATHS).strings(wanted).integer(substitute)
         async with self._request(request):
-            return frozenset(await self._channel.words("valid paths", len(asked)))
+            return frozenset(await self._channel.words("valid paths", len(wanted)))
 
     async def query_path_info(self, path: str) -> ValidPathInfo | None:
         """Return what the store knows of a path, or None if it does not have it."""

@@ -71,15 +71,15 @@ def _add_route(network: str, kind: int, gateway: bytes) -> None:
 
 def _ask(kind: int, flags: int, body: bytes) -> list[tuple[int, bytes]]:
     """Return the messages of the kernel's answer as (kind, body)."""
-    asked = open_socket()
+    connection = open_socket()
     try:
-        asked.send(struct.pack("IHHII", 16 + len(body), kind, _REQUEST | flags, 1, 0) + body)
+        connection.send(struct.pack("IHHII", 16 + len(body), kind, _REQUEST | flags, 1, 0) + body)
         answers: list[tuple[int, bytes]] = []
         while True:
-            data = asked.recv(ANSWER_BYTES)
+            data = connection.recv(ANSWER_BYTES)
             while data:
-                length, told = struct.unpack_from("IH", data)
-                answers.append((told, data[16:length]))
+                length, message_kind = struct.unpack_from("IH", data)
+                answers.append((message_kind, data[16:length]))
                 data = data[(length + 3) & ~3 :]
             last, body = answers[-1]
             if last == _ERROR:
@@ -89,7 +89,7 @@ def _ask(kind: int, flags: int, body: bytes) -> list[tuple[int, bytes]]:
             if last in {_ERROR, _DONE}:
                 return answers
     finally:
-        asked.close()
+        connection.close()
 
 
 def _attribute(kind: int, data: bytes) -> bytes:

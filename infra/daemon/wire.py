@@ -233,15 +233,15 @@ class Inbox:
         """Read an integer that means a truth value; any non-zero number is true, as for Nix."""
         return self.read_int() != 0
 
-    def read_count(self, limit: int, what: str) -> int:
+    def read_count(self, limit: int, subject: str) -> int:
         """Read the number of items that follow, at most `limit`."""
         count = self.read_int()
         if count > limit:
-            raise DaemonProtocolError(f"{what}: {count} items announced, the limit is {limit}")
+            raise DaemonProtocolError(f"{subject}: {count} items announced, the limit is {limit}")
         return count
 
-    def read_string(self, limit: int, what: str) -> bytes:
-        """Read a string of at most `limit` bytes; `what` names it in errors."""
+    def read_string(self, limit: int, subject: str) -> bytes:
+        """Read a string of at most `limit` bytes; `subject` names it in errors."""
         start = self._position
         buffer = self._buffer
         available = len(buffer) - start
@@ -249,18 +249,18 @@ class Inbox:
             raise IncompleteError(8 - available)
         (length,) = _INT.unpack_from(buffer, start)
         if length > limit:
-            raise DaemonProtocolError(f"{what}: a string of {length} bytes announced, the limit is {limit}")
+            raise DaemonProtocolError(f"{subject}: a string of {length} bytes announced, the limit is {limit}")
         padded = (length + 7) & ~7
         if available < 8 + padded:
             raise IncompleteError(8 + padded - available)
         begin = start + 8
         end = begin + length
         if padded != length and buffer[end : begin + padded] != _ZEROS[: padded - length]:
-            raise DaemonProtocolError(f"{what}: the padding after a string is not zero")
+            raise DaemonProtocolError(f"{subject}: the padding after a string is not zero")
         self._position = begin + padded
         return bytes(memoryview(buffer)[begin:end])
 
-    def read_free_text(self, what: str, keep_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    def read_free_text(self, subject: str, keep_bytes: int = MAX_TEXT_BYTES) -> bytes:
         """Read a string of any length, of which at most `keep_bytes` (a multiple of 8) are kept, the note included.
 
         A string that is too long is cut in the buffer as soon as the kept part is there, so that reading again after
@@ -272,13 +272,13 @@ class Inbox:
         if length > keep_bytes:
             if length > MAX_ANNOUNCED_BYTES:
                 raise DaemonProtocolError(
-                    f"{what}: a string of {length} bytes announced, the limit is {MAX_ANNOUNCED_BYTES}"
+                    f"{subject}: a string of {length} bytes announced, the limit is {MAX_ANNOUNCED_BYTES}"
                 )
             available = len(self._buffer) - start
             if available < 8 + keep_bytes:
                 raise IncompleteError(8 + keep_bytes - available)
             self._cut(start, length, keep_bytes)
-        return self.read_string(keep_bytes, what)
+        return self.read_string(keep_bytes, subject)
 
     def _cut(self, start: int, length: int, keep_bytes: int) -> None:
         """Replace the string that begins at `start`, of which at least `keep_bytes` are here, by its beginning."""
@@ -322,21 +322,21 @@ class Inbox:
             return self.read_free_text("field", MAX_FIELD_BYTES)
         raise DaemonProtocolError(f"field of unknown kind {kind}")
 
-    def read_text(self, limit: int, what: str) -> str:
+    def read_text(self, limit: int, subject: str) -> str:
         """Read a string that must be UTF-8 (paths, names, signatures)."""
-        data = self.read_string(limit, what)
+        data = self.read_string(limit, subject)
         try:
             return data.decode()
         except UnicodeDecodeError:
-            raise DaemonProtocolError(f"{what}: not UTF-8 text") from None
+            raise DaemonProtocolError(f"{subject}: not UTF-8 text") from None
 
-    def read_word(self, what: str) -> str:
+    def read_word(self, subject: str) -> str:
         """Read a short text of at most MAX_WORD_BYTES."""
-        return self.read_text(MAX_WORD_BYTES, what)
+        return self.read_text(MAX_WORD_BYTES, subject)
 
-    def read_words(self, what: str, limit: int = MAX_LIST_ITEMS) -> tuple[str, ...]:
+    def read_words(self, subject: str, limit: int = MAX_LIST_ITEMS) -> tuple[str, ...]:
         """Read a list of at most `limit` short texts."""
-        return tuple([self.read_word(what) for _ in range(self.read_count(limit, what))])
+        return tuple([self.read_word(subject) for _ in range(self.read_count(limit, subject))])
 
     def read_message(self) -> Message:
         """Read one message of the stream that precedes every reply."""

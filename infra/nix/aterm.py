@@ -30,7 +30,7 @@ SLOW_BYTES: Final = 4 * 1024 * 1024
 #: Most quotes in a text longer than that: each string is an object.
 MAX_QUOTES: Final = 4_000_000
 _PIECE_BYTES: Final = 1024 * 1024
-_WHAT: Final = "derivation"
+_SUBJECT: Final = "derivation"
 
 # One quote stands for one whole string.
 _OUTPUT: Final = rb'\(",",","\)'
@@ -218,9 +218,9 @@ class _Reader:
         for index, byte in enumerate(token):
             at = self.pos + index
             if at >= len(self.data):
-                raise FormatError(f"the text ends where {token.decode()!r} is due", offset=at, what=_WHAT)
+                raise FormatError(f"the text ends where {token.decode()!r} is due", offset=at, subject=_SUBJECT)
             if self.data[at] != byte:
-                raise FormatError(f"{token.decode()!r} is due", offset=at, what=_WHAT)
+                raise FormatError(f"{token.decode()!r} is due", offset=at, subject=_SUBJECT)
 
     def skip(self, token: bytes) -> bool:
         """Step over `token` if it is next."""
@@ -233,7 +233,7 @@ class _Reader:
         match = _STRING.match(self.data, self.pos)
         if match is None:
             self.expect(b'"')
-            raise FormatError("a string does not end", offset=self.pos - 1, what=_WHAT)
+            raise FormatError("a string does not end", offset=self.pos - 1, subject=_SUBJECT)
         self.pos = match.end()
         return match[1]
 
@@ -253,7 +253,7 @@ class _Reader:
         try:
             return self.string().decode()
         except UnicodeDecodeError:
-            raise FormatError("not UTF-8", offset=start, what=_WHAT) from None
+            raise FormatError("not UTF-8", offset=start, subject=_SUBJECT) from None
 
     def plain(self) -> str:
         """A UTF-8 string that is written without escapes."""
@@ -261,7 +261,7 @@ class _Reader:
         text = self.text()
         escape = self.data.find(b"\\", start, self.pos)
         if escape >= 0:
-            raise FormatError("an escape in a name, path, hash or system", offset=escape, what=_WHAT)
+            raise FormatError("an escape in a name, path, hash or system", offset=escape, subject=_SUBJECT)
         return text
 
     def items(self) -> Iterable[None]:
@@ -301,7 +301,7 @@ class _Reader:
 
     def scan(self) -> Scan:
         if self.data.startswith(b"DrvWithVersion("):
-            raise FormatError("derivations with dynamic inputs are not supported", offset=0, what=_WHAT)
+            raise FormatError("derivations with dynamic inputs are not supported", offset=0, subject=_SUBJECT)
         self.expect(b"Derive(")
         outputs = tuple(self.output() for _ in self.items())
         self.expect(b",")
@@ -320,7 +320,7 @@ class _Reader:
         env = tuple(self.pair() for _ in self.items())
         self.expect(b")")
         if self.pos != len(self.data):
-            raise FormatError("bytes after the end", offset=self.pos, what=_WHAT)
+            raise FormatError("bytes after the end", offset=self.pos, subject=_SUBJECT)
         derivation = Derivation(outputs, input_drvs, input_srcs, system, builder, args, env)
         return Scan(derivation, inputs_start, inputs_end, self.canonical)
 
@@ -333,7 +333,9 @@ def scan(data: bytes) -> Scan:
     """
     found = _fast(data)
     if found is None and len(data) > SLOW_BYTES:
-        raise FormatError(f"more than {SLOW_BYTES} bytes that are not written as Nix writes them", offset=0, what=_WHAT)
+        raise FormatError(
+            f"more than {SLOW_BYTES} bytes that are not written as Nix writes them", offset=0, subject=_SUBJECT
+        )
     return found or _Reader(data).scan()
 
 
@@ -355,7 +357,7 @@ def _escaped(text: bytes) -> bytes:
 
 def _plain(text: str) -> bytes:
     if '"' in text or "\\" in text:
-        raise FormatError("a quote or backslash in a name, path, hash or system", offset=0, what=_WHAT)
+        raise FormatError("a quote or backslash in a name, path, hash or system", offset=0, subject=_SUBJECT)
     return b'"%b"' % text.encode()
 
 
@@ -397,7 +399,7 @@ def render(drv: Derivation, *, mask_outputs: bool = False, input_hashes: Mapping
     if input_hashes is not None:
         for path, _ in inputs:
             if path not in input_hashes:
-                raise FormatError(f"no hash for input {path}", offset=0, what=_WHAT)
+                raise FormatError(f"no hash for input {path}", offset=0, subject=_SUBJECT)
         inputs = tuple((input_hashes[path], names) for path, names in inputs)
     env = dict(drv.env)
     if mask_outputs:

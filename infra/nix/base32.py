@@ -43,13 +43,13 @@ def decode(text: str) -> bytes:
     """
     foreign = _FOREIGN.search(text)
     if foreign is not None:
-        raise FormatError("not a nix32 digit", offset=foreign.start(), what="nix32")
+        raise FormatError("not a nix32 digit", offset=foreign.start(), subject="nix32")
     if not text:
         return b""
     size = len(text) * 5 // 8
     if (size * 8 + 4) // 5 != len(text):
-        raise FormatError(f"no hash has {len(text)} nix32 digits", offset=len(text), what="nix32")
+        raise FormatError(f"no hash has {len(text)} nix32 digits", offset=len(text), subject="nix32")
     number = int(text.translate(_TO_PYTHON), 32)
     if number >> (size * 8):
-        raise FormatError("the first nix32 digit has excess bits", offset=0, what="nix32")
+        raise FormatError("the first nix32 digit has excess bits", offset=0, subject="nix32")
     return number.to_bytes(size, "little")

@@ -87,10 +87,10 @@ def path_of_content(store_dir: StoreDir, name: str, ca: str, refs: Collection[st
     if ca.startswith(_TEXT):
         algo, digest = parse_hash(ca[len(_TEXT) :])
         if algo != "sha256":
-            raise FormatError("texts are hashed with sha256", offset=len(_TEXT), what="content address")
+            raise FormatError("texts are hashed with sha256", offset=len(_TEXT), subject="content address")
         return store_dir.make_text_path(name, digest.hex(), refs)
     if not ca.startswith(_FIXED):
-        raise FormatError("neither text: nor fixed:", offset=0, what="content address")
+        raise FormatError("neither text: nor fixed:", offset=0, subject="content address")
     rest = ca[len(_FIXED) :]
     method = "r:" if rest.startswith("r:") else ""
     algo, digest = parse_hash(rest[len(method) :])

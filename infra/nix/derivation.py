@@ -97,7 +97,7 @@ def _output_kind(output: DerivationOutput) -> DerivationKind:
         case (True, True, digest) if digest and digest != "impure":
             return DerivationKind.FIXED
         case _:
-            raise FormatError(f"output {output.name!r} has no known kind", offset=0, what="derivation outputs")
+            raise FormatError(f"output {output.name!r} has no known kind", offset=0, subject="derivation outputs")
 
 
 def classify(outputs: tuple[DerivationOutput, ...]) -> DerivationKind:
@@ -107,22 +107,22 @@ def classify(outputs: tuple[DerivationOutput, ...]) -> DerivationKind:
         FormatError: If there is none, they differ, or a fixed one is not the only one and named `out`.
     """
     if not outputs:
-        raise FormatError("a derivation needs an output", offset=0, what="derivation outputs")
+        raise FormatError("a derivation needs an output", offset=0, subject="derivation outputs")
     kind = _output_kind(outputs[0])
     if len(outputs) > 1:
         if any(_output_kind(output) is not kind for output in outputs):
-            raise FormatError("outputs of different kinds", offset=0, what="derivation outputs")
+            raise FormatError("outputs of different kinds", offset=0, subject="derivation outputs")
         if kind is DerivationKind.FIXED:
-            raise FormatError("a fixed derivation has one output", offset=0, what="derivation outputs")
+            raise FormatError("a fixed derivation has one output", offset=0, subject="derivation outputs")
     if kind is DerivationKind.FIXED and outputs[0].name != "out":
-        raise FormatError("the output of a fixed derivation is named out", offset=0, what="derivation outputs")
+        raise FormatError("the output of a fixed derivation is named out", offset=0, subject="derivation outputs")
     return kind
 
 
 def _json_bool(attrs: Mapping[str, Any], key: str, *, default: bool) -> bool:
     value = attrs.get(key, default)
     if not isinstance(value, bool):
-        raise FormatError(f"{key} is not a boolean", offset=0, what="structured attributes")
+        raise FormatError(f"{key} is not a boolean", offset=0, subject="structured attributes")
     return value
 
 
@@ -130,16 +130,16 @@ def _structured_options(text: bytes) -> DerivationOptions:
     try:
         attrs = json.loads(text)
     except json.JSONDecodeError as error:
-        raise FormatError(error.msg, offset=error.pos, what="structured attributes") from None
+        raise FormatError(error.msg, offset=error.pos, subject="structured attributes") from None
     except (ValueError, RecursionError):
         raise FormatError(
-            "not UTF-8 JSON of reasonable depth and numbers", offset=0, what="structured attributes"
+            "not UTF-8 JSON of reasonable depth and numbers", offset=0, subject="structured attributes"
         ) from None
     if not isinstance(attrs, dict):
-        raise FormatError("not a JSON object", offset=0, what="structured attributes")
+        raise FormatError("not a JSON object", offset=0, subject="structured attributes")
     features = attrs.get("requiredSystemFeatures", [])
     if not isinstance(features, list) or not all(isinstance(feature, str) for feature in features):
-        raise FormatError("requiredSystemFeatures is not a list of strings", offset=0, what="structured attributes")
+        raise FormatError("requiredSystemFeatures is not a list of strings", offset=0, subject="structured attributes")
     return DerivationOptions(
         required_system_features=tuple(features),
         prefer_local_build=_json_bool(attrs, "preferLocalBuild", default=False),
@@ -167,7 +167,7 @@ def options_from_env(env: Mapping[bytes, bytes]) -> DerivationOptions:
     try:
         names = tuple(feature.decode() for feature in (features or b"").split())
     except UnicodeDecodeError as error:
-        raise FormatError("not UTF-8", offset=error.start, what="requiredSystemFeatures") from None
+        raise FormatError("not UTF-8", offset=error.start, subject="requiredSystemFeatures") from None
     return DerivationOptions(
         required_system_features=names,
         prefer_local_build=prefer_local == b"1",

@@ -21,14 +21,14 @@ class FormatError(NixError):
         what: The kind of thing that was read, such as "derivation" or "NAR"; may be empty.
     """
 
-    def __init__(self, message: str, *, offset: int, what: str = "") -> None:
+    def __init__(self, message: str, *, offset: int, subject: str = "") -> None:
         self.message = message
         self.offset = offset
-        self.what = what
-        super().__init__(message, offset, what)
+        self.subject = subject
+        super().__init__(message, offset, subject)
 
     def __str__(self) -> str:
-        prefix = f"{self.what}: " if self.what else ""
+        prefix = f"{self.subject}: " if self.subject else ""
         return f"{prefix}{self.message} (at byte {self.offset})"
 
 

@@ -49,17 +49,17 @@ def decode_digest(algo: str, text: str, *, offset: int = 0) -> bytes:
     """
     size = DIGEST_SIZES.get(algo)
     if size is None:
-        raise FormatError("unknown hash algorithm", offset=offset, what="hash")
+        raise FormatError("unknown hash algorithm", offset=offset, subject="hash")
     if len(text) == size * 2:
         if not _BASE16.match(text):
-            raise FormatError("not a base16 hash", offset=offset, what="hash")
+            raise FormatError("not a base16 hash", offset=offset, subject="hash")
         return bytes.fromhex(text)
     if len(text) == (size * 8 + 4) // 5:
         try:
             return base32.decode(text)
         except FormatError as error:
-            raise FormatError(error.message, offset=offset + error.offset, what="hash") from error
-    raise FormatError(f"wrong length for a {algo} hash", offset=offset, what="hash")
+            raise FormatError(error.message, offset=offset + error.offset, subject="hash") from error
+    raise FormatError(f"wrong length for a {algo} hash", offset=offset, subject="hash")
 
 
 def parse_hash(text: str) -> tuple[str, bytes]:
@@ -70,16 +70,16 @@ def parse_hash(text: str) -> tuple[str, bytes]:
     """
     prefix = _PREFIX.match(text)
     if prefix is None:
-        raise FormatError("a hash begins with its algorithm and a colon or dash", offset=0, what="hash")
+        raise FormatError("a hash begins with its algorithm and a colon or dash", offset=0, subject="hash")
     algo, start = prefix[1], prefix.end()
     if prefix[2] == ":":
         return algo, decode_digest(algo, text[start:], offset=start)
     try:
         digest = base64.b64decode(text[start:], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise FormatError("not base64", offset=start, what="hash") from error
+        raise FormatError("not base64", offset=start, subject="hash") from error
     if len(digest) != DIGEST_SIZES[algo]:
-        raise FormatError(f"wrong length for a {algo} hash", offset=start, what="hash")
+        raise FormatError(f"wrong length for a {algo} hash", offset=start, subject="hash")
     return algo, digest
 
 
@@ -91,5 +91,5 @@ def parse_sha256(text: str) -> bytes:
     """
     algo, digest = parse_hash(text)
     if algo != "sha256":
-        raise FormatError(f"sha256 wanted, {algo} given", offset=0, what="hash")
+        raise FormatError(f"sha256 wanted, {algo} given", offset=0, subject="hash")
     return digest

@@ -63,7 +63,7 @@ class NarLister:
         for event in self._reader.feed(data):
             self._take(event)
         if len(self._text) > self._limit:
-            raise FormatError(f"its listing is longer than {self._limit} bytes", offset=0, what="NAR")
+            raise FormatError(f"its listing is longer than {self._limit} bytes", offset=0, subject="NAR")
 
     def close(self) -> bytes:
         """The listing.

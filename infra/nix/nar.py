@@ -28,7 +28,7 @@ MAX_TARGET_LENGTH: Final = 4095
 #: Largest file, in bytes: a signed 64-bit number.
 MAX_FILE_SIZE: Final = 2**63 - 1
 
-_WHAT: Final = "NAR"
+_SUBJECT: Final = "NAR"
 _LENGTH: Final = struct.Struct("<Q")
 
 
@@ -189,10 +189,10 @@ class NarReader:
             FormatError: If it is not.
         """
         if not self.complete:
-            raise FormatError("the archive is cut short", offset=self._base + len(self._buffer), what=_WHAT)
+            raise FormatError("the archive is cut short", offset=self._base + len(self._buffer), subject=_SUBJECT)
 
     def _fail(self, message: str, at: int | None = None) -> FormatError:
-        return FormatError(message, offset=self._base + (self._pos if at is None else at), what=_WHAT)
+        return FormatError(message, offset=self._base + (self._pos if at is None else at), subject=_SUBJECT)
 
     def _choose(self, choices: tuple[bytes, ...]) -> bytes | None:
         """The one of `choices` that comes next, stepped over; None if more bytes must decide."""
@@ -205,14 +205,14 @@ class NarReader:
             return None
         raise self._fail("not the token that is due", self._pos + max(_common(choice, rest) for choice in choices))
 
-    def _string(self, limit: int, what: str) -> tuple[bytes, int] | None:
+    def _string(self, limit: int, subject: str) -> tuple[bytes, int] | None:
         """The next string of at most `limit` bytes and where it begins, stepped over; None if it is not all there."""
         start = self._pos + 8
         if start > len(self._buffer):
             return None
         (length,) = _LENGTH.unpack_from(self._buffer, self._pos)
         if length > limit:
-            raise self._fail(f"{what} is longer than {limit} bytes")
+            raise self._fail(f"{subject} is longer than {limit} bytes")
         end = start + length
         after = end + -length % 8
         if after > len(self._buffer):
@@ -444,7 +444,7 @@ class NarWriter:
 
 
 def _misplaced(message: str) -> FormatError:
-    return FormatError(message, offset=0, what="NAR events")
+    return FormatError(message, offset=0, subject="NAR events")
 
 
 def write_events(events: Iterable[NarEvent]) -> Iterator[bytes]:

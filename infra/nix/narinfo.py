@@ -97,7 +97,7 @@ class NarInfo:
         for line in lines:
             foreign = _FOREIGN.search(line)
             if foreign is not None:
-                raise FormatError("a field is not printable ASCII", offset=offset + foreign.start(), what="narinfo")
+                raise FormatError("a field is not printable ASCII", offset=offset + foreign.start(), subject="narinfo")
             offset += len(line) + 1
         return ("\n".join(lines) + "\n").encode()
 
@@ -110,25 +110,25 @@ class NarInfo:
 def _fields(text: bytes) -> tuple[dict[str, tuple[str, int]], tuple[str, ...]]:
     """Known single fields as name -> (value, offset of the value), and all signatures."""
     if not text.endswith(b"\n"):
-        raise FormatError("the last line has no newline", offset=len(text), what="narinfo")
+        raise FormatError("the last line has no newline", offset=len(text), subject="narinfo")
     fields: dict[str, tuple[str, int]] = {}
     sigs: list[str] = []
     start = 0
     for line in text[:-1].split(b"\n"):
         raw_key, separator, raw_value = line.partition(b": ")
         if not separator:
-            raise FormatError("a line is not `Key: value`", offset=start, what="narinfo")
+            raise FormatError("a line is not `Key: value`", offset=start, subject="narinfo")
         key = raw_key.decode("latin-1")
         if key in _KNOWN:
             value_start = start + len(raw_key) + 2
             foreign = _UNPRINTABLE.search(raw_value)
             if foreign is not None:
-                raise FormatError("not printable ASCII", offset=value_start + foreign.start(), what="narinfo")
+                raise FormatError("not printable ASCII", offset=value_start + foreign.start(), subject="narinfo")
             value = raw_value.decode("ascii")
             if key == "Sig":
                 sigs.append(value)
             elif key in fields:
-                raise FormatError(f"{key} appears twice", offset=start, what="narinfo")
+                raise FormatError(f"{key} appears twice", offset=start, subject="narinfo")
             else:
                 fields[key] = (value, value_start)
         start += len(line) + 1
@@ -141,12 +141,12 @@ def _at(field: tuple[str, int], parse: Callable[[str], _T]) -> _T:
     try:
         return parse(value)
     except FormatError as error:
-        raise FormatError(error.message, offset=offset + error.offset, what="narinfo") from error
+        raise FormatError(error.message, offset=offset + error.offset, subject="narinfo") from error
 
 
 def _size(text: str) -> int:
     if not _DIGITS.match(text) or int(text) > MAX_SIZE:
-        raise FormatError("not a size", offset=0, what="narinfo")
+        raise FormatError("not a size", offset=0, subject="narinfo")
     return int(text)
 
 
@@ -183,11 +183,11 @@ def parse(text: bytes, store_dir: StoreDir) -> NarInfo:
     fields, sigs = _fields(text)
     for required in ("StorePath", "URL", "NarHash", "NarSize"):
         if required not in fields or not fields[required][0]:
-            raise FormatError(f"no {required}", offset=len(text), what="narinfo")
+            raise FormatError(f"no {required}", offset=len(text), subject="narinfo")
     nothing = ("", len(text))
     nar_size = _at(fields["NarSize"], _size)
     if nar_size == 0:
-        raise FormatError("NarSize is 0", offset=fields["NarSize"][1], what="narinfo")
+        raise FormatError("NarSize is 0", offset=fields["NarSize"][1], subject="narinfo")
     file_hash = fields.get("FileHash", nothing)
     file_size = fields.get("FileSize", nothing)
     return NarInfo(

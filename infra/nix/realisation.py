@@ -25,7 +25,7 @@ MAX_REALISATION_BYTES: Final = 1024 * 1024
 #: Signatures of one realisation.
 MAX_SIGNATURES: Final = 64
 
-_WHAT: Final = "realisation"
+_SUBJECT: Final = "realisation"
 _DRV_OUTPUT: Final = re.compile(r"sha256:[0-9a-f]{64}!(?P<output>[^!/]*)\Z")
 
 
@@ -37,7 +37,7 @@ class RealisationLayout(StrEnum):
 
 
 def _fault(message: str) -> FormatError:
-    return FormatError(message, offset=0, what=_WHAT)
+    return FormatError(message, offset=0, subject=_SUBJECT)
 
 
 def parse_key(layout: RealisationLayout, text: str) -> str:

@@ -28,19 +28,19 @@ SIGNATURE_SIZE: Final = 64
 _NAME: Final = re.compile(r"[!-9;-~]{1,255}\Z")
 
 
-def _split(text: str, size: int, what: str) -> tuple[str, bytes]:
+def _split(text: str, size: int, subject: str) -> tuple[str, bytes]:
     name, colon, encoded = text.partition(":")
     if not colon:
-        raise FormatError("no colon after the key name", offset=len(text), what=what)
+        raise FormatError("no colon after the key name", offset=len(text), subject=subject)
     if not _NAME.match(name):
-        raise FormatError("the key name is empty, too long or has odd characters", offset=0, what=what)
+        raise FormatError("the key name is empty, too long or has odd characters", offset=0, subject=subject)
     try:
         # Errors are raised without a cause: a decoder's message could quote a secret.
         value = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
-        raise FormatError("not base64", offset=len(name) + 1, what=what) from None
+        raise FormatError("not base64", offset=len(name) + 1, subject=subject) from None
     if len(value) != size:
-        raise FormatError(f"{size} bytes wanted, {len(value)} given", offset=len(name) + 1, what=what)
+        raise FormatError(f"{size} bytes wanted, {len(value)} given", offset=len(name) + 1, subject=subject)
     return name, value
 
 
@@ -91,9 +91,9 @@ class SecretKey:
 
     def __init__(self, name: str, seed: bytes) -> None:
         if not _NAME.match(name):
-            raise FormatError("the key name is empty, too long or has odd characters", offset=0, what="secret key")
+            raise FormatError("the key name is empty, too long or has odd characters", offset=0, subject="secret key")
         if len(seed) != SEED_SIZE:
-            raise FormatError(f"a seed has {SEED_SIZE} bytes", offset=0, what="secret key")
+            raise FormatError(f"a seed has {SEED_SIZE} bytes", offset=0, subject="secret key")
         self._seed = seed
         self._key = Ed25519PrivateKey.from_private_bytes(seed)
         #: The name that every signature carries.
@@ -111,7 +111,7 @@ class SecretKey:
         name, value = _split(text, SECRET_SIZE, "secret key")
         key = cls(name, value[:SEED_SIZE])
         if key.public.raw != value[SEED_SIZE:]:
-            raise FormatError("the public half does not belong to the seed", offset=len(name) + 1, what="secret key")
+            raise FormatError("the public half does not belong to the seed", offset=len(name) + 1, subject="secret key")
         return key
 
     def __repr__(self) -> str:

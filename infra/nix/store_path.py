@@ -62,7 +62,7 @@ def parse_base_name(text: str) -> StorePath:
     """
     match = _BASE_NAME_PATTERN.match(text)
     if match is None:
-        raise FormatError(_explain(text), offset=0, what="store path")
+        raise FormatError(_explain(text), offset=0, subject="store path")
     return StorePath(match[1], match[2])
 
 
@@ -96,7 +96,7 @@ class StoreDir:
 
     def __post_init__(self) -> None:
         if not _STORE_DIR_PATTERN.match(self.path):
-            raise FormatError("not an absolute normalised directory", offset=0, what="store directory")
+            raise FormatError("not an absolute normalised directory", offset=0, subject="store directory")
         pattern = re.compile(rf"{re.escape(self.path)}/([{_HASH_CHARS}]{{32}})-({_NAME})\Z")
         object.__setattr__(self, "_bases", pattern)
 
@@ -111,8 +111,8 @@ class StoreDir:
             return StorePath(match[1], match[2])
         prefix = f"{self.path}/"
         if not path_text.startswith(prefix):
-            raise FormatError(f"not in the store directory {self.path}", offset=0, what="store path")
-        raise FormatError(_explain(path_text[len(prefix) :]), offset=len(prefix), what="store path")
+            raise FormatError(f"not in the store directory {self.path}", offset=0, subject="store path")
+        raise FormatError(_explain(path_text[len(prefix) :]), offset=len(prefix), subject="store path")
 
     def contains(self, path_text: str) -> bool:
         """Return whether `path_text` is a well-formed store path directly in this directory."""
@@ -137,7 +137,7 @@ class StoreDir:
             FormatError: If `name` is not a valid name.
         """
         if not _NAME_PATTERN.match(name):
-            raise FormatError("not a valid store path name", offset=0, what="store path")
+            raise FormatError("not a valid store path name", offset=0, subject="store path")
         text = f"{path_type}:sha256:{inner_hex}:{self.path}:{name}"
         return f"{self.path}/{base32.encode(compress_hash(sha256(text.encode()).digest()))}-{name}"
 
@@ -171,7 +171,7 @@ class StoreDir:
         if method == "r:" and algo == "sha256":
             return self.make_source_path(name, digest_hex, refs)
         if tuple(refs):
-            raise FormatError("only NAR content hashed with sha256 may have references", offset=0, what="store path")
+            raise FormatError("only NAR content hashed with sha256 may have references", offset=0, subject="store path")
         inner = sha256(f"fixed:out:{method}{algo}:{digest_hex}:".encode()).hexdigest()
         return self.make_path("output:out", inner, name)
 

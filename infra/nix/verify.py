@@ -122,7 +122,7 @@ class Verifier:
 
         Raises:
             FormatError: If `data` is no derivation, `drv_path` no store path, or an option has the wrong shape;
-            `what` names the member.
+            `subject` names the member.
             DerivationPathError: If the path is not made from the bytes.
             NotCanonicalError: If Nix would have written other bytes.
             UnknownInputError: If an input derivation was not added or preloaded before.
@@ -136,8 +136,8 @@ class Verifier:
             env = dict(scan.derivation.env)
             options = options_from_env(env)
         except FormatError as error:
-            what = f"derivation {drv_path}"
-            raise FormatError(error.message, offset=error.offset, what=what) from error
+            subject = f"derivation {drv_path}"
+            raise FormatError(error.message, offset=error.offset, subject=subject) from error
         drv = scan.derivation
         self._check_path(drv_path, name, drv, data)
         if not scan.in_order():

@@ -249,11 +249,11 @@ class UploadClient:
                 url.with_query(offset=start), data=BytesIO(data), headers=self._headers
             ) as response:
                 if response.status == 409:
-                    told = await _parse(response, SentOffset)
-                    if told.offset < offset:
+                    accepted = await _parse(response, SentOffset)
+                    if accepted.offset < offset:
                         raise _BehindError(f"the coordinator lost what it had of {path}")
-                    start = told.offset
-                    return told if start >= offset + len(piece) else None
+                    start = accepted.offset
+                    return accepted if start >= offset + len(piece) else None
                 answer: SentOffset = await _checked(response, SentOffset)
                 self.progress.sent_bytes += len(data)
                 return answer
@@ -443,17 +443,17 @@ async def _checked(response: aiohttp.ClientResponse, model: type[_Answer] | None
     if response.status == 401:
         code, message = "unauthorized", "the coordinator does not know this token, or it may not write to this cache"
     elif response.content_type == "application/json":
-        told = await _parse_loosely(response)
-        code, message = str(told.get("code", "")), str(told.get("message", message))
+        error_body = await _parse_loosely(response)
+        code, message = str(error_body.get("code", "")), str(error_body.get("message", message))
     raise SenderRefusedError(message, code=code, status=response.status)
 
 
 async def _parse_loosely(response: aiohttp.ClientResponse) -> Mapping[str, Any]:
     try:
-        told = (await response.json())["error"]
+        error_body = (await response.json())["error"]
     except (ValueError, KeyError, TypeError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return error_body if isinstance(error_body, dict) else {}
 
 
 async def _parse(response: aiohttp.ClientResponse, model: type[_Answer]) -> _Answer:

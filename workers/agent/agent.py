@@ -161,7 +161,7 @@ class Agent:
         the agent's loop.
         """
         if name != "hello":
-            self._require_reign(epoch)
+            self._check_epoch(epoch)
         return await getattr(self, name)(*arguments)
 
     async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
@@ -170,14 +170,14 @@ class Agent:
         Raises `AgentError` where this machine does not see the farm's object store, `StaleCoordinatorError` where a
         later coordinator has said hello.
         """
-        told = FarmInfo.model_validate(farm)
-        self._require_reign(told.epoch)
+        info = FarmInfo.model_validate(farm)
+        self._check_epoch(info.epoch)
         await self.start()
         async with self._greeting:
             # Again: a later coordinator may have been greeted while this one waited.
-            self._require_reign(told.epoch)
-            if self._sources is None or self._sources.farm != told:
-                await self._meet(told)
+            self._check_epoch(info.epoch)
+            if self._sources is None or self._sources.farm != info:
+                await self._meet(info)
         self._isolation_told = self._fitness.isolation
         return Hello(
             protocol=PROTOCOL_VERSION,
@@ -195,7 +195,7 @@ class Agent:
             leases=tuple(HeldLease.model_validate(held) for held in self._leases.held()),
         ).dump()
 
-    def _require_reign(self, epoch: int) -> None:
+    def _check_epoch(self, epoch: int) -> None:
         """Raise `StaleCoordinatorError` if a coordinator with a higher epoch has been greeted."""
         if self._sources is not None and epoch < self._sources.farm.epoch:
             raise StaleCoordinatorError(

@@ -217,7 +217,7 @@ class Canary:
             output = BasicOutput(
                 "out", self._store_dir.make_fixed_output_path(name, "", "sha256", digest), "sha256", digest
             )
-        told = {
+        derivation = {
             "agent": str(os.getpid()),
             "filler": str(FILLER_LINES),
             "fixed": str(int(fixed)),
@@ -234,7 +234,7 @@ class Canary:
             "system": self._system,
         }
         if fixed:
-            told |= {"outputHash": output.hash, "outputHashAlgo": "sha256", "outputHashMode": "flat"}
+            derivation |= {"outputHash": output.hash, "outputHashAlgo": "sha256", "outputHashMode": "flat"}
         return f"{self._store_dir.path}/{hashed}-{name}.drv", BasicDerivation(
             outputs=(output,),
             inputs=(bait.input,),
@@ -242,7 +242,7 @@ class Canary:
             builder=b"/bin/sh",
             # The nonce is an argument as well, because that is what every user sees of a process.
             args=(b"-c", _SCRIPT.encode(), f"{_MARK}-{bait.nonce}".encode()),
-            env=tuple(sorted((key.encode(), value.encode()) for key, value in told.items())),
+            env=tuple(sorted((key.encode(), value.encode()) for key, value in derivation.items())),
         )
 
     @asynccontextmanager
@@ -341,7 +341,7 @@ def _report(
     busy = [path for path in plain.get("busy", ()) if path != "/bin/sh" or plain.get("shell_mount", ["rw"])[-1] != "ro"]
     host_name = _one(plain, "host_name") or ""
     setuid = _one(plain, "setuid")
-    told: dict[str, Any] = {
+    findings: dict[str, Any] = {
         "kernel": kernel,
         "uid": _one(plain, "uid") or None,
         "gid": _one(plain, "gid") or None,
@@ -371,7 +371,7 @@ def _report(
         "shows_environment": "environment" in plain or "environment" in fixed,
     }
     try:
-        return CanaryReport.model_validate(told)
+        return CanaryReport.model_validate(findings)
     except ValidationError as error:
         why = first_fault(error).message
         raise CanaryError(f"the trial build says something odd of its isolation: {why}") from None

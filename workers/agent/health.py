@@ -71,9 +71,9 @@ def look_at(places: Iterable[Path]) -> list[Room]:
         try:
             device = place.stat().st_dev
             if device not in rooms:
-                told = os.statvfs(place)
-                inodes = told.f_favail / told.f_files if told.f_files else 1.0
-                rooms[device] = Room(place, device, told.f_bavail * told.f_frsize, inodes)
+                status = os.statvfs(place)
+                inodes = status.f_favail / status.f_files if status.f_files else 1.0
+                rooms[device] = Room(place, device, status.f_bavail * status.f_frsize, inodes)
         except OSError:
             continue
     return list(rooms.values())

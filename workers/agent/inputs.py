@@ -112,14 +112,14 @@ class FarmSources:
         while wanted:
             if len(known) > MAX_CLOSURE:
                 raise InputError(f"the inputs reach more than {MAX_CLOSURE} paths")
-            asked, wanted = wanted[:QUESTION_PATHS], wanted[QUESTION_PATHS:]
-            told = await self._told(asked)
-            found = {info.store_path.rpartition("/")[2]: info for info in told}
-            if not found.keys() >= set(asked):
+            batch, wanted = wanted[:QUESTION_PATHS], wanted[QUESTION_PATHS:]
+            infos = await self._request_infos(batch)
+            found = {info.store_path.rpartition("/")[2]: info for info in infos}
+            if not found.keys() >= set(batch):
                 raise InputError("the cache's answer lacks paths that were asked for")
             known |= found
             # An answer is bounded: what it only refers to is asked for in turn.
-            beyond = {reference.rpartition("/")[2] for info in told for reference in info.references}
+            beyond = {reference.rpartition("/")[2] for info in infos for reference in info.references}
             wanted = sorted((beyond | set(wanted)) - known.keys())
         infos = _references_first(known)
         for info in infos:
@@ -128,7 +128,7 @@ class FarmSources:
                 raise InputError(f"{info.store_path} is not signed by a key of the farm")
         return infos
 
-    async def _told(self, names: Sequence[str]) -> list[NarInfo]:
+    async def _request_infos(self, names: Sequence[str]) -> list[NarInfo]:
         """Ask for narinfos by base name, with as much of their closure as one answer holds. Raises `InputError`."""
         answer = await self._ask(orjson.dumps({"paths": names, "closure": True}))
         missing = answer.get("missing")

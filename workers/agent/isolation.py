@@ -224,6 +224,6 @@ def _try(confinement: Confinement) -> Confinement:
     except (OSError, subprocess.SubprocessError) as error:
         raise NoBuildUsersError(f"the namespaces of a build cannot be tried: {error}") from error
     if done.returncode:
-        what = "; ".join(done.stderr.strip().splitlines()) or f"exit status {done.returncode}"
-        raise NoBuildUsersError(f"this machine refuses the namespaces that keep builds apart: {what}")
+        refusal = "; ".join(done.stderr.strip().splitlines()) or f"exit status {done.returncode}"
+        raise NoBuildUsersError(f"this machine refuses the namespaces that keep builds apart: {refusal}")
     return confinement

@@ -416,13 +416,13 @@ class WorkerMachine:
         each = MAX_BACKLOG_PER_SLOT if self._mean_s <= 0 else int(BACKLOG_S / self._mean_s)
         return self._slots * min(each, MAX_BACKLOG_PER_SLOT)
 
-    def capacity(self, told: frozenset[LeaseKey] | set[LeaseKey] = frozenset()) -> int:
-        """Return how many leases the worker is willing to hold in all, without those whose report is among `told`."""
+    def capacity(self, reported: frozenset[LeaseKey] | set[LeaseKey] = frozenset()) -> int:
+        """Return how many leases the worker is willing to hold in all, but for the `reported` ones."""
         if self.draining:
             return 0
         finishing = 0
         for key, held in self._held.items():
-            if held.state is LeaseState.UPLOADING or (held.state is LeaseState.REPORTING and key not in told):
+            if held.state is LeaseState.UPLOADING or (held.state is LeaseState.REPORTING and key not in reported):
                 finishing += 1
         return self._slots + self.backlog + finishing
 

@@ -268,10 +268,10 @@ class LeaseRunner:
             self._fitness.doubt()
         if not self._machine.report(key, now, reason):
             return
-        told: Succeeded | Failed
+        outcome: Succeeded | Failed
         if isinstance(result, Ending):
             limit = run.order.limits.limit_of(result.reason)
-            told = Failed(
+            outcome = Failed(
                 reason=result.reason,
                 message=result.message[:MAX_MESSAGE],
                 limit=limit,
@@ -279,7 +279,7 @@ class LeaseRunner:
                 signature=result.signature,
             )
         else:
-            told = result
+            outcome = result
         report = Report(
             step=key[0],
             attempt=key[1],
@@ -287,7 +287,7 @@ class LeaseRunner:
             building_at=run.building_at,
             built_at=run.built_at,
             ended_at=now,
-            result=told,
+            result=outcome,
             measures=run.record.measures(),
         )
         self._spool.report(report, within_s=0.0 if self._machine.has_idle_slot else REPORT_WITHIN_S)

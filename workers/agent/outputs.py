@@ -81,7 +81,7 @@ async def deliver(
         return tuple(done.values())
 
     patience = Patience(within_s)
-    told = ""
+    last_error = ""
     while True:
         try:
             try:
@@ -89,10 +89,10 @@ async def deliver(
             except DaemonGone:
                 return await offer()
         except NotTakenError as error:
-            if str(error) != told:
-                told = str(error)
-                _log.warning("%s; it is offered again", told)
-                waits(told)
+            if str(error) != last_error:
+                last_error = str(error)
+                _log.warning("%s; it is offered again", last_error)
+                waits(last_error)
             if not await patience.pause():
                 raise
 

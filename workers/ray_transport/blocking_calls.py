@@ -21,13 +21,13 @@ class BlockingCalls:
         self._most = most
         self._blocked = 0
 
-    async def run(self, what: str, deadline_s: float, call: Callable[[], _T]) -> _T:
+    async def run(self, subject: str, deadline_s: float, call: Callable[[], _T]) -> _T:
         """Return what `call` gives, or raise the `FleetError` that it raises.
 
         Raises `AgentUnavailable` where it fails otherwise, takes longer, or too many others are stuck already.
         """
         if self._blocked >= self._most:
-            raise AgentUnavailable(f"{what}: {self._blocked} calls are stuck already")
+            raise AgentUnavailable(f"{subject}: {self._blocked} calls are stuck already")
         loop = asyncio.get_running_loop()
         result: asyncio.Future[_T] = loop.create_future()
 
@@ -50,16 +50,16 @@ class BlockingCalls:
                 loop.call_soon_threadsafe(deliver, settle)
 
         self._blocked += 1
-        threading.Thread(target=work, name=what, daemon=True).start()
+        threading.Thread(target=work, name=subject, daemon=True).start()
         try:
             async with asyncio.timeout(deadline_s):
                 return await result
         except FleetError:
             raise
         except TimeoutError:
-            raise AgentUnavailable(f"{what} took more than {deadline_s:.0f} s") from None
+            raise AgentUnavailable(f"{subject} took more than {deadline_s:.0f} s") from None
         except Exception as error:
-            raise AgentUnavailable(f"{what}: {type(error).__name__}: {first_line(error)}") from error
+            raise AgentUnavailable(f"{subject}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

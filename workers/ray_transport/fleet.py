@@ -178,9 +178,9 @@ class RayFleet(AgentRoster):
             self._seconds.pop(listed.node_id, None)
             return False
         if listed.node_id not in self._seconds:
-            said = f"two Ray nodes are called {listed.worker}; the later one gets no work until the other is gone"
-            _log.warning("%s", said)
-            self._seconds[listed.node_id] = said
+            reason = f"two Ray nodes are called {listed.worker}; the later one gets no work until the other is gone"
+            _log.warning("%s", reason)
+            self._seconds[listed.node_id] = reason
         return True
 
     async def _serve(self, node: _Node, sink: Sink) -> None:

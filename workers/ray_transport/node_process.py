@@ -77,7 +77,7 @@ class RayNode(ABC):
     def __init__(
         self,
         *,
-        what: str,
+        description: str,
         token_file: Path,
         host: str,
         base_dir: Path,
@@ -87,7 +87,7 @@ class RayNode(ABC):
         _check_host(host)
         check_token_file(token_file)
         self._keep = keep
-        self._what = what
+        self._description = description
         self._token_file = token_file
         self._host = host
         self._base_dir = base_dir
@@ -108,14 +108,14 @@ class RayNode(ABC):
     def pid(self) -> int:
         """Process and session id of the node. Raises `RayNodeError` before it has started."""
         if self._leader is None:
-            raise RayNodeError(f"{self._what} is not running")
+            raise RayNodeError(f"{self._description} is not running")
         return self._leader[0]
 
     @property
     def directory(self) -> Path:
         """The node's private directory. Raises `RayNodeError` before it has started."""
         if self._dir is None:
-            raise RayNodeError(f"{self._what} is not running")
+            raise RayNodeError(f"{self._description} is not running")
         return self._dir
 
     @abstractmethod
@@ -130,8 +130,8 @@ class RayNode(ABC):
         """Return a digest of the settings that a running node must share to be taken over."""
         nowhere = Path("/")
         env = {name: value for name, value in self.env({}).items() if name.startswith(("RAY_", "DROVER_"))}
-        told = [self.argv(nowhere), sorted(env.items()), self.reads()]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        fields = [self.argv(nowhere), sorted(env.items()), self.reads()]
+        return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
     def reads(self) -> str:
         """Return the text of what the node reads from disk, which must not have changed under a running node."""
@@ -168,7 +168,7 @@ class RayNode(ABC):
             except BaseException as error:
                 await self.stop()
                 if isinstance(error, RayNodeError) and RAY_TOO_SLOW in str(error) and tries:
-                    _log.warning("%s did not start within Ray's own 30 s; once more", self._what)
+                    _log.warning("%s did not start within Ray's own 30 s; once more", self._description)
                     continue
                 raise
             return
@@ -190,11 +190,11 @@ class RayNode(ABC):
     async def wait_failed(self) -> str:
         """Return the reason, in one sentence, when the node ends without a request to stop; otherwise never."""
         if self._leader is None:
-            raise RayNodeError(f"{self._what} is not running")
+            raise RayNodeError(f"{self._description} is not running")
         ending = await self._ending(*self._leader)
         if self._stopping:
             await asyncio.get_running_loop().create_future()
-        return f"{self._what} {ending}{self._last_words()}"
+        return f"{self._description} {ending}{self._last_words()}"
 
     async def _ending(self, leader: int, started: str) -> str:
         """Wait until the leader is gone, or lives on without what makes it a node: say which.
@@ -217,7 +217,7 @@ class RayNode(ABC):
         self._stopping = True
         leader, directory, child = self._leader, self._dir, self._child
         if leader is not None:
-            await _end_tree(leader[0], self._what)
+            await _end_tree(leader[0], self._description)
         if child is not None:
             await child.wait()
         self._leader = self._child = None
@@ -259,19 +259,19 @@ class RayNode(ABC):
     async def _wait_ready(self, directory: Path) -> None:
         child = self._child
         if child is None:
-            raise RayNodeError(f"{self._what} is not running")
+            raise RayNodeError(f"{self._description} is not running")
         try:
             async with asyncio.timeout(self._start_deadline_s):
                 # Ray writes this file as the last step of a start.
                 while not (address := _read_cluster(directory / CLUSTER_FILE)):
                     if child.returncode is not None:
                         raise RayNodeError(
-                            f"{self._what} did not start (status {child.returncode}){self._last_words()}"
+                            f"{self._description} did not start (status {child.returncode}){self._last_words()}"
                         )
                     await asyncio.sleep(LOOK_AGAIN_S)
         except TimeoutError:
             raise RayNodeError(
-                f"{self._what} was not ready within {self._start_deadline_s:.0f} s{self._last_words()}"
+                f"{self._description} was not ready within {self._start_deadline_s:.0f} s{self._last_words()}"
             ) from None
         self._cluster = address
 
@@ -319,7 +319,7 @@ def _read_cluster(path: Path) -> str:
     return text if CLUSTER_ADDRESS.fullmatch(text) else ""
 
 
-async def _end_tree(leader: int, what: str) -> None:
+async def _end_tree(leader: int, description: str) -> None:
     """SIGTERM to the leader, which ends its own; SIGKILL to what is left; then nothing of the tree may live."""
     tree = await asyncio.to_thread(process_tree, leader)
     signal_all([process for process in tree if process.pid == leader], signal.SIGTERM)
@@ -328,7 +328,7 @@ async def _end_tree(leader: int, what: str) -> None:
     left = await asyncio.to_thread(still_alive, tree)
     signal_all(left, signal.SIGKILL)
     if left := await _all_gone(left, KILL_GRACE_S):
-        _log.error("%s left processes behind: %s", what, sorted(process.pid for process in left))
+        _log.error("%s left processes behind: %s", description, sorted(process.pid for process in left))
 
 
 async def _all_gone(processes: Iterable[Process], within_s: float) -> set[Process]:

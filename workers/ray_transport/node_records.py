@@ -87,8 +87,8 @@ def read_note(directory: Path) -> NodeRecord | None:
         found = directory.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             return None
-        told = json.loads((directory / NODE_FILE).read_text())
-        match told:
+        record = json.loads((directory / NODE_FILE).read_text())
+        match record:
             case {
                 "owner": [int(owner), str(owner_started)],
                 "node": [int(node), str(node_started)],

@@ -56,7 +56,7 @@ class RayHead(RayNode):
         start_deadline_s: float = START_DEADLINE_S,
     ) -> None:
         super().__init__(
-            what="the Ray head",
+            description="the Ray head",
             token_file=token_file,
             host=host,
             base_dir=base_dir or default_base_dir(),
@@ -124,7 +124,7 @@ class RayJoiningNode(RayNode):
         *,
         head: str,
         token_file: Path,
-        what: str = "the coordinator's Ray node",
+        description: str = "the coordinator's Ray node",
         host: str = LOOPBACK,
         keep: Handover | None = None,
         base_dir: Path | None = None,
@@ -133,7 +133,7 @@ class RayJoiningNode(RayNode):
         if not CLUSTER_ADDRESS.fullmatch(head):
             raise RayNodeError(f"the address of the Ray head must be host:port, not {head!r}")
         super().__init__(
-            what=what,
+            description=description,
             token_file=token_file,
             host=host,
             base_dir=base_dir or default_base_dir(),
@@ -144,7 +144,7 @@ class RayJoiningNode(RayNode):
 
     async def check(self) -> None:
         """Wait for a head that may be starting too, at most HEAD_WITHIN_S."""
-        told = False
+        logged = False
         deadline = time.monotonic() + HEAD_WITHIN_S
         while True:
             try:
@@ -152,9 +152,9 @@ class RayJoiningNode(RayNode):
             except RayNodeError as error:
                 if time.monotonic() > deadline:
                     raise
-                if not told:
-                    _log.warning("%s; %s waits for it, at most %.0f s", error, self._what, HEAD_WITHIN_S)
-                told = True
+                if not logged:
+                    _log.warning("%s; %s waits for it, at most %.0f s", error, self._description, HEAD_WITHIN_S)
+                logged = True
                 await asyncio.sleep(HEAD_EVERY_S)
             else:
                 return
@@ -205,7 +205,7 @@ class RayWorkerNode(RayJoiningNode):
                 "letter or digit"
             )
         super().__init__(
-            what=f"the Ray node of worker {name}",
+            description=f"the Ray node of worker {name}",
             head=head,
             token_file=token_file,
             host=host,

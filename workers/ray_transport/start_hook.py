@@ -66,11 +66,11 @@ def _use_redis_password(ray_params: Any, flags: Path) -> None:
     ray_params.redis_password = read_password(flags)
 
     def without(start: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *told, **named: start(*told, **{**named, "redis_password": ""})
+        return lambda *positional, **named: start(*positional, **{**named, "redis_password": ""})
 
-    def started(command: list[str], process_type: str, *told: Any, **named: Any) -> Any:
+    def started(command: list[str], process_type: str, *positional: Any, **named: Any) -> Any:
         extra = [f"--flagfile={flags}"] if process_type == PROCESS_TYPE_GCS_SERVER else []
-        return start_process([*command, *extra], process_type, *told, **named)
+        return start_process([*command, *extra], process_type, *positional, **named)
 
     start_process = ray_services.start_ray_process
     ray_services.start_ray_process = started

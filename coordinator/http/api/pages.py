@@ -71,7 +71,7 @@ async def rendered(rows: Iterable[_Row], render: Callable[[_Row], bytes]) -> lis
 
 
 def _number(request: web.Request, name: str, default: int) -> int:
-    told = request.query.get(name, str(default))
-    if not told.isascii() or not told.isdigit() or len(told) > 9 or (name == "limit" and int(told) == 0):
+    text = request.query.get(name, str(default))
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or (name == "limit" and int(text) == 0):
         raise BadRequestError(f"`{name}` is a number; leave it out for the first page of {ROWS}.")
-    return int(told)
+    return int(text)

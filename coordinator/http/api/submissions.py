@@ -160,9 +160,9 @@ class Api:
 
     async def steps(self, request: web.Request) -> web.Response:
         """List the steps of a submission, all or those in the named states."""
-        told = [word for word in request.query.get("state", "").split(",") if word]
+        words = [word for word in request.query.get("state", "").split(",") if word]
         try:
-            states = frozenset(StepStatus(word) for word in told)
+            states = frozenset(StepStatus(word) for word in words)
         except ValueError:
             raise BadRequestError(f"a step's state is one of {', '.join(StepStatus)}.") from None
         row = self._views.submission(request.match_info["id"])
@@ -212,12 +212,12 @@ class Api:
 def _attempt(request: web.Request, row: StepRow) -> int:
     if row.life.attempt == 0:
         raise NotFoundError(f"step {row.key} has not been started yet, so there is no log.")
-    told = request.query.get("attempt", str(row.life.attempt))
-    if not told.isascii() or not told.isdigit() or len(told) > 9:
+    text = request.query.get("attempt", str(row.life.attempt))
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise BadRequestError("an attempt is a number.")
-    if not 0 < int(told) <= row.life.attempt:
-        raise NotFoundError(f"step {row.key} had {row.life.attempt} attempts; there is no attempt {told}.")
-    return int(told)
+    if not 0 < int(text) <= row.life.attempt:
+        raise NotFoundError(f"step {row.key} had {row.life.attempt} attempts; there is no attempt {text}.")
+    return int(text)
 
 
 def _runs(row: StepRow, attempt: int) -> bool:

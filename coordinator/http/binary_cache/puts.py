@@ -110,7 +110,7 @@ def log_key(derivation: str) -> str:
     """Return where the uploaded log of a derivation (base name) lies. Raises `FormatError` for any other text."""
     parsed = parse_base_name(derivation)
     if not parsed.is_derivation:
-        raise FormatError("not a derivation", offset=0, what="store path")
+        raise FormatError("not a derivation", offset=0, subject="store path")
     # Names may hold characters that keys may not; the hash part alone says which derivation it is.
     return f"log/{parsed.hash_part}"
 
@@ -212,8 +212,8 @@ class CachePuts:
         """Take what says the same as we do: a client may send what it thinks is missing."""
         text = await self._whole(request, MAX_CACHE_INFO_BYTES)
         ours = self._cache.store_dir.path
-        told = [line.partition(b":")[2].strip() for line in text.splitlines() if line.startswith(b"StoreDir:")]
-        if told != [ours.encode()]:
+        store_dirs = [line.partition(b":")[2].strip() for line in text.splitlines() if line.startswith(b"StoreDir:")]
+        if store_dirs != [ours.encode()]:
             raise UploadRefusedError(409, f"this cache is for the store directory {ours}; it cannot be changed")
         return _done()
 
@@ -260,22 +260,22 @@ class CachePuts:
                 data += chunk
             return bytes(data)
 
-    async def _claim(self, told: narinfo_format.NarInfo) -> Candidate:
+    async def _claim(self, info: narinfo_format.NarInfo) -> Candidate:
         """Return what a client's narinfo claims; sizes and hashes of the object that it omits are looked up."""
-        named = _NAR_KEY.fullmatch(told.url)
+        named = _NAR_KEY.fullmatch(info.url)
         if named is None:
-            raise UploadRefusedError(400, f"URL must be the object that was uploaded before, not {told.url[:80]!r}")
+            raise UploadRefusedError(400, f"URL must be the object that was uploaded before, not {info.url[:80]!r}")
         return Candidate(
-            store_path=told.store_path,
-            nar_hash=told.nar_hash,
-            nar_size=told.nar_size,
-            references=told.references,
-            url=told.url,
-            compression=told.compression,
-            file_hash=told.file_hash or f"sha256:{named['hash']}",
-            file_size=told.file_size or await self._cache.objects.head(told.url) or 0,
-            deriver=told.deriver,
-            ca=told.ca,
+            store_path=info.store_path,
+            nar_hash=info.nar_hash,
+            nar_size=info.nar_size,
+            references=info.references,
+            url=info.url,
+            compression=info.compression,
+            file_hash=info.file_hash or f"sha256:{named['hash']}",
+            file_size=info.file_size or await self._cache.objects.head(info.url) or 0,
+            deriver=info.deriver,
+            ca=info.ca,
         )
 
     def _find_room(self, size: int) -> None:

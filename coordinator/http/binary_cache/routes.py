@@ -192,8 +192,10 @@ class CacheRoutes:
         try:
             question = await read_model(request, NarinfosQuestion, QUESTION_BOUNDS)
             base = f"{self._cache.store_dir.path}/"
-            asked = [base + name for name in question.paths]
-            narinfos, missing = await self._cache.closure(asked, recursive=question.closure, at_most=NARINFOS_AT_ONCE)
+            wanted_paths = [base + name for name in question.paths]
+            narinfos, missing = await self._cache.closure(
+                wanted_paths, recursive=question.closure, at_most=NARINFOS_AT_ONCE
+            )
         except CoordinatorError as error:
             return error_answer(error.status, error.code, str(error))
         except CacheError as error:

@@ -167,13 +167,13 @@ class UploadRoutes:
 
     async def append(self, request: web.Request, sender: Sender) -> web.StreamResponse:
         """Take a piece."""
-        told = request.query.get("offset", "")
-        if not (told.isascii() and told.isdigit() and len(told) <= 15):
+        text = request.query.get("offset", "")
+        if not (text.isascii() and text.isdigit() and len(text) <= 15):
             raise _BadMessageError("a piece says at which offset it belongs")
         if request.content_length is None or request.content_length > PIECE_BYTES:
             raise _BadMessageError(f"a piece says its length, which is at most {PIECE_BYTES} bytes")
         upload, path = request.match_info["id"], request.match_info["path"]
-        size = await self._uploads.append(sender, upload, path, int(told), _body(request))
+        size = await self._uploads.append(sender, upload, path, int(text), _body(request))
         return answer(SentOffset(offset=size))
 
 

@@ -91,11 +91,11 @@ class Catalog:
 
     async def missing(self, store_paths: Iterable[str]) -> set[str]:
         """See `Cache.missing`."""
-        asked = set(store_paths)
+        wanted = set(store_paths)
         async with reading(self.database) as connection:
-            rows = await self.rows(connection, self.hash_parts(asked))
+            rows = await self.rows(connection, self.hash_parts(wanted))
         present = await self.fetchable(rows.values())
-        return asked - {row.store_path for row in present}
+        return wanted - {row.store_path for row in present}
 
     async def differing(self, claims: Mapping[str, str]) -> dict[str, bool]:
         """See `Cache.differing`."""
@@ -107,8 +107,8 @@ class Catalog:
                 if claims.get(row.store_path, row.nar_hash) != row.nar_hash
             ]
             known: set[tuple[int, str]] = set()
-            for some in chunked([row.serial for row in other]):
-                question = sa.select(conflicts.c.serial, conflicts.c.nar_hash).where(conflicts.c.serial.in_(some))
+            for chunk in chunked([row.serial for row in other]):
+                question = sa.select(conflicts.c.serial, conflicts.c.nar_hash).where(conflicts.c.serial.in_(chunk))
                 known.update((serial, nar_hash) for serial, nar_hash in await connection.execute(question))
         return {row.store_path: (row.serial, claims[row.store_path]) in known for row in other}
 
@@ -149,38 +149,38 @@ class Catalog:
         self, store_paths: Iterable[str], *, recursive: bool, at_most: int | None = None
     ) -> tuple[list[bytes], list[str]]:
         """See `Cache.closure`."""
-        asked = set(store_paths)
-        if len(asked) > MAX_CLOSURE:
-            raise ClosureTooLargeError(f"{len(asked)} paths were asked for at once; the limit is {MAX_CLOSURE}")
-        hash_parts = self.hash_parts(asked)
+        wanted = set(store_paths)
+        if len(wanted) > MAX_CLOSURE:
+            raise ClosureTooLargeError(f"{len(wanted)} paths were asked for at once; the limit is {MAX_CLOSURE}")
+        hash_parts = self.hash_parts(wanted)
         reached: dict[int, Row] = {}
         async with reading(self.database) as connection:
-            for some in chunked(hash_parts):
+            for chunk in chunked(hash_parts):
                 if not recursive:
-                    reached.update({row.serial: row for row in (await self.rows(connection, some)).values()})
+                    reached.update({row.serial: row for row in (await self.rows(connection, chunk)).values()})
                 elif at_most is not None:
-                    reached.update(await self._nearest(connection, some, at_most))
+                    reached.update(await self._nearest(connection, chunk, at_most))
                 else:
-                    reached.update(await self._reach(connection, some))
+                    reached.update(await self._reach(connection, chunk))
                 if len(reached) > MAX_CLOSURE:
                     raise ClosureTooLargeError(f"the closure has more than {MAX_CLOSURE} paths; ask for parts of it")
         rows = [reached[serial] for serial in sorted(reached)]
         present = {row.store_path for row in await self.fetchable(rows)}
-        missing = (asked | {row.store_path for row in rows}) - present
+        missing = (wanted | {row.store_path for row in rows}) - present
         return [row.narinfo for row in rows if row.store_path in present], sorted(missing)
 
     async def lost(self, inputs: Iterable[str], suspects: Iterable[str]) -> set[str]:
         """See `Cache.lost`."""
-        asked, suspected = set(inputs), set(suspects)
-        if len(asked) > MAX_CLOSURE:
-            raise ClosureTooLargeError(f"{len(asked)} paths were asked for at once; the limit is {MAX_CLOSURE}")
+        wanted, suspected = set(inputs), set(suspects)
+        if len(wanted) > MAX_CLOSURE:
+            raise ClosureTooLargeError(f"{len(wanted)} paths were asked for at once; the limit is {MAX_CLOSURE}")
         reached: dict[str, Row] = {}
         async with reading(self.database) as connection:
-            for some in chunked(self.hash_parts(asked)):
-                rows = await self._reach(connection, some)
+            for chunk in chunked(self.hash_parts(wanted)):
+                rows = await self._reach(connection, chunk)
                 reached.update((row.store_path, row) for row in rows.values())
         here = {row.store_path for row in await self.fetchable(reached.values())}
-        lost = (asked | reached.keys()) - here
+        lost = (wanted | reached.keys()) - here
         for path in sorted(suspected & here):
             # The database says that it is there; a remote store is asked for what somebody did not find.
             if await self.objects.head(reached[path].url) != reached[path].file_size:
@@ -210,8 +210,8 @@ class Catalog:
     async def rows(self, connection: AsyncConnection, hash_parts: Sequence[str]) -> dict[str, Row]:
         """Return the rows that there are, tombstoned or not, by hash part."""
         found: dict[str, Row] = {}
-        for some in chunked(hash_parts):
-            question = sa.select(*_ROW_COLUMNS).where(paths.c.hash_part.in_(some))
+        for chunk in chunked(hash_parts):
+            question = sa.select(*_ROW_COLUMNS).where(paths.c.hash_part.in_(chunk))
             for values in await connection.execute(question):
                 row = Row(*values)
                 found[row.hash_part] = row
@@ -266,10 +266,10 @@ class Catalog:
         level: list[int] = list(found)
         while level and len(found) < at_most:
             further: dict[int, Row] = {}
-            for some in chunked(level):
+            for chunk in chunked(level):
                 question = (
                     sa.select(*_ROW_COLUMNS)
-                    .where(paths.c.serial.in_(sa.select(refs.c.reference).where(refs.c.referrer.in_(some))))
+                    .where(paths.c.serial.in_(sa.select(refs.c.reference).where(refs.c.referrer.in_(chunk))))
                     .limit(at_most)
                 )
                 for values in await connection.execute(question):

@@ -249,12 +249,12 @@ def database_errors() -> Iterator[None]:
             f"the cache's database is busy: all {POOL_SIZE} connections were in use for {POOL_WAIT_S:.0f} s; try again"
         ) from error
     except SQLAlchemyError as error:
-        said = reason(error)
-        if "database is locked" in said or "lock timeout" in said:
+        text = reason(error)
+        if "database is locked" in text or "lock timeout" in text:
             raise MetadataBusyError(
                 f"the cache's database is busy: another writer held its lock for {LOCK_TIMEOUT_S} s; try again"
             ) from error
-        raise MetadataError(f"the cache's database failed: {said}") from error
+        raise MetadataError(f"the cache's database failed: {text}") from error
 
 
 @asynccontextmanager

@@ -26,8 +26,8 @@ PUBLISH_WITHIN_S = 43_200.0
 async def deleted(connection: AsyncConnection, urls: Collection[str]) -> dict[str, int | None]:
     """Return, for objects with an entry, which deletion of the key it was; None while it is not done."""
     found: dict[str, int | None] = {}
-    for some in chunked(sorted(urls)):
-        question = sa.select(deletions).where(deletions.c.url.in_(some))
+    for chunk in chunked(sorted(urls)):
+        question = sa.select(deletions).where(deletions.c.url.in_(chunk))
         for row in await connection.execute(question):
             found[row.url] = None if row.done_at is None else row.serial
     return found
@@ -41,9 +41,9 @@ def maybe_deleted(before: Mapping[str, int | None], now: Mapping[str, int | None
 async def unreferenced_objects(connection: AsyncConnection, sizes: Mapping[str, int]) -> dict[str, int]:
     """Return those objects (with sizes) that no row names and whose deletion is not written down."""
     free = dict(sizes)
-    for some in chunked(sorted(sizes)):
-        named = [sa.select(table.c.url).where(table.c.url.in_(some)) for table in (paths, conflicts)]
-        waiting = sa.select(deletions.c.url).where(deletions.c.url.in_(some), deletions.c.done_at.is_(None))
+    for chunk in chunked(sorted(sizes)):
+        named = [sa.select(table.c.url).where(table.c.url.in_(chunk)) for table in (paths, conflicts)]
+        waiting = sa.select(deletions.c.url).where(deletions.c.url.in_(chunk), deletions.c.done_at.is_(None))
         for question in (*named, waiting):
             for url in (await connection.execute(question)).scalars():
                 free.pop(url, None)
@@ -56,8 +56,8 @@ async def schedule_deletion(connection: AsyncConnection, sizes: Mapping[str, int
     To be called inside the writing transaction that took away what named them.
     """
     free = await unreferenced_objects(connection, sizes)
-    for some in chunked(sorted(free)):
+    for chunk in chunked(sorted(free)):
         # One that came back after an earlier deletion gets a new entry.
-        await connection.execute(deletions.delete().where(deletions.c.url.in_(some)))
-        await connection.execute(deletions.insert(), [{"url": url, "file_size": free[url]} for url in some])
+        await connection.execute(deletions.delete().where(deletions.c.url.in_(chunk)))
+        await connection.execute(deletions.insert(), [{"url": url, "file_size": free[url]} for url in chunk])
     return free

@@ -23,8 +23,8 @@ async def revive(connection: AsyncConnection, serials: Sequence[int]) -> set[int
     """
     revived: set[int] = set()
     dead = paths.c.tombstoned_at.is_not(None)
-    for some in chunked(serials):
-        reach = sa.select(paths.c.serial).where(paths.c.serial.in_(some), dead).cte("reach", recursive=True)
+    for chunk in chunked(serials):
+        reach = sa.select(paths.c.serial).where(paths.c.serial.in_(chunk), dead).cte("reach", recursive=True)
         reach = reach.union(
             sa.select(paths.c.serial)
             .join(refs, refs.c.reference == paths.c.serial)

@@ -122,9 +122,9 @@ class ClosurePulls:
     async def _look(self, paths: Iterable[str]) -> dict[str, _Found]:
         found: dict[str, _Found] = {}
         for upstream in self.upstreams:
-            asked = {self._hash_part(path): path for path in paths if path not in found}
-            for part, info in (await upstream.narinfos(asked)).items():
-                if info.store_path == asked[part]:
+            by_hash_part = {self._hash_part(path): path for path in paths if path not in found}
+            for part, info in (await upstream.narinfos(by_hash_part)).items():
+                if info.store_path == by_hash_part[part]:
                     found[info.store_path] = _Found(info, upstream)
         return found
 

@@ -122,9 +122,9 @@ class Upstream:
 
     async def present(self, store_paths: Collection[str]) -> set[str]:
         """Return those of the full store paths that the upstream has with a trusted signature."""
-        asked = {path: path.rpartition("/")[2][:HASH_PART_LENGTH] for path in store_paths}
-        found = await self.narinfos(set(asked.values()))
-        return {path for path, part in asked.items() if part in found and found[part].store_path == path}
+        hash_parts = {path: path.rpartition("/")[2][:HASH_PART_LENGTH] for path in store_paths}
+        found = await self.narinfos(set(hash_parts.values()))
+        return {path for path, part in hash_parts.items() if part in found and found[part].store_path == path}
 
     async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None] | None:
         """Return the NAR of this path if the upstream has it with the same hash, else None.

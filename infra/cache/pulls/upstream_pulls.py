@@ -37,9 +37,9 @@ class Pulls:
         """Return those of the claimed paths (by base name) that an upstream has with the same bits, and which one."""
         found: dict[str, Upstream] = {}
         for upstream in self._upstreams:
-            asked = {path[:HASH_PART_LENGTH]: path for path in claims if path not in found}
-            for part, info in (await upstream.narinfos(asked)).items():
-                path = asked[part]
+            by_hash_part = {path[:HASH_PART_LENGTH]: path for path in claims if path not in found}
+            for part, info in (await upstream.narinfos(by_hash_part)).items():
+                path = by_hash_part[part]
                 if (info.store_path, info.nar_hash) == (self._full(path), claims[path].nar_hash):
                     found[path] = upstream
         return found

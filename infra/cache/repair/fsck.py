@@ -228,21 +228,21 @@ class Fsck:
 
     async def _mend(self, found: _Checked, sources: Sequence[RepairSource], report: FsckReport) -> str:
         """Repair what can be, hide what cannot; returns what was done."""
-        how = []
+        repairs = []
         if found.info is None:
             return await self._hide(found, report)
         if found.lost_object:
             source = await self._fetch_again(found.info, sources)
             if source is None:
                 return await self._hide(found, report)
-            how.append(f"fetched again from {source}")
+            repairs.append(f"fetched again from {source}")
         if found.missing_reference:
             return await self._hide(found, report)
         if found.unsigned:
             await self._sign(found.serial, found.info)
-            how.append("signed anew")
+            repairs.append("signed anew")
         report.repaired += 1
-        return " and ".join(how)
+        return " and ".join(repairs)
 
     async def _fetch_again(self, info: NarInfo, sources: Sequence[RepairSource]) -> str | None:
         """Store the NAR anew from the first source that has it; returns that one's name."""
@@ -288,13 +288,13 @@ class Fsck:
             rows = (await connection.execute(columns.where(paths.c.serial.in_(sa.select(reach.c.serial))))).all()
             names = {row.serial: row.store_path for row in rows}
             serials = sorted(names, reverse=True)
-            for some in chunked(serials):
-                named = [names[serial] for serial in some]
+            for chunk in chunked(serials):
+                named = [names[serial] for serial in chunk]
                 await connection.execute(realisations.delete().where(realisations.c.out_path.in_(named)))
-                await connection.execute(conflicts.delete().where(conflicts.c.serial.in_(some)))
-                await connection.execute(refs.delete().where(refs.c.referrer.in_(some)))
-            for some in chunked(serials):
-                await connection.execute(paths.delete().where(paths.c.serial.in_(some)))
+                await connection.execute(conflicts.delete().where(conflicts.c.serial.in_(chunk)))
+                await connection.execute(refs.delete().where(refs.c.referrer.in_(chunk)))
+            for chunk in chunked(serials):
+                await connection.execute(paths.delete().where(paths.c.serial.in_(chunk)))
         self._catalog.forget((row.hash_part, row.url) for row in rows)
         report.hidden += 1
         others = len(rows) - 1

@@ -211,18 +211,18 @@ class _Collection:
         with report.phase("expire"):
             await self._make_room(survey.expiring)
         with report.phase("revive"):
-            for some in chunked(survey.marks.to_revive(), BATCH):
+            for chunk in chunked(survey.marks.to_revive(), BATCH):
                 async with writing(self._catalog.database) as connection:
-                    revived = await revive(connection, some)
+                    revived = await revive(connection, chunk)
                 report.revived += len(revived)
         with report.phase("delete"):
             before = self._began - plan.grace_s
-            for some in chunked(survey.marks.to_delete(before), BATCH):
-                report.deleted_paths += await self._delete(some, before)
+            for chunk in chunked(survey.marks.to_delete(before), BATCH):
+                report.deleted_paths += await self._delete(chunk, before)
         await self.erase()
         with report.phase("tombstone"):
-            for some in chunked(survey.marks.to_tombstone(), BATCH):
-                report.tombstoned += await self._tombstone(some)
+            for chunk in chunked(survey.marks.to_tombstone(), BATCH):
+                report.tombstoned += await self._tombstone(chunk)
         await self._sweep()
         with report.phase("forget"):
             async with writing(self._catalog.database) as connection:
@@ -279,18 +279,18 @@ class _Collection:
         while True:
             async with writing(self._catalog.database) as connection:
                 over = sa.select(roots.c.id).where(~not_expired(self._catalog.now())).limit(ROOTS_AT_ONCE)
-                some = (await connection.execute(over)).scalars().all()
-                await connection.execute(roots.delete().where(roots.c.id.in_(some)))
-            self.report.lapsed_roots += len(some)
-            if len(some) < ROOTS_AT_ONCE:
+                chunk = (await connection.execute(over)).scalars().all()
+                await connection.execute(roots.delete().where(roots.c.id.in_(chunk)))
+            self.report.lapsed_roots += len(chunk)
+            if len(chunk) < ROOTS_AT_ONCE:
                 return
 
     async def _make_room(self, expiring: Sequence[RankedRoot]) -> None:
         """End roots for which there is no room, but those that were kept again since they were looked at."""
         expired: list[str] = []
-        for some in chunked(expiring, ROOTS_AT_ONCE):
+        for chunk in chunked(expiring, ROOTS_AT_ONCE):
             async with writing(self._catalog.database) as connection:
-                for root in some:
+                for root in chunk:
                     seen = (roots.c.id == root.id) & (roots.c.kept_at == root.kept_at)
                     if (await connection.execute(roots.delete().where(seen))).rowcount:
                         expired.append(f"{root.kind} {root.name}")

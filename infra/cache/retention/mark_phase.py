@@ -76,8 +76,8 @@ class Survey:
         async for page in _pages(connection, question, root_paths.c.root, root_paths.c.hash_part):
             for root, _, serial in page:
                 self.marks.mark(serial, ranks.get(root, 0))
-        for some in chunked(self._catalog.hash_parts(also)):
-            named = sa.select(paths.c.serial).where(paths.c.hash_part.in_(some))
+        for chunk in chunked(self._catalog.hash_parts(also)):
+            named = sa.select(paths.c.serial).where(paths.c.hash_part.in_(chunk))
             for serial in (await connection.execute(named)).scalars():
                 self.marks.mark(serial, 0)
 

@@ -80,8 +80,8 @@ class Roots:
     async def lease(self, holder: str, store_paths: Iterable[str], ttl_s: float) -> set[str]:
         """See `Cache.lease`."""
         # In a thread: a large submission has some ten thousand paths.
-        asked = await asyncio.to_thread(set, store_paths)
-        hash_parts = _checked(LEASE, holder, await asyncio.to_thread(self._catalog.hash_parts, asked))
+        wanted = await asyncio.to_thread(set, store_paths)
+        hash_parts = _checked(LEASE, holder, await asyncio.to_thread(self._catalog.hash_parts, wanted))
         async with writing(self._catalog.database) as connection:
             now = self._catalog.now()
             # What an expired lease named need not be there any more: it begins anew.
@@ -92,7 +92,7 @@ class Roots:
             await _name(connection, root, hash_parts, only=False)
             await _revive_named(connection, hash_parts)
             rows = await self._catalog.rows(connection, hash_parts)
-        return asked - {row.store_path for row in await self._catalog.intact(rows.values())}
+        return wanted - {row.store_path for row in await self._catalog.intact(rows.values())}
 
     async def renew(self, holder: str, ttl_s: float) -> bool:
         """See `Cache.renew`."""
@@ -105,9 +105,9 @@ class Roots:
 
     async def keep(self, kind: str, name: str, store_paths: Iterable[str], expires_at: float | None) -> None:
         """See `Cache.keep`."""
-        asked = set(store_paths)
-        hash_parts = _checked(kind, name, await asyncio.to_thread(self._catalog.hash_parts, asked))
-        if len(hash_parts) != len(asked):
+        wanted = set(store_paths)
+        hash_parts = _checked(kind, name, await asyncio.to_thread(self._catalog.hash_parts, wanted))
+        if len(hash_parts) != len(wanted):
             raise CacheError(f"the {kind} {name!r} names a path that is not one of this cache's store")
         async with writing(self._catalog.database) as connection:
             root = await _write(connection, kind, name, self._catalog.now(), expires_at)
@@ -125,12 +125,14 @@ class Roots:
         lapsed = sa.select(roots.c.id).where((roots.c.kind == LEASE) & ~not_expired(self._catalog.now()))
         while True:
             async with reading(self._catalog.database) as connection:
-                some = (await connection.execute(lapsed.limit(LEASES_AT_ONCE))).scalars().all()
-            if not some:
+                chunk = (await connection.execute(lapsed.limit(LEASES_AT_ONCE))).scalars().all()
+            if not chunk:
                 return
             async with writing(self._catalog.database) as connection:
                 # One may have been taken again meanwhile.
-                await connection.execute(roots.delete().where(roots.c.id.in_(some) & ~not_expired(self._catalog.now())))
+                await connection.execute(
+                    roots.delete().where(roots.c.id.in_(chunk) & ~not_expired(self._catalog.now()))
+                )
 
     async def living(self) -> list[RootRow]:
         """See `Cache.roots`."""
@@ -144,8 +146,8 @@ class Roots:
         """See `Cache.touch`."""
         async with writing(self._catalog.database) as connection:
             now = self._catalog.now()
-            for some in chunked(sorted(hash_parts)):
-                stale = paths.c.hash_part.in_(some) & (paths.c.last_used_at < now - TOUCH_RESOLUTION_S)
+            for chunk in chunked(sorted(hash_parts)):
+                stale = paths.c.hash_part.in_(chunk) & (paths.c.last_used_at < now - TOUCH_RESOLUTION_S)
                 await connection.execute(paths.update().where(stale).values(last_used_at=now))
 
     async def why(self, store_path: str) -> list[Keeper]:
@@ -169,12 +171,12 @@ class Roots:
         frontier = [serial]
         while frontier and len(met) < MAX_KEEPERS and len(towards) < MAX_REFERRERS:
             reached: list[int] = []
-            for some in chunked(frontier):
+            for chunk in chunked(frontier):
                 naming = _naming(self._catalog.now()).join(paths, paths.c.hash_part == root_paths.c.hash_part)
-                question = naming.add_columns(paths.c.serial).where(paths.c.serial.in_(some))
+                question = naming.add_columns(paths.c.serial).where(paths.c.serial.in_(chunk))
                 for root in await connection.execute(question):
                     met.setdefault(root.id, (root.kind, root.name, root.expires_at, root.serial))
-                edges = sa.select(refs.c.referrer, refs.c.reference).where(refs.c.reference.in_(some))
+                edges = sa.select(refs.c.referrer, refs.c.reference).where(refs.c.reference.in_(chunk))
                 for referrer, reference in await connection.execute(edges):
                     if referrer not in towards:
                         towards[referrer] = reference
@@ -194,8 +196,8 @@ def by_use(now: float) -> sa.Select[tuple[int, str, str, float, float, float | N
     A root is used when it is kept, and when a path that it names itself is asked for: of what it refers to one cannot
     know for whose sake.
     """
-    asked = sa.func.coalesce(sa.func.max(paths.c.last_used_at), 0.0)
-    used_at = sa.case((asked > roots.c.kept_at, asked), else_=roots.c.kept_at).label("used_at")
+    last_use = sa.func.coalesce(sa.func.max(paths.c.last_used_at), 0.0)
+    used_at = sa.case((last_use > roots.c.kept_at, last_use), else_=roots.c.kept_at).label("used_at")
     columns = (roots.c.id, roots.c.kind, roots.c.name, roots.c.created_at, roots.c.kept_at, roots.c.expires_at)
     return (
         sa.select(*columns, sa.func.count(root_paths.c.hash_part).label("paths"), used_at)
@@ -242,21 +244,21 @@ async def _name(connection: AsyncConnection, root: int, hash_parts: Sequence[str
     """Let a root name these paths too, or `only` these."""
     question = sa.select(root_paths.c.hash_part).where(root_paths.c.root == root)
     named: set[str] = set()
-    for some in (await connection.execute(question)).scalars().partitions(NAMED_AT_ONCE):
-        named.update(some)
+    for chunk in (await connection.execute(question)).scalars().partitions(NAMED_AT_ONCE):
+        named.update(chunk)
         await asyncio.sleep(0)
     new = [hash_part for hash_part in hash_parts if hash_part not in named]
-    for some in chunked(new, NAMED_AT_ONCE):
-        await connection.execute(root_paths.insert(), [{"root": root, "hash_part": hash_part} for hash_part in some])
+    for chunk in chunked(new, NAMED_AT_ONCE):
+        await connection.execute(root_paths.insert(), [{"root": root, "hash_part": hash_part} for hash_part in chunk])
     if only:
-        for some in chunked(sorted(named.difference(hash_parts))):
-            gone = (root_paths.c.root == root) & root_paths.c.hash_part.in_(some)
+        for chunk in chunked(sorted(named.difference(hash_parts))):
+            gone = (root_paths.c.root == root) & root_paths.c.hash_part.in_(chunk)
             await connection.execute(root_paths.delete().where(gone))
 
 
 async def _revive_named(connection: AsyncConnection, hash_parts: Sequence[str]) -> None:
-    for some in chunked(hash_parts):
-        dead = paths.c.hash_part.in_(some) & paths.c.tombstoned_at.is_not(None)
+    for chunk in chunked(hash_parts):
+        dead = paths.c.hash_part.in_(chunk) & paths.c.tombstoned_at.is_not(None)
         found = (await connection.execute(sa.select(paths.c.serial).where(dead))).scalars().all()
         await revive(connection, found)
 
@@ -270,7 +272,7 @@ def _way(towards: dict[int, int], serial: int) -> list[int]:
 
 async def _store_paths(connection: AsyncConnection, serials: Collection[int]) -> dict[int, str]:
     names: dict[int, str] = {}
-    for some in chunked(sorted(serials)):
-        question = sa.select(paths.c.serial, paths.c.store_path).where(paths.c.serial.in_(some))
+    for chunk in chunked(sorted(serials)):
+        question = sa.select(paths.c.serial, paths.c.store_path).where(paths.c.serial.in_(chunk))
         names.update((serial, store_path) for serial, store_path in await connection.execute(question))
     return names

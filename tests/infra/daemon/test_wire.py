@@ -227,7 +227,7 @@ def test_a_size_over_its_limit_is_refused_before_its_bytes_are_waited_for(
 
 
 @pytest.mark.parametrize(
-    ("data", "what"),
+    ("data", "subject"),
     [
         (Encoder().integer(TAG_NEXT).integer(1).getvalue() + b"a\0\0\0\0\0\0\1", "padding"),
         (Encoder().integer(0x64617461).getvalue(), "unknown message"),
@@ -235,8 +235,8 @@ def test_a_size_over_its_limit_is_refused_before_its_bytes_are_waited_for(
         (Encoder().integer(TAG_RESULT).integer(1).integer(101).integer(1).integer(2).getvalue(), "unknown kind 2"),
     ],
 )
-def test_what_the_protocol_does_not_allow_is_named(data: bytes, what: str) -> None:
-    with pytest.raises(DaemonProtocolError, match=what):
+def test_what_the_protocol_does_not_allow_is_named(data: bytes, subject: str) -> None:
+    with pytest.raises(DaemonProtocolError, match=subject):
         Inbox(data).read_message()
 
 
