@@ -16,8 +16,13 @@ from tests.support.farm import FARMS
 pytest_plugins = ["tests.support.servers"]
 
 TESTS = Path(__file__).parent
-#: Folders by the time that their tests take, the longest first, so that lanes end together.
-LONGEST_FIRST = ("e2e/faults", "hostile", "e2e", "workers", "coordinator", "infra", "scheduler", "architecture")
+#: Folders and modules by the time that their tests take, the longest first, so that lanes end together.
+LONGEST_FIRST = (
+    *("e2e/faults/two_slots/", "e2e/faults/test_partition", "e2e/faults/test_nodes_elsewhere", "e2e/faults/"),
+    *("hostile/", "e2e/", "workers/", "coordinator/", "infra/", "scheduler/", "architecture/"),
+)
+#: Folders whose modules share a farm.
+SHARED_FOLDERS = frozenset({"tests/e2e", "tests/e2e/faults/one_slot", "tests/e2e/faults/two_slots"})
 #: Farms that many modules share; in `tests/hostile` these modules are one group.
 SHARED_FARMS = frozenset({"readme_farm", "weak_farm"})
 SHARING = frozenset(
@@ -34,13 +39,11 @@ REMOVAL_DEPTH = 20_000
 def group(nodeid: str) -> str:
     """Return the name of the group of one test. A group shares its fixtures and is run by one process, in one go.
 
-    In `e2e/faults` each test hurts a farm of its own, so each is a group; `e2e` shares a farm; else a module is one.
+    A folder whose modules share a farm is one, and so are the modules of `hostile` that do; else a module is one.
     """
     module = nodeid.partition("::")[0]
     folder = module.rpartition("/")[0]
-    if folder == "tests/e2e/faults":
-        return nodeid
-    return "tests/hostile" if module in SHARING else folder if folder == "tests/e2e" else module
+    return "tests/hostile" if module in SHARING else folder if folder in SHARED_FOLDERS else module
 
 
 class ByGroup(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
@@ -91,5 +94,5 @@ def _thawed() -> Iterator[None]:
 
 
 def _turn(item: pytest.Item) -> int:
-    folder = f"{item.path.parent.relative_to(TESTS)}/"
-    return next(turn for turn, name in enumerate(LONGEST_FIRST) if folder.startswith(f"{name}/"))
+    place = str(item.path.relative_to(TESTS))
+    return next(turn for turn, name in enumerate(LONGEST_FIRST) if place.startswith(name))

@@ -11,6 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Hurt:
     ) -> None:
         """`journal_url` is where the journal lies if `settings` say so."""
         self._prepare(root, journal_url)
+        self.names = tuple(names)
         options = {"sandbox-paths": self.sandbox_paths}
         self.farm = Farm(
             root,
@@ -115,10 +117,11 @@ class Hurt:
         leader: int = json.loads((directory / "node.json").read_text())["node"][0]
         return leader
 
-    def runs(self) -> Counter[str]:
-        """How often each builder really ran, by name."""
+    def runs(self, prefix: str = "") -> Counter[str]:
+        """How often each builder really ran, by name, of those whose name begins so."""
         log = self.tally / "log"
-        return Counter(log.read_text().split()) if log.exists() else Counter()
+        names = log.read_text().split() if log.exists() else []
+        return Counter(name for name in names if name.startswith(prefix))
 
     def can_be_fetched(self, view: dict[str, Any]) -> None:
         """Everything that is reported done reaches a plain Nix client."""
@@ -160,10 +163,45 @@ class Hurt:
 
         return asyncio.run(read())
 
+    def put_right(self) -> None:
+        """After a test of a farm that others use too: it runs, nothing is built, and all its workers take work."""
+        if not self.farm.health():
+            self.farm.start()
+        for view in self.farm.api("submissions"):
+            if view["state"] == "running":
+                self.farm.drover("cancel", view["id"])
+        for worker in self.farm.api("workers"):
+            if worker["state"] == "draining":
+                self.farm.drover("drain", worker["name"], "--off")
+        self.farm.wait_for_workers(len(self.names))
+
+    def is_whole_at_the_end(self) -> None:
+        """The last that is asserted of a farm: it ends in order, and its journal has a reason for all that it did."""
+        assert self.farm.stop() == 0
+        assert self.farm.leftovers() == {}
+        self.nothing_ran_twice_without_a_reason()
+
 
 def _name_of(step: str) -> str:
     """The derivation's name in a step's key, which is made of its outputs' base names."""
     return step.partition("-")[2]
+
+
+@contextmanager
+def running_farm(root: Path, *names: str, **told: Any) -> Iterator[Hurt]:
+    """A farm for several tests, with all its workers; ended with the block."""
+    one = Hurt(root, names, **told)
+    try:
+        one.farm.start().wait_for_workers(len(names))
+        yield one
+    finally:
+        one.farm.stop()
+        one.farm.clear()
+
+
+def running_phases(one: Hurt, submission: str) -> list[str]:
+    """What each running step of a submission does."""
+    return [step["phase"] for step in one.farm.api(f"submissions/{submission}/steps?state=running")]
 
 
 MakeFarm = Callable[..., Hurt]

@@ -17,8 +17,8 @@ import pytest
 
 from infra.process_tree import live_processes, process_tree
 from scheduler import facts
-from scheduler.model import Failure, FailureKind
-from tests.e2e.faults.conftest import Hurt, MakeFarm
+from scheduler.model import FailureKind
+from tests.e2e.faults.conftest import Hurt
 from tests.support.processes import ancestors, processes_with
 
 pytestmark = pytest.mark.e2e
@@ -44,34 +44,15 @@ class Running:
         return found
 
 
-def test_whatever_is_killed_is_replaced_and_its_step_is_built_elsewhere(hurt: MakeFarm) -> None:
-    one = hurt("left", "right", slots=1)
-    a_builder_killed_once_gets_another_machine_and_killed_twice_has_failed(one)
-    a_daemon_that_dies_while_its_builder_is_silent_is_no_reason_to_build_there_again(one)
-    a_daemon_whose_owner_dies_ends_and_says_so(one)
-    a_build_whose_daemon_dies_three_times_is_suspect(one)
-    an_agent_that_is_killed_takes_its_build_along_and_is_started_again(one)
-    a_node_that_is_killed_is_started_again_and_ends_the_builder_that_outlived_it(one)
-    assert one.farm.stop() == 0
-    assert one.farm.leftovers() == {}
-    one.nothing_ran_twice_without_a_reason()
-    found = verdicts(one)
-    assert {step: [failure.kind for failure in failures] for step, failures in found.items()} == {
-        "shot-once": [FailureKind.KILLED],
-        "shot-twice": [FailureKind.KILLED, FailureKind.KILLED],
-        "silent": [FailureKind.CONNECTION_LOST],
-        "disowned": [FailureKind.DAEMON_LOST],
-        "breaker": [FailureKind.CONNECTION_LOST, FailureKind.CONNECTION_LOST, FailureKind.SUSPECT],
-        "agentless": [FailureKind.WORKER_LOST],
-        "survivor": [FailureKind.WORKER_LOST],
-    }, found
-
-
-def a_builder_killed_once_gets_another_machine_and_killed_twice_has_failed(one: Hurt) -> None:
+def test_a_builder_that_is_killed_once_gets_another_machine(one: Hurt) -> None:
     first = start(one, "shot-once")
     kill(first.builder())
     second = elsewhere(one, first)
     finish(one, second)
+    assert verdicts(one, "shot-once") == {"shot-once": [FailureKind.KILLED]}
+
+
+def test_a_builder_that_is_killed_twice_has_failed(one: Hurt) -> None:
     first = start(one, "shot-twice")
     kill(first.builder())
     second = elsewhere(one, first)
@@ -79,23 +60,26 @@ def a_builder_killed_once_gets_another_machine_and_killed_twice_has_failed(one: 
     assert one.ended(first.submission)["state"] == "failed"
     step = step_of(one, first.submission)
     assert (step["failure"]["kind"], step["attempt"]) == ("killed", 2)
+    assert verdicts(one, "shot-twice") == {"shot-twice": [FailureKind.KILLED, FailureKind.KILLED]}
 
 
-def a_daemon_that_dies_while_its_builder_is_silent_is_no_reason_to_build_there_again(one: Hurt) -> None:
+def test_a_daemon_that_dies_while_its_builder_is_silent_is_no_reason_to_build_there_again(one: Hurt) -> None:
     first = start(one, "silent")
     kill([first.above("nix-daemon --stdio")])
     second = elsewhere(one, first)
     finish(one, second)
+    assert verdicts(one, "silent") == {"silent": [FailureKind.CONNECTION_LOST]}
 
 
-def a_daemon_whose_owner_dies_ends_and_says_so(one: Hurt) -> None:
+def test_a_daemon_whose_owner_dies_ends_and_says_so(one: Hurt) -> None:
     first = start(one, "disowned")
     kill([first.above("owner.py")])
     second = elsewhere(one, first)
     finish(one, second)
+    assert verdicts(one, "disowned") == {"disowned": [FailureKind.DAEMON_LOST]}
 
 
-def a_build_whose_daemon_dies_three_times_is_suspect(one: Hurt) -> None:
+def test_a_build_whose_daemon_dies_three_times_is_suspect(one: Hurt) -> None:
     running = start(one, "breaker", "echo loud")
     kill([running.above("nix-daemon --stdio")])
     running = elsewhere(one, running)
@@ -108,17 +92,20 @@ def a_build_whose_daemon_dies_three_times_is_suspect(one: Hurt) -> None:
     assert one.ended(running.submission)["state"] == "failed"
     assert step_of(one, running.submission)["failure"]["kind"] == "suspect"
     one.until(lambda: not running.builder())
+    lost = FailureKind.CONNECTION_LOST
+    assert verdicts(one, "breaker") == {"breaker": [lost, lost, FailureKind.SUSPECT]}
 
 
-def an_agent_that_is_killed_takes_its_build_along_and_is_started_again(one: Hurt) -> None:
+def test_an_agent_that_is_killed_takes_its_build_along_and_is_started_again(one: Hurt) -> None:
     first = start(one, "agentless")
     kill([first.above("ray::AgentHost")])
     second = elsewhere(one, first)
     finish(one, second)
     one.farm.wait_for_workers(2)
+    assert verdicts(one, "agentless") == {"agentless": [FailureKind.WORKER_LOST]}
 
 
-def a_node_that_is_killed_is_started_again_and_ends_the_builder_that_outlived_it(one: Hurt) -> None:
+def test_a_node_that_is_killed_is_started_again_and_ends_the_builder_that_outlived_it(one: Hurt) -> None:
     both_build(one, "survivor")
     file = one.graph(waits("survivor"))
     client = subprocess.Popen(
@@ -141,6 +128,7 @@ def a_node_that_is_killed_is_started_again_and_ends_the_builder_that_outlived_it
     one.can_be_fetched(view)
     one.farm.wait_for_workers(2)
     assert not set(builder) & live_processes().keys()
+    assert verdicts(one, "survivor") == {"survivor": [FailureKind.WORKER_LOST]}
 
 
 def waits(name: str, before: str = ":") -> str:
@@ -196,9 +184,9 @@ def step_of(one: Hurt, submission: str) -> dict[str, Any]:
     return step
 
 
-def verdicts(one: Hurt) -> dict[str, list[Failure]]:
-    """Why builds that had begun ended without a result, by step and in order."""
-    found: dict[str, list[Failure]] = {}
+def verdicts(one: Hurt, name: str) -> dict[str, list[FailureKind]]:
+    """Why builds that had begun ended without a result, by step and in order: of the one and of those before it."""
+    found: dict[str, list[FailureKind]] = {}
     for fact in one.journal():
         match fact:
             case facts.LeaseRevoked():
@@ -207,8 +195,8 @@ def verdicts(one: Hurt) -> dict[str, list[Failure]]:
                 step = fact.step
             case _:
                 continue
-        if fact.failure.kind is not FailureKind.RETURNED:
-            found.setdefault(step.partition("-")[2], []).append(fact.failure)
+        if fact.failure.kind is not FailureKind.RETURNED and step.endswith(f"-{name}"):
+            found.setdefault(step.partition("-")[2], []).append(fact.failure.kind)
     return found
 
 
