@@ -177,7 +177,7 @@ class NarUnpacker:
     ) -> None:
         with ExitStack() as stack:
             if self._created and not self._complete:
-                stack.callback(_remove, self._dest)
+                stack.callback(remove_tree, self._dest)
             for fd in [self._parent, self._file, *(directory.fd for directory in self._stack)]:
                 if fd is not None:
                     stack.callback(os.close, fd)
@@ -257,7 +257,7 @@ class NarUnpacker:
             os.close(fd)
 
 
-def _remove(path: Path) -> None:
+def remove_tree(path: Path) -> None:
     """Remove a tree that we created; a symlink is removed itself."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)

@@ -43,6 +43,11 @@ class ForestTeller:
         #: Each place as it was told: the step above it and its open needs.
         self._told: dict[StepRow, tuple[StepRow | None, int]] = {}
 
+    @property
+    def held(self) -> int:
+        """Number of places that are held."""
+        return len(self._told)
+
     def anew(self) -> tuple[TreeNode, ...]:
         """Return the whole forest, for a reader that has heard nothing."""
         self._told.clear()

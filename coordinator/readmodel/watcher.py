@@ -59,6 +59,11 @@ class Watcher:
         self._wake()
 
     @property
+    def pending(self) -> int:
+        """Number of steps that the next `take` tells one by one."""
+        return len(self._changed)
+
+    @property
     def over(self) -> bool:
         """True if the last event has been taken."""
         return self._over

@@ -81,6 +81,16 @@ class LogStore:
         #: Restorations under way: the second reader of a log waits for the first one's.
         self._restoring: dict[Path, asyncio.Task[bool]] = {}
 
+    @property
+    def open_files(self) -> int:
+        """Number of logs whose file is open."""
+        return len(self._open)
+
+    @property
+    def followed(self) -> int:
+        """Number of logs that somebody reads while they grow."""
+        return len(self._followers)
+
     async def close(self) -> None:
         """Close all files; nothing may be written afterwards."""
         await asyncio.get_running_loop().run_in_executor(self._io, self._close_all)

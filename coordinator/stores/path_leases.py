@@ -40,7 +40,8 @@ class _Lease:
 class PathLeases:
     """The leases of intake in the farm's own cache."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, ending: asyncio.Lock | None = None) -> None:
+        """`ending` is held while leases end."""
         self._cache = cache
         self._leases: dict[str, _Lease] = {}
         #: Leases of questions, the one that was asked longest ago first, and how many paths each has.
@@ -48,8 +49,8 @@ class PathLeases:
         self._asked_paths = 0
         #: Submission -> the leases that last until a root keeps what it needs.
         self._of: dict[str, list[str]] = {}
-        #: Held while leases end: one that is taken again at that moment waits, so that it is there afterwards.
-        self._ending = asyncio.Lock()
+        #: One that is taken again while it ends waits, so that it is there afterwards.
+        self._ending = ending or asyncio.Lock()
 
     async def ask(self, paths: Collection[str]) -> set[str]:
         """Return which paths the cache lacks; the others stay for `LEASE_S` or until their submission is a root.

@@ -48,7 +48,8 @@ class Cache:
         *,
         compression: Compression = COMPRESSION,
     ) -> None:
-        self._database = database
+        #: For what has tables of its own beside the cache's.
+        self.database = database
         self.objects = objects
         #: What is stored from now on is compressed with; what is there stays as it is.
         self.compression: Compression = compression
@@ -95,7 +96,7 @@ class Cache:
 
     async def close(self) -> None:
         """Close the database."""
-        await self._database.close()
+        await self.database.close()
 
     @property
     def public_keys(self) -> tuple[PublicKey, ...]:
@@ -105,7 +106,7 @@ class Cache:
     @property
     def trouble(self) -> str:
         """Reason that the database cannot be used at the moment, "" while all is well."""
-        return self._database.trouble
+        return self.database.trouble
 
     # Reading.
 

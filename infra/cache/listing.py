@@ -37,7 +37,8 @@ class Listings:
         self._turns = asyncio.Semaphore(LISTING_CONCURRENCY)
         #: NAR hash -> listing, oldest use first.
         self._made: OrderedDict[str, bytes] = OrderedDict()
-        self._made_bytes = 0
+        #: Bytes of the listings that are held.
+        self.held_bytes = 0
         self._making: dict[str, asyncio.Task[bytes | None]] = {}
 
     async def listing(self, hash_part: str) -> bytes | None:
@@ -78,9 +79,9 @@ class Listings:
             del self._making[info.nar_hash]
         if made is not None:
             self._made[info.nar_hash] = made
-            self._made_bytes += len(made)
-            while self._made_bytes > LISTINGS_IN_MEMORY_BYTES:
-                self._made_bytes -= len(self._made.popitem(last=False)[1])
+            self.held_bytes += len(made)
+            while self.held_bytes > LISTINGS_IN_MEMORY_BYTES:
+                self.held_bytes -= len(self._made.popitem(last=False)[1])
         return made
 
     def _read(self, info: NarInfo) -> bytes | None:

@@ -29,7 +29,8 @@ from infra.nix.errors import FormatError
 SLOW_BYTES: Final = 4 * 1024 * 1024
 #: Most quotes in a text longer than that: each string is an object.
 MAX_QUOTES: Final = 4_000_000
-_PIECE_BYTES: Final = 1024 * 1024
+#: Bytes of a long string that are unescaped at a time.
+PIECE_BYTES: Final = 1024 * 1024
 _SUBJECT: Final = "derivation"
 
 # One quote stands for one whole string.
@@ -87,7 +88,7 @@ def _pieces(text: bytes) -> Iterator[bytes]:
     """Cut a long text between escapes, so that no step of the fast road holds the interpreter for long."""
     at = 0
     while at < len(text):
-        end = at + _PIECE_BYTES
+        end = at + PIECE_BYTES
         piece = text[at:end]
         if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
             end += 1
@@ -98,7 +99,7 @@ def _pieces(text: bytes) -> Iterator[bytes]:
 
 def _unescape_safe(text: bytes) -> bytes:
     """Undo the escapes of a fast-road string, where 0 stands for an escaped backslash, 1 for a quote."""
-    return b"".join(map(_unescape_piece, _pieces(text))) if len(text) > _PIECE_BYTES else _unescape_piece(text)
+    return b"".join(map(_unescape_piece, _pieces(text))) if len(text) > PIECE_BYTES else _unescape_piece(text)
 
 
 def _unescape_piece(text: bytes) -> bytes:
@@ -154,7 +155,7 @@ def _safe(data: bytes) -> bytes | None:
     return b"".join(pieces)
 
 
-def _fast(data: bytes) -> Scan | None:
+def scan_canonical(data: bytes) -> Scan | None:
     """The scan of a text as Nix writes it, or None for the slow road."""
     escapes = b"\\" in data
     safe = _safe(data) if escapes else data
@@ -194,6 +195,11 @@ def _fast(data: bytes) -> Scan | None:
     )
     raw = b"\n" in data or b"\t" in data or b"\r" in data
     return Scan(derivation, *_input_offsets(parts, outputs_end, inputs_end, inputs_text), not raw)
+
+
+def scan_by_token(data: bytes) -> Scan:
+    """Scan by the slow road. Raises `FormatError` as `scan` does."""
+    return _Reader(data).scan()
 
 
 class _Reader:
@@ -331,12 +337,12 @@ def scan(data: bytes) -> Scan:
     Raises:
         FormatError: If `data` does not follow the grammar, at the first byte that breaks it.
     """
-    found = _fast(data)
+    found = scan_canonical(data)
     if found is None and len(data) > SLOW_BYTES:
         raise FormatError(
             f"more than {SLOW_BYTES} bytes that are not written as Nix writes them", offset=0, subject=_SUBJECT
         )
-    return found or _Reader(data).scan()
+    return found or scan_by_token(data)
 
 
 def parse(data: bytes) -> Derivation:

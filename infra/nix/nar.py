@@ -92,7 +92,7 @@ class NarSymlink:
 NarEvent = NarDirectory | NarDirectoryEnd | NarFile | NarData | NarSymlink
 
 
-def _name_fault(name: bytes) -> str | None:
+def name_fault(name: bytes) -> str | None:
     """Return the reason that `name` cannot name a directory entry, or None."""
     if not name:
         return "an empty entry name"
@@ -125,7 +125,7 @@ class _Levels:
 
     def fault(self, name: bytes) -> str | None:
         """Take `name` as the next entry of the innermost directory, or return the reason that it may not come there."""
-        fault = _name_fault(name)
+        fault = name_fault(name)
         if fault is None and name <= self.stack[-1]:
             return "an entry that is not above the one before it"
         if fault is None:

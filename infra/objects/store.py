@@ -70,14 +70,14 @@ RETRY_WITHIN_S = 60
 FULL = "no room is left; make some (`drover cache gc` collects what nothing keeps), and it goes on"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-_CLIENT_OPTIONS: ClientConfig = {
+CLIENT_OPTIONS: ClientConfig = {
     # An endpoint with http:// in the configuration is meant so.
     "allow_http": True,
     "connect_timeout": timedelta(seconds=CONNECT_S),
     "read_timeout": timedelta(seconds=SILENCE_S),
     "timeout": timedelta(seconds=WHOLE_S),
 }
-_RETRIES: RetryConfig = {
+RETRY_CONFIG: RetryConfig = {
     "max_retries": RETRIES,
     "retry_timeout": timedelta(seconds=RETRY_WITHIN_S),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
@@ -157,7 +157,7 @@ class ObjectStore:
         with self._errors("open", ""):
             if urlsplit(self._full_url).scheme == "memory":
                 return from_url(self._full_url)
-            return from_url(self._full_url, client_options=_CLIENT_OPTIONS, retry_config=_RETRIES)
+            return from_url(self._full_url, client_options=CLIENT_OPTIONS, retry_config=RETRY_CONFIG)
 
     @contextmanager
     def _errors(self, verb: str, key: str) -> Iterator[None]:

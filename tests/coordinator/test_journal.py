@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import func, select, text
 from sqlalchemy import table as sql_table
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator.journal import journal as journal_module
 from coordinator.journal.codec import (
@@ -136,16 +137,22 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @asynccontextmanager
-async def _opened(url: str, *, patience_s: float = 5.0) -> AsyncIterator[Journal]:
-    """A journal as a coordinator has it before it loads."""
+async def _opened_beside(url: str, *, patience_s: float = 5.0) -> AsyncIterator[tuple[AsyncEngine, Journal]]:
+    """A journal as a coordinator has it before it loads, and the database that it is in."""
     engine = open_engine(url)
     try:
         journal = Journal(engine, patience_s=patience_s)
         await journal.prepare()
         await journal.take_over()
-        yield journal
+        yield engine, journal
     finally:
         await engine.dispose()
+
+
+@asynccontextmanager
+async def _opened(url: str) -> AsyncIterator[Journal]:
+    async with _opened_beside(url) as (_, journal):
+        yield journal
 
 
 async def _written(url: str, batches: Sequence[Sequence[Fact]], notes: dict[SubmissionId, StoredNote]) -> None:
@@ -278,9 +285,9 @@ async def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path: Path) ->
 
 
 async def test_a_full_disk_is_one_sentence_and_what_was_stored_stays(tmp_path: Path) -> None:
-    async with _opened(_file(tmp_path), patience_s=0.2) as journal:
+    async with _opened_beside(_file(tmp_path), patience_s=0.2) as (engine, journal):
         await journal.append(_held(1))
-        async with journal._engine.connect() as connection:
+        async with engine.connect() as connection:
             await connection.execute(text("PRAGMA max_page_count = 16"))
         with pytest.raises(JournalError, match="disk is full"):
             await journal.append(_steps(50_000))
@@ -288,13 +295,13 @@ async def test_a_full_disk_is_one_sentence_and_what_was_stored_stays(tmp_path: P
 
 
 async def test_room_on_a_full_disk_is_waited_for(tmp_path: Path) -> None:
-    async with _opened(_file(tmp_path), patience_s=60.0) as journal:
-        async with journal._engine.connect() as connection:
+    async with _opened_beside(_file(tmp_path), patience_s=60.0) as (engine, journal):
+        async with engine.connect() as connection:
             await connection.execute(text("PRAGMA max_page_count = 16"))
         appending = asyncio.create_task(journal.append(_steps(50_000)))
         while "disk is full" not in journal.trouble:  # noqa: ASYNC110 - what is waited for is a database's doing
             await asyncio.sleep(0.02)
-        async with journal._engine.connect() as connection:
+        async with engine.connect() as connection:
             await connection.execute(text("PRAGMA max_page_count = 1000000"))
         await appending
         assert journal.trouble == ""
@@ -303,8 +310,8 @@ async def test_room_on_a_full_disk_is_waited_for(tmp_path: Path) -> None:
 
 async def test_a_database_that_says_nothing_is_told_of(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_module, "SLOW_S", 0.1)
-    async with _opened(postgres_url) as journal:
-        async with journal._engine.begin() as other:
+    async with _opened_beside(postgres_url) as (engine, journal):
+        async with engine.begin() as other:
             await other.execute(text("LOCK TABLE journal_frames IN ACCESS EXCLUSIVE MODE"))
             appending = asyncio.create_task(journal.append(_held(1)))
             while "its database does not answer" not in journal.trouble:  # noqa: ASYNC110 - as above
@@ -371,19 +378,19 @@ async def test_notes_of_one_graph_are_stored_once_until_the_last_is_forgotten(da
     assert read == notes | other
     assert read[SubmissionId("one")].roots is read[SubmissionId("three")].roots
     left = list(notes)
-    async with _opened(database) as journal:
+    async with _opened_beside(database) as (engine, journal):
         await _facts(journal)
         for at, name in enumerate(left, start=1):
             assert len({note.shared for note in (await journal.notes()).values() if note.shared}) == 2
             await journal.append([SubmissionForgotten(name, Instant(1.0))])
             assert decode_notes(await journal.notes()) == {each: notes[each] for each in left[at:]} | other
-        assert await _count(journal, "journal_shared_notes") == await _count(journal, "journal_note_shares") == 1
+        assert await _count(engine, "journal_shared_notes") == await _count(engine, "journal_note_shares") == 1
         await journal.append([SubmissionForgotten(name, Instant(1.0)) for name in other])
-        assert await _count(journal, "journal_shared_notes") == await _count(journal, "journal_notes") == 0
+        assert await _count(engine, "journal_shared_notes") == await _count(engine, "journal_notes") == 0
 
 
-async def _count(journal: Journal, table: str) -> int:
-    async with journal._engine.connect() as connection:
+async def _count(engine: AsyncEngine, table: str) -> int:
+    async with engine.connect() as connection:
         return int((await connection.execute(select(func.count()).select_from(sql_table(table)))).scalar_one())
 
 
@@ -445,7 +452,7 @@ _DAMAGE_THE_NEWEST = """
 
 
 async def test_what_a_broken_off_snapshot_left_is_removed_by_the_next(database: str) -> None:
-    async with _opened(database) as journal:
+    async with _opened_beside(database) as (engine, journal):
         await journal.append(_held(1))
 
         def torn() -> Iterator[Fact]:
@@ -456,7 +463,7 @@ async def test_what_a_broken_off_snapshot_left_is_removed_by_the_next(database: 
             await journal.snapshots.save(1, torn(), [])
         assert await journal.snapshots.ends() == []
         await journal.snapshots.save(1, _held(-1), [])
-        async with journal._engine.connect() as connection:
+        async with engine.connect() as connection:
             left = await connection.execute(text("SELECT count(*) FROM journal_snapshot_parts"))
             assert left.scalar_one() == 1
 

@@ -61,7 +61,7 @@ async def test_a_log_ends_at_its_limit(logs: LogStore) -> None:
 async def test_many_logs_keep_few_files_open(logs: LogStore) -> None:
     for round_ in range(2):
         await logs.append([chunk(round_, b"x", f"step{n}") for n in range(OPEN_FILES + 20)])
-    assert len(logs._open) == OPEN_FILES
+    assert logs.open_files == OPEN_FILES
     assert await text(logs, "step0") == b"xx"
 
 
@@ -90,7 +90,7 @@ async def test_a_follower_gets_what_comes_and_the_end(logs: LogStore) -> None:
         running = False
         logs.wake("abc", 1)
     assert parts == [b"one", b"two"]
-    assert logs._followers == {}
+    assert logs.followed == 0
 
 
 @pytest.mark.parametrize("step", ["../../etc/passwd", "/etc/passwd", "", ".", "..", "a/b", "a\0b", "x" * 300])

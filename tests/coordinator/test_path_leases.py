@@ -44,7 +44,7 @@ async def cache(tmp_path: Path, clock: Clock) -> AsyncIterator[Cache]:
 
 
 async def rows(cache: Cache) -> int:
-    async with reading(cache._database) as connection:
+    async with reading(cache.database) as connection:
         return int((await connection.execute(sa.select(sa.func.count()).select_from(roots))).scalar_one())
 
 
@@ -81,8 +81,8 @@ class WatchedLock(asyncio.Lock):
 async def test_a_lease_that_is_taken_while_it_ends_is_there_afterwards(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leases = PathLeases(cache)
-    leases._ending = ending = WatchedLock()
+    ending = WatchedLock()
+    leases = PathLeases(cache, ending)
     leases.give_back(((await leases.take([A]))[0],))
     release = cache.release
     taking: list[asyncio.Task[tuple[str, set[str]]]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 import sys
+import tracemalloc
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,10 +56,24 @@ def test_what_is_learnt_comes_back_and_any_part_of_a_drv_finds_it(
     assert details.get(StepKey("not known")) is None
 
 
-@given(_infos())
-def test_what_nix_makes_is_kept_as_hashes(info: StepInfo) -> None:
-    details = Details()
-    details.learn(info.key, info)
-    kept = details._kept[info.key]
-    assert isinstance(kept, bytes)
-    assert sys.getsizeof(kept) <= sys.getsizeof(b"") + 2 + 32 * (1 + len(info.outputs))
+def made(number: int) -> StepInfo:
+    """A step whose texts take room of their own."""
+    key = StepKey(f"{number:032}-name")
+    outputs = (("out", f"/nix/store/{key}"), ("dev", f"/nix/store/1{key[1:]}-dev"))
+    return StepInfo(key, "name", "x", (), f"/nix/store/2{key[1:]}.drv", outputs)
+
+
+def test_what_nix_makes_is_kept_as_hashes() -> None:
+    """And so takes much less room than its texts."""
+    details, number = Details(), 2_000
+    keys = [made(each).key for each in range(number)]
+    tracemalloc.start()
+    try:
+        for each, key in enumerate(keys):
+            details.learn(key, made(each))
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    hashes, entry = sys.getsizeof(bytes(2 + 32 * 3)), 120
+    assert kept < number * (hashes + entry)
+    assert [details.get(key) for key in keys] == [made(each) for each in range(number)]

@@ -285,7 +285,7 @@ def test_a_watcher_hears_one_way_up_from_each_step_that_runs_and_only_what_is_ne
         assert places == {"low": ("left", 0), "left": ("top", 1), "top": ("", 2), "aside": ("", 0)}
         driven.publish("low")
         assert _places(watcher.take()) == {"left": ("top", 0), "right": ("top", 0)}
-        driven.views.workforce._changed()
+        driven.views.workforce._changed()  # noqa: SLF001 - what any news of a worker calls
         assert _places(watcher.take()) == {}
 
 
@@ -303,10 +303,10 @@ def test_a_forest_holds_no_more_places_than_its_bound_and_forgets_those_below_wh
     told = {node.key for node in forest.changes()}
     running = {str(key) for key in driven.views.submission("s").active}
     assert told >= running
-    assert len(forest._told) <= 7
+    assert forest.held <= 7
     driven.publish(min(running))
     forest.changes()
-    assert len(forest._told) <= 7
+    assert forest.held <= 7
 
 
 def _places(events: list[WatchEvent]) -> dict[str, tuple[str, int]]:
@@ -321,7 +321,7 @@ def test_a_watcher_that_falls_behind_gets_a_snapshot_and_holds_no_more_than_its_
     with driven.views.watch(driven.views.submission("s"), lambda: None) as watcher:
         watcher.take()
         driven.join(slots=len(steps) - 1)
-        assert len(watcher._changed) == 0
+        assert watcher.pending == 0
         assert isinstance(watcher.take()[0], Snapshot)
 
 
@@ -378,7 +378,7 @@ def _one(driven: Driven, what: str, number: int) -> None:
     state = driven.farm.state
     leased = [step for step in state.steps.values() if step.state.value == "leased"]
     publishing = [step for step in state.steps.values() if step.state.value == "publishing"]
-    if what == "submit" and SubmissionId(f"s{number}") not in driven.views._submissions:
+    if what == "submit" and f"s{number}" not in {row.id for row in driven.views.submission_rows()}:
         driven.tell(_graph(number))
     elif what == "cancel" and state.submissions:
         driven.tell(SubmissionCancelled(list(state.submissions)[number % len(state.submissions)]))
@@ -424,9 +424,10 @@ def test_incremental_counts_equal_a_naive_recount_and_a_replay_or_a_snapshot_giv
             snapshot = encode_facts(driven.farm.snapshot()), encode_records(driven.views.records())
             beyond = len(driven.frames)
         if what == "expire":
-            driven.tell(*[SubmissionExpired(name) for name in list(driven.views._submissions)[number % 3 :: 3]])
+            driven.tell(*[SubmissionExpired(row.id) for row in driven.views.submission_rows()[number % 3 :: 3]])
         _one(driven, what, number)
-        for name, row in driven.views._submissions.items():
+        for row in driven.views.submission_rows():
+            name = row.id
             view = driven.views.submission_view(row)
             by_state = Counter({state.value: count for state, count in row.counts.items() if count})
             assert sum(by_state.values()) + row.held == view.counts.total

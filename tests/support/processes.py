@@ -51,6 +51,16 @@ def daemons_below(process: int) -> list[int]:
     return found
 
 
+def above(process: int, command: str) -> int:
+    """The one process of that command which a process descends from."""
+    [found] = [pid for pid in ancestors(process) if command in " ".join(_command(pid)[:4])]
+    return found
+
+
+def _command(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+
+
 def ancestors(process: int) -> list[int]:
     """The process, its parent, and so on up to the first."""
     parent_of = parents()

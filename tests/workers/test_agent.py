@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from infra.daemon import DaemonConnection
 from infra.nix.store_path import StorePath
 from infra.process_tree import live_processes
-from tests.support.processes import SURVIVOR, daemons_below, processes_with
+from tests.support.processes import SURVIVOR, above, daemons_below, processes_with
 from workers.agent import lease_runner
 from workers.agent.agent import Agent, AgentError
+from workers.agent.daemon_pool import DaemonOpener
 from workers.agent.settings import WorkerSettings
 from workers.agent.stopping import stop_agents
 from workers.wire.messages import Failed, Report, Stage, Succeeded
@@ -264,13 +264,11 @@ async def test_a_builder_that_lost_agent_owner_and_daemon_at_once_is_ended_by_th
     orphan = order(drv("orphan", FOREVER))
     await told.agent.start_many([orphan.dump()])
     await told.until(lambda: orphan.step in told.logs)
-    held = told.agent._slots[0]._open
-    assert held is not None
-    assert held.connection.pid is not None
     mark = hash_part("orphanout" + FOREVER)
-    for pid in (held.connection.pid, *daemons_below(held.connection.pid)):
+    owner = above(processes_with(mark)[0], "owner.py")
+    for pid in (owner, *daemons_below(owner)):
         os.kill(pid, signal.SIGSTOP)
-    for pid in (*daemons_below(held.connection.pid), held.connection.pid):
+    for pid in (*daemons_below(owner), owner):
         os.kill(pid, signal.SIGKILL)
     await told.agent.close()
     assert processes_with(mark)
@@ -294,11 +292,9 @@ async def test_the_agent_survives_a_killed_daemon(bench: Bench) -> None:
         await told.agent.start_many([victim.dump()])
         await told.until(partial(processes_with, mark))
         builder = processes_with(mark)
-        held = told.agent._slots[0]._open
-        assert held is not None
-        assert held.connection.pid is not None
-        [daemon] = daemons_below(held.connection.pid)
-        for pid in (held.connection.pid, daemon)[1 - with_owner :]:
+        owner = above(builder[0], "owner.py")
+        [daemon] = daemons_below(owner)
+        for pid in (owner, daemon)[1 - with_owner :]:
             os.kill(pid, signal.SIGKILL)
         failed = failure((await told.finish(victim))[0])
         # Not begun again in the same lease, though nothing was heard of it; and nothing of it goes on.
@@ -319,18 +315,17 @@ async def test_daemons_that_died_while_nothing_was_built_are_replaced_unnoticed(
     success(second)
 
 
-async def test_a_daemon_that_cannot_be_reopened_is_the_farms_fault(bench: Bench) -> None:
+async def test_a_daemon_that_cannot_be_reopened_is_the_farms_fault(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(descendants())
     told = await bench.agent(slots=1)
-    told.agent._slots[0]._retire()
-    told.agent._slots[0]._open_connection = _unreachable
+    missing = DaemonOpener(["/nonexistent/nix-daemon"], STORE)
+    monkeypatch.setattr(DaemonOpener, "open", partial(DaemonOpener.open, missing))
+    for pid in set(descendants()) - before:
+        os.kill(pid, signal.SIGKILL)
     failed = failure((await told.build(order(drv("lost", ": > $out"))))[0])
     assert failed.reason == "daemon_lost"
-
-
-async def _unreachable() -> DaemonConnection:
-    from workers.agent.daemon_pool import DaemonOpener  # noqa: PLC0415 - one use
-
-    return await DaemonOpener(["/nonexistent/nix-daemon"], STORE).open()
 
 
 @pytest.mark.parametrize(

@@ -178,15 +178,15 @@ async def test_a_lease_that_is_cancelled_while_its_input_is_found_changed_leaves
 ) -> None:
     told = await bench.agent(nix_options=WEAK)
     given = await _published(bench, told, FILE)
-    discard, found = input_guard.InputGuard._discard, asyncio.Event()
+    discard, found = input_guard.InputGuard.discard, asyncio.Event()
 
-    async def stuck(*arguments: Any) -> None:
-        if told.agent._guard.trouble:
+    async def stuck(guard: input_guard.InputGuard, *arguments: Any) -> None:
+        if guard.trouble:
             found.set()
             await asyncio.Event().wait()
-        await discard(*arguments)
+        await discard(guard, *arguments)
 
-    monkeypatch.setattr(input_guard.InputGuard, "_discard", stuck)
+    monkeypatch.setattr(input_guard.InputGuard, "discard", stuck)
     evil = order(drv("evil", f"chmod u+w {given.path}; echo TAMPERED > {given.path}; echo > $out"), [given.path])
     await told.agent.start_many([evil.dump()])
     await found.wait()

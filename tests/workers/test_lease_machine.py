@@ -336,12 +336,12 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def each_slot_is_used_once(self) -> None:
         slots = [self.seen[key].built_in for key in self.in_state(LeaseState.BUILDING)]
-        assert sorted([slot for slot in (*slots, *self.machine._free) if slot is not None]) == [0, 1]
+        assert sorted([slot for slot in (*slots, *self.machine.free_slots) if slot is not None]) == [0, 1]
 
     @invariant()
     def no_ready_lease_waits_for_a_free_slot(self) -> None:
         uploads = len(self.in_state(LeaseState.UPLOADING))
-        if self.machine._free and uploads < self.machine.max_uploads and not self.machine.draining:
+        if self.machine.free_slots and uploads < self.machine.max_uploads and not self.machine.draining:
             assert not [key for key in self.in_state(LeaseState.READY) if not self.seen[key].asked_back]
 
     @invariant()

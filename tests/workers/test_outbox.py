@@ -104,7 +104,7 @@ async def test_a_large_log_lies_on_disk_and_comes_back_in_order(tmp_path: Path) 
             data = rng.randbytes(rng.randrange(1, 3 * CHUNK_BYTES))
             sent[key] += data
             spool.log(key, data)
-        assert spool._memory_bytes <= MEMORY_LOG_BYTES
+        assert spool.memory_bytes <= MEMORY_LOG_BYTES
         for key in keys:
             spool.report(report(key), within_s=0.0)
         assert len(list((tmp_path / "spool").glob("*.log"))) == 2
@@ -115,7 +115,7 @@ async def test_a_large_log_lies_on_disk_and_comes_back_in_order(tmp_path: Path) 
             )
         drain(spool)
         assert not list((tmp_path / "spool").glob("*.log"))
-        assert (spool.log_bytes, spool._memory_bytes, spool._logs) == (0, 0, {})
+        assert (spool.log_bytes, spool.memory_bytes, spool.logs) == (0, 0, 0)
 
 
 def drain_copy(spool: Spool) -> list[dict[str, Any]]:

@@ -184,11 +184,11 @@ class InputGuard:
             raise MendingError(self.trouble)
         watched = await self._closure(inputs)
         await self._look(watched, sample=self._looks % SAMPLE_EVERY == 0)
-        await self._discard(self._spoilt.intersection(outputs), slot)
+        await self.discard(self._spoilt.intersection(outputs), slot)
         if not self._trusts_builds() and (old := set(outputs) - self._vouched):
             # A build of an earlier life of the agent may have been spoilt, and no look was there to see it.
             with suppress(InputChangedError):
-                await self._discard(old, slot)
+                await self.discard(old, slot)
         return Watch(watched, {path: self._changes[path] for path in watched if path in self._changes})
 
     async def end(self, watch: Watch, outputs: Collection[str], slot: DaemonSession) -> None:
@@ -208,7 +208,7 @@ class InputGuard:
             spoilt = InputChangedError(f"{touched[0]} was changed in the worker's store while the build ran")
         if spoilt is not None:
             self._vouched.difference_update(outputs)
-            await self._discard(outputs, slot)
+            await self.discard(outputs, slot)
             raise spoilt
         if len(self._vouched) > MAX_KNOWN:
             self._vouched.clear()
@@ -241,7 +241,7 @@ class InputGuard:
             self._broken.discard(path)
             _log.warning("%s was fetched anew over what it had become", path)
 
-    async def _discard(self, outputs: Collection[str], slot: DaemonSession) -> None:
+    async def discard(self, outputs: Collection[str], slot: DaemonSession) -> None:
         """Delete outputs that are valid. Raises `InputChangedError` where the store keeps one."""
         if not outputs:
             return

@@ -321,6 +321,11 @@ class WorkerMachine:
         return ((key, held.state) for key, held in self._held.items())
 
     @property
+    def free_slots(self) -> tuple[int, ...]:
+        """Slots in which nothing is built, the next to be taken first."""
+        return tuple(self._free)
+
+    @property
     def has_idle_slot(self) -> bool:
         """True if a slot would start a lease that came now."""
         waiting = sum(held.state in _WAITING for held in self._held.values())

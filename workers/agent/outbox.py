@@ -107,7 +107,8 @@ class Spool:
         self._stages: dict[LeaseKey, _Entry] = {}
         #: Last number given, last number in an answer, last number acknowledged.
         self._last = self._sent = self._acked = 0
-        self._memory_bytes = 0
+        #: Log text that lies in memory and not on disk.
+        self.memory_bytes = 0
         #: Unacknowledged log text, pending lines included.
         self.log_bytes = 0
         #: Set while builders may go on printing.
@@ -124,6 +125,11 @@ class Spool:
         #: Set when `_due` came nearer or another waiter took the turn.
         self._changed = asyncio.Event()
         self._turn = 0
+
+    @property
+    def logs(self) -> int:
+        """Number of leases with log text that is not acknowledged."""
+        return len(self._logs)
 
     def log(self, key: LeaseKey, data: bytes) -> None:
         """Queue log bytes of a lease."""
@@ -298,8 +304,8 @@ class Spool:
             part = data[start : start + CHUNK_BYTES]
             at = -1
             event: dict[str, Any] | None = None
-            if self._memory_bytes + len(part) <= MEMORY_LOG_BYTES:
-                self._memory_bytes += len(part)
+            if self.memory_bytes + len(part) <= MEMORY_LOG_BYTES:
+                self.memory_bytes += len(part)
                 event = LogChunk(step=key[0], attempt=key[1], offset=mine.offset, data=part).dump()
             else:
                 at = self._spill(key, mine, part)
@@ -337,7 +343,7 @@ class Spool:
         mine = self._logs[entry.key]
         mine.entries -= 1
         if entry.at < 0:
-            self._memory_bytes -= entry.size
+            self.memory_bytes -= entry.size
         self._count_log(-entry.size)
         if not mine.entries and mine.descriptor >= 0:
             os.close(mine.descriptor)

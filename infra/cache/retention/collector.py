@@ -131,7 +131,7 @@ class Collector:
     async def collect(self, plan: CollectPlan) -> CollectReport:
         """See `Cache.collect`."""
         async with self._collecting, collector_lock(self._catalog.database) as check:
-            collection = _Collection(self._catalog, plan, check)
+            collection = Collection(self._catalog, plan, check)
             await (collection.rehearse() if plan.dry_run else collection.run())
             return collection.report
 
@@ -143,7 +143,7 @@ class Collector:
                 return
         with suppress(CollectorBusyError):
             async with self._collecting, collector_lock(self._catalog.database) as check:
-                await _Collection(self._catalog, CollectPlan(), check).erase()
+                await Collection(self._catalog, CollectPlan(), check).erase()
 
 
 @asynccontextmanager
@@ -172,7 +172,7 @@ async def collector_lock(database: Database) -> AsyncIterator[Callable[[], Await
                 raise
 
 
-class _Collection:
+class Collection:
     """One collection: its plan, what it did so far, and the steps."""
 
     def __init__(self, catalog: Catalog, plan: CollectPlan, check: Callable[[], Awaitable[object]]) -> None:

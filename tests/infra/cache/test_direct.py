@@ -34,8 +34,8 @@ async def test_a_store_that_takes_a_request_and_never_answers_is_asked_again_and
     s3_server: S3Server, s3: S3Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("read_timeout", "timeout"):
-        monkeypatch.setitem(objects._CLIENT_OPTIONS, name, timedelta(seconds=0.3))
-    monkeypatch.setitem(objects._RETRIES, "max_retries", 2)
+        monkeypatch.setitem(objects.CLIENT_OPTIONS, name, timedelta(seconds=0.3))
+    monkeypatch.setitem(objects.RETRY_CONFIG, "max_retries", 2)
     async with FaultyProxy(s3_server.port) as proxy:
         place = s3_server.at(s3.prefix, proxy.endpoint)
         monkeypatch.setenv("AWS_ENDPOINT_URL", place.endpoint)

@@ -139,7 +139,7 @@ async def test_lost_paths_are_restored_from_a_source_or_leave_with_all_that_refe
 
 
 async def test_a_narinfo_that_cannot_be_read_is_a_fault_of_its_own(cache: Cache) -> None:
-    async with writing(cache._database) as connection:
+    async with writing(cache.database) as connection:
         await connection.execute(paths.update().where(paths.c.store_path == OTHER).values(narinfo=b"not one"))
     assert found(await cache.verify()) == {OTHER: ("its narinfo cannot be read", "left as it is")}
     assert (await cache.verify(repair=True)).hidden == 1

@@ -259,7 +259,7 @@ async def test_one_process_collects_at_a_time(tmp_path: Path, postgres_url: str)
         open_cache(tmp_path, database_url=postgres_url) as one,
         open_cache(tmp_path, database_url=postgres_url) as other,
     ):
-        async with collector_lock(one._catalog.database):
+        async with collector_lock(one.database):
             with pytest.raises(CollectorBusyError):
                 await other.collect(AT_ONCE)
         await other.collect(AT_ONCE)

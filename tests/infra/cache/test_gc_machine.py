@@ -277,7 +277,7 @@ async def _needs_no_look(_self: object, _connection: object, hash_parts: dict[in
 
 MUTANTS: dict[str, tuple[object, str, object]] = {
     "naming a path does not bring it back": (roots, "revive", _revives_nothing),
-    "a transaction trusts the mark": (collector._Collection, "_unneeded", _needs_no_look),
+    "a transaction trusts the mark": (collector.Collection, "_unneeded", _needs_no_look),
 }
 
 

@@ -66,7 +66,7 @@ async def test_the_limits_hold(cache: Cache, monkeypatch: pytest.MonkeyPatch) ->
     listings = Listings(cache)
     assert await listings.listing(first) == expected(10)
     assert await listings.listing(second) == expected(200)
-    assert len(listings._made) == 0
+    assert listings.held_bytes == 0
     monkeypatch.setattr(listing, "MAX_LISTED_NAR_BYTES", 200)
     assert await Listings(cache).listing(second) is None
     monkeypatch.setattr(listing, "MAX_LISTINGS_WANTED", 0)

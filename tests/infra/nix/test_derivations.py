@@ -124,9 +124,9 @@ def test_any_bytes_either_parse_or_are_refused_with_an_offset_and_both_roads_agr
         at = data.draw(st.integers(0, len(text)))
         new = data.draw(st.one_of(PIECES, st.sampled_from([b'"', b"\\q", b",", b'("","")', b'(",[])'])))
         text = text[:at] + new + text[at + data.draw(st.integers(0, 4)) :]
-    fast = aterm._fast(text)
+    fast = aterm.scan_canonical(text)
     try:
-        slow = aterm._Reader(text).scan()
+        slow = aterm.scan_by_token(text)
     except FormatError as refusal:
         offset = refusal.offset
         assert fast is None
@@ -257,7 +257,7 @@ def test_structured_attributes_of_the_wrong_shape_are_refused(attrs: bytes) -> N
         options(with_env(__json=attrs))
 
 
-@pytest.mark.parametrize("value", [b"x" * 3 * aterm._PIECE_BYTES, b'\\"\n' * aterm._PIECE_BYTES, b"\\" * 3_000_001])
+@pytest.mark.parametrize("value", [b"x" * 3 * aterm.PIECE_BYTES, b'\\"\n' * aterm.PIECE_BYTES, b"\\" * 3_000_001])
 def test_a_long_value_is_read_as_a_short_one_is(value: bytes) -> None:
     """In pieces, none of which ends within an escape."""
     drv = replace(aterm.parse(MASKED), env=((b"a", b"\\"), (b"big", b"." + value), (b"z", value[1:])))

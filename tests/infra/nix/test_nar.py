@@ -17,7 +17,7 @@ from infra.nix import nar
 from infra.nix.errors import FormatError
 from infra.nix.nar import NarData, NarDirectory, NarDirectoryEnd, NarEvent, NarFile, NarReader, NarSymlink, NarWriter
 
-NAMES = st.binary(min_size=1, max_size=6).filter(lambda name: nar._name_fault(name) is None)
+NAMES = st.binary(min_size=1, max_size=6).filter(lambda name: nar.name_fault(name) is None)
 Tree = bytes | tuple[bytes] | dict[bytes, "Tree"]
 
 
@@ -133,14 +133,19 @@ def nested(depth: int) -> list[NarEvent]:
     return [*(NarDirectory(b"d" if level else b"") for level in range(depth)), *[NarDirectoryEnd()] * depth]
 
 
+def tokens(*texts: bytes) -> bytes:
+    """Strings as a NAR has them: length, bytes, zeros up to a multiple of eight."""
+    return b"".join(len(text).to_bytes(8, "little") + text + bytes(-len(text) % 8) for text in texts)
+
+
 def test_directories_nest_as_deep_as_paths_go_and_no_deeper_on_either_side() -> None:
     deepest = nar.MAX_DEPTH
     deep = b"".join(nar.write_events(nested(deepest)))
     assert read(deep, []) == nested(deepest)
     with pytest.raises(FormatError, match="deeper"):
         list(nar.write_events(nested(deepest + 1)))
-    start = deep.index(nar._ENTRY)
-    entry = nar._tokens(b"entry", b"(", b"name", b"d", b"node", b"(", b"type", b"directory")
+    start = deep.index(tokens(b"entry", b"(", b"name"))
+    entry = tokens(b"entry", b"(", b"name", b"d", b"node", b"(", b"type", b"directory")
     with pytest.raises(FormatError, match="deeper") as refusal:
         NarReader().feed(deep[:start] + entry * 1_000_000)
     assert refusal.value.offset < start + (deepest + 1) * len(entry)
@@ -283,5 +288,5 @@ def test_a_tree_is_packed_as_deep_as_the_kernel_takes_paths_and_cleared_again(tm
         place /= "d"
     archive = b"".join(nar_files.dump(tree))
     assert read(archive, []) == nested(levels)
-    nar_files._remove(tree)
+    nar_files.remove_tree(tree)
     assert not tree.exists()

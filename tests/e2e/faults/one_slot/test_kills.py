@@ -19,7 +19,7 @@ from infra.process_tree import live_processes, process_tree
 from scheduler import facts
 from scheduler.model import FailureKind
 from tests.e2e.faults.conftest import Hurt
-from tests.support.processes import ancestors, processes_with
+from tests.support.processes import above, processes_with
 
 pytestmark = pytest.mark.e2e
 
@@ -40,8 +40,7 @@ class Running:
 
     def above(self, command: str) -> int:
         """The process of that command which the builder descends from."""
-        [found] = [pid for pid in ancestors(self.builder()[0]) if command in " ".join(_command(pid)[:4])]
-        return found
+        return above(self.builder()[0], command)
 
 
 def test_a_builder_that_is_killed_once_gets_another_machine(one: Hurt) -> None:
@@ -204,7 +203,3 @@ def kill(pids: Iterable[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _command(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
