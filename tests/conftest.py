@@ -23,15 +23,18 @@ LONGEST_FIRST = (
 )
 #: Folders whose modules share a farm.
 SHARED_FOLDERS = frozenset({"tests/e2e", "tests/e2e/faults/one_slot", "tests/e2e/faults/two_slots"})
-#: Farms that many modules share; in `tests/hostile` these modules are one group.
-SHARED_FARMS = frozenset({"readme_farm", "weak_farm"})
-SHARING = frozenset(
-    f"tests/hostile/test_{name}.py"
-    for name in (
+#: Farms of `tests/hostile` that modules share, and these modules, which are one group.
+SHARING = {
+    ("readme_farm", "weak_farm"): (
         *("answers", "fair_share", "front_door", "inputs", "isolation", "logs", "readme_farm", "terminal"),
         "what_users_met",
-    )
-)
+    ),
+    ("own_farm",): ("sockets", "submissions"),
+    ("pair_farm",): ("bad_derivations", "compressions", "losses"),
+}
+#: Module -> the farms that it may use, whose names are those of its group.
+SHARED_BY = {f"tests/hostile/test_{name}.py": farms for farms, names in SHARING.items() for name in names}
+SHARED_FARMS = frozenset(farm for farms in SHARING for farm in farms)
 #: Frames in which pytest removes what earlier runs left: one for each directory of a tree, and tests make deep ones.
 REMOVAL_DEPTH = 20_000
 
@@ -43,7 +46,9 @@ def group(nodeid: str) -> str:
     """
     module = nodeid.partition("::")[0]
     folder = module.rpartition("/")[0]
-    return "tests/hostile" if module in SHARING else folder if folder in SHARED_FOLDERS else module
+    if module in SHARED_BY:
+        return " ".join(SHARED_BY[module])
+    return folder if folder in SHARED_FOLDERS else module
 
 
 class ByGroup(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
@@ -65,9 +70,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places: dict[str, int] = {}
     for item in items:
         places.setdefault(group(item.nodeid), len(places))
-        assert item.nodeid.partition("::")[0] in SHARING or SHARED_FARMS.isdisjoint(
-            getattr(item, "fixturenames", ())
-        ), f"{item.nodeid} uses a farm that modules share: name its module in SHARING"
+        others = SHARED_FARMS.difference(SHARED_BY.get(item.nodeid.partition("::")[0], ()))
+        assert others.isdisjoint(getattr(item, "fixturenames", ())), (
+            f"{item.nodeid} uses a farm that other modules share: name its module in SHARING"
+        )
     items.sort(key=lambda item: (_turn(item), places[group(item.nodeid)]))
 
 

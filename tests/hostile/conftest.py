@@ -2,11 +2,15 @@
 
 - `readme_farm`: `drover up` as root or whoever else runs the tests, without configuration, with its default worker.
   All modules share it, so its tests leave it as it was: one worker that is online, and nothing that runs.
-- `own_farm`: the same for the tests of one module, which burden it.
+- `own_farm`: the same for tests that burden it.
 - `users_farm`: the same for the tests of one module, as an ordinary user of the machine with a home of their own
   (`tests.support.ordinary`).
 - `weak_farm`: two workers whose builders own the machine (class C), of which `allowed` is allowed by name and
   `refused` is not. All modules share it.
+- `pair_farm`: two workers, each with a feature that is called as it is, a cache that compresses with xz and one that
+  does not compress, `plain`.
+
+Which modules share a farm says `tests.conftest.SHARING`.
 
 The first three are `FarmUnderAttack`, which is a `tests.support.farm.Farm` with what attacks need:
 
@@ -28,10 +32,22 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.e2e.conftest import BUSYBOX
 from tests.support.attack import FarmUnderAttack, running, running_farm
 from tests.support.farm import FARMS, Farm, WorkerSpec
 from tests.support.ordinary import OrdinaryUser
 
+#: Who may write to the cache `plain` of `pair_farm`.
+PLAIN_WRITER = "a-writer-of-this-cache"
+TWO_CACHES = """
+[cache]
+compression = "xz"
+
+[[caches]]
+name = "plain"
+compression = "none"
+writers = ["env:PLAIN_WRITERS"]
+"""
 #: Builders are root, as on a machine without build users before drover had its own.
 WEAK = {"build-users-group": ""}
 
@@ -43,9 +59,10 @@ def readme_farm(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.C
         yield farm
 
 
-@pytest.fixture(scope="module")
-def own_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarmUnderAttack]:
+@pytest.fixture(scope="session")
+def own_farm(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[FarmUnderAttack]:
     with running_farm(tmp_path_factory.mktemp("own")) as farm:
+        pytestconfig.stash.setdefault(FARMS, []).append(farm)
         yield farm
 
 
@@ -62,3 +79,18 @@ def weak_farm(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Con
     with running(Farm(tmp_path_factory.mktemp("weak"), workers, settings='weak_isolation = ["allowed"]')) as farm:
         pytestconfig.stash.setdefault(FARMS, []).append(farm)
         yield farm
+
+
+@pytest.fixture(scope="session")
+def pair_farm(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Farm]:
+    root = tmp_path_factory.mktemp("pair")
+    (root / "gate").mkdir()
+    options = {"sandbox-paths": f"{BUSYBOX['sandbox-paths']} /bin/busybox /gate={root / 'gate'}"}
+    workers = [WorkerSpec(name, features=(name,), nix_options=options) for name in ("first", "second")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLAIN_WRITERS", PLAIN_WRITER)
+        farm = Farm(root, workers, settings=TWO_CACHES)
+        with running(farm):
+            farm.wait_for_workers(2)
+            pytestconfig.stash.setdefault(FARMS, []).append(farm)
+            yield farm

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +12,7 @@ from typing import Any, Self
 import pytest
 
 from tests.e2e.conftest import Expression
-from tests.support.farm import Farm, WorkerSpec
+from tests.support.farm import Farm
 from workers.agent.refusals import recognise
 
 pytestmark = pytest.mark.e2e
@@ -50,16 +49,6 @@ UNKNOWN = """
 UNKNOWN_WORDS = "must be a list of strings"
 
 
-@pytest.fixture(scope="module")
-def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
-    farm = Farm(tmp_path_factory.mktemp("refused"), [WorkerSpec("one"), WorkerSpec("two")])
-    try:
-        farm.start().wait_for_workers(2)
-        yield farm
-    finally:
-        farm.stop()
-
-
 class WorkerWatch:
     """What the farm says of its workers, from beginning to end: every state and trouble that it ever showed."""
 
@@ -90,7 +79,7 @@ def submitted(farm: Farm, file: Path, attribute: str) -> tuple[subprocess.Comple
     return done, {root["attr"]: root for root in json.loads(done.stdout.splitlines()[-1])["roots"]}
 
 
-def test_what_nix_refuses_ends_its_own_submission_and_no_worker_is_quarantined(farm: Farm, tmp_path: Path) -> None:
+def test_what_nix_refuses_ends_its_own_submission_and_no_worker_is_quarantined(pair_farm: Farm, tmp_path: Path) -> None:
     refused = "".join(
         f'"{name}" = shellFor "x86_64-linux" {{ name = "{name}"; {attributes} }} "{script}";\n'
         for name, attributes, script, _ in REFUSED
@@ -105,14 +94,14 @@ def test_what_nix_refuses_ends_its_own_submission_and_no_worker_is_quarantined(f
         good = shell "good" "echo good > $out";
         """
     )
-    with WorkerWatch(farm) as watch, ThreadPoolExecutor(3) as users:
-        many, odd, good = (users.submit(submitted, farm, file, name) for name in ("many", "odd", "good"))
+    with WorkerWatch(pair_farm) as watch, ThreadPoolExecutor(3) as users:
+        many, odd, good = (users.submit(submitted, pair_farm, file, name) for name in ("many", "odd", "good"))
         done, _ = good.result()
         assert done.returncode == 0, done.stderr
         said = {**many.result()[1], **odd.result()[1]}
     assert {(state, reason) for _, state, reason in watch.seen} == {("online", "")}
 
-    steps = {attribute.rpartition(".")[2]: farm.api(f"steps/{root['step']}") for attribute, root in said.items()}
+    steps = {attribute.rpartition(".")[2]: pair_farm.api(f"steps/{root['step']}") for attribute, root in said.items()}
     words = {f"bad-{number}": "__noChroot" for number in range(UNSANDBOXED)}
     words |= {name: sentence for name, _, _, sentence in REFUSED} | {"unknown": UNKNOWN_WORDS}
     assert steps.keys() == words.keys()

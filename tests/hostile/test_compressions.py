@@ -6,38 +6,14 @@ import json
 import os
 import subprocess
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.farm import Farm, WorkerSpec, nix_store
+from tests.hostile.conftest import PLAIN_WRITER
+from tests.support.farm import Farm, nix_store
 
 pytestmark = pytest.mark.e2e
-
-SETTINGS = """
-[cache]
-compression = "xz"
-
-[[caches]]
-name = "plain"
-compression = "none"
-writers = ["env:PLAIN_WRITERS"]
-"""
-BUSYBOX = {"sandbox-paths": "/bin/sh=/bin/busybox"}
-
-
-@pytest.fixture(scope="module")
-def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
-    root = tmp_path_factory.mktemp("compressions")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PLAIN_WRITERS", "a-writer-of-this-cache")
-        farm = Farm(root, [WorkerSpec("one", nix_options=BUSYBOX)], settings=SETTINGS)
-        try:
-            farm.start().wait_for_workers(1)
-            yield farm
-        finally:
-            farm.stop()
 
 
 def narinfo(address: str, path: str) -> dict[str, str]:
@@ -47,9 +23,9 @@ def narinfo(address: str, path: str) -> dict[str, str]:
 
 
 def test_what_is_built_and_what_is_pushed_is_stored_as_the_cache_says_and_read_by_nix(
-    farm: Farm, tmp_path: Path
+    pair_farm: Farm, tmp_path: Path
 ) -> None:
-    source = tmp_path / "source"
+    source = tmp_path / "brought"
     source.write_bytes(os.urandom(3_000_000))
     file = tmp_path / "default.nix"
     file.write_text(
@@ -58,21 +34,21 @@ def test_what_is_built_and_what_is_pushed_is_stored_as_the_cache_says_and_read_b
           args = [ "-c" "echo $src > $out" ];
         }}"""
     )
-    built = farm.build(file, "--json")
+    built = pair_farm.build(file, "--json")
     assert built.returncode == 0, built.stderr
     path = json.loads(built.stdout.splitlines()[-1])["roots"][0]["outputs"]["out"]
-    assert narinfo(farm.cache_url, path)["Compression"] == "xz"
-    fetched = farm.fetch(tmp_path / "fetched", path)
+    assert narinfo(pair_farm.cache_url, path)["Compression"] == "xz"
+    fetched = pair_farm.fetch(tmp_path / "fetched", path)
     assert fetched.returncode == 0, fetched.stderr
 
     # By drover, with what it refers to: the source, which the client had sent to the other cache.
     token = tmp_path / "token"
-    token.write_text("a-writer-of-this-cache")
+    token.write_text(PLAIN_WRITER)
     to_plain = ("--cache", "plain", "--token-file", token)
-    pushed = farm.drover("cache", "push", path, "--store", tmp_path / "fetched", *to_plain, "--json")
+    pushed = pair_farm.drover("cache", "push", path, "--store", tmp_path / "fetched", *to_plain, "--json")
     assert pushed.returncode == 0, pushed.stderr
     assert json.loads(pushed.stdout)["published"] == 2
-    plain = f"{farm.cache_url}/plain"
+    plain = f"{pair_farm.cache_url}/plain"
     info = narinfo(plain, path)
     assert (info["Compression"], info["FileSize"]) == ("none", info["NarSize"])
     options = {"substituters": plain, "require-sigs": "false", "narinfo-cache-negative-ttl": "0"}
@@ -82,7 +58,7 @@ def test_what_is_built_and_what_is_pushed_is_stored_as_the_cache_says_and_read_b
 
     # By Nix, which compresses as it is told: kept as it came.
     netrc = tmp_path / "netrc"
-    netrc.write_text("machine 127.0.0.1 login ci password a-writer-of-this-cache\n")
+    netrc.write_text(f"machine 127.0.0.1 login ci password {PLAIN_WRITER}\n")
     other = tmp_path / "other"
     other.write_text("added by hand")
     added = nix_store(tmp_path / "fetched", "--add", str(other)).stdout.strip()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import BUSYBOX, Expression
-from tests.support.farm import Farm, WorkerSpec
+from tests.support.farm import Farm
 
 pytestmark = pytest.mark.e2e
 
@@ -52,10 +52,14 @@ class Lossy:
         self.farm = farm
         self.file = file
         self.gate = farm.root / "gate"
+        self._of_others = {each["id"] for each in farm.api("submissions")}
         self.database = sqlite3.connect(farm.state / "cache.sqlite3", timeout=30, isolation_level=None)
 
     def close(self) -> None:
         self.database.close()
+
+    def submissions(self) -> list[dict[str, Any]]:
+        return [each for each in self.farm.api("submissions") if each["id"] not in self._of_others]
 
     def command(self, *attributes: str) -> list[str]:
         asked = [word for attribute in attributes for word in ("-A", attribute)]
@@ -130,7 +134,7 @@ class Lossy:
 
     def step(self, name: str) -> dict[str, Any]:
         """A step of the submission that runs and has it."""
-        for submission in self.farm.api("submissions"):
+        for submission in self.submissions():
             if submission["state"] == "running":
                 for step in self.farm.api(f"submissions/{submission['id']}/steps"):
                     if step["name"] == name:
@@ -145,31 +149,20 @@ class Lossy:
 
 
 @pytest.fixture(scope="module")
-def lossy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lossy]:
-    root = tmp_path_factory.mktemp("losses")
-    # One can build what is lost, the other what stands on it and has nothing in its store.
-    gate = root / "gate"
-    gate.mkdir()
-    options = {"sandbox-paths": f"{BUSYBOX['sandbox-paths']} /bin/busybox /gate={gate}"}
-    workers = [WorkerSpec(name, features=(name,), nix_options=options) for name in ("first", "second")]
-    farm = Farm(root, workers)
-    directory = root / "expression"
-    directory.mkdir()
-    try:
-        farm.start().wait_for_workers(2)
-        names = " ".join((*FIRST, *SECOND, UNWATCHED))
-        made = Lossy(farm, Expression(directory).write(f"inherit (rec {{ {GRAPH} }}) {names};"))
-        yield made
-        made.close()
-    finally:
-        farm.stop()
+def lossy(pair_farm: Farm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lossy]:
+    # One worker can build what is lost, the other what stands on it and has nothing in its store.
+    names = " ".join((*FIRST, *SECOND, UNWATCHED))
+    file = Expression(tmp_path_factory.mktemp("losses")).write(f"inherit (rec {{ {GRAPH} }}) {names};")
+    made = Lossy(pair_farm, file)
+    yield made
+    made.close()
 
 
 def test_what_is_lost_while_steps_wait_for_it_comes_back_and_nobody_is_blamed(lossy: Lossy) -> None:
     outputs = lossy.build("kept") | lossy.push("object", "row", "above")
     lossy.detach(UNWATCHED)
     client = lossy.start(*SECOND)
-    lossy.until(lambda: len([s for s in lossy.farm.api("submissions") if s["state"] == "running"]) == 2)
+    lossy.until(lambda: len([s for s in lossy.submissions() if s["state"] == "running"]) == 2)
     lossy.lose(outputs["kept"])
     lossy.lose(outputs["object"])
     lossy.lose(outputs["row"], row=True)
@@ -189,7 +182,7 @@ def test_what_is_lost_while_steps_wait_for_it_comes_back_and_nobody_is_blamed(lo
 
     # Submitting again sends it, and both submissions end.
     lossy.build(UNWATCHED)
-    lossy.until(lambda: all(s["state"] == "succeeded" for s in lossy.farm.api("submissions")))
+    lossy.until(lambda: all(s["state"] == "succeeded" for s in lossy.submissions()))
     assert [worker["state"] for worker in lossy.farm.api("workers")] == ["online", "online"]
     verified = lossy.farm.drover("cache", "verify")
     assert verified.returncode == 0, verified.stdout

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from infra.daemon import open_stdio
 from infra.nix.store_path import StorePath
 from infra.process_tree import live_processes
 from tests.support.processes import SURVIVOR, above, daemons_below, processes_with
-from workers.agent import lease_runner
+from workers.agent import daemon_pool, lease_runner
 from workers.agent.agent import Agent, AgentError
-from workers.agent.daemon_pool import DaemonOpener
 from workers.agent.settings import WorkerSettings
 from workers.agent.stopping import stop_agents
 from workers.wire.messages import Failed, Report, Stage, Succeeded
@@ -320,8 +320,7 @@ async def test_a_daemon_that_cannot_be_reopened_is_the_farms_fault(
 ) -> None:
     before = set(descendants())
     told = await bench.agent(slots=1)
-    missing = DaemonOpener(["/nonexistent/nix-daemon"], STORE)
-    monkeypatch.setattr(DaemonOpener, "open", partial(DaemonOpener.open, missing))
+    monkeypatch.setattr(daemon_pool, "open_stdio", lambda _, *told: open_stdio(["/nonexistent/nix-daemon"], *told))
     for pid in set(descendants()) - before:
         os.kill(pid, signal.SIGKILL)
     failed = failure((await told.build(order(drv("lost", ": > $out"))))[0])
