@@ -284,6 +284,8 @@ class CountsChanged:
     counts: Counts
     uploaded_bytes: int
     stuck: tuple[str, ...] = ()
+    #: Sentences about the other ready steps: what each class of them waits for.
+    queued: tuple[str, ...] = ()
     #: Places that are new or changed. One that is not open any more is gone without a word: its step's event says so.
     tree: tuple[TreeNode, ...] = ()
 

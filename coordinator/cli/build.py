@@ -17,6 +17,7 @@ from coordinator.api.models import FarmView, StepStatus, StepView, SubmissionSta
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import SourceHeader, encode_derivations, encode_sources, in_thread
 from coordinator.cli import exit_status
+from coordinator.cli.ci import Ci, defused
 from coordinator.cli.follow import follow
 from coordinator.cli.rendering import size, summary_lines
 from coordinator.cli.screen import Screen
@@ -72,6 +73,8 @@ class BuildRequest:
     detach: bool = False
     as_json: bool = False
     fetch: bool = False
+    #: The runner whose sections are used; None: the one that runs this program.
+    ci: Ci | None = None
 
 
 @dataclass(slots=True)
@@ -89,13 +92,13 @@ def build(connect: Callable[[], ApiClient], options: BuildRequest) -> int:
     return _interruptible(_build(connect, options, submitted), submitted)
 
 
-def watch(connect: Callable[[], ApiClient], submission: str, *, as_json: bool) -> int:
+def watch(connect: Callable[[], ApiClient], submission: str, *, as_json: bool, ci: Ci | None = None) -> int:
     """Run `drover watch`; returns the exit status."""
     submitted = _Submitted(submission)
 
     async def run_watch() -> int:
         async with connect() as client:
-            screen = Screen.choose(as_json=as_json)
+            screen = Screen.choose(as_json=as_json, ci=ci)
             view = await client.whole(await follow(client, submission, screen, submitted.failed))
             return _finish(view, submitted, screen, as_json=as_json)
 
@@ -118,7 +121,7 @@ def _interruptible(work: Any, submitted: _Submitted) -> int:
 
 
 async def _build(connect: Callable[[], ApiClient], options: BuildRequest, submitted: _Submitted) -> int:
-    screen = Screen.choose(as_json=options.as_json)
+    screen = Screen.choose(as_json=options.as_json, ci=options.ci)
     async with connect() as client:
         # First of all whether anybody is there: an evaluation can take minutes.
         farm = await client.farm()
@@ -165,7 +168,7 @@ async def _evaluate(options: BuildRequest) -> Evaluation:
         options.files[0],
         options.attrs,
         flags=flags,
-        on_stderr=lambda text: click.echo(harmless(text.rstrip("\n"), colours=True), err=True),
+        on_stderr=_tell_messages,
     )
 
 
@@ -249,6 +252,14 @@ async def _sending_again(
             await sender
 
 
+def _tell_messages(text: str) -> None:
+    """Write what Nix printed for people: with its colours, but with nothing that a terminal or a runner obeys."""
+    if sys.stderr.isatty():
+        click.echo(harmless(text.rstrip("\n"), colours=True), err=True)
+    else:
+        click.echo(defused(harmless(text.rstrip("\n"))), err=True)
+
+
 def _nar(store: LocalStore, header: SourceHeader) -> Callable[[], Any]:
     return lambda: store.dump(f"{store.store_dir}/{header.path}")
 
@@ -305,7 +316,7 @@ async def _fetch(
             raise ClientError(f"the outputs are built but could not be fetched: {error}") from None
         if done.returncode != 0:
             messages = done.stderr.decode(errors="replace").strip()
-            click.echo(harmless(messages, colours=True), err=True)
+            _tell_messages(messages)
             raise ClientError(
                 f"the outputs are built but could not be fetched from {farm.cache_url} (Nix's messages are above); "
                 "if this machine's Nix daemon does not trust you, add the cache to its nix.conf"

@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 import click
 
 from coordinator.cli.cache_commands import cache
+from coordinator.cli.ci import Ci
 from coordinator.cli.exit_status import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
-from coordinator.cli.options import Address, Wait, addressed, run_with_client
+from coordinator.cli.options import Address, Wait, addressed, run_with_client, sectioned
 from coordinator.cli.terminal_controls import harmless
 from coordinator.defaults import HOST, PORT
 from coordinator.errors import CoordinatorError
@@ -115,6 +116,7 @@ def worker(head: str, ray_token: Path, host: str, state_dir: Path, **options: An
 @click.option("--detach", is_flag=True, help="Do not watch; print how to.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @click.option("--fetch", is_flag=True, help="Realise the outputs on this machine when all is built.")
+@sectioned
 @addressed
 def build(url: str, token_file: str, **options: Any) -> int:
     """Evaluate FILE, build its attributes on the farm, and watch.
@@ -145,12 +147,13 @@ def build(url: str, token_file: str, **options: Any) -> int:
 @cli.command()
 @click.argument("submission")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
+@sectioned
 @addressed
-def watch(url: str, token_file: str, submission: str, as_json: bool) -> int:
+def watch(url: str, token_file: str, submission: str, as_json: bool, ci: Ci | None) -> int:
     """Watch a submission until it ends."""
     from coordinator.cli import build as building  # noqa: PLC0415 - slow to import
 
-    return building.watch(Address(url, token_file).client, submission, as_json=as_json)
+    return building.watch(Address(url, token_file).client, submission, as_json=as_json, ci=ci)
 
 
 @cli.command()

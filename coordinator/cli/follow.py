@@ -17,7 +17,7 @@ from coordinator.api.models import StepChanged, StepView, SubmissionView
 from coordinator.cli.lines import cut
 from coordinator.cli.live import live_lines
 from coordinator.cli.progress import News, Progress
-from coordinator.cli.rendering import built_line, heartbeat_line, news_lines
+from coordinator.cli.rendering import built_line, heartbeat_line, news_lines, one_line
 from coordinator.cli.screen import Screen
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import ClientError
@@ -53,8 +53,11 @@ class Follower:
             self._built.append(step)
             return
         first, *rest = news_lines(news, step)
-        style = "bold red" if news is News.FAILED else ""
-        screen.block([[(first, style)], *([(line, "")] for line in rest)])
+        if news is News.FAILED:
+            lines = [[(first, "bold red")], *([(line, "")] for line in rest)]
+            screen.failure(step.key, one_line(step.name), lines)
+        else:
+            screen.line(first)
 
     async def show(self) -> None:
         """Show the progress until cancelled."""

@@ -30,7 +30,7 @@ WORKER_ROWS: Final = 16
 LOWEST_FOR_WORKERS: Final = 14
 #: Windows that are narrower do not name the worker of each step.
 NARROW: Final = 60
-#: Sentences about steps that no worker can take, and failed steps that are named.
+#: Sentences about steps that no worker can take or has taken yet, and failed steps that are named.
 STUCK_ROWS: Final = 3
 FAILED_NAMED: Final = 5
 #: Cells that one step of depth takes in the forest.
@@ -61,6 +61,7 @@ def live_lines(progress: Progress, now: float, window: Window) -> list[Line]:
         lines += _worker_lines(progress, running, min(WORKER_ROWS, window.height // WORKERS_PART))
     room = STUCK_ROWS if window.height >= LOWEST_FOR_WORKERS else 1
     lines += [[(f"! {one_line(sentence)}", "yellow")] for sentence in progress.stuck[:room]]
+    lines += [[(one_line(sentence), "dim")] for sentence in progress.queued[: room - len(progress.stuck[:room])]]
     lines += _failed_lines(progress)
     lines.append(_totals(progress, now, window.width))
     lines = lines[-max(1, window.height - 1) :]

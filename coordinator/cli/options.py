@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from coordinator.api.limits import MAX_WAIT_S
+from coordinator.cli.ci import Ci
 from coordinator.defaults import URL
 
 if TYPE_CHECKING:
@@ -75,6 +76,16 @@ def addressed(command: _Command) -> _Command:
         help="File with the API token (DROVER_TOKEN_FILE); usually api-token in the state directory.",
     )
     return url(token(command))
+
+
+def sectioned(command: _Command) -> _Command:
+    """Add the option that says in which sections a log of continuous integration is written."""
+    return click.option(
+        "--ci",
+        type=click.Choice(Ci, case_sensitive=False),
+        envvar="DROVER_CI",
+        help="Fold logs of failed steps as this runner does (DROVER_CI).  [default: the one that runs this command]",
+    )(command)
 
 
 def run_with_client(url: str, token_file: str, ask: Callable[[ApiClient], Coroutine[Any, Any, int]]) -> int:

@@ -52,6 +52,7 @@ class Progress:
     counts: Counts = field(default_factory=Counts)
     uploaded_bytes: int = 0
     stuck: tuple[str, ...] = ()
+    queued: tuple[str, ...] = ()
     #: Steps in a worker's hands, by key.
     running: dict[str, StepView] = field(default_factory=dict)
     #: Steps whose failure has been told, in the order in which it was.
@@ -78,6 +79,7 @@ class Progress:
                 self.counts = event.counts
                 self.uploaded_bytes = event.uploaded_bytes
                 self.stuck = event.stuck
+                self.queued = event.queued
                 self._plant(event.tree)
                 return []
             case Ended():

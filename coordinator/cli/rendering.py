@@ -27,6 +27,8 @@ from coordinator.cli.terminal_controls import ControlFilter
 #: Lines of a failed step's log that are shown with the verdict, and the longest of them.
 TAIL_LINES = 25
 LINE_CHARS = 500
+#: Sentences about what waits that a heartbeat has.
+WAITS_NAMED = 3
 #: Steps that one line about what was built names.
 BUILT_NAMED = 4
 #: Output paths, failed steps and sentences listed at the end; `--json` has all of them.
@@ -146,7 +148,7 @@ def tally(counts: Counts) -> list[tuple[str, int, str]]:
 
 
 def heartbeat_line(progress: Progress, now: float) -> str:
-    """Return one line that says that things go on, for an output where nothing else moves."""
+    """Return one line that says what runs and what the rest waits for, for an output where nothing else moves."""
     counts = progress.counts
     words = ", ".join(f"{number} {word}" for word, number, _ in tally(counts))
     rows = progress.longest_first(now)
@@ -155,7 +157,10 @@ def heartbeat_line(progress: Progress, now: float) -> str:
         for step in rows[:5]
     )
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-    return f"{words} of {counts.total}" + (f"; running: {running}{more}" if running else "")
+    why = "; ".join(map(one_line, [*progress.stuck, *progress.queued][:WAITS_NAMED]))
+    return (
+        f"{words} of {counts.total}" + (f"; running: {running}{more}" if running else "") + (f"; {why}" if why else "")
+    )
 
 
 def doing(step: StepView) -> str:

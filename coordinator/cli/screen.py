@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Final, TextIO
 
+from coordinator.cli.ci import Ci, defused, detected, section, verdict
 from coordinator.cli.lines import Line, plain, width_of, written
 from coordinator.cli.live import Window
 from coordinator.cli.terminal_controls import harmless
@@ -42,6 +44,15 @@ def reflows(environment: Mapping[str, str]) -> bool:
     term = environment.get("TERM", "")
     old = "XTERM_VERSION" in environment or term.startswith(("linux", "vt"))
     return not old and (not term.startswith("screen") or "TMUX" in environment)
+
+
+def _safe(lines: Sequence[Line]) -> list[Line]:
+    return [[(harmless(text).replace("\n", " "), style) for text, style in line] for line in lines]
+
+
+def _lines(lines: Sequence[Line]) -> str:
+    """Return lines for an output that is no terminal, each with its newline."""
+    return "".join([f"{defused(plain(line))}\n" for line in lines])
 
 
 class LiveRegion:
@@ -81,8 +92,9 @@ class LiveRegion:
 class Screen:
     """Output for people: lines, and on a terminal a live region below them."""
 
-    def __init__(self, stream: TextIO, environment: Mapping[str, str]) -> None:
+    def __init__(self, stream: TextIO, environment: Mapping[str, str], ci: Ci = Ci.NONE) -> None:
         self._stream = stream
+        self._ci = ci
         self.live = is_capable(stream, environment)
         self._region = LiveRegion(reflows=reflows(environment), colours=wants_colours(environment))
         #: A frame stands on the terminal.
@@ -91,9 +103,13 @@ class Screen:
         self._scrolled: list[Line] = []
 
     @classmethod
-    def choose(cls, *, as_json: bool) -> Screen:
-        """Return standard output, or standard error where standard output is for JSON."""
-        return cls(sys.stderr if as_json else sys.stdout, os.environ)
+    def choose(cls, *, as_json: bool, ci: Ci | None = None) -> Screen:
+        """Return standard output, or standard error where standard output is for JSON.
+
+        `ci` is the runner whose sections are used; None: the one that started this program, if any.
+        """
+        runner = detected(os.environ) if ci is None else ci
+        return cls(sys.stderr if as_json else sys.stdout, os.environ, runner)
 
     def window(self) -> Window:
         """Return the size of the terminal as it is now."""
@@ -113,13 +129,26 @@ class Screen:
 
     def block(self, lines: Sequence[Line]) -> None:
         """Write lines that belong together, with nothing in between; below a live region they wait for its frame."""
-        safe = [[(harmless(text).replace("\n", " "), style) for text, style in line] for line in lines]
+        safe = _safe(lines)
         if self._drawn:
             self._scrolled += safe
         elif self.live:
             self._write("".join(f"{written(line, colours=self._region.colours)}\n" for line in safe))
         else:
-            self._write("".join(f"{plain(line)}\n" for line in safe))
+            self._write(_lines(safe))
+
+    def failure(self, key: str, title: str, lines: Sequence[Line]) -> None:
+        """Write what is said of a failure: the sentence, what it printed, and what to do.
+
+        Runners of continuous integration fold what it printed and show the sentence beside the change.
+        """
+        if self.live or self._ci is Ci.NONE:
+            self.block(lines)
+            return
+        first, *middle, last = _safe(lines)
+        log = section(self._ci, key, defused(f"log of {title}"), _lines(middle), time.time()) if middle else ""
+        sentence = verdict(self._ci, defused(f"{title} failed"), defused(plain(first)))
+        self._write(f"{sentence}\n{log}{_lines([last])}")
 
     def draw(self, lines: Sequence[Line]) -> None:
         """Draw a frame of the live region, and before it what scrolls."""

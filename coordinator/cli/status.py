@@ -13,6 +13,7 @@ import orjson
 
 from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.cli import exit_status
+from coordinator.cli.ci import defused
 from coordinator.cli.rendering import sanitise, status_lines, step_lines, submission_rows, table_lines, worker_lines
 from coordinator.cli.terminal_controls import ControlFilter, harmless
 from coordinator.client.api_client import ApiClient
@@ -170,7 +171,7 @@ def print_lines(lines: Sequence[str]) -> None:
     """Print lines, without what a terminal would obey; what its encoding lacks becomes `?`."""
     encoding = sys.stdout.encoding or "utf-8"
     for line in lines:
-        sys.stdout.write(_encoded(harmless(line)).decode(encoding) + "\n")
+        sys.stdout.write(_encoded(defused(harmless(line))).decode(encoding) + "\n")
 
 
 def _encoded(text: str) -> bytes:

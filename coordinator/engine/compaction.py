@@ -59,6 +59,9 @@ class _Silence:
     def log_tail(self, step: StepKey, attempt: int) -> str:  # noqa: ARG002
         return ""
 
+    def queued(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:  # noqa: ARG002
+        return ()
+
     def unmet(self, step: StepKey) -> int:  # noqa: ARG002
         return 0
 

@@ -48,10 +48,23 @@ class FarmExplainer:
             return ()
         classes = self._farm.unserved()
         return tuple(
-            f"{count} {'step waits' if count == 1 else 'steps wait'}: {describe_unserved(classes[requirements])}"
+            f"{_steps(count)}: {describe_unserved(classes[requirements])}"
             for requirements, count in ready.items()
             if requirements in classes
         )
+
+    def queued(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
+        """Return a sentence for each class of ready steps (counted by requirements) that a worker could take."""
+        if not ready:
+            return ()
+        now, reasons = Instant(self._clock.now()), self._farm.queue_reasons()
+        told = []
+        for requirements, count in ready.items():
+            reason = reasons.get(requirements)
+            if not isinstance(reason, r.Unserved):
+                why = "tried again after a pause" if reason is None else queue_sentence(reason, now)
+                told.append(f"{_steps(count)} for {requirements.system}: {why}")
+        return tuple(told)
 
     def queues(self) -> dict[Requirements, str]:
         """Say what each class of ready steps waits for; a class whose steps all back off is absent."""
@@ -73,6 +86,10 @@ class FarmExplainer:
     def log_tail(self, step: StepKey, attempt: int) -> str:
         """Return the last lines of an attempt's log."""
         return self._logs.tail(step, attempt)
+
+
+def _steps(count: int) -> str:
+    return f"{count} {'step waits' if count == 1 else 'steps wait'}"
 
 
 def sentence_of(  # noqa: C901, PLR0911  one way for each reason

@@ -56,6 +56,9 @@ class Explainer(Protocol):
     def unschedulable(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
         """Return sentences about those of the ready steps that no worker can take."""
 
+    def queued(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
+        """Return sentences about those of the ready steps that a worker could take, and what they wait for."""
+
     def log_tail(self, step: StepKey, attempt: int) -> str:
         """Return the last lines of an attempt's log, or nothing."""
 
@@ -286,7 +289,10 @@ class Views(FoldedRows):
     def counts_changed(self, row: SubmissionRow) -> CountsChanged:
         """Render the counts of a submission."""
         return CountsChanged(
-            counts=self._counts(row), uploaded_bytes=row.uploaded_bytes, stuck=self._unschedulable(row)
+            counts=self._counts(row),
+            uploaded_bytes=row.uploaded_bytes,
+            stuck=self._unschedulable(row),
+            queued=() if row.ended or row.withdrawn else self._explain.queued(row.ready),
         )
 
     def _counts(self, row: SubmissionRow) -> Counts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.api.models import Counts, StepStatus
+from coordinator.api.models import Counts, FailureView, StepStatus, WatchEvent
+from coordinator.cli.ci import Ci, detected
+from coordinator.cli.follow import Follower
 from coordinator.cli.forest import draw
+from coordinator.cli.progress import Progress
+from coordinator.cli.rendering import failure_lines
 from coordinator.cli.screen import Screen, reflows
 from tests.support.screens import NOW, Scripted, Terminal, changed, counts, failed, place, snapshot, step
 
@@ -152,6 +158,70 @@ def test_colours_are_left_out_where_nobody_wants_them_and_a_dumb_terminal_gets_l
     assert not any(f"\x1b[{code}m" in watched.terminal.written for code in range(30, 48))
     for term in ("dumb", ""):
         assert not Screen(Terminal(80, 24), {"TERM": term} if term else {}).live  # type: ignore[arg-type]
+
+
+HOSTILE = (
+    "::endgroup::\n  ::set-output name=a::b\n##[endgroup]\nx ##vso[task.x]\n\x1b]0;STOLEN\x07\x1b]8;;http://evil\x07link\x1b]8;;\x07\n"
+    "\x1b[2J\x1b[1;1H\x00<b>&amp;</b>\u202e\ufffd\nsection_end:1:drover\r\x1b[0K\n" + "y" * 100_000
+)
+
+
+class Pipe(io.StringIO):
+    """An output that is no terminal."""
+
+
+def plain(ci: Ci, *events: WatchEvent) -> str:
+    pipe = Pipe()
+    progress = Progress()
+    follower = Follower(Screen(pipe, {}, ci), progress)
+    for event in events:
+        for news, each in progress.apply(event):
+            follower.tell(news, each)
+    return pipe.getvalue()
+
+
+def test_a_failure_in_a_log_of_github_is_an_annotation_and_one_folded_section() -> None:
+    step = failed("openssl-3.3", log_tail="one\ntwo")
+    text = plain(Ci.GITHUB, *changed(step))
+    key = f"{'0' * 32}-openssl-3.3"
+    assert text.splitlines() == [
+        f"::error title=openssl-3.3 failed::{failure_lines(step)[0]}",
+        "::group::log of openssl-3.3",
+        "  \u2502 one",
+        "  \u2502 two",
+        "::endgroup::",
+        f"  the whole log: drover log {key}",
+    ]
+
+
+def test_a_failure_in_a_log_of_gitlab_is_one_section() -> None:
+    text = plain(Ci.GITLAB, *changed(failed("openssl-3.3", log_tail="one\ntwo")))
+    sections = re.findall("\x1b\\[0Ksection_(start|end):[0-9]+:(\\w+)\r\x1b\\[0K", text)
+    assert sections == [("start", f"{'0' * 32}_openssl_3_3"), ("end", f"{'0' * 32}_openssl_3_3")]
+    assert text.splitlines()[0].startswith("\u2718 openssl-3.3 failed")
+
+
+@pytest.mark.parametrize("ci", list(Ci))
+def test_nothing_that_a_log_or_a_message_says_is_obeyed_by_a_runner_or_a_terminal(ci: Ci) -> None:
+    message = FailureView(kind="permanent", message=f"{HOSTILE[:200]}\n::error::forged")
+    text = plain(ci, *changed(failed("broken", log_tail=HOSTILE, failure=message, worker="w\n::endgroup::")))
+    own = {Ci.GITHUB: 3, Ci.GITLAB: 0, Ci.NONE: 0}[ci]
+    assert len(re.findall(r"^\s*::", text, re.MULTILINE)) == own
+    assert not re.search(r"##(\[|vso\[)", text)
+    controls = re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f]", re.sub("\x1b\\[0Ksection_\\S+\r\x1b\\[0K", "", text))
+    assert not controls if ci is not Ci.GITLAB else set(controls) <= {"\r", "\x1b"}
+    assert "STOLEN" not in text
+    assert max(map(len, text.splitlines())) < 2000
+    watched = Scripted(80, 24)
+    watched.see(*changed(failed("broken", log_tail=HOSTILE, failure=message)), counts(total=1, failed=1))
+    assert watched.terminal.emulated.title == ""
+    assert sum("broken failed on" in line for line in watched.terminal.scrolled() + watched.terminal.shown()) == 1
+
+
+def test_the_runner_is_detected() -> None:
+    assert detected({"GITHUB_ACTIONS": "true"}) is Ci.GITHUB
+    assert detected({"GITLAB_CI": "true"}) is Ci.GITLAB
+    assert detected({"CI": "true"}) is Ci.NONE
 
 
 @settings(max_examples=60)

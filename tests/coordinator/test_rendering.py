@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from coordinator.api.models import (
     Counts,
+    CountsChanged,
     Ended,
     FailureView,
     RootFailureView,
@@ -132,6 +133,22 @@ def test_the_heartbeat_names_what_runs_longest() -> None:
         "12 done, 3 held, 3 running, 4 ready, 19 waiting, 1 failed, 1 doomed of 40; running: s6 (6s, checkPhase), "
         "s5 (5s, building), s4 (4s, building), s3 (3s, building), s2 (2s, building) and 2 more"
     )
+
+
+def test_the_heartbeat_says_each_time_what_waits_and_why() -> None:
+    progress = Progress()
+    waiting = CountsChanged(
+        counts=Counts(total=304, done=303, ready=1),
+        uploaded_bytes=0,
+        stuck=("1 step waits: no worker offers riscv64-linux",),
+        queued=("3 steps wait for x86_64-linux: all 2 workers that could are full",),
+    )
+    progress.apply(waiting)
+    said = (
+        "303 done, 1 ready of 304; 1 step waits: no worker offers riscv64-linux; "
+        "3 steps wait for x86_64-linux: all 2 workers that could are full"
+    )
+    assert [heartbeat_line(progress, NOW + 30 * n) for n in range(2)] == [said, said]
 
 
 def test_the_summary_tells_what_was_built_shared_and_uploaded() -> None:

@@ -84,6 +84,9 @@ class Silent:
     def __init__(self, farm: Farm | None = None) -> None:
         self._farm = farm or Farm()
 
+    def queued(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
+        return tuple(f"queued {count}" for count in ready.values())
+
     def unmet(self, step: StepKey) -> int:
         return self._farm.unmet(step)
 
