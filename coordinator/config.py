@@ -127,6 +127,10 @@ class LimitSettings(BaseModel):
     log_days: Annotated[float, Field(ge=0)] = 90.0
     #: Steps in memory beyond which submissions that ended are forgotten earlier, some 1.7 KB each; 0 is no limit.
     history_steps: Annotated[int, Field(ge=0)] = 200_000
+    #: How long the timing of an attempt is kept (`drover story`, `drover history`), and how many attempts at most, some
+    #: 1 KB each; 0 is no limit.
+    timings_days: Annotated[float, Field(ge=0)] = 90.0
+    timings_rows: Annotated[int, Field(ge=0)] = 1_000_000
     #: How long a worker, which says something every 10 s, may be silent before its builds are done elsewhere. It is
     #: taken back when it speaks again.
     worker_silence_s: Annotated[float, Field(ge=20)] = 120.0
@@ -270,6 +274,7 @@ class Settings(BaseSettings):
     journal_database_url: str = ""
     derivations_database_url: str = ""
     cache_database_url: str = ""
+    timings_database_url: str = ""
     #: Name part of the farm's signing key, made on the first start.
     key_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "drover-1"
     #: Logical store directory of every path that the farm builds.
@@ -328,15 +333,16 @@ class Settings(BaseSettings):
         return self.object_store_url or (self.state_dir / "objects").as_uri()
 
     def database_url(self, name: str) -> str:
-        """Address of the `journal`, `derivations` or `cache` database.
+        """Address of the `journal`, `derivations`, `cache` or `timings` database.
 
-        Three files, not one: SQLite has one writer per file, and a large intake must not hold up the
+        Four files, not one: SQLite has one writer per file, and a large intake must not hold up the
         journal.
         """
         urls = {
             "journal": self.journal_database_url,
             "derivations": self.derivations_database_url,
             "cache": self.cache_database_url,
+            "timings": self.timings_database_url,
         }[name]
         return urls or f"sqlite+aiosqlite:///{self.state_dir / f'{name}.sqlite3'}"
 

@@ -33,6 +33,7 @@ from coordinator.engine.dispatch import Dispatch
 from coordinator.engine.engine import Engine
 from coordinator.engine.expiry import Forgetter
 from coordinator.engine.log_archiver import LogArchiver
+from coordinator.engine.timing_writer import TimingWriter
 from coordinator.engine.worker_events import FleetSink
 from coordinator.http.api.caches import CachingApi
 from coordinator.http.api.events import WatchStreams
@@ -70,6 +71,7 @@ from coordinator.stores.derivation_logs import DerivationLogs
 from coordinator.stores.derivations import DerivationStore
 from coordinator.stores.log_archive import LogArchive
 from coordinator.stores.logs import LogStore
+from coordinator.stores.timings import TimingStore
 from infra.cache.cache import Cache
 from infra.cache.repair.fsck import RepairSource
 from infra.clock import Clock, SystemClock
@@ -184,6 +186,7 @@ class _Stores:
     journal: Journal
     derivations: DerivationStore
     logs: LogStore
+    timings: TimingStore
     #: The default one first.
     caches: Sequence[OpenCache]
     api_token: str
@@ -210,9 +213,14 @@ async def _open_stores(stack: AsyncExitStack, settings: Settings, clock: Clock, 
     log_bytes = settings.limits.log_bytes + LOG_SLACK_BYTES
     logs = LogStore(settings.state_dir / "logs", log_bytes, LogArchive(caches[0].cache.objects, log_bytes))
     stack.push_async_callback(logs.close)
+    # Made ready by its writer: a farm starts whatever is wrong with it.
+    timings = TimingStore.open(settings.database_url("timings"))
+    stack.push_async_callback(timings.close)
     upload_tokens = UploadTokens(secrets.upload_secret.encode())
     sessions = Sessions(secrets.upload_secret, secrets.api_token)
-    return _Stores(lead.journal, derivations, logs, caches, secrets.api_token, upload_tokens, sessions, farm_token)
+    return _Stores(
+        lead.journal, derivations, logs, timings, caches, secrets.api_token, upload_tokens, sessions, farm_token
+    )
 
 
 async def _farm_info(settings: Settings, url: str, stores: _Stores) -> FarmInfo:
@@ -254,6 +262,7 @@ class _Core:
     intake: Intake
     submissions: Submissions
     relay: _EffectRelay
+    timings: TimingWriter
     #: Facts that were replayed.
     replayed: int
 
@@ -278,8 +287,10 @@ async def _recover(settings: Settings, clock: Clock, stores: _Stores) -> _Core:
     replayed = await engine.recover(notes)
     views.add_details({}, notes)
     cache = stores.cache
+    writer = TimingWriter(views.timelines, stores.timings, views.named, clock, limits.timings_days, limits.timings_rows)
     intake = Intake(stores.derivations, cache, cache.objects, cache.store_dir, IntakeLimits.of(limits))
-    return _Core(farm, engine, views, explainer, intake, Submissions(engine, views, intake), relay, replayed)
+    submissions = Submissions(engine, views, intake)
+    return _Core(farm, engine, views, explainer, intake, submissions, relay, writer, replayed)
 
 
 def _build_limits(limits: LimitSettings) -> ResourceLimits:
@@ -319,6 +330,8 @@ def _connect(settings: Settings, clock: Clock, stores: _Stores, core: _Core, fle
         core.engine.post,
         losses=losses.check,
         upload_token=tokens.for_lease(clock),
+        clock=clock,
+        timed=lambda lease, *times: views.timelines.published(lease.step, lease.attempt, *times),
     )
     core.relay.dispatch = dispatch
     weak = WeakIsolation(settings.weak_isolation)
@@ -356,9 +369,8 @@ async def _make_site(  # noqa: PLR0917 - collaborators, named by their types
     # Half of all: those who only look must not keep out those who build.
     streams = WatchStreams(core.views, min(settings.limits.watchers, max(1, gate.bounds.total // 2)))
     pages = LiveStreams(min(settings.limits.watchers, max(1, gate.bounds.total // 8)))
-    farm = farm_view(
-        info, (stores.journal, work.fleet, work.dispatch, work.archiver, *(each.cache for each in stores.caches))
-    )
+    troubled = (stores.journal, work.fleet, work.dispatch, work.archiver, core.timings)
+    farm = farm_view(info, (*troubled, *(each.cache for each in stores.caches)))
     api = Api(
         core.engine,
         core.views,
@@ -428,6 +440,8 @@ def _start(  # noqa: PLR0917 - collaborators, named by their types
         *(group.create_task(each.uploads.run(), name="uploads") for each in site.services),
         group.create_task(lead.leadership.hold(journal), name="leadership"),
         group.create_task(Compactor(settings.database_url("journal"), journal).run(), name="compaction"),
+        # Last: it writes what the others have left.
+        group.create_task(core.timings.run(), name="timings"),
     ]
 
 

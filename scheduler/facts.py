@@ -175,6 +175,8 @@ class LeaseRevoked:
     #: The submission that pays for another attempt, and the end of what it has paid for by now (`state.paid_until`).
     payer: SubmissionId | None = None
     paid_until: Instant = NO_INSTANT
+    #: Absent in journals of before 2026-11-30.
+    at: Instant = NO_INSTANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,8 @@ class StepFellBack:
     step: StepKey
     recipe: int
     failure: Failure
+    #: Absent in journals of before 2026-11-30.
+    at: Instant = NO_INSTANT
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,13 +112,13 @@ class StepRules:
         """
         payer = self._state.wisher(step) if self._limits.retries_per_hour else None
         if payer is None:
-            return f.LeaseRevoked(step.lease, step.builder, failure, not_before)
+            return f.LeaseRevoked(step.lease, step.builder, failure, not_before, at=now)
         paid = max(self._state.paid_until.get(payer, NO_INSTANT), now)
         if not step.faults and paid <= now + ALLOWANCE_S:
-            return f.LeaseRevoked(step.lease, step.builder, failure, not_before)
+            return f.LeaseRevoked(step.lease, step.builder, failure, not_before, at=now)
         paid = Instant(paid + ALLOWANCE_S / self._limits.retries_per_hour)
         not_before = max(not_before, Instant(paid - ALLOWANCE_S))
-        return f.LeaseRevoked(step.lease, step.builder, failure, not_before, payer, paid)
+        return f.LeaseRevoked(step.lease, step.builder, failure, not_before, payer, paid, at=now)
 
     def _is_recipes_own(self, step: Step, failure: Failure) -> bool:
         """Return whether the recipe in use failed so before, and the builders' records leave the blame with it.
@@ -152,7 +152,7 @@ class StepRules:
     def stop(self, step: Step, now: Instant, why: str) -> Iterator[f.Said]:
         """Revoke the open lease, if there is one: the farm no longer wants the build."""
         if step.state in _OPEN:
-            yield f.LeaseRevoked(step.lease, step.builder, Failure(FailureKind.CANCELLED, why), now)
+            yield f.LeaseRevoked(step.lease, step.builder, Failure(FailureKind.CANCELLED, why), now, at=now)
 
     def abandon_orphans(self, now: Instant) -> Iterator[f.Said]:
         """Stop and abandon the steps that no submission wants any more."""
@@ -177,7 +177,7 @@ class StepRules:
                     pending.append(dependent)
                 else:
                     missing = Failure(FailureKind.DEPENDENCY, f"needs {cause}, which failed")
-                    yield f.StepFellBack(dependent.key, recipe, missing)
+                    yield f.StepFellBack(dependent.key, recipe, missing, now)
 
     def revive(
         self, starts: Iterable[Step], *, restart: bool, stands: Callable[[Step], bool] = _nothing_stands
@@ -221,7 +221,7 @@ class StepRules:
         if recipe is None:
             yield from self._fail(step, failure, now)
         else:
-            yield f.StepFellBack(step.key, recipe, failure)
+            yield f.StepFellBack(step.key, recipe, failure, now)
 
     def _fail(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
         yield f.StepFailed(step.key, step.attempt, step.builder, failure, now)
@@ -237,7 +237,7 @@ class StepRules:
         beyond = returns - (0 if waits else self._limits.returns_at_once)
         wait = self._policy.back_off_s(step.key, beyond) if beyond > 0 else 0.0
         returned = failure if waits else Failure(FailureKind.RETURNED, failure.message)
-        yield f.LeaseRevoked(step.lease, step.builder, returned, Instant(now + wait))
+        yield f.LeaseRevoked(step.lease, step.builder, returned, Instant(now + wait), at=now)
 
     def _next_recipe(self, step: Step, now: Instant) -> Generator[f.Said, None, int | None]:
         """Return the next recipe that can help; what it needs and has lapsed is revived first."""

@@ -26,6 +26,7 @@ from coordinator.engine.replay import replay
 from coordinator.errors import CoordinatorError
 from coordinator.journal.errors import JournalError
 from coordinator.journal.journal import Journal
+from coordinator.readmodel.timeline import Timelines
 from coordinator.readmodel.views import Views
 from infra.database import open_engine
 from infra.process import ChildProcess, ProcessError
@@ -71,7 +72,7 @@ class _Silence:
 
 async def compact(journal: Journal) -> int:
     """Store a snapshot of all that `journal` holds; returns its last frame. Raises `JournalError`."""
-    farm, views = Farm(), Views(_Silence())
+    farm, views = Farm(), Views(_Silence(), Timelines(most=0))
     await replay(journal, farm, views)
     await journal.snapshots.save(journal.seq, farm.snapshot(), views.records())
     return journal.seq

@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from coordinator.api.streams import LARGE_BYTES
-from coordinator.engine.publishing import LossCheck, Post, Publications
+from coordinator.engine.publishing import LossCheck, Post, Publications, Timed
 from coordinator.stores.derivations import BuildOrder, DerivationsError, DerivationStore
 from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache
+from infra.clock import Clock, SystemClock
 from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
 from scheduler.events import BuildFailed
 from scheduler.model import Failure, FailureKind, LeaseId, StepKey
@@ -79,6 +80,8 @@ class Dispatch:
         *,
         losses: LossCheck = no_losses,
         upload_token: UploadToken = no_upload_token,
+        clock: Clock | None = None,
+        timed: Timed = lambda _lease, _began, _verified, _ended: None,
     ) -> None:
         self._fleet = fleet
         self._derivations = derivations
@@ -89,7 +92,7 @@ class Dispatch:
         self.budget = ByteBudget(SENDING_BYTES)
         self._worker_queues: dict[str, _WorkerQueue] = {}
         self._new_queues: asyncio.Queue[str] = asyncio.Queue()
-        self._publications = Publications(cache, derivations, post, losses)
+        self._publications = Publications(cache, derivations, post, losses, clock or SystemClock(), timed)
 
     @property
     def trouble(self) -> str:

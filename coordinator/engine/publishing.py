@@ -22,6 +22,7 @@ from coordinator.journal.errors import CodecError
 from coordinator.stores.derivations import DerivationsError, DerivationStore, StepInfo
 from infra.cache.cache import Cache
 from infra.cache.publishing.claims import Candidate, Conflict, PublishOutcome, Rejected, RejectReason
+from infra.clock import Clock
 from infra.objects.errors import CacheError
 from infra.retry import Patience
 from scheduler.effects import PublishOutputs
@@ -41,6 +42,8 @@ PUBLISH_WITHIN_S = 60.0
 Post = Callable[[Sequence[Event]], Awaitable[None]]
 #: Says which of some paths that a step needs the cache has lost, and sees to it; "" for none.
 LossCheck = Callable[[StepKey, Sequence[str]], Awaitable[str]]
+#: Gets, of each lease, when the outputs began to be verified, were verified, and were published.
+Timed = Callable[[LeaseId, float, float, float], None]
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +58,11 @@ class _NotNow:
 class Publications:
     """Publishes until `run` is cancelled; each effect ends in one event, which `post` takes."""
 
-    def __init__(self, cache: Cache, derivations: DerivationStore, post: Post, losses: LossCheck) -> None:
+    def __init__(  # noqa: PLR0917 - collaborators, named by their types
+        self, cache: Cache, derivations: DerivationStore, post: Post, losses: LossCheck, clock: Clock, timed: Timed
+    ) -> None:
+        self._clock = clock
+        self._timed = timed
         self._losses = losses
         self._cache = cache
         self._derivations = derivations
@@ -141,6 +148,12 @@ class Publications:
 
     async def _outcomes(self, batch: Sequence[PublishOutputs]) -> list[OutputsPublished | PublishFailed | _NotNow]:
         """One for each effect, in order."""
+        began = verified_at = self._clock.now()
+
+        def verified() -> None:
+            nonlocal verified_at
+            verified_at = self._clock.now()
+
         try:
             infos = await self._derivations.steps([effect.lease.step for effect in batch])
             checked = [(effect.lease, _claim(effect, infos)) for effect in batch]
@@ -150,10 +163,13 @@ class Publications:
                 if isinstance(claim, Evidence)
                 for output in claim.outputs
             ]
-            outcomes = {outcome.store_path: outcome for outcome in await self._cache.publish(candidates)}
+            outcomes = {outcome.store_path: outcome for outcome in await self._cache.publish(candidates, verified)}
         except (CacheError, DerivationsError) as error:
             failure = Failure(FailureKind.INFRASTRUCTURE, f"publishing failed: {error}")
             return [_NotNow(PublishFailed(effect.lease, failure)) for effect in batch]
+        ended = self._clock.now()
+        for effect in batch:
+            self._timed(effect.lease, began, verified_at, ended)
         return [
             await self._judged_by_losses(_verdict(lease, claim, outcomes), claim, outcomes) for lease, claim in checked
         ]

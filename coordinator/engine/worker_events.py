@@ -9,12 +9,15 @@ finished lease as missing.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 
 from coordinator.engine.dispatch import Dispatch, no_losses
 from coordinator.engine.engine import Engine
 from coordinator.engine.publishing import LossCheck
 from coordinator.journal.codec import Evidence, encode_evidence
+from coordinator.readmodel.clock_offsets import ClockOffset, sample_of
+from coordinator.readmodel.timeline import Here
 from coordinator.readmodel.views import Views
 from coordinator.security.isolation import WeakIsolation
 from coordinator.stores.logs import LogError, LogStore
@@ -58,6 +61,8 @@ class FleetSink:
         self._grades: dict[str, IsolationGrade] = {}
         self._logs = logs
         self._clock = clock
+        #: How each worker's clock stands against this one's, by its name and incarnation.
+        self._offsets: dict[str, tuple[str, ClockOffset]] = {}
 
     async def __call__(self, event: FleetEvent) -> None:
         """Take one event; returns once it is safe.
@@ -66,6 +71,8 @@ class FleetSink:
         """
         match event:
             case WorkerConnected(hello):
+                if self._offsets.get(hello.worker, ("", None))[0] != hello.incarnation:
+                    self._offsets[hello.worker] = hello.incarnation, ClockOffset()
                 self._views.workforce.connected(hello, self._clock.now())
                 spec = BuilderSpec(
                     id=BuilderId(hello.worker),
@@ -85,6 +92,7 @@ class FleetSink:
                 self._views.workforce.unreachable(worker, incarnation, reason, gone=True)
                 if self._farm.holds(BuilderId(worker), incarnation):
                     self._grades.pop(worker, None)
+                    self._offsets.pop(worker, None)
                 await self._engine.offer(BuilderLost(BuilderId(worker), incarnation, _clean(reason)))
 
     async def _spoke(self, event: WorkerSpoke) -> None:
@@ -92,6 +100,7 @@ class FleetSink:
         if not self._farm.holds(BuilderId(worker), batch.incarnation):
             raise NotKnownError(f"worker {worker} sent events of a life that is not the one that was greeted last")
         self._grades[worker] = batch.isolation or self._grade(worker)
+        offset = self._offset(event, now := self._clock.now())
         reports: list[Report] = []
         chunks: list[LogChunk] = []
         for item in batch.events:
@@ -101,14 +110,16 @@ class FleetSink:
                     chunks.append(item)
             elif isinstance(item, StageChange):
                 self._views.stage(item)
+                self._views.timelines.stage(worker, item, now, _converter(offset, item.at, now))
             else:
                 reports.append(item)
+                self._views.timelines.reported(worker, item, now, _converter(offset, item.ended_at, now))
         try:
             await self._logs.append(chunks)
         except LogError as error:
             # A log is lost, a build is not: a full disk must not end the farm.
             _log.warning("%s", error)
-        self._views.workforce.spoke(worker, batch, self._clock.now())
+        self._views.workforce.spoke(worker, batch, now)
         if reports:
             await self._dispatch.room()
         heartbeat = BuilderReported(
@@ -123,6 +134,16 @@ class FleetSink:
         for report in reports:
             if self._farm.had_attempt(LeaseId(StepKey(report.step), report.attempt)):
                 self._logs.wake(report.step, report.attempt)
+
+    def _offset(self, event: WorkerSpoke, now: float) -> ClockOffset:
+        """Return the offset of a worker's clock, with what this poll shows of it."""
+        _, offset = self._offsets.setdefault(event.worker, (event.batch.incarnation, ClockOffset()))
+        received, answered = event.batch.received_at, event.batch.answered_at
+        if event.took_s is not None and received is not None and answered is not None:
+            sample = sample_of(now - event.took_s, now, received, answered)
+            if math.isfinite(sample.offset_s) and math.isfinite(sample.at):
+                offset.add(sample)
+        return offset
 
     def _grade(self, worker: str) -> IsolationGrade:
         return self._grades.get(worker, UNMEASURED)
@@ -143,6 +164,11 @@ class FleetSink:
             kind, message = (FailureKind.INPUT_LOST, lost) if lost else (kind, message)
         failure = Failure(kind, message, report.result.signature)
         return BuildFailed(lease, BuilderId(worker), failure, report.result.limit)
+
+
+def _converter(offset: ClockOffset, newest: float, now: float) -> Here:
+    """Return what converts an agent's times; without an offset its newest time is taken for now (an older agent)."""
+    return offset.here if offset.known else lambda at: at - newest + now
 
 
 def _held(leases: Iterable[HeldLease]) -> tuple[LeaseId, ...]:

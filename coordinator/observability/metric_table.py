@@ -77,6 +77,11 @@ WORKER_VITALS: Final[Mapping[Metric, Callable[[Vitals], float | None]]] = {
     ): lambda v: v.disk_free_bytes,
 }
 
+TIMINGS_WAITING: Final = Metric("drover_timings_waiting", "gauge", "Timings of attempts that are not written yet.")
+TIMINGS_DROPPED: Final = Metric(
+    "drover_timings_dropped", "counter", "Timings of attempts that were lost, because their database did not take them."
+)
+
 TURN: Final = Metric(
     "drover_engine_turn",
     "histogram",
@@ -180,6 +185,8 @@ METRICS: Final[tuple[Metric, ...]] = (
     WORKER_SLOTS,
     WORKER_LEASES,
     WORKER_BUILT,
+    TIMINGS_WAITING,
+    TIMINGS_DROPPED,
     *WORKER_VITALS,
     TURN,
     TURN_EVENTS,

@@ -68,6 +68,8 @@ def add_farm_metrics(
     telemetry.show(table.WORKER_SLOTS, lambda: [(each.slots, {"worker": each.name}) for each in workforce.views()])
     telemetry.show(table.WORKER_BUILT, lambda: [(each.built, {"worker": each.name}) for each in workforce.views()])
     telemetry.show(table.WORKER_LEASES, lambda: _leases(views))
+    telemetry.show(table.TIMINGS_WAITING, lambda: [(views.timelines.waiting, {})])
+    telemetry.show(table.TIMINGS_DROPPED, lambda: [(views.timelines.dropped, {})])
 
     def of_vitals(read: Callable[[Vitals], float | None]) -> Observe:
         def observe() -> _Values:

@@ -19,6 +19,7 @@ from typing import cast
 from coordinator.api.models import StepStatus
 from coordinator.journal.codec import Record, SubmissionNote, evidence_shown
 from coordinator.readmodel.rows import (
+    ACTIVE,
     SharedMemberships,
     StepRow,
     SubmissionRow,
@@ -28,6 +29,7 @@ from coordinator.readmodel.rows import (
 )
 from coordinator.readmodel.snapshot import restore_step, take_history, tell_history
 from coordinator.readmodel.step_details import Details
+from coordinator.readmodel.timeline import Timelines
 from coordinator.readmodel.workers import Workforce
 from coordinator.stores.derivations import StepInfo
 from scheduler import facts
@@ -53,7 +55,8 @@ _BEGINNINGS = (
 class FoldedRows:
     """All rows. `fold` takes facts; `stage` and `readmodel.workers` take what is not worth a fact."""
 
-    def __init__(self) -> None:
+    def __init__(self, timelines: Timelines | None = None) -> None:
+        self.timelines = timelines or Timelines()
         self._steps: dict[StepKey, StepRow] = {}
         #: How many steps are in each state: counting them all would hold the loop whenever metrics are asked for.
         self._by_state = dict.fromkeys(StepStatus, 0)
@@ -274,7 +277,7 @@ class FoldedRows:
 
     def _ready(self, fact: facts.StepReady) -> None:
         row = self._row(fact.step)
-        row.requires = fact.requirements
+        row.requires, row.ready_at = fact.requirements, fact.at
         self._move(row, StepStatus.READY)
 
     def _waits(self, fact: facts.StepWaiting) -> None:
@@ -286,10 +289,16 @@ class FoldedRows:
         life = row.mutable_life()
         life.attempt, life.builder = fact.lease.attempt, fact.builder
         life.started_at, life.ended_at, life.stage, life.phase = fact.at, 0.0, "queued", ""
+        submitted_at = min((sub.created_at for sub in row.submissions), default=0.0)
+        self.timelines.leased(
+            row.key, fact.lease.attempt, fact.recipe, fact.builder, fact.at, submitted_at, row.ready_at
+        )
         self._move(row, StepStatus.RUNNING)
 
     def _revoked(self, fact: facts.LeaseRevoked) -> None:
+        self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
+        self.timelines.revoked(row.key, fact.at, fact.failure)
         life = row.mutable_life()
         life.clear_builder()
         if is_fault(fact.failure.kind) or fact.failure.kind is FailureKind.INPUT_LOST:
@@ -302,6 +311,7 @@ class FoldedRows:
         row = self._row(fact.lease.step)
         life = row.mutable_life()
         life.uploaded_bytes, life.isolation = evidence_shown(fact.evidence)
+        self.timelines.built(row.key, fact.lease.attempt, fact.at, life.isolation)
         life.stage, life.phase = "", ""
         self.workforce.has_built(fact.builder)
         self._move(row, StepStatus.PUBLISHING)
@@ -310,12 +320,15 @@ class FoldedRows:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
         row.mutable_life().ended_at = fact.at
+        self.timelines.done(row.key, fact.at)
         for sub in row.submissions:
             sub.uploaded_bytes += row.life.uploaded_bytes
         self._finish(row)
 
     def _fell_back(self, fact: facts.StepFellBack) -> None:
+        self._at = max(self._at, fact.at)
         row = self._row(fact.step)
+        self.timelines.failed(row.key, fact.at, fact.failure)
         row.mutable_life().clear_builder()
         self._move(row, StepStatus.WAITING)
 
@@ -336,6 +349,7 @@ class FoldedRows:
         life = row.mutable_life()
         life.clear_builder()
         life.failure, life.ended_at, life.builder = fact.failure, fact.at, fact.builder
+        self.timelines.failed(row.key, fact.at, fact.failure)
         self._move(row, StepStatus.FAILED)
 
     def _doomed(self, fact: facts.StepDoomed) -> None:
@@ -359,6 +373,8 @@ class FoldedRows:
         self._count(row, -1)
         restore_step(row, fact)
         self._count(row, 1)
+        if row.state in ACTIVE and fact.past is not None:
+            self.timelines.restored(row.key, fact.attempt, fact.past.active, fact.past.builder)
 
     # The parts they share.
 

@@ -66,6 +66,8 @@ class StepRow:
     #: Submissions that had the step open when they arrived and have not ended. Steps share one tuple
     #: (`SharedMemberships`).
     submissions: tuple[SubmissionRow, ...] = ()
+    #: When the step last became ready; 0 where that is not known.
+    ready_at: float = 0.0
     _life: Life | None = None
 
     @property

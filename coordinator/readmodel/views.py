@@ -29,6 +29,7 @@ from coordinator.journal.codec import RootNote, SubmissionNote
 from coordinator.readmodel.folding import FoldedRows
 from coordinator.readmodel.forest import waits
 from coordinator.readmodel.rows import StepRow, SubmissionRow
+from coordinator.readmodel.timeline import Timelines
 from coordinator.readmodel.watcher import Watcher
 from coordinator.stores.derivations import StepInfo
 from scheduler.model import Requirements, StepKey, SubmissionId
@@ -76,8 +77,8 @@ _NO_NOTE = SubmissionNote(label="", roots=(), derivations=0)
 class Views(FoldedRows):
     """The rows, as clients see them."""
 
-    def __init__(self, explainer: Explainer) -> None:
-        super().__init__()
+    def __init__(self, explainer: Explainer, timelines: Timelines | None = None) -> None:
+        super().__init__(timelines)
         self._explain = explainer
 
     def submission(self, submission: str) -> SubmissionRow:
@@ -151,6 +152,11 @@ class Views(FoldedRows):
         """Return the submissions that have this failed step among theirs and are not cancelled, newest first."""
         rows = reversed(self._submissions.values())
         return [row for row in rows if step.key in row.failed and not row.withdrawn and row.done_roots < len(row.roots)]
+
+    def named(self, key: StepKey) -> tuple[str, str] | None:
+        """Return name and system of a step, None where they are not known."""
+        detail = self._details.get(key)
+        return None if detail is None else (detail.name, detail.system)
 
     def nameless(self) -> list[StepKey]:
         """Return the keys of the steps of which no details are known, oldest first."""

@@ -164,12 +164,14 @@ class Cache:
 
     # Publishing.
 
-    async def publish(self, batch: Sequence[Candidate]) -> list[PublishOutcome]:
+    async def publish(
+        self, batch: Sequence[Candidate], verified: Callable[[], None] = lambda: None
+    ) -> list[PublishOutcome]:
         """Verify, sign and publish; returns one outcome for each candidate, in order.
 
         A candidate may refer to others of the batch, whatever their order. One that fails takes only those along that
         refer to it. All that is published becomes visible together, when this returns. What is published without
-        being named by a root is kept for `CollectPlan.fresh_s`.
+        being named by a root is kept for `CollectPlan.fresh_s`. `verified` is called once the bytes are verified.
 
         Raises:
             CacheError: more than MAX_BATCH candidates.
@@ -177,7 +179,7 @@ class Cache:
         if len(batch) > MAX_BATCH:
             raise CacheError(f"{len(batch)} paths were offered at once; the limit is {MAX_BATCH}")
         began = time.perf_counter()
-        outcomes = await self._publisher.publish(batch)
+        outcomes = await self._publisher.publish(batch, verified)
         self.counters.count_outcomes(outcomes)
         self.counters.on_publish(time.perf_counter() - began)
         return outcomes

@@ -29,6 +29,8 @@ class WorkerSpoke:
 
     worker: str
     batch: Batch
+    #: Seconds from the call to its answer; None where that was not measured.
+    took_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -125,11 +126,13 @@ async def poll_agent(
                 on_hello(hello)
             await sink(WorkerConnected(hello))
             while True:
+                asked_at = time.monotonic()
                 batch = await _next_batch(calls, ack, long_poll_s)
+                took_s = time.monotonic() - asked_at
                 pause_s = 0.0
                 if batch.incarnation != hello.incarnation:
                     break
-                await sink(WorkerSpoke(name, batch))
+                await sink(WorkerSpoke(name, batch, took_s))
                 ack = batch.last
         except AgentDead as error:
             await sink(WorkerGone(name, hello.incarnation if hello else "", str(error)))

@@ -11,7 +11,7 @@ A claim on a tombstoned path clears the tombstone. Objects that are being delete
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -53,7 +53,7 @@ class Publisher:
         self._signer = signer
         self._verifying = asyncio.Semaphore(VERIFY_CONCURRENCY)
 
-    async def publish(self, batch: Sequence[Candidate]) -> list[PublishOutcome]:
+    async def publish(self, batch: Sequence[Candidate], verified: Callable[[], None]) -> list[PublishOutcome]:
         """See `Cache.publish`."""
         outcomes: list[PublishOutcome | None] = [None] * len(batch)
         waiting = list(range(len(batch)))
@@ -63,13 +63,15 @@ class Publisher:
             for index in waiting:
                 first.setdefault(batch[index].hash_part, index)
             chosen = set(first.values())
-            decided = await self._publish_distinct([batch[index] for index in first.values()])
+            decided = await self._publish_distinct([batch[index] for index in first.values()], verified)
             for index in chosen:
                 outcomes[index] = decided[batch[index].store_path]
             waiting = [index for index in waiting if index not in chosen]
         return [outcome for outcome in outcomes if outcome is not None]
 
-    async def _publish_distinct(self, batch: Sequence[Candidate]) -> dict[str, PublishOutcome]:
+    async def _publish_distinct(
+        self, batch: Sequence[Candidate], verified: Callable[[], None]
+    ) -> dict[str, PublishOutcome]:
         outcomes: dict[str, PublishOutcome] = {}
         sound = []
         for candidate in batch:
@@ -91,6 +93,7 @@ class Publisher:
                 outcomes[candidate.store_path] = result
             else:
                 sealed[candidate.store_path] = result
+        verified()
         proven = [candidate for candidate in sound if candidate.store_path not in outcomes]
         async with writing(self._catalog.database) as connection:
             gone = maybe_deleted(before, await deleted(connection, {candidate.url for candidate in proven}))

@@ -1,0 +1,301 @@
+"""Store of timings: what is known of every attempt of every step, in SQLite or PostgreSQL.
+
+One row an attempt, keyed by step and attempt. Writing is an upsert that overwrites nothing by ignorance: a column that
+a writer does not know (None) keeps what it has, so that rows may be written again, in parts, and after a restart.
+
+Timings explain the farm and decide nothing. Whatever goes wrong here is one `TimingsError`; callers count what is lost
+and go on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, Literal
+
+import orjson
+from sqlalchemy import (
+    Column,
+    Double,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    bindparam,
+    delete,
+    func,
+    insert,
+    inspect,
+    or_,
+    select,
+)
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from coordinator.errors import CoordinatorError
+from infra.database import names_parameter, names_table, open_engine, reason
+
+#: What this version writes.
+FORMAT: Final = 1
+#: Rows that one statement deletes: readers and the writer get their turn in between.
+DELETE_ROWS: Final = 2_000
+#: Characters of a failure's message that are kept; the log and the journal have all.
+MESSAGE_CHARACTERS: Final = 500
+#: Version part of a name, as `builtins.parseDrvName` finds it: the first dash that no letter follows.
+_VERSION: Final = re.compile(r"-(?![A-Za-z])")
+
+Outcome = Literal["done", "failed", "retried", "lost", "returned", "cancelled"]
+
+
+class TimingsError(CoordinatorError):
+    """The database of timings cannot be used."""
+
+    code = "timings"
+    status = 503
+
+
+@dataclass(slots=True)
+class Measured:
+    """Measurements of an attempt by its agent, in the coordinator's time. Stretches are (name, at, seconds)."""
+
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+    phases: list[tuple[str, float, float]] = field(default_factory=list)
+    more_phases: int = 0
+    more_phases_s: float = 0.0
+    #: (path, source, bytes of its NAR, at, seconds, whether another attempt had begun to fetch it).
+    fetches: list[tuple[str, str, int, float, float, bool]] = field(default_factory=list)
+    more_fetches: int = 0
+    more_fetches_bytes: int = 0
+    #: The worker was lost: these are what it had sent until then, closed at the end of the lease.
+    cut: bool = False
+
+
+@dataclass(slots=True)
+class AttemptTiming:
+    """One attempt of one step. Times are the coordinator's, Unix seconds; None is not known."""
+
+    step: str
+    attempt: int
+    #: Index of the step's recipe.
+    recipe: int | None = None
+    #: Of the step's derivation, with and without its version.
+    name: str | None = None
+    package: str | None = None
+    system: str | None = None
+    worker: str | None = None
+    #: Class of the isolation that it was built in.
+    isolation: str | None = None
+    submitted_at: float | None = None
+    ready_at: float | None = None
+    leased_at: float | None = None
+    #: The report of a success arrived.
+    built_at: float | None = None
+    verify_at: float | None = None
+    verify_s: float | None = None
+    publish_s: float | None = None
+    ended_at: float | None = None
+    #: None while it runs.
+    outcome: Outcome | None = None
+    #: Of a failure, see `scheduler.model.FailureKind`.
+    reason: str | None = None
+    message: str | None = None
+    build_s: float | None = None
+    cpu_s: float | None = None
+    peak_memory_bytes: int | None = None
+    read_bytes: int | None = None
+    written_bytes: int | None = None
+    #: NARs of inputs that this attempt fetched; of outputs unpacked, and as they were sent.
+    fetched_bytes: int | None = None
+    output_bytes: int | None = None
+    uploaded_bytes: int | None = None
+    measured: Measured | None = None
+
+
+#: Columns by the type of the field; keys and `measured` stand apart.
+_FLOATS: Final = frozenset(name for name, _ in AttemptTiming.__annotations__.items() if name.endswith(("_at", "_s")))
+_TEXTS: Final = frozenset({"name", "package", "system", "worker", "isolation", "outcome", "reason", "message"})
+_COLUMNS: Final = tuple(each.name for each in fields(AttemptTiming))
+
+metadata = MetaData()
+attempts = Table(
+    "attempt_timings",
+    metadata,
+    Column("step", Text, primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    *(
+        Column(name, LargeBinary if name == "measured" else Text if name in _TEXTS else Double)
+        for name in _COLUMNS
+        if name not in {"step", "attempt"}
+    ),
+    Index("attempt_timings_package", "package", "ended_at"),
+    Index("attempt_timings_ended", "ended_at"),
+    Index("attempt_timings_leased", "leased_at"),
+)
+meta = Table("timings_meta", metadata, Column("format", Integer, primary_key=True, autoincrement=False))
+_WHOLE: Final = frozenset(name for name in _COLUMNS if name not in _TEXTS | _FLOATS | {"step", "measured"})
+
+
+class TimingStore:
+    """The table of attempts. Every method raises `TimingsError` where the database fails."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._asked = names_table(engine)
+        self._upsert = _upsert(engine)
+
+    @classmethod
+    def open(cls, url: str) -> TimingStore:
+        """Return a store on an engine of its own; `close` disposes of it."""
+        return cls(open_engine(url))
+
+    async def prepare(self) -> None:
+        """Create the tables where they are missing; those of a newer release are refused and not touched."""
+        try:
+            async with self._engine.connect() as connection:
+                found = await connection.run_sync(_format_of)
+            if found > FORMAT:
+                raise TimingsError(
+                    f"the database of timings was written by a newer version of drover (format {found}, this one reads "
+                    f"{FORMAT}); timings are not kept until the newer version runs. Nothing was changed."
+                )
+            if found < FORMAT:
+                async with self._engine.begin() as connection:
+                    await connection.run_sync(metadata.create_all)
+                    await connection.execute(insert(meta).values(format=FORMAT))
+        except (SQLAlchemyError, OSError) as error:
+            raise _failed(error) from None
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._engine.dispose()
+
+    async def save(self, rows: Sequence[AttemptTiming]) -> None:
+        """Write rows, in one transaction; what a row does not know stays as it is."""
+        try:
+            async with self._engine.begin() as connection:
+                await connection.exec_driver_sql(self._upsert, [_values(row) for row in rows])
+        except (SQLAlchemyError, OSError, ValueError, TypeError, OverflowError) as error:
+            # The last three are values that cannot be stored: lost, but no reason to end a farm.
+            raise _failed(error) from None
+
+    async def of_steps(self, steps: Iterable[str]) -> list[AttemptTiming]:
+        """Return all attempts of steps, by step and attempt."""
+        query = (
+            select(attempts)
+            .join(self._asked, self._asked.c.value == attempts.c.step)
+            .order_by(attempts.c.step, attempts.c.attempt)
+        )
+        return await self._rows(query, {"names": names_parameter(steps)})
+
+    async def of_package(self, name: str, system: str, limit: int) -> list[AttemptTiming]:
+        """Return the newest ended attempts of a package, by its name with or without version; "" is any system."""
+        query = (
+            select(attempts)
+            .where(or_(attempts.c.package == name, attempts.c.name == name), attempts.c.ended_at.is_not(None))
+            .order_by(attempts.c.ended_at.desc())
+            .limit(limit)
+        )
+        return await self._rows(query.where(attempts.c.system == system) if system else query, {})
+
+    async def usual_builds(self, package: str, system: str, limit: int) -> list[float]:
+        """Return the seconds that the newest successful builds of a package took."""
+        query = (
+            select(attempts.c.build_s)
+            .where(
+                attempts.c.package == package,
+                attempts.c.system == system,
+                attempts.c.outcome == "done",
+                attempts.c.build_s.is_not(None),
+            )
+            .order_by(attempts.c.ended_at.desc())
+            .limit(limit)
+        )
+        return [row.build_s for row in await self._answers(query, {})]
+
+    async def drop(self, before: float, most: int) -> int:
+        """Delete attempts leased before a time, then the oldest beyond `most` rows; returns how many.
+
+        At most `DELETE_ROWS` go: the caller calls again while there are that many. 0 for `most` is no limit.
+        """
+        try:
+            async with self._engine.begin() as connection:
+                count = (await connection.execute(select(func.count()).select_from(attempts))).scalar_one()
+                beyond = max(0, count - most) if most else 0
+                oldest = select(attempts.c.step, attempts.c.attempt).order_by(attempts.c.leased_at)
+                due = oldest.where(or_(attempts.c.leased_at < before, attempts.c.ended_at < before))
+                chosen = (await connection.execute(due.limit(DELETE_ROWS))).all()
+                if not chosen and beyond:
+                    chosen = (await connection.execute(oldest.limit(min(beyond, DELETE_ROWS)))).all()
+                if chosen:
+                    row = (attempts.c.step == bindparam("b_step")) & (attempts.c.attempt == bindparam("b_attempt"))
+                    keys = [{"b_step": step, "b_attempt": attempt} for step, attempt in chosen]
+                    await connection.execute(delete(attempts).where(row), keys)
+                return len(chosen)
+        except (SQLAlchemyError, OSError) as error:
+            raise _failed(error) from None
+
+    async def _rows(self, query: Any, parameters: dict[str, object]) -> list[AttemptTiming]:
+        return [_timing(row) for row in await self._answers(query, parameters)]
+
+    async def _answers(self, query: Any, parameters: dict[str, object]) -> Sequence[Any]:
+        try:
+            async with self._engine.connect() as connection:
+                return (await connection.execute(query, parameters)).all()
+        except (SQLAlchemyError, OSError) as error:
+            raise _failed(error) from None
+
+
+def package_of(name: str) -> str:
+    """Return the name without its version, as `builtins.parseDrvName` does."""
+    return _VERSION.split(name, maxsplit=1)[0]
+
+
+def _failed(error: BaseException) -> TimingsError:
+    return TimingsError(f"the database of timings failed: {reason(error)}.")
+
+
+def _format_of(connection: Connection) -> int:
+    if not inspect(connection).has_table(meta.name):
+        return 0
+    return connection.execute(select(func.max(meta.c.format))).scalar_one() or 0
+
+
+def _upsert(engine: AsyncEngine) -> str:
+    mark = "?" if engine.dialect.name == "sqlite" else "%s"
+    known = ", ".join(
+        f"{name} = COALESCE(excluded.{name}, {attempts.name}.{name})"
+        for name in _COLUMNS
+        if name not in {"step", "attempt"}
+    )
+    marks = ", ".join(mark for _ in _COLUMNS)
+    return (  # constants only
+        f"INSERT INTO {attempts.name} ({', '.join(_COLUMNS)}) VALUES ({marks}) "  # noqa: S608
+        f"ON CONFLICT (step, attempt) DO UPDATE SET {known}"
+    )
+
+
+def _values(row: AttemptTiming) -> tuple[object, ...]:
+    """Values in the order of the columns."""
+    return tuple(
+        orjson.dumps(value) if isinstance(value, Measured) else value
+        for value in (getattr(row, name) for name in _COLUMNS)
+    )
+
+
+def _timing(row: Any) -> AttemptTiming:
+    values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
+    measured = values.pop("measured")
+    for name in _WHOLE:
+        if values[name] is not None:
+            values[name] = int(values[name])
+    timing = AttemptTiming(**values)
+    if measured is not None:
+        stretches = orjson.loads(measured)
+        for name in ("spans", "phases", "fetches"):
+            stretches[name] = [tuple(each) for each in stretches[name]]
+        timing.measured = Measured(**stretches)
+    return timing
