@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final
@@ -18,10 +17,10 @@ from typing import Final
 from coordinator.cli import exit_status
 from coordinator.cli.rendering import size
 from coordinator.cli.status import print_json, print_lines
-from coordinator.client.closure import LocalStore, base_name, local_store
+from coordinator.client.closure import LocalStore, base_name, local_store, query_closure
 from coordinator.client.errors import BadArgumentError, ClientError, RefusedError
 from coordinator.client.token import find_token
-from infra.daemon import DaemonError, ValidPathInfo, open_stdio
+from infra.daemon import ValidPathInfo
 from infra.nix.errors import FormatError
 from infra.nix.store_path import StoreDir
 from infra.objects.compression import Compression
@@ -61,7 +60,7 @@ def push(url: str, token_file: str, request: PushRequest) -> int:
 async def _push(url: str, token_file: str, request: PushRequest) -> int:
     store = local_store(request.store)
     roots = [_store_path(path, store) for path in request.paths]
-    infos = await _closure(store, roots)
+    infos = await query_closure(store, roots, _not_valid)
     if len(infos) > MAX_PATHS:
         raise BadArgumentError(f"the closure has {len(infos)} paths; push parts of it, at most {MAX_PATHS} at a time")
     claims = [_claim(info) for info in infos.values()]
@@ -96,24 +95,8 @@ def _store_path(path: str, store: LocalStore) -> str:
     return top
 
 
-async def _closure(store: LocalStore, roots: Sequence[str]) -> dict[str, ValidPathInfo]:
-    """Return what the store knows of `roots` and of all that they refer to. Raises `ClientError`."""
-    infos: dict[str, ValidPathInfo] = {}
-    waiting = list(roots)
-    try:
-        async with await open_stdio(("nix-daemon", "--stdio", *store.flags), os.environ) as connection:
-            while waiting:
-                path = waiting.pop()
-                if path in infos:
-                    continue
-                info = await connection.query_path_info(path)
-                if info is None:
-                    raise BadArgumentError(f"{path} is not valid in the local store; build or fetch it first")
-                infos[path] = info
-                waiting.extend(info.references)
-    except DaemonError as error:
-        raise ClientError(f"cannot ask the local Nix store: {error}") from None
-    return infos
+def _not_valid(path: str) -> BadArgumentError:
+    return BadArgumentError(f"{path} is not valid in the local store; build or fetch it first")
 
 
 def _claim(info: ValidPathInfo) -> PathClaim:

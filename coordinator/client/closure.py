@@ -6,7 +6,7 @@ Everything here reads; what is sent is read again when its turn comes, so that m
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +14,7 @@ from typing import ClassVar
 from coordinator.api.streams import SourceHeader
 from coordinator.errors import CoordinatorError
 from infra.daemon import DaemonError, ValidPathInfo, open_stdio
+from infra.dependency_order import CycleError, inputs_first
 from infra.nar_files import dump
 from infra.nix import aterm
 from infra.nix.errors import FormatError, NixError
@@ -101,36 +102,22 @@ def read_closure(store: LocalStore, roots: Sequence[str]) -> Closure:
     Raises:
         ClosureError: A member is missing, is no derivation, or the graph has a cycle; the sentence names the member.
     """
-    done: set[str] = set()
-    open_: set[str] = set()
-    order: list[str] = []
     sources: set[str] = set()
     outputs: set[str] = set()
-    stack: list[tuple[str, bool]] = [(root, False) for root in reversed(roots)]
-    while stack:
-        drv, inputs_done = stack.pop()
-        if inputs_done:
-            open_.discard(drv)
-            done.add(drv)
-            order.append(drv)
-            continue
-        if drv in done:
-            continue
-        if drv in open_:
-            raise ClosureError(f"{drv} needs itself; the local store is damaged")
+
+    def inputs(drv: str) -> Iterator[str]:
         try:
             derivation = aterm.parse(store.read(drv))
         except FormatError as error:
             raise ClosureError(f"{drv} is not a derivation: {error}") from None
         sources.update(derivation.input_srcs)
         outputs.update(output.path for output in derivation.outputs)
-        open_.add(drv)
-        stack.append((drv, True))
-        for needed, _ in derivation.input_drvs:
-            if needed in open_:
-                raise ClosureError(f"{needed} needs itself; the local store is damaged")
-            if needed not in done:
-                stack.append((needed, False))
+        return (needed for needed, _ in derivation.input_drvs)
+
+    try:
+        order = inputs_first(roots, inputs)
+    except CycleError as error:
+        raise ClosureError(f"{error.first} needs itself; the local store is damaged") from None
     return Closure(tuple(order), tuple(sorted(sources)), frozenset(outputs))
 
 
@@ -178,6 +165,40 @@ def _nowhere(trouble: str) -> str:
     return f"the farm's cache does not have it{f' ({trouble})' if trouble else ''}"
 
 
+async def query_closure(
+    store: LocalStore,
+    paths: Iterable[str],
+    lacking: Callable[[str], CoordinatorError],
+    *,
+    follow: Callable[[ValidPathInfo], bool] = lambda _: True,
+    env: Mapping[str, str] | None = None,
+) -> dict[str, ValidPathInfo]:
+    """Return what the store's daemon knows of `paths` and, behind those that `follow` accepts, of their references.
+
+    Raises:
+        ClosureError: The store cannot be asked.
+        CoordinatorError: A path is not valid in the store; `lacking` makes the error.
+    """
+    infos: dict[str, ValidPathInfo] = {}
+    waiting = list(paths)
+    command = ("nix-daemon", "--stdio", *store.flags)
+    try:
+        async with await open_stdio(command, os.environ if env is None else env) as connection:
+            while waiting:
+                path = waiting.pop()
+                if path in infos:
+                    continue
+                info = await connection.query_path_info(path)
+                if info is None:
+                    raise lacking(path)
+                infos[path] = info
+                if follow(info):
+                    waiting.extend(info.references)
+    except DaemonError as error:
+        raise ClosureError(f"cannot ask the local Nix store: {error}") from None
+    return infos
+
+
 async def describe_sources(store: LocalStore, paths: Sequence[str], env: Mapping[str, str] | None = None) -> Sources:
     """Return what the local store knows of `paths` and of everything they refer to.
 
@@ -188,46 +209,23 @@ async def describe_sources(store: LocalStore, paths: Sequence[str], env: Mapping
     """
     if not paths:
         return Sources((), {})
-    infos: dict[str, ValidPathInfo] = {}
-    built: dict[str, str] = {}
-    command = ("nix-daemon", "--stdio", *store.flags)
+    infos = await query_closure(store, paths, _lost_source, follow=_is_verifiable, env=env)
+    sources = {path: info for path, info in infos.items() if _is_verifiable(info)}
+    built = {path: info.deriver for path, info in infos.items() if path not in sources}
     try:
-        async with await open_stdio(command, os.environ if env is None else env) as connection:
-            waiting = list(paths)
-            while waiting:
-                path = waiting.pop()
-                if path in infos or path in built:
-                    continue
-                info = await connection.query_path_info(path)
-                if info is None:
-                    raise ClosureError(f"the source {path} is not in the local store; evaluate the file again")
-                if not _is_verifiable(info):
-                    built[path] = info.deriver
-                    continue
-                infos[path] = info
-                waiting.extend(ref for ref in info.references if ref not in infos)
-    except DaemonError as error:
-        raise ClosureError(f"cannot ask the local Nix store about sources: {error}") from None
-    return Sources(tuple(_header(infos[path]) for path in _references_first(infos) if path in infos), built)
+        order = inputs_first(sorted(sources), lambda path: sources[path].references if path in sources else ())
+    except CycleError as error:
+        raise ClosureError(f"the source {error.first} refers to itself; the local store is damaged") from None
+    return Sources(tuple(_header(sources[path]) for path in order if path in sources), built)
+
+
+def _lost_source(path: str) -> ClosureError:
+    return ClosureError(f"the source {path} is not in the local store; evaluate the file again")
 
 
 def _is_verifiable(info: ValidPathInfo) -> bool:
     """Return whether the farm can tell from the content that the path is true."""
     return info.ca.startswith(VERIFIABLE) and info.path not in info.references
-
-
-def _references_first(infos: Mapping[str, ValidPathInfo]) -> Iterator[str]:
-    seen: set[str] = set()
-    stack = [(path, False) for path in sorted(infos, reverse=True)]
-    while stack:
-        path, whole = stack.pop()
-        if whole:
-            yield path
-        elif path not in seen:
-            seen.add(path)
-            stack.append((path, True))
-            references = infos[path].references if path in infos else ()
-            stack.extend((ref, False) for ref in references if ref not in seen)
 
 
 def _header(info: ValidPathInfo) -> SourceHeader:

@@ -10,28 +10,17 @@ from dataclasses import dataclass
 
 from coordinator.intake import planning
 from coordinator.intake.errors import MissingMemberError
+from coordinator.journal.codec import RootNote
 from coordinator.stores.derivations import Kind, Node, StepInfo, step_info
 from scheduler.events import SubmissionReceived
 from scheduler.model import StepKey, StepSpec, SubmissionId
-from scheduler.resource_limits import ResourceLimits
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRoot:
-    """A wish and the step that it stands on; `outputs` are the wanted (name, full path), sorted by name."""
-
-    attr: str
-    drv: str
-    step: StepKey
-    outputs: tuple[tuple[str, str], ...]
-    limits: ResourceLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A submission as steps. `infos` has one entry for each of `steps` and each of `held`."""
 
-    roots: tuple[PlannedRoot, ...]
+    roots: tuple[RootNote, ...]
     steps: tuple[StepSpec, ...]
     #: Steps that the cache holds and at which the graph ends; not in `steps`.
     held: tuple[StepKey, ...]
@@ -71,9 +60,9 @@ class Graph:
     ) -> Graph:
         """Return the graph of `roots` among `nodes`; `members` are the recipes that each step has so far."""
         nodes = planning.with_made_sources(nodes)
-        own = planning.inputs_first(roots, nodes)
+        own = planning.closure(roots, nodes)
         others = [drv for places in members.values() for drv in places if drv in nodes]
-        order = planning.inputs_first([*roots, *others], nodes)
+        order = planning.closure([*roots, *others], nodes)
         return cls(nodes, tuple(own), planning.assign_recipes(order, nodes, members, max_recipes))
 
     def paths(self) -> list[str]:
@@ -92,9 +81,7 @@ class Graph:
         unheld = (node for node in nodes if any(path in absent for _, path in node.outputs))
         return list(dict.fromkeys(source for node in unheld for source in node.sources if source in absent))
 
-    def plan(
-        self, roots: tuple[PlannedRoot, ...], absent: set[str], store_dir: str, *, sources_may_lack: bool
-    ) -> Planned:
+    def plan(self, roots: tuple[RootNote, ...], absent: set[str], store_dir: str, *, sources_may_lack: bool) -> Planned:
         """Cut the graph where the cache holds it; `absent` are the paths that the cache lacks."""
         held = {node.step for node in self.nodes.values() if not any(path in absent for _, path in node.outputs)}
         stand_in = {self.nodes[name].step: name for name in self.own}

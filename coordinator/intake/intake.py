@@ -16,10 +16,11 @@ from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.intake.errors import MissingMemberError, StoreDirError
-from coordinator.intake.graph import Graph, Planned, PlannedRoot, add_nodes, add_recipes, new_steps
+from coordinator.intake.graph import Graph, Planned, add_nodes, add_recipes, new_steps
 from coordinator.intake.limits import IntakeLimits, require_within
 from coordinator.intake.sources import SourceIntake
 from coordinator.intake.verification import StreamVerifier
+from coordinator.journal.codec import RootNote
 from coordinator.stores.derivations import DerivationStore, NewDerivation, Node
 from coordinator.stores.path_leases import PathLeases
 from infra.byte_budget import ByteBudget
@@ -207,17 +208,17 @@ class Intake:
         """Return the derivations that made one of these paths for an earlier submission, by whichever output."""
         return dict.fromkeys((await self._derivations.makers(sources)).values()) if sources else {}
 
-    def _roots(self, wishes: Sequence[tuple[RootRequest, str]], nodes: Mapping[str, Node]) -> tuple[PlannedRoot, ...]:
+    def _roots(self, wishes: Sequence[tuple[RootRequest, str]], nodes: Mapping[str, Node]) -> tuple[RootNote, ...]:
         return tuple(self._root(root, nodes[name]) for root, name in wishes)
 
-    def _root(self, root: RootRequest, node: Node) -> PlannedRoot:
+    def _root(self, root: RootRequest, node: Node) -> RootNote:
         outputs = dict(node.outputs)
         for name in root.outputs:
             if name not in outputs:
                 raise IntakeError(f"{root.drv} has no output {name}; it has {', '.join(outputs)}")
         wanted = tuple((name, path) for name, path in node.outputs if not root.outputs or name in root.outputs)
         limits = ResourceLimits(**root.limits.model_dump()) if root.limits else None
-        return PlannedRoot(root.attr, f"{self._store_dir.path}/{node.drv}", node.step, wanted, limits)
+        return RootNote(root.attr, f"{self._store_dir.path}/{node.drv}", node.step, wanted, limits)
 
     async def _load(self, roots: Sequence[str]) -> tuple[dict[str, Node], dict[StepKey, list[str]]]:
         """Load the closure of `roots` and of all members of its fixed-output steps."""

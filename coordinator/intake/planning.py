@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from coordinator.errors import IntakeError
 from coordinator.stores.derivations import Kind, Node
+from infra.dependency_order import CycleError, inputs_first
 from scheduler.model import Recipe, Requirements, StepKey, StepSpec
 
 #: Steps visited in one plan to see whether further recipes would close a cycle; what is not looked at is left out.
@@ -28,38 +29,22 @@ class Recipes:
     new: tuple[tuple[StepKey, int, str], ...]
 
 
-def inputs_first(roots: Iterable[str], nodes: Mapping[str, Node]) -> list[str]:
-    """Return the closure of `roots` so that every derivation stands after its inputs.
+def closure(roots: Iterable[str], nodes: Mapping[str, Node]) -> list[str]:
+    """Return `roots` and all that they need, so that every derivation stands after its inputs.
 
     Raises:
         IntakeError: A member is missing, or the graph has a cycle; the sentence names the member.
     """
-    done: set[str] = set()
-    open_: set[str] = set()
-    order: list[str] = []
-    stack = [(root, False) for root in reversed(list(roots))]
-    while stack:
-        name, inputs_done = stack.pop()
-        if inputs_done:
-            open_.discard(name)
-            done.add(name)
-            order.append(name)
-            continue
-        if name in done:
-            continue
-        if name in open_:
-            raise IntakeError(f"the derivation {name} is part of a cycle")
-        node = nodes.get(name)
-        if node is None:
+
+    def needs(name: str) -> tuple[str, ...]:
+        if name not in nodes:
             raise IntakeError(f"the derivation {name} is not known here; send it and everything below it first")
-        open_.add(name)
-        stack.append((name, True))
-        for need in node.needs:
-            if need in open_:
-                raise IntakeError(f"the derivation {need} is part of a cycle: {name} needs it, and it needs {name}")
-            if need not in done:
-                stack.append((need, False))
-    return order
+        return nodes[name].needs
+
+    try:
+        return inputs_first(roots, needs)
+    except CycleError as error:
+        raise IntakeError(f"the derivation {error.first} is part of a cycle: {error}") from None
 
 
 def with_made_sources(nodes: Mapping[str, Node]) -> dict[str, Node]:
@@ -152,26 +137,20 @@ def steps_to_do(
     `stand_in` names a derivation of this submission for a step whose first recipe is not loaded: members of one
     input-addressed step need the same steps.
     """
-    specs: list[StepSpec] = []
-    ends: list[StepKey] = []
-    seen: set[StepKey] = set()
-    stack: list[tuple[StepKey, StepSpec | None]] = [(root, None) for root in reversed(list(roots))]
-    while stack:
-        step, whole = stack.pop()
-        if whole is not None:
-            specs.append(whole)
-            continue
-        if step in seen:
-            continue
-        seen.add(step)
+    specs: dict[StepKey, StepSpec] = {}
+
+    def needs(step: StepKey) -> list[StepKey]:
         if step in held:
-            ends.append(step)
-            continue
+            return []
         drvs = (drv if drv in nodes else stand_in[step] for drv in recipes[step])
-        spec = StepSpec(step, tuple(_recipe(nodes[drv], nodes) for drv in drvs))
-        stack.append((step, spec))
-        stack.extend((need, None) for recipe in spec.recipes for need in recipe.needs if need not in seen)
-    return specs, ends
+        specs[step] = spec = StepSpec(step, tuple(_recipe(nodes[drv], nodes) for drv in drvs))
+        return [need for recipe in spec.recipes for need in recipe.needs]
+
+    try:
+        order = inputs_first(roots, needs)
+    except CycleError as error:
+        raise IntakeError(f"the step {error.first} is part of a cycle: {error}") from None
+    return [specs[step] for step in order if step in specs], [step for step in order if step in held]
 
 
 def _recipe(node: Node, nodes: Mapping[str, Node]) -> Recipe:

@@ -17,7 +17,7 @@ from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError, IntakeError
 from coordinator.intake.graph import Planned
 from coordinator.intake.intake import Intake
-from coordinator.journal.codec import RootNote, SubmissionNote, encode_note
+from coordinator.journal.codec import SubmissionNote, encode_note
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.views import Views
 from infra.collector import collector_paused
@@ -45,8 +45,7 @@ class Submissions:
     async def _submit(self, wish: SubmitRequest) -> SubmissionRow:
         asked_at = self._engine.now()
         planned = await self._intake.submit(wish)
-        # As all that lists the roots of a submission: in a thread, for a mass rebuild has some ten thousand.
-        note = await asyncio.to_thread(_note, wish.label, planned)
+        note = SubmissionNote(wish.label, planned.roots, planned.derivations)
         name = SubmissionId(secrets.token_hex(5))
 
         def event() -> SubmissionReceived:
@@ -144,11 +143,6 @@ class Submissions:
     async def _wish(self, row: SubmissionRow) -> SubmitRequest:
         """Return what the client asked for when it submitted."""
         return await asyncio.to_thread(_request, self._views.note(row.id))
-
-
-def _note(label: str, planned: Planned) -> SubmissionNote:
-    roots = tuple(RootNote(root.attr, root.drv, root.step, root.outputs, root.limits) for root in planned.roots)
-    return SubmissionNote(label, roots, planned.derivations)
 
 
 def _request(note: SubmissionNote) -> SubmitRequest:

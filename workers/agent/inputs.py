@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import aiohttp
@@ -26,6 +25,7 @@ import orjson
 
 from infra.clock import Clock
 from infra.daemon import DaemonGone, DaemonOperationError, Upload, ValidPathInfo
+from infra.dependency_order import CycleError, inputs_first
 from infra.nix import narinfo
 from infra.nix.errors import NixError
 from infra.nix.narinfo import NarInfo
@@ -208,16 +208,15 @@ class FarmSources:
 
 def _references_first(infos: Mapping[str, NarInfo]) -> list[NarInfo]:
     """Order a closure. Raises `InputError` where it runs in a circle, which no published closure does."""
-    order = TopologicalSorter(
-        {
-            name: [own for path in info.references if (own := path.rpartition("/")[2]) != name]
-            for name, info in infos.items()
-        }
-    )
     try:
-        return [infos[name] for name in order.static_order()]
+        return [infos[name] for name in inputs_first(infos, lambda name: _others(infos[name]))]
     except CycleError:
         raise InputError("the cache's answer has paths that refer to each other in a circle") from None
+
+
+def _others(info: NarInfo) -> list[str]:
+    names = (path.rpartition("/")[2] for path in info.references)
+    return [name for name in names if name != info.store_path.rpartition("/")[2]]
 
 
 async def _json_object(response: aiohttp.ClientResponse) -> dict[str, Any]:
