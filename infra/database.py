@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from infra.retry import Patience
+from infra.retry import Outage, retrying
 
 #: How long a writer of SQLite waits for another one.
 BUSY_TIMEOUT_MS: Final = 10_000
@@ -115,18 +115,12 @@ async def patiently(call: Callable[[], Awaitable[_Result]], subject: str) -> _Re
 
     Only for what may be done twice. Raises what `call` raised last.
     """
-    patience: Patience | None = None
-    while True:
-        try:
-            return await call()
-        except (SQLAlchemyError, OSError) as error:
-            if not may_pass(error):
-                raise
-            if patience is None:
-                patience = Patience(PATIENCE_S)
-                _log.warning("the database fails while %s: %s; trying again", subject, reason(error))
-            if not await patience.pause():
-                raise
+
+    def trouble_of(error: Exception) -> str:
+        passes = isinstance(error, (SQLAlchemyError, OSError)) and may_pass(error)
+        return f"the database fails while {subject}: {reason(error)}" if passes else ""
+
+    return await retrying(call, PATIENCE_S, Outage(_log, "trying again", over="the database answers again"), trouble_of)
 
 
 def names_table(engine: AsyncEngine) -> Subquery:

@@ -32,6 +32,7 @@ from infra.cache.repair.fsck import FsckReport, RepairSource
 from infra.cache.retention.collector import CollectPlan, CollectReport
 from infra.clock import Clock
 from infra.objects.errors import CacheError
+from infra.retry import Outage
 from scheduler.model import StepKey
 
 HOUR_S: Final = 3600.0
@@ -137,6 +138,7 @@ class Housekeeper:
         """Refresh the gauges and collect at the configured pace until cancelled; what fails is tried again later."""
         pause_s = self._settings.collect_every_hours * HOUR_S
         next_collection = self._clock.now() + pause_s
+        outage = Outage(_log, "it is tried again", over="housekeeping of the cache goes on")
         while True:
             try:
                 await self.cache.write_uses()
@@ -149,7 +151,9 @@ class Housekeeper:
                     next_collection = self._clock.now() + pause_s
                     await self.collect()
             except (CacheError, DerivationsError) as error:
-                _log.warning("housekeeping of the cache will be tried again: %s", error)
+                outage.begin(f"housekeeping of the cache failed: {error}")
+            else:
+                outage.end()
             await asyncio.sleep(GAUGES_S)
 
     async def collect(self, *, dry_run: bool = False) -> CollectReport:

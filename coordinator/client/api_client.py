@@ -182,14 +182,14 @@ class ApiClient(Transport):
         Raises:
             UnreachableError: nothing but failures for `RECONNECT_GIVE_UP_S`, or the very first connection failed.
         """
-        clock = asyncio.get_running_loop().time
-        lost_at: float | None = None
+        from infra.retry import Backoff, RetryBudget  # noqa: PLC0415 - short commands load nothing of infra
+
+        budget: RetryBudget | None = None
         seen = False
-        pause_s = RECONNECT_FIRST_S
         while True:
             try:
                 async for event in self._events(submission, on_lost):
-                    seen, lost_at, pause_s = True, None, RECONNECT_FIRST_S
+                    seen, budget = True, None
                     yield event
                     if isinstance(event, Ended):
                         return
@@ -198,13 +198,11 @@ class ApiClient(Transport):
                 if not seen:
                     raise
                 why = str(error)
-            if lost_at is None:
-                lost_at = clock()
+            if budget is None:
+                budget = RetryBudget(RECONNECT_GIVE_UP_S, Backoff(RECONNECT_FIRST_S, RECONNECT_LONGEST_S))
                 on_lost(why)
-            if clock() - lost_at > RECONNECT_GIVE_UP_S:
+            if not await budget.pause():
                 raise UnreachableError(self.url, f"for {RECONNECT_GIVE_UP_S:.0f} s")
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, RECONNECT_LONGEST_S)
 
     async def _events(self, submission: str, on_lost: Callable[[str], None]) -> AsyncIterator[WatchEvent]:
         """Yield what a stream says, and where none is free what it would begin with, again and again."""

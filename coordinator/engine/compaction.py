@@ -30,6 +30,7 @@ from coordinator.readmodel.timeline import Timelines
 from coordinator.readmodel.views import Views
 from infra.database import open_engine
 from infra.process import ChildProcess, ProcessError
+from infra.retry import Backoff
 from scheduler.farm import Farm
 from scheduler.model import Requirements, StepKey
 
@@ -88,6 +89,7 @@ class Compactor:
 
     async def run(self) -> None:
         """Serve until cancelled. A snapshot that fails is told of in the log and tried again later."""
+        backoff = Backoff(LOOK_S * 2, LONGEST_PAUSE_S)
         pause_s = LOOK_S
         while True:
             await asyncio.sleep(pause_s)
@@ -96,9 +98,10 @@ class Compactor:
             try:
                 await self.snapshot()
             except CoordinatorError as error:
-                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+                pause_s = backoff.next_s()
                 _log.warning("no snapshot was made; the next try is in %d s: %s", pause_s, error)
             else:
+                backoff.reset()
                 pause_s = LOOK_S
 
     async def snapshot(self) -> None:

@@ -24,7 +24,7 @@ from infra.cache.cache import Cache
 from infra.cache.publishing.claims import Candidate, Conflict, PublishOutcome, Rejected, RejectReason
 from infra.clock import Clock
 from infra.objects.errors import CacheError
-from infra.retry import Patience
+from infra.retry import RetryBudget
 from scheduler.effects import PublishOutputs
 from scheduler.events import Event, OutputsPublished, PublishFailed
 from scheduler.model import Failure, FailureKind, LeaseId, StepKey
@@ -116,14 +116,14 @@ class Publications:
 
     async def _again(self, failed: Mapping[PublishOutputs, PublishFailed]) -> None:
         """Publish again, for a while, what failed in a way that may pass."""
-        patience = Patience(PUBLISH_WITHIN_S)
+        budget = RetryBudget(PUBLISH_WITHIN_S)
         while failed:
             if not self._away:
                 _log.warning("%s; it is tried again", next(iter(failed.values())).failure.message)
             self._away.update((effect.lease, failed_step.failure.message) for effect, failed_step in failed.items())
             self._measure()
             left: Mapping[PublishOutputs, PublishFailed] = {}
-            if await patience.pause():
+            if await budget.pause():
                 left = await self._publish(list(failed))
             else:
                 await self._post(list(failed.values()))

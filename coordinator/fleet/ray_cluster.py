@@ -30,6 +30,7 @@ from coordinator.errors import StoppedError
 from coordinator.security.tokens import read_source
 from coordinator.state_lock import StateLock
 from infra.cache.publishing.keys import forget_keys
+from infra.retry import Backoff
 from infra.validation import first_fault
 from workers.agent.settings import WorkerSettings
 from workers.errors import WorkerError
@@ -269,7 +270,7 @@ async def _watch_own(node: RayJoiningNode) -> NoReturn:
 
 async def _start_again(node: RayNode, tries: int | None = None) -> str:
     """Start a node that died, so many times or until it comes; returns why it does not, empty where it runs."""
-    pause_s = START_AGAIN_S
+    backoff = Backoff(START_AGAIN_S, START_AGAIN_LONGEST_S)
     while True:
         await node.stop()
         try:
@@ -278,8 +279,8 @@ async def _start_again(node: RayNode, tries: int | None = None) -> str:
             tries = None if tries is None else tries - 1
             if tries == 0:
                 return str(error)
-            _log.warning("%s; it is tried again in %.0f s", error, pause_s)
+            pause_s = backoff.next_s()
+            _log.warning("%s; it is tried again in %.1f s", error, pause_s)
             await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, START_AGAIN_LONGEST_S)
         else:
             return ""

@@ -36,6 +36,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 from aiohttp.web_protocol import RequestHandler
 
+from infra.retry import Outage
+
 #: Connections at one time unless configured otherwise, some 30 KB each, and from one address.
 MAX_CONNECTIONS: Final = 4096
 MAX_PER_ADDRESS: Final = 256
@@ -274,19 +276,17 @@ def require_room(gate: ConnectionGate) -> Middleware:
 async def accept(listener: socket.socket, gate: ConnectionGate, connected: Callable[[str], GuardedConnection]) -> None:
     """Accept connections for ever, those that the gate admits."""
     loop = asyncio.get_running_loop()
-    failing = False
+    outage = Outage(_log, "trying again", over="connections can be accepted again")
     while True:
         try:
             client, peer = await loop.sock_accept(listener)
         except OSError as error:
             if error.errno in _GONE:
                 continue
-            if not failing:
-                failing = True
-                _log.warning("no connection can be accepted at the moment (%s); trying again", error.strerror)
+            outage.begin(f"no connection can be accepted at the moment ({error.strerror})")
             await asyncio.sleep(ACCEPT_PAUSE_S)
             continue
-        failing = False
+        outage.end()
         address = str(peer[0])
         if not gate.admits(address):
             client.close()

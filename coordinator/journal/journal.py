@@ -42,7 +42,7 @@ from coordinator.journal.notes import forget_notes, read_notes, write_notes
 from coordinator.journal.snapshots import Snapshots
 from infra.cache.catalog.database import FencingToken
 from infra.database import PATIENCE_S, may_pass, reason
-from infra.retry import Patience
+from infra.retry import Outage, retrying
 from scheduler.facts import Fact, SubmissionAccepted, SubmissionForgotten, SubmissionRetried
 from scheduler.model import SubmissionId
 
@@ -72,7 +72,7 @@ class Journal:
         self._seq = 0
         #: Facts in the frames behind the newest snapshot, of those that were read or written here.
         self._tail = 0
-        self._trouble = ""
+        self._outage = Outage(_log, "nothing is taken on until it can", over="the journal can be written again")
 
     @property
     def epoch(self) -> int:
@@ -97,7 +97,7 @@ class Journal:
     @property
     def trouble(self) -> str:
         """Reason that nothing can be stored at the moment, "" while all is well."""
-        return self._trouble
+        return self._outage.trouble
 
     async def prepare(self) -> None:
         """Create the tables, or bring those of an older release up to date. Raises `JournalError`."""
@@ -220,14 +220,14 @@ class Journal:
         )
         frames = await asyncio.to_thread(numbered, facts, self._seq) if large else numbered(facts, self._seq)
         forgotten = [fact.submission for fact in facts if isinstance(fact, SubmissionForgotten)]
-        slow = asyncio.get_running_loop().call_later(SLOW_S, self._suffer, "its database does not answer")
+        slow = asyncio.get_running_loop().call_later(
+            SLOW_S, self._outage.begin, _unwritable("its database does not answer")
+        )
         try:
             await self._store(frames, notes or {}, forgotten)
         finally:
             slow.cancel()
-        if self._trouble:
-            self._trouble = ""
-            _log.warning("the journal can be written again")
+        self._outage.end()
         self._seq += len(frames)
         self._tail += len(facts)
 
@@ -237,39 +237,37 @@ class Journal:
         notes: Mapping[SubmissionId, StoredNote],
         forgotten: Sequence[SubmissionId],
     ) -> None:
-        patience: Patience | None = None
-        while True:
-            try:
-                # After a loss it is not known whether the last attempt was committed.
-                if patience is None or not await self._is_stored(self._seq + len(frames)):
-                    async with self._engine.begin() as connection:
-                        await connection.execute(insert(tables.frames), frames)
-                        if notes:
-                            await write_notes(connection, notes)
-                        if forgotten:
-                            await forget_notes(connection, forgotten)
-                        # Last: SQLite is locked for writing by now, and sees what is.
-                        await self.fence(connection)
-            except (SQLAlchemyError, OSError) as error:
-                # The transaction of a lost connection may still end after it was asked about.
-                late = patience is not None and isinstance(error, IntegrityError)
-                if not late and not may_pass(error):
-                    raise await self._unstorable(error) from None
-                if patience is None:
-                    patience = Patience(self._patience_s)
-                    self._suffer(reason(error))
-                if not await patience.pause():
-                    raise journal_error("write", error) from None
-            else:
-                return
+        failed = False
 
-    def _suffer(self, why: str) -> None:
-        if not self._trouble:
-            self._trouble = f"the journal cannot be written ({why})"
-            _log.warning("%s; nothing is taken on until it can", self._trouble)
+        async def store() -> None:
+            # After a loss it is not known whether the last attempt was committed.
+            if failed and await self._is_stored(self._seq + len(frames)):
+                return
+            async with self._engine.begin() as connection:
+                await connection.execute(insert(tables.frames), frames)
+                if notes:
+                    await write_notes(connection, notes)
+                if forgotten:
+                    await forget_notes(connection, forgotten)
+                # Last: SQLite is locked for writing by now, and sees what is.
+                await self.fence(connection)
+
+        def trouble_of(error: Exception) -> str:
+            nonlocal failed
+            if not isinstance(error, (SQLAlchemyError, OSError)):
+                return ""
+            # The transaction of a lost connection may still end after it was asked about.
+            late = failed and isinstance(error, IntegrityError)
+            failed = True
+            return _unwritable(reason(error)) if late or may_pass(error) else ""
+
+        try:
+            await retrying(store, self._patience_s, self._outage, trouble_of)
+        except (SQLAlchemyError, OSError) as error:
+            raise await self._unstorable(error) from None
 
     async def _unstorable(self, error: SQLAlchemyError | OSError) -> JournalError:
-        """Return what to raise where waiting does not help. Raises `FencedError`."""
+        """Return what to raise where waiting does not help, or has not helped. Raises `FencedError`."""
         if isinstance(error, IntegrityError):
             # A frame that is there already is another coordinator's.
             await self.check_epoch()
@@ -285,3 +283,7 @@ class Journal:
                 "what it had confirmed (is synchronous_commit off?); start again to go on from there."
             )
         return bool(found == last)
+
+
+def _unwritable(why: str) -> str:
+    return f"the journal cannot be written ({why})"

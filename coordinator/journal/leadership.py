@@ -26,7 +26,7 @@ from coordinator.errors import CoordinatorError
 from coordinator.journal.errors import FencedError, JournalError
 from coordinator.journal.journal import Journal
 from infra.database import PATIENCE_S, may_pass, reason
-from infra.retry import Patience
+from infra.retry import Outage, retrying
 
 #: How often a leader's session speaks, and one that stands by asks for the lock, in seconds.
 BEAT_S: Final = 2.0
@@ -98,6 +98,7 @@ class SessionLock:
     async def acquire(self, standing_by: Callable[[], Awaitable[None]]) -> None:
         """See `Leadership`. Waits for a database that is away while it stands by, not before."""
         logged = False
+        outage = Outage(_log, "still standing by", over="the journal's database answers again")
         while True:
             try:
                 if await self._try():
@@ -106,9 +107,10 @@ class SessionLock:
                 await self.release()
                 if not logged or not may_pass(error):
                     raise LeadershipLostError(f"the journal's database does not answer: {reason(error)}.") from None
-                _log.warning("the journal's database does not answer: %s; still standing by", reason(error))
+                outage.begin(f"the journal's database does not answer: {reason(error)}")
             else:
                 logged = True
+                outage.end()
                 await standing_by()
             await asyncio.sleep(self._beat_s)
 
@@ -125,8 +127,7 @@ class SessionLock:
                 await self.release()
                 raise
             except (JournalError, SQLAlchemyError, OSError, TimeoutError) as error:
-                _log.warning("the session that holds the journal's lock is lost: %s; taking it again", reason(error))
-                await self._again(journal)
+                await self._again(journal, reason(error))
 
     async def release(self) -> None:
         """See `Leadership`."""
@@ -136,27 +137,25 @@ class SessionLock:
             await session.invalidate()
             await session.close()
 
-    async def _again(self, journal: Journal) -> None:
-        patience = Patience(self._patience_s)
-        while True:
+    async def _again(self, journal: Journal, lost: str) -> None:
+        async def take() -> None:
             await self.release()
-            try:
-                async with asyncio.timeout(BEAT_WITHIN_S):
-                    got = await self._try()
-                # In any case: another coordinator may have taken over, written and ended.
-                await journal.check_epoch()
-                if got:
-                    _log.warning("the journal's lock is held again")
-                    return
-                cause = "another coordinator holds it"
-            except FencedError:
-                await self.release()
+            async with asyncio.timeout(BEAT_WITHIN_S):
+                got = await self._try()
+            # In any case: another coordinator may have taken over, written and ended.
+            await journal.check_epoch()
+            if not got:
+                raise LeadershipLostError("another coordinator holds it")
+
+        outage = Outage(_log, "taking it again", over="the journal's lock is held again")
+        outage.begin(f"the session that holds the journal's lock is lost: {lost}")
+        try:
+            await retrying(take, self._patience_s, outage, _passing)
+        except Exception as error:
+            await self.release()
+            if not (cause := _passing(error)):
                 raise
-            except (JournalError, SQLAlchemyError, OSError, TimeoutError) as error:
-                cause = reason(error)
-            if not await patience.pause():
-                await self.release()
-                raise LeadershipLostError(f"the journal's lock is lost and cannot be had again: {cause}.")
+            raise LeadershipLostError(f"the journal's lock is lost and cannot be had again: {cause}.") from None
 
     async def _try(self) -> bool:
         if self._session is None:
@@ -170,3 +169,12 @@ class SessionLock:
     async def _beat(self) -> None:
         if self._session is not None:
             await self._session.execute(sa.text("SELECT 1"))
+
+
+def _passing(error: Exception) -> str:
+    """Return what keeps the lock from being had, as far as it may pass; "" for all else."""
+    if isinstance(error, FencedError):
+        return ""
+    if isinstance(error, (LeadershipLostError, JournalError, SQLAlchemyError, OSError, TimeoutError)):
+        return reason(error)
+    return ""

@@ -106,7 +106,7 @@ class Cache:
     @property
     def trouble(self) -> str:
         """Reason that the database cannot be used at the moment, "" while all is well."""
-        return self.database.trouble
+        return self.database.outage.trouble
 
     # Reading.
 

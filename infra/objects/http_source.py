@@ -17,6 +17,7 @@ import aiohttp
 from infra.objects.errors import ObjectMissingError, ObjectStoreError
 from infra.objects.nar_reader import read_verified
 from infra.objects.verification import NarPromise, VerifiedNar
+from infra.retry import Backoff
 
 #: Tries without progress, and the first pause between two in seconds (it doubles).
 TRIES = 5
@@ -60,7 +61,7 @@ class HttpSource:
             self._response = None
 
     async def _read(self, size: int) -> bytes:
-        pause_s = PAUSE_S
+        backoff = Backoff(PAUSE_S)
         problem = ""
         for attempt in range(TRIES):
             if self._closed:
@@ -82,8 +83,7 @@ class HttpSource:
                 self._response.close()
                 self._response = None
             if attempt + 1 < TRIES:
-                await asyncio.sleep(pause_s)
-                pause_s *= 2
+                await backoff.pause()
         raise ObjectStoreError(f"{self._url.partition('?')[0]} cannot be read: the server {problem or 'was left'}")
 
     async def _ask(self) -> aiohttp.ClientResponse:

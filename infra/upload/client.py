@@ -9,7 +9,6 @@ cut goes on where it was. Where the coordinator began anew meanwhile, the upload
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from yarl import URL
 from infra.objects.compression import COMPRESSION, Compression
 from infra.objects.errors import CacheError
 from infra.objects.nar_writer import CompressedNar
+from infra.retry import spread
 from infra.upload.protocol import (
     MAX_PATHS,
     MAX_URLS,
@@ -469,8 +469,7 @@ async def _parse(response: aiohttp.ClientResponse, model: type[_Answer]) -> _Ans
 
 
 async def _pause(attempt: int) -> None:
-    # Spread, so that many workers do not come back at one time.
-    await asyncio.sleep(min(MAX_PAUSE_S, PAUSE_S * 2**attempt) * random.uniform(0.5, 1.0))  # noqa: S311
+    await asyncio.sleep(spread(min(MAX_PAUSE_S, PAUSE_S * 2**attempt)))
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -46,6 +46,7 @@ from infra.daemon import DaemonError, DaemonOperationError, GcAction
 from infra.nar_files import dump
 from infra.nix.errors import NixError
 from infra.nix.hashing import sha256_text
+from infra.retry import Outage
 from workers.agent.daemon_pool import DaemonSession, DaemonUnreachableError, SessionPool
 from workers.agent.inputs import FarmSources, InputError
 from workers.errors import WorkerError
@@ -217,14 +218,16 @@ class InputGuard:
 
     async def mend(self, sources: Callable[[], FarmSources | None]) -> None:
         """Fetch what is broken over what is there, again and again until all is well; for one caller at a time."""
+        outage = Outage(_log, "it is tried again", over="inputs that changed are mended")
         while self._broken:
             farm = sources()
             try:
                 if farm is not None:
                     await self._mend(sorted(self._broken), farm)
+                    outage.end()
                     continue
             except (DaemonError, DaemonUnreachableError, InputError, NixError) as error:
-                _log.warning("inputs that changed cannot be mended yet: %s", error)
+                outage.begin(f"inputs that changed cannot be mended yet: {error}")
             await asyncio.sleep(MEND_AGAIN_S)
 
     async def _mend(self, broken: Sequence[str], sources: FarmSources) -> None:

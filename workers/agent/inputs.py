@@ -15,10 +15,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import orjson
@@ -35,7 +35,7 @@ from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreErro
 from infra.objects.http_source import fetch_nar_over_http
 from infra.objects.nar_reader import fetch_nar
 from infra.objects.store import ObjectStore, open_object_store
-from infra.retry import Patience
+from infra.retry import Outage, retrying
 from infra.upload.client import UploadClient
 from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog
 from workers.agent.daemon_pool import DaemonSession, SessionPool
@@ -64,6 +64,9 @@ STORE_WITHIN_S = 10.0
 MAX_REMEMBERED = 200_000
 
 _log = logging.getLogger(__name__)
+
+
+_Result = TypeVar("_Result")
 
 
 class InputError(WorkerError):
@@ -186,24 +189,34 @@ class FarmSources:
         return {"Authorization": f"Bearer {self.farm.cache_token}"} if self.farm.cache_token else {}
 
     async def _ask(self, body: bytes) -> dict[str, Any]:
-        url = f"{self.farm.cache_url}/narinfos"
-        patience = Patience(AWAY_S)
-        while True:
+        headers = {"Content-Type": "application/json", **self._authorization()}
+
+        async def ask() -> dict[str, Any]:
             try:
-                headers = {"Content-Type": "application/json", **self._authorization()}
-                async with self._session.post(url, data=body, headers=headers) as response:
+                async with self._session.post(
+                    f"{self.farm.cache_url}/narinfos", data=body, headers=headers
+                ) as response:
                     if response.status == 200:
                         return await _json_object(response)
+                    kind = InputError if response.status < 500 else InputAwayError
                     problem = f"answered with status {response.status}"
-                    if response.status < 500:
-                        break
             except TimeoutError:
-                problem = f"did not answer within {QUESTION_S:.0f} s"
+                kind, problem = InputAwayError, f"did not answer within {QUESTION_S:.0f} s"
             except aiohttp.ClientError as error:
-                problem = f"cannot be asked ({error})"
-            if not await patience.pause():
-                break
-        raise InputError(f"the farm's cache at {self.farm.cache_url} {problem}")
+                kind, problem = InputAwayError, f"cannot be asked ({error})"
+            raise kind(f"the farm's cache at {self.farm.cache_url} {problem}")
+
+        return await _patiently(ask)
+
+
+async def _patiently(call: Callable[[], Awaitable[_Result]]) -> _Result:
+    """Return what `call` gives, repeating it while the cache or the store is away, at most `AWAY_S`."""
+    outage = Outage(_log, "it is asked again", over="inputs can be had again")
+    return await retrying(call, AWAY_S, outage, _away)
+
+
+def _away(error: Exception) -> str:
+    return str(error) if isinstance(error, InputAwayError) else ""
 
 
 def _references_first(infos: Mapping[str, NarInfo]) -> list[NarInfo]:
@@ -397,30 +410,31 @@ class InputFetcher:
 
     async def _stream(self, infos: Sequence[NarInfo], sources: FarmSources, fetches: FetchLog) -> None:
         """Add the paths, where the store breaks off what is left of them again for a while."""
-        left = list(infos)
-        patience: Patience | None = None
-        while left:
-            try:
-                async with self._transfers.use() as connection:
-                    stream = _NarsAhead(left, sources, self._clock, fetches)
-                    try:
-                        # The signatures are verified above, with the farm's keys; the daemon has its own list.
-                        await connection.add_multiple_to_store(stream.uploads(), dont_check_sigs=True)
-                    except DaemonOperationError as refused:
-                        raise InputError(f"the store refuses an input: {refused}") from refused
-                    finally:
-                        await stream.close()
-            except InputAwayError as error:
-                if patience is None:
-                    patience = Patience(AWAY_S)
-                    _log.warning("%s; it is asked again", error)
-                if not await patience.pause():
-                    raise
+        left: list[NarInfo] | None = None
+
+        async def stream() -> None:
+            nonlocal left
+            if left is None:
+                left = list(infos)
             else:
-                self._valid.update(info.store_path for info in left)
-                return
-            missing = await self._missing({info.store_path for info in left})
-            left = [info for info in left if info.store_path in missing]
+                missing = await self._missing({info.store_path for info in left})
+                left = [info for info in left if info.store_path in missing]
+            if left:
+                await self._add(left, sources, fetches)
+
+        await _patiently(stream)
+
+    async def _add(self, infos: Sequence[NarInfo], sources: FarmSources, fetches: FetchLog) -> None:
+        async with self._transfers.use() as connection:
+            stream = _NarsAhead(infos, sources, self._clock, fetches)
+            try:
+                # The signatures are verified above, with the farm's keys; the daemon has its own list.
+                await connection.add_multiple_to_store(stream.uploads(), dont_check_sigs=True)
+            except DaemonOperationError as refused:
+                raise InputError(f"the store refuses an input: {refused}") from refused
+            finally:
+                await stream.close()
+        self._valid.update(info.store_path for info in infos)
 
 
 class _NarsAhead:

@@ -20,7 +20,7 @@ from infra.objects.compression import Compression
 from infra.objects.errors import CacheError
 from infra.objects.nar_writer import CompressedNar, compressing, upload_nar
 from infra.objects.store import ObjectStore
-from infra.retry import Patience
+from infra.retry import Outage, retrying
 from infra.upload.client import SenderRefusedError, UploadClient
 from infra.upload.protocol import PathClaim, SendStatus
 from workers.agent.daemon_pool import SessionPool
@@ -80,21 +80,22 @@ async def deliver(
                 packed(packing_s)
         return tuple(done.values())
 
-    patience = Patience(within_s)
-    last_error = ""
-    while True:
+    async def offer_twice() -> tuple[Output, ...]:
         try:
-            try:
-                return await offer()
-            except DaemonGone:
-                return await offer()
-        except NotTakenError as error:
-            if str(error) != last_error:
-                last_error = str(error)
-                _log.warning("%s; it is offered again", last_error)
-                waits(last_error)
-            if not await patience.pause():
-                raise
+            return await offer()
+        except DaemonGone:
+            return await offer()
+
+    outage = Outage(_log, "it is offered again", over="a build's outputs were taken")
+
+    def trouble_of(error: Exception) -> str:
+        if not isinstance(error, NotTakenError):
+            return ""
+        if str(error) != outage.trouble:
+            waits(str(error))
+        return str(error)
+
+    return await retrying(offer_twice, within_s, outage, trouble_of)
 
 
 async def _send(

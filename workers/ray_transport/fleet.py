@@ -25,6 +25,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.retry import Outage
 from workers.ray_transport.access import RayNodeError, check_listens, check_token_file, is_loopback
 from workers.ray_transport.blocking_calls import BlockingCalls
 from workers.ray_transport.driver import ActorCalls, ClusterLostError, ListedNode, RayDriver
@@ -79,7 +80,10 @@ class RayFleet(AgentRoster):
         #: The head's `host:port`, once it is known.
         self._address = ""
         self._ray: RayDriver | None = None
-        self._trouble = ""
+        #: The head does not answer.
+        self._outage = Outage(
+            _log, "what runs goes on, workers that come wait until it is back", over="the Ray head answers again"
+        )
         #: Living nodes that get no work, by node id, and what is said of each.
         self._seconds: dict[str, str] = {}
         #: Nodes that are served or known to be dead, by node id; dead ones stay, Ray never revives an id.
@@ -89,7 +93,7 @@ class RayFleet(AgentRoster):
     @property
     def trouble(self) -> str:
         """See `Fleet.trouble`."""
-        return self._trouble or "; ".join(self._seconds.values())
+        return self._outage.trouble or "; ".join(self._seconds.values())
 
     @asynccontextmanager
     async def connected(self, address: str, node_dir: Path | None = None) -> AsyncIterator[None]:
@@ -140,13 +144,9 @@ class RayFleet(AgentRoster):
         except ClusterLostError:
             raise
         except FleetError as error:
-            if not self._trouble:
-                _log.warning("%s; what runs goes on, workers that come wait until it is back", error)
-            self._trouble = str(error)
+            self._outage.begin(str(error))
             return []
-        if self._trouble:
-            _log.warning("the Ray head at %s answers again", self._address)
-        self._trouble = ""
+        self._outage.end()
         return listed
 
     async def _check_head(self) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from infra.retry import Backoff, Outage
 from workers.wire.fleet import FleetError, NotKnownError, Sink, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.wire.messages import (
     BULK_BATCH_BYTES,
@@ -115,7 +116,8 @@ async def poll_agent(
     """
     hello: Hello | None = None
     ack = 0
-    pause_s = 0.0
+    silence = Outage(_log, "it is asked again", over=f"worker {name} answers again")
+    backoff = Backoff(RETRY_FIRST_S, RETRY_LONGEST_S)
     while True:
         try:
             previous, hello = hello, await greet(calls, farm)
@@ -129,7 +131,8 @@ async def poll_agent(
                 asked_at = time.monotonic()
                 batch = await _next_batch(calls, ack, long_poll_s)
                 took_s = time.monotonic() - asked_at
-                pause_s = 0.0
+                backoff.reset()
+                silence.end()
                 if batch.incarnation != hello.incarnation:
                     break
                 await sink(WorkerSpoke(name, batch, took_s))
@@ -141,11 +144,9 @@ async def poll_agent(
             _log.warning("%s; it is greeted again", error)
             await asyncio.sleep(GREET_AGAIN_S)
         except AgentUnavailable as error:
-            if pause_s == 0.0:
-                _log.warning("worker %s does not answer: %s", name, error)
+            if silence.begin(f"worker {name} does not answer: {error}"):
                 await sink(WorkerSilent(name, hello.incarnation if hello else "", str(error)))
-            pause_s = min(max(pause_s * 2, RETRY_FIRST_S), RETRY_LONGEST_S)
-            await asyncio.sleep(pause_s)
+            await backoff.pause()
 
 
 async def _next_batch(calls: AgentCalls, ack: int, wait_s: float) -> Batch:

@@ -30,7 +30,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import sqlalchemy as sa
@@ -45,7 +45,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from infra.cache.catalog.migrate import migrate, refuse_newer
 from infra.cache.errors import CacheFencedError, MetadataBusyError, MetadataError
 from infra.database import IDLE_IN_TRANSACTION_MS, PATIENCE_S, POSTGRES_CONNECT, may_pass, reason
-from infra.retry import Patience
+from infra.retry import Outage, retrying
 
 _T = TypeVar("_T")
 
@@ -191,8 +191,10 @@ class Database:
     turn: asyncio.Lock
     #: How long a server that is away is waited for, in seconds, where nothing was done yet.
     patience_s: float = 0.0
-    #: Why nothing can be read or written at the moment, "" while all is well.
-    trouble: str = ""
+    #: Whether nothing can be read or written at the moment.
+    outage: Outage = field(
+        default_factory=lambda: Outage(_log, "what needs it waits", over="the cache's database is back")
+    )
     #: Under which every transaction writes; None: no writer is fenced out.
     fence: FencingToken | None = None
 
@@ -298,25 +300,15 @@ async def _enter(
     connecting: Callable[[], AbstractAsyncContextManager[AsyncConnection]],
 ) -> AsyncConnection:
     """Connect, waiting for a server that is away. What breaks later is not repeated: the caller knows what it did."""
-    patience: Patience | None = None
-    while True:
-        try:
-            connection = await stack.enter_async_context(connecting())
-        except SQLAlchemyError as error:
-            waits = database.patience_s and may_pass(error) and not isinstance(error, PoolTimeoutError)
-            if not waits:
-                raise
-            patience = patience or Patience(database.patience_s)
-            if not database.trouble:
-                database.trouble = f"a cache's database is away ({reason(error)})"
-                _log.warning("%s; what needs it waits", database.trouble)
-            if not await patience.pause():
-                raise
-        else:
-            if database.trouble:
-                database.trouble = ""
-                _log.warning("the cache's database is back")
-            return connection
+
+    def trouble_of(error: Exception) -> str:
+        passes = isinstance(error, SQLAlchemyError) and may_pass(error) and not isinstance(error, PoolTimeoutError)
+        return f"a cache's database is away ({reason(error)})" if passes and database.patience_s else ""
+
+    async def connect() -> AsyncConnection:
+        return await stack.enter_async_context(connecting())
+
+    return await retrying(connect, database.patience_s, database.outage, trouble_of)
 
 
 async def _current_token(connection: AsyncConnection) -> FencingToken | None:

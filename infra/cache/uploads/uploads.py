@@ -41,6 +41,7 @@ from infra.nix.errors import FormatError
 from infra.nix.hashing import sha256_text
 from infra.objects.compression import SUFFIXES, nar_key
 from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreError
+from infra.retry import Outage
 from infra.upload.protocol import (
     SINGLE_BYTES,
     UPLOAD_TTL_S,
@@ -138,11 +139,14 @@ class Uploads:
 
     async def run(self) -> None:
         """Sweep what was abandoned, until cancelled."""
+        outage = Outage(_log, "it is tried again", over="abandoned uploads are swept again")
         while True:
             try:
                 await self.sweep(self._now() - ABANDONED_S)
             except CacheError as error:
-                _log.warning("abandoned uploads were not swept: %s", error)
+                outage.begin(f"abandoned uploads were not swept: {error}")
+            else:
+                outage.end()
             await asyncio.sleep(SWEEP_EVERY_S)
 
     async def sweep(self, before: float) -> None:

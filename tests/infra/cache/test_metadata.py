@@ -191,11 +191,11 @@ async def test_a_server_that_is_away_is_waited_for(mortal_postgres: MortalPostgr
     assert await count() == 0
     await asyncio.to_thread(mortal_postgres.kill)
     counting = [asyncio.create_task(count()) for _ in range(4)]
-    while "is away" not in database.trouble:  # noqa: ASYNC110 - what is waited for is another program's doing
+    while "is away" not in database.outage.trouble:  # noqa: ASYNC110 - what is waited for is another program's doing
         await asyncio.sleep(0.02)
     await asyncio.to_thread(mortal_postgres.start)
     assert await asyncio.gather(*counting) == [0] * 4
-    assert not database.trouble
+    assert not database.outage.trouble
     await database.close()
 
 
