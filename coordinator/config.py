@@ -1,7 +1,7 @@
 """Settings of a coordinator: a TOML file (`drover up --config FILE`), the environment (`DROVER_…`), arguments.
 
-Arguments win over the environment, the environment over the file, the file over the defaults. Unknown names are
-errors: a setting that is silently ignored is worse than none.
+Arguments win over the environment, the environment over the file, the file over the defaults, for each setting of a
+section too. Unknown names are errors: a setting that is silently ignored is worse than none.
 
     state_dir = "/var/lib/drover"
     port = 7878
@@ -29,13 +29,19 @@ from __future__ import annotations
 import ipaddress
 import os
 import tomllib
+from contextvars import ContextVar
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from coordinator.defaults import HOST, PORT, default_state_dir
 from coordinator.errors import CoordinatorError
@@ -229,6 +235,10 @@ class NamedCacheSettings(CacheSettings):
         return value
 
 
+#: The file that `load_settings` reads at the moment.
+_file: ContextVar[Path | None] = ContextVar("config_file", default=None)
+
+
 class Settings(BaseSettings):
     """All settings of a coordinator. Empty texts stand for what follows from `state_dir` and the address."""
 
@@ -317,6 +327,18 @@ class Settings(BaseSettings):
                 raise ValueError(msg)
         return self
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources of settings, the strongest first; sections are merged setting by setting."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _file.get())
+
     @property
     def secrets(self) -> Path:
         """Directory of the farm's secrets."""
@@ -373,26 +395,20 @@ def load_settings(config: Path | None = None, **arguments: Any) -> Settings:
     Raises `ConfigError` with one sentence that names the setting.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
+    reading = _file.set(config)
     try:
-        environment = Settings(**given)
-        if config is None:
-            return environment
-        from_file = _read_toml(config)
-        # A name set by an argument or the environment was set on purpose and wins over the file.
-        own = {name: getattr(environment, name) for name in environment.model_fields_set}
-        return Settings(**{**from_file, **own})
+        if config is not None:
+            # The source passes over a file that is not there.
+            config.open("rb").close()
+        return Settings(**given)
+    except OSError as error:
+        raise ConfigError(f"cannot read {config}: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{config} is not valid TOML: {error}.") from None
     except ValidationError as error:
         raise ConfigError(_sentence(error, config)) from None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    finally:
+        _file.reset(reading)
 
 
 def _sentence(error: ValidationError, config: Path | None) -> str:

@@ -23,6 +23,16 @@ def test_arguments_win_over_environment_over_file(tmp_path: Path, monkeypatch: p
     assert settings.limits.graph_size == 5
 
 
+def test_a_setting_of_a_section_in_the_environment_leaves_the_others_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "drover.toml"
+    file.write_text("[limits]\ngraph_size = 5\nhistory_days = 3\n")
+    monkeypatch.setenv("DROVER_LIMITS__GRAPH_SIZE", "7")
+    limits = load_settings(file).limits
+    assert (limits.graph_size, limits.history_days) == (7, 3)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
