@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import msgspec
 import orjson
 import zstandard
 from pydantic import TypeAdapter, ValidationError
 
-from coordinator.journal.decoding import Decoder, need, plain, record_decoder
+from coordinator.journal.decoding import RecordDecoder, need, plain
 from coordinator.journal.errors import CodecError
 from scheduler import facts
 from scheduler.facts import Fact
@@ -96,20 +97,25 @@ def decode_facts(frame: bytes) -> tuple[Fact, ...]:
     return cast("tuple[Fact, ...]", _decode(frame, _DECODERS))
 
 
-def _decode(frame: bytes, decoders: Mapping[str, Decoder]) -> tuple[Any, ...]:
+def _decode(frame: bytes, decoders: Mapping[str, RecordDecoder[Any]]) -> tuple[Any, ...]:
     if frame[:1] != b"[":
         try:
             frame = zstandard.ZstdDecompressor().decompress(frame, max_output_size=MAX_FRAME_BYTES)
         except zstandard.ZstdError:
             raise CodecError("a frame of facts is damaged (it is neither JSON nor zstd).") from None
     try:
-        rows = orjson.loads(frame)
-    except orjson.JSONDecodeError as error:
-        raise CodecError(f"a frame of facts is damaged at byte {error.pos}.") from None
-    try:
-        return tuple([_decode_row(row, decoders) for row in need(rows, list)])
+        return tuple([_decoder(tag, decoders).decode(bytes(body)) for tag, body in _ROWS.decode(frame)])
+    except msgspec.DecodeError as error:
+        raise CodecError(f"a frame of facts is damaged: {error}.") from None
     except RecursionError:
         raise CodecError("a frame of facts is nested too deeply.") from None
+
+
+def _decoder(tag: str, decoders: Mapping[str, RecordDecoder[Any]]) -> RecordDecoder[Any]:
+    try:
+        return decoders[tag]
+    except KeyError:
+        raise CodecError("a fact in the journal is of a kind that this version of drover does not know.") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,14 +263,14 @@ def decode_note(stored: StoredNote) -> SubmissionNote:
         if stored.shared:
             roots = zstandard.ZstdDecompressor().decompress(stored.shared, max_output_size=MAX_FRAME_BYTES)
             raw = {**need(raw, dict), "roots": orjson.loads(roots)}
-        return cast("SubmissionNote", _NOTE(raw))
+        return _NOTE.convert(raw)
     except (orjson.JSONDecodeError, zstandard.ZstdError):
         raise CodecError("the note of a submission is damaged.") from None
 
 
 def _note(own: bytes, roots: tuple[RootNote, ...]) -> SubmissionNote:
     try:
-        note: SubmissionNote = _NOTE({**need(orjson.loads(own), dict), "roots": []})
+        note = _NOTE.convert({**need(orjson.loads(own), dict), "roots": []})
     except orjson.JSONDecodeError:
         raise CodecError("the note of a submission is damaged.") from None
     return dataclasses.replace(note, roots=roots)
@@ -284,17 +290,12 @@ def decode_notes(stored: Mapping[SubmissionId, StoredNote]) -> dict[SubmissionId
     return notes
 
 
-def _decode_row(row: Any, decoders: Mapping[str, Decoder]) -> Any:
-    pair = need(row, list)
-    if len(pair) != 2 or not isinstance(pair[0], str) or pair[0] not in decoders:
-        raise CodecError("a fact in the journal is of a kind that this version of drover does not know.")
-    return decoders[pair[0]](pair[1])
-
-
-_DECODERS: types.MappingProxyType[str, Decoder] = types.MappingProxyType(
-    {tag: record_decoder(kind) for kind, tag in _TAGS.items()}
+#: Rows of a frame; what each holds is decoded as its tag says.
+_ROWS = msgspec.json.Decoder(list[tuple[str, msgspec.Raw]])
+_DECODERS: Mapping[str, RecordDecoder[Any]] = types.MappingProxyType(
+    {tag: RecordDecoder(kind) for kind, tag in _TAGS.items()}
 )
-_RECORD_DECODERS: types.MappingProxyType[str, Decoder] = types.MappingProxyType(
-    {tag: record_decoder(kind) for kind, tag in _RECORD_TAGS.items()}
+_RECORD_DECODERS: Mapping[str, RecordDecoder[Any]] = types.MappingProxyType(
+    {tag: RecordDecoder(kind) for kind, tag in _RECORD_TAGS.items()}
 )
-_NOTE = record_decoder(SubmissionNote)
+_NOTE = RecordDecoder(SubmissionNote)

@@ -1,33 +1,31 @@
-"""Strict decoders of dataclasses, built from their annotations: JSON values in, one dataclass out.
+"""Strict decoders of dataclasses: JSON in, one dataclass out, as msgspec reads it from the annotations.
 
-Each type is compiled once, at import, to a function that checks and converts; whatever does not fit is a `CodecError`.
-A missing field takes its default, because records of before the field was added stay readable.
+Whatever does not fit is a `CodecError`. A missing field takes its default, because records of before the field was
+added stay readable. msgspec passes over fields that it does not know; they are found because what was decoded, encoded
+again, lacks them. Equal keys of steps become one string, and equal requirements one object.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
-import enum
 import sys
 import types
 import typing
 from collections.abc import Callable
-from operator import itemgetter
-from typing import Any, cast
+from typing import Any, Generic, TypeVar
 
+import msgspec
 import orjson
 
 from coordinator.journal.errors import CodecError
 from scheduler.model import Requirements, StepKey
 
-#: Records with fewer plain fields are decoded field by field.
-_QUICK_FIELDS = 3
 #: Different requirements that are remembered to be shared.
 _SHARED_VALUES = 10_000
 
-Decoder = Callable[[Any], Any]
+T = TypeVar("T")
+_Change = Callable[[Any], Any]
 
 
 def plain(value: object) -> object:
@@ -47,179 +45,97 @@ def need(value: Any, kind: type) -> Any:
     return value
 
 
-def _float(value: Any) -> float:
-    if type(value) is int:
-        return float(value)
-    return cast("float", need(value, float))
+class RecordDecoder(Generic[T]):
+    """Decoder of one dataclass; all methods raise `CodecError`."""
+
+    def __init__(self, kind: type[T]) -> None:
+        self._kind = kind
+        self._decoder = msgspec.json.Decoder(kind)
+        self._share = _sharing(kind) or _same
+
+    def decode(self, data: bytes) -> T:
+        """Return the record that JSON text holds."""
+        try:
+            made = self._decoder.decode(data)
+            again = orjson.dumps(made, default=plain)
+            if again != data and not _has_all(orjson.loads(again), orjson.loads(data)):
+                raise self._mismatch("it has a field that this version of drover does not know")
+        except msgspec.ValidationError as error:
+            raise self._mismatch(str(error)) from None
+        except (msgspec.DecodeError, ValueError, orjson.JSONEncodeError) as error:
+            raise CodecError(f"a record of the journal is damaged: {error}.") from None
+        return typing.cast("T", self._share(made))
+
+    def convert(self, value: Any) -> T:
+        """Return the record that a JSON value stands for."""
+        return self.decode(orjson.dumps(value))
+
+    def _mismatch(self, why: str) -> CodecError:
+        return CodecError(f"the journal has something else where a {self._kind.__name__} belongs: {why}.")
 
 
-def _bytes(value: Any) -> bytes:
-    try:
-        return base64.b64decode(need(value, str), validate=True)
-    except (binascii.Error, ValueError):
-        raise CodecError("the journal has text that is not base64 where bytes belong.") from None
+def _has_all(made: Any, given: Any) -> bool:
+    """Return whether every field of `given`, a JSON value, is in `made` too."""
+    if isinstance(given, dict):
+        return given.keys() <= made.keys() and all(_has_all(made[name], each) for name, each in given.items())
+    if isinstance(given, list):
+        return all(map(_has_all, made, given))
+    return True
 
 
-def _str(value: Any) -> str:
-    if type(value) is not str:
-        raise CodecError(f"the journal has {type(value).__name__} where text belongs.")
+def _same(value: Any) -> Any:
     return value
 
 
-def _int(value: Any) -> int:
-    if type(value) is not int:
-        raise CodecError(f"the journal has {type(value).__name__} where a whole number belongs.")
-    return value
-
-
-def _bool(value: Any) -> bool:
-    return cast("bool", need(value, bool))
-
-
-_LEAVES: dict[Any, Decoder] = {str: _str, int: _int, float: _float, bytes: _bytes, bool: _bool}
-
-
-def _key(value: Any) -> str:
-    # A step's key stands in its spec, in the needs of others and in every later fact: one string serves them all.
-    try:
-        return sys.intern(value)
-    except TypeError:
-        return _str(value)
-
-
-def _keys(value: Any) -> tuple[str, ...]:
-    try:
-        return tuple(map(sys.intern, need(value, list)))
-    except TypeError:
-        return tuple(map(_str, value))
-
-
-def _decoder(kind: Any) -> Decoder:  # noqa: PLR0911  one way for each form of type
-    """Build the decoder of a type from its annotations; done once, at import."""
+def _sharing(kind: Any) -> _Change | None:
+    """Return what gives a fresh value of a type its shared parts; None where it has none. Done once, at import."""
     if kind is StepKey:
-        return _key
-    if kind == tuple[StepKey, ...]:
-        return _keys
-    while isinstance(kind, typing.NewType):
-        kind = kind.__supertype__
-    if kind in _LEAVES:
-        return _LEAVES[kind]
-    origin = typing.get_origin(kind)
-    if origin in (types.UnionType, typing.Union):
+        # A step's key stands in its spec, in the needs of others and in every later fact: one string serves them all.
+        return sys.intern
+    if kind is Requirements:
+        return _shared_requirements
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         [some] = [choice for choice in typing.get_args(kind) if choice is not types.NoneType]
-        return _optional(_decoder(some))
-    if origin in (tuple, frozenset):
-        arguments = typing.get_args(kind)
-        if origin is tuple and arguments[1] is not Ellipsis:
-            return _pair(_decoder(arguments[0]), _decoder(arguments[1]))
-        return _many(origin, _decoder(arguments[0]))
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return _choice(kind)
+        change = _sharing(some)
+        return change and (lambda value: None if value is None else change(value))
+    if typing.get_origin(kind) is tuple:
+        return _sharing_tuple(*typing.get_args(kind))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return record_decoder(kind)
-    raise TypeError(f"facts may not hold {kind!r}")
+        return _sharing_record(kind)
+    return None
 
 
-def _optional(some: Decoder) -> Decoder:
-    return lambda value: None if value is None else some(value)
+def _sharing_tuple(first: Any, *others: Any) -> _Change | None:
+    change = _sharing(first)
+    if others != (...,):
+        changes = [change, *map(_sharing, others)]
+        if not any(changes):
+            return None
+        return lambda value: tuple([(each or _same)(part) for each, part in zip(changes, value, strict=True)])
+    return change and (lambda value: tuple(map(change, value)))
 
 
-def _pair(first: Decoder, second: Decoder) -> Decoder:
-    def decode(value: Any) -> Any:
-        pair = need(value, list)
-        if len(pair) != 2:
-            raise CodecError("the journal has something else where a pair belongs.")
-        return (first(pair[0]), second(pair[1]))
-
-    return decode
-
-
-def _many(container: type, item: Decoder) -> Decoder:
-    def decode(value: Any) -> Any:
-        return container(map(item, need(value, list)))
-
-    return decode
-
-
-def _choice(kind: type[enum.Enum]) -> Decoder:
-    values = {member.value: member for member in kind}
-
-    def decode(value: Any) -> enum.Enum:
-        if not isinstance(value, str) or value not in values:
-            raise CodecError(f"the journal has an unknown {kind.__name__}.")
-        return values[value]
-
-    return decode
-
-
-def record_decoder(kind: type) -> Decoder:
-    """Build the decoder of a dataclass."""
+def _sharing_record(kind: type) -> _Change | None:
     hints = typing.get_type_hints(kind)
-    names = tuple(field.name for field in dataclasses.fields(kind))
-    items = tuple(_decoder(hints[name]) for name in names)
-    # Most fields hold what they must: one comparison of all their types is worth a call for each.
-    exact = {_str: str, _int: int, _float: float, _bool: bool}
-    leaves = tuple(name for name, item in zip(names, items, strict=True) if item in exact)
-    types_of_leaves = tuple(exact[item] for item in items if item in exact)
-    quick_items = tuple(None if item in exact else item for item in items)
-    if len(names) < _QUICK_FIELDS or len(leaves) < _QUICK_FIELDS:
-        return _small_record(kind, names, items)
-    pick, pick_leaves = itemgetter(*names), itemgetter(*leaves)
+    fields = ((field.name, _sharing(hints[field.name])) for field in dataclasses.fields(kind))
+    changes = tuple((name, change) for name, change in fields if change is not None)
+    if not changes:
+        return None
 
-    def decode(value: Any) -> Any:
-        if type(value) is not dict or len(value) != len(names):
-            value = _completed(kind, value)
-        try:
-            raw = pick(value)
-        except KeyError:
-            raise _mismatch(kind) from None
-        if tuple(map(type, pick_leaves(value))) != types_of_leaves:
-            return kind(*[item(each) for item, each in zip(items, raw, strict=True)])
-        return kind(*[each if item is None else item(each) for item, each in zip(quick_items, raw, strict=True)])
+    def change_all(record: Any) -> Any:
+        # The record is fresh: shared parts take the place of its own before a caller gets it.
+        for name, change in changes:
+            object.__setattr__(record, name, change(getattr(record, name)))
+        return record
 
-    return decode
+    return change_all
 
 
-def _small_record(kind: type, names: tuple[str, ...], items: tuple[Decoder, ...]) -> Decoder:
-    fields = tuple(zip(names, items, strict=True))
-    known = frozenset(names)
-
-    def decode(value: Any) -> Any:
-        if type(value) is not dict or value.keys() != known:
-            value = _completed(kind, value)
-        return kind(*[item(value[name]) for name, item in fields])
-
-    return _shared(decode) if kind is Requirements else decode
+_requirements: dict[Requirements, Requirements] = {}
 
 
-def _completed(kind: type, value: Any) -> dict[str, Any]:
-    """Give a record of before a field was added what the field is by default. Raises `CodecError`."""
-    fields = dataclasses.fields(kind)
-    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-    made = orjson.loads(orjson.dumps(defaults, default=plain)) | (value if type(value) is dict else {})
-    if made.keys() != {field.name for field in fields}:
-        raise _mismatch(kind)
-    return cast("dict[str, Any]", made)
-
-
-def _mismatch(kind: type) -> CodecError:
-    return CodecError(f"the journal has a {kind.__name__} with missing or unknown fields.")
-
-
-def _shared(decode: Decoder) -> Decoder:
-    """Give one value for equal ones: a farm knows a handful of requirements and a hundred thousand steps."""
-    known: dict[Any, Any] = {}
-
-    def decode_shared(value: Any) -> Any:
-        try:
-            fields = (value["system"], *need(value["features"], list)) if len(value) == 2 else ()
-            made = known.get(fields)
-        except (TypeError, KeyError):
-            return decode(value)
-        if made is None:
-            made = decode(value)
-            if len(known) < _SHARED_VALUES:
-                known[fields] = made
-        return made
-
-    return decode_shared
+def _shared_requirements(value: Requirements) -> Requirements:
+    """Return one value for equal ones: a farm knows a handful of requirements and a hundred thousand steps."""
+    if len(_requirements) < _SHARED_VALUES:
+        return _requirements.setdefault(value, value)
+    return _requirements.get(value, value)

@@ -99,9 +99,27 @@ def test_damaged_frames_are_one_typed_error_or_another_valid_frame(batch: list[F
 
 
 def test_a_fact_with_an_unknown_tag_or_field_is_refused() -> None:
-    for frame in (b'[["step-eaten",{}]]', b'[["step-held",{"step":"a","more":1}]]', b'[["step-held",{"step":1}]]'):
-        with pytest.raises(CodecError):
+    for frame, sentence in (
+        (b'[["step-eaten",{}]]', "a kind that this version of drover does not know"),
+        (b'[["step-held",{"step":"a","more":1}]]', "a StepHeld belongs: it has a field that this version"),
+        (b'[["step-leased",{"lease":{"step":"a","attempt":1,"more":1},"builder":"b","recipe":0,"at":1.0}]]', "a field"),
+        (b'[["step-held",{"step":1}]]', "Expected `str`, got `int`"),
+        (b'[["step-held",{}]]', "missing required field `step`"),
+        (b'[["step-lost",{"step":"\\ud800"}]]', "damaged"),
+    ):
+        with pytest.raises(CodecError, match=sentence):
             decode_facts(frame)
+
+
+def test_equal_keys_and_requirements_are_one_object_in_memory() -> None:
+    def spec(name: str, *needs: str) -> StepSpec:
+        return StepSpec(StepKey(name), (Recipe(Requirements("x", ("kvm",)), tuple(map(StepKey, needs))),))
+
+    one, two = decode_facts(encode_facts([StepAdded(spec("some key")), StepAdded(spec("other", "some key"))]))
+    assert isinstance(one, StepAdded)
+    assert isinstance(two, StepAdded)
+    assert two.spec.recipes[0].needs[0] is one.spec.key
+    assert two.spec.recipes[0].requirements is one.spec.recipes[0].requirements
 
 
 def test_submissions_of_before_they_could_say_how_long_they_wait_can_be_read() -> None:
