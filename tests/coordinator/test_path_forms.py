@@ -1,0 +1,119 @@
+"""The exact bytes in which a store path's metadata is sent and kept: older agents, journals and caches have them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from coordinator.api.streams import SourceHeader
+from coordinator.journal.codec import Evidence, decode_evidence, encode_evidence
+from infra.cache.publishing.claims import Candidate
+from infra.daemon import ValidPathInfo
+from infra.daemon.wire import Encoder, Inbox
+from infra.nix.hashing import sha256_text
+from infra.objects.nar_writer import UploadedNar, upload_nar
+from infra.upload.protocol import PathClaim, SentPath
+from tests.support.cache import chunked, open_cache, secret_key
+from workers.wire.messages import OUTPUTS, Output
+
+BELOW, ABOVE = "0" * 32 + "-below", "1" * 32 + "-above"
+DRV = "2" * 32 + "-above.drv"
+NAR_HASH, FILE_HASH = "sha256:" + "0" * 51 + "1", "sha256:" + "0" * 51 + "2"
+NAR_KEY = "nar/" + "0" * 51 + "2.nar.zst"
+
+OUTPUT = Output(
+    name="out", path=f"/nix/store/{ABOVE}", nar_hash=NAR_HASH, nar_size=120, references=(BELOW, ABOVE),
+    url=NAR_KEY, compression="zstd", file_hash=FILE_HASH, file_size=77,
+)  # fmt: skip
+OUTPUT_JSON = (
+    f'{{"name":"out","path":"/nix/store/{ABOVE}","nar_hash":"{NAR_HASH}","nar_size":120,'
+    f'"references":["{BELOW}","{ABOVE}"],"ca":"","url":"{NAR_KEY}","compression":"zstd",'
+    f'"file_hash":"{FILE_HASH}","file_size":77}}'
+).encode()
+
+
+def test_evidence_in_a_journal_has_these_bytes() -> None:
+    stored = b'{"v":1,"outputs":[' + OUTPUT_JSON + b'],"isolation":"A"}'
+    assert encode_evidence(Evidence((OUTPUT,), "A")) == stored
+    assert decode_evidence(stored) == Evidence((OUTPUT,), "A")
+
+
+def test_a_worker_reports_an_output_with_these_bytes() -> None:
+    assert OUTPUTS.dump_json((OUTPUT,)) == b"[" + OUTPUT_JSON + b"]"
+
+
+@pytest.mark.parametrize(
+    ("message", "sent"),
+    [
+        (
+            PathClaim(path=ABOVE, nar_hash=NAR_HASH, nar_size=120, references=(BELOW, ABOVE), deriver=DRV),
+            (
+                f'{{"path":"{ABOVE}","nar_hash":"{NAR_HASH}","nar_size":120,"references":["{BELOW}","{ABOVE}"],'
+                f'"deriver":"{DRV}","ca":""}}'
+            ),
+        ),
+        (
+            SentPath(path=ABOVE, file_hash=FILE_HASH, file_size=77, etags=("a",)),
+            f'{{"path":"{ABOVE}","file_hash":"{FILE_HASH}","file_size":77,"etags":["a"]}}',
+        ),
+        (
+            SourceHeader(path=ABOVE, references=(BELOW,), nar_hash=NAR_HASH, nar_size=120, ca="text:sha256:x"),
+            (
+                f'{{"path":"{ABOVE}","references":["{BELOW}"],"nar_hash":"{NAR_HASH}","nar_size":120,'
+                f'"ca":"text:sha256:x"}}'
+            ),
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_client_says_what_it_has_with_these_bytes(message: BaseModel, sent: str) -> None:
+    assert message.model_dump_json() == sent
+    assert type(message).model_validate_json(sent) == message
+
+
+def test_a_daemon_gives_and_takes_a_path_in_these_words() -> None:
+    info = ValidPathInfo(
+        f"/nix/store/{ABOVE}", NAR_HASH, 120, (f"/nix/store/{BELOW}", f"/nix/store/{ABOVE}"), f"/nix/store/{DRV}",
+        signatures=("k:1", "k:2"), ca="text:sha256:x",
+    )  # fmt: skip
+    words = Encoder().string(f"/nix/store/{DRV}").string("01" + "00" * 31)
+    words.strings([f"/nix/store/{BELOW}", f"/nix/store/{ABOVE}"]).integer(0).integer(120).integer(0)
+    words.strings(["k:1", "k:2"]).string("text:sha256:x")
+    sent = Encoder()
+    info.encode(sent)
+    assert sent.getvalue() == Encoder().string(f"/nix/store/{ABOVE}").getvalue() + words.getvalue()
+    assert ValidPathInfo.decode(f"/nix/store/{ABOVE}", Inbox(words.getvalue())) == info
+
+
+async def test_a_published_path_and_a_conflict_are_these_rows(tmp_path: Path) -> None:
+    def claim(path: str, made: UploadedNar, references: Sequence[str] = (), deriver: str = "") -> Candidate:
+        return Candidate.of_upload(path, made, references, deriver=deriver, ca="text:sha256:" + "0" * 52)
+
+    above = f"/nix/store/{ABOVE}"
+    async with open_cache(tmp_path, now=lambda: 9.0) as cache:
+        nar, other = [await upload_nar(cache.objects, chunked(each), "none") for each in (b"bits", b"other bits")]
+        await cache.publish([claim(f"/nix/store/{BELOW}", nar)])
+        await cache.publish([claim(above, nar, (ABOVE, BELOW, ABOVE), DRV)])
+        await cache.publish([claim(above, other)])
+        text = await cache.narinfo(ABOVE[:32]) or b""
+    with closing(sqlite3.connect(tmp_path / "cache.sqlite")) as database:
+        (row,) = database.execute("select * from paths where store_path = ?", (above,))
+        (conflict,) = database.execute("select * from conflicts")
+    digest, other_digest = (sha256_text(sha256(each).digest()) for each in (b"bits", b"other bits"))
+    key, other_key = (f"nar/{each.removeprefix('sha256:')}.nar" for each in (digest, other_digest))
+    ca = "text:sha256:" + "0" * 52
+    assert row == (2, ABOVE[:32], above, key, "none", digest, 4, digest, 4, DRV, ca, text, 9.0, 0.0, None)
+    assert conflict == (2, other_digest, 10, other_key, 10, "", 9.0, 1)
+    unsigned, _, signature = text.decode().partition("Sig: ")
+    assert unsigned == (
+        f"StorePath: {above}\nURL: {key}\nCompression: none\nFileHash: {digest}\nFileSize: 4\n"
+        f"NarHash: {digest}\nNarSize: 4\nReferences: {BELOW} {ABOVE}\nDeriver: {DRV}\n"
+    )
+    covered = f"1;{above};{digest};4;/nix/store/{BELOW},/nix/store/{ABOVE}"
+    assert signature == f"{secret_key().sign(covered.encode())}\nCA: {ca}\n"
