@@ -20,8 +20,8 @@ from coordinator.cli.status import print_json, print_lines
 from coordinator.client.closure import LocalStore, base_name, local_store, query_closure
 from coordinator.client.errors import BadArgumentError, ClientError, RefusedError
 from coordinator.client.token import find_token
-from infra.daemon import ValidPathInfo
 from infra.nix.errors import FormatError
+from infra.nix.path_info import PathInfo
 from infra.nix.store_path import StoreDir
 from infra.objects.compression import Compression
 from infra.objects.errors import CacheError
@@ -99,13 +99,13 @@ def _not_valid(path: str) -> BadArgumentError:
     return BadArgumentError(f"{path} is not valid in the local store; build or fetch it first")
 
 
-def _claim(info: ValidPathInfo) -> PathClaim:
+def _claim(info: PathInfo) -> PathClaim:
     return PathClaim(
-        path=base_name(info.path),
+        path=info.base_name,
         nar_hash=info.nar_hash,
         nar_size=info.nar_size,
-        references=tuple(sorted(base_name(reference) for reference in info.references)),
-        deriver=base_name(info.deriver) if info.deriver else "",
+        references=info.references,
+        deriver=info.deriver,
         ca=info.ca,
     )
 

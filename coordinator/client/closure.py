@@ -13,11 +13,12 @@ from typing import ClassVar
 
 from coordinator.api.streams import SourceHeader
 from coordinator.errors import CoordinatorError
-from infra.daemon import DaemonError, ValidPathInfo, open_stdio
+from infra.daemon import DaemonError, open_stdio
 from infra.dependency_order import CycleError, inputs_first
 from infra.nar_files import dump
 from infra.nix import aterm
 from infra.nix.errors import FormatError, NixError
+from infra.nix.path_info import PathInfo
 
 #: Content addresses by which `infra.nix.ca` verifies a source.
 VERIFIABLE = ("text:sha256:", "fixed:r:sha256:", "fixed:sha256:")
@@ -170,16 +171,16 @@ async def query_closure(
     paths: Iterable[str],
     lacking: Callable[[str], CoordinatorError],
     *,
-    follow: Callable[[ValidPathInfo], bool] = lambda _: True,
+    follow: Callable[[PathInfo], bool] = lambda _: True,
     env: Mapping[str, str] | None = None,
-) -> dict[str, ValidPathInfo]:
+) -> dict[str, PathInfo]:
     """Return what the store's daemon knows of `paths` and, behind those that `follow` accepts, of their references.
 
     Raises:
         ClosureError: The store cannot be asked.
         CoordinatorError: A path is not valid in the store; `lacking` makes the error.
     """
-    infos: dict[str, ValidPathInfo] = {}
+    infos: dict[str, PathInfo] = {}
     waiting = list(paths)
     command = ("nix-daemon", "--stdio", *store.flags)
     try:
@@ -193,7 +194,7 @@ async def query_closure(
                     raise lacking(path)
                 infos[path] = info
                 if follow(info):
-                    waiting.extend(info.references)
+                    waiting.extend(info.reference_paths)
     except DaemonError as error:
         raise ClosureError(f"cannot ask the local Nix store: {error}") from None
     return infos
@@ -211,9 +212,9 @@ async def describe_sources(store: LocalStore, paths: Sequence[str], env: Mapping
         return Sources((), {})
     infos = await query_closure(store, paths, _lost_source, follow=_is_verifiable, env=env)
     sources = {path: info for path, info in infos.items() if _is_verifiable(info)}
-    built = {path: info.deriver for path, info in infos.items() if path not in sources}
+    built = {path: info.deriver_path for path, info in infos.items() if path not in sources}
     try:
-        order = inputs_first(sorted(sources), lambda path: sources[path].references if path in sources else ())
+        order = inputs_first(sorted(sources), lambda path: sources[path].reference_paths if path in sources else ())
     except CycleError as error:
         raise ClosureError(f"the source {error.first} refers to itself; the local store is damaged") from None
     return Sources(tuple(_header(sources[path]) for path in order if path in sources), built)
@@ -223,15 +224,15 @@ def _lost_source(path: str) -> ClosureError:
     return ClosureError(f"the source {path} is not in the local store; evaluate the file again")
 
 
-def _is_verifiable(info: ValidPathInfo) -> bool:
+def _is_verifiable(info: PathInfo) -> bool:
     """Return whether the farm can tell from the content that the path is true."""
-    return info.ca.startswith(VERIFIABLE) and info.path not in info.references
+    return info.ca.startswith(VERIFIABLE) and info.base_name not in info.references
 
 
-def _header(info: ValidPathInfo) -> SourceHeader:
+def _header(info: PathInfo) -> SourceHeader:
     return SourceHeader(
-        path=base_name(info.path),
-        references=tuple(sorted(base_name(ref) for ref in info.references)),
+        path=info.base_name,
+        references=info.references,
         nar_hash=info.nar_hash,
         nar_size=info.nar_size,
         ca=info.ca,

@@ -25,7 +25,6 @@ from infra.daemon.values import (
     Collected,
     GcAction,
     Options,
-    ValidPathInfo,
 )
 
 __all__ = [
@@ -52,7 +51,6 @@ __all__ = [
     "Options",
     "Phase",
     "Upload",
-    "ValidPathInfo",
     "open_socket",
     "open_stdio",
 ]

@@ -36,7 +36,8 @@ from infra.daemon.values import (
     Collected,
     GcAction,
     Options,
-    ValidPathInfo,
+    decode_path_info,
+    encode_path_info,
     plain_text,
 )
 from infra.daemon.wire import (
@@ -50,6 +51,7 @@ from infra.daemon.wire import (
     Refusal,
 )
 from infra.daemon.wire import Message as WireMessage
+from infra.nix.path_info import PathInfo
 
 #: Version this client announces: 1.38, the number at which the protocol is frozen.
 CLIENT_VERSION: Final = 0x126
@@ -219,11 +221,11 @@ class DaemonConnection:
         async with self._request(request):
             return frozenset(await self._channel.words("valid paths", len(wanted)))
 
-    async def query_path_info(self, path: str) -> ValidPathInfo | None:
+    async def query_path_info(self, path: str) -> PathInfo | None:
         """Return what the store knows of a path, or None if it does not have it."""
 
-        def read(inbox: Inbox) -> ValidPathInfo | None:
-            return ValidPathInfo.decode(path, inbox) if inbox.read_bool() else None
+        def read(inbox: Inbox) -> PathInfo | None:
+            return decode_path_info(path, inbox) if inbox.read_bool() else None
 
         try:
             async with self._request(Encoder().integer(Operation.QUERY_PATH_INFO).string(path)):
@@ -349,7 +351,7 @@ class DaemonConnection:
                 the iterator raises an error of its own, which is passed on.
         """
         request = Encoder().integer(Operation.ADD_TO_STORE_NAR)
-        upload.info.encode(request)
+        encode_path_info(upload.info, request)
         request.integer(repair).integer(dont_check_sigs)
         await self._upload(request, checked_nar(upload))
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from infra.daemon.errors import DaemonGone, DaemonSourceError
-from infra.daemon.values import ValidPathInfo
+from infra.daemon.values import encode_path_info
 from infra.daemon.wire import Encoder
+from infra.nix.path_info import PathInfo
 
 #: Largest frame that is written.
 FRAME_BYTES: Final = 256 * 1024
@@ -23,7 +24,7 @@ _LENGTH = struct.Struct("<Q")
 class Upload:
     """A path to be added: its metadata and its NAR, which must be `info.nar_size` bytes long."""
 
-    info: ValidPathInfo
+    info: PathInfo
     nar: AsyncIterable[bytes]
 
 
@@ -37,10 +38,10 @@ async def checked_nar(upload: Upload) -> AsyncIterator[bytes]:
     async for chunk in upload.nar:
         left -= len(chunk)
         if left < 0:
-            raise DaemonSourceError(f"{upload.info.path}: the NAR has more than {upload.info.nar_size} bytes")
+            raise DaemonSourceError(f"{upload.info.store_path}: the NAR has more than {upload.info.nar_size} bytes")
         yield chunk
     if left:
-        raise DaemonSourceError(f"{upload.info.path}: the NAR ends {left} bytes early")
+        raise DaemonSourceError(f"{upload.info.store_path}: the NAR ends {left} bytes early")
 
 
 async def many_paths(uploads: Iterable[Upload]) -> AsyncIterator[bytes]:
@@ -49,7 +50,7 @@ async def many_paths(uploads: Iterable[Upload]) -> AsyncIterator[bytes]:
     yield Encoder().integer(len(items)).getvalue()
     for item in items:
         head = Encoder()
-        item.info.encode(head)
+        encode_path_info(item.info, head)
         yield head.getvalue()
         async for chunk in checked_nar(item):
             yield chunk

@@ -17,6 +17,7 @@ from infra.daemon.wire import Encoder, Inbox
 from infra.nix.derivation import Derivation
 from infra.nix.errors import FormatError
 from infra.nix.hashing import parse_hash, sha256_text
+from infra.nix.path_info import PathInfo
 
 #: ANSI control sequences (colours above all) and operating-system commands such as links.
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -70,65 +71,44 @@ class Options:
         out.mapping(self.overrides)
 
 
-@dataclass(frozen=True, slots=True)
-class ValidPathInfo:
-    """Metadata of a path in a store.
+def encode_path_info(info: PathInfo, out: Encoder) -> None:
+    """Write a path and its metadata as AddToStoreNar and AddMultipleToStore want it.
 
-    Attributes:
-        path: Full store path.
-        nar_hash: `sha256:<52 characters of nix32>`.
-        nar_size: Length of the NAR in bytes.
-        references: Full paths, sorted, perhaps with the path itself.
-        deriver: Full path of the .drv, or "".
-        registration_time: Unix seconds; 0 lets the store choose.
-        ultimate: The store built the path itself.
-        signatures: `name:base64`, sorted.
-        ca: Content address such as `fixed:r:sha256:...`, or "".
+    Raises:
+        ValueError: The hash is not a sha256 hash.
     """
+    try:
+        algorithm, digest = parse_hash(info.nar_hash)
+    except FormatError as error:
+        raise ValueError(f"hash of {info.store_path}: {error}") from error
+    if algorithm != "sha256":
+        raise ValueError(f"hash of {info.store_path} is not sha256 but {algorithm}")
+    out.string(info.store_path).string(info.deriver_path).string(digest.hex()).strings(info.reference_paths)
+    out.integer(0).integer(info.nar_size)  # registered now
+    out.integer(0)  # ultimate: built by the store itself
+    out.strings(info.sigs).string(info.ca)
 
-    path: str
-    nar_hash: str
-    nar_size: int
-    references: tuple[str, ...] = ()
-    deriver: str = ""
-    registration_time: int = 0
-    ultimate: bool = False
-    signatures: tuple[str, ...] = ()
-    ca: str = ""
 
-    def encode(self, out: Encoder) -> None:
-        """Write the path and its metadata as AddToStoreNar and AddMultipleToStore want it.
-
-        Raises:
-            ValueError: The hash is not a sha256 hash.
-        """
-        try:
-            algorithm, digest = parse_hash(self.nar_hash)
-        except FormatError as error:
-            raise ValueError(f"hash of {self.path}: {error}") from error
-        if algorithm != "sha256":
-            raise ValueError(f"hash of {self.path} is not sha256 but {algorithm}")
-        out.string(self.path).string(self.deriver).string(digest.hex()).strings(self.references)
-        out.integer(self.registration_time).integer(self.nar_size).integer(self.ultimate)
-        out.strings(self.signatures).string(self.ca)
-
-    @classmethod
-    def decode(cls, path: str, inbox: Inbox) -> "ValidPathInfo":
-        """Read the metadata of a path as QueryPathInfo answers it."""
-        deriver = inbox.read_word("deriver")
-        nar_hash = _read_nar_hash(inbox)
-        references = inbox.read_words("references", MAX_REFERENCES)
-        return cls(
-            path=path,
-            deriver=deriver,
-            nar_hash=nar_hash,
-            references=tuple(sorted(references)),
-            registration_time=inbox.read_int(),
-            nar_size=inbox.read_int(),
-            ultimate=inbox.read_bool(),
-            signatures=tuple(sorted(inbox.read_words("signatures", MAX_REFERENCES))),
-            ca=inbox.read_word("content address"),
-        )
+def decode_path_info(path: str, inbox: Inbox) -> PathInfo:
+    """Read the metadata of a full path as QueryPathInfo answers it."""
+    store_prefix = path[: path.rfind("/") + 1]
+    deriver = inbox.read_word("deriver")
+    nar_hash = _read_nar_hash(inbox)
+    references = inbox.read_words("references", MAX_REFERENCES)
+    inbox.read_int()  # registration time
+    nar_size = inbox.read_int()
+    inbox.read_bool()  # ultimate
+    if not all(other.startswith(store_prefix) for other in (deriver or store_prefix, *references)):
+        raise DaemonProtocolError(f"references of {path}: one lies in another store directory")
+    return PathInfo(
+        store_path=path,
+        nar_hash=nar_hash,
+        nar_size=nar_size,
+        references=tuple(sorted(reference[len(store_prefix) :] for reference in references)),
+        deriver=deriver[len(store_prefix) :],
+        sigs=tuple(sorted(inbox.read_words("signatures", MAX_REFERENCES))),
+        ca=inbox.read_word("content address"),
+    )
 
 
 def _read_nar_hash(inbox: Inbox) -> str:

@@ -66,6 +66,16 @@ def parse_base_name(text: str) -> StorePath:
     return StorePath(match[1], match[2])
 
 
+def base_name_of(path: str) -> str:
+    """The file name of a store path that is known to be one; a base name is its own."""
+    return path.rpartition("/")[2]
+
+
+def hash_part_of(path: str) -> str:
+    """The hash part of a full store path or base name that is known to be one."""
+    return base_name_of(path)[:HASH_PART_LENGTH]
+
+
 def _explain(text: str) -> str:
     """Return the reason for a person that `text` is no base name."""
     if len(text) <= HASH_PART_LENGTH or text[HASH_PART_LENGTH] != "-":

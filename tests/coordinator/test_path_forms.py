@@ -14,9 +14,10 @@ from pydantic import BaseModel
 from coordinator.api.streams import SourceHeader
 from coordinator.journal.codec import Evidence, decode_evidence, encode_evidence
 from infra.cache.publishing.claims import Candidate
-from infra.daemon import ValidPathInfo
+from infra.daemon.values import decode_path_info, encode_path_info
 from infra.daemon.wire import Encoder, Inbox
 from infra.nix.hashing import sha256_text
+from infra.nix.path_info import PathInfo
 from infra.objects.nar_writer import UploadedNar, upload_nar
 from infra.upload.protocol import PathClaim, SentPath
 from tests.support.cache import chunked, open_cache, secret_key
@@ -78,17 +79,14 @@ def test_a_client_says_what_it_has_with_these_bytes(message: BaseModel, sent: st
 
 
 def test_a_daemon_gives_and_takes_a_path_in_these_words() -> None:
-    info = ValidPathInfo(
-        f"/nix/store/{ABOVE}", NAR_HASH, 120, (f"/nix/store/{BELOW}", f"/nix/store/{ABOVE}"), f"/nix/store/{DRV}",
-        signatures=("k:1", "k:2"), ca="text:sha256:x",
-    )  # fmt: skip
+    info = PathInfo(f"/nix/store/{ABOVE}", NAR_HASH, 120, (BELOW, ABOVE), DRV, ("k:1", "k:2"), "text:sha256:x")
     words = Encoder().string(f"/nix/store/{DRV}").string("01" + "00" * 31)
     words.strings([f"/nix/store/{BELOW}", f"/nix/store/{ABOVE}"]).integer(0).integer(120).integer(0)
     words.strings(["k:1", "k:2"]).string("text:sha256:x")
     sent = Encoder()
-    info.encode(sent)
+    encode_path_info(info, sent)
     assert sent.getvalue() == Encoder().string(f"/nix/store/{ABOVE}").getvalue() + words.getvalue()
-    assert ValidPathInfo.decode(f"/nix/store/{ABOVE}", Inbox(words.getvalue())) == info
+    assert decode_path_info(f"/nix/store/{ABOVE}", Inbox(words.getvalue())) == info
 
 
 async def test_a_published_path_and_a_conflict_are_these_rows(tmp_path: Path) -> None:

@@ -38,11 +38,11 @@ from infra.daemon import (
     DaemonOperationError,
     LogLine,
     Upload,
-    ValidPathInfo,
 )
 from infra.nix import base32
 from infra.nix.hashing import sha256_text
 from infra.nix.nar import NarData, NarFile, write_events
+from infra.nix.path_info import PathInfo
 from infra.nix.store_path import StoreDir
 from infra.validation import first_fault
 from workers.agent.lease_machine import judge_status
@@ -267,8 +267,8 @@ class Canary:
         digest = hashlib.sha256(nar)
         path = self._store_dir.make_source_path("drover-canary-input", digest.hexdigest())
         if path not in await connection.query_valid_paths([path]):
-            info = ValidPathInfo(
-                path=path,
+            info = PathInfo(
+                store_path=path,
                 nar_hash=sha256_text(digest.digest()),
                 nar_size=len(nar),
                 ca=f"fixed:r:{sha256_text(digest.digest())}",

@@ -46,6 +46,7 @@ from infra.daemon import DaemonError, DaemonOperationError, GcAction
 from infra.nar_files import dump
 from infra.nix.errors import NixError
 from infra.nix.hashing import sha256_text
+from infra.nix.path_info import PathInfo
 from infra.retry import Outage
 from workers.agent.daemon_pool import DaemonSession, DaemonUnreachableError, SessionPool
 from workers.agent.inputs import FarmSources, InputError
@@ -118,20 +119,10 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class _Path:
-    """A path of the store's, by its record."""
-
-    name: str
-    nar_hash: str
-    nar_size: int
-    references: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class _Look:
     """Plan for the look at one path."""
 
-    path: _Path
+    path: PathInfo
     known: Identity | None
     #: Whether its contents are read whatever its identity says.
     read: bool
@@ -153,7 +144,7 @@ class InputGuard:
         self._store = store
         self._readers = readers
         self._trusts_builds = trusts_builds
-        self._records: dict[str, _Path] = {}
+        self._records: dict[str, PathInfo] = {}
         self._known: dict[str, Identity] = {}
         #: How often each path was touched or changed; only those that ever were.
         self._changes: Counter[str] = Counter()
@@ -266,13 +257,13 @@ class InputGuard:
         stack = list(found)
         while stack and len(found) <= MAX_CLOSURE:
             path = stack.pop()
-            for reference in (await self._record(path)).references:
+            for reference in (await self._record(path)).reference_paths:
                 if reference not in found:
                     found[reference] = None
                     stack.append(reference)
         return tuple(found)
 
-    async def _record(self, path: str) -> _Path:
+    async def _record(self, path: str) -> PathInfo:
         known = self._records.get(path)
         if known is None:
             async with self._readers.use() as connection:
@@ -281,7 +272,8 @@ class InputGuard:
                 raise _collected(path)
             if len(self._records) >= MAX_KNOWN:
                 self._records.clear()
-            known = self._records[path] = _Path(path, info.nar_hash, info.nar_size, info.references)
+            # Only what is looked at: there may be MAX_KNOWN of them.
+            known = self._records[path] = replace(info, deriver="", sigs=(), ca="")
         return known
 
     async def _look(self, paths: Sequence[str], *, sample: bool) -> None:
@@ -332,13 +324,13 @@ class InputGuard:
     def _budget(self) -> int:
         return DEEP_ENTRIES if self._trusts_builds() else MOST_ENTRIES
 
-    def _plan(self, records: Sequence[_Path], *, sample: bool) -> list[_Look]:
+    def _plan(self, records: Sequence[PathInfo], *, sample: bool) -> list[_Look]:
         if len(self._known) > MAX_KNOWN:
             self._known.clear()
         trusts, first_bytes = self._trusts_builds(), FIRST_BYTES
         looks = []
         for record in records:
-            known = self._known.get(record.name)
+            known = self._known.get(record.store_path)
             read = known is None and (not trusts or record.nar_size <= first_bytes)
             first_bytes -= record.nar_size if read else 0
             looks.append(_Look(record, known, read))
@@ -362,7 +354,7 @@ def _look_at(store: Path, looks: Sequence[_Look], start: int, budget: int) -> li
     for turn in range(len(looks)):
         number = (start + turn) % len(looks)
         look = looks[number]
-        at = str(store / look.path.name.rpartition("/")[2])
+        at = str(store / look.path.base_name)
         try:
             # The first is read whole, or a path with more entries than one look has would never be.
             identity, entries = identify(at, budget if turn else MOST_ENTRIES)
@@ -371,7 +363,7 @@ def _look_at(store: Path, looks: Sequence[_Look], start: int, budget: int) -> li
         except FileNotFoundError:
             found[number] = None, Alteration.CHANGED
         except (OSError, NixError) as error:
-            _log.warning("%s cannot be looked at: %s", look.path.name, error)
+            _log.warning("%s cannot be looked at: %s", look.path.store_path, error)
             found[number] = None, Alteration.SAME
     return [found[number] for number in range(len(looks))]
 

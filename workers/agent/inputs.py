@@ -24,11 +24,12 @@ import aiohttp
 import orjson
 
 from infra.clock import Clock
-from infra.daemon import DaemonGone, DaemonOperationError, Upload, ValidPathInfo
+from infra.daemon import DaemonGone, DaemonOperationError, Upload
 from infra.dependency_order import CycleError, inputs_first
 from infra.nix import narinfo
 from infra.nix.errors import NixError
 from infra.nix.narinfo import NarInfo
+from infra.nix.path_info import PathInfo
 from infra.nix.signing import PublicKey
 from infra.nix.store_path import StoreDir
 from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreError, StoreUnreachableError
@@ -167,15 +168,14 @@ class FarmSources:
 
     def upload(self, info: NarInfo, nar: AsyncIterator[bytes]) -> Upload:
         """Return what adds a path to the worker's store; its narinfo is one of `narinfos`."""
-        prefix = self.farm.store_dir + "/"
         return Upload(
-            ValidPathInfo(
-                path=info.store_path,
+            PathInfo(
+                store_path=info.store_path,
                 nar_hash=info.nar_hash,
                 nar_size=info.nar_size,
-                references=tuple(prefix + name for name in info.references),
-                deriver=prefix + info.deriver if info.deriver else "",
-                signatures=info.sigs,
+                references=info.references,
+                deriver=info.deriver,
+                sigs=info.sigs,
                 ca=info.ca,
             ),
             nar,

@@ -15,7 +15,8 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 
-from infra.daemon import DaemonConnection, DaemonGone, ValidPathInfo
+from infra.daemon import DaemonConnection, DaemonGone
+from infra.nix.path_info import PathInfo
 from infra.objects.compression import Compression
 from infra.objects.errors import CacheError
 from infra.objects.nar_writer import CompressedNar, compressing, upload_nar
@@ -101,7 +102,7 @@ async def deliver(
 async def _send(
     readers: SessionPool, client: UploadClient, wanted: Mapping[str, str], packed: Callable[[float], None]
 ) -> tuple[Output, ...]:
-    infos: dict[str, ValidPathInfo] = {}
+    infos: dict[str, PathInfo] = {}
     async with readers.use() as connection:
         for path in wanted.values():
             infos[_base(path)] = await _path_info(connection, path)
@@ -111,7 +112,7 @@ async def _send(
         info = infos[claim.path]
         async with (
             readers.use() as reader,
-            aclosing(reader.nar_from_path(info.path, info.nar_size)) as chunks,
+            aclosing(reader.nar_from_path(info.store_path, info.nar_size)) as chunks,
             compressing(chunks, compression) as nar,
         ):
             yield nar
@@ -136,7 +137,7 @@ async def _send(
             path=path,
             nar_hash=info.nar_hash,
             nar_size=info.nar_size,
-            references=_references(info),
+            references=info.references,
             ca=info.ca,
             url=urls[_base(path)],
             compression=result.compression,
@@ -148,13 +149,11 @@ async def _send(
     )
 
 
-def _claim(name: str, info: ValidPathInfo) -> PathClaim:
-    return PathClaim(
-        path=name, nar_hash=info.nar_hash, nar_size=info.nar_size, references=_references(info), ca=info.ca
-    )
+def _claim(name: str, info: PathInfo) -> PathClaim:
+    return PathClaim(path=name, nar_hash=info.nar_hash, nar_size=info.nar_size, references=info.references, ca=info.ca)
 
 
-async def _path_info(connection: DaemonConnection, path: str) -> ValidPathInfo:
+async def _path_info(connection: DaemonConnection, path: str) -> PathInfo:
     info = await connection.query_path_info(path)
     if info is None:
         raise OutputError(f"{path} is not in the store although its build succeeded")
@@ -163,10 +162,6 @@ async def _path_info(connection: DaemonConnection, path: str) -> ValidPathInfo:
 
 def _base(path: str) -> str:
     return path.rpartition("/")[2]
-
-
-def _references(info: ValidPathInfo) -> tuple[str, ...]:
-    return tuple(sorted(_base(reference) for reference in info.references))
 
 
 async def _upload(
@@ -187,7 +182,7 @@ async def _upload(
         path=path,
         nar_hash=info.nar_hash,
         nar_size=info.nar_size,
-        references=_references(info),
+        references=info.references,
         ca=info.ca,
         url=uploaded.url,
         compression=uploaded.compression,

@@ -16,12 +16,13 @@ from infra.daemon import (
     DaemonConnection,
     Options,
     Upload,
-    ValidPathInfo,
     open_stdio,
 )
 from infra.daemon.wire import Encoder
 from infra.nix import base32
 from infra.nix.hashing import compress_hash, sha256_text
+from infra.nix.path_info import PathInfo
+from infra.nix.store_path import base_name_of
 
 SETTINGS = {
     "build-users-group": "",
@@ -90,7 +91,7 @@ class Store:
     def upload(self, name: str, content: bytes, *, references: tuple[str, ...] = ()) -> Upload:
         nar = nar_of_file(content)
         digest = hashlib.sha256(nar).digest()
-        info = ValidPathInfo(store_path(name), sha256_text(digest), len(nar), references)
+        info = PathInfo(store_path(name), sha256_text(digest), len(nar), tuple(map(base_name_of, references)))
         return Upload(info, pieces(nar))
 
 

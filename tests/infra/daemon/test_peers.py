@@ -18,11 +18,11 @@ from infra.daemon import (
     DaemonUnsupportedError,
     LogLine,
     Upload,
-    ValidPathInfo,
     open_socket,
 )
 from infra.daemon.wire import SERVER_MAGIC, TAG_ERROR, TAG_LAST, TAG_RESULT, TAG_START_ACTIVITY, Encoder
 from infra.nix.hashing import sha256_text
+from infra.nix.path_info import PathInfo
 from tests.infra.daemon.conftest import pieces
 
 Script = Callable[["Peer"], Awaitable[None]]
@@ -325,7 +325,7 @@ async def test_an_upload_that_is_refused_early_stops_at_a_frame_and_ends_the_str
             yield b"\xff" * 65536
 
     async with connected(socket_dir, script) as connection:
-        info = ValidPathInfo(PATH, sha256_text(bytes(32)), size)
+        info = PathInfo(PATH, sha256_text(bytes(32)), size)
         with pytest.raises(DaemonOperationError, match="no room"):
             await connection.add_to_store_nar(Upload(info, endless()), dont_check_sigs=True)
         assert taken < size // 8

@@ -48,7 +48,7 @@ async def test_a_build_succeeds_and_its_output_can_be_read(store: Store) -> None
     assert 0 < result.start_time <= result.stop_time
     info = await connection.query_path_info(out)
     assert info is not None
-    assert (info.deriver, info.references, info.ultimate) == (drv_path, (), True)
+    assert (info.deriver_path, info.references) == (drv_path, ())
     nar = b"".join([chunk async for chunk in connection.nar_from_path(out, info.nar_size)])
     assert nar == nar_of_file(b"hello\n")
     again = await connection.build_derivation(drv_path, derivation, nothing)
@@ -66,8 +66,8 @@ async def test_the_derivation_of_a_drv_file_is_built_without_its_graph(store: St
     source = store.upload("unused", b"")
     connection = await store.open()
     await connection.add_to_store_nar(source, dont_check_sigs=True)
-    derivation = BasicDerivation.from_derivation(drv, [source.info.path])
-    assert derivation.inputs == (source.info.path,)
+    derivation = BasicDerivation.from_derivation(drv, [source.info.store_path])
+    assert derivation.inputs == (source.info.store_path,)
     drv_path = "/nix/store/hb09lmdvs22v5ianga0vgpi9k446q3kw-t.drv"
     assert (await connection.build_derivation(drv_path, derivation, nothing)).status is BuildStatus.BUILT
 
@@ -116,7 +116,10 @@ async def test_several_outputs_refer_to_each_other_and_to_inputs(store: Store) -
     await connection.add_to_store_nar(source, dont_check_sigs=True)
     script = "read line < SOURCE; echo SOURCE $line > $out; echo $out > $dev; echo plain > $doc"
     drv_path, derivation = store.derivation(
-        "several", script.replace("SOURCE", source.info.path), inputs=(source.info.path,), outputs=("out", "dev", "doc")
+        "several",
+        script.replace("SOURCE", source.info.store_path),
+        inputs=(source.info.store_path,),
+        outputs=("out", "dev", "doc"),
     )
     result = await connection.build_derivation(drv_path, derivation, nothing)
     paths = {output.name: output.path for output in derivation.outputs}
@@ -125,27 +128,27 @@ async def test_several_outputs_refer_to_each_other_and_to_inputs(store: Store) -
     for name, path in paths.items():
         info = await connection.query_path_info(path)
         assert info is not None
-        references[name] = info.references
-    assert references == {"out": (source.info.path,), "dev": (paths["out"],), "doc": ()}
+        references[name] = info.reference_paths
+    assert references == {"out": (source.info.store_path,), "dev": (paths["out"],), "doc": ()}
 
 
 async def test_many_paths_with_references_are_uploaded_in_one_stream_and_built_with(store: Store) -> None:
     connection = await store.open()
     base = store.upload("base", b"base")
-    top = store.upload("top", base.info.path.encode(), references=(base.info.path,))
+    top = store.upload("top", base.info.store_path.encode(), references=(base.info.store_path,))
     big = store.upload("big", os.urandom(5 * FRAME_BYTES + 3))
     small = [store.upload(f"small{i}", b"%d" % i) for i in range(200)]
     uploads = [base, top, big, *small]
     await connection.add_multiple_to_store(uploads, dont_check_sigs=True)
-    paths = {upload.info.path for upload in uploads}
+    paths = {upload.info.store_path for upload in uploads}
     assert await connection.query_valid_paths([*paths, store_path("absent")]) == paths
-    info = await connection.query_path_info(top.info.path)
+    info = await connection.query_path_info(top.info.store_path)
     assert info is not None
-    assert replace(info, registration_time=0) == top.info
+    assert info == top.info
     # Only `top` is named: its closure is visible in the sandbox because it is valid.
-    script = f"read line < {top.info.path}; read text < $line; echo $text; echo > $out"
+    script = f"read line < {top.info.store_path}; read text < $line; echo $text; echo > $out"
     events: list[object] = []
-    drv_path, derivation = store.derivation("uses", script, inputs=(top.info.path,))
+    drv_path, derivation = store.derivation("uses", script, inputs=(top.info.store_path,))
     result = await connection.build_derivation(drv_path, derivation, events.append)
     assert result.status.is_success
     assert events == [LogLine(b"base")]
@@ -158,8 +161,8 @@ async def test_a_wrong_nar_hash_is_refused_and_leaves_the_connection_usable(stor
     liar = Upload(replace(honest.info, nar_hash=store.upload("other", b"").info.nar_hash), honest.nar)
     with pytest.raises(DaemonOperationError, match="hash mismatch"):
         await add(connection, liar, many=many)
-    assert await connection.query_valid_paths([liar.info.path]) == frozenset()
-    assert await connection.query_path_info(liar.info.path) is None
+    assert await connection.query_valid_paths([liar.info.store_path]) == frozenset()
+    assert await connection.query_path_info(liar.info.store_path) is None
 
 
 @pytest.mark.parametrize("many", [True, False])
@@ -172,7 +175,7 @@ async def test_a_nar_of_another_size_is_refused_here_and_leaves_the_connection_u
     wrong = Upload(replace(honest.info, nar_size=honest.info.nar_size + delta), honest.nar)
     with pytest.raises(DaemonSourceError, match=complaint):
         await add(connection, wrong, many=many)
-    assert await connection.query_valid_paths([wrong.info.path]) == frozenset()
+    assert await connection.query_valid_paths([wrong.info.store_path]) == frozenset()
 
 
 async def test_a_source_that_fails_half_way_passes_its_error_on_and_leaves_the_connection_usable(store: Store) -> None:
@@ -186,7 +189,7 @@ async def test_a_source_that_fails_half_way_passes_its_error_on_and_leaves_the_c
 
     with pytest.raises(LookupError, match="the disk is gone"):
         await connection.add_multiple_to_store([Upload(honest.info, failing())], dont_check_sigs=True)
-    assert await connection.query_valid_paths([honest.info.path]) == frozenset()
+    assert await connection.query_valid_paths([honest.info.store_path]) == frozenset()
 
 
 async def test_an_upload_whose_references_are_missing_is_refused(store: Store) -> None:
@@ -375,12 +378,12 @@ async def test_a_nar_that_is_not_read_to_its_end_makes_the_connection_unusable(s
     connection = await store.open()
     upload = store.upload("big", os.urandom(3_000_000))
     await connection.add_to_store_nar(upload, dont_check_sigs=True)
-    async for chunk in (nar := connection.nar_from_path(upload.info.path, upload.info.nar_size)):
+    async for chunk in (nar := connection.nar_from_path(upload.info.store_path, upload.info.nar_size)):
         assert 0 < len(chunk) <= 1024 * 1024
         break
     await nar.aclose()
     with pytest.raises(DaemonGone):
-        await connection.query_valid_paths([upload.info.path])
+        await connection.query_valid_paths([upload.info.store_path])
 
 
 async def test_a_large_nar_comes_back_as_it_was_sent(store: Store) -> None:
@@ -388,7 +391,7 @@ async def test_a_large_nar_comes_back_as_it_was_sent(store: Store) -> None:
     content = os.urandom(20_000_000)
     upload = store.upload("big", content)
     await connection.add_to_store_nar(upload, dont_check_sigs=True)
-    chunks = [chunk async for chunk in connection.nar_from_path(upload.info.path, upload.info.nar_size)]
+    chunks = [chunk async for chunk in connection.nar_from_path(upload.info.store_path, upload.info.nar_size)]
     assert b"".join(chunks) == nar_of_file(content)
     with pytest.raises(DaemonOperationError):
         async for _ in connection.nar_from_path(store_path("absent"), 112):
@@ -401,12 +404,12 @@ async def test_temporary_roots_hold_for_as_long_as_their_connection(store: Store
     held, loose = store.upload("held", b"held"), store.upload("loose", b"loose")
     writer = await store.open()
     await writer.add_multiple_to_store([held, loose], dont_check_sigs=True)
-    await holder.add_temp_roots([held.info.path])
+    await holder.add_temp_roots([held.info.store_path])
     await writer.close()
     first = await collector.collect_garbage(GcAction.DELETE_DEAD)
     await holder.close()
-    second = await collector.collect_garbage(GcAction.DELETE_SPECIFIC, paths=[held.info.path])
-    assert (first.paths, second.paths) == ((loose.info.path,), (held.info.path,))
+    second = await collector.collect_garbage(GcAction.DELETE_SPECIFIC, paths=[held.info.store_path])
+    assert (first.paths, second.paths) == ((loose.info.store_path,), (held.info.store_path,))
     assert first.freed_bytes > 0
 
 
@@ -414,17 +417,17 @@ async def test_requests_of_several_tasks_wait_for_each_other(store: Store) -> No
     connection = await store.open()
     uploads = [store.upload(f"u{i}", b"%d" % i) for i in range(20)]
     await asyncio.gather(*(connection.add_to_store_nar(upload, dont_check_sigs=True) for upload in uploads))
-    infos = await asyncio.gather(*(connection.query_path_info(upload.info.path) for upload in uploads))
-    assert [info and info.path for info in infos] == [upload.info.path for upload in uploads]
+    infos = await asyncio.gather(*(connection.query_path_info(upload.info.store_path) for upload in uploads))
+    assert [info and info.store_path for info in infos] == [upload.info.store_path for upload in uploads]
 
 
 async def test_an_old_daemon_without_a_trust_flag_is_probed(store: Store) -> None:
     connection = await store.open()
     upload = store.upload("any", b"any")
     assert await connection.is_trusted() is None
-    assert await connection.is_trusted(upload.info.path) is None
+    assert await connection.is_trusted(upload.info.store_path) is None
     await connection.add_to_store_nar(upload, dont_check_sigs=True)
-    assert await connection.is_trusted(upload.info.path) is True
+    assert await connection.is_trusted(upload.info.store_path) is True
 
 
 async def test_a_path_that_is_no_derivation_is_refused_before_it_aborts_the_daemon(store: Store) -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.daemon import BuildResult, BuildStatus, DaemonProtocolError, ValidPathInfo
-from infra.daemon.values import plain_text
+from infra.daemon import BuildResult, BuildStatus, DaemonProtocolError
+from infra.daemon.values import decode_path_info, encode_path_info, plain_text
 from infra.daemon.wire import (
     MAX_ANNOUNCED_BYTES,
     MAX_ANNOUNCED_FIELDS,
@@ -36,6 +36,7 @@ from infra.daemon.wire import (
     Text,
 )
 from infra.nix.hashing import sha256_text
+from infra.nix.path_info import PathInfo
 
 integers = st.integers(0, 2**64 - 1)
 strings = st.binary(max_size=40)
@@ -50,15 +51,13 @@ messages = st.one_of(
 )
 words = st.text(max_size=20)
 infos = st.builds(
-    ValidPathInfo,
-    path=words,
+    PathInfo,
+    store_path=words,
     nar_hash=st.binary(min_size=32, max_size=32).map(sha256_text),
     nar_size=integers,
     references=st.lists(words, max_size=4).map(lambda items: tuple(sorted(items))),
     deriver=words,
-    registration_time=integers,
-    ultimate=st.booleans(),
-    signatures=st.lists(words, max_size=3).map(lambda items: tuple(sorted(items))),
+    sigs=st.lists(words, max_size=3).map(lambda items: tuple(sorted(items))),
     ca=words,
 )
 
@@ -165,18 +164,25 @@ def test_integers_strings_and_lists_round_trip(number: int, string: bytes, items
 
 
 @given(infos, st.lists(st.integers(0, 600), max_size=6))
-def test_path_infos_round_trip(info: ValidPathInfo, cuts: list[int]) -> None:
+def test_path_infos_round_trip(info: PathInfo, cuts: list[int]) -> None:
     out = Encoder()
-    info.encode(out)
-    data = out.getvalue()[len(Encoder().string(info.path).getvalue()) :]
-    read = read_in_pieces(data, cuts, lambda i: i.attempt(lambda j: ValidPathInfo.decode(info.path, j)), 1)
+    encode_path_info(info, out)
+    data = out.getvalue()[len(Encoder().string(info.store_path).getvalue()) :]
+    read = read_in_pieces(data, cuts, lambda i: i.attempt(lambda j: decode_path_info(info.store_path, j)), 1)
     assert read == [info]
+
+
+def test_a_reference_into_another_store_directory_is_a_protocol_error() -> None:
+    out = Encoder().string("").string("00" * 32).strings(["/other/store/x"])
+    out.integer(0).integer(1).integer(0).strings([]).string("")
+    with pytest.raises(DaemonProtocolError, match="another store directory"):
+        decode_path_info("/nix/store/x", Inbox(out.getvalue()))
 
 
 @given(st.data())
 def test_changed_bytes_raise_protocol_errors_only(data: st.DataObject) -> None:
     info = Encoder()
-    data.draw(infos).encode(info)
+    encode_path_info(data.draw(infos), info)
     kind = data.draw(st.sampled_from(["messages", "result", "info"]))
     original = {
         "messages": b"".join(map(encode_message, data.draw(st.lists(messages, min_size=1, max_size=4)))),
@@ -186,7 +192,7 @@ def test_changed_bytes_raise_protocol_errors_only(data: st.DataObject) -> None:
     read: Callable[[Inbox], object] = {
         "messages": Inbox.read_message,
         "result": lambda inbox: BuildResult.decode(inbox, 38, "/nix/store"),
-        "info": lambda inbox: ValidPathInfo.decode("/nix/store/x", inbox),
+        "info": lambda inbox: decode_path_info("/nix/store/x", inbox),
     }[kind]
     mutated = bytearray(original)
     for _ in range(data.draw(st.integers(1, 4))):
