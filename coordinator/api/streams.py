@@ -26,6 +26,8 @@ import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coordinator.errors import IntakeError
+from infra.nix.path_info import PathInfo
+from infra.nix.store_path import StoreDir
 from infra.validation import first_fault
 
 DERIVATIONS_MAGIC = b"drover-derivations-1\n"
@@ -69,6 +71,18 @@ class SourceHeader(BaseModel):
     nar_size: Annotated[int, Field(ge=0, lt=1 << 63)]
     #: Content address as in a narinfo, or empty.
     ca: str = ""
+
+    @classmethod
+    def of(cls, info: PathInfo) -> SourceHeader:
+        """Return the header of a source in the client's store."""
+        return cls(
+            path=info.base_name, references=info.references, nar_hash=info.nar_hash, nar_size=info.nar_size, ca=info.ca
+        )
+
+    def info(self, store_dir: StoreDir) -> PathInfo:
+        """Return the same of the path in `store_dir`."""
+        path = f"{store_dir.path}/{self.path}"
+        return PathInfo(path, self.nar_hash, self.nar_size, self.references, ca=self.ca)
 
 
 @dataclass(frozen=True, slots=True)

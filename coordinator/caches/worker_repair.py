@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Callable
 
-from coordinator.engine.publishing import claim_of
 from coordinator.readmodel.views import Views
 from infra.nix.narinfo import NarInfo
 from infra.objects.errors import CacheError
@@ -33,14 +32,13 @@ class WorkerSource:
 
     async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None] | None:
         """Return the NAR of a path that a worker has with the same bits. What a worker cannot do is no error."""
-        base_name = info.store_path.rpartition("/")[2]
         for worker in self._views.workforce.answering():
             try:
-                outputs = await self._fleet.provide(worker, [info.store_path], self._token(base_name))
+                outputs = await self._fleet.provide(worker, [info.store_path], self._token(info.base_name))
             except (FleetError, CacheError) as error:
-                _log.warning("worker %s was asked for %s: %s", worker, base_name, error)
+                _log.warning("worker %s was asked for %s: %s", worker, info.base_name, error)
                 continue
             for output in outputs:
-                if (output.path, output.nar_hash) == (info.store_path, info.nar_hash):
-                    return fetch_nar(self._objects, claim_of(output))
+                if (output.path, output.nar_hash) == (info.store_path, info.path.nar_hash):
+                    return fetch_nar(self._objects, output.narinfo())
         return None

@@ -21,7 +21,6 @@ from coordinator.client.closure import LocalStore, base_name, local_store, query
 from coordinator.client.errors import BadArgumentError, ClientError, RefusedError
 from coordinator.client.token import find_token
 from infra.nix.errors import FormatError
-from infra.nix.path_info import PathInfo
 from infra.nix.store_path import StoreDir
 from infra.objects.compression import Compression
 from infra.objects.errors import CacheError
@@ -63,7 +62,7 @@ async def _push(url: str, token_file: str, request: PushRequest) -> int:
     infos = await query_closure(store, roots, _not_valid)
     if len(infos) > MAX_PATHS:
         raise BadArgumentError(f"the closure has {len(infos)} paths; push parts of it, at most {MAX_PATHS} at a time")
-    claims = [_claim(info) for info in infos.values()]
+    claims = [PathClaim.of(info) for info in infos.values()]
     name = request.keep_as or base_name(roots[0])[:200]
     keep = KeepRequest(name=name, paths=tuple(base_name(root) for root in roots), days=request.days)
     address = f"{url.rstrip('/')}/cache" + (f"/{request.cache}" if request.cache != "default" else "")
@@ -97,17 +96,6 @@ def _store_path(path: str, store: LocalStore) -> str:
 
 def _not_valid(path: str) -> BadArgumentError:
     return BadArgumentError(f"{path} is not valid in the local store; build or fetch it first")
-
-
-def _claim(info: PathInfo) -> PathClaim:
-    return PathClaim(
-        path=info.base_name,
-        nar_hash=info.nar_hash,
-        nar_size=info.nar_size,
-        references=info.references,
-        deriver=info.deriver,
-        ca=info.ca,
-    )
 
 
 def _opener(store: LocalStore) -> OpenNar:

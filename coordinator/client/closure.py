@@ -217,7 +217,7 @@ async def describe_sources(store: LocalStore, paths: Sequence[str], env: Mapping
         order = inputs_first(sorted(sources), lambda path: sources[path].reference_paths if path in sources else ())
     except CycleError as error:
         raise ClosureError(f"the source {error.first} refers to itself; the local store is damaged") from None
-    return Sources(tuple(_header(sources[path]) for path in order if path in sources), built)
+    return Sources(tuple(SourceHeader.of(sources[path]) for path in order if path in sources), built)
 
 
 def _lost_source(path: str) -> ClosureError:
@@ -227,16 +227,6 @@ def _lost_source(path: str) -> ClosureError:
 def _is_verifiable(info: PathInfo) -> bool:
     """Return whether the farm can tell from the content that the path is true."""
     return info.ca.startswith(VERIFIABLE) and info.base_name not in info.references
-
-
-def _header(info: PathInfo) -> SourceHeader:
-    return SourceHeader(
-        path=info.base_name,
-        references=info.references,
-        nar_hash=info.nar_hash,
-        nar_size=info.nar_size,
-        ca=info.ca,
-    )
 
 
 def base_name(path: str) -> str:

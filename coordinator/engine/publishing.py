@@ -21,14 +21,14 @@ from coordinator.journal.codec import Evidence, decode_evidence
 from coordinator.journal.errors import CodecError
 from coordinator.stores.derivations import DerivationsError, DerivationStore, StepInfo
 from infra.cache.cache import Cache
-from infra.cache.publishing.claims import Candidate, Conflict, PublishOutcome, Rejected, RejectReason
+from infra.cache.publishing.claims import Conflict, PublishOutcome, Rejected, RejectReason
 from infra.clock import Clock
+from infra.nix.store_path import base_name_of
 from infra.objects.errors import CacheError
 from infra.retry import RetryBudget
 from scheduler.effects import PublishOutputs
 from scheduler.events import Event, OutputsPublished, PublishFailed
 from scheduler.model import Failure, FailureKind, LeaseId, StepKey
-from workers.wire.messages import Output
 
 #: Publications in one call of the cache.
 PUBLISH_BATCH = 256
@@ -157,13 +157,13 @@ class Publications:
         try:
             infos = await self._derivations.steps([effect.lease.step for effect in batch])
             checked = [(effect.lease, _claim(effect, infos)) for effect in batch]
-            candidates = [
-                claim_of(output, infos[lease.step].drv.rpartition("/")[2])
+            claims = [
+                output.narinfo(base_name_of(infos[lease.step].drv))
                 for lease, claim in checked
                 if isinstance(claim, Evidence)
                 for output in claim.outputs
             ]
-            outcomes = {outcome.store_path: outcome for outcome in await self._cache.publish(candidates, verified)}
+            outcomes = {outcome.store_path: outcome for outcome in await self._cache.publish(claims, verified)}
         except (CacheError, DerivationsError) as error:
             failure = Failure(FailureKind.INFRASTRUCTURE, f"publishing failed: {error}")
             return [_NotNow(PublishFailed(effect.lease, failure)) for effect in batch]
@@ -210,22 +210,6 @@ def _claim(effect: PublishOutputs, infos: Mapping[StepKey, StepInfo]) -> Evidenc
         fault = f"reported {other}, which is no output of it" if other else "did not report all outputs"
         return f"the worker {fault}"
     return evidence
-
-
-def claim_of(output: Output, deriver: str = "") -> Candidate:
-    """Return the claim that a worker makes with an output; `deriver` is the base name of its .drv."""
-    return Candidate(
-        store_path=output.path,
-        nar_hash=output.nar_hash,
-        nar_size=output.nar_size,
-        references=output.references,
-        url=output.url,
-        compression=output.compression,
-        file_hash=output.file_hash,
-        file_size=output.file_size,
-        deriver=deriver,
-        ca=output.ca,
-    )
 
 
 def _verdict(

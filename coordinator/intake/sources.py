@@ -8,15 +8,17 @@ know. An object whose source is refused stays unnamed in the object store until 
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator
+from dataclasses import replace
 from typing import ClassVar
 
 from coordinator.api.streams import Source
 from coordinator.errors import IntakeError, UnavailableError
 from infra.cache.cache import Cache
-from infra.cache.publishing.claims import Candidate, Rejected, RejectReason
+from infra.cache.publishing.claims import Rejected, RejectReason
 from infra.nix.ca import SourceDigest, verify_source
 from infra.nix.errors import FormatError, SourcePathError
-from infra.nix.store_path import StoreDir, parse_base_name
+from infra.nix.narinfo import NarInfo
+from infra.nix.store_path import StoreDir, base_name_of, parse_base_name
 from infra.objects.nar_writer import upload_nar
 from infra.objects.store import ObjectStore
 
@@ -45,7 +47,7 @@ class SourceIntake:
             IntakeError: A source is refused, and the sentence names it; those before it have been published.
         """
         count = 0
-        batch: list[Candidate] = []
+        batch: list[NarInfo] = []
         try:
             async for source in sources:
                 batch.append(await self._take(source))
@@ -59,10 +61,9 @@ class SourceIntake:
         await self._publish(batch)
         return count
 
-    async def _take(self, source: Source) -> Candidate:
+    async def _take(self, source: Source) -> NarInfo:
         header = source.header
-        prefix = self._store_dir.path
-        path = f"{prefix}/{header.path}"
+        info = header.info(self._store_dir)
         digest = SourceDigest()
 
         async def checked() -> AsyncIterator[bytes]:
@@ -75,24 +76,23 @@ class SourceIntake:
             for reference in header.references:
                 parse_base_name(reference)
             uploaded = await upload_nar(self._objects, checked(), self._cache.compression)
-            refs = [f"{prefix}/{reference}" for reference in header.references]
-            hashes = digest.finish()
-            ca = verify_source(self._store_dir, path, hashes, refs)
+            ca = verify_source(self._store_dir, info.store_path, digest.finish(), info.reference_paths)
         except FormatError as error:
             raise SourceRefusedError(f"the source {header.path[:300]!r} cannot be read: {error}") from None
         except SourcePathError:
             raise SourceRefusedError(
                 f"the source {header.path} is not addressed by its content, so the farm cannot tell whether it is "
-                f"true; put it into the farm's cache with `drover cache push {path}`, or let the farm build it"
+                f"true; put it into the farm's cache with `drover cache push {info.store_path}`, or let the farm "
+                "build it"
             ) from None
-        return Candidate.of_upload(path, uploaded, tuple(sorted(header.references)), ca=ca)
+        return uploaded.narinfo(replace(info, ca=ca))
 
-    async def _publish(self, batch: list[Candidate]) -> None:
+    async def _publish(self, batch: list[NarInfo]) -> None:
         for outcome in await self._cache.publish(batch):
             if not isinstance(outcome, Rejected):
                 # A conflict too is an answer: something true by its content is there already.
                 continue
-            name = outcome.store_path.rpartition("/")[2]
+            name = base_name_of(outcome.store_path)
             if outcome.reason is RejectReason.STORE_FAILED:
                 raise UnavailableError(f"the source {name} could not be published: {outcome.message}; try again later")
             raise SourceRefusedError(f"the source {name} was refused: {outcome.message}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from infra.cache.catalog.catalog import Catalog
 from infra.cache.catalog.database import Database, FencingToken, open_metadata
 from infra.cache.counters import CacheCounters
-from infra.cache.publishing.claims import Candidate, PublishOutcome
+from infra.cache.publishing.claims import PublishOutcome
 from infra.cache.publishing.key_rotation import ResignReport, resign
 from infra.cache.publishing.publisher import Publisher
 from infra.cache.publishing.realisations import Realisations, Registration
@@ -21,6 +21,7 @@ from infra.cache.repair.fsck import Fsck, FsckReport, RepairSource, Restored
 from infra.cache.retention.collector import Collector, CollectPlan, CollectReport
 from infra.cache.retention.roots import LEASE, PIN, Keeper, RootRow, Roots
 from infra.cache.statistics import CacheInfo, inspect
+from infra.nix.narinfo import NarInfo
 from infra.nix.realisation import Realisation, RealisationLayout
 from infra.nix.signing import PublicKey, SecretKey
 from infra.nix.store_path import StoreDir
@@ -28,7 +29,7 @@ from infra.objects.compression import COMPRESSION, Compression
 from infra.objects.errors import CacheError
 from infra.objects.store import ObjectStore
 
-#: Candidates of one `publish`.
+#: Claims of one `publish`.
 MAX_BATCH = 10_000
 
 
@@ -165,16 +166,16 @@ class Cache:
     # Publishing.
 
     async def publish(
-        self, batch: Sequence[Candidate], verified: Callable[[], None] = lambda: None
+        self, batch: Sequence[NarInfo], verified: Callable[[], None] = lambda: None
     ) -> list[PublishOutcome]:
-        """Verify, sign and publish; returns one outcome for each candidate, in order.
+        """Verify, sign and publish; returns one outcome for each claim, in order.
 
-        A candidate may refer to others of the batch, whatever their order. One that fails takes only those along that
+        A claim may refer to others of the batch, whatever their order. One that fails takes only those along that
         refer to it. All that is published becomes visible together, when this returns. What is published without
         being named by a root is kept for `CollectPlan.fresh_s`. `verified` is called once the bytes are verified.
 
         Raises:
-            CacheError: more than MAX_BATCH candidates.
+            CacheError: more than MAX_BATCH claims.
         """
         if len(batch) > MAX_BATCH:
             raise CacheError(f"{len(batch)} paths were offered at once; the limit is {MAX_BATCH}")

@@ -54,16 +54,16 @@ class Listings:
         if text is None:
             return None
         info = narinfo_format.parse(text, self._cache.store_dir)
-        made = self._made.get(info.nar_hash)
+        made = self._made.get(info.path.nar_hash)
         if made is not None:
-            self._made.move_to_end(info.nar_hash)
+            self._made.move_to_end(info.path.nar_hash)
             return made
-        task = self._making.get(info.nar_hash)
+        task = self._making.get(info.path.nar_hash)
         if task is None:
-            if info.nar_size > MAX_LISTED_NAR_BYTES or len(self._making) >= MAX_LISTINGS_WANTED:
+            if info.path.nar_size > MAX_LISTED_NAR_BYTES or len(self._making) >= MAX_LISTINGS_WANTED:
                 return None
             task = asyncio.create_task(self._make(info))
-            self._making[info.nar_hash] = task
+            self._making[info.path.nar_hash] = task
         # Shielded: a waiter that is cancelled does not end it for the others.
         return await asyncio.shield(task)
 
@@ -76,9 +76,9 @@ class Listings:
             async with self._turns:
                 made = await asyncio.to_thread(self._read, info)
         finally:
-            del self._making[info.nar_hash]
+            del self._making[info.path.nar_hash]
         if made is not None:
-            self._made[info.nar_hash] = made
+            self._made[info.path.nar_hash] = made
             self.held_bytes += len(made)
             while self.held_bytes > LISTINGS_IN_MEMORY_BYTES:
                 self.held_bytes -= len(self._made.popitem(last=False)[1])
@@ -87,7 +87,7 @@ class Listings:
     def _read(self, info: NarInfo) -> bytes | None:
         lister = NarLister(MAX_LISTING_BYTES)
         try:
-            reader = VerifiedNar(self._cache.objects.open_blocking(info.url), info)
+            reader = VerifiedNar(self._cache.objects.open_blocking(info.stored.url), info)
             try:
                 while data := reader.read():
                     lister.feed(data)

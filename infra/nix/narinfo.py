@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from infra.nix.errors import FormatError
 from infra.nix.hashing import parse_sha256, sha256_text
+from infra.nix.path_info import PathInfo
 from infra.nix.store_path import StoreDir, parse_base_name
 
 #: What Nix assumes when the field is missing or empty.
@@ -45,34 +46,47 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class NarInfo:
-    """One narinfo.
+class StoredNar:
+    """The object that holds a NAR.
 
     Attributes:
-        store_path: Full store path.
-        url: Where the NAR is, relative to the cache.
+        url: Where it is, relative to the cache: its key in the object store.
         compression: Codec name; `none` for plain.
-        file_hash: `sha256:<nix32>` of the compressed file, or "".
-        file_size: Bytes of the compressed file, or 0 if unknown.
-        nar_hash: `sha256:<nix32>` of the NAR.
-        nar_size: Bytes of the NAR.
-        references: Base names, sorted, self included if it refers to itself.
-        deriver: Base name of the .drv, or "".
-        sigs: `name:base64` each.
-        ca: Content address, or "".
+        file_hash: `sha256:<nix32>` of the object, or "".
+        file_size: Bytes of the object, or 0 if unknown.
     """
 
-    store_path: str
     url: str
     compression: str
     file_hash: str
     file_size: int
-    nar_hash: str
-    nar_size: int
-    references: tuple[str, ...] = ()
-    deriver: str = ""
-    sigs: tuple[str, ...] = ()
-    ca: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NarInfo:
+    """One narinfo: a store path, and the object that holds its NAR."""
+
+    path: PathInfo
+    stored: StoredNar
+
+    @property
+    def store_path(self) -> str:
+        """Full store path."""
+        return self.path.store_path
+
+    @property
+    def base_name(self) -> str:
+        """File name of the store path."""
+        return self.path.base_name
+
+    @property
+    def hash_part(self) -> str:
+        """The 32 characters before the name."""
+        return self.path.hash_part
+
+    def signed(self, sigs: tuple[str, ...]) -> NarInfo:
+        """The same with these signatures and no others."""
+        return replace(self, path=replace(self.path, sigs=sigs))
 
     def render(self) -> bytes:
         """The narinfo in Nix's field order, with a final newline.
@@ -80,19 +94,20 @@ class NarInfo:
         Raises:
             FormatError: If a field is not printable ASCII: a line break would forge fields.
         """
-        lines = [f"StorePath: {self.store_path}", f"URL: {self.url}", f"Compression: {self.compression}"]
-        if self.file_hash:
-            lines.append(f"FileHash: {self.file_hash}")
-        if self.file_size:
-            lines.append(f"FileSize: {self.file_size}")
-        lines.append(f"NarHash: {self.nar_hash}")
-        lines.append(f"NarSize: {self.nar_size}")
-        lines.append(f"References: {' '.join(self.references)}")
-        if self.deriver:
-            lines.append(f"Deriver: {self.deriver}")
-        lines.extend(f"Sig: {sig}" for sig in self.sigs)
-        if self.ca:
-            lines.append(f"CA: {self.ca}")
+        path, stored = self.path, self.stored
+        lines = [f"StorePath: {path.store_path}", f"URL: {stored.url}", f"Compression: {stored.compression}"]
+        if stored.file_hash:
+            lines.append(f"FileHash: {stored.file_hash}")
+        if stored.file_size:
+            lines.append(f"FileSize: {stored.file_size}")
+        lines.append(f"NarHash: {path.nar_hash}")
+        lines.append(f"NarSize: {path.nar_size}")
+        lines.append(f"References: {' '.join(path.references)}")
+        if path.deriver:
+            lines.append(f"Deriver: {path.deriver}")
+        lines.extend(f"Sig: {sig}" for sig in path.sigs)
+        if path.ca:
+            lines.append(f"CA: {path.ca}")
         offset = 0
         for line in lines:
             foreign = _FOREIGN.search(line)
@@ -100,11 +115,6 @@ class NarInfo:
                 raise FormatError("a field is not printable ASCII", offset=offset + foreign.start(), subject="narinfo")
             offset += len(line) + 1
         return ("\n".join(lines) + "\n").encode()
-
-    def fingerprint(self, store_dir: StoreDir) -> bytes:
-        """Text that a signature covers: `1;<path>;<nar hash>;<nar size>;<full references, comma separated>`."""
-        refs = ",".join(f"{store_dir.path}/{reference}" for reference in sorted(self.references))
-        return f"1;{self.store_path};{self.nar_hash};{self.nar_size};{refs}".encode()
 
 
 def _fields(text: bytes) -> tuple[dict[str, tuple[str, int]], tuple[str, ...]]:
@@ -190,12 +200,8 @@ def parse(text: bytes, store_dir: StoreDir) -> NarInfo:
         raise FormatError("NarSize is 0", offset=fields["NarSize"][1], subject="narinfo")
     file_hash = fields.get("FileHash", nothing)
     file_size = fields.get("FileSize", nothing)
-    return NarInfo(
+    path = PathInfo(
         store_path=store_dir.render(_at(fields["StorePath"], store_dir.parse)),
-        url=fields["URL"][0],
-        compression=fields.get("Compression", nothing)[0] or DEFAULT_COMPRESSION,
-        file_hash=_at(file_hash, _hash) if file_hash[0] else "",
-        file_size=_at(file_size, _size) if file_size[0] else 0,
         nar_hash=_at(fields["NarHash"], _hash),
         nar_size=nar_size,
         references=_at(fields.get("References", nothing), _references),
@@ -203,3 +209,10 @@ def parse(text: bytes, store_dir: StoreDir) -> NarInfo:
         sigs=sigs,
         ca=fields.get("CA", nothing)[0],
     )
+    stored = StoredNar(
+        url=fields["URL"][0],
+        compression=fields.get("Compression", nothing)[0] or DEFAULT_COMPRESSION,
+        file_hash=_at(file_hash, _hash) if file_hash[0] else "",
+        file_size=_at(file_size, _size) if file_size[0] else 0,
+    )
+    return NarInfo(path, stored)

@@ -53,6 +53,11 @@ class PathInfo:
         """Full path of the .drv, or ""."""
         return self.full(self.deriver) if self.deriver else ""
 
+    def fingerprint(self) -> bytes:
+        """Text that a signature covers: `1;<path>;<nar hash>;<nar size>;<full references, comma separated>`."""
+        references = ",".join(sorted(self.reference_paths))
+        return f"1;{self.store_path};{self.nar_hash};{self.nar_size};{references}".encode()
+
     def full(self, base_name: str) -> str:
         """The full path of `base_name` in this path's store directory."""
         return self.store_path[: self.store_path.rfind("/") + 1] + base_name

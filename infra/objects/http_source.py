@@ -14,9 +14,10 @@ from contextlib import aclosing
 
 import aiohttp
 
+from infra.nix.narinfo import NarInfo
 from infra.objects.errors import ObjectMissingError, ObjectStoreError
 from infra.objects.nar_reader import read_verified
-from infra.objects.verification import NarPromise, VerifiedNar
+from infra.objects.verification import VerifiedNar
 from infra.retry import Backoff
 
 #: Tries without progress, and the first pause between two in seconds (it doubles).
@@ -106,7 +107,7 @@ class HttpSource:
 
 
 async def fetch_nar_over_http(
-    session: aiohttp.ClientSession, url: str, headers: Mapping[str, str], narinfo: NarPromise
+    session: aiohttp.ClientSession, url: str, headers: Mapping[str, str], narinfo: NarInfo
 ) -> AsyncGenerator[bytes, None]:
     """Yield the NAR whose object is at `url`, as `fetch_nar` does."""
     source = HttpSource(session, url, headers)

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from infra.nix.narinfo import NarInfo
 from infra.objects.store import INLINE_BYTES, LocalObjectStore, ObjectStore
-from infra.objects.verification import NarPromise, VerifiedNar
+from infra.objects.verification import VerifiedNar
 
 
-async def fetch_nar(store: ObjectStore, narinfo: NarPromise) -> AsyncGenerator[bytes, None]:
-    """Yield the NAR that `narinfo` (a `NarInfo`, say) promises, about 1 MiB at a time; `url` is the object's key.
+async def fetch_nar(store: ObjectStore, narinfo: NarInfo) -> AsyncGenerator[bytes, None]:
+    """Yield the NAR that `narinfo` promises, about 1 MiB at a time; `url` is the object's key.
 
     It ends normally only if file size and hash, NAR size and hash are as promised: until then what was yielded must
     not be used (give it to a consumer that commits at the end). Close the generator if you leave it early.
@@ -22,8 +23,8 @@ async def fetch_nar(store: ObjectStore, narinfo: NarPromise) -> AsyncGenerator[b
         ObjectStoreError: it cannot be read.
     """
     if isinstance(store, LocalObjectStore):
-        reader = VerifiedNar(store.open_blocking(narinfo.url), narinfo)
-        if narinfo.file_size <= INLINE_BYTES >= narinfo.nar_size:
+        reader = VerifiedNar(store.open_blocking(narinfo.stored.url), narinfo)
+        if narinfo.stored.file_size <= INLINE_BYTES >= narinfo.path.nar_size:
             try:
                 while data := reader.read():
                     yield data
@@ -31,7 +32,7 @@ async def fetch_nar(store: ObjectStore, narinfo: NarPromise) -> AsyncGenerator[b
                 reader.close()
             return
     else:
-        reader = VerifiedNar(await asyncio.to_thread(store.open_blocking, narinfo.url), narinfo)
+        reader = VerifiedNar(await asyncio.to_thread(store.open_blocking, narinfo.stored.url), narinfo)
     async with aclosing(read_verified(reader)) as chunks:
         async for data in chunks:
             yield data

@@ -15,13 +15,15 @@ import lzma
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Protocol
 
 import zstandard
 
 from infra.nix.hashing import sha256_text
+from infra.nix.narinfo import NarInfo, StoredNar
+from infra.nix.path_info import PathInfo
 from infra.objects.compression import COMPRESSION, Compression, nar_key
 from infra.objects.errors import CacheError, ObjectStoreError
 from infra.objects.store import INLINE_BYTES, ObjectStore, incoming_key
@@ -40,18 +42,19 @@ QUICK_BYTES = 8 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class UploadedNar:
-    """A NAR in the object store. Hashes are `sha256:<nix32>`, sizes bytes, `url` the object's key.
+    """A NAR in the object store, as it was measured on the way: its hash `sha256:<nix32>`, its bytes, its object.
 
     `packing_s` is how long its upload waited for its bytes to be read, hashed and compressed.
     """
 
     nar_hash: str
     nar_size: int
-    url: str
-    compression: str
-    file_hash: str
-    file_size: int
+    stored: StoredNar
     packing_s: float = field(default=0.0, compare=False)
+
+    def narinfo(self, path: PathInfo) -> NarInfo:
+        """Return what a cache may claim of `path` with this NAR, whatever its hash and size are said to be."""
+        return NarInfo(replace(path, nar_hash=self.nar_hash, nar_size=self.nar_size), self.stored)
 
 
 class _Codec(Protocol):
@@ -154,15 +157,8 @@ class _Encoder:
     def uploaded(self, packing_s: float) -> UploadedNar:
         """Return what the object is, once all of it went through."""
         file_hash = sha256_text(self._file_hash.digest())
-        return UploadedNar(
-            nar_hash=sha256_text(self._nar_hash.digest()),
-            nar_size=self._nar_size,
-            url=nar_key(file_hash, self._compression),
-            compression=self._compression,
-            file_hash=file_hash,
-            file_size=self._file_size,
-            packing_s=packing_s,
-        )
+        stored = StoredNar(nar_key(file_hash, self._compression), self._compression, file_hash, self._file_size)
+        return UploadedNar(sha256_text(self._nar_hash.digest()), self._nar_size, stored, packing_s)
 
     def _out(self, data: bytes) -> bytes:
         self._file_hash.update(data)
@@ -178,7 +174,7 @@ class CompressedNar:
         self._encoder = encoder
 
     def uploaded(self) -> UploadedNar:
-        """Return hashes and sizes; `url` is the key of an object that is named after its hash."""
+        """Return hashes and sizes; the object's `url` is the key of an object that is named after its hash."""
         return self._encoder.uploaded(self.pieces.waited_s)
 
 
@@ -246,7 +242,7 @@ async def upload_nar(
             if len(head) > QUICK_BYTES:
                 return await _stream(store, nar, head)
         uploaded = nar.uploaded()
-        await store.put_bytes(uploaded.url, bytes(head))
+        await store.put_bytes(uploaded.stored.url, bytes(head))
         return uploaded
 
 
@@ -264,7 +260,7 @@ async def _stream(store: ObjectStore, nar: CompressedNar, head: bytearray) -> Up
         async with aclosing(everything()) as data:
             await store.put_stream(staged, data)
         uploaded = nar.uploaded()
-        await store.rename(staged, uploaded.url)
+        await store.rename(staged, uploaded.stored.url)
     except BaseException:
         with suppress(ObjectStoreError):
             await store.delete(staged)

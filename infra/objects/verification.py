@@ -10,52 +10,21 @@ than an honest one.
 from __future__ import annotations
 
 from hashlib import sha256
-from typing import Protocol
 
 from infra.nix.hashing import sha256_text
+from infra.nix.narinfo import NarInfo
 from infra.objects.compression import DecodeError, unpacker
 from infra.objects.errors import CorruptNarError, ObjectStoreError
 from infra.objects.store import READ_BYTES, BlockingSource
 
 
-class NarPromise(Protocol):
-    """Claimed hashes and sizes of an object, as in `NarInfo` and `Candidate`. An empty `file_hash` claims nothing."""
-
-    @property
-    def store_path(self) -> str:
-        """Full store path."""
-
-    @property
-    def url(self) -> str:
-        """Key of the object."""
-
-    @property
-    def compression(self) -> str:
-        """Codec name."""
-
-    @property
-    def file_hash(self) -> str:
-        """`sha256:<nix32>` of the object, or empty."""
-
-    @property
-    def file_size(self) -> int:
-        """Bytes of the object, or 0."""
-
-    @property
-    def nar_hash(self) -> str:
-        """`sha256:<nix32>` of the NAR."""
-
-    @property
-    def nar_size(self) -> int:
-        """Bytes of the NAR."""
-
-
 class _Measured:
     """A source that counts and hashes what passes, and ends with an error once there is more than promised."""
 
-    def __init__(self, source: BlockingSource, promise: NarPromise) -> None:
+    def __init__(self, source: BlockingSource, promise: NarInfo) -> None:
         self._source = source
-        self._promise = promise
+        self._store_path = promise.store_path
+        self._stored = promise.stored
         self.size = 0
         self.hash = sha256()
 
@@ -63,10 +32,10 @@ class _Measured:
         try:
             data = self._source.read(size)
         except OSError as error:
-            raise ObjectStoreError(f"cannot read {self._promise.url}: {error.strerror}") from error
+            raise ObjectStoreError(f"cannot read {self._stored.url}: {error.strerror}") from error
         self.size += len(data)
-        if self._promise.file_size and self.size > self._promise.file_size:
-            raise CorruptNarError(self._promise.store_path, f"the file has more than {self._promise.file_size} bytes")
+        if self._stored.file_size and self.size > self._stored.file_size:
+            raise CorruptNarError(self._store_path, f"the file has more than {self._stored.file_size} bytes")
         self.hash.update(data)
         return data
 
@@ -74,12 +43,13 @@ class _Measured:
 class VerifiedNar:
     """Reads the NAR out of `source`; takes ownership of it."""
 
-    def __init__(self, source: BlockingSource, promise: NarPromise) -> None:
+    def __init__(self, source: BlockingSource, promise: NarInfo) -> None:
         self._source = source
-        self._promise = promise
+        self._path = promise.path
+        self._stored = promise.stored
         self._file = _Measured(source, promise)
         try:
-            self._nar = unpacker(promise.compression, self._file, READ_BYTES)
+            self._nar = unpacker(promise.stored.compression, self._file, READ_BYTES)
         except DecodeError as error:
             source.close()
             raise CorruptNarError(promise.store_path, str(error)) from None
@@ -96,10 +66,10 @@ class VerifiedNar:
         try:
             data = self._nar.read(READ_BYTES)
         except DecodeError as error:
-            raise CorruptNarError(self._promise.store_path, str(error)) from None
+            raise CorruptNarError(self._path.store_path, str(error)) from None
         self._size += len(data)
-        if self._size > self._promise.nar_size:
-            raise CorruptNarError(self._promise.store_path, f"it unpacks to more than {self._promise.nar_size} bytes")
+        if self._size > self._path.nar_size:
+            raise CorruptNarError(self._path.store_path, f"it unpacks to more than {self._path.nar_size} bytes")
         self._hash.update(data)
         if not data:
             self._check()
@@ -108,22 +78,22 @@ class VerifiedNar:
     def _check(self) -> None:
         while self._file.read(READ_BYTES):
             pass
-        promise = self._promise
-        if promise.file_size and self._file.size != promise.file_size:
-            raise CorruptNarError(promise.store_path, f"the file has {self._file.size} bytes, not {promise.file_size}")
-        if promise.file_hash and sha256_text(self._file.hash.digest()) != promise.file_hash:
-            raise CorruptNarError(promise.store_path, "the file's hash differs")
-        if self._size != promise.nar_size:
-            raise CorruptNarError(promise.store_path, f"it unpacks to {self._size} bytes, not {promise.nar_size}")
-        if sha256_text(self._hash.digest()) != promise.nar_hash:
-            raise CorruptNarError(promise.store_path, "the NAR's hash differs")
+        path, stored = self._path, self._stored
+        if stored.file_size and self._file.size != stored.file_size:
+            raise CorruptNarError(path.store_path, f"the file has {self._file.size} bytes, not {stored.file_size}")
+        if stored.file_hash and sha256_text(self._file.hash.digest()) != stored.file_hash:
+            raise CorruptNarError(path.store_path, "the file's hash differs")
+        if self._size != path.nar_size:
+            raise CorruptNarError(path.store_path, f"it unpacks to {self._size} bytes, not {path.nar_size}")
+        if sha256_text(self._hash.digest()) != path.nar_hash:
+            raise CorruptNarError(path.store_path, "the NAR's hash differs")
 
     def close(self) -> None:
         """Let go of the object."""
         self._source.close()
 
 
-def verify_nar(source: BlockingSource, promise: NarPromise) -> None:
+def verify_nar(source: BlockingSource, promise: NarInfo) -> None:
     """Read all of `source`, which is then closed, and return if every promise holds.
 
     Raises:

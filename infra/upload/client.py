@@ -203,7 +203,8 @@ class UploadClient:
                 raise UploadFailedError(f"{claim.path} is not what its store says: its NAR has another hash")
             self.progress.paths += 1
             self.progress.nar_bytes += claim.nar_size
-            return SentPath(path=claim.path, file_hash=uploaded.file_hash, file_size=uploaded.file_size, etags=etags)
+            stored = uploaded.stored
+            return SentPath(path=claim.path, file_hash=stored.file_hash, file_size=stored.file_size, etags=etags)
         raise AssertionError
 
     async def _renew(self, upload: str) -> None:

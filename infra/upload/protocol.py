@@ -25,6 +25,9 @@ from typing import Annotated, Final
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from infra.nix.base32 import SHA256_PATTERN
+from infra.nix.narinfo import StoredNar
+from infra.nix.path_info import PathInfo
+from infra.nix.store_path import StoreDir
 from infra.objects.compression import COMPRESSION, MAX_NAR_BYTES, Compression
 
 #: Paths of one upload, and bytes of its longest message.
@@ -73,6 +76,19 @@ class PathClaim(UploadMessage):
     references: Annotated[tuple[_Name, ...], Field(max_length=100_000), FailFast()] = ()
     deriver: Annotated[str, Field(max_length=255)] = ""
     ca: Annotated[str, Field(max_length=200)] = ""
+
+    @classmethod
+    def of(cls, info: PathInfo) -> PathClaim:
+        """Return the claim on a path of the sender's store."""
+        return cls(
+            path=info.base_name, nar_hash=info.nar_hash, nar_size=info.nar_size, references=info.references,
+            deriver=info.deriver, ca=info.ca,
+        )  # fmt: skip
+
+    def info(self, store_dir: StoreDir) -> PathInfo:
+        """Return the same of the path in `store_dir`."""
+        path = f"{store_dir.path}/{self.path}"
+        return PathInfo(path, self.nar_hash, self.nar_size, self.references, self.deriver, ca=self.ca)
 
 
 class KeepRequest(UploadMessage):
@@ -160,6 +176,10 @@ class SentPath(UploadMessage):
     file_hash: _Hash
     file_size: _Size
     etags: Annotated[tuple[Annotated[str, Field(max_length=200)], ...], Field(max_length=MAX_PARTS), FailFast()] = ()
+
+    def stored(self, url: str, compression: str) -> StoredNar:
+        """Return the object, which the coordinator placed at `url`."""
+        return StoredNar(url, compression, self.file_hash, self.file_size)
 
 
 class Commit(UploadMessage):

@@ -31,13 +31,12 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from infra.cache.cache import Cache
-from infra.cache.publishing.claims import Candidate
 from infra.nix.signing import generate
 from infra.nix.store_path import StoreDir
 from infra.objects.nar_writer import upload_nar
 from infra.objects.store import open_object_store
 from tests.benchmarks.report import arguments, progress, publish
-from tests.support.cache import base_name, chunked, store_path
+from tests.support.cache import base_name, chunked, narinfo_of, store_path
 
 NARINFOS = 1000
 NAR_BYTES = 64 * 1024 * 1024
@@ -119,9 +118,9 @@ async def fill(state: Path, www: Path) -> tuple[list[str], str]:
     for index in range(NARINFOS):
         path = store_path(f"package-{index}-1.0")
         uploaded = await upload_nar(objects, chunked(os.urandom(200)))
-        claims.append(Candidate.of_upload(path, uploaded, previous[-8:]))
+        claims.append(narinfo_of(path, uploaded, previous[-8:]))
         previous.append(base_name(path))
-    large = Candidate.of_upload(store_path("large"), await upload_nar(objects, chunked(os.urandom(NAR_BYTES))), [])
+    large = narinfo_of(store_path("large"), await upload_nar(objects, chunked(os.urandom(NAR_BYTES))))
     await cache.publish([*claims, large])
     addresses = []
     for claim in claims:
@@ -132,7 +131,7 @@ async def fill(state: Path, www: Path) -> tuple[list[str], str]:
         addresses.append(f"/cache/{claim.hash_part}.narinfo")
     (www / "nar").symlink_to(state / "objects" / "nar")
     await cache.close()
-    return addresses, f"/cache/{large.url}"
+    return addresses, f"/cache/{large.stored.url}"
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from coordinator.main import Coordinator, open_coordinator
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.objects.nar_writer import upload_nar
 from infra.objects.store import ObjectStore, open_object_store
+from tests.support.cache import narinfo_of
 from tests.support.graphs import Made, Maker
 from workers.wire.fleet import Fleet, Sink, WorkerConnected, WorkerSpoke
 from workers.wire.grades import IsolationGrade
@@ -187,17 +188,7 @@ class StandIn:
             del self._orders[step]
             path = f"/nix/store/{step}"
             nar = await upload_nar(self._objects, _nar(step))
-            output = Output(
-                name="out",
-                path=path,
-                nar_hash=nar.nar_hash,
-                nar_size=nar.nar_size,
-                references=(),
-                url=nar.url,
-                compression=nar.compression,
-                file_hash=nar.file_hash,
-                file_size=nar.file_size,
-            )
+            output = Output.of("out", narinfo_of(path, nar))
             reports.append(
                 Report(
                     step=step,

@@ -21,13 +21,13 @@ from coordinator.journal.codec import StoredNote
 from coordinator.journal.errors import JournalError
 from coordinator.main import Ready
 from coordinator.run import serve
-from infra.cache.publishing.claims import Candidate
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.objects.nar_writer import upload_nar
 from infra.objects.store import open_object_store
 from scheduler.events import SubmissionCancelled, SubmissionReceived
 from scheduler.model import StepKey, SubmissionId, SubmissionRefusedError
 from tests.coordinator.conftest import OpenFarm, TestFarm
+from tests.support.cache import narinfo_of
 from workers.wire.fleet import (
     Fleet,
     FleetError,
@@ -144,17 +144,7 @@ class ScriptedWorker:
             yield b"".join(write_events([NarFile(b"", executable=False, size=len(text)), NarData(text)]))
 
         made = await upload_nar(open_object_store(self.info.object_store_url), nar())
-        return Output(
-            name="out", path=path, nar_hash=made.nar_hash, nar_size=made.nar_size, references=(), url=made.url,
-            compression=made.compression, file_hash=made.file_hash, file_size=made.file_size,
-        )  # fmt: skip
-
-
-def candidate(output: Output) -> Candidate:
-    return Candidate(
-        output.path, output.nar_hash, output.nar_size, (), output.url, output.compression, output.file_hash,
-        output.file_size,
-    )  # fmt: skip
+        return Output.of("out", narinfo_of(path, made))
 
 
 def report(order: LeaseOrder, result: Succeeded | Failed) -> Report:
@@ -270,7 +260,7 @@ async def test_other_bits_for_a_published_path_leave_the_first_and_the_step_is_d
         order = await started(farm, worker)
         path = output_path(farm, order)
         first = await worker.upload(path, b"first")
-        await farm.coordinator.cache.publish([candidate(first)])
+        await farm.coordinator.cache.publish([first.narinfo()])
         await worker.speak(report(order, Succeeded(outputs=(await worker.upload(path, b"second"),))))
         assert (await farm.ended(submitted.id)).state is SubmissionState.SUCCEEDED
         narinfo = await farm.coordinator.cache.narinfo(path.rpartition("/")[2][:32])

@@ -7,7 +7,7 @@ import os
 import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -23,8 +23,9 @@ from coordinator.http.binary_cache import routes as http_cache
 from coordinator.http.binary_cache.routes import QUESTION_BOUNDS, add_cache_routes
 from coordinator.security.tokens import CacheAccess
 from infra.cache.cache import Cache
-from infra.cache.publishing.claims import Candidate, Published
+from infra.cache.publishing.claims import Published
 from infra.nix import narinfo
+from infra.nix.narinfo import NarInfo
 from infra.objects.errors import ObjectStoreError
 from infra.objects.nar_writer import QUICK_BYTES, upload_nar
 from infra.objects.store import ObjectStore
@@ -33,6 +34,7 @@ from tests.support.cache import (
     base_name,
     candidate,
     chunked,
+    narinfo_of,
     object_file,
     open_cache,
     publish,
@@ -105,21 +107,21 @@ async def test_a_published_path_is_answered_with_its_narinfo_and_whole_object(an
     async with any_store.http.get(f"{any_store.url}/{narinfo_url(A)}") as answer:
         assert answer.headers["Content-Type"] == "text/x-nix-narinfo"
         info = narinfo.parse(await answer.read(), STORE_DIR)
-    assert replace(info, sigs=()) == claim.narinfo()
-    async with any_store.http.get(f"{any_store.url}/{info.url}") as answer:
+    assert info.signed(()) == claim
+    async with any_store.http.get(f"{any_store.url}/{info.stored.url}") as answer:
         assert answer.status == 200
         assert "Content-Encoding" not in answer.headers
         assert "immutable" in answer.headers["Cache-Control"]
         assert answer.headers["Accept-Ranges"] == "bytes"
         assert answer.headers["ETag"]
-        assert len(await answer.read()) == answer.content_length == info.file_size
+        assert len(await answer.read()) == answer.content_length == info.stored.file_size
 
 
 @pytest.mark.parametrize("size", [1000, QUICK_BYTES + 1_000_000])
 async def test_a_cut_transfer_is_resumed_where_it_ended(any_store: Served, size: int) -> None:
     claim = await candidate(any_store.cache, A, os.urandom(size))
     await any_store.cache.publish([claim])
-    whole = await any_store.cache.objects.get_bytes(claim.url)
+    whole = await any_store.cache.objects.get_bytes(claim.stored.url)
     last = len(whole) - 1
     for header, start, stop in [
         ("bytes=0-", 0, len(whole)),
@@ -129,12 +131,12 @@ async def test_a_cut_transfer_is_resumed_where_it_ended(any_store: Served, size:
         (f"bytes={last}-{last + 100}", last, len(whole)),
         (f"bytes=-{last + 100}", 0, len(whole)),
     ]:
-        async with any_store.http.get(f"{any_store.url}/{claim.url}", headers={"Range": header}) as answer:
+        async with any_store.http.get(f"{any_store.url}/{claim.stored.url}", headers={"Range": header}) as answer:
             assert (answer.status, header) == (206, header)
             assert answer.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{len(whole)}"
             assert await answer.read() == whole[start:stop]
     for header in (f"bytes={len(whole)}-", "bytes=5-2", "bytes=x-"):
-        async with any_store.http.get(f"{any_store.url}/{claim.url}", headers={"Range": header}) as answer:
+        async with any_store.http.get(f"{any_store.url}/{claim.stored.url}", headers={"Range": header}) as answer:
             assert answer.status == 416
             assert answer.headers["Content-Range"] == f"bytes */{len(whole)}"
             assert answer.headers["Cache-Control"] == "no-store"
@@ -144,12 +146,12 @@ async def test_head_agrees_with_get_in_every_state(any_store: Served) -> None:
     states: dict[str, int] = {"nix-cache-info": 200, f"log/{base_name(LOG)}": 200, f"log/{base_name(A)}": 404}
     published, uploaded = await candidate(any_store.cache, A), await candidate(any_store.cache, B)
     await any_store.cache.publish([published])
-    states |= {narinfo_url(A): 200, published.url: 200, narinfo_url(B): 404, uploaded.url: 404}
+    states |= {narinfo_url(A): 200, published.stored.url: 200, narinfo_url(B): 404, uploaded.stored.url: 404}
     lost = await candidate(any_store.cache, C)
     await any_store.cache.publish([lost])
-    await any_store.cache.objects.delete(lost.url)
+    await any_store.cache.objects.delete(lost.stored.url)
     # Of a remote store the narinfo is believed; what counts is that its object is not claimed to be there.
-    states |= {lost.url: 404, narinfo_url(C): 404 if any_store.cache.objects.local_path("x") else 200}
+    states |= {lost.stored.url: 404, narinfo_url(C): 404 if any_store.cache.objects.local_path("x") else 200}
     states |= {"nothing": 404, "": 404, "nar/": 404, "narinfos": 404, narinfo_url("/nix/store/" + "e" * 32): 404}
     for path, status in states.items():
         async with (
@@ -173,7 +175,7 @@ async def test_a_broken_cache_is_absent_rather_than_failing(tmp_path: Path, serv
     with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
         vandal.executescript("DROP TABLE refs; DROP TABLE conflicts; DROP TABLE paths;")
     vandal.close()
-    for path in (narinfo_url(A), narinfo_url(B), claim.url):
+    for path in (narinfo_url(A), narinfo_url(B), claim.stored.url):
         async with served.http.get(f"{served.url}/{path}") as answer:
             assert answer.status == 404
             assert answer.headers["Cache-Control"] == "no-store"
@@ -195,8 +197,8 @@ async def test_a_transfer_that_breaks_is_seen_to_be_short(tmp_path: Path) -> Non
         # The narinfo is there and the object is whole; only what is sent of it breaks.
         claim = await candidate(cache, A, os.urandom(5_000_000))
         await cache.publish([claim])
-        async with served.http.get(f"{served.url}/{claim.url}") as answer:
-            assert (answer.status, answer.content_length) == (200, claim.file_size)
+        async with served.http.get(f"{served.url}/{claim.stored.url}") as answer:
+            assert (answer.status, answer.content_length) == (200, claim.stored.file_size)
             with pytest.raises(aiohttp.ClientPayloadError):
                 await answer.read()
 
@@ -204,7 +206,7 @@ async def test_a_transfer_that_breaks_is_seen_to_be_short(tmp_path: Path) -> Non
 async def test_other_methods_are_refused_cleanly(served: Served) -> None:
     claim = await candidate(served.cache, A)
     await served.cache.publish([claim])
-    for path in ("nix-cache-info", narinfo_url(A), claim.url):
+    for path in ("nix-cache-info", narinfo_url(A), claim.stored.url):
         for method in ("PUT", "POST", "DELETE"):
             async with served.http.request(method, f"{served.url}/{path}", data=b"x") as answer:
                 assert answer.status == 405
@@ -390,13 +392,13 @@ async def make_paths(home: Path) -> list[str]:
     return [added, a, b]
 
 
-async def offer(cache: Cache, home: Path, path: str, references: list[str]) -> Candidate:
+async def offer(cache: Cache, home: Path, path: str, references: list[str]) -> NarInfo:
     real = home / "origin" / path.removeprefix("/")
     process = await asyncio.create_subprocess_exec("nix-store", "--dump", str(real), stdout=asyncio.subprocess.PIPE)
     out, _ = await process.communicate()
     uploaded = await upload_nar(cache.objects, chunked(out))
     # Without a content address nothing but the signature can make a client accept it.
-    return Candidate.of_upload(path, uploaded, [base_name(reference) for reference in references])
+    return narinfo_of(path, uploaded, [base_name(reference) for reference in references])
 
 
 async def test_an_unmodified_nix_fetches_what_the_farms_key_signed_and_nothing_else(

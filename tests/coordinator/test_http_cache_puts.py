@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -31,9 +31,11 @@ from coordinator.security.tokens import CacheAccess, TokenSet
 from infra.cache.cache import Cache
 from infra.nix.hashing import sha256_text
 from infra.nix.nar import NarData, NarFile, write_events
-from infra.nix.narinfo import NarInfo
+from infra.nix.narinfo import NarInfo, StoredNar
+from infra.nix.path_info import PathInfo
+from infra.objects.compression import nar_key
 from infra.objects.hashed_put import QUICK_OBJECT_BYTES
-from tests.support.cache import base_name, open_cache, secret_key, store_path
+from tests.support.cache import base_name, lying, open_cache, secret_key, store_path
 from tests.support.disks import fill, small_disk
 
 WRITER = "a-writer-token-of-enough-length"
@@ -105,21 +107,13 @@ class Upload:
 def upload_of(path: str, nar: bytes, *references: str) -> Upload:
     data = zstandard.ZstdCompressor(level=1).compress(nar)
     file_hash = sha256_text(sha256(data).digest())
-    info = NarInfo(
-        store_path=path,
-        url=f"nar/{file_hash.removeprefix('sha256:')}.nar.zst",
-        compression="zstd",
-        file_hash=file_hash,
-        file_size=len(data),
-        nar_hash=sha256_text(sha256(nar).digest()),
-        nar_size=len(nar),
-        references=tuple(sorted(base_name(reference) for reference in references)),
-    )
-    return Upload(data, info)
+    names = tuple(sorted(base_name(reference) for reference in references))
+    info = PathInfo(path, sha256_text(sha256(nar).digest()), len(nar), names)
+    return Upload(data, NarInfo(info, StoredNar(nar_key(file_hash), "zstd", file_hash, len(data))))
 
 
 async def send(served: Writable, upload: Upload) -> tuple[int, str]:
-    status, text = await served.put(upload.info.url, upload.data)
+    status, text = await served.put(upload.info.stored.url, upload.data)
     assert status == 200, text
     return await served.put(upload.narinfo_address, upload.info.render())
 
@@ -130,18 +124,19 @@ async def send(served: Writable, upload: Upload) -> tuple[int, str]:
 @pytest.mark.parametrize("size", [1, 100_000, QUICK_OBJECT_BYTES + 1, 20_000_000])
 async def test_what_is_uploaded_is_verified_signed_and_served(served: Writable, size: int) -> None:
     upload = upload_of(A, os.urandom(size))
-    assert await served.status(upload.info.url) == 404
-    status, _ = await served.put(upload.info.url, upload.data)
+    assert await served.status(upload.info.stored.url) == 404
+    status, _ = await served.put(upload.info.stored.url, upload.data)
     assert status == 200
     # To its writers the object is there, to others not before it is published.
-    assert [await served.status(upload.info.url), await served.status(upload.info.url, authorization="")] == [200, 404]
-    status, text = await served.put(upload.narinfo_address, replace(upload.info, sigs=("x:y",)).render())
+    url = upload.info.stored.url
+    assert [await served.status(url), await served.status(url, authorization="")] == [200, 404]
+    status, text = await served.put(upload.narinfo_address, upload.info.signed(("x:y",)).render())
     assert (status, text) == (200, "")
     async with served.http.get(f"{served.url}/{upload.narinfo_address}") as answer:
         shown = await answer.text()
     assert shown.count("Sig: ") == 1
     assert "Sig: drover-test-1:" in shown
-    async with served.http.get(f"{served.url}/{upload.info.url}") as answer:
+    async with served.http.get(f"{served.url}/{upload.info.stored.url}") as answer:
         assert await answer.read() == upload.data
     assert served.left_behind() == []
     assert await send(served, upload) == (200, "")
@@ -149,9 +144,9 @@ async def test_what_is_uploaded_is_verified_signed_and_served(served: Writable, 
 
 async def test_an_uploaded_object_that_is_swept_is_not_claimed_any_more(served: Writable) -> None:
     upload = upload_of(A, b"nar")
-    await served.put(upload.info.url, upload.data)
-    await served.cache.objects.delete(upload.info.url)
-    assert [await served.status(upload.info.url, method) for method in ("HEAD", "GET")] == [404, 404]
+    await served.put(upload.info.stored.url, upload.data)
+    await served.cache.objects.delete(upload.info.stored.url)
+    assert [await served.status(upload.info.stored.url, method) for method in ("HEAD", "GET")] == [404, 404]
 
 
 async def test_references_come_first(served: Writable) -> None:
@@ -168,7 +163,7 @@ async def test_other_bits_for_a_published_path_are_a_conflict_and_change_nothing
     status, sentence = await send(served, other)
     assert (status, "other bits" in sentence) == (409, True)
     async with served.http.get(f"{served.url}/{first.narinfo_address}") as answer:
-        assert first.info.nar_hash in await answer.text()
+        assert first.info.path.nar_hash in await answer.text()
     assert (await served.cache.info()).conflicts == 1
 
 
@@ -206,9 +201,9 @@ async def test_the_cache_cannot_be_made_another(served: Writable, text: bytes, s
 async def test_an_object_that_has_not_the_hash_in_its_name_is_not_stored(served: Writable) -> None:
     for size in (100, QUICK_OBJECT_BYTES + 100_000):
         upload = upload_of(A, os.urandom(size))
-        status, sentence = await served.put(upload.info.url, upload.data[:-1] + b"x")
+        status, sentence = await served.put(upload.info.stored.url, upload.data[:-1] + b"x")
         assert (status, "hash" in sentence) == (400, True)
-        assert await served.status(upload.info.url) == 404
+        assert await served.status(upload.info.stored.url) == 404
     assert served.left_behind() == []
     for name in ("x.nar.zst", "../x", "a" * 52 + ".nar.gz", "%2e%2e%2fkey", "b" * 52 + ".nar.zst/x"):
         assert (await served.put(f"nar/{name}", b"x"))[0] in {400, 404, 405}
@@ -236,8 +231,8 @@ LIES = st.sampled_from(
 @given(lie=LIES)
 async def test_a_narinfo_that_lies_is_refused_for_good(served: Writable, lie: dict[str, object]) -> None:
     upload = upload_of(A, b"the nar")
-    await served.put(upload.info.url, upload.data)
-    status, sentence = await served.put(upload.narinfo_address, replace(upload.info, **lie).render())  # type: ignore[arg-type]
+    await served.put(upload.info.stored.url, upload.data)
+    status, sentence = await served.put(upload.narinfo_address, lying(upload.info, lie).render())
     assert 400 <= status < 500
     assert status not in {408, 429}
     assert sentence.endswith("\n")
@@ -248,7 +243,7 @@ async def test_a_narinfo_that_lies_is_refused_for_good(served: Writable, lie: di
 @given(data=st.data())
 async def test_a_mutated_narinfo_is_either_the_same_claim_or_refused(served: Writable, data: st.DataObject) -> None:
     upload = upload_of(A, b"the nar", A)
-    await served.put(upload.info.url, upload.data)
+    await served.put(upload.info.stored.url, upload.data)
     text = bytearray(upload.info.render())
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(text) - 1))
@@ -257,7 +252,7 @@ async def test_a_mutated_narinfo_is_either_the_same_claim_or_refused(served: Wri
     assert status in {200, 400, 409, 422}
     if status == 200:
         async with served.http.get(f"{served.url}/{upload.narinfo_address}") as answer:
-            assert upload.info.nar_hash in await answer.text()
+            assert upload.info.path.nar_hash in await answer.text()
 
 
 # Sockets of our own.
@@ -287,7 +282,7 @@ def put_head(address: str, length: int, *more: str, token: str = BASIC) -> str:
 )
 async def test_who_may_not_is_refused_before_the_body(served: Writable, length: int, token: str, status: bytes) -> None:
     upload = upload_of(A, b"x")
-    for address in (upload.info.url, upload.narinfo_address, f"log/{base_name(DRV)}", "nix-cache-info"):
+    for address in (upload.info.stored.url, upload.narinfo_address, f"log/{base_name(DRV)}", "nix-cache-info"):
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(put_head(address, length, "Expect: 100-continue", token=token).encode())
         answer = await reader.readuntil(b"\r\n\r\n")
@@ -301,7 +296,7 @@ async def test_a_disk_without_room_refuses_before_the_body(served: Writable) -> 
     free = shutil.disk_usage(served.directory).free
     upload = upload_of(A, b"x")
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-    writer.write(put_head(upload.info.url, free + 1, "Expect: 100-continue").encode())
+    writer.write(put_head(upload.info.stored.url, free + 1, "Expect: 100-continue").encode())
     assert (await reader.readuntil(b"\r\n")).split(b" ")[1] == b"413"
     writer.close()
     await writer.wait_closed()
@@ -316,7 +311,7 @@ async def test_a_disk_that_fills_up_under_a_body_is_said_and_leaves_nothing(
     with small_disk(tmp_path / "objects", 4) as disk:
         async with open_cache(tmp_path) as cache, serve(cache, tmp_path) as served:
             reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-            writer.write(put_head(upload.info.url, len(upload.data), "Expect: 100-continue").encode())
+            writer.write(put_head(upload.info.stored.url, len(upload.data), "Expect: 100-continue").encode())
             await reader.readuntil(b"\r\n\r\n")
             (disk / "nar").mkdir()
             fill(disk / "nar" / "rubbish")
@@ -327,7 +322,7 @@ async def test_a_disk_that_fills_up_under_a_body_is_said_and_leaves_nothing(
             writer.close()
             await writer.wait_closed()
             assert served.left_behind() == []
-            assert await served.status(upload.info.url) == 404
+            assert await served.status(upload.info.stored.url) == 404
             (disk / "nar" / "rubbish").unlink()
             assert await send(served, upload) == (200, "")
 
@@ -336,7 +331,7 @@ async def test_the_body_is_asked_for_once_all_is_well(served: Writable) -> None:
     upload = upload_of(A, b"x")
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
     for _ in range(2):
-        writer.write(put_head(upload.info.url, len(upload.data), "Expect: 100-continue").encode())
+        writer.write(put_head(upload.info.stored.url, len(upload.data), "Expect: 100-continue").encode())
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(upload.data)
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 OK\r\n")
@@ -348,10 +343,10 @@ async def test_the_body_is_asked_for_once_all_is_well(served: Writable) -> None:
 async def test_ten_gibibytes_announced_and_cut_leave_nothing(served: Writable, sent: int) -> None:
     upload = upload_of(A, b"x")
     before = served.left_behind()
-    answer = await exchange(served.port, put_head(upload.info.url, 10 << 30), b"\x00" * sent, cut=True)
+    answer = await exchange(served.port, put_head(upload.info.stored.url, 10 << 30), b"\x00" * sent, cut=True)
     assert not answer or 400 <= int(answer.split(b" ")[1]) < 500
     assert served.left_behind() == before == []
-    assert await served.status(upload.info.url) == 404
+    assert await served.status(upload.info.stored.url) == 404
     # The cache goes on.
     assert await send(served, upload) == (200, "")
 
@@ -361,7 +356,7 @@ async def test_a_silent_body_is_given_up(served: Writable, monkeypatch: pytest.M
     upload = upload_of(A, os.urandom(QUICK_OBJECT_BYTES * 2))
     for sent in (b"", upload.data[: QUICK_OBJECT_BYTES + 10]):
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-        writer.write(put_head(upload.info.url, len(upload.data)).encode() + sent)
+        writer.write(put_head(upload.info.stored.url, len(upload.data)).encode() + sent)
         answer = await reader.readuntil(b"\r\n\r\n")
         assert answer.startswith(b"HTTP/1.1 400 ")
         writer.close()
@@ -373,7 +368,7 @@ async def test_a_body_that_trickles_is_given_up(served: Writable, monkeypatch: p
     monkeypatch.setattr(http_puts, "SILENCE_S", 0.3)
     upload = upload_of(A, os.urandom(QUICK_OBJECT_BYTES * 2))
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-    writer.write(put_head(upload.info.url, len(upload.data)).encode())
+    writer.write(put_head(upload.info.stored.url, len(upload.data)).encode())
     answer = asyncio.ensure_future(reader.readuntil(b"\r\n\r\n"))
     # A byte at a time is never silence, and less than the least pace.
     while not (await asyncio.wait([answer], timeout=0.02))[0]:
@@ -386,8 +381,8 @@ async def test_a_body_that_trickles_is_given_up(served: Writable, monkeypatch: p
 
 async def test_bodies_without_a_length_or_in_another_encoding_are_refused(served: Writable) -> None:
     upload = upload_of(A, b"x")
-    assert (await served.put(upload.info.url, upload.data, **{"Content-Encoding": "gzip"}))[0] == 415
-    head = put_head(upload.info.url, 0).replace("Content-Length: 0", "Transfer-Encoding: chunked")
+    assert (await served.put(upload.info.stored.url, upload.data, **{"Content-Encoding": "gzip"}))[0] == 415
+    head = put_head(upload.info.stored.url, 0).replace("Content-Length: 0", "Transfer-Encoding: chunked")
     assert b" 411 " in (await exchange(served.port, head, b"0\r\n\r\n")).split(b"\r\n")[0]
 
 

@@ -87,10 +87,14 @@ async def test_caches_share_nothing_but_the_process(tmp_path: Path) -> None:
         assert len({line for text in texts for line in text.splitlines() if line.startswith("NarHash")}) == 2
         assert [text.partition("Sig: ")[2].partition(":")[0] for text in texts] == ["drover-1", "team1-drover-1"]
         assert await caches.status(f"team-2/{narinfo}") == 404
-        assert [await caches.status(f"{prefix}{claim.url}") for prefix in ("", "team1/", "team-2/")] == [404, 200, 404]
+        assert [await caches.status(f"{prefix}{claim.stored.url}") for prefix in ("", "team1/", "team-2/")] == [
+            404,
+            200,
+            404,
+        ]
         async with caches.http.get(f"{caches.url}/team1/nix-cache-info") as answer:
             assert "Priority: 20\n" in await answer.text()
-        assert (tmp_path / "objects/caches/team1" / claim.url).is_file()
+        assert (tmp_path / "objects/caches/team1" / claim.stored.url).is_file()
         for name in ("cache.sqlite3", "cache-team1.sqlite3", "cache-team-2.sqlite3"):
             assert (tmp_path / name).is_file()
         for key in ("cache-key", "cache-team1-key", "cache-team-2-key"):
@@ -104,7 +108,7 @@ async def test_a_private_cache_answers_only_those_with_a_token(tmp_path: Path, m
     async with serve(tmp_path, caches=[team1]) as caches:
         claim = await candidate(caches.opened["team1"].cache, A)
         await caches.opened["team1"].cache.publish([claim])
-        addresses = ["nix-cache-info", f"{base_name(A)[:32]}.narinfo", claim.url]
+        addresses = ["nix-cache-info", f"{base_name(A)[:32]}.narinfo", claim.stored.url]
         for address in [*addresses, "anything"]:
             for wrong in ("", basic("wrong-token-of-enough-length"), f"Bearer {API}", basic(READER)[:-4], basic("")):
                 for method in ("GET", "HEAD"):
@@ -114,7 +118,7 @@ async def test_a_private_cache_answers_only_those_with_a_token(tmp_path: Path, m
             for right in (basic(READER), basic(READER, ""), f"bearer {READER}", basic(WRITER)):
                 assert await caches.status(f"team1/{address}", right) == 200
         async with caches.http.get(
-            f"{caches.url}/team1/{claim.url}", headers={"Authorization": basic(READER)}
+            f"{caches.url}/team1/{claim.stored.url}", headers={"Authorization": basic(READER)}
         ) as answer:
             assert answer.headers["Cache-Control"].startswith("private")
 

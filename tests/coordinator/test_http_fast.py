@@ -236,8 +236,8 @@ def test_the_short_way_and_sendfile_work_on_the_loop_that_serves(tmp_path: Path)
             try:
                 served = await serve_both(cache, runners)
                 plain = request("GET", f"/cache/{narinfo()}", *NIX)
-                wanted = request("GET", f"/cache/{claim.url}", *NIX)
-                part = request("GET", f"/cache/{claim.url}", HOST, "Range: bytes=70000-")
+                wanted = request("GET", f"/cache/{claim.stored.url}", *NIX)
+                part = request("GET", f"/cache/{claim.stored.url}", HOST, "Range: bytes=70000-")
                 for pieces in ([plain, wanted, plain, part, plain], [wanted + plain + part + plain]):
                     quick, slow = [await talk(port, pieces) for port in (served.fast_port, served.slow_port)]
                     assert quick == slow

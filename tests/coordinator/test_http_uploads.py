@@ -352,7 +352,7 @@ async def test_a_store_that_fails_is_not_a_missing_input_for_who_reads_over_http
         info = narinfo.parse(text, STORE_DIR)
 
         async def read() -> bytes:
-            url = f"{site.coordinator.ready.cache_url}/{info.url}"
+            url = f"{site.coordinator.ready.cache_url}/{info.stored.url}"
             return b"".join([data async for data in fetch_nar_over_http(site.session, url, {}, info)])
 
         # More than the coordinator tries by itself for one request, less than for two.

@@ -445,7 +445,7 @@ async def test_a_built_path_that_is_lost_while_a_submission_waits_is_built_again
     waiting: dict[str, list[list[str]]] = {user.name[33:-4]: [[]] for user in users}
     assert needs(await room.submit(*users)) == waiting
     for path in (*maker.outputs.values(), *stranger.outputs.values()):
-        file = room.cache.objects.local_path((await narinfo_of(room.cache, path)).url)
+        file = room.cache.objects.local_path((await narinfo_of(room.cache, path)).stored.url)
         assert file is not None
         file.unlink()
     roots = tuple(RootRequest(attr=user.name, drv=user.drv) for user in users)

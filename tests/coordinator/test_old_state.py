@@ -55,10 +55,10 @@ async def test_what_an_earlier_version_built_is_shown_and_served_and_not_built_a
         async with web.get(f"{cache}/{output.rpartition('/')[2][:32]}.narinfo") as answer:
             info = narinfo.parse(await answer.read(), StoreDir("/nix/store"))
         (key,) = (await farm.client.farm()).public_keys
-        assert PublicKey.parse(key).verify(info.fingerprint(StoreDir("/nix/store")), info.sigs[0])
-        async with web.get(f"{cache}/{info.url}") as answer:
+        assert PublicKey.parse(key).verify(info.path.fingerprint(), info.path.sigs[0])
+        async with web.get(f"{cache}/{info.stored.url}") as answer:
             nar = zstandard.ZstdDecompressor().decompressobj().decompress(await answer.read())
-        assert info.nar_hash == f"sha256:{encode(hashlib.sha256(nar).digest())}"
+        assert info.path.nar_hash == f"sha256:{encode(hashlib.sha256(nar).digest())}"
         assert b"top of low\n" in nar
 
         again = await farm.ended((await farm.submit(GRAPH, "top")).id)

@@ -133,7 +133,7 @@ async def downloading(root: Path) -> AsyncGenerator[tuple[asyncio.StreamReader, 
         app = web.Application()
         add_cache_routes(app, OpenCache("default", "/cache", CacheSettings(), cache, CacheAccess()), log_for=_no_log)
         async with connected(app) as (reader, writer):
-            writer.write(f"GET /cache/{claim.url} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            writer.write(f"GET /cache/{claim.stored.url} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             assert b" 200 " in await reader.readline()
             yield reader, writer
 

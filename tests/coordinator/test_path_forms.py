@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,14 +13,14 @@ from pydantic import BaseModel
 
 from coordinator.api.streams import SourceHeader
 from coordinator.journal.codec import Evidence, decode_evidence, encode_evidence
-from infra.cache.publishing.claims import Candidate
 from infra.daemon.values import decode_path_info, encode_path_info
 from infra.daemon.wire import Encoder, Inbox
 from infra.nix.hashing import sha256_text
+from infra.nix.narinfo import NarInfo, StoredNar
 from infra.nix.path_info import PathInfo
 from infra.objects.nar_writer import UploadedNar, upload_nar
 from infra.upload.protocol import PathClaim, SentPath
-from tests.support.cache import chunked, open_cache, secret_key
+from tests.support.cache import STORE_DIR, chunked, open_cache, secret_key
 from workers.wire.messages import OUTPUTS, Output
 
 BELOW, ABOVE = "0" * 32 + "-below", "1" * 32 + "-above"
@@ -28,13 +28,12 @@ DRV = "2" * 32 + "-above.drv"
 NAR_HASH, FILE_HASH = "sha256:" + "0" * 51 + "1", "sha256:" + "0" * 51 + "2"
 NAR_KEY = "nar/" + "0" * 51 + "2.nar.zst"
 
-OUTPUT = Output(
-    name="out", path=f"/nix/store/{ABOVE}", nar_hash=NAR_HASH, nar_size=120, references=(BELOW, ABOVE),
-    url=NAR_KEY, compression="zstd", file_hash=FILE_HASH, file_size=77,
-)  # fmt: skip
+INFO = PathInfo(f"/nix/store/{ABOVE}", NAR_HASH, 120, (BELOW, ABOVE), DRV, ("k:1", "k:2"), "text:sha256:x")
+STORED = StoredNar(NAR_KEY, "zstd", FILE_HASH, 77)
+OUTPUT = Output.of("out", NarInfo(INFO, STORED))
 OUTPUT_JSON = (
     f'{{"name":"out","path":"/nix/store/{ABOVE}","nar_hash":"{NAR_HASH}","nar_size":120,'
-    f'"references":["{BELOW}","{ABOVE}"],"ca":"","url":"{NAR_KEY}","compression":"zstd",'
+    f'"references":["{BELOW}","{ABOVE}"],"ca":"text:sha256:x","url":"{NAR_KEY}","compression":"zstd",'
     f'"file_hash":"{FILE_HASH}","file_size":77}}'
 ).encode()
 
@@ -53,10 +52,10 @@ def test_a_worker_reports_an_output_with_these_bytes() -> None:
     ("message", "sent"),
     [
         (
-            PathClaim(path=ABOVE, nar_hash=NAR_HASH, nar_size=120, references=(BELOW, ABOVE), deriver=DRV),
+            PathClaim.of(INFO),
             (
                 f'{{"path":"{ABOVE}","nar_hash":"{NAR_HASH}","nar_size":120,"references":["{BELOW}","{ABOVE}"],'
-                f'"deriver":"{DRV}","ca":""}}'
+                f'"deriver":"{DRV}","ca":"text:sha256:x"}}'
             ),
         ),
         (
@@ -64,9 +63,9 @@ def test_a_worker_reports_an_output_with_these_bytes() -> None:
             f'{{"path":"{ABOVE}","file_hash":"{FILE_HASH}","file_size":77,"etags":["a"]}}',
         ),
         (
-            SourceHeader(path=ABOVE, references=(BELOW,), nar_hash=NAR_HASH, nar_size=120, ca="text:sha256:x"),
+            SourceHeader.of(INFO),
             (
-                f'{{"path":"{ABOVE}","references":["{BELOW}"],"nar_hash":"{NAR_HASH}","nar_size":120,'
+                f'{{"path":"{ABOVE}","references":["{BELOW}","{ABOVE}"],"nar_hash":"{NAR_HASH}","nar_size":120,'
                 f'"ca":"text:sha256:x"}}'
             ),
         ),
@@ -78,20 +77,29 @@ def test_a_client_says_what_it_has_with_these_bytes(message: BaseModel, sent: st
     assert type(message).model_validate_json(sent) == message
 
 
+def test_a_message_gives_back_the_metadata_that_it_was_made_of() -> None:
+    unsigned = replace(INFO, sigs=())
+    assert OUTPUT.narinfo(DRV) == NarInfo(unsigned, STORED)
+    assert PathClaim.of(INFO).info(STORE_DIR) == unsigned
+    assert SourceHeader.of(INFO).info(STORE_DIR) == replace(unsigned, deriver="")
+    assert SentPath(path=ABOVE, file_hash=FILE_HASH, file_size=77).stored(NAR_KEY, "zstd") == STORED
+
+
 def test_a_daemon_gives_and_takes_a_path_in_these_words() -> None:
-    info = PathInfo(f"/nix/store/{ABOVE}", NAR_HASH, 120, (BELOW, ABOVE), DRV, ("k:1", "k:2"), "text:sha256:x")
     words = Encoder().string(f"/nix/store/{DRV}").string("01" + "00" * 31)
     words.strings([f"/nix/store/{BELOW}", f"/nix/store/{ABOVE}"]).integer(0).integer(120).integer(0)
     words.strings(["k:1", "k:2"]).string("text:sha256:x")
     sent = Encoder()
-    encode_path_info(info, sent)
+    encode_path_info(INFO, sent)
     assert sent.getvalue() == Encoder().string(f"/nix/store/{ABOVE}").getvalue() + words.getvalue()
-    assert decode_path_info(f"/nix/store/{ABOVE}", Inbox(words.getvalue())) == info
+    assert decode_path_info(f"/nix/store/{ABOVE}", Inbox(words.getvalue())) == INFO
 
 
 async def test_a_published_path_and_a_conflict_are_these_rows(tmp_path: Path) -> None:
-    def claim(path: str, made: UploadedNar, references: Sequence[str] = (), deriver: str = "") -> Candidate:
-        return Candidate.of_upload(path, made, references, deriver=deriver, ca="text:sha256:" + "0" * 52)
+    ca = "text:sha256:" + "0" * 52
+
+    def claim(path: str, made: UploadedNar, references: tuple[str, ...] = (), deriver: str = "") -> NarInfo:
+        return made.narinfo(PathInfo(path, "", 0, references, deriver, ("another:signature",), ca))
 
     above = f"/nix/store/{ABOVE}"
     async with open_cache(tmp_path, now=lambda: 9.0) as cache:
@@ -105,7 +113,6 @@ async def test_a_published_path_and_a_conflict_are_these_rows(tmp_path: Path) ->
         (conflict,) = database.execute("select * from conflicts")
     digest, other_digest = (sha256_text(sha256(each).digest()) for each in (b"bits", b"other bits"))
     key, other_key = (f"nar/{each.removeprefix('sha256:')}.nar" for each in (digest, other_digest))
-    ca = "text:sha256:" + "0" * 52
     assert row == (2, ABOVE[:32], above, key, "none", digest, 4, digest, 4, DRV, ca, text, 9.0, 0.0, None)
     assert conflict == (2, other_digest, 10, other_key, 10, "", 9.0, 1)
     unsigned, _, signature = text.decode().partition("Sig: ")

@@ -47,7 +47,7 @@ async def sent(farm: TestFarm) -> list[Made]:
     one = await candidate(cache, sources[0])
     paths = [*sources, *(made.outputs["out"] for made in members)]
     # Thousands of paths with the same bits: the object is uploaded once.
-    await cache.publish([replace(one, store_path=path) for path in paths])
+    await cache.publish([replace(one, path=replace(one.path, store_path=path)) for path in paths])
     await farm.client.send_derivations(in_thread(encode_derivations((made.name, made.data) for made in members)))
     return members
 

@@ -6,14 +6,18 @@ import hashlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from infra.cache.cache import Cache
-from infra.cache.publishing.claims import Candidate, PublishOutcome
+from infra.cache.publishing.claims import PublishOutcome
 from infra.nix import base32
+from infra.nix.narinfo import NarInfo
+from infra.nix.path_info import PathInfo
 from infra.nix.signing import SecretKey, generate
 from infra.nix.store_path import StoreDir
-from infra.objects.nar_writer import upload_nar
+from infra.objects.nar_writer import UploadedNar, upload_nar
 from infra.objects.store import ObjectStore, open_object_store
 
 STORE_DIR = StoreDir("/nix/store")
@@ -61,10 +65,22 @@ async def open_cache(
         await cache.close()
 
 
-async def candidate(cache: Cache, path: str, nar: bytes | None = None, references: Sequence[str] = ()) -> Candidate:
+def narinfo_of(path: str, uploaded: UploadedNar, references: Sequence[str] = ()) -> NarInfo:
+    """Return the claim that what was uploaded is the NAR of a path; `references` are base names."""
+    return uploaded.narinfo(PathInfo(path, "", 0, tuple(references)))
+
+
+def lying(claim: NarInfo, lie: dict[str, Any]) -> NarInfo:
+    """Return the claim with other values in fields of its path or of its object."""
+    of_object = {field: value for field, value in lie.items() if hasattr(claim.stored, field)}
+    of_path = {field: value for field, value in lie.items() if field not in of_object}
+    return NarInfo(replace(claim.path, **of_path), replace(claim.stored, **of_object))
+
+
+async def candidate(cache: Cache, path: str, nar: bytes | None = None, references: Sequence[str] = ()) -> NarInfo:
     """Upload a NAR (by default its bytes are the path's text) and return the claim for it; `references` are paths."""
     uploaded = await upload_nar(cache.objects, chunked(nar or path.encode()))
-    return Candidate.of_upload(path, uploaded, [base_name(reference) for reference in references])
+    return narinfo_of(path, uploaded, [base_name(reference) for reference in references])
 
 
 async def publish(cache: Cache, path: str, nar: bytes | None = None, references: Sequence[str] = ()) -> PublishOutcome:
@@ -72,7 +88,7 @@ async def publish(cache: Cache, path: str, nar: bytes | None = None, references:
     return outcome
 
 
-def object_file(cache: Cache, claim: Candidate) -> Path:
-    path = cache.objects.local_path(claim.url)
+def object_file(cache: Cache, claim: NarInfo) -> Path:
+    path = cache.objects.local_path(claim.stored.url)
     assert path is not None
     return path

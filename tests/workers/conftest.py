@@ -93,20 +93,8 @@ class FarmCache:
         self.key = KEY
 
     def publish(self, output: Output) -> None:
-        unsigned = NarInfo(
-            store_path=output.path,
-            url=output.url,
-            compression=output.compression,
-            file_hash=output.file_hash,
-            file_size=output.file_size,
-            nar_hash=output.nar_hash,
-            nar_size=output.nar_size,
-            references=output.references,
-            ca=output.ca,
-        )
-        fields = {name: getattr(unsigned, name) for name in NarInfo.__dataclass_fields__}
-        sig = self.key.sign(unsigned.fingerprint(STORE_DIR))
-        self.narinfos[output.path.rpartition("/")[2]] = NarInfo(**(fields | {"sigs": (sig,)}))
+        unsigned = output.narinfo()
+        self.narinfos[unsigned.base_name] = unsigned.signed((self.key.sign(unsigned.path.fingerprint()),))
 
     async def answer(self, request: web.Request) -> web.Response:
         asked = (await request.json())["paths"]
@@ -126,7 +114,7 @@ class FarmCache:
                 missing.append(name)
                 continue
             found[name] = info.render().decode()
-            wanted.extend(info.references)
+            wanted.extend(info.path.references)
         return web.json_response({"narinfos": list(found.values()), "missing": missing})
 
 

@@ -79,7 +79,7 @@ async def test_a_closure_larger_than_one_answer_is_asked_for_in_parts_references
         await sources.close()
     places = {info.store_path.rpartition("/")[2]: place for place, info in enumerate(infos)}
     assert len(places) == len(infos) == 40 + len(leaves) + len(roots)
-    assert all(places[name] < place for place, info in enumerate(infos) for name in info.references)
+    assert all(places[name] < place for place, info in enumerate(infos) for name in info.path.references)
     assert len(bench.cache.questions) > 2
     assert max(map(len, bench.cache.questions)) <= QUESTION_PATHS
 

@@ -29,7 +29,6 @@ from infra.dependency_order import CycleError, inputs_first
 from infra.nix import narinfo
 from infra.nix.errors import NixError
 from infra.nix.narinfo import NarInfo
-from infra.nix.path_info import PathInfo
 from infra.nix.signing import PublicKey
 from infra.nix.store_path import StoreDir
 from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreError, StoreUnreachableError
@@ -118,17 +117,17 @@ class FarmSources:
                 raise InputError(f"the inputs reach more than {MAX_CLOSURE} paths")
             batch, wanted = wanted[:QUESTION_PATHS], wanted[QUESTION_PATHS:]
             infos = await self._request_infos(batch)
-            found = {info.store_path.rpartition("/")[2]: info for info in infos}
+            found = {info.base_name: info for info in infos}
             if not found.keys() >= set(batch):
                 raise InputError("the cache's answer lacks paths that were asked for")
             known |= found
             # An answer is bounded: what it only refers to is asked for in turn.
-            beyond = {reference.rpartition("/")[2] for info in infos for reference in info.references}
+            beyond = {reference for info in infos for reference in info.path.references}
             wanted = sorted((beyond | set(wanted)) - known.keys())
         infos = _references_first(known)
         for info in infos:
-            fingerprint = info.fingerprint(self.store_dir)
-            if not any(key.verify(fingerprint, sig) for key in self._keys for sig in info.sigs):
+            fingerprint = info.path.fingerprint()
+            if not any(key.verify(fingerprint, sig) for key in self._keys for sig in info.path.sigs):
                 raise InputError(f"{info.store_path} is not signed by a key of the farm")
         return infos
 
@@ -152,7 +151,7 @@ class FarmSources:
     async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None]:
         """Yield the NAR of a narinfo, verified by its end. Raises `InputError`."""
         if self.store is None:
-            url = f"{self.farm.cache_url}/{info.url}"
+            url = f"{self.farm.cache_url}/{info.stored.url}"
             source = fetch_nar_over_http(self._session, url, self._authorization(), info)
         else:
             source = fetch_nar(self.store, info)
@@ -168,18 +167,7 @@ class FarmSources:
 
     def upload(self, info: NarInfo, nar: AsyncIterator[bytes]) -> Upload:
         """Return what adds a path to the worker's store; its narinfo is one of `narinfos`."""
-        return Upload(
-            PathInfo(
-                store_path=info.store_path,
-                nar_hash=info.nar_hash,
-                nar_size=info.nar_size,
-                references=info.references,
-                deriver=info.deriver,
-                sigs=info.sigs,
-                ca=info.ca,
-            ),
-            nar,
-        )
+        return Upload(info.path, nar)
 
     def uploads(self, token: str) -> UploadClient:
         """Return what uploads outputs over HTTP with the token of a lease."""
@@ -228,8 +216,7 @@ def _references_first(infos: Mapping[str, NarInfo]) -> list[NarInfo]:
 
 
 def _others(info: NarInfo) -> list[str]:
-    names = (path.rpartition("/")[2] for path in info.references)
-    return [name for name in names if name != info.store_path.rpartition("/")[2]]
+    return [name for name in info.path.references if name != info.base_name]
 
 
 async def _json_object(response: aiohttp.ClientResponse) -> dict[str, Any]:
@@ -476,7 +463,7 @@ class _NarsAhead:
         self._next = max(self._next, number)
         while self._next < len(self._infos) and len(self._ahead) < AHEAD:
             info = self._infos[self._next]
-            if info.nar_size > AHEAD_BYTES:
+            if info.path.nar_size > AHEAD_BYTES:
                 if self._next > number:
                     return
             else:
@@ -494,4 +481,4 @@ class _NarsAhead:
             async for chunk in chunks:
                 yield chunk
         took_s = self._clock.now() - began
-        self._log.add(Fetched(info.nar_size, info.store_path, self._sources.kind, began, took_s))
+        self._log.add(Fetched(info.path.nar_size, info.store_path, self._sources.kind, began, took_s))

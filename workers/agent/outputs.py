@@ -16,7 +16,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 from infra.daemon import DaemonConnection, DaemonGone
+from infra.nix.narinfo import NarInfo
 from infra.nix.path_info import PathInfo
+from infra.nix.store_path import base_name_of
 from infra.objects.compression import Compression
 from infra.objects.errors import CacheError
 from infra.objects.nar_writer import CompressedNar, compressing, upload_nar
@@ -105,7 +107,7 @@ async def _send(
     infos: dict[str, PathInfo] = {}
     async with readers.use() as connection:
         for path in wanted.values():
-            infos[_base(path)] = await _path_info(connection, path)
+            infos[base_name_of(path)] = await _path_info(connection, path)
 
     @asynccontextmanager
     async def open_nar(claim: PathClaim, compression: Compression) -> AsyncIterator[CompressedNar]:
@@ -118,7 +120,7 @@ async def _send(
             yield nar
             packed(nar.pieces.waited_s)
 
-    claims = [_claim(name, info) for name, info in infos.items()]
+    claims = [PathClaim.of(info) for info in infos.values()]
     try:
         result = await client.upload_all(claims, open_nar, parallel=READERS)
     except SenderRefusedError as error:
@@ -132,25 +134,9 @@ async def _send(
     urls = {verdict.path: verdict.url for verdict in result.verdicts}
     sent = {each.path: each for each in result.sent}
     return tuple(
-        Output(
-            name=name,
-            path=path,
-            nar_hash=info.nar_hash,
-            nar_size=info.nar_size,
-            references=info.references,
-            ca=info.ca,
-            url=urls[_base(path)],
-            compression=result.compression,
-            file_hash=sent[_base(path)].file_hash,
-            file_size=sent[_base(path)].file_size,
-        )
-        for name, path in wanted.items()
-        for info in (infos[_base(path)],)
+        Output.of(name, NarInfo(infos[base], sent[base].stored(urls[base], result.compression)))
+        for name, base in ((name, base_name_of(path)) for name, path in wanted.items())
     )
-
-
-def _claim(name: str, info: PathInfo) -> PathClaim:
-    return PathClaim(path=name, nar_hash=info.nar_hash, nar_size=info.nar_size, references=info.references, ca=info.ca)
 
 
 async def _path_info(connection: DaemonConnection, path: str) -> PathInfo:
@@ -158,10 +144,6 @@ async def _path_info(connection: DaemonConnection, path: str) -> PathInfo:
     if info is None:
         raise OutputError(f"{path} is not in the store although its build succeeded")
     return info
-
-
-def _base(path: str) -> str:
-    return path.rpartition("/")[2]
 
 
 async def _upload(
@@ -177,16 +159,4 @@ async def _upload(
             raise NotTakenError(f"{path}: {error}") from error
     if (uploaded.nar_hash, uploaded.nar_size) != (info.nar_hash, info.nar_size):
         raise OutputError(f"{path} changed since it was built: its NAR has another hash than the store recorded")
-    output = Output(
-        name=name,
-        path=path,
-        nar_hash=info.nar_hash,
-        nar_size=info.nar_size,
-        references=info.references,
-        ca=info.ca,
-        url=uploaded.url,
-        compression=uploaded.compression,
-        file_hash=uploaded.file_hash,
-        file_size=uploaded.file_size,
-    )
-    return output, uploaded.packing_s
+    return Output.of(name, NarInfo(info, uploaded.stored)), uploaded.packing_s

@@ -30,6 +30,8 @@ from pydantic import (
     model_validator,
 )
 
+from infra.nix.narinfo import NarInfo, StoredNar
+from infra.nix.path_info import PathInfo
 from infra.objects.compression import COMPRESSION, Compression
 from workers.wire.grades import IsolationGrade
 from workers.wire.measures import Measures
@@ -207,6 +209,21 @@ class Output(WireMessage):
     compression: str
     file_hash: str
     file_size: int
+
+    @classmethod
+    def of(cls, name: str, narinfo: NarInfo) -> Output:
+        """Return the output that a path is, stored as its narinfo says."""
+        path, stored = narinfo.path, narinfo.stored
+        return cls(
+            name=name, path=path.store_path, nar_hash=path.nar_hash, nar_size=path.nar_size, references=path.references,
+            ca=path.ca, url=stored.url, compression=stored.compression, file_hash=stored.file_hash,
+            file_size=stored.file_size,
+        )  # fmt: skip
+
+    def narinfo(self, deriver: str = "") -> NarInfo:
+        """Return what the worker claims with it; `deriver` is the base name of its .drv."""
+        path = PathInfo(self.path, self.nar_hash, self.nar_size, self.references, deriver, ca=self.ca)
+        return NarInfo(path, StoredNar(self.url, self.compression, self.file_hash, self.file_size))
 
 
 class Succeeded(WireMessage):

@@ -29,6 +29,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Final
 
 from aiohttp import web
@@ -40,12 +41,13 @@ from coordinator.caches.opening import OpenCache
 from coordinator.http.binary_cache.access import challenge, may_write
 from coordinator.http.bodies import BodyEncodedError, Pace, refuse_encoding
 from coordinator.http.routing import serve_below
-from infra.cache.publishing.claims import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome
+from infra.cache.publishing.claims import AlreadyPublished, Conflict, Published, PublishOutcome
 from infra.cache.publishing.realisations import Registered
 from infra.nix import narinfo as narinfo_format
 from infra.nix import realisation as realisation_format
 from infra.nix.base32 import SHA256_PATTERN
 from infra.nix.errors import FormatError
+from infra.nix.narinfo import NarInfo
 from infra.nix.realisation import MAX_REALISATION_BYTES, RealisationLayout
 from infra.nix.store_path import parse_base_name
 from infra.objects.compression import MAX_NAR_BYTES
@@ -260,23 +262,15 @@ class CachePuts:
                 data += chunk
             return bytes(data)
 
-    async def _claim(self, info: narinfo_format.NarInfo) -> Candidate:
+    async def _claim(self, info: NarInfo) -> NarInfo:
         """Return what a client's narinfo claims; sizes and hashes of the object that it omits are looked up."""
-        named = _NAR_KEY.fullmatch(info.url)
+        stored = info.stored
+        named = _NAR_KEY.fullmatch(stored.url)
         if named is None:
-            raise UploadRefusedError(400, f"URL must be the object that was uploaded before, not {info.url[:80]!r}")
-        return Candidate(
-            store_path=info.store_path,
-            nar_hash=info.nar_hash,
-            nar_size=info.nar_size,
-            references=info.references,
-            url=info.url,
-            compression=info.compression,
-            file_hash=info.file_hash or f"sha256:{named['hash']}",
-            file_size=info.file_size or await self._cache.objects.head(info.url) or 0,
-            deriver=info.deriver,
-            ca=info.ca,
-        )
+            raise UploadRefusedError(400, f"URL must be the object that was uploaded before, not {stored.url[:80]!r}")
+        file_hash = stored.file_hash or f"sha256:{named['hash']}"
+        file_size = stored.file_size or await self._cache.objects.head(stored.url) or 0
+        return replace(info, stored=replace(stored, file_hash=file_hash, file_size=file_size))
 
     def _find_room(self, size: int) -> None:
         """Refuse what a directory store certainly has no room for; blocks."""

@@ -1,4 +1,8 @@
-"""Claims: offers to publish a path, their outcomes, and the part of the decision that needs no I/O."""
+"""Claims, the part of the decision on them that needs no I/O, and their outcomes.
+
+A claim is an unverified narinfo: it says that an object is the NAR of a path. The publisher ignores its signatures and
+signs for itself.
+"""
 
 from __future__ import annotations
 
@@ -14,75 +18,12 @@ from infra.nix.hashing import parse_sha256, sha256_text
 from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import StoreDir, parse_base_name
 from infra.objects.compression import MAX_NAR_BYTES, SUFFIXES, nar_key
-from infra.objects.nar_writer import UploadedNar
 
 #: References of one path; Nix itself has no limit, the largest known closures have some 10,000 paths.
 MAX_REFERENCES = 100_000
 
 _GENERATION = re.compile(r"[0-9a-z]{1,40}")
 _CONTENT_ADDRESS = re.compile(r"(?:text|fixed):(?:r:|git:)?(?:md5|sha1|sha256|sha512):[0-9a-z]{26,128}")
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A claim: this object is the NAR of this path. Hashes are `sha256:<nix32>`, sizes bytes.
-
-    `references` and `deriver` are base names; a path that refers to itself names itself.
-    """
-
-    store_path: str
-    nar_hash: str
-    nar_size: int
-    references: tuple[str, ...]
-    url: str
-    compression: str
-    file_hash: str
-    file_size: int
-    deriver: str = ""
-    ca: str = ""
-
-    @classmethod
-    def of_upload(
-        cls, store_path: str, uploaded: UploadedNar, references: Sequence[str], *, deriver: str = "", ca: str = ""
-    ) -> Candidate:
-        """Return the claim that `uploaded` is the NAR of `store_path`."""
-        return cls(
-            store_path=store_path,
-            nar_hash=uploaded.nar_hash,
-            nar_size=uploaded.nar_size,
-            references=tuple(references),
-            url=uploaded.url,
-            compression=uploaded.compression,
-            file_hash=uploaded.file_hash,
-            file_size=uploaded.file_size,
-            deriver=deriver,
-            ca=ca,
-        )
-
-    @property
-    def base_name(self) -> str:
-        """File name of the store path."""
-        return self.store_path.rpartition("/")[2]
-
-    @property
-    def hash_part(self) -> str:
-        """The 32 characters before the name."""
-        return self.base_name[:32]
-
-    def narinfo(self) -> NarInfo:
-        """Return what the cache will say of the path, unsigned."""
-        return NarInfo(
-            store_path=self.store_path,
-            url=self.url,
-            compression=self.compression,
-            file_hash=self.file_hash,
-            file_size=self.file_size,
-            nar_hash=self.nar_hash,
-            nar_size=self.nar_size,
-            references=tuple(sorted(set(self.references))),
-            deriver=self.deriver,
-            ca=self.ca,
-        )
 
 
 class RejectReason(StrEnum):
@@ -131,83 +72,80 @@ class Rejected:
 PublishOutcome: TypeAlias = Published | AlreadyPublished | Conflict | Rejected
 
 
-def malformed(candidate: Candidate, store_dir: StoreDir) -> str:
+def malformed(claim: NarInfo, store_dir: StoreDir) -> str:
     """Return what is wrong with the claim on its face, "" if nothing is."""
     try:
-        store_dir.parse(candidate.store_path)
-        for reference in candidate.references:
+        store_dir.parse(claim.store_path)
+        for reference in claim.path.references:
             parse_base_name(reference)
-        deriver = parse_base_name(candidate.deriver) if candidate.deriver else None
-        normal = tuple(sha256_text(parse_sha256(text)) for text in (candidate.nar_hash, candidate.file_hash))
+        deriver = parse_base_name(claim.path.deriver) if claim.path.deriver else None
+        normal = tuple(sha256_text(parse_sha256(text)) for text in (claim.path.nar_hash, claim.stored.file_hash))
     except FormatError as error:
         return str(error)
-    if candidate.compression not in SUFFIXES:
+    if claim.stored.compression not in SUFFIXES:
         return f"the object's compression is not one of {', '.join(SUFFIXES)}"
-    sizes = (candidate.nar_size, candidate.file_size)
+    sizes = (claim.path.nar_size, claim.stored.file_size)
     faults = {
         "the deriver is not a .drv": deriver is not None and not deriver.is_derivation,
-        "a hash is not in the form sha256:<52 nix32 characters>": normal != (candidate.nar_hash, candidate.file_hash),
-        "the object is not named after its hash and compression": not _is_named_after(candidate),
+        "a hash is not in the form sha256:<52 nix32 characters>": normal
+        != (claim.path.nar_hash, claim.stored.file_hash),
+        "the object is not named after its hash and compression": not _is_named_after(claim),
         f"a size is not between 1 and {MAX_NAR_BYTES} bytes": not 0 < min(sizes) <= max(sizes) <= MAX_NAR_BYTES,
-        f"it has more than {MAX_REFERENCES} references": len(candidate.references) > MAX_REFERENCES,
-        "the content address is malformed": bool(candidate.ca) and not _CONTENT_ADDRESS.fullmatch(candidate.ca),
+        f"it has more than {MAX_REFERENCES} references": len(claim.path.references) > MAX_REFERENCES,
+        "the content address is malformed": bool(claim.path.ca) and not _CONTENT_ADDRESS.fullmatch(claim.path.ca),
     }
     return next((fault for fault, found in faults.items() if found), "")
 
 
-def _is_named_after(candidate: Candidate) -> bool:
+def _is_named_after(claim: NarInfo) -> bool:
     """Tell whether the key holds the file's hash, or the NAR's and a generation (uploads straight to the store)."""
-    if candidate.url == nar_key(candidate.file_hash, candidate.compression):
+    if claim.stored.url == nar_key(claim.stored.file_hash, claim.stored.compression):
         return True
-    start, _, generation = candidate.url.partition("-")
-    suffix = f".nar{SUFFIXES[candidate.compression]}"
+    start, _, generation = claim.stored.url.partition("-")
+    suffix = f".nar{SUFFIXES[claim.stored.compression]}"
     return (
-        start == f"nar/{candidate.nar_hash.removeprefix('sha256:')}"
+        start == f"nar/{claim.path.nar_hash.removeprefix('sha256:')}"
         and generation.endswith(suffix)
         and bool(_GENERATION.fullmatch(generation.removesuffix(suffix)))
     )
 
 
 def references_first(
-    candidates: Sequence[Candidate], present: Collection[str]
-) -> tuple[list[Candidate], dict[str, tuple[str, ...]]]:
-    """Order candidates so that each comes after all that it refers to.
+    claims: Sequence[NarInfo], present: Collection[str]
+) -> tuple[list[NarInfo], dict[str, tuple[str, ...]]]:
+    """Order claims so that each comes after all that it refers to.
 
     Args:
-        candidates: distinct paths.
+        claims: distinct paths.
         present: base names that may be referred to already.
 
     Returns:
         The publishable ones, in order, and for each other its store path -> the base names that it lacks (which
-        include candidates that lack something themselves, or that refer to each other in a cycle).
+        include claims that lack something themselves, or that refer to each other in a cycle).
     """
     unmet: dict[str, set[str]] = {}
-    referrers: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
-        wanted = set(candidate.references) - {candidate.base_name}
-        unmet[candidate.base_name] = {reference for reference in wanted if reference not in present}
-        for reference in unmet[candidate.base_name]:
-            referrers.setdefault(reference, []).append(candidate)
-    free = deque(candidate for candidate in candidates if not unmet[candidate.base_name])
+    referrers: dict[str, list[NarInfo]] = {}
+    for claim in claims:
+        wanted = set(claim.path.references) - {claim.base_name}
+        unmet[claim.base_name] = {reference for reference in wanted if reference not in present}
+        for reference in unmet[claim.base_name]:
+            referrers.setdefault(reference, []).append(claim)
+    free = deque(claim for claim in claims if not unmet[claim.base_name])
     ordered = []
     while free:
-        candidate = free.popleft()
-        ordered.append(candidate)
-        for referrer in referrers.get(candidate.base_name, ()):
+        claim = free.popleft()
+        ordered.append(claim)
+        for referrer in referrers.get(claim.base_name, ()):
             lacking = unmet[referrer.base_name]
-            lacking.discard(candidate.base_name)
+            lacking.discard(claim.base_name)
             if not lacking:
                 free.append(referrer)
-    blocked = {
-        candidate.store_path: tuple(sorted(unmet[candidate.base_name]))
-        for candidate in candidates
-        if unmet[candidate.base_name]
-    }
+    blocked = {claim.store_path: tuple(sorted(unmet[claim.base_name])) for claim in claims if unmet[claim.base_name]}
     return ordered, blocked
 
 
 def rejected_for_references(missing: Mapping[str, tuple[str, ...]]) -> dict[str, PublishOutcome]:
-    """Return the outcomes of candidates that `references_first` could not place."""
+    """Return the outcomes of claims that `references_first` could not place."""
     outcomes: dict[str, PublishOutcome] = {}
     for store_path, names in missing.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""

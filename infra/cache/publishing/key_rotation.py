@@ -46,7 +46,7 @@ async def _narinfos(catalog: Catalog, signer: Signer) -> int:
             renewed = []
             for row in rows:
                 info = narinfo_format.parse(row.narinfo, catalog.store_dir)
-                text = replace(info, sigs=signer.sign(info.fingerprint(catalog.store_dir))).render()
+                text = info.signed(signer.sign(info.path.fingerprint())).render()
                 if text != row.narinfo:
                     renewed.append({"at": row.serial, "text": text})
             if renewed:

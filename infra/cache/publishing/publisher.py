@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -22,7 +22,6 @@ from infra.cache.catalog.deletions import PUBLISH_WITHIN_S, deleted, maybe_delet
 from infra.cache.catalog.tombstones import revive
 from infra.cache.publishing.claims import (
     AlreadyPublished,
-    Candidate,
     Conflict,
     Published,
     PublishOutcome,
@@ -34,6 +33,7 @@ from infra.cache.publishing.claims import (
 )
 from infra.cache.publishing.signer import Signer
 from infra.nix import narinfo as narinfo_format
+from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import HASH_PART_LENGTH
 from infra.objects.errors import CorruptNarError, ObjectMissingError, ObjectStoreError
 from infra.objects.store import LocalObjectStore
@@ -53,7 +53,7 @@ class Publisher:
         self._signer = signer
         self._verifying = asyncio.Semaphore(VERIFY_CONCURRENCY)
 
-    async def publish(self, batch: Sequence[Candidate], verified: Callable[[], None]) -> list[PublishOutcome]:
+    async def publish(self, batch: Sequence[NarInfo], verified: Callable[[], None]) -> list[PublishOutcome]:
         """See `Cache.publish`."""
         outcomes: list[PublishOutcome | None] = [None] * len(batch)
         waiting = list(range(len(batch)))
@@ -70,96 +70,96 @@ class Publisher:
         return [outcome for outcome in outcomes if outcome is not None]
 
     async def _publish_distinct(
-        self, batch: Sequence[Candidate], verified: Callable[[], None]
+        self, batch: Sequence[NarInfo], verified: Callable[[], None]
     ) -> dict[str, PublishOutcome]:
         outcomes: dict[str, PublishOutcome] = {}
         sound = []
-        for candidate in batch:
-            fault = malformed(candidate, self._catalog.store_dir)
+        for claim in batch:
+            fault = malformed(claim, self._catalog.store_dir)
             if fault:
-                outcomes[candidate.store_path] = Rejected(candidate.store_path, RejectReason.MALFORMED, fault)
+                outcomes[claim.store_path] = Rejected(claim.store_path, RejectReason.MALFORMED, fault)
             else:
-                sound.append(candidate)
+                sound.append(claim)
         if not sound:
             return outcomes
         began = self._catalog.now()
         async with reading(self._catalog.database) as connection:
-            known = await self._catalog.rows(connection, [candidate.hash_part for candidate in sound])
-            before = await deleted(connection, {candidate.url for candidate in sound})
-        unproven = [candidate for candidate in sound if not self._is_repeat(candidate, known.get(candidate.hash_part))]
+            known = await self._catalog.rows(connection, [claim.hash_part for claim in sound])
+            before = await deleted(connection, {claim.stored.url for claim in sound})
+        unproven = [claim for claim in sound if not self._is_repeat(claim, known.get(claim.hash_part))]
         sealed: dict[str, bytes] = {}
-        for candidate, result in zip(unproven, await self._examine_all(unproven), strict=True):
+        for claim, result in zip(unproven, await self._examine_all(unproven), strict=True):
             if isinstance(result, Rejected):
-                outcomes[candidate.store_path] = result
+                outcomes[claim.store_path] = result
             else:
-                sealed[candidate.store_path] = result
+                sealed[claim.store_path] = result
         verified()
-        proven = [candidate for candidate in sound if candidate.store_path not in outcomes]
+        proven = [claim for claim in sound if claim.store_path not in outcomes]
         async with writing(self._catalog.database) as connection:
-            gone = maybe_deleted(before, await deleted(connection, {candidate.url for candidate in proven}))
+            gone = maybe_deleted(before, await deleted(connection, {claim.stored.url for claim in proven}))
             too_late = self._catalog.now() - began > PUBLISH_WITHIN_S
-            for candidate in proven:
-                if candidate.store_path in sealed and (too_late or candidate.url in gone):
-                    outcomes[candidate.store_path] = _collected(candidate)
-            proven = [candidate for candidate in proven if candidate.store_path not in outcomes]
+            for claim in proven:
+                if claim.store_path in sealed and (too_late or claim.stored.url in gone):
+                    outcomes[claim.store_path] = _collected(claim)
+            proven = [claim for claim in proven if claim.store_path not in outcomes]
             outcomes.update(await self._record(connection, proven, sealed))
         return outcomes
 
-    def _is_repeat(self, candidate: Candidate, row: Row | None) -> bool:
+    def _is_repeat(self, claim: NarInfo, row: Row | None) -> bool:
         return (
             row is not None
-            and row.store_path == candidate.store_path
-            and row.nar_hash == candidate.nar_hash
+            and row.store_path == claim.store_path
+            and row.nar_hash == claim.path.nar_hash
             and self._catalog.is_intact(row)
         )
 
-    async def _examine_all(self, candidates: Sequence[Candidate]) -> list[bytes | Rejected]:
+    async def _examine_all(self, claims: Sequence[NarInfo]) -> list[bytes | Rejected]:
         """Read and verify each object; gives the signed narinfo of those that hold."""
         small = [
-            candidate
-            for candidate in candidates
+            claim
+            for claim in claims
             if isinstance(self._catalog.objects, LocalObjectStore)
-            and max(candidate.file_size, candidate.nar_size) <= SMALL_BYTES
+            and max(claim.stored.file_size, claim.path.nar_size) <= SMALL_BYTES
         ]
         of_small = set(small)
-        results: dict[Candidate, bytes | Rejected] = {}
+        results: dict[NarInfo, bytes | Rejected] = {}
 
         def examine_small() -> None:
-            results.update((candidate, self._examine(candidate)) for candidate in small)
+            results.update((claim, self._examine(claim)) for claim in small)
 
-        async def examine_large(candidate: Candidate) -> None:
+        async def examine_large(claim: NarInfo) -> None:
             async with self._verifying:
-                results[candidate] = await asyncio.to_thread(self._examine, candidate)
+                results[claim] = await asyncio.to_thread(self._examine, claim)
 
         async with asyncio.TaskGroup() as tasks:
-            for candidate in candidates:
-                if candidate not in of_small:
-                    tasks.create_task(examine_large(candidate))
+            for claim in claims:
+                if claim not in of_small:
+                    tasks.create_task(examine_large(claim))
             if small:
                 await asyncio.to_thread(examine_small)
-        return [results[candidate] for candidate in candidates]
+        return [results[claim] for claim in claims]
 
-    def _examine(self, candidate: Candidate) -> bytes | Rejected:
+    def _examine(self, claim: NarInfo) -> bytes | Rejected:
         try:
-            verify_nar(self._catalog.objects.open_blocking(candidate.url), candidate)
+            verify_nar(self._catalog.objects.open_blocking(claim.stored.url), claim)
         except ObjectMissingError:
             return Rejected(
-                candidate.store_path, RejectReason.MISSING_OBJECT, f"its object {candidate.url} is not in the store"
+                claim.store_path, RejectReason.MISSING_OBJECT, f"its object {claim.stored.url} is not in the store"
             )
         except CorruptNarError as error:
-            return Rejected(candidate.store_path, RejectReason.CORRUPT, str(error))
+            return Rejected(claim.store_path, RejectReason.CORRUPT, str(error))
         except ObjectStoreError as error:
-            return Rejected(candidate.store_path, RejectReason.STORE_FAILED, str(error))
-        unsigned = candidate.narinfo()
-        return replace(unsigned, sigs=self._signer.sign(unsigned.fingerprint(self._catalog.store_dir))).render()
+            return Rejected(claim.store_path, RejectReason.STORE_FAILED, str(error))
+        path = replace(claim.path, references=tuple(sorted(set(claim.path.references))))
+        return NarInfo(path, claim.stored).signed(self._signer.sign(path.fingerprint())).render()
 
     async def _record(
-        self, connection: AsyncConnection, proven: Sequence[Candidate], sealed: Mapping[str, bytes]
+        self, connection: AsyncConnection, proven: Sequence[NarInfo], sealed: Mapping[str, bytes]
     ) -> dict[str, PublishOutcome]:
         """Decide on proven claims by what is published now, and write it down; inside the publishing transaction."""
         outcomes: dict[str, PublishOutcome] = {}
-        named = {candidate.hash_part for candidate in proven}
-        references = {reference[:HASH_PART_LENGTH] for candidate in proven for reference in candidate.references}
+        named = {claim.hash_part for claim in proven}
+        references = {reference[:HASH_PART_LENGTH] for claim in proven for reference in claim.path.references}
         rows = await self._catalog.rows(connection, list(named | references))
         revived = await revive(connection, [rows[part].serial for part in named if part in rows])
         present = {
@@ -168,35 +168,33 @@ class Publisher:
             if row.tombstoned_at is None or row.serial in revived
         }
         new = []
-        for candidate in proven:
-            row = rows.get(candidate.hash_part)
+        for claim in proven:
+            row = rows.get(claim.hash_part)
             if row is None:
-                new.append(candidate)
+                new.append(claim)
                 continue
-            outcome = _against(candidate, row)
-            if isinstance(outcome, AlreadyPublished) and candidate.base_name not in present:
-                if candidate.store_path in sealed:
-                    await _point(self._catalog, connection, candidate, row)
-                    present[candidate.base_name] = row.serial
+            outcome = _against(claim, row)
+            if isinstance(outcome, AlreadyPublished) and claim.base_name not in present:
+                if claim.store_path in sealed:
+                    await _point(self._catalog, connection, claim, row)
+                    present[claim.base_name] = row.serial
                 else:
-                    outcome = _vanished(candidate)
+                    outcome = _vanished(claim)
             elif isinstance(outcome, Conflict):
-                await self._record_conflict(connection, candidate, row)
-            outcomes[candidate.store_path] = outcome
-        sound = [candidate for candidate in new if candidate.store_path in sealed]
-        outcomes.update(
-            (candidate.store_path, _vanished(candidate)) for candidate in new if candidate.store_path not in sealed
-        )
+                await self._record_conflict(connection, claim, row)
+            outcomes[claim.store_path] = outcome
+        sound = [claim for claim in new if claim.store_path in sealed]
+        outcomes.update((claim.store_path, _vanished(claim)) for claim in new if claim.store_path not in sealed)
         ordered, blocked = references_first(sound, present.keys())
         outcomes.update(rejected_for_references(blocked))
         await self._insert(connection, ordered, sealed, present)
-        outcomes.update((candidate.store_path, Published(candidate.store_path)) for candidate in ordered)
+        outcomes.update((claim.store_path, Published(claim.store_path)) for claim in ordered)
         return outcomes
 
     async def _insert(
         self,
         connection: AsyncConnection,
-        ordered: Sequence[Candidate],
+        ordered: Sequence[NarInfo],
         sealed: Mapping[str, bytes],
         serials: dict[str, int],
     ) -> None:
@@ -207,106 +205,86 @@ class Publisher:
             paths.insert().returning(paths.c.serial, sort_by_parameter_order=True),
             [
                 {
-                    "hash_part": candidate.hash_part,
-                    "store_path": candidate.store_path,
-                    "url": candidate.url,
-                    "compression": candidate.compression,
-                    "file_hash": candidate.file_hash,
-                    "file_size": candidate.file_size,
-                    "nar_hash": candidate.nar_hash,
-                    "nar_size": candidate.nar_size,
-                    "deriver": candidate.deriver,
-                    "ca": candidate.ca,
-                    "narinfo": sealed[candidate.store_path],
+                    "hash_part": claim.hash_part,
+                    "store_path": claim.store_path,
+                    **asdict(claim.stored),
+                    "nar_hash": claim.path.nar_hash,
+                    "nar_size": claim.path.nar_size,
+                    "deriver": claim.path.deriver,
+                    "ca": claim.path.ca,
+                    "narinfo": sealed[claim.store_path],
                     "published_at": now,
                 }
-                for candidate in ordered
+                for claim in ordered
             ],
         )
-        for candidate, serial in zip(ordered, inserted.scalars(), strict=True):
-            serials[candidate.base_name] = serial
+        for claim, serial in zip(ordered, inserted.scalars(), strict=True):
+            serials[claim.base_name] = serial
         edges = [
-            {"referrer": serials[candidate.base_name], "reference": serials[reference]}
-            for candidate in ordered
-            for reference in set(candidate.references)
+            {"referrer": serials[claim.base_name], "reference": serials[reference]}
+            for claim in ordered
+            for reference in set(claim.path.references)
         ]
         if edges:
             await connection.execute(refs.insert(), edges)
 
-    async def _record_conflict(self, connection: AsyncConnection, candidate: Candidate, row: Row) -> None:
-        same = (conflicts.c.serial == row.serial) & (conflicts.c.nar_hash == candidate.nar_hash)
+    async def _record_conflict(self, connection: AsyncConnection, claim: NarInfo, row: Row) -> None:
+        same = (conflicts.c.serial == row.serial) & (conflicts.c.nar_hash == claim.path.nar_hash)
         counted = await connection.execute(conflicts.update().where(same).values(times=conflicts.c.times + 1))
         if counted.rowcount:
             return
         await connection.execute(
             conflicts.insert().values(
                 serial=row.serial,
-                nar_hash=candidate.nar_hash,
-                nar_size=candidate.nar_size,
-                url=candidate.url,
-                file_size=candidate.file_size,
-                deriver=candidate.deriver,
+                nar_hash=claim.path.nar_hash,
+                nar_size=claim.path.nar_size,
+                url=claim.stored.url,
+                file_size=claim.stored.file_size,
+                deriver=claim.path.deriver,
                 first_seen_at=self._catalog.now(),
                 times=1,
             )
         )
 
 
-async def repoint(catalog: Catalog, candidate: Candidate) -> bool:
+async def repoint(catalog: Catalog, claim: NarInfo) -> bool:
     """Point a path at another object with the same NAR, which the caller has verified; False if it cannot be."""
     async with writing(catalog.database) as connection:
-        row = (await catalog.rows(connection, [candidate.hash_part])).get(candidate.hash_part)
-        gone = await deleted(connection, [candidate.url])
-        if row is None or row.nar_hash != candidate.nar_hash or None in gone.values():
+        row = (await catalog.rows(connection, [claim.hash_part])).get(claim.hash_part)
+        gone = await deleted(connection, [claim.stored.url])
+        if row is None or row.nar_hash != claim.path.nar_hash or None in gone.values():
             return False
-        await _point(catalog, connection, candidate, row)
+        await _point(catalog, connection, claim, row)
         return True
 
 
-async def _point(catalog: Catalog, connection: AsyncConnection, candidate: Candidate, row: Row) -> None:
+async def _point(catalog: Catalog, connection: AsyncConnection, claim: NarInfo, row: Row) -> None:
     """Point a path whose object was lost at another object with the same NAR; its signature covers no URL."""
     known = narinfo_format.parse(row.narinfo, catalog.store_dir)
-    repaired = replace(
-        known,
-        url=candidate.url,
-        compression=candidate.compression,
-        file_hash=candidate.file_hash,
-        file_size=candidate.file_size,
-    )
-    await connection.execute(
-        paths.update()
-        .where(paths.c.serial == row.serial)
-        .values(
-            url=candidate.url,
-            compression=candidate.compression,
-            file_hash=candidate.file_hash,
-            file_size=candidate.file_size,
-            narinfo=repaired.render(),
-        )
-    )
+    repaired = replace(known, stored=claim.stored).render()
+    update = paths.update().where(paths.c.serial == row.serial)
+    await connection.execute(update.values(**asdict(claim.stored), narinfo=repaired))
     catalog.forget([(row.hash_part, row.url)])
 
 
-def _against(candidate: Candidate, row: Row) -> PublishOutcome:
-    if row.store_path != candidate.store_path:
+def _against(claim: NarInfo, row: Row) -> PublishOutcome:
+    if row.store_path != claim.store_path:
         return Rejected(
-            candidate.store_path, RejectReason.MALFORMED, f"its hash part belongs to {row.store_path}, published before"
+            claim.store_path, RejectReason.MALFORMED, f"its hash part belongs to {row.store_path}, published before"
         )
-    if row.nar_hash == candidate.nar_hash:
-        return AlreadyPublished(candidate.store_path)
-    return Conflict(candidate.store_path, row.nar_hash, candidate.nar_hash)
+    if row.nar_hash == claim.path.nar_hash:
+        return AlreadyPublished(claim.store_path)
+    return Conflict(claim.store_path, row.nar_hash, claim.path.nar_hash)
 
 
-def _vanished(candidate: Candidate) -> Rejected:
+def _vanished(claim: NarInfo) -> Rejected:
     # It was a repeat when it was looked at, so its own object was not verified: it is not published blindly.
-    return Rejected(
-        candidate.store_path, RejectReason.STORE_FAILED, "the path vanished while it was published; try again"
-    )
+    return Rejected(claim.store_path, RejectReason.STORE_FAILED, "the path vanished while it was published; try again")
 
 
-def _collected(candidate: Candidate) -> Rejected:
+def _collected(claim: NarInfo) -> Rejected:
     return Rejected(
-        candidate.store_path,
+        claim.store_path,
         RejectReason.STORE_FAILED,
-        f"its object {candidate.url} was collected as garbage while it was published; upload it again",
+        f"its object {claim.stored.url} was collected as garbage while it was published; upload it again",
     )

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from infra.cache.cache import MAX_BATCH, Cache
-from infra.cache.publishing.claims import Candidate, Rejected
+from infra.cache.publishing.claims import Rejected
 from infra.cache.pulls.upstream import Upstream
 from infra.cache.pulls.upstream_pulls import PULLING
 from infra.nix.narinfo import NarInfo
-from infra.nix.store_path import HASH_PART_LENGTH
+from infra.nix.store_path import hash_part_of
 from infra.objects.errors import CacheError
 from infra.objects.nar_writer import upload_nar
 
@@ -88,7 +88,7 @@ class ClosurePulls:
             level = await self._look(frontier)
             found |= level
             nowhere |= frontier - level.keys()
-            size += sum(each.info.nar_size for each in level.values())
+            size += sum(each.info.path.nar_size for each in level.values())
             if len(found) > MAX_PULLED_PATHS or size > MAX_PULLED_BYTES:
                 raise _TooLargeError(
                     f"what the upstreams have of it is more than {MAX_PULLED_PATHS} paths or {MAX_PULLED_BYTES} bytes"
@@ -122,7 +122,7 @@ class ClosurePulls:
     async def _look(self, paths: Iterable[str]) -> dict[str, _Found]:
         found: dict[str, _Found] = {}
         for upstream in self.upstreams:
-            by_hash_part = {self._hash_part(path): path for path in paths if path not in found}
+            by_hash_part = {hash_part_of(path): path for path in paths if path not in found}
             for part, info in (await upstream.narinfos(by_hash_part)).items():
                 if info.store_path == by_hash_part[part]:
                     found[info.store_path] = _Found(info, upstream)
@@ -130,22 +130,22 @@ class ClosurePulls:
 
     async def _fetch(self, found: Mapping[str, _Found]) -> list[str]:
         """Store and publish; returns a sentence for each path that was not had."""
-        candidates: list[Candidate] = []
+        claims: list[NarInfo] = []
         troubles: list[str] = []
         waiting = iter(found.values())
 
         async def fetch() -> None:
             for each in waiting:
                 try:
-                    candidates.append(await self._store(each))
+                    claims.append(await self._store(each))
                 except CacheError as error:
                     troubles.append(str(error))
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(min(PULLING, len(found))):
                 tasks.create_task(fetch())
-        if candidates:
-            outcomes = await self._cache.publish(candidates)
+        if claims:
+            outcomes = await self._cache.publish(claims)
             troubles += [
                 f"{each.store_path} was not taken from an upstream: {each.message}"
                 for each in outcomes
@@ -153,23 +153,19 @@ class ClosurePulls:
             ]
         return troubles
 
-    async def _store(self, found: _Found) -> Candidate:
+    async def _store(self, found: _Found) -> NarInfo:
         info = found.info
         chunks = await found.upstream.nar(info)
         if chunks is None:
             raise CacheError(f"the upstream {found.upstream.url} does not have {info.store_path} any more")
         async with aclosing(chunks):
-            stored = await upload_nar(self._cache.objects, chunks, self._cache.compression)
-        return Candidate.of_upload(info.store_path, stored, info.references, deriver=info.deriver, ca=info.ca)
-
-    def _references(self, info: NarInfo) -> list[str]:
-        """Full paths of what it refers to, without itself."""
-        paths = (f"{self._cache.store_dir.path}/{reference}" for reference in info.references)
-        return [path for path in paths if path != info.store_path]
+            uploaded = await upload_nar(self._cache.objects, chunks, self._cache.compression)
+        return uploaded.narinfo(info.path)
 
     @staticmethod
-    def _hash_part(path: str) -> str:
-        return path.rpartition("/")[2][:HASH_PART_LENGTH]
+    def _references(info: NarInfo) -> list[str]:
+        """Full paths of what it refers to, without itself."""
+        return [path for path in info.path.reference_paths if path != info.store_path]
 
 
 class _TooLargeError(CacheError):

@@ -22,7 +22,7 @@ from infra.nix import narinfo as narinfo_format
 from infra.nix.errors import FormatError
 from infra.nix.narinfo import NarInfo
 from infra.nix.signing import PublicKey
-from infra.nix.store_path import HASH_PART_LENGTH, StoreDir
+from infra.nix.store_path import StoreDir, hash_part_of
 from infra.objects.errors import CacheError, CorruptNarError, ObjectStoreError
 from infra.objects.verification import VerifiedNar
 
@@ -122,7 +122,7 @@ class Upstream:
 
     async def present(self, store_paths: Collection[str]) -> set[str]:
         """Return those of the full store paths that the upstream has with a trusted signature."""
-        hash_parts = {path: path.rpartition("/")[2][:HASH_PART_LENGTH] for path in store_paths}
+        hash_parts = {path: hash_part_of(path) for path in store_paths}
         found = await self.narinfos(set(hash_parts.values()))
         return {path for path, part in hash_parts.items() if part in found and found[part].store_path == path}
 
@@ -132,9 +132,8 @@ class Upstream:
         The generator yields it in pieces and ends normally only if it was whole and right; close it if you leave it
         early. It raises CorruptNarError or UpstreamError.
         """
-        hash_part = info.store_path.rpartition("/")[2][:HASH_PART_LENGTH]
-        theirs = (await self.narinfos([hash_part])).get(hash_part)
-        if theirs is None or (theirs.store_path, theirs.nar_hash) != (info.store_path, info.nar_hash):
+        theirs = (await self.narinfos([info.hash_part])).get(info.hash_part)
+        if theirs is None or (theirs.store_path, theirs.path.nar_hash) != (info.store_path, info.path.nar_hash):
             return None
         return self._fetch(theirs)
 
@@ -174,14 +173,14 @@ class Upstream:
             info = narinfo_format.parse(text, self._store_dir)
         except FormatError:
             return None
-        if info.store_path.rpartition("/")[2][:HASH_PART_LENGTH] != hash_part:
+        if info.hash_part != hash_part:
             return None
-        fingerprint = info.fingerprint(self._store_dir)
-        signed = any(key.verify(fingerprint, signature) for key in self._keys for signature in info.sigs)
+        fingerprint = info.path.fingerprint()
+        signed = any(key.verify(fingerprint, signature) for key in self._keys for signature in info.path.sigs)
         return info if signed else None
 
     async def _fetch(self, info: NarInfo) -> AsyncGenerator[bytes, None]:
-        address = urljoin(f"{self.url}/", info.url)
+        address = urljoin(f"{self.url}/", info.stored.url)
         if urlsplit(address).scheme not in {"http", "https"}:
             raise UpstreamError(f"{self.url} has {info.store_path} at an address that is not http")
         try:

@@ -13,8 +13,8 @@ from contextlib import aclosing
 from typing import Final
 
 from infra.cache.cache import Cache
-from infra.cache.publishing.claims import Candidate
 from infra.cache.pulls.upstream import Upstream
+from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import HASH_PART_LENGTH
 from infra.objects.errors import CacheError
 from infra.objects.nar_writer import upload_nar
@@ -40,11 +40,11 @@ class Pulls:
             by_hash_part = {path[:HASH_PART_LENGTH]: path for path in claims if path not in found}
             for part, info in (await upstream.narinfos(by_hash_part)).items():
                 path = by_hash_part[part]
-                if (info.store_path, info.nar_hash) == (self._full(path), claims[path].nar_hash):
+                if (info.store_path, info.path.nar_hash) == (self._full(path), claims[path].nar_hash):
                     found[path] = upstream
         return found
 
-    async def pull(self, wanted: Mapping[PathClaim, Upstream]) -> list[Candidate]:
+    async def pull(self, wanted: Mapping[PathClaim, Upstream]) -> list[NarInfo]:
         """Store the NARs of those claims that are not published, and return what is to be published.
 
         One that cannot be had is left out, and told of in the log: what refers to it is then refused for that.
@@ -57,22 +57,22 @@ class Pulls:
                 for claim, upstream in wanted.items()
                 if self._full(claim.path) in absent
             ]
-        return [candidate for task in pulling if (candidate := task.result()) is not None]
+        return [narinfo for task in pulling if (narinfo := task.result()) is not None]
 
-    async def _one(self, turns: asyncio.Semaphore, claim: PathClaim, upstream: Upstream) -> Candidate | None:
+    async def _one(self, turns: asyncio.Semaphore, claim: PathClaim, upstream: Upstream) -> NarInfo | None:
         path, part = self._full(claim.path), claim.path[:HASH_PART_LENGTH]
         async with turns:
             info = (await upstream.narinfos([part])).get(part)
-            chunks = None if info is None or info.nar_hash != claim.nar_hash else await upstream.nar(info)
+            chunks = None if info is None or info.path.nar_hash != claim.nar_hash else await upstream.nar(info)
             if chunks is None:
                 return None
             try:
                 async with aclosing(chunks):
-                    stored = await upload_nar(self._cache.objects, chunks, self._cache.compression)
+                    uploaded = await upload_nar(self._cache.objects, chunks, self._cache.compression)
             except CacheError as error:
                 _log.warning("%s was not had from %s: %s", path, upstream.url, error)
                 return None
-        return Candidate.of_upload(path, stored, claim.references, deriver=claim.deriver, ca=claim.ca)
+        return uploaded.narinfo(claim.info(self._cache.store_dir))
 
     def _full(self, base_name: str) -> str:
         return f"{self._cache.store_dir.path}/{base_name}"

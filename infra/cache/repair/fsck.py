@@ -21,20 +21,18 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import sqlalchemy as sa
 
 from infra.cache.catalog.catalog import Catalog
 from infra.cache.catalog.database import chunked, conflicts, paths, reading, realisations, refs, writing
-from infra.cache.publishing.claims import Candidate
 from infra.cache.publishing.publisher import repoint
 from infra.cache.publishing.signer import Signer
 from infra.nix import narinfo as narinfo_format
 from infra.nix.errors import FormatError
 from infra.nix.narinfo import NarInfo
-from infra.nix.store_path import HASH_PART_LENGTH
 from infra.objects.compression import COMPRESSION, Compression
 from infra.objects.errors import CacheError, CorruptNarError, ObjectMissingError
 from infra.objects.nar_writer import upload_nar
@@ -206,20 +204,20 @@ class Fsck:
             info,
             lost,
             f"it refers to {absent}, which is absent" if absent else "",
-            unsigned=not self._signer.has_signed(info.fingerprint(self._catalog.store_dir), info.sigs),
+            unsigned=not self._signer.has_signed(info.path.fingerprint(), info.path.sigs),
         )
 
     async def _object_fault(self, info: NarInfo, full: bool) -> str:
         objects = self._catalog.objects
-        size = await objects.head(info.url)
+        size = await objects.head(info.stored.url)
         if size is None:
             return "its object is gone"
-        if size != info.file_size:
-            return f"its object has {size} bytes, not {info.file_size}"
+        if size != info.stored.file_size:
+            return f"its object has {size} bytes, not {info.stored.file_size}"
         if not full:
             return ""
         try:
-            await asyncio.to_thread(lambda: verify_nar(objects.open_blocking(info.url), info))
+            await asyncio.to_thread(lambda: verify_nar(objects.open_blocking(info.stored.url), info))
         except ObjectMissingError:
             return "its object is gone"
         except CorruptNarError as error:
@@ -256,10 +254,9 @@ class Fsck:
             except CacheError:
                 # This source cannot help; the next may. What it left is an orphan.
                 continue
-            if (uploaded.nar_hash, uploaded.nar_size) != (info.nar_hash, info.nar_size):
+            if (uploaded.nar_hash, uploaded.nar_size) != (info.path.nar_hash, info.path.nar_size):
                 continue
-            claim = Candidate.of_upload(info.store_path, uploaded, info.references, deriver=info.deriver, ca=info.ca)
-            if await repoint(self._catalog, claim):
+            if await repoint(self._catalog, uploaded.narinfo(info.path)):
                 return source.name
         return None
 
@@ -270,9 +267,9 @@ class Fsck:
             if current is None:
                 return
             now = narinfo_format.parse(current, self._catalog.store_dir)
-            signed = replace(now, sigs=self._signer.sign(now.fingerprint(self._catalog.store_dir))).render()
+            signed = now.signed(self._signer.sign(now.path.fingerprint())).render()
             await connection.execute(paths.update().where(paths.c.serial == serial).values(narinfo=signed))
-        self._catalog.forget([(info.store_path.rpartition("/")[2][:HASH_PART_LENGTH], info.url)])
+        self._catalog.forget([(info.hash_part, info.stored.url)])
 
     async def _hide(self, found: _Checked, report: FsckReport) -> str:
         """Take a path out of the cache with all that refers to it, if it still is as it was found."""

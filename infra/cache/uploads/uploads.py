@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from infra.cache.cache import Cache
-from infra.cache.publishing.claims import AlreadyPublished, Candidate, Conflict, Published, PublishOutcome, RejectReason
+from infra.cache.publishing.claims import AlreadyPublished, Conflict, Published, PublishOutcome, RejectReason
 from infra.cache.pulls.upstream import Upstream
 from infra.cache.pulls.upstream_pulls import Pulls
 from infra.cache.uploads.errors import (
@@ -39,6 +39,7 @@ from infra.cache.uploads.relay import RelaySpool
 from infra.cache.uploads.s3_direct import DirectUploads, staged_key
 from infra.nix.errors import FormatError
 from infra.nix.hashing import sha256_text
+from infra.nix.narinfo import NarInfo
 from infra.objects.compression import SUFFIXES, nar_key
 from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreError
 from infra.retry import Outage
@@ -328,10 +329,13 @@ class Uploads:
                 for claim, sent in zip(claims, request.sent, strict=True)
                 if placed[claim.path].status is SendStatus.STORED
             ]
-            candidates = [self._candidate(claim, sent, placed[claim.path].url) for claim, sent in stored]
+            narinfos = [
+                NarInfo(claim.info(self._cache.store_dir), sent.stored(placed[claim.path].url, self._cache.compression))
+                for claim, sent in stored
+            ]
             await self._keep(name, upload, request.keep)
             pulled = await self._pulls.pull({upload.claims[path]: up for path, up in upload.elsewhere.items()})
-            outcomes = (await self._cache.publish([*pulled, *candidates]))[len(pulled) :]
+            outcomes = (await self._cache.publish([*pulled, *narinfos]))[len(pulled) :]
             for (claim, _), outcome in zip(stored, outcomes, strict=True):
                 placed[claim.path] = _verdict(claim.path, outcome, placed[claim.path].url)
         return Committed(verdicts=tuple(placed[claim.path] for claim in claims))
@@ -346,20 +350,6 @@ class Uploads:
             self._claim(upload, path)
         expires_at = self._now() + request.days * DAY_S if request.days else None
         await self._cache.keep(PUSH, request.name, [self._full(path) for path in request.paths], expires_at)
-
-    def _candidate(self, claim: PathClaim, sent: SentPath, url: str) -> Candidate:
-        return Candidate(
-            store_path=self._full(claim.path),
-            nar_hash=claim.nar_hash,
-            nar_size=claim.nar_size,
-            references=claim.references,
-            url=url,
-            compression=self._cache.compression,
-            file_hash=sent.file_hash,
-            file_size=sent.file_size,
-            deriver=claim.deriver,
-            ca=claim.ca,
-        )
 
     async def _place(self, sender: Sender, upload: _Upload, claim: PathClaim, sent: SentPath) -> SendVerdict:
         """Move an object to where it is published from; the caller holds its slot."""

@@ -147,9 +147,9 @@ async def test_another_key_and_changed_bytes_are_refused(site: Site) -> None:
     assert not (site.root / "stranger" / path.lstrip("/")).exists()
     info = await site.info(path)
     objects = site.coordinator.cache.objects
-    data = bytearray(await objects.get_bytes(info.url))
+    data = bytearray(await objects.get_bytes(info.stored.url))
     data[len(data) // 2] ^= 0xFF
-    await objects.put_bytes(info.url, bytes(data))
+    await objects.put_bytes(info.stored.url, bytes(data))
     corrupted = await site.fetched("client", path)
     assert corrupted.returncode != 0
     assert not (site.root / "client" / path.lstrip("/")).exists()

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -21,7 +22,6 @@ from infra.cache.catalog import catalog as catalog_module
 from infra.cache.errors import ClosureTooLargeError, MetadataError
 from infra.cache.publishing.claims import (
     AlreadyPublished,
-    Candidate,
     Conflict,
     Published,
     Rejected,
@@ -30,12 +30,15 @@ from infra.cache.publishing.claims import (
 )
 from infra.nix import narinfo
 from infra.nix.hashing import sha256_text
+from infra.nix.narinfo import NarInfo, StoredNar
+from infra.nix.path_info import PathInfo
 from infra.objects.compression import nar_key
 from infra.objects.errors import CacheError
 from tests.support.cache import (
     STORE_DIR,
     base_name,
     candidate,
+    lying,
     object_file,
     open_cache,
     publish,
@@ -68,18 +71,19 @@ async def test_what_is_published_is_answered_signed_by_every_key(tmp_path: Path)
     keys = [secret_key("old-1", 1), secret_key("new-2", 2)]
     async with open_cache(tmp_path, keys) as cache:
         await publish(cache, B)
-        claim = replace(
-            await candidate(cache, A, b"nar of a", [B, A]),
-            deriver=base_name(store_path("a.drv")),
-            ca="fixed:r:sha256:" + 52 * "0",
-        )
+        bare = await candidate(cache, A, b"nar of a", sorted([B, A]))
+        path = replace(bare.path, deriver=base_name(store_path("a.drv")), ca="fixed:r:sha256:" + 52 * "0")
+        claim = replace(bare, path=path)
         assert not await visible(cache, A)
         assert await cache.publish([claim]) == [Published(A)]
         assert await visible(cache, A)
         info = narinfo.parse(await cache.narinfo(claim.hash_part) or b"", STORE_DIR)
-        assert replace(info, sigs=()) == claim.narinfo()
-        fingerprint = info.fingerprint(STORE_DIR)
-        assert [any(key.verify(fingerprint, sig) for sig in info.sigs) for key in cache.public_keys] == [True, True]
+        assert info.signed(()) == claim
+        fingerprint = info.path.fingerprint()
+        assert [any(key.verify(fingerprint, sig) for sig in info.path.sigs) for key in cache.public_keys] == [
+            True,
+            True,
+        ]
         sums = await cache.info()
         assert (sums.paths, sums.nar_bytes, sums.conflicts) == (2, len(B) + 8, 0)
     async with open_cache(tmp_path) as reopened:
@@ -93,7 +97,7 @@ async def test_published_again_is_no_change_and_other_bits_are_a_recorded_confli
     assert await publish(cache, A, b"first") == AlreadyPublished(A)
     other = await candidate(cache, A, b"other")
     for _ in range(2):
-        assert await cache.publish([other]) == [Conflict(A, first.nar_hash, other.nar_hash)]
+        assert await cache.publish([other]) == [Conflict(A, first.path.nar_hash, other.path.nar_hash)]
     assert await cache.narinfo(first.hash_part) == text
     assert (await cache.info()).conflicts == 1
 
@@ -101,7 +105,7 @@ async def test_published_again_is_no_change_and_other_bits_are_a_recorded_confli
 async def test_a_conflict_is_recorded_only_of_bits_that_exist(cache: Cache) -> None:
     claim = await candidate(cache, A)
     await cache.publish([claim])
-    (outcome,) = await cache.publish([replace(claim, nar_hash=OTHER)])
+    (outcome,) = await cache.publish([replace(claim, path=replace(claim.path, nar_hash=OTHER))])
     assert reason(outcome) is RejectReason.CORRUPT
     assert (await cache.info()).conflicts == 0
 
@@ -198,8 +202,8 @@ async def test_an_object_that_is_not_what_was_claimed_is_refused(
         {"file_hash": OTHER, "url": nar_key(OTHER)},
     ],
 )
-async def test_a_claim_that_lies_about_a_sound_object_is_refused(cache: Cache, lie: dict[str, object]) -> None:
-    false = replace(await candidate(cache, A), **lie)  # type: ignore[arg-type]
+async def test_a_claim_that_lies_about_a_sound_object_is_refused(cache: Cache, lie: dict[str, Any]) -> None:
+    false = lying(await candidate(cache, A), lie)
     assert reason((await cache.publish([false]))[0]) in {RejectReason.CORRUPT, RejectReason.MISSING_OBJECT}
     assert not await visible(cache, A)
 
@@ -225,8 +229,8 @@ async def test_a_claim_that_lies_about_a_sound_object_is_refused(cache: Cache, l
         {"ca": "fixed:r:sha256:x\nSig: forged"},
     ],
 )
-async def test_a_malformed_claim_is_refused_without_looking(cache: Cache, lie: dict[str, object]) -> None:
-    false = replace(await candidate(cache, A), **lie)  # type: ignore[arg-type]
+async def test_a_malformed_claim_is_refused_without_looking(cache: Cache, lie: dict[str, Any]) -> None:
+    false = lying(await candidate(cache, A), lie)
     good = await candidate(cache, B)
     outcomes = await cache.publish([false, good])
     assert reason(outcomes[0]) is RejectReason.MALFORMED
@@ -244,7 +248,7 @@ async def test_a_bomb_costs_no_more_than_an_honest_object(cache: Cache) -> None:
     data = zstandard.ZstdCompressor().compress(bytes(64 * 1024 * 1024)) * 64
     file_hash = sha256_text(sha256(data).digest())
     await cache.objects.put_bytes(nar_key(file_hash), data)
-    claim = Candidate(A, OTHER, 1000, (), nar_key(file_hash), "zstd", file_hash, len(data))
+    claim = NarInfo(PathInfo(A, OTHER, 1000), StoredNar(nar_key(file_hash), "zstd", file_hash, len(data)))
     (outcome,) = await cache.publish([claim])
     assert isinstance(outcome, Rejected)
     # Not "the file's hash" or "4294967296 bytes": it was left as soon as it exceeded its promise.
@@ -264,11 +268,11 @@ async def test_a_lost_object_is_absent_everywhere_and_comes_back_with_its_bits(c
     data = zstandard.ZstdCompressor(level=19, write_checksum=True).compress(b"the bits") + zstandard.compress(b"")
     file_hash = sha256_text(sha256(data).digest())
     await cache.objects.put_bytes(nar_key(file_hash), data)
-    again = replace(claim, url=nar_key(file_hash), file_hash=file_hash, file_size=len(data))
+    again = replace(claim, stored=StoredNar(nar_key(file_hash), "zstd", file_hash, len(data)))
     assert await cache.publish([again]) == [AlreadyPublished(A)]
     info = narinfo.parse(await cache.narinfo(claim.hash_part) or b"", STORE_DIR)
-    assert (info.url, info.nar_hash) == (again.url, claim.nar_hash)
-    assert cache.public_keys[0].verify(info.fingerprint(STORE_DIR), info.sigs[0])
+    assert (info.stored.url, info.path.nar_hash) == (again.stored.url, claim.path.nar_hash)
+    assert cache.public_keys[0].verify(info.path.fingerprint(), info.path.sigs[0])
     assert (await cache.closure([B]))[1] == []
 
 
@@ -277,7 +281,7 @@ async def test_what_a_crash_leaves_is_invisible_and_in_nobodys_way(tmp_path: Pat
         claim = await candidate(cache, A)  # uploaded, never published
         await cache.objects.put_bytes("incoming/0123", b"half an upload")
         assert not await visible(cache, A)
-        assert await cache.object_size(claim.url) is None
+        assert await cache.object_size(claim.stored.url) is None
     async with open_cache(tmp_path) as cache:
         assert await publish(cache, A) == Published(A)
 
@@ -330,13 +334,15 @@ def test_each_path_comes_after_all_it_refers_to_and_none_is_refused_without_caus
     path = {number: store_path(f"n{number}") for number in range(13)}
     present = {base_name(path[number]) for number in held - graph.keys()}
     claims = [
-        Candidate(path[node], OTHER, 1, tuple(base_name(path[to]) for to in edges), "", "zstd", OTHER, 1)
+        NarInfo(
+            PathInfo(path[node], OTHER, 1, tuple(base_name(path[to]) for to in edges)), StoredNar("", "zstd", OTHER, 1)
+        )
         for node, edges in graph.items()
     ]
     ordered, blocked = references_first(claims, present)
     seen = set(present)
     for claim in ordered:
-        assert set(claim.references) <= seen | {claim.base_name}
+        assert set(claim.path.references) <= seen | {claim.base_name}
         seen.add(claim.base_name)
     assert {claim.store_path for claim in ordered} | blocked.keys() == {claim.store_path for claim in claims}
     assert len(ordered) + len(blocked) == len(claims)

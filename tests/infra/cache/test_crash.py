@@ -68,8 +68,8 @@ async def test_after_a_kill_everything_that_is_answered_can_be_fetched(tmp_path:
         names = {base_name(info.store_path) for info in answered}
         assert len(names) == len(answered) == len(known) - len(missing)
         for info in answered:
-            assert set(info.references) <= names
-            assert sum([len(data) async for data in fetch_nar(cache.objects, info)]) == info.nar_size
+            assert set(info.path.references) <= names
+            assert sum([len(data) async for data in fetch_nar(cache.objects, info)]) == info.path.nar_size
         await sweep_incoming(cache.objects, before=time.time() + 60)
         # The same paths with other random bits: what was published stays, what was not can be.
         for path in known[: len(answered) + 1]:

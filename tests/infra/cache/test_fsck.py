@@ -99,7 +99,7 @@ async def test_what_another_still_has_is_mended_and_only_by_the_very_same_bits(c
     assert liar.asked == honest.asked == [LOW, OTHER]
     assert (await cache.verify(full=True)).broken == 0
     mended = narinfo_format.parse(await text(cache, LOW) or b"", STORE_DIR)
-    assert (mended.sigs, mended.nar_hash) == (signed.sigs, signed.nar_hash)
+    assert (mended.path.sigs, mended.path.nar_hash) == (signed.path.sigs, signed.path.nar_hash)
 
 
 async def test_what_nobody_has_goes_with_all_that_refers_to_it_and_can_be_published_again(cache: Cache) -> None:
@@ -156,7 +156,7 @@ async def test_sums_tell_what_is_stored_and_what_sharing_saves(cache: Cache) -> 
     info = await cache.info()
     assert (info.paths, info.tombstoned, info.dangling, info.leases) == (5, 0, 0, 2)
     assert info.nar_bytes == sum(map(len, NARS.values())) + len(NARS[OTHER])
-    assert info.saved_bytes == claim.file_size
+    assert info.saved_bytes == claim.stored.file_size
     assert dict(info.roots) == {"push": 1, "pin": 1}
 
 
@@ -166,8 +166,8 @@ async def test_keys_come_and_go_without_touching_a_nar(tmp_path: Path) -> None:
 
     def signers(body: bytes, keys: tuple[PublicKey, ...]) -> list[str]:
         info = narinfo_format.parse(body, STORE_DIR)
-        good = [key.name for key in keys for sig in info.sigs if key.verify(info.fingerprint(STORE_DIR), sig)]
-        assert len(good) == len(info.sigs)
+        good = [key.name for key in keys for sig in info.path.sigs if key.verify(info.path.fingerprint(), sig)]
+        assert len(good) == len(info.path.sigs)
         return good
 
     async with open_cache(tmp_path, [old]) as cache:
@@ -182,7 +182,7 @@ async def test_keys_come_and_go_without_touching_a_nar(tmp_path: Path) -> None:
             for path in NARS:
                 assert signers(await text(cache, path) or b"", (old.public, new.public)) == names
             after = narinfo_format.parse(await text(cache, LOW) or b"", STORE_DIR)
-            assert replace(after, sigs=before.sigs) == before
+            assert after.signed(before.path.sigs) == before
             body = (await cache.realisation(realisation.layout, realisation.key) or b"").decode()
             assert [name for name in ("old-1", "new-1") if f'"{name}:' in body] == names
     async with open_cache(tmp_path, [old]) as cache:

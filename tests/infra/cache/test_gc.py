@@ -81,12 +81,12 @@ async def test_a_tombstoned_path_is_absent_but_its_object_is_served_until_it_is_
     plan = replace(AT_ONCE, grace_s=DAY_S)
     await cache.collect(plan)
     assert await visible(cache, A) == [False]
-    assert await cache.object_size(claim.url) == claim.file_size
+    assert await cache.object_size(claim.stored.url) == claim.stored.file_size
     clock.time += DAY_S - 1
     assert (await cache.collect(plan)).deleted_paths == 0
     clock.time += 2
     assert (await cache.collect(plan)).deleted_paths == 1
-    assert await cache.object_size(claim.url) is None
+    assert await cache.object_size(claim.stored.url) is None
     assert not object_file(cache, claim).exists()
 
 
@@ -173,7 +173,7 @@ async def test_what_the_coordinator_names_and_what_is_fresh_is_kept(cache: Cache
 
 async def test_an_object_lives_as_long_as_one_path_names_it(cache: Cache) -> None:
     first, second = await candidate(cache, A, b"same"), await candidate(cache, B, b"same")
-    assert first.url == second.url
+    assert first.stored.url == second.stored.url
     await cache.publish([first, second])
     await cache.pin("one", [B])
     await cache.collect(AT_ONCE)
@@ -210,7 +210,7 @@ async def test_objects_and_leftovers_that_nobody_names_are_swept_when_they_are_o
     for dry_run in (True, False):
         report = await cache.collect(replace(AT_ONCE, dry_run=dry_run))
         assert (report.orphans, report.leftovers) == (1, 1)
-    assert await cache.objects.head(orphan.url) is None
+    assert await cache.objects.head(orphan.stored.url) is None
     assert await visible(cache, B) == [True]
     # The same bits again are a new object.
     assert await publish(cache, A) == Published(A)
@@ -221,7 +221,7 @@ async def test_a_size_budget_ends_whole_roots_the_last_used_first_to_stay(cache:
     for path, references in ((A, []), (B, [A]), (C, [A]), (D, []), (E, [])):
         claim = await candidate(cache, path, path.encode() * 100, references)
         await cache.publish([claim])
-        sizes[path] = claim.file_size
+        sizes[path] = claim.stored.file_size
     for path in (B, C, D):
         clock.time += 1000
         await cache.keep("submission", base_name(path), [path], None)

@@ -143,8 +143,8 @@ class CacheMachine(RuleBasedStateMachine):
         there = {path for path, text in told.items() if text is not None}
         for path in there:
             info = narinfo.parse(told[path] or b"", STORE_DIR)
-            assert await self.cache.objects.head(info.url) == info.file_size, f"{path} has no object"
-            dangling = {f"{STORE_DIR.path}/{name}" for name in info.references} - there
+            assert await self.cache.objects.head(info.stored.url) == info.stored.file_size, f"{path} has no object"
+            dangling = {f"{STORE_DIR.path}/{name}" for name in info.path.references} - there
             assert not dangling, f"{path} refers to {dangling}"
             self.seen[path] = self.time
         return there

@@ -15,7 +15,8 @@ from aiohttp.test_utils import TestServer
 from infra.cache.pulls import upstream as upstream_module
 from infra.cache.pulls.upstream import UPSTREAM_CONCURRENCY, Upstream, UpstreamError
 from infra.nix.hashing import sha256_text
-from infra.nix.narinfo import NarInfo
+from infra.nix.narinfo import NarInfo, StoredNar
+from infra.nix.path_info import PathInfo
 from infra.objects.compression import nar_key
 from infra.objects.errors import CacheError, CorruptNarError
 from tests.support.cache import STORE_DIR, base_name, secret_key, store_path
@@ -25,14 +26,19 @@ NAR = b"nar of a" * 300_000
 
 
 def signed(info: NarInfo) -> bytes:
-    return replace(info, sigs=(KEY.sign(info.fingerprint(STORE_DIR)),)).render()
+    return info.signed((KEY.sign(info.path.fingerprint()),)).render()
 
 
 def narinfo_of(path: str, nar: bytes = NAR) -> tuple[NarInfo, bytes]:
     packed = lzma.compress(nar, preset=0)
     file_hash = sha256_text(sha256(packed).digest())
     nar_hash = sha256_text(sha256(nar).digest())
-    return NarInfo(path, nar_key(file_hash, "xz"), "xz", file_hash, len(packed), nar_hash, len(nar)), packed
+    stored = StoredNar(nar_key(file_hash, "xz"), "xz", file_hash, len(packed))
+    return NarInfo(PathInfo(path, nar_hash, len(nar)), stored), packed
+
+
+def named(info: NarInfo, path: str) -> NarInfo:
+    return NarInfo(replace(info.path, store_path=path), info.stored)
 
 
 @dataclass
@@ -59,7 +65,7 @@ class Origin:
     def add(self, path: str, nar: bytes = NAR) -> NarInfo:
         info, packed = narinfo_of(path, nar)
         self.files[f"{base_name(path)[:32]}.narinfo"] = signed(info)
-        self.files[info.url] = packed
+        self.files[info.stored.url] = packed
         return info
 
 
@@ -88,15 +94,13 @@ async def test_only_what_is_signed_by_a_trusted_key_for_that_very_path_is_there(
     origin: Origin, upstream: Upstream
 ) -> None:
     info = origin.add(A)
-    other_key = replace(info, store_path=B, sigs=(secret_key("upstream-1", 8).sign(b""),)).render()
+    other_key = named(info, B).signed((secret_key("upstream-1", 8).sign(b""),)).render()
     origin.files[f"{base_name(B)[:32]}.narinfo"] = other_key
     origin.files[f"{base_name(C)[:32]}.narinfo"] = signed(info)
-    origin.files[f"{base_name(D)[:32]}.narinfo"] = signed(replace(info, store_path=D)).replace(
-        b"NarSize: 2", b"NarSize: 3"
-    )
+    origin.files[f"{base_name(D)[:32]}.narinfo"] = signed(named(info, D)).replace(b"NarSize: 2", b"NarSize: 3")
     assert await upstream.present([A, B, C, D]) == {A}
     (found,) = (await upstream.narinfos([base_name(A)[:32]])).values()
-    assert replace(found, sigs=()) == info
+    assert found.signed(()) == info
     # The hash part is right, the name is not.
     assert await upstream.present([f"{A}-other"]) == set()
 
@@ -152,10 +156,11 @@ async def test_a_narinfo_without_end_is_not_read(
 
 async def test_a_nar_with_the_same_hash_is_fetched_verified(origin: Origin, upstream: Upstream) -> None:
     info = origin.add(A)
-    stream = await upstream.nar(replace(info, url="ours", compression="zstd"))
+    stream = await upstream.nar(NarInfo(info.path, StoredNar("ours", "zstd", "", 0)))
     assert stream is not None
     assert b"".join([piece async for piece in stream]) == NAR
-    assert await upstream.nar(replace(info, nar_hash=sha256_text(sha256(b"other").digest()))) is None
+    other = replace(info.path, nar_hash=sha256_text(sha256(b"other").digest()))
+    assert await upstream.nar(NarInfo(other, info.stored)) is None
     assert await upstream.nar(narinfo_of(B)[0]) is None
 
 
@@ -167,12 +172,12 @@ async def test_a_nar_that_is_wrong_lost_or_left_early_is_an_error_or_nothing(
     assert stream is not None
     assert await anext(stream)
     await stream.aclose()
-    origin.files[info.url] = lzma.compress(NAR[:-1] + b"x", preset=0)
+    origin.files[info.stored.url] = lzma.compress(NAR[:-1] + b"x", preset=0)
     stream = await upstream.nar(info)
     assert stream is not None
     with pytest.raises(CorruptNarError):
         [piece async for piece in stream]
-    del origin.files[info.url]
+    del origin.files[info.stored.url]
     stream = await upstream.nar(info)
     assert stream is not None
     with pytest.raises(UpstreamError, match="answered 404"):

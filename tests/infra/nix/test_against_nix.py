@@ -15,6 +15,7 @@ from infra import nar_files
 from infra.nix import aterm, base32, hashing, nar, narinfo, signing
 from infra.nix.ca import SourceDigest, verify_source
 from infra.nix.derivation import DerivationKind
+from infra.nix.path_info import PathInfo
 from infra.nix.store_path import StoreDir
 from infra.nix.verify import VerifiedDerivation, Verifier
 
@@ -249,10 +250,10 @@ def test_a_built_output_has_the_same_hash_references_narinfo_and_signature(tmp_p
     text = (tmp_path / "cache" / f"{store_dir.parse(output).hash_part}.narinfo").read_bytes()
     info = narinfo.parse(text, store_dir)
     assert info.render() == text
-    assert (info.nar_hash, info.nar_size) == (hashes.nar_hash, hashes.nar_size)
-    assert info.references == tuple(store_dir.base_name(path) for path in references)
-    assert info.sigs == (key.sign(info.fingerprint(store_dir)),)
-    assert key.public.verify(info.fingerprint(store_dir), info.sigs[0])
+    assert (info.path.nar_hash, info.path.nar_size) == (hashes.nar_hash, hashes.nar_size)
+    assert info.path.references == tuple(store_dir.base_name(path) for path in references)
+    assert info.path.sigs == (key.sign(info.path.fingerprint()),)
+    assert key.public.verify(info.path.fingerprint(), info.path.sigs[0])
 
 
 def test_nix_accepts_a_cache_that_only_this_code_wrote_and_signed(tmp_path: Path) -> None:
@@ -262,8 +263,10 @@ def test_nix_accepts_a_cache_that_only_this_code_wrote_and_signed(tmp_path: Path
     archive = b"".join(nar.write_events([nar.NarFile(b"", False, 3), nar.NarData(b"abc")]))
     path = "/nix/store/vylz2d5mzcgx8z67q4xi43zhzf5zrld5-signed"
     text = hashing.sha256_text(sha256(archive).digest())
-    info = narinfo.NarInfo(path, "nar/x.nar", "none", text, len(archive), text, len(archive))
-    info = narinfo.parse(info.render() + f"Sig: {key.sign(info.fingerprint(store_dir))}\n".encode(), store_dir)
+    info = narinfo.NarInfo(
+        PathInfo(path, text, len(archive)), narinfo.StoredNar("nar/x.nar", "none", text, len(archive))
+    )
+    info = narinfo.parse(info.render() + f"Sig: {key.sign(info.path.fingerprint())}\n".encode(), store_dir)
     cache = tmp_path / "cache"
     (cache / "nar").mkdir(parents=True)
     (cache / "nar/x.nar").write_bytes(archive)

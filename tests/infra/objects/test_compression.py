@@ -15,8 +15,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.cache.publishing.claims import Candidate, Published, malformed
+from infra.cache.publishing.claims import Published, malformed
 from infra.nix.hashing import sha256_text
+from infra.nix.narinfo import NarInfo, StoredNar
+from infra.nix.path_info import PathInfo
 from infra.objects.compression import MAX_XZ_BYTES, SUFFIXES, DecodeError, nar_key, unpacker
 from infra.objects.errors import CorruptNarError
 from infra.objects.nar_reader import fetch_nar
@@ -33,18 +35,10 @@ STREAMED = [name for name in PACK if name != "none"]
 PATH = store_path("packed")
 
 
-def claim(compression: str, nar: bytes, packed: bytes) -> Candidate:
+def claim(compression: str, nar: bytes, packed: bytes) -> NarInfo:
     file_hash = sha256_text(sha256(packed).digest())
-    return Candidate(
-        PATH,
-        sha256_text(sha256(nar).digest()),
-        len(nar),
-        (),
-        nar_key(file_hash, compression),
-        compression,
-        file_hash,
-        len(packed),
-    )
+    stored = StoredNar(nar_key(file_hash, compression), compression, file_hash, len(packed))
+    return NarInfo(PathInfo(PATH, sha256_text(sha256(nar).digest()), len(nar)), stored)
 
 
 def unpacked(compression: str, packed: bytes, size: int = 1000) -> bytes:
@@ -61,9 +55,9 @@ async def test_a_path_is_published_and_fetched_as_it_was_pushed(tmp_path: Path, 
     nar = b"nar" * 100_000
     packed = PACK[compression](nar)
     offered = claim(compression, nar, packed)
-    assert offered.url.endswith(f".nar{SUFFIXES[compression]}")
+    assert offered.stored.url.endswith(f".nar{SUFFIXES[compression]}")
     async with open_cache(tmp_path) as cache:
-        await cache.objects.put_bytes(offered.url, packed)
+        await cache.objects.put_bytes(offered.stored.url, packed)
         assert await cache.publish([offered]) == [Published(PATH)]
         assert f"Compression: {compression}\n".encode() in (await cache.narinfo(offered.hash_part) or b"")
         assert b"".join([part async for part in fetch_nar(cache.objects, offered)]) == nar
@@ -72,9 +66,13 @@ async def test_a_path_is_published_and_fetched_as_it_was_pushed(tmp_path: Path, 
 def test_an_object_is_named_after_its_hash_and_compression() -> None:
     offered = claim("xz", b"nar", lzma.compress(b"nar"))
     assert malformed(offered, STORE_DIR) == ""
-    assert "named after" in malformed(replace(offered, compression="bzip2"), STORE_DIR)
-    assert "named after" in malformed(replace(offered, url=offered.url.removesuffix(".xz")), STORE_DIR)
-    assert "not one of" in malformed(replace(offered, compression="br"), STORE_DIR)
+    stored = offered.stored
+    for changed, complaint in (
+        (replace(stored, compression="bzip2"), "named after"),
+        (replace(stored, url=stored.url.removesuffix(".xz")), "named after"),
+        (replace(stored, compression="br"), "not one of"),
+    ):
+        assert complaint in malformed(NarInfo(offered.path, changed), STORE_DIR)
 
 
 @pytest.mark.parametrize("compression", STREAMED)
@@ -93,7 +91,7 @@ def test_mutated_objects_give_the_right_bytes_or_one_typed_error(compression: st
         at = data.draw(st.integers(0, len(packed)))
         packed = packed[:at] + data.draw(st.binary(max_size=4)) + packed[at + data.draw(st.integers(0, 20)) :]
     # Without a hash of the file, the compression's own checks and the NAR's hash must do.
-    loose = replace(promised, file_hash="", file_size=0)
+    loose = replace(promised, stored=replace(promised.stored, file_hash="", file_size=0))
     for promise in (promised, loose):
         try:
             verify_nar(io.BytesIO(packed), promise)
@@ -130,7 +128,8 @@ def test_an_object_cannot_make_its_decoder_take_much_memory() -> None:
 @pytest.mark.parametrize("compression", STREAMED)
 def test_a_bomb_is_left_as_soon_as_it_exceeds_its_promise(compression: str) -> None:
     packed = PACK[compression](bytes(64 * 1024 * 1024))
-    promise = replace(claim(compression, b"small", packed), file_hash="")
+    promised = claim(compression, b"small", packed)
+    promise = replace(promised, stored=replace(promised.stored, file_hash=""))
     source = io.BytesIO(packed)
     with pytest.raises(CorruptNarError, match="more than 5 bytes"):
         verify_nar(source, promise)

@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,12 +15,13 @@ import pytest
 import zstandard
 
 from infra.nix.hashing import sha256_text
+from infra.nix.narinfo import NarInfo, StoredNar
 from infra.objects.compression import SUFFIXES, Compression
 from infra.objects.errors import CacheError, CorruptNarError, ObjectMissingError, ObjectStoreError
 from infra.objects.nar_reader import fetch_nar
 from infra.objects.nar_writer import BLOCK_BYTES, FRAME_BYTES, QUICK_BYTES, UploadedNar, upload_nar
 from infra.objects.store import INLINE_BYTES, LocalObjectStore, ObjectStore
-from tests.support.cache import chunked
+from tests.support.cache import chunked, narinfo_of
 
 NOISE = random.Random(7).randbytes(24 * 1024 * 1024)
 #: What xz, which takes a second for each MiB of noise, compresses fast: noise that is repeated.
@@ -28,16 +29,11 @@ ECHO = NOISE[:BLOCK_BYTES] * (len(NOISE) // BLOCK_BYTES)
 SIZES = [1, INLINE_BYTES, INLINE_BYTES + 1, BLOCK_BYTES, FRAME_BYTES, FRAME_BYTES + 1, len(NOISE)]
 
 
-@dataclass(frozen=True)
-class Promise(UploadedNar):
-    store_path: str = "/nix/store/6k1mvl8ixhsqvqzhy7i4hdfpyvbfvmjf-x"
+def promise(uploaded: UploadedNar) -> NarInfo:
+    return narinfo_of("/nix/store/6k1mvl8ixhsqvqzhy7i4hdfpyvbfvmjf-x", uploaded)
 
 
-def promise(uploaded: UploadedNar) -> Promise:
-    return Promise(**{name: getattr(uploaded, name) for name in UploadedNar.__slots__})
-
-
-async def fetched(store: ObjectStore, wanted: Promise) -> bytes:
+async def fetched(store: ObjectStore, wanted: NarInfo) -> bytes:
     return b"".join([data async for data in fetch_nar(store, wanted)])
 
 
@@ -59,15 +55,11 @@ async def test_what_is_uploaded_is_described_truly_and_read_back(
 ) -> None:
     nar = (ECHO if compression == "xz" else NOISE)[:size]
     uploaded = await upload_nar(store, chunked(nar, 300_000), compression)
-    data = await store.get_bytes(uploaded.url)
-    assert uploaded == UploadedNar(
-        nar_hash=sha256_text(sha256(nar).digest()),
-        nar_size=size,
-        url=f"nar/{sha256_text(sha256(data).digest()).removeprefix('sha256:')}.nar{SUFFIXES[compression]}",
-        compression=compression,
-        file_hash=sha256_text(sha256(data).digest()),
-        file_size=len(data),
-    )
+    data = await store.get_bytes(uploaded.stored.url)
+    file_hash = sha256_text(sha256(data).digest())
+    url = f"nar/{file_hash.removeprefix('sha256:')}.nar{SUFFIXES[compression]}"
+    stored = StoredNar(url, compression, file_hash, len(data))
+    assert uploaded == UploadedNar(sha256_text(sha256(nar).digest()), size, stored)
     assert await fetched(store, promise(uploaded)) == nar
     assert files(store, "incoming") == []
 
@@ -75,7 +67,7 @@ async def test_what_is_uploaded_is_described_truly_and_read_back(
 async def test_a_large_nar_is_whole_frames_that_a_reader_can_seek_to(store: LocalObjectStore) -> None:
     assert len(NOISE) > FRAME_BYTES > QUICK_BYTES
     uploaded = await upload_nar(store, chunked(NOISE))
-    rest, frames = await store.get_bytes(uploaded.url), []
+    rest, frames = await store.get_bytes(uploaded.stored.url), []
     while rest:
         frame = zstandard.ZstdDecompressor().decompressobj()
         frames.append(frame.decompress(rest))
@@ -160,7 +152,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("size", [2000, 3_000_000])
 async def test_a_damaged_object_is_never_read_to_the_end(store: LocalObjectStore, damage: str, size: int) -> None:
     uploaded = await upload_nar(store, chunked(NOISE[:size]))
-    await store.put_bytes(uploaded.url, DAMAGES[damage](await store.get_bytes(uploaded.url)))
+    await store.put_bytes(uploaded.stored.url, DAMAGES[damage](await store.get_bytes(uploaded.stored.url)))
     with pytest.raises(CorruptNarError, match="6k1mvl8ixhsqvqzhy7i4hdfpyvbfvmjf-x"):
         await fetched(store, promise(uploaded))
 
@@ -168,32 +160,26 @@ async def test_a_damaged_object_is_never_read_to_the_end(store: LocalObjectStore
 async def test_a_promise_about_another_nar_is_not_kept(store: LocalObjectStore) -> None:
     true = promise(await upload_nar(store, chunked(NOISE[:5000])))
     other = sha256_text(sha256(b"other").digest())
+    path, stored = true.path, true.stored
     for false in (
-        replace(true, nar_hash=other),
-        replace(true, nar_size=4999),
-        replace(true, nar_size=5001),
-        replace(true, file_hash=other),
-        replace(true, file_size=true.file_size + 1),
-        replace(true, compression="xz"),
+        NarInfo(replace(path, nar_hash=other), stored),
+        NarInfo(replace(path, nar_size=4999), stored),
+        NarInfo(replace(path, nar_size=5001), stored),
+        NarInfo(path, replace(stored, file_hash=other)),
+        NarInfo(path, replace(stored, file_size=stored.file_size + 1)),
+        NarInfo(path, replace(stored, compression="xz")),
     ):
         with pytest.raises(CorruptNarError):
             await fetched(store, false)
     with pytest.raises(ObjectMissingError):
-        await fetched(store, replace(true, url="nar/none"))
+        await fetched(store, NarInfo(path, replace(stored, url="nar/none")))
 
 
 async def test_a_bomb_is_left_after_its_promised_size(store: LocalObjectStore) -> None:
     # 4 GiB in a file of some 400 KB; reading it all would take seconds and, taken at once, all memory.
     frame = zstandard.ZstdCompressor(level=3).compress(bytes(64 * 1024 * 1024))
     await store.put_bytes("nar/bomb", frame * 64)
-    wanted = Promise(
-        nar_hash=sha256_text(sha256(b"x").digest()),
-        nar_size=1000,
-        url="nar/bomb",
-        compression="zstd",
-        file_hash="",
-        file_size=0,
-    )
+    wanted = promise(UploadedNar(sha256_text(sha256(b"x").digest()), 1000, StoredNar("nar/bomb", "zstd", "", 0)))
     with pytest.raises(CorruptNarError, match="more than 1000 bytes"):
         await fetched(store, wanted)
 
