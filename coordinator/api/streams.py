@@ -81,8 +81,7 @@ class SourceHeader(BaseModel):
 
     def info(self, store_dir: StoreDir) -> PathInfo:
         """Return the same of the path in `store_dir`."""
-        path = f"{store_dir.path}/{self.path}"
-        return PathInfo(path, self.nar_hash, self.nar_size, self.references, ca=self.ca)
+        return PathInfo(store_dir.full(self.path), self.nar_hash, self.nar_size, self.references, ca=self.ca)
 
 
 @dataclass(frozen=True, slots=True)

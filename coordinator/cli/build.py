@@ -27,7 +27,6 @@ from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import (
     Closure,
     LocalStore,
-    base_name,
     describe_sources,
     find_maker,
     local_store,
@@ -45,6 +44,7 @@ from coordinator.client.evaluation import (
     parse_drv,
 )
 from coordinator.errors import CoordinatorError
+from infra.nix.store_path import base_name_of
 from infra.process import ProcessError, run
 
 #: Seconds after the client has sent what the farm lost before it looks again: the whole graph is asked about.
@@ -184,10 +184,10 @@ async def _send(
         closure: Closure = await asyncio.to_thread(read_closure, store, [*(each.drv for each in wanted), *makers])
         found = await describe_sources(store, closure.sources)
         headers = found.headers
-        built = tuple(map(base_name, found.built))
+        built = tuple(map(base_name_of, found.built))
         query = IntakeQuery(
             store_dir=store.store_dir,
-            derivations=tuple(base_name(drv) for drv in closure.derivations),
+            derivations=tuple(base_name_of(drv) for drv in closure.derivations),
             sources=(*(header.path for header in headers), *built),
             built=built,
         )
@@ -195,7 +195,7 @@ async def _send(
         absent = set(missing.sources)
         sent = [header for header in headers if header.path in absent]
         refuse_lost_references(store, sent, absent.intersection(built), missing.trouble)
-        unbuilt = [path for path in found.built if base_name(path) in absent and path not in closure.outputs]
+        unbuilt = [path for path in found.built if base_name_of(path) in absent and path not in closure.outputs]
         if not unbuilt:
             break
         # Each goes into the next closure, so that this ends.
@@ -211,7 +211,9 @@ async def _send(
         )
         if missing.derivations:
             names = set(missing.derivations)
-            members = ((base_name(drv), store.read(drv)) for drv in closure.derivations if base_name(drv) in names)
+            members = (
+                (base_name_of(drv), store.read(drv)) for drv in closure.derivations if base_name_of(drv) in names
+            )
             await client.send_derivations(in_thread(encode_derivations(members)))
         if sources:
             nars = ((header, _nar(store, header)) for header in sources)

@@ -17,11 +17,11 @@ from typing import Final
 from coordinator.cli import exit_status
 from coordinator.cli.rendering import size
 from coordinator.cli.status import print_json, print_lines
-from coordinator.client.closure import LocalStore, base_name, local_store, query_closure
+from coordinator.client.closure import LocalStore, local_store, query_closure
 from coordinator.client.errors import BadArgumentError, ClientError, RefusedError
 from coordinator.client.token import find_token
 from infra.nix.errors import FormatError
-from infra.nix.store_path import StoreDir
+from infra.nix.store_path import StoreDir, base_name_of
 from infra.objects.compression import Compression
 from infra.objects.errors import CacheError
 from infra.objects.nar_writer import CompressedNar, compressing_files
@@ -63,8 +63,8 @@ async def _push(url: str, token_file: str, request: PushRequest) -> int:
     if len(infos) > MAX_PATHS:
         raise BadArgumentError(f"the closure has {len(infos)} paths; push parts of it, at most {MAX_PATHS} at a time")
     claims = [PathClaim.of(info) for info in infos.values()]
-    name = request.keep_as or base_name(roots[0])[:200]
-    keep = KeepRequest(name=name, paths=tuple(base_name(root) for root in roots), days=request.days)
+    name = request.keep_as or base_name_of(roots[0])[:200]
+    keep = KeepRequest(name=name, paths=tuple(base_name_of(root) for root in roots), days=request.days)
     address = f"{url.rstrip('/')}/cache" + (f"/{request.cache}" if request.cache != "default" else "")
     async with upload_session() as session:
         client = UploadClient(session, address, find_token(token_file))

@@ -229,11 +229,6 @@ def _is_verifiable(info: PathInfo) -> bool:
     return info.ca.startswith(VERIFIABLE) and info.base_name not in info.references
 
 
-def base_name(path: str) -> str:
-    """Return a store path without its directory."""
-    return path.rpartition("/")[2]
-
-
 def local_store(directory: str | None, drv: str = "") -> LocalStore:
     """Return the store of `--store DIR` (the machine's own without it); `drv` tells the store directory.
 

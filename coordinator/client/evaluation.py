@@ -24,6 +24,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 from coordinator.api.limits import MAX_LIMIT
 from coordinator.api.requests import RootLimits
 from coordinator.errors import CoordinatorError
+from infra.nix.store_path import drv_name_of
 from infra.process import Completed, ProcessError, ProcessNotFound, ProcessOutputTooLarge, ProcessTimeout, run
 
 #: The expression that finds the derivations of attributes.
@@ -71,12 +72,7 @@ def parse_drv(text: str) -> EvaluatedRoot | None:
     if match is None:
         return None
     outputs = tuple(match[2].split(",")) if match[2] else ()
-    return EvaluatedRoot(drv_name(match[1]), match[1], outputs)
-
-
-def drv_name(drv: str) -> str:
-    """Return the name in a .drv path: without directory, hash and `.drv`."""
-    return drv.rpartition("/")[2][33:].removesuffix(".drv")
+    return EvaluatedRoot(drv_name_of(match[1]), match[1], outputs)
 
 
 @dataclass(frozen=True, slots=True)

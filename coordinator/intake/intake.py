@@ -82,12 +82,12 @@ class Intake:
         require_within(len(query.sources), self._limits.max_sources, "sources")
         await asyncio.to_thread(self._check_names, (*query.derivations, *query.sources, *query.built))
         derivations = await self._derivations.unknown(query.derivations)
-        absent = await self.leases.ask([f"{self._store_dir.path}/{name}" for name in query.sources])
-        pulled = await self.pulls.pull(absent.intersection(f"{self._store_dir.path}/{name}" for name in query.built))
+        absent = await self.leases.ask([self._store_dir.full(name) for name in query.sources])
+        pulled = await self.pulls.pull(absent.intersection(self._store_dir.full(name) for name in query.built))
         absent -= pulled.paths
         return IntakeMissing(
             derivations=tuple(derivations),
-            sources=tuple(name for name in query.sources if f"{self._store_dir.path}/{name}" in absent),
+            sources=tuple(name for name in query.sources if self._store_dir.full(name) in absent),
             trouble=pulled.trouble,
         )
 
@@ -218,7 +218,7 @@ class Intake:
                 raise IntakeError(f"{root.drv} has no output {name}; it has {', '.join(outputs)}")
         wanted = tuple((name, path) for name, path in node.outputs if not root.outputs or name in root.outputs)
         limits = ResourceLimits(**root.limits.model_dump()) if root.limits else None
-        return RootNote(root.attr, f"{self._store_dir.path}/{node.drv}", node.step, wanted, limits)
+        return RootNote(root.attr, self._store_dir.full(node.drv), node.step, wanted, limits)
 
     async def _load(self, roots: Sequence[str]) -> tuple[dict[str, Node], dict[StepKey, list[str]]]:
         """Load the closure of `roots` and of all members of its fixed-output steps."""

@@ -11,7 +11,7 @@ from coordinator.stores.derivations import DerivationStore, Kind, Known, NewDeri
 from infra.nix import aterm
 from infra.nix.derivation import DerivationKind
 from infra.nix.errors import FormatError, NixError, UnknownInputError
-from infra.nix.store_path import StoreDir
+from infra.nix.store_path import StoreDir, base_name_of
 from infra.nix.verify import KnownDerivation, VerifiedDerivation, Verifier
 from scheduler.model import ANY_SYSTEM, StepKey
 
@@ -32,7 +32,7 @@ class StreamVerifier:
 
         Raises `IntakeError`; the sentence names the member that is at fault.
         """
-        members = [(f"{self._store_dir.path}/{name}", data) for name, data in batch]
+        members = [(self._store_dir.full(name), data) for name, data in batch]
         done: list[NewDerivation] = []
         looked_up = False
         while len(done) < len(members):
@@ -46,7 +46,7 @@ class StreamVerifier:
             # The inputs may be known from earlier streams: ask once for all that this batch lacks.
             wanted = await asyncio.to_thread(_unknown_inputs, self._verifier, members[len(done) :])
             for name, known in (await self._derivations.known(wanted)).items():
-                self._verifier.preload(f"{self._store_dir.path}/{name}", _to_verifier(known))
+                self._verifier.preload(self._store_dir.full(name), _to_verifier(known))
             looked_up = True
         return done
 
@@ -103,7 +103,7 @@ def _unknown_inputs(verifier: Verifier, members: Sequence[tuple[str, bytes]]) ->
             continue
         for path, _ in derivation.input_drvs:
             if path not in here and verifier.known(path) is None:
-                names[path.rpartition("/")[2]] = None
+                names[base_name_of(path)] = None
     return list(names)
 
 

@@ -22,6 +22,7 @@ from typing import Final
 
 from coordinator.config import DEFAULT_CACHE
 from infra.clock import Clock
+from infra.nix.store_path import base_name_of
 from scheduler.model import LeaseId
 
 #: Version and first part of every token.
@@ -59,7 +60,7 @@ class UploadTokens:
         """Return what makes the token of a lease in the farm's cache from the full paths of its outputs."""
 
         def make(lease: LeaseId, outputs: Iterable[str]) -> str:
-            names = [path.rpartition("/")[2] for path in outputs]
+            names = [base_name_of(path) for path in outputs]
             return self.make(DEFAULT_CACHE, lease.step, lease.attempt, names, clock.now() + TOKEN_S)
 
         return make

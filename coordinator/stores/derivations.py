@@ -28,6 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from coordinator.errors import CoordinatorError
 from coordinator.stores import derivation_tables as tables
 from infra.database import insert_or_ignore, names_parameter, names_table, open_engine, patiently, reason
+from infra.nix.store_path import base_name_of, drv_name_of
 from scheduler.model import StepKey
 
 #: Rows of an answer that are made at once, a microsecond each; the loop goes on in between.
@@ -271,7 +272,7 @@ class DerivationStore:
         """
         asked = self._asked
         query = select(tables.outputs.c.path, tables.outputs.c.step).join(asked, asked.c.value == tables.outputs.c.path)
-        steps = {path: StepKey(path.rpartition("/")[2]) for path in paths}
+        steps = {path: StepKey(base_name_of(path)) for path in paths}
         steps.update((path, StepKey(step)) for path, step in await self._answers(query, paths))
         members = await self.members(list(dict.fromkeys(steps.values())))
         return {path: members[step][0] for path, step in steps.items() if step in members}
@@ -403,7 +404,7 @@ def _info(  # noqa: PLR0917 - the fields of what it makes
     outputs: tuple[tuple[str, str], ...],
     store_dir: str,
 ) -> StepInfo:
-    return StepInfo(key, drv[33:].removesuffix(".drv"), system, features, f"{store_dir}/{drv}", outputs)
+    return StepInfo(key, drv_name_of(drv), system, features, f"{store_dir}/{drv}", outputs)
 
 
 async def _told(call: Callable[[], Awaitable[_Result]]) -> _Result:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from infra.cache.cache import Cache
+from infra.nix.store_path import base_name_of
 
 #: Seconds for which what a client asked about is safe from collection; it must submit within them.
 LEASE_S: Final = 3600.0
@@ -149,7 +150,7 @@ def _name(paths: Collection[str]) -> str:
     #: Sorting in parts lets other threads go on in between.
     parts: dict[str, list[str]] = {}
     for path in set(paths):
-        parts.setdefault(path.rpartition("/")[2][:1], []).append(path)
+        parts.setdefault(base_name_of(path)[:1], []).append(path)
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     for _, part in sorted(parts.items()):
         digest.update("\n".join([*sorted(part), ""]).encode())

@@ -76,6 +76,11 @@ def hash_part_of(path: str) -> str:
     return base_name_of(path)[:HASH_PART_LENGTH]
 
 
+def drv_name_of(path: str) -> str:
+    """The name of a derivation, by its .drv's full path or base name: without hash part and `.drv`."""
+    return base_name_of(path)[HASH_PART_LENGTH + 1 :].removesuffix(".drv")
+
+
 def _explain(text: str) -> str:
     """Return the reason for a person that `text` is no base name."""
     if len(text) <= HASH_PART_LENGTH or text[HASH_PART_LENGTH] != "-":
@@ -131,6 +136,10 @@ class StoreDir:
     def render(self, store_path: StorePath) -> str:
         """The full path of `store_path`."""
         return f"{self.path}/{store_path.hash_part}-{store_path.name}"
+
+    def full(self, base_name: str) -> str:
+        """The full path of a base name that is known to be one, or is to be looked at by `parse`."""
+        return f"{self.path}/{base_name}"
 
     def base_name(self, path_text: str) -> str:
         """The file name of the full path `path_text`.

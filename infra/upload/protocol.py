@@ -87,7 +87,7 @@ class PathClaim(UploadMessage):
 
     def info(self, store_dir: StoreDir) -> PathInfo:
         """Return the same of the path in `store_dir`."""
-        path = f"{store_dir.path}/{self.path}"
+        path = store_dir.full(self.path)
         return PathInfo(path, self.nar_hash, self.nar_size, self.references, self.deriver, ca=self.ca)
 
 

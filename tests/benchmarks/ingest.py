@@ -29,13 +29,13 @@ from pathlib import Path
 
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations
-from coordinator.client.closure import LocalStore, base_name, read_closure
+from coordinator.client.closure import LocalStore, read_closure
 from coordinator.intake.intake import Intake
 from coordinator.stores.derivations import DerivationStore
 from infra.cache.cache import Cache
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.signing import generate
-from infra.nix.store_path import StoreDir
+from infra.nix.store_path import StoreDir, base_name_of
 from infra.objects.store import open_object_store
 from scheduler.farm import Farm
 from scheduler.model import Instant, SubmissionId
@@ -157,7 +157,7 @@ async def ingest(root: Path, state: Path, roots: list[Made]) -> dict[str, float]
     store = LocalStore("/nix/store", str(root))
     closure = read_closure(store, [made.drv for made in roots])
     at = lap("read", at)
-    names = tuple(base_name(drv) for drv in closure.derivations)
+    names = tuple(base_name_of(drv) for drv in closure.derivations)
     missing = await intake.missing(IntakeQuery(store_dir="/nix/store", derivations=names, sources=()))
     at = lap("missing", at)
     stream = list(encode_derivations((name, store.read(f"/nix/store/{name}")) for name in missing.derivations))

@@ -14,11 +14,12 @@ from coordinator.api.models import Ended, StepStatus, SubmissionView, WatchEvent
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.client.api_client import ApiClient
-from coordinator.client.closure import LocalStore, base_name, describe_sources, read_closure
+from coordinator.client.closure import LocalStore, describe_sources, read_closure
 from coordinator.client.evaluation import evaluate
 from coordinator.config import LimitSettings, Settings
 from coordinator.main import Coordinator, FleetFactory, open_coordinator
 from infra.clock import Clock
+from infra.nix.store_path import base_name_of
 from tests.support.local_fleet import InProcessFleet
 from workers.agent.agent import Agent
 from workers.agent.settings import WorkerSettings
@@ -58,7 +59,7 @@ class TestFarm:
         wanted = (await evaluate(str(file), attrs, flags=("--option", "substituters", "", *store.flags))).wanted
         closure = read_closure(store, [each.drv for each in wanted])
         sources = [header.path for header in (await describe_sources(store, closure.sources)).headers]
-        names = {base_name(path): path for path in closure.derivations}
+        names = {base_name_of(path): path for path in closure.derivations}
         missing = await self.client.missing(
             IntakeQuery(store_dir="/nix/store", derivations=tuple(names), sources=tuple(sources))
         )

@@ -43,7 +43,7 @@ from infra.nix import base32
 from infra.nix.hashing import sha256_text
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.path_info import PathInfo
-from infra.nix.store_path import StoreDir
+from infra.nix.store_path import StoreDir, base_name_of
 from infra.validation import first_fault
 from workers.agent.lease_machine import judge_status
 from workers.errors import WorkerError
@@ -211,7 +211,7 @@ class Canary:
         name = f"drover-canary-{'fixed' if fixed else 'plain'}"
         # Not a hash of anything: the daemon believes a trusted client's input-addressed paths.
         hashed = base32.encode(hashlib.sha256(f"{bait.nonce}{name}".encode()).digest()[:20])
-        output = BasicOutput("out", f"{self._store_dir.path}/{hashed}-{name}")
+        output = BasicOutput("out", self._store_dir.full(f"{hashed}-{name}"))
         if fixed:
             digest = hashlib.sha256(bait.nonce.encode()).hexdigest()
             output = BasicOutput(
@@ -235,7 +235,7 @@ class Canary:
         }
         if fixed:
             derivation |= {"outputHash": output.hash, "outputHashAlgo": "sha256", "outputHashMode": "flat"}
-        return f"{self._store_dir.path}/{hashed}-{name}.drv", BasicDerivation(
+        return self._store_dir.full(f"{hashed}-{name}.drv"), BasicDerivation(
             outputs=(output,),
             inputs=(bait.input,),
             system=self._system,
@@ -280,11 +280,11 @@ class Canary:
         return path
 
     def _probe(self, nonce: str) -> str:
-        return f"{self._store_dir.path}/{base32.encode(bytes.fromhex(nonce)[:12]).rjust(32, '0')}-drover-canary-probe"
+        return self._store_dir.full(f"{base32.encode(bytes.fromhex(nonce)[:12]).rjust(32, '0')}-drover-canary-probe")
 
     def _take_probe(self, nonce: str) -> bool:
         """Return whether the file that the canary tried to make lies in the real store; it is removed."""
-        place = self._physical_store / self._probe(nonce).rpartition("/")[2]
+        place = self._physical_store / base_name_of(self._probe(nonce))
         there = place.exists()
         with contextlib.suppress(OSError):
             place.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ from infra.nix import narinfo
 from infra.nix.errors import NixError
 from infra.nix.narinfo import NarInfo
 from infra.nix.signing import PublicKey
-from infra.nix.store_path import StoreDir
+from infra.nix.store_path import StoreDir, base_name_of
 from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreError, StoreUnreachableError
 from infra.objects.http_source import fetch_nar_over_http
 from infra.objects.nar_reader import fetch_nar
@@ -111,7 +111,7 @@ class FarmSources:
         Raises `InputError` where a member is not in the cache, is not signed by the farm, or the cache does not answer.
         """
         known: dict[str, NarInfo] = {}
-        wanted = sorted({path.rpartition("/")[2] for path in paths})
+        wanted = sorted({base_name_of(path) for path in paths})
         while wanted:
             if len(known) > MAX_CLOSURE:
                 raise InputError(f"the inputs reach more than {MAX_CLOSURE} paths")
@@ -136,7 +136,7 @@ class FarmSources:
         answer = await self._ask(orjson.dumps({"paths": names, "closure": True}))
         missing = answer.get("missing")
         if missing:
-            paths = [f"{self.farm.store_dir}/{name}" for name in missing[:MAX_MISSING]]
+            paths = [self.store_dir.full(name) for name in missing[:MAX_MISSING]]
             raise InputError(f"{paths[0]} is not in the farm's cache", paths)
         try:
             return [narinfo.parse(text.encode(), self.store_dir) for text in answer["narinfos"]]

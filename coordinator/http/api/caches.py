@@ -30,7 +30,7 @@ from coordinator.http.bodies import BodyBounds, read_model
 from infra.cache.cache import Cache
 from infra.cache.retention.roots import RootRow
 from infra.nix.errors import FormatError
-from infra.nix.store_path import HASH_PART_LENGTH
+from infra.nix.store_path import hash_part_of
 
 #: What a pin may be called.
 _PIN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
@@ -88,7 +88,7 @@ class CachingApi:
         """Show what keeps a path."""
         _, cache = self._cache(request)
         path = _store_path(cache, request.query.get("path", ""))
-        published = await cache.narinfo(path.rpartition("/")[2][:HASH_PART_LENGTH]) is not None
+        published = await cache.narinfo(hash_part_of(path)) is not None
         keepers = tuple(
             KeeperView(kind=keeper.kind, name=keeper.name, expires_at=keeper.expires_at or 0.0, chain=keeper.chain)
             for keeper in await cache.why(path)
@@ -188,7 +188,7 @@ def _root_view(root: RootRow) -> CacheRootView:
 
 def _store_path(cache: Cache, text: str) -> str:
     """Return the full store path that a full path or a base name stands for."""
-    path = text if text.startswith("/") else f"{cache.store_dir.path}/{text}"
+    path = text if text.startswith("/") else cache.store_dir.full(text)
     try:
         cache.store_dir.parse(path)
     except FormatError as error:

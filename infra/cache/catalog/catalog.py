@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from infra.cache.catalog.database import Database, chunked, conflicts, paths, reading, refs
 from infra.cache.errors import ClosureTooLargeError
 from infra.nix.errors import FormatError
-from infra.nix.store_path import HASH_PART_LENGTH, StoreDir
+from infra.nix.store_path import HASH_PART_LENGTH, StoreDir, base_name_of, hash_part_of
 from infra.objects.store import LocalObjectStore, ObjectStore
 
 #: Narinfos kept in memory, some 1 KiB each, and for how long one is believed.
@@ -52,12 +52,12 @@ class Row:
     @property
     def base_name(self) -> str:
         """File name of the store path."""
-        return self.store_path.rpartition("/")[2]
+        return base_name_of(self.store_path)
 
     @property
     def hash_part(self) -> str:
         """The 32 characters before the name."""
-        return self.base_name[:HASH_PART_LENGTH]
+        return hash_part_of(self.store_path)
 
 
 _ROW_COLUMNS = (

@@ -34,7 +34,7 @@ from infra.cache.publishing.claims import (
 from infra.cache.publishing.signer import Signer
 from infra.nix import narinfo as narinfo_format
 from infra.nix.narinfo import NarInfo
-from infra.nix.store_path import HASH_PART_LENGTH
+from infra.nix.store_path import hash_part_of
 from infra.objects.errors import CorruptNarError, ObjectMissingError, ObjectStoreError
 from infra.objects.store import LocalObjectStore
 from infra.objects.verification import verify_nar
@@ -159,7 +159,7 @@ class Publisher:
         """Decide on proven claims by what is published now, and write it down; inside the publishing transaction."""
         outcomes: dict[str, PublishOutcome] = {}
         named = {claim.hash_part for claim in proven}
-        references = {reference[:HASH_PART_LENGTH] for claim in proven for reference in claim.path.references}
+        references = {hash_part_of(reference) for claim in proven for reference in claim.path.references}
         rows = await self._catalog.rows(connection, list(named | references))
         revived = await revive(connection, [rows[part].serial for part in named if part in rows])
         present = {

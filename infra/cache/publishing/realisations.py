@@ -19,7 +19,7 @@ from infra.cache.catalog.tombstones import revive
 from infra.cache.publishing.signer import Signer
 from infra.nix import realisation as realisation_format
 from infra.nix.realisation import Realisation, RealisationLayout
-from infra.nix.store_path import HASH_PART_LENGTH
+from infra.nix.store_path import base_name_of, hash_part_of
 
 
 class Registered(StrEnum):
@@ -81,12 +81,12 @@ class Realisations:
             found = (await connection.execute(_named(layout, key))).first()
             if found is None:
                 return None
-            row = await self._row(connection, found.out_path.rpartition("/")[2])
+            row = await self._row(connection, base_name_of(found.out_path))
         there = row is not None and row.tombstoned_at is None and self._catalog.is_intact(row)
         return bytes(found.body) if there else None
 
     async def _row(self, connection: AsyncConnection, base_name: str) -> Row | None:
-        part = base_name[:HASH_PART_LENGTH]
+        part = hash_part_of(base_name)
         row = (await self._catalog.rows(connection, [part])).get(part)
         return row if row is not None and row.base_name == base_name else None
 

@@ -15,7 +15,7 @@ from typing import Final
 from infra.cache.cache import Cache
 from infra.cache.pulls.upstream import Upstream
 from infra.nix.narinfo import NarInfo
-from infra.nix.store_path import HASH_PART_LENGTH
+from infra.nix.store_path import hash_part_of
 from infra.objects.errors import CacheError
 from infra.objects.nar_writer import upload_nar
 from infra.upload.protocol import PathClaim
@@ -31,13 +31,14 @@ class Pulls:
 
     def __init__(self, cache: Cache, upstreams: Sequence[Upstream]) -> None:
         self._cache = cache
+        self._full = cache.store_dir.full
         self._upstreams = tuple(upstreams)
 
     async def found(self, claims: Mapping[str, PathClaim]) -> dict[str, Upstream]:
         """Return those of the claimed paths (by base name) that an upstream has with the same bits, and which one."""
         found: dict[str, Upstream] = {}
         for upstream in self._upstreams:
-            by_hash_part = {path[:HASH_PART_LENGTH]: path for path in claims if path not in found}
+            by_hash_part = {hash_part_of(path): path for path in claims if path not in found}
             for part, info in (await upstream.narinfos(by_hash_part)).items():
                 path = by_hash_part[part]
                 if (info.store_path, info.path.nar_hash) == (self._full(path), claims[path].nar_hash):
@@ -60,7 +61,7 @@ class Pulls:
         return [narinfo for task in pulling if (narinfo := task.result()) is not None]
 
     async def _one(self, turns: asyncio.Semaphore, claim: PathClaim, upstream: Upstream) -> NarInfo | None:
-        path, part = self._full(claim.path), claim.path[:HASH_PART_LENGTH]
+        path, part = self._full(claim.path), hash_part_of(claim.path)
         async with turns:
             info = (await upstream.narinfos([part])).get(part)
             chunks = None if info is None or info.path.nar_hash != claim.nar_hash else await upstream.nar(info)
@@ -73,6 +74,3 @@ class Pulls:
                 _log.warning("%s was not had from %s: %s", path, upstream.url, error)
                 return None
         return uploaded.narinfo(claim.info(self._cache.store_dir))
-
-    def _full(self, base_name: str) -> str:
-        return f"{self._cache.store_dir.path}/{base_name}"

@@ -128,6 +128,7 @@ class Uploads:
         sender publishes is a root until `expiry(now)`, None for ever. What an upstream has need not be sent.
         """
         self._cache = cache
+        self._full = cache.store_dir.full
         self._spool = RelaySpool(cache.objects, spool)
         self._now = now
         self._direct = direct
@@ -406,9 +407,6 @@ class Uploads:
         """Name what one kind of sender uploads for one path: the same for all tries of it, another for every other."""
         words = (sender.name, claim.path, claim.nar_hash, self._cache.compression)
         return sha256("\n".join(words).encode()).hexdigest()[:32]
-
-    def _full(self, name: str) -> str:
-        return f"{self._cache.store_dir.path}/{name}"
 
     @asynccontextmanager
     async def _lock(self, slot: str) -> AsyncIterator[None]:
