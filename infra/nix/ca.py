@@ -27,19 +27,17 @@ class SourceHashes:
 
     Attributes:
         nar_hash: `sha256:<nix32>` of the archive.
-        nar_size: Bytes of the archive.
         flat_hash: `sha256:<nix32>` of the content if it is one file that is not executable, else "".
     """
 
     nar_hash: str
-    nar_size: int
     flat_hash: str
 
 
 class SourceDigest:
     """Hashes an archive that arrives in pieces, and checks its format on the way."""
 
-    __slots__ = ("_flat", "_is_flat", "_nar", "_reader", "_size")
+    __slots__ = ("_flat", "_is_flat", "_nar", "_reader")
 
     def __init__(self) -> None:
         self._reader = NarReader()
@@ -47,7 +45,6 @@ class SourceDigest:
         self._flat = sha256()
         #: Whether the root is a file that is not executable.
         self._is_flat = False
-        self._size = 0
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the archive.
@@ -56,7 +53,6 @@ class SourceDigest:
             FormatError: If they break the format.
         """
         self._nar.update(data)
-        self._size += len(data)
         for event in self._reader.feed(data):
             if isinstance(event, NarFile) and not event.name:
                 self._is_flat = not event.executable
@@ -71,7 +67,7 @@ class SourceDigest:
         """
         self._reader.close()
         flat_hash = sha256_text(self._flat.digest()) if self._is_flat else ""
-        return SourceHashes(sha256_text(self._nar.digest()), self._size, flat_hash)
+        return SourceHashes(sha256_text(self._nar.digest()), flat_hash)
 
 
 def path_of_content(store_dir: StoreDir, name: str, ca: str, refs: Collection[str] = ()) -> str:
