@@ -17,6 +17,9 @@ from weakref import WeakKeyDictionary
 #: Processor time after which work gives the loop back, in seconds: a fifth of what the house allows (`loop_watch`).
 SLICE_S: Final = 0.01
 
+#: Objects that are freed between two pauses, with all that only they refer to.
+FREED_AT_ONCE: Final = 256
+
 _T = TypeVar("_T")
 
 
@@ -57,6 +60,20 @@ async def in_slices(work: Generator[object, None, _T]) -> _T:
             finally:
                 turns.spent_s = before_s + time.thread_time()
             await _pause_if_due(turns)
+
+
+async def free_in_slices(objects: list[object]) -> None:
+    """Free what only `objects` refers to, with pauses, and empty it: freeing is work too, and a large one in one go.
+
+    The caller drops its own names of them first.
+    """
+    await in_slices(_freeing(objects))
+
+
+def _freeing(objects: list[object]) -> Generator[None, None, None]:
+    while objects:
+        del objects[-FREED_AT_ONCE:]
+        yield
 
 
 async def _pause_if_due(turns: _Turns) -> None:

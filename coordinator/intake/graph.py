@@ -30,6 +30,10 @@ class Planned:
     #: What keeps what the plan stands on until housekeeping knows the submission (`PathLeases`).
     leases: tuple[str, ...] = ()
 
+    def objects(self) -> list[object]:
+        """Return all of which a large plan has very many, to be freed in slices."""
+        return [*self.roots, *self.steps, *self.infos]
+
     def event(self, submission: SubmissionId) -> SubmissionReceived:
         """Return the core's event for this plan."""
         return SubmissionReceived(

@@ -21,7 +21,7 @@ from coordinator.journal.codec import SubmissionNote, encode_note
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.views import Views
 from infra.collector import collector_paused
-from infra.slices import in_slices
+from infra.slices import free_in_slices, in_slices
 from scheduler.events import RetryAsked, SubmissionCancelled, SubmissionReceived
 from scheduler.model import StepKey, SubmissionId, SubmissionRefusedError
 
@@ -48,10 +48,14 @@ class Submissions:
         note = SubmissionNote(wish.label, planned.roots, planned.derivations)
         name = SubmissionId(secrets.token_hex(5))
 
-        def event() -> SubmissionReceived:
+        def event(planned: Planned) -> SubmissionReceived:
             return replace(planned.event(name), asked_at=asked_at, retry_failed=wish.retry_failed, wait_s=wish.wait_s)
 
-        return await self._hand_over(planned, event, note)
+        row = await self._hand_over(planned, event, note)
+        objects = planned.objects()
+        del planned, note
+        await free_in_slices(objects)
+        return row
 
     async def cancel(self, submission: str) -> SubmissionRow:
         """Withdraw a submission; a repeat changes nothing. Raises `NotFoundError`, `UnavailableError`."""
@@ -76,8 +80,12 @@ class Submissions:
         """Plan a running submission anew: the cache has lost something that it held. What failed stays failed."""
         asked_at = self._engine.now()
         with collector_paused():
-            planned = await self._intake.submit(await self._wish(row), sources_may_lack=True)
-            await self._hand_over(planned, lambda: replace(planned.event(row.id), asked_at=asked_at, replanned=True))
+            wish = await self._wish(row)
+            planned = await self._intake.submit(wish, sources_may_lack=True)
+            await self._hand_over(planned, lambda plan: replace(plan.event(row.id), asked_at=asked_at, replanned=True))
+            objects = [*planned.objects(), *wish.roots]
+            del planned, wish
+            await free_in_slices(objects)
 
     async def retry_step(self, text: str) -> tuple[StepRow, list[SubmissionRow]]:
         """Build a failed step again, for every submission that it made fail, which run again; returns both.
@@ -102,24 +110,28 @@ class Submissions:
     ) -> None:
         asked_at = self._engine.now()
         with collector_paused():
-            planned = await self._intake.submit(await self._wish(row))
+            wish = await self._wish(row)
+            planned = await self._intake.submit(wish)
             await self._hand_over(
                 planned,
-                lambda: replace(
-                    planned.event(row.id), asked_at=asked_at, retry_failed=retry_failed, retry=retry, again=True
+                lambda plan: replace(
+                    plan.event(row.id), asked_at=asked_at, retry_failed=retry_failed, retry=retry, again=True
                 ),
             )
+            objects = [*planned.objects(), *wish.roots]
+            del planned, wish
+            await free_in_slices(objects)
 
     async def _hand_over(
-        self, planned: Planned, make: Callable[[], SubmissionReceived], note: SubmissionNote | None = None
+        self, planned: Planned, make: Callable[[Planned], SubmissionReceived], note: SubmissionNote | None = None
     ) -> SubmissionRow:
-        """Give the event that `make` returns to the engine, its names to the views, its leases to the submission.
+        """Give the event that `make` makes of the plan to the engine, its names to the views, its leases to its row.
 
         `note` is of a new submission. Raises `IntakeError` where the core refuses the graph.
         """
         try:
             # In threads: they list and compress what a large graph has.
-            event = await asyncio.to_thread(make)
+            event = await asyncio.to_thread(make, planned)
             stored = None if note is None else await asyncio.to_thread(encode_note, note)
             # Before the facts: where this is cancelled the submission may yet become known.
             await in_slices(self._views.adding_details(planned.infos))

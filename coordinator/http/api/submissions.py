@@ -29,6 +29,7 @@ from coordinator.intake.submissions import Submissions
 from coordinator.readmodel.rows import StepRow
 from coordinator.readmodel.views import ROOTS_LISTED, Views
 from coordinator.stores.logs import LogStore
+from infra.slices import free_in_slices
 
 #: Body of a submission: room for `MAX_ROOTS` roots as Nix names them.
 SUBMIT_BYTES = 48 * 1024 * 1024
@@ -123,6 +124,9 @@ class Api:
         """Take a submission; the answer leaves once it is durable, and names few of its roots."""
         wish = await read_model(request, SubmitRequest, self._bounds.submission)
         row = await self._submissions.submit(wish)
+        roots: list[object] = list(wish.roots)
+        del wish
+        await free_in_slices(roots)
         return answer(self._views.submission_view(row, ROOTS_LISTED), status=201)
 
     async def retry(self, request: web.Request) -> web.Response:
