@@ -69,6 +69,11 @@ class Program:
                 check=False,
             ).returncode
 
+    @property
+    def runs(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

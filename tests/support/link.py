@@ -29,6 +29,11 @@ class Link:
         """Let packets through again."""
         self._neighbours("del")
 
+    @property
+    def is_cut(self) -> bool:
+        shown = subprocess.run(["ip", "neigh", "show", self.there], check=True, capture_output=True, text=True)
+        return NOWHERE in shown.stdout
+
     def _neighbours(self, verb: str, *told: str) -> None:
         run("ip", "neigh", verb, self.there, *told, "dev", f"{self.name}h")
         run("ip", "-n", self.name, "neigh", verb, self.here, *told, "dev", f"{self.name}t")

@@ -41,8 +41,7 @@ class Hurt:
         min_free_mb: int = 512,
     ) -> None:
         """`journal_url` is where the journal lies if `settings` say so."""
-        self._prepare(root, journal_url)
-        self.names = tuple(names)
+        self._prepare(root, journal_url, names)
         options = {"sandbox-paths": self.sandbox_paths}
         self.farm = Farm(
             root,
@@ -50,8 +49,9 @@ class Hurt:
             settings=settings,
         )
 
-    def _prepare(self, root: Path, journal_url: str) -> None:
+    def _prepare(self, root: Path, journal_url: str, names: Sequence[str] = ()) -> None:
         self.root = root
+        self.names = tuple(names)
         self.journal_url = journal_url
         self.tally = root / "tally"
         self.tally.mkdir()

@@ -47,6 +47,15 @@ class Apart(Hurt):
             environment={"DROVER_STOP_GRACE_S": str(grace_s)},
         )
 
+    def have(self, *names: str) -> None:
+        """Start those of these workers that do not run, and stop the others."""
+        for name, program in self.programs.items():
+            if name not in names:
+                program.force_stop()
+            elif not program.runs:
+                program.start(JOINED)
+        self.until(lambda: self.online() == set(names))
+
     def online(self) -> set[str]:
         return {worker["name"] for worker in self.farm.api("workers") if worker["state"] == "online"}
 
@@ -73,9 +82,9 @@ class Apart(Hurt):
         self.elsewhere.head.stop()
 
 
-@pytest.fixture
-def apart(tmp_path: Path) -> Iterator[Apart]:
-    apart = Apart(tmp_path)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
+    apart = Apart(tmp_path_factory.mktemp("apart"))
     try:
         apart.elsewhere.start_head()
         apart.farm.start()
@@ -87,20 +96,15 @@ def apart(tmp_path: Path) -> Iterator[Apart]:
         apart.farm.clear()
 
 
-def test_head_and_workers_elsewhere_go_away_and_come_back(apart: Apart) -> None:
-    builds_go_on_without_a_head_and_workers_come_once_it_is_back(apart)
-    a_worker_program_that_is_killed_is_taken_over_with_its_build(apart)
-    a_node_that_is_lost_is_told_by_its_worker_and_taken_back(apart)
-    a_worker_that_is_stopped_takes_nothing_new_and_finishes(apart)
-    what_does_not_end_within_the_grace_is_handed_back(apart)
-    a_second_signal_ends_the_grace(apart)
-    a_head_without_its_tables_is_another_one(apart)
-    apart.stop()
-    assert apart.farm.leftovers() == {}
-    apart.nothing_ran_twice_without_a_reason()
+@pytest.fixture
+def apart(made: Apart) -> Iterator[Apart]:
+    """The farm of all tests, each of which finds the workers that it wants or starts them."""
+    yield made
+    (made.tally / "go").unlink(missing_ok=True)
 
 
-def builds_go_on_without_a_head_and_workers_come_once_it_is_back(apart: Apart) -> None:
+def test_builds_go_on_without_a_head_and_workers_come_once_it_is_back(apart: Apart) -> None:
+    apart.have("left")
     file = apart.graph(f'top = step "behind-headless" [ (step "headless" [ ] "{WAIT_FOR_GO}") ] ":";')
     submission = apart.submit(file, "top")
     apart.until(apart.busy)
@@ -115,10 +119,10 @@ def builds_go_on_without_a_head_and_workers_come_once_it_is_back(apart: Apart) -
     apart.until(lambda: not apart.troubles())
     apart.right.start(JOINED)
     apart.until(lambda: apart.online() == {"left", "right"})
-    (apart.tally / "go").unlink()
 
 
-def a_worker_program_that_is_killed_is_taken_over_with_its_build(apart: Apart) -> None:
+def test_a_worker_program_that_is_killed_is_taken_over_with_its_build(apart: Apart) -> None:
+    apart.have("left", "right")
     submission = apart.submit(apart.graph(f'kept = step "kept" [ ] "{WAIT_FOR_GO}";'), "kept")
     apart.until(apart.busy)
     program = apart.programs[next(iter(apart.busy()))]
@@ -128,10 +132,10 @@ def a_worker_program_that_is_killed_is_taken_over_with_its_build(apart: Apart) -
     (apart.tally / "go").touch()
     assert apart.ended(submission)["state"] == "succeeded"
     assert apart.runs()["kept"] == 1
-    (apart.tally / "go").unlink()
 
 
-def a_node_that_is_lost_is_told_by_its_worker_and_taken_back(apart: Apart) -> None:
+def test_a_node_that_is_lost_is_told_by_its_worker_and_taken_back(apart: Apart) -> None:
+    apart.have("left", "right")
     submission = apart.submit(apart.graph(f'lost = step "lost" [ ] "{WAIT_FOR_GO}";'), "lost")
     apart.until(apart.busy)
     [name] = apart.busy()
@@ -145,10 +149,10 @@ def a_node_that_is_lost_is_told_by_its_worker_and_taken_back(apart: Apart) -> No
     (apart.tally / "go").touch()
     assert apart.ended(submission)["state"] == "succeeded"
     apart.until(lambda: apart.online() == {"left", "right"})
-    (apart.tally / "go").unlink()
 
 
-def a_worker_that_is_stopped_takes_nothing_new_and_finishes(apart: Apart) -> None:
+def test_a_worker_that_is_stopped_takes_nothing_new_and_finishes(apart: Apart) -> None:
+    apart.have("left", "right")
     drain(apart, "right")
     file = apart.graph(f'a = step "last" [ ] "{WAIT_FOR_GO}"; b = step "next" [ ] ":";')
     last = apart.submit(file, "a")
@@ -165,10 +169,10 @@ def a_worker_that_is_stopped_takes_nothing_new_and_finishes(apart: Apart) -> Non
     assert apart.ended(last)["state"] == "succeeded"
     [step] = apart.farm.api(f"submissions/{last}/steps")
     assert (step["worker"], step["attempt"]) == ("left", 1)
-    (apart.tally / "go").unlink()
 
 
-def what_does_not_end_within_the_grace_is_handed_back(apart: Apart) -> None:
+def test_what_does_not_end_within_the_grace_is_handed_back(apart: Apart) -> None:
+    apart.have("right")
     submission = apart.submit(apart.graph(f'back = step "handed-back" [ ] "{WAIT_FOR_GO}";'), "back")
     apart.until(lambda: apart.busy() == {"right"})
     [step] = apart.farm.api(f"submissions/{submission}/steps")
@@ -180,10 +184,10 @@ def what_does_not_end_within_the_grace_is_handed_back(apart: Apart) -> None:
     (apart.tally / "go").touch()
     assert apart.ended(submission)["state"] == "succeeded"
     assert apart.runs()["handed-back"] == 2
-    (apart.tally / "go").unlink()
 
 
-def a_second_signal_ends_the_grace(apart: Apart) -> None:
+def test_a_second_signal_ends_the_grace(apart: Apart) -> None:
+    apart.have("left")
     submission = apart.submit(apart.graph(f'hurry = step "hurried" [ ] "{WAIT_FOR_GO}";'), "hurry")
     apart.until(lambda: apart.busy() == {"left"})
     apart.left.send(signal.SIGTERM)
@@ -202,7 +206,8 @@ def a_second_signal_ends_the_grace(apart: Apart) -> None:
     assert apart.ended(submission)["state"] == "succeeded"
 
 
-def a_head_without_its_tables_is_another_one(apart: Apart) -> None:
+def test_a_head_without_its_tables_is_another_one(apart: Apart) -> None:
+    apart.have("right")
     apart.kill_head()
     shutil.rmtree(apart.elsewhere.root / "head" / "ray")
     apart.elsewhere.start_head()
@@ -215,6 +220,12 @@ def a_head_without_its_tables_is_another_one(apart: Apart) -> None:
     apart.farm.wait_for_workers(1)
     view = apart.ended(apart.submit(apart.graph('again = step "again" [ ] ":";'), "again"))
     apart.can_be_fetched(view)
+
+
+def test_a_farm_whose_parts_went_away_ends_in_order(made: Apart) -> None:
+    made.stop()
+    assert made.farm.leftovers() == {}
+    made.nothing_ran_twice_without_a_reason()
 
 
 def drain(apart: Apart, *told: str) -> None:

@@ -37,7 +37,7 @@ class Divided(Hurt):
     """A coordinator with one worker beside it and one behind a link."""
 
     def __init__(self, root: Path, link: Link) -> None:
-        self._prepare(root, "")
+        self._prepare(root, "", ("near", "far"))
         self.link = link
         near = WorkerSpec("near", slots=1, nix_options={"sandbox-paths": self.sandbox_paths})
         settings = f'ray_host = "{link.here}"\nray_silence_s = {RAY_SILENCE_S}\n'
@@ -80,10 +80,11 @@ class Divided(Hurt):
         return {worker["name"]: worker["state"] for worker in self.farm.api("workers")}
 
 
-@pytest.fixture
-def divided(tmp_path: Path) -> Iterator[Divided]:
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Divided]:
+    """One farm for all: each test leaves the link whole and both workers online."""
     with open_link() as link:
-        divided = Divided(tmp_path, link)
+        divided = Divided(tmp_path_factory.mktemp("divided"), link)
         try:
             divided.start()
             yield divided
@@ -95,23 +96,16 @@ def divided(tmp_path: Path) -> Iterator[Divided]:
             divided.farm.clear()
 
 
-def test_a_worker_is_cut_off_and_comes_back(divided: Divided) -> None:
-    a_short_cut_costs_nothing_although_the_build_ends_in_it(divided)
-    what_ends_after_the_farm_lost_patience_changes_nothing(divided)
-    a_worker_that_ray_gave_up_begins_anew(divided)
-    assert divided.far.stop() == 0
-    assert divided.farm.stop() == 0
-    assert divided.farm.leftovers() == {}
-    divided.nothing_ran_twice_without_a_reason()
-    revoked = [
-        (fact.lease.step.partition("-")[2], fact.failure.kind)
-        for fact in divided.journal()
-        if isinstance(fact, facts.LeaseRevoked)
-    ]
-    assert revoked == [("long", FailureKind.WORKER_LOST), ("longer", FailureKind.WORKER_LOST)]
+@pytest.fixture
+def one(divided: Divided) -> Iterator[Divided]:
+    yield divided
+    if divided.link.is_cut:
+        divided.link.heal()
+    far_is_back(divided)
+    divided.put_right()
 
 
-def a_short_cut_costs_nothing_although_the_build_ends_in_it(one: Divided) -> None:
+def test_a_short_cut_costs_nothing_although_the_build_ends_in_it(one: Divided) -> None:
     submission = one.start_on_far("short")
     out = one.step(submission, "short")["outputs"]["out"]
     one.link.cut()
@@ -124,10 +118,11 @@ def a_short_cut_costs_nothing_although_the_build_ends_in_it(one: Divided) -> Non
     assert view["state"] == "succeeded"
     assert (one.step(submission, "short")["worker"], one.step(submission, "short")["attempt"]) == ("far", 1)
     assert one.runs()["short"] == 1
+    assert "short" not in dict(revoked(one))
     one.can_be_fetched(view)
 
 
-def what_ends_after_the_farm_lost_patience_changes_nothing(one: Divided) -> None:
+def test_what_ends_after_the_farm_lost_patience_changes_nothing(one: Divided) -> None:
     submission = one.start_on_far("long")
     out = one.step(submission, "long")["outputs"]["out"]
     one.link.cut()
@@ -141,9 +136,10 @@ def what_ends_after_the_farm_lost_patience_changes_nothing(one: Divided) -> None
     one.can_be_fetched(view)
     one.until(lambda: not processes_with(out))
     far_works_again(one, "late")
+    assert [kind for name, kind in revoked(one) if name == "long"] == [FailureKind.WORKER_LOST]
 
 
-def a_worker_that_ray_gave_up_begins_anew(one: Divided) -> None:
+def test_a_worker_that_ray_gave_up_begins_anew(one: Divided) -> None:
     submission = one.start_on_far("longer")
     one.link.cut()
     one.until(lambda: one.runs()["longer"] == 2)
@@ -153,9 +149,21 @@ def a_worker_that_ray_gave_up_begins_anew(one: Divided) -> None:
     one.link.heal()
     assert one.far.ended() == 4
     far_works_again(one, "last")
+    assert [kind for name, kind in revoked(one) if name == "longer"] == [FailureKind.WORKER_LOST]
 
 
-def far_works_again(one: Divided, name: str) -> None:
+def test_a_farm_that_was_divided_ends_in_order_and_lost_nothing_but_a_worker(divided: Divided) -> None:
+    assert divided.far.stop() == 0
+    divided.is_whole_at_the_end()
+    assert {kind for _, kind in revoked(divided)} <= {FailureKind.WORKER_LOST}
+
+
+def revoked(one: Divided) -> list[tuple[str, FailureKind]]:
+    found = [fact for fact in one.journal() if isinstance(fact, facts.LeaseRevoked)]
+    return [(fact.lease.step.partition("-")[2], fact.failure.kind) for fact in found]
+
+
+def far_is_back(one: Divided) -> None:
     """Whatever became of the worker: a service manager starts it again where it ended."""
 
     def back() -> bool:
@@ -164,6 +172,10 @@ def far_works_again(one: Divided, name: str) -> None:
         return one.states() == {"near": "online", "far": "online"}
 
     one.until(back)
+
+
+def far_works_again(one: Divided, name: str) -> None:
+    far_is_back(one)
     submission = one.start_on_far(name)
     (one.tally / f"go-{name}").touch()
     view = one.ended(submission)
