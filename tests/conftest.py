@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from xdist.remote import Producer
@@ -15,11 +14,11 @@ from tests.support.farm import FARMS
 
 pytest_plugins = ["tests.support.servers"]
 
-TESTS = Path(__file__).parent
-#: Folders and modules by the time that their tests take, the longest first, so that lanes end together.
+#: What the names of groups begin with, by the time that these take, the longest first, so that lanes end together.
 LONGEST_FIRST = (
-    *("e2e/faults/two_slots/", "e2e/faults/test_partition", "e2e/faults/test_nodes_elsewhere", "e2e/faults/"),
-    *("hostile/", "e2e/", "workers/", "coordinator/", "infra/", "scheduler/", "architecture/"),
+    *("readme_farm", "tests/e2e/faults/two_slots", "tests/e2e/faults/test_partition"),
+    *("tests/e2e/faults/test_nodes_elsewhere", "tests/e2e/faults/", "pair_farm", "own_farm", "tests/hostile/"),
+    *("tests/e2e", "tests/workers/", "tests/coordinator/", "tests/infra/", "tests/scheduler/", "tests/"),
 )
 #: Folders whose modules share a farm.
 SHARED_FOLDERS = frozenset({"tests/e2e", "tests/e2e/faults/one_slot", "tests/e2e/faults/two_slots"})
@@ -66,7 +65,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByGroup
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the tests by folder, and groups within them whole."""
+    """Order the tests by group, the longest first."""
     places: dict[str, int] = {}
     for item in items:
         places.setdefault(group(item.nodeid), len(places))
@@ -100,5 +99,5 @@ def _thawed() -> Iterator[None]:
 
 
 def _turn(item: pytest.Item) -> int:
-    place = str(item.path.relative_to(TESTS))
-    return next(turn for turn, name in enumerate(LONGEST_FIRST) if place.startswith(name))
+    name = group(item.nodeid)
+    return next(turn for turn, start in enumerate(LONGEST_FIRST) if name.startswith(start))
