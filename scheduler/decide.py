@@ -229,10 +229,10 @@ class Decider:
                 yield PAUSE
             step = self._state.steps.get(key)
             if step is None:
-                yield f.StepHeld(key, seen_at)
+                yield f.StepCached(key, seen_at)
             elif step.state is not _DONE:
                 yield from self._step_rules.stop(step, now, "the cache holds the result")
-                yield f.StepHeld(key, seen_at)
+                yield f.StepCached(key, seen_at)
 
     def _expired(self, submission: SubmissionId, now: Instant) -> Iterator[f.Said]:
         """Forget a submission that has ended, and the steps that nothing names any more.

@@ -117,7 +117,7 @@ class RecipeAdded:
 
 
 @dataclass(frozen=True, slots=True)
-class StepHeld:
+class StepCached:
     """The cache already holds the result: done without a build. An unknown step enters so, without recipes.
 
     `at` is when the cache was asked.
@@ -442,7 +442,7 @@ Fact = (
     | StepsForgotten
     | StepAdded
     | RecipeAdded
-    | StepHeld
+    | StepCached
     | StepRevived
     | StepLost
     | StepLeased

@@ -103,7 +103,7 @@ class FarmState(StepGraph):
                 step = self._subject(fact, fact.step)
                 step.recipes = (*step.recipes, fact.recipe)
                 self.references.add(fact.recipe.needs)
-            case f.StepHeld():
+            case f.StepCached():
                 return self._held(fact)
             case f.SubmissionAccepted() | f.SubmissionRetried():
                 return self._accepted(fact)
@@ -182,7 +182,7 @@ class FarmState(StepGraph):
             self.references.add(recipe.needs)
             self.edges_changed += len(recipe.needs)
 
-    def _held(self, fact: f.StepHeld) -> Iterator[Pause] | None:
+    def _held(self, fact: f.StepCached) -> Iterator[Pause] | None:
         rest = None
         if fact.step in self.steps:
             self.failed.pop(fact.step, None)

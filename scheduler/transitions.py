@@ -16,13 +16,13 @@ _S = StepState
 
 #: Every legal edge, with the facts that may cause it. A fact about one step may move others (a need is done or lost).
 EDGES: Mapping[tuple[StepState, StepState], tuple[type[f.Fact], ...]] = {
-    (_S.WAITING, _S.READY): (f.StepDone, f.StepHeld, f.SubmissionAccepted, f.StepFellBack, f.StepLost),
-    (_S.WAITING, _S.DONE): (f.StepHeld,),
+    (_S.WAITING, _S.READY): (f.StepDone, f.StepCached, f.SubmissionAccepted, f.StepFellBack, f.StepLost),
+    (_S.WAITING, _S.DONE): (f.StepCached,),
     (_S.WAITING, _S.DOOMED): (f.StepDoomed,),
     (_S.WAITING, _S.ABANDONED): (f.StepAbandoned,),
     (_S.READY, _S.WAITING): (f.StepLost, f.StepFellBack),
     (_S.READY, _S.LEASED): (f.StepLeased,),
-    (_S.READY, _S.DONE): (f.StepHeld,),
+    (_S.READY, _S.DONE): (f.StepCached,),
     (_S.READY, _S.FAILED): (f.StepFailed,),
     (_S.READY, _S.ABANDONED): (f.StepAbandoned,),
     (_S.LEASED, _S.PUBLISHING): (f.StepBuilt,),
@@ -35,11 +35,11 @@ EDGES: Mapping[tuple[StepState, StepState], tuple[type[f.Fact], ...]] = {
     (_S.PUBLISHING, _S.FAILED): (f.StepFailed,),
     (_S.DONE, _S.WAITING): (f.StepLost,),
     (_S.FAILED, _S.WAITING): (f.StepRevived,),
-    (_S.FAILED, _S.DONE): (f.StepHeld,),
+    (_S.FAILED, _S.DONE): (f.StepCached,),
     (_S.DOOMED, _S.WAITING): (f.StepRevived,),
-    (_S.DOOMED, _S.DONE): (f.StepHeld,),
+    (_S.DOOMED, _S.DONE): (f.StepCached,),
     (_S.ABANDONED, _S.WAITING): (f.StepRevived,),
-    (_S.ABANDONED, _S.DONE): (f.StepHeld,),
+    (_S.ABANDONED, _S.DONE): (f.StepCached,),
 }
 
 #: The targets of each state, for the quick check in `evolve`.
@@ -50,7 +50,7 @@ LEGAL: Mapping[StepState, frozenset[StepState]] = {
 #: States in which the step that a fact names may be. Facts that name no step are absent.
 SUBJECT: Mapping[type[f.Fact], frozenset[StepState]] = {
     f.RecipeAdded: frozenset(StepState),
-    f.StepHeld: frozenset(
+    f.StepCached: frozenset(
         {_S.WAITING, _S.READY, _S.FAILED, _S.DOOMED, _S.ABANDONED},
     ),
     f.StepRevived: frozenset({_S.FAILED, _S.DOOMED, _S.ABANDONED}),
@@ -73,7 +73,7 @@ LAPSED = frozenset({_S.FAILED, _S.DOOMED, _S.ABANDONED})
 
 def mermaid() -> str:
     """Return the table as a Mermaid state diagram, one line per edge, for ARCHITECTURE.md."""
-    lines = ["stateDiagram-v2", "    [*] --> waiting: StepAdded", "    [*] --> done: StepHeld"]
+    lines = ["stateDiagram-v2", "    [*] --> waiting: StepAdded", "    [*] --> done: StepCached"]
     for (source, target), causes in EDGES.items():
         label = ", ".join(cause.__name__ for cause in causes)
         lines.append(f"    {source.value} --> {target.value}: {label}")

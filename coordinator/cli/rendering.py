@@ -132,11 +132,11 @@ def built_line(steps: Sequence[StepView], width: int) -> str:
 
 
 def tally(counts: Counts) -> list[tuple[str, int, str]]:
-    """Return (word, number, style) of what is worth showing; done counts what is held too."""
+    """Return (word, number, style) of what is worth showing; done counts cached steps too."""
     running = counts.running + counts.publishing
     parts = [
         ("done", counts.done + counts.held, "green"),
-        ("held", counts.held, "dim"),
+        ("cached", counts.held, "dim"),
         ("running", running, "yellow"),
         ("ready", counts.ready, "blue"),
         ("waiting", counts.waiting, "blue"),

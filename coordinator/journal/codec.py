@@ -46,7 +46,7 @@ _TAGS: dict[type, str] = {
     facts.StepsForgotten: "steps-forgotten",
     facts.StepAdded: "step-added",
     facts.RecipeAdded: "recipe-added",
-    facts.StepHeld: "step-held",
+    facts.StepCached: "step-held",
     facts.StepRevived: "step-revived",
     facts.StepLost: "step-lost",
     facts.StepLeased: "step-leased",

@@ -47,7 +47,7 @@ _BEGINNINGS = (
     facts.SubmissionRetried,
     facts.StepAdded,
     facts.RecipeAdded,
-    facts.StepHeld,
+    facts.StepCached,
     facts.StepRevived,
 )
 
@@ -79,7 +79,7 @@ class FoldedRows:
                 facts.SubmissionForgotten: self._submission_forgotten,
                 facts.StepsForgotten: self._steps_forgotten,
                 facts.StepAdded: self._added,
-                facts.StepHeld: self._held,
+                facts.StepCached: self._held,
                 facts.StepRevived: self._revived,
                 facts.StepLost: self._lost,
                 facts.StepLeased: self._leased,
@@ -260,7 +260,7 @@ class FoldedRows:
     def _added(self, fact: facts.StepAdded) -> None:
         self._row(fact.spec.key)
 
-    def _held(self, fact: facts.StepHeld) -> None:
+    def _held(self, fact: facts.StepCached) -> None:
         self._finish(self._row(fact.step))
 
     def _revived(self, fact: facts.StepRevived) -> None:

@@ -41,7 +41,7 @@ in
 
 
 @dataclasses.dataclass
-class TestFarm:
+class OpenedFarm:
     """A running coordinator, a client of it, and a place to evaluate."""
 
     __test__ = False
@@ -93,7 +93,7 @@ class TestFarm:
         return {step.name: step.state for step in map(views.step_view, rows)}
 
 
-OpenFarm = Callable[..., AbstractAsyncContextManager[TestFarm]]
+OpenFarm = Callable[..., AbstractAsyncContextManager[OpenedFarm]]
 
 
 def nix_workers(root: Path, names: Sequence[str], kind: type[InProcessFleet] = InProcessFleet) -> FleetFactory:
@@ -129,13 +129,13 @@ def open_farm(tmp_path: Path, settings: Settings) -> OpenFarm:
     @asynccontextmanager
     async def start(
         *names: str, fleet: FleetFactory | None = None, clock: Clock | None = None
-    ) -> AsyncIterator[TestFarm]:
+    ) -> AsyncIterator[OpenedFarm]:
         factory = fleet or nix_workers(tmp_path / "workers", names)
         async with (
             open_coordinator(settings, factory, clock=clock) as coordinator,
             ApiClient(coordinator.ready.url, coordinator.ready.token_file.read_text().strip()) as client,
         ):
-            yield TestFarm(coordinator, client, tmp_path, settings)
+            yield OpenedFarm(coordinator, client, tmp_path, settings)
 
     return start
 

@@ -21,7 +21,7 @@ from coordinator.journal.journal import Journal
 from coordinator.readmodel.views import Views
 from infra.database import open_engine
 from scheduler import invariants
-from scheduler.facts import Fact, StepHeld
+from scheduler.facts import Fact, StepCached
 from scheduler.farm import Farm
 from scheduler.model import StepKey
 from tests.scheduler.simulation import play
@@ -82,10 +82,10 @@ async def test_the_process_that_makes_snapshots_leaves_a_shorter_tail(database: 
     await journal.prepare()
     await journal.take_over()
     for n in range(50):
-        await journal.append([StepHeld(StepKey(f"k{n}"))])
+        await journal.append([StepCached(StepKey(f"k{n}"))])
     await Compactor(database, journal).snapshot()
     assert (await journal.snapshots.ends(), journal.tail) == ([50], 0)
-    await journal.append([StepHeld(StepKey("k50"))])
+    await journal.append([StepCached(StepKey("k50"))])
     assert journal.tail == 1
     again = Journal(engine)
     farm, _ = await _restored(again)
@@ -98,7 +98,7 @@ async def test_a_snapshot_of_a_coordinator_that_is_no_more_in_office_is_not_made
     old, new = Journal(engine), Journal(engine)
     await old.prepare()
     await old.take_over()
-    await old.append([StepHeld(StepKey("k"))])
+    await old.append([StepCached(StepKey("k"))])
     await new.take_over()
     with pytest.raises(FencedError):
         await compact(Journal(engine, epoch=old.epoch))
@@ -113,7 +113,7 @@ import asyncio, sys
 from coordinator.engine.compaction import compact
 from coordinator.journal.journal import Journal
 from infra.database import open_engine
-from scheduler.facts import StepHeld
+from scheduler.facts import StepCached
 async def main():
     engine = open_engine(sys.argv[1])
     journal = Journal(engine)
@@ -127,7 +127,7 @@ async def main():
             await compact(Journal(engine, epoch=journal.epoch))
     making = asyncio.create_task(snapshots())
     while not making.done():
-        await journal.append([StepHeld(f"k{n}")])
+        await journal.append([StepCached(f"k{n}")])
         n += 1
         print(n, flush=True)
     await making

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.stores.derivations import DerivationsError, DerivationStore
-from tests.coordinator.test_intake import Room, limits, room
+from tests.coordinator.test_intake import IntakeHarness, limits, room
 from tests.support.graphs import Maker
 
 __all__ = ["limits", "room"]
@@ -47,7 +47,9 @@ async def test_a_database_that_does_not_say_its_format_is_taken_on(tmp_path: Pat
     await _open(file)
 
 
-async def test_a_database_from_before_outputs_were_noted_knows_what_makes_them(room: Room, tmp_path: Path) -> None:
+async def test_a_database_from_before_outputs_were_noted_knows_what_makes_them(
+    room: IntakeHarness, tmp_path: Path
+) -> None:
     made = Maker().plain("made", outputs=("dev", "lib", "out"))
     await room.send([made])
     await room.submit(made)

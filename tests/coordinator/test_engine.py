@@ -26,7 +26,7 @@ from infra.objects.nar_writer import upload_nar
 from infra.objects.store import open_object_store
 from scheduler.events import SubmissionCancelled, SubmissionReceived
 from scheduler.model import StepKey, SubmissionId, SubmissionRefusedError
-from tests.coordinator.conftest import OpenFarm, TestFarm
+from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.support.cache import narinfo_of
 from workers.wire.fleet import (
     Fleet,
@@ -153,13 +153,13 @@ def report(order: LeaseOrder, result: Succeeded | Failed) -> Report:
     )
 
 
-async def started(farm: TestFarm, worker: ScriptedWorker, count: int = 1) -> LeaseOrder:
+async def started(farm: OpenedFarm, worker: ScriptedWorker, count: int = 1) -> LeaseOrder:
     """Wait until that many orders have reached the worker; returns the last."""
     await farm.until(lambda: len(worker.orders) >= count)
     return worker.orders[-1]
 
 
-def output_path(farm: TestFarm, order: LeaseOrder) -> str:
+def output_path(farm: OpenedFarm, order: LeaseOrder) -> str:
     return farm.coordinator.views.step_view(farm.coordinator.views.step(order.step)).outputs["out"]
 
 

@@ -8,12 +8,12 @@ from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.config import LimitSettings
 from coordinator.engine.expiry import AT_LEAST_S, DAY_S, Forgetter
 from coordinator.errors import NotFoundError
-from tests.coordinator.conftest import OpenFarm, TestFarm
+from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.coordinator.test_engine import ONE, ManualClock, ScriptedWorker, report, started
 from workers.wire.messages import Failed, Succeeded
 
 
-async def _forget(farm: TestFarm, clock: ManualClock, *, days: float = 0, steps: int = 0) -> int:
+async def _forget(farm: OpenedFarm, clock: ManualClock, *, days: float = 0, steps: int = 0) -> int:
     """Have the farm forget; returns how many steps it knows then."""
     limits = LimitSettings(history_days=days, history_steps=steps)
     await Forgetter(farm.coordinator.engine, farm.coordinator.views, limits, clock).look()

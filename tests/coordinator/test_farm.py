@@ -24,7 +24,7 @@ from coordinator.config import Settings
 from coordinator.main import open_coordinator
 from coordinator.state_lock import StateDirBusyError
 from coordinator.stores.logs import LogStore
-from tests.coordinator.conftest import PATIENCE_S, PRELUDE, OpenFarm, TestFarm, nix_workers
+from tests.coordinator.conftest import PATIENCE_S, PRELUDE, OpenedFarm, OpenFarm, nix_workers
 from tests.coordinator.test_cli import drover
 from tests.support.local_fleet import InProcessFleet
 from workers.wire import polling
@@ -418,6 +418,6 @@ async def test_one_postgresql_database_holds_everything_and_a_restart_finds_it(
             open_coordinator(settings, nix_workers(tmp_path / "workers", ("one",))) as coordinator,
             ApiClient(coordinator.ready.url, coordinator.ready.token_file.read_text().strip()) as client,
         ):
-            farm = TestFarm(coordinator, client, tmp_path, settings)
+            farm = OpenedFarm(coordinator, client, tmp_path, settings)
             view = await farm.ended((await farm.submit(DIAMOND, "top")).id)
             assert (view.state, view.counts.done) == (SubmissionState.SUCCEEDED, built)

@@ -11,7 +11,7 @@ import pytest
 from coordinator.api.models import SubmissionState
 from coordinator.api.requests import PinRequest
 from coordinator.client.errors import RefusedError
-from tests.coordinator.conftest import OpenFarm, TestFarm
+from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.coordinator.test_farm import DIAMOND
 
 DAY_S = 86400.0
@@ -27,13 +27,13 @@ class MovableClock:
         return time.time() + self.ahead_s
 
 
-async def published(farm: TestFarm, path: str) -> bool:
+async def published(farm: OpenedFarm, path: str) -> bool:
     url = f"{farm.coordinator.ready.cache_url}/{path.rpartition('/')[2][:32]}.narinfo"
     async with aiohttp.ClientSession() as web, web.get(url) as answer:
         return answer.status == 200
 
 
-async def outputs(farm: TestFarm, submission: str) -> dict[str, str]:
+async def outputs(farm: OpenedFarm, submission: str) -> dict[str, str]:
     return {step.name: step.outputs["out"] for step in await farm.client.steps(submission)}
 
 

@@ -34,7 +34,7 @@ from tests.support.graphs import Made, Maker, relocated
 STORE = StoreDir("/nix/store")
 
 
-class Room:
+class IntakeHarness:
     """Intake with everything below it."""
 
     def __init__(self, cache: Cache, derivations: DerivationStore, limits: IntakeLimits) -> None:
@@ -67,12 +67,12 @@ def limits() -> IntakeLimits:
 
 
 @pytest.fixture
-async def room(tmp_path: Path, limits: IntakeLimits) -> AsyncIterator[Room]:
+async def room(tmp_path: Path, limits: IntakeLimits) -> AsyncIterator[IntakeHarness]:
     derivations = DerivationStore.open(f"sqlite+aiosqlite:///{tmp_path}/derivations.sqlite3")
     await derivations.prepare()
     try:
         async with open_cache(tmp_path) as cache:
-            yield Room(cache, derivations, limits)
+            yield IntakeHarness(cache, derivations, limits)
     finally:
         await derivations.close()
 
@@ -91,7 +91,9 @@ def needs(planned: Planned) -> dict[str, list[list[str]]]:
     }
 
 
-async def test_a_diamond_becomes_steps_with_inputs_first_that_the_scheduler_accepts(room: Room, make: Maker) -> None:
+async def test_a_diamond_becomes_steps_with_inputs_first_that_the_scheduler_accepts(
+    room: IntakeHarness, make: Maker
+) -> None:
     base = make.plain("base", outputs=("out", "dev"))
     left, right = make.plain("left", [(base, ("dev",))]), make.plain("right", [(base, ("out", "dev"))])
     top = make.plain("top", [left, right], requiredSystemFeatures="kvm big-parallel kvm")
@@ -110,7 +112,7 @@ async def test_a_diamond_becomes_steps_with_inputs_first_that_the_scheduler_acce
     assert order.inputs == tuple(sorted(base.outputs.values()))
 
 
-async def test_the_second_stream_needs_only_what_is_new(room: Room, make: Maker) -> None:
+async def test_the_second_stream_needs_only_what_is_new(room: IntakeHarness, make: Maker) -> None:
     base = make.plain("base")
     middle = make.plain("middle", [base])
     await room.send([base, middle])
@@ -121,7 +123,7 @@ async def test_the_second_stream_needs_only_what_is_new(room: Room, make: Maker)
     assert len((await room.submit(top)).steps) == 3
 
 
-async def test_the_graph_ends_where_the_cache_holds_a_step(room: Room, make: Maker) -> None:
+async def test_the_graph_ends_where_the_cache_holds_a_step(room: IntakeHarness, make: Maker) -> None:
     below = make.plain("below")
     held = make.plain("held", [below], outputs=("out", "lib"))
     top = make.plain("top", [held])
@@ -138,7 +140,9 @@ async def test_the_graph_ends_where_the_cache_holds_a_step(room: Room, make: Mak
     assert (again.steps, again.held) == ((), (top.step,))
 
 
-async def test_two_ways_to_fetch_one_file_and_all_above_them_are_one_step_each(room: Room, make: Maker) -> None:
+async def test_two_ways_to_fetch_one_file_and_all_above_them_are_one_step_each(
+    room: IntakeHarness, make: Maker
+) -> None:
     curl = make.plain("curl")
     one = make.fixed("file", b"content", urls="https://one.example")
     two = make.fixed("file", b"content", [curl], urls="https://two.example")
@@ -154,7 +158,7 @@ async def test_two_ways_to_fetch_one_file_and_all_above_them_are_one_step_each(r
     assert [order.drv_path for order in orders.values()] == [one.drv, two.drv]
 
 
-async def test_recipes_keep_their_places_when_another_submission_brings_more(room: Room, make: Maker) -> None:
+async def test_recipes_keep_their_places_when_another_submission_brings_more(room: IntakeHarness, make: Maker) -> None:
     first = make.fixed("file", b"content", urls="https://one.example")
     await room.send([first])
     await room.submit(first)
@@ -167,7 +171,9 @@ async def test_recipes_keep_their_places_when_another_submission_brings_more(roo
     assert info.drv == first.drv
 
 
-async def test_a_fetcher_that_stands_on_another_fetcher_of_the_same_file_is_no_recipe(room: Room, make: Maker) -> None:
+async def test_a_fetcher_that_stands_on_another_fetcher_of_the_same_file_is_no_recipe(
+    room: IntakeHarness, make: Maker
+) -> None:
     one = make.fixed("file", b"content")
     unpacked = make.plain("unpacked", [one])
     two = make.fixed("file", b"content", [unpacked], urls="https://two.example")
@@ -178,13 +184,13 @@ async def test_a_fetcher_that_stands_on_another_fetcher_of_the_same_file_is_no_r
     Farm().handle(planned.event(SubmissionId("s")), Instant(1.0))
 
 
-async def test_builtin_builders_run_on_any_system(room: Room, make: Maker) -> None:
+async def test_builtin_builders_run_on_any_system(room: IntakeHarness, make: Maker) -> None:
     made = make.plain("fetched", builder="builtin:buildenv")
     await room.send([made])
     assert (await room.submit(made)).steps[0].recipes[0].requirements.system == "builtin"
 
 
-async def test_chosen_outputs_are_checked(room: Room, make: Maker) -> None:
+async def test_chosen_outputs_are_checked(room: IntakeHarness, make: Maker) -> None:
     made = make.plain("two", outputs=("out", "dev"))
     await room.send([made])
     assert (await room.submit(made, outputs=["dev"])).roots[0].outputs == (("dev", made.outputs["dev"]),)
@@ -192,7 +198,7 @@ async def test_chosen_outputs_are_checked(room: Room, make: Maker) -> None:
         await room.submit(made, outputs=["doc"])
 
 
-async def test_a_deep_graph_does_not_recurse(room: Room, make: Maker) -> None:
+async def test_a_deep_graph_does_not_recurse(room: IntakeHarness, make: Maker) -> None:
     chain = [make.plain("link-0")]
     for number in range(1, 3000):
         chain.append(make.plain(f"link-{number}", [chain[-1]]))
@@ -208,7 +214,7 @@ def honest(make: Maker) -> list[Made]:
     return [make.plain(f"honest-{number}") for number in range(300)]
 
 
-async def refused(room: Room, honest: list[Made], *lies: Made, kind: type[IntakeError], naming: Made) -> str:
+async def refused(room: IntakeHarness, honest: list[Made], *lies: Made, kind: type[IntakeError], naming: Made) -> str:
     with pytest.raises(kind) as caught:
         await room.send([*honest, *lies])
     assert len(await room.unknown(*honest, *lies)) == len(honest) + len(lies)
@@ -216,31 +222,33 @@ async def refused(room: Room, honest: list[Made], *lies: Made, kind: type[Intake
     return str(caught.value)
 
 
-async def test_content_at_another_path_is_refused(room: Room, make: Maker, honest: list[Made]) -> None:
+async def test_content_at_another_path_is_refused(room: IntakeHarness, make: Maker, honest: list[Made]) -> None:
     lie = replace(make.plain("real"), data=make.plain("real", flag="1").data)
     await refused(room, honest, lie, kind=DerivationRefusedError, naming=lie)
 
 
-async def test_an_output_path_of_another_derivation_is_refused(room: Room, make: Maker, honest: list[Made]) -> None:
+async def test_an_output_path_of_another_derivation_is_refused(
+    room: IntakeHarness, make: Maker, honest: list[Made]
+) -> None:
     real, victim = make.plain("real"), make.plain("victim")
     stolen = real.data.replace(real.outputs["out"].encode(), victim.outputs["out"].encode())
     lie = relocated(STORE, real, stolen)
     assert "output" in await refused(room, honest, lie, kind=DerivationRefusedError, naming=lie)
 
 
-async def test_a_missing_member_is_named(room: Room, make: Maker, honest: list[Made]) -> None:
+async def test_a_missing_member_is_named(room: IntakeHarness, make: Maker, honest: list[Made]) -> None:
     absent = make.plain("absent")
     top = make.plain("top", [absent])
     assert absent.name in await refused(room, honest, top, kind=MissingMemberError, naming=top)
 
 
-async def test_a_member_before_its_input_is_named(room: Room, make: Maker, honest: list[Made]) -> None:
+async def test_a_member_before_its_input_is_named(room: IntakeHarness, make: Maker, honest: list[Made]) -> None:
     below = make.plain("below")
     top = make.plain("top", [below])
     assert "after its inputs" in await refused(room, honest, top, below, kind=MissingMemberError, naming=top)
 
 
-async def test_a_cycle_of_crafted_names_is_refused(room: Room, make: Maker, honest: list[Made]) -> None:
+async def test_a_cycle_of_crafted_names_is_refused(room: IntakeHarness, make: Maker, honest: list[Made]) -> None:
     placeholder = make.plain("zero")
     one = make.plain("one", [placeholder])
     two = make.plain("two", [one])
@@ -248,22 +256,24 @@ async def test_a_cycle_of_crafted_names_is_refused(room: Room, make: Maker, hone
     await refused(room, honest, lie, two, kind=IntakeError, naming=lie)
 
 
-async def test_a_name_that_leaves_the_store_is_refused(room: Room, make: Maker, honest: list[Made]) -> None:
+async def test_a_name_that_leaves_the_store_is_refused(room: IntakeHarness, make: Maker, honest: list[Made]) -> None:
     lie = replace(make.plain("real"), drv="/nix/store/..%2f..%2fetc.drv")
     await refused(room, honest, lie, kind=IntakeError, naming=lie)
 
 
-async def test_what_is_no_derivation_is_refused(room: Room, make: Maker, honest: list[Made]) -> None:
+async def test_what_is_no_derivation_is_refused(room: IntakeHarness, make: Maker, honest: list[Made]) -> None:
     lie = replace(make.plain("real"), data=b"Derive([")
     await refused(room, honest, lie, kind=DerivationRefusedError, naming=lie)
 
 
-async def test_outputs_of_unknown_path_are_refused_for_now(room: Room, make: Maker, honest: list[Made]) -> None:
+async def test_outputs_of_unknown_path_are_refused_for_now(
+    room: IntakeHarness, make: Maker, honest: list[Made]
+) -> None:
     floating = make.floating("floating")
     assert "not known before" in await refused(room, honest, floating, kind=DerivationRefusedError, naming=floating)
 
 
-async def test_a_cut_stream_and_garbage_store_nothing(room: Room, honest: list[Made]) -> None:
+async def test_a_cut_stream_and_garbage_store_nothing(room: IntakeHarness, honest: list[Made]) -> None:
     data = b"".join(encode_derivations((made.name, made.data) for made in honest))
     for damaged in (data[: len(data) // 2], b"garbage", b""):
         with pytest.raises(FramingError):
@@ -271,7 +281,7 @@ async def test_a_cut_stream_and_garbage_store_nothing(room: Room, honest: list[M
     assert len(await room.unknown(*honest)) == len(honest)
 
 
-async def test_what_was_never_sent_cannot_be_submitted(room: Room, make: Maker) -> None:
+async def test_what_was_never_sent_cannot_be_submitted(room: IntakeHarness, make: Maker) -> None:
     with pytest.raises(MissingMemberError, match="ghost"):
         await room.submit(make.plain("ghost"))
 
@@ -281,7 +291,7 @@ class TestLimits:
     def limits(self) -> IntakeLimits:
         return IntakeLimits(max_derivations=5, max_derivation_bytes=2000)
 
-    async def test_too_many_derivations_name_the_limit_and_the_count(self, room: Room, make: Maker) -> None:
+    async def test_too_many_derivations_name_the_limit_and_the_count(self, room: IntakeHarness, make: Maker) -> None:
         graph = [make.plain(f"n-{number}") for number in range(6)]
         with pytest.raises(FramingError, match="more than 5 derivations"):
             await room.send(graph)
@@ -293,7 +303,7 @@ class TestLimits:
         with pytest.raises(TooLargeError, match=r"6 derivations.* at most 5"):
             await room.submit(*graph)
 
-    async def test_a_derivation_that_is_too_large_is_named(self, room: Room, make: Maker) -> None:
+    async def test_a_derivation_that_is_too_large_is_named(self, room: IntakeHarness, make: Maker) -> None:
         large = make.plain("large", text="x" * 3000)
         with pytest.raises(FramingError, match=large.name):
             await room.send([large])
@@ -307,7 +317,7 @@ async def test_large_derivations_of_all_clients_share_one_budget(tmp_path: Path,
     derivations = DerivationStore.open(f"sqlite+aiosqlite:///{tmp_path}/derivations.sqlite3")
     await derivations.prepare()
     async with open_cache(tmp_path) as cache:
-        room = Room(cache, derivations, limits)
+        room = IntakeHarness(cache, derivations, limits)
         assert await asyncio.gather(*(room.send(graph) for graph in graphs)) == [3, 3, 3]
         budget = room.intake.budget
         assert LARGE_BYTES < budget.peak <= budget.capacity
@@ -316,7 +326,7 @@ async def test_large_derivations_of_all_clients_share_one_budget(tmp_path: Path,
     await derivations.close()
 
 
-async def test_more_streams_than_the_limit_are_refused_with_the_limit(room: Room, make: Maker) -> None:
+async def test_more_streams_than_the_limit_are_refused_with_the_limit(room: IntakeHarness, make: Maker) -> None:
     opened = [asyncio.Event() for _ in range(IntakeLimits().max_streams)]
 
     async def open_stream(event: asyncio.Event) -> AsyncIterator[bytes]:
@@ -350,7 +360,7 @@ def test_what_people_read_is_bounded_and_the_refusal_names_field_and_bound(field
         SubmitRequest.model_validate_json(json.dumps(body))
 
 
-async def test_another_store_directory_is_refused_with_both_names(room: Room) -> None:
+async def test_another_store_directory_is_refused_with_both_names(room: IntakeHarness) -> None:
     with pytest.raises(StoreDirError, match=r"/gnu/store.*/nix/store"):
         await room.intake.missing(IntakeQuery(store_dir="/gnu/store", derivations=(), sources=()))
     with pytest.raises(StoreDirError, match="/gnu/store"):
@@ -373,13 +383,13 @@ def text(name: str, content: bytes, *references: str) -> tuple[SourceHeader, byt
     return SourceHeader(path=path.rpartition("/")[2], references=names, nar_hash="sha256:?", nar_size=len(nar)), nar
 
 
-async def send_sources(room: Room, *members: tuple[SourceHeader, bytes]) -> int:
+async def send_sources(room: IntakeHarness, *members: tuple[SourceHeader, bytes]) -> int:
     opened = [(header, lambda nar=nar: iter([nar])) for header, nar in members]
     return await room.intake.add_sources(stream(encode_sources(opened)))
 
 
 async def test_sources_are_published_with_their_references_and_then_enough_for_a_submission(
-    room: Room, make: Maker
+    room: IntakeHarness, make: Maker
 ) -> None:
     below = text("below.sh", b"echo below")
     above = text("above.sh", b"source below", f"/nix/store/{below[0].path}")
@@ -398,7 +408,9 @@ async def test_sources_are_published_with_their_references_and_then_enough_for_a
     assert len((await room.submit(user)).steps) == 1
 
 
-async def test_a_built_path_among_the_sources_is_made_by_the_derivation_that_makes_it(room: Room, make: Maker) -> None:
+async def test_a_built_path_among_the_sources_is_made_by_the_derivation_that_makes_it(
+    room: IntakeHarness, make: Maker
+) -> None:
     """Nothing can tell whether the bytes of such a path are true, so none are taken: it is built."""
     below = make.plain("below")
     maker = make.plain("maker", [below], outputs=("dev", "out"))
@@ -420,7 +432,7 @@ async def test_a_built_path_among_the_sources_is_made_by_the_derivation_that_mak
 
 @pytest.mark.parametrize("output", ["dev", "lib", "out"])
 async def test_what_made_a_built_path_for_one_submission_makes_it_for_the_next(
-    room: Room, make: Maker, output: str
+    room: IntakeHarness, make: Maker, output: str
 ) -> None:
     maker = make.plain("maker", outputs=("dev", "lib", "out"))
     user = make.plain("user", sources=[maker.outputs[output]])
@@ -432,7 +444,7 @@ async def test_what_made_a_built_path_for_one_submission_makes_it_for_the_next(
 
 
 async def test_a_built_path_that_is_lost_while_a_submission_waits_is_built_again_or_waited_for(
-    room: Room, make: Maker
+    room: IntakeHarness, make: Maker
 ) -> None:
     maker, stranger = make.plain("maker", outputs=("dev", "lib", "out")), make.plain("stranger")
     on_maker = [make.plain(f"on-{name}", sources=[path]) for name, path in maker.outputs.items()]
@@ -462,7 +474,7 @@ async def narinfo_of(cache: Cache, path: str) -> NarInfo:
     return parse_narinfo(text, STORE)
 
 
-async def test_a_source_of_other_content_is_refused_with_its_name(room: Room) -> None:
+async def test_a_source_of_other_content_is_refused_with_its_name(room: IntakeHarness) -> None:
     header, _ = text("real.sh", b"content")
     nar = nar_of(b"CONTENT")
     with pytest.raises(SourceRefusedError, match=r"real\.sh is not addressed by its content"):
@@ -470,20 +482,20 @@ async def test_a_source_of_other_content_is_refused_with_its_name(room: Room) ->
     assert await room.cache.missing([f"/nix/store/{header.path}"])
 
 
-async def test_a_source_that_is_no_archive_is_refused_with_its_name(room: Room) -> None:
+async def test_a_source_that_is_no_archive_is_refused_with_its_name(room: IntakeHarness) -> None:
     header, nar = text("real.sh", b"content")
     with pytest.raises(SourceRefusedError, match=r"real\.sh"):
         await send_sources(room, (header, b"x" * len(nar)))
 
 
-async def test_a_source_whose_reference_is_not_there_is_refused_with_its_name(room: Room) -> None:
+async def test_a_source_whose_reference_is_not_there_is_refused_with_its_name(room: IntakeHarness) -> None:
     below = text("below.sh", b"echo below")
     above = text("above.sh", b"source below", f"/nix/store/{below[0].path}")
     with pytest.raises(SourceRefusedError, match=r"above\.sh was refused.*below\.sh"):
         await send_sources(room, above)
 
 
-async def test_sources_before_a_fault_stay(room: Room) -> None:
+async def test_sources_before_a_fault_stay(room: IntakeHarness) -> None:
     good, bad = text("good.sh", b"good"), text("bad.sh", b"bad")
     with pytest.raises(SourceRefusedError, match=r"bad\.sh"):
         await send_sources(room, good, (bad[0], nar_of(b"BAD")))

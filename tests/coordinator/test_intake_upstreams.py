@@ -20,9 +20,9 @@ from coordinator.main import open_coordinator
 from infra.cache.cache import Cache
 from infra.cache.pulls import closure_pulls
 from infra.cache.pulls.upstream import Upstream
-from tests.coordinator.conftest import TestFarm
+from tests.coordinator.conftest import OpenedFarm
 from tests.coordinator.test_engine import ScriptedWorker, output_path, report, started
-from tests.coordinator.test_intake import Room, limits, make, needs, room
+from tests.coordinator.test_intake import IntakeHarness, limits, make, needs, room
 from tests.support.cache import STORE_DIR, base_name, open_cache, publish, secret_key, store_path
 from tests.support.graphs import Maker
 from workers.wire.messages import Succeeded
@@ -69,7 +69,7 @@ async def elsewhere(tmp_path: Path) -> AsyncIterator[Elsewhere]:
 
 
 @pytest.fixture
-async def upstream(elsewhere: Elsewhere, room: Room) -> AsyncIterator[Upstream]:
+async def upstream(elsewhere: Elsewhere, room: IntakeHarness) -> AsyncIterator[Upstream]:
     async with Upstream(elsewhere.url, [KEY.public], STORE_DIR, lambda: 0.0) as made:
         room.intake.pulls.upstreams.append(made)
         yield made
@@ -81,7 +81,7 @@ def ask(*built: str, sources: tuple[str, ...] = ()) -> IntakeQuery:
 
 
 async def test_a_built_path_that_an_upstream_has_is_had_from_there_with_its_closure(
-    room: Room, elsewhere: Elsewhere, upstream: Upstream
+    room: IntakeHarness, elsewhere: Elsewhere, upstream: Upstream
 ) -> None:
     missing = await room.intake.missing(ask(BUILT, store_path("nowhere"), sources=(OTHER,)))
     assert missing.sources == (base_name(store_path("nowhere")), base_name(OTHER)), "other sources are sent"
@@ -96,7 +96,7 @@ async def test_a_built_path_that_an_upstream_has_is_had_from_there_with_its_clos
 
 
 async def test_a_submission_takes_a_built_path_from_an_upstream_before_it_is_refused(
-    room: Room, make: Maker, upstream: Upstream
+    room: IntakeHarness, make: Maker, upstream: Upstream
 ) -> None:
     user = make.plain("user", sources=[BUILT])
     await room.send([user])
@@ -105,7 +105,7 @@ async def test_a_submission_takes_a_built_path_from_an_upstream_before_it_is_ref
 
 
 async def test_nothing_is_fetched_of_a_closure_that_is_not_whole_or_not_signed_by_a_trusted_key(
-    room: Room, elsewhere: Elsewhere, upstream: Upstream
+    room: IntakeHarness, elsewhere: Elsewhere, upstream: Upstream
 ) -> None:
     torn = store_path("torn")
     await publish(elsewhere.cache, torn, references=[BELOW, OTHER])
@@ -128,7 +128,7 @@ async def narinfo_url(cache: Cache, path: str) -> str:
 
 
 async def test_an_upstream_that_does_not_answer_is_named_in_the_refusal(
-    room: Room, make: Maker, elsewhere: Elsewhere, upstream: Upstream
+    room: IntakeHarness, make: Maker, elsewhere: Elsewhere, upstream: Upstream
 ) -> None:
     elsewhere.status = 503
     user = make.plain("user", sources=[BUILT])
@@ -140,7 +140,7 @@ async def test_an_upstream_that_does_not_answer_is_named_in_the_refusal(
 
 @pytest.mark.parametrize("bound", ["MAX_PULLED_PATHS", "MAX_PULLED_BYTES"])
 async def test_a_pull_is_bounded(
-    room: Room, elsewhere: Elsewhere, upstream: Upstream, monkeypatch: pytest.MonkeyPatch, bound: str
+    room: IntakeHarness, elsewhere: Elsewhere, upstream: Upstream, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
     monkeypatch.setattr(closure_pulls, bound, 1)
     missing = await room.intake.missing(ask(BUILT))
@@ -159,7 +159,7 @@ async def test_a_farm_builds_on_a_path_that_its_configured_upstream_has(
         open_coordinator(settings, worker.start) as coordinator,
         ApiClient(coordinator.ready.url, coordinator.ready.token_file.read_text().strip()) as client,
     ):
-        farm = TestFarm(coordinator, client, settings.state_dir, settings)
+        farm = OpenedFarm(coordinator, client, settings.state_dir, settings)
         await worker.hello()
         user = make.plain("user", sources=[BUILT])
         await client.send_derivations(in_thread(encode_derivations([(user.name, user.data)])))

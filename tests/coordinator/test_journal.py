@@ -44,7 +44,7 @@ from coordinator.journal.frames import FRAME_FACTS
 from coordinator.journal.journal import Journal
 from coordinator.state_lock import StateDirBusyError, StateLock
 from infra.database import open_engine
-from scheduler.facts import Fact, StepAbandoned, StepAdded, StepHeld, SubmissionAccepted, SubmissionForgotten
+from scheduler.facts import Fact, StepAbandoned, StepAdded, StepCached, SubmissionAccepted, SubmissionForgotten
 from scheduler.model import Instant, Recipe, Requirements, StepKey, StepSpec, SubmissionId
 from workers.wire.messages import Output
 
@@ -216,11 +216,15 @@ def _steps(count: int) -> list[Fact]:
 
 
 def _held(*numbers: int) -> list[Fact]:
-    return [StepHeld(StepKey(f"k{n}")) for n in numbers]
+    return [StepCached(StepKey(f"k{n}")) for n in numbers]
 
 
 async def test_batches_come_back_in_order_after_a_restart(database: str) -> None:
-    batches: list[list[Fact]] = [_steps(FRAME_FACTS * 2 + 3), [StepHeld(StepKey("k1"))], [StepAbandoned(StepKey("k2"))]]
+    batches: list[list[Fact]] = [
+        _steps(FRAME_FACTS * 2 + 3),
+        [StepCached(StepKey("k1"))],
+        [StepAbandoned(StepKey("k2"))],
+    ]
     await _written(database, batches, {SubmissionId("s"): StoredNote(b"note")})
     facts, notes = await _read(database)
     assert facts == [fact for batch in batches for fact in batch]
@@ -240,13 +244,13 @@ def _append_and_die(database: str) -> None:
         "import asyncio, os, signal, sys\n"
         "from coordinator.journal.journal import Journal\n"
         "from infra.database import open_engine\n"
-        "from scheduler.facts import StepHeld\n"
+        "from scheduler.facts import StepCached\n"
         "async def main():\n"
         "    journal = Journal(open_engine(sys.argv[1]))\n"
         "    await journal.prepare()\n"
         "    await journal.take_over()\n"
         "    for n in range(5):\n"
-        "        await journal.append([StepHeld(f'k{n}')])\n"
+        "        await journal.append([StepCached(f'k{n}')])\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(main())\n"
     )

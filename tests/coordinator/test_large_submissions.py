@@ -25,7 +25,7 @@ from coordinator.intake.submissions import Submissions
 from infra import slices
 from scheduler import events as e
 from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, LeaseId
-from tests.coordinator.conftest import OpenFarm, TestFarm
+from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.support.graphs import Maker
 
 #: Roots, all of which stand on one derivation.
@@ -76,7 +76,7 @@ def counted_callbacks() -> Iterator[Callbacks]:
         asyncio.Handle._run = run  # type: ignore[method-assign]  # noqa: SLF001
 
 
-async def sent(farm: TestFarm) -> tuple[RootRequest, ...]:
+async def sent(farm: OpenedFarm) -> tuple[RootRequest, ...]:
     maker = Maker()
     origin = maker.plain("origin")
     tops = [maker.plain(f"top-{number}", [origin]) for number in range(ROOTS)]

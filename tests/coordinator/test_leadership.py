@@ -22,7 +22,7 @@ from coordinator.run import serve
 from coordinator.security.farm_secrets import SuccessionError
 from infra.database import open_engine
 from infra.nix.signing import generate
-from scheduler.facts import Fact, StepHeld
+from scheduler.facts import Fact, StepCached
 from scheduler.model import StepKey
 from tests.coordinator.test_engine import ScriptedWorker
 from tests.support.servers import PostgresServer
@@ -91,15 +91,15 @@ async def test_a_leader_whose_session_is_lost_goes_on_where_nobody_took_over(
     async with _candidate(postgres_url) as (journal, lock):
         await lock.acquire(_nobody)
         await journal.take_over()
-        await journal.append([StepHeld(StepKey("a"))])
+        await journal.append([StepCached(StepKey("a"))])
         holding = asyncio.create_task(lock.hold(journal))
         for key in ("b", "c", "d"):
             await asyncio.to_thread(_end_sessions, postgres_server, postgres_url)
-            await journal.append([StepHeld(StepKey(key))])
+            await journal.append([StepCached(StepKey(key))])
         await asyncio.sleep(BEAT_S * 4)
         assert not holding.done()
         holding.cancel()
-        assert await _stored(postgres_url) == [StepHeld(StepKey(key)) for key in "abcd"]
+        assert await _stored(postgres_url) == [StepCached(StepKey(key)) for key in "abcd"]
 
 
 async def test_a_leader_whose_place_was_taken_ends(postgres_url: str, postgres_server: PostgresServer) -> None:
@@ -121,7 +121,7 @@ async def test_a_leader_whose_place_was_taken_ends(postgres_url: str, postgres_s
             with pytest.raises((FencedError, LeadershipLostError)):
                 await holding
         with pytest.raises(FencedError):
-            await old.append([StepHeld(StepKey("late"))])
+            await old.append([StepCached(StepKey("late"))])
 
 
 async def test_appends_wait_for_a_database_that_is_away_and_are_stored_once(
@@ -139,10 +139,10 @@ async def test_appends_wait_for_a_database_that_is_away_and_are_stored_once(
 
         disturbing = asyncio.create_task(disturb())
         for n in range(APPENDS):
-            await journal.append([StepHeld(StepKey(f"k{n}"))])
+            await journal.append([StepCached(StepKey(f"k{n}"))])
         over.set()
         await disturbing
-        assert await _stored(postgres_url) == [StepHeld(StepKey(f"k{n}")) for n in range(APPENDS)]
+        assert await _stored(postgres_url) == [StepCached(StepKey(f"k{n}")) for n in range(APPENDS)]
 
 
 class Candidates:

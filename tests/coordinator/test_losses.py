@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.api.models import StepStatus, SubmissionState, SubmissionView
-from tests.coordinator.conftest import OpenFarm, TestFarm
+from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.coordinator.test_engine import ONE, ScriptedWorker, output_path, report, started
 from workers.wire.fleet import FleetError
 from workers.wire.messages import Failed, LeaseOrder, Output, Succeeded
@@ -21,7 +21,7 @@ class Worker(ScriptedWorker):
     async def provide(self, worker: str, _paths: Sequence[str], _token: str) -> tuple[Output, ...]:
         raise FleetError(f"{worker} has nothing")
 
-    async def build(self, farm: TestFarm, count: int, text: bytes = b"made") -> tuple[LeaseOrder, Output]:
+    async def build(self, farm: OpenedFarm, count: int, text: bytes = b"made") -> tuple[LeaseOrder, Output]:
         """Build the order with this number; return it and its output."""
         order = await started(farm, self, count)
         output = await self.upload(output_path(farm, order), text)
@@ -37,7 +37,7 @@ class Worker(ScriptedWorker):
 @asynccontextmanager
 async def leased(
     open_farm: OpenFarm,
-) -> AsyncGenerator[tuple[TestFarm, Worker, SubmissionView, Output, LeaseOrder]]:
+) -> AsyncGenerator[tuple[OpenedFarm, Worker, SubmissionView, Output, LeaseOrder]]:
     """A farm that has built and published `one`, whose worker holds the lease of `two` above it."""
     worker = Worker()
     async with open_farm(fleet=worker.start) as farm:
@@ -47,7 +47,7 @@ async def leased(
         yield farm, worker, submitted, one, await started(farm, worker, 2)
 
 
-def object_of(farm: TestFarm, output: Output) -> Path:
+def object_of(farm: OpenedFarm, output: Output) -> Path:
     file = farm.coordinator.cache.objects.local_path(output.url)
     assert file is not None
     return file

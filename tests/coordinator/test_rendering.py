@@ -130,7 +130,7 @@ def test_the_heartbeat_names_what_runs_longest() -> None:
     rows = tuple(step(f"s{n}", started_at=NOW - n, phase="checkPhase" if n == 6 else "") for n in range(7))
     progress.apply(Snapshot(submission=submission(), steps=rows))
     assert heartbeat_line(progress, NOW) == (
-        "12 done, 3 held, 3 running, 4 ready, 19 waiting, 1 failed, 1 doomed of 40; running: s6 (6s, checkPhase), "
+        "12 done, 3 cached, 3 running, 4 ready, 19 waiting, 1 failed, 1 doomed of 40; running: s6 (6s, checkPhase), "
         "s5 (5s, building), s4 (4s, building), s3 (3s, building), s2 (2s, building) and 2 more"
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from coordinator.api.models import SubmissionState
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations, in_thread
-from tests.coordinator.conftest import OpenFarm, TestFarm
+from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.support.cache import base_name, candidate, store_path
 from tests.support.graphs import Made, Maker
 
@@ -38,7 +38,7 @@ def leases(database: Path) -> int:
         return int(connection.execute("SELECT count(*) FROM roots WHERE kind = 'lease'").fetchone()[0])
 
 
-async def sent(farm: TestFarm) -> list[Made]:
+async def sent(farm: OpenedFarm) -> list[Made]:
     """Send a graph whose outputs and sources the cache has."""
     maker = Maker()
     sources = [store_path(f"source-{number}") for number in range(SOURCES)]
@@ -52,7 +52,7 @@ async def sent(farm: TestFarm) -> list[Made]:
     return members
 
 
-async def ask_and_submit(farm: TestFarm, members: list[Made]) -> str:
+async def ask_and_submit(farm: OpenedFarm, members: list[Made]) -> str:
     """Do what `drover build` does for a graph that was sent before; returns the submission's name."""
     sources = dict.fromkeys(base_name(store_path(f"source-{number}")) for number in range(SOURCES))
     names = tuple(made.name for made in members)

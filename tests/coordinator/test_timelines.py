@@ -19,7 +19,7 @@ from scheduler.model import Failure, FailureKind
 from workers.wire.measures import BuildPhase, InputFetch, Measures, Span
 from workers.wire.messages import Failed, Report, Stage, StageChange
 
-from .test_views import _EVENTS, Driven, Silent, _one
+from .test_views import _EVENTS, DrivenViews, Silent, _one
 
 Rows = dict[tuple[str, int], AttemptTiming]
 
@@ -34,7 +34,7 @@ def rows_of(views: Views) -> Rows:
 def test_live_and_replayed_facts_give_the_same_timing_of_every_attempt_and_its_times_are_in_order(
     events: list[tuple[str, int]],
 ) -> None:
-    driven = Driven()
+    driven = DrivenViews()
     for what, number in (("join", 0), ("submit", 1), *events):
         _one(driven, what, number)
     live = rows_of(driven.views)

@@ -94,7 +94,7 @@ class Silent:
         return self._farm.above(step, 64)
 
 
-class Driven:
+class DrivenViews:
     """A real core whose facts go to views and, as bytes, to a journal."""
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -151,12 +151,12 @@ def submission(name: str, roots: str, *steps: StepSpec, held: str = "") -> Submi
     )
 
 
-def counts(driven: Driven, name: str) -> Counts:
+def counts(driven: DrivenViews, name: str) -> Counts:
     return driven.views.submission_view(driven.views.submission(name)).counts
 
 
 def test_a_submission_counts_its_steps_from_arrival_to_success() -> None:
-    driven = Driven()
+    driven = DrivenViews()
     driven.tell(submission("s", "c", spec("a"), spec("b"), spec("c", "a", "b", "h"), held="h"))
     assert counts(driven, "s") == Counts(total=4, held=1, ready=2, waiting=1)
     driven.join(slots=1)
@@ -169,7 +169,7 @@ def test_a_submission_counts_its_steps_from_arrival_to_success() -> None:
 
 
 def test_a_submission_that_meets_a_known_failure_ends_at_once_and_runs_again_on_demand() -> None:
-    driven = Driven()
+    driven = DrivenViews()
     driven.join()
     steps = (spec("a"), spec("b", "a"))
     driven.tell(submission("s", "b", *steps))
@@ -189,7 +189,7 @@ def test_a_submission_that_meets_a_known_failure_ends_at_once_and_runs_again_on_
 
 
 def test_a_second_submission_sees_what_it_joined_and_what_was_held() -> None:
-    driven = Driven()
+    driven = DrivenViews()
     driven.join(slots=1)
     steps = (spec("a"), spec("b", "a"))
     driven.tell(submission("one", "b", *steps))
@@ -203,7 +203,7 @@ def test_a_second_submission_sees_what_it_joined_and_what_was_held() -> None:
 
 
 def test_a_failure_dooms_what_stands_on_it_and_every_step_names_the_root_cause() -> None:
-    driven = Driven()
+    driven = DrivenViews()
     driven.join()
     driven.tell(submission("s", "c d", spec("a"), spec("b", "a"), spec("c", "b"), spec("d")))
     driven.finish(lambda key: key != "a")
@@ -216,7 +216,7 @@ def test_a_failure_dooms_what_stands_on_it_and_every_step_names_the_root_cause()
 
 
 def test_an_ended_submission_is_history_also_when_its_failed_step_is_tried_again() -> None:
-    driven = Driven()
+    driven = DrivenViews()
     driven.join()
     driven.tell(submission("old", "a", spec("a")))
     driven.finish(lambda _: False)
@@ -229,7 +229,7 @@ def test_an_ended_submission_is_history_also_when_its_failed_step_is_tried_again
 
 
 def test_a_build_that_was_given_up_ends_its_submission_with_the_sentence_that_says_why() -> None:
-    driven = Driven(Limits(give_up_s=60.0))
+    driven = DrivenViews(Limits(give_up_s=60.0))
     driven.tell(submission("s", "a", spec("a", system="mac")))
     driven.now += 60.0
     driven.tell(TimePassed())
@@ -241,7 +241,7 @@ def test_a_build_that_was_given_up_ends_its_submission_with_the_sentence_that_sa
 
 
 def test_a_step_that_no_submission_stands_on_waits_until_one_falls_back_on_it() -> None:
-    driven = Driven()
+    driven = DrivenViews()
     either = StepSpec(StepKey("either"), tuple(Recipe(Requirements("sys"), (StepKey(way),)) for way in ("one", "two")))
     driven.tell(submission("s", "either", either, spec("one"), spec("two", "deep"), spec("deep")))
     assert driven.views.step_counts() == {"ready": 1, "waiting": 3}
@@ -252,13 +252,13 @@ def test_a_step_that_no_submission_stands_on_waits_until_one_falls_back_on_it() 
 
 
 def test_ready_steps_that_nobody_can_take_are_told_by_what_they_require() -> None:
-    driven = Driven()
+    driven = DrivenViews()
     driven.tell(submission("s", "a b c", spec("a", system="mac"), spec("b", system="mac"), spec("c")))
     assert driven.views.submission_view(driven.views.submission("s")).stuck == ("1 sys", "2 mac")
 
 
 def test_a_watcher_sees_a_snapshot_then_each_changed_step_then_the_end() -> None:
-    driven = Driven()
+    driven = DrivenViews()
     driven.tell(submission("s", "b", spec("a"), spec("b", "a")))
     woken: list[int] = []
     with driven.views.watch(driven.views.submission("s"), lambda: woken.append(1)) as watcher:
@@ -277,7 +277,7 @@ def test_a_watcher_sees_a_snapshot_then_each_changed_step_then_the_end() -> None
 
 
 def test_a_watcher_hears_one_way_up_from_each_step_that_runs_and_only_what_is_new() -> None:
-    driven = Driven()
+    driven = DrivenViews()
     graph = (spec("low"), spec("left", "low"), spec("right", "low"), spec("top", "left", "right"), spec("aside"))
     driven.tell(submission("s", "top aside", *graph))
     with driven.views.watch(driven.views.submission("s"), lambda: None) as watcher:
@@ -293,7 +293,7 @@ def test_a_watcher_hears_one_way_up_from_each_step_that_runs_and_only_what_is_ne
 
 
 def test_a_forest_holds_no_more_places_than_its_bound_and_forgets_those_below_which_nothing_runs() -> None:
-    driven = Driven()
+    driven = DrivenViews()
     pairs = [(f"low{n}", f"top{n}") for n in range(10)]
     steps = [each for low, top in pairs for each in (spec(low), spec(top, low), spec(f"last{top}", top))]
     driven.tell(submission("s", " ".join(f"last{top}" for _, top in pairs), *steps))
@@ -318,7 +318,7 @@ def _places(events: list[WatchEvent]) -> dict[str, tuple[str, int]]:
 
 
 def test_a_watcher_that_falls_behind_gets_a_snapshot_and_holds_no_more_than_its_bound() -> None:
-    driven = Driven()
+    driven = DrivenViews()
     steps = [spec(f"k{n}") for n in range(WATCH_PENDING + 50)]
     driven.tell(submission("s", " ".join(step.key for step in steps), *steps))
     with driven.views.watch(driven.views.submission("s"), lambda: None) as watcher:
@@ -377,7 +377,7 @@ def _graph(seed: int) -> SubmissionReceived:
     return SubmissionReceived(SubmissionId(f"s{seed}"), tuple(sorted(roots)), tuple(closure.values()))
 
 
-def _one(driven: Driven, what: str, number: int) -> None:
+def _one(driven: DrivenViews, what: str, number: int) -> None:
     state = driven.farm.state
     leased = [step for step in state.steps.values() if step.state.value == "leased"]
     publishing = [step for step in state.steps.values() if step.state.value == "publishing"]
@@ -407,7 +407,7 @@ def _one(driven: Driven, what: str, number: int) -> None:
         driven.tell(BuilderReported(step.builder, "1", 2, tuple(s.lease for s in leased if s is not step)))
 
 
-def _recounted(driven: Driven, name: SubmissionId) -> Counter[str]:
+def _recounted(driven: DrivenViews, name: SubmissionId) -> Counter[str]:
     """Count a live submission's members from the core's own states."""
     row = driven.views.submission(name)
     states = [driven.farm.state.steps[key].state.value for key in row.members]
@@ -419,7 +419,7 @@ def _recounted(driven: Driven, name: SubmissionId) -> Counter[str]:
 def test_incremental_counts_equal_a_naive_recount_and_a_replay_or_a_snapshot_gives_the_same_views(
     script: list[tuple[str, int]], cut: int
 ) -> None:
-    driven = Driven()
+    driven = DrivenViews()
     driven.join("b0")
     snapshot, beyond = (encode_facts(driven.farm.snapshot()), encode_records(driven.views.records())), 0
     for at, (what, number) in enumerate(script):
@@ -470,7 +470,7 @@ def test_incremental_counts_equal_a_naive_recount_and_a_replay_or_a_snapshot_giv
 
 def test_a_large_submission_costs_a_bounded_number_of_operations_for_each_finished_step() -> None:
     """Counted, not timed: folding the end of a step touches only its edges, whatever the submission's size."""
-    driven = Driven()
+    driven = DrivenViews()
     size = 3000
     driven.tell(submission("s", " ".join(f"k{n}" for n in range(size)), *(spec(f"k{n}") for n in range(size))))
     driven.join(slots=size)

@@ -18,7 +18,7 @@ from coordinator.http.web.guards import HEADERS
 from coordinator.http.web.texts import age_text, bytes_text, date_text
 from coordinator.main import open_coordinator
 from coordinator.security.sessions import SESSION_S, Sessions
-from tests.coordinator.conftest import PATIENCE_S, OpenFarm, TestFarm
+from tests.coordinator.conftest import PATIENCE_S, OpenedFarm, OpenFarm
 from tests.support.local_fleet import no_workers
 from tests.support.ports import free_port
 from tests.support.routes import PARTS
@@ -33,7 +33,7 @@ WAITS = '{ a = runOn "riscv64-linux" {} "waits" "echo > $out"; }'
 class Browser:
     """A client that keeps cookies, as a browser does."""
 
-    def __init__(self, farm: TestFarm, session: aiohttp.ClientSession) -> None:
+    def __init__(self, farm: OpenedFarm, session: aiohttp.ClientSession) -> None:
         self.url = farm.coordinator.ready.url
         self.token = farm.coordinator.ready.token_file.read_text().strip()
         self.session = session
@@ -60,7 +60,7 @@ class Browser:
 
 
 @asynccontextmanager
-async def browser_of(farm: TestFarm) -> AsyncIterator[Browser]:
+async def browser_of(farm: OpenedFarm) -> AsyncIterator[Browser]:
     # The farm listens at an address, whose cookies aiohttp keeps only when told to.
     async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as session:
         yield Browser(farm, session)

@@ -157,7 +157,7 @@ class Judge:
                 must(fact.recipe not in self.steps[fact.step].recipes, "a recipe is new", fact)
                 self.steps[fact.step].gained_recipe = True
                 self.steps[fact.step].recipes.append(fact.recipe)
-            case f.StepHeld():
+            case f.StepCached():
                 if fact.step not in self.steps:
                     self.steps[fact.step] = self._newborn(fact.step, [])
                 life = self.steps[fact.step]

@@ -43,7 +43,7 @@ from scheduler.model import (
 from scheduler.policy import Limits
 from tests.scheduler.kit import builder, tell_event
 from tests.scheduler.oracles import Judge, OracleError
-from tests.scheduler.sim_worker import OUTCOMES, SimWorker, Told
+from tests.scheduler.sim_worker import OUTCOMES, Answer, SimWorker
 from tests.scheduler.simulation import only_first, random_graph
 from tests.scheduler.story import tell
 
@@ -334,7 +334,7 @@ class Sim:
             told = worker.events(link.ack)
             self.after(self.chance.uniform(0.001, 0.05), lambda: take(told))
 
-        def take(told: Told) -> None:
+        def take(told: Answer) -> None:
             if life != self.life or link.worker is not worker:
                 return
             for event in (*told.reports, told.heartbeat):

@@ -60,7 +60,7 @@ def ending(outcome: str) -> Ending | None:
 
 
 @dataclass
-class Told:
+class Answer:
     """What one answer carries: reports with the number of the last, then the heartbeat."""
 
     last: int
@@ -115,7 +115,7 @@ class SimWorker:
         self.machine.draining = on
         self.advance()
 
-    def events(self, ack: int) -> Told:
+    def events(self, ack: int) -> Answer:
         for number, key, _ in tuple(self.spool):
             if number <= ack:
                 self.machine.acknowledged(key)
@@ -131,7 +131,7 @@ class SimWorker:
             self.machine.draining,
             self.unfit,
         )
-        return Told(self.sequence, [event for _, _, event in self.spool], heartbeat)
+        return Answer(self.sequence, [event for _, _, event in self.spool], heartbeat)
 
     # What happens in it.
 

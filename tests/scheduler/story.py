@@ -26,7 +26,7 @@ def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911, PLR0912  
             return (fact.step, fact.cause)
         case (
             f.RecipeAdded()
-            | f.StepHeld()
+            | f.StepCached()
             | f.StepRevived()
             | f.StepLost()
             | f.StepFellBack()
@@ -77,7 +77,7 @@ def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fac
             return f"{fact.spec.key} added: {ways}"
         case f.RecipeAdded():
             return f"{fact.step} gained a recipe: on {_needs(fact.recipe.requirements)} from {_some(fact.recipe.needs)}"
-        case f.StepHeld():
+        case f.StepCached():
             return f"{fact.step} held by the cache"
         case f.StepRevived():
             return f"{fact.step} revived with recipe {fact.recipe}"

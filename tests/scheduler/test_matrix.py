@@ -119,7 +119,7 @@ def test_every_fact_that_moves_a_step_has_an_edge_and_every_unfinished_state_a_w
     # What has lapsed comes back only by a new wish or by the cache.
     for (source, target), facts in EDGES.items():
         if source in LAPSED:
-            assert {fact.__name__ for fact in facts} <= {"StepRevived", "StepHeld"}, (source, target)
+            assert {fact.__name__ for fact in facts} <= {"StepRevived", "StepCached"}, (source, target)
 
 
 def test_the_diagram_shows_every_edge() -> None:

@@ -119,7 +119,7 @@ class FarmCache:
 
 
 @dataclass
-class Told:
+class ReportReader:
     """What one agent said so far, put together as a coordinator would."""
 
     agent: Agent
@@ -164,7 +164,7 @@ class Told:
                 await self.hear(0.2)
 
 
-class Bench:
+class AgentHarness:
     """Makes agents with stores of their own that serve one farm."""
 
     def __init__(self, root: Path, cache: FarmCache, farm: FarmInfo, stack: AsyncExitStack) -> None:
@@ -173,7 +173,7 @@ class Bench:
         self.farm = farm
         self._stack = stack
 
-    async def agent(self, name: str = "one", *, greet: bool = True, **settings: Any) -> Told:
+    async def agent(self, name: str = "one", *, greet: bool = True, **settings: Any) -> ReportReader:
         agent = Agent(
             WorkerSettings(
                 name=name,
@@ -185,7 +185,7 @@ class Bench:
         await self._stack.enter_async_context(agent)
         if greet:
             await agent.hello(self.farm.dump())
-        return Told(agent)
+        return ReportReader(agent)
 
     def publish(self, report: Report) -> tuple[Output, ...]:
         """Put the outputs of a successful report into the cache."""
@@ -205,7 +205,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-async def bench(root: Path) -> AsyncIterator[Bench]:
+async def bench(root: Path) -> AsyncIterator[AgentHarness]:
     cache = FarmCache()
     app = web.Application()
     app.router.add_post("/cache/narinfos", cache.answer)
@@ -223,13 +223,13 @@ async def bench(root: Path) -> AsyncIterator[Bench]:
             public_keys=(str(KEY.public),),
             object_store_url=objects_url,
         )
-        yield Bench(root, cache, farm, stack)
+        yield AgentHarness(root, cache, farm, stack)
 
 
-Made = Callable[..., Awaitable[Told]]
+Made = Callable[..., Awaitable[ReportReader]]
 
 
-def nar_of(bench: Bench, output: Output) -> bytes:
+def nar_of(bench: AgentHarness, output: Output) -> bytes:
     """The NAR of an uploaded output."""
     import zstandard  # noqa: PLC0415 - only this helper needs it
 

@@ -23,7 +23,7 @@ from workers.agent.settings import WorkerSettings
 from workers.agent.stopping import stop_agents
 from workers.wire.messages import Failed, Report, Stage, Succeeded
 
-from .conftest import STORE, STORE_DIR, Bench, Told, drv, hash_part, nar_of, order
+from .conftest import STORE, STORE_DIR, AgentHarness, ReportReader, drv, hash_part, nar_of, order
 
 #: A builder that runs until it is stopped.
 FOREVER = "echo started; while :; do sleep 1; done"
@@ -45,7 +45,7 @@ def descendants() -> list[int]:
     return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 
 
-async def test_a_build_is_told_with_its_log_and_its_uploaded_output(bench: Bench) -> None:
+async def test_a_build_is_told_with_its_log_and_its_uploaded_output(bench: AgentHarness) -> None:
     told = await bench.agent()
     hello = order(drv("hello", "echo building; echo hello > $out"))
     [report] = await told.build(hello)
@@ -56,16 +56,16 @@ async def test_a_build_is_told_with_its_log_and_its_uploaded_output(bench: Bench
     assert 0 < report.started_at <= report.building_at <= report.built_at <= report.ended_at
 
 
-async def test_building_what_is_valid_already_tells_the_same_outputs(bench: Bench) -> None:
+async def test_building_what_is_valid_already_tells_the_same_outputs(bench: AgentHarness) -> None:
     told = await bench.agent()
     made = drv("again", "echo again > $out")
     [first] = await told.build(order(made))
-    again = Told(told.agent, ack=told.ack)
+    again = ReportReader(told.agent, ack=told.ack)
     [second] = await again.build(order(made, attempt=2))
     assert success(first).outputs == success(second).outputs
 
 
-async def test_several_outputs_are_told_with_the_references_that_nix_found(bench: Bench) -> None:
+async def test_several_outputs_are_told_with_the_references_that_nix_found(bench: AgentHarness) -> None:
     told = await bench.agent()
     script = "echo $dev $out > $out; echo dev > $dev; mkdir -p $doc; echo $dev > $doc/page"
     [report] = await told.build(order(drv("multi", script, outputs=("out", "dev", "doc"))))
@@ -86,7 +86,7 @@ async def test_several_outputs_are_told_with_the_references_that_nix_found(bench
         ("links", "mkdir $out; ln -s nowhere $out/l; echo '#!' > $out/x; chmod +x $out/x"),
     ],
 )
-async def test_outputs_of_any_shape_are_uploaded(bench: Bench, name: str, script: str) -> None:
+async def test_outputs_of_any_shape_are_uploaded(bench: AgentHarness, name: str, script: str) -> None:
     told = await bench.agent()
     [report] = await told.build(order(drv(name, script)))
     [output] = success(report).outputs
@@ -104,7 +104,7 @@ def _nix_hash(nar: bytes) -> str:
     return sha256_text(sha256(nar).digest())
 
 
-async def test_a_failing_builder_fails_for_good_with_the_end_of_its_log(bench: Bench) -> None:
+async def test_a_failing_builder_fails_for_good_with_the_end_of_its_log(bench: AgentHarness) -> None:
     told = await bench.agent()
     broken = order(drv("broken", "echo before; echo wrong >&2; exit 3"))
     failed = failure((await told.build(broken))[0])
@@ -114,13 +114,13 @@ async def test_a_failing_builder_fails_for_good_with_the_end_of_its_log(bench: B
     assert told.logs[broken.step] == b"before\nwrong\n"
 
 
-async def test_a_build_that_makes_no_output_fails_for_good(bench: Bench) -> None:
+async def test_a_build_that_makes_no_output_fails_for_good(bench: AgentHarness) -> None:
     told = await bench.agent()
     failed = failure((await told.build(order(drv("nothing", "true"))))[0])
     assert failed.reason == "output_rejected"
 
 
-async def test_a_fixed_output_is_built_and_a_wrong_one_refused(bench: Bench) -> None:
+async def test_a_fixed_output_is_built_and_a_wrong_one_refused(bench: AgentHarness) -> None:
     told = await bench.agent()
     digest = sha256(b"fixed\n").hexdigest()
     path = STORE_DIR.make_fixed_output_path("fixed", "", "sha256", digest)
@@ -133,14 +133,14 @@ async def test_a_fixed_output_is_built_and_a_wrong_one_refused(bench: Bench) -> 
     assert output.ca == f"fixed:{_nix_hash(b'fixed' + bytes([10]))}"
 
 
-async def test_the_log_is_passed_on_byte_for_byte(bench: Bench) -> None:
+async def test_the_log_is_passed_on_byte_for_byte(bench: AgentHarness) -> None:
     told = await bench.agent()
     noisy = order(drv("noisy", r"printf '\377\376\001\n\033[1mbold\n'; printf 'no newline'; : > $out"))
     success((await told.build(noisy))[0])
     assert told.logs[noisy.step] == b"\xff\xfe\x01\n\x1b[1mbold\nno newline\n"
 
 
-async def test_of_a_log_beyond_its_limit_head_and_tail_are_kept_and_the_build_goes_on(bench: Bench) -> None:
+async def test_of_a_log_beyond_its_limit_head_and_tail_are_kept_and_the_build_goes_on(bench: AgentHarness) -> None:
     told = await bench.agent()
     script = "i=1000; while [ $i -lt 2000 ]; do echo line$i; i=$((i+1)); done; : > $out"
     chatty = order(drv("chatty", script), max_log_bytes=144)
@@ -152,7 +152,7 @@ async def test_of_a_log_beyond_its_limit_head_and_tail_are_kept_and_the_build_go
     assert tail == b"".join(b"line%d\n" % n for n in range(1996, 2000))
 
 
-async def test_a_line_longer_than_the_limit_is_left_out_and_said_so(bench: Bench) -> None:
+async def test_a_line_longer_than_the_limit_is_left_out_and_said_so(bench: AgentHarness) -> None:
     told = await bench.agent()
     wide = order(drv("wide", "echo first; printf '%0200d\\n' 7; echo last; : > $out"), max_log_bytes=100)
     success((await told.build(wide))[0])
@@ -160,7 +160,7 @@ async def test_a_line_longer_than_the_limit_is_left_out_and_said_so(bench: Bench
     assert told.logs[wide.step] == b"first\n" + note + b"last\n"
 
 
-async def test_fifty_megabytes_of_log_pass_through_in_flat_memory(bench: Bench) -> None:
+async def test_fifty_megabytes_of_log_pass_through_in_flat_memory(bench: AgentHarness) -> None:
     told = await bench.agent()
     line = "x" * 1023
     script = f"i=0; while [ $i -lt 50000 ]; do echo {line}; i=$((i+1)); done; : > $out"
@@ -187,7 +187,7 @@ async def test_fifty_megabytes_of_log_pass_through_in_flat_memory(bench: Bench) 
     assert not list((bench.root / "one" / "state" / "spool").glob("*.log"))
 
 
-async def test_phases_are_told_while_a_build_runs(bench: Bench) -> None:
+async def test_phases_are_told_while_a_build_runs(bench: AgentHarness) -> None:
     told = await bench.agent()
     phase = """echo '@nix {"action":"setPhase","phase":"checkPhase"}' >&2"""
     phased = order(drv("phased", f"{phase}; {FOREVER}"))
@@ -196,7 +196,7 @@ async def test_phases_are_told_while_a_build_runs(bench: Bench) -> None:
     assert told.stages[-1].stage is Stage.BUILDING
 
 
-async def test_a_build_is_stopped_at_its_limit_of_time(bench: Bench) -> None:
+async def test_a_build_is_stopped_at_its_limit_of_time(bench: AgentHarness) -> None:
     told = await bench.agent()
     failed = failure((await told.build(order(drv("slow", FOREVER), timeout_s=1)))[0])
     assert failed.reason == "timeout"
@@ -204,13 +204,13 @@ async def test_a_build_is_stopped_at_its_limit_of_time(bench: Bench) -> None:
     assert failed.limit == 1
 
 
-async def test_a_build_that_prints_nothing_is_stopped_at_its_limit_of_silence(bench: Bench) -> None:
+async def test_a_build_that_prints_nothing_is_stopped_at_its_limit_of_silence(bench: AgentHarness) -> None:
     told = await bench.agent()
     failed = failure((await told.build(order(drv("mute", FOREVER), timeout_s=60, silence_s=1)))[0])
     assert (failed.reason, failed.limit) == ("silence", 1)
 
 
-async def test_outputs_beyond_their_limit_of_size_are_not_uploaded(bench: Bench) -> None:
+async def test_outputs_beyond_their_limit_of_size_are_not_uploaded(bench: AgentHarness) -> None:
     told = await bench.agent()
     large = order(drv("large", "printf '%09000d' 1 > $out"), max_output_bytes=8000)
     failed = failure((await told.build(large))[0])
@@ -220,7 +220,7 @@ async def test_outputs_beyond_their_limit_of_size_are_not_uploaded(bench: Bench)
 
 
 async def test_an_agent_that_is_asked_to_stop_finishes_what_runs_and_hands_back_what_does_not_end(
-    bench: Bench,
+    bench: AgentHarness,
 ) -> None:
     told = await bench.agent(slots=2)
     quick, endless = order(drv("quick", "sleep 1; : > $out")), order(drv("endless", FOREVER))
@@ -241,7 +241,7 @@ async def test_an_agent_that_is_asked_to_stop_finishes_what_runs_and_hands_back_
     assert (state / "stopped").exists()
 
 
-async def test_a_cancelled_build_leaves_no_process_and_the_slot_builds_on(bench: Bench) -> None:
+async def test_a_cancelled_build_leaves_no_process_and_the_slot_builds_on(bench: AgentHarness) -> None:
     told = await bench.agent(slots=2, nix_options={"sandbox-paths": "/bin/sh=/bin/busybox /bin/busybox"})
     endless = order(drv("endless", SURVIVOR))
     other = order(drv("other", FOREVER))
@@ -259,7 +259,9 @@ async def test_a_cancelled_build_leaves_no_process_and_the_slot_builds_on(bench:
     assert processes_with(untouched)
 
 
-async def test_a_builder_that_lost_agent_owner_and_daemon_at_once_is_ended_by_the_next_agent(bench: Bench) -> None:
+async def test_a_builder_that_lost_agent_owner_and_daemon_at_once_is_ended_by_the_next_agent(
+    bench: AgentHarness,
+) -> None:
     told = await bench.agent(slots=1)
     orphan = order(drv("orphan", FOREVER))
     await told.agent.start_many([orphan.dump()])
@@ -276,7 +278,7 @@ async def test_a_builder_that_lost_agent_owner_and_daemon_at_once_is_ended_by_th
     assert processes_with(mark) == []
 
 
-async def test_cancelling_a_lease_that_is_not_known_or_finished_does_nothing(bench: Bench) -> None:
+async def test_cancelling_a_lease_that_is_not_known_or_finished_does_nothing(bench: AgentHarness) -> None:
     told = await bench.agent()
     done = order(drv("done", ": > $out"))
     await told.build(done)
@@ -284,7 +286,7 @@ async def test_cancelling_a_lease_that_is_not_known_or_finished_does_nothing(ben
     assert not (await told.hear(0.0)).events
 
 
-async def test_the_agent_survives_a_killed_daemon(bench: Bench) -> None:
+async def test_the_agent_survives_a_killed_daemon(bench: AgentHarness) -> None:
     told = await bench.agent(slots=1)
     for name, with_owner in (("silent", False), ("orphan", True)):
         made = drv(name, MUTE)
@@ -304,7 +306,7 @@ async def test_the_agent_survives_a_killed_daemon(bench: Bench) -> None:
     success((await told.build(order(drv("next", ": > $out"))))[0])
 
 
-async def test_daemons_that_died_while_nothing_was_built_are_replaced_unnoticed(bench: Bench) -> None:
+async def test_daemons_that_died_while_nothing_was_built_are_replaced_unnoticed(bench: AgentHarness) -> None:
     before = set(descendants())
     told = await bench.agent(slots=1)
     [first] = await told.build(order(drv("first", ": > $out")))
@@ -316,7 +318,7 @@ async def test_daemons_that_died_while_nothing_was_built_are_replaced_unnoticed(
 
 
 async def test_a_daemon_that_cannot_be_reopened_is_the_farms_fault(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = set(descendants())
     told = await bench.agent(slots=1)
@@ -339,7 +341,7 @@ async def test_a_daemon_that_cannot_be_reopened_is_the_farms_fault(
     ],
 )
 async def test_an_at_nix_line_that_nix_cannot_read_fails_for_good_and_the_slot_builds_on(
-    bench: Bench, line: str
+    bench: AgentHarness, line: str
 ) -> None:
     told = await bench.agent(slots=1)
     nasty = order(drv("nasty", f"echo before; echo '@nix {line}' >&2; sleep 1; : > $out"))
@@ -352,7 +354,7 @@ async def test_an_at_nix_line_that_nix_cannot_read_fails_for_good_and_the_slot_b
     success((await told.build(order(drv("good", ": > $out"))))[0])
 
 
-async def test_lines_of_any_length_and_any_bytes_are_cut_and_the_build_goes_on(bench: Bench) -> None:
+async def test_lines_of_any_length_and_any_bytes_are_cut_and_the_build_goes_on(bench: AgentHarness) -> None:
     told = await bench.agent(slots=1)
     # The first is 100 MB long and the last has no end; builders may inject as many fields as they like.
     script = r"""
@@ -378,7 +380,7 @@ async def test_lines_of_any_length_and_any_bytes_are_cut_and_the_build_goes_on(b
 
 
 async def test_a_line_without_an_end_is_stopped_before_the_daemon_takes_the_machines_memory(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.agent.build.MAX_DAEMON_BYTES", 128 * 1024 * 1024)
     told = await bench.agent(slots=1)
@@ -388,7 +390,7 @@ async def test_a_line_without_an_end_is_stopped_before_the_daemon_takes_the_mach
     success((await told.build(order(drv("good", ": > $out"))))[0])
 
 
-async def test_greetings_that_come_together_are_all_answered(bench: Bench) -> None:
+async def test_greetings_that_come_together_are_all_answered(bench: AgentHarness) -> None:
     agent = Agent(WorkerSettings(name="w", state_dir=bench.root / "w" / "state", store=str(bench.root / "w" / "store")))
     try:
         with pytest.raises(AgentError, match="not started"):
@@ -404,7 +406,7 @@ async def test_greetings_that_come_together_are_all_answered(bench: Bench) -> No
         await agent.close()
 
 
-async def test_an_emulated_system_is_accepted_and_another_is_not(bench: Bench) -> None:
+async def test_an_emulated_system_is_accepted_and_another_is_not(bench: AgentHarness) -> None:
     told = await bench.agent(emulate=("aarch64-darwin",))
     mac = order(drv("mac", "echo mac > $out", system="aarch64-darwin"))
     arm = order(drv("arm", "echo arm > $out", system="riscv64-linux"))
@@ -413,7 +415,7 @@ async def test_an_emulated_system_is_accepted_and_another_is_not(bench: Bench) -
     assert failure(there).reason == "infrastructure"
 
 
-async def test_a_32_bit_derivation_is_built_as_its_own_system_on_a_64_bit_machine(bench: Bench) -> None:
+async def test_a_32_bit_derivation_is_built_as_its_own_system_on_a_64_bit_machine(bench: AgentHarness) -> None:
     told = await bench.agent()
     hello = await told.agent.hello(bench.farm.dump())
     assert "i686-linux" in hello["systems"]
@@ -423,7 +425,7 @@ async def test_a_32_bit_derivation_is_built_as_its_own_system_on_a_64_bit_machin
     assert told.logs[small.step] == b"i686\n", "Nix gives the build the personality of its system"
 
 
-async def test_a_feature_that_is_offered_is_accepted_by_nix(bench: Bench) -> None:
+async def test_a_feature_that_is_offered_is_accepted_by_nix(bench: AgentHarness) -> None:
     told = await bench.agent(features=("gpu",))
     special = order(drv("special", ": > $out", env={"requiredSystemFeatures": "gpu"}))
     other = order(drv("other", ": > $out", env={"requiredSystemFeatures": "quantum"}))
@@ -432,7 +434,7 @@ async def test_a_feature_that_is_offered_is_accepted_by_nix(bench: Bench) -> Non
     assert failure(there).reason == "infrastructure"
 
 
-async def test_nix_options_of_the_operator_reach_the_builds(bench: Bench) -> None:
+async def test_nix_options_of_the_operator_reach_the_builds(bench: AgentHarness) -> None:
     marker = bench.root / "marker"
     marker.write_text("from the host\n")
     busybox = shutil.which("busybox")
@@ -442,7 +444,7 @@ async def test_nix_options_of_the_operator_reach_the_builds(bench: Bench) -> Non
     assert told.logs[seeing.step] == b"from the host\n"
 
 
-async def test_a_derivation_that_cannot_be_read_fails_for_good(bench: Bench) -> None:
+async def test_a_derivation_that_cannot_be_read_fails_for_good(bench: AgentHarness) -> None:
     told = await bench.agent()
     nonsense = order(drv("nonsense", "true")).model_copy(update={"derivation": b"Derive(nonsense"})
     failed = failure((await told.build(nonsense))[0])
@@ -450,14 +452,16 @@ async def test_a_derivation_that_cannot_be_read_fails_for_good(bench: Bench) -> 
     assert "cannot be read" in failed.message
 
 
-def _spoil_store(bench: Bench) -> Path:
+def _spoil_store(bench: AgentHarness) -> Path:
     objects, aside = bench.root / "objects", bench.root / "aside"
     objects.rename(aside)
     objects.write_text("a file where the directory was")
     return aside
 
 
-async def test_an_object_store_that_fails_is_the_farms_fault(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_object_store_that_fails_is_the_farms_fault(
+    bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease_runner, "UPLOAD_WITHIN_S", 0.3)
     told = await bench.agent()
     _spoil_store(bench)
@@ -466,7 +470,7 @@ async def test_an_object_store_that_fails_is_the_farms_fault(bench: Bench, monke
     assert "could not be uploaded" in failed.message
 
 
-async def test_an_upload_waits_for_a_store_that_fails_for_a_while_and_says_so(bench: Bench) -> None:
+async def test_an_upload_waits_for_a_store_that_fails_for_a_while_and_says_so(bench: AgentHarness) -> None:
     told = await bench.agent()
     aside = _spoil_store(bench)
     made = order(drv("patient", ": > $out"))
@@ -477,7 +481,9 @@ async def test_an_upload_waits_for_a_store_that_fails_for_a_while_and_says_so(be
     success((await told.finish(made))[0])
 
 
-async def test_an_error_that_nobody_foresaw_ends_one_lease_only(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_error_that_nobody_foresaw_ends_one_lease_only(
+    bench: AgentHarness, caplog: pytest.LogCaptureFixture
+) -> None:
     told = await bench.agent()
     bad = order(drv("bad", ": > $out")).model_copy(update={"drv_path": f"{STORE}/{hash_part('x')}-no-derivation"})
     good = order(drv("good", ": > $out"))
@@ -488,24 +494,24 @@ async def test_an_error_that_nobody_foresaw_ends_one_lease_only(bench: Bench, ca
     assert sum(record.exc_info is not None for record in caplog.records) == 1
 
 
-async def test_a_farm_whose_object_store_is_not_seen_here_is_refused(bench: Bench) -> None:
+async def test_a_farm_whose_object_store_is_not_seen_here_is_refused(bench: AgentHarness) -> None:
     told = await bench.agent(greet=False)
     elsewhere = bench.farm.model_copy(update={"object_store_url": (bench.root / "elsewhere").as_uri()})
     with pytest.raises(AgentError, match="cannot serve this farm"):
         await told.agent.hello(elsewhere.dump())
 
 
-async def test_leases_that_come_before_the_greeting_are_handed_back(bench: Bench) -> None:
+async def test_leases_that_come_before_the_greeting_are_handed_back(bench: AgentHarness) -> None:
     told = await bench.agent(greet=False)
     assert failure((await told.build(order(drv("early", ": > $out"))))[0]).reason == "returned"
 
 
-async def test_an_agent_that_cannot_reach_nix_says_so_at_its_start(bench: Bench) -> None:
+async def test_an_agent_that_cannot_reach_nix_says_so_at_its_start(bench: AgentHarness) -> None:
     with pytest.raises(Exception, match="gives no connection"):
         await bench.agent(nix_daemon="/nonexistent/nix-daemon")
 
 
-async def test_closing_ends_all_processes_of_the_agent(bench: Bench) -> None:
+async def test_closing_ends_all_processes_of_the_agent(bench: AgentHarness) -> None:
     before = set(descendants())
     told = await bench.agent()
     endless = order(drv("closing", FOREVER))

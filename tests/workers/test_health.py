@@ -14,7 +14,7 @@ from workers.agent.health import Room, too_little
 from workers.agent.settings import WorkerSettings
 from workers.wire.messages import Failed, Hello, Report, Succeeded
 
-from .conftest import Bench, Told, drv, order
+from .conftest import AgentHarness, ReportReader, drv, order
 
 MIB = 1 << 20
 #: The disk of a worker in these tests.
@@ -35,11 +35,11 @@ def disk(root: Path) -> Iterator[Path]:
         yield place
 
 
-async def _until_unfit(told: Told, words: str) -> None:
+async def _until_unfit(told: ReportReader, words: str) -> None:
     await told.until(lambda: bool(told.batches) and words in told.batches[-1].unfit and bool(told.batches[-1].unfit))
 
 
-async def _until_fit(told: Told) -> None:
+async def _until_fit(told: ReportReader) -> None:
     await told.until(lambda: bool(told.batches) and not told.batches[-1].unfit)
 
 
@@ -49,7 +49,7 @@ def _reason(report: Report) -> str:
 
 
 async def test_a_worker_that_cannot_build_says_so_from_the_start_and_recovers_by_itself(
-    bench: Bench, root: Path
+    bench: AgentHarness, root: Path
 ) -> None:
     broken = root / "broken"
     daemon = root / "nix-daemon"
@@ -67,13 +67,13 @@ async def test_a_worker_that_cannot_build_says_so_from_the_start_and_recovers_by
         assert "a trial build fails" in hello.unfit
         assert "/no/such/file" in hello.unfit
         broken.unlink()
-        told = Told(agent)
+        told = ReportReader(agent)
         await _until_fit(told)
         [report] = await told.build(order(drv("works", "echo > $out")))
         assert isinstance(report.result, Succeeded)
 
 
-async def test_a_build_that_breaks_with_its_machine_puts_the_machine_to_the_test(bench: Bench) -> None:
+async def test_a_build_that_breaks_with_its_machine_puts_the_machine_to_the_test(bench: AgentHarness) -> None:
     told = await bench.agent(trial_every_s=100_000)
     [report] = await told.build(order(drv("unsuited", "echo > $out", system="m68k-linux")))
     assert _reason(report) == "infrastructure"
@@ -84,7 +84,7 @@ async def test_a_build_that_breaks_with_its_machine_puts_the_machine_to_the_test
     assert not told.batches[-1].unfit
 
 
-async def test_a_worker_whose_disk_runs_low_takes_no_work_until_there_is_room(bench: Bench, disk: Path) -> None:
+async def test_a_worker_whose_disk_runs_low_takes_no_work_until_there_is_room(bench: AgentHarness, disk: Path) -> None:
     told = await bench.agent(min_free_mb=32, collect_garbage=False)
     await told.hear(0.1)
     assert not told.batches[-1].unfit
@@ -94,7 +94,7 @@ async def test_a_worker_whose_disk_runs_low_takes_no_work_until_there_is_room(be
     await _until_fit(told)
 
 
-async def test_a_store_of_the_workers_own_makes_room_by_itself(bench: Bench, disk: Path) -> None:
+async def test_a_store_of_the_workers_own_makes_room_by_itself(bench: AgentHarness, disk: Path) -> None:
     told = await bench.agent(min_free_mb=48)
     large = order(drv("large", "head -c 60000000 /dev/urandom > $out"))
     [report] = await told.build(large)
@@ -111,7 +111,7 @@ async def test_a_store_of_the_workers_own_makes_room_by_itself(bench: Bench, dis
     [("fails", "exit 1"), ("tidies-up", "sleep 1; rm -f $out; exit 1")],
 )
 @pytest.mark.usefixtures("disk")
-async def test_a_build_that_runs_into_a_full_disk_is_not_to_blame(bench: Bench, name: str, after: str) -> None:
+async def test_a_build_that_runs_into_a_full_disk_is_not_to_blame(bench: AgentHarness, name: str, after: str) -> None:
     told = await bench.agent(min_free_mb=0)
     greedy = order(drv(name, f"head -c {2 * DISK_MIB * MIB} /dev/zero > $out || {{ {after}; }}"))
     [report] = await told.build(greedy)
@@ -123,7 +123,7 @@ async def test_a_build_that_runs_into_a_full_disk_is_not_to_blame(bench: Bench, 
 
 
 @pytest.mark.usefixtures("disk")
-async def test_a_failure_on_a_disk_with_room_is_the_packages_own(bench: Bench) -> None:
+async def test_a_failure_on_a_disk_with_room_is_the_packages_own(bench: AgentHarness) -> None:
     told = await bench.agent(min_free_mb=0)
     [report] = await told.build(order(drv("wrong", "echo 'No space left on device'; exit 1")))
     assert _reason(report) == "permanent"

@@ -14,7 +14,7 @@ from workers.agent import health, input_guard
 from workers.agent.input_guard import Alteration, identify
 from workers.wire.messages import Failed, Output, Report, Succeeded
 
-from .conftest import Bench, Told, drv, nar_of, order
+from .conftest import AgentHarness, ReportReader, drv, nar_of, order
 
 #: As a farm must not be: builders own the store. Class C; these agents have no coordinator that would refuse them.
 WEAK = {"build-users-group": ""}
@@ -31,7 +31,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_guard, "MEND_AGAIN_S", 0.2)
 
 
-async def _published(bench: Bench, told: Told, script: str) -> Output:
+async def _published(bench: AgentHarness, told: ReportReader, script: str) -> Output:
     """Build an input and publish it."""
     [made] = await told.build(order(drv("input", script)))
     [output] = bench.publish(made)
@@ -45,7 +45,7 @@ def _spoilt(report: Report, output: Output) -> str:
     return report.result.message
 
 
-async def _until_mended(told: Told) -> None:
+async def _until_mended(told: ReportReader) -> None:
     async def unfit(said: bool) -> None:
         await told.until(lambda: bool(told.batches) and bool(told.batches[-1].unfit) is said)
 
@@ -54,7 +54,7 @@ async def _until_mended(told: Told) -> None:
     await unfit(False)
 
 
-def _in_store(bench: Bench, output: Output, name: str = "one") -> Path:
+def _in_store(bench: AgentHarness, output: Output, name: str = "one") -> Path:
     return bench.root / name / "store" / output.path.lstrip("/")
 
 
@@ -65,7 +65,7 @@ def _missing(report: Report, output: Output) -> None:
     assert report.result.missing == (), "the farm's cache has it"
 
 
-def _collect(bench: Bench, output: Output, name: str = "one") -> None:
+def _collect(bench: AgentHarness, output: Output, name: str = "one") -> None:
     """Collect garbage in an agent's store as if no connection kept anything."""
     for roots in (bench.root / name / "store/nix/var/nix/temproots").iterdir():
         roots.unlink()
@@ -86,7 +86,7 @@ def _tamper(place: Path) -> None:
 @pytest.mark.parametrize("attack", ["echo TAMPERED > $it", "echo TAMPERED > $it; exit 1", ENDS_WITHOUT_A_RESULT])
 @pytest.mark.parametrize(("script", "below"), [(FILE, ""), (TREE, "/deep/file")])
 async def test_a_build_that_rewrites_its_input_is_thrown_away_and_the_next_gets_the_true_one(
-    bench: Bench, script: str, below: str, attack: str
+    bench: AgentHarness, script: str, below: str, attack: str
 ) -> None:
     told = await bench.agent(nix_options=WEAK)
     given = await _published(bench, told, script)
@@ -102,7 +102,7 @@ async def test_a_build_that_rewrites_its_input_is_thrown_away_and_the_next_gets_
     assert b"built from true\n" in nar_of(bench, output)
 
 
-async def test_a_build_that_puts_back_what_it_changed_is_thrown_away_all_the_same(bench: Bench) -> None:
+async def test_a_build_that_puts_back_what_it_changed_is_thrown_away_all_the_same(bench: AgentHarness) -> None:
     told = await bench.agent(nix_options=WEAK)
     given = await _published(bench, told, TREE)
     script = f"it={given.path}/deep/file; chmod u+w $it; echo evil > $it; echo true > $it; chmod a-w $it; echo > $out"
@@ -112,7 +112,7 @@ async def test_a_build_that_puts_back_what_it_changed_is_thrown_away_all_the_sam
     assert isinstance(report.result, Succeeded)
 
 
-async def test_what_another_build_saw_meanwhile_is_thrown_away_too(bench: Bench) -> None:
+async def test_what_another_build_saw_meanwhile_is_thrown_away_too(bench: AgentHarness) -> None:
     told = await bench.agent(nix_options=WEAK, slots=2)
     given = await _published(bench, told, TREE)
     at = f"{given.path}/deep/file"
@@ -128,7 +128,7 @@ async def test_what_another_build_saw_meanwhile_is_thrown_away_too(bench: Bench)
 @pytest.mark.parametrize(("script", "below"), [(FILE, ""), (TREE, "/deep/file")])
 @pytest.mark.parametrize("options", [{}, WEAK])
 async def test_what_somebody_changes_between_two_builds_is_noticed_before_it_is_used(
-    bench: Bench, script: str, below: str, options: dict[str, str]
+    bench: AgentHarness, script: str, below: str, options: dict[str, str]
 ) -> None:
     told = await bench.agent(nix_options=options)
     given = await _published(bench, told, script)
@@ -146,7 +146,7 @@ async def test_what_somebody_changes_between_two_builds_is_noticed_before_it_is_
 
 
 async def test_a_path_of_more_entries_than_one_look_has_is_looked_at_all_the_same(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(input_guard, "DEEP_ENTRIES", 1)
     told = await bench.agent()
@@ -159,7 +159,7 @@ async def test_a_path_of_more_entries_than_one_look_has_is_looked_at_all_the_sam
     _spoilt(report, given)
 
 
-async def test_an_input_of_an_input_is_looked_after_as_well_and_one_that_vanished(bench: Bench) -> None:
+async def test_an_input_of_an_input_is_looked_after_as_well_and_one_that_vanished(bench: AgentHarness) -> None:
     told = await bench.agent()
     below = await _published(bench, told, FILE)
     [made] = await told.build(order(drv("middle", f"echo {below.path} > $out"), [below.path]))
@@ -174,7 +174,7 @@ async def test_an_input_of_an_input_is_looked_after_as_well_and_one_that_vanishe
 
 
 async def test_a_lease_that_is_cancelled_while_its_input_is_found_changed_leaves_it_to_be_mended(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = await bench.agent(nix_options=WEAK)
     given = await _published(bench, told, FILE)
@@ -195,7 +195,7 @@ async def test_a_lease_that_is_cancelled_while_its_input_is_found_changed_leaves
     assert _in_store(bench, given).read_text() == "true\n"
 
 
-async def test_an_input_that_was_collected_is_missing_not_changed_and_fetched_again(bench: Bench) -> None:
+async def test_an_input_that_was_collected_is_missing_not_changed_and_fetched_again(bench: AgentHarness) -> None:
     told = await bench.agent()
     given = await _published(bench, told, TREE)
     reads = f"read x < {given.path}/deep/file; echo built from $x > $out"
@@ -210,7 +210,7 @@ async def test_an_input_that_was_collected_is_missing_not_changed_and_fetched_ag
     assert not any(batch.unfit for batch in told.batches), "the worker is not to blame"
 
 
-async def test_a_collector_that_has_not_deleted_all_of_an_input_has_changed_nothing(bench: Bench) -> None:
+async def test_a_collector_that_has_not_deleted_all_of_an_input_has_changed_nothing(bench: AgentHarness) -> None:
     told = await bench.agent()
     given = await _published(bench, told, TREE)
     reads = f"read x < {given.path}/deep/file; echo built from $x > $out"
@@ -226,7 +226,7 @@ async def test_a_collector_that_has_not_deleted_all_of_an_input_has_changed_noth
     assert not any(batch.unfit for batch in told.batches)
 
 
-async def test_a_build_whose_input_is_collected_while_it_runs_is_thrown_away(bench: Bench) -> None:
+async def test_a_build_whose_input_is_collected_while_it_runs_is_thrown_away(bench: AgentHarness) -> None:
     told = await bench.agent()
     given = await _published(bench, told, TREE)
     at = f"{given.path}/deep/file"
@@ -242,7 +242,7 @@ async def test_a_build_whose_input_is_collected_while_it_runs_is_thrown_away(ben
     assert isinstance(report.result, Succeeded)
 
 
-async def test_a_change_of_before_the_agent_came_is_noticed_at_first_sight(bench: Bench) -> None:
+async def test_a_change_of_before_the_agent_came_is_noticed_at_first_sight(bench: AgentHarness) -> None:
     first = await bench.agent()
     given = await _published(bench, first, FILE)
     await first.agent.close()

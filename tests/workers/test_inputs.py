@@ -9,10 +9,10 @@ from workers.agent import inputs
 from workers.agent.inputs import QUESTION_PATHS, FarmSources
 from workers.wire.messages import Failed, Output, Succeeded
 
-from .conftest import STORE, Bench, Told, drv, hash_part, order
+from .conftest import STORE, AgentHarness, ReportReader, drv, hash_part, order
 
 
-async def _publish_chain(bench: Bench, told: Told) -> list[Output]:
+async def _publish_chain(bench: AgentHarness, told: ReportReader) -> list[Output]:
     """Three outputs: the second refers to the first, the third, which is large, to the second."""
     made: list[Output] = []
     scripts = [
@@ -30,7 +30,7 @@ async def _publish_chain(bench: Bench, told: Told) -> list[Output]:
     return made
 
 
-async def test_a_second_worker_fetches_the_closure_of_its_inputs(bench: Bench) -> None:
+async def test_a_second_worker_fetches_the_closure_of_its_inputs(bench: AgentHarness) -> None:
     one = await bench.agent("one")
     chain = await _publish_chain(bench, one)
     assert bench.cache.questions == []
@@ -44,7 +44,7 @@ async def test_a_second_worker_fetches_the_closure_of_its_inputs(bench: Bench) -
         assert (bench.root / "two" / "store" / output.path.lstrip("/")).exists()
 
 
-async def test_a_closure_larger_than_one_answer_is_asked_for_in_parts_references_first(bench: Bench) -> None:
+async def test_a_closure_larger_than_one_answer_is_asked_for_in_parts_references_first(bench: AgentHarness) -> None:
     """A bounded answer holds the nearest paths; a fan and a chain that end beyond it come with further questions."""
     bench.cache.at_most = QUESTION_PATHS
 
@@ -84,7 +84,7 @@ async def test_a_closure_larger_than_one_answer_is_asked_for_in_parts_references
     assert max(map(len, bench.cache.questions)) <= QUESTION_PATHS
 
 
-async def test_concurrent_leases_fetch_a_shared_input_once_and_later_ones_ask_nothing(bench: Bench) -> None:
+async def test_concurrent_leases_fetch_a_shared_input_once_and_later_ones_ask_nothing(bench: AgentHarness) -> None:
     one = await bench.agent("one")
     chain = await _publish_chain(bench, one)
     two = await bench.agent("two")
@@ -97,7 +97,7 @@ async def test_concurrent_leases_fetch_a_shared_input_once_and_later_ones_ask_no
     assert len(bench.cache.questions) == 1
 
 
-async def test_an_input_that_the_cache_lacks_is_named_and_the_farms_fault(bench: Bench) -> None:
+async def test_an_input_that_the_cache_lacks_is_named_and_the_farms_fault(bench: AgentHarness) -> None:
     told = await bench.agent()
     lost = f"{STORE}/{hash_part('lost')}-lost"
     [report] = await told.build(order(drv("use", ": > $out"), [lost]))
@@ -107,7 +107,7 @@ async def test_an_input_that_the_cache_lacks_is_named_and_the_farms_fault(bench:
     assert report.result.missing == (lost,)
 
 
-async def test_an_input_that_is_not_signed_by_the_farm_is_refused(bench: Bench) -> None:
+async def test_an_input_that_is_not_signed_by_the_farm_is_refused(bench: AgentHarness) -> None:
     one = await bench.agent("one")
     bench.cache.key = signing.generate("farm-1", b"x" * 32)
     [report] = await one.build(order(drv("foreign", ": > $out")))
@@ -120,7 +120,7 @@ async def test_an_input_that_is_not_signed_by_the_farm_is_refused(bench: Bench) 
 
 
 @pytest.mark.parametrize("damage", ["gone", "corrupt"])
-async def test_an_object_that_is_gone_or_corrupt_is_the_farms_fault_and_mends(bench: Bench, damage: str) -> None:
+async def test_an_object_that_is_gone_or_corrupt_is_the_farms_fault_and_mends(bench: AgentHarness, damage: str) -> None:
     one = await bench.agent("one")
     chain = await _publish_chain(bench, one)
     objects = bench.root / "objects" / chain[2].url
@@ -136,13 +136,13 @@ async def test_an_object_that_is_gone_or_corrupt_is_the_farms_fault_and_mends(be
     assert failed.result.reason == "input_missing"
     assert chain[2].path in failed.result.message
     objects.write_bytes(whole)
-    [mended] = await Told(two.agent, ack=two.ack).build(order(made, [chain[2].path], attempt=2))
+    [mended] = await ReportReader(two.agent, ack=two.ack).build(order(made, [chain[2].path], attempt=2))
     assert isinstance(mended.result, Succeeded), mended.result
 
 
 @pytest.mark.parametrize("what", ["cache", "store"])
 async def test_an_input_that_cannot_be_had_for_a_while_is_waited_for(
-    bench: Bench, what: str, caplog: pytest.LogCaptureFixture
+    bench: AgentHarness, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = await bench.agent("one")
     chain = await _publish_chain(bench, one)
@@ -166,7 +166,9 @@ async def test_an_input_that_cannot_be_had_for_a_while_is_waited_for(
     assert isinstance(report.result, Succeeded), report.result
 
 
-async def test_a_cache_that_does_not_answer_is_the_farms_fault(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cache_that_does_not_answer_is_the_farms_fault(
+    bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(inputs, "AWAY_S", 0.3)
     told = await bench.agent(greet=False)
     away = bench.farm.model_copy(update={"cache_url": "http://127.0.0.1:9/cache"})

@@ -13,16 +13,16 @@ from workers.agent.agent import AgentError
 from workers.agent.outbox import CHUNK_BYTES, Spool
 from workers.wire.messages import Batch, Failed, Hello, Stage, Succeeded
 
-from .conftest import PATIENCE_S, Bench, Told, drv, order
+from .conftest import PATIENCE_S, AgentHarness, ReportReader, drv, order
 
 FOREVER = "echo started; while :; do sleep 1; done"
 
 
-async def _ask(told: Told, ack: int, max_bytes: int = 1 << 20) -> Batch:
+async def _ask(told: ReportReader, ack: int, max_bytes: int = 1 << 20) -> Batch:
     return Batch.model_validate(await told.agent.events(ack, max_bytes, 5.0))
 
 
-async def _until_reported(told: Told) -> Batch:
+async def _until_reported(told: ReportReader) -> Batch:
     """Ask without ever acknowledging until a report is in the answer."""
     async with asyncio.timeout(PATIENCE_S):
         while True:
@@ -32,7 +32,7 @@ async def _until_reported(told: Told) -> Batch:
             await asyncio.sleep(0.05)
 
 
-async def test_what_is_not_acknowledged_is_told_again(bench: Bench) -> None:
+async def test_what_is_not_acknowledged_is_told_again(bench: AgentHarness) -> None:
     told = await bench.agent()
     said = order(drv("said", "echo said; : > $out"))
     await told.agent.start_many([said.dump()])
@@ -45,7 +45,7 @@ async def test_what_is_not_acknowledged_is_told_again(bench: Bench) -> None:
     assert after.last == first.last
 
 
-async def test_an_acknowledgement_of_another_incarnation_forgets_nothing(bench: Bench) -> None:
+async def test_an_acknowledgement_of_another_incarnation_forgets_nothing(bench: AgentHarness) -> None:
     told = await bench.agent()
     said = order(drv("said", ": > $out"))
     await told.agent.start_many([said.dump()])
@@ -53,7 +53,7 @@ async def test_an_acknowledgement_of_another_incarnation_forgets_nothing(bench: 
     await told.finish(said)
 
 
-async def test_a_small_answer_carries_at_least_one_event_and_the_rest_follows(bench: Bench) -> None:
+async def test_a_small_answer_carries_at_least_one_event_and_the_rest_follows(bench: AgentHarness) -> None:
     told = await bench.agent()
     orders = [order(drv(f"small{number}", f"echo {number}; : > $out")) for number in range(4)]
     await told.agent.start_many([one.dump() for one in orders])
@@ -64,7 +64,7 @@ async def test_a_small_answer_carries_at_least_one_event_and_the_rest_follows(be
     assert told.logs == {one.step: b"%d\n" % number for number, one in enumerate(orders)}
 
 
-async def test_a_repeated_start_is_a_no_op_before_during_and_after_the_build(bench: Bench) -> None:
+async def test_a_repeated_start_is_a_no_op_before_during_and_after_the_build(bench: AgentHarness) -> None:
     told = await bench.agent()
     once = order(drv("once", "echo ran; : > $out"))
     await told.agent.start_many([once.dump(), once.dump()])
@@ -78,7 +78,7 @@ async def test_a_repeated_start_is_a_no_op_before_during_and_after_the_build(ben
     assert told.logs[once.step] == b"ran\n"
 
 
-async def test_a_lease_is_held_until_its_report_is_in_the_answer(bench: Bench) -> None:
+async def test_a_lease_is_held_until_its_report_is_in_the_answer(bench: AgentHarness) -> None:
     told = await bench.agent(slots=1)
     held = order(drv("held", FOREVER))
     await told.agent.start_many([held.dump()])
@@ -93,7 +93,7 @@ async def test_a_lease_is_held_until_its_report_is_in_the_answer(bench: Bench) -
     assert told.batches[-1].capacity == 1
 
 
-async def test_leases_behind_busy_slots_are_handed_back(bench: Bench) -> None:
+async def test_leases_behind_busy_slots_are_handed_back(bench: AgentHarness) -> None:
     told = await bench.agent(slots=1)
     busy, behind = order(drv("busy", FOREVER)), order(drv("behind", ": > $out"))
     await told.agent.start_many([busy.dump(), behind.dump()])
@@ -104,11 +104,11 @@ async def test_leases_behind_busy_slots_are_handed_back(bench: Bench) -> None:
     assert busy.step not in told.reports
     await told.agent.cancel([{"step": busy.step, "attempt": 1}])
     await told.finish(busy)
-    [later] = await Told(told.agent, ack=told.ack).build(behind.model_copy(update={"attempt": 2}))
+    [later] = await ReportReader(told.agent, ack=told.ack).build(behind.model_copy(update={"attempt": 2}))
     assert isinstance(later.result, Succeeded)
 
 
-async def test_a_queued_lease_can_be_cancelled(bench: Bench) -> None:
+async def test_a_queued_lease_can_be_cancelled(bench: AgentHarness) -> None:
     told = await bench.agent(slots=1)
     busy, behind = order(drv("busy", FOREVER)), order(drv("behind", ": > $out"))
     await told.agent.start_many([busy.dump(), behind.dump()])
@@ -118,7 +118,7 @@ async def test_a_queued_lease_can_be_cancelled(bench: Bench) -> None:
     assert cancelled.result.reason == "cancelled"
 
 
-async def test_a_draining_worker_finishes_what_runs_and_hands_back_the_rest(bench: Bench) -> None:
+async def test_a_draining_worker_finishes_what_runs_and_hands_back_the_rest(bench: AgentHarness) -> None:
     told = await bench.agent(slots=1)
     running = order(drv("running", "echo started; sleep 1; : > $out"))
     await told.agent.start_many([running.dump()])
@@ -133,11 +133,11 @@ async def test_a_draining_worker_finishes_what_runs_and_hands_back_the_rest(benc
     assert told.batches[-1].draining
     assert told.batches[-1].capacity == 0
     await told.agent.drain(False)
-    [again] = await Told(told.agent, ack=told.ack).build(refused.model_copy(update={"attempt": 2}))
+    [again] = await ReportReader(told.agent, ack=told.ack).build(refused.model_copy(update={"attempt": 2}))
     assert isinstance(again.result, Succeeded)
 
 
-async def test_short_builds_raise_the_capacity_beyond_the_slots(bench: Bench) -> None:
+async def test_short_builds_raise_the_capacity_beyond_the_slots(bench: AgentHarness) -> None:
     told = await bench.agent(slots=1)
     assert (await told.hear(0.0)).capacity == 1
     capacity = 1
@@ -150,7 +150,7 @@ async def test_short_builds_raise_the_capacity_beyond_the_slots(bench: Bench) ->
     assert capacity <= 9
 
 
-async def test_a_new_poll_ends_the_one_that_still_waits(bench: Bench) -> None:
+async def test_a_new_poll_ends_the_one_that_still_waits(bench: AgentHarness) -> None:
     told = await bench.agent()
     parked = asyncio.create_task(told.agent.events(0, 1 << 20, 30.0))
     await asyncio.sleep(0.05)
@@ -160,7 +160,7 @@ async def test_a_new_poll_ends_the_one_that_still_waits(bench: Bench) -> None:
         assert (await newer)["events"] == []
 
 
-async def test_an_agent_that_starts_anew_has_another_incarnation_and_sweeps_its_spool(bench: Bench) -> None:
+async def test_an_agent_that_starts_anew_has_another_incarnation_and_sweeps_its_spool(bench: AgentHarness) -> None:
     first = await bench.agent()
     done = order(drv("done", "echo log; : > $out"))
     await first.agent.start_many([done.dump()])
@@ -174,17 +174,17 @@ async def test_an_agent_that_starts_anew_has_another_incarnation_and_sweeps_its_
     assert not (bench.root / "one" / "state" / "spool" / "reports.jsonl").read_bytes()
 
 
-async def _ask_now(told: Told) -> Batch:
+async def _ask_now(told: ReportReader) -> Batch:
     return Batch.model_validate(await told.agent.events(0, 1 << 20, 0.0))
 
 
-async def test_two_agents_never_share_a_state_directory(bench: Bench) -> None:
+async def test_two_agents_never_share_a_state_directory(bench: AgentHarness) -> None:
     await bench.agent("one")
     with pytest.raises(AgentError, match="another worker uses the state directory"):
         await bench.agent("one")
 
 
-async def test_leases_outlive_a_coordinator_that_comes_back_under_another_address(bench: Bench) -> None:
+async def test_leases_outlive_a_coordinator_that_comes_back_under_another_address(bench: AgentHarness) -> None:
     told = await bench.agent(slots=1)
     running = order(drv("running", "echo started; sleep 1; : > $out"))
     await told.agent.start_many([running.dump()])
@@ -196,7 +196,7 @@ async def test_leases_outlive_a_coordinator_that_comes_back_under_another_addres
     assert isinstance(report.result, Succeeded)
 
 
-async def test_a_builder_waits_while_nobody_takes_its_log(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_builder_waits_while_nobody_takes_its_log(bench: AgentHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Spool] = []
 
     def small(directory: Path) -> Spool:

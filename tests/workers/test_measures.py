@@ -14,7 +14,7 @@ from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog
 from workers.wire.measures import MAX_FETCHES, MAX_PHASES, Measures, Span
 from workers.wire.messages import Batch, Failed, Report, Succeeded
 
-from .conftest import Bench, drv, order
+from .conftest import AgentHarness, drv, order
 
 SPIN = "i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done"
 
@@ -29,7 +29,7 @@ def measured(report: Report) -> Measures:
 
 
 async def test_a_report_has_inputs_phases_packing_upload_and_what_the_build_used(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "LOOK_EVERY_S", 0.01)
     one, two = await bench.agent("one"), await bench.agent("two")
@@ -64,7 +64,7 @@ async def test_a_report_has_inputs_phases_packing_upload_and_what_the_build_used
     assert measures.read_bytes is not None
 
 
-async def test_an_attempt_that_fails_or_is_stopped_is_measured_until_then(bench: Bench) -> None:
+async def test_an_attempt_that_fails_or_is_stopped_is_measured_until_then(bench: AgentHarness) -> None:
     told = await bench.agent()
     failing = order(drv("failing", f"{phase('checkPhase')}; exit 1"))
     forever = order(drv("forever", f"{phase('buildPhase')}; echo started; while :; do sleep 1; done"))
@@ -82,7 +82,7 @@ async def test_an_attempt_that_fails_or_is_stopped_is_measured_until_then(bench:
     assert measured(stopped).cpu_s is None
 
 
-async def test_each_poll_has_the_agents_time_of_its_arrival_and_of_its_answer(bench: Bench) -> None:
+async def test_each_poll_has_the_agents_time_of_its_arrival_and_of_its_answer(bench: AgentHarness) -> None:
     told = await bench.agent()
     first, second = await told.hear(0.05), await told.hear(0.0)
     times = [first.received_at, first.answered_at, second.received_at, second.answered_at]

@@ -45,7 +45,7 @@ from workers.wire.polling import (
     poll_agent,
 )
 
-from .conftest import PATIENCE_S, Bench, drv, order
+from .conftest import PATIENCE_S, AgentHarness, drv, order
 
 FARM = FarmInfo(cache_url="http://farm/cache", public_keys=(), object_store_url="file:///objects")
 FOREVER = "echo started; while :; do sleep 1; done"
@@ -243,7 +243,7 @@ class Listener:
         }
 
 
-async def test_a_fleet_in_this_process_builds_on_all_of_its_agents(bench: Bench) -> None:
+async def test_a_fleet_in_this_process_builds_on_all_of_its_agents(bench: AgentHarness) -> None:
     one, two = await bench.agent("one", slots=1, greet=False), await bench.agent("two", slots=1, greet=False)
     fleet = InProcessFleet(bench.farm, [one.agent, two.agent])
     listener = Listener()
@@ -266,7 +266,7 @@ async def test_a_fleet_in_this_process_builds_on_all_of_its_agents(bench: Bench)
         await serving
 
 
-async def test_a_coordinator_that_was_replaced_moves_nothing_any_more(bench: Bench) -> None:
+async def test_a_coordinator_that_was_replaced_moves_nothing_any_more(bench: AgentHarness) -> None:
     told = await bench.agent(slots=1)
     running, wanted = order(drv("running", FOREVER)), order(drv("wanted", ": > $out"))
     old, new = LocalCalls(told.agent, 0), LocalCalls(told.agent, 2)

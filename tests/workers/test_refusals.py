@@ -6,7 +6,7 @@ from infra.nix.derivation import Derivation
 from workers.agent.refusals import recognise, signature
 from workers.wire.messages import Failed, Succeeded
 
-from .conftest import Bench, drv, order
+from .conftest import AgentHarness, drv, order
 
 #: Name, script, environment, outputs, class, words of Nix's.
 PROVOKED: tuple[tuple[str, str, dict[str, str], tuple[str, ...], str, str], ...] = (
@@ -37,7 +37,7 @@ RECIPE_REFUSALS_OF_2_34 = {
 }
 
 
-async def test_each_refusal_that_can_be_provoked_is_the_recipes_own_fault_at_once(bench: Bench) -> None:
+async def test_each_refusal_that_can_be_provoked_is_the_recipes_own_fault_at_once(bench: AgentHarness) -> None:
     told = await bench.agent(trial_every_s=86_400)
     orders = {name: order(drv(name, script, outputs=outputs, env=env)) for name, script, env, outputs, _, _ in PROVOKED}
     odd_builder = drv("odd-builder", "")
@@ -58,7 +58,7 @@ async def test_each_refusal_that_can_be_provoked_is_the_recipes_own_fault_at_onc
     assert not told.batches[-1].unfit
 
 
-async def test_a_refusal_that_is_not_known_has_one_signature_on_every_worker(bench: Bench) -> None:
+async def test_a_refusal_that_is_not_known_has_one_signature_on_every_worker(bench: AgentHarness) -> None:
     """A system that the worker does not build for: a farm that sent it here is at fault, or the recipe is."""
     said: list[Failed] = []
     for name in ("one", "two"):

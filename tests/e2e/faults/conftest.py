@@ -27,7 +27,7 @@ from tests.support.farm import Farm, WorkerSpec
 PATIENCE_S = 120.0
 
 
-class Hurt:
+class FarmUnderFault:
     """A farm, the graphs that are built on it, and the judgement at the end."""
 
     def __init__(
@@ -188,9 +188,9 @@ def _name_of(step: str) -> str:
 
 
 @contextmanager
-def running_farm(root: Path, *names: str, **told: Any) -> Iterator[Hurt]:
+def running_farm(root: Path, *names: str, **told: Any) -> Iterator[FarmUnderFault]:
     """A farm for several tests, with all its workers; ended with the block."""
-    one = Hurt(root, names, **told)
+    one = FarmUnderFault(root, names, **told)
     try:
         one.farm.start().wait_for_workers(len(names))
         yield one
@@ -199,21 +199,21 @@ def running_farm(root: Path, *names: str, **told: Any) -> Iterator[Hurt]:
         one.farm.clear()
 
 
-def running_phases(one: Hurt, submission: str) -> list[str]:
+def running_phases(one: FarmUnderFault, submission: str) -> list[str]:
     """What each running step of a submission does."""
     return [step["phase"] for step in one.farm.api(f"submissions/{submission}/steps?state=running")]
 
 
-MakeFarm = Callable[..., Hurt]
+MakeFarm = Callable[..., FarmUnderFault]
 
 
 @pytest.fixture
 def hurt(tmp_path: Path) -> Iterator[MakeFarm]:
     """Makes and starts one farm; `hurt("a", "b", slots=2)`."""
-    made: list[Hurt] = []
+    made: list[FarmUnderFault] = []
 
-    def make(*names: str, **told: Any) -> Hurt:
-        one = Hurt(tmp_path, names, **told)
+    def make(*names: str, **told: Any) -> FarmUnderFault:
+        one = FarmUnderFault(tmp_path, names, **told)
         made.append(one)
         one.farm.start().wait_for_workers(len(names))
         return one

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from infra.process_tree import process_tree
 from scheduler import facts
-from tests.e2e.faults.conftest import Hurt
+from tests.e2e.faults.conftest import FarmUnderFault
 
 WORKERS = ("left", "middle", "right")
 #: Steps of one graph.
@@ -51,7 +51,7 @@ class Soak:
         self.began = time.monotonic()
         self.submissions: list[str] = []
         self.complaints: list[str] = []
-        self.hurt = Hurt(root, WORKERS, slots=2)
+        self.hurt = FarmUnderFault(root, WORKERS, slots=2)
         self.hurt.farm.start().wait_for_workers(len(WORKERS))
 
     def say(self, text: str) -> None:

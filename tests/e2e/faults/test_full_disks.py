@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.faults.conftest import Hurt, running_farm, running_phases
+from tests.e2e.faults.conftest import FarmUnderFault, running_farm, running_phases
 from tests.support.disks import fill, small_disk
 from tests.support.farm import nix_store
 
@@ -27,7 +27,7 @@ WORKERS_MIB = 8192
 class Cramped:
     """A farm, the disk of its cache, and that of its databases, logs and locks."""
 
-    one: Hurt
+    one: FarmUnderFault
     cache: Path
     disk: Path
 
@@ -133,7 +133,7 @@ def test_a_farm_that_had_no_room_ends_in_order_and_ran_nothing_twice_without_a_r
     cramped.one.is_whole_at_the_end()
 
 
-def _last_words(one: Hurt) -> str:
+def _last_words(one: FarmUnderFault) -> str:
     """Start a farm that cannot start; returns the one line that it says."""
     before = one.farm.log_path.stat().st_size
     with pytest.raises(RuntimeError):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from infra.process_tree import process_tree, signal_all
-from tests.e2e.faults.conftest import Hurt
+from tests.e2e.faults.conftest import FarmUnderFault
 from tests.support.elsewhere import Elsewhere, Program
 from tests.support.farm import Farm
 from tests.support.processes import processes_with
@@ -27,7 +27,7 @@ GRACE_S = 2.0
 LONG_GRACE_S = 3600.0
 
 
-class Apart(Hurt):
+class Apart(FarmUnderFault):
     """One coordinator, a head and two workers, each a program of its own."""
 
     def __init__(self, root: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from scheduler import facts
 from scheduler.model import FailureKind
-from tests.e2e.faults.conftest import Hurt
+from tests.e2e.faults.conftest import FarmUnderFault
 from tests.support.elsewhere import Program
 from tests.support.farm import Farm, WorkerSpec
 from tests.support.link import Link, open_link
@@ -33,7 +33,7 @@ NAMES = ("short", "long", "longer", "late", "last")
 WAIT_FOR_GO = "while [ ! -e /tally/go-{0} ]; do /bin/busybox sleep 0.1; done"
 
 
-class Divided(Hurt):
+class Divided(FarmUnderFault):
     """A coordinator with one worker beside it and one behind a link."""
 
     def __init__(self, root: Path, link: Link) -> None:

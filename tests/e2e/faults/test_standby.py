@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.faults.conftest import Hurt
+from tests.e2e.faults.conftest import FarmUnderFault
 from tests.support.elsewhere import Elsewhere
 from tests.support.farm import Farm, processes_naming
 from tests.support.servers import PostgresServer, S3Server
@@ -25,7 +25,7 @@ SHORT_BUILDS = 60
 WAIT_FOR = "while [ ! -e /tally/{go} ]; do /bin/busybox sleep 0.1; done"
 
 
-class Pair(Hurt):
+class Pair(FarmUnderFault):
     """`farm` is the coordinator that is thought to lead; `other` the one that is not."""
 
     def __init__(self, root: Path, database_url: str, objects_url: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scheduler import facts
-from tests.e2e.faults.conftest import Hurt, running_farm, running_phases
+from tests.e2e.faults.conftest import FarmUnderFault, running_farm, running_phases
 from tests.support.proxy import Fault, FaultyProxy, proxy_in_thread
 from tests.support.servers import MortalPostgres, S3Server
 
@@ -28,7 +28,7 @@ STORE_AWAY_S = 5.0
 class Kept:
     """A farm, and what keeps its things."""
 
-    one: Hurt
+    one: FarmUnderFault
     database: MortalPostgres
     proxy: FaultyProxy
     store_url: str

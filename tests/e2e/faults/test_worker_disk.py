@@ -10,7 +10,7 @@ import pytest
 
 from scheduler import facts
 from scheduler.model import FailureKind
-from tests.e2e.faults.conftest import Hurt, MakeFarm
+from tests.e2e.faults.conftest import FarmUnderFault, MakeFarm
 from tests.support.disks import fill, small_disk
 
 pytestmark = pytest.mark.e2e
@@ -60,11 +60,11 @@ def test_a_full_disk_moves_the_build_and_rests_the_worker(disk: Path, hurt: Make
     assert modest_ran_on == ["large"]
 
 
-def _worker(one: Hurt, name: str) -> dict[str, Any]:
+def _worker(one: FarmUnderFault, name: str) -> dict[str, Any]:
     [worker] = [worker for worker in one.farm.api("workers") if worker["name"] == name]
     return dict(worker)
 
 
-def _step(one: Hurt, submission: str) -> dict[str, Any]:
+def _step(one: FarmUnderFault, submission: str) -> dict[str, Any]:
     [step] = one.farm.api(f"submissions/{submission}/steps")
     return dict(step)

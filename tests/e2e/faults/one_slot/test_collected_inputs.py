@@ -13,7 +13,7 @@ import pytest
 
 from scheduler import facts
 from scheduler.model import FailureKind
-from tests.e2e.faults.conftest import Hurt
+from tests.e2e.faults.conftest import FarmUnderFault
 from tests.support.farm import nix_store
 from tests.support.processes import ancestors, daemons_below, processes_with
 
@@ -24,7 +24,7 @@ WAIT_FOR_GO = "while [ ! -e /tally/go ]; do /bin/busybox sleep 0.1; done"
 LOOK = "/bin/busybox sleep 1; /bin/busybox cat ${toString inputs} > /dev/null || exit 1"
 
 
-def test_a_graph_is_built_while_collectors_run(one: Hurt) -> None:
+def test_a_graph_is_built_while_collectors_run(one: FarmUnderFault) -> None:
     file = one.graph(
         f"""
         look = name: inputs: step name inputs "{LOOK}";
@@ -40,7 +40,7 @@ def test_a_graph_is_built_while_collectors_run(one: Hurt) -> None:
     nothing_failed_that_had_begun(one)
 
 
-def test_an_input_that_was_collected_between_is_fetched_again(one: Hurt) -> None:
+def test_an_input_that_was_collected_between_is_fetched_again(one: FarmUnderFault) -> None:
     assert one.farm.drover("drain", "right").returncode == 0
     file = one.graph('below = step "below" [ ] ":"; above = step "above" [ below ] "/bin/busybox cat ${below}";')
     [root] = one.ended(one.submit(file, "below"))["roots"]
@@ -56,7 +56,7 @@ def test_an_input_that_was_collected_between_is_fetched_again(one: Hurt) -> None
     nothing_failed_that_had_begun(one)
 
 
-def test_a_running_build_keeps_its_inputs_although_the_daemon_that_rooted_them_dies(one: Hurt) -> None:
+def test_a_running_build_keeps_its_inputs_although_the_daemon_that_rooted_them_dies(one: FarmUnderFault) -> None:
     # Built on the other machine, so that no connection keeps it on this one for having built it.
     file = one.graph(
         f"""
@@ -83,7 +83,7 @@ def test_a_running_build_keeps_its_inputs_although_the_daemon_that_rooted_them_d
     nothing_failed_that_had_begun(one)
 
 
-def test_an_input_that_is_torn_out_is_fetched_again(one: Hurt) -> None:
+def test_an_input_that_is_torn_out_is_fetched_again(one: FarmUnderFault) -> None:
     file = one.graph(
         """
         torn = step "torn" [ ] ":";
@@ -108,18 +108,18 @@ def test_an_input_that_is_torn_out_is_fetched_again(one: Hurt) -> None:
     nothing_failed_that_had_begun(one)
 
 
-def revoked(one: Hurt) -> list[tuple[str, FailureKind]]:
+def revoked(one: FarmUnderFault) -> list[tuple[str, FailureKind]]:
     found = [fact for fact in one.journal() if isinstance(fact, facts.LeaseRevoked)]
     return [(fact.lease.step.partition("-")[2], fact.failure.kind) for fact in found]
 
 
-def nothing_failed_that_had_begun(one: Hurt) -> None:
+def nothing_failed_that_had_begun(one: FarmUnderFault) -> None:
     # A collector that ends at the wrong moment can make Nix 2.8 refuse a build before it begins, on record.
     before_it_began = {FailureKind.RETURNED, FailureKind.INPUT_MISSING, FailureKind.INFRASTRUCTURE}
     assert {kind for _, kind in revoked(one)} <= before_it_began, revoked(one)
 
 
-def kill_idle_daemons(one: Hurt, worker: str, but: int | None = None) -> None:
+def kill_idle_daemons(one: FarmUnderFault, worker: str, but: int | None = None) -> None:
     """End the connections that keep paths alive, all but the one that a builder hangs on."""
     above = set(ancestors(but)) if but else set()
     for pid in daemons_below(one.leader(f"worker-{worker}")):
@@ -128,7 +128,7 @@ def kill_idle_daemons(one: Hurt, worker: str, but: int | None = None) -> None:
 
 
 @contextmanager
-def collectors(one: Hurt, *workers: str) -> Iterator[None]:
+def collectors(one: FarmUnderFault, *workers: str) -> Iterator[None]:
     """Collect garbage in the workers' stores without a pause, in turn."""
     enough = threading.Event()
 
@@ -146,14 +146,14 @@ def collectors(one: Hurt, *workers: str) -> Iterator[None]:
         thread.join()
 
 
-def collect(one: Hurt, worker: str) -> None:
+def collect(one: FarmUnderFault, worker: str) -> None:
     done = nix_store(store(one, worker), "--gc")
     assert done.returncode == 0, done.stderr
 
 
-def store(one: Hurt, worker: str) -> Path:
+def store(one: FarmUnderFault, worker: str) -> Path:
     return one.farm.state / "workers" / worker / "store"
 
 
-def physical(one: Hurt, worker: str, path: str) -> Path:
+def physical(one: FarmUnderFault, worker: str, path: str) -> Path:
     return store(one, worker) / path.removeprefix("/")

@@ -18,7 +18,7 @@ import pytest
 from infra.process_tree import live_processes, process_tree
 from scheduler import facts
 from scheduler.model import FailureKind
-from tests.e2e.faults.conftest import Hurt
+from tests.e2e.faults.conftest import FarmUnderFault
 from tests.support.processes import above, processes_with
 
 pytestmark = pytest.mark.e2e
@@ -43,7 +43,7 @@ class Running:
         return above(self.builder()[0], command)
 
 
-def test_a_builder_that_is_killed_once_gets_another_machine(one: Hurt) -> None:
+def test_a_builder_that_is_killed_once_gets_another_machine(one: FarmUnderFault) -> None:
     first = start(one, "shot-once")
     kill(first.builder())
     second = elsewhere(one, first)
@@ -51,7 +51,7 @@ def test_a_builder_that_is_killed_once_gets_another_machine(one: Hurt) -> None:
     assert verdicts(one, "shot-once") == {"shot-once": [FailureKind.KILLED]}
 
 
-def test_a_builder_that_is_killed_twice_has_failed(one: Hurt) -> None:
+def test_a_builder_that_is_killed_twice_has_failed(one: FarmUnderFault) -> None:
     first = start(one, "shot-twice")
     kill(first.builder())
     second = elsewhere(one, first)
@@ -62,7 +62,7 @@ def test_a_builder_that_is_killed_twice_has_failed(one: Hurt) -> None:
     assert verdicts(one, "shot-twice") == {"shot-twice": [FailureKind.KILLED, FailureKind.KILLED]}
 
 
-def test_a_daemon_that_dies_while_its_builder_is_silent_is_no_reason_to_build_there_again(one: Hurt) -> None:
+def test_a_daemon_that_dies_while_its_builder_is_silent_is_no_reason_to_build_there_again(one: FarmUnderFault) -> None:
     first = start(one, "silent")
     kill([first.above("nix-daemon --stdio")])
     second = elsewhere(one, first)
@@ -70,7 +70,7 @@ def test_a_daemon_that_dies_while_its_builder_is_silent_is_no_reason_to_build_th
     assert verdicts(one, "silent") == {"silent": [FailureKind.CONNECTION_LOST]}
 
 
-def test_a_daemon_whose_owner_dies_ends_and_says_so(one: Hurt) -> None:
+def test_a_daemon_whose_owner_dies_ends_and_says_so(one: FarmUnderFault) -> None:
     first = start(one, "disowned")
     kill([first.above("owner.py")])
     second = elsewhere(one, first)
@@ -78,7 +78,7 @@ def test_a_daemon_whose_owner_dies_ends_and_says_so(one: Hurt) -> None:
     assert verdicts(one, "disowned") == {"disowned": [FailureKind.DAEMON_LOST]}
 
 
-def test_a_build_whose_daemon_dies_three_times_is_suspect(one: Hurt) -> None:
+def test_a_build_whose_daemon_dies_three_times_is_suspect(one: FarmUnderFault) -> None:
     running = start(one, "breaker", "echo loud")
     kill([running.above("nix-daemon --stdio")])
     running = elsewhere(one, running)
@@ -95,7 +95,7 @@ def test_a_build_whose_daemon_dies_three_times_is_suspect(one: Hurt) -> None:
     assert verdicts(one, "breaker") == {"breaker": [lost, lost, FailureKind.SUSPECT]}
 
 
-def test_an_agent_that_is_killed_takes_its_build_along_and_is_started_again(one: Hurt) -> None:
+def test_an_agent_that_is_killed_takes_its_build_along_and_is_started_again(one: FarmUnderFault) -> None:
     first = start(one, "agentless")
     kill([first.above("ray::AgentHost")])
     second = elsewhere(one, first)
@@ -104,7 +104,7 @@ def test_an_agent_that_is_killed_takes_its_build_along_and_is_started_again(one:
     assert verdicts(one, "agentless") == {"agentless": [FailureKind.WORKER_LOST]}
 
 
-def test_a_node_that_is_killed_is_started_again_and_ends_the_builder_that_outlived_it(one: Hurt) -> None:
+def test_a_node_that_is_killed_is_started_again_and_ends_the_builder_that_outlived_it(one: FarmUnderFault) -> None:
     both_build(one, "survivor")
     file = one.graph(waits("survivor"))
     client = subprocess.Popen(
@@ -135,12 +135,12 @@ def waits(name: str, before: str = ":") -> str:
     return f'{name} = step "{name}" [ ] "{script}";'
 
 
-def start(one: Hurt, name: str, before: str = ":") -> Running:
+def start(one: FarmUnderFault, name: str, before: str = ":") -> Running:
     both_build(one, name)
     return running(one, one.submit(one.graph(waits(name, before)), name), name)
 
 
-def both_build(one: Hurt, before: str) -> None:
+def both_build(one: FarmUnderFault, before: str) -> None:
     """Neither machine is left with a bad name, which would count towards its quarantine."""
     one.farm.wait_for_workers(2)
     meet = "touch /tally/{0}-at-{2}; while [ ! -e /tally/{1}-at-{2} ]; do /bin/busybox sleep 0.1; done"
@@ -152,7 +152,7 @@ def both_build(one: Hurt, before: str) -> None:
     assert one.ended(one.submit(file, before))["state"] == "succeeded"
 
 
-def running(one: Hurt, submission: str, name: str, ended: Iterable[int] = ()) -> Running:
+def running(one: FarmUnderFault, submission: str, name: str, ended: Iterable[int] = ()) -> Running:
     """The build as it runs now."""
     one.until(lambda: step_of(one, submission)["stage"] == "building")
     step = step_of(one, submission)
@@ -161,7 +161,7 @@ def running(one: Hurt, submission: str, name: str, ended: Iterable[int] = ()) ->
     return Running(name, submission, step["worker"], out, one.tally / f"go-{name}")
 
 
-def elsewhere(one: Hurt, before: Running, survivors: Iterable[int] = ()) -> Running:
+def elsewhere(one: FarmUnderFault, before: Running, survivors: Iterable[int] = ()) -> Running:
     """The next attempt of a build, which is on the other machine; `survivors` are processes of the one before."""
     attempt = one.runs()[before.name]
     one.until(lambda: one.runs()[before.name] > attempt or step_of(one, before.submission)["state"] == "failed")
@@ -170,20 +170,20 @@ def elsewhere(one: Hurt, before: Running, survivors: Iterable[int] = ()) -> Runn
     return now
 
 
-def finish(one: Hurt, build: Running) -> None:
+def finish(one: FarmUnderFault, build: Running) -> None:
     build.go.touch()
     view = one.ended(build.submission)
     assert view["state"] == "succeeded", step_of(one, build.submission)
     one.can_be_fetched(view)
 
 
-def step_of(one: Hurt, submission: str) -> dict[str, Any]:
+def step_of(one: FarmUnderFault, submission: str) -> dict[str, Any]:
     step: dict[str, Any]
     [step] = one.farm.api(f"submissions/{submission}/steps")
     return step
 
 
-def verdicts(one: Hurt, name: str) -> dict[str, list[FailureKind]]:
+def verdicts(one: FarmUnderFault, name: str) -> dict[str, list[FailureKind]]:
     """Why builds that had begun ended without a result, by step and in order: of the one and of those before it."""
     found: dict[str, list[FailureKind]] = {}
     for fact in one.journal():

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.faults.conftest import Hurt, running_farm
+from tests.e2e.faults.conftest import FarmUnderFault, running_farm
 from tests.support.farm import FARMS
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Hurt]:
+def pair(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[FarmUnderFault]:
     with running_farm(tmp_path_factory.mktemp("two-slots"), "left", "right", slots=2) as pair:
         pytestconfig.stash.setdefault(FARMS, []).append(pair.farm)
         yield pair
 
 
 @pytest.fixture
-def one(pair: Hurt) -> Iterator[Hurt]:
+def one(pair: FarmUnderFault) -> Iterator[FarmUnderFault]:
     yield pair
     pair.put_right()

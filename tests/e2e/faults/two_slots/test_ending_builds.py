@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from tests.e2e.faults.conftest import Hurt
+from tests.e2e.faults.conftest import FarmUnderFault
 from tests.support.processes import SURVIVOR, processes_with
 
 pytestmark = pytest.mark.e2e
@@ -18,7 +18,7 @@ ROLLING = 60
 WAIT_FOR = "while [ ! -e /tally/{go} ]; do /bin/busybox sleep 0.1; done"
 
 
-def test_cancelled_builds_are_gone(one: Hurt) -> None:
+def test_cancelled_builds_are_gone(one: FarmUnderFault) -> None:
     survivor = SURVIVOR.strip().replace('"', '\\"')
     all_met = " -a ".join(f"-e /tally/met-{number}" for number in (1, 2, 3))
     meet = f"touch /tally/met-${{n}}; until [ {all_met} ]; do /bin/busybox sleep 0.1; done"
@@ -48,7 +48,7 @@ def test_cancelled_builds_are_gone(one: Hurt) -> None:
     assert one.runs()["shared"] == 1
 
 
-def test_a_limit_of_a_root_does_not_hold_for_what_it_shares(one: Hurt) -> None:
+def test_a_limit_of_a_root_does_not_hold_for_what_it_shares(one: FarmUnderFault) -> None:
     file = one.graph(
         """
         base = step "patient" [ ] "/bin/busybox sleep 4";
@@ -65,7 +65,7 @@ def test_a_limit_of_a_root_does_not_hold_for_what_it_shares(one: Hurt) -> None:
     assert step["failure"]["kind"] == "silence"
 
 
-def test_a_drained_worker_finishes_and_gets_nothing_new(one: Hurt) -> None:
+def test_a_drained_worker_finishes_and_gets_nothing_new(one: FarmUnderFault) -> None:
     file = one.graph(
         f"""
         long = step "long" [ ] "{WAIT_FOR.format(go="go-long")}";
@@ -89,7 +89,7 @@ def test_a_drained_worker_finishes_and_gets_nothing_new(one: Hurt) -> None:
     one.until(lambda: all(worker["state"] == "online" for worker in one.farm.api("workers")))
 
 
-def test_workers_are_restarted_one_after_the_other_under_load_and_nothing_is_built_twice(one: Hurt) -> None:
+def test_workers_are_restarted_one_after_the_other_under_load_and_nothing_is_built_twice(one: FarmUnderFault) -> None:
     # Enough for as long as it takes on a quiet machine; what is left then is quick.
     script = "[ -e /tally/restarted ] || /bin/busybox sleep 2"
     file = one.graph(
@@ -113,7 +113,7 @@ def test_workers_are_restarted_one_after_the_other_under_load_and_nothing_is_bui
     assert {one.runs()[step["name"]] for step in steps} == {1}
 
 
-def test_a_stop_lets_running_builds_finish(one: Hurt) -> None:
+def test_a_stop_lets_running_builds_finish(one: FarmUnderFault) -> None:
     file = one.graph('last = step "after-the-last" [ (step "last" [ ] "/bin/busybox sleep 3") ] ":";')
     last = one.submit(file, "last")
     one.until(one.building)

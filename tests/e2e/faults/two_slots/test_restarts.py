@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from infra.process_tree import process_tree, signal_all
-from tests.e2e.faults.conftest import Hurt
+from tests.e2e.faults.conftest import FarmUnderFault
 
 pytestmark = pytest.mark.e2e
 
@@ -17,11 +17,11 @@ SHORT_BUILDS = 300
 KILLS = 5
 
 
-def have_run(one: Hurt, count: int) -> bool:
+def have_run(one: FarmUnderFault, count: int) -> bool:
     return one.runs("short-").total() >= count
 
 
-def test_a_coordinator_killed_again_and_again_during_three_hundred_builds_builds_each_once(one: Hurt) -> None:
+def test_a_coordinator_killed_again_and_again_during_three_hundred_builds_builds_each_once(one: FarmUnderFault) -> None:
     file = one.graph(
         f'top = step "top-of-short" (map (n: step "short-${{toString n}}" [] ":") (range 1 {SHORT_BUILDS})) ":";'
     )
@@ -40,7 +40,7 @@ def test_a_coordinator_killed_again_and_again_during_three_hundred_builds_builds
     assert one.runs()["top-of-short"] == 1
 
 
-def test_a_build_goes_on_while_coordinator_and_ray_head_are_dead(one: Hurt) -> None:
+def test_a_build_goes_on_while_coordinator_and_ray_head_are_dead(one: FarmUnderFault) -> None:
     file = one.graph('slow = step "slow" [] "while [ ! -e /tally/go-slow ]; do /bin/busybox sleep 0.1; done";')
     submission = one.submit(file, "slow")
     one.until(one.building)
