@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Tells the time in Unix seconds; no reading is ever smaller than an earlier one of the same clock."""
+    """Clock of Unix seconds; no reading is smaller than an earlier one of the same clock."""
 
     def now(self) -> float:
         """Return the time in seconds since 1970-01-01 UTC."""

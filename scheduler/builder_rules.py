@@ -74,7 +74,7 @@ class BuilderRules:
             yield from self._remove(builder, event.reason, now, silent=False)
 
     def due(self, now: Instant) -> Iterator[f.Said]:
-        """Say what the passing of time has decided: silent builders, quarantines that ended."""
+        """Yield what the passing of time decides: silent builders, quarantines that ended."""
         state = self._state
         while state.builders:
             builder = next(iter(state.builders.values()))

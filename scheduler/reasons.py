@@ -214,7 +214,7 @@ def _known(state: FarmState, limits: Limits, step: Step, now: Instant) -> KnownT
 
 
 def _busy(step: Step, positions: dict[Step, int], ready: int) -> Busy:
-    """Say why none of the builders that could take a ready step has."""
+    """Return why none of the builders that could take a ready step has."""
     able = list(step.queue.builders.values()) if step.queue is not None else []
     willing = [builder for builder in able if builder.willing]
     position = positions.get(step, 0)
@@ -334,7 +334,7 @@ def _lanes_of(step: Step) -> list[tuple[Queue, int]]:
 
 
 def unserved(state: FarmState, requirements: Requirements) -> Unserved | None:
-    """Say why no builder can ever take this class as things stand; None where one can."""
+    """Return why no builder can ever take this class as things stand; None where one can."""
     specs = [builder.spec for builder in state.builders.values() if builder.spec is not None]
     if not specs:
         return NoBuilderJoined()

@@ -66,7 +66,7 @@ class StepRules:
                 yield from self._hand_back(step, failure, now)
 
     def publish_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
-        """Say what follows when the outputs of a publishing step could not be published."""
+        """Yield what follows when the outputs of a publishing step could not be published."""
         match CONSEQUENCES[failure.kind].course:
             case Course.END:
                 # Another recipe would run into the same path in the cache.

@@ -215,7 +215,7 @@ def _claim(effect: PublishOutputs, infos: Mapping[StepKey, StepInfo]) -> Evidenc
 def _verdict(
     lease: LeaseId, claim: Evidence | str, outcomes: Mapping[str, PublishOutcome]
 ) -> OutputsPublished | PublishFailed | _NotNow:
-    """Say what became of one step's outputs. A conflict is no failure: the first bits stay and can be fetched."""
+    """Return what became of one step's outputs. A conflict is no failure: the first bits stay and can be fetched."""
     if isinstance(claim, str):
         return PublishFailed(lease, Failure(FailureKind.INFRASTRUCTURE, f"publishing was refused: {claim}"))
     for output in claim.outputs:

@@ -240,7 +240,7 @@ class GuardedConnection(RequestHandler):
 
 
 def is_abandoned(request: web.BaseRequest, error: Exception) -> bool:
-    """Tell whether a request failed because its client left, and count it.
+    """Return whether a request failed because its client left, and count it.
 
     A broken connection to something else (a database, an object store) is an error while the client is still there.
     """

@@ -96,7 +96,7 @@ def require_host(public_url: str) -> Middleware:
 
 
 def is_own_host(host: str, public_url: str) -> bool:
-    """Tell whether a `Host` header (with or without a port) names loopback, or the host of `public_url`."""
+    """Return whether a `Host` header (with or without a port) names loopback, or the host of `public_url`."""
     found = _HOST.fullmatch(host)
     if found is None or not is_host(host):
         return False
@@ -105,7 +105,7 @@ def is_own_host(host: str, public_url: str) -> bool:
 
 
 def is_host(host: str) -> bool:
-    """Tell whether a `Host` header is `name`, `address` or `[IPv6 address]`, with or without `:port` (1 to 65535)."""
+    """Return whether a `Host` header is `name`, `address` or `[IPv6 address]`, with or without `:port` (1 to 65535)."""
     found = _HOST.fullmatch(host)
     if found is None or not 0 < int(found["port"] or 1) <= MAX_PORT:
         return False

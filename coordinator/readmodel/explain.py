@@ -32,7 +32,7 @@ class FarmExplainer:
         self._clock = clock
 
     def waiting(self, step: StepKey, name_of: Callable[[StepKey], str]) -> tuple[str, WaitingView | None]:
-        """Say why a step does not run."""
+        """Return why a step does not run."""
         now = Instant(self._clock.now())
         try:
             reason = self._farm.why(step, now)
@@ -67,7 +67,7 @@ class FarmExplainer:
         return tuple(told)
 
     def queues(self) -> dict[Requirements, str]:
-        """Say what each class of ready steps waits for; a class whose steps all back off is absent."""
+        """Return what each class of ready steps waits for; a class whose steps all back off is absent."""
         now = Instant(self._clock.now())
         return {wanted: queue_sentence(reason, now) for wanted, reason in self._farm.queue_reasons().items()}
 

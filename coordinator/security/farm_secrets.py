@@ -68,7 +68,7 @@ class Succession:
         self._store = 0
 
     async def check(self, known: Marks) -> None:
-        """Say whether this coordinator, as it is now, could take over from the one that left `known`.
+        """Return whether this coordinator, as it is now, could take over from the one that left `known`.
 
         Raises:
             SuccessionError: it could not.

@@ -43,7 +43,7 @@ class Sessions:
         self.cookie_name = f"drover-{self._mac('name')[:8]}"
 
     def is_api_token(self, told: str) -> bool:
-        """Tell whether a text is the API token, in constant time."""
+        """Return whether a text is the API token, in constant time."""
         return hmac.compare_digest(sha256(told.encode("utf-8", "surrogateescape")).digest(), self._api_token)
 
     def begin(self, now: float) -> str:
@@ -70,7 +70,7 @@ class Sessions:
         return self._mac(f"csrf {session.nonce}")
 
     def is_csrf_token(self, session: Session, told: str) -> bool:
-        """Tell whether a form came from a page of the session."""
+        """Return whether a form came from a page of the session."""
         return told.isascii() and hmac.compare_digest(self.csrf_token(session), told)
 
     def _mac(self, text: str) -> str:

@@ -78,11 +78,11 @@ class CacheAccess:
         return bool(self._writers)
 
     def may_read(self, token: str) -> bool:
-        """Tell whether a request with `token`, "" if it has none, may be answered at all."""
+        """Return whether a request with `token`, "" if it has none, may be answered at all."""
         return self.public or token in self._readers
 
     def may_write(self, token: str) -> bool:
-        """Tell whether a request with `token` may change the cache."""
+        """Return whether a request with `token` may change the cache."""
         return token in self._writers
 
 

@@ -124,7 +124,7 @@ class Child:
         self._process.hang_up()
 
     async def last_words(self) -> str:
-        """Say how the child ended and what it wrote last, waiting LAST_WORDS_S for either."""
+        """Return how the child ended and what it wrote last, waiting LAST_WORDS_S for either."""
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_S):
                 await self._process.wait()

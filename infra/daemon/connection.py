@@ -237,7 +237,7 @@ class DaemonConnection:
             return None
 
     async def is_trusted(self, valid_path: str = "") -> bool | None:
-        """Say whether the daemon trusts this client; None when it cannot be known.
+        """Return whether the daemon trusts this client; None when it cannot be known.
 
         Before protocol 1.35 nothing says so; then a request that changes nothing but needs trust is tried on
         `valid_path`, which must be in the store ("" or an absent path gives None).

@@ -105,7 +105,7 @@ def _end_rest(daemon: int) -> None:
 
 
 def _become(command: Sequence[str], owner: int, launch: confinement.Launch | None) -> None:
-    """Be the command; never returns."""
+    """Become the command; never returns."""
     # Python ignores these, and what is ignored is inherited: a builder's `yes | head` would never end.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)

@@ -124,7 +124,7 @@ def incoming_key() -> str:
 
 
 def says_full(error: Exception) -> bool:
-    """Tell whether an error of the system, or of obstore, means that no room is left."""
+    """Return whether an error of the system, or of obstore, means that no room is left."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     # obstore passes on the system's number as text, in an OSError too.

@@ -52,7 +52,7 @@ class NodeHealth:
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether `host` is the one loopback address that Ray listens on alone; other 127/8 addresses are refused.
+    """Return whether `host` is the one loopback address that Ray listens on alone; others of 127/8 are refused.
 
     Ray 2.60 binds to all interfaces for every node address but 127.0.0.1 and ::1 (measured).
     """
@@ -60,7 +60,7 @@ def is_loopback(host: str) -> bool:
 
 
 async def check_listens(address: str) -> None:
-    """Say at once what Ray says after 40 s: that nothing listens at a head's `host:port`. Raises `RayNodeError`."""
+    """Check that a head listens at `host:port`, which Ray itself reports after 40 s. Raises `RayNodeError`."""
     host, _, port = address.rpartition(":")
     try:
         async with asyncio.timeout(LISTEN_DEADLINE_S):

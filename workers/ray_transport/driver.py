@@ -121,7 +121,7 @@ class RayDriver:
         return reference
 
     def translate(self, error: Exception) -> AgentDead | AgentUnavailable:
-        """Say what a failed call means for the agent."""
+        """Return what a failed call means for the agent."""
         known = self._ray.exceptions
         text = first_line(error)
         match error:

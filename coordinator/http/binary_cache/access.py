@@ -14,7 +14,7 @@ from coordinator.security.tokens import CacheAccess, told_token
 
 
 def may_read(request: web.BaseRequest, access: CacheAccess) -> bool:
-    """Tell whether the request may be answered at all."""
+    """Return whether the request may be answered at all."""
     allowed = access.may_read(told_token(request.headers))
     if allowed and not access.public:
         mark_known(request)
@@ -22,7 +22,7 @@ def may_read(request: web.BaseRequest, access: CacheAccess) -> bool:
 
 
 def may_write(request: web.BaseRequest, access: CacheAccess) -> bool:
-    """Tell whether the request may change the cache."""
+    """Return whether the request may change the cache."""
     allowed = access.may_write(told_token(request.headers))
     if allowed:
         mark_known(request)

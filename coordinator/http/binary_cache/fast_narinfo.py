@@ -152,7 +152,7 @@ class FastConnection(GuardedConnection):
 
 
 def _is_whole(data: bytes) -> bool:
-    """Tell whether `data`, at the beginning of a request, ends with the end of one that has no body."""
+    """Return whether `data`, at the beginning of a request, ends with the end of one that has no body."""
     if not data.startswith((b"GET ", b"HEAD ")) or data.find(_END) != len(data) - len(_END):
         return False
     lowered = data.lower()

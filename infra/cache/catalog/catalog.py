@@ -231,7 +231,7 @@ class Catalog:
         return look() if len(looked_at) <= LOOK_INLINE else await asyncio.to_thread(look)
 
     def is_intact(self, row: Row) -> bool:
-        """Tell whether the object of a row has its size, as far as that is cheap to know."""
+        """Return whether the object of a row has its size, as far as that is cheap to know."""
         if isinstance(self.objects, LocalObjectStore):
             return self.objects.head_now(row.url) == row.file_size
         return True

@@ -98,7 +98,7 @@ def malformed(claim: NarInfo, store_dir: StoreDir) -> str:
 
 
 def _is_named_after(claim: NarInfo) -> bool:
-    """Tell whether the key holds the file's hash, or the NAR's and a generation (uploads straight to the store)."""
+    """Return whether the key holds the file's hash, or the NAR's and a generation (uploads straight to the store)."""
     if claim.stored.url == nar_key(claim.stored.file_hash, claim.stored.compression):
         return True
     start, _, generation = claim.stored.url.partition("-")

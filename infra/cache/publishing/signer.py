@@ -29,5 +29,5 @@ class Signer:
         return tuple(key.sign(fingerprint) for key in self._keys)
 
     def has_signed(self, fingerprint: bytes, signatures: Sequence[str]) -> bool:
-        """Tell whether one at least of the signatures is by one of the keys, over `fingerprint`."""
+        """Return whether one at least of the signatures is by one of the keys, over `fingerprint`."""
         return any(key.verify(fingerprint, signature) for key in self.public_keys for signature in signatures)
