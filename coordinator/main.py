@@ -38,6 +38,7 @@ from coordinator.engine.worker_events import FleetSink
 from coordinator.http.api.caches import CachingApi
 from coordinator.http.api.events import WatchStreams
 from coordinator.http.api.submissions import Api, ApiBounds
+from coordinator.http.api.timings import TimingApi
 from coordinator.http.api.workers import add_worker_routes
 from coordinator.http.app import make_app
 from coordinator.http.binary_cache.fast_narinfo import FastNarinfos, FastSite, open_gate
@@ -405,6 +406,7 @@ async def _make_site(  # noqa: PLR0917 - collaborators, named by their types
     add_loop_metrics(telemetry, watch)
     add_metrics_route(app, telemetry)
     app.middlewares.append(require_room(gate))
+    serve_routes(app, TimingApi(core.views, stores.timings, core.timings, clock).handlers())
     add_worker_routes(app, core.views, lambda worker, on: work.fleet.drain(worker, on=on))
     sources = PageSources(core.views, farm, core.explainer.queues, clock)
     add_web_routes(app, sources, stores.sessions, pages, url)

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeV
 from urllib.parse import quote
 
 from coordinator.api.models import (
+    AttemptView,
     CacheRootView,
     CacheView,
     CollectView,
     FarmView,
+    HistoryView,
     IntakeMissing,
     ResignView,
     RetryView,
@@ -160,14 +162,22 @@ RETRY: Final = Route("POST", f"{_V1}/submissions/{{id}}/retry", Right.API, answe
 ROOTS: Final = Route("GET", f"{_V1}/submissions/{{id}}/roots", Right.API, answer=RootView, many=True, errors=_NAMED)
 #: `?state=failed,running…` chooses.
 STEPS: Final = Route("GET", f"{_V1}/submissions/{{id}}/steps", Right.API, answer=StepView, many=True, errors=_NAMED)
+#: Attempts of its steps since it came; a page is of `limit` steps, in the submission's order, and may be empty.
+SUBMISSION_TIMELINE: Final = Route(
+    "GET", f"{_V1}/submissions/{{id}}/timeline", Right.API, answer=AttemptView, many=True, errors=_NAMED
+)
 EVENTS: Final = Route[None](
     "GET", f"{_V1}/submissions/{{id}}/events", Right.API, answer=Content.EVENTS, errors=_NAMED, head=False
 )
 #: `key`: a step's key, or any unique part of it.
 STEP: Final = Route("GET", f"{_V1}/steps/{{key}}", Right.API, answer=StepView, errors=_NAMED)
+#: Attempts, the first one first; also of a step that is forgotten, by its whole key.
+TIMELINE: Final = Route("GET", f"{_V1}/steps/{{key}}/timeline", Right.API, answer=AttemptView, many=True, errors=_NAMED)
 RETRY_STEP: Final = Route("POST", f"{_V1}/steps/{{key}}/retry", Right.API, answer=RetryView, errors=_NAMED)
 #: `?follow=1&attempt=N`
 LOG: Final = Route[None]("GET", f"{_V1}/steps/{{key}}/log", Right.API, answer=Content.LOG, errors=_NAMED, head=False)
+#: Of a package by the name of its derivations, with or without version; `?system=` chooses.
+HISTORY: Final = Route("GET", f"{_V1}/history/{{name}}", Right.API, answer=HistoryView, errors=_NAMED)
 WORKERS: Final = Route("GET", f"{_V1}/workers", Right.API, answer=WorkerView, many=True)
 FARM: Final = Route("GET", f"{_V1}/farm", Right.API, answer=FarmView)
 #: While drained a worker gets no new leases; running builds finish.
@@ -232,6 +242,9 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     STEPS,
     EVENTS,
     STEP,
+    TIMELINE,
+    SUBMISSION_TIMELINE,
+    HISTORY,
     RETRY_STEP,
     LOG,
     WORKERS,

@@ -199,6 +199,29 @@ def log(url: str, token_file: str, step: str, follow: bool) -> int:
 
 
 @cli.command()
+@click.argument("step")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@addressed
+def story(url: str, token_file: str, step: str, as_json: bool) -> int:
+    """Tell everything that happened to a step, in order: its attempts, where each ran and where its time went."""
+    from coordinator.cli import history as telling  # noqa: PLC0415 - slow to import
+
+    return run_with_client(url, token_file, lambda client: telling.story(client, step, as_json=as_json))
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--system", default="", help="Only builds for this system.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@addressed
+def history(url: str, token_file: str, name: str, system: str, as_json: bool) -> int:
+    """Show builds of a package over time: durations, memory, sizes, failures. NAME is with or without its version."""
+    from coordinator.cli import history as telling  # noqa: PLC0415 - slow to import
+
+    return run_with_client(url, token_file, lambda client: telling.history(client, name, system, as_json=as_json))
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @addressed
 def workers(url: str, token_file: str, as_json: bool) -> int:

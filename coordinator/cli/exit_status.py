@@ -40,6 +40,7 @@ STATUSES: Final = {
     "closure": INFRASTRUCTURE,
     "damaged": INFRASTRUCTURE,
     "derivations": INFRASTRUCTURE,
+    "timings": INFRASTRUCTURE,
     "encoded_body": INFRASTRUCTURE,
     "fenced": INFRASTRUCTURE,
     "forbidden_host": INFRASTRUCTURE,

@@ -13,11 +13,13 @@ import orjson
 
 from coordinator.api import routes
 from coordinator.api.models import (
+    AttemptView,
     CacheRootView,
     CacheView,
     CollectView,
     Ended,
     FarmView,
+    HistoryView,
     IntakeMissing,
     ResignView,
     RetryView,
@@ -116,6 +118,19 @@ class ApiClient(Transport):
     async def step(self, key: str) -> StepView:
         """Return one step; `key` may be any unique part of its key."""
         return await self._one(routes.STEP, {"key": key})
+
+    async def timeline(self, key: str) -> list[AttemptView]:
+        """Return the attempts of a step, the first one first."""
+        return await self._pages(routes.TIMELINE, {"key": key})
+
+    async def submission_timeline(self, submission: str) -> list[AttemptView]:
+        """Return the attempts of a submission's steps since it came."""
+        return await self._pages(routes.SUBMISSION_TIMELINE, {"id": submission})
+
+    async def history(self, name: str, system: str = "") -> HistoryView:
+        """Return the history of a package, on one system or all."""
+        query = {"system": system} if system else {}
+        return await self._one(routes.HISTORY, {"name": name}, params=query)
 
     async def workers(self) -> list[WorkerView]:
         """Return all workers."""

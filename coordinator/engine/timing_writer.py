@@ -55,6 +55,8 @@ class TimingWriter:
         self._tries = 0
         #: What is wrong with the store, "" while all is well.
         self.trouble = ""
+        #: One write at a time: readers have what waits written before they look.
+        self._writing = asyncio.Lock()
 
     async def run(self) -> None:
         """Serve until cancelled, then write what waits, for at most LAST_WRITES_S."""
@@ -89,6 +91,10 @@ class TimingWriter:
         await self._write()
 
     async def _write(self) -> None:
+        async with self._writing:
+            await self._write_all()
+
+    async def _write_all(self) -> None:
         while self._batch or self._timelines.waiting:
             if not self._batch:
                 self._batch = self._named(self._timelines.take(BATCH_ROWS))

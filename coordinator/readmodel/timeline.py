@@ -81,6 +81,11 @@ class Timelines:
         live = self._open.get(step)
         return None if live is None else live.timing
 
+    def so_far(self, step: str, attempt: int, now: float) -> Measured | None:
+        """Return what a running attempt has sent until now."""
+        live = self._open.get(step)
+        return _cut(live.changes, now) if live is not None and live.timing.attempt == attempt else None
+
     # Facts.
 
     def leased(  # noqa: PLR0917 - the fields of what it makes
