@@ -21,12 +21,10 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeV
 from urllib.parse import quote
 
 from coordinator.api.models import (
-    AttemptView,
     CacheRootView,
     CacheView,
     CollectView,
     FarmView,
-    HistoryView,
     IntakeMissing,
     ResignView,
     RetryView,
@@ -37,6 +35,7 @@ from coordinator.api.models import (
     WhyView,
     WorkerView,
 )
+from coordinator.api.timeline_models import AttemptView, HistoryView
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -6,14 +6,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from coordinator.api.models import (
-    AttemptView,
-    FetchView,
-    HistoryView,
     StepStatus,
     StepView,
-    StretchView,
-    SystemHistoryView,
 )
+from coordinator.api.timeline_models import AttemptView, FetchView, HistoryView, StretchView, SystemHistoryView
 from coordinator.cli import exit_status
 from coordinator.cli.rendering import duration, one_line, size, table_lines
 from coordinator.cli.status import print_json, print_lines

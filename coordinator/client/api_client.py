@@ -13,13 +13,11 @@ import orjson
 
 from coordinator.api import routes
 from coordinator.api.models import (
-    AttemptView,
     CacheRootView,
     CacheView,
     CollectView,
     Ended,
     FarmView,
-    HistoryView,
     IntakeMissing,
     ResignView,
     RetryView,
@@ -34,6 +32,7 @@ from coordinator.api.models import (
     WorkerView,
 )
 from coordinator.api.routes import Route
+from coordinator.api.timeline_models import AttemptView, HistoryView
 from coordinator.client.decoding import decode, decode_event, decode_list
 from coordinator.client.errors import RefusedError, UnreachableError
 from coordinator.client.event_reader import EventReader

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from statistics import median
 from typing import Final
 
-from coordinator.api.models import AttemptView, FetchView, HistoryView, StretchView, SystemHistoryView
+from coordinator.api.timeline_models import AttemptView, FetchView, HistoryView, StretchView, SystemHistoryView
 from coordinator.stores.timings import AttemptTiming, Measured
 
 #: Newest successful builds that the usual figures of a package are medians of.

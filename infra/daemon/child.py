@@ -46,6 +46,9 @@ class Child:
         self._process = process
         #: The owner's children before the first build; None until `keep_children`.
         self._kept: frozenset[int] | None = None
+        #: The daemon, as far as /proc tells, and its account of builders after the last build.
+        self._daemon: int | None = None
+        self._account: usage.Account | None = None
         #: The end of standard error, never longer than STDERR_TAIL_BYTES.
         self._tail = bytearray()
         #: Ends when the child and all that inherited its standard error are gone, or when close() cancels it.
@@ -85,25 +88,21 @@ class Child:
 
     def memory_of_builders(self) -> int | None:
         """Bytes that all processes below the daemon have for themselves now; None while it has none."""
-        daemon = self._daemon()
-        return None if daemon is None else usage.memory_below(daemon)
+        return None if self._daemon is None else usage.memory_below(self._daemon)
 
-    def account(self) -> usage.Account | None:
-        """Return what the daemon's builders have used so far; None where /proc does not tell."""
-        daemon = self._daemon()
-        return None if daemon is None else usage.read_account(daemon)
-
-    def _daemon(self) -> int | None:
-        """Process id of the daemon, the owner's first child."""
-        try:
-            return _children(self.pid)[0]
-        except (OSError, IndexError, ValueError):
-            return None
+    def builders_use(self) -> usage.BuildersUse | None:
+        """Return what builders used since the last call; None where /proc does not tell, or none ran."""
+        before, daemon = self._account, self._daemon
+        self._account = None if daemon is None else usage.read_account(daemon)
+        return usage.used_between(before, self._account)
 
     def keep_children(self) -> None:
-        """Take the owner's children of this moment for its own: no build has begun."""
+        """Take the owner's children of this moment, the daemon first, for its own: no build has begun."""
         with suppress(OSError, ValueError):
-            self._kept = frozenset(_children(self.pid))
+            children = _children(self.pid)
+            self._kept = frozenset(children)
+            self._daemon = children[0] if children else None
+            self._account = None if self._daemon is None else usage.read_account(self._daemon)
 
     async def end_orphans(self) -> None:
         """Have the owner kill what the build that has ended left behind, and wait for it, at most ORPHANS_END_S.

@@ -28,7 +28,7 @@ from infra.daemon.errors import (
 )
 from infra.daemon.events import BuildEvent, BuildListener
 from infra.daemon.framed import Upload, checked_nar, many_paths, send_framed
-from infra.daemon.usage import Account
+from infra.daemon.usage import BuildersUse
 from infra.daemon.values import (
     BasicDerivation,
     BuildMode,
@@ -187,9 +187,9 @@ class DaemonConnection:
         """Bytes that the builders of our own daemon have for themselves now; None where that cannot be seen."""
         return None if self._channel.child is None else self._channel.child.memory_of_builders()
 
-    def account(self) -> Account | None:
-        """Return what the builders of our own daemon have used so far; None where that cannot be seen."""
-        return None if self._channel.child is None else self._channel.child.account()
+    def builders_use(self) -> BuildersUse | None:
+        """Return what builders of our own daemon used since the last call; None where that cannot be seen."""
+        return None if self._channel.child is None else self._channel.child.builders_use()
 
     def abort(self, reason: str = "aborted") -> None:
         """Hang up now, from any task of the same loop: a running build is killed, its caller gets DaemonGone.

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.api.models import AttemptView, StretchView, SubmissionState
+from coordinator.api.models import (
+    SubmissionState,
+)
+from coordinator.api.timeline_models import AttemptView, StretchView
 from coordinator.cli.history import history_lines, story_lines
 from coordinator.client.errors import RefusedError
 from coordinator.readmodel.history import history_view
@@ -23,7 +26,7 @@ from workers.agent.settings import WorkerSettings
 from workers.wire.fleet import Fleet
 from workers.wire.messages import FarmInfo
 
-from .conftest import OpenFarm, TestFarm
+from .conftest import OpenedFarm, OpenFarm
 from .test_cli import drover
 
 #: Of the worker's clock against the coordinator's, seconds.
@@ -50,7 +53,7 @@ class WrongClock:
         return self._right.now() + OFF_S
 
 
-def told(farm: TestFarm, *words: str) -> str:
+def told(farm: OpenedFarm, *words: str) -> str:
     """What a command prints about the farm."""
     url, token = farm.coordinator.ready.url, str(farm.coordinator.ready.token_file)
     done = drover(*words, "--coordinator", url, "--token-file", token)

@@ -26,7 +26,7 @@ from infra.daemon import (
     Options,
     Phase,
 )
-from infra.daemon.usage import BuildersUse, used_between
+from infra.daemon.usage import BuildersUse
 from infra.nix import aterm
 from workers.agent.attempt_record import BuildUse
 from workers.agent.daemon_pool import DaemonSession
@@ -187,7 +187,6 @@ async def build_in_slot(
             await slot.set_options(_options(limits, cores))
             # They are rooted already, by a connection that may die before this one.
             await slot.keep(derivation.inputs)
-            before = connection.account()
             try:
                 async with _bounded_memory(connection, use):
                     result = await connection.build_derivation(drv_path, derivation, on_event)
@@ -199,7 +198,7 @@ async def build_in_slot(
                     reading = UnreadableLogError if error.builder_ran else UnreadableRecipeError
                     raise reading(str(error)) from error
                 raise
-            _settle(use, used_between(before, connection.account()), result)
+            _settle(use, connection.builders_use(), result)
             # Before the slot is anybody else's: what its next build leaves to the owner is that build's.
             await connection.end_orphans()
             return result

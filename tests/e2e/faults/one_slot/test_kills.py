@@ -102,6 +102,11 @@ def test_an_agent_that_is_killed_takes_its_build_along_and_is_started_again(one:
     finish(one, second)
     one.farm.wait_for_workers(2)
     assert verdicts(one, "agentless") == {"agentless": [FailureKind.WORKER_LOST]}
+    lost, done = one.farm.api(f"steps/{step_of(one, first.submission)['key']}/timeline")
+    assert [lost["outcome"], done["outcome"]] == ["lost", "done"]
+    assert lost["cut"]
+    build = next(span for span in lost["spans"] if span["name"] == "build")
+    assert abs(build["at"] + build["took_s"] - lost["ended_at"]) < 0.001
 
 
 def test_a_node_that_is_killed_is_started_again_and_ends_the_builder_that_outlived_it(one: FarmUnderFault) -> None:
