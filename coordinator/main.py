@@ -37,6 +37,7 @@ from coordinator.engine.timing_writer import TimingWriter
 from coordinator.engine.worker_events import FleetSink
 from coordinator.http.api.caches import CachingApi
 from coordinator.http.api.events import WatchStreams
+from coordinator.http.api.questions import Questions
 from coordinator.http.api.submissions import Api, ApiBounds
 from coordinator.http.api.timings import TimingApi
 from coordinator.http.api.workers import add_worker_routes
@@ -407,6 +408,8 @@ async def _make_site(  # noqa: PLR0917 - collaborators, named by their types
     add_metrics_route(app, telemetry)
     app.middlewares.append(require_room(gate))
     serve_routes(app, TimingApi(core.views, stores.timings, core.timings, clock).handlers())
+    questions = Questions(core.views, farm, core.explainer.open_needs, core.explainer.queues)
+    serve_routes(app, questions.handlers())
     add_worker_routes(app, core.views, lambda worker, on: work.fleet.drain(worker, on=on))
     sources = PageSources(core.views, farm, core.explainer.queues, clock)
     add_web_routes(app, sources, stores.sessions, pages, url)

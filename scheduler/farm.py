@@ -195,6 +195,12 @@ class Farm:
         some = itertools.islice(() if known is None else known.dependents, most)
         return [each.key for each in sorted(some, key=lambda each: (each.depth, each.sequence))]
 
+    def open_needs(self, step: StepKey, most: int) -> list[StepKey]:
+        """Return the first `most` of the needs of a wanted step that are not done."""
+        known = self.state.steps.get(step)
+        needs = () if known is None else known.needs
+        return [need.key for need in itertools.islice((n for n in needs if n.state is not StepState.DONE), most)]
+
     def limits_of(self, step: StepKey) -> ResourceLimits:
         """Return what a build of the step may use, as the submissions that want it say now."""
         known = self.state.steps.get(step)

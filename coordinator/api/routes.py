@@ -35,6 +35,7 @@ from coordinator.api.models import (
     WhyView,
     WorkerView,
 )
+from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
 from coordinator.api.timeline_models import AttemptView, HistoryView
 
 if TYPE_CHECKING:
@@ -177,6 +178,12 @@ RETRY_STEP: Final = Route("POST", f"{_V1}/steps/{{key}}/retry", Right.API, answe
 LOG: Final = Route[None]("GET", f"{_V1}/steps/{{key}}/log", Right.API, answer=Content.LOG, errors=_NAMED, head=False)
 #: Of a package by the name of its derivations, with or without version; `?system=` chooses.
 HISTORY: Final = Route("GET", f"{_V1}/history/{{name}}", Right.API, answer=HistoryView, errors=_NAMED)
+#: Why it waits or failed, and who wants it.
+WHY: Final = Route("GET", f"{_V1}/steps/{{key}}/why", Right.API, answer=StepReasonsView, errors=_NAMED)
+#: What every worker does, and what each queue waits for.
+ACTIVITY: Final = Route("GET", f"{_V1}/activity", Right.API, answer=ActivityView)
+#: `?of=steps|submissions|workers&beginning=…`
+COMPLETIONS: Final = Route("GET", f"{_V1}/completions", Right.API, answer=CompletionsView)
 WORKERS: Final = Route("GET", f"{_V1}/workers", Right.API, answer=WorkerView, many=True)
 FARM: Final = Route("GET", f"{_V1}/farm", Right.API, answer=FarmView)
 #: While drained a worker gets no new leases; running builds finish.
@@ -246,6 +253,9 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     HISTORY,
     RETRY_STEP,
     LOG,
+    WHY,
+    ACTIVITY,
+    COMPLETIONS,
     WORKERS,
     FARM,
     DRAIN,

@@ -20,6 +20,7 @@ import click
 
 from coordinator.cli.cache_commands import cache
 from coordinator.cli.ci import Ci
+from coordinator.cli.completion import SHELLS, completes, script
 from coordinator.cli.exit_status import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
 from coordinator.cli.options import Address, Wait, addressed, run_with_client, sectioned
 from coordinator.cli.terminal_controls import harmless
@@ -145,7 +146,7 @@ def build(url: str, token_file: str, **options: Any) -> int:
 
 
 @cli.command()
-@click.argument("submission")
+@click.argument("submission", shell_complete=completes("submissions"))
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @sectioned
 @addressed
@@ -157,7 +158,7 @@ def watch(url: str, token_file: str, submission: str, as_json: bool, ci: Ci | No
 
 
 @cli.command()
-@click.argument("submission", required=False, metavar="[ID|STEP]")
+@click.argument("submission", required=False, metavar="[ID|STEP]", shell_complete=completes("submissions", "steps"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @addressed
 def status(url: str, token_file: str, submission: str | None, as_json: bool) -> int:
@@ -168,7 +169,7 @@ def status(url: str, token_file: str, submission: str | None, as_json: bool) -> 
 
 
 @cli.command()
-@click.argument("submission")
+@click.argument("submission", shell_complete=completes("submissions"))
 @addressed
 def cancel(url: str, token_file: str, submission: str) -> int:
     """Withdraw a submission; builds that another one wants go on."""
@@ -178,7 +179,7 @@ def cancel(url: str, token_file: str, submission: str) -> int:
 
 
 @cli.command()
-@click.argument("name", metavar="ID|STEP")
+@click.argument("name", metavar="ID|STEP", shell_complete=completes("submissions", "steps"))
 @addressed
 def retry(url: str, token_file: str, name: str) -> int:
     """Build again what failed: of a submission, or one step and everything that it doomed."""
@@ -188,18 +189,59 @@ def retry(url: str, token_file: str, name: str) -> int:
 
 
 @cli.command()
-@click.argument("step")
+@click.argument("step", shell_complete=completes("steps"))
 @click.option("-f", "--follow", is_flag=True, help="Go on until the build ends.")
+@click.option("--attempt", type=click.IntRange(1), metavar="N", help="An earlier attempt.  [default: the latest]")
+@click.option("--search", default="", metavar="TEXT", help="Only lines that contain TEXT, with their numbers.")
 @addressed
-def log(url: str, token_file: str, step: str, follow: bool) -> int:
-    """Print the build log of a step, named by its key or any unique part of it."""
-    from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
+def log(url: str, token_file: str, step: str, **told: Any) -> int:
+    """Print the build log of a step.
 
-    return run_with_client(url, token_file, lambda client: showing.log(client, step, follow=follow))
+    STEP is its key or any unique part of it, an attribute that was submitted, a .drv path or an output path.
+    """
+    from coordinator.cli import log as logging  # noqa: PLC0415 - slow to import
+
+    return run_with_client(url, token_file, lambda client: logging.log(client, step, **told))
 
 
 @cli.command()
-@click.argument("step")
+@click.argument("step", shell_complete=completes("steps"))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@addressed
+def why(url: str, token_file: str, step: str, as_json: bool) -> int:
+    """Show why a step waits, runs or failed: what it stands on, and which submission wants it for what.
+
+    STEP is its key or any unique part of it, an attribute that was submitted, a .drv path or an output path.
+    """
+    from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
+
+    return run_with_client(url, token_file, lambda client: showing.why(client, step, as_json=as_json))
+
+
+@cli.command()
+@addressed
+def top(url: str, token_file: str) -> int:
+    """Show the farm live until Ctrl-C: workers and what they do, queues and what holds them, troubles."""
+    from coordinator.cli import top as showing  # noqa: PLC0415 - slow to import
+    from coordinator.cli.screen import Screen  # noqa: PLC0415
+
+    return run_with_client(url, token_file, lambda client: showing.top(client, Screen.choose(as_json=False)))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> int:
+    """Print what SHELL runs to complete commands and the names of steps, submissions and workers.
+
+    For bash put `eval "$(drover completion bash)"` into ~/.bashrc, for zsh the same with zsh into ~/.zshrc, for fish
+    run `drover completion fish > ~/.config/fish/completions/drover.fish`.
+    """
+    click.echo(script(cli, shell))
+    return OK
+
+
+@cli.command()
+@click.argument("step", shell_complete=completes("steps"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @addressed
 def story(url: str, token_file: str, step: str, as_json: bool) -> int:
@@ -232,7 +274,7 @@ def workers(url: str, token_file: str, as_json: bool) -> int:
 
 
 @cli.command()
-@click.argument("worker_name", metavar="WORKER")
+@click.argument("worker_name", metavar="WORKER", shell_complete=completes("workers"))
 @click.option("--off", is_flag=True, help="Give it new builds again.")
 @click.option("--wait", is_flag=True, help="Return once the builds that run there have ended.")
 @addressed

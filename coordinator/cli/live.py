@@ -36,7 +36,7 @@ FAILED_NAMED: Final = 5
 #: Cells that one step of depth takes in the forest.
 _INDENT: Final = 3
 #: Stage -> sign and colour. A step that the worker has not begun is only queued there.
-_SIGNS: Final[dict[str, Piece]] = {
+SIGNS: Final[dict[str, Piece]] = {
     "queued": ("\u00b7 ", "dim"),
     "fetching": ("\u2193 ", "cyan"),
     "building": ("\u23f5 ", "yellow"),
@@ -86,7 +86,7 @@ def _forest_lines(progress: Progress, running: Sequence[StepView], now: float, w
     lines: list[Line] = []
     if hidden:
         stages = Counter(stage_of(step) for step in running)
-        counted = ", ".join(f"{stages[stage]} {stage}" for stage in _SIGNS if stages[stage])
+        counted = ", ".join(f"{stages[stage]} {stage}" for stage in SIGNS if stages[stage])
         more = "more run" if len(running) > hidden else "run"
         lines.append([(f"  and {hidden} {more}; in all {counted}", "dim")])
     for place, step in drawn:
@@ -112,7 +112,7 @@ def _name(progress: Progress, key: str) -> str:
 
 def _running_line(branches: str, step: StepView, now: float, name_width: int, who_width: int) -> Line:
     stage = stage_of(step)
-    sign, colour = _SIGNS.get(stage, _SIGNS["queued"])
+    sign, colour = SIGNS.get(stage, SIGNS["queued"])
     room = max(1, name_width - cell_len(branches) - 2)
     return [
         (branches, "dim"),
@@ -197,7 +197,7 @@ def _totals(progress: Progress, now: float, width: int) -> Line:
         parts["uploaded"] = [(f"\u2191 {size(progress.uploaded_bytes)}", "")]
     if progress.submission is not None:
         parts["age"] = [(duration(now - progress.submission.created_at), "")]
-    for word in ("uploaded", "held", "abandoned", "waiting", "ready", "done", "doomed", "age"):
+    for word in ("uploaded", "cached", "abandoned", "waiting", "ready", "done", "doomed", "age"):
         if width_of(_total(bar, parts)) <= width:
             break
         parts.pop(word, None)

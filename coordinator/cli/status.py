@@ -1,4 +1,4 @@
-"""`drover status`, `cancel`, `log` and `workers`: one question, one answer."""
+"""`drover status`, `why`, `cancel`, `retry`, `workers` and `drain`: one question, one answer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ import sys
 import time
 from collections.abc import Sequence
 
-import click
 import orjson
 
 from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.cli import exit_status
 from coordinator.cli.ci import defused
-from coordinator.cli.rendering import sanitise, status_lines, step_lines, submission_rows, table_lines, worker_lines
-from coordinator.cli.terminal_controls import ControlFilter, harmless
+from coordinator.cli.rendering import (
+    sanitise,
+    status_lines,
+    step_lines,
+    submission_rows,
+    table_lines,
+    why_lines,
+    worker_lines,
+)
+from coordinator.cli.terminal_controls import harmless
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import RefusedError
 
@@ -120,23 +127,13 @@ async def _retry_step(client: ApiClient, name: str) -> int:
     return exit_status.OK
 
 
-async def log(client: ApiClient, step: str, *, follow: bool) -> int:
-    """Print a log: the very bytes; on a terminal text and colours (`coordinator.cli.terminal_controls`)."""
-    out = sys.stdout.buffer
-    shown = ControlFilter(colours=True) if sys.stdout.isatty() else None
-    silent = True
-    try:
-        async for chunk in client.log(step, follow=follow):
-            silent = False
-            out.write(chunk if shown is None else _encoded(shown.feed_bytes(chunk)))
-            out.flush()
-    finally:
-        if shown is not None:
-            # After an interruption too: the terminal is left as it was.
-            out.write(_encoded(shown.finish()))
-            out.flush()
-    if silent:
-        click.echo("drover: the build printed nothing", err=True)
+async def why(client: ApiClient, step: str, *, as_json: bool) -> int:
+    """Show why a step waits or failed, and who wants it."""
+    reasons = await client.why(step)
+    if as_json:
+        print_json(reasons)
+    else:
+        print_lines(why_lines(reasons, time.time()))
     return exit_status.OK
 
 

@@ -31,6 +31,7 @@ from coordinator.api.models import (
     WhyView,
     WorkerView,
 )
+from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
 from coordinator.api.routes import Route
 from coordinator.api.timeline_models import AttemptView, HistoryView
 from coordinator.client.decoding import decode, decode_event, decode_list
@@ -178,9 +179,23 @@ class ApiClient(Transport):
         """Sign everything in a cache anew; takes as long as it takes."""
         return await self._one(routes.RESIGN, {"cache": name}, answer_s=None)
 
-    async def log(self, key: str, *, follow: bool = False) -> AsyncIterator[bytes]:
-        """Yield a step's log as raw bytes; with `follow` until the step has ended."""
+    async def why(self, key: str) -> StepReasonsView:
+        """Return why a step waits or failed, and who wants it."""
+        return await self._one(routes.WHY, {"key": key})
+
+    async def activity(self) -> ActivityView:
+        """Return what the farm does now."""
+        return await self._one(routes.ACTIVITY)
+
+    async def completions(self, of: str, beginning: str) -> CompletionsView:
+        """Return names of `steps`, `submissions` or `workers` that begin so."""
+        return await self._one(routes.COMPLETIONS, params={"of": of, "beginning": beginning})
+
+    async def log(self, key: str, *, attempt: int | None = None, follow: bool = False) -> AsyncIterator[bytes]:
+        """Yield the log of a step's latest or another attempt as raw bytes; with `follow` until it has ended."""
         query = {"follow": "1"} if follow else {}
+        if attempt is not None:
+            query["attempt"] = str(attempt)
         async with self.stream(routes.LOG, {"key": key}, params=query) as response:
             async for chunk in self.chunks(response):
                 yield chunk

@@ -17,6 +17,8 @@ from scheduler.farm import Farm
 from scheduler.forsaken import describe_unserved
 from scheduler.model import Instant, Requirements, StepKey
 
+#: Needs of one step that are looked at.
+NEEDS_LOOKED_AT = 256
 #: Dependents that are looked at for one that waits: a compiler has tens of thousands.
 DEPENDENTS_LOOKED_AT = 64
 #: The last second that a date can name.
@@ -78,6 +80,10 @@ class FarmExplainer:
     def unmet(self, step: StepKey) -> int:
         """Return how many needs of a step are not done."""
         return self._farm.unmet(step)
+
+    def open_needs(self, step: StepKey) -> Sequence[StepKey]:
+        """Return some of the needs of a wanted step that are not done."""
+        return self._farm.open_needs(step, NEEDS_LOOKED_AT)
 
     def above(self, step: StepKey) -> Sequence[StepKey]:
         """Return some of the wanted steps that need this one, those nearest to a root first."""

@@ -52,7 +52,7 @@ class Details:
         self._kept.pop(key, None)
 
     def find(self, text: str) -> Iterator[StepKey]:
-        """Yield the steps whose .drv (full store path) contains `text`."""
+        """Yield the steps whose .drv or one of whose outputs (full store paths) contains `text`."""
         # Making every path anew takes a second of a large farm: first look whether a piece that must be there is.
         piece = max(_SEPARATORS.split(text), key=len)
         hashed = piece.encode("utf-8", "replace")
@@ -60,7 +60,7 @@ class Details:
         for key, kept in self._kept.items():
             if anywhere or not isinstance(kept, bytes) or piece in key or hashed in kept:
                 info = self.get(key)
-                if info is not None and text in info.drv:
+                if info is not None and (text in info.drv or any(text in path for _, path in info.outputs)):
                     yield key
 
     def _packed(self, info: StepInfo) -> bytes | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
@@ -39,6 +40,8 @@ SNAPSHOT_FAILED = 100
 #: Roots in the view of a submission, and in a list of submissions; all are behind `submissions/ID/roots`.
 ROOTS_SHOWN = 500
 ROOTS_LISTED = 3
+#: Roots among which a name is looked for, those of the newest submissions first: some 5 ms of the event loop.
+ROOTS_LOOKED_AT = 50_000
 #: Members that one page of `submissions/ID/steps` looks at: some 10 ms of the event loop.
 STEPS_LOOKED_AT = 50_000
 
@@ -70,6 +73,8 @@ class Explainer(Protocol):
         """Return some of the wanted steps that need this one, those nearest to a root first."""
 
 
+#: Names of outputs, as Nix takes them behind a path.
+_OUTPUTS = re.compile(r"(?<=\.drv)[!^][\w,*+-]+$")
 _NO_DETAIL = StepInfo(key=StepKey(""), name="", system="", features=(), drv="", outputs=())
 _NO_NOTE = SubmissionNote(label="", roots=(), derivations=0)
 
@@ -100,6 +105,10 @@ class Views(FoldedRows):
             next(newest, None)
         return list(itertools.islice(newest, limit))
 
+    def step_rows(self) -> list[StepRow]:
+        """Return the rows of all steps, oldest first; for reading only."""
+        return list(self._steps.values())
+
     def row_of(self, key: StepKey) -> StepRow | None:
         """Return the row of a step by its whole key, None for one that is not known."""
         return self._steps.get(key)
@@ -127,11 +136,14 @@ class Views(FoldedRows):
         return () if row is None else tuple(sub for sub in row.submissions if not sub.ended and not sub.withdrawn)
 
     def step(self, text: str) -> StepRow:
-        """Return the step whose key is `text`, or the only one whose key, name or .drv contains it.
+        """Return the step that a person means.
 
-        Raises `NotFoundError` that says whether there are none or several.
+        Its key; an attribute that a submission named, the newest first; or any part that only this step's key, name,
+        .drv or output path has. Names of outputs behind a path (`….drv^out`, `…!dev`) are passed over. Raises
+        `NotFoundError` that says whether there are none or several.
         """
-        row = self._steps.get(StepKey(text))
+        text = _OUTPUTS.sub("", text)
+        row = self._steps.get(StepKey(text.rpartition("/")[2])) or self._named(text)
         if row is not None:
             return row
         found = [key for key in self._steps if text in key]
@@ -143,6 +155,14 @@ class Views(FoldedRows):
             examples = ", ".join(found[:3])
             raise NotFoundError(f"{len(found)} steps match {text[:80]!r} ({examples}, …); give more of the name.")
         raise NotFoundError(f"there is no step {text[:80]!r}; `drover status ID` lists those of a submission.")
+
+    def _named(self, attr: str) -> StepRow | None:
+        """Return the step of the root that the newest submission with such a one calls so."""
+        roots = (root for row in reversed(self._submissions.values()) for root in self.note(row.id).roots)
+        for root in itertools.islice(roots, ROOTS_LOOKED_AT):
+            if root.attr == attr:
+                return self._steps.get(root.step)
+        return None
 
     def note(self, submission: SubmissionId) -> SubmissionNote:
         """Return what people called a submission."""

@@ -1,0 +1,96 @@
+"""Answers to questions of people, as JSON: why a step waits, what the farm does now, what a name could be.
+
+Plain records, as those of `coordinator.api.models`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.api.models import StepView, WorkerState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedView:
+    """A submission that wants a step, and one way to it: `path` names steps from the root `attr` down to it."""
+
+    submission: str
+    label: str
+    attr: str
+    path: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReasonsView:
+    """The reasons why a step waits, failed or is built."""
+
+    step: StepView
+    #: Of a doomed step: the one whose failure is the root cause.
+    cause: StepView | None = None
+    #: The first of the steps at the bottom of what it waits for: those that run, are ready or failed.
+    below: tuple[StepView, ...] = ()
+    #: The first of the `wanted_count` submissions that wait for it.
+    wanted_by: tuple[WantedView, ...] = ()
+    wanted_count: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotView:
+    """A step in a worker's hands."""
+
+    step: str
+    name: str
+    stage: str
+    phase: str
+    #: 0 where that is not known.
+    started_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerActivityView:
+    """A worker and what it does now; `leases` are the first of `lease_count`."""
+
+    name: str
+    state: WorkerState
+    slots: int
+    leases: tuple[SlotView, ...]
+    lease_count: int
+    #: Why it is silent or quarantined.
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueView:
+    """Ready steps that require the same, and what they wait for."""
+
+    system: str
+    features: tuple[str, ...]
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivityView:
+    """The farm as it is now: its workers that are there, its queues, and all steps and submissions by state."""
+
+    troubles: tuple[str, ...]
+    steps: dict[str, int]
+    submissions: dict[str, int]
+    workers: tuple[WorkerActivityView, ...]
+    worker_count: int
+    queues: tuple[QueueView, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionView:
+    """A name that a shell may complete to, and a word about it."""
+
+    value: str
+    help: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionsView:
+    """Names that begin as asked, at most some."""
+
+    items: tuple[CompletionView, ...]

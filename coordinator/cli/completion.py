@@ -1,0 +1,53 @@
+"""Completion of names by shells: asks the farm, and is silent where that does not answer at once.
+
+Nothing slow is imported before a name is completed; a shell waits for each of these programs while somebody types.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, Literal
+
+import click
+from click.shell_completion import CompletionItem, get_completion_class
+
+from coordinator.cli.options import Address
+from coordinator.cli.terminal_controls import harmless
+from coordinator.defaults import URL
+from coordinator.errors import CoordinatorError
+
+#: Seconds after which a farm completes nothing.
+ANSWER_S: Final = 1.0
+SHELLS: Final = ("bash", "zsh", "fish")
+_VARIABLE: Final = "_DROVER_COMPLETE"
+
+Kind = Literal["steps", "submissions", "workers"]
+
+
+def completes(*kinds: Kind) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """Return what click asks for the completions of an argument that names such things."""
+
+    def complete(context: click.Context, _parameter: click.Parameter, beginning: str) -> list[CompletionItem]:
+        told = context.params
+        address = Address(told.get("url") or URL, told.get("token_file") or "")
+        try:
+            return asyncio.run(_ask(address, kinds, beginning))
+        except (CoordinatorError, OSError, TimeoutError):
+            return []
+
+    return complete
+
+
+async def _ask(address: Address, kinds: tuple[Kind, ...], beginning: str) -> list[CompletionItem]:
+    async with asyncio.timeout(ANSWER_S), address.client() as client:
+        answers = [await client.completions(kind, beginning) for kind in kinds]
+    return [CompletionItem(harmless(item.value), help=harmless(item.help)) for each in answers for item in each.items]
+
+
+def script(command: click.Command, shell: str) -> str:
+    """Return what a shell runs once so that it completes `drover`."""
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise click.UsageError(f"{shell} is none of {', '.join(SHELLS)}")
+    return kind(command, {}, "drover", _VARIABLE).source()

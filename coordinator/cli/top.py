@@ -1,0 +1,159 @@
+"""`drover top`: what the farm does now, drawn again every second on a terminal and printed once elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from rich.cells import cell_len
+
+from coordinator.api.questions import ActivityView, QueueView, SlotView, WorkerActivityView
+from coordinator.cli import exit_status
+from coordinator.cli.lines import Line, cell, cut
+from coordinator.cli.live import SIGNS, Window
+from coordinator.cli.rendering import duration, one_line
+from coordinator.cli.screen import Screen
+from coordinator.client.api_client import ApiClient
+from coordinator.client.errors import UnreachableError
+
+#: Seconds between two looks.
+LOOK_EVERY_S: Final = 1.0
+#: Queues that are shown, and the longest line for an output that is no terminal.
+QUEUES: Final = 6
+_UNBOUNDED: Final = Window(200, 10_000)
+_ENDS: Final = (signal.SIGINT, signal.SIGTERM)
+#: Cells that the longest name of a step takes.
+NAME_CELLS: Final = 40
+#: Stages in which a lease has a slot.
+_IN_SLOT: Final = frozenset({"fetching", "building"})
+
+
+async def top(client: ApiClient, screen: Screen) -> int:
+    """Show the farm until Ctrl-C, or once where there is no terminal."""
+    activity = await client.activity()
+    if not screen.live:
+        screen.block(farm_lines(activity, time.time(), _UNBOUNDED))
+        return exit_status.OK
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for each in _ENDS:
+        loop.add_signal_handler(each, ended.set)
+    lines: list[Line] = []
+    trouble = ""
+    try:
+        while not ended.is_set():
+            window = screen.window()
+            lines = farm_lines(activity, time.time(), window)
+            screen.draw(
+                [cut([(trouble, "bold red")], window.width), *lines][-window.height + 1 :] if trouble else lines
+            )
+            try:
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await ended.wait()
+            except TimeoutError:
+                pass
+            try:
+                activity, trouble = await client.activity(), ""
+            except UnreachableError as error:
+                trouble = f"{error}; this is how it was"
+    finally:
+        screen.undraw()
+        screen.block(lines)
+        for each in _ENDS:
+            loop.remove_signal_handler(each)
+    return exit_status.OK
+
+
+def farm_lines(activity: ActivityView, now: float, window: Window) -> list[Line]:
+    """Return the farm, no wider and lower than the window: totals, troubles, workers with their steps, queues."""
+    head = [_totals(activity), *([("! " + one_line(trouble), "yellow")] for trouble in activity.troubles)]
+    queues = _queue_lines(activity.queues)
+    room = max(1, window.height - 1 - len(head) - len(queues))
+    lines = [*head, *_worker_lines(activity, now, room), *queues]
+    return [cut(line, window.width) for line in lines[: max(1, window.height - 1)]]
+
+
+def _totals(activity: ActivityView) -> Line:
+    slots = sum(worker.slots for worker in activity.workers)
+    busy = sum(_busy(worker) for worker in activity.workers)
+    steps = activity.steps
+    words = [
+        _counted(activity.worker_count, "worker"),
+        f"{busy} of {slots} slots busy",
+        f"{_counted(activity.submissions.get('running', 0), 'submission')} running",
+        f"{_counted(steps.get('running', 0) + steps.get('publishing', 0), 'step')} running",
+        f"{steps.get('ready', 0)} ready",
+        f"{steps.get('waiting', 0)} waiting",
+    ]
+    return [(", ".join(words), "bold")]
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def _busy(worker: WorkerActivityView) -> int:
+    return min(worker.slots, sum(1 for lease in worker.leases if lease.stage in _IN_SLOT))
+
+
+def _worker_lines(activity: ActivityView, now: float, room: int) -> list[Line]:
+    """Return each worker with as many of its steps as there is room for, the same number for all."""
+    workers = activity.workers
+    each = max((len(worker.leases) for worker in workers), default=0)
+    while each > 1 and sum(_height(worker, each) for worker in workers) > room:
+        each -= 1
+    shown = workers if sum(_height(worker, each) for worker in workers) <= room else workers[: max(0, room - 1)]
+    width = max((len(one_line(worker.name)) for worker in shown), default=0)
+    names = [cell_len(one_line(lease.name)) for worker in shown for lease in worker.leases]
+    widths = (width, min(NAME_CELLS, max(names, default=0)))
+    lines = [line for worker in shown for line in _worker(worker, now, each, widths)]
+    if activity.worker_count > len(shown):
+        lines.append([(f"and {activity.worker_count - len(shown)} more workers", "dim")])
+    return lines
+
+
+def _height(worker: WorkerActivityView, each: int) -> int:
+    return max(1, min(len(worker.leases), each))
+
+
+def _worker(worker: WorkerActivityView, now: float, each: int, widths: tuple[int, int]) -> list[Line]:
+    width, name_width = widths
+    leases = sorted(worker.leases, key=lambda lease: (lease.stage not in _IN_SLOT, lease.started_at or now, lease.step))
+    state = "" if worker.state == "online" else f"{worker.state} "
+    reason = one_line(worker.reason)
+    head: Line = [
+        (cell(one_line(worker.name), width), "cyan"),
+        (f"  {_busy(worker):>3}/{worker.slots:<3} ", ""),
+        (state, "yellow"),
+    ]
+    if not leases:
+        return [[*head, (reason or ("" if state else "idle"), "dim")]]
+    indent: Line = [(" " * (width + 10), "")]
+    lines = [
+        [*(indent if number else head), *_lease(lease, now, name_width)]
+        for number, lease in enumerate(leases[: max(1, each)])
+    ]
+    if worker.lease_count > len(lines):
+        lines[-1].append((f"  and {worker.lease_count - len(lines)} more", "dim"))
+    return lines
+
+
+def _lease(lease: SlotView, now: float, width: int) -> Line:
+    sign, colour = SIGNS.get(lease.stage, SIGNS["queued"])
+    age = duration(now - lease.started_at) if lease.started_at else ""
+    doing = one_line(lease.phase) if lease.phase and lease.stage == "building" else one_line(lease.stage)
+    return [(sign, colour), (cell(one_line(lease.name), width), "bold"), (f"  {age:>6}  ", ""), (doing, "dim")]
+
+
+def _queue_lines(queues: Sequence[QueueView]) -> list[Line]:
+    lines: list[Line] = []
+    for queue in queues[:QUEUES]:
+        needs = f" with {', '.join(map(one_line, queue.features))}" if queue.features else ""
+        what = f"{queue.count} ready for {one_line(queue.system)}{needs}"
+        lines.append([(f"{what}: ", "blue"), (one_line(queue.reason), "")])
+    if len(queues) > QUEUES:
+        lines.append([(f"and {len(queues) - QUEUES} more queues", "dim")])
+    return lines

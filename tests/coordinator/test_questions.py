@@ -1,0 +1,193 @@
+"""The questions of people: why a step waits, what the farm does, what a name is completed to, a log by any name."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.api.questions import ActivityView, QueueView, SlotView, WorkerActivityView
+from coordinator.cli.lines import plain
+from coordinator.cli.live import Window
+from coordinator.cli.log import LINE_BYTES, LineSearch, Printer
+from coordinator.cli.rendering import why_lines
+from coordinator.cli.top import farm_lines
+from coordinator.client.errors import RefusedError
+from tests.coordinator.conftest import OpenFarm
+from tests.support.screens import NOW
+
+CHAIN = """
+rec {
+  low = run "low" "echo low; echo > $out";
+  middle = run "middle" "read x < ${low}; echo > $out";
+  top = run "top" "read x < ${middle}; echo > $out";
+  two = derivation {
+    name = "two"; system = "x86_64-linux"; builder = "/bin/sh"; outputs = [ "out" "dev" ];
+    args = [ "-c" "echo two is built; echo > $out; echo > $dev" ];
+  };
+}
+"""
+
+
+async def test_a_step_that_waits_is_explained_down_to_what_holds_it_and_up_to_who_wants_it(open_farm: OpenFarm) -> None:
+    async with open_farm() as farm:
+        submitted = await farm.submit(CHAIN, "top", label="mine")
+        reasons = await farm.client.why("top")
+        assert [step.name for step in reasons.below] == ["low"]
+        assert reasons.wanted_by[0].path == ("top",)
+        low = await farm.client.why("low")
+        assert (low.wanted_by[0].attr, low.wanted_by[0].path) == ("top", ("top", "middle", "low"))
+        lines = why_lines(low, low.step.started_at)
+        assert lines[0] == "waiting: low (x86_64-linux)" or lines[0] == "ready: low (x86_64-linux)"
+        assert any(line.startswith("  why        no worker") for line in lines)
+        assert lines[-1] == f"  wanted by  submission {submitted.id} (mine), top: top \u2192 middle \u2192 low"
+        with pytest.raises(RefusedError):
+            await farm.client.why("no-such-step")
+
+
+async def test_a_log_is_found_by_attribute_by_derivation_and_by_each_output(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm:
+        submitted = await farm.submit(CHAIN, "two")
+        view = await farm.ended(submitted.id)
+        root = view.roots[0]
+        names = ["two", root.drv, f"{root.drv}!out", f"{root.drv}^out,dev", *root.outputs.values(), root.step[:20]]
+        logs = [b"".join([chunk async for chunk in farm.client.log(name)]) for name in names]
+        assert logs == [b"two is built\n"] * len(names)
+        assert [chunk async for chunk in farm.client.log("two", attempt=1)] == [b"two is built\n"]
+        with pytest.raises(RefusedError, match="no attempt 7"):
+            [_ async for _ in farm.client.log("two", attempt=7)]
+
+
+async def test_names_are_completed_and_a_farm_says_what_it_does(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm:
+        submitted = await farm.submit(CHAIN, "top", "two", label="mine")
+        await farm.ended(submitted.id)
+
+        async def completed(of: str, beginning: str) -> list[str]:
+            return [item.value for item in (await farm.client.completions(of, beginning)).items]
+
+        assert await completed("steps", "t") == ["top", "two"]
+        key = (await farm.client.step("middle")).key
+        assert await completed("steps", key[:10]) == [key]
+        assert await completed("steps", "<b>&\"'\x1b") == []
+        assert await completed("submissions", submitted.id[:3]) == [submitted.id]
+        assert await completed("workers", "o") == ["one"]
+        with pytest.raises(RefusedError):
+            await completed("secrets", "")
+        activity = await farm.client.activity()
+        assert [(worker.name, worker.state) for worker in activity.workers] == [("one", "online")]
+        assert activity.steps["done"] == 4
+        assert activity.queues == ()
+
+
+def test_completion_is_silent_where_no_farm_answers_and_imports_nothing_slow() -> None:
+    program = (
+        "import sys\n"
+        "from coordinator.cli.commands import run\n"
+        "try:\n    run([])\nexcept SystemExit:\n    pass\n"
+        "slow = {'ray', 'aiohttp', 'sqlalchemy', 'rich', 'pydantic'} & set(sys.modules)\n"
+        "sys.exit(f'imported {slow}' if slow else 0)\n"
+    )
+    environment = {
+        **os.environ,
+        "_DROVER_COMPLETE": "bash_complete",
+        "COMP_WORDS": "drover log --coordinator http://127.0.0.1:1 x",
+        "COMP_CWORD": "4",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout.strip(), done.stderr, done.returncode) == ("", "", 0)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_gets_its_script(shell: str) -> None:
+    program = [sys.executable, "-c", "from coordinator.cli import main; main()", "completion", shell]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True)
+    assert f"{shell}_complete" in done.stdout
+
+
+def pieces(data: bytes, size: int) -> Iterator[bytes]:
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+
+
+def searched(text: str, data: bytes, size: int = 7) -> list[bytes]:
+    search = LineSearch(text)
+    return [line for piece in pieces(data, size) for line in search.feed(piece)] + list(search.finish())
+
+
+@given(st.binary(max_size=200), st.integers(1, 50))
+def test_a_search_finds_the_same_lines_however_the_log_is_cut(data: bytes, size: int) -> None:
+    assert searched("a", data, size) == searched("a", data, 1000)
+
+
+def test_a_search_numbers_lines_and_holds_no_more_than_its_bound_of_a_long_one() -> None:
+    log = b"one\nERROR: \xff\xfe two\n" + b"x" * (10 * LINE_BYTES) + b" error far away\nthe last Error"
+    assert searched("error", log, 4096) == [b"2: ERROR: \xff\xfe two\n", b"4: the last Error\n"]
+    search = LineSearch("error")
+    for piece in pieces(b"y" * (3 * LINE_BYTES), 4096):
+        assert list(search.feed(piece)) == []
+    assert search.held_bytes == LINE_BYTES
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_a_log_that_a_runner_reads_holds_no_command_and_in_a_pipe_it_is_the_very_bytes(size: int) -> None:
+    log = b"\x00\xff one\n  ::set-output name=a::b\n::endgroup::\n##[group]x\n"
+    log += b"\x1b]0;STOLEN\x07\x1b[31mred\n::warning::no end"
+
+    def printed(environment: dict[str, str]) -> bytes:
+        printer = Printer(io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), environment)
+        return b"".join([printer.feed(piece) for piece in pieces(log, size)]) + printer.finish()
+
+    assert printed({}) == log
+    text = printed({"GITHUB_ACTIONS": "true"}).decode()
+    assert not re.search(r"^\s*::|##\[|STOLEN|\x00", text, re.MULTILINE)
+    assert text.split("\n")[-1] == ": :warning::no end"
+    assert "\x1b[31mred\x1b[0m" in text
+
+
+def activity(workers: int, leases: int) -> ActivityView:
+    def worker(number: int) -> WorkerActivityView:
+        steps = tuple(
+            SlotView(step=f"k{n}", name=f"step-{n}\x1b[2J", stage="building", phase="check\nPhase", started_at=NOW - n)
+            for n in range(leases)
+        )
+        return WorkerActivityView(name=f"w{number}", state="online", slots=4, leases=steps, lease_count=leases)
+
+    queue = QueueView(system="x86_64-linux", features=("kvm",), count=7, reason="all 2 workers that could are full")
+    return ActivityView(
+        troubles=("the disk\nis full",),
+        steps={"running": workers * leases, "ready": 7},
+        submissions={"running": 1},
+        workers=tuple(worker(number) for number in range(workers)),
+        worker_count=workers,
+        queues=(queue,),
+    )
+
+
+def test_top_shows_each_worker_with_its_steps_and_each_queue_with_its_reason() -> None:
+    totals = "2 workers, 4 of 8 slots busy, 1 submission running, 4 steps running, 7 ready, 0 waiting"
+    assert [plain(line) for line in farm_lines(activity(2, 2), NOW, Window(100, 24))] == [
+        totals,
+        "! the disk is full",
+        "w0    2/4   \u23f5 step-1      1s  check Phase",
+        "            \u23f5 step-0      0s  check Phase",
+        "w1    2/4   \u23f5 step-1      1s  check Phase",
+        "            \u23f5 step-0      0s  check Phase",
+        "7 ready for x86_64-linux with kvm: all 2 workers that could are full",
+    ]
+
+
+@given(st.integers(0, 60), st.integers(0, 12), st.integers(5, 60), st.integers(3, 40))
+def test_top_never_outgrows_its_window(workers: int, leases: int, width: int, height: int) -> None:
+    lines = farm_lines(activity(workers, leases), NOW, Window(width, height))
+    assert len(lines) < height
+    assert all(len(plain(line)) <= width for line in lines)
