@@ -274,6 +274,9 @@ class Settings(BaseSettings):
     #: Seconds without a sign of life after which the Ray head gives a node up for good: once the node hears of it, it
     #: ends itself and its builds. More for machines behind a VPN, or that nap. The head's own setting counts.
     ray_silence_s: Annotated[float, Field(ge=10, le=86400)] = 35
+    #: Collector of traces, OTLP over HTTP, for example `http://collector:4318`; empty: the `OTEL_EXPORTER_OTLP_…`
+    #: variables of the environment name it, or no traces are sent.
+    otlp_endpoint: str = ""
     #: Seconds that running builds have to end when the farm is stopped; then they are handed back.
     stop_grace_s: Annotated[float, Field(ge=0)] = 30
     #: How workers and clients reach the coordinator; empty: from host and port.

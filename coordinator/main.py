@@ -59,7 +59,14 @@ from coordinator.intake.submissions import Submissions
 from coordinator.journal.codec import decode_notes
 from coordinator.journal.journal import Journal
 from coordinator.journal.takeover import Lead, lead_journal
-from coordinator.observability.metrics import add_cache_metrics, add_engine_metrics, add_farm_metrics, add_loop_metrics
+from coordinator.observability.metrics import (
+    add_cache_metrics,
+    add_engine_metrics,
+    add_farm_metrics,
+    add_loop_metrics,
+    add_trace_metrics,
+)
+from coordinator.observability.trace_exporter import TraceExporter, otlp_wanted
 from coordinator.readmodel.explain import FarmExplainer
 from coordinator.readmodel.farm_view import farm_view
 from coordinator.readmodel.recall import recall_details
@@ -352,6 +359,7 @@ class _Site:
     streams: WatchStreams
     pages: LiveStreams
     watch: LoopWatch
+    exporter: TraceExporter | None
     services: Sequence[CacheService]
     keepers: Sequence[Housekeeper]
 
@@ -403,6 +411,8 @@ async def _make_site(  # noqa: PLR0917 - collaborators, named by their types
     add_farm_metrics(telemetry, core.views, farm, core.explainer.holding)
     add_engine_metrics(telemetry, core.engine.meter, settings.state_dir)
     add_connection_metrics(telemetry, gate)
+    exporter = _trace_exporter(stack, settings, clock, core)
+    add_trace_metrics(telemetry, exporter)
     watch = LoopWatch()
     add_loop_metrics(telemetry, watch)
     add_metrics_route(app, telemetry)
@@ -414,7 +424,21 @@ async def _make_site(  # noqa: PLR0917 - collaborators, named by their types
     sources = PageSources(core.views, farm, core.explainer.queues, clock)
     add_web_routes(app, sources, stores.sessions, pages, url)
     runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
-    return _Site(app, runner, gate, streams, pages, watch, services, tuple(keepers.values()))
+    return _Site(app, runner, gate, streams, pages, watch, exporter, services, tuple(keepers.values()))
+
+
+def _trace_exporter(stack: AsyncExitStack, settings: Settings, clock: Clock, core: _Core) -> TraceExporter | None:
+    """Make the exporter of traces where they go anywhere; it gets what the writer of timings takes."""
+    if not otlp_wanted(settings.otlp_endpoint):
+        return None
+    # Not before: it brings a second HTTP client with it.
+    from infra.otlp import OtlpSender  # noqa: PLC0415
+
+    sender = OtlpSender(settings.otlp_endpoint, "drover", metadata.version("drover"))
+    stack.callback(sender.close)
+    exporter = TraceExporter(sender.send, core.views, clock)
+    core.timings.on_changed = exporter.attempts_ended
+    return exporter
 
 
 def _add_caches(
@@ -445,8 +469,9 @@ def _start(  # noqa: PLR0917 - collaborators, named by their types
         *(group.create_task(each.uploads.run(), name="uploads") for each in site.services),
         group.create_task(lead.leadership.hold(journal), name="leadership"),
         group.create_task(Compactor(settings.database_url("journal"), journal).run(), name="compaction"),
-        # Last: it writes what the others have left.
+        # Last: they write and send what the others have left.
         group.create_task(core.timings.run(), name="timings"),
+        *([group.create_task(site.exporter.run(), name="traces")] if site.exporter else []),
     ]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
 from coordinator.api.limits import MAX_LIMIT, MAX_WAIT_S
+from coordinator.api.trace_context import MAX_TRACEPARENT
 
 #: Bytes of a label, an attribute path, a path: what people read, and every list shows.
 MAX_TEXT_BYTES = 1024
@@ -61,6 +62,14 @@ class RootRequest(Request):
     limits: RootLimits | None = None
 
 
+class ClientStage(Request):
+    """Work of the client before it submitted, for the trace. Times are the client's, Unix seconds."""
+
+    name: Literal["evaluate", "closure", "upload"]
+    begin: Annotated[float, Field(allow_inf_nan=False, ge=0)]
+    end: Annotated[float, Field(allow_inf_nan=False, ge=0)]
+
+
 class SubmitRequest(Request):
     """A submission of derivations that the coordinator already has."""
 
@@ -73,6 +82,9 @@ class SubmitRequest(Request):
     wait_s: Annotated[int, Field(ge=0, le=MAX_WAIT_S)] | None = None
     #: Further derivations, full .drv paths: built where one makes an input source that the cache lacks.
     makers: Annotated[tuple[_Text, ...], Field(max_length=MAX_ROOTS), FailFast()] = ()
+    #: W3C trace context of the program that submits; text that is none begins a trace of its own.
+    traceparent: Annotated[str, Field(max_length=MAX_TRACEPARENT)] = ""
+    stages: Annotated[tuple[ClientStage, ...], Field(max_length=8)] = ()
 
 
 class IntakeQuery(Request):

@@ -9,13 +9,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from coordinator.api.models import FarmView, StepStatus, StepView, SubmissionState, SubmissionView
-from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
+from coordinator.api.requests import ClientStage, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import SourceHeader, encode_derivations, encode_sources, in_thread
+from coordinator.api.trace_context import MAX_TRACEPARENT
 from coordinator.cli import exit_status
 from coordinator.cli.ci import Ci, defused
 from coordinator.cli.follow import follow
@@ -125,12 +126,14 @@ async def _build(connect: Callable[[], ApiClient], options: BuildRequest, submit
     async with connect() as client:
         # First of all whether anybody is there: an evaluation can take minutes.
         farm = await client.farm()
+        stages = _Stages()
         evaluation = await _evaluate(options)
+        stages.ended("evaluate")
         wanted, submitted.left_out = evaluation.wanted, evaluation.left_out
         if submitted.left_out:
             click.echo(f"drover: {harmless(left_out_text(options.files[0], submitted.left_out))}", err=True)
         store = local_store(options.store, wanted[0].drv)
-        makers = await _send(client, store, wanted, screen)
+        makers = await _send(client, store, wanted, screen, stages)
         roots = tuple(
             RootRequest(
                 attr=each.attr,
@@ -141,18 +144,37 @@ async def _build(connect: Callable[[], ApiClient], options: BuildRequest, submit
             for each in wanted
         )
         request = SubmitRequest(
-            roots=roots, label=options.label, retry_failed=options.retry, makers=makers, wait_s=options.wait_s
+            roots=roots,
+            label=options.label,
+            retry_failed=options.retry,
+            makers=makers,
+            wait_s=options.wait_s,
+            traceparent=os.environ.get("TRACEPARENT", "")[:MAX_TRACEPARENT],
+            stages=stages.taken,
         )
         view = await client.submit(request)
         submitted.id = view.id
         if options.detach:
             return _detached(await client.whole(view), submitted, as_json=options.as_json)
-        async with _sending_again(lambda: _send(client, store, wanted, screen), screen) as on_step:
+        async with _sending_again(lambda: _send(client, store, wanted, screen, _Stages()), screen) as on_step:
             view = await follow(client, view.id, screen, submitted.failed, on_step)
         view = await client.whole(view)
         if options.fetch and view.state is SubmissionState.SUCCEEDED:
             await _fetch(farm, view, options, store, screen)
         return _finish(view, submitted, screen, as_json=options.as_json)
+
+
+class _Stages:
+    """Times of what the client does before it submits, one after the other, for the submission's trace."""
+
+    def __init__(self) -> None:
+        self.taken: tuple[ClientStage, ...] = ()
+        self._since = time.time()
+
+    def ended(self, name: Literal["evaluate", "closure", "upload"]) -> None:
+        """Note a stage that began when the one before it ended."""
+        begin, self._since = self._since, time.time()
+        self.taken = (*self.taken, ClientStage(name=name, begin=begin, end=max(begin, self._since)))
 
 
 async def _evaluate(options: BuildRequest) -> Evaluation:
@@ -173,7 +195,7 @@ async def _evaluate(options: BuildRequest) -> Evaluation:
 
 
 async def _send(
-    client: ApiClient, store: LocalStore, wanted: Sequence[EvaluatedRoot], screen: Screen
+    client: ApiClient, store: LocalStore, wanted: Sequence[EvaluatedRoot], screen: Screen, stages: _Stages
 ) -> tuple[str, ...]:
     """Send what the coordinator lacks of the closure, in one stream each.
 
@@ -201,6 +223,7 @@ async def _send(
         # Each goes into the next closure, so that this ends.
         for path in unbuilt:
             makers[await asyncio.to_thread(find_maker, store, path, found.built[path], missing.trouble)] = None
+    stages.ended("closure")
     if missing.derivations or missing.sources:
         lacking = set(missing.sources)
         sources = [header for header in headers if header.path in lacking]
@@ -218,6 +241,7 @@ async def _send(
         if sources:
             nars = ((header, _nar(store, header)) for header in sources)
             await client.send_sources(in_thread(encode_sources(nars)))
+    stages.ended("upload")
     return tuple(makers)
 
 

@@ -50,6 +50,8 @@ class TimingWriter:
         self._clock = clock
         self._days = days
         self._rows = rows
+        #: Called with each batch of changed attempts, named, before the store has them.
+        self.on_changed: Callable[[Sequence[AttemptTiming]], None] = lambda _: None
         #: The batch that the store has not taken yet.
         self._batch: list[AttemptTiming] = []
         self._tries = 0
@@ -98,6 +100,7 @@ class TimingWriter:
         while self._batch or self._timelines.waiting:
             if not self._batch:
                 self._batch = self._named(self._timelines.take(BATCH_ROWS))
+                self.on_changed(self._batch)
             self._tries += 1
             try:
                 await self._store.save(self._batch)

@@ -45,7 +45,8 @@ class Submissions:
     async def _submit(self, wish: SubmitRequest) -> SubmissionRow:
         asked_at = self._engine.now()
         planned = await self._intake.submit(wish)
-        note = SubmissionNote(wish.label, planned.roots, planned.derivations)
+        stages = tuple((stage.name, stage.begin, stage.end) for stage in wish.stages)
+        note = SubmissionNote(wish.label, planned.roots, planned.derivations, wish.traceparent, stages)
         name = SubmissionId(secrets.token_hex(5))
 
         def event(planned: Planned) -> SubmissionReceived:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import msgspec
@@ -137,6 +137,10 @@ class SubmissionNote:
     label: str
     roots: tuple[RootNote, ...]
     derivations: int
+    #: W3C trace context that the client sent, and what it did before: (name, begin, end). Absent in notes of before
+    #: 2026-11-29.
+    traceparent: str = ""
+    stages: tuple[tuple[str, float, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +256,7 @@ def encode_note(note: SubmissionNote) -> StoredNote:
     roots = orjson.dumps(note.roots)
     if len(roots) <= _COMPRESS_ABOVE_BYTES:
         return StoredNote(orjson.dumps(note))
-    own = orjson.dumps({"label": note.label, "derivations": note.derivations})
+    own = orjson.dumps({each.name: getattr(note, each.name) for each in fields(note) if each.name != "roots"})
     return StoredNote(own, zstandard.ZstdCompressor(level=3, write_checksum=True).compress(roots))
 
 

@@ -105,6 +105,10 @@ ENDED_STEPS: Final = Metric(
 STATE_DISK_FREE: Final = Metric(
     "drover_state_disk_free", "gauge", "Room on the disk of the coordinator's state directory.", unit="By"
 )
+SPANS_SENT: Final = Metric("drover_spans_sent", "counter", "Spans of traces that the collector took.")
+SPANS_DROPPED: Final = Metric(
+    "drover_spans_dropped", "counter", "Spans that were dropped, because the collector was away, slow or refused them."
+)
 CONNECTIONS: Final = Metric("drover_connections", "gauge", "Open HTTP connections.")
 CONNECTIONS_CLOSED: Final = Metric(
     "drover_connections_closed",
@@ -199,6 +203,8 @@ METRICS: Final[tuple[Metric, ...]] = (
     CACHE_LEASES,
     CACHE_DANGLING,
     CACHE_PUBLISH,
+    SPANS_SENT,
+    SPANS_DROPPED,
     CONNECTIONS,
     CONNECTIONS_CLOSED,
     REQUESTS_ABANDONED,

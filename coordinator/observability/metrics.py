@@ -17,6 +17,7 @@ from coordinator.api.models import FarmView, StepStatus, SubmissionState, Waitin
 from coordinator.caches.housekeeping import CacheGauges
 from coordinator.engine.meter import EngineMeter
 from coordinator.observability import metric_table as table
+from coordinator.observability.trace_exporter import TraceExporter
 from coordinator.readmodel.views import Views
 from infra.cache.cache import Cache
 from infra.cache.counters import CacheCounters
@@ -93,6 +94,12 @@ def add_engine_metrics(telemetry: Telemetry, meter: EngineMeter, state_dir: Path
     telemetry.show(table.STATE_DISK_FREE, lambda: _free(state_dir))
     turn = telemetry.histogram(table.TURN)
     meter.on_part = lambda part, seconds: turn.record(seconds, {"part": part})
+
+
+def add_trace_metrics(telemetry: Telemetry, exporter: TraceExporter | None) -> None:
+    """Show what became of spans; 0 where no traces are sent."""
+    telemetry.show(table.SPANS_SENT, lambda: [(exporter.sent if exporter else 0, {})])
+    telemetry.show(table.SPANS_DROPPED, lambda: [(exporter.dropped if exporter else 0, {})])
 
 
 def add_loop_metrics(telemetry: Telemetry, watch: LoopWatch) -> None:

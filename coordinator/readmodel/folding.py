@@ -298,7 +298,7 @@ class FoldedRows:
     def _revoked(self, fact: facts.LeaseRevoked) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
-        self.timelines.revoked(row.key, fact.at, fact.failure)
+        self.timelines.revoked(row.key, fact.at, fact.failure, _wanted_by(row))
         life = row.mutable_life()
         life.clear_builder()
         if is_fault(fact.failure.kind) or fact.failure.kind is FailureKind.INPUT_LOST:
@@ -320,7 +320,7 @@ class FoldedRows:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
         row.mutable_life().ended_at = fact.at
-        self.timelines.done(row.key, fact.at)
+        self.timelines.done(row.key, fact.at, _wanted_by(row))
         for sub in row.submissions:
             sub.uploaded_bytes += row.life.uploaded_bytes
         self._finish(row)
@@ -328,7 +328,7 @@ class FoldedRows:
     def _fell_back(self, fact: facts.StepFellBack) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.step)
-        self.timelines.failed(row.key, fact.at, fact.failure)
+        self.timelines.failed(row.key, fact.at, fact.failure, _wanted_by(row))
         row.mutable_life().clear_builder()
         self._move(row, StepStatus.WAITING)
 
@@ -349,7 +349,7 @@ class FoldedRows:
         life = row.mutable_life()
         life.clear_builder()
         life.failure, life.ended_at, life.builder = fact.failure, fact.at, fact.builder
-        self.timelines.failed(row.key, fact.at, fact.failure)
+        self.timelines.failed(row.key, fact.at, fact.failure, _wanted_by(row))
         self._move(row, StepStatus.FAILED)
 
     def _doomed(self, fact: facts.StepDoomed) -> None:
@@ -423,3 +423,7 @@ class FoldedRows:
         for sub in self._submissions.values():
             if sub.watchers:
                 notify_submission_changed(sub)
+
+
+def _wanted_by(row: StepRow) -> Iterator[str]:
+    return (sub.id for sub in row.submissions)

@@ -17,9 +17,10 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
-from coordinator.stores.timings import MESSAGE_CHARACTERS, AttemptTiming, Measured, Outcome
+from coordinator.stores.timings import MAX_WANTED_BY, MESSAGE_CHARACTERS, AttemptTiming, Measured, Outcome
 from scheduler.model import Failure, FailureKind
 from workers.wire.measures import MAX_PHASES, Measures
 from workers.wire.messages import Report, Stage, StageChange, Succeeded
@@ -115,17 +116,17 @@ class Timelines:
             live.timing.built_at, live.timing.isolation = at, isolation or None
             self._note(live.timing)
 
-    def done(self, step: str, at: float) -> None:
-        """The result is published."""
-        self._end(step, at, "done")
+    def done(self, step: str, at: float, wanted_by: Iterable[str] = ()) -> None:
+        """The result is published; `wanted_by` are the submissions that wait for it, the oldest first."""
+        self._end(step, at, "done", wanted_by)
 
-    def failed(self, step: str, at: float, failure: Failure) -> None:
+    def failed(self, step: str, at: float, failure: Failure, wanted_by: Iterable[str] = ()) -> None:
         """The recipe in use failed for good."""
-        self._end(step, at, "failed", failure)
+        self._end(step, at, "failed", wanted_by, failure)
 
-    def revoked(self, step: str, at: float, failure: Failure) -> None:
+    def revoked(self, step: str, at: float, failure: Failure, wanted_by: Iterable[str] = ()) -> None:
         """The lease ended without a verdict."""
-        self._end(step, at, _ENDINGS.get(failure.kind, "retried"), failure)
+        self._end(step, at, _ENDINGS.get(failure.kind, "retried"), wanted_by, failure)
 
     # What workers send, and what publishing tells.
 
@@ -170,12 +171,15 @@ class Timelines:
             return None
         return live
 
-    def _end(self, step: str, at: float, outcome: Outcome, failure: Failure | None = None) -> None:
+    def _end(
+        self, step: str, at: float, outcome: Outcome, wanted_by: Iterable[str], failure: Failure | None = None
+    ) -> None:
         live = self._open.pop(step, None)
         if live is None:
             return
         timing = live.timing
         timing.outcome, timing.ended_at = outcome, _known(at)
+        timing.wanted_by = ",".join(islice(wanted_by, MAX_WANTED_BY)) or None
         if failure is not None:
             timing.reason, timing.message = failure.kind.value, _storable(failure.message) or None
         if timing.measured is None and live.changes and timing.ended_at is not None:

@@ -93,6 +93,10 @@ class Views(FoldedRows):
             raise NotFoundError(f"there is no submission {submission[:80]!r}; `drover status` lists them.")
         return row
 
+    def find(self, submission: str) -> SubmissionRow | None:
+        """Return a submission's row, None for one that is not known."""
+        return self._submissions.get(SubmissionId(submission))
+
     def submissions_after(self, seen: str, limit: int) -> list[SubmissionRow]:
         """Return at most `limit` submissions, newest first: those older than `seen`, "" for the newest.
 

@@ -45,6 +45,8 @@ FORMAT: Final = 1
 DELETE_ROWS: Final = 2_000
 #: Characters of a failure's message that are kept; the log and the journal have all.
 MESSAGE_CHARACTERS: Final = 500
+#: Submissions that an attempt names.
+MAX_WANTED_BY: Final = 16
 #: Version part of a name, as `builtins.parseDrvName` finds it: the first dash that no letter follows.
 _VERSION: Final = re.compile(r"-(?![A-Za-z])")
 
@@ -112,12 +114,16 @@ class AttemptTiming:
     fetched_bytes: int | None = None
     output_bytes: int | None = None
     uploaded_bytes: int | None = None
+    #: Ids of the submissions that wanted it when it ended, the oldest first, joined by commas; the first MAX_WANTED_BY.
+    wanted_by: str | None = None
     measured: Measured | None = None
 
 
 #: Columns by the type of the field; keys and `measured` stand apart.
 _FLOATS: Final = frozenset(name for name, _ in AttemptTiming.__annotations__.items() if name.endswith(("_at", "_s")))
-_TEXTS: Final = frozenset({"name", "package", "system", "worker", "isolation", "outcome", "reason", "message"})
+_TEXTS: Final = frozenset(
+    {"name", "package", "system", "worker", "isolation", "outcome", "reason", "message", "wanted_by"}
+)
 _COLUMNS: Final = tuple(each.name for each in fields(AttemptTiming))
 
 metadata = MetaData()

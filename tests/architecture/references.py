@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from tests.architecture import metrics_reference, settings_reference
+from tests.architecture import metrics_reference, settings_reference, traces_reference
 
 PAGES: Mapping[Path, Callable[[], str]] = MappingProxyType(
     {
         settings_reference.FILE: settings_reference.reference,
         metrics_reference.FILE: metrics_reference.reference,
+        traces_reference.FILE: traces_reference.reference,
     }
 )
 

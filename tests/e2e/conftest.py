@@ -8,12 +8,22 @@ from pathlib import Path
 import pytest
 
 from tests.support.farm import FARMS, Farm, WorkerSpec
+from tests.support.otlp import OtlpReceiver, receiving
 
 BUSYBOX = {"sandbox-paths": "/bin/sh=/bin/busybox"}
 
 
 @pytest.fixture(scope="session")
-def farm(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Farm]:
+def receiver() -> Iterator[OtlpReceiver]:
+    """Receiver of the farm's traces."""
+    with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="session")
+def farm(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config, receiver: OtlpReceiver
+) -> Iterator[Farm]:
     farm = Farm(
         tmp_path_factory.mktemp("farm"),
         [
@@ -21,6 +31,7 @@ def farm(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) 
             WorkerSpec("two", slots=2, features=("large-memory",), nix_options=BUSYBOX),
             WorkerSpec("mac", slots=2, features=("large-memory",), emulate=("aarch64-darwin",)),
         ],
+        settings=f'otlp_endpoint = "{receiver.url}"',
     )
     try:
         farm.start().wait_for_workers(3)

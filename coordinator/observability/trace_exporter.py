@@ -1,0 +1,136 @@
+"""Exporter of traces: takes what has ended, makes spans of it and sends them in batches, beside everything else.
+
+A collector that is away or slow costs a counted drop and nothing else: spans wait up to MAX_WAITING, the newest are
+dropped beyond it, and a batch that the sender could not deliver is dropped too. Only what ended in this process's time
+is sent, because a replay takes in again what its predecessor has sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final
+
+from coordinator.api.models import StepStatus
+from coordinator.observability import trace_names as names
+from coordinator.observability.spans import Trace, attempt_spans, submission_spans
+from coordinator.readmodel.rows import SubmissionRow
+from coordinator.readmodel.views import Views
+from coordinator.stores.timings import AttemptTiming
+from infra.clock import Clock
+from infra.ended_span import EndedSpan
+
+#: Seconds between two looks at what has ended.
+LOOK_EVERY_S: Final = 1.0
+#: Seconds that a submission has ended before its own span is made: its last attempts come in meanwhile.
+SETTLE_S: Final = 2.0
+#: Spans of one request, and how many wait at most, some 0.7 KiB each.
+BATCH_SPANS: Final = 512
+MAX_WAITING: Final = 20_000
+#: Seconds that the last spans get when the coordinator stops.
+LAST_SENDS_S: Final = 3.0
+
+#: Sends a batch and waits for the answer, in a thread; False where it was not taken.
+Send = Callable[[Sequence[EndedSpan]], bool]
+
+_log = logging.getLogger(__name__)
+
+
+def otlp_wanted(endpoint: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether spans go anywhere: a setting or the standard variables name a place and none forbids it."""
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none":
+        return False
+    variables = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    return bool(endpoint) or any(environ.get(name) for name in variables)
+
+
+class TraceExporter:
+    """Sends the traces of one farm."""
+
+    def __init__(self, send: Send, views: Views, clock: Clock) -> None:
+        self._send = send
+        self._views = views
+        self._clock = clock
+        self._since = clock.now()
+        self._waiting: deque[EndedSpan] = deque()
+        #: Submissions that had not ended at the last look, and the newest one of it.
+        self._open: dict[str, SubmissionRow] = {}
+        self._newest = ""
+        #: Spans that the collector took, and spans that were dropped.
+        self.sent = self.dropped = 0
+        self._away = False
+
+    def attempts_ended(self, timings: Iterable[AttemptTiming]) -> None:
+        """Make spans of those attempts that have ended since the coordinator began."""
+        for timing in timings:
+            if timing.outcome is not None and timing.ended_at is not None and timing.ended_at >= self._since:
+                rows = [self._views.find(each) for each in (timing.wanted_by or "").split(",")]
+                known = [row for row in rows if row is not None]
+                # One that ended before may run again.
+                self._open.update((row.id, row) for row in known)
+                self._add(attempt_spans(timing, [self._trace(row) for row in known]))
+
+    async def run(self) -> None:
+        """Serve until cancelled, then send what waits, for at most LAST_SENDS_S."""
+        try:
+            while True:
+                self._look(self._clock.now() - SETTLE_S)
+                await self._deliver()
+                await asyncio.sleep(LOOK_EVERY_S)
+        finally:
+            try:
+                async with asyncio.timeout(LAST_SENDS_S):
+                    self._look(self._clock.now())
+                    await self._deliver()
+            except TimeoutError:
+                self.dropped += len(self._waiting)
+
+    def _look(self, before: float) -> None:
+        """Make spans of the submissions that ended before this moment and after the last look."""
+        rows = self._views.submission_rows()
+        for row in reversed(rows):
+            if row.id == self._newest:
+                break
+            if not (row.ended or row.withdrawn) or row.touched_at >= self._since:
+                self._open[row.id] = row
+        self._newest = rows[-1].id if rows else ""
+        for row in list(self._open.values()):
+            if not (row.ended or row.withdrawn) or row.touched_at > before:
+                continue
+            del self._open[row.id]
+            note = self._views.note(row.id)
+            counts = {
+                names.STEPS: len(row.members),
+                names.CACHED: row.held,
+                names.FAILED: row.counts[StepStatus.FAILED],
+            }
+            self._add(
+                submission_spans(
+                    self._trace(row), note.label, row.state, row.created_at, row.touched_at, counts, note.stages
+                )
+            )
+
+    async def _deliver(self) -> None:
+        while self._waiting:
+            batch = [self._waiting.popleft() for _ in range(min(BATCH_SPANS, len(self._waiting)))]
+            if await asyncio.to_thread(self._send, batch):
+                self.sent += len(batch)
+                self._away = False
+            else:
+                self.dropped += len(batch)
+                if not self._away:
+                    _log.warning("the collector of traces does not take spans; they are dropped until it does")
+                self._away = True
+
+    def _trace(self, row: SubmissionRow) -> Trace:
+        return Trace(row.id, self._views.note(row.id).traceparent)
+
+    def _add(self, spans: Iterable[EndedSpan]) -> None:
+        for span in spans:
+            if len(self._waiting) < MAX_WAITING:
+                self._waiting.append(span)
+            else:
+                self.dropped += 1

@@ -1,0 +1,96 @@
+"""One trace a submission, over client, coordinator, Ray and workers, as a real receiver gets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from tests.e2e.conftest import Expression
+from tests.support.farm import Farm
+from tests.support.otlp import OtlpReceiver, ReceivedSpan
+
+pytestmark = pytest.mark.e2e
+
+#: As a CI run would give it: its trace, and the span of the job.
+TRACE, JOB = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@pytest.fixture(scope="module")
+def spans(farm: Farm, receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory) -> list[ReceivedSpan]:
+    """The trace of a submission with a step that is built in phases, one that fails, and one that shares the first."""
+    expression = Expression(tmp_path_factory.mktemp("traced"))
+    file = expression.write(
+        r"""
+        phased = shell "phased" ''
+          echo '@nix {"action":"setPhase","phase":"buildPhase"}' >&2; read -t 2 x < /dev/zero
+          echo '@nix {"action":"setPhase","phase":"installPhase"}' >&2; echo > $out'';
+        broken = shell "broken" "echo no; exit 3";
+        """
+    )
+    build = farm.build_command(file, "-A", "phased", "-A", "broken", "--label", "traced", "--json")
+    environment = {**farm.environment, "TRACEPARENT": f"00-{TRACE}-{JOB}-01"}
+    first = subprocess.Popen(build, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    stdout, stderr = first.communicate(timeout=120)
+    assert first.returncode == 1, stderr
+    submission = json.loads(stdout.splitlines()[-1])["id"]
+    everything = receiver.wait_for(
+        lambda got: any(
+            span.name == "submission" and span.attributes.get("cicd.pipeline.run.id") == submission for span in got
+        )
+    )
+    return [span for span in everything if span.trace == TRACE]
+
+
+def only(spans: list[ReceivedSpan], name: str) -> ReceivedSpan:
+    [found] = [span for span in spans if span.name == name]
+    return found
+
+
+def below(spans: list[ReceivedSpan], parent: ReceivedSpan) -> dict[str, ReceivedSpan]:
+    return {span.name: span for span in spans if span.parent == parent.id}
+
+
+def test_a_submission_is_a_span_of_the_program_that_started_it(spans: list[ReceivedSpan]) -> None:
+    root = only(spans, "submission")
+    assert root.parent == JOB
+    assert root.attributes["cicd.pipeline.name"] == "traced"
+    assert root.attributes["cicd.pipeline.result"] == "failure"
+    assert root.status == "STATUS_CODE_ERROR"
+    assert set(below(spans, root)) == {
+        "client evaluate",
+        "client closure",
+        "client upload",
+        "step phased",
+        "step broken",
+    }
+
+
+def test_every_span_has_its_parent_in_the_trace_and_lies_within_it(spans: list[ReceivedSpan]) -> None:
+    by_id = {span.id: span for span in spans}
+    assert len(by_id) == len(spans)
+    for span in spans:
+        assert span.begin_ns <= span.end_ns
+        if span.parent != JOB:
+            parent = by_id[span.parent]
+            assert parent.begin_ns <= span.begin_ns <= span.end_ns <= parent.end_ns, (span.name, parent.name)
+
+
+def test_a_step_has_its_attempt_and_that_what_its_worker_did(spans: list[ReceivedSpan]) -> None:
+    step = only(spans, "step phased")
+    assert step.attributes["cicd.pipeline.task.run.result"] == "success"
+    attempt = below(spans, step)["attempt"]
+    assert attempt.attributes["cicd.worker.name"] in {"one", "two", "mac"}
+    assert attempt.attributes["nix.system"] == "x86_64-linux"
+    parts = below(spans, attempt)
+    assert set(parts) >= {"build", "pack", "upload", "verify", "publish"}
+    assert list(below(spans, parts["build"])) == ["phase buildPhase", "phase installPhase"]
+
+
+def test_a_failure_says_what_it_was(spans: list[ReceivedSpan]) -> None:
+    attempt = below(spans, only(spans, "step broken"))["attempt"]
+    assert attempt.attributes["error.type"] == "permanent"
+    assert attempt.attributes["cicd.pipeline.task.run.result"] == "failure"
+    assert attempt.status == "STATUS_CODE_ERROR"
+    assert "exit code 3" in attempt.message
