@@ -70,6 +70,7 @@ from coordinator.observability.trace_exporter import TraceExporter, otlp_wanted
 from coordinator.readmodel.explain import FarmExplainer
 from coordinator.readmodel.farm_view import farm_view
 from coordinator.readmodel.recall import recall_details
+from coordinator.readmodel.usual_times import UsualTimes
 from coordinator.readmodel.views import Views
 from coordinator.security.farm_secrets import API_TOKEN
 from coordinator.security.isolation import WeakIsolation
@@ -272,6 +273,7 @@ class _Core:
     submissions: Submissions
     relay: _EffectRelay
     timings: TimingWriter
+    usual: UsualTimes
     #: Facts that were replayed.
     replayed: int
 
@@ -289,7 +291,8 @@ async def _recover(settings: Settings, clock: Clock, stores: _Stores) -> _Core:
         )
     )
     explainer = FarmExplainer(farm, stores.logs, clock)
-    views = Views(explainer)
+    usual = UsualTimes(stores.timings.usual_builds, clock)
+    views = Views(explainer, usual=usual.of)
     relay = _EffectRelay()
     engine = Engine(farm, stores.journal, views, clock, relay.submit)
     notes = decode_notes(await stores.journal.notes())
@@ -299,7 +302,7 @@ async def _recover(settings: Settings, clock: Clock, stores: _Stores) -> _Core:
     writer = TimingWriter(views.timelines, stores.timings, views.named, clock, limits.timings_days, limits.timings_rows)
     intake = Intake(stores.derivations, cache, cache.objects, cache.store_dir, IntakeLimits.of(limits))
     submissions = Submissions(engine, views, intake)
-    return _Core(farm, engine, views, explainer, intake, submissions, relay, writer, replayed)
+    return _Core(farm, engine, views, explainer, intake, submissions, relay, writer, usual, replayed)
 
 
 def _build_limits(limits: LimitSettings) -> ResourceLimits:
@@ -469,6 +472,7 @@ def _start(  # noqa: PLR0917 - collaborators, named by their types
         *(group.create_task(each.uploads.run(), name="uploads") for each in site.services),
         group.create_task(lead.leadership.hold(journal), name="leadership"),
         group.create_task(Compactor(settings.database_url("journal"), journal).run(), name="compaction"),
+        group.create_task(core.usual.run(), name="usual times"),
         # Last: they write and send what the others have left.
         group.create_task(core.timings.run(), name="timings"),
         *([group.create_task(site.exporter.run(), name="traces")] if site.exporter else []),

@@ -139,6 +139,8 @@ class StepView:
     started_at: float = 0.0
     ended_at: float = 0.0
     uploaded_bytes: int = 0
+    #: Of a step that runs: what the newest builds of its package usually took, once that is known.
+    usual_s: float | None = None
     failure: FailureView | None = None
     #: For a doomed step: key of the step whose failure is the root cause.
     cause: str = ""

@@ -33,6 +33,8 @@ NARROW: Final = 60
 #: Sentences about steps that no worker can take or has taken yet, and failed steps that are named.
 STUCK_ROWS: Final = 3
 FAILED_NAMED: Final = 5
+#: Seconds below which it is not worth saying how long a step will still take.
+SHORTEST_REST_S: Final = 5.0
 #: Cells that one step of depth takes in the forest.
 _INDENT: Final = 3
 #: Stage -> sign and colour. A step that the worker has not begun is only queued there.
@@ -83,6 +85,7 @@ def _forest_lines(progress: Progress, running: Sequence[StepView], now: float, w
     name_width = min(max(names, default=0), max(14, most))
     workers = [cell_len(who(step)) for _, step in drawn if step is not None]
     who_width = min(max(workers, default=0), max(8, window.width // 4)) if window.width >= NARROW else 0
+    usual_width = max((cell_len(_usual(step)) for _, step in drawn if step is not None), default=0)
     lines: list[Line] = []
     if hidden:
         stages = Counter(stage_of(step) for step in running)
@@ -101,7 +104,7 @@ def _forest_lines(progress: Progress, running: Sequence[StepView], now: float, w
                 ]
             )
         else:
-            lines.append(_running_line(place.branches, step, now, name_width, who_width))
+            lines.append(_running_line(place.branches, step, now, (name_width, who_width, usual_width)))
     return lines
 
 
@@ -110,7 +113,12 @@ def _name(progress: Progress, key: str) -> str:
     return one_line(step.name if step is not None else progress.tree[key].name)
 
 
-def _running_line(branches: str, step: StepView, now: float, name_width: int, who_width: int) -> Line:
+def _usual(step: StepView) -> str:
+    return f"(\u2205 {duration(step.usual_s)})  " if step.usual_s is not None else ""
+
+
+def _running_line(branches: str, step: StepView, now: float, widths: tuple[int, int, int]) -> Line:
+    name_width, who_width, usual_width = widths
     stage = stage_of(step)
     sign, colour = SIGNS.get(stage, SIGNS["queued"])
     room = max(1, name_width - cell_len(branches) - 2)
@@ -120,6 +128,7 @@ def _running_line(branches: str, step: StepView, now: float, name_width: int, wh
         (cell(one_line(step.name), room), "bold"),
         (cell(f"  {who(step)}", who_width + 2) if who_width else "", "magenta" if step.emulated else "cyan"),
         (f"  {duration(now - (step.started_at or now)):>6}  ", ""),
+        (cell(_usual(step), usual_width), "dim"),
         (doing(step), "dim"),
     ]
 
@@ -192,16 +201,33 @@ def _totals(progress: Progress, now: float, width: int) -> Line:
         ("\u2500" * (bar_width - filled), "dim"),
         (f" {finished}/{counts.total}", ""),
     ]
+    last = _last_one(progress, now)
     parts: dict[str, Line] = {word: [(f"{number} {word}", style)] for word, number, style in tally(counts)}
     if progress.uploaded_bytes:
         parts["uploaded"] = [(f"\u2191 {size(progress.uploaded_bytes)}", "")]
     if progress.submission is not None:
         parts["age"] = [(duration(now - progress.submission.created_at), "")]
-    for word in ("uploaded", "cached", "abandoned", "waiting", "ready", "done", "doomed", "age"):
+    if last:
+        parts["last"] = [(last, "")]
+    for word in ("uploaded", "cached", "abandoned", "waiting", "ready", "done", "last", "doomed", "age"):
         if width_of(_total(bar, parts)) <= width:
             break
         parts.pop(word, None)
     return _total(bar, parts)
+
+
+def _last_one(progress: Progress, now: float) -> str:
+    """Return how long what runs still takes, if it takes as long as usual; "" where that is not known.
+
+    When all is built cannot be told here: what waits takes its time too. It is what bounds the end from below.
+    """
+    rests = [
+        (step.usual_s - (now - step.started_at), one_line(step.name))
+        for step in progress.running.values()
+        if step.usual_s is not None and step.started_at
+    ]
+    rest, name = max(rests, default=(0.0, ""))
+    return f"at least {duration(rest)} more ({name})" if rest >= SHORTEST_REST_S else ""
 
 
 def _total(bar: Line, parts: dict[str, Line]) -> Line:

@@ -82,9 +82,16 @@ _NO_NOTE = SubmissionNote(label="", roots=(), derivations=0)
 class Views(FoldedRows):
     """The rows, as clients see them."""
 
-    def __init__(self, explainer: Explainer, timelines: Timelines | None = None) -> None:
+    def __init__(
+        self,
+        explainer: Explainer,
+        timelines: Timelines | None = None,
+        usual: Callable[[str, str], float | None] = lambda *_: None,
+    ) -> None:
+        """`usual` gives the seconds that a build of a name on a system usually takes, None while that is not known."""
         super().__init__(timelines)
         self._explain = explainer
+        self._usual = usual
 
     def submission(self, submission: str) -> SubmissionRow:
         """Return a submission's row. Raises `NotFoundError`."""
@@ -259,6 +266,7 @@ class Views(FoldedRows):
             started_at=life.started_at,
             ended_at=life.ended_at,
             uploaded_bytes=life.uploaded_bytes,
+            usual_s=self._usual(detail.name, detail.system) if running and detail.name else None,
             failure=FailureView(kind=life.failure.kind, message=life.failure.message) if life.failure else None,
             cause=life.cause,
             waiting_for=f"{sentence}; last time: {life.trouble}" if sentence and life.trouble else sentence,

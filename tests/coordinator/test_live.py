@@ -31,8 +31,8 @@ def calm(watched: Scripted) -> None:
         snapshot(
             Counts(total=9, held=2, running=3, waiting=4),
             step("zlib-1.3", started_at=NOW - 12, phase="buildPhase"),
-            step("openssl-3.3", started_at=NOW - 62, worker="ec2-large", phase="checkPhase"),
-            step("llvm-18", started_at=NOW - 4, stage="fetching"),
+            step("openssl-3.3", started_at=NOW - 62, worker="ec2-large", phase="checkPhase", usual_s=58.4),
+            step("llvm-18", started_at=NOW - 4, stage="fetching", usual_s=3600.0),
             tree=(
                 place("zlib-1.3", "curl-8.9"),
                 place("openssl-3.3", "curl-8.9"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import re
@@ -20,7 +21,10 @@ from coordinator.cli.log import LINE_BYTES, LineSearch, Printer
 from coordinator.cli.rendering import why_lines
 from coordinator.cli.top import farm_lines
 from coordinator.client.errors import RefusedError
-from tests.coordinator.conftest import OpenFarm
+from coordinator.readmodel.usual_times import WAITING, UsualTimes
+from coordinator.stores.timings import TimingsError, TimingStore
+from infra.clock import SystemClock
+from tests.coordinator.conftest import PATIENCE_S, OpenFarm
 from tests.support.screens import NOW
 
 CHAIN = """
@@ -85,6 +89,48 @@ async def test_names_are_completed_and_a_farm_says_what_it_does(open_farm: OpenF
         assert [(worker.name, worker.state) for worker in activity.workers] == [("one", "online")]
         assert activity.steps["done"] == 4
         assert activity.queues == ()
+
+
+async def known(usual: UsualTimes, name: str) -> float | None:
+    """Ask, and return the answer of the next question after the store has been read."""
+    usual.of(name, "x86_64-linux")
+    reading = asyncio.create_task(usual.run())
+    async with asyncio.timeout(PATIENCE_S):
+        while usual.unanswered:  # noqa: ASYNC110 - what is waited for is a database's answer
+            await asyncio.sleep(0.01)
+    reading.cancel()
+    return usual.of(name, "x86_64-linux")
+
+
+async def test_the_builds_of_a_package_tell_how_long_the_next_one_usually_takes(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm:
+        await farm.ended((await farm.submit('{ it = run "tool-1.0" "echo > $out"; }', "it")).id)
+        [system] = (await farm.client.history("tool")).systems
+        store = TimingStore.open(farm.settings.database_url("timings"))
+        try:
+            assert await known(UsualTimes(store.usual_builds, SystemClock()), "tool-1.1") == system.usual_s
+        finally:
+            await store.close()
+
+
+async def test_a_store_of_times_that_fails_or_is_slow_costs_nothing_but_the_answer() -> None:
+    asked: list[tuple[str, str, int]] = []
+
+    async def builds(package: str, system: str, most: int) -> list[float]:
+        asked.append((package, system, most))
+        if package == "broken":
+            raise TimingsError("the database of timings failed: locked.")
+        return [3.0, 1.0, 2.0] if package == "tool" else []
+
+    usual = UsualTimes(builds, SystemClock())
+    names = ["tool-1.0", "tool-1.1", "broken-2", "new-1"]
+    assert [usual.of(name, "x86_64-linux") for name in names] == [None] * 4
+    assert await known(usual, "new-1") is None
+    assert [usual.of(name, "x86_64-linux") for name in names] == [2.0, 2.0, None, None]
+    assert len(asked) == 3
+    for number in range(WAITING + 50):
+        usual.of(f"p{number}x", "x86_64-linux")
+    assert usual.unanswered == WAITING
 
 
 def test_completion_is_silent_where_no_farm_answers_and_imports_nothing_slow() -> None:

@@ -99,7 +99,7 @@ class DrivenViews:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.farm = Farm(limits)
-        self.views = Views(Silent(self.farm))
+        self.views = Views(Silent(self.farm), usual=lambda name, system: float(len(name + system)))
         self.now = 1000.0
         self.frames: list[bytes] = []
         self.effects: list[object] = []
@@ -505,3 +505,15 @@ def test_what_the_core_refused_leaves_no_names_and_takes_none_from_steps_that_ar
     # Names of steps that no fact has named are not kept where only known ones are asked for.
     whole(views.adding_details([StepInfo(StepKey("odd"), "odd", "sys", (), "/odd.drv", ())], only_known=True))
     assert views.nameless() == [new]
+
+
+def test_only_a_step_that_runs_and_has_a_name_says_how_long_builds_of_its_package_usually_take() -> None:
+    driven = DrivenViews()
+    driven.tell(submission("s", "b c", spec("a"), spec("b", "a"), spec("c")))
+    key = StepKey("a")
+    driven.views.add_details({key: StepInfo(key, "tool-1.1", "sys", (), "/nix/store/a.drv", ())})
+    driven.join()
+    usual = {name: driven.views.step_view(driven.views.step(name)).usual_s for name in "abc"}
+    assert usual == {"a": 11.0, "b": None, "c": None}
+    driven.finish()
+    assert driven.views.step_view(driven.views.step("a")).usual_s is None
