@@ -31,7 +31,7 @@ class BuilderRules:
         self._policy = policy
         self._step_rules = step_rules
 
-    def joined(self, event: e.BuilderJoined, now: Instant) -> Iterator[f.Said]:
+    def joined(self, event: e.BuilderJoined, now: Instant) -> Iterator[f.FactOrPause]:
         """Admit a builder, and square the leases it names with those it should hold."""
         spec = event.builder
         builder = self._state.builders.get(spec.id)
@@ -46,7 +46,7 @@ class BuilderRules:
         yield f.BuilderAdmitted(spec, event.capacity, now, missing, unknown, event.draining, event.unfit)
         yield from self.judge(spec.id, now)
 
-    def reported(self, event: e.BuilderReported, now: Instant) -> Iterator[f.Said]:
+    def reported(self, event: e.BuilderReported, now: Instant) -> Iterator[f.FactOrPause]:
         """Take a heartbeat; one of a builder that was removed for silence brings it back."""
         builder = self._state.builders.get(event.builder)
         if builder is None or builder.spec is None:
@@ -63,7 +63,7 @@ class BuilderRules:
         if builder.strikes or builder.until or event.unfit:
             yield from self.judge(event.builder, now)
 
-    def lost(self, event: e.BuilderLost, now: Instant) -> Iterator[f.Said]:
+    def lost(self, event: e.BuilderLost, now: Instant) -> Iterator[f.FactOrPause]:
         """Remove a builder whose incarnation is confirmed to be gone."""
         builder = self._state.builders.get(event.builder)
         if builder is None:
@@ -73,7 +73,7 @@ class BuilderRules:
         elif builder.spec is not None and builder.spec.incarnation == event.incarnation:
             yield from self._remove(builder, event.reason, now, silent=False)
 
-    def due(self, now: Instant) -> Iterator[f.Said]:
+    def due(self, now: Instant) -> Iterator[f.FactOrPause]:
         """Yield what the passing of time decides: silent builders, quarantines that ended."""
         state = self._state
         while state.builders:
@@ -96,7 +96,7 @@ class BuilderRules:
         for builder in self._state.quarantined.values():
             yield builder.until
 
-    def judge(self, id_: BuilderId, now: Instant) -> Iterator[f.Said]:
+    def judge(self, id_: BuilderId, now: Instant) -> Iterator[f.FactOrPause]:
         """Begin a quarantine where one is due, end one for unfitness where the builder is fit again."""
         builder = self._state.builders.get(id_)
         if builder is None or builder.spec is None:
@@ -117,7 +117,7 @@ class BuilderRules:
         until = Instant(now + self._policy.quarantine_s(id_, level))
         yield f.BuilderQuarantined(id_, reason, until, level, bool(builder.unfit))
 
-    def judge_others(self, but: BuilderId, now: Instant) -> Iterator[f.Said]:
+    def judge_others(self, but: BuilderId, now: Instant) -> Iterator[f.FactOrPause]:
         """Judge the builders that have strikes: another one has built a step that failed on some of them."""
         for builder in tuple(self._state.builders.values()):
             if builder.strikes and builder.id != but:
@@ -125,7 +125,7 @@ class BuilderRules:
 
     def _missing(
         self, builder: Builder | None, listed: tuple[LeaseId, ...], now: Instant
-    ) -> Generator[f.Said, None, tuple[LeaseId, ...]]:
+    ) -> Generator[f.FactOrPause, None, tuple[LeaseId, ...]]:
         """Return the leases to hand over again; one that was handed over too often is revoked.
 
         A builder known only from the journal is told at once: its leases may never have been handed over.
@@ -155,7 +155,7 @@ class BuilderRules:
                 unknown.append(lease)
         return tuple(unknown)
 
-    def _remove(self, builder: Builder, reason: str, now: Instant, *, silent: bool) -> Iterator[f.Said]:
+    def _remove(self, builder: Builder, reason: str, now: Instant, *, silent: bool) -> Iterator[f.FactOrPause]:
         failure = Failure(FailureKind.WORKER_LOST, reason)
         while builder.leases:
             yield from self._step_rules.retry(next(iter(builder.leases.values())), failure, now)

@@ -44,7 +44,7 @@ class Decider:
         self._builder_rules = BuilderRules(state, limits, policy, self._step_rules)
         self._forsaken = Forsaken(state, limits, self._step_rules)
 
-    def decide(self, event: e.Event, now: Instant) -> Iterator[f.Said]:  # noqa: C901, PLR0912  one arm per event
+    def decide(self, event: e.Event, now: Instant) -> Iterator[f.FactOrPause]:  # noqa: C901, PLR0912  one arm per event
         """Yield what follows from one event, without granting leases (`assign` does, once per batch)."""
         match event:
             case e.BuildSucceeded():
@@ -87,7 +87,7 @@ class Decider:
         if self._state.orphans:
             yield from self._step_rules.abandon_orphans(now)
 
-    def due(self, now: Instant) -> Iterator[f.Said]:
+    def due(self, now: Instant) -> Iterator[f.FactOrPause]:
         """Yield what the passing of time has decided: silent builders, back-offs and quarantines that ended."""
         yield from self._builder_rules.due(now)
         yield from self._step_rules.abandon_orphans(now)
@@ -109,7 +109,7 @@ class Decider:
         """Return when a step that no builder can take is given up as things stand; None for never."""
         return self._forsaken.until(step)
 
-    def assign(self, now: Instant) -> Iterator[f.Said]:
+    def assign(self, now: Instant) -> Iterator[f.FactOrPause]:
         """Grant leases, submissions in turn, the best-ranked step of each, until no free builder can take a ready one.
 
         Only queues of builders with free slots are looked at, and of each only the first step of the lane whose
@@ -137,7 +137,7 @@ class Decider:
             if not best.lanes:
                 del queues[best]
 
-    def _received(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.Said]:
+    def _received(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.FactOrPause]:
         """Take a submission, let one that ended with lapsed roots run again, or give one that runs a new plan."""
         state = self._state
         if self._is_stale(event):
@@ -173,7 +173,7 @@ class Decider:
     def _wait_of(self, event: e.SubmissionReceived) -> int | None:
         """Return how long the submission lets its steps wait for a builder: as before where it does not say."""
         if event.wait_s is None and (event.again or event.replanned):
-            return self._state.patience.get(event.submission)
+            return self._state.wait_limits.get(event.submission)
         return event.wait_s
 
     def _is_stale(self, event: e.SubmissionReceived) -> bool:
@@ -185,7 +185,7 @@ class Decider:
             return known is None or not any(event.submission in root.roots for root in known)
         return known is not None
 
-    def _take_steps(self, event: e.SubmissionReceived) -> Generator[f.Said, None, dict[StepKey, None]]:
+    def _take_steps(self, event: e.SubmissionReceived) -> Generator[f.FactOrPause, None, dict[StepKey, None]]:
         """Learn steps and recipes; return the known steps that gained one."""
         renewed: dict[StepKey, None] = {}
         for count, spec in enumerate(event.steps, 1):
@@ -201,7 +201,7 @@ class Decider:
                     yield f.RecipeAdded(spec.key, recipe)
         return renewed
 
-    def _end_waits(self, event: e.SubmissionReceived) -> Iterator[f.Said]:
+    def _end_waits(self, event: e.SubmissionReceived) -> Iterator[f.FactOrPause]:
         """Let steps that were handed back go on at once: the client has just sent what they lacked."""
         for count, spec in enumerate(event.steps, 1):
             if not count % PIECE:
@@ -222,7 +222,7 @@ class Decider:
                 lost[step] = None
         return list(lost)
 
-    def _hold(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.Said]:
+    def _hold(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.FactOrPause]:
         seen_at = min(now, event.asked_at)
         for count, key in enumerate(dict.fromkeys(event.held), 1):
             if not count % PIECE:
@@ -234,7 +234,7 @@ class Decider:
                 yield from self._step_rules.stop(step, now, "the cache holds the result")
                 yield f.StepCached(key, seen_at)
 
-    def _expired(self, submission: SubmissionId, now: Instant) -> Iterator[f.Said]:
+    def _expired(self, submission: SubmissionId, now: Instant) -> Iterator[f.FactOrPause]:
         """Forget a submission that has ended, and the steps that nothing names any more.
 
         What is known to fail stays known for as long as that counts, and what it names with it.
@@ -262,7 +262,7 @@ class Decider:
                 yield PAUSE
         return gone
 
-    def _retry_asked(self, key: StepKey) -> Iterator[f.Said]:
+    def _retry_asked(self, key: StepKey) -> Iterator[f.FactOrPause]:
         """Forget a failure that no submission waits for: the next one that wants the step builds it."""
         step = self._state.steps.get(key)
         if step is not None and step.state is StepState.FAILED:

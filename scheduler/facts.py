@@ -470,4 +470,4 @@ Fact = (
 )
 
 #: What a decision yields: facts, and pauses between them.
-Said = Fact | Pause
+FactOrPause = Fact | Pause

@@ -13,7 +13,7 @@ from dataclasses import replace
 from scheduler.decide import Decider
 from scheduler.effects import Effect
 from scheduler.events import Event
-from scheduler.facts import Fact, FarmResumed, MembersJoined, Said, StepReady, StepWaiting
+from scheduler.facts import Fact, FactOrPause, FarmResumed, MembersJoined, StepReady, StepWaiting
 from scheduler.model import NO_INSTANT, BuilderId, Instant, LeaseId, Requirements, StepKey, StepState, SubmissionId
 from scheduler.pauses import FACTS_PIECE, PAUSE, PIECE, Pause, whole
 from scheduler.policy import Limits, LongestPathFirst, Policy
@@ -81,7 +81,7 @@ class Farm:
         return facts, effects
 
     def _take(
-        self, decided: Iterable[Said], now: Instant, facts: list[Fact], effects: list[Effect]
+        self, decided: Iterable[FactOrPause], now: Instant, facts: list[Fact], effects: list[Effect]
     ) -> Generator[Pause, None, None]:
         state = self.state
         turned, joined = state.turned, state.joined

@@ -71,7 +71,7 @@ class Forsaken:
         self._looked_at = NO_INSTANT
         self._varied = False
 
-    def due(self, now: Instant) -> Iterator[f.Said]:
+    def due(self, now: Instant) -> Iterator[f.FactOrPause]:
         """Give up the steps whose time is over; start the time of those that have come to wait."""
         if not (self._waiting or self._heap or self._state.ready.forsaken):
             return
@@ -88,7 +88,7 @@ class Forsaken:
             for fact in self._step_rules.give_up(step, self._failure(step, since, now), now):
                 fell_back = fell_back or isinstance(fact, f.StepFellBack)
                 yield fact
-            if fell_back and self._state.patience:
+            if fell_back and self._state.wait_limits:
                 # A more patient submission may stand on the others by now: the next call, at once, looks again.
                 break
         for step in over:
@@ -148,7 +148,7 @@ class Forsaken:
         """Return whether the limit of a step that waits may have become shorter since all were looked at."""
         if self._partings == self._state.partings or not self._waiting:
             return False
-        return self._varied or bool(self._state.patience)
+        return self._varied or bool(self._state.wait_limits)
 
     def _look_again(self, now: Instant) -> Generator[Pause, None, None]:
         self._partings, self._looked_at, self._varied = self._state.partings, now, False
@@ -186,18 +186,18 @@ class Forsaken:
 
     def _shortest(self) -> float:
         """Return the least that any step waits."""
-        patience = self._state.patience
-        return min(map(_told, (self._limits.give_up_s, *patience.values())))
+        limits = self._state.wait_limits
+        return min(map(_comparable, (self._limits.give_up_s, *limits.values())))
 
     def _limit(self, step: Step, limits: dict[Step, float]) -> float:
         """Return how long the most patient submission that stands on a step waits, with what is known in `limits`.
 
         A submission that names no limit has the farm's.
         """
-        if not self._state.patience:
-            return _told(self._limits.give_up_s)
+        if not self._state.wait_limits:
+            return _comparable(self._limits.give_up_s)
         owners = self._state.shares.submissions(step.owners)
-        waits = set(map(self._patience, owners))
+        waits = set(map(self._wait_limit, owners))
         if len(waits) == 1:
             # Every submission that stands on the step is among its owners; an owner may have let go of it meanwhile.
             return waits.pop()
@@ -210,12 +210,12 @@ class Forsaken:
                 continue
             stack.pop()
             if top not in limits:
-                own = [self._patience(submission) for submission in top.roots]
+                own = [self._wait_limit(submission) for submission in top.roots]
                 limits[top] = max([*own, *(limits[dependent] for dependent in top.dependents)], default=0.0)
         return limits[step]
 
-    def _patience(self, submission: SubmissionId) -> float:
-        return _told(self._state.patience.get(submission, self._limits.give_up_s))
+    def _wait_limit(self, submission: SubmissionId) -> float:
+        return _comparable(self._state.wait_limits.get(submission, self._limits.give_up_s))
 
     def _failure(self, step: Step, since: Instant, now: Instant) -> Failure:
         wanted = step.recipe.requirements
@@ -244,7 +244,7 @@ def describe_unserved(reason: Unserved) -> str:
             assert_never(reason)
 
 
-def _told(limit_s: float) -> float:
+def _comparable(limit_s: float) -> float:
     """Return a limit as a number of seconds that can be compared: 0 says for ever."""
     return limit_s or inf
 

@@ -30,7 +30,7 @@ def check(state: FarmState) -> None:
     _check_names(state)
     unknown = state.paid_until.keys() - state.submissions.keys() - state.withdrawn.keys()
     _require(not unknown, f"{unknown} are forgotten and still pay")
-    unknown = state.patience.keys() - state.submissions.keys() - state.withdrawn.keys()
+    unknown = state.wait_limits.keys() - state.submissions.keys() - state.withdrawn.keys()
     _require(not unknown, f"{unknown} are forgotten and still wait")
     unknown = state.limits.keys() - state.submissions.keys() - state.withdrawn.keys()
     _require(not unknown, f"{unknown} are forgotten and still limit builds")

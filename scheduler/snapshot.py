@@ -51,7 +51,7 @@ def _submission(
         tuple([root.key for root in roots]),
         withdrawn=withdrawn,
         paid_until=state.paid_until.get(submission, NO_INSTANT),
-        wait_s=state.patience.get(submission),
+        wait_s=state.wait_limits.get(submission),
         limits=tuple(state.limits.get(submission, {}).items()),
     )
 

@@ -55,7 +55,7 @@ class FarmState(StepGraph):
         self.paid_until: dict[SubmissionId, Instant] = {}
         #: How long steps of a submission wait for a builder that could take them, in seconds, 0 for ever: of those that
         #: said so and are not forgotten.
-        self.patience: dict[SubmissionId, int] = {}
+        self.wait_limits: dict[SubmissionId, int] = {}
         #: What submissions say of builds of their roots, where they say something and are not forgotten.
         self.limits: dict[SubmissionId, dict[StepKey, ResourceLimits]] = {}
         #: Counts the references to each step: one without any may be forgotten.
@@ -148,7 +148,7 @@ class FarmState(StepGraph):
                 known[fact.submission] = tuple([self.steps[key] for key in fact.roots])
                 if fact.paid_until:
                     self.paid_until[fact.submission] = fact.paid_until
-                self._set_patience(fact.submission, fact.wait_s)
+                self._set_wait_limit(fact.submission, fact.wait_s)
                 self._set_limits(fact.submission, fact.limits)
             case f.BuilderRestored():
                 self._roster.restored(fact.builder, fact.heard, [self.steps[key] for key in fact.leases])
@@ -196,7 +196,7 @@ class FarmState(StepGraph):
         roots = tuple([self.steps[key] for key in dict.fromkeys(fact.roots)])
         before = self.submissions.get(fact.submission) or self.withdrawn.pop(fact.submission, ())
         self.submissions[fact.submission] = roots
-        self._set_patience(fact.submission, fact.wait_s)
+        self._set_wait_limit(fact.submission, fact.wait_s)
         self._set_limits(fact.submission, fact.limits)
         for piece in pieces(roots):
             self.references.add(root.key for root in piece)
@@ -214,14 +214,14 @@ class FarmState(StepGraph):
                 self.orphans.pop(root.key, None)
         yield from self._engage(self.steps[key] for key in fact.members)
 
-    def _set_patience(self, submission: SubmissionId, wait_s: int | None) -> None:
-        if self.patience.get(submission) == wait_s:
+    def _set_wait_limit(self, submission: SubmissionId, wait_s: int | None) -> None:
+        if self.wait_limits.get(submission) == wait_s:
             return
         self.partings += 1
         if wait_s is None:
-            del self.patience[submission]
+            del self.wait_limits[submission]
         else:
-            self.patience[submission] = wait_s
+            self.wait_limits[submission] = wait_s
 
     def _set_limits(self, submission: SubmissionId, limits: tuple[tuple[StepKey, ResourceLimits], ...]) -> None:
         if limits:
@@ -247,7 +247,7 @@ class FarmState(StepGraph):
         if any(fact.submission in root.roots for root in roots):
             raise ImpossibleError(f"{fact.submission} is forgotten and has not ended")
         self.paid_until.pop(fact.submission, None)
-        self.patience.pop(fact.submission, None)
+        self.wait_limits.pop(fact.submission, None)
         self.limits.pop(fact.submission, None)
         for piece in pieces(roots):
             self.references.drop(root.key for root in piece)

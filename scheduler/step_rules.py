@@ -51,7 +51,7 @@ class StepRules:
         self._limits = limits
         self._policy = policy
 
-    def build_failed(self, step: Step, failure: Failure, limit: int, now: Instant) -> Iterator[f.Said]:
+    def build_failed(self, step: Step, failure: Failure, limit: int, now: Instant) -> Iterator[f.FactOrPause]:
         """Yield the consequences of the end of a leased step's open lease, at `limit` where that is not 0."""
         if limit and in_force(self._state.limits_wanted(step), self._limits.build).exceeds(failure.kind, limit):
             # A submission allows the step more than this build had, so neither recipe nor builder is at fault.
@@ -65,7 +65,7 @@ class StepRules:
             case Course.HAND_BACK:
                 yield from self._hand_back(step, failure, now)
 
-    def publish_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
+    def publish_failed(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.FactOrPause]:
         """Yield what follows when the outputs of a publishing step could not be published."""
         match CONSEQUENCES[failure.kind].course:
             case Course.END:
@@ -78,7 +78,7 @@ class StepRules:
             case Course.HAND_BACK:
                 yield from self.retry(step, Failure(FailureKind.INFRASTRUCTURE, failure.message), now)
 
-    def retry(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
+    def retry(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.FactOrPause]:
         """Revoke the open lease with back-off; where the budget is spent, the failure is final."""
         row = CONSEQUENCES[failure.kind]
         if self._is_recipes_own(step, failure):
@@ -145,16 +145,16 @@ class StepRules:
         )
         return len(wanted_by) == 1
 
-    def give_up(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
+    def give_up(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.FactOrPause]:
         """End a ready step that no builder can take."""
         yield from self._end(step, failure, now)
 
-    def stop(self, step: Step, now: Instant, why: str) -> Iterator[f.Said]:
+    def stop(self, step: Step, now: Instant, why: str) -> Iterator[f.FactOrPause]:
         """Revoke the open lease, if there is one: the farm no longer wants the build."""
         if step.state in _OPEN:
             yield f.LeaseRevoked(step.lease, step.builder, Failure(FailureKind.CANCELLED, why), now, at=now)
 
-    def abandon_orphans(self, now: Instant) -> Iterator[f.Said]:
+    def abandon_orphans(self, now: Instant) -> Iterator[f.FactOrPause]:
         """Stop and abandon the steps that no submission wants any more."""
         orphans = self._state.orphans
         while orphans:
@@ -165,7 +165,7 @@ class StepRules:
                     yield from self.stop(step, now, "nobody wants it any more")
                     yield f.StepAbandoned(step.key)
 
-    def doom(self, step: Step, cause: StepKey, now: Instant) -> Iterator[f.Said]:
+    def doom(self, step: Step, cause: StepKey, now: Instant) -> Iterator[f.FactOrPause]:
         """End what stands on a step that has failed for good, or let it fall back to a recipe that can do without."""
         pending = deque((step,))
         while pending:
@@ -181,7 +181,7 @@ class StepRules:
 
     def revive(
         self, starts: Iterable[Step], *, restart: bool, stands: Callable[[Step], bool] = _nothing_stands
-    ) -> Iterator[f.Said]:
+    ) -> Iterator[f.FactOrPause]:
         """Revive what has lapsed at or below `starts`, but what `stands` and what is below it. Engaged steps are sound.
 
         With `restart` a step begins with its first recipe again, else with the one that it had.
@@ -213,7 +213,7 @@ class StepRules:
         first = restart and not (step.active and self._leads_back(step, 0))
         return f.StepRevived(step.key, 0 if first else step.active)
 
-    def _end(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
+    def _end(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.FactOrPause]:
         """Take a failure for final: the next recipe that can help takes over, else the step fails."""
         recipe = None
         if CONSEQUENCES[failure.kind].next_recipe and step.state in (_LEASED, StepState.READY):
@@ -223,11 +223,11 @@ class StepRules:
         else:
             yield f.StepFellBack(step.key, recipe, failure, now)
 
-    def _fail(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
+    def _fail(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.FactOrPause]:
         yield f.StepFailed(step.key, step.attempt, step.builder, failure, now)
         yield from self.doom(step, step.key, now)
 
-    def _hand_back(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.Said]:
+    def _hand_back(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.FactOrPause]:
         returns = step.returns + 1
         if returns > self._limits.returns:
             message = f"handed back {returns} times: {failure.message}"
@@ -239,7 +239,7 @@ class StepRules:
         returned = failure if waits else Failure(FailureKind.RETURNED, failure.message)
         yield f.LeaseRevoked(step.lease, step.builder, returned, Instant(now + wait), at=now)
 
-    def _next_recipe(self, step: Step, now: Instant) -> Generator[f.Said, None, int | None]:
+    def _next_recipe(self, step: Step, now: Instant) -> Generator[f.FactOrPause, None, int | None]:
         """Return the next recipe that can help; what it needs and has lapsed is revived first."""
         for recipe in range(len(step.recipes)):
             if recipe != step.active and recipe not in step.tried and self._helps(step, recipe, now):

@@ -63,8 +63,8 @@ def keep_house(
 
 def _uploads(served: OpenCache, state_dir: Path, clock: Clock, upstreams: Sequence[Upstream]) -> Uploads:
     direct = None if served.settings.uploads is UploadRoute.RELAY else direct_uploads(served.cache.objects)
-    spool = state_dir / "uploads" / served.name
-    return Uploads(served.cache, spool, clock.now, direct=direct, expiry=served.settings.expiry, upstreams=upstreams)
+    staging = state_dir / "uploads" / served.name
+    return Uploads(served.cache, staging, clock.now, direct=direct, expiry=served.settings.expiry, upstreams=upstreams)
 
 
 async def _open_upstreams(stack: AsyncExitStack, served: OpenCache, clock: Clock) -> list[Upstream]:

@@ -52,7 +52,7 @@ INLINE_FACTS: Final = 512
 SLOW_S: Final = 10.0
 #: Frames read at one time.
 _READ_FRAMES: Final = 64
-#: What names of marks begin with, among other rows of `journal_meta`.
+#: What names of fingerprints begin with, among other rows of `journal_meta`.
 _MARK: Final = "mark "
 
 _log = logging.getLogger(__name__)
@@ -111,17 +111,17 @@ class Journal:
                     await connection.execute(select(func.pg_advisory_xact_lock(func.hashtext("drover-journal"))))
                 await connection.run_sync(tables.bring_up_to_date)
 
-    async def marks(self) -> dict[str, int]:
+    async def fingerprints(self) -> dict[str, int]:
         """Return the fingerprints that the last epoch left for the next one to compare (`farm_secrets`)."""
         query = select(tables.meta).where(tables.meta.c.name.startswith(_MARK, autoescape=True))
         with translated("read"):
             async with self._engine.connect() as connection:
                 return {row.name.removeprefix(_MARK): row.value for row in await connection.execute(query)}
 
-    async def take_over(self, marks: Mapping[str, int] | None = None) -> int:
+    async def take_over(self, fingerprints: Mapping[str, int] | None = None) -> int:
         """Begin an epoch: from now on every earlier writer is fenced out. Returns the epoch. Raises `JournalError`.
 
-        `marks`, of at most 50 characters and 31 bits, replace those of the last epoch.
+        `fingerprints`, of at most 50 characters and 31 bits, replace those of the last epoch.
         """
         mine = tables.meta.c.name == "epoch"
         with translated("open"):
@@ -129,11 +129,11 @@ class Journal:
                 await connection.execute(sa.update(tables.meta).where(mine).values(value=tables.meta.c.value + 1))
                 self._epoch = (await connection.execute(select(tables.meta.c.value).where(mine))).scalar_one()
                 self._identity = await tables.identity(connection)
-                if marks is not None:
+                if fingerprints is not None:
                     await connection.execute(
                         delete(tables.meta).where(tables.meta.c.name.startswith(_MARK, autoescape=True))
                     )
-                    rows = [{"name": f"{_MARK}{name}", "value": value} for name, value in marks.items()]
+                    rows = [{"name": f"{_MARK}{name}", "value": value} for name, value in fingerprints.items()]
                     await connection.execute(insert(tables.meta), rows)
         return self._epoch
 

@@ -97,7 +97,7 @@ class SessionLock:
 
     async def acquire(self, standing_by: Callable[[], Awaitable[None]]) -> None:
         """See `Leadership`. Waits for a database that is away while it stands by, not before."""
-        logged = False
+        stood_by = False
         outage = Outage(_log, "still standing by", over="the journal's database answers again")
         while True:
             try:
@@ -105,11 +105,11 @@ class SessionLock:
                     return
             except (SQLAlchemyError, OSError, TimeoutError) as error:
                 await self.release()
-                if not logged or not may_pass(error):
+                if not stood_by or not may_pass(error):
                     raise LeadershipLostError(f"the journal's database does not answer: {reason(error)}.") from None
                 outage.begin(f"the journal's database does not answer: {reason(error)}")
             else:
-                logged = True
+                stood_by = True
                 outage.end()
                 await standing_by()
             await asyncio.sleep(self._beat_s)

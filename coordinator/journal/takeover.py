@@ -58,13 +58,13 @@ async def lead_journal(
             async def wait() -> None:
                 nonlocal stood_by
                 with suppress(JournalError):
-                    await succession.check(await journal.marks())
+                    await succession.check(await journal.fingerprints())
                 if not stood_by:
                     stood_by = True
                     answer()
                     standing_by()
 
             await leadership.acquire(wait)
-        secrets = await succession.load(await journal.marks(), stood_by=stood_by)
-        await journal.take_over(secrets.marks)
+        secrets = await succession.load(await journal.fingerprints(), stood_by=stood_by)
+        await journal.take_over(secrets.fingerprints)
         yield Lead(journal, leadership, secrets)

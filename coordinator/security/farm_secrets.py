@@ -1,4 +1,4 @@
-"""Secrets of the farm, and the marks by which coordinators that share a database compare theirs.
+"""Secrets of the farm, and the fingerprints by which coordinators that share a database compare theirs.
 
     api-token        opens the API
     upload-secret    makes and checks the tokens of leases (`upload_tokens`)
@@ -6,8 +6,8 @@
     ray-token        opens the Ray cluster
 
 They lie in the state directory, or in `secrets_dir`, and each is made on the first start of a farm. Clients, running
-builds and workers know those of the coordinator before, so the next one must have the same. The journal keeps a *mark*
-of each, 30 bits of a hash: enough to notice a mistake, of no use for finding the secret. Rules:
+builds and workers know those of the coordinator before, so the next one must have the same. The journal keeps a
+*fingerprint* of each, 30 bits of a hash: enough to notice a mistake, of no use for finding the secret. Rules:
 
 1. A standby takes over only with the same secrets and the same object store. Of the signing keys of a cache one is
    enough, so that keys can be changed at one coordinator after the other.
@@ -36,8 +36,8 @@ UPLOAD_SECRET: Final = "upload-secret"  # noqa: S105
 RAY_TOKEN: Final = "ray-token"  # noqa: S105
 _STORE: Final = "object-store"
 
-#: Marks by name, as the journal keeps them: non-negative, 30 bits.
-Marks = Mapping[str, int]
+#: Fingerprints by name, as the journal keeps them: non-negative, 30 bits.
+Fingerprints = Mapping[str, int]
 
 
 class SuccessionError(CoordinatorError):
@@ -53,7 +53,7 @@ class Secrets:
     api_token: str
     upload_secret: str
     keys: Mapping[str, Sequence[SecretKey]]
-    marks: Marks
+    fingerprints: Fingerprints
 
 
 class Succession:
@@ -64,10 +64,10 @@ class Succession:
         self._caches: dict[str, CacheSettings] = {DEFAULT_CACHE: settings.cache}
         self._caches.update((cache.name, cache) for cache in settings.caches)
         self._objects: ObjectStore = open_object_store(settings.objects_url)
-        #: The object store's mark, once it has been seen.
+        #: The object store's fingerprint, once it has been seen.
         self._store = 0
 
-    async def check(self, known: Marks) -> None:
+    async def check(self, known: Fingerprints) -> None:
         """Return whether this coordinator, as it is now, could take over from the one that left `known`.
 
         Raises:
@@ -93,7 +93,7 @@ class Succession:
                 f"that works on the same database; give both the same {settings}."
             )
 
-    async def load(self, known: Marks, *, stood_by: bool) -> Secrets:
+    async def load(self, known: Fingerprints, *, stood_by: bool) -> Secrets:
         """Return the secrets to work with, made where they are not there; `known` is what the farm has had.
 
         Raises as `check`.
@@ -111,7 +111,7 @@ class Succession:
         api_token = load_token(self._settings.secrets / API_TOKEN)
         upload_secret = load_token(self._settings.secrets / UPLOAD_SECRET)
         keys = {name: self._keys(name, cache, make=True) for name, cache in self._caches.items()}
-        self._store = _mark(await self._objects.write_marker())
+        self._store = _fingerprint(await self._objects.write_marker())
         return Secrets(api_token, upload_secret, keys, await self._present())
 
     def key_file(self, cache: str) -> Path:
@@ -119,24 +119,24 @@ class Succession:
         return self._settings.secrets / ("cache-key" if cache == DEFAULT_CACHE else f"cache-{cache}-key")
 
     async def _present(self) -> dict[str, int]:
-        """Marks of what is here."""
-        marks = {}
+        """Fingerprints of what is here."""
+        fingerprints = {}
         files = {name: self._settings.secrets / name for name in (API_TOKEN, UPLOAD_SECRET)}
         if self._settings.ray_address:
             # Otherwise the cluster is this coordinator's own.
             files[RAY_TOKEN] = self._settings.ray_token_file
         for name, file in files.items():
-            marks[name] = _mark(read_token(file)) if file.exists() else -1
+            fingerprints[name] = _fingerprint(read_token(file)) if file.exists() else -1
         for name, cache in self._caches.items():
             for number, key in enumerate(self._keys(name, cache, make=False)):
-                marks[f"key {name} {number}"] = _mark(str(key.public))
-        marks[_STORE] = await self._store_mark()
-        return marks
+                fingerprints[f"key {name} {number}"] = _fingerprint(str(key.public))
+        fingerprints[_STORE] = await self._store_fingerprint()
+        return fingerprints
 
-    async def _store_mark(self) -> int:
+    async def _store_fingerprint(self) -> int:
         if not self._store:
             try:
-                self._store = _mark(await self._objects.check_marker())
+                self._store = _fingerprint(await self._objects.check_marker())
             except StoreUnreachableError:
                 return -1
         return self._store
@@ -151,7 +151,7 @@ class Succession:
         return (load_key(file),) if file.exists() else ()
 
 
-def _difference(mine: Marks, known: Marks, caches: Mapping[str, CacheSettings]) -> str:
+def _difference(mine: Fingerprints, known: Fingerprints, caches: Mapping[str, CacheSettings]) -> str:
     """Return the name of the first thing that differs, "" if nothing does; what only one of both has counts not."""
     for name in mine:
         if not name.startswith("key ") and name in known and mine[name] != known[name]:
@@ -163,8 +163,8 @@ def _difference(mine: Marks, known: Marks, caches: Mapping[str, CacheSettings]) 
     return ""
 
 
-def _keys_of(cache: str, marks: Marks) -> set[int]:
-    return {value for name, value in marks.items() if name.startswith(f"key {cache} ")}
+def _keys_of(cache: str, fingerprints: Fingerprints) -> set[int]:
+    return {value for name, value in fingerprints.items() if name.startswith(f"key {cache} ")}
 
 
 def _words(name: str) -> str:
@@ -175,5 +175,5 @@ def _words(name: str) -> str:
     return "signing key" if cache == DEFAULT_CACHE else f"signing key of the cache {cache}"
 
 
-def _mark(secret: str) -> int:
+def _fingerprint(secret: str) -> int:
     return int.from_bytes(sha256(f"drover mark {secret}".encode()).digest()[:4], "big") >> 2

@@ -24,7 +24,7 @@ class WrongBytesError(CacheError):
     """The bytes are not those that the key names."""
 
 
-async def spool_object(
+async def put_hashed(
     store: ObjectStore, key: str, file_hash: str, size_bytes: int, chunks: AsyncIterable[bytes]
 ) -> None:
     """Store `chunks` as `key`, replacing what was there; `file_hash` is `sha256:<nix32>` of them all.

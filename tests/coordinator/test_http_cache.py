@@ -32,7 +32,6 @@ from infra.objects.store import ObjectStore
 from tests.support.cache import (
     STORE_DIR,
     base_name,
-    candidate,
     chunked,
     narinfo_of,
     object_file,
@@ -40,6 +39,7 @@ from tests.support.cache import (
     publish,
     secret_key,
     store_path,
+    uploaded_claim,
 )
 
 A, B, C = (store_path(name) for name in ("a", "b", "c"))
@@ -102,7 +102,7 @@ async def test_a_client_learns_what_the_cache_is(served: Served) -> None:
 
 async def test_a_published_path_is_answered_with_its_narinfo_and_whole_object(any_store: Served) -> None:
     nar = os.urandom(200_000)
-    claim = await candidate(any_store.cache, A, nar)
+    claim = await uploaded_claim(any_store.cache, A, nar)
     await any_store.cache.publish([claim])
     async with any_store.http.get(f"{any_store.url}/{narinfo_url(A)}") as answer:
         assert answer.headers["Content-Type"] == "text/x-nix-narinfo"
@@ -119,7 +119,7 @@ async def test_a_published_path_is_answered_with_its_narinfo_and_whole_object(an
 
 @pytest.mark.parametrize("size", [1000, QUICK_BYTES + 1_000_000])
 async def test_a_cut_transfer_is_resumed_where_it_ended(any_store: Served, size: int) -> None:
-    claim = await candidate(any_store.cache, A, os.urandom(size))
+    claim = await uploaded_claim(any_store.cache, A, os.urandom(size))
     await any_store.cache.publish([claim])
     whole = await any_store.cache.objects.get_bytes(claim.stored.url)
     last = len(whole) - 1
@@ -144,10 +144,10 @@ async def test_a_cut_transfer_is_resumed_where_it_ended(any_store: Served, size:
 
 async def test_head_agrees_with_get_in_every_state(any_store: Served) -> None:
     states: dict[str, int] = {"nix-cache-info": 200, f"log/{base_name(LOG)}": 200, f"log/{base_name(A)}": 404}
-    published, uploaded = await candidate(any_store.cache, A), await candidate(any_store.cache, B)
+    published, uploaded = await uploaded_claim(any_store.cache, A), await uploaded_claim(any_store.cache, B)
     await any_store.cache.publish([published])
     states |= {narinfo_url(A): 200, published.stored.url: 200, narinfo_url(B): 404, uploaded.stored.url: 404}
-    lost = await candidate(any_store.cache, C)
+    lost = await uploaded_claim(any_store.cache, C)
     await any_store.cache.publish([lost])
     await any_store.cache.objects.delete(lost.stored.url)
     # Of a remote store the narinfo is believed; what counts is that its object is not claimed to be there.
@@ -170,7 +170,7 @@ async def test_head_agrees_with_get_in_every_state(any_store: Served) -> None:
 
 
 async def test_a_broken_cache_is_absent_rather_than_failing(tmp_path: Path, served: Served) -> None:
-    claim = await candidate(served.cache, A)
+    claim = await uploaded_claim(served.cache, A)
     await served.cache.publish([claim])
     with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
         vandal.executescript("DROP TABLE refs; DROP TABLE conflicts; DROP TABLE paths;")
@@ -195,7 +195,7 @@ class BreakingStore(ObjectStore):
 async def test_a_transfer_that_breaks_is_seen_to_be_short(tmp_path: Path) -> None:
     async with open_cache(tmp_path, objects=BreakingStore("memory:///")) as cache, serve(cache) as served:
         # The narinfo is there and the object is whole; only what is sent of it breaks.
-        claim = await candidate(cache, A, os.urandom(5_000_000))
+        claim = await uploaded_claim(cache, A, os.urandom(5_000_000))
         await cache.publish([claim])
         async with served.http.get(f"{served.url}/{claim.stored.url}") as answer:
             assert (answer.status, answer.content_length) == (200, claim.stored.file_size)
@@ -204,7 +204,7 @@ async def test_a_transfer_that_breaks_is_seen_to_be_short(tmp_path: Path) -> Non
 
 
 async def test_other_methods_are_refused_cleanly(served: Served) -> None:
-    claim = await candidate(served.cache, A)
+    claim = await uploaded_claim(served.cache, A)
     await served.cache.publish([claim])
     for path in ("nix-cache-info", narinfo_url(A), claim.stored.url):
         for method in ("PUT", "POST", "DELETE"):

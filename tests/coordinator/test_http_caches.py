@@ -22,7 +22,7 @@ from coordinator.security.farm_secrets import Succession
 from coordinator.security.tokens import CacheAccess, TokenError, TokenSet, load_tokens, told_token
 from infra.cache.catalog.database import FencingToken
 from infra.clock import SystemClock
-from tests.support.cache import base_name, candidate, publish, store_path
+from tests.support.cache import base_name, publish, store_path, uploaded_claim
 
 A = store_path("a")
 READER, WRITER, API, FARM = (f"{name}-token-of-enough-length" for name in ("reader", "writer", "api", "farm"))
@@ -77,7 +77,7 @@ async def test_caches_share_nothing_but_the_process(tmp_path: Path) -> None:
     names = [NamedCacheSettings(name="team1", priority=20), NamedCacheSettings(name="team-2")]
     async with serve(tmp_path, caches=names) as caches:
         await publish(caches.opened["default"].cache, A)
-        claim = await candidate(caches.opened["team1"].cache, A, b"other bits")
+        claim = await uploaded_claim(caches.opened["team1"].cache, A, b"other bits")
         await caches.opened["team1"].cache.publish([claim])
         narinfo = f"{base_name(A)[:32]}.narinfo"
         texts = []
@@ -106,7 +106,7 @@ async def test_a_private_cache_answers_only_those_with_a_token(tmp_path: Path, m
     readers = (token_file(tmp_path, "readers", "somebody-elses-long-token", READER),)
     team1 = NamedCacheSettings(name="team1", readers=readers, writers=("env:TEAM1_WRITERS",))
     async with serve(tmp_path, caches=[team1]) as caches:
-        claim = await candidate(caches.opened["team1"].cache, A)
+        claim = await uploaded_claim(caches.opened["team1"].cache, A)
         await caches.opened["team1"].cache.publish([claim])
         addresses = ["nix-cache-info", f"{base_name(A)[:32]}.narinfo", claim.stored.url]
         for address in [*addresses, "anything"]:

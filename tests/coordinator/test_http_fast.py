@@ -25,7 +25,7 @@ from coordinator.http.binary_cache.routes import add_cache_routes
 from coordinator.http.middleware import is_own_host, require_host
 from coordinator.security.tokens import CacheAccess, TokenSet
 from infra.cache.cache import Cache
-from tests.support.cache import base_name, candidate, object_file, open_cache, publish, store_path
+from tests.support.cache import base_name, object_file, open_cache, publish, store_path, uploaded_claim
 
 A, B = store_path("a"), store_path("b")
 PUBLIC = "http://farm.example:7878"
@@ -211,7 +211,7 @@ async def test_plain_requests_take_the_short_way_before_and_after_others(both: B
 
 async def test_a_path_whose_object_is_lost_is_not_answered_from_memory(both: Both) -> None:
     plain = request("GET", f"/cache/{narinfo()}", *NIX)
-    claim = await candidate(both.cache, A)
+    claim = await uploaded_claim(both.cache, A)
     file = object_file(both.cache, claim)
     (before,) = await ask(both.fast_port, plain)
     data = file.read_bytes()
@@ -229,7 +229,7 @@ def test_the_short_way_and_sendfile_work_on_the_loop_that_serves(tmp_path: Path)
         runners: list[web.AppRunner] = []
         async with open_cache(tmp_path) as cache:
             await publish(cache, A)
-            claim = await candidate(cache, B, nar)
+            claim = await uploaded_claim(cache, B, nar)
             await cache.publish([claim])
             await cache.narinfo(base_name(A)[:32])
             whole = object_file(cache, claim).read_bytes()

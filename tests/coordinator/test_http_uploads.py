@@ -130,8 +130,8 @@ async def test_a_closure_is_sent_once_and_becomes_visible_together(site: Site) -
     assert result.verdicts == ()
     assert len(result.present) == 3
     assert again.progress.sent_bytes == 0
-    leftovers = [entry.key async for entry in site.coordinator.cache.objects.list("incoming")]
-    assert leftovers == []
+    left = [entry.key async for entry in site.coordinator.cache.objects.list("incoming")]
+    assert left == []
 
 
 async def test_references_that_nobody_has_are_named_and_nothing_dangles(site: Site) -> None:

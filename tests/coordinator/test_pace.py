@@ -20,7 +20,7 @@ from coordinator.http.binary_cache import nars
 from coordinator.http.binary_cache.routes import add_cache_routes
 from coordinator.http.bodies import BodySlowError, body_chunks, read_model
 from coordinator.security.tokens import CacheAccess
-from tests.support.cache import candidate, open_cache, store_path
+from tests.support.cache import open_cache, store_path, uploaded_claim
 
 #: Seconds after which a body is given up here, and only in these tests.
 PATIENCE_S = 0.2
@@ -128,7 +128,7 @@ async def test_our_own_work_on_a_body_is_not_the_senders_delay(monkeypatch: pyte
 async def downloading(root: Path) -> AsyncGenerator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """Ask for a NAR that no socket holds, and read the beginning of the answer."""
     async with open_cache(root) as cache:
-        claim = await candidate(cache, store_path("large"), os.urandom(LARGE_BYTES))
+        claim = await uploaded_claim(cache, store_path("large"), os.urandom(LARGE_BYTES))
         await cache.publish([claim])
         app = web.Application()
         add_cache_routes(app, OpenCache("default", "/cache", CacheSettings(), cache, CacheAccess()), log_for=_no_log)

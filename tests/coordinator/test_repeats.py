@@ -11,7 +11,7 @@ from coordinator.api.models import SubmissionState
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations, in_thread
 from tests.coordinator.conftest import OpenedFarm, OpenFarm
-from tests.support.cache import base_name, candidate, store_path
+from tests.support.cache import base_name, store_path, uploaded_claim
 from tests.support.graphs import Made, Maker
 
 #: Roots of the graph, all of them held, and sources that they name.
@@ -44,7 +44,7 @@ async def sent(farm: OpenedFarm) -> list[Made]:
     sources = [store_path(f"source-{number}") for number in range(SOURCES)]
     members = [maker.plain(f"held-{number}", sources=[sources[number % SOURCES]]) for number in range(HELD)]
     cache = farm.coordinator.cache
-    one = await candidate(cache, sources[0])
+    one = await uploaded_claim(cache, sources[0])
     paths = [*sources, *(made.outputs["out"] for made in members)]
     # Thousands of paths with the same bits: the object is uploaded once.
     await cache.publish([replace(one, path=replace(one.path, store_path=path)) for path in paths])

@@ -92,7 +92,7 @@ def run(root: Path) -> None:
         print(f"   second time   {repeat['done']} built, {repeat['held']} already in the cache")
     finally:
         farm.stop()
-    if left := farm.leftovers():
+    if left := farm.processes_left():
         raise DemoError("still running: " + "; ".join(f"{pid} {command}" for pid, command in left.items()))
     print(f"   left running  nothing; the whole demo took {time.monotonic() - began:.1f} s")
 

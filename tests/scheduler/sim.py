@@ -315,7 +315,7 @@ class Sim:
         def arrive() -> None:
             if not worker.alive or not self._through(worker):
                 self.after(TIMEOUT_S, lambda: self._again(link, life))
-            elif worker.spool and worker.spool[-1][0] > link.ack:
+            elif worker.outbox and worker.outbox[-1][0] > link.ack:
                 answer()
             else:
                 worker.waiting = answer

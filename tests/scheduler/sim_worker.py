@@ -87,7 +87,7 @@ class SimWorker:
     #: Whoever waits for the next report.
     waiting: Callable[[], None] | None = None
     recipes: dict[LeaseKey, int] = field(default_factory=dict)
-    spool: list[tuple[int, LeaseKey, e.Event]] = field(default_factory=list)
+    outbox: list[tuple[int, LeaseKey, e.Event]] = field(default_factory=list)
     sequence: int = 0
     finished: set[LeaseKey] = field(default_factory=set)
     #: Every build that this incarnation began.
@@ -116,12 +116,12 @@ class SimWorker:
         self.advance()
 
     def events(self, ack: int) -> Answer:
-        for number, key, _ in tuple(self.spool):
+        for number, key, _ in tuple(self.outbox):
             if number <= ack:
                 self.machine.acknowledged(key)
                 self.finished.add(key)
-        self.spool = [entry for entry in self.spool if entry[0] > ack]
-        told = {key for _, key, _ in self.spool}
+        self.outbox = [entry for entry in self.outbox if entry[0] > ack]
+        told = {key for _, key, _ in self.outbox}
         held = tuple(LeaseId(StepKey(key[0]), key[1]) for key, _ in self.machine.held() if key not in told)
         heartbeat = e.BuilderReported(
             self.spec.id,
@@ -131,7 +131,7 @@ class SimWorker:
             self.machine.draining,
             self.unfit,
         )
-        return Answer(self.sequence, [event for _, _, event in self.spool], heartbeat)
+        return Answer(self.sequence, [event for _, _, event in self.outbox], heartbeat)
 
     # What happens in it.
 
@@ -185,7 +185,7 @@ class SimWorker:
         else:
             event = e.BuildFailed(lease, self.spec.id, Failure(FailureKind(end.reason), end.message, end.signature))
         self.sequence += 1
-        self.spool.append((self.sequence, key, event))
+        self.outbox.append((self.sequence, key, event))
         if self.waiting is not None:
             self.waiting()
         self.advance()

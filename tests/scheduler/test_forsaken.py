@@ -117,9 +117,9 @@ def test_how_long_a_submission_waits_is_kept_where_it_runs_again_and_by_a_snapsh
     scene.restart()
     short = Farm(LIMITS)
     short.replay(scene.farm.snapshot())
-    assert short.state.patience == scene.farm.state.patience == {"s": 30, "gone": 7}
+    assert short.state.wait_limits == scene.farm.state.wait_limits == {"s": 30, "gone": 7}
     scene.play(expire("s"), expire("gone"))
-    assert not scene.farm.state.patience
+    assert not scene.farm.state.wait_limits
 
 
 def test_a_step_that_waits_for_a_builder_says_until_when() -> None:

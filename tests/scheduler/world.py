@@ -1,7 +1,7 @@
 """A small world around a farm: agents, a cache, and a network that loses, doubles and delays what it carries.
 
 The world has no chance of its own: whoever drives it chooses (a seeded generator, or Hypothesis). Reports of agents
-are late or doubled but not lost (agents spool them until acknowledged), everything else may be lost. Every call is
+are late or doubled but not lost (agents keep them until acknowledged), everything else may be lost. Every call is
 followed by the invariants, every fact is put before the judge.
 """
 

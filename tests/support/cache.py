@@ -77,14 +77,14 @@ def lying(claim: NarInfo, lie: dict[str, Any]) -> NarInfo:
     return NarInfo(replace(claim.path, **of_path), replace(claim.stored, **of_object))
 
 
-async def candidate(cache: Cache, path: str, nar: bytes | None = None, references: Sequence[str] = ()) -> NarInfo:
+async def uploaded_claim(cache: Cache, path: str, nar: bytes | None = None, references: Sequence[str] = ()) -> NarInfo:
     """Upload a NAR (by default its bytes are the path's text) and return the claim for it; `references` are paths."""
     uploaded = await upload_nar(cache.objects, chunked(nar or path.encode()))
     return narinfo_of(path, uploaded, [base_name(reference) for reference in references])
 
 
 async def publish(cache: Cache, path: str, nar: bytes | None = None, references: Sequence[str] = ()) -> PublishOutcome:
-    (outcome,) = await cache.publish([await candidate(cache, path, nar, references)])
+    (outcome,) = await cache.publish([await uploaded_claim(cache, path, nar, references)])
     return outcome
 
 

@@ -216,7 +216,7 @@ class Farm:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def leftovers(self, within_s: float = 5.0) -> dict[int, str]:
+    def processes_left(self, within_s: float = 5.0) -> dict[int, str]:
         """Processes of this farm that are still there; waits a little for the last to end."""
         deadline = time.monotonic() + within_s
         while (left := processes_naming(str(self.root))) and time.monotonic() < deadline:

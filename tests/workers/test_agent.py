@@ -170,7 +170,7 @@ async def test_fifty_megabytes_of_log_pass_through_in_flat_memory(bench: AgentHa
     size = ack = 0
     done = False
     while not done:
-        # The listener is slower than the builder, so the spool has to hold the log on disk.
+        # The listener is slower than the builder, so the outbox has to hold the log on disk.
         await asyncio.sleep(0.1)
         batch = await told.agent.events(ack, 1 << 20, 5.0)
         ack = batch["last"]

@@ -20,7 +20,7 @@ import asyncio, json, os, subprocess, sys
 from pathlib import Path
 from infra.daemon import BasicDerivation, BasicOutput, LogLine, open_stdio
 from workers.agent.isolation import isolate
-from workers.agent.settings import WorkerSettings, daemon_argv, inspect_machine
+from workers.agent.settings import WorkerSettings, daemon_argv, inspect_host
 
 SCRIPT = r'''
 read line < /proc/self/uid_map; echo $line
@@ -31,7 +31,7 @@ echo > $out
 async def build(name):
     home = Path.home()
     settings = WorkerSettings(name=name, state_dir=home / name / "state", store=str(home / name / "store"), slots=1)
-    found = isolate(settings, inspect_machine())
+    found = isolate(settings, inspect_host())
     lines = []
     path = f"/nix/store/{'0' * 32}-said"
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), **found.environment}

@@ -10,7 +10,7 @@ import pytest
 
 from workers.agent import agent
 from workers.agent.agent import AgentError
-from workers.agent.outbox import CHUNK_BYTES, Spool
+from workers.agent.outbox import CHUNK_BYTES, Outbox
 from workers.wire.messages import Batch, Failed, Hello, Stage, Succeeded
 
 from .conftest import PATIENCE_S, AgentHarness, ReportReader, drv, order
@@ -197,22 +197,22 @@ async def test_leases_outlive_a_coordinator_that_comes_back_under_another_addres
 
 
 async def test_a_builder_waits_while_nobody_takes_its_log(bench: AgentHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Spool] = []
+    made: list[Outbox] = []
 
-    def small(directory: Path) -> Spool:
-        made.append(Spool(directory, max_log_bytes=4 * CHUNK_BYTES))
+    def small(directory: Path) -> Outbox:
+        made.append(Outbox(directory, max_log_bytes=4 * CHUNK_BYTES))
         return made[-1]
 
-    monkeypatch.setattr(agent, "Spool", small)
+    monkeypatch.setattr(agent, "Outbox", small)
     told = await bench.agent(slots=1)
-    [spool] = made
+    [outbox] = made
     line = "x" * 999
     loud = order(drv("loud", f"i=0; while [ $i -lt 5000 ]; do echo {line}; i=$((i+1)); done; : > $out"))
     await told.agent.start_many([loud.dump()])
     async with asyncio.timeout(PATIENCE_S):
-        while spool.room.is_set():
+        while outbox.room.is_set():
             await told.agent.events(0, 1, 0.01)
     await asyncio.sleep(0.3)
-    assert spool.log_bytes < 4 * CHUNK_BYTES + 2000
+    assert outbox.log_bytes < 4 * CHUNK_BYTES + 2000
     await told.finish(loud)
     assert told.logs[loud.step] == (line.encode() + b"\n") * 5000

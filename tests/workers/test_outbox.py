@@ -1,4 +1,4 @@
-"""The spool alone: order, bounds, repetition."""
+"""The outbox alone: order, bounds, repetition."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 import pytest
 
-from workers.agent import outbox as spool_module
-from workers.agent.outbox import CHUNK_BYTES, MEMORY_LOG_BYTES, Spool, SpoolError
+from workers.agent import outbox as outbox_module
+from workers.agent.outbox import CHUNK_BYTES, MEMORY_LOG_BYTES, Outbox, OutboxError
 from workers.wire.messages import SMALL_BATCH_BYTES, Failed, Report, Stage, StageChange
 
 KEY = ("step", 1)
@@ -22,12 +22,12 @@ BULK = 1 << 20
 
 
 @asynccontextmanager
-async def opened(directory: Path, **bounds: int) -> AsyncIterator[Spool]:
-    spool = Spool(directory, **bounds)
+async def opened(directory: Path, **bounds: int) -> AsyncIterator[Outbox]:
+    outbox = Outbox(directory, **bounds)
     try:
-        yield spool
+        yield outbox
     finally:
-        await spool.close()
+        await outbox.close()
 
 
 def report(key: tuple[str, int] = KEY) -> Report:
@@ -50,143 +50,143 @@ def kinds(events: list[dict[str, Any]]) -> list[str]:
     return [event["kind"] for event in events]
 
 
-def drain(spool: Spool) -> list[dict[str, Any]]:
+def drain(outbox: Outbox) -> list[dict[str, Any]]:
     """Everything, acknowledged answer by answer."""
     said: list[dict[str, Any]] = []
     while True:
-        last, events, _ = spool.take(BULK)
+        last, events, _ = outbox.take(BULK)
         if not events:
             return said
         said += events
-        spool.acknowledge(last)
+        outbox.acknowledge(last)
 
 
 async def test_lines_become_one_chunk_before_their_report(tmp_path: Path) -> None:
-    async with opened(tmp_path / "spool") as spool:
+    async with opened(tmp_path / "outbox") as outbox:
         for number in range(100):
-            spool.log(KEY, b"%d\n" % number)
-        spool.report(report(), within_s=0.0)
-        last, events, ended = spool.take(BULK)
+            outbox.log(KEY, b"%d\n" % number)
+        outbox.report(report(), within_s=0.0)
+        last, events, ended = outbox.take(BULK)
         assert kinds(events) == ["log", "report"]
         assert events[0]["data"] == b"".join(b"%d\n" % number for number in range(100))
         assert ended == {KEY}
-        assert spool.acknowledge(last) == [KEY]
-        assert spool.log_bytes == 0
+        assert outbox.acknowledge(last) == [KEY]
+        assert outbox.log_bytes == 0
 
 
 async def test_lines_of_a_quiet_builder_are_sent_after_a_moment(tmp_path: Path) -> None:
-    async with opened(tmp_path / "spool") as spool:
-        spool.log(KEY, b"waiting for input\n")
-        assert spool.take(BULK)[1] == []
+    async with opened(tmp_path / "outbox") as outbox:
+        outbox.log(KEY, b"waiting for input\n")
+        assert outbox.take(BULK)[1] == []
         async with asyncio.timeout(10):
-            await spool.wait(30.0)
-        assert kinds(spool.take(BULK)[1]) == ["log"]
+            await outbox.wait(30.0)
+        assert kinds(outbox.take(BULK)[1]) == ["log"]
 
 
 async def test_a_stage_that_is_out_of_date_before_it_was_sent_is_not_sent(tmp_path: Path) -> None:
-    async with opened(tmp_path / "spool") as spool:
-        spool.stage(stage(Stage.FETCHING), within_s=1.0)
-        spool.stage(stage(Stage.BUILDING), within_s=1.0)
-        assert [event["stage"] for event in spool.take(BULK)[1]] == [Stage.BUILDING]
-        spool.stage(stage(Stage.UPLOADING), within_s=1.0)
-        spool.report(report(), within_s=0.0)
+    async with opened(tmp_path / "outbox") as outbox:
+        outbox.stage(stage(Stage.FETCHING), within_s=1.0)
+        outbox.stage(stage(Stage.BUILDING), within_s=1.0)
+        assert [event["stage"] for event in outbox.take(BULK)[1]] == [Stage.BUILDING]
+        outbox.stage(stage(Stage.UPLOADING), within_s=1.0)
+        outbox.report(report(), within_s=0.0)
         # The sent one is repeated until it is acknowledged; the unsent one has nothing to add to the report.
-        assert kinds(spool.take(BULK)[1]) == ["stage", "report"]
+        assert kinds(outbox.take(BULK)[1]) == ["stage", "report"]
 
 
 async def test_a_large_log_lies_on_disk_and_comes_back_in_order(tmp_path: Path) -> None:
     keys = [("a/step with any name", 1), ("b", 2)]
     rng = random.Random(7)
     sent: dict[tuple[str, int], bytes] = dict.fromkeys(keys, b"")
-    async with opened(tmp_path / "spool") as spool:
-        while spool.log_bytes < 3 * MEMORY_LOG_BYTES:
+    async with opened(tmp_path / "outbox") as outbox:
+        while outbox.log_bytes < 3 * MEMORY_LOG_BYTES:
             key = rng.choice(keys)
             data = rng.randbytes(rng.randrange(1, 3 * CHUNK_BYTES))
             sent[key] += data
-            spool.log(key, data)
-        assert spool.memory_bytes <= MEMORY_LOG_BYTES
+            outbox.log(key, data)
+        assert outbox.memory_bytes <= MEMORY_LOG_BYTES
         for key in keys:
-            spool.report(report(key), within_s=0.0)
-        assert len(list((tmp_path / "spool").glob("*.log"))) == 2
+            outbox.report(report(key), within_s=0.0)
+        assert len(list((tmp_path / "outbox").glob("*.log"))) == 2
         for key in keys:
             assert (
-                b"".join(e["data"] for e in drain_copy(spool) if e["kind"] == "log" and e["step"] == key[0])
+                b"".join(e["data"] for e in drain_copy(outbox) if e["kind"] == "log" and e["step"] == key[0])
                 == (sent[key])
             )
-        drain(spool)
-        assert not list((tmp_path / "spool").glob("*.log"))
-        assert (spool.log_bytes, spool.memory_bytes, spool.logs) == (0, 0, 0)
+        drain(outbox)
+        assert not list((tmp_path / "outbox").glob("*.log"))
+        assert (outbox.log_bytes, outbox.memory_bytes, outbox.logs) == (0, 0, 0)
 
 
-def drain_copy(spool: Spool) -> list[dict[str, Any]]:
+def drain_copy(outbox: Outbox) -> list[dict[str, Any]]:
     """Everything, without acknowledging."""
-    return spool.take(1 << 30)[1]
+    return outbox.take(1 << 30)[1]
 
 
 async def test_builders_wait_while_too_much_log_is_unacknowledged(tmp_path: Path) -> None:
-    async with opened(tmp_path / "spool", max_log_bytes=4 * CHUNK_BYTES) as spool:
+    async with opened(tmp_path / "outbox", max_log_bytes=4 * CHUNK_BYTES) as outbox:
         for _ in range(5):
-            spool.log(KEY, b"x" * CHUNK_BYTES)
-        assert not spool.room.is_set()
-        last, _, _ = spool.take(2 * CHUNK_BYTES)
-        spool.acknowledge(last)
-        assert not spool.room.is_set()
-        drain(spool)
-        assert spool.room.is_set()
+            outbox.log(KEY, b"x" * CHUNK_BYTES)
+        assert not outbox.room.is_set()
+        last, _, _ = outbox.take(2 * CHUNK_BYTES)
+        outbox.acknowledge(last)
+        assert not outbox.room.is_set()
+        drain(outbox)
+        assert outbox.room.is_set()
 
 
 async def test_answers_without_log_stay_small(tmp_path: Path) -> None:
-    async with opened(tmp_path / "spool") as spool:
+    async with opened(tmp_path / "outbox") as outbox:
         for number in range(1000):
-            spool.report(report((f"step{number}", 1)), within_s=0.0)
-        _, events, _ = spool.take(BULK)
+            outbox.report(report((f"step{number}", 1)), within_s=0.0)
+        _, events, _ = outbox.take(BULK)
         assert 1 < len(events) < 1000
         assert len(orjson.dumps(events)) <= SMALL_BATCH_BYTES
-        assert len(drain(spool)) == 1000
+        assert len(drain(outbox)) == 1000
 
 
 async def test_the_file_of_reports_holds_the_unacknowledged_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool_module, "MAX_REPORTS_BYTES", 1000)
-    path = tmp_path / "spool" / "reports.jsonl"
-    async with opened(tmp_path / "spool") as spool:
+    monkeypatch.setattr(outbox_module, "MAX_REPORTS_BYTES", 1000)
+    path = tmp_path / "outbox" / "reports.jsonl"
+    async with opened(tmp_path / "outbox") as outbox:
         for number in range(20):
-            spool.report(report((f"step{number}", 1)), within_s=0.0)
-        spool.take(BULK)
-        spool.acknowledge(15)
+            outbox.report(report((f"step{number}", 1)), within_s=0.0)
+        outbox.take(BULK)
+        outbox.acknowledge(15)
         steps = [orjson.loads(line)["step"] for line in path.read_bytes().splitlines()]
         assert steps == [f"step{number}" for number in range(15, 20)]
-        drain(spool)
+        drain(outbox)
         assert path.read_bytes() == b""
 
 
 async def test_what_an_earlier_worker_left_is_swept(tmp_path: Path) -> None:
-    (tmp_path / "spool" / "sub").mkdir(parents=True)
-    (tmp_path / "spool" / "old.log").write_text("old")
-    async with opened(tmp_path / "spool"):
-        assert [path.name for path in (tmp_path / "spool").iterdir()] == ["reports.jsonl"]
+    (tmp_path / "outbox" / "sub").mkdir(parents=True)
+    (tmp_path / "outbox" / "old.log").write_text("old")
+    async with opened(tmp_path / "outbox"):
+        assert [path.name for path in (tmp_path / "outbox").iterdir()] == ["reports.jsonl"]
 
 
 async def test_a_directory_that_cannot_be_used_is_said_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SpoolError, match="cannot use the spool directory"):
-        Spool(tmp_path / "file" / "spool")
+    with pytest.raises(OutboxError, match="cannot use the outbox directory"):
+        Outbox(tmp_path / "file" / "outbox")
 
 
 async def test_reports_are_synced_when_nobody_acknowledges_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool_module, "SYNC_S", 0.01)
+    monkeypatch.setattr(outbox_module, "SYNC_S", 0.01)
     synced = asyncio.Event()
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(os, "fsync", lambda _: loop.call_soon_threadsafe(synced.set))
-    async with opened(tmp_path / "spool") as spool:
-        spool.report(report(), within_s=0.0)
-        last, _, _ = spool.take(BULK)
-        spool.acknowledge(last)
+    async with opened(tmp_path / "outbox") as outbox:
+        outbox.report(report(), within_s=0.0)
+        last, _, _ = outbox.take(BULK)
+        outbox.acknowledge(last)
         await asyncio.sleep(0.05)
         assert not synced.is_set()
-        spool.report(report(("other", 1)), within_s=0.0)
+        outbox.report(report(("other", 1)), within_s=0.0)
         async with asyncio.timeout(10):
             await synced.wait()

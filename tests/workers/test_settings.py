@@ -17,7 +17,7 @@ from workers.agent.settings import (
     SettingsError,
     WorkerSettings,
     daemon_argv,
-    inspect_machine,
+    inspect_host,
     load_settings,
     native_system,
     nix_options,
@@ -118,9 +118,9 @@ def test_a_worker_offers_what_its_nix_builds_for_unless_the_operator_names_syste
 
 
 def test_this_machines_nix_says_what_else_it_builds_for() -> None:
-    assert "i686-linux" in inspect_machine().extra_systems
-    assert inspect_machine().configured_systems == ()
-    assert inspect_machine("/no/such/nix-daemon").extra_systems == ()
+    assert "i686-linux" in inspect_host().extra_systems
+    assert inspect_host().configured_systems == ()
+    assert inspect_host("/no/such/nix-daemon").extra_systems == ()
 
 
 def test_slots_default_to_the_cores_and_default_features_can_be_left_out() -> None:
@@ -137,11 +137,11 @@ def test_the_command_names_the_store_and_every_option() -> None:
 
 
 def test_only_a_static_busybox_serves_as_the_shell_of_a_sandbox() -> None:
-    from workers.agent.settings import _is_static_elf  # noqa: PLC0415 - the rule behind inspect_machine
+    from workers.agent.settings import _is_static_elf  # noqa: PLC0415 - the rule behind inspect_host
 
     assert not _is_static_elf(Path(shutil.which("env") or "/usr/bin/env"))
     assert not _is_static_elf(Path(__file__))
-    machine = inspect_machine()
+    machine = inspect_host()
     assert not machine.busybox or _is_static_elf(Path(machine.busybox))
 
 

@@ -26,16 +26,16 @@ from infra.objects.errors import CacheError
 from workers.agent import stopping
 from workers.agent.canary import Canary
 from workers.agent.daemon_pool import DaemonOpener, DaemonSession, SessionPool
-from workers.agent.health import FitnessWatch
+from workers.agent.health import HealthWatch
 from workers.agent.input_guard import InputGuard
 from workers.agent.inputs import TRANSFERS, FarmSources, InputFetcher, open_sources
 from workers.agent.isolation import addresses_of, isolate
 from workers.agent.lease_machine import Trouble, WorkerMachine
 from workers.agent.lease_runner import LeaseRunner
-from workers.agent.orphans import MARK, sweep_leftovers
-from workers.agent.outbox import Spool
+from workers.agent.orphans import MARK, sweep_earlier_agents
+from workers.agent.outbox import Outbox
 from workers.agent.outputs import READERS, OutputError, deliver
-from workers.agent.settings import HostSpec, WorkerSettings, daemon_argv, inspect_machine, load_settings, offer
+from workers.agent.settings import HostSpec, WorkerSettings, daemon_argv, inspect_host, load_settings, offer
 from workers.errors import WorkerError
 from workers.wire.grades import IsolationGrade
 from workers.wire.messages import (
@@ -92,11 +92,9 @@ class Agent:
     what is not a message, `AgentError` where the agent cannot serve. Adapters make them through `answer`.
     """
 
-    def __init__(
-        self, settings: WorkerSettings, *, machine: HostSpec | None = None, clock: Clock | None = None
-    ) -> None:
+    def __init__(self, settings: WorkerSettings, *, host: HostSpec | None = None, clock: Clock | None = None) -> None:
         self._settings = settings
-        self._host = machine or inspect_machine(settings.nix_daemon)
+        self._host = host or inspect_host(settings.nix_daemon)
         self._offer = offer(settings, self._host)
         self._clock = clock or SystemClock()
         self._incarnation = secrets.token_hex(8)
@@ -114,10 +112,10 @@ class Agent:
         self._ready: asyncio.Future[None] | None = None
         self._closing = asyncio.Event()
         # These exist between start() and close(); see _serve.
-        self._spool: Spool
+        self._outbox: Outbox
         self._slots: list[DaemonSession]
         self._builders: DaemonOpener
-        self._fitness: FitnessWatch
+        self._health: HealthWatch
         self._guard: InputGuard
         self._inputs: InputFetcher
         self._readers: SessionPool
@@ -136,7 +134,7 @@ class Agent:
         return self._settings.name
 
     async def start(self) -> None:
-        """Sweep the spool, reach the daemon, be ready. Raises `WorkerError` with one sentence; repeats are no-ops."""
+        """Sweep the outbox, reach the daemon, be ready. Raises `WorkerError` with one sentence; repeats are no-ops."""
         if self._ready is None:
             if self._closing.is_set():
                 raise AgentError(f"worker {self.name} is closed")
@@ -178,7 +176,7 @@ class Agent:
             self._check_epoch(info.epoch)
             if self._sources is None or self._sources.farm != info:
                 await self._meet(info)
-        self._isolation_told = self._fitness.isolation
+        self._isolation_told = self._health.isolation
         return Hello(
             protocol=PROTOCOL_VERSION,
             worker=self.name,
@@ -189,7 +187,7 @@ class Agent:
             mandatory_features=self._offer.mandatory_features,
             slots=self._offer.slots,
             capacity=self._leases.capacity(),
-            unfit=self._fitness.unfit,
+            unfit=self._health.unfit,
             isolation=self._isolation_told,
             nix_version=self._nix_version,
             leases=tuple(HeldLease.model_validate(held) for held in self._leases.held()),
@@ -212,13 +210,13 @@ class Agent:
         """Forget what is at or below `ack`, then answer with what there is, or comes within `wait_s`; gives `Batch`."""
         self._check_started()
         received_at = self._clock.now()
-        self._leases.acknowledged(self._spool.acknowledge(ack))
-        await self._spool.wait(min(wait_s, MAX_WAIT_S))
+        self._leases.acknowledged(self._outbox.acknowledge(ack))
+        await self._outbox.wait(min(wait_s, MAX_WAIT_S))
         self._check_started()
-        last, events, ended = self._spool.take(min(max_bytes, MAX_ANSWER_BYTES))
-        isolation = self._fitness.isolation
+        last, events, ended = self._outbox.take(min(max_bytes, MAX_ANSWER_BYTES))
+        isolation = self._health.isolation
         changed = isolation is not None and isolation is not self._isolation_told
-        vitals = self._fitness.vitals
+        vitals = self._health.vitals
         return {
             "incarnation": self._incarnation,
             "last": last,
@@ -226,7 +224,7 @@ class Agent:
             "capacity": self._leases.capacity(ended),
             "leases": self._leases.held(ended),
             "draining": self._leases.draining,
-            "unfit": self._fitness.unfit,
+            "unfit": self._health.unfit,
             "received_at": received_at,
             "answered_at": self._clock.now(),
             "vitals": None if vitals is None else vitals.model_dump(),
@@ -244,7 +242,7 @@ class Agent:
         self._check_started()
         self._leases.drain(on=on)
         # The coordinator shall not send more until its poll ends by itself.
-        self._spool.stop_waiting()
+        self._outbox.stop_waiting()
 
     async def provide(self, paths: Sequence[str], token: str) -> list[dict[str, Any]]:
         """Upload those of the full paths that are valid in this store again; gives `Output` for each.
@@ -270,12 +268,12 @@ class Agent:
         try:
             async with AsyncExitStack() as stack:
                 stack.callback(os.close, _lock(self._settings.state_dir))
-                self._spool = Spool(self._settings.state_dir / "spool")
-                stack.push_async_callback(self._spool.close)
+                self._outbox = Outbox(self._settings.state_dir / "spool")
+                stack.push_async_callback(self._outbox.close)
                 stack.push_async_callback(self._close_sources)
                 where = self._settings
                 stopping.forget(where.state_dir)
-                await asyncio.to_thread(sweep_leftovers, where.state_dir, where.physical_store)
+                await asyncio.to_thread(sweep_earlier_agents, where.state_dir, where.physical_store)
                 opener, builders = await self._openers()
                 sessions = _Sessions(stack)
 
@@ -290,14 +288,14 @@ class Agent:
                 [roots], transfers = sessions.add(opener, 1), SessionPool(sessions.add(opener, TRANSFERS))
                 [trials] = sessions.add(builders, 1)
                 canary = Canary(self._native(), where.store_dir, where.physical_store, where.state_dir)
-                self._fitness = FitnessWatch(
+                self._health = HealthWatch(
                     where,
                     trials,
                     canary,
                     self._clock,
                     lambda: self._leases.idle,
                     let_go,
-                    self._spool.stop_waiting,
+                    self._outbox.stop_waiting,
                     lambda: self._guard.trouble,
                     self._shortfall,
                 )
@@ -308,17 +306,17 @@ class Agent:
                     self._inputs = InputFetcher(roots, transfers, group, self._clock)
                     self._leases = self._runner(group)
                     # Before the farm is met: it shall not give a worker that cannot build anything to build.
-                    await self._fitness.look()
+                    await self._health.look()
                     watches = (
                         group.create_task(self._watch_stop(), name="watch for a stop request"),
-                        group.create_task(self._fitness.run(), name="watch over fitness"),
+                        group.create_task(self._health.run(), name="watch over health"),
                     )
                     ready.set_result(None)
                     await self._closing.wait()
                     for watch in watches:
                         watch.cancel()
                     self._leases.cancel_tasks()
-                    self._spool.stop_waiting()
+                    self._outbox.stop_waiting()
                     self._inputs.stop()
         except (WorkerError, OSError) as error:
             if ready.done():
@@ -335,13 +333,13 @@ class Agent:
         return LeaseRunner(
             WorkerMachine(self._offer.slots, self._host.memory_bytes),
             self._clock,
-            self._spool,
+            self._outbox,
             group,
             slots=self._slots,
             readers=self._readers,
             inputs=self._inputs,
             guard=self._guard,
-            fitness=self._fitness,
+            health=self._health,
             sources=lambda: self._sources,
             store=self._settings.physical_store,
             build_cores=self._offer.build_cores,
@@ -364,7 +362,7 @@ class Agent:
         while (deadline := stopping.requested(where)) is None:  # noqa: ASYNC110 - a file sends no event
             await asyncio.sleep(stopping.LOOK_EVERY_S)
         self._leases.drain(on=True)
-        self._spool.stop_waiting()
+        self._outbox.stop_waiting()
         while not self._leases.idle:
             if self._clock.now() >= deadline:
                 self._leases.stop_all(Trouble.STOPPING)
@@ -395,7 +393,7 @@ class Agent:
 
     def _trusts_builds(self) -> bool:
         """Return whether builds are kept from the worker's store."""
-        isolation = self._fitness.isolation
+        isolation = self._health.isolation
         return isolation is not None and isolation.level != "C"
 
     def _native(self) -> str:

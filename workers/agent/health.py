@@ -92,7 +92,7 @@ def too_little(rooms: Iterable[Room], floor_bytes: int) -> tuple[Room, str] | No
     return None
 
 
-class FitnessWatch:
+class HealthWatch:
     """Looks after one worker. `look` once at the start, then `run` for as long as the worker lives."""
 
     def __init__(  # noqa: PLR0917 - collaborators, named by their types

@@ -1,7 +1,7 @@
 """Lease runner: walks each lease of a worker through inputs, slot, build and upload, to exactly one report.
 
 `lease_machine` decides which lease goes on when and what an error means; the runner carries that out with one task a
-lease. Whatever happens in a lease, it ends in one report in the `Spool`, and nothing that happens in one ends another.
+lease. Whatever happens in a lease, it ends in one report in the `Outbox`, and nothing that happens in one ends another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from workers.agent.build import (
     build_in_slot,
 )
 from workers.agent.daemon_pool import DaemonSession, DaemonUnreachableError, SessionPool
-from workers.agent.health import FitnessWatch
+from workers.agent.health import HealthWatch
 from workers.agent.input_guard import InputChangedError, InputCollectedError, InputGuard, MendingError
 from workers.agent.inputs import FarmSources, InputError, InputFetcher
 from workers.agent.lease_machine import (
@@ -45,7 +45,7 @@ from workers.agent.lease_machine import (
     judge_trouble,
 )
 from workers.agent.orphans import sweep_orphans
-from workers.agent.outbox import Spool
+from workers.agent.outbox import Outbox
 from workers.agent.outputs import UPLOAD_WITHIN_S, OutputError, deliver, nar_size
 from workers.errors import WorkerError
 from workers.wire.messages import Failed, LeaseOrder, Report, Stage, StageChange, Succeeded
@@ -109,14 +109,14 @@ class LeaseRunner:
         self,
         machine: WorkerMachine,
         clock: Clock,
-        spool: Spool,
+        outbox: Outbox,
         group: asyncio.TaskGroup,
         *,
         slots: Sequence[DaemonSession],
         readers: SessionPool,
         inputs: InputFetcher,
         guard: InputGuard,
-        fitness: FitnessWatch,
+        health: HealthWatch,
         sources: Callable[[], FarmSources | None],
         store: Path,
         build_cores: int,
@@ -124,13 +124,13 @@ class LeaseRunner:
     ) -> None:
         self._machine = machine
         self._clock = clock
-        self._spool = spool
+        self._outbox = outbox
         self._group = group
         self._slots = slots
         self._readers = readers
         self._inputs = inputs
         self._guard = guard
-        self._fitness = fitness
+        self._health = health
         self._sources = sources
         self._store = store
         self._build_cores = build_cores
@@ -265,7 +265,7 @@ class LeaseRunner:
         now = self._clock.now()
         reason = result.reason if isinstance(result, Ending) else None
         if reason in DOUBTFUL:
-            self._fitness.doubt()
+            self._health.doubt()
         if not self._machine.report(key, now, reason):
             return
         outcome: Succeeded | Failed
@@ -290,7 +290,7 @@ class LeaseRunner:
             result=outcome,
             measures=run.record.measures(),
         )
-        self._spool.report(report, within_s=0.0 if self._machine.has_idle_slot else REPORT_WITHIN_S)
+        self._outbox.report(report, within_s=0.0 if self._machine.has_idle_slot else REPORT_WITHIN_S)
 
     async def _work(self, key: LeaseKey, run: _Run) -> Succeeded:
         """Raises `_Stopped` where the lease ends without a result."""
@@ -331,7 +331,7 @@ class LeaseRunner:
     async def _build(self, key: LeaseKey, run: _Run, slot: int, derivation: BasicDerivation) -> None:
         run.building_at = self._clock.now()
         self._tell_stage(key, Stage.BUILDING)
-        gate = LogGate(run.order.limits.log_bytes, lambda data: self._spool.log(key, data))
+        gate = LogGate(run.order.limits.log_bytes, lambda data: self._outbox.log(key, data))
         outputs = [output.path for output in derivation.outputs]
         with self._ending_where_inputs_changed():
             watch = await self._guard.begin(derivation.inputs, outputs, self._slots[slot])
@@ -368,7 +368,7 @@ class LeaseRunner:
         # Before it is judged: a build that failed may have failed by what it read.
         with self._ending_where_inputs_changed():
             await self._guard.end(watch, outputs, self._slots[slot])
-        disk_was_full = self._fitness.was_full_since(run.building_at)
+        disk_was_full = self._health.was_full_since(run.building_at)
         ending = judge_status(result.status, result.error_msg.strip(), disk_was_full=disk_was_full)
         if ending is not None:
             if ending.reason in ("infrastructure", "input_missing"):
@@ -392,12 +392,12 @@ class LeaseRunner:
         finally:
             # Also where the lease is cancelled as soon as the guard has found something.
             if self._guard.trouble and (self._mending is None or self._mending.done()) and not self._closing.is_set():
-                self._fitness.hurt()
+                self._health.hurt()
                 self._mending = self._group.create_task(self._mend(), name="mend the store")
 
     async def _mend(self) -> None:
         await self._guard.mend(self._sources)
-        self._fitness.doubt()
+        self._health.doubt()
 
     async def _check_size(self, derivation: BasicDerivation, limit_bytes: int) -> None:
         paths = [output.path for output in derivation.outputs]
@@ -420,11 +420,11 @@ class LeaseRunner:
         return Succeeded(outputs=outputs)
 
     def _pause(self) -> Awaitable[object] | None:
-        return None if self._spool.room.is_set() else self._spool.room.wait()
+        return None if self._outbox.room.is_set() else self._outbox.room.wait()
 
     def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
         change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())
-        self._spool.stage(change, within_s=STAGE_WITHIN_S)
+        self._outbox.stage(change, within_s=STAGE_WITHIN_S)
 
 
 async def _parsed(order: LeaseOrder) -> BasicDerivation:

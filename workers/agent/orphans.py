@@ -32,7 +32,7 @@ GONE_WITHIN_S = 5.0
 LOOK_AGAIN_S = 0.02
 
 
-def sweep_leftovers(state_dir: Path, store: Path) -> int:
+def sweep_earlier_agents(state_dir: Path, store: Path) -> int:
     """End what is left of earlier agents of the worker with this directory and this physical store.
 
     Returns how many processes were ended. Blocks; only for the holder of the worker's lock.

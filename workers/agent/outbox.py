@@ -49,8 +49,8 @@ OUTPUT_BYTES = 200
 MEASURE_BYTES = 120
 
 
-class SpoolError(WorkerError):
-    """The spool's directory cannot be used."""
+class OutboxError(WorkerError):
+    """The outbox's directory cannot be used."""
 
 
 @dataclass(slots=True)
@@ -83,23 +83,23 @@ class _Log:
     ended: bool = False
 
 
-class Spool:
+class Outbox:
     """See the module's text. Belongs to one event loop; must be closed."""
 
     def __init__(self, directory: Path, *, max_log_bytes: int = MAX_LOG_BYTES) -> None:
-        """Make the directory, swept. Raises `SpoolError`."""
+        """Make the directory, swept. Raises `OutboxError`."""
         self._directory = directory
         self._max_log_bytes = max_log_bytes
         try:
             if directory.exists():
-                leftovers = sum(1 for _ in directory.iterdir())
-                if leftovers:
-                    _log.info("sweeping %d files that an earlier worker left in %s", leftovers, directory)
+                left = sum(1 for _ in directory.iterdir())
+                if left:
+                    _log.info("sweeping %d files that an earlier worker left in %s", left, directory)
                 shutil.rmtree(directory)
             directory.mkdir(parents=True, mode=0o700)
             self._reports = os.open(directory / "reports.jsonl", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
         except OSError as error:
-            raise SpoolError(f"cannot use the spool directory {directory}: {error.strerror}") from error
+            raise OutboxError(f"cannot use the outbox directory {directory}: {error.strerror}") from error
         self._reports_bytes = 0
         self._entries: deque[_Entry] = deque()
         self._logs: dict[LeaseKey, _Log] = {}

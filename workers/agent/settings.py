@@ -74,7 +74,7 @@ class WorkerSettings(BaseModel):
 
     #: Unique in the farm.
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-    #: Directory of this worker alone: spool and the like. Made where it is missing.
+    #: Directory of this worker alone: outbox and the like. Made where it is missing.
     state_dir: Path
     #: Root of a chroot store of the worker's own; empty is the machine's store (or its daemon's).
     store: str = ""
@@ -213,7 +213,7 @@ def load_settings(path: str | Path | None = None) -> WorkerSettings:
         raise SettingsError(f"the worker settings {place} are not JSON") from None
 
 
-def inspect_machine(nix_daemon: str = "nix-daemon") -> HostSpec:
+def inspect_host(nix_daemon: str = "nix-daemon") -> HostSpec:
     """Look at the machine that this process runs on; `nix_daemon` is the program of its Nix."""
     try:
         grp.getgrnam("nixbld")

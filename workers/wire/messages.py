@@ -248,7 +248,7 @@ class Failed(WireMessage):
 
 
 class Report(WireMessage):
-    """The end of a lease; spooled by the agent until it is acknowledged."""
+    """The end of a lease; kept in the agent's outbox until it is acknowledged."""
 
     kind: Literal["report"] = "report"
     step: str

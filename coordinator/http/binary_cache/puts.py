@@ -52,7 +52,7 @@ from infra.nix.realisation import MAX_REALISATION_BYTES, RealisationLayout
 from infra.nix.store_path import parse_base_name
 from infra.objects.compression import MAX_NAR_BYTES
 from infra.objects.errors import CacheError
-from infra.objects.hashed_put import WrongBytesError, spool_object
+from infra.objects.hashed_put import WrongBytesError, put_hashed
 from infra.objects.store import INCOMING, ObjectStore
 
 _log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class CachePuts:
             raise UploadRefusedError(400, "an object cannot be empty")
         await asyncio.to_thread(self._find_room, size)
         async with self._slots, aclosing(_body(request, size, size)) as chunks:
-            await spool_object(self._cache.objects, key, f"sha256:{named['hash']}", size, chunks)
+            await put_hashed(self._cache.objects, key, f"sha256:{named['hash']}", size, chunks)
         self.recent.add(key, size)
         self._cache.counters.uploaded_bytes += size
         return _done()

@@ -102,9 +102,9 @@ class CollectReport:
     deleted_paths: int = 0
     deleted_objects: int = 0
     deleted_bytes: int = 0
-    #: Objects that no row named, and leftovers of uploads.
+    #: Objects that no row named, and uploads that were never completed.
     orphans: int = 0
-    leftovers: int = 0
+    abandoned_uploads: int = 0
     #: Roots whose time was over.
     lapsed_roots: int = 0
     #: Roots that the size budget ended, as `kind name`.
@@ -356,7 +356,7 @@ class Collection:
                     await self._sweep_some(batch)
                     batch = {}
             await self._sweep_some(batch)
-            self.report.leftovers = await sweep_incoming(
+            self.report.abandoned_uploads = await sweep_incoming(
                 self._catalog.objects, before=before, dry_run=self._plan.dry_run
             )
         if not self._plan.dry_run:

@@ -38,7 +38,7 @@ class _Running:
     hash: _Hash = field(default_factory=sha256)
 
 
-class RelaySpool:
+class RelayStaging:
     """The objects on their way into one store; `directory` is used where that is none itself."""
 
     def __init__(self, objects: ObjectStore, directory: Path) -> None:
@@ -57,7 +57,7 @@ class RelaySpool:
             WrongOffsetError: it does not begin where the object ends.
             BadUploadError: the object would have more than `most_bytes`.
             StoreFullError: no room is left.
-            ObjectStoreError: the spool failed.
+            ObjectStoreError: the staging area failed.
         """
         file = self._file(slot)
         running = await self._hash_so_far(slot)

@@ -1,15 +1,15 @@
 """Uploads into a cache, from `begin` to `commit`.
 
 An upload names all of its paths at once. What is missing is sent, directly to the object store with presigned
-addresses or through here into a spool (`relay`); `commit` puts it in its place and hands it to `Cache.publish`, which
-trusts nothing. What is published with other bits is sent too, unless the very same bits have lost before: they are kept
-beside the first so that a person can compare.
+addresses or through here into a staging area (`relay`); `commit` puts it in its place and hands it to `Cache.publish`,
+which trusts nothing. What is published with other bits is sent too, unless the very same bits have lost before: they
+are kept beside the first so that a person can compare.
 
 Everything that must outlive this process lies in files and in the object store and is found again by a name that
 follows from sender, path and NAR hash (the *slot*): an upload that begins anew continues. Two senders with the same
-rights fill one slot together, since what they compress is the same; if it is not, the hash tells, the slot is emptied
-and the sender told to begin again. Bounds: uploads at one time, the paths that they name together, the size of each
-object (by its NAR's), blocks in memory. What is abandoned is swept.
+rights fill one slot together, since what they compress is the same; if it is not, the hashes differ, and `commit`
+empties the slot and has the sender begin again. Bounds: uploads at one time, the paths that they name together, the
+size of each object (by its NAR's), blocks in memory. What is abandoned is swept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from infra.cache.uploads.errors import (
     UnknownUploadError,
     WrongOffsetError,
 )
-from infra.cache.uploads.relay import RelaySpool
+from infra.cache.uploads.relay import RelayStaging
 from infra.cache.uploads.s3_direct import DirectUploads, staged_key
 from infra.nix.errors import FormatError
 from infra.nix.hashing import sha256_text
@@ -115,7 +115,7 @@ class Uploads:
     def __init__(
         self,
         cache: Cache,
-        spool: Path,
+        staging: Path,
         now: Callable[[], float],
         *,
         direct: DirectUploads | None = None,
@@ -124,12 +124,12 @@ class Uploads:
     ) -> None:
         """Take uploads into `cache`.
 
-        `spool` is used where the cache's store is no directory; `direct` makes senders go to the store itself. What a
+        `staging` is used where the cache's store is no directory; `direct` makes senders go to the store itself. What a
         sender publishes is a root until `expiry(now)`, None for ever. What an upstream has need not be sent.
         """
         self._cache = cache
         self._full = cache.store_dir.full
-        self._spool = RelaySpool(cache.objects, spool)
+        self._staging = RelayStaging(cache.objects, staging)
         self._now = now
         self._direct = direct
         self._expiry = expiry
@@ -156,7 +156,7 @@ class Uploads:
         now = self._now()
         for name in [name for name, upload in self._open.items() if upload.expires_at < now]:
             del self._open[name]
-        await self._spool.sweep(before)
+        await self._staging.sweep(before)
         if self._direct is not None:
             await self._direct.sweep(before)
 
@@ -286,7 +286,7 @@ class Uploads:
     async def offset(self, sender: Sender, name: str, path: str) -> int:
         """Return how many bytes of an object have arrived. Raises `UploadError`."""
         claim = self._claim(self._find(sender, name), path)
-        return self._spool.size(self._slot(sender, claim))
+        return self._staging.size(self._slot(sender, claim))
 
     async def append(self, sender: Sender, name: str, path: str, offset: int, data: AsyncIterable[bytes]) -> int:
         """Add a piece to an object; returns how many bytes it has then. What came before an error stays.
@@ -295,12 +295,12 @@ class Uploads:
             WrongOffsetError: it does not begin where the object ends.
             StoreFullError: no room is left.
             UploadError: the object would be larger than its NAR can become.
-            ObjectStoreError: the spool failed.
+            ObjectStoreError: the staging area failed.
         """
         claim = self._claim(self._find(sender, name), path)
         slot = self._slot(sender, claim)
         async with self._lock(slot):
-            return await self._spool.append(slot, offset, data, most_bytes(claim.nar_size))
+            return await self._staging.append(slot, offset, data, most_bytes(claim.nar_size))
 
     # Committing.
 
@@ -357,7 +357,7 @@ class Uploads:
         slot = self._slot(sender, claim)
         try:
             if self._direct is None:
-                return await self._place_spooled(slot, claim, sent)
+                return await self._place_relayed(slot, claim, sent)
             if sent.etags:
                 return await self._place_parts(self._direct, upload, claim, sent)
             return await self._place_small(slot, claim, sent)
@@ -366,9 +366,9 @@ class Uploads:
         except ObjectStoreError as error:
             return SendVerdict(path=claim.path, status=SendStatus.FAILED, message=str(error))
 
-    async def _place_spooled(self, slot: str, claim: PathClaim, sent: SentPath) -> SendVerdict:
+    async def _place_relayed(self, slot: str, claim: PathClaim, sent: SentPath) -> SendVerdict:
         key = nar_key(sent.file_hash, self._cache.compression)
-        whole = await self._spool.place(slot, key, sent.file_hash, sent.file_size)
+        whole = await self._staging.place(slot, key, sent.file_hash, sent.file_size)
         return _stored(claim.path, key) if whole else _refused(claim.path, _DAMAGED)
 
     async def _place_small(self, slot: str, claim: PathClaim, sent: SentPath) -> SendVerdict:

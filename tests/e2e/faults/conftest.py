@@ -178,7 +178,7 @@ class FarmUnderFault:
     def is_whole_at_the_end(self) -> None:
         """The last that is asserted of a farm: it ends in order, and its journal has a reason for all that it did."""
         assert self.farm.stop() == 0
-        assert self.farm.leftovers() == {}
+        assert self.farm.processes_left() == {}
         self.nothing_ran_twice_without_a_reason()
 
 

@@ -133,7 +133,7 @@ class Soak:
             self.complain(f"the farm stopped with status {status}")
         with self.judging():
             self.hurt.nothing_ran_twice_without_a_reason()
-        if left := farm.leftovers():
+        if left := farm.processes_left():
             self.complain(f"left over: {left}")
         reasons = Counter(f.failure.kind.value for f in self.hurt.journal() if isinstance(f, facts.LeaseRevoked))
         runs = self.hurt.runs()

@@ -224,7 +224,7 @@ def test_a_head_without_its_tables_is_another_one(apart: Apart) -> None:
 
 def test_a_farm_whose_parts_went_away_ends_in_order(made: Apart) -> None:
     made.stop()
-    assert made.farm.leftovers() == {}
+    assert made.farm.processes_left() == {}
     made.nothing_ran_twice_without_a_reason()
 
 

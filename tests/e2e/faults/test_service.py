@@ -30,10 +30,10 @@ def test_a_farm_whose_parent_is_process_1_ends_with_all_that_it_started(tmp_path
     )
     try:
         while farm.health() != "ok":
-            assert farm.leftovers(0.0), farm.log_path.read_text()
+            assert farm.processes_left(0.0), farm.log_path.read_text()
             time.sleep(0.1)
         farm.wait_for_workers(1)
         os.kill(int(begun.stdout), signal.SIGTERM)
-        assert farm.leftovers(PATIENCE_S) == {}
+        assert farm.processes_left(PATIENCE_S) == {}
     finally:
         farm.clear()

@@ -66,7 +66,7 @@ class Pair(FarmUnderFault):
         self.until(lambda: self.farm.health() == "ok")
         self.farm.wait_for_workers(2)
 
-    def leftovers(self) -> dict[int, str]:
+    def processes_left(self) -> dict[int, str]:
         return processes_naming(str(self.root))
 
     def stop(self) -> None:
@@ -91,7 +91,7 @@ def pair(
             yield pair
         finally:
             pair.stop()
-            for pid in pair.leftovers():
+            for pid in pair.processes_left():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             postgres_server.drop_database(database)
@@ -145,6 +145,6 @@ def test_the_leader_is_paused_and_wakes_up_in_anothers_reign(pair: Pair) -> None
 
 def test_two_coordinators_end_in_order_and_nothing_ran_twice_without_a_reason(pair: Pair) -> None:
     pair.stop()
-    pair.until(lambda: not pair.leftovers())
+    pair.until(lambda: not pair.processes_left())
     assert {times for name, times in pair.runs().items() if "-long-" in name} == {1}
     pair.nothing_ran_twice_without_a_reason()

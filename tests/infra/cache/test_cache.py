@@ -37,13 +37,13 @@ from infra.objects.errors import CacheError
 from tests.support.cache import (
     STORE_DIR,
     base_name,
-    candidate,
     lying,
     object_file,
     open_cache,
     publish,
     secret_key,
     store_path,
+    uploaded_claim,
 )
 
 A, B, C, D, LOST = (store_path(name) for name in ("a", "b", "c", "d", "lost"))
@@ -71,7 +71,7 @@ async def test_what_is_published_is_answered_signed_by_every_key(tmp_path: Path)
     keys = [secret_key("old-1", 1), secret_key("new-2", 2)]
     async with open_cache(tmp_path, keys) as cache:
         await publish(cache, B)
-        bare = await candidate(cache, A, b"nar of a", sorted([B, A]))
+        bare = await uploaded_claim(cache, A, b"nar of a", sorted([B, A]))
         path = replace(bare.path, deriver=base_name(store_path("a.drv")), ca="fixed:r:sha256:" + 52 * "0")
         claim = replace(bare, path=path)
         assert not await visible(cache, A)
@@ -91,11 +91,11 @@ async def test_what_is_published_is_answered_signed_by_every_key(tmp_path: Path)
 
 
 async def test_published_again_is_no_change_and_other_bits_are_a_recorded_conflict(cache: Cache) -> None:
-    first = await candidate(cache, A, b"first")
+    first = await uploaded_claim(cache, A, b"first")
     await cache.publish([first])
     text = await cache.narinfo(first.hash_part)
     assert await publish(cache, A, b"first") == AlreadyPublished(A)
-    other = await candidate(cache, A, b"other")
+    other = await uploaded_claim(cache, A, b"other")
     for _ in range(2):
         assert await cache.publish([other]) == [Conflict(A, first.path.nar_hash, other.path.nar_hash)]
     assert await cache.narinfo(first.hash_part) == text
@@ -103,7 +103,7 @@ async def test_published_again_is_no_change_and_other_bits_are_a_recorded_confli
 
 
 async def test_a_conflict_is_recorded_only_of_bits_that_exist(cache: Cache) -> None:
-    claim = await candidate(cache, A)
+    claim = await uploaded_claim(cache, A)
     await cache.publish([claim])
     (outcome,) = await cache.publish([replace(claim, path=replace(claim.path, nar_hash=OTHER))])
     assert reason(outcome) is RejectReason.CORRUPT
@@ -111,22 +111,22 @@ async def test_a_conflict_is_recorded_only_of_bits_that_exist(cache: Cache) -> N
 
 
 async def test_two_publishes_of_one_path_at_once_have_one_winner(cache: Cache) -> None:
-    claims = [await candidate(cache, A, b"bits %d" % (number % 2)) for number in range(8)]
+    claims = [await uploaded_claim(cache, A, b"bits %d" % (number % 2)) for number in range(8)]
     outcomes = await asyncio.gather(*(cache.publish([claim]) for claim in claims))
     kinds = sorted(type(outcome).__name__ for (outcome,) in outcomes)
     assert kinds == ["AlreadyPublished"] * 3 + ["Conflict"] * 4 + ["Published"]
     kinds = sorted(
         type(outcome).__name__
-        for outcome in await cache.publish([await candidate(cache, B), *[await candidate(cache, B)] * 2])
+        for outcome in await cache.publish([await uploaded_claim(cache, B), *[await uploaded_claim(cache, B)] * 2])
     )
     assert kinds == ["AlreadyPublished"] * 2 + ["Published"]
 
 
 async def test_a_path_is_published_only_after_all_it_refers_to(cache: Cache) -> None:
     a, b, c = (
-        await candidate(cache, A),
-        await candidate(cache, B, references=[A]),
-        await candidate(cache, C, references=[B, C]),
+        await uploaded_claim(cache, A),
+        await uploaded_claim(cache, B, references=[A]),
+        await uploaded_claim(cache, C, references=[B, C]),
     )
     (refused,) = await cache.publish([c])
     assert reason(refused) is RejectReason.MISSING_REFERENCES
@@ -141,14 +141,14 @@ async def test_a_path_is_published_only_after_all_it_refers_to(cache: Cache) -> 
     assert [narinfo.parse(text, STORE_DIR).store_path for text in narinfos] == [C]
 
 
-async def test_a_failed_candidate_takes_only_those_along_that_refer_to_it(cache: Cache) -> None:
-    bad = await candidate(cache, A)
+async def test_a_failed_claim_takes_only_those_along_that_refer_to_it(cache: Cache) -> None:
+    bad = await uploaded_claim(cache, A)
     object_file(cache, bad).unlink()
     batch = [
-        await candidate(cache, D, references=[C]),
+        await uploaded_claim(cache, D, references=[C]),
         bad,
-        await candidate(cache, C),
-        await candidate(cache, B, references=[A, C]),
+        await uploaded_claim(cache, C),
+        await uploaded_claim(cache, B, references=[A, C]),
     ]
     outcomes = await cache.publish(batch)
     assert outcomes[0] == Published(D)
@@ -160,7 +160,7 @@ async def test_a_failed_candidate_takes_only_those_along_that_refer_to_it(cache:
 
 async def test_paths_that_refer_to_each_other_are_refused(cache: Cache) -> None:
     outcomes = await cache.publish(
-        [await candidate(cache, A, references=[B]), await candidate(cache, B, references=[A])]
+        [await uploaded_claim(cache, A, references=[B]), await uploaded_claim(cache, B, references=[A])]
     )
     assert [reason(outcome) for outcome in outcomes] == [RejectReason.MISSING_REFERENCES] * 2
 
@@ -184,7 +184,7 @@ def flip(path: Path) -> None:
 async def test_an_object_that_is_not_what_was_claimed_is_refused(
     cache: Cache, size: int, damage: Callable[[Path], None], expected: RejectReason
 ) -> None:
-    claim = await candidate(cache, A, os.urandom(size))
+    claim = await uploaded_claim(cache, A, os.urandom(size))
     damage(object_file(cache, claim))
     assert reason((await cache.publish([claim]))[0]) is expected
     assert not await visible(cache, A)
@@ -203,7 +203,7 @@ async def test_an_object_that_is_not_what_was_claimed_is_refused(
     ],
 )
 async def test_a_claim_that_lies_about_a_sound_object_is_refused(cache: Cache, lie: dict[str, Any]) -> None:
-    false = lying(await candidate(cache, A), lie)
+    false = lying(await uploaded_claim(cache, A), lie)
     assert reason((await cache.publish([false]))[0]) in {RejectReason.CORRUPT, RejectReason.MISSING_OBJECT}
     assert not await visible(cache, A)
 
@@ -230,8 +230,8 @@ async def test_a_claim_that_lies_about_a_sound_object_is_refused(cache: Cache, l
     ],
 )
 async def test_a_malformed_claim_is_refused_without_looking(cache: Cache, lie: dict[str, Any]) -> None:
-    false = lying(await candidate(cache, A), lie)
-    good = await candidate(cache, B)
+    false = lying(await uploaded_claim(cache, A), lie)
+    good = await uploaded_claim(cache, B)
     outcomes = await cache.publish([false, good])
     assert reason(outcomes[0]) is RejectReason.MALFORMED
     assert outcomes[1] == Published(B)
@@ -256,7 +256,7 @@ async def test_a_bomb_costs_no_more_than_an_honest_object(cache: Cache) -> None:
 
 
 async def test_a_lost_object_is_absent_everywhere_and_comes_back_with_its_bits(cache: Cache) -> None:
-    claim = await candidate(cache, A, b"the bits")
+    claim = await uploaded_claim(cache, A, b"the bits")
     await cache.publish([claim])
     await publish(cache, B, references=[A])
     assert await visible(cache, A)
@@ -278,7 +278,7 @@ async def test_a_lost_object_is_absent_everywhere_and_comes_back_with_its_bits(c
 
 async def test_what_a_crash_leaves_is_invisible_and_in_nobodys_way(tmp_path: Path) -> None:
     async with open_cache(tmp_path) as cache:
-        claim = await candidate(cache, A)  # uploaded, never published
+        claim = await uploaded_claim(cache, A)  # uploaded, never published
         await cache.objects.put_bytes("incoming/0123", b"half an upload")
         assert not await visible(cache, A)
         assert await cache.object_size(claim.stored.url) is None
@@ -288,7 +288,7 @@ async def test_what_a_crash_leaves_is_invisible_and_in_nobodys_way(tmp_path: Pat
 
 async def test_nothing_is_visible_of_a_publish_whose_transaction_fails(tmp_path: Path) -> None:
     async with open_cache(tmp_path) as cache:
-        claims = [await candidate(cache, A), await candidate(cache, B, references=[A])]
+        claims = [await uploaded_claim(cache, A), await uploaded_claim(cache, B, references=[A])]
         with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
             vandal.execute("CREATE TRIGGER full BEFORE INSERT ON refs BEGIN SELECT RAISE(ABORT, 'disk full'); END")
         with pytest.raises(MetadataError, match="disk full"):
@@ -301,7 +301,7 @@ async def test_nothing_is_visible_of_a_publish_whose_transaction_fails(tmp_path:
 
 
 async def test_a_cancelled_publish_leaves_the_cache_usable(cache: Cache) -> None:
-    large = await candidate(cache, A, os.urandom(20_000_000))
+    large = await uploaded_claim(cache, A, os.urandom(20_000_000))
     work = asyncio.create_task(cache.publish([large]))
     await asyncio.sleep(0.01)
     work.cancel()
@@ -313,7 +313,7 @@ async def test_a_cancelled_publish_leaves_the_cache_usable(cache: Cache) -> None
 async def test_questions_and_batches_are_bounded(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog_module, "MAX_CLOSURE", 3)
     chain = [store_path(f"chain{number}") for number in range(4)]
-    batch = [await candidate(cache, path, references=chain[:number]) for number, path in enumerate(chain)]
+    batch = [await uploaded_claim(cache, path, references=chain[:number]) for number, path in enumerate(chain)]
     assert await cache.publish(batch) == [Published(path) for path in chain]
     assert len((await cache.closure(chain[2:3]))[0]) == 3
     for question in (chain[3:], [store_path(f"{number}") for number in range(4)]):

@@ -22,14 +22,14 @@ from tests.support.cache import STORE_DIR, base_name, open_cache, publish, store
 PUBLISHER = """
 import asyncio, itertools, os, sys
 from pathlib import Path
-from tests.support.cache import candidate, open_cache, store_path
+from tests.support.cache import uploaded_claim, open_cache, store_path
 
 async def main():
     async with open_cache(Path(sys.argv[1])) as cache:
         for number in itertools.count():
             chain = [store_path(f"{sys.argv[2]}-{number}-{link}") for link in range(4)]
             claims = [
-                await candidate(cache, path, os.urandom(9_000_000 if link == 2 else 300), chain[:link])
+                await uploaded_claim(cache, path, os.urandom(9_000_000 if link == 2 else 300), chain[:link])
                 for link, path in enumerate(chain)
             ]
             await cache.publish(claims)
@@ -81,14 +81,14 @@ COLLECTOR = """
 import asyncio, itertools, os, sys
 from pathlib import Path
 from infra.cache.retention.collector import CollectPlan
-from tests.support.cache import candidate, open_cache, store_path
+from tests.support.cache import uploaded_claim, open_cache, store_path
 
 async def main():
     async with open_cache(Path(sys.argv[1])) as cache:
         for number in itertools.count():
             chain = [store_path(f"{sys.argv[2]}-{number}-{link}") for link in range(3)]
             await cache.publish([
-                await candidate(cache, path, os.urandom(300), chain[:link]) for link, path in enumerate(chain)
+                await uploaded_claim(cache, path, os.urandom(300), chain[:link]) for link, path in enumerate(chain)
             ])
             await cache.pin("newest", chain[-1:])
             print(*chain, flush=True)

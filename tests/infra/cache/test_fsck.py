@@ -22,12 +22,12 @@ from infra.nix.signing import PublicKey
 from tests.support.cache import (
     STORE_DIR,
     base_name,
-    candidate,
     chunked,
     object_file,
     open_cache,
     secret_key,
     store_path,
+    uploaded_claim,
 )
 
 LOW, MIDDLE, TOP, OTHER = (store_path(name) for name in ("low", "middle", "top", "other"))
@@ -38,7 +38,7 @@ NEEDS = {LOW: [LOW], MIDDLE: [LOW], TOP: [MIDDLE], OTHER: []}
 @pytest.fixture
 async def cache(tmp_path: Path) -> AsyncIterator[Cache]:
     async with open_cache(tmp_path) as opened:
-        claims = [await candidate(opened, path, NARS[path], NEEDS[path]) for path in NARS]
+        claims = [await uploaded_claim(opened, path, NARS[path], NEEDS[path]) for path in NARS]
         assert await opened.publish(claims) == [Published(path) for path in NARS]
         yield opened
 
@@ -62,7 +62,7 @@ async def text(cache: Cache, path: str) -> bytes | None:
 
 
 async def file_of(cache: Cache, path: str) -> Path:
-    return object_file(cache, await candidate(cache, path, NARS[path]))
+    return object_file(cache, await uploaded_claim(cache, path, NARS[path]))
 
 
 def found(report: FsckReport) -> dict[str, tuple[str, str]]:
@@ -112,7 +112,7 @@ async def test_what_nobody_has_goes_with_all_that_refers_to_it_and_can_be_publis
     # A pin brings nothing back that is broken.
     await cache.collect(CollectPlan())
     assert await cache.missing([LOW, MIDDLE, TOP]) == {LOW, MIDDLE, TOP}
-    again = [await candidate(cache, path, NARS[path], NEEDS[path]) for path in (LOW, MIDDLE, TOP)]
+    again = [await uploaded_claim(cache, path, NARS[path], NEEDS[path]) for path in (LOW, MIDDLE, TOP)]
     assert await cache.publish(again) == [Published(path) for path in (LOW, MIDDLE, TOP)]
     assert (await cache.verify(full=True)).broken == 0
 
@@ -143,12 +143,12 @@ async def test_a_narinfo_that_cannot_be_read_is_a_fault_of_its_own(cache: Cache)
         await connection.execute(paths.update().where(paths.c.store_path == OTHER).values(narinfo=b"not one"))
     assert found(await cache.verify()) == {OTHER: ("its narinfo cannot be read", "left as it is")}
     assert (await cache.verify(repair=True)).hidden == 1
-    assert await cache.publish([await candidate(cache, OTHER, NARS[OTHER])]) == [Published(OTHER)]
+    assert await cache.publish([await uploaded_claim(cache, OTHER, NARS[OTHER])]) == [Published(OTHER)]
 
 
 async def test_sums_tell_what_is_stored_and_what_sharing_saves(cache: Cache) -> None:
     twin = store_path("twin")
-    claim = await candidate(cache, twin, NARS[OTHER])
+    claim = await uploaded_claim(cache, twin, NARS[OTHER])
     await cache.publish([claim])
     await cache.lease("somebody", [LOW, store_path("not-there")], 60.0)
     await cache.keep("push", "one", [TOP], None)
@@ -171,7 +171,7 @@ async def test_keys_come_and_go_without_touching_a_nar(tmp_path: Path) -> None:
         return good
 
     async with open_cache(tmp_path, [old]) as cache:
-        await cache.publish([await candidate(cache, path, NARS[path], NEEDS[path]) for path in NARS])
+        await cache.publish([await uploaded_claim(cache, path, NARS[path], NEEDS[path]) for path in NARS])
         assert (await cache.register(realisation)).outcome is Registered.NEW
         before = narinfo_format.parse(await text(cache, LOW) or b"", STORE_DIR)
     for keys, names in (([old, new], ["old-1", "new-1"]), ([new], ["new-1"])):
@@ -206,4 +206,4 @@ async def test_a_realisation_is_taken_once_for_what_is_here_and_goes_with_its_pa
     assert await cache.realisation(low.layout, low.key) is None
     await cache.pin("again", [LOW])
     assert await cache.realisation(low.layout, low.key)
-    assert await cache.publish([await candidate(cache, LOW, NARS[LOW], NEEDS[LOW])]) == [AlreadyPublished(LOW)]
+    assert await cache.publish([await uploaded_claim(cache, LOW, NARS[LOW], NEEDS[LOW])]) == [AlreadyPublished(LOW)]

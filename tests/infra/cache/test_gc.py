@@ -14,7 +14,7 @@ from infra.cache.errors import CollectorBusyError
 from infra.cache.publishing.claims import AlreadyPublished, Conflict, Published, Rejected, RejectReason
 from infra.cache.retention.collector import CollectPlan, collector_lock
 from infra.objects.errors import CacheError
-from tests.support.cache import base_name, candidate, object_file, open_cache, publish, store_path
+from tests.support.cache import base_name, object_file, open_cache, publish, store_path, uploaded_claim
 
 A, B, C, D, E = (store_path(name) for name in "abcde")
 DAY_S = 86400.0
@@ -75,7 +75,7 @@ async def test_what_a_root_names_stays_with_all_that_it_refers_to(cache: Cache) 
 async def test_a_tombstoned_path_is_absent_but_its_object_is_served_until_it_is_deleted(
     cache: Cache, clock: Clock
 ) -> None:
-    claim = await candidate(cache, A)
+    claim = await uploaded_claim(cache, A)
     await cache.publish([claim])
     assert await visible(cache, A) == [True]
     plan = replace(AT_ONCE, grace_s=DAY_S)
@@ -172,7 +172,7 @@ async def test_what_the_coordinator_names_and_what_is_fresh_is_kept(cache: Cache
 
 
 async def test_an_object_lives_as_long_as_one_path_names_it(cache: Cache) -> None:
-    first, second = await candidate(cache, A, b"same"), await candidate(cache, B, b"same")
+    first, second = await uploaded_claim(cache, A, b"same"), await uploaded_claim(cache, B, b"same")
     assert first.stored.url == second.stored.url
     await cache.publish([first, second])
     await cache.pin("one", [B])
@@ -187,7 +187,7 @@ async def test_an_object_lives_as_long_as_one_path_names_it(cache: Cache) -> Non
 
 async def test_bits_that_lost_go_with_the_path_that_they_were_offered_for(cache: Cache) -> None:
     await publish(cache, A, b"first")
-    losing = await candidate(cache, A, b"other")
+    losing = await uploaded_claim(cache, A, b"other")
     assert isinstance((await cache.publish([losing]))[0], Conflict)
     await cache.pin("a", [A])
     far = replace(AT_ONCE, orphan_s=-DAY_S)
@@ -200,16 +200,16 @@ async def test_bits_that_lost_go_with_the_path_that_they_were_offered_for(cache:
 
 
 async def test_objects_and_leftovers_that_nobody_names_are_swept_when_they_are_old(cache: Cache, clock: Clock) -> None:
-    orphan = await candidate(cache, A)
+    orphan = await uploaded_claim(cache, A)
     await publish(cache, B)
     await cache.pin("b", [B])
     await cache.objects.put_bytes("incoming/0123", b"half")
     report = await cache.collect(AT_ONCE)
-    assert (report.orphans, report.leftovers) == (0, 0)
+    assert (report.orphans, report.abandoned_uploads) == (0, 0)
     clock.time += 2 * DAY_S
     for dry_run in (True, False):
         report = await cache.collect(replace(AT_ONCE, dry_run=dry_run))
-        assert (report.orphans, report.leftovers) == (1, 1)
+        assert (report.orphans, report.abandoned_uploads) == (1, 1)
     assert await cache.objects.head(orphan.stored.url) is None
     assert await visible(cache, B) == [True]
     # The same bits again are a new object.
@@ -219,7 +219,7 @@ async def test_objects_and_leftovers_that_nobody_names_are_swept_when_they_are_o
 async def test_a_size_budget_ends_whole_roots_the_last_used_first_to_stay(cache: Cache, clock: Clock) -> None:
     sizes = {}
     for path, references in ((A, []), (B, [A]), (C, [A]), (D, []), (E, [])):
-        claim = await candidate(cache, path, path.encode() * 100, references)
+        claim = await uploaded_claim(cache, path, path.encode() * 100, references)
         await cache.publish([claim])
         sizes[path] = claim.stored.file_size
     for path in (B, C, D):
@@ -241,7 +241,7 @@ async def test_a_size_budget_ends_whole_roots_the_last_used_first_to_stay(cache:
 
 async def test_a_rehearsal_changes_nothing_and_tells_the_same_numbers(cache: Cache, clock: Clock) -> None:
     await publish_chain(cache)
-    await cache.publish([await candidate(cache, B, b"other bits", [A])])
+    await cache.publish([await uploaded_claim(cache, B, b"other bits", [A])])
     await cache.pin("d", [D])
     for _ in range(3):
         wished = await cache.collect(replace(AT_ONCE, dry_run=True))

@@ -27,7 +27,7 @@ from infra.cache.publishing import publisher
 from infra.cache.retention import collector, roots
 from infra.cache.retention.collector import CollectPlan
 from infra.nix import narinfo
-from tests.support.cache import STORE_DIR, base_name, candidate, open_cache, store_path
+from tests.support.cache import STORE_DIR, base_name, open_cache, store_path, uploaded_claim
 
 PATHS = [store_path(f"path-{number}") for number in range(6)]
 DAY_S = 86_400.0
@@ -101,7 +101,7 @@ class CacheMachine(RuleBasedStateMachine):
         if what == "crash":
             raise Crash
         if what == "publish":
-            await self.cache.publish([await candidate(self.cache, PATHS[number], references=references(number))])
+            await self.cache.publish([await uploaded_claim(self.cache, PATHS[number], references=references(number))])
         elif what == "pin":
             await self.keep("pin", "between", {number}, DAY_S)
         else:
@@ -172,7 +172,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(numbers=some, cut=cuts)
     def publish(self, numbers: set[int], cut: tuple[int, str, int] | None) -> None:
         async def work() -> None:
-            claims = [await candidate(self.cache, PATHS[n], references=references(n)) for n in sorted(numbers)]
+            claims = [await uploaded_claim(self.cache, PATHS[n], references=references(n)) for n in sorted(numbers)]
             await self.cache.publish(claims)
 
         self.run(work, cut)

@@ -12,7 +12,7 @@ from infra.cache import listing
 from infra.cache.cache import Cache
 from infra.cache.listing import Listings
 from infra.nix.nar import NarData, NarFile, write_events
-from tests.support.cache import candidate, object_file, open_cache, store_path
+from tests.support.cache import object_file, open_cache, store_path, uploaded_claim
 
 A, B = store_path("a"), store_path("b")
 
@@ -32,7 +32,7 @@ def expected(size: int) -> bytes:
 
 
 async def test_many_who_ask_at_once_share_one_reading_and_later_ones_need_none(cache: Cache) -> None:
-    claim = await candidate(cache, A, nar(b"abc"))
+    claim = await uploaded_claim(cache, A, nar(b"abc"))
     await cache.publish([claim])
     listings = Listings(cache)
     asked = [asyncio.create_task(listings.listing(claim.hash_part)) for _ in range(20)]
@@ -51,7 +51,7 @@ async def test_many_who_ask_at_once_share_one_reading_and_later_ones_need_none(c
 
 
 async def test_what_is_no_nar_or_not_published_has_no_listing(cache: Cache) -> None:
-    claim = await candidate(cache, A, b"verified, but not an archive")
+    claim = await uploaded_claim(cache, A, b"verified, but not an archive")
     await cache.publish([claim])
     listings = Listings(cache)
     assert await listings.listing(claim.hash_part) is None
@@ -59,7 +59,7 @@ async def test_what_is_no_nar_or_not_published_has_no_listing(cache: Cache) -> N
 
 
 async def test_the_limits_hold(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    claims = [await candidate(cache, path, nar(bytes([size]) * size)) for path, size in ((A, 10), (B, 200))]
+    claims = [await uploaded_claim(cache, path, nar(bytes([size]) * size)) for path, size in ((A, 10), (B, 200))]
     await cache.publish(claims)
     first, second = (claim.hash_part for claim in claims)
     monkeypatch.setattr(listing, "LISTINGS_IN_MEMORY_BYTES", len(expected(10)))

@@ -118,7 +118,7 @@ def test_a_stop_lets_running_builds_finish(one: FarmUnderFault) -> None:
     last = one.submit(file, "last")
     one.until(one.building)
     assert one.farm.stop(signal.SIGINT) == 0
-    assert one.farm.leftovers() == {}
+    assert one.farm.processes_left() == {}
     one.farm.start()
     view = one.ended(last)
     assert view["state"] == "succeeded"
