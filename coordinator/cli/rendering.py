@@ -352,7 +352,7 @@ def why_lines(reasons: StepReasonsView, now: float) -> list[str]:
     lines = [f"{step.state.value}: {one_line(step.name)} ({one_line(step.system)})"]
     if step.state in ACTIVE:
         lines.append(f"  runs       {_run(step, now)}")
-    if step.waiting_for:
+    if step.waiting_for and reasons.cause is None:
         lines.append(f"  why        {one_line(step.waiting_for)}")
     if reasons.cause is not None:
         lines.append(f"  why        {one_line(reasons.cause.name)}, which it stands on, failed")

@@ -149,9 +149,9 @@ class Views(FoldedRows):
     def step(self, text: str) -> StepRow:
         """Return the step that a person means.
 
-        Its key; an attribute that a submission named, the newest first; or any part that only this step's key, name,
-        .drv or output path has. Names of outputs behind a path (`….drv^out`, `…!dev`) are passed over. Raises
-        `NotFoundError` that says whether there are none or several.
+        Its key; an attribute that a submission named, or its whole name, of several the newest; or any part that only
+        this step's key, name, .drv or output path has. Names of outputs behind a path (`….drv^out`, `…!dev`) are passed
+        over. Raises `NotFoundError` that says whether there are none or several.
         """
         text = _OUTPUTS.sub("", text)
         row = self._steps.get(StepKey(text.rpartition("/")[2])) or self._named(text)
@@ -160,8 +160,9 @@ class Views(FoldedRows):
         found = [key for key in self._steps if text in key]
         if not found:
             found = [key for key in self._details.find(text) if key in self._steps]
-        if len(found) == 1:
-            return self._steps[found[0]]
+        same = [key for key in found if self._name(key) == text]
+        if len(found) == 1 or (same and len({self._system(key) for key in same}) == 1):
+            return self._steps[(same or found)[-1]]
         if found:
             examples = ", ".join(found[:3])
             raise NotFoundError(f"{len(found)} steps match {text[:80]!r} ({examples}, …); give more of the name.")
@@ -336,6 +337,9 @@ class Views(FoldedRows):
     def _counts(self, row: SubmissionRow) -> Counts:
         by_state = {state.value: count for state, count in row.counts.items()}
         return Counts(total=len(row.members), held=row.held, joined=row.joined, **by_state)
+
+    def _system(self, key: StepKey) -> str:
+        return (self._details.get(key) or _NO_DETAIL).system
 
     def _name(self, key: StepKey) -> str:
         return (self._details.get(key) or _NO_DETAIL).name

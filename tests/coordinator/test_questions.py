@@ -69,6 +69,15 @@ async def test_a_log_is_found_by_attribute_by_derivation_and_by_each_output(open
             [_ async for _ in farm.client.log("two", attempt=7)]
 
 
+async def test_a_whole_name_means_the_newest_step_of_that_name(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm:
+        for number in (1, 2):
+            await farm.ended((await farm.submit(f'{{ it = run "tool-1.0" "echo {number}; echo > $out"; }}', "it")).id)
+        assert b"".join([chunk async for chunk in farm.client.log("tool-1.0")]) == b"2\n"
+        with pytest.raises(RefusedError, match="2 steps match 'tool-1'"):
+            await farm.client.why("tool-1")
+
+
 async def test_names_are_completed_and_a_farm_says_what_it_does(open_farm: OpenFarm) -> None:
     async with open_farm("one") as farm:
         submitted = await farm.submit(CHAIN, "top", "two", label="mine")
