@@ -52,7 +52,7 @@ from coordinator.http.middleware import is_host, is_own_host
 from coordinator.http.routing import serve as serve_routes
 from coordinator.http.standby import serving_standby
 from coordinator.http.web.live import LiveStreams
-from coordinator.http.web.site import PageSources, add_web_routes
+from coordinator.http.web.site import PageActions, PageSources, add_web_routes
 from coordinator.intake.intake import Intake
 from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.submissions import Submissions
@@ -423,9 +423,11 @@ async def _make_site(  # noqa: PLR0917 - collaborators, named by their types
     serve_routes(app, TimingApi(core.views, stores.timings, core.timings, clock).handlers())
     questions = Questions(core.views, farm, core.explainer.open_needs, core.explainer.queues)
     serve_routes(app, questions.handlers())
-    add_worker_routes(app, core.views, lambda worker, on: work.fleet.drain(worker, on=on))
-    sources = PageSources(core.views, farm, core.explainer.queues, clock)
-    add_web_routes(app, sources, stores.sessions, pages, url)
+    add_worker_routes(app, core.views, work.fleet.drain)
+    queues = core.explainer.queues
+    read = PageSources(core.views, farm, queues, core.farm, stores.cache, stores.logs, stores.timings)
+    acts = PageActions(core.submissions, work.fleet.drain, keepers)
+    add_web_routes(app, read, acts, clock, stores.sessions, pages, url)
     runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
     return _Site(app, runner, gate, streams, pages, watch, exporter, services, tuple(keepers.values()))
 

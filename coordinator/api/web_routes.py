@@ -18,6 +18,59 @@ FARM_PAGE: Final = Route[None]("GET", "/", Right.PAGE, answer=Content.PAGE)
 #: The parts of the farm's page that change, as server-sent events.
 FARM_LIVE: Final = Route[None]("GET", "/live/farm", Right.PAGE, answer=Content.PARTS, head=False)
 
+SUBMISSIONS_PAGE: Final = Route[None]("GET", "/submissions", Right.PAGE, answer=Content.PAGE, errors=_NAMED)
+SUBMISSION_PAGE: Final = Route[None]("GET", "/submissions/{id}", Right.PAGE, answer=Content.PAGE, errors=_NAMED)
+SUBMISSION_LIVE: Final = Route[None](
+    "GET", "/live/submissions/{id}", Right.PAGE, answer=Content.PARTS, errors=_NAMED, head=False
+)
+#: A page of the steps of a submission: `?state=failed&after=N`.
+STEPS_PAGE: Final = Route[None]("GET", "/submissions/{id}/steps", Right.PAGE, answer=Content.PAGE, errors=_NAMED)
+#: Its attempts by worker over time: `?from=…&to=…` in Unix seconds.
+TIMELINE_PAGE: Final = Route[None](
+    "GET", "/submissions/{id}/timeline", Right.PAGE, answer=Content.PAGE, errors=(*_NAMED, 503)
+)
+CANCEL_FORM: Final = Route[None](
+    "POST", "/submissions/{id}/cancel", Right.CHANGE, body=Content.FORM, status=303, errors=(*_NAMED, *_FORM)
+)
+#: Builds again what failed.
+RETRY_FORM: Final = Route[None](
+    "POST", "/submissions/{id}/retry", Right.CHANGE, body=Content.FORM, status=303, errors=(*_NAMED, *_FORM)
+)
+
+#: `?find=`: leads to the only step whose key, name or .drv contains it.
+FIND_STEP: Final = Route[None]("GET", "/steps", Right.PAGE, answer=Content.PAGE, errors=_NAMED)
+STEP_PAGE: Final = Route[None]("GET", "/steps/{key}", Right.PAGE, answer=Content.PAGE, errors=_NAMED)
+STEP_LIVE: Final = Route[None]("GET", "/live/steps/{key}", Right.PAGE, answer=Content.PARTS, errors=_NAMED, head=False)
+RETRY_STEP_FORM: Final = Route[None](
+    "POST", "/steps/{key}/retry", Right.CHANGE, body=Content.FORM, status=303, errors=(*_NAMED, *_FORM)
+)
+
+#: A page of the log of one attempt: `?attempt=N&line=N&find=TEXT`.
+LOG_PAGE: Final = Route[None]("GET", "/steps/{key}/log", Right.PAGE, answer=Content.PAGE, errors=_NAMED)
+#: What is printed from `?after=` lines on, while the attempt runs.
+LOG_LIVE: Final = Route[None](
+    "GET", "/live/steps/{key}/log", Right.PAGE, answer=Content.PARTS, errors=_NAMED, head=False
+)
+
+#: Builds of a package, by its name with or without its version.
+HISTORY_PAGE: Final = Route[None]("GET", "/packages/{name}", Right.PAGE, answer=Content.PAGE, errors=(*_NAMED, 503))
+
+WORKERS_PAGE: Final = Route[None]("GET", "/workers", Right.PAGE, answer=Content.PAGE)
+WORKERS_LIVE: Final = Route[None]("GET", "/live/workers", Right.PAGE, answer=Content.PARTS, head=False)
+#: `on`: yes or no.
+DRAIN_FORM: Final = Route[None](
+    "POST", "/workers/{name}/drain", Right.CHANGE, body=Content.FORM, status=303, errors=(*_NAMED, *_FORM)
+)
+
+#: `?path=…` asks why a path is kept.
+CACHE_PAGE: Final = Route[None]("GET", "/caches/{cache}", Right.PAGE, answer=Content.PAGE, errors=_NAMED)
+PIN_FORM: Final = Route[None](
+    "POST", "/caches/{cache}/pin", Right.CHANGE, body=Content.FORM, status=303, errors=(*_NAMED, *_FORM)
+)
+UNPIN_FORM: Final = Route[None](
+    "POST", "/caches/{cache}/unpin", Right.CHANGE, body=Content.FORM, status=303, errors=(*_NAMED, *_FORM)
+)
+
 LOGIN_PAGE: Final = Route[None]("GET", "/login", Right.NONE, answer=Content.PAGE)
 #: Takes the API token; the answer sets the cookie.
 LOGIN: Final = Route[None]("POST", "/login", Right.NONE, body=Content.FORM, status=303, errors=_FORM)
@@ -28,6 +81,26 @@ ASSET: Final = Route[None]("GET", "/static/{file}", Right.NONE, answer=Content.A
 WEB_ROUTES: Final[tuple[Route[Any], ...]] = (
     FARM_PAGE,
     FARM_LIVE,
+    SUBMISSIONS_PAGE,
+    SUBMISSION_PAGE,
+    SUBMISSION_LIVE,
+    STEPS_PAGE,
+    TIMELINE_PAGE,
+    CANCEL_FORM,
+    RETRY_FORM,
+    FIND_STEP,
+    STEP_PAGE,
+    STEP_LIVE,
+    RETRY_STEP_FORM,
+    LOG_PAGE,
+    LOG_LIVE,
+    HISTORY_PAGE,
+    WORKERS_PAGE,
+    WORKERS_LIVE,
+    DRAIN_FORM,
+    CACHE_PAGE,
+    PIN_FORM,
+    UNPIN_FORM,
     LOGIN_PAGE,
     LOGIN,
     LOGOUT,

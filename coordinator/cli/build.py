@@ -23,7 +23,6 @@ from coordinator.cli.follow import follow
 from coordinator.cli.rendering import size, summary_lines
 from coordinator.cli.screen import Screen
 from coordinator.cli.status import print_json
-from coordinator.cli.terminal_controls import harmless
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import (
     Closure,
@@ -45,6 +44,7 @@ from coordinator.client.evaluation import (
     parse_drv,
 )
 from coordinator.errors import CoordinatorError
+from coordinator.terminal_controls import harmless
 from infra.nix.store_path import base_name_of
 from infra.process import ProcessError, run
 

@@ -23,9 +23,9 @@ from coordinator.cli.ci import Ci
 from coordinator.cli.completion import SHELLS, completes, script
 from coordinator.cli.exit_status import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
 from coordinator.cli.options import Address, Wait, addressed, run_with_client, sectioned
-from coordinator.cli.terminal_controls import harmless
 from coordinator.defaults import HOST, PORT
 from coordinator.errors import CoordinatorError
+from coordinator.terminal_controls import harmless
 
 #: What a shell shows for a program that was ended by SIGPIPE.
 READER_GONE = 141

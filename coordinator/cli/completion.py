@@ -13,9 +13,9 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from coordinator.cli.options import Address
-from coordinator.cli.terminal_controls import harmless
 from coordinator.defaults import URL
 from coordinator.errors import CoordinatorError
+from coordinator.terminal_controls import harmless
 
 #: Seconds after which a farm completes nothing.
 ANSWER_S: Final = 1.0

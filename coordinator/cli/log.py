@@ -12,8 +12,8 @@ import click
 
 from coordinator.cli import exit_status
 from coordinator.cli.ci import Ci, defused, detected
-from coordinator.cli.terminal_controls import ControlFilter
 from coordinator.client.api_client import ApiClient
+from coordinator.terminal_controls import ControlFilter
 
 #: Bytes of one line that are searched and shown; the rest of a longer one is passed over.
 LINE_BYTES: Final = 64 * 1024

@@ -23,7 +23,7 @@ from coordinator.api.models import (
 )
 from coordinator.api.questions import StepReasonsView
 from coordinator.cli.progress import ACTIVE, News, Progress
-from coordinator.cli.terminal_controls import ControlFilter
+from coordinator.terminal_controls import ControlFilter
 
 #: Lines of a failed step's log that are shown with the verdict, and the longest of them.
 TAIL_LINES = 25

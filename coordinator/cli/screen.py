@@ -17,7 +17,7 @@ from typing import Final, TextIO
 from coordinator.cli.ci import Ci, defused, detected, section, verdict
 from coordinator.cli.lines import Line, plain, width_of, written
 from coordinator.cli.live import Window
-from coordinator.cli.terminal_controls import harmless
+from coordinator.terminal_controls import harmless
 
 _BEGIN: Final = "\x1b[?2026h"
 _END: Final = "\x1b[?2026l"

@@ -22,9 +22,9 @@ from coordinator.cli.rendering import (
     why_lines,
     worker_lines,
 )
-from coordinator.cli.terminal_controls import harmless
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import RefusedError
+from coordinator.terminal_controls import harmless
 
 #: Submissions that `drover status` lists, newest first.
 LISTED = 20

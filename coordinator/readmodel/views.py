@@ -124,6 +124,10 @@ class Views(FoldedRows):
         """Return the row of a step by its whole key, None for one that is not known."""
         return self._steps.get(key)
 
+    def rows(self) -> list[StepRow]:
+        """Return the rows of all steps, the order in which they became known; for reading only."""
+        return list(self._steps.values())
+
     def name_of(self, row: StepRow) -> str:
         """Return a step's name, or its key where no details are known."""
         return self._name(row.key) or row.key

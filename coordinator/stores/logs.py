@@ -24,6 +24,7 @@ from typing import ClassVar
 
 from coordinator.errors import CoordinatorError, NotFoundError
 from coordinator.stores.log_archive import LogArchive
+from coordinator.terminal_controls import harmless
 from infra.objects.errors import ObjectStoreError
 from workers.wire.messages import LogChunk
 
@@ -43,7 +44,6 @@ _LOG, _TAIL = ".log", ".tail"
 _log = logging.getLogger(__name__)
 
 _SAFE_KEY = re.compile(r"[A-Za-z0-9+_=][A-Za-z0-9+._?=-]{0,254}")
-_UNPRINTABLE = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]")
 
 
 class LogError(CoordinatorError):
@@ -123,11 +123,11 @@ class LogStore:
         return path if path.exists() or await self._restore(path, step, attempt) else None
 
     def tail(self, step: str, attempt: int, lines: int = TAIL_LINES) -> str:
-        """Return the last lines, fit for a terminal: control characters become `?`. Nothing if there is no log."""
+        """Return the last lines without what a terminal would obey (`harmless`). Nothing if there is no log."""
         path = self._path(step, attempt)
         data = _tail_of(path) or _tail_of(path.with_suffix(_TAIL)) or b""
         text = data.decode("utf-8", "replace").replace("\r\n", "\n").rstrip("\n")
-        return _UNPRINTABLE.sub("?", "\n".join(text.split("\n")[-lines:]))
+        return harmless("\n".join(text.split("\n")[-lines:]))
 
     async def read(self, step: str, attempt: int, running: Callable[[], bool] | None = None) -> AsyncIterator[bytes]:
         """Yield the log from its start, raw; with `running`, go on until that says no and all is read.

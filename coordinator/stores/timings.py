@@ -207,6 +207,19 @@ class TimingStore:
         )
         return await self._rows(query.where(attempts.c.system == system) if system else query, {})
 
+    async def longest_between(self, since: float, until: float, limit: int) -> tuple[list[AttemptTiming], int]:
+        """Return the longest attempts that were leased in a span of time, and how many there were in all.
+
+        They hold worker, lease, end and outcome alone; one that runs is longer than any other.
+        """
+        within = (attempts.c.leased_at >= since) & (attempts.c.leased_at <= until)
+        columns = (attempts.c.step, attempts.c.attempt, attempts.c.worker, attempts.c.name, attempts.c.leased_at)
+        took = func.coalesce(attempts.c.ended_at, until) - attempts.c.leased_at
+        query = select(*columns, attempts.c.ended_at, attempts.c.outcome).where(within).order_by(took.desc())
+        rows = await self._answers(query.limit(limit), {})
+        (total,) = (await self._answers(select(func.count()).select_from(attempts).where(within), {}))[0]
+        return [AttemptTiming(**row._mapping) for row in rows], total  # noqa: SLF001 - SQLAlchemy's public name for it
+
     async def usual_builds(self, package: str, system: str, limit: int) -> list[float]:
         """Return the seconds that the newest successful builds of a package took."""
         query = (

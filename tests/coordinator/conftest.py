@@ -87,6 +87,11 @@ class OpenedFarm:
             while not condition():  # noqa: ASYNC110 - what is waited for is another program's doing
                 await asyncio.sleep(0.02)
 
+    def key_of(self, name: str) -> str:
+        """The key of the only step with this name."""
+        (key,) = (row.key for row in self.coordinator.views.rows() if row.key[33:] == name)
+        return key
+
     def states(self, submission: str) -> dict[str, StepStatus]:
         views = self.coordinator.views
         rows, _ = views.steps_after(views.submission(submission), frozenset(), 0, 1000)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.cli.terminal_controls import (
+from coordinator.terminal_controls import (
     MAX_COLOURS,
     MAX_SEQUENCE_CHARS,
     MAX_STRING_CHARS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -23,17 +22,14 @@ from coordinator.api.models import (
 from coordinator.api.requests import CollectRequest, PinRequest, VerifyRequest
 from coordinator.api.routes import Route
 from coordinator.caches.housekeeping import Housekeeper
-from coordinator.errors import BadRequestError, NotFoundError
+from coordinator.caches.names import checked_path, checked_pin
+from coordinator.errors import NotFoundError
 from coordinator.http.answers import answer
 from coordinator.http.api.pages import answer_page, cut, limit_of, position_of
 from coordinator.http.bodies import BodyBounds, read_model
 from infra.cache.cache import Cache
 from infra.cache.retention.roots import RootRow
-from infra.nix.errors import FormatError
 from infra.nix.store_path import hash_part_of
-
-#: What a pin may be called.
-_PIN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
 
 #: 10,000 paths of the longest name.
 PIN_BOUNDS: Final = BodyBounds(size_bytes=4 * 1024 * 1024, items=10_064, containers=16)
@@ -87,7 +83,7 @@ class CachingApi:
     async def why(self, request: web.Request) -> web.Response:
         """Show what keeps a path."""
         _, cache = self._cache(request)
-        path = _store_path(cache, request.query.get("path", ""))
+        path = checked_path(cache, request.query.get("path", ""))
         published = await cache.narinfo(hash_part_of(path)) is not None
         keepers = tuple(
             KeeperView(kind=keeper.kind, name=keeper.name, expires_at=keeper.expires_at or 0.0, chain=keeper.chain)
@@ -99,14 +95,14 @@ class CachingApi:
         """Keep paths under a name."""
         _, cache = self._cache(request)
         wish = await read_model(request, PinRequest, PIN_BOUNDS)
-        paths = [_store_path(cache, path) for path in wish.paths]
-        await cache.pin(_pin_name(request), paths, wish.expires_at or None)
+        paths = [checked_path(cache, path) for path in wish.paths]
+        await cache.pin(checked_pin(request.match_info["pin"]), paths, wish.expires_at or None)
         return web.Response(status=204)
 
     async def unpin(self, request: web.Request) -> web.Response:
         """Forget a pin."""
         name, cache = self._cache(request)
-        pin = _pin_name(request)
+        pin = checked_pin(request.match_info["pin"])
         if not await cache.unpin(pin):
             raise NotFoundError(f"nothing is pinned as {pin} in the cache {name}; `drover cache roots` lists the pins.")
         return web.Response(status=204)
@@ -168,13 +164,6 @@ class CachingApi:
         return found
 
 
-def _pin_name(request: web.Request) -> str:
-    name = request.match_info["pin"]
-    if _PIN.fullmatch(name) is None:
-        raise BadRequestError("a pin is called by letters, digits and ._+=- and at most 128 characters.")
-    return name
-
-
 def _root_view(root: RootRow) -> CacheRootView:
     return CacheRootView(
         kind=root.kind,
@@ -184,13 +173,3 @@ def _root_view(root: RootRow) -> CacheRootView:
         expires_at=root.expires_at or 0.0,
         used_at=root.used_at or 0.0,
     )
-
-
-def _store_path(cache: Cache, text: str) -> str:
-    """Return the full store path that a full path or a base name stands for."""
-    path = text if text.startswith("/") else cache.store_dir.full(text)
-    try:
-        cache.store_dir.parse(path)
-    except FormatError as error:
-        raise BadRequestError(f"{text[:200]!r} is no store path: {error.message}.") from None
-    return path

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from coordinator.api.models import FarmView, StepStatus, WorkerView
 from coordinator.http.web.guards import VISITOR, html
-from coordinator.http.web.lines import StepLine, SubmissionLine, step_line, submission_line
+from coordinator.http.web.lines import QueueLine, StepLine, SubmissionLine, queue_lines, step_line, submission_line
 from coordinator.http.web.live import LiveStreams
 from coordinator.http.web.rendering import PageRenderer
 from coordinator.readmodel.rows import SubmissionRow
@@ -48,16 +48,6 @@ class WorkerLine:
     #: Slots that nothing runs in, and leases that are not shown.
     free: int
     more: int
-
-
-@dataclass(frozen=True, slots=True)
-class QueueLine:
-    """Ready steps that require the same, and what they wait for."""
-
-    system: str
-    features: tuple[str, ...]
-    count: int
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +120,7 @@ class FarmPage:
         for row in [*running, *ended][:SUBMISSIONS_SHOWN]:
             yield
             submissions.append(submission_line(views, row))
-        queues = self._queue_lines()
+        queues = queue_lines(views.ready(), self._queues())
         return FarmData(
             farm=self._farm(),
             workers=tuple(lines),
@@ -156,17 +146,3 @@ class FarmPage:
             free=max(0, min(worker.slots, SLOTS_SHOWN) - sum(lease.stage in _IN_SLOT for lease in leases)),
             more=max(0, len(worker.leases) - SLOTS_SHOWN),
         )
-
-    def _queue_lines(self) -> list[QueueLine]:
-        """Return the classes of ready steps, the longest first."""
-        reasons = self._queues()
-        lines = [
-            QueueLine(
-                wanted.system,
-                tuple(wanted.features),
-                count,
-                reasons.get(wanted, "tried again after a pause, because an attempt failed or was handed back"),
-            )
-            for wanted, count in self._views.ready().items()
-        ]
-        return sorted(lines, key=lambda line: (-line.count, line.system, line.features))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from coordinator.api.models import Counts, StepStatus, SubmissionState, SubmissionView
-from coordinator.readmodel.rows import StepRow, SubmissionRow
+from coordinator.readmodel.rows import ACTIVE, StepRow, SubmissionRow
 from coordinator.readmodel.views import Views
+from scheduler.model import Requirements
 
 #: States in the order in which a bar shows them.
 BAR_STATES: Final = ("done", "publishing", "running", "ready", "waiting", "failed", "doomed", "abandoned")
+
+_BACKS_OFF: Final = "tried again after a pause, because an attempt failed or was handed back"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,25 @@ class SubmissionLine:
         return self.counts.held + self.counts.done
 
 
+@dataclass(frozen=True, slots=True)
+class QueueLine:
+    """Ready steps that require the same, and what they wait for."""
+
+    system: str
+    features: tuple[str, ...]
+    count: int
+    reason: str
+
+
+def queue_lines(ready: Mapping[Requirements, int], reasons: Mapping[Requirements, str]) -> list[QueueLine]:
+    """Return the classes of ready steps, the longest first; one without a reason backs off."""
+    lines = [
+        QueueLine(wanted.system, tuple(wanted.features), count, reasons.get(wanted, _BACKS_OFF))
+        for wanted, count in ready.items()
+    ]
+    return sorted(lines, key=lambda line: (-line.count, line.system, line.features))
+
+
 def step_line(views: Views, row: StepRow) -> StepLine:
     """Return a step as lists show it."""
     life = row.life
@@ -58,7 +81,8 @@ def step_line(views: Views, row: StepRow) -> StepLine:
         worker=life.builder,
         stage=life.stage,
         phase=life.phase,
-        started_at=life.started_at,
+        # What was begun and given back tells nothing of now.
+        started_at=life.started_at if life.ended_at or row.state in ACTIVE else 0.0,
         ended_at=life.ended_at,
     )
 

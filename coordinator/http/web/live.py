@@ -8,7 +8,8 @@ bounded in number; a page without one stays as it was when it was loaded.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,7 +24,8 @@ PAUSE_S: Final = 1.0
 COMMENT_S: Final = 10.0
 #: Milliseconds after which a browser connects again.
 _RETRY: Final = b"retry: 3000\n\n"
-_END: Final = b"event: end\ndata: -\n\n"
+#: The last frame of a stream.
+END: Final = b"event: end\ndata: -\n\n"
 
 #: Renders the parts of a page; the second value says that they will not change any more.
 Parts = Callable[[], Awaitable[tuple[Mapping[str, str], bool]]]
@@ -67,19 +69,33 @@ class LiveStreams:
 
         Raises `UnavailableError`.
         """
-        if self._open >= self._limit:
-            raise UnavailableError("too many browsers are watching; reload the page to see what is new.")
+        self._require_room()
         watched = self._watched.setdefault(request.path_qs, _Watched(render))
-        self._open += 1
         watched.readers += 1
         try:
             # What cannot be rendered at all is an error of the request.
             await watched.look()
+            return await self.serve_frames(request, self._frames(watched))
+        finally:
+            watched.readers -= 1
+            if not watched.readers:
+                self._watched.pop(request.path_qs, None)
+
+    async def serve_frames(self, request: web.Request, frames: AsyncGenerator[bytes, None]) -> web.StreamResponse:
+        """Stream frames, of which empty ones say that nothing is new; the next is asked for once one is taken.
+
+        Raises `UnavailableError`.
+        """
+        self._require_room()
+        self._open += 1
+        try:
             response = web.StreamResponse(
                 headers={**HEADERS, "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
             )
             await response.prepare(request)
-            await self._send(response, watched)
+            await response.write(_RETRY)
+            async with aclosing(frames):
+                await self._send(response, frames)
             await response.write_eof()
         except ConnectionError:
             # The browser went away: nothing is wrong.
@@ -88,30 +104,34 @@ class LiveStreams:
             return response
         finally:
             self._open -= 1
-            watched.readers -= 1
-            if not watched.readers:
-                self._watched.pop(request.path_qs, None)
 
-    async def _send(self, response: web.StreamResponse, watched: _Watched) -> None:
+    def _require_room(self) -> None:
+        if self._open >= self._limit:
+            raise UnavailableError("too many browsers are watching; reload the page to see what is new.")
+
+    async def _send(self, response: web.StreamResponse, frames: AsyncIterator[bytes]) -> None:
         loop = asyncio.get_running_loop()
-        sent: dict[str, int] = {}
-        await response.write(_RETRY)
         written_at = loop.time()
-        while not self._stopping.is_set():
+        async for frame in frames:
+            if self._stopping.is_set():
+                return
+            silent = loop.time() - written_at >= COMMENT_S
+            if frame or silent:
+                await response.write(frame or b": still here\n\n")
+                written_at = loop.time()
+
+    async def _frames(self, watched: _Watched) -> AsyncGenerator[bytes, None]:
+        """Yield the parts that changed since the last time, at most one frame a `PAUSE_S`."""
+        sent: dict[str, int] = {}
+        while True:
             await watched.look()
             fresh = {name: part for name, part in watched.parts.items() if sent.get(name) != hash(part)}
-            if fresh:
-                await response.write(b"event: parts\ndata: " + orjson.dumps(fresh) + b"\n\n")
-                sent.update((name, hash(part)) for name, part in fresh.items())
-                written_at = loop.time()
-            elif loop.time() - written_at >= COMMENT_S:
-                await response.write(b": still here\n\n")
-                written_at = loop.time()
-            if watched.over:
-                await response.write(_END)
+            sent.update((name, hash(part)) for name, part in fresh.items())
+            over = watched.over
+            yield b"event: parts\ndata: " + orjson.dumps(fresh) + b"\n\n" if fresh else b""
+            if over:
+                yield END
                 return
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(PAUSE_S):
                     await self._stopping.wait()
-            except TimeoutError:
-                continue

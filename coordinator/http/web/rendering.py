@@ -7,6 +7,7 @@ script writes ages (`age` in `parts.html`).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Final
@@ -15,7 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from coordinator.http.web.assets import Assets
 from coordinator.http.web.svg import bar
-from coordinator.http.web.texts import age_text, bytes_text, date_text, number_text
+from coordinator.http.web.texts import age_text, bytes_text, date_text, number_text, seconds_text
+from coordinator.terminal_controls import harmless
 from infra.clock import Clock
 from infra.slices import in_slices
 
@@ -36,27 +38,55 @@ class PageRenderer:
             trim_blocks=True,
             lstrip_blocks=True,
             auto_reload=False,
+            finalize=_shown,
         )
-        self._environment.filters.update(bytes=bytes_text, number=number_text, date=date_text, age=age_text)
+        self._environment.filters.update(
+            bytes=bytes_text, number=number_text, date=date_text, age=age_text, seconds=seconds_text
+        )
         self._environment.globals.update(asset=assets.address, bar=bar)
-        # Blocks that are rendered alone see no import of their template.
-        self._environment.globals["ui"] = self._environment.get_template("parts.html").module
+        self._compiled: dict[str, Template] = {}
 
     async def page(self, name: str, **context: object) -> bytes:
         """Return a whole page, in UTF-8."""
-        told = {"now": self._clock.now(), **context}
-        html = await in_slices(_joined(self._environment.get_template(name).generate(told)))
-        return html.encode("utf-8", "replace")
+        await self._compile_apart(name)
+        return (await in_slices(self.rendering(name, **context))).encode("utf-8", "replace")
+
+    def rendering(self, name: str, **context: object) -> Generator[None, None, str]:
+        """Do the work of `page`, with pauses."""
+        return _joined(self._template(name).generate({"now": self._clock.now(), **context}))
 
     async def parts(self, name: str, **context: object) -> dict[str, str]:
         """Return the parts of a page by their names."""
-        template = self._environment.get_template(name)
+        await self._compile_apart(name)
+        template = self._template(name)
         told = {"now": 0.0, **context}
         return {
             block.removeprefix(_LIVE): await in_slices(_joined(_block(template, block, told)))
             for block in template.blocks
             if block.startswith(_LIVE)
         }
+
+    async def _compile_apart(self, name: str) -> None:
+        """Compile a template at its first use, in a thread: that takes longer than the loop may be held."""
+        if name not in self._compiled:
+            await asyncio.to_thread(self._template, name)
+
+    def _template(self, name: str) -> Template:
+        found = self._compiled.get(name)
+        if found is None:
+            # Blocks that are rendered alone see no import of their template.
+            self._environment.globals["ui"] = self._environment.get_template("parts.html").module
+            self._environment.get_template("base.html")
+            found = self._compiled[name] = self._environment.get_template(name)
+        return found
+
+
+def _shown(value: object) -> object:
+    """Return what a template prints of a value: of text, which a stranger may have written, what a terminal would show.
+
+    It is escaped afterwards.
+    """
+    return harmless(value) if type(value) is str else value
 
 
 def _block(template: Template, name: str, told: dict[str, object]) -> Iterable[str]:

@@ -9,40 +9,104 @@ from aiohttp import web
 
 from coordinator.api import web_routes as routes
 from coordinator.api.models import FarmView
+from coordinator.caches.housekeeping import Housekeeper
+from coordinator.fleet.draining import Drain
 from coordinator.http.routing import serve_guarded
 from coordinator.http.web.assets import Assets
+from coordinator.http.web.cache import CachePage
 from coordinator.http.web.farm import FarmPage
 from coordinator.http.web.guards import Guards
+from coordinator.http.web.history import HistoryPage
 from coordinator.http.web.live import LiveStreams
+from coordinator.http.web.log import LogPage
 from coordinator.http.web.rendering import PageRenderer
+from coordinator.http.web.step import StepPage
+from coordinator.http.web.submission import SubmissionPage
+from coordinator.http.web.submission_lists import SubmissionLists
+from coordinator.http.web.timeline import TimelinePage
+from coordinator.http.web.workers import WorkersPage
+from coordinator.intake.submissions import Submissions
 from coordinator.readmodel.views import Views
 from coordinator.security.sessions import Sessions
+from coordinator.stores.logs import LogStore
+from coordinator.stores.timings import TimingStore
+from infra.cache.cache import Cache
 from infra.clock import Clock
+from scheduler.farm import Farm as Core
 from scheduler.model import Requirements
 
 
 @dataclass(frozen=True, slots=True)
 class PageSources:
-    """The rooms that pages are fed by."""
+    """The rooms that pages read."""
 
     views: Views
     farm: Callable[[], FarmView]
     #: What each class of ready steps waits for.
     queues: Callable[[], Mapping[Requirements, str]]
-    clock: Clock
+    core: Core
+    #: The cache that the farm publishes to.
+    cache: Cache
+    logs: LogStore
+    timings: TimingStore
 
 
-def add_web_routes(
-    app: web.Application, sources: PageSources, sessions: Sessions, streams: LiveStreams, public_url: str
+@dataclass(frozen=True, slots=True)
+class PageActions:
+    """The rooms that do what forms ask for."""
+
+    submissions: Submissions
+    drain: Drain
+    #: Of all caches by name.
+    housekeepers: Mapping[str, Housekeeper]
+
+
+def add_web_routes(  # noqa: PLR0917 - collaborators, named by their types
+    app: web.Application,
+    sources: PageSources,
+    actions: PageActions,
+    clock: Clock,
+    sessions: Sessions,
+    streams: LiveStreams,
+    public_url: str,
 ) -> None:
     """Serve every route of `coordinator.api.web_routes`."""
     assets = Assets()
-    renderer = PageRenderer(assets, sources.clock)
-    guards = Guards(sessions, renderer, sources.clock, public_url)
-    farm = FarmPage(sources.views, sources.farm, sources.queues, renderer, streams)
+    renderer = PageRenderer(assets, clock)
+    guards = Guards(sessions, renderer, clock, public_url)
+    views = sources.views
+    farm = FarmPage(views, sources.farm, sources.queues, renderer, streams)
+    submission = SubmissionPage(views, actions.submissions, sources.farm, sources.queues, renderer, streams)
+    lists = SubmissionLists(views, renderer)
+    step = StepPage(views, sources.core, actions.submissions, sources.cache, sources.timings, renderer, streams)
+    timeline = TimelinePage(views, sources.timings, renderer, clock)
+    history = HistoryPage(sources.timings, renderer)
+    log = LogPage(views, sources.logs, renderer, streams)
+    workers = WorkersPage(views, actions.drain, renderer, streams)
+    cache = CachePage(actions.housekeepers, renderer)
     handlers = {
         routes.FARM_PAGE: farm.show,
         routes.FARM_LIVE: farm.live,
+        routes.SUBMISSIONS_PAGE: lists.submissions,
+        routes.SUBMISSION_PAGE: submission.show,
+        routes.SUBMISSION_LIVE: submission.live,
+        routes.STEPS_PAGE: lists.steps,
+        routes.TIMELINE_PAGE: timeline.show,
+        routes.CANCEL_FORM: submission.cancel,
+        routes.RETRY_FORM: submission.retry,
+        routes.FIND_STEP: step.find,
+        routes.STEP_PAGE: step.show,
+        routes.STEP_LIVE: step.live,
+        routes.RETRY_STEP_FORM: step.retry,
+        routes.LOG_PAGE: log.show,
+        routes.LOG_LIVE: log.live,
+        routes.HISTORY_PAGE: history.show,
+        routes.WORKERS_PAGE: workers.show,
+        routes.WORKERS_LIVE: workers.live,
+        routes.DRAIN_FORM: workers.drain,
+        routes.CACHE_PAGE: cache.show,
+        routes.PIN_FORM: cache.pin,
+        routes.UNPIN_FORM: cache.unpin,
         routes.LOGIN_PAGE: guards.login_page,
         routes.LOGIN: guards.login,
         routes.LOGOUT: guards.logout,

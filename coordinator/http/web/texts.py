@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import Final
 
 _MINUTE_S: Final = 60
 _HOUR_S: Final = 3600
 _DAY_S: Final = 24 * 3600
+#: Where Nix repeats the end of the log in its message.
+_REPEATED: Final = re.compile(r";\s*last \d+ log lines?:.*", re.DOTALL)
 #: The last second that a date can name.
 _LAST_INSTANT: Final = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
@@ -40,6 +43,18 @@ def age_text(seconds: float) -> str:
     return f"{whole // _DAY_S} d {whole % _DAY_S // _HOUR_S} h"
 
 
+def seconds_text(seconds: float) -> str:
+    """Return how long something took: 0.12 s, 4.5 s, and from ten seconds on as `age_text`."""
+    if seconds < 1:
+        return f"{max(0.0, seconds):.2f} s"
+    return f"{seconds:.1f} s" if seconds < 10 else age_text(seconds)
+
+
 def date_text(instant: float) -> str:
     """Return Unix seconds as a date in UTC: 2026-11-29 14:07:05 UTC."""
     return f"{datetime.fromtimestamp(min(max(instant, 0.0), _LAST_INSTANT), UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def short_failure(message: str) -> str:
+    """Return a failure's sentence without the end of the log, which stands beside it."""
+    return _REPEATED.sub(".", message)

@@ -115,10 +115,63 @@
     });
   }
 
+  // Appends the lines that a running build prints, and stays at the end for as long as the reader is there.
+  const LINES_KEPT = 5000;
+  const NEAR_END_PX = 80;
+  function tail(address) {
+    const lines = document.getElementById("lines");
+    const state = document.getElementById("link-state");
+    let last = Number(new URL(address, location.href).searchParams.get("after"));
+    let source;
+    const page = document.scrollingElement;
+    const atEnd = () => page.scrollHeight - page.scrollTop - page.clientHeight < NEAR_END_PX;
+    const show = (text, away) => {
+      state.hidden = false;
+      state.textContent = text;
+      state.classList.toggle("away", away);
+    };
+    function connect() {
+      const from = new URL(address, location.href);
+      from.searchParams.set("after", last);
+      source = new EventSource(from);
+      source.addEventListener("open", () => show("following", false));
+      source.addEventListener("lines", (event) => {
+        const follows = atEnd();
+        const { html, skipped } = JSON.parse(event.data);
+        const template = document.createElement("template");
+        template.innerHTML = html;
+        if (skipped) {
+          const gap = document.createElement("li");
+          gap.className = "gap";
+          gap.textContent = `… ${skipped} lines came too fast; reload to see them`;
+          lines.append(gap);
+        }
+        last += skipped + template.content.childElementCount;
+        lines.append(template.content);
+        while (lines.childElementCount > LINES_KEPT) lines.firstElementChild.remove();
+        if (follows) page.scrollTop = page.scrollHeight;
+      });
+      source.addEventListener("end", () => {
+        source.close();
+        show("ended", false);
+        announcement.textContent = "The build has ended.";
+      });
+      source.addEventListener("error", () => {
+        // The address says from where on: a connection of the browser's own would repeat lines.
+        source.close();
+        show("connecting…", true);
+        setTimeout(connect, 3000);
+      });
+    }
+    connect();
+    if (!location.hash) page.scrollTop = page.scrollHeight;
+  }
+
   writeAges();
   setInterval(() => {
     writeAges();
     announce();
   }, 1000);
   if (body.dataset.live) follow(body.dataset.live);
+  if (body.dataset.tail) tail(body.dataset.tail);
 })();

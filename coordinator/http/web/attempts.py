@@ -1,0 +1,80 @@
+"""Timelines of attempts: where the time of each went, as stretches of one bar and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from markupsafe import Markup
+
+from coordinator.stores.timings import AttemptTiming
+
+#: Width of a bar in its own units.
+WIDTH: Final = 1000
+#: Stretches by their names, in their order; agents send those between waiting and verifying.
+STRETCHES: Final = ("waiting", "inputs", "build", "pack", "upload", "verify", "publish")
+_RECT: Final = Markup('<rect class="span-{}" x="{:.1f}" width="{:.1f}" height="8"><title>{}</title></rect>')
+_BAR: Final = Markup(
+    '<svg class="bar" viewBox="0 0 {} 8" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg>'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StretchLine:
+    """A part of an attempt; times in Unix seconds and seconds."""
+
+    name: str
+    at: float
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptLine:
+    """An attempt with its timeline; without one where nothing was kept of it."""
+
+    number: int
+    timing: AttemptTiming | None
+    stretches: tuple[StretchLine, ...] = ()
+    phases: tuple[StretchLine, ...] = ()
+
+    @property
+    def bar(self) -> Markup:
+        """The timeline, drawn; nothing where there is none."""
+        if not self.stretches:
+            return Markup("")
+        begin = min(each.at for each in self.stretches)
+        end = max(each.at + each.took_s for each in self.stretches)
+        scale = WIDTH / max(end - begin, 0.001)
+        rects = [
+            _RECT.format(_class(each.name), (each.at - begin) * scale, max(1.0, each.took_s * scale), each.name)
+            for each in self.stretches
+        ]
+        told = ", ".join(f"{each.name} {each.took_s:.1f} s" for each in self.stretches)
+        return _BAR.format(WIDTH, told, Markup("").join(rects))
+
+
+def attempt_lines(numbers: Sequence[int], timings: Sequence[AttemptTiming]) -> tuple[AttemptLine, ...]:
+    """Return a line for each attempt, in the order of their numbers."""
+    by_number = {timing.attempt: timing for timing in timings}
+    return tuple(_line(number, by_number.get(number)) for number in numbers)
+
+
+def _line(number: int, timing: AttemptTiming | None) -> AttemptLine:
+    if timing is None:
+        return AttemptLine(number, None)
+    measured = timing.measured
+    stretches = [StretchLine(*span) for span in measured.spans] if measured is not None else []
+    phases = [StretchLine(*phase) for phase in measured.phases] if measured is not None else []
+    if timing.ready_at and timing.leased_at and timing.leased_at > timing.ready_at:
+        stretches.insert(0, StretchLine("waiting", timing.ready_at, timing.leased_at - timing.ready_at))
+    if timing.verify_at is not None and timing.verify_s is not None:
+        stretches.append(StretchLine("verify", timing.verify_at, timing.verify_s))
+        if timing.publish_s is not None:
+            stretches.append(StretchLine("publish", timing.verify_at + timing.verify_s, timing.publish_s))
+    return AttemptLine(number, timing, tuple(stretches), tuple(phases))
+
+
+def _class(name: str) -> str:
+    """Return a stretch's class; names come from agents."""
+    return name if name in STRETCHES else "other"

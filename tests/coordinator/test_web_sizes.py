@@ -1,0 +1,209 @@
+"""No page of a farm with 100,000 steps is large, or holds the event loop for long.
+
+Busy is counted in lines of Python that ran, as in `test_pauses`. The farm is real core and read model, filled by events
+without a build: a third of its steps are doomed by one failure, a third wait, a fifth are ready, some run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from coordinator.api.models import FarmView, StepStatus
+from coordinator.http.web.assets import Assets
+from coordinator.http.web.farm import FarmPage
+from coordinator.http.web.graph import DrawnStep, drawing
+from coordinator.http.web.guards import Visitor
+from coordinator.http.web.live import LiveStreams
+from coordinator.http.web.rendering import PageRenderer
+from coordinator.http.web.submission import SubmissionPage
+from coordinator.http.web.submission_lists import SubmissionLists
+from coordinator.http.web.timeline import ATTEMPTS_DRAWN, draw
+from coordinator.readmodel.explain import FarmExplainer
+from coordinator.readmodel.surroundings import surrounding
+from coordinator.readmodel.views import Views
+from coordinator.stores.derivations import StepInfo
+from coordinator.stores.log_archive import LogArchive
+from coordinator.stores.logs import LogStore
+from coordinator.stores.timings import AttemptTiming
+from infra.clock import SystemClock
+from infra.objects.store import LocalObjectStore
+from scheduler import events as e
+from scheduler.farm import Farm
+from scheduler.model import (
+    BuilderId,
+    BuilderSpec,
+    Failure,
+    FailureKind,
+    Instant,
+    LeaseId,
+    Recipe,
+    Requirements,
+    StepKey,
+    StepSpec,
+    SubmissionId,
+)
+from tests.coordinator.test_pauses import LINES, lines_of_pieces
+from workers.wire.grades import IsolationGrade
+from workers.wire.messages import HeldLease, Hello, Stage
+
+#: Bytes of any page.
+PAGE_BYTES = 1_000_000
+STEPS = 100_000
+#: Steps of each kind whose names are known: no page shows more.
+NAMED = 2_000
+WORKERS, SLOTS = 60, 16
+NEEDS = Requirements("sys")
+T = TypeVar("T")
+
+
+def key_of(name: str) -> StepKey:
+    return StepKey(f"{'0' * 32}-{name}")
+
+
+BAD, SLOW, FINE = (key_of(name) for name in ("bad", "slow", "fine"))
+DOOMED = tuple(key_of(f"doomed-{number}-{'x' * 60}") for number in range(STEPS // 3))
+WAITING = tuple(key_of(f"waiting-{number}-{'x' * 60}") for number in range(STEPS // 3))
+READY = tuple(key_of(f"ready-{number}-{'x' * 60}") for number in range(STEPS // 5))
+
+
+class Filled:
+    """A farm with one submission of all steps."""
+
+    def __init__(self, logs: Path) -> None:
+        self.core = Farm()
+        self.logs = LogStore(logs, 1 << 20, LogArchive(LocalObjectStore(logs / "objects"), 1 << 20))
+        self.explainer = FarmExplainer(self.core, self.logs, SystemClock())
+        self.views = Views(self.explainer)
+        self.renderer = PageRenderer(Assets(), SystemClock())
+        self.streams = LiveStreams(1)
+        builders = [BuilderId(f"worker-{number}") for number in range(WORKERS)]
+        self._tell(e.SubmissionReceived(SubmissionId("s"), (*DOOMED, *WAITING, *READY), tuple(_specs())))
+        self._tell(*(e.BuilderJoined(BuilderSpec(name, "1", frozenset({"sys"})), SLOTS) for name in builders))
+        for each in (BAD, FINE):
+            (lease, builder) = self._lease_of(each)
+            failure = Failure(FailureKind.PERMANENT, "exit status 1")
+            self._tell(e.BuildFailed(lease, builder, failure) if each == BAD else e.BuildSucceeded(lease, builder, b""))
+        self._tell(e.OutputsPublished(self._lease_of(FINE)[0]))
+        infos = [_info(key) for many in ((BAD, SLOW, FINE), DOOMED, WAITING, READY) for key in many[:NAMED]]
+        self.views.add_details({info.key: info for info in infos})
+        for name in builders:
+            held = list(self.core.state.builders[name].leases)
+            self.views.workforce.connected(_hello(name, held), 1.0)
+        self.row = self.views.submission("s")
+
+    def _tell(self, *events: e.Event) -> None:
+        facts, _ = self.core.handle_many(events, Instant(1.0))
+        self.views.fold(facts)
+
+    def _lease_of(self, key: StepKey) -> tuple[LeaseId, BuilderId]:
+        step = self.core.state.steps[key]
+        return LeaseId(key, step.attempt), step.builder
+
+    def farm_view(self) -> FarmView:
+        return FarmView(version="1", cache_url="", public_keys=(), store_dir="/nix/store")
+
+
+def _specs() -> Iterable[StepSpec]:
+    for each in (BAD, SLOW, FINE):
+        yield StepSpec(each, (Recipe(NEEDS, ()),))
+    for many, need in ((DOOMED, BAD), (WAITING, SLOW), (READY, FINE)):
+        yield from (StepSpec(key, (Recipe(NEEDS, (need,)),)) for key in many)
+
+
+def _info(key: StepKey) -> StepInfo:
+    path = f"/nix/store/{key}"
+    return StepInfo(key, key[33:], "sys", (), f"{path}.drv", (("out", path),))
+
+
+def _hello(name: str, held: list[StepKey]) -> Hello:
+    leases = tuple(HeldLease(step=key, attempt=1, stage=Stage.BUILDING) for key in held)
+    return Hello(
+        protocol=1, worker=name, incarnation="1", systems=("sys",), emulated=(), features=(), mandatory_features=(),
+        slots=SLOTS, capacity=SLOTS, nix_version="2.8", leases=leases, isolation=IsolationGrade(level="A"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
+    farm = Filled(tmp_path_factory.mktemp("logs"))
+    counts = farm.views.step_counts()
+    assert counts["doomed"] == len(DOOMED)
+    assert counts["waiting"] == len(WAITING)
+    assert counts["running"] > 500
+    assert sum(counts.values()) > STEPS * 0.85
+    return farm
+
+
+def metered(work: Generator[object, None, T]) -> T:
+    """Do work and hold each piece of it to the bound."""
+    result: list[T] = []
+
+    def kept() -> Generator[object, None, None]:
+        result.append((yield from work))
+
+    pieces = list(lines_of_pieces(kept()))
+    assert max(pieces) < LINES
+    return result[0]
+
+
+def rendered(farm: Filled, name: str, page: Any) -> str:
+    html = metered(farm.renderer.rendering(name, visitor=Visitor("csrf"), page=page))
+    assert len(html.encode()) < PAGE_BYTES
+    return html
+
+
+def test_the_farm_s_page(filled: Filled) -> None:
+    page = FarmPage(filled.views, filled.farm_view, filled.explainer.queues, filled.renderer, filled.streams)
+    html = rendered(filled, "farm.html", metered(page.gathering()))
+    assert html.count('class="slot on-building"') == filled.views.step_counts()["running"]
+    assert f"all {WORKERS} workers that could are full" in html
+
+
+def test_the_page_of_a_submission(filled: Filled) -> None:
+    none: Any = None
+    page = SubmissionPage(
+        filled.views, none, filled.farm_view, filled.explainer.queues, filled.renderer, filled.streams
+    )
+    data = metered(page.gathering(filled.row))
+    assert [(cause.step.name, cause.doomed) for cause in data.causes] == [("bad", len(DOOMED))]
+    html = rendered(filled, "submission.html", data)
+    assert f"One failure, {len(DOOMED):,} steps cannot run because of it" in html
+
+
+def test_the_pages_of_its_steps(filled: Filled) -> None:
+    lists = SubmissionLists(filled.views, filled.renderer)
+    rendered(filled, "steps.html", metered(lists.gathering(filled.row, None, 0)))
+    # What is looked for stands behind 80,000 others.
+    rare = metered(lists.gathering(filled.row, StepStatus.FAILED, 0))
+    assert [step.name for step in rare.steps] == ["bad"]
+    last = metered(lists.gathering(filled.row, StepStatus.WAITING, STEPS - STEPS // 3))
+    rendered(filled, "steps.html", last)
+
+
+@pytest.mark.parametrize("key", [BAD, SLOW, FINE, DOOMED[0], READY[-1]])
+def test_the_surroundings_of_a_step(filled: Filled, key: StepKey) -> None:
+    around = metered(surrounding(filled.core, key))
+    if key == BAD:
+        assert (around.dependents.total, around.waiting.total) == (len(DOOMED), 0)
+    if key == SLOW:
+        assert (around.dependents.total, around.waiting.total) == (len(WAITING), len(WAITING))
+    if key == DOOMED[0]:
+        assert around.needs.steps == (BAD,)
+    svg = drawing(around, lambda each: DrawnStep(each, StepStatus.WAITING))
+    assert len(svg) < PAGE_BYTES / 20
+
+
+def test_a_timeline_of_the_longest_attempts() -> None:
+    attempts = []
+    for number in range(ATTEMPTS_DRAWN):
+        name, at = f"attempt-{number}-{'x' * 60}", float(number % 300)
+        timing = AttemptTiming(key_of(name), 1, name=name, worker=f"w-{number % WORKERS}", leased_at=at, outcome="done")
+        timing.ended_at = at + 100
+        attempts.append(timing)
+    svg = metered(draw(attempts, 0.0, 400.0))
+    assert svg.count("<rect") == ATTEMPTS_DRAWN
+    assert len(svg) < PAGE_BYTES

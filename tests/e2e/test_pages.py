@@ -1,0 +1,247 @@
+"""The pages in a real browser, on a real farm: a person clicks from question to answer, and nothing else is needed.
+
+Debian's Chromium, driven by Playwright. The farm has a diamond that fails, a step that two submissions share, one that
+waits for a system that nobody offers, and one that runs for some seconds.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
+
+from tests.e2e.conftest import Expression
+from tests.support.farm import Farm
+
+pytestmark = pytest.mark.e2e
+
+#: Only ends a test that hangs.
+PATIENCE_MS = 60_000
+PHONE: ViewportSize = {"width": 390, "height": 844}
+expect.set_options(timeout=PATIENCE_MS)
+#: Chromium under the names of distributions.
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+
+GRAPH = """
+    top = let
+      bad = shell "pages-bad" "echo 'Running phase: buildPhase'; echo 'no <b>compiler</b> here'; exit 3";
+      left = shell "pages-left" "echo ${bad} > $out";
+      right = shell "pages-right" "echo ${bad} > $out";
+    in shell "pages-top" "echo ${left} ${right} > $out";
+    shared = shell "pages-shared" "echo shared > $out";
+    above = shell "pages-above" "read x < ${(import ./default.nix).shared}; echo $x > $out";
+    waits = shellFor "riscv64-linux" { name = "pages-waits"; } "echo > $out";
+    runs = shell "pages-runs" "for n in 1 2 3 4 5 6 7 8; do echo tick $n; sleep 1; done; echo done > $out";
+"""
+
+
+@dataclass
+class Window:
+    """A page in the browser, with what it asked for and complained of."""
+
+    page: Page
+    farm: Farm
+    asked: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.page.set_default_timeout(PATIENCE_MS)
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda told: self.complaints.append(told.text) if told.type == "error" else None)
+
+    def open(self, address: str) -> Page:
+        self.page.goto(self.farm.url + address)
+        return self.page
+
+    def log_in(self) -> None:
+        self.open("/")
+        self.page.fill("#token", (self.farm.secrets / "api-token").read_text().strip())
+        self.page.click("main button")
+        expect(self.page.locator("#live-workers")).to_be_visible()
+        # The form came with status 401, which browsers report.
+        self.complaints.clear()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = next(filter(None, map(shutil.which, CHROMIUM)))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--disable-background-networking", "--disable-gpu"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def submission(farm: Farm, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The id of the submission that pages are about, while its last step runs."""
+    file = Expression(tmp_path_factory.mktemp("pages")).write(GRAPH)
+    shared = farm.build(file, "-A", "shared")
+    assert shared.returncode == 0, shared.stderr
+    attributes = [word for name in ("top", "shared", "above", "waits", "runs") for word in ("-A", name)]
+    sent = farm.build(file, *attributes, "--detach")
+    assert sent.returncode == 0, sent.stderr
+    return str(farm.api("submissions")[0]["id"])
+
+
+@pytest.fixture(scope="module")
+def window(browser: Browser, farm: Farm, submission: str) -> Iterator[Window]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    window = Window(context.new_page(), farm)
+    window.log_in()
+    yield window
+    context.close()
+    assert [url for url in window.asked if not url.startswith(f"{farm.url}/")] == []
+    assert window.complaints == []
+
+
+def test_a_page_follows_the_farm_without_being_loaded_again_and_keeps_the_focus(
+    window: Window, submission: str
+) -> None:
+    page = window.open("/")
+    # What does the farm do now? The step is in a slot of a worker's row.
+    slot = page.locator(".workers tr .slot", has_text="pages-runs")
+    expect(slot).to_be_visible()
+    page.evaluate("window.mark = 'the same page'")
+    link = page.locator("#live-submissions a", has_text="and 4 more").first
+    link.focus()
+    expect(slot).to_have_count(0)
+    assert page.evaluate("window.mark") == "the same page"
+    assert page.evaluate("document.activeElement.getAttribute('href')") == f"/submissions/{submission}"
+    # A click away: the submission, which is as up to date.
+    page.keyboard.press("Enter")
+    expect(page.locator(".legend", has_text="1 ready")).to_be_visible()
+
+
+def test_one_root_cause_stands_behind_the_failures_and_a_click_leads_to_its_log(
+    window: Window, submission: str
+) -> None:
+    page = window.open(f"/submissions/{submission}")
+    expect(page.locator("#failures-title")).to_have_text("One failure, 3 steps cannot run because of it")
+    expect(page.locator(".cause")).to_have_count(1)
+    expect(page.locator(".cause pre")).to_contain_text("no <b>compiler</b> here")
+    page.click(".cause h3 a")
+    expect(page.locator("h1")).to_have_text("pages-bad")
+    expect(page.locator(".why")).to_contain_text("It failed by itself.")
+    # The graph around it: both that it dooms, and what stands on them.
+    assert sorted(page.locator(".graph a title").all_text_contents()) == [
+        "pages-bad, failed", "pages-left, doomed", "pages-right, doomed", "pages-top, doomed",
+    ]  # fmt: skip
+    page.locator(".graph a", has_text="pages-top").click()
+    expect(page.locator(".why a")).to_have_text("pages-bad")
+    page.click(".why a")
+    page.get_by_role("link", name="Log", exact=True).click()
+    expect(page.locator("#L2")).to_contain_text("no <b>compiler</b> here")
+    page.fill("#log-find", "COMPILER")
+    page.get_by_role("button", name="Search").click()
+    page.locator(".found a").click()
+    assert page.url.endswith("#L2")
+    expect(page.get_by_role("navigation", name="Phases").get_by_role("link")).to_have_text("buildPhase")
+
+
+def test_why_a_step_waits_and_why_another_one_did_not_run_are_told_where_one_looks(
+    window: Window, submission: str
+) -> None:
+    page = window.open("/")
+    expect(page.locator("#live-queue tr", has_text="riscv64-linux")).to_contain_text("no worker offers the system")
+    page.fill("#find", "pages-waits")
+    page.press("#find", "Enter")
+    expect(page.locator(".why")).to_contain_text("No worker offers the system riscv64-linux")
+    page.get_by_role("navigation", name="Pages").get_by_role("link", name="Submissions").click()
+    page.locator(f'a[href="/submissions/{submission}"]').click()
+    expect(page.locator("#live-reused div", has_text="in the cache before").locator("dd")).to_have_text("1")
+    page.locator("#live-roots a", has_text="above").click()
+    expect(page.locator(".why")).to_have_text("It was built here, and its outputs are in the cache.")
+    expect(page.locator(".graph a", has_text="pages-shared")).to_be_visible()
+    expect(page.locator(".output")).to_contain_text("closure")
+
+
+def test_a_click_builds_again_what_failed(window: Window, submission: str) -> None:
+    page = window.open(f"/submissions/{submission}")
+    attempts = page.locator(".cause .row small")
+    expect(attempts).to_contain_text("attempt 1")
+    page.get_by_role("button", name="Build again what failed").click()
+    expect(attempts).to_contain_text("attempt 2")
+
+
+def test_a_log_is_followed_while_its_build_runs(window: Window, farm: Farm, expression: Expression) -> None:
+    slow = 'a = shell "pages-slow" "for n in 1 2 3 4 5 6; do echo tick $n; sleep 1; done; echo done > $out";'
+    assert farm.build(expression.write(slow), "--detach").returncode == 0
+    page = window.open("/steps?find=pages-slow")
+    page.get_by_role("link", name="Log of attempt 1").click()
+    page.evaluate("window.mark = 'the same page'")
+    expect(page.locator("#lines li")).to_have_text([re.compile(f"{n}.*tick {n}") for n in range(1, 7)])
+    expect(page.locator("#link-state")).to_have_text("ended")
+    assert page.evaluate("window.mark") == "the same page"
+
+
+def test_everything_is_reached_with_the_keyboard_alone(browser: Browser, farm: Farm, submission: str) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(f"{farm.url}/submissions/{submission}")
+    # The form has the focus, and leads back to the page that was asked for.
+    page.keyboard.type((farm.secrets / "api-token").read_text().strip())
+    page.keyboard.press("Enter")
+    expect(page.locator("#failures-title")).to_be_visible()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    seen = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate("document.activeElement.textContent.trim()"))
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none", seen[-1]
+        if seen[-1] == "pages-bad":
+            break
+    assert {"Build again what failed", "Cancel", "pages-bad"} <= set(seen)
+    page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_have_text("pages-bad")
+    context.close()
+
+
+def addresses(farm: Farm, submission: str) -> list[str]:
+    step = next(each["key"] for each in farm.api(f"submissions/{submission}/steps?state=failed"))
+    return [
+        *("/", "/submissions", f"/submissions/{submission}", f"/submissions/{submission}/steps"),
+        *(f"/steps/{step}", f"/steps/{step}/log?find=phase", "/workers"),
+        *(f"/caches/default?path={step}", "/steps/nothing-of-the-sort"),
+        *(f"/submissions/{submission}/timeline", "/packages/pages"),
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_page_has_a_fault_that_axe_finds_and_all_fit_a_phone(
+    browser: Browser, farm: Farm, submission: str, scheme: str
+) -> None:
+    context = browser.new_context(color_scheme="dark" if scheme == "dark" else "light", viewport=PHONE)
+    window = Window(context.new_page(), farm)
+    faults: list[tuple[str, str, str]] = []
+    backgrounds = set()
+
+    def judge(address: str) -> None:
+        found = Axe().run(window.page).response["violations"]
+        faults.extend((address, each["id"], str(each["nodes"][0]["html"])[:200]) for each in found)
+        backgrounds.add(window.page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        width = window.page.evaluate("document.documentElement.scrollWidth")
+        if width > PHONE["width"]:
+            faults.append((address, "too wide", str(width)))
+
+    window.open("/login")
+    judge("/login")
+    window.log_in()
+    for address in addresses(farm, submission):
+        window.open(address)
+        judge(address)
+    assert "\n".join(map(str, faults)) == ""
+    assert backgrounds == {"rgb(14, 17, 22)" if scheme == "dark" else "rgb(245, 246, 248)"}
+    context.close()
