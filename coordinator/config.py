@@ -104,7 +104,7 @@ class WorkerConfig(BaseModel):
 
 
 class LimitSettings(BaseModel):
-    """Named bounds. Sizes are bytes, times seconds; 0 is no limit only where that is said."""
+    """Named bounds. Sizes are bytes, times seconds; 0 means no limit only where the bound's own text names it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -137,8 +137,8 @@ class LimitSettings(BaseModel):
     #: 1 KB each; 0 is no limit.
     timings_days: Annotated[float, Field(ge=0)] = 90.0
     timings_rows: Annotated[int, Field(ge=0)] = 1_000_000
-    #: How long a worker, which says something every 10 s, may be silent before its builds are done elsewhere. It is
-    #: taken back when it speaks again.
+    #: How long a worker, which reports every 10 s, may be silent before its builds are done elsewhere. It is taken
+    #: back when it reports again.
     worker_silence_s: Annotated[float, Field(ge=20)] = 120.0
     #: Watch streams open at one time.
     watchers: Annotated[int, Field(ge=1)] = 1000
@@ -250,7 +250,7 @@ class Settings(BaseSettings):
     state_dir: Path = Field(default_factory=default_state_dir)
     #: Where the coordinator listens; other machines reach it there, with the tokens that THREAT_MODEL.md describes.
     host: str = HOST
-    #: 0 takes any free port; the address that was taken is told when the farm is ready.
+    #: 0 takes any free port; the coordinator prints the address that it got when the farm is ready.
     port: Annotated[int, Field(ge=0, le=65535)] = PORT
     #: Where the farm's secrets lie, and are made on the first start (`farm_secrets`); empty: the state directory. What
     #: a coordinator that stands by has a copy of.
@@ -271,7 +271,7 @@ class Settings(BaseSettings):
     ray_port: Annotated[int, Field(ge=0, le=65535)] = 0
     #: Seconds that head, nodes and builds go on after a coordinator that was killed, for the next one to take over.
     ray_outlive_s: Annotated[float, Field(ge=0)] = 3600
-    #: Seconds without a sign of life after which the Ray head gives a node up for good: once the node hears of it, it
+    #: Seconds without a sign of life after which the Ray head gives a node up for good: a node that learns of it
     #: ends itself and its builds. More for machines behind a VPN, or that nap. The head's own setting counts.
     ray_silence_s: Annotated[float, Field(ge=10, le=86400)] = 35
     #: Collector of traces, OTLP over HTTP, for example `http://collector:4318`; empty: the `OTEL_EXPORTER_OTLP_…`

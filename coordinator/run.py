@@ -1,4 +1,4 @@
-"""Life of the coordinator's process: run until a stop is asked for, wind down, and end with one error if any.
+"""Life of the coordinator's process: run until a stop is requested, wind down, and end with one error if any.
 
 `serve` runs a coordinator over any fleet; `run_up` is `drover up`, the same over a Ray cluster of its own.
 """

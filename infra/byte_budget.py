@@ -1,4 +1,4 @@
-"""Budget of bytes that all clients share, given out fairly: clients take turns, each in the order in which it asked.
+"""Budget of bytes that all clients share, given out fairly: clients take turns, each in the order of its requests.
 
 A task acquires the bytes of a large object before it reads it into memory and releases them after. Requests do not
 overtake: where the one whose turn it is does not fit yet, all wait, so many small ones cannot keep a large one out.

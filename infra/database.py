@@ -1,9 +1,9 @@
-"""Databases through SQLAlchemy: one way to open SQLite and PostgreSQL, and to tell what went wrong.
+"""Databases through SQLAlchemy: one way to open SQLite and PostgreSQL, and to name what went wrong.
 
 Both are first-class. SQLite runs in WAL mode: readers never wait for the writer, and what was committed survives the
 death of the process. PostgreSQL may go away and come back (a restart, a failover), a disk that is full may get room:
-`may_pass` tells such errors from those that waiting does not heal, and `patiently` repeats what may be repeated, for a
-bounded time.
+`may_pass` distinguishes such errors from those that waiting does not heal, and `patiently` repeats what may be
+repeated, for a bounded time.
 
 A question about many names sends them as one JSON array that is joined in SQL (`names_table`), since both databases
 limit the number of parameters of a statement.
@@ -34,7 +34,7 @@ PATIENCE_S: Final = 60.0
 #: it has locked would hold up the program that takes over from it.
 IDLE_IN_TRANSACTION_MS: Final = 20_000
 
-#: What libpq is told: notice a dead network within some 20 s instead of hours.
+#: Settings of libpq: it notices a dead network within some 20 s instead of hours.
 POSTGRES_CONNECT: Final = {
     "connect_timeout": 5,
     "keepalives_idle": 5,
@@ -103,7 +103,7 @@ def _no_room(cause: BaseException | None) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Return what the database said, in one line, without statement and parameters."""
+    """Return the database's message, in one line, without statement and parameters."""
     cause = getattr(error, "orig", None) or error
     if _no_room(cause):
         return "database or disk is full"

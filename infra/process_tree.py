@@ -17,7 +17,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A live process; `started` tells it from a later one of the same number."""
+    """A live process; `started` distinguishes it from a later one of the same number."""
 
     pid: int
     parent: int

@@ -3,7 +3,7 @@
 The work is a generator that yields at places where it may be interrupted, as `scheduler.pauses` says: the core's calls,
 the folds of the views, pages of lists, watch streams. In a thread it would be no better, because others read what it
 changes. All that is under way takes turns, one slice each, and between two slices the loop does everything else: a
-hundred watchers who must be told of one end are told one after the other.
+hundred watchers of one submission get its end one after the other.
 """
 
 from __future__ import annotations

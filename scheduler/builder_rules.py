@@ -89,7 +89,7 @@ class BuilderRules:
                     yield from self.judge(builder.id, now)
 
     def deadline(self) -> Iterator[Instant]:
-        """Yield when `due` will next have something to say."""
+        """Yield the instant at which `due` may next yield a fact."""
         for builder in self._state.builders.values():
             yield Instant(builder.heard + self._limits.lease_ttl_s)
             break
@@ -128,7 +128,7 @@ class BuilderRules:
     ) -> Generator[f.FactOrPause, None, tuple[LeaseId, ...]]:
         """Return the leases to hand over again; one that was handed over too often is revoked.
 
-        A builder known only from the journal is told at once: its leases may never have been handed over.
+        A builder known only from the journal gets its orders at once: its leases may never have been handed over.
         """
         if builder is None or not builder.leases:
             return ()

@@ -24,7 +24,7 @@ class Builders:
 
     def __init__(self, known: dict[BuilderId, Builder], ready: ReadyIndex) -> None:
         self._ready = ready
-        #: From the longest silent to the last heard.
+        #: By their last report, the oldest first.
         self.known = known
         #: Exactly the builders that are `willing` and have `free > 0`.
         self.free: dict[BuilderId, Builder] = {}

@@ -98,7 +98,7 @@ class Decider:
         yield from self._step_rules.abandon_orphans(now)
 
     def deadline(self) -> Instant | None:
-        """Return when `due` will next have something to say."""
+        """Return the instant at which `due` may next yield a fact."""
         delayed = self._state.ready.delayed
         return min(
             [*(delayed[0][:1] if delayed else ()), *self._builder_rules.deadline(), *self._forsaken.deadline()],
@@ -171,7 +171,7 @@ class Decider:
                 yield from self._step_rules.doom(step, cause, now)
 
     def _wait_of(self, event: e.SubmissionReceived) -> int | None:
-        """Return how long the submission lets its steps wait for a builder: as before where it does not say."""
+        """Return how long the submission lets its steps wait for a builder: as before where it sets nothing."""
         if event.wait_s is None and (event.again or event.replanned):
             return self._state.wait_limits.get(event.submission)
         return event.wait_s
@@ -211,7 +211,7 @@ class Decider:
                 yield f.BackOffEnded(step.key)
 
     def _lost_steps(self, event: e.SubmissionReceived) -> Generator[Pause, None, list[Step]]:
-        """Return what the core takes for done and the cache, asked since, does not hold."""
+        """Return what the core takes for done and a later look into the cache did not find."""
         held = dict.fromkeys(event.held)
         lost: dict[Step, None] = {}
         for count, spec in enumerate(event.steps, 1):

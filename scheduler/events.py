@@ -2,8 +2,8 @@
 
 Every event may be lost, doubled, late or out of order except `SubmissionReceived`, `SubmissionCancelled` and
 `RetryAsked`, which a client has been promised. A stale event is ignored; an impossible one is a bug and asserted.
-One stale event cannot be told from a fresh one: the greeting of a builder's earlier life. It is believed, and the shell
-greets the builder again as soon as the present one speaks (`coordinator/engine/worker_events.py`).
+One stale event cannot be distinguished from a fresh one: the greeting of a builder's earlier life. The core believes
+it, and the shell greets the builder again as soon as the present one reports (`coordinator/engine/worker_events.py`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class SubmissionReceived:
     steps: tuple[StepSpec, ...]
     #: Steps whose result the cache already holds; they may stand in `steps` or only be needed by one that does.
     held: tuple[StepKey, ...] = ()
-    #: When the cache was asked. A step in `steps` that became done since is done; one that was done before and is not
-    #: in `held` was lost. The default takes the answer for newer than all the core knows.
+    #: When intake looked into the cache. A step in `steps` that became done since is done; one that was done before and
+    #: is not in `held` was lost. The default takes the answer for newer than all the core knows.
     asked_at: Instant = FAR_OFF
     #: Build again what is known to fail: everything, or these steps.
     retry_failed: bool = False
@@ -38,9 +38,9 @@ class SubmissionReceived:
     #: made again, what failed stays failed. Nothing happens where the submission has ended.
     replanned: bool = False
     #: Seconds that its steps wait for a builder that could take them, before they fail; 0 is for ever. None is the
-    #: farm's limit, and what was said before where it runs again or was planned anew.
+    #: farm's limit, and what was set before where it runs again or was planned anew.
     wait_s: int | None = None
-    #: What builds of these roots may use, where the submission says something.
+    #: What builds of these roots may use, where the submission sets something.
     limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
 
 
@@ -67,7 +67,7 @@ class RetryAsked:
 
 @dataclass(frozen=True, slots=True)
 class BuilderJoined:
-    """A builder said hello: what it offers, how many leases it will hold, which it holds."""
+    """A builder greeted the farm: what it offers, how many leases it will hold, which it holds."""
 
     builder: BuilderSpec
     capacity: int

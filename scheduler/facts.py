@@ -1,9 +1,9 @@
 """Facts: the closed set of decisions of the core, in the past tense. The journal holds exactly the durable ones.
 
 Policy may change between releases, a fact may not: `evolve` gives the same state for the same facts for ever. Facts
-about builders are not durable: after a restart builders join anew and say which leases they still hold. `StepReady`,
-`StepWaiting` and `MembersJoined` decide nothing: they tell readers what `evolve` derived from the fact before them, so
-that no reader needs a second copy of the graph. A replay derives them again (`Farm.replaying`).
+about builders are not durable: after a restart builders join anew and name the leases that they still hold.
+`StepReady`, `StepWaiting` and `MembersJoined` decide nothing: they report to readers what `evolve` derived from the
+fact before them, so that no reader needs a second copy of the graph. A replay derives them again (`Farm.replaying`).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class RecipeAdded:
 class StepCached:
     """The cache already holds the result: done without a build. An unknown step enters so, without recipes.
 
-    `at` is when the cache was asked.
+    `at` is when intake looked into the cache.
     """
 
     durable: ClassVar[bool] = True
@@ -163,8 +163,8 @@ class StepLeased:
 class LeaseRevoked:
     """The lease is over without a verdict on the step, which may be leased again from `not_before` on.
 
-    The failure's kind tells the rest: infrastructure costs one attempt of the budget, returned does not, cancelled
-    means that the farm itself no longer wants the build (an abandonment or a better result follows).
+    The rest follows from the failure's kind: infrastructure costs one attempt of the budget, returned does not,
+    cancelled means that the farm itself no longer wants the build (an abandonment or a better result follows).
     """
 
     durable: ClassVar[bool] = True
@@ -242,7 +242,7 @@ class StepAbandoned:
 
 @dataclass(frozen=True, slots=True)
 class BackOffEnded:
-    """The wait of a revoked step is over. Not durable: the clock says it again after a restart."""
+    """The wait of a revoked step is over. Not durable: the clock ends it again after a restart."""
 
     durable: ClassVar[bool] = False
     step: StepKey
@@ -298,7 +298,7 @@ class BuilderAdmitted:
 
 @dataclass(frozen=True, slots=True)
 class BuilderRefreshed:
-    """A heartbeat renewed the builder's leases and told its capacity.
+    """A heartbeat renewed the builder's leases and reported its capacity.
 
     `missing` are leases that the builder should hold and does not name, to be handed over again; `unknown` are leases
     it names and has no right to, to be cancelled.

@@ -5,7 +5,7 @@ recipe in a life of a step has the common budget `policy.Limits.attempts`, and s
 Beyond it the failure is final, under the name that the row gives.
 
 Blame follows evidence. A recipe that fails twice in the same way (`Failure.signature`) is at fault itself, by its
-second builder's word, or by the same builder's where nothing else speaks against that one. A builder is to blame for
+second builder's word, or by the same builder's where no other evidence is against that one. A builder is to blame for
 faults that no recipe can cause, counted by step, and for the others once another builder has built the same step.
 """
 

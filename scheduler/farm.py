@@ -66,7 +66,7 @@ class Farm:
     def handling(self, events: Iterable[Event], now: Instant) -> Handling:
         """Do the work of `handle_many`, with pauses, so that an event of many steps does not hold up the loop.
 
-        Between the pauses the farm may be asked (`why`, `unserved`), and takes nothing else in.
+        Between the pauses callers may read the farm (`why`, `unserved`), and it takes nothing else in.
         """
         facts: list[Fact] = []
         effects: list[Effect] = []
@@ -76,7 +76,7 @@ class Farm:
             yield from self._take(decider.decide(event, now), now, facts, effects)
         yield from self._take(decider.due(now), now, facts, effects)
         yield from self._take(decider.assign(now), now, facts, effects)
-        # Those that were asked for at a pause are of a state that is gone.
+        # Those that were computed at a pause are of a state that is gone.
         self._queue_positions.forget()
         return facts, effects
 
@@ -154,7 +154,7 @@ class Farm:
                 yield from self._derived(newest)
 
     def resume(self, now: Instant) -> list[Effect]:
-        """Return the effects of all open leases, once after `replay`; their builders have from now on to be heard."""
+        """Return the effects of all open leases, once after `replay`; their silence counts from now on."""
         fact = FarmResumed(now)
         self.state.evolve(fact)
         return list(react(self.state, fact))
@@ -202,7 +202,7 @@ class Farm:
         return [need.key for need in itertools.islice((n for n in needs if n.state is not StepState.DONE), most)]
 
     def limits_of(self, step: StepKey) -> ResourceLimits:
-        """Return what a build of the step may use, as the submissions that want it say now."""
+        """Return what a build of the step may use, by the limits of the submissions that want it now."""
         known = self.state.steps.get(step)
         return in_force([] if known is None else self.state.limits_wanted(known), self._limits.build)
 

@@ -6,7 +6,7 @@ such a builder has been there, and after a restart, for builders join anew then:
 and never shorter.
 
 This is memory of the decisions and no part of the durable state: the failure is a fact. An event costs the steps
-that have come to stand so, and one call looks at `LOOKS_AT_ONCE` at most. Which submissions stand on a step is asked
+that have come to stand so, and one call looks at `LOOKS_AT_ONCE` at most. Which submissions stand on a step is computed
 only when the shortest limit of the farm is over for it, and again where a submission has let go of steps, at most every
 `LOOK_AGAIN_S`.
 """
@@ -63,7 +63,7 @@ class Forsaken:
         self._step_rules = step_rules
         #: (since when it waits, when it is looked at next). Those that have left such a queue drop out when looked at.
         self._waiting: dict[Step, tuple[Instant, float]] = {}
-        #: (when, sequence, step) of every next look that comes; those that `_waiting` does not say are stale.
+        #: (when, sequence, step) of every next look that comes; those that `_waiting` does not hold are stale.
         self._heap: list[tuple[float, int, Step]] = []
         self._sweep_at = STALE_ENTRIES
         #: `FarmState.partings` and the time when all that wait were last looked at; whether any look was put off since.
@@ -96,7 +96,7 @@ class Forsaken:
         yield from self._take_note(now)
 
     def deadline(self) -> Iterator[Instant]:
-        """Yield when `due` will next have something to say: at once where it has not seen all that wait."""
+        """Yield the instant at which `due` may next yield a fact: at once where it has not seen all that wait."""
         if self._state.ready.forsaken and self._shortest() < inf:
             yield NO_INSTANT
         if self._heap:
@@ -245,7 +245,7 @@ def describe_unserved(reason: Unserved) -> str:
 
 
 def _comparable(limit_s: float) -> float:
-    """Return a limit as a number of seconds that can be compared: 0 says for ever."""
+    """Return a limit as a number of seconds that can be compared: 0 means for ever."""
     return limit_s or inf
 
 

@@ -1,7 +1,7 @@
 """Graph of the known steps: which engage which, who wants them, and when one becomes ready.
 
 Theory: a step *engages* its needs while it is wanted and unfinished. `dependents` of a step are exactly the steps that
-engage it, so "wanted" is `roots or dependents` and a need that becomes done knows whom to tell. Everything else here
+engage it, so "wanted" is `roots or dependents` and a need that becomes done knows its dependents. Everything else here
 is an index over that: ready steps (`ready`) and the submissions that wait for each (`shares`).
 
 Written by `FarmState.evolve` alone. Nothing here recurses.
@@ -32,7 +32,7 @@ class StepGraph:
         self.steps: dict[StepKey, Step] = {}
         #: Counts how often something let go of an unfinished step: its limit may be shorter since.
         self.partings = 0
-        #: Builders from the longest silent to the last heard.
+        #: Builders by their last report, the oldest first.
         self.builders: dict[BuilderId, Builder] = {}
         #: Which submissions wait, for fairness between them.
         self.shares = Shares()

@@ -42,7 +42,7 @@ def check(state: FarmState) -> None:
 def durable(state: FarmState) -> dict[StepKey, tuple[object, ...]]:
     """Return all that durable facts determine, as plain values that can be compared.
 
-    Not in it: what builders said, back-offs that ended, and ranks in queues.
+    Not in it: what builders reported, back-offs that ended, and ranks in queues.
     """
     return {
         step.key: (

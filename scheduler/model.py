@@ -25,7 +25,7 @@ class SubmissionRefusedError(ImpossibleError):
 StepKey = NewType("StepKey", str)
 BuilderId = NewType("BuilderId", str)
 SubmissionId = NewType("SubmissionId", str)
-#: Seconds since the epoch, as the engine's one clock tells them; the core only compares and adds.
+#: Seconds since the epoch, as the engine's one clock reads them; the core only compares and adds.
 Instant = NewType("Instant", float)
 
 
@@ -112,7 +112,7 @@ class LeaseId:
 class FailureKind(StrEnum):
     """Reasons that a lease ended without a result; `failures.CONSEQUENCES` is the one table of consequences."""
 
-    #: The builder ran and said no (exit status).
+    #: The builder ran and failed (exit status).
     PERMANENT = "permanent"
     #: An output is missing, refers to what it may not, or cannot be registered.
     OUTPUT_REJECTED = "output_rejected"
@@ -129,7 +129,7 @@ class FailureKind(StrEnum):
     DEPENDENCY = "dependency"
     #: The builder failed in a way that may pass (a server that a fixed output is fetched from).
     TRANSIENT = "transient"
-    #: The farm's fault, when nothing below says it better.
+    #: The farm's fault, when nothing below is more exact.
     INFRASTRUCTURE = "infrastructure"
     DAEMON_LOST = "daemon_lost"
     INPUT_MISSING = "input_missing"
@@ -159,5 +159,5 @@ class Failure:
     kind: FailureKind
     message: str
     #: Two failures with one signature are the same one, however their messages differ (in hashes, numbers, places). Set
-    #: where Nix has spoken of the build itself; empty where nothing points to the recipe. Opaque to the core.
+    #: where Nix has judged the build itself; empty where nothing points to the recipe. Opaque to the core.
     signature: str = ""

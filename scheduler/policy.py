@@ -1,6 +1,6 @@
 """Policy, which may change between releases without rewriting history: order, placement, back-off, budgets.
 
-A policy is asked by `decide` (and for ranks by the indexes of the state); what follows from it is a fact. It sees
+`decide` calls a policy (the indexes of the state do for ranks); what follows from it is a fact. It sees
 steps and builders read-only, holds no clock and no chance: the same question has the same answer.
 """
 
@@ -27,9 +27,9 @@ class Limits:
     returns: int = 50
     #: Silence after which a builder is removed and its leases are revoked.
     lease_ttl_s: float = 120.0
-    #: How long a builder may leave a lease unnamed in its heartbeats before it is told again to start.
+    #: How long a builder may leave a lease unnamed in its heartbeats before the order to start is sent again.
     start_grace_s: float = 15.0
-    #: How often it is told again before the lease is revoked.
+    #: How often the order is sent again before the lease is revoked.
     start_resends: int = 3
     #: How long a step that failed by its own fault is taken for known to fail; 0 is never.
     failure_ttl_s: float = 24 * 3600.0
@@ -40,7 +40,7 @@ class Limits:
     #: Failed attempts beyond the first of each step that one submission may cost at once, and again in each hour.
     #: Beyond it the next tries of its failing steps wait their turn. 0 is no limit.
     retries_per_hour: int = 200
-    #: What a build may use where no submission that wants its step says otherwise.
+    #: What a build may use where no submission that wants its step sets another limit.
     build: ResourceLimits = UNLIMITED
 
 

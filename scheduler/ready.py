@@ -20,7 +20,7 @@ from scheduler.records import NO_BUILDER, Builder, Lane, Queue, Step
 
 
 class ReadyIndex:
-    """Queues and back-offs over the builders of a state. `rank` is asked whenever a step is put in a queue."""
+    """Queues and back-offs over the builders of a state. `rank` is called whenever a step is put in a queue."""
 
     __slots__ = ("_builders", "_is_live", "_rank", "_turn", "delayed", "forsaken", "queues")
 

@@ -23,7 +23,7 @@ from scheduler.step_rules import ALLOWANCE_S, is_known_failure
 
 #: How many names a reason gives at most.
 NAMED = 5
-#: Ready steps of one class of which each has its position told: working these out takes some 20 ms.
+#: Most ready steps of one class that get positions: working these out takes some 20 ms.
 PLACED_AT_MOST = 5_000
 
 
@@ -180,7 +180,7 @@ def why(state: FarmState, positions: QueuePositions, limits: Limits, key: StepKe
     """Return why a step is not running; None for one that runs, publishes or has finished for good.
 
     Raises `KeyError` for an unknown step. Costs the number of needs, or of builders, and of steps in the same queue
-    the first time that one of them is asked about.
+    the first time that one of them is needed.
     """
     step = state.steps[key]
     if step.state is StepState.WAITING:
@@ -192,7 +192,7 @@ def why(state: FarmState, positions: QueuePositions, limits: Limits, key: StepKe
         return _known(state, limits, step, now)
     if step.state is not StepState.READY:
         return None
-    # Until the core has said that it ended: a step whose time has just come stands in no queue yet.
+    # Until the fact that it ended: a step whose time has just come stands in no queue yet.
     if step.not_before:
         return _backs_off(state, step, now)
     requirements = step.recipe.requirements

@@ -89,7 +89,7 @@ class Step:
         self.returns = 0
         #: The kinds of those of `faults` that have a budget of their own.
         self.strikes: tuple[FailureKind, ...] = ()
-        #: Who said what of the recipe in use, in this life: builder and signature of each failure that has one.
+        #: Failures of the recipe in use that have a signature, in this life: builder and signature of each.
         self.accounts: tuple[tuple[BuilderId, str], ...] = ()
         #: Values of the state's `generation` counter when this life began and when it lapsed.
         self.generation_started = 0
@@ -124,10 +124,10 @@ class Step:
         self.not_before = NO_INSTANT
         #: The builder of the open lease (leased or publishing), else `NO_BUILDER`.
         self.builder = NO_BUILDER
-        #: When the builder was last told to start, and how often it was told again.
+        #: When the order to start last went to the builder, and how often it was repeated.
         self.asked_at = NO_INSTANT
         self.resends = 0
-        #: What the builder said of its outputs, while publishing.
+        #: What the builder reported of its outputs, while publishing.
         self.evidence = b""
         #: Why it failed (state failed), or which step's failure doomed it (state doomed).
         self.failure: Failure | None = None

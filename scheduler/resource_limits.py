@@ -1,6 +1,6 @@
 """Limits of one build: what it may use, which limits hold for a step, and whether one was raised while the build ran.
 
-A limit belongs to the root that it was said of and to nothing below it: whatever else a submission needs has the
+A limit belongs to the root that it was set for and to nothing below it: whatever else a submission needs has the
 farm's defaults, so a short limit on one package never ends a dependency that others share. Where several submissions
 want one step, each field is the most generous of theirs.
 """
@@ -15,7 +15,7 @@ from scheduler.model import FailureKind
 
 @dataclass(frozen=True, slots=True)
 class ResourceLimits:
-    """Seconds and bytes. 0 is "not said" in what a submission says, and "no limit" in what holds."""
+    """Seconds and bytes. 0 means "not set" in what a submission sends, and "no limit" in what holds."""
 
     #: Wall time and silence.
     timeout_s: int = 0
@@ -45,7 +45,7 @@ UNLIMITED = ResourceLimits()
 
 
 def in_force(wanted: Iterable[ResourceLimits | None], default: ResourceLimits) -> ResourceLimits:
-    """Return what holds for a step; `wanted` has an entry for each submission that wants it, None: says nothing."""
+    """Return what holds for a step; `wanted` has an entry for each submission that wants it, None: it sets nothing."""
     wishes = [_completed(wish or ResourceLimits(), default) for wish in wanted] or [default]
     most = ResourceLimits(
         **{field.name: _most(getattr(wish, field.name) for wish in wishes) for field in fields(ResourceLimits)}

@@ -1,7 +1,7 @@
 """A state as few facts as there are steps: what a journal may begin with instead of all that led there.
 
 Replaying them gives the same durable state, so that whatever happens afterwards has the same answer. `evolve` stays
-the only mutator. Not told: what builders said of themselves, and that back-offs have ended.
+the only mutator. Not in it: what builders reported of themselves, and the ends of back-offs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from scheduler.model import NO_INSTANT, StepState, SubmissionId
 from scheduler.records import Step
 from scheduler.state import FarmState
 
-#: States in which a step that never failed and never was handed back has nothing more to tell.
+#: States in which a step that never failed and never was handed back has nothing more to store.
 _PLAIN = (StepState.WAITING, StepState.READY, StepState.DONE)
 
 

@@ -54,9 +54,9 @@ class FarmState(StepGraph):
         #: One that lies an hour ahead has spent its allowance. Only of submissions that are not forgotten.
         self.paid_until: dict[SubmissionId, Instant] = {}
         #: How long steps of a submission wait for a builder that could take them, in seconds, 0 for ever: of those that
-        #: said so and are not forgotten.
+        #: set it and are not forgotten.
         self.wait_limits: dict[SubmissionId, int] = {}
-        #: What submissions say of builds of their roots, where they say something and are not forgotten.
+        #: Limits that submissions set for builds of their roots, where they set some and are not forgotten.
         self.limits: dict[SubmissionId, dict[StepKey, ResourceLimits]] = {}
         #: Counts the references to each step: one without any may be forgotten.
         self.references = ReferenceCounts(self.steps)
@@ -286,7 +286,7 @@ class FarmState(StepGraph):
     def _finish(self, step: Step, target: StepState) -> Iterator[Pause] | None:
         """Enter one of the finished states: nothing is wanted of the step, and it wants nothing.
 
-        Many dependents of a done step are told of it in what is returned, as by `apply`.
+        Where a done step has many dependents, the iterator that is returned updates them, as in `apply`.
         """
         if step.state is _LEASED:
             self._roster.free_slot(step)
@@ -375,7 +375,7 @@ class FarmState(StepGraph):
         step = self._subject(fact, fact.lease.step)
         if fact.lease.attempt != self.next_attempt(step) or fact.recipe != step.active or step.unmet:
             raise ImpossibleError(f"{fact.lease} cannot follow {step}")
-        # A replayed lease was granted after its back-off, whose end the journal does not tell.
+        # A replayed lease was granted after its back-off, whose end the journal does not hold.
         step.not_before = NO_INSTANT
         step.attempt = fact.lease.attempt
         step.builder = fact.builder
@@ -428,7 +428,7 @@ class FarmState(StepGraph):
         self.ready.prune_delayed()
         self.ready.enqueue(step)
 
-    # A snapshot: facts that set what many facts before have led to. `snapshot.tell_all` says them.
+    # A snapshot: facts that set what many facts before have led to. `snapshot.tell_all` yields them.
 
     def _step_restored(self, fact: f.StepRestored) -> None:
         if fact.step in self.steps:
@@ -455,7 +455,7 @@ class FarmState(StepGraph):
             self._links.extend(fact.dependents)
 
     def _restored(self, fact: f.FarmRestored) -> None:
-        """Link what the restored steps say of each other, and index the ready ones."""
+        """Link the restored steps with each other, and index the ready ones."""
         if len(self.steps) != fact.steps:
             raise ImpossibleError(f"a snapshot of {fact.steps} steps has brought {len(self.steps)}")
         self.generation, self.known, self.attempt_floor = fact.life, fact.known, fact.floor

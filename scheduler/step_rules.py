@@ -1,6 +1,6 @@
 """Rules for steps: failures, retries, falling back, doom, revival, abandonment. Yields facts, changes nothing.
 
-Every function here is a generator that reads a state which already holds what it said before.
+Every function here is a generator that reads a state that already holds the facts it yielded before.
 
 The failure cache: a step that failed for a cacheable reason (`failures`) *stands* as failed for a time to live.
 A submission that meets it takes it for known instead of building it again, and what stands on it is doomed at once.
@@ -123,9 +123,9 @@ class StepRules:
     def _is_recipes_own(self, step: Step, failure: Failure) -> bool:
         """Return whether the recipe in use failed so before, and the builders' records leave the blame with it.
 
-        Two builders that say the same are believed, unless steps built elsewhere speak against one of them. The same
-        builder twice is believed where no fault of another step is held against it or may have to be, and it has not
-        called itself unfit since (it tries itself when a build ends so).
+        Two builders that report the same are believed, unless steps built elsewhere are evidence against one of them.
+        The same builder twice is believed where no fault of another step is held against it or may have to be, and it
+        has not called itself unfit since (it tries itself when a build ends so).
         """
         if not failure.signature or step.state is not _LEASED:
             return False

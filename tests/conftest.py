@@ -1,4 +1,4 @@
-"""What every test folder may use, and which tests run side by side."""
+"""Fixtures of every test folder, and the groups of tests that run side by side."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class IntakeMissing:
 
     derivations: tuple[str, ...]
     sources: tuple[str, ...]
-    #: Why upstreams could not be asked for built paths, or gave less than they have; "" where they could.
+    #: Why upstreams did not answer for built paths, or gave less than they have; "" where they could.
     trouble: str = ""
 
 
@@ -220,7 +220,7 @@ class WorkerView:
     #: Why it is silent, gone or quarantined, and until when it is quarantined.
     reason: str = ""
     until: float = 0.0
-    #: Its machine at the last heartbeat, where that tells: load average over a minute by processor, bytes.
+    #: Its machine at the last heartbeat, where it measures them: load average over a minute by processor, bytes.
     load: float | None = None
     memory_available_bytes: int | None = None
     disk_free_bytes: int | None = None

@@ -91,6 +91,6 @@ class CompletionView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionsView:
-    """Names that begin as asked, at most some."""
+    """Names with the requested prefix, at most some."""
 
     items: tuple[CompletionView, ...]

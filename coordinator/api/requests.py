@@ -23,7 +23,7 @@ class Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-#: Base names of store paths; the first that is none is the only one that is told.
+#: Base names of store paths; the error names the first that is none, and no other.
 Names = Annotated[tuple[Annotated[str, Field(max_length=255)], ...], FailFast()]
 
 
@@ -93,7 +93,7 @@ class IntakeQuery(Request):
     store_dir: Annotated[str, Field(max_length=4096)]
     derivations: Names
     sources: Names
-    #: Those of `sources` that something built: they cannot be sent, so the farm's upstreams are asked for them.
+    #: Those of `sources` that something built: they cannot be sent, so the farm looks for them in its upstreams.
     built: Names = ()
 
 

@@ -6,8 +6,8 @@ Both are one zstd frame around a magic line, records and an end mark (integers a
     sources     := "drover-sources-1\n"     { length header, nar }        0
 
 `name` is the .drv's base name; `header` is the JSON of `SourceHeader`, and exactly `nar_size` bytes of NAR follow it.
-The end mark tells a whole stream from one that was cut at a record's edge; anything after it, compressed or not, is an
-error. Members stand inputs first in both streams.
+The end mark distinguishes a whole stream from one that was cut at a record's edge; anything after it, compressed or
+not, is an error. Members stand inputs first in both streams.
 
 Memory is bounded on both sides: the reader inflates a slice of compressed bytes at a time (at zstd's greatest ratio
 `DERIVATIONS_SLICE` is 2 MiB, `SOURCES_SLICE` 8 MiB), holds one derivation at most beyond that, and passes a NAR on in
@@ -168,7 +168,7 @@ async def read_derivations(
     """Yield the members of a derivations stream in batches, in the order in which they were sent.
 
     A derivation of more than `LARGE_BYTES` is a batch of its own; `room_for(its size)` is held from before it is
-    inflated until the next batch is asked for.
+    inflated until the next batch is read.
 
     Raises:
         FramingError: the stream is not one; batches before the fault have been yielded.
@@ -251,7 +251,7 @@ def _ascii(name: bytes, record: int) -> str:
 
 
 class Source:
-    """One source of a stream; its NAR must be read to the end before the next source is asked for."""
+    """One source of a stream; its NAR must be read to the end before the next source is taken."""
 
     def __init__(self, header: SourceHeader, stream: _Inflater) -> None:
         self.header = header

@@ -36,7 +36,7 @@ from infra.retry import Outage
 from scheduler.model import StepKey
 
 HOUR_S: Final = 3600.0
-#: Seconds between two looks at the numbers that queries tell.
+#: Seconds between two reads of the numbers that need a query.
 GAUGES_S: Final = 60.0
 #: Steps in one question about their paths.
 STEPS_ASKED: Final = 20_000
@@ -102,7 +102,7 @@ class SubmissionNeeds:
 
 @dataclass(slots=True)
 class CacheGauges:
-    """Numbers of one cache that a query tells; housekeeping asks now and then."""
+    """Numbers of one cache that need a query; housekeeping reads them now and then."""
 
     paths: int = 0
     stored_bytes: int = 0
@@ -131,7 +131,7 @@ class Housekeeper:
         self._submissions = submissions
         self._sources = sources
         self._collecting = asyncio.Lock()
-        #: Roots by the name of the submission that gave it; None until the cache was asked.
+        #: Roots by the name of the submission that gave it; None until they were read from the cache.
         self._kept: dict[str, _Kept] | None = None
 
     async def run(self) -> None:

@@ -10,7 +10,7 @@ A worker that cannot have an input, and a publication whose references are gone,
 4. Then the running submissions of the step are planned anew: what is gone is built again. A lost source has no deriver;
    the step waits (`StepView.lost_input`) until a client sends it: one that watches does so by itself.
 
-Whether a remote object exists is asked only for the paths that a report names: one question each. Intake believes the
+The store is queried only for the objects of paths that a report names: one request each. Intake believes the
 database, where it cannot look at files.
 """
 

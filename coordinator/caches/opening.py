@@ -2,7 +2,7 @@
 
 Each is a `Cache` of its own with its own metadata, objects, keys, readers and writers. They share a process and a
 bucket (below `caches/NAME/`), nothing else: no query can forget which cache it is for, a collection of one cannot touch
-another, and none tells what another has.
+another, and none shows what another has.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """NARs that the cache has lost, from the workers that still have them in their stores.
 
-A worker is asked for the path and uploads it again, as after a build: it may write exactly that path. What came is read
+A worker is ordered to upload the path again, as after a build: it may write exactly that path. What came is read
 back and verified like anything else, and must be the very bits that were published.
 """
 

@@ -48,7 +48,7 @@ from coordinator.terminal_controls import harmless
 from infra.nix.store_path import base_name_of
 from infra.process import ProcessError, run
 
-#: Seconds after the client has sent what the farm lost before it looks again: the whole graph is asked about.
+#: Seconds after the client has sent what the farm lost before it looks again: each look sends the whole graph.
 SEND_AGAIN_EVERY_S = 10.0
 #: Seconds for one `nix-store -r`, and how many paths it is given.
 FETCH_S = 24 * 3600.0

@@ -14,7 +14,7 @@ from coordinator.cli.status import print_json, print_lines
 from coordinator.client.api_client import ApiClient
 
 DAY_S: Final = 86400.0
-#: Roots, keepers and faults listed; `--json` has all that the coordinator tells.
+#: Roots, keepers and faults listed; `--json` has all that the coordinator returns.
 LISTED: Final = 50
 
 

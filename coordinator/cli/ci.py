@@ -48,7 +48,7 @@ def verdict(ci: Ci, title: str, sentence: str) -> str:
 
 
 def section(ci: Ci, key: str, title: str, text: str, now: float) -> str:
-    """Return lines (each with its newline) as a section that the runner folds; `key` tells sections apart."""
+    """Return lines (each with its newline) as a section that the runner folds; `key` distinguishes sections."""
     match ci:
         case Ci.GITHUB:
             return f"::group::{_data(title)}\n{text}::endgroup::\n"

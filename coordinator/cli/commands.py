@@ -194,14 +194,14 @@ def retry(url: str, token_file: str, name: str) -> int:
 @click.option("--attempt", type=click.IntRange(1), metavar="N", help="An earlier attempt.  [default: the latest]")
 @click.option("--search", default="", metavar="TEXT", help="Only lines that contain TEXT, with their numbers.")
 @addressed
-def log(url: str, token_file: str, step: str, **told: Any) -> int:
+def log(url: str, token_file: str, step: str, **options: Any) -> int:
     """Print the build log of a step.
 
     STEP is its key or any unique part of it, an attribute that was submitted, a .drv path or an output path.
     """
     from coordinator.cli import log as logging  # noqa: PLC0415 - slow to import
 
-    return run_with_client(url, token_file, lambda client: logging.log(client, step, **told))
+    return run_with_client(url, token_file, lambda client: logging.log(client, step, **options))
 
 
 @cli.command()

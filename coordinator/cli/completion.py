@@ -29,8 +29,8 @@ def completes(*kinds: Kind) -> Callable[[click.Context, click.Parameter, str], l
     """Return what click asks for the completions of an argument that names such things."""
 
     def complete(context: click.Context, _parameter: click.Parameter, beginning: str) -> list[CompletionItem]:
-        told = context.params
-        address = Address(told.get("url") or URL, told.get("token_file") or "")
+        words = context.params
+        address = Address(words.get("url") or URL, words.get("token_file") or "")
         try:
             return asyncio.run(_ask(address, kinds, beginning))
         except (CoordinatorError, OSError, TimeoutError):

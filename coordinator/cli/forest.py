@@ -1,4 +1,4 @@
-"""Drawing of a forest upside down: what runs stands above what waits for it, and what was asked for at the bottom.
+"""Drawing of a forest upside down: what runs stands above what waits for it, and what was submitted at the bottom.
 
 Each step is drawn once. Where there is no room, what only stands between two others goes first, then everything that
 waits, at last the steps that have run for the shortest time.

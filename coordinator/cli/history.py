@@ -88,13 +88,13 @@ def _attempt_lines(attempt: AttemptView, *, again: bool) -> list[str]:
     on = f"leased to {one_line(attempt.worker) or 'a worker'}"
     if attempt.isolation:
         on += f" (isolation {attempt.isolation})"
-    told: list[tuple[float | None, str]] = [(attempt.leased_at, on)]
+    moments: list[tuple[float | None, str]] = [(attempt.leased_at, on)]
     if again and attempt.ready_at is not None:
-        told.insert(0, (attempt.ready_at, "ready again"))
+        moments.insert(0, (attempt.ready_at, "ready again"))
     for span in attempt.spans:
-        told += _span_sentences(attempt, span)
-    told.append((attempt.ended_at, _ending(attempt)))
-    return _sentences(told)
+        moments += _span_sentences(attempt, span)
+    moments.append((attempt.ended_at, _ending(attempt)))
+    return _sentences(moments)
 
 
 def _span_sentences(attempt: AttemptView, span: StretchView) -> list[tuple[float | None, str]]:
@@ -103,13 +103,13 @@ def _span_sentences(attempt: AttemptView, span: StretchView) -> list[tuple[float
         case "inputs":
             return [(span.at, sentence) for sentence in _fetch_sentences(attempt, span.took_s)]
         case "build":
-            told: list[tuple[float | None, str]] = [(span.at, "the build began")]
-            told += [(phase.at, f"  {one_line(phase.name)}  {_lasted(phase.took_s)}") for phase in attempt.phases]
+            moments: list[tuple[float | None, str]] = [(span.at, "the build began")]
+            moments += [(phase.at, f"  {one_line(phase.name)}  {_lasted(phase.took_s)}") for phase in attempt.phases]
             if attempt.more_phases:
-                told.append((None, f"  {attempt.more_phases} more phases  {_lasted(attempt.more_phases_s)}"))
+                moments.append((None, f"  {attempt.more_phases} more phases  {_lasted(attempt.more_phases_s)}"))
             if attempt.outcome != "running":
-                told.append((end, f"the builder ended after {took}{_use(attempt)}"))
-            return told
+                moments.append((end, f"the builder ended after {took}{_use(attempt)}"))
+            return moments
         case "pack":
             return [(span.at, f"outputs packed in {took}{_packed(attempt)}")]
         case name:
@@ -137,13 +137,13 @@ def _fetch(fetch: FetchView) -> str:
 
 
 def _use(attempt: AttemptView) -> str:
-    told = [
+    uses = [
         f"{_lasted(attempt.cpu_s)} of processor time" if attempt.cpu_s is not None else "",
         f"{size(attempt.peak_memory_bytes)} of memory at most" if attempt.peak_memory_bytes is not None else "",
         f"{size(attempt.read_bytes)} read" if attempt.read_bytes is not None else "",
         f"{size(attempt.written_bytes)} written" if attempt.written_bytes is not None else "",
     ]
-    known = ", ".join(each for each in told if each)
+    known = ", ".join(each for each in uses if each)
     return f": {known}" if known else ""
 
 
@@ -205,10 +205,10 @@ def _row(attempt: AttemptView) -> tuple[str, ...]:
     )
 
 
-def _sentences(told: Iterable[tuple[float | None, str]]) -> list[str]:
+def _sentences(moments: Iterable[tuple[float | None, str]]) -> list[str]:
     """Put each sentence behind its time; a day's first one names the day."""
     lines, day = [], ""
-    for at, sentence in told:
+    for at, sentence in moments:
         if at is None:
             lines.append(f"{'':19}  {sentence}")
             continue

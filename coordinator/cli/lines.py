@@ -68,5 +68,5 @@ def written(line: Line, *, colours: bool) -> str:
 
 def _piece(text: str, style: str, *, colours: bool) -> str:
     codes: Sequence[str] = [_ATTRIBUTES.get(word) or (_COLOURS[word] if colours else "") for word in style.split()]
-    told = ";".join(code for code in codes if code)
-    return f"\x1b[{told}m{text}\x1b[0m" if told else text
+    parameters = ";".join(code for code in codes if code)
+    return f"\x1b[{parameters}m{text}\x1b[0m" if parameters else text

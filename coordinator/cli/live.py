@@ -2,7 +2,7 @@
 
 From top to bottom: the forest of what runs and what waits for it, the workers, what no worker can take, what failed,
 the totals, on which the eye rests. No line is wider than the window, and the region leaves most of the window to what
-scrolls. What is not known has no place: a time that steps usually take, an end that cannot be told.
+scrolls. What is not known has no place: a time that steps usually take, an end that cannot be foreseen.
 """
 
 from __future__ import annotations
@@ -183,11 +183,11 @@ def _failed_lines(progress: Progress) -> list[Line]:
     if not progress.failed:
         return []
     names = [one_line(step.name) for step in progress.failed.values()]
-    told = ", ".join(names[:FAILED_NAMED])
+    named = ", ".join(names[:FAILED_NAMED])
     count = max(progress.counts.failed, len(names))
     more = f" and {count - FAILED_NAMED} more" if count > FAILED_NAMED else ""
     doomed = f"; {progress.counts.doomed} cannot be built without" if progress.counts.doomed else ""
-    return [[(f"\u2718 {told}{more} failed{doomed}", "red")]]
+    return [[(f"\u2718 {named}{more} failed{doomed}", "red")]]
 
 
 def _totals(progress: Progress, now: float, width: int) -> Line:
@@ -219,7 +219,7 @@ def _totals(progress: Progress, now: float, width: int) -> Line:
 def _last_one(progress: Progress, now: float) -> str:
     """Return how long what runs still takes, if it takes as long as usual; "" where that is not known.
 
-    When all is built cannot be told here: what waits takes its time too. It is what bounds the end from below.
+    When all is built cannot be foreseen here: what waits takes its time too. It is what bounds the end from below.
     """
     rests = [
         (step.usual_s - (now - step.started_at), one_line(step.name))

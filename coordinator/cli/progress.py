@@ -23,7 +23,7 @@ from coordinator.api.models import (
 #: Steps in a worker's hands, or whose outputs the farm takes in.
 ACTIVE = frozenset({StepStatus.RUNNING, StepStatus.PUBLISHING})
 _OPEN = ACTIVE | {StepStatus.WAITING, StepStatus.READY}
-#: Places of the forest that are kept; more than the coordinator tells at a time (`coordinator.readmodel.forest`).
+#: Places of the forest that are kept; more than the coordinator sends at a time (`coordinator.readmodel.forest`).
 MOST_PLACES = 8192
 
 
@@ -38,7 +38,7 @@ class News(Enum):
 
 @dataclass(slots=True)
 class Tally:
-    """One worker's work for the submission, as far as the events told."""
+    """One worker's work for the submission, as far as the events show."""
 
     built: int = 0
     failed: int = 0
@@ -55,7 +55,7 @@ class Progress:
     queued: tuple[str, ...] = ()
     #: Steps in a worker's hands, by key.
     running: dict[str, StepView] = field(default_factory=dict)
-    #: Steps whose failure has been told, in the order in which it was.
+    #: Steps whose failure was printed, in that order.
     failed: dict[str, StepView] = field(default_factory=dict)
     #: Places of the forest by key.
     tree: dict[str, TreeNode] = field(default_factory=dict)

@@ -367,8 +367,8 @@ def why_lines(reasons: StepReasonsView, now: float) -> list[str]:
         way = [*wanted.path[:2], "\u2026", *wanted.path[-2:]] if len(wanted.path) > WAY_NAMED else wanted.path
         chain = " \u2192 ".join(map(one_line, way))
         root = f"{one_line(wanted.attr)}: " if wanted.attr else ""
-        told = f"submission {wanted.submission}{label}, {root}{chain}"
-        lines.append(f"  {'wanted by ' if not number else '          '} {told}")
+        line = f"submission {wanted.submission}{label}, {root}{chain}"
+        lines.append(f"  {'wanted by ' if not number else '          '} {line}")
     if reasons.wanted_count > len(reasons.wanted_by):
         lines.append(f"             and {reasons.wanted_count - len(reasons.wanted_by)} more submissions")
     if not reasons.wanted_count:

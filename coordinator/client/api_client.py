@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 #: Seconds of silence on a stream before it is taken for broken.
 SILENCE_S = 60.0
-#: Rows asked for at a time of a list.
+#: Rows of one request for a list.
 PAGE_ROWS = 1000
 #: Seconds between attempts to watch again: first, longest; and after how long of nothing but failures to give up.
 RECONNECT_FIRST_S = 0.25
@@ -88,7 +88,7 @@ class ApiClient(Transport):
         return await self._pages(routes.SUBMISSIONS, most=newest)
 
     async def whole(self, view: SubmissionView) -> SubmissionView:
-        """Return the view with all its roots, asked for again where some are missing."""
+        """Return the view with all its roots, requested again where some are missing."""
         if len(view.roots) >= view.root_count:
             return view
         roots = await self._pages(routes.ROOTS, {"id": view.id})
@@ -205,8 +205,8 @@ class ApiClient(Transport):
     ) -> AsyncIterator[WatchEvent]:
         """Yield a submission's events up to and with `Ended`; after a break it begins again with a new snapshot.
 
-        Where the coordinator has no stream free, snapshots are asked for instead: too many watchers fail no build.
-        `on_lost` is told why, once for each time that the connection breaks.
+        Where the coordinator has no stream free, the client polls snapshots instead: too many watchers fail no build.
+        `on_lost` receives the reason, once for each time that the connection breaks.
 
         Raises:
             UnreachableError: nothing but failures for `RECONNECT_GIVE_UP_S`, or the very first connection failed.
@@ -252,7 +252,7 @@ class ApiClient(Transport):
     async def _look(self, submission: str) -> list[WatchEvent]:
         """Ask for a snapshot, and the end where there is one. Raises `UnreachableError` while not even that is had."""
         try:
-            # The state first: once it has ended, the steps that are asked for after it are the last ones.
+            # The state first: once it has ended, the steps that are requested after it are the last ones.
             view = await self.submission(submission)
             snapshot = Snapshot(submission=view, steps=tuple(await self.steps(submission, _SHOWN)))
         except RefusedError as refusal:

@@ -125,7 +125,7 @@ def read_closure(store: LocalStore, roots: Sequence[str]) -> Closure:
 def find_maker(store: LocalStore, path: str, deriver: str, trouble: str = "") -> str:
     """Return the derivation that the farm must build to have `path`, a built path.
 
-    `trouble` says why the farm did not have it from an upstream, "" where it has asked all of them.
+    `trouble` says why the farm did not have it from an upstream, "" where all of them answered.
 
     Raises:
         ClosureError: The local store does not have it whole; the sentence says what to do.
@@ -177,7 +177,7 @@ async def query_closure(
     """Return what the store's daemon knows of `paths` and, behind those that `follow` accepts, of their references.
 
     Raises:
-        ClosureError: The store cannot be asked.
+        ClosureError: The store does not answer.
         CoordinatorError: A path is not valid in the store; `lacking` makes the error.
     """
     infos: dict[str, PathInfo] = {}
@@ -206,7 +206,7 @@ async def describe_sources(store: LocalStore, paths: Sequence[str], env: Mapping
     What a built path refers to is left to who builds it.
 
     Raises:
-        ClosureError: A path is not valid in the store, or the store cannot be asked.
+        ClosureError: A path is not valid in the store, or the store does not answer.
     """
     if not paths:
         return Sources((), {})
@@ -225,12 +225,12 @@ def _lost_source(path: str) -> ClosureError:
 
 
 def _is_verifiable(info: PathInfo) -> bool:
-    """Return whether the farm can tell from the content that the path is true."""
+    """Return whether the farm can derive the path from the content."""
     return info.ca.startswith(VERIFIABLE) and info.base_name not in info.references
 
 
 def local_store(directory: str | None, drv: str = "") -> LocalStore:
-    """Return the store of `--store DIR` (the machine's own without it); `drv` tells the store directory.
+    """Return the store of `--store DIR` (the machine's own without it); `drv` gives the store directory.
 
     Raises:
         ClosureError: It is a store of another kind than a directory.

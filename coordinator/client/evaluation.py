@@ -183,7 +183,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def left_out_text(file: str, left_out: Sequence[LeftOut]) -> str:
-    """Return what to tell of attributes that were left out; empty where there are none."""
+    """Return the message about attributes that were left out; empty where there are none."""
     if not left_out:
         return ""
     advice = f"-A '{left_out[0].attr}'" if '"' in left_out[0].attr else f"-A {left_out[0].attr}"

@@ -137,7 +137,7 @@ class Transport:
 
 
 class _Body:
-    """A body that keeps what went wrong while it was made: aiohttp tells that as a fault of the connection."""
+    """A body that keeps what went wrong while it was made: aiohttp reports that as a fault of the connection."""
 
     def __init__(self, pieces: AsyncIterator[bytes]) -> None:
         self._pieces = pieces

@@ -1,11 +1,11 @@
 """Snapshots of the journal, made by a process of its own so that the engine never stops for them.
 
 The child reads the newest snapshot and the frames behind it, replays them into a core and a read model, stores what
-these tell of themselves as the next snapshot, and ends. The engine gives nothing and waits for nothing: what is written
+these write themselves as the next snapshot, and ends. The engine gives nothing and waits for nothing: what is written
 follows from what is durable alone, and a snapshot that was made proves that the journal can be replayed. The price is
 that for some seconds the farm's state is in memory twice, on another core.
 
-The child is told database and epoch on standard input (a database's address may hold a password) and ends when that is
+The child reads database and epoch from standard input (a database's address may hold a password) and ends when that is
 closed, so that it does not outlive its coordinator; where it does for a moment, the epoch fences it.
 """
 
@@ -41,7 +41,7 @@ LOOK_S: Final = 2.0
 LONGEST_PAUSE_S: Final = 300.0
 #: A child that takes longer than this hangs.
 SNAPSHOT_WITHIN_S: Final = 600.0
-#: Most bytes of what a child says about its failure.
+#: Most bytes of what a child prints about its failure.
 _SAID_BYTES: Final = 16 * 1024
 #: Lower than the engine's: a snapshot is never urgent.
 _NICE: Final = 10
@@ -88,7 +88,7 @@ class Compactor:
         self._every = every
 
     async def run(self) -> None:
-        """Serve until cancelled. A snapshot that fails is told of in the log and tried again later."""
+        """Serve until cancelled. A snapshot that fails is logged and tried again later."""
         backoff = Backoff(LOOK_S * 2, LONGEST_PAUSE_S)
         pause_s = LOOK_S
         while True:

@@ -1,9 +1,9 @@
 """Event loop of the core: events in, facts to the journal, effects out. The only owner of the `Farm` and of its time.
 
 One turn: take everything that waits, ask the core once, append the durable facts in one commit, fold all facts into the
-views, hand the effects to dispatch, tell those who waited that their event is safe. The order is the promise: nothing
-is shown, acknowledged or done before its facts are durable. A turn that concerns many steps gives the event loop to
-others again and again (`slices`); the next one begins when it has ended.
+views, hand the effects to dispatch, wake those who wait for their event to be durable. The order is the promise:
+nothing is shown, acknowledged or done before its facts are durable. A turn that concerns many steps gives the event
+loop to others again and again (`slices`); the next one begins when it has ended.
 
 An append waits for a database that is away, for a bounded time. If it fails the engine stops with that error and the
 process ends: the core has already moved on, and only a replay brings memory and journal together again.
@@ -169,7 +169,7 @@ class Engine:
         self._hand(effects)
 
     async def _ask(self, messages: Sequence[_Message]) -> tuple[list[Fact], list[Effect]]:
-        """Let the core decide. A submission is asked about alone: the core may refuse it, and only it."""
+        """Let the core decide. A submission goes to the core alone: the core may refuse it, and only it."""
         facts: list[Fact] = []
         effects: list[Effect] = []
 

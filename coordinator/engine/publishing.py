@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _NotNow:
-    """Publishing failed in a way that may pass; `failed` is what is said where it does not."""
+    """Publishing failed in a way that may pass; `failed` is the message where it does not pass."""
 
     failed: PublishFailed
 

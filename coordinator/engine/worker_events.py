@@ -57,7 +57,7 @@ class FleetSink:
         #: For reading only: the engine owns it.
         self._farm = farm
         self._views = views
-        #: How each worker keeps builds from its machine, as it last said.
+        #: How each worker keeps builds from its machine, as it last reported.
         self._grades: dict[str, IsolationGrade] = {}
         self._logs = logs
         self._clock = clock
@@ -119,7 +119,7 @@ class FleetSink:
         except LogError as error:
             # A log is lost, a build is not: a full disk must not end the farm.
             _log.warning("%s", error)
-        self._views.workforce.spoke(worker, batch, now)
+        self._views.workforce.reported(worker, batch, now)
         if reports:
             await self._dispatch.room()
         heartbeat = BuilderReported(

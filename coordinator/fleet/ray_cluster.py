@@ -122,7 +122,7 @@ async def _supervised(
 
 
 async def serve_head(settings: Settings, ready: Callable[[str], None], stop: asyncio.Event) -> None:
-    """Run a head by itself until `stop` is set; `ready` is told its address. For `ray_address` of coordinators.
+    """Run a head by itself until `stop` is set; `ready` receives its address. For `ray_address` of coordinators.
 
     Raises `CoordinatorError` or `WorkerError` where it cannot start, or cannot be started again after it died.
     """

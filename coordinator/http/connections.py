@@ -1,4 +1,4 @@
-"""Gate of the HTTP connections: how many there are, from whom, and how long one may say nothing.
+"""Gate of the HTTP connections: how many there are, from whom, and how long one may send nothing.
 
 Rules:
     1. There are at most `ConnectionBounds.total` connections, and `per_address` from one address that is not loopback
@@ -49,7 +49,7 @@ RESERVED_DESCRIPTORS: Final = 512
 DESCRIPTORS_PER_CONNECTION: Final = 2
 #: Share of all connections on which requests without a token may be under way.
 STRANGERS_SHARE: Final = 0.75
-#: When a crowded coordinator may be asked again, in seconds.
+#: `Retry-After` of a crowded coordinator, in seconds.
 RETRY_AFTER_S: Final = 5
 #: Seconds for a request's head.
 HEAD_S: Final = 10.0

@@ -57,7 +57,7 @@ class Intake:
         #: Fetches built paths from upstreams, which `coordinator.caches.opening` adds.
         self.pulls = ClosurePulls(cache)
         self._derivations = derivations
-        #: What keeps the paths that clients were told are there.
+        #: What keeps the paths that answers to clients call present.
         self.leases = PathLeases(cache)
         self._sources = SourceIntake(cache, objects, store_dir)
         self._store_dir = store_dir

@@ -1,6 +1,6 @@
 """Input sources from a client: nothing is believed, the content must give the path.
 
-A source's NAR streams through a digest into the object store; afterwards the digest tells by which method the content
+A source's NAR streams through a digest into the object store; afterwards the digest shows by which method the content
 gives the store path. What no method explains is refused: it may be true in the client's store, but the farm cannot
 know. An object whose source is refused stays unnamed in the object store until the cache is swept.
 """

@@ -1,7 +1,8 @@
 """Submissions from a client's wish to the core: planned, taken, and run again where they ended without success.
 
-Running again is submitting again under the same name: the graph is planned anew and the cache asked anew, because what
-was in it then may be gone. What the core takes for known to fail is built again only where a client asked for that.
+Running again is submitting again under the same name: the graph is planned anew and the cache looked up anew, because
+what was in it then may be gone. What the core takes for known to fail is built again only where a client asked for
+that.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def _unknown_inputs(verifier: Verifier, members: Sequence[tuple[str, bytes]]) ->
 
 
 def _refusal(error: Exception, rest: Mapping[str, bytes]) -> IntakeError:
-    """Turn what the verifier said into what the client is told; `rest` is the unverified part of the batch."""
+    """Turn the verifier's error into the one that the client receives; `rest` is the unverified part of the batch."""
     if isinstance(error, IntakeError):
         return error
     if isinstance(error, UnknownInputError):

@@ -25,7 +25,7 @@ class FencedError(JournalError):
 
 
 class CodecError(CoordinatorError):
-    """Stored bytes do not say what this version of drover can understand."""
+    """Stored bytes are not in a format that this version of drover reads."""
 
     code: ClassVar[str] = "damaged"
 

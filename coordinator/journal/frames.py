@@ -28,7 +28,7 @@ class Loaded:
 def numbered(facts: Sequence[Fact], seq: int) -> list[dict[str, Any]]:
     """Return the rows of one commit, numbered from `seq` + 1 on."""
     frames: list[dict[str, Any]] = []
-    # Notes alone get an empty frame, so that the last `seq` always tells whether a commit took place.
+    # Notes alone get an empty frame, so that the last `seq` always shows whether a commit took place.
     for start in range(0, len(facts), FRAME_FACTS) or (0,):
         part = facts[start : start + FRAME_FACTS]
         body = encode_facts(part)

@@ -48,7 +48,7 @@ from scheduler.model import SubmissionId
 
 #: Facts of one commit that are encoded in the event loop, some microseconds each; more are in a thread.
 INLINE_FACTS: Final = 512
-#: Seconds after which a database that says nothing is told of.
+#: Seconds after which the journal reports a database that does not answer.
 SLOW_S: Final = 10.0
 #: Frames read at one time.
 _READ_FRAMES: Final = 64
@@ -67,7 +67,7 @@ class Journal:
         self._engine = engine
         self._patience_s = patience_s
         self._epoch = epoch
-        #: A random number that tells this journal from others; 0 before `take_over`.
+        #: A random number that distinguishes this journal from others; 0 before `take_over`.
         self._identity = 0
         self._seq = 0
         #: Facts in the frames behind the newest snapshot, of those that were read or written here.
@@ -142,7 +142,7 @@ class Journal:
         self._tail = max(0, self._tail - facts)
 
     async def check_epoch(self) -> None:
-        """Raise `FencedError` if another has taken over, `JournalError` where that cannot be asked."""
+        """Raise `FencedError` if another has taken over, `JournalError` where the database does not answer."""
         with translated("read"):
             async with self._engine.connect() as connection:
                 await self.fence(connection)
@@ -203,7 +203,7 @@ class Journal:
                 return await read_notes(connection)
 
     async def append(self, facts: Sequence[Fact], notes: Mapping[SubmissionId, StoredNote] | None = None) -> None:
-        """Store durable `facts` and `notes` in one commit, without the notes of what they say is forgotten.
+        """Store durable `facts` and `notes` in one commit, without the notes of submissions that they forget.
 
         Returns when they are safe.
 
@@ -256,7 +256,7 @@ class Journal:
             nonlocal failed
             if not isinstance(error, (SQLAlchemyError, OSError)):
                 return ""
-            # The transaction of a lost connection may still end after it was asked about.
+            # The transaction of a lost connection may still end after its outcome was read.
             late = failed and isinstance(error, IntegrityError)
             failed = True
             return _unwritable(reason(error)) if late or may_pass(error) else ""

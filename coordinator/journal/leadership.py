@@ -28,7 +28,7 @@ from coordinator.journal.journal import Journal
 from infra.database import PATIENCE_S, may_pass, reason
 from infra.retry import Outage, retrying
 
-#: How often a leader's session speaks, and one that stands by asks for the lock, in seconds.
+#: Seconds between two beats: a leader sends a query over its session, one that stands by tries to take the lock.
 BEAT_S: Final = 2.0
 #: How long a beat may take.
 BEAT_WITHIN_S: Final = 10.0

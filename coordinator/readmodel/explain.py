@@ -60,13 +60,13 @@ class FarmExplainer:
         if not ready:
             return ()
         now, reasons = Instant(self._clock.now()), self._farm.queue_reasons()
-        told = []
+        sentences = []
         for requirements, count in ready.items():
             reason = reasons.get(requirements)
             if not isinstance(reason, r.Unserved):
                 why = "tried again after a pause" if reason is None else queue_sentence(reason, now)
-                told.append(f"{_steps(count)} for {requirements.system}: {why}")
-        return tuple(told)
+                sentences.append(f"{_steps(count)} for {requirements.system}: {why}")
+        return tuple(sentences)
 
     def queues(self) -> dict[Requirements, str]:
         """Return what each class of ready steps waits for; a class whose steps all back off is absent."""

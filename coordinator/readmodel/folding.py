@@ -7,7 +7,7 @@ Rules:
 4. What concerns many steps is folded with pauses (`scheduler.pauses`), at which the rows may be read: counts of a
    submission that begins again are then of those members that are counted already.
 
-The rows hold no edges: the core derives which steps are ready, and who stands on what, and tells it by facts
+The rows hold no edges: the core derives which steps are ready, and who stands on what, and sends it as facts
 (`StepReady`, `StepWaiting`, `MembersJoined`).
 """
 
@@ -58,7 +58,7 @@ class FoldedRows:
     def __init__(self, timelines: Timelines | None = None) -> None:
         self.timelines = timelines or Timelines()
         self._steps: dict[StepKey, StepRow] = {}
-        #: How many steps are in each state: counting them all would hold the loop whenever metrics are asked for.
+        #: How many steps are in each state: counting them all would hold the loop at each scrape of the metrics.
         self._by_state = dict.fromkeys(StepStatus, 0)
         #: Ready steps by what they require; no zeros.
         self._ready_by_class: dict[Requirements, int] = {}
@@ -183,7 +183,7 @@ class FoldedRows:
         self._unsettled.update((sub.id, sub) for sub in self._submissions.values() if not sub.ended)
 
     def stage(self, change: StageChange) -> None:
-        """A worker says where a lease is; stale words are ignored."""
+        """Take in the stage of a lease as its worker reports it; stale reports are ignored."""
         row = self._steps.get(StepKey(change.step))
         if row is None or row.life.attempt != change.attempt or row.state is not StepStatus.RUNNING:
             return

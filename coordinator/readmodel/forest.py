@@ -1,7 +1,7 @@
 """Forest of a submission: the steps that run, and one way up from each through the steps that wait for it.
 
-One teller belongs to one watcher and says only what that one has not heard. The whole graph is never walked: a step
-costs the way up to the first place that was told already.
+One `ForestDiff` belongs to one watcher and returns only what that watcher has not received. The whole graph is never
+walked: a step costs the way up to the first place that was sent already.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ def waits(row: StepRow, submission: SubmissionRow) -> bool:
     return row.state is StepStatus.WAITING and submission in row.submissions
 
 
-class ForestTeller:
+class ForestDiff:
     """Says what is new in the forest of one submission, at most `most` places of it."""
 
     def __init__(self, submission: SubmissionRow, ways: Ways, most: int = TREE_NODES) -> None:
         self._submission = submission
         self._ways = ways
         self._most = most
-        #: Each place as it was told: the step above it and its open needs.
-        self._told: dict[StepRow, tuple[StepRow | None, int]] = {}
+        #: Each place as it was sent: the step above it and its open needs.
+        self._sent: dict[StepRow, tuple[StepRow | None, int]] = {}
 
     @property
     def held(self) -> int:
         """Number of places that are held."""
-        return len(self._told)
+        return len(self._sent)
 
     def anew(self) -> tuple[TreeNode, ...]:
-        """Return the whole forest, for a reader that has heard nothing."""
-        self._told.clear()
+        """Return the whole forest, for a reader that has received nothing."""
+        self._sent.clear()
         return self.changes()
 
     def changes(self) -> tuple[TreeNode, ...]:
-        """Return the places that are new or differ from what was told."""
-        if len(self._told) >= self._most // 2:
+        """Return the places that are new or differ from what was sent."""
+        if len(self._sent) >= self._most // 2:
             self._forget_what_nothing_runs_below()
-        stale = [told for told, (above, pending) in self._told.items() if self._differs(told, above, pending)]
+        stale = [row for row, (above, pending) in self._sent.items() if self._differs(row, above, pending)]
         for gone in stale:
-            del self._told[gone]
+            del self._sent[gone]
         changed: dict[StepRow, None] = {}
         for start in (*filter(self._has, stale), *self._submission.active.values()):
             row: StepRow | None = start
-            while row is not None and row not in self._told and len(self._told) < self._most:
+            while row is not None and row not in self._sent and len(self._sent) < self._most:
                 changed[row] = None
                 row = self._place(row)
         return tuple([self._node(row) for row in changed])
@@ -80,19 +80,19 @@ class ForestTeller:
         kept: dict[StepRow, tuple[StepRow | None, int]] = {}
         for active in self._submission.active.values():
             row: StepRow | None = active
-            while row is not None and row not in kept and row in self._told:
-                kept[row] = self._told[row]
+            while row is not None and row not in kept and row in self._sent:
+                kept[row] = self._sent[row]
                 row = kept[row][0]
-        self._told = kept
+        self._sent = kept
 
     def _place(self, row: StepRow) -> StepRow | None:
         """Note where a step stands; returns the step above it."""
         above = self._ways.above(row, self._submission)
-        self._told[row] = (above, self._ways.unmet(row))
+        self._sent[row] = (above, self._ways.unmet(row))
         return above
 
     def _node(self, row: StepRow) -> TreeNode:
-        above, pending = self._told[row]
+        above, pending = self._sent[row]
         return TreeNode(
             key=row.key, name=self._ways.name_of(row), above=above.key if above is not None else "", pending=pending
         )

@@ -1,4 +1,4 @@
-"""Answers about timings: an attempt as people see it, and what the attempts of one package say together.
+"""Answers about timings: an attempt as people see it, and a summary of the attempts of one package.
 
 A step's recipe is flaky where an attempt of it failed and a later one succeeded: the same derivation, so nothing but
 chance or the machine differed. Pure: rows in, views out.

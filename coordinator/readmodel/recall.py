@@ -1,4 +1,4 @@
-"""Recall of step details after a restart: what the derivation store holds for people and no fact says."""
+"""Recall of step details after a restart: what the derivation store holds for people and no fact holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The read model's part of a snapshot: what it knows of steps and submissions and the core's facts do not tell.
+"""The read model's part of a snapshot: what it knows of steps and submissions and the core's facts do not hold.
 
 A snapshot is the facts of `Farm.snapshot` and the records of `tell_history`. To start from it, fold the facts into the
 views as any others, then give the records to `take_history`, then fold what the journal holds beyond.
@@ -18,7 +18,7 @@ _STATUS = {state: StepStatus.RUNNING if state is StepState.LEASED else StepStatu
 
 
 def restore_step(row: StepRow, fact: StepRestored) -> None:
-    """Take in what a snapshot of the core says of a step."""
+    """Take in a step of a snapshot of the core."""
     row.state = _STATUS[fact.state]
     if fact.attempt:
         row.mutable_life().attempt = fact.attempt

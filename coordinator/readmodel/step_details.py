@@ -1,6 +1,6 @@
 """Details of each step that people want to read, stored compactly: a farm knows hundreds of thousands of steps.
 
-Paths in a store say the same things again and again: an output is `STORE/HASH-NAME` or `STORE/HASH-NAME-OUTPUT`, a
+Paths in a store repeat the same parts: an output is `STORE/HASH-NAME` or `STORE/HASH-NAME-OUTPUT`, a
 .drv `STORE/HASH-NAME.drv`, and a step's key is one of its outputs. So what is kept of a step is its class (system,
 features, store, names of outputs; a farm has a few hundred) and the hashes, as bytes. Whatever does not look so, or
 would not come back exactly, is kept as it is.
@@ -16,7 +16,7 @@ from scheduler.model import StepKey
 
 #: Characters of a hash in a store path.
 _HASH = 32
-#: Bytes that tell the class, and so the most classes that are told apart; steps of others are kept as they are.
+#: Bytes that number a class, and so the most classes; steps of others are kept as they are.
 _CLASS = 2
 _CLASSES = 256**_CLASS
 #: What stands between store, hash, name and suffix of a path.
@@ -38,7 +38,7 @@ class Details:
         return key in self._kept
 
     def learn(self, key: StepKey, info: StepInfo) -> None:
-        """Keep what is told of the step `key`, unless something is known."""
+        """Keep the details of the step `key`, unless some are kept already."""
         if key not in self._kept:
             self._kept[key] = self._packed(info) or info
 
@@ -78,7 +78,7 @@ class Details:
                 return None
             number = self._class_of[kind] = len(self._classes).to_bytes(_CLASS, "big")
             self._classes.append(kind)
-        # One hash that is the key's need not be said twice.
+        # A hash that is the key's need not be kept twice.
         packed = number + (hashes if len(names) > 1 else hashes[:_HASH]).encode()
         return packed if self._unpacked(info.key, packed) == info else None
 

@@ -5,7 +5,7 @@ reports complete them. All that changed since the last `take` waits for the stor
 attempts: beyond it the oldest is dropped and counted. Rows may be stored again and again, in parts.
 
 Rules:
-1. No clock, no I/O. What facts do not tell (an older journal) stays None.
+1. No clock, no I/O. What facts do not hold (an older journal) stays None.
 2. Agents' times come converted by `here`, and are then held between the lease and the arrival of the report: no clock,
    however wrong, puts a stretch outside of its attempt. Durations are the agent's own.
 3. An attempt whose worker is lost ends with what it had sent until then, closed at that end.
@@ -128,7 +128,7 @@ class Timelines:
         """The lease ended without a verdict."""
         self._end(step, at, _ENDINGS.get(failure.kind, "retried"), wanted_by, failure)
 
-    # What workers send, and what publishing tells.
+    # What workers send, and what publishing records.
 
     def reported(self, worker: str, report: Report, now: float, here: Here) -> None:
         """Complete the running attempt by its report; one of another attempt or worker changes nothing."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from coordinator.api.models import CountsChanged, Ended, Snapshot, StepChanged, StepView, SubmissionView, WatchEvent
-from coordinator.readmodel.forest import ForestTeller, Ways
+from coordinator.readmodel.forest import ForestDiff, Ways
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from scheduler.model import StepKey
 
@@ -38,7 +38,7 @@ class Watcher:
         self._views = views
         self._submission = submission
         self._wake = wake
-        self._forest = ForestTeller(submission, views)
+        self._forest = ForestDiff(submission, views)
         #: Steps that changed since the last `take`, oldest change first.
         self._changed: dict[StepKey, StepRow] = {}
         self._behind = True
@@ -60,7 +60,7 @@ class Watcher:
 
     @property
     def pending(self) -> int:
-        """Number of steps that the next `take` tells one by one."""
+        """Number of steps that the next `take` returns one by one."""
         return len(self._changed)
 
     @property
@@ -73,7 +73,7 @@ class Watcher:
         return list(self.events())
 
     def events(self) -> Iterator[WatchEvent]:
-        """Yield what `take` returns, each rendered when it is asked for; changes may come in between."""
+        """Yield what `take` returns, each rendered when the caller takes it; changes may come in between."""
         views, submission = self._views, self._submission
         if self._over:
             return

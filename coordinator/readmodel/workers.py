@@ -1,4 +1,4 @@
-"""The part of the read model about workers: as they last spoke of themselves, and what the core thinks of them."""
+"""The part of the read model about workers: as they last described themselves, and what the core derives of them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _ANSWERING: Final = frozenset[WorkerState]({"online", "draining"})
 
 @dataclass(slots=True, eq=False)
 class WorkerRow:
-    """A worker as it last spoke of itself."""
+    """A worker as it last described itself."""
 
     hello: Hello
-    #: How it keeps builds from its machine, as it last said.
+    #: How it keeps builds from its machine, as it last reported.
     isolation: IsolationGrade
     state: WorkerState = "online"
     leases: tuple[HeldLease, ...] = ()
@@ -56,8 +56,8 @@ class Workforce:
         self._rows[hello.worker] = WorkerRow(hello, grade, leases=hello.leases, built=built, last_seen=now)
         self._changed()
 
-    def spoke(self, worker: str, batch: Batch, now: float) -> None:
-        """A heartbeat."""
+    def reported(self, worker: str, batch: Batch, now: float) -> None:
+        """Take in a heartbeat."""
         row = self._rows.get(worker)
         if row is None or row.hello.incarnation != batch.incarnation:
             return
@@ -89,7 +89,7 @@ class Workforce:
             row.quarantined_until, row.quarantine = until, reason
 
     def isolation(self, worker: str) -> IsolationGrade:
-        """Return how a worker keeps builds from its machine; one that is not known does not say."""
+        """Return how a worker keeps builds from its machine; `UNMEASURED` for one that is not known."""
         row = self._rows.get(worker)
         return UNMEASURED if row is None else row.isolation
 

@@ -42,9 +42,9 @@ class Sessions:
         #: A name of its own for each farm: browsers share cookies between all ports of a host.
         self.cookie_name = f"drover-{self._mac('name')[:8]}"
 
-    def is_api_token(self, told: str) -> bool:
+    def is_api_token(self, text: str) -> bool:
         """Return whether a text is the API token, in constant time."""
-        return hmac.compare_digest(sha256(told.encode("utf-8", "surrogateescape")).digest(), self._api_token)
+        return hmac.compare_digest(sha256(text.encode("utf-8", "surrogateescape")).digest(), self._api_token)
 
     def begin(self, now: float) -> str:
         """Return the cookie of a new session."""
@@ -69,9 +69,9 @@ class Sessions:
         """Return what a form of the session's pages must send back."""
         return self._mac(f"csrf {session.nonce}")
 
-    def is_csrf_token(self, session: Session, told: str) -> bool:
+    def is_csrf_token(self, session: Session, field: str) -> bool:
         """Return whether a form came from a page of the session."""
-        return told.isascii() and hmac.compare_digest(self.csrf_token(session), told)
+        return field.isascii() and hmac.compare_digest(self.csrf_token(session), field)
 
     def _mac(self, text: str) -> str:
         digest = hmac.digest(self._key, text.encode(), sha256)

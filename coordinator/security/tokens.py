@@ -39,7 +39,7 @@ class TokenError(CoordinatorError):
 
 
 class TokenSet:
-    """Some tokens; can tell whether a text is one of them, in a time that does not depend on which."""
+    """Some tokens; compares a text with all of them, in a time that does not depend on which."""
 
     def __init__(self, tokens: Iterable[str] = ()) -> None:
         self._digests = tuple(sha256(token.encode()).digest() for token in tokens)

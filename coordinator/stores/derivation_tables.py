@@ -30,7 +30,7 @@ derivations = Table(
     Column("detail", LargeBinary, nullable=False),
     Column("inputs", LargeBinary, nullable=False),
     Column("modulo", LargeBinary, nullable=False),
-    #: zstd where that pays; tells itself from an ATerm by its first bytes.
+    #: zstd where that pays; its first bytes distinguish it from an ATerm.
     Column("aterm", LargeBinary, nullable=False),
 )
 members = Table(

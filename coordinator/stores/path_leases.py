@@ -109,7 +109,7 @@ class PathLeases:
         return (name,)
 
     def attach(self, submission: str, names: Iterable[str]) -> None:
-        """Let a submission that the coordinator knows use leases until `end` says that it needs them no more."""
+        """Let a submission that the coordinator knows use leases until `end`."""
         self._of.setdefault(submission, []).extend(names)
 
     def give_back(self, names: Iterable[str]) -> None:

@@ -118,7 +118,7 @@ class Cache:
     async def differing(self, claims: Mapping[str, str]) -> dict[str, bool]:
         """Return those of the claimed paths (full path -> NAR hash) that are published with other bits.
 
-        The value tells whether the claimed bits are a recorded conflict already.
+        The value is whether the claimed bits are a recorded conflict already.
         """
         return await self._catalog.differing(claims)
 
@@ -127,7 +127,7 @@ class Cache:
         return await self._catalog.narinfo(hash_part)
 
     def narinfo_in_memory(self, hash_part: str) -> bytes | None:
-        """Return what `narinfo` answers where that takes no database; None says nothing. For who cannot wait.
+        """Return what `narinfo` answers where that takes no database; None if unknown. For callers that cannot wait.
 
         Raises:
             ObjectStoreError: the directory of the objects cannot be looked at.
@@ -151,7 +151,7 @@ class Cache:
         that are reached, the nearest to the question.
 
         Raises:
-            ClosureTooLargeError: more than MAX_CLOSURE paths, asked or reached.
+            ClosureTooLargeError: more than MAX_CLOSURE paths, requested or reached.
         """
         return await self._catalog.closure(store_paths, recursive=recursive, at_most=at_most)
 
@@ -243,7 +243,7 @@ class Cache:
         return await self._roots.why(store_path)
 
     async def touch(self, hash_parts: Collection[str]) -> None:
-        """Note that these paths were asked for; it orders the roots that name them for a size budget.
+        """Note that these paths were requested; it orders the roots that name them for a size budget.
 
         Meant to be called now and then with many: each call is a transaction.
         """

@@ -1,6 +1,6 @@
 """Counters of one cache: plain numbers, so that counting costs nothing on the paths that must be quick.
 
-Incremented on the event loop's thread only. Telemetry reads them when it is asked; nothing here knows how.
+Incremented on the event loop's thread only. Telemetry reads them at a scrape; nothing here knows how.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The `.ls` listings of published paths, made from their objects when somebody asks.
 
-Few listings are ever asked for, so none is stored: the object is read once, verified, and what was made is remembered
+Few listings are ever requested, so none is stored: the object is read once, verified, and what was made is remembered
 for a while. Everything is bounded: the NAR, the listing, how many are made at once and how many wait. Askers for one
 path share the work.
 """
@@ -22,7 +22,7 @@ from infra.objects.verification import VerifiedNar
 MAX_LISTED_NAR_BYTES = 4 * 1024**3
 #: Largest listing: some hundred thousand files.
 MAX_LISTING_BYTES = 16 * 1024**2
-#: Listings made at one time, each in a thread, and how many may be asked for.
+#: Listings made at one time, each in a thread, and how many may wait.
 LISTING_CONCURRENCY = 2
 MAX_LISTINGS_WANTED = 64
 #: Listings in memory, in all.
@@ -45,7 +45,7 @@ class Listings:
         """Return the JSON text of `<hash_part>.ls`.
 
         None if no such path can be fetched, its object is lost or corrupt, it is larger than the limits, or too many
-        listings are asked for just now.
+        listings are requested just now.
 
         Raises:
             MetadataError: the database failed.

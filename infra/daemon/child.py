@@ -46,7 +46,7 @@ class Child:
         self._process = process
         #: The owner's children before the first build; None until `keep_children`.
         self._kept: frozenset[int] | None = None
-        #: The daemon, as far as /proc tells, and its account of builders after the last build.
+        #: The daemon, as far as /proc shows it, and its account of builders after the last build.
         self._daemon: int | None = None
         self._account: usage.Account | None = None
         #: The end of standard error, never longer than STDERR_TAIL_BYTES.
@@ -76,7 +76,7 @@ class Child:
         return self._process.pid
 
     def memory_of_building(self) -> int:
-        """Resident bytes of the daemon while it has children; 0 while it has none, and where /proc does not tell."""
+        """Resident bytes of the daemon while it has children; 0 while it has none, and where /proc does not show it."""
         try:
             daemon = _children(self.pid)[0]
             if not _children(daemon):
@@ -91,7 +91,7 @@ class Child:
         return None if self._daemon is None else usage.memory_below(self._daemon)
 
     def builders_use(self) -> usage.BuildersUse | None:
-        """Return what builders used since the last call; None where /proc does not tell, or none ran."""
+        """Return what builders used since the last call; None where /proc does not show it, or none ran."""
         before, daemon = self._account, self._daemon
         self._account = None if daemon is None else usage.read_account(daemon)
         return usage.used_between(before, self._account)
@@ -107,7 +107,7 @@ class Child:
     async def end_orphans(self) -> None:
         """Have the owner kill what the build that has ended left behind, and wait for it, at most ORPHANS_END_S.
 
-        Does nothing where /proc does not tell children, and on systems without subreapers.
+        Does nothing where /proc does not list children, and on systems without subreapers.
         """
         signalled = False
         with suppress(OSError, ValueError, TimeoutError):

@@ -134,14 +134,14 @@ class Launch:
 
     def __init__(self, confinement: Confinement) -> None:
         self._confinement = confinement
-        #: (read, write) ends: the child says that its namespaces are there, the owner that they are complete.
+        #: (read, write) ends: the child sends a byte once its namespaces are there, the owner once they are complete.
         self._entered = os.pipe()
         self._complete = os.pipe()
         #: Processes beside the daemon that live as long as it does.
         self.helpers: set[int] = set()
         #: The relay ends when this end of a pipe is closed, as the owner's death does.
         self._relay_lives = -1
-        #: Hears of changes to the host's addresses, from before they are first read.
+        #: Receives changes to the host's addresses, from before they are first read.
         self._changes = netlink.open_socket(netlink.IPV4_ADDRESSES) if confinement.network else None
         self._addresses = netlink.ipv4_addresses() if confinement.network else []
 
@@ -234,7 +234,7 @@ class Launch:
             os._exit(NOT_RUN)
 
     def _follow(self, daemon: int, network: Network) -> None:
-        """Prohibit addresses that the host gets later, too: the kernel tells of each by SIGIO."""
+        """Prohibit addresses that the host gets later, too: the kernel announces each by SIGIO."""
         import fcntl  # noqa: PLC0415 - only where there is a network
 
         changes = self._changes

@@ -63,7 +63,7 @@ HANDSHAKE_S: Final = 30.0
 MAX_FEATURES: Final = 1_000
 #: Largest piece of a NAR that nar_from_path yields.
 NAR_CHUNK_BYTES: Final = 1024 * 1024
-#: How often a root is asked for that a collector which ends at that moment refuses, and seconds between two questions.
+#: How often a root is requested that a collector which ends at that moment refuses, and seconds between two requests.
 ROOT_TRIES = 5
 ROOT_PAUSE_S = 0.05
 #: What such a refusal names (libstore, LocalStore::addTempRoot).
@@ -121,7 +121,7 @@ async def open_socket(path: str) -> "DaemonConnection":
 class DaemonConnection:
     """One connection to a Nix daemon. Open it with `open_stdio` or `open_socket`; close it with `close`.
 
-    Every request may raise DaemonOperationError (the daemon said no), DaemonGone or DaemonProtocolError.
+    Every request may raise DaemonOperationError (the daemon refused or failed it), DaemonGone or DaemonProtocolError.
 
     Attributes:
         version: (major, minor) that both sides speak.
@@ -319,7 +319,7 @@ class DaemonConnection:
             DaemonOperationError: The path is not valid.
             DaemonProtocolError: The bytes are not a NAR of that size.
         """
-        # The daemon says that the request succeeded before it looks: an absent path would cost the connection.
+        # The daemon reports success before it looks: an absent path would cost the connection.
         if not await self._is_valid(path):
             raise DaemonOperationError(0, f"path '{path}' is not valid")
         async with self._request(Encoder().integer(Operation.NAR_FROM_PATH).string(path)):
@@ -438,7 +438,7 @@ class DaemonConnection:
             yield
 
     async def _until_last(self, on_message: Callable[[WireMessage], Awaitable[object] | None]) -> None:
-        """Pass messages on until the daemon says that the request succeeded."""
+        """Pass messages on until the daemon reports that the request succeeded."""
         inbox = self._channel.inbox
         while True:
             missing = 0

@@ -34,7 +34,7 @@ class DaemonSourceError(DaemonError):
 
 
 class DaemonOperationError(DaemonError):
-    """The daemon refused or failed one operation and said why. The connection stays usable.
+    """The daemon refused or failed one operation and sent the reason. The connection stays usable.
 
     Attributes:
         level: Verbosity level that the daemon gave the error; 0 is error.

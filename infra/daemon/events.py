@@ -1,6 +1,6 @@
 """Events of a running build, picked out of all messages of a daemon.
 
-A connection reports all activities of the daemon process that serves it; only those of the build that was asked for
+A connection reports all activities of the daemon process that serves it; only those of the build that was requested
 count. Builders can inject free text and activities of their own, so none of this may decide anything: the verdict is
 the BuildResult alone.
 """
@@ -32,7 +32,7 @@ class LogLine:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The builder says that it entered a phase."""
+    """The builder entered a phase."""
 
     name: str
 

@@ -29,7 +29,7 @@ _ADDRESS, _LOCAL = 1, 2
 
 
 def open_socket(groups: int = 0) -> _socket.socket:
-    """Open a socket in the namespace of this thread, which hears of changes to the groups."""
+    """Open a socket in the namespace of this thread, which receives changes to the groups."""
     made = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW | _socket.SOCK_CLOEXEC, _ROUTE)
     made.bind((0, groups))
     return made

@@ -21,7 +21,7 @@ from typing import Final, Self, TypeVar
 
 from infra.daemon.errors import DaemonError, DaemonProtocolError
 
-#: Magic number that a client says first ("nixc").
+#: Magic number that a client sends first ("nixc").
 CLIENT_MAGIC: Final = 0x6E697863
 #: Magic number that a server answers ("dxio").
 SERVER_MAGIC: Final = 0x6478696F

@@ -7,7 +7,7 @@ goes to the slow road, a reader that goes token by token, reads any text that fo
 about errors and their offsets. Neither recurses or backtracks.
 
 Reading is strict about syntax and lenient about order: Nix accepts any order too. `Scan.canonical_text` and
-`Scan.in_order` tell whether Nix would have written the same bytes; only then may hashes be computed from the bytes
+`Scan.in_order` show whether Nix would have written the same bytes; only then may hashes be computed from the bytes
 instead of from a rendering.
 
 Two narrowings against Nix: names, paths, hashes and the system may hold no escapes (no writer makes them), and the

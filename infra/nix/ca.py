@@ -2,7 +2,7 @@
 
 Input sources are content-addressed: added trees by the hash of their archive, texts (`builtins.toFile`) and flat
 files by the hash of their content. A `SourceDigest` takes the archive's bytes and gives all these hashes;
-`verify_source` finds the method that gives the path, since the path alone does not tell which one made it.
+`verify_source` finds the method that gives the path, since the path alone does not show which one made it.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def sha256_text(digest: bytes) -> str:
 
 
 def decode_digest(algo: str, text: str, *, offset: int = 0) -> bytes:
-    """The digest behind base16 or nix32 `text`, told apart by length alone as Nix does.
+    """Decode a digest in base16 or nix32; the length alone decides which, as in Nix.
 
     Raises:
         FormatError: If the algorithm is unknown or the text is neither; `offset` is where the text begins.

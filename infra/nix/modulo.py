@@ -35,7 +35,7 @@ def unmasked_hash(data: bytes, scan: Scan, inputs_text: bytes) -> str:
 
     Args:
         data: The canonical text of the derivation.
-        scan: What `aterm.scan` said of it.
+        scan: What `aterm.scan` returned for it.
         inputs_text: The text between the brackets of the input derivations, with hashes for paths, sorted and merged.
     """
     return sha256(b"%b%b%b" % (data[: scan.inputs_start], inputs_text, data[scan.inputs_end :])).hexdigest()

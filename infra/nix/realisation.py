@@ -1,4 +1,4 @@
-"""Realisations: which path a content-addressed output became, as binary caches tell it, in both layouts.
+"""Realisations: which path a content-addressed output became, as binary caches serve it, in both layouts.
 
     realisations/sha256:<hex>!<output>.doi          Nix 2.4 to 2.34: {id, outPath, signatures, dependentRealisations}
     build-trace-v2/<name of the .drv>/<output>.doi  from Nix 2.35: {outPath, signatures: [{keyName, sig}]}

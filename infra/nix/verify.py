@@ -126,7 +126,7 @@ class Verifier:
             DerivationPathError: If the path is not made from the bytes.
             NotCanonicalError: If Nix would have written other bytes.
             UnknownInputError: If an input derivation was not added or preloaded before.
-            UnknownOutputError: If an input has no output of the name asked for.
+            UnknownOutputError: If an input has no output of the requested name.
             OutputPathError: If a claimed output path is not the one that follows from the content.
             UnsupportedDerivationError: If the outputs have no kind whose paths can be verified.
         """

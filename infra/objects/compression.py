@@ -4,7 +4,7 @@ A cache writes one of `Compression`, zstd unless its settings say otherwise. It 
 `nix copy`, whose default is xz, and keeps it as it came: the clients unpack. `br`, `lzip` and the rest need libraries
 that nothing else here needs, and are refused.
 
-A reader yields at most what it is asked for and holds at most its decoder's memory, which is bounded whatever the
+A reader yields at most what `read` requests and holds at most its decoder's memory, which is bounded whatever the
 object asks for. Files of several frames or streams, one after the other, are one NAR, as every client reads them.
 """
 
@@ -46,7 +46,7 @@ class NarBytes(Protocol):
 
 
 class Unpacker(Protocol):
-    """Gives unpacked bytes; b"" is the end of a file that is whole as far as its format can tell."""
+    """Gives unpacked bytes; b"" is the end of a file that is whole as far as its format can show."""
 
     def read(self, size: int, /) -> bytes:
         """Return the next bytes, at most `size`.

@@ -1,7 +1,7 @@
 """An object over HTTP as a source that a thread may block on: what verifies a NAR reads from anywhere.
 
 A transfer that breaks off goes on where it was, by a range request for the rest; redirects are followed anew each time,
-so that presigned addresses may be short-lived. A 404 with `Retry-After` is our own cache saying that it cannot look
+so that presigned addresses may be short-lived. A 404 with `Retry-After` is our own cache's answer that it cannot look
 just now. Every wait is bounded.
 """
 

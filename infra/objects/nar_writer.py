@@ -53,7 +53,7 @@ class UploadedNar:
     packing_s: float = field(default=0.0, compare=False)
 
     def narinfo(self, path: PathInfo) -> NarInfo:
-        """Return what a cache may claim of `path` with this NAR, whatever its hash and size are said to be."""
+        """Return what a cache may claim of `path` with this NAR, whatever hash and size a client claims."""
         return NarInfo(replace(path, nar_hash=self.nar_hash, nar_size=self.nar_size), self.stored)
 
 
@@ -229,7 +229,7 @@ async def compressing_files(
 async def upload_nar(
     store: ObjectStore, chunks: AsyncIterable[bytes], compression: Compression = COMPRESSION
 ) -> UploadedNar:
-    """Store the NAR that `chunks` are the bytes of, and say what it is. Two uploads of one NAR are one object.
+    """Store the NAR that `chunks` are the bytes of, and return its object. Two uploads of one NAR are one object.
 
     Raises:
         CacheError: there were no bytes at all.

@@ -66,7 +66,7 @@ WHOLE_S = 24 * 3600
 RETRIES = 4
 RETRY_WITHIN_S = 60
 
-#: What is said where no room is left.
+#: The message where no room is left.
 FULL = "no room is left; make some (`drover cache gc` collects what nothing keeps), and it goes on"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -97,7 +97,7 @@ class ObjectInfo:
 
 
 class BlockingSource(Protocol):
-    """An object's bytes for a thread that may block; `read` returns b"" at the end and may return less than asked."""
+    """An object's bytes for a thread that may block; `read` returns b"" at the end and may return fewer."""
 
     def read(self, size: int, /) -> bytes:
         """Return the next bytes, at most `size`."""
@@ -348,7 +348,7 @@ class LocalObjectStore(ObjectStore):
     def head_now(self, key: str) -> int | None:
         """Do the work of `head`, for loops over many keys in a thread."""
         try:
-            return os.stat(f"{self._root}/{check_key(key)}").st_size  # noqa: PTH116 - asked for every narinfo
+            return os.stat(f"{self._root}/{check_key(key)}").st_size  # noqa: PTH116 - called for every narinfo
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -74,7 +74,7 @@ class UploadFailedError(CacheError):
 
 
 class SenderRefusedError(UploadFailedError):
-    """The coordinator says no; `code` is its reason for programs, `status` that of HTTP."""
+    """The coordinator refused; `code` is its reason for programs, `status` that of HTTP."""
 
     def __init__(self, message: str, *, code: str, status: int) -> None:
         super().__init__(message)
@@ -116,7 +116,7 @@ def upload_session() -> aiohttp.ClientSession:
 
 
 class UploadClient:
-    """Speaks to the uploads below one cache's address. The session is the caller's."""
+    """Calls the upload routes below one cache's address. The session is the caller's."""
 
     def __init__(self, session: aiohttp.ClientSession, cache_url: str, token: str) -> None:
         self._session = session
@@ -131,7 +131,7 @@ class UploadClient:
         """Upload all paths (at most MAX_PATHS), references in any order, `parallel` objects at a time.
 
         Raises:
-            SenderRefusedError: the coordinator says no.
+            SenderRefusedError: the coordinator refuses.
             UploadFailedError: it, or the object store, cannot be reached.
             OSError, CacheError: as `open_nar` gives it.
         """
@@ -213,7 +213,7 @@ class UploadClient:
             try:
                 await self._ask("POST", f"/{upload}/renew", None)
             except UploadFailedError:
-                # What is being sent will meet the same, and tell.
+                # What is being sent will meet the same fault, and raise it.
                 continue
 
     async def _commit(self, begun: Begun, sent: Sequence[SentPath], keep: KeepRequest | None) -> list[SendVerdict]:
@@ -376,7 +376,7 @@ class UploadClient:
 
 
 class _PartSender:
-    """Sends the parts of one object, PARTS_IN_FLIGHT at a time, asking for addresses as they are needed."""
+    """Sends the parts of one object, PARTS_IN_FLIGHT at a time, requesting addresses as they are needed."""
 
     def __init__(self, client: UploadClient, upload: str, claim: PathClaim) -> None:
         self._client = client

@@ -157,7 +157,7 @@ class StoredPart(UploadMessage):
 
 
 class Parts(UploadMessage):
-    """Part number -> address to PUT it to, and the parts of the asked range that are there already."""
+    """Part number -> address to PUT it to, and the parts of the requested range that are there already."""
 
     urls: dict[int, str]
     have: tuple[StoredPart, ...] = ()

@@ -1,4 +1,4 @@
-"""What documents point at is there, and what they show is so."""
+"""Documents: their references exist, and what they show is so."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ end
 
 @dataclass(frozen=True)
 class Load:
-    """What wrk said: latencies in microseconds, rates per second; and the server's processor time for one request."""
+    """Result of wrk: latencies in microseconds, rates per second; and the server's processor time for one request."""
 
     p50: float
     p99: float

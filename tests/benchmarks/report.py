@@ -1,4 +1,4 @@
-"""What every benchmark prints: progress on standard error, one JSON object as the last line of standard output."""
+"""Report of a benchmark: progress on standard error, one JSON object as the last line of standard output."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Observer:
         [(self._seq, _)] = self._ask("SELECT coalesce(max(seq), 0), NULL FROM journal_frames WHERE seq > ?", 0)
 
     def leased(self) -> bool:
-        """Whether a lease was granted since this was asked last."""
+        """Return whether a lease was granted since the last call."""
         rows = self._ask("SELECT seq, body FROM journal_frames WHERE seq > ? ORDER BY seq", self._seq)
         self._seq = rows[-1][0] if rows else self._seq
         return any(isinstance(fact, StepLeased) for _, body in rows for fact in decode_facts(body))

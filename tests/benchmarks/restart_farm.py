@@ -63,7 +63,7 @@ SETTLED_WITHIN_S: Final = 300.0
 
 
 class Plan(BaseModel):
-    """What to put into a state directory."""
+    """Contents of a state directory to make."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -77,12 +77,12 @@ class Plan(BaseModel):
 
     @property
     def settings(self) -> Settings:
-        """How the coordinator runs."""
+        """Settings of the coordinator."""
         return Settings(state_dir=self.state_dir, port=0)
 
 
 class Leases(BaseModel):
-    """What the worker keeps on its own disk."""
+    """Leases as the worker keeps them on its own disk."""
 
     held: dict[str, int] = {}
 

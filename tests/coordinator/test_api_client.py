@@ -83,7 +83,7 @@ async def test_nobody_there_and_no_address_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("fault", [OSError(36, "File name too long"), ValueError("no tree"), FramingError("a cut")])
-async def test_what_goes_wrong_while_a_body_is_made_is_not_told_as_the_network_s(fault: Exception) -> None:
+async def test_an_error_while_a_body_is_made_is_not_reported_as_the_networks(fault: Exception) -> None:
     async def swallow(request: web.Request) -> web.Response:
         await request.read()
         return web.Response(text="{}")
@@ -154,7 +154,7 @@ def frames(*events: Snapshot | Ended) -> bytes:
     return b"".join(b": comment\n\nevent: x\ndata: " + orjson.dumps(event) + b"\n\n" for event in events)
 
 
-async def test_a_watch_begins_again_after_a_break_and_tells_of_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_watch_begins_again_after_a_break_and_reports_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RECONNECT_FIRST_S", 0.01)
     snapshot = Snapshot(submission=ENDED, steps=())
     answers = [frames(snapshot)[:-1], frames(snapshot), None, frames(snapshot, Ended(submission=ENDED))]

@@ -1,4 +1,4 @@
-"""What a body may be: every nasty one is one clear refusal, for little work."""
+"""Bodies of requests: every nasty one is one clear refusal, for little work."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_help_is_there_for_every_command_without_importing_what_is_slow() -> Non
     assert {"up", "worker", "build", "watch", "status", "cancel", "log", "workers", "cache"} <= set(cli.cli.commands)
 
 
-def test_what_nobody_foresaw_is_a_sentence_and_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unforeseen_error_gives_one_sentence_and_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(*_: object, **__: object) -> int:
         raise ZeroDivisionError("secret of the universe")
 

@@ -1,4 +1,4 @@
-"""What the coordinator does with workers that lie, stammer or do not answer, and with a journal that fails.
+"""The engine beside workers that lie, repeat themselves or do not answer, and a journal that fails.
 
 The worker here is a script on the fleet port; everything else is real.
 """
@@ -352,7 +352,7 @@ async def test_serve_says_in_one_sentence_why_it_cannot_start(settings: Settings
             await serve(busy, worker.start, ready=lambda _: None, stop=asyncio.Event())
 
 
-async def test_serve_answers_until_it_is_told_to_stop(settings: Settings) -> None:
+async def test_serve_answers_until_a_signal_stops_it(settings: Settings) -> None:
     worker, stop = ScriptedWorker(), asyncio.Event()
     urls: list[str] = []
 

@@ -1,4 +1,4 @@
-"""What has long ended is forgotten by core, views and journal; what its leases still say is believed by nobody."""
+"""Expiry: core, views and journal forget what ended long ago, and ignore late reports of its leases."""
 
 from __future__ import annotations
 

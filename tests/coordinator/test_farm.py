@@ -147,7 +147,7 @@ async def test_a_failing_step_dooms_its_dependents_and_http_names_the_root_cause
         assert {step.cause for step in doomed} == {bad.key}
 
 
-async def test_a_known_failure_is_told_at_once_and_a_retry_builds_it_and_what_it_doomed_again(
+async def test_a_known_failure_is_reported_at_once_and_a_retry_builds_it_and_what_it_doomed_again(
     open_farm: OpenFarm,
 ) -> None:
     text = """

@@ -1,4 +1,4 @@
-"""What a farm keeps, for how long, and what looking after a cache tells people."""
+"""Housekeeping: what a farm keeps, for how long, and what it reports of a cache."""
 
 from __future__ import annotations
 

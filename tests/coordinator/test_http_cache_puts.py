@@ -66,7 +66,7 @@ class Writable:
             return answer.status
 
     def left_behind(self) -> list[str]:
-        """What lies in the object store that nobody can name."""
+        """Return the keys in the object store that no path names."""
         root = self.directory / "objects"
         return [str(file) for file in root.rglob("*") if file.is_file() and file.parent.name != "nar"]
 
@@ -327,7 +327,7 @@ async def test_a_disk_that_fills_up_under_a_body_is_said_and_leaves_nothing(
             assert await send(served, upload) == (200, "")
 
 
-async def test_the_body_is_asked_for_once_all_is_well(served: Writable) -> None:
+async def test_the_body_is_requested_once_all_is_well(served: Writable) -> None:
     upload = upload_of(A, b"x")
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
     for _ in range(2):
@@ -462,7 +462,7 @@ async def test_nix_copies_to_the_cache_and_back(served: Writable, client: Client
     assert code == 0, err
 
 
-async def test_nix_without_the_token_is_told_so_at_once(served: Writable, client: Client) -> None:
+async def test_nix_without_the_token_is_refused_at_once(served: Writable, client: Client) -> None:
     client.use_token("wrong-token-of-enough-length")
     code, err = await client.copy("--to", f"{served.url}?compression=zstd", client.second)
     assert code != 0

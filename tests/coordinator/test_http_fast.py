@@ -166,7 +166,7 @@ REQUESTS = st.sampled_from(
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=6), cuts=st.lists(st.integers(0, 2000), max_size=4))
 @example(requests=[request("GET", f"/cache/{narinfo()}", *NIX)] * 3, cuts=[])
-async def test_both_ways_say_the_same_however_requests_are_cut_and_joined(
+async def test_both_ways_answer_the_same_however_requests_are_cut_and_joined(
     both: Both, requests: list[bytes], cuts: list[int]
 ) -> None:
     stream = b"".join(requests)
@@ -177,7 +177,7 @@ async def test_both_ways_say_the_same_however_requests_are_cut_and_joined(
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(at=st.integers(0, 400), old=st.integers(0, 3), new=st.binary(max_size=3))
-async def test_both_ways_say_the_same_to_mutated_requests(both: Both, at: int, old: int, new: bytes) -> None:
+async def test_both_ways_answer_the_same_to_mutated_requests(both: Both, at: int, old: int, new: bytes) -> None:
     plain = request("GET", f"/cache/{narinfo()}", *NIX)
     at %= len(plain)
     mutated = plain[:at] + new + plain[at + old :]

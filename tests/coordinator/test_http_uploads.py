@@ -82,7 +82,7 @@ class Site:
         return {verdict.path: verdict.status for verdict in result.verdicts}
 
     async def nar(self, path: str) -> bytes | None:
-        """What the cache serves of a path, verified."""
+        """Return the NAR that the cache serves of a path, verified."""
         cache = self.coordinator.cache
         text = await cache.narinfo(path[:32])
         if text is None:

@@ -39,13 +39,13 @@ WEAK = IsolationGrade(
         (None, ("w",), True),
     ],
 )
-def test_class_c_and_what_says_nothing_need_a_permission_by_name(
+def test_workers_of_class_c_or_of_no_reported_class_need_a_permission_by_name(
     grade: IsolationGrade | None, allowed: tuple[str, ...], works: bool
 ) -> None:
     assert (WeakIsolation(allowed).refusal("w", grade) == "") is works
 
 
-async def test_a_weak_worker_gets_nothing_and_is_told_what_is_weak_and_what_to_do(open_farm: OpenFarm) -> None:
+async def test_a_weak_worker_gets_no_work_and_a_sentence_with_the_weakness_and_its_remedy(open_farm: OpenFarm) -> None:
     worker = ScriptedWorker()
     async with open_farm(fleet=worker.start) as farm:
         submitted = await farm.submit(ONE, "one")

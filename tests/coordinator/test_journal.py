@@ -330,7 +330,7 @@ async def test_room_on_a_full_disk_is_waited_for(tmp_path: Path) -> None:
     assert (await _read(_file(tmp_path)))[0] == _steps(50_000)
 
 
-async def test_a_database_that_says_nothing_is_told_of(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_database_that_does_not_answer_is_reported(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_module, "SLOW_S", 0.1)
     async with _opened_beside(postgres_url) as (engine, journal):
         async with engine.begin() as other:

@@ -211,7 +211,7 @@ async def test_a_second_coordinator_says_that_it_stands_by_until_the_first_has_e
         stop_second.set()
 
 
-async def test_who_would_lead_another_farm_says_what_differs_instead_of_standing_by(
+async def test_a_coordinator_of_another_farm_names_what_differs_instead_of_standing_by(
     tmp_path: Path, postgres_url: str
 ) -> None:
     secrets = tmp_path / "secrets"

@@ -101,7 +101,7 @@ async def test_a_sender_that_trickles_is_given_up(read: Reader, monkeypatch: pyt
         assert b" 408 " in answer.result()
 
 
-async def test_a_sender_at_the_least_pace_is_heard_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_sender_at_the_least_pace_is_read_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "PATIENCE_S", 1.5)
     monkeypatch.setattr(bodies, "LEAST_BYTES_PER_S", 100)
     async with sending_to(_stream) as (writer, answer):

@@ -103,7 +103,7 @@ async def test_a_lease_that_is_taken_while_it_ends_is_there_afterwards(
     assert await cache.missing([A]) == set()
 
 
-async def test_what_nobody_comes_back_for_ends_by_its_time_and_leaves_no_row(cache: Cache, clock: Clock) -> None:
+async def test_a_lease_that_no_submission_takes_ends_by_its_time_and_leaves_no_row(cache: Cache, clock: Clock) -> None:
     leases = PathLeases(cache)
     await leases.ask([A])
     await leases.end(set())
@@ -135,9 +135,7 @@ async def test_questions_without_a_submission_are_bounded_and_the_oldest_end_fir
     leases.give_back([used])
 
 
-async def test_a_question_that_is_asked_again_is_no_longer_the_oldest(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_repeated_question_is_no_longer_the_oldest(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path_leases, "MAX_QUESTIONS", 2)
     leases = PathLeases(cache)
     for paths in ([A], [B], [A], [A, B]):

@@ -1,4 +1,4 @@
-"""What people see, as golden text; and that a build's log cannot take a terminal over."""
+"""Rendering for people, as golden text; a check that a build's log cannot take a terminal over."""
 
 from __future__ import annotations
 

@@ -83,7 +83,9 @@ async def test_a_repeat_adds_neither_leases_nor_roots_to_the_cache_and_no_note_t
         assert (root.kind, root.name, root.paths) == ("submission", first, HELD)
 
 
-async def test_what_a_client_was_told_is_there_stays_until_its_own_submission_is_a_root(open_farm: OpenFarm) -> None:
+async def test_paths_that_an_answer_calls_present_stay_until_their_submission_is_a_root(
+    open_farm: OpenFarm,
+) -> None:
     """Another client's submission of the same graph ends no lease that this one still needs."""
     async with open_farm() as farm:
         cache = farm.root / "farm" / "cache.sqlite3"

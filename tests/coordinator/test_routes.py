@@ -42,7 +42,7 @@ def with_a_private_cache(tmp_path: Path) -> Settings:
 
 
 def admits(right: Right, prefix: str, holder: str) -> bool:
-    """What a right means at a cache that is public and the API token's to write, and at one that is neither."""
+    """Return whom a right admits at a cache that is public and the API token's to write, and at one that is neither."""
     writer = "api" if prefix == PUBLIC else "writer"
     match right:
         case Right.NONE:

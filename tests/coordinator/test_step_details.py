@@ -1,4 +1,4 @@
-"""What is kept of a step comes back exactly, however odd, and takes little room where it is as Nix makes it."""
+"""Step details: they come back exactly, however odd, and take little room where they are as Nix makes them."""
 
 from __future__ import annotations
 

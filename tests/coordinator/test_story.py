@@ -54,7 +54,7 @@ class WrongClock:
 
 
 def told(farm: OpenedFarm, *words: str) -> str:
-    """What a command prints about the farm."""
+    """Return what a command prints about the farm."""
     url, token = farm.coordinator.ready.url, str(farm.coordinator.ready.token_file)
     done = drover(*words, "--coordinator", url, "--token-file", token)
     assert (done.returncode, done.stderr) == (0, "")

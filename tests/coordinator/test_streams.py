@@ -54,7 +54,7 @@ def whole_sources(members: Iterable[tuple[str, bytes]]) -> bytes:
 
 
 @pytest.mark.parametrize("size", [1, 7, 1 << 20])
-async def test_what_is_written_is_read_however_it_is_cut(size: int) -> None:
+async def test_a_stream_is_read_as_it_was_written_however_it_is_cut(size: int) -> None:
     assert await derivations(b"".join(encode_derivations(MEMBERS)), size) == MEMBERS
     assert await sources(whole_sources(MEMBERS), size) == MEMBERS
 

@@ -61,7 +61,7 @@ def test_live_and_replayed_facts_give_the_same_timing_of_every_attempt_and_its_t
 
 
 def report(now: float, offset: float, *, leased: float) -> Report:
-    """What an agent whose clock is `offset` before the coordinator's tells of a lease."""
+    """Return the report of a lease by an agent whose clock is `offset` before the coordinator's."""
     away = leased - offset
     return Report(
         step="s",

@@ -30,7 +30,7 @@ from coordinator.journal.codec import (
     encode_facts,
     encode_records,
 )
-from coordinator.readmodel.forest import ForestTeller
+from coordinator.readmodel.forest import ForestDiff
 from coordinator.readmodel.views import Views
 from coordinator.readmodel.watcher import WATCH_PENDING
 from coordinator.stores.derivations import StepInfo
@@ -251,7 +251,7 @@ def test_a_step_that_no_submission_stands_on_waits_until_one_falls_back_on_it() 
     assert counts(driven, "s") == Counts(total=4, done=1, failed=2, doomed=1)
 
 
-def test_ready_steps_that_nobody_can_take_are_told_by_what_they_require() -> None:
+def test_ready_steps_that_no_builder_can_take_are_grouped_by_their_requirements() -> None:
     driven = DrivenViews()
     driven.tell(submission("s", "a b c", spec("a", system="mac"), spec("b", system="mac"), spec("c")))
     assert driven.views.submission_view(driven.views.submission("s")).stuck == ("1 sys", "2 mac")
@@ -297,7 +297,7 @@ def test_a_forest_holds_no_more_places_than_its_bound_and_forgets_those_below_wh
     pairs = [(f"low{n}", f"top{n}") for n in range(10)]
     steps = [each for low, top in pairs for each in (spec(low), spec(top, low), spec(f"last{top}", top))]
     driven.tell(submission("s", " ".join(f"last{top}" for _, top in pairs), *steps))
-    forest = ForestTeller(driven.views.submission("s"), driven.views, most=7)
+    forest = ForestDiff(driven.views.submission("s"), driven.views, most=7)
     driven.join(slots=2)
     told = {node.key for node in forest.changes()}
     assert told == {"low0", "top0", "lasttop0", "low1", "top1", "lasttop1"}

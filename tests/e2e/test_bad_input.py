@@ -1,4 +1,4 @@
-"""What goes wrong gives one clear sentence, the right exit status, and loses nothing."""
+"""Bad input gives one clear sentence and the right exit status, and loses nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person is told when something did not work: which root, why, and an exit status that a script can act on."""
+"""Answers to people where something did not work: which root, why, and an exit status that a script can act on."""
 
 from __future__ import annotations
 

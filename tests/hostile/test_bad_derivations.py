@@ -50,7 +50,7 @@ UNKNOWN_WORDS = "must be a list of strings"
 
 
 class WorkerWatch:
-    """What the farm says of its workers, from beginning to end: every state and trouble that it ever showed."""
+    """Watch over `drover workers`, from beginning to end: every state and trouble that the farm ever showed."""
 
     def __init__(self, farm: Farm) -> None:
         self._farm = farm

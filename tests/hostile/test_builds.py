@@ -144,7 +144,7 @@ def link(farm: NamingFarm) -> Iterator[Link]:
 
 @pytest.fixture(scope="module")
 def said(farm: NamingFarm, link: Link) -> Iterator[dict[str, str]]:
-    """What each build wrote to its log, by name: one that fails has one as well."""
+    """Return what each build wrote to its log, by name: one that fails has one as well."""
     with ExitStack() as stack:
         served = farm.root / "served"
         served.mkdir()

@@ -74,7 +74,7 @@ def chunked(body: bytes) -> bytes:
 
 
 def requests() -> dict[str, Raw]:
-    """What comes after the request's first lines."""
+    """Return what comes after the request's first lines."""
     sent = {name: Raw(f"Content-Length: {len(body)}", body) for name, body in BODIES.items()}
     for name in ("8 MB of ones", "a million unknown keys", "deep arrays"):
         sent[f"{name}, in chunks"] = Raw("Transfer-Encoding: chunked", chunked(BODIES[name]))

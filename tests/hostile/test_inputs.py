@@ -44,7 +44,7 @@ class Attack:
         return str(json.loads(built.stdout.splitlines()[-1])["roots"][0]["outputs"]["out"])
 
     def fetched(self, path: str) -> str:
-        """What a client of the cache gets."""
+        """Return what a client of the cache gets."""
         assert self.farm.fetch(self.root / "client", path).returncode == 0
         return (self.root / "client" / path.lstrip("/")).read_text()
 

@@ -1,4 +1,4 @@
-"""What the cache lost comes back: had again from a worker, or built again, or sent again; nobody is blamed for it."""
+"""Losses of the cache: a worker uploads again, a step is built again, or a client sends again; no builder is blamed."""
 
 from __future__ import annotations
 

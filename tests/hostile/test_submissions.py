@@ -1,4 +1,4 @@
-"""What clients send and ask about submissions is bounded, shared fairly, and never holds the farm up."""
+"""Requests about submissions are bounded and shared fairly, and never hold the farm up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Nix takes, the farm takes: what people met who brought expressions that are a little unusual."""
+"""Unusual expressions that people brought: what Nix takes, the farm takes."""
 
 from __future__ import annotations
 

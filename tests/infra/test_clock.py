@@ -7,7 +7,7 @@ import pytest
 from infra.clock import SystemClock
 
 
-def test_the_system_clock_tells_unix_seconds_and_does_not_follow_the_wall_clock_back(
+def test_the_system_clock_reads_unix_seconds_and_does_not_follow_the_wall_clock_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = SystemClock()

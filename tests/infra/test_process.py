@@ -21,7 +21,7 @@ ENV = {"PATH": os.environ["PATH"]}
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and waits to be collected by init does not."""
+    """Return whether a process runs; one that ended and waits to be collected by init does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

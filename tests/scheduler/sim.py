@@ -475,7 +475,7 @@ class Sim:
             self.wish(self.accepted[name], self.graph, retry=False, again=name, replanned=True)
 
     def _something(self) -> None:
-        """What goes on in the troubled time, once every few seconds."""
+        """Do one random thing of the troubled time, once every few seconds."""
         chance = self.chance
         graph = self.graph if chance.random() < 0.7 else self.plain
         if chance.random() < 0.15:

@@ -50,7 +50,7 @@ OUTCOMES: dict[str, tuple[int, str] | Trouble] = {
 
 
 def ending(outcome: str) -> Ending | None:
-    """What the worker's tables make of an outcome; None is success."""
+    """Return what the worker's tables make of an outcome; None is success."""
     what = OUTCOMES.get(outcome)
     if what is None:
         return None
@@ -61,7 +61,7 @@ def ending(outcome: str) -> Ending | None:
 
 @dataclass
 class Answer:
-    """What one answer carries: reports with the number of the last, then the heartbeat."""
+    """One answer of a worker: reports with the number of the last, then the heartbeat."""
 
     last: int
     reports: list[e.Event]

@@ -1,4 +1,4 @@
-"""What failing attempts may cost: an allowance of each submission, beyond which its own next tries wait their turn."""
+"""Cost of failing attempts: an allowance of each submission, beyond which its own next tries wait their turn."""
 
 from __future__ import annotations
 

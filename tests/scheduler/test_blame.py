@@ -1,4 +1,4 @@
-"""Whose fault a failure is: the recipe's, once it fails twice in the same way; the builder's, by what others show."""
+"""Blame for a failure: the recipe's, once it fails twice in the same way; the builder's, by what others show."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_same_refusal_from_a_second_builder_is_the_recipes_fault_and_remembe
     assert scene.states("x") == ["failed"]
 
 
-def test_two_different_refusals_say_nothing_yet() -> None:
+def test_two_different_refusals_are_no_evidence_yet() -> None:
     scene = Scene()
     scene.play(join("b1"), join("b2"), submit("s1", ["x"], step("x")))
     refuse(scene, "x", "one way")

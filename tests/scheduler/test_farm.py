@@ -131,7 +131,7 @@ def test_a_batch_grants_leases_once_after_all_its_events() -> None:
     assert [fact.lease.step for fact in facts if isinstance(fact, f.StepLeased)] == ["base"]
 
 
-def test_steps_that_nobody_can_take_stand_in_no_queue_that_a_builder_looks_at() -> None:
+def test_steps_that_no_builder_can_take_stand_in_no_queue_that_a_builder_looks_at() -> None:
     scene = Scene()
     aliens = [step(f"a{i}", system="alien") for i in range(50)]
     scene.play(join("b"))

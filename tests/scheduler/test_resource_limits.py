@@ -1,4 +1,4 @@
-"""Which limit holds for a step that several submissions want, and what becomes of a build that ended at one."""
+"""Resource limits: the one that holds for a step of several submissions, and the end of a build that reached one."""
 
 from __future__ import annotations
 

@@ -348,7 +348,7 @@ STORIES: tuple[Callable[[Scene], None], ...] = (
 
 
 @pytest.mark.parametrize("tale", STORIES, ids=lambda tale: str(tale.__name__))
-def test_the_core_says_what_the_trace_says(tale: Callable[[Scene], None], rewrite_traces: bool) -> None:
+def test_the_core_yields_what_the_trace_records(tale: Callable[[Scene], None], rewrite_traces: bool) -> None:
     scene = Scene()
     tale(scene)
     told = "\n".join(scene.lines) + "\n"

@@ -34,7 +34,7 @@ class Answer:
 
 
 class ProcessGauge:
-    """What the kernel says about a process."""
+    """Resources of a process, as the kernel counts them."""
 
     def __init__(self, pid: int) -> None:
         self._proc = Path(f"/proc/{pid}")

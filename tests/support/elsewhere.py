@@ -71,7 +71,7 @@ class Program:
 
     @property
     def runs(self) -> bool:
-        """Whether it was started and has not ended."""
+        """Return whether it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
     def send(self, number: signal.Signals) -> None:

@@ -126,7 +126,7 @@ class Farm:
 
     @property
     def up_command(self) -> list[str]:
-        """What starts the farm's program."""
+        """Return the command that starts the farm's program."""
         return self.command("up", "--state-dir", self.state, "--listen", f"{self.host}:{self.port}", *self._config)
 
     def launch(self) -> None:
@@ -154,7 +154,7 @@ class Farm:
         return self
 
     def health(self) -> str:
-        """What the farm says of itself: "ok", "standby", "" where it says nothing."""
+        """Return the farm's health: "ok", "standby", "" where it does not answer."""
         try:
             with urllib.request.urlopen(f"{self.url}/healthz", timeout=2) as answer:
                 said = answer.read()

@@ -39,7 +39,7 @@ class Link:
         run("ip", "-n", self.name, "neigh", verb, self.here, *told, "dev", f"{self.name}t")
 
     def prefix(self, *hidden: Path) -> Sequence[str]:
-        """What makes a command run there; the hidden directories of this machine are empty to it."""
+        """Return the words that make a command run there; the hidden directories of this machine are empty to it."""
         hide = "".join(f"mount -t tmpfs tmpfs '{directory}' && " for directory in hidden)
         return ("ip", "netns", "exec", self.name, "sh", "-c", f'{hide}exec "$@"', "sh")
 

@@ -46,7 +46,7 @@ class OrdinaryUser:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a login sets, and the way to Nix."""
+        """Return the environment that a login sets, and the way to Nix."""
         return {
             "HOME": str(self.home),
             "USER": NAME,

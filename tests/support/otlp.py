@@ -34,7 +34,7 @@ class ReceivedSpan:
 
 
 class OtlpReceiver:
-    """What one receiver got so far. `url` is its base address."""
+    """Receiver of OTLP, with what it got so far. `url` is its base address."""
 
     def __init__(self, url: str) -> None:
         self.url = url

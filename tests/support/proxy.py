@@ -20,7 +20,7 @@ _CHUNK = 64 * 1024
 
 
 class Fault(StrEnum):
-    """What becomes of a request."""
+    """Fate of a request."""
 
     #: Answered 503 without being passed on.
     UNAVAILABLE = "unavailable"

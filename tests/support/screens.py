@@ -56,13 +56,13 @@ class Terminal:
         pass
 
     def scrolled(self) -> list[str]:
-        """What left the window upwards."""
+        """Return the lines that left the window upwards."""
         lines = self.emulated.history.top
         width = self.emulated.columns
         return ["".join(line[column].data for column in range(width)).rstrip() for line in lines]
 
     def shown(self) -> list[str]:
-        """What stands in the window, without the empty lines below it."""
+        """Return the lines in the window, without the empty lines below it."""
         lines = [line.rstrip() for line in self.emulated.display]
         while lines and not lines[-1]:
             lines.pop()

@@ -120,7 +120,7 @@ class FarmCache:
 
 @dataclass
 class ReportReader:
-    """What one agent said so far, put together as a coordinator would."""
+    """Events of one agent so far, put together as a coordinator would."""
 
     agent: Agent
     ack: int = 0

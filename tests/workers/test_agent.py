@@ -45,7 +45,7 @@ def descendants() -> list[int]:
     return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 
 
-async def test_a_build_is_told_with_its_log_and_its_uploaded_output(bench: AgentHarness) -> None:
+async def test_a_build_is_reported_with_its_log_and_its_uploaded_output(bench: AgentHarness) -> None:
     told = await bench.agent()
     hello = order(drv("hello", "echo building; echo hello > $out"))
     [report] = await told.build(hello)
@@ -56,7 +56,7 @@ async def test_a_build_is_told_with_its_log_and_its_uploaded_output(bench: Agent
     assert 0 < report.started_at <= report.building_at <= report.built_at <= report.ended_at
 
 
-async def test_building_what_is_valid_already_tells_the_same_outputs(bench: AgentHarness) -> None:
+async def test_building_what_is_valid_already_reports_the_same_outputs(bench: AgentHarness) -> None:
     told = await bench.agent()
     made = drv("again", "echo again > $out")
     [first] = await told.build(order(made))
@@ -65,7 +65,7 @@ async def test_building_what_is_valid_already_tells_the_same_outputs(bench: Agen
     assert success(first).outputs == success(second).outputs
 
 
-async def test_several_outputs_are_told_with_the_references_that_nix_found(bench: AgentHarness) -> None:
+async def test_several_outputs_are_reported_with_the_references_that_nix_found(bench: AgentHarness) -> None:
     told = await bench.agent()
     script = "echo $dev $out > $out; echo dev > $dev; mkdir -p $doc; echo $dev > $doc/page"
     [report] = await told.build(order(drv("multi", script, outputs=("out", "dev", "doc"))))
@@ -187,7 +187,7 @@ async def test_fifty_megabytes_of_log_pass_through_in_flat_memory(bench: AgentHa
     assert not list((bench.root / "one" / "state" / "spool").glob("*.log"))
 
 
-async def test_phases_are_told_while_a_build_runs(bench: AgentHarness) -> None:
+async def test_phases_are_reported_while_a_build_runs(bench: AgentHarness) -> None:
     told = await bench.agent()
     phase = """echo '@nix {"action":"setPhase","phase":"checkPhase"}' >&2"""
     phased = order(drv("phased", f"{phase}; {FOREVER}"))

@@ -1,4 +1,4 @@
-"""How a worker keeps builds from its machine: what each finding means, and what real canaries find."""
+"""Canaries: the meaning of each finding, and the findings of real canaries."""
 
 from __future__ import annotations
 

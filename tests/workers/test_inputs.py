@@ -44,7 +44,7 @@ async def test_a_second_worker_fetches_the_closure_of_its_inputs(bench: AgentHar
         assert (bench.root / "two" / "store" / output.path.lstrip("/")).exists()
 
 
-async def test_a_closure_larger_than_one_answer_is_asked_for_in_parts_references_first(bench: AgentHarness) -> None:
+async def test_a_closure_larger_than_one_answer_is_requested_in_parts_references_first(bench: AgentHarness) -> None:
     """A bounded answer holds the nearest paths; a fan and a chain that end beyond it come with further questions."""
     bench.cache.at_most = QUESTION_PATHS
 

@@ -1,4 +1,4 @@
-"""What an ordinary user's worker puts between its builds and the machine."""
+"""Isolation of builds by an ordinary user's worker."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_every_reason_on_the_wire_is_a_kind_of_the_core_and_every_row_a_reason_o
     assert told | hinted | set(TROUBLE_POLICY.values()) == reasons
 
 
-def test_trouble_is_told_with_its_detail() -> None:
+def test_trouble_is_reported_with_its_detail() -> None:
     assert judge_trouble(Trouble.INPUT_MISSING, "x").message == "an input could not be fetched: x"
 
 

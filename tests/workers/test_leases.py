@@ -1,4 +1,4 @@
-"""What a coordinator can rely on: nothing is lost, nothing is built twice, what waits too long comes back."""
+"""Leases: nothing is lost, nothing is built twice, what waits too long comes back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def _until_reported(told: ReportReader) -> Batch:
             await asyncio.sleep(0.05)
 
 
-async def test_what_is_not_acknowledged_is_told_again(bench: AgentHarness) -> None:
+async def test_events_that_are_not_acknowledged_are_sent_again(bench: AgentHarness) -> None:
     told = await bench.agent()
     said = order(drv("said", "echo said; : > $out"))
     await told.agent.start_many([said.dump()])

@@ -1,4 +1,4 @@
-"""What an agent measures of each attempt reaches its report, bounded, and says nothing where the machine does not."""
+"""Measures of each attempt reach its report, bounded, and are None where the machine does not take them."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def test_a_token_that_others_could_have_read_or_placed_is_refused(tmp_path: Path
         check_token_file(tmp_path / "none")
 
 
-def test_a_node_is_given_up_after_the_silence_that_was_asked_for() -> None:
+def test_a_node_is_given_up_after_the_silence_that_is_set() -> None:
     assert NodeHealth.after(35) == NodeHealth()
     assert NodeHealth.after(125).timeout_ms == 20_000
 
@@ -241,7 +241,7 @@ async def test_without_the_token_neither_a_driver_nor_a_node_gets_in(
 
 
 @shared
-async def test_a_port_that_is_taken_is_told_before_anything_starts(head: RayHead, token: Path, base: Path) -> None:
+async def test_a_port_that_is_taken_is_reported_before_anything_starts(head: RayHead, token: Path, base: Path) -> None:
     before = entries(base)
     with pytest.raises(RayNodeError, match="Address already in use"):
         async with RayHead(token_file=token, base_dir=base, port=int(head.address.rpartition(":")[2])):

@@ -123,7 +123,7 @@ def names(events: list[FleetEvent]) -> list[str]:
     return [type(event).__name__.removeprefix("Worker") for event in events]
 
 
-async def test_batches_are_told_in_order_and_acknowledged_with_the_next_call() -> None:
+async def test_batches_are_sent_in_order_and_acknowledged_with_the_next_call() -> None:
     script = Script(hello(), batch(3), batch(7))
     said = await heard(script)
     assert names(said) == ["Connected", "Spoke", "Spoke", "Gone"]
@@ -159,7 +159,7 @@ async def test_a_batch_whose_sink_failed_is_never_acknowledged() -> None:
     assert script.acks == [0]
 
 
-async def test_silence_is_told_once_and_a_repeated_greeting_keeps_the_place() -> None:
+async def test_silence_is_reported_once_and_a_repeated_greeting_keeps_the_place() -> None:
     away = AgentUnavailable("no answer")
     script = Script(hello(), batch(3), away, away, away, hello(), batch(5))
     said = await heard(script)

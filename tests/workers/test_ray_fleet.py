@@ -190,7 +190,7 @@ async def test_a_worker_sends_again_what_it_still_has(site: Site) -> None:
         assert await fleet.provide("c", [output.path], "") == ()
 
 
-async def test_what_was_not_acknowledged_before_the_coordinator_left_is_told_to_the_next_one(site: Site) -> None:
+async def test_events_that_a_coordinator_left_unacknowledged_go_to_the_next_one(site: Site) -> None:
     async with site.fleet() as (fleet, heard):
         await heard.until(lambda: bool(heard.hellos("b")))
         before = heard.hellos("b")[0].incarnation

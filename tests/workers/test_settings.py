@@ -1,4 +1,4 @@
-"""What a worker is told becomes one command, and the farm's own options cannot be undone."""
+"""Settings of a worker become one command, and the farm's own options cannot be undone."""
 
 from __future__ import annotations
 

@@ -52,17 +52,17 @@ _log = logging.getLogger(__name__)
 
 #: Greetings whose connections are kept for the leases that began under them.
 KEPT_SOURCES = 3
-#: Longest wait of one `events` call, whatever is asked for, and most bytes of one answer.
+#: Longest wait of one `events` call, whatever the caller requests, and most bytes of one answer.
 MAX_WAIT_S = 30.0
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 
 
 class AgentError(WorkerError):
-    """The agent cannot serve: it is closed, or does not see what the farm told it of."""
+    """The agent cannot serve: it is closed, has another store directory, or cannot open the farm's cache."""
 
 
 class StaleCoordinatorError(AgentError):
-    """A coordinator speaks that another one has taken over from."""
+    """A call came from a coordinator that another one has taken over from."""
 
 
 class _Sessions:
@@ -102,7 +102,7 @@ class Agent:
         #: What the machine lacks to isolate builds better (`workers.agent.isolation`).
         self._shortfall = ""
         #: What the latest greeting said of the isolation.
-        self._isolation_told: IsolationGrade | None = None
+        self._isolation_sent: IsolationGrade | None = None
         self._sources: FarmSources | None = None
         #: Sources of earlier greetings, which leases in hand may still use; at most KEPT_SOURCES.
         self._old_sources: list[FarmSources] = []
@@ -166,7 +166,7 @@ class Agent:
         """Introduce both sides; takes `FarmInfo`, gives `Hello`. Starts the agent where it is not started.
 
         Raises `AgentError` where this machine does not see the farm's object store, `StaleCoordinatorError` where a
-        later coordinator has said hello.
+        later coordinator has greeted it.
         """
         info = FarmInfo.model_validate(farm)
         self._check_epoch(info.epoch)
@@ -176,7 +176,7 @@ class Agent:
             self._check_epoch(info.epoch)
             if self._sources is None or self._sources.farm != info:
                 await self._meet(info)
-        self._isolation_told = self._health.isolation
+        self._isolation_sent = self._health.isolation
         return Hello(
             protocol=PROTOCOL_VERSION,
             worker=self.name,
@@ -188,7 +188,7 @@ class Agent:
             slots=self._offer.slots,
             capacity=self._leases.capacity(),
             unfit=self._health.unfit,
-            isolation=self._isolation_told,
+            isolation=self._isolation_sent,
             nix_version=self._nix_version,
             leases=tuple(HeldLease.model_validate(held) for held in self._leases.held()),
         ).dump()
@@ -215,7 +215,7 @@ class Agent:
         self._check_started()
         last, events, ended = self._outbox.take(min(max_bytes, MAX_ANSWER_BYTES))
         isolation = self._health.isolation
-        changed = isolation is not None and isolation is not self._isolation_told
+        changed = isolation is not None and isolation is not self._isolation_sent
         vitals = self._health.vitals
         return {
             "incarnation": self._incarnation,

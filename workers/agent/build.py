@@ -162,9 +162,9 @@ async def build_in_slot(
     pause: Callable[[], Awaitable[object] | None],
     use: BuildUse,
 ) -> BuildResult:
-    """Build and return the daemon's verdict; `use` gets what the build used, as far as the machine tells.
+    """Build and return the daemon's verdict; `use` gets what the build used, as far as the machine measures it.
 
-    `pause` is asked after each event; what it returns is awaited before the daemon is read on, so a builder that
+    `pause` is called after each event; what it returns is awaited before the daemon is read on, so a builder that
     prints faster than its log is taken away is slowed down. Cancelling hangs up, which kills the builder. A daemon
     that is found gone before it took the request up (it died while the slot was idle) is replaced once. Raises
     `ConnectionLostError` where the builder may have begun, else `infra.daemon.DaemonError` or

@@ -1,9 +1,9 @@
-"""A build that looks around in its sandbox and says what it finds, and the agent that watches it from outside.
+"""A build that looks around in its sandbox and reports what it finds, and the agent that watches it from outside.
 
 The canary goes the way of the real builds: same daemon, same options, the worker's own system. It is built twice,
 plain and as a fixed output, which has a network. Each prints one `key=value` a line into its log, marked by a nonce,
 so that it needs no output that the agent could read. Its script is for the smallest shell there is: what is no builtin
-(`chmod`, `nc`, `date`) is used where it is found, and nothing is said where it is not.
+(`chmod`, `nc`, `date`) is used where it is found, and nothing is reported where it is not.
 
 What a build cannot know of itself is seen from outside: as which user its process runs on the machine, whether it
 reached the agent's socket, whether what it made lies in the real store. The builder is held for that moment by not
@@ -106,7 +106,7 @@ done 2>/dev/null < /proc/self/mountinfo
 for path in $probes; do
   [ -e "$path" ] || continue
   if [ -d "$path" ]; then
-    # Only asked: where there is no sandbox, what is made here would stay.
+    # Only tested: where there is no sandbox, what is made here would stay.
     [ -w "$path" ] && say writable "$path"
   elif problem=$( ( : >> "$path" ) 2>&1 ); then
     say writable "$path"
@@ -177,7 +177,7 @@ class Canary:
     async def measure(self, connection: DaemonConnection) -> CanaryReport:
         """Build both canaries over the connection.
 
-        Raises `CanaryError` where one does not build or says nothing, else what the connection raises.
+        Raises `CanaryError` where one does not build or reports nothing, else what the connection raises.
         """
         async with self._bait(connection) as bait:
             plain = await self._build(connection, bait, fixed=False)

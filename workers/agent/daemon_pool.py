@@ -80,7 +80,7 @@ class _Open:
     connection: DaemonConnection
     #: The options in force on the connection; None before the first `set_options`.
     options: Options | None = None
-    #: What the connection keeps from collection because it was asked to.
+    #: What the connection keeps from collection on request.
     rooted: set[str] = field(default_factory=set)
 
 

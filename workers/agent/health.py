@@ -1,6 +1,6 @@
 """Health of a worker: room on its disks, and trial builds that go the way of the real ones.
 
-A worker that is not fit says why in every answer (`unfit` on the wire) and the farm gives it nothing new; what runs
+A worker that is not fit reports why in every answer (`unfit` on the wire) and the farm gives it nothing new; what runs
 goes on. It is fit again by itself: a disk once there is room, a trial once it succeeds. Trials run while no lease is
 in hand, but for a cheap one soon after a build ended in a way that the machine may be to blame for. There are two: a
 cheap one that only shows that Nix builds, and the canary (`workers.agent.canary`), which measures how builds are
@@ -132,13 +132,13 @@ class HealthWatch:
         self._changed = changed
         self._broken_store = broken_store
         self._shortfall = shortfall
-        #: What was wrong with the store when it was last asked, until a canary was well after it.
+        #: What was wrong with the store at the last look, until a canary was well after it.
         self._hurt = ""
-        #: The room that is too little at the moment, and what is said of it for as long as it has not recovered.
+        #: The room that is too little at the moment, and its message for as long as it has not recovered.
         self._low_room: Room | None = None
         self._low = ""
         self._broken = ""
-        #: How builds are isolated, once a canary has said; the same object for as long as it says the same.
+        #: How builds are isolated, once a canary has measured it; the same object for as long as the grade is the same.
         self.isolation: IsolationGrade | None = None
         self._next_trial = self._next_canary = self._next_collection = 0.0
         #: The machine's figures as of the last look; None before the first.
@@ -183,7 +183,7 @@ class HealthWatch:
         """Look at the disks, and try a build where that is due."""
         before, isolation = self.unfit, self.isolation
         await self._look_at_disks()
-        # A trial on a full disk would only say again that it is full.
+        # A trial on a full disk would only show again that it is full.
         now = self._clock.now()
         if not self._low and self._doubted and not self._idle():
             if now >= self._next_doubt:
@@ -241,7 +241,7 @@ class HealthWatch:
             _log.info("worker %s deleted %d paths, %d bytes", self._name, len(done.paths), done.freed_bytes)
 
     async def _try(self, trial: Callable[[DaemonConnection], Awaitable[str]]) -> None:
-        """Do a trial, and decide what it says of the worker and when the next one is due."""
+        """Do a trial, and decide what follows for the worker and when the next one is due."""
         try:
             async with asyncio.timeout(TRIAL_WITHIN_S), self._session.use() as connection:
                 problem = await trial(connection)
@@ -259,7 +259,7 @@ class HealthWatch:
         self._next_trial = now + self._trial_every_s
 
     async def _measure(self, connection: DaemonConnection) -> str:
-        """Build the canary and grade what it says; raises where that fails."""
+        """Build the canary and grade what it reports; raises where that fails."""
         found = grade(await self._canary.measure(connection), self._shortfall)
         if found != self.isolation:
             self.isolation = found

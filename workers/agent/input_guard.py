@@ -109,7 +109,7 @@ class Identity:
     below_linked: bytes = b""
 
     def compared(self, now: Identity) -> Alteration | None:
-        """Return whether the path that was this is the same now; None where only its contents can tell."""
+        """Return whether the path that was this is the same now; None where only its contents can show it."""
         firm, linked = self.top == now.top, self.top_linked == now.top_linked
         if self.below and now.below:
             firm, linked = firm and self.below == now.below, linked and self.below_linked == now.below_linked

@@ -4,9 +4,10 @@
     with their closure, check every signature, and claim the paths that no transfer fetches yet;
     transfer (several at a time): wait for what others fetch, then stream the NARs into the store, references first.
 
-A cache that does not answer, and a store that breaks off, are asked again for a while before the lease is given back.
+Requests to a cache that does not answer, or a store that breaks off, are repeated for a while before the lease is given
+back.
 
-A path that was rooted and seen valid stays so for as long as the roots connection lives, so it is never asked about
+A path that was rooted and seen valid stays so for as long as the roots connection lives, so it is never looked up
 again. A plan waits only for plans that claimed before it, so no two wait for each other.
 """
 
@@ -46,7 +47,7 @@ from workers.wire.messages import MAX_MISSING, FarmInfo
 #: Seconds for one question to the cache, in all and until it connects.
 QUESTION_S = 60.0
 CONNECT_S = 10.0
-#: Seconds for which a cache that does not answer, or a store that fails, is asked again.
+#: Seconds for which requests to a cache that does not answer, or to a store that fails, are repeated.
 AWAY_S = 60.0
 #: Paths of one question to the cache, which takes 500; bytes of one answer, 500 narinfos that may have many references.
 QUESTION_PATHS = 500
@@ -60,7 +61,7 @@ AHEAD = 8
 TRANSFERS = 2
 #: Seconds within which the farm's object store must answer a worker that is to use it itself.
 STORE_WITHIN_S = 10.0
-#: Paths remembered as valid; beyond it they are asked about again.
+#: Paths remembered as valid; beyond it they are looked up again.
 MAX_REMEMBERED = 200_000
 
 _log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class FarmSources:
             if not found.keys() >= set(batch):
                 raise InputError("the cache's answer lacks paths that were asked for")
             known |= found
-            # An answer is bounded: what it only refers to is asked for in turn.
+            # An answer is bounded: what it only refers to is requested in turn.
             beyond = {reference for info in infos for reference in info.path.references}
             wanted = sorted((beyond | set(wanted)) - known.keys())
         infos = _references_first(known)
@@ -388,7 +389,7 @@ class InputFetcher:
                 if error is not None:
                     return error
             await self._stream(infos, sources, log)
-        except Exception as error:  # noqa: BLE001 - handed to every waiting lease, which tells it
+        except Exception as error:  # noqa: BLE001 - handed to every waiting lease, which reports it
             return error
         finally:
             for info in infos:

@@ -52,7 +52,7 @@ FIRST_INNER_ID = 30_001
 NETWORKS = ("10.0.2.0/24", "192.168.242.0/24", "172.30.242.0/24")
 #: What no build has business with: link-local addresses, among them the metadata of most clouds; those of the others.
 ALWAYS_DENIED = ("0.0.0.0/8", "169.254.0.0/16", "100.100.100.200/32", "168.63.129.16/32")
-#: What is said where there is no relay.
+#: The message where there is no relay.
 NO_OUTSIDE = (
     "fixed-output builds have no network: install `slirp4netns`, let the worker's user open /dev/net/tun "
     "(`chmod 666 /dev/net/tun`), and start the worker again."

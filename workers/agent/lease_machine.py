@@ -1,7 +1,7 @@
 """The decisions of one worker, without clock or I/O: when a lease is fetched, built, handed back, and what it means.
 
 Each accepted lease walks `queued -> fetching -> ready -> building -> uploading -> reporting` and leaves at
-`acknowledged`; a lease may go to `reporting` from anywhere. The shell tells what happened (`accept`, `fetched`,
+`acknowledged`; a lease may go to `reporting` from anywhere. The shell reports what happened (`accept`, `fetched`,
 `built`, `report`, …) with the time, then carries out `next_actions`. Rules:
 
 - Inputs of every lease in hand are fetched at once; only a build needs a slot, so a slot never waits for a download
@@ -9,8 +9,8 @@ Each accepted lease walks `queued -> fetching -> ready -> building -> uploading 
 - A slot is free again when its build ends; uploading goes on beside the next build, up to `MAX_UPLOADS_PER_SLOT`.
 - Backlog: very short builds would leave slots idle for a round trip to the coordinator, so the worker asks for as many
   leases beyond its slots as make `BACKLOG_S` seconds of work, by a moving mean of the latest builds.
-- Builds that say how much memory they take run side by side only as far as the machine's memory goes; one that takes
-  more than all of it runs when no other of them does. It is a hint: what says nothing counts for nothing.
+- Builds whose need of memory is known run side by side only as far as the machine's memory goes; one that takes
+  more than all of it runs when no other of them does. It is a hint: a build without one counts for nothing.
 - A lease that waited `HAND_BACK_S` behind busy slots, or for memory, is handed back: another worker may be free.
 """
 
@@ -111,7 +111,7 @@ _DISK_LOW = Verdict("disk_low", "the worker's disk is full")
 NO_SPACE_WORDS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
 _NO_SPACE = tuple((words, _DISK_LOW) for words in NO_SPACE_WORDS)
 _UNKNOWN_STATUS = Verdict(_INFRASTRUCTURE, "Nix ended the build in a way that this worker does not know")
-#: Where one status stands for several things, words in the daemon's text tell them apart. They are hints: a text that
+#: Where one status stands for several things, words in the daemon's text distinguish them. They are hints: a text that
 #: has none of them means what the status means.
 HINTS: Mapping[int, tuple[tuple[str, Verdict], ...]] = MappingProxyType(
     {
@@ -283,12 +283,12 @@ Action = Fetch | Build | HandBack
 class _Held:
     state: LeaseState
     arrived_at: float
-    #: Memory that the build is said to take; 0: nothing is said.
+    #: Memory that the build should take by its submission; 0: not known.
     memory_bytes: int = 0
     #: Set while BUILDING only.
     slot: int = -1
     building_at: float = 0.0
-    #: A hand-back was asked for; it is asked for once.
+    #: A hand-back was requested; it is requested once.
     handed_back: bool = False
 
 
@@ -332,7 +332,7 @@ class WorkerMachine:
         return len(self._free) > waiting
 
     def accept(self, key: LeaseKey, now: float, memory_bytes: int = 0) -> bool:
-        """Take a lease into hand; False where it is there already. `memory_bytes`: what its build is said to take."""
+        """Take a lease into hand; False where it is there already. `memory_bytes`: its build's need, or 0."""
         if key in self._held:
             return False
         self._held[key] = _Held(LeaseState.QUEUED, now, memory_bytes)

@@ -212,7 +212,7 @@ class LeaseRunner:
             self._mending.cancel()
 
     def _advance(self) -> None:
-        """Carry out what the machine decides now, and wake up when it wants to be asked again."""
+        """Carry out what the machine decides now, and wake up at its next deadline."""
         if self._closing.is_set():
             return
         now = self._clock.now()

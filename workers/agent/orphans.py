@@ -46,7 +46,8 @@ def sweep_earlier_agents(state_dir: Path, store: Path) -> int:
 def sweep_orphans(store: Path) -> int:
     """End the orphaned builders in this physical store, those without daemon and owner; returns as above.
 
-    Blocks; for an agent whose daemon is gone, before it says so: what is built again elsewhere must not run on here.
+    Blocks; for an agent whose daemon is gone, before it reports that: what is built again elsewhere must not run on
+    here.
     """
     return _end(_orphaned_builders(live_processes(), store, set()), "a Nix daemon that was killed")
 

@@ -5,8 +5,8 @@ upload, with the token that names exactly them.
 
 References are those that Nix found when it registered the output. The NAR is never in memory or on disk as a whole.
 
-A store that does not take them is asked again for a while: the outputs are valid here, and built anew elsewhere only
-if it stays so.
+The agent offers them again for a while to a store that does not take them: the outputs are valid here, and built anew
+elsewhere only if it stays so.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from workers.wire.messages import Output
 
 #: Connections that outputs are read through, so that slots are free for the next build.
 READERS = 2
-#: Seconds for which a store that does not take outputs is asked again; beyond it another machine may do better.
+#: Seconds for which outputs are offered again to a store that does not take them; beyond it another machine may do
+#: better.
 UPLOAD_WITHIN_S = 300.0
 
 _log = logging.getLogger(__name__)
 
 
 class OutputError(WorkerError):
-    """An output is not where the daemon said, or could not be put into the object store."""
+    """An output is not where the daemon reported it, or could not be put into the object store."""
 
 
 class NotTakenError(OutputError):
@@ -66,8 +67,8 @@ async def deliver(
 ) -> tuple[Output, ...]:
     """Upload the outputs (name -> full path) of a finished build to where `sources` says; `token` is for HTTP.
 
-    While they are not taken they are offered again, for `within_s` seconds; `waits` is told why. A reader whose daemon
-    is gone is replaced once. `packed` gets the seconds that packing each NAR took.
+    While they are not taken they are offered again, for `within_s` seconds; `waits` receives the reason. A reader whose
+    daemon is gone is replaced once. `packed` gets the seconds that packing each NAR took.
 
     Raises `OutputError`, `infra.daemon.DaemonError` or `DaemonUnreachableError`.
     """

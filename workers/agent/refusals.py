@@ -1,8 +1,9 @@
 """Refusals of Nix: a table of known messages, and a signature for each unknown one.
 
 Nix ends many builds with one status or with an error instead of a result, whether the recipe or the machine is at
-fault; only its words tell. `recognise` finds the words that can only be about the recipe. For all else `signature` says
-whether two refusals are the same one, so that the scheduler can believe a second worker that says the same.
+fault; only its words distinguish them. `recognise` finds the words that can only be about the recipe. For all else
+`signature` says whether two refusals are the same one, so that the scheduler can believe a second worker that says the
+same.
 
 A builder cannot choose these words for others: whatever it makes Nix say ends its own recipe and nothing else.
 """

@@ -57,9 +57,9 @@ _KERNELS = {"linux": "linux", "darwin": "darwin"}
 #: Where distributions put a busybox that can serve as /bin/sh in a sandbox, if it is static.
 _BUSYBOXES = ("/bin/busybox", "/usr/bin/busybox", "/usr/lib/busybox/busybox-static")
 _ELF_PROGRAM_INTERPRETER = 3
-#: How Nix says its settings: before 2.20 and since.
+#: Command that prints Nix's settings: before 2.20 and since.
 _SHOW_CONFIG = (("show-config",), ("config", "show"))
-#: Seconds for Nix to say its settings; it takes a twentieth of one.
+#: Seconds for Nix to print its settings; it takes a twentieth of one.
 _SHOW_CONFIG_S = 20.0
 
 
@@ -111,7 +111,7 @@ class WorkerSettings(BaseModel):
     trial_every_s: Annotated[int, Field(ge=0)] = 600
     #: Seconds between two canaries, which measure how builds are isolated; 0: at the start and after doubt only.
     canary_every_s: Annotated[int, Field(ge=0)] = 4 * 3600
-    #: Program that speaks the worker protocol on its standard streams.
+    #: Program that serves the worker protocol on its standard streams.
     nix_daemon: str = "nix-daemon"
 
     @field_validator("store")
@@ -271,7 +271,7 @@ def native_system(machine: str | None = None, kernel: str | None = None) -> str:
 
 
 def offer(settings: WorkerSettings, machine: HostSpec) -> Offer:
-    """Complete what the operator said with what the machine is."""
+    """Complete what the operator set with what the machine is."""
     native = () if settings.emulate else (machine.system, *machine.extra_systems)
     real = settings.systems or native
     pretended = settings.emulate if settings.systems else (*settings.emulate, *machine.configured_systems)
@@ -311,7 +311,7 @@ def nix_options(settings: WorkerSettings, machine: HostSpec) -> Mapping[str, str
         "builders": "",
         "extra-platforms": " ".join(name for name in offered.systems if name != machine.system),
         "system-features": " ".join(offered.features),
-        # Builds are told to the coordinator; a second copy in the worker's log directory is never read.
+        # Logs of builds go to the coordinator; a second copy in the worker's log directory is never read.
         "keep-build-log": options.get("keep-build-log", "false"),
     }
 

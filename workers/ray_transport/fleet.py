@@ -84,7 +84,7 @@ class RayFleet(AgentRoster):
         self._outage = Outage(
             _log, "what runs goes on, workers that come wait until it is back", over="the Ray head answers again"
         )
-        #: Living nodes that get no work, by node id, and what is said of each.
+        #: Living nodes that get no work, by node id, and the message about each.
         self._seconds: dict[str, str] = {}
         #: Nodes that are served or known to be dead, by node id; dead ones stay, Ray never revives an id.
         self._nodes: dict[str, _Node] = {}

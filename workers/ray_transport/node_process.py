@@ -3,7 +3,7 @@
 A node is one `ray start --block` in a session of its own, with a private directory (mode 0700) around everything that
 Ray writes: Ray makes its own session directory and sockets accessible to all. Rules of this file:
 
-* What a node is told of the token and of time limits comes from `workers.ray_transport.access`.
+* A node's settings of token and time limits come from `workers.ray_transport.access`.
 * On loopback nothing listens on another interface. Ray rewrites "localhost" to the routable address of the host, so a
   loopback node is started through `workers.ray_transport.start_hook` (Ray's own start hook), which undoes that.
 * Leaving the context ends the whole process tree: SIGTERM, a named grace, SIGKILL, then a look at what is left. When
@@ -58,7 +58,7 @@ WATCH_S = 0.2
 NOTICE_S = 5.0
 #: Lines of Ray's output that an error quotes.
 QUOTED_LINES = 8
-#: How `ray start --block` tells which of its servers ended (scripts.py, _log_unexpected_subprocess_exit_details).
+#: How `ray start --block` reports which of its servers ended (scripts.py, _log_unexpected_subprocess_exit_details).
 RAY_EXIT = re.compile(r"(\w+) \[exit code=(-?[0-9]+)\]")
 CLUSTER_ADDRESS = re.compile(r"\S+:[0-9]{1,5}")
 
@@ -197,14 +197,14 @@ class RayNode(ABC):
         return f"{self._description} {ending}{self._last_words()}"
 
     async def _ending(self, leader: int, started: str) -> str:
-        """Wait until the leader is gone, or lives on without what makes it a node: say which.
+        """Wait until the leader is gone, or lives on without what makes it a node; return which.
 
         A raylet that ends in order, say because the agent beside it was killed, is nothing to `ray start --block`.
         """
         waits_s = NOTICE_S
         while is_alive(leader, started):
             if any(not is_alive(part.pid, part.started) for part in self._parts):
-                # Most ends it does notice, and then says what they were.
+                # Most ends it does notice, and then prints what they were.
                 if waits_s <= 0:
                     return "lives on without its raylet"
                 waits_s -= WATCH_S

@@ -1,6 +1,6 @@
-"""Redis as the place of the head's tables: whether it can be used, and what Ray is told of it.
+"""Redis as the place of the head's tables: whether it can be used, and the settings that Ray gets for it.
 
-Ray ends its head with a stack trace where Redis does not answer, so it is asked first. Ray would write the password
+Ray ends its head with a stack trace where Redis does not answer, so it is probed first. Ray would write the password
 into the command lines of its processes, which everybody on the machine can read; it goes through a file in the node's
 private directory instead (`workers.ray_transport.start_hook`).
 """
@@ -36,7 +36,7 @@ class RedisStore:
     password: str = field(default="", repr=False)
 
     def env(self) -> dict[str, str]:
-        """Return what the head is told in its environment; nothing of it is secret."""
+        """Return the head's environment for Redis; nothing of it is secret."""
         return {"RAY_REDIS_ADDRESS": self.address, "RAY_external_storage_namespace": self.namespace}
 
     def write_flags(self, directory: Path) -> None:

@@ -33,7 +33,7 @@ SAME_HEAD_EVERY_S = 3.0
 
 
 def prepare_node(ray_params: Any, head: bool) -> None:
-    """Bind the node to loopback where it was asked for, and watch over its end. Ray calls it (RAY_START_HOOK).
+    """Bind the node to loopback where that was requested, and watch over its end. Ray calls it (RAY_START_HOOK).
 
     The node ends when the program that owns it is gone for too long, or its head is another one, because `ray start`
     itself would live on. A head gets Redis's password.
@@ -52,7 +52,7 @@ def prepare_node(ray_params: Any, head: bool) -> None:
     if not head and os.environ.get(LOOPBACK_VARIABLE):
         import ray._private.services as ray_services  # noqa: PLC0415 - only inside `ray start`
 
-        # `ray start` takes "this host" for its routable address, also where 127.0.0.1 was asked for (services.py,
+        # `ray start` takes "this host" for its routable address, also where 127.0.0.1 was given (services.py,
         # resolve_ip_for_localhost), and there is no switch.
         ray_services.get_node_ip_address = lambda *_: LOOPBACK
         ray_params.node_ip_address = LOOPBACK

@@ -30,7 +30,7 @@ NIX_DEVICES: Final = frozenset(
 OWN_PROCESSES: Final = 8
 #: Seconds by which the clock of a build may differ from the worker's.
 CLOCK_DIFFERS_S: Final = 120.0
-#: What is done where nothing better can be said.
+#: The remedy where none is better.
 _SANDBOX: Final = "set `sandbox = true` in the nix.conf of the worker's Nix"
 _USERS: Final = "give its Nix build users of its own (`build-users-group`)"
 _NETWORK: Final = "start the worker as root, so that builds get a network of their own"
@@ -109,7 +109,7 @@ class IsolationGrade(BaseModel):
         return "; ".join(self.reasons)
 
 
-#: Of a worker that says nothing of its isolation, or could not measure it.
+#: Of a worker that reports nothing of its isolation, or could not measure it.
 UNMEASURED: Final = IsolationGrade(
     reasons=("how it isolates builds was not measured",), remedy="start a worker of the coordinator's version"
 )
@@ -117,12 +117,12 @@ UNMEASURED: Final = IsolationGrade(
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """A finding, what is said of it and what to do about it."""
+    """A finding, its sentence and its remedy."""
 
     found: Callable[[CanaryReport], bool]
     reason: Callable[[CanaryReport], str]
     remedy: str = _SANDBOX
-    #: Whether a build outside a sandbox always has it, so that it need not be said beside that.
+    #: Whether a build outside a sandbox always has it, so that it need not be listed beside that.
     implied: bool = False
 
 
@@ -131,7 +131,7 @@ def _says(text: str) -> Callable[[CanaryReport], str]:
 
 
 def _outer_root(report: CanaryReport) -> bool:
-    """Return whether the map of users says that the builder is the host's root, where no view from outside is there."""
+    """Return whether by the map of users the builder is the host's root, where no view from outside is there."""
     uid = report.uid
     for line in report.uid_map:
         words = line.split()

@@ -1,7 +1,7 @@
 """Measurements of one attempt, as an agent takes them and a report carries them.
 
 Times are the agent's: Unix seconds of its clock, which may be off by any amount, and durations, which are right because
-that clock only adds monotonic time. What a machine does not tell is None. The lists are bounded; what is beyond the
+that clock only adds monotonic time. What a machine does not measure is None. The lists are bounded; what is beyond the
 bound is counted and summed.
 """
 

@@ -104,7 +104,7 @@ class BuildLimits(WireMessage):
     log_bytes: int = Field(default=64 * 1024 * 1024, alias="max_log_bytes")
     #: Bytes of the NARs of all outputs together; 0 is no limit.
     output_bytes: int = Field(default=0, alias="max_output_bytes")
-    #: Memory that the build is said to take; a hint, 0: nothing is said.
+    #: Memory that the build should take; a hint, 0: not known.
     memory_bytes: int = 0
 
     def limit_of(self, reason: Reason) -> int:
@@ -187,7 +187,8 @@ class Hello(WireMessage):
     capacity: int
     #: Why the worker should get no leases for now (a failing trial build, a full disk); empty while it is fit.
     unfit: str = ""
-    #: How builds are kept from its machine; None: it cannot say (it runs an older drover, or could build no canary).
+    #: How builds are kept from its machine; None: it did not measure it (it runs an older drover, or could build no
+    #: canary).
     isolation: IsolationGrade | None = None
     nix_version: str
     leases: tuple[HeldLease, ...]
@@ -288,7 +289,7 @@ AgentEvent = Annotated[Report | StageChange | LogChunk, Field(discriminator="kin
 
 
 class Vitals(WireMessage):
-    """Load of a worker's machine at the last look; None where the machine does not tell."""
+    """Load of a worker's machine at the last look; None where the machine does not measure it."""
 
     #: Load average over a minute, divided by the number of processors.
     load: float | None = None
@@ -314,7 +315,7 @@ class Batch(WireMessage):
     draining: bool = False
     #: As in `Hello`.
     unfit: str = ""
-    #: As in `Hello`, once it is no longer what the latest `Hello` said.
+    #: As in `Hello`, once it differs from the latest `Hello`.
     isolation: IsolationGrade | None = None
     #: The agent's time when it got the call, and when it answered; None from an older drover.
     received_at: float | None = None

@@ -8,7 +8,7 @@ An adapter is an `AgentRoster`: it finds agents and gives each to `serve` as `Ag
     NotKnownError from the sink -> hello again; nothing is acknowledged;
     AgentDead -> WorkerGone, and `serve` returns.
 
-Unknown is never dead: only the transport may say `AgentDead`. How long silence is suffered is the scheduler's affair.
+Unknown is never dead: only the transport may raise `AgentDead`. How long silence is suffered is the scheduler's affair.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ async def poll_agent(
 ) -> None:
     """Serve one agent until it is dead (returns after `WorkerGone`) or this task is cancelled.
 
-    `name` stands for the worker until it has said its own. `on_hello` runs before the sink hears `WorkerConnected`, so
-    that the adapter can route orders to it. What the sink raises is raised here.
+    `name` stands for the worker until its `Hello` names it. `on_hello` runs before the sink receives `WorkerConnected`,
+    so that the adapter can route orders to it. What the sink raises is raised here.
     """
     hello: Hello | None = None
     ack = 0

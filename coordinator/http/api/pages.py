@@ -16,7 +16,7 @@ from coordinator.errors import BadRequestError
 from coordinator.http.answers import json_of
 from infra.slices import in_slices
 
-#: Rows of one page, where nothing is said and at most.
+#: Rows of one page: by default, and at most.
 ROWS = 100
 MAX_ROWS = 1000
 

@@ -70,7 +70,7 @@ class TimingApi:
         return await answer_page(request, Page(timings, following), self._view)
 
     async def history(self, request: web.Request) -> web.Response:
-        """Show what the attempts of a package say together; `name` is with or without its version."""
+        """Show the summary of a package's attempts; `name` is with or without its version."""
         name, system = request.match_info["name"], request.query.get("system", "")
         await self._writer.flush()
         timings = await self._store.of_package(name, system, HISTORY_ROWS)

@@ -61,7 +61,7 @@ _BODY_WORDS: Final = (b"content-length", b"transfer-encoding", b"upgrade")
 
 
 class FastNarinfos:
-    """Knows the answers. `own_host` tells whether a request under that `Host` is ours to answer."""
+    """Knows the answers. `own_host` returns whether a request under that `Host` is ours to answer."""
 
     def __init__(self, caches: Iterable[OpenCache], own_host: Callable[[str], bool]) -> None:
         public = {each.prefix.encode(): each.cache for each in caches if each.access.public}

@@ -5,8 +5,8 @@
     any other store               relayed, block by block
 
 An object never changes, so its name is its entity tag and clients may keep it for ever. HEAD is always answered here:
-a presigned address is for one method, and a record is no proof, so the store is asked. No 200 leaves before the object
-is open.
+a presigned address is for one method, and a record is no proof, so the cache looks in the store. No 200 leaves before
+the object is open.
 
 `X-Accel-Redirect` is sent only to a proxy that asks for it with `X-Sendfile-Type: X-Accel-Redirect` (the convention of
 Rack), because a client that came past the proxy would get an empty body.

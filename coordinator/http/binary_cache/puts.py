@@ -11,12 +11,12 @@ Nix retries a 5xx or 429 with an empty body and the old Content-Length (2.8), an
 token, too large or without room is refused before `100 Continue`; after that every refusal is a 4xx that Nix does not
 retry, with one sentence. A body that ends early or falls silent leaves nothing.
 
-HEAD (and GET) of an object tells its writers that it is there from the moment it is whole, so that a second run need
+HEAD (and GET) of an object succeeds for its writers from the moment it is whole, so that a second run need
 not send it again: `RecentUploads`, which claims only what this process stored and still finds in the store.
 
 A client's signatures are not kept: trust in what this cache says comes from its own keys. Nix before 2.32 sends no
-Content-Encoding; later ones only if asked to (`narinfo-compression` and its like), and that is refused: what a stranger
-may inflate is no bounded work.
+Content-Encoding; later ones only by a setting (`narinfo-compression` and its like), and that is refused: what a
+stranger may inflate is no bounded work.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ class CachePuts:
 
 
 async def _not_yet(_request: web.Request) -> None:
-    """Let the handler say `100 Continue`, once it has looked at the request."""
+    """Let the handler send `100 Continue`, once it has looked at the request."""
 
 
 def _length(request: web.Request, limit: int) -> int:
@@ -303,7 +303,7 @@ async def _body(request: web.Request, size: int, limit: int) -> AsyncGenerator[b
     """
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        # aiohttp counts what was written to tell whether an answer has begun.
+        # aiohttp counts what was written to know whether an answer has begun.
         request.writer.output_size = 0
     pace = Pace(request, SILENCE_S)
     while True:

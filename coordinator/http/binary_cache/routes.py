@@ -8,8 +8,8 @@ references that the answer lacks.
 A private cache answers 401 to a client without a token (`coordinator.http.binary_cache.access`). HEAD is answered
 wherever GET is, and the same. What is unknown, malformed, lost or cannot be looked up just now is 404 with `no-store`:
 a client then asks its next cache or builds, while any 5xx would fail its build (infra/nix/FORMATS.md 6.2). For the same
-reason no 200 leaves before its first bytes are at hand. Workers, who have no other cache, tell what fails just now from
-what is lost by its `Retry-After` (`infra.objects.http_source`).
+reason no 200 leaves before its first bytes are at hand. Workers, who have no other cache, distinguish what fails just
+now from what is lost by its `Retry-After` (`infra.objects.http_source`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from infra.nix.errors import FormatError
 from infra.nix.realisation import RealisationLayout, parse_key
 from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreError
 
-#: When what fails just now may be asked for again, in seconds.
+#: `Retry-After` of what fails just now, in seconds.
 RETRY_AFTER_S: Final = 5
 
 _log = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ class CacheRoutes:
 
 
 def narinfo_headers(text: bytes) -> dict[str, str]:
-    """Return what a public cache says beside a narinfo; its text can change when keys do, or its object is repaired."""
+    """Return the headers of a public cache's narinfo; its text can change when keys do, or its object is repaired."""
     tag = blake2b(text, digest_size=12).hexdigest()
     return {"Content-Type": "text/x-nix-narinfo", "Cache-Control": "public, max-age=60", "ETag": f'"{tag}"'}
 

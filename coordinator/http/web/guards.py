@@ -158,7 +158,7 @@ class Guards:
     async def _login_form(
         self, request: web.Request, status: int, *, wrong: str = "", back: str | None = None
     ) -> web.Response:
-        """Show the form; the browser comes back to the page that it asked for."""
+        """Show the form; the browser comes back to the page that it requested."""
         if back is None:
             back = request.path_qs if request.method == "GET" and request.path != "/login" else "/"
         body = await self._renderer.page("login.html", visitor=None, wrong=wrong, back=local_address(back))
@@ -177,9 +177,9 @@ class Guards:
 
     def _require_own_origin(self, request: web.Request) -> None:
         """Raise `ForgeryError` for a form of another page than this coordinator's, or of no page at all."""
-        told = request.headers.get("Origin", "").lower()
+        origin = request.headers.get("Origin", "").lower()
         own = request.headers.get("Host", "").lower()
-        if told not in {self._origin, f"http://{own}", f"https://{own}"}:
+        if origin not in {self._origin, f"http://{own}", f"https://{own}"}:
             raise ForgeryError("this form does not come from a page of this farm; open the farm's own page.")
 
 
@@ -194,20 +194,20 @@ def seen_elsewhere(address: str) -> web.Response:
 
 
 def secured(answer: web.StreamResponse) -> web.StreamResponse:
-    """Give an answer the headers of rule 3, unless it says how long it may be stored."""
+    """Give an answer the headers of rule 3, unless it sets how long it may be stored."""
     answer.headers.update(HEADERS)
     answer.headers.setdefault("Cache-Control", "no-store")
     return answer
 
 
-def local_address(told: str) -> str:
-    """Return an address of this farm as it was told, `/` for anything that a browser may take for another host's."""
+def local_address(address: str) -> str:
+    """Return the address if it is one of this farm, `/` for anything that a browser may take for another host's."""
     if (
-        told.startswith("/")
-        and not told.startswith("//")
-        and told.isascii()
-        and told.isprintable()
-        and "\\" not in told
+        address.startswith("/")
+        and not address.startswith("//")
+        and address.isascii()
+        and address.isprintable()
+        and "\\" not in address
     ):
-        return told
+        return address
     return "/"

@@ -97,7 +97,7 @@ def line_of(view: SubmissionView) -> SubmissionLine:
     counts = view.counts
     shares = {state: getattr(counts, state) for state in BAR_STATES}
     shares["done"] += counts.held
-    told = [f"{count:,} {state}" for state, count in shares.items() if count]
+    parts = [f"{count:,} {state}" for state, count in shares.items() if count]
     return SubmissionLine(
         id=view.id,
         title=_title(view),
@@ -106,7 +106,7 @@ def line_of(view: SubmissionView) -> SubmissionLine:
         ended_at=view.ended_at,
         counts=counts,
         bar=tuple(shares.items()),
-        progress=f"{', '.join(told) or 'nothing'} of {counts.total:,} steps",
+        progress=f"{', '.join(parts) or 'nothing'} of {counts.total:,} steps",
     )
 
 

@@ -59,9 +59,9 @@ class PageRenderer:
         """Return the parts of a page by their names."""
         await self._compile_apart(name)
         template = self._template(name)
-        told = {"now": 0.0, **context}
+        values = {"now": 0.0, **context}
         return {
-            block.removeprefix(_LIVE): await in_slices(_joined(_block(template, block, told)))
+            block.removeprefix(_LIVE): await in_slices(_joined(_block(template, block, values)))
             for block in template.blocks
             if block.startswith(_LIVE)
         }
@@ -89,8 +89,8 @@ def _shown(value: object) -> object:
     return harmless(value) if type(value) is str else value
 
 
-def _block(template: Template, name: str, told: dict[str, object]) -> Iterable[str]:
-    return template.blocks[name](template.new_context(told))
+def _block(template: Template, name: str, values: dict[str, object]) -> Iterable[str]:
+    return template.blocks[name](template.new_context(values))
 
 
 def _joined(chunks: Iterable[str]) -> Generator[None, None, str]:

@@ -1,7 +1,7 @@
 """Catalog of published paths: rows, whether their objects are there, and a small memory of hot ones.
 
 A path can be fetched if it has a row, no tombstone, and an object. Where objects are files, a file that is gone or has
-another size makes the path absent everywhere. (Of remote stores the database is believed: asking them for each narinfo
+another size makes the path absent everywhere. (Of remote stores the database is believed: a request for each narinfo
 would cost a round trip.) An object is answered as long as any row names it, tombstoned or not: who read the narinfo
 before the tombstone may still come for the NAR, which is what the grace before deletion is for.
 
@@ -84,7 +84,7 @@ class Catalog:
         self.now = now
         #: Hash part or URL -> (row, when it was read), oldest use first, at most twice NARINFOS_IN_MEMORY.
         self._recent: OrderedDict[str, tuple[Row, float]] = OrderedDict()
-        #: Hash parts asked for since `take_used`, at most USED_IN_MEMORY.
+        #: Hash parts requested since `take_used`, at most USED_IN_MEMORY.
         self._used: set[str] = set()
         #: Calls of `forget`: what was read before one may be out of date after it.
         self._forgotten = 0
@@ -132,7 +132,7 @@ class Catalog:
         return row.narinfo
 
     def take_used(self) -> set[str]:
-        """Return the hash parts that were asked for since the last call, some of them where there were too many."""
+        """Return the hash parts that were requested since the last call, some of them where there were too many."""
         used, self._used = self._used, set()
         return used
 
@@ -182,7 +182,7 @@ class Catalog:
         here = {row.store_path for row in await self.fetchable(reached.values())}
         lost = (wanted | reached.keys()) - here
         for path in sorted(suspected & here):
-            # The database says that it is there; a remote store is asked for what somebody did not find.
+            # The database says that it is there; a remote store is queried for what a reader did not find.
             if await self.objects.head(reached[path].url) != reached[path].file_size:
                 lost.add(path)
         return lost
@@ -258,7 +258,7 @@ class Catalog:
         return row
 
     async def _nearest(self, connection: AsyncConnection, hash_parts: Sequence[str], at_most: int) -> dict[int, Row]:
-        """Return the rows that are reached, the nearest `at_most` if there are more, and always those that were asked.
+        """Return the rows that are reached, the nearest `at_most` if there are more, and always the requested ones.
 
         Level by level: neither SQLite nor PostgreSQL walks a recursive question no further than it is read.
         """

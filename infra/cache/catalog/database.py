@@ -133,7 +133,7 @@ roots = sa.Table(
     sa.Column("kind", sa.String(32), nullable=False),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
-    # When it was last said that it is to be kept.
+    # When a request to keep it last came.
     sa.Column("kept_at", sa.Double, nullable=False),
     sa.Column("expires_at", sa.Double),
     sa.UniqueConstraint("kind", "name"),
@@ -152,7 +152,7 @@ root_paths = sa.Table(
 deletions = sa.Table(
     "deletions",
     metadata,
-    # Never given twice: it tells a deletion from an earlier one of the same key.
+    # Never given twice: it distinguishes a deletion from an earlier one of the same key.
     sa.Column("serial", _Serial, primary_key=True, autoincrement=True),
     sa.Column("url", sa.Text, nullable=False, unique=True),
     # 0 where it is not known.

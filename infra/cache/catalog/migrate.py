@@ -54,5 +54,5 @@ def migrate(connection: Connection) -> None:
 
 
 def _revisions() -> list[str]:
-    """Return the revisions that this release knows, oldest first; told by file names, without importing them."""
+    """Return the revisions that this release knows, oldest first; read from file names, without importing them."""
     return sorted(path.name.partition("_")[0].removeprefix("v") for path in _MIGRATIONS.glob("versions/v*_*.py"))

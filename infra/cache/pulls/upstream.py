@@ -1,7 +1,7 @@
 """Another binary cache that is trusted by its public keys: what it has with a valid signature, and its NARs.
 
 What an upstream has need not be uploaded here, and what broke here can be fetched from there. Only a narinfo of the
-path that was asked for, of the same store directory and signed by one of the keys counts; anything else is as if it
+path that was requested, of the same store directory and signed by one of the keys counts; anything else is as if it
 were not there. An upstream that fails is left alone for REST_S and has nothing meanwhile: it is a convenience, and
 no client must wait for it twice.
 """
@@ -39,7 +39,7 @@ MAX_REDIRECTS: Final = 5
 REMEMBERED: Final = 20_000
 FOUND_S: Final = 3600.0
 NOT_FOUND_S: Final = 30.0
-#: How long an upstream that failed is not asked.
+#: How long no request goes to an upstream that failed.
 REST_S: Final = 30.0
 #: Answers that mean "not here" (infra/nix/FORMATS.md 6.2).
 _ABSENT: Final = frozenset({403, 404, 410})
@@ -106,10 +106,10 @@ class Upstream:
                 unknown.append(hash_part)
             elif info is not None:
                 found[hash_part] = info
-        asking = iter(unknown)
+        remaining = iter(unknown)
 
         async def ask() -> None:
-            for hash_part in asking:
+            for hash_part in remaining:
                 info = await self._ask(hash_part)
                 if info is not None:
                     found[hash_part] = info

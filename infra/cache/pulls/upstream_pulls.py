@@ -48,7 +48,7 @@ class Pulls:
     async def pull(self, wanted: Mapping[PathClaim, Upstream]) -> list[NarInfo]:
         """Store the NARs of those claims that are not published, and return what is to be published.
 
-        One that cannot be had is left out, and told of in the log: what refers to it is then refused for that.
+        One that cannot be had is left out and logged: what refers to it is then refused for that.
         """
         absent = await self._cache.missing(self._full(claim.path) for claim in wanted)
         turns = asyncio.Semaphore(PULLING)

@@ -1,6 +1,6 @@
 """Proving a cache: every narinfo leads to its object, the object to its NAR, the path to its references.
 
-In order of publication, in batches, each path that can be asked for is held against
+In order of publication, in batches, each path that can be requested is held against
 
     its object        there, with its size; with `full` read whole: file hash, NAR hash, NAR size
     its references    all there, none tombstoned

@@ -14,7 +14,7 @@ published within the last `fresh_s` seconds, and all that those refer to. A coll
 Marking only proposes, from what may be out of date. Each transaction that tombstones or deletes decides for itself, on
 the present: a path goes only if no living root names it, and every path that refers to it goes with it or is gone. A
 set of paths that nothing outside of it refers to, and of which no root names any, is unreachable; so this *is* the
-question of reachability, asked of a few thousand paths at a time, in one transaction with its answer. A tombstone that
+query of reachability for a few thousand paths at a time, in one transaction with its answer. A tombstone that
 was cleared meanwhile, even if there is a new one, is younger than the grace: its path is not deleted.
 
 Every step is one transaction, or a deletion that was written down in one before; killed between any two, the next

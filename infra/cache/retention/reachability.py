@@ -5,7 +5,7 @@ referrer sees each path's own mark complete before it hands it on: no stack, no 
 (and as many again for tombstones).
 
 Roots have ranks: 0 is kept whatever it costs, then come those that a size budget may end, the last used first. A path
-gets the lowest rank that reaches it. What is added up by rank then tells how much each root adds to those before it.
+gets the lowest rank that reaches it. What is added up by rank then shows how much each root adds to those before it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ UNREACHED = 2**31 - 1
 class Marks:
     """Published paths by serial, each with its rank and when it was tombstoned (0.0: it is not).
 
-    First all paths are added in rising order, then roots are marked, then all references are followed, then asked.
+    First all paths are added in rising order, then roots are marked, then all references are followed, then it is
+    queried.
     """
 
     def __init__(self) -> None:

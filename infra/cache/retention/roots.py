@@ -34,14 +34,14 @@ NAMED_AT_ONCE = 1_000
 LEASES_AT_ONCE = 4
 #: Uses closer together than this are one: they order roots for a size budget, and each is a write.
 TOUCH_RESOLUTION_S = 600.0
-#: `why` looks at this many referrers, and tells this many roots, the nearest first.
+#: `why` looks at this many referrers, and returns this many roots, the nearest first.
 MAX_REFERRERS = 100_000
 MAX_KEEPERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class RootRow:
-    """A root. `paths` is how many it names; `used_at` is when it was last kept, or one of them was asked for."""
+    """A root. `paths` is how many it names; `used_at` is when it was last kept, or one of them was requested."""
 
     kind: str
     name: str
@@ -193,7 +193,7 @@ class Roots:
 def by_use(now: float) -> sa.Select[tuple[int, str, str, float, float, float | None, int, float]]:
     """Return the question for live roots: `id kind name created_at kept_at expires_at paths used_at`, last used first.
 
-    A root is used when it is kept, and when a path that it names itself is asked for: of what it refers to one cannot
+    A root is used when it is kept, and when a path that it names itself is requested: of what it refers to one cannot
     know for whose sake.
     """
     last_use = sa.func.coalesce(sa.func.max(paths.c.last_used_at), 0.0)

@@ -307,7 +307,7 @@ class Uploads:
     async def commit(self, sender: Sender, name: str, request: Commit) -> Committed:
         """Put what was sent in its place and publish it together; one verdict for each path.
 
-        May be repeated: what is in its place already is not asked for again.
+        May be repeated: what is in its place already is not requested again.
 
         Raises:
             UploadError: the upload is not known, or a path was not named when it began.

@@ -62,7 +62,7 @@ class FarmUnderFault:
 
     @property
     def sandbox_paths(self) -> str:
-        """What builders see of this machine."""
+        """Return the paths of this machine that builders see."""
         return f"/bin/sh=/bin/busybox /bin/busybox /tally={self.tally}"
 
     def graph(self, text: str) -> Path:
@@ -118,7 +118,7 @@ class FarmUnderFault:
         return leader
 
     def runs(self, prefix: str = "") -> Counter[str]:
-        """How often each builder really ran, by name, of those whose name begins so."""
+        """Count how often each builder really ran, by name, of those whose name begins so."""
         log = self.tally / "log"
         names = log.read_text().split() if log.exists() else []
         return Counter(name for name in names if name.startswith(prefix))
@@ -200,7 +200,7 @@ def running_farm(root: Path, *names: str, **told: Any) -> Iterator[FarmUnderFaul
 
 
 def running_phases(one: FarmUnderFault, submission: str) -> list[str]:
-    """What each running step of a submission does."""
+    """Return the phase of each running step of a submission."""
     return [step["phase"] for step in one.farm.api(f"submissions/{submission}/steps?state=running")]
 
 

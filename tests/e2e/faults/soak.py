@@ -140,7 +140,7 @@ class Soak:
         self.say(f"{sum(runs.values())} runs of {len(runs)} steps; leases ended early: {dict(reasons)}")
 
     def is_back(self, worker: str) -> bool:
-        """Whether a worker takes work."""
+        """Return whether a worker takes work."""
         self.hurt.farm.drover("drain", worker, "--off")
         return any(each["name"] == worker and each["state"] == "online" for each in self.hurt.farm.api("workers"))
 

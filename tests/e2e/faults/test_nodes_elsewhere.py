@@ -134,7 +134,7 @@ def test_a_worker_program_that_is_killed_is_taken_over_with_its_build(apart: Apa
     assert apart.runs()["kept"] == 1
 
 
-def test_a_node_that_is_lost_is_told_by_its_worker_and_taken_back(apart: Apart) -> None:
+def test_a_node_that_is_lost_is_reported_by_its_worker_and_taken_back(apart: Apart) -> None:
     apart.have("left", "right")
     submission = apart.submit(apart.graph(f'lost = step "lost" [ ] "{WAIT_FOR_GO}";'), "lost")
     apart.until(apart.busy)

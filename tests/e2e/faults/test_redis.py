@@ -42,7 +42,7 @@ def test_a_head_that_keeps_its_tables_in_redis_comes_back_with_its_builds(hurt: 
     assert one.farm.stop() == 0
 
 
-def test_a_redis_that_cannot_be_used_is_told_in_one_sentence(redis: RedisPlace, tmp_path: Path) -> None:
+def test_a_redis_that_cannot_be_used_is_reported_in_one_sentence(redis: RedisPlace, tmp_path: Path) -> None:
     """Ray would end with a stack trace."""
     password = redis.password_file.read_text().strip()
     for settings, sentence in (

@@ -117,7 +117,7 @@ async def test_what_nobody_has_goes_with_all_that_refers_to_it_and_can_be_publis
     assert (await cache.verify(full=True)).broken == 0
 
 
-async def test_what_stands_on_a_lost_path_is_told_and_nothing_else_is_suspected(cache: Cache) -> None:
+async def test_paths_that_refer_to_a_lost_path_are_reported_and_nothing_else_is_suspected(cache: Cache) -> None:
     absent = store_path("absent")
     assert await cache.lost([TOP], [LOW, OTHER, absent]) == set()
     (await file_of(cache, LOW)).unlink()

@@ -128,7 +128,7 @@ async def test_a_lease_keeps_what_is_there_and_what_is_published_later_until_it_
     assert (await cache.collect(AT_ONCE)).tombstoned == 2
 
 
-async def test_a_root_is_kept_as_it_was_last_told(cache: Cache, clock: Clock) -> None:
+async def test_a_root_is_kept_as_its_last_request_named_it(cache: Cache, clock: Clock) -> None:
     await publish_chain(cache)
     await cache.keep("push", "ci-1", [A, D, E], clock.time + 10)
     await cache.keep("push", "ci-1", [B, E], clock.time + 100)
@@ -149,7 +149,7 @@ async def test_a_root_is_kept_as_it_was_last_told(cache: Cache, clock: Clock) ->
             await cache.keep(kind, name, paths, None)
 
 
-async def test_why_a_path_is_kept_is_told_with_the_chain_of_references(cache: Cache) -> None:
+async def test_why_a_path_is_kept_is_shown_with_the_chain_of_references(cache: Cache) -> None:
     await publish_chain(cache)
     await cache.pin("top", [C])
     await cache.pin("later", [E])
@@ -239,7 +239,7 @@ async def test_a_size_budget_ends_whole_roots_the_last_used_first_to_stay(cache:
     assert await visible(cache, A, B, C, D, E) == [False, False, False, False, True]
 
 
-async def test_a_rehearsal_changes_nothing_and_tells_the_same_numbers(cache: Cache, clock: Clock) -> None:
+async def test_a_rehearsal_changes_nothing_and_returns_the_same_numbers(cache: Cache, clock: Clock) -> None:
     await publish_chain(cache)
     await cache.publish([await uploaded_claim(cache, B, b"other bits", [A])])
     await cache.pin("d", [D])

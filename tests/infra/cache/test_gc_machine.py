@@ -127,7 +127,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.runner.run(judged())
 
     def wanted(self, there: set[str]) -> set[str]:
-        """What of `there` the live roots reach; through a path that is not there nothing can be reached."""
+        """Return what of `there` the live roots reach; through a path that is not there nothing can be reached."""
         reach = {PATHS[n] for paths, ends in self.kept.values() if ends > self.time for n in paths} & there
         waiting = list(reach)
         while waiting:
@@ -138,7 +138,7 @@ class CacheMachine(RuleBasedStateMachine):
         return reach
 
     async def visible(self) -> set[str]:
-        """What answers; each such path must be whole, with all that it refers to."""
+        """Return the paths that the cache serves; each must be whole, with all that it refers to."""
         told = {path: await self.cache.narinfo(base_name(path)[:32]) for path in PATHS}
         there = {path for path, text in told.items() if text is not None}
         for path in there:

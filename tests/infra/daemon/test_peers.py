@@ -116,7 +116,7 @@ async def test_other_versions_are_refused_by_name(socket_dir: Path, version: int
             await open_socket(path)
 
 
-async def test_a_root_that_an_ending_collector_refuses_is_asked_for_again(socket_dir: Path) -> None:
+async def test_a_root_that_an_ending_collector_refuses_is_requested_again(socket_dir: Path) -> None:
     root = Encoder().integer(11).string(PATH)
 
     async def script(peer: Peer) -> None:
@@ -157,7 +157,7 @@ async def test_a_peer_that_hangs_up_and_one_that_is_not_there_are_gone(socket_di
         await open_socket(str(socket_dir / "nowhere"))
 
 
-async def test_a_peer_that_says_nothing_is_given_up_on(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_peer_that_sends_nothing_is_given_up(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.daemon.connection.HANDSHAKE_S", 0.05)
 
     async def script(peer: Peer) -> None:
@@ -221,7 +221,7 @@ def log_line(activity: int, line: bytes) -> Encoder:
     return Encoder().integer(TAG_RESULT).integer(activity).integer(101).integer(1).integer(1).string(line)
 
 
-async def test_only_lines_of_the_build_that_was_asked_for_are_its_log(socket_dir: Path) -> None:
+async def test_only_lines_of_the_requested_build_are_its_log(socket_dir: Path) -> None:
     async def script(peer: Peer) -> None:
         await peer.shake_hands(38)
         await peer.reader.read(65536)
@@ -281,7 +281,7 @@ async def test_bytes_that_belong_to_no_request_are_noticed_before_the_next(socke
             await connection.query_valid_paths([PATH])
 
 
-async def test_more_valid_paths_than_were_asked_for_are_refused(socket_dir: Path) -> None:
+async def test_more_valid_paths_than_were_requested_are_refused(socket_dir: Path) -> None:
     async def script(peer: Peer) -> None:
         await peer.shake_hands(38)
         await peer.reader.read(65536)

@@ -91,7 +91,7 @@ async def test_a_stream_that_fails_leaves_no_object(store: ObjectStore) -> None:
     assert await store.head(key) is None
 
 
-async def test_a_worker_that_does_not_see_the_farms_store_is_told_so(tmp_path: Path) -> None:
+async def test_a_worker_that_does_not_see_the_farms_store_gets_the_reason(tmp_path: Path) -> None:
     url = (tmp_path / "objects").as_uri()
     with pytest.raises(StoreUnreachableError, match="mount the same directory"):
         await open_object_store(url).check_marker()

@@ -189,7 +189,7 @@ def step_of(one: FarmUnderFault, submission: str) -> dict[str, Any]:
 
 
 def verdicts(one: FarmUnderFault, name: str) -> dict[str, list[FailureKind]]:
-    """Why builds that had begun ended without a result, by step and in order: of the one and of those before it."""
+    """Return why begun builds ended without a result, by step and in order: of the one and of those before it."""
     found: dict[str, list[FailureKind]] = {}
     for fact in one.journal():
         match fact:

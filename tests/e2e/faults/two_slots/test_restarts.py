@@ -1,4 +1,4 @@
-"""What is killed comes back, and the builds that ran meanwhile were never in danger."""
+"""Restarts: a killed part comes back, and the builds that ran meanwhile were never in danger."""
 
 from __future__ import annotations
 
