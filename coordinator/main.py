@@ -96,7 +96,7 @@ from workers.wire.messages import FarmInfo
 
 #: Seconds that open requests have to end when the coordinator stops.
 HTTP_GRACE_S = 2.0
-#: Bytes of log beyond the limit that a worker may still send (it counts what it drops and says so).
+#: Bytes of log beyond the limit that a worker may still send (it counts what it drops and reports the count).
 LOG_SLACK_BYTES = 64 * 1024
 
 FleetFactory = Callable[[FarmInfo], AbstractAsyncContextManager[Fleet]]

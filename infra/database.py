@@ -130,7 +130,7 @@ def names_table(engine: AsyncEngine) -> Subquery:
         rows = func.jsonb_array_elements_text(cast(names, JSONB)).table_valued("value")
     else:
         rows = func.json_each(names).table_valued("value")
-    return select(rows.c.value).subquery("asked")
+    return select(rows.c.value).subquery("wanted")
 
 
 def names_parameter(names: Iterable[str]) -> str:

@@ -192,8 +192,8 @@ class Farm:
     def above(self, step: StepKey, most: int) -> list[StepKey]:
         """Return wanted steps that need this one, those nearest to a root first; `most` are looked at."""
         known = self.state.steps.get(step)
-        some = itertools.islice(() if known is None else known.dependents, most)
-        return [each.key for each in sorted(some, key=lambda each: (each.depth, each.sequence))]
+        nearest = itertools.islice(() if known is None else known.dependents, most)
+        return [each.key for each in sorted(nearest, key=lambda each: (each.depth, each.sequence))]
 
     def open_needs(self, step: StepKey, most: int) -> list[StepKey]:
         """Return the first `most` of the needs of a wanted step that are not done."""

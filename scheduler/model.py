@@ -85,7 +85,7 @@ class StepState(StrEnum):
 
     #: A need is not done, or no submission wants the step yet.
     WAITING = "waiting"
-    #: Every need is done and somebody wants it; may still be backing off.
+    #: Every need is done and a submission wants it; may still be backing off.
     READY = "ready"
     #: A builder has the right to build it.
     LEASED = "leased"

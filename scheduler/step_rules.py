@@ -82,12 +82,12 @@ class StepRules:
         """Revoke the open lease with back-off; where the budget is spent, the failure is final."""
         row = CONSEQUENCES[failure.kind]
         if self._is_recipes_own(step, failure):
-            who = " and ".join(
+            builders = " and ".join(
                 dict.fromkeys(
                     (*[by for by, signature in step.accounts if signature == failure.signature][:1], step.builder)
                 )
             )
-            message = f"{failure.message} (the same again, on {who})"
+            message = f"{failure.message} (the same again, on {builders})"
             yield from self._end(step, Failure(FailureKind.PERMANENT, message, failure.signature), now)
             return
         strikes = step.strikes.count(failure.kind) + 1

@@ -71,7 +71,7 @@ class Losses:
     async def check(self, step: StepKey, paths: Sequence[str]) -> str:
         """Look whether the cache has lost what a step needs. Return a sentence about it, "" where it has not.
 
-        What is lost is repaired later, in `run`. `paths` are full paths that somebody did not find.
+        What is lost is repaired later, in `run`. `paths` are full paths that a reader did not find.
         """
         try:
             inputs = await self._derivations.inputs(step, self._farm.recipe_of(step))

@@ -124,7 +124,7 @@ def _interruptible(work: Any, submitted: _Submitted) -> int:
 async def _build(connect: Callable[[], ApiClient], options: BuildRequest, submitted: _Submitted) -> int:
     screen = Screen.choose(as_json=options.as_json, ci=options.ci)
     async with connect() as client:
-        # First of all whether anybody is there: an evaluation can take minutes.
+        # First of all whether a coordinator answers: an evaluation can take minutes.
         farm = await client.farm()
         stages = _Stages()
         evaluation = await _evaluate(options)

@@ -1,6 +1,6 @@
 """Completion of names by shells: asks the farm, and is silent where that does not answer at once.
 
-Nothing slow is imported before a name is completed; a shell waits for each of these programs while somebody types.
+Nothing slow is imported before a name is completed; a shell waits for each of these programs while a person types.
 """
 
 from __future__ import annotations

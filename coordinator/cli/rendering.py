@@ -360,8 +360,8 @@ def why_lines(reasons: StepReasonsView, now: float) -> list[str]:
     if step.state is StepStatus.FAILED:
         lines += [f"  {line}" for line in failure_lines(step)]
     for number, each in enumerate(reasons.below):
-        what = _run(each, now) if each.state in ACTIVE else one_line(each.waiting_for or each.state.value)
-        lines.append(f"  {'in the end' if not number else '          '} {one_line(each.name)}: {what}")
+        activity = _run(each, now) if each.state in ACTIVE else one_line(each.waiting_for or each.state.value)
+        lines.append(f"  {'in the end' if not number else '          '} {one_line(each.name)}: {activity}")
     for number, wanted in enumerate(reasons.wanted_by):
         label = f" ({one_line(wanted.label)})" if wanted.label else ""
         way = [*wanted.path[:2], "\u2026", *wanted.path[-2:]] if len(wanted.path) > WAY_NAMED else wanted.path

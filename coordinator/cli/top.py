@@ -152,8 +152,8 @@ def _queue_lines(queues: Sequence[QueueView]) -> list[Line]:
     lines: list[Line] = []
     for queue in queues[:QUEUES]:
         needs = f" with {', '.join(map(one_line, queue.features))}" if queue.features else ""
-        what = f"{queue.count} ready for {one_line(queue.system)}{needs}"
-        lines.append([(f"{what}: ", "blue"), (one_line(queue.reason), "")])
+        heading = f"{queue.count} ready for {one_line(queue.system)}{needs}"
+        lines.append([(f"{heading}: ", "blue"), (one_line(queue.reason), "")])
     if len(queues) > QUEUES:
         lines.append([(f"and {len(queues) - QUEUES} more queues", "dim")])
     return lines

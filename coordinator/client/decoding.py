@@ -143,8 +143,8 @@ def _sequence(kind: Any) -> _Decoder:
 
 
 def _row(kinds: tuple[Any, ...]) -> _Decoder:
-    each = tuple(map(_decoder, kinds))
-    return lambda value: tuple(one(item) for one, item in zip(each, _a_list(value), strict=True))
+    decoders = tuple(map(_decoder, kinds))
+    return lambda value: tuple(one(item) for one, item in zip(decoders, _a_list(value), strict=True))
 
 
 def _mapping(kind: Any) -> _Decoder:

@@ -33,7 +33,7 @@ TIMEOUT_S = 3600.0
 #: Attributes that a sentence names; it counts the rest.
 MAX_NAMED = 8
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
-#: What nix-instantiate says that is no news here: the graph is sent before anybody could collect it, and nothing is
+#: What nix-instantiate says that is no news here: the graph is sent before a collector could take it, and nothing is
 #: built on this machine.
 _NOISE = re.compile(
     r"warning: (?:you did not specify '--add-root'|the group '\w+' specified in 'build-users-group').*\n?"
@@ -166,8 +166,8 @@ def _evaluation(file: str, attrs: Sequence[str], rows: Sequence[_Row]) -> Evalua
             raise EvaluationError(f"{attr or file} has the derivation {row.drv[:200]!r}, which is no path of one")
         outputs = () if row.output == "out" else (row.output,)
         limits = row.limits if row.limits != RootLimits() else None
-        each = EvaluatedRoot(attr or drv.attr, drv.drv, outputs, limits)
-        wanted.setdefault((row.at, drv.drv, row.output, limits), each)
+        root = EvaluatedRoot(attr or drv.attr, drv.drv, outputs, limits)
+        wanted.setdefault((row.at, drv.drv, row.output, limits), root)
     if not wanted:
         given = ", ".join(attr for attr in attrs if attr) or "the file"
         names = _some(list(left_out))

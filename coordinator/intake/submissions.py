@@ -155,7 +155,7 @@ class Submissions:
         return row
 
     async def _wish(self, row: SubmissionRow) -> SubmitRequest:
-        """Return what the client asked for when it submitted."""
+        """Return the request with which the client submitted."""
         return await asyncio.to_thread(_request, self._views.note(row.id))
 
 

@@ -126,7 +126,7 @@ class RootNote:
     drv: str
     step: StepKey
     outputs: tuple[tuple[str, str], ...]
-    #: What the submission says of this root; absent in notes of before 2026-11-24.
+    #: Limits that the submission sets for this root; absent in notes of before 2026-11-24.
     limits: ResourceLimits | None = None
 
 

@@ -38,21 +38,21 @@ def numbered(facts: Sequence[Fact], seq: int) -> list[dict[str, Any]]:
 
 def encoded_parts(facts: Iterable[Fact], records: Iterable[Record]) -> Iterator[tuple[int, int, bytes]]:
     """Yield kind (as in `tables.parts`), number of items and body of each part of a snapshot."""
-    for some in _sliced(facts):
-        yield 0, len(some), encode_facts(some)
+    for batch in _sliced(facts):
+        yield 0, len(batch), encode_facts(batch)
     for some_records in _sliced(records):
         yield 1, len(some_records), encode_records(some_records)
 
 
 def _sliced(items: Iterable[_Item]) -> Iterator[list[_Item]]:
-    some: list[_Item] = []
+    batch: list[_Item] = []
     for item in items:
-        some.append(item)
-        if len(some) == FRAME_FACTS:
-            yield some
-            some = []
-    if some:
-        yield some
+        batch.append(item)
+        if len(batch) == FRAME_FACTS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def decoded(kind: int, items: int, body: bytes, where: str) -> Loaded:

@@ -157,7 +157,7 @@ class Snapshots:
         if len(kept) < SNAPSHOTS_KEPT:
             return
         while True:
-            some = (
+            oldest = (
                 select(tables.frames.c.seq)
                 .where(tables.frames.c.seq <= kept[-1])
                 .order_by(tables.frames.c.seq)
@@ -165,7 +165,7 @@ class Snapshots:
             )
             async with self._engine.begin() as connection:
                 gone = await connection.execute(
-                    delete(tables.frames).where(tables.frames.c.seq.in_(some.scalar_subquery()))
+                    delete(tables.frames).where(tables.frames.c.seq.in_(oldest.scalar_subquery()))
                 )
                 await self._fence(connection)
             if gone.rowcount < _PRUNE_FRAMES:

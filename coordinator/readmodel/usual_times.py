@@ -21,7 +21,7 @@ BUILDS = 10
 REMEMBERED = 8192
 READ_AGAIN_S = 600.0
 ASK_AGAIN_S = 10.0
-#: Questions that wait for the store; more are asked again when their step changes.
+#: Questions that wait for the store; more are put again when their step changes.
 WAITING = 256
 
 #: (package, system, how many newest builds) -> their seconds; may raise a `CoordinatorError`.
@@ -29,7 +29,7 @@ Builds = Callable[[str, str, int], Awaitable[list[float]]]
 
 
 class UsualTimes:
-    """The medians. `run` reads what was asked for and is not known, until cancelled."""
+    """The medians. `run` reads those that are wanted and not known, until cancelled."""
 
     def __init__(self, builds: Builds, clock: Clock) -> None:
         self._builds = builds
@@ -55,7 +55,7 @@ class UsualTimes:
         return len(self._asked)
 
     async def run(self) -> None:
-        """Read what was asked for, one after the other."""
+        """Read the wanted medians, one after the other."""
         while True:
             key = await self._wanted.get()
             try:

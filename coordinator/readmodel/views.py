@@ -45,7 +45,7 @@ ROOTS_LOOKED_AT = 50_000
 #: Members that one page of `submissions/ID/steps` looks at: some 10 ms of the event loop.
 STEPS_LOOKED_AT = 50_000
 
-#: States of a step that does not run although somebody may wait for it.
+#: States of a step that does not run although a person may wait for it.
 _EXPLAINED = (StepStatus.WAITING, StepStatus.READY, StepStatus.FAILED, StepStatus.DOOMED)
 #: Characters of a failure's sentence that every root which it dooms repeats; the step's own view has all.
 ROOT_FAILURE_CHARS = 500

@@ -74,7 +74,7 @@ class CacheAccess:
 
     @property
     def writable(self) -> bool:
-        """True if anybody may write."""
+        """True if some token may write."""
         return bool(self._writers)
 
     def may_read(self, token: str) -> bool:

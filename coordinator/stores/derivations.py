@@ -139,7 +139,7 @@ class DerivationStore:
         self._store_dir = store_dir
         #: Copies of rows; may be emptied at any time.
         self._nodes: dict[str, Node] = {}
-        self._asked = names_table(engine)
+        self._wanted = names_table(engine)
         self._insert = insert_or_ignore(engine, "derivations", "drv, step, kind, detail, inputs, modulo, aterm")
         self._insert_output = insert_or_ignore(engine, tables.outputs.name, "path, step")
         self._insert_member = insert_or_ignore(engine, "members", "step, ordinal, drv")
@@ -179,10 +179,10 @@ class DerivationStore:
 
     async def unknown(self, names: Sequence[str]) -> list[str]:
         """Return those .drv base names that are not stored, in their order. One query."""
-        asked = self._asked
+        wanted = self._wanted
         query = (
-            select(asked.c.value)
-            .outerjoin(tables.derivations, tables.derivations.c.drv == asked.c.value)
+            select(wanted.c.value)
+            .outerjoin(tables.derivations, tables.derivations.c.drv == wanted.c.value)
             .where(tables.derivations.c.drv.is_(None))
         )
         rows = await self._answers(query, names)
@@ -209,8 +209,8 @@ class DerivationStore:
 
     async def nodes(self, names: Sequence[str]) -> dict[str, Node]:
         """Return the nodes of those .drv base names that are stored. At most one query."""
-        found, asked = await asyncio.to_thread(self._remembered, names)
-        if not asked:
+        found, missing = await asyncio.to_thread(self._remembered, names)
+        if not missing:
             return found
         columns = (
             tables.derivations.c.drv,
@@ -218,7 +218,7 @@ class DerivationStore:
             tables.derivations.c.kind,
             tables.derivations.c.detail,
         )
-        rows = await self._rows(select(*columns), asked)
+        rows = await self._rows(select(*columns), missing)
         fresh = await asyncio.to_thread(lambda: [_node(row) for row in rows])
         self._remember(fresh)
         found.update((node.drv, node) for node in fresh)
@@ -244,15 +244,15 @@ class DerivationStore:
                     if outputs:
                         await connection.exec_driver_sql(self._insert_output, outputs)
 
-        await _told(insert)
+        await _translated(insert)
         self._remember([new.node for new in batch])
 
     async def members(self, keys: Sequence[StepKey]) -> dict[StepKey, list[str]]:
         """Return the .drv base names that are recipes of each step, by recipe index. One query."""
-        asked = self._asked
+        wanted = self._wanted
         query = (
             select(tables.members.c.step, tables.members.c.drv)
-            .join(asked, asked.c.value == tables.members.c.step)
+            .join(wanted, wanted.c.value == tables.members.c.step)
             .order_by(tables.members.c.step, tables.members.c.ordinal)
         )
         rows = await self._answers(query, keys)
@@ -270,8 +270,10 @@ class DerivationStore:
 
         Paths that no submitted derivation makes are absent.
         """
-        asked = self._asked
-        query = select(tables.outputs.c.path, tables.outputs.c.step).join(asked, asked.c.value == tables.outputs.c.path)
+        wanted = self._wanted
+        query = select(tables.outputs.c.path, tables.outputs.c.step).join(
+            wanted, wanted.c.value == tables.outputs.c.path
+        )
         steps = {path: StepKey(base_name_of(path)) for path in paths}
         steps.update((path, StepKey(step)) for path, step in await self._answers(query, paths))
         members = await self.members(list(dict.fromkeys(steps.values())))
@@ -285,7 +287,7 @@ class DerivationStore:
                 for start in range(0, len(new), tables.INSERT_ROWS):
                     await connection.exec_driver_sql(self._insert_member, list(new[start : start + tables.INSERT_ROWS]))
 
-        await _told(insert)
+        await _translated(insert)
 
     async def order_sizes(self, wanted: Iterable[tuple[StepKey, int]]) -> Mapping[tuple[StepKey, int], int]:
         """Return the bytes in memory of what `orders` gives for each (step, recipe index); unknown pairs are absent.
@@ -335,10 +337,10 @@ class DerivationStore:
 
     async def steps(self, keys: Sequence[StepKey]) -> Mapping[StepKey, StepInfo]:
         """Return what people want to know of each step; keys that were never submitted are absent. One query."""
-        asked = self._asked
+        wanted = self._wanted
         query = (
             select(tables.members.c.step, tables.derivations.c.drv, tables.derivations.c.detail)
-            .join(asked, asked.c.value == tables.members.c.step)
+            .join(wanted, wanted.c.value == tables.members.c.step)
             .join(tables.derivations, tables.derivations.c.drv == tables.members.c.drv)
             .where(tables.members.c.ordinal == 0)
         )
@@ -366,7 +368,7 @@ class DerivationStore:
             query = (
                 select(tables.members.c.step, *columns)
                 .select_from(tables.members)
-                .join(self._asked, self._asked.c.value == tables.members.c.step)
+                .join(self._wanted, self._wanted.c.value == tables.members.c.step)
                 .join(tables.derivations, tables.derivations.c.drv == tables.members.c.drv)
                 .where(tables.members.c.ordinal == index)
             )
@@ -374,7 +376,7 @@ class DerivationStore:
         return found
 
     async def _rows(self, query: Select[Any], names: Iterable[str]) -> Sequence[Any]:
-        return await self._answers(query.join(self._asked, self._asked.c.value == tables.derivations.c.drv), names)
+        return await self._answers(query.join(self._wanted, self._wanted.c.value == tables.derivations.c.drv), names)
 
     async def _answers(self, query: Select[Any], names: Iterable[str]) -> Sequence[Any]:
         parameters = {"names": names_parameter(names)}
@@ -387,7 +389,7 @@ class DerivationStore:
                     await asyncio.sleep(0)
             return rows
 
-        return await _told(ask)
+        return await _translated(ask)
 
     def _remember(self, nodes: Sequence[Node]) -> None:
         if len(self._nodes) + len(nodes) > MAX_CACHED_NODES:
@@ -407,7 +409,7 @@ def _info(  # noqa: PLR0917 - the fields of what it makes
     return StepInfo(key, drv_name_of(drv), system, features, f"{store_dir}/{drv}", outputs)
 
 
-async def _told(call: Callable[[], Awaitable[_Result]]) -> _Result:
+async def _translated(call: Callable[[], Awaitable[_Result]]) -> _Result:
     try:
         return await patiently(call, "derivations are read or written")
     except (SQLAlchemyError, OSError) as error:

@@ -1,6 +1,6 @@
 """Build logs as files: `LOGS/<first two of the key>/<key>/<attempt>.log`, raw bytes as the builder wrote them.
 
-A log lies here while its attempt runs and somebody reads it. `coordinator.engine.log_archiver` moves those of ended
+A log lies here while its attempt runs and while it is read. `coordinator.engine.log_archiver` moves those of ended
 attempts to the archive; a reader, or a late chunk, brings a log back. What stays of a failed attempt's is its tail.
 
 Workers send chunks with their offset and may send them again, so a file's size says what is already here: repeats are
@@ -88,7 +88,7 @@ class LogStore:
 
     @property
     def followed(self) -> int:
-        """Number of logs that somebody reads while they grow."""
+        """Number of logs that are followed while they grow."""
         return len(self._followers)
 
     async def close(self) -> None:

@@ -150,7 +150,7 @@ class TimingStore:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        self._asked = names_table(engine)
+        self._wanted = names_table(engine)
         self._upsert = _upsert(engine)
 
     @classmethod
@@ -192,7 +192,7 @@ class TimingStore:
         """Return all attempts of steps, by step and attempt."""
         query = (
             select(attempts)
-            .join(self._asked, self._asked.c.value == attempts.c.step)
+            .join(self._wanted, self._wanted.c.value == attempts.c.step)
             .order_by(attempts.c.step, attempts.c.attempt)
         )
         return await self._rows(query, {"names": names_parameter(steps)})

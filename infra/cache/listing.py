@@ -1,4 +1,4 @@
-"""The `.ls` listings of published paths, made from their objects when somebody asks.
+"""The `.ls` listings of published paths, made from their objects on request.
 
 Few listings are ever requested, so none is stored: the object is read once, verified, and what was made is remembered
 for a while. Everything is bounded: the NAR, the listing, how many are made at once and how many wait. Askers for one

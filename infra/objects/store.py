@@ -240,7 +240,7 @@ class ObjectStore:
             yield bytes(chunk)
 
     async def presigned_get(self, key: str, ttl_s: float) -> str:
-        """Return an address from which anybody can GET the object for `ttl_s` seconds, "" if the store has none such.
+        """Return an address from which a client can GET the object for `ttl_s` seconds, "" if the store has none such.
 
         Says nothing about whether the object is there.
         """

@@ -86,7 +86,7 @@ def test_a_field_too_many_too_few_or_of_another_type_is_not_understood(route: Ro
 @pytest.mark.parametrize(
     "raw", [b"", b"<html>", b"[]", b"null", b'"text"', b"{}", b'{"type": "other"}', b'{"type": []}']
 )
-def test_what_is_no_answer_at_all_is_not_understood(raw: bytes) -> None:
+def test_bytes_that_are_no_answer_are_not_understood(raw: bytes) -> None:
     with pytest.raises(ClientError):
         decode(FARM, raw, URL)
     with pytest.raises(ClientError):

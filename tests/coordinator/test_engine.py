@@ -322,7 +322,7 @@ async def test_repeated_and_unasked_log_chunks_change_nothing(open_farm: OpenFar
         assert logs == ["1.log"]
 
 
-async def test_when_facts_cannot_be_stored_nothing_is_done_and_the_coordinator_stops(
+async def test_facts_that_cannot_be_stored_stop_the_coordinator_and_nothing_is_done(
     open_farm: OpenFarm, settings: Settings
 ) -> None:
     worker = ScriptedWorker()

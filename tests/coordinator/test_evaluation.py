@@ -69,7 +69,7 @@ async def test_attributes_are_told_apart(file: str, flags: tuple[str, ...]) -> N
     ]
 
 
-async def test_what_cannot_be_evaluated_is_said_in_nix_s_own_words(
+async def test_an_evaluation_error_is_shown_in_the_words_of_nix(
     file: str, flags: tuple[str, ...], tmp_path: Path
 ) -> None:
     heard: list[str] = []
@@ -211,7 +211,7 @@ async def test_limits_and_names_hold_whichever_way_a_root_came_about(flags: tupl
     assert await said(single) == {"x": seconds(1)}
 
 
-async def test_what_nix_leaves_out_of_a_set_is_said(flags: tuple[str, ...], tmp_path: Path) -> None:
+async def test_attributes_that_nix_leaves_out_of_a_set_are_named(flags: tuple[str, ...], tmp_path: Path) -> None:
     file = tmp_path / "nested.nix"
     file.write_text(
         """

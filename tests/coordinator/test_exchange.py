@@ -64,7 +64,7 @@ async def test_a_body_is_read_by_its_length_by_chunks_or_to_the_end(rest: bytes)
         b"x" * 200_000,
     ],
 )
-async def test_what_is_no_answer_or_too_large_is_refused(raw: bytes) -> None:
+async def test_answers_that_are_malformed_or_too_large_are_refused(raw: bytes) -> None:
     with pytest.raises(BadAnswerError):
         await ask(raw)
 

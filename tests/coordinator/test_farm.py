@@ -349,7 +349,7 @@ async def test_metrics_show_steps_workers_and_the_cache(open_farm: OpenFarm) -> 
         assert 'drover_cache_publish_seconds_count{cache="default"}' in "\n".join(lines)
 
 
-async def test_what_does_not_exist_is_404_with_a_sentence(open_farm: OpenFarm) -> None:
+async def test_an_absent_thing_is_404_with_a_sentence(open_farm: OpenFarm) -> None:
     async with open_farm() as farm:
         waiting = await farm.submit(DIAMOND, "left", "right")
         asked = {

@@ -37,7 +37,7 @@ async def outputs(farm: OpenedFarm, submission: str) -> dict[str, str]:
     return {step.name: step.outputs["out"] for step in await farm.client.steps(submission)}
 
 
-async def test_what_a_submission_made_stays_for_its_retention_and_then_goes(open_farm: OpenFarm) -> None:
+async def test_outputs_of_a_submission_stay_for_its_retention_and_then_go(open_farm: OpenFarm) -> None:
     clock = MovableClock()
     async with open_farm("one", clock=clock) as farm:
         view = await farm.ended((await farm.submit(DIAMOND, "top")).id)
@@ -111,7 +111,7 @@ async def test_a_pin_keeps_its_closure_and_why_says_so(open_farm: OpenFarm) -> N
         assert not await published(farm, paths["low"])
 
 
-async def test_what_does_not_exist_or_is_no_path_is_said(open_farm: OpenFarm) -> None:
+async def test_an_absent_cache_or_pin_and_a_text_that_is_no_path_are_named(open_farm: OpenFarm) -> None:
     async with open_farm() as farm:
         with pytest.raises(RefusedError, match="there is no cache 'other'; there are default"):
             await farm.client.cache("other")
@@ -140,7 +140,7 @@ async def test_verification_finds_a_lost_object_and_says_what_became_of_it(open_
         assert path in {fault.path for fault in found.faults}
 
 
-async def test_what_the_cache_lost_is_had_again_from_a_worker_that_built_it(open_farm: OpenFarm) -> None:
+async def test_a_path_that_the_cache_lost_is_uploaded_again_by_a_worker_that_built_it(open_farm: OpenFarm) -> None:
     async with open_farm("one") as farm:
         view = await farm.ended((await farm.submit(DIAMOND, "top")).id)
         objects = farm.coordinator.cache.objects.local_path("nar")

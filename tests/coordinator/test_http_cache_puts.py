@@ -122,7 +122,7 @@ async def send(served: Writable, upload: Upload) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("size", [1, 100_000, QUICK_OBJECT_BYTES + 1, 20_000_000])
-async def test_what_is_uploaded_is_verified_signed_and_served(served: Writable, size: int) -> None:
+async def test_an_uploaded_path_is_verified_signed_and_served(served: Writable, size: int) -> None:
     upload = upload_of(A, os.urandom(size))
     assert await served.status(upload.info.stored.url) == 404
     status, _ = await served.put(upload.info.stored.url, upload.data)
@@ -280,7 +280,9 @@ def put_head(address: str, length: int, *more: str, token: str = BASIC) -> str:
 @pytest.mark.parametrize(
     ("length", "token", "status"), [(10, "Basic eA==", b"401"), (10, "", b"401"), (1 << 50, BASIC, b"413")]
 )
-async def test_who_may_not_is_refused_before_the_body(served: Writable, length: int, token: str, status: bytes) -> None:
+async def test_a_sender_without_the_right_is_refused_before_the_body(
+    served: Writable, length: int, token: str, status: bytes
+) -> None:
     upload = upload_of(A, b"x")
     for address in (upload.info.stored.url, upload.narinfo_address, f"log/{base_name(DRV)}", "nix-cache-info"):
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
@@ -512,7 +514,7 @@ async def test_the_files_of_a_nar_are_listed(served: Writable) -> None:
         assert await served.status(f"{base_name(path)[:32]}.ls", "GET") == 404
 
 
-async def test_what_is_uploaded_is_kept_for_the_retention(served: Writable) -> None:
+async def test_an_uploaded_path_is_kept_for_the_retention(served: Writable) -> None:
     await send(served, upload_of(A, b"kept"))
     (root,) = await served.cache.roots()
     assert (root.kind, root.name, root.paths) == ("put", base_name(A), 1)

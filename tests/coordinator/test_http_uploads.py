@@ -290,7 +290,7 @@ async def test_a_named_cache_takes_nothing_from_writers_of_another(site: Site) -
         await site.client(cache="/other").upload_all([one.claim], opener(one), parallel=1)
 
 
-async def test_what_makes_no_sense_is_refused(site: Site) -> None:
+async def test_a_malformed_request_of_an_upload_is_refused(site: Site) -> None:
     unknown = "/" + "0" * 32
     for method, address, body, status in (
         ("POST", "", b"{", 400),
@@ -372,7 +372,7 @@ async def _numbered(chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[int, by
         number += 1
 
 
-async def test_what_is_pushed_is_a_root_as_the_sender_wishes(site: Site) -> None:
+async def test_pushed_paths_are_a_root_as_the_sender_wishes(site: Site) -> None:
     base = thing("base")
     top = thing("top", references=[base])
     await site.push(top, base, keep=KeepRequest(name="release", paths=(top.claim.path,), days=0))
@@ -383,7 +383,7 @@ async def test_what_is_pushed_is_a_root_as_the_sender_wishes(site: Site) -> None
     assert other.expires_at is not None
 
 
-async def test_what_a_trusted_upstream_has_is_not_sent_and_still_comes(tmp_path: Path) -> None:
+async def test_paths_of_a_trusted_upstream_are_not_sent_and_come_from_there(tmp_path: Path) -> None:
     base, own = thing("base"), thing("own")
     top = thing("top", references=[base])
     async with AsyncExitStack() as stack:

@@ -261,7 +261,7 @@ async def test_a_name_that_leaves_the_store_is_refused(room: IntakeHarness, make
     await refused(room, honest, lie, kind=IntakeError, naming=lie)
 
 
-async def test_what_is_no_derivation_is_refused(room: IntakeHarness, make: Maker, honest: list[Made]) -> None:
+async def test_bytes_that_are_no_derivation_are_refused(room: IntakeHarness, make: Maker, honest: list[Made]) -> None:
     lie = replace(make.plain("real"), data=b"Derive([")
     await refused(room, honest, lie, kind=DerivationRefusedError, naming=lie)
 
@@ -281,7 +281,7 @@ async def test_a_cut_stream_and_garbage_store_nothing(room: IntakeHarness, hones
     assert len(await room.unknown(*honest)) == len(honest)
 
 
-async def test_what_was_never_sent_cannot_be_submitted(room: IntakeHarness, make: Maker) -> None:
+async def test_a_derivation_that_was_never_sent_cannot_be_submitted(room: IntakeHarness, make: Maker) -> None:
     with pytest.raises(MissingMemberError, match="ghost"):
         await room.submit(make.plain("ghost"))
 
@@ -353,7 +353,7 @@ async def test_more_streams_than_the_limit_are_refused_with_the_limit(room: Inta
         ("roots", {"roots": MAX_ROOTS + 1}),
     ],
 )
-def test_what_people_read_is_bounded_and_the_refusal_names_field_and_bound(field: str, wish: dict[str, Any]) -> None:
+def test_texts_for_people_are_bounded_and_the_refusal_names_field_and_bound(field: str, wish: dict[str, Any]) -> None:
     root = {"attr": wish.get("attr", "a"), "drv": wish.get("drv", "/nix/store/x.drv")}
     body = {"label": wish.get("label", ""), "roots": [root] * wish.get("roots", 1)}
     with pytest.raises(ValidationError, match=rf"{field}[\s\S]*(1024|{MAX_ROOTS})"):
@@ -431,7 +431,7 @@ async def test_a_built_path_among_the_sources_is_made_by_the_derivation_that_mak
 
 
 @pytest.mark.parametrize("output", ["dev", "lib", "out"])
-async def test_what_made_a_built_path_for_one_submission_makes_it_for_the_next(
+async def test_the_derivation_of_a_built_path_serves_the_next_submission_too(
     room: IntakeHarness, make: Maker, output: str
 ) -> None:
     maker = make.plain("maker", outputs=("dev", "lib", "out"))

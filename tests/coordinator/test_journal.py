@@ -258,7 +258,7 @@ def _append_and_die(database: str) -> None:
     assert subprocess.run([sys.executable, "-c", program, database], cwd=root, check=False).returncode == -9
 
 
-async def test_what_was_appended_survives_a_kill(database: str) -> None:
+async def test_appended_facts_survive_a_kill(database: str) -> None:
     await asyncio.to_thread(_append_and_die, database)
     facts, _ = await _read(database)
     assert facts == _held(*range(5))
@@ -427,7 +427,7 @@ def test_a_damaged_note_is_one_typed_error(roots: int) -> None:
         decode_note(StoredNote(stored.own, stored.shared[:-5] or b"-"))
 
 
-async def test_whoever_is_taken_over_from_can_write_nothing_more(database: str) -> None:
+async def test_a_leader_that_was_taken_over_from_writes_nothing_more(database: str) -> None:
     async with _opened(database) as old:
         await old.append(_held(1))
         async with _opened(database) as new:
@@ -473,7 +473,7 @@ _DAMAGE_THE_NEWEST = """
 """
 
 
-async def test_what_a_broken_off_snapshot_left_is_removed_by_the_next(database: str) -> None:
+async def test_frames_of_a_broken_off_snapshot_are_removed_by_the_next(database: str) -> None:
     async with _opened_beside(database) as (engine, journal):
         await journal.append(_held(1))
 

@@ -60,7 +60,7 @@ async def test_a_farm_exposes_the_table_and_nothing_else(open_farm: OpenFarm) ->
     assert value(shown, "drover_worker_disk_free_bytes", worker="one") > 0
 
 
-def test_what_a_machine_does_not_tell_is_absent_and_not_0(tmp_path: Path) -> None:
+def test_a_measure_that_a_machine_does_not_give_is_absent_and_not_0(tmp_path: Path) -> None:
     (tmp_path / "pressure").mkdir()
     (tmp_path / "pressure" / "cpu").write_text("some avg10=12.50 avg60=1.00 avg300=0.00 total=5\n")
     (tmp_path / "pressure" / "io").write_text("not what Linux writes")

@@ -41,7 +41,7 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(state_dir=tmp_path / "farm", port=0, limits=LimitSettings(history_days=NEVER_FORGET_DAYS))
 
 
-async def test_what_an_earlier_version_built_is_shown_and_served_and_not_built_again(open_farm: OpenFarm) -> None:
+async def test_outputs_of_an_earlier_version_are_shown_and_served_and_not_built_again(open_farm: OpenFarm) -> None:
     async with open_farm() as farm, aiohttp.ClientSession() as web:
         failed, kept = await farm.client.submissions()
         assert (failed.label, failed.state) == ("failed", SubmissionState.FAILED)

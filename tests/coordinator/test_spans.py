@@ -131,7 +131,7 @@ def test_a_traceparent_of_another_program_makes_the_submission_a_part_of_its_tra
         "00-" + "a" * 10_000,
     ],
 )
-def test_what_is_no_traceparent_begins_a_trace_of_its_own(text: str) -> None:
+def test_a_malformed_traceparent_begins_a_trace_of_its_own(text: str) -> None:
     assert parse_traceparent(text) is None
     assert Trace("one", text).root == ONE.root
 

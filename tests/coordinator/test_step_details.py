@@ -42,7 +42,7 @@ _odd = st.builds(
 
 
 @given(st.lists(st.one_of(_infos(), _odd), unique_by=lambda info: info.key), st.integers(0, 90), st.integers(1, 90))
-def test_what_is_learnt_comes_back_and_any_part_of_a_drv_finds_it(
+def test_details_come_back_as_kept_and_any_part_of_a_drv_finds_their_step(
     told: list[StepInfo], start: int, length: int
 ) -> None:
     details = Details()
@@ -63,7 +63,7 @@ def made(number: int) -> StepInfo:
     return StepInfo(key, "name", "x", (), f"/nix/store/2{key[1:]}.drv", outputs)
 
 
-def test_what_nix_makes_is_kept_as_hashes() -> None:
+def test_details_of_paths_that_nix_makes_are_kept_as_hashes() -> None:
     """And so takes much less room than its texts."""
     details, number = Details(), 2_000
     keys = [made(each).key for each in range(number)]

@@ -90,11 +90,11 @@ def test_text_without_controls_is_kept(text: str) -> None:
         ("\u202etxt.exe", "txt.exe"),
     ],
 )
-def test_what_a_terminal_would_obey_is_left_out(raw: str, out: str) -> None:
+def test_control_characters_that_a_terminal_would_obey_are_left_out(raw: str, out: str) -> None:
     assert shown(raw) == out
 
 
-def test_what_has_no_end_is_text_again_after_a_bound() -> None:
+def test_a_control_sequence_without_an_end_is_text_again_after_a_bound() -> None:
     assert shown("\x1b]0;" + "x" * (MAX_STRING_CHARS + 7)) == "x" * 9
     assert shown("\x1b[" + "1" * (MAX_SEQUENCE_CHARS + 7)) == "1" * 7
     assert len(COLOUR.findall(shown("\x1b[31m" * (MAX_COLOURS + 7)))) == MAX_COLOURS + 1

@@ -123,7 +123,7 @@ def test_a_clock_that_is_off_or_jumps_bends_no_timeline(
     took=st.one_of(st.floats(), st.floats(-1e6, 1e6)),
     count=st.integers(-(2**70), 2**70),
 )
-def test_whatever_a_worker_says_of_its_times_and_bytes_stays_inside_its_lease_and_can_be_stored(
+def test_times_and_bytes_that_a_worker_reports_stay_inside_its_lease_and_can_be_stored(
     at: float, took: float, count: int
 ) -> None:
     timelines = Timelines()
@@ -196,7 +196,7 @@ def test_beyond_its_bound_the_fold_drops_the_oldest_attempt_and_counts_it() -> N
     assert (nowhere.take(9), nowhere.dropped) == ([], 0)
 
 
-def test_what_an_older_journal_does_not_tell_is_not_known() -> None:
+def test_times_that_an_older_journal_lacks_are_not_known() -> None:
     timelines = Timelines()
     timelines.leased("s", 1, 0, "w", 3.0, 0.0, 0.0)
     timelines.revoked("s", 0.0, Failure(FailureKind.TRANSIENT, "a\0b"))

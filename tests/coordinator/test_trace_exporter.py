@@ -47,7 +47,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_what_has_ended_is_sent_in_batches_and_what_an_earlier_process_sent_is_not() -> None:
+async def test_ended_spans_are_sent_in_batches_and_those_that_an_earlier_process_sent_are_not() -> None:
     batches: list[int] = []
 
     def send(spans: Sequence[EndedSpan]) -> bool:

@@ -29,7 +29,7 @@ async def test_clients_take_turns_and_a_large_wish_is_not_overtaken() -> None:
     assert (budget.held, budget.peak) == (0, 10)
 
 
-async def test_who_leaves_the_queue_blocks_nobody() -> None:
+async def test_a_client_that_leaves_the_queue_blocks_no_other() -> None:
     budget = ByteBudget(10)
 
     async def want(client: str) -> None:

@@ -41,7 +41,7 @@ def test_pauses_double_up_to_the_longest_and_are_spread() -> None:
     assert many[0].next_s() <= 1.0
 
 
-async def test_what_may_pass_is_tried_again_and_its_outage_is_logged_once_and_so_is_its_end(
+async def test_a_failure_that_may_pass_is_tried_again_and_its_outage_is_logged_once_and_so_is_its_end(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     call, away = Flaky(2, OSError("no route")), outage()
@@ -61,14 +61,16 @@ async def test_what_may_pass_is_tried_again_and_its_outage_is_logged_once_and_so
     ]
 
 
-async def test_what_does_not_pass_is_raised_at_once_and_is_no_outage(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failure_that_does_not_pass_is_raised_at_once_and_is_no_outage(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     call, away = Flaky(1, ValueError("wrong")), outage()
     with pytest.raises(ValueError, match="wrong"):
         await retrying(call, 60, away, lambda error: str(error) * isinstance(error, OSError))
     assert (call.calls, away.trouble, caplog.records) == (1, "", [])
 
 
-async def test_when_the_time_is_over_the_last_failure_is_raised_and_the_outage_goes_on() -> None:
+async def test_the_last_failure_is_raised_after_the_time_and_the_outage_goes_on() -> None:
     call, away = Flaky(100, OSError("no route")), outage()
     with pytest.raises(OSError, match="no route"):
         await retrying(call, 0, away, str)

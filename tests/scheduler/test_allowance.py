@@ -69,7 +69,7 @@ def test_one_fault_of_the_farm_that_hits_all_that_runs_costs_nothing() -> None:
     assert not scene.farm.state.paid_until
 
 
-def test_what_was_paid_survives_a_restart_and_a_snapshot_and_is_forgotten_with_its_submission() -> None:
+def test_a_spent_allowance_survives_a_restart_and_a_snapshot_and_is_forgotten_with_its_submission() -> None:
     scene = Scene(FEW)
     scene.play(join("b", 100), submit("s", bad(3), *map(step, bad(3))))
     fail_all(scene, 60.0)

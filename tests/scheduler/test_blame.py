@@ -147,7 +147,7 @@ def test_hostile_recipes_quarantine_no_healthy_builder_and_cost_two_attempts_eac
     assert attempts <= 2 * len(bad)
 
 
-def test_who_said_what_of_a_step_survives_a_restart() -> None:
+def test_the_failures_that_builders_reported_of_a_step_survive_a_restart() -> None:
     scene = Scene()
     scene.play(join("b1"), join("b2"), submit("s1", ["x"], step("x")))
     facts, _ = scene.play(broke("x", "b1", INFRA, 1, "Nix refuses x", signature="odd"))

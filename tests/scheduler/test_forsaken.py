@@ -36,7 +36,7 @@ def test_time_alone_gives_up_what_no_builder_offers_and_a_sentence_says_what_to_
     )
 
 
-def test_what_was_given_up_waits_anew_when_it_is_retried_and_runs_where_a_worker_has_come() -> None:
+def test_a_step_that_was_given_up_waits_anew_when_it_is_retried_and_runs_where_a_worker_has_come() -> None:
     scene = Scene(LIMITS)
     scene.play(submit("s", ["x"], step("x")))
     scene.wake()
@@ -107,7 +107,7 @@ def test_a_step_waits_no_longer_for_the_sake_of_a_submission_that_is_gone() -> N
         assert scene.now <= 301 + LOOK_AGAIN_S
 
 
-def test_how_long_a_submission_waits_is_kept_where_it_runs_again_and_by_a_snapshot() -> None:
+def test_the_wait_limit_of_a_submission_is_kept_where_it_runs_again_and_by_a_snapshot() -> None:
     scene = Scene(LIMITS)
     scene.play(submit("s", ["x"], step("x"), wait_s=30), submit("gone", ["y"], step("y"), wait_s=7))
     scene.play(cancel("gone"))

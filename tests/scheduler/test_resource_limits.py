@@ -22,7 +22,7 @@ def test_without_a_word_the_farms_defaults_hold() -> None:
     assert in_force([None], DEFAULT) == DEFAULT
 
 
-def test_what_a_submission_says_of_its_root_holds_be_it_shorter_or_longer() -> None:
+def test_a_limit_that_a_submission_sets_for_its_root_holds_be_it_shorter_or_longer() -> None:
     assert in_force([ResourceLimits(timeout_s=5, silence_s=3)], DEFAULT) == ResourceLimits(5, 3, 1000, 0)
     assert in_force([ResourceLimits(timeout_s=500)], DEFAULT).timeout_s == 500
 

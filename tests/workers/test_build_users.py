@@ -49,7 +49,7 @@ def test_a_range_that_became_too_small_is_exchanged(tmp_path: Path) -> None:
     assert [entry.name for entry in (tmp_path / "other").iterdir() if entry.name != "lock"] == [str(large.first)]
 
 
-def test_what_belongs_to_accounts_is_not_given_out(tmp_path: Path) -> None:
+def test_ids_of_accounts_are_not_given_out(tmp_path: Path) -> None:
     found = claim(tmp_path / "ids", POOL, [range(1095, 1096), range(1050, 1080)], store(tmp_path, "one"), 10)
     assert list(found.ids) == list(range(1085, 1095))
 

@@ -90,7 +90,7 @@ async def test_each_poll_has_the_agents_time_of_its_arrival_and_of_its_answer(be
     assert times == sorted(time for time in times if time is not None)
 
 
-def test_what_an_older_agent_sends_is_read_as_not_measured() -> None:
+def test_a_report_of_an_older_agent_is_read_as_not_measured() -> None:
     report = {
         "kind": "report",
         "step": "s",

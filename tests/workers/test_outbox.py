@@ -161,7 +161,7 @@ async def test_the_file_of_reports_holds_the_unacknowledged_ones(
         assert path.read_bytes() == b""
 
 
-async def test_what_an_earlier_worker_left_is_swept(tmp_path: Path) -> None:
+async def test_files_of_an_earlier_worker_are_swept(tmp_path: Path) -> None:
     (tmp_path / "outbox" / "sub").mkdir(parents=True)
     (tmp_path / "outbox" / "old.log").write_text("old")
     async with opened(tmp_path / "outbox"):

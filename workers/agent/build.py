@@ -199,7 +199,7 @@ async def build_in_slot(
                     raise reading(str(error)) from error
                 raise
             _settle(use, connection.builders_use(), result)
-            # Before the slot is anybody else's: what its next build leaves to the owner is that build's.
+            # Before another lease gets the slot: what its next build leaves to the owner is that build's.
             await connection.end_orphans()
             return result
 

@@ -114,7 +114,7 @@ def own_ids() -> list[range]:
 
 
 def account_ids() -> list[range]:
-    """Return the ids of accounts and groups, and those that /etc/subuid and /etc/subgid promise to somebody."""
+    """Return the ids of accounts and groups, and those that /etc/subuid and /etc/subgid promise to a user."""
     taken = []
     for path in ("/etc/passwd", "/etc/group"):
         taken += [range(int(fields[2]), int(fields[2]) + 1) for fields in _fields(path) if _numbers(fields[2:3])]

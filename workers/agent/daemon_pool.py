@@ -98,7 +98,7 @@ class DaemonSession:
 
     @property
     def busy(self) -> bool:
-        """True if somebody holds the session."""
+        """True if a caller holds the session."""
         return self._turn.locked()
 
     @property

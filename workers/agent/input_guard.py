@@ -91,7 +91,7 @@ class Alteration(Enum):
     """Change of a path since the last look at it."""
 
     SAME = "same"
-    #: Its contents are right, and somebody did something to it.
+    #: Its contents are right although its identity has changed.
     TOUCHED = "touched"
     CHANGED = "changed"
 

@@ -418,8 +418,8 @@ class WorkerMachine:
         """Leases worth having beyond the slots."""
         if self._mean_s is None:
             return 0
-        each = MAX_BACKLOG_PER_SLOT if self._mean_s <= 0 else int(BACKLOG_S / self._mean_s)
-        return self._slots * min(each, MAX_BACKLOG_PER_SLOT)
+        per_slot = MAX_BACKLOG_PER_SLOT if self._mean_s <= 0 else int(BACKLOG_S / self._mean_s)
+        return self._slots * min(per_slot, MAX_BACKLOG_PER_SLOT)
 
     def capacity(self, reported: frozenset[LeaseKey] | set[LeaseKey] = frozenset()) -> int:
         """Return how many leases the worker is willing to hold in all, but for the `reported` ones."""

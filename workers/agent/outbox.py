@@ -188,7 +188,7 @@ class Outbox:
         return reported
 
     async def wait(self, wait_s: float) -> None:
-        """Return when an answer is due, at the latest after `wait_s`; at once where somebody else begins to wait."""
+        """Return when an answer is due, at the latest after `wait_s`; at once where another call begins to wait."""
         loop = asyncio.get_running_loop()
         self._turn += 1
         turn = self._turn

@@ -37,9 +37,9 @@ def _load() -> float | None:
 def _pressure(file: Path) -> float | None:
     """Read `some avg10=1.23 avg60=… avg300=… total=…` (Documentation/accounting/psi.rst of Linux) as a part of 1."""
     with suppress(OSError, ValueError, IndexError):
-        some = file.read_text().split("\n", 1)[0].split()
-        name, _, percent = some[1].partition("=")
-        if some[0] == "some" and name == "avg10":
+        fields = file.read_text().split("\n", 1)[0].split()
+        name, _, percent = fields[1].partition("=")
+        if fields[0] == "some" and name == "avg10":
             return float(percent) / 100
     return None
 

@@ -67,7 +67,7 @@ def reason(outcome: object) -> RejectReason:
     return outcome.reason
 
 
-async def test_what_is_published_is_answered_signed_by_every_key(tmp_path: Path) -> None:
+async def test_a_published_path_is_answered_signed_by_every_key(tmp_path: Path) -> None:
     keys = [secret_key("old-1", 1), secret_key("new-2", 2)]
     async with open_cache(tmp_path, keys) as cache:
         await publish(cache, B)

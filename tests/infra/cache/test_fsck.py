@@ -88,7 +88,7 @@ async def test_a_lost_and_a_short_object_are_found_without_reading_a_changed_one
     assert found(await cache.verify(full=True)).keys() == {LOW, MIDDLE, OTHER}
 
 
-async def test_what_another_still_has_is_mended_and_only_by_the_very_same_bits(cache: Cache) -> None:
+async def test_a_lost_object_is_mended_from_a_source_and_only_by_the_very_same_bits(cache: Cache) -> None:
     signed = narinfo_format.parse(await text(cache, LOW) or b"", STORE_DIR)
     (await file_of(cache, LOW)).unlink()
     changed = await file_of(cache, OTHER)
@@ -102,7 +102,7 @@ async def test_what_another_still_has_is_mended_and_only_by_the_very_same_bits(c
     assert (mended.path.sigs, mended.path.nar_hash) == (signed.path.sigs, signed.path.nar_hash)
 
 
-async def test_what_nobody_has_goes_with_all_that_refers_to_it_and_can_be_published_again(cache: Cache) -> None:
+async def test_a_path_that_no_source_has_goes_with_its_referrers_and_can_be_published_again(cache: Cache) -> None:
     await cache.pin("keep", [TOP])
     (await file_of(cache, LOW)).unlink()
     report = await cache.verify(repair=True, sources=[Elsewhere({})])

@@ -56,7 +56,7 @@ async def publish_chain(cache: Cache) -> None:
         assert await publish(cache, path, references=references) == Published(path)
 
 
-async def test_what_a_root_names_stays_with_all_that_it_refers_to(cache: Cache) -> None:
+async def test_paths_that_a_root_names_stay_with_all_that_they_refer_to(cache: Cache) -> None:
     await publish_chain(cache)
     await cache.pin("release", [B])
     report = await cache.collect(AT_ONCE)

@@ -240,7 +240,7 @@ WALK = settings(
 STEPS = 16
 
 
-def test_what_is_wanted_always_answers_and_nothing_dangles() -> None:
+def test_wanted_paths_are_always_served_and_no_reference_dangles() -> None:
     run_state_machine_as_test(CacheMachine, settings=WALK)
 
 

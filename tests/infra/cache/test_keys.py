@@ -24,7 +24,7 @@ def test_a_key_is_made_on_the_first_start_and_stays(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["signing"]
 
 
-def test_all_who_make_it_at_once_use_one_key(tmp_path: Path) -> None:
+def test_processes_that_make_the_key_at_once_use_one(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         keys = list(pool.map(lambda _: load_or_create_key(tmp_path / "k", "drover-host-1").reveal(), range(32)))
     assert len(set(keys)) == 1
@@ -52,7 +52,7 @@ def test_no_message_or_traceback_quotes_a_key(tmp_path: Path, damage: object) ->
     assert secret.partition(":")[2][:12].lower() not in shown.lower()
 
 
-def test_what_is_no_key_file_is_refused(tmp_path: Path) -> None:
+def test_a_malformed_key_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"\xff\xfe")
     (tmp_path / "latin").chmod(0o600)
     for name in ("none", ".", "latin"):

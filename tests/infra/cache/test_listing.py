@@ -50,7 +50,7 @@ async def test_many_who_ask_at_once_share_one_reading_and_later_ones_need_none(c
     await listings.close()
 
 
-async def test_what_is_no_nar_or_not_published_has_no_listing(cache: Cache) -> None:
+async def test_an_object_that_is_no_nar_or_not_published_has_no_listing(cache: Cache) -> None:
     claim = await uploaded_claim(cache, A, b"verified, but not an archive")
     await cache.publish([claim])
     listings = Listings(cache)

@@ -112,7 +112,7 @@ async def test_what_is_decided_in_a_writing_transaction_is_decided_on_the_presen
     await second.close()
 
 
-async def test_whoever_began_an_earlier_reign_writes_nothing_any_more(database_url: str) -> None:
+async def test_a_coordinator_of_an_earlier_epoch_writes_nothing_any_more(database_url: str) -> None:
     first, second = FencingToken(journal=7, epoch=1), FencingToken(journal=7, epoch=2)
     old, new = await open_metadata(database_url, first), await open_metadata(database_url, second)
     with pytest.raises(CacheFencedError, match="has taken over the cache; nothing was written"):

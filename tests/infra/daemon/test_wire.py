@@ -241,7 +241,7 @@ def test_a_size_over_its_limit_is_refused_before_its_bytes_are_waited_for(
         (Encoder().integer(TAG_RESULT).integer(1).integer(101).integer(1).integer(2).getvalue(), "unknown kind 2"),
     ],
 )
-def test_what_the_protocol_does_not_allow_is_named(data: bytes, subject: str) -> None:
+def test_bytes_that_the_protocol_does_not_allow_are_named(data: bytes, subject: str) -> None:
     with pytest.raises(DaemonProtocolError, match=subject):
         Inbox(data).read_message()
 

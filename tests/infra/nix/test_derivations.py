@@ -99,7 +99,7 @@ def derivations(draw: st.DrawFn) -> Derivation:
 
 
 @given(derivations())
-def test_what_is_rendered_parses_to_itself_and_is_canonical(drv: Derivation) -> None:
+def test_a_rendered_derivation_parses_to_itself_and_is_canonical(drv: Derivation) -> None:
     text = aterm.render(drv)
     assert aterm.parse(text) == drv
     assert aterm.scan(text).in_order()

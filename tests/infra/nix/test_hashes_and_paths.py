@@ -90,7 +90,7 @@ HASH = "vylz2d5mzcgx8z67q4xi43zhzf5zrld5"
     + [f"/nix/store/{HASH}-{name}" for name in ("a b", ".", "..", ".-a", "..-a", "ü", "a" * 212, "a\0")]
     + [f"/nix/store/{HASH[:-1]}e-a", f"/nix/store//{HASH}-a", f"nix/store/{HASH}-a", f"/nix/store/../store/{HASH}-a"],
 )
-def test_what_is_no_store_path_is_refused(text: str) -> None:
+def test_a_text_that_is_no_store_path_is_refused(text: str) -> None:
     assert not NIX_STORE.contains(text)
     with pytest.raises(FormatError):
         NIX_STORE.parse(text)

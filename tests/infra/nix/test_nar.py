@@ -240,7 +240,7 @@ def test_the_case_hack_keeps_colliding_names_and_the_hash(tmp_path: Path) -> Non
         nar_files.restore([pack({b"a~nix~case~hack~1": b""})], tmp_path / "other", case_hack=True)
 
 
-def test_what_is_neither_file_directory_nor_link_is_not_packed(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_than_file_directory_or_link_is_not_packed(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(nar_files.NarFilesError):
         list(nar_files.dump(tmp_path))

@@ -91,7 +91,7 @@ def test_keys_are_read_with_the_mark_plain_or_escaped() -> None:
         (b"{", b"[{"),
     ],
 )
-def test_what_is_not_a_realisation_of_this_key_is_refused(before: bytes, after: bytes) -> None:
+def test_a_malformed_or_foreign_realisation_is_refused(before: bytes, after: bytes) -> None:
     assert before in BY_HASH
     with pytest.raises(FormatError):
         realisation.parse(OLD.layout, OLD.key, BY_HASH.replace(before, after, 1))

@@ -61,7 +61,7 @@ def test_a_secret_key_round_trips_and_shows_itself_nowhere_else() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "k", "k:", ":AAAA", "k:!!!!", "k k:AAAA", "k\n:AAAA"])
-def test_what_is_no_key_is_refused(text: str) -> None:
+def test_a_text_that_is_no_key_is_refused(text: str) -> None:
     for parse in (signing.SecretKey.parse, signing.PublicKey.parse):
         with pytest.raises(FormatError):
             parse(text)

@@ -197,7 +197,7 @@ def test_an_output_that_the_input_lacks_is_refused() -> None:
         (b"echo hi", b"\\echo hi"),
     ],
 )
-def test_what_nix_would_have_written_otherwise_is_refused(before: bytes, after: bytes) -> None:
+def test_a_derivation_that_nix_would_have_written_otherwise_is_refused(before: bytes, after: bytes) -> None:
     data = aterm.render(PLAIN)
     assert before in data
     data = data.replace(before, after)

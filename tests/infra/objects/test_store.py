@@ -50,7 +50,7 @@ def test_a_key_that_is_accepted_stays_in_the_store(key: str) -> None:
     assert not set(key) & set("\0\\%#?")
 
 
-async def test_what_was_put_is_what_is_read(store: ObjectStore) -> None:
+async def test_an_object_is_read_as_it_was_put(store: ObjectStore) -> None:
     data = bytes(range(256)) * 30_000
     await store.put_bytes("nar/small", data[:10])
     assert await store.put_stream("nar/large", chunked(data, 1_000_000)) == len(data)
