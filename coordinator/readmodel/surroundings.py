@@ -16,7 +16,7 @@ from scheduler.model import StepKey
 from scheduler.pauses import PAUSE, Pause
 from scheduler.records import Step
 
-#: Steps of one level that are told by name.
+#: Steps of one level that are named.
 LEVEL: Final = 8
 #: Steps looked at between two pauses.
 LOOKED_AT: Final = 2_000

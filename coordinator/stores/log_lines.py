@@ -13,7 +13,7 @@ from typing import BinaryIO, Final
 
 #: Bytes that are looked at by one call.
 PIECE_BYTES: Final = 256 * 1024
-#: Bytes of one line that are told; the rest is counted.
+#: Bytes of one line that are returned; the rest is counted.
 LINE_BYTES: Final = 8 * 1024
 #: Bytes of all lines of one page: twice what a thousand usual lines have.
 PAGE_BYTES: Final = 160 * 1024
@@ -56,19 +56,19 @@ def read_lines(path: Path, first: int, limit: int) -> LogLines:
 def lines_from(path: Path, offset: int, number: int, limit: int) -> LogLines:
     """Return at most `limit` lines of a page's size; the line with this number begins at `offset`."""
     lines: list[NumberedLine] = []
-    told = 0
+    read_bytes = 0
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(offset)
-            while file.tell() < size and len(lines) < limit and told < PAGE_BYTES:
+            while file.tell() < size and len(lines) < limit and read_bytes < PAGE_BYTES:
                 data = file.readline(LINE_BYTES + 1)
                 cut = 0
                 if len(data) > LINE_BYTES and not data.endswith(b"\n"):
                     cut = len(data) - LINE_BYTES + _skip_line(file)
                     data = data[:LINE_BYTES]
                 lines.append(NumberedLine(number + len(lines), data.removesuffix(b"\n"), cut))
-                told += len(data)
+                read_bytes += len(data)
             end = file.tell()
     except FileNotFoundError:
         return LogLines()

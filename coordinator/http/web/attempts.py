@@ -50,8 +50,8 @@ class AttemptLine:
             _RECT.format(_class(each.name), (each.at - begin) * scale, max(1.0, each.took_s * scale), each.name)
             for each in self.stretches
         ]
-        told = ", ".join(f"{each.name} {each.took_s:.1f} s" for each in self.stretches)
-        return _BAR.format(WIDTH, told, Markup("").join(rects))
+        summary = ", ".join(f"{each.name} {each.took_s:.1f} s" for each in self.stretches)
+        return _BAR.format(WIDTH, summary, Markup("").join(rects))
 
 
 def attempt_lines(numbers: Sequence[int], timings: Sequence[AttemptTiming]) -> tuple[AttemptLine, ...]:

@@ -120,7 +120,7 @@ def _ends(chain: Sequence[str]) -> tuple[str, ...]:
 
 
 def _position_of(request: web.Request) -> int:
-    told = request.query.get("after", "") or "0"
-    if not told.isascii() or not told.isdigit() or len(told) > _DIGITS:
+    digits = request.query.get("after", "") or "0"
+    if not digits.isascii() or not digits.isdigit() or len(digits) > _DIGITS:
         raise BadRequestError("`after` is the number of rows before the page.")
-    return int(told)
+    return int(digits)

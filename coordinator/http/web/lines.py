@@ -81,7 +81,7 @@ def step_line(views: Views, row: StepRow) -> StepLine:
         worker=life.builder,
         stage=life.stage,
         phase=life.phase,
-        # What was begun and given back tells nothing of now.
+        # A step that a worker began and gave back does not run now.
         started_at=life.started_at if life.ended_at or row.state in ACTIVE else 0.0,
         ended_at=life.ended_at,
     )

@@ -206,7 +206,7 @@ def _attempt_of(request: web.Request, row: StepRow) -> int:
 
 def _number_of(request: web.Request, name: str) -> int:
     """Return a number of the address, 0 where there is none."""
-    told = request.query.get(name, "") or "0"
-    if not told.isascii() or not told.isdigit() or len(told) > _DIGITS:
+    digits = request.query.get(name, "") or "0"
+    if not digits.isascii() or not digits.isdigit() or len(digits) > _DIGITS:
         raise BadRequestError(f"`{name}` is a number.")
-    return int(told)
+    return int(digits)

@@ -165,7 +165,7 @@ class StepPage:
         )
 
     async def _kept(self, key: StepKey) -> tuple[list[AttemptTiming], str]:
-        """Return the timings of a step's attempts, or why there are none: the page has more to tell."""
+        """Return the timings of a step's attempts, or why there are none: the page has more to show."""
         try:
             return await self._timings.of_steps([key]), ""
         except TimingsError as error:

@@ -91,15 +91,15 @@ class SubmissionLists:
 
 
 def _state_of(request: web.Request) -> StepStatus | None:
-    told = request.query.get("state", "")
+    name = request.query.get("state", "")
     try:
-        return StepStatus(told) if told else None
+        return StepStatus(name) if name else None
     except ValueError:
         raise BadRequestError(f"a step's state is one of {', '.join(StepStatus)}.") from None
 
 
 def _position_of(request: web.Request) -> int:
-    told = request.query.get("after", "0")
-    if not told.isascii() or not told.isdigit() or len(told) > _DIGITS:
+    digits = request.query.get("after", "0")
+    if not digits.isascii() or not digits.isdigit() or len(digits) > _DIGITS:
         raise BadRequestError("`after` is the number of rows before the page.")
-    return int(told)
+    return int(digits)
