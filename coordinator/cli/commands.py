@@ -252,6 +252,19 @@ def story(url: str, token_file: str, step: str, as_json: bool) -> int:
 
 
 @cli.command()
+@click.argument("submission", shell_complete=completes("submissions"))
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("trace.json"), show_default=True
+)
+@addressed
+def trace(url: str, token_file: str, submission: str, output: Path) -> int:
+    """Write where a submission's time went, as a file for Perfetto: one track for each slot of each worker."""
+    from coordinator.cli.trace import trace as write  # noqa: PLC0415 - slow to import
+
+    return run_with_client(url, token_file, lambda client: write(client, submission, output))
+
+
+@cli.command()
 @click.argument("name")
 @click.option("--system", default="", help="Only builds for this system.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

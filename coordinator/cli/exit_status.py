@@ -27,6 +27,7 @@ STATUSES: Final = {
     "not_found": USAGE,
     "store_dir": USAGE,
     "token": USAGE,
+    "trace_file": USAGE,
     "unauthorized": USAGE,
     # What was evaluated, or its closure, is nothing that this farm builds.
     "bad_derivation": EVALUATION_FAILED,
