@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,18 @@ def spans(farm: Farm, receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathF
         )
     )
     return [span for span in everything if span.trace == TRACE]
+
+
+def test_the_same_can_be_had_as_a_file_without_a_collector(
+    farm: Farm, spans: list[ReceivedSpan], tmp_path: Path
+) -> None:
+    submission = only(spans, "submission").attributes["cicd.pipeline.run.id"]
+    written = farm.drover("trace", submission, "-o", tmp_path / "trace.json")
+    assert written.returncode == 0, written.stderr
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"phased", "broken", "build", "buildPhase"} <= {event["name"] for event in events}
+    refused = farm.drover("trace", submission, "-o", tmp_path / "no" / "such" / "folder")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
 
 
 def only(spans: list[ReceivedSpan], name: str) -> ReceivedSpan:
