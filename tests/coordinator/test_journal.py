@@ -101,7 +101,7 @@ def test_damaged_frames_are_one_typed_error_or_another_valid_frame(batch: list[F
 def test_a_fact_with_an_unknown_tag_or_field_is_refused() -> None:
     for frame, sentence in (
         (b'[["step-eaten",{}]]', "a kind that this version of drover does not know"),
-        (b'[["step-held",{"step":"a","more":1}]]', "a StepHeld belongs: it has a field that this version"),
+        (b'[["step-held",{"step":"a","more":1}]]', "a StepCached belongs: it has a field that this version"),
         (b'[["step-leased",{"lease":{"step":"a","attempt":1,"more":1},"builder":"b","recipe":0,"at":1.0}]]', "a field"),
         (b'[["step-held",{"step":1}]]', "Expected `str`, got `int`"),
         (b'[["step-held",{}]]', "missing required field `step`"),
