@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -149,7 +150,13 @@ async def follow(
 
 @contextlib.contextmanager
 def _resizing(resized: Callable[[], None]) -> Iterator[None]:
-    """Have `resized` called when the window changes, as long as the block runs."""
+    """Have `resized` called when the window changes, as long as the block runs.
+
+    Only a program's main thread gets signals; in another one the next frame shows the new size.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGWINCH, resized)
     try:

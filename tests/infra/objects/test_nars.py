@@ -223,9 +223,10 @@ def test_memory_does_not_grow_with_the_nar(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path)],
         capture_output=True,
-        check=True,
+        check=False,
         cwd=Path(__file__).parents[3],
         timeout=120,
     )
+    assert result.returncode == 0, result.stderr.decode(errors="replace")
     # A slow disk keeps more parts in flight than a quick one; the whole object would be 150 MiB.
     assert int(result.stdout) < 64, "MiB more for 300 MB than for 40 MB"
