@@ -76,8 +76,8 @@ class LogStore:
         #: Descriptor and size, least recently used first; touched by the I/O thread only.
         self._open: OrderedDict[Path, tuple[int, int]] = OrderedDict()
         self._followers: dict[Path, set[asyncio.Event]] = {}
-        #: Logs that were brought back, with their size: the archive has these already.
-        self._restored: dict[Path, int] = {}
+        #: Logs of this machine that the archive has too, at this size.
+        self._archived: dict[Path, int] = {}
         #: Restorations under way: the second reader of a log waits for the first one's.
         self._restoring: dict[Path, asyncio.Task[bool]] = {}
 
@@ -116,11 +116,15 @@ class LogStore:
     async def file(self, step: str, attempt: int) -> Path | None:
         """Return the log's file, brought back from the archive where it lies there; None where nothing was logged.
 
-        It stays for some minutes after the last write; a reader that finds it gone calls this again. Raises `LogError`
+        It stays for as long after this call as after a write, so that it can be read at leisure. Raises `LogError`
         where the archive does not answer.
         """
         path = self._path(step, attempt)
-        return path if path.exists() or await self._restore(path, step, attempt) else None
+        try:
+            await asyncio.to_thread(os.utime, path)
+        except OSError:
+            return path if await self._restore(path, step, attempt) else None
+        return path
 
     def tail(self, step: str, attempt: int, lines: int = TAIL_LINES) -> str:
         """Return the last lines without what a terminal would obey (`harmless`). Nothing if there is no log."""
@@ -161,13 +165,14 @@ class LogStore:
         return await asyncio.get_running_loop().run_in_executor(self._io, self._scan)
 
     async def archive(self, log: LocalLog, *, keep_tail: bool) -> None:
-        """Move a log of an ended attempt to the archive, unless it is written to meanwhile.
+        """Move a log of an ended attempt to the archive, unless it is written to, or wanted, meanwhile.
 
         Raises `ObjectStoreError` where the archive does not take it; nothing is lost then.
         """
         with contextlib.suppress(FileNotFoundError):
-            if self._restored.get(log.path) != log.size:
+            if self._archived.get(log.path) != log.size:
                 await self._archive.put(log.step, log.attempt, log.path)
+                self._archived[log.path] = log.size
             await asyncio.get_running_loop().run_in_executor(self._io, self._let_go, log, keep_tail)
 
     async def expire(self, before: float) -> int:
@@ -179,10 +184,16 @@ class LogStore:
         await asyncio.get_running_loop().run_in_executor(self._io, _remove, log.path)
 
     async def keep_tail(self, step: str, attempt: int) -> None:
-        """Have the tail of a failed attempt on this machine, as far as the archive has the log. Raises `LogError`."""
+        """Have the tail of a failed attempt on this machine, as far as the archive has the log. Raises `LogError`.
+
+        The log itself does not stay: many at a time would fill the disk.
+        """
         path = self._path(step, attempt)
-        if not path.exists() and not path.with_suffix(_TAIL).exists():
-            await self._restore(path, step, attempt)
+        if path.exists() or path.with_suffix(_TAIL).exists() or not await self._restore(path, step, attempt):
+            return
+        known = _described(path)
+        if known is not None:
+            await asyncio.get_running_loop().run_in_executor(self._io, self._let_go, known, True)
 
     async def _bring_back(self, path: Path, chunk: LogChunk) -> None:
         """Restore what comes before a late chunk; where that cannot be, it reads as zeros."""
@@ -204,7 +215,7 @@ class LogStore:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             size = await self._archive.get(step, attempt, path)
             if size is not None:
-                self._restored[path] = size
+                self._archived[path] = size
             else:
                 await asyncio.get_running_loop().run_in_executor(self._io, _remove_empty, path.parent)
         except ObjectStoreError as error:
@@ -263,23 +274,22 @@ class LogStore:
         for path in self._root.glob("*/*/*"):
             if path.suffix not in (_LOG, _TAIL) or not path.stem.isdecimal():
                 continue
-            with contextlib.suppress(OSError):
-                known = path.stat()
-                attempt, is_tail = int(path.stem), path.suffix == _TAIL
-                found.append(LocalLog(path.parent.name, attempt, path, known.st_size, known.st_mtime, is_tail))
+            known = _described(path)
+            if known is not None:
+                found.append(known)
         return found
 
     def _let_go(self, log: LocalLog, keep_tail: bool) -> None:
-        """Delete a log that is in the archive, unless it has grown since."""
+        """Delete a log that is in the archive, unless it has grown or was wanted since."""
         with contextlib.suppress(OSError):
-            if log.path.stat().st_size != log.size:
+            if _described(log.path) != log:
                 return
             tail = log.path.with_suffix(_TAIL)
             if keep_tail:
                 fresh = tail.with_name(f"{tail.name}.new")
                 fresh.write_bytes(_tail_of(log.path) or b"")
                 fresh.replace(tail)
-            self._restored.pop(log.path, None)
+            self._archived.pop(log.path, None)
             known = self._open.pop(log.path, None)
             if known is not None:
                 os.close(known[0])
@@ -289,6 +299,15 @@ class LogStore:
         while self._open:
             _, (descriptor, _) = self._open.popitem()
             os.close(descriptor)
+
+
+def _described(path: Path) -> LocalLog | None:
+    """Return the description of a log or a tail; None where it is gone."""
+    try:
+        known = path.stat()
+    except OSError:
+        return None
+    return LocalLog(path.parent.name, int(path.stem), path, known.st_size, known.st_mtime, is_tail=path.suffix == _TAIL)
 
 
 def _read_at(path: Path, offset: int) -> bytes | None:

@@ -197,3 +197,21 @@ async def test_old_logs_are_deleted_from_the_archive(logs: LogStore, tmp_path: P
     os.utime(old, (1000, 1000))
     assert await logs.expire(2000) == 1
     assert (await text(logs), await text(logs, "new")) == (b"", b"y")
+
+
+async def test_a_log_that_is_wanted_while_it_is_archived_stays_for_its_reader(logs: LogStore) -> None:
+    await logs.append([chunk(0, b"one")])
+    [log] = await logs.local()
+    os.utime(log.path, (1000, 1000))
+    [seen] = await logs.local()
+    path = await logs.file("abc", 1)
+    await logs.archive(seen, keep_tail=False)
+    assert path is not None
+    assert path.read_bytes() == b"one"
+
+
+async def test_the_last_lines_of_a_failure_are_had_without_keeping_its_log(logs: LogStore, tmp_path: Path) -> None:
+    await logs.append([chunk(0, b"boom\n")])
+    await archive_all(logs)
+    await logs.keep_tail("abc", 1)
+    assert (files_in(tmp_path / "logs"), logs.tail("abc", 1)) == (["1.tail"], "boom")
