@@ -107,7 +107,9 @@ STATE_DISK_FREE: Final = Metric(
 )
 SPANS_SENT: Final = Metric("drover_spans_sent", "counter", "Spans of traces that the collector took.")
 SPANS_DROPPED: Final = Metric(
-    "drover_spans_dropped", "counter", "Spans that were dropped, because the collector was away, slow or refused them."
+    "drover_spans_dropped",
+    "counter",
+    "Spans that the collector did not take, and attempts whose spans could not wait.",
 )
 CONNECTIONS: Final = Metric("drover_connections", "gauge", "Open HTTP connections.")
 CONNECTIONS_CLOSED: Final = Metric(

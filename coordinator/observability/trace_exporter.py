@@ -1,8 +1,9 @@
 """Exporter of traces: takes what has ended, makes spans of it and sends them in batches, beside everything else.
 
-A collector that is away or slow costs a counted drop and nothing else: spans wait up to MAX_WAITING, the newest are
-dropped beyond it, and a batch that the sender could not deliver is dropped too. Only what ended in this process's time
-is sent, because a replay takes in again what its predecessor has sent.
+A collector that is away or slow costs a counted drop and nothing else: up to MAX_WAITING ended attempts and submissions
+wait, the newest are dropped beyond it, and a batch that the sender could not deliver is dropped too. Their spans are
+made in the thread that sends them, because one attempt may have a hundred. Only what ended in this process's time is
+sent, because a replay takes in again what its predecessor has sent.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Final
 
 from coordinator.api.models import StepStatus
@@ -27,9 +30,10 @@ from infra.ended_span import EndedSpan
 LOOK_EVERY_S: Final = 1.0
 #: Seconds that a submission has ended before its own span is made: its last attempts come in meanwhile.
 SETTLE_S: Final = 2.0
-#: Spans of one request, and how many wait at most, some 0.7 KiB each.
+#: Spans of one request.
 BATCH_SPANS: Final = 512
-MAX_WAITING: Final = 20_000
+#: Ended attempts and submissions that wait for their spans to be made, up to 20 KiB each.
+MAX_WAITING: Final = 5_000
 #: Seconds that the last spans get when the coordinator stops.
 LAST_SENDS_S: Final = 3.0
 
@@ -55,16 +59,19 @@ class TraceExporter:
         self._views = views
         self._clock = clock
         self._since = clock.now()
-        self._waiting: deque[EndedSpan] = deque()
+        #: Spans that are not made yet, of one attempt or submission each; and the rest of the one that was begun.
+        self._waiting: deque[Iterator[EndedSpan]] = deque()
+        self._begun: Iterator[EndedSpan] = iter(())
+        self._making = threading.Lock()
         #: Submissions that had not ended at the last look, and the newest one of it.
         self._open: dict[str, SubmissionRow] = {}
         self._newest = ""
-        #: Spans that the collector took, and spans that were dropped.
+        #: Spans that the collector took; spans that it did not take, and attempts and submissions that did not wait.
         self.sent = self.dropped = 0
         self._away = False
 
     def attempts_ended(self, timings: Iterable[AttemptTiming]) -> None:
-        """Make spans of those attempts that have ended since the coordinator began."""
+        """Let those attempts wait for their spans that have ended since the coordinator began."""
         for timing in timings:
             if timing.outcome is not None and timing.ended_at is not None and timing.ended_at >= self._since:
                 rows = [self._views.find(each) for each in (timing.wanted_by or "").split(",")]
@@ -89,7 +96,7 @@ class TraceExporter:
                 self.dropped += len(self._waiting)
 
     def _look(self, before: float) -> None:
-        """Make spans of the submissions that ended before this moment and after the last look."""
+        """Let the submissions wait for their spans that ended before this moment and after the last look."""
         rows = self._views.submission_rows()
         for row in reversed(rows):
             if row.id == self._newest:
@@ -114,23 +121,37 @@ class TraceExporter:
             )
 
     async def _deliver(self) -> None:
-        while self._waiting:
-            batch = [self._waiting.popleft() for _ in range(min(BATCH_SPANS, len(self._waiting)))]
-            if await asyncio.to_thread(self._send, batch):
-                self.sent += len(batch)
+        while count := await asyncio.to_thread(self._send_batch):
+            if count > 0:
+                self.sent += count
                 self._away = False
-            else:
-                self.dropped += len(batch)
-                if not self._away:
-                    _log.warning("the collector of traces does not take spans; they are dropped until it does")
-                self._away = True
+                continue
+            self.dropped -= count
+            if not self._away:
+                _log.warning("the collector of traces does not take spans; they are dropped until it does")
+            self._away = True
+
+    def _send_batch(self) -> int:
+        """Make and send one batch, in a thread; returns its spans, as a negative number where it was not taken."""
+        with self._making:
+            batch: list[EndedSpan] = []
+            while len(batch) < BATCH_SPANS:
+                more = list(islice(self._begun, BATCH_SPANS - len(batch)))
+                batch += more
+                if not more:
+                    try:
+                        self._begun = self._waiting.popleft()
+                    except IndexError:
+                        break
+        if not batch:
+            return 0
+        return len(batch) if self._send(batch) else -len(batch)
 
     def _trace(self, row: SubmissionRow) -> Trace:
         return Trace(row.id, self._views.note(row.id).traceparent)
 
-    def _add(self, spans: Iterable[EndedSpan]) -> None:
-        for span in spans:
-            if len(self._waiting) < MAX_WAITING:
-                self._waiting.append(span)
-            else:
-                self.dropped += 1
+    def _add(self, spans: Iterator[EndedSpan]) -> None:
+        if len(self._waiting) < MAX_WAITING:
+            self._waiting.append(spans)
+        else:
+            self.dropped += 1
