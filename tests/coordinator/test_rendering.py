@@ -19,7 +19,6 @@ from coordinator.api.models import (
     Snapshot,
     StepChanged,
     StepStatus,
-    StepView,
     SubmissionState,
     SubmissionView,
     WorkerView,
@@ -38,25 +37,7 @@ from coordinator.cli.rendering import (
     table_lines,
     worker_lines,
 )
-
-NOW = 1_000_100.0
-
-
-def step(name: str, state: StepStatus = StepStatus.RUNNING, **more: Any) -> StepView:
-    given: dict[str, Any] = {
-        "key": f"{'0' * 32}-{name}",
-        "name": name,
-        "system": "x86_64-linux",
-        "features": (),
-        "drv": f"/nix/store/{'1' * 32}-{name}.drv",
-        "outputs": {"out": f"/nix/store/{'0' * 32}-{name}"},
-        "state": state,
-        "attempt": 1,
-        "worker": "native",
-        "started_at": NOW - 62,
-        "stage": "building",
-    }
-    return StepView(**{**given, **more})
+from tests.support.screens import NOW, step
 
 
 def submission(state: SubmissionState = SubmissionState.RUNNING, **more: Any) -> SubmissionView:
