@@ -1,0 +1,63 @@
+"""The caches of a coordinator as clients see them: their routes, services and housekeepers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from coordinator.caches.housekeeping import CacheGauges, Housekeeper, SubmissionNeeds
+from coordinator.caches.services import CacheService, keep_house, open_services
+from coordinator.config import DEFAULT_CACHE, Settings
+from coordinator.http.api.caches import CachingApi
+from coordinator.http.binary_cache.routes import add_cache_routes
+from coordinator.http.binary_cache.uploads import add_upload_routes
+from coordinator.http.routing import serve as serve_routes
+from coordinator.stores.derivation_logs import DerivationLogs
+from coordinator.wiring.core import Core
+from coordinator.wiring.stores import Stores
+from coordinator.wiring.work import Work
+from infra.clock import Clock
+
+
+@dataclass(frozen=True, slots=True)
+class ServedCaches:
+    """Services, housekeepers and gauges of all caches; those by name."""
+
+    services: Sequence[CacheService]
+    keepers: Mapping[str, Housekeeper]
+    gauges: Mapping[str, CacheGauges]
+
+
+async def serve_caches(  # noqa: PLR0917 - collaborators, named by their types
+    stack: AsyncExitStack,
+    app: web.Application,
+    settings: Settings,
+    clock: Clock,
+    stores: Stores,
+    core: Core,
+    work: Work,
+) -> ServedCaches:
+    """Add the routes of all caches to `app`; intake and repair look at the default one's upstreams from now on."""
+    services = await open_services(stack, stores.caches, settings.state_dir, clock)
+    _add_routes(app, clock, stores, core, services)
+    core.intake.pulls.upstreams.extend(services[0].upstreams)
+    work.repair_sources.extend(services[0].upstreams)
+    needs = SubmissionNeeds(core.views, stores.derivations, core.intake.leases)
+    keepers, gauges = keep_house(services, clock, submissions=needs, workers=work.workers)
+    serve_routes(app, CachingApi(keepers).handlers())
+    return ServedCaches(services, keepers, gauges)
+
+
+def _add_routes(
+    app: web.Application, clock: Clock, stores: Stores, core: Core, services: Sequence[CacheService]
+) -> None:
+    """Add the routes of all caches; the farm's logs are those of the default one, whose paths it built."""
+    logs = DerivationLogs(stores.derivations, stores.logs, core.views.attempts)
+    for each in services:
+        add_upload_routes(app, each.served, each.uploads, stores.upload_tokens, clock.now)
+    # The default one last: its address is the beginning of all others.
+    for served in reversed(stores.caches):
+        add_cache_routes(app, served, log_for=logs.read if served.name == DEFAULT_CACHE else None)

@@ -1,0 +1,89 @@
+"""The engine with what it decides from, recovered from the journal, and the ways in for clients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coordinator.config import LimitSettings, Settings
+from coordinator.engine.dispatch import Dispatch
+from coordinator.engine.engine import Engine
+from coordinator.engine.timing_writer import TimingWriter
+from coordinator.intake.intake import Intake
+from coordinator.intake.limits import IntakeLimits
+from coordinator.intake.submissions import Submissions
+from coordinator.journal.codec import decode_notes
+from coordinator.readmodel.explain import FarmExplainer
+from coordinator.readmodel.usual_times import UsualTimes
+from coordinator.readmodel.views import Views
+from coordinator.wiring.stores import Stores
+from infra.clock import Clock
+from scheduler.effects import Effect
+from scheduler.farm import Farm
+from scheduler.policy import Limits
+from scheduler.resource_limits import ResourceLimits
+
+
+class EffectRelay:
+    """Relay of effects from the engine to dispatch; breaks the circle, because dispatch posts events to the engine."""
+
+    def __init__(self) -> None:
+        self.dispatch: Dispatch | None = None
+
+    def submit(self, effects: Sequence[Effect]) -> None:
+        """Pass effects on; those of the replay, before there are workers, are not."""
+        if self.dispatch is not None:
+            self.dispatch.submit(effects)
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """The engine with what it decides from, and the ways in for clients."""
+
+    farm: Farm
+    engine: Engine
+    views: Views
+    explainer: FarmExplainer
+    intake: Intake
+    submissions: Submissions
+    relay: EffectRelay
+    timings: TimingWriter
+    usual: UsualTimes
+    #: Facts that were replayed.
+    replayed: int
+
+
+async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
+    """Make the core and replay the journal into it."""
+    limits = settings.limits
+    farm = Farm(
+        Limits(
+            failure_ttl_s=limits.failure_ttl_s,
+            lease_ttl_s=limits.worker_silence_s,
+            give_up_s=limits.give_up_s,
+            retries_per_hour=limits.retries_per_hour,
+            build=_build_limits(limits),
+        )
+    )
+    explainer = FarmExplainer(farm, stores.logs, clock)
+    usual = UsualTimes(stores.timings.usual_builds, clock)
+    views = Views(explainer, usual=usual.of)
+    relay = EffectRelay()
+    engine = Engine(farm, stores.journal, views, clock, relay.submit)
+    notes = decode_notes(await stores.journal.notes())
+    replayed = await engine.recover(notes)
+    views.add_details({}, notes)
+    cache = stores.cache
+    writer = TimingWriter(views.timelines, stores.timings, views.named, clock, limits.timings_days, limits.timings_rows)
+    intake = Intake(stores.derivations, cache, cache.objects, cache.store_dir, IntakeLimits.of(limits))
+    submissions = Submissions(engine, views, intake)
+    return Core(farm, engine, views, explainer, intake, submissions, relay, writer, usual, replayed)
+
+
+def _build_limits(limits: LimitSettings) -> ResourceLimits:
+    return ResourceLimits(
+        timeout_s=limits.build_timeout_s,
+        silence_s=limits.build_silence_s,
+        log_bytes=limits.log_bytes,
+        output_bytes=limits.build_output_bytes,
+    )

@@ -1,0 +1,42 @@
+"""The tasks that run for as long as a coordinator does, in the order in which they are to end."""
+
+from __future__ import annotations
+
+import asyncio
+
+from coordinator.config import Settings
+from coordinator.engine.compaction import Compactor
+from coordinator.engine.expiry import Forgetter
+from coordinator.journal.takeover import Lead
+from coordinator.wiring.core import Core
+from coordinator.wiring.site import Site
+from coordinator.wiring.work import Work
+from infra.clock import Clock
+
+
+def start_tasks(  # noqa: PLR0917 - collaborators, named by their types
+    group: asyncio.TaskGroup, settings: Settings, clock: Clock, lead: Lead, core: Core, work: Work, site: Site
+) -> list[asyncio.Task[None]]:
+    """Start what runs for as long as the coordinator does; returns the tasks in the order in which they are to end."""
+    engine, journal, exporter = core.engine, lead.journal, site.observation.exporter
+    return [
+        # First, because it waits for the engine.
+        group.create_task(Forgetter(engine, core.views, settings.limits, clock).run(), name="forgetting"),
+        group.create_task(work.fleet.run(work.sink), name="fleet"),
+        group.create_task(work.dispatch.run(), name="dispatch"),
+        group.create_task(engine.run(), name="engine"),
+        group.create_task(work.losses.run(), name="losses"),
+        group.create_task(work.archiver.run(), name="log archiver"),
+        *(group.create_task(each.uploads.run(), name="uploads") for each in site.caches.services),
+        group.create_task(lead.leadership.hold(journal), name="leadership"),
+        group.create_task(Compactor(settings.database_url("journal"), journal).run(), name="compaction"),
+        group.create_task(core.usual.run(), name="usual times"),
+        # Last: they write and send what the others have left.
+        group.create_task(core.timings.run(), name="timings"),
+        *([group.create_task(exporter.run(), name="traces")] if exporter else []),
+    ]
+
+
+def start_housekeeping(group: asyncio.TaskGroup, site: Site) -> list[asyncio.Task[None]]:
+    """Start the housekeepers of all caches."""
+    return [group.create_task(each.run(), name="housekeeping") for each in site.caches.keepers.values()]

@@ -1,0 +1,56 @@
+"""The rooms between the core and the workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.caches.losses import Losses
+from coordinator.caches.worker_repair import WorkerSource
+from coordinator.config import Settings
+from coordinator.engine.dispatch import Dispatch
+from coordinator.engine.log_archiver import LogArchiver
+from coordinator.engine.worker_events import FleetSink
+from coordinator.security.isolation import WeakIsolation
+from coordinator.wiring.core import Core
+from coordinator.wiring.stores import Stores
+from infra.cache.repair.fsck import RepairSource
+from infra.clock import Clock
+from workers.wire.fleet import Fleet
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The rooms between the core and the workers."""
+
+    fleet: Fleet
+    dispatch: Dispatch
+    sink: FleetSink
+    losses: Losses
+    archiver: LogArchiver
+    workers: WorkerSource
+    #: Where lost objects are looked for, in order; upstreams are added once they are open.
+    repair_sources: list[RepairSource]
+
+
+def connect_workers(settings: Settings, clock: Clock, stores: Stores, core: Core, fleet: Fleet) -> Work:
+    """Make the rooms between the core and the workers, and give dispatch the effects."""
+    tokens, views = stores.upload_tokens, core.views
+    workers = WorkerSource(fleet, views, stores.cache.objects, tokens.for_path(clock))
+    sources: list[RepairSource] = [workers]
+    losses = Losses(stores.cache, stores.derivations, core.farm, views, clock, core.submissions.replan, sources)
+    dispatch = Dispatch(
+        fleet,
+        stores.cache,
+        stores.derivations,
+        core.farm.limits_of,
+        core.engine.post,
+        losses=losses.check,
+        upload_token=tokens.for_lease(clock),
+        clock=clock,
+        timed=lambda lease, *times: views.timelines.published(lease.step, lease.attempt, *times),
+    )
+    core.relay.dispatch = dispatch
+    weak = WeakIsolation(settings.weak_isolation)
+    sink = FleetSink(core.engine, dispatch, core.farm, views, stores.logs, clock, losses.check, weak=weak)
+    archiver = LogArchiver(stores.logs, core.farm, clock, settings.limits.log_days)
+    return Work(fleet, dispatch, sink, losses, archiver, workers, sources)
