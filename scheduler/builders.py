@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from scheduler import facts as f
+from scheduler.ended_leases import EndedLeases
 from scheduler.failures import CONSEQUENCES, is_fault, suspects_recipe
-from scheduler.model import NO_INSTANT, BuilderId, BuilderSpec, Failure, ImpossibleError, Instant, StepKey
+from scheduler.model import NO_INSTANT, BuilderId, BuilderSpec, Failure, ImpossibleError, Instant, StepKey, StepState
 from scheduler.ready import ReadyIndex
-from scheduler.records import SUSPICIONS, Builder, Step
+from scheduler.records import NO_BUILDER, SUSPICIONS, Builder, Step
 
 #: Builders removed for silence that are remembered; the longest gone are forgotten first.
 SILENT = 1024
@@ -20,10 +21,11 @@ SILENT = 1024
 class Builders:
     """All builders with their leases; `known` is shared with the index of ready steps."""
 
-    __slots__ = ("_ready", "free", "known", "quarantined", "silent")
+    __slots__ = ("_ready", "ended", "free", "known", "quarantined", "silent")
 
     def __init__(self, known: dict[BuilderId, Builder], ready: ReadyIndex) -> None:
         self._ready = ready
+        self.ended = EndedLeases()
         #: By their last report, the oldest first.
         self.known = known
         #: Exactly the builders that are `willing` and have `free > 0`.
@@ -54,8 +56,19 @@ class Builders:
                 if step.key in other.suspicions:
                     self._strike(other, step.key, other.suspicions.pop(step.key))
 
+    def end_lease(self, step: Step, at: Instant) -> None:
+        """Take the lease of a step, built or published, from its builder; nothing where it has none."""
+        if not step.builder:
+            return
+        holder = self.known.get(step.builder)
+        spec = None if holder is None else holder.spec
+        self.ended.add(step.lease, step.builder, "" if spec is None else spec.incarnation, at)
+        if step.state is StepState.LEASED:
+            self.free_slot(step)
+        step.builder = NO_BUILDER
+
     def free_slot(self, step: Step) -> None:
-        """Take the lease of a step from its builder."""
+        """Take a built step from its builder, which may build another."""
         builder = self.known[step.builder]
         del builder.leases[step.key]
         self._count_slots(builder)

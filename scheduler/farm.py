@@ -206,10 +206,14 @@ class Farm:
         known = self.state.steps.get(step)
         return in_force([] if known is None else self.state.limits_wanted(known), self._limits.build)
 
-    def had_attempt(self, lease: LeaseId) -> bool:
-        """Return whether this lease was ever granted, for a step that is not forgotten."""
+    def is_held_by(self, lease: LeaseId, builder: BuilderId) -> bool:
+        """Return whether the builder has this lease: its step is built or published under it."""
         step = self.state.steps.get(lease.step)
-        return step is not None and 0 < lease.attempt <= step.attempt
+        return step is not None and step.attempt == lease.attempt and bool(builder) and step.builder == builder
+
+    def was_held_by(self, lease: LeaseId, builder: BuilderId, incarnation: str, now: Instant) -> bool:
+        """Return whether this incarnation of the builder had the lease, which has ended, `ended_leases.LATE_S` ago."""
+        return self.state.ended_leases.had(lease, builder, incarnation, now)
 
     def is_open(self, lease: LeaseId) -> bool:
         """Return whether this lease is the one under which its step is built or published now."""

@@ -47,6 +47,7 @@ class FarmState(StepGraph):
         super().__init__(rank)
         roster = self._roster = Builders(self.builders, self.ready)
         self.free, self.silent, self.quarantined = roster.free, roster.silent, roster.quarantined
+        self.ended_leases = roster.ended
         #: Submissions neither withdrawn nor forgotten, with their roots; and those that are withdrawn, not forgotten.
         self.submissions: dict[SubmissionId, tuple[Step, ...]] = {}
         self.withdrawn: dict[SubmissionId, tuple[Step, ...]] = {}
@@ -94,6 +95,7 @@ class FarmState(StepGraph):
             case f.StepDone():
                 step = self._subject(fact, fact.lease.step)
                 step.done_at = fact.at
+                self._roster.end_lease(step, fact.at)
                 return self._finish(step, _DONE)
             case f.BuilderRefreshed():
                 self._roster.refreshed(fact)
@@ -288,13 +290,10 @@ class FarmState(StepGraph):
 
         Where a done step has many dependents, the iterator that is returned updates them, as in `apply`.
         """
-        if step.state is _LEASED:
-            self._roster.free_slot(step)
         self._move(step, target)
         for submission in step.roots:
             self._end_share(submission)
         step.roots = ()
-        step.builder = NO_BUILDER
         step.evidence = b""
         if self.orphans:
             self.orphans.pop(step.key, None)
@@ -313,6 +312,7 @@ class FarmState(StepGraph):
         if step.state is _LEASED:
             self._roster.blame(step, fact.failure)
         self._roster.acquit(step, fact.failure)
+        self._roster.end_lease(step, fact.at)
         self._finish(step, StepState.FAILED)
         step.failure, step.failed_at = fact.failure, fact.at
         self.failed[step.key] = step
@@ -357,8 +357,7 @@ class FarmState(StepGraph):
         step = self._subject(fact, fact.step)
         self._roster.acquit(step, fact.failure)
         if step.state is _LEASED:
-            self._roster.free_slot(step)
-            step.builder = NO_BUILDER
+            self._roster.end_lease(step, fact.at)
             self._move(step, _WAITING)
         elif step.state is _READY:
             self._move(step, _WAITING)
@@ -399,9 +398,8 @@ class FarmState(StepGraph):
     def _revoked(self, fact: f.LeaseRevoked) -> None:
         step = self._open(fact)
         if step.state is _LEASED:
-            self._roster.free_slot(step)
             self._roster.blame(step, fact.failure)
-        step.builder = NO_BUILDER
+        self._roster.end_lease(step, fact.at)
         step.evidence = b""
         kind = fact.failure.kind
         if is_fault(kind):

@@ -4,6 +4,9 @@ The core knows which incarnation of a worker joined last, which leases it has gr
 the sink asks it. Returning means "safe": logs are written and what follows from the reports is durable, so the agent
 may forget them. Reports come before the heartbeat of the same batch, because the heartbeat would otherwise name a
 finished lease as missing.
+
+A worker is believed about its own leases only: what it sends of another's is dropped, whatever it is. Log of a lease
+that has ended is taken for `scheduler.ended_leases.LATE_S` more, because a worker that was silent still holds it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from typing import TypeVar
 
 from coordinator.engine.dispatch import Dispatch, no_losses
 from coordinator.engine.engine import Engine
@@ -24,7 +28,7 @@ from coordinator.stores.logs import LogError, LogStore
 from infra.clock import Clock
 from scheduler.events import BuilderJoined, BuilderLost, BuilderReported, BuildFailed, BuildSucceeded, Event
 from scheduler.farm import Farm
-from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, LeaseId, StepKey
+from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, Instant, LeaseId, StepKey
 from workers.wire.fleet import FleetEvent, NotKnownError, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.wire.grades import UNMEASURED, IsolationGrade
 from workers.wire.messages import HeldLease, LogChunk, Report, StageChange, Succeeded
@@ -33,6 +37,10 @@ _log = logging.getLogger(__name__)
 
 #: Characters of a worker's message that are kept; the rest is in the log.
 MESSAGE_CHARACTERS = 4096
+
+#: What names the lease that it is of.
+_OfLease = Report | StageChange | LogChunk | HeldLease
+_Of = TypeVar("_Of", Report | StageChange | LogChunk, HeldLease)
 
 
 class FleetSink:
@@ -73,7 +81,9 @@ class FleetSink:
             case WorkerConnected(hello):
                 if self._offsets.get(hello.worker, ("", None))[0] != hello.incarnation:
                     self._offsets[hello.worker] = hello.incarnation, ClockOffset()
-                self._views.workforce.connected(hello, self._clock.now())
+                now = self._clock.now()
+                own = self._own(hello.worker, hello.incarnation, hello.leases, now)
+                self._views.workforce.connected(hello.model_copy(update={"leases": own}), now)
                 spec = BuilderSpec(
                     id=BuilderId(hello.worker),
                     incarnation=hello.incarnation,
@@ -104,22 +114,25 @@ class FleetSink:
         reports: list[Report] = []
         chunks: list[LogChunk] = []
         for item in batch.events:
+            if not self._own(worker, batch.incarnation, (item,), now):
+                continue
             if isinstance(item, LogChunk):
-                # Only attempts that were handed out have logs; anything else would let a worker fill the disk.
-                if self._farm.had_attempt(LeaseId(StepKey(item.step), item.attempt)):
-                    chunks.append(item)
+                chunks.append(item)
             elif isinstance(item, StageChange):
-                self._views.stage(item)
-                self._views.timelines.stage(worker, item, now, _converter(offset, item.at, now))
+                if self._holds(worker, item):
+                    self._views.stage(item)
+                    self._views.timelines.stage(worker, item, now, _converter(offset, item.at, now))
             else:
                 reports.append(item)
                 self._views.timelines.reported(worker, item, now, _converter(offset, item.ended_at, now))
+        ended = {(chunk.step, chunk.attempt) for chunk in chunks if not self._holds(worker, chunk)}
         try:
-            await self._logs.append(chunks)
+            await self._logs.append(chunks, ended)
         except LogError as error:
             # A log is lost, a build is not: a full disk must not end the farm.
             _log.warning("%s", error)
-        self._views.workforce.reported(worker, batch, now)
+        own = self._own(worker, batch.incarnation, batch.leases, now)
+        self._views.workforce.reported(worker, batch.model_copy(update={"leases": own}), now)
         if reports:
             await self._dispatch.room()
         heartbeat = BuilderReported(
@@ -132,8 +145,19 @@ class FleetSink:
         )
         await self._engine.offer(*[await self._event(worker, report) for report in reports], heartbeat)
         for report in reports:
-            if self._farm.had_attempt(LeaseId(StepKey(report.step), report.attempt)):
-                self._logs.wake(report.step, report.attempt)
+            self._logs.wake(report.step, report.attempt)
+
+    def _holds(self, worker: str, item: _OfLease) -> bool:
+        return self._farm.is_held_by(_lease(item), BuilderId(worker))
+
+    def _own(self, worker: str, incarnation: str, items: Iterable[_Of], now: float) -> tuple[_Of, ...]:
+        """Return what is of leases that this worker has, or had until not long ago."""
+        was_held_by, builder, instant = self._farm.was_held_by, BuilderId(worker), Instant(now)
+        return tuple(
+            item
+            for item in items
+            if self._holds(worker, item) or was_held_by(_lease(item), builder, incarnation, instant)
+        )
 
     def _offset(self, event: WorkerSpoke, now: float) -> ClockOffset:
         """Return the offset of a worker's clock, with what this poll shows of it."""
@@ -153,12 +177,12 @@ class FleetSink:
         return _clean(own_reason or self._weak.refusal(worker, self._grade(worker)))
 
     async def _event(self, worker: str, report: Report) -> Event:
-        lease = LeaseId(StepKey(report.step), report.attempt)
+        lease = _lease(report)
         if isinstance(report.result, Succeeded):
             evidence = Evidence(report.result.outputs, self._grade(worker).level)
             return BuildSucceeded(lease, BuilderId(worker), encode_evidence(evidence))
         kind, message = FailureKind(report.result.reason), _clean(report.result.message)
-        if report.result.missing:
+        if report.result.missing and self._holds(worker, report):
             # The worker's word alone counts for nothing: it may have lost its way to the cache.
             lost = await self._losses(lease.step, report.result.missing)
             kind, message = (FailureKind.INPUT_LOST, lost) if lost else (kind, message)
@@ -171,8 +195,12 @@ def _converter(offset: ClockOffset, newest: float, now: float) -> Here:
     return offset.here if offset.known else lambda at: at - newest + now
 
 
+def _lease(item: _OfLease) -> LeaseId:
+    return LeaseId(StepKey(item.step), item.attempt)
+
+
 def _held(leases: Iterable[HeldLease]) -> tuple[LeaseId, ...]:
-    return tuple(LeaseId(StepKey(lease.step), lease.attempt) for lease in leases)
+    return tuple(_lease(lease) for lease in leases)
 
 
 def _clean(message: str) -> str:

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,14 +96,17 @@ class LogStore:
         await asyncio.get_running_loop().run_in_executor(self._io, self._close_all)
         self._io.shutdown()
 
-    async def append(self, chunks: Sequence[LogChunk]) -> None:
-        """Write chunks; repeats change nothing. Raises `LogError` where the disk will not take them."""
+    async def append(self, chunks: Sequence[LogChunk], ended: Collection[tuple[str, int]] = ()) -> None:
+        """Write chunks; repeats change nothing. Logs of `ended` attempts (step, number) may be in the archive by now.
+
+        Raises `LogError` where the disk will not take them.
+        """
         if not chunks:
             return
         paths = [self._path(chunk.step, chunk.attempt) for chunk in chunks]
         pairs = list(zip(paths, chunks, strict=True))
         for path, chunk in pairs:
-            if chunk.offset and not path.exists():
+            if (chunk.offset or (chunk.step, chunk.attempt) in ended) and not path.exists():
                 await self._bring_back(path, chunk)
         await asyncio.get_running_loop().run_in_executor(self._io, self._write_all, pairs)
         for path in dict.fromkeys(paths):

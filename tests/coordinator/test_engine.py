@@ -24,6 +24,7 @@ from coordinator.run import serve
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.objects.nar_writer import upload_nar
 from infra.objects.store import open_object_store
+from scheduler.ended_leases import LATE_S
 from scheduler.events import SubmissionCancelled, SubmissionReceived
 from scheduler.model import StepKey, SubmissionId, SubmissionRefusedError
 from tests.coordinator.conftest import OpenedFarm, OpenFarm
@@ -99,8 +100,8 @@ class ScriptedWorker:
         self.orders.extend(orders)
 
     async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
-        assert worker == "w"
-        self.cancelled.extend(leases)
+        if worker == "w":
+            self.cancelled.extend(leases)
 
     async def drain(self, worker: str, *, on: bool) -> None:
         raise FleetError(f"{worker} cannot drain {on}")
@@ -117,9 +118,12 @@ class ScriptedWorker:
         incarnation: str = "1",
         leases: tuple[HeldLease, ...] = (),
         isolation: IsolationGrade | None = IsolationGrade(level="A"),  # noqa: B008 - it is frozen
+        *,
+        name: str = "w",
+        systems: tuple[str, ...] = ("x86_64-linux",),
     ) -> None:
         hello = Hello(
-            protocol=1, worker="w", incarnation=incarnation, systems=("x86_64-linux",), emulated=(), features=(),
+            protocol=1, worker=name, incarnation=incarnation, systems=systems, emulated=(), features=(),
             mandatory_features=(), slots=1, capacity=1, nix_version="2.8", leases=leases,
             isolation=isolation,
         )  # fmt: skip
@@ -131,13 +135,14 @@ class ScriptedWorker:
         holds: Sequence[LeaseOrder] = (),
         incarnation: str = "1",
         isolation: IsolationGrade | None = None,
+        name: str = "w",
     ) -> None:
         self._last += len(events)
         leases = tuple(HeldLease(step=o.step, attempt=o.attempt, stage=Stage.BUILDING) for o in holds)
         batch = Batch(
             incarnation=incarnation, last=self._last, events=events, capacity=1, leases=leases, isolation=isolation
         )
-        await self.tell(WorkerSpoke("w", batch))
+        await self.tell(WorkerSpoke(name, batch))
 
     async def upload(self, path: str, text: bytes = b"made") -> Output:
         async def nar() -> AsyncIterator[bytes]:
@@ -320,6 +325,42 @@ async def test_repeated_and_unasked_log_chunks_change_nothing(open_farm: OpenFar
         assert (view.stage, view.phase, view.worker) == ("building", "check", "w")
         logs = [path.name for path in (farm.settings.state_dir / "logs").rglob("*.log")]
         assert logs == ["1.log"]
+
+
+async def test_a_worker_sends_of_its_own_leases_only(open_farm: OpenFarm) -> None:
+    """Another worker can neither write into a log, nor say where a build is, nor have the cache searched for it."""
+    worker, clock = ScriptedWorker(), ManualClock()
+    async with open_farm(fleet=worker.start, clock=clock) as farm:
+        await farm.submit(ONE, "one")
+        await worker.hello()
+        order = await started(farm, worker)
+
+        def chunk(offset: int, data: bytes) -> LogChunk:
+            return LogChunk(step=order.step, attempt=1, offset=offset, data=data)
+
+        async def log() -> bytes:
+            return b"".join([part async for part in farm.client.log(order.step)])
+
+        await worker.hello(name="thief", systems=("none",))
+        await worker.speak(chunk(0, b"mine"), holds=[order])
+        stage = StageChange(step=order.step, attempt=1, stage=Stage.UPLOADING, phase="stolen", at=1.0)
+        lost = Failed(reason="input_missing", message="gone", missing=("/nix/store/" + "0" * 32 + "-x",))
+        await worker.speak(chunk(4, b"stolen"), stage, report(order, lost), holds=[order], name="thief")
+        assert await log() == b"mine"
+        view = await farm.client.step(order.step)
+        assert (view.state, view.stage, view.phase) == (StepStatus.RUNNING, "queued", "")
+        shown = {row.name: row.leases for row in await farm.client.workers()}
+        assert shown == {"w": ((order.step, "building"),), "thief": ()}
+
+        # The end of a lease does not open its log to others, and its own worker has an hour for what it still holds.
+        await worker.speak(report(order, Failed(reason="permanent", message="no")), holds=())
+        await farm.until(lambda: farm.coordinator.views.step(order.step).state is StepStatus.FAILED)
+        await worker.speak(chunk(4, b"stolen"), name="thief")
+        await worker.speak(chunk(4, b", late"))
+        assert await log() == b"mine, late"
+        clock.time += LATE_S + 1
+        await worker.speak(chunk(10, b", too late"))
+        assert await log() == b"mine, late"
 
 
 async def test_facts_that_cannot_be_stored_stop_the_coordinator_and_nothing_is_done(

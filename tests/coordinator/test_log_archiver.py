@@ -94,6 +94,15 @@ async def test_a_lost_attempt_is_archived_too_but_not_while_late_chunks_may_come
     assert await names(logs) == []
 
 
+async def test_a_late_repeat_from_the_beginning_leaves_an_archived_log_whole(farm: Farm, logs: LogStore) -> None:
+    archiver = LogArchiver(logs, farm, Later(), keep_days=0)
+    farm.handle(e.BuilderLost(BUILDER, "life", "the machine is gone"), Instant(3.0))
+    await archiver.sweep()
+    await logs.append([LogChunk(step=STEP, attempt=1, offset=0, data=b"one\n")], {(STEP, 1)})
+    await archiver.sweep()
+    assert await text(logs) == b"one\ntwo\n"
+
+
 async def test_a_failure_keeps_its_last_lines_until_the_step_is_built_again(farm: Farm, logs: LogStore) -> None:
     archiver = LogArchiver(logs, farm, Later(), keep_days=0)
     farm.handle(e.BuildFailed(LEASE, BUILDER, Failure(FailureKind.PERMANENT, "no")), Instant(3.0))

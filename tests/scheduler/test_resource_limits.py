@@ -100,12 +100,13 @@ def test_a_build_that_ended_at_a_limit_is_a_verdict_unless_a_submission_gives_it
             assert scene.state("x").value == "failed"
 
 
-def test_the_core_says_which_leases_it_granted_and_which_incarnation_of_a_builder_it_holds() -> None:
+def test_the_core_says_which_builder_has_a_lease_and_which_incarnation_of_a_builder_it_holds() -> None:
     scene = Scene()
     scene.play(join("b"), submit("s", ["x"], step("x")))
-    assert [scene.farm.had_attempt(LeaseId(X, attempt)) for attempt in (0, 1, 2)] == [False, True, False]
-    assert not scene.farm.had_attempt(LeaseId(StepKey("y"), 1))
     builder = BuilderId("b")
+    assert [scene.farm.is_held_by(LeaseId(X, attempt), builder) for attempt in (0, 1, 2)] == [False, True, False]
+    assert not scene.farm.is_held_by(LeaseId(X, 1), BuilderId("c"))
+    assert not scene.farm.is_held_by(LeaseId(StepKey("y"), 1), builder)
     incarnation = scene.farm.state.builders[builder]
     assert incarnation.spec is not None
     assert scene.farm.holds(builder, incarnation.spec.incarnation)
