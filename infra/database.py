@@ -50,10 +50,11 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
-def open_engine(url: str, *, synchronous: str = "NORMAL") -> AsyncEngine:
+def open_engine(url: str, *, synchronous: str = "NORMAL", busy_ms: int = BUSY_TIMEOUT_MS) -> AsyncEngine:
     """Return an engine for `sqlite+aiosqlite:///FILE` or `postgresql+psycopg://…`; connects to nothing yet.
 
     `synchronous` is SQLite's: NORMAL may lose the last commits when the power fails (never their order), FULL may not.
+    `busy_ms` is how long one of its writers waits for another.
     """
     if url.startswith("postgresql"):
         engine = create_async_engine(url, connect_args=POSTGRES_CONNECT, pool_pre_ping=False)
@@ -64,7 +65,7 @@ def open_engine(url: str, *, synchronous: str = "NORMAL") -> AsyncEngine:
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
-        pragmas = (f"busy_timeout={BUSY_TIMEOUT_MS}", "journal_mode=WAL", f"synchronous={synchronous}")
+        pragmas = (f"busy_timeout={busy_ms}", "journal_mode=WAL", f"synchronous={synchronous}")
         for pragma in (*pragmas, "foreign_keys=ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()

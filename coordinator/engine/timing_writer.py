@@ -1,8 +1,9 @@
 """Writer of timings: takes changed attempts from the fold and puts them into their store, in batches.
 
 It runs beside everything else and holds nothing up. While the store fails it keeps one batch and tries again with
-growing pauses; what changes meanwhile waits in the fold, which drops and counts the oldest beyond its bound. The farm
-goes on whatever happens here: timings explain builds, and no build waits for them.
+growing pauses; what changes meanwhile waits in the fold, which drops and counts the oldest beyond its bound. An attempt
+whose values the store refuses is dropped and counted alone. The farm goes on whatever happens here: timings explain
+builds, and no build waits for them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ WRITE_EVERY_S: Final = 0.5
 BATCH_ROWS: Final = 500
 #: Seconds until the store is tried again, first and longest.
 RETRY_FIRST_S: Final = 1.0
-RETRY_LONGEST_S: Final = 30.0
-#: Tries of one batch before it is dropped: one that no database takes must not keep the others out.
-TRIES: Final = 5
+RETRY_LONGEST_S: Final = 10.0
 #: Seconds between two looks at what is older than the retention, and between two deletions of one look.
 EXPIRE_EVERY_S: Final = 600.0
 EXPIRE_PAUSE_S: Final = 0.2
@@ -54,7 +53,6 @@ class TimingWriter:
         self.on_changed: Callable[[Sequence[AttemptTiming]], None] = lambda _: None
         #: The batch that the store has not taken yet.
         self._batch: list[AttemptTiming] = []
-        self._tries = 0
         #: What is wrong with the store, "" while all is well.
         self.trouble = ""
         #: One write at a time: readers have what waits written before they look.
@@ -69,10 +67,8 @@ class TimingWriter:
             while True:
                 await asyncio.sleep(pause_s)
                 try:
-                    if not prepared:
-                        await self._store.prepare()
-                        prepared = True
-                    await self._write()
+                    await self._write(prepare=not prepared)
+                    prepared = True
                     if self._clock.now() >= expire_at:
                         await self._expire()
                         expire_at = self._clock.now() + EXPIRE_EVERY_S
@@ -84,32 +80,52 @@ class TimingWriter:
                     pause_s = WRITE_EVERY_S
                     self._rose()
         finally:
-            if prepared and not self.trouble:
-                await self._finish()
+            await self._finish(prepared=prepared)
 
     async def flush(self) -> None:
-        """Write all that waits now. Raises `TimingsError`."""
-        await self._store.prepare()
-        await self._write()
-
-    async def _write(self) -> None:
+        """Write all that waits now. Raises `TimingsError`, at once while the store is known to fail."""
         async with self._writing:
-            await self._write_all()
+            if self.trouble:
+                raise TimingsError(self.trouble)
+            await self._write_all(prepare=True)
 
-    async def _write_all(self) -> None:
+    async def _write(self, *, prepare: bool) -> None:
+        async with self._writing:
+            await self._write_all(prepare=prepare)
+
+    async def _write_all(self, *, prepare: bool) -> None:
+        if prepare:
+            await self._store.prepare()
+            self._timelines.dropped += self._store.removed
+            self._store.removed = 0
         while self._batch or self._timelines.waiting:
             if not self._batch:
                 self._batch = self._named(self._timelines.take(BATCH_ROWS))
                 self.on_changed(self._batch)
-            self._tries += 1
             try:
                 await self._store.save(self._batch)
-            except TimingsError:
-                if self._tries == TRIES:
-                    self._timelines.dropped += len(self._batch)
-                    self._batch, self._tries = [], 0
-                raise
-            self._batch, self._tries = [], 0
+            except TimingsError as error:
+                if not error.values:
+                    raise
+                await self._write_singly()
+            self._batch = []
+
+    async def _write_singly(self) -> None:
+        """Write the attempts of the batch one by one, without those whose values the store refuses."""
+        while self._batch:
+            try:
+                await self._store.save(self._batch[-1:])
+            except TimingsError as error:
+                if not error.values:
+                    raise
+                self._timelines.dropped += 1
+                _log.warning(
+                    "the timing of attempt %d of %s is not kept: %s",
+                    self._batch[-1].attempt,
+                    self._batch[-1].step,
+                    error,
+                )
+            self._batch.pop()
 
     def _named(self, batch: Sequence[AttemptTiming]) -> list[AttemptTiming]:
         """Add the names, which facts do not have."""
@@ -127,19 +143,21 @@ class TimingWriter:
             dropped = await self._store.drop(before, self._rows)
             await asyncio.sleep(EXPIRE_PAUSE_S)
 
-    async def _finish(self) -> None:
+    async def _finish(self, *, prepared: bool) -> None:
+        waiting = len(self._batch) + self._timelines.waiting
         try:
             async with asyncio.timeout(LAST_WRITES_S):
-                await self._write()
+                await self._write(prepare=not prepared)
         except (TimingsError, TimeoutError) as error:
-            _log.warning("the last timings were not kept: %s", str(error) or "the database takes too long")
+            why = str(error) or "the database takes too long"
+            _log.warning("timings of %d attempts were not kept at the end: %s", waiting, why)
 
     def _fell(self, why: str) -> None:
         if not self.trouble:
             _log.warning("%s Builds go on; at most the newest timings are kept until it answers.", why)
-        self.trouble = why
+        self.trouble = self._store.trouble = why
 
     def _rose(self) -> None:
         if self.trouble:
             _log.warning("timings are kept again; %d attempts were dropped so far", self._timelines.dropped)
-            self.trouble = ""
+            self.trouble = self._store.trouble = ""

@@ -79,7 +79,9 @@ WORKER_VITALS: Final[Mapping[Metric, Callable[[Vitals], float | None]]] = {
 
 TIMINGS_WAITING: Final = Metric("drover_timings_waiting", "gauge", "Timings of attempts that are not written yet.")
 TIMINGS_DROPPED: Final = Metric(
-    "drover_timings_dropped", "counter", "Timings of attempts that were lost, because their database did not take them."
+    "drover_timings_dropped",
+    "counter",
+    "Timings of attempts that were lost, because their database did not take them in time, or its file was removed.",
 )
 
 TURN: Final = Metric(

@@ -6,8 +6,9 @@ attempts: beyond it the oldest is dropped and counted. Rows may be stored again 
 
 Rules:
 1. No clock, no I/O. What facts do not hold (an older journal) stays None.
-2. Agents' times come converted by `here`, and are then held between the lease and the arrival of the report: no clock,
-   however wrong, puts a stretch outside of its attempt. Durations are the agent's own.
+2. Agents' times come converted by `here`, and are then held between the lease and the arrival of the report, each
+   before the one that follows it: no clock, however wrong, puts a stretch outside of its attempt or turns two round.
+   Durations are the agent's own.
 3. An attempt whose worker is lost ends with what it had sent until then, closed at that end.
 """
 
@@ -198,12 +199,16 @@ class Timelines:
 def _complete(timing: AttemptTiming, measures: Measures, within: Callable[[float, float], tuple[float, float]]) -> None:
     """Take over what an agent measured; a stretch whose times are no numbers is left out."""
 
-    def stretches(items: Iterable[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
-        return [(name, *within(at, took)) for name, at, took in items if math.isfinite(at) and math.isfinite(took)]
+    def stretches(items: Iterable[tuple[str, float, float]], end: float = math.inf) -> list[tuple[str, float, float]]:
+        known = [(name, *within(at, took)) for name, at, took in items if math.isfinite(at) and math.isfinite(took)]
+        return _in_order(known, lowest, end)
 
+    lowest, _ = within(float(-MOST), 0.0)
+    spans = stretches((span.name, span.at, span.took_s) for span in measures.spans)
+    built = next((at + took for name, at, took in spans if name == "build"), math.inf)
     timing.measured = Measured(
-        spans=stretches((span.name, span.at, span.took_s) for span in measures.spans),
-        phases=stretches((phase.name, phase.at, phase.took_s) for phase in measures.phases),
+        spans=spans,
+        phases=stretches(((phase.name, phase.at, phase.took_s) for phase in measures.phases), built),
         more_phases=_bytes(measures.more_phases) or 0,
         more_phases_s=_seconds(measures.more_phases_s) or 0.0,
         fetches=[
@@ -235,6 +240,20 @@ def _cut(changes: list[tuple[str, str, float]], end: float) -> Measured:
             until = changes[number + 1][2] if number + 1 < len(changes) else end
             measured.phases.append((phase, at, max(0.0, until - at)))
     return measured
+
+
+def _in_order(stretches: list[tuple[str, float, float]], lowest: float, end: float) -> list[tuple[str, float, float]]:
+    """Move each stretch so far ahead that it ends when the next one begins, the last one at `end`.
+
+    They are the agent's in this order, and the latest are placed by the newest poll: only those of before the clock
+    jumped can be too late.
+    """
+    ordered = []
+    for name, at, took_s in reversed(stretches):
+        begin = max(lowest, min(at, end - took_s))
+        ordered.append((name, begin, took_s))
+        end = begin
+    return ordered[::-1]
 
 
 def _within(at: float, took_s: float, lowest: float, highest: float) -> tuple[float, float]:

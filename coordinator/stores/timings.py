@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import orjson
@@ -33,7 +34,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError, StatementError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator.errors import CoordinatorError
@@ -47,6 +48,8 @@ DELETE_ROWS: Final = 2_000
 MESSAGE_CHARACTERS: Final = 500
 #: Submissions that an attempt names.
 MAX_WANTED_BY: Final = 16
+#: How long a writer of SQLite waits for another one: readers of a history wait as long.
+BUSY_TIMEOUT_MS: Final = 1_000
 #: Version part of a name, as `builtins.parseDrvName` finds it: the first dash that no letter follows.
 _VERSION: Final = re.compile(r"-(?![A-Za-z])")
 
@@ -54,10 +57,14 @@ Outcome = Literal["done", "failed", "retried", "lost", "returned", "cancelled"]
 
 
 class TimingsError(CoordinatorError):
-    """The database of timings cannot be used."""
+    """The database of timings cannot be used; `values` if it refuses what it was given, however often that is."""
 
     code = "timings"
     status = 503
+
+    def __init__(self, message: str, *, values: bool = False) -> None:
+        super().__init__(message)
+        self.values = values
 
 
 @dataclass(slots=True)
@@ -152,14 +159,24 @@ class TimingStore:
         self._engine = engine
         self._wanted = names_table(engine)
         self._upsert = _upsert(engine)
+        #: The file of SQLite, and which one it was when it was prepared: one that is removed can still be written to.
+        self._file = engine.url.database if engine.dialect.name == "sqlite" else None
+        self._prepared: tuple[int, int] | None = None
+        #: Attempts that were in files which were removed, and of these those that may come back with their file.
+        self.removed = 0
+        self._out_of_place = 0
+        #: What its writer found wrong with it, "" while all is well: what is read then may lack the newest attempts.
+        self.trouble = ""
 
     @classmethod
     def open(cls, url: str) -> TimingStore:
         """Return a store on an engine of its own; `close` disposes of it."""
-        return cls(open_engine(url))
+        return cls(open_engine(url, busy_ms=BUSY_TIMEOUT_MS))
 
     async def prepare(self) -> None:
         """Create the tables where they are missing; those of a newer release are refused and not touched."""
+        if not self._in_place:
+            await self._let_go()
         try:
             async with self._engine.connect() as connection:
                 found = await connection.run_sync(_format_of)
@@ -174,6 +191,10 @@ class TimingStore:
                     await connection.execute(insert(meta).values(format=FORMAT))
         except (SQLAlchemyError, OSError) as error:
             raise _failed(error) from None
+        # A file that is put back has what it had.
+        self.removed += 0 if found else self._out_of_place
+        self._out_of_place = 0
+        self._prepared = _identity(self._file)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -181,6 +202,7 @@ class TimingStore:
 
     async def save(self, rows: Sequence[AttemptTiming]) -> None:
         """Write rows, in one transaction; what a row does not know stays as it is."""
+        self._require_in_place()
         try:
             async with self._engine.begin() as connection:
                 await connection.exec_driver_sql(self._upsert, [_values(row) for row in rows])
@@ -260,7 +282,27 @@ class TimingStore:
     async def _rows(self, query: Any, parameters: dict[str, object]) -> list[AttemptTiming]:
         return [_timing(row) for row in await self._answers(query, parameters)]
 
+    @property
+    def _in_place(self) -> bool:
+        """True unless the file that was prepared is no longer where it was."""
+        return self._prepared is None or _identity(self._file) == self._prepared
+
+    def _require_in_place(self) -> None:
+        if not self._in_place:
+            raise TimingsError(f"the database of timings failed: its file {self._file} was removed or replaced.")
+
+    async def _let_go(self) -> None:
+        """Count what a removed file held, as far as it can still be read, and close it."""
+        try:
+            async with self._engine.connect() as connection:
+                self._out_of_place = (await connection.execute(select(func.count()).select_from(attempts))).scalar_one()
+        except (SQLAlchemyError, OSError):
+            pass  # what cannot be read cannot be counted
+        await self._engine.dispose()
+        self._prepared = None
+
     async def _answers(self, query: Any, parameters: dict[str, object]) -> Sequence[Any]:
+        self._require_in_place()
         try:
             async with self._engine.connect() as connection:
                 return (await connection.execute(query, parameters)).all()
@@ -274,7 +316,19 @@ def package_of(name: str) -> str:
 
 
 def _failed(error: BaseException) -> TimingsError:
-    return TimingsError(f"the database of timings failed: {reason(error)}.")
+    # A statement that never came to the database has values that its driver cannot send.
+    unsent = isinstance(error, StatementError) and not isinstance(error, DBAPIError)
+    refused = isinstance(error, (ValueError, TypeError, OverflowError, DataError, IntegrityError))
+    return TimingsError(f"the database of timings failed: {reason(error)}.", values=unsent or refused)
+
+
+def _identity(file: str | None) -> tuple[int, int] | None:
+    """Return device and number of a file; None where there is none."""
+    try:
+        found = Path(file).stat() if file else None
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if found is not None else None
 
 
 def _format_of(connection: Connection) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -115,6 +116,48 @@ def test_a_clock_that_is_off_or_jumps_bends_no_timeline(
     assert row.build_s == 6.0
     for _, at, took in (*row.measured.spans, *row.measured.phases):
         assert leased <= at <= at + took <= now
+
+
+@settings(max_examples=100, deadline=None)
+@given(offset=st.floats(-900.0, 900.0), asleep=st.floats(-900.0, 900.0), when=st.floats(0.5, 9.5))
+def test_a_clock_that_jumps_in_the_middle_of_a_build_bends_no_duration_and_turns_no_order(
+    offset: float, asleep: float, when: float
+) -> None:
+    """The worker's machine sleeps in its build (its clock falls behind); below 0 the coordinator's does.
+
+    A clock of either only adds monotonic time, so this is how they come to jump against each other.
+    """
+    clock, leased = ClockOffset(), 10_000.0
+
+    def here(awake: float) -> float:
+        return leased + awake + (max(0.0, asleep) if awake >= when else 0.0)
+
+    def away(awake: float) -> float:
+        return leased - offset + awake + (max(0.0, -asleep) if awake >= when else 0.0)
+
+    for second in range(-5, 11):
+        clock.add(sample_of(here(second), here(second) + 0.002, away(second + 0.001), away(second + 0.001)))
+    timelines = Timelines()
+    timelines.leased("s", 1, 0, "w", leased, leased, leased)
+    stretches = (("inputs", 1.0, 2.0), ("build", 3.0, 4.0), ("pack", 7.0, 1.0), ("upload", 8.0, 2.0))
+    inside = (("unpackPhase", 3.5, 0.5), ("buildPhase", 4.0, 3.0))
+    measures = Measures(
+        spans=tuple(Span(name=name, at=away(at), took_s=took) for name, at, took in stretches),
+        phases=tuple(BuildPhase(name=name, at=away(at), took_s=took) for name, at, took in inside),
+    )
+    sent = report(leased + 10.0, 0.0, leased=leased).model_copy(
+        update={"building_at": away(3.0), "built_at": away(7.0), "measures": measures}
+    )
+    now = here(10.0) + 0.5
+    timelines.reported("w", sent, now, clock.here)
+    [row] = timelines.take(9)
+    assert row.measured is not None
+    assert row.build_s == 4.0
+    for found, true in ((row.measured.spans, stretches), (row.measured.phases, inside)):
+        assert [(name, took) for name, _, took in found] == [(name, took) for name, _, took in true]
+        for (_, at, took), (_, following, _) in pairwise(found):
+            assert leased <= at <= at + took <= following + 1e-6
+        assert found[-1][1] + found[-1][2] <= now + 1e-6
 
 
 @settings(max_examples=60, deadline=None)

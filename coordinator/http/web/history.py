@@ -14,7 +14,7 @@ from coordinator.errors import NotFoundError
 from coordinator.http.web.guards import VISITOR, html
 from coordinator.http.web.rendering import PageRenderer
 from coordinator.http.web.texts import seconds_text
-from coordinator.stores.timings import AttemptTiming, TimingStore
+from coordinator.stores.timings import AttemptTiming, TimingsError, TimingStore
 
 #: Attempts that are looked at, the newest.
 ATTEMPTS_SHOWN: Final = 200
@@ -52,6 +52,8 @@ class HistoryData:
     """The whole page."""
 
     name: str
+    #: Why the newest attempts may be missing, "" while none are.
+    trouble: str
     systems: tuple[SystemLine, ...]
     attempts: tuple[AttemptTiming, ...]
     #: Worker -> attempts, and failed ones.
@@ -69,11 +71,15 @@ class HistoryPage:
         """Show what is kept of a package."""
         name = request.match_info["name"]
         attempts = await self._timings.of_package(name, "", ATTEMPTS_SHOWN)
+        trouble = self._timings.trouble
+        if not attempts and trouble:
+            raise TimingsError(trouble)
         if not attempts:
             raise NotFoundError(f"there is no build of a package {name[:80]!r} that is remembered.")
         systems = sorted({attempt.system or "" for attempt in attempts})
         data = HistoryData(
             name,
+            trouble,
             tuple(_system(system, [each for each in attempts if (each.system or "") == system]) for system in systems),
             tuple(attempts),
             _workers(attempts),

@@ -73,7 +73,7 @@ class StepData:
     cause: StepLine | None
     submissions: tuple[SubmissionLine, ...]
     attempts: tuple[AttemptLine, ...]
-    #: Why there are no timelines, "" where there are.
+    #: Why timelines may be missing, "" while none are.
     timings_trouble: str
     #: Name without its version.
     package: str
@@ -165,9 +165,9 @@ class StepPage:
         )
 
     async def _kept(self, key: StepKey) -> tuple[list[AttemptTiming], str]:
-        """Return the timings of a step's attempts, or why there are none: the page has more to show."""
+        """Return the timings of a step's attempts, and why some may be missing: the page has more to show."""
         try:
-            return await self._timings.of_steps([key]), ""
+            return await self._timings.of_steps([key]), self._timings.trouble
         except TimingsError as error:
             return [], str(error)
 

@@ -58,6 +58,8 @@ class TimelineData:
     drawn: int
     #: Attempts of all submissions in the span.
     total: int
+    #: Why the newest attempts may be missing, "" while none are.
+    trouble: str
 
     def span(self, factor: float, shift: float) -> tuple[float, float]:
         """Return the span that is wider by a factor and moved by a share of its width, within the submission's."""
@@ -88,7 +90,7 @@ class TimelinePage:
         attempts, total = await self._timings.longest_between(since, until, ATTEMPTS_DRAWN)
         own = await in_slices(self._own(row, attempts))
         drawing = await in_slices(draw(own, since, until)) if own else None
-        data = TimelineData(line, since, until, first, last, drawing, len(own), total)
+        data = TimelineData(line, since, until, first, last, drawing, len(own), total, self._timings.trouble)
         return html(await self._renderer.page("timeline.html", visitor=request[VISITOR], page=data))
 
     def _own(self, row: SubmissionRow, attempts: Sequence[AttemptTiming]) -> Generator[None, None, list[AttemptTiming]]:
