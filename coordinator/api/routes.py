@@ -182,7 +182,7 @@ HISTORY: Final = Route("GET", f"{_V1}/history/{{name}}", Right.API, answer=Histo
 WHY: Final = Route("GET", f"{_V1}/steps/{{key}}/why", Right.API, answer=StepReasonsView, errors=_NAMED)
 #: What every worker does, and what each queue waits for.
 ACTIVITY: Final = Route("GET", f"{_V1}/activity", Right.API, answer=ActivityView)
-#: `?of=steps|submissions|workers&beginning=…`
+#: `?of=steps,submissions,workers&beginning=…`, one of these words or several.
 COMPLETIONS: Final = Route("GET", f"{_V1}/completions", Right.API, answer=CompletionsView)
 WORKERS: Final = Route("GET", f"{_V1}/workers", Right.API, answer=WorkerView, many=True)
 FARM: Final = Route("GET", f"{_V1}/farm", Right.API, answer=FarmView)

@@ -6,6 +6,7 @@ Nothing slow is imported before a name is completed; a shell waits for each of t
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Final, Literal
 
@@ -20,6 +21,8 @@ from coordinator.terminal_controls import harmless
 #: Seconds after which a farm completes nothing.
 ANSWER_S: Final = 1.0
 SHELLS: Final = ("bash", "zsh", "fish")
+#: Values that are offered: what a shell takes as it stands. It puts what it completes into the line unquoted.
+_UNQUOTED: Final = re.compile("[A-Za-z0-9+._?=@:/,-]+")
 _VARIABLE: Final = "_DROVER_COMPLETE"
 
 Kind = Literal["steps", "submissions", "workers"]
@@ -41,8 +44,13 @@ def completes(*kinds: Kind) -> Callable[[click.Context, click.Parameter, str], l
 
 async def _ask(address: Address, kinds: tuple[Kind, ...], beginning: str) -> list[CompletionItem]:
     async with asyncio.timeout(ANSWER_S), address.client() as client:
-        answers = [await client.completions(kind, beginning) for kind in kinds]
-    return [CompletionItem(harmless(item.value), help=harmless(item.help)) for each in answers for item in each.items]
+        answer = await client.completions(kinds, beginning)
+    # One line each: a shell's script reads values and helps line by line.
+    return [
+        CompletionItem(item.value, help=" ".join(harmless(item.help).split()))
+        for item in answer.items
+        if _UNQUOTED.fullmatch(item.value)
+    ]
 
 
 def script(command: click.Command, shell: str) -> str:

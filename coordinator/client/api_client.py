@@ -187,9 +187,9 @@ class ApiClient(Transport):
         """Return what the farm does now."""
         return await self._one(routes.ACTIVITY)
 
-    async def completions(self, of: str, beginning: str) -> CompletionsView:
+    async def completions(self, of: Sequence[str], beginning: str) -> CompletionsView:
         """Return names of `steps`, `submissions` or `workers` that begin so."""
-        return await self._one(routes.COMPLETIONS, params={"of": of, "beginning": beginning})
+        return await self._one(routes.COMPLETIONS, params={"of": ",".join(of), "beginning": beginning})
 
     async def log(self, key: str, *, attempt: int | None = None, follow: bool = False) -> AsyncIterator[bytes]:
         """Yield the log of a step's latest or another attempt as raw bytes; with `follow` until it has ended."""

@@ -84,7 +84,7 @@ async def test_names_are_completed_and_a_farm_says_what_it_does(open_farm: OpenF
         await farm.ended(submitted.id)
 
         async def completed(of: str, beginning: str) -> list[str]:
-            return [item.value for item in (await farm.client.completions(of, beginning)).items]
+            return [item.value for item in (await farm.client.completions([of], beginning)).items]
 
         assert await completed("steps", "t") == ["top", "two"]
         key = (await farm.client.step("middle")).key

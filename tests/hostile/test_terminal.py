@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
-import termios
 from pathlib import Path
 
 import pytest
 
 from tests.support.attack import FarmUnderAttack
+from tests.support.pseudo_terminal import on_terminal
 from tests.support.screens import Terminal
 
 pytestmark = pytest.mark.e2e
@@ -69,30 +68,6 @@ def test_a_log_shows_all_its_text_and_leaves_the_terminal_alone(readme_farm: Far
     assert "\x1b[31mPLAIN" not in coloured
 
 
-def seen_on_a_terminal(farm: FarmUnderAttack, command: list[str], terminal: Terminal) -> list[list[str]]:
-    """Run a command on a pseudo-terminal of the emulated one's size; returns what stood on it after each frame."""
-    ours, theirs = os.openpty()
-    termios.tcsetwinsize(theirs, (terminal.emulated.lines, terminal.emulated.columns))
-    environment = {**farm.environment, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
-    frames = []
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment):
-        os.close(theirs)
-        waiting = b""
-        while True:
-            try:
-                waiting += os.read(ours, 65536)
-            except OSError:
-                # Linux's way to say that the other side has closed it.
-                break
-            *whole, waiting = waiting.split(b"\x1b[?2026l")
-            for frame in whole:
-                terminal.write(frame.decode())
-                frames.append(terminal.shown())
-        terminal.write(waiting.decode())
-    os.close(ours)
-    return frames
-
-
 def test_a_build_on_a_terminal_shows_what_runs_and_leaves_what_it_said_and_the_terminal(
     readme_farm: FarmUnderAttack,
 ) -> None:
@@ -102,8 +77,8 @@ def test_a_build_on_a_terminal_shows_what_runs_and_leaves_what_it_said_and_the_t
       bad = shell "bad" ''echo ${{shell "under" "sleep 1; echo > $out"}}; {lies}; exit 1'';
     }}""")
     terminal = Terminal(80, 24)
-    command = readme_farm.command("build", file, "--store", readme_farm.eval_store)
-    frames = seen_on_a_terminal(readme_farm, command, terminal)
+    with on_terminal(readme_farm.build_command(file), terminal, readme_farm.environment) as watched:
+        frames = list(watched.frames())
     assert any(any("\u23f5 below" in line for line in frame) and "waits for 1" in "".join(frame) for frame in frames)
     left = terminal.scrolled() + terminal.shown()
     assert sum("bad failed on" in line for line in left) == 1

@@ -182,17 +182,21 @@ class Questions:
     async def completions(self, request: web.Request) -> web.Response:
         """Complete the beginning of a name."""
         beginning = request.query.get("beginning", "")
-        match request.query.get("of", ""):
-            case "workers":
-                found = [CompletionView(value=each.name, help=each.state) for each in self._views.workforce.views()]
-                items = [each for each in found if each.value.startswith(beginning)]
+        kinds = dict.fromkeys(request.query.get("of", "").split(","))
+        if not kinds.keys() <= {"steps", "submissions", "workers"}:
+            raise BadRequestError("`of` is steps, submissions, workers, or several of them with commas between.")
+        items = [item for kind in kinds for item in (await self._completions(kind, beginning))[:COMPLETIONS]]
+        return answer(CompletionsView(items=tuple(items)))
+
+    async def _completions(self, kind: str, beginning: str) -> list[CompletionView]:
+        match kind:
             case "submissions":
-                items = await in_slices(self._submissions(beginning))
+                return await in_slices(self._submissions(beginning))
             case "steps":
-                items = await in_slices(self._steps(beginning))
+                return await in_slices(self._steps(beginning))
             case _:
-                raise BadRequestError("`of` is one of steps, submissions, workers.")
-        return answer(CompletionsView(items=tuple(items[:COMPLETIONS])))
+                found = [CompletionView(value=each.name, help=each.state) for each in self._views.workforce.views()]
+                return [each for each in found if each.value.startswith(beginning)]
 
     def _submissions(self, beginning: str) -> Generator[None, None, list[CompletionView]]:
         found = []
