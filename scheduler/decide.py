@@ -266,7 +266,7 @@ class Decider:
         """Forget a failure that no submission waits for: the next one that wants the step builds it."""
         step = self._state.steps.get(key)
         if step is not None and step.state is StepState.FAILED:
-            yield self._step_rules.revived(step, restart=True)
+            yield (yield from self._step_rules.revived(step, restart=True))
 
 
 class _KnownFailures:

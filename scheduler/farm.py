@@ -22,10 +22,8 @@ from scheduler.reasons import (
     Busy,
     QueuePositions,
     Reason,
-    UnschedulableClass,
     Unserved,
     queue_reasons,
-    unschedulable,
     unserved_classes,
     why,
 )
@@ -167,12 +165,8 @@ class Farm:
             return reason if until is None else replace(reason, until=until)
         return reason
 
-    def unschedulable(self) -> list[UnschedulableClass]:
-        """Return the classes of ready steps that no builder of the farm can take."""
-        return unschedulable(self.state)
-
     def unserved(self) -> dict[Requirements, Unserved]:
-        """Return what the classes of `unschedulable` require, and why no builder takes them."""
+        """Return the classes of ready steps that no builder of the farm can take, sorted, and why."""
         return unserved_classes(self.state)
 
     def queue_reasons(self) -> dict[Requirements, Unserved | Busy]:

@@ -101,6 +101,7 @@ class StepGraph:
                     stack.pop()
                     closed[step] = True
                     order.append(step)
+                    looked_at += 1
         order.reverse()
         return order
 

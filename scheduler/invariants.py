@@ -156,7 +156,9 @@ def _check_builders(state: FarmState) -> None:
         held_back = state.quarantined.get(builder.id) is builder
         _require(held_back == bool(builder.until), f"{builder.id} is listed as quarantined wrongly")
         _require(not builder.probation or builder.capacity <= 1, f"{builder.id} is trusted with too much")
+    standing = Counter(step.queue for step in state.steps.values() if step.queue is not None)
     for (requirements, avoid), queue in state.ready.queues.items():
+        _require(queue.standing == standing[queue], f"the queue for {requirements} counts {queue.standing} steps")
         able = [b for b in state.builders.values() if b.spec is not None and b.spec.offers(requirements)]
         elsewhere = any(b.willing for b in able if b.id != avoid)
         expected = {b.id for b in able if b.id != avoid or not elsewhere}

@@ -56,9 +56,13 @@ class ReadyIndex:
         rank = self._rank(step)
         stays = frozenset(standing) if step.queue is queue and step.rank == rank else frozenset()
         step.rank = rank
-        if not queue.builders and step.queue is not queue:
-            self.forsaken[step] = None
-        step.queue = queue
+        if step.queue is not queue:
+            if step.queue is not None:
+                step.queue.standing -= 1
+            queue.standing += 1
+            step.queue = queue
+            if not queue.builders:
+                self.forsaken[step] = None
         entry = (-rank, step.sequence, step)
         for stake in step.owners:
             if stake in stays:
@@ -82,6 +86,7 @@ class ReadyIndex:
             self.prune_delayed()
             return
         step.queue = None
+        queue.standing -= 1
         self.forsaken.pop(step, None)
         for stake in step.owners:
             lane = queue.lanes.get(stake)

@@ -23,8 +23,9 @@ from scheduler.step_rules import ALLOWANCE_S, is_known_failure
 
 #: How many names a reason gives at most.
 NAMED = 5
-#: Most ready steps of one class that get positions: working these out takes some 20 ms.
-PLACED_AT_MOST = 5_000
+#: Most entries of one class's lanes for which positions are worked out, in one piece of some 8 ms. A step that several
+#: submissions want has an entry for each.
+PLACED_AT_MOST = 3_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class OnlyReservedBuilders:
 class BuildersFull:
     """Builders could take it, none has room. It is the `position`-th (from 1) of `ready` steps of its class.
 
-    `position` is 0 where more than `PLACED_AT_MOST` are ready.
+    `position` is 0 where its class has more than `PLACED_AT_MOST` entries.
     """
 
     builders: tuple[BuilderId, ...]
@@ -140,16 +141,6 @@ Busy = BuildersFull | BuildersQuarantined | BuildersDraining | LimitReached
 Reason = WaitsForSteps | NotWanted | Busy | BacksOff | RetriesSpent | KnownToFail | Unserved
 
 
-@dataclass(frozen=True, slots=True)
-class UnschedulableClass:
-    """Ready steps that no builder can take: `count` of them, the first few by key, and the reason."""
-
-    requirements: Requirements
-    count: int
-    examples: tuple[StepKey, ...]
-    reason: Unserved
-
-
 class QueuePositions:
     """Positions of ready steps in the queue of their class: computed at the first use, valid until the state moves."""
 
@@ -169,18 +160,19 @@ class QueuePositions:
         """
         found = self._by_class.get(requirements)
         if found is None:
-            steps = _live(self._state, requirements)
-            ordered = _in_turn(steps) if len(steps) <= PLACED_AT_MOST else []
+            queues = [queue for (wanted, _), queue in self._state.ready.queues.items() if wanted == requirements]
+            entries = sum([len(lane.heap) for queue in queues for lane in queue.lanes.values()])
+            ordered = _in_turn(_live(queues)) if entries <= PLACED_AT_MOST else []
             positions = {step: position for position, step in enumerate(ordered, 1)}
-            found = self._by_class[requirements] = (positions, len(steps))
+            found = self._by_class[requirements] = (positions, sum([queue.standing for queue in queues]))
         return found
 
 
 def why(state: FarmState, positions: QueuePositions, limits: Limits, key: StepKey, now: Instant) -> Reason | None:
     """Return why a step is not running; None for one that runs, publishes or has finished for good.
 
-    Raises `KeyError` for an unknown step. Costs the number of needs, or of builders, and of steps in the same queue
-    the first time that one of them is needed.
+    Raises `KeyError` for an unknown step. Costs the number of needs, or of builders, and of queues and their
+    first `PLACED_AT_MOST` steps the first time that one of a class is asked for.
     """
     step = state.steps[key]
     if step.state is StepState.WAITING:
@@ -230,25 +222,15 @@ def _busy(step: Step, positions: dict[Step, int], ready: int) -> Busy:
     return BuildersDraining(tuple([builder.id for builder in able][:NAMED]))
 
 
-def unschedulable(state: FarmState) -> list[UnschedulableClass]:
-    """Return one line per class of requirements with ready steps that no builder offers, sorted by class.
-
-    Costs the number of classes, and for each of these the number of its ready steps.
-    """
-    found: list[UnschedulableClass] = []
-    for requirements, reason in unserved_classes(state).items():
-        steps = _live(state, requirements)
-        found.append(UnschedulableClass(requirements, len(steps), tuple(step.key for step in steps[:NAMED]), reason))
-    return found
-
-
 def unserved_classes(state: FarmState) -> dict[Requirements, Unserved]:
-    """Return the classes of ready steps that no builder offers, sorted, and why. Costs the number of classes."""
+    """Return the classes of ready steps that no builder offers, sorted, and why. Costs the number of queues."""
+    waiting: dict[Requirements, list[Queue]] = {}
+    for (requirements, _), queue in state.ready.queues.items():
+        if queue.lanes:
+            waiting.setdefault(requirements, []).append(queue)
     found: dict[Requirements, Unserved] = {}
-    classes = dict.fromkeys(requirements for requirements, _ in state.ready.queues)
-    for requirements in sorted(classes, key=lambda wanted: (wanted.system, wanted.features)):
-        heaps = [queue for key, queue in state.ready.queues.items() if key[0] == requirements and queue.lanes]
-        if not heaps or any(queue.builders for queue in heaps):
+    for requirements in sorted(waiting, key=lambda wanted: (wanted.system, wanted.features)):
+        if any(queue.builders for queue in waiting[requirements]):
             continue
         reason = unserved(state, requirements)
         if reason is None:
@@ -270,12 +252,11 @@ def queue_reasons(state: FarmState) -> dict[Requirements, Unserved | Busy]:
     return found
 
 
-def _live(state: FarmState, requirements: Requirements) -> list[Step]:
+def _live(queues: list[Queue]) -> list[Step]:
     steps: dict[Step, None] = {}
-    for (wanted, _), queue in state.ready.queues.items():
-        if wanted == requirements:
-            for lane in queue.lanes.values():
-                steps.update((step, None) for _, _, step in lane.heap if step.queue is queue)
+    for queue in queues:
+        for lane in queue.lanes.values():
+            steps.update((step, None) for _, _, step in lane.heap if step.queue is queue)
     return list(steps)
 
 

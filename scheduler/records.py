@@ -191,11 +191,13 @@ class Lane:
 class Queue:
     """Ready steps that the same builders can take: one class of requirements, one avoided builder or none."""
 
-    __slots__ = ("avoid", "builders", "lanes", "requirements")
+    __slots__ = ("avoid", "builders", "lanes", "requirements", "standing")
 
     def __init__(self, requirements: Requirements, avoid: BuilderId) -> None:
         self.requirements = requirements
         self.avoid = avoid
+        #: How many steps stand in it.
+        self.standing = 0
         #: By stake; none is empty. A step stands in the lane of each of its owners.
         self.lanes: dict[int, Lane] = {}
         #: Builders that may take these steps; the avoided one only where there is no other.

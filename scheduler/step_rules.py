@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from scheduler import facts as f
 from scheduler.failures import CONSEQUENCES, Course
 from scheduler.model import NO_INSTANT, Failure, FailureKind, Instant, StepKey, StepState
-from scheduler.pauses import PAUSE, PIECE
+from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.policy import Limits, Policy
 from scheduler.records import Builder, Step
 from scheduler.resource_limits import in_force
@@ -198,7 +198,7 @@ class StepRules:
             if is_lapsed(step):
                 if stands(step):
                     continue
-                yield self.revived(step, restart=restart)
+                yield (yield from self.revived(step, restart=restart))
             if step.state is _DONE or step.engaged:
                 continue
             needs = self._state.needs_of(step)
@@ -208,9 +208,9 @@ class StepRules:
                     seen[need] = None
                     pending.append(need)
 
-    def revived(self, step: Step, *, restart: bool) -> f.StepRevived:
+    def revived(self, step: Step, *, restart: bool) -> Generator[Pause, None, f.StepRevived]:
         """Return the fact that a lapsed step lives again; an earlier recipe may lead back to it by now."""
-        first = restart and not (step.active and self._leads_back(step, 0))
+        first = restart and not (step.active and (yield from self._leads_back(step, 0)))
         return f.StepRevived(step.key, 0 if first else step.active)
 
     def _end(self, step: Step, failure: Failure, now: Instant) -> Iterator[f.FactOrPause]:
@@ -242,7 +242,9 @@ class StepRules:
     def _next_recipe(self, step: Step, now: Instant) -> Generator[f.FactOrPause, None, int | None]:
         """Return the next recipe that can help; what it needs and has lapsed is revived first."""
         for recipe in range(len(step.recipes)):
-            if recipe != step.active and recipe not in step.tried and self._helps(step, recipe, now):
+            if recipe == step.active or recipe in step.tried:
+                continue
+            if (yield from self._helps(step, recipe, now)):
                 # Below a fall-back steps keep their recipe: the check was made for these.
                 yield from self.revive(self._needs(step, recipe), restart=False)
                 return recipe
@@ -251,32 +253,42 @@ class StepRules:
     def _needs(self, step: Step, recipe: int) -> list[Step]:
         return [self._state.steps[key] for key in step.recipes[recipe].needs]
 
-    def _helps(self, step: Step, recipe: int, now: Instant) -> bool:
+    def _helps(self, step: Step, recipe: int, now: Instant) -> Generator[Pause, None, bool]:
         """Return whether a recipe neither leads back to its step nor stands on a known failure or one of this life.
 
         An older failure is no evidence: what has lapsed before this life began may be tried again.
         """
-        if self._leads_back(step, recipe):
+        if (yield from self._leads_back(step, recipe)):
             return False
-        return all(
-            below.state not in (_FAILED, _DOOMED)
-            or (below.generation_ended < step.generation_started and not is_known_failure(below, self._limits, now))
-            for below in self._below(self._needs(step, recipe), through_done=False)
-        )
+        for count, below in enumerate((yield from self._below(step, recipe, through_done=False)), 1):
+            if below.state in (_FAILED, _DOOMED):
+                earlier = below.generation_ended < step.generation_started
+                if not earlier or is_known_failure(below, self._limits, now):
+                    return False
+            if not count % PIECE:
+                yield PAUSE
+        return True
 
-    def _leads_back(self, step: Step, recipe: int) -> bool:
+    def _leads_back(self, step: Step, recipe: int) -> Generator[Pause, None, bool]:
         """Return whether `step` stands below that recipe. Done steps count: once lost, their needs count again."""
-        return step in self._below(self._needs(step, recipe), through_done=True)
+        return step in (yield from self._below(step, recipe, through_done=True))
 
-    def _below(self, starts: Iterable[Step], *, through_done: bool) -> dict[Step, None]:
-        """Return everything reachable through recipes in use."""
-        seen = dict.fromkeys(starts)
+    def _below(self, step: Step, recipe: int, *, through_done: bool) -> Generator[Pause, None, dict[Step, None]]:
+        """Return everything reachable through a recipe of a step, and below it through recipes in use."""
+        seen = dict.fromkeys(self._needs(step, recipe))
         pending = list(seen)
+        looked_at = 0
         while pending:
-            step = pending.pop()
-            if through_done or step.state is not _DONE:
-                for need in self._state.needs_of(step):
+            below = pending.pop()
+            looked_at += 1
+            if through_done or below.state is not _DONE:
+                needs = self._state.needs_of(below)
+                looked_at += len(needs)
+                for need in needs:
                     if need not in seen:
                         seen[need] = None
                         pending.append(need)
+            if looked_at >= PIECE:
+                looked_at = 0
+                yield PAUSE
         return seen

@@ -6,6 +6,7 @@ concerns all steps of the graph here runs some hundred thousand lines, several t
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -15,7 +16,7 @@ import pytest
 
 from coordinator.readmodel.views import Views
 from scheduler import events as e
-from scheduler.facts import Fact
+from scheduler.facts import Fact, StepFellBack
 from scheduler.farm import Farm
 from scheduler.model import (
     BuilderId,
@@ -31,12 +32,15 @@ from scheduler.model import (
     SubmissionId,
 )
 from scheduler.policy import Limits
+from scheduler.reasons import PLACED_AT_MOST, BuildersFull
 from tests.coordinator.test_views import Silent
 
 #: Steps that stand on one, and are the roots.
 WIDE = 1_500
 #: Lines between two pauses: some 2 ms here.
 LINES = 40_000
+#: Lines of one question for a step's place in its queue: some 8 ms here.
+LINES_OF_A_PLACE = 100_000
 GIVE_UP_S = 100.0
 
 ORIGIN, HELD, BUILDER = StepKey("origin"), StepKey("held"), BuilderId("b")
@@ -166,4 +170,50 @@ def test_edges_count_where_few_steps_have_very_many(wide: int, deep: int) -> Non
     for name in ("first", "second"):
         metered.tell(f"{name} is forgotten", e.SubmissionExpired(SubmissionId(name)))
     assert not metered.farm.state.steps
+    assert {name: lines for name, lines in metered.longest.items() if lines > LINES} == {}
+
+
+@pytest.mark.parametrize(
+    ("steps", "submissions"), [(20_000, 1), (PLACED_AT_MOST, 1), (PLACED_AT_MOST // 20, 20), (700, 60)]
+)
+def test_the_place_of_one_step_in_a_queue_is_no_matter_of_the_queues_length(steps: int, submissions: int) -> None:
+    """It is read while a view is rendered, in one piece; the lanes of many submissions hold the same steps."""
+    farm = Farm()
+    graph = tuple(StepSpec(StepKey(f"step-{number}"), (Recipe(NEEDS, ()),)) for number in range(steps))
+    roots = tuple(spec.key for spec in graph)
+    for number in range(submissions):
+        farm.handle(e.SubmissionReceived(SubmissionId(f"s{number}"), roots, graph), Instant(1))
+    farm.handle(e.BuilderJoined(BuilderSpec(BUILDER, "1", frozenset({"sys"})), 1), Instant(2))
+    reasons = []
+
+    def asking() -> Iterator[None]:
+        reasons.append(farm.why(roots[-1], Instant(3)))
+        yield
+
+    assert max(lines_of_pieces(asking())) <= LINES_OF_A_PLACE
+    [reason] = reasons
+    assert isinstance(reason, BuildersFull)
+    assert reason.ready == steps - 1
+    assert reason.position == (reason.ready if steps * submissions <= PLACED_AT_MOST else 0)
+
+
+def test_a_fall_back_looks_at_all_that_is_below_it_with_pauses() -> None:
+    """Both ways: a recipe that leads back to its step is passed over, the next one is good."""
+    metered = Metered()
+    low = tuple(StepKey(f"low-{number}") for number in range(6 * WIDE))
+    broken, other, top, back, hub = (StepKey(name) for name in ("broken", "other", "top", "back", "hub"))
+    recipes = (Recipe(NEEDS, (broken,)), Recipe(NEEDS, (back,)), Recipe(NEEDS, (hub,)))
+    steps = (
+        *(StepSpec(key, (Recipe(NEEDS, (before,)),)) for before, key in itertools.pairwise((*low, hub))),
+        StepSpec(low[0], (Recipe(NEEDS, ()),)),
+        *(StepSpec(key, (Recipe(NEEDS, ()),)) for key in (broken, other)),
+        StepSpec(back, (Recipe(NEEDS, (hub, top)),)),
+        StepSpec(top, recipes),
+    )
+    metered.tell("submitted", e.SubmissionReceived(SubmissionId("first"), (top, back), steps))
+    metered.tell("a builder joins", e.BuilderJoined(BuilderSpec(BUILDER, "1", frozenset({"sys"})), 2))
+    failure = Failure(FailureKind.PERMANENT, "exit status 1")
+    facts = metered.tell("a need fails", e.BuildFailed(LeaseId(broken, 1), BUILDER, failure))
+    assert [(fact.step, fact.recipe) for fact in facts if isinstance(fact, StepFellBack)] == [(top, 2)]
+    assert metered.total["a need fails: core"] > LINES
     assert {name: lines for name, lines in metered.longest.items() if lines > LINES} == {}

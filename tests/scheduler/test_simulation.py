@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -67,6 +67,16 @@ def _lose_quietly(self: state.FarmState, fact: f.StepLost) -> None:
     self._begin_life(step)
 
 
+def _never(*_: object) -> Generator[None, None, bool]:
+    yield from ()
+    return False
+
+
+def _always(*_: object) -> Generator[None, None, bool]:
+    yield from ()
+    return True
+
+
 #: Name, object, attribute, mutation: each removes one rule of the core.
 MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("any attempt may report", state.FarmState, "lease_holder", _any_attempt),
@@ -75,7 +85,7 @@ MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("unwanted steps run on", step_rules.StepRules, "abandon_orphans", _nothing),
     ("leases are not revoked before other facts", step_rules.StepRules, "stop", _nothing),
     ("what lapsed is not revived", step_rules.StepRules, "revive", _nothing),
-    ("a recipe may lead back to its step", step_rules.StepRules, "_leads_back", lambda *_: False),
+    ("a recipe may lead back to its step", step_rules.StepRules, "_leads_back", _never),
     ("silence and back-off never end", decide.Decider, "due", _nothing),
     ("the farm never asks to be woken", decide.Decider, "deadline", lambda _: None),
     ("lost orders are not said again", builder_rules.BuilderRules, "_missing", _nothing),
@@ -87,7 +97,7 @@ MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("needs are let go of by nobody", state.FarmState, "_release", lambda *_: None),
     ("a lost builder keeps its leases", builder_rules.BuilderRules, "lost", _nothing),
     ("a result in the cache is built all the same", decide.Decider, "_hold", _nothing),
-    ("every recipe helps", step_rules.StepRules, "_helps", lambda *_: True),
+    ("every recipe helps", step_rules.StepRules, "_helps", _always),
 )
 
 

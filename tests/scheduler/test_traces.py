@@ -207,8 +207,8 @@ def placement(scene: Scene) -> None:
         a_step("alien", system="riscv"),
     )
     scene.play(submit("s1", ["long", "short", "huge", "on-mac", "fetch", "alien"], *steps))
-    for waiting in scene.farm.unschedulable():
-        scene.note(f"stuck: {waiting.count} x {waiting.requirements.system}: {describe_unserved(waiting.reason)}")
+    for wanted, reason in scene.farm.unserved().items():
+        scene.note(f"stuck: {wanted.system}: {describe_unserved(reason)}")
 
 
 def known_failure(scene: Scene) -> None:
