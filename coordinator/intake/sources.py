@@ -1,8 +1,9 @@
 """Input sources from a client: nothing is believed, the content must give the path.
 
-A source's NAR streams through a digest into the object store; afterwards the digest shows by which method the content
-gives the store path. What no method explains is refused: it may be true in the client's store, but the farm cannot
-know. An object whose source is refused stays unnamed in the object store until the cache is swept.
+A source's NAR streams through a reader, which checks its format, into the object store, which hashes it; afterwards
+the hashes show by which method the content gives the store path. What no method explains is refused: it may be true in
+the client's store, but the farm cannot know. An object whose source is refused stays unnamed in the object store until
+the cache is swept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from coordinator.api.streams import Source
 from coordinator.errors import IntakeError, UnavailableError
 from infra.cache.cache import Cache
 from infra.cache.publishing.claims import Rejected, RejectReason
-from infra.nix.ca import SourceDigest, verify_source
+from infra.nix.ca import SourceReader, verify_source
 from infra.nix.errors import FormatError, SourcePathError
 from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import StoreDir, base_name_of, parse_base_name
@@ -64,11 +65,11 @@ class SourceIntake:
     async def _take(self, source: Source) -> NarInfo:
         header = source.header
         info = header.info(self._store_dir)
-        digest = SourceDigest()
+        reader = SourceReader()
 
         async def checked() -> AsyncIterator[bytes]:
             async for chunk in source.chunks():
-                digest.feed(chunk)
+                reader.feed(chunk)
                 yield chunk
 
         try:
@@ -76,7 +77,8 @@ class SourceIntake:
             for reference in header.references:
                 parse_base_name(reference)
             uploaded = await upload_nar(self._objects, checked(), self._cache.compression)
-            ca = verify_source(self._store_dir, info.store_path, digest.finish(), info.reference_paths)
+            hashes = reader.finish(uploaded.nar_hash)
+            ca = verify_source(self._store_dir, info.store_path, hashes, info.reference_paths)
         except FormatError as error:
             raise SourceRefusedError(f"the source {header.path[:300]!r} cannot be read: {error}") from None
         except SourcePathError:

@@ -1,8 +1,9 @@
 """Proof that an uploaded source is what its store path says (infra/nix/FORMATS.md 3.1), while its archive streams by.
 
 Input sources are content-addressed: added trees by the hash of their archive, texts (`builtins.toFile`) and flat
-files by the hash of their content. A `SourceDigest` takes the archive's bytes and gives all these hashes;
-`verify_source` finds the method that gives the path, since the path alone does not show which one made it.
+files by the hash of their content. A `SourceReader` takes the archive's bytes and gives the hash of the content,
+beside that of the archive, which the writer of the object computes anyway; `verify_source` finds the method that gives
+the path, since the path alone does not show which one made it.
 """
 
 from __future__ import annotations
@@ -34,14 +35,13 @@ class SourceHashes:
     flat_hash: str
 
 
-class SourceDigest:
-    """Hashes an archive that arrives in pieces, and checks its format on the way."""
+class SourceReader:
+    """Checks the format of an archive that arrives in pieces, and hashes the content of a single plain file."""
 
-    __slots__ = ("_flat", "_is_flat", "_nar", "_reader")
+    __slots__ = ("_flat", "_is_flat", "_reader")
 
     def __init__(self) -> None:
         self._reader = NarReader()
-        self._nar = sha256()
         self._flat = sha256()
         #: Whether the root is a file that is not executable.
         self._is_flat = False
@@ -52,22 +52,20 @@ class SourceDigest:
         Raises:
             FormatError: If they break the format.
         """
-        self._nar.update(data)
         for event in self._reader.feed(data):
             if isinstance(event, NarFile) and not event.name:
                 self._is_flat = not event.executable
             elif self._is_flat and isinstance(event, NarData):
                 self._flat.update(event.data)
 
-    def finish(self) -> SourceHashes:
-        """The hashes of the whole archive.
+    def finish(self, nar_hash: str) -> SourceHashes:
+        """Return the hashes of the source whose whole archive has the hash `nar_hash`, which the caller computed.
 
         Raises:
             FormatError: If it was cut short.
         """
         self._reader.close()
-        flat_hash = sha256_text(self._flat.digest()) if self._is_flat else ""
-        return SourceHashes(sha256_text(self._nar.digest()), flat_hash)
+        return SourceHashes(nar_hash, sha256_text(self._flat.digest()) if self._is_flat else "")
 
 
 def path_of_content(store_dir: StoreDir, name: str, ca: str, refs: Collection[str] = ()) -> str:

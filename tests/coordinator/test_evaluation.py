@@ -21,9 +21,10 @@ from coordinator.client.evaluation import (
     parse_drv,
 )
 from infra.nar_files import dump
-from infra.nix.ca import SourceDigest, verify_source
+from infra.nix.ca import verify_source
 from infra.nix.store_path import StoreDir
 from infra.process import run
+from tests.support.sources import hashes_of
 
 EXPRESSION = """
 let make = name: more: derivation ({ inherit name; system = "x86_64-linux"; builder = "/bin/sh"; } // more);
@@ -128,12 +129,8 @@ async def test_the_closure_is_read_inputs_first_with_all_sources(file: str, flag
     assert [header.path[33:] for header in headers if header.path[33:] != "source.txt"] == ["note", "s"]
     for header in headers:
         path = f"/nix/store/{header.path}"
-        digest = SourceDigest()
-        for chunk in dump(store.physical(path)):
-            digest.feed(chunk)
-        found = verify_source(
-            StoreDir("/nix/store"), path, digest.finish(), [f"/nix/store/{r}" for r in header.references]
-        )
+        hashes = hashes_of(dump(store.physical(path)))
+        found = verify_source(StoreDir("/nix/store"), path, hashes, [f"/nix/store/{r}" for r in header.references])
         assert found == header.ca
 
 

@@ -13,11 +13,12 @@ import pytest
 
 from infra import nar_files
 from infra.nix import aterm, base32, hashing, nar, narinfo, signing
-from infra.nix.ca import SourceDigest, verify_source
+from infra.nix.ca import verify_source
 from infra.nix.derivation import DerivationKind
 from infra.nix.path_info import PathInfo
 from infra.nix.store_path import StoreDir
 from infra.nix.verify import VerifiedDerivation, Verifier
+from tests.support.sources import hashes_of
 
 FEATURES = "nix-command ca-derivations impure-derivations"
 EXPRESSION = r"""
@@ -158,11 +159,9 @@ def test_sources_of_a_graph_are_what_their_paths_say(nix: Nix) -> None:
     methods: dict[str, str] = {}
     for source in nix.lines("nix-store", "--query", "--requisites", top):
         if not source.endswith(".drv"):
-            digest = SourceDigest()
-            for piece in nar_files.dump(nix.on_disk(source)):
-                digest.feed(piece)
+            hashes = hashes_of(nar_files.dump(nix.on_disk(source)))
             refs = nix.lines("nix-store", "--query", "--references", source)
-            methods[store_dir.parse(source).name] = verify_source(store_dir, source, digest.finish(), refs)
+            methods[store_dir.parse(source).name] = verify_source(store_dir, source, hashes, refs)
     assert set(methods) == {"tree-source", "builder.sh", "lib.sh"}
     assert methods["tree-source"].startswith("fixed:r:sha256:")
     assert methods["builder.sh"].startswith("text:sha256:")
@@ -235,12 +234,11 @@ def test_a_built_output_has_the_same_hash_references_narinfo_and_signature(tmp_p
     (output,) = nix.lines("nix-store", "--realise", drv_path)
     assert verified[drv_path].outputs["out"] == output
     candidates = {store_dir.parse(path).hash_part: path for path in [*verified[drv_path].inputs, output]}
-    content, digest = b"".join(nar_files.dump(nix.on_disk(output))), SourceDigest()
-    digest.feed(content)
+    content = b"".join(nar_files.dump(nix.on_disk(output)))
     references = sorted(path for digits, path in candidates.items() if digits.encode() in content)
     assert references == sorted(nix.lines("nix-store", "--query", "--references", output))
     assert len(references) == 2
-    hashes = digest.finish()
+    hashes = hashes_of([content])
     assert nix.lines("nix-store", "--query", "--hash", output) == [hashes.nar_hash]
     (tmp_path / "key").write_bytes(nix.run("nix", "key", "generate-secret", "--key-name", "test-1"))
     key = signing.SecretKey.parse((tmp_path / "key").read_text())

@@ -7,19 +7,17 @@ from hashlib import sha256
 import pytest
 
 from infra.nix import nar
-from infra.nix.ca import SourceDigest, SourceHashes, path_of_content, verify_source
+from infra.nix.ca import SourceHashes, path_of_content, verify_source
 from infra.nix.errors import FormatError, SourcePathError
 from infra.nix.nar import NarData, NarDirectory, NarDirectoryEnd, NarFile
 from infra.nix.store_path import StoreDir
+from tests.support.sources import hashes_of
 
 NIX_STORE = StoreDir("/nix/store")
 
 
 def digest(archive: bytes, step: int = 7) -> SourceHashes:
-    result = SourceDigest()
-    for at in range(0, len(archive), step):
-        result.feed(archive[at : at + step])
-    return result.finish()
+    return hashes_of(archive[at : at + step] for at in range(0, len(archive), step))
 
 
 def plain_file(content: bytes, *, executable: bool = False) -> bytes:
