@@ -15,6 +15,10 @@ from opentelemetry.metrics import CallbackOptions, Histogram, Observation
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from infra.histogram import Histogram as Durations
 
 #: What `expose` gives (Prometheus text format 0.0.4).
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -72,6 +76,10 @@ class Telemetry:
             metric.name, unit=metric.unit, description=metric.meaning, explicit_bucket_boundaries_advisory=bounds
         )
 
+    def show_durations(self, metric: Metric, histograms: Mapping[str, Durations]) -> None:
+        """Show histograms that are counted elsewhere, by the value of the metric's only label."""
+        self._registry.register(_DurationCollector(metric, histograms))
+
     def expose(self) -> bytes:
         """Return all instruments in Prometheus' text format; calls every `observe`."""
         return generate_latest(self._registry)
@@ -79,6 +87,21 @@ class Telemetry:
     def close(self) -> None:
         """Let go of the instruments."""
         self._provider.shutdown()
+
+
+class _DurationCollector(Collector):
+    """Reads plain histograms at each scrape."""
+
+    def __init__(self, metric: Metric, histograms: Mapping[str, Durations]) -> None:
+        self._metric = metric
+        self._histograms = histograms
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        """Return one family with a series for each histogram."""
+        family = HistogramMetricFamily(self._metric.exposed, self._metric.meaning, labels=self._metric.labels)
+        for label, durations in self._histograms.items():
+            family.add_metric([label], buckets=durations.up_to(), sum_value=durations.sum_s)
+        return [family]
 
 
 def _observed(observe: Observe) -> Callable[[CallbackOptions], Iterable[Observation]]:

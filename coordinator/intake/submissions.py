@@ -16,6 +16,7 @@ from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.api.requests import RootLimits, RootRequest, SubmitRequest
 from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError, IntakeError
+from coordinator.intake.client_meter import ClientMeter
 from coordinator.intake.graph import Planned
 from coordinator.intake.intake import Intake
 from coordinator.journal.codec import SubmissionNote, encode_note
@@ -37,6 +38,7 @@ class Submissions:
         self._engine = engine
         self._views = views
         self._intake = intake
+        self.meter = ClientMeter()
 
     async def submit(self, wish: SubmitRequest) -> SubmissionRow:
         """Plan a wish and hand it over; returns its row once it is durable."""
@@ -54,6 +56,7 @@ class Submissions:
             return replace(planned.event(name), asked_at=asked_at, retry_failed=wish.retry_failed, wait_s=wish.wait_s)
 
         row = await self._hand_over(planned, event, note)
+        self.meter.count(wish, planned.derivations)
         objects = planned.objects()
         del planned, note
         await free_in_slices(objects)

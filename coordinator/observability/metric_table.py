@@ -104,6 +104,31 @@ ENDED_STEPS: Final = Metric(
     "drover_ended_steps", "counter", "Steps that ended by a build, by result: done or failed.", ("result",)
 )
 
+ATTEMPT: Final = Metric(
+    "drover_attempt",
+    "histogram",
+    "Time that attempts spent in a phase: wait (ready, without a slot), inputs, build, pack, upload, verify, publish.",
+    ("phase",),
+    "s",
+)
+BUILDER_PHASE: Final = Metric(
+    "drover_builder_phase",
+    "histogram",
+    "Time of the phases that builders announce: those of Nixpkgs' standard environment, all others as `other`.",
+    ("phase",),
+    "s",
+)
+CLIENT_STAGE: Final = Metric(
+    "drover_client_stage",
+    "histogram",
+    "Time of what clients did before they submitted: evaluate, closure (reading derivations), upload.",
+    ("stage",),
+    "s",
+)
+SUBMITTED_DERIVATIONS: Final = Metric(
+    "drover_submitted_derivations", "counter", "Derivations behind accepted submissions, known ones included."
+)
+
 STATE_DISK_FREE: Final = Metric(
     "drover_state_disk_free", "gauge", "Room on the disk of the coordinator's state directory.", unit="By"
 )
@@ -187,6 +212,10 @@ METRICS: Final[tuple[Metric, ...]] = (
     SUBMISSIONS,
     ENDED_STEPS,
     FAILED_ATTEMPTS,
+    ATTEMPT,
+    BUILDER_PHASE,
+    CLIENT_STAGE,
+    SUBMITTED_DERIVATIONS,
     TROUBLES,
     WORKERS,
     WORKERS_ISOLATION,

@@ -16,8 +16,10 @@ from typing import get_args
 from coordinator.api.models import FarmView, StepStatus, SubmissionState, WaitingKind, WorkerState
 from coordinator.caches.housekeeping import CacheGauges
 from coordinator.engine.meter import EngineMeter
+from coordinator.intake.client_meter import ClientMeter
 from coordinator.observability import metric_table as table
 from coordinator.observability.trace_exporter import TraceExporter
+from coordinator.readmodel.attempt_meter import AttemptMeter
 from coordinator.readmodel.views import Views
 from infra.cache.cache import Cache
 from infra.cache.counters import CacheCounters
@@ -94,6 +96,14 @@ def add_engine_metrics(telemetry: Telemetry, meter: EngineMeter, state_dir: Path
     telemetry.show(table.STATE_DISK_FREE, lambda: _free(state_dir))
     turn = telemetry.histogram(table.TURN)
     meter.on_part = lambda part, seconds: turn.record(seconds, {"part": part})
+
+
+def add_time_metrics(telemetry: Telemetry, attempts: AttemptMeter, clients: ClientMeter) -> None:
+    """Show where the time of attempts went, and of clients before they submitted."""
+    telemetry.show_durations(table.ATTEMPT, attempts.phases)
+    telemetry.show_durations(table.BUILDER_PHASE, attempts.builder_phases)
+    telemetry.show_durations(table.CLIENT_STAGE, clients.stages)
+    telemetry.show(table.SUBMITTED_DERIVATIONS, lambda: [(clients.derivations, {})])
 
 
 def add_trace_metrics(telemetry: Telemetry, exporter: TraceExporter | None) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
+from coordinator.readmodel.attempt_meter import AttemptMeter
 from coordinator.stores.timings import MAX_WANTED_BY, MESSAGE_CHARACTERS, AttemptTiming, Measured, Outcome
 from scheduler.model import Failure, FailureKind
 from workers.wire.measures import MAX_PHASES, Measures
@@ -65,6 +66,8 @@ class Timelines:
         self._changed: OrderedDict[Key, AttemptTiming] = OrderedDict()
         #: Attempts that were dropped since the start because the store did not take them in time.
         self.dropped = 0
+        #: Counts what happens; who replays facts puts a new one here afterwards, because those are history.
+        self.meter = AttemptMeter()
 
     @property
     def waiting(self) -> int:
@@ -104,6 +107,8 @@ class Timelines:
             leased_at=at,
         )
         self._open[step] = _Live(timing)
+        if timing.ready_at is not None:
+            self.meter.spent("wait", max(0.0, at - timing.ready_at))
         self._note(timing)
 
     def restored(self, step: str, attempt: int, recipe: int, worker: str) -> None:
@@ -143,7 +148,10 @@ class Timelines:
             timing.output_bytes = _bytes(sum(output.nar_size for output in report.result.outputs))
             timing.uploaded_bytes = _bytes(sum(output.file_size for output in report.result.outputs))
         if report.measures is not None:
+            first = timing.measured is None
             _complete(timing, report.measures, lambda at, took: _within(here(at), took, lowest, now))
+            if first:
+                self._count(timing)
         self._note(timing)
 
     def stage(self, worker: str, change: StageChange, now: float, here: Here) -> None:
@@ -162,6 +170,8 @@ class Timelines:
             timing = live.timing
             timing.verify_at, timing.verify_s = began, _seconds(verified - began)
             timing.publish_s = _seconds(ended - verified)
+            self.meter.spent("verify", timing.verify_s or 0.0)
+            self.meter.spent("publish", timing.publish_s or 0.0)
             self._note(timing)
 
     # The parts they share.
@@ -186,6 +196,14 @@ class Timelines:
         if timing.measured is None and live.changes and timing.ended_at is not None:
             timing.measured = _cut(live.changes, timing.ended_at)
         self._note(timing)
+
+    def _count(self, timing: AttemptTiming) -> None:
+        """Count the stretches of an attempt, each once: an agent sends its report until that is acknowledged."""
+        if timing.measured is not None:
+            for name, _, took_s in timing.measured.spans:
+                self.meter.spent(name, took_s)
+            for name, _, took_s in timing.measured.phases:
+                self.meter.built(name, took_s)
 
     def _note(self, timing: AttemptTiming) -> None:
         if not self._most:

@@ -13,6 +13,7 @@ from coordinator.intake.intake import Intake
 from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.submissions import Submissions
 from coordinator.journal.codec import decode_notes
+from coordinator.readmodel.attempt_meter import AttemptMeter
 from coordinator.readmodel.explain import FarmExplainer
 from coordinator.readmodel.usual_times import UsualTimes
 from coordinator.readmodel.views import Views
@@ -73,6 +74,8 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     notes = decode_notes(await stores.journal.notes())
     replayed = await engine.recover(notes)
     views.add_details({}, notes)
+    # What a replay counted is history of an earlier process.
+    views.timelines.meter = AttemptMeter()
     cache = stores.cache
     writer = TimingWriter(views.timelines, stores.timings, views.named, clock, limits.timings_days, limits.timings_rows)
     intake = Intake(stores.derivations, cache, cache.objects, cache.store_dir, IntakeLimits.of(limits))

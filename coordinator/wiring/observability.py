@@ -17,6 +17,7 @@ from coordinator.observability.metrics import (
     add_engine_metrics,
     add_farm_metrics,
     add_loop_metrics,
+    add_time_metrics,
     add_trace_metrics,
 )
 from coordinator.observability.trace_exporter import TraceExporter, otlp_wanted
@@ -58,6 +59,7 @@ def observe(  # noqa: PLR0917 - collaborators, named by their types
     add_cache_metrics(telemetry, {each.name: each.cache for each in stores.caches}, gauges)
     add_farm_metrics(telemetry, core.views, farm, core.explainer.holding)
     add_engine_metrics(telemetry, core.engine.meter, settings.state_dir)
+    add_time_metrics(telemetry, core.views.timelines.meter, core.submissions.meter)
     add_connection_metrics(telemetry, gate)
     add_trace_metrics(telemetry, exporter)
     add_loop_metrics(telemetry, watch)

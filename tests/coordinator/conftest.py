@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.api.models import Ended, StepStatus, SubmissionView, WatchEvent
-from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
+from coordinator.api.requests import ClientStage, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore, describe_sources, read_closure
@@ -69,8 +69,11 @@ class OpenedFarm:
             await self.client.send_derivations(in_thread(encode_derivations(members)))
         return tuple(RootRequest(attr=each.attr, drv=each.drv) for each in wanted)
 
-    async def submit(self, text: str, *attrs: str, label: str = "") -> SubmissionView:
-        return await self.client.submit(SubmitRequest(roots=await self.evaluate(text, *attrs), label=label))
+    async def submit(
+        self, text: str, *attrs: str, label: str = "", stages: tuple[ClientStage, ...] = ()
+    ) -> SubmissionView:
+        roots = await self.evaluate(text, *attrs)
+        return await self.client.submit(SubmitRequest(roots=roots, label=label, stages=stages))
 
     async def watch(self, submission: str) -> list[WatchEvent]:
         """Read the whole stream of a submission."""

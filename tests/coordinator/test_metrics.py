@@ -16,6 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from prometheus_client import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
 
+from coordinator.api.requests import ClientStage
 from coordinator.observability.metric_table import LOOP_STALL, METRICS
 from tests.coordinator.conftest import OpenFarm
 from tests.coordinator.test_farm import DIAMOND
@@ -25,6 +26,12 @@ from workers.agent.vitals import read_vitals
 DEPLOY = Path(__file__).resolve().parents[2] / "infra" / "deploy"
 RULES = DEPLOY / "prometheus" / "drover.rules.yml"
 DASHBOARD = DEPLOY / "grafana" / "drover.json"
+PHASED = """{ it = run "it" ''
+  echo '@nix {"action":"setPhase","phase":"buildPhase"}' >&2
+  echo '@nix {"action":"setPhase","phase":"of my own"}' >&2
+  echo > $out
+''; }"""
+EVALUATED = (ClientStage(name="evaluate", begin=1000.0, end=1042.0),)
 FOR_A_MAC = '{ mac = runOn "aarch64-darwin" {} "mac" "echo > $out"; }'
 #: A name of ours in an expression, with the endings that histograms add.
 NAME = re.compile(r"\bdrover_\w+")
@@ -33,6 +40,7 @@ NAME = re.compile(r"\bdrover_\w+")
 async def test_a_farm_exposes_the_table_and_nothing_else(open_farm: OpenFarm) -> None:
     async with open_farm("one") as farm, aiohttp.ClientSession() as web:
         await farm.ended((await farm.submit(DIAMOND, "top")).id)
+        await farm.ended((await farm.submit(PHASED, "it", stages=EVALUATED)).id)
         await farm.submit(FOR_A_MAC, "mac")
         await farm.until(lambda: any(seen.load is not None for seen in farm.coordinator.views.workforce.views()))
         await farm.client.collect("default", dry_run=False)
@@ -45,7 +53,7 @@ async def test_a_farm_exposes_the_table_and_nothing_else(open_farm: OpenFarm) ->
         assert (family.type, family.documentation) == (metric.kind, metric.meaning)
         labels = {label for sample in family.samples for label in sample.labels if label != "le"}
         assert labels <= set(metric.labels), metric.name
-    assert value(shown, "drover_steps", state="done") == 4
+    assert value(shown, "drover_steps", state="done") == 5
     assert value(shown, "drover_steps", state="running") == 0, "a count of nothing is 0, not absent"
     assert value(shown, "drover_ready_steps", system="aarch64-darwin", features="", reason="no_system") == 1
     assert value(shown, "drover_ended_steps_total", result="done") >= 1
@@ -55,9 +63,20 @@ async def test_a_farm_exposes_the_table_and_nothing_else(open_farm: OpenFarm) ->
     assert value(shown, "drover_cache_dangling_references", cache="default") == 0
     assert value(shown, "drover_cache_published_paths_total", cache="default") >= 4
     assert value(shown, "drover_engine_events_total") >= 4
+    for phase in ("wait", "build", "pack", "upload", "verify", "publish"):
+        assert part(shown, "drover_attempt_seconds", "count", phase=phase) == 5, phase
+    assert part(shown, "drover_builder_phase_seconds", "count", phase="buildPhase") == 1
+    assert part(shown, "drover_builder_phase_seconds", "count", phase="other") == 1, "builds name as many as they like"
+    assert part(shown, "drover_client_stage_seconds", "count", stage="evaluate") == 1
+    assert part(shown, "drover_client_stage_seconds", "sum", stage="evaluate") == 42.0
+    assert value(shown, "drover_submitted_derivations_total") == 6
     turns = {sample.labels["part"] for sample in shown["drover_engine_turn_seconds"].samples}
     assert turns == {"core", "journal", "views"}
     assert value(shown, "drover_worker_disk_free_bytes", worker="one") > 0
+    async with open_farm() as farm, aiohttp.ClientSession() as web:
+        again = await scrape(web, farm.coordinator.ready.url)
+    assert value(again, "drover_steps", state="done") == 5
+    assert part(again, "drover_attempt_seconds", "count", phase="wait") == 0, "a replay counts no history"
 
 
 def test_a_measure_that_a_machine_does_not_give_is_absent_and_not_0(tmp_path: Path) -> None:
@@ -125,6 +144,13 @@ def names_of(exposed: str, kind: str) -> tuple[str, ...]:
 
 def value(shown: dict[str, Family], name: str, **labels: str) -> float:
     [found] = [sample.value for sample in shown[name].samples if sample.labels == labels]
+    return found
+
+
+def part(shown: dict[str, Family], histogram: str, ending: str, **labels: str) -> float:
+    """The count or the sum of a histogram."""
+    series = f"{histogram}_{ending}"
+    [found] = [each.value for each in shown[histogram].samples if each.name == series and each.labels == labels]
     return found
 
 
