@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from coordinator.api.models import StepChanged, StepView, SubmissionView
 from coordinator.cli.lines import cut
 from coordinator.cli.live import live_lines
 from coordinator.cli.progress import News, Progress
 from coordinator.cli.rendering import built_line, heartbeat_line, news_lines, one_line
-from coordinator.cli.screen import Screen
+from coordinator.cli.screen import Screen, resizing
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import ClientError
 from coordinator.errors import CoordinatorError
@@ -38,11 +36,17 @@ class Follower:
         self._screen = screen
         self._progress = progress
         self._dirty = asyncio.Event()
+        self._resized = asyncio.Event()
         #: Built since the last line about that; for terminals only.
         self._built: list[StepView] = []
 
     def changed(self) -> None:
-        """Something of the progress, or the size of the window, changed."""
+        """Something of the progress changed."""
+        self._dirty.set()
+
+    def resized(self) -> None:
+        """The size of the window changed: the next frame is drawn at once."""
+        self._resized.set()
         self._dirty.set()
 
     def tell(self, news: News, step: StepView) -> None:
@@ -62,7 +66,7 @@ class Follower:
 
     async def show(self) -> None:
         """Show the progress until cancelled."""
-        with _resizing(self.changed):
+        with resizing(self.resized):
             await (self._paint() if self._screen.live else self._beat())
 
     def end(self) -> None:
@@ -77,8 +81,11 @@ class Follower:
             if clock() - told_at >= BUILT_EVERY_S:
                 told_at = clock()
                 self.tell_built()
+            self._resized.clear()
             self._screen.draw(live_lines(self._progress, time.time(), self._screen.window()))
-            await asyncio.sleep(1 / FRAMES_PER_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1 / FRAMES_PER_S):
+                    await self._resized.wait()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self._dirty.wait()
@@ -146,20 +153,3 @@ async def follow(
     if progress.submission is None:
         raise ClientError(f"the coordinator said nothing about {submission}")
     return progress.submission
-
-
-@contextlib.contextmanager
-def _resizing(resized: Callable[[], None]) -> Iterator[None]:
-    """Have `resized` called when the window changes, as long as the block runs.
-
-    Only a program's main thread gets signals; in another one the next frame shows the new size.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGWINCH, resized)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGWINCH)

@@ -1,21 +1,27 @@
 """The screen of one command: a terminal with a live region below what scrolls, or lines for a file or a pipe.
 
 The region is drawn over itself, each frame with what scrolls in one write between the marks of a synchronised update,
-so that a terminal shows whole frames. A window that became narrower has wrapped the lines of the last frame, and most
-terminals wrap what they show too: `LiveRegion` counts the rows that they take now. Rich's `Live` counts those that they
-took, and leaves pieces of its frames behind.
+so that a terminal shows whole frames. Between frames the cursor stands at the beginning of the region, because a
+terminal that wraps what it shows when its window becomes narrower takes the cursor along: the next frame begins there,
+however many rows the last one takes now, and whatever the program believed the window's size to be. A frame's own
+lines do not wrap, so that as many rows are counted back as it has lines. Rich's `Live` counts the rows that its last
+frame took, and leaves pieces of its frames behind.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, TextIO
 
 from coordinator.cli.ci import Ci, defused, detected, section, verdict
-from coordinator.cli.lines import Line, plain, width_of, written
+from coordinator.cli.lines import Line, plain, written
 from coordinator.cli.live import Window
 from coordinator.terminal_controls import harmless
 
@@ -25,6 +31,11 @@ _HIDE: Final = "\x1b[?25l"
 _SHOW: Final = "\x1b[?25h"
 _CLEAR_LINE: Final = "\x1b[K"
 _CLEAR_BELOW: Final = "\x1b[J"
+#: Clears the cursor's row and those below it. tmux saves a screen that is cleared from its very first cell with what
+#: scrolled, so it is cleared from the second one; a row that was wrapped and is only overwritten stays joined.
+_CLEAR_REGION: Final = f"\r{_CLEAR_LINE} {_CLEAR_BELOW}\r"
+_NO_WRAP: Final = "\x1b[?7l"
+_WRAP: Final = "\x1b[?7h"
 #: Of a terminal that says no size.
 USUAL: Final = Window(80, 24)
 
@@ -39,13 +50,6 @@ def wants_colours(environment: Mapping[str, str]) -> bool:
     return not environment.get("NO_COLOR")
 
 
-def reflows(environment: Mapping[str, str]) -> bool:
-    """Return true if the terminal wraps anew what it shows when its window changes: all but a few old ones do."""
-    term = environment.get("TERM", "")
-    old = "XTERM_VERSION" in environment or term.startswith(("linux", "vt"))
-    return not old and (not term.startswith("screen") or "TMUX" in environment)
-
-
 def _safe(lines: Sequence[Line]) -> list[Line]:
     return [[(harmless(text).replace("\n", " "), style) for text, style in line] for line in lines]
 
@@ -58,35 +62,28 @@ def _lines(lines: Sequence[Line]) -> str:
 class LiveRegion:
     """The region below the text that scrolls: gives what must be written for a new frame, and remembers the last."""
 
-    def __init__(self, *, reflows: bool, colours: bool) -> None:
-        self._reflows = reflows
+    def __init__(self, *, colours: bool) -> None:
         self.colours = colours
-        #: Cells of each line of the frame that stands; the cursor is at the beginning of the last one.
-        self._widths: tuple[int, ...] = ()
+        #: The window of the last frame.
+        self._window: Window | None = None
 
     def frame(self, scrolled: Sequence[Line], lines: Sequence[Line], window: Window) -> str:
         """Return what replaces the region by `scrolled`, which goes away upwards, and the region `lines`."""
-        text = [_BEGIN, _HIDE, self._to_top(window)]
-        text += [f"{written(line, colours=self.colours)}{_CLEAR_LINE}\n" for line in scrolled]
-        text.append("\n".join([written(line, colours=self.colours) + _CLEAR_LINE for line in lines]))
-        text += [_CLEAR_BELOW, "\r", _END]
-        self._widths = tuple([width_of(line) for line in lines])
+        text = [_BEGIN, _HIDE, "\r"]
+        if scrolled or not lines or window != self._window:
+            text.append(_CLEAR_REGION)
+        self._window = window
+        text += [f"{written(line, colours=self.colours)}\n" for line in scrolled]
+        if lines:
+            # A row is cleared before it is written: some terminals clear its last cell otherwise.
+            text += [_NO_WRAP, "\n".join([_CLEAR_LINE + written(line, colours=self.colours) for line in lines])]
+            text += [_CLEAR_BELOW, "\r", f"\x1b[{len(lines) - 1}A" if len(lines) > 1 else "", _WRAP]
+        text.append(_END)
         return "".join(text)
 
     def end(self, scrolled: Sequence[Line], window: Window) -> str:
         """Return what takes the region away and leaves the terminal as it was."""
-        text = self.frame(scrolled, (), window)
-        return text + _SHOW
-
-    def _to_top(self, window: Window) -> str:
-        """Return what moves the cursor to the beginning of the region."""
-        if not self._reflows:
-            rows = len(self._widths) - 1
-        else:
-            rows = sum(max(1, -(-width // window.width)) for width in self._widths[:-1])
-        # Above the window is what scrolled away, which no cursor reaches.
-        rows = min(rows, window.height - 1)
-        return f"\r\x1b[{rows}A" if rows > 0 else "\r"
+        return self.frame(scrolled, (), window) + _SHOW
 
 
 class Screen:
@@ -96,7 +93,7 @@ class Screen:
         self._stream = stream
         self._ci = ci
         self.live = is_capable(stream, environment)
-        self._region = LiveRegion(reflows=reflows(environment), colours=wants_colours(environment))
+        self._region = LiveRegion(colours=wants_colours(environment))
         #: A frame stands on the terminal.
         self._drawn = False
         #: What scrolls with the next frame.
@@ -168,3 +165,20 @@ class Screen:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self._stream.write(text.encode(encoding, "replace").decode(encoding))
         self._stream.flush()
+
+
+@contextlib.contextmanager
+def resizing(resized: Callable[[], None]) -> Iterator[None]:
+    """Have `resized` called when the window changes, as long as the block runs.
+
+    Only a program's main thread gets signals; in another one the next frame shows the new size.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGWINCH, resized)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGWINCH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from coordinator.cli import exit_status
 from coordinator.cli.lines import Line, cell, cut
 from coordinator.cli.live import SIGNS, Window
 from coordinator.cli.rendering import duration, one_line
-from coordinator.cli.screen import Screen
+from coordinator.cli.screen import Screen, resizing
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import UnreachableError
 
@@ -37,34 +38,44 @@ async def top(client: ApiClient, screen: Screen) -> int:
     if not screen.live:
         screen.block(farm_lines(activity, time.time(), _UNBOUNDED))
         return exit_status.OK
-    ended = asyncio.Event()
+    ended, awake = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        ended.set()
+        awake.set()
+
     for each in _ENDS:
-        loop.add_signal_handler(each, ended.set)
+        loop.add_signal_handler(each, end)
     lines: list[Line] = []
     trouble = ""
     try:
-        while not ended.is_set():
-            window = screen.window()
-            lines = farm_lines(activity, time.time(), window)
-            screen.draw(
-                [cut([(trouble, "bold red")], window.width), *lines][-window.height + 1 :] if trouble else lines
-            )
-            try:
-                async with asyncio.timeout(LOOK_EVERY_S):
-                    await ended.wait()
-            except TimeoutError:
-                pass
-            try:
-                activity, trouble = await client.activity(), ""
-            except UnreachableError as error:
-                trouble = f"{error}; this is how it was"
+        with resizing(awake.set):
+            while not ended.is_set():
+                lines = _frame(activity, trouble, screen.window())
+                screen.draw(lines)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_EVERY_S):
+                        await awake.wait()
+                awake.clear()
+                try:
+                    activity, trouble = await client.activity(), ""
+                except UnreachableError as error:
+                    trouble = f"{error}; this is how it was"
     finally:
         screen.undraw()
         screen.block(lines)
         for each in _ENDS:
             loop.remove_signal_handler(each)
     return exit_status.OK
+
+
+def _frame(activity: ActivityView, trouble: str, window: Window) -> list[Line]:
+    """Return the farm, below a line that says that it does not answer, if so."""
+    if not trouble:
+        return farm_lines(activity, time.time(), window)
+    lines = farm_lines(activity, time.time(), Window(window.width, window.height - 1))
+    return [cut([(one_line(trouble), "bold red")], window.width), *lines]
 
 
 def farm_lines(activity: ActivityView, now: float, window: Window) -> list[Line]:

@@ -4,89 +4,29 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.api.models import Counts, FailureView, StepStatus, WatchEvent
+from coordinator.api.models import FailureView, WatchEvent
 from coordinator.cli.ci import Ci, detected
 from coordinator.cli.follow import Follower
 from coordinator.cli.forest import draw
 from coordinator.cli.progress import Progress
 from coordinator.cli.rendering import failure_lines
-from coordinator.cli.screen import Screen, reflows
-from tests.support.screens import NOW, Scripted, Terminal, changed, counts, failed, place, snapshot, step
+from coordinator.cli.screen import Screen
+from tests.support.redrawing import LINES_BEFORE
+from tests.support.screens import Scripted, Terminal, calm, changed, counts, crowded, failed, failing
+from tests.support.tmux import tmux
 
 SCREENS = Path(__file__).parent / "screens"
 SIZES = ((80, 24), (132, 43), (40, 12))
-
-
-def calm(watched: Scripted) -> None:
-    """Little runs: all of the forest has room."""
-    watched.see(
-        snapshot(
-            Counts(total=9, held=2, running=3, waiting=4),
-            step("zlib-1.3", started_at=NOW - 12, phase="buildPhase"),
-            step("openssl-3.3", started_at=NOW - 62, worker="ec2-large", phase="checkPhase", usual_s=58.4),
-            step("llvm-18", started_at=NOW - 4, stage="fetching", usual_s=3600.0),
-            tree=(
-                place("zlib-1.3", "curl-8.9"),
-                place("openssl-3.3", "curl-8.9"),
-                place("curl-8.9", "git-2.46", 2),
-                place("git-2.46", "hello", 1),
-                place("hello", "", 2),
-                place("llvm-18", "clang-18"),
-                place("clang-18", "hello", 1),
-            ),
-        )
-    )
-    zlib = step("zlib-1.3", StepStatus.DONE, started_at=NOW - 12, ended_at=NOW + 1)
-    watched.see(
-        *changed(zlib),
-        counts(
-            total=9, held=2, done=1, running=2, waiting=4, uploaded=1536 * 1024, tree=[place("curl-8.9", "git-2.46", 1)]
-        ),
-    )
-
-
-def failing(watched: Scripted) -> None:
-    """A step failed, another waits for a worker that is not there, one is emulated."""
-    calm(watched)
-    mac = step("mac-thing", system="aarch64-darwin", worker="mac", emulated=True, started_at=NOW - 5, stage="uploading")
-    watched.see(
-        *changed(failed("openssl-3.3", worker="ec2-large"), mac),
-        counts(
-            total=9, held=2, done=1, running=2, ready=1, doomed=2, failed=1,
-            stuck=["1 step waits: no worker offers riscv64-linux"],
-            tree=[place("mac-thing", "hello"), place("hello", "", 3)],
-        ),
-    )  # fmt: skip
-
-
-def crowded(watched: Scripted) -> None:
-    """300 builds run on 12 workers, some of them with long names."""
-    steps = [
-        step(
-            f"python3.12-package-number-{number}-1.{number}",
-            worker=f"builder-{number % 12}",
-            started_at=NOW - number,
-            stage=("building", "building", "fetching", "uploading", "queued")[number % 5],
-            phase="installCheckPhase" if number % 5 == 0 else "",
-        )
-        for number in range(300)
-    ]
-    tree = [place(each.name, "hello") for each in steps]
-    watched.see(
-        snapshot(
-            Counts(total=90_000, held=5, running=300, waiting=89_695), *steps, tree=[*tree, place("hello", "", 300)]
-        )
-    )
-    done = [replace(each, state=StepStatus.DONE, ended_at=NOW) for each in steps[:40]]
-    watched.see(*changed(*done), counts(total=90_000, held=5, done=40, running=260, waiting=89_695))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
@@ -121,7 +61,7 @@ def test_each_frame_replaces_the_last_one_whole_and_the_end_leaves_only_what_scr
 
 
 def test_a_window_that_changes_its_size_keeps_one_region_and_every_line_that_scrolled() -> None:
-    watched = Scripted(100, 30, TERM="linux")
+    watched = Scripted(100, 30)
     failing(watched)
     for width, height in ((60, 30), (33, 30), (120, 30)):
         watched.resize(width, height)
@@ -131,24 +71,31 @@ def test_a_window_that_changes_its_size_keeps_one_region_and_every_line_that_scr
     assert sum("openssl-3.3 failed" in line for line in watched.terminal.scrolled() + watched.terminal.shown()) == 1
 
 
-def test_a_terminal_that_wraps_what_it_shows_is_cleared_of_all_rows_that_the_last_frame_takes_now() -> None:
-    watched = Scripted(100, 40)
-    calm(watched)
-    lines = [len(line.rstrip()) for line in watched.terminal.shown() if not line.startswith("✔")]
-    watched.resize(40, 40)
-    watched.terminal.written = ""
-    watched.see(seconds=0.0)
-    rows = sum(-(-max(1, width) // 40) for width in lines[:-1])
-    assert f"\x1b[{rows}A" in watched.terminal.written
-    assert rows > len(lines) - 1
+#: Sizes that a window gets one after the other, and what the program believes when it draws; it learns of each late.
+RESIZED = ((120, 30), (90, 30), (64, 30), (120, 30), (50, 30), (64, 20), (100, 24))
 
 
-def test_terminals_that_keep_their_lines_are_known() -> None:
-    assert reflows({"TERM": "xterm-256color"})
-    assert reflows({"TERM": "screen-256color", "TMUX": "a socket"})
-    assert not reflows({"TERM": "screen"})
-    assert not reflows({"TERM": "linux"})
-    assert not reflows({"TERM": "xterm-256color", "XTERM_VERSION": "XTerm(390)"})
+def test_a_terminal_that_wraps_what_it_shows_keeps_one_region_and_every_line_that_scrolled(tmp_path: Path) -> None:
+    believed = [RESIZED[0], *(size for each in pairwise(RESIZED) for size in each)]
+    words = [f"{width},{height}" for width, height in believed]
+    program = shlex.join([sys.executable, "-m", "tests.support.redrawing", str(tmp_path / "tmux"), *words])
+    with tmux(tmp_path, program, *RESIZED[0]) as server:
+        server.wait("drawn")
+        for width, height in RESIZED[1:]:
+            server.run("resize-window", "-x", str(width), "-y", str(height))
+            for _ in ("with the old size", "with the new one"):
+                server.send("go")
+                server.wait("drawn")
+            lines = server.whole()
+            assert sum(line.startswith("⏸ hello") for line in lines) == 1, (width, lines)
+            assert sum(" 6/9 " in line for line in lines) == 1, (width, lines)
+            assert sum("failed on" in line for line in lines) == 1, (width, lines)
+        server.send("go")
+        server.wait("drawn")
+        left = server.run("capture-pane", "-p", "-J", "-S", "-").split("\n")
+    said = [f"said before: {number}" for number in range(LINES_BEFORE)]
+    said += ["✔ zlib-1.3 on native in 13s", *failure_lines(failed("openssl-3.3", worker="ec2-large"))]
+    assert [line.rstrip() for line in left if line.strip()] == said
 
 
 def test_colours_are_left_out_where_nobody_wants_them_and_a_dumb_terminal_gets_lines() -> None:

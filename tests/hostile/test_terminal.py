@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from tests.support.attack import FarmUnderAttack
 from tests.support.pseudo_terminal import on_terminal
 from tests.support.screens import Terminal
+from tests.support.tmux import tmux
 
 pytestmark = pytest.mark.e2e
 
@@ -24,17 +24,6 @@ HOSTILE = (
 )
 
 
-def tmux(socket: Path, *words: str, farm: FarmUnderAttack) -> str:
-    return subprocess.run(
-        ["tmux", "-u", "-f", "/dev/null", "-S", str(socket), *words],
-        env={**farm.environment, "LC_ALL": "C.UTF-8"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    ).stdout
-
-
 def test_a_log_shows_all_its_text_and_leaves_the_terminal_alone(readme_farm: FarmUnderAttack, tmp_path: Path) -> None:
     script = "; ".join(f"printf '{each}'" for each in HOSTILE) + "; exit 1"
     done = readme_farm.build_text(f"shell \"hostile\" ''{script}''")
@@ -43,24 +32,19 @@ def test_a_log_shows_all_its_text_and_leaves_the_terminal_alone(readme_farm: Far
     found = re.search(r"drover log (\S+)", done.stdout)
     assert found is not None, done.stdout
 
-    socket = tmp_path / "tmux"
     log = shlex.join(readme_farm.command("log", found[1]))
+    say = f"tmux -S {tmp_path / 'tmux'} wait-for"
+    script = f"{say} -S ready; {say} begin; {log}; {say} -S done; cat"
     state = "#{pane_title}|#{window_name}|#{alternate_on}|#{cursor_flag}|#{mouse_any_flag}"
-    ready = f"tmux -S {socket} wait-for -S ready; tmux -S {socket} wait-for begin"
-    tmux(
-        socket, "new-session", "-d", "-x", "200", "-y", "50", f"{ready}; {log}; tmux -S {socket} wait-for -S done; cat",
-        farm=readme_farm,
-    )  # fmt: skip
-    try:
-        tmux(socket, "set", "-g", "allow-rename", "on", ";", "set", "-g", "automatic-rename", "off", farm=readme_farm)
-        tmux(socket, "wait-for", "ready", farm=readme_farm)
-        before = tmux(socket, "display-message", "-p", state, farm=readme_farm)
-        tmux(socket, "wait-for", "-S", "begin", ";", "wait-for", "done", farm=readme_farm)
-        after = tmux(socket, "display-message", "-p", state, farm=readme_farm)
-        plain = tmux(socket, "capture-pane", "-p", farm=readme_farm)
-        coloured = tmux(socket, "capture-pane", "-p", "-e", farm=readme_farm)
-    finally:
-        tmux(socket, "kill-server", farm=readme_farm)
+    with tmux(tmp_path, script, 200, 50, **readme_farm.environment) as server:
+        server.run("set", "-g", "allow-rename", "on", ";", "set", "-g", "automatic-rename", "off")
+        server.wait("ready")
+        before = server.run("display-message", "-p", state)
+        server.send("begin")
+        server.wait("done")
+        after = server.run("display-message", "-p", state)
+        plain = server.run("capture-pane", "-p")
+        coloured = server.run("capture-pane", "-p", "-e")
     assert after == before
     assert plain.split() == ["BEFORE", "RED", "PLAIN", "AFTER-DCS", "AFTER-OSC", "AFTER-ALL"]
     assert "STOLEN" not in plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyte
@@ -72,11 +73,13 @@ class Terminal:
 class Scripted:
     """A follower on a terminal in memory, driven by events and a clock that the test moves."""
 
-    def __init__(self, width: int, height: int, **environment: str) -> None:
+    def __init__(self, width: int = 80, height: int = 24, on: Screen | None = None, **environment: str) -> None:
+        """`on` is a screen of the test's own, in the place of the terminal in memory."""
         self.terminal = Terminal(width, height)
-        self.screen = _Sized(self.terminal, {"TERM": "xterm-256color", **environment})
+        screen = on or _Sized(self.terminal, {"TERM": "xterm-256color", **environment})
+        self.screen = screen
         self.progress = Progress()
-        self.follower = Follower(self.screen, self.progress)
+        self.follower = Follower(screen, self.progress)
         self.now = NOW
 
     def see(self, *events: WatchEvent, seconds: float = 1.0) -> None:
@@ -157,3 +160,67 @@ def counts(
 
 def changed(*steps: StepView) -> list[StepChanged]:
     return [StepChanged(step=each) for each in steps]
+
+
+def calm(watched: Scripted) -> None:
+    """Little runs: all of the forest has room."""
+    watched.see(
+        snapshot(
+            Counts(total=9, held=2, running=3, waiting=4),
+            step("zlib-1.3", started_at=NOW - 12, phase="buildPhase"),
+            step("openssl-3.3", started_at=NOW - 62, worker="ec2-large", phase="checkPhase", usual_s=58.4),
+            step("llvm-18", started_at=NOW - 4, stage="fetching", usual_s=3600.0),
+            tree=(
+                place("zlib-1.3", "curl-8.9"),
+                place("openssl-3.3", "curl-8.9"),
+                place("curl-8.9", "git-2.46", 2),
+                place("git-2.46", "hello", 1),
+                place("hello", "", 2),
+                place("llvm-18", "clang-18"),
+                place("clang-18", "hello", 1),
+            ),
+        )
+    )
+    zlib = step("zlib-1.3", StepStatus.DONE, started_at=NOW - 12, ended_at=NOW + 1)
+    watched.see(
+        *changed(zlib),
+        counts(
+            total=9, held=2, done=1, running=2, waiting=4, uploaded=1536 * 1024, tree=[place("curl-8.9", "git-2.46", 1)]
+        ),
+    )
+
+
+def failing(watched: Scripted) -> None:
+    """A step failed, another waits for a worker that is not there, one is emulated."""
+    calm(watched)
+    mac = step("mac-thing", system="aarch64-darwin", worker="mac", emulated=True, started_at=NOW - 5, stage="uploading")
+    watched.see(
+        *changed(failed("openssl-3.3", worker="ec2-large"), mac),
+        counts(
+            total=9, held=2, done=1, running=2, ready=1, doomed=2, failed=1,
+            stuck=["1 step waits: no worker offers riscv64-linux"],
+            tree=[place("mac-thing", "hello"), place("hello", "", 3)],
+        ),
+    )  # fmt: skip
+
+
+def crowded(watched: Scripted) -> None:
+    """300 builds run on 12 workers, some of them with long names."""
+    steps = [
+        step(
+            f"python3.12-package-number-{number}-1.{number}",
+            worker=f"builder-{number % 12}",
+            started_at=NOW - number,
+            stage=("building", "building", "fetching", "uploading", "queued")[number % 5],
+            phase="installCheckPhase" if number % 5 == 0 else "",
+        )
+        for number in range(300)
+    ]
+    tree = [place(each.name, "hello") for each in steps]
+    watched.see(
+        snapshot(
+            Counts(total=90_000, held=5, running=300, waiting=89_695), *steps, tree=[*tree, place("hello", "", 300)]
+        )
+    )
+    done = [replace(each, state=StepStatus.DONE, ended_at=NOW) for each in steps[:40]]
+    watched.see(*changed(*done), counts(total=90_000, held=5, done=40, running=260, waiting=89_695))
