@@ -67,6 +67,8 @@ class AttemptView:
     more_fetches_bytes: int
     #: The report never came: the timeline ends with what the worker had sent.
     cut: bool
+    #: W3C trace context of the attempt's span, as the worker's log has it; "" where no report told it.
+    traceparent: str
     build_s: float | None
     #: Of the builders and all their processes; see `workers.wire.measures.Measures`.
     cpu_s: float | None

@@ -45,6 +45,8 @@ SENDING_COST: Final = 4
 
 #: Gives what lets a worker upload the outputs of one lease; takes their full paths.
 UploadToken = Callable[[LeaseId, Iterable[str]], str]
+#: Gives the W3C trace context of a lease's attempt, "" where there is none.
+Traceparent = Callable[[LeaseId], str]
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class Dispatch:
         *,
         losses: LossCheck = no_losses,
         upload_token: UploadToken = no_upload_token,
+        traceparent: Traceparent = lambda _lease: "",
         clock: Clock | None = None,
         timed: Timed = lambda _lease, _began, _verified, _ended: None,
     ) -> None:
@@ -88,6 +91,7 @@ class Dispatch:
         self._limits_of = limits_of
         self._post = post
         self._upload_token = upload_token
+        self._traceparent = traceparent
         #: Memory for large orders on their way, of all workers together.
         self.budget = ByteBudget(SENDING_BYTES)
         self._worker_queues: dict[str, _WorkerQueue] = {}
@@ -167,17 +171,19 @@ class Dispatch:
         except DerivationsError as error:
             await self._unreadable(worker, starts, error)
             return
+        # What belongs to the event loop is read on it.
         limits = [self._limits_of(start.lease.step) for start in starts]
+        traces = [self._traceparent(start.lease) for start in starts]
 
         def make() -> list[LeaseOrder]:
-            pairs = zip(starts, limits, strict=True)
-            return [self._order(start.lease, known[_recipe_of(start)], limit) for start, limit in pairs]
+            found = zip(starts, limits, traces, strict=True)
+            return [self._order(s.lease, known[_recipe_of(s)], limit, trace) for s, limit, trace in found]
 
         # Beside the loop where there are many names to look at; a thread costs more than few of them.
         orders = await asyncio.to_thread(make) if large else make()
         await self._fleet.start_many(worker, orders)
 
-    def _order(self, lease: LeaseId, order: BuildOrder, limits: ResourceLimits) -> LeaseOrder:
+    def _order(self, lease: LeaseId, order: BuildOrder, limits: ResourceLimits, traceparent: str) -> LeaseOrder:
         return LeaseOrder(
             step=lease.step,
             attempt=lease.attempt,
@@ -185,6 +191,7 @@ class Dispatch:
             derivation=order.derivation,
             inputs=order.inputs,
             upload_token=self._upload_token(lease, order.outputs),
+            traceparent=traceparent,
             limits=BuildLimits.model_validate(asdict(limits)),
         )
 

@@ -61,6 +61,10 @@ class Trace:
         """Return the span of a step in this trace."""
         return TraceContext(self.root.trace_id, _digest(8, "step", self.submission, step))
 
+    def attempt(self, step: str, attempt: int) -> TraceContext:
+        """Return the span of an attempt of a step in this trace."""
+        return TraceContext(self.root.trace_id, _digest(8, "attempt", self.submission, step, str(attempt)))
+
 
 def submission_spans(  # noqa: PLR0917 - the fields of what it makes
     trace: Trace,
@@ -105,11 +109,14 @@ def attempt_spans(timing: AttemptTiming, traces: Sequence[Trace]) -> Iterator[En
         return
     first, *others = traces
     step = first.step(timing.step)
-    attempt = TraceContext(step.trace_id, _digest(8, "attempt", first.submission, timing.step, str(timing.attempt)))
+    attempt = first.attempt(timing.step, timing.attempt)
     begin, end = timing.leased_at, max(timing.leased_at, timing.ended_at)
     attributes = _attributes(timing)
     error = "" if timing.outcome == "done" else timing.message or timing.reason or str(timing.outcome)
-    yield _span(attempt, step.span_id, names.ATTEMPT.name, begin, end, attributes, error)
+    ordered = parse_traceparent(timing.measured.traceparent) if timing.measured is not None else None
+    # The submission that it was ordered for may be gone: the worker's log names the span that it was to be.
+    links = () if ordered in {None, attempt} else (ordered,)
+    yield _span(attempt, step.span_id, names.ATTEMPT.name, begin, end, attributes, error, links)
     yield from _stretches(timing, attempt)
     if timing.outcome not in {"done", "failed"}:
         return

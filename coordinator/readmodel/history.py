@@ -53,6 +53,7 @@ def attempt_view(timing: AttemptTiming) -> AttemptView:
         more_fetches=measured.more_fetches,
         more_fetches_bytes=measured.more_fetches_bytes,
         cut=measured.cut,
+        traceparent=measured.traceparent,
     )
 
 

@@ -236,6 +236,7 @@ def _complete(timing: AttemptTiming, measures: Measures, within: Callable[[float
         ],
         more_fetches=_bytes(measures.more_fetches) or 0,
         more_fetches_bytes=_bytes(measures.more_fetches_bytes) or 0,
+        traceparent=_storable(measures.traceparent),
     )
     timing.fetched_bytes = timing.measured.more_fetches_bytes + sum(
         fetch[2] for fetch in timing.measured.fetches if not fetch[5]

@@ -81,6 +81,8 @@ class Measured:
     more_fetches_bytes: int = 0
     #: The worker was lost: these are what it had sent until then, closed at the end of the lease.
     cut: bool = False
+    #: The span that the order named, which is in the worker's log; "" from an older worker.
+    traceparent: str = ""
 
 
 @dataclass(slots=True)

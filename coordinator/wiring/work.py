@@ -10,11 +10,14 @@ from coordinator.config import Settings
 from coordinator.engine.dispatch import Dispatch
 from coordinator.engine.log_archiver import LogArchiver
 from coordinator.engine.worker_events import FleetSink
+from coordinator.observability.spans import Trace
+from coordinator.readmodel.views import Views
 from coordinator.security.isolation import WeakIsolation
 from coordinator.wiring.core import Core
 from coordinator.wiring.stores import Stores
 from infra.cache.repair.fsck import RepairSource
 from infra.clock import Clock
+from scheduler.model import LeaseId
 from workers.wire.fleet import Fleet
 
 
@@ -32,6 +35,15 @@ class Work:
     repair_sources: list[RepairSource]
 
 
+def _traceparent(views: Views, lease: LeaseId) -> str:
+    """Return the span that a lease's attempt will be, in the trace of the oldest submission that wants its step."""
+    row = views.row_of(lease.step)
+    if row is None or not row.submissions:
+        return ""
+    oldest = row.submissions[0]
+    return str(Trace(oldest.id, views.note(oldest.id).traceparent).attempt(lease.step, lease.attempt))
+
+
 def connect_workers(settings: Settings, clock: Clock, stores: Stores, core: Core, fleet: Fleet) -> Work:
     """Make the rooms between the core and the workers, and give dispatch the effects."""
     tokens, views = stores.upload_tokens, core.views
@@ -46,6 +58,7 @@ def connect_workers(settings: Settings, clock: Clock, stores: Stores, core: Core
         core.engine.post,
         losses=losses.check,
         upload_token=tokens.for_lease(clock),
+        traceparent=lambda lease: _traceparent(views, lease),
         clock=clock,
         timed=lambda lease, *times: views.timelines.published(lease.step, lease.attempt, *times),
     )

@@ -80,6 +80,14 @@ def test_spans_have_ids_of_their_own_and_lie_within_their_trace(outcome: Outcome
     assert again == spans, "a restart makes the same spans"
 
 
+def test_an_attempt_that_ends_in_another_trace_than_its_worker_knew_is_linked_to_that() -> None:
+    ordered, own = TWO.attempt("key", 1), ONE.attempt("key", 1)
+    for named, links in ((ordered, [(ordered.trace_id, ordered.span_id)]), (own, []), ("no context", [])):
+        kept = timing(measured=Measured(traceparent=str(named)))
+        [attempt] = [span for span in attempt_spans(kept, [ONE]) if span.name == "attempt"]
+        assert (attempt.span_id, attempt.links) == (own.span_id, links)
+
+
 def test_a_step_that_two_submissions_want_is_in_the_first_trace_and_linked_from_the_other() -> None:
     spans = list(attempt_spans(timing(), [ONE, TWO]))
     [linked] = [span for span in spans if span.trace_id == TWO.root.trace_id]

@@ -101,6 +101,13 @@ def test_a_step_has_its_attempt_and_that_what_its_worker_did(spans: list[Receive
     assert list(below(spans, parts["build"])) == ["phase buildPhase", "phase installPhase"]
 
 
+def test_the_worker_got_the_span_of_its_attempt_and_reports_it_back(farm: Farm, spans: list[ReceivedSpan]) -> None:
+    attempt = below(spans, only(spans, "step phased"))["attempt"]
+    step = str(attempt.attributes["cicd.pipeline.task.run.id"]).partition("#")[0]
+    [kept] = farm.api(f"steps/{step}/timeline")
+    assert kept["traceparent"] == f"00-{TRACE}-{attempt.id}-01"
+
+
 def test_a_failure_says_what_it_was(spans: list[ReceivedSpan]) -> None:
     attempt = below(spans, only(spans, "step broken"))["attempt"]
     assert attempt.attributes["error.type"] == "permanent"

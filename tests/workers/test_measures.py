@@ -16,6 +16,7 @@ from workers.wire.messages import Batch, Failed, Report, Succeeded
 
 from .conftest import AgentHarness, drv, order
 
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 SPIN = "i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done"
 
 
@@ -29,17 +30,21 @@ def measured(report: Report) -> Measures:
 
 
 async def test_a_report_has_inputs_phases_packing_upload_and_what_the_build_used(
-    bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
+    bench: AgentHarness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(build, "LOOK_EVERY_S", 0.01)
+    caplog.set_level("INFO", "workers.agent.lease_runner")
     one, two = await bench.agent("one"), await bench.agent("two")
     [made] = await one.build(order(drv("input", "echo input > $out")))
     [output] = bench.publish(made)
     script = f"{phase('unpackPhase')}; cat {output.path} > $out; {phase('buildPhase')}; {SPIN}"
-    [report] = await two.build(order(drv("phased", script), [output.path]))
+    ordered = order(drv("phased", script), [output.path]).model_copy(update={"traceparent": TRACEPARENT})
+    [report] = await two.build(ordered)
 
     assert isinstance(report.result, Succeeded), report.result
     measures = measured(report)
+    assert measures.traceparent == TRACEPARENT
+    assert caplog.messages[-1] == f"lease {ordered.step} attempt 1 ended: succeeded (trace {TRACEPARENT})"
     assert [span.name for span in measures.spans] == ["inputs", "build", "pack", "upload"]
     assert all(_end(before) <= after.at + 1e-5 for before, after in pairwise(measures.spans))
     assert report.started_at <= measures.spans[0].at

@@ -70,8 +70,9 @@ class BuildUse:
 class AttemptRecord:
     """See the module's text. `now` gives the agent's time."""
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    def __init__(self, now: Callable[[], float], traceparent: str = "") -> None:
         self._now = now
+        self._traceparent = traceparent
         self.use = BuildUse()
         self._spans: list[Span] = []
         self._phases: list[BuildPhase] = []
@@ -149,6 +150,7 @@ class AttemptRecord:
             peak_memory_bytes=self.use.peak_memory_bytes,
             read_bytes=self.use.read_bytes,
             written_bytes=self.use.written_bytes,
+            traceparent=self._traceparent,
         )
 
     def _end_phase(self) -> None:

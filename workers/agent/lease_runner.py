@@ -177,9 +177,8 @@ class LeaseRunner:
             key = (order.step, order.attempt)
             if key in self._finished or not self._machine.accept(key, now, order.limits.memory_bytes):
                 continue
-            self._runs[key] = _Run(
-                order, AttemptRecord(self._clock.now), asyncio.get_running_loop().create_future(), started_at=now
-            )
+            record = AttemptRecord(self._clock.now, order.traceparent)
+            self._runs[key] = _Run(order, record, asyncio.get_running_loop().create_future(), started_at=now)
         self._advance()
 
     def acknowledged(self, keys: Iterable[LeaseKey]) -> None:
@@ -256,7 +255,7 @@ class LeaseRunner:
         except _Stopped as stopped:
             result = stopped.ending
         except Exception as error:  # noqa: BLE001 - reported as the end of the lease
-            _log.exception("lease %s attempt %d failed in an unexpected way", *key)
+            _log.exception("lease %s attempt %d failed in an unexpected way%s", *key, _in_trace(run.order))
             result = judge_trouble(Trouble.UNEXPECTED, f"{type(error).__name__}: {error}")
         self._report(key, run, result)
         self._advance()
@@ -290,6 +289,7 @@ class LeaseRunner:
             result=outcome,
             measures=run.record.measures(),
         )
+        _log.info("lease %s attempt %d ended: %s%s", *key, reason or outcome.kind, _in_trace(run.order))
         self._outbox.report(report, within_s=0.0 if self._machine.has_idle_slot else REPORT_WITHIN_S)
 
     async def _work(self, key: LeaseKey, run: _Run) -> Succeeded:
@@ -432,3 +432,8 @@ async def _parsed(order: LeaseOrder) -> BasicDerivation:
     if len(order.derivation) <= PARSE_HERE_BYTES:
         return basic_derivation(order.derivation, order.inputs)
     return await asyncio.to_thread(basic_derivation, order.derivation, order.inputs)
+
+
+def _in_trace(order: LeaseOrder) -> str:
+    """Return what a log line says of the trace: by it both are found, each from the other."""
+    return f" (trace {order.traceparent})" if order.traceparent else ""

@@ -76,3 +76,5 @@ class Measures(_Measure):
     peak_memory_bytes: int | None = None
     read_bytes: int | None = None
     written_bytes: int | None = None
+    #: As in the order: by it an attempt's span leads to the worker's log, in whatever trace it ends.
+    traceparent: Annotated[str, Field(max_length=256)] = ""

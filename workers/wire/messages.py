@@ -134,7 +134,8 @@ class LeaseOrder(WireMessage):
     limits: BuildLimits = BuildLimits()
     #: Lets the worker upload exactly this lease's outputs over HTTP; a secret.
     upload_token: str = Field(default="", repr=False)
-    #: W3C trace context of the submission, or empty.
+    #: W3C trace context: the span that this attempt will be. The agent names it in its log and reports it back; "" from
+    #: an older coordinator.
     traceparent: str = ""
 
     @model_validator(mode="before")
