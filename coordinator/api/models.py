@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, TypeAlias
 
+from coordinator.api.flakes import RecipeRecordView
+
 
 class StepStatus(StrEnum):
     """The states of scheduler.transitions, as clients see them."""
@@ -151,6 +153,8 @@ class StepView:
     lost_input: bool = False
     #: The last lines of a failed step's log.
     log_tail: str = ""
+    #: What became of its recipe's attempts, of a step that is shown alone or failed.
+    record: RecipeRecordView | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

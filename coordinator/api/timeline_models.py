@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coordinator.api.flakes import RecipeRecordView
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StretchView:
@@ -82,6 +84,24 @@ class AttemptView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FlakyStepView:
+    """A step that failed and later succeeded with the same recipe, and the record of that recipe."""
+
+    step: str
+    name: str
+    record: RecipeRecordView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerTriesView:
+    """Attempts of a package on one worker: those that came to an end of their own or the machine's, and failed."""
+
+    worker: str
+    attempts: int
+    failed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SystemHistoryView:
     """Newest remembered attempts of a package on one system. `usual_…` are medians of the newest successful ones."""
 
@@ -93,6 +113,10 @@ class SystemHistoryView:
     #: Recipes that were built or failed by themselves, and those of them that failed and later succeeded.
     recipes: int
     flaky: int
+    #: The first of these, those that fail most first.
+    flaky_steps: tuple[FlakyStepView, ...] = ()
+    #: By name.
+    workers: tuple[WorkerTriesView, ...] = ()
     usual_s: float | None
     usual_memory_bytes: int | None
     usual_output_bytes: int | None

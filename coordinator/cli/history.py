@@ -5,11 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from coordinator.api.models import (
-    StepStatus,
-    StepView,
+from coordinator.api.flakes import RecipeRecordView, failure_sentence, flake_sentence
+from coordinator.api.models import StepStatus, StepView
+from coordinator.api.timeline_models import (
+    AttemptView,
+    FetchView,
+    HistoryView,
+    StretchView,
+    SystemHistoryView,
+    WorkerTriesView,
 )
-from coordinator.api.timeline_models import AttemptView, FetchView, HistoryView, StretchView, SystemHistoryView
 from coordinator.cli import exit_status
 from coordinator.cli.rendering import duration, one_line, size, table_lines
 from coordinator.cli.status import print_json, print_lines
@@ -70,6 +75,8 @@ def story_lines(step: StepView | None, attempts: Sequence[AttemptView]) -> list[
         lines += ["", f"attempt {attempt.attempt}", *_attempt_lines(attempt, again=attempt is not first)]
     if step is not None and (last := _standing(step, attempts)):
         lines += ["", last]
+    if step is not None and (note := _recipe(step)):
+        lines += ["", note]
     return lines
 
 
@@ -82,6 +89,11 @@ def _standing(step: StepView, attempts: Sequence[AttemptView]) -> str:
     if step.state is StepStatus.DOOMED:
         return f"it cannot be built, because {one_line(step.cause)} failed"
     return "" if attempts else f"it is {step.state.value}"
+
+
+def _recipe(step: StepView) -> str:
+    """Say whether its recipe is flaky, or failed here alone."""
+    return failure_sentence(step.record) if step.state is StepStatus.FAILED else flake_sentence(step.record)
 
 
 def _attempt_lines(attempt: AttemptView, *, again: bool) -> list[str]:
@@ -185,8 +197,21 @@ def _system_lines(name: str, of: SystemHistoryView) -> list[str]:
     return [
         f"{one_line(name)} on {one_line(of.system) or 'a system that is not known'}: " + ", ".join(filter(None, usual)),
         f"{of.done} built, {of.failed} failed, {of.lost} lost or tried again{flaky}",
+        *(f"  flaky: {one_line(each.name)}, {_rate(each.record)}: {one_line(each.step)}" for each in of.flaky_steps),
+        *_worker_lines(of.workers),
         *(f"  {line}" for line in table_lines(rows)),
     ]
+
+
+def _rate(record: RecipeRecordView) -> str:
+    return f"failed {record.failed} of {record.attempts} times ({record.failed * 100 / record.attempts:.0f} %)"
+
+
+def _worker_lines(workers: Sequence[WorkerTriesView]) -> list[str]:
+    """Return a line about the workers on which attempts failed; with one worker there is nothing to compare."""
+    if len(workers) < 2 or not any(each.failed for each in workers):
+        return []
+    return ["  failed on " + ", ".join(f"{one_line(each.worker)} {each.failed}/{each.attempts}" for each in workers)]
 
 
 def _row(attempt: AttemptView) -> tuple[str, ...]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.cells import cell_len, set_cell_size
 
+from coordinator.api.flakes import failure_sentence, flake_sentence
 from coordinator.api.models import (
     Counts,
     RootFailureView,
+    RootView,
     StepStatus,
     StepView,
     SubmissionState,
@@ -100,6 +102,7 @@ def failure_lines(step: StepView) -> list[str]:
     tail = sanitise(step.log_tail).rstrip("\n")
     if tail:
         lines += [f"  \u2502 {line}" for line in tail.split("\n")[-TAIL_LINES:]]
+    lines += [f"  {note}" for note in [failure_sentence(step.record)] if note]
     lines.append(f"  the whole log: drover log {shlex.quote(step.key)}")
     return lines
 
@@ -201,7 +204,7 @@ def summary_lines(submission: SubmissionView, failed: Sequence[StepView], now: f
         for name, path in sorted(root.outputs.items())
     ]
     lines += _listed("  ", results, "more; `--json` lists all")
-    lines += _unbuilt_lines(submission)
+    lines += _unbuilt_lines(submission, failed)
     known = [step for step in failed if step.ended_at and step.ended_at < submission.created_at]
     lines += _listed(
         "  known to fail  ",
@@ -215,28 +218,36 @@ def summary_lines(submission: SubmissionView, failed: Sequence[StepView], now: f
     named = {root.failure.step for root in submission.roots if root.failure is not None}
     lines += _listed(
         "  \u2718 ",
-        [f"{one_line(step.name)}: drover log {shlex.quote(step.key)}" for step in failed if step.key not in named],
+        [
+            f"{one_line(step.name)}: {f'{note}; ' if (note := failure_sentence(step.record)) else ''}"
+            f"drover log {shlex.quote(step.key)}"
+            for step in failed
+            if step.key not in named
+        ],
         "more failed steps",
     )
     return lines
 
 
-def _unbuilt_lines(submission: SubmissionView) -> list[str]:
+def _unbuilt_lines(submission: SubmissionView, failed: Sequence[StepView] = ()) -> list[str]:
     """Return a line for each root that did not succeed: the root cause and the way to its log."""
+    notes = {step.key: failure_sentence(step.record) for step in failed}
     unbuilt = []
     for root in submission.roots:
         if root.failure is not None:
-            unbuilt.append(f"{one_line(root.attr)}  {_because(root.failure, doomed=root.state is StepStatus.DOOMED)}")
+            unbuilt.append(f"{one_line(root.attr)}  {_because(root, root.failure, notes)}")
         elif root.state is not StepStatus.DONE and submission.state is not SubmissionState.RUNNING:
             why = "the submission was cancelled" if submission.state is SubmissionState.CANCELLED else root.state.value
             unbuilt.append(f"{one_line(root.attr)}  not built: {why}")
     return _listed("  \u2718 ", unbuilt, "more roots that are not built; `--json` lists all")
 
 
-def _because(failure: RootFailureView, *, doomed: bool) -> str:
+def _because(root: RootView, failure: RootFailureView, notes: Mapping[str, str]) -> str:
     message = _BUILDER_FOR.sub("", _LOG_IN_MESSAGE.sub("", one_line(failure.message))) or failure.kind
+    doomed = root.state is StepStatus.DOOMED
     outcome = f"not built because {one_line(failure.name)} failed" if doomed else "failed"
-    return f"{outcome}: {message}; the log: drover log {shlex.quote(failure.step)}"
+    note = notes.get(failure.step, "")
+    return f"{outcome}: {message}{'; ' if note else ''}{note}; the log: drover log {shlex.quote(failure.step)}"
 
 
 def _listed(prefix: str, items: Sequence[str], rest: str) -> list[str]:
@@ -263,7 +274,7 @@ def status_lines(submission: SubmissionView, steps: Sequence[StepView], now: flo
     ]
     lines += _listed("  ", rows, "more running")
     lines += _listed("  ! ", [one_line(sentence) for sentence in submission.stuck], "more")
-    lines += _unbuilt_lines(submission)
+    lines += _unbuilt_lines(submission, steps)
     for step in (step for step in steps if step.state is StepStatus.FAILED):
         lines += [f"  {line}" for line in failure_lines(step)]
     return lines
@@ -292,7 +303,8 @@ def submission_rows(submissions: Sequence[SubmissionView], now: float) -> list[t
 
 def worker_lines(workers: Sequence[WorkerView], now: float) -> list[str]:
     """Return a table of workers, and below it why those that get no work get none."""
-    rows: list[tuple[str, ...]] = [("WORKER", "STATE", "SYSTEMS", "FEATURES", "CLASS", "BUSY", "BUILT", "SEEN", "NIX")]
+    heads = ("WORKER", "STATE", "SYSTEMS", "FEATURES", "CLASS", "BUSY", "BUILT", "SEEN", "NIX")
+    rows: list[tuple[str, ...]] = [heads]
     for worker in workers:
         systems = [
             f"{system} (emulated)" if system in worker.emulated else system
@@ -341,9 +353,16 @@ def step_lines(step: StepView, now: float) -> list[str]:
         lines.append(f"  time       {duration(ended - step.started_at)}")
     if step.waiting_for:
         lines.append(f"  waits      {one_line(step.waiting_for)}")
+    lines += _flake_lines(step)
     if step.state is StepStatus.FAILED:
         lines += [f"  {line}" for line in failure_lines(step)]
     return lines
+
+
+def _flake_lines(step: StepView) -> list[str]:
+    """Return a line about a step whose recipe is flaky; the lines of a failure say it themselves."""
+    note = "" if step.state is StepStatus.FAILED else flake_sentence(step.record)
+    return [f"  record     {note}"] if note else []
 
 
 def why_lines(reasons: StepReasonsView, now: float) -> list[str]:
@@ -354,6 +373,7 @@ def why_lines(reasons: StepReasonsView, now: float) -> list[str]:
         lines.append(f"  runs       {_run(step, now)}")
     if step.waiting_for and reasons.cause is None:
         lines.append(f"  why        {one_line(step.waiting_for)}")
+    lines += _flake_lines(step)
     if reasons.cause is not None:
         lines.append(f"  why        {one_line(reasons.cause.name)}, which it stands on, failed")
         lines += [f"  {line}" for line in failure_lines(reasons.cause)]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from coordinator.readmodel.timeline import Timelines
-from coordinator.stores.timings import DELETE_ROWS, AttemptTiming, TimingsError, TimingStore, package_of
+from coordinator.stores.timings import DELETE_ROWS, AttemptEnds, AttemptTiming, TimingsError, TimingStore, package_of
 from infra.clock import Clock
 from scheduler.model import StepKey
 
@@ -88,6 +88,11 @@ class TimingWriter:
             if self.trouble:
                 raise TimingsError(self.trouble)
             await self._write_all(prepare=True)
+
+    async def ends_of(self, steps: Sequence[str]) -> list[AttemptEnds]:
+        """Return how the attempts of steps ended, all that have until now. Raises `TimingsError`, as `flush` does."""
+        await self.flush()
+        return await self._store.ends_of(steps)
 
     async def _write(self, *, prepare: bool) -> None:
         async with self._writing:

@@ -1,25 +1,34 @@
 """Answers about timings: an attempt as people see it, and a summary of the attempts of one package.
 
-A step's recipe is flaky where an attempt of it failed and a later one succeeded: the same derivation, so nothing but
-chance or the machine differed. Pure: rows in, views out.
+Pure: rows in, views out. `coordinator.readmodel.flakes` says which recipes are flaky.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import Final
 
-from coordinator.api.timeline_models import AttemptView, FetchView, HistoryView, StretchView, SystemHistoryView
-from coordinator.stores.timings import AttemptTiming, Measured
+from coordinator.api.flakes import RecipeRecordView
+from coordinator.api.timeline_models import (
+    AttemptView,
+    FetchView,
+    FlakyStepView,
+    HistoryView,
+    StretchView,
+    SystemHistoryView,
+    WorkerTriesView,
+)
+from coordinator.readmodel.flakes import Recipe, ends_of, recipe_records
+from coordinator.stores.timings import JUDGED, AttemptTiming, Measured
 
 #: Newest successful builds that the usual figures of a package are medians of.
 USUAL_OF: Final = 20
-#: Attempts that a history shows of each system.
+#: Attempts that a history shows of each system, and flaky steps that it names.
 RECENT: Final = 50
-#: Reasons for a retry that may be the package's own doing, as a failed verdict is.
-_OWN: Final = frozenset({"transient", "killed", "connection_lost"})
+FLAKY_NAMED: Final = 10
 
 
 def attempt_view(timing: AttemptTiming) -> AttemptView:
@@ -80,14 +89,17 @@ def usual(values: Iterable[float | None]) -> float | None:
 
 def _of_system(system: str, timings: Sequence[AttemptTiming]) -> SystemHistoryView:
     done = [timing for timing in timings if timing.outcome == "done"]
-    judged, flaky = _flakes(timings)
+    records = recipe_records(ends_of(timings))
+    flaky = _flaky_steps(records, timings)
     return SystemHistoryView(
         system=system,
         done=len(done),
         failed=sum(timing.outcome == "failed" for timing in timings),
         lost=sum(timing.outcome in {"lost", "retried"} for timing in timings),
-        recipes=judged,
-        flaky=flaky,
+        recipes=len(records),
+        flaky=len(flaky),
+        flaky_steps=flaky[:FLAKY_NAMED],
+        workers=_by_worker(timings),
         usual_s=usual(timing.build_s for timing in done),
         usual_memory_bytes=_whole(usual(timing.peak_memory_bytes for timing in done)),
         usual_output_bytes=_whole(usual(timing.output_bytes for timing in done)),
@@ -95,18 +107,27 @@ def _of_system(system: str, timings: Sequence[AttemptTiming]) -> SystemHistoryVi
     )
 
 
-def _flakes(timings: Sequence[AttemptTiming]) -> tuple[int, int]:
-    """Return how many recipes came to a verdict of their own, and how many of these failed and later succeeded."""
-    done_at: dict[tuple[str, int | None], float] = {}
-    failed_at: dict[tuple[str, int | None], float] = {}
+def _flaky_steps(
+    records: Mapping[Recipe, RecipeRecordView], timings: Sequence[AttemptTiming]
+) -> tuple[FlakyStepView, ...]:
+    """Return the flaky steps, those that fail most first."""
+    names = {timing.step: timing.name or "" for timing in timings}
+    flaky = [
+        FlakyStepView(step=step, name=names[step], record=record)
+        for (step, _), record in records.items()
+        if record.flaky
+    ]
+    return tuple(sorted(flaky, key=lambda each: (-each.record.failed / each.record.attempts, each.step)))
+
+
+def _by_worker(timings: Sequence[AttemptTiming]) -> tuple[WorkerTriesView, ...]:
+    tried: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
     for timing in timings:
-        recipe, at = (timing.step, timing.recipe), timing.ended_at or 0.0
-        if timing.outcome == "done":
-            done_at[recipe] = max(at, done_at.get(recipe, at))
-        elif timing.outcome == "failed" or (timing.outcome == "retried" and timing.reason in _OWN):
-            failed_at[recipe] = min(at, failed_at.get(recipe, at))
-    flaky = sum(done_at.get(recipe, 0.0) > at for recipe, at in failed_at.items())
-    return len(done_at.keys() | failed_at.keys()), flaky
+        if timing.worker and timing.outcome in JUDGED:
+            tried[timing.worker] += 1
+            failed[timing.worker] += timing.outcome != "done"
+    return tuple(WorkerTriesView(worker=each, attempts=tried[each], failed=failed[each]) for each in sorted(tried))
 
 
 def _whole(value: float | None) -> int | None:

@@ -29,14 +29,13 @@ from coordinator.errors import NotFoundError
 from coordinator.journal.codec import RootNote, SubmissionNote
 from coordinator.readmodel.folding import FoldedRows
 from coordinator.readmodel.forest import waits
+from coordinator.readmodel.recipe_records import RecipeRecords
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.timeline import Timelines
-from coordinator.readmodel.watcher import Watcher
+from coordinator.readmodel.watcher import SNAPSHOT_FAILED, Watcher
 from coordinator.stores.derivations import StepInfo
 from scheduler.model import Requirements, StepKey, SubmissionId
 
-#: Failed steps in one snapshot; the rest is behind `submissions/ID/steps?state=failed`.
-SNAPSHOT_FAILED = 100
 #: Roots in the view of a submission, and in a list of submissions; all are behind `submissions/ID/roots`.
 ROOTS_SHOWN = 500
 ROOTS_LISTED = 3
@@ -87,9 +86,12 @@ class Views(FoldedRows):
         explainer: Explainer,
         timelines: Timelines | None = None,
         usual: Callable[[str, str], float | None] = lambda *_: None,
+        recipes: RecipeRecords | None = None,
     ) -> None:
         """`usual` gives the seconds that a build of a name on a system usually takes, None while that is not known."""
         super().__init__(timelines)
+        #: Handlers that show steps fetch their records first.
+        self.recipes = recipes or RecipeRecords()
         self._explain = explainer
         self._usual = usual
 
@@ -278,6 +280,7 @@ class Views(FoldedRows):
             waiting=waiting,
             lost_input=waiting is not None and life.lost_input,
             log_tail=self._explain.log_tail(row.key, life.attempt) if failed else "",
+            record=self.recipes.of(row),
         )
 
     def submission_view(self, row: SubmissionRow, roots: int = ROOTS_SHOWN) -> SubmissionView:

@@ -6,13 +6,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
-from coordinator.api.models import CountsChanged, Ended, Snapshot, StepChanged, StepView, SubmissionView, WatchEvent
+from coordinator.api.models import (
+    CountsChanged,
+    Ended,
+    Snapshot,
+    StepChanged,
+    StepStatus,
+    StepView,
+    SubmissionView,
+    WatchEvent,
+)
 from coordinator.readmodel.forest import ForestDiff, Ways
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from scheduler.model import StepKey
 
 #: Changed steps that a watcher may leave unread before it gets a snapshot instead.
 WATCH_PENDING = 1024
+#: Failed steps in one snapshot; the rest is behind `submissions/ID/steps?state=failed`.
+SNAPSHOT_FAILED = 100
 
 
 class Renderer(Ways, Protocol):
@@ -62,6 +73,11 @@ class Watcher:
     def pending(self) -> int:
         """Number of steps that the next `take` returns one by one."""
         return len(self._changed)
+
+    def failed(self) -> list[StepRow]:
+        """Return the failed steps that the next `take` shows."""
+        rows = list(self._submission.failed.values())[:SNAPSHOT_FAILED] if self._behind else self._changed.values()
+        return [row for row in rows if row.state is StepStatus.FAILED]
 
     @property
     def over(self) -> bool:

@@ -50,6 +50,8 @@ MESSAGE_CHARACTERS: Final = 500
 MAX_WANTED_BY: Final = 16
 #: How long a writer of SQLite waits for another one: readers of a history wait as long.
 BUSY_TIMEOUT_MS: Final = 1_000
+#: Outcomes that say something of a worker: a build that was handed back or stopped does not.
+JUDGED: Final = ("done", "failed", "retried", "lost")
 #: Version part of a name, as `builtins.parseDrvName` finds it: the first dash that no letter follows.
 _VERSION: Final = re.compile(r"-(?![A-Za-z])")
 
@@ -126,6 +128,21 @@ class AttemptTiming:
     #: Ids of the submissions that wanted it when it ended, the oldest first, joined by commas; the first MAX_WANTED_BY.
     wanted_by: str | None = None
     measured: Measured | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEnds:
+    """Ended attempts of one recipe of one step that ended alike."""
+
+    step: str
+    recipe: int | None
+    outcome: str
+    reason: str | None
+    count: int
+    #: When the first and the last of them ended, and the highest number among them.
+    first_at: float
+    last_at: float
+    last_attempt: int
 
 
 #: Columns by the type of the field; keys and `measured` stand apart.
@@ -223,13 +240,29 @@ class TimingStore:
 
     async def of_package(self, name: str, system: str, limit: int) -> list[AttemptTiming]:
         """Return the newest ended attempts of a package, by its name with or without version; "" is any system."""
+        package = package_of(name)
         query = (
             select(attempts)
-            .where(or_(attempts.c.package == name, attempts.c.name == name), attempts.c.ended_at.is_not(None))
+            .where(attempts.c.package == package, attempts.c.ended_at.is_not(None))
             .order_by(attempts.c.ended_at.desc())
             .limit(limit)
         )
+        if package != name:
+            query = query.where(attempts.c.name == name)
         return await self._rows(query.where(attempts.c.system == system) if system else query, {})
+
+    async def ends_of(self, steps: Iterable[str]) -> list[AttemptEnds]:
+        """Return how the attempts of steps ended, counted by recipe, outcome and reason."""
+        columns = (attempts.c.step, attempts.c.recipe, attempts.c.outcome, attempts.c.reason)
+        at = attempts.c.ended_at
+        query = (
+            select(*columns, func.count(), func.min(at), func.max(at), func.max(attempts.c.attempt))
+            .join(self._wanted, self._wanted.c.value == attempts.c.step)
+            .where(attempts.c.outcome.is_not(None), at.is_not(None))
+            .group_by(*columns)
+        )
+        rows = await self._answers(query, {"names": names_parameter(steps)})
+        return [AttemptEnds(step, _index(recipe), *others) for step, recipe, *others in rows]
 
     async def longest_between(self, since: float, until: float, limit: int) -> tuple[list[AttemptTiming], int]:
         """Return the longest attempts that were leased in a span of time, and how many there were in all.
@@ -351,6 +384,10 @@ def _upsert(engine: AsyncEngine) -> str:
         f"INSERT INTO {attempts.name} ({', '.join(_COLUMNS)}) VALUES ({marks}) "  # noqa: S608
         f"ON CONFLICT (step, attempt) DO UPDATE SET {known}"
     )
+
+
+def _index(value: float | None) -> int | None:
+    return None if value is None else int(value)
 
 
 def _values(row: AttemptTiming) -> tuple[object, ...]:

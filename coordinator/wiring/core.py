@@ -80,6 +80,7 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     writer = TimingWriter(views.timelines, stores.timings, views.named, clock, limits.timings_days, limits.timings_rows)
     intake = Intake(stores.derivations, cache, cache.objects, cache.store_dir, IntakeLimits.of(limits))
     submissions = Submissions(engine, views, intake)
+    views.recipes.read = writer.ends_of
     return Core(farm, engine, views, explainer, intake, submissions, relay, writer, usual, replayed)
 
 

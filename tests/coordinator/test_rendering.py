@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.api.flakes import RecipeRecordView
 from coordinator.api.models import (
     Counts,
     CountsChanged,
@@ -80,6 +81,10 @@ def test_a_failure_is_one_block_with_the_command_that_shows_the_rest() -> None:
         "  │ done",
         f"  the whole log: drover log {'0' * 32}-broken",
     ]
+    record = RecipeRecordView(attempts=5, succeeded=3, flaky=True)
+    assert failure_lines(replace(FAILED, record=record))[-2] == (
+        "  failed here, succeeded 3 of 5 times with the same recipe: flaky, 40 % fail"
+    )
     odd = step("c++-1.0?z=1", StepStatus.FAILED)
     assert failure_lines(odd)[-1] == f"  the whole log: drover log '{'0' * 32}-c++-1.0?z=1'"
 
@@ -211,11 +216,12 @@ def test_tables_are_aligned_and_emulation_is_labelled() -> None:
     )
     weak = replace(worker, name="weak", isolation="C", isolation_reasons=("one", "another"))
     resting = replace(worker, name="full", state="quarantined", reason="its disk is full", until=NOW + 9)
+    systems = "x86_64-linux, aarch64-darwin (emulated)"
     assert worker_lines([worker, resting, weak], NOW) == [
-        "WORKER  STATE        SYSTEMS                                  FEATURES  CLASS  BUSY  BUILT  SEEN    NIX",
-        "mac     online       x86_64-linux, aarch64-darwin (emulated)  -         A      1/2   3      2s ago  2.8.0",
-        "full    quarantined  x86_64-linux, aarch64-darwin (emulated)  -         A      1/2   3      2s ago  2.8.0",
-        "weak    online       x86_64-linux, aarch64-darwin (emulated)  -         C      1/2   3      2s ago  2.8.0",
+        f"WORKER  STATE        {'SYSTEMS':39}  FEATURES  CLASS  BUSY  BUILT  SEEN    NIX",
+        f"mac     online       {systems}  -         A      1/2   3      2s ago  2.8.0",
+        f"full    quarantined  {systems}  -         A      1/2   3      2s ago  2.8.0",
+        f"weak    online       {systems}  -         C      1/2   3      2s ago  2.8.0",
         "",
         "full is quarantined for 9s: its disk is full",
         "weak is of isolation class C: one; another",

@@ -17,6 +17,7 @@ from coordinator.api.models import (
 from coordinator.api.timeline_models import AttemptView, StretchView
 from coordinator.cli.history import history_lines, story_lines
 from coordinator.client.errors import RefusedError
+from coordinator.http.web.history import system_lines
 from coordinator.readmodel.history import history_view
 from coordinator.stores.timings import AttemptTiming
 from infra.clock import SystemClock
@@ -164,6 +165,26 @@ def test_a_recipe_that_failed_and_later_succeeded_is_flaky_and_one_that_only_fai
     text = "\n".join(history_lines(view))
     assert "usually 20.0s, 2.0 GiB of memory" in text
     assert "1 of 4 failed and later succeeded, 25 %: flaky" in text
+    assert "  flaky: p-1, failed 1 of 2 times (50 %): a" in text
+    assert "failed on" not in text, "with one worker, or none known, there is nothing to compare"
+
+
+def test_a_history_shows_each_measure_over_time_and_the_workers_that_it_failed_on() -> None:
+    attempts = [
+        timing("a", 2, "done", 8.0, build_s=30.0, peak_memory_bytes=3 << 30, output_bytes=2000, worker="good"),
+        timing("b", 1, "done", 7.0, build_s=10.0, peak_memory_bytes=1 << 30, output_bytes=1000, worker="bad"),
+        timing("a", 1, "failed", 5.0, reason="permanent", build_s=2.0, worker="bad"),
+        timing("a", 0, "returned", 4.0, reason="returned", worker="good"),
+    ]
+    [line] = system_lines("p", attempts)
+    assert [(each.title, each.most, each.svg.count("<rect")) for each in line.drawings] == [
+        ("Build time", "30 s", 3),
+        ("Memory at most", "3.22 GB", 2),
+        ("Outputs", "2 KB", 2),
+    ]
+    assert line.drawings[0].svg.index("is-failed") < line.drawings[0].svg.index("is-done"), "the newest on the right"
+    assert [(each.worker, each.attempts, each.failed) for each in line.view.workers] == [("bad", 2, 1), ("good", 1, 0)]
+    assert "  failed on bad 1/2, good 0/1" in history_lines(history_view("p", attempts))
 
 
 def test_a_story_says_nothing_of_what_is_not_known_and_shows_no_control_characters() -> None:

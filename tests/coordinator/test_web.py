@@ -326,7 +326,7 @@ async def test_the_questions_have_their_answers_on_the_pages_of_submission_step_
         history = (await browser.get("/packages/bad"))[1]
         assert (await browser.get("/packages/none"))[0] == 404
         assert "0 of 1 recipes" in history
-        assert "failed on w" in history
+        assert "failed (permanent) on w" in history
         timeline = (await browser.get(f"/submissions/{sub.id}/timeline"))[1]
         assert timeline.count('class="run is-') == 3
         assert "3 attempts are drawn." in timeline

@@ -52,6 +52,7 @@ class WatchStreams:
                 await response.prepare(request)
                 while not self._stopping:
                     woken.clear()
+                    await self._views.recipes.fetch(watcher.failed())
                     frames = await rendered(watcher.events(), _frame)
                     await response.write(b"".join(frames))
                     if watcher.over:

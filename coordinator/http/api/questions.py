@@ -76,26 +76,28 @@ class Questions:
     async def why(self, request: web.Request) -> web.Response:
         """Say why a step waits or failed, and who wants it."""
         row = self._views.step(request.match_info["key"])
+        cause = self._cause(row)
+        await self._views.recipes.fetch([row] if cause is None else [row, cause])
         return answer(await in_slices(self._reasons(row)))
 
     def _reasons(self, row: StepRow) -> Generator[None, None, StepReasonsView]:
         below = yield from self._below(row)
         holders = self._views.submissions_of(row.key)
+        cause = self._cause(row)
         wanted = []
         for submission in holders[:WANTED_NAMED]:
             wanted.append(self._wanted(row, submission))
             yield
         return StepReasonsView(
             step=self._views.step_view(row),
-            cause=self._cause(row),
+            cause=None if cause is None else self._views.step_view(cause),
             below=below,
             wanted_by=tuple(wanted),
             wanted_count=len(holders),
         )
 
-    def _cause(self, row: StepRow) -> StepView | None:
-        cause = self._views.row_of(StepKey(row.life.cause)) if row.state is StepStatus.DOOMED else None
-        return None if cause is None else self._views.step_view(cause)
+    def _cause(self, row: StepRow) -> StepRow | None:
+        return self._views.row_of(StepKey(row.life.cause)) if row.state is StepStatus.DOOMED else None
 
     def _below(self, row: StepRow) -> Generator[None, None, tuple[StepView, ...]]:
         """Return the steps at the bottom of what a step waits for: those that run first, then those that are ready."""

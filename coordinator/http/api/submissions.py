@@ -171,6 +171,7 @@ class Api:
             raise BadRequestError(f"a step's state is one of {', '.join(StepStatus)}.") from None
         row = self._views.submission(request.match_info["id"])
         rows, end = self._views.steps_after(row, states, position_of(request), limit_of(request))
+        await self._views.recipes.fetch_failed(rows)
         following = str(end) if end < len(row.members) else ""
         return await answer_page(request, Page(rows, following), self._views.step_view)
 
@@ -180,7 +181,9 @@ class Api:
 
     async def step(self, request: web.Request) -> web.Response:
         """Show one step."""
-        return answer(self._views.step_view(self._views.step(request.match_info["key"])))
+        row = self._views.step(request.match_info["key"])
+        await self._views.recipes.fetch([row])
+        return answer(self._views.step_view(row))
 
     async def log(self, request: web.Request) -> web.StreamResponse:
         """Send the log of one attempt, following it while it runs if asked to."""

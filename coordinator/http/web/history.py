@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Final
 
 from aiohttp import web
 from markupsafe import Markup
 
+from coordinator.api.timeline_models import SystemHistoryView
 from coordinator.errors import NotFoundError
 from coordinator.http.web.guards import VISITOR, html
 from coordinator.http.web.rendering import PageRenderer
-from coordinator.http.web.texts import seconds_text
+from coordinator.http.web.texts import bytes_text, date_text, seconds_text
+from coordinator.readmodel.history import history_view
 from coordinator.stores.timings import AttemptTiming, TimingsError, TimingStore
 
 #: Attempts that are looked at, the newest.
@@ -28,23 +29,38 @@ _SVG: Final = Markup(
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """Something that each attempt has a figure of, where it was measured."""
+
+    title: str
+    of: Callable[[AttemptTiming], float | None]
+    text: Callable[[float], str]
+
+
+MEASURES: Final = (
+    Measure("Build time", lambda attempt: attempt.build_s, seconds_text),
+    Measure("Memory at most", lambda attempt: attempt.peak_memory_bytes, bytes_text),
+    Measure("Outputs", lambda attempt: attempt.output_bytes, bytes_text),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """One measure over time, the newest on the right."""
+
+    title: str
+    #: The largest figure.
+    most: str
+    svg: Markup
+
+
+@dataclass(frozen=True, slots=True)
 class SystemLine:
     """Builds of a package on one system, summed up."""
 
-    system: str
+    view: SystemHistoryView
     attempts: int
-    #: Attempts that ended well, and by a fault of the recipe.
-    done: int
-    failed: int
-    #: Steps that failed and were built later with the same recipe, and steps in all.
-    flaky: int
-    steps: int
-    #: Of successful builds; None where there is none.
-    median_s: float | None
-    longest_s: float | None
-    peak_memory_bytes: int | None
-    output_bytes: int | None
-    drawing: Markup
+    drawings: tuple[Drawing, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +72,6 @@ class HistoryData:
     trouble: str
     systems: tuple[SystemLine, ...]
     attempts: tuple[AttemptTiming, ...]
-    #: Worker -> attempts, and failed ones.
-    workers: tuple[tuple[str, int, int], ...]
 
 
 class HistoryPage:
@@ -76,53 +90,31 @@ class HistoryPage:
             raise TimingsError(trouble)
         if not attempts:
             raise NotFoundError(f"there is no build of a package {name[:80]!r} that is remembered.")
-        systems = sorted({attempt.system or "" for attempt in attempts})
-        data = HistoryData(
-            name,
-            trouble,
-            tuple(_system(system, [each for each in attempts if (each.system or "") == system]) for system in systems),
-            tuple(attempts),
-            _workers(attempts),
-        )
+        data = HistoryData(name, trouble, system_lines(name, attempts), tuple(attempts))
         return html(await self._renderer.page("history.html", visitor=request[VISITOR], page=data))
 
 
-def _system(system: str, attempts: Sequence[AttemptTiming]) -> SystemLine:
-    done = [each for each in attempts if each.outcome == "done"]
-    failed = [each for each in attempts if each.outcome == "failed"]
-    builds = [each.build_s for each in done if each.build_s is not None]
-    built = {each.step for each in done}
-    return SystemLine(
-        system=system,
-        attempts=len(attempts),
-        done=len(done),
-        failed=len(failed),
-        flaky=len(built & {each.step for each in failed}),
-        steps=len({each.step for each in attempts}),
-        median_s=median(builds) if builds else None,
-        longest_s=max(builds, default=None),
-        peak_memory_bytes=max((each.peak_memory_bytes for each in done if each.peak_memory_bytes), default=None),
-        output_bytes=next((each.output_bytes for each in done if each.output_bytes is not None), None),
-        drawing=_drawing(attempts),
-    )
+def system_lines(name: str, attempts: Sequence[AttemptTiming]) -> tuple[SystemLine, ...]:
+    """Return the attempts, newest first, summed up by system."""
+    lines = []
+    for view in history_view(name, attempts).systems:
+        its = [each for each in attempts if (each.system or "") == view.system]
+        drawings = [drawing for measure in MEASURES if (drawing := _drawing(measure, its)) is not None]
+        lines.append(SystemLine(view, len(its), tuple(drawings)))
+    return tuple(lines)
 
 
-def _drawing(attempts: Sequence[AttemptTiming]) -> Markup:
-    """Return bars of the builds' lengths, the newest on the right."""
-    highest = max((each.build_s or 0.0 for each in attempts), default=0.0) or 1.0
+def _drawing(measure: Measure, attempts: Sequence[AttemptTiming]) -> Drawing | None:
+    """Return bars of what was measured of each attempt; None where nothing was."""
+    known = [(each, figure) for each in reversed(attempts) if (figure := measure.of(each)) is not None]
+    if not known:
+        return None
+    highest = max(figure for _, figure in known)
     bars = []
-    for place, each in enumerate(reversed(attempts)):
-        height = max(2.0, (each.build_s or 0.0) / highest * HEIGHT)
-        words = f"{each.outcome}, {seconds_text(each.build_s or 0.0)}"
+    for place, (each, figure) in enumerate(known):
+        height = max(2.0, figure / (highest or 1.0) * HEIGHT)
+        words = f"{each.outcome}, {measure.text(figure)}, {date_text(each.ended_at or 0.0)}"
         bars.append(_BAR.format(each.outcome, place * BAR_WIDTH, HEIGHT - height, BAR_WIDTH - 2, height, words))
-    label = f"Build times of {len(attempts)} attempts, at most {seconds_text(highest)}"
-    return _SVG.format(w=max(1, len(attempts)) * BAR_WIDTH, h=HEIGHT, label=label, body=Markup("").join(bars))
-
-
-def _workers(attempts: Sequence[AttemptTiming]) -> tuple[tuple[str, int, int], ...]:
-    names = sorted({each.worker for each in attempts if each.worker})
-    counts = []
-    for name in names:
-        its = [each for each in attempts if each.worker == name]
-        counts.append((name, len(its), sum(each.outcome not in {"done", "cancelled", "returned"} for each in its)))
-    return tuple(counts)
+    label = f"{measure.title} of {len(known)} attempts, at most {measure.text(highest)}"
+    svg = _SVG.format(w=len(known) * BAR_WIDTH, h=HEIGHT, label=label, body=Markup("").join(bars))
+    return Drawing(measure.title, measure.text(highest), svg)

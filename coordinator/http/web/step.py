@@ -12,6 +12,7 @@ from urllib.parse import quote
 from aiohttp import web
 from markupsafe import Markup
 
+from coordinator.api.flakes import failure_sentence, flake_sentence
 from coordinator.api.models import StepStatus, StepView
 from coordinator.errors import BadRequestError
 from coordinator.http.web.attempts import AttemptLine, attempt_lines
@@ -70,6 +71,8 @@ class StepData:
     why: str
     #: Why it failed, without the lines of the log that stand beside.
     failure: str
+    #: What else its recipe did, where that is not the same; "" elsewhere.
+    record: str
     cause: StepLine | None
     submissions: tuple[SubmissionLine, ...]
     attempts: tuple[AttemptLine, ...]
@@ -140,6 +143,7 @@ class StepPage:
 
     async def _data(self, row: StepRow) -> StepData:
         around = await in_slices(surrounding(self._core, row.key))
+        await self._views.recipes.fetch([row])
         view = self._views.step_view(row)
         outputs = await self._outputs(view) if view.state is StepStatus.DONE else _bare(view)
         cause = self._views.row_of(StepKey(view.cause)) if view.cause else None
@@ -151,6 +155,7 @@ class StepPage:
             view=view,
             why=_why(view, around),
             failure=short_failure(view.failure.message) if view.failure is not None else "",
+            record=failure_sentence(view.record) if view.failure is not None else flake_sentence(view.record),
             cause=step_line(self._views, cause) if cause is not None else None,
             submissions=tuple(lines),
             attempts=attempt_lines(numbers, timings),

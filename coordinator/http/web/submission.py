@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Final
 
 from aiohttp import web
 
+from coordinator.api.flakes import failure_sentence
 from coordinator.api.models import FarmView, StepStatus, SubmissionState, SubmissionView
 from coordinator.http.web.guards import VISITOR, html, seen_elsewhere
 from coordinator.http.web.lines import QueueLine, StepLine, SubmissionLine, line_of, queue_lines, step_line
@@ -27,6 +29,8 @@ ROOTS_SHOWN: Final = 40
 CAUSES_SHOWN: Final = 20
 ACTIVE_SHOWN: Final = 40
 QUEUES_SHOWN: Final = 12
+#: Failed steps whose recipes' records are read, the first.
+RECORDS_READ: Final = 200
 #: Members looked at between two pauses.
 MEMBERS_LOOKED_AT: Final = 2_000
 
@@ -41,6 +45,8 @@ class CauseLine:
     attempt: int
     doomed: int
     log_tail: str
+    #: That its recipe can succeed, "" where it never did.
+    record: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ class SubmissionPage:
     async def show(self, request: web.Request) -> web.Response:
         """Show a submission."""
         row = self._views.submission(request.match_info["id"])
-        data = await in_slices(self.gathering(row))
+        data = await self._data(row)
         return html(await self._renderer.page("submission.html", visitor=request[VISITOR], page=data))
 
     async def live(self, request: web.Request) -> web.StreamResponse:
@@ -116,8 +122,12 @@ class SubmissionPage:
 
     async def _parts(self, name: str) -> tuple[Mapping[str, str], bool]:
         row = self._views.submission(name)
-        data = await in_slices(self.gathering(row))
+        data = await self._data(row)
         return await self._renderer.parts("submission.html", page=data), not data.running
+
+    async def _data(self, row: SubmissionRow) -> SubmissionData:
+        await self._views.recipes.fetch(islice(row.failed.values(), RECORDS_READ))
+        return await in_slices(self.gathering(row))
 
     @staticmethod
     def _back(row: SubmissionRow) -> web.StreamResponse:
@@ -172,6 +182,7 @@ class SubmissionPage:
             attempt=view.attempt,
             doomed=doomed,
             log_tail=view.log_tail,
+            record=failure_sentence(view.record),
         )
 
     def _queued(self, row: SubmissionRow) -> tuple[QueueLine, ...]:
