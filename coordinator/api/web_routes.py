@@ -25,9 +25,16 @@ SUBMISSION_LIVE: Final = Route[None](
 )
 #: A page of the steps of a submission: `?state=failed&after=N`.
 STEPS_PAGE: Final = Route[None]("GET", "/submissions/{id}/steps", Right.PAGE, answer=Content.PAGE, errors=_NAMED)
-#: Its attempts by worker over time: `?from=…&to=…` in Unix seconds.
+#: What ran on each worker over time, on the farm and for a submission: `?from=…&to=…` in Unix seconds, `width=` pixels.
+FARM_TIMELINE_PAGE: Final = Route[None]("GET", "/timeline", Right.PAGE, answer=Content.PAGE, errors=(400, 503))
+FARM_TIMELINE_LIVE: Final = Route[None](
+    "GET", "/live/timeline", Right.PAGE, answer=Content.PARTS, errors=(400, 503), head=False
+)
 TIMELINE_PAGE: Final = Route[None](
-    "GET", "/submissions/{id}/timeline", Right.PAGE, answer=Content.PAGE, errors=(*_NAMED, 503)
+    "GET", "/submissions/{id}/timeline", Right.PAGE, answer=Content.PAGE, errors=(400, *_NAMED, 503)
+)
+TIMELINE_LIVE: Final = Route[None](
+    "GET", "/live/submissions/{id}/timeline", Right.PAGE, answer=Content.PARTS, errors=(400, *_NAMED, 503), head=False
 )
 CANCEL_FORM: Final = Route[None](
     "POST", "/submissions/{id}/cancel", Right.CHANGE, body=Content.FORM, status=303, errors=(*_NAMED, *_FORM)
@@ -85,7 +92,10 @@ WEB_ROUTES: Final[tuple[Route[Any], ...]] = (
     SUBMISSION_PAGE,
     SUBMISSION_LIVE,
     STEPS_PAGE,
+    FARM_TIMELINE_PAGE,
+    FARM_TIMELINE_LIVE,
     TIMELINE_PAGE,
+    TIMELINE_LIVE,
     CANCEL_FORM,
     RETRY_FORM,
     FIND_STEP,

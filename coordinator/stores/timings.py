@@ -10,7 +10,7 @@ and go on.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -32,6 +32,7 @@ from sqlalchemy import (
     inspect,
     or_,
     select,
+    text,
 )
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError, StatementError
@@ -40,8 +41,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from coordinator.errors import CoordinatorError
 from infra.database import names_parameter, names_table, open_engine, reason
 
-#: What this version writes.
-FORMAT: Final = 1
+#: What this version writes. 2: indexes for windows of time.
+FORMAT: Final = 2
+#: Attempts that take longer have an index of their own, so that a window of time need not look far back for them.
+LONG_S: Final = 3600.0
 #: Rows that one statement deletes: readers and the writer get their turn in between.
 DELETE_ROWS: Final = 2_000
 #: Characters of a failure's message that are kept; the log and the journal have all.
@@ -165,8 +168,12 @@ attempts = Table(
     ),
     Index("attempt_timings_package", "package", "ended_at"),
     Index("attempt_timings_ended", "ended_at"),
-    Index("attempt_timings_leased", "leased_at"),
+    # All that an overview of a window of time reads.
+    Index("attempt_timings_window", "leased_at", "ended_at", "worker", "outcome", "wanted_by"),
 )
+#: The condition of the index of long attempts, as queries must repeat it.
+IS_LONG: Final = text(f"ended_at - leased_at > {LONG_S}")
+Index("attempt_timings_long", attempts.c.ended_at, sqlite_where=IS_LONG, postgresql_where=IS_LONG)
 meta = Table("timings_meta", metadata, Column("format", Integer, primary_key=True, autoincrement=False))
 _WHOLE: Final = frozenset(name for name in _COLUMNS if name not in _TEXTS | _FLOATS | {"step", "measured"})
 
@@ -206,7 +213,7 @@ class TimingStore:
                 )
             if found < FORMAT:
                 async with self._engine.begin() as connection:
-                    await connection.run_sync(metadata.create_all)
+                    await connection.run_sync(_create)
                     await connection.execute(insert(meta).values(format=FORMAT))
         except (SQLAlchemyError, OSError) as error:
             raise _failed(error) from None
@@ -261,21 +268,8 @@ class TimingStore:
             .where(attempts.c.outcome.is_not(None), at.is_not(None))
             .group_by(*columns)
         )
-        rows = await self._answers(query, {"names": names_parameter(steps)})
+        rows = await self.answers(query, {"names": names_parameter(steps)})
         return [AttemptEnds(step, _index(recipe), *others) for step, recipe, *others in rows]
-
-    async def longest_between(self, since: float, until: float, limit: int) -> tuple[list[AttemptTiming], int]:
-        """Return the longest attempts that were leased in a span of time, and how many there were in all.
-
-        They hold worker, lease, end and outcome alone; one that runs is longer than any other.
-        """
-        within = (attempts.c.leased_at >= since) & (attempts.c.leased_at <= until)
-        columns = (attempts.c.step, attempts.c.attempt, attempts.c.worker, attempts.c.name, attempts.c.leased_at)
-        took = func.coalesce(attempts.c.ended_at, until) - attempts.c.leased_at
-        query = select(*columns, attempts.c.ended_at, attempts.c.outcome).where(within).order_by(took.desc())
-        rows = await self._answers(query.limit(limit), {})
-        (total,) = (await self._answers(select(func.count()).select_from(attempts).where(within), {}))[0]
-        return [AttemptTiming(**row._mapping) for row in rows], total  # noqa: SLF001 - SQLAlchemy's public name for it
 
     async def usual_builds(self, package: str, system: str, limit: int) -> list[float]:
         """Return the seconds that the newest successful builds of a package took."""
@@ -290,7 +284,7 @@ class TimingStore:
             .order_by(attempts.c.ended_at.desc())
             .limit(limit)
         )
-        return [row.build_s for row in await self._answers(query, {})]
+        return [row.build_s for row in await self.answers(query, {})]
 
     async def drop(self, before: float, most: int) -> int:
         """Delete attempts leased before a time, then the oldest beyond `most` rows; returns how many.
@@ -314,8 +308,10 @@ class TimingStore:
         except (SQLAlchemyError, OSError) as error:
             raise _failed(error) from None
 
-    async def _rows(self, query: Any, parameters: dict[str, object]) -> list[AttemptTiming]:
-        return [_timing(row) for row in await self._answers(query, parameters)]
+    @property
+    def dialect(self) -> str:
+        """Name of the database's kind: `sqlite` or `postgresql`."""
+        return self._engine.dialect.name
 
     @property
     def _in_place(self) -> bool:
@@ -336,11 +332,15 @@ class TimingStore:
         await self._engine.dispose()
         self._prepared = None
 
-    async def _answers(self, query: Any, parameters: dict[str, object]) -> Sequence[Any]:
+    async def _rows(self, query: Any, parameters: dict[str, object]) -> list[AttemptTiming]:
+        return [_timing(row) for row in await self.answers(query, parameters)]
+
+    async def answers(self, query: Any, parameters: Mapping[str, object] | None = None) -> Sequence[Any]:
+        """Return the rows of a query of this package's modules."""
         self._require_in_place()
         try:
             async with self._engine.connect() as connection:
-                return (await connection.execute(query, parameters)).all()
+                return (await connection.execute(query, parameters or {})).all()
         except (SQLAlchemyError, OSError) as error:
             raise _failed(error) from None
 
@@ -364,6 +364,14 @@ def _identity(file: str | None) -> tuple[int, int] | None:
     except OSError:
         return None
     return (found.st_dev, found.st_ino) if found is not None else None
+
+
+def _create(connection: Connection) -> None:
+    """Create what is missing; tables of format 1 have other indexes."""
+    metadata.create_all(connection)
+    connection.execute(text("DROP INDEX IF EXISTS attempt_timings_leased"))
+    for index in attempts.indexes:
+        index.create(connection, checkfirst=True)
 
 
 def _format_of(connection: Connection) -> int:

@@ -17,18 +17,30 @@ from coordinator.http.web.assets import Assets
 from coordinator.http.web.farm import FarmPage
 from coordinator.http.web.graph import DrawnStep, drawing
 from coordinator.http.web.guards import Visitor
+from coordinator.http.web.lines import submission_line
 from coordinator.http.web.live import LiveStreams
 from coordinator.http.web.rendering import PageRenderer
 from coordinator.http.web.submission import SubmissionPage
 from coordinator.http.web.submission_lists import SubmissionLists
-from coordinator.http.web.timeline import ATTEMPTS_DRAWN, draw
+from coordinator.http.web.timeline import (
+    BOXES,
+    BUCKET_WIDTH,
+    MOST_WIDTH,
+    STAGED,
+    WORKERS_DRAWN,
+    Subject,
+    TimelineData,
+    TimelinePage,
+)
+from coordinator.http.web.waterfall import TimeWindow
 from coordinator.readmodel.explain import FarmExplainer
 from coordinator.readmodel.surroundings import surrounding
 from coordinator.readmodel.views import Views
 from coordinator.stores.derivations import StepInfo
 from coordinator.stores.log_archive import LogArchive
 from coordinator.stores.logs import LogStore
-from coordinator.stores.timings import AttemptTiming
+from coordinator.stores.timing_windows import Edges
+from coordinator.stores.timings import AttemptTiming, Measured
 from infra.clock import SystemClock
 from infra.objects.store import LocalObjectStore
 from scheduler import events as e
@@ -197,13 +209,54 @@ def test_the_surroundings_of_a_step(filled: Filled, key: StepKey) -> None:
     assert len(svg) < PAGE_BYTES / 20
 
 
-def test_a_timeline_of_the_longest_attempts() -> None:
+def page_and_data(filled: Filled, total: int) -> tuple[TimelinePage, TimelineData]:
+    store: Any = None
+    page = TimelinePage(filled.views, store, filled.renderer, filled.streams, SystemClock())
+    subject = Subject(filled.row, submission_line(filled.views, filled.row), 0.0, 40_000.0, moves=True)
+    window = TimeWindow(0.0, 40_000.0, MOST_WIDTH)
+    return page, TimelineData(subject, window, True, None, total, 0, (), ())
+
+
+def test_a_timeline_of_100_000_attempts_shows_all_of_them(filled: Filled) -> None:
+    page, data = page_and_data(filled, STEPS)
+    buckets = MOST_WIDTH // BUCKET_WIDTH
+    width_s = data.window.span_s / buckets
+    counted: dict[tuple[str, int, str, str], list[float]] = {}
+    for number in range(STEPS):
+        worker, begin, took_s = f"worker-{number % (2 * WORKERS)}", number * 0.39, number % 600
+        kind = "failed" if number % 7 == 0 else "other" if number % 3 else "done"
+        for side, at in (("begin", begin), ("end", begin + took_s)):
+            entry = counted.setdefault((side, int(at / width_s), worker, kind), [0, 0.0])
+            entry[0] += 1
+            entry[1] += at
+    edges: dict[str, list[Edges]] = {"begin": [], "end": []}
+    for (side, bucket, worker, kind), (count, sum_s) in counted.items():
+        edges[side].append(Edges(bucket, worker, kind, int(count), sum_s))
+    shown = metered(page.counted(data, [], edges["begin"], edges["end"]))
+    assert sum(each.attempts for each in shown.workers) == shown.total == STEPS
+    ran_s = sum(number % 600 for number in range(STEPS))
+    assert sum(each.busy_s for each in shown.workers) == pytest.approx(ran_s, rel=0.01)
+    html = rendered(filled, "timeline.html", shown)
+    assert f"{2 * WORKERS - WORKERS_DRAWN} more workers" in html
+    assert html.count('class="area is-failed"') == WORKERS_DRAWN + 1
+    assert f"{STEPS:,} attempts ran" in html
+
+
+def test_a_timeline_of_single_attempts(filled: Filled) -> None:
+    page, data = page_and_data(filled, BOXES)
     attempts = []
-    for number in range(ATTEMPTS_DRAWN):
-        name, at = f"attempt-{number}-{'x' * 60}", float(number % 300)
-        timing = AttemptTiming(key_of(name), 1, name=name, worker=f"w-{number % WORKERS}", leased_at=at, outcome="done")
-        timing.ended_at = at + 100
+    for number in range(BOXES):
+        at = number * 60.0
+        name = f"attempt-{number}-{'x' * 60}"
+        timing = AttemptTiming(key_of(name), 1, name=name, worker=f"w-{number % 4}", leased_at=at, outcome="done")
+        timing.ended_at = at + 3_000
+        phases = [(f"phase-{each}", at + each * 100, 90.0) for each in range(20)]
+        timing.measured = Measured([("build", at, 3_000.0)], phases)
         attempts.append(timing)
-    svg = metered(draw(attempts, 0.0, 400.0))
-    assert svg.count("<rect") == ATTEMPTS_DRAWN
-    assert len(svg) < PAGE_BYTES
+    placed = metered(page.single(data, attempts))
+    assert len(placed.boxes) == BOXES
+    details = {(each.step, each.attempt): each for each in attempts[:STAGED]}
+    shown = metered(page.detailed(placed, details))
+    html = rendered(filled, "timeline.html", shown)
+    assert html.count('class="run is-other wide"') == BOXES
+    assert html.count('class="span-build"') == STAGED

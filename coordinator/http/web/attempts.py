@@ -47,7 +47,7 @@ class AttemptLine:
         end = max(each.at + each.took_s for each in self.stretches)
         scale = WIDTH / max(end - begin, 0.001)
         rects = [
-            _RECT.format(_class(each.name), (each.at - begin) * scale, max(1.0, each.took_s * scale), each.name)
+            _RECT.format(class_of(each.name), (each.at - begin) * scale, max(1.0, each.took_s * scale), each.name)
             for each in self.stretches
         ]
         summary = ", ".join(f"{each.name} {each.took_s:.1f} s" for each in self.stretches)
@@ -75,6 +75,6 @@ def _line(number: int, timing: AttemptTiming | None) -> AttemptLine:
     return AttemptLine(number, timing, tuple(stretches), tuple(phases))
 
 
-def _class(name: str) -> str:
+def class_of(name: str) -> str:
     """Return a stretch's class; names come from agents."""
     return name if name in STRETCHES else "other"

@@ -79,7 +79,7 @@ def add_web_routes(  # noqa: PLR0917 - collaborators, named by their types
     submission = SubmissionPage(views, actions.submissions, sources.farm, sources.queues, renderer, streams)
     lists = SubmissionLists(views, renderer)
     step = StepPage(views, sources.core, actions.submissions, sources.cache, sources.timings, renderer, streams)
-    timeline = TimelinePage(views, sources.timings, renderer, clock)
+    timeline = TimelinePage(views, sources.timings, renderer, streams, clock)
     history = HistoryPage(sources.timings, renderer)
     log = LogPage(views, sources.logs, renderer, streams)
     workers = WorkersPage(views, actions.drain, renderer, streams)
@@ -91,7 +91,10 @@ def add_web_routes(  # noqa: PLR0917 - collaborators, named by their types
         routes.SUBMISSION_PAGE: submission.show,
         routes.SUBMISSION_LIVE: submission.live,
         routes.STEPS_PAGE: lists.steps,
+        routes.FARM_TIMELINE_PAGE: timeline.show,
+        routes.FARM_TIMELINE_LIVE: timeline.live,
         routes.TIMELINE_PAGE: timeline.show,
+        routes.TIMELINE_LIVE: timeline.live,
         routes.CANCEL_FORM: submission.cancel,
         routes.RETRY_FORM: submission.retry,
         routes.FIND_STEP: step.find,

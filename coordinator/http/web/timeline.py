@@ -1,148 +1,386 @@
-"""View of a submission's timeline: its attempts by worker over time, the longest drawn one by one."""
+"""View of a timeline: what ran on each worker in a window of time, of a submission or of the whole farm.
+
+Up to `BOXES` attempts are drawn one by one, with their stages and phases; of more the database counts how many ran at a
+time in each bucket, so that no attempt is left out at any zoom. The window is in the address: `from` and `to` in Unix
+seconds; without `to` it ends now and moves on. `width` is that of the drawing in pixels.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
-from urllib.parse import quote
 
 from aiohttp import web
 from markupsafe import Markup
 
 from coordinator.errors import BadRequestError
+from coordinator.http.web.attempts import STRETCHES, attempt_lines
 from coordinator.http.web.guards import VISITOR, html
 from coordinator.http.web.lines import SubmissionLine, submission_line
+from coordinator.http.web.live import LiveStreams
 from coordinator.http.web.rendering import PageRenderer
-from coordinator.http.web.texts import seconds_text
+from coordinator.http.web.waterfall import (
+    KIND_TEXTS,
+    STAGED_WIDTH,
+    Box,
+    DrawnWorker,
+    Stretch,
+    TimeWindow,
+    about_worker,
+    draw,
+)
 from coordinator.readmodel.rows import SubmissionRow
 from coordinator.readmodel.views import Views
+from coordinator.readmodel.waterfall import RUNNING, UNKNOWN, Occupancy, assign_tracks, occupancies
+from coordinator.stores.timing_windows import OTHER, Edges, TimingWindows
 from coordinator.stores.timings import AttemptTiming, TimingStore
 from infra.clock import Clock
 from infra.slices import in_slices
 from scheduler.model import StepKey
 
-#: Attempts that are drawn: the longest of the span that is shown.
-ATTEMPTS_DRAWN: Final = 1_500
-#: Rows of one worker that are drawn: attempts beside each other.
-LANES: Final = 64
-#: Measures in pixels.
-WIDTH: Final = 1_100
-LANE_HEIGHT: Final = 14
-HEAD_HEIGHT: Final = 20
-#: Least span that one can zoom into.
+#: Attempts that are drawn one by one; those that are looked at to put them on the tracks where they were before.
+BOXES: Final = 500
+PLACED: Final = 4 * BOXES
+#: Boxes whose stages and phases are drawn, the widest, and phases of each, the longest: closer, all are.
+STAGED: Final = 120
+PHASES: Final = 12
+#: Attempts of a window beyond which the database is not asked to count them, and running ones that are looked at.
+MOST_COUNTED: Final = 400_000
+MOST_RUNNING: Final = 10_000
+#: Workers with a row of their own; all others share one.
+WORKERS_DRAWN: Final = 80
+#: Pixels of a bucket, and of the whole drawing: least, usual, most.
+BUCKET_WIDTH: Final = 6
+LEAST_WIDTH, USUAL_WIDTH, MOST_WIDTH = 240, 1_100, 1_400
+#: Least span that one can zoom into, and the span of the farm's own timeline, usual and longest.
 LEAST_S: Final = 1.0
-_SVG: Final = Markup(
-    '<svg class="waterfall" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="group" '
-    'aria-label="{label}">{body}</svg>'
-)
-_NAME: Final = Markup('<text class="more" x="0" y="{}">{}</text>')
-_ATTEMPT: Final = Markup(
-    '<a href="/steps/{}" aria-label="{}"><title>{}</title>'
-    '<rect class="run is-{}" x="{:.1f}" y="{}" width="{:.1f}" height="{}" rx="2"/></a>'
-)
+FARM_S: Final = 3600.0
+FARM_LONGEST_S: Final = 7 * 86400.0
+#: A window that moves ends at multiples of this share of its span, so that it is not drawn anew all the time.
+MOVES: Final = 200
+#: A live timeline is made anew after so many times what that took, and not before this many seconds.
+REST_FACTOR: Final = 10.0
+REST_S: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Whose timeline it is; times in Unix seconds."""
+
+    #: None: the farm's.
+    row: SubmissionRow | None
+    line: SubmissionLine | None
+    #: The whole span that can be looked at.
+    first: float
+    last: float
+    #: It goes on.
+    moves: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSums:
+    """Numbers of the attempts of one worker."""
+
+    name: str
+    slots: int
+    attempts: int
+    busy_s: float
+    #: Attempts by kind.
+    kinds: Mapping[str, int]
+
+    def count(self, *kinds: str) -> int:
+        """Return how many attempts are of some kinds."""
+        return sum(self.kinds.get(kind, 0) for kind in kinds)
 
 
 @dataclass(frozen=True, slots=True)
 class TimelineData:
-    """The whole page; times in Unix seconds."""
+    """The whole page."""
 
-    line: SubmissionLine
-    since: float
-    until: float
-    #: The whole span of the submission.
-    first: float
-    last: float
+    subject: Subject
+    window: TimeWindow
+    #: The address has no end: the window moves on.
+    follows: bool
     drawing: Markup | None
-    drawn: int
-    #: Attempts of all submissions in the span.
+    #: All attempts of the window, and those of the submission.
     total: int
+    own: int
+    workers: tuple[WorkerSums, ...]
+    #: Attempts that are drawn one by one, by begin; with their workers. Empty where there are too many.
+    boxes: tuple[tuple[str, Box], ...]
+    #: Why nothing is drawn.
+    refusal: str = ""
     #: Why the newest attempts may be missing, "" while none are.
-    trouble: str
+    trouble: str = ""
 
-    def span(self, factor: float, shift: float) -> tuple[float, float]:
-        """Return the span that is wider by a factor and moved by a share of its width, within the submission's."""
-        width = max(LEAST_S, (self.until - self.since) * factor)
-        middle = (self.since + self.until) / 2 + (self.until - self.since) * shift
-        since = max(self.first, min(middle - width / 2, self.last - width))
-        return since, min(self.last, since + width)
+    @property
+    def live(self) -> bool:
+        """True while the window may change."""
+        return self.subject.moves and self.window.until >= self.subject.last - self.window.span_s / MOVES
+
+    def span(self, factor: float, shift: float) -> str:
+        """Return the address of the window that is wider by a factor and moved by a share of its width."""
+        now, subject = self.window, self.subject
+        width = min(max(LEAST_S, now.span_s * factor), max(LEAST_S, subject.last - subject.first))
+        middle = (now.since + now.until) / 2 + now.span_s * shift
+        since = max(subject.first, min(middle - width / 2, subject.last - width))
+        return TimeWindow(since, since + width, now.width).address()
+
+    @property
+    def stages(self) -> Sequence[str]:
+        """Stages of an attempt, in their order."""
+        return STRETCHES[1:]
+
+    def kind_text(self, kind: str) -> str:
+        """Return a kind in words."""
+        return KIND_TEXTS[kind]
 
 
 class TimelinePage:
-    """The page at `/submissions/ID/timeline`."""
+    """The pages at `/timeline` and `/submissions/ID/timeline`."""
 
-    def __init__(self, views: Views, timings: TimingStore, renderer: PageRenderer, clock: Clock) -> None:
+    def __init__(
+        self, views: Views, timings: TimingStore, renderer: PageRenderer, streams: LiveStreams, clock: Clock
+    ) -> None:
         self._views = views
         self._timings = timings
+        self._windows = TimingWindows(timings)
         self._renderer = renderer
+        self._streams = streams
         self._clock = clock
 
     async def show(self, request: web.Request) -> web.Response:
-        """Show the attempts of a span of time."""
-        row = self._views.submission(request.match_info["id"])
-        line = submission_line(self._views, row)
-        first = row.created_at
-        last = max(first + LEAST_S, (row.touched_at if row.ended else self._clock.now()))
-        since, until = _instant(request, "from", first), _instant(request, "to", last)
-        if not first - LEAST_S <= since < until <= last + LEAST_S:
-            since, until = first, last
-        attempts, total = await self._timings.longest_between(since, until, ATTEMPTS_DRAWN)
-        own = await in_slices(self._own(row, attempts))
-        drawing = await in_slices(draw(own, since, until)) if own else None
-        data = TimelineData(line, since, until, first, last, drawing, len(own), total, self._timings.trouble)
+        """Show what ran in a window."""
+        data = await self._data(request)
         return html(await self._renderer.page("timeline.html", visitor=request[VISITOR], page=data))
 
-    def _own(self, row: SubmissionRow, attempts: Sequence[AttemptTiming]) -> Generator[None, None, list[AttemptTiming]]:
-        """Return the attempts of steps that a submission has, or had while it ran."""
-        wanted = {StepKey(attempt.step) for attempt in attempts}
-        members = wanted.intersection(row.members)
+    async def live(self, request: web.Request) -> web.StreamResponse:
+        """Stream what changes of it until it has ended."""
+        loop = asyncio.get_running_loop()
+        last: tuple[Mapping[str, str], bool] = {}, False
+        rests_until = float("-inf")
+
+        async def parts() -> tuple[Mapping[str, str], bool]:
+            nonlocal last, rests_until
+            begin = loop.time()
+            if begin >= rests_until:
+                data = await self._data(request)
+                last = await self._renderer.parts("timeline.html", page=data), not data.live
+                rests_until = loop.time() + max(REST_S, REST_FACTOR * (loop.time() - begin))
+            return last
+
+        return await self._streams.serve(request, parts)
+
+    def _subject(self, request: web.Request) -> Subject:
+        now = self._clock.now()
+        if "id" not in request.match_info:
+            return Subject(None, None, now - FARM_LONGEST_S, now, moves=True)
+        row = self._views.submission(request.match_info["id"])
+        over = row.ended or row.withdrawn
+        last = max(row.created_at + LEAST_S, row.touched_at if over else now)
+        return Subject(row, submission_line(self._views, row), row.created_at, last, moves=not over)
+
+    async def _data(self, request: web.Request) -> TimelineData:
+        subject = self._subject(request)
+        window, follows = _window(request, subject)
+        since, until = window.since, window.until
+        running = await self._windows.running(until, MOST_RUNNING)
+        ended = await self._windows.count(since, until, MOST_COUNTED)
+        data = TimelineData(subject, window, follows, None, ended + len(running), 0, (), (), "", self._timings.trouble)
+        if ended > MOST_COUNTED:
+            return replace(data, refusal=f"More than {MOST_COUNTED:,} attempts ran then. Choose a shorter span.")
+        if data.total > BOXES:
+            submission = None if subject.row is None else subject.row.id
+            edges = await self._windows.edges(since, until, window.width // BUCKET_WIDTH, submission)
+            return await in_slices(self.counted(data, running, *edges))
+        # From a moment that stays the same while one pans: the tracks of what is seen do too.
+        block_s = 4 * 2.0 ** math.ceil(math.log2(window.span_s))
+        before = await self._windows.attempts(since - since % block_s, until, PLACED + 1)
+        if len(before) > PLACED:
+            before = await self._windows.attempts(since, until, PLACED)
+        drawn = await in_slices(self.single(data, sorted([*before, *running], key=_begin)))
+        wide = ((window.x(box.end) - window.x(box.begin), box.step, box.attempt) for _, box in drawn.boxes)
+        widest = sorted((each for each in wide if each[0] >= STAGED_WIDTH), reverse=True)[:STAGED]
+        wanted = {(step, attempt) for _, step, attempt in widest}
+        kept = await self._timings.of_steps(sorted({step for step, _ in wanted}))
+        details = {(each.step, each.attempt): each for each in kept if (each.step, each.attempt) in wanted}
+        return await in_slices(self.detailed(drawn, details))
+
+    # One by one.
+
+    def single(self, data: TimelineData, attempts: Sequence[AttemptTiming]) -> Generator[None, None, TimelineData]:
+        """Put attempts on their tracks, by worker."""
+        window = data.window
+        row = data.subject.row
+        wanted = {StepKey(each.step) for each in attempts}
+        own = wanted if row is None else wanted.intersection(row.members)
         yield
-        return [attempt for attempt in attempts if attempt.step in members]
+        by_worker: dict[str, list[AttemptTiming]] = {}
+        for each in attempts:
+            by_worker.setdefault(each.worker or "unknown", []).append(each)
+        boxes: list[tuple[str, Box]] = []
+        for worker, its in sorted(by_worker.items()):
+            spans = [(_begin(each), self._end(each, window.until)) for each in its]
+            for each, (begin, end), track in zip(its, spans, assign_tracks(spans), strict=True):
+                yield
+                if end >= window.since:
+                    kind = self._kind(each) if each.step in own else OTHER
+                    boxes.append(
+                        (worker, Box(each.step, each.name or each.step, each.attempt, kind, begin, end, track))
+                    )
+        return replace(data, boxes=tuple(boxes), total=len(boxes), own=sum(box.kind != OTHER for _, box in boxes))
 
-
-def draw(attempts: Sequence[AttemptTiming], since: float, until: float) -> Generator[None, None, Markup]:
-    """Return the drawing of attempts between two instants, with pauses."""
-    scale = WIDTH / max(until - since, LEAST_S)
-    by_worker: dict[str, list[AttemptTiming]] = {}
-    for attempt in sorted(attempts, key=lambda each: each.leased_at or 0.0):
-        by_worker.setdefault(attempt.worker or "", []).append(attempt)
-    body: list[Markup] = []
-    top = 0
-    for worker, its in sorted(by_worker.items()):
-        body.append(_NAME.format(top + HEAD_HEIGHT - 6, worker or "unknown"))
-        top += HEAD_HEIGHT
-        ends: list[float] = []
-        for attempt in its:
+    def detailed(
+        self, data: TimelineData, details: Mapping[tuple[str, int], AttemptTiming]
+    ) -> Generator[None, None, TimelineData]:
+        """Add stages and phases of what is wide enough to show them, and draw."""
+        by_worker: dict[str, list[Box]] = {}
+        for worker, box in data.boxes:
             yield
-            begin = attempt.leased_at or since
-            end = attempt.ended_at or until
-            lane = next((index for index, free_at in enumerate(ends) if free_at <= begin), len(ends))
-            if lane == len(ends):
-                ends.append(end)
-            ends[lane] = end
-            box = max(0.0, (begin - since) * scale), top + min(lane, LANES) * LANE_HEIGHT, (end - begin) * scale
-            body.append(_attempt(attempt, end - begin, box))
-        top += min(len(ends), LANES + 1) * LANE_HEIGHT
-    label = "Attempts by worker over time"
-    return _SVG.format(w=WIDTH, h=top, label=label, body=Markup("").join(body))
+            by_worker.setdefault(worker, []).append(self._with_stretches(box, details.get((box.step, box.attempt))))
+        slots = self._slots()
+        rows, sums = [], []
+        for worker in sorted({*by_worker, *slots}):
+            boxes = by_worker.get(worker, [])
+            rows.append(DrawnWorker(worker, about_worker(slots.get(worker, 0), len(boxes)), boxes=boxes))
+            busy_s = sum(_within_s(data.window, box) for box in boxes)
+            kinds = Counter(box.kind for box in boxes)
+            sums.append(WorkerSums(worker, slots.get(worker, 0), len(boxes), busy_s, kinds))
+        drawing = yield from draw(rows, data.window)
+        ordered = tuple(sorted(data.boxes, key=lambda each: each[1].begin))
+        return replace(data, drawing=drawing, workers=tuple(sums), boxes=ordered)
+
+    def _with_stretches(self, box: Box, timing: AttemptTiming | None) -> Box:
+        if timing is None:
+            return box
+        if timing.measured is None and box.kind == RUNNING:
+            timing.measured = self._views.timelines.so_far(timing.step, timing.attempt, box.end)
+        [line] = attempt_lines([timing.attempt], [timing])
+        stages = [Stretch(each.name, each.at, each.took_s) for each in line.stretches if each.name != "waiting"]
+        longest = sorted(line.phases, key=lambda each: -each.took_s)[:PHASES]
+        phases = [Stretch(each.name, each.at, each.took_s) for each in longest]
+        return replace(box, stages=tuple(stages), phases=tuple(phases))
+
+    # Counted.
+
+    def counted(
+        self, data: TimelineData, running: Sequence[AttemptTiming], begins: Sequence[Edges], ends: Sequence[Edges]
+    ) -> Generator[None, None, TimelineData]:
+        """Draw how many ran at a time."""
+        window = data.window
+        buckets = window.width // BUCKET_WIDTH
+        bucket_s = window.span_s / buckets
+        more_begins, more_ends = [], []
+        for each in running:
+            yield
+            kind = self._kind(each)
+            if kind == RUNNING and data.subject.row is not None and each.step not in data.subject.row.active:
+                kind = OTHER
+            begin, end = (max(0.0, at - window.since) for at in (_begin(each), self._end(each, window.until)))
+            more_begins.append(Edges(int(begin / bucket_s), each.worker or "", kind, 1, begin))
+            if end < window.span_s:
+                more_ends.append(Edges(int(end / bucket_s), each.worker or "", kind, 1, end))
+        found = yield from occupancies([*begins, *more_begins], [*ends, *more_ends], buckets, bucket_s)
+        slots = self._slots()
+        rows, sums = [], []
+        for worker in slots:
+            found.setdefault(worker, {})
+        for worker in sorted(found):
+            yield
+            kinds = {kind: its.attempts for kind, its in found[worker].items()}
+            busy_s = sum(sum(its.busy_s) for its in found[worker].values())
+            sums.append(WorkerSums(worker or "unknown", slots.get(worker, 0), sum(kinds.values()), busy_s, kinds))
+        for worker in sorted(found)[:WORKERS_DRAWN]:
+            yield
+            rows.append(_occupied(worker, found[worker], slots.get(worker, 0), bucket_s))
+        rest = sorted(found)[WORKERS_DRAWN:]
+        if rest:
+            merged = yield from _merged([found[worker] for worker in rest], buckets)
+            rows.append(
+                _occupied(f"{len(rest)} more workers", merged, sum(slots.get(each, 0) for each in rest), bucket_s)
+            )
+        drawing = yield from draw(rows, window)
+        own = sum(each.attempts - each.count(OTHER) for each in sums)
+        return replace(data, drawing=drawing, own=own, workers=tuple(sums), total=sum(each.attempts for each in sums))
+
+    # The parts they share.
+
+    def _kind(self, attempt: AttemptTiming) -> str:
+        """Return what became of an attempt; one that the farm does not know to run has lost its end."""
+        if attempt.outcome is not None and attempt.ended_at is not None:
+            return attempt.outcome
+        live = self._views.timelines.open_of(attempt.step)
+        return RUNNING if live is not None and live.attempt == attempt.attempt else UNKNOWN
+
+    def _end(self, attempt: AttemptTiming, until: float) -> float:
+        if attempt.ended_at is not None:
+            return attempt.ended_at
+        return min(until, self._clock.now()) if self._kind(attempt) == RUNNING else _begin(attempt)
+
+    def _slots(self) -> dict[str, int]:
+        """Return the slots of the workers that are there; where nothing ran one sees that they were idle."""
+        return {worker.name: worker.slots for worker in self._views.workforce.views() if worker.state != "gone"}
 
 
-def _attempt(attempt: AttemptTiming, took_s: float, box: tuple[float, int, float]) -> Markup:
-    """Return an attempt as a link, at x, y and of a width."""
-    x, y, width = box
-    words = f"{attempt.name or attempt.step}, {attempt.outcome or 'running'}, {seconds_text(took_s)}"
-    outcome = attempt.outcome or "running"
-    shown = max(1.5, min(WIDTH - x, width))
-    return _ATTEMPT.format(quote(attempt.step, safe=""), words, words, outcome, x, y, shown, LANE_HEIGHT - 2)
+def _window(request: web.Request, subject: Subject) -> tuple[TimeWindow, bool]:
+    """Return the window of an address, and whether it moves on. Raises `BadRequestError`."""
+    width = int(min(max(LEAST_WIDTH, _number(request, "width", USUAL_WIDTH)), MOST_WIDTH))
+    usual = subject.first if subject.row is not None else subject.last - FARM_S
+    since = min(max(subject.first, _number(request, "from", usual)), subject.last - LEAST_S)
+    follows = subject.moves and "to" not in request.query
+    until = _number(request, "to", subject.last)
+    if follows:
+        step_s = max(LEAST_S, 2.0 ** math.ceil(math.log2(max(until - since, LEAST_S) / MOVES)))
+        until = math.ceil(until / step_s) * step_s
+        # The farm's moves on at both ends.
+        since = since if "from" in request.query or subject.row is not None else until - FARM_S
+    until = max(until if follows else min(until, subject.last), since + LEAST_S)
+    return TimeWindow(since, until, width), follows
 
 
-def _instant(request: web.Request, name: str, default: float) -> float:
-    """Return a moment of the address. Raises `BadRequestError`."""
+def _number(request: web.Request, name: str, default: float) -> float:
+    """Return a number of the address. Raises `BadRequestError`."""
     try:
         found = float(request.query.get(name, default))
     except ValueError:
         found = math.nan
     if not math.isfinite(found):
-        raise BadRequestError(f"`{name}` is a moment in Unix seconds.")
+        raise BadRequestError(f"`{name}` is a number: a moment in Unix seconds, or a width in pixels.")
     return found
+
+
+def _begin(attempt: AttemptTiming) -> float:
+    return attempt.leased_at or 0.0
+
+
+def _within_s(window: TimeWindow, box: Box) -> float:
+    return max(0.0, min(box.end, window.until) - max(box.begin, window.since))
+
+
+def _occupied(worker: str, kinds: Mapping[str, Occupancy], slots: int, bucket_s: float) -> DrawnWorker:
+    """Return the row of a worker whose attempts are counted; it is full where all slots were busy."""
+    at_a_time = max(map(sum, zip(*(its.busy_s for its in kinds.values()), strict=True)), default=0.0) / bucket_s
+    attempts = sum(its.attempts for its in kinds.values())
+    return DrawnWorker(
+        worker or "unknown",
+        about_worker(slots, attempts),
+        occupancy=kinds,
+        capacity=max(slots, math.ceil(round(at_a_time, 3)), 1),
+    )
+
+
+def _merged(many: Sequence[Mapping[str, Occupancy]], buckets: int) -> Generator[None, None, dict[str, Occupancy]]:
+    """Add up workers that share a row."""
+    merged: dict[str, Occupancy] = {}
+    for kinds in many:
+        for kind, its in kinds.items():
+            yield
+            into = merged.setdefault(kind, Occupancy([0.0] * buckets, [0] * buckets))
+            into.busy_s = [one + other for one, other in zip(into.busy_s, its.busy_s, strict=True)]
+            into.ended = [one + other for one, other in zip(into.ended, its.ended, strict=True)]
+            into.attempts += its.attempts
+    return merged

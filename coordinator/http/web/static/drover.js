@@ -105,6 +105,7 @@
       }
       writeAges();
       announce();
+      document.dispatchEvent(new Event("parts"));
     });
     source.addEventListener("end", () => {
       source.close();
@@ -113,6 +114,7 @@
     source.addEventListener("error", () => {
       show(source.readyState === EventSource.CLOSED ? "not live, reload to see more" : "connecting…", true);
     });
+    return source;
   }
 
   // Appends the lines that a running build prints, and stays at the end for as long as the reader is there.
@@ -166,6 +168,9 @@
     connect();
     if (!location.hash) page.scrollTop = page.scrollHeight;
   }
+
+  // For the scripts of single pages.
+  window.drover = { follow, morphChildren };
 
   writeAges();
   setInterval(() => {
