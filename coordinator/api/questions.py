@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coordinator.api.difference_models import DifferenceView, RunReasonView
 from coordinator.api.models import StepView, WorkerState
 
 
@@ -22,16 +23,20 @@ class WantedView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReasonsView:
-    """The reasons why a step waits, failed or is built."""
+    """The reasons why a step waits, failed, is built or was built."""
 
     step: StepView
     #: Of a doomed step: the one whose failure is the root cause.
     cause: StepView | None = None
     #: The first of the steps at the bottom of what it waits for: those that run, are ready or failed.
     below: tuple[StepView, ...] = ()
-    #: The first of the `wanted_count` submissions that wait for it.
+    #: The first of the `wanted_count` submissions that wait for it; where none does, of those that it was built for.
     wanted_by: tuple[WantedView, ...] = ()
     wanted_count: int = 0
+    #: Why each of its attempts was made, the newest RUNS_NAMED.
+    ran: tuple[RunReasonView, ...] = ()
+    #: Of a step that was begun: what differs from the last build of its name.
+    difference: DifferenceView | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
+from coordinator.api.difference_models import DifferenceView
 from coordinator.api.models import (
     CacheRootView,
     CacheView,
@@ -178,7 +179,9 @@ RETRY_STEP: Final = Route("POST", f"{_V1}/steps/{{key}}/retry", Right.API, answe
 LOG: Final = Route[None]("GET", f"{_V1}/steps/{{key}}/log", Right.API, answer=Content.LOG, errors=_NAMED, head=False)
 #: Of a package by the name of its derivations, with or without version; `?system=` chooses.
 HISTORY: Final = Route("GET", f"{_V1}/history/{{name}}", Right.API, answer=HistoryView, errors=_NAMED)
-#: Why it waits or failed, and who wants it.
+#: What differs from the last build of its name, or from `?with=` another step, .drv or output.
+DIFFERENCE: Final = Route("GET", f"{_V1}/steps/{{key}}/difference", Right.API, answer=DifferenceView, errors=_NAMED)
+#: Why it waits or failed or ran, and who wants it.
 WHY: Final = Route("GET", f"{_V1}/steps/{{key}}/why", Right.API, answer=StepReasonsView, errors=_NAMED)
 #: What every worker does, and what each queue waits for.
 ACTIVITY: Final = Route("GET", f"{_V1}/activity", Right.API, answer=ActivityView)
@@ -254,6 +257,7 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     RETRY_STEP,
     LOG,
     WHY,
+    DIFFERENCE,
     ACTIVITY,
     COMPLETIONS,
     WORKERS,

@@ -209,13 +209,28 @@ def log(url: str, token_file: str, step: str, **options: Any) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @addressed
 def why(url: str, token_file: str, step: str, as_json: bool) -> int:
-    """Show why a step waits, runs or failed: what it stands on, and which submission wants it for what.
+    """Show why a step waits, runs, failed or ran: what it stands on, who wants it for what, and what changed.
 
     STEP is its key or any unique part of it, an attribute that was submitted, a .drv path or an output path.
     """
-    from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
+    from coordinator.cli import reasons  # noqa: PLC0415 - slow to import
 
-    return run_with_client(url, token_file, lambda client: showing.why(client, step, as_json=as_json))
+    return run_with_client(url, token_file, lambda client: reasons.why(client, step, as_json=as_json))
+
+
+@cli.command()
+@click.argument("step", shell_complete=completes("steps"))
+@click.argument("other", required=False, default="", shell_complete=completes("steps"))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@addressed
+def diff(url: str, token_file: str, step: str, other: str, as_json: bool) -> int:
+    """Show what differs between a step and the last build of its name, or OTHER, down to the first causes.
+
+    Both are named as for `drover why`; of what the farm has long forgotten, by the whole key or path.
+    """
+    from coordinator.cli import reasons  # noqa: PLC0415 - slow to import
+
+    return run_with_client(url, token_file, lambda client: reasons.diff(client, step, other, as_json=as_json))
 
 
 @cli.command()

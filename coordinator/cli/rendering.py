@@ -23,8 +23,7 @@ from coordinator.api.models import (
     SubmissionView,
     WorkerView,
 )
-from coordinator.api.questions import StepReasonsView
-from coordinator.cli.progress import ACTIVE, News, Progress
+from coordinator.cli.progress import News, Progress
 from coordinator.terminal_controls import ControlFilter
 
 #: Lines of a failed step's log that are shown with the verdict, and the longest of them.
@@ -32,8 +31,6 @@ TAIL_LINES = 25
 LINE_CHARS = 500
 #: Sentences about what waits that a heartbeat has.
 WAITS_NAMED = 3
-#: Steps of a way up that are named, its ends if there are more.
-WAY_NAMED = 6
 #: Steps that one line about what was built names.
 BUILT_NAMED = 4
 #: Output paths, failed steps and sentences listed at the end; `--json` has all of them.
@@ -353,52 +350,16 @@ def step_lines(step: StepView, now: float) -> list[str]:
         lines.append(f"  time       {duration(ended - step.started_at)}")
     if step.waiting_for:
         lines.append(f"  waits      {one_line(step.waiting_for)}")
-    lines += _flake_lines(step)
+    lines += flake_lines(step)
     if step.state is StepStatus.FAILED:
         lines += [f"  {line}" for line in failure_lines(step)]
     return lines
 
 
-def _flake_lines(step: StepView) -> list[str]:
+def flake_lines(step: StepView) -> list[str]:
     """Return a line about a step whose recipe is flaky; the lines of a failure say it themselves."""
     note = "" if step.state is StepStatus.FAILED else flake_sentence(step.record)
     return [f"  record     {note}"] if note else []
-
-
-def why_lines(reasons: StepReasonsView, now: float) -> list[str]:
-    """Return why a step waits or failed: what it stands on that is not done, and who wants it."""
-    step = reasons.step
-    lines = [f"{step.state.value}: {one_line(step.name)} ({one_line(step.system)})"]
-    if step.state in ACTIVE:
-        lines.append(f"  runs       {_run(step, now)}")
-    if step.waiting_for and reasons.cause is None:
-        lines.append(f"  why        {one_line(step.waiting_for)}")
-    lines += _flake_lines(step)
-    if reasons.cause is not None:
-        lines.append(f"  why        {one_line(reasons.cause.name)}, which it stands on, failed")
-        lines += [f"  {line}" for line in failure_lines(reasons.cause)]
-    if step.state is StepStatus.FAILED:
-        lines += [f"  {line}" for line in failure_lines(step)]
-    for number, each in enumerate(reasons.below):
-        activity = _run(each, now) if each.state in ACTIVE else one_line(each.waiting_for or each.state.value)
-        lines.append(f"  {'in the end' if not number else '          '} {one_line(each.name)}: {activity}")
-    for number, wanted in enumerate(reasons.wanted_by):
-        label = f" ({one_line(wanted.label)})" if wanted.label else ""
-        way = [*wanted.path[:2], "\u2026", *wanted.path[-2:]] if len(wanted.path) > WAY_NAMED else wanted.path
-        chain = " \u2192 ".join(map(one_line, way))
-        root = f"{one_line(wanted.attr)}: " if wanted.attr else ""
-        line = f"submission {wanted.submission}{label}, {root}{chain}"
-        lines.append(f"  {'wanted by ' if not number else '          '} {line}")
-    if reasons.wanted_count > len(reasons.wanted_by):
-        lines.append(f"             and {reasons.wanted_count - len(reasons.wanted_by)} more submissions")
-    if not reasons.wanted_count:
-        lines.append("  wanted by  no submission that runs")
-    return lines
-
-
-def _run(step: StepView, now: float) -> str:
-    since = f" since {duration(now - step.started_at)}" if step.started_at else ""
-    return f"on {who(step)}{since}, {doing(step)}"
 
 
 def _until(worker: WorkerView, now: float) -> str:

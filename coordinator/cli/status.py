@@ -1,4 +1,4 @@
-"""`drover status`, `why`, `cancel`, `retry`, `workers` and `drain`: one question, one answer."""
+"""`drover status`, `cancel`, `retry`, `workers` and `drain`: one question, one answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from coordinator.cli.rendering import (
     step_lines,
     submission_rows,
     table_lines,
-    why_lines,
     worker_lines,
 )
 from coordinator.client.api_client import ApiClient
@@ -124,16 +123,6 @@ async def _retry_step(client: ApiClient, name: str) -> int:
         )
     else:
         print_lines([f"{outcome.step.key} is {outcome.step.state.value}: there is nothing to retry"])
-    return exit_status.OK
-
-
-async def why(client: ApiClient, step: str, *, as_json: bool) -> int:
-    """Show why a step waits or failed, and who wants it."""
-    reasons = await client.why(step)
-    if as_json:
-        print_json(reasons)
-    else:
-        print_lines(why_lines(reasons, time.time()))
     return exit_status.OK
 
 

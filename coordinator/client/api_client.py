@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import orjson
 
 from coordinator.api import routes
+from coordinator.api.difference_models import DifferenceView
 from coordinator.api.models import (
     CacheRootView,
     CacheView,
@@ -180,8 +181,12 @@ class ApiClient(Transport):
         return await self._one(routes.RESIGN, {"cache": name}, answer_s=None)
 
     async def why(self, key: str) -> StepReasonsView:
-        """Return why a step waits or failed, and who wants it."""
+        """Return why a step waits, failed or ran, and who wants it."""
         return await self._one(routes.WHY, {"key": key})
+
+    async def difference(self, key: str, other: str = "") -> DifferenceView:
+        """Return what differs between a step and the last build of its name, or another one."""
+        return await self._one(routes.DIFFERENCE, {"key": key}, params={"with": other} if other else {})
 
     async def activity(self) -> ActivityView:
         """Return what the farm does now."""

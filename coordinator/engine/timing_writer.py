@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from coordinator.readmodel.timeline import Timelines
-from coordinator.stores.timings import DELETE_ROWS, AttemptEnds, AttemptTiming, TimingsError, TimingStore, package_of
+from coordinator.stores.timings import DELETE_ROWS, AttemptEnds, AttemptTiming, TimingsError, TimingStore
 from infra.clock import Clock
+from infra.nix.store_path import package_of
 from scheduler.model import StepKey
 
 #: Seconds between two batches, and attempts of one: the rows of a batch are some milliseconds of the writer's thread.

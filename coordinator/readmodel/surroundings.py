@@ -20,6 +20,8 @@ from scheduler.records import Step
 LEVEL: Final = 8
 #: Steps looked at between two pauses.
 LOOKED_AT: Final = 2_000
+#: Edges looked at for one way from a root down to a step.
+WAY_EDGES: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,34 @@ def surrounding(farm: Farm, key: StepKey) -> Generator[Pause, None, Surroundings
     higher = _level((yield from _standing_on(farm, set(above.steps))) if above.steps else ())
     named = [key, *first.steps, *second.steps, *above.steps, *higher.steps]
     return Surroundings(key, first, second, above, higher, tuple(_edges(farm, named)), waiting)
+
+
+def way_down(farm: Farm, roots: Iterable[StepKey], key: StepKey) -> Generator[Pause, None, tuple[StepKey, ...]]:
+    """Return a shortest way from one of the roots down to a step, both included, with pauses.
+
+    It is empty where there is none, or none within WAY_EDGES. Steps that are done have it too.
+    """
+    steps = farm.state.steps
+    above: dict[StepKey, StepKey | None] = dict.fromkeys(roots)
+    level, edges, paused_at = list(above), 0, 0
+    while level and key not in above and edges < WAY_EDGES:
+        following = []
+        for each in level:
+            needs = _needs(steps[each]) if each in steps else ()
+            edges += len(needs) + 1
+            fresh = [need for need in needs if need not in above]
+            above.update(dict.fromkeys(fresh, each))
+            following += fresh
+            if edges - paused_at >= LOOKED_AT:
+                paused_at = edges
+                yield PAUSE
+        level = following
+    way: list[StepKey] = []
+    at = key if key in above else None
+    while at is not None:
+        way.append(at)
+        at = above[at]
+    return tuple(reversed(way))
 
 
 def _standing_on(farm: Farm, wanted: set[StepKey]) -> Generator[Pause, None, list[StepKey]]:

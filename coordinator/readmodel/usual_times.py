@@ -12,8 +12,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
 from coordinator.errors import CoordinatorError
-from coordinator.stores.timings import package_of
 from infra.clock import Clock
+from infra.nix.store_path import package_of
 
 #: Builds of which the median is taken.
 BUILDS = 10

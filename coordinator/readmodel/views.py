@@ -78,6 +78,11 @@ _NO_DETAIL = StepInfo(key=StepKey(""), name="", system="", features=(), drv="", 
 _NO_NOTE = SubmissionNote(label="", roots=(), derivations=0)
 
 
+def without_outputs(text: str) -> str:
+    """Return a path without the names of outputs behind it (`….drv^out`, `…!dev`)."""
+    return _OUTPUTS.sub("", text)
+
+
 class Views(FoldedRows):
     """The rows, as clients see them."""
 
@@ -159,7 +164,7 @@ class Views(FoldedRows):
         this step's key, name, .drv or output path has. Names of outputs behind a path (`….drv^out`, `…!dev`) are passed
         over. Raises `NotFoundError` that says whether there are none or several.
         """
-        text = _OUTPUTS.sub("", text)
+        text = without_outputs(text)
         row = self._steps.get(StepKey(text.rpartition("/")[2])) or self._named(text)
         if row is not None:
             return row

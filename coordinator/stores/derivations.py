@@ -99,6 +99,16 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """A stored derivation before it is read."""
+
+    #: The 32 bytes that stand for it where it is an input.
+    modulo: bytes
+    #: Bytes of the .drv file.
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class BuildOrder:
     """Recipe of a step as a worker builds it: see `workers.wire.messages.LeaseOrder`."""
 
@@ -206,6 +216,22 @@ class DerivationStore:
             drv: Known(modulo, Kind(kind), _pairs(orjson.loads(detail)[2]))
             for drv, modulo, kind, detail in await self._rows(select(*columns), names)
         }
+
+    async def stored(self, names: Iterable[str]) -> dict[str, Stored]:
+        """Return hash modulo and size of those .drv base names that are stored, without reading them. One query."""
+        columns = (
+            tables.derivations.c.drv,
+            tables.derivations.c.modulo,
+            func.length(tables.derivations.c.aterm).label("stored"),
+            func.substr(tables.derivations.c.aterm, 1, _ZSTD_HEADER_BYTES).label("header"),
+        )
+        rows = await self._rows(select(*columns), names)
+        return {row.drv: Stored(row.modulo, _inflated_size(row.header, row.stored)) for row in rows}
+
+    async def texts(self, names: Iterable[str]) -> dict[str, bytes]:
+        """Return the bytes of .drv files by base name; all are in memory at once, `stored` says how many."""
+        rows = await self._rows(select(tables.derivations.c.drv, tables.derivations.c.aterm), names)
+        return await asyncio.to_thread(lambda: {row.drv: _unpacked(row.aterm) for row in rows})
 
     async def nodes(self, names: Sequence[str]) -> dict[str, Node]:
         """Return the nodes of those .drv base names that are stored. At most one query."""

@@ -9,7 +9,6 @@ and go on.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -40,6 +39,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator.errors import CoordinatorError
 from infra.database import names_parameter, names_table, open_engine, reason
+from infra.nix.store_path import package_of
 
 #: What this version writes. 2: indexes for windows of time.
 FORMAT: Final = 2
@@ -55,8 +55,6 @@ MAX_WANTED_BY: Final = 16
 BUSY_TIMEOUT_MS: Final = 1_000
 #: Outcomes that say something of a worker: a build that was handed back or stopped does not.
 JUDGED: Final = ("done", "failed", "retried", "lost")
-#: Version part of a name, as `builtins.parseDrvName` finds it: the first dash that no letter follows.
-_VERSION: Final = re.compile(r"-(?![A-Za-z])")
 
 Outcome = Literal["done", "failed", "retried", "lost", "returned", "cancelled"]
 
@@ -271,6 +269,28 @@ class TimingStore:
         rows = await self.answers(query, {"names": names_parameter(steps)})
         return [AttemptEnds(step, _index(recipe), *others) for step, recipe, *others in rows]
 
+    async def last_verdicts(
+        self, package: str, system: str, step: str, before: float | None, limit: int
+    ) -> list[AttemptTiming]:
+        """Return the newest attempts of a package that were done or failed for good, without those of one step.
+
+        `before` is the latest time of their end, None for any. They hold step, attempt, recipe, end and outcome alone.
+        """
+        columns = (attempts.c.step, attempts.c.attempt, attempts.c.recipe, attempts.c.ended_at, attempts.c.outcome)
+        query = (
+            select(*columns)
+            .where(
+                attempts.c.package == package,
+                attempts.c.system == system,
+                attempts.c.step != step,
+                attempts.c.outcome.in_(("done", "failed")),
+                attempts.c.ended_at.is_not(None) if before is None else attempts.c.ended_at <= before,
+            )
+            .order_by(attempts.c.ended_at.desc())
+            .limit(limit)
+        )
+        return [AttemptTiming(**row._mapping) for row in await self.answers(query, {})]  # noqa: SLF001 - SQLAlchemy's public name for it
+
     async def usual_builds(self, package: str, system: str, limit: int) -> list[float]:
         """Return the seconds that the newest successful builds of a package took."""
         query = (
@@ -343,11 +363,6 @@ class TimingStore:
                 return (await connection.execute(query, parameters or {})).all()
         except (SQLAlchemyError, OSError) as error:
             raise _failed(error) from None
-
-
-def package_of(name: str) -> str:
-    """Return the name without its version, as `builtins.parseDrvName` does."""
-    return _VERSION.split(name, maxsplit=1)[0]
 
 
 def _failed(error: BaseException) -> TimingsError:

@@ -14,7 +14,9 @@ from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.submissions import Submissions
 from coordinator.journal.codec import decode_notes
 from coordinator.readmodel.attempt_meter import AttemptMeter
+from coordinator.readmodel.differences import Differences
 from coordinator.readmodel.explain import FarmExplainer
+from coordinator.readmodel.runs import Runs
 from coordinator.readmodel.usual_times import UsualTimes
 from coordinator.readmodel.views import Views
 from coordinator.wiring.stores import Stores
@@ -50,6 +52,7 @@ class Core:
     relay: EffectRelay
     timings: TimingWriter
     usual: UsualTimes
+    runs: Runs
     #: Facts that were replayed.
     replayed: int
 
@@ -81,7 +84,8 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     intake = Intake(stores.derivations, cache, cache.objects, cache.store_dir, IntakeLimits.of(limits))
     submissions = Submissions(engine, views, intake)
     views.recipes.read = writer.ends_of
-    return Core(farm, engine, views, explainer, intake, submissions, relay, writer, usual, replayed)
+    runs = Runs(views, farm, stores.timings, Differences(views, stores.derivations, stores.timings, writer.flush))
+    return Core(farm, engine, views, explainer, intake, submissions, relay, writer, usual, runs, replayed)
 
 
 def _build_limits(limits: LimitSettings) -> ResourceLimits:

@@ -116,7 +116,9 @@ def _add_questions(  # noqa: PLR0917 - collaborators, named by their types
 ) -> None:
     """Add what asks for timings, for reasons, and for workers."""
     serve_routes(app, TimingApi(core.views, stores.timings, core.timings, clock).handlers())
-    serve_routes(app, Questions(core.views, farm, core.explainer.open_needs, core.explainer.queues).handlers())
+    explainer = core.explainer
+    questions = Questions(core.views, farm, explainer.open_needs, explainer.queues, core.runs)
+    serve_routes(app, questions.handlers())
     add_worker_routes(app, core.views, work.fleet.drain)
 
 
@@ -132,6 +134,7 @@ def _add_pages(  # noqa: PLR0917 - collaborators, named by their types
     streams: LiveStreams,
 ) -> None:
     """Add the pages for browsers."""
-    read = PageSources(core.views, farm, core.explainer.queues, core.farm, stores.cache, stores.logs, stores.timings)
+    queues = core.explainer.queues
+    read = PageSources(core.views, farm, queues, core.farm, stores.cache, stores.logs, stores.timings, core.runs)
     act = PageActions(core.submissions, work.fleet.drain, keepers)
     add_web_routes(app, read, act, clock, stores.sessions, streams, url)

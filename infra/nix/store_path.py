@@ -28,6 +28,8 @@ _HASH_CHARS: Final = base32.ALPHABET
 _NAME: Final = r"(?!\.{1,2}(?:-|\Z))[0-9A-Za-z+\-._?=]{1,211}"
 _NAME_PATTERN: Final = re.compile(rf"{_NAME}\Z")
 _BASE_NAME_PATTERN: Final = re.compile(rf"([{_HASH_CHARS}]{{32}})-({_NAME})\Z")
+#: Version part of a name: the first dash that no letter follows.
+_VERSION: Final = re.compile(r"-(?![A-Za-z])")
 _STORE_DIR_PATTERN: Final = re.compile(r"(?:/(?!\.{1,2}(?:/|\Z))[ !#-.0-9;-\[\]-~]+)+\Z")
 
 
@@ -79,6 +81,11 @@ def hash_part_of(path: str) -> str:
 def drv_name_of(path: str) -> str:
     """The name of a derivation, by its .drv's full path or base name: without hash part and `.drv`."""
     return base_name_of(path)[HASH_PART_LENGTH + 1 :].removesuffix(".drv")
+
+
+def package_of(name: str) -> str:
+    """The name of a derivation without its version, as `builtins.parseDrvName` has it."""
+    return _VERSION.split(name, maxsplit=1)[0]
 
 
 def _explain(text: str) -> str:

@@ -20,7 +20,8 @@ from coordinator.api.flakes import (
 )
 from coordinator.api.models import StepChanged, StepStatus
 from coordinator.cli.history import story_lines
-from coordinator.cli.rendering import step_lines, summary_lines, why_lines
+from coordinator.cli.reasons import why_lines
+from coordinator.cli.rendering import step_lines, summary_lines
 from coordinator.readmodel import recipe_records
 from coordinator.readmodel.flakes import newest_records
 from coordinator.readmodel.recipe_records import RecipeRecords

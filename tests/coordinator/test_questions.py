@@ -18,7 +18,7 @@ from coordinator.api.questions import ActivityView, QueueView, SlotView, WorkerA
 from coordinator.cli.lines import plain
 from coordinator.cli.live import Window
 from coordinator.cli.log import LINE_BYTES, LineSearch, Printer
-from coordinator.cli.rendering import why_lines
+from coordinator.cli.reasons import why_lines
 from coordinator.cli.top import farm_lines
 from coordinator.client.errors import RefusedError
 from coordinator.readmodel.usual_times import WAITING, UsualTimes

@@ -15,8 +15,9 @@ import pytest
 from coordinator.engine import timing_writer
 from coordinator.engine.timing_writer import TimingWriter
 from coordinator.readmodel.timeline import Timelines
-from coordinator.stores.timings import AttemptTiming, Measured, TimingsError, TimingStore, package_of
+from coordinator.stores.timings import AttemptTiming, Measured, TimingsError, TimingStore
 from infra.clock import SystemClock
+from infra.nix.store_path import package_of
 from scheduler.model import Failure, FailureKind
 
 #: Only ends a test that hangs.

@@ -1,4 +1,4 @@
-"""Handlers for questions of people: why a step waits or ran, what the farm does now, what a name could be completed to.
+"""Handlers for questions of people: why a step waits or ran, what differs, what the farm does, how a name goes on.
 
 Each looks at a bounded part of what is known and gives the event loop back while it does.
 """
@@ -6,6 +6,7 @@ Each looks at a bounded part of what is known and gives the event loop back whil
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from aiohttp import web
@@ -31,7 +32,9 @@ from coordinator.api.questions import (
 from coordinator.api.routes import Route
 from coordinator.errors import BadRequestError
 from coordinator.http.answers import answer
+from coordinator.readmodel.comparisons import WHOLE
 from coordinator.readmodel.rows import ACTIVE, StepRow, SubmissionRow
+from coordinator.readmodel.runs import Runs
 from coordinator.readmodel.views import Views
 from infra.slices import in_slices
 from scheduler.model import Requirements, StepKey
@@ -63,22 +66,39 @@ class Questions:
         farm: Callable[[], FarmView],
         needs: Callable[[StepKey], Sequence[StepKey]],
         queues: Callable[[], Mapping[Requirements, str]],
+        runs: Runs,
     ) -> None:
         self._views = views
         self._farm = farm
         self._needs = needs
         self._queues = queues
+        self._runs = runs
 
     def handlers(self) -> dict[Route[Any], Handler]:
         """Return the handler of each route."""
-        return {routes.WHY: self.why, routes.ACTIVITY: self.activity, routes.COMPLETIONS: self.completions}
+        return {
+            routes.WHY: self.why,
+            routes.DIFFERENCE: self.difference,
+            routes.ACTIVITY: self.activity,
+            routes.COMPLETIONS: self.completions,
+        }
 
     async def why(self, request: web.Request) -> web.Response:
-        """Say why a step waits or failed, and who wants it."""
+        """Say why a step waits, failed or ran, and who wants it."""
         row = self._views.step(request.match_info["key"])
         cause = self._cause(row)
         await self._views.recipes.fetch([row] if cause is None else [row, cause])
-        return answer(await in_slices(self._reasons(row)))
+        reasons = await in_slices(self._reasons(row))
+        await self._runs.differences.refresh()
+        run = await self._runs.of(row, WHOLE)
+        if not reasons.wanted_count:
+            reasons = replace(reasons, wanted_by=run.built_for, wanted_count=run.built_for_count)
+        return answer(replace(reasons, ran=run.reasons, difference=run.difference))
+
+    async def difference(self, request: web.Request) -> web.Response:
+        """Say what differs between a step and the last build of its name, or another one."""
+        key, other = request.match_info["key"], request.query.get("with", "")
+        return answer(await self._runs.differences.between(key, other))
 
     def _reasons(self, row: StepRow) -> Generator[None, None, StepReasonsView]:
         below = yield from self._below(row)

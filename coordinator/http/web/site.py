@@ -26,6 +26,7 @@ from coordinator.http.web.submission_lists import SubmissionLists
 from coordinator.http.web.timeline import TimelinePage
 from coordinator.http.web.workers import WorkersPage
 from coordinator.intake.submissions import Submissions
+from coordinator.readmodel.runs import Runs
 from coordinator.readmodel.views import Views
 from coordinator.security.sessions import Sessions
 from coordinator.stores.logs import LogStore
@@ -49,6 +50,8 @@ class PageSources:
     cache: Cache
     logs: LogStore
     timings: TimingStore
+    #: Why steps ran.
+    runs: Runs
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,10 @@ from coordinator.intake.submissions import Submissions
 from coordinator.readmodel.rows import StepRow
 from coordinator.readmodel.surroundings import Surroundings, surrounding
 from coordinator.readmodel.views import Views
-from coordinator.stores.timings import AttemptTiming, TimingsError, TimingStore, package_of
+from coordinator.stores.timings import AttemptTiming, TimingsError, TimingStore
 from infra.cache.cache import Cache
 from infra.nix.narinfo import NarInfo, parse
+from infra.nix.store_path import package_of
 from infra.slices import in_slices
 from scheduler.farm import Farm
 from scheduler.model import StepKey
