@@ -24,11 +24,18 @@ _FILE: Final = f"{{file:{SHA256_PATTERN}(-[0-9a-z]+)?[.]nar([.](zst|xz|bz2))?}}"
 _UPLOADS: Final = "{prefix}/uploads"
 _UPLOAD: Final = f"{_UPLOADS}/{{id:[0-9a-f]{{32}}}}"
 
-#: Refusals of an upload: not such a path or upload, too slow, wrong offset, too many, no room.
-_UPLOAD_ERRORS: Final = (403, 404, 408, 409, 413, 415, 429, 507)
-#: Refusals that Nix does not retry: conflict, no length, too large, not publishable, the store failed.
-_PUT_ERRORS: Final = (409, 411, 413, 415, 422, 424)
 _NAMED: Final = (404,)
+#: A message comes too slowly, or is too large.
+_MESSAGE: Final = (408, 413)
+#: There is no such upload; it does not have that path.
+_OPEN: Final = (404,)
+_PATH: Final = (403, 404)
+#: Refusals of what Nix sends, none of which it retries: no length, too large.
+_SENT: Final = (411, 413)
+#: The store failed. Nix would retry a 5xx.
+_STORED: Final = (*_SENT, 424)
+#: Something else was published before; what it refers to is not here.
+_SIGNED: Final = (409, *_STORED, 422)
 
 
 class NarinfosQuestion(BaseModel):
@@ -40,18 +47,20 @@ class NarinfosQuestion(BaseModel):
     closure: bool = True
 
 
-BEGIN: Final = Route("POST", _UPLOADS, Right.UPLOAD, body=Begin, answer=Begun, status=201, errors=_UPLOAD_ERRORS)
-URLS: Final = Route("POST", f"{_UPLOAD}/urls", Right.UPLOAD, body=UrlsWanted, answer=Urls, errors=_UPLOAD_ERRORS)
-PARTS: Final = Route("POST", f"{_UPLOAD}/parts", Right.UPLOAD, body=PartsWanted, answer=Parts, errors=_UPLOAD_ERRORS)
-COMMIT: Final = Route("POST", f"{_UPLOAD}/commit", Right.UPLOAD, body=Commit, answer=Committed, errors=_UPLOAD_ERRORS)
-RENEW: Final = Route[None]("POST", f"{_UPLOAD}/renew", Right.UPLOAD, status=204, errors=_UPLOAD_ERRORS)
-END: Final = Route[None]("DELETE", _UPLOAD, Right.UPLOAD, status=204, errors=_UPLOAD_ERRORS)
-OFFSET: Final = Route(
-    "GET", f"{_UPLOAD}/nar/{{path}}", Right.UPLOAD, answer=SentOffset, errors=_UPLOAD_ERRORS, head=False
+BEGIN: Final = Route("POST", _UPLOADS, Right.UPLOAD, body=Begin, answer=Begun, status=201, errors=(403, 429, *_MESSAGE))
+URLS: Final = Route("POST", f"{_UPLOAD}/urls", Right.UPLOAD, body=UrlsWanted, answer=Urls, errors=(*_PATH, *_MESSAGE))
+PARTS: Final = Route(
+    "POST", f"{_UPLOAD}/parts", Right.UPLOAD, body=PartsWanted, answer=Parts, errors=(*_PATH, 409, *_MESSAGE)
 )
-#: `?offset=…`: where the piece belongs.
+COMMIT: Final = Route(
+    "POST", f"{_UPLOAD}/commit", Right.UPLOAD, body=Commit, answer=Committed, errors=(*_PATH, *_MESSAGE)
+)
+RENEW: Final = Route[None]("POST", f"{_UPLOAD}/renew", Right.UPLOAD, status=204, errors=_OPEN)
+END: Final = Route[None]("DELETE", _UPLOAD, Right.UPLOAD, status=204, errors=_OPEN)
+OFFSET: Final = Route("GET", f"{_UPLOAD}/nar/{{path}}", Right.UPLOAD, answer=SentOffset, errors=_PATH, head=False)
+#: `?offset=…`: where the piece belongs; 409 says where it does, 507 that no room is left.
 APPEND: Final = Route(
-    "PUT", f"{_UPLOAD}/nar/{{path}}", Right.UPLOAD, body=Content.NAR, answer=SentOffset, errors=_UPLOAD_ERRORS
+    "PUT", f"{_UPLOAD}/nar/{{path}}", Right.UPLOAD, body=Content.NAR, answer=SentOffset, errors=(*_PATH, 408, 409, 507)
 )
 
 CACHE_INFO: Final = Route[None]("GET", "{prefix}/nix-cache-info", Right.READ, answer=Content.CACHE_INFO)
@@ -78,33 +87,31 @@ NARINFOS: Final = Route[None](
     Right.READ,
     body=NarinfosQuestion,
     answer=Content.NARINFOS,
-    errors=(408, 413, 415),
+    errors=_MESSAGE,
 )
 NOTHING: Final = Route[None]("GET", "{prefix}/{anything:.*}", Right.READ, status=404)
 
 PUT_CACHE_INFO: Final = Route[None](
-    "PUT", "{prefix}/nix-cache-info", Right.WRITE, body=Content.CACHE_INFO, errors=_PUT_ERRORS
+    "PUT", "{prefix}/nix-cache-info", Right.WRITE, body=Content.CACHE_INFO, errors=(409, *_SENT)
 )
 PUT_NARINFO: Final = Route[None](
-    "PUT", f"{{prefix}}/{_HASH_PART}.narinfo", Right.WRITE, body=Content.NARINFO, errors=_PUT_ERRORS
+    "PUT", f"{{prefix}}/{_HASH_PART}.narinfo", Right.WRITE, body=Content.NARINFO, errors=_SIGNED
 )
-PUT_NAR: Final = Route[None]("PUT", "{prefix}/nar/{file}", Right.WRITE, body=Content.NAR, errors=_PUT_ERRORS)
-PUT_LOG: Final = Route[None]("PUT", "{prefix}/log/{derivation}", Right.WRITE, body=Content.LOG, errors=_PUT_ERRORS)
-PUT_LISTING: Final = Route[None](
-    "PUT", f"{{prefix}}/{_HASH_PART}.ls", Right.WRITE, body=Content.DROPPED, errors=_PUT_ERRORS
-)
+PUT_NAR: Final = Route[None]("PUT", "{prefix}/nar/{file}", Right.WRITE, body=Content.NAR, errors=_STORED)
+PUT_LOG: Final = Route[None]("PUT", "{prefix}/log/{derivation}", Right.WRITE, body=Content.LOG, errors=_STORED)
+PUT_LISTING: Final = Route[None]("PUT", f"{{prefix}}/{_HASH_PART}.ls", Right.WRITE, body=Content.DROPPED, errors=_SENT)
 PUT_DEBUG_INFO: Final = Route[None](
-    "PUT", "{prefix}/debuginfo/{build_id}", Right.WRITE, body=Content.DROPPED, errors=_PUT_ERRORS
+    "PUT", "{prefix}/debuginfo/{build_id}", Right.WRITE, body=Content.DROPPED, errors=_SENT
 )
 PUT_REALISATION: Final = Route[None](
-    "PUT", "{prefix}/realisations/{key}.doi", Right.WRITE, body=Content.REALISATION, errors=_PUT_ERRORS
+    "PUT", "{prefix}/realisations/{key}.doi", Right.WRITE, body=Content.REALISATION, errors=_SIGNED
 )
 PUT_BUILD_TRACE: Final = Route[None](
     "PUT",
     "{prefix}/build-trace-v2/{derivation}/{output}.doi",
     Right.WRITE,
     body=Content.REALISATION,
-    errors=_PUT_ERRORS,
+    errors=_SIGNED,
 )
 
 #: Every route below a cache's prefix.

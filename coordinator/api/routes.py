@@ -7,7 +7,7 @@ right.
 Rules: 1. Times in bodies and answers are Unix seconds. 2. An answer of status 4xx or 5xx is an `ErrorView`:
 `{"error": {"code": "...", "message": "one sentence and what to do"}}`. 3. A list (`many`) comes in pages: it takes
 `?limit=` (100, at most 1000) and `?after=`; where there is more, a header `Link: <…>; rel="next"` has the address of
-the next page. 4. `errors` lists what a route adds to the statuses that every route may answer: 400, 401, 421, 500, 503.
+the next page. 4. `errors` lists what a route adds to `EVERY_ROUTE`; an answer that is in neither is logged as a fault.
 
 Clients import this module for one short question, so it imports no pydantic: requests are named, not imported.
 """
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 #: Where the API begins. An address below it that no record has wants the token too: strangers learn nothing of it.
 API_PREFIX: Final = "/api/"
 _V1: Final = "/api/v1"
+#: Refusals that any route may answer: malformed, no right, a compressed body, a foreign host name, a fault of ours, not
+#: now.
+EVERY_ROUTE: Final = (400, 401, 415, 421, 500, 503)
 #: A dynamic part of a path, `{name}` or `{name:pattern}`, whose pattern may hold a repetition such as `{32}`.
 _PART: Final = re.compile(r"\{(\w+)(?::(?:[^{}]|\{[^{}]*\})+)?\}")
 
@@ -119,7 +122,7 @@ class Route(Generic[_Answer]):
     #: The answer is a page of a list of these.
     many: bool = False
     status: int = 200
-    #: Statuses of refusals beside those that every route has.
+    #: Statuses of refusals beside `EVERY_ROUTE`.
     errors: tuple[int, ...] = ()
     #: HEAD is answered wherever GET is, except for streams that do not end by themselves.
     head: bool = True
@@ -136,18 +139,20 @@ class Route(Generic[_Answer]):
         return _PART.sub(lambda found: quote(parts[found[1]], safe=""), self.below(prefix))
 
 
-#: A named thing is not there; the body of a request is refused by its size, its coding, its pace.
+#: A named thing is not there; the body of a request comes too slowly, or is too large.
 _NAMED: Final = (404,)
-_BODY: Final = (408, 413, 415)
+_BODY: Final = (408, 413)
+#: Streams have bounds of their own, which are 400.
+_STREAM: Final = (408,)
 
 MISSING: Final = Route(
     "POST", f"{_V1}/intake/missing", Right.API, body="IntakeQuery", answer=IntakeMissing, errors=_BODY
 )
 PUT_DERIVATIONS: Final = Route[None](
-    "PUT", f"{_V1}/intake/derivations", Right.API, body=Content.DERIVATIONS, status=204, errors=_BODY
+    "PUT", f"{_V1}/intake/derivations", Right.API, body=Content.DERIVATIONS, status=204, errors=_STREAM
 )
 PUT_SOURCES: Final = Route[None](
-    "PUT", f"{_V1}/intake/sources", Right.API, body=Content.SOURCES, status=204, errors=_BODY
+    "PUT", f"{_V1}/intake/sources", Right.API, body=Content.SOURCES, status=204, errors=_STREAM
 )
 #: Names three of the roots, as the answers to cancel and retry do.
 SUBMIT: Final = Route(

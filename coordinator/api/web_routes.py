@@ -12,7 +12,7 @@ from coordinator.api.routes import Content, Right, Route
 
 #: A named thing is not there; a form of another origin or without its CSRF token; the body is refused.
 _NAMED: Final = (404,)
-_FORM: Final = (403, 408, 413, 415)
+_FORM: Final = (403, 408, 413)
 
 FARM_PAGE: Final = Route[None]("GET", "/", Right.PAGE, answer=Content.PAGE)
 #: The parts of the farm's page that change, as server-sent events.
@@ -26,15 +26,11 @@ SUBMISSION_LIVE: Final = Route[None](
 #: A page of the steps of a submission: `?state=failed&after=N`.
 STEPS_PAGE: Final = Route[None]("GET", "/submissions/{id}/steps", Right.PAGE, answer=Content.PAGE, errors=_NAMED)
 #: What ran on each worker over time, on the farm and for a submission: `?from=…&to=…` in Unix seconds, `width=` pixels.
-FARM_TIMELINE_PAGE: Final = Route[None]("GET", "/timeline", Right.PAGE, answer=Content.PAGE, errors=(400, 503))
-FARM_TIMELINE_LIVE: Final = Route[None](
-    "GET", "/live/timeline", Right.PAGE, answer=Content.PARTS, errors=(400, 503), head=False
-)
-TIMELINE_PAGE: Final = Route[None](
-    "GET", "/submissions/{id}/timeline", Right.PAGE, answer=Content.PAGE, errors=(400, *_NAMED, 503)
-)
+FARM_TIMELINE_PAGE: Final = Route[None]("GET", "/timeline", Right.PAGE, answer=Content.PAGE)
+FARM_TIMELINE_LIVE: Final = Route[None]("GET", "/live/timeline", Right.PAGE, answer=Content.PARTS, head=False)
+TIMELINE_PAGE: Final = Route[None]("GET", "/submissions/{id}/timeline", Right.PAGE, answer=Content.PAGE, errors=_NAMED)
 TIMELINE_LIVE: Final = Route[None](
-    "GET", "/live/submissions/{id}/timeline", Right.PAGE, answer=Content.PARTS, errors=(400, *_NAMED, 503), head=False
+    "GET", "/live/submissions/{id}/timeline", Right.PAGE, answer=Content.PARTS, errors=_NAMED, head=False
 )
 CANCEL_FORM: Final = Route[None](
     "POST", "/submissions/{id}/cancel", Right.CHANGE, body=Content.FORM, status=303, errors=(*_NAMED, *_FORM)
@@ -60,7 +56,7 @@ LOG_LIVE: Final = Route[None](
 )
 
 #: Builds of a package, by its name with or without its version.
-HISTORY_PAGE: Final = Route[None]("GET", "/packages/{name}", Right.PAGE, answer=Content.PAGE, errors=(*_NAMED, 503))
+HISTORY_PAGE: Final = Route[None]("GET", "/packages/{name}", Right.PAGE, answer=Content.PAGE, errors=_NAMED)
 
 WORKERS_PAGE: Final = Route[None]("GET", "/workers", Right.PAGE, answer=Content.PAGE)
 WORKERS_LIVE: Final = Route[None]("GET", "/live/workers", Right.PAGE, answer=Content.PARTS, head=False)

@@ -115,7 +115,7 @@ class Pace:
         return chunk
 
 
-async def body_chunks(request: web.Request, patience_s: float = STREAM_PATIENCE_S) -> AsyncGenerator[bytes, None]:
+async def body_chunks(request: web.Request, patience_s: float) -> AsyncGenerator[bytes, None]:
     """Yield a body as it comes, within the bounds of `Pace`.
 
     Raises:

@@ -1,23 +1,28 @@
 """Binds handlers to the records of the route tables, and finds the record of a request again.
 
-A handler is served only under a `Route`. Those whose right belongs to a cache or a browser's session are served behind
-a guard for that right; `coordinator.http.middleware.require_token` checks all others.
+A handler is served only under a `Route`; an answer whose status that does not list is logged. Handlers whose right
+belongs to a cache or a browser's session are served behind a guard for that right;
+`coordinator.http.middleware.require_token` checks all others.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, TypeVar
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from coordinator.api.routes import API_PREFIX, Right, Route
+from coordinator.api.routes import API_PREFIX, EVERY_ROUTE, Right, Route
+from coordinator.errors import CoordinatorError
 
 #: Every route that an application serves.
 SERVED: Final[web.AppKey[dict[web.AbstractRoute, Route[Any]]]] = web.AppKey("drover.routes", dict)
 #: Rights that the middleware checks; the others have guards: those of a cache, with its own tokens, and of sessions.
 OF_THE_FARM: Final = frozenset({Right.NONE, Right.API})
+
+_log = logging.getLogger(__name__)
 
 _Guarded = TypeVar("_Guarded")
 #: What a router calls for a request with `Expect: 100-continue`.
@@ -66,6 +71,27 @@ def right_of(request: web.Request) -> Right:
 def _add(app: web.Application, route: Route[Any], path: str, handler: Handler, expect: Expect | None) -> None:
     if SERVED not in app:
         app[SERVED] = {}
+    handler = _listed(route, handler)
     resource = app.router.add_resource(path)
     for method in ("HEAD", "GET") if route.method == "GET" and route.head else (route.method,):
         app[SERVED][resource.add_route(method, handler, expect_handler=expect)] = route
+
+
+def _listed(route: Route[Any], handler: Handler) -> Handler:
+    """Return `handler`, with a line in the log for each refusal that its route does not list."""
+    listed = frozenset((*EVERY_ROUTE, *route.errors, route.status))
+
+    def check(status: int) -> None:
+        if status >= 400 and status not in listed:
+            _log.error("%s %s answered %d, which the route table does not list", route.method, route.path, status)
+
+    async def listing(request: web.Request) -> web.StreamResponse:
+        try:
+            answer = await handler(request)
+        except CoordinatorError as error:
+            check(error.status)
+            raise
+        check(answer.status)
+        return answer
+
+    return listing

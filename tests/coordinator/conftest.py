@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -99,6 +100,27 @@ class OpenedFarm:
         views = self.coordinator.views
         rows, _ = views.steps_after(views.submission(submission), frozenset(), 0, 1000)
         return {step.name: step.state for step in map(views.step_view, rows)}
+
+
+class _Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.all.append(record)
+
+
+@pytest.fixture(autouse=True)
+def only_listed_refusals() -> Iterator[list[logging.LogRecord]]:
+    """Fail a test in which a route refuses something with a status that its record does not list."""
+    records, logger = _Records(), logging.getLogger("coordinator.http.routing")
+    logger.addHandler(records)
+    try:
+        yield records.all
+        assert [record.getMessage() for record in records.all] == []
+    finally:
+        logger.removeHandler(records)
 
 
 OpenFarm = Callable[..., AbstractAsyncContextManager[OpenedFarm]]

@@ -23,7 +23,7 @@ from coordinator.errors import BadRequestError, NotFoundError
 from coordinator.http.answers import answer
 from coordinator.http.api.events import WatchStreams
 from coordinator.http.api.pages import Page, answer_page, cut, limit_of, position_of
-from coordinator.http.bodies import BodyBounds, body_chunks, read_model
+from coordinator.http.bodies import STREAM_PATIENCE_S, BodyBounds, body_chunks, read_model
 from coordinator.intake.intake import Intake
 from coordinator.intake.submissions import Submissions
 from coordinator.readmodel.rows import StepRow
@@ -112,12 +112,12 @@ class Api:
 
     async def put_derivations(self, request: web.Request) -> web.Response:
         """Take a stream of .drv files."""
-        await self._intake.add_derivations(body_chunks(request), request.remote or "")
+        await self._intake.add_derivations(body_chunks(request, STREAM_PATIENCE_S), request.remote or "")
         return web.Response(status=204)
 
     async def put_sources(self, request: web.Request) -> web.Response:
         """Take a stream of input sources."""
-        await self._intake.add_sources(body_chunks(request))
+        await self._intake.add_sources(body_chunks(request, STREAM_PATIENCE_S))
         return web.Response(status=204)
 
     async def submit(self, request: web.Request) -> web.Response:
