@@ -195,6 +195,16 @@ class Farm:
         needs = () if known is None else known.needs
         return [need.key for need in itertools.islice((n for n in needs if n.state is not StepState.DONE), most)]
 
+    def needs(self, step: StepKey) -> tuple[StepKey, ...]:
+        """Return the needs of the recipe in use, finished or not."""
+        known = self.state.steps.get(step)
+        return known.recipes[known.active].needs if known is not None and known.recipes else ()
+
+    def serving(self, wanted: Requirements) -> list[BuilderId]:
+        """Return the builders that take steps of one class now, whether they have room or not."""
+        builders = self.state.builders.values()
+        return [each.id for each in builders if each.spec is not None and each.willing and each.spec.offers(wanted)]
+
     def limits_of(self, step: StepKey) -> ResourceLimits:
         """Return what a build of the step may use, by the limits of the submissions that want it now."""
         known = self.state.steps.get(step)

@@ -252,6 +252,29 @@ class FarmView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EtaView:
+    """Moments between which a submission ends if its steps take as long as the builds before them, and what bounds it.
+
+    `bound`: `path` (the longest path of steps that need each other), `capacity` (the slots of a system), `no_worker`
+    (a system that nothing builds now) or `unknown` (no step that is left has a history).
+    """
+
+    #: When this was worked out.
+    at: float
+    #: It cannot end before, and the steps without history are not counted in that.
+    sooner_at: float
+    #: 0 where no end can be foreseen.
+    later_at: float = 0.0
+    bound: Literal["path", "capacity", "no_worker", "unknown"]
+    #: What bounds it, in a clause.
+    because: str
+    #: Open steps; those of them without history, and those that run longer than usual.
+    steps: int
+    unknown: int = 0
+    overdue: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TreeNode:
     """A step's place in the forest of steps that run and of those that wait for them, one way up from each."""
 
@@ -272,6 +295,8 @@ class Snapshot:
     steps: tuple[StepView, ...]
     #: Where they stand, with what is above them.
     tree: tuple[TreeNode, ...] = ()
+    #: None while it is not worked out.
+    eta: EtaView | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,6 +319,8 @@ class CountsChanged:
     queued: tuple[str, ...] = ()
     #: Places that are new or changed. One that is not open any more is gone without a word: its step's event says so.
     tree: tuple[TreeNode, ...] = ()
+    #: None while it is not worked out, and of an end that has come.
+    eta: EtaView | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

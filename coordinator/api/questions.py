@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.api.difference_models import DifferenceView, RunReasonView
+from coordinator.api.estimates import RunningView, ThroughputView
 from coordinator.api.models import StepView, WorkerState
 
 
@@ -84,6 +85,10 @@ class ActivityView:
     workers: tuple[WorkerActivityView, ...]
     worker_count: int
     queues: tuple[QueueView, ...]
+    #: The newest submissions that run, with their foreseen ends.
+    running: tuple[RunningView, ...] = ()
+    #: What ended in the last hour, by minute.
+    throughput: ThroughputView | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

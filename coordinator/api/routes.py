@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeV
 from urllib.parse import quote
 
 from coordinator.api.difference_models import DifferenceView
+from coordinator.api.estimates import SubmissionEtaView, ThroughputView
 from coordinator.api.models import (
     CacheRootView,
     CacheView,
@@ -190,6 +191,10 @@ DIFFERENCE: Final = Route("GET", f"{_V1}/steps/{{key}}/difference", Right.API, a
 WHY: Final = Route("GET", f"{_V1}/steps/{{key}}/why", Right.API, answer=StepReasonsView, errors=_NAMED)
 #: What every worker does, and what each queue waits for.
 ACTIVITY: Final = Route("GET", f"{_V1}/activity", Right.API, answer=ActivityView)
+#: When it ends, what bounds that, and what has bounded it so far.
+ETA: Final = Route("GET", f"{_V1}/submissions/{{id}}/eta", Right.API, answer=SubmissionEtaView, errors=_NAMED)
+#: `?span=hour|day`: builds that ended, by minute or by hour.
+THROUGHPUT: Final = Route("GET", f"{_V1}/throughput", Right.API, answer=ThroughputView)
 #: `?of=steps,submissions,workers&beginning=…`, one of these words or several.
 COMPLETIONS: Final = Route("GET", f"{_V1}/completions", Right.API, answer=CompletionsView)
 WORKERS: Final = Route("GET", f"{_V1}/workers", Right.API, answer=WorkerView, many=True)
@@ -263,6 +268,8 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     LOG,
     WHY,
     DIFFERENCE,
+    ETA,
+    THROUGHPUT,
     ACTIVITY,
     COMPLETIONS,
     WORKERS,

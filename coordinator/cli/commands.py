@@ -234,9 +234,20 @@ def diff(url: str, token_file: str, step: str, other: str, as_json: bool) -> int
 
 
 @cli.command()
+@click.argument("submission", metavar="ID", shell_complete=completes("submissions"))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@addressed
+def eta(url: str, token_file: str, submission: str, as_json: bool) -> int:
+    """Show when a submission ends and what bounds that: the critical path, or the slots of a system."""
+    from coordinator.cli.eta import eta as foresee  # noqa: PLC0415 - slow to import
+
+    return run_with_client(url, token_file, lambda client: foresee(client, submission, as_json=as_json))
+
+
+@cli.command()
 @addressed
 def top(url: str, token_file: str) -> int:
-    """Show the farm live until Ctrl-C: workers and what they do, queues and what holds them, troubles."""
+    """Show the farm live until Ctrl-C: throughput, running submissions and their ends, workers, queues, troubles."""
     from coordinator.cli import top as showing  # noqa: PLC0415 - slow to import
     from coordinator.cli.screen import Screen  # noqa: PLC0415
 

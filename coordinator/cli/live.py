@@ -1,8 +1,8 @@
 """Rendering of the live region below what scrolls: a pure function of progress, time and the size of the window.
 
 From top to bottom: the forest of what runs and what waits for it, the workers, what no worker can take, what failed,
-the totals, on which the eye rests. No line is wider than the window, and the region leaves most of the window to what
-scrolls. What is not known has no place: a time that steps usually take, an end that cannot be foreseen.
+when all is built, the totals, on which the eye rests. No line is wider than the window, and the region leaves most of
+the window to what scrolls. What is not known has no place, such as a time that steps usually take.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from coordinator.api.models import StepStatus, StepView
 from coordinator.cli import forest
 from coordinator.cli.lines import Line, Piece, cell, cut, joined, plain, width_of
 from coordinator.cli.progress import Progress, Tally
-from coordinator.cli.rendering import doing, duration, one_line, size, tally, who
+from coordinator.cli.rendering import doing, duration, eta_sentence, one_line, size, tally, who
 
 #: Rows of the forest and of workers, as parts of the window's height, and at most.
 FOREST_PART: Final = (2, 5)
@@ -65,6 +65,7 @@ def live_lines(progress: Progress, now: float, window: Window) -> list[Line]:
     lines += [[(f"! {one_line(sentence)}", "yellow")] for sentence in progress.stuck[:room]]
     lines += [[(one_line(sentence), "dim")] for sentence in progress.queued[: room - len(progress.stuck[:room])]]
     lines += _failed_lines(progress)
+    lines += _eta_lines(progress, now)
     lines.append(_totals(progress, now, window.width))
     lines = lines[-max(1, window.height - 1) :]
     return [cut(line, window.width) for line in lines]
@@ -190,6 +191,14 @@ def _failed_lines(progress: Progress) -> list[Line]:
     return [[(f"\u2718 {named}{more} failed{doomed}", "red")]]
 
 
+def _eta_lines(progress: Progress, now: float) -> list[Line]:
+    """Return when all is built and what bounds that; nothing before the coordinator has said it."""
+    if progress.eta is None:
+        return []
+    end, bound = eta_sentence(progress.eta, now).split(": ", 1)
+    return [[(end, "bold"), (f": {bound}", "dim")]]
+
+
 def _totals(progress: Progress, now: float, width: int) -> Line:
     """Return the last line; what matters least is left out first where it does not fit."""
     counts = progress.counts
@@ -201,7 +210,7 @@ def _totals(progress: Progress, now: float, width: int) -> Line:
         ("\u2500" * (bar_width - filled), "dim"),
         (f" {finished}/{counts.total}", ""),
     ]
-    last = _last_one(progress, now)
+    last = _last_one(progress, now) if progress.eta is None else ""
     parts: dict[str, Line] = {word: [(f"{number} {word}", style)] for word, number, style in tally(counts)}
     if progress.uploaded_bytes:
         parts["uploaded"] = [(f"\u2191 {size(progress.uploaded_bytes)}", "")]
@@ -219,7 +228,7 @@ def _totals(progress: Progress, now: float, width: int) -> Line:
 def _last_one(progress: Progress, now: float) -> str:
     """Return how long what runs still takes, if it takes as long as usual; "" where that is not known.
 
-    When all is built cannot be foreseen here: what waits takes its time too. It is what bounds the end from below.
+    It stands there until the coordinator has said when all is built: it bounds that from below.
     """
     rests = [
         (step.usual_s - (now - step.started_at), one_line(step.name))

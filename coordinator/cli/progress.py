@@ -10,6 +10,7 @@ from coordinator.api.models import (
     Counts,
     CountsChanged,
     Ended,
+    EtaView,
     Snapshot,
     StepChanged,
     StepStatus,
@@ -53,6 +54,8 @@ class Progress:
     uploaded_bytes: int = 0
     stuck: tuple[str, ...] = ()
     queued: tuple[str, ...] = ()
+    #: None while the coordinator has not said when it ends.
+    eta: EtaView | None = None
     #: Steps in a worker's hands, by key.
     running: dict[str, StepView] = field(default_factory=dict)
     #: Steps whose failure was printed, in that order.
@@ -70,7 +73,7 @@ class Progress:
         match event:
             case Snapshot():
                 self._settle(event.submission)
-                self.running, self.tree = {}, {}
+                self.running, self.tree, self.eta = {}, {}, event.eta
                 self._plant(event.tree)
                 return [news for step in event.steps for news in self._step(step)]
             case StepChanged():
@@ -80,11 +83,12 @@ class Progress:
                 self.uploaded_bytes = event.uploaded_bytes
                 self.stuck = event.stuck
                 self.queued = event.queued
+                self.eta = event.eta
                 self._plant(event.tree)
                 return []
             case Ended():
                 self._settle(event.submission)
-                self.running, self.tree = {}, {}
+                self.running, self.tree, self.eta = {}, {}, None
                 return []
 
     def _settle(self, submission: SubmissionView) -> None:

@@ -15,6 +15,7 @@ from rich.cells import cell_len, set_cell_size
 from coordinator.api.flakes import failure_sentence, flake_sentence
 from coordinator.api.models import (
     Counts,
+    EtaView,
     RootFailureView,
     RootView,
     StepStatus,
@@ -35,6 +36,8 @@ WAITS_NAMED = 3
 BUILT_NAMED = 4
 #: Output paths, failed steps and sentences listed at the end; `--json` has all of them.
 LISTED = 20
+#: Two ends that are closer than this part of the later one are said as one.
+ETA_ONE = 0.1
 
 #: How Nix names the derivation again that the line is about.
 _BUILDER_FOR = re.compile(r"^(?:the builder failed: )?builder for '[^']*' failed (?:with|due to) ")
@@ -161,9 +164,49 @@ def heartbeat_line(progress: Progress, now: float) -> str:
     )
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
     why = "; ".join(map(one_line, [*progress.stuck, *progress.queued][:WAITS_NAMED]))
+    parts = [f"{words} of {counts.total}"]
+    if running:
+        parts.append(f"running: {running}{more}")
+    if why:
+        parts.append(why)
+    if progress.eta is not None:
+        parts.append(eta_sentence(progress.eta, now))
+    return "; ".join(parts)
+
+
+def eta_when(found: EtaView, now: float) -> str:
+    """Return when it ends: `ends in 12m00s to 18m00s`, or that this is not known."""
+    if not found.later_at:
+        if found.bound == "no_worker":
+            return "no end in sight"
+        return "end unknown"
+    later_s, sooner_s = found.later_at - now, max(0.0, found.sooner_at - now)
+    if later_s <= 0:
+        return f"{duration(-later_s)} later than foreseen"
+    if later_s - sooner_s <= ETA_ONE * later_s or duration(sooner_s) == duration(later_s):
+        return f"ends in about {duration(later_s)}"
     return (
-        f"{words} of {counts.total}" + (f"; running: {running}{more}" if running else "") + (f"; {why}" if why else "")
+        f"ends in {duration(sooner_s)} to {duration(later_s)}" if sooner_s >= 1 else f"ends within {duration(later_s)}"
     )
+
+
+def eta_sentence(found: EtaView, now: float) -> str:
+    """Return when it ends, what bounds that, and what is not known of it."""
+    remarks = []
+    if found.unknown and found.bound != "unknown":
+        remarks.append(f"{found.unknown} of {counted(found.steps, 'step')} left without history")
+    if found.overdue:
+        remarks.append(f"{found.overdue} longer than usual")
+    if found.bound == "unknown":
+        because = f"none of {counted(found.steps, 'step')} left has a history, bounded by {one_line(found.because)}"
+    else:
+        because = one_line(found.because) if found.bound == "no_worker" else f"bounded by {one_line(found.because)}"
+    return f"{eta_when(found, now)}: {because}" + (f" ({', '.join(remarks)})" if remarks else "")
+
+
+def counted(count: int, word: str) -> str:
+    """Return `1 step`, `2 steps`."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def doing(step: StepView) -> str:

@@ -13,9 +13,10 @@ from rich.cells import cell_len
 
 from coordinator.api.questions import ActivityView, QueueView, SlotView, WorkerActivityView
 from coordinator.cli import exit_status
+from coordinator.cli.eta import rate
 from coordinator.cli.lines import Line, cell, cut
 from coordinator.cli.live import SIGNS, Window
-from coordinator.cli.rendering import duration, one_line
+from coordinator.cli.rendering import counted, duration, eta_sentence, one_line
 from coordinator.cli.screen import Screen, resizing
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import UnreachableError
@@ -24,6 +25,9 @@ from coordinator.client.errors import UnreachableError
 LOOK_EVERY_S: Final = 1.0
 #: Queues that are shown, and the longest line for an output that is no terminal.
 QUEUES: Final = 6
+#: Running submissions that are shown, and their part of the window's height.
+RUNNING: Final = 6
+RUNNING_PART: Final = 8
 _UNBOUNDED: Final = Window(200, 10_000)
 _ENDS: Final = (signal.SIGINT, signal.SIGTERM)
 #: Cells that the longest name of a step takes.
@@ -81,6 +85,7 @@ def _frame(activity: ActivityView, trouble: str, window: Window) -> list[Line]:
 def farm_lines(activity: ActivityView, now: float, window: Window) -> list[Line]:
     """Return the farm, no wider and lower than the window: totals, troubles, workers with their steps, queues."""
     head = [_totals(activity), *([("! " + one_line(trouble), "yellow")] for trouble in activity.troubles)]
+    head += _running_lines(activity, now, min(RUNNING, window.height // RUNNING_PART))
     queues = _queue_lines(activity.queues)
     room = max(1, window.height - 1 - len(head) - len(queues))
     lines = [*head, *_worker_lines(activity, now, room), *queues]
@@ -92,18 +97,29 @@ def _totals(activity: ActivityView) -> Line:
     busy = sum(_busy(worker) for worker in activity.workers)
     steps = activity.steps
     words = [
-        _counted(activity.worker_count, "worker"),
+        counted(activity.worker_count, "worker"),
         f"{busy} of {slots} slots busy",
-        f"{_counted(activity.submissions.get('running', 0), 'submission')} running",
-        f"{_counted(steps.get('running', 0) + steps.get('publishing', 0), 'step')} running",
+        f"{counted(activity.submissions.get('running', 0), 'submission')} running",
+        f"{counted(steps.get('running', 0) + steps.get('publishing', 0), 'step')} running",
         f"{steps.get('ready', 0)} ready",
         f"{steps.get('waiting', 0)} waiting",
     ]
     return [(", ".join(words), "bold")]
 
 
-def _counted(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+def _running_lines(activity: ActivityView, now: float, room: int) -> list[Line]:
+    """Return the throughput, and the newest submissions that run, with their ends."""
+    lines: list[Line] = []
+    if activity.throughput is not None and room:
+        lines.append([(rate(activity.throughput), "")])
+    total = activity.submissions.get("running", len(activity.running))
+    for each in activity.running[:room]:
+        end = eta_sentence(each.eta, now) if each.eta is not None else "its end is not worked out yet"
+        name = f"{each.id} {one_line(each.label)}".rstrip()
+        lines.append([(cell(name, NAME_CELLS), "bold"), (f"  {each.done}/{each.total}  ", "green"), (end, "")])
+    if room and total > room:
+        lines.append([(f"and {total - room} more submissions", "dim")])
+    return lines
 
 
 def _busy(worker: WorkerActivityView) -> int:

@@ -13,6 +13,7 @@ import orjson
 
 from coordinator.api import routes
 from coordinator.api.difference_models import DifferenceView
+from coordinator.api.estimates import SubmissionEtaView
 from coordinator.api.models import (
     CacheRootView,
     CacheView,
@@ -187,6 +188,10 @@ class ApiClient(Transport):
     async def difference(self, key: str, other: str = "") -> DifferenceView:
         """Return what differs between a step and the last build of its name, or another one."""
         return await self._one(routes.DIFFERENCE, {"key": key}, params={"with": other} if other else {})
+
+    async def eta(self, submission: str) -> SubmissionEtaView:
+        """Return when a submission ends, what bounds that, and what has bounded it so far."""
+        return await self._one(routes.ETA, {"id": submission})
 
     async def activity(self) -> ActivityView:
         """Return what the farm does now."""

@@ -52,6 +52,8 @@ class TimingWriter:
         self._rows = rows
         #: Called with each batch of changed attempts, named, before the store has them.
         self.on_changed: Callable[[Sequence[AttemptTiming]], None] = lambda _: None
+        #: Called with each batch that the store has.
+        self.on_saved: Callable[[Sequence[AttemptTiming]], None] = lambda _: None
         #: The batch that the store has not taken yet.
         self._batch: list[AttemptTiming] = []
         #: What is wrong with the store, "" while all is well.
@@ -114,6 +116,8 @@ class TimingWriter:
                 if not error.values:
                     raise
                 await self._write_singly()
+            else:
+                self.on_saved(self._batch)
             self._batch = []
 
     async def _write_singly(self) -> None:

@@ -70,6 +70,8 @@ class FoldedRows:
         self._unsettled: dict[SubmissionId, SubmissionRow] = {}
         #: Time of the newest durable fact.
         self._at = 0.0
+        #: Counts what moved: who keeps what follows from the rows knows whether it still does.
+        self.moves = 0
         self._folders = cast(
             "Mapping[type, Callable[[Fact], Iterator[Pause] | None]]",
             {
@@ -406,6 +408,7 @@ class FoldedRows:
     def _move(self, row: StepRow, state: StepStatus) -> None:
         """Change a step's state in every submission that has it."""
         old = row.state
+        self.moves += 1
         self._count(row, -1)
         row.state = state
         self._count(row, 1)
@@ -420,6 +423,7 @@ class FoldedRows:
                 watcher.step_changed(row)
 
     def _touch_all(self) -> None:
+        self.moves += 1
         for sub in self._submissions.values():
             if sub.watchers:
                 notify_submission_changed(sub)

@@ -16,6 +16,7 @@ from typing import Protocol
 from coordinator.api.models import (
     Counts,
     CountsChanged,
+    EtaView,
     FailureView,
     RootFailureView,
     RootView,
@@ -99,6 +100,8 @@ class Views(FoldedRows):
         self.recipes = recipes or RecipeRecords()
         self._explain = explainer
         self._usual = usual
+        #: Foresees the end of a submission; None where that is not known, or not yet.
+        self.eta_of: Callable[[SubmissionRow], EtaView | None] = lambda _: None
 
     def submission(self, submission: str) -> SubmissionRow:
         """Return a submission's row. Raises `NotFoundError`."""
@@ -335,7 +338,8 @@ class Views(FoldedRows):
     def snapshot(self, row: SubmissionRow) -> Snapshot:
         """Render a submission with the steps that run or failed."""
         rows = [*row.active.values(), *list(row.failed.values())[:SNAPSHOT_FAILED]]
-        return Snapshot(submission=self.submission_view(row), steps=tuple(self.step_view(step) for step in rows))
+        steps = tuple(self.step_view(step) for step in rows)
+        return Snapshot(submission=self.submission_view(row), steps=steps, eta=self.eta_of(row))
 
     def counts_changed(self, row: SubmissionRow) -> CountsChanged:
         """Render the counts of a submission."""
@@ -344,6 +348,7 @@ class Views(FoldedRows):
             uploaded_bytes=row.uploaded_bytes,
             stuck=self._unschedulable(row),
             queued=() if row.ended or row.withdrawn else self._explain.queued(row.ready),
+            eta=self.eta_of(row),
         )
 
     def _counts(self, row: SubmissionRow) -> Counts:
@@ -354,7 +359,7 @@ class Views(FoldedRows):
         return (self._details.get(key) or _NO_DETAIL).system
 
     def _name(self, key: StepKey) -> str:
-        return (self._details.get(key) or _NO_DETAIL).name
+        return self._details.name(key)
 
     def _unschedulable(self, row: SubmissionRow) -> tuple[str, ...]:
         return () if row.ended or row.withdrawn else self._explain.unschedulable(row.ready)

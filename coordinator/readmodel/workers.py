@@ -93,6 +93,11 @@ class Workforce:
         row = self._rows.get(worker)
         return UNMEASURED if row is None else row.isolation
 
+    def slots(self, worker: str) -> int:
+        """Return how many builds a worker does at one time; 0 for one that is not known or not there."""
+        row = self._rows.get(worker)
+        return row.hello.slots if row is not None and row.state in _ANSWERING else 0
+
     def emulates(self, worker: str, system: str) -> bool:
         """Return whether a worker that is known has a system only by emulation."""
         row = self._rows.get(worker)

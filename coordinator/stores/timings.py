@@ -25,6 +25,7 @@ from sqlalchemy import (
     Table,
     Text,
     bindparam,
+    cast,
     delete,
     func,
     insert,
@@ -291,20 +292,37 @@ class TimingStore:
         )
         return [AttemptTiming(**row._mapping) for row in await self.answers(query, {})]  # noqa: SLF001 - SQLAlchemy's public name for it
 
-    async def usual_builds(self, package: str, system: str, limit: int) -> list[float]:
-        """Return the seconds that the newest successful builds of a package took."""
-        query = (
-            select(attempts.c.build_s)
-            .where(
-                attempts.c.package == package,
-                attempts.c.system == system,
-                attempts.c.outcome == "done",
-                attempts.c.build_s.is_not(None),
-            )
-            .order_by(attempts.c.ended_at.desc())
-            .limit(limit)
+    async def usual_builds(self, packages: Sequence[tuple[str, str]], limit: int) -> dict[tuple[str, str], list[float]]:
+        """Return the seconds that the newest successful builds of some packages (name, system) took, in one query."""
+        mark = "?" if self._engine.dialect.name == "sqlite" else "%s"
+        each = (
+            f"SELECT * FROM (SELECT {number} AS number, build_s FROM {attempts.name} WHERE package = {mark} "  # noqa: S608
+            f"AND system = {mark} AND outcome = 'done' AND build_s IS NOT NULL "
+            f"ORDER BY ended_at DESC LIMIT {int(limit)}) AS builds_{number}"
+            for number in range(len(packages))
         )
-        return [row.build_s for row in await self.answers(query, {})]
+        query, values = " UNION ALL ".join(each), tuple(part for package in packages for part in package)
+        found: dict[tuple[str, str], list[float]] = {}
+        try:
+            async with self._engine.connect() as connection:
+                rows: Sequence[Any] = (await connection.exec_driver_sql(query, values)).all()
+        except (SQLAlchemyError, OSError, ValueError, UnicodeError) as error:
+            raise _failed(error) from None
+        for number, build_s in rows:
+            found.setdefault(packages[number], []).append(build_s)
+        return found
+
+    async def ended_between(self, since: float, until: float, every_s: float) -> list[tuple[int, str, int]]:
+        """Count the attempts that ended in each stretch of `every_s` from `since` on: (stretch, outcome, attempts)."""
+        elapsed = (attempts.c.ended_at - since) / every_s
+        # A cast rounds in one database and cuts in the other.
+        stretch = cast(elapsed if self._engine.dialect.name == "sqlite" else func.floor(elapsed), Integer)
+        query = (
+            select(stretch.label("stretch"), attempts.c.outcome, func.count())
+            .where(attempts.c.ended_at >= since, attempts.c.ended_at < until, attempts.c.outcome.is_not(None))
+            .group_by("stretch", attempts.c.outcome)
+        )
+        return [(int(row[0]), row[1], row[2]) for row in await self.answers(query, {})]
 
     async def drop(self, before: float, most: int) -> int:
         """Delete attempts leased before a time, then the oldest beyond `most` rows; returns how many.

@@ -15,8 +15,10 @@ from coordinator.intake.submissions import Submissions
 from coordinator.journal.codec import decode_notes
 from coordinator.readmodel.attempt_meter import AttemptMeter
 from coordinator.readmodel.differences import Differences
+from coordinator.readmodel.etas import Etas
 from coordinator.readmodel.explain import FarmExplainer
 from coordinator.readmodel.runs import Runs
+from coordinator.readmodel.throughput import Throughput
 from coordinator.readmodel.usual_times import UsualTimes
 from coordinator.readmodel.views import Views
 from coordinator.wiring.stores import Stores
@@ -53,6 +55,8 @@ class Core:
     timings: TimingWriter
     usual: UsualTimes
     runs: Runs
+    etas: Etas
+    throughput: Throughput
     #: Facts that were replayed.
     replayed: int
 
@@ -72,6 +76,9 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     explainer = FarmExplainer(farm, stores.logs, clock)
     usual = UsualTimes(stores.timings.usual_builds, clock)
     views = Views(explainer, usual=usual.of)
+    etas = Etas(views, farm, usual, clock)
+    views.eta_of, usual.on_answers = etas.of, etas.wake
+    throughput = Throughput(views, stores.timings.ended_between, clock)
     relay = EffectRelay()
     engine = Engine(farm, stores.journal, views, clock, relay.submit)
     notes = decode_notes(await stores.journal.notes())
@@ -81,11 +88,14 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     views.timelines.meter = AttemptMeter()
     cache = stores.cache
     writer = TimingWriter(views.timelines, stores.timings, views.named, clock, limits.timings_days, limits.timings_rows)
+    writer.on_saved = usual.were_built
     intake = Intake(stores.derivations, cache, cache.objects, cache.store_dir, IntakeLimits.of(limits))
     submissions = Submissions(engine, views, intake)
     views.recipes.read = writer.ends_of
     runs = Runs(views, farm, stores.timings, Differences(views, stores.derivations, stores.timings, writer.flush))
-    return Core(farm, engine, views, explainer, intake, submissions, relay, writer, usual, runs, replayed)
+    return Core(
+        farm, engine, views, explainer, intake, submissions, relay, writer, usual, runs, etas, throughput, replayed
+    )
 
 
 def _build_limits(limits: LimitSettings) -> ResourceLimits:

@@ -14,6 +14,7 @@ from aiohttp import web
 from coordinator.api.models import FarmView
 from coordinator.caches.housekeeping import Housekeeper
 from coordinator.config import Settings
+from coordinator.http.api.estimates import EstimateApi
 from coordinator.http.api.events import WatchStreams
 from coordinator.http.api.questions import Questions
 from coordinator.http.api.submissions import Api, ApiBounds
@@ -116,9 +117,10 @@ def _add_questions(  # noqa: PLR0917 - collaborators, named by their types
 ) -> None:
     """Add what asks for timings, for reasons, and for workers."""
     serve_routes(app, TimingApi(core.views, stores.timings, core.timings, clock).handlers())
-    explainer = core.explainer
-    questions = Questions(core.views, farm, explainer.open_needs, explainer.queues, core.runs)
+    explainer, etas, throughput = core.explainer, core.etas, core.throughput
+    questions = Questions(core.views, farm, explainer.open_needs, explainer.queues, core.runs, etas, throughput)
     serve_routes(app, questions.handlers())
+    serve_routes(app, EstimateApi(core.views, core.farm, etas, throughput).handlers())
     add_worker_routes(app, core.views, work.fleet.drain)
 
 

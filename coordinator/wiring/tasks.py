@@ -31,6 +31,7 @@ def start_tasks(  # noqa: PLR0917 - collaborators, named by their types
         group.create_task(lead.leadership.hold(journal), name="leadership"),
         group.create_task(Compactor(settings.database_url("journal"), journal).run(), name="compaction"),
         group.create_task(core.usual.run(), name="usual times"),
+        group.create_task(core.etas.run(), name="foreseen ends"),
         # Last: they write and send what the others have left.
         group.create_task(core.timings.run(), name="timings"),
         *([group.create_task(exporter.run(), name="traces")] if exporter else []),

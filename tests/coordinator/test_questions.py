@@ -8,12 +8,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.api.estimates import RunningView, ThroughputBar, ThroughputView
+from coordinator.api.models import EtaView
 from coordinator.api.questions import ActivityView, QueueView, SlotView, WorkerActivityView
 from coordinator.cli.lines import plain
 from coordinator.cli.live import Window
@@ -21,6 +23,7 @@ from coordinator.cli.log import LINE_BYTES, LineSearch, Printer
 from coordinator.cli.reasons import why_lines
 from coordinator.cli.top import farm_lines
 from coordinator.client.errors import RefusedError
+from coordinator.readmodel.estimate import Expected
 from coordinator.readmodel.usual_times import WAITING, UsualTimes
 from coordinator.stores.timings import TimingsError, TimingStore
 from infra.clock import SystemClock
@@ -123,20 +126,25 @@ async def test_the_builds_of_a_package_tell_how_long_the_next_one_usually_takes(
 
 
 async def test_a_store_of_times_that_fails_or_is_slow_costs_nothing_but_the_answer() -> None:
-    asked: list[tuple[str, str, int]] = []
+    asked: list[tuple[str, str]] = []
+    fails = False
 
-    async def builds(package: str, system: str, most: int) -> list[float]:
-        asked.append((package, system, most))
-        if package == "broken":
+    async def builds(packages: Sequence[tuple[str, str]], _most: int) -> dict[tuple[str, str], list[float]]:
+        asked.extend(packages)
+        if fails:
             raise TimingsError("the database of timings failed: locked.")
-        return [3.0, 1.0, 2.0] if package == "tool" else []
+        return {key: [3.0, 1.0, 2.0] for key in packages if key[0] == "tool"}
 
     usual = UsualTimes(builds, SystemClock())
-    names = ["tool-1.0", "tool-1.1", "broken-2", "new-1"]
-    assert [usual.of(name, "x86_64-linux") for name in names] == [None] * 4
+    names = ["tool-1.0", "tool-1.1", "new-1"]
+    assert [usual.of(name, "x86_64-linux") for name in names] == [None] * 3
     assert await known(usual, "new-1") is None
-    assert [usual.of(name, "x86_64-linux") for name in names] == [2.0, 2.0, None, None]
-    assert len(asked) == 3
+    assert [usual.of(name, "x86_64-linux") for name in names] == [2.0, 2.0, None]
+    assert usual.expected("tool-2", "x86_64-linux") == Expected(1.5, 2.5)
+    assert (len(asked), usual.answers) == (2, 1)
+    fails = True
+    assert await known(usual, "broken-2") is None
+    assert usual.of("tool-1.0", "x86_64-linux") == 2.0
     for number in range(WAITING + 50):
         usual.of(f"p{number}x", "x86_64-linux")
     assert usual.unanswered == WAITING
@@ -225,7 +233,15 @@ def activity(workers: int, leases: int) -> ActivityView:
         workers=tuple(worker(number) for number in range(workers)),
         worker_count=workers,
         queues=(queue,),
-    )
+        running=(
+            RunningView(
+                id="abc", label="my\x1b[2Jlabel", done=3, total=9, created_at=NOW, eta=EtaView(
+                    at=NOW, sooner_at=NOW + 60, later_at=NOW + 90, bound="path", because="the way\nof a", steps=6
+                )
+            ),
+        ),
+        throughput=ThroughputView(until=NOW, every_s=60.0, bars=(ThroughputBar(finished=7, failed=3),) * 60),
+    )  # fmt: skip
 
 
 def test_top_shows_each_worker_with_its_steps_and_each_queue_with_its_reason() -> None:
@@ -233,6 +249,8 @@ def test_top_shows_each_worker_with_its_steps_and_each_queue_with_its_reason() -
     assert [plain(line) for line in farm_lines(activity(2, 2), NOW, Window(100, 24))] == [
         totals,
         "! the disk is full",
+        "10.0 builds/min; last hour 420 finished, 180 failed, 0 reused",
+        "abc mylabel                               3/9  ends in 1m00s to 1m30s: bounded by the way of a",
         "w0    2/4   \u23f5 step-1      1s  check Phase",
         "            \u23f5 step-0      0s  check Phase",
         "w1    2/4   \u23f5 step-1      1s  check Phase",

@@ -89,7 +89,19 @@ async def test_a_package_is_found_with_and_without_its_version_newest_first(url:
         assert [found.step for found in await store.of_package("hello", "", 10)] == ["c", "b", "a"]
         assert [found.step for found in await store.of_package("hello-2.12", "x", 10)] == ["a"]
         assert await store.of_package("hello", "other", 10) == []
-        assert await store.usual_builds("hello", "x", 1) == [4.0]
+        usual = await store.usual_builds([("hello", "x"), ("none", "x"), ("hello", "y")], 1)
+        assert usual[("hello", "x")] == [4.0]
+        assert ("none", "x") not in usual
+
+
+async def test_what_ended_is_counted_by_stretches_of_time_and_outcome(url: str) -> None:
+    ends = [(99.9, "done"), (100.0, "done"), (109.9, "failed"), (105.0, "failed"), (119.99, "done"), (120.0, "done")]
+    async with opened(url) as store:
+        await store.save([row(f"s{at}", ended_at=at, outcome=outcome) for at, outcome in ends])
+        await store.save([row("running", leased_at=101.0)])
+        assert sorted(await store.ended_between(100.0, 120.0, 10.0)) == [
+            (0, "done", 1), (0, "failed", 2), (1, "done", 1),
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

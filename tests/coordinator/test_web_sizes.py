@@ -33,6 +33,9 @@ from coordinator.http.web.timeline import (
     TimelinePage,
 )
 from coordinator.http.web.waterfall import TimeWindow
+from coordinator.readmodel.critical_path import submission_eta
+from coordinator.readmodel.estimate import Expected
+from coordinator.readmodel.etas import Etas
 from coordinator.readmodel.explain import FarmExplainer
 from coordinator.readmodel.surroundings import surrounding
 from coordinator.readmodel.views import Views
@@ -194,6 +197,30 @@ def test_the_pages_of_its_steps(filled: Filled) -> None:
     assert [step.name for step in rare.steps] == ["bad"]
     last = metered(lists.gathering(filled.row, StepStatus.WAITING, STEPS - STEPS // 3))
     rendered(filled, "steps.html", last)
+
+
+class Durations:
+    """A history of every other package."""
+
+    answers = 0
+
+    def expected(self, name: str, system: str) -> Expected | None:  # noqa: ARG002 - the port's
+        return Expected(60.0, 90.0) if len(name) % 2 else None
+
+
+def test_the_foreseen_end_of_a_submission(filled: Filled) -> None:
+    etas = Etas(filled.views, filled.core, Durations(), SystemClock())
+    assert etas.of(filled.row) is None
+    metered(etas.working_out([filled.row]))
+    eta = etas.of(filled.row)
+    assert eta is not None
+    assert (eta.bound, eta.steps) == ("capacity", len(WAITING) + len(READY) + 1)
+    assert eta.because == f"{WORKERS * SLOTS} slots for sys and {eta.steps} steps for them"
+    assert 0 < eta.unknown < eta.steps
+    assert eta.at < eta.sooner_at < eta.later_at
+    found = metered(submission_eta(filled.views, filled.core, etas, filled.row))
+    assert found.to_come.count == 2
+    assert found.to_come.steps[0].step == SLOW
 
 
 @pytest.mark.parametrize("key", [BAD, SLOW, FINE, DOOMED[0], READY[-1]])

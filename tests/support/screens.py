@@ -11,6 +11,7 @@ import pyte
 from coordinator.api.models import (
     Counts,
     CountsChanged,
+    EtaView,
     FailureView,
     RootView,
     Snapshot,
@@ -153,9 +154,15 @@ def snapshot(counts: Counts, *steps: StepView, tree: Sequence[TreeNode] = ()) ->
 
 
 def counts(
-    tree: Sequence[TreeNode] = (), stuck: Sequence[str] = (), uploaded: int = 0, **numbers: int
+    tree: Sequence[TreeNode] = (),
+    stuck: Sequence[str] = (),
+    uploaded: int = 0,
+    eta: EtaView | None = None,
+    **numbers: int,
 ) -> CountsChanged:
-    return CountsChanged(counts=Counts(**numbers), uploaded_bytes=uploaded, stuck=tuple(stuck), tree=tuple(tree))
+    return CountsChanged(
+        counts=Counts(**numbers), uploaded_bytes=uploaded, stuck=tuple(stuck), tree=tuple(tree), eta=eta
+    )
 
 
 def changed(*steps: StepView) -> list[StepChanged]:
@@ -200,6 +207,9 @@ def failing(watched: Scripted) -> None:
             total=9, held=2, done=1, running=2, ready=1, doomed=2, failed=1,
             stuck=["1 step waits: no worker offers riscv64-linux"],
             tree=[place("mac-thing", "hello"), place("hello", "", 3)],
+            eta=EtaView(
+                at=NOW, sooner_at=NOW + 3600, bound="no_worker", because="no worker offers riscv64-linux", steps=4
+            ),
         ),
     )  # fmt: skip
 
@@ -223,4 +233,8 @@ def crowded(watched: Scripted) -> None:
         )
     )
     done = [replace(each, state=StepStatus.DONE, ended_at=NOW) for each in steps[:40]]
-    watched.see(*changed(*done), counts(total=90_000, held=5, done=40, running=260, waiting=89_695))
+    eta = EtaView(
+        at=NOW, sooner_at=NOW + 7200, later_at=NOW + 10800, bound="capacity", steps=89_955, unknown=70,
+        because="48 slots for x86_64-linux and 89955 steps for them",
+    )  # fmt: skip
+    watched.see(*changed(*done), counts(total=90_000, held=5, done=40, running=260, waiting=89_695, eta=eta))

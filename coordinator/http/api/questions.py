@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from coordinator.api import routes
+from coordinator.api.estimates import RunningView, ThroughputView
 from coordinator.api.models import (
     FarmView,
     StepStatus,
@@ -33,8 +34,10 @@ from coordinator.api.routes import Route
 from coordinator.errors import BadRequestError
 from coordinator.http.answers import answer
 from coordinator.readmodel.comparisons import WHOLE
+from coordinator.readmodel.etas import Etas
 from coordinator.readmodel.rows import ACTIVE, StepRow, SubmissionRow
 from coordinator.readmodel.runs import Runs
+from coordinator.readmodel.throughput import HOUR, Throughput
 from coordinator.readmodel.views import Views
 from infra.slices import in_slices
 from scheduler.model import Requirements, StepKey
@@ -53,6 +56,10 @@ COMPLETIONS: Final = 100
 WORKERS_SHOWN: Final = 500
 LEASES_SHOWN: Final = 64
 QUEUES_SHOWN: Final = 50
+#: Running submissions of one answer, and seconds for which it waits for their ends to be worked out.
+RUNNING_SHOWN: Final = 20
+ROOTS_NAMED: Final = 3
+ETA_WAIT_S: Final = 0.2
 _PRESENT: Final = ("online", "draining", "quarantined", "silent")
 _PAUSED: Final = "tried again after a pause"
 
@@ -60,14 +67,18 @@ _PAUSED: Final = "tried again after a pause"
 class Questions:
     """The handlers, with what they ask. `needs` gives the needs of a step that are not done, `queues` the reasons."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - collaborators, named by their types
         self,
         views: Views,
         farm: Callable[[], FarmView],
         needs: Callable[[StepKey], Sequence[StepKey]],
         queues: Callable[[], Mapping[Requirements, str]],
         runs: Runs,
+        etas: Etas,
+        throughput: Throughput,
     ) -> None:
+        self._etas = etas
+        self._throughput = throughput
         self._views = views
         self._farm = farm
         self._needs = needs
@@ -150,9 +161,38 @@ class Questions:
 
     async def activity(self, _request: web.Request) -> web.Response:
         """Say what the farm does now."""
-        return answer(await in_slices(self._activity()))
+        rows = await in_slices(self._running())
+        await self._etas.wait_for(rows, ETA_WAIT_S)
+        return answer(await in_slices(self._activity(rows, await self._throughput.of(HOUR))))
 
-    def _activity(self) -> Generator[None, None, ActivityView]:
+    def _running(self) -> Generator[None, None, list[SubmissionRow]]:
+        """Return the newest submissions that run."""
+        found: list[SubmissionRow] = []
+        for count, row in enumerate(reversed(self._views.submission_rows()), 1):
+            if not (row.ended or row.withdrawn):
+                found.append(row)
+            if len(found) == RUNNING_SHOWN:
+                break
+            if not count % _PIECE:
+                yield
+        return found
+
+    def _run(self, row: SubmissionRow) -> RunningView:
+        counts = row.counts
+        note = self._views.note(row.id)
+        attrs = ", ".join(root.attr for root in note.roots[:ROOTS_NAMED])
+        return RunningView(
+            id=row.id,
+            label=note.label or attrs,
+            done=row.held + counts[StepStatus.DONE],
+            total=len(row.members),
+            created_at=row.created_at,
+            eta=self._etas.of(row),
+        )
+
+    def _activity(
+        self, rows: Sequence[SubmissionRow], throughput: ThroughputView
+    ) -> Generator[None, None, ActivityView]:
         present = [worker for worker in self._views.workforce.views() if worker.state in _PRESENT]
         workers = []
         for worker in present[:WORKERS_SHOWN]:
@@ -176,6 +216,8 @@ class Questions:
             workers=tuple(workers),
             worker_count=len(present),
             queues=tuple(queues[:QUEUES_SHOWN]),
+            running=tuple([self._run(row) for row in rows]),
+            throughput=throughput,
         )
 
     def _worker(self, worker: WorkerView) -> WorkerActivityView:

@@ -1,0 +1,289 @@
+"""Foreseen ends of submissions, kept in memory: worked out for those that somebody looks at, all in one pass.
+
+Readers are answered at once with what is known by then. A pass walks all open steps of the farm in slices
+(`readmodel.estimate`), because submissions share steps and slots; it runs only where something has moved since the last
+one, or time has passed, and rests in proportion to what it cost. What is kept of it is bounded by `WANTED` submissions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from coordinator.api.estimates import LoadView, PathStepView
+from coordinator.api.models import EtaView, StepStatus
+from coordinator.readmodel.estimate import Estimate, Expected, Outlook, estimating
+from coordinator.readmodel.rows import StepRow, SubmissionRow, notify_submission_changed
+from coordinator.readmodel.views import Views
+from infra.clock import Clock
+from infra.slices import in_slices
+from scheduler.farm import Farm
+from scheduler.forsaken import describe_unserved
+from scheduler.model import Requirements, StepState, SubmissionId
+from scheduler.pauses import Pause
+from scheduler.reasons import unserved
+from scheduler.records import Step
+
+#: Submissions whose ends are worked out: those that were asked for last, within so many seconds.
+WANTED: Final = 64
+WANTED_S: Final = 90.0
+#: Seconds between two passes, at least and for each open step: a pass of a large farm takes some 10 µs a step.
+PAUSE_S: Final = 0.25
+PAUSE_PER_STEP_S: Final = 0.000_1
+#: Seconds after which what has not moved is worked out anew, because time has passed.
+STALE_S: Final = 30.0
+#: Seconds by which an end has to move before watchers are sent it, at least and as a part of what is left.
+MOVED_S: Final = 1.0
+MOVED_PART: Final = 0.02
+
+
+class Durations(Protocol):
+    """Source of the seconds that builds take. Answers come at once; what is not known now may be known later."""
+
+    @property
+    def answers(self) -> int:
+        """A number that changes when something new is known."""
+
+    def expected(self, name: str, system: str) -> Expected | None:
+        """Return the seconds that a build of this name takes, None where that is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """The estimate of one submission, with what its sentences were made of."""
+
+    view: EtaView
+    estimate: Estimate[Step]
+
+
+class Etas:
+    """The foreseen ends. `run` works them out until it is cancelled."""
+
+    def __init__(self, views: Views, farm: Farm, durations: Durations, clock: Clock) -> None:
+        self._views = views
+        self._farm = farm
+        self._durations = durations
+        self._clock = clock
+        #: Submissions that are looked at, and when last.
+        self._wanted: OrderedDict[SubmissionId, float] = OrderedDict()
+        self._found: dict[SubmissionId, Foreseen] = {}
+        self._asked = asyncio.Event()
+        #: Set once the pass that is under way, or comes next, has ended.
+        self._round = asyncio.Event()
+        self._version: tuple[int, int] | None = None
+        self._worked_out_at = 0.0
+        self._open_steps = 0
+
+    @property
+    def wanted(self) -> int:
+        """Number of submissions whose ends are worked out."""
+        return len(self._wanted)
+
+    def of(self, row: SubmissionRow) -> EtaView | None:
+        """Return the foreseen end of a submission; None where it has ended, or is not worked out yet."""
+        found = self.foreseen(row)
+        return None if found is None else found.view
+
+    def foreseen(self, row: SubmissionRow) -> Foreseen | None:
+        """Return what `of` returns, with all that it was made of."""
+        if row.ended or row.withdrawn:
+            return None
+        self._wanted[row.id] = self._clock.now()
+        self._wanted.move_to_end(row.id)
+        if len(self._wanted) > WANTED:
+            self._found.pop(self._wanted.popitem(last=False)[0], None)
+        found = self._found.get(row.id)
+        if found is None or not self._is_fresh():
+            self._asked.set()
+        return found
+
+    def wake(self) -> None:
+        """Look again at once: something is known that was not."""
+        self._asked.set()
+
+    async def wait_for(self, rows: Iterable[SubmissionRow], most_s: float) -> None:
+        """Have the ends of some submissions worked out, and wait for that at most so long."""
+        missing = [row for row in rows if self.foreseen(row) is None]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(most_s):
+                while any(self.foreseen(row) is None and not (row.ended or row.withdrawn) for row in missing):
+                    await self._round.wait()
+
+    async def run(self) -> None:
+        """Work out what is asked for; what is watched without a question is worked out anew each `STALE_S`."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STALE_S):
+                    await self._asked.wait()
+            self._asked.clear()
+            rows = self._looked_at()
+            if rows and (not self._is_fresh() or any(row.id not in self._found for row in rows)):
+                await in_slices(self.working_out(rows))
+            passed, self._round = self._round, asyncio.Event()
+            passed.set()
+            await asyncio.sleep(PAUSE_S + self._open_steps * PAUSE_PER_STEP_S)
+
+    def _is_fresh(self) -> bool:
+        stale = self._clock.now() - self._worked_out_at >= STALE_S
+        return not stale and self._version == (self._views.moves, self._durations.answers)
+
+    def _looked_at(self) -> list[SubmissionRow]:
+        """Return the submissions that were asked for lately or are watched; others are forgotten."""
+        now = self._clock.now()
+        rows = []
+        for name, asked_at in list(self._wanted.items()):
+            row = self._views.find(name)
+            if row is None or row.ended or row.withdrawn or (now - asked_at > WANTED_S and not row.watchers):
+                del self._wanted[name]
+                self._found.pop(name, None)
+            else:
+                rows.append(row)
+        return rows
+
+    def working_out(self, rows: list[SubmissionRow]) -> Generator[Pause, None, None]:
+        """Work out the ends of some submissions, with pauses."""
+        version = (self._views.moves, self._durations.answers)
+        now = self._clock.now()
+        live: dict[int, tuple[tuple[SubmissionRow, ...], tuple[SubmissionRow, ...]]] = {}
+
+        def look(step: Step) -> Outlook[SubmissionRow] | None:
+            row = self._views.row_of(step.key) if step.engaged and step.state is not StepState.DONE else None
+            if row is None:
+                return None
+            # Most steps share their tuple of submissions; the first of a pair keeps its identity from being reused.
+            its, holders = live.get(id(row.submissions)) or (None, ())
+            if its is None:
+                holders = tuple([sub for sub in row.submissions if not (sub.ended or sub.withdrawn)])
+                live[id(row.submissions)] = (row.submissions, holders)
+            return self._outlook(step, row, holders, now) if holders else None
+
+        # A copy: steps may come and go at a pause.
+        steps = list(self._farm.state.steps.values())
+        found = yield from estimating(steps, look, self._slots, rows)
+        self._open_steps = sum(estimate.steps for estimate in found.values())
+        self._version, self._worked_out_at = version, now
+        for row in rows:
+            estimate, before = found.get(row), self._found.pop(row.id, None)
+            if estimate is None or row.id not in self._wanted:
+                continue
+            self._found[row.id] = fresh = Foreseen(self._view(estimate, now), estimate)
+            if before is None or _differs(before.view, fresh.view):
+                notify_submission_changed(row)
+
+    def _outlook(
+        self, step: Step, row: StepRow, holders: tuple[SubmissionRow, ...], now: float
+    ) -> Outlook[SubmissionRow]:
+        kind = step.recipe.requirements
+        if row.state is StepStatus.PUBLISHING:
+            return Outlook(holders, kind, Expected(0.0, 0.0))
+        name = self._views.name_of(row)
+        expected = self._durations.expected(name, kind.system)
+        if expected is None or row.state is not StepStatus.RUNNING:
+            return Outlook(holders, kind, expected)
+        age_s = max(0.0, now - row.life.started_at)
+        if age_s >= expected.most_s:
+            # How long it still takes is as unknown as of one that never ran.
+            return Outlook(holders, kind, Expected(0.0, expected.most_s), overdue=True)
+        return Outlook(holders, kind, Expected(max(0.0, expected.least_s - age_s), expected.most_s - age_s))
+
+    def _slots(self, kind: Requirements) -> int:
+        """Return how many builds of a kind its workers do at one time."""
+        return sum(self._views.workforce.slots(name) for name in self._farm.serving(kind))
+
+    def _view(self, estimate: Estimate[Step], now: float) -> EtaView:
+        return EtaView(
+            at=now,
+            sooner_at=now + estimate.sooner_s,
+            later_at=0.0 if estimate.later_s is None else now + estimate.later_s,
+            bound=estimate.bound,
+            because=self._because(estimate),
+            steps=estimate.steps,
+            unknown=estimate.unknown,
+            overdue=estimate.overdue,
+        )
+
+    def _because(self, estimate: Estimate[Step]) -> str:
+        """Return the clause that says what bounds the end."""
+        match estimate.bound, estimate.bound_kind:
+            case "no_worker", Requirements() as kind:
+                reason = unserved(self._farm.state, kind)
+                if reason is not None:
+                    return describe_unserved(reason)
+                return f"every worker for {named(kind)} drains or is in quarantine"
+            case "capacity", Requirements() as kind:
+                load = next(load for load in estimate.loads if load.kind == kind)
+                slots = f"{load.slots} slots" if load.slots != 1 else "the only slot"
+                others = load.holders - 1
+                shared = f", shared with {_counted(others, 'other submission')}" if others else ""
+                return f"{slots} for {named(kind)} and {_counted(load.steps, 'step')} for them{shared}"
+            case _:
+                return self._path_clause(estimate)
+
+    def _path_clause(self, estimate: Estimate[Step]) -> str:
+        first = estimate.path[0] if estimate.path else None
+        row = self._views.row_of(first.key) if first is not None else None
+        if row is None:
+            return "its last step"
+        length = _counted(estimate.path_steps, "step")
+        clause = f"the critical path of {length} through {self._views.name_of(row)}"
+        if row.state is StepStatus.READY:
+            waits = self._views.step_view(row).waiting_for
+            return f"{clause}, which waits: {waits}" if waits else clause
+        return clause
+
+    def path(self, foreseen: Foreseen) -> tuple[PathStepView, ...]:
+        """Render the first steps of the critical path to come, those that are still known."""
+        shown = []
+        for step in foreseen.estimate.path:
+            row = self._views.row_of(step.key)
+            if row is None:
+                continue
+            expected = self._durations.expected(self._views.name_of(row), step.recipe.requirements.system)
+            running = row.state is StepStatus.RUNNING
+            shown.append(
+                PathStepView(
+                    step=row.key,
+                    name=self._views.name_of(row),
+                    state=row.state,
+                    worker=row.life.builder,
+                    started_at=row.life.started_at if running else 0.0,
+                    takes_s=None if expected is None else expected.most_s,
+                )
+            )
+        return tuple(shown)
+
+
+def _differs(before: EtaView, after: EtaView) -> bool:
+    """Return whether a person should see the change: watchers get nothing for what moved by a second."""
+    if (before.bound, before.because, bool(before.later_at)) != (after.bound, after.because, bool(after.later_at)):
+        return True
+    moved_s = max(abs(after.sooner_at - before.sooner_at), abs(after.later_at - before.later_at))
+    return moved_s > max(MOVED_S, MOVED_PART * (max(after.sooner_at, after.later_at) - after.at))
+
+
+def named(kind: Requirements) -> str:
+    """Return a kind of steps as people call it."""
+    return f"{kind.system} with {', '.join(kind.features)}" if kind.features else kind.system
+
+
+def load_views(foreseen: Foreseen) -> tuple[LoadView, ...]:
+    """Render the open work by kind."""
+    return tuple(
+        LoadView(
+            system=load.kind.system,
+            features=load.kind.features,
+            steps=load.steps,
+            work_s=load.most_s,
+            slots=load.slots,
+            others=max(0, load.holders - 1),
+        )
+        for load in foreseen.estimate.loads
+    )
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"

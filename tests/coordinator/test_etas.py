@@ -1,0 +1,182 @@
+"""When submissions end, on a real farm: what is foreseen, what bounds it, what has bounded it, what the farm does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from coordinator.api.estimates import ThroughputBar, ThroughputView
+from coordinator.api.models import CountsChanged, EtaView, Snapshot
+from coordinator.cli.eta import eta_lines, rate
+from coordinator.cli.rendering import duration, eta_sentence
+from coordinator.readmodel.etas import WANTED, Etas
+from coordinator.readmodel.rows import SubmissionRow
+from coordinator.readmodel.throughput import HOUR, Throughput, counting
+from coordinator.stores.timings import TimingsError
+from infra.clock import SystemClock
+from scheduler.model import SubmissionId
+from scheduler.pauses import whole
+from tests.coordinator.conftest import PATIENCE_S, OpenedFarm, OpenFarm
+from tests.coordinator.test_views import DrivenViews
+from tests.support.screens import NOW
+
+CHAIN = """
+rec {{
+  low = run "low-{0}" "{1}";
+  side = run "side-{0}" "echo > $out";
+  middle = run "middle-{0}" "read x < ${{low}}; read y < ${{side}}; echo > $out";
+  top = run "top-{0}" "read x < ${{middle}}; echo > $out";
+  mac = runOn "riscv64-linux" {{}} "mac-{0}" "read x < ${{low}}; echo > $out";
+}}
+"""
+SLOW = "i=0; while [ $i -lt 50000 ]; do i=$((i+1)); done; echo 1 > $out"
+ENDLESS = "while :; do :; done"
+
+
+async def foreseen(farm: OpenedFarm, submission: str, bound: str) -> EtaView:
+    """Watch a submission until its end is bounded by that."""
+    async with asyncio.timeout(PATIENCE_S):
+        async for event in farm.client.watch(submission):
+            if isinstance(event, Snapshot | CountsChanged) and event.eta is not None and event.eta.bound == bound:
+                return event.eta
+    raise AssertionError("the stream ended")
+
+
+async def test_a_submission_says_what_bounds_its_end_and_in_the_end_what_has(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm:
+        sub = await farm.submit(CHAIN.format(1, SLOW), "top")
+        await farm.ended(sub.id)
+        # What has bounded it: each step of the chain begins where the one before it ended.
+        found = await farm.client.eta(sub.id)
+        assert found.eta is None
+        assert [step.name for step in found.so_far.steps] == ["low-1", "middle-1", "top-1"]
+        assert sum(step.took_s + step.waited_s for step in found.so_far.steps) == pytest.approx(found.so_far.seconds)
+        assert all(step.took_s > 0 for step in found.so_far.steps)
+        lines = eta_lines(found, NOW)
+        assert lines[1] == f"  critical path so far: 3 steps, {duration(found.so_far.seconds)}"
+        # Histories are written by then, so that the throughput counts them.
+        assert (await farm.client.history("top")).systems[0].done == 1
+        activity = await farm.client.activity()
+        assert activity.throughput is not None
+        assert activity.throughput.total == ThroughputBar(finished=4)
+
+        sub = await farm.submit(CHAIN.format(2, ENDLESS), "top", label="endless")
+        eta = await foreseen(farm, sub.id, "path")
+        assert eta.because == "the critical path of 3 steps through low-2"
+        assert eta.at <= eta.sooner_at <= eta.later_at
+        assert (eta.steps, eta.unknown) in {(4, 0), (3, 0)}
+        found = await farm.client.eta(sub.id)
+        assert [(step.name, step.state) for step in found.to_come.steps] == [
+            ("low-2", "running"), ("middle-2", "waiting"), ("top-2", "waiting"),
+        ]  # fmt: skip
+        assert [load.slots for load in found.loads] == [2]
+        assert [run.label for run in (await farm.client.activity()).running] == ["endless"]
+
+        # Another one stands on the same step, and on a system that nobody builds.
+        other = await farm.submit(CHAIN.format(2, ENDLESS), "mac")
+        eta = await foreseen(farm, other.id, "no_worker")
+        assert (eta.because, eta.later_at, eta.unknown) == ("no worker offers the system riscv64-linux", 0.0, 1)
+        for each in (sub, other):
+            await farm.client.cancel(each.id)
+        assert (await farm.client.eta(sub.id)).eta is None
+
+
+@pytest.mark.parametrize(
+    ("eta", "said"),
+    [
+        (
+            EtaView(at=NOW, sooner_at=NOW + 720, later_at=NOW + 1080, bound="path", because="the way", steps=5),
+            "ends in 12m00s to 18m00s: bounded by the way",
+        ),
+        (
+            EtaView(at=NOW, sooner_at=NOW + 700, later_at=NOW + 720, bound="path", because="a\x1b[2J\nb", steps=5),
+            "ends in about 12m00s: bounded by a b",
+        ),
+        (
+            EtaView(at=NOW, sooner_at=NOW, later_at=NOW + 60, bound="capacity", because="x", steps=5, unknown=2),
+            "ends within 1m00s: bounded by x (2 of 5 steps left without history)",
+        ),
+        (
+            EtaView(at=NOW - 90, sooner_at=NOW - 80, later_at=NOW - 62, bound="path", because="x", steps=1, overdue=1),
+            "1m02s later than foreseen: bounded by x (1 longer than usual)",
+        ),
+        (
+            EtaView(at=NOW, sooner_at=NOW + 60, bound="no_worker", because="no worker offers x", steps=1),
+            "no end in sight: no worker offers x",
+        ),
+        (
+            EtaView(at=NOW, sooner_at=NOW, bound="unknown", because="x", steps=1, unknown=1),
+            "end unknown: none of 1 step left has a history, bounded by x",
+        ),
+    ],
+)
+def test_an_end_is_said_as_it_is_known(eta: EtaView, said: str) -> None:
+    assert eta_sentence(eta, NOW) == said
+
+
+def test_what_is_kept_of_foreseen_ends_is_bounded(driven: DrivenViews) -> None:
+    etas = Etas(driven.views, driven.farm, Nothing(), SystemClock())
+    for number in range(3 * WANTED):
+        assert etas.of(SubmissionRow(SubmissionId(f"s{number}"), NOW, frozenset(), [])) is None
+    assert etas.wanted == WANTED
+
+
+class Nothing:
+    """A source of durations that knows none."""
+
+    answers = 0
+
+    def expected(self, name: str, system: str) -> None:
+        """Know none."""
+
+
+@pytest.fixture
+def driven() -> DrivenViews:
+    return DrivenViews()
+
+
+async def test_throughput_is_counted_by_stretches_and_outlives_a_store_that_fails(driven: DrivenViews) -> None:
+    answers: Iterator[list[tuple[int, str, int]] | None] = iter([[(0, "done", 9), (59, "failed", 2), (59, "lost", 5)]])
+    asked: list[tuple[float, float, float]] = []
+
+    async def ended(since: float, until: float, every_s: float) -> list[tuple[int, str, int]]:
+        asked.append((since, until, every_s))
+        found = next(answers, None)
+        if found is None:
+            raise TimingsError("the database of timings failed: locked.")
+        return found
+
+    clock = Moved()
+    throughput = Throughput(driven.views, ended, clock)
+    first = await throughput.of(HOUR)
+    assert (first.bars[0], first.bars[59], first.total) == (
+        ThroughputBar(finished=9), ThroughputBar(failed=2), ThroughputBar(finished=9, failed=2),
+    )  # fmt: skip
+    ((since, until, every_s),) = asked
+    assert until - since == 60 * every_s == 3600
+    assert until - 60 <= NOW < until
+    clock.at += HOUR.kept_s - 1
+    assert await throughput.of(HOUR) is first
+    assert len(asked) == 1
+    clock.at += 2
+    assert await throughput.of(HOUR) is first
+    assert len(asked) == 2
+
+
+class Moved:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.at = NOW
+
+    def now(self) -> float:
+        return self.at
+
+
+def test_what_submissions_found_in_the_cache_is_counted_when_they_came() -> None:
+    rows = [SubmissionRow(SubmissionId(str(number)), NOW - 60 * number, frozenset(), [], held=3) for number in range(3)]
+    view: ThroughputView = whole(counting(HOUR, (NOW // 60 + 1) * 60, [(58, "done", 10)], rows))
+    assert [bar.reused for bar in view.bars[-4:]] == [0, 3, 3, 3]
+    assert rate(view) == "2.0 builds/min; last hour 10 finished, 0 failed, 9 reused"
