@@ -1,4 +1,4 @@
-"""Records of what became of a recipe's attempts, with their sentences.
+"""Records of what became of a recipe's attempts, and of a worker's beside other workers', with their sentences.
 
 Plain records, as those of `coordinator.api.models`. Pages and commands say the same of them, so the sentences stand
 here.
@@ -27,6 +27,26 @@ class RecipeRecordView:
         return self.attempts - self.succeeded
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRecordView:
+    """A worker's newest attempts, and how its failures compare with other workers' at the same packages.
+
+    The comparison counts each recipe once on each worker, and only recipes that succeeded somewhere, of packages that
+    other workers tried too: what no machine can build blames none. `failures` are all failures there, on any worker;
+    `expected` is this worker's share of them by its share of the tries, which it would have if all workers were alike.
+    """
+
+    attempts: int
+    failed_attempts: int
+    #: Recipes compared, those that failed here, and the comparison.
+    steps: int = 0
+    failed: int = 0
+    failures: int = 0
+    expected: float = 0.0
+    #: It failed more often than chance explains (`coordinator.readmodel.flakes.stands_out`).
+    stands_out: bool = False
+
+
 def failure_sentence(record: RecipeRecordView | None) -> str:
     """Say of a failed step that its recipe can succeed; "" where it never did."""
     if record is None or not record.succeeded:
@@ -40,6 +60,16 @@ def flake_sentence(record: RecipeRecordView | None) -> str:
     if record is None or not record.flaky:
         return ""
     return f"failed {record.failed} of {_times(record.attempts)} with the same recipe{_flaky(record)}"
+
+
+def worker_sentence(record: WorkerRecordView | None) -> str:
+    """Say that builds fail more often on a worker than elsewhere; "" where they do not."""
+    if record is None or not record.stands_out:
+        return ""
+    return (
+        f"builds fail more often here than elsewhere: {record.failed} of {record.steps} steps that succeeded somewhere "
+        f"failed here; as one of equals it would have {record.expected:.1f} of the {record.failures} failures"
+    )
 
 
 def _flaky(record: RecipeRecordView) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, TypeAlias
 
-from coordinator.api.flakes import RecipeRecordView
+from coordinator.api.flakes import RecipeRecordView, WorkerRecordView
 
 
 class StepStatus(StrEnum):
@@ -228,6 +228,8 @@ class WorkerView:
     load: float | None = None
     memory_available_bytes: int | None = None
     disk_free_bytes: int | None = None
+    #: Its newest attempts beside those of other workers; None while that is not known, or where it had none.
+    record: WorkerRecordView | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

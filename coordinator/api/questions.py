@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from coordinator.api.difference_models import DifferenceView, RunReasonView
 from coordinator.api.estimates import RunningView, ThroughputView
+from coordinator.api.flakes import WorkerRecordView
 from coordinator.api.models import StepView, WorkerState
 
 
@@ -63,6 +64,8 @@ class WorkerActivityView:
     lease_count: int
     #: Why it is silent or quarantined.
     reason: str = ""
+    #: Its newest attempts beside those of other workers.
+    record: WorkerRecordView | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.cells import cell_len, set_cell_size
 
-from coordinator.api.flakes import failure_sentence, flake_sentence
+from coordinator.api.flakes import WorkerRecordView, failure_sentence, flake_sentence, worker_sentence
 from coordinator.api.models import (
     Counts,
     EtaView,
@@ -343,7 +343,7 @@ def submission_rows(submissions: Sequence[SubmissionView], now: float) -> list[t
 
 def worker_lines(workers: Sequence[WorkerView], now: float) -> list[str]:
     """Return a table of workers, and below it why those that get no work get none."""
-    heads = ("WORKER", "STATE", "SYSTEMS", "FEATURES", "CLASS", "BUSY", "BUILT", "SEEN", "NIX")
+    heads = ("WORKER", "STATE", "SYSTEMS", "FEATURES", "CLASS", "BUSY", "BUILT", "FAILED", "SEEN", "NIX")
     rows: list[tuple[str, ...]] = [heads]
     for worker in workers:
         systems = [
@@ -359,6 +359,7 @@ def worker_lines(workers: Sequence[WorkerView], now: float) -> list[str]:
                 worker.isolation,
                 f"{len(worker.leases)}/{worker.slots}",
                 str(worker.built),
+                _failed_share(worker.record),
                 f"{duration(now - worker.last_seen)} ago" if worker.last_seen else "-",
                 worker.nix_version or "-",
             )
@@ -368,12 +369,20 @@ def worker_lines(workers: Sequence[WorkerView], now: float) -> list[str]:
         for worker in workers
         if worker.reason
     ]
+    reasons += [f"{worker.name}: {note}" for worker in workers if (note := worker_sentence(worker.record))]
     reasons += [
         f"{worker.name} is of isolation class {worker.isolation}: {one_line('; '.join(worker.isolation_reasons))}"
         for worker in workers
         if worker.isolation_reasons
     ]
     return [*table_lines(rows), *([""] if reasons else []), *reasons]
+
+
+def _failed_share(record: WorkerRecordView | None) -> str:
+    """Return the share of the newest attempts that failed."""
+    if record is None or not record.attempts:
+        return "-"
+    return f"{record.failed_attempts}/{record.attempts}"
 
 
 def step_lines(step: StepView, now: float) -> list[str]:

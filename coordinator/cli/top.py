@@ -11,6 +11,7 @@ from typing import Final
 
 from rich.cells import cell_len
 
+from coordinator.api.flakes import worker_sentence
 from coordinator.api.questions import ActivityView, QueueView, SlotView, WorkerActivityView
 from coordinator.cli import exit_status
 from coordinator.cli.eta import rate
@@ -30,6 +31,8 @@ RUNNING: Final = 6
 RUNNING_PART: Final = 8
 _UNBOUNDED: Final = Window(200, 10_000)
 _ENDS: Final = (signal.SIGINT, signal.SIGTERM)
+#: Workers that are said to fail more than others.
+BLAMED: Final = 3
 #: Cells that the longest name of a step takes.
 NAME_CELLS: Final = 40
 #: Stages in which a lease has a slot.
@@ -84,7 +87,9 @@ def _frame(activity: ActivityView, trouble: str, window: Window) -> list[Line]:
 
 def farm_lines(activity: ActivityView, now: float, window: Window) -> list[Line]:
     """Return the farm, no wider and lower than the window: totals, troubles, workers with their steps, queues."""
-    head = [_totals(activity), *([("! " + one_line(trouble), "yellow")] for trouble in activity.troubles)]
+    blamed = [(worker, note) for worker in activity.workers if (note := worker_sentence(worker.record))]
+    notes = [*activity.troubles, *(f"{worker.name}: {note}" for worker, note in blamed[:BLAMED])]
+    head = [_totals(activity), *([("! " + one_line(note), "yellow")] for note in notes)]
     head += _running_lines(activity, now, min(RUNNING, window.height // RUNNING_PART))
     queues = _queue_lines(activity.queues)
     room = max(1, window.height - 1 - len(head) - len(queues))

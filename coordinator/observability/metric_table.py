@@ -76,6 +76,24 @@ WORKER_VITALS: Final[Mapping[Metric, Callable[[Vitals], float | None]]] = {
         "By",
     ): lambda v: v.disk_free_bytes,
 }
+WORKER_FAILED: Final = Metric(
+    "drover_worker_failed_steps",
+    "gauge",
+    "Steps of the last seven days that failed on a worker, succeeded somewhere, and are of packages that others tried.",
+    ("worker",),
+)
+WORKER_EXPECTED: Final = Metric(
+    "drover_worker_expected_failed_steps",
+    "gauge",
+    "How many of these steps would have failed on a worker if all workers were alike.",
+    ("worker",),
+)
+WORKER_FAILS_MORE: Final = Metric(
+    "drover_worker_fails_more",
+    "gauge",
+    "1 for a worker on which builds fail more often than elsewhere, beyond what chance explains; else 0.",
+    ("worker",),
+)
 
 TIMINGS_WAITING: Final = Metric("drover_timings_waiting", "gauge", "Timings of attempts that are not written yet.")
 TIMINGS_DROPPED: Final = Metric(
@@ -222,6 +240,9 @@ METRICS: Final[tuple[Metric, ...]] = (
     WORKER_SLOTS,
     WORKER_LEASES,
     WORKER_BUILT,
+    WORKER_FAILED,
+    WORKER_EXPECTED,
+    WORKER_FAILS_MORE,
     TIMINGS_WAITING,
     TIMINGS_DROPPED,
     *WORKER_VITALS,

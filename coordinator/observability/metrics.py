@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
+from coordinator.api.flakes import WorkerRecordView
 from coordinator.api.models import FarmView, StepStatus, SubmissionState, WaitingKind, WorkerState
 from coordinator.caches.housekeeping import CacheGauges
 from coordinator.engine.meter import EngineMeter
@@ -71,6 +72,9 @@ def add_farm_metrics(
     telemetry.show(table.WORKER_SLOTS, lambda: [(each.slots, {"worker": each.name}) for each in workforce.views()])
     telemetry.show(table.WORKER_BUILT, lambda: [(each.built, {"worker": each.name}) for each in workforce.views()])
     telemetry.show(table.WORKER_LEASES, lambda: _leases(views))
+    telemetry.show(table.WORKER_FAILED, lambda: _of_records(views, lambda record: record.failed))
+    telemetry.show(table.WORKER_EXPECTED, lambda: _of_records(views, lambda record: record.expected))
+    telemetry.show(table.WORKER_FAILS_MORE, lambda: _of_records(views, lambda record: record.stands_out))
     telemetry.show(table.TIMINGS_WAITING, lambda: [(views.timelines.waiting, {})])
     telemetry.show(table.TIMINGS_DROPPED, lambda: [(views.timelines.dropped, {})])
 
@@ -133,6 +137,12 @@ def _ready(counts: Mapping[Requirements, int], holding: Mapping[Requirements, Wa
     for wanted, count in counts.items():
         reason = holding.get(wanted, "back_off")
         yield count, {"system": wanted.system, "features": ",".join(wanted.features), "reason": reason}
+
+
+def _of_records(views: Views, read: Callable[[WorkerRecordView], float]) -> _Values:
+    """Give a figure of each worker's record; 0 of one without, so that its line does not stay where it was."""
+    for worker in views.workforce.views():
+        yield float(read(worker.record)) if worker.record is not None else 0.0, {"worker": worker.name}
 
 
 def _leases(views: Views) -> _Values:

@@ -1,18 +1,29 @@
 """Judgement of flakes: is it the package or the machine? Pure: ended attempts in, records out.
 
 A recipe's attempts differ in nothing but chance and machine. One that failed and later succeeded is flaky.
+
+A worker is compared with the others at the same packages. Of the failures of each package, a worker that is like the
+others has its share of the tries; the sum over packages is what is expected of it. Each failure falls on the worker, or
+does not, like a draw without replacement, so by Hoeffding (1963, theorems 1 and 4) the chance that of `failures` at
+least `failed` fall on it is at most exp(-failures * KL(failed/failures, expected/failures)), with KL the relative
+entropy of two coins. That holds for any numbers, also small ones, where a normal approximation would blame at random.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from coordinator.api.flakes import RecipeRecordView
+from coordinator.api.flakes import RecipeRecordView, WorkerRecordView
 from coordinator.stores.timings import AttemptEnds, AttemptTiming
+from coordinator.stores.worker_counts import WorkerCounts
 
+#: Chance that any worker of a farm is shown although all are alike; each worker has its part of it.
+FALSE_ALARM: Final = 0.01
+#: Fewer failed recipes on a worker are no evidence, however unlikely.
+LEAST_FAILED: Final = 3
 #: Reasons for a retry that may be the recipe's own doing, as a verdict is.
 _OWN: Final = frozenset({"transient", "killed", "connection_lost"})
 #: Verdicts that follow from something else than a build.
@@ -79,3 +90,41 @@ def ends_of(timings: Iterable[AttemptTiming]) -> list[AttemptEnds]:
         for each in timings
         if each.outcome is not None and each.ended_at is not None
     ]
+
+
+def worker_records(counts: Iterable[WorkerCounts]) -> Mapping[str, WorkerRecordView]:
+    """Return each worker's record, judged among as many as are compared."""
+    counts = list(counts)
+    compared = sum(each.failures > 0 for each in counts)
+    return {
+        each.worker: WorkerRecordView(
+            attempts=each.attempts,
+            failed_attempts=each.failed_attempts,
+            steps=each.steps,
+            failed=each.failed,
+            failures=each.failures,
+            expected=each.expected,
+            stands_out=stands_out(each.failed, each.expected, each.failures, compared),
+        )
+        for each in counts
+    }
+
+
+def stands_out(failed: int, expected: float, failures: int, compared: int) -> bool:
+    """Return whether `failed` of all `failures` are too many for one of `compared` workers that are alike."""
+    return failed >= LEAST_FAILED and chance(failed, expected, failures) * compared <= FALSE_ALARM
+
+
+def chance(failed: int, expected: float, failures: int) -> float:
+    """Return an upper bound of the chance that at least `failed` of `failures` fall where `expected` would."""
+    if failed <= expected or not failures:
+        return 1.0
+    observed, share = failed / failures, expected / failures
+    divergence = _part(observed, share) + _part(1 - observed, 1 - share)
+    return math.exp(-failures * divergence)
+
+
+def _part(observed: float, share: float) -> float:
+    if observed <= 0:
+        return 0.0
+    return observed * math.log(observed / share) if share > 0 else math.inf

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from coordinator.api.flakes import WorkerRecordView
 from coordinator.api.models import WorkerState, WorkerView
 from workers.wire.grades import LEVELS, UNMEASURED, IsolationGrade
 from workers.wire.messages import Batch, HeldLease, Hello, Vitals
@@ -47,6 +48,7 @@ class Workforce:
     def __init__(self, changed: Callable[[], None]) -> None:
         self._rows: dict[str, WorkerRow] = {}
         self._changed = changed
+        self._records: Mapping[str, WorkerRecordView] = {}
 
     def connected(self, hello: Hello, now: float) -> None:
         """A worker introduced itself."""
@@ -88,6 +90,10 @@ class Workforce:
         if row is not None:
             row.quarantined_until, row.quarantine = until, reason
 
+    def compared(self, records: Mapping[str, WorkerRecordView]) -> None:
+        """Take in what became of workers' newest attempts, in place of what was known of them."""
+        self._records = records
+
     def isolation(self, worker: str) -> IsolationGrade:
         """Return how a worker keeps builds from its machine; `UNMEASURED` for one that is not known."""
         row = self._rows.get(worker)
@@ -105,7 +111,7 @@ class Workforce:
 
     def views(self) -> list[WorkerView]:
         """Return all workers, by name."""
-        return [_view(name, row) for name, row in sorted(self._rows.items())]
+        return [_view(name, row, self._records.get(name)) for name, row in sorted(self._rows.items())]
 
     def answering(self) -> tuple[str, ...]:
         """Return the names of workers whose agent answers, by name: quarantined ones are among them."""
@@ -126,7 +132,7 @@ class Workforce:
         return counted
 
 
-def _view(name: str, row: WorkerRow) -> WorkerView:
+def _view(name: str, row: WorkerRow, record: WorkerRecordView | None) -> WorkerView:
     return WorkerView(
         name=name,
         state=row.told_state,
@@ -146,4 +152,5 @@ def _view(name: str, row: WorkerRow) -> WorkerView:
         load=row.vitals.load,
         memory_available_bytes=row.vitals.memory_available_bytes,
         disk_free_bytes=row.vitals.disk_free_bytes,
+        record=record,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from coordinator.config import LimitSettings, Settings
 from coordinator.engine.dispatch import Dispatch
@@ -21,6 +22,8 @@ from coordinator.readmodel.runs import Runs
 from coordinator.readmodel.throughput import Throughput
 from coordinator.readmodel.usual_times import UsualTimes
 from coordinator.readmodel.views import Views
+from coordinator.readmodel.worker_records import WorkerRecords
+from coordinator.stores.worker_counts import worker_counts
 from coordinator.wiring.stores import Stores
 from infra.clock import Clock
 from scheduler.effects import Effect
@@ -57,6 +60,7 @@ class Core:
     runs: Runs
     etas: Etas
     throughput: Throughput
+    workers: WorkerRecords
     #: Facts that were replayed.
     replayed: int
 
@@ -93,8 +97,22 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     submissions = Submissions(engine, views, intake)
     views.recipes.read = writer.ends_of
     runs = Runs(views, farm, stores.timings, Differences(views, stores.derivations, stores.timings, writer.flush))
+    workers = WorkerRecords(partial(worker_counts, stores.timings), clock, views.workforce.compared)
     return Core(
-        farm, engine, views, explainer, intake, submissions, relay, writer, usual, runs, etas, throughput, replayed
+        farm,
+        engine,
+        views,
+        explainer,
+        intake,
+        submissions,
+        relay,
+        writer,
+        usual,
+        runs,
+        etas,
+        throughput,
+        workers,
+        replayed,
     )
 
 

@@ -32,6 +32,7 @@ def start_tasks(  # noqa: PLR0917 - collaborators, named by their types
         group.create_task(Compactor(settings.database_url("journal"), journal).run(), name="compaction"),
         group.create_task(core.usual.run(), name="usual times"),
         group.create_task(core.etas.run(), name="foreseen ends"),
+        group.create_task(core.workers.run(), name="records of workers"),
         # Last: they write and send what the others have left.
         group.create_task(core.timings.run(), name="timings"),
         *([group.create_task(exporter.run(), name="traces")] if exporter else []),

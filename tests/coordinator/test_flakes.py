@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 import re
 import sqlite3
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sqlalchemy import event
 
 from coordinator.api.flakes import (
     RecipeRecordView,
+    WorkerRecordView,
     failure_sentence,
     flake_sentence,
+    worker_sentence,
 )
 from coordinator.api.models import StepChanged, StepStatus
 from coordinator.cli.history import story_lines
+from coordinator.cli.lines import plain
+from coordinator.cli.live import Window
 from coordinator.cli.reasons import why_lines
-from coordinator.cli.rendering import step_lines, summary_lines
+from coordinator.cli.rendering import step_lines, summary_lines, worker_lines
+from coordinator.cli.top import farm_lines
 from coordinator.readmodel import recipe_records
-from coordinator.readmodel.flakes import newest_records
+from coordinator.readmodel.flakes import FALSE_ALARM, LEAST_FAILED, chance, newest_records, stands_out, worker_records
 from coordinator.readmodel.recipe_records import RecipeRecords
 from coordinator.readmodel.rows import StepRow
+from coordinator.readmodel.worker_records import WorkerRecords
 from coordinator.stores.timings import AttemptEnds, AttemptTiming, TimingsError, TimingStore
+from coordinator.stores.worker_counts import WorkerCounts, worker_counts
 from infra.clock import SystemClock
 from infra.database import open_engine
 from scheduler.model import StepKey
@@ -86,7 +100,138 @@ def test_a_failure_says_that_its_recipe_can_succeed_and_a_step_that_it_is_flaky(
     assert (flake_sentence(once), failure_sentence(never), failure_sentence(None), flake_sentence(None)) == ("",) * 4
 
 
-async def test_a_failure_of_what_succeeded_before_says_so_wherever_one_looks(
+def recounted(rows: list[AttemptTiming]) -> list[WorkerCounts]:
+    """Count as `worker_counts` promises, by hand."""
+    judged = [row for row in rows if row.outcome in {"done", "failed", "retried", "lost"}]
+    possible = {(row.step, row.recipe) for row in judged if row.outcome == "done"}
+    tries: dict[tuple[str, str], dict[tuple[str, int | None], bool]] = defaultdict(dict)
+    for row in judged:
+        recipe = (row.step, row.recipe)
+        if recipe in possible:
+            assert row.package
+            assert row.worker
+            mine = tries[row.package, row.worker]
+            mine[recipe] = mine.get(recipe, False) or row.outcome != "done"
+    tried: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
+    for (package, _), recipes in tries.items():
+        tried[package] += len(recipes)
+        failed[package] += sum(recipes.values())
+    found = []
+    for worker in sorted({row.worker or "" for row in judged}):
+        its = [row for row in judged if row.worker == worker]
+        cells = [
+            (package, len(recipes), sum(recipes.values()))
+            for (package, who), recipes in tries.items()
+            if who == worker and tried[package] > len(recipes)
+        ]
+        found.append(
+            WorkerCounts(
+                worker,
+                len(its),
+                sum(row.outcome != "done" for row in its),
+                sum(count for _, count, _ in cells),
+                sum(bad for *_, bad in cells),
+                sum(failed[package] for package, *_ in cells),
+                float(sum(failed[package] * count / tried[package] for package, count, _ in cells)),
+            )
+        )
+    return found
+
+
+async def test_a_worker_is_compared_at_packages_that_others_tried_and_at_recipes_that_succeeded(url: str) -> None:
+    chosen = random.Random(7)
+    outcomes = ["done", "done", "done", "failed", "retried", "lost", "returned", "cancelled"]
+    async with opened(url) as store:
+        rows: list[AttemptTiming] = []
+        for number in range(400):
+            step, package = f"{number % 90}", f"p{number % 30}"
+            outcome = "failed" if number % 30 == 3 else chosen.choice(outcomes)
+            worker = "alone" if number % 30 == 4 else chosen.choice("abc")
+            rows.append(ended(f"{step}-{package}", number, worker, outcome, 10.0 + number))
+        old = [ended("0-p0", 1000 + number, "old", "failed", 1.0) for number in range(9)]
+        await store.save([*rows, *old])
+        counts = await worker_counts(store, since=5.0)
+        by_hand = recounted(rows)
+        assert [each.expected for each in counts] == pytest.approx([each.expected for each in by_hand])
+        assert [replace(each, expected=0.0) for each in counts] == [replace(each, expected=0.0) for each in by_hand]
+        alone = next(each for each in counts if each.worker == "alone")
+        # No other worker has built that package: whatever failed there, nothing is known of the machine.
+        assert alone.failed_attempts
+        assert (alone.steps, alone.expected) == (0, 0.0)
+
+
+@given(st.integers(0, 60), st.integers(1, 60), st.floats(0.001, 0.999))
+def test_the_bound_is_never_below_the_true_chance(failed: int, failures: int, share: float) -> None:
+    """Against the binomial law, which is the widest of those that the bound covers."""
+    failed = min(failed, failures)
+    terms = (
+        math.comb(failures, each) * share**each * (1 - share) ** (failures - each)
+        for each in range(failed, failures + 1)
+    )
+    assert chance(failed, share * failures, failures) >= math.fsum(terms) * (1 - 1e-9)
+
+
+@given(st.integers(0, 200), st.integers(1, 200), st.floats(0.0, 1.0), st.integers(1, 50))
+def test_more_failures_and_a_smaller_share_never_clear_a_worker(
+    failed: int, failures: int, share: float, compared: int
+) -> None:
+    failed = min(failed, failures)
+    expected = share * failures
+    if stands_out(failed, expected, failures, compared):
+        assert failed >= LEAST_FAILED
+        assert failed > expected
+        assert stands_out(failed, expected / 2, failures, compared)
+        assert stands_out(failed, expected, failures, 1)
+        assert failed == failures or stands_out(failed + 1, expected, failures, compared)
+
+
+def test_few_failures_blame_nobody_and_a_machine_that_fails_what_others_build_stands_out() -> None:
+    assert not stands_out(2, 0.001, 2, 1)
+    assert not stands_out(3, 1.5, 3, 2)
+    # Half of twenty steps failed on one of two workers, none on the other.
+    assert stands_out(10, 5.0, 10, 2)
+    # All failed alike: a package that always fails, or a cache that is gone.
+    assert not stands_out(500, 500.0, 1000, 2)
+
+
+def test_among_workers_that_are_alike_none_is_shown_but_by_a_rare_chance() -> None:
+    """Packages fail at rates of their own, and workers get them in shares of their own: a naive rate would differ."""
+    drawn = random.Random(11)
+    shown, farms = 0, 400
+    for _ in range(farms):
+        workers = {name: drawn.random() for name in "abcdef"}
+        counts = {name: [0, 0, 0, 0.0] for name in workers}
+        for _ in range(12):
+            rate, cells = drawn.random() ** 3, {name: [0, 0] for name in workers}
+            for name in drawn.choices(list(workers), list(workers.values()), k=drawn.randrange(1, 40)):
+                cells[name][0] += 1
+                cells[name][1] += drawn.random() < rate
+            tried, failed = (sum(cell[place] for cell in cells.values()) for place in (0, 1))
+            for name, (own, bad) in cells.items():
+                if 0 < own < tried:
+                    of = counts[name]
+                    counts[name] = [of[0] + own, of[1] + bad, of[2] + failed, of[3] + failed * own / tried]
+        records = worker_records(
+            WorkerCounts(name, 0, 0, int(steps), int(bad), int(failures), expected)
+            for name, (steps, bad, failures, expected) in counts.items()
+        )
+        shown += any(record.stands_out for record in records.values())
+    assert shown <= farms * FALSE_ALARM
+
+
+def test_only_a_worker_that_stands_out_is_said_to_fail_more() -> None:
+    record = WorkerRecordView(
+        attempts=90, failed_attempts=15, steps=40, failed=12, failures=14, expected=3.14, stands_out=True
+    )
+    assert worker_sentence(record) == (
+        "builds fail more often here than elsewhere: 12 of 40 steps that succeeded somewhere failed here; "
+        "as one of equals it would have 3.1 of the 14 failures"
+    )
+    assert worker_sentence(None) == ""
+
+
+async def test_a_failure_of_what_succeeded_before_and_a_worker_that_fails_more_are_shown_wherever_one_looks(
     open_farm: OpenFarm,
 ) -> None:
     async with open_farm() as farm:
@@ -98,10 +243,13 @@ async def test_a_failure_of_what_succeeded_before_says_so_wherever_one_looks(
         await store.save(
             [ended(key, 0, "other", "done", now - 100, name="tool-1.0", package="tool", system="x86_64-linux")]
         )
-        await store.close()
+        for number in range(10):
+            tries = [("one", "failed"), ("other", "done")]
+            await store.save([ended(f"{number}-lib", at, who, how, now) for at, (who, how) in enumerate(tries)])
     said = "failed here, succeeded 1 of 2 times with the same recipe"
     record = RecipeRecordView(attempts=2, succeeded=1, flaky=False)
     async with open_farm("one") as farm, browser_of(farm) as browser:
+        views = farm.coordinator.views
         seen = [event.step for event in await farm.watch(submitted.id) if isinstance(event, StepChanged)]
         assert seen[-1].state is StepStatus.FAILED
         assert seen[-1].record == record
@@ -114,6 +262,19 @@ async def test_a_failure_of_what_succeeded_before_says_so_wherever_one_looks(
         await browser.log_in()
         for address in (f"/submissions/{submitted.id}", f"/steps/{key}"):
             assert f"It {said}." in (await browser.get(address))[1]
+
+        await WorkerRecords(partial(worker_counts, store), SystemClock(), views.workforce.compared).look()
+        [worker] = await farm.client.workers()
+        assert worker.record is not None
+        assert (worker.record.steps, worker.record.failed, worker.record.failures) == (11, 11, 11)
+        blamed = f"one: {worker_sentence(worker.record)}"
+        assert blamed in worker_lines([worker], now)
+        lines = [plain(line) for line in farm_lines(await farm.client.activity(), now, Window(250, 40))]
+        assert f"! {blamed}" in lines
+        assert worker_sentence(worker.record) in (await browser.get("/workers"))[1]
+        async with browser.session.get(f"{browser.url}/metrics") as metrics:
+            assert 'drover_worker_fails_more{worker="one"} 1.0' in (await metrics.text()).splitlines()
+        await store.close()
 
 
 async def test_a_store_that_fails_or_is_slow_costs_nothing_but_the_record_and_is_asked_once_for_many_readers(
@@ -163,6 +324,7 @@ async def test_questions_use_an_index_however_many_attempts_there_are(tmp_path: 
     await store.prepare()
     statements.clear()
     await store.ends_of(["a"])
+    await worker_counts(store, 5.0)
     await store.of_package("tool", "", 10)
     await store.of_package("tool-1.0", "x", 10)
     await store.close()
@@ -173,6 +335,6 @@ async def test_questions_use_an_index_however_many_attempts_there_are(tmp_path: 
             if statement.startswith(("SELECT", "WITH"))
         ]
     found = [sorted(set(re.findall(r"attempt_timings_\w+|sqlite_autoindex_\w+", plan))) for plan in plans]
-    package = ["attempt_timings_package"]
-    assert found == [["sqlite_autoindex_attempt_timings_1"], package, package], plans
+    ended_at, package = ["attempt_timings_ended"], ["attempt_timings_package"]
+    assert found == [["sqlite_autoindex_attempt_timings_1"], ended_at, ended_at, package, package], plans
     assert not any("SCAN attempt_timings" in plan for plan in plans), plans

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.api.flakes import RecipeRecordView
+from coordinator.api.flakes import RecipeRecordView, WorkerRecordView, worker_sentence
 from coordinator.api.models import (
     Counts,
     CountsChanged,
@@ -214,16 +214,20 @@ def test_tables_are_aligned_and_emulation_is_labelled() -> None:
         built=3,
         last_seen=NOW - 2,
     )
-    weak = replace(worker, name="weak", isolation="C", isolation_reasons=("one", "another"))
+    record = WorkerRecordView(
+        attempts=90, failed_attempts=15, steps=40, failed=12, failures=14, expected=3.14, stands_out=True
+    )
+    weak = replace(worker, name="weak", isolation="C", isolation_reasons=("one", "another"), record=record)
     resting = replace(worker, name="full", state="quarantined", reason="its disk is full", until=NOW + 9)
     systems = "x86_64-linux, aarch64-darwin (emulated)"
     assert worker_lines([worker, resting, weak], NOW) == [
-        f"WORKER  STATE        {'SYSTEMS':39}  FEATURES  CLASS  BUSY  BUILT  SEEN    NIX",
-        f"mac     online       {systems}  -         A      1/2   3      2s ago  2.8.0",
-        f"full    quarantined  {systems}  -         A      1/2   3      2s ago  2.8.0",
-        f"weak    online       {systems}  -         C      1/2   3      2s ago  2.8.0",
+        f"WORKER  STATE        {'SYSTEMS':39}  FEATURES  CLASS  BUSY  BUILT  FAILED  SEEN    NIX",
+        f"mac     online       {systems}  -         A      1/2   3      -       2s ago  2.8.0",
+        f"full    quarantined  {systems}  -         A      1/2   3      -       2s ago  2.8.0",
+        f"weak    online       {systems}  -         C      1/2   3      15/90   2s ago  2.8.0",
         "",
         "full is quarantined for 9s: its disk is full",
+        f"weak: {worker_sentence(record)}",
         "weak is of isolation class C: one; another",
     ]
     assert len(worker_lines([worker], NOW)) == 2

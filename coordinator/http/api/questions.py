@@ -241,6 +241,7 @@ class Questions:
             leases=tuple(leases),
             lease_count=len(worker.leases),
             reason=worker.reason,
+            record=worker.record,
         )
 
     async def completions(self, request: web.Request) -> web.Response:

@@ -14,6 +14,7 @@ from typing import Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from coordinator.api.flakes import worker_sentence
 from coordinator.http.web.assets import Assets
 from coordinator.http.web.svg import bar
 from coordinator.http.web.texts import age_text, bytes_text, date_text, number_text, seconds_text
@@ -41,7 +42,12 @@ class PageRenderer:
             finalize=_shown,
         )
         self._environment.filters.update(
-            bytes=bytes_text, number=number_text, date=date_text, age=age_text, seconds=seconds_text
+            bytes=bytes_text,
+            number=number_text,
+            date=date_text,
+            age=age_text,
+            seconds=seconds_text,
+            worker_sentence=worker_sentence,
         )
         self._environment.globals.update(asset=assets.address, bar=bar)
         self._compiled: dict[str, Template] = {}
