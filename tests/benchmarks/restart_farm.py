@@ -1,11 +1,12 @@
 """The coordinator of `bench restart`: the real one, as a program that can be killed, over an agent that is there.
 
-    python -m tests.benchmarks.restart_farm seed  PLAN     submit, build some, say "seeded", wait to be killed
-    python -m tests.benchmarks.restart_farm serve PLAN     start on what is there, say "ready", wait to be killed
+    python -m tests.benchmarks.restart_farm seed  PLAN     submit, write some builds, print "seeded"
+    python -m tests.benchmarks.restart_farm serve PLAN     start on what is there, print "ready", wait to be killed
 
-Only the worker is a stand-in: it takes leases at once and says on its first greeting which ones it holds, as an agent
-does that outlived a coordinator. What it reports as built lies in the real object store and is verified, signed and
-published. PLAN is JSON, see `Plan`.
+The worker is a stand-in: it takes leases at once and lists in its first greeting those that it holds, as an agent does
+that outlived a coordinator. The submission goes through real intake; the builds that have happened are facts of the
+real core in the real journal, with a snapshot that the coordinator's own process makes. Their outputs are in no cache,
+because thousands of publications would take minutes and no start looks for them. PLAN is JSON, see `Plan`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import asyncio
 import random
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import nullcontext
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
@@ -24,40 +27,46 @@ from pydantic import BaseModel, ConfigDict
 
 from coordinator.api.requests import RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations
+from coordinator.caches import housekeeping
 from coordinator.caches.housekeeping import SUBMISSION
 from coordinator.config import Settings
-from coordinator.engine.compaction import SNAPSHOT_FACTS
+from coordinator.engine.compaction import Compactor
 from coordinator.intake.submissions import Submissions
+from coordinator.journal.codec import Evidence, encode_evidence
+from coordinator.journal.journal import Journal
+from coordinator.journal.takeover import lead_journal
 from coordinator.main import Coordinator, open_coordinator
-from infra.nix.nar import NarData, NarFile, write_events
-from infra.objects.nar_writer import upload_nar
-from infra.objects.store import ObjectStore, open_object_store
-from tests.support.cache import narinfo_of
+from infra.nix.hashing import sha256_text
+from infra.nix.narinfo import NarInfo, StoredNar
+from infra.nix.path_info import PathInfo
+from infra.objects.compression import nar_key
+from scheduler import events as e
+from scheduler.effects import StartBuild
+from scheduler.farm import Farm
+from scheduler.model import BuilderId, BuilderSpec, Instant, LeaseId, StepKey
 from tests.support.graphs import Made, Maker
+from tests.support.local_fleet import no_workers
 from workers.wire.fleet import Fleet, Sink, WorkerConnected, WorkerSpoke
 from workers.wire.grades import IsolationGrade
 from workers.wire.messages import (
     PROTOCOL_VERSION,
-    AgentEvent,
     Batch,
-    FarmInfo,
     HeldLease,
     Hello,
     Lease,
     LeaseOrder,
     Output,
-    Report,
     Stage,
-    Succeeded,
 )
 
 LAYERS: Final = 100
 NEEDS: Final = 3
 WORKER: Final = "stand-in"
 INCARNATION: Final = "1"
-#: Builds reported in one batch.
+SYSTEM: Final = "x86_64-linux"
+#: Builds in one append.
 REPORTED: Final = 64
-#: Seconds between two heartbeats, and to wait for snapshot and housekeeping.
+#: Seconds between two heartbeats, and to wait for housekeeping.
 HEARTBEAT_S: Final = 1.0
 SETTLED_WITHIN_S: Final = 300.0
 
@@ -80,6 +89,11 @@ class Plan(BaseModel):
         """Settings of the coordinator."""
         return Settings(state_dir=self.state_dir, port=0)
 
+    @property
+    def leases_file(self) -> Path:
+        """What the worker holds, as it keeps it on its own disk."""
+        return self.state_dir / "stand-in.json"
+
 
 class Leases(BaseModel):
     """Leases as the worker keeps them on its own disk."""
@@ -88,20 +102,12 @@ class Leases(BaseModel):
 
 
 class StandIn:
-    """One worker that is reached at once, as a fleet. It builds only what `build` tells it to."""
+    """One worker that is reached at once, as a fleet. It keeps what it holds."""
 
-    def __init__(self, plan: Plan, objects: ObjectStore) -> None:
-        self._file = plan.state_dir / "stand-in.json"
-        self._objects = objects
+    def __init__(self, plan: Plan) -> None:
         #: Step -> attempt, oldest first.
-        self._held = Leases.model_validate_json(self._file.read_bytes()).held if self._file.exists() else {}
-        self._orders: dict[str, LeaseOrder] = {}
+        self._held = Leases.model_validate_json(plan.leases_file.read_bytes()).held
         self._capacity = len(self._held) + plan.held
-        self._more = asyncio.Event()
-        self._wanted = 0
-        self._built = 0
-        self._reached = asyncio.Event()
-        self._last = 0
         self.trouble = ""
 
     async def run(self, sink: Sink) -> None:
@@ -110,7 +116,7 @@ class StandIn:
             protocol=PROTOCOL_VERSION,
             worker=WORKER,
             incarnation=INCARNATION,
-            systems=("x86_64-linux",),
+            systems=(SYSTEM,),
             emulated=(),
             features=(),
             mandatory_features=(),
@@ -122,37 +128,14 @@ class StandIn:
         )
         await sink(WorkerConnected(hello))
         while True:
-            said = await self._reports()
-            await sink(WorkerSpoke(WORKER, self._batch(said)))
-            self._built += len(said)
-            if self._built >= self._wanted:
-                self._reached.set()
-                self._more.clear()
-            if not said:
-                try:
-                    async with asyncio.timeout(HEARTBEAT_S):
-                        await self._more.wait()
-                except TimeoutError:
-                    pass
-
-    async def build(self, count: int) -> None:
-        """Build so many more, and return once they are reported."""
-        self._wanted += count
-        self._reached.clear()
-        self._more.set()
-        await self._reached.wait()
-
-    def save(self) -> None:
-        """Write down what is held."""
-        self._file.write_text(Leases(held=self._held).model_dump_json())
+            batch = Batch(incarnation=INCARNATION, last=0, events=(), capacity=self._capacity, leases=self._leases())
+            await sink(WorkerSpoke(WORKER, batch))
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:  # noqa: ARG002
         """See `Fleet`."""
         for order in orders:
             self._held[order.step] = order.attempt
-            self._orders[order.step] = order
-        if self._built < self._wanted:
-            self._more.set()
 
     async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:  # noqa: ARG002
         """See `Fleet`."""
@@ -169,43 +152,50 @@ class StandIn:
     def _leases(self) -> tuple[HeldLease, ...]:
         return tuple(HeldLease(step=step, attempt=number, stage=Stage.BUILDING) for step, number in self._held.items())
 
-    def _batch(self, said: Sequence[AgentEvent]) -> Batch:
-        self._last += len(said)
-        return Batch(
-            incarnation=INCARNATION,
-            last=self._last,
-            events=tuple(said),
-            capacity=self._capacity,
-            leases=self._leases(),
-        )
 
-    async def _reports(self) -> list[Report]:
-        """Finish some of the builds that are wanted."""
-        count = min(REPORTED, self._wanted - self._built, len(self._orders))
-        now = time.time()
-        reports = []
-        for step in list(self._orders)[:count]:
-            del self._orders[step]
-            path = f"/nix/store/{step}"
-            nar = await upload_nar(self._objects, _nar(step))
-            output = Output.of("out", narinfo_of(path, nar))
-            reports.append(
-                Report(
-                    step=step,
-                    attempt=self._held.pop(step),
-                    started_at=now,
-                    building_at=now,
-                    built_at=now,
-                    ended_at=now,
-                    result=Succeeded(outputs=(output,)),
-                )
-            )
-        return reports
+class PastBuilds:
+    """Builds of the stand-in that a journal is to hold: decided by the core, appended in batches."""
+
+    def __init__(self, journal: Journal, plan: Plan) -> None:
+        self._journal = journal
+        self._plan = plan
+        self._farm = Farm()
+        self._running: deque[LeaseId] = deque()
+
+    async def write(self) -> dict[str, int]:
+        """Write them all, with a snapshot between; return what the worker still holds."""
+        async for piece in self._journal.load():
+            self._farm.replay(piece.facts)
+        self._farm.resume(_now())
+        spec = BuilderSpec(BuilderId(WORKER), INCARNATION, frozenset({SYSTEM}))
+        await self._append(e.BuilderJoined(spec, self._plan.held))
+        await self._build(self._plan.before)
+        await Compactor(self._plan.settings.database_url("journal"), self._journal).snapshot()
+        await self._build(self._plan.after)
+        return {lease.step: lease.attempt for lease in self._running}
+
+    async def _build(self, count: int) -> None:
+        while count > 0 and self._running:
+            leases = [self._running.popleft() for _ in range(min(REPORTED, count, len(self._running)))]
+            count -= len(leases)
+            await self._append(*(e.BuildSucceeded(lease, BuilderId(WORKER), _evidence(lease.step)) for lease in leases))
+            await self._append(*(e.OutputsPublished(lease) for lease in leases))
+
+    async def _append(self, *events: e.Event) -> None:
+        facts, effects = self._farm.handle_many(events, _now())
+        self._running.extend(effect.lease for effect in effects if isinstance(effect, StartBuild))
+        await self._journal.append([fact for fact in facts if fact.durable])
 
 
-async def _nar(step: str) -> AsyncIterator[bytes]:
-    text = step.encode()
-    yield b"".join(write_events([NarFile(b"", False, len(text)), NarData(text)]))
+def _now() -> Instant:
+    return Instant(time.time())
+
+
+def _evidence(step: StepKey) -> bytes:
+    digest = sha256_text(sha256(step.encode()).digest())
+    stored = StoredNar(nar_key(digest, "zstd"), "zstd", digest, 120)
+    output = Output.of("out", NarInfo(PathInfo(f"/nix/store/{step}", digest, 200), stored))
+    return encode_evidence(Evidence((output,), "A"))
 
 
 def layered(steps: int, seed: int = 1) -> tuple[list[Made], list[Made]]:
@@ -245,33 +235,31 @@ async def _is_kept(coordinator: Coordinator) -> bool:
     return any(root.kind == SUBMISSION for root in await coordinator.cache.roots())
 
 
-async def main(mode: str, plan: Plan) -> None:
-    """Run until killed."""
+async def seed(plan: Plan) -> None:
+    """Leave the state directory of a coordinator that was killed while the submission was in flight."""
     plan.state_dir.mkdir(parents=True, exist_ok=True)
-    agent: StandIn | None = None
+    # A root is declared at the next look, which comes once a minute.
+    housekeeping.GAUGES_S = 1.0  # type: ignore[misc]
+    async with open_coordinator(plan.settings, no_workers) as coordinator:
+        await _submit(coordinator, plan.steps)
+        async with asyncio.timeout(SETTLED_WITHIN_S):
+            # A submission in flight is among the roots of the cache.
+            while not await _is_kept(coordinator):  # noqa: ASYNC110
+                await asyncio.sleep(0.5)
+    async with lead_journal(plan.settings, nullcontext(lambda: None), lambda: None) as lead:
+        held = await PastBuilds(lead.journal, plan).write()
+    plan.leases_file.write_text(Leases(held=held).model_dump_json())
+    print("seeded", flush=True)
 
-    def fleet(info: FarmInfo) -> AbstractAsyncContextManager[Fleet]:
-        nonlocal agent
-        agent = StandIn(plan, open_object_store(info.object_store_url))
-        return nullcontext(agent)
 
-    async with open_coordinator(plan.settings, fleet) as coordinator:
-        assert agent is not None
-        if mode == "seed":
-            await _submit(coordinator, plan.steps)
-            await agent.build(plan.before)
-            async with asyncio.timeout(SETTLED_WITHIN_S):
-                # A submission in flight has a snapshot behind it, and is among the roots of the cache.
-                while coordinator.journal.tail >= SNAPSHOT_FACTS or not await _is_kept(coordinator):  # noqa: ASYNC110
-                    await asyncio.sleep(0.5)
-            await agent.build(plan.after)
-            # The last reports are published and their successors leased.
-            await asyncio.sleep(HEARTBEAT_S)
-            agent.save()
-        print("seeded" if mode == "seed" else "ready", flush=True)
+async def serve(plan: Plan) -> None:
+    """Run until killed."""
+    fleet: Fleet = StandIn(plan)
+    async with open_coordinator(plan.settings, lambda _info: nullcontext(fleet)):
+        print("ready", flush=True)
         await asyncio.get_running_loop().create_future()
 
 
 if __name__ == "__main__":
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main(sys.argv[1], Plan.model_validate_json(sys.argv[2])))
+        runner.run({"seed": seed, "serve": serve}[sys.argv[1]](Plan.model_validate_json(sys.argv[2])))
