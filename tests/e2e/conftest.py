@@ -21,15 +21,29 @@ def receiver() -> Iterator[OtlpReceiver]:
 
 
 @pytest.fixture(scope="session")
+def gates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory that builders see as /gates: they wait there for a file of a name of their own."""
+    gates = tmp_path_factory.mktemp("gates")
+    gates.chmod(0o755)
+    return gates
+
+
+def waiting_for(gate: str) -> str:
+    """Return what a builder's script waits with."""
+    return f"while [ ! -e /gates/{gate} ]; do sleep 0.1; done"
+
+
+@pytest.fixture(scope="session")
 def farm(
-    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config, receiver: OtlpReceiver
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config, receiver: OtlpReceiver, gates: Path
 ) -> Iterator[Farm]:
+    busybox = {"sandbox-paths": f"{BUSYBOX['sandbox-paths']} /gates={gates}"}
     farm = Farm(
         tmp_path_factory.mktemp("farm"),
         [
-            WorkerSpec("one", slots=2, features=("large-memory",), nix_options=BUSYBOX),
-            WorkerSpec("two", slots=2, features=("large-memory",), nix_options=BUSYBOX),
-            WorkerSpec("mac", slots=2, features=("large-memory",), emulate=("aarch64-darwin",)),
+            WorkerSpec("one", slots=2, features=("large-memory",), nix_options=busybox),
+            WorkerSpec("two", slots=2, features=("large-memory",), nix_options=busybox),
+            WorkerSpec("mac", slots=2, features=("large-memory",), emulate=("aarch64-darwin",), nix_options=busybox),
         ],
         settings=f'otlp_endpoint = "{receiver.url}"',
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from tests.support.otlp import OtlpReceiver, ReceivedSpan
 
 pytestmark = pytest.mark.e2e
 
+#: What must have come before the trace is looked at.
+WHOLE = {
+    *("submission", "client evaluate", "client closure", "client upload", "step phased", "step broken", "attempt"),
+    *("build", "pack", "upload", "verify", "publish", "phase buildPhase", "phase installPhase"),
+}
+RUN, RESULT = "cicd.pipeline.run.id", "cicd.pipeline.task.run.result"
 #: As a CI run would give it: its trace, and the span of the job.
 TRACE, JOB = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -36,12 +43,21 @@ def spans(farm: Farm, receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathF
     stdout, stderr = first.communicate(timeout=120)
     assert first.returncode == 1, stderr
     submission = json.loads(stdout.splitlines()[-1])["id"]
-    everything = receiver.wait_for(
-        lambda got: any(
-            span.name == "submission" and span.attributes.get("cicd.pipeline.run.id") == submission for span in got
-        )
-    )
+    everything = receiver.wait_for(lambda got: is_whole([span for span in got if span.trace == TRACE]))
+    assert submission == only([span for span in everything if span.trace == TRACE], "submission").attributes[RUN]
     return [span for span in everything if span.trace == TRACE]
+
+
+def is_whole(spans: list[ReceivedSpan]) -> bool:
+    """Return whether the trace is here: spans come in any order, and one after the other as they are printed."""
+    count = Counter(span.name for span in spans)
+    known = {span.id for span in spans}
+    return (
+        count.keys() >= WHOLE
+        and count["attempt"] == 2
+        and all(span.parent in known for span in spans if span.parent != JOB)
+        and all(RESULT in span.attributes for span in spans if span.name == "attempt")
+    )
 
 
 def test_the_same_can_be_had_as_a_file_without_a_collector(

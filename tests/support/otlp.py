@@ -17,6 +17,7 @@ from tests.support.ports import free_port
 
 AGENT = Path(rotel.__file__).parent / "rotel-agent"
 PATIENCE_S = 60.0
+_STATUS = re.compile(r"^ *Status message *:.*\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class OtlpReceiver:
         self.text = ""
 
     def spans(self) -> list[ReceivedSpan]:
-        return [_parse(block) for block in re.split(r"^Span #\d+\n", self.text, flags=re.MULTILINE)[1:]]
+        """Return what was printed so far; a span that is being printed is left out, or may lack its last attributes."""
+        blocks = re.split(r"^Span #\d+\n", self.text, flags=re.MULTILINE)[1:]
+        return [_parse(block) for block in blocks if _STATUS.search(block)]
 
     def wait_for(self, condition: Callable[[list[ReceivedSpan]], bool]) -> list[ReceivedSpan]:
-        """Return all spans once they are as wanted."""
+        """Return all spans once they are as wanted; `condition` covers all that is asserted of them."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition(spans := self.spans()):
             assert time.monotonic() < deadline, [(span.name, span.attributes) for span in spans]
