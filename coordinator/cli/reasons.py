@@ -62,6 +62,8 @@ def why_lines(reasons: StepReasonsView, now: float) -> list[str]:
         activity = _run(each, now) if each.state in ACTIVE else one_line(each.waiting_for or each.state.value)
         lines.append(f"  {'in the end' if not number else '          '} {one_line(each.name)}: {activity}")
     lines += _wanted_lines(reasons)
+    if step.state is StepStatus.DONE and not step.attempt:
+        lines.append("  ran        never here: the cache had its outputs")
     for number, run in enumerate(reasons.ran):
         lines.append(f"  {'' if number else 'ran':<10} attempt {run.attempt}: {one_line(run.reason)}")
     if reasons.difference is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from coordinator.api.difference_models import CauseView, ChangeView, ComparedView, DifferenceView
@@ -91,7 +91,7 @@ class Differences:
     async def _against_last(self, build: _Build, bounds: Bounds) -> DifferenceView:
         trouble = ""
         try:
-            last = await self._last_attempted(build)
+            last, trouble = await self._last_attempted(build)
         except TimingsError as error:
             trouble, last = str(error), None
         last = last or await self._last_known(build)
@@ -99,7 +99,8 @@ class Differences:
             package, system = package_of(build.info.name), build.info.system
             note = f"no earlier build of {package or build.info.key} on {system or 'any system'} is remembered"
             return DifferenceView(step=build.view(), note="; ".join(filter(None, (note, trouble))))
-        return await self._compared(build, last, bounds)
+        found = await self._compared(build, last, bounds)
+        return replace(found, note="; ".join(filter(None, (found.note, trouble))))
 
     # Builds.
 
@@ -144,11 +145,14 @@ class Differences:
         view = self._views.step_view(row)
         return StepInfo(key, view.name, view.system, view.features, view.drv, tuple(view.outputs.items()))
 
-    async def _last_attempted(self, build: _Build) -> _Build | None:
-        """Return the newest earlier build of the package that timings have. Raises `TimingsError`."""
+    async def _last_attempted(self, build: _Build) -> tuple[_Build | None, str]:
+        """Return the newest earlier build of the package that timings have, and what is missing.
+
+        Raises `TimingsError`.
+        """
         info = build.info
         if not info.name:
-            return None
+            return None, ""
         since = build.timings[-1].leased_at if build.timings else None
         earlier = await self._timings.last_verdicts(package_of(info.name), info.system, info.key, since, EARLIER)
         keys = [StepKey(key) for key in dict.fromkeys(each.step for each in earlier)]
@@ -156,26 +160,16 @@ class Differences:
         names = [name for name, _ in info.outputs]
         alike = (key for key in keys if key in infos and [name for name, _ in infos[key].outputs] == names)
         key = next(alike, keys[0] if keys else None)
-        return None if key is None else await self._build_of(key)
+        if key is None:
+            return None, ""
+        gone = key != keys[0] and keys[0] not in infos
+        note = f"the farm no longer has the derivation of the last one, step {keys[0]}" if gone else ""
+        return await self._build_of(key), note
 
     async def _last_known(self, build: _Build) -> _Build | None:
         """Return the step of the package that became known last before this one."""
-        key = await in_slices(self._known_before(build.info)) if build.info.name else None
+        key = await in_slices(known_before(self._views, build.info)) if build.info.name else None
         return None if key is None else await self._build_of(key)
-
-    def _known_before(self, info: StepInfo) -> Generator[None, None, StepKey | None]:
-        package = package_of(info.name)
-        found: StepKey | None = None
-        for count, row in enumerate(self._views.step_rows(), 1):
-            if row.key == info.key:
-                return found
-            if row.key.startswith(package, _HASH_AND_DASH):
-                name, system = self._views.named(row.key) or ("", "")
-                if system == info.system and package_of(name) == package:
-                    found = row.key
-            if not count % _PIECE:
-                yield
-        return found
 
     # Comparing.
 
@@ -195,6 +189,22 @@ class Differences:
             unfollowed=causes.unfollowed,
             note=note,
         )
+
+
+def known_before(views: Views, info: StepInfo) -> Generator[None, None, StepKey | None]:
+    """Return the step of the package and system that became known last before this one, with pauses."""
+    package = package_of(info.name)
+    found: StepKey | None = None
+    for count, row in enumerate(views.step_rows(), 1):
+        if row.key == info.key:
+            return found
+        if row.key.startswith(package, _HASH_AND_DASH):
+            name, system = views.named(row.key) or ("", "")
+            if system == info.system and package_of(name) == package:
+                found = row.key
+        if not count % _PIECE:
+            yield
+    return found
 
 
 def _is_base_name(text: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Final
 
 from coordinator.api.difference_models import DifferenceView, RunReasonView
 from coordinator.api.questions import WantedView
+from coordinator.readmodel.comparisons import PAGE, WHOLE
 from coordinator.readmodel.differences import Differences
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.surroundings import way_down
@@ -25,6 +26,8 @@ from scheduler.model import StepKey
 #: Attempts whose reasons are named, the newest, and submissions.
 RUNS_NAMED: Final = 20
 SUBMISSIONS_NAMED: Final = 5
+#: Edges of the graph that are looked at for the ways from roots down to a step, by the bounds of a question.
+WAY_EDGES: Final = {WHOLE: 2_000_000, PAGE: 150_000}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,8 @@ class Runs:
             return Run()
         timings, trouble = await self._kept(row.key)
         submissions = self._built_for(row, timings)
-        wanted = [await self._wanted(row, each) for each in submissions[:SUBMISSIONS_NAMED]]
+        named = submissions[:SUBMISSIONS_NAMED]
+        wanted = [await self._wanted(row, each, WAY_EDGES[bounds] // len(named)) for each in named]
         return Run(
             run_reasons(timings)[-RUNS_NAMED:],
             tuple(wanted),
@@ -77,8 +81,8 @@ class Runs:
         found = [*row.submissions, *self._views.failed_through(row), *filter(None, map(self._views.find, names))]
         return sorted(dict.fromkeys(found), key=lambda each: -each.created_at)
 
-    async def _wanted(self, row: StepRow, submission: SubmissionRow) -> WantedView:
-        way = await in_slices(way_down(self._core, submission.roots, row.key))
+    async def _wanted(self, row: StepRow, submission: SubmissionRow, most_edges: int) -> WantedView:
+        way = await in_slices(way_down(self._core, submission.roots, row.key, most_edges))
         note = self._views.note(submission.id)
         attr = next((root.attr for root in note.roots if way and root.step == way[0]), "")
         rows = [self._views.row_of(key) for key in way]

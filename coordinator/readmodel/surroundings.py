@@ -20,8 +20,6 @@ from scheduler.records import Step
 LEVEL: Final = 8
 #: Steps looked at between two pauses.
 LOOKED_AT: Final = 2_000
-#: Edges looked at for one way from a root down to a step.
-WAY_EDGES: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +61,17 @@ def surrounding(farm: Farm, key: StepKey) -> Generator[Pause, None, Surroundings
     return Surroundings(key, first, second, above, higher, tuple(_edges(farm, named)), waiting)
 
 
-def way_down(farm: Farm, roots: Iterable[StepKey], key: StepKey) -> Generator[Pause, None, tuple[StepKey, ...]]:
+def way_down(
+    farm: Farm, roots: Iterable[StepKey], key: StepKey, most_edges: int
+) -> Generator[Pause, None, tuple[StepKey, ...]]:
     """Return a shortest way from one of the roots down to a step, both included, with pauses.
 
-    It is empty where there is none, or none within WAY_EDGES. Steps that are done have it too.
+    It is empty where there is none, or where more than `most_edges` must be looked at. Steps that are done have it too.
     """
     steps = farm.state.steps
     above: dict[StepKey, StepKey | None] = dict.fromkeys(roots)
     level, edges, paused_at = list(above), 0, 0
-    while level and key not in above and edges < WAY_EDGES:
+    while level and key not in above and edges < most_edges:
         following = []
         for each in level:
             needs = _needs(steps[each]) if each in steps else ()

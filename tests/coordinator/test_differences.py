@@ -11,16 +11,19 @@ from coordinator.cli.reasons import difference_lines, why_lines
 from coordinator.client.errors import RefusedError
 from coordinator.readmodel.runs import run_reasons
 from coordinator.stores.timings import AttemptTiming, Outcome
+from scheduler.events import SubmissionExpired
+from scheduler.model import StepKey, SubmissionId
 
 from .conftest import OpenedFarm, OpenFarm
 from .test_story import told
+from .test_web import browser_of
 
 #: A shell with a list of patches, an environment that has it, and what is built with that.
 GRAPH = """rec {{
   bash = runOn "x86_64-linux" {{ patches = {patches}; }} "bash-5.2" "echo > $out";
   stdenv = run "stdenv-linux" "read x < ${{bash}}; echo > $out";
   lib = runOn "x86_64-linux" {{ inherit stdenv; }} "lib-{version}" "read x < ${{stdenv}}; echo > $out";
-  app = runOn "x86_64-linux" {{ inherit stdenv lib; }} "app-{version}" "read x < ${{lib}}; echo > $out";
+  app = runOn "x86_64-linux" {{ inherit stdenv lib; }} "app-{version}" "echo ${{lib}} > $out";
 }}"""
 NASTY = r'"\t\n::error::oops <script>alert(1)</script>"'
 
@@ -68,6 +71,13 @@ async def test_a_build_is_compared_with_the_last_of_its_name_down_to_the_first_c
         # The submission has ended: the way is that of the recipes.
         assert (wanted.label, wanted.attr, wanted.path) == ("mine", "app", ("app-2", "stdenv-linux", "bash-5.2"))
         assert "built for" in "\n".join(why_lines(reasons, 0.0))
+        async with browser_of(farm) as browser:
+            await browser.log_in()
+            page = (await browser.get(f"/steps/{second}"))[1]
+        assert "because of stdenv-linux \u2192 bash-5.2" in page
+        assert "oops &lt;script&gt;alert(1)&lt;/script&gt;</ins>" in page
+        assert f'<li>for submission <a href="/submissions/{wanted.submission}">mine</a>, root app: app-2</li>' in page
+        assert "<li><code>" in page.partition("refers to 1 path")[2]
         for nothing in (farm.client.difference("no-such"), farm.client.difference("app", "no-such")):
             with pytest.raises(RefusedError) as refused:
                 await nothing
@@ -91,15 +101,34 @@ def test_each_attempt_has_the_reason_that_the_one_before_left() -> None:
     assert run_reasons(timings[3:])[0].reason == "earlier attempts are no longer remembered"
 
 
-async def test_a_derivation_that_the_farm_no_longer_has_is_said_to_be_gone(open_farm: OpenFarm) -> None:
+async def test_a_forgotten_build_is_compared_until_its_derivation_is_gone_which_is_said(
+    open_farm: OpenFarm,
+) -> None:
     async with open_farm("one") as farm:
         first = await built(farm, "[ ]", "1", "lib")
-        await built(farm, "[ ]", "2", "lib")
+        [forgotten] = await farm.client.submissions()
+        old = await farm.client.step(first)
+        second = await built(farm, "[ ]", "2", "lib")
+        await farm.coordinator.engine.offer(SubmissionExpired(SubmissionId(forgotten.id)))
+        await farm.until(lambda: farm.coordinator.views.row_of(StepKey(first)) is None)
+        answers = [await farm.client.difference("lib", name) for name in ("", first, old.drv, *old.outputs.values())]
+        assert answers == [answers[0]] * 4
+        assert [(cause.way, cause.change_count) for cause in answers[0].causes] == [((), 1)]
+        # The other way round too.
+        assert (await farm.client.difference(old.drv, second)).step.step == first
+        with pytest.raises(RefusedError, match="there is no step"):
+            await farm.client.difference("lib", f"{'0' * 32}-never-1.0.drv")
+
+        await built(farm, "[ ]", "3", "lib")
         database = create_engine(farm.settings.database_url("derivations").replace("+aiosqlite", ""))
         with database.begin() as connection:
-            assert connection.execute(text("DELETE FROM derivations WHERE step = :step"), {"step": first}).rowcount
+            assert connection.execute(text("DELETE FROM derivations WHERE step = :step"), {"step": second}).rowcount
         database.dispose()
-        found = await farm.client.difference("lib")
-        assert found.other is not None
-        assert found.other.step == first
-        assert "the farm no longer has the derivation" in "\n".join(difference_lines(found, 0.0))
+        gone = "the farm no longer has the derivation"
+        last = await farm.client.difference("lib")
+        assert last.other is not None
+        assert last.other.step == first
+        assert last.note == f"{gone} of the last one, step {second}"
+        named = await farm.client.difference("lib", second)
+        assert [cause.uncompared for cause in named.causes] == ["unknown"]
+        assert gone in "\n".join(difference_lines(named, 0.0))

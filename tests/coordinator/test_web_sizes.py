@@ -34,10 +34,11 @@ from coordinator.http.web.timeline import (
 )
 from coordinator.http.web.waterfall import TimeWindow
 from coordinator.readmodel.critical_path import submission_eta
+from coordinator.readmodel.differences import known_before
 from coordinator.readmodel.estimate import Expected
 from coordinator.readmodel.etas import Etas
 from coordinator.readmodel.explain import FarmExplainer
-from coordinator.readmodel.surroundings import surrounding
+from coordinator.readmodel.surroundings import surrounding, way_down
 from coordinator.readmodel.views import Views
 from coordinator.stores.derivations import StepInfo
 from coordinator.stores.log_archive import LogArchive
@@ -234,6 +235,15 @@ def test_the_surroundings_of_a_step(filled: Filled, key: StepKey) -> None:
         assert around.needs.steps == (BAD,)
     svg = drawing(around, lambda each: DrawnStep(each, StepStatus.WAITING))
     assert len(svg) < PAGE_BYTES / 20
+
+
+def test_the_way_down_to_a_step_and_the_step_of_its_name_before_it(filled: Filled) -> None:
+    roots = filled.row.roots
+    assert metered(way_down(filled.core, roots, BAD, 3 * STEPS))[1:] == (BAD,)
+    assert metered(way_down(filled.core, roots, key_of("nowhere"), 3 * STEPS)) == ()
+    assert metered(way_down(filled.core, roots, BAD, 0)) == ()
+    assert metered(known_before(filled.views, _info(READY[-1]))) == READY[NAMED - 1]
+    assert metered(known_before(filled.views, _info(BAD))) is None
 
 
 def page_and_data(filled: Filled, total: int) -> tuple[TimelinePage, TimelineData]:

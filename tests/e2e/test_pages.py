@@ -92,6 +92,24 @@ def submission(farm: Farm, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(farm.api("submissions")[0]["id"])
 
 
+#: A step that names an input; the input's list of patches is what changes.
+REBUILT = """
+    over = shell "pages-over" "read x < ${
+      shellFor "x86_64-linux" { name = "pages-low"; patches = [ PATCHES ]; } "echo low > $out"
+    }; echo $x > $out";
+"""
+
+
+@pytest.fixture(scope="module")
+def rebuilt(farm: Farm, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The key of a step that was built once more because an input of it has changed."""
+    expression = Expression(tmp_path_factory.mktemp("rebuilt"))
+    for patches in ('"a.patch"', '"a.patch" "<b>.patch"'):
+        done = farm.build(expression.write(REBUILT.replace("PATCHES", patches)), "-A", "over")
+        assert done.returncode == 0, done.stderr
+    return str(farm.api("steps/over")["key"])
+
+
 @pytest.fixture(scope="module")
 def window(browser: Browser, farm: Farm, submission: str) -> Iterator[Window]:
     context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
@@ -165,6 +183,29 @@ def test_why_a_step_waits_and_why_another_one_did_not_run_are_told_where_one_loo
     expect(page.locator(".output")).to_contain_text("closure")
 
 
+def test_why_a_step_ran_and_what_is_different_from_last_time_are_a_click_and_a_command_away(
+    window: Window, farm: Farm, rebuilt: str
+) -> None:
+    page = window.open("/submissions")
+    page.get_by_role("main").get_by_role("link", name="over", exact=True).first.click()
+    page.locator("#live-roots a", has_text="over").click()
+    ran = page.locator("#live-ran")
+    expect(ran.locator("li", has_text="root over")).to_contain_text("pages-over")
+    expect(ran.locator("li", has_text="attempt 1")).to_contain_text("the farm's cache lacked its outputs")
+    expect(ran.locator(".differs h3")).to_have_text("because of pages-low")
+    expect(ran.locator("dt")).to_have_text("environment patches")
+    expect(ran.locator("del")).to_have_text("a.patch")
+    expect(ran.locator("ins")).to_have_text("a.patch <b>.patch")
+    # The other build is a click away, and is the first of its name.
+    ran.get_by_role("link", name="pages-over").click()
+    expect(ran).to_contain_text("No earlier build of pages-over")
+    told = farm.drover("diff", rebuilt)
+    assert told.stdout.endswith(
+        "because of pages-low\n  environment patches\n    - a.patch\n    + a.patch <b>.patch\n"
+    ), told.stdout + told.stderr
+    assert "changed    since pages-over, done" in farm.drover("why", rebuilt).stdout
+
+
 def test_a_click_builds_again_what_failed(window: Window, submission: str) -> None:
     page = window.open(f"/submissions/{submission}")
     attempts = page.locator(".cause .row small")
@@ -230,7 +271,7 @@ def addresses(farm: Farm, submission: str) -> list[str]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_page_has_a_fault_that_axe_finds_and_all_fit_a_phone(
-    browser: Browser, farm: Farm, submission: str, scheme: str
+    browser: Browser, farm: Farm, submission: str, rebuilt: str, scheme: str
 ) -> None:
     context = browser.new_context(color_scheme="dark" if scheme == "dark" else "light", viewport=PHONE)
     window = Window(context.new_page(), farm)
@@ -248,7 +289,7 @@ def test_no_page_has_a_fault_that_axe_finds_and_all_fit_a_phone(
     window.open("/login")
     judge("/login")
     window.log_in()
-    for address in addresses(farm, submission):
+    for address in (*addresses(farm, submission), f"/steps/{rebuilt}"):
         window.open(address)
         judge(address)
     assert "\n".join(map(str, faults)) == ""

@@ -81,7 +81,9 @@ def add_web_routes(  # noqa: PLR0917 - collaborators, named by their types
     farm = FarmPage(views, sources.farm, sources.queues, renderer, streams)
     submission = SubmissionPage(views, actions.submissions, sources.farm, sources.queues, renderer, streams)
     lists = SubmissionLists(views, renderer)
-    step = StepPage(views, sources.core, actions.submissions, sources.cache, sources.timings, renderer, streams)
+    step = StepPage(
+        views, sources.core, actions.submissions, sources.cache, sources.timings, sources.runs, renderer, streams
+    )
     timeline = TimelinePage(views, sources.timings, renderer, streams, clock)
     history = HistoryPage(sources.timings, renderer)
     log = LogPage(views, sources.logs, renderer, streams)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +24,15 @@ from coordinator.http.web.live import LiveStreams
 from coordinator.http.web.rendering import PageRenderer
 from coordinator.http.web.texts import date_text, short_failure
 from coordinator.intake.submissions import Submissions
+from coordinator.readmodel.comparisons import PAGE
 from coordinator.readmodel.rows import StepRow
+from coordinator.readmodel.runs import Run, Runs
 from coordinator.readmodel.surroundings import Surroundings, surrounding
 from coordinator.readmodel.views import Views
 from coordinator.stores.timings import AttemptTiming, TimingsError, TimingStore
 from infra.cache.cache import Cache
 from infra.nix.narinfo import NarInfo, parse
-from infra.nix.store_path import package_of
+from infra.nix.store_path import base_name_of, package_of
 from infra.slices import in_slices
 from scheduler.farm import Farm
 from scheduler.model import StepKey
@@ -40,6 +43,10 @@ ATTEMPTS_SHOWN: Final = 20
 OUTPUTS_SHOWN: Final = 20
 #: Paths of an output's closure whose sizes are added up.
 CLOSURE_SHOWN: Final = 2_000
+#: Steps of which the reasons are remembered, some 20 KiB each.
+RAN_REMEMBERED: Final = 64
+#: Paths that an output refers to.
+REFERENCES_SHOWN: Final = 50
 #: Characters of a question.
 MAX_FIND: Final = 300
 _ENDED: Final = {
@@ -61,6 +68,11 @@ class OutputLine:
     closure_paths: int = 0
     #: There are more paths than were looked at.
     closure_more: bool = False
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Names of the first of the paths that it refers to."""
+        return () if self.info is None else tuple(map(base_name_of, self.info.path.references[:REFERENCES_SHOWN]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +98,7 @@ class StepData:
     need_total: int
     waiting: tuple[StepLine, ...]
     waiting_total: int
+    run: Run
     #: None for a step that stands alone.
     graph: Markup | None
 
@@ -105,6 +118,7 @@ class StepPage:
         submissions: Submissions,
         cache: Cache,
         timings: TimingStore,
+        runs: Runs,
         renderer: PageRenderer,
         streams: LiveStreams,
     ) -> None:
@@ -113,6 +127,9 @@ class StepPage:
         self._submissions = submissions
         self._cache = cache
         self._timings = timings
+        self._runs = runs
+        #: (step, attempt, state) -> why it ran, the newest: a live page shows the same again and again.
+        self._ran: OrderedDict[tuple[str, int, StepStatus], Run] = OrderedDict()
         self._renderer = renderer
         self._streams = streams
 
@@ -167,8 +184,21 @@ class StepPage:
             need_total=around.needs.total,
             waiting=self._lines(around.waiting.steps),
             waiting_total=around.waiting.total,
+            run=await self._run(row),
             graph=drawing(around, self._node) if around.edges else None,
         )
+
+    async def _run(self, row: StepRow) -> Run:
+        """Return why it ran, and what differs from the last build of its name."""
+        now = (row.key, row.life.attempt, row.state)
+        run = self._ran.pop(now, None)
+        if run is None:
+            await self._runs.differences.refresh()
+            run = await self._runs.of(row, PAGE)
+        self._ran[now] = run
+        if len(self._ran) > RAN_REMEMBERED:
+            self._ran.popitem(last=False)
+        return run
 
     async def _kept(self, key: StepKey) -> tuple[list[AttemptTiming], str]:
         """Return the timings of a step's attempts, and why some may be missing: the page has more to show."""
