@@ -18,7 +18,8 @@ from coordinator.api.requests import ClientStage, IntakeQuery, RootRequest, Subm
 from coordinator.api.streams import SourceHeader, encode_derivations, encode_sources, in_thread
 from coordinator.api.trace_context import MAX_TRACEPARENT
 from coordinator.cli import exit_status
-from coordinator.cli.ci import Ci, defused
+from coordinator.cli.ci import Ci
+from coordinator.cli.evaluation import EvaluationRequest, evaluate, show_messages, status_of
 from coordinator.cli.follow import follow
 from coordinator.cli.rendering import size, summary_lines
 from coordinator.cli.screen import Screen
@@ -34,17 +35,8 @@ from coordinator.client.closure import (
     refuse_lost_references,
 )
 from coordinator.client.errors import ClientError
-from coordinator.client.evaluation import (
-    EvaluatedRoot,
-    Evaluation,
-    EvaluationError,
-    LeftOut,
-    evaluate,
-    left_out_text,
-    parse_drv,
-)
 from coordinator.errors import CoordinatorError
-from coordinator.terminal_controls import harmless
+from coordinator.evaluation.model import EvaluatedRoot, Evaluation
 from infra.nix.store_path import base_name_of
 from infra.process import ProcessError, run
 
@@ -60,10 +52,7 @@ MAX_FETCH_OUTPUT_BYTES = 16 * 1024 * 1024
 class BuildRequest:
     """Arguments of the command."""
 
-    files: tuple[str, ...]
-    attrs: tuple[str, ...]
-    #: For the evaluation only.
-    flags: tuple[str, ...] = ()
+    evaluation: EvaluationRequest
     #: `--option NAME VALUE` words, for every Nix command of this machine.
     settings: tuple[str, ...] = ()
     store: str | None = None
@@ -84,7 +73,7 @@ class _Submitted:
 
     id: str = ""
     failed: dict[str, StepView] = field(default_factory=dict)
-    left_out: tuple[LeftOut, ...] = ()
+    evaluation: Evaluation = field(default_factory=lambda: Evaluation(()))
 
 
 def build(connect: Callable[[], ApiClient], options: BuildRequest) -> int:
@@ -127,11 +116,9 @@ async def _build(connect: Callable[[], ApiClient], options: BuildRequest, submit
         # First of all whether a coordinator answers: an evaluation can take minutes.
         farm = await client.farm()
         stages = _Stages()
-        evaluation = await _evaluate(options)
+        evaluation = await evaluate(options.evaluation, options.settings, options.store)
         stages.ended("evaluate")
-        wanted, submitted.left_out = evaluation.wanted, evaluation.left_out
-        if submitted.left_out:
-            click.echo(f"drover: {harmless(left_out_text(options.files[0], submitted.left_out))}", err=True)
+        wanted, submitted.evaluation = evaluation.wanted, evaluation
         store = local_store(options.store, wanted[0].drv)
         makers = await _send(client, store, wanted, screen, stages)
         roots = tuple(
@@ -175,23 +162,6 @@ class _Stages:
         """Note a stage that began when the one before it ended."""
         begin, self._since = self._since, time.time()
         self.taken = (*self.taken, ClientStage(name=name, begin=begin, end=max(begin, self._since)))
-
-
-async def _evaluate(options: BuildRequest) -> Evaluation:
-    drvs = [each for each in map(parse_drv, options.files) if each is not None]
-    if len(drvs) == len(options.files):
-        return Evaluation(tuple(drvs))
-    if len(options.files) > 1 or options.files[0].partition("!")[0].endswith(".drv"):
-        raise EvaluationError(f"{options.files[0]} is not the full path of a derivation in a Nix store")
-    flags = [*options.flags, *options.settings]
-    if options.store:
-        flags += local_store(options.store).flags
-    return await evaluate(
-        options.files[0],
-        options.attrs,
-        flags=flags,
-        on_stderr=_tell_messages,
-    )
 
 
 async def _send(
@@ -278,14 +248,6 @@ async def _sending_again(
             await sender
 
 
-def _tell_messages(text: str) -> None:
-    """Write what Nix printed for people: with its colours, but with nothing that a terminal or a runner obeys."""
-    if sys.stderr.isatty():
-        click.echo(harmless(text.rstrip("\n"), colours=True), err=True)
-    else:
-        click.echo(defused(harmless(text.rstrip("\n"))), err=True)
-
-
 def _nar(store: LocalStore, header: SourceHeader) -> Callable[[], Any]:
     return lambda: store.dump(f"{store.store_dir}/{header.path}")
 
@@ -297,8 +259,8 @@ def _detached(view: SubmissionView, submitted: _Submitted, *, as_json: bool) -> 
         err=as_json,
     )
     if as_json:
-        _print_json(view, [], submitted.left_out)
-    return exit_status.OK
+        _print_json(view, [], submitted.evaluation)
+    return status_of(submitted.evaluation, lambda text: click.echo(f"drover: {text}", err=True))
 
 
 def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_json: bool) -> int:
@@ -306,15 +268,18 @@ def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_j
     for line in summary_lines(view, failed, time.time()):
         screen.line(line)
     if as_json:
-        _print_json(view, failed, submitted.left_out)
-    return exit_status.OK if view.state is SubmissionState.SUCCEEDED else exit_status.BUILD_FAILED
+        _print_json(view, failed, submitted.evaluation)
+    if view.state is not SubmissionState.SUCCEEDED:
+        return exit_status.BUILD_FAILED
+    return status_of(submitted.evaluation, screen.line)
 
 
-def _print_json(view: SubmissionView, failed: Sequence[StepView], left_out: Sequence[LeftOut]) -> None:
+def _print_json(view: SubmissionView, failed: Sequence[StepView], evaluation: Evaluation) -> None:
     document = {
         **{field.name: getattr(view, field.name) for field in fields(view)},
         "failed_steps": failed,
-        "left_out": [each.attr for each in left_out],
+        "left_out": [each.attr for each in evaluation.left_out],
+        "not_evaluated": evaluation.failed,
     }
     print_json(document)
     sys.stdout.flush()
@@ -342,7 +307,7 @@ async def _fetch(
             raise ClientError(f"the outputs are built but could not be fetched: {error}") from None
         if done.returncode != 0:
             messages = done.stderr.decode(errors="replace").strip()
-            _tell_messages(messages)
+            show_messages(messages)
             raise ClientError(
                 f"the outputs are built but could not be fetched from {farm.cache_url} (Nix's messages are above); "
                 "if this machine's Nix daemon does not trust you, add the cache to its nix.conf"

@@ -22,7 +22,7 @@ from coordinator.cli.cache_commands import cache
 from coordinator.cli.ci import Ci
 from coordinator.cli.completion import SHELLS, completes, script
 from coordinator.cli.exit_status import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
-from coordinator.cli.options import Address, Wait, addressed, run_with_client, sectioned
+from coordinator.cli.options import Address, Systems, Wait, addressed, run_with_client, sectioned
 from coordinator.defaults import HOST, PORT
 from coordinator.errors import CoordinatorError
 from coordinator.terminal_controls import harmless
@@ -98,13 +98,51 @@ def worker(head: str, ray_token: Path, host: str, state_dir: Path, **options: An
     )
 
 
+def _refuse_contradictions(options: dict[str, Any]) -> None:
+    """Refuse arguments of `drover build` that do not go together."""
+    files, expression = options["files"], options["expression"]
+    if bool(files) == bool(expression):
+        raise click.UsageError("name one file, flake output or .drv path, or an expression with -E")
+    drvs = [file for file in files if file.partition("!")[0].endswith(".drv")]
+    if drvs and len(drvs) != len(files):
+        raise click.UsageError("name one file to evaluate or several .drv paths, not both")
+    if not drvs and len(files) > 1:
+        raise click.UsageError("name one file; choose several things to build with -A")
+    chosen = "-A" if options["attrs"] else "--systems" if options["systems"] else ""
+    if drvs and chosen:
+        raise click.UsageError(f"{chosen} chooses from a file; a .drv path is one derivation")
+    if files == ("-",) and chosen:
+        raise click.UsageError(f"{chosen} chooses from a file; lines on standard input name derivations")
+    if options["detach"] and options["fetch"]:
+        raise click.UsageError("--fetch waits for the build and --detach does not; choose one")
+
+
 @cli.command()
-@click.argument("files", nargs=-1, required=True, metavar="FILE|DRV...")
-@click.option("-A", "--attr", "attrs", multiple=True, metavar="ATTR", help="Attribute to build; repeatable.")
+@click.argument("files", nargs=-1, metavar="FILE|FLAKE#ATTR|DRV...|-")
+@click.option(
+    "-A",
+    "--attr",
+    "attrs",
+    multiple=True,
+    metavar="ATTR",
+    help="Attribute to build; repeatable; - reads them as lines.",
+)
+@click.option("-E", "--expr", "expression", default="", metavar="EXPR", help="Evaluate an expression and no file.")
+@click.option(
+    "--systems",
+    type=Systems(),
+    default="",
+    help="Systems to evaluate for, as x86_64-linux,aarch64-darwin or all, linux, darwin.  [default: this machine's]",
+)
 @click.option("--arg", "args", multiple=True, nargs=2, metavar="NAME EXPR", help="Passed to the evaluation.")
 @click.option("--argstr", "argstrs", multiple=True, nargs=2, metavar="NAME TEXT", help="Passed to the evaluation.")
 @click.option("-I", "includes", multiple=True, metavar="PATH", help="Passed to the evaluation.")
 @click.option("--option", "options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting on this machine.")
+@click.option("--eval-workers", "evaluators", type=click.IntRange(1, 256), help="Evaluators side by side.")
+@click.option(
+    "--eval-memory", "memory_mib", type=click.IntRange(64), metavar="MIB", help="Memory of all evaluators together."
+)
+@click.option("--eval-timeout", "timeout_s", type=Wait(), default="30m", help="How long one attribute may take.  [30m]")
 @click.option("--store", metavar="DIR", help="Evaluate into (and fetch to) a Nix store below DIR.")
 @click.option("--label", default="", help="Shown in lists of submissions.")
 @click.option("--retry", is_flag=True, help="Build again what is known to fail.")
@@ -122,26 +160,24 @@ def worker(head: str, ray_token: Path, host: str, state_dir: Path, **options: An
 def build(url: str, token_file: str, **options: Any) -> int:
     """Evaluate FILE, build its attributes on the farm, and watch.
 
-    Arguments may also be .drv paths of the local store (`PATH.drv`, `PATH.drv!out,dev`).
+    FILE may also be a flake's output (`.#checks`), .drv paths of the local store (`PATH.drv`, `PATH.drv!out,dev`), or -
+    for lines on standard input: .drv paths, or what nix-eval-jobs prints.
     """
     from coordinator.cli import build as building  # noqa: PLC0415 - slow to import
+    from coordinator.cli.evaluation import EvaluationRequest  # noqa: PLC0415 - slow to import
 
-    files = options.pop("files")
-    drvs = [file for file in files if file.partition("!")[0].endswith(".drv")]
-    if drvs and len(drvs) != len(files):
-        raise click.UsageError("name one file to evaluate or several .drv paths, not both")
-    if not drvs and len(files) > 1:
-        raise click.UsageError("name one file; choose several things to build with -A")
-    if drvs and options["attrs"]:
-        raise click.UsageError("-A chooses from a file; a .drv path has no attributes")
-    if options["detach"] and options["fetch"]:
-        raise click.UsageError("--fetch waits for the build and --detach does not; choose one")
+    _refuse_contradictions(options)
     flags: list[str] = []
     for option, pairs in (("--arg", options.pop("args")), ("--argstr", options.pop("argstrs"))):
         flags += [word for name, value in pairs for word in (option, name, value)]
     flags += [word for path in options.pop("includes") for word in ("-I", path)]
     settings = [word for name, value in options.pop("options") for word in ("--option", name, value)]
-    request = building.BuildRequest(files=files, flags=tuple(flags), settings=tuple(settings), **options)
+    of_evaluation = {
+        name: options.pop(name)
+        for name in ("files", "attrs", "expression", "systems", "evaluators", "memory_mib", "timeout_s")
+    }
+    evaluation = EvaluationRequest(flags=tuple(flags), **of_evaluation)
+    request = building.BuildRequest(evaluation, settings=tuple(settings), **options)
     return building.build(Address(url, token_file).client, request)
 
 

@@ -45,6 +45,23 @@ class Wait(click.ParamType[int]):
         return wait_s
 
 
+class Systems(click.ParamType[tuple[str, ...]]):
+    """Names of systems, as `x86_64-linux,aarch64-darwin` or `all`."""
+
+    name = "systems"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Return each system once; ends the command with a usage error for a word that is none."""
+        from coordinator.evaluation.systems import parse_systems  # noqa: PLC0415 - only for this option
+
+        if not value:
+            return ()
+        try:
+            return parse_systems(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """Address of the coordinator and the file that holds its token; empty: the default."""

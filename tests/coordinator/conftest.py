@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -16,8 +17,9 @@ from coordinator.api.requests import ClientStage, IntakeQuery, RootRequest, Subm
 from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore, describe_sources, read_closure
-from coordinator.client.evaluation import evaluate
 from coordinator.config import LimitSettings, Settings
+from coordinator.evaluation.inputs import Inputs, evaluation_of
+from coordinator.evaluation.pool import PoolLimits
 from coordinator.main import Coordinator, FleetFactory, open_coordinator
 from infra.clock import Clock
 from infra.nix.store_path import base_name_of
@@ -57,7 +59,9 @@ class OpenedFarm:
         file = self.root / "default.nix"
         await asyncio.to_thread(file.write_text, PRELUDE + text)
         store = LocalStore(root=str(self.root / "client"))
-        wanted = (await evaluate(str(file), attrs, flags=("--option", "substituters", "", *store.flags))).wanted
+        inputs = Inputs((str(file),), attrs=attrs, flags=("--option", "substituters", "", *store.flags))
+        limits = PoolLimits(1, 2 << 30)
+        wanted = (await evaluation_of(inputs, limits, env=os.environ, on_messages=lambda _: None)).wanted
         closure = read_closure(store, [each.drv for each in wanted])
         sources = [header.path for header in (await describe_sources(store, closure.sources)).headers]
         names = {base_name_of(path): path for path in closure.derivations}

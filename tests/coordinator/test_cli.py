@@ -43,10 +43,13 @@ def nobody() -> str:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["build"], "Missing argument"),
+        (["build"], "name one file, flake output or .drv path, or an expression with -E"),
+        (["build", "a.nix", "-E", "1"], "or an expression with -E"),
+        (["build", "a.nix", "--systems", "macos"], "'macos' is no system"),
+        (["build", "-", "-A", "x"], "lines on standard input name derivations"),
         (["build", "a.nix", "b.nix"], "choose several things to build with -A"),
         (["build", "a.nix", f"/nix/store/{'0' * 32}-b.drv"], "not both"),
-        (["build", f"/nix/store/{'0' * 32}-b.drv", "-A", "x"], "has no attributes"),
+        (["build", f"/nix/store/{'0' * 32}-b.drv", "-A", "x"], "a .drv path is one derivation"),
         (["build", "a.nix", "--detach", "--fetch"], "choose one"),
         (["build", "a.nix", "--wait", "soon"], "say seconds (90), 15m, 36h, 7d or forever"),
         (["build", "a.nix", "--wait", "0"], "no time to wait"),

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from coordinator.api.requests import RootLimits
 from coordinator.client.closure import ClosureError, LocalStore, describe_sources, local_store, read_closure
-from coordinator.client.evaluation import (
-    EvaluatedRoot,
-    EvaluationError,
-    LeftOut,
-    evaluate,
-    explain,
-    left_out_text,
-    parse_drv,
-)
+from coordinator.evaluation.errors import EvaluationError
+from coordinator.evaluation.inputs import Inputs, evaluation_of
+from coordinator.evaluation.lines import read_lines
+from coordinator.evaluation.messages import error_line, position
+from coordinator.evaluation.model import EvaluatedRoot, Evaluation, FailedAttr, LeftOut, left_out_text, parse_drv
+from coordinator.evaluation.pool import PoolLimits
+from coordinator.evaluation.source import nix_text
+from coordinator.evaluation.systems import parse_systems
 from infra.nar_files import dump
 from infra.nix.ca import verify_source
 from infra.nix.store_path import StoreDir
 from infra.process import run
 from tests.support.sources import hashes_of
+
+#: Two evaluators, whatever this machine has.
+LIMITS = PoolLimits(2, 2 << 30, 60)
 
 EXPRESSION = """
 let make = name: more: derivation ({ inherit name; system = "x86_64-linux"; builder = "/bin/sh"; } // more);
@@ -53,17 +55,33 @@ def flags(tmp_path: Path) -> tuple[str, ...]:
     return ("--store", str(tmp_path / "store"), "--option", "substituters", "")
 
 
+async def evaluated(
+    file: str,
+    attrs: Sequence[str] = (),
+    *,
+    flags: Sequence[str],
+    limits: PoolLimits = LIMITS,
+    systems: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    messages: list[str] | None = None,
+) -> Evaluation:
+    """Evaluate a file as `drover build` does."""
+    inputs = Inputs((file,), attrs=tuple(attrs), systems=tuple(systems), flags=tuple(flags))
+    kept: list[str] = [] if messages is None else messages
+    return await evaluation_of(inputs, limits, env=os.environ if env is None else env, on_messages=kept.append)
+
+
 def described(wanted: Sequence[EvaluatedRoot]) -> list[tuple[str, str, tuple[str, ...]]]:
     return [(each.attr, each.drv[44:], each.outputs) for each in wanted]
 
 
 async def test_attributes_are_told_apart(file: str, flags: tuple[str, ...]) -> None:
-    assert described((await evaluate(file, ["a", "b", "dev"], flags=flags)).wanted) == [
+    assert described((await evaluated(file, ["a", "b", "dev"], flags=flags)).wanted) == [
         ("a", "a.drv", ()),
         ("b", "b.drv", ()),
         ("dev", "b.drv", ("dev",)),
     ]
-    assert described((await evaluate(file, ["several", "a"], flags=flags)).wanted) == [
+    assert described((await evaluated(file, ["several", "a"], flags=flags)).wanted) == [
         ("several.x", "a.drv", ()),
         ("several.y", "b.drv", ()),
         ("a", "a.drv", ()),
@@ -73,7 +91,7 @@ async def test_attributes_are_told_apart(file: str, flags: tuple[str, ...]) -> N
 async def test_an_evaluation_error_is_shown_in_the_words_of_nix(
     file: str, flags: tuple[str, ...], tmp_path: Path
 ) -> None:
-    heard: list[str] = []
+    messages: list[str] = []
     for attr, sentence in (
         ("nosuch", "attribute 'nosuch' in selection path 'nosuch' not found; check the names after -A"),
         ("wrong", "the moon is wrong; correct"),
@@ -81,35 +99,26 @@ async def test_an_evaluation_error_is_shown_in_the_words_of_nix(
         ("nothing", "nothing of .* holds no derivation"),
     ):
         with pytest.raises(EvaluationError, match=sentence):
-            await evaluate(file, [attr], flags=flags, on_stderr=heard.append)
-    assert "the moon is wrong" in "".join(heard)
-    assert "--add-root" not in "".join(heard)
+            await evaluated(file, [attr], flags=flags, messages=messages)
+    assert "the moon is wrong" in "".join(messages)
+    assert "--add-root" not in "".join(messages)
     with pytest.raises(EvaluationError, match=r"nowhere\.nix does not exist"):
-        await evaluate(str(tmp_path / "nowhere.nix"), ["a"], flags=flags)
+        await evaluated(str(tmp_path / "nowhere.nix"), ["a"], flags=flags)
     (tmp_path / "broken.nix").write_text("rec {")
     with pytest.raises(EvaluationError, match="syntax error, unexpected end of file"):
-        await evaluate(str(tmp_path / "broken.nix"), [], flags=flags)
+        await evaluated(str(tmp_path / "broken.nix"), [], flags=flags, messages=messages)
+    assert "broken.nix:1:" in messages[-1]
 
 
 async def test_a_machine_without_nix_is_told_to_install_it(file: str, tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="nix-instantiate is not on PATH; install Nix"):
-        await evaluate(file, ["a"], env={"PATH": str(tmp_path)})
-
-
-async def test_an_endless_evaluation_is_ended(tmp_path: Path) -> None:
-    endless = tmp_path / "endless.nix"
-    endless.write_text("let f = n: f (n + 1); in builtins.seq (builtins.readFile /dev/zero) (f 0)")
-    tool = tmp_path / "nix-instantiate"
-    tool.write_text("#!/bin/sh\nsleep 100\n")
-    tool.chmod(0o755)
-    with pytest.raises(EvaluationError, match=r"did not end within 0\.2 s"):
-        await evaluate(str(endless), [], env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, timeout_s=0.2)
+    with pytest.raises(EvaluationError, match="nix is not on PATH; install Nix"):
+        await evaluated(file, ["a"], flags=(), env={"PATH": str(tmp_path)})
 
 
 def test_newer_nix_puts_the_error_last_and_that_is_the_one_that_counts() -> None:
     messages = "error:\n       … while calling the 'throw' builtin\n\n       error: \x1b[31mboom\x1b[0m\n"
-    assert explain("f.nix", messages, 1).startswith("boom; correct f.nix")
-    assert "status 7" in explain("f.nix", "no word", 7)
+    assert error_line(messages) == "boom"
+    assert error_line("no word") == ""
 
 
 def test_derivation_paths_are_arguments_too() -> None:
@@ -120,7 +129,7 @@ def test_derivation_paths_are_arguments_too() -> None:
 
 
 async def test_the_closure_is_read_inputs_first_with_all_sources(file: str, flags: tuple[str, ...]) -> None:
-    wanted = (await evaluate(file, ["b"], flags=flags)).wanted
+    wanted = (await evaluated(file, ["b"], flags=flags)).wanted
     store = local_store(flags[1], wanted[0].drv)
     closure = read_closure(store, [wanted[0].drv])
     assert [drv[44:] for drv in closure.derivations] == ["a.drv", "b.drv"]
@@ -135,7 +144,7 @@ async def test_the_closure_is_read_inputs_first_with_all_sources(file: str, flag
 
 
 async def test_a_store_that_lost_a_member_is_an_error_that_names_it(file: str, flags: tuple[str, ...]) -> None:
-    wanted = (await evaluate(file, ["b"], flags=flags)).wanted
+    wanted = (await evaluated(file, ["b"], flags=flags)).wanted
     store = local_store(flags[1], wanted[0].drv)
     whole = read_closure(store, [wanted[0].drv])
     await asyncio.to_thread(Path(store.physical(whole.derivations[0])).unlink)
@@ -177,7 +186,7 @@ async def test_limits_come_from_the_meta_of_the_attribute_itself(flags: tuple[st
     limited = tmp_path / "limited.nix"
     limited.write_text(LIMITED)
     attrs = ["plain", 'set."with.dot"', "called", "broken"]
-    found = (await evaluate(str(limited), attrs, flags=(*flags, "--arg", "factor", "2"))).wanted
+    found = (await evaluated(str(limited), attrs, flags=(*flags, "--arg", "factor", "2"))).wanted
     assert [each.attr for each in found] == attrs
     every = RootLimits(timeout_s=120, silence_s=7, log_bytes=10, output_bytes=9, memory_bytes=8)
     assert [each.limits for each in found] == [None, every, RootLimits(timeout_s=2), None]
@@ -188,7 +197,7 @@ async def test_limits_and_names_hold_whichever_way_a_root_came_about(flags: tupl
     limited.write_text(LIMITED)
 
     async def said(file: Path, *attrs: str) -> dict[str, RootLimits | None]:
-        found = await evaluate(str(file), attrs, flags=flags)
+        found = await evaluated(str(file), attrs, flags=flags)
         return {each.attr: each.limits for each in found.wanted}
 
     def seconds(count: int) -> RootLimits:
@@ -216,26 +225,26 @@ async def test_attributes_that_nix_leaves_out_of_a_set_are_named(flags: tuple[st
         in rec { a = make "a"; again = a; nested = { b = throw "not looked into"; }; "3d" = make "c"; number = 3; }
         """
     )
-    found = await evaluate(str(file), [], flags=flags)
+    found = await evaluated(str(file), [], flags=flags)
     assert [each.attr for each in found.wanted] == ["a"]
     assert found.left_out == (LeftOut('"3d"', is_set=False), LeftOut("nested", is_set=True))
     assert left_out_text("f.nix", found.left_out[1:]) == (
         "left out of f.nix, as Nix leaves them out: nested; "
         "build them with -A nested or with recurseForDerivations = true in the set"
     )
-    assert [each.attr for each in (await evaluate(str(file), ['"3d"'], flags=flags)).wanted] == ['"3d"']
+    assert [each.attr for each in (await evaluated(str(file), ['"3d"'], flags=flags)).wanted] == ['"3d"']
 
 
 async def test_an_attribute_that_cannot_be_evaluated_is_named(flags: tuple[str, ...], tmp_path: Path) -> None:
     file = tmp_path / "wrong.nix"
     file.write_text('{ set = { recurseForDerivations = true; ok = 1; wrong = throw "the moon is wrong"; }; }')
-    heard: list[str] = []
+    messages: list[str] = []
     with pytest.raises(EvaluationError, match=r"^the moon is wrong; correct set\.wrong of .*wrong\.nix "):
-        await evaluate(str(file), [], flags=flags, on_stderr=heard.append)
-    assert "drover-" not in "".join(heard)
+        await evaluated(str(file), [], flags=flags, messages=messages)
+    assert "drover-" not in "".join(messages)
     file.write_text("{ needed }: needed")
     with pytest.raises(EvaluationError, match=r"an argument without a value \('needed'\); give it with --arg"):
-        await evaluate(str(file), [], flags=flags)
+        await evaluated(str(file), [], flags=flags)
 
 
 async def test_the_roots_of_a_file_are_those_of_nix_instantiate(flags: tuple[str, ...], tmp_path: Path) -> None:
@@ -262,7 +271,166 @@ async def test_the_roots_of_a_file_are_those_of_nix_instantiate(flags: tuple[str
             env=os.environ, timeout_s=60, max_output_bytes=1 << 20,
         )  # fmt: skip
         assert plain.returncode == 0, plain.stderr
-        found = (await evaluate(str(file), attrs, flags=(*flags, *more))).wanted
+        found = (await evaluated(str(file), attrs, flags=(*flags, *more))).wanted
         assert [f"{each.drv}{''.join('!' + name for name in each.outputs)}" for each in found] == (
             plain.stdout.decode().split()
         )
+
+
+MIXED = """
+let make = name: derivation { inherit name; system = builtins.currentSystem; builder = "/bin/sh"; };
+in {
+  good = make "good"; later = make "later"; warned = builtins.trace "look at me" (make "warned");
+  thrown = throw "not today"; typed = 1 + "x"; endless = let f = x: f (x + 1) + 1; in f 0;
+  recursive = let x = { y = x.y; }; in x.y;
+  forged = builtins.trace "drover-0123 end 2" (make "forged");
+  huge = builtins.foldl' (sum: n: sum + n) 0 (builtins.genList (n: n) 100000000);
+  slow = let spin = n: if n == 0 then 0 else spin (n - 1); in
+    builtins.foldl' (a: _: builtins.seq (spin 10000) a) (make "slow") (builtins.genList (n: n) 10000000);
+  many.recurseForDerivations = true;
+  many.inner = builtins.listToAttrs (map (n: { name = "n${toString n}"; value = make "n${toString n}"; })
+    (builtins.genList (n: n) 300)) // { recurseForDerivations = true; bad = throw "one of many"; };
+}
+"""
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> str:
+    (tmp_path / "mixed.nix").write_text(MIXED)
+    return str(tmp_path / "mixed.nix")
+
+
+async def test_an_attribute_that_fails_costs_the_others_nothing(mixed: str, flags: tuple[str, ...]) -> None:
+    attrs = ["good", "thrown", "typed", "endless", "recursive", "nosuch", "forged", "warned", "later", "many"]
+    messages: list[str] = []
+    found = await evaluated(mixed, attrs, flags=flags, messages=messages)
+    names = [each.attr for each in found.wanted]
+    assert names[:4] == ["good", "forged", "warned", "later"]
+    assert len(names) == 4 + 300
+    assert {each.attr: each.error.split(" (")[0] for each in found.failed} == {
+        "thrown": "not today",
+        "typed": "cannot add a string to an integer",
+        "endless": "stack overflow",
+        "recursive": "infinite recursion encountered",
+        "nosuch": "attribute 'nosuch' in selection path 'nosuch' not found",
+        "many.inner.bad": "one of many",
+    }
+    recursive = next(each for each in found.failed if each.attr == "recursive")
+    assert recursive.position == f"{mixed}:6:25"
+    assert "infinite recursion" in recursive.text
+    assert any("look at me" in each for each in messages)
+    assert "drover-" not in "".join(messages).replace("drover-0123", "")
+
+
+async def test_an_attribute_that_never_ends_is_ended_and_named(mixed: str, flags: tuple[str, ...]) -> None:
+    found = await evaluated(mixed, ["good", "slow", "later"], flags=flags, limits=PoolLimits(1, 2 << 30, 2.0))
+    assert [each.attr for each in found.wanted] == ["good", "later"]
+    assert found.failed == (FailedAttr("slow", "the evaluation did not end within 2 s"),)
+
+
+async def test_evaluators_keep_to_their_memory_together(mixed: str, flags: tuple[str, ...]) -> None:
+    found = await evaluated(mixed, ["good", "huge", "many", "later"], flags=flags, limits=PoolLimits(2, 600 << 20, 60))
+    assert len(found.wanted) == 2 + 300
+    assert [(each.attr, each.error) for each in found.failed] == [
+        ("huge", "the evaluation needs more than 600 MiB"),
+        ("many.inner.bad", "one of many"),
+    ]
+
+
+async def test_one_call_evaluates_for_several_systems(mixed: str, flags: tuple[str, ...]) -> None:
+    systems = ("x86_64-linux", "aarch64-darwin")
+    found = await evaluated(mixed, ["good", "thrown"], flags=flags, systems=systems)
+    assert [each.attr for each in found.wanted] == ["x86_64-linux.good", "aarch64-darwin.good"]
+    assert len({each.drv for each in found.wanted}) == 2
+    assert [each.attr for each in found.failed] == ["x86_64-linux.thrown", "aarch64-darwin.thrown"]
+
+
+def test_systems_are_named_one_by_one_or_as_groups() -> None:
+    assert parse_systems("x86_64-linux,aarch64-darwin") == ("x86_64-linux", "aarch64-darwin")
+    assert parse_systems("darwin, x86_64-linux") == ("x86_64-darwin", "aarch64-darwin", "x86_64-linux")
+    assert set(parse_systems("all")) == set(parse_systems("linux darwin"))
+    with pytest.raises(ValueError, match="'macos' is no system; write such as"):
+        parse_systems("macos")
+
+
+async def test_an_expression_is_evaluated_where_the_caller_is(flags: tuple[str, ...], mixed: str) -> None:
+    async def found(expression: str, *more: str) -> list[str]:
+        inputs = Inputs(expression=expression, flags=(*flags, *more))
+        evaluation = await evaluation_of(inputs, LIMITS, env=os.environ, on_messages=lambda _: None)
+        return [each.attr for each in evaluation.wanted]
+
+    assert await found(f"{{ x = (import {mixed}).good; # a comment\n}}") == ["x"]
+    assert await found("{ which }: { y = which.later; }", "--arg", "which", f"import {mixed}") == ["y"]
+    for wrong in ("{ x = 1;", '"never closed', "nosuch + 1", "(1 + (2"):
+        with pytest.raises(EvaluationError, match=r"correct the expression$"):
+            await found(wrong)
+    with pytest.raises(EvaluationError, match="correct the expression"):
+        await found("{ which }: which", "--arg", "which", "(1 + (2")
+
+
+FLAKE = """{
+  outputs = { self }: let make = system: name: derivation { inherit system name; builder = "/bin/sh"; }; in {
+    checks.x86_64-linux = { a = make "x86_64-linux" "a"; b = throw "no b"; };
+    checks.aarch64-darwin.a = make "aarch64-darwin" "a";
+    packages.x86_64-linux.tool = make "x86_64-linux" "tool";
+    legacyPackages.x86_64-linux.deep.thing = make "x86_64-linux" "thing";
+    other = make "x86_64-linux" "other";
+  };
+}
+"""
+
+
+async def test_outputs_of_a_flake_are_found_as_nix_build_finds_them(flags: tuple[str, ...], tmp_path: Path) -> None:
+    flake = tmp_path / "flake"
+    flake.mkdir()
+    (flake / "flake.nix").write_text(FLAKE)
+
+    async def found(attr: str, *systems: str) -> tuple[list[str], list[str]]:
+        result = await evaluated(f"path:{flake}#{attr}", flags=flags, systems=systems)
+        return [each.attr for each in result.wanted], [each.attr for each in result.failed]
+
+    both = ("x86_64-linux", "aarch64-darwin")
+    assert await found("checks", *both) == (
+        ["checks.x86_64-linux.a", "checks.aarch64-darwin.a"],
+        ["checks.x86_64-linux.b"],
+    )
+    assert await found("", "aarch64-darwin") == (["checks.aarch64-darwin.a"], [])
+    assert await found("tool", "x86_64-linux") == (["tool"], [])
+    assert await found("deep.thing", "x86_64-linux") == (["deep.thing"], [])
+    assert await found("other", "x86_64-linux") == (["other"], [])
+    assert await found("checks.aarch64-darwin.a", "x86_64-linux") == (["checks.aarch64-darwin.a"], [])
+    with pytest.raises(EvaluationError, match=r"attribute 'nosuch' in selection path 'nosuch' not found; check the"):
+        await found("nosuch", "x86_64-linux")
+    with pytest.raises(EvaluationError, match=r"the flake path:/nowhere could not be read: .*/nowhere"):
+        await evaluated("path:/nowhere#x", flags=flags)
+
+
+DRV = "/nix/store/h0qb3wmwhkx4nsnnlp5janwnw1bz9ng8-a.drv"
+
+
+def test_lines_of_standard_input_name_derivations_or_are_those_of_nix_eval_jobs() -> None:
+    lines = [
+        DRV,
+        "",
+        f'{{"attr":"\\"dotted.attr\\"","attrPath":["dotted.attr"],"drvPath":"{DRV}","name":"a","system":"x86_64-linux"}}',
+        '{"attr":"broken","attrPath":["broken"],"error":"error: this is an evaluation error"}',
+        f'{{"attr":"agg","constituents":[],"drvPath":"{DRV}","error":"tests.*: no matches\\n"}}',
+    ]
+    found = read_lines(lines)
+    assert [each.attr for each in found.wanted] == ["a", '"dotted.attr"', "agg"]
+    assert [(each.attr, each.error) for each in found.failed] == [
+        ("broken", "this is an evaluation error"),
+        ("agg", "tests.*: no matches"),
+    ]
+    for line in ("hello", '{"attr": 3}', '{"attr":"x","drvPath":"/nix/store/x"}', "{"):
+        with pytest.raises(EvaluationError, match="line 1 of standard input"):
+            read_lines([line])
+
+
+def test_texts_are_written_as_nix_reads_them_back() -> None:
+    assert nix_text('a"b\\c${d}\ne') == '"a\\"b\\\\c\\${d}\\ne"'
+
+
+def test_a_position_of_our_own_file_is_none_of_the_users() -> None:
+    text = "error: x\n\n       at /x/evaluation/tree.nix:3:4:\n\n       at /home/me/f.nix:5:17:\n"
+    assert position(text) == "/home/me/f.nix:5:17"

@@ -1,13 +1,10 @@
-# The derivations that attributes of a file stand for, as `nix-instantiate` finds them, each with its attribute and what
-# its `meta` says of limits (0 where it says nothing).
+# The value that is evaluated, as a tree whose places are visited one by one, as `nix-instantiate` goes through it.
 #
-# The answer is a flat list. A row is a derivation, `{ at; path; drv; output; … }`, or something that was left out,
-# `{ at; path; left; }`; `at` is the index of the asked path, `path` goes on from it. Before anything of an attribute is
-# evaluated, a trace line `TOKEN [at, path…]` says so: the last such line before an error names the attribute.
-{ drover_file, drover_attrs, drover_token, ... }@given:
+# Each visit prints one trace line, `TOKEN {…}`: a derivation with its output and what its `meta` says of limits (0
+# where it says nothing), or the names below it, or that it is left out, or none of these. A node's value and children
+# are lazy and kept, so that what a visit evaluates serves the next.
+{ token, args, root, asked }:
 let
-  args = removeAttrs given [ "drover_file" "drover_attrs" "drover_token" ];
-
   # What Nix does to a function on the way: it gets what --arg gives it and its own defaults. Only a pattern takes
   # arguments by name, and only toXML tells `{ }:` and `{ ... }:` from `x:`.
   call = value:
@@ -52,48 +49,61 @@ let
     let tried = builtins.tryEval (if builtins.isInt value && value > 0 then value else 0); in
     if tried.success then tried.value else 0;
 
-  row = at: path: found:
-    let said = name: number (found.meta.drover.${name} or 0); in
+  node = given:
+    let value = call given; in
     {
-      inherit at path;
+      inherit given value;
+      children =
+        if builtins.isList value then
+          builtins.listToAttrs (builtins.genList
+            (index: { name = toString index; value = node (builtins.elemAt value index); })
+            (builtins.length value))
+        else builtins.mapAttrs (_: node) value;
+    };
+
+  has = value: path:
+    path == [ ] || (
+      let here = call value; name = builtins.head path; in
+      builtins.isAttrs here && here ? ${name} && has here.${name} (builtins.tail path)
+    );
+
+  # Of several paths the first that exists, or else the last, whose error then says what is missing.
+  chosen = paths: if builtins.length paths == 1 || has root (builtins.head paths) then builtins.head paths
+    else chosen (builtins.tail paths);
+
+  roots = map (paths: node (builtins.foldl' select { value = root; done = [ ]; } (chosen paths)).value) asked;
+
+  derivationAt = found:
+    let limit = name: number (found.meta.drover.${name} or 0); in
+    {
       drv = builtins.unsafeDiscardStringContext found.drvPath;
       output = found.outputName or "out";
       limits = {
         timeout_s = number (found.meta.timeout or 0);
         silence_s = number (found.meta.maxSilent or 0);
-        log_bytes = said "logBytes";
-        output_bytes = said "outputBytes";
-        memory_bytes = said "memoryBytes";
+        log_bytes = limit "logBytes";
+        output_bytes = limit "outputBytes";
+        memory_bytes = limit "memoryBytes";
       };
     };
 
-  marked = at: path: rows: builtins.trace "${drover_token} ${builtins.toJSON ([ at ] ++ path)}" (builtins.deepSeq rows rows);
-
-  # Everything that a value stands for where it was asked for itself, or where its set says that it wants to be entered.
-  inside = at: path: given:
-    let value = call given; in
-    if isDerivation value then [ (row at path value) ]
-    else if builtins.isAttrs value then
-      builtins.concatMap (name: marked at (path ++ [ name ]) (member at (path ++ [ name ]) name value.${name}))
-        (builtins.attrNames value)
-    else if builtins.isList value then
-      builtins.concatLists (builtins.genList
-        (index:
-          let here = path ++ [ (toString index) ]; in
-          marked at here (inside at here (builtins.elemAt value index)))
-        (builtins.length value))
+  # A value that was asked for itself, or whose set asks to be entered.
+  entered = value:
+    if isDerivation value then derivationAt value
+    else if builtins.isAttrs value then { names = builtins.attrNames value; }
+    else if builtins.isList value then { elements = builtins.length value; }
     else throw "expression does not evaluate to a derivation (or a set or list of those)";
 
-  # An attribute of a set. Nix passes over names that it could not print, and over sets that do not ask to be entered.
-  member = at: path: name: value:
-    if builtins.match "[A-Za-z_][-A-Za-z0-9_+]*" name == null then [ { inherit at path; left = "name"; } ]
-    else if isDerivation value then [ (row at path value) ]
-    else if !builtins.isAttrs value then [ ]
-    else if value.recurseForDerivations or false then inside at path value
-    else [ { inherit at path; left = "set"; } ];
+  # An attribute of a set. Nix passes over sets that do not ask to be entered.
+  member = { given, value, ... }:
+    if isDerivation given then derivationAt given
+    else if !builtins.isAttrs given then { }
+    else if given.recurseForDerivations or false then entered value
+    else { left = true; };
 in
-builtins.concatLists (builtins.genList
-  (at:
-    let path = builtins.elemAt drover_attrs at; in
-    marked at [ ] (inside at [ ] (builtins.foldl' select { value = import drover_file; done = [ ]; } path).value))
-  (builtins.length drover_attrs))
+entering: at: path:
+let
+  found = builtins.foldl' (above: name: above.children.${name}) (builtins.elemAt roots at) path;
+  finding = if entering then entered found.value else member found;
+in
+builtins.trace "${token} ${builtins.toJSON finding}" null

@@ -1,0 +1,87 @@
+"""The evaluation of `drover build`, as a person sees it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import click
+
+from coordinator.cli import exit_status
+from coordinator.cli.ci import defused
+from coordinator.client.closure import local_store
+from coordinator.evaluation.inputs import Inputs, evaluation_of
+from coordinator.evaluation.model import Evaluation, FailedAttr, left_out_text, some
+from coordinator.evaluation.pool import TIMEOUT_S, PoolLimits
+from coordinator.terminal_controls import harmless
+
+#: Failed attributes that are shown with all that Nix printed of them; of the others its first line.
+MAX_WHOLE: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRequest:
+    """Arguments of the command that say what is built, and what its evaluation may take of this machine."""
+
+    files: tuple[str, ...] = ()
+    attrs: tuple[str, ...] = ()
+    #: A Nix expression in place of a file.
+    expression: str = ""
+    #: Systems that it is evaluated for; none: this machine's.
+    systems: tuple[str, ...] = ()
+    #: `--arg`, `--argstr` and `-I` words, for the evaluation only.
+    flags: tuple[str, ...] = ()
+    #: None: what this machine has.
+    evaluators: int | None = None
+    memory_mib: int | None = None
+    #: Of one attribute; 0: forever.
+    timeout_s: float = TIMEOUT_S
+
+
+async def evaluate(request: EvaluationRequest, settings: Sequence[str], store: str | None) -> Evaluation:
+    """Evaluate what is asked for, and show what was left out and what failed.
+
+    Args:
+        request: What is asked for.
+        settings: `--option NAME VALUE` words.
+        store: Directory of the store to evaluate into; None: this machine's.
+    """
+    flags = (*request.flags, *settings, *(local_store(store).flags if store else ()))
+    inputs = Inputs(request.files, request.expression, request.attrs, request.systems, flags)
+    memory_bytes = request.memory_mib and request.memory_mib * 1024 * 1024
+    limits = PoolLimits.of_machine(request.evaluators, memory_bytes, request.timeout_s or None)
+    evaluation = await evaluation_of(inputs, limits, env=os.environ, on_messages=show_messages)
+    if evaluation.left_out:
+        click.echo(f"drover: {harmless(left_out_text(inputs.name, evaluation.left_out))}", err=True)
+    _show_failed(evaluation.failed)
+    return evaluation
+
+
+def _show_failed(failed: Sequence[FailedAttr]) -> None:
+    for number, each in enumerate(failed):
+        if number < MAX_WHOLE:
+            show_messages(each.text)
+        where = f" (at {each.position})" if each.position else ""
+        click.echo(defused(harmless(f"drover: {each.attr} cannot be evaluated: {each.error}{where}")), err=True)
+
+
+def status_of(evaluation: Evaluation, line: Callable[[str], None]) -> int:
+    """Return the exit status where all that was evaluated is built, and say which attributes were not evaluated."""
+    if not evaluation.failed:
+        return exit_status.OK
+    names = harmless(some([each.attr or "all" for each in evaluation.failed]))
+    line(f"not built, because they could not be evaluated: {names}")
+    return exit_status.EVALUATION_FAILED
+
+
+def show_messages(text: str) -> None:
+    """Write what Nix printed for people: with its colours, but with nothing that a terminal or a runner obeys."""
+    if not text.strip():
+        return
+    if sys.stderr.isatty():
+        click.echo(harmless(text.rstrip("\n"), colours=True), err=True)
+    else:
+        click.echo(defused(harmless(text.rstrip("\n"))), err=True)

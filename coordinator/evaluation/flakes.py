@@ -1,0 +1,84 @@
+"""Flakes: which source of theirs is meant, and where their attributes stand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from pydantic import BaseModel, ValidationError
+
+from coordinator.evaluation.errors import EvaluationError
+from coordinator.evaluation.messages import error_line
+from coordinator.evaluation.model import split_attr
+from coordinator.evaluation.source import Asked, NixValue, nix_text
+from infra.process import ProcessError, ProcessNotFound, run
+
+#: Outputs whose first names are systems.
+PER_SYSTEM: Final = frozenset({"apps", "checks", "devShells", "legacyPackages", "packages"})
+#: What is built of a flake where no output is named.
+DEFAULT_OUTPUT: Final = "checks"
+#: Seconds for what a flake fetches before it can be evaluated.
+METADATA_S: Final = 600.0
+MAX_METADATA_BYTES: Final = 16 * 1024 * 1024
+_NIX: Final = ("nix", "--extra-experimental-features", "nix-command flakes")
+
+
+class _Metadata(BaseModel):
+    url: str
+
+
+def is_flake(text: str) -> bool:
+    """Return whether a person's text names an output of a flake, `REF#ATTR`."""
+    return "#" in text
+
+
+async def flake_sources(
+    text: str, systems: Sequence[str], *, flags: Sequence[str], env: Mapping[str, str]
+) -> list[NixValue]:
+    """Return what is to be evaluated of `REF#ATTR`: once for each system.
+
+    An attribute without `#` or with nothing after it means `checks`. Others are looked for as `nix build` does: below
+    the packages of the system, and then from the top.
+
+    Raises:
+        EvaluationError: The flake cannot be found or read.
+    """
+    reference, _, attr = text.partition("#")
+    url = await _url(reference or ".", flags, env)
+    expression = f"builtins.getFlake {nix_text(url)}"
+    return [
+        NixValue(text, expression, (_asked(attr, system, several=len(systems) > 1),), {}, system, tuple(flags))
+        for system in systems
+    ]
+
+
+def _asked(attr: str, system: str, *, several: bool) -> Asked:
+    names = split_attr(attr) or (DEFAULT_OUTPUT,)
+    if names[0] not in PER_SYSTEM:
+        label = f"{system}.{attr}" if several else attr
+        return Asked(label, (("packages", system, *names), ("legacyPackages", system, *names), names))
+    if len(names) > 1 and _is_system(names[1]):
+        return Asked(attr, (names,))
+    return Asked(".".join((names[0], system, *names[1:])), ((names[0], system, *names[1:]),))
+
+
+def _is_system(name: str) -> bool:
+    return name.rpartition("-")[2] in {"linux", "darwin", "freebsd"}
+
+
+async def _url(reference: str, flags: Sequence[str], env: Mapping[str, str]) -> str:
+    """Return the URL of a flake as Nix understands it: a directory of a git repository is that repository."""
+    command = [*_NIX, "flake", "metadata", "--json", "--no-write-lock-file", reference, *flags]
+    try:
+        done = await run(command, env=env, timeout_s=METADATA_S, max_output_bytes=MAX_METADATA_BYTES)
+    except ProcessNotFound:
+        raise EvaluationError("nix is not on PATH; install Nix on this machine to evaluate flakes") from None
+    except ProcessError as error:
+        raise EvaluationError(f"the flake {reference} could not be read: {error}") from None
+    if done.returncode != 0:
+        line = error_line(done.stderr.decode(errors="replace")) or f"Nix ended with status {done.returncode}"
+        raise EvaluationError(f"the flake {reference} could not be read: {line}")
+    try:
+        return _Metadata.model_validate_json(done.stdout).url
+    except ValidationError:
+        raise EvaluationError(f"Nix says nothing of where the flake {reference} is") from None

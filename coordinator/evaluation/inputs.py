@@ -1,0 +1,143 @@
+"""Requests of a person for builds, as sources of an evaluation or as derivations that are there already."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from coordinator.evaluation.errors import EvaluationError
+from coordinator.evaluation.flakes import flake_sources, is_flake
+from coordinator.evaluation.lines import read_attrs, read_lines
+from coordinator.evaluation.messages import advice, error_line, without_noise
+from coordinator.evaluation.model import MAX_NAMED, Evaluation, FailedAttr, parse_drv, some
+from coordinator.evaluation.pool import PoolLimits, evaluate
+from coordinator.evaluation.source import NixValue, file_expression, is_url, sources_of
+from infra.process import ProcessError, ProcessNotFound, run
+
+#: Name of standard input among files and attributes.
+STDIN: Final = "-"
+#: A hundred thousand lines of nix-eval-jobs.
+MAX_STDIN_BYTES: Final = 256 * 1024 * 1024
+#: Seconds for Nix to read an expression, and for it to say which system this is.
+_PARSE_S: Final = 60.0
+_MAX_OUTPUT_BYTES: Final = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A request: either `files` (a file, a flake's output, derivations, or standard input) or `expression`."""
+
+    files: tuple[str, ...] = ()
+    expression: str = ""
+    attrs: tuple[str, ...] = ()
+    systems: tuple[str, ...] = ()
+    #: For the evaluation: `--arg`, `--argstr`, `-I`, `--option`, `--store`.
+    flags: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name that people call it by."""
+        return self.files[0] if self.files else "the expression"
+
+
+async def evaluation_of(
+    inputs: Inputs, limits: PoolLimits, *, env: Mapping[str, str], on_messages: Callable[[str], None]
+) -> Evaluation:
+    """Evaluate what is asked for.
+
+    Raises:
+        EvaluationError: There is no derivation to build.
+    """
+    given = await _given(inputs)
+    if given is None:
+        sources = await _sources(inputs, env)
+        given = await evaluate(sources, limits, env=env, on_messages=on_messages)
+    if not given.wanted:
+        for each in given.failed[:MAX_NAMED]:
+            on_messages(each.text)
+        raise EvaluationError(_nothing(inputs, given))
+    return given
+
+
+def _nothing(inputs: Inputs, evaluation: Evaluation) -> str:
+    """Return why there is nothing to build."""
+    if evaluation.failed:
+        failed: FailedAttr = evaluation.failed[0]
+        others = len(evaluation.failed) - 1
+        more = f" ({others} other attribute{'s' * (others > 1)} failed too)" if others else ""
+        return advice(inputs.name, failed.attr, failed.error) + more
+    asked = ", ".join(inputs.attrs) or "the value"
+    names = some([each.attr for each in evaluation.left_out])
+    inside = f"; not looked into: {names}" if names else ""
+    return f"{asked} of {inputs.name} holds no derivation{inside}; choose an attribute that does with -A"
+
+
+async def _given(inputs: Inputs) -> Evaluation | None:
+    """Return the derivations that are named themselves; None where something is to be evaluated."""
+    if inputs.files == (STDIN,):
+        return read_lines(await asyncio.to_thread(_stdin_lines))
+    drvs = [each for each in map(parse_drv, inputs.files) if each is not None]
+    if drvs and len(drvs) == len(inputs.files):
+        return Evaluation(tuple(drvs))
+    for file in inputs.files:
+        if file.partition("!")[0].endswith(".drv"):
+            raise EvaluationError(f"{file} is not the full path of a derivation in a Nix store")
+    if len(inputs.files) > 1:
+        raise EvaluationError(f"{inputs.files[1]} is one file too many; choose several things to build with -A")
+    return None
+
+
+def _stdin_lines() -> list[str]:
+    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    if len(data) > MAX_STDIN_BYTES:
+        raise EvaluationError(f"standard input has more than {MAX_STDIN_BYTES} bytes; build it in several parts")
+    return data.decode(errors="replace").splitlines()
+
+
+async def _sources(inputs: Inputs, env: Mapping[str, str]) -> list[NixValue]:
+    if inputs.files and is_flake(inputs.files[0]) and not await asyncio.to_thread(Path(inputs.files[0]).exists):
+        systems = inputs.systems or (await _this_system(inputs.flags, env),)
+        return await flake_sources(inputs.files[0], systems, flags=inputs.flags, env=env)
+    attrs = inputs.attrs
+    if STDIN in attrs:
+        named = read_attrs(await asyncio.to_thread(_stdin_lines))
+        attrs = tuple(attr for each in attrs for attr in (named if each == STDIN else (each,)))
+    expressions = [inputs.flags[at + 2] for at, word in enumerate(inputs.flags) if word == "--arg"]
+    for text in (inputs.expression, *expressions):
+        if text:
+            await _parse(text, env)
+    if inputs.expression:
+        expression = inputs.expression
+    else:
+        file = inputs.files[0]
+        if not file.startswith("<") and not is_url(file) and not await asyncio.to_thread(Path(file).exists):
+            raise EvaluationError(f"{file} does not exist; name the Nix file to evaluate")
+        expression = file_expression(file)
+    return sources_of(inputs.name, expression, attrs, flags=inputs.flags, systems=inputs.systems)
+
+
+async def _parse(expression: str, env: Mapping[str, str]) -> None:
+    """Refuse an expression that cannot be read, before it could swallow what an evaluator is asked after it."""
+    await _nix(["nix-instantiate", "--parse", "-E", expression], env)
+
+
+async def _this_system(flags: Sequence[str], env: Mapping[str, str]) -> str:
+    answer = await _nix(["nix-instantiate", "--eval", "-E", "builtins.currentSystem", *flags], env)
+    return answer.strip().strip('"')
+
+
+async def _nix(command: Sequence[str], env: Mapping[str, str]) -> str:
+    try:
+        done = await run(command, env=env, timeout_s=_PARSE_S, max_output_bytes=_MAX_OUTPUT_BYTES)
+    except ProcessNotFound:
+        raise EvaluationError(f"{command[0]} is not on PATH; install Nix on this machine to evaluate files") from None
+    except ProcessError as error:
+        raise EvaluationError(f"{command[0]} could not be run: {error}") from None
+    if done.returncode != 0:
+        text = without_noise(done.stderr.decode(errors="replace"))
+        raise EvaluationError(f"{error_line(text) or text.strip()[:200]}; correct the expression")
+    return done.stdout.decode(errors="replace")

@@ -1,0 +1,75 @@
+"""Lines on standard input that say what to build: derivations, or what nix-eval-jobs prints.
+
+A line of nix-eval-jobs is a JSON object with `attr`, and `drvPath` or `error` or (for an aggregate whose constituents
+are not all there) both. Source: src/drv.cc and src/constituents.cc of nix-eval-jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from pydantic import BaseModel, ValidationError
+
+from coordinator.evaluation.errors import EvaluationError
+from coordinator.evaluation.messages import error_line, plain, position
+from coordinator.evaluation.model import EvaluatedRoot, Evaluation, FailedAttr, parse_drv
+
+#: Characters of a line that a sentence shows.
+_SHOWN: Final = 100
+
+
+class _Job(BaseModel):
+    """One line of nix-eval-jobs, as far as it is read."""
+
+    attr: str
+    drvPath: str = ""  # noqa: N815 - its name there
+    error: str = ""
+
+
+def read_lines(lines: Iterable[str]) -> Evaluation:
+    """Read one derivation a line, as a path or as an object of nix-eval-jobs; empty lines are passed over.
+
+    Raises:
+        EvaluationError: A line is neither.
+    """
+    wanted: dict[EvaluatedRoot, None] = {}
+    failed: list[FailedAttr] = []
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text:
+            continue
+        if not text.startswith("{"):
+            root = parse_drv(text)
+            if root is None:
+                raise EvaluationError(
+                    f"line {number} of standard input, {text[:_SHOWN]!r}, is neither the full path of a .drv nor "
+                    "a line of nix-eval-jobs; give attributes with -A - beside the file that has them"
+                )
+            wanted[root] = None
+            continue
+        job = _job(number, text)
+        if job.drvPath:
+            drv = parse_drv(job.drvPath)
+            if drv is None:
+                raise EvaluationError(f"line {number} of standard input has the derivation {job.drvPath[:_SHOWN]!r}")
+            wanted[EvaluatedRoot(job.attr or drv.attr, drv.drv)] = None
+        if job.error or not job.drvPath:
+            message = plain(job.error).strip()
+            first = error_line(message) or (message.splitlines() or ["it says neither a derivation nor an error"])[0]
+            failed.append(FailedAttr(job.attr, first, message, position(message)))
+    return Evaluation(tuple(wanted), (), tuple(failed))
+
+
+def read_attrs(lines: Iterable[str]) -> tuple[str, ...]:
+    """Read one attribute path a line; empty lines are passed over."""
+    return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+def _job(number: int, text: str) -> _Job:
+    try:
+        return _Job.model_validate_json(text)
+    except ValidationError:
+        raise EvaluationError(
+            f"line {number} of standard input, {text[:_SHOWN]!r}, is no line of nix-eval-jobs"
+        ) from None
