@@ -130,7 +130,11 @@ def difference_lines(difference: DifferenceView, now: float) -> list[str]:
 
 
 def _build(build: ComparedView, now: float) -> str:
-    ended = f", {build.outcome} {duration(now - build.ended_at)} ago" if build.ended_at else ", had from the cache"
+    ended = (
+        f", {build.outcome} {duration(now - build.ended_at)} ago"
+        if build.ended_at
+        else ", of which no ended attempt is remembered"
+    )
     return f"{one_line(build.name or build.step)}{ended} (step {one_line(build.step)})"
 
 

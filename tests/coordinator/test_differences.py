@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, text
 
 from coordinator.cli.reasons import difference_lines, why_lines
 from coordinator.client.errors import RefusedError
+from coordinator.readmodel.comparisons import PAGE, WHOLE, Comparisons
 from coordinator.readmodel.runs import run_reasons
+from coordinator.stores.derivations import DerivationStore, Kind, NewDerivation, Node
 from coordinator.stores.timings import AttemptTiming, Outcome
+from infra.nix import aterm
+from infra.nix.causes import Uncompared
+from infra.nix.derivation import Derivation, DerivationOutput
 from scheduler.events import SubmissionExpired
 from scheduler.model import StepKey, SubmissionId
 
@@ -84,6 +91,49 @@ async def test_a_build_is_compared_with_the_last_of_its_name_down_to_the_first_c
             assert refused.value.http_status == 404
 
 
+def stored(name: str, modulo: bytes, inputs: Sequence[str] = (), value: bytes = b"") -> NewDerivation:
+    """A derivation as intake would store it."""
+    drv = f"{name[:1] * 32}-{name[1:]}.drv"
+    text = aterm.render(
+        Derivation(
+            outputs=(DerivationOutput("out", f"/nix/store/{name[:1] * 32}-{name[1:]}"),),
+            input_drvs=tuple((f"/nix/store/{each}", ("out",)) for each in inputs),
+            input_srcs=(),
+            system="x86_64-linux",
+            builder="/bin/sh",
+            args=(),
+            env=((b"value", value),),
+        )
+    )
+    return NewDerivation(Node(drv, StepKey(drv), Kind.FIXED, "x86_64-linux", (), (), tuple(inputs)), modulo, (), text)
+
+
+async def test_what_changes_no_output_is_no_cause_and_what_is_too_large_is_left_to_a_command(tmp_path: Path) -> None:
+    store = DerivationStore.open(f"sqlite+aiosqlite:///{tmp_path}/derivations.sqlite")
+    try:
+        await store.prepare()
+        # A tarball that another curl fetches is the same tarball; a large input of the other differs at its end.
+        tarballs = [stored(f"{side}tarball", b"same", value=side.encode()) for side in "12"]
+        large = [stored(f"{side}large", side.encode(), value=b"x" * (3 << 20) + side.encode()) for side in "34"]
+        tops = [
+            stored(f"{side}top", side.encode(), [each.node.drv for each in inputs])
+            for side, inputs in zip("56", zip(tarballs, large, strict=True), strict=True)
+        ]
+        await store.add([*tarballs, *large, *tops])
+        comparisons = Comparisons(store)
+        drvs = [top.node.drv for top in tops]
+        [left] = (await comparisons.causes(drvs[0], drvs[1], PAGE)).causes
+        assert (left.way, left.uncompared) == (("large",), Uncompared.TOO_LARGE)
+        found = await comparisons.causes(drvs[0], drvs[1], WHOLE)
+        [[change]] = [cause.changes for cause in found.causes]
+        assert (change.before, change.after) == ("\u2026" + "x" * 40 + "3", "\u2026" + "x" * 40 + "4")
+        # Asked about itself, the tarball has a difference.
+        assert (await comparisons.causes(tarballs[0].node.drv, tarballs[1].node.drv)).count == 1
+        assert (await comparisons.causes(drvs[1], drvs[1])).count == 0
+    finally:
+        await store.close()
+
+
 def test_each_attempt_has_the_reason_that_the_one_before_left() -> None:
     outcomes: list[Outcome | None] = ["retried", "lost", "returned", "cancelled", "failed", "done", None]
     timings = [AttemptTiming("s", number, worker="w", outcome=outcome) for number, outcome in enumerate(outcomes, 1)]
@@ -114,6 +164,10 @@ async def test_a_forgotten_build_is_compared_until_its_derivation_is_gone_which_
         answers = [await farm.client.difference("lib", name) for name in ("", first, old.drv, *old.outputs.values())]
         assert answers == [answers[0]] * 4
         assert [(cause.way, cause.change_count) for cause in answers[0].causes] == [((), 1)]
+        async with browser_of(farm) as browser:
+            await browser.log_in()
+            page = (await browser.get(f"/steps/{second}"))[1]
+        assert f"Against lib-1 <code>{first}</code>" in page
         # The other way round too.
         assert (await farm.client.difference(old.drv, second)).step.step == first
         with pytest.raises(RefusedError, match="there is no step"):

@@ -99,6 +99,8 @@ class StepData:
     waiting: tuple[StepLine, ...]
     waiting_total: int
     run: Run
+    #: The build that it is compared with has a page.
+    other_known: bool
     #: None for a step that stands alone.
     graph: Markup | None
 
@@ -169,6 +171,8 @@ class StepPage:
         lines = [submission_line(self._views, each) for each in dict.fromkeys(submissions)][:SUBMISSIONS_SHOWN]
         numbers = range(view.attempt, max(0, view.attempt - ATTEMPTS_SHOWN), -1)
         timings, trouble = await self._kept(row.key) if view.attempt else ([], "")
+        run = await self._run(row)
+        other = run.difference.other if run.difference else None
         return StepData(
             view=view,
             why=_why(view, around),
@@ -184,7 +188,8 @@ class StepPage:
             need_total=around.needs.total,
             waiting=self._lines(around.waiting.steps),
             waiting_total=around.waiting.total,
-            run=await self._run(row),
+            run=run,
+            other_known=other is not None and self._views.row_of(StepKey(other.step)) is not None,
             graph=drawing(around, self._node) if around.edges else None,
         )
 
