@@ -182,7 +182,7 @@ def eta_when(found: EtaView, now: float) -> str:
         return "end unknown"
     later_s, sooner_s = found.later_at - now, max(0.0, found.sooner_at - now)
     if later_s <= 0:
-        return f"{duration(-later_s)} later than foreseen"
+        return "ends later than foreseen"
     if later_s - sooner_s <= ETA_ONE * later_s or duration(sooner_s) == duration(later_s):
         return f"ends in about {duration(later_s)}"
     return (
@@ -196,7 +196,7 @@ def eta_sentence(found: EtaView, now: float) -> str:
     if found.unknown and found.bound != "unknown":
         remarks.append(f"{found.unknown} of {counted(found.steps, 'step')} left without history")
     if found.overdue:
-        remarks.append(f"{found.overdue} longer than usual")
+        remarks.append(f"{found.overdue} running longer than usual")
     if found.bound == "unknown":
         because = f"none of {counted(found.steps, 'step')} left has a history, bounded by {one_line(found.because)}"
     else:

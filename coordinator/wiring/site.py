@@ -137,6 +137,17 @@ def _add_pages(  # noqa: PLR0917 - collaborators, named by their types
 ) -> None:
     """Add the pages for browsers."""
     queues = core.explainer.queues
-    read = PageSources(core.views, farm, queues, core.farm, stores.cache, stores.logs, stores.timings, core.runs)
+    read = PageSources(
+        core.views,
+        farm,
+        queues,
+        core.farm,
+        stores.cache,
+        stores.logs,
+        stores.timings,
+        core.runs,
+        core.etas,
+        core.throughput,
+    )
     act = PageActions(core.submissions, work.fleet.drain, keepers)
     add_web_routes(app, read, act, clock, stores.sessions, streams, url)

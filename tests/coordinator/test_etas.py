@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
+from html import unescape
 
+import aiohttp
 import pytest
 
 from coordinator.api.estimates import ThroughputBar, ThroughputView
@@ -35,6 +38,15 @@ SLOW = "i=0; while [ $i -lt 50000 ]; do i=$((i+1)); done; echo 1 > $out"
 ENDLESS = "while :; do :; done"
 
 
+async def shown(farm: OpenedFarm, address: str) -> str:
+    """Return a page as a browser gets it."""
+    ready = farm.coordinator.ready
+    headers = {"Authorization": f"Bearer {ready.token_file.read_text().strip()}"}
+    async with aiohttp.ClientSession() as session, session.get(ready.url + address, headers=headers) as answer:
+        assert answer.status == 200
+        return unescape(await answer.text())
+
+
 async def foreseen(farm: OpenedFarm, submission: str, bound: str) -> EtaView:
     """Watch a submission until its end is bounded by that."""
     async with asyncio.timeout(PATIENCE_S):
@@ -56,6 +68,9 @@ async def test_a_submission_says_what_bounds_its_end_and_in_the_end_what_has(ope
         assert all(step.took_s > 0 for step in found.so_far.steps)
         lines = eta_lines(found, NOW)
         assert lines[1] == f"  critical path so far: 3 steps, {duration(found.so_far.seconds)}"
+        page = await shown(farm, f"/submissions/{sub.id}")
+        assert "Critical path: 3 steps so far, " in page
+        assert [page.count(f'href="/steps/{step.step}"') for step in found.so_far.steps] == [1, 1, 2]
         # Histories are written by then, so that the throughput counts them.
         assert (await farm.client.history("top")).systems[0].done == 1
         activity = await farm.client.activity()
@@ -72,6 +87,12 @@ async def test_a_submission_says_what_bounds_its_end_and_in_the_end_what_has(ope
             ("low-2", "running"), ("middle-2", "waiting"), ("top-2", "waiting"),
         ]  # fmt: skip
         assert [load.slots for load in found.loads] == [2]
+        sentence = "bounded by the critical path of 3 steps through low-2"
+        assert sentence in await shown(farm, f"/submissions/{sub.id}")
+        page = await shown(farm, "/")
+        assert sentence in page
+        assert 'aria-label="Last hour: 4 finished, 0 failed, 0 reused"' in page
+        assert re.search(r'<td class="num">4</td>.*</table>', page, re.DOTALL)
         assert [run.label for run in (await farm.client.activity()).running] == ["endless"]
 
         # Another one stands on the same step, and on a system that nobody builds.
@@ -100,7 +121,7 @@ async def test_a_submission_says_what_bounds_its_end_and_in_the_end_what_has(ope
         ),
         (
             EtaView(at=NOW - 90, sooner_at=NOW - 80, later_at=NOW - 62, bound="path", because="x", steps=1, overdue=1),
-            "1m02s later than foreseen: bounded by x (1 longer than usual)",
+            "ends later than foreseen: bounded by x (1 running longer than usual)",
         ),
         (
             EtaView(at=NOW, sooner_at=NOW + 60, bound="no_worker", because="no worker offers x", steps=1),

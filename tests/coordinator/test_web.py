@@ -17,7 +17,7 @@ from coordinator.api.models import StepStatus
 from coordinator.api.web_routes import WEB_ROUTES
 from coordinator.config import LimitSettings, Settings
 from coordinator.http.web.guards import HEADERS
-from coordinator.http.web.texts import age_text, bytes_text, date_text
+from coordinator.http.web.texts import age_text, bytes_text, date_text, end_text
 from coordinator.main import open_coordinator
 from coordinator.security.sessions import SESSION_S, Sessions
 from tests.coordinator.conftest import PATIENCE_S, OpenedFarm, OpenFarm
@@ -388,6 +388,10 @@ async def test_pages_change_what_the_api_changes(open_farm: OpenFarm) -> None:
 
 
 def test_spans_sizes_and_dates_read_as_people_say_them() -> None:
+    ends = [end_text(*each) for each in ((720, 1080), (700, 720), (-5, 60), (-90, -62))]
+    assert ends == [
+        "in 12 m 00 s to 18 m 00 s", "in about 12 m 00 s", "within 1 m 00 s", "later than foreseen",
+    ]  # fmt: skip
     assert [age_text(s) for s in (-5, 0, 59.9, 187, 3600, 90_061)] == [
         "0 s", "0 s", "59 s", "3 m 07 s", "1 h 00 m", "1 d 1 h",
     ]  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from coordinator.api.estimates import ThroughputBar, ThroughputView
 from coordinator.api.models import FarmView, StepStatus
 from coordinator.http.web.assets import Assets
 from coordinator.http.web.farm import FarmPage
@@ -63,6 +64,7 @@ from scheduler.model import (
     SubmissionId,
 )
 from tests.coordinator.test_pauses import LINES, lines_of_pieces
+from tests.support.screens import NOW
 from workers.wire.grades import IsolationGrade
 from workers.wire.messages import HeldLease, Hello, Stage
 
@@ -173,17 +175,25 @@ def rendered(farm: Filled, name: str, page: Any) -> str:
 
 
 def test_the_farm_s_page(filled: Filled) -> None:
-    page = FarmPage(filled.views, filled.farm_view, filled.explainer.queues, filled.renderer, filled.streams)
-    html = rendered(filled, "farm.html", metered(page.gathering()))
+    none: Any = None
+    page = FarmPage(filled.views, filled.farm_view, filled.explainer.queues, none, filled.renderer, filled.streams)
+    many = (ThroughputBar(finished=10**6, failed=10**6, reused=10**6),) * 60
+    done = ThroughputView(until=NOW, every_s=60.0, bars=many)
+    html = rendered(filled, "farm.html", metered(page.gathering(done, done)))
+    assert "Last hour: 60,000,000 finished, 60,000,000 failed, 60,000,000 reused." in html
     assert html.count('class="slot on-building"') == filled.views.step_counts()["running"]
     assert f"all {WORKERS} workers that could are full" in html
 
 
 def test_the_page_of_a_submission(filled: Filled) -> None:
     none: Any = None
+    etas = Etas(filled.views, filled.core, Durations(), SystemClock())
+    etas.of(filled.row)
+    metered(etas.working_out([filled.row]))
     page = SubmissionPage(
-        filled.views, none, filled.farm_view, filled.explainer.queues, filled.renderer, filled.streams
-    )
+        filled.views, none, filled.farm_view, filled.explainer.queues, filled.core, etas, filled.renderer,
+        filled.streams,
+    )  # fmt: skip
     data = metered(page.gathering(filled.row))
     assert [(cause.step.name, cause.doomed) for cause in data.causes] == [("bad", len(DOOMED))]
     html = rendered(filled, "submission.html", data)

@@ -8,12 +8,15 @@ from typing import Final
 
 from aiohttp import web
 
-from coordinator.api.models import FarmView, StepStatus, WorkerView
+from coordinator.api.estimates import ThroughputView
+from coordinator.api.models import EtaView, FarmView, StepStatus, WorkerView
 from coordinator.http.web.guards import VISITOR, html
 from coordinator.http.web.lines import QueueLine, StepLine, SubmissionLine, queue_lines, step_line, submission_line
 from coordinator.http.web.live import LiveStreams
 from coordinator.http.web.rendering import PageRenderer
+from coordinator.http.web.throughput import ThroughputCard, throughput_card
 from coordinator.readmodel.rows import SubmissionRow
+from coordinator.readmodel.throughput import DAY, HOUR, Throughput
 from coordinator.readmodel.views import Views
 from infra.slices import in_slices
 from scheduler.model import Requirements, StepKey
@@ -24,6 +27,8 @@ WORKERS_SHOWN: Final = 100
 SLOTS_SHOWN: Final = 64
 QUEUES_SHOWN: Final = 30
 SUBMISSIONS_SHOWN: Final = 12
+#: Minutes over which the rate is taken.
+RATE_MINUTES: Final = 5
 #: Submissions looked at between two pauses.
 _ROWS_LOOKED_AT: Final = 500
 #: Stages in which a lease has a slot.
@@ -64,6 +69,11 @@ class FarmData:
     submissions: tuple[SubmissionLine, ...]
     submission_total: int
     submissions_running: int
+    #: Foreseen ends of those that run, by submission.
+    ends: Mapping[str, EtaView | None]
+    throughput: tuple[ThroughputCard, ...]
+    #: Builds a minute, lately.
+    rate: str
 
     @property
     def waiting(self) -> int:
@@ -74,14 +84,16 @@ class FarmData:
 class FarmPage:
     """The page at `/`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - collaborators, named by their types
         self,
         views: Views,
         farm: Callable[[], FarmView],
         queues: Callable[[], Mapping[Requirements, str]],
+        throughput: Throughput,
         renderer: PageRenderer,
         streams: LiveStreams,
     ) -> None:
+        self._throughput = throughput
         self._views = views
         self._farm = farm
         self._queues = queues
@@ -90,7 +102,7 @@ class FarmPage:
 
     async def show(self, request: web.Request) -> web.Response:
         """Show the farm."""
-        data = await in_slices(self.gathering())
+        data = await self._data()
         return html(await self._renderer.page("farm.html", visitor=request[VISITOR], page=data))
 
     async def live(self, request: web.Request) -> web.StreamResponse:
@@ -98,10 +110,14 @@ class FarmPage:
         return await self._streams.serve(request, self._parts)
 
     async def _parts(self) -> tuple[Mapping[str, str], bool]:
-        data = await in_slices(self.gathering())
+        data = await self._data()
         return await self._renderer.parts("farm.html", page=data), False
 
-    def gathering(self) -> Generator[None, None, FarmData]:
+    async def _data(self) -> FarmData:
+        hour, day = await self._throughput.of(HOUR), await self._throughput.of(DAY)
+        return await in_slices(self.gathering(hour, day))
+
+    def gathering(self, hour: ThroughputView, day: ThroughputView) -> Generator[None, None, FarmData]:
         """Return what the page shows, with pauses."""
         views = self._views
         workers = [worker for worker in views.workforce.views() if worker.state in _PRESENT]
@@ -117,9 +133,15 @@ class FarmPage:
             if not count % _ROWS_LOOKED_AT:
                 yield
         submissions = []
-        for row in [*running, *ended][:SUBMISSIONS_SHOWN]:
+        shown = [*running, *ended][:SUBMISSIONS_SHOWN]
+        for row in shown:
             yield
             submissions.append(submission_line(views, row))
+        cards = [
+            (yield from throughput_card("hour", "Last hour", hour)),
+            (yield from throughput_card("day", "Last day", day)),
+        ]
+        newest = hour.latest(RATE_MINUTES)
         queues = queue_lines(views.ready(), self._queues())
         return FarmData(
             farm=self._farm(),
@@ -132,6 +154,9 @@ class FarmPage:
             submissions=tuple(submissions),
             submission_total=len(rows),
             submissions_running=len(running),
+            ends={row.id: views.eta_of(row) for row in shown},
+            throughput=tuple(cards),
+            rate=f"{(newest.finished + newest.failed) / RATE_MINUTES:.1f}",
         )
 
     def _worker(self, worker: WorkerView) -> WorkerLine:

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from coordinator.api.flakes import worker_sentence
 from coordinator.http.web.assets import Assets
 from coordinator.http.web.svg import bar
-from coordinator.http.web.texts import age_text, bytes_text, date_text, number_text, seconds_text
+from coordinator.http.web.texts import age_text, bytes_text, date_text, end_text, number_text, seconds_text
 from coordinator.terminal_controls import harmless
 from infra.clock import Clock
 from infra.slices import in_slices
@@ -48,6 +48,7 @@ class PageRenderer:
             age=age_text,
             seconds=seconds_text,
             worker_sentence=worker_sentence,
+            end=end_text,
         )
         self._environment.globals.update(asset=assets.address, bar=bar)
         self._compiled: dict[str, Template] = {}

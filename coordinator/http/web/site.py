@@ -26,7 +26,9 @@ from coordinator.http.web.submission_lists import SubmissionLists
 from coordinator.http.web.timeline import TimelinePage
 from coordinator.http.web.workers import WorkersPage
 from coordinator.intake.submissions import Submissions
+from coordinator.readmodel.etas import Etas
 from coordinator.readmodel.runs import Runs
+from coordinator.readmodel.throughput import Throughput
 from coordinator.readmodel.views import Views
 from coordinator.security.sessions import Sessions
 from coordinator.stores.logs import LogStore
@@ -52,6 +54,8 @@ class PageSources:
     timings: TimingStore
     #: Why steps ran.
     runs: Runs
+    etas: Etas
+    throughput: Throughput
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +82,10 @@ def add_web_routes(  # noqa: PLR0917 - collaborators, named by their types
     renderer = PageRenderer(assets, clock)
     guards = Guards(sessions, renderer, clock, public_url)
     views = sources.views
-    farm = FarmPage(views, sources.farm, sources.queues, renderer, streams)
-    submission = SubmissionPage(views, actions.submissions, sources.farm, sources.queues, renderer, streams)
+    farm = FarmPage(views, sources.farm, sources.queues, sources.throughput, renderer, streams)
+    submission = SubmissionPage(
+        views, actions.submissions, sources.farm, sources.queues, sources.core, sources.etas, renderer, streams
+    )
     lists = SubmissionLists(views, renderer)
     step = StepPage(
         views, sources.core, actions.submissions, sources.cache, sources.timings, sources.runs, renderer, streams

@@ -11,6 +11,7 @@ from typing import Final
 
 from aiohttp import web
 
+from coordinator.api.estimates import SubmissionEtaView
 from coordinator.api.flakes import failure_sentence
 from coordinator.api.models import FarmView, StepStatus, SubmissionState, SubmissionView
 from coordinator.http.web.guards import VISITOR, html, seen_elsewhere
@@ -19,16 +20,22 @@ from coordinator.http.web.live import LiveStreams
 from coordinator.http.web.rendering import PageRenderer
 from coordinator.http.web.texts import short_failure
 from coordinator.intake.submissions import Submissions
+from coordinator.readmodel.critical_path import submission_eta
+from coordinator.readmodel.etas import Etas
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.views import Views
 from infra.slices import in_slices
+from scheduler.farm import Farm
 from scheduler.model import Requirements
+from scheduler.pauses import PAUSE, Pause
 
 #: Rows of each list on the page; all steps stand in pages of their own.
 ROOTS_SHOWN: Final = 40
 CAUSES_SHOWN: Final = 20
 ACTIVE_SHOWN: Final = 40
 QUEUES_SHOWN: Final = 12
+#: Seconds for which a page waits for its submission's end to be worked out; else it comes with the next part.
+ETA_WAIT_S: Final = 0.2
 #: Failed steps whose recipes' records are read, the first.
 RECORDS_READ: Final = 200
 #: Members looked at between two pauses.
@@ -68,6 +75,7 @@ class SubmissionData:
     active: tuple[StepLine, ...]
     active_total: int
     queues: tuple[QueueLine, ...]
+    foreseen: SubmissionEtaView
     hints: tuple[Hint, ...]
 
     @property
@@ -91,9 +99,13 @@ class SubmissionPage:
         submissions: Submissions,
         farm: Callable[[], FarmView],
         queues: Callable[[], Mapping[Requirements, str]],
+        core: Farm,
+        etas: Etas,
         renderer: PageRenderer,
         streams: LiveStreams,
     ) -> None:
+        self._core = core
+        self._etas = etas
         self._views = views
         self._submissions = submissions
         self._farm = farm
@@ -104,6 +116,7 @@ class SubmissionPage:
     async def show(self, request: web.Request) -> web.Response:
         """Show a submission."""
         row = self._views.submission(request.match_info["id"])
+        await self._etas.wait_for([row], ETA_WAIT_S)
         data = await self._data(row)
         return html(await self._renderer.page("submission.html", visitor=request[VISITOR], page=data))
 
@@ -133,25 +146,27 @@ class SubmissionPage:
     def _back(row: SubmissionRow) -> web.StreamResponse:
         return seen_elsewhere(f"/submissions/{row.id}")
 
-    def gathering(self, row: SubmissionRow) -> Generator[None, None, SubmissionData]:
+    def gathering(self, row: SubmissionRow) -> Generator[Pause | None, None, SubmissionData]:
         """Return what the page shows, with pauses."""
         views = self._views
         view = views.submission_view(row, ROOTS_SHOWN)
-        yield
+        yield PAUSE
         doomed = (yield from self._doomed(row)) if view.counts.doomed else Counter()
         failed = sorted(row.failed.values(), key=lambda step: -doomed[step.key])
         causes = []
         for step in failed[:CAUSES_SHOWN]:
-            yield
+            yield PAUSE
             causes.append(self._cause(step, doomed[step.key]))
         active = []
         # Those that have run longest bound what is to come.
         longest = sorted(row.active.values(), key=lambda step: step.life.started_at)
         for step in longest[:ACTIVE_SHOWN]:
-            yield
+            yield PAUSE
             active.append(step_line(views, step))
+        foreseen = yield from submission_eta(views, self._core, self._etas, row)
         return SubmissionData(
             view=view,
+            foreseen=foreseen,
             line=line_of(view),
             causes=tuple(causes),
             cause_total=len(row.failed),

@@ -9,6 +9,8 @@ from typing import Final
 _MINUTE_S: Final = 60
 _HOUR_S: Final = 3600
 _DAY_S: Final = 24 * 3600
+#: Two ends that are closer than this part of the later one are said as one.
+_ONE_END: Final = 0.1
 #: Where Nix repeats the end of the log in its message.
 _REPEATED: Final = re.compile(r";\s*last \d+ log lines?:.*", re.DOTALL)
 #: The last second that a date can name.
@@ -53,6 +55,21 @@ def seconds_text(seconds: float) -> str:
 def date_text(instant: float) -> str:
     """Return Unix seconds as a date in UTC: 2026-11-29 14:07:05 UTC."""
     return f"{datetime.fromtimestamp(min(max(instant, 0.0), _LAST_INSTANT), UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def clock_text(instant: float) -> str:
+    """Return the time of day of Unix seconds in UTC: 14:07."""
+    return date_text(instant)[11:16]
+
+
+def end_text(sooner_s: float, later_s: float) -> str:
+    """Return how long something still takes: `in 12 m 00 s to 18 m 00 s`. The script does the same."""
+    if later_s <= 0:
+        return "later than foreseen"
+    sooner_s = max(0.0, sooner_s)
+    if later_s - sooner_s <= _ONE_END * later_s or age_text(sooner_s) == age_text(later_s):
+        return f"in about {age_text(later_s)}"
+    return f"in {age_text(sooner_s)} to {age_text(later_s)}" if sooner_s >= 1 else f"within {age_text(later_s)}"
 
 
 def short_failure(message: str) -> str:

@@ -17,8 +17,20 @@
     return `${Math.floor(s / 86400)} d ${Math.floor((s % 86400) / 3600)} h`;
   }
 
+  // As `end_text` of the coordinator.
+  function endText(sooner, later) {
+    if (later <= 0) return "later than foreseen";
+    const first = Math.max(0, sooner);
+    if (later - first <= 0.1 * later || ageText(first) === ageText(later)) return `in about ${ageText(later)}`;
+    return first >= 1 ? `in ${ageText(first)} to ${ageText(later)}` : `within ${ageText(later)}`;
+  }
+
   function writeAges() {
     const now = Date.now() / 1000 + behind;
+    for (const time of document.querySelectorAll("time[data-until]")) {
+      const text = endText(Number(time.dataset.sooner) - now, Number(time.dataset.until) - now);
+      if (time.textContent !== text) time.textContent = text;
+    }
     for (const time of document.querySelectorAll("time[data-since]")) {
       const text = ageText(now - Number(time.dataset.since));
       if (time.textContent !== text) time.textContent = text;
@@ -42,7 +54,8 @@
       if (old.getAttribute(name) !== value) old.setAttribute(name, value);
     }
     // Ages are written here, and what somebody types stays theirs.
-    if (old.dataset?.since === undefined && old.nodeName !== "INPUT") morphChildren(old, fresh);
+    const written = old.dataset?.since !== undefined || old.dataset?.until !== undefined;
+    if (!written && old.nodeName !== "INPUT") morphChildren(old, fresh);
   }
 
   function morphChildren(old, fresh) {
