@@ -38,8 +38,7 @@ class WorkerRecordView:
 
     attempts: int
     failed_attempts: int
-    #: Recipes compared, those that failed here, and the comparison.
-    steps: int = 0
+    #: Recipes that failed here, and the comparison.
     failed: int = 0
     failures: int = 0
     expected: float = 0.0
@@ -67,8 +66,8 @@ def worker_sentence(record: WorkerRecordView | None) -> str:
     if record is None or not record.stands_out:
         return ""
     return (
-        f"builds fail more often here than elsewhere: {record.failed} of {record.steps} steps that succeeded somewhere "
-        f"failed here; as one of equals it would have {record.expected:.1f} of the {record.failures} failures"
+        f"builds fail more often here than elsewhere: {record.failed} of {record.failures} failures of steps that "
+        f"succeeded somewhere, where one of equals would have {record.expected:.1f}"
     )
 
 

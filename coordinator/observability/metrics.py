@@ -140,9 +140,10 @@ def _ready(counts: Mapping[Requirements, int], holding: Mapping[Requirements, Wa
 
 
 def _of_records(views: Views, read: Callable[[WorkerRecordView], float]) -> _Values:
-    """Give a figure of each worker's record; 0 of one without, so that its line does not stay where it was."""
+    """Give a figure of each worker's record; 0 of one without or gone, so that its line does not stay where it was."""
     for worker in views.workforce.views():
-        yield float(read(worker.record)) if worker.record is not None else 0.0, {"worker": worker.name}
+        record = None if worker.state == "gone" else worker.record
+        yield 0.0 if record is None else float(read(record)), {"worker": worker.name}
 
 
 def _leases(views: Views) -> _Values:

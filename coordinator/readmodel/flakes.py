@@ -100,7 +100,6 @@ def worker_records(counts: Iterable[WorkerCounts]) -> Mapping[str, WorkerRecordV
         each.worker: WorkerRecordView(
             attempts=each.attempts,
             failed_attempts=each.failed_attempts,
-            steps=each.steps,
             failed=each.failed,
             failures=each.failures,
             expected=each.expected,

@@ -5,14 +5,14 @@ Only the newest attempts are looked at, and the database adds up: what comes bac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Double, case, cast, func, select
+from sqlalchemy import CTE, Double, case, cast, func, select
 
 from coordinator.stores.timings import JUDGED, TimingStore, attempts
 
-#: Newest attempts that workers are compared by: some 0.2 s of the database's thread where a third of them failed.
+#: Newest attempts that workers are compared by: some 0.1 s of the database's thread where few of them failed.
 COMPARED_ATTEMPTS: Final = 20_000
 
 
@@ -23,7 +23,6 @@ class WorkerCounts:
     worker: str
     attempts: int
     failed_attempts: int
-    steps: int = 0
     failed: int = 0
     failures: int = 0
     expected: float = 0.0
@@ -34,18 +33,15 @@ async def worker_counts(store: TimingStore, since: float) -> list[WorkerCounts]:
 
     At most `COMPARED_ATTEMPTS` are looked at. Raises `TimingsError`.
     """
-    totals, compared = _queries(since)
-    counts = {worker: WorkerCounts(worker, tried, bad) for worker, tried, bad in await store.answers(totals)}
-    for worker, *whole, expected in await store.answers(compared):
-        # PostgreSQL's sums of counts are decimals. An attempt that ended between the questions is not in the first.
-        steps, failed, failures = map(int, whole)
-        known = counts.get(worker) or WorkerCounts(worker, 0, 0)
-        counts[worker] = replace(known, steps=steps, failed=failed, failures=failures, expected=float(expected))
-    return [counts[worker] for worker in sorted(counts)]
+    return [
+        # PostgreSQL's sums of counts are decimals.
+        WorkerCounts(worker, tried, bad, int(failed or 0), int(failures or 0), float(expected or 0.0))
+        for worker, tried, bad, failed, failures, expected in await store.answers(_query(since))
+    ]
 
 
-def _queries(since: float) -> tuple[Any, Any]:
-    """Return the questions for each worker's attempts, and for the comparison of its failures with others'."""
+def _query(since: float) -> Any:
+    """Return the question for each worker's attempts, and for the comparison of its failures with others'."""
     table = attempts.c
     bad = case((table.outcome == "done", 0), else_=1)
     ended = (
@@ -55,33 +51,50 @@ def _queries(since: float) -> tuple[Any, Any]:
         .limit(COMPARED_ATTEMPTS)
         .cte("ended")
     )
-    totals = select(ended.c.worker, func.count(), func.sum(ended.c.bad)).group_by(ended.c.worker)
-    recipe = (ended.c.step, ended.c.recipe)
-    # The same steps are of one package and system.
+    of = ended.c
+    every = (
+        select(of.worker, func.count().label("tried"), func.sum(of.bad).label("bad")).group_by(of.worker).cte("every")
+    )
+    compared = _compared(ended)
+    return (
+        select(every.c.worker, every.c.tried, every.c.bad)
+        .add_columns(compared.c.failed, compared.c.failures, compared.c.expected)
+        .outerjoin(compared, compared.c.worker == every.c.worker)
+        .order_by(every.c.worker)
+    )
+
+
+def _compared(ended: CTE) -> CTE:
+    """Return each worker's failures, all failures of the packages that it tried, and its share of these."""
+    of = ended.c
+    # A package that failed nowhere adds nothing to any of the sums, and most are such.
+    suspect = select(of.package, of.system).where(of.bad == 1).distinct().cte("suspect")
+    of_suspects = (of.package == suspect.c.package) & (of.system == suspect.c.system)
+    some = select(of.step, of.recipe, of.worker, of.package, of.system, of.bad).join(suspect, of_suspects).cte("some")
+    recipe = (some.c.step, some.c.recipe)
     tries = (
-        select(*recipe, ended.c.worker, func.max(ended.c.bad).label("bad"))
-        .add_columns(func.min(ended.c.package).label("package"), func.min(ended.c.system).label("system"))
-        .group_by(*recipe, ended.c.worker)
+        select(*recipe, some.c.worker, some.c.package, some.c.system, func.max(some.c.bad).label("bad"))
+        .group_by(*recipe, some.c.worker, some.c.package, some.c.system)
         .cte("tries")
     )
-    possible = select(*recipe).group_by(*recipe).having(func.min(ended.c.bad) == 0).cte("possible")
+    possible = select(*recipe).group_by(*recipe).having(func.min(some.c.bad) == 0).cte("possible")
     same = (possible.c.step == tries.c.step) & (possible.c.recipe == tries.c.recipe)
-    packages = (tries.c.package, tries.c.system)
+    package = (tries.c.package, tries.c.system)
     cells = (
-        select(*packages, tries.c.worker, func.count().label("tried"), func.sum(tries.c.bad).label("failed"))
+        select(*package, tries.c.worker, func.count().label("tried"), func.sum(tries.c.bad).label("failed"))
         .join(possible, same)
-        .group_by(*packages, tries.c.worker)
+        .group_by(*package, tries.c.worker)
         .cte("cells")
     )
     cell = cells.c
     sums = (func.sum(cell.tried).label("tried"), func.sum(cell.failed).label("failed"))
     all_of = select(cell.package, cell.system, *sums).group_by(cell.package, cell.system).cte("all_of")
     share = cast(all_of.c.failed, Double) * cell.tried / all_of.c.tried
-    compared = (
-        select(cell.worker, func.sum(cell.tried).label("steps"), func.sum(cell.failed).label("failed"))
+    return (
+        select(cell.worker, func.sum(cell.failed).label("failed"))
         .add_columns(func.sum(all_of.c.failed).label("failures"), func.sum(share).label("expected"))
         .join(all_of, (all_of.c.package == cell.package) & (all_of.c.system == cell.system))
         .where(all_of.c.tried > cell.tried)
         .group_by(cell.worker)
+        .cte("compared")
     )
-    return totals, compared

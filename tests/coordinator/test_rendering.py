@@ -214,9 +214,7 @@ def test_tables_are_aligned_and_emulation_is_labelled() -> None:
         built=3,
         last_seen=NOW - 2,
     )
-    record = WorkerRecordView(
-        attempts=90, failed_attempts=15, steps=40, failed=12, failures=14, expected=3.14, stands_out=True
-    )
+    record = WorkerRecordView(attempts=90, failed_attempts=15, failed=12, failures=14, expected=3.14, stands_out=True)
     weak = replace(worker, name="weak", isolation="C", isolation_reasons=("one", "another"), record=record)
     resting = replace(worker, name="full", state="quarantined", reason="its disk is full", until=NOW + 9)
     systems = "x86_64-linux, aarch64-darwin (emulated)"
