@@ -14,7 +14,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 @click.group()
 def cache() -> None:
-    """Look after a binary cache: what it holds, what it keeps and why, collecting, checking."""
+    """Look after a binary cache: contents, roots, pins, checks."""
 
 
 def cached(command: _Command) -> _Command:

@@ -22,7 +22,8 @@ from coordinator.cli.cache_commands import cache
 from coordinator.cli.ci import Ci
 from coordinator.cli.completion import SHELLS, completes, script
 from coordinator.cli.exit_status import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
-from coordinator.cli.options import Address, Systems, Wait, addressed, run_with_client, sectioned
+from coordinator.cli.options import Address, Name, Systems, Wait, addressed, run_with_client, sectioned
+from coordinator.cli.sections import SectionedGroup
 from coordinator.defaults import HOST, PORT
 from coordinator.errors import CoordinatorError
 from coordinator.terminal_controls import harmless
@@ -31,7 +32,30 @@ from coordinator.terminal_controls import harmless
 READER_GONE = 141
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+#: The end of `drover --help`. A lone \b keeps click from joining the lines below it.
+EPILOG = """\b
+Exit status:
+  0    all is built, the question is answered
+  1    a build failed, or the submission was cancelled
+  2    wrong usage: an argument, a token, a name that does not exist
+  3    nothing that this farm builds was evaluated
+  4    infrastructure: no coordinator, no Nix; later it may succeed
+  130  interrupted; builds go on
+
+\b
+Environment:
+  DROVER_URL         address of the coordinator
+  DROVER_TOKEN_FILE  file with the API token
+  DROVER_CI          github, gitlab or none: how a log folds
+  NO_COLOR           no colours
+"""
+
+
+@click.group(
+    cls=SectionedGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=EPILOG,
+)
 @click.version_option(package_name="drover", message="drover %(version)s")
 def cli() -> None:
     """A build farm for Nix: one command on one machine, the same program on a fleet."""
@@ -55,7 +79,10 @@ def cli() -> None:
 )
 @click.option("--no-workers", is_flag=True, help="Only the coordinator; workers join with `drover worker`.")
 def up(**options: Any) -> int:
-    """Run a farm on this machine until Ctrl-C: coordinator, Ray head and workers."""
+    """Run a farm on this machine until Ctrl-C.
+
+    Coordinator, Ray head and workers, with its state in ~/.local/state/drover unless told otherwise.
+    """
     from coordinator.cli import serve  # noqa: PLC0415 - imports Ray and the HTTP server
 
     return serve.up(**options)
@@ -66,7 +93,10 @@ def up(**options: Any) -> int:
 @click.option("--listen", metavar="HOST:PORT", help="Address to listen on, numeric.  [default: 127.0.0.1, a free port]")
 @click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="Settings file (TOML).")
 def head(**options: Any) -> int:
-    """Run a Ray head by itself, for coordinators with `ray_address`, until Ctrl-C."""
+    """Run a Ray head by itself until Ctrl-C.
+
+    For coordinators with `ray_address`, which come and go while builds run.
+    """
     from coordinator.cli import serve  # noqa: PLC0415 - imports Ray
 
     return serve.head(**options)
@@ -89,7 +119,10 @@ def head(**options: Any) -> int:
 )
 @click.option("--nix-option", "nix_options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting.")
 def worker(head: str, ray_token: Path, host: str, state_dir: Path, **options: Any) -> int:
-    """Join this machine to a farm that runs elsewhere, until Ctrl-C."""
+    """Join this machine to a farm that runs elsewhere.
+
+    It works for the farm until Ctrl-C; `drover drain` lets it end its builds first.
+    """
     from coordinator.cli import serve  # noqa: PLC0415 - imports Ray and the HTTP server
 
     options["nix_options"] = dict(options["nix_options"])
@@ -182,30 +215,35 @@ def build(url: str, token_file: str, **options: Any) -> int:
 
 
 @cli.command()
-@click.argument("submission", shell_complete=completes("submissions"))
+@click.argument("submission", type=Name(), shell_complete=completes("submissions"))
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @sectioned
 @addressed
 def watch(url: str, token_file: str, submission: str, as_json: bool, ci: Ci | None) -> int:
-    """Watch a submission until it ends."""
+    """Watch a submission until it ends.
+
+    It ends with the status of the build, as `drover build` does.
+    """
     from coordinator.cli import build as building  # noqa: PLC0415 - slow to import
 
     return building.watch(Address(url, token_file).client, submission, as_json=as_json, ci=ci)
 
 
 @cli.command()
-@click.argument("submission", required=False, metavar="[ID|STEP]", shell_complete=completes("submissions", "steps"))
+@click.argument(
+    "submission", type=Name(), required=False, metavar="[ID|STEP]", shell_complete=completes("submissions", "steps")
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @addressed
 def status(url: str, token_file: str, submission: str | None, as_json: bool) -> int:
-    """Show the farm and its submissions, or one submission, or one step and where it was built."""
+    """Show the farm, one submission, or one step."""
     from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
 
     return run_with_client(url, token_file, lambda client: showing.status(client, submission, as_json=as_json))
 
 
 @cli.command()
-@click.argument("submission", shell_complete=completes("submissions"))
+@click.argument("submission", type=Name(), shell_complete=completes("submissions"))
 @addressed
 def cancel(url: str, token_file: str, submission: str) -> int:
     """Withdraw a submission; builds that another one wants go on."""
@@ -215,17 +253,20 @@ def cancel(url: str, token_file: str, submission: str) -> int:
 
 
 @cli.command()
-@click.argument("name", metavar="ID|STEP", shell_complete=completes("submissions", "steps"))
+@click.argument("name", type=Name(), metavar="ID|STEP", shell_complete=completes("submissions", "steps"))
 @addressed
 def retry(url: str, token_file: str, name: str) -> int:
-    """Build again what failed: of a submission, or one step and everything that it doomed."""
+    """Build again what failed of a submission, or one failed step.
+
+    Everything that the failed steps doomed is built too.
+    """
     from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
 
     return run_with_client(url, token_file, lambda client: showing.retry(client, name))
 
 
 @cli.command()
-@click.argument("step", shell_complete=completes("steps"))
+@click.argument("step", type=Name(), shell_complete=completes("steps"))
 @click.option("-f", "--follow", is_flag=True, help="Go on until the build ends.")
 @click.option("--attempt", type=click.IntRange(1), metavar="N", help="An earlier attempt.  [default: the latest]")
 @click.option("--search", default="", metavar="TEXT", help="Only lines that contain TEXT, with their numbers.")
@@ -241,11 +282,13 @@ def log(url: str, token_file: str, step: str, **options: Any) -> int:
 
 
 @cli.command()
-@click.argument("step", shell_complete=completes("steps"))
+@click.argument("step", type=Name(), shell_complete=completes("steps"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @addressed
 def why(url: str, token_file: str, step: str, as_json: bool) -> int:
-    """Show why a step waits, runs, failed or ran: what it stands on, who wants it for what, and what changed.
+    """Show why a step waits, runs, ran or failed.
+
+    What it stands on down to what holds it, which submission wants it for what, and what changed since its last build.
 
     STEP is its key or any unique part of it, an attribute that was submitted, a .drv path or an output path.
     """
@@ -255,14 +298,15 @@ def why(url: str, token_file: str, step: str, as_json: bool) -> int:
 
 
 @cli.command()
-@click.argument("step", shell_complete=completes("steps"))
+@click.argument("step", type=Name(), shell_complete=completes("steps"))
 @click.argument("other", required=False, default="", shell_complete=completes("steps"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @addressed
 def diff(url: str, token_file: str, step: str, other: str, as_json: bool) -> int:
-    """Show what differs between a step and the last build of its name, or OTHER, down to the first causes.
+    """Show what differs from the last build of a step's name.
 
-    Both are named as for `drover why`; of what the farm has long forgotten, by the whole key or path.
+    Or between two steps, down to the first causes. Both are named as for `drover why`; of what the farm has long
+    forgotten, by the whole key or path.
     """
     from coordinator.cli import reasons  # noqa: PLC0415 - slow to import
 
@@ -274,7 +318,10 @@ def diff(url: str, token_file: str, step: str, other: str, as_json: bool) -> int
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @addressed
 def eta(url: str, token_file: str, submission: str, as_json: bool) -> int:
-    """Show when a submission ends and what bounds that: the critical path, or the slots of a system."""
+    """Show when a submission ends and what bounds that.
+
+    The critical path, or the slots of a system.
+    """
     from coordinator.cli.eta import eta as foresee  # noqa: PLC0415 - slow to import
 
     return run_with_client(url, token_file, lambda client: foresee(client, submission, as_json=as_json))
@@ -283,7 +330,11 @@ def eta(url: str, token_file: str, submission: str, as_json: bool) -> int:
 @cli.command()
 @addressed
 def top(url: str, token_file: str) -> int:
-    """Show the farm live until Ctrl-C: throughput, running submissions and their ends, workers, queues, troubles."""
+    """Show the farm live until Ctrl-C.
+
+    Throughput, submissions that run and their ends, workers and what they do, queues and what holds them, troubles.
+    Where there is no terminal it is shown once.
+    """
     from coordinator.cli import top as showing  # noqa: PLC0415 - slow to import
     from coordinator.cli.screen import Screen  # noqa: PLC0415
 
@@ -293,7 +344,9 @@ def top(url: str, token_file: str) -> int:
 @cli.command()
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> int:
-    """Print what SHELL runs to complete commands and the names of steps, submissions and workers.
+    """Print what a shell runs to complete commands and names.
+
+    Names of steps, submissions and workers are completed by asking the farm, a second long at most.
 
     For bash put `eval "$(drover completion bash)"` into ~/.bashrc, for zsh the same with zsh into ~/.zshrc, for fish
     run `drover completion fish > ~/.config/fish/completions/drover.fish`.
@@ -303,36 +356,45 @@ def completion(shell: str) -> int:
 
 
 @cli.command()
-@click.argument("step", shell_complete=completes("steps"))
+@click.argument("step", type=Name(), shell_complete=completes("steps"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @addressed
 def story(url: str, token_file: str, step: str, as_json: bool) -> int:
-    """Tell everything that happened to a step, in order: its attempts, where each ran and where its time went."""
+    """Tell all that happened to a step, in order.
+
+    Its attempts, where each ran, where its time went and what it used.
+    """
     from coordinator.cli import history as telling  # noqa: PLC0415 - slow to import
 
     return run_with_client(url, token_file, lambda client: telling.story(client, step, as_json=as_json))
 
 
 @cli.command()
-@click.argument("submission", shell_complete=completes("submissions"))
+@click.argument("submission", type=Name(), shell_complete=completes("submissions"))
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("trace.json"), show_default=True
 )
 @addressed
 def trace(url: str, token_file: str, submission: str, output: Path) -> int:
-    """Write where a submission's time went, as a file for Perfetto: one track for each slot of each worker."""
+    """Write where a submission's time went, for Perfetto.
+
+    One track for each slot of each worker; open the file in https://ui.perfetto.dev, which reads it in the browser.
+    """
     from coordinator.cli.trace import trace as write  # noqa: PLC0415 - slow to import
 
     return run_with_client(url, token_file, lambda client: write(client, submission, output))
 
 
 @cli.command()
-@click.argument("name")
+@click.argument("name", type=Name())
 @click.option("--system", default="", help="Only builds for this system.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @addressed
 def history(url: str, token_file: str, name: str, system: str, as_json: bool) -> int:
-    """Show builds of a package over time: durations, memory, sizes, failures. NAME is with or without its version."""
+    """Show builds of a package over time.
+
+    Durations, memory, sizes, failures. NAME is with or without its version.
+    """
     from coordinator.cli import history as telling  # noqa: PLC0415 - slow to import
 
     return run_with_client(url, token_file, lambda client: telling.history(client, name, system, as_json=as_json))
@@ -342,19 +404,22 @@ def history(url: str, token_file: str, name: str, system: str, as_json: bool) ->
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @addressed
 def workers(url: str, token_file: str, as_json: bool) -> int:
-    """Show who is there, what they offer and what they do."""
+    """Show the workers: what they offer and what they do."""
     from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
 
     return run_with_client(url, token_file, lambda client: showing.workers(client, as_json=as_json))
 
 
 @cli.command()
-@click.argument("worker_name", metavar="WORKER", shell_complete=completes("workers"))
+@click.argument("worker_name", type=Name(), metavar="WORKER", shell_complete=completes("workers"))
 @click.option("--off", is_flag=True, help="Give it new builds again.")
 @click.option("--wait", is_flag=True, help="Return once the builds that run there have ended.")
 @addressed
 def drain(url: str, token_file: str, worker_name: str, off: bool, wait: bool) -> int:
-    """Give a worker no new builds; those that run there finish. A worker that starts anew is not drained."""
+    """Give a worker no new builds; those that run there finish.
+
+    A worker that starts anew is not drained.
+    """
     from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
 
     return run_with_client(url, token_file, lambda client: showing.drain(client, worker_name, on=not off, wait=wait))

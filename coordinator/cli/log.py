@@ -15,8 +15,9 @@ from coordinator.cli.ci import Ci, defused, detected
 from coordinator.client.api_client import ApiClient
 from coordinator.terminal_controls import ControlFilter
 
-#: Bytes of one line that are searched and shown; the rest of a longer one is passed over.
+#: Bytes of one line that are held and shown, and characters around a text that is found behind them.
 LINE_BYTES: Final = 64 * 1024
+AROUND_CHARS: Final = 200
 
 
 async def log(client: ApiClient, step: str, *, attempt: int | None, follow: bool, search: str) -> int:
@@ -40,11 +41,20 @@ async def log(client: ApiClient, step: str, *, attempt: int | None, follow: bool
 
 
 class LineSearch:
-    """Finds the lines that contain a text, upper and lower case alike. Holds one line, at most `LINE_BYTES` of it."""
+    """Finds the lines that contain a text, upper and lower case alike.
+
+    Holds the first `LINE_BYTES` of one line. Of a longer one what stands behind them is searched too, and where only
+    that has the text, what stands around it is given.
+    """
 
     def __init__(self, text: str) -> None:
         self._text = text.casefold()
+        #: Bytes that a text that is found, and what stands before it, take at most as UTF-8.
+        self._longest = 4 * (len(text) + AROUND_CHARS)
         self._line = bytearray()
+        #: The last bytes of what stands behind the held ones, and a piece of it that has the text.
+        self._behind = b""
+        self._piece = ""
         self._number = 1
 
     @property
@@ -65,13 +75,28 @@ class LineSearch:
             yield from self._end(b"")
 
     def _take(self, part: bytes) -> None:
-        self._line += part[: max(0, LINE_BYTES - len(self._line))]
+        room = LINE_BYTES - len(self._line)
+        self._line += part[:room]
+        if len(part) <= room:
+            return
+        if self._piece:
+            more = len(self._text) + 2 * AROUND_CHARS - len(self._piece)
+            self._piece += part[: 4 * more].decode("utf-8", "replace")[:more]
+            return
+        window = (self._behind or bytes(self._line[-self._longest :])) + part[room:]
+        text = window.decode("utf-8", "replace")
+        if (at := text.casefold().find(self._text)) >= 0:
+            self._piece = text[max(0, at - AROUND_CHARS) : at + len(self._text) + AROUND_CHARS]
+        self._behind = window[-self._longest :]
 
     def _end(self, part: bytes) -> Iterator[bytes]:
         self._take(part)
         if self._text in self._line.decode("utf-8", "replace").casefold():
             yield b"%d: %b\n" % (self._number, bytes(self._line))
+        elif self._piece:
+            yield f"{self._number}: \u2026{self._piece}\n".encode()
         self._line.clear()
+        self._behind, self._piece = b"", ""
         self._number += 1
 
 

@@ -62,6 +62,19 @@ class Systems(click.ParamType[tuple[str, ...]]):
             self.fail(str(error), param, ctx)
 
 
+class Name(click.ParamType[str]):
+    """A name that is not empty: the API has other answers at the address without one."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name; ends the command with a usage error for an empty one."""
+        text = str(value)
+        if not text.strip():
+            self.fail("the name is empty; `drover status` lists submissions, `drover workers` workers", param, ctx)
+        return text
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """Address of the coordinator and the file that holds its token; empty: the default."""

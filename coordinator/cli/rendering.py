@@ -343,7 +343,7 @@ def submission_rows(submissions: Sequence[SubmissionView], now: float) -> list[t
 
 def worker_lines(workers: Sequence[WorkerView], now: float) -> list[str]:
     """Return a table of workers, and below it why those that get no work get none."""
-    heads = ("WORKER", "STATE", "SYSTEMS", "FEATURES", "CLASS", "BUSY", "BUILT", "FAILED", "SEEN", "NIX")
+    heads = ("WORKER", "STATE", "CLASS", "BUSY", "BUILT", "FAILED", "SEEN", "NIX", "SYSTEMS", "FEATURES")
     rows: list[tuple[str, ...]] = [heads]
     for worker in workers:
         systems = [
@@ -354,14 +354,15 @@ def worker_lines(workers: Sequence[WorkerView], now: float) -> list[str]:
             (
                 worker.name,
                 worker.state,
-                ", ".join(systems),
-                ", ".join(worker.features) or "-",
                 worker.isolation,
                 f"{len(worker.leases)}/{worker.slots}",
                 str(worker.built),
                 _failed_share(worker.record),
                 f"{duration(now - worker.last_seen)} ago" if worker.last_seen else "-",
                 worker.nix_version or "-",
+                # Last, where a window that is too narrow wraps them.
+                ", ".join(systems),
+                ", ".join(worker.features) or "-",
             )
         )
     reasons = [

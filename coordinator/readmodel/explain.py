@@ -5,11 +5,13 @@ The core names builders; what is shown names workers.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import assert_never
 
-from coordinator.api.models import WaitingKind, WaitingView
+from coordinator.api.models import StepStatus, WaitingKind, WaitingView
+from coordinator.readmodel.rows import StepRow
 from coordinator.stores.logs import LogStore
 from infra.clock import Clock
 from scheduler import reasons as r
@@ -92,6 +94,25 @@ class FarmExplainer:
     def log_tail(self, step: StepKey, attempt: int) -> str:
         """Return the last lines of an attempt's log."""
         return self._logs.tail(step, attempt)
+
+
+def no_log(row: StepRow) -> str:
+    """Return the sentence that says why a step that was never leased has no log, and what to do."""
+    match row.state:
+        case StepStatus.DONE:
+            return f"step {row.key} was not built here, because the cache had it, so there is no log."
+        case StepStatus.DOOMED:
+            return (
+                f"step {row.key} cannot be built, because a step that it stands on failed: "
+                f"`drover log {shlex.quote(row.life.cause)}` shows why."
+            )
+        case _:
+            return f"step {row.key} has not been started yet, so there is no log; `drover why` says what it waits for."
+
+
+def attempts(row: StepRow) -> str:
+    """Return how many attempts a step had, in words."""
+    return f"{row.life.attempt} attempt{'' if row.life.attempt == 1 else 's'}"
 
 
 def _steps(count: int) -> str:

@@ -35,11 +35,14 @@ from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.timeline import Timelines
 from coordinator.readmodel.watcher import SNAPSHOT_FAILED, Watcher
 from coordinator.stores.derivations import StepInfo
+from infra.nix.store_path import package_of
 from scheduler.model import Requirements, StepKey, SubmissionId
 
 #: Roots in the view of a submission, and in a list of submissions; all are behind `submissions/ID/roots`.
 ROOTS_SHOWN = 500
 ROOTS_LISTED = 3
+#: Steps that a refusal of an ambiguous name has.
+EXAMPLES = 3
 #: Roots among which a name is looked for, those of the newest submissions first: some 5 ms of the event loop.
 ROOTS_LOOKED_AT = 50_000
 #: Members that one page of `submissions/ID/steps` looks at: some 10 ms of the event loop.
@@ -163,9 +166,10 @@ class Views(FoldedRows):
     def step(self, text: str) -> StepRow:
         """Return the step that a person means.
 
-        Its key; an attribute that a submission named, or its whole name, of several the newest; or any part that only
-        this step's key, name, .drv or output path has. Names of outputs behind a path (`….drv^out`, `…!dev`) are passed
-        over. Raises `NotFoundError` that says whether there are none or several.
+        Its key; an attribute that a submission named, its whole name, or that without the version where it has only
+        one, of several the newest; or any part that only this step's key, name, .drv or output path has. Names of
+        outputs behind a path (`….drv^out`, `…!dev`) are passed over. Raises `NotFoundError` that says whether there are
+        none or several.
         """
         text = without_outputs(text)
         row = self._steps.get(StepKey(text.rpartition("/")[2])) or self._named(text)
@@ -174,12 +178,15 @@ class Views(FoldedRows):
         found = [key for key in self._steps if text in key]
         if not found:
             found = [key for key in self._details.find(text) if key in self._steps]
+        if len(found) == 1:
+            return self._steps[found[0]]
         same = [key for key in found if self._name(key) == text]
-        if len(found) == 1 or (same and len({self._system(key) for key in same}) == 1):
-            return self._steps[(same or found)[-1]]
+        same = same or [key for key in found if package_of(self._name(key) or "") == text]
+        if len({(self._name(key), self._system(key)) for key in same}) == 1:
+            return self._steps[same[-1]]
         if found:
-            examples = ", ".join(found[:3])
-            raise NotFoundError(f"{len(found)} steps match {text[:80]!r} ({examples}, …); give more of the name.")
+            examples = ", ".join([*found[:EXAMPLES], *(["…"] if len(found) > EXAMPLES else [])])
+            raise NotFoundError(f"{len(found)} steps match {text[:80]!r} ({examples}); give more of the name.")
         raise NotFoundError(f"there is no step {text[:80]!r}; `drover status ID` lists those of a submission.")
 
     def _named(self, attr: str) -> StepRow | None:

@@ -6,6 +6,8 @@ import importlib
 import io
 import os
 import pkgutil
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 import coordinator
 from coordinator.cli import commands as cli
 from coordinator.cli import exit_status
+from coordinator.cli.sections import EXAMPLES, SECTIONS
 from coordinator.client.errors import RefusedError
 from coordinator.errors import CoordinatorError
 from infra.cache.uploads.errors import UploadError
@@ -31,6 +34,9 @@ def drover(*arguments: str | Path, env: dict[str, str] | None = None) -> subproc
     with patch.dict(os.environ, env or {}), redirect_stdout(out), redirect_stderr(err):
         status = cli.run(words)
     return subprocess.CompletedProcess(words, status, raw_out.getvalue().decode(), raw_err.getvalue().decode())
+
+
+STATUS_NAMES = ("OK", "BUILD_FAILED", "USAGE", "EVALUATION_FAILED", "INFRASTRUCTURE", "INTERRUPTED")
 
 
 @pytest.fixture
@@ -58,6 +64,7 @@ def nobody() -> str:
         (["up", "--listen", "7878"], "HOST:PORT"),
         (["up", "--no-workers", "--slots", "3"], "--no-workers"),
         (["watch"], "Missing argument"),
+        (["log", ""], "the name is empty"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str], sentence: str) -> None:
@@ -115,6 +122,29 @@ def test_help_is_there_for_every_command_without_importing_what_is_slow() -> Non
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert {"up", "worker", "build", "watch", "status", "cancel", "log", "workers", "cache"} <= set(cli.cli.commands)
+
+
+def test_the_help_lists_each_command_once_with_its_whole_sentence_and_fits_a_small_window() -> None:
+    text = drover("--help", env={"COLUMNS": "80"}).stdout
+    assert "..." not in text.partition("Options:")[2]
+    assert max(map(len, text.splitlines())) <= 80
+    assert set(EXAMPLES) | {"cache", "completion"} >= set(SECTIONS["Build"] + SECTIONS["Run a farm"])
+    for name, command in cli.cli.commands.items():
+        assert len(re.findall(rf"^  {name} +[A-Z].*[.]$", text, re.MULTILINE)) == 1, name
+        assert command.help is not None
+    for status in STATUS_NAMES:
+        assert re.search(rf"^ +{getattr(exit_status, status)}  ", text, re.MULTILINE), status
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_every_example_of_a_help_is_a_command_that_is_understood(name: str) -> None:
+    text = drover(name, "--help").stdout
+    for line in EXAMPLES[name]:
+        drover_, command, *words = shlex.split(line)
+        assert (drover_, command) == ("drover", name)
+        # Raises where an option or an argument is not the command's.
+        cli.cli.commands[name].make_context(name, words).close()
+        assert f"  {line}\n" in text
 
 
 def test_an_unforeseen_error_gives_one_sentence_and_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

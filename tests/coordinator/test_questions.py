@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,9 +18,10 @@ from hypothesis import strategies as st
 from coordinator.api.estimates import RunningView, ThroughputBar, ThroughputView
 from coordinator.api.models import EtaView
 from coordinator.api.questions import ActivityView, QueueView, SlotView, WorkerActivityView
+from coordinator.cli import exit_status
 from coordinator.cli.lines import plain
 from coordinator.cli.live import Window
-from coordinator.cli.log import LINE_BYTES, LineSearch, Printer
+from coordinator.cli.log import AROUND_CHARS, LINE_BYTES, LineSearch, Printer
 from coordinator.cli.reasons import why_lines
 from coordinator.cli.top import farm_lines
 from coordinator.client.errors import RefusedError
@@ -28,6 +30,7 @@ from coordinator.readmodel.usual_times import WAITING, UsualTimes
 from coordinator.stores.timings import TimingsError, TimingStore
 from infra.clock import SystemClock
 from tests.coordinator.conftest import PATIENCE_S, OpenFarm
+from tests.coordinator.test_cli import drover
 from tests.support.screens import NOW
 
 CHAIN = """
@@ -79,6 +82,66 @@ async def test_a_whole_name_means_the_newest_step_of_that_name(open_farm: OpenFa
         assert b"".join([chunk async for chunk in farm.client.log("tool-1.0")]) == b"2\n"
         with pytest.raises(RefusedError, match="2 steps match 'tool-1'"):
             await farm.client.why("tool-1")
+
+
+FAILING = """
+rec {
+  below = run "below-1.0" "sleep 1; echo > $out";
+  broken = run "broken-2.0" "read x < ${below}; echo number %s; exit 3";
+  above = run "above" "echo ${broken} > $out";
+}
+"""
+
+
+async def test_what_has_no_log_leads_on_and_a_name_without_its_version_is_enough(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm:
+        await farm.ended((await farm.submit(FAILING % 1, "above")).id)
+        broken = farm.key_of("broken-2.0")
+        with pytest.raises(RefusedError, match=f"cannot be built.*: `drover log {broken}` shows why"):
+            _ = [chunk async for chunk in farm.client.log("above")]
+        with pytest.raises(RefusedError, match="had 1 attempt; there is no attempt 2"):
+            _ = [chunk async for chunk in farm.client.log("broken", attempt=2)]
+        # The name without its version is enough where there is one version, and means the newest.
+        await farm.ended((await farm.submit(FAILING % 2, "above")).id)
+        assert b"".join([chunk async for chunk in farm.client.log("broken")]) == b"number 2\n"
+        with pytest.raises(RefusedError, match=r"2 steps match 'broken-' \([^\u2026]*\); give more of the name"):
+            await farm.client.why("broken-")
+
+
+REFUSED = [
+    (["status", "nosuch"], "there is no submission 'nosuch'; `drover status` lists them"),
+    (["watch", "nosuch"], "there is no submission 'nosuch'; `drover status` lists them"),
+    (["cancel", "nosuch"], "there is no submission 'nosuch'; `drover status` lists them"),
+    (["trace", "nosuch"], "there is no submission 'nosuch'; `drover status` lists them"),
+    (["retry", "nosuch"], "there is no step 'nosuch'; `drover status ID` lists those"),
+    (["why", "nosuch"], "there is no step 'nosuch'; `drover status ID` lists those"),
+    (["story", "nosuch"], "there is no step 'nosuch'; `drover status ID` lists those"),
+    (["history", "nosuch"], "its name is that of the derivation"),
+    (["drain", "nosuch"], "there is no worker 'nosuch'; `drover workers` lists them"),
+    (["log", "tool"], "2 steps match 'tool'"),
+    (["log", "tool-1.0"], "not been started yet, so there is no log; `drover why` says"),
+    (["status", "--token-file", "wrong"], "did not accept the API token; name its file with --token-file"),
+    (["status", "--token-file", "missing"], "cannot read the token file missing: No such file"),
+]
+
+
+async def test_each_refusal_is_one_sentence_with_a_way_on(
+    open_farm: OpenFarm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with open_farm() as farm:
+        await farm.submit('{ a = run "tool-1.0" "exit 1"; b = run "tool-2.0" "exit 1"; }', "a", "b")
+        (tmp_path / "wrong").write_text("no-token")
+        monkeypatch.chdir(tmp_path)
+        environment = {
+            "DROVER_URL": farm.coordinator.ready.url,
+            "DROVER_TOKEN_FILE": str(farm.coordinator.ready.token_file),
+        }
+        for words, sentence in REFUSED:
+            done = await asyncio.to_thread(drover, *words, env=environment)
+            assert (done.returncode, done.stdout) == (exit_status.USAGE, ""), words
+            assert len(done.stderr.splitlines()) == 1, words
+            assert done.stderr.startswith("drover: ")
+            assert sentence in done.stderr
 
 
 async def test_names_are_completed_and_a_farm_says_what_it_does(open_farm: OpenFarm) -> None:
@@ -194,7 +257,11 @@ def test_a_search_finds_the_same_lines_however_the_log_is_cut(data: bytes, size:
 
 def test_a_search_numbers_lines_and_holds_no_more_than_its_bound_of_a_long_one() -> None:
     log = b"one\nERROR: \xff\xfe two\n" + b"x" * (10 * LINE_BYTES) + b" error far away\nthe last Error"
-    assert searched("error", log, 4096) == [b"2: ERROR: \xff\xfe two\n", b"4: the last Error\n"]
+    far = b"3: " + "\u2026".encode() + b"x" * AROUND_CHARS + b"ERROR far away\n"
+    log = log.replace(b" error far", b"ERROR far")
+    for size in (7, 4096, 10**9):
+        found = searched("error", log, size)
+        assert found == [b"2: ERROR: \xff\xfe two\n", far, b"4: the last Error\n"]
     search = LineSearch("error")
     for piece in pieces(b"y" * (3 * LINE_BYTES), 4096):
         assert list(search.feed(piece)) == []

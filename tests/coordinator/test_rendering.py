@@ -219,10 +219,10 @@ def test_tables_are_aligned_and_emulation_is_labelled() -> None:
     resting = replace(worker, name="full", state="quarantined", reason="its disk is full", until=NOW + 9)
     systems = "x86_64-linux, aarch64-darwin (emulated)"
     assert worker_lines([worker, resting, weak], NOW) == [
-        f"WORKER  STATE        {'SYSTEMS':39}  FEATURES  CLASS  BUSY  BUILT  FAILED  SEEN    NIX",
-        f"mac     online       {systems}  -         A      1/2   3      -       2s ago  2.8.0",
-        f"full    quarantined  {systems}  -         A      1/2   3      -       2s ago  2.8.0",
-        f"weak    online       {systems}  -         C      1/2   3      15/90   2s ago  2.8.0",
+        f"WORKER  STATE        CLASS  BUSY  BUILT  FAILED  SEEN    NIX    {'SYSTEMS':39}  FEATURES",
+        f"mac     online       A      1/2   3      -       2s ago  2.8.0  {systems}  -",
+        f"full    quarantined  A      1/2   3      -       2s ago  2.8.0  {systems}  -",
+        f"weak    online       C      1/2   3      15/90   2s ago  2.8.0  {systems}  -",
         "",
         "full is quarantined for 9s: its disk is full",
         f"weak: {worker_sentence(record)}",

@@ -26,6 +26,7 @@ from coordinator.http.api.pages import Page, answer_page, cut, limit_of, positio
 from coordinator.http.bodies import STREAM_PATIENCE_S, BodyBounds, body_chunks, read_model
 from coordinator.intake.intake import Intake
 from coordinator.intake.submissions import Submissions
+from coordinator.readmodel.explain import attempts, no_log
 from coordinator.readmodel.rows import StepRow
 from coordinator.readmodel.views import ROOTS_LISTED, Views
 from coordinator.stores.logs import LogStore
@@ -218,12 +219,12 @@ class Api:
 
 def _attempt(request: web.Request, row: StepRow) -> int:
     if row.life.attempt == 0:
-        raise NotFoundError(f"step {row.key} has not been started yet, so there is no log.")
+        raise NotFoundError(no_log(row))
     text = request.query.get("attempt", str(row.life.attempt))
     if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise BadRequestError("an attempt is a number.")
     if not 0 < int(text) <= row.life.attempt:
-        raise NotFoundError(f"step {row.key} had {row.life.attempt} attempts; there is no attempt {text}.")
+        raise NotFoundError(f"step {row.key} had {attempts(row)}; there is no attempt {text}.")
     return int(text)
 
 

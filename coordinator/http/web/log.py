@@ -20,6 +20,7 @@ from coordinator.http.web.lines import StepLine, step_line
 from coordinator.http.web.live import END, LiveStreams
 from coordinator.http.web.log_html import line_html, lines_html
 from coordinator.http.web.rendering import PageRenderer
+from coordinator.readmodel.explain import attempts, no_log
 from coordinator.readmodel.rows import StepRow
 from coordinator.readmodel.views import Views
 from coordinator.stores.log_lines import LogLines, NumberedLine, count_lines, find_text, lines_from, read_lines
@@ -197,10 +198,10 @@ def _runs(row: StepRow, attempt: int) -> bool:
 def _attempt_of(request: web.Request, row: StepRow) -> int:
     latest = row.life.attempt
     if not latest:
-        raise NotFoundError(f"step {row.key} has not been started yet, so there is no log.")
+        raise NotFoundError(no_log(row))
     attempt = _number_of(request, "attempt") or latest
     if attempt > latest:
-        raise NotFoundError(f"step {row.key} had {latest} attempts; there is no attempt {attempt}.")
+        raise NotFoundError(f"step {row.key} had {attempts(row)}; there is no attempt {attempt}.")
     return attempt
 
 

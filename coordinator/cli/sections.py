@@ -1,0 +1,94 @@
+"""Help of the commands: listed by what they are for, and examples of each."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import click
+
+#: Heading -> commands below it. A command of none stands below the last heading.
+SECTIONS: Final = {
+    "Build": ("build", "watch", "status", "cancel", "retry"),
+    "Ask": ("why", "log", "story", "diff", "eta", "history", "trace", "top", "workers"),
+    "Run a farm": ("up", "worker", "head", "drain", "cache", "completion"),
+}
+
+#: Command -> how it is called, at the end of its help.
+EXAMPLES: Final = {
+    "up": (
+        "drover up",
+        "drover up --slots 4 --emulate aarch64-linux",
+        "drover up --config farm.toml --no-workers",
+    ),
+    "head": ("drover head --state-dir /var/lib/drover-head --listen 10.0.0.1:6379",),
+    "worker": ("drover worker --head farm:6379 --ray-token ray-token --name mac1 --state-dir /var/lib/drover",),
+    "build": (
+        "drover build default.nix -A hello -A curl",
+        "drover build release.nix --label nightly --detach",
+        "drover build default.nix -A hello --fetch",
+    ),
+    "watch": (
+        "drover watch 4f086d30cb",
+        "drover watch 4f086d30cb --ci github",
+    ),
+    "status": (
+        "drover status",
+        "drover status 4f086d30cb",
+        "drover status hello-2.12",
+    ),
+    "cancel": ("drover cancel 4f086d30cb",),
+    "retry": (
+        "drover retry 4f086d30cb",
+        "drover retry perl-5.40",
+    ),
+    "log": (
+        "drover log hello",
+        "drover log perl-5.40 --attempt 1",
+        "drover log perl-5.40 --search error",
+    ),
+    "why": (
+        "drover why hello",
+        "drover why 7kfa6f625iik",
+    ),
+    "top": ("drover top",),
+    "story": ("drover story hello",),
+    "diff": ("drover diff hello", "drover diff hello-2.12 7kfa6f625iik"),
+    "eta": ("drover eta 4f086d30cb",),
+    "trace": ("drover trace 4f086d30cb -o trace.json",),
+    "history": (
+        "drover history hello",
+        "drover history hello --system aarch64-linux",
+    ),
+    "workers": ("drover workers",),
+    "drain": (
+        "drover drain mac1 --wait",
+        "drover drain mac1 --off",
+    ),
+}
+
+
+class ExampledCommand(click.Command):
+    """A command whose help ends with examples."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  click's
+        """Write the examples."""
+        if found := EXAMPLES.get(self.name or "", ()):
+            with formatter.section("Examples"):
+                formatter.write("".join([f"  {line}\n" for line in found]))
+
+
+class SectionedGroup(click.Group):
+    """A group with sections."""
+
+    command_class = ExampledCommand
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands by section, each with its first sentence, which is never cut."""
+        others = self.commands.keys() - {name for names in SECTIONS.values() for name in names}
+        last = list(SECTIONS)[-1]
+        for heading, names in SECTIONS.items():
+            listed = [*names, *(sorted(others) if heading == last else ())]
+            found = [(name, self.get_command(ctx, name)) for name in listed]
+            rows = [(name, each.get_short_help_str(limit=200)) for name, each in found if each and not each.hidden]
+            with formatter.section(heading):
+                formatter.write_dl(rows, col_max=12)
