@@ -143,6 +143,8 @@ class StepView:
     uploaded_bytes: int = 0
     #: Of a step that runs: what the newest builds of its package usually took, once that is known.
     usual_s: float | None = None
+    #: Of a failed step: the phase that its builder had announced last, where that is known.
+    failed_in: str = ""
     failure: FailureView | None = None
     #: For a doomed step: key of the step whose failure is the root cause.
     cause: str = ""
@@ -166,6 +168,8 @@ class RootFailureView:
     kind: str
     #: The failure's sentence, cut (the step has all of it).
     message: str
+    #: It was leased once, so that there is something to read.
+    has_log: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

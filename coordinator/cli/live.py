@@ -45,6 +45,8 @@ SIGNS: Final[dict[str, Piece]] = {
     "uploading": ("\u2191 ", "cyan"),
     "publishing": ("\u2191 ", "cyan"),
 }
+#: Heads of the table of workers where there is no room for words.
+_SHORT_HEADS: Final = ("worker", "\u23f5", "\u2193", "\u2191", "\u2714", "\u2718")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def live_lines(progress: Progress, now: float, window: Window) -> list[Line]:
     running = progress.longest_first(now)
     lines = _forest_lines(progress, running, now, window)
     if window.height >= LOWEST_FOR_WORKERS:
-        lines += _worker_lines(progress, running, min(WORKER_ROWS, window.height // WORKERS_PART))
+        lines += _worker_lines(progress, running, min(WORKER_ROWS, window.height // WORKERS_PART), window.width)
     room = STUCK_ROWS if window.height >= LOWEST_FOR_WORKERS else 1
     lines += [[(f"! {one_line(sentence)}", "yellow")] for sentence in progress.stuck[:room]]
     lines += [[(one_line(sentence), "dim")] for sentence in progress.queued[: room - len(progress.stuck[:room])]]
@@ -134,7 +136,7 @@ def _running_line(branches: str, step: StepView, now: float, widths: tuple[int, 
     ]
 
 
-def _worker_lines(progress: Progress, running: Sequence[StepView], room: int) -> list[Line]:
+def _worker_lines(progress: Progress, running: Sequence[StepView], room: int, width: int) -> list[Line]:
     """Return the table of workers; with one worker there is nothing in it that the totals do not say."""
     if len(progress.workers) < 2:
         return []
@@ -144,20 +146,26 @@ def _worker_lines(progress: Progress, running: Sequence[StepView], room: int) ->
     if len(names) > room:
         del names[room - 1 :]
     built = "built" if progress.all_seen else "built since"
-    rows: list[tuple[Line, ...]] = [
-        tuple([(word, "dim")] for word in ("worker", "building", "fetching", "uploading", built, "failed"))
-    ]
-    rows += [_worker_cells(name, hands[name], progress.workers[name]) for name in names]
-    widths = [max(width_of(each) for each in column) for column in zip(*rows, strict=True)]
+    cells = [_worker_cells(name, hands[name], progress.workers[name]) for name in names]
+    heads = ("worker", "building", "fetching", "uploading", built, "failed")
+    rows, widths = _with_heads(heads, cells)
+    if sum(widths) + 2 * len(widths) > width:
+        rows, widths = _with_heads(_SHORT_HEADS, cells)
     lines: list[Line] = []
     for row in rows:
         parts: list[Line] = [[(cell(plain(row[0]), widths[0]), row[0][0][1])]]
-        parts += [[(plain(each).rjust(width), each[0][1])] for each, width in zip(row[1:], widths[1:], strict=True)]
+        parts += [[(plain(each).rjust(most), each[0][1])] for each, most in zip(row[1:], widths[1:], strict=True)]
         lines.append([("  ", ""), *joined(parts, ("  ", ""))])
     if len(hands) > len(names):
         others = sum(counted.total() for name, counted in hands.items() if name not in names)
         lines.append([(f"  and {len(hands) - len(names)} more workers with {others} steps", "dim")])
     return lines
+
+
+def _with_heads(heads: Sequence[str], cells: Sequence[tuple[Line, ...]]) -> tuple[list[tuple[Line, ...]], list[int]]:
+    """Return the rows of a table, and the cells that each of its columns takes."""
+    rows: list[tuple[Line, ...]] = [tuple([(word, "dim")] for word in heads), *cells]
+    return rows, [max(width_of(each) for each in column) for column in zip(*rows, strict=True)]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

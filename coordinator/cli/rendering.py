@@ -98,13 +98,19 @@ def failure_lines(step: StepView) -> list[str]:
         message = _LOG_IN_MESSAGE.sub("", message)
     where = f" on {who(step)}" if step.worker else ""
     took = f" after {duration(step.ended_at - step.started_at)}" if step.started_at and step.ended_at else ""
-    lines = [f"\u2718 {one_line(step.name)} failed{where}{took}: {message}"]
+    phase = f" in {one_line(step.failed_in)}" if step.failed_in else ""
+    lines = [f"\u2718 {one_line(step.name)} failed{where}{took}{phase}: {message}"]
     tail = sanitise(step.log_tail).rstrip("\n")
     if tail:
         lines += [f"  \u2502 {line}" for line in tail.split("\n")[-TAIL_LINES:]]
     lines += [f"  {note}" for note in [failure_sentence(step.record)] if note]
-    lines.append(f"  the whole log: drover log {shlex.quote(step.key)}")
+    lines.append(f"  {'the whole log' if step.attempt else 'more'}: {_read_on(step.key, has_log=step.attempt > 0)}")
     return lines
+
+
+def _read_on(key: str, *, has_log: bool) -> str:
+    """Return the command that says more of a failed step: one that never ran has no log."""
+    return f"drover {'log' if has_log else 'why'} {shlex.quote(key)}"
 
 
 def news_lines(news: News, step: StepView) -> list[str]:
@@ -287,7 +293,8 @@ def _because(root: RootView, failure: RootFailureView, notes: Mapping[str, str])
     doomed = root.state is StepStatus.DOOMED
     outcome = f"not built because {one_line(failure.name)} failed" if doomed else "failed"
     note = notes.get(failure.step, "")
-    return f"{outcome}: {message}{'; ' if note else ''}{note}; the log: drover log {shlex.quote(failure.step)}"
+    more = f"{'the log' if failure.has_log else 'more'}: {_read_on(failure.step, has_log=failure.has_log)}"
+    return f"{outcome}: {'; '.join(filter(None, (message, note, more)))}"
 
 
 def _listed(prefix: str, items: Sequence[str], rest: str) -> list[str]:

@@ -37,7 +37,7 @@ from scheduler.facts import Fact
 from scheduler.failures import is_fault
 from scheduler.model import FailureKind, Requirements, StepKey, SubmissionId
 from scheduler.pauses import FACTS_PIECE, PAUSE, PIECE, Pause, whole
-from workers.wire.messages import StageChange
+from workers.wire.messages import Stage, StageChange
 
 #: Details learnt between two pauses, some 20 µs each.
 DETAILS_PIECE = 128
@@ -349,6 +349,7 @@ class FoldedRows:
         self._at = max(self._at, fact.at)
         row = self._row(fact.step)
         life = row.mutable_life()
+        life.failed_in = life.phase if life.stage == Stage.BUILDING else ""
         life.clear_builder()
         life.failure, life.ended_at, life.builder = fact.failure, fact.at, fact.builder
         self.timelines.failed(row.key, fact.at, fact.failure, _wanted_by(row))

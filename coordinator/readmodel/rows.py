@@ -45,6 +45,8 @@ class Life:
     lost_input: bool = False
     #: Class of the isolation that it was built in.
     isolation: str = ""
+    #: The phase that the builder had announced last when it failed; not known after a restart.
+    failed_in: str = ""
 
     def clear_builder(self) -> None:
         """Record that no builder has the step any more."""

@@ -289,6 +289,7 @@ class Views(FoldedRows):
             ended_at=life.ended_at,
             uploaded_bytes=life.uploaded_bytes,
             usual_s=self._usual(detail.name, detail.system) if running and detail.name else None,
+            failed_in=life.failed_in if failed else "",
             failure=FailureView(kind=life.failure.kind, message=life.failure.message) if life.failure else None,
             cause=life.cause,
             waiting_for=f"{sentence}; last time: {life.trouble}" if sentence and life.trouble else sentence,
@@ -340,6 +341,7 @@ class Views(FoldedRows):
             name=(self._details.get(step.key) or _NO_DETAIL).name,
             kind=failure.kind,
             message=failure.message[:ROOT_FAILURE_CHARS],
+            has_log=step.life.attempt > 0,
         )
 
     def snapshot(self, row: SubmissionRow) -> Snapshot:

@@ -18,15 +18,17 @@ from coordinator.api.models import FailureView, WatchEvent
 from coordinator.cli.ci import Ci, detected
 from coordinator.cli.follow import Follower
 from coordinator.cli.forest import draw
+from coordinator.cli.live import Window
 from coordinator.cli.progress import Progress
 from coordinator.cli.rendering import failure_lines
-from coordinator.cli.screen import Screen
+from coordinator.cli.screen import LiveRegion, Screen
+from coordinator.cli.top import farm_lines
 from tests.support.redrawing import LINES_BEFORE
-from tests.support.screens import Scripted, Terminal, calm, changed, counts, crowded, failed, failing
+from tests.support.screens import NOW, Scripted, Terminal, busy_farm, calm, changed, counts, crowded, failed, failing
 from tests.support.tmux import tmux
 
 SCREENS = Path(__file__).parent / "screens"
-SIZES = ((80, 24), (132, 43), (40, 12))
+SIZES = ((80, 24), (120, 40), (40, 15))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
@@ -42,6 +44,18 @@ def test_the_screen_is_the_golden_one(
         golden.parent.mkdir(exist_ok=True)
         golden.write_text(shown)
     assert shown == golden.read_text()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_the_screen_of_a_busy_farm_is_the_golden_one(size: tuple[int, int], rewrite_screens: bool) -> None:
+    terminal = Terminal(*size)
+    terminal.write(LiveRegion(colours=True).frame((), farm_lines(busy_farm(), NOW, Window(*size)), Window(*size)))
+    shown = "\n".join(terminal.shown()) + "\n"
+    golden = SCREENS / f"top-{size[0]}x{size[1]}.txt"
+    if rewrite_screens:
+        golden.write_text(shown)
+    assert shown == golden.read_text()
+    assert not terminal.scrolled()
 
 
 @pytest.mark.parametrize("tale", [calm, failing, crowded], ids=lambda tale: tale.__name__)

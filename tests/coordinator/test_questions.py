@@ -317,7 +317,7 @@ def test_top_shows_each_worker_with_its_steps_and_each_queue_with_its_reason() -
         totals,
         "! the disk is full",
         "10.0 builds/min; last hour 420 finished, 180 failed, 0 reused",
-        "abc mylabel                               3/9  ends in 1m00s to 1m30s: bounded by the way of a",
+        "abc mylabel                        3/9  ends in 1m00s to 1m30s: bounded by the way of a",
         "w0    2/4   \u23f5 step-1      1s  check Phase",
         "            \u23f5 step-0      0s  check Phase",
         "w1    2/4   \u23f5 step-1      1s  check Phase",

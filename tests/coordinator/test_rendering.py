@@ -86,6 +86,11 @@ def test_a_failure_is_one_block_with_the_command_that_shows_the_rest() -> None:
         "  failed here, succeeded 3 of 5 times with the same recipe: flaky, 40 % fail"
     )
     odd = step("c++-1.0?z=1", StepStatus.FAILED)
+    assert failure_lines(replace(FAILED, failed_in="checkPhase"))[0] == (
+        "✘ broken failed on native after 1m02s in checkPhase: builder failed with exit code 7"
+    )
+    # What no worker ever took has no log.
+    assert failure_lines(replace(odd, attempt=0))[-1] == f"  more: drover why '{odd.key}'"
     assert failure_lines(odd)[-1] == f"  the whole log: drover log '{'0' * 32}-c++-1.0?z=1'"
 
 
@@ -182,6 +187,8 @@ def test_an_ended_submission_names_every_root_that_is_not_built_and_why() -> Non
         "  ✘ above  not built because broken failed: exit code 7; the log: drover log 0-broken",
         "  ✘ left  not built: abandoned",
     ]
+    never = replace(roots[0], failure=replace(failure, has_log=False))
+    assert summary_lines(replace(ended, roots=(never,)), [], NOW)[-1].endswith("exit code 7; more: drover why 0-broken")
     failed = replace(FAILED, key="0-broken")
     assert summary_lines(ended, [failed], NOW)[-3:] == told
     assert status_lines(ended, [failed], NOW)[-3:] == told

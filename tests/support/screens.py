@@ -8,6 +8,7 @@ from typing import Any
 
 import pyte
 
+from coordinator.api.estimates import RunningView, ThroughputBar, ThroughputView
 from coordinator.api.models import (
     Counts,
     CountsChanged,
@@ -23,6 +24,7 @@ from coordinator.api.models import (
     TreeNode,
     WatchEvent,
 )
+from coordinator.api.questions import ActivityView, QueueView, SlotView, WorkerActivityView
 from coordinator.cli.follow import Follower
 from coordinator.cli.live import Window, live_lines
 from coordinator.cli.progress import Progress
@@ -238,3 +240,42 @@ def crowded(watched: Scripted) -> None:
         because="48 slots for x86_64-linux and 89955 steps for them",
     )  # fmt: skip
     watched.see(*changed(*done), counts(total=90_000, held=5, done=40, running=260, waiting=89_695, eta=eta))
+
+
+def busy_farm() -> ActivityView:
+    """Return a farm of 12 workers with 300 builds, one of them quarantined, and what waits."""
+
+    def lease(number: int) -> SlotView:
+        stage = ("building", "building", "fetching", "uploading", "queued")[number % 5]
+        name = f"python3.12-package-number-{number}-1.{number}"
+        return SlotView(step=f"k{number}", name=name, stage=stage, phase="installCheckPhase", started_at=NOW - number)
+
+    workers = tuple(
+        WorkerActivityView(
+            name=f"builder-{number}",
+            state="quarantined" if number == 7 else "online",
+            slots=32,
+            leases=tuple(lease(each) for each in range(300) if each % 12 == number),
+            lease_count=25,
+            reason="its disk is full" if number == 7 else "",
+        )
+        for number in range(12)
+    )
+    queues = (
+        QueueView(system="x86_64-linux", features=("kvm",), count=1200, reason="all 12 workers that could are full"),
+        QueueView(system="riscv64-linux", features=(), count=3, reason="no worker offers the system riscv64-linux"),
+    )
+    eta = EtaView(at=NOW, sooner_at=NOW + 600, later_at=NOW + 900, bound="capacity", because="384 slots", steps=6)
+    return ActivityView(
+        troubles=("builder-7 has 200 MB left",),
+        steps={"running": 300, "ready": 1203, "waiting": 88_000},
+        submissions={"running": 2},
+        workers=workers,
+        worker_count=12,
+        queues=queues,
+        running=(
+            RunningView(id="4f086d30cb", label="nightly", done=300, total=90_000, created_at=NOW - 600, eta=eta),
+            RunningView(id="515b8f2be1", label="", done=1, total=9, created_at=NOW - 60, eta=None),
+        ),
+        throughput=ThroughputView(until=NOW, every_s=60.0, bars=(ThroughputBar(finished=7, failed=1),) * 60),
+    )
