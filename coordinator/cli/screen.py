@@ -75,9 +75,10 @@ class LiveRegion:
         self._window = window
         text += [f"{written(line, colours=self.colours)}\n" for line in scrolled]
         if lines:
-            # A row is cleared before it is written: some terminals clear its last cell otherwise.
-            text += [_NO_WRAP, "\n".join([_CLEAR_LINE + written(line, colours=self.colours) for line in lines])]
-            text += [_CLEAR_BELOW, "\r", f"\x1b[{len(lines) - 1}A" if len(lines) > 1 else "", _WRAP]
+            # A row is cleared before it is written, because the cursor stays on the last cell of a full one.
+            *upper, last = [written(line, colours=self.colours) for line in lines]
+            text += [_NO_WRAP, *(f"{_CLEAR_LINE}{line}\n" for line in upper), _CLEAR_REGION, last, "\r"]
+            text += [f"\x1b[{len(upper)}A" if upper else "", _WRAP]
         text.append(_END)
         return "".join(text)
 

@@ -18,6 +18,7 @@ from coordinator.api.models import FailureView, WatchEvent
 from coordinator.cli.ci import Ci, detected
 from coordinator.cli.follow import Follower
 from coordinator.cli.forest import draw
+from coordinator.cli.lines import Line
 from coordinator.cli.live import Window
 from coordinator.cli.progress import Progress
 from coordinator.cli.rendering import failure_lines
@@ -72,6 +73,17 @@ def test_each_frame_replaces_the_last_one_whole_and_the_end_leaves_only_what_scr
     assert left == before[: len(left)]
     assert not any("running" in line for line in left)
     assert not watched.terminal.emulated.cursor.hidden
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_lines_that_are_as_wide_as_the_window_keep_their_last_cells(count: int, tmp_path: Path) -> None:
+    region = LiveRegion(colours=True)
+    lines: list[Line] = [[(f"{number:>20}", "bold")] for number in range(count)]
+    frames = tmp_path / "frames"
+    frames.write_text(region.frame((), lines, Window(20, 6)) + region.frame((), lines, Window(20, 6)))
+    with tmux(tmp_path, f"cat {frames}; tmux -S {tmp_path / 'tmux'} wait-for -S done; cat", 20, 6) as server:
+        server.wait("done")
+        assert server.whole() == [text for line in lines for text, _ in line]
 
 
 def test_a_window_that_changes_its_size_keeps_one_region_and_every_line_that_scrolled() -> None:
