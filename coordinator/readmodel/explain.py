@@ -51,11 +51,13 @@ class FarmExplainer:
         if not ready:
             return ()
         classes = self._farm.unserved()
-        return tuple(
-            f"{_steps(count)}: {describe_unserved(classes[requirements])}"
-            for requirements, count in ready.items()
-            if requirements in classes
-        )
+        # Several classes may wait for the same thing; it is said once.
+        counts: dict[str, int] = {}
+        for requirements, count in ready.items():
+            if requirements in classes:
+                why = describe_unserved(classes[requirements])
+                counts[why] = counts.get(why, 0) + count
+        return tuple(f"{_steps(count)}: {why}" for why, count in counts.items())
 
     def queued(self, ready: Mapping[Requirements, int]) -> tuple[str, ...]:
         """Return a sentence for each class of ready steps (counted by requirements) that a worker could take."""

@@ -129,7 +129,10 @@ async def test_each_refusal_is_one_sentence_with_a_way_on(
     open_farm: OpenFarm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async with open_farm() as farm:
-        await farm.submit('{ a = run "tool-1.0" "exit 1"; b = run "tool-2.0" "exit 1"; }', "a", "b")
+        text = '{ a = run "tool-1.0" "exit 1"; b = runOn "riscv64-linux" {} "tool-2.0" "exit 1"; }'
+        submitted = await farm.submit(text, "a", "b")
+        # What both wait for is said once.
+        assert (await farm.client.submission(submitted.id)).stuck == ("2 steps wait: no worker has joined",)
         (tmp_path / "wrong").write_text("no-token")
         monkeypatch.chdir(tmp_path)
         environment = {
