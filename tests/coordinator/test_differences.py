@@ -108,8 +108,12 @@ def stored(name: str, modulo: bytes, inputs: Sequence[str] = (), value: bytes = 
     return NewDerivation(Node(drv, StepKey(drv), Kind.FIXED, "x86_64-linux", (), (), tuple(inputs)), modulo, (), text)
 
 
-async def test_what_changes_no_output_is_no_cause_and_what_is_too_large_is_left_to_a_command(tmp_path: Path) -> None:
-    store = DerivationStore.open(f"sqlite+aiosqlite:///{tmp_path}/derivations.sqlite")
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_what_changes_no_output_is_no_cause_and_what_is_too_large_is_left_to_a_command(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    url = f"sqlite+aiosqlite:///{tmp_path}/derivations.sqlite"
+    store = DerivationStore.open(url if kind == "sqlite" else request.getfixturevalue("postgres_url"))
     try:
         await store.prepare()
         # A tarball that another curl fetches is the same tarball; a large input of the other differs at its end.

@@ -89,6 +89,14 @@ async def test_a_package_is_found_with_and_without_its_version_newest_first(url:
         assert [found.step for found in await store.of_package("hello", "", 10)] == ["c", "b", "a"]
         assert [found.step for found in await store.of_package("hello-2.12", "x", 10)] == ["a"]
         assert await store.of_package("hello", "other", 10) == []
+        # Verdicts on other steps than one, those before a time.
+        await store.save([row("e", name="hello-2.14", ended_at=8.0, **(done | {"outcome": "lost"}))])
+        for step, before, found in (("c", None, ["b", "a"]), ("x", None, ["c", "b", "a"]), ("x", 6.5, ["b", "a"])):
+            last = await store.last_verdicts("hello", "x", step, before, 10)
+            assert [(each.step, each.outcome) for each in last] == [
+                (each, "failed" if each == "c" else "done") for each in found
+            ]
+        assert [each.step for each in await store.last_verdicts("hello", "x", "c", None, 1)] == ["b"]
         usual = await store.usual_builds([("hello", "x"), ("none", "x"), ("hello", "y")], 1)
         assert usual[("hello", "x")] == [4.0]
         assert ("none", "x") not in usual
