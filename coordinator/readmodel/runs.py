@@ -27,7 +27,7 @@ from scheduler.model import StepKey
 RUNS_NAMED: Final = 20
 SUBMISSIONS_NAMED: Final = 5
 #: Edges of the graph that are looked at for the ways from roots down to a step, by the bounds of a question.
-WAY_EDGES: Final = {WHOLE: 2_000_000, PAGE: 150_000}
+WAY_EDGES: Final = {WHOLE: 2_000_000, PAGE: 60_000}
 
 
 @dataclass(frozen=True, slots=True)

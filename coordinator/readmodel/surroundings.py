@@ -6,6 +6,7 @@ of all steps, with pauses, because edges in the other direction would cost memor
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -70,19 +71,20 @@ def way_down(
     """
     steps = farm.state.steps
     above: dict[StepKey, StepKey | None] = dict.fromkeys(roots)
-    level, edges, paused_at = list(above), 0, 0
-    while level and key not in above and edges < most_edges:
-        following = []
-        for each in level:
-            needs = _needs(steps[each]) if each in steps else ()
-            edges += len(needs) + 1
-            fresh = [need for need in needs if need not in above]
-            above.update(dict.fromkeys(fresh, each))
-            following += fresh
-            if edges - paused_at >= LOOKED_AT:
-                paused_at = edges
-                yield PAUSE
-        level = following
+    waiting = deque(above)
+    edges = paused_at = 0
+    while waiting and key not in above and edges < most_edges:
+        each = waiting.popleft()
+        step = steps.get(each)
+        needs = _needs(step) if step is not None else ()
+        edges += len(needs) + 1
+        for need in needs:
+            if need not in above:
+                above[need] = each
+                waiting.append(need)
+        if edges - paused_at >= LOOKED_AT:
+            paused_at = edges
+            yield PAUSE
     way: list[StepKey] = []
     at = key if key in above else None
     while at is not None:
