@@ -13,7 +13,7 @@ import pytest
 from scheduler import builder_rules, decide, failures, farm, forsaken, records, snapshot, state, step_rules
 from scheduler import facts as f
 from scheduler.model import FailureKind, Instant, SubmissionId
-from tests.scheduler.sim import play
+from tests.scheduler.sim_play import play
 
 FIXED = range(1000)
 FRESH = 200
