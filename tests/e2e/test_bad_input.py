@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Expression
+from tests.e2e.conftest import Expression, waiting_for
 from tests.support.farm import BIN, Farm
 from tests.support.ports import free_port
 
@@ -140,8 +140,8 @@ def test_unusual_outputs_travel(farm: Farm, expression: Expression, tmp_path: Pa
         assert len(list((tmp_path / "plain" / path.lstrip("/")).iterdir())) == 5000
 
 
-def test_interrupting_the_client_leaves_the_build_running(farm: Farm, expression: Expression) -> None:
-    file = expression.write('a = shell "patient" "sleep 10; echo x > $out";')
+def test_interrupting_the_client_leaves_the_build_running(farm: Farm, expression: Expression, gates: Path) -> None:
+    file = expression.write(f'a = shell "patient" "{waiting_for("patient")}; echo x > $out";')
     client = subprocess.Popen(
         # Programs that a shell starts in the background ignore this signal, and so may these tests.
         ["env", "--default-signal=INT", *farm.build_command(file, "-A", "a")],
@@ -163,6 +163,7 @@ def test_interrupting_the_client_leaves_the_build_running(farm: Farm, expression
     client.send_signal(signal.SIGINT)
     output, _ = client.communicate(timeout=30)
     assert client.returncode == 130
+    (gates / "patient").touch()
     assert f"drover cancel {running[0]['id']}" in output
     assert farm.drover("watch", running[0]["id"]).returncode == 0
     assert farm.api(f"submissions/{running[0]['id']}")["state"] == "succeeded"

@@ -23,17 +23,13 @@ def test_a_single_build_does_not_wait_for_the_end_of_a_mass_rebuild(readme_farm:
     first = json.loads(submitted.stdout.splitlines()[-1])["id"]
     second = readme_farm.build_text('shell "single" "echo > $out"', "--detach", "--json")
     assert second.returncode == 0, second.stderr
-    # Evaluating it may have taken as long as many builds.
-    before = done(readme_farm, first)
     single = json.loads(second.stdout.splitlines()[-1])["id"]
-    while readme_farm.api(f"submissions/{single}")["state"] == "running":
+    while (view := readme_farm.api(f"submissions/{single}"))["state"] == "running":
         time.sleep(0.05)
-    after = done(readme_farm, first)
-    assert readme_farm.api(f"submissions/{single}")["state"] == "succeeded"
-    assert after < MANY
-    assert after - before < MANY // 4
+    assert view["state"] == "succeeded"
     readme_farm.drover("cancel", first)
-
-
-def done(farm: FarmUnderAttack, submission: str) -> int:
-    return int(farm.api(f"submissions/{submission}")["counts"]["done"])
+    # By the farm's own times: a busy machine may evaluate, and look, much later than things happen.
+    [alone] = readme_farm.api(f"submissions/{single}/steps")
+    ends = [each["ended_at"] for each in readme_farm.api(f"submissions/{first}/steps?state=done")]
+    assert sum(end <= alone["ended_at"] for end in ends) < MANY
+    assert sum(view["created_at"] <= end <= alone["ended_at"] for end in ends) < MANY // 4

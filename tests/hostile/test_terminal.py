@@ -62,7 +62,7 @@ def test_a_build_on_a_terminal_shows_what_runs_and_leaves_what_it_said_and_the_t
 ) -> None:
     lies = "; ".join(f"printf '{each}'" for each in HOSTILE)
     file = readme_farm.expression(f"""{{
-      good = shell "good" "echo ${{shell "below" "sleep 1; echo > $out"}} > $out";
+      good = shell "good" "echo ${{shell "below" "sleep 3; echo > $out"}} > $out";
       bad = shell "bad" ''echo ${{shell "under" "sleep 1; echo > $out"}}; {lies}; exit 1'';
     }}""")
     terminal = Terminal(80, 24)

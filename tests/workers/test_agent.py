@@ -23,7 +23,7 @@ from workers.agent.settings import WorkerSettings
 from workers.agent.stopping import stop_agents
 from workers.wire.messages import Failed, Report, Stage, Succeeded
 
-from .conftest import STORE, STORE_DIR, AgentHarness, ReportReader, drv, hash_part, nar_of, order
+from .conftest import PATIENCE_S, STORE, STORE_DIR, AgentHarness, ReportReader, drv, hash_part, nar_of, order
 
 #: A builder that runs until it is stopped.
 FOREVER = "echo started; while :; do sleep 1; done"
@@ -253,7 +253,7 @@ async def test_a_cancelled_build_leaves_no_process_and_the_slot_builds_on(bench:
         await told.agent.cancel([{"step": endless.step, "attempt": 1}])
     assert failure((await told.finish(endless))[0]).reason == "cancelled"
     success((await told.build(order(drv("after", "echo after > $out"))))[0])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while processes_with(mark):  # noqa: ASYNC110 - other programs' processes send no event
             await asyncio.sleep(0.05)
     assert processes_with(untouched)

@@ -155,7 +155,7 @@ async def test_a_new_poll_ends_the_one_that_still_waits(bench: AgentHarness) -> 
     parked = asyncio.create_task(told.agent.events(0, 1 << 20, 30.0))
     await asyncio.sleep(0.05)
     newer = asyncio.create_task(told.agent.events(0, 1 << 20, 0.1))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert (await parked)["events"] == []
         assert (await newer)["events"] == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -165,7 +166,7 @@ async def test_a_database_that_is_locked_or_absent_says_so_in_one_sentence(
         pass
     await holder.close()
     await waiter.close()
-    port = free_port()
+    port, before = free_port(), set(threading.enumerate())
     for absent in (
         f"sqlite+aiosqlite:///{tmp_path}/none/cache.sqlite",
         f"postgresql+psycopg://user:hunter2@127.0.0.1:{port}/none",
@@ -174,8 +175,9 @@ async def test_a_database_that_is_locked_or_absent_says_so_in_one_sentence(
             await open_metadata(absent)
         assert "\n" not in str(caught.value)
         assert "hunter2" not in str(caught.value)
-    # The driver's thread for the file that could not be opened says its last word to this loop.
-    await asyncio.sleep(0.1)
+    # The driver's thread for the file that could not be opened sends its last word to this loop.
+    while set(threading.enumerate()) - before:  # noqa: ASYNC110 - a thread's end sends nothing
+        await asyncio.sleep(0.01)
 
 
 async def test_a_server_that_is_away_is_waited_for(mortal_postgres: MortalPostgres) -> None:
