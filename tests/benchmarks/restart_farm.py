@@ -219,7 +219,7 @@ def layered(steps: int, seed: int = 1) -> tuple[list[Made], list[Made]]:
 
 
 async def _submit(coordinator: Coordinator, steps: int) -> None:
-    everything, roots = layered(steps)
+    everything, roots = await asyncio.to_thread(layered, steps)
 
     async def pieces() -> AsyncIterator[bytes]:
         for piece in encode_derivations((made.name, made.data) for made in everything):
