@@ -46,7 +46,7 @@ class Backoff:
 
 
 class RetryBudget:
-    """The time within which attempts are made: `pause` waits before the next one, or says that the time is over."""
+    """The time within which attempts are made: `pause` waits before the next one, or returns that the time is over."""
 
     def __init__(self, within_s: float, backoff: Backoff | None = None) -> None:
         self._until = asyncio.get_running_loop().time() + within_s

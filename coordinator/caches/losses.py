@@ -80,7 +80,7 @@ class Losses:
         except ClosureTooLargeError:
             return ""
         except (CacheError, DerivationsError) as error:
-            # The step tries again, and says it again.
+            # The step tries again, and reports it again.
             return f"an input could not be looked for: {error}"
         now = self._clock.now()
         while self._recent and (len(self._recent) > MAX_RECENT or next(iter(self._recent.values())) < now - RECENT_S):

@@ -1,6 +1,6 @@
 """`drover cache push`: paths of this machine's Nix store, with their closure, into a cache.
 
-The daemon says what the closure is; the bytes are read from the store's files, compressed in threads and sent while
+The daemon answers what the closure is; the bytes are read from the store's files, compressed in threads and sent while
 they are read, as many paths at a time as there are cores. What the cache has is not sent, and what was cut goes on
 where it stopped with the next push.
 """

@@ -36,7 +36,7 @@ _CLEAR_BELOW: Final = "\x1b[J"
 _CLEAR_REGION: Final = f"\r{_CLEAR_LINE} {_CLEAR_BELOW}\r"
 _NO_WRAP: Final = "\x1b[?7l"
 _WRAP: Final = "\x1b[?7h"
-#: Of a terminal that says no size.
+#: Of a terminal that reports no size.
 USUAL: Final = Window(80, 24)
 
 

@@ -244,7 +244,7 @@ class ApiClient(Transport):
                 raise UnreachableError(self.url, f"for {RECONNECT_GIVE_UP_S:.0f} s")
 
     async def _events(self, submission: str, on_lost: Callable[[str], None]) -> AsyncIterator[WatchEvent]:
-        """Yield what a stream says, and where none is free what it would begin with, again and again."""
+        """Yield the events of a stream, and where none is free what it would begin with, again and again."""
         try:
             async for event in self._watch_once(submission):
                 yield event

@@ -40,7 +40,7 @@ PUBLISH_BACKLOG = 4096
 PUBLISH_WITHIN_S = 60.0
 
 Post = Callable[[Sequence[Event]], Awaitable[None]]
-#: Says which of some paths that a step needs the cache has lost, and sees to it; "" for none.
+#: Names those of some paths that a step needs and the cache has lost, and begins their repair; "" for none.
 LossCheck = Callable[[StepKey, Sequence[str]], Awaitable[str]]
 #: Gets, of each lease, when the outputs began to be verified, were verified, and were published.
 Timed = Callable[[LeaseId, float, float, float], None]

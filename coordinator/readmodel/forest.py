@@ -34,7 +34,7 @@ def waits(row: StepRow, submission: SubmissionRow) -> bool:
 
 
 class ForestDiff:
-    """Says what is new in the forest of one submission, at most `most` places of it."""
+    """Finds what is new in the forest of one submission, at most `most` places of it."""
 
     def __init__(self, submission: SubmissionRow, ways: Ways, most: int = TREE_NODES) -> None:
         self._submission = submission

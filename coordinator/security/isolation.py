@@ -1,7 +1,7 @@
 """Permission for weakly isolated workers: those that the operator allows by name may build.
 
 The decision is the coordinator's, because it publishes what they build; workers only measure (`workers.wire.grades`). A
-worker that says nothing of its isolation counts as the weakest.
+worker that reports nothing of its isolation counts as the weakest.
 """
 
 from __future__ import annotations

@@ -331,7 +331,7 @@ class DerivationStore:
     async def orders(self, wanted: Iterable[tuple[StepKey, int]]) -> Mapping[tuple[StepKey, int], BuildOrder]:
         """Return what to send for each (step, recipe index); unknown pairs are absent. One query for each index.
 
-        All are in memory at once: `order_sizes` says before how many fit.
+        All are in memory at once: `order_sizes` counts before how many fit.
         """
         columns = (
             tables.derivations.c.drv,

@@ -137,7 +137,7 @@ class LogStore:
         return harmless("\n".join(text.split("\n")[-lines:]))
 
     async def read(self, step: str, attempt: int, running: Callable[[], bool] | None = None) -> AsyncIterator[bytes]:
-        """Yield the log from its start, raw; with `running`, go on until that says no and all is read.
+        """Yield the log from its start, raw; with `running`, go on until that is false and all is read.
 
         An attempt that printed nothing has an empty log.
         """

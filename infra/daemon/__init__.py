@@ -1,6 +1,6 @@
 """An asyncio client of the Nix daemon's worker protocol.
 
-`wire` is the codec without I/O, `values` what travels, `events` what a build says, `child` and `channel` the stream,
+`wire` is the codec without I/O, `values` what travels, `events` what a build reports, `child` and `channel` the stream,
 `framed` uploads, `connection` the requests. Everything that other rooms need is named here.
 """
 

@@ -125,7 +125,7 @@ class DaemonConnection:
 
     Attributes:
         version: (major, minor) that both sides speak.
-        nix_version: What the daemon says of itself, such as "2.8.0"; "" before protocol 1.33.
+        nix_version: What the daemon reports of itself, such as "2.8.0"; "" before protocol 1.33.
     """
 
     def __init__(self, channel: Channel) -> None:

@@ -2,7 +2,7 @@
 
 A process that is waited for adds what it used to its parent's account. Nix waits for its builders, so the difference of
 the daemon's account over a build is the build's; it lacks what is still running. Memory has no such account: it is
-looked at while the builders run. Where /proc says nothing (macOS, a daemon behind a socket) the answer is None.
+looked at while the builders run. Where /proc has nothing (macOS, a daemon behind a socket) the answer is None.
 """
 
 from __future__ import annotations

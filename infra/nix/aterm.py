@@ -53,7 +53,7 @@ class Scan:
     """A derivation together with what is needed to hash its original bytes.
 
     Attributes:
-        derivation: What the text says.
+        derivation: What the text holds.
         inputs_start: Offset of the first byte inside the brackets of the input derivations.
         inputs_end: Offset of the bracket that closes them.
         canonical_text: Whether every string is escaped as Nix's writer escapes it.

@@ -1,4 +1,4 @@
-"""Derivations as values: what a .drv file says, which kind it is, and the options that a scheduler reads.
+"""Derivations as values: what a .drv file holds, which kind it is, and the options that a scheduler reads.
 
 Paths, names and hashes are `str`. Arguments and the environment are `bytes`: a builder may be given any bytes, and
 their hash matters, so nothing here assumes an encoding. The name of a derivation is not in the file: it comes from

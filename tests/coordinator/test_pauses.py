@@ -107,36 +107,36 @@ def submission(name: str, **how: Any) -> e.SubmissionReceived:
 @pytest.fixture(scope="module")
 def metered() -> Metered:
     """The life of a mass rebuild, with everything in it that concerns all its steps at once."""
-    told = Metered()
+    metered = Metered()
     builder = BuilderSpec(BUILDER, "1", frozenset({"sys"}))
-    told.tell("submitted", submission("first"))
-    told.tell("submitted by another one", submission("second"))
-    told.tell("cancelled", e.SubmissionCancelled(SubmissionId("first")))
-    told.tell("cancelled by all", e.SubmissionCancelled(SubmissionId("second")))
-    told.tell("submitted anew", submission("third"))
-    told.tell("a builder joins", e.BuilderJoined(builder, 1))
+    metered.tell("submitted", submission("first"))
+    metered.tell("submitted by another one", submission("second"))
+    metered.tell("cancelled", e.SubmissionCancelled(SubmissionId("first")))
+    metered.tell("cancelled by all", e.SubmissionCancelled(SubmissionId("second")))
+    metered.tell("submitted anew", submission("third"))
+    metered.tell("a builder joins", e.BuilderJoined(builder, 1))
     failure = Failure(FailureKind.PERMANENT, "exit status 1")
-    told.tell("all are doomed", e.BuildFailed(LeaseId(ORIGIN, 1), BUILDER, failure))
-    told.tell("submitted and known to fail", submission("fourth"))
-    told.tell("run again", submission("third", again=True, retry_failed=True))
-    told.tell("built", e.BuildSucceeded(LeaseId(ORIGIN, 2), BUILDER, b""))
+    metered.tell("all are doomed", e.BuildFailed(LeaseId(ORIGIN, 1), BUILDER, failure))
+    metered.tell("submitted and known to fail", submission("fourth"))
+    metered.tell("run again", submission("third", again=True, retry_failed=True))
+    metered.tell("built", e.BuildSucceeded(LeaseId(ORIGIN, 2), BUILDER, b""))
     # It is given none of the steps that wait, so that what is lost comes first.
-    told.tell("the builder drains", e.BuilderReported(BUILDER, "1", 1, draining=True))
-    told.tell("all are ready", e.OutputsPublished(LeaseId(ORIGIN, 2)))
-    told.tell("a need of all is lost", submission("third", replanned=True))
-    told.tell("the builder is back", e.BuilderReported(BUILDER, "1", 1))
-    told.tell("built again", e.BuildSucceeded(LeaseId(ORIGIN, 3), BUILDER, b""))
-    told.tell("all are ready again", e.OutputsPublished(LeaseId(ORIGIN, 3)))
-    told.tell("no builder is left", e.BuilderLost(BUILDER, "1", "gone"))
-    told.tell("the first are given up", e.TimePassed(), later_s=GIVE_UP_S + 1)
+    metered.tell("the builder drains", e.BuilderReported(BUILDER, "1", 1, draining=True))
+    metered.tell("all are ready", e.OutputsPublished(LeaseId(ORIGIN, 2)))
+    metered.tell("a need of all is lost", submission("third", replanned=True))
+    metered.tell("the builder is back", e.BuilderReported(BUILDER, "1", 1))
+    metered.tell("built again", e.BuildSucceeded(LeaseId(ORIGIN, 3), BUILDER, b""))
+    metered.tell("all are ready again", e.OutputsPublished(LeaseId(ORIGIN, 3)))
+    metered.tell("no builder is left", e.BuilderLost(BUILDER, "1", "gone"))
+    metered.tell("the first are given up", e.TimePassed(), later_s=GIVE_UP_S + 1)
     for number in range(WIDE // 1000 + 1):
-        told.tell(f"more are given up, {number}", e.TimePassed())
-    told.tell("all are held", e.SubmissionReceived(SubmissionId("fifth"), TOPS, STEPS, (*TOPS, HELD)))
+        metered.tell(f"more are given up, {number}", e.TimePassed())
+    metered.tell("all are held", e.SubmissionReceived(SubmissionId("fifth"), TOPS, STEPS, (*TOPS, HELD)))
     for name in ("first", "second", "third", "fourth", "fifth"):
-        told.tell(f"{name} is forgotten", e.SubmissionExpired(SubmissionId(name)))
-    assert not told.farm.state.steps
-    assert not told.views.step_total()
-    return told
+        metered.tell(f"{name} is forgotten", e.SubmissionExpired(SubmissionId(name)))
+    assert not metered.farm.state.steps
+    assert not metered.views.step_total()
+    return metered
 
 
 def test_nothing_is_busy_for_long_between_two_pauses(metered: Metered) -> None:

@@ -98,20 +98,20 @@ class Network:
             if not worker.alive or not self._through(worker) or self.life.now - asked > TIMEOUT_S:
                 self.life.after(TIMEOUT_S, lambda: self.again(link, life))
                 return
-            told = worker.events(link.ack)
-            self.life.after(self.life.chance.uniform(0.001, 0.05), lambda: take(told))
+            answered_with = worker.events(link.ack)
+            self.life.after(self.life.chance.uniform(0.001, 0.05), lambda: take(answered_with))
 
-        def take(told: Answer) -> None:
+        def take(answered_with: Answer) -> None:
             if life != self.shell.life or link.worker is not worker:
                 return
-            for event in (*told.reports, told.heartbeat):
+            for event in (*answered_with.reports, answered_with.heartbeat):
                 self._ghost(event)
             if self.greeted.get(worker.spec.id) != worker.spec.incarnation:
                 # A ghost of an earlier life was greeted after this one.
                 self.life.after(1.0, lambda: self.again(link, life))
                 return
-            if self.shell.turn(*told.reports, told.heartbeat):
-                link.ack = told.last
+            if self.shell.turn(*answered_with.reports, answered_with.heartbeat):
+                link.ack = answered_with.last
                 self._poll(link)
 
         self.life.after(self._delay(), arrive)

@@ -46,29 +46,29 @@ def descendants() -> list[int]:
 
 
 async def test_a_build_is_reported_with_its_log_and_its_uploaded_output(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     hello = order(drv("hello", "echo building; echo hello > $out"))
-    [report] = await told.build(hello)
+    [report] = await reader.build(hello)
     [output] = success(report).outputs
     assert b"hello\n" in nar_of(bench, output)
     assert output.references == ()
-    assert told.logs[hello.step] == b"building\n"
+    assert reader.logs[hello.step] == b"building\n"
     assert 0 < report.started_at <= report.building_at <= report.built_at <= report.ended_at
 
 
 async def test_building_what_is_valid_already_reports_the_same_outputs(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     made = drv("again", "echo again > $out")
-    [first] = await told.build(order(made))
-    again = ReportReader(told.agent, ack=told.ack)
+    [first] = await reader.build(order(made))
+    again = ReportReader(reader.agent, ack=reader.ack)
     [second] = await again.build(order(made, attempt=2))
     assert success(first).outputs == success(second).outputs
 
 
 async def test_several_outputs_are_reported_with_the_references_that_nix_found(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     script = "echo $dev $out > $out; echo dev > $dev; mkdir -p $doc; echo $dev > $doc/page"
-    [report] = await told.build(order(drv("multi", script, outputs=("out", "dev", "doc"))))
+    [report] = await reader.build(order(drv("multi", script, outputs=("out", "dev", "doc"))))
     outputs = {output.name: output for output in success(report).outputs}
     base = {name: output.path.rpartition("/")[2] for name, output in outputs.items()}
     assert outputs["out"].references == tuple(sorted((base["dev"], base["out"])))
@@ -87,8 +87,8 @@ async def test_several_outputs_are_reported_with_the_references_that_nix_found(b
     ],
 )
 async def test_outputs_of_any_shape_are_uploaded(bench: AgentHarness, name: str, script: str) -> None:
-    told = await bench.agent()
-    [report] = await told.build(order(drv(name, script)))
+    reader = await bench.agent()
+    [report] = await reader.build(order(drv(name, script)))
     [output] = success(report).outputs
     nar = nar_of(bench, output)
     assert output.nar_hash == _nix_hash(nar)
@@ -105,47 +105,47 @@ def _nix_hash(nar: bytes) -> str:
 
 
 async def test_a_failing_builder_fails_for_good_with_the_end_of_its_log(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     broken = order(drv("broken", "echo before; echo wrong >&2; exit 3"))
-    failed = failure((await told.build(broken))[0])
+    failed = failure((await reader.build(broken))[0])
     assert failed.reason == "permanent"
     assert "exit code 3" in failed.message
     assert "\x1b" not in failed.message
-    assert told.logs[broken.step] == b"before\nwrong\n"
+    assert reader.logs[broken.step] == b"before\nwrong\n"
 
 
 async def test_a_build_that_makes_no_output_fails_for_good(bench: AgentHarness) -> None:
-    told = await bench.agent()
-    failed = failure((await told.build(order(drv("nothing", "true"))))[0])
+    reader = await bench.agent()
+    failed = failure((await reader.build(order(drv("nothing", "true"))))[0])
     assert failed.reason == "output_rejected"
 
 
 async def test_a_fixed_output_is_built_and_a_wrong_one_refused(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     digest = sha256(b"fixed\n").hexdigest()
     path = STORE_DIR.make_fixed_output_path("fixed", "", "sha256", digest)
     right = drv("fixed", "echo fixed > $out", fixed=(path, "sha256", digest))
     wrong = drv("fixed", "echo wrong > $out", fixed=(path, "sha256", digest))
-    failed = failure((await told.build(order(wrong)))[0])
+    failed = failure((await reader.build(order(wrong)))[0])
     assert failed.reason == "hash_mismatch"
     assert "hash mismatch" in failed.message
-    [output] = success((await told.build(order(right)))[0]).outputs
+    [output] = success((await reader.build(order(right)))[0]).outputs
     assert output.ca == f"fixed:{_nix_hash(b'fixed' + bytes([10]))}"
 
 
 async def test_the_log_is_passed_on_byte_for_byte(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     noisy = order(drv("noisy", r"printf '\377\376\001\n\033[1mbold\n'; printf 'no newline'; : > $out"))
-    success((await told.build(noisy))[0])
-    assert told.logs[noisy.step] == b"\xff\xfe\x01\n\x1b[1mbold\nno newline\n"
+    success((await reader.build(noisy))[0])
+    assert reader.logs[noisy.step] == b"\xff\xfe\x01\n\x1b[1mbold\nno newline\n"
 
 
 async def test_of_a_log_beyond_its_limit_head_and_tail_are_kept_and_the_build_goes_on(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     script = "i=1000; while [ $i -lt 2000 ]; do echo line$i; i=$((i+1)); done; : > $out"
     chatty = order(drv("chatty", script), max_log_bytes=144)
-    success((await told.build(chatty))[0])
-    head, _, rest = told.logs[chatty.step].partition(b"drover: ")
+    success((await reader.build(chatty))[0])
+    head, _, rest = reader.logs[chatty.step].partition(b"drover: ")
     note, _, tail = rest.partition(b"\n")
     assert head == b"".join(b"line%d\n" % n for n in range(1000, 1012))
     assert note == b"the log is longer than 144 bytes; 8856 bytes are left out here"
@@ -153,26 +153,26 @@ async def test_of_a_log_beyond_its_limit_head_and_tail_are_kept_and_the_build_go
 
 
 async def test_a_line_longer_than_the_limit_is_left_out_and_said_so(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     wide = order(drv("wide", "echo first; printf '%0200d\\n' 7; echo last; : > $out"), max_log_bytes=100)
-    success((await told.build(wide))[0])
+    success((await reader.build(wide))[0])
     note = b"drover: the log is longer than 100 bytes; 201 bytes are left out here\n"
-    assert told.logs[wide.step] == b"first\n" + note + b"last\n"
+    assert reader.logs[wide.step] == b"first\n" + note + b"last\n"
 
 
 async def test_fifty_megabytes_of_log_pass_through_in_flat_memory(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     line = "x" * 1023
     script = f"i=0; while [ $i -lt 50000 ]; do echo {line}; i=$((i+1)); done; : > $out"
     loud = order(drv("loud", script))
-    await told.agent.start_many([loud.dump()])
+    await reader.agent.start_many([loud.dump()])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size = ack = 0
     done = False
     while not done:
         # The listener is slower than the builder, so the outbox has to hold the log on disk.
         await asyncio.sleep(0.1)
-        batch = await told.agent.events(ack, 1 << 20, 5.0)
+        batch = await reader.agent.events(ack, 1 << 20, 5.0)
         ack = batch["last"]
         for event in batch["events"]:
             if event["kind"] == "log":
@@ -183,76 +183,76 @@ async def test_fifty_megabytes_of_log_pass_through_in_flat_memory(bench: AgentHa
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown_kib < 32 * 1024
     assert not list((bench.root / "one" / "state" / "spool").glob("*.log")) or ack
-    await told.agent.events(ack, 1, 0.0)
+    await reader.agent.events(ack, 1, 0.0)
     assert not list((bench.root / "one" / "state" / "spool").glob("*.log"))
 
 
 async def test_phases_are_reported_while_a_build_runs(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     phase = """echo '@nix {"action":"setPhase","phase":"checkPhase"}' >&2"""
     phased = order(drv("phased", f"{phase}; {FOREVER}"))
-    await told.agent.start_many([phased.dump()])
-    await told.until(lambda: any(change.phase == "checkPhase" for change in told.stages))
-    assert told.stages[-1].stage is Stage.BUILDING
+    await reader.agent.start_many([phased.dump()])
+    await reader.until(lambda: any(change.phase == "checkPhase" for change in reader.stages))
+    assert reader.stages[-1].stage is Stage.BUILDING
 
 
 async def test_a_build_is_stopped_at_its_limit_of_time(bench: AgentHarness) -> None:
-    told = await bench.agent()
-    failed = failure((await told.build(order(drv("slow", FOREVER), timeout_s=1)))[0])
+    reader = await bench.agent()
+    failed = failure((await reader.build(order(drv("slow", FOREVER), timeout_s=1)))[0])
     assert failed.reason == "timeout"
     assert "timed out" in failed.message
     assert failed.limit == 1
 
 
 async def test_a_build_that_prints_nothing_is_stopped_at_its_limit_of_silence(bench: AgentHarness) -> None:
-    told = await bench.agent()
-    failed = failure((await told.build(order(drv("mute", FOREVER), timeout_s=60, silence_s=1)))[0])
+    reader = await bench.agent()
+    failed = failure((await reader.build(order(drv("mute", FOREVER), timeout_s=60, silence_s=1)))[0])
     assert (failed.reason, failed.limit) == ("silence", 1)
 
 
 async def test_outputs_beyond_their_limit_of_size_are_not_uploaded(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     large = order(drv("large", "printf '%09000d' 1 > $out"), max_output_bytes=8000)
-    failed = failure((await told.build(large))[0])
+    failed = failure((await reader.build(large))[0])
     assert (failed.reason, failed.limit) == ("output_size", 8000)
     assert "at most 8000" in failed.message
-    success((await told.build(order(drv("fits", "printf '%07000d' 1 > $out"), max_output_bytes=8000)))[0])
+    success((await reader.build(order(drv("fits", "printf '%07000d' 1 > $out"), max_output_bytes=8000)))[0])
 
 
 async def test_an_agent_that_is_asked_to_stop_finishes_what_runs_and_hands_back_what_does_not_end(
     bench: AgentHarness,
 ) -> None:
-    told = await bench.agent(slots=2)
+    reader = await bench.agent(slots=2)
     quick, endless = order(drv("quick", "sleep 1; : > $out")), order(drv("endless", FOREVER))
-    await told.agent.start_many([quick.dump(), endless.dump()])
-    await told.until(lambda: endless.step in told.logs)
+    await reader.agent.start_many([quick.dump(), endless.dump()])
+    await reader.until(lambda: endless.step in reader.logs)
     state = bench.root / "one" / "state"
     stopping = asyncio.create_task(stop_agents([state], 3.0, lambda: False))
     late = order(drv("late", ": > $out"))
-    await told.until(lambda: told.batches[-1].draining)
-    await told.agent.start_many([late.dump()])
-    success((await told.finish(quick))[0])
-    assert failure((await told.finish(late))[0]).reason == "returned"
-    handed_back = failure((await told.finish(endless))[0])
+    await reader.until(lambda: reader.batches[-1].draining)
+    await reader.agent.start_many([late.dump()])
+    success((await reader.finish(quick))[0])
+    assert failure((await reader.finish(late))[0]).reason == "returned"
+    handed_back = failure((await reader.finish(endless))[0])
     assert handed_back.reason == "returned"
     assert "stopping" in handed_back.message
     while not stopping.done():
-        await told.hear(0.1)
+        await reader.hear(0.1)
     assert (state / "stopped").exists()
 
 
 async def test_a_cancelled_build_leaves_no_process_and_the_slot_builds_on(bench: AgentHarness) -> None:
-    told = await bench.agent(slots=2, nix_options={"sandbox-paths": "/bin/sh=/bin/busybox /bin/busybox"})
+    reader = await bench.agent(slots=2, nix_options={"sandbox-paths": "/bin/sh=/bin/busybox /bin/busybox"})
     endless = order(drv("endless", SURVIVOR))
     other = order(drv("other", FOREVER))
-    await told.agent.start_many([endless.dump(), other.dump()])
-    await told.until(lambda: endless.step in told.logs and other.step in told.logs)
+    await reader.agent.start_many([endless.dump(), other.dump()])
+    await reader.until(lambda: endless.step in reader.logs and other.step in reader.logs)
     mark, untouched = hash_part("endlessout" + SURVIVOR), hash_part("otherout" + FOREVER)
     assert len(processes_with(mark)) >= 3
     for _ in range(2):
-        await told.agent.cancel([{"step": endless.step, "attempt": 1}])
-    assert failure((await told.finish(endless))[0]).reason == "cancelled"
-    success((await told.build(order(drv("after", "echo after > $out"))))[0])
+        await reader.agent.cancel([{"step": endless.step, "attempt": 1}])
+    assert failure((await reader.finish(endless))[0]).reason == "cancelled"
+    success((await reader.build(order(drv("after", "echo after > $out"))))[0])
     async with asyncio.timeout(PATIENCE_S):
         while processes_with(mark):  # noqa: ASYNC110 - other programs' processes send no event
             await asyncio.sleep(0.05)
@@ -262,58 +262,58 @@ async def test_a_cancelled_build_leaves_no_process_and_the_slot_builds_on(bench:
 async def test_a_builder_that_lost_agent_owner_and_daemon_at_once_is_ended_by_the_next_agent(
     bench: AgentHarness,
 ) -> None:
-    told = await bench.agent(slots=1)
+    reader = await bench.agent(slots=1)
     orphan = order(drv("orphan", FOREVER))
-    await told.agent.start_many([orphan.dump()])
-    await told.until(lambda: orphan.step in told.logs)
+    await reader.agent.start_many([orphan.dump()])
+    await reader.until(lambda: orphan.step in reader.logs)
     mark = hash_part("orphanout" + FOREVER)
     owner = above(processes_with(mark)[0], "owner.py")
     for pid in (owner, *daemons_below(owner)):
         os.kill(pid, signal.SIGSTOP)
     for pid in (*daemons_below(owner), owner):
         os.kill(pid, signal.SIGKILL)
-    await told.agent.close()
+    await reader.agent.close()
     assert processes_with(mark)
     await bench.agent(slots=1)
     assert processes_with(mark) == []
 
 
 async def test_cancelling_a_lease_that_is_not_known_or_finished_does_nothing(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     done = order(drv("done", ": > $out"))
-    await told.build(done)
-    await told.agent.cancel([{"step": done.step, "attempt": 1}, {"step": "never", "attempt": 7}])
-    assert not (await told.hear(0.0)).events
+    await reader.build(done)
+    await reader.agent.cancel([{"step": done.step, "attempt": 1}, {"step": "never", "attempt": 7}])
+    assert not (await reader.hear(0.0)).events
 
 
 async def test_the_agent_survives_a_killed_daemon(bench: AgentHarness) -> None:
-    told = await bench.agent(slots=1)
+    reader = await bench.agent(slots=1)
     for name, with_owner in (("silent", False), ("orphan", True)):
         made = drv(name, MUTE)
         victim, mark = order(made), made[1].outputs[0].path
-        await told.agent.start_many([victim.dump()])
-        await told.until(partial(processes_with, mark))
+        await reader.agent.start_many([victim.dump()])
+        await reader.until(partial(processes_with, mark))
         builder = processes_with(mark)
         owner = above(builder[0], "owner.py")
         [daemon] = daemons_below(owner)
         for pid in (owner, daemon)[1 - with_owner :]:
             os.kill(pid, signal.SIGKILL)
-        failed = failure((await told.finish(victim))[0])
+        failed = failure((await reader.finish(victim))[0])
         # Not begun again in the same lease, though nothing was heard of it; and nothing of it goes on.
         assert failed.reason == "connection_lost"
         assert "connection to the Nix daemon" in failed.message
         assert not set(builder) & live_processes().keys()
-    success((await told.build(order(drv("next", ": > $out"))))[0])
+    success((await reader.build(order(drv("next", ": > $out"))))[0])
 
 
 async def test_daemons_that_died_while_nothing_was_built_are_replaced_unnoticed(bench: AgentHarness) -> None:
     before = set(descendants())
-    told = await bench.agent(slots=1)
-    [first] = await told.build(order(drv("first", ": > $out")))
+    reader = await bench.agent(slots=1)
+    [first] = await reader.build(order(drv("first", ": > $out")))
     for pid in set(descendants()) - before:
         os.kill(pid, signal.SIGKILL)
     path = success(first).outputs[0].path
-    [second] = await told.build(order(drv("second", f"ls {path}; : > $out"), [path]))
+    [second] = await reader.build(order(drv("second", f"ls {path}; : > $out"), [path]))
     success(second)
 
 
@@ -321,11 +321,11 @@ async def test_a_daemon_that_cannot_be_reopened_is_the_farms_fault(
     bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = set(descendants())
-    told = await bench.agent(slots=1)
-    monkeypatch.setattr(daemon_pool, "open_stdio", lambda _, *told: open_stdio(["/nonexistent/nix-daemon"], *told))
+    reader = await bench.agent(slots=1)
+    monkeypatch.setattr(daemon_pool, "open_stdio", lambda _, *reader: open_stdio(["/nonexistent/nix-daemon"], *reader))
     for pid in set(descendants()) - before:
         os.kill(pid, signal.SIGKILL)
-    failed = failure((await told.build(order(drv("lost", ": > $out"))))[0])
+    failed = failure((await reader.build(order(drv("lost", ": > $out"))))[0])
     assert failed.reason == "daemon_lost"
 
 
@@ -343,19 +343,19 @@ async def test_a_daemon_that_cannot_be_reopened_is_the_farms_fault(
 async def test_an_at_nix_line_that_nix_cannot_read_fails_for_good_and_the_slot_builds_on(
     bench: AgentHarness, line: str
 ) -> None:
-    told = await bench.agent(slots=1)
+    reader = await bench.agent(slots=1)
     nasty = order(drv("nasty", f"echo before; echo '@nix {line}' >&2; sleep 1; : > $out"))
-    [report] = await told.build(nasty)
+    [report] = await reader.build(nasty)
     if not isinstance(report.result, Succeeded):  # later versions of Nix take it for a line of log
         failed = failure(report)
         assert failed.reason == "permanent"
         assert failed.message.startswith("the builder printed an @nix line that Nix cannot read: ")
-    assert told.logs[nasty.step].startswith(b"before\n")
-    success((await told.build(order(drv("good", ": > $out"))))[0])
+    assert reader.logs[nasty.step].startswith(b"before\n")
+    success((await reader.build(order(drv("good", ": > $out"))))[0])
 
 
 async def test_lines_of_any_length_and_any_bytes_are_cut_and_the_build_goes_on(bench: AgentHarness) -> None:
-    told = await bench.agent(slots=1)
+    reader = await bench.agent(slots=1)
     # The first is 100 MB long and the last has no end; builders may inject as many fields as they like.
     script = r"""
         head -c 100000000 /dev/zero | tr '\0' x; echo; printf '\377\0\033]\rover\n'
@@ -368,10 +368,10 @@ async def test_lines_of_any_length_and_any_bytes_are_cut_and_the_build_goes_on(b
     """
     wild = order(drv("wild", script))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    success((await told.build(wild))[0])
+    success((await reader.build(wild))[0])
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown_kib < 48 * 1024
-    log = told.logs[wild.step]
+    log = reader.logs[wild.step]
     first, _, rest = log.partition(b"\n")
     assert first.endswith(b"x [drover: cut here, 100000000 bytes in all]")
     assert len(first) == 1024 * 1024
@@ -383,11 +383,11 @@ async def test_a_line_without_an_end_is_stopped_before_the_daemon_takes_the_mach
     bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.agent.build.MAX_DAEMON_BYTES", 128 * 1024 * 1024)
-    told = await bench.agent(slots=1)
-    [report] = await told.build(order(drv("endless", "tr '\\0' x < /dev/zero")))
+    reader = await bench.agent(slots=1)
+    [report] = await reader.build(order(drv("endless", "tr '\\0' x < /dev/zero")))
     assert failure(report).reason == "log_limit"
     assert failure(report).message.startswith("the builder printed a line that is too long for Nix: ")
-    success((await told.build(order(drv("good", ": > $out"))))[0])
+    success((await reader.build(order(drv("good", ": > $out"))))[0])
 
 
 async def test_greetings_that_come_together_are_all_answered(bench: AgentHarness) -> None:
@@ -407,29 +407,29 @@ async def test_greetings_that_come_together_are_all_answered(bench: AgentHarness
 
 
 async def test_an_emulated_system_is_accepted_and_another_is_not(bench: AgentHarness) -> None:
-    told = await bench.agent(emulate=("aarch64-darwin",))
+    reader = await bench.agent(emulate=("aarch64-darwin",))
     mac = order(drv("mac", "echo mac > $out", system="aarch64-darwin"))
     arm = order(drv("arm", "echo arm > $out", system="riscv64-linux"))
-    here, there = await told.build(mac, arm)
+    here, there = await reader.build(mac, arm)
     success(here)
     assert failure(there).reason == "infrastructure"
 
 
 async def test_a_32_bit_derivation_is_built_as_its_own_system_on_a_64_bit_machine(bench: AgentHarness) -> None:
-    told = await bench.agent()
-    hello = await told.agent.hello(bench.farm.dump())
+    reader = await bench.agent()
+    hello = await reader.agent.hello(bench.farm.dump())
     assert "i686-linux" in hello["systems"]
     assert not hello["emulated"]
     small = order(drv("small", "uname -m > $out; uname -m", system="i686-linux"))
-    success((await told.build(small))[0])
-    assert told.logs[small.step] == b"i686\n", "Nix gives the build the personality of its system"
+    success((await reader.build(small))[0])
+    assert reader.logs[small.step] == b"i686\n", "Nix gives the build the personality of its system"
 
 
 async def test_a_feature_that_is_offered_is_accepted_by_nix(bench: AgentHarness) -> None:
-    told = await bench.agent(features=("gpu",))
+    reader = await bench.agent(features=("gpu",))
     special = order(drv("special", ": > $out", env={"requiredSystemFeatures": "gpu"}))
     other = order(drv("other", ": > $out", env={"requiredSystemFeatures": "quantum"}))
-    here, there = await told.build(special, other)
+    here, there = await reader.build(special, other)
     success(here)
     assert failure(there).reason == "infrastructure"
 
@@ -438,16 +438,16 @@ async def test_nix_options_of_the_operator_reach_the_builds(bench: AgentHarness)
     marker = bench.root / "marker"
     marker.write_text("from the host\n")
     busybox = shutil.which("busybox")
-    told = await bench.agent(nix_options={"sandbox-paths": f"/bin/sh={busybox} /marker={marker}"})
+    reader = await bench.agent(nix_options={"sandbox-paths": f"/bin/sh={busybox} /marker={marker}"})
     seeing = order(drv("seeing", "read line < /marker; echo $line; : > $out"))
-    success((await told.build(seeing))[0])
-    assert told.logs[seeing.step] == b"from the host\n"
+    success((await reader.build(seeing))[0])
+    assert reader.logs[seeing.step] == b"from the host\n"
 
 
 async def test_a_derivation_that_cannot_be_read_fails_for_good(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     nonsense = order(drv("nonsense", "true")).model_copy(update={"derivation": b"Derive(nonsense"})
-    failed = failure((await told.build(nonsense))[0])
+    failed = failure((await reader.build(nonsense))[0])
     assert failed.reason == "permanent"
     assert "cannot be read" in failed.message
 
@@ -463,31 +463,31 @@ async def test_an_object_store_that_fails_is_the_farms_fault(
     bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_runner, "UPLOAD_WITHIN_S", 0.3)
-    told = await bench.agent()
+    reader = await bench.agent()
     _spoil_store(bench)
-    failed = failure((await told.build(order(drv("homeless", ": > $out"))))[0])
+    failed = failure((await reader.build(order(drv("homeless", ": > $out"))))[0])
     assert failed.reason == "upload_failed"
     assert "could not be uploaded" in failed.message
 
 
 async def test_an_upload_waits_for_a_store_that_fails_for_a_while_and_says_so(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     aside = _spoil_store(bench)
     made = order(drv("patient", ": > $out"))
-    await told.agent.start_many([made.dump()])
-    await told.until(lambda: any("cannot write" in stage.phase for stage in told.stages))
+    await reader.agent.start_many([made.dump()])
+    await reader.until(lambda: any("cannot write" in stage.phase for stage in reader.stages))
     (bench.root / "objects").unlink()
     aside.rename(bench.root / "objects")
-    success((await told.finish(made))[0])
+    success((await reader.finish(made))[0])
 
 
 async def test_an_error_that_nobody_foresaw_ends_one_lease_only(
     bench: AgentHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     bad = order(drv("bad", ": > $out")).model_copy(update={"drv_path": f"{STORE}/{hash_part('x')}-no-derivation"})
     good = order(drv("good", ": > $out"))
-    unforeseen, fine = await told.build(bad, good)
+    unforeseen, fine = await reader.build(bad, good)
     assert failure(unforeseen).reason == "infrastructure"
     assert "\n" not in failure(unforeseen).message
     success(fine)
@@ -495,15 +495,15 @@ async def test_an_error_that_nobody_foresaw_ends_one_lease_only(
 
 
 async def test_a_farm_whose_object_store_is_not_seen_here_is_refused(bench: AgentHarness) -> None:
-    told = await bench.agent(greet=False)
+    reader = await bench.agent(greet=False)
     elsewhere = bench.farm.model_copy(update={"object_store_url": (bench.root / "elsewhere").as_uri()})
     with pytest.raises(AgentError, match="cannot serve this farm"):
-        await told.agent.hello(elsewhere.dump())
+        await reader.agent.hello(elsewhere.dump())
 
 
 async def test_leases_that_come_before_the_greeting_are_handed_back(bench: AgentHarness) -> None:
-    told = await bench.agent(greet=False)
-    assert failure((await told.build(order(drv("early", ": > $out"))))[0]).reason == "returned"
+    reader = await bench.agent(greet=False)
+    assert failure((await reader.build(order(drv("early", ": > $out"))))[0]).reason == "returned"
 
 
 async def test_an_agent_that_cannot_reach_nix_says_so_at_its_start(bench: AgentHarness) -> None:
@@ -513,14 +513,14 @@ async def test_an_agent_that_cannot_reach_nix_says_so_at_its_start(bench: AgentH
 
 async def test_closing_ends_all_processes_of_the_agent(bench: AgentHarness) -> None:
     before = set(descendants())
-    told = await bench.agent()
+    reader = await bench.agent()
     endless = order(drv("closing", FOREVER))
-    await told.agent.start_many([endless.dump()])
-    await told.until(lambda: endless.step in told.logs)
-    await told.agent.close()
+    await reader.agent.start_many([endless.dump()])
+    await reader.until(lambda: endless.step in reader.logs)
+    await reader.agent.close()
     assert set(descendants()) <= before
     with pytest.raises(AgentError):
-        await told.agent.events(0, 1000, 0.0)
+        await reader.agent.events(0, 1000, 0.0)
 
 
 def test_store_paths_of_the_bench_are_well_formed() -> None:

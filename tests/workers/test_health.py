@@ -35,12 +35,14 @@ def disk(root: Path) -> Iterator[Path]:
         yield place
 
 
-async def _until_unfit(told: ReportReader, words: str) -> None:
-    await told.until(lambda: bool(told.batches) and words in told.batches[-1].unfit and bool(told.batches[-1].unfit))
+async def _until_unfit(reader: ReportReader, words: str) -> None:
+    await reader.until(
+        lambda: bool(reader.batches) and words in reader.batches[-1].unfit and bool(reader.batches[-1].unfit)
+    )
 
 
-async def _until_fit(told: ReportReader) -> None:
-    await told.until(lambda: bool(told.batches) and not told.batches[-1].unfit)
+async def _until_fit(reader: ReportReader) -> None:
+    await reader.until(lambda: bool(reader.batches) and not reader.batches[-1].unfit)
 
 
 def _reason(report: Report) -> str:
@@ -67,42 +69,42 @@ async def test_a_worker_that_cannot_build_says_so_from_the_start_and_recovers_by
         assert "a trial build fails" in hello.unfit
         assert "/no/such/file" in hello.unfit
         broken.unlink()
-        told = ReportReader(agent)
-        await _until_fit(told)
-        [report] = await told.build(order(drv("works", "echo > $out")))
+        reader = ReportReader(agent)
+        await _until_fit(reader)
+        [report] = await reader.build(order(drv("works", "echo > $out")))
         assert isinstance(report.result, Succeeded)
 
 
 async def test_a_build_that_breaks_with_its_machine_puts_the_machine_to_the_test(bench: AgentHarness) -> None:
-    told = await bench.agent(trial_every_s=100_000)
-    [report] = await told.build(order(drv("unsuited", "echo > $out", system="m68k-linux")))
+    reader = await bench.agent(trial_every_s=100_000)
+    [report] = await reader.build(order(drv("unsuited", "echo > $out", system="m68k-linux")))
     assert _reason(report) == "infrastructure"
     # The next trial is a day away, but for the doubt; it succeeds, so the worker stays fit.
     trials = bench.root / "one" / "store" / "nix" / "store"
     assert len(list(trials.glob("*-drover-canary-plain"))) == 1
-    await told.until(lambda: len(list(trials.glob("*-drover-canary-plain"))) == 2)
-    assert not told.batches[-1].unfit
+    await reader.until(lambda: len(list(trials.glob("*-drover-canary-plain"))) == 2)
+    assert not reader.batches[-1].unfit
 
 
 async def test_a_worker_whose_disk_runs_low_takes_no_work_until_there_is_room(bench: AgentHarness, disk: Path) -> None:
-    told = await bench.agent(min_free_mb=32, collect_garbage=False)
-    await told.hear(0.1)
-    assert not told.batches[-1].unfit
+    reader = await bench.agent(min_free_mb=32, collect_garbage=False)
+    await reader.hear(0.1)
+    assert not reader.batches[-1].unfit
     fill(disk / "rubbish", leave_mib=20)
-    await _until_unfit(told, "less than 32 MiB are free on the disk of")
+    await _until_unfit(reader, "less than 32 MiB are free on the disk of")
     (disk / "rubbish").unlink()
-    await _until_fit(told)
+    await _until_fit(reader)
 
 
 async def test_a_store_of_the_workers_own_makes_room_by_itself(bench: AgentHarness, disk: Path) -> None:
-    told = await bench.agent(min_free_mb=48)
+    reader = await bench.agent(min_free_mb=48)
     large = order(drv("large", "head -c 60000000 /dev/urandom > $out"))
-    [report] = await told.build(large)
+    [report] = await reader.build(large)
     assert isinstance(report.result, Succeeded)
     [output] = report.result.outputs
     assert (disk / "store" / output.path.lstrip("/")).exists()
-    await _until_unfit(told, "MiB are free")
-    await _until_fit(told)
+    await _until_unfit(reader, "MiB are free")
+    await _until_fit(reader)
     assert not (disk / "store" / output.path.lstrip("/")).exists()
 
 
@@ -112,20 +114,20 @@ async def test_a_store_of_the_workers_own_makes_room_by_itself(bench: AgentHarne
 )
 @pytest.mark.usefixtures("disk")
 async def test_a_build_that_runs_into_a_full_disk_is_not_to_blame(bench: AgentHarness, name: str, after: str) -> None:
-    told = await bench.agent(min_free_mb=0)
+    reader = await bench.agent(min_free_mb=0)
     greedy = order(drv(name, f"head -c {2 * DISK_MIB * MIB} /dev/zero > $out || {{ {after}; }}"))
-    [report] = await told.build(greedy)
+    [report] = await reader.build(greedy)
     assert _reason(report) == "disk_low"
     assert isinstance(report.result, Failed)
     assert "the worker's disk is full" in report.result.message
-    [after_it] = await told.build(order(drv("small", "echo > $out")))
+    [after_it] = await reader.build(order(drv("small", "echo > $out")))
     assert isinstance(after_it.result, Succeeded)
 
 
 @pytest.mark.usefixtures("disk")
 async def test_a_failure_on_a_disk_with_room_is_the_packages_own(bench: AgentHarness) -> None:
-    told = await bench.agent(min_free_mb=0)
-    [report] = await told.build(order(drv("wrong", "echo 'No space left on device'; exit 1")))
+    reader = await bench.agent(min_free_mb=0)
+    [report] = await reader.build(order(drv("wrong", "echo 'No space left on device'; exit 1")))
     assert _reason(report) == "permanent"
 
 

@@ -31,9 +31,9 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_guard, "MEND_AGAIN_S", 0.2)
 
 
-async def _published(bench: AgentHarness, told: ReportReader, script: str) -> Output:
+async def _published(bench: AgentHarness, reader: ReportReader, script: str) -> Output:
     """Build an input and publish it."""
-    [made] = await told.build(order(drv("input", script)))
+    [made] = await reader.build(order(drv("input", script)))
     [output] = bench.publish(made)
     return output
 
@@ -45,12 +45,12 @@ def _spoilt(report: Report, output: Output) -> str:
     return report.result.message
 
 
-async def _until_mended(told: ReportReader) -> None:
+async def _until_mended(reader: ReportReader) -> None:
     async def unfit(said: bool) -> None:
-        await told.until(lambda: bool(told.batches) and bool(told.batches[-1].unfit) is said)
+        await reader.until(lambda: bool(reader.batches) and bool(reader.batches[-1].unfit) is said)
 
     await unfit(True)
-    assert "was changed in the worker's store" in next(batch.unfit for batch in told.batches if batch.unfit)
+    assert "was changed in the worker's store" in next(batch.unfit for batch in reader.batches if batch.unfit)
     await unfit(False)
 
 
@@ -88,40 +88,40 @@ def _tamper(place: Path) -> None:
 async def test_a_build_that_rewrites_its_input_is_thrown_away_and_the_next_gets_the_true_one(
     bench: AgentHarness, script: str, below: str, attack: str
 ) -> None:
-    told = await bench.agent(nix_options=WEAK)
-    given = await _published(bench, told, script)
+    reader = await bench.agent(nix_options=WEAK)
+    given = await _published(bench, reader, script)
     at = f"{given.path}{below}"
     evil = order(drv("evil", f"it={at}; read x < $it; chmod u+w $it; {attack}; echo built > $out"), [given.path])
-    [report] = await told.build(evil)
+    [report] = await reader.build(evil)
     _spoilt(report, given)
     made = evil.derivation.split(b'"out","')[1].split(b'"')[0].decode()
     assert not (bench.root / "one/store" / made.lstrip("/")).exists(), "nothing of it may count as built"
-    await _until_mended(told)
-    [report] = await told.build(order(drv("honest", f"read x < {at}; echo built from $x > $out"), [given.path]))
+    await _until_mended(reader)
+    [report] = await reader.build(order(drv("honest", f"read x < {at}; echo built from $x > $out"), [given.path]))
     [output] = bench.publish(report)
     assert b"built from true\n" in nar_of(bench, output)
 
 
 async def test_a_build_that_puts_back_what_it_changed_is_thrown_away_all_the_same(bench: AgentHarness) -> None:
-    told = await bench.agent(nix_options=WEAK)
-    given = await _published(bench, told, TREE)
+    reader = await bench.agent(nix_options=WEAK)
+    given = await _published(bench, reader, TREE)
     script = f"it={given.path}/deep/file; chmod u+w $it; echo evil > $it; echo true > $it; chmod a-w $it; echo > $out"
-    [report] = await told.build(order(drv("sly", script), [given.path]))
+    [report] = await reader.build(order(drv("sly", script), [given.path]))
     assert "while the build ran" in _spoilt(report, given)
-    [report] = await told.build(order(drv("honest", f"read x < {given.path}/deep/file; echo > $out"), [given.path]))
+    [report] = await reader.build(order(drv("honest", f"read x < {given.path}/deep/file; echo > $out"), [given.path]))
     assert isinstance(report.result, Succeeded)
 
 
 async def test_what_another_build_saw_meanwhile_is_thrown_away_too(bench: AgentHarness) -> None:
-    told = await bench.agent(nix_options=WEAK, slots=2)
-    given = await _published(bench, told, TREE)
+    reader = await bench.agent(nix_options=WEAK, slots=2)
+    given = await _published(bench, reader, TREE)
     at = f"{given.path}/deep/file"
     evil = order(drv("evil", f"chmod u+w {at}; echo TAMPERED > {at}; echo > $out"), [given.path])
     # It reads what it was shown until that changes.
     victim = order(drv("victim", f"while read x < {at} && [ $x = true ]; do :; done; echo > $out"), [given.path])
-    await told.agent.start_many([victim.dump()])
-    await told.until(lambda: any(stage.stage == "building" and stage.step == victim.step for stage in told.stages))
-    for report in (await told.build(evil), await told.finish(victim)):
+    await reader.agent.start_many([victim.dump()])
+    await reader.until(lambda: any(stage.stage == "building" and stage.step == victim.step for stage in reader.stages))
+    for report in (await reader.build(evil), await reader.finish(victim)):
         _spoilt(report[0], given)
 
 
@@ -130,17 +130,17 @@ async def test_what_another_build_saw_meanwhile_is_thrown_away_too(bench: AgentH
 async def test_what_somebody_changes_between_two_builds_is_noticed_before_it_is_used(
     bench: AgentHarness, script: str, below: str, options: dict[str, str]
 ) -> None:
-    told = await bench.agent(nix_options=options)
-    given = await _published(bench, told, script)
+    reader = await bench.agent(nix_options=options)
+    given = await _published(bench, reader, script)
     reads = f"read x < {given.path}{below}; echo $x > $out"
-    [report] = await told.build(order(drv("first", reads), [given.path]))
+    [report] = await reader.build(order(drv("first", reads), [given.path]))
     assert isinstance(report.result, Succeeded)
     _tamper(Path(f"{_in_store(bench, given)}{below}"))
-    [report] = await told.build(order(drv("second", reads), [given.path]))
+    [report] = await reader.build(order(drv("second", reads), [given.path]))
     _spoilt(report, given)
-    await _until_mended(told)
+    await _until_mended(reader)
     again = order(drv("third", reads), [given.path])
-    [report] = await told.build(again)
+    [report] = await reader.build(again)
     [output] = bench.publish(report)
     assert b"true\n" in nar_of(bench, output)
 
@@ -149,35 +149,35 @@ async def test_a_path_of_more_entries_than_one_look_has_is_looked_at_all_the_sam
     bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(input_guard, "DEEP_ENTRIES", 1)
-    told = await bench.agent()
-    given = await _published(bench, told, TREE)
+    reader = await bench.agent()
+    given = await _published(bench, reader, TREE)
     reads = f"read x < {given.path}/deep/file; echo $x > $out"
-    [report] = await told.build(order(drv("first", reads), [given.path]))
+    [report] = await reader.build(order(drv("first", reads), [given.path]))
     assert isinstance(report.result, Succeeded)
     _tamper(_in_store(bench, given) / "deep/file")
-    [report] = await told.build(order(drv("second", reads), [given.path]))
+    [report] = await reader.build(order(drv("second", reads), [given.path]))
     _spoilt(report, given)
 
 
 async def test_an_input_of_an_input_is_looked_after_as_well_and_one_that_vanished(bench: AgentHarness) -> None:
-    told = await bench.agent()
-    below = await _published(bench, told, FILE)
-    [made] = await told.build(order(drv("middle", f"echo {below.path} > $out"), [below.path]))
+    reader = await bench.agent()
+    below = await _published(bench, reader, FILE)
+    [made] = await reader.build(order(drv("middle", f"echo {below.path} > $out"), [below.path]))
     [middle] = bench.publish(made)
     _in_store(bench, below).unlink()
     reads = f"read p < {middle.path}; read x < $p; echo $x > $out"
-    [report] = await told.build(order(drv("reads", reads), [middle.path]))
+    [report] = await reader.build(order(drv("reads", reads), [middle.path]))
     _spoilt(report, below)
-    await _until_mended(told)
-    [report] = await told.build(order(drv("again", reads), [middle.path]))
+    await _until_mended(reader)
+    [report] = await reader.build(order(drv("again", reads), [middle.path]))
     assert isinstance(report.result, Succeeded)
 
 
 async def test_a_lease_that_is_cancelled_while_its_input_is_found_changed_leaves_it_to_be_mended(
     bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = await bench.agent(nix_options=WEAK)
-    given = await _published(bench, told, FILE)
+    reader = await bench.agent(nix_options=WEAK)
+    given = await _published(bench, reader, FILE)
     discard, found = input_guard.InputGuard.discard, asyncio.Event()
 
     async def stuck(guard: input_guard.InputGuard, *arguments: Any) -> None:
@@ -188,57 +188,57 @@ async def test_a_lease_that_is_cancelled_while_its_input_is_found_changed_leaves
 
     monkeypatch.setattr(input_guard.InputGuard, "discard", stuck)
     evil = order(drv("evil", f"chmod u+w {given.path}; echo TAMPERED > {given.path}; echo > $out"), [given.path])
-    await told.agent.start_many([evil.dump()])
+    await reader.agent.start_many([evil.dump()])
     await found.wait()
-    await told.agent.cancel([{"step": evil.step, "attempt": evil.attempt}])
-    await _until_mended(told)
+    await reader.agent.cancel([{"step": evil.step, "attempt": evil.attempt}])
+    await _until_mended(reader)
     assert _in_store(bench, given).read_text() == "true\n"
 
 
 async def test_an_input_that_was_collected_is_missing_not_changed_and_fetched_again(bench: AgentHarness) -> None:
-    told = await bench.agent()
-    given = await _published(bench, told, TREE)
+    reader = await bench.agent()
+    given = await _published(bench, reader, TREE)
     reads = f"read x < {given.path}/deep/file; echo built from $x > $out"
-    [report] = await told.build(order(drv("first", reads), [given.path]))
+    [report] = await reader.build(order(drv("first", reads), [given.path]))
     assert isinstance(report.result, Succeeded)
     _collect(bench, given)
-    [report] = await told.build(order(drv("second", reads), [given.path]))
+    [report] = await reader.build(order(drv("second", reads), [given.path]))
     _missing(report, given)
-    [report] = await told.build(order(drv("third", reads), [given.path]))
+    [report] = await reader.build(order(drv("third", reads), [given.path]))
     [output] = bench.publish(report)
     assert b"built from true\n" in nar_of(bench, output)
-    assert not any(batch.unfit for batch in told.batches), "the worker is not to blame"
+    assert not any(batch.unfit for batch in reader.batches), "the worker is not to blame"
 
 
 async def test_a_collector_that_has_not_deleted_all_of_an_input_has_changed_nothing(bench: AgentHarness) -> None:
-    told = await bench.agent()
-    given = await _published(bench, told, TREE)
+    reader = await bench.agent()
+    given = await _published(bench, reader, TREE)
     reads = f"read x < {given.path}/deep/file; echo built from $x > $out"
-    [report] = await told.build(order(drv("first", reads), [given.path]))
+    [report] = await reader.build(order(drv("first", reads), [given.path]))
     assert isinstance(report.result, Succeeded)
     _collect(bench, given)
     # Nix takes a path out of its records before it deletes what lies there.
     _in_store(bench, given).mkdir()
-    [report] = await told.build(order(drv("second", reads), [given.path]))
+    [report] = await reader.build(order(drv("second", reads), [given.path]))
     _missing(report, given)
-    [report] = await told.build(order(drv("third", reads), [given.path]))
+    [report] = await reader.build(order(drv("third", reads), [given.path]))
     assert isinstance(report.result, Succeeded)
-    assert not any(batch.unfit for batch in told.batches)
+    assert not any(batch.unfit for batch in reader.batches)
 
 
 async def test_a_build_whose_input_is_collected_while_it_runs_is_thrown_away(bench: AgentHarness) -> None:
-    told = await bench.agent()
-    given = await _published(bench, told, TREE)
+    reader = await bench.agent()
+    given = await _published(bench, reader, TREE)
     at = f"{given.path}/deep/file"
     victim = order(drv("victim", f"while [ -e {at} ]; do :; done; echo > $out"), [given.path])
-    await told.agent.start_many([victim.dump()])
-    await told.until(lambda: any(stage.stage == "building" and stage.step == victim.step for stage in told.stages))
+    await reader.agent.start_many([victim.dump()])
+    await reader.until(lambda: any(stage.stage == "building" and stage.step == victim.step for stage in reader.stages))
     _collect(bench, given)
-    [report] = await told.finish(victim)
+    [report] = await reader.finish(victim)
     _missing(report, given)
     made = victim.derivation.split(b'"out","')[1].split(b'"')[0].decode()
     assert not (bench.root / "one/store" / made.lstrip("/")).exists(), "nothing of it may count as built"
-    [report] = await told.build(order(drv("next", f"read x < {at}; echo > $out"), [given.path]))
+    [report] = await reader.build(order(drv("next", f"read x < {at}; echo > $out"), [given.path]))
     assert isinstance(report.result, Succeeded)
 
 
@@ -247,8 +247,8 @@ async def test_a_change_of_before_the_agent_came_is_noticed_at_first_sight(bench
     given = await _published(bench, first, FILE)
     await first.agent.close()
     _tamper(_in_store(bench, given))
-    told = await bench.agent()
-    [report] = await told.build(order(drv("reads", f"read x < {given.path}; echo > $out"), [given.path]))
+    reader = await bench.agent()
+    [report] = await reader.build(order(drv("reads", f"read x < {given.path}; echo > $out"), [given.path]))
     _spoilt(report, given)
 
 

@@ -12,7 +12,7 @@ from workers.wire.messages import Failed, Output, Succeeded
 from .conftest import STORE, AgentHarness, ReportReader, drv, hash_part, order
 
 
-async def _publish_chain(bench: AgentHarness, told: ReportReader) -> list[Output]:
+async def _publish_chain(bench: AgentHarness, reader: ReportReader) -> list[Output]:
     """Three outputs: the second refers to the first, the third, which is large, to the second."""
     made: list[Output] = []
     scripts = [
@@ -25,7 +25,7 @@ async def _publish_chain(bench: AgentHarness, told: ReportReader) -> list[Output
     ]
     for number, script in enumerate(scripts):
         inputs = [made[-1].path] if made else []
-        [report] = await told.build(order(drv(f"chain{number}", script.format(*inputs)), inputs))
+        [report] = await reader.build(order(drv(f"chain{number}", script.format(*inputs)), inputs))
         made += bench.publish(report)
     return made
 
@@ -98,9 +98,9 @@ async def test_concurrent_leases_fetch_a_shared_input_once_and_later_ones_ask_no
 
 
 async def test_an_input_that_the_cache_lacks_is_named_and_the_farms_fault(bench: AgentHarness) -> None:
-    told = await bench.agent()
+    reader = await bench.agent()
     lost = f"{STORE}/{hash_part('lost')}-lost"
-    [report] = await told.build(order(drv("use", ": > $out"), [lost]))
+    [report] = await reader.build(order(drv("use", ": > $out"), [lost]))
     assert isinstance(report.result, Failed)
     assert report.result.reason == "input_missing"
     assert lost in report.result.message
@@ -170,10 +170,10 @@ async def test_a_cache_that_does_not_answer_is_the_farms_fault(
     bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inputs, "AWAY_S", 0.3)
-    told = await bench.agent(greet=False)
+    reader = await bench.agent(greet=False)
     away = bench.farm.model_copy(update={"cache_url": "http://127.0.0.1:9/cache"})
-    await told.agent.hello(away.dump())
-    [report] = await told.build(order(drv("use", ": > $out"), [f"{STORE}/{hash_part('some')}-some"]))
+    await reader.agent.hello(away.dump())
+    [report] = await reader.build(order(drv("use", ": > $out"), [f"{STORE}/{hash_part('some')}-some"]))
     assert isinstance(report.result, Failed)
     assert report.result.reason == "input_missing"
     assert away.cache_url in report.result.message

@@ -267,9 +267,9 @@ async def test_a_fleet_in_this_process_builds_on_all_of_its_agents(bench: AgentH
 
 
 async def test_a_coordinator_that_was_replaced_moves_nothing_any_more(bench: AgentHarness) -> None:
-    told = await bench.agent(slots=1)
+    reader = await bench.agent(slots=1)
     running, wanted = order(drv("running", FOREVER)), order(drv("wanted", ": > $out"))
-    old, new = LocalCalls(told.agent, 0), LocalCalls(told.agent, 2)
+    old, new = LocalCalls(reader.agent, 0), LocalCalls(reader.agent, 2)
     await old.call("start_many", [running.dump()])
     await new.call("hello", bench.farm.model_copy(update={"epoch": 2}).dump())
     arguments: dict[CallName, tuple[Any, ...]] = {

@@ -36,7 +36,7 @@ PATIENCE_S = 90.0
 
 
 class Heard:
-    """Everything a fleet has told, and a way to wait for more."""
+    """Everything that a fleet has sent, and a way to wait for more."""
 
     def __init__(self) -> None:
         self.events: list[FleetEvent] = []
@@ -48,11 +48,11 @@ class Heard:
         async with self._more:
             self.events.append(event)
             if isinstance(event, WorkerSpoke):
-                for told in event.batch.events:
-                    if isinstance(told, Report):
-                        self.reports[told.step] = (event.worker, told)
-                    elif isinstance(told, LogChunk):
-                        self.logs[told.step] = self.logs.get(told.step, b"") + told.data
+                for sent in event.batch.events:
+                    if isinstance(sent, Report):
+                        self.reports[sent.step] = (event.worker, sent)
+                    elif isinstance(sent, LogChunk):
+                        self.logs[sent.step] = self.logs.get(sent.step, b"") + sent.data
             self._more.notify_all()
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -220,15 +220,15 @@ async def test_cancel_and_drain_reach_the_agent_and_an_unknown_worker_is_an_erro
 
 
 async def test_the_programs_own_handling_of_signals_survives_ray(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
-    told = asyncio.Queue[str]()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.put_nowait, "stop")
+    signals = asyncio.Queue[str]()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signals.put_nowait, "stop")
     try:
         async with site.fleet() as (_, heard):
             await heard.until(lambda: bool(heard.hellos("a")))
             os.kill(os.getpid(), signal.SIGTERM)
-            assert await told.get() == "stop"
+            assert await signals.get() == "stop"
         os.kill(os.getpid(), signal.SIGTERM)
-        assert await told.get() == "stop"
+        assert await signals.get() == "stop"
     finally:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
     assert "SIGTERM" not in capfd.readouterr().err

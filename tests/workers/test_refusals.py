@@ -38,15 +38,15 @@ RECIPE_REFUSALS_OF_2_34 = {
 
 
 async def test_each_refusal_that_can_be_provoked_is_the_recipes_own_fault_at_once(bench: AgentHarness) -> None:
-    told = await bench.agent(trial_every_s=86_400)
+    reader = await bench.agent(trial_every_s=86_400)
     orders = {name: order(drv(name, script, outputs=outputs, env=env)) for name, script, env, outputs, _, _ in PROVOKED}
     odd_builder = drv("odd-builder", "")
     orders["odd-builder"] = order((odd_builder[0], _replaced(odd_builder[1], builder="builtin:nonsense")))
     good = order(drv("good", "echo good > $out"))
-    *_, last = await told.build(*orders.values(), good)
+    *_, last = await reader.build(*orders.values(), good)
     wrong: dict[str, object] = {}
     for name, _, _, _, reason, words in (*PROVOKED, ("odd-builder", "", {}, (), "permanent", "builtin builder")):
-        result = told.reports[orders[name].step].result
+        result = reader.reports[orders[name].step].result
         if (
             not isinstance(result, Failed)
             or result.reason not in (reason, "output_rejected")
@@ -55,15 +55,15 @@ async def test_each_refusal_that_can_be_provoked_is_the_recipes_own_fault_at_onc
             wrong[name] = result
     assert not wrong
     assert isinstance(last.result, Succeeded)
-    assert not told.batches[-1].unfit
+    assert not reader.batches[-1].unfit
 
 
 async def test_a_refusal_that_is_not_known_has_one_signature_on_every_worker(bench: AgentHarness) -> None:
     """A system that the worker does not build for: a farm that sent it here is at fault, or the recipe is."""
     said: list[Failed] = []
     for name in ("one", "two"):
-        told = await bench.agent(name)
-        [report] = await told.build(order(drv("unsuited", ": > $out", system="m68k-linux")))
+        reader = await bench.agent(name)
+        [report] = await reader.build(order(drv("unsuited", ": > $out", system="m68k-linux")))
         assert isinstance(report.result, Failed)
         said.append(report.result)
     assert {failed.reason for failed in said} <= {"infrastructure", "daemon_lost"}

@@ -28,7 +28,7 @@ LINUX = HostSpec(system="x86_64-linux", cores=8, busybox="/bin/busybox")
 MAC = HostSpec(system="aarch64-darwin", cores=8, has_build_users=True)
 
 
-def told(**values: Any) -> WorkerSettings:
+def settings_of(**values: Any) -> WorkerSettings:
     return WorkerSettings(name="w", state_dir=Path("/state"), **values)
 
 
@@ -53,7 +53,7 @@ def test_an_unknown_kernel_is_said_in_one_sentence() -> None:
 
 
 def test_on_linux_builds_are_sandboxed_with_a_static_shell_and_without_absent_build_users() -> None:
-    options = nix_options(told(), LINUX)
+    options = nix_options(settings_of(), LINUX)
     assert options["sandbox"] == "true"
     assert options["sandbox-paths"] == "/bin/sh=/bin/busybox"
     assert options["build-users-group"] == ""
@@ -62,17 +62,17 @@ def test_on_linux_builds_are_sandboxed_with_a_static_shell_and_without_absent_bu
 
 
 def test_on_macos_the_sandbox_is_as_the_machine_has_it() -> None:
-    options = nix_options(told(), MAC)
+    options = nix_options(settings_of(), MAC)
     assert options.keys().isdisjoint({"sandbox", "sandbox-paths", "build-users-group"})
 
 
 def test_sandbox_paths_that_the_machine_configures_are_left_alone() -> None:
     machine = HostSpec(system="x86_64-linux", cores=1, busybox="/bin/busybox", configures_sandbox_paths=True)
-    assert "sandbox-paths" not in nix_options(told(), machine)
+    assert "sandbox-paths" not in nix_options(settings_of(), machine)
 
 
 def test_an_option_of_the_operator_wins_over_what_was_found() -> None:
-    settings = told(nix_options={"sandbox-paths": "/bin/sh=/my/sh", "sandbox": "relaxed", "cores": "3"})
+    settings = settings_of(nix_options={"sandbox-paths": "/bin/sh=/my/sh", "sandbox": "relaxed", "cores": "3"})
     options = nix_options(settings, LINUX)
     assert (options["sandbox-paths"], options["sandbox"], options["cores"]) == ("/bin/sh=/my/sh", "relaxed", "3")
 
@@ -80,11 +80,11 @@ def test_an_option_of_the_operator_wins_over_what_was_found() -> None:
 @pytest.mark.parametrize("name", sorted(FARM_OPTIONS))
 def test_an_option_that_the_farm_decides_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="decided by the farm"):
-        told(nix_options={name: "x"})
+        settings_of(nix_options={name: "x"})
 
 
 def test_systems_and_features_follow_from_the_settings() -> None:
-    settings = told(emulate=("aarch64-darwin",), features=("gpu",), mandatory_features=("signing",), slots=3)
+    settings = settings_of(emulate=("aarch64-darwin",), features=("gpu",), mandatory_features=("signing",), slots=3)
     offered = offer(settings, LINUX)
     assert offered.systems == ("aarch64-darwin",)
     assert offered.emulated == ("aarch64-darwin",)
@@ -97,24 +97,24 @@ def test_systems_and_features_follow_from_the_settings() -> None:
 
 
 def test_a_machine_that_is_one_of_its_emulated_systems_does_not_emulate_it() -> None:
-    assert offer(told(emulate=("x86_64-linux",)), LINUX).emulated == ()
+    assert offer(settings_of(emulate=("x86_64-linux",)), LINUX).emulated == ()
 
 
 def test_an_emulating_worker_offers_what_the_machine_is_only_where_that_is_said() -> None:
-    both = offer(told(emulate=("aarch64-darwin",), systems=("x86_64-linux",)), LINUX)
+    both = offer(settings_of(emulate=("aarch64-darwin",), systems=("x86_64-linux",)), LINUX)
     assert both.systems == ("aarch64-darwin", "x86_64-linux")
     assert both.emulated == ("aarch64-darwin",)
 
 
 def test_a_worker_offers_what_its_nix_builds_for_unless_the_operator_names_systems() -> None:
     machine = replace(LINUX, extra_systems=("i686-linux", "aarch64-linux"), configured_systems=("aarch64-linux",))
-    offered = offer(told(), machine)
+    offered = offer(settings_of(), machine)
     assert offered.systems == ("aarch64-linux", "i686-linux", "x86_64-linux")
     assert offered.emulated == ("aarch64-linux",), "nix.conf adds what Nix itself does not run: an emulator does"
-    assert nix_options(told(), machine)["extra-platforms"] == "aarch64-linux i686-linux"
-    named = offer(told(systems=("x86_64-linux",)), machine)
+    assert nix_options(settings_of(), machine)["extra-platforms"] == "aarch64-linux i686-linux"
+    named = offer(settings_of(systems=("x86_64-linux",)), machine)
     assert (named.systems, named.emulated) == (("x86_64-linux",), ())
-    assert offer(told(emulate=("aarch64-darwin",)), machine).systems == ("aarch64-darwin",)
+    assert offer(settings_of(emulate=("aarch64-darwin",)), machine).systems == ("aarch64-darwin",)
 
 
 def test_this_machines_nix_says_what_else_it_builds_for() -> None:
@@ -124,16 +124,16 @@ def test_this_machines_nix_says_what_else_it_builds_for() -> None:
 
 
 def test_slots_default_to_the_cores_and_default_features_can_be_left_out() -> None:
-    offered = offer(told(default_features=False), LINUX)
+    offered = offer(settings_of(default_features=False), LINUX)
     assert (offered.slots, offered.build_cores, offered.features) == (8, 1, ())
 
 
 def test_the_command_names_the_store_and_every_option() -> None:
-    argv = daemon_argv(told(store="/chroot"), LINUX)
+    argv = daemon_argv(settings_of(store="/chroot"), LINUX)
     assert argv[:4] == ("nix-daemon", "--stdio", "--store", "/chroot")
     pairs = {(argv[at + 1], argv[at + 2]) for at, word in enumerate(argv) if word == "--option"}
-    assert pairs == set(nix_options(told(store="/chroot"), LINUX).items())
-    assert "--store" not in daemon_argv(told(), LINUX)
+    assert pairs == set(nix_options(settings_of(store="/chroot"), LINUX).items())
+    assert "--store" not in daemon_argv(settings_of(), LINUX)
 
 
 def test_only_a_static_busybox_serves_as_the_shell_of_a_sandbox() -> None:
@@ -172,5 +172,5 @@ def test_the_environment_names_the_settings_file(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv(SETTINGS_VARIABLE, str(path))
     with pytest.raises(SettingsError, match="cannot read"):
         load_settings()
-    path.write_text(json.dumps(told(nix_options={"cores": "2"}).model_dump(mode="json")))
-    assert load_settings() == told(nix_options={"cores": "2"})
+    path.write_text(json.dumps(settings_of(nix_options={"cores": "2"}).model_dump(mode="json")))
+    assert load_settings() == settings_of(nix_options={"cores": "2"})

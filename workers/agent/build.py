@@ -192,7 +192,7 @@ async def build_in_slot(
                     result = await connection.build_derivation(drv_path, derivation, on_event)
             except DaemonOperationError as error:
                 # A build that fails is a result. An error instead of one (say, a phase that Nix 2.8 cannot parse)
-                # is often the last thing that a daemon says before it hangs up.
+                # is often the last thing that a daemon sends before it hangs up.
                 connection.abort(str(error))
                 if JSON_EXCEPTION in str(error):
                     reading = UnreadableLogError if error.builder_ran else UnreadableRecipeError

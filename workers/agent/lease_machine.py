@@ -75,7 +75,7 @@ class Verdict:
 
 
 _INFRASTRUCTURE: Reason = "infrastructure"
-#: Reasons of builds that ran to an end of their own: how long they took says something about the next.
+#: Reasons of builds that ran to an end of their own: how long they took is evidence for the next.
 _RAN: tuple[Reason, ...] = ("permanent", "output_rejected", "hash_mismatch", "not_deterministic")
 #: Reasons that stand for nothing where a disk was full while the build ran.
 _MAYBE_THE_DISK: tuple[Reason, ...] = ("permanent", "output_rejected", "transient", _INFRASTRUCTURE)
@@ -357,7 +357,7 @@ class WorkerMachine:
         if held.state is LeaseState.BUILDING:
             self._leave_slot(held)
             if reason in _RAN:
-                # How soon a build was stopped, or broke with its daemon, says nothing about the next.
+                # How soon a build was stopped, or broke with its daemon, is no evidence for the next.
                 self._count_build(now - held.building_at)
         held.state = LeaseState.REPORTING
         return True

@@ -65,7 +65,7 @@ async def deliver(
     waits: Callable[[str], None],
     packed: Callable[[float], None] = lambda _: None,
 ) -> tuple[Output, ...]:
-    """Upload the outputs (name -> full path) of a finished build to where `sources` says; `token` is for HTTP.
+    """Upload the outputs (name -> full path) of a finished build to where `sources` leads; `token` is for HTTP.
 
     While they are not taken they are offered again, for `within_s` seconds; `waits` receives the reason. A reader whose
     daemon is gone is replaced once. `packed` gets the seconds that packing each NAR took.

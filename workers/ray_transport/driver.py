@@ -31,7 +31,7 @@ class ClusterLostError(FleetError):
 
 @dataclass(frozen=True, slots=True)
 class ListedNode:
-    """A node of a worker as Ray lists it; `death` says why it is no longer alive."""
+    """A node of a worker as Ray lists it; `death` is the reason that it is no longer alive."""
 
     node_id: str
     worker: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-#: Why a lease ended without a result, as the wire says it: values of `scheduler.model.FailureKind`, whose table there
+#: Why a lease ended without a result, as the wire names it: values of `scheduler.model.FailureKind`, whose table there
 #: says what follows.
 Reason = Literal[
     "permanent",

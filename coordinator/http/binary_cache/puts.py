@@ -14,7 +14,7 @@ retry, with one sentence. A body that ends early or falls silent leaves nothing.
 HEAD (and GET) of an object succeeds for its writers from the moment it is whole, so that a second run need
 not send it again: `RecentUploads`, which claims only what this process stored and still finds in the store.
 
-A client's signatures are not kept: trust in what this cache says comes from its own keys. Nix before 2.32 sends no
+A client's signatures are not kept: trust in what this cache serves comes from its own keys. Nix before 2.32 sends no
 Content-Encoding; later ones only by a setting (`narinfo-compression` and its like), and that is refused: what a
 stranger may inflate is no bounded work.
 """
@@ -211,7 +211,7 @@ class CachePuts:
         return _done()
 
     async def cache_info(self, request: web.Request) -> web.StreamResponse:
-        """Take what says the same as we do: a client may send what it thinks is missing."""
+        """Take what names our store directory: a client may send what it thinks is missing."""
         text = await self._whole(request, MAX_CACHE_INFO_BYTES)
         ours = self._cache.store_dir.path
         store_dirs = [line.partition(b":")[2].strip() for line in text.splitlines() if line.startswith(b"StoreDir:")]

@@ -49,7 +49,7 @@ class _Place:
 
 
 def drawing(around: Surroundings, node_of: Callable[[str], DrawnStep]) -> Markup:
-    """Return the SVG of a step's surroundings; `node_of` says how a step of it is drawn."""
+    """Return the SVG of a step's surroundings; `node_of` returns how a step of it is drawn."""
     columns = [
         around.needs_of_needs,
         around.needs,

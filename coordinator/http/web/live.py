@@ -27,7 +27,7 @@ _RETRY: Final = b"retry: 3000\n\n"
 #: The last frame of a stream.
 END: Final = b"event: end\ndata: -\n\n"
 
-#: Renders the parts of a page; the second value says that they will not change any more.
+#: Renders the parts of a page; the second value is true once they will not change any more.
 Parts = Callable[[], Awaitable[tuple[Mapping[str, str], bool]]]
 
 

@@ -182,7 +182,7 @@ class Catalog:
         here = {row.store_path for row in await self.fetchable(reached.values())}
         lost = (wanted | reached.keys()) - here
         for path in sorted(suspected & here):
-            # The database says that it is there; a remote store is queried for what a reader did not find.
+            # The database has it; a remote store is queried for what a reader did not find.
             if await self.objects.head(reached[path].url) != reached[path].file_size:
                 lost.add(path)
         return lost

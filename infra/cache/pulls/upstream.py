@@ -184,7 +184,7 @@ class Upstream:
         if urlsplit(address).scheme not in {"http", "https"}:
             raise UpstreamError(f"{self.url} has {info.store_path} at an address that is not http")
         try:
-            # As it is stored: a NAR with a content encoding could be larger than it says.
+            # As it is stored: a NAR with a content encoding could be larger than it announces.
             headers = {"Accept-Encoding": "identity"}
             async with (
                 self._turns,
