@@ -169,14 +169,17 @@ def heartbeat_line(progress: Progress, now: float) -> str:
         for step in rows[:5]
     )
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-    why = "; ".join(map(one_line, [*progress.stuck, *progress.queued][:WAITS_NAMED]))
+    waits = [*progress.stuck, *progress.queued][:WAITS_NAMED]
+    why = "; ".join(map(one_line, waits))
     parts = [f"{words} of {counts.total}"]
     if running:
         parts.append(f"running: {running}{more}")
     if why:
         parts.append(why)
     if progress.eta is not None:
-        parts.append(eta_sentence(progress.eta, now))
+        # What bounds the end may have been said already.
+        said = progress.eta.bound == "no_worker" and any(progress.eta.because in each for each in waits)
+        parts.append(eta_when(progress.eta, now) if said else eta_sentence(progress.eta, now))
     return "; ".join(parts)
 
 

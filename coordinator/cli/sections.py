@@ -25,6 +25,7 @@ EXAMPLES: Final = {
     "build": (
         "drover build default.nix -A hello -A curl",
         "drover build release.nix --label nightly --detach",
+        "drover build .#checks",
         "drover build default.nix -A hello --fetch",
     ),
     "watch": (

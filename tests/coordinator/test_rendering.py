@@ -14,6 +14,7 @@ from coordinator.api.models import (
     Counts,
     CountsChanged,
     Ended,
+    EtaView,
     FailureView,
     RootFailureView,
     RootView,
@@ -140,6 +141,12 @@ def test_the_heartbeat_says_each_time_what_waits_and_why() -> None:
         "3 steps wait for x86_64-linux: all 2 workers that could are full"
     )
     assert [heartbeat_line(progress, NOW + 30 * n) for n in range(2)] == [said, said]
+    because = "no worker offers riscv64-linux"
+    endless = EtaView(at=NOW, sooner_at=0.0, later_at=0.0, bound="no_worker", because=because, steps=1)
+    progress.eta = endless
+    assert heartbeat_line(progress, NOW) == f"{said}; no end in sight"
+    progress.eta = replace(endless, because="no worker has joined")
+    assert heartbeat_line(progress, NOW) == f"{said}; no end in sight: no worker has joined"
 
 
 def test_the_summary_tells_what_was_built_shared_and_uploaded() -> None:
