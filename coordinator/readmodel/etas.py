@@ -152,7 +152,8 @@ class Etas:
 
         def look(step: Step) -> Outlook[SubmissionRow] | None:
             row = self._views.row_of(step.key) if step.engaged and step.state is not StepState.DONE else None
-            if row is None:
+            # Without a recipe nothing can be said of it; what explains must not be what fails.
+            if row is None or not step.recipes:
                 return None
             # Most steps share their tuple of submissions; the first of a pair keeps its identity from being reused.
             its, holders = live.get(id(row.submissions)) or (None, ())

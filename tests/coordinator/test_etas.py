@@ -12,6 +12,7 @@ import pytest
 
 from coordinator.api.estimates import ThroughputBar, ThroughputView
 from coordinator.api.models import CountsChanged, EtaView, Snapshot
+from coordinator.cli.eta import eta as print_eta
 from coordinator.cli.eta import eta_lines, rate
 from coordinator.cli.rendering import duration, eta_sentence
 from coordinator.readmodel.etas import WANTED, Etas
@@ -56,7 +57,9 @@ async def foreseen(farm: OpenedFarm, submission: str, bound: str) -> EtaView:
     raise AssertionError("the stream ended")
 
 
-async def test_a_submission_says_what_bounds_its_end_and_in_the_end_what_has(open_farm: OpenFarm) -> None:
+async def test_a_submission_says_what_bounds_its_end_and_in_the_end_what_has(
+    open_farm: OpenFarm, capsys: pytest.CaptureFixture[str]
+) -> None:
     async with open_farm("one") as farm:
         sub = await farm.submit(CHAIN.format(1, SLOW), "top")
         await farm.ended(sub.id)
@@ -99,6 +102,14 @@ async def test_a_submission_says_what_bounds_its_end_and_in_the_end_what_has(ope
         other = await farm.submit(CHAIN.format(2, ENDLESS), "mac")
         eta = await foreseen(farm, other.id, "no_worker")
         assert (eta.because, eta.later_at, eta.unknown) == ("no worker offers the system riscv64-linux", 0.0, 1)
+        assert await print_eta(farm.client, other.id, as_json=False) == 0
+        told = capsys.readouterr().out
+        assert told.startswith(
+            f"submission {other.id}: no end in sight: no worker offers the system riscv64-linux (1 of 2 "
+        )
+        assert "  riscv64-linux: 1 step left, " in told
+        assert "on 0 slots" in told
+        assert "    mac-2: waiting, no history" in told
         for each in (sub, other):
             await farm.client.cancel(each.id)
         assert (await farm.client.eta(sub.id)).eta is None

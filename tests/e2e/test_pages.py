@@ -206,6 +206,22 @@ def test_why_a_step_ran_and_what_is_different_from_last_time_are_a_click_and_a_c
     assert "changed    since pages-over, done" in farm.drover("why", rebuilt).stdout
 
 
+def test_when_it_is_finished_and_what_bounds_that_are_a_click_and_a_command_away(
+    window: Window, farm: Farm, submission: str
+) -> None:
+    page = window.open("/")
+    expect(page.locator("svg.throughput").first).to_have_attribute("aria-label", re.compile("Last hour: [1-9]"))
+    line = page.locator("#live-submissions li", has=page.locator(f'a[href="/submissions/{submission}"]'))
+    expect(line.locator(".end")).to_contain_text("No end in sight: no worker offers the system riscv64-linux.")
+    line.get_by_role("link").click()
+    expect(page.locator("#live-head .end")).to_contain_text("No end in sight")
+    expect(page.locator("#live-path caption").first).to_contain_text("Critical path")
+    expect(page.locator("#live-path tr", has_text="riscv64-linux")).to_contain_text("1 step")
+    told = farm.drover("eta", submission)
+    assert "no end in sight: no worker offers the system riscv64-linux" in told.stdout, told.stderr
+    assert "critical path to come" in told.stdout
+
+
 def test_a_click_builds_again_what_failed(window: Window, submission: str) -> None:
     page = window.open(f"/submissions/{submission}")
     attempts = page.locator(".cause .row small")
