@@ -71,30 +71,34 @@ def _compared(ended: CTE) -> CTE:
     suspect = select(of.package, of.system).where(of.bad == 1).distinct().cte("suspect")
     of_suspects = (of.package == suspect.c.package) & (of.system == suspect.c.system)
     some = select(of.step, of.recipe, of.worker, of.package, of.system, of.bad).join(suspect, of_suspects).cte("some")
+    # Windows instead of joins of these with each other: PostgreSQL, which knows no sizes of them, walks all pairs.
     recipe = (some.c.step, some.c.recipe)
+    marked = select(some, func.min(some.c.bad).over(partition_by=recipe).label("never")).cte("marked")
+    of_marked = marked.c
+    group = (of_marked.step, of_marked.recipe, of_marked.worker, of_marked.package, of_marked.system)
     tries = (
-        select(*recipe, some.c.worker, some.c.package, some.c.system, func.max(some.c.bad).label("bad"))
-        .group_by(*recipe, some.c.worker, some.c.package, some.c.system)
-        .cte("tries")
+        select(*group, func.max(of_marked.bad).label("bad")).where(of_marked.never == 0).group_by(*group).cte("tries")
     )
-    possible = select(*recipe).group_by(*recipe).having(func.min(some.c.bad) == 0).cte("possible")
-    same = (possible.c.step == tries.c.step) & (possible.c.recipe == tries.c.recipe)
     package = (tries.c.package, tries.c.system)
     cells = (
         select(*package, tries.c.worker, func.count().label("tried"), func.sum(tries.c.bad).label("failed"))
-        .join(possible, same)
         .group_by(*package, tries.c.worker)
         .cte("cells")
     )
     cell = cells.c
-    sums = (func.sum(cell.tried).label("tried"), func.sum(cell.failed).label("failed"))
-    all_of = select(cell.package, cell.system, *sums).group_by(cell.package, cell.system).cte("all_of")
-    share = cast(all_of.c.failed, Double) * cell.tried / all_of.c.tried
+    whole = (cell.package, cell.system)
+    shares = (
+        select(cell.worker, cell.tried, cell.failed)
+        .add_columns(func.sum(cell.tried).over(partition_by=whole).label("all_tried"))
+        .add_columns(func.sum(cell.failed).over(partition_by=whole).label("all_failed"))
+        .cte("shares")
+    )
+    each = shares.c
+    share = cast(each.all_failed, Double) * each.tried / each.all_tried
     return (
-        select(cell.worker, func.sum(cell.failed).label("failed"))
-        .add_columns(func.sum(all_of.c.failed).label("failures"), func.sum(share).label("expected"))
-        .join(all_of, (all_of.c.package == cell.package) & (all_of.c.system == cell.system))
-        .where(all_of.c.tried > cell.tried)
-        .group_by(cell.worker)
+        select(each.worker, func.sum(each.failed).label("failed"))
+        .add_columns(func.sum(each.all_failed).label("failures"), func.sum(share).label("expected"))
+        .where(each.all_tried > each.tried)
+        .group_by(each.worker)
         .cte("compared")
     )
