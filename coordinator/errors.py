@@ -17,10 +17,10 @@ class CoordinatorError(Exception):
 
 
 class IntakeError(CoordinatorError):
-    """A client's request cannot be accepted, and why; `status` is that of the HTTP answer."""
+    """A request is well formed, but its derivations, sources or graph are not what this farm takes, and why."""
 
     code: ClassVar[str] = "bad_request"
-    status: ClassVar[int] = 400
+    status: ClassVar[int] = 422
 
 
 class BadRequestError(CoordinatorError):

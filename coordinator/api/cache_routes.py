@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from coordinator.api.routes import Content, Right, Route
+from coordinator.api.route import Content, Right, Route
 from infra.nix.base32 import SHA256_PATTERN
 from infra.nix.store_path import HASH_PART_PATTERN
 from infra.upload.protocol import Begin, Begun, Commit, Committed, Parts, PartsWanted, SentOffset, Urls, UrlsWanted

@@ -9,16 +9,12 @@ Rules: 1. Times in bodies and answers are Unix seconds. 2. An answer of status 4
 `?limit=` (100, at most 1000) and `?after=`; where there is more, a header `Link: <…>; rel="next"` has the address of
 the next page. 4. `errors` lists what a route adds to `EVERY_ROUTE`; an answer that is in neither is logged as a fault.
 
-Clients import this module for one short question, so it imports no pydantic: requests are named, not imported.
+Clients import this module for one short question, so it imports no pydantic (`coordinator.api.route`).
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar
-from urllib.parse import quote
+from typing import Any, Final
 
 from coordinator.api.difference_models import DifferenceView
 from coordinator.api.estimates import SubmissionEtaView, ThroughputView
@@ -31,6 +27,7 @@ from coordinator.api.models import (
     ResignView,
     RetryView,
     RootView,
+    StepStatus,
     StepView,
     SubmissionView,
     VerifyView,
@@ -38,180 +35,270 @@ from coordinator.api.models import (
     WorkerView,
 )
 from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
+from coordinator.api.route import Content, Query, Right, Route
 from coordinator.api.timeline_models import AttemptView, HistoryView
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 #: Where the API begins. An address below it that no record has wants the token too: strangers learn nothing of it.
 API_PREFIX: Final = "/api/"
 _V1: Final = "/api/v1"
-#: Refusals that any route may answer: malformed, no right, a compressed body, a foreign host name, a fault of ours, not
-#: now.
-EVERY_ROUTE: Final = (400, 401, 415, 421, 500, 503)
-#: A dynamic part of a path, `{name}` or `{name:pattern}`, whose pattern may hold a repetition such as `{32}`.
-_PART: Final = re.compile(r"\{(\w+)(?::(?:[^{}]|\{[^{}]*\})+)?\}")
-
-_Answer = TypeVar("_Answer")
-
-
-class Right(StrEnum):
-    """Rights that a request must prove by `Authorization`: `Bearer TOKEN`, or the password of `Basic`."""
-
-    #: Nothing.
-    NONE = "none"
-    #: The API token, as `Bearer`.
-    API = "api"
-    #: The cookie of a browser's session, or the API token as `Bearer`.
-    PAGE = "page"
-    #: The cookie of a session, its CSRF token in the form, and an `Origin` that is the coordinator's own.
-    CHANGE = "change"
-    #: A reader's or a writer's token of the cache; nothing where the cache is public.
-    READ = "read"
-    #: A writer's token of the cache.
-    WRITE = "write"
-    #: A writer's token of the cache, or the token of one lease of it (for that lease's outputs alone).
-    UPLOAD = "upload"
-
-
-class Content(StrEnum):
-    """Content type of a body or an answer that is no model."""
-
-    #: Framing: `coordinator.api.streams`.
-    DERIVATIONS = "application/x-drover-derivations"
-    SOURCES = "application/x-drover-sources"
-    #: Server-sent `WatchEvent`s: `snapshot`, then `step` and `counts`, at last `end`.
-    EVENTS = "text/event-stream"
-    #: Raw bytes of a build log, chunked while it is followed.
-    LOG = "text/plain"
-    PAGE = "text/html"
-    #: Server-sent events: `parts` (JSON: name of a part of the page -> its HTML), at last `end`.
-    PARTS = "text/event-stream; parts"
-    FORM = "application/x-www-form-urlencoded"
-    ASSET = "text/css, text/javascript, image/svg+xml"
-    HEALTH = "application/json; status"
-    METRICS = "text/plain; version=0.0.4"
-    #: What Nix defines.
-    CACHE_INFO = "text/x-nix-cache-info"
-    NARINFO = "text/x-nix-narinfo"
-    NAR = "application/x-nix-nar"
-    LISTING = "application/json; listing"
-    REALISATION = "application/json; realisation"
-    #: `{"narinfos": [text], "missing": [base name]}`
-    NARINFOS = "application/json; narinfos"
-    #: Any bytes, which are dropped.
-    DROPPED = "application/octet-stream"
-
-
-#: Classes of `coordinator.api.requests`.
-RequestName: TypeAlias = Literal[
-    "IntakeQuery", "SubmitRequest", "DrainRequest", "PinRequest", "CollectRequest", "VerifyRequest"
-]
-
-
-@dataclass(frozen=True)
-class Route(Generic[_Answer]):
-    """One method of one address. `path` begins with `/`, or, below a cache's prefix, with `{prefix}/`."""
-
-    method: Literal["GET", "PUT", "POST", "DELETE"]
-    path: str
-    right: Right
-    #: The request's body: a model (by its name where clients send it), or bytes of that content.
-    body: RequestName | Content | type[BaseModel] | None = None
-    #: The answer's body; None: there is none.
-    answer: type[_Answer] | Content | None = None
-    #: The answer is a page of a list of these.
-    many: bool = False
-    status: int = 200
-    #: Statuses of refusals beside `EVERY_ROUTE`.
-    errors: tuple[int, ...] = ()
-    #: HEAD is answered wherever GET is, except for streams that do not end by themselves.
-    head: bool = True
-
-    def below(self, prefix: str) -> str:
-        """Return the path as a router takes it, for a cache at `prefix`."""
-        return prefix + self.path.removeprefix("{prefix}")
-
-    def address(self, prefix: str = "", /, **parts: str) -> str:
-        """Return the path with its parts filled in, each as one segment.
-
-        Names in `parts` that the path lacks are passed over. Raises `KeyError` for a part that is not given.
-        """
-        return _PART.sub(lambda found: quote(parts[found[1]], safe=""), self.below(prefix))
-
 
 #: A named thing is not there; the body of a request comes too slowly, or is too large.
 _NAMED: Final = (404,)
 _BODY: Final = (408, 413)
+#: Well formed, but derivations, sources or a graph that the farm does not take.
+_GRAPH: Final = (422,)
 #: Streams have bounds of their own, which are 400.
-_STREAM: Final = (408,)
+_STREAM: Final = (408, *_GRAPH)
 
 MISSING: Final = Route(
-    "POST", f"{_V1}/intake/missing", Right.API, body="IntakeQuery", answer=IntakeMissing, errors=_BODY
+    "POST",
+    f"{_V1}/intake/missing",
+    Right.API,
+    body="IntakeQuery",
+    answer=IntakeMissing,
+    errors=(*_BODY, *_GRAPH),
+    summary="What must be sent of the closure of derivations and sources that a submission stands on.",
 )
 PUT_DERIVATIONS: Final = Route[None](
-    "PUT", f"{_V1}/intake/derivations", Right.API, body=Content.DERIVATIONS, status=204, errors=_STREAM
+    "PUT",
+    f"{_V1}/intake/derivations",
+    Right.API,
+    body=Content.DERIVATIONS,
+    status=204,
+    errors=_STREAM,
+    summary="Send derivations, each after its inputs.",
 )
 PUT_SOURCES: Final = Route[None](
-    "PUT", f"{_V1}/intake/sources", Right.API, body=Content.SOURCES, status=204, errors=_STREAM
+    "PUT",
+    f"{_V1}/intake/sources",
+    Right.API,
+    body=Content.SOURCES,
+    status=204,
+    errors=_STREAM,
+    summary="Send sources as NARs.",
 )
-#: Names three of the roots, as the answers to cancel and retry do.
 SUBMIT: Final = Route(
-    "POST", f"{_V1}/submissions", Right.API, body="SubmitRequest", answer=SubmissionView, status=201, errors=_BODY
+    "POST",
+    f"{_V1}/submissions",
+    Right.API,
+    body="SubmitRequest",
+    answer=SubmissionView,
+    status=201,
+    errors=(*_BODY, *_GRAPH),
+    summary="Submit derivations that the coordinator has. The answer names three of the roots.",
 )
-#: Newest first, three roots of each.
-SUBMISSIONS: Final = Route("GET", f"{_V1}/submissions", Right.API, answer=SubmissionView, many=True)
-#: With its first 500 roots.
-SUBMISSION: Final = Route("GET", f"{_V1}/submissions/{{id}}", Right.API, answer=SubmissionView, errors=_NAMED)
-CANCEL: Final = Route("POST", f"{_V1}/submissions/{{id}}/cancel", Right.API, answer=SubmissionView, errors=_NAMED)
-#: Runs again what failed; a repeat changes nothing.
-RETRY: Final = Route("POST", f"{_V1}/submissions/{{id}}/retry", Right.API, answer=SubmissionView, errors=_NAMED)
-ROOTS: Final = Route("GET", f"{_V1}/submissions/{{id}}/roots", Right.API, answer=RootView, many=True, errors=_NAMED)
-#: `?state=failed,running…` chooses.
-STEPS: Final = Route("GET", f"{_V1}/submissions/{{id}}/steps", Right.API, answer=StepView, many=True, errors=_NAMED)
-#: Attempts of its steps since it came; a page is of `limit` steps, in the submission's order, and may be empty.
+SUBMISSIONS: Final = Route(
+    "GET",
+    f"{_V1}/submissions",
+    Right.API,
+    answer=SubmissionView,
+    many=True,
+    errors=_NAMED,
+    summary="All submissions, the newest first, with three roots of each.",
+    query=(Query("after", "Name of the last submission of the page before."),),
+)
+SUBMISSION: Final = Route(
+    "GET",
+    f"{_V1}/submissions/{{id}}",
+    Right.API,
+    answer=SubmissionView,
+    errors=_NAMED,
+    summary="One submission, with its first 500 roots.",
+)
+CANCEL: Final = Route(
+    "POST",
+    f"{_V1}/submissions/{{id}}/cancel",
+    Right.API,
+    answer=SubmissionView,
+    errors=_NAMED,
+    summary="Withdraw a submission; builds that another one wants go on. A repeat changes nothing.",
+)
+RETRY: Final = Route(
+    "POST",
+    f"{_V1}/submissions/{{id}}/retry",
+    Right.API,
+    answer=SubmissionView,
+    errors=(*_NAMED, *_GRAPH),
+    summary="Run again what failed of a submission; a repeat changes nothing.",
+)
+ROOTS: Final = Route(
+    "GET",
+    f"{_V1}/submissions/{{id}}/roots",
+    Right.API,
+    answer=RootView,
+    many=True,
+    errors=_NAMED,
+    summary="The roots of a submission.",
+)
+STEPS: Final = Route(
+    "GET",
+    f"{_V1}/submissions/{{id}}/steps",
+    Right.API,
+    answer=StepView,
+    many=True,
+    errors=_NAMED,
+    summary="The steps of a submission.",
+    query=(Query("state", "Only steps in these states.", words=tuple(StepStatus)),),
+)
 SUBMISSION_TIMELINE: Final = Route(
-    "GET", f"{_V1}/submissions/{{id}}/timeline", Right.API, answer=AttemptView, many=True, errors=_NAMED
+    "GET",
+    f"{_V1}/submissions/{{id}}/timeline",
+    Right.API,
+    answer=AttemptView,
+    many=True,
+    errors=_NAMED,
+    summary="Attempts of the steps of a submission since it came. A page is of `limit` steps and may be empty.",
 )
 EVENTS: Final = Route[None](
-    "GET", f"{_V1}/submissions/{{id}}/events", Right.API, answer=Content.EVENTS, errors=_NAMED, head=False
+    "GET",
+    f"{_V1}/submissions/{{id}}/events",
+    Right.API,
+    answer=Content.EVENTS,
+    errors=_NAMED,
+    head=False,
+    summary="Changes of a submission as server-sent events: `snapshot`, then `step` and `counts`, at last `end`.",
 )
-#: `key`: a step's key, or any unique part of it.
-STEP: Final = Route("GET", f"{_V1}/steps/{{key}}", Right.API, answer=StepView, errors=_NAMED)
-#: Attempts, the first one first; also of a step that is forgotten, by its whole key.
-TIMELINE: Final = Route("GET", f"{_V1}/steps/{{key}}/timeline", Right.API, answer=AttemptView, many=True, errors=_NAMED)
-RETRY_STEP: Final = Route("POST", f"{_V1}/steps/{{key}}/retry", Right.API, answer=RetryView, errors=_NAMED)
-#: `?follow=1&attempt=N`
-LOG: Final = Route[None]("GET", f"{_V1}/steps/{{key}}/log", Right.API, answer=Content.LOG, errors=_NAMED, head=False)
-#: Of a package by the name of its derivations, with or without version; `?system=` chooses.
-HISTORY: Final = Route("GET", f"{_V1}/history/{{name}}", Right.API, answer=HistoryView, errors=_NAMED)
-#: What differs from the last build of its name, or from `?with=` another step, .drv or output.
-DIFFERENCE: Final = Route("GET", f"{_V1}/steps/{{key}}/difference", Right.API, answer=DifferenceView, errors=_NAMED)
-#: Why it waits or failed or ran, and who wants it.
-WHY: Final = Route("GET", f"{_V1}/steps/{{key}}/why", Right.API, answer=StepReasonsView, errors=_NAMED)
-#: What every worker does, and what each queue waits for.
-ACTIVITY: Final = Route("GET", f"{_V1}/activity", Right.API, answer=ActivityView)
-#: When it ends, what bounds that, and what has bounded it so far.
-ETA: Final = Route("GET", f"{_V1}/submissions/{{id}}/eta", Right.API, answer=SubmissionEtaView, errors=_NAMED)
-#: `?span=hour|day`: builds that ended, by minute or by hour.
-THROUGHPUT: Final = Route("GET", f"{_V1}/throughput", Right.API, answer=ThroughputView)
-#: `?of=steps,submissions,workers&beginning=…`, one of these words or several.
-COMPLETIONS: Final = Route("GET", f"{_V1}/completions", Right.API, answer=CompletionsView)
-WORKERS: Final = Route("GET", f"{_V1}/workers", Right.API, answer=WorkerView, many=True)
-FARM: Final = Route("GET", f"{_V1}/farm", Right.API, answer=FarmView)
-#: While drained a worker gets no new leases; running builds finish.
+STEP: Final = Route(
+    "GET",
+    f"{_V1}/steps/{{key}}",
+    Right.API,
+    answer=StepView,
+    errors=_NAMED,
+    summary="One step, by its key or any unique part of it.",
+)
+TIMELINE: Final = Route(
+    "GET",
+    f"{_V1}/steps/{{key}}/timeline",
+    Right.API,
+    answer=AttemptView,
+    many=True,
+    errors=_NAMED,
+    summary="Attempts of a step, the first one first; also of a step that is forgotten, by its whole key.",
+)
+RETRY_STEP: Final = Route(
+    "POST",
+    f"{_V1}/steps/{{key}}/retry",
+    Right.API,
+    answer=RetryView,
+    errors=(*_NAMED, *_GRAPH),
+    summary="Build a failed step again, for every submission that it made fail.",
+)
+LOG: Final = Route[None](
+    "GET",
+    f"{_V1}/steps/{{key}}/log",
+    Right.API,
+    answer=Content.LOG,
+    errors=_NAMED,
+    head=False,
+    summary="The build log of an attempt, as raw bytes.",
+    query=(
+        Query("follow", "Go on until the build ends.", "boolean"),
+        Query("attempt", "The last one if left out.", "integer", minimum=1),
+    ),
+)
+HISTORY: Final = Route(
+    "GET",
+    f"{_V1}/history/{{name}}",
+    Right.API,
+    answer=HistoryView,
+    errors=_NAMED,
+    summary="Builds of a package over time, by the name of its derivations, with or without version.",
+    query=(Query("system", "Only builds for this system."),),
+)
+DIFFERENCE: Final = Route(
+    "GET",
+    f"{_V1}/steps/{{key}}/difference",
+    Right.API,
+    answer=DifferenceView,
+    errors=_NAMED,
+    summary="What differs from the last build of its name, or from another one.",
+    query=(Query("with", "Another step, .drv or output to compare with."),),
+)
+WHY: Final = Route(
+    "GET",
+    f"{_V1}/steps/{{key}}/why",
+    Right.API,
+    answer=StepReasonsView,
+    errors=_NAMED,
+    summary="Why a step waits or failed or ran, and who wants it.",
+)
+ACTIVITY: Final = Route(
+    "GET",
+    f"{_V1}/activity",
+    Right.API,
+    answer=ActivityView,
+    summary="What every worker does, and what each queue waits for.",
+)
+COMPLETIONS: Final = Route(
+    "GET",
+    f"{_V1}/completions",
+    Right.API,
+    answer=CompletionsView,
+    summary="Names that begin with a text.",
+    query=(
+        Query("of", "Kinds of names; all of them if left out.", words=("steps", "submissions", "workers")),
+        Query("beginning", "The beginning of the names."),
+    ),
+)
+WORKERS: Final = Route("GET", f"{_V1}/workers", Right.API, answer=WorkerView, many=True, summary="All workers.")
+FARM: Final = Route(
+    "GET",
+    f"{_V1}/farm",
+    Right.API,
+    answer=FarmView,
+    summary="How to use the farm and its cache, and what is wrong with it.",
+)
+ETA: Final = Route(
+    "GET",
+    f"{_V1}/submissions/{{id}}/eta",
+    Right.API,
+    answer=SubmissionEtaView,
+    errors=_NAMED,
+    summary="When a submission ends, what bounds that, and what has bounded it so far.",
+)
+THROUGHPUT: Final = Route(
+    "GET",
+    f"{_V1}/throughput",
+    Right.API,
+    answer=ThroughputView,
+    summary="Builds that ended, by minute of the last hour or by hour of the last day.",
+    query=(Query("span", "The stretch of time; an hour if left out.", pattern="^(hour|day)$"),),
+)
 DRAIN: Final = Route[None](
-    "POST", f"{_V1}/workers/{{name}}/drain", Right.API, body="DrainRequest", status=204, errors=(*_NAMED, *_BODY)
+    "POST",
+    f"{_V1}/workers/{{name}}/drain",
+    Right.API,
+    body="DrainRequest",
+    status=204,
+    errors=(*_NAMED, *_BODY),
+    summary="Give a worker no new builds, or give it some again; those that run there finish.",
 )
-
-#: What is stored; the cache at /cache is `default`.
-CACHE: Final = Route("GET", f"{_V1}/caches/{{cache}}", Right.API, answer=CacheView, errors=_NAMED)
+CACHE: Final = Route(
+    "GET",
+    f"{_V1}/caches/{{cache}}",
+    Right.API,
+    answer=CacheView,
+    errors=_NAMED,
+    summary="What is stored in a cache; the one at /cache is `default`.",
+)
 CACHE_ROOTS: Final = Route(
-    "GET", f"{_V1}/caches/{{cache}}/roots", Right.API, answer=CacheRootView, many=True, errors=_NAMED
+    "GET",
+    f"{_V1}/caches/{{cache}}/roots",
+    Right.API,
+    answer=CacheRootView,
+    many=True,
+    errors=_NAMED,
+    summary="What a cache keeps and why.",
 )
-#: `?path=…`: which roots keep a path.
-CACHE_WHY: Final = Route("GET", f"{_V1}/caches/{{cache}}/why", Right.API, answer=WhyView, errors=_NAMED)
-#: Keeps paths and all that they refer to.
+CACHE_WHY: Final = Route(
+    "GET",
+    f"{_V1}/caches/{{cache}}/why",
+    Right.API,
+    answer=WhyView,
+    errors=_NAMED,
+    summary="Which roots keep a path.",
+    query=(Query("path", "A store path of the cache."),),
+)
 PIN: Final = Route[None](
     "PUT",
     f"{_V1}/caches/{{cache}}/pins/{{pin}}",
@@ -219,9 +306,11 @@ PIN: Final = Route[None](
     body="PinRequest",
     status=204,
     errors=(*_NAMED, *_BODY),
+    summary="Keep paths and all that they refer to.",
 )
-UNPIN: Final = Route[None]("DELETE", f"{_V1}/caches/{{cache}}/pins/{{pin}}", Right.API, status=204, errors=_NAMED)
-#: Garbage collection.
+UNPIN: Final = Route[None](
+    "DELETE", f"{_V1}/caches/{{cache}}/pins/{{pin}}", Right.API, status=204, errors=_NAMED, summary="End a pin."
+)
 COLLECT: Final = Route(
     "POST",
     f"{_V1}/caches/{{cache}}/collect",
@@ -229,8 +318,8 @@ COLLECT: Final = Route(
     body="CollectRequest",
     answer=CollectView,
     errors=(*_NAMED, *_BODY),
+    summary="Collect the garbage of a cache.",
 )
-#: narinfo -> NAR -> references, and repair.
 VERIFY: Final = Route(
     "POST",
     f"{_V1}/caches/{{cache}}/verify",
@@ -238,14 +327,27 @@ VERIFY: Final = Route(
     body="VerifyRequest",
     answer=VerifyView,
     errors=(*_NAMED, *_BODY),
+    summary="Prove a cache: narinfo, NAR and references, and repair it if asked to.",
 )
-#: Signs everything with the present keys.
-RESIGN: Final = Route("POST", f"{_V1}/caches/{{cache}}/resign", Right.API, answer=ResignView, errors=_NAMED)
-
-#: `{"status": "ok"}` while the engine runs, else 503.
-HEALTH: Final = Route[None]("GET", "/healthz", Right.NONE, answer=Content.HEALTH)
+RESIGN: Final = Route(
+    "POST",
+    f"{_V1}/caches/{{cache}}/resign",
+    Right.API,
+    answer=ResignView,
+    errors=_NAMED,
+    summary="Sign everything with the present keys.",
+)
+HEALTH: Final = Route[None](
+    "GET", "/healthz", Right.NONE, answer=Content.HEALTH, summary="Whether the engine runs; 503 where it does not."
+)
 #: Prometheus asks without a token: there are numbers in it and the names of caches.
-METRICS: Final = Route[None]("GET", "/metrics", Right.NONE, answer=Content.METRICS)
+OPENAPI: Final = Route[None](
+    "GET", f"{_V1}/openapi.json", Right.NONE, answer=Content.OPENAPI, summary="This description, as OpenAPI 3.1."
+)
+#: Prometheus asks without a token: there are numbers in it and the names of caches.
+METRICS: Final = Route[None](
+    "GET", "/metrics", Right.NONE, answer=Content.METRICS, summary="Metrics as Prometheus reads them."
+)
 
 #: Every route that is not below a cache's prefix.
 ROUTES: Final[tuple[Route[Any], ...]] = (
@@ -283,6 +385,7 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     COLLECT,
     VERIFY,
     RESIGN,
+    OPENAPI,
     HEALTH,
     METRICS,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from coordinator.api.routes import Content, Right, Route
+from coordinator.api.route import Content, Right, Route
 
 #: A named thing is not there; a form of another origin or without its CSRF token; the body is refused.
 _NAMED: Final = (404,)

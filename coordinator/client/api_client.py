@@ -34,7 +34,7 @@ from coordinator.api.models import (
     WorkerView,
 )
 from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
-from coordinator.api.routes import Route
+from coordinator.api.route import Route
 from coordinator.api.timeline_models import AttemptView, HistoryView
 from coordinator.client.decoding import decode, decode_event, decode_list
 from coordinator.client.errors import RefusedError, UnreachableError

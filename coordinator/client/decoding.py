@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 import orjson
 
 from coordinator.api.models import CountsChanged, Ended, Snapshot, StepChanged, WatchEvent
-from coordinator.api.routes import Content, Route
+from coordinator.api.route import Content, Route
 from coordinator.client.errors import ClientError
 
 _Answer = TypeVar("_Answer")

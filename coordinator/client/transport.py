@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from coordinator.api.routes import Route
+from coordinator.api.route import Route
 from coordinator.client.errors import BadArgumentError, ClientError, UnreachableError, reason_of, refusal
 from coordinator.client.exchange import AddressError, Answer, BadAnswerError, exchange
 from coordinator.defaults import URL

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
-from coordinator.api.routes import Right
+from coordinator.api.route import Right
 from coordinator.errors import BadRequestError, CoordinatorError
 from coordinator.http.bodies import refuse_encoding
 from coordinator.http.connections import mark_known

@@ -14,8 +14,9 @@ from typing import Any, Final, TypeVar
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from coordinator.api.routes import API_PREFIX, EVERY_ROUTE, Right, Route
-from coordinator.errors import CoordinatorError
+from coordinator.api.route import EVERY_ROUTE, Right, Route
+from coordinator.api.routes import API_PREFIX
+from coordinator.errors import BadRequestError, CoordinatorError
 
 #: Every route that an application serves.
 SERVED: Final[web.AppKey[dict[web.AbstractRoute, Route[Any]]]] = web.AppKey("drover.routes", dict)
@@ -77,9 +78,18 @@ def _add(app: web.Application, route: Route[Any], path: str, handler: Handler, e
         app[SERVED][resource.add_route(method, handler, expect_handler=expect)] = route
 
 
+def _require_known(request: web.Request, known: frozenset[str]) -> None:
+    """Refuse a parameter that a route of the API does not have: one that is mistyped must not change the answer."""
+    unknown = next((name for name in request.query if name not in known), None)
+    if unknown is not None:
+        names = ", ".join(f"`{name}`" for name in sorted(known)) or "none"
+        raise BadRequestError(f"there is no parameter {unknown[:40]!r} here; those of this address: {names}.")
+
+
 def _listed(route: Route[Any], handler: Handler) -> Handler:
-    """Return `handler`, with a line in the log for each refusal that its route does not list."""
+    """Return `handler` behind the names of its parameters, with a line in the log for each refusal not listed."""
     listed = frozenset((*EVERY_ROUTE, *route.errors, route.status))
+    asked = frozenset(query.name for query in route.queries)
 
     def check(status: int) -> None:
         if status >= 400 and status not in listed:
@@ -87,6 +97,8 @@ def _listed(route: Route[Any], handler: Handler) -> Handler:
 
     async def listing(request: web.Request) -> web.StreamResponse:
         try:
+            if route.path.startswith(API_PREFIX):
+                _require_known(request, asked)
             answer = await handler(request)
         except CoordinatorError as error:
             check(error.status)

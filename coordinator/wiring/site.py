@@ -16,6 +16,7 @@ from coordinator.caches.housekeeping import Housekeeper
 from coordinator.config import Settings
 from coordinator.http.api.estimates import EstimateApi
 from coordinator.http.api.events import WatchStreams
+from coordinator.http.api.openapi import add_openapi_route
 from coordinator.http.api.questions import Questions
 from coordinator.http.api.submissions import Api, ApiBounds
 from coordinator.http.api.timings import TimingApi
@@ -122,6 +123,7 @@ def _add_questions(  # noqa: PLR0917 - collaborators, named by their types
     serve_routes(app, questions.handlers())
     serve_routes(app, EstimateApi(core.views, core.farm, etas, throughput).handlers())
     add_worker_routes(app, core.views, work.fleet.drain)
+    add_openapi_route(app)
 
 
 def _add_pages(  # noqa: PLR0917 - collaborators, named by their types

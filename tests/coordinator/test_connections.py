@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 from aiohttp import web
 
-from coordinator.api.routes import Right, Route
+from coordinator.api.route import Right, Route
 from coordinator.http import connections
 from coordinator.http.binary_cache.fast_narinfo import FastNarinfos, FastSite
 from coordinator.http.connections import ConnectionBounds, ConnectionGate, require_room

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.api.models import CountsChanged, Ended, Snapshot, StepChanged
-from coordinator.api.routes import FARM, ROUTES, Route
+from coordinator.api.route import Route
+from coordinator.api.routes import FARM, ROUTES
 from coordinator.client.decoding import decode, decode_event, decode_list
 from coordinator.client.errors import ClientError
 

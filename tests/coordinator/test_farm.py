@@ -16,7 +16,7 @@ import pytest
 
 from coordinator.api.models import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState
 from coordinator.api.requests import SubmitRequest
-from coordinator.api.routes import Right, Route
+from coordinator.api.route import Right, Route
 from coordinator.cli import exit_status
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import RefusedError, UnreachableError

@@ -19,14 +19,16 @@ import pytest
 from aiohttp import web
 
 from coordinator.api import cache_routes, routes, web_routes
-from coordinator.api.routes import EVERY_ROUTE, Content, Right, Route
+from coordinator.api.route import EVERY_ROUTE, Content, Right, Route
 from coordinator.config import Settings
-from coordinator.errors import NotFoundError
+from coordinator.errors import IntakeError, NotFoundError
 from coordinator.http import bodies
 from coordinator.http.api import submissions
 from coordinator.http.binary_cache import uploads as upload_routes
 from coordinator.http.routing import serve
 from coordinator.http.web import forms
+from coordinator.intake.intake import Intake
+from coordinator.intake.submissions import Submissions
 from coordinator.main import Coordinator, open_coordinator
 from coordinator.security.farm_secrets import UPLOAD_SECRET
 from coordinator.security.upload_tokens import UploadTokens
@@ -147,6 +149,7 @@ async def names_that_are_not_there(asker: Asker) -> None:
         body = form_of(asker) if route.body is Content.FORM else json.dumps(BODIES.get(route, {})).encode()
         if 404 in route.errors:
             await asker.ask(route, address, body if route.body is not None else b"")
+    await asker.ask(routes.SUBMISSIONS, f"{routes.SUBMISSIONS.address()}?after=none")
     await asker.ask(web_routes.SUBMISSIONS_PAGE, "/submissions?after=none")
     await asker.ask(web_routes.FIND_STEP, "/steps?find=none")
     await asker.ask(cache_routes.APPEND, f"{PREFIX}/uploads/{'0' * 32}/nar/{base_name(A)}?offset=0", b"x")
@@ -166,6 +169,27 @@ async def bodies_that_come_too_slowly(asker: Asker) -> None:
     slow = [(route, address) for route, address, _ in addresses(PREFIX) if 408 in route.errors]
     asked = [asker.ask(route, piece if route is cache_routes.APPEND else address, length=8) for route, address in slow]
     await asyncio.gather(*asked)
+
+
+async def graphs_that_the_farm_does_not_take(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = {"store_dir": "/elsewhere", "derivations": [], "sources": []}
+    await asker.ask(routes.MISSING, routes.MISSING.address(), json.dumps(missing).encode())
+    submit = {"roots": [{"attr": "x", "drv": f"/nix/store/{PARTS['key']}"}]}
+    await asker.ask(routes.SUBMIT, routes.SUBMIT.address(), json.dumps(submit).encode())
+
+    # What needs a stream of real derivations, or a submission (`test_intake`, `tests/hostile`).
+    async def refuse(*_args: object, **_more: object) -> None:
+        raise IntakeError("x")
+
+    for room, method, route in (
+        (Intake, "add_derivations", routes.PUT_DERIVATIONS),
+        (Intake, "add_sources", routes.PUT_SOURCES),
+        (Submissions, "retry", routes.RETRY),
+        (Submissions, "retry_step", routes.RETRY_STEP),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(room, method, refuse)
+            await asker.ask(route, route.address(**PARTS), b"" if route.body is None else b"x")
 
 
 async def forms_of_other_pages(asker: Asker) -> None:
@@ -247,6 +271,7 @@ async def test_each_refusal_that_a_table_lists_is_given_and_no_other(
     await names_that_are_not_there(asker)
     await bodies_that_are_too_large_or_have_no_length(asker)
     await bodies_that_come_too_slowly(asker)
+    await graphs_that_the_farm_does_not_take(asker, monkeypatch)
     await forms_of_other_pages(asker)
     await uploads_that_cannot_be(asker, monkeypatch)
     await what_nix_sends_and_the_cache_cannot_take(asker, monkeypatch)

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 
 from coordinator.api import requests
 from coordinator.api.cache_routes import CACHE_ROUTES, NARINFO
-from coordinator.api.routes import ROUTES, SUBMIT, Content, Right, Route
+from coordinator.api.route import Content, Right, Route
+from coordinator.api.routes import ROUTES, SUBMIT
 from coordinator.api.web_routes import WEB_ROUTES
 from coordinator.config import NamedCacheSettings, Settings
 from coordinator.errors import BadRequestError, CoordinatorError

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from coordinator.api.cache_routes import CACHE_ROUTES
-from coordinator.api.routes import ROUTES, Route
+from coordinator.api.route import Route
+from coordinator.api.routes import ROUTES
 from coordinator.api.web_routes import WEB_ROUTES
 from coordinator.config import DEFAULT_CACHE
 

@@ -20,7 +20,7 @@ from coordinator.api.models import (
     WhyView,
 )
 from coordinator.api.requests import CollectRequest, PinRequest, VerifyRequest
-from coordinator.api.routes import Route
+from coordinator.api.route import Route
 from coordinator.caches.housekeeping import Housekeeper
 from coordinator.caches.names import checked_path, checked_pin
 from coordinator.errors import NotFoundError

@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from coordinator.api import routes
-from coordinator.api.routes import Route
+from coordinator.api.route import Route
 from coordinator.errors import BadRequestError
 from coordinator.http.answers import answer
 from coordinator.readmodel.critical_path import submission_eta

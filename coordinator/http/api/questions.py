@@ -30,7 +30,7 @@ from coordinator.api.questions import (
     WantedView,
     WorkerActivityView,
 )
-from coordinator.api.routes import Route
+from coordinator.api.route import Route
 from coordinator.errors import BadRequestError
 from coordinator.http.answers import answer
 from coordinator.readmodel.comparisons import WHOLE
@@ -50,6 +50,8 @@ WANTED_NAMED: Final = 5
 WAY_UP: Final = 256
 #: Rows looked at between two pauses.
 _PIECE: Final = 500
+#: Kinds of names.
+COMPLETED: Final = ("steps", "submissions", "workers")
 #: Names that one answer completes.
 COMPLETIONS: Final = 100
 #: Workers of one answer, and leases of each.
@@ -247,8 +249,8 @@ class Questions:
     async def completions(self, request: web.Request) -> web.Response:
         """Complete the beginning of a name."""
         beginning = request.query.get("beginning", "")
-        kinds = dict.fromkeys(request.query.get("of", "").split(","))
-        if not kinds.keys() <= {"steps", "submissions", "workers"}:
+        kinds = dict.fromkeys((request.query.get("of") or ",".join(COMPLETED)).split(","))
+        if not kinds.keys() <= set(COMPLETED):
             raise BadRequestError("`of` is steps, submissions, workers, or several of them with commas between.")
         items = [item for kind in kinds for item in (await self._completions(kind, beginning))[:COMPLETIONS]]
         return answer(CompletionsView(items=tuple(items)))

@@ -16,7 +16,7 @@ from aiohttp.typedefs import Handler
 from coordinator.api import routes
 from coordinator.api.models import FarmView, RetryView, StepStatus
 from coordinator.api.requests import MAX_ROOTS, IntakeQuery, SubmitRequest
-from coordinator.api.routes import Route
+from coordinator.api.route import Route
 from coordinator.config import LimitSettings
 from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError, NotFoundError

@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from coordinator.api import routes
-from coordinator.api.routes import Route
+from coordinator.api.route import Route
 from coordinator.api.timeline_models import AttemptView
 from coordinator.engine.timing_writer import TimingWriter
 from coordinator.errors import NotFoundError

@@ -36,7 +36,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from coordinator.api import cache_routes
-from coordinator.api.routes import Right, Route
+from coordinator.api.route import Right, Route
 from coordinator.caches.opening import OpenCache
 from coordinator.http.binary_cache.access import challenge, may_write
 from coordinator.http.bodies import BodyEncodedError, Pace, refuse_encoding

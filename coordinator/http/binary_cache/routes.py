@@ -25,7 +25,7 @@ from aiohttp.typedefs import Handler
 
 from coordinator.api import cache_routes
 from coordinator.api.cache_routes import MAX_QUESTION, NarinfosQuestion
-from coordinator.api.routes import Right, Route
+from coordinator.api.route import Right, Route
 from coordinator.caches.opening import OpenCache
 from coordinator.errors import CoordinatorError
 from coordinator.http.answers import error_answer

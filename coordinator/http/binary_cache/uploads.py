@@ -14,7 +14,7 @@ from aiohttp.typedefs import Handler
 from pydantic import BaseModel
 
 from coordinator.api import cache_routes
-from coordinator.api.routes import Right, Route
+from coordinator.api.route import Right, Route
 from coordinator.caches.opening import OpenCache
 from coordinator.errors import BadRequestError
 from coordinator.http.answers import answer, error_answer

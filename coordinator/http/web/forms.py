@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 
 from aiohttp import web
 
-from coordinator.api.routes import Content
+from coordinator.api.route import Content
 from coordinator.errors import BadRequestError
 from coordinator.http.bodies import PATIENCE_S, BodyTooLargeError, body_chunks
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from coordinator.api.routes import Right
+from coordinator.api.route import Right
 from coordinator.errors import CoordinatorError
 from coordinator.http.connections import mark_known
 from coordinator.http.web.forms import read_form

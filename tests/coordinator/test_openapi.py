@@ -1,0 +1,90 @@
+"""The API keeps to its description: it takes what that allows, refuses what that forbids, and answers as it says."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.core.failures import FailureGroup
+from schemathesis.core.result import Ok
+
+from coordinator.api import routes
+from coordinator.api.route import Content, Route
+from coordinator.config import Settings
+from coordinator.http.api.openapi import description
+from coordinator.main import open_coordinator
+from tests.support.local_fleet import no_workers
+
+#: Bodies that no JSON schema describes; `test_streams.py` sends them.
+STREAMS = {Content.DERIVATIONS.media_type, Content.SOURCES.media_type}
+#: Requests of each operation, of each kind.
+EXAMPLES = 12
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+async def test_every_operation_keeps_to_the_description(mode: GenerationMode, tmp_path: Path) -> None:
+    async with open_coordinator(Settings(state_dir=tmp_path / "farm", port=0), no_workers) as coordinator:
+        token = coordinator.ready.token_file.read_text().strip()
+        faults = await asyncio.to_thread(faults_of, coordinator.ready.url, token, mode)
+    assert "\n\n".join(faults) == ""
+
+
+def faults_of(url: str, token: str, mode: GenerationMode) -> list[str]:
+    """Send each operation requests, and return what schemathesis finds wrong, with every check that it has."""
+    schema = schemathesis.openapi.from_dict(description("0"))
+    # No schema describes a derivation or a graph: those that the farm does not take are 422.
+    schema.config.checks.positive_data_acceptance.expected_statuses += ["422"]
+    faults = []
+    for found in schema.get_all_operations():
+        assert isinstance(found, Ok), found
+        operation = found.ok()
+        if operation.body and operation.body[0].media_type in STREAMS:
+            continue
+
+        @given(case=operation.as_strategy(generation_mode=mode))
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        def send(case: schemathesis.Case[Any]) -> None:
+            case.call_and_validate(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=20)
+
+        try:
+            send()
+        except Unsatisfiable:
+            # It takes nothing, so nothing that it takes can be wrong.
+            assert mode is GenerationMode.NEGATIVE
+        except FailureGroup as failed:
+            faults += [f"{operation.label}: {error}" for error in failed.exceptions]
+    return faults
+
+
+async def test_a_mistyped_parameter_is_refused_and_the_description_needs_no_token(tmp_path: Path) -> None:
+    async with (
+        open_coordinator(Settings(state_dir=tmp_path / "farm", port=0), no_workers) as coordinator,
+        aiohttp.ClientSession() as session,
+    ):
+        headers = {"Authorization": f"Bearer {coordinator.ready.token_file.read_text().strip()}"}
+        address = coordinator.ready.url + routes.SUBMISSIONS.address()
+        async with session.get(f"{address}?limt=3", headers=headers) as answer:
+            assert answer.status == 400
+            message = (await answer.json())["error"]["message"]
+        assert message == "there is no parameter 'limt' here; those of this address: `after`, `limit`."
+        async with session.get(coordinator.ready.url + routes.OPENAPI.address()) as answer:
+            found = await answer.json()
+    assert found["openapi"] == "3.1.1"
+    assert {operation["operationId"] for path in found["paths"].values() for operation in path.values()} == {
+        name.lower() for name, route in vars(routes).items() if isinstance(route, Route)
+    }
+    assert all(operation["summary"] for path in found["paths"].values() for operation in path.values())
