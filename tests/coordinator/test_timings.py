@@ -132,6 +132,26 @@ async def test_a_database_of_a_newer_release_is_refused_and_not_touched(tmp_path
         assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("timings_meta",)]
 
 
+async def test_tables_of_the_format_before_get_the_indexes_of_this_one(tmp_path: Path) -> None:
+    file = tmp_path / "timings.sqlite3"
+    async with opened(f"sqlite+aiosqlite:///{file}") as store:
+        await store.save([row("a")])
+
+    def indexes() -> set[str]:
+        with closing(sqlite3.connect(file)) as connection:
+            return {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+
+    as_made = indexes()
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE timings_meta SET format = 1")
+        connection.execute("DROP INDEX attempt_timings_window")
+        connection.execute("DROP INDEX attempt_timings_long")
+        connection.execute("CREATE INDEX attempt_timings_leased ON attempt_timings (leased_at)")
+    async with opened(f"sqlite+aiosqlite:///{file}") as store:
+        assert await store.of_steps(["a"]) == [row("a")]
+    assert indexes() == as_made
+
+
 def _lock(file: Path) -> Callable[[], None]:
     connection = sqlite3.connect(file, timeout=0.1)
     connection.execute("BEGIN EXCLUSIVE")

@@ -42,7 +42,7 @@ def farm(
         tmp_path_factory.mktemp("farm"),
         [
             WorkerSpec("one", slots=2, features=("large-memory",), nix_options=busybox),
-            WorkerSpec("two", slots=2, features=("large-memory",), nix_options=busybox),
+            WorkerSpec("two", slots=2, features=("large-memory", "spare"), nix_options=busybox),
             WorkerSpec("mac", slots=2, features=("large-memory",), emulate=("aarch64-darwin",), nix_options=busybox),
         ],
         settings=f'otlp_endpoint = "{receiver.url}"',

@@ -1,14 +1,23 @@
 """The pages in a real browser, on a real farm: a person clicks from question to answer, and nothing else is needed.
 
 Debian's Chromium, driven by Playwright. The farm has a diamond that fails, a step that two submissions share, one that
-waits for a system that nobody offers, and one that runs until it is allowed to end.
+waits for a system that nobody offers, one that runs until it is allowed to end, and one whose worker is killed.
+
+Each of the seven questions has a test of its name. The answer is one click away from where a person stands, which is
+the page that the test opens first.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
 import shutil
+import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +25,12 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 
-from tests.e2e.conftest import Expression, waiting_for
-from tests.support.farm import Farm
+from coordinator.api.route import Content
+from coordinator.api.web_routes import FIND_STEP, LOGIN_PAGE, WEB_ROUTES
+from coordinator.stores.timings import AttemptTiming, TimingStore
+from tests.e2e.conftest import BUSYBOX, Expression, waiting_for
+from tests.support.elsewhere import Program
+from tests.support.farm import Farm, processes_naming
 
 pytestmark = pytest.mark.e2e
 
@@ -81,8 +94,33 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def submission(farm: Farm, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The id of the submission that pages are about, while its last step runs."""
+def spare(farm: Farm, gates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Program]]:
+    """A worker of its own that joins the farm, which takes it some seconds."""
+    root = tmp_path_factory.mktemp("spare")
+    head = (farm.state / "ray-address").read_text().strip()
+    program = Program(
+        root / "log",
+        *("worker", "--head", head, "--ray-token", farm.state / "ray-token", "--name", "spare"),
+        *("--state-dir", root / "state", "--slots", "1", "--feature", "spare"),
+        *("--nix-option", "sandbox-paths", f"{BUSYBOX['sandbox-paths']} /gates={gates}"),
+        environment={"DROVER_TEST_MARK": str(root)},
+    )
+    with ThreadPoolExecutor() as threads:
+        yield threads.submit(program.start, "has joined the farm")
+    switch_off(program)
+
+
+def switch_off(worker: Program) -> None:
+    """Kill all processes of a worker, as if its machine had no power any more."""
+    for pid in processes_naming(str(worker.path.parent)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    worker.process.wait()
+
+
+@pytest.fixture(scope="module")
+def submission(farm: Farm, spare: Future[Program], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The id of the submission that pages are about, while its last step runs; the spare worker is on its way."""
     file = Expression(tmp_path_factory.mktemp("pages")).write(GRAPH)
     shared = farm.build(file, "-A", "shared")
     assert shared.returncode == 0, shared.stderr
@@ -121,11 +159,10 @@ def window(browser: Browser, farm: Farm, submission: str) -> Iterator[Window]:
     assert window.complaints == []
 
 
-def test_a_page_follows_the_farm_without_being_loaded_again_and_keeps_the_focus(
-    window: Window, submission: str, gates: Path
-) -> None:
-    page = window.open("/")
-    # What does the farm do now? The step is in a slot of a worker's row.
+def test_what_is_the_farm_doing_now(window: Window, submission: str, gates: Path) -> None:
+    page = window.open("/submissions")
+    page.get_by_role("link", name="drover").click()
+    # The step is in a slot of a worker's row; the page follows without being loaded again, and keeps the focus.
     slot = page.locator(".workers tr .slot", has_text="pages-runs")
     expect(slot).to_be_visible()
     page.evaluate("window.mark = 'the same page'")
@@ -135,15 +172,13 @@ def test_a_page_follows_the_farm_without_being_loaded_again_and_keeps_the_focus(
     expect(slot).to_have_count(0)
     assert page.evaluate("window.mark") == "the same page"
     assert page.evaluate("document.activeElement.getAttribute('href')") == f"/submissions/{submission}"
-    # A click away: the submission, which is as up to date.
     page.keyboard.press("Enter")
     expect(page.locator(".legend", has_text="1 ready")).to_be_visible()
 
 
-def test_one_root_cause_stands_behind_the_failures_and_a_click_leads_to_its_log(
-    window: Window, submission: str
-) -> None:
-    page = window.open(f"/submissions/{submission}")
+def test_which_root_cause_is_behind_the_failures(window: Window, submission: str) -> None:
+    page = window.open("/")
+    page.locator(f'#live-submissions a[href="/submissions/{submission}"]').first.click()
     expect(page.locator("#failures-title")).to_have_text("One failure, 3 steps cannot run because of it")
     expect(page.locator(".cause")).to_have_count(1)
     expect(page.locator(".cause pre")).to_contain_text("no <b>compiler</b> here")
@@ -166,26 +201,32 @@ def test_one_root_cause_stands_behind_the_failures_and_a_click_leads_to_its_log(
     expect(page.get_by_role("navigation", name="Phases").get_by_role("link")).to_have_text("buildPhase")
 
 
-def test_why_a_step_waits_and_why_another_one_did_not_run_are_told_where_one_looks(
-    window: Window, submission: str
-) -> None:
+def test_why_does_a_step_wait(window: Window) -> None:
     page = window.open("/")
+    # Of the farm's page the queue says it already; of one step its own page does.
     expect(page.locator("#live-queue tr", has_text="riscv64-linux")).to_contain_text("no worker offers the system")
     page.fill("#find", "pages-waits")
     page.press("#find", "Enter")
     expect(page.locator(".why")).to_contain_text("No worker offers the system riscv64-linux")
-    page.get_by_role("navigation", name="Pages").get_by_role("link", name="Submissions").click()
-    page.locator(f'a[href="/submissions/{submission}"]').click()
+
+
+def test_why_did_a_step_run(window: Window, submission: str) -> None:
+    page = window.open(f"/submissions/{submission}")
     expect(page.locator("#live-reused div", has_text="in the cache before").locator("dd")).to_have_text("1")
     page.locator("#live-roots a", has_text="above").click()
-    expect(page.locator(".why")).to_have_text("It was built here, and its outputs are in the cache.")
+    expect(page.locator(".why")).to_contain_text("It was built here, and its outputs are in the cache.")
+    ran = page.locator("#live-ran")
+    expect(ran.locator("li", has_text="root above")).to_contain_text("pages-above")
+    expect(ran.locator("li", has_text="attempt 1")).to_contain_text("the farm's cache lacked its outputs")
+    # Who waits for it, and what it stands on, which was not built for this submission.
+    expect(page.locator("#live-waiting a", has_text="and 4 more")).to_have_attribute(
+        "href", f"/submissions/{submission}"
+    )
     expect(page.locator(".graph a", has_text="pages-shared")).to_be_visible()
     expect(page.locator(".output")).to_contain_text("closure")
 
 
-def test_why_a_step_ran_and_what_is_different_from_last_time_are_a_click_and_a_command_away(
-    window: Window, farm: Farm, rebuilt: str
-) -> None:
+def test_what_is_different_from_last_time(window: Window, farm: Farm, rebuilt: str) -> None:
     page = window.open("/submissions")
     page.get_by_role("main").get_by_role("link", name="over", exact=True).first.click()
     page.locator("#live-roots a", has_text="over").click()
@@ -206,9 +247,7 @@ def test_why_a_step_ran_and_what_is_different_from_last_time_are_a_click_and_a_c
     assert "changed    since pages-over, done" in farm.drover("why", rebuilt).stdout
 
 
-def test_when_it_is_finished_and_what_bounds_that_are_a_click_and_a_command_away(
-    window: Window, farm: Farm, submission: str
-) -> None:
+def test_when_will_it_be_finished_and_what_bounds_that(window: Window, farm: Farm, submission: str) -> None:
     page = window.open("/")
     expect(page.locator("svg.throughput").first).to_have_attribute("aria-label", re.compile("Last hour: [1-9]"))
     line = page.locator("#live-submissions li", has=page.locator(f'a[href="/submissions/{submission}"]'))
@@ -220,6 +259,110 @@ def test_when_it_is_finished_and_what_bounds_that_are_a_click_and_a_command_away
     told = farm.drover("eta", submission)
     assert "no end in sight: no worker offers the system riscv64-linux" in told.stdout, told.stderr
     assert "critical path to come" in told.stdout
+
+
+def test_where_did_the_time_go(window: Window, submission: str) -> None:
+    page = window.open(f"/submissions/{submission}")
+    page.locator("#live-roots a", has_text="runs").click()
+    expect(page.locator("#live-attempts .legend li", has_text=re.compile("build"))).to_be_visible()
+    page.go_back()
+    page.get_by_role("link", name="timeline").click()
+    box = page.locator("#timeline a.run", has_text="pages-runs")
+    expect(box.locator(".span-build")).to_have_count(1)
+    # Keys move the window, its address can be sent to another, and the way back leads where one was.
+    whole, width = page.url, box.locator("rect").first.get_attribute("width")
+    page.focus("#timeline")
+    page.keyboard.press("+")
+    expect(page).to_have_url(re.compile("from=.*to="))
+    assert page.evaluate("document.activeElement.id") == "timeline"
+    page.go_back()
+    expect(page).to_have_url(whole)
+    expect(page.locator("#live-window p").first).to_contain_text("up to now")
+    assert width is not None
+    # Each attempt is a link; so are the same in the table.
+    page.locator("summary").click()
+    page.locator("#live-attempts a", has_text="pages-runs").click()
+    expect(page.locator("h1")).to_have_text("pages-runs")
+
+
+def test_of_thousands_of_attempts_the_timeline_shows_how_many_ran_and_closer_each(window: Window, farm: Farm) -> None:
+    now = time.time()
+    begins = [now - 1800 + number / 4 for number in range(3_000)]
+    many = [
+        AttemptTiming(f"{'0' * 32}-old-{number}", 1, name=f"old-{number}", worker=f"old-{number % 3}", leased_at=at)
+        for number, at in enumerate(begins)
+    ]
+    for each, at in zip(many, begins, strict=True):
+        each.ended_at, each.outcome = at + 8, "lost" if each.name == "old-1500" else "done"
+    # Playwright has a loop of its own in this thread.
+    with ThreadPoolExecutor() as threads:
+        threads.submit(asyncio.run, keep(farm, many)).result()
+    page = window.open("/")
+    page.get_by_role("link", name="what ran in the last hour").click()
+    expect(page.locator(".area.is-done")).not_to_have_count(0)
+    expect(page.locator(".area.mark.is-lost")).to_have_count(1)
+    row = page.locator("#live-workers tr", has_text="old-0").locator("td")
+    expect(row.nth(1)).to_have_text("1,000")
+    # A pull to the right shows what was before, the wheel with Ctrl goes closer, to where each attempt is a box.
+    drawing = page.locator("#timeline").bounding_box()
+    assert drawing is not None
+    x, y = drawing["x"] + drawing["width"] / 2, drawing["y"] + drawing["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 60, y, steps=4)
+    page.mouse.up()
+    expect(page).to_have_url(re.compile("/timeline.from=.*to="))
+    page.keyboard.down("Control")
+    while not page.locator("#timeline a.run", has_text="old-").count():
+        address = page.url
+        page.mouse.wheel(0, -300)
+        expect(page).not_to_have_url(address)
+        expect(page.locator("#timeline")).not_to_have_attribute("aria-busy", "true")
+    page.keyboard.up("Control")
+    box = page.locator("#timeline a.run", has_text="old-").first
+    expect(box).to_have_attribute("href", re.compile("/steps/0{32}-old-[0-9]+"))
+
+
+async def keep(farm: Farm, timings: list[AttemptTiming]) -> None:
+    store = TimingStore.open(f"sqlite+aiosqlite:///{farm.state}/timings.sqlite3")
+    await store.prepare()
+    await store.save(timings)
+    await store.close()
+
+
+def test_a_killed_worker_is_gone_its_attempt_lost_and_the_step_tried_again(
+    window: Window, farm: Farm, spare: Future[Program], expression: Expression, gates: Path
+) -> None:
+    worker = spare.result()
+    # The first attempt is there; where the second one will be takes no work yet.
+    assert farm.drover("drain", "two").returncode == 0
+    file = expression.write(
+        'shot = shellFor "x86_64-linux" { name = "pages-shot"; requiredSystemFeatures = [ "spare" ]; } '
+        f'"{waiting_for("pages-shot")}; echo > $out";'
+    )
+    assert farm.build(file, "-A", "shot", "--detach").returncode == 0
+    submission = farm.api("submissions")[0]["id"]
+    page = window.open("/workers")
+    card = page.locator("section", has=page.get_by_role("heading", name="spare", exact=True))
+    expect(card).to_contain_text("1 of 1 slots")
+    switch_off(worker)
+    expect(card.locator(".state")).to_have_text("gone")
+    window.open("/").get_by_role("link", name="One worker is gone").click()
+    expect(card.locator(".state")).to_have_text("gone")
+    page = window.open(f"/submissions/{submission}")
+    page.locator("#live-roots a", has_text="shot").click()
+    attempts = page.locator("#live-attempts > ul > li")
+    expect(attempts.locator("small").first).to_have_text("lost on spare")
+    expect(attempts.first.locator("p.hint").first).to_contain_text("the agent died")
+    assert farm.drover("drain", "two", "--off").returncode == 0
+    # The page follows the second attempt.
+    (gates / "pages-shot").touch()
+    expect(attempts.nth(0).locator("small").first).to_have_text("done on two")
+    expect(attempts.nth(1).locator("small").first).to_have_text("lost on spare")
+    expect(page.locator(".why")).to_contain_text("It was built here")
+    page = window.open(f"/submissions/{submission}/timeline")
+    expect(page.locator("#timeline a.run.is-lost", has_text="pages-shot")).to_have_count(1)
+    expect(page.locator("#live-workers tr", has_text="spare").locator("td").nth(6)).to_have_text("1")
 
 
 def test_a_click_builds_again_what_failed(window: Window, submission: str) -> None:
@@ -276,13 +419,20 @@ def test_everything_is_reached_with_the_keyboard_alone(browser: Browser, farm: F
 
 
 def addresses(farm: Farm, submission: str) -> list[str]:
+    """An address of each page, and of one that is not there."""
     step = next(each["key"] for each in farm.api(f"submissions/{submission}/steps?state=failed"))
-    return [
+    found = [
         *("/", "/submissions", f"/submissions/{submission}", f"/submissions/{submission}/steps"),
         *(f"/steps/{step}", f"/steps/{step}/log?find=phase", "/workers"),
         *(f"/caches/default?path={step}", "/steps/nothing-of-the-sort"),
-        *(f"/submissions/{submission}/timeline", "/packages/pages"),
+        *(f"/submissions/{submission}/timeline", "/timeline", "/packages/pages"),
     ]
+    # Named by no address: the search leads to a step, the form for the token is shown to who is not logged in.
+    for route in set(WEB_ROUTES) - {FIND_STEP, LOGIN_PAGE}:
+        if route.answer is Content.PAGE and route.method == "GET":
+            shape = re.compile(re.sub(r"{[a-z]+}", "[^/]+", route.path) + r"([?].*)?")
+            assert any(map(shape.fullmatch, found)), f"no address of {route.path}"
+    return found
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

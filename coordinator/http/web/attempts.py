@@ -8,12 +8,15 @@ from typing import Final
 
 from markupsafe import Markup
 
+from coordinator.http.web.texts import short_failure
 from coordinator.stores.timings import AttemptTiming
 
 #: Width of a bar in its own units.
 WIDTH: Final = 1000
 #: Stretches by their names, in their order; agents send those between waiting and verifying.
 STRETCHES: Final = ("waiting", "inputs", "build", "pack", "upload", "verify", "publish")
+#: Outcomes that are not said by their own word.
+_ENDINGS: Final = {"retried": "failed, tried again", "returned": "handed back"}
 _RECT: Final = Markup('<rect class="span-{}" x="{:.1f}" width="{:.1f}" height="8"><title>{}</title></rect>')
 _BAR: Final = Markup(
     '<svg class="bar" viewBox="0 0 {} 8" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg>'
@@ -37,6 +40,18 @@ class AttemptLine:
     timing: AttemptTiming | None
     stretches: tuple[StretchLine, ...] = ()
     phases: tuple[StretchLine, ...] = ()
+
+    @property
+    def ending(self) -> str:
+        """Its outcome in words."""
+        outcome = self.timing.outcome if self.timing is not None else None
+        return _ENDINGS.get(outcome, outcome) if outcome is not None else "runs"
+
+    @property
+    def trouble(self) -> str:
+        """Message of the failure that ended it; "" where none did."""
+        message = self.timing.message if self.timing is not None else None
+        return short_failure(message) if message else ""
 
     @property
     def bar(self) -> Markup:

@@ -62,6 +62,8 @@ class FarmData:
     farm: FarmView
     workers: tuple[WorkerLine, ...]
     worker_total: int
+    #: Names of workers that are no longer there.
+    gone: tuple[str, ...]
     slots: int
     counts: Mapping[str, int]
     queues: tuple[QueueLine, ...]
@@ -120,7 +122,8 @@ class FarmPage:
     def gathering(self, hour: ThroughputView, day: ThroughputView) -> Generator[None, None, FarmData]:
         """Return what the page shows, with pauses."""
         views = self._views
-        workers = [worker for worker in views.workforce.views() if worker.state in _PRESENT]
+        everyone = views.workforce.views()
+        workers = [worker for worker in everyone if worker.state in _PRESENT]
         lines = []
         for worker in workers[:WORKERS_SHOWN]:
             yield
@@ -147,6 +150,7 @@ class FarmPage:
             farm=self._farm(),
             workers=tuple(lines),
             worker_total=len(workers),
+            gone=tuple(worker.name for worker in everyone if worker.state == "gone"),
             slots=sum(worker.slots for worker in workers),
             counts=views.step_counts(),
             queues=tuple(queues[:QUEUES_SHOWN]),

@@ -47,6 +47,8 @@
   function move(window) {
     moved = bounded(window);
     place();
+    // What is on its way would show another window.
+    asked?.abort();
     clearTimeout(settling);
     settling = setTimeout(() => load(query(moved), true), SETTLE_MS);
   }
@@ -62,14 +64,16 @@
   async function load(search, remember) {
     clearTimeout(settling);
     asked?.abort();
-    asked = new AbortController();
+    const request = (asked = new AbortController());
     source?.close();
     document.getElementById("link-state").hidden = true;
     area.setAttribute("aria-busy", "true");
     try {
-      const answer = await fetch(path + withWidth(search), { signal: asked.signal });
+      const answer = await fetch(path + withWidth(search), { signal: request.signal });
       if (!answer.ok || answer.redirected) throw new Error(answer.statusText);
-      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      const text = await answer.text();
+      if (request.signal.aborted) return;
+      const page = new DOMParser().parseFromString(text, "text/html");
       moved = null;
       for (const fresh of page.querySelectorAll('[id^="live-"]')) {
         drover.morphChildren(document.getElementById(fresh.id), fresh);
