@@ -53,6 +53,10 @@ class ForestDiff:
         self._sent.clear()
         return self.changes()
 
+    def whole(self) -> tuple[TreeNode, ...]:
+        """Return all places as they were sent, for a reader that goes on with the next `changes`."""
+        return tuple([self._node(row) for row in self._sent])
+
     def changes(self) -> tuple[TreeNode, ...]:
         """Return the places that are new or differ from what was sent."""
         if len(self._sent) >= self._most // 2:

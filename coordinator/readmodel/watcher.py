@@ -74,15 +74,25 @@ class Watcher:
         """Number of steps that the next `take` returns one by one."""
         return len(self._changed)
 
-    def failed(self) -> list[StepRow]:
-        """Return the failed steps that the next `take` shows."""
-        rows = list(self._submission.failed.values())[:SNAPSHOT_FAILED] if self._behind else self._changed.values()
+    def failed(self, *, anew: bool = False) -> list[StepRow]:
+        """Return the failed steps that the next `take` shows, or that a snapshot does."""
+        failed = list(self._submission.failed.values())[:SNAPSHOT_FAILED]
+        rows = failed if anew or self._behind else self._changed.values()
         return [row for row in rows if row.state is StepStatus.FAILED]
+
+    @property
+    def is_behind(self) -> bool:
+        """True if the next event is a snapshot."""
+        return self._behind
 
     @property
     def over(self) -> bool:
         """True if the last event has been taken."""
         return self._over
+
+    def snapshot(self) -> Snapshot:
+        """Render the submission for a reader that begins now and gets the events that `events` yields from now on."""
+        return replace(self._views.snapshot(self._submission), tree=self._forest.whole())
 
     def take(self) -> list[WatchEvent]:
         """Return what a reader must now see; the first time, and when it fell behind, a whole snapshot."""

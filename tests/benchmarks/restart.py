@@ -26,6 +26,7 @@ from pathlib import Path
 
 from coordinator.journal.codec import decode_facts
 from scheduler.facts import StepLeased
+from tests.benchmarks.processes import memory_mb, processor_s
 from tests.benchmarks.report import arguments, progress, publish
 from tests.benchmarks.restart_farm import Plan
 from tests.support.farm import Farm, WorkerSpec
@@ -86,10 +87,10 @@ def start(plan: Plan, template: Path) -> Start:
     began = time.monotonic()
     with _running("serve", plan) as process:
         lease_s = _first_lease(observer, began)
-        processor_s = _processor_s(process.pid)
+        cpu_s = processor_s(process.pid)
         _wait_for(process, "ready")
         time.sleep(REST_S)
-        return Start(lease_s, processor_s, _memory_mb(process.pid, "VmRSS"), _memory_mb(process.pid, "VmHWM"))
+        return Start(lease_s, cpu_s, memory_mb(process.pid), memory_mb(process.pid, "VmHWM"))
 
 
 def start_farm(farm: Farm) -> Start:
@@ -99,11 +100,11 @@ def start_farm(farm: Farm) -> Start:
     began = time.monotonic()
     farm.launch()
     lease_s = _first_lease(observer, began)
-    processor_s = _processor_s(farm.pid)
+    cpu_s = processor_s(farm.pid)
     while farm.health() != "ok":
         time.sleep(0.1)
     time.sleep(REST_S)
-    return Start(lease_s, processor_s, _memory_mb(farm.pid, "VmRSS"), _memory_mb(farm.pid, "VmHWM"))
+    return Start(lease_s, cpu_s, memory_mb(farm.pid), memory_mb(farm.pid, "VmHWM"))
 
 
 def _link(source: str, target: str) -> None:
@@ -137,18 +138,6 @@ def _wait_for(process: subprocess.Popen[str], word: str) -> None:
     assert process.stdout is not None
     if process.stdout.readline().strip() != word:
         raise SystemExit("the coordinator did not start")
-
-
-def _memory_mb(pid: int, name: str) -> float:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) / 1024
-    raise SystemExit(f"/proc/{pid}/status has no {name}")
-
-
-def _processor_s(pid: int) -> float:
-    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return sum(map(int, ticks)) / 100
 
 
 def _show(name: str, found: Start) -> Start:

@@ -50,6 +50,7 @@ from workers.wire.fleet import Fleet, Sink, WorkerConnected, WorkerSpoke
 from workers.wire.grades import IsolationGrade
 from workers.wire.messages import (
     PROTOCOL_VERSION,
+    AgentEvent,
     Batch,
     HeldLease,
     Hello,
@@ -112,7 +113,13 @@ class StandIn:
 
     async def run(self, sink: Sink) -> None:
         """See `Fleet`."""
-        hello = Hello(
+        await sink(WorkerConnected(self.hello()))
+        while True:
+            await sink(WorkerSpoke(WORKER, self.batch(0, ())))
+            await asyncio.sleep(HEARTBEAT_S)
+
+    def hello(self) -> Hello:
+        return Hello(
             protocol=PROTOCOL_VERSION,
             worker=WORKER,
             incarnation=INCARNATION,
@@ -126,11 +133,14 @@ class StandIn:
             nix_version="2.8.0",
             leases=self._leases(),
         )
-        await sink(WorkerConnected(hello))
-        while True:
-            batch = Batch(incarnation=INCARNATION, last=0, events=(), capacity=self._capacity, leases=self._leases())
-            await sink(WorkerSpoke(WORKER, batch))
-            await asyncio.sleep(HEARTBEAT_S)
+
+    def batch(self, last: int, events: Sequence[AgentEvent]) -> Batch:
+        return Batch(
+            incarnation=INCARNATION, last=last, events=tuple(events), capacity=self._capacity, leases=self._leases()
+        )
+
+    def let_go(self, step: str) -> None:
+        self._held.pop(step, None)
 
     async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:  # noqa: ARG002
         """See `Fleet`."""
@@ -218,7 +228,7 @@ def layered(steps: int, seed: int = 1) -> tuple[list[Made], list[Made]]:
     return everything, [made for made in everything if made.drv not in used]
 
 
-async def _submit(coordinator: Coordinator, steps: int) -> None:
+async def submit(coordinator: Coordinator, steps: int) -> None:
     everything, roots = await asyncio.to_thread(layered, steps)
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -241,7 +251,7 @@ async def seed(plan: Plan) -> None:
     # A root is declared at the next look, which comes once a minute.
     housekeeping.GAUGES_S = 1.0  # type: ignore[misc]
     async with open_coordinator(plan.settings, no_workers) as coordinator:
-        await _submit(coordinator, plan.steps)
+        await submit(coordinator, plan.steps)
         async with asyncio.timeout(SETTLED_WITHIN_S):
             # A submission in flight is among the roots of the cache.
             while not await _is_kept(coordinator):  # noqa: ASYNC110

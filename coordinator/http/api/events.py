@@ -1,26 +1,142 @@
 """Watch streams: a submission's changes as server-sent events.
 
-Each stream reads from one watcher of the views, at most every `PAUSE_S`, so a burst of a thousand finished steps is one
-write; a reader that is slower than that gets a fresh snapshot instead of a growing queue. Silence is filled with
-comments, so that both sides notice a connection that is gone.
+Rules:
+1. What is new is rendered once for all streams of a submission, at most every `PAUSE_S`: a burst of a thousand finished
+   steps is one write, and a thousand watchers cost the loop a thousand writes and no more.
+2. A stream that begins gets a snapshot. So does one that has left more than `BEHIND_BYTES` unread, once it reads again:
+   nothing is queued for it meanwhile.
+3. A connection that takes nothing for `coordinator.http.connections.UNREAD_S` is closed and counted there.
+4. Silence is filled with comments, so that both sides notice a connection that is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Final
 
 from aiohttp import web
 
-from coordinator.api.models import WatchEvent
+from coordinator.api.models import Ended, WatchEvent
 from coordinator.errors import UnavailableError
 from coordinator.http.answers import json_of
 from coordinator.http.api.pages import rendered
 from coordinator.readmodel.rows import SubmissionRow
 from coordinator.readmodel.views import Views
+from coordinator.readmodel.watcher import Watcher
 
 #: Seconds between two writes of one stream, and of silence before a comment.
-PAUSE_S = 0.2
-COMMENT_S = 10.0
+PAUSE_S: Final = 0.2
+COMMENT_S: Final = 10.0
+#: Bytes that wait for one stream before it gets a snapshot instead. Streams share them: they are rendered once.
+BEHIND_BYTES: Final = 256 * 1024
+#: Streams that are woken before the loop is given back: each is a write of some 30 us.
+WOKEN_AT_ONCE: Final = 100
+
+
+class _Stream:
+    """Parts that wait for one connection."""
+
+    __slots__ = ("behind", "fresh", "parts", "size", "woken")
+
+    def __init__(self) -> None:
+        #: It has nothing that changes would make sense with, and gets a snapshot next.
+        self.fresh = True
+        #: So much waited for it that all was dropped; once it reads again it becomes fresh.
+        self.behind = False
+        self.parts: list[bytes] = []
+        self.size = 0
+        self.woken = asyncio.Event()
+
+    def give(self, part: bytes) -> None:
+        """Queue what is new, or drop all where that is too much."""
+        self.parts.append(part)
+        self.size += len(part)
+        if self.size > BEHIND_BYTES and len(self.parts) > 1:
+            self.parts, self.size, self.behind = [], 0, True
+        self.woken.set()
+
+    def take(self) -> bytes:
+        """Return and forget what waits."""
+        self.woken.clear()
+        data = b"".join(self.parts)
+        self.parts, self.size = [], 0
+        return data
+
+
+class _Feed:
+    """The changes of one submission, for all its streams."""
+
+    def __init__(self, views: Views, submission: SubmissionRow) -> None:
+        self._views = views
+        self.submission = submission
+        self._changed = asyncio.Event()
+        #: A stream wants a snapshot: it need not wait for the next turn.
+        self._wanted = asyncio.Event()
+        self.streams: dict[_Stream, None] = {}
+        #: The last event is in all streams that are not behind.
+        self.over = False
+        self.task = asyncio.create_task(self._run(), name="watch feed")
+
+    def want(self, stream: _Stream) -> None:
+        """Have a snapshot rendered for a stream, which counts among the streams from now on."""
+        stream.fresh, stream.behind = True, False
+        self.streams[stream] = None
+        self._wanted.set()
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            with self._views.watch(self.submission, self._changed.set) as watcher:
+                due = loop.time()
+                while not self.over:
+                    await self._wait_until(due)
+                    if loop.time() >= due and (self._changed.is_set() or watcher.is_behind):
+                        due = loop.time() + PAUSE_S
+                        self._changed.clear()
+                        await self._views.recipes.fetch(watcher.failed())
+                        anew, there = watcher.is_behind, list(self.streams)
+                        events = b"".join(await rendered(watcher.events(), _frame))
+                        self.over = watcher.over
+                        await self._give(events, [each for each in there if anew or not each.fresh])
+                    self._wanted.clear()
+                    if fresh := [each for each in self.streams if each.fresh]:
+                        await self._views.recipes.fetch(watcher.failed(anew=True))
+                        await self._give(b"".join(await rendered(self._begin(watcher), _frame)), fresh)
+        finally:
+            self.over = True
+            for stream in self.streams:
+                stream.woken.set()
+
+    def _begin(self, watcher: Watcher) -> Iterator[WatchEvent]:
+        """Yield what a stream begins with that goes on with the watcher's next events."""
+        yield watcher.snapshot()
+        if self.over:
+            yield Ended(submission=self._views.submission_view(self.submission))
+
+    async def _wait_until(self, due: float) -> None:
+        """Wait until a stream wants a snapshot, or something has changed and the time for it has come."""
+        loop = asyncio.get_running_loop()
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(due):
+                await self._wanted.wait()
+        if self._wanted.is_set() or loop.time() < due:
+            return
+        wanted = [asyncio.ensure_future(event.wait()) for event in (self._changed, self._wanted)]
+        try:
+            await asyncio.wait(wanted, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in wanted:
+                each.cancel()
+
+    async def _give(self, part: bytes, streams: list[_Stream]) -> None:
+        for count, stream in enumerate(streams, 1):
+            stream.fresh = False
+            if not stream.behind:
+                stream.give(part)
+            if not count % WOKEN_AT_ONCE:
+                await asyncio.sleep(0)
 
 
 class WatchStreams:
@@ -29,43 +145,69 @@ class WatchStreams:
     def __init__(self, views: Views, limit: int) -> None:
         self._views = views
         self._limit = limit
-        self._open: set[asyncio.Event] = set()
+        self._open = 0
+        self._feeds: dict[str, _Feed] = {}
         self._stopping = False
 
     def stop(self) -> None:
         """End all streams at their next look; clients connect again to the next coordinator."""
         self._stopping = True
-        for woken in self._open:
-            woken.set()
+        for feed in self._feeds.values():
+            for stream in feed.streams:
+                stream.woken.set()
 
     async def serve(self, request: web.Request, submission: SubmissionRow) -> web.StreamResponse:
         """Stream until the submission has ended or the client is gone. Raises `UnavailableError`."""
-        if len(self._open) >= self._limit:
+        if self._open >= self._limit:
             raise UnavailableError("too many clients are watching; try again later.")
-        woken = asyncio.Event()
-        self._open.add(woken)
+        self._open += 1
+        stream, feed = _Stream(), self._feed(submission)
+        feed.want(stream)
         try:
-            with self._views.watch(submission, woken.set) as watcher:
-                response = web.StreamResponse(
-                    headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
-                )
-                await response.prepare(request)
-                while not self._stopping:
-                    woken.clear()
-                    await self._views.recipes.fetch(watcher.failed())
-                    frames = await rendered(watcher.events(), _frame)
-                    await response.write(b"".join(frames))
-                    if watcher.over:
-                        break
-                    await self._silence(response, woken)
-                    await asyncio.sleep(PAUSE_S)
-                await response.write_eof()
-                return response
+            response = web.StreamResponse(
+                headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
+            )
+            await response.prepare(request)
+            await self._send(response, stream, feed)
+            await response.write_eof()
         except ConnectionError:
             # The client went away: nothing is wrong, and there is no one to answer.
             return web.Response()
+        else:
+            return response
         finally:
-            self._open.discard(woken)
+            self._open -= 1
+            del feed.streams[stream]
+            if not feed.streams:
+                feed.task.cancel()
+                if self._feeds.get(submission.id) is feed:
+                    del self._feeds[submission.id]
+
+    async def _send(self, response: web.StreamResponse, stream: _Stream, feed: _Feed) -> None:
+        while not self._stopping:
+            over = feed.over
+            if data := stream.take():
+                await response.write(data)
+            if stream.behind and over:
+                # The feed has ended and renders nothing for it.
+                with self._views.watch(feed.submission, lambda: None) as watcher:
+                    await self._views.recipes.fetch(watcher.failed())
+                    await response.write(b"".join(await rendered(watcher.events(), _frame)))
+                return
+            if stream.behind:
+                feed.want(stream)
+            if over and not stream.parts:
+                if feed.task.done():
+                    # What stopped it, if it did not come to its end.
+                    feed.task.result()
+                return
+            await self._silence(response, stream.woken)
+
+    def _feed(self, submission: SubmissionRow) -> _Feed:
+        feed = self._feeds.get(submission.id)
+        if feed is None or feed.over or feed.submission is not submission:
+            feed = self._feeds[submission.id] = _Feed(self._views, submission)
+        return feed
 
     async def _silence(self, response: web.StreamResponse, woken: asyncio.Event) -> None:
         """Wait for a change, with a comment now and then."""

@@ -1,0 +1,57 @@
+"""Memory and processor time of other processes, as Linux accounts for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Self
+
+_TICKS_A_SECOND = 100
+
+
+def memory_mb(pid: int, name: str = "VmRSS") -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) / 1024
+    raise SystemExit(f"/proc/{pid}/status has no {name}")
+
+
+def processor_s(pid: int) -> float:
+    """Return the processor time of a process alone."""
+    return _account(pid, 2)
+
+
+def processor_of_all_s(pids: Iterable[int]) -> float:
+    """Return the processor time of processes and of the children that they have waited for."""
+    return sum(_account(pid, 4) for pid in pids)
+
+
+def _account(pid: int, fields: int) -> float:
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11 : 11 + fields]
+    except OSError:
+        return 0.0
+    return sum(map(int, ticks)) / _TICKS_A_SECOND
+
+
+class Repeated:
+    """Does something again and again in a thread of its own for as long as the block lasts."""
+
+    def __init__(self, pause_s: float, work: Callable[[], object]) -> None:
+        self._pause_s = pause_s
+        self._work = work
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._pause_s):
+            self._work()
