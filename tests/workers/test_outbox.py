@@ -98,7 +98,7 @@ async def test_a_large_log_lies_on_disk_and_comes_back_in_order(tmp_path: Path) 
     keys = [("a/step with any name", 1), ("b", 2)]
     rng = random.Random(7)
     sent: dict[tuple[str, int], bytes] = dict.fromkeys(keys, b"")
-    async with opened(tmp_path / "outbox") as outbox:
+    async with opened(tmp_path / "outbox", max_kept_bytes=0) as outbox:
         while outbox.log_bytes < 3 * MEMORY_LOG_BYTES:
             key = rng.choice(keys)
             data = rng.randbytes(rng.randrange(1, 3 * CHUNK_BYTES))
@@ -116,6 +116,54 @@ async def test_a_large_log_lies_on_disk_and_comes_back_in_order(tmp_path: Path) 
         drain(outbox)
         assert not list((tmp_path / "outbox").glob("*.log"))
         assert (outbox.log_bytes, outbox.memory_bytes, outbox.logs) == (0, 0, 0)
+
+
+async def test_what_was_acknowledged_is_sent_again_in_order_before_what_waits(tmp_path: Path) -> None:
+    """A coordinator that takes over gets each running log, and each that ended lately, from its beginning."""
+    ended, running = ("ended", 1), ("running", 1)
+    texts = {ended: b"", running: b""}
+    rng = random.Random(11)
+    async with opened(tmp_path / "outbox") as outbox:
+
+        def log(key: tuple[str, int], data: bytes) -> None:
+            texts[key] += data
+            outbox.log(key, data)
+
+        while len(texts[ended]) < 2 * MEMORY_LOG_BYTES:
+            log(ended, rng.randbytes(CHUNK_BYTES + 1))
+            log(running, rng.randbytes(1000))
+        outbox.report(report(ended), within_s=0.0)
+        assert kinds(drain(outbox))[-1] == "report"
+        log(running, b"not yet acknowledged")
+        outbox.report(report(running), within_s=0.0)
+        number = outbox.take(BULK)[0]
+        for _ in range(2):
+            outbox.send_again()
+            assert outbox.acknowledge(number) == [], "that was of the coordinator before"
+            events = drain(outbox)
+            for key, text in texts.items():
+                chunks = [event for event in events if event["kind"] == "log" and event["step"] == key[0]]
+                assert [chunk["offset"] for chunk in chunks] == sorted(chunk["offset"] for chunk in chunks)
+                assert b"".join(chunk["data"] for chunk in chunks) == text
+            assert outbox.log_bytes == 0
+        assert outbox.room.is_set()
+
+
+async def test_logs_of_reported_leases_are_kept_for_a_while_and_within_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path / "outbox", max_kept_bytes=2 * CHUNK_BYTES) as outbox:
+        for number in range(4):
+            key = (f"step{number}", 1)
+            outbox.log(key, b"x" * CHUNK_BYTES)
+            outbox.report(report(key), within_s=0.0)
+            drain(outbox)
+        outbox.send_again()
+        assert [event["step"] for event in drain(outbox)] == ["step2", "step3"]
+        monkeypatch.setattr(outbox_module, "KEEP_S", 0.0)
+        outbox.acknowledge(0)
+        outbox.send_again()
+        assert (drain(outbox), outbox.memory_bytes) == ([], 0)
 
 
 def drain_copy(outbox: Outbox) -> list[dict[str, Any]]:

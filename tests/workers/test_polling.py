@@ -30,6 +30,7 @@ from workers.wire.messages import (
     CallName,
     FarmInfo,
     Lease,
+    LogChunk,
     Report,
     Stage,
     StageChange,
@@ -288,6 +289,30 @@ async def test_a_coordinator_that_was_replaced_moves_nothing_any_more(bench: Age
     assert [lease.step for lease in batch.leases] == [running.step]
     assert not batch.draining
     assert batch.events
+    await new.call("cancel", [{"step": running.step, "attempt": 1}])
+
+
+async def test_a_coordinator_that_takes_over_gets_running_logs_from_their_beginning(bench: AgentHarness) -> None:
+    told = await bench.agent(slots=1)
+    running = order(drv("running", FOREVER))
+    old, new = LocalCalls(told.agent, 0), LocalCalls(told.agent, 2)
+    await old.call("start_many", [running.dump()])
+
+    async def first_chunk(calls: LocalCalls) -> tuple[int, LogChunk]:
+        ack = 0
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                batch = Batch.model_validate(await calls.call("events", ack, 1 << 20, 5.0))
+                ack = batch.last
+                for event in batch.events:
+                    if isinstance(event, LogChunk):
+                        return ack, event
+
+    ack, chunk = await first_chunk(old)
+    assert (chunk.offset, chunk.data) == (0, b"started\n")
+    await old.call("events", ack, 1 << 20, 0.0)
+    await new.call("hello", bench.farm.model_copy(update={"epoch": 2}).dump())
+    assert (await first_chunk(new))[1] == chunk
     await new.call("cancel", [{"step": running.step, "attempt": 1}])
 
 

@@ -174,8 +174,12 @@ class Agent:
         async with self._greeting:
             # Again: a later coordinator may have been greeted while this one waited.
             self._check_epoch(info.epoch)
-            if self._sources is None or self._sources.farm != info:
+            before = None if self._sources is None else self._sources.farm
+            if before != info:
                 await self._meet(info)
+            if before is not None and info.epoch > before.epoch:
+                # Logs that the one before had not yet moved to the object store are on its disk alone.
+                self._outbox.send_again()
         self._isolation_sent = self._health.isolation
         return Hello(
             protocol=PROTOCOL_VERSION,

@@ -5,6 +5,10 @@ lost answer loses nothing. Log lines are put together in chunks of at most `CHUN
 `FLUSH_S`, and always before a stage change or the report of their lease. A stage change that is out of date before it
 was ever sent is not sent.
 
+Log that is acknowledged is kept, because a coordinator that takes over has only what the one before had moved to the
+object store: all of each lease until it is reported (the limit of its log bounds that), and of reported ones for
+`KEEP_S`, at most `MAX_KEPT_BYTES`, those reported first leaving first. `send_again` queues it anew.
+
 In memory lies at most `MEMORY_LOG_BYTES` of log; more is written to a file per lease. When `MAX_LOG_BYTES` wait in all,
 `room` is cleared until half of them are gone: readers of logs wait for it. Reports are also appended to
 `reports.jsonl` for a later process to find, and synced when a coordinator does not acknowledge them soon: while it
@@ -20,7 +24,7 @@ import os
 import shutil
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,11 @@ FLUSH_S = 0.1
 MEMORY_LOG_BYTES = 4 * 1024 * 1024
 #: Log in memory and files, all leases together, beyond which builders are slowed down.
 MAX_LOG_BYTES = 256 * 1024 * 1024
+#: Seconds for which the log of a reported lease is kept: by then a coordinator has moved it to the object store
+#: (`coordinator.engine.log_archiver`, 60 s after the end and a sweep).
+KEEP_S = 180.0
+#: Log of reported leases that is kept.
+MAX_KEPT_BYTES = 128 * 1024 * 1024
 #: Size of the file of reports beyond which it is written anew without the acknowledged ones.
 MAX_REPORTS_BYTES = 4 * 1024 * 1024
 #: Seconds after which a report that is not acknowledged is synced to disk.
@@ -77,19 +86,25 @@ class _Log:
     #: Open file of spilled chunks, and its size.
     descriptor: int = -1
     spilled: int = 0
-    #: Chunks in the queue.
+    #: Chunks in the queue, and those that were acknowledged.
     entries: int = 0
+    kept: list[_Entry] = field(default_factory=list)
     #: The report is queued: nothing comes any more.
     ended: bool = False
+    #: When all of it was acknowledged, after the report (loop time).
+    settled_at: float = 0.0
 
 
 class Outbox:
     """See the module's text. Belongs to one event loop; must be closed."""
 
-    def __init__(self, directory: Path, *, max_log_bytes: int = MAX_LOG_BYTES) -> None:
+    def __init__(
+        self, directory: Path, *, max_log_bytes: int = MAX_LOG_BYTES, max_kept_bytes: int = MAX_KEPT_BYTES
+    ) -> None:
         """Make the directory, swept. Raises `OutboxError`."""
         self._directory = directory
         self._max_log_bytes = max_log_bytes
+        self._max_kept_bytes = max_kept_bytes
         try:
             if directory.exists():
                 left = sum(1 for _ in directory.iterdir())
@@ -103,6 +118,9 @@ class Outbox:
         self._reports_bytes = 0
         self._entries: deque[_Entry] = deque()
         self._logs: dict[LeaseKey, _Log] = {}
+        #: Logs of reported leases of which nothing is queued, the longest settled first, and their size.
+        self._settled: dict[LeaseKey, _Log] = {}
+        self._settled_bytes = 0
         #: Queued stage changes that were never in an answer.
         self._stages: dict[LeaseKey, _Entry] = {}
         #: Last number given, last number in an answer, last number acknowledged.
@@ -129,7 +147,27 @@ class Outbox:
     @property
     def logs(self) -> int:
         """Number of leases with log text that is not acknowledged."""
-        return len(self._logs)
+        return sum(bool(mine.entries or mine.pending) for mine in self._logs.values())
+
+    def send_again(self) -> None:
+        """Queue all log that is kept, before all that waits, for a coordinator that may not have it."""
+        again: list[_Entry] = []
+        self._acked = self._sent = self._last
+        for key, mine in self._logs.items():
+            if mine.kept and mine.descriptor < 0 and self._file(key).exists():
+                mine.descriptor = os.open(self._file(key), os.O_RDWR | os.O_CLOEXEC)
+            kept, mine.kept = mine.kept, []
+            mine.entries += len(kept)
+            again += kept
+            self._count_log(sum(entry.size for entry in kept))
+        self._settled.clear()
+        self._settled_bytes = 0
+        self._entries.extendleft(reversed(again))
+        for entry in self._entries:
+            self._last += 1
+            entry.seq = self._last
+        if again:
+            self._due_within(0.0)
 
     def log(self, key: LeaseKey, data: bytes) -> None:
         """Queue log bytes of a lease."""
@@ -162,7 +200,7 @@ class Outbox:
         mine = self._logs.get(key)
         if mine is not None:
             mine.ended = True
-            self._let_go(key, mine)
+            self._settle(key, mine)
         event = report.dump()
         self._append(key, event, "report")
         self._reports_bytes += self._write_reports(orjson.dumps(event) + b"\n")
@@ -181,7 +219,8 @@ class Outbox:
             if entry.kind == "report":
                 reported.append(entry.key)
             elif entry.kind == "log":
-                self._forget_chunk(entry)
+                self._keep_chunk(entry)
+        self._forget_settled()
         self._acked = max(self._acked, ack)
         if self._reports_bytes > MAX_REPORTS_BYTES or (reported and not self._entries):
             self._rewrite_reports()
@@ -339,21 +378,35 @@ class Outbox:
         step, attempt = entry.key
         return LogChunk(step=step, attempt=attempt, offset=entry.event["offset"], data=data).dump()
 
-    def _forget_chunk(self, entry: _Entry) -> None:
+    def _keep_chunk(self, entry: _Entry) -> None:
         mine = self._logs[entry.key]
         mine.entries -= 1
-        if entry.at < 0:
-            self.memory_bytes -= entry.size
+        mine.kept.append(entry)
         self._count_log(-entry.size)
-        if not mine.entries and mine.descriptor >= 0:
+        self._settle(entry.key, mine)
+
+    def _settle(self, key: LeaseKey, mine: _Log) -> None:
+        """Count a log among those that may be forgotten, once its lease is reported and nothing of it is queued."""
+        if not mine.ended or mine.entries or key in self._settled:
+            return
+        mine.settled_at = asyncio.get_running_loop().time()
+        self._settled[key] = mine
+        self._settled_bytes += mine.offset
+        if mine.descriptor >= 0:
             os.close(mine.descriptor)
             mine.descriptor = -1
-            self._file(entry.key).unlink(missing_ok=True)
-        self._let_go(entry.key, mine)
 
-    def _let_go(self, key: LeaseKey, mine: _Log) -> None:
-        if mine.ended and not mine.entries:
-            del self._logs[key]
+    def _forget_settled(self) -> None:
+        """Forget the logs that were kept for long enough, and the oldest beyond the bound."""
+        now = asyncio.get_running_loop().time()
+        while self._settled:
+            key, mine = next(iter(self._settled.items()))
+            if now - mine.settled_at < KEEP_S and self._settled_bytes <= self._max_kept_bytes:
+                return
+            del self._settled[key], self._logs[key]
+            self._settled_bytes -= mine.offset
+            self.memory_bytes -= sum(entry.size for entry in mine.kept if entry.at < 0)
+            self._file(key).unlink(missing_ok=True)
 
     def _write_reports(self, data: bytes) -> int:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,9 @@ from tests.support.servers import PostgresServer, S3Server
 pytestmark = pytest.mark.e2e
 
 SHORT_BUILDS = 60
-WAIT_FOR = "while [ ! -e /tally/{go} ]; do /bin/busybox sleep 0.1; done"
+#: Lines that a build prints before it waits.
+PRINTED = 2_000
+WAIT_FOR = f"/bin/busybox seq {PRINTED}; while [ ! -e /tally/{{go}} ]; do /bin/busybox sleep 0.1; done; echo last words"
 
 
 class Pair(FarmUnderFault):
@@ -66,6 +69,11 @@ class Pair(FarmUnderFault):
         self.until(lambda: self.farm.health() == "ok")
         self.farm.wait_for_workers(2)
 
+    def steps(self, submission: str, state: str) -> list[dict[str, Any]]:
+        """Return the steps of a submission in a state."""
+        found: list[dict[str, Any]] = self.farm.api(f"submissions/{submission}/steps?state={state}&limit=100")
+        return found
+
     def processes_left(self) -> dict[int, str]:
         return processes_naming(str(self.root))
 
@@ -101,7 +109,7 @@ def graph(pair: Pair, name: str) -> Path:
     """Many short builds and two that wait for a sign; another one behind each."""
     return pair.graph(
         f"""
-        short = map (n: step "{name}-${{toString n}}" [ ] ":") (range 1 {SHORT_BUILDS});
+        short = map (n: step "{name}-${{toString n}}" [ ] "echo short words") (range 1 {SHORT_BUILDS});
         long = map (n: step "{name}-long-${{toString n}}" [ ] "{WAIT_FOR.format(go=name)}") (range 1 2);
         top = step "{name}-top" (short ++ map (n: step "behind-${{n.name}}" [ n ] ":") long) ":";
         """
@@ -111,11 +119,20 @@ def graph(pair: Pair, name: str) -> Path:
 def test_the_leader_is_killed_while_builds_run(pair: Pair) -> None:
     submission = pair.submit(graph(pair, "killed"), "top")
     pair.until(lambda: sum(pair.runs().values()) >= SHORT_BUILDS // 3)
+    running = [step["key"] for step in pair.steps(submission, "running") if "-long-" in step["name"]]
+    pair.until(lambda: all(f"{PRINTED}\n" in pair.farm.drover("log", key).stdout for key in running))
+    ended = [step["key"] for step in pair.steps(submission, "done")]
+    assert running
+    assert ended
     pair.farm.kill()
     pair.change_places()
     (pair.tally / "killed").touch()
     view = pair.ended(submission)
     assert view["state"] == "succeeded"
+    # What the first one had on its disk alone, of a build that ran and of those that had just ended, is not lost.
+    said = "".join(f"{number}\n" for number in range(1, PRINTED + 1)) + "last words\n"
+    assert [pair.farm.drover("log", key).stdout for key in running] == [said] * len(running)
+    assert {pair.farm.drover("log", key).stdout for key in ended} == {"short words\n"}
     pair.can_be_fetched(view)
     runs = pair.runs("killed-") + pair.runs("behind-killed-")
     assert len(runs) == SHORT_BUILDS + 5
