@@ -225,11 +225,13 @@ def _noisy(farm: Farm, root: Path, lines: int, size: int) -> dict[str, object]:
     def build() -> None:
         trivials.append(_built(farm, root / "small.nix", f"small-{len(trivials)}", 1, seen=False)[2])
 
+    build()
+    alone_s = trivials.pop()
     look()
     before = dict(peaks)
     file = root / "noisy.nix"
     file.write_text(f"{{ all = {NOISY.format(line=LINE, lines=lines, salt=os.getpid())}; }}")
-    own_s = processor_s(farm.pid)
+    own_s, agents_s = processor_s(farm.pid), sum(map(processor_s, agents))
     with LoopStalls(farm.url) as stalls:
         submission = _submitted(farm, file)
         _wait(lambda: bool(farm.api(f"submissions/{submission}/steps?state=running")))
@@ -238,13 +240,18 @@ def _noisy(farm: Farm, root: Path, lines: int, size: int) -> dict[str, object]:
             began = time.monotonic()
             got = _follow(farm.url, token, key)
             took_s = time.monotonic() - began
+    own_s, agents_s = processor_s(farm.pid) - own_s, sum(map(processor_s, agents)) - agents_s
     progress(f"{got} of {size} bytes in {took_s:.1f} s")
     return {
         "lines_a_second": round(lines / took_s),
         "mb_a_second": round(size / took_s / 1e6, 1),
         "bytes_lost": size - got,
-        "coordinator_processor_share": round((processor_s(farm.pid) - own_s) / took_s, 2),
+        "processor_us_a_line": {
+            "coordinator": round(own_s / lines * 1e6, 2),
+            "agent": round(agents_s / lines * 1e6, 2),
+        },
         "status_s": [round(statistics.median(status), 3), round(max(status), 3)],
+        "trivial_build_alone_s": round(alone_s, 2),
         "trivial_build_s": [round(statistics.median(trivials), 2), round(max(trivials), 2)] if trivials else [],
         "slices_over_50_ms": stalls.over(SLICE_S),
         "memory_mb_before_and_peak": {name: [round(before[name]), round(peaks[name])] for name in peaks},
