@@ -119,6 +119,20 @@ class WaitingView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TransferView:
+    """Inputs that a running step waits for, or outputs that it sends, on their way: NAR bytes, all paths together."""
+
+    direction: Literal["fetch", "upload"]
+    #: Store path whose bytes moved last.
+    path: str
+    #: Where they come from, or go to: `objects` (the object store) or `cache` (over HTTP).
+    source: str
+    done_bytes: int
+    #: None where it is not known.
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepView:
     """One step as people see it."""
 
@@ -138,6 +152,8 @@ class StepView:
     isolation: str = ""
     stage: str = ""
     phase: str = ""
+    #: While its worker fetches or uploads; about once a second.
+    transfer: TransferView | None = None
     started_at: float = 0.0
     ended_at: float = 0.0
     uploaded_bytes: int = 0
@@ -314,6 +330,22 @@ class StepChanged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepTransfer:
+    """A step, and how far its transfer is."""
+
+    key: str
+    transfer: TransferView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransfersChanged:
+    """Bytes moved of steps that fetch or upload; about once a second, and at most some dozens of steps."""
+
+    type: Literal["transfers"] = "transfers"
+    transfers: tuple[StepTransfer, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CountsChanged:
     """Counts moved; at most a few a second."""
 
@@ -337,7 +369,7 @@ class Ended:
     submission: SubmissionView
 
 
-WatchEvent = Snapshot | StepChanged | CountsChanged | Ended
+WatchEvent = Snapshot | StepChanged | TransfersChanged | CountsChanged | Ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

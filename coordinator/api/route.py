@@ -48,7 +48,7 @@ class Content(StrEnum):
     #: Framing: `coordinator.api.streams`.
     DERIVATIONS = "application/x-drover-derivations"
     SOURCES = "application/x-drover-sources"
-    #: Server-sent `WatchEvent`s: `snapshot`, then `step` and `counts`, at last `end`.
+    #: Server-sent `WatchEvent`s: `snapshot`, then `step`, `transfers` and `counts`, at last `end`.
     EVENTS = "text/event-stream"
     #: Raw bytes of a build log, chunked while it is followed.
     LOG = "text/plain"

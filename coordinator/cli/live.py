@@ -19,7 +19,7 @@ from coordinator.api.models import StepStatus, StepView
 from coordinator.cli import forest
 from coordinator.cli.lines import Line, Piece, cell, cut, joined, plain, width_of
 from coordinator.cli.progress import Progress, Tally
-from coordinator.cli.rendering import doing, duration, eta_sentence, one_line, size, tally, who
+from coordinator.cli.rendering import doing, duration, eta_sentence, of_size, one_line, size, tally, who
 
 #: Rows of the forest and of workers, as parts of the window's height, and at most.
 FOREST_PART: Final = (2, 5)
@@ -222,15 +222,27 @@ def _totals(progress: Progress, now: float, width: int) -> Line:
     parts: dict[str, Line] = {word: [(f"{number} {word}", style)] for word, number, style in tally(counts)}
     if progress.uploaded_bytes:
         parts["uploaded"] = [(f"\u2191 {size(progress.uploaded_bytes)}", "")]
+    fetched = _fetched(progress)
+    if fetched:
+        parts["fetched"] = [(f"\u2193 {fetched}", "")]
     if progress.submission is not None:
         parts["age"] = [(duration(now - progress.submission.created_at), "")]
     if last:
         parts["last"] = [(last, "")]
-    for word in ("uploaded", "cached", "abandoned", "waiting", "ready", "done", "last", "doomed", "age"):
+    for word in ("fetched", "uploaded", "cached", "abandoned", "waiting", "ready", "done", "last", "doomed", "age"):
         if width_of(_total(bar, parts)) <= width:
             break
         parts.pop(word, None)
     return _total(bar, parts)
+
+
+def _fetched(progress: Progress) -> str:
+    """Return how far the inputs are that workers fetch now, "" where none do."""
+    now = [step.transfer for step in progress.running.values() if step.transfer and step.transfer.direction == "fetch"]
+    known = [each for each in now if each.size_bytes is not None]
+    if not known:
+        return ""
+    return of_size(sum(each.done_bytes for each in known), sum(each.size_bytes or 0 for each in known))
 
 
 def _last_one(progress: Progress, now: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from coordinator.api.models import (
@@ -17,6 +17,7 @@ from coordinator.api.models import (
     StepView,
     SubmissionState,
     SubmissionView,
+    TransfersChanged,
     TreeNode,
     WatchEvent,
 )
@@ -78,6 +79,12 @@ class Progress:
                 return [news for step in event.steps for news in self._step(step)]
             case StepChanged():
                 return self._step(event.step)
+            case TransfersChanged():
+                for each in event.transfers:
+                    step = self.running.get(each.key)
+                    if step is not None:
+                        self.running[each.key] = replace(step, transfer=each.transfer)
+                return []
             case CountsChanged():
                 self.counts = event.counts
                 self.uploaded_bytes = event.uploaded_bytes

@@ -22,6 +22,7 @@ from coordinator.api.models import (
     StepView,
     SubmissionState,
     SubmissionView,
+    TransferView,
     WorkerView,
 )
 from coordinator.cli.progress import News, Progress
@@ -222,10 +223,29 @@ def doing(step: StepView) -> str:
     """Return where a step is: its stage, or the phase that its builder announced."""
     stage = "publishing" if step.state is StepStatus.PUBLISHING else step.stage
     stage = one_line(stage)
+    if step.transfer is not None and stage in {"fetching", "uploading"}:
+        waits = f", {one_line(step.phase)}" if step.phase else ""
+        return f"{stage} {moved(step.transfer)}{waits}"
     if not step.phase:
         return stage
     # What a builder calls its phase, or what an upload waits for.
     return one_line(step.phase) if stage in {"", "building"} else f"{stage}: {one_line(step.phase)}"
+
+
+def moved(transfer: TransferView) -> str:
+    """Return how far a transfer is, and the name of what moves."""
+    return f"{of_size(transfer.done_bytes, transfer.size_bytes)}, {_name_of(transfer.path)}"
+
+
+def of_size(done_bytes: int, size_bytes: int | None) -> str:
+    """Return bytes that moved, of how many where that is known."""
+    return size(done_bytes) if size_bytes is None else f"{size(done_bytes)} of {size(size_bytes)}"
+
+
+def _name_of(path: str) -> str:
+    """Return the name in a store path, without the hash before it."""
+    base = path.rpartition("/")[2]
+    return one_line(base[33:] if base[32:33] == "-" else base)
 
 
 def summary_lines(submission: SubmissionView, failed: Sequence[StepView], now: float) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 import orjson
 
-from coordinator.api.models import CountsChanged, Ended, Snapshot, StepChanged, WatchEvent
+from coordinator.api.models import CountsChanged, Ended, Snapshot, StepChanged, TransfersChanged, WatchEvent
 from coordinator.api.route import Content, Route
 from coordinator.client.errors import ClientError
 
@@ -29,6 +29,7 @@ _Decoder = Callable[[Any], Any]
 _EVENTS: Final[Mapping[str, type]] = {
     "snapshot": Snapshot,
     "step": StepChanged,
+    "transfers": TransfersChanged,
     "counts": CountsChanged,
     "end": Ended,
 }

@@ -31,7 +31,7 @@ from scheduler.farm import Farm
 from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, Instant, LeaseId, StepKey
 from workers.wire.fleet import FleetEvent, NotKnownError, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.wire.grades import UNMEASURED, IsolationGrade
-from workers.wire.messages import HeldLease, LogChunk, Report, StageChange, Succeeded
+from workers.wire.messages import HeldLease, LogChunk, Report, StageChange, Succeeded, Transfer
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 MESSAGE_CHARACTERS = 4096
 
 #: What names the lease that it is of.
-_OfLease = Report | StageChange | LogChunk | HeldLease
+_OfLease = Report | StageChange | LogChunk | HeldLease | Transfer
 _Of = TypeVar("_Of", Report | StageChange | LogChunk, HeldLease)
 
 
@@ -133,6 +133,7 @@ class FleetSink:
             _log.warning("%s", error)
         own = self._own(worker, batch.incarnation, batch.leases, now)
         self._views.workforce.reported(worker, batch.model_copy(update={"leases": own}), now)
+        self._views.transfers(worker, [each for each in batch.transfers if self._holds(worker, each)], now)
         if reports:
             await self._dispatch.room()
         heartbeat = BuilderReported(

@@ -14,9 +14,9 @@ The rows hold no edges: the core derives which steps are ready, and who stands o
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import cast
+from typing import Final, cast
 
-from coordinator.api.models import StepStatus
+from coordinator.api.models import StepStatus, TransferView
 from coordinator.journal.codec import Record, SubmissionNote, evidence_shown
 from coordinator.readmodel.rows import (
     ACTIVE,
@@ -24,6 +24,7 @@ from coordinator.readmodel.rows import (
     StepRow,
     SubmissionRow,
     move_member,
+    notify_bytes_moved,
     notify_step_changed,
     notify_submission_changed,
 )
@@ -37,7 +38,10 @@ from scheduler.facts import Fact
 from scheduler.failures import is_fault
 from scheduler.model import FailureKind, Requirements, StepKey, SubmissionId
 from scheduler.pauses import FACTS_PIECE, PAUSE, PIECE, Pause, whole
-from workers.wire.messages import Stage, StageChange
+from workers.wire.messages import Stage, StageChange, Transfer
+
+#: Stage of a lease in which bytes go in a direction.
+_STAGE_OF: Final[Mapping[str, str]] = {"fetch": Stage.FETCHING.value, "upload": Stage.UPLOADING.value}
 
 #: Details learnt between two pauses, some 20 µs each.
 DETAILS_PIECE = 128
@@ -191,8 +195,30 @@ class FoldedRows:
             return
         life = row.mutable_life()
         if (life.stage, life.phase) != (change.stage.value, change.phase):
+            if life.stage != change.stage.value:
+                life.transfer = None
             life.stage, life.phase = change.stage.value, change.phase
             notify_step_changed(row)
+
+    def transfers(self, worker: str, moving: Iterable[Transfer], now: float) -> None:
+        """Take in how far a worker's transfers are; those of leases that it does not hold are ignored."""
+        for each in moving:
+            row = self._steps.get(StepKey(each.step))
+            if row is None or row.state is not StepStatus.RUNNING:
+                continue
+            life = row.life
+            if (life.attempt, life.builder, life.stage) != (each.attempt, worker, _STAGE_OF[each.direction]):
+                continue
+            view = TransferView(
+                direction=each.direction,
+                path=each.path,
+                source=each.source,
+                done_bytes=each.done_bytes,
+                size_bytes=each.size_bytes,
+            )
+            if view != life.transfer:
+                row.mutable_life().transfer = view
+                notify_bytes_moved(row, now)
 
     # One method for each fact.
 
@@ -291,6 +317,7 @@ class FoldedRows:
         life = row.mutable_life()
         life.attempt, life.builder = fact.lease.attempt, fact.builder
         life.started_at, life.ended_at, life.stage, life.phase = fact.at, 0.0, "queued", ""
+        life.transfer = None
         submitted_at = min((sub.created_at for sub in row.submissions), default=0.0)
         self.timelines.leased(
             row.key, fact.lease.attempt, fact.recipe, fact.builder, fact.at, submitted_at, row.ready_at
@@ -314,7 +341,7 @@ class FoldedRows:
         life = row.mutable_life()
         life.uploaded_bytes, life.isolation = evidence_shown(fact.evidence)
         self.timelines.built(row.key, fact.lease.attempt, fact.at, life.isolation)
-        life.stage, life.phase = "", ""
+        life.stage, life.phase, life.transfer = "", "", None
         self.workforce.has_built(fact.builder)
         self._move(row, StepStatus.PUBLISHING)
 

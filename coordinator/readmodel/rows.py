@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from coordinator.api.models import StepStatus, SubmissionState
+from coordinator.api.models import StepStatus, SubmissionState, TransferView
 from scheduler.model import Failure, Requirements, StepKey, SubmissionId
 
 OPEN = frozenset({StepStatus.WAITING, StepStatus.READY, StepStatus.RUNNING, StepStatus.PUBLISHING})
@@ -24,6 +24,9 @@ class Listener(Protocol):
 
     def submission_changed(self) -> None:
         """Something about the submission as a whole changed."""
+
+    def bytes_moved(self, row: StepRow, now: float) -> None:
+        """The transfer of a step of the submission came on; nothing else changed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,10 +50,13 @@ class Life:
     isolation: str = ""
     #: The phase that the builder had announced last when it failed; not known after a restart.
     failed_in: str = ""
+    #: As its worker sent it last; of the moment, so it is in no fact and no snapshot.
+    transfer: TransferView | None = None
 
     def clear_builder(self) -> None:
         """Record that no builder has the step any more."""
         self.builder = self.stage = self.phase = ""
+        self.transfer = None
 
 
 #: Of every step to which nothing has happened; never written.
@@ -199,6 +205,13 @@ def notify_step_changed(row: StepRow) -> None:
     for sub in row.submissions:
         for watcher in sub.watchers:
             watcher.step_changed(row)
+
+
+def notify_bytes_moved(row: StepRow, now: float) -> None:
+    """Notify the watchers of the step's submissions that its transfer came on."""
+    for sub in row.submissions:
+        for watcher in sub.watchers:
+            watcher.bytes_moved(row, now)
 
 
 def notify_submission_changed(sub: SubmissionRow) -> None:

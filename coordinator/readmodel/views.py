@@ -285,6 +285,7 @@ class Views(FoldedRows):
             isolation=self.workforce.isolation(life.builder).level if running else life.isolation,
             stage=life.stage,
             phase=life.phase,
+            transfer=life.transfer,
             started_at=life.started_at,
             ended_at=life.ended_at,
             uploaded_bytes=life.uploaded_bytes,

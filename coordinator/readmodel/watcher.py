@@ -12,8 +12,10 @@ from coordinator.api.models import (
     Snapshot,
     StepChanged,
     StepStatus,
+    StepTransfer,
     StepView,
     SubmissionView,
+    TransfersChanged,
     WatchEvent,
 )
 from coordinator.readmodel.forest import ForestDiff, Ways
@@ -24,6 +26,10 @@ from scheduler.model import StepKey
 WATCH_PENDING = 1024
 #: Failed steps in one snapshot; the rest is behind `submissions/ID/steps?state=failed`.
 SNAPSHOT_FAILED = 100
+#: Steps whose transfers one event names, those that moved last; and seconds until bytes that move, and nothing else,
+#: wake a reader: of thousands of readers each costs some 20 us then.
+TRANSFERS_SHOWN = 32
+MOVES_EVERY_S = 1.0
 
 
 class Renderer(Ways, Protocol):
@@ -52,11 +58,29 @@ class Watcher:
         self._forest = ForestDiff(submission, views)
         #: Steps that changed since the last `take`, oldest change first.
         self._changed: dict[StepKey, StepRow] = {}
+        #: Steps whose transfers came on since the last `take`, the latest last; and when that last woke the reader.
+        self._moved: dict[StepKey, StepRow] = {}
+        self._moves_woke_at = 0.0
+        #: More changed since the last `take` than bytes moved.
+        self._stirred = False
         self._behind = True
         self._over = False
 
+    def bytes_moved(self, row: StepRow, now: float) -> None:
+        """The transfer of a step of the submission came on; nothing else changed."""
+        if self._behind:
+            return
+        self._moved.pop(row.key, None)
+        self._moved[row.key] = row
+        if len(self._moved) > TRANSFERS_SHOWN:
+            del self._moved[next(iter(self._moved))]
+        if abs(now - self._moves_woke_at) >= MOVES_EVERY_S:
+            self._moves_woke_at = now
+            self._wake()
+
     def step_changed(self, row: StepRow) -> None:
         """A step of the submission changed."""
+        self._stirred = True
         if not self._behind:
             self._changed.pop(row.key, None)
             self._changed[row.key] = row
@@ -67,6 +91,7 @@ class Watcher:
 
     def submission_changed(self) -> None:
         """Something about the submission as a whole changed."""
+        self._stirred = True
         self._wake()
 
     @property
@@ -104,13 +129,23 @@ class Watcher:
         if self._over:
             return
         changed, self._changed = self._changed, {}
+        moved, self._moved = self._moved, {}
+        stirred, self._stirred = self._stirred, False
         if self._behind:
             self._behind = False
             yield replace(views.snapshot(submission), tree=self._forest.anew())
         else:
             for row in changed.values():
                 yield StepChanged(step=views.step_view(row))
-            yield replace(views.counts_changed(submission), tree=self._forest.changes())
+            transfers = [
+                StepTransfer(key=row.key, transfer=row.life.transfer)
+                for row in moved.values()
+                if row.life.transfer is not None and row.key not in changed
+            ]
+            if transfers:
+                yield TransfersChanged(transfers=tuple(transfers))
+            if stirred or not transfers:
+                yield replace(views.counts_changed(submission), tree=self._forest.changes())
         if (submission.ended or submission.withdrawn) and not self._changed and not self._behind:
             self._over = True
             yield Ended(submission=views.submission_view(submission))

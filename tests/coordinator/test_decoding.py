@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.api.models import CountsChanged, Ended, Snapshot, StepChanged
+from coordinator.api.models import CountsChanged, Ended, Snapshot, StepChanged, TransfersChanged
 from coordinator.api.route import Route
 from coordinator.api.routes import FARM, ROUTES
 from coordinator.client.decoding import decode, decode_event, decode_list
@@ -65,7 +65,7 @@ def test_what_the_coordinator_writes_is_what_the_client_reads(route: Route[Any],
 
 
 @settings(max_examples=40, deadline=None)
-@given(event=st.one_of([values(kind) for kind in (Snapshot, StepChanged, CountsChanged, Ended)]))
+@given(event=st.one_of([values(kind) for kind in (Snapshot, StepChanged, TransfersChanged, CountsChanged, Ended)]))
 def test_each_event_of_a_stream_is_read_as_what_it_is(event: Any) -> None:
     assert decode_event(orjson.dumps(event), URL) == event
 

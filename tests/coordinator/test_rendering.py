@@ -27,6 +27,7 @@ from coordinator.api.models import (
 )
 from coordinator.cli.progress import News, Progress
 from coordinator.cli.rendering import (
+    doing,
     duration,
     failure_lines,
     heartbeat_line,
@@ -39,7 +40,7 @@ from coordinator.cli.rendering import (
     table_lines,
     worker_lines,
 )
-from tests.support.screens import NOW, step
+from tests.support.screens import NOW, moving, step
 
 
 def submission(state: SubmissionState = SubmissionState.RUNNING, **more: Any) -> SubmissionView:
@@ -125,6 +126,20 @@ def test_the_heartbeat_names_what_runs_longest() -> None:
         "12 done, 3 cached, 3 running, 4 ready, 19 waiting, 1 failed, 1 doomed of 40; running: s6 (6s, checkPhase), "
         "s5 (5s, building), s4 (4s, building), s3 (3s, building), s2 (2s, building) and 2 more"
     )
+
+
+def test_what_is_fetched_or_uploaded_is_said_with_its_bytes_and_injects_nothing() -> None:
+    progress = Progress()
+    progress.apply(Snapshot(submission=submission(), steps=(step("a", stage="fetching"), step("b", stage="uploading"))))
+    progress.apply(moving("a", "fetch", "gcc-14\x1b]0;title\x07\n::error::", 3 << 20, 12 << 20))
+    progress.apply(moving("b", "upload", "b", 1536, None))
+    progress.apply(moving("gone", "fetch", "gcc", 1, 2))
+    assert [doing(each) for each in progress.running.values()] == [
+        "fetching 3.0 MiB of 12.0 MiB, gcc-14 ::error::",
+        "uploading 1.5 KiB, b",
+    ]
+    progress.apply(StepChanged(step=step("a", phase="buildPhase")))
+    assert doing(progress.running[f"{'0' * 32}-a"]) == "buildPhase", "what has arrived moves no more"
 
 
 def test_the_heartbeat_says_each_time_what_waits_and_why() -> None:

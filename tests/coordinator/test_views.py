@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,8 @@ from coordinator.api.models import (
     StepChanged,
     StepStatus,
     SubmissionState,
+    TransfersChanged,
+    TransferView,
     WaitingView,
     WatchEvent,
 )
@@ -32,7 +35,7 @@ from coordinator.journal.codec import (
 )
 from coordinator.readmodel.forest import ForestDiff
 from coordinator.readmodel.views import Views
-from coordinator.readmodel.watcher import WATCH_PENDING
+from coordinator.readmodel.watcher import TRANSFERS_SHOWN, WATCH_PENDING
 from coordinator.stores.derivations import StepInfo
 from scheduler.events import (
     BuilderJoined,
@@ -64,7 +67,7 @@ from scheduler.model import (
 )
 from scheduler.pauses import whole
 from scheduler.policy import Limits
-from workers.wire.messages import Output
+from workers.wire.messages import Output, Stage, StageChange, Transfer
 
 _CORE_STATE = {"leased": "running"}
 
@@ -274,6 +277,50 @@ def test_a_watcher_sees_a_snapshot_then_each_changed_step_then_the_end() -> None
         assert isinstance(events[-1], Ended)
         assert watcher.over
         assert watcher.take() == []
+
+
+def test_bytes_that_move_wake_a_watcher_once_a_second_and_are_one_event_however_many_steps_move() -> None:
+    driven = DrivenViews()
+    names = [f"k{number}" for number in range(TRANSFERS_SHOWN + 10)]
+    driven.tell(submission("s", " ".join(names), *map(spec, names)))
+    driven.join("one", slots=len(names))
+    for name in names:
+        driven.views.stage(StageChange(step=name, attempt=1, stage=Stage.FETCHING, at=0.0))
+    woken: list[int] = []
+    with driven.views.watch(driven.views.submission("s"), lambda: woken.append(1)) as watcher:
+        watcher.take()
+        woken.clear()
+        for tenth in range(25):
+            moving = [transfer(name, done_bytes=tenth + 1) for name in names]
+            driven.views.transfers("one", moving, 5000.0 + tenth / 10)
+        assert len(woken) == 3
+        [event] = watcher.take()
+        assert isinstance(event, TransfersChanged)
+        assert [each.key for each in event.transfers] == names[10:], "the last that moved"
+        assert {each.transfer.done_bytes for each in event.transfers} == {25}
+        journaled = len(driven.frames)
+        # Of another attempt, another worker, another stage, or a step that is not known: nothing.
+        strange = (
+            ("one", transfer("k0", attempt=2)),
+            ("two", transfer("k0")),
+            ("one", transfer("k0", direction="upload")),
+            ("one", transfer("nowhere")),
+        )
+        for worker, each in strange:
+            driven.views.transfers(worker, [each], 6000.0)
+        assert driven.views.step_view(driven.views.step("k0")).transfer == transfer_view(done_bytes=25)
+        driven.views.stage(StageChange(step="k0", attempt=1, stage=Stage.BUILDING, at=0.0))
+        assert driven.views.step_view(driven.views.step("k0")).transfer is None
+        assert len(driven.frames) == journaled, "nothing of it is a fact"
+
+
+def transfer(step: str, **more: Any) -> Transfer:
+    given = {"attempt": 1, "direction": "fetch", "path": "/nix/store/x", "source": "cache", "done_bytes": 7}
+    return Transfer.model_validate({"step": step, "size_bytes": 100} | given | more)
+
+
+def transfer_view(done_bytes: int) -> TransferView:
+    return TransferView(direction="fetch", path="/nix/store/x", source="cache", done_bytes=done_bytes, size_bytes=100)
 
 
 def test_a_watcher_hears_one_way_up_from_each_step_that_runs_and_only_what_is_new() -> None:

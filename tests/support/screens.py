@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pyte
 
@@ -18,9 +18,12 @@ from coordinator.api.models import (
     Snapshot,
     StepChanged,
     StepStatus,
+    StepTransfer,
     StepView,
     SubmissionState,
     SubmissionView,
+    TransfersChanged,
+    TransferView,
     TreeNode,
     WatchEvent,
 )
@@ -167,6 +170,19 @@ def counts(
     )
 
 
+def moving(
+    name: str, direction: Literal["fetch", "upload"], path: str, done_bytes: int, size_bytes: int | None
+) -> TransfersChanged:
+    transfer = TransferView(
+        direction=direction,
+        path=f"/nix/store/{'2' * 32}-{path}",
+        source="objects",
+        done_bytes=done_bytes,
+        size_bytes=size_bytes,
+    )
+    return TransfersChanged(transfers=(StepTransfer(key=f"{'0' * 32}-{name}", transfer=transfer),))
+
+
 def changed(*steps: StepView) -> list[StepChanged]:
     return [StepChanged(step=each) for each in steps]
 
@@ -192,6 +208,7 @@ def calm(watched: Scripted) -> None:
     )
     zlib = step("zlib-1.3", StepStatus.DONE, started_at=NOW - 12, ended_at=NOW + 1)
     watched.see(
+        moving("llvm-18", "fetch", "gcc-14.2-lib", 12 << 20, 30 << 20),
         *changed(zlib),
         counts(
             total=9, held=2, done=1, running=2, waiting=4, uploaded=1536 * 1024, tree=[place("curl-8.9", "git-2.46", 1)]
@@ -213,6 +230,7 @@ def failing(watched: Scripted) -> None:
                 at=NOW, sooner_at=NOW + 3600, bound="no_worker", because="no worker offers riscv64-linux", steps=4
             ),
         ),
+        moving("mac-thing", "upload", "mac-thing", 900 << 10, None),
     )  # fmt: skip
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra.daemon import DaemonConnection
 from infra.daemon.usage import Account, used_between
-from workers.agent import build
+from workers.agent import build, outbox
 from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog
+from workers.agent.inputs import FarmSources
+from workers.agent.outbox import Outbox
 from workers.wire.measures import MAX_FETCHES, MAX_PHASES, Measures, Span
-from workers.wire.messages import Batch, Failed, Report, Succeeded
+from workers.wire.messages import Batch, Failed, Report, Succeeded, Transfer
 
 from .conftest import AgentHarness, drv, order
 
@@ -67,6 +74,75 @@ async def test_a_report_has_inputs_phases_packing_upload_and_what_the_build_used
     assert measures.peak_memory_bytes is not None
     assert 0 < measures.peak_memory_bytes < 64 * 1024 * 1024
     assert measures.read_bytes is not None
+
+
+def held_up(name: str, monkeypatch: pytest.MonkeyPatch, on: type, after: int) -> asyncio.Event:
+    """Have a method that yields the pieces of a NAR wait, after so many bytes, until the event is set."""
+    whole, let_go = getattr(on, name), asyncio.Event()
+
+    async def pieces(*arguments: object) -> AsyncGenerator[bytes, None]:
+        given = 0
+        async with aclosing(whole(*arguments)) as chunks:
+            async for chunk in chunks:
+                for start in range(0, len(chunk), 65536):
+                    yield chunk[start : start + 65536]
+                    given += 65536
+                    if given >= after:
+                        await let_go.wait()
+
+    monkeypatch.setattr(on, name, pieces)
+    return let_go
+
+
+async def test_while_bytes_move_the_answers_to_polls_say_how_many(
+    bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "TRANSFERS_EVERY_S", 0.05)
+    one, two = await bench.agent("one"), await bench.agent("two")
+    large = drv("large", "i=0; while [ $i -lt 4000 ]; do echo 0123456789abcdef$i-$i-$i-$i; i=$((i+1)); done > $out")
+    [made] = await one.build(order(large))
+    [output] = bench.publish(made)
+    coming = held_up("nar", monkeypatch, FarmSources, 65536)
+    going = held_up("nar_from_path", monkeypatch, DaemonConnection, 65536)
+    copies = order(drv("copies", f"cat {output.path} > $out; echo >> $out"), [output.path])
+
+    def transfers() -> list[Transfer]:
+        return [transfer for batch in two.batches[-1:] for transfer in batch.transfers]
+
+    await two.agent.start_many([copies.dump()])
+    await two.until(transfers)
+    [fetch] = transfers()
+    assert (fetch.step, fetch.direction, fetch.path, fetch.source) == (copies.step, "fetch", output.path, "objects")
+    assert 0 < fetch.done_bytes < output.nar_size
+    assert fetch.size_bytes == output.nar_size
+    coming.set()
+    await two.until(lambda: any(transfer.direction == "upload" for transfer in transfers()))
+    [upload] = transfers()
+    assert 0 < upload.done_bytes < (upload.size_bytes or 0)
+    going.set()
+    [report] = await two.finish(copies)
+    assert isinstance(report.result, Succeeded)
+    assert (upload.path, upload.size_bytes) == (report.result.outputs[0].path, report.result.outputs[0].nar_size)
+    assert transfers() == [], "what has arrived is not on its way"
+
+
+async def test_bytes_that_move_all_the_time_cause_an_answer_only_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "TRANSFERS_EVERY_S", 0.2)
+    loop = asyncio.get_running_loop()
+    waiting, began = Outbox(tmp_path / "outbox"), loop.time()
+    answers = 0
+    while answers < 3:
+        waiting.moved()
+        answered = asyncio.create_task(waiting.wait(10.0))
+        while not answered.done():
+            waiting.moved()
+            await asyncio.sleep(0)
+        waiting.take(1 << 20)
+        answers += 1
+    assert loop.time() - began >= 3 * 0.2
+    await waiting.close()
 
 
 async def test_an_attempt_that_fails_or_is_stopped_is_measured_until_then(bench: AgentHarness) -> None:

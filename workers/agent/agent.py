@@ -231,6 +231,7 @@ class Agent:
             "unfit": self._health.unfit,
             "received_at": received_at,
             "answered_at": self._clock.now(),
+            "transfers": self._leases.transfers(),
             "vitals": None if vitals is None else vitals.model_dump(),
             **({"isolation": isolation.model_dump()} if isolation is not None and changed else {}),
         }
@@ -307,7 +308,7 @@ class Agent:
                 async with self._slots[0].use() as connection:
                     self._nix_version = connection.nix_version
                 async with asyncio.TaskGroup() as group:
-                    self._inputs = InputFetcher(roots, transfers, group, self._clock)
+                    self._inputs = InputFetcher(roots, transfers, group, self._clock, self._outbox.moved)
                     self._leases = self._runner(group)
                     # Before the farm is met: it shall not give a worker that cannot build anything to build.
                     await self._health.look()

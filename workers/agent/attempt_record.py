@@ -7,9 +7,10 @@ happened until then.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from workers.wire.measures import (
     MAX_FETCHES,
@@ -34,10 +35,42 @@ class Fetched:
     took_s: float
 
 
+def _unnoticed() -> None:
+    """Drop the notice."""
+
+
+@dataclass(slots=True)
+class Moving:
+    """NAR bytes of some paths on their way, so far and in all. `notify` is called with each piece."""
+
+    source: FetchSource = "cache"
+    size_bytes: int = 0
+    notify: Callable[[], None] = _unnoticed
+    done_bytes: int = 0
+    #: The path whose bytes moved last; "" before the first.
+    path: str = ""
+
+    async def counted(self, chunks: AsyncIterable[bytes], path: str) -> AsyncGenerator[bytes, None]:
+        """Yield the chunks of a path and count them; what breaks off counts for nothing."""
+        whole, counted = False, 0
+        try:
+            async for chunk in chunks:
+                counted += len(chunk)
+                self.done_bytes += len(chunk)
+                self.path = path
+                self.notify()
+                yield chunk
+            whole = True
+        finally:
+            if not whole:
+                self.done_bytes -= counted
+
+
 @dataclass(slots=True)
 class FetchLog:
-    """Fetches of one transfer: the MAX_FETCHES largest, the others counted and summed."""
+    """Fetches of one transfer: the MAX_FETCHES largest, the others counted and summed; and what is on its way."""
 
+    moving: Moving = field(default_factory=Moving)
     largest: list[Fetched] = field(default_factory=list)
     more: int = 0
     more_bytes: int = 0
@@ -75,6 +108,9 @@ class AttemptRecord:
         self._traceparent = traceparent
         self.use = BuildUse()
         self._spans: list[Span] = []
+        #: Bytes that the attempt waits for or sends now, and which way they go.
+        self._moving: tuple[Moving, ...] = ()
+        self._direction: Literal["fetch", "upload"] = "fetch"
         self._phases: list[BuildPhase] = []
         self._more_phases = 0
         self._more_phases_s = 0.0
@@ -116,6 +152,28 @@ class AttemptRecord:
         """Note that the builder entered a phase."""
         self._end_phase()
         self._phase = (name, self._now())
+
+    @contextmanager
+    def transfer(self, direction: Literal["fetch", "upload"], moving: Iterable[Moving]) -> Iterator[None]:
+        """Let `on_its_way` say how far these have come, while the block runs."""
+        self._direction, self._moving = direction, tuple(moving)
+        try:
+            yield
+        finally:
+            self._moving = ()
+
+    def on_its_way(self) -> dict[str, Any] | None:
+        """Return the fields of a `Transfer` that are not the lease's; None while nothing moves."""
+        begun = [moving for moving in self._moving if moving.path]
+        if not begun:
+            return None
+        return {
+            "direction": self._direction,
+            "path": begun[-1].path,
+            "source": begun[-1].source,
+            "done_bytes": sum(moving.done_bytes for moving in begun),
+            "size_bytes": sum(moving.size_bytes for moving in self._moving) or None,
+        }
 
     def fetched(self, log: FetchLog, *, shared: bool) -> None:
         """Note what a transfer fetched that the attempt waited for."""

@@ -38,7 +38,7 @@ from infra.objects.nar_reader import fetch_nar
 from infra.objects.store import ObjectStore, open_object_store
 from infra.retry import Outage, retrying
 from infra.upload.client import UploadClient
-from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog
+from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog, Moving
 from workers.agent.daemon_pool import DaemonSession, SessionPool
 from workers.errors import WorkerError
 from workers.wire.measures import FetchSource
@@ -277,7 +277,16 @@ class _Transfer:
 class InputFetcher:
     """Makes paths valid; see the module's text. Its tasks live in `group`."""
 
-    def __init__(self, roots: DaemonSession, transfers: SessionPool, group: asyncio.TaskGroup, clock: Clock) -> None:
+    def __init__(
+        self,
+        roots: DaemonSession,
+        transfers: SessionPool,
+        group: asyncio.TaskGroup,
+        clock: Clock,
+        moved: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`moved` is called with each piece that comes."""
+        self._moved = moved
         self._roots = roots
         self._transfers = transfers
         self._group = group
@@ -326,10 +335,11 @@ class InputFetcher:
         async with self._planning:
             earlier, own = await self._plan(set(paths), sources)
         try:
-            for transfer in (*earlier, *own):
-                error = await asyncio.shield(transfer.task)
-                if error is not None:
-                    raise error
+            with record.transfer("fetch", (transfer.log.moving for transfer in (*earlier, *own))):
+                for transfer in (*earlier, *own):
+                    error = await asyncio.shield(transfer.task)
+                    if error is not None:
+                        raise error
         finally:
             for transfer in (*earlier, *own):
                 record.fetched(transfer.log, shared=transfer not in own)
@@ -347,7 +357,7 @@ class InputFetcher:
         mine = [info for info in infos if info.store_path in missing and info.store_path not in self._claimed]
         if not mine:
             return list(earlier), []
-        log = FetchLog()
+        log = FetchLog(Moving(sources.kind, sum(info.path.nar_size for info in mine), self._moved))
         work = self._transfer(mine, sources, frozenset(transfer.task for transfer in earlier), log)
         own = _Transfer(self._group.create_task(work, name="fetch inputs"), log)
         self._tasks.add(own.task)
@@ -478,7 +488,8 @@ class _NarsAhead:
     async def _read(self, info: NarInfo) -> AsyncGenerator[bytes, None]:
         """Yield a NAR, and note it in the log when all of it has come."""
         began = self._clock.now()
-        async with aclosing(self._sources.nar(info)) as chunks:
+        counted = self._log.moving.counted
+        async with aclosing(self._sources.nar(info)) as nar, aclosing(counted(nar, info.store_path)) as chunks:
             async for chunk in chunks:
                 yield chunk
         took_s = self._clock.now() - began

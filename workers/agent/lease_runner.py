@@ -12,13 +12,14 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from infra.clock import Clock
 from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
 from infra.nix.errors import NixError
-from workers.agent.attempt_record import AttemptRecord
+from workers.agent.attempt_record import AttemptRecord, Moving
 from workers.agent.build import (
     ConnectionLostError,
     LogGate,
@@ -48,7 +49,7 @@ from workers.agent.orphans import sweep_orphans
 from workers.agent.outbox import Outbox
 from workers.agent.outputs import UPLOAD_WITHIN_S, OutputError, deliver, nar_size
 from workers.errors import WorkerError
-from workers.wire.messages import Failed, LeaseOrder, Report, Stage, StageChange, Succeeded
+from workers.wire.messages import MAX_TRANSFERS, Failed, LeaseOrder, Report, Stage, StageChange, Succeeded
 
 _log = logging.getLogger(__name__)
 
@@ -169,6 +170,12 @@ class LeaseRunner:
             for key, state in self._machine.held()
             if key not in ended
         ]
+
+    def transfers(self) -> list[dict[str, Any]]:
+        """Return a `Transfer` of each lease whose inputs or outputs are on their way, at most MAX_TRANSFERS."""
+        moving = ((key, run.record.on_its_way()) for key, run in self._runs.items())
+        found = ({"step": key[0], "attempt": key[1], **fields} for key, fields in moving if fields is not None)
+        return list(islice(found, MAX_TRANSFERS))
 
     def start(self, orders: Iterable[LeaseOrder]) -> None:
         """Take leases; those in hand or finished already are no-ops."""
@@ -406,7 +413,8 @@ class LeaseRunner:
             raise _Stopped(judge_trouble(Trouble.OUTPUT_TOO_LARGE, detail))
 
     async def _upload(self, key: LeaseKey, run: _Run, derivation: BasicDerivation, sources: FarmSources) -> Succeeded:
-        with run.record.delivery() as packed:
+        moving = Moving(notify=self._outbox.moved)
+        with run.record.delivery() as packed, run.record.transfer("upload", (moving,)):
             outputs = await deliver(
                 self._readers,
                 # Another coordinator may take over meanwhile: outputs go to the one that leads then.
@@ -416,6 +424,7 @@ class LeaseRunner:
                 within_s=UPLOAD_WITHIN_S,
                 waits=lambda why: self._tell_stage(key, Stage.UPLOADING, why[:MAX_MESSAGE]),
                 packed=packed,
+                moving=moving,
             )
         return Succeeded(outputs=outputs)
 

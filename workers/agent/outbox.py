@@ -33,7 +33,7 @@ import orjson
 
 from workers.agent.lease_machine import LeaseKey
 from workers.errors import WorkerError
-from workers.wire.messages import SMALL_BATCH_BYTES, LogChunk, Report, StageChange
+from workers.wire.messages import SMALL_BATCH_BYTES, TRANSFERS_EVERY_S, LogChunk, Report, StageChange
 
 _log = logging.getLogger(__name__)
 
@@ -207,6 +207,10 @@ class Outbox:
         if self._sync_timer is None:
             self._sync_timer = asyncio.get_running_loop().call_later(SYNC_S, self._sync_if_old, self._last)
         self._due_within(within_s)
+
+    def moved(self) -> None:
+        """Let an answer be due within TRANSFERS_EVERY_S: bytes of a transfer move, which the answer will say."""
+        self._due_within(TRANSFERS_EVERY_S)
 
     def acknowledge(self, ack: int) -> list[LeaseKey]:
         """Forget events up to `ack`; return the leases whose report was among them. Repeats are no-ops."""

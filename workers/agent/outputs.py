@@ -26,6 +26,7 @@ from infra.objects.store import ObjectStore
 from infra.retry import Outage, retrying
 from infra.upload.client import SenderRefusedError, UploadClient
 from infra.upload.protocol import PathClaim, SendStatus
+from workers.agent.attempt_record import Moving
 from workers.agent.daemon_pool import SessionPool
 from workers.agent.inputs import FarmSources
 from workers.errors import WorkerError
@@ -64,23 +65,28 @@ async def deliver(
     within_s: float,
     waits: Callable[[str], None],
     packed: Callable[[float], None] = lambda _: None,
+    moving: Moving | None = None,
 ) -> tuple[Output, ...]:
     """Upload the outputs (name -> full path) of a finished build to where `sources` leads; `token` is for HTTP.
 
     While they are not taken they are offered again, for `within_s` seconds; `waits` receives the reason. A reader whose
-    daemon is gone is replaced once. `packed` gets the seconds that packing each NAR took.
+    daemon is gone is replaced once. `packed` gets the seconds that packing each NAR took, `moving` the bytes that were
+    read of them.
 
     Raises `OutputError`, `infra.daemon.DaemonError` or `DaemonUnreachableError`.
     """
     done: dict[str, Output] = {}
+    counts = moving or Moving()
 
     async def offer() -> tuple[Output, ...]:
         farm = sources()
+        counts.source = farm.kind
+        counts.size_bytes = counts.done_bytes
         if farm.store is None:
-            return await _send(readers, farm.uploads(token), wanted, packed)
+            return await _send(readers, farm.uploads(token), wanted, packed, counts)
         for name, path in wanted.items():
             if name not in done:
-                done[name], packing_s = await _upload(readers, farm.store, name, path, farm.farm.compression)
+                done[name], packing_s = await _upload(readers, farm.store, name, path, farm.farm.compression, counts)
                 packed(packing_s)
         return tuple(done.values())
 
@@ -103,19 +109,25 @@ async def deliver(
 
 
 async def _send(
-    readers: SessionPool, client: UploadClient, wanted: Mapping[str, str], packed: Callable[[float], None]
+    readers: SessionPool,
+    client: UploadClient,
+    wanted: Mapping[str, str],
+    packed: Callable[[float], None],
+    moving: Moving,
 ) -> tuple[Output, ...]:
     infos: dict[str, PathInfo] = {}
     async with readers.use() as connection:
         for path in wanted.values():
             infos[base_name_of(path)] = await _path_info(connection, path)
+    moving.done_bytes, moving.size_bytes = 0, sum(info.nar_size for info in infos.values())
 
     @asynccontextmanager
     async def open_nar(claim: PathClaim, compression: Compression) -> AsyncIterator[CompressedNar]:
         info = infos[claim.path]
         async with (
             readers.use() as reader,
-            aclosing(reader.nar_from_path(info.store_path, info.nar_size)) as chunks,
+            aclosing(reader.nar_from_path(info.store_path, info.nar_size)) as nar_bytes,
+            aclosing(moving.counted(nar_bytes, info.store_path)) as chunks,
             compressing(chunks, compression) as nar,
         ):
             yield nar
@@ -147,14 +159,18 @@ async def _path_info(connection: DaemonConnection, path: str) -> PathInfo:
     return info
 
 
-async def _upload(
-    readers: SessionPool, store: ObjectStore, name: str, path: str, compression: Compression
+async def _upload(  # noqa: PLR0917 - the fields of what it sends
+    readers: SessionPool, store: ObjectStore, name: str, path: str, compression: Compression, moving: Moving
 ) -> tuple[Output, float]:
     """Return the output and the seconds of packing."""
     async with readers.use() as connection:
         info = await _path_info(connection, path)
+        moving.size_bytes += info.nar_size
         try:
-            async with aclosing(connection.nar_from_path(path, info.nar_size)) as chunks:
+            async with (
+                aclosing(connection.nar_from_path(path, info.nar_size)) as nar,
+                aclosing(moving.counted(nar, path)) as chunks,
+            ):
                 uploaded = await upload_nar(store, chunks, compression)
         except CacheError as error:
             raise NotTakenError(f"{path}: {error}") from error

@@ -34,7 +34,7 @@ from infra.nix.narinfo import NarInfo, StoredNar
 from infra.nix.path_info import PathInfo
 from infra.objects.compression import COMPRESSION, Compression
 from workers.wire.grades import IsolationGrade
-from workers.wire.measures import Measures
+from workers.wire.measures import FetchSource, Measures
 from workers.wire.reasons import Reason
 
 PROTOCOL_VERSION = 2
@@ -44,6 +44,11 @@ CALLS: tuple[CallName, ...] = get_args(CallName)
 SMALL_BATCH_BYTES = 64 * 1024
 BULK_BATCH_BYTES = 1024 * 1024
 LONG_POLL_S = 10.0
+#: Leases whose transfers one answer names; seconds until bytes that move, and nothing else, cause an answer.
+MAX_TRANSFERS = 64
+TRANSFERS_EVERY_S = 1.0
+#: Largest count of bytes that is read; JSON has no larger numbers.
+MOST_BYTES = 1 << 56
 #: Missing inputs that one report names; the others come to light once these are there.
 MAX_MISSING = 64
 
@@ -303,6 +308,24 @@ class Vitals(WireMessage):
     disk_free_bytes: int | None = None
 
 
+class Transfer(WireMessage):
+    """Inputs or outputs of a lease on their way at the moment of an answer: no event, so it is never kept or repeated.
+
+    Bytes are of NARs, unpacked, of all paths of the lease together.
+    """
+
+    step: str
+    attempt: int
+    direction: Literal["fetch", "upload"]
+    #: Store path whose bytes moved last.
+    path: Annotated[str, Field(max_length=1024)]
+    #: Where they come from, or go to.
+    source: FetchSource
+    done_bytes: Annotated[int, Field(ge=0, le=MOST_BYTES)]
+    #: None where it is not known.
+    size_bytes: Annotated[int, Field(ge=0, le=MOST_BYTES)] | None = None
+
+
 class Batch(WireMessage):
     """One answer of `events`: everything after the acknowledged sequence number that fits."""
 
@@ -323,6 +346,8 @@ class Batch(WireMessage):
     answered_at: float | None = None
     #: None: the agent runs an older drover, or has not looked yet.
     vitals: Vitals | None = None
+    #: At most one for each lease.
+    transfers: Annotated[tuple[Transfer, ...], Field(max_length=MAX_TRANSFERS)] = ()
 
 
 ORDERS: TypeAdapter[tuple[LeaseOrder, ...]] = TypeAdapter(tuple[LeaseOrder, ...])

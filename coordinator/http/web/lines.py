@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from coordinator.api.models import Counts, StepStatus, SubmissionState, SubmissionView
+from coordinator.api.models import Counts, StepStatus, SubmissionState, SubmissionView, TransferView
 from coordinator.readmodel.rows import ACTIVE, StepRow, SubmissionRow
 from coordinator.readmodel.views import Views
 from scheduler.model import Requirements
@@ -27,6 +27,7 @@ class StepLine:
     worker: str = ""
     stage: str = ""
     phase: str = ""
+    transfer: TransferView | None = None
     started_at: float = 0.0
     ended_at: float = 0.0
 
@@ -81,6 +82,7 @@ def step_line(views: Views, row: StepRow) -> StepLine:
         worker=life.builder,
         stage=life.stage,
         phase=life.phase,
+        transfer=life.transfer,
         # A step that a worker began and gave back does not run now.
         started_at=life.started_at if life.ended_at or row.state in ACTIVE else 0.0,
         ended_at=life.ended_at,
