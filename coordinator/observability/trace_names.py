@@ -53,7 +53,9 @@ ERROR_TYPE: Final = Attribute("error.type", "Kind of the failure, as in `drover_
 CPU_SECONDS: Final = Attribute(
     "drover.build.cpu_seconds", "Processor time of the builders. Absent where it is not known."
 )
-PEAK_MEMORY: Final = Attribute("drover.build.peak_memory_bytes", "Most memory of the builders at one look.")
+PEAK_MEMORY: Final = Attribute(
+    "drover.build.peak_memory_bytes", "Most memory of the builders: at one look, or as their control group counted it."
+)
 READ_BYTES: Final = Attribute("drover.build.read_bytes", "Bytes that builders and their Nix daemon read from disks.")
 WRITTEN_BYTES: Final = Attribute("drover.build.written_bytes", "Bytes that they wrote to disks.")
 FETCHED_BYTES: Final = Attribute("drover.inputs.bytes", "NAR bytes that the attempt fetched.")

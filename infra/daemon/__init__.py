@@ -6,6 +6,7 @@
 
 from infra.daemon.confinement import UNCONFINED, Confinement, Network
 from infra.daemon.connection import DaemonConnection, open_socket, open_stdio
+from infra.daemon.control_groups import ControlGroups
 from infra.daemon.errors import (
     DaemonError,
     DaemonGone,
@@ -37,6 +38,7 @@ __all__ = [
     "BuildStatus",
     "Collected",
     "Confinement",
+    "ControlGroups",
     "DaemonConnection",
     "DaemonError",
     "DaemonGone",

@@ -11,11 +11,13 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from infra.daemon import owner, usage
 from infra.daemon.confinement import UNCONFINED, Confinement
+from infra.daemon.control_groups import ControlGroup, ControlGroups, GroupAccount
 from infra.daemon.errors import DaemonGone
 from infra.process import ChildProcess, ProcessNotFound
 
@@ -49,6 +51,9 @@ class Child:
         #: The daemon, as far as /proc shows it, and its account of builders after the last build.
         self._daemon: int | None = None
         self._account: usage.Account | None = None
+        #: The daemon's control group, where it has one, and its account after the last build.
+        self._group: ControlGroup | None = None
+        self._group_account: GroupAccount | None = None
         #: The end of standard error, never longer than STDERR_TAIL_BYTES.
         self._tail = bytearray()
         #: Ends when the child and all that inherited its standard error are gone, or when close() cancels it.
@@ -92,9 +97,33 @@ class Child:
 
     def builders_use(self) -> usage.BuildersUse | None:
         """Return what builders used since the last call; None where /proc does not show it, or none ran."""
-        before, daemon = self._account, self._daemon
+        before, group_before, daemon = self._account, self._group_account, self._daemon
         self._account = None if daemon is None else usage.read_account(daemon)
-        return usage.used_between(before, self._account)
+        used = usage.used_between(before, self._account)
+        if self._group is None or group_before is None or before is None or self._account is None:
+            return used
+        self._group_account = self._group.account()
+        daemon_s = self._account.own_cpu_s - before.own_cpu_s
+        peak = self._group.peak()
+        self._group.begin_peak()
+        used = usage.used_by_group(group_before, self._group_account, daemon_s, used)
+        return used if used is None else replace(used, peak_memory_bytes=peak)
+
+    async def enter_group(self, groups: ControlGroups) -> None:
+        """Put the daemon, and with it all its builders, into a control group; where that fails, /proc has to do."""
+        if self._daemon is None:
+            return
+        group = self._group = groups.make()
+        if group is None:
+            return
+        try:
+            await asyncio.to_thread(group.take, self._daemon)
+        except OSError:
+            self._group = None
+            group.remove()
+            return
+        self._group_account = group.account()
+        group.begin_peak()
 
     def keep_children(self) -> None:
         """Take the owner's children of this moment, the daemon first, for its own: no build has begun."""
@@ -149,6 +178,9 @@ class Child:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             self._process.close_pipes()
+            if self._group is not None:
+                self._group.remove()
+                self._group = None
             self._drain.cancel()
             await asyncio.gather(self._drain, return_exceptions=True)
 

@@ -19,6 +19,7 @@ from typing import Final, Self
 from infra.daemon.channel import Channel
 from infra.daemon.child import Child
 from infra.daemon.confinement import UNCONFINED, Confinement
+from infra.daemon.control_groups import ControlGroups
 from infra.daemon.errors import (
     DaemonError,
     DaemonGone,
@@ -92,7 +93,10 @@ class Operation(IntEnum):
 
 
 async def open_stdio(
-    command: Sequence[str], env: Mapping[str, str], confinement: Confinement = UNCONFINED
+    command: Sequence[str],
+    env: Mapping[str, str],
+    confinement: Confinement = UNCONFINED,
+    groups: ControlGroups | None = None,
 ) -> "DaemonConnection":
     """Start a daemon of our own (`nix-daemon --stdio ...`, the whole command) and shake hands.
 
@@ -100,6 +104,7 @@ async def open_stdio(
         command: Program and arguments; `--store` and `--option` are understood by nix-daemon.
         env: The child's whole environment; nothing is inherited.
         confinement: Namespaces that the daemon and its builds live in.
+        groups: Where the daemon gets a control group of its own, which measures its builds.
 
     Raises:
         DaemonGone: The command cannot be started, or ended instead of answering.
@@ -107,7 +112,14 @@ async def open_stdio(
         DaemonProtocolError: It does not speak the protocol.
     """
     child = await Child.start(command, env, confinement)
-    return await DaemonConnection.over(Channel(child.reader, child.writer, child))
+    connection = await DaemonConnection.over(Channel(child.reader, child.writer, child))
+    if groups is not None:
+        try:
+            await child.enter_group(groups)
+        except BaseException:
+            await connection.close()
+            raise
+    return connection
 
 
 async def open_socket(path: str) -> "DaemonConnection":

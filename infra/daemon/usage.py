@@ -2,7 +2,8 @@
 
 A process that is waited for adds what it used to its parent's account. Nix waits for its builders, so the difference of
 the daemon's account over a build is the build's; it lacks what is still running. Memory has no such account: it is
-looked at while the builders run. Where /proc has nothing (macOS, a daemon behind a socket) the answer is None.
+looked at while the builders run. Where /proc has nothing (macOS, a daemon behind a socket) the answer is None. A
+control group of the daemon's own (`infra.daemon.control_groups`) counts all of it more exactly.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from infra.daemon.control_groups import GroupAccount
 
 #: Unit of /proc/PID/statm, bytes, and of times in /proc/PID/stat, seconds.
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
@@ -29,15 +32,21 @@ class Account:
     faults: int
     read_bytes: int | None
     written_bytes: int | None
+    #: Processor time of the process itself.
+    own_cpu_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class BuildersUse:
-    """Use by builders between two accounts: seconds of all processors together, bytes from and to disks."""
+    """Use by builders between two accounts: seconds of all processors together, bytes from and to disks.
+
+    The peak of memory is a control group's, with pages of files; None without one that counts it.
+    """
 
     cpu_s: float
     read_bytes: int | None
     written_bytes: int | None
+    peak_memory_bytes: int | None = None
 
 
 def read_account(pid: int) -> Account | None:
@@ -45,12 +54,13 @@ def read_account(pid: int) -> Account | None:
     try:
         # pid (name) state ppid ...; the name may hold anything, parentheses and blanks included.
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        # Fields 11, 16 and 17 of proc(5), less the two before the state and one for counting from 0.
+        # Fields 11, 14 to 17 of proc(5), less the two before the state and one for counting from 0.
         faults, user, system = int(fields[8]), int(fields[13]), int(fields[14])
+        own = int(fields[11]) + int(fields[12])
     except (OSError, ValueError, IndexError):
         return None
     read, written = _disk_bytes(pid)
-    return Account((user + system) * TICK_S, faults, read, written)
+    return Account((user + system) * TICK_S, faults, read, written, own * TICK_S)
 
 
 def used_between(before: Account | None, after: Account | None) -> BuildersUse | None:
@@ -61,6 +71,28 @@ def used_between(before: Account | None, after: Account | None) -> BuildersUse |
         cpu_s=round(after.cpu_s - before.cpu_s, 3),
         read_bytes=_difference(before.read_bytes, after.read_bytes),
         written_bytes=_difference(before.written_bytes, after.written_bytes),
+    )
+
+
+def used_by_group(
+    before: GroupAccount, after: GroupAccount, daemon_s: float, used: BuildersUse | None
+) -> BuildersUse | None:
+    """Return `used` with what a group counted instead, less the seconds of the daemon that is in it."""
+    cpu_s = None
+    if before.cpu_s is not None and after.cpu_s is not None:
+        cpu_s = round(max(0.0, after.cpu_s - before.cpu_s - daemon_s), 6)
+    elif used is not None:
+        cpu_s = used.cpu_s
+    if cpu_s is None:
+        return used
+    read, written = (
+        _difference(before.read_bytes, after.read_bytes),
+        _difference(before.written_bytes, after.written_bytes),
+    )
+    return BuildersUse(
+        cpu_s=cpu_s,
+        read_bytes=read if read is not None or used is None else used.read_bytes,
+        written_bytes=written if written is not None or used is None else used.written_bytes,
     )
 
 

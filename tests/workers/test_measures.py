@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.daemon import DaemonConnection
+from infra.daemon import ControlGroups, DaemonConnection
 from infra.daemon.usage import Account, used_between
 from workers.agent import build, outbox
 from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog
@@ -21,7 +21,7 @@ from workers.agent.outbox import Outbox
 from workers.wire.measures import MAX_FETCHES, MAX_PHASES, Measures, Span
 from workers.wire.messages import Batch, Failed, Report, Succeeded, Transfer
 
-from .conftest import AgentHarness, drv, order
+from .conftest import AgentHarness, drv, nar_of, order
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 SPIN = "i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done"
@@ -143,6 +143,37 @@ async def test_bytes_that_move_all_the_time_cause_an_answer_only_now_and_then(
         answers += 1
     assert loop.time() - began >= 3 * 0.2
     await waiting.close()
+
+
+async def test_what_a_build_leaves_running_is_counted_too_and_no_control_group_is_left(bench: AgentHarness) -> None:
+    """Nix kills what a build leaves behind and waits for none of it, so /proc's accounts lack it."""
+    state = bench.root / "one" / "state"
+    groups = ControlGroups.found(str(state))
+    if groups is not None:
+        # As a worker that was killed leaves one.
+        left = groups.make()
+        assert left is not None
+        assert len(groups.groups()) == 1
+    one = await bench.agent("one")
+    burn = f"( {SPIN}; echo > burnt; while :; do :; done ) & while [ ! -e burnt ]; do :; done"
+    hidden = "if [ -e /sys/fs/cgroup ]; then echo seen; else echo hidden; fi > $out"
+    [report] = await one.build(order(drv("leaves", f"{burn}; {hidden}")))
+    assert isinstance(report.result, Succeeded), report.result
+    assert b"hidden" in nar_of(bench, report.result.outputs[0]), "a build can neither see nor write its group"
+    cpu_s = measured(report).cpu_s
+    assert cpu_s is not None
+    [span] = [span for span in measured(report).spans if span.name == "build"]
+    # Two processes burn all the time; one of them is never waited for.
+    assert cpu_s <= 2.5 * span.took_s + 0.1
+    if groups is not None:
+        alone = drv("alone", f"{SPIN}; echo > $out")
+        [other] = await one.build(order(alone))
+        assert cpu_s > 1.5 * (measured(other).cpu_s or 0.0)
+        held = [(group / "cgroup.procs").stat() for group in groups.groups()]
+        assert held, "a daemon has one"
+        assert {(each.st_uid, each.st_mode & 0o022) for each in held} == {(0, 0)}
+        await one.agent.close()
+        assert groups.groups() == []
 
 
 async def test_an_attempt_that_fails_or_is_stopped_is_measured_until_then(bench: AgentHarness) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from infra.clock import Clock, SystemClock
-from infra.daemon import DaemonError
+from infra.daemon import ControlGroups, DaemonError
 from infra.nix.errors import NixError
 from infra.objects.errors import CacheError
 from workers.agent import stopping
@@ -358,7 +358,11 @@ class Agent:
         self._offer, self._shortfall = offer(where, found.machine), found.shortfall
         variables = {MARK: str(where.state_dir), **found.environment}
         argv = daemon_argv(where, found.machine)
-        self._builders = DaemonOpener(argv, where.store_dir, variables, found.building)
+        groups = ControlGroups.found(str(where.state_dir))
+        if groups is not None:
+            # What ran in them has been ended: an earlier worker was killed.
+            groups.sweep()
+        self._builders = DaemonOpener(argv, where.store_dir, variables, found.building, groups)
         return DaemonOpener(argv, where.store_dir, variables, found.confinement), self._builders
 
     async def _watch_stop(self) -> None:

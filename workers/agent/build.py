@@ -219,6 +219,7 @@ def _settle(use: BuildUse, used: BuildersUse | None, result: BuildResult) -> Non
     """Complete `use`; what the daemon itself has measured (with cgroups, since Nix 2.20) is more exact."""
     if used is not None:
         use.cpu_s, use.read_bytes, use.written_bytes = used.cpu_s, used.read_bytes, used.written_bytes
+        use.peak_memory_bytes = used.peak_memory_bytes or use.peak_memory_bytes
     if result.cpu_user_us is not None and result.cpu_system_us is not None:
         use.cpu_s = (result.cpu_user_us + result.cpu_system_us) / 1e6
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from infra.daemon import UNCONFINED, Confinement, DaemonConnection, DaemonError, Options, open_stdio
+from infra.daemon import UNCONFINED, Confinement, ControlGroups, DaemonConnection, DaemonError, Options, open_stdio
 from workers.errors import WorkerError
 
 #: What the daemon's process is given of this process's environment: enough to find Nix and its configuration, and
@@ -51,9 +51,11 @@ class DaemonOpener:
         store_dir: str,
         environment: Mapping[str, str] | None = None,
         confinement: Confinement = UNCONFINED,
+        groups: ControlGroups | None = None,
     ) -> None:
         self._argv = tuple(argv)
         self._confinement = confinement
+        self._groups = groups
         self._turns = asyncio.Semaphore(MAX_OPENING)
         passed = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
         self._environment = passed | {"NIX_STORE_DIR": store_dir} | dict(environment or {})
@@ -70,7 +72,7 @@ class DaemonOpener:
         """Open one more connection. Raises `DaemonUnreachableError` with one sentence."""
         try:
             async with self._turns:
-                return await open_stdio(self._argv, self._environment, self._confinement)
+                return await open_stdio(self._argv, self._environment, self._confinement, self._groups)
         except DaemonError as error:
             raise DaemonUnreachableError(f"`{self._argv[0]}` gives no connection: {error}") from error
 
