@@ -353,7 +353,7 @@ def test_a_killed_worker_is_gone_its_attempt_lost_and_the_step_tried_again(
     page.locator("#live-roots a", has_text="shot").click()
     attempts = page.locator("#live-attempts > ul > li")
     expect(attempts.locator("small").first).to_have_text("lost on spare")
-    expect(attempts.first.locator("p.hint").first).to_contain_text("the agent died")
+    expect(attempts.first.locator("p.hint").first).to_contain_text("Ray reports that the")
     assert farm.drover("drain", "two", "--off").returncode == 0
     # The page follows the second attempt.
     (gates / "pages-shot").touch()
