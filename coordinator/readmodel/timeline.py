@@ -227,6 +227,7 @@ def _complete(timing: AttemptTiming, measures: Measures, within: Callable[[float
     timing.measured = Measured(
         spans=spans,
         phases=stretches(((phase.name, phase.at, phase.took_s) for phase in measures.phases), built),
+        landmarks=_landmarks(measures),
         more_phases=_bytes(measures.more_phases) or 0,
         more_phases_s=_seconds(measures.more_phases_s) or 0.0,
         fetches=[
@@ -246,6 +247,16 @@ def _complete(timing: AttemptTiming, measures: Measures, within: Callable[[float
     timing.read_bytes, timing.written_bytes = _bytes(measures.read_bytes), _bytes(measures.written_bytes)
     # Also of a build that failed, which has no time in the report's own fields.
     timing.build_s = next((_seconds(span.took_s) for span in measures.spans if span.name == "build"), timing.build_s)
+
+
+def _landmarks(measures: Measures) -> list[tuple[int, str]]:
+    """Return the lines of the log where phases begin; an agent's lines that do not rise are left out."""
+    found: list[tuple[int, str]] = []
+    for phase in measures.phases:
+        line = _bytes(phase.line) or 0
+        if line > (found[-1][0] if found else 0):
+            found.append((line, phase.name))
+    return found
 
 
 def _cut(changes: list[tuple[str, str, float]], end: float) -> Measured:

@@ -79,6 +79,8 @@ class Measured:
     phases: list[tuple[str, float, float]] = field(default_factory=list)
     more_phases: int = 0
     more_phases_s: float = 0.0
+    #: (line of the log from 1, phase that begins there), in the order of the log.
+    landmarks: list[tuple[int, str]] = field(default_factory=list)
     #: (path, source, bytes of its NAR, at, seconds, whether another attempt had begun to fetch it).
     fetches: list[tuple[str, str, int, float, float, bool]] = field(default_factory=list)
     more_fetches: int = 0
@@ -448,7 +450,8 @@ def _timing(row: Any) -> AttemptTiming:
     timing = AttemptTiming(**values)
     if measured is not None:
         stretches = orjson.loads(measured)
-        for name in ("spans", "phases", "fetches"):
-            stretches[name] = [tuple(each) for each in stretches[name]]
+        for name in ("spans", "phases", "fetches", "landmarks"):
+            # Absent from what an older version wrote.
+            stretches[name] = [tuple(each) for each in stretches.get(name, ())]
         timing.measured = Measured(**stretches)
     return timing

@@ -176,7 +176,7 @@ def test_times_and_bytes_that_a_worker_reports_stay_inside_its_lease_and_can_be_
     measures = wild.measures.model_copy(
         update={
             "spans": (Span(name="build", at=at, took_s=took),),
-            "phases": (BuildPhase(name="p", at=at, took_s=took),),
+            "phases": (BuildPhase(name="p", at=at, took_s=took, line=count), BuildPhase(name="q", at=at, took_s=took)),
             "fetches": (InputFetch(path="/nix/store/x", source="cache", nar_bytes=count, at=at, took_s=took),),
             "peak_memory_bytes": count,
             "cpu_s": took,
@@ -188,8 +188,23 @@ def test_times_and_bytes_that_a_worker_reports_stay_inside_its_lease_and_can_be_
     assert row.measured is not None
     for _, began, lasted in (*row.measured.spans, *row.measured.phases):
         assert 100.0 <= began <= began + lasted <= 200.0 + 1e-6
+    assert all(0 < line < 2**60 for line, _ in row.measured.landmarks)
     assert row.peak_memory_bytes is None or 0 <= row.peak_memory_bytes < 2**60
     assert row.cpu_s is None or row.cpu_s >= 0
+
+
+def test_phases_are_landmarks_of_the_log_where_their_lines_are_known_and_rise() -> None:
+    timelines = Timelines()
+    timelines.leased("s", 1, 0, "w", 100.0, 90.0, 95.0)
+    found = report(200.0, 0.0, leased=100.0)
+    assert found.measures is not None
+    lines = {"a": 1, "b": 7, "back": 3, "cut": 0, "c": 8}
+    phases = tuple(BuildPhase(name=name, at=104.0, took_s=1.0, line=line) for name, line in lines.items())
+    measures = found.measures.model_copy(update={"phases": phases})
+    timelines.reported("w", found.model_copy(update={"measures": measures}), 200.0, lambda away: away)
+    [row] = timelines.take(1)
+    assert row.measured is not None
+    assert row.measured.landmarks == [(1, "a"), (7, "b"), (8, "c")]
 
 
 def test_reports_of_another_attempt_or_worker_change_nothing_and_a_repeat_changes_nothing_more() -> None:

@@ -25,6 +25,7 @@ PATIENCE_S = 30.0
 MEASURED = Measured(
     spans=[("build", 4.0, 2.0)],
     phases=[("buildPhase", 4.5, 1.0)],
+    landmarks=[(3, "buildPhase")],
     fetches=[("/nix/store/x", "cache", 7, 3.0, 0.5, False)],
 )
 

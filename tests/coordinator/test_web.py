@@ -278,7 +278,8 @@ let
   right = run "right" "cat ${bad} > $out";
   top = run "top" "cat ${left} ${right} > $out";
   fine = run "fine" "echo fine > $out";
-  apart = run "apart" "read x < ${fine}; echo $x > $out";
+  phase = name: "echo '@nix {\\\"action\\\":\\\"setPhase\\\",\\\"phase\\\":\\\"${name}\\\"}' >&2";
+  apart = run "apart" "echo one; ${phase "ripen<b>"}; echo two; read x < ${fine}; echo $x > $out";
 in { inherit top fine apart; waits = runOn "riscv64-linux" {} "waits" "echo > $out"; }
 """
 
@@ -347,7 +348,10 @@ async def test_the_questions_have_their_answers_on_the_pages_of_submission_step_
         assert '&lt;b&gt;&amp;<span class="bold colour-31">red</span> \ufffd' in page
         assert "title" not in page.partition('id="lines"')[2]
         assert "One line with “RED”" in page
+        # A builder of nixpkgs says where a phase begins; what another one announces, its worker has counted.
         assert ">buildPhase</a>" in page
+        page = (await browser.get("/steps/" + farm.key_of("apart") + "/log"))[1]
+        assert 'line=2#L2">ripen&lt;b&gt;</a>' in page
         assert not {chr(code) for code in range(32) if chr(code) not in "\n\t"} & set(page)
 
 

@@ -44,7 +44,8 @@ async def test_a_report_has_inputs_phases_packing_upload_and_what_the_build_used
     one, two = await bench.agent("one"), await bench.agent("two")
     [made] = await one.build(order(drv("input", "echo input > $out")))
     [output] = bench.publish(made)
-    script = f"{phase('unpackPhase')}; cat {output.path} > $out; {phase('buildPhase')}; {SPIN}"
+    prepare = f"echo before; {phase('unpackPhase')}; echo inside; cat {output.path} > $out"
+    script = f"{prepare}; {phase('buildPhase')}; {SPIN}"
     ordered = order(drv("phased", script), [output.path]).model_copy(update={"traceparent": TRACEPARENT})
     [report] = await two.build(ordered)
 
@@ -63,7 +64,7 @@ async def test_a_report_has_inputs_phases_packing_upload_and_what_the_build_used
     assert inputs.at <= fetch.at
     assert fetch.at + fetch.took_s <= _end(inputs) + 1e-5
 
-    assert [one.name for one in measures.phases] == ["unpackPhase", "buildPhase"]
+    assert [(one.name, one.line) for one in measures.phases] == [("unpackPhase", 2), ("buildPhase", 3)]
     unpack, compile_ = measures.phases
     assert built.at <= unpack.at
     assert unpack.at + unpack.took_s == pytest.approx(compile_.at, abs=1e-4)
@@ -267,3 +268,13 @@ def test_without_an_account_or_without_a_child_nothing_is_said_to_be_used() -> N
 
 def _end(span: Span) -> float:
     return span.at + span.took_s
+
+
+def test_a_phase_behind_the_limit_of_a_log_has_no_line() -> None:
+    """Which lines of the end are kept is known at the end alone."""
+    gate = build.LogGate(40, lambda _: None)
+    lines = []
+    for text in (b"first", b"second", b"x" * 50, b"last"):
+        lines.append(gate.next_line)
+        gate.line(text)
+    assert [*lines, gate.next_line] == [1, 2, 3, 0, 0]

@@ -114,8 +114,8 @@ class AttemptRecord:
         self._phases: list[BuildPhase] = []
         self._more_phases = 0
         self._more_phases_s = 0.0
-        #: The phase that runs, and since when.
-        self._phase: tuple[str, float] | None = None
+        #: The phase that runs, since when, and its first line.
+        self._phase: tuple[str, float, int] | None = None
         self._fetches: list[InputFetch] = []
         self._more_fetches = 0
         self._more_fetches_bytes = 0
@@ -148,10 +148,10 @@ class AttemptRecord:
             self._spans.append(Span(name="pack", at=began, took_s=_rounded(pack_s)))
             self._spans.append(Span(name="upload", at=began + pack_s, took_s=_rounded(took_s - pack_s)))
 
-    def phase(self, name: str) -> None:
-        """Note that the builder entered a phase."""
+    def phase(self, name: str, line: int = 0) -> None:
+        """Note that the builder entered a phase, and the line of the log that it begins with."""
         self._end_phase()
-        self._phase = (name, self._now())
+        self._phase = (name, self._now(), line)
 
     @contextmanager
     def transfer(self, direction: Literal["fetch", "upload"], moving: Iterable[Moving]) -> Iterator[None]:
@@ -214,11 +214,11 @@ class AttemptRecord:
     def _end_phase(self) -> None:
         if self._phase is None:
             return
-        name, began = self._phase
+        name, began, line = self._phase
         self._phase = None
         took_s = self._now() - began
         if len(self._phases) < MAX_PHASES:
-            self._phases.append(BuildPhase(name=name, at=began, took_s=_rounded(took_s)))
+            self._phases.append(BuildPhase(name=name, at=began, took_s=_rounded(took_s), line=line))
         else:
             self._more_phases += 1
             self._more_phases_s += took_s

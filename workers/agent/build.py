@@ -109,13 +109,20 @@ class LogGate:
         self._tail: deque[bytes] = deque()
         self._tail_held = 0
         self._over = False
+        self._lines = 0
         self.dropped_bytes = 0
+
+    @property
+    def next_line(self) -> int:
+        """Number in the log, from 1, of the line that comes next; 0 where it may be left out."""
+        return 0 if self._over else self._lines + 1
 
     def line(self, data: bytes) -> None:
         """One line without its newline."""
         line = data + b"\n"
         if not self._over and len(line) <= self._head_left:
             self._head_left -= len(line)
+            self._lines += 1
             self._write(line)
             return
         self._over = True
@@ -158,7 +165,7 @@ async def build_in_slot(
     limits: BuildLimits,
     cores: int,
     gate: LogGate,
-    on_phase: Callable[[str], None],
+    on_phase: Callable[[str, int], None],
     pause: Callable[[], Awaitable[object] | None],
     use: BuildUse,
 ) -> BuildResult:
@@ -176,7 +183,7 @@ async def build_in_slot(
             case LogLine(data=data):
                 gate.line(data)
             case Phase(name=name):
-                on_phase(name[:MAX_PHASE_CHARACTERS])
+                on_phase(name[:MAX_PHASE_CHARACTERS], gate.next_line)
             case Message():
                 # Text beside the log, which builders can inject too: nothing to decide on and not part of the log.
                 pass

@@ -343,8 +343,8 @@ class LeaseRunner:
         with self._ending_where_inputs_changed():
             watch = await self._guard.begin(derivation.inputs, outputs, self._slots[slot])
 
-        def entered(phase: str) -> None:
-            run.record.phase(phase)
+        def entered(phase: str, line: int) -> None:
+            run.record.phase(phase, line)
             self._tell_stage(key, Stage.BUILDING, phase)
 
         try:

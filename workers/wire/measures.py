@@ -41,6 +41,8 @@ class BuildPhase(_Measure):
     name: Annotated[str, Field(max_length=100)]
     at: float
     took_s: float
+    #: Number of the line of the log that it begins with, from 1; 0 behind a log's limit, and from an older worker.
+    line: int = 0
 
 
 class InputFetch(_Measure):

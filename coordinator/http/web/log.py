@@ -25,6 +25,7 @@ from coordinator.readmodel.rows import StepRow
 from coordinator.readmodel.views import Views
 from coordinator.stores.log_lines import LogLines, NumberedLine, count_lines, find_text, lines_from, read_lines
 from coordinator.stores.logs import LogStore
+from coordinator.stores.timings import TimingsError, TimingStore
 
 #: Lines of one page, of what is found, and of one message of a running log.
 LINES_SHOWN: Final = 1_000
@@ -79,9 +80,12 @@ class LogData:
 class LogPage:
     """The page at `/steps/KEY/log`."""
 
-    def __init__(self, views: Views, logs: LogStore, renderer: PageRenderer, streams: LiveStreams) -> None:
+    def __init__(
+        self, views: Views, logs: LogStore, timings: TimingStore, renderer: PageRenderer, streams: LiveStreams
+    ) -> None:
         self._views = views
         self._logs = logs
+        self._timings = timings
         self._renderer = renderer
         self._streams = streams
 
@@ -98,7 +102,7 @@ class LogPage:
         items, shown = await asyncio.to_thread(lines_html, read.lines)
         find = request.query.get("find", "")[:MAX_FIND]
         found, more = await asyncio.to_thread(_find, path, find) if find else ((), False)
-        phases, _ = await asyncio.to_thread(_find, path, _PHASE.decode())
+        phases = await self._landmarks(row, attempt, path, total)
         last = first + shown - 1 if shown else 0
         data = LogData(
             step=step_line(self._views, row),
@@ -144,6 +148,18 @@ class LogPage:
                 yield b""
             if not read.following:
                 await asyncio.sleep(TAIL_PAUSE_S)
+
+    async def _landmarks(self, row: StepRow, attempt: int, path: Path, total: int) -> tuple[FoundLine, ...]:
+        """Return where phases begin: as the worker has reported, else where builders of nixpkgs say so themselves."""
+        try:
+            timings = await self._timings.of_steps([row.key])
+        except TimingsError:
+            timings = []
+        measured = next((timing.measured for timing in timings if timing.attempt == attempt), None)
+        if measured is not None and measured.landmarks:
+            return tuple(FoundLine(line, name) for line, name in measured.landmarks if line <= total)
+        found, _ = await asyncio.to_thread(_find, path, _PHASE.decode())
+        return tuple(FoundLine(line.number, line.text.replace(_PHASE.decode(), "")) for line in found)
 
     async def _file(self, row: StepRow, attempt: int) -> Path:
         """Return the file of a log, brought back from the archive where it lies there. Raises `LogError`."""

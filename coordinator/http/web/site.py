@@ -92,7 +92,7 @@ def add_web_routes(  # noqa: PLR0917 - collaborators, named by their types
     )
     timeline = TimelinePage(views, sources.timings, renderer, streams, clock)
     history = HistoryPage(sources.timings, renderer)
-    log = LogPage(views, sources.logs, renderer, streams)
+    log = LogPage(views, sources.logs, sources.timings, renderer, streams)
     workers = WorkersPage(views, actions.drain, renderer, streams)
     cache = CachePage(actions.housekeepers, renderer)
     handlers = {
