@@ -6,9 +6,10 @@ import re
 from typing import Final
 
 #: What Nix says that is no news here: the graph is sent before a collector could take it, nothing is built on this
-#: machine, and no person sits before the evaluator.
+#: machine, two evaluators wait for each other at the store's database, and no person sits before the evaluator.
 _NOISE = re.compile(
-    r"(?:warning: (?:you did not specify '--add-root'|the group '\w+' specified in 'build-users-group')"
+    r"(?:warning: (?:you did not specify '--add-root'|the group '\w+' specified in 'build-users-group'"
+    r"|(?:error: )?SQLite database '[^\n]*' is busy)"
     r"|Welcome to Nix |(?:Nix|Lix) \d[^\n]*\nType :\? for help).*\n*"
 )
 _ERROR_LINE: Final = re.compile(r"^[ \t]*error:[ \t]+(\S.*)$", re.MULTILINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from infra.process import run
 from tests.support.sources import hashes_of
 
 #: Two evaluators, whatever this machine has.
-LIMITS = PoolLimits(2, 2 << 30, 60)
+LIMITS = PoolLimits(2, 2 << 30, 300)
 
 EXPRESSION = """
 let make = name: more: derivation ({ inherit name; system = "x86_64-linux"; builder = "/bin/sh"; } // more);
@@ -241,7 +242,7 @@ async def test_an_attribute_that_cannot_be_evaluated_is_named(flags: tuple[str, 
     messages: list[str] = []
     with pytest.raises(EvaluationError, match=r"^the moon is wrong; correct set\.wrong of .*wrong\.nix "):
         await evaluated(str(file), [], flags=flags, messages=messages)
-    assert "drover-" not in "".join(messages)
+    assert re.findall(r"drover-[0-9a-f]{32}", "".join(messages)) == []
     file.write_text("{ needed }: needed")
     with pytest.raises(EvaluationError, match=r"an argument without a value \('needed'\); give it with --arg"):
         await evaluated(str(file), [], flags=flags)
@@ -319,17 +320,18 @@ async def test_an_attribute_that_fails_costs_the_others_nothing(mixed: str, flag
     assert recursive.position == f"{mixed}:6:25"
     assert "infinite recursion" in recursive.text
     assert any("look at me" in each for each in messages)
-    assert "drover-" not in "".join(messages).replace("drover-0123", "")
+    # The mark of the evaluator's own lines is no news.
+    assert re.findall(r"drover-[0-9a-f]{32}", "".join(messages)) == []
 
 
 async def test_an_attribute_that_never_ends_is_ended_and_named(mixed: str, flags: tuple[str, ...]) -> None:
-    found = await evaluated(mixed, ["good", "slow", "later"], flags=flags, limits=PoolLimits(1, 2 << 30, 2.0))
+    found = await evaluated(mixed, ["good", "slow", "later"], flags=flags, limits=PoolLimits(1, 2 << 30, 5.0))
     assert [each.attr for each in found.wanted] == ["good", "later"]
-    assert found.failed == (FailedAttr("slow", "the evaluation did not end within 2 s"),)
+    assert found.failed == (FailedAttr("slow", "the evaluation did not end within 5 s"),)
 
 
 async def test_evaluators_keep_to_their_memory_together(mixed: str, flags: tuple[str, ...]) -> None:
-    found = await evaluated(mixed, ["good", "huge", "many", "later"], flags=flags, limits=PoolLimits(2, 600 << 20, 60))
+    found = await evaluated(mixed, ["good", "huge", "many", "later"], flags=flags, limits=PoolLimits(2, 600 << 20, 300))
     assert len(found.wanted) == 2 + 300
     assert [(each.attr, each.error) for each in found.failed] == [
         ("huge", "the evaluation needs more than 600 MiB"),

@@ -17,7 +17,7 @@ from infra.daemon import open_stdio
 from infra.nix.store_path import StorePath
 from infra.process_tree import live_processes
 from tests.support.processes import SURVIVOR, above, daemons_below, processes_with
-from workers.agent import daemon_pool, lease_runner
+from workers.agent import daemon_pool, lease_runner, outbox
 from workers.agent.agent import Agent, AgentError
 from workers.agent.settings import WorkerSettings
 from workers.agent.stopping import stop_agents
@@ -160,7 +160,11 @@ async def test_a_line_longer_than_the_limit_is_left_out_and_said_so(bench: Agent
     assert reader.logs[wide.step] == b"first\n" + note + b"last\n"
 
 
-async def test_fifty_megabytes_of_log_pass_through_in_flat_memory(bench: AgentHarness) -> None:
+async def test_fifty_megabytes_of_log_pass_through_in_flat_memory(
+    bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # How long a log is kept for a coordinator that takes over is another test's (`test_outbox`).
+    monkeypatch.setattr(outbox, "KEEP_S", 0.0)
     reader = await bench.agent()
     line = "x" * 1023
     script = f"i=0; while [ $i -lt 50000 ]; do echo {line}; i=$((i+1)); done; : > $out"
