@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from tests.support.attack import FarmUnderAttack
 from tests.support.loop import LoopStalls
+from tests.support.peak import peak_bytes, with_peak
 from tests.support.pseudo_terminal import on_terminal
 from tests.support.screens import Terminal
 from tests.support.tmux import tmux
@@ -120,33 +121,36 @@ class Recorder(Terminal):
 class Ended:
     """A client that has ended: its status, what it wrote, and the most memory that it had."""
 
-    def __init__(self, process: subprocess.Popen[bytes], text: str) -> None:
-        _, status, use = os.wait4(process.pid, 0)
-        self.status = process.returncode = os.waitstatus_to_exitcode(status)
+    def __init__(self, process: subprocess.Popen[bytes], text: str, peak: Path) -> None:
+        self.status = process.wait()
         self.text = text
-        self.peak_bytes = use.ru_maxrss * 1024
+        self.peak_bytes = peak_bytes(peak)
 
 
 def on_recorder(farm: FarmUnderAttack, *arguments: str) -> Ended:
     """Run a command on a terminal that records."""
     recorder = Recorder(80, 24)
-    with on_terminal(farm.command(*arguments), recorder, farm.environment) as watched:
-        for _ in watched.frames():
-            pass
-        return Ended(watched.process, recorder.written)
+    with TemporaryDirectory() as directory:
+        peak = Path(directory, "peak")
+        with on_terminal(with_peak(farm.command(*arguments), peak), recorder, farm.environment) as watched:
+            for _ in watched.frames():
+                pass
+            return Ended(watched.process, recorder.written, peak)
 
 
 def piped(farm: FarmUnderAttack, *arguments: str, **environment: str) -> Ended:
     """Run a command whose output is a pipe."""
-    process = subprocess.Popen(
-        farm.command(*arguments),
-        env={**farm.environment, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert process.stdout is not None
-    with process.stdout as output:
-        return Ended(process, output.read().decode())
+    with TemporaryDirectory() as directory:
+        peak = Path(directory, "peak")
+        process = subprocess.Popen(
+            with_peak(farm.command(*arguments), peak),
+            env={**farm.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert process.stdout is not None
+        with process.stdout as output:
+            return Ended(process, output.read().decode(), peak)
 
 
 def test_the_worst_log_costs_little_and_commands_neither_a_terminal_nor_a_runner(readme_farm: FarmUnderAttack) -> None:
