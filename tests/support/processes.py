@@ -25,17 +25,22 @@ while [ ! -e $PWD/left ]; do :; done
 
 
 def processes_with(text: str) -> list[int]:
-    """Processes whose environment or command holds the text (a builder's has the paths of its outputs)."""
+    """Processes whose environment or command holds the text (a builder's has the paths of its outputs), oldest first.
+
+    Not by number: the kernel starts again at the lowest after the last one, so a builder's `sleep` may precede it.
+    """
     found = []
     for directory in Path("/proc").iterdir():
         if directory.name.isdecimal():
             try:
                 seen = (directory / "environ").read_bytes() + (directory / "cmdline").read_bytes()
+                # Field 22 of proc(5), less the two before the state and one for counting from 0.
+                started = int((directory / "stat").read_bytes().rpartition(b")")[2].split()[19])
             except OSError:
                 continue
             if text.encode() in seen:
-                found.append(int(directory.name))
-    return found
+                found.append((started, int(directory.name)))
+    return [pid for _, pid in sorted(found)]
 
 
 def daemons_below(process: int) -> list[int]:

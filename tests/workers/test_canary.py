@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,27 @@ async def test_a_daemon_without_a_sandbox_is_noticed_whatever_said_so(
     assert not list((root / "nix/store").glob("*-drover-canary-probe")), "what the canary left is taken away"
     assert not list((root / "state").iterdir())
     assert "outside Nix's sandbox" in grade(report).reasons[0]
+
+
+async def test_a_canary_is_held_until_it_was_looked_for_however_slow_its_reader(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed_data, to_thread = asyncio.StreamReader.feed_data, asyncio.to_thread
+
+    def feed_late(reader: asyncio.StreamReader, data: bytes) -> None:
+        # The pipe is full each time: the reader takes the most that it ever does.
+        time.sleep(0.01)
+        feed_data(reader, data)
+
+    async def look_late(function: Callable[..., object], *arguments: object) -> object:
+        await asyncio.sleep(0.5)
+        return await to_thread(function, *arguments)
+
+    monkeypatch.setattr(asyncio.StreamReader, "feed_data", feed_late)
+    monkeypatch.setattr(asyncio, "to_thread", look_late)
+    async with _daemon(root, {}, chroot=True) as (canary, connection):
+        report = await canary.measure(connection)
+    assert report.host_uid == os.geteuid()
 
 
 async def test_a_canary_that_cannot_be_built_says_why(root: Path) -> None:

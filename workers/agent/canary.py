@@ -67,8 +67,9 @@ SECRET_VARIABLE: Final = "DROVER_CANARY_SECRET"  # noqa: S105 - the name of one
 #: Values of one key that are kept, and their longest.
 MAX_VALUES: Final = 64
 MAX_VALUE_CHARACTERS: Final = 200
-#: Lines of a kilobyte that the canary prints to be held: more than a pseudo-terminal, two pipes and our reader take.
-FILLER_LINES: Final = 600
+#: Lines of a kilobyte that the canary prints to be held: more than a pseudo-terminal, the daemon, a pipe and our reader
+#: take, with the piece (1 MB at most) that was taken from the reader together with the canary's last word.
+FILLER_LINES: Final = 2000
 #: What begins each line that means something.
 _MARK: Final = "@canary"
 
