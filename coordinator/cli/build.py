@@ -269,9 +269,8 @@ def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_j
         screen.line(line)
     if as_json:
         _print_json(view, failed, submitted.evaluation)
-    if view.state is not SubmissionState.SUCCEEDED:
-        return exit_status.BUILD_FAILED
-    return status_of(submitted.evaluation, screen.line)
+    status = status_of(submitted.evaluation, screen.line)
+    return status if view.state is SubmissionState.SUCCEEDED else exit_status.BUILD_FAILED
 
 
 def _print_json(view: SubmissionView, failed: Sequence[StepView], evaluation: Evaluation) -> None:

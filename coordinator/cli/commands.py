@@ -1,8 +1,8 @@
 """The `drover` command.
 
-Exit status: 0 done, 1 a build failed, 2 wrong usage, 3 nothing that can be built was evaluated, 4 infrastructure (no
-coordinator, no Nix, a store that cannot be read), 130 interrupted; `exit_status` has the table. Whatever goes wrong is
-one sentence on standard error; an unexpected error is written to a file that the sentence names.
+Exit status: 0 done, 1 a build failed, 2 wrong usage, 3 something could not be evaluated (what could be is built), 4
+infrastructure (no coordinator, no Nix, a store that cannot be read), 130 interrupted; `exit_status` has the table.
+Whatever goes wrong is one sentence on standard error; an unexpected error is written to a file that the sentence names.
 
 Commands import what they need when they run: `drover --help` must not wait for Ray.
 """
@@ -38,7 +38,7 @@ Exit status:
   0    all is built, the question is answered
   1    a build failed, or the submission was cancelled
   2    wrong usage: an argument, a token, a name that does not exist
-  3    nothing that this farm builds was evaluated
+  3    something is nothing that this farm builds, or cannot be evaluated
   4    infrastructure: no coordinator, no Nix; later it may succeed
   130  interrupted; builds go on
 
@@ -146,6 +146,11 @@ def _refuse_contradictions(options: dict[str, Any]) -> None:
         raise click.UsageError(f"{chosen} chooses from a file; a .drv path is one derivation")
     if files == ("-",) and chosen:
         raise click.UsageError(f"{chosen} chooses from a file; lines on standard input name derivations")
+    if len(files) == 1 and "#" in files[0] and not Path(files[0]).exists():
+        if options["attrs"]:
+            raise click.UsageError("-A chooses from a file; name a flake's output after its #")
+        if options["args"] or options["argstrs"]:
+            raise click.UsageError("a flake takes no arguments; leave --arg and --argstr out")
     if options["detach"] and options["fetch"]:
         raise click.UsageError("--fetch waits for the build and --detach does not; choose one")
 

@@ -31,7 +31,7 @@ from infra.process import ChildProcess, ProcessError, run
 #: Most bytes of one answer: a set of a hundred thousand names has three million.
 MAX_ANSWER_BYTES: Final = 32 * 1024 * 1024
 #: Most bytes that are kept of what Nix prints during one visit, from its start and its end each.
-MAX_MESSAGE_BYTES: Final = 128 * 1024
+MAX_MESSAGE_BYTES: Final = 32 * 1024
 READ_BYTES: Final = 64 * 1024
 #: Seconds in which Nix is to fail once more where it is asked for the whole of an error.
 WHOLE_ERROR_S: Final = 600.0
@@ -232,7 +232,6 @@ class _Messages:
     def __init__(self) -> None:
         self._head = bytearray()
         self._tail = bytearray()
-        self._cut = False
 
     def add(self, line: bytes) -> None:
         """Take a line."""
@@ -241,12 +240,12 @@ class _Messages:
             return
         self._tail += line[-MAX_MESSAGE_BYTES:] + b"\n"
         if len(self._tail) > 2 * MAX_MESSAGE_BYTES:
-            self._cut = True
-            del self._tail[:-MAX_MESSAGE_BYTES]
+            # One byte more than is shown, so that it is seen to be cut.
+            del self._tail[: -MAX_MESSAGE_BYTES - 1]
 
     def text(self) -> str:
         """Return all of it."""
-        middle = b"[...]\n" if self._cut else b""
+        middle = b"[...]\n" if len(self._tail) > MAX_MESSAGE_BYTES else b""
         return (self._head + middle + self._tail[-MAX_MESSAGE_BYTES:]).decode(errors="replace")
 
 

@@ -42,6 +42,8 @@ MAX_WAITING: Final = 10_000
 MAX_BATCH: Final = 32
 #: Seconds between two looks at the memory of the evaluators.
 MEMORY_EVERY_S: Final = 0.1
+#: Names of the longest attribute path. A set that asks to be entered may lead to itself, and has no end then.
+MAX_DEPTH: Final = 64
 #: Seconds that one attribute may take.
 TIMEOUT_S: Final = 1800.0
 #: Most evaluators that are chosen by themselves, and the memory that one is thought to want at least.
@@ -301,6 +303,9 @@ class _Pool:
             return
         if messages.strip():
             self._on_messages(messages)
+        if len(place.path) >= MAX_DEPTH and (answer.names or answer.elements):
+            await self._fail(place, f"it lies {MAX_DEPTH} names deep and goes on; its set may lead to itself")
+            return
         if answer.drv:
             await self._give(place, self._root(place, answer))
         elif answer.left:

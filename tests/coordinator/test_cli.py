@@ -52,6 +52,8 @@ def nobody() -> str:
         (["build"], "name one file, flake output or .drv path, or an expression with -E"),
         (["build", "a.nix", "-E", "1"], "or an expression with -E"),
         (["build", "a.nix", "--systems", "macos"], "'macos' is no system"),
+        (["build", ".#checks", "-A", "x"], "name a flake's output after its #"),
+        (["build", ".#checks", "--argstr", "a", "b"], "a flake takes no arguments"),
         (["build", "-", "-A", "x"], "lines on standard input name derivations"),
         (["build", "a.nix", "b.nix"], "choose several things to build with -A"),
         (["build", "a.nix", f"/nix/store/{'0' * 32}-b.drv"], "not both"),

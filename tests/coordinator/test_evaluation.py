@@ -436,3 +436,37 @@ def test_texts_are_written_as_nix_reads_them_back() -> None:
 def test_a_position_of_our_own_file_is_none_of_the_users() -> None:
     text = "error: x\n\n       at /x/evaluation/tree.nix:3:4:\n\n       at /home/me/f.nix:5:17:\n"
     assert position(text) == "/home/me/f.nix:5:17"
+
+
+async def test_a_set_that_leads_to_itself_ends_in_an_error_of_its_own(flags: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "endless.nix"
+    file.write_text(
+        """
+        let ring = { recurseForDerivations = true; round = ring; };
+        in { a = derivation { name = "a"; system = "s"; builder = "b"; }; inherit ring; }
+        """
+    )
+    found = await evaluated(str(file), flags=flags)
+    assert [each.attr for each in found.wanted] == ["a"]
+    [failed] = found.failed
+    assert failed.attr.startswith("ring.round.round.")
+    assert failed.error == "it lies 64 names deep and goes on; its set may lead to itself"
+
+
+async def test_what_nix_prints_without_end_is_kept_from_its_start_and_its_end(
+    flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "loud.nix"
+    file.write_text(
+        """
+        builtins.foldl' (all: n: builtins.trace "line ${toString n}" all)
+          (derivation { name = "a"; system = "s"; builder = "b"; }) (builtins.genList (n: n) 20000)
+        """
+    )
+    messages: list[str] = []
+    assert len((await evaluated(str(file), flags=flags, messages=messages)).wanted) == 1
+    lines = "".join(messages).split("\n")
+    assert lines[0] == "trace: line 0"
+    assert "[...]" in lines
+    assert lines[-2] == "trace: line 19999"
+    assert len("".join(messages)) < 70_000
