@@ -13,7 +13,7 @@ import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -44,6 +44,8 @@ MAX_BATCH: Final = 32
 MEMORY_EVERY_S: Final = 0.1
 #: Names of the longest attribute path. A set that asks to be entered may lead to itself, and has no end then.
 MAX_DEPTH: Final = 64
+#: Names of such a path that people are shown.
+SHOWN_DEPTH: Final = 3
 #: Seconds that one attribute may take.
 TIMEOUT_S: Final = 1800.0
 #: Most evaluators that are chosen by themselves, and the memory that one is thought to want at least.
@@ -304,7 +306,8 @@ class _Pool:
         if messages.strip():
             self._on_messages(messages)
         if len(place.path) >= MAX_DEPTH and (answer.names or answer.elements):
-            await self._fail(place, f"it lies {MAX_DEPTH} names deep and goes on; its set may lead to itself")
+            above = replace(place, path=place.path[:SHOWN_DEPTH])
+            await self._fail(above, f"it goes on for more than {MAX_DEPTH} names below; a set may lead to itself")
             return
         if answer.drv:
             await self._give(place, self._root(place, answer))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import zip_longest
 from typing import Final
@@ -106,16 +106,6 @@ class Difference:
     def __bool__(self) -> bool:
         """Return whether anything differs."""
         return bool(self.change_count or self.path_change_count or self.input_count)
-
-
-def reverse(difference: Difference) -> Difference:
-    """The difference in the other direction."""
-    return replace(
-        difference,
-        changes=tuple([replace(each, before=each.after, after=each.before) for each in difference.changes]),
-        path_changes=tuple([replace(each, before=each.after, after=each.before) for each in difference.path_changes]),
-        inputs=tuple([ChangedInput(each.after, each.before) for each in difference.inputs]),
-    )
 
 
 def compare(before: Derivation, after: Derivation) -> Difference:

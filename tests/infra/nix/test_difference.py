@@ -19,10 +19,10 @@ from infra.nix.difference import (
     NAME_BYTES,
     SHOWN_BYTES,
     ChangedInput,
+    Difference,
     Field,
     compare,
     printable,
-    reverse,
 )
 from infra.nix.store_path import drv_name_of, hash_part_of, package_of
 
@@ -72,6 +72,16 @@ def pairs(draw: st.DrawFn) -> tuple[Derivation, Derivation]:
     before, other = draw(derivations()), draw(derivations())
     fields = draw(st.sets(st.sampled_from(["outputs", "input_drvs", "input_srcs", "system", "builder", "args", "env"])))
     return before, replace(before, **{name: getattr(other, name) for name in fields})
+
+
+def reverse(difference: Difference) -> Difference:
+    """The difference in the other direction."""
+    return replace(
+        difference,
+        changes=tuple([replace(each, before=each.after, after=each.before) for each in difference.changes]),
+        path_changes=tuple([replace(each, before=each.after, after=each.before) for each in difference.path_changes]),
+        inputs=tuple([ChangedInput(each.after, each.before) for each in difference.inputs]),
+    )
 
 
 @given(pairs())
