@@ -141,6 +141,10 @@ class Route(Generic[_Answer]):
         own = {query.name for query in self.query}
         return (*self.query, *(query for query in (LIMIT, AFTER) if self.many and query.name not in own))
 
+    def named(self, name: str) -> Query:
+        """Return one parameter of its query. Raises `StopIteration` without it."""
+        return next(query for query in self.queries if query.name == name)
+
     def below(self, prefix: str) -> str:
         """Return the path as a router takes it, for a cache at `prefix`."""
         return prefix + self.path.removeprefix("{prefix}")

@@ -7,14 +7,15 @@ right.
 Rules: 1. Times in bodies and answers are Unix seconds. 2. An answer of status 4xx or 5xx is an `ErrorView`:
 `{"error": {"code": "...", "message": "one sentence and what to do"}}`. 3. A list (`many`) comes in pages: it takes
 `?limit=` (100, at most 1000) and `?after=`; where there is more, a header `Link: <…>; rel="next"` has the address of
-the next page. 4. `errors` lists what a route adds to `EVERY_ROUTE`; an answer that is in neither is logged as a fault.
+the next page, which has the same filters. A page of a filtered list may be short or empty although more follow.
+4. `errors` lists what a route adds to `EVERY_ROUTE`; an answer that is in neither is logged as a fault.
 
 Clients import this module for one short question, so it imports no pydantic (`coordinator.api.route`).
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from coordinator.api.difference_models import DifferenceView
 from coordinator.api.estimates import SubmissionEtaView, ThroughputView
@@ -32,11 +33,12 @@ from coordinator.api.models import (
     SubmissionView,
     VerifyView,
     WhyView,
+    WorkerState,
     WorkerView,
 )
 from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
 from coordinator.api.route import Content, Query, Right, Route
-from coordinator.api.timeline_models import AttemptView, HistoryView
+from coordinator.api.timeline_models import AttemptOutcome, AttemptView, HistoryView
 
 #: Where the API begins. An address below it that no record has wants the token too: strangers learn nothing of it.
 API_PREFIX: Final = "/api/"
@@ -49,6 +51,8 @@ _BODY: Final = (408, 413)
 _GRAPH: Final = (422,)
 #: Streams have bounds of their own, which are 400.
 _STREAM: Final = (408, *_GRAPH)
+
+_IN_STATES: Final = Query("state", "Only steps in these states.", words=tuple(StepStatus))
 
 MISSING: Final = Route(
     "POST",
@@ -129,6 +133,7 @@ ROOTS: Final = Route(
     many=True,
     errors=_NAMED,
     summary="The roots of a submission.",
+    query=(_IN_STATES,),
 )
 STEPS: Final = Route(
     "GET",
@@ -138,7 +143,7 @@ STEPS: Final = Route(
     many=True,
     errors=_NAMED,
     summary="The steps of a submission.",
-    query=(Query("state", "Only steps in these states.", words=tuple(StepStatus)),),
+    query=(_IN_STATES,),
 )
 SUBMISSION_TIMELINE: Final = Route(
     "GET",
@@ -148,6 +153,10 @@ SUBMISSION_TIMELINE: Final = Route(
     many=True,
     errors=_NAMED,
     summary="Attempts of the steps of a submission since it came. A page is of `limit` steps and may be empty.",
+    query=(
+        Query("outcome", "Only attempts that ended so.", words=get_args(AttemptOutcome)),
+        Query("worker", "Only attempts on this worker."),
+    ),
 )
 EVENTS: Final = Route[None](
     "GET",
@@ -156,7 +165,8 @@ EVENTS: Final = Route[None](
     answer=Content.EVENTS,
     errors=_NAMED,
     head=False,
-    summary="Changes of a submission as server-sent events: `snapshot`, then `step` and `counts`, at last `end`.",
+    summary="Changes of a submission as server-sent events: `snapshot`, then `step` and `counts`, at last `end`; with "
+    "`Last-Event-ID` those behind what has come.",
 )
 STEP: Final = Route(
     "GET",
@@ -240,7 +250,18 @@ COMPLETIONS: Final = Route(
         Query("beginning", "The beginning of the names."),
     ),
 )
-WORKERS: Final = Route("GET", f"{_V1}/workers", Right.API, answer=WorkerView, many=True, summary="All workers.")
+WORKERS: Final = Route(
+    "GET",
+    f"{_V1}/workers",
+    Right.API,
+    answer=WorkerView,
+    many=True,
+    summary="All workers, by name.",
+    query=(
+        Query("state", "Only workers in these states.", words=get_args(WorkerState)),
+        Query("system", "Only workers that build for this system, native or emulated."),
+    ),
+)
 FARM: Final = Route(
     "GET",
     f"{_V1}/farm",
@@ -288,7 +309,8 @@ CACHE_ROOTS: Final = Route(
     answer=CacheRootView,
     many=True,
     errors=_NAMED,
-    summary="What a cache keeps and why.",
+    summary="What a cache keeps and why, the last used first.",
+    query=(Query("kind", "Only roots of this kind, such as `pin`, `push` or `submission`."),),
 )
 CACHE_WHY: Final = Route(
     "GET",

@@ -6,8 +6,11 @@ Plain records, as those of `coordinator.api.models`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from coordinator.api.flakes import RecipeRecordView
+
+AttemptOutcome: TypeAlias = Literal["running", "done", "failed", "retried", "lost", "returned", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,7 @@ class AttemptView:
     system: str
     worker: str
     isolation: str
-    outcome: str
+    outcome: AttemptOutcome
     reason: str
     message: str
     submitted_at: float | None

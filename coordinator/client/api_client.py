@@ -23,6 +23,7 @@ from coordinator.api.models import (
     IntakeMissing,
     ResignView,
     RetryView,
+    RootView,
     Snapshot,
     StepStatus,
     StepView,
@@ -31,11 +32,12 @@ from coordinator.api.models import (
     VerifyView,
     WatchEvent,
     WhyView,
+    WorkerState,
     WorkerView,
 )
 from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
 from coordinator.api.route import Route
-from coordinator.api.timeline_models import AttemptView, HistoryView
+from coordinator.api.timeline_models import AttemptOutcome, AttemptView, HistoryView
 from coordinator.client.decoding import decode, decode_event, decode_list
 from coordinator.client.errors import RefusedError, UnreachableError
 from coordinator.client.event_reader import EventReader
@@ -93,8 +95,7 @@ class ApiClient(Transport):
         """Return the view with all its roots, requested again where some are missing."""
         if len(view.roots) >= view.root_count:
             return view
-        roots = await self._pages(routes.ROOTS, {"id": view.id})
-        return replace(view, roots=tuple(roots))
+        return replace(view, roots=tuple(await self.roots(view.id)))
 
     async def submission(self, submission: str) -> SubmissionView:
         """Return one submission."""
@@ -125,18 +126,30 @@ class ApiClient(Transport):
         """Return the attempts of a step, the first one first."""
         return await self._pages(routes.TIMELINE, {"key": key})
 
-    async def submission_timeline(self, submission: str) -> list[AttemptView]:
-        """Return the attempts of a submission's steps since it came."""
-        return await self._pages(routes.SUBMISSION_TIMELINE, {"id": submission})
+    async def submission_timeline(
+        self, submission: str, *, outcomes: Sequence[AttemptOutcome] = (), worker: str = ""
+    ) -> list[AttemptView]:
+        """Return the attempts of a submission's steps since it came, all or those that ended so, on that worker."""
+        query = {"outcome": ",".join(outcomes)} if outcomes else {}
+        if worker:
+            query["worker"] = worker
+        return await self._pages(routes.SUBMISSION_TIMELINE, {"id": submission}, query)
+
+    async def roots(self, submission: str, states: Sequence[StepStatus] = ()) -> list[RootView]:
+        """Return the roots of a submission, all or those in `states`."""
+        return await self._pages(routes.ROOTS, {"id": submission}, {"state": ",".join(states)} if states else {})
 
     async def history(self, name: str, system: str = "") -> HistoryView:
         """Return the history of a package, on one system or all."""
         query = {"system": system} if system else {}
         return await self._one(routes.HISTORY, {"name": name}, params=query)
 
-    async def workers(self) -> list[WorkerView]:
-        """Return all workers."""
-        return await self._pages(routes.WORKERS)
+    async def workers(self, states: Sequence[WorkerState] = (), system: str = "") -> list[WorkerView]:
+        """Return the workers, all or those in `states`, those that build for a system."""
+        query = {"state": ",".join(states)} if states else {}
+        if system:
+            query["system"] = system
+        return await self._pages(routes.WORKERS, query=query)
 
     async def drain(self, worker: str, *, on: bool) -> None:
         """Give a worker no new leases while `on`."""
@@ -150,9 +163,9 @@ class ApiClient(Transport):
         """Return what a cache holds; the one at /cache is `default`."""
         return await self._one(routes.CACHE, {"cache": name})
 
-    async def cache_roots(self, name: str) -> list[CacheRootView]:
-        """Return the roots of a cache."""
-        return await self._pages(routes.CACHE_ROOTS, {"cache": name})
+    async def cache_roots(self, name: str, kind: str = "") -> list[CacheRootView]:
+        """Return the roots of a cache, all or those of one kind."""
+        return await self._pages(routes.CACHE_ROOTS, {"cache": name}, {"kind": kind} if kind else {})
 
     async def cache_why(self, name: str, path: str) -> WhyView:
         """Return what keeps a store path."""
@@ -213,9 +226,10 @@ class ApiClient(Transport):
     async def watch(
         self, submission: str, on_lost: Callable[[str], None] = lambda _why: None
     ) -> AsyncIterator[WatchEvent]:
-        """Yield a submission's events up to and with `Ended`; after a break it begins again with a new snapshot.
+        """Yield a submission's events up to and with `Ended`.
 
-        Where the coordinator has no stream free, the client polls snapshots instead: too many watchers fail no build.
+        After a break it goes on behind what has come, or begins again with a new snapshot. Where the coordinator has no
+        stream free, the client polls snapshots instead: too many watchers fail no build.
         `on_lost` receives the reason, once for each time that the connection breaks.
 
         Raises:
@@ -225,9 +239,11 @@ class ApiClient(Transport):
 
         budget: RetryBudget | None = None
         seen = False
+        reader = EventReader()
         while True:
+            reader = EventReader(reader.last_id)
             try:
-                async for event in self._events(submission, on_lost):
+                async for event in self._events(submission, reader, on_lost):
                     seen, budget = True, None
                     yield event
                     if isinstance(event, Ended):
@@ -243,14 +259,17 @@ class ApiClient(Transport):
             if not await budget.pause():
                 raise UnreachableError(self.url, f"for {RECONNECT_GIVE_UP_S:.0f} s")
 
-    async def _events(self, submission: str, on_lost: Callable[[str], None]) -> AsyncIterator[WatchEvent]:
+    async def _events(
+        self, submission: str, reader: EventReader, on_lost: Callable[[str], None]
+    ) -> AsyncIterator[WatchEvent]:
         """Yield the events of a stream, and where none is free what it would begin with, again and again."""
         try:
-            async for event in self._watch_once(submission):
+            async for event in self._watch_once(submission, reader):
                 yield event
         except RefusedError as refusal:
             if refusal.reason != UnavailableError.code:
                 raise
+            reader.last_id = ""
             on_lost(str(refusal))
         else:
             return
@@ -271,9 +290,9 @@ class ApiClient(Transport):
             raise UnreachableError(self.url, str(refusal)) from None
         return [snapshot] if view.state is SubmissionState.RUNNING else [snapshot, Ended(submission=view)]
 
-    async def _watch_once(self, submission: str) -> AsyncIterator[WatchEvent]:
-        async with self.stream(routes.EVENTS, {"id": submission}, silence_s=SILENCE_S) as response:
-            reader = EventReader()
+    async def _watch_once(self, submission: str, reader: EventReader) -> AsyncIterator[WatchEvent]:
+        headers = {"Last-Event-ID": reader.last_id} if reader.last_id else {}
+        async with self.stream(routes.EVENTS, {"id": submission}, headers=headers, silence_s=SILENCE_S) as response:
             async for chunk in self.chunks(response):
                 for data in reader.feed(chunk):
                     yield decode_event(data, self.url)

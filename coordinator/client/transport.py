@@ -93,6 +93,7 @@ class Transport:
         *,
         data: AsyncIterator[bytes] | None = None,
         params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
         silence_s: float | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Yield the answer to a request as it comes, after at most `silence_s` of silence; for streams both ways."""
@@ -109,6 +110,7 @@ class Transport:
                 self.url + route.address(**parts),
                 data=body,
                 params=params,
+                headers=headers,
                 timeout=timeout,
                 allow_redirects=False,
             )

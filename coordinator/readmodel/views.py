@@ -237,6 +237,19 @@ class Views(FoldedRows):
                     return found, position + 1
         return found, max(seen, end)
 
+    def roots_after(
+        self, roots: Sequence[RootNote], states: frozenset[StepStatus], seen: int, limit: int
+    ) -> tuple[list[RootNote], int]:
+        """Return at most `limit` roots whose steps are in `states` (empty: all), as `steps_after` does."""
+        found: list[RootNote] = []
+        end = min(len(roots), seen + STEPS_LOOKED_AT)
+        for position in range(seen, end):
+            if not states or self._row(roots[position].step).state in states:
+                found.append(roots[position])
+                if len(found) == limit:
+                    return found, position + 1
+        return found, max(seen, end)
+
     def step_total(self) -> int:
         """Return how many steps are known."""
         return len(self._steps)

@@ -178,6 +178,22 @@ async def test_a_watch_begins_again_after_a_break_and_reports_it_once(monkeypatc
     assert len(lost) == 2
 
 
+async def test_a_watch_that_broke_names_what_it_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RECONNECT_FIRST_S", 0.01)
+    snapshot = Snapshot(submission=ENDED, steps=())
+    answers = [frames(snapshot) + b"id: feed-7\n\n", b"id: feed-8\n\n", frames(Ended(submission=ENDED))]
+    named: list[str | None] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        named.append(request.headers.get("Last-Event-ID"))
+        return web.Response(body=answers.pop(0), content_type="text/event-stream")
+
+    async with served(handler) as client:
+        events = [event async for event in client.watch("s")]
+    assert [type(event) for event in events] == [Snapshot, Ended]
+    assert named == [None, "feed-7", "feed-8"]
+
+
 async def test_a_watch_that_finds_no_stream_free_looks_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RECONNECT_LONGEST_S", 0.01)
     states = [SubmissionState.RUNNING, SubmissionState.RUNNING, SubmissionState.SUCCEEDED]

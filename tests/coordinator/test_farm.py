@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from coordinator.api.models import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState
-from coordinator.api.requests import SubmitRequest
+from coordinator.api.requests import PinRequest, SubmitRequest
 from coordinator.api.route import Right, Route
 from coordinator.cli import exit_status
 from coordinator.client.api_client import ApiClient
@@ -333,6 +333,32 @@ async def test_a_page_under_another_name_cannot_ask_a_coordinator_on_loopback(op
         for host, status in (("evil.example", 421), ("127.0.0.1.evil.example:80", 421), ("[", 400), ("localhost", 200)):
             async with web.get(f"{url}/healthz", headers={"Host": host}) as answer:
                 assert answer.status == status
+
+
+async def test_lists_take_filters_and_a_word_that_a_filter_lacks_is_refused(open_farm: OpenFarm) -> None:
+    async with open_farm("one") as farm:
+        client = farm.client
+        view = await farm.ended((await farm.submit(DIAMOND, "left", "right")).id)
+        assert {root.attr for root in await client.roots(view.id, [StepStatus.DONE])} == {"left", "right"}
+        assert await client.roots(view.id, [StepStatus.FAILED, StepStatus.READY]) == []
+        assert [worker.name for worker in await client.workers(["online"], "x86_64-linux")] == ["one"]
+        assert await client.workers(["gone", "silent"]) == await client.workers(system="riscv64-linux") == []
+        attempts = await client.submission_timeline(view.id, outcomes=["done"], worker="one")
+        assert len(attempts) == view.counts.done
+        assert await client.submission_timeline(view.id, outcomes=["lost"]) == []
+        assert await client.submission_timeline(view.id, worker="two") == []
+        output = view.roots[0].outputs["out"]
+        await client.pin("default", "kept", PinRequest(paths=(output,)))
+        assert [root.name for root in await client.cache_roots("default", "pin")] == ["kept"]
+        assert await client.cache_roots("default", "push") == []
+        for path in (f"submissions/{view.id}/roots?state=odd", "workers?state=done", "workers?colour=red"):
+            with pytest.raises(RefusedError) as refused:
+                await client.ask(
+                    Route[None]("GET", f"/api/v1/{path.partition('?')[0]}", Right.API),
+                    {},
+                    params=dict([path.partition("?")[2].split("=")]),
+                )
+            assert refused.value.http_status == 400
 
 
 async def test_metrics_show_steps_workers_and_the_cache(open_farm: OpenFarm) -> None:

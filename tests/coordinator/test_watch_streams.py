@@ -33,12 +33,21 @@ class Reader:
         self.states: dict[str, str] = {}
         self.places: dict[str, tuple[str, int]] = {}
         self.done = 0
+        #: What the newest `id:` says.
+        self.last_id = ""
 
     async def until_done(self, count: int) -> None:
-        """Read until the counts say that so many steps are done."""
+        """Read until the counts say that so many steps are done, and where one would go on behind that."""
         async with asyncio.timeout(PATIENCE_S):
             while self.done < count or not self.types:
                 await self._event()
+                self.last_id = ""
+            while not self.last_id:
+                await self._event()
+
+    def leave(self) -> None:
+        """Break the connection."""
+        self._response.close()
 
     async def until_end(self) -> None:
         async with asyncio.timeout(PATIENCE_S):
@@ -46,8 +55,13 @@ class Reader:
                 await self._event()
 
     async def _event(self) -> None:
-        lines = [await self._response.content.readline() for _ in range(3)]
+        lines = []
+        while line := (await self._response.content.readline()).strip():
+            lines.append(line)
         if lines[0].startswith(b":"):
+            return
+        if lines[0].startswith(b"id: "):
+            self.last_id = lines[0].removeprefix(b"id: ").decode()
             return
         self.types.append(lines[0].split()[1].decode())
         event = orjson.loads(lines[1].removeprefix(b"data: "))
@@ -68,8 +82,8 @@ class Served:
         self.url = url
         self._http = http
 
-    async def watch(self) -> Reader:
-        return Reader(await self._http.get(self.url))
+    async def watch(self, last_id: str = "") -> Reader:
+        return Reader(await self._http.get(self.url, headers={"Last-Event-ID": last_id} if last_id else {}))
 
 
 @asynccontextmanager
@@ -179,3 +193,73 @@ async def test_a_reader_that_stops_has_little_queued_and_gets_a_snapshot_when_it
         writer.close()
         assert b"event: snapshot" not in rest
         assert b'"k901"' in rest
+
+
+async def test_a_stream_that_comes_back_goes_on_behind_what_it_has_read() -> None:
+    async with served(6) as farm:
+        farm.driven.join()
+        first = await farm.watch()
+        await first.until_done(0)
+        farm.driven.publish("k0")
+        await first.until_done(1)
+        first.leave()
+        for number in (1, 2):
+            farm.driven.publish(f"k{number}")
+        again = await farm.watch(first.last_id)
+        again.states = dict(first.states)
+        await again.until_done(3)
+        assert "snapshot" not in again.types
+        assert again.states == {"k0": "done", "k1": "done", "k2": "done", "k3": "running"}
+        farm.driven.finish()
+        await again.until_end()
+        assert again.states["k5"] == "done"
+
+
+@pytest.mark.parametrize(
+    "last_id", ["", "0123456789abcdef-1", "{}-99", "{}--1", "{}-\u0663", "{}-" + "9" * 40, "{}", "-"]
+)
+async def test_an_id_that_names_nothing_kept_gets_a_snapshot(last_id: str) -> None:
+    async with served(3) as farm:
+        farm.driven.join()
+        first = await farm.watch()
+        await first.until_done(0)
+        name = first.last_id.partition("-")[0]
+        other = await farm.watch(last_id.format(name))
+        await other.until_done(0)
+        assert other.types[0] == "snapshot"
+
+
+async def test_what_is_kept_for_streams_that_come_back_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "KEPT_BYTES", 1500)
+    async with served(20) as farm:
+        farm.driven.join()
+        first, other = await farm.watch(), await farm.watch()
+        await first.until_done(0)
+        await other.until_done(0)
+        first.leave()
+        for number in range(15):
+            farm.driven.publish(f"k{number}")
+            await other.until_done(number + 1)
+        again = await farm.watch(first.last_id)
+        await again.until_done(15)
+        assert again.types[0] == "snapshot"
+        late = await farm.watch(other.last_id)
+        farm.driven.publish("k15")
+        await late.until_done(16)
+        assert "snapshot" not in late.types
+
+
+async def test_a_submission_without_a_stream_is_followed_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "LINGER_S", 0.0)
+    async with served(6) as farm:
+        farm.driven.join()
+        first = await farm.watch()
+        await first.until_done(0)
+        feeds = {task for task in asyncio.all_tasks() if task.get_name() == "watch feed"}
+        assert len(feeds) == 1
+        first.leave()
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.wait(feeds)
+        again = await farm.watch(first.last_id)
+        await again.until_done(0)
+        assert again.types[0] == "snapshot"

@@ -75,9 +75,11 @@ class CachingApi:
         )
 
     async def roots(self, request: web.Request) -> web.Response:
-        """List roots, the last used first."""
+        """List roots, all or those of one kind, the last used first."""
         _, cache = self._cache(request)
-        page = cut(await cache.roots(), position_of(request), limit_of(request))
+        kind = request.query.get("kind", "")
+        roots = [root for root in await cache.roots() if not kind or root.kind == kind]
+        page = cut(roots, position_of(request), limit_of(request))
         return await answer_page(request, page, _root_view)
 
     async def why(self, request: web.Request) -> web.Response:

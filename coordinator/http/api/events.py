@@ -7,11 +7,16 @@ Rules:
    nothing is queued for it meanwhile.
 3. A connection that takes nothing for `coordinator.http.connections.UNREAD_S` is closed and counted there.
 4. Silence is filled with comments, so that both sides notice a connection that is gone.
+5. What was written ends with an `id:`. A stream whose `Last-Event-ID` names it goes on behind it without a snapshot, as
+   far as the newest `KEPT_BYTES` reach back: for `LINGER_S` after the last stream, and in one life of the program.
+   Where a part was cut by the break it comes once more, which changes nothing: events say how things are.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Final
@@ -31,6 +36,13 @@ PAUSE_S: Final = 0.2
 COMMENT_S: Final = 10.0
 #: Bytes that wait for one stream before it gets a snapshot instead. Streams share them: they are rendered once.
 BEHIND_BYTES: Final = 256 * 1024
+#: Digits of the number of a part.
+MAX_NUMBER: Final = 16
+#: Bytes of the newest parts that are kept for streams that come back.
+KEPT_BYTES: Final = 256 * 1024
+#: Seconds for which a submission without a stream is followed, because its client may come back; and how many are.
+LINGER_S: Final = 30.0
+LINGERING: Final = 100
 #: Streams that are woken before the loop is given back: each is a write of some 30 us.
 WOKEN_AT_ONCE: Final = 100
 
@@ -77,6 +89,14 @@ class _Feed:
         self.streams: dict[_Stream, None] = {}
         #: The last event is in all streams that are not behind.
         self.over = False
+        #: Ends this feed unless a stream comes before.
+        self.lingering: asyncio.TimerHandle | None = None
+        #: Of the ids: what tells this feed from any other one, and the number of the newest part.
+        self._name = secrets.token_hex(8)
+        self._number = 0
+        #: The newest parts, and how many bytes they have.
+        self._kept: deque[bytes] = deque()
+        self._kept_bytes = 0
         self.task = asyncio.create_task(self._run(), name="watch feed")
 
     def want(self, stream: _Stream) -> None:
@@ -84,6 +104,19 @@ class _Feed:
         stream.fresh, stream.behind = True, False
         self.streams[stream] = None
         self._wanted.set()
+
+    def join(self, stream: _Stream, last_id: str) -> None:
+        """Give a stream what came after the part that `last_id` names, or a snapshot where that is not kept."""
+        name, _, number = last_id.partition("-")
+        known = name == self._name and number.isascii() and number.isdigit() and len(number) < MAX_NUMBER
+        behind = self._number - int(number) if known else -1
+        if not 0 <= behind <= len(self._kept):
+            self.want(stream)
+            return
+        stream.fresh = False
+        self.streams[stream] = None
+        for part in list(self._kept)[len(self._kept) - behind :]:
+            stream.give(part)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -96,18 +129,33 @@ class _Feed:
                         due = loop.time() + PAUSE_S
                         self._changed.clear()
                         await self._views.recipes.fetch(watcher.failed())
-                        anew, there = watcher.is_behind, list(self.streams)
-                        events = b"".join(await rendered(watcher.events(), _frame))
+                        anew, there = watcher.is_behind, set(self.streams)
+                        events = self._keep(b"".join(await rendered(watcher.events(), _frame)))
                         self.over = watcher.over
-                        await self._give(events, [each for each in there if anew or not each.fresh])
+                        known = [each for each in self.streams if not each.fresh or (anew and each in there)]
+                        await self._give(events, known)
                     self._wanted.clear()
                     if fresh := [each for each in self.streams if each.fresh]:
                         await self._views.recipes.fetch(watcher.failed(anew=True))
-                        await self._give(b"".join(await rendered(self._begin(watcher), _frame)), fresh)
+                        begun = b"".join(await rendered(self._begin(watcher), _frame))
+                        await self._give(begun + self._id(), fresh)
         finally:
             self.over = True
             for stream in self.streams:
                 stream.woken.set()
+
+    def _keep(self, events: bytes) -> bytes:
+        """Return what is new with its id, and keep it for streams that come back."""
+        self._number += 1
+        part = events + self._id()
+        self._kept.append(part)
+        self._kept_bytes += len(part)
+        while self._kept_bytes > KEPT_BYTES:
+            self._kept_bytes -= len(self._kept.popleft())
+        return part
+
+    def _id(self) -> bytes:
+        return f"id: {self._name}-{self._number}\n\n".encode()
 
     def _begin(self, watcher: Watcher) -> Iterator[WatchEvent]:
         """Yield what a stream begins with that goes on with the watcher's next events."""
@@ -147,22 +195,30 @@ class WatchStreams:
         self._limit = limit
         self._open = 0
         self._feeds: dict[str, _Feed] = {}
+        #: Feeds without a stream.
+        self._lingering = 0
         self._stopping = False
 
     def stop(self) -> None:
         """End all streams at their next look; clients connect again to the next coordinator."""
         self._stopping = True
-        for feed in self._feeds.values():
+        for feed in list(self._feeds.values()):
             for stream in feed.streams:
                 stream.woken.set()
+            if feed.lingering is not None:
+                self._end(feed)
 
     async def serve(self, request: web.Request, submission: SubmissionRow) -> web.StreamResponse:
-        """Stream until the submission has ended or the client is gone. Raises `UnavailableError`."""
+        """Stream until the submission has ended or the client is gone, from `Last-Event-ID` on where that is known.
+
+        Raises:
+            UnavailableError: Too many streams are open.
+        """
         if self._open >= self._limit:
             raise UnavailableError("too many clients are watching; try again later.")
         self._open += 1
         stream, feed = _Stream(), self._feed(submission)
-        feed.want(stream)
+        feed.join(stream, request.headers.get("Last-Event-ID", ""))
         try:
             response = web.StreamResponse(
                 headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
@@ -179,9 +235,27 @@ class WatchStreams:
             self._open -= 1
             del feed.streams[stream]
             if not feed.streams:
-                feed.task.cancel()
-                if self._feeds.get(submission.id) is feed:
-                    del self._feeds[submission.id]
+                self._leave(feed)
+
+    def _leave(self, feed: _Feed) -> None:
+        """Follow a submission without a stream a little longer, or no more."""
+        if feed.over or self._stopping or self._lingering >= LINGERING:
+            self._end(feed)
+            return
+        self._lingering += 1
+        feed.lingering = asyncio.get_running_loop().call_later(LINGER_S, self._end, feed)
+
+    def _end(self, feed: _Feed) -> None:
+        self._stay(feed)
+        feed.task.cancel()
+        if self._feeds.get(feed.submission.id) is feed:
+            del self._feeds[feed.submission.id]
+
+    def _stay(self, feed: _Feed) -> None:
+        if feed.lingering is not None:
+            feed.lingering.cancel()
+            feed.lingering = None
+            self._lingering -= 1
 
     async def _send(self, response: web.StreamResponse, stream: _Stream, feed: _Feed) -> None:
         while not self._stopping:
@@ -206,7 +280,10 @@ class WatchStreams:
     def _feed(self, submission: SubmissionRow) -> _Feed:
         feed = self._feeds.get(submission.id)
         if feed is None or feed.over or feed.submission is not submission:
+            if feed is not None and feed.lingering is not None:
+                self._end(feed)
             feed = self._feeds[submission.id] = _Feed(self._views, submission)
+        self._stay(feed)
         return feed
 
     async def _silence(self, response: web.StreamResponse, woken: asyncio.Event) -> None:

@@ -101,7 +101,7 @@ def _operation(route: Route[Any], name: str, schemas: Mapping[type[Any], _Json])
     operation: _Json = {
         "operationId": name,
         "summary": route.summary,
-        "parameters": [*_path_parts(route), *map(_parameter, route.queries)],
+        "parameters": [*_path_parts(route), *map(_parameter, route.queries), *_headers(route)],
         "responses": {
             str(route.status): _answer(route, schemas),
             **{str(status): _refusal(status, schemas) for status in refusals},
@@ -121,6 +121,14 @@ def _path_parts(route: Route[Any]) -> list[_Json]:
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in _PART.findall(route.path)
     ]
+
+
+def _headers(route: Route[Any]) -> list[_Json]:
+    """Return the header with which a stream of events goes on where it broke. Source: HTML standard, 9.2.4."""
+    if route.answer is not Content.EVENTS:
+        return []
+    about = "The newest `id:` of a stream that broke; one that names nothing kept begins with a snapshot."
+    return [{"name": "Last-Event-ID", "in": "header", "description": about, "schema": {"type": "string"}}]
 
 
 def _parameter(query: Query) -> _Json:

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 from aiohttp import web
 
+from coordinator.api.route import Query
 from coordinator.errors import BadRequestError
 from coordinator.http.answers import json_of
 from infra.slices import in_slices
@@ -39,6 +40,14 @@ def limit_of(request: web.Request) -> int:
 def position_of(request: web.Request) -> int:
     """Return how many rows the request has seen, for lists whose cursor is that number. Raises `BadRequestError`."""
     return _number(request, "after", 0)
+
+
+def words_of(request: web.Request, query: Query) -> frozenset[str]:
+    """Return the words of a filter, none where it is left out. Raises `BadRequestError` for one that it has not."""
+    words = frozenset(word for word in request.query.get(query.name, "").split(",") if word)
+    if not words <= frozenset(query.words):
+        raise BadRequestError(f"`{query.name}` is one of {', '.join(query.words)}, or several with commas between.")
+    return words
 
 
 def cut(rows: Sequence[_Row], position: int, limit: int) -> Page[_Row]:

@@ -22,7 +22,7 @@ from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError, NotFoundError
 from coordinator.http.answers import answer
 from coordinator.http.api.events import WatchStreams
-from coordinator.http.api.pages import Page, answer_page, cut, limit_of, position_of
+from coordinator.http.api.pages import Page, answer_page, cut, limit_of, position_of, words_of
 from coordinator.http.bodies import STREAM_PATIENCE_S, BodyBounds, body_chunks, read_model
 from coordinator.intake.intake import Intake
 from coordinator.intake.submissions import Submissions
@@ -149,9 +149,12 @@ class Api:
         return await answer_page(request, page, lambda row: self._views.submission_view(row, ROOTS_LISTED))
 
     async def roots(self, request: web.Request) -> web.Response:
-        """List the roots of a submission."""
+        """List the roots of a submission, all or those in the named states."""
         row = self._views.submission(request.match_info["id"])
-        page = cut(self._views.note(row.id).roots, position_of(request), limit_of(request))
+        states = _states(request, routes.ROOTS)
+        roots = self._views.note(row.id).roots
+        found, end = self._views.roots_after(roots, states, position_of(request), limit_of(request))
+        page = Page(found, str(end) if end < len(roots) else "")
         return await answer_page(request, page, self._views.root_view)
 
     async def submission(self, request: web.Request) -> web.Response:
@@ -165,11 +168,7 @@ class Api:
 
     async def steps(self, request: web.Request) -> web.Response:
         """List the steps of a submission, all or those in the named states."""
-        words = [word for word in request.query.get("state", "").split(",") if word]
-        try:
-            states = frozenset(StepStatus(word) for word in words)
-        except ValueError:
-            raise BadRequestError(f"a step's state is one of {', '.join(StepStatus)}.") from None
+        states = _states(request, routes.STEPS)
         row = self._views.submission(request.match_info["id"])
         rows, end = self._views.steps_after(row, states, position_of(request), limit_of(request))
         await self._views.recipes.fetch_failed(rows)
@@ -202,8 +201,14 @@ class Api:
         return response
 
     async def workers(self, request: web.Request) -> web.Response:
-        """List workers."""
-        page = cut(self._views.workforce.views(), position_of(request), limit_of(request))
+        """List workers, all or those that the filters let through."""
+        states, system = words_of(request, routes.WORKERS.named("state")), request.query.get("system", "")
+        views = [
+            view
+            for view in self._views.workforce.views()
+            if (not states or view.state in states) and (not system or system in (*view.systems, *view.emulated))
+        ]
+        page = cut(views, position_of(request), limit_of(request))
         return await answer_page(request, page, lambda view: view)
 
     async def farm(self, _request: web.Request) -> web.Response:
@@ -215,6 +220,10 @@ class Api:
         if self._engine.running:
             return web.json_response({"status": "ok"})
         return web.json_response({"status": "stopped"}, status=503)
+
+
+def _states(request: web.Request, route: Route[Any]) -> frozenset[StepStatus]:
+    return frozenset(map(StepStatus, words_of(request, route.named("state"))))
 
 
 def _attempt(request: web.Request, row: StepRow) -> int:

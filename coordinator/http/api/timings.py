@@ -13,7 +13,7 @@ from coordinator.api.timeline_models import AttemptView
 from coordinator.engine.timing_writer import TimingWriter
 from coordinator.errors import NotFoundError
 from coordinator.http.answers import answer
-from coordinator.http.api.pages import Page, answer_page, cut, limit_of, position_of
+from coordinator.http.api.pages import Page, answer_page, cut, limit_of, position_of, words_of
 from coordinator.readmodel.history import attempt_view, history_view
 from coordinator.readmodel.views import Views
 from coordinator.stores.timings import AttemptTiming, TimingStore
@@ -58,12 +58,16 @@ class TimingApi:
         """List the attempts of a submission's steps since it came; a page is of so many steps, in their order."""
         row = self._views.submission(request.match_info["id"])
         position, limit = position_of(request), limit_of(request)
+        outcomes = words_of(request, routes.SUBMISSION_TIMELINE.named("outcome"))
+        worker = request.query.get("worker", "")
         members = row.members[position : position + limit]
         await self._writer.flush()
         timings = [
             timing
             for timing in await self._store.of_steps(members)
-            if timing.ended_at is None or timing.ended_at >= row.created_at
+            if (timing.ended_at is None or timing.ended_at >= row.created_at)
+            and (not outcomes or (timing.outcome or "running") in outcomes)
+            and (not worker or timing.worker == worker)
         ]
         end = position + len(members)
         following = str(end) if end < len(row.members) else ""
