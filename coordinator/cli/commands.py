@@ -181,6 +181,13 @@ def _refuse_contradictions(options: dict[str, Any]) -> None:
     "--eval-memory", "memory_mib", type=click.IntRange(64), metavar="MIB", help="Memory of all evaluators together."
 )
 @click.option("--eval-timeout", "timeout_s", type=Wait(), default="30m", help="How long one attribute may take.  [30m]")
+@click.option(
+    "--evaluator",
+    type=click.Choice(["auto", "nix-eval-jobs", "own"]),
+    default="auto",
+    show_default=True,
+    help="Program that evaluates; auto: nix-eval-jobs if it is on PATH.",
+)
 @click.option("--store", metavar="DIR", help="Evaluate into (and fetch to) a Nix store below DIR.")
 @click.option("--label", default="", help="Shown in lists of submissions.")
 @click.option("--retry", is_flag=True, help="Build again what is known to fail.")
@@ -212,7 +219,7 @@ def build(url: str, token_file: str, **options: Any) -> int:
     settings = [word for name, value in options.pop("options") for word in ("--option", name, value)]
     of_evaluation = {
         name: options.pop(name)
-        for name in ("files", "attrs", "expression", "systems", "evaluators", "memory_mib", "timeout_s")
+        for name in ("files", "attrs", "expression", "systems", "evaluators", "memory_mib", "timeout_s", "evaluator")
     }
     evaluation = EvaluationRequest(flags=tuple(flags), **of_evaluation)
     request = building.BuildRequest(evaluation, settings=tuple(settings), **options)

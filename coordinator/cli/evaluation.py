@@ -13,6 +13,7 @@ import click
 from coordinator.cli import exit_status
 from coordinator.cli.ci import defused
 from coordinator.client.closure import local_store
+from coordinator.evaluation.findings import EvaluatorChoice
 from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.model import Evaluation, FailedAttr, left_out_text, some
 from coordinator.evaluation.pool import TIMEOUT_S, PoolLimits
@@ -39,6 +40,8 @@ class EvaluationRequest:
     memory_mib: int | None = None
     #: Of one attribute; 0: forever.
     timeout_s: float = TIMEOUT_S
+    #: Name of an `EvaluatorChoice`.
+    evaluator: str = EvaluatorChoice.AUTO
 
 
 async def evaluate(request: EvaluationRequest, settings: Sequence[str], store: str | None) -> Evaluation:
@@ -53,7 +56,8 @@ async def evaluate(request: EvaluationRequest, settings: Sequence[str], store: s
     inputs = Inputs(request.files, request.expression, request.attrs, request.systems, flags)
     memory_bytes = request.memory_mib and request.memory_mib * 1024 * 1024
     limits = PoolLimits.of_machine(request.evaluators, memory_bytes, request.timeout_s or None)
-    evaluation = await evaluation_of(inputs, limits, env=os.environ, on_messages=show_messages)
+    choice = EvaluatorChoice(request.evaluator)
+    evaluation = await evaluation_of(inputs, limits, env=os.environ, on_messages=show_messages, choice=choice)
     if evaluation.left_out:
         click.echo(f"drover: {harmless(left_out_text(inputs.name, evaluation.left_out))}", err=True)
     _show_failed(evaluation.failed)

@@ -23,8 +23,9 @@ from pydantic import BaseModel, ValidationError, field_validator
 from coordinator.api.limits import MAX_LIMIT
 from coordinator.api.requests import RootLimits
 from coordinator.errors import CoordinatorError
+from coordinator.evaluation.long_lines import READ_BYTES, LongLines
 from coordinator.evaluation.messages import error_line, without_noise
-from coordinator.evaluation.model import AttrPlace
+from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, FailedAttr, parse_drv
 from coordinator.evaluation.source import NixValue, visit
 from infra.process import ChildProcess, ProcessError, run
 
@@ -32,7 +33,6 @@ from infra.process import ChildProcess, ProcessError, run
 MAX_ANSWER_BYTES: Final = 32 * 1024 * 1024
 #: Most bytes that are kept of what Nix prints during one visit, from its start and its end each.
 MAX_MESSAGE_BYTES: Final = 32 * 1024
-READ_BYTES: Final = 64 * 1024
 #: Seconds in which Nix is to fail once more where it is asked for the whole of an error.
 WHOLE_ERROR_S: Final = 600.0
 _GUARD: Final = "drover_end = null\n"
@@ -81,6 +81,14 @@ class PlaceAnswer(BaseModel):
         """Take a limit that no build can reach for the largest that may be named."""
         return {name: min(limit, MAX_LIMIT) for name, limit in limits.items()}
 
+    def root(self, attr: str) -> EvaluatedRoot | FailedAttr:
+        """Return the derivation that was found, as the finding of an attribute."""
+        drv = parse_drv(self.drv)
+        if drv is None:
+            return FailedAttr(attr, f"its derivation is {self.drv[:200]!r}, which is no path of one")
+        outputs = () if self.output == "out" else (self.output,)
+        return EvaluatedRoot(attr or drv.attr, drv.drv, outputs, self.limits if self.limits != RootLimits() else None)
+
 
 class Evaluator:
     """A running `nix repl` of one source. Make it with `start`; end it with `close`."""
@@ -92,7 +100,7 @@ class Evaluator:
         #: Places that are asked for and not answered yet.
         self._places: deque[AttrPlace] = deque()
         self._token = token.encode()
-        self._buffer = bytearray()
+        self._lines = LongLines(child.stderr, MAX_ANSWER_BYTES)
         self._asked = 0
         self._answered = 0
         self._drain = asyncio.create_task(_drop(child.stdout))
@@ -116,7 +124,7 @@ class Evaluator:
             env={**env, "TERM": "dumb", "NO_COLOR": "1"},
         )
         evaluator = cls(source, child, token, env)
-        _limit_heap(child.pid, memory_bytes)
+        limit_heap(child.pid, memory_bytes)
         try:
             await evaluator._bind(source)
         except BaseException:
@@ -199,7 +207,7 @@ class Evaluator:
         messages = _Messages()
         ours = b"trace: " + self._token + b" "
         while True:
-            line = await self._line()
+            line = await self._lines.next()
             if line is None:
                 raise EvaluatorFailed(without_noise(messages.text()))
             if not line.startswith(ours):
@@ -208,22 +216,6 @@ class Evaluator:
                 return found, without_noise(messages.text())
             else:
                 found = line[len(ours) :]
-
-    async def _line(self) -> bytes | None:
-        """Return the next line without its end, cut at `MAX_ANSWER_BYTES`; None at the end of the process."""
-        searched = 0
-        while (at := self._buffer.find(b"\n", searched)) < 0:
-            searched = len(self._buffer)
-            data = await self._child.stderr.read(READ_BYTES)
-            if not data:
-                return None
-            if searched < MAX_ANSWER_BYTES:
-                self._buffer += data
-            elif b"\n" in data:
-                self._buffer += data[data.index(b"\n") :]
-        line = bytes(self._buffer[:at])
-        del self._buffer[: at + 1]
-        return line
 
 
 class _Messages:
@@ -255,7 +247,7 @@ async def _drop(reader: asyncio.StreamReader) -> None:
         pass
 
 
-def _limit_heap(pid: int, memory_bytes: int) -> None:
+def limit_heap(pid: int, memory_bytes: int) -> None:
     """Let the kernel refuse an evaluator more memory than it may have, where it can be asked to."""
     if sys.platform == "linux":
         with suppress(OSError, ValueError):

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Final
 
 from coordinator.evaluation.errors import EvaluationError
+from coordinator.evaluation.findings import EvaluatorChoice, evaluate
 from coordinator.evaluation.flakes import flake_sources, is_flake
 from coordinator.evaluation.lines import read_attrs, read_lines
 from coordinator.evaluation.messages import advice, error_line, without_noise
 from coordinator.evaluation.model import MAX_NAMED, Evaluation, FailedAttr, parse_drv, some
-from coordinator.evaluation.pool import PoolLimits, evaluate
+from coordinator.evaluation.pool import PoolLimits
 from coordinator.evaluation.source import NixValue, file_expression, is_url, sources_of
 from infra.process import ProcessError, ProcessNotFound, run
 
@@ -45,7 +46,12 @@ class Inputs:
 
 
 async def evaluation_of(
-    inputs: Inputs, limits: PoolLimits, *, env: Mapping[str, str], on_messages: Callable[[str], None]
+    inputs: Inputs,
+    limits: PoolLimits,
+    *,
+    env: Mapping[str, str],
+    on_messages: Callable[[str], None],
+    choice: EvaluatorChoice = EvaluatorChoice.AUTO,
 ) -> Evaluation:
     """Evaluate what is asked for.
 
@@ -55,7 +61,7 @@ async def evaluation_of(
     given = await _given(inputs)
     if given is None:
         sources = await _sources(inputs, env)
-        given = await evaluate(sources, limits, env=env, on_messages=on_messages)
+        given = await evaluate(sources, limits, env=env, on_messages=on_messages, choice=choice)
     if not given.wanted:
         for each in given.failed[:MAX_NAMED]:
             on_messages(each.text)

@@ -38,6 +38,12 @@ def error_line(text: str) -> str:
     return match[1].strip().rstrip(".") if match else ""
 
 
+def last_error_line(text: str) -> str:
+    """Return the last line of an error, which is the one that a program ends with; empty where there is none."""
+    found = _ERROR_LINE.findall(plain(text))
+    return found[-1].strip().rstrip(".") if found else ""
+
+
 def position(text: str) -> str:
     """Return the first `FILE:LINE:COLUMN` that Nix names and that is not the evaluator's own; empty: it names none."""
     return next((each for each in _POSITION.findall(plain(text)) if _OWN_FILE not in each), "")

@@ -12,12 +12,11 @@ import os
 import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from coordinator.api.requests import RootLimits
 from coordinator.errors import CoordinatorError
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.evaluator import Evaluator, EvaluatorFailed, PlaceAnswer, resident_bytes
@@ -25,15 +24,12 @@ from coordinator.evaluation.messages import error_line, position
 from coordinator.evaluation.model import (
     BARE_NAME,
     AttrPlace,
-    EvaluatedRoot,
-    Evaluation,
     FailedAttr,
     Finding,
     LeftOut,
     join_attr,
-    parse_drv,
 )
-from coordinator.evaluation.source import NixValue
+from coordinator.evaluation.source import MAX_DEPTH, NixValue
 from infra.process import ProcessNotFound
 
 #: Findings that wait for their reader.
@@ -42,10 +38,9 @@ MAX_WAITING: Final = 10_000
 MAX_BATCH: Final = 32
 #: Seconds between two looks at the memory of the evaluators.
 MEMORY_EVERY_S: Final = 0.1
-#: Names of the longest attribute path. A set that asks to be entered may lead to itself, and has no end then.
-MAX_DEPTH: Final = 64
-#: Names of such a path that people are shown.
+#: Names of a path without end that people are shown, and its error.
 SHOWN_DEPTH: Final = 3
+ENDLESS: Final = f"it goes on for more than {MAX_DEPTH} names below; a set may lead to itself"
 #: Seconds that one attribute may take.
 TIMEOUT_S: Final = 1800.0
 #: Most evaluators that are chosen by themselves, and the memory that one is thought to want at least.
@@ -85,31 +80,7 @@ def _free_bytes() -> int:
     return int(DEFAULT_MEMORY_BYTES / MEMORY_PART)
 
 
-async def evaluate(
-    sources: Sequence[NixValue], limits: PoolLimits, *, env: Mapping[str, str], on_messages: Callable[[str], None]
-) -> Evaluation:
-    """Evaluate sources to their end; what it takes and raises is as for `findings_of`.
-
-    The result is in the order in which Nix goes through attributes. One derivation under two names in one set is one
-    root, as for Nix.
-    """
-    async with aclosing(findings_of(sources, limits, env=env, on_messages=on_messages)) as findings:
-        found = sorted([each async for each in findings], key=lambda each: each[0].order)
-    wanted: dict[tuple[int, int, str, tuple[str, ...], RootLimits | None], EvaluatedRoot] = {}
-    left_out: dict[str, LeftOut] = {}
-    failed: dict[str, FailedAttr] = {}
-    for place, finding in found:
-        match finding:
-            case EvaluatedRoot(_, drv, outputs, its_limits):
-                wanted.setdefault((place.source, place.at, drv, outputs, its_limits), finding)
-            case LeftOut(attr):
-                left_out.setdefault(attr, finding)
-            case FailedAttr(attr):
-                failed.setdefault(attr, finding)
-    return Evaluation(tuple(wanted.values()), tuple(left_out.values()), tuple(failed.values()))
-
-
-async def findings_of(
+async def findings_of_pool(
     sources: Sequence[NixValue], limits: PoolLimits, *, env: Mapping[str, str], on_messages: Callable[[str], None]
 ) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
     """Evaluate sources; gives each finding with its place as soon as it is there, in no order.
@@ -306,11 +277,10 @@ class _Pool:
         if messages.strip():
             self._on_messages(messages)
         if len(place.path) >= MAX_DEPTH and (answer.names or answer.elements):
-            above = replace(place, path=place.path[:SHOWN_DEPTH])
-            await self._fail(above, f"it goes on for more than {MAX_DEPTH} names below; a set may lead to itself")
+            await self._fail(shown_above(place), ENDLESS)
             return
         if answer.drv:
-            await self._give(place, self._root(place, answer))
+            await self._give(place, answer.root(self._attr(place)))
         elif answer.left:
             await self._give(place, LeftOut(self._attr(place), is_set=True))
         for name in answer.names:
@@ -320,14 +290,6 @@ class _Pool:
             else:
                 await self._give(below, LeftOut(self._attr(below), is_set=False))
         self._waiting.extend(place.below(str(index), asked=True) for index in range(answer.elements))
-
-    def _root(self, place: AttrPlace, answer: PlaceAnswer) -> Finding:
-        attr, drv = self._attr(place), parse_drv(answer.drv)
-        if drv is None:
-            return FailedAttr(attr, f"its derivation is {answer.drv[:200]!r}, which is no path of one")
-        outputs = () if answer.output == "out" else (answer.output,)
-        limits = answer.limits if answer.limits != RootLimits() else None
-        return EvaluatedRoot(attr or drv.attr, drv.drv, outputs, limits)
 
     def _attr(self, place: AttrPlace) -> str:
         return join_attr(self._sources[place.source].asked[place.at].label, place.path)
@@ -353,6 +315,11 @@ class _Pool:
                 elif largest.evaluator is not None:
                     largest.too_large = True
                     largest.evaluator.kill()
+
+
+def shown_above(place: AttrPlace) -> AttrPlace:
+    """Return the place above one without end that stands for it."""
+    return replace(place, path=place.path[:SHOWN_DEPTH])
 
 
 def _first(errors: BaseExceptionGroup) -> BaseException:

@@ -11,6 +11,8 @@ from coordinator.evaluation.model import AttrPlace, split_attr
 
 #: The file that makes a value's tree of places.
 TREE: Final = Path(__file__).with_name("tree.nix")
+#: Names of the longest attribute path. A set that asks to be entered may lead to itself, and has no end then.
+MAX_DEPTH: Final = 64
 _ESCAPES: Final = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t", "${": "\\${"}
 
 
@@ -54,14 +56,20 @@ class NixValue:
         bindings = "".join(f"{name} = {expression}; " for name, expression in self._bindings("drover").items())
         return f"let {bindings}in {visit(place)}"
 
+    def jobs(self, token: str) -> str:
+        """Return an expression of the tree that nix-eval-jobs goes through; `token` marks what is no derivation."""
+        bindings = "".join(f"{name} = {expression}; " for name, expression in self._bindings(token).items())
+        return f"let {bindings}in drover_tree.jobs"
+
     def _bindings(self, token: str) -> dict[str, str]:
         given = "".join(f"{nix_text(name)} = (\n{text}\n); " for name, text in self.arguments.items())
         asked = _nix_list(_nix_list(_nix_list(map(nix_text, path)) for path in each.paths) for each in self.asked)
         return {
             "drover_arguments": f"{{ {given}}}",
             "drover_root": f"(\n{self.expression}\n)",
-            "drover": f"import {nix_path(str(TREE))} {{ token = {nix_text(token)}; args = drover_arguments; "
-            f"root = drover_root; asked = {asked}; }}",
+            "drover_tree": f"import {nix_path(str(TREE))} {{ token = {nix_text(token)}; args = drover_arguments; "
+            f"root = drover_root; asked = {asked}; maxDepth = {MAX_DEPTH}; }}",
+            "drover": "drover_tree.visit",
         }
 
 

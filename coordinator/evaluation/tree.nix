@@ -3,7 +3,7 @@
 # Each visit prints one trace line, `TOKEN {…}`: a derivation with its output and what its `meta` says of limits (0
 # where it says nothing), or the names below it, or that it is left out, or none of these. A node's value and children
 # are lazy and kept, so that what a visit evaluates serves the next.
-{ token, args, root, asked }:
+{ token, args, root, asked, maxDepth }:
 let
   # What Nix does to a function on the way: it gets what --arg gives it and its own defaults. Only a pattern takes
   # arguments by name, and only toXML tells `{ }:` and `{ ... }:` from `x:`.
@@ -100,10 +100,46 @@ let
     else if !builtins.isAttrs given then { }
     else if given.recurseForDerivations or false then entered value
     else { left = true; };
+  # The same places as a tree that nix-eval-jobs goes through. It knows neither lists nor names of other characters, takes
+  # a number for an index, and passes over a set in silence: `#N` is an element, and what it would pass over is an error
+  # with our own mark. What it prints of a derivation's meta is what a visit prints.
+  marked = finding: throw "${token} ${builtins.toJSON finding}";
+  job = found:
+    let its = derivationAt found; in
+    found // { meta = { inherit (its) output limits; }; };
+  jobs = depth: value:
+    if isDerivation value then job value
+    else if depth >= maxDepth then marked { endless = true; }
+    else if builtins.isAttrs value then
+      let
+        names = builtins.attrNames value;
+        isBare = name: builtins.match "[A-Za-z_][-A-Za-z0-9_+]*" name != null;
+        bare = builtins.filter isBare names;
+        quoted = builtins.filter (name: !isBare name) names;
+      in
+      builtins.listToAttrs (map (name: { inherit name; value = memberJobs (depth + 1) value.${name}; }) bare)
+      // (if quoted == [ ] then { } else { "#left" = marked { names = quoted; }; })
+      // { recurseForDerivations = true; }
+    else if builtins.isList value then
+      builtins.listToAttrs (builtins.genList
+        (index: { name = "#${toString index}"; value = jobs (depth + 1) (call (builtins.elemAt value index)); })
+        (builtins.length value)) // { recurseForDerivations = true; }
+    else entered value;
+  memberJobs = depth: given:
+    if isDerivation given then job given
+    else if !builtins.isAttrs given then null
+    else if given.recurseForDerivations or false then jobs depth (call given)
+    else marked { left = true; };
 in
-entering: at: path:
-let
-  found = builtins.foldl' (above: name: above.children.${name}) (builtins.elemAt roots at) path;
-  finding = if entering then entered found.value else member found;
-in
-builtins.trace "${token} ${builtins.toJSON finding}" null
+{
+  visit = entering: at: path:
+    let
+      found = builtins.foldl' (above: name: above.children.${name}) (builtins.elemAt roots at) path;
+      finding = if entering then entered found.value else member found;
+    in
+    builtins.trace "${token} ${builtins.toJSON finding}" null;
+
+  jobs = builtins.listToAttrs (builtins.genList
+    (at: { name = "#${toString at}"; value = jobs 0 (builtins.elemAt roots at).value; })
+    (builtins.length roots));
+}
