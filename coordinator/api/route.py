@@ -128,12 +128,19 @@ class Route(Generic[_Answer]):
     status: int = 200
     #: Statuses of refusals beside `EVERY_ROUTE`.
     errors: tuple[int, ...] = ()
+    #: A client whose answer was lost sends the request again: that changes nothing more. None: all methods but POST.
+    repeats: bool | None = None
     #: HEAD is answered wherever GET is, except for streams that do not end by themselves.
     head: bool = True
     #: One or two sentences for people who call the API.
     summary: str = ""
     #: Parameters of its query, beside `LIMIT` and `AFTER` of a list.
     query: tuple[Query, ...] = ()
+
+    @property
+    def may_repeat(self) -> bool:
+        """True where a request that is sent twice changes no more than once."""
+        return self.method != "POST" if self.repeats is None else self.repeats
 
     @property
     def queries(self) -> tuple[Query, ...]:

@@ -61,6 +61,7 @@ MISSING: Final = Route(
     body="IntakeQuery",
     answer=IntakeMissing,
     errors=(*_BODY, *_GRAPH),
+    repeats=True,
     summary="What must be sent of the closure of derivations and sources that a submission stands on.",
 )
 PUT_DERIVATIONS: Final = Route[None](
@@ -115,6 +116,7 @@ CANCEL: Final = Route(
     Right.API,
     answer=SubmissionView,
     errors=_NAMED,
+    repeats=True,
     summary="Withdraw a submission; builds that another one wants go on. A repeat changes nothing.",
 )
 RETRY: Final = Route(
@@ -123,6 +125,7 @@ RETRY: Final = Route(
     Right.API,
     answer=SubmissionView,
     errors=(*_NAMED, *_GRAPH),
+    repeats=True,
     summary="Run again what failed of a submission; a repeat changes nothing.",
 )
 ROOTS: Final = Route(
@@ -191,6 +194,7 @@ RETRY_STEP: Final = Route(
     Right.API,
     answer=RetryView,
     errors=(*_NAMED, *_GRAPH),
+    repeats=True,
     summary="Build a failed step again, for every submission that it made fail.",
 )
 LOG: Final = Route[None](
@@ -292,6 +296,7 @@ DRAIN: Final = Route[None](
     body="DrainRequest",
     status=204,
     errors=(*_NAMED, *_BODY),
+    repeats=True,
     summary="Give a worker no new builds, or give it some again; those that run there finish.",
 )
 CACHE: Final = Route(

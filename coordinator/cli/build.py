@@ -103,6 +103,7 @@ def _interruptible(work: Any, submitted: _Submitted) -> int:
 async def _build(connect: Callable[[], ApiClient], options: BuildRequest, submitted: _Submitted) -> int:
     screen = Screen.choose(as_json=options.as_json, ci=options.ci)
     async with connect() as client:
+        client.on_lost = lambda why: screen.status(f"{why}; trying again")
         # First of all whether a coordinator answers: an evaluation can take minutes.
         farm = await client.farm()
         stages = ClientStages()

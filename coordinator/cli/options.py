@@ -87,7 +87,9 @@ class Address:
         from coordinator.client.api_client import ApiClient  # noqa: PLC0415 - slow to import
         from coordinator.client.token import find_token  # noqa: PLC0415
 
-        return ApiClient(self.url, find_token(self.token_file))
+        client = ApiClient(self.url, find_token(self.token_file))
+        client.on_lost = lambda why: click.echo(f"drover: {why}; trying again", err=True)
+        return client
 
 
 def addressed(command: _Command) -> _Command:

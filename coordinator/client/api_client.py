@@ -38,6 +38,7 @@ from coordinator.api.models import (
 from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
 from coordinator.api.route import Route
 from coordinator.api.timeline_models import AttemptOutcome, AttemptView, HistoryView
+from coordinator.client import transport
 from coordinator.client.decoding import decode, decode_event, decode_list
 from coordinator.client.errors import RefusedError, UnreachableError
 from coordinator.client.event_reader import EventReader
@@ -47,16 +48,12 @@ from coordinator.errors import UnavailableError
 
 if TYPE_CHECKING:
     from coordinator.api.requests import IntakeQuery, PinRequest, Request, SubmitRequest
+    from infra.retry import RetryBudget
 
 #: Seconds of silence on a stream before it is taken for broken.
 SILENCE_S = 60.0
 #: Rows of one request for a list.
 PAGE_ROWS = 1000
-#: Seconds between attempts to watch again: first, longest; and after how long of nothing but failures to give up.
-RECONNECT_FIRST_S = 0.25
-RECONNECT_LONGEST_S = 5.0
-RECONNECT_GIVE_UP_S = 300.0
-
 #: The steps that a snapshot names.
 _SHOWN = (StepStatus.RUNNING, StepStatus.PUBLISHING, StepStatus.FAILED)
 _NEXT = re.compile(r'<([^<>]*)>; *rel="?next"?')
@@ -235,8 +232,6 @@ class ApiClient(Transport):
         Raises:
             UnreachableError: nothing but failures for `RECONNECT_GIVE_UP_S`, or the very first connection failed.
         """
-        from infra.retry import Backoff, RetryBudget  # noqa: PLC0415 - short commands load nothing of infra
-
         budget: RetryBudget | None = None
         seen = False
         reader = EventReader()
@@ -254,10 +249,10 @@ class ApiClient(Transport):
                     raise
                 why = str(error)
             if budget is None:
-                budget = RetryBudget(RECONNECT_GIVE_UP_S, Backoff(RECONNECT_FIRST_S, RECONNECT_LONGEST_S))
+                budget = self.budget()
                 on_lost(why)
             if not await budget.pause():
-                raise UnreachableError(self.url, f"for {RECONNECT_GIVE_UP_S:.0f} s")
+                raise UnreachableError(self.url, f"for {transport.RECONNECT_GIVE_UP_S:.0f} s")
 
     async def _events(
         self, submission: str, reader: EventReader, on_lost: Callable[[str], None]
@@ -276,7 +271,7 @@ class ApiClient(Transport):
         while True:
             for event in await self._look(submission):
                 yield event
-            await asyncio.sleep(RECONNECT_LONGEST_S)
+            await asyncio.sleep(transport.RECONNECT_LONGEST_S)
 
     async def _look(self, submission: str) -> list[WatchEvent]:
         """Ask for a snapshot, and the end where there is one. Raises `UnreachableError` while not even that is had."""

@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from coordinator.api.route import Route
-from coordinator.client.errors import BadArgumentError, ClientError, UnreachableError, reason_of, refusal
+from coordinator.client.errors import (
+    BadArgumentError,
+    ClientError,
+    RefusedError,
+    UnreachableError,
+    reason_of,
+    refusal,
+)
 from coordinator.client.exchange import AddressError, Answer, BadAnswerError, exchange
 from coordinator.defaults import URL
-from coordinator.errors import CoordinatorError
+from coordinator.errors import CoordinatorError, UnavailableError
 
 if TYPE_CHECKING:
     import aiohttp
 
+    from infra.retry import RetryBudget
+
 #: Seconds for a connection, and for one JSON answer.
 CONNECT_S = 10.0
 ANSWER_S = 300.0
+#: Seconds between attempts to reach it again: first, longest; and after how long of nothing but failures to give up.
+RECONNECT_FIRST_S = 0.25
+RECONNECT_LONGEST_S = 5.0
+RECONNECT_GIVE_UP_S = 300.0
 #: Of a refusal's body that are read.
 MAX_REFUSAL_BYTES = 64 * 1024
 
 
 class Transport:
     """Sends requests with the token, and holds one session for streams; an asynchronous context manager.
+
+    Once a coordinator has answered, a question whose answer is lost is sent again for `RECONNECT_GIVE_UP_S` where the
+    route says that this changes nothing: a coordinator that starts again, or another one that takes over, fails no
+    command that has begun. The first question fails at once, because most often the address is wrong.
 
     Every method raises `UnreachableError` where the coordinator does not answer and `RefusedError` where it refuses.
     """
@@ -34,6 +51,9 @@ class Transport:
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._entered = False
+        self._answered = False
+        #: Receives why a question is sent again, once for each outage.
+        self.on_lost: Callable[[str], None] = lambda _why: None
         #: Made for the first stream.
         self._session: aiohttp.ClientSession | None = None
 
@@ -57,8 +77,43 @@ class Transport:
         params: Mapping[str, str] | None = None,
         answer_s: float | None = ANSWER_S,
     ) -> Answer:
-        """Return the whole answer to one request."""
+        """Return the whole answer to one request, sent again where its answer is lost and the route lets it."""
         self._require_context()
+        budget: RetryBudget | None = None
+        while True:
+            try:
+                answer = await self._ask_once(route, parts, data, params, answer_s)
+            except UnreachableError as error:
+                trouble: ClientError = error
+            except RefusedError as error:
+                if error.reason != UnavailableError.code:
+                    raise
+                trouble = error
+            else:
+                self._answered = True
+                return answer
+            if not (route.may_repeat and self._answered):
+                raise trouble
+            if budget is None:
+                budget = self.budget()
+                self.on_lost(str(trouble))
+            if not await budget.pause():
+                raise trouble
+
+    def budget(self) -> RetryBudget:
+        """Return the time within which a coordinator that was there is looked for again."""
+        from infra.retry import Backoff, RetryBudget  # noqa: PLC0415 - short commands load nothing of infra
+
+        return RetryBudget(RECONNECT_GIVE_UP_S, Backoff(RECONNECT_FIRST_S, RECONNECT_LONGEST_S))
+
+    async def _ask_once(
+        self,
+        route: Route[Any],
+        parts: Mapping[str, str],
+        data: bytes | None,
+        params: Mapping[str, str] | None,
+        answer_s: float | None,
+    ) -> Answer:
         headers = {**self._headers, **({} if data is None else {"Content-Type": "application/json"})}
         try:
             async with asyncio.timeout(answer_s):
@@ -123,6 +178,7 @@ class Transport:
         try:
             if response.status >= 300:
                 raise refusal(response.status, await response.content.read(MAX_REFUSAL_BYTES), self.url)
+            self._answered = True
             yield response
         finally:
             response.release()

@@ -17,7 +17,7 @@ from aiohttp import web
 from coordinator.api.models import Counts, Ended, Snapshot, SubmissionState, SubmissionView
 from coordinator.api.requests import IntakeQuery
 from coordinator.api.streams import FramingError
-from coordinator.client import api_client as module
+from coordinator.client import transport
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import ClientError, RefusedError, UnreachableError
 from coordinator.client.event_reader import EventReader
@@ -150,12 +150,54 @@ async def test_a_question_about_many_names_is_one_request() -> None:
     assert len(bodies) == 1
 
 
+async def test_a_question_whose_answer_was_lost_is_sent_again_where_that_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transport, "RECONNECT_FIRST_S", 0.01)
+    standing_by = refusal(503, {"error": {"code": "unavailable", "message": "this coordinator stands by"}})
+    left: list[Handler | None] = []
+    asked: list[str] = []
+
+    async def lost(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        asked.append(f"{request.method} {request.path}")
+        behave = left.pop(0) if left else None
+        return await behave(request) if behave else web.Response(body=orjson.dumps(ENDED))
+
+    why: list[str] = []
+    async with served(handler) as client:
+        client.on_lost = why.append
+        left[:] = [lost]
+        with pytest.raises(UnreachableError):
+            await client.submission("s")
+        assert len(asked) == 1, "before the first answer the address is most often wrong"
+        await client.submission("s")
+        asked.clear()
+        left[:] = [lost, standing_by, lost]
+        await client.cancel("s")
+        assert asked == ["POST /api/v1/submissions/s/cancel"] * 4
+        assert len(why) == 1
+        asked.clear()
+        left[:] = [lost]
+        with pytest.raises(UnreachableError):
+            await client.collect("default", dry_run=False)
+        assert len(asked) == 1, "a collection takes long and is begun once"
+        left[:] = [standing_by] * 1000
+        monkeypatch.setattr(transport, "RECONNECT_GIVE_UP_S", 0.05)
+        with pytest.raises(RefusedError, match="stands by"):
+            await client.submission("s")
+
+
 def frames(*events: Snapshot | Ended) -> bytes:
     return b"".join(b": comment\n\nevent: x\ndata: " + orjson.dumps(event) + b"\n\n" for event in events)
 
 
 async def test_a_watch_begins_again_after_a_break_and_reports_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RECONNECT_FIRST_S", 0.01)
+    monkeypatch.setattr(transport, "RECONNECT_FIRST_S", 0.01)
     snapshot = Snapshot(submission=ENDED, steps=())
     answers = [frames(snapshot)[:-1], frames(snapshot), None, frames(snapshot, Ended(submission=ENDED))]
 
@@ -179,7 +221,7 @@ async def test_a_watch_begins_again_after_a_break_and_reports_it_once(monkeypatc
 
 
 async def test_a_watch_that_broke_names_what_it_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RECONNECT_FIRST_S", 0.01)
+    monkeypatch.setattr(transport, "RECONNECT_FIRST_S", 0.01)
     snapshot = Snapshot(submission=ENDED, steps=())
     answers = [frames(snapshot) + b"id: feed-7\n\n", b"id: feed-8\n\n", frames(Ended(submission=ENDED))]
     named: list[str | None] = []
@@ -195,7 +237,7 @@ async def test_a_watch_that_broke_names_what_it_has_read(monkeypatch: pytest.Mon
 
 
 async def test_a_watch_that_finds_no_stream_free_looks_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RECONNECT_LONGEST_S", 0.01)
+    monkeypatch.setattr(transport, "RECONNECT_LONGEST_S", 0.01)
     states = [SubmissionState.RUNNING, SubmissionState.RUNNING, SubmissionState.SUCCEEDED]
     crowded = refusal(503, {"error": {"code": "unavailable", "message": "too many clients are watching"}})
 
@@ -214,8 +256,8 @@ async def test_a_watch_that_finds_no_stream_free_looks_now_and_then(monkeypatch:
 
 
 async def test_a_watch_gives_up_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RECONNECT_FIRST_S", 0.01)
-    monkeypatch.setattr(module, "RECONNECT_GIVE_UP_S", 0.1)
+    monkeypatch.setattr(transport, "RECONNECT_FIRST_S", 0.01)
+    monkeypatch.setattr(transport, "RECONNECT_GIVE_UP_S", 0.1)
     sent = asyncio.Event()
 
     async def handler(request: web.Request) -> web.StreamResponse:
