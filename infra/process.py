@@ -6,6 +6,7 @@ pipes, and a runaway grandchild is exactly when the end matters.
 """
 
 import asyncio
+import fcntl
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -67,6 +68,8 @@ class ChildProcess:
         self.stdin = stdin
         self.stdout = stdout.reader
         self.stderr = stderr.reader
+        #: Where standard output comes from; may be paused while all that came has been read.
+        self.incoming = stdout.transport
         self._process = process
         self._stdout = stdout
         self._stderr = stderr
@@ -92,6 +95,7 @@ class ChildProcess:
             undo.callback(stdin.transport.abort)
             our_in, child_out = os.pipe()
             theirs.callback(os.close, child_out)
+            _widen(our_in)
             stdout = await _open_read_end(our_in)
             undo.callback(stdout.transport.close)
             our_err, child_err = os.pipe()
@@ -161,6 +165,12 @@ class _ReadEnd:
 
     reader: asyncio.StreamReader
     transport: asyncio.ReadTransport
+
+
+def _widen(descriptor: int) -> None:
+    """Let a pipe hold more, where the system can: a child that writes much then runs on while it is not read."""
+    with suppress(AttributeError, OSError):
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BUFFER_BYTES)
 
 
 async def _open_read_end(descriptor: int) -> _ReadEnd:

@@ -15,7 +15,7 @@ from infra.daemon.errors import (
     DaemonSourceError,
     DaemonUnsupportedError,
 )
-from infra.daemon.events import BuildEvent, LogLine, Message, Phase
+from infra.daemon.events import BuildEvent, Message, Phase, PrintedLines
 from infra.daemon.framed import Upload
 from infra.daemon.values import (
     BasicDerivation,
@@ -47,11 +47,11 @@ __all__ = [
     "DaemonSourceError",
     "DaemonUnsupportedError",
     "GcAction",
-    "LogLine",
     "Message",
     "Network",
     "Options",
     "Phase",
+    "PrintedLines",
     "Upload",
     "open_socket",
     "open_stdio",

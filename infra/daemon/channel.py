@@ -7,7 +7,7 @@ slow consumer stops the pipe, then the daemon, then the builder.
 
 import asyncio
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 
 from infra.daemon.child import Child
 from infra.daemon.errors import DaemonGone, DaemonProtocolError
@@ -16,6 +16,10 @@ from infra.process import PIPE_BUFFER_BYTES
 
 #: Most bytes taken from the stream at once.
 READ_BYTES: Final = 1024 * 1024
+#: Log lines in one piece of the stream from which on the builder counts as busy, and seconds for which more lines
+#: then gather in the pipe. A reader that is woken by each line would slow down the daemon that writes them.
+BUSY_LINES: Final = 16
+REST_S: Final = 0.005
 #: How long closing a socket may take.
 CLOSE_S: Final = 5.0
 
@@ -32,6 +36,8 @@ class Channel:
         self.received = 0
         self._reader = reader
         self._writer = writer
+        #: What bytes come from; over a socket the transport of both directions.
+        self._incoming = cast("asyncio.ReadTransport", writer.transport) if child is None else child.incoming
 
     @classmethod
     async def to_socket(cls, path: str) -> "Channel":
@@ -48,6 +54,8 @@ class Channel:
 
     async def fill(self, missing: int) -> None:
         """Wait until at least so many more bytes are in the inbox."""
+        if self.inbox.lines >= BUSY_LINES:
+            await self._rest()
         enough = len(self.inbox) + missing
         while len(self.inbox) < enough:
             try:
@@ -58,6 +66,15 @@ class Channel:
                 raise DaemonGone(await self._ending("the daemon ended the connection"))
             self.received += len(data)
             self.inbox.feed(data)
+
+    async def _rest(self) -> None:
+        """Read nothing for a moment, so that what comes meanwhile is read in one piece."""
+        self._incoming.pause_reading()
+        try:
+            await asyncio.sleep(REST_S)
+        finally:
+            if not self._incoming.is_closing():
+                self._incoming.resume_reading()
 
     async def decode(self, parse: Callable[[Inbox], _T]) -> _T:
         """Run a parser until it has all its bytes."""

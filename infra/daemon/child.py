@@ -45,6 +45,7 @@ class Child:
     def __init__(self, process: ChildProcess) -> None:
         self.reader = process.stdout
         self.writer = process.stdin
+        self.incoming = process.incoming
         self._process = process
         #: The owner's children before the first build; None until `keep_children`.
         self._kept: frozenset[int] | None = None

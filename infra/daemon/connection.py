@@ -456,7 +456,7 @@ class DaemonConnection:
             missing = 0
             try:
                 while True:  # all that is here, without an await per message
-                    message = inbox.read_message()
+                    message = inbox.read_lines() or inbox.read_message()
                     if isinstance(message, Last):
                         return
                     if isinstance(message, Refusal):

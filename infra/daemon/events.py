@@ -14,6 +14,7 @@ from infra.daemon.wire import (
     RESULT_BUILD_LOG_LINE,
     RESULT_SET_PHASE,
     ActivityStarted,
+    LineRun,
     Result,
     Text,
 )
@@ -21,13 +22,15 @@ from infra.daemon.wire import Message as WireMessage
 
 
 @dataclass(frozen=True, slots=True)
-class LogLine:
-    """One line that a builder printed, without its newline, byte for byte as the daemon gave it.
+class PrintedLines:
+    """So many lines that a builder printed, each with a newline behind it, byte for byte as the daemon gave them.
 
-    Nix itself applies a carriage return before sending: the text after it overwrites the line from its start.
+    How many come at one time is chance. Nix itself applies a carriage return before sending: the text after it
+    overwrites the line from its start.
     """
 
     data: bytes
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class Message:
     text: str
 
 
-BuildEvent = LogLine | Phase | Message
+BuildEvent = PrintedLines | Phase | Message
 
 
 class BuildListener:
@@ -65,7 +68,10 @@ class BuildListener:
 
     def __call__(self, message: WireMessage) -> Awaitable[object] | None:
         """Look at one message and pass on the event that it is, if any; return what the listener wants awaited."""
-        if isinstance(message, Result):
+        if isinstance(message, LineRun):
+            if message.activity in self._activities:
+                return self._on_event(PrintedLines(message.data, message.count))
+        elif isinstance(message, Result):
             if message.activity in self._activities:
                 return self._on_result(message)
         elif isinstance(message, Text):
@@ -82,7 +88,7 @@ class BuildListener:
         text = result.fields[0] if result.fields else None
         if isinstance(text, bytes):
             if result.type == RESULT_BUILD_LOG_LINE:
-                return self._on_event(LogLine(text))
+                return self._on_event(PrintedLines(text + b"\n", 1))
             if result.type == RESULT_SET_PHASE:
                 return self._on_event(Phase(plain_text(text)))
         return None

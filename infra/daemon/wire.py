@@ -34,6 +34,9 @@ MAX_ANNOUNCED_BYTES: Final = 1 << 40
 MAX_WORD_BYTES: Final = 64 * 1024
 #: Most items in a list or map that answers a request.
 MAX_LIST_ITEMS: Final = 1_000_000
+#: Bytes of a stream in which a run of log lines is looked for: messages of other kinds between lines must not make it
+#: copy much for each of them.
+RUN_BYTES: Final = 64 * 1024
 #: Most fields of one activity or result that are kept. Nix sends at most four; builders may inject any number.
 MAX_FIELDS: Final = 64
 #: Longest text among several fields that is kept; a log line is the only field of its result.
@@ -58,11 +61,14 @@ RESULT_BUILD_LOG_LINE: Final = 101
 RESULT_SET_PHASE: Final = 104
 
 _INT = struct.Struct("<Q")
+_read_int_at: Final = _INT.unpack_from
 #: tag, activity id, result type, number of fields, kind of the first field, its length
 _RESULT_HEAD = struct.Struct("<6Q")
 _FIELD_INT = 0
 _FIELD_STRING = 1
 _ZEROS = bytes(8)
+#: The zero bytes that follow a string, by its length modulo 8.
+_PADDING: Final = tuple(bytes(-length % 8) for length in range(8))
 
 _T = TypeVar("_T")
 
@@ -123,7 +129,16 @@ class Result:
     fields: tuple[int | bytes, ...]
 
 
-Message = Last | Refusal | Text | ActivityStarted | ActivityStopped | Result
+@dataclass(frozen=True, slots=True)
+class LineRun:
+    """Lines of a builder's log that came one after another: `data` has each with a newline behind it."""
+
+    activity: int
+    data: bytes
+    count: int
+
+
+Message = Last | Refusal | Text | ActivityStarted | ActivityStopped | Result | LineRun
 
 
 class Encoder:
@@ -180,7 +195,7 @@ class Inbox:
     DaemonProtocolError when the bytes are not allowed (the inbox is of no use afterwards).
     """
 
-    __slots__ = ("_buffer", "_position", "_skip_bytes")
+    __slots__ = ("_buffer", "_position", "_skip_bytes", "lines")
 
     def __init__(self, data: bytes = b"") -> None:
         self._buffer = bytearray(data)
@@ -188,12 +203,15 @@ class Inbox:
         self._position = 0
         #: So many of the next bytes to arrive belong to a text that was cut; they are dropped.
         self._skip_bytes = 0
+        #: Log lines that were read in runs since bytes arrived.
+        self.lines = 0
 
     def __len__(self) -> int:
         return len(self._buffer) - self._position
 
     def feed(self, data: bytes) -> None:
         """Add bytes that arrived."""
+        self.lines = 0
         if self._position:
             del self._buffer[: self._position]
             self._position = 0
@@ -337,6 +355,39 @@ class Inbox:
     def read_words(self, subject: str, limit: int = MAX_LIST_ITEMS) -> tuple[str, ...]:
         """Read a list of at most `limit` short texts."""
         return tuple([self.read_word(subject) for _ in range(self.read_count(limit, subject))])
+
+    def read_lines(self) -> LineRun | None:
+        """Read the log lines of one activity that are here whole; None where the next message is not such a line.
+
+        A builder can print 200,000 lines a second. So a line costs one turn of this loop, and no object but its bytes.
+        Only the next `RUN_BYTES` are looked at; a line that is longer is left for `read_message`, which may cut it.
+        """
+        start = self._position
+        if len(self._buffer) - start < _RESULT_HEAD.size:
+            return None
+        tag, activity, kind, count, field, _ = _RESULT_HEAD.unpack_from(self._buffer, start)
+        if tag != TAG_RESULT or kind != RESULT_BUILD_LOG_LINE or count != 1 or field != _FIELD_STRING:
+            return None
+        # Bytes, because taking slices of a bytearray costs twice as much.
+        buffer = bytes(memoryview(self._buffer)[start : start + RUN_BYTES])
+        head = buffer[:40]
+        size, at, lines = len(buffer), 0, list[bytes]()
+        begin = 48
+        while begin <= size and buffer.startswith(head, at):
+            (length,) = _read_int_at(buffer, begin - 8)
+            end = begin + length
+            at = end + (-length & 7)
+            if at > size:
+                break
+            if not buffer.startswith(_PADDING[length & 7], end):
+                raise DaemonProtocolError("field of a result: the padding after a string is not zero")
+            lines.append(buffer[begin:end])
+            self._position = start + at
+            begin = at + 48
+        if not lines:
+            return None
+        self.lines += len(lines)
+        return LineRun(activity, b"\n".join(lines) + b"\n", len(lines))
 
     def read_message(self) -> Message:
         """Read one message of the stream that precedes every reply."""

@@ -18,7 +18,7 @@ from tests.support.ordinary import SUBORDINATE_IDS, UID, OrdinaryUser
 BUILD_IN_TWO_STORES = """
 import asyncio, json, os, subprocess, sys
 from pathlib import Path
-from infra.daemon import BasicDerivation, BasicOutput, LogLine, open_stdio
+from infra.daemon import BasicDerivation, BasicOutput, PrintedLines, open_stdio
 from workers.agent.isolation import isolate
 from workers.agent.settings import WorkerSettings, daemon_argv, inspect_host
 
@@ -47,7 +47,7 @@ async def build(name):
                 args=(b"-c", SCRIPT.encode()),
                 env=((b"out", path.encode()),),
             ),
-            lambda event: lines.append(event.data.decode()) if isinstance(event, LogLine) else None,
+            lambda event: lines.extend(event.data.decode().splitlines()) if isinstance(event, PrintedLines) else None,
         )
     owner = (home / name / "store/nix/store" / Path(path).name).stat().st_uid
     ids = found.building.uid_map[3:]

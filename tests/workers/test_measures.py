@@ -276,5 +276,21 @@ def test_a_phase_behind_the_limit_of_a_log_has_no_line() -> None:
     lines = []
     for text in (b"first", b"second", b"x" * 50, b"last"):
         lines.append(gate.next_line)
-        gate.line(text)
+        gate.lines(text + b"\n", 1)
     assert [*lines, gate.next_line] == [1, 2, 3, 0, 0]
+
+
+@given(
+    st.integers(0, 60), st.lists(st.lists(st.binary(max_size=12).filter(lambda text: b"\n" not in text), min_size=1))
+)
+def test_lines_that_come_together_pass_as_they_would_one_by_one(limit: int, pieces: list[list[bytes]]) -> None:
+    apart, together = bytearray(), bytearray()
+    one, other = build.LogGate(limit, apart.extend), build.LogGate(limit, together.extend)
+    for lines in pieces:
+        for line in lines:
+            one.lines(line + b"\n", 1)
+        other.lines(b"".join(line + b"\n" for line in lines), len(lines))
+        assert one.next_line == other.next_line
+    one.finish()
+    other.finish()
+    assert apart == together

@@ -18,6 +18,7 @@ from workers.agent.outbox import CHUNK_BYTES, MEMORY_LOG_BYTES, Outbox, OutboxEr
 from workers.wire.messages import SMALL_BATCH_BYTES, Failed, Report, Stage, StageChange
 
 KEY = ("step", 1)
+OTHER = ("other", 1)
 BULK = 1 << 20
 
 
@@ -146,7 +147,7 @@ async def test_what_was_acknowledged_is_sent_again_in_order_before_what_waits(tm
                 assert [chunk["offset"] for chunk in chunks] == sorted(chunk["offset"] for chunk in chunks)
                 assert b"".join(chunk["data"] for chunk in chunks) == text
             assert outbox.log_bytes == 0
-        assert outbox.room.is_set()
+        assert outbox.has_room(KEY)
 
 
 async def test_logs_of_reported_leases_are_kept_for_a_while_and_within_a_bound(
@@ -175,12 +176,28 @@ async def test_builders_wait_while_too_much_log_is_unacknowledged(tmp_path: Path
     async with opened(tmp_path / "outbox", max_log_bytes=4 * CHUNK_BYTES) as outbox:
         for _ in range(5):
             outbox.log(KEY, b"x" * CHUNK_BYTES)
-        assert not outbox.room.is_set()
+        assert not outbox.has_room(KEY)
+        assert not outbox.has_room(OTHER)
         last, _, _ = outbox.take(2 * CHUNK_BYTES)
         outbox.acknowledge(last)
-        assert not outbox.room.is_set()
+        assert not outbox.has_room(KEY)
+        waiting = asyncio.create_task(outbox.wait_for_room(KEY))
         drain(outbox)
-        assert outbox.room.is_set()
+        assert outbox.has_room(KEY)
+        await waiting
+
+
+async def test_a_noisy_builder_waits_and_the_quiet_one_beside_it_goes_on(tmp_path: Path) -> None:
+    async with opened(tmp_path / "outbox", max_lease_bytes=4 * CHUNK_BYTES) as outbox:
+        outbox.log(OTHER, b"quiet\n")
+        for _ in range(5):
+            outbox.log(KEY, b"x" * CHUNK_BYTES)
+        assert not outbox.has_room(KEY)
+        assert outbox.has_room(OTHER)
+        waiting = asyncio.create_task(outbox.wait_for_room(KEY))
+        drain(outbox)
+        assert outbox.has_room(KEY)
+        await waiting
 
 
 async def test_answers_without_log_stay_small(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ class AttemptRecord:
         try:
             yield
         finally:
-            self._end_phase()
+            self._end_phase(self._now())
             self._spans.append(Span(name=name, at=began, took_s=_rounded(self._now() - began)))
 
     @contextmanager
@@ -150,8 +150,9 @@ class AttemptRecord:
 
     def phase(self, name: str, line: int = 0) -> None:
         """Note that the builder entered a phase, and the line of the log that it begins with."""
-        self._end_phase()
-        self._phase = (name, self._now(), line)
+        now = self._now()
+        self._end_phase(now)
+        self._phase = (name, now, line)
 
     @contextmanager
     def transfer(self, direction: Literal["fetch", "upload"], moving: Iterable[Moving]) -> Iterator[None]:
@@ -211,12 +212,12 @@ class AttemptRecord:
             traceparent=self._traceparent,
         )
 
-    def _end_phase(self) -> None:
+    def _end_phase(self, now: float) -> None:
         if self._phase is None:
             return
         name, began, line = self._phase
         self._phase = None
-        took_s = self._now() - began
+        took_s = now - began
         if len(self._phases) < MAX_PHASES:
             self._phases.append(BuildPhase(name=name, at=began, took_s=_rounded(took_s), line=line))
         else:

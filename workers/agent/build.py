@@ -21,10 +21,10 @@ from infra.daemon import (
     DaemonError,
     DaemonGone,
     DaemonOperationError,
-    LogLine,
     Message,
     Options,
     Phase,
+    PrintedLines,
 )
 from infra.daemon.usage import BuildersUse
 from infra.nix import aterm
@@ -117,9 +117,17 @@ class LogGate:
         """Number in the log, from 1, of the line that comes next; 0 where it may be left out."""
         return 0 if self._over else self._lines + 1
 
-    def line(self, data: bytes) -> None:
-        """One line without its newline."""
-        line = data + b"\n"
+    def lines(self, data: bytes, count: int) -> None:
+        """Take so many lines, each with its newline."""
+        if not self._over and len(data) <= self._head_left:
+            self._head_left -= len(data)
+            self._lines += count
+            self._write(data)
+            return
+        for line in data[:-1].split(b"\n") if count > 1 else (data[:-1],):
+            self._line(line + b"\n")
+
+    def _line(self, line: bytes) -> None:
         if not self._over and len(line) <= self._head_left:
             self._head_left -= len(line)
             self._lines += 1
@@ -180,8 +188,8 @@ async def build_in_slot(
 
     def on_event(event: BuildEvent) -> Awaitable[object] | None:
         match event:
-            case LogLine(data=data):
-                gate.line(data)
+            case PrintedLines(data=data, count=count):
+                gate.lines(data, count)
             case Phase(name=name):
                 on_phase(name[:MAX_PHASE_CHARACTERS], gate.next_line)
             case Message():

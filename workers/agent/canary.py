@@ -36,7 +36,7 @@ from infra.daemon import (
     BuildEvent,
     DaemonConnection,
     DaemonOperationError,
-    LogLine,
+    PrintedLines,
     Upload,
 )
 from infra.nix import base32
@@ -191,12 +191,17 @@ class Canary:
         prefix = f"{_MARK} {bait.nonce} "
 
         def on_event(event: BuildEvent) -> Awaitable[object] | None:
-            if not isinstance(event, LogLine) or not event.data.startswith(prefix.encode()):
+            if not isinstance(event, PrintedLines):
                 return None
-            key, _, value = event.data.decode("ascii", "replace").removeprefix(prefix).partition("=")
-            if len(found) < MAX_VALUES and len(found[key]) < MAX_VALUES:
-                found[key].append(value[:MAX_VALUE_CHARACTERS])
-            return asyncio.to_thread(_look_for, bait.nonce, bait.seen) if key == "hold" else None
+            held = False
+            for line in event.data.decode("ascii", "replace").split("\n"):
+                if not line.startswith(prefix):
+                    continue
+                key, _, value = line.removeprefix(prefix).partition("=")
+                if len(found) < MAX_VALUES and len(found[key]) < MAX_VALUES:
+                    found[key].append(value[:MAX_VALUE_CHARACTERS])
+                held = held or key == "hold"
+            return asyncio.to_thread(_look_for, bait.nonce, bait.seen) if held else None
 
         drv_path, derivation = self._derivation(bait, fixed=fixed)
         result = await connection.build_derivation(drv_path, derivation, on_event)

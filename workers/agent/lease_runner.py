@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -357,7 +357,7 @@ class LeaseRunner:
                     cores=self._build_cores,
                     gate=gate,
                     on_phase=entered,
-                    pause=self._pause,
+                    pause=lambda: None if self._outbox.has_room(key) else self._outbox.wait_for_room(key),
                     use=run.record.use,
                 )
         except (DaemonError, WorkerError) as error:
@@ -427,9 +427,6 @@ class LeaseRunner:
                 moving=moving,
             )
         return Succeeded(outputs=outputs)
-
-    def _pause(self) -> Awaitable[object] | None:
-        return None if self._outbox.room.is_set() else self._outbox.room.wait()
 
     def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
         change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())

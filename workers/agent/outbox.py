@@ -9,11 +9,11 @@ Log that is acknowledged is kept, because a coordinator that takes over has only
 object store: all of each lease until it is reported (the limit of its log bounds that), and of reported ones for
 `KEEP_S`, at most `MAX_KEPT_BYTES`, those reported first leaving first. `send_again` queues it anew.
 
-In memory lies at most `MEMORY_LOG_BYTES` of log; more is written to a file per lease. When `MAX_LOG_BYTES` wait in all,
-`room` is cleared until half of them are gone: readers of logs wait for it. Reports are also appended to
-`reports.jsonl` for a later process to find, and synced when a coordinator does not acknowledge them soon: while it
-does, which is nearly always, no build waits for a disk. (This process sweeps what an earlier one left: the coordinator
-learns of the new incarnation and gives the leases to others.)
+In memory lies at most `MEMORY_LOG_BYTES` of log; more is written to a file per lease. When `MAX_LEASE_BYTES` of a lease
+wait, or `MAX_LOG_BYTES` in all, the readers of logs wait (`wait_for_room`) until half of them are gone. Reports are
+also appended to `reports.jsonl` for a later process to find, and synced when a coordinator does not acknowledge them
+soon: while it does, which is nearly always, no build waits for a disk. (This process sweeps what an earlier one left:
+the coordinator learns of the new incarnation and gives the leases to others.)
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ CHUNK_BYTES = 64 * 1024
 FLUSH_S = 0.1
 #: Log in memory, all leases together.
 MEMORY_LOG_BYTES = 4 * 1024 * 1024
-#: Log in memory and files, all leases together, beyond which builders are slowed down.
+#: Log of one lease that waits, beyond which its builder is slowed down. Events leave in order, so the report of a quiet
+#: build waits behind so much of each noisy one beside it: a second at full speed.
+MAX_LEASE_BYTES = 8 * 1024 * 1024
+#: Log in memory and files, all leases together, beyond which all builders are slowed down.
 MAX_LOG_BYTES = 256 * 1024 * 1024
 #: Seconds for which the log of a reported lease is kept: by then a coordinator has moved it to the object store
 #: (`coordinator.engine.log_archiver`, 60 s after the end and a sweep).
@@ -75,12 +78,21 @@ class _Entry:
     at: int = -1
 
 
+def _open_event() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
 @dataclass(slots=True)
 class _Log:
     """The unsent log of one lease."""
 
     #: Lines that are not a chunk yet.
     pending: bytearray
+    #: Bytes that are not acknowledged, and the event that is set while the builder may go on printing.
+    waiting: int = 0
+    room: asyncio.Event = field(default_factory=_open_event)
     #: Bytes of this attempt's log before `pending`.
     offset: int = 0
     #: Open file of spilled chunks, and its size.
@@ -99,10 +111,16 @@ class Outbox:
     """See the module's text. Belongs to one event loop; must be closed."""
 
     def __init__(
-        self, directory: Path, *, max_log_bytes: int = MAX_LOG_BYTES, max_kept_bytes: int = MAX_KEPT_BYTES
+        self,
+        directory: Path,
+        *,
+        max_lease_bytes: int = MAX_LEASE_BYTES,
+        max_log_bytes: int = MAX_LOG_BYTES,
+        max_kept_bytes: int = MAX_KEPT_BYTES,
     ) -> None:
         """Make the directory, swept. Raises `OutboxError`."""
         self._directory = directory
+        self._max_lease_bytes = max_lease_bytes
         self._max_log_bytes = max_log_bytes
         self._max_kept_bytes = max_kept_bytes
         try:
@@ -129,9 +147,8 @@ class Outbox:
         self.memory_bytes = 0
         #: Unacknowledged log text, pending lines included.
         self.log_bytes = 0
-        #: Set while builders may go on printing.
-        self.room = asyncio.Event()
-        self.room.set()
+        #: Set while the builders of leases with room of their own may go on printing.
+        self._room = _open_event()
         #: Leases with lines that are not a chunk yet, and the timer that ends that.
         self._unflushed: set[LeaseKey] = set()
         self._flush_timer: asyncio.TimerHandle | None = None
@@ -159,7 +176,7 @@ class Outbox:
             kept, mine.kept = mine.kept, []
             mine.entries += len(kept)
             again += kept
-            self._count_log(sum(entry.size for entry in kept))
+            self._count_log(mine, sum(entry.size for entry in kept))
         self._settled.clear()
         self._settled_bytes = 0
         self._entries.extendleft(reversed(again))
@@ -169,13 +186,24 @@ class Outbox:
         if again:
             self._due_within(0.0)
 
+    def has_room(self, key: LeaseKey) -> bool:
+        """Return whether the builder of a lease may go on printing."""
+        mine = self._logs.get(key)
+        return self._room.is_set() and (mine is None or mine.room.is_set())
+
+    async def wait_for_room(self, key: LeaseKey) -> None:
+        """Return once the builder of a lease may go on printing."""
+        while not self.has_room(key):
+            await self._logs[key].room.wait()
+            await self._room.wait()
+
     def log(self, key: LeaseKey, data: bytes) -> None:
         """Queue log bytes of a lease."""
         mine = self._logs.get(key)
         if mine is None:
             mine = self._logs[key] = _Log(bytearray())
         mine.pending += data
-        self._count_log(len(data))
+        self._count_log(mine, len(data))
         if len(mine.pending) >= CHUNK_BYTES:
             self._flush(key, mine)
             self._due_within(FLUSH_S)
@@ -320,12 +348,17 @@ class Outbox:
         if unsent is not None:
             unsent.event = None
 
-    def _count_log(self, change: int) -> None:
+    def _count_log(self, mine: _Log, change: int) -> None:
+        mine.waiting += change
         self.log_bytes += change
-        if self.log_bytes > self._max_log_bytes:
-            self.room.clear()
-        elif self.log_bytes <= self._max_log_bytes // 2:
-            self.room.set()
+        for size, most, room in (
+            (mine.waiting, self._max_lease_bytes, mine.room),
+            (self.log_bytes, self._max_log_bytes, self._room),
+        ):
+            if size > most:
+                room.clear()
+            elif size <= most // 2:
+                room.set()
 
     def _flush_all(self) -> None:
         self._flush_timer = None
@@ -386,7 +419,7 @@ class Outbox:
         mine = self._logs[entry.key]
         mine.entries -= 1
         mine.kept.append(entry)
-        self._count_log(-entry.size)
+        self._count_log(mine, -entry.size)
         self._settle(entry.key, mine)
 
     def _settle(self, key: LeaseKey, mine: _Log) -> None:

@@ -16,7 +16,7 @@ from infra.daemon import (
     DaemonOperationError,
     DaemonProtocolError,
     DaemonUnsupportedError,
-    LogLine,
+    PrintedLines,
     Upload,
     open_socket,
 )
@@ -241,7 +241,7 @@ async def test_only_lines_of_the_requested_build_are_its_log(socket_dir: Path) -
     events: list[object] = []
     async with connected(socket_dir, script) as connection:
         result = await connection.build_derivation(PATH + ".drv", derivation(), events.append)
-    assert events == [LogLine(b"ours")]
+    assert events == [PrintedLines(b"ours\n", 1)]
     assert (result.status, result.cpu_user_us, result.cpu_system_us) == (BuildStatus.BUILT, 7, None)
 
 

@@ -18,10 +18,10 @@ from infra.daemon import (
     DaemonOperationError,
     DaemonSourceError,
     GcAction,
-    LogLine,
     Message,
     Options,
     Phase,
+    PrintedLines,
     Upload,
     open_socket,
     open_stdio,
@@ -92,13 +92,9 @@ async def test_log_lines_arrive_byte_for_byte_and_phases_are_not_log_lines(store
     events: list[object] = []
     result = await connection.build_derivation(*store.derivation("noisy", script), events.append)
     assert result.status.is_success
-    assert [event for event in events if isinstance(event, LogLine)] == [
-        LogLine(b"bin\xff\x00ary"),
-        LogLine(b""),
-        LogLine(b"XXerwritten"),
-        LogLine(b"\x1b[1mbold\x1b[0m"),
-        LogLine(b"no newline"),
-    ]
+    lines = [event for event in events if isinstance(event, PrintedLines)]
+    assert b"".join(each.data for each in lines) == (b"bin\xff\x00ary\n\nXXerwritten\n\x1b[1mbold\x1b[0m\nno newline\n")
+    assert sum(each.count for each in lines) == 5
     assert [event for event in events if isinstance(event, Phase)] == [Phase("x")]
 
 
@@ -151,7 +147,7 @@ async def test_many_paths_with_references_are_uploaded_in_one_stream_and_built_w
     drv_path, derivation = store.derivation("uses", script, inputs=(top.info.store_path,))
     result = await connection.build_derivation(drv_path, derivation, events.append)
     assert result.status.is_success
-    assert events == [LogLine(b"base")]
+    assert events == [PrintedLines(b"base\n", 1)]
 
 
 @pytest.mark.parametrize("many", [True, False])
@@ -216,7 +212,7 @@ async def test_a_timeout_in_the_options_ends_the_build(store: Store) -> None:
     await connection.set_options(Options(build_cores=7, overrides={"timeout": "0"}))
     events: list[object] = []
     await connection.build_derivation(*store.derivation("cores", "echo $NIX_BUILD_CORES; echo > $out"), events.append)
-    assert events == [LogLine(b"7")]
+    assert events == [PrintedLines(b"7\n", 1)]
 
 
 async def test_check_mode_finds_a_build_that_is_not_deterministic(store: Store) -> None:
@@ -344,14 +340,15 @@ async def test_closing_kills_a_daemon_that_does_not_react_and_its_builder(store:
 
 async def test_a_listener_that_wants_time_is_waited_for(store: Store) -> None:
     connection = await store.open()
-    heard: list[object] = []
+    heard: list[bytes] = []
 
     async def store_slowly(event: object) -> None:
         await asyncio.sleep(0.001)
-        heard.append(event)
+        assert isinstance(event, PrintedLines)
+        heard.append(event.data)
 
     await connection.build_derivation(*store.derivation("two", "echo 1; echo 2; echo > $out"), store_slowly)
-    assert heard == [LogLine(b"1"), LogLine(b"2")]
+    assert b"".join(heard) == b"1\n2\n"
 
 
 async def test_fifty_megabytes_of_log_pass_through_a_bounded_buffer(store: Store) -> None:
@@ -360,9 +357,9 @@ async def test_fifty_megabytes_of_log_pass_through_a_bounded_buffer(store: Store
 
     def listen(event: object) -> None:
         nonlocal size, lines
-        assert isinstance(event, LogLine)
-        size += len(event.data) + 1
-        lines += 1
+        assert isinstance(event, PrintedLines)
+        size += len(event.data)
+        lines += event.count
 
     script = f"/bin/busybox yes {'y' * 249} | /bin/busybox head -c 50000000; echo > $out"
     here = ProcessGauge(os.getpid())
@@ -451,7 +448,7 @@ async def test_the_socket_of_a_running_daemon_serves_builds_and_notices_a_hang_u
             script = "/bin/busybox sleep 0.1; echo > $out; echo hello"
             events: list[object] = []
             result = await connection.build_derivation(*store.derivation("hello", script), events.append)
-            assert (result.status, events) == (BuildStatus.BUILT, [LogLine(b"hello")])
+            assert (result.status, events) == (BuildStatus.BUILT, [PrintedLines(b"hello\n", 1)])
             drv_path, derivation = store.derivation("sleeper", SLEEPER)
             call = connection.build_derivation(drv_path, derivation, lambda _: connection.abort("enough"))
             assert "enough" in await _ends_in_gone(call)

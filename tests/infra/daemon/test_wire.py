@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,8 @@ from infra.daemon.wire import (
     MAX_LIST_ITEMS,
     MAX_TEXT_BYTES,
     MAX_WORD_BYTES,
+    RESULT_BUILD_LOG_LINE,
+    RUN_BYTES,
     TAG_ERROR,
     TAG_LAST,
     TAG_NEXT,
@@ -30,6 +33,7 @@ from infra.daemon.wire import (
     Inbox,
     IncompleteError,
     Last,
+    LineRun,
     Message,
     Refusal,
     Result,
@@ -128,6 +132,57 @@ def test_messages_are_read_as_they_were_written_in_whatever_pieces_they_arrive(
 ) -> None:
     data = b"".join(map(encode_message, sent))
     assert read_in_pieces(data, cuts, Inbox.read_message, len(sent)) == sent
+
+
+#: Mostly what a busy builder sends: its lines, those of another one and a phase between.
+busy = st.one_of(
+    messages, *[st.builds(Result, st.integers(1, 2), st.just(RESULT_BUILD_LOG_LINE), st.tuples(strings))] * 4
+)
+
+
+@given(st.lists(busy, max_size=30), st.lists(st.integers(0, 2000), max_size=10))
+def test_lines_that_are_read_in_runs_are_those_that_are_read_one_by_one(sent: list[Message], cuts: list[int]) -> None:
+    def joined(read: list[object]) -> list[object]:
+        """Put neighbouring lines of one activity together."""
+        found: list[object] = []
+        for each in read:
+            run, last = each, found[-1] if found else None
+            match each:
+                case Result(activity, 101, (bytes() as text,)):
+                    run = LineRun(activity, text + b"\n", 1)
+            if isinstance(run, LineRun) and isinstance(last, LineRun) and last.activity == run.activity:
+                found[-1] = LineRun(last.activity, last.data + run.data, last.count + run.count)
+            else:
+                found.append(run)
+        return found
+
+    inbox, read = Inbox(), list[object]()
+    data = b"".join(map(encode_message, sent))
+    for begin, end in pairwise(sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})):
+        inbox.feed(data[begin:end])
+        with suppress(IncompleteError):
+            while True:
+                read.append(inbox.read_lines() or inbox.read_message())
+    assert joined(read) == joined(list(sent))
+    assert not len(inbox)
+
+
+def test_a_run_is_bounded_and_leaves_a_longer_line_to_be_cut() -> None:
+    line, long = (encode_message(Result(1, RESULT_BUILD_LOG_LINE, (text,))) for text in (b"x" * 100, b"y" * RUN_BYTES))
+    inbox = Inbox(line * 1000 + long + line)
+    counts = []
+    while (run := inbox.read_lines()) is not None:
+        assert len(run.data) < RUN_BYTES
+        counts.append(run.count)
+    assert sum(counts) == 1000
+    assert inbox.read_message() == Result(1, RESULT_BUILD_LOG_LINE, (b"y" * RUN_BYTES,))
+    assert inbox.read_lines() == LineRun(1, b"x" * 100 + b"\n", 1)
+
+
+def test_a_run_whose_padding_is_not_zero_is_refused() -> None:
+    line = encode_message(Result(1, RESULT_BUILD_LOG_LINE, (b"abc",)))
+    with pytest.raises(DaemonProtocolError, match="padding"):
+        Inbox(line + line[:-1] + b"\x01").read_lines()
 
 
 @pytest.mark.parametrize(
