@@ -188,6 +188,8 @@ def _refuse_contradictions(options: dict[str, Any]) -> None:
     show_default=True,
     help="Program that evaluates; auto: nix-eval-jobs if it is on PATH.",
 )
+@click.option("--eval-cache/--no-eval-cache", default=True, help="Use and keep findings.  [default: --eval-cache]")
+@click.option("--impure", is_flag=True, help="Let a flake see the environment and files outside of it; kept nowhere.")
 @click.option("--store", metavar="DIR", help="Evaluate into (and fetch to) a Nix store below DIR.")
 @click.option("--label", default="", help="Shown in lists of submissions.")
 @click.option("--retry", is_flag=True, help="Build again what is known to fail.")
@@ -219,7 +221,18 @@ def build(url: str, token_file: str, **options: Any) -> int:
     settings = [word for name, value in options.pop("options") for word in ("--option", name, value)]
     of_evaluation = {
         name: options.pop(name)
-        for name in ("files", "attrs", "expression", "systems", "evaluators", "memory_mib", "timeout_s", "evaluator")
+        for name in (
+            "files",
+            "attrs",
+            "expression",
+            "systems",
+            "evaluators",
+            "memory_mib",
+            "timeout_s",
+            "evaluator",
+            "eval_cache",
+            "impure",
+        )
     }
     evaluation = EvaluationRequest(flags=tuple(flags), **of_evaluation)
     request = building.BuildRequest(evaluation, settings=tuple(settings), **options)

@@ -13,6 +13,7 @@ import click
 from coordinator.cli import exit_status
 from coordinator.cli.ci import defused
 from coordinator.client.closure import local_store
+from coordinator.evaluation.cache import EvaluationCache
 from coordinator.evaluation.findings import EvaluatorChoice
 from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.model import Evaluation, FailedAttr, left_out_text, some
@@ -42,6 +43,9 @@ class EvaluationRequest:
     timeout_s: float = TIMEOUT_S
     #: Name of an `EvaluatorChoice`.
     evaluator: str = EvaluatorChoice.AUTO
+    #: Whether findings of earlier evaluations count, and these are kept.
+    eval_cache: bool = True
+    impure: bool = False
 
 
 async def evaluate(request: EvaluationRequest, settings: Sequence[str], store: str | None) -> Evaluation:
@@ -53,11 +57,17 @@ async def evaluate(request: EvaluationRequest, settings: Sequence[str], store: s
         store: Directory of the store to evaluate into; None: this machine's.
     """
     flags = (*request.flags, *settings, *(local_store(store).flags if store else ()))
-    inputs = Inputs(request.files, request.expression, request.attrs, request.systems, flags)
+    inputs = Inputs(request.files, request.expression, request.attrs, request.systems, flags, request.impure)
     memory_bytes = request.memory_mib and request.memory_mib * 1024 * 1024
     limits = PoolLimits.of_machine(request.evaluators, memory_bytes, request.timeout_s or None)
-    choice = EvaluatorChoice(request.evaluator)
-    evaluation = await evaluation_of(inputs, limits, env=os.environ, on_messages=show_messages, choice=choice)
+    evaluation = await evaluation_of(
+        inputs,
+        limits,
+        env=os.environ,
+        on_messages=show_messages,
+        choice=EvaluatorChoice(request.evaluator),
+        cache=EvaluationCache.of_user(os.environ) if request.eval_cache and not request.impure else None,
+    )
     if evaluation.left_out:
         click.echo(f"drover: {harmless(left_out_text(inputs.name, evaluation.left_out))}", err=True)
     _show_failed(evaluation.failed)

@@ -1,24 +1,35 @@
-"""Findings of an evaluation, by nix-eval-jobs where it is there and by evaluators of our own else.
+"""Findings of an evaluation: kept ones, and those of nix-eval-jobs or of our own evaluators.
 
-Both give the same findings. What nix-eval-jobs does not get to, because it ended early, our own evaluators do: they
-keep an error with its attribute, where nix-eval-jobs ends.
+Both programs give the same findings. What nix-eval-jobs does not get to, because it ended early, our own evaluators do:
+they keep an error with its attribute, where nix-eval-jobs ends.
 """
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Final
 
 from coordinator.api.requests import RootLimits
+from coordinator.evaluation.cache import EvaluationCache, KeptFindings
+from coordinator.evaluation.cache_keys import (
+    NEEDS_MORE,
+    KeyedSource,
+    keyed,
+    may_be_kept,
+    restricted,
+    without_search_path,
+)
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.eval_jobs import PROGRAM, JobsEnded, findings_of_jobs
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, Evaluation, FailedAttr, Finding, LeftOut
 from coordinator.evaluation.pool import PoolLimits, findings_of_pool
-from coordinator.evaluation.source import NixValue
+from coordinator.evaluation.source import FlakeOrigin, NixValue
 
 _NO_PROGRAM: Final = f"{PROGRAM} is not on PATH; install it, or evaluate with --evaluator own"
 
@@ -31,20 +42,27 @@ class EvaluatorChoice(StrEnum):
     OWN = "own"
 
 
-async def evaluate(
-    sources: Sequence[NixValue],
-    limits: PoolLimits,
-    *,
-    env: Mapping[str, str],
-    on_messages: Callable[[str], None],
-    choice: EvaluatorChoice = EvaluatorChoice.AUTO,
-) -> Evaluation:
+@dataclass(frozen=True, slots=True)
+class EvaluationMeans:
+    """Programs and places that an evaluation may use."""
+
+    limits: PoolLimits
+    #: Whole environment of the evaluators.
+    env: Mapping[str, str]
+    #: Is given what Nix printed for people of an attribute, in one piece.
+    on_messages: Callable[[str], None]
+    choice: EvaluatorChoice = EvaluatorChoice.AUTO
+    #: Where findings are kept; None: nowhere.
+    cache: EvaluationCache | None = None
+
+
+async def evaluate(sources: Sequence[NixValue], means: EvaluationMeans) -> Evaluation:
     """Evaluate sources to their end; what it takes and raises is as for `findings_of`.
 
     The result is in the order in which Nix goes through attributes. One derivation under two names in one set is one
     root, as for Nix.
     """
-    async with aclosing(findings_of(sources, limits, env=env, on_messages=on_messages, choice=choice)) as findings:
+    async with aclosing(findings_of(sources, means)) as findings:
         found = sorted([each async for each in findings], key=lambda each: each[0].order)
     wanted: dict[tuple[int, int, str, tuple[str, ...], RootLimits | None], EvaluatedRoot] = {}
     left_out: dict[str, LeftOut] = {}
@@ -60,49 +78,141 @@ async def evaluate(
     return Evaluation(tuple(wanted.values()), tuple(left_out.values()), tuple(failed.values()))
 
 
-async def findings_of(
-    sources: Sequence[NixValue],
-    limits: PoolLimits,
-    *,
-    env: Mapping[str, str],
-    on_messages: Callable[[str], None],
-    choice: EvaluatorChoice = EvaluatorChoice.AUTO,
-) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
+async def findings_of(sources: Sequence[NixValue], means: EvaluationMeans) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
     """Evaluate sources; gives each finding with its place as soon as it is there, in no order.
-
-    Args:
-        sources: What is evaluated.
-        limits: What it may take.
-        env: Whole environment of the evaluators.
-        on_messages: Is given what Nix printed for people of an attribute, in one piece.
-        choice: Which program evaluates.
 
     Raises:
         EvaluationError: No evaluator can be started.
     """
-    there = choice is not EvaluatorChoice.OWN and shutil.which(PROGRAM, path=env.get("PATH")) is not None
-    if choice is EvaluatorChoice.NIX_EVAL_JOBS and not there:
+    there = means.choice is not EvaluatorChoice.OWN and shutil.which(PROGRAM, path=means.env.get("PATH")) is not None
+    if means.choice is EvaluatorChoice.NIX_EVAL_JOBS and not there:
         raise EvaluationError(_NO_PROGRAM)
-    given: set[tuple[int, int, tuple[str, ...]]] = set()
-    left = list(range(len(sources)))
-    while there and left:
-        source = left[0]
-        try:
-            async with aclosing(
-                findings_of_jobs(source, sources[source], limits, env=env, on_messages=on_messages)
-            ) as findings:
-                async for place, finding in findings:
-                    given.add((place.source, place.at, place.path))
-                    yield place, finding
-        except JobsEnded as ended:
-            on_messages(f"{ended}; drover's own evaluators do the rest")
-            break
-        left.pop(0)
-    if not left:
-        return
-    rest = findings_of_pool([sources[at] for at in left], limits, env=env, on_messages=on_messages)
-    async with aclosing(rest) as findings:
+    plans = [await _plan(source, PROGRAM if there else "nix", means) for source in sources]
+    for number, plan in enumerate(plans):
+        if plan.kept is not None:
+            means.on_messages(
+                f"{len(plan.kept.found)} findings of {plan.asked.name} come from the evaluation cache; "
+                "--no-eval-cache evaluates anew"
+            )
+            for place, kept in plan.kept.found:
+                yield replace(place, source=number), kept
+    env = without_search_path(means.env) if all(plan.is_confined for plan in plans) else means.env
+    confined = _Round([plan.source for plan in plans], replace(means, env=env))
+    fresh = [number for number, plan in enumerate(plans) if plan.kept is None]
+    again = [
+        replace(place, source=number) for number, plan in enumerate(plans) if plan.kept for place in plan.kept.failed
+    ]
+    outside: list[AttrPlace] = []
+    for findings in (confined.whole(fresh, with_jobs=there), confined.at_places(again)):
+        async with aclosing(findings):
+            async for place, finding in findings:
+                plan = plans[place.source]
+                if plan.is_confined and isinstance(finding, FailedAttr) and NEEDS_MORE.search(finding.text):
+                    outside.append(place)
+                    plan.needs_more = True
+                    continue
+                plan.take(place, finding)
+                yield place, finding
+    async with aclosing(_Round(sources, means).at_places(outside)) as findings:
         async for place, finding in findings:
-            its = replace(place, source=left[place.source])
-            if (its.source, its.at, its.path) not in given:
-                yield its, finding
+            yield place, finding
+    for plan in plans:
+        await plan.keep(means)
+
+
+@dataclass(slots=True)
+class _SourcePlan:
+    """One source in its evaluation."""
+
+    asked: NixValue
+    #: As it is evaluated.
+    source: NixValue
+    keyed: KeyedSource | None = None
+    #: What is known of it without an evaluation.
+    kept: KeptFindings | None = None
+    found: list[tuple[AttrPlace, EvaluatedRoot | LeftOut]] = field(default_factory=list)
+    failed: list[AttrPlace] = field(default_factory=list)
+    #: Whether it turned out to depend on more than its source.
+    needs_more: bool = False
+
+    @property
+    def is_confined(self) -> bool:
+        """True where it is evaluated within reach of its source only."""
+        return self.source is not self.asked
+
+    def take(self, place: AttrPlace, finding: Finding) -> None:
+        """Take a finding of its evaluation."""
+        if isinstance(finding, FailedAttr):
+            self.failed.append(place)
+        else:
+            self.found.append((place, finding))
+
+    async def keep(self, means: EvaluationMeans) -> None:
+        """Keep what was found, if that may be done."""
+        if means.cache is None or self.keyed is None or self.needs_more or not self.found:
+            return
+        before = self.kept.found if self.kept else ()
+        if await may_be_kept(self.keyed, means.env):
+            entry = KeptFindings((*before, *self.found), tuple(self.failed))
+            await asyncio.to_thread(means.cache.put, self.keyed.key, entry)
+
+
+async def _plan(source: NixValue, program: str, means: EvaluationMeans) -> _SourcePlan:
+    confined = restricted(source) if isinstance(source.origin, FlakeOrigin) else source
+    its = None if means.cache is None else await keyed(source, program, means.env)
+    if its is None or means.cache is None:
+        return _SourcePlan(source, confined)
+    kept = await asyncio.to_thread(means.cache.get, its.key)
+    if kept is not None and not await asyncio.to_thread(_all_there, kept, source.flags):
+        kept = None
+    return _SourcePlan(source, its.source, its, kept)
+
+
+def _all_there(kept: KeptFindings, flags: Sequence[str]) -> bool:
+    """Return whether the store has all derivations that were found."""
+    root = flags[flags.index("--store") + 1].rstrip("/") if "--store" in flags else ""
+    return all(Path(f"{root}{each.drv}").is_file() for _, each in kept.found if isinstance(each, EvaluatedRoot))
+
+
+class _Round:
+    """Evaluation of sources with the same means."""
+
+    def __init__(self, sources: Sequence[NixValue], means: EvaluationMeans) -> None:
+        self._sources = sources
+        self._means = means
+
+    async def whole(self, numbers: Sequence[int], *, with_jobs: bool) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
+        """Evaluate all that is asked of the sources of these numbers."""
+        means, left = self._means, list(numbers)
+        given: set[tuple[int, int, tuple[str, ...]]] = set()
+        while with_jobs and left:
+            number = left[0]
+            jobs = findings_of_jobs(
+                number, self._sources[number], means.limits, env=means.env, on_messages=means.on_messages
+            )
+            try:
+                async with aclosing(jobs):
+                    async for place, finding in jobs:
+                        given.add((place.source, place.at, place.path))
+                        yield place, finding
+            except JobsEnded as ended:
+                means.on_messages(f"{ended}; drover's own evaluators do the rest")
+                break
+            left.pop(0)
+        places = [AttrPlace(number, at) for number in left for at in range(len(self._sources[number].asked))]
+        async with aclosing(self.at_places(places)) as findings:
+            async for place, finding in findings:
+                if (place.source, place.at, place.path) not in given:
+                    yield place, finding
+
+    async def at_places(self, places: Sequence[AttrPlace]) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
+        """Evaluate places, and what is below them, by evaluators of our own."""
+        if not places:
+            return
+        means = self._means
+        findings = findings_of_pool(
+            self._sources, means.limits, env=means.env, on_messages=means.on_messages, places=places
+        )
+        async with aclosing(findings):
+            async for place, finding in findings:
+                yield place, finding

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.messages import error_line
 from coordinator.evaluation.model import split_attr
-from coordinator.evaluation.source import Asked, NixValue, nix_text
+from coordinator.evaluation.source import Asked, FlakeOrigin, NixValue, nix_text
 from infra.process import ProcessError, ProcessNotFound, run
 
 #: Outputs whose first names are systems.
@@ -44,10 +44,15 @@ async def flake_sources(
         EvaluationError: The flake cannot be found or read.
     """
     reference, _, attr = text.partition("#")
-    url = await _url(reference or ".", flags, env)
+    metadata = await flake_metadata(reference or ".", flags, env)
+    try:
+        url = _Metadata.model_validate_json(metadata).url
+    except ValidationError:
+        raise EvaluationError(f"Nix says nothing of where the flake {reference} is") from None
+    origin = FlakeOrigin(reference or ".", metadata)
     expression = f"builtins.getFlake {nix_text(url)}"
     return [
-        NixValue(text, expression, (_asked(attr, system, several=len(systems) > 1),), {}, system, tuple(flags))
+        NixValue(text, expression, (_asked(attr, system, several=len(systems) > 1),), {}, system, tuple(flags), origin)
         for system in systems
     ]
 
@@ -66,8 +71,12 @@ def _is_system(name: str) -> bool:
     return name.rpartition("-")[2] in {"linux", "darwin", "freebsd"}
 
 
-async def _url(reference: str, flags: Sequence[str], env: Mapping[str, str]) -> str:
-    """Return the URL of a flake as Nix understands it: a directory of a git repository is that repository."""
+async def flake_metadata(reference: str, flags: Sequence[str], env: Mapping[str, str]) -> str:
+    """Return what Nix says of a flake, as JSON: its URL and locks. A directory of a git repository is that repository.
+
+    Raises:
+        EvaluationError: The flake cannot be found or read.
+    """
     command = [*_NIX, "flake", "metadata", "--json", "--no-write-lock-file", reference, *flags]
     try:
         done = await run(command, env=env, timeout_s=METADATA_S, max_output_bytes=MAX_METADATA_BYTES)
@@ -78,7 +87,4 @@ async def _url(reference: str, flags: Sequence[str], env: Mapping[str, str]) -> 
     if done.returncode != 0:
         line = error_line(done.stderr.decode(errors="replace")) or f"Nix ended with status {done.returncode}"
         raise EvaluationError(f"the flake {reference} could not be read: {line}")
-    try:
-        return _Metadata.model_validate_json(done.stdout).url
-    except ValidationError:
-        raise EvaluationError(f"Nix says nothing of where the flake {reference} is") from None
+    return done.stdout.decode(errors="replace").strip()

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from coordinator.evaluation.cache import EvaluationCache
 from coordinator.evaluation.errors import EvaluationError
-from coordinator.evaluation.findings import EvaluatorChoice, evaluate
+from coordinator.evaluation.findings import EvaluationMeans, EvaluatorChoice, evaluate
 from coordinator.evaluation.flakes import flake_sources, is_flake
 from coordinator.evaluation.lines import read_attrs, read_lines
 from coordinator.evaluation.messages import advice, error_line, without_noise
 from coordinator.evaluation.model import MAX_NAMED, Evaluation, FailedAttr, parse_drv, some
 from coordinator.evaluation.pool import PoolLimits
-from coordinator.evaluation.source import NixValue, file_expression, is_url, sources_of
+from coordinator.evaluation.source import NixValue, TreeOrigin, file_expression, is_url, sources_of
 from infra.process import ProcessError, ProcessNotFound, run
 
 #: Name of standard input among files and attributes.
@@ -38,6 +39,8 @@ class Inputs:
     systems: tuple[str, ...] = ()
     #: For the evaluation: `--arg`, `--argstr`, `-I`, `--option`, `--store`.
     flags: tuple[str, ...] = ()
+    #: Whether a flake may look at more than itself, as with `nix build --impure`.
+    impure: bool = False
 
     @property
     def name(self) -> str:
@@ -52,8 +55,9 @@ async def evaluation_of(
     env: Mapping[str, str],
     on_messages: Callable[[str], None],
     choice: EvaluatorChoice = EvaluatorChoice.AUTO,
+    cache: EvaluationCache | None = None,
 ) -> Evaluation:
-    """Evaluate what is asked for.
+    """Evaluate what is asked for, with the means that `EvaluationMeans` describes.
 
     Raises:
         EvaluationError: There is no derivation to build.
@@ -61,7 +65,7 @@ async def evaluation_of(
     given = await _given(inputs)
     if given is None:
         sources = await _sources(inputs, env)
-        given = await evaluate(sources, limits, env=env, on_messages=on_messages, choice=choice)
+        given = await evaluate(sources, EvaluationMeans(limits, env, on_messages, choice, cache))
     if not given.wanted:
         for each in given.failed[:MAX_NAMED]:
             on_messages(each.text)
@@ -107,7 +111,8 @@ def _stdin_lines() -> list[str]:
 async def _sources(inputs: Inputs, env: Mapping[str, str]) -> list[NixValue]:
     if inputs.files and is_flake(inputs.files[0]) and not await asyncio.to_thread(Path(inputs.files[0]).exists):
         systems = inputs.systems or (await _this_system(inputs.flags, env),)
-        return await flake_sources(inputs.files[0], systems, flags=inputs.flags, env=env)
+        flakes = await flake_sources(inputs.files[0], systems, flags=inputs.flags, env=env)
+        return [replace(each, origin=None) for each in flakes] if inputs.impure else flakes
     attrs = inputs.attrs
     if STDIN in attrs:
         named = read_attrs(await asyncio.to_thread(_stdin_lines))
@@ -116,14 +121,22 @@ async def _sources(inputs: Inputs, env: Mapping[str, str]) -> list[NixValue]:
     for text in (inputs.expression, *expressions):
         if text:
             await _parse(text, env)
+    origin: TreeOrigin | None = None
     if inputs.expression:
-        expression = inputs.expression
+        expression, origin = inputs.expression, TreeOrigin(Path.cwd())
     else:
         file = inputs.files[0]
         if not file.startswith("<") and not is_url(file) and not await asyncio.to_thread(Path(file).exists):
             raise EvaluationError(f"{file} does not exist; name the Nix file to evaluate")
-        expression = file_expression(file)
-    return sources_of(inputs.name, expression, attrs, flags=inputs.flags, systems=inputs.systems)
+        expression = await asyncio.to_thread(file_expression, file)
+        if not file.startswith("<") and not is_url(file):
+            origin = TreeOrigin(await asyncio.to_thread(_directory, file))
+    return sources_of(inputs.name, expression, attrs, flags=inputs.flags, systems=inputs.systems, origin=origin)
+
+
+def _directory(file: str) -> Path:
+    path = Path(file).absolute()
+    return path if path.is_dir() else path.parent
 
 
 async def _parse(expression: str, env: Mapping[str, str]) -> None:

@@ -81,7 +81,12 @@ def _free_bytes() -> int:
 
 
 async def findings_of_pool(
-    sources: Sequence[NixValue], limits: PoolLimits, *, env: Mapping[str, str], on_messages: Callable[[str], None]
+    sources: Sequence[NixValue],
+    limits: PoolLimits,
+    *,
+    env: Mapping[str, str],
+    on_messages: Callable[[str], None],
+    places: Sequence[AttrPlace] | None = None,
 ) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
     """Evaluate sources; gives each finding with its place as soon as it is there, in no order.
 
@@ -90,11 +95,12 @@ async def findings_of_pool(
         limits: What it may take.
         env: Whole environment of the evaluators.
         on_messages: Is given what Nix printed for people of an attribute, in one piece.
+        places: Where the evaluation begins; None: at all that is asked.
 
     Raises:
         EvaluationError: No evaluator can be started.
     """
-    pool = _Pool(sources, limits, env, on_messages)
+    pool = _Pool(sources, limits, env, on_messages, places)
     task = asyncio.create_task(pool.run())
     task.add_done_callback(lambda _: pool.findings.put_nowait(None))
     try:
@@ -136,6 +142,7 @@ class _Pool:
         limits: PoolLimits,
         env: Mapping[str, str],
         on_messages: Callable[[str], None],
+        places: Sequence[AttrPlace] | None,
     ) -> None:
         self.findings: asyncio.Queue[tuple[AttrPlace, Finding] | None] = asyncio.Queue()
         #: Bounds `findings`; the end of the pool has a place beside it.
@@ -145,9 +152,8 @@ class _Pool:
         self._env = env
         self._on_messages = on_messages
         self._token = f"drover-{secrets.token_hex(16)}"
-        self._waiting: deque[AttrPlace] = deque(
-            AttrPlace(source, at) for source, each in enumerate(sources) for at in range(len(each.asked))
-        )
+        whole = (AttrPlace(source, at) for source, each in enumerate(sources) for at in range(len(each.asked)))
+        self._waiting: deque[AttrPlace] = deque(whole if places is None else places)
         #: Places that are evaluated alone once all others are done.
         self._alone: deque[AttrPlace] = deque()
         self._changed = asyncio.Condition()

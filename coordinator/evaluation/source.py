@@ -27,6 +27,22 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class FlakeOrigin:
+    """A flake that a value comes from."""
+
+    reference: str
+    #: What `nix flake metadata --json` printed of it.
+    metadata: str
+
+
+@dataclass(frozen=True, slots=True)
+class TreeOrigin:
+    """A directory that a file lies in, or that an expression is evaluated in."""
+
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True)
 class NixValue:
     """A value of Nix and what is asked of it."""
 
@@ -41,6 +57,8 @@ class NixValue:
     system: str = ""
     #: Further arguments of the evaluator: `-I PATH`, `--option NAME VALUE`, `--store DIR`.
     flags: tuple[str, ...] = ()
+    #: Where it comes from, if that can be known whole.
+    origin: FlakeOrigin | TreeOrigin | None = None
 
     @property
     def all_flags(self) -> tuple[str, ...]:
@@ -74,7 +92,13 @@ class NixValue:
 
 
 def sources_of(
-    name: str, expression: str, attrs: Sequence[str], *, flags: Sequence[str] = (), systems: Sequence[str] = ()
+    name: str,
+    expression: str,
+    attrs: Sequence[str],
+    *,
+    flags: Sequence[str] = (),
+    systems: Sequence[str] = (),
+    origin: TreeOrigin | None = None,
 ) -> list[NixValue]:
     """Return what is to be evaluated of an expression: once for this machine's system, or for each of `systems`.
 
@@ -84,6 +108,7 @@ def sources_of(
         attrs: Attribute paths as `-A` takes them; none: the whole value.
         flags: What `nix-instantiate` takes: `--arg`, `--argstr`, `-I`, `--option`, `--store`.
         systems: Where there are several, each label starts with its own.
+        origin: Where the expression comes from.
     """
     arguments, others = _split_flags(flags)
 
@@ -92,7 +117,9 @@ def sources_of(
         return Asked(".".join(names), (split_attr(attr),))
 
     return [
-        NixValue(name, expression, tuple(asked(attr, system) for attr in attrs or [""]), arguments, system, others)
+        NixValue(
+            name, expression, tuple(asked(attr, system) for attr in attrs or [""]), arguments, system, others, origin
+        )
         for system in systems or [""]
     ]
 
@@ -113,7 +140,8 @@ def file_expression(file: str) -> str:
         return f"import {file}"
     if is_url(file):
         return f"import (builtins.fetchTarball {nix_text(file)})"
-    return f"import {nix_path(str(Path(file).absolute()))}"
+    path = Path(file).absolute()
+    return f"import {nix_path(str(path / 'default.nix' if path.is_dir() else path))}"
 
 
 def is_url(file: str) -> bool:

@@ -1,0 +1,179 @@
+"""Keys of evaluations that depend on nothing but what can be named: a locked flake, or the content of a directory.
+
+Such an evaluation runs under `restrict-eval`: what lies outside of its source is an error of Nix, upon which it runs
+again without, and is not kept. What Nix answers silently otherwise is looked for in the files (`source_tree`). The key
+is the digest of the source, what is asked of it, Nix with its settings, and our own part of the evaluation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import BaseModel, ValidationError
+
+from coordinator.evaluation.cache import FORM
+from coordinator.evaluation.flakes import flake_metadata
+from coordinator.evaluation.source import TREE, FlakeOrigin, NixValue, TreeOrigin
+from coordinator.evaluation.source_tree import NotWholeError, SourceTree, find_clock, read_tree, text_leak, tree_root
+from infra.nix.errors import NixError
+from infra.nix.hashing import parse_sha256
+from infra.nix.store_path import StoreDir
+from infra.process import ProcessError, run
+
+#: What Nix prints where an evaluation needs what it may not have.
+NEEDS_MORE: Final = re.compile(r"forbidden in restricted mode|was not found in the Nix search path")
+_SETTINGS_S: Final = 60.0
+_MAX_SETTINGS_BYTES: Final = 16 * 1024 * 1024
+_NIX: Final = ("nix", "--extra-experimental-features", "nix-command flakes")
+#: Newer Nix first; before 2.19 it has the other name only.
+_SHOW_SETTINGS: Final = (("config", "show"), ("show-config",))
+
+
+class _LockedNode(BaseModel):
+    locked: dict[str, Any] = {}
+
+
+class _FlakeLocks(BaseModel):
+    nodes: dict[str, _LockedNode]
+
+
+class _LockedFlake(BaseModel):
+    path: str
+    locks: _FlakeLocks
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedSource:
+    """A source whose findings may be kept."""
+
+    key: str
+    #: The source as it is evaluated, with nothing else within its reach.
+    source: NixValue
+    tree: SourceTree | None = None
+
+
+def restricted(source: NixValue, *paths: str) -> NixValue:
+    """Return a source that may read `paths`, its flake and stores, and nothing else."""
+    words = [word for number, path in enumerate(paths) for word in ("-I", f"drover-{number}={path}")]
+    own = ("-I", f"drover-tree={TREE.parent}", "--option", "restrict-eval", "true")
+    return replace(source, flags=(*source.flags, *words, *own))
+
+
+async def keyed(source: NixValue, program: str, env: Mapping[str, str]) -> KeyedSource | None:
+    """Return a source with its key; None where its findings depend on what has no name.
+
+    Args:
+        source: What is evaluated.
+        program: Name of the program that evaluates.
+        env: Whole environment of the evaluation.
+    """
+    match source.origin:
+        case FlakeOrigin(_, metadata):
+            known, tree = json.loads(metadata), None
+            confined = restricted(source)
+        case TreeOrigin(directory) if not _reaches_out(source):
+            try:
+                tree = await asyncio.to_thread(_read, directory)
+            except NotWholeError:
+                return None
+            if tree.leak:
+                return None
+            known = {"root": str(tree.root), "directory": str(directory), "digest": tree.digest}
+            top = [str(tree.root / name) for name in tree.top]
+            confined = restricted(source, *(top if (tree.root / ".git").exists() else [str(tree.root)]))
+        case _:
+            return None
+    settings = await _settings(source.all_flags, env)
+    where = await asyncio.to_thread(_place_of, program, env)
+    if settings is None or where is None:
+        return None
+    parts = (
+        FORM,
+        json.dumps(known, sort_keys=True),
+        repr((source.expression, source.asked, sorted(source.arguments.items()), source.system, source.flags)),
+        settings,
+        repr(sorted((name, value) for name, value in env.items() if name.startswith("NIX"))),
+        where,
+        TREE.read_text(encoding="utf-8"),
+    )
+    digest = hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode()).hexdigest()
+    return KeyedSource(digest, confined, tree)
+
+
+async def may_be_kept(keyed_source: KeyedSource, env: Mapping[str, str]) -> bool:
+    """Return whether nothing has changed while a source was evaluated, and none of its files asks for the time."""
+    source = keyed_source.source
+    try:
+        match source.origin:
+            case TreeOrigin(directory):
+                return await asyncio.to_thread(_read, directory) == keyed_source.tree
+            case FlakeOrigin(reference, metadata):
+                if await flake_metadata(reference, source.flags, env) != metadata:
+                    return False
+                return await asyncio.to_thread(_asks_no_clock, metadata, source.flags)
+            case _:
+                return False
+    except (NotWholeError, ValidationError, NixError):
+        return False
+
+
+def without_search_path(env: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment for an evaluation within reach of nothing but its source."""
+    return {name: value for name, value in env.items() if name != "NIX_PATH"}
+
+
+def _read(directory: Path) -> SourceTree:
+    return read_tree(tree_root(directory.resolve()))
+
+
+def _place_of(program: str, env: Mapping[str, str]) -> str | None:
+    found = shutil.which(program, path=env.get("PATH"))
+    return found and str(Path(found).resolve())
+
+
+def _reaches_out(source: NixValue) -> bool:
+    texts = (source.expression, *source.arguments.values())
+    return "-I" in source.flags or any(text_leak(text) for text in texts)
+
+
+def _asks_no_clock(metadata: str, flags: Sequence[str]) -> bool:
+    """Return whether no file of a flake and of all its inputs asks for the time, as far as the store has them all."""
+    flake = _LockedFlake.model_validate_json(metadata)
+    root = flags[flags.index("--store") + 1] if "--store" in flags else ""
+    store = StoreDir(flake.path.rpartition("/")[0])
+    paths = [flake.path]
+    for node in flake.locks.nodes.values():
+        if node.locked:
+            digest = parse_sha256(str(node.locked.get("narHash", "")))
+            paths.append(store.make_fixed_output_path("source", "r:", "sha256", digest.hex()))
+    for path in paths:
+        place = Path(f"{root.rstrip('/')}{path}")
+        if not place.exists() or find_clock(place):
+            return False
+    return True
+
+
+async def _settings(flags: Sequence[str], env: Mapping[str, str]) -> str | None:
+    """Return Nix's version and the values of all its settings; None where it does not say them."""
+    options = [word for at, word in enumerate(flags) if word == "--option" for word in flags[at : at + 3]]
+    for words in _SHOW_SETTINGS:
+        commands = ([*_NIX, "--version"], [*_NIX, *words, "--json", *options])
+        try:
+            version, settings = [
+                await run(command, env=env, timeout_s=_SETTINGS_S, max_output_bytes=_MAX_SETTINGS_BYTES)
+                for command in commands
+            ]
+            if version.returncode == settings.returncode == 0:
+                values = {name: each.get("value") for name, each in json.loads(settings.stdout).items()}
+                return version.stdout.decode() + json.dumps(values, sort_keys=True)
+        except (ProcessError, ValueError, AttributeError):
+            continue
+    return None
