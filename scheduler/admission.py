@@ -14,13 +14,13 @@ from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.state import FarmState
 
 
-def check_graph(state: FarmState, event: e.SubmissionReceived) -> Generator[Pause, None, None]:
+def check_graph(state: FarmState, event: e.SubmissionReceived | e.SubmissionGrown) -> Generator[Pause, None, None]:
     """Raise `SubmissionRefusedError` for a graph with missing members, or whose recipes in use run in a circle."""
     yield from _check_closed(state, event)
     yield from _check_acyclic(state, event)
 
 
-def _check_closed(state: FarmState, event: e.SubmissionReceived) -> Generator[Pause, None, None]:
+def _check_closed(state: FarmState, event: e.SubmissionReceived | e.SubmissionGrown) -> Generator[Pause, None, None]:
     given = dict.fromkeys(event.held)
     for count, spec in enumerate(event.steps, 1):
         if not spec.recipes:
@@ -36,7 +36,7 @@ def _check_closed(state: FarmState, event: e.SubmissionReceived) -> Generator[Pa
             yield PAUSE
 
 
-def _check_acyclic(state: FarmState, event: e.SubmissionReceived) -> Generator[Pause, None, None]:
+def _check_acyclic(state: FarmState, event: e.SubmissionReceived | e.SubmissionGrown) -> Generator[Pause, None, None]:
     """Look for a circle in the graph of recipes in use.
 
     Recipes of known steps need only steps that were known when they came, so a circle runs through steps that get

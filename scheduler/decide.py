@@ -10,7 +10,8 @@ grants of leases.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
+from dataclasses import replace
 from typing import assert_never
 
 from scheduler import events as e
@@ -18,17 +19,20 @@ from scheduler import facts as f
 from scheduler.admission import check_graph
 from scheduler.builder_rules import BuilderRules
 from scheduler.forsaken import Forsaken
-from scheduler.model import Instant, LeaseId, StepKey, StepState, SubmissionId
+from scheduler.model import Instant, LeaseId, StepKey, StepState, SubmissionClosedError, SubmissionId
 from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.policy import Limits, Policy
 from scheduler.records import Queue, Step
 from scheduler.state import FarmState, is_lapsed
 from scheduler.step_rules import StepRules, is_known_failure
+from scheduler.transitions import UNFINISHED
 
 #: Steps that one fact forgets at most.
 FORGOTTEN_AT_ONCE = 1000
 
 _LEASED, _PUBLISHING, _DONE = StepState.LEASED, StepState.PUBLISHING, StepState.DONE
+
+_Plan = e.SubmissionReceived | e.SubmissionGrown
 
 
 class Decider:
@@ -69,6 +73,11 @@ class Decider:
                     yield from self._step_rules.publish_failed(step, event.failure, now)
             case e.SubmissionReceived():
                 yield from self._received(event, now)
+            case e.SubmissionGrown():
+                yield from self._grown(event, now)
+            case e.SealAsked():
+                if event.submission in self._state.open:
+                    yield f.SubmissionSealed(event.submission, now, event.incomplete)
             case e.SubmissionCancelled():
                 if event.submission in self._state.submissions:
                     yield f.SubmissionWithdrawn(event.submission, now)
@@ -143,17 +152,13 @@ class Decider:
         if self._is_stale(event):
             return
         yield from check_graph(state, event)
+        if event.again or event.replanned:
+            event = self._with_known_roots(event)
         renewed = yield from self._take_steps(event)
         yield from self._hold(event, now)
-        lost = yield from self._lost_steps(event)
         roots = [state.steps[key] for key in event.roots]
-        known_failures = _KnownFailures(self._limits, event, renewed, now)
-        if state.failed:
-            below_lost = [need for step in lost for need in state.needs_of(step)]
-            yield from known_failures.look_below(state, [*roots, *below_lost])
-        for step in lost:
-            yield from self._step_rules.revive(state.needs_of(step), restart=True, stands=known_failures)
-            yield f.StepLost(step.key)
+        known_failures = _KnownFailures(self._limits, event.retry_failed, event.retry, renewed, now)
+        yield from self._lose(event, roots, known_failures)
         if not event.replanned:
             yield from self._step_rules.revive(roots, restart=True, stands=known_failures)
             yield from self._end_waits(event)
@@ -165,10 +170,70 @@ class Decider:
         joined = tuple([step.key for step in members if step.engaged])
         yield PAUSE
         kind = f.SubmissionRetried if event.again or event.replanned else f.SubmissionAccepted
-        yield kind(event.submission, now, event.roots, keys, held, joined, self._wait_of(event), event.limits)
+        fact = kind(event.submission, now, event.roots, keys, held, joined, self._wait_of(event), event.limits)
+        yield replace(fact, open=True) if isinstance(fact, f.SubmissionAccepted) and event.open else fact
+        yield from self._doom_by(known_failures, now)
+
+    def _grown(self, event: e.SubmissionGrown, now: Instant) -> Iterator[f.FactOrPause]:
+        """Let an open submission want further roots. Costs what is new below these."""
+        state = self._state
+        opened = state.open.get(event.submission)
+        if opened is None:
+            self._refuse_closed(event)
+            return
+        wanted = tuple([key for key in dict.fromkeys(event.roots) if key not in opened.roots])
+        if not wanted:
+            return
+        yield from check_graph(state, event)
+        renewed = yield from self._take_steps(event)
+        yield from self._hold(event, now)
+        roots = [state.steps[key] for key in wanted]
+        known_failures = _KnownFailures(self._limits, event.retry_failed, (), renewed, now, members=opened.members)
+        yield from self._lose(event, roots, known_failures)
+        yield from self._step_rules.revive(roots, restart=True, stands=known_failures)
+        yield from self._end_waits(event)
+        order = yield from state.descending(roots, known=opened.members)
+        new = [step for step in order if step.key not in opened.members]
+        before = {step.key for step in order if step.key in opened.members and step.state in UNFINISHED}
+        members = tuple([step.key for step in order if step.key not in opened.members or step.key in before])
+        yield PAUSE
+        held = tuple([step.key for step in new if step.state is _DONE])
+        joined = tuple([step.key for step in new if step.engaged])
+        yield PAUSE
+        again = tuple([key for key in members if key in before])
+        yield f.SubmissionGrew(event.submission, now, wanted, members, held, joined, again, event.limits)
+        yield from self._doom_by(known_failures, now)
+
+    def _refuse_closed(self, event: e.SubmissionGrown) -> None:
+        """Raise `SubmissionClosedError` unless the submission has all the roots that are wanted."""
+        state = self._state
+        roots = state.submissions.get(event.submission) or state.withdrawn.get(event.submission, ())
+        if not {root.key for root in roots}.issuperset(event.roots) or not event.roots:
+            raise SubmissionClosedError(f"{event.submission} is not open")
+
+    def _with_known_roots(self, event: e.SubmissionReceived) -> e.SubmissionReceived:
+        """Return an event of a known submission with all its roots: it may have grown since it was planned anew."""
+        known = [root.key for root in self._state.submissions[event.submission]]
+        limits = {**self._state.limits.get(event.submission, {}), **dict(event.limits)}
+        return replace(event, roots=tuple(dict.fromkeys((*known, *event.roots))), limits=tuple(limits.items()))
+
+    def _lose(self, event: _Plan, roots: list[Step], known_failures: _KnownFailures) -> Iterator[f.FactOrPause]:
+        """Let what the cache has lost be made again, but for what is known to fail below it or below `roots`."""
+        state = self._state
+        lost = yield from self._lost_steps(event)
+        if state.failed:
+            below_lost = [need for step in lost for need in state.needs_of(step)]
+            # Engaged steps have not failed, nor has anything below them.
+            sound: Collection[StepKey] = state.steps if isinstance(event, e.SubmissionGrown) else ()
+            yield from known_failures.look_below(state, [*roots, *below_lost], sound)
+        for step in lost:
+            yield from self._step_rules.revive(state.needs_of(step), restart=True, stands=known_failures)
+            yield f.StepLost(step.key)
+
+    def _doom_by(self, known_failures: _KnownFailures, now: Instant) -> Iterator[f.FactOrPause]:
         for step, cause in tuple(known_failures.causes.items()):
             if step.dependents:
-                yield from self._step_rules.doom(step, cause, now)
+                yield from self._step_rules.doom(step, cause, now, known_failures.has_failed_here)
 
     def _wait_of(self, event: e.SubmissionReceived) -> int | None:
         """Return how long the submission lets its steps wait for a builder: as before where it sets nothing."""
@@ -185,7 +250,7 @@ class Decider:
             return known is None or not any(event.submission in root.roots for root in known)
         return known is not None
 
-    def _take_steps(self, event: e.SubmissionReceived) -> Generator[f.FactOrPause, None, dict[StepKey, None]]:
+    def _take_steps(self, event: _Plan) -> Generator[f.FactOrPause, None, dict[StepKey, None]]:
         """Learn steps and recipes; return the known steps that gained one."""
         renewed: dict[StepKey, None] = {}
         for count, spec in enumerate(event.steps, 1):
@@ -201,7 +266,7 @@ class Decider:
                     yield f.RecipeAdded(spec.key, recipe)
         return renewed
 
-    def _end_waits(self, event: e.SubmissionReceived) -> Iterator[f.FactOrPause]:
+    def _end_waits(self, event: _Plan) -> Iterator[f.FactOrPause]:
         """Let steps that were handed back go on at once: the client has just sent what they lacked."""
         for count, spec in enumerate(event.steps, 1):
             if not count % PIECE:
@@ -210,7 +275,7 @@ class Decider:
             if step.not_before and step.returns and step.state is StepState.READY:
                 yield f.BackOffEnded(step.key)
 
-    def _lost_steps(self, event: e.SubmissionReceived) -> Generator[Pause, None, list[Step]]:
+    def _lost_steps(self, event: _Plan) -> Generator[Pause, None, list[Step]]:
         """Return what the core takes for done and a later look into the cache did not find."""
         held = dict.fromkeys(event.held)
         lost: dict[Step, None] = {}
@@ -222,7 +287,7 @@ class Decider:
                 lost[step] = None
         return list(lost)
 
-    def _hold(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.FactOrPause]:
+    def _hold(self, event: _Plan, now: Instant) -> Iterator[f.FactOrPause]:
         seen_at = min(now, event.asked_at)
         for count, key in enumerate(dict.fromkeys(event.held), 1):
             if not count % PIECE:
@@ -240,11 +305,8 @@ class Decider:
         What is known to fail stays known for as long as that counts, and what it names with it.
         """
         state = self._state
-        roots = state.submissions.get(submission)
-        if roots is None:
-            if submission not in state.withdrawn:
-                return
-        elif any(submission in root.roots for root in roots):
+        known = submission in state.submissions or submission in state.withdrawn
+        if not known or not state.has_ended(submission):
             return
         yield f.SubmissionForgotten(submission, now)
         while gone := (yield from self._forgettable(now)):
@@ -272,20 +334,36 @@ class Decider:
 class _KnownFailures:
     """Failures that a submission takes for known, and the steps that they have doomed, each with its root cause."""
 
-    __slots__ = ("_all", "_but", "_limits", "_now", "_renewed", "causes")
+    __slots__ = ("_all", "_but", "_limits", "_members", "_now", "_renewed", "causes")
 
-    def __init__(self, limits: Limits, event: e.SubmissionReceived, renewed: dict[StepKey, None], now: Instant) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        retry_failed: bool,
+        retry: tuple[StepKey, ...],
+        renewed: dict[StepKey, None],
+        now: Instant,
+        *,
+        members: Collection[StepKey] = (),
+    ) -> None:
         self._limits = limits
-        self._all = not event.retry_failed
-        self._but = frozenset(event.retry)
+        self._all = not retry_failed
+        self._but = frozenset(retry)
         #: A new recipe may do better than those that failed.
         self._renewed = renewed
         self._now = now
+        #: What has failed of these has failed for this very submission, which does not try it twice.
+        self._members = members
         self.causes: dict[Step, StepKey] = {}
 
-    def look_below(self, state: FarmState, starts: list[Step]) -> Generator[Pause, None, None]:
-        """Find what stands at or below `starts`, needs first: a doomed step stands while what doomed it does."""
-        below = yield from state.descending(starts)
+    def look_below(
+        self, state: FarmState, starts: list[Step], sound: Collection[StepKey]
+    ) -> Generator[Pause, None, None]:
+        """Find what stands at or below `starts`, needs first: a doomed step stands while what doomed it does.
+
+        Engaged steps among `sound` are passed over.
+        """
+        below = yield from state.descending(starts, known=sound)
         looked_at = 0
         for step in reversed(below):
             looked_at += 1
@@ -303,11 +381,18 @@ class _KnownFailures:
         """Return whether a lapsed step is to be left as it is."""
         if step in self.causes:
             return True
+        if self.has_failed_here(step):
+            self.causes[step] = step.key
+            return True
         requested = not self._all or step.key in self._but or step.key in self._renewed
         if requested or not is_known_failure(step, self._limits, self._now):
             return False
         self.causes[step] = step.key
         return True
+
+    def has_failed_here(self, step: Step) -> bool:
+        """Return whether a step has failed for the submission that grows."""
+        return step.state is StepState.FAILED and step.key in self._members and step.key not in self._renewed
 
 
 def _head(queue: Queue) -> tuple[int, tuple[int, int, Step]]:

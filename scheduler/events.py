@@ -1,7 +1,8 @@
 """Events: the closed set of inputs of the core, in the past tense.
 
-Every event may be lost, doubled, late or out of order except `SubmissionReceived`, `SubmissionCancelled` and
-`RetryAsked`, which a client has been promised. A stale event is ignored; an impossible one is a bug and asserted.
+Every event may be lost, doubled, late or out of order except `SubmissionReceived`, `SubmissionGrown`, `SealAsked`,
+`SubmissionCancelled` and `RetryAsked`, which a client has been promised. A stale event is ignored; an impossible one is
+a bug and asserted.
 One stale event cannot be distinguished from a fresh one: the greeting of a builder's earlier life. The core believes
 it, and the shell greets the builder again as soon as the present one reports (`coordinator/engine/worker_events.py`).
 """
@@ -42,6 +43,37 @@ class SubmissionReceived:
     wait_s: int | None = None
     #: What builds of these roots may use, where the submission sets something.
     limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
+    #: More roots are to come (`SubmissionGrown`): it does not end before it is sealed, and may have no root yet.
+    open: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionGrown:
+    """A client wants further `roots` by an open submission; those that it has already change nothing.
+
+    `steps` closes over their needs, except where `held` or a known step ends a branch. Other fields are as in
+    `SubmissionReceived`; what has failed in the submission since it came stays failed. The core raises
+    `SubmissionClosedError` where the submission is not open, and `SubmissionRefusedError` as for a received one.
+    """
+
+    submission: SubmissionId
+    roots: tuple[StepKey, ...]
+    steps: tuple[StepSpec, ...]
+    held: tuple[StepKey, ...] = ()
+    asked_at: Instant = FAR_OFF
+    retry_failed: bool = False
+    limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SealAsked:
+    """No more roots come for an open submission; a repeat is a no-op.
+
+    `incomplete` says why where its client did not say so itself, because more may have been meant to come.
+    """
+
+    submission: SubmissionId
+    incomplete: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +174,8 @@ class TimePassed:
 
 Event = (
     SubmissionReceived
+    | SubmissionGrown
+    | SealAsked
     | SubmissionCancelled
     | SubmissionExpired
     | RetryAsked

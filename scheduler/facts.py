@@ -16,18 +16,21 @@ from scheduler.model import (
     BuilderId,
     BuilderSpec,
     Failure,
-    FailureKind,
     Instant,
     LeaseId,
     Recipe,
     Requirements,
     StepKey,
     StepSpec,
-    StepState,
     SubmissionId,
 )
 from scheduler.pauses import Pause
 from scheduler.resource_limits import ResourceLimits
+from scheduler.snapshot_facts import BuilderRestored as BuilderRestored
+from scheduler.snapshot_facts import FarmRestored as FarmRestored
+from scheduler.snapshot_facts import StepPast as StepPast
+from scheduler.snapshot_facts import StepRestored as StepRestored
+from scheduler.snapshot_facts import SubmissionRestored as SubmissionRestored
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,8 @@ class SubmissionAccepted:
     that are known to fail are among them; nothing below these is. Members can grow later: where one falls back, the
     needs of its next recipe join (`MembersJoined`). `wait_s` is how long its steps wait for a builder that could take
     them: 0 is for ever, None is as long as the farm's limit says. `limits` are what builds of some roots may use; they
-    are absent in journals of before 2026-11-29, whose notes have them.
+    are absent in journals of before 2026-11-29, whose notes have them. One that is `open` may grow (`SubmissionGrew`),
+    may have no root yet and does not end before it is sealed.
     """
 
     durable: ClassVar[bool] = True
@@ -50,6 +54,37 @@ class SubmissionAccepted:
     joined: tuple[StepKey, ...]
     wait_s: int | None = None
     limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
+    open: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionGrew:
+    """An open submission stands on further roots.
+
+    `members` is every step below them that the submission did not stand on, each before its needs. Among them are those
+    that it stood on `before` and that are to be made again: no submission wanted one any more, or the cache has lost
+    it. `held`, `joined` and `limits` are of the new ones, as in `SubmissionAccepted`.
+    """
+
+    durable: ClassVar[bool] = True
+    submission: SubmissionId
+    at: Instant
+    roots: tuple[StepKey, ...]
+    members: tuple[StepKey, ...]
+    held: tuple[StepKey, ...]
+    joined: tuple[StepKey, ...]
+    before: tuple[StepKey, ...] = ()
+    limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionSealed:
+    """No more roots come: the submission ends with its last step. `incomplete` is as in `SealAsked`."""
+
+    durable: ClassVar[bool] = True
+    submission: SubmissionId
+    at: Instant
+    incomplete: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,85 +392,10 @@ class FarmResumed:
     at: Instant
 
 
-@dataclass(frozen=True, slots=True)
-class StepPast:
-    """Part of a step's state that few steps of a snapshot have: past trials or a lease. As in `records.Step`."""
-
-    active: int
-    ended: int
-    failed_at: Instant
-    builder: BuilderId
-    evidence: bytes
-    failure: Failure | None
-    cause: StepKey | None
-    tried: tuple[int, ...]
-    faults: int
-    returns: int
-    strikes: tuple[FailureKind, ...]
-    avoid: BuilderId
-    not_before: Instant
-    accounts: tuple[tuple[BuilderId, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StepRestored:
-    """Part of a snapshot: one step with all that durable facts have led to. Fields are as in `records.Step`.
-
-    A snapshot is some `StepRestored`, then `SubmissionRestored`, `BuilderRestored`, at last one `FarmRestored`; it
-    stands at the beginning of a journal and nowhere else.
-    """
-
-    durable: ClassVar[bool] = True
-    step: StepKey
-    recipes: tuple[Recipe, ...]
-    sequence: int
-    state: StepState
-    depth: int
-    born: int
-    attempt: int
-    done_at: Instant
-    #: By sequence, in order.
-    dependents: tuple[int, ...]
-    roots: tuple[SubmissionId, ...]
-    past: StepPast | None
-
-
-@dataclass(frozen=True, slots=True)
-class SubmissionRestored:
-    """Part of a snapshot: a submission that is not forgotten."""
-
-    durable: ClassVar[bool] = True
-    submission: SubmissionId
-    roots: tuple[StepKey, ...]
-    withdrawn: bool = False
-    paid_until: Instant = NO_INSTANT
-    wait_s: int | None = None
-    limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class BuilderRestored:
-    """Part of a snapshot: the leases of a builder, oldest first."""
-
-    durable: ClassVar[bool] = True
-    builder: BuilderId
-    heard: Instant
-    leases: tuple[StepKey, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FarmRestored:
-    """The end of a snapshot, with the counters of the state."""
-
-    durable: ClassVar[bool] = True
-    steps: int
-    known: int
-    life: int
-    floor: int = 0
-
-
 Fact = (
     SubmissionAccepted
+    | SubmissionGrew
+    | SubmissionSealed
     | SubmissionRetried
     | SubmissionWithdrawn
     | SubmissionForgotten

@@ -243,8 +243,9 @@ class Farm:
         return spec is not None and spec.incarnation == incarnation
 
     def ended(self, submission: SubmissionId) -> bool:
-        """Return whether nothing is left to wait for. It stays so where a root is lost or revived for another later.
+        """Return whether nothing is left to wait for, nor may come.
 
+        It stays so where a root is lost or revived for another later.
         True also for a submission that is withdrawn or unknown.
         """
-        return not any(submission in root.roots for root in self.state.submissions.get(submission, ()))
+        return self.state.has_ended(submission)

@@ -70,13 +70,15 @@ class StepGraph:
         """
         return whole(self.descending(starts, below_done=below_done))
 
-    def descending(self, starts: Iterable[Step], *, below_done: bool = False) -> Generator[Pause, None, list[Step]]:
-        """Do the work of `descend`, with pauses."""
+    def descending(
+        self, starts: Iterable[Step], *, below_done: bool = False, known: Collection[StepKey] = ()
+    ) -> Generator[Pause, None, list[Step]]:
+        """Do the work of `descend`, with pauses; engaged steps that are `known` are passed over with all below them."""
         order: list[Step] = []
         closed: dict[Step, bool] = {}
         looked_at = 0
         for start in starts:
-            if start in closed:
+            if start in closed or (known and start.engaged and start.key in known):
                 continue
             closed[start] = False
             below = self._below(start, below_done)
@@ -88,6 +90,8 @@ class StepGraph:
                     yield PAUSE
                 step, rest = stack[-1]
                 for need in rest:
+                    if known and need.engaged and need.key in known:
+                        continue
                     seen = closed.get(need)
                     if seen is None:
                         closed[need] = False

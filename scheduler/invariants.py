@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from scheduler.model import ImpossibleError, StepKey, StepState
+from scheduler.model import ImpossibleError, StepKey, StepState, SubmissionId
 from scheduler.records import Step
 from scheduler.state import FarmState
 from scheduler.transitions import LAPSED, UNFINISHED
@@ -34,17 +34,21 @@ def check(state: FarmState) -> None:
     _require(not unknown, f"{unknown} are forgotten and still wait")
     unknown = state.limits.keys() - state.submissions.keys() - state.withdrawn.keys()
     _require(not unknown, f"{unknown} are forgotten and still limit builds")
+    for submission, opened in state.open.items():
+        roots = {root.key for root in state.submissions[submission]}
+        _require(opened.roots == roots, f"{submission} is open and counts other roots than it has")
+        _require(roots <= opened.members <= state.steps.keys(), f"{submission} is open and stands on what is not known")
     _check_builders(state)
     # No circle, not even through what is done: it may be lost.
     state.descend(state.steps.values(), below_done=True)
 
 
-def durable(state: FarmState) -> dict[StepKey, tuple[object, ...]]:
+def durable(state: FarmState) -> tuple[dict[StepKey, tuple[object, ...]], dict[SubmissionId, tuple[object, ...]]]:
     """Return all that durable facts determine, as plain values that can be compared.
 
     Not in it: what builders reported, back-offs that ended, and ranks in queues.
     """
-    return {
+    steps: dict[StepKey, tuple[object, ...]] = {
         step.key: (
             step.state.value,
             step.recipes,
@@ -74,6 +78,10 @@ def durable(state: FarmState) -> dict[StepKey, tuple[object, ...]]:
         )
         for step in state.steps.values()
     }
+    opened: dict[SubmissionId, tuple[object, ...]] = {
+        name: (sorted(each.roots), sorted(each.members)) for name, each in state.open.items()
+    }
+    return steps, opened
 
 
 def _require(holds: bool, broken: str) -> None:

@@ -22,6 +22,10 @@ class SubmissionRefusedError(ImpossibleError):
     """A graph that intake must have rejected. Raised before any fact: the state is as it was and may be used on."""
 
 
+class SubmissionClosedError(SubmissionRefusedError):
+    """Further roots for a submission that is not open: it was sealed or withdrawn, or is not known."""
+
+
 StepKey = NewType("StepKey", str)
 BuilderId = NewType("BuilderId", str)
 SubmissionId = NewType("SubmissionId", str)

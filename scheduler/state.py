@@ -1,7 +1,7 @@
 """State of the core, and `evolve`, which alone changes it.
 
-The steps and who wants them are in `graph`, builders in `builders`; here are submissions, lives of steps, and the way
-from each fact to what it changes.
+The steps are in `graph`, the submissions that want them in `wanted`, builders in `builders`; here are the lives of
+steps, and the way from each fact to what it changes.
 
 Rules: no function but `evolve` mutates; `evolve` reads no clock and asks no policy but for the rank (an index, never
 a fact), so the same durable facts give the same durable state for ever. Nothing here recurses. A fact that concerns
@@ -18,29 +18,26 @@ from typing import assert_never
 from scheduler import facts as f
 from scheduler.builders import Builders
 from scheduler.failures import CONSEQUENCES, is_fault
-from scheduler.graph import Merged, StepGraph, pieces
+from scheduler.graph import Merged
 from scheduler.model import (
     NO_INSTANT,
     FailureKind,
     ImpossibleError,
-    Instant,
     Recipe,
     StepKey,
     StepSpec,
     StepState,
-    SubmissionId,
 )
 from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.records import FEW_DEPENDENTS, NO_BUILDER, NO_TRIES, Step
-from scheduler.references import ReferenceCounts
-from scheduler.resource_limits import ResourceLimits
 from scheduler.transitions import LAPSED, SUBJECT
+from scheduler.wanted import WantedSteps
 
 _WAITING, _READY, _LEASED = StepState.WAITING, StepState.READY, StepState.LEASED
 _PUBLISHING, _DONE = StepState.PUBLISHING, StepState.DONE
 
 
-class FarmState(StepGraph):
+class FarmState(WantedSteps):
     """Everything the core knows."""
 
     def __init__(self, rank: Callable[[Step], int]) -> None:
@@ -48,19 +45,6 @@ class FarmState(StepGraph):
         roster = self._roster = Builders(self.builders, self.ready)
         self.free, self.silent, self.quarantined = roster.free, roster.silent, roster.quarantined
         self.ended_leases = roster.ended
-        #: Submissions neither withdrawn nor forgotten, with their roots; and those that are withdrawn, not forgotten.
-        self.submissions: dict[SubmissionId, tuple[Step, ...]] = {}
-        self.withdrawn: dict[SubmissionId, tuple[Step, ...]] = {}
-        #: What failing attempts have cost submissions: each moves the instant on by a part of an hour (`step_rules`).
-        #: One that lies an hour ahead has spent its allowance. Only of submissions that are not forgotten.
-        self.paid_until: dict[SubmissionId, Instant] = {}
-        #: How long steps of a submission wait for a builder that could take them, in seconds, 0 for ever: of those that
-        #: set it and are not forgotten.
-        self.wait_limits: dict[SubmissionId, int] = {}
-        #: Limits that submissions set for builds of their roots, where they set some and are not forgotten.
-        self.limits: dict[SubmissionId, dict[StepKey, ResourceLimits]] = {}
-        #: Counts the references to each step: one without any may be forgotten.
-        self.references = ReferenceCounts(self.steps)
         #: At least the attempts of every step ever forgotten: those of a step that never had any begin above.
         self.attempt_floor = 0
         #: Counts the beginnings and ends of lives of steps, and so orders a failure before or after the life that meets
@@ -109,6 +93,10 @@ class FarmState(StepGraph):
                 return self._held(fact)
             case f.SubmissionAccepted() | f.SubmissionRetried():
                 return self._accepted(fact)
+            case f.SubmissionGrew():
+                return self._grew(fact)
+            case f.SubmissionSealed():
+                self._sealed(fact)
             case f.LeaseRevoked():
                 self._revoked(fact)
             case f.BackOffEnded():
@@ -146,12 +134,7 @@ class FarmState(StepGraph):
             case f.StepRestored():
                 self._step_restored(fact)
             case f.SubmissionRestored():
-                known = self.withdrawn if fact.withdrawn else self.submissions
-                known[fact.submission] = tuple([self.steps[key] for key in fact.roots])
-                if fact.paid_until:
-                    self.paid_until[fact.submission] = fact.paid_until
-                self._set_wait_limit(fact.submission, fact.wait_s)
-                self._set_limits(fact.submission, fact.limits)
+                self._submission_restored(fact)
             case f.BuilderRestored():
                 self._roster.restored(fact.builder, fact.heard, [self.steps[key] for key in fact.leases])
             case f.FarmRestored():
@@ -194,67 +177,6 @@ class FarmState(StepGraph):
         self.steps[fact.step].done_at = fact.at
         return rest
 
-    def _accepted(self, fact: f.SubmissionAccepted | f.SubmissionRetried) -> Iterator[Pause]:
-        roots = tuple([self.steps[key] for key in dict.fromkeys(fact.roots)])
-        before = self.submissions.get(fact.submission) or self.withdrawn.pop(fact.submission, ())
-        self.submissions[fact.submission] = roots
-        self._set_wait_limit(fact.submission, fact.wait_s)
-        self._set_limits(fact.submission, fact.limits)
-        for piece in pieces(roots):
-            self.references.add(root.key for root in piece)
-            yield PAUSE
-        for piece in pieces(before):
-            self.references.drop(root.key for root in piece)
-            yield PAUSE
-        merged: Merged = {}
-        for count, root in enumerate(roots, 1):
-            if not count % PIECE:
-                yield PAUSE
-            if root.state is not _DONE and root.state not in LAPSED and fact.submission not in root.roots:
-                root.roots = (*root.roots, fact.submission)
-                self._own(root, (self.shares.begin(fact.submission),), merged)
-                self.orphans.pop(root.key, None)
-        yield from self._engage(self.steps[key] for key in fact.members)
-
-    def _set_wait_limit(self, submission: SubmissionId, wait_s: int | None) -> None:
-        if self.wait_limits.get(submission) == wait_s:
-            return
-        self.partings += 1
-        if wait_s is None:
-            del self.wait_limits[submission]
-        else:
-            self.wait_limits[submission] = wait_s
-
-    def _set_limits(self, submission: SubmissionId, limits: tuple[tuple[StepKey, ResourceLimits], ...]) -> None:
-        if limits:
-            self.limits[submission] = dict(limits)
-        else:
-            self.limits.pop(submission, None)
-
-    def _withdrawn(self, fact: f.SubmissionWithdrawn) -> Iterator[Pause]:
-        roots = self.withdrawn[fact.submission] = self.submissions.pop(fact.submission)
-        for count, root in enumerate(roots, 1):
-            if not count % PIECE:
-                yield PAUSE
-            if fact.submission in root.roots:
-                self._end_share(fact.submission)
-            root.roots = tuple(other for other in root.roots if other != fact.submission)
-            self.partings += 1
-            if root.engaged and not root.wanted:
-                self.orphans[root.key] = root
-
-    def _submission_forgotten(self, fact: f.SubmissionForgotten) -> Iterator[Pause]:
-        known = self.submissions if fact.submission in self.submissions else self.withdrawn
-        roots = known.pop(fact.submission)
-        if any(fact.submission in root.roots for root in roots):
-            raise ImpossibleError(f"{fact.submission} is forgotten and has not ended")
-        self.paid_until.pop(fact.submission, None)
-        self.wait_limits.pop(fact.submission, None)
-        self.limits.pop(fact.submission, None)
-        for piece in pieces(roots):
-            self.references.drop(root.key for root in piece)
-            yield PAUSE
-
     def _steps_forgotten(self, fact: f.StepsForgotten) -> Iterator[Pause]:
         looked_at = 0
         for key in fact.steps:
@@ -269,17 +191,6 @@ class FarmState(StepGraph):
             del self.steps[key]
             self.failed.pop(key, None)
             self.attempt_floor = max(self.attempt_floor, step.attempt)
-
-    def limits_wanted(self, step: Step) -> list[ResourceLimits | None]:
-        """Return what the submissions that want the step say of it as their root, and None for those that do not.
-
-        Empty where none says anything. Submissions that share a stake (`shares`) with one that wants it count too.
-        """
-        limits = [self.limits.get(submission, {}).get(step.key) for submission in step.roots] if self.limits else []
-        if not any(limits):
-            return []
-        others = set(self.shares.submissions(step.owners)).difference(step.roots)
-        return [*limits, None] if others else limits
 
     def next_attempt(self, step: Step) -> int:
         """Return the attempt of the next lease: never one that the step, or an earlier one of this key, has had."""
@@ -368,6 +279,7 @@ class FarmState(StepGraph):
         self._use(step, fact.recipe)
         below = yield from self.descending((step,))
         self.joined.append((step, below))
+        self._fall_in(step, below)
         yield from self._engage(below)
 
     def _leased(self, fact: f.StepLeased) -> None:

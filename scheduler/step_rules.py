@@ -165,13 +165,18 @@ class StepRules:
                     yield from self.stop(step, now, "nobody wants it any more")
                     yield f.StepAbandoned(step.key)
 
-    def doom(self, step: Step, cause: StepKey, now: Instant) -> Iterator[f.FactOrPause]:
-        """End what stands on a step that has failed for good, or let it fall back to a recipe that can do without."""
+    def doom(
+        self, step: Step, cause: StepKey, now: Instant, stands: Callable[[Step], bool] = _nothing_stands
+    ) -> Iterator[f.FactOrPause]:
+        """End what stands on a step that has failed for good, or let it fall back to a recipe that can do without.
+
+        No recipe can that needs what has failed and `stands`.
+        """
         pending = deque((step,))
         while pending:
             for dependent in tuple(pending.popleft().dependents):
                 yield from self.stop(dependent, now, f"{cause} failed")
-                recipe = yield from self._next_recipe(dependent, now)
+                recipe = yield from self._next_recipe(dependent, now, stands)
                 if recipe is None:
                     yield f.StepDoomed(dependent.key, cause)
                     pending.append(dependent)
@@ -239,12 +244,14 @@ class StepRules:
         returned = failure if waits else Failure(FailureKind.RETURNED, failure.message)
         yield f.LeaseRevoked(step.lease, step.builder, returned, Instant(now + wait), at=now)
 
-    def _next_recipe(self, step: Step, now: Instant) -> Generator[f.FactOrPause, None, int | None]:
+    def _next_recipe(
+        self, step: Step, now: Instant, stands: Callable[[Step], bool] = _nothing_stands
+    ) -> Generator[f.FactOrPause, None, int | None]:
         """Return the next recipe that can help; what it needs and has lapsed is revived first."""
         for recipe in range(len(step.recipes)):
             if recipe == step.active or recipe in step.tried:
                 continue
-            if (yield from self._helps(step, recipe, now)):
+            if (yield from self._helps(step, recipe, now, stands)):
                 # Below a fall-back steps keep their recipe: the check was made for these.
                 yield from self.revive(self._needs(step, recipe), restart=False)
                 return recipe
@@ -253,7 +260,9 @@ class StepRules:
     def _needs(self, step: Step, recipe: int) -> list[Step]:
         return [self._state.steps[key] for key in step.recipes[recipe].needs]
 
-    def _helps(self, step: Step, recipe: int, now: Instant) -> Generator[Pause, None, bool]:
+    def _helps(
+        self, step: Step, recipe: int, now: Instant, stands: Callable[[Step], bool]
+    ) -> Generator[Pause, None, bool]:
         """Return whether a recipe neither leads back to its step nor stands on a known failure or one of this life.
 
         An older failure is no evidence: what has lapsed before this life began may be tried again.
@@ -263,7 +272,7 @@ class StepRules:
         for count, below in enumerate((yield from self._below(step, recipe, through_done=False)), 1):
             if below.state in (_FAILED, _DOOMED):
                 earlier = below.generation_ended < step.generation_started
-                if not earlier or is_known_failure(below, self._limits, now):
+                if not earlier or is_known_failure(below, self._limits, now) or stands(below):
                     return False
             if not count % PIECE:
                 yield PAUSE

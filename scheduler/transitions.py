@@ -16,7 +16,14 @@ _S = StepState
 
 #: Every legal edge, with the facts that may cause it. A fact about one step may move others (a need is done or lost).
 EDGES: Mapping[tuple[StepState, StepState], tuple[type[f.Fact], ...]] = {
-    (_S.WAITING, _S.READY): (f.StepDone, f.StepCached, f.SubmissionAccepted, f.StepFellBack, f.StepLost),
+    (_S.WAITING, _S.READY): (
+        f.StepDone,
+        f.StepCached,
+        f.SubmissionAccepted,
+        f.SubmissionGrew,
+        f.StepFellBack,
+        f.StepLost,
+    ),
     (_S.WAITING, _S.DONE): (f.StepCached,),
     (_S.WAITING, _S.DOOMED): (f.StepDoomed,),
     (_S.WAITING, _S.ABANDONED): (f.StepAbandoned,),

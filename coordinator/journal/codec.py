@@ -40,6 +40,8 @@ MAX_FRAME_BYTES = 1024 * 1024 * 1024
 
 _TAGS: dict[type, str] = {
     facts.SubmissionAccepted: "submission-accepted",
+    facts.SubmissionGrew: "submission-grew",
+    facts.SubmissionSealed: "submission-sealed",
     facts.SubmissionRetried: "submission-retried",
     facts.SubmissionWithdrawn: "submission-withdrawn",
     facts.SubmissionForgotten: "submission-forgotten",
@@ -178,6 +180,9 @@ class SubmissionRecord:
     withdrawn: bool
     touched_at: float
     ended: bool
+    #: Absent in snapshots of before 2026-11-30.
+    open: bool = False
+    incomplete: str = ""
 
 
 Record = StepRecord | SubmissionRecord

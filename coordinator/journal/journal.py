@@ -43,7 +43,7 @@ from coordinator.journal.snapshots import Snapshots
 from infra.cache.catalog.database import FencingToken
 from infra.database import PATIENCE_S, may_pass, reason
 from infra.retry import Outage, retrying
-from scheduler.facts import Fact, SubmissionAccepted, SubmissionForgotten, SubmissionRetried
+from scheduler.facts import Fact, SubmissionAccepted, SubmissionForgotten, SubmissionGrew, SubmissionRetried
 from scheduler.model import SubmissionId
 
 #: Facts of one commit that are encoded in the event loop, some microseconds each; more are in a thread.
@@ -216,7 +216,7 @@ class Journal:
         """
         # One that takes a submission in names all its steps: a mass rebuild's takes a tenth of a second.
         large = len(facts) > INLINE_FACTS or any(
-            isinstance(fact, SubmissionAccepted | SubmissionRetried) for fact in facts
+            isinstance(fact, SubmissionAccepted | SubmissionGrew | SubmissionRetried) for fact in facts
         )
         frames = await asyncio.to_thread(numbered, facts, self._seq) if large else numbered(facts, self._seq)
         forgotten = [fact.submission for fact in facts if isinstance(fact, SubmissionForgotten)]

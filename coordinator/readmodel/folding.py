@@ -48,6 +48,7 @@ DETAILS_PIECE = 128
 #: Facts that begin something new; a submission with nothing open by then has ended before it.
 _BEGINNINGS = (
     facts.SubmissionAccepted,
+    facts.SubmissionGrew,
     facts.SubmissionRetried,
     facts.StepAdded,
     facts.RecipeAdded,
@@ -80,6 +81,8 @@ class FoldedRows:
             "Mapping[type, Callable[[Fact], Iterator[Pause] | None]]",
             {
                 facts.SubmissionAccepted: self._accepted,
+                facts.SubmissionGrew: self._grew,
+                facts.SubmissionSealed: self._sealed,
                 facts.SubmissionRetried: self._retried,
                 facts.SubmissionWithdrawn: self._withdrawn,
                 facts.SubmissionForgotten: self._submission_forgotten,
@@ -171,7 +174,7 @@ class FoldedRows:
 
     def _settling(self) -> Generator[Pause, None, None]:
         for row in self._unsettled.values():
-            if not row.ended and (row.open == 0 or row.done_roots == len(row.roots)):
+            if not row.ended and row.has_nothing_left:
                 yield from self._leave_members(row)
                 row.ended = True
                 row.active.clear()
@@ -223,7 +226,7 @@ class FoldedRows:
     # One method for each fact.
 
     def _accepted(self, fact: facts.SubmissionAccepted) -> Iterator[Pause]:
-        sub = SubmissionRow(fact.submission, fact.at, frozenset(fact.roots), [])
+        sub = SubmissionRow(fact.submission, fact.at, set(fact.roots), [], is_open=fact.open)
         yield from self._fill(sub, fact)
         self._submissions[fact.submission] = sub
 
@@ -231,7 +234,43 @@ class FoldedRows:
         sub = self._submissions[fact.submission]
         if not sub.ended:
             yield from self._leave_members(sub)
+        sub.roots.update(fact.roots)
         yield from self._fill(sub, fact)
+        notify_submission_changed(sub)
+
+    def _grew(self, fact: facts.SubmissionGrew) -> Iterator[Pause]:
+        sub = self._submissions[fact.submission]
+        self._at = max(self._at, fact.at)
+        sub.touched_at = max(sub.touched_at, fact.at)
+        held, before, memberships = set(fact.held), set(fact.before), SharedMemberships(sub)
+        for count, key in enumerate(fact.members, 1):
+            if not count % PIECE:
+                yield PAUSE
+            row = self._row(key)
+            if key not in before:
+                sub.members.append(key)
+            elif sub in row.submissions:
+                continue
+            else:
+                sub.held -= 1
+            if key in held or row.state is StepStatus.DONE:
+                sub.held += 1
+            else:
+                memberships.add(row)
+        sub.joined += len(fact.joined)
+        for count, root in enumerate(fact.roots, 1):
+            sub.roots.add(root)
+            sub.done_roots += root in held or self._row(root).state is StepStatus.DONE
+            if not count % PIECE:
+                yield PAUSE
+        notify_submission_changed(sub)
+
+    def _sealed(self, fact: facts.SubmissionSealed) -> None:
+        sub = self._submissions[fact.submission]
+        self._at = max(self._at, fact.at)
+        sub.touched_at = max(sub.touched_at, fact.at)
+        sub.is_open, sub.incomplete = False, fact.incomplete
+        self._unsettled[sub.id] = sub
         notify_submission_changed(sub)
 
     def _fill(self, sub: SubmissionRow, fact: facts.SubmissionAccepted | facts.SubmissionRetried) -> Iterator[Pause]:
@@ -445,7 +484,7 @@ class FoldedRows:
             sub.counts[state] += 1
             move_member(sub, row, old, state)
             sub.touched_at = max(sub.touched_at, self._at)
-            if sub.open == 0 or sub.done_roots == len(sub.roots):
+            if sub.has_nothing_left:
                 self._unsettled[sub.id] = sub
             for watcher in sub.watchers:
                 watcher.step_changed(row)

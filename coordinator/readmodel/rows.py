@@ -96,8 +96,9 @@ class SubmissionRow:
 
     id: SubmissionId
     created_at: float
-    roots: frozenset[StepKey]
-    #: Grows where a member falls back to a recipe with other needs.
+    #: Grows while it is open.
+    roots: set[StepKey]
+    #: Grows while it is open, and where a member falls back to a recipe with other needs.
     members: list[StepKey]
     #: Members that were done at arrival.
     held: int = 0
@@ -116,6 +117,10 @@ class SubmissionRow:
     #: Time of the last fact that moved a member.
     touched_at: float = 0.0
     ended: bool = False
+    #: Its client may send further roots: it does not end before it is sealed.
+    is_open: bool = False
+    #: Why it was sealed although more may have been meant to come; empty where its client sealed it.
+    incomplete: str = ""
     watchers: list[Listener] = field(default_factory=list)
 
     def begin(self, members: list[StepKey], at: float) -> None:
@@ -124,6 +129,11 @@ class SubmissionRow:
         self.held = self.joined = self.open = self.done_roots = 0
         self.counts = dict.fromkeys(StepStatus, 0)
         self.ready, self.active, self.failed = {}, {}, {}
+
+    @property
+    def has_nothing_left(self) -> bool:
+        """True if no step is open any more, or none that a root needs, and no root is to come."""
+        return not self.is_open and (self.open == 0 or self.done_roots == len(self.roots))
 
     @property
     def state(self) -> SubmissionState:

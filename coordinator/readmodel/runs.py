@@ -82,7 +82,7 @@ class Runs:
         return sorted(dict.fromkeys(found), key=lambda each: -each.created_at)
 
     async def _wanted(self, row: StepRow, submission: SubmissionRow, most_edges: int) -> WantedView:
-        way = await in_slices(way_down(self._core, submission.roots, row.key, most_edges))
+        way = await in_slices(way_down(self._core, frozenset(submission.roots), row.key, most_edges))
         note = self._views.note(submission.id)
         attr = next((root.attr for root in note.roots if way and root.step == way[0]), "")
         rows = [self._views.row_of(key) for key in way]

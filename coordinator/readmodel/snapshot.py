@@ -55,6 +55,8 @@ def tell_history(
             withdrawn=sub.withdrawn,
             touched_at=sub.touched_at,
             ended=sub.ended,
+            open=sub.is_open,
+            incomplete=sub.incomplete,
         )
 
 
@@ -77,7 +79,7 @@ def _submission(record: SubmissionRecord, steps: Mapping[StepKey, StepRow]) -> S
     sub = SubmissionRow(
         record.submission,
         record.created_at,
-        frozenset(record.roots),
+        set(record.roots),
         list(record.members),
         held=record.held,
         joined=record.joined,
@@ -86,6 +88,8 @@ def _submission(record: SubmissionRecord, steps: Mapping[StepKey, StepRow]) -> S
         withdrawn=record.withdrawn,
         touched_at=record.touched_at,
         ended=record.ended,
+        is_open=record.open,
+        incomplete=record.incomplete,
     )
     if sub.ended:
         sub.counts.update((StepStatus(state), count) for state, count in record.counts)

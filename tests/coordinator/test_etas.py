@@ -151,7 +151,7 @@ def test_an_end_is_said_as_it_is_known(eta: EtaView, said: str) -> None:
 def test_what_is_kept_of_foreseen_ends_is_bounded(driven: DrivenViews) -> None:
     etas = Etas(driven.views, driven.farm, Nothing(), SystemClock())
     for number in range(3 * WANTED):
-        assert etas.of(SubmissionRow(SubmissionId(f"s{number}"), NOW, frozenset(), [])) is None
+        assert etas.of(SubmissionRow(SubmissionId(f"s{number}"), NOW, set(), [])) is None
     assert etas.wanted == WANTED
 
 
@@ -208,7 +208,7 @@ class Moved:
 
 
 def test_what_submissions_found_in_the_cache_is_counted_when_they_came() -> None:
-    rows = [SubmissionRow(SubmissionId(str(number)), NOW - 60 * number, frozenset(), [], held=3) for number in range(3)]
+    rows = [SubmissionRow(SubmissionId(str(number)), NOW - 60 * number, set(), [], held=3) for number in range(3)]
     view: ThroughputView = whole(counting(HOUR, (NOW // 60 + 1) * 60, [(58, "done", 10)], rows))
     assert [bar.reused for bar in view.bars[-4:]] == [0, 3, 3, 3]
     assert rate(view) == "2.0 builds/min; last hour 10 finished, 0 failed, 9 reused"

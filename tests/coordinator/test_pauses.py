@@ -51,6 +51,10 @@ STEPS = (
     *(StepSpec(top, (Recipe(NEEDS, (ORIGIN, HELD)),)) for top in TOPS),
 )
 
+#: Steps that stand on each of those.
+ROOFS = tuple(StepKey(f"roof-{number}") for number in range(WIDE))
+ROOF_STEPS = tuple(StepSpec(roof, (Recipe(NEEDS, (top,)),)) for roof, top in zip(ROOFS, TOPS, strict=True))
+
 
 class Metered:
     """A farm and its views; counts the lines of each piece of work of what it is told."""
@@ -131,8 +135,13 @@ def metered() -> Metered:
     metered.tell("the first are given up", e.TimePassed(), later_s=GIVE_UP_S + 1)
     for number in range(WIDE // 1000 + 1):
         metered.tell(f"more are given up, {number}", e.TimePassed())
+    metered.tell("opened", e.SubmissionReceived(SubmissionId("open"), (), (), open=True))
+    metered.tell("grown by all", e.SubmissionGrown(SubmissionId("open"), TOPS, STEPS, (HELD,), retry_failed=True))
+    metered.tell("grown on top of all", e.SubmissionGrown(SubmissionId("open"), ROOFS, ROOF_STEPS))
+    metered.tell("sealed", e.SealAsked(SubmissionId("open")))
     metered.tell("all are held", e.SubmissionReceived(SubmissionId("fifth"), TOPS, STEPS, (*TOPS, HELD)))
-    for name in ("first", "second", "third", "fourth", "fifth"):
+    metered.tell("the roofs are held", e.SubmissionReceived(SubmissionId("sixth"), ROOFS, (), ROOFS))
+    for name in ("first", "second", "third", "fourth", "fifth", "sixth", "open"):
         metered.tell(f"{name} is forgotten", e.SubmissionExpired(SubmissionId(name)))
     assert not metered.farm.state.steps
     assert not metered.views.step_total()

@@ -54,6 +54,7 @@ def submit(
     replanned: bool = False,
     wait_s: int | None = None,
     limits: Mapping[str, ResourceLimits] | None = None,
+    opens: bool = False,
 ) -> e.SubmissionReceived:
     return e.SubmissionReceived(
         SubmissionId(name),
@@ -67,7 +68,24 @@ def submit(
         replanned=replanned,
         wait_s=wait_s,
         limits=tuple((StepKey(root), said) for root, said in (limits or {}).items()),
+        open=opens,
     )
+
+
+def grow(
+    name: str, roots: Iterable[str], *steps: StepSpec, held: Iterable[str] = (), asked_at: float = FAR_OFF
+) -> e.SubmissionGrown:
+    return e.SubmissionGrown(
+        SubmissionId(name),
+        tuple(StepKey(root) for root in roots),
+        steps,
+        tuple(StepKey(key) for key in held),
+        Instant(asked_at),
+    )
+
+
+def seal(name: str, incomplete: str = "") -> e.SealAsked:
+    return e.SealAsked(SubmissionId(name), incomplete)
 
 
 def builder(
@@ -194,15 +212,22 @@ class Scene:
         return [self.state(key).value for key in keys]
 
 
-def tell_event(event: e.Event) -> str:  # noqa: C901, PLR0911  one line per event
+def tell_event(event: e.Event) -> str:  # noqa: C901, PLR0911, PLR0912  one line per event
     """One line about an event, for traces only."""
     match event:
         case e.SubmissionReceived():
             held = f", held {' '.join(event.held)}" if event.held else ""
             retried = "everything" if event.retry_failed else " ".join(event.retry)
             retry = f", retries {retried}" if retried else ""
-            verb = "is to run again:" if event.again else "wants"
+            verb = "is to run again:" if event.again else "is open and wants" if event.open else "wants"
             return f"submission {event.submission} {verb} {' '.join(event.roots)}{held}{retry}"
+        case e.SubmissionGrown():
+            held = f", held {' '.join(event.held)}" if event.held else ""
+            return f"submission {event.submission} wants {' '.join(event.roots)} too{held}"
+        case e.SealAsked():
+            return f"submission {event.submission} is to be sealed" + (
+                f": {event.incomplete}" if event.incomplete else ""
+            )
         case e.SubmissionCancelled():
             return f"submission {event.submission} is cancelled"
         case e.SubmissionExpired():

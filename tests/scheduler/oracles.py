@@ -107,6 +107,8 @@ class Judge:
         #: Roots of what is not forgotten, and those that have not ended since it was accepted.
         self.roots: dict[SubmissionId, set[StepKey]] = {}
         self.waiting: dict[SubmissionId, set[StepKey]] = {}
+        #: All that open submissions stand on by their facts.
+        self.open: dict[SubmissionId, set[StepKey]] = {}
         #: What the cache turned out to hold in the present call: a retry may find that it was published after all.
         self.just_held: list[StepKey] = []
         #: How long submissions wait for builders: those that said so.
@@ -136,16 +138,32 @@ class Judge:
                 must(set(fact.roots) <= set(fact.members), "the roots are members", fact)
                 must(set(fact.held) == {k for k in fact.members if self.steps[k].done}, "held members are done", fact)
                 self._wait(fact)
+                if fact.open:
+                    self.open[fact.submission] = set(fact.members)
+            case f.SubmissionGrew():
+                self._grew(fact)
+            case f.MembersJoined():
+                for members in self.open.values():
+                    if fact.step in members:
+                        members.update(key for key in fact.members if not self.steps[key].done)
+            case f.SubmissionSealed():
+                must(fact.submission in self.open, "only what is open is sealed", fact)
+                del self.open[fact.submission]
             case f.SubmissionRetried():
                 must(self.submissions.get(fact.submission, False), "only what was accepted runs again", fact)
                 ended = [key for key in fact.roots if self.steps[key].done and key not in self.just_held]
                 must(len(ended) < len(fact.roots), "what succeeded does not run again", fact)
+                must(self.roots[fact.submission] <= set(fact.roots), "no root is lost by running again", fact)
                 self._wait(fact)
+                if fact.submission in self.open:
+                    self.open[fact.submission] = set(fact.members)
             case f.SubmissionWithdrawn():
                 must(self.submissions.get(fact.submission, False), "only what was accepted is withdrawn", fact)
                 self.submissions[fact.submission] = False
                 self.waiting[fact.submission] = set()
+                self.open.pop(fact.submission, None)
             case f.SubmissionForgotten():
+                must(fact.submission not in self.open, "what may still grow is not forgotten", fact)
                 must(not self.waiting.pop(fact.submission), "only what has ended is forgotten", fact)
                 del self.roots[fact.submission]
             case f.StepsForgotten():
@@ -272,6 +290,24 @@ class Judge:
         self.roots[fact.submission] = set(fact.roots)
         self.patience[fact.submission] = (self.limits.give_up_s if fact.wait_s is None else fact.wait_s) or inf
         self.waiting[fact.submission] = {key for key in fact.roots if not self.steps[key].over}
+
+    def _grew(self, fact: f.SubmissionGrew) -> None:
+        must, members = self._must, self.open.get(fact.submission)
+        must(members is not None, "only what is open grows", fact)
+        assert members is not None
+        new = set(fact.members) - set(fact.before)
+        must(not new & members and set(fact.before) <= members, "each step is counted once", fact)
+        must(len(set(fact.members)) == len(fact.members), "each new member is named once", fact)
+        must(not self.roots[fact.submission] & set(fact.roots), "a root comes once", fact)
+        must(set(fact.held) == {key for key in new if self.steps[key].done}, "held members are done", fact)
+        must(set(fact.joined) <= new, "what is joined is new", fact)
+        members |= new
+        must(set(fact.roots) <= members, "the roots are members", fact)
+        below = [key for key in fact.members if not self.steps[key].over]
+        needs = {need for key in below for need in self.steps[key].recipes[self.steps[key].active].needs}
+        must(needs <= members, "what is needed is a member", fact)
+        self.roots[fact.submission] |= set(fact.roots)
+        self.waiting[fact.submission] |= {key for key in fact.roots if not self.steps[key].over}
 
     def _over(self, key: StepKey) -> None:
         self.steps[key].over = True

@@ -108,7 +108,9 @@ class Sim:
             return False
         self.journal += [fact for fact in facts if fact.durable]
         self.judge.now = self.time.now
-        self.judge.asked = any(isinstance(event, e.SubmissionReceived) and event.retry_failed for event in events)
+        self.judge.asked = any(
+            isinstance(event, e.SubmissionReceived | e.SubmissionGrown) and event.retry_failed for event in events
+        )
         for fact in facts:
             self.time.story.append((self.time.now, fact))
             self.judge.take(fact)

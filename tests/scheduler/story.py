@@ -37,7 +37,14 @@ def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911, PLR0912  
             | f.MembersJoined()
         ):
             return (fact.step,)
-        case f.SubmissionAccepted() | f.SubmissionRetried() | f.SubmissionWithdrawn() | f.SubmissionForgotten():
+        case (
+            f.SubmissionAccepted()
+            | f.SubmissionGrew()
+            | f.SubmissionSealed()
+            | f.SubmissionRetried()
+            | f.SubmissionWithdrawn()
+            | f.SubmissionForgotten()
+        ):
             return (fact.submission,)
         case f.StepsForgotten():
             return fact.steps
@@ -61,11 +68,19 @@ def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fac
     """Return one line of plain English about a fact. Not a format: nothing parses it."""
     match fact:
         case f.SubmissionAccepted() | f.SubmissionRetried():
-            how = "accepted" if isinstance(fact, f.SubmissionAccepted) else "runs again"
+            how = "runs again" if isinstance(fact, f.SubmissionRetried) else "opened" if fact.open else "accepted"
             return (
                 f"submission {fact.submission} {how}: wants {_some(fact.roots)}; {len(fact.members)} steps, "
                 f"{len(fact.held)} held, {len(fact.joined)} joined"
             )
+        case f.SubmissionGrew():
+            again = f", {_some(fact.before)} again" if fact.before else ""
+            return (
+                f"submission {fact.submission} grew: wants {_some(fact.roots)}; {len(fact.members)} steps, "
+                f"{len(fact.held)} held, {len(fact.joined)} joined{again}"
+            )
+        case f.SubmissionSealed():
+            return f"submission {fact.submission} sealed" + (f": {fact.incomplete}" if fact.incomplete else "")
         case f.SubmissionWithdrawn():
             return f"submission {fact.submission} withdrawn"
         case f.SubmissionForgotten():

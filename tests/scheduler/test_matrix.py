@@ -14,6 +14,7 @@ from tests.scheduler.kit import (
     builder,
     built,
     cancel,
+    grow,
     join,
     lost,
     published,
@@ -48,6 +49,8 @@ EVENTS: dict[str, Event] = {
     "SubmissionReceived, step held": submit("s2", ["x"], held=["x"]),
     "SubmissionReceived, to retry": submit("s2", ["x"], *GRAPH, retry=True),
     "SubmissionReceived, again": submit("s1", ["x"], *GRAPH, retry=True, again=True),
+    "SubmissionGrown, by the step": grow("open", ["x"], *GRAPH),
+    "SubmissionGrown, by what it needs": grow("open", ["n"], *GRAPH),
     "RetryAsked": RetryAsked(StepKey("x")),
     "SubmissionCancelled": cancel("s1"),
     "BuilderJoined, the same": join("b"),
@@ -79,6 +82,7 @@ def in_state(state: StepState) -> Scene:
     scene = Scene()
     scene.play(join("b"))
     scene.play(submit("s1", ["x"], *GRAPH))
+    scene.play(submit("open", [], opens=True))
     for events in WAYS[state]:
         scene.play(*events)
     assert scene.state("x") is state

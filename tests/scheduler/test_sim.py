@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scheduler import builder_rules, decide, failures, farm, forsaken, records, snapshot, state, step_rules
+from scheduler import builder_rules, decide, failures, farm, forsaken, records, snapshot, state, step_rules, wanted
 from scheduler import facts as f
 from scheduler.model import FailureKind, Instant, SubmissionId
 from tests.scheduler.sim_play import play
@@ -67,6 +67,13 @@ def _without_floor(state: state.FarmState) -> Iterator[f.Fact]:
     return (replace(fact, floor=0) if isinstance(fact, f.FarmRestored) else fact for fact in snapshot.tell_all(state))
 
 
+def _all_sealed(state: state.FarmState) -> Iterator[f.Fact]:
+    return (
+        replace(fact, open=False, members=()) if isinstance(fact, f.SubmissionRestored) else fact
+        for fact in snapshot.tell_all(state)
+    )
+
+
 MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("nobody is quarantined", builder_rules.BuilderRules, "judge", _nothing),
     ("known failures are built again", decide, "is_known_failure", lambda *_: False),
@@ -83,6 +90,9 @@ MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
         "_limit",
         lambda self, *_: self._shortest(),
     ),
+    ("what grows does not sink what it stands on", wanted.WantedSteps, "_spread", _nothing),
+    ("a fall-back of what may grow is not noted", wanted.WantedSteps, "_fall_in", lambda *_: None),
+    ("a snapshot forgets what may grow", farm, "tell_all", _all_sealed),
     ("known failures are forgotten", decide.Decider, "_expired", _forget_failures),
 )
 

@@ -24,12 +24,14 @@ from tests.scheduler.kit import (
     cancel,
     either,
     expire,
+    grow,
     join,
     lease,
     lost,
     published,
     recipe,
     report,
+    seal,
     submit,
 )
 from tests.scheduler.kit import step as a_step
@@ -324,6 +326,26 @@ def fair_share(scene: Scene) -> None:
     scene.at(4).play(built(holder.key, "b1"))
 
 
+def opened(scene: Scene) -> None:
+    scene.note("An evaluation streams: the first root is built while the others are still looked for.")
+    scene.play(join("b1"))
+    scene.play(submit("s1", ["a"], a_step("a", "base"), a_step("base"), opens=True))
+    scene.at(1).play(built("base", "b1"))
+    scene.at(2).play(published("base"))
+    scene.note("`b` needs what is done and something new. A batch that comes twice changes nothing.")
+    scene.at(3).play(grow("s1", ["b"], a_step("b", "base", "tool"), a_step("tool")))
+    scene.at(4).play(grow("s1", ["b"], a_step("b", "base", "tool"), a_step("tool")))
+    scene.at(5).play(built("a", "b1"))
+    scene.at(6).play(published("a"))
+    scene.note("A failure does not end it while it is open, and is not tried again for a later root.")
+    scene.at(7).play(broke("tool", "b1", FailureKind.TIMEOUT))
+    scene.at(8).play(grow("s1", ["c", "d"], a_step("c", "tool"), a_step("tool"), a_step("d")))
+    scene.at(9).play(built("d", "b1"))
+    scene.at(10).play(published("d"))
+    scene.note("Nothing is left: it ends as soon as no more can come.")
+    scene.at(11).play(seal("s1"))
+
+
 STORIES: tuple[Callable[[Scene], None], ...] = (
     diamond,
     failure_dooms,
@@ -344,6 +366,7 @@ STORIES: tuple[Callable[[Scene], None], ...] = (
     forgotten,
     given_up,
     fair_share,
+    opened,
 )
 
 

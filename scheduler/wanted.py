@@ -1,0 +1,225 @@
+"""Submissions and the steps that they want: accepted, growing, sealed, withdrawn, forgotten.
+
+An *open* submission grows by further roots. What it stands on is remembered until it is sealed, so that a root costs
+what is new below it, and not all that the submission has.
+
+Written by `FarmState.evolve` alone. Nothing here recurses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from heapq import heappop, heappush
+
+from scheduler import facts as f
+from scheduler.graph import Merged, StepGraph, pieces
+from scheduler.model import ImpossibleError, Instant, StepKey, StepState, SubmissionId
+from scheduler.pauses import PAUSE, PIECE, Pause
+from scheduler.records import Step
+from scheduler.references import ReferenceCounts
+from scheduler.resource_limits import ResourceLimits
+from scheduler.transitions import LAPSED
+
+_DONE = StepState.DONE
+
+
+class OpenSubmission:
+    """Roots of a submission that may still grow, and all that it stands on or stood on."""
+
+    __slots__ = ("members", "roots")
+
+    def __init__(self, roots: Iterable[StepKey], members: Iterable[StepKey]) -> None:
+        self.roots = set(roots)
+        self.members = set(members)
+
+
+class WantedSteps(StepGraph):
+    """The graph, with the submissions that want its steps."""
+
+    def __init__(self, rank: Callable[[Step], int]) -> None:
+        super().__init__(rank)
+        #: Submissions neither withdrawn nor forgotten, with their roots; and those that are withdrawn, not forgotten.
+        self.submissions: dict[SubmissionId, tuple[Step, ...]] = {}
+        self.withdrawn: dict[SubmissionId, tuple[Step, ...]] = {}
+        #: Those of `submissions` that may still grow.
+        self.open: dict[SubmissionId, OpenSubmission] = {}
+        #: What failing attempts have cost submissions: each moves the instant on by a part of an hour (`step_rules`).
+        #: One that lies an hour ahead has spent its allowance. Only of submissions that are not forgotten.
+        self.paid_until: dict[SubmissionId, Instant] = {}
+        #: How long steps of a submission wait for a builder that could take them, in seconds, 0 for ever: of those that
+        #: set it and are not forgotten.
+        self.wait_limits: dict[SubmissionId, int] = {}
+        #: Limits that submissions set for builds of their roots, where they set some and are not forgotten.
+        self.limits: dict[SubmissionId, dict[StepKey, ResourceLimits]] = {}
+        #: Counts the references to each step: one without any may be forgotten.
+        self.references = ReferenceCounts(self.steps)
+
+    def has_ended(self, submission: SubmissionId) -> bool:
+        """Return whether a submission waits for nothing; true also for one that is withdrawn or unknown."""
+        if submission in self.open:
+            return False
+        return not any(submission in root.roots for root in self.submissions.get(submission, ()))
+
+    def limits_wanted(self, step: Step) -> list[ResourceLimits | None]:
+        """Return what the submissions that want the step say of it as their root, and None for those that do not.
+
+        Empty where none says anything. Submissions that share a stake (`shares`) with one that wants it count too.
+        """
+        limits = [self.limits.get(submission, {}).get(step.key) for submission in step.roots] if self.limits else []
+        if not any(limits):
+            return []
+        others = set(self.shares.submissions(step.owners)).difference(step.roots)
+        return [*limits, None] if others else limits
+
+    def _accepted(self, fact: f.SubmissionAccepted | f.SubmissionRetried) -> Iterator[Pause]:
+        roots = tuple([self.steps[key] for key in dict.fromkeys(fact.roots)])
+        before = self.submissions.get(fact.submission) or self.withdrawn.pop(fact.submission, ())
+        self.submissions[fact.submission] = roots
+        if fact.submission in self.open or (isinstance(fact, f.SubmissionAccepted) and fact.open):
+            self.open[fact.submission] = OpenSubmission(fact.roots, fact.members)
+        self._set_wait_limit(fact.submission, fact.wait_s)
+        self._set_limits(fact.submission, fact.limits)
+        for piece in pieces(roots):
+            self.references.add(root.key for root in piece)
+            yield PAUSE
+        for piece in pieces(before):
+            self.references.drop(root.key for root in piece)
+            yield PAUSE
+        yield from self._want(fact.submission, roots)
+        yield from self._engage(self.steps[key] for key in fact.members)
+
+    def _want(self, submission: SubmissionId, roots: Iterable[Step]) -> Iterator[Pause]:
+        """Let a submission wait for those of the roots that have not finished."""
+        merged: Merged = {}
+        for count, root in enumerate(roots, 1):
+            if not count % PIECE:
+                yield PAUSE
+            if root.state is not _DONE and root.state not in LAPSED and submission not in root.roots:
+                root.roots = (*root.roots, submission)
+                self._own(root, (self.shares.begin(submission),), merged)
+                self.orphans.pop(root.key, None)
+
+    def _grew(self, fact: f.SubmissionGrew) -> Iterator[Pause]:
+        opened = self.open[fact.submission]
+        roots = tuple([self.steps[key] for key in fact.roots])
+        if not opened.roots.isdisjoint(fact.roots):
+            raise ImpossibleError(f"{fact.submission} grows by a root that it has")
+        self.submissions[fact.submission] += roots
+        opened.roots.update(fact.roots)
+        opened.members.update(fact.members)
+        if fact.limits:
+            self.limits[fact.submission] = {**self.limits.get(fact.submission, {}), **dict(fact.limits)}
+        for piece in pieces(roots):
+            self.references.add(root.key for root in piece)
+            yield PAUSE
+        members = [self.steps[key] for key in fact.members]
+        below = yield from self._engaged_at(roots, members)
+        yield from self._want(fact.submission, roots)
+        yield from self._engage(members)
+        yield from self._spread(below)
+
+    def _engaged_at(
+        self, roots: tuple[Step, ...], members: list[Step]
+    ) -> Generator[Pause, None, list[tuple[int, int, Step]]]:
+        """Return the engaged steps at and directly below what is new, by depth: they may now lie deeper."""
+        new = dict.fromkeys(members)
+        below: dict[Step, None] = {}
+        looked_at = 0
+        for step in (*roots, *members):
+            needs = (step, *self.needs_of(step))
+            below.update((need, None) for need in needs if need.engaged and need not in new)
+            looked_at += len(needs)
+            if looked_at >= PIECE:
+                looked_at = 0
+                yield PAUSE
+        return sorted((step.depth, step.sequence, step) for step in below)
+
+    def _spread(self, below: list[tuple[int, int, Step]]) -> Iterator[Pause]:
+        """Pass depths and owners of engaged steps on to what is engaged below them, as far as that changes anything.
+
+        Before, each lay deeper than what stands on it. So the least deep comes first, and each comes once but for
+        steps that the cache has lost meanwhile.
+        """
+        merged: Merged = {}
+        waiting = {step for _, _, step in below}
+        looked_at = 0
+        while below:
+            _, _, step = heappop(below)
+            waiting.remove(step)
+            looked_at += 1 + len(step.needs)
+            if looked_at >= PIECE:
+                looked_at = 0
+                yield PAUSE
+            depth, owners = step.depth + 1, set(self.shares.live(step.owners))
+            for need in step.needs:
+                before = need.depth
+                if before >= depth and owners.issubset(need.owners):
+                    continue
+                self._own(need, step.owners, merged)
+                if before < depth:
+                    need.depth = depth
+                    if need.queue is not None:
+                        self.ready.enqueue(need)
+                if need.engaged and need not in waiting:
+                    waiting.add(need)
+                    heappush(below, (before, need.sequence, need))
+
+    def _sealed(self, fact: f.SubmissionSealed) -> None:
+        if self.open.pop(fact.submission, None) is None:
+            raise ImpossibleError(f"{fact.submission} is sealed and not open")
+
+    def _fall_in(self, step: Step, below: list[Step]) -> None:
+        """Count that open submissions which stand on a step that fell back stand on what it needs now."""
+        for opened in self.open.values():
+            if step.key in opened.members:
+                opened.members.update(each.key for each in below if each.state is not _DONE)
+
+    def _set_wait_limit(self, submission: SubmissionId, wait_s: int | None) -> None:
+        if self.wait_limits.get(submission) == wait_s:
+            return
+        self.partings += 1
+        if wait_s is None:
+            del self.wait_limits[submission]
+        else:
+            self.wait_limits[submission] = wait_s
+
+    def _set_limits(self, submission: SubmissionId, limits: tuple[tuple[StepKey, ResourceLimits], ...]) -> None:
+        if limits:
+            self.limits[submission] = dict(limits)
+        else:
+            self.limits.pop(submission, None)
+
+    def _withdrawn(self, fact: f.SubmissionWithdrawn) -> Iterator[Pause]:
+        roots = self.withdrawn[fact.submission] = self.submissions.pop(fact.submission)
+        self.open.pop(fact.submission, None)
+        for count, root in enumerate(roots, 1):
+            if not count % PIECE:
+                yield PAUSE
+            if fact.submission in root.roots:
+                self._end_share(fact.submission)
+            root.roots = tuple(other for other in root.roots if other != fact.submission)
+            self.partings += 1
+            if root.engaged and not root.wanted:
+                self.orphans[root.key] = root
+
+    def _submission_forgotten(self, fact: f.SubmissionForgotten) -> Iterator[Pause]:
+        known = self.submissions if fact.submission in self.submissions else self.withdrawn
+        roots = known.pop(fact.submission)
+        if fact.submission in self.open or any(fact.submission in root.roots for root in roots):
+            raise ImpossibleError(f"{fact.submission} is forgotten and has not ended")
+        self.paid_until.pop(fact.submission, None)
+        self.wait_limits.pop(fact.submission, None)
+        self.limits.pop(fact.submission, None)
+        for piece in pieces(roots):
+            self.references.drop(root.key for root in piece)
+            yield PAUSE
+
+    def _submission_restored(self, fact: f.SubmissionRestored) -> None:
+        known = self.withdrawn if fact.withdrawn else self.submissions
+        known[fact.submission] = tuple([self.steps[key] for key in fact.roots])
+        if fact.open:
+            self.open[fact.submission] = OpenSubmission(fact.roots, fact.members)
+        if fact.paid_until:
+            self.paid_until[fact.submission] = fact.paid_until
+        self._set_wait_limit(fact.submission, fact.wait_s)
+        self._set_limits(fact.submission, fact.limits)
