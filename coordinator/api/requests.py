@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from coordinator.api.limits import MAX_LIMIT, MAX_WAIT_S
 from coordinator.api.trace_context import MAX_TRACEPARENT
@@ -13,6 +13,9 @@ from coordinator.api.trace_context import MAX_TRACEPARENT
 MAX_TEXT_BYTES = 1024
 #: Roots of one submission; some 20 MB of JSON.
 MAX_ROOTS = 100_000
+#: Pairs of one question; outputs are compared at most MAX_OUTPUT_PAIRS at once.
+MAX_PAIRS = 50_000
+MAX_OUTPUT_PAIRS = 500
 #: Characters of an output's name; Nix makes it part of a store path's name, which has at most 211.
 MAX_OUTPUT_LENGTH = 211
 
@@ -95,6 +98,30 @@ class IntakeQuery(Request):
     sources: Names
     #: Those of `sources` that something built: they cannot be sent, so the farm looks for them in its upstreams.
     built: Names = ()
+
+
+class ForecastQuery(Request):
+    """Derivations that the coordinator has, full .drv paths, of which a submission would consist."""
+
+    drvs: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=MAX_ROOTS), FailFast()]
+
+
+class PairsQuery(Request):
+    """Pairs of full store paths: each of `before` with the one at its place in `after`."""
+
+    before: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=MAX_PAIRS), FailFast()]
+    after: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=MAX_PAIRS), FailFast()]
+
+    @model_validator(mode="after")
+    def _require_pairs(self) -> PairsQuery:
+        if len(self.before) != len(self.after):
+            raise ValueError(f"there are {len(self.before)} paths before and {len(self.after)} after")
+        return self
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The pairs."""
+        return list(zip(self.before, self.after, strict=True))
 
 
 class DrainRequest(Request):

@@ -85,7 +85,14 @@ class Content(StrEnum):
 
 #: Classes of `coordinator.api.requests`.
 RequestName: TypeAlias = Literal[
-    "IntakeQuery", "SubmitRequest", "DrainRequest", "PinRequest", "CollectRequest", "VerifyRequest"
+    "IntakeQuery",
+    "SubmitRequest",
+    "DrainRequest",
+    "PinRequest",
+    "CollectRequest",
+    "VerifyRequest",
+    "ForecastQuery",
+    "PairsQuery",
 ]
 
 

@@ -37,6 +37,7 @@ from coordinator.api.models import (
     WorkerView,
 )
 from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
+from coordinator.api.rebuild_models import ComparedOutputsView, ForecastView, RebuildCausesView
 from coordinator.api.route import Content, Query, Right, Route
 from coordinator.api.timeline_models import AttemptOutcome, AttemptView, HistoryView
 
@@ -289,6 +290,33 @@ THROUGHPUT: Final = Route(
     summary="Builds that ended, by minute of the last hour or by hour of the last day.",
     query=(Query("span", "The stretch of time; an hour if left out.", pattern="^(hour|day)$"),),
 )
+FORECAST: Final = Route(
+    "POST",
+    f"{_V1}/forecast",
+    Right.API,
+    body="ForecastQuery",
+    answer=ForecastView,
+    errors=(*_BODY, *_GRAPH),
+    summary="The size of a submission of derivations that the coordinator has: steps, what is cached, times.",
+)
+COMPARE_OUTPUTS: Final = Route(
+    "POST",
+    f"{_V1}/outputs/compare",
+    Right.API,
+    body="PairsQuery",
+    answer=ComparedOutputsView,
+    errors=_BODY,
+    summary="Whether outputs in the cache are equal but for store-path hashes, and their sizes; 500 pairs at most.",
+)
+REBUILD_CAUSES: Final = Route(
+    "POST",
+    f"{_V1}/derivations/causes",
+    Right.API,
+    body="PairsQuery",
+    answer=RebuildCausesView,
+    errors=_BODY,
+    summary="What many changed derivations follow from, each cause once.",
+)
 DRAIN: Final = Route[None](
     "POST",
     f"{_V1}/workers/{{name}}/drain",
@@ -399,6 +427,9 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     DIFFERENCE,
     ETA,
     THROUGHPUT,
+    FORECAST,
+    COMPARE_OUTPUTS,
+    REBUILD_CAUSES,
     ACTIVITY,
     COMPLETIONS,
     WORKERS,

@@ -36,6 +36,7 @@ from coordinator.api.models import (
     WorkerView,
 )
 from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
+from coordinator.api.rebuild_models import ComparedOutputsView, ForecastView, RebuildCausesView
 from coordinator.api.route import Route
 from coordinator.api.timeline_models import AttemptOutcome, AttemptView, HistoryView
 from coordinator.client import transport
@@ -47,7 +48,7 @@ from coordinator.client.transport import ANSWER_S, Transport
 from coordinator.errors import UnavailableError
 
 if TYPE_CHECKING:
-    from coordinator.api.requests import IntakeQuery, PinRequest, Request, SubmitRequest
+    from coordinator.api.requests import ForecastQuery, IntakeQuery, PairsQuery, PinRequest, Request, SubmitRequest
     from infra.retry import RetryBudget
 
 #: Seconds of silence on a stream before it is taken for broken.
@@ -202,6 +203,18 @@ class ApiClient(Transport):
     async def eta(self, submission: str) -> SubmissionEtaView:
         """Return when a submission ends, what bounds that, and what has bounded it so far."""
         return await self._one(routes.ETA, {"id": submission})
+
+    async def forecast(self, query: ForecastQuery) -> ForecastView:
+        """Return the size of a submission of derivations that the coordinator has; takes as long as it takes."""
+        return await self._one(routes.FORECAST, data=_json(query), answer_s=None)
+
+    async def compare_outputs(self, query: PairsQuery) -> ComparedOutputsView:
+        """Return how alike outputs are; takes as long as it takes."""
+        return await self._one(routes.COMPARE_OUTPUTS, data=_json(query), answer_s=None)
+
+    async def rebuild_causes(self, query: PairsQuery) -> RebuildCausesView:
+        """Return what changed derivations follow from; takes as long as it takes."""
+        return await self._one(routes.REBUILD_CAUSES, data=_json(query), answer_s=None)
 
     async def activity(self) -> ActivityView:
         """Return what the farm does now."""

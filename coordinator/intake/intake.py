@@ -196,6 +196,18 @@ class Intake:
             raise
         return replace(planned, leases=tuple(leases))
 
+    async def look(self, drvs: Sequence[str]) -> Graph:
+        """Return the graph of derivations that are stored, full paths, as `submit` would plan it; stores nothing.
+
+        Raises:
+            IntakeError: As `submit`.
+        """
+        names = await asyncio.to_thread(lambda: list(dict.fromkeys(map(self._drv_name, drvs))))
+        nodes, members = await self._load(names)
+        graph = await asyncio.to_thread(Graph.build, names, nodes, members, self._limits.max_recipes)
+        require_within(len(graph.own), self._limits.max_derivations, "derivations")
+        return graph
+
     async def _graph(self, names: Sequence[str], makers: Sequence[str]) -> Graph:
         async with self._planning:
             nodes, members = await self._load([*names, *makers])

@@ -8,25 +8,37 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
 
 from coordinator.stores.derivations import DerivationStore, Stored
 from infra.nix import aterm
 from infra.nix.causes import Bounds, Causes, Compared, Uncompared, search
 from infra.nix.difference import ChangedInput, Difference, compare
+from infra.nix.rebuilds import FoldedRebuild, fold
 from infra.nix.store_path import base_name_of
 
 #: Bounds of a command's question, and of a page's, which is answered within a fraction of a second.
 WHOLE: Final = Bounds(pairs=4_000)
 PAGE: Final = Bounds(pairs=300)
+#: Bounds of a question about a whole set of packages: some 20 s of a thread.
+REBUILD: Final = Bounds(pairs=50_000)
 #: Bytes of derivations that one question reads, by its bounds.
-TEXT_BYTES: Final = {WHOLE: 160 * 1024 * 1024, PAGE: 4 * 1024 * 1024}
+TEXT_BYTES: Final = {WHOLE: 160 * 1024 * 1024, PAGE: 4 * 1024 * 1024, REBUILD: 512 * 1024 * 1024}
 #: Bytes of derivations in memory for one group of comparisons.
 GROUP_BYTES: Final = 2 * 1024 * 1024
 #: Answers that are kept, some 20 KiB each: derivations never change.
 REMEMBERED: Final = 128
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class _SearchEnd(Generic[_Result]):
+    """End of a search, with what it returned."""
+
+    result: _Result
 
 
 class Comparisons:
@@ -37,6 +49,7 @@ class Comparisons:
         self._known: OrderedDict[tuple[str, str, Bounds], Causes] = OrderedDict()
         #: Held while a pair of large ones is compared.
         self._large = asyncio.Lock()
+        self._folding = asyncio.Lock()
 
     async def causes(self, before: str, after: str, bounds: Bounds = WHOLE) -> Causes:
         """Return the first causes of what differs between two derivations. Raises `DerivationsError`."""
@@ -51,21 +64,33 @@ class Comparisons:
                 self._known.popitem(last=False)
         return causes
 
+    async def fold(self, changed: Sequence[ChangedInput]) -> FoldedRebuild:
+        """Return what all of `changed` follow from; one such question at a time. Raises `DerivationsError`."""
+        async with self._folding:
+            return await self._driven(fold(changed, REBUILD), REBUILD, ())
+
     async def _search(self, before: str, after: str, bounds: Bounds) -> Causes:
-        work = search(before, after, bounds)
-        top, room = ChangedInput(before, after), TEXT_BYTES[bounds]
-        wanted = next(work)
-        while True:
+        return await self._driven(search(before, after, bounds), bounds, (ChangedInput(before, after),))
+
+    async def _driven(
+        self,
+        work: Generator[Sequence[ChangedInput], Sequence[Compared], _Result],
+        bounds: Bounds,
+        tops: Collection[ChangedInput],
+    ) -> _Result:
+        """Compare what a search wants to have compared, and return what it returns."""
+        room = TEXT_BYTES[bounds]
+        step = await asyncio.to_thread(_next_step, work, None)
+        while not isinstance(step, _SearchEnd):
+            wanted = step
             stored = await self._derivations.stored({name for pair in wanted for name in _names(pair)})
-            answers, groups = _planned(wanted, stored, room, top)
+            answers, groups = _planned(wanted, stored, room, tops)
             for group, size in groups:
                 room -= size
                 answers.update(await self._compared(group, size))
-            try:
-                wanted = work.send([answers[pair] for pair in wanted])
-            except StopIteration as end:
-                causes: Causes = end.value
-                return causes
+            # In a thread: the last step of a large one walks all that was found.
+            step = await asyncio.to_thread(_next_step, work, [answers[pair] for pair in wanted])
+        return step.result
 
     async def _compared(self, group: Sequence[ChangedInput], size: int) -> dict[ChangedInput, Compared]:
         async with AsyncExitStack() as stack:
@@ -75,12 +100,21 @@ class Comparisons:
             return await asyncio.to_thread(_compare_all, group, texts)
 
 
+def _next_step(
+    work: Generator[Sequence[ChangedInput], Sequence[Compared], _Result], answers: Sequence[Compared] | None
+) -> Sequence[ChangedInput] | _SearchEnd[_Result]:
+    try:
+        return next(work) if answers is None else work.send(answers)
+    except StopIteration as end:
+        return _SearchEnd(end.value)
+
+
 def _planned(
-    wanted: Sequence[ChangedInput], stored: Mapping[str, Stored], room: int, top: ChangedInput
+    wanted: Sequence[ChangedInput], stored: Mapping[str, Stored], room: int, tops: Collection[ChangedInput]
 ) -> tuple[dict[ChangedInput, Compared], list[tuple[list[ChangedInput], int]]]:
     """Return the answers that need no reading, and the others in groups with their bytes.
 
-    A pair that its dependents take for the same has no difference, unless it is the pair in question.
+    A pair that its dependents take for the same has no difference, unless it is one of `tops`.
     """
     answers: dict[ChangedInput, Compared] = {}
     groups: list[tuple[list[ChangedInput], int]] = []
@@ -89,7 +123,7 @@ def _planned(
         size = sum(each.size for each in both)
         if len(both) < 2:
             answers[pair] = Uncompared.UNKNOWN
-        elif both[0].modulo == both[1].modulo and pair != top:
+        elif both[0].modulo == both[1].modulo and pair not in tops:
             answers[pair] = Difference()
         elif size > room:
             answers[pair] = Uncompared.TOO_LARGE

@@ -296,22 +296,29 @@ class TimingStore:
 
     async def usual_builds(self, packages: Sequence[tuple[str, str]], limit: int) -> dict[tuple[str, str], list[float]]:
         """Return the seconds that the newest successful builds of some packages (name, system) took, in one query."""
+        costs = await self.usual_costs(packages, limit)
+        return {package: [build_s for build_s, _ in its] for package, its in costs.items()}
+
+    async def usual_costs(
+        self, packages: Sequence[tuple[str, str]], limit: int
+    ) -> dict[tuple[str, str], list[tuple[float, float | None]]]:
+        """Return the seconds of `usual_builds`, each with those of processors where they were measured."""
         mark = "?" if self._engine.dialect.name == "sqlite" else "%s"
         each = (
-            f"SELECT * FROM (SELECT {number} AS number, build_s FROM {attempts.name} WHERE package = {mark} "  # noqa: S608
-            f"AND system = {mark} AND outcome = 'done' AND build_s IS NOT NULL "
+            f"SELECT * FROM (SELECT {number} AS number, build_s, cpu_s FROM {attempts.name} "  # noqa: S608
+            f"WHERE package = {mark} AND system = {mark} AND outcome = 'done' AND build_s IS NOT NULL "
             f"ORDER BY ended_at DESC LIMIT {int(limit)}) AS builds_{number}"
             for number in range(len(packages))
         )
         query, values = " UNION ALL ".join(each), tuple(part for package in packages for part in package)
-        found: dict[tuple[str, str], list[float]] = {}
+        found: dict[tuple[str, str], list[tuple[float, float | None]]] = {}
         try:
             async with self._engine.connect() as connection:
                 rows: Sequence[Any] = (await connection.exec_driver_sql(query, values)).all()
         except (SQLAlchemyError, OSError, ValueError, UnicodeError) as error:
             raise _failed(error) from None
-        for number, build_s in rows:
-            found.setdefault(packages[number], []).append(build_s)
+        for number, build_s, cpu_s in rows:
+            found.setdefault(packages[number], []).append((build_s, cpu_s))
         return found
 
     async def ended_between(self, since: float, until: float, every_s: float) -> list[tuple[int, str, int]]:

@@ -18,6 +18,7 @@ from coordinator.http.api.estimates import EstimateApi
 from coordinator.http.api.events import WatchStreams
 from coordinator.http.api.openapi import add_openapi_route
 from coordinator.http.api.questions import Questions
+from coordinator.http.api.rebuilds import RebuildApi
 from coordinator.http.api.submissions import Api, ApiBounds
 from coordinator.http.api.timings import TimingApi
 from coordinator.http.api.workers import add_worker_routes
@@ -29,12 +30,15 @@ from coordinator.http.middleware import is_host, is_own_host
 from coordinator.http.routing import serve as serve_routes
 from coordinator.http.web.live import LiveStreams
 from coordinator.http.web.site import PageActions, PageSources, add_web_routes
+from coordinator.intake.forecast import Forecaster
+from coordinator.readmodel.comparisons import Comparisons
 from coordinator.readmodel.farm_view import farm_view
 from coordinator.wiring.caches import ServedCaches, serve_caches
 from coordinator.wiring.core import Core
 from coordinator.wiring.observability import Observation, observe
 from coordinator.wiring.stores import Stores
 from coordinator.wiring.work import Work
+from infra.cache.likeness import Likenesses
 from infra.clock import Clock
 from workers.wire.messages import FarmInfo
 
@@ -122,6 +126,10 @@ def _add_questions(  # noqa: PLR0917 - collaborators, named by their types
     questions = Questions(core.views, farm, explainer.open_needs, explainer.queues, core.runs, etas, throughput)
     serve_routes(app, questions.handlers())
     serve_routes(app, EstimateApi(core.views, core.farm, etas, throughput).handlers())
+    costs, flush = stores.timings.usual_costs, core.timings.flush
+    forecaster = Forecaster(core.intake, stores.cache, core.views, core.farm, costs, flush)
+    rebuilds = RebuildApi(forecaster, Likenesses(stores.cache), Comparisons(stores.derivations))
+    serve_routes(app, rebuilds.handlers())
     add_worker_routes(app, core.views, work.fleet.drain)
     add_openapi_route(app)
 

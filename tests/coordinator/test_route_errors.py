@@ -176,6 +176,8 @@ async def graphs_that_the_farm_does_not_take(asker: Asker, monkeypatch: pytest.M
     await asker.ask(routes.MISSING, routes.MISSING.address(), json.dumps(missing).encode())
     submit = {"roots": [{"attr": "x", "drv": f"/nix/store/{PARTS['key']}"}]}
     await asker.ask(routes.SUBMIT, routes.SUBMIT.address(), json.dumps(submit).encode())
+    forecast = {"drvs": [f"/nix/store/{PARTS['key']}"]}
+    await asker.ask(routes.FORECAST, routes.FORECAST.address(), json.dumps(forecast).encode())
 
     # What needs a stream of real derivations, or a submission (`test_intake`, `tests/hostile`).
     async def refuse(*_args: object, **_more: object) -> None:

@@ -1,0 +1,263 @@
+"""Forecast of a submission: what it would build, begin from and take, before anything is built.
+
+The graph is planned as a submission would be and thrown away. Times are those of the newest successful builds of the
+same packages; what has no history is counted and not guessed at, but for the end (`readmodel.estimate`). One forecast
+is made at a time, and what walks a graph does so in a thread or in slices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+from collections import Counter
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Final
+
+from coordinator.api.models import StepStatus
+from coordinator.api.rebuild_models import ForecastView, RootForecast, SystemForecast
+from coordinator.errors import UnavailableError
+from coordinator.intake import planning
+from coordinator.intake.graph import Graph
+from coordinator.intake.intake import Intake
+from coordinator.readmodel.estimate import Estimate, Expected, Outlook, estimating
+from coordinator.readmodel.usual_times import quartiles
+from coordinator.readmodel.views import Views
+from coordinator.stores.timings import TimingsError
+from infra.cache.cache import Cache
+from infra.cache.errors import ClosureTooLargeError
+from infra.nix import narinfo as narinfo_format
+from infra.nix.store_path import base_name_of, drv_name_of, package_of
+from infra.slices import in_slices
+from scheduler.farm import Farm
+from scheduler.model import Requirements, StepKey, StepSpec
+
+#: Forecasts that wait for the one that is made.
+MAX_WAITING: Final = 8
+#: Builds of a package that its times are taken from; packages of one query, and of one forecast.
+BUILDS: Final = 10
+PACKAGES_AT_ONCE: Final = 64
+MAX_PACKAGES: Final = 20_000
+#: Steps looked at between two pauses.
+_PIECE: Final = 500
+_OPEN: Final = frozenset({StepStatus.WAITING, StepStatus.READY, StepStatus.RUNNING, StepStatus.PUBLISHING})
+_FAILED: Final = frozenset({StepStatus.FAILED, StepStatus.DOOMED})
+
+#: (package, system) -> seconds of its newest builds, each with those of processors where they were measured.
+Costs = Callable[
+    [Sequence[tuple[str, str]], int], Awaitable[Mapping[tuple[str, str], Sequence[tuple[float, float | None]]]]
+]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """Usual cost of a build of a package; None where that is not known."""
+
+    rest: Expected | None = None
+    build_s: float | None = None
+    cpu_s: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _PlannedStep:
+    """A step that would be built."""
+
+    key: StepKey
+    name: str
+    kind: Requirements
+    needs: list[_PlannedStep]
+    depth: int
+    cost: _Cost = field(default_factory=_Cost)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A graph cut where the cache holds it."""
+
+    steps: list[_PlannedStep]
+    #: Outputs in the cache that the steps begin from, full paths.
+    inputs: list[str]
+    cached: int
+    #: Step of each derivation of the question.
+    roots: list[StepKey]
+    held: frozenset[StepKey]
+    derivations: int
+
+
+class Forecaster:
+    """Makes forecasts."""
+
+    def __init__(  # noqa: PLR0917 - collaborators, named by their types
+        self,
+        intake: Intake,
+        cache: Cache,
+        views: Views,
+        farm: Farm,
+        costs: Costs,
+        flush: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`flush` has timings written that are not yet."""
+        self._intake = intake
+        self._cache = cache
+        self._views = views
+        self._farm = farm
+        self._costs = costs
+        self._flush = flush
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+
+    async def of(self, drvs: Sequence[str]) -> ForecastView:
+        """Forecast a submission of stored derivations, full paths.
+
+        Raises:
+            IntakeError: As `Intake.submit`.
+            UnavailableError: Too many forecasts are wanted at once.
+        """
+        if self._waiting >= MAX_WAITING:
+            raise UnavailableError(f"{MAX_WAITING} forecasts are being made, the limit; ask again in a moment.")
+        self._waiting += 1
+        try:
+            async with self._turn:
+                return await self._of(drvs)
+        finally:
+            self._waiting -= 1
+
+    async def _of(self, drvs: Sequence[str]) -> ForecastView:
+        graph = await self._intake.look(drvs)
+        absent = await self._cache.missing(await asyncio.to_thread(graph.paths))
+        plan = await asyncio.to_thread(_plan, graph, drvs, absent)
+        await self._price(plan.steps)
+        inputs, input_bytes = await self._inputs(plan.inputs)
+        states = await in_slices(self._states(plan))
+        steps = plan.steps
+        found = await in_slices(
+            estimating(steps, lambda step: Outlook((self,), step.kind, step.cost.rest), self._slots, [self])
+        )
+        estimate: Estimate[_PlannedStep] | None = found.get(self)
+        now = Counter(states[step.key].state for step in steps)
+        builds = [step.cost.build_s for step in steps if step.cost.build_s is not None]
+        processors = [step.cost.cpu_s for step in steps if step.cost.cpu_s is not None]
+        bound_kind = None if estimate is None else estimate.bound_kind
+        return ForecastView(
+            roots=tuple(states[key] for key in plan.roots),
+            derivations=plan.derivations,
+            steps=len(steps),
+            cached=plan.cached,
+            failed=now["failed"],
+            running=now["running"],
+            systems=self._systems(steps),
+            inputs=inputs,
+            input_bytes=input_bytes,
+            build_s=sum(builds),
+            unknown=len(steps) - len(builds),
+            cpu_s=sum(processors),
+            cpu_unknown=len(steps) - len(processors),
+            sooner_s=0.0 if estimate is None else estimate.sooner_s,
+            later_s=0.0 if estimate is None else estimate.later_s,
+            bound="" if estimate is None else estimate.bound,
+            bound_system="" if bound_kind is None else bound_kind.system,
+        )
+
+    async def _price(self, steps: Sequence[_PlannedStep]) -> None:
+        """Give steps their costs, as far as the database of timings has them."""
+        packages = iter(dict.fromkeys((package_of(step.name), step.kind.system) for step in steps))
+        known: dict[tuple[str, str], _Cost] = {}
+        left = MAX_PACKAGES
+        with contextlib.suppress(TimingsError):
+            await self._flush()
+        while left and (some := list(islice(packages, min(left, PACKAGES_AT_ONCE)))):
+            left -= len(some)
+            try:
+                costs = await self._costs(some, BUILDS)
+            except TimingsError:
+                # What is not known is counted as such.
+                break
+            known.update((package, _cost(its)) for package, its in costs.items())
+        nothing = _Cost()
+        for step in steps:
+            step.cost = known.get((package_of(step.name), step.kind.system), nothing)
+
+    async def _inputs(self, paths: Sequence[str]) -> tuple[int, int]:
+        """Return how many of some paths the cache has, and the bytes of their objects."""
+        try:
+            texts, _ = await self._cache.closure(paths, recursive=False)
+        except ClosureTooLargeError:
+            return len(paths), 0
+        store_dir = self._cache.store_dir
+        size = await asyncio.to_thread(
+            lambda: sum(narinfo_format.parse(text, store_dir).stored.file_size for text in texts)
+        )
+        return len(texts), size
+
+    def _states(self, plan: _Plan) -> Generator[None, None, dict[StepKey, RootForecast]]:
+        """Return what is known of each step, with pauses."""
+        found: dict[StepKey, RootForecast] = {}
+        for count, key in enumerate(dict.fromkeys([*plan.roots, *(step.key for step in plan.steps)]), 1):
+            found[key] = self._state(key, cached=key in plan.held)
+            if not count % _PIECE:
+                yield
+        return found
+
+    def _state(self, key: StepKey, *, cached: bool) -> RootForecast:
+        if cached:
+            return RootForecast(step=key, state="cached")
+        row = self._views.row_of(key)
+        if row is None:
+            return RootForecast(step=key, state="unknown")
+        if row.state in _FAILED:
+            return RootForecast(step=key, state="failed", cause=self._views.step_view(row).cause or key)
+        is_wanted = row.state in _OPEN and any(not (each.ended or each.withdrawn) for each in row.submissions)
+        return RootForecast(step=key, state="running" if is_wanted else "unknown")
+
+    def _slots(self, kind: Requirements) -> int:
+        return sum(self._views.workforce.slots(name) for name in self._farm.serving(kind))
+
+    def _systems(self, steps: Sequence[_PlannedStep]) -> tuple[SystemForecast, ...]:
+        by_system: dict[str, list[_PlannedStep]] = {}
+        for step in steps:
+            by_system.setdefault(step.kind.system, []).append(step)
+        return tuple(
+            SystemForecast(
+                system=system,
+                steps=len(its),
+                unknown=sum(step.cost.build_s is None for step in its),
+                build_s=sum(step.cost.build_s or 0.0 for step in its),
+                slots=self._slots(Requirements(system, ())),
+            )
+            for system, its in sorted(by_system.items())
+        )
+
+
+def _cost(builds: Sequence[tuple[float, float | None]]) -> _Cost:
+    times = [build_s for build_s, _ in builds]
+    processors = [cpu_s for _, cpu_s in builds if cpu_s is not None]
+    return _Cost(
+        quartiles(times),
+        statistics.median(times) if times else None,
+        statistics.median(processors) if processors else None,
+    )
+
+
+def _plan(graph: Graph, drvs: Sequence[str], absent: set[str]) -> _Plan:
+    """Cut a graph where the cache holds it."""
+    held = frozenset(node.step for node in graph.nodes.values() if not any(path in absent for _, path in node.outputs))
+    stand_in = {graph.nodes[name].step: name for name in graph.own}
+    roots = [graph.nodes[base_name_of(drv)].step for drv in drvs]
+    specs, ends = planning.steps_to_do(dict.fromkeys(roots), graph.recipes.by_step, graph.nodes, stand_in, held)
+    steps: dict[StepKey, _PlannedStep] = {}
+    for number, spec in enumerate(specs):
+        drv = _recipe_drv(graph, spec, stand_in)
+        needs = [steps[need] for need in spec.recipes[0].needs if need in steps]
+        # Inputs come first, and are deeper.
+        depth = len(specs) - number
+        steps[spec.key] = _PlannedStep(spec.key, drv_name_of(drv), spec.recipes[0].requirements, needs, depth)
+    begun_from = [stand_in.get(key) or graph.recipes.by_step[key][0] for key in ends]
+    inputs = [path for drv in begun_from for _, path in graph.nodes[drv].outputs]
+    return _Plan(list(steps.values()), inputs if steps else [], len(ends), roots, held, len(graph.own))
+
+
+def _recipe_drv(graph: Graph, spec: StepSpec, stand_in: Mapping[StepKey, str]) -> str:
+    first = graph.recipes.by_step[spec.key][0]
+    return first if first in graph.nodes else stand_in[spec.key]
