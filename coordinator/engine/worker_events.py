@@ -110,6 +110,7 @@ class FleetSink:
         if not self._farm.holds(BuilderId(worker), batch.incarnation):
             raise NotKnownError(f"worker {worker} sent events of a life that is not the one that was greeted last")
         self._grades[worker] = batch.isolation or self._grade(worker)
+        level = self._grade(worker).level
         offset = self._offset(event, now := self._clock.now())
         reports: list[Report] = []
         chunks: list[LogChunk] = []
@@ -121,10 +122,12 @@ class FleetSink:
             elif isinstance(item, StageChange):
                 if self._holds(worker, item):
                     self._views.stage(item)
-                    self._views.timelines.stage(worker, item, now, _converter(offset, item.at, now))
+                    here = _converter(offset, item.at, now)
+                    self._views.timelines.stage(worker, item, now, here, isolation=level)
             else:
                 reports.append(item)
-                self._views.timelines.reported(worker, item, now, _converter(offset, item.ended_at, now))
+                here = _converter(offset, item.ended_at, now)
+                self._views.timelines.reported(worker, item, now, here, isolation=level)
         ended = {(chunk.step, chunk.attempt) for chunk in chunks if not self._holds(worker, chunk)}
         try:
             await self._logs.append(chunks, ended)

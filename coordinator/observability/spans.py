@@ -7,6 +7,8 @@ several submissions want has its attempts in the trace of the oldest; the others
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,6 +19,7 @@ from coordinator.api.trace_context import TraceContext, parse_traceparent
 from coordinator.observability import trace_names as names
 from coordinator.stores.timings import AttemptTiming
 from infra.ended_span import EndedSpan
+from scheduler.model import FailureKind
 
 Value = str | int | float | bool
 #: What a client did before it submitted: name (`evaluate`, `closure`, `upload`), begin and end.
@@ -30,6 +33,8 @@ _TASK_RESULTS: Final[Mapping[str, str]] = {
     "returned": "cancellation",
     "cancelled": "cancellation",
 }
+_TIMEOUTS: Final = frozenset({FailureKind.TIMEOUT.value, FailureKind.SILENCE.value})
+_EXIT_CODE: Final = re.compile(r"failed with exit code (\d{1,3})\b")
 _PIPELINE_RESULTS: Final[Mapping[SubmissionState, str]] = {
     SubmissionState.SUCCEEDED: "success",
     SubmissionState.FAILED: "failure",
@@ -100,14 +105,17 @@ def submission_spans(  # noqa: PLR0917 - the fields of what it makes
         yield _span(context, root.span_id, f"{names.CLIENT_STAGE.name} {name}", began, ended)
 
 
-def attempt_spans(timing: AttemptTiming, traces: Sequence[Trace]) -> Iterator[EndedSpan]:
+def attempt_spans(
+    timing: AttemptTiming, traces: Sequence[Trace], since: float = math.inf, *, followed: bool = False
+) -> Iterator[EndedSpan]:
     """Yield the spans of an attempt that has ended; `traces` are of the submissions that want its step, oldest first.
 
-    The step's own span comes with the attempt that ends the step.
+    The step's own span comes with the attempt that ends the step, unless it is `followed` by one of another recipe. It
+    begins at `since` where attempts of before had begun by then.
     """
     if not traces or timing.ended_at is None or timing.leased_at is None:
         return
-    first, *others = traces
+    first = traces[0]
     step = first.step(timing.step)
     attempt = first.attempt(timing.step, timing.attempt)
     begin, end = timing.leased_at, max(timing.leased_at, timing.ended_at)
@@ -118,17 +126,46 @@ def attempt_spans(timing: AttemptTiming, traces: Sequence[Trace]) -> Iterator[En
     links = () if ordered in {None, attempt} else (ordered,)
     yield _span(attempt, step.span_id, names.ATTEMPT.name, begin, end, attributes, error, links)
     yield from _stretches(timing, attempt)
-    if timing.outcome not in {"done", "failed"}:
-        return
-    name = f"{names.STEP.name} {timing.name or timing.step}"
-    ready = begin if timing.ready_at is None else min(timing.ready_at, begin)
-    about = {key: value for key, value in attributes.items() if key in _OF_STEPS}
-    yield _span(step, first.root.span_id, name, ready, end, about, error)
-    if ready < begin:
+    if (ready := ready_at(timing)) < begin:
         yield _child(step, names.WAIT.name, ready, begin, str(timing.attempt))
+    if ends_step(timing) and not followed:
+        about = {key: value for key, value in attributes.items() if key in _OF_STEPS}
+        yield from _step_spans(timing, traces, min(since, ready), end, about, error)
+
+
+def ends_step(timing: AttemptTiming) -> bool:
+    """Return whether no attempt follows: there is a verdict, or no submission wants the step any more."""
+    return timing.outcome in {"done", "failed", "cancelled"}
+
+
+def ready_at(timing: AttemptTiming) -> float:
+    """Return when the step of a leased attempt was ready for it, as far as it is known."""
+    leased = timing.leased_at or 0.0
+    return leased if timing.ready_at is None else min(timing.ready_at, leased)
+
+
+def unended_step_spans(timing: AttemptTiming, trace: Trace, since: float, end: float) -> Iterator[EndedSpan]:
+    """Yield the span of a step whose last attempt, this one, ended without a verdict before its submission did."""
+    about: dict[str, Value] = {key: value for key, value in _attributes(timing).items() if key in _OF_STEPS}
+    about[names.TASK_RESULT.name] = "cancellation"
+    yield from _step_spans(timing, [trace], min(since, ready_at(timing)), end, about, "no attempt followed")
+
+
+def _step_spans(  # noqa: PLR0917 - the fields of what it makes
+    timing: AttemptTiming,
+    traces: Sequence[Trace],
+    begin: float,
+    end: float,
+    about: Mapping[str, Value],
+    error: str,
+) -> Iterator[EndedSpan]:
+    first, *others = traces
+    step, name = first.step(timing.step), f"{names.STEP.name} {timing.name or timing.step}"
+    end = max(begin, end)
+    yield _span(step, first.root.span_id, name, begin, end, about, error)
     for other in others:
         context = other.step(timing.step)
-        yield _span(context, other.root.span_id, name, ready, end, about, error, links=(step,))
+        yield _span(context, other.root.span_id, name, begin, end, about, error, links=(step,))
 
 
 _OF_STEPS: Final = frozenset(
@@ -138,12 +175,14 @@ _OF_STEPS: Final = frozenset(
 
 def _attributes(timing: AttemptTiming) -> dict[str, Value]:
     """Return the attributes of an attempt; what is not known is absent."""
+    late = timing.outcome == "failed" and timing.reason in _TIMEOUTS
     known: dict[names.Attribute, Value | None] = {
         names.TASK_NAME: timing.name,
         names.TASK_RUN: f"{timing.step}#{timing.attempt}",
-        names.TASK_RESULT: _TASK_RESULTS.get(timing.outcome or ""),
+        names.TASK_RESULT: "timeout" if late else _TASK_RESULTS.get(timing.outcome or ""),
         names.WORKER_NAME: timing.worker,
         names.ERROR_TYPE: timing.reason,
+        names.EXIT_CODE: _exit_code(timing),
         names.SYSTEM: timing.system,
         names.ISOLATION: timing.isolation,
         names.CPU_SECONDS: timing.cpu_s,
@@ -157,6 +196,14 @@ def _attributes(timing: AttemptTiming) -> dict[str, Value]:
     if timing.measured is not None and timing.measured.cut:
         known[names.CUT] = True
     return {attribute.name: value for attribute, value in known.items() if value is not None}
+
+
+def _exit_code(timing: AttemptTiming) -> int | None:
+    """Return the exit code that Nix says of a builder; the lines of its log that follow say nothing of it."""
+    if timing.reason != FailureKind.PERMANENT or timing.message is None:
+        return None
+    found = _EXIT_CODE.search(timing.message.partition("log lines:")[0])
+    return None if found is None else int(found[1])
 
 
 def _stretches(timing: AttemptTiming, attempt: TraceContext) -> Iterator[EndedSpan]:

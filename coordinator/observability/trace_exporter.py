@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
 from collections import deque
@@ -19,12 +20,20 @@ from typing import Final
 
 from coordinator.api.models import StepStatus
 from coordinator.observability import trace_names as names
-from coordinator.observability.spans import Trace, attempt_spans, submission_spans
+from coordinator.observability.spans import (
+    Trace,
+    attempt_spans,
+    ends_step,
+    ready_at,
+    submission_spans,
+    unended_step_spans,
+)
 from coordinator.readmodel.rows import SubmissionRow
 from coordinator.readmodel.views import Views
 from coordinator.stores.timings import AttemptTiming
 from infra.clock import Clock
 from infra.ended_span import EndedSpan
+from scheduler.model import StepKey
 
 #: Seconds between two looks at what has ended.
 LOOK_EVERY_S: Final = 1.0
@@ -34,8 +43,12 @@ SETTLE_S: Final = 2.0
 BATCH_SPANS: Final = 512
 #: Ended attempts and submissions that wait for their spans to be made, up to 20 KiB each.
 MAX_WAITING: Final = 5_000
+#: Steps that are remembered between two attempts of theirs. Beyond it the span of a step begins with its last one.
+MAX_UNENDED: Final = 10_000
 #: Seconds that the last spans get when the coordinator stops.
 LAST_SENDS_S: Final = 3.0
+
+_GOES_ON: Final = frozenset({StepStatus.WAITING, StepStatus.READY, StepStatus.RUNNING, StepStatus.PUBLISHING})
 
 #: Sends a batch and waits for the answer, in a thread; False where it was not taken.
 Send = Callable[[Sequence[EndedSpan]], bool]
@@ -66,6 +79,10 @@ class TraceExporter:
         #: Submissions that had not ended at the last look, and the newest one of it.
         self._open: dict[str, SubmissionRow] = {}
         self._newest = ""
+        #: The newest attempt of each step that goes on after it, and since when the step was ready.
+        self._unended: dict[str, tuple[AttemptTiming, float]] = {}
+        #: The same steps by the submission whose trace the attempt is in.
+        self._unended_in: dict[str, set[str]] = {}
         #: Spans that the collector took; spans that it did not take, and attempts and submissions that did not wait.
         self.sent = self.dropped = 0
         self._away = False
@@ -74,11 +91,15 @@ class TraceExporter:
         """Let those attempts wait for their spans that have ended since the coordinator began."""
         for timing in timings:
             if timing.outcome is not None and timing.ended_at is not None and timing.ended_at >= self._since:
-                rows = [self._views.find(each) for each in (timing.wanted_by or "").split(",")]
-                known = [row for row in rows if row is not None]
+                known = self._wanting(timing)
                 # One that ended before may run again.
                 self._open.update((row.id, row) for row in known)
-                self._add(attempt_spans(timing, [self._trace(row) for row in known]))
+                _, since = self._unended.pop(timing.step, (timing, math.inf))
+                followed = not ends_step(timing) or (timing.outcome == "failed" and self._goes_on(timing))
+                if followed and known and len(self._unended) < MAX_UNENDED:
+                    self._unended[timing.step] = timing, min(since, ready_at(timing))
+                    self._unended_in.setdefault(known[0].id, set()).add(timing.step)
+                self._add(attempt_spans(timing, [self._trace(row) for row in known], since, followed=followed))
 
     async def run(self) -> None:
         """Serve until cancelled, then send what waits, for at most LAST_SENDS_S."""
@@ -119,6 +140,25 @@ class TraceExporter:
                     self._trace(row), note.label, row.state, row.created_at, row.touched_at, counts, note.stages
                 )
             )
+            self._end_steps(row)
+
+    def _end_steps(self, row: SubmissionRow) -> None:
+        """Let the steps of an ended submission wait for their spans whose last attempt in its trace was no end."""
+        for step in self._unended_in.pop(row.id, ()):
+            timing, since = self._unended.get(step, (None, 0.0))
+            if timing is not None and self._wanting(timing)[:1] == [row]:
+                del self._unended[step]
+                self._add(unended_step_spans(timing, self._trace(row), since, row.touched_at))
+
+    def _wanting(self, timing: AttemptTiming) -> list[SubmissionRow]:
+        """Return the submissions that wanted a step when its attempt ended, the oldest first."""
+        rows = [self._views.find(each) for each in (timing.wanted_by or "").split(",")]
+        return [row for row in rows if row is not None]
+
+    def _goes_on(self, timing: AttemptTiming) -> bool:
+        """Return whether another recipe of a step is tried after one that failed for good."""
+        row = self._views.row_of(StepKey(timing.step))
+        return row is not None and row.state in _GOES_ON
 
     async def _deliver(self) -> None:
         while count := await asyncio.to_thread(self._send_batch):

@@ -46,10 +46,12 @@ PIPELINE_RESULT: Final = Attribute("cicd.pipeline.result", "`success`, `failure`
 TASK_NAME: Final = Attribute("cicd.pipeline.task.name", "Name of the step's derivation.")
 TASK_RUN: Final = Attribute("cicd.pipeline.task.run.id", "Key of the step, or `KEY#ATTEMPT`.")
 TASK_RESULT: Final = Attribute(
-    "cicd.pipeline.task.run.result", "`success`, `failure` (the package's), `error` (the farm's), `cancellation`."
+    "cicd.pipeline.task.run.result",
+    "`success`, `failure` (the package's), `timeout` (a limit of its time), `error` (the farm's), `cancellation`.",
 )
 WORKER_NAME: Final = Attribute("cicd.worker.name", "Name of the worker.")
 ERROR_TYPE: Final = Attribute("error.type", "Kind of the failure, as in `drover_failed_attempts_total`.")
+EXIT_CODE: Final = Attribute("process.exit.code", "Exit code of a builder that failed. Absent where a signal ended it.")
 CPU_SECONDS: Final = Attribute(
     "drover.build.cpu_seconds", "Processor time of the builders. Absent where it is not known."
 )
@@ -69,7 +71,10 @@ SYSTEM: Final = Attribute("nix.system", "System of the derivation.")
 STORE_PATH: Final = Attribute("nix.store_path", "Path of an input.")
 NAR_BYTES: Final = Attribute("nix.nar_bytes", "Size of an input's NAR.")
 SOURCE: Final = Attribute("drover.source", "Where an input came from: `objects` or `cache`.")
-CUT: Final = Attribute("drover.cut", "True: the worker was lost, and the span ends with the lease.")
+CUT: Final = Attribute(
+    "drover.cut",
+    "True: the worker sent no report (it was lost, or the build cancelled), and the span ends with the lease.",
+)
 ATTRIBUTES: Final = (
     PIPELINE_NAME,
     PIPELINE_RUN,
@@ -79,6 +84,7 @@ ATTRIBUTES: Final = (
     TASK_RESULT,
     WORKER_NAME,
     ERROR_TYPE,
+    EXIT_CODE,
     CPU_SECONDS,
     PEAK_MEMORY,
     READ_BYTES,

@@ -136,11 +136,12 @@ class Timelines:
 
     # What workers send, and what publishing records.
 
-    def reported(self, worker: str, report: Report, now: float, here: Here) -> None:
+    def reported(self, worker: str, report: Report, now: float, here: Here, *, isolation: str = "") -> None:
         """Complete the running attempt by its report; one of another attempt or worker changes nothing."""
         live = self._of(report.step, report.attempt, worker)
         if live is None:
             return
+        live.timing.isolation = live.timing.isolation or isolation or None
         timing, lowest = live.timing, live.timing.leased_at or 0.0
         if report.building_at and report.built_at:
             timing.build_s = _seconds(report.built_at - report.building_at)
@@ -154,9 +155,11 @@ class Timelines:
                 self._count(timing)
         self._note(timing)
 
-    def stage(self, worker: str, change: StageChange, now: float, here: Here) -> None:
-        """Note where a running attempt is."""
+    def stage(self, worker: str, change: StageChange, now: float, here: Here, *, isolation: str = "") -> None:
+        """Note where a running attempt is, and the class of isolation of the worker that it is on."""
         live = self._of(change.step, change.attempt, worker)
+        if live is not None:
+            live.timing.isolation = isolation or live.timing.isolation
         if live is not None and len(live.changes) < MAX_LIVE:
             at, _ = _within(here(change.at), 0.0, live.timing.leased_at or 0.0, now)
             # A phase of uploading is why it waits.

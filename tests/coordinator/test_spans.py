@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from coordinator.api.models import SubmissionState
 from coordinator.api.trace_context import TraceContext, parse_traceparent
 from coordinator.observability import trace_names as names
-from coordinator.observability.spans import Trace, attempt_spans, submission_spans
+from coordinator.observability.spans import Trace, attempt_spans, submission_spans, unended_step_spans
 from coordinator.stores.timings import AttemptTiming, Measured, Outcome
 from infra.ended_span import EndedSpan
 
@@ -99,11 +99,40 @@ def test_a_step_that_two_submissions_want_is_in_the_first_trace_and_linked_from_
 def test_an_attempt_that_is_followed_by_another_ends_no_step() -> None:
     lost = timing(outcome="lost", reason="worker_lost", measured=Measured(spans=[("build", 15.0, 15.0)], cut=True))
     spans = list(attempt_spans(lost, [ONE]))
-    assert tree(spans) == {"attempt": "", "build": "attempt", "verify": "attempt", "publish": "attempt"}
+    assert tree(spans) == {"attempt": "", "build": "attempt", "verify": "attempt", "publish": "attempt", "wait": ""}
     attempt = spans[0]
     assert (attempt.parent_id, attempt.error) == (ONE.step("key").span_id, "worker_lost")
     assert attempt.attributes[names.CUT.name] is True
     assert attempt.attributes[names.TASK_RESULT.name] == "error"
+
+
+def test_a_step_that_is_cancelled_while_it_runs_ends_in_every_trace_that_wants_it() -> None:
+    spans = list(attempt_spans(timing(outcome="cancelled", reason="cancelled"), [ONE, TWO]))
+    [own, linked] = [span for span in spans if span.name == "step hello-1"]
+    assert own.attributes[names.TASK_RESULT.name] == "cancellation"
+    assert linked.links == [(own.trace_id, own.span_id)]
+    assert tree([own, *spans])["attempt"] == "step hello-1"
+
+
+def test_a_step_whose_last_attempt_gave_no_verdict_ends_with_its_submission() -> None:
+    lost = timing(outcome="lost", reason="worker_lost")
+    [attempt, *_] = attempt_spans(lost, [ONE])
+    [step] = unended_step_spans(lost, ONE, 5.0, 40.0)
+    assert (step.span_id, step.begin, step.end) == (attempt.parent_id, 5.0, 40.0)
+    assert step.attributes[names.TASK_RESULT.name] == "cancellation"
+
+
+def test_a_failure_has_its_kind_and_the_exit_code_of_the_builder_where_nix_says_one() -> None:
+    said = "the builder failed: builder for '/nix/store/x-y.drv' failed with exit code 3;\nlast 1 log lines:\n> code 4"
+    for outcome, reason, message, result, code in (
+        ("failed", "permanent", said, "failure", 3),
+        ("failed", "timeout", "it ran longer than 10 s", "timeout", None),
+        ("failed", "silence", "it was silent for 10 s; > failed with exit code 7", "timeout", None),
+        ("done", None, None, "success", None),
+    ):
+        [attempt, *_] = attempt_spans(timing(outcome=outcome, reason=reason, message=message), [ONE])
+        found = attempt.attributes.get(names.TASK_RESULT.name), attempt.attributes.get(names.EXIT_CODE.name)
+        assert found == (result, code)
 
 
 def test_what_is_not_known_is_absent() -> None:

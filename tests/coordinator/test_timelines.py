@@ -228,7 +228,7 @@ def test_an_attempt_whose_worker_is_lost_ends_with_what_it_had_sent_until_then()
 
     def stage(stage: Stage, at: float, phase: str = "") -> None:
         change = StageChange(step="s", attempt=1, stage=stage, phase=phase, at=at)
-        timelines.stage("w", change, at, lambda away: away)
+        timelines.stage("w", change, at, lambda away: away, isolation="B")
 
     stage(Stage.FETCHING, 101.0)
     stage(Stage.BUILDING, 103.0)
@@ -237,6 +237,7 @@ def test_an_attempt_whose_worker_is_lost_ends_with_what_it_had_sent_until_then()
     timelines.revoked("s", 130.0, Failure(FailureKind.WORKER_LOST, "it went away"))
     [row] = timelines.take(9)
     assert (row.outcome, row.reason, row.ended_at) == ("lost", "worker_lost", 130.0)
+    assert row.isolation == "B", "also of an attempt that gave no result"
     assert row.measured is not None
     assert row.measured.cut
     assert row.measured.spans == [("inputs", 101.0, 2.0), ("build", 103.0, 27.0)]

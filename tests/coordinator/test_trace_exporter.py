@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
@@ -15,6 +16,7 @@ from coordinator.stores.timings import AttemptTiming
 from infra.ended_span import EndedSpan
 from infra.otlp import OtlpSender
 from scheduler.events import SubmissionReceived
+from scheduler.facts import SubmissionWithdrawn
 from scheduler.farm import Farm
 from scheduler.model import Instant, Recipe, Requirements, StepKey, StepSpec, SubmissionId
 from tests.coordinator.test_views import Silent
@@ -24,17 +26,23 @@ STEP = StepKey("key")
 
 
 class Clock:
+    at = 100.0
+
     def now(self) -> float:
-        return 100.0
+        return self.at
 
 
 def exporter(send: Callable[[Sequence[EndedSpan]], bool]) -> TraceExporter:
-    """An exporter of a farm with one submission that wants one step."""
+    return TraceExporter(send, small_farm(), Clock())
+
+
+def small_farm() -> Views:
+    """A farm with one submission that wants one step."""
     farm, views = Farm(), Views(Silent())
     step = StepSpec(STEP, (Recipe(Requirements("x86_64-linux")),))
     facts, _ = farm.handle(SubmissionReceived(SubmissionId("s"), (STEP,), (step,)), Instant(99.0))
     views.fold(facts)
-    return TraceExporter(send, views, Clock())
+    return views
 
 
 def ended(number: int, at: float = 101.0) -> AttemptTiming:
@@ -80,6 +88,30 @@ async def test_a_collector_that_hangs_holds_nothing_up_and_bounds_what_waits() -
     goes_on.set()
     await until(lambda: tracing.sent >= MAX_WAITING)
     task.cancel()
+
+
+async def test_every_attempt_has_its_step_around_it_whatever_came_after_it() -> None:
+    """Attempts that were lost, the one that followed, and one that nothing followed because its submission ended."""
+    sent: list[EndedSpan] = []
+    views, clock = small_farm(), Clock()
+
+    def take(spans: Sequence[EndedSpan]) -> bool:
+        sent.extend(spans)
+        return True
+
+    tracing = TraceExporter(take, views, clock)
+    tracing.attempts_ended([ended(1, at=101.0), ended(2, at=105.0)])
+    tracing.attempts_ended([replace(ended(3, at=110.0), outcome="done")])
+    tracing.attempts_ended([ended(4, at=120.0)])
+    views.fold([SubmissionWithdrawn(SubmissionId("s"), Instant(130.0))])
+    clock.at = 200.0
+    task = asyncio.create_task(tracing.run())
+    await until(lambda: any(span.name == "submission" for span in sent))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    steps = [(span.begin, span.end) for span in sent if span.name == "step key"]
+    assert steps == [(100.0, 110.0), (119.0, 130.0)]
+    assert [(span.begin, span.end) for span in sent if span.name == "attempt"][:2] == [(100.0, 101.0), (104.0, 105.0)]
 
 
 async def test_spans_that_are_not_taken_are_counted_and_later_ones_are_sent() -> None:

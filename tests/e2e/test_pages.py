@@ -159,6 +159,16 @@ def window(browser: Browser, farm: Farm, submission: str) -> Iterator[Window]:
     assert window.complaints == []
 
 
+def test_the_page_of_workers_shows_what_runs_on_each_and_how_its_machine_is(window: Window, submission: str) -> None:
+    page = window.open("/workers")
+    worker = page.locator("section", has=page.locator(".slot", has_text="pages-runs"))
+    expect(worker).to_have_count(1)
+    for figure in ("busy", "load by processor", "memory available", "free on its fullest disk"):
+        expect(worker.locator("dl div", has_text=figure).locator("dd")).to_have_text(re.compile("[0-9]"))
+    page.get_by_role("main").get_by_role("link", name="what ran in the last hour").click()
+    expect(page.locator("#live-workers")).to_contain_text("Attempts")
+
+
 def test_what_is_the_farm_doing_now(window: Window, submission: str, gates: Path) -> None:
     page = window.open("/submissions")
     page.get_by_role("link", name="drover").click()

@@ -127,6 +127,8 @@ def test_the_worker_got_the_span_of_its_attempt_and_reports_it_back(farm: Farm, 
 def test_a_failure_says_what_it_was(spans: list[ReceivedSpan]) -> None:
     attempt = below(spans, only(spans, "step broken"))["attempt"]
     assert attempt.attributes["error.type"] == "permanent"
+    assert attempt.attributes["process.exit.code"] == "3"
+    assert attempt.attributes["drover.isolation"] in {"A", "B", "C"}
     assert attempt.attributes["cicd.pipeline.task.run.result"] == "failure"
     assert attempt.status == "STATUS_CODE_ERROR"
     assert "exit code 3" in attempt.message

@@ -11,7 +11,7 @@ from aiohttp import web
 from coordinator.api.estimates import ThroughputView
 from coordinator.api.models import EtaView, FarmView, StepStatus, WorkerView
 from coordinator.http.web.guards import VISITOR, html
-from coordinator.http.web.lines import QueueLine, StepLine, SubmissionLine, queue_lines, step_line, submission_line
+from coordinator.http.web.lines import QueueLine, SlotLine, SubmissionLine, queue_lines, slot_lines, submission_line
 from coordinator.http.web.live import LiveStreams
 from coordinator.http.web.rendering import PageRenderer
 from coordinator.http.web.throughput import ThroughputCard, throughput_card
@@ -19,7 +19,7 @@ from coordinator.readmodel.rows import SubmissionRow
 from coordinator.readmodel.throughput import DAY, HOUR, Throughput
 from coordinator.readmodel.views import Views
 from infra.slices import in_slices
-from scheduler.model import Requirements, StepKey
+from scheduler.model import Requirements
 from workers.wire.messages import Stage
 
 #: Workers on the page, slots and queues of each; their own pages have the rest.
@@ -34,14 +34,6 @@ _ROWS_LOOKED_AT: Final = 500
 #: Stages in which a lease has a slot.
 _IN_SLOT: Final = (Stage.FETCHING, Stage.BUILDING)
 _PRESENT: Final = ("online", "draining", "quarantined", "silent")
-
-
-@dataclass(frozen=True, slots=True)
-class SlotLine:
-    """A lease in a worker's hands, and where the worker is with it."""
-
-    step: StepLine
-    stage: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,14 +156,10 @@ class FarmPage:
         )
 
     def _worker(self, worker: WorkerView) -> WorkerLine:
-        leases = []
-        for key, stage in worker.leases[:SLOTS_SHOWN]:
-            row = self._views.row_of(StepKey(key))
-            line = step_line(self._views, row) if row is not None else StepLine(key, key, StepStatus.RUNNING)
-            leases.append(SlotLine(line, stage))
+        leases = slot_lines(self._views, worker, SLOTS_SHOWN)
         return WorkerLine(
             worker,
-            tuple(leases),
+            leases,
             free=max(0, min(worker.slots, SLOTS_SHOWN) - sum(lease.stage in _IN_SLOT for lease in leases)),
             more=max(0, len(worker.leases) - SLOTS_SHOWN),
         )

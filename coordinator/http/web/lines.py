@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from coordinator.api.models import Counts, StepStatus, SubmissionState, SubmissionView, TransferView
+from coordinator.api.models import Counts, StepStatus, SubmissionState, SubmissionView, TransferView, WorkerView
 from coordinator.readmodel.rows import ACTIVE, StepRow, SubmissionRow
 from coordinator.readmodel.views import Views
-from scheduler.model import Requirements
+from scheduler.model import Requirements, StepKey
 
 #: States in the order in which a bar shows them.
 BAR_STATES: Final = ("done", "publishing", "running", "ready", "waiting", "failed", "doomed", "abandoned")
@@ -30,6 +30,14 @@ class StepLine:
     transfer: TransferView | None = None
     started_at: float = 0.0
     ended_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLine:
+    """A lease in a worker's hands, and where the worker is with it."""
+
+    step: StepLine
+    stage: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,15 @@ class QueueLine:
     features: tuple[str, ...]
     count: int
     reason: str
+
+
+def slot_lines(views: Views, worker: WorkerView, most: int) -> tuple[SlotLine, ...]:
+    """Return the first leases that a worker holds."""
+    lines = []
+    for key, stage in worker.leases[:most]:
+        row = views.row_of(StepKey(key))
+        lines.append(SlotLine(StepLine(key, key, StepStatus.RUNNING) if row is None else step_line(views, row), stage))
+    return tuple(lines)
 
 
 def queue_lines(ready: Mapping[Requirements, int], reasons: Mapping[Requirements, str]) -> list[QueueLine]:

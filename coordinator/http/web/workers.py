@@ -12,12 +12,15 @@ from aiohttp import web
 from coordinator.api.models import WorkerView
 from coordinator.fleet.draining import Drain, drain_worker
 from coordinator.http.web.guards import FORM, VISITOR, html, seen_elsewhere
+from coordinator.http.web.lines import SlotLine, slot_lines
 from coordinator.http.web.live import LiveStreams
 from coordinator.http.web.rendering import PageRenderer
 from coordinator.readmodel.views import Views
 
 #: Workers on the page.
 WORKERS_SHOWN: Final = 200
+#: Leases of each; the farm's page has more.
+LEASES_SHOWN: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,8 @@ class WorkersData:
     """The whole page."""
 
     workers: tuple[WorkerView, ...]
+    #: What runs on each, by its name.
+    leases: Mapping[str, tuple[SlotLine, ...]]
     total: int
     counts: Mapping[str, int]
 
@@ -64,4 +69,6 @@ class WorkersPage:
     def gather(self) -> WorkersData:
         """Return what the page shows."""
         workers = self._views.workforce.views()
-        return WorkersData(tuple(workers[:WORKERS_SHOWN]), len(workers), self._views.workforce.counts())
+        shown = tuple(workers[:WORKERS_SHOWN])
+        leases = {worker.name: slot_lines(self._views, worker, LEASES_SHOWN) for worker in shown}
+        return WorkersData(shown, leases, len(workers), self._views.workforce.counts())
