@@ -16,10 +16,12 @@ import orjson
 from coordinator.api.models import StepStatus
 from coordinator.api.web_routes import WEB_ROUTES
 from coordinator.config import LimitSettings, Settings
+from coordinator.http.web.attempts import FETCHES_SHOWN, attempt_lines
 from coordinator.http.web.guards import HEADERS
 from coordinator.http.web.texts import age_text, bytes_text, date_text, end_text
 from coordinator.main import open_coordinator
 from coordinator.security.sessions import SESSION_S, Sessions
+from coordinator.stores.timings import AttemptTiming, Measured
 from tests.coordinator.conftest import PATIENCE_S, OpenedFarm, OpenFarm
 from tests.support.local_fleet import no_workers
 from tests.support.ports import free_port
@@ -327,6 +329,7 @@ async def test_the_questions_have_their_answers_on_the_pages_of_submission_step_
             # The writer of timings takes what changed twice a second.
             while not {'class="span-build"', 'class="span-publish"'} <= set(re.findall('class="span-[a-z]+"', apart)):
                 apart = (await browser.get("/steps/" + farm.key_of("apart")))[1]
+        assert re.search(r"done on w, isolation [ABC], \d{4}-", apart)
         history = (await browser.get("/packages/bad"))[1]
         assert (await browser.get("/packages/none"))[0] == 404
         assert "0 of 1 recipes" in history
@@ -392,6 +395,17 @@ async def test_pages_change_what_the_api_changes(open_farm: OpenFarm) -> None:
         assert await browser.post("/caches/default/unpin", {**form, "name": "mine"}) == 303
         assert "pin mine" not in (await browser.get("/caches/default?path=" + path))[1]
         assert await browser.post("/caches/default/unpin", {**form, "name": "mine"}) == 404
+
+
+def test_an_attempt_names_what_it_used_and_its_largest_inputs_and_nothing_that_is_not_known() -> None:
+    fetches = [(f"/nix/store/{size}", "cache", size, 1.0, 0.5, False) for size in range(100)]
+    timing = AttemptTiming(
+        "s", 1, read_bytes=0, peak_memory_bytes=2048, measured=Measured(fetches=fetches, more_fetches=7)
+    )
+    [line, bare] = attempt_lines([1, 2], [timing])
+    assert line.used == "at most 2.05 KB of memory, 0 B read from disks"
+    assert (line.fetched, len(line.fetches), line.fetches[0].path) == (107, FETCHES_SHOWN, "/nix/store/99")
+    assert (bare.used, bare.fetches) == ("", ())
 
 
 def test_spans_sizes_and_dates_read_as_people_say_them() -> None:

@@ -8,13 +8,15 @@ from typing import Final
 
 from markupsafe import Markup
 
-from coordinator.http.web.texts import short_failure
+from coordinator.http.web.texts import bytes_text, seconds_text, short_failure
 from coordinator.stores.timings import AttemptTiming
 
 #: Width of a bar in its own units.
 WIDTH: Final = 1000
 #: Stretches by their names, in their order; agents send those between waiting and verifying.
 STRETCHES: Final = ("waiting", "inputs", "build", "pack", "upload", "verify", "publish")
+#: Inputs that are listed of each attempt.
+FETCHES_SHOWN: Final = 20
 #: Outcomes that are not said by their own word.
 _ENDINGS: Final = {"retried": "failed, tried again", "returned": "handed back"}
 _RECT: Final = Markup('<rect class="span-{}" x="{:.1f}" width="{:.1f}" height="8"><title>{}</title></rect>')
@@ -33,6 +35,16 @@ class StretchLine:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchLine:
+    """An input that an attempt waited for."""
+
+    path: str
+    source: str
+    size: int
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptLine:
     """An attempt with its timeline; without one where nothing was kept of it."""
 
@@ -40,6 +52,26 @@ class AttemptLine:
     timing: AttemptTiming | None
     stretches: tuple[StretchLine, ...] = ()
     phases: tuple[StretchLine, ...] = ()
+    #: Its largest fetches, and how many it had.
+    fetches: tuple[FetchLine, ...] = ()
+    fetched: int = 0
+
+    @property
+    def used(self) -> str:
+        """Processor time, memory and bytes of the build, as far as they are known."""
+        timing = self.timing
+        if timing is None:
+            return ""
+        parts = (
+            (timing.cpu_s, seconds_text, "{} of processor"),
+            (timing.peak_memory_bytes, bytes_text, "at most {} of memory"),
+            (timing.read_bytes, bytes_text, "{} read from disks"),
+            (timing.written_bytes, bytes_text, "{} written"),
+            (timing.fetched_bytes or None, bytes_text, "{} of inputs fetched"),
+            (timing.output_bytes, bytes_text, "{} of outputs"),
+            (timing.uploaded_bytes, bytes_text, "sent as {}"),
+        )
+        return ", ".join(form.format(text(value)) for value, text, form in parts if value is not None)
 
     @property
     def ending(self) -> str:
@@ -87,7 +119,12 @@ def _line(number: int, timing: AttemptTiming | None) -> AttemptLine:
         stretches.append(StretchLine("verify", timing.verify_at, timing.verify_s))
         if timing.publish_s is not None:
             stretches.append(StretchLine("publish", timing.verify_at + timing.verify_s, timing.publish_s))
-    return AttemptLine(number, timing, tuple(stretches), tuple(phases))
+    if measured is None:
+        return AttemptLine(number, timing, tuple(stretches), tuple(phases))
+    largest = sorted(measured.fetches, key=lambda fetch: -fetch[2])[:FETCHES_SHOWN]
+    fetches = tuple(FetchLine(path, source, size, took_s) for path, source, size, _, took_s, _ in largest)
+    fetched = len(measured.fetches) + measured.more_fetches
+    return AttemptLine(number, timing, tuple(stretches), tuple(phases), fetches, fetched)
 
 
 def class_of(name: str) -> str:
