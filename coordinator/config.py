@@ -312,6 +312,14 @@ class Settings(BaseSettings):
             return None
         return Path(os.path.abspath(value.expanduser()))  # noqa: PTH100 - resolve() would follow links
 
+    @field_validator("otlp_endpoint", mode="after")
+    @classmethod
+    def _http_address(cls, value: str) -> str:
+        if value and not _is_http_address(value):
+            msg = f"{value!r} is no address of a collector; one is http://collector:4318"
+            raise ValueError(msg)
+        return value
+
     @model_validator(mode="after")
     def _distinct_workers(self) -> Settings:
         names = [worker.name for worker in self.workers]
@@ -390,6 +398,15 @@ class Settings(BaseSettings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def _is_http_address(text: str) -> bool:
+    """Return whether a text is the address of something that speaks HTTP."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0 and text.isprintable()
+    except ValueError:
+        return False
 
 
 def load_settings(config: Path | None = None, **arguments: Any) -> Settings:

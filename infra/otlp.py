@@ -7,6 +7,7 @@ certificates, timeout, compression; `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_SERVICE_NA
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -19,6 +20,24 @@ from opentelemetry.trace import Link, SpanContext, Status, StatusCode, TraceFlag
 from infra.ended_span import EndedSpan
 
 _NS = 1_000_000_000
+_EXPORTER_LOG = logging.getLogger(OTLPSpanExporter.__module__)
+
+
+class OncePerOutage(logging.Filter):
+    """Lets the first record of an outage through: the exporter logs one for each try of each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_out = False
+
+    def filter(self, _record: logging.LogRecord) -> bool:
+        """Return whether a record is the first since the last `over`."""
+        first, self._is_out = not self._is_out, True
+        return first
+
+    def over(self) -> None:
+        """Let the next record through."""
+        self._is_out = False
 
 
 class OtlpSender:
@@ -27,17 +46,23 @@ class OtlpSender:
     def __init__(self, endpoint: str, service: str, version: str) -> None:
         address = f"{endpoint.rstrip('/')}/v1/traces" if endpoint else None
         self._exporter = OTLPSpanExporter(endpoint=address)
+        self._quiet = OncePerOutage()
+        _EXPORTER_LOG.addFilter(self._quiet)
         own = Resource({SERVICE_NAME: service, SERVICE_VERSION: version})
         self._resource = own.merge(OTELResourceDetector().detect())
         self._scope = InstrumentationScope(service, version)
 
     def send(self, spans: Sequence[EndedSpan]) -> bool:
         """Send spans and wait for the answer, for use in a thread; False where the collector did not take them."""
-        return self._exporter.export([self._readable(span) for span in spans]) is SpanExportResult.SUCCESS
+        taken = self._exporter.export([self._readable(span) for span in spans]) is SpanExportResult.SUCCESS
+        if taken:
+            self._quiet.over()
+        return taken
 
     def close(self) -> None:
         """Close the connection."""
         self._exporter.shutdown()  # type: ignore[no-untyped-call]
+        _EXPORTER_LOG.removeFilter(self._quiet)
 
     def _readable(self, span: EndedSpan) -> ReadableSpan:
         parent = None if span.parent_id is None else _context(span.trace_id, span.parent_id)

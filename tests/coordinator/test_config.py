@@ -102,3 +102,10 @@ def test_a_nix_option_that_the_farm_decides_is_refused(tmp_path: Path) -> None:
     worker = WorkerConfig(name="a", nix_options={"substituters": "https://elsewhere"})
     with pytest.raises(ConfigError, match="worker a: the Nix option substituters is decided by the farm"):
         write_worker_settings(Settings(state_dir=tmp_path), worker)
+
+
+@pytest.mark.parametrize("address", ["collector:4318", "http://", "ftp://x", "http://x:99999", "http://x\n"])
+def test_a_collector_without_an_address_of_http_is_refused_with_an_example(tmp_path: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match=r"otlp_endpoint: .* is no address of a collector; one is http://"):
+        load_settings(otlp_endpoint=address, state_dir=tmp_path)
+    assert load_settings(otlp_endpoint="https://x:4318/base", state_dir=tmp_path).otlp_endpoint

@@ -146,6 +146,27 @@ async def test_a_collector_that_refuses_is_no_error_of_the_farm(status: int, mon
         await runner.cleanup()
 
 
+async def test_an_outage_of_the_collector_is_logged_once_however_long_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    answers = [400, 400, 400, 200, 400, 400]
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(status=answers.pop(0))
+
+    app = web.Application()
+    app.router.add_post("/v1/traces", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    sender = OtlpSender(f"http://127.0.0.1:{runner.addresses[0][1]}", "drover", "0")
+    try:
+        for _ in range(6):
+            await asyncio.to_thread(sender.send, [SPAN])
+    finally:
+        sender.close()
+        await runner.cleanup()
+    assert [record.name.partition(".")[0] for record in caplog.records if record.levelno >= 30] == ["opentelemetry"] * 2
+
+
 async def test_a_collector_that_is_down_is_no_error_of_the_farm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     sender = OtlpSender("http://127.0.0.1:9", "drover", "0")
