@@ -21,10 +21,12 @@ import click
 from coordinator.cli.cache_commands import cache
 from coordinator.cli.ci import Ci
 from coordinator.cli.completion import SHELLS, completes, script
+from coordinator.cli.doctor_command import doctor
 from coordinator.cli.exit_status import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
+from coordinator.cli.farm_commands import drain, head, up, worker, workers
 from coordinator.cli.options import Address, Name, Systems, Wait, addressed, run_with_client, sectioned
+from coordinator.cli.question_commands import diff, eta, history, log, story, top, trace, why
 from coordinator.cli.sections import SectionedGroup
-from coordinator.defaults import HOST, PORT
 from coordinator.errors import CoordinatorError
 from coordinator.terminal_controls import harmless
 
@@ -59,76 +61,6 @@ Environment:
 @click.version_option(package_name="drover", message="drover %(version)s")
 def cli() -> None:
     """A build farm for Nix: one command on one machine, the same program on a fleet."""
-
-
-@cli.command()
-@click.option("--state-dir", type=click.Path(file_okay=False, path_type=Path), help="Where the farm keeps everything.")
-@click.option("--listen", metavar="HOST:PORT", help=f"Address to listen on.  [default: {HOST}:{PORT}]")
-@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="Settings file (TOML).")
-@click.option("--slots", type=click.IntRange(0, 1024), help="Builds at one time of the native worker; 0: one per core.")
-@click.option("--emulate", "emulated", multiple=True, metavar="SYSTEM", help="Add a worker that pretends to be SYSTEM.")
-@click.option(
-    "--nix-option", "nix_options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting of every worker."
-)
-@click.option(
-    "--allow-weak-isolation",
-    "weak",
-    multiple=True,
-    metavar="NAME",
-    help="Let worker NAME build although it isolates builds weakly (class C in `drover workers`).",
-)
-@click.option("--no-workers", is_flag=True, help="Only the coordinator; workers join with `drover worker`.")
-def up(**options: Any) -> int:
-    """Run a farm on this machine until Ctrl-C.
-
-    Coordinator, Ray head and workers, with its state in ~/.local/state/drover unless told otherwise.
-    """
-    from coordinator.cli import serve  # noqa: PLC0415 - imports Ray and the HTTP server
-
-    return serve.up(**options)
-
-
-@cli.command()
-@click.option("--state-dir", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory to use.")
-@click.option("--listen", metavar="HOST:PORT", help="Address to listen on, numeric.  [default: 127.0.0.1, a free port]")
-@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="Settings file (TOML).")
-def head(**options: Any) -> int:
-    """Run a Ray head by itself until Ctrl-C.
-
-    For coordinators with `ray_address`, which come and go while builds run.
-    """
-    from coordinator.cli import serve  # noqa: PLC0415 - imports Ray
-
-    return serve.head(**options)
-
-
-@cli.command()
-@click.option("--head", required=True, metavar="HOST:PORT", help="Address of the farm's Ray head.")
-@click.option(
-    "--ray-token", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The farm's Ray token file."
-)
-@click.option("--name", required=True, help="Name of this worker, unique in the farm.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address of this machine for the farm.")
-@click.option("--state-dir", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory to use.")
-@click.option("--slots", type=click.IntRange(0, 1024), default=0, help="Builds at one time; 0: one per core.")
-@click.option("--emulate", "emulate", multiple=True, metavar="SYSTEM", help="Pretend to be SYSTEM too.")
-@click.option("--feature", "features", multiple=True, help="System feature beside the machine's own.")
-@click.option("--store", default="", metavar="DIR", help="Chroot store; by default one in the state directory.")
-@click.option(
-    "--min-free-mb", type=click.IntRange(0), default=512, show_default=True, help="No work while less room is left."
-)
-@click.option("--nix-option", "nix_options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting.")
-def worker(head: str, ray_token: Path, host: str, state_dir: Path, **options: Any) -> int:
-    """Join this machine to a farm that runs elsewhere.
-
-    It works for the farm until Ctrl-C; `drover drain` lets it end its builds first.
-    """
-    from coordinator.cli import serve  # noqa: PLC0415 - imports Ray and the HTTP server
-
-    options["nix_options"] = dict(options["nix_options"])
-    return serve.worker(
-        head=head, ray_token=ray_token, host=host, config=serve.worker_config(options), state_dir=state_dir
-    )
 
 
 def _refuse_contradictions(options: dict[str, Any]) -> None:
@@ -291,82 +223,6 @@ def retry(url: str, token_file: str, name: str) -> int:
 
 
 @cli.command()
-@click.argument("step", type=Name(), shell_complete=completes("steps"))
-@click.option("-f", "--follow", is_flag=True, help="Go on until the build ends.")
-@click.option("--attempt", type=click.IntRange(1), metavar="N", help="An earlier attempt.  [default: the latest]")
-@click.option("--search", default="", metavar="TEXT", help="Only lines that contain TEXT, with their numbers.")
-@addressed
-def log(url: str, token_file: str, step: str, **options: Any) -> int:
-    """Print the build log of a step.
-
-    STEP is its key or any unique part of it, an attribute that was submitted, a .drv path or an output path.
-    """
-    from coordinator.cli import log as logging  # noqa: PLC0415 - slow to import
-
-    return run_with_client(url, token_file, lambda client: logging.log(client, step, **options))
-
-
-@cli.command()
-@click.argument("step", type=Name(), shell_complete=completes("steps"))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@addressed
-def why(url: str, token_file: str, step: str, as_json: bool) -> int:
-    """Show why a step waits, runs, ran or failed.
-
-    What it stands on down to what holds it, which submission wants it for what, and what changed since its last build.
-
-    STEP is its key or any unique part of it, an attribute that was submitted, a .drv path or an output path.
-    """
-    from coordinator.cli import reasons  # noqa: PLC0415 - slow to import
-
-    return run_with_client(url, token_file, lambda client: reasons.why(client, step, as_json=as_json))
-
-
-@cli.command()
-@click.argument("step", type=Name(), shell_complete=completes("steps"))
-@click.argument("other", required=False, default="", shell_complete=completes("steps"))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@addressed
-def diff(url: str, token_file: str, step: str, other: str, as_json: bool) -> int:
-    """Show what differs from the last build of a step's name.
-
-    Or between two steps, down to the first causes. Both are named as for `drover why`; of what the farm has long
-    forgotten, by the whole key or path.
-    """
-    from coordinator.cli import reasons  # noqa: PLC0415 - slow to import
-
-    return run_with_client(url, token_file, lambda client: reasons.diff(client, step, other, as_json=as_json))
-
-
-@cli.command()
-@click.argument("submission", metavar="ID", shell_complete=completes("submissions"))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@addressed
-def eta(url: str, token_file: str, submission: str, as_json: bool) -> int:
-    """Show when a submission ends and what bounds that.
-
-    The critical path, or the slots of a system.
-    """
-    from coordinator.cli.eta import eta as foresee  # noqa: PLC0415 - slow to import
-
-    return run_with_client(url, token_file, lambda client: foresee(client, submission, as_json=as_json))
-
-
-@cli.command()
-@addressed
-def top(url: str, token_file: str) -> int:
-    """Show the farm live until Ctrl-C.
-
-    Throughput, submissions that run and their ends, workers and what they do, queues and what holds them, troubles.
-    Where there is no terminal it is shown once.
-    """
-    from coordinator.cli import top as showing  # noqa: PLC0415 - slow to import
-    from coordinator.cli.screen import Screen  # noqa: PLC0415
-
-    return run_with_client(url, token_file, lambda client: showing.top(client, Screen.choose(as_json=False)))
-
-
-@cli.command()
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> int:
     """Print what a shell runs to complete commands and names.
@@ -380,77 +236,12 @@ def completion(shell: str) -> int:
     return OK
 
 
-@cli.command()
-@click.argument("step", type=Name(), shell_complete=completes("steps"))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@addressed
-def story(url: str, token_file: str, step: str, as_json: bool) -> int:
-    """Tell all that happened to a step, in order.
-
-    Its attempts, where each ran, where its time went and what it used.
-    """
-    from coordinator.cli import history as telling  # noqa: PLC0415 - slow to import
-
-    return run_with_client(url, token_file, lambda client: telling.story(client, step, as_json=as_json))
-
-
-@cli.command()
-@click.argument("submission", type=Name(), shell_complete=completes("submissions"))
-@click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("trace.json"), show_default=True
-)
-@addressed
-def trace(url: str, token_file: str, submission: str, output: Path) -> int:
-    """Write where a submission's time went, for Perfetto.
-
-    One track for each slot of each worker; open the file in https://ui.perfetto.dev, which reads it in the browser.
-    """
-    from coordinator.cli.trace import trace as write  # noqa: PLC0415 - slow to import
-
-    return run_with_client(url, token_file, lambda client: write(client, submission, output))
-
-
-@cli.command()
-@click.argument("name", type=Name())
-@click.option("--system", default="", help="Only builds for this system.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@addressed
-def history(url: str, token_file: str, name: str, system: str, as_json: bool) -> int:
-    """Show builds of a package over time.
-
-    Durations, memory, sizes, failures. NAME is with or without its version.
-    """
-    from coordinator.cli import history as telling  # noqa: PLC0415 - slow to import
-
-    return run_with_client(url, token_file, lambda client: telling.history(client, name, system, as_json=as_json))
-
-
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@addressed
-def workers(url: str, token_file: str, as_json: bool) -> int:
-    """Show the workers: what they offer and what they do."""
-    from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
-
-    return run_with_client(url, token_file, lambda client: showing.workers(client, as_json=as_json))
-
-
-@cli.command()
-@click.argument("worker_name", type=Name(), metavar="WORKER", shell_complete=completes("workers"))
-@click.option("--off", is_flag=True, help="Give it new builds again.")
-@click.option("--wait", is_flag=True, help="Return once the builds that run there have ended.")
-@addressed
-def drain(url: str, token_file: str, worker_name: str, off: bool, wait: bool) -> int:
-    """Give a worker no new builds; those that run there finish.
-
-    A worker that starts anew is not drained.
-    """
-    from coordinator.cli import status as showing  # noqa: PLC0415 - slow to import
-
-    return run_with_client(url, token_file, lambda client: showing.drain(client, worker_name, on=not off, wait=wait))
-
-
-cli.add_command(cache)
+for _command in (
+    *(up, head, worker, workers, drain),
+    *(log, why, diff, eta, top, story, trace, history),
+    *(cache, doctor),
+):
+    cli.add_command(_command)
 
 
 def main() -> NoReturn:

@@ -10,6 +10,7 @@ import click
 SECTIONS: Final = {
     "Build": ("build", "watch", "status", "cancel", "retry"),
     "Ask": ("why", "log", "story", "diff", "eta", "history", "trace", "top", "workers"),
+    "Use a cache": ("doctor",),
     "Run a farm": ("up", "worker", "head", "drain", "cache", "completion"),
 }
 
@@ -61,6 +62,10 @@ EXAMPLES: Final = {
         "drover history hello --system aarch64-linux",
     ),
     "workers": ("drover workers",),
+    "doctor": (
+        "drover doctor",
+        "drover doctor https://farm.example.org/cache --key farm-1:…",
+    ),
     "drain": (
         "drover drain mac1 --wait",
         "drover drain mac1 --off",
