@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import click
 
+from coordinator.cli.bisect_command import bisect
 from coordinator.cli.cache_commands import cache
 from coordinator.cli.ci import Ci
 from coordinator.cli.completion import SHELLS, completes, script
@@ -239,7 +240,7 @@ def completion(shell: str) -> int:
 for _command in (
     *(up, head, worker, workers, drain),
     *(log, why, diff, eta, top, story, trace, history),
-    *(cache, doctor),
+    *(bisect, cache, doctor),
 ):
     cli.add_command(_command)
 

@@ -9,7 +9,7 @@ import click
 #: Heading -> commands below it. A command of none stands below the last heading.
 SECTIONS: Final = {
     "Build": ("build", "watch", "status", "cancel", "retry"),
-    "Ask": ("why", "log", "story", "diff", "eta", "history", "trace", "top", "workers"),
+    "Ask": ("why", "log", "story", "diff", "bisect", "eta", "history", "trace", "top", "workers"),
     "Use a cache": ("doctor",),
     "Run a farm": ("up", "worker", "head", "drain", "cache", "completion"),
 }
@@ -55,6 +55,10 @@ EXAMPLES: Final = {
     "top": ("drover top",),
     "story": ("drover story hello",),
     "diff": ("drover diff hello", "drover diff hello-2.12 7kfa6f625iik"),
+    "bisect": (
+        "drover bisect -A hello --good v1.0 --bad main",
+        "drover bisect release.nix -A hello --good HEAD~40 --bad HEAD --until slower",
+    ),
     "eta": ("drover eta 4f086d30cb",),
     "trace": ("drover trace 4f086d30cb -o trace.json",),
     "history": (

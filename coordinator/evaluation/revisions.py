@@ -73,11 +73,11 @@ class Repository:
             EvaluationError: It means none; the sentence says what to do, also in a shallow clone.
         """
         if revision and not revision.startswith("-"):
-            done = await self._ask("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+            done = await self.ask("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
             commit = _text(done).strip()
             if done.returncode == 0 and _COMMIT.fullmatch(commit):
                 return commit
-        shallow = _text(await self._ask("rev-parse", "--is-shallow-repository")).strip() == "true"
+        shallow = _text(await self.ask("rev-parse", "--is-shallow-repository")).strip() == "true"
         if shallow:
             raise EvaluationError(
                 f"{self.root} has no revision {revision!r}, and it is a shallow clone: fetch the rest with "
@@ -90,19 +90,19 @@ class Repository:
 
     async def uncommitted(self) -> tuple[str, ...]:
         """Return the paths of the working tree that differ from HEAD, untracked ones too; of a bare one none."""
-        done = await self._ask("-c", "core.quotePath=false", "status", "--porcelain")
+        done = await self.ask("-c", "core.quotePath=false", "status", "--porcelain")
         return tuple(line[3:] for line in _text(done).splitlines()) if done.returncode == 0 else ()
 
     @asynccontextmanager
-    async def checkout(self, commit: str) -> AsyncIterator[Checkout]:
-        """Give the files of a commit for as long as the block runs.
+    async def checkout(self, commit: str, below: Path | None = None) -> AsyncIterator[Checkout]:
+        """Give the files of a commit for as long as the block runs, in the temporary directory or `below` another.
 
         Their directory has the repository's own name, because Nix names a source after its directory.
 
         Raises:
             EvaluationError: git cannot read the commit, or the files cannot be written.
         """
-        private = tempfile.mkdtemp(prefix="drover-revision-")
+        private = tempfile.mkdtemp(prefix="drover-revision-", dir=below)
         try:
             directory = _made(private, self._name)
             index = {"GIT_INDEX_FILE": str(Path(private) / "index")}
@@ -120,7 +120,8 @@ class Repository:
     def _name(self) -> str:
         return self.root.name.removesuffix(".git") or "source"
 
-    async def _ask(self, *arguments: str) -> Completed:
+    async def ask(self, *arguments: str) -> Completed:
+        """Run git in the repository; nothing that it is asked may write there."""
         return await _git([f"--git-dir={self.git_dir}", *self._tree, *arguments], self.env)
 
     @property

@@ -22,7 +22,6 @@ USED_FROM_ELSEWHERE = {
     "infra.cache.catalog.migrations.env": "alembic",
     "infra.cache.catalog.migrations.versions.v0001_baseline": "alembic",
     "infra.cache.catalog.migrations.versions.v0002_reign": "alembic",
-    "coordinator.evaluation.revisions": "commands that compare and bisect, which come",
     "scheduler.invariants": "what tests and the simulation hold the core against, kept beside it",
 }
 
