@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from coordinator.api.flakes import RecipeRecordView, failure_sentence, flake_sentence
 from coordinator.api.models import StepStatus, StepView
+from coordinator.api.questions import StepReasonsView
 from coordinator.api.timeline_models import (
     AttemptView,
     FetchView,
@@ -16,6 +17,7 @@ from coordinator.api.timeline_models import (
     WorkerTriesView,
 )
 from coordinator.cli import exit_status
+from coordinator.cli.reasons import wanted_lines
 from coordinator.cli.rendering import duration, one_line, size, table_lines
 from coordinator.cli.status import print_json, print_lines
 from coordinator.client.api_client import ApiClient
@@ -39,16 +41,17 @@ async def story(client: ApiClient, name: str, *, as_json: bool) -> int:
     """Tell everything that happened to a step, in order."""
     attempts = await client.timeline(name)
     try:
-        step: StepView | None = await client.step(name)
+        reasons: StepReasonsView | None = await client.why(name)
     except RefusedError as error:
         # Its submissions are forgotten; the timings are kept longer.
         if error.reason != "not_found" or not attempts:
             raise
-        step = None
+        reasons = None
+    step = None if reasons is None else reasons.step
     if as_json:
         print_json({"step": step, "attempts": attempts})
     else:
-        print_lines(story_lines(step, attempts))
+        print_lines(story_lines(step, attempts, reasons))
     return exit_status.OK
 
 
@@ -62,17 +65,23 @@ async def history(client: ApiClient, name: str, system: str, *, as_json: bool) -
     return exit_status.OK
 
 
-def story_lines(step: StepView | None, attempts: Sequence[AttemptView]) -> list[str]:
-    """Render a story: one sentence a line, each with its time, an attempt below the other."""
+def story_lines(
+    step: StepView | None, attempts: Sequence[AttemptView], reasons: StepReasonsView | None = None
+) -> list[str]:
+    """Render a story: one sentence a line, each with its time, an attempt below the other; `reasons` where known."""
+    made = {} if reasons is None else {run.attempt: f": {one_line(run.reason)}" for run in reasons.ran}
     first = attempts[0] if attempts else None
     name, system = (step.name, step.system) if step else (first.name, first.system) if first else ("", "")
     key = step.key if step else first.step if first else ""
     lines = [f"{one_line(name or key)}  {one_line(system)}".rstrip(), f"step {one_line(key)}"]
+    if reasons is not None:
+        lines += wanted_lines(reasons)
     if first is not None:
         beginnings = ((first.submitted_at, "submitted"), (first.ready_at, "ready: all that it needs is built"))
         lines += ["", *_sentences((at, sentence) for at, sentence in beginnings if at is not None)]
     for attempt in attempts:
-        lines += ["", f"attempt {attempt.attempt}", *_attempt_lines(attempt, again=attempt is not first)]
+        lines += ["", f"attempt {attempt.attempt}{made.get(attempt.attempt, '')}"]
+        lines += _attempt_lines(attempt, again=attempt is not first)
     if step is not None and (last := _standing(step, attempts)):
         lines += ["", last]
     if step is not None and (note := _recipe(step)):
@@ -120,7 +129,8 @@ def _span_sentences(attempt: AttemptView, span: StretchView) -> list[tuple[float
             if attempt.more_phases:
                 moments.append((None, f"  {attempt.more_phases} more phases  {_lasted(attempt.more_phases_s)}"))
             if attempt.outcome != "running":
-                moments.append((end, f"the builder ended after {took}{_use(attempt)}"))
+                ended = f"it had built for {took} when the last was received of it" if attempt.cut else ""
+                moments.append((end, ended or f"the builder ended after {took}{_use(attempt)}"))
             return moments
         case "pack":
             return [(span.at, f"outputs packed in {took}{_packed(attempt)}")]

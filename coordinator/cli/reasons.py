@@ -61,7 +61,7 @@ def why_lines(reasons: StepReasonsView, now: float) -> list[str]:
     for number, each in enumerate(reasons.below):
         activity = _run(each, now) if each.state in ACTIVE else one_line(each.waiting_for or each.state.value)
         lines.append(f"  {'in the end' if not number else '          '} {one_line(each.name)}: {activity}")
-    lines += _wanted_lines(reasons)
+    lines += wanted_lines(reasons)
     if step.state is StepStatus.DONE and not step.attempt:
         lines.append("  ran        never here: the cache had its outputs")
     for number, run in enumerate(reasons.ran):
@@ -71,7 +71,8 @@ def why_lines(reasons: StepReasonsView, now: float) -> list[str]:
     return lines
 
 
-def _wanted_lines(reasons: StepReasonsView) -> Iterator[str]:
+def wanted_lines(reasons: StepReasonsView) -> Iterator[str]:
+    """Yield the submissions that want a step, or that it was built for."""
     word = "built for" if reasons.step.ended_at else "wanted by"
     for number, wanted in enumerate(reasons.wanted_by):
         yield f"  {'' if number else word:<10} {_wanted(wanted)}"

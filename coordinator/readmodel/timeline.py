@@ -158,8 +158,9 @@ class Timelines:
     def stage(self, worker: str, change: StageChange, now: float, here: Here, *, isolation: str = "") -> None:
         """Note where a running attempt is, and the class of isolation of the worker that it is on."""
         live = self._of(change.step, change.attempt, worker)
-        if live is not None:
-            live.timing.isolation = isolation or live.timing.isolation
+        if live is not None and isolation and isolation != live.timing.isolation:
+            live.timing.isolation = isolation
+            self._note(live.timing)
         if live is not None and len(live.changes) < MAX_LIVE:
             at, _ = _within(here(change.at), 0.0, live.timing.leased_at or 0.0, now)
             # A phase of uploading is why it waits.

@@ -18,8 +18,8 @@ from coordinator.api.timeline_models import AttemptView, StretchView
 from coordinator.cli.history import history_lines, story_lines
 from coordinator.client.errors import RefusedError
 from coordinator.http.web.history import system_lines
-from coordinator.readmodel.history import history_view
-from coordinator.stores.timings import AttemptTiming
+from coordinator.readmodel.history import attempt_view, history_view
+from coordinator.stores.timings import AttemptTiming, Measured
 from infra.clock import SystemClock
 from tests.support.local_fleet import InProcessFleet
 from workers.agent.agent import Agent
@@ -87,10 +87,13 @@ async def test_a_build_that_outlives_its_coordinator_has_one_whole_timeline_by_t
             views = farm.coordinator.views
             await farm.until(lambda: views.step(key).life.phase == "buildPhase")
             [running] = await farm.client.timeline(key)
-            assert running.outcome == "running"
+            assert (running.outcome, running.isolation) == ("running", "A")
             # A change that is out of date before it is sent is not sent.
             assert running.phases[-1].name == "buildPhase"
-            assert "it still runs" in await asyncio.to_thread(told, farm, "story", key)
+            story = await asyncio.to_thread(told, farm, "story", key)
+            assert "it still runs" in story
+            assert f"wanted by  submission {submitted.id}, phased: phased-1.2" in story
+            assert "attempt 1: a submission wanted it, and the farm's cache lacked its outputs" in story
 
         async with open_farm(fleet=fleet) as farm:
             (gate / "open").touch()
@@ -185,6 +188,16 @@ def test_a_history_shows_each_measure_over_time_and_the_workers_that_it_failed_o
     assert line.drawings[0].svg.index("is-failed") < line.drawings[0].svg.index("is-done"), "the newest on the right"
     assert [(each.worker, each.attempts, each.failed) for each in line.view.workers] == [("bad", 2, 1), ("good", 1, 0)]
     assert "  failed on bad 1/2, good 0/1" in history_lines(history_view("p", attempts))
+
+
+def test_a_story_of_a_lost_worker_says_no_end_that_was_not_reported() -> None:
+    cut = Measured(spans=[("build", 2.0, 5.0)], cut=True)
+    lost = timing("s", 1, "lost", 9.0, reason="worker_lost", message="it went away", leased_at=1.0, measured=cut)
+    lines = story_lines(None, [attempt_view(lost)])
+    assert [line[len("2026-11-29 00:00:00") :].strip() for line in lines[-2:]] == [
+        "it had built for 5.0s when the last was received of it",
+        "the worker was lost (worker_lost): it went away; 8.0s after the lease",
+    ]
 
 
 def test_a_story_says_nothing_of_what_is_not_known_and_shows_no_control_characters() -> None:

@@ -362,13 +362,13 @@ def test_a_killed_worker_is_gone_its_attempt_lost_and_the_step_tried_again(
     page = window.open(f"/submissions/{submission}")
     page.locator("#live-roots a", has_text="shot").click()
     attempts = page.locator("#live-attempts > ul > li")
-    expect(attempts.locator("small").first).to_have_text("lost on spare")
+    expect(attempts.locator("small").first).to_have_text(re.compile("^lost on spare, isolation [ABC]"))
     expect(attempts.first.locator("p.hint").first).to_contain_text("Ray reports that the")
     assert farm.drover("drain", "two", "--off").returncode == 0
     # The page follows the second attempt.
     (gates / "pages-shot").touch()
-    expect(attempts.nth(0).locator("small").first).to_have_text("done on two")
-    expect(attempts.nth(1).locator("small").first).to_have_text("lost on spare")
+    expect(attempts.nth(0).locator("small").first).to_have_text(re.compile("^done on two, isolation"))
+    expect(attempts.nth(1).locator("small").first).to_have_text(re.compile("^lost on spare"))
     expect(page.locator(".why")).to_contain_text("It was built here")
     page = window.open(f"/submissions/{submission}/timeline")
     expect(page.locator("#timeline a.run.is-lost", has_text="pages-shot")).to_have_count(1)
