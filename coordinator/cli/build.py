@@ -17,8 +17,10 @@ from coordinator.api.requests import RootRequest, SubmitRequest
 from coordinator.api.trace_context import MAX_TRACEPARENT
 from coordinator.cli import exit_status
 from coordinator.cli.ci import Ci
-from coordinator.cli.evaluation import EvaluationRequest, evaluate, show_messages, status_of
+from coordinator.cli.evaluation import EvaluationRequest, evaluate, status_of
+from coordinator.cli.fetching import realise
 from coordinator.cli.follow import follow
+from coordinator.cli.import_builds import FarmImports
 from coordinator.cli.rendering import summary_lines
 from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, send_closure, sending_again
@@ -28,14 +30,7 @@ from coordinator.client.closure import (
     LocalStore,
     local_store,
 )
-from coordinator.client.errors import ClientError
 from coordinator.evaluation.model import Evaluation
-from infra.process import ProcessError, run
-
-#: Seconds for one `nix-store -r`, and how many paths it is given.
-FETCH_S = 24 * 3600.0
-FETCH_AT_ONCE = 500
-MAX_FETCH_OUTPUT_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +102,9 @@ async def _build(connect: Callable[[], ApiClient], options: BuildRequest, submit
         # First of all whether a coordinator answers: an evaluation can take minutes.
         farm = await client.farm()
         stages = ClientStages()
-        evaluation = await evaluate(options.evaluation, options.settings, options.store)
+        made = FarmImports(client, farm, screen, options.settings, options.store, wait_s=options.wait_s)
+        async with made as imports:
+            evaluation = await evaluate(options.evaluation, options.settings, options.store, imports)
         stages.ended("evaluate")
         wanted, submitted.evaluation = evaluation.wanted, evaluation
         store = local_store(options.store, wanted[0].drv)
@@ -178,27 +175,7 @@ def _print_json(view: SubmissionView, failed: Sequence[StepView], evaluation: Ev
 async def _fetch(
     farm: FarmView, view: SubmissionView, options: BuildRequest, store: LocalStore, screen: Screen
 ) -> None:
-    """Realise the root outputs in the local store with the farm's cache as the only substituter."""
+    """Realise the root outputs in the local store."""
     paths = sorted({path for root in view.roots if root.state is StepStatus.DONE for path in root.outputs.values()})
     screen.status(f"fetching {len(paths)} outputs from {farm.cache_url}")
-    settings = {
-        "substituters": farm.cache_url,
-        "trusted-public-keys": " ".join(farm.public_keys),
-        "require-sigs": "true",
-        "narinfo-cache-negative-ttl": "0",
-        "max-jobs": "0",
-    }
-    words = [word for name, value in settings.items() for word in ("--option", name, value)]
-    for start in range(0, len(paths), FETCH_AT_ONCE):
-        command = ["nix-store", "-r", *paths[start : start + FETCH_AT_ONCE], *store.flags, *options.settings, *words]
-        try:
-            done = await run(command, env=os.environ, timeout_s=FETCH_S, max_output_bytes=MAX_FETCH_OUTPUT_BYTES)
-        except ProcessError as error:
-            raise ClientError(f"the outputs are built but could not be fetched: {error}") from None
-        if done.returncode != 0:
-            messages = done.stderr.decode(errors="replace").strip()
-            show_messages(messages)
-            raise ClientError(
-                f"the outputs are built but could not be fetched from {farm.cache_url} (Nix's messages are above); "
-                "if this machine's Nix daemon does not trust you, add the cache to its nix.conf"
-            )
+    await realise(farm, paths, store, options.settings)

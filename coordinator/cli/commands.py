@@ -25,7 +25,17 @@ from coordinator.cli.completion import SHELLS, completes, script
 from coordinator.cli.doctor_command import doctor
 from coordinator.cli.exit_status import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
 from coordinator.cli.farm_commands import drain, head, up, worker, workers
-from coordinator.cli.options import Address, Name, Systems, Wait, addressed, run_with_client, sectioned
+from coordinator.cli.options import (
+    EVALUATION_OPTIONS,
+    Address,
+    Name,
+    Systems,
+    Wait,
+    addressed,
+    evaluated,
+    run_with_client,
+    sectioned,
+)
 from coordinator.cli.question_commands import diff, eta, history, log, story, top, trace, why
 from coordinator.cli.sections import SectionedGroup
 from coordinator.errors import CoordinatorError
@@ -109,20 +119,7 @@ def _refuse_contradictions(options: dict[str, Any]) -> None:
 @click.option("--argstr", "argstrs", multiple=True, nargs=2, metavar="NAME TEXT", help="Passed to the evaluation.")
 @click.option("-I", "includes", multiple=True, metavar="PATH", help="Passed to the evaluation.")
 @click.option("--option", "options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting on this machine.")
-@click.option("--eval-workers", "evaluators", type=click.IntRange(1, 256), help="Evaluators side by side.")
-@click.option(
-    "--eval-memory", "memory_mib", type=click.IntRange(64), metavar="MIB", help="Memory of all evaluators together."
-)
-@click.option("--eval-timeout", "timeout_s", type=Wait(), default="30m", help="How long one attribute may take.  [30m]")
-@click.option(
-    "--evaluator",
-    type=click.Choice(["auto", "nix-eval-jobs", "own"]),
-    default="auto",
-    show_default=True,
-    help="Program that evaluates; auto: nix-eval-jobs if it is on PATH.",
-)
-@click.option("--eval-cache/--no-eval-cache", default=True, help="Use and keep findings.  [default: --eval-cache]")
-@click.option("--impure", is_flag=True, help="Let a flake see the environment and files outside of it; kept nowhere.")
+@evaluated
 @click.option("--store", metavar="DIR", help="Evaluate into (and fetch to) a Nix store below DIR.")
 @click.option("--label", default="", help="Shown in lists of submissions.")
 @click.option("--retry", is_flag=True, help="Build again what is known to fail.")
@@ -152,21 +149,8 @@ def build(url: str, token_file: str, **options: Any) -> int:
         flags += [word for name, value in pairs for word in (option, name, value)]
     flags += [word for path in options.pop("includes") for word in ("-I", path)]
     settings = [word for name, value in options.pop("options") for word in ("--option", name, value)]
-    of_evaluation = {
-        name: options.pop(name)
-        for name in (
-            "files",
-            "attrs",
-            "expression",
-            "systems",
-            "evaluators",
-            "memory_mib",
-            "timeout_s",
-            "evaluator",
-            "eval_cache",
-            "impure",
-        )
-    }
+    names = ("files", "attrs", "expression", "systems", *EVALUATION_OPTIONS)
+    of_evaluation = {name: options.pop(name) for name in names}
     evaluation = EvaluationRequest(flags=tuple(flags), **of_evaluation)
     request = building.BuildRequest(evaluation, settings=tuple(settings), **options)
     return building.build(Address(url, token_file).client, request)

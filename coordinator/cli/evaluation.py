@@ -15,6 +15,7 @@ from coordinator.cli.ci import defused
 from coordinator.client.closure import local_store
 from coordinator.evaluation.cache import EvaluationCache
 from coordinator.evaluation.findings import EvaluatorChoice
+from coordinator.evaluation.import_store import NO_IMPORTS, ImportBuilds
 from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.model import Evaluation, FailedAttr, left_out_text, some
 from coordinator.evaluation.pool import TIMEOUT_S, PoolLimits
@@ -46,17 +47,23 @@ class EvaluationRequest:
     #: Whether findings of earlier evaluations count, and these are kept.
     eval_cache: bool = True
     impure: bool = False
+    #: Whether an import from a derivation is an error.
+    no_ifd: bool = False
 
 
-async def evaluate(request: EvaluationRequest, settings: Sequence[str], store: str | None) -> Evaluation:
+async def evaluate(
+    request: EvaluationRequest, settings: Sequence[str], store: str | None, imports: ImportBuilds | None = None
+) -> Evaluation:
     """Evaluate what is asked for, and show what was left out and what failed.
 
     Args:
         request: What is asked for.
         settings: `--option NAME VALUE` words.
         store: Directory of the store to evaluate into; None: this machine's.
+        imports: Maker of what is imported from derivations; None: that store itself.
     """
-    flags = (*request.flags, *settings, *(local_store(store).flags if store else ()))
+    nothing_built = NO_IMPORTS if request.no_ifd else ()
+    flags = (*request.flags, *settings, *nothing_built, *(local_store(store).flags if store else ()))
     inputs = Inputs(request.files, request.expression, request.attrs, request.systems, flags, request.impure)
     memory_bytes = request.memory_mib and request.memory_mib * 1024 * 1024
     limits = PoolLimits.of_machine(request.evaluators, memory_bytes, request.timeout_s or None)
@@ -67,6 +74,7 @@ async def evaluate(request: EvaluationRequest, settings: Sequence[str], store: s
         on_messages=show_messages,
         choice=EvaluatorChoice(request.evaluator),
         cache=EvaluationCache.of_user(os.environ) if request.eval_cache and not request.impure else None,
+        imports=imports,
     )
     if evaluation.left_out:
         click.echo(f"drover: {harmless(left_out_text(inputs.name, evaluation.left_out))}", err=True)

@@ -110,6 +110,46 @@ def addressed(command: _Command) -> _Command:
     return url(token(command))
 
 
+#: Names of what `evaluated` adds.
+EVALUATION_OPTIONS = ("evaluators", "memory_mib", "timeout_s", "evaluator", "eval_cache", "no_ifd", "impure")
+
+
+def evaluated(command: _Command) -> _Command:
+    """Add the options that say how something is evaluated, and what that may take of this machine."""
+    options = (
+        click.option("--eval-workers", "evaluators", type=click.IntRange(1, 256), help="Evaluators side by side."),
+        click.option(
+            "--eval-memory",
+            "memory_mib",
+            type=click.IntRange(64),
+            metavar="MIB",
+            help="Memory of all evaluators together.",
+        ),
+        click.option(
+            "--eval-timeout",
+            "timeout_s",
+            type=Wait(),
+            default="30m",
+            help="How long one attribute may take.  [30m]",
+        ),
+        click.option(
+            "--evaluator",
+            type=click.Choice(["auto", "nix-eval-jobs", "own"]),
+            default="auto",
+            show_default=True,
+            help="Program that evaluates; auto: nix-eval-jobs if it is on PATH.",
+        ),
+        click.option("--eval-cache/--no-eval-cache", default=True, help="Use and keep findings.  [default: yes]"),
+        click.option("--no-ifd", is_flag=True, help="Refuse imports from derivations, which else the farm builds."),
+        click.option(
+            "--impure", is_flag=True, help="Let a flake see the environment and files outside of it; kept nowhere."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def sectioned(command: _Command) -> _Command:
     """Add the option that says in which sections a log of continuous integration is written."""
     return click.option(

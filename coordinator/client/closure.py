@@ -46,6 +46,10 @@ class LocalStore:
         """Return where the store path lies in the file system."""
         return f"{self.root.rstrip('/')}{path}" if self.root else path
 
+    def has(self, path: str) -> bool:
+        """Return whether the store path is there as a file."""
+        return os.path.lexists(self.physical(path))
+
     def read(self, drv: str) -> bytes:
         """Return the bytes of a .drv.
 

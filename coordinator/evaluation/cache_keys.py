@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from coordinator.evaluation.cache import FORM
 from coordinator.evaluation.flakes import flake_metadata
+from coordinator.evaluation.import_store import store_root
 from coordinator.evaluation.source import TREE, FlakeOrigin, NixValue, TreeOrigin
 from coordinator.evaluation.source_tree import NotWholeError, SourceTree, find_clock, read_tree, text_leak, tree_root
 from infra.nix.errors import NixError
@@ -147,7 +148,7 @@ def _reaches_out(source: NixValue) -> bool:
 def _asks_no_clock(metadata: str, flags: Sequence[str]) -> bool:
     """Return whether no file of a flake and of all its inputs asks for the time, as far as the store has them all."""
     flake = _LockedFlake.model_validate_json(metadata)
-    root = flags[flags.index("--store") + 1] if "--store" in flags else ""
+    root = store_root(flags)
     store = StoreDir(flake.path.rpartition("/")[0])
     paths = [flake.path]
     for node in flake.locks.nodes.values():
@@ -155,7 +156,7 @@ def _asks_no_clock(metadata: str, flags: Sequence[str]) -> bool:
             digest = parse_sha256(str(node.locked.get("narHash", "")))
             paths.append(store.make_fixed_output_path("source", "r:", "sha256", digest.hex()))
     for path in paths:
-        place = Path(f"{root.rstrip('/')}{path}")
+        place = Path(f"{root}{path}")
         if not place.exists() or find_clock(place):
             return False
     return True

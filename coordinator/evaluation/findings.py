@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -27,10 +27,20 @@ from coordinator.evaluation.cache_keys import (
 )
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.eval_jobs import PROGRAM, JobsEnded, findings_of_jobs
+from coordinator.evaluation.import_store import (
+    NO_IMPORTS,
+    ImportBuilds,
+    ImportStore,
+    may_import,
+    open_store,
+    store_root,
+)
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, Evaluation, FailedAttr, Finding, LeftOut
 from coordinator.evaluation.pool import PoolLimits, findings_of_pool
 from coordinator.evaluation.source import FlakeOrigin, NixValue
 
+#: What Nix prints where an evaluation may not build what it imports.
+_NEEDS_IMPORT: Final = "'allow-import-from-derivation' is disabled"
 _NO_PROGRAM: Final = f"{PROGRAM} is not on PATH; install it, or evaluate with --evaluator own"
 
 
@@ -54,6 +64,8 @@ class EvaluationMeans:
     choice: EvaluatorChoice = EvaluatorChoice.AUTO
     #: Where findings are kept; None: nowhere.
     cache: EvaluationCache | None = None
+    #: Maker of what is imported from derivations; None: Nix, in the client's own store.
+    imports: ImportBuilds | None = None
 
 
 async def evaluate(sources: Sequence[NixValue], means: EvaluationMeans) -> Evaluation:
@@ -81,6 +93,8 @@ async def evaluate(sources: Sequence[NixValue], means: EvaluationMeans) -> Evalu
 async def findings_of(sources: Sequence[NixValue], means: EvaluationMeans) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
     """Evaluate sources; gives each finding with its place as soon as it is there, in no order.
 
+    What imports from derivations comes last, so that everything else need not wait for builds.
+
     Raises:
         EvaluationError: No evaluator can be started.
     """
@@ -88,36 +102,53 @@ async def findings_of(sources: Sequence[NixValue], means: EvaluationMeans) -> As
     if means.choice is EvaluatorChoice.NIX_EVAL_JOBS and not there:
         raise EvaluationError(_NO_PROGRAM)
     plans = [await _plan(source, PROGRAM if there else "nix", means) for source in sources]
+    again: list[AttrPlace] = []
     for number, plan in enumerate(plans):
-        if plan.kept is not None:
-            means.on_messages(
-                f"{len(plan.kept.found)} findings of {plan.asked.name} come from the evaluation cache; "
-                "--no-eval-cache evaluates anew"
-            )
-            for place, kept in plan.kept.found:
-                yield replace(place, source=number), kept
+        for place, kept in plan.told(means.on_messages):
+            yield replace(place, source=number), kept
+        again += [replace(place, source=number) for place in (plan.kept.failed if plan.kept else ())]
     env = without_search_path(means.env) if all(plan.is_confined for plan in plans) else means.env
+    first = _Round([plan.source_without_imports for plan in plans], replace(means, env=env))
     confined = _Round([plan.source for plan in plans], replace(means, env=env))
+    later = _Later(plans)
     fresh = [number for number, plan in enumerate(plans) if plan.kept is None]
-    again = [
-        replace(place, source=number) for number, plan in enumerate(plans) if plan.kept for place in plan.kept.failed
-    ]
-    outside: list[AttrPlace] = []
-    for findings in (confined.whole(fresh, with_jobs=there), confined.at_places(again)):
-        async with aclosing(findings):
-            async for place, finding in findings:
-                plan = plans[place.source]
-                if plan.is_confined and isinstance(finding, FailedAttr) and NEEDS_MORE.search(finding.text):
-                    outside.append(place)
-                    plan.needs_more = True
-                    continue
-                plan.take(place, finding)
-                yield place, finding
-    async with aclosing(_Round(sources, means).at_places(outside)) as findings:
+    rounds = (first.whole(fresh, with_jobs=there), first.at_places(again), confined.with_imports(later.importing))
+    for findings in rounds:
+        async for place, finding in later.sorted_out(findings):
+            yield place, finding
+    async with aclosing(_Round(sources, means).with_imports(later.outside)) as findings:
         async for place, finding in findings:
             yield place, finding
     for plan in plans:
         await plan.keep(means)
+
+
+class _Later:
+    """Places that are evaluated anew with more within their reach, because they failed for the want of it."""
+
+    def __init__(self, plans: Sequence[_SourcePlan]) -> None:
+        self._plans = plans
+        #: Those that import from derivations.
+        self.importing: list[AttrPlace] = []
+        #: Those that look outside of their source.
+        self.outside: list[AttrPlace] = []
+
+    async def sorted_out(
+        self, findings: AsyncGenerator[tuple[AttrPlace, Finding]]
+    ) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
+        """Give findings, but no error that more reach may mend."""
+        async with aclosing(findings):
+            async for place, finding in findings:
+                plan = self._plans[place.source]
+                text = finding.text if isinstance(finding, FailedAttr) else ""
+                if plan.waits_for_imports and _NEEDS_IMPORT in text:
+                    self.importing.append(place)
+                elif plan.is_confined and NEEDS_MORE.search(text):
+                    self.outside.append(place)
+                    plan.needs_more = True
+                else:
+                    plan.take(place, finding)
+                    yield place, finding
 
 
 @dataclass(slots=True)
@@ -134,11 +165,28 @@ class _SourcePlan:
     failed: list[AttrPlace] = field(default_factory=list)
     #: Whether it turned out to depend on more than its source.
     needs_more: bool = False
+    #: Whether what it imports from derivations is for a later round.
+    waits_for_imports: bool = False
 
     @property
     def is_confined(self) -> bool:
         """True where it is evaluated within reach of its source only."""
         return self.source is not self.asked
+
+    @property
+    def source_without_imports(self) -> NixValue:
+        """The source, as it is evaluated where nothing is built."""
+        return replace(self.source, flags=(*self.source.flags, *NO_IMPORTS)) if self.waits_for_imports else self.source
+
+    def told(self, on_messages: Callable[[str], None]) -> Sequence[tuple[AttrPlace, EvaluatedRoot | LeftOut]]:
+        """Return what is known of it without an evaluation, with a message that says so."""
+        if self.kept is None:
+            return ()
+        on_messages(
+            f"{len(self.kept.found)} findings of {self.asked.name} come from the evaluation cache; "
+            "--no-eval-cache evaluates anew"
+        )
+        return self.kept.found
 
     def take(self, place: AttrPlace, finding: Finding) -> None:
         """Take a finding of its evaluation."""
@@ -160,17 +208,18 @@ class _SourcePlan:
 async def _plan(source: NixValue, program: str, means: EvaluationMeans) -> _SourcePlan:
     confined = restricted(source) if isinstance(source.origin, FlakeOrigin) else source
     its = None if means.cache is None else await keyed(source, program, means.env)
+    waits = means.imports is not None and may_import(source.flags)
     if its is None or means.cache is None:
-        return _SourcePlan(source, confined)
+        return _SourcePlan(source, confined, waits_for_imports=waits)
     kept = await asyncio.to_thread(means.cache.get, its.key)
     if kept is not None and not await asyncio.to_thread(_all_there, kept, source.flags):
         kept = None
-    return _SourcePlan(source, its.source, its, kept)
+    return _SourcePlan(source, its.source, its, kept, waits_for_imports=waits)
 
 
 def _all_there(kept: KeptFindings, flags: Sequence[str]) -> bool:
     """Return whether the store has all derivations that were found."""
-    root = flags[flags.index("--store") + 1].rstrip("/") if "--store" in flags else ""
+    root = store_root(flags)
     return all(Path(f"{root}{each.drv}").is_file() for _, each in kept.found if isinstance(each, EvaluatedRoot))
 
 
@@ -205,14 +254,34 @@ class _Round:
                 if (place.source, place.at, place.path) not in given:
                     yield place, finding
 
-    async def at_places(self, places: Sequence[AttrPlace]) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
+    async def at_places(
+        self, places: Sequence[AttrPlace], imports: ImportStore | None = None
+    ) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
         """Evaluate places, and what is below them, by evaluators of our own."""
         if not places:
             return
         means = self._means
         findings = findings_of_pool(
-            self._sources, means.limits, env=means.env, on_messages=means.on_messages, places=places
+            self._sources,
+            means.limits,
+            env=means.env,
+            on_messages=means.on_messages,
+            places=places,
+            imports=imports,
         )
         async with aclosing(findings):
+            async for place, finding in findings:
+                yield place, finding
+
+    async def with_imports(self, places: Sequence[AttrPlace]) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
+        """Evaluate places that may import from derivations, by way of their maker if there is one."""
+        places = tuple(places)
+        if not places:
+            return
+        means = self._means
+        async with (
+            open_store(means.imports, means.env) if means.imports else nullcontext() as store,
+            aclosing(self.at_places(places, store)) as findings,
+        ):
             async for place, finding in findings:
                 yield place, finding

@@ -13,6 +13,7 @@ from coordinator.evaluation.cache import EvaluationCache
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.findings import EvaluationMeans, EvaluatorChoice, evaluate
 from coordinator.evaluation.flakes import flake_sources, is_flake
+from coordinator.evaluation.import_store import ImportBuilds
 from coordinator.evaluation.lines import read_attrs, read_lines
 from coordinator.evaluation.messages import advice, error_line, without_noise
 from coordinator.evaluation.model import MAX_NAMED, Evaluation, FailedAttr, parse_drv, some
@@ -56,6 +57,7 @@ async def evaluation_of(
     on_messages: Callable[[str], None],
     choice: EvaluatorChoice = EvaluatorChoice.AUTO,
     cache: EvaluationCache | None = None,
+    imports: ImportBuilds | None = None,
 ) -> Evaluation:
     """Evaluate what is asked for, with the means that `EvaluationMeans` describes.
 
@@ -65,7 +67,7 @@ async def evaluation_of(
     given = await _given(inputs)
     if given is None:
         sources = await _sources(inputs, env)
-        given = await evaluate(sources, EvaluationMeans(limits, env, on_messages, choice, cache))
+        given = await evaluate(sources, EvaluationMeans(limits, env, on_messages, choice, cache, imports))
     if not given.wanted:
         for each in given.failed[:MAX_NAMED]:
             on_messages(each.text)

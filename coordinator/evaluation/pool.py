@@ -11,8 +11,8 @@ import asyncio
 import os
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,7 @@ from typing import Final
 from coordinator.errors import CoordinatorError
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.evaluator import Evaluator, EvaluatorFailed, PlaceAnswer, resident_bytes
+from coordinator.evaluation.import_store import ImportDoor, ImportStore
 from coordinator.evaluation.messages import error_line, position
 from coordinator.evaluation.model import (
     BARE_NAME,
@@ -87,6 +88,7 @@ async def findings_of_pool(
     env: Mapping[str, str],
     on_messages: Callable[[str], None],
     places: Sequence[AttrPlace] | None = None,
+    imports: ImportStore | None = None,
 ) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
     """Evaluate sources; gives each finding with its place as soon as it is there, in no order.
 
@@ -96,11 +98,12 @@ async def findings_of_pool(
         env: Whole environment of the evaluators.
         on_messages: Is given what Nix printed for people of an attribute, in one piece.
         places: Where the evaluation begins; None: at all that is asked.
+        imports: Store through which the evaluators go; None: their own.
 
     Raises:
         EvaluationError: No evaluator can be started.
     """
-    pool = _Pool(sources, limits, env, on_messages, places)
+    pool = _Pool(sources, limits, env, on_messages, places=places, imports=imports)
     task = asyncio.create_task(pool.run())
     task.add_done_callback(lambda _: pool.findings.put_nowait(None))
     try:
@@ -126,13 +129,47 @@ class _Seat:
         self.busy = False
         #: Whether its evaluator was killed because of its memory.
         self.too_large = False
+        #: Place that its evaluator is at.
+        self.place: AttrPlace | None = None
+        self.door: ImportDoor | None = None
+        #: Deadline of the place, and seconds that are left of it while builds that it waits for go on.
+        self._deadline: asyncio.Timeout | None = None
+        self._left_s: float | None = None
+        self._builds = 0
 
     async def leave(self) -> None:
         """End its evaluator, if there is one."""
         evaluator, self.evaluator = self.evaluator, None
+        door, self.door = self.door, None
         self.memory_bytes = 0
         if evaluator is not None:
             await evaluator.close()
+        if door is not None:
+            door.close()
+
+    @asynccontextmanager
+    async def deadline(self, timeout_s: float | None) -> AsyncIterator[None]:
+        """End the block after so many seconds, without those in which a build goes on that it waits for."""
+        self._left_s = timeout_s
+        async with asyncio.timeout(None if self._builds else timeout_s) as deadline:
+            self._deadline = deadline
+            try:
+                yield
+            finally:
+                self._deadline = None
+
+    def build_begins(self) -> None:
+        """Stop the clock of the place."""
+        self._builds += 1
+        if self._builds == 1 and self._deadline is not None and (when := self._deadline.when()) is not None:
+            self._left_s = when - asyncio.get_running_loop().time()
+            self._deadline.reschedule(None)
+
+    def build_ended(self) -> None:
+        """Let the clock of the place go on."""
+        self._builds -= 1
+        if not self._builds and self._deadline is not None and self._left_s is not None:
+            self._deadline.reschedule(asyncio.get_running_loop().time() + self._left_s)
 
 
 class _Pool:
@@ -142,7 +179,9 @@ class _Pool:
         limits: PoolLimits,
         env: Mapping[str, str],
         on_messages: Callable[[str], None],
+        *,
         places: Sequence[AttrPlace] | None,
+        imports: ImportStore | None,
     ) -> None:
         self.findings: asyncio.Queue[tuple[AttrPlace, Finding] | None] = asyncio.Queue()
         #: Bounds `findings`; the end of the pool has a place beside it.
@@ -151,6 +190,7 @@ class _Pool:
         self._limits = limits
         self._env = env
         self._on_messages = on_messages
+        self._imports = imports
         self._token = f"drover-{secrets.token_hex(16)}"
         whole = (AttrPlace(source, at) for source, each in enumerate(sources) for at in range(len(each.asked)))
         self._waiting: deque[AttrPlace] = deque(whole if places is None else places)
@@ -234,9 +274,9 @@ class _Pool:
         evaluator = await self._evaluator(seat, places[0].source)
         await evaluator.visit(places)
         while places and seat.evaluator is evaluator:
-            place = places.popleft()
+            place = seat.place = places.popleft()
             try:
-                async with asyncio.timeout(self._limits.timeout_s):
+                async with seat.deadline(self._limits.timeout_s):
                     answer, messages = await evaluator.answer()
             except TimeoutError:
                 await seat.leave()
@@ -262,7 +302,7 @@ class _Pool:
             try:
                 async with self._starting, asyncio.timeout(self._limits.timeout_s):
                     seat.evaluator = await Evaluator.start(
-                        self._sources[source],
+                        await self._through_door(seat, self._sources[source]),
                         token=self._token,
                         env=self._env,
                         memory_bytes=self._limits.memory_bytes,
@@ -275,6 +315,18 @@ class _Pool:
                 self._on_messages(failed.messages)
                 raise EvaluationError(f"{failed}; correct {self._sources[source].name} or the arguments") from None
         return seat.evaluator
+
+    async def _through_door(self, seat: _Seat, source: NixValue) -> NixValue:
+        """Return the source as it is evaluated in this seat."""
+        if self._imports is None:
+            return source
+        seat.door = await self._imports.door(
+            source,
+            lambda: self._attr(seat.place) if seat.place is not None else "",
+            seat.build_begins,
+            seat.build_ended,
+        )
+        return seat.door.source(source)
 
     async def _take(self, place: AttrPlace, answer: PlaceAnswer | None, messages: str) -> None:
         if answer is None:

@@ -1,7 +1,8 @@
 """An asyncio client of the Nix daemon's worker protocol.
 
 `wire` is the codec without I/O, `values` what travels, `events` what a build reports, `child` and `channel` the stream,
-`framed` uploads, `connection` the requests. Everything that other rooms need is named here.
+`framed` uploads, `connection` the requests, `proxy` what stands between another client and a daemon. Everything that
+other rooms need is named here.
 """
 
 from infra.daemon.confinement import UNCONFINED, Confinement, Network
