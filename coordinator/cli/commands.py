@@ -37,13 +37,13 @@ from coordinator.cli.options import (
     sectioned,
 )
 from coordinator.cli.question_commands import diff, eta, history, log, story, top, trace, why
+from coordinator.cli.rebuild_commands import rebuild
 from coordinator.cli.sections import SectionedGroup
 from coordinator.errors import CoordinatorError
 from coordinator.terminal_controls import harmless
 
 #: What a shell shows for a program that was ended by SIGPIPE.
 READER_GONE = 141
-
 
 #: The end of `drover --help`. A lone \b keeps click from joining the lines below it.
 EPILOG = """\b
@@ -224,7 +224,7 @@ def completion(shell: str) -> int:
 for _command in (
     *(up, head, worker, workers, drain),
     *(log, why, diff, eta, top, story, trace, history),
-    *(bisect, cache, doctor),
+    *(bisect, cache, doctor, rebuild),
 ):
     cli.add_command(_command)
 

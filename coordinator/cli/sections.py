@@ -8,7 +8,7 @@ import click
 
 #: Heading -> commands below it. A command of none stands below the last heading.
 SECTIONS: Final = {
-    "Build": ("build", "watch", "status", "cancel", "retry"),
+    "Build": ("build", "rebuild", "watch", "status", "cancel", "retry"),
     "Ask": ("why", "log", "story", "diff", "bisect", "eta", "history", "trace", "top", "workers"),
     "Use a cache": ("doctor",),
     "Run a farm": ("up", "worker", "head", "drain", "cache", "completion"),
@@ -28,6 +28,11 @@ EXAMPLES: Final = {
         "drover build release.nix --label nightly --detach",
         "drover build .#checks",
         "drover build default.nix -A hello --fetch",
+    ),
+    "rebuild": (
+        "drover rebuild --base main",
+        "drover rebuild --base main --head my-branch --dry-run",
+        "drover rebuild --base main --only 'python3*' --markdown comment.markdown",
     ),
     "watch": (
         "drover watch 4f086d30cb",

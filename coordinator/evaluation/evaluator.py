@@ -68,6 +68,7 @@ class PlaceAnswer(BaseModel):
     drv: str = ""
     output: str = ""
     limits: RootLimits = RootLimits()
+    maintainers: tuple[str, ...] = ()
     #: Names of a set that is entered.
     names: tuple[str, ...] = ()
     #: Length of a list that is entered.
@@ -87,7 +88,8 @@ class PlaceAnswer(BaseModel):
         if drv is None:
             return FailedAttr(attr, f"its derivation is {self.drv[:200]!r}, which is no path of one")
         outputs = () if self.output == "out" else (self.output,)
-        return EvaluatedRoot(attr or drv.attr, drv.drv, outputs, self.limits if self.limits != RootLimits() else None)
+        limits = self.limits if self.limits != RootLimits() else None
+        return EvaluatedRoot(attr or drv.attr, drv.drv, outputs, limits, self.maintainers)
 
 
 class Evaluator:

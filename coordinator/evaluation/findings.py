@@ -77,17 +77,21 @@ async def evaluate(sources: Sequence[NixValue], means: EvaluationMeans) -> Evalu
     async with aclosing(findings_of(sources, means)) as findings:
         found = sorted([each async for each in findings], key=lambda each: each[0].order)
     wanted: dict[tuple[int, int, str, tuple[str, ...], RootLimits | None], EvaluatedRoot] = {}
+    aliases: dict[str, EvaluatedRoot] = {}
     left_out: dict[str, LeftOut] = {}
     failed: dict[str, FailedAttr] = {}
     for place, finding in found:
         match finding:
             case EvaluatedRoot(_, drv, outputs, its_limits):
-                wanted.setdefault((place.source, place.at, drv, outputs, its_limits), finding)
+                first = wanted.setdefault((place.source, place.at, drv, outputs, its_limits), finding)
+                if first.attr != finding.attr:
+                    aliases.setdefault(finding.attr, finding)
             case LeftOut(attr):
                 left_out.setdefault(attr, finding)
             case FailedAttr(attr):
                 failed.setdefault(attr, finding)
-    return Evaluation(tuple(wanted.values()), tuple(left_out.values()), tuple(failed.values()))
+    others = tuple(aliases.values())
+    return Evaluation(tuple(wanted.values()), tuple(left_out.values()), tuple(failed.values()), others)
 
 
 async def findings_of(sources: Sequence[NixValue], means: EvaluationMeans) -> AsyncGenerator[tuple[AttrPlace, Finding]]:

@@ -56,6 +56,8 @@ class EvaluatedRoot:
     outputs: tuple[str, ...] = ()
     #: What its `meta` says; None where it says nothing.
     limits: RootLimits | None = None
+    #: What its `meta` calls its maintainers, by their first name of these: on GitHub, name, address.
+    maintainers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,8 @@ class Evaluation:
     wanted: tuple[EvaluatedRoot, ...]
     left_out: tuple[LeftOut, ...] = ()
     failed: tuple[FailedAttr, ...] = ()
+    #: Further attributes of derivations that are wanted already.
+    aliases: tuple[EvaluatedRoot, ...] = ()
 
 
 def parse_drv(text: str) -> EvaluatedRoot | None:

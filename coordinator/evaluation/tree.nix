@@ -73,11 +73,25 @@ let
 
   roots = map (paths: node (builtins.foldl' select { value = root; done = [ ]; } (chosen paths)).value) asked;
 
+  # Names of people, as far as they can be evaluated.
+  maintainers = found:
+    let
+      nameOf = each:
+        if builtins.isString each then each
+        else if builtins.isAttrs each then each.github or each.name or each.email or null
+        else null;
+      all = found.meta.maintainers or [ ];
+      names = builtins.filter builtins.isString (map nameOf (if builtins.isList all then all else [ ]));
+      tried = builtins.tryEval (builtins.deepSeq names names);
+    in
+    if tried.success then tried.value else [ ];
+
   derivationAt = found:
     let limit = name: number (found.meta.drover.${name} or 0); in
     {
       drv = builtins.unsafeDiscardStringContext found.drvPath;
       output = found.outputName or "out";
+      maintainers = maintainers found;
       limits = {
         timeout_s = number (found.meta.timeout or 0);
         silence_s = number (found.meta.maxSilent or 0);
@@ -106,7 +120,7 @@ let
   marked = finding: throw "${token} ${builtins.toJSON finding}";
   job = found:
     let its = derivationAt found; in
-    found // { meta = { inherit (its) output limits; }; };
+    found // { meta = { inherit (its) output limits maintainers; }; };
   jobs = depth: value:
     if isDerivation value then job value
     else if depth >= maxDepth then marked { endless = true; }

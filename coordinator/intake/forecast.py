@@ -13,7 +13,6 @@ import statistics
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Final
 
 from coordinator.api.models import StepStatus
@@ -135,49 +134,24 @@ class Forecaster:
         found = await in_slices(
             estimating(steps, lambda step: Outlook((self,), step.kind, step.cost.rest), self._slots, [self])
         )
-        estimate: Estimate[_PlannedStep] | None = found.get(self)
-        now = Counter(states[step.key].state for step in steps)
-        builds = [step.cost.build_s for step in steps if step.cost.build_s is not None]
-        processors = [step.cost.cpu_s for step in steps if step.cost.cpu_s is not None]
-        bound_kind = None if estimate is None else estimate.bound_kind
-        return ForecastView(
-            roots=tuple(states[key] for key in plan.roots),
-            derivations=plan.derivations,
-            steps=len(steps),
-            cached=plan.cached,
-            failed=now["failed"],
-            running=now["running"],
-            systems=self._systems(steps),
-            inputs=inputs,
-            input_bytes=input_bytes,
-            build_s=sum(builds),
-            unknown=len(steps) - len(builds),
-            cpu_s=sum(processors),
-            cpu_unknown=len(steps) - len(processors),
-            sooner_s=0.0 if estimate is None else estimate.sooner_s,
-            later_s=0.0 if estimate is None else estimate.later_s,
-            bound="" if estimate is None else estimate.bound,
-            bound_system="" if bound_kind is None else bound_kind.system,
-        )
+        slots = {kind.system: self._slots(kind) for kind in {Requirements(step.kind.system, ()) for step in steps}}
+        return await asyncio.to_thread(_view, plan, states, found.get(self), slots, (inputs, input_bytes))
 
     async def _price(self, steps: Sequence[_PlannedStep]) -> None:
         """Give steps their costs, as far as the database of timings has them."""
-        packages = iter(dict.fromkeys((package_of(step.name), step.kind.system) for step in steps))
+        packages = await asyncio.to_thread(_packages, steps)
         known: dict[tuple[str, str], _Cost] = {}
-        left = MAX_PACKAGES
         with contextlib.suppress(TimingsError):
             await self._flush()
-        while left and (some := list(islice(packages, min(left, PACKAGES_AT_ONCE)))):
-            left -= len(some)
+        for start in range(0, len(packages), PACKAGES_AT_ONCE):
+            some = packages[start : start + PACKAGES_AT_ONCE]
             try:
                 costs = await self._costs(some, BUILDS)
             except TimingsError:
                 # What is not known is counted as such.
                 break
             known.update((package, _cost(its)) for package, its in costs.items())
-        nothing = _Cost()
-        for step in steps:
-            step.cost = known.get((package_of(step.name), step.kind.system), nothing)
+        await asyncio.to_thread(_give_costs, steps, known)
 
     async def _inputs(self, paths: Sequence[str]) -> tuple[int, int]:
         """Return how many of some paths the cache has, and the bytes of their objects."""
@@ -214,20 +188,65 @@ class Forecaster:
     def _slots(self, kind: Requirements) -> int:
         return sum(self._views.workforce.slots(name) for name in self._farm.serving(kind))
 
-    def _systems(self, steps: Sequence[_PlannedStep]) -> tuple[SystemForecast, ...]:
-        by_system: dict[str, list[_PlannedStep]] = {}
-        for step in steps:
-            by_system.setdefault(step.kind.system, []).append(step)
-        return tuple(
-            SystemForecast(
-                system=system,
-                steps=len(its),
-                unknown=sum(step.cost.build_s is None for step in its),
-                build_s=sum(step.cost.build_s or 0.0 for step in its),
-                slots=self._slots(Requirements(system, ())),
-            )
-            for system, its in sorted(by_system.items())
+
+def _view(
+    plan: _Plan,
+    states: Mapping[StepKey, RootForecast],
+    estimate: Estimate[_PlannedStep] | None,
+    slots: Mapping[str, int],
+    inputs: tuple[int, int],
+) -> ForecastView:
+    """Render a forecast; `inputs` are the number of outputs and the bytes of their objects."""
+    steps = plan.steps
+    now = Counter(states[step.key].state for step in steps)
+    builds = [step.cost.build_s for step in steps if step.cost.build_s is not None]
+    processors = [step.cost.cpu_s for step in steps if step.cost.cpu_s is not None]
+    bound_kind = None if estimate is None else estimate.bound_kind
+    return ForecastView(
+        roots=tuple([states[key] for key in plan.roots]),
+        derivations=plan.derivations,
+        steps=len(steps),
+        cached=plan.cached,
+        failed=now["failed"],
+        running=now["running"],
+        systems=_systems(steps, slots),
+        inputs=inputs[0],
+        input_bytes=inputs[1],
+        build_s=sum(builds),
+        unknown=len(steps) - len(builds),
+        cpu_s=sum(processors),
+        cpu_unknown=len(steps) - len(processors),
+        sooner_s=0.0 if estimate is None else estimate.sooner_s,
+        later_s=0.0 if estimate is None else estimate.later_s,
+        bound="" if estimate is None else estimate.bound,
+        bound_system="" if bound_kind is None else bound_kind.system,
+    )
+
+
+def _systems(steps: Sequence[_PlannedStep], slots: Mapping[str, int]) -> tuple[SystemForecast, ...]:
+    by_system: dict[str, list[_PlannedStep]] = {}
+    for step in steps:
+        by_system.setdefault(step.kind.system, []).append(step)
+    return tuple(
+        SystemForecast(
+            system=system,
+            steps=len(its),
+            unknown=sum(step.cost.build_s is None for step in its),
+            build_s=sum(step.cost.build_s or 0.0 for step in its),
+            slots=slots[system],
         )
+        for system, its in sorted(by_system.items())
+    )
+
+
+def _packages(steps: Sequence[_PlannedStep]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((package_of(step.name), step.kind.system) for step in steps))[:MAX_PACKAGES]
+
+
+def _give_costs(steps: Sequence[_PlannedStep], known: Mapping[tuple[str, str], _Cost]) -> None:
+    nothing = _Cost()
+    for step in steps:
+        step.cost = known.get((package_of(step.name), step.kind.system), nothing)
 
 
 def _cost(builds: Sequence[tuple[float, float | None]]) -> _Cost:

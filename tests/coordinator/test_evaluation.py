@@ -218,6 +218,19 @@ async def test_limits_and_names_hold_whichever_way_a_root_came_about(flags: tupl
     assert await said(single) == {"x": seconds(1)}
 
 
+async def test_maintainers_and_further_names_of_a_derivation_are_found(flags: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "people.nix"
+    file.write_text(
+        """let
+          make = name: meta: derivation { inherit name; system = "s"; builder = "b"; } // { inherit meta; };
+          a = make "a" { maintainers = [ { github = "ada"; name = "Ada"; } { name = "Bob"; } "eve" { } 3 ]; };
+        in { inherit a; z = a; b = make "b" { maintainers = throw "x"; }; c = make "c" { maintainers = 1; }; }"""
+    )
+    found = await evaluated(str(file), flags=flags)
+    assert {each.attr: each.maintainers for each in found.wanted} == {"a": ("ada", "Bob", "eve"), "b": (), "c": ()}
+    assert [(each.attr, each.drv) for each in found.aliases] == [("z", found.wanted[0].drv)]
+
+
 async def test_attributes_that_nix_leaves_out_of_a_set_are_named(flags: tuple[str, ...], tmp_path: Path) -> None:
     file = tmp_path / "nested.nix"
     file.write_text(
