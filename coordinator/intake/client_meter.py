@@ -5,15 +5,27 @@ The farm does not evaluate: clients do, and say with each submission how long th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
-from coordinator.api.requests import SubmitRequest
+from coordinator.api.requests import ClientStage, SubmitRequest
 from infra.histogram import Histogram
 
 #: Stages of a client, in order.
 STAGES: Final = ("evaluate", "closure", "upload")
 #: Longest stage that is believed, seconds: a client's clock may jump, and one value must not bend a sum for ever.
 LONGEST_S: Final = 86_400.0
+
+
+def placed(stages: Sequence[ClientStage], received_at: float) -> tuple[tuple[str, float, float], ...]:
+    """Return stages by the coordinator's clock: the last one ended when the request that carries them was received.
+
+    However wrong a client's clock is, its stages keep their lengths and lie together before that moment.
+    """
+    ahead = max((stage.end for stage in stages), default=0.0) - received_at
+    earliest = received_at - LONGEST_S
+    times = ((stage.name, max(earliest, stage.begin - ahead), max(earliest, stage.end - ahead)) for stage in stages)
+    return tuple((name, begin, max(begin, end)) for name, begin, end in times)
 
 
 class ClientMeter:

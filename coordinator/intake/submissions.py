@@ -16,7 +16,7 @@ from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.api.requests import RootLimits, RootRequest, SubmitRequest
 from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError, IntakeError
-from coordinator.intake.client_meter import ClientMeter
+from coordinator.intake.client_meter import ClientMeter, placed
 from coordinator.intake.graph import Planned
 from coordinator.intake.intake import Intake
 from coordinator.journal.codec import SubmissionNote, encode_note
@@ -48,7 +48,7 @@ class Submissions:
     async def _submit(self, wish: SubmitRequest) -> SubmissionRow:
         asked_at = self._engine.now()
         planned = await self._intake.submit(wish)
-        stages = tuple((stage.name, stage.begin, stage.end) for stage in wish.stages)
+        stages = placed(wish.stages, asked_at)
         note = SubmissionNote(wish.label, planned.roots, planned.derivations, wish.traceparent, stages)
         name = SubmissionId(secrets.token_hex(5))
 

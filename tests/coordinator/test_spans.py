@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.api.models import SubmissionState
+from coordinator.api.requests import ClientStage
 from coordinator.api.trace_context import TraceContext, parse_traceparent
+from coordinator.intake.client_meter import LONGEST_S, placed
 from coordinator.observability import trace_names as names
 from coordinator.observability.spans import Trace, attempt_spans, submission_spans, unended_step_spans
 from coordinator.stores.timings import AttemptTiming, Measured, Outcome
@@ -86,6 +88,21 @@ def test_an_attempt_that_ends_in_another_trace_than_its_worker_knew_is_linked_to
         kept = timing(measured=Measured(traceparent=str(named)))
         [attempt] = [span for span in attempt_spans(kept, [ONE]) if span.name == "attempt"]
         assert (attempt.span_id, attempt.links) == (own.span_id, links)
+
+
+@given(off=st.floats(-1e9, 1e9), took_s=st.floats(0.0, 3600.0))
+def test_a_clients_clock_that_is_off_bends_no_trace(off: float, took_s: float) -> None:
+    begin = 2e9 + off
+    stages = [
+        ClientStage(name="evaluate", begin=begin, end=begin + took_s),
+        ClientStage(name="upload", begin=begin + took_s, end=begin + took_s + 1.0),
+    ]
+    [evaluated, uploaded] = placed(stages, 5000.0)
+    assert uploaded[2] == pytest.approx(5000.0, abs=1e-5)
+    assert evaluated[2] - evaluated[1] == pytest.approx(took_s, abs=1e-5)
+    assert evaluated[2] == pytest.approx(uploaded[1], abs=1e-5)
+    [one, other] = placed([ClientStage(name="evaluate", begin=0, end=1), stages[1]], 1e6)
+    assert 1e6 - LONGEST_S == one[1] == one[2] < other[1], "a stage that began with the epoch is cut"
 
 
 def test_a_step_that_two_submissions_want_is_in_the_first_trace_and_linked_from_the_other() -> None:
