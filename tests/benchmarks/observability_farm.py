@@ -1,10 +1,15 @@
 """The coordinator of `bench observability`: the real one, with one submission over an agent that is a stand-in.
 
-    python -m tests.benchmarks.observability_farm PLAN
+    python -m tests.benchmarks.observability_farm build PLAN
+    python -m tests.benchmarks.observability_farm seed  PLAN
+    python -m tests.benchmarks.observability_farm serve PLAN
 
-PLAN is a `restart_farm.Plan`. Says where it answers as one line of JSON (`Place`), once the submission is in and some
-of it is built. Then `build N` on standard input builds N more and is answered with the time of their report, by the
-clock that all processes of a machine share.
+PLAN is a `restart_farm.Plan`. `build` says where it answers as one line of JSON (`Place`), once the submission is in
+and and some of it is built. Then `build N` on standard input builds N more and is answered with the time of their
+report, by the clock that all processes of a machine share.
+
+`seed` leaves a state directory as `restart_farm` does, with the timings of as many attempts as there are steps; `serve`
+starts on it and says where it answers.
 """
 
 from __future__ import annotations
@@ -23,11 +28,13 @@ from pydantic import BaseModel, ConfigDict
 
 from coordinator.config import LimitSettings
 from coordinator.http import connections
-from coordinator.main import open_coordinator
+from coordinator.main import Coordinator, open_coordinator
+from coordinator.stores.timings import AttemptTiming, Measured, TimingStore
 from infra.nix.nar import NarData, NarFile, write_events
+from infra.nix.store_path import package_of
 from infra.objects.nar_writer import upload_nar
 from infra.objects.store import ObjectStore, open_object_store
-from tests.benchmarks.restart_farm import HEARTBEAT_S, REPORTED, WORKER, Leases, Plan, StandIn, submit
+from tests.benchmarks.restart_farm import HEARTBEAT_S, REPORTED, SYSTEM, WORKER, Leases, Plan, StandIn, seed, submit
 from tests.support.cache import narinfo_of
 from workers.wire.fleet import Fleet, Sink, WorkerConnected, WorkerSpoke
 from workers.wire.messages import FarmInfo, LeaseOrder, Output, Report, Succeeded
@@ -36,6 +43,10 @@ from workers.wire.messages import FarmInfo, LeaseOrder, Output, Report, Succeede
 WATCHERS: Final = 2_100
 #: Seconds after which a client that takes nothing is left; 300 would keep the bench waiting.
 UNREAD_S: Final = 5.0
+#: Workers of the seeded timings, slots of each, and rows of one transaction.
+TIMED_WORKERS: Final = 40
+TIMED_SLOTS: Final = 16
+SAVED: Final = 2_000
 #: Seconds after which a worker that has nothing to build looks for orders again.
 ORDERS_WITHIN_S: Final = 0.02
 
@@ -119,7 +130,61 @@ async def _commands() -> asyncio.StreamReader:
     return reader
 
 
-async def main(plan: Plan) -> None:
+async def seed_with_timings(plan: Plan) -> None:
+    """Leave a state directory whose timings have an attempt for each step: of the built ones, some more than one."""
+    began = time.time()
+    submission, built = await seed(plan)
+    store = TimingStore.open(plan.settings.database_url("timings"))
+    try:
+        await store.prepare()
+        rows = _timings(submission, [str(lease.step) for lease in built], plan.steps, began, time.time())
+        for first in range(0, len(rows), SAVED):
+            await store.save(rows[first : first + SAVED])
+    finally:
+        await store.close()
+
+
+def _timings(submission: str, steps: Sequence[str], count: int, since: float, until: float) -> list[AttemptTiming]:
+    """Make attempts that keep the slots of `TIMED_WORKERS` workers busy; what comes round again had failed before."""
+    slots = TIMED_WORKERS * TIMED_SLOTS
+    each_s = (until - since) * slots / count
+    rows = []
+    for number in range(count):
+        turn, slot = divmod(number, slots)
+        step = steps[number % len(steps)]
+        leased_at = since + turn * each_s
+        again = number + len(steps) < count
+        name = step.partition("-")[2]
+        rows.append(
+            AttemptTiming(
+                step=step, attempt=2 - again if number >= len(steps) or again else 1, recipe=0, name=name,
+                package=package_of(name), system=SYSTEM, worker=f"builder-{slot // TIMED_SLOTS}", isolation="A",
+                submitted_at=since, ready_at=leased_at - each_s / 2, leased_at=leased_at,
+                built_at=leased_at + 0.8 * each_s, ended_at=leased_at + 0.9 * each_s,
+                outcome="retried" if again else "done", reason="infrastructure" if again else None,
+                build_s=0.7 * each_s, cpu_s=0.6 * each_s, peak_memory_bytes=100 << 20, output_bytes=200,
+                wanted_by=submission,
+                measured=Measured(spans=[("inputs", leased_at, 0.1 * each_s), ("build", leased_at, 0.7 * each_s)]),
+            )
+        )  # fmt: skip
+    return rows
+
+
+async def serve_seeded(plan: Plan) -> None:
+    """Run on what `seed` left until killed."""
+    fleet: Fleet = StandIn(plan)
+    async with open_coordinator(plan.settings, lambda _info: nullcontext(fleet)) as coordinator:
+        print(_place(coordinator).model_dump_json(), flush=True)
+        await asyncio.get_running_loop().create_future()
+
+
+def _place(coordinator: Coordinator) -> Place:
+    (row,) = coordinator.views.submissions_after("", 1)
+    ready = coordinator.ready
+    return Place(url=ready.url, token_file=ready.token_file, submission=row.id, pid=os.getpid())
+
+
+async def build(plan: Plan) -> None:
     """Run until standard input ends."""
     plan.state_dir.mkdir(parents=True, exist_ok=True)
     agents: list[BuildingStandIn] = []
@@ -134,10 +199,7 @@ async def main(plan: Plan) -> None:
     async with open_coordinator(settings, fleet) as coordinator:
         await submit(coordinator, plan.steps)
         await agents[0].build(plan.before)
-        (row,) = coordinator.views.submissions_after("", 1)
-        ready = coordinator.ready
-        place = Place(url=ready.url, token_file=ready.token_file, submission=row.id, pid=os.getpid())
-        print(place.model_dump_json(), flush=True)
+        print(_place(coordinator).model_dump_json(), flush=True)
         commands = await _commands()
         while line := await commands.readline():
             began = time.monotonic()
@@ -147,4 +209,5 @@ async def main(plan: Plan) -> None:
 
 if __name__ == "__main__":
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main(Plan.model_validate_json(sys.argv[1])))
+        modes = {"build": build, "seed": seed_with_timings, "serve": serve_seeded}
+        runner.run(modes[sys.argv[1]](Plan.model_validate_json(sys.argv[2])))

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from infra.nix.store_path import package_of
 from tests.benchmarks.observability_farm import Place
 from tests.benchmarks.processes import Repeated, memory_mb, processor_of_all_s, processor_s
 from tests.benchmarks.report import progress
@@ -38,6 +39,8 @@ derivation {{
   args = [ "-c" "/bin/busybox yes \\"{line}\\" | /bin/busybox head -n {lines}; echo > $out" ];
 }}
 """
+#: Lines of the log whose page is measured.
+LOGGED: Final = 1_000_000
 #: A builder that only computes for so many seconds: what any other build costs the one beside it.
 SILENT: Final = """
 derivation {{
@@ -101,24 +104,30 @@ def _submitted(farm: Farm, file: Path) -> str:
 # trivial
 
 
-def trivial(root: Path, runs: int, count: int) -> list[Run]:
+#: Ways in which the farm of `trivial` can be looked at.
+WAYS: Final = ("traces", "metrics", "events", "pages")
+
+
+def trivial(root: Path, pairs: int, count: int, ways: Collection[str]) -> list[Run]:
     with ExitStack() as stack:
         receiver = stack.enter_context(receiving())
         farms = []
-        for name, settings in (("seen", f'otlp_endpoint = "{receiver.url}"'), ("unseen", "")):
+        exports = f'otlp_endpoint = "{receiver.url}"' if "traces" in ways else ""
+        for name, settings in (("seen", exports), ("unseen", "")):
             (root / name).mkdir()
             farm = Farm(root / name, [WorkerSpec("bench", slots=2)], settings=settings)
             stack.callback(farm.stop)
             farm.start().wait_for_workers(1)
-            _built(farm, root / "warm.nix", f"warm-{name}", 20, seen=False)
+            _built(farm, root / "warm.nix", f"warm-{name}", 20)
             farms.append(farm)
         done = []
-        for run in range(runs):
+        for run in range(pairs):
             salt = f"{os.getpid()}-{run}"
             # The other one first in every second run: what a machine does besides falls on both.
             order = farms if run % 2 == 0 else farms[::-1]
             costs = {
-                farm.root.name: _built(farm, root / "run.nix", salt, count, seen=farm is farms[0]) for farm in order
+                farm.root.name: _built(farm, root / "run.nix", salt, count, ways if farm is farms[0] else ())
+                for farm in order
             }
             (seen, seen_own, seen_wall), (unseen, unseen_own, unseen_wall) = costs["seen"], costs["unseen"]
             done.append(Run(seen, unseen, seen_own, unseen_own, seen_wall, unseen_wall))
@@ -126,24 +135,26 @@ def trivial(root: Path, runs: int, count: int) -> list[Run]:
         return done
 
 
-def _built(farm: Farm, file: Path, salt: str, count: int, *, seen: bool) -> tuple[float, float, float]:
+def _built(farm: Farm, file: Path, salt: str, count: int, ways: Collection[str] = ()) -> tuple[float, float, float]:
     """Build; returns seconds of processor of the whole farm and of its coordinator alone, and of wall."""
     file.write_text(EXPRESSION.format(salt=salt, count=count))
     programs = list(processes_naming(str(farm.root)))
     all_s, own_s, began = processor_of_all_s(programs), processor_s(farm.pid), time.monotonic()
     submission = _submitted(farm, file)
     with ExitStack() as stack:
-        if seen:
-            _watch_all(stack, farm, submission)
+        _watch(stack, farm, submission, ways)
         path = f"submissions/{submission}"
         _wait(lambda: farm.api(path)["counts"]["done"] == count, 0.25)
     return processor_of_all_s(programs) - all_s, processor_s(farm.pid) - own_s, time.monotonic() - began
 
 
-def _watch_all(stack: ExitStack, farm: Farm, submission: str) -> None:
+def _watch(stack: ExitStack, farm: Farm, submission: str, ways: Collection[str]) -> None:
     token = _token(farm)
-    stack.enter_context(Repeated(1.0, lambda: get(farm.url, token, "/metrics")))
-    for path in (f"/api/v1/submissions/{submission}/events", f"/live/submissions/{submission}", "/live/farm"):
+    if "metrics" in ways:
+        stack.enter_context(Repeated(1.0, lambda: get(farm.url, token, "/metrics")))
+    events = (f"/api/v1/submissions/{submission}/events",) if "events" in ways else ()
+    pages = (f"/live/submissions/{submission}", "/live/farm") if "pages" in ways else ()
+    for path in (*events, *pages):
         request = urllib.request.Request(farm.url + path, headers={"Authorization": f"Bearer {token}"})
         answer = stack.enter_context(urllib.request.urlopen(request, timeout=60))
         stack.enter_context(Repeated(0.01, answer.read1))
@@ -155,7 +166,27 @@ def _watch_all(stack: ExitStack, farm: Farm, submission: str) -> None:
 @contextmanager
 def coordinator(root: Path, steps: int, before: int) -> Iterator[tuple[Place, subprocess.Popen[str]]]:
     plan = Plan(state_dir=root / "state", steps=steps, before=before, after=0, held=64)
-    command = [sys.executable, "-m", "tests.benchmarks.observability_farm", plan.model_dump_json()]
+    with _place_of("build", plan) as started:
+        yield started
+
+
+@contextmanager
+def seeded_coordinator(root: Path, steps: int) -> Iterator[tuple[Place, subprocess.Popen[str]]]:
+    """Run a coordinator on a submission of which most is built; that these took place is in journal and timings."""
+    plan = Plan(state_dir=root / "state", steps=steps, before=steps * 7 // 10, after=0, held=64)
+    began = time.monotonic()
+    subprocess.run([*_FARM, "seed", plan.model_dump_json()], check=True, stdout=subprocess.DEVNULL)
+    progress(f"{steps} steps are in after {time.monotonic() - began:.0f} s")
+    with _place_of("serve", plan) as started:
+        yield started
+
+
+_FARM: Final = (sys.executable, "-m", "tests.benchmarks.observability_farm")
+
+
+@contextmanager
+def _place_of(mode: str, plan: Plan) -> Iterator[tuple[Place, subprocess.Popen[str]]]:
+    command = [*_FARM, mode, plan.model_dump_json()]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -166,9 +197,7 @@ def coordinator(root: Path, steps: int, before: int) -> Iterator[tuple[Place, su
 
 def pages(root: Path, steps: int, runs: int) -> tuple[list[Page], int]:
     """Measure each page; returns also the number of slices over the house's bound."""
-    began = time.monotonic()
-    with coordinator(root, steps, before=2_000) as (place, _):
-        progress(f"{steps} steps are in after {time.monotonic() - began:.0f} s")
+    with seeded_coordinator(root, steps) as (place, _):
         token = place.token_file.read_text().strip()
         ask = f"/api/v1/submissions/{place.submission}/steps?state="
 
@@ -180,11 +209,21 @@ def pages(root: Path, steps: int, runs: int) -> tuple[list[Page], int]:
         done, running, waiting = map(of_state, ("done", "running", "waiting"))
         within = f"/submissions/{place.submission}"
         paths = ["/", "/submissions", within, f"{within}/steps", f"{within}/steps?state=waiting&after={steps // 2}"]
-        paths += [f"{within}/timeline", "/workers", "/caches/default", f"/packages/{done['name'].partition('-')[0]}"]
+        paths += [f"{within}/timeline", "/timeline", "/workers", f"/packages/{package_of(done['name'])}"]
+        paths += ["/caches/default"]
+        _write_log(root, running["key"])
+        paths += [f"/steps/{running['key']}/log", f"/steps/{running['key']}/log?line={LOGGED // 2}"]
         paths += [f"/steps/{step['key']}" for step in (done, running, waiting)]
         with LoopStalls(place.url) as stalls:
             measured = [_page(place, token, path, runs) for path in paths]
         return measured, stalls.over(SLICE_S)
+
+
+def _write_log(root: Path, step: str) -> None:
+    """Give an attempt a long log, as the coordinator keeps it."""
+    file = root / "state" / "logs" / step[:2] / step / "1.log"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{LINE}\n" * LOGGED)
 
 
 def _page(place: Place, token: str, path: str, runs: int) -> Page:
@@ -211,7 +250,7 @@ def logs(root: Path, lines: int) -> dict[str, object]:
     config.write_text(config.read_text() + f"\n{settings}\n")
     try:
         farm.start().wait_for_workers(1)
-        _built(farm, root / "warm.nix", "warm", 2, seen=False)
+        _built(farm, root / "warm.nix", "warm", 2)
         return _noisy(farm, root, lines, size)
     finally:
         farm.stop()
@@ -236,7 +275,7 @@ def _noisy(farm: Farm, root: Path, lines: int, size: int) -> dict[str, object]:
 
     def build() -> None:
         # Each its own: one that is in the cache already is never counted as done.
-        trivials.append(_built(farm, root / "small.nix", f"small-{next(numbers)}", 1, seen=False)[2])
+        trivials.append(_built(farm, root / "small.nix", f"small-{next(numbers)}", 1)[2])
 
     for _ in range(ALONE):
         build()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -53,3 +54,20 @@ def publish(
             f"{bench}: ours {row['ours']} {unit}, peer {row['peer']} {unit}, "
             f"ratio {row['ratio']} (runs {row['runs']}, spread {row['spread']})"
         )
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Return the median between the ends of its interval: those order statistics that hold it so often.
+
+    It takes no shape of the distribution for granted; with fewer than six values it is their whole range.
+    """
+    ordered, count = sorted(values), len(values)
+    outside = 0.0
+    rank = 0
+    while rank < count // 2:
+        outside += 2 * math.comb(count, rank) / 2**count
+        if outside > 1 - confidence:
+            break
+        rank += 1
+    rank = max(rank - 1, 0)
+    return ordered[rank], statistics.median(ordered), ordered[-1 - rank]

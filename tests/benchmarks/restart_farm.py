@@ -171,6 +171,7 @@ class PastBuilds:
         self._plan = plan
         self._farm = Farm()
         self._running: deque[LeaseId] = deque()
+        self.built: list[LeaseId] = []
 
     async def write(self) -> dict[str, int]:
         """Write them all, with a snapshot between; return what the worker still holds."""
@@ -188,6 +189,7 @@ class PastBuilds:
         while count > 0 and self._running:
             leases = [self._running.popleft() for _ in range(min(REPORTED, count, len(self._running)))]
             count -= len(leases)
+            self.built += leases
             await self._append(*(e.BuildSucceeded(lease, BuilderId(WORKER), _evidence(lease.step)) for lease in leases))
             await self._append(*(e.OutputsPublished(lease) for lease in leases))
 
@@ -228,7 +230,8 @@ def layered(steps: int, seed: int = 1) -> tuple[list[Made], list[Made]]:
     return everything, [made for made in everything if made.drv not in used]
 
 
-async def submit(coordinator: Coordinator, steps: int) -> None:
+async def submit(coordinator: Coordinator, steps: int) -> str:
+    """Submit a layered graph; returns the submission's id."""
     everything, roots = await asyncio.to_thread(layered, steps)
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -239,27 +242,34 @@ async def submit(coordinator: Coordinator, steps: int) -> None:
     wanted = tuple(RootRequest(attr=made.name, drv=made.drv) for made in roots)
     submissions = Submissions(coordinator.engine, coordinator.views, coordinator.intake)
     await submissions.submit(SubmitRequest(roots=wanted, label="bench"))
+    (row,) = coordinator.views.submissions_after("", 1)
+    return row.id
 
 
 async def _is_kept(coordinator: Coordinator) -> bool:
     return any(root.kind == SUBMISSION for root in await coordinator.cache.roots())
 
 
-async def seed(plan: Plan) -> None:
-    """Leave the state directory of a coordinator that was killed while the submission was in flight."""
+async def seed(plan: Plan) -> tuple[str, list[LeaseId]]:
+    """Leave the state directory of a coordinator that was killed while the submission was in flight.
+
+    Returns the submission's id and what has been built.
+    """
     plan.state_dir.mkdir(parents=True, exist_ok=True)
     # A root is declared at the next look, which comes once a minute.
     housekeeping.GAUGES_S = 1.0  # type: ignore[misc]
     async with open_coordinator(plan.settings, no_workers) as coordinator:
-        await submit(coordinator, plan.steps)
+        submission = await submit(coordinator, plan.steps)
         async with asyncio.timeout(SETTLED_WITHIN_S):
             # A submission in flight is among the roots of the cache.
             while not await _is_kept(coordinator):  # noqa: ASYNC110
                 await asyncio.sleep(0.5)
     async with lead_journal(plan.settings, nullcontext(lambda: None), lambda: None) as lead:
-        held = await PastBuilds(lead.journal, plan).write()
+        past = PastBuilds(lead.journal, plan)
+        held = await past.write()
     plan.leases_file.write_text(Leases(held=held).model_dump_json())
     print("seeded", flush=True)
+    return submission, past.built
 
 
 async def serve(plan: Plan) -> None:

@@ -18,6 +18,7 @@ from coordinator.api.web_routes import WEB_ROUTES
 from coordinator.config import LimitSettings, Settings
 from coordinator.http.web.attempts import FETCHES_SHOWN, attempt_lines
 from coordinator.http.web.guards import HEADERS
+from coordinator.http.web.live import PAUSE_S, REST_MOST_S, rest_s
 from coordinator.http.web.texts import age_text, bytes_text, date_text, end_text
 from coordinator.main import open_coordinator
 from coordinator.security.sessions import SESSION_S, Sessions
@@ -94,6 +95,10 @@ def test_a_cookie_opens_the_pages_of_its_own_farm_until_it_expires() -> None:
     assert sessions.is_csrf_token(session, sessions.csrf_token(session))
     assert not sessions.is_csrf_token(session, sessions.csrf_token(other))
     assert not sessions.is_csrf_token(session, "ü")
+
+
+def test_a_watched_page_that_is_costly_is_rendered_less_often_and_not_too_seldom() -> None:
+    assert [rest_s(took_s) for took_s in (0.001, 0.03, 2.0)] == [PAUSE_S / 2, 3.0, REST_MOST_S]
 
 
 async def test_a_page_is_shown_to_a_session_and_to_the_token_and_everybody_else_gets_the_login_form(

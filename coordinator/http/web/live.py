@@ -1,6 +1,7 @@
 """Live parts of pages: server-sent events with the parts that changed since the browser last got them.
 
-Rules: 1. A page that many watch is rendered once a `PAUSE_S` for all of them. 2. Nothing is queued for a browser: one
+Rules: 1. A page that many watch is rendered once a `PAUSE_S` for all of them, and less often where that takes long: a
+watched page may cost a hundredth of a processor. 2. Nothing is queued for a browser: one
 that does not read holds back its own stream alone, and gets the present state when it reads again. 3. Streams are
 bounded in number; a page without one stays as it was when it was loaded.
 """
@@ -19,6 +20,9 @@ from aiohttp import web
 from coordinator.errors import UnavailableError
 from coordinator.http.web.guards import HEADERS
 
+#: A page is rendered again after so many times what it took, but within `REST_MOST_S`.
+REST_FACTOR: Final = 100.0
+REST_MOST_S: Final = 5.0
 #: Seconds between two looks at a page, and of silence before a comment.
 PAUSE_S: Final = 1.0
 COMMENT_S: Final = 10.0
@@ -31,6 +35,11 @@ END: Final = b"event: end\ndata: -\n\n"
 Parts = Callable[[], Awaitable[tuple[Mapping[str, str], bool]]]
 
 
+def rest_s(took_s: float) -> float:
+    """Return the seconds for which a page is not rendered again, by those that it took."""
+    return min(max(PAUSE_S / 2, REST_FACTOR * took_s), REST_MOST_S)
+
+
 @dataclass(slots=True, eq=False)
 class _Watched:
     """A page that is watched, with its parts as last rendered."""
@@ -40,15 +49,17 @@ class _Watched:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     parts: Mapping[str, str] = field(default_factory=dict)
     over: bool = False
-    rendered_at: float = float("-inf")
+    rests_until: float = float("-inf")
 
     async def look(self) -> None:
         """Render anew where that was not done just now."""
         loop = asyncio.get_running_loop()
         async with self.lock:
-            if loop.time() - self.rendered_at >= PAUSE_S / 2:
+            began = loop.time()
+            if began >= self.rests_until:
                 self.parts, self.over = await self.render()
-                self.rendered_at = loop.time()
+                ended = loop.time()
+                self.rests_until = ended + rest_s(ended - began)
 
 
 class LiveStreams:
