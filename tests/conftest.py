@@ -11,6 +11,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.farm import FARMS
+from tests.support.processes import sweep_dead_groups
 
 pytest_plugins = ["tests.support.servers"]
 
@@ -83,6 +84,12 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         for farm in item.config.stash.get(FARMS, []):
             farm.stop()
         item.config.stash[FARMS] = []
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Remove the control groups that farms of earlier runs left, which a farm that is killed cannot."""
+    if not hasattr(session.config, "workerinput"):
+        sweep_dead_groups()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from coordinator.api.difference_models import DifferenceView, RunReasonView
 from coordinator.api.estimates import RunningView, ThroughputView
 from coordinator.api.flakes import WorkerRecordView
-from coordinator.api.models import StepView, WorkerState
+from coordinator.api.models import StepView, TransferView, WorkerState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,8 @@ class SlotView:
     phase: str
     #: 0 where that is not known.
     started_at: float
+    #: Bytes on their way, while it fetches or uploads.
+    transfer: TransferView | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,12 +12,13 @@ from typing import Final
 from rich.cells import cell_len
 
 from coordinator.api.flakes import worker_sentence
+from coordinator.api.models import TransferView
 from coordinator.api.questions import ActivityView, QueueView, SlotView, WorkerActivityView
 from coordinator.cli import exit_status
 from coordinator.cli.eta import rate
 from coordinator.cli.lines import Line, cell, cut, width_of
 from coordinator.cli.live import SIGNS, Window
-from coordinator.cli.rendering import counted, duration, eta_sentence, one_line
+from coordinator.cli.rendering import counted, duration, eta_sentence, one_line, size
 from coordinator.cli.screen import Screen, resizing
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import UnreachableError
@@ -37,6 +38,8 @@ _ENDS: Final = (signal.SIGINT, signal.SIGTERM)
 BLAMED: Final = 3
 #: Cells that the longest name of a step takes.
 NAME_CELLS: Final = 40
+#: Stages in which bytes are on their way.
+_MOVES: Final = frozenset({"fetching", "uploading"})
 #: Stages in which a lease has a slot.
 _IN_SLOT: Final = frozenset({"fetching", "building"})
 
@@ -189,7 +192,15 @@ def _lease(lease: SlotView, now: float, width: int) -> Line:
     sign, colour = SIGNS.get(lease.stage, SIGNS["queued"])
     age = duration(now - lease.started_at) if lease.started_at else ""
     doing = one_line(lease.phase) if lease.phase and lease.stage == "building" else one_line(lease.stage)
+    if lease.transfer is not None and lease.stage in _MOVES:
+        doing = _moved(lease.transfer)
     return [(sign, colour), (cell(one_line(lease.name), width), "bold"), (f"  {age:>6}  ", ""), (doing, "dim")]
+
+
+def _moved(transfer: TransferView) -> str:
+    """Return how far a transfer is, the most telling first because a narrow window cuts the rest."""
+    done, whole = transfer.done_bytes, transfer.size_bytes
+    return f"{min(100, 100 * done // whole)} % of {size(whole)}" if whole else size(done)
 
 
 def _queue_lines(queues: Sequence[QueueView], most: int, width: int) -> list[Line]:

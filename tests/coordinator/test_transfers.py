@@ -9,6 +9,9 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from coordinator.api.models import Ended, StepChanged, TransfersChanged, TransferView
+from coordinator.cli.lines import plain
+from coordinator.cli.live import Window
+from coordinator.cli.top import farm_lines
 from infra.nix.narinfo import NarInfo
 from tests.coordinator.conftest import PATIENCE_S, OpenFarm
 from tests.coordinator.test_web import browser_of
@@ -52,6 +55,8 @@ async def test_a_watcher_and_the_pages_see_the_bytes_of_an_input_while_it_comes(
                     await browser.log_in()
                     for page in ("/", f"/steps/{farm.key_of('it')}", f"/submissions/{submission.id}"):
                         assert HALF.search((await browser.get(page))[1]), page
+                    top = "\n".join(map(plain, farm_lines(await farm.client.activity(), 0.0, Window(200, 50))))
+                    assert re.search(r"↓ it .* 50 % of [\d.]+ KiB", top), top
                     let_go.set()
                 assert not isinstance(event, Ended) or event.submission.state == "succeeded"
         first = seen[0]

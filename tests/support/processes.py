@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from pathlib import Path
 
+from infra.daemon.control_groups import ControlGroups
 from infra.daemon.owner import descendants, parents
 
 #: A builder that does all it can to survive: deaf to SIGTERM, in a session of its own, and forked twice.
@@ -22,6 +25,23 @@ trap '' TERM HUP INT
 ' > /dev/null 2>&1 < /dev/null
 while [ ! -e $PWD/left ]; do :; done
 """
+
+
+#: Name of a control group of drover: its user, the process that made it, and a number.
+_GROUP = re.compile(r"drover-[0-9a-f]{12}-([0-9]+)-[0-9]+")
+
+
+def sweep_dead_groups() -> int:
+    """Remove the control groups of all users whose process has ended; returns how many. Those in use stay."""
+    groups = ControlGroups.found("tests")
+    removed = 0
+    for directory in () if groups is None else groups.parent.glob("drover-*"):
+        made = _GROUP.fullmatch(directory.name)
+        if made is not None and not Path("/proc", made[1]).exists():
+            with suppress(OSError):
+                directory.rmdir()
+                removed += 1
+    return removed
 
 
 def processes_with(text: str) -> list[int]:

@@ -266,7 +266,16 @@ def busy_farm() -> ActivityView:
     def lease(number: int) -> SlotView:
         stage = ("building", "building", "fetching", "uploading", "queued")[number % 5]
         name = f"python3.12-package-number-{number}-1.{number}"
-        return SlotView(step=f"k{number}", name=name, stage=stage, phase="installCheckPhase", started_at=NOW - number)
+        transfer = None
+        if stage == "fetching":
+            transfer = TransferView(
+                direction="fetch", path=f"/nix/store/{'0' * 32}-input-{number}", source="objects",
+                done_bytes=number << 20, size_bytes=900 << 20,
+            )  # fmt: skip
+        return SlotView(
+            step=f"k{number}", name=name, stage=stage, phase="installCheckPhase", started_at=NOW - number,
+            transfer=transfer,
+        )  # fmt: skip
 
     workers = tuple(
         WorkerActivityView(

@@ -234,6 +234,7 @@ class Questions:
                     stage=stage,
                     phase="" if life is None else life.phase,
                     started_at=0.0 if life is None else life.started_at,
+                    transfer=None if life is None else life.transfer,
                 )
             )
         return WorkerActivityView(
