@@ -124,6 +124,9 @@ class LimitSettings(BaseModel):
     #: How long a build waits while no worker that could do it is there, before it fails; 0 is for ever. The time starts
     #: anew when such a worker has been there, and when the coordinator starts.
     give_up_s: Annotated[float, Field(ge=0)] = 24 * 3600.0
+    #: How long a submission whose client still evaluates waits for a sign of its client before it is closed as
+    #: incomplete; what it has goes on building.
+    open_silence_s: Annotated[float, Field(gt=0)] = 15 * 60.0
     #: Failed attempts beyond the first of each build that one submission may cost at once, and again in each hour.
     #: Beyond it what fails of it waits before it is tried again. 0 is no limit.
     retries_per_hour: Annotated[int, Field(ge=0)] = 200

@@ -37,6 +37,13 @@ class NotFoundError(CoordinatorError):
     status: ClassVar[int] = 404
 
 
+class ConflictError(CoordinatorError):
+    """A request comes too late: what it names has moved on."""
+
+    code: ClassVar[str] = "conflict"
+    status: ClassVar[int] = 409
+
+
 class UnavailableError(CoordinatorError):
     """The coordinator is stopping or cannot take more now; trying again later helps."""
 

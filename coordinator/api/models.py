@@ -202,6 +202,15 @@ class RootView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnevaluatedView:
+    """An attribute that could not be evaluated, and why; `attr` empty: the whole of what was asked for."""
+
+    attr: str
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SubmissionView:
     """A submission as people see it. `stuck` holds sentences about steps that no worker can take."""
 
@@ -219,6 +228,13 @@ class SubmissionView:
     #: Bytes of compressed NARs uploaded for this submission's own builds.
     uploaded_bytes: int = 0
     stuck: tuple[str, ...] = ()
+    #: Its client evaluates still: more roots come, and it does not end before they have.
+    open: bool = False
+    #: Why not all of its roots have come, where it was sealed without them.
+    incomplete: str = ""
+    #: The first of `unevaluated` attributes that its client could not evaluate.
+    not_evaluated: tuple[UnevaluatedView, ...] = ()
+    unevaluated: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,6 +375,9 @@ class CountsChanged:
     tree: tuple[TreeNode, ...] = ()
     #: None while it is not worked out, and of an end that has come.
     eta: EtaView | None = None
+    #: As in `SubmissionView`.
+    open: bool = False
+    incomplete: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

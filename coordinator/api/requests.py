@@ -16,6 +16,8 @@ MAX_ROOTS = 100_000
 #: Pairs of one question; outputs are compared at most MAX_OUTPUT_PAIRS at once.
 MAX_PAIRS = 50_000
 MAX_OUTPUT_PAIRS = 500
+#: Attributes that could not be evaluated which a submission keeps.
+MAX_UNEVALUATED = 200
 #: Characters of an output's name; Nix makes it part of a store path's name, which has at most 211.
 MAX_OUTPUT_LENGTH = 211
 
@@ -74,9 +76,11 @@ class ClientStage(Request):
 
 
 class SubmitRequest(Request):
-    """A submission of derivations that the coordinator already has."""
+    """A submission of derivations that the coordinator already has. One that is not `open` has a root."""
 
-    roots: Annotated[tuple[RootRequest, ...], Field(min_length=1, max_length=MAX_ROOTS), FailFast()]
+    roots: Annotated[tuple[RootRequest, ...], Field(max_length=MAX_ROOTS), FailFast()]
+    #: Further roots follow (`GrowRequest`): the submission does not end before it is sealed.
+    open: bool = False
     label: _Text = ""
     #: Build again what is known to fail.
     retry_failed: bool = False
@@ -87,6 +91,35 @@ class SubmitRequest(Request):
     makers: Annotated[tuple[_Text, ...], Field(max_length=MAX_ROOTS), FailFast()] = ()
     #: W3C trace context of the program that submits; text that is none begins a trace of its own.
     traceparent: Annotated[str, Field(max_length=MAX_TRACEPARENT)] = ""
+    stages: Annotated[tuple[ClientStage, ...], Field(max_length=8)] = ()
+
+
+class GrowRequest(Request):
+    """Further roots of an open submission; those that it has already change nothing. None: its client still works."""
+
+    roots: Annotated[tuple[RootRequest, ...], Field(max_length=MAX_ROOTS), FailFast()] = ()
+    #: As in `SubmitRequest`.
+    makers: Annotated[tuple[_Text, ...], Field(max_length=MAX_ROOTS), FailFast()] = ()
+    retry_failed: bool = False
+
+
+class UnevaluatedAttr(Request):
+    """An attribute that could not be evaluated, and why; `attr` empty: the whole of what was asked for."""
+
+    attr: _Text = ""
+    kind: Annotated[str, Field(max_length=64)] = "error"
+    message: _Text = ""
+
+
+class SealRequest(Request):
+    """The end of an open submission's growth."""
+
+    #: The first of those that could not be evaluated, and how many there are.
+    not_evaluated: Annotated[tuple[UnevaluatedAttr, ...], Field(max_length=MAX_UNEVALUATED), FailFast()] = ()
+    unevaluated: Annotated[int, Field(ge=0, le=MAX_ROOTS * 10)] = 0
+    #: Why more was to come, where it was; empty: all roots have come.
+    incomplete: _Text = ""
+    #: What the client did meanwhile.
     stages: Annotated[tuple[ClientStage, ...], Field(max_length=8)] = ()
 
 

@@ -87,6 +87,8 @@ class Content(StrEnum):
 RequestName: TypeAlias = Literal[
     "IntakeQuery",
     "SubmitRequest",
+    "GrowRequest",
+    "SealRequest",
     "DrainRequest",
     "PinRequest",
     "CollectRequest",

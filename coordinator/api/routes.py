@@ -139,6 +139,26 @@ ROOTS: Final = Route(
     summary="The roots of a submission.",
     query=(_IN_STATES,),
 )
+GROW: Final = Route(
+    "POST",
+    f"{_V1}/submissions/{{id}}/roots",
+    Right.API,
+    body="GrowRequest",
+    answer=SubmissionView,
+    errors=(*_NAMED, 409, *_BODY, *_GRAPH),
+    repeats=True,
+    summary="Give an open submission further roots, or none to say that they still come. A repeat changes nothing.",
+)
+SEAL: Final = Route(
+    "POST",
+    f"{_V1}/submissions/{{id}}/seal",
+    Right.API,
+    body="SealRequest",
+    answer=SubmissionView,
+    errors=(*_NAMED, *_BODY),
+    repeats=True,
+    summary="End the growth of an open submission; it ends with its last step. A repeat changes nothing.",
+)
 STEPS: Final = Route(
     "GET",
     f"{_V1}/submissions/{{id}}/steps",
@@ -414,6 +434,8 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     SUBMISSION,
     CANCEL,
     RETRY,
+    GROW,
+    SEAL,
     ROOTS,
     STEPS,
     EVENTS,

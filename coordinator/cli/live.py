@@ -225,6 +225,8 @@ def _totals(progress: Progress, now: float, width: int) -> Line:
     fetched = _fetched(progress)
     if fetched:
         parts["fetched"] = [(f"\u2193 {fetched}", "")]
+    if progress.submission is not None and progress.submission.open:
+        parts["evaluating"] = [(progress.evaluating or "evaluating", "cyan")]
     if progress.submission is not None:
         parts["age"] = [(duration(now - progress.submission.created_at), "")]
     if last:

@@ -57,6 +57,8 @@ class Progress:
     queued: tuple[str, ...] = ()
     #: None while the coordinator has not said when it ends.
     eta: EtaView | None = None
+    #: How far this program's own evaluation is, in words; empty where it does not evaluate.
+    evaluating: str = ""
     #: Steps in a worker's hands, by key.
     running: dict[str, StepView] = field(default_factory=dict)
     #: Steps whose failure was printed, in that order.
@@ -91,6 +93,8 @@ class Progress:
                 self.stuck = event.stuck
                 self.queued = event.queued
                 self.eta = event.eta
+                if self.submission is not None and self.submission.open != event.open:
+                    self.submission = replace(self.submission, open=event.open, incomplete=event.incomplete)
                 self._plant(event.tree)
                 return []
             case Ended():

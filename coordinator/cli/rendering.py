@@ -173,6 +173,8 @@ def heartbeat_line(progress: Progress, now: float) -> str:
     waits = [*progress.stuck, *progress.queued][:WAITS_NAMED]
     why = "; ".join(map(one_line, waits))
     parts = [f"{words} of {counts.total}"]
+    if progress.submission is not None and progress.submission.open:
+        parts.append(progress.evaluating or "evaluating")
     if running:
         parts.append(f"running: {running}{more}")
     if why:
@@ -266,6 +268,7 @@ def summary_lines(submission: SubmissionView, failed: Sequence[StepView], now: f
         same = submission.derivations - counts.total
         lines.append(f"  deduplicated  {same} of {submission.derivations} derivations make what another one makes")
     lines.append(f"  uploaded      {size(submission.uploaded_bytes)}")
+    lines += growth_lines(submission)
     results = [
         f"{root.attr}{'' if name == 'out' else f'.{name}'}  {path}"
         for root in submission.roots
@@ -327,6 +330,19 @@ def _listed(prefix: str, items: Sequence[str], rest: str) -> list[str]:
     return lines
 
 
+def growth_lines(submission: SubmissionView) -> list[str]:
+    """Return what is missing of a submission that its client still evaluates, or did not evaluate as a whole."""
+    lines = ["  evaluating    its client still looks for more to build"] if submission.open else []
+    if submission.incomplete:
+        lines.append(f"  incomplete    {one_line(submission.incomplete)}: what came before that is all there is")
+    if submission.unevaluated:
+        names = [one_line(each.attr) or "all" for each in submission.not_evaluated]
+        more = submission.unevaluated - len(names[:LISTED])
+        rest = f" and {more} more" if more > 0 else ""
+        lines.append(f"  not evaluated {', '.join(names[:LISTED])}{rest}")
+    return lines
+
+
 def status_lines(submission: SubmissionView, steps: Sequence[StepView], now: float) -> list[str]:
     """Return one submission: counts, what runs, what failed, and why nothing happens where nothing does."""
     if submission.state is not SubmissionState.RUNNING:
@@ -336,6 +352,7 @@ def status_lines(submission: SubmissionView, steps: Sequence[StepView], now: flo
     lines = [
         f"running: submission {submission.id}{label} since {duration(now - submission.created_at)}",
         f"  {words} of {submission.counts.total}",
+        *growth_lines(submission),
     ]
     active = [step for step in steps if step.state in {StepStatus.RUNNING, StepStatus.PUBLISHING}]
     rows = [
@@ -361,7 +378,7 @@ def submission_rows(submissions: Sequence[SubmissionView], now: float) -> list[t
         rows.append(
             (
                 submission.id,
-                submission.state.value,
+                "evaluating" if submission.open else submission.state.value,
                 duration(now - submission.created_at),
                 f"{counts.done + counts.held}/{counts.total}",
                 str(counts.failed + counts.doomed),

@@ -48,7 +48,16 @@ from coordinator.client.transport import ANSWER_S, Transport
 from coordinator.errors import UnavailableError
 
 if TYPE_CHECKING:
-    from coordinator.api.requests import ForecastQuery, IntakeQuery, PairsQuery, PinRequest, Request, SubmitRequest
+    from coordinator.api.requests import (
+        ForecastQuery,
+        GrowRequest,
+        IntakeQuery,
+        PairsQuery,
+        PinRequest,
+        Request,
+        SealRequest,
+        SubmitRequest,
+    )
     from infra.retry import RetryBudget
 
 #: Seconds of silence on a stream before it is taken for broken.
@@ -84,6 +93,14 @@ class ApiClient(Transport):
     async def submit(self, request: SubmitRequest) -> SubmissionView:
         """Submit derivations that the coordinator has."""
         return await self._one(routes.SUBMIT, data=_json(request))
+
+    async def grow(self, submission: str, request: GrowRequest) -> SubmissionView:
+        """Give an open submission further roots; a repeat is a no-op."""
+        return await self._one(routes.GROW, {"id": submission}, data=_json(request))
+
+    async def seal(self, submission: str, request: SealRequest) -> SubmissionView:
+        """End the growth of an open submission; a repeat is a no-op."""
+        return await self._one(routes.SEAL, {"id": submission}, data=_json(request))
 
     async def submissions(self, newest: int | None = None) -> list[SubmissionView]:
         """Return the submissions, newest first, all or some, with their first few roots."""

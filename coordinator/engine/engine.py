@@ -21,14 +21,15 @@ from dataclasses import dataclass
 from coordinator.engine.meter import EngineMeter
 from coordinator.engine.replay import replay
 from coordinator.errors import UnavailableError
-from coordinator.journal.codec import StoredNote, SubmissionNote
+from coordinator.journal.codec import SubmissionNote
 from coordinator.journal.journal import Journal
+from coordinator.journal.notes import Note
 from coordinator.readmodel.views import Views
 from infra.clock import Clock
 from infra.collector import collector_paused
 from infra.slices import in_slices
 from scheduler.effects import Effect
-from scheduler.events import Event, SubmissionReceived, TimePassed
+from scheduler.events import Event, SealAsked, SubmissionGrown, SubmissionReceived, TimePassed
 from scheduler.facts import Fact
 from scheduler.farm import Farm
 from scheduler.model import Instant, SubmissionId, SubmissionRefusedError
@@ -37,6 +38,9 @@ from scheduler.model import Instant, SubmissionId, SubmissionRefusedError
 INBOX_MESSAGES = 4096
 #: Messages of one turn: bounds how long the loop keeps others from running.
 TURN_MESSAGES = 1024
+
+#: Events that have a note, and that the core may refuse.
+SubmissionEvent = SubmissionReceived | SubmissionGrown | SealAsked
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +52,8 @@ class _Message:
     events: tuple[Event, ...]
     safe: asyncio.Future[None] | None = None
     #: Its only event, which the core may refuse, and what the journal keeps beside the facts where it does not.
-    submission: SubmissionReceived | None = None
-    note: StoredNote | None = None
+    submission: SubmissionEvent | None = None
+    note: Note | None = None
     refused: bool = False
 
 
@@ -110,8 +114,8 @@ class Engine:
         if events and not self._stopped:
             await self._inbox.put(_Message(tuple(events)))
 
-    async def submit(self, event: SubmissionReceived, note: StoredNote | None = None) -> None:
-        """Hand a submission to the core; returns once what follows from it, and its note, are durable.
+    async def submit(self, event: SubmissionEvent, note: Note | None = None) -> None:
+        """Hand a submission or its growth to the core; returns once what follows from it, and its note, are durable.
 
         Raises `UnavailableError`, and `SubmissionRefusedError` where the core does not take the graph.
         """

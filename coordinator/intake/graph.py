@@ -5,8 +5,8 @@ Everything here walks whole graphs, so callers run it in a thread: a mass rebuil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from coordinator.intake import planning
 from coordinator.intake.errors import MissingMemberError
@@ -27,6 +27,8 @@ class Planned:
     infos: tuple[StepInfo, ...]
     #: Derivations of the submission that stand behind `steps` and `held`.
     derivations: int = 0
+    #: Base names of these derivations, and the step of each.
+    planned: Mapping[str, StepKey] = field(default_factory=dict)
     #: What keeps what the plan stands on until housekeeping knows the submission (`PathLeases`).
     leases: tuple[str, ...] = ()
 
@@ -53,6 +55,8 @@ class Graph:
     #: The submission's own derivations, inputs first.
     own: tuple[str, ...]
     recipes: planning.Recipes
+    #: Steps that an earlier plan of the same submission has, and at which this one ends.
+    known: frozenset[StepKey] = frozenset()
 
     @classmethod
     def build(
@@ -61,13 +65,20 @@ class Graph:
         nodes: Mapping[str, Node],
         members: Mapping[StepKey, Sequence[str]],
         max_recipes: int,
+        known: Collection[str] = frozenset(),
     ) -> Graph:
-        """Return the graph of `roots` among `nodes`; `members` are the recipes that each step has so far."""
+        """Return the graph of `roots` among `nodes`; `members` are the recipes that each step has so far.
+
+        It ends at nodes that are `known`, whose steps have been planned before.
+        """
+        known_steps = frozenset(node.step for name, node in nodes.items() if name in known)
         nodes = planning.with_made_sources(nodes)
         own = planning.closure(roots, nodes)
         others = [drv for places in members.values() for drv in places if drv in nodes]
         order = planning.closure([*roots, *others], nodes)
-        return cls(nodes, tuple(own), planning.assign_recipes(order, nodes, members, max_recipes))
+        order = [name for name in order if nodes[name].step not in known_steps]
+        recipes = planning.assign_recipes(order, nodes, members, max_recipes)
+        return cls(nodes, tuple(own), recipes, known_steps)
 
     def paths(self) -> list[str]:
         """Return all output paths of the graph, and the sources of the submission's own derivations."""
@@ -88,26 +99,34 @@ class Graph:
     def plan(self, roots: tuple[RootNote, ...], absent: set[str], store_dir: str, *, sources_may_lack: bool) -> Planned:
         """Cut the graph where the cache holds it; `absent` are the paths that the cache lacks."""
         held = {node.step for node in self.nodes.values() if not any(path in absent for _, path in node.outputs)}
+        held |= self.known
         stand_in = {self.nodes[name].step: name for name in self.own}
         specs, ends = planning.steps_to_do(
             (root.step for root in roots), self.recipes.by_step, self.nodes, stand_in, held
         )
+        ends = [step for step in ends if step not in self.known]
         to_do = {spec.key for spec in specs}
         reached = to_do.union(ends)
-        count = 0
+        planned: dict[str, StepKey] = {}
         for name in self.own:
             node = self.nodes[name]
-            count += node.step in reached
+            if node.step in reached:
+                planned[name] = node.step
             if node.step in to_do and not sources_may_lack:
                 for source in node.sources:
                     if source in absent:
                         raise MissingMemberError(f"the source {source} of {name} is not in the cache; send it first")
         infos = tuple(self._info(step, stand_in, store_dir) for step in (*(spec.key for spec in specs), *ends))
-        return Planned(roots, tuple(specs), tuple(ends), infos, count)
+        return Planned(roots, tuple(specs), tuple(ends), infos, len(planned), planned)
 
     def _info(self, step: StepKey, stand_in: Mapping[StepKey, str], store_dir: str) -> StepInfo:
         first = self.recipes.by_step[step][0]
         return step_info(self.nodes[first if first in self.nodes else stand_in[step]], store_dir)
+
+
+def cut(node: Node) -> Node:
+    """Return a node at which a graph ends."""
+    return replace(node, needs=(), sources=())
 
 
 def add_nodes(nodes: dict[str, Node], names: Sequence[str], found: Mapping[str, Node]) -> list[str]:

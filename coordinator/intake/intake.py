@@ -7,7 +7,7 @@ The three requests of a client, in order: `missing`, the two streams,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.intake.errors import MissingMemberError, StoreDirError
-from coordinator.intake.graph import Graph, Planned, add_nodes, add_recipes, new_steps
+from coordinator.intake.graph import Graph, Planned, add_nodes, add_recipes, cut, new_steps
 from coordinator.intake.limits import IntakeLimits, require_within
 from coordinator.intake.sources import SourceIntake
 from coordinator.intake.verification import StreamVerifier
@@ -155,15 +155,20 @@ class Intake:
         with self._stream():
             return await self._sources.add(read_sources(_lively(body), limits))
 
-    async def submit(self, request: SubmitRequest, *, sources_may_lack: bool = False) -> Planned:
+    async def submit(
+        self, request: SubmitRequest, *, sources_may_lack: bool = False, known: Collection[str] = frozenset()
+    ) -> Planned:
         """Plan a submission of derivations that are stored: steps, and which of them the cache holds.
 
         The caller gives the plan's `leases` back or attaches them to the submission that it becomes. With
-        `sources_may_lack` steps are planned whose sources the cache has lost: they wait for these.
+        `sources_may_lack` steps are planned whose sources the cache has lost: they wait for these. Derivations that are
+        `known` (base names) have been planned for the same submission: the graph ends there.
 
         Raises:
             IntakeError: A member is not known here, an output does not exist, or the graph is too large.
         """
+        if not request.roots:
+            return Planned((), (), (), ())
         # What walks the whole graph does so in a thread: a mass rebuild has some hundred thousand members.
         wishes = await asyncio.to_thread(lambda: [(root, self._drv_name(root.drv)) for root in request.roots])
         names = await asyncio.to_thread(lambda: list(dict.fromkeys(name for _, name in wishes)))
@@ -172,16 +177,16 @@ class Intake:
         pulled = Pulled()
         try:
             while True:
-                graph = await self._graph(names, list(makers))
+                graph = await self._graph(names, list(makers), known)
                 lease, absent = await self.leases.take(await asyncio.to_thread(graph.paths))
                 leases.append(lease)
                 pulled = await self.pulls.pull(await asyncio.to_thread(graph.lacking, absent))
                 absent -= pulled.paths
                 # Built paths among the sources are made again by what made them for an earlier submission.
-                known = await self._makers(await asyncio.to_thread(graph.lacking, absent))
-                if makers.keys() >= known.keys():
+                again = await self._makers(await asyncio.to_thread(graph.lacking, absent))
+                if makers.keys() >= again.keys():
                     break
-                makers |= known
+                makers |= again
             roots = await asyncio.to_thread(self._roots, wishes, graph.nodes)
             store_dir = self._store_dir.path
             planned = await asyncio.to_thread(graph.plan, roots, absent, store_dir, sources_may_lack=sources_may_lack)
@@ -203,15 +208,15 @@ class Intake:
             IntakeError: As `submit`.
         """
         names = await asyncio.to_thread(lambda: list(dict.fromkeys(map(self._drv_name, drvs))))
-        nodes, members = await self._load(names)
+        nodes, members = await self._load(names, ())
         graph = await asyncio.to_thread(Graph.build, names, nodes, members, self._limits.max_recipes)
         require_within(len(graph.own), self._limits.max_derivations, "derivations")
         return graph
 
-    async def _graph(self, names: Sequence[str], makers: Sequence[str]) -> Graph:
+    async def _graph(self, names: Sequence[str], makers: Sequence[str], known: Collection[str]) -> Graph:
         async with self._planning:
-            nodes, members = await self._load([*names, *makers])
-            graph = await asyncio.to_thread(Graph.build, names, nodes, members, self._limits.max_recipes)
+            nodes, members = await self._load([*names, *makers], known)
+            graph = await asyncio.to_thread(Graph.build, names, nodes, members, self._limits.max_recipes, known)
             require_within(len(graph.own), self._limits.max_derivations, "derivations")
             await self._derivations.add_members(graph.recipes.new)
         return graph
@@ -232,8 +237,10 @@ class Intake:
         limits = ResourceLimits(**root.limits.model_dump()) if root.limits else None
         return RootNote(root.attr, self._store_dir.full(node.drv), node.step, wanted, limits)
 
-    async def _load(self, roots: Sequence[str]) -> tuple[dict[str, Node], dict[StepKey, list[str]]]:
-        """Load the closure of `roots` and of all members of its fixed-output steps."""
+    async def _load(
+        self, roots: Sequence[str], known: Collection[str]
+    ) -> tuple[dict[str, Node], dict[StepKey, list[str]]]:
+        """Load the closure of `roots` and of all members of its fixed-output steps, down to what is `known`."""
         nodes: dict[str, Node] = {}
         members: dict[StepKey, list[str]] = {}
         frontier = list(roots)
@@ -243,8 +250,9 @@ class Intake:
             fresh: list[Node] = []
             while frontier:
                 found = await self._derivations.nodes(frontier)
+                found = {name: cut(node) if name in known else node for name, node in found.items()}
                 frontier = await asyncio.to_thread(add_nodes, nodes, frontier, found)
-                fresh += found.values()
+                fresh += [node for name, node in found.items() if name not in known]
                 require_within(len(nodes), limit, "derivations")
             steps = await asyncio.to_thread(new_steps, fresh, members)
             places = await self._derivations.members(steps)

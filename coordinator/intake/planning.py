@@ -119,6 +119,9 @@ def _leads_to(
             return True, visits
         if step in seen:
             continue
+        if step not in needs:
+            # The graph ends there, and what is below is not known: no further recipe is worth a cycle.
+            return True, visits
         visits -= 1
         seen.add(step)
         stack.extend(needs[step])

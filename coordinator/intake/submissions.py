@@ -15,17 +15,18 @@ from dataclasses import asdict, replace
 from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.api.requests import RootLimits, RootRequest, SubmitRequest
 from coordinator.engine.engine import Engine
-from coordinator.errors import BadRequestError, IntakeError
+from coordinator.errors import BadRequestError, ConflictError, IntakeError
 from coordinator.intake.client_meter import ClientMeter, placed
 from coordinator.intake.graph import Planned
 from coordinator.intake.intake import Intake
 from coordinator.journal.codec import SubmissionNote, encode_note
+from coordinator.journal.notes import Note
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.views import Views
 from infra.collector import collector_paused
 from infra.slices import free_in_slices, in_slices
-from scheduler.events import RetryAsked, SubmissionCancelled, SubmissionReceived
-from scheduler.model import StepKey, SubmissionId, SubmissionRefusedError
+from scheduler.events import RetryAsked, SubmissionCancelled, SubmissionGrown, SubmissionReceived
+from scheduler.model import StepKey, SubmissionClosedError, SubmissionId, SubmissionRefusedError
 
 #: Submissions that one retried step lets run again; the newest.
 RUN_AGAIN_AT_ONCE = 20
@@ -42,6 +43,8 @@ class Submissions:
 
     async def submit(self, wish: SubmitRequest) -> SubmissionRow:
         """Plan a wish and hand it over; returns its row once it is durable."""
+        if not wish.roots and not wish.open:
+            raise IntakeError("a submission has no root; name what it is to build, or open it (`open`) and send roots.")
         with collector_paused():
             return await self._submit(wish)
 
@@ -53,10 +56,17 @@ class Submissions:
         name = SubmissionId(secrets.token_hex(5))
 
         def event(planned: Planned) -> SubmissionReceived:
-            return replace(planned.event(name), asked_at=asked_at, retry_failed=wish.retry_failed, wait_s=wish.wait_s)
+            return replace(
+                planned.event(name),
+                asked_at=asked_at,
+                retry_failed=wish.retry_failed,
+                wait_s=wish.wait_s,
+                open=wish.open,
+            )
 
         row = await self._hand_over(planned, event, note)
-        self.meter.count(wish, planned.derivations)
+        if not wish.open:
+            self.meter.count(wish, planned.derivations)
         objects = planned.objects()
         del planned, note
         await free_in_slices(objects)
@@ -138,13 +148,28 @@ class Submissions:
             # In threads: they list and compress what a large graph has.
             event = await asyncio.to_thread(make, planned)
             stored = None if note is None else await asyncio.to_thread(encode_note, note)
-            # Before the facts: where this is cancelled the submission may yet become known.
+        except Exception:
+            self._intake.leases.give_back(planned.leases)
+            raise
+        # Before the facts: where this is cancelled the submission may yet become known.
+        self._views.add_details({}, {} if note is None else {event.submission: note})
+        return await self.hand_over(planned, event, stored)
+
+    async def hand_over(
+        self, planned: Planned, event: SubmissionReceived | SubmissionGrown, stored: Note | None
+    ) -> SubmissionRow:
+        """Give the event of a plan to the engine, its names to the views, its leases to its submission.
+
+        Raises `IntakeError` where the core refuses the graph, `ConflictError` where the submission grows no more.
+        """
+        try:
             await in_slices(self._views.adding_details(planned.infos))
-            self._views.add_details({}, {} if note is None else {event.submission: note})
             try:
                 await self._engine.submit(event, stored)
             except SubmissionRefusedError as error:
                 await in_slices(self._views.unknowing(planned.infos, event.submission))
+                if isinstance(error, SubmissionClosedError):
+                    raise ConflictError(f"submission {event.submission} takes no further roots: {error}.") from None
                 raise IntakeError(f"the graph of this submission cannot be built: {error}.") from None
             row = self._views.submission(event.submission)
         except Exception:
@@ -172,4 +197,5 @@ def _request(note: SubmissionNote) -> SubmitRequest:
         )
         for root in note.roots
     )
-    return SubmitRequest(roots=roots, label=note.label)
+    # An open one may have none yet.
+    return SubmitRequest(roots=roots, label=note.label, open=not roots)

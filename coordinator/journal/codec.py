@@ -143,6 +143,18 @@ class SubmissionNote:
     #: 2026-11-29.
     traceparent: str = ""
     stages: tuple[tuple[str, float, float], ...] = ()
+    #: Attributes that its client could not evaluate: (attribute, kind, message), the first of `unevaluated`. Absent in
+    #: notes of before 2026-11-30.
+    not_evaluated: tuple[tuple[str, str, str], ...] = ()
+    unevaluated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NoteGrowth:
+    """Part of a note: roots by which an open submission has grown, and the derivations that came with them."""
+
+    roots: tuple[RootNote, ...]
+    derivations: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +266,16 @@ class StoredNote:
 
     own: bytes
     shared: bytes = b""
+    #: What it has grown by since, in order.
+    grown: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGrowth:
+    """A growth of a note as the journal keeps it; `number` counts those of its submission from 0."""
+
+    number: int
+    body: bytes
 
 
 def encode_note(note: SubmissionNote) -> StoredNote:
@@ -265,8 +287,31 @@ def encode_note(note: SubmissionNote) -> StoredNote:
     return StoredNote(own, zstandard.ZstdCompressor(level=3, write_checksum=True).compress(roots))
 
 
+def encode_growth(growth: NoteGrowth, number: int) -> StoredGrowth:
+    """Return what the journal keeps of a growth."""
+    return StoredGrowth(number, zstandard.ZstdCompressor(level=3, write_checksum=True).compress(orjson.dumps(growth)))
+
+
+def _grown(note: SubmissionNote, bodies: Sequence[bytes]) -> SubmissionNote:
+    """Return a note with what it has grown by."""
+    if not bodies:
+        return note
+    try:
+        read = [zstandard.ZstdDecompressor().decompress(body, max_output_size=MAX_FRAME_BYTES) for body in bodies]
+    except zstandard.ZstdError:
+        raise CodecError("the note of a submission is damaged.") from None
+    growths = [_GROWTH.decode(body) for body in read]
+    roots = (*note.roots, *(root for growth in growths for root in growth.roots))
+    derivations = note.derivations + sum(growth.derivations for growth in growths)
+    return dataclasses.replace(note, roots=roots, derivations=derivations)
+
+
 def decode_note(stored: StoredNote) -> SubmissionNote:
     """Read a note back. Raises `CodecError`."""
+    return _grown(_ungrown(stored), stored.grown)
+
+
+def _ungrown(stored: StoredNote) -> SubmissionNote:
     try:
         raw = orjson.loads(stored.own)
         if stored.shared:
@@ -290,11 +335,11 @@ def decode_notes(stored: Mapping[SubmissionId, StoredNote]) -> dict[SubmissionId
     notes: dict[SubmissionId, SubmissionNote] = {}
     roots: dict[bytes, tuple[RootNote, ...]] = {}
     for name, each in stored.items():
-        if each.shared in roots:
+        if each.shared in roots and not each.grown:
             notes[name] = _note(each.own, roots[each.shared])
             continue
         notes[name] = decode_note(each)
-        if each.shared:
+        if each.shared and not each.grown:
             roots[each.shared] = notes[name].roots
     return notes
 
@@ -308,3 +353,4 @@ _RECORD_DECODERS: Mapping[str, RecordDecoder[Any]] = types.MappingProxyType(
     {tag: RecordDecoder(kind) for kind, tag in _RECORD_TAGS.items()}
 )
 _NOTE = RecordDecoder(SubmissionNote)
+_GROWTH = RecordDecoder(NoteGrowth)

@@ -38,7 +38,7 @@ from coordinator.journal import tables
 from coordinator.journal.codec import StoredNote
 from coordinator.journal.errors import FencedError, JournalError, journal_error, translated
 from coordinator.journal.frames import Loaded, decoded, numbered
-from coordinator.journal.notes import forget_notes, read_notes, write_notes
+from coordinator.journal.notes import Note, forget_notes, read_notes, write_notes
 from coordinator.journal.snapshots import Snapshots
 from infra.cache.catalog.database import FencingToken
 from infra.database import PATIENCE_S, may_pass, reason
@@ -202,7 +202,7 @@ class Journal:
             async with self._engine.connect() as connection:
                 return await read_notes(connection)
 
-    async def append(self, facts: Sequence[Fact], notes: Mapping[SubmissionId, StoredNote] | None = None) -> None:
+    async def append(self, facts: Sequence[Fact], notes: Mapping[SubmissionId, Note] | None = None) -> None:
         """Store durable `facts` and `notes` in one commit, without the notes of submissions that they forget.
 
         Returns when they are safe.
@@ -234,17 +234,18 @@ class Journal:
     async def _store(
         self,
         frames: Sequence[dict[str, Any]],
-        notes: Mapping[SubmissionId, StoredNote],
+        notes: Mapping[SubmissionId, Note],
         forgotten: Sequence[SubmissionId],
     ) -> None:
         failed = False
 
         async def store() -> None:
             # After a loss it is not known whether the last attempt was committed.
-            if failed and await self._is_stored(self._seq + len(frames)):
+            if failed and frames and await self._is_stored(self._seq + len(frames)):
                 return
             async with self._engine.begin() as connection:
-                await connection.execute(insert(tables.frames), frames)
+                if frames:
+                    await connection.execute(insert(tables.frames), frames)
                 if notes:
                     await write_notes(connection, notes)
                 if forgotten:

@@ -15,9 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from coordinator.journal.errors import JournalError
 
-#: What this version writes. 1 had no snapshots and no epoch, 2 a whole note for each submission; both are brought up to
-#: date when they are opened.
-FORMAT: Final = 3
+#: What this version writes. 1 had no snapshots and no epoch, 2 a whole note for each submission, 3 no growing ones; all
+#: are brought up to date when they are opened.
+FORMAT: Final = 4
 _FIRST_WITH_EPOCH: Final = 2
 
 #: SQLite stores any integer in an INTEGER; PostgreSQL's has 32 bits, which a CRC without sign does not fit into.
@@ -56,6 +56,14 @@ shares = Table(
     metadata,
     Column("submission", String(64), primary_key=True),
     Column("digest", String(64), nullable=False, index=True),
+)
+#: What notes of open submissions have grown by, in order; part of their note itself once they are sealed.
+growths = Table(
+    "journal_note_growths",
+    metadata,
+    Column("submission", String(64), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("body", LargeBinary, nullable=False),
 )
 snapshots = Table(
     "journal_snapshots",

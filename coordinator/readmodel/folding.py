@@ -306,7 +306,7 @@ class FoldedRows:
         self._at = max(self._at, fact.at)
         sub = self._submissions[fact.submission]
         if not sub.withdrawn and not sub.ended:
-            sub.withdrawn = True
+            sub.withdrawn, sub.is_open = True, False
             sub.touched_at = fact.at
             notify_submission_changed(sub)
 

@@ -24,6 +24,7 @@ from coordinator.api.models import (
     StepStatus,
     StepView,
     SubmissionView,
+    UnevaluatedView,
     WaitingView,
 )
 from coordinator.errors import NotFoundError
@@ -328,6 +329,12 @@ class Views(FoldedRows):
             derivations=note.derivations,
             uploaded_bytes=row.uploaded_bytes,
             stuck=self._unschedulable(row),
+            open=row.is_open,
+            incomplete=row.incomplete,
+            not_evaluated=tuple(
+                [UnevaluatedView(attr=attr, kind=kind, message=text) for attr, kind, text in note.not_evaluated]
+            ),
+            unevaluated=note.unevaluated,
         )
 
     def root_view(self, root: RootNote) -> RootView:
@@ -372,6 +379,8 @@ class Views(FoldedRows):
             stuck=self._unschedulable(row),
             queued=() if row.ended or row.withdrawn else self._explain.queued(row.ready),
             eta=self.eta_of(row),
+            open=row.is_open,
+            incomplete=row.incomplete,
         )
 
     def _counts(self, row: SubmissionRow) -> Counts:

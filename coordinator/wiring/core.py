@@ -10,6 +10,7 @@ from coordinator.config import LimitSettings, Settings
 from coordinator.engine.dispatch import Dispatch
 from coordinator.engine.engine import Engine
 from coordinator.engine.timing_writer import TimingWriter
+from coordinator.intake.growth import Growth
 from coordinator.intake.intake import Intake
 from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.submissions import Submissions
@@ -54,6 +55,7 @@ class Core:
     explainer: FarmExplainer
     intake: Intake
     submissions: Submissions
+    growth: Growth
     relay: EffectRelay
     timings: TimingWriter
     usual: UsualTimes
@@ -95,6 +97,7 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     writer.on_saved = usual.were_built
     intake = Intake(stores.derivations, cache, cache.objects, cache.store_dir, IntakeLimits.of(limits))
     submissions = Submissions(engine, views, intake)
+    growth = Growth(engine, views, intake, submissions, limits.open_silence_s)
     views.recipes.read = writer.ends_of
     runs = Runs(views, farm, stores.timings, Differences(views, stores.derivations, stores.timings, writer.flush))
     workers = WorkerRecords(partial(worker_counts, stores.timings), clock, views.workforce.compared)
@@ -105,6 +108,7 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
         explainer,
         intake,
         submissions,
+        growth,
         relay,
         writer,
         usual,

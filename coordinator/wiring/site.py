@@ -103,6 +103,7 @@ def _api_app(  # noqa: PLR0917 - collaborators, named by their types
         core.views,
         core.intake,
         core.submissions,
+        core.growth,
         stores.logs,
         farm,
         streams,

@@ -20,7 +20,8 @@ def start_tasks(  # noqa: PLR0917 - collaborators, named by their types
     """Start what runs for as long as the coordinator does; returns the tasks in the order in which they are to end."""
     engine, journal, exporter = core.engine, lead.journal, site.observation.exporter
     return [
-        # First, because it waits for the engine.
+        # First, because they wait for the engine.
+        group.create_task(core.growth.run(), name="open submissions"),
         group.create_task(Forgetter(engine, core.views, settings.limits, clock).run(), name="forgetting"),
         group.create_task(work.fleet.run(work.sink), name="fleet"),
         group.create_task(work.dispatch.run(), name="dispatch"),

@@ -27,6 +27,7 @@ from coordinator.http.api import submissions
 from coordinator.http.binary_cache import uploads as upload_routes
 from coordinator.http.routing import serve
 from coordinator.http.web import forms
+from coordinator.intake.growth import Growth
 from coordinator.intake.intake import Intake
 from coordinator.intake.submissions import Submissions
 from coordinator.main import Coordinator, open_coordinator
@@ -186,12 +187,25 @@ async def graphs_that_the_farm_does_not_take(asker: Asker, monkeypatch: pytest.M
     for room, method, route in (
         (Intake, "add_derivations", routes.PUT_DERIVATIONS),
         (Intake, "add_sources", routes.PUT_SOURCES),
+        (Growth, "grow", routes.GROW),
         (Submissions, "retry", routes.RETRY),
         (Submissions, "retry_step", routes.RETRY_STEP),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(room, method, refuse)
-            await asker.ask(route, route.address(**PARTS), b"" if route.body is None else b"x")
+            body = b"" if route.body is None else b"{}" if route is routes.GROW else b"x"
+            await asker.ask(route, route.address(**PARTS), body)
+
+
+async def roots_that_come_too_late(asker: Asker) -> None:
+    async with aiohttp.ClientSession(headers=asker.headers(routes.SUBMIT)) as session:
+        begun = await session.post(
+            asker.coordinator.ready.url + routes.SUBMIT.address(), json={"roots": [], "open": True}
+        )
+        opened = (await begun.json())["id"]
+    await asker.ask(routes.SEAL, routes.SEAL.address(id=opened), b"{}")
+    body = json.dumps({"roots": [{"attr": "x", "drv": f"/nix/store/{PARTS['key']}"}]}).encode()
+    await asker.ask(routes.GROW, routes.GROW.address(id=opened), body)
 
 
 async def forms_of_other_pages(asker: Asker) -> None:
@@ -274,6 +288,7 @@ async def test_each_refusal_that_a_table_lists_is_given_and_no_other(
     await bodies_that_are_too_large_or_have_no_length(asker)
     await bodies_that_come_too_slowly(asker)
     await graphs_that_the_farm_does_not_take(asker, monkeypatch)
+    await roots_that_come_too_late(asker)
     await forms_of_other_pages(asker)
     await uploads_that_cannot_be(asker, monkeypatch)
     await what_nix_sends_and_the_cache_cannot_take(asker, monkeypatch)

@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler
 
 from coordinator.api import routes
 from coordinator.api.models import FarmView, RetryView, StepStatus
-from coordinator.api.requests import MAX_ROOTS, IntakeQuery, SubmitRequest
+from coordinator.api.requests import MAX_ROOTS, GrowRequest, IntakeQuery, SealRequest, SubmitRequest
 from coordinator.api.route import Route
 from coordinator.config import LimitSettings
 from coordinator.engine.engine import Engine
@@ -24,6 +24,7 @@ from coordinator.http.answers import answer
 from coordinator.http.api.events import WatchStreams
 from coordinator.http.api.pages import Page, answer_page, cut, limit_of, position_of, words_of
 from coordinator.http.bodies import STREAM_PATIENCE_S, BodyBounds, body_chunks, read_model
+from coordinator.intake.growth import Growth
 from coordinator.intake.intake import Intake
 from coordinator.intake.submissions import Submissions
 from coordinator.readmodel.explain import attempts, no_log
@@ -70,6 +71,7 @@ class Api:
         views: Views,
         intake: Intake,
         submissions: Submissions,
+        growth: Growth,
         logs: LogStore,
         farm: Callable[[], FarmView],
         streams: WatchStreams,
@@ -80,6 +82,7 @@ class Api:
         self._views = views
         self._intake = intake
         self._submissions = submissions
+        self._growth = growth
         self._logs = logs
         self._farm = farm
         self._streams = streams
@@ -97,6 +100,8 @@ class Api:
             routes.CANCEL: self.cancel,
             routes.RETRY: self.retry,
             routes.ROOTS: self.roots,
+            routes.GROW: self.grow,
+            routes.SEAL: self.seal,
             routes.STEPS: self.steps,
             routes.EVENTS: self.events,
             routes.STEP: self.step,
@@ -129,6 +134,18 @@ class Api:
         del wish
         await free_in_slices(roots)
         return answer(self._views.submission_view(row, ROOTS_LISTED), status=201)
+
+    async def grow(self, request: web.Request) -> web.Response:
+        """Take further roots of an open submission; the answer leaves once they are durable."""
+        wish = await read_model(request, GrowRequest, self._bounds.submission)
+        row = await self._growth.grow(request.match_info["id"], wish)
+        return answer(self._views.submission_view(row, ROOTS_LISTED))
+
+    async def seal(self, request: web.Request) -> web.Response:
+        """End the growth of a submission."""
+        wish = await read_model(request, SealRequest, self._bounds.submission)
+        row = await self._growth.seal(request.match_info["id"], wish)
+        return answer(self._views.submission_view(row, ROOTS_LISTED))
 
     async def retry(self, request: web.Request) -> web.Response:
         """Let a submission run again."""

@@ -54,6 +54,8 @@ class SubmissionLine:
     bar: tuple[tuple[str, int], ...]
     #: What the bar shows, in words.
     progress: str
+    #: Its client still evaluates.
+    open: bool = False
 
     @property
     def finished(self) -> int:
@@ -126,6 +128,7 @@ def line_of(view: SubmissionView) -> SubmissionLine:
         counts=counts,
         bar=tuple(shares.items()),
         progress=f"{', '.join(parts) or 'nothing'} of {counts.total:,} steps",
+        open=view.open,
     )
 
 
