@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import click
@@ -16,21 +16,23 @@ from coordinator.api.models import FarmView, StepStatus, StepView, SubmissionSta
 from coordinator.api.requests import RootRequest, SubmitRequest
 from coordinator.api.trace_context import MAX_TRACEPARENT
 from coordinator.cli import exit_status
-from coordinator.cli.ci import Ci
-from coordinator.cli.evaluation import EvaluationRequest, evaluate, status_of
+from coordinator.cli.ci import Ci, defused
+from coordinator.cli.evaluation import EvaluationRequest, evaluate, inputs_of, status_of
 from coordinator.cli.fetching import realise
 from coordinator.cli.follow import follow
 from coordinator.cli.import_builds import FarmImports
 from coordinator.cli.rendering import summary_lines
 from coordinator.cli.screen import Screen
-from coordinator.cli.sending import ClientStages, send_closure, sending_again
+from coordinator.cli.sending import ClientStages, send_closure
 from coordinator.cli.status import print_json
+from coordinator.cli.streaming import StreamedBuild
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import (
     LocalStore,
     local_store,
 )
 from coordinator.evaluation.model import Evaluation
+from coordinator.terminal_controls import harmless
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,9 @@ class _Submitted:
     id: str = ""
     failed: dict[str, StepView] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(()))
+    #: It was still evaluated when this program ended.
+    was_open: bool = False
+    moments: dict[str, float] = field(default_factory=dict)
 
 
 def build(connect: Callable[[], ApiClient], options: BuildRequest) -> int:
@@ -86,8 +91,9 @@ def _interruptible(work: Any, submitted: _Submitted) -> int:
     except KeyboardInterrupt:
         if not submitted.id:
             raise
+        what = "what was evaluated so far is built" if submitted.was_open else "the build goes on"
         click.echo(
-            f"\ndrover: interrupted; the build goes on. Watch it again: drover watch {submitted.id}\n"
+            f"\ndrover: interrupted; {what}. Watch it again: drover watch {submitted.id}\n"
             f"drover: end it: drover cancel {submitted.id}",
             err=True,
         )
@@ -101,43 +107,76 @@ async def _build(connect: Callable[[], ApiClient], options: BuildRequest, submit
         client.on_lost = lambda why: screen.status(f"{why}; trying again")
         # First of all whether a coordinator answers: an evaluation can take minutes.
         farm = await client.farm()
-        stages = ClientStages()
-        made = FarmImports(client, farm, screen, options.settings, options.store, wait_s=options.wait_s)
-        async with made as imports:
-            evaluation = await evaluate(options.evaluation, options.settings, options.store, imports)
-        stages.ended("evaluate")
-        wanted, submitted.evaluation = evaluation.wanted, evaluation
-        store = local_store(options.store, wanted[0].drv)
-        drvs = [each.drv for each in wanted]
-        makers = await send_closure(client, store, drvs, screen, stages)
-        roots = tuple(
-            RootRequest(
-                attr=each.attr,
-                drv=each.drv,
-                outputs=each.outputs,
-                limits=each.limits,
-            )
-            for each in wanted
-        )
-        request = SubmitRequest(
-            roots=roots,
-            label=options.label,
-            retry_failed=options.retry,
-            makers=makers,
-            wait_s=options.wait_s,
-            traceparent=os.environ.get("TRACEPARENT", "")[:MAX_TRACEPARENT],
-            stages=stages.taken,
-        )
-        view = await client.submit(request)
-        submitted.id = view.id
         if options.detach:
+            view = await _submit(client, options, submitted, screen, farm)
             return _detached(await client.whole(view), submitted, as_json=options.as_json)
-        async with sending_again(lambda: send_closure(client, store, drvs, screen, ClientStages()), screen) as on_step:
-            view = await follow(client, view.id, screen, submitted.failed, on_step)
-        view = await client.whole(view)
+        view = await client.whole(await _stream(client, options, submitted, screen, farm))
+        order = {(each.attr, each.drv): place for place, each in enumerate(submitted.evaluation.wanted)}
+        roots = sorted(view.roots, key=lambda root: order.get((root.attr, root.drv), len(order)))
+        view = replace(view, roots=tuple(roots))
         if options.fetch and view.state is SubmissionState.SUCCEEDED:
+            store = local_store(options.store, submitted.evaluation.wanted[0].drv)
             await _fetch(farm, view, options, store, screen)
         return _finish(view, submitted, screen, as_json=options.as_json)
+
+
+def _opening(options: BuildRequest) -> SubmitRequest:
+    """Return all that is said of a submission but its roots."""
+    return SubmitRequest(
+        roots=(),
+        open=True,
+        label=options.label,
+        retry_failed=options.retry,
+        wait_s=options.wait_s,
+        traceparent=os.environ.get("TRACEPARENT", "")[:MAX_TRACEPARENT],
+    )
+
+
+async def _stream(
+    client: ApiClient, options: BuildRequest, submitted: _Submitted, screen: Screen, farm: FarmView
+) -> SubmissionView:
+    """Evaluate, submit what is found meanwhile, and follow to the end."""
+
+    def line(text: str) -> None:
+        if screen.live and streamed.id:
+            screen.line(text)
+        else:
+            click.echo(defused(harmless(text)), err=True)
+
+    def show(text: str) -> None:
+        streamed.show_messages(text)
+
+    made = FarmImports(client, farm, screen, options.settings, options.store, wait_s=options.wait_s)
+    inputs, means = inputs_of(options.evaluation, options.settings, options.store, show, made)
+    streamed = StreamedBuild(client, screen, inputs, lambda drv: local_store(options.store, drv), _opening(options))
+    try:
+        async with made:
+            return await streamed.run(means, submitted.failed, line)
+    finally:
+        submitted.id, submitted.evaluation = streamed.id, streamed.evaluation
+        submitted.moments = streamed.moments
+        submitted.was_open = "evaluated" not in streamed.moments
+
+
+async def _submit(
+    client: ApiClient, options: BuildRequest, submitted: _Submitted, screen: Screen, farm: FarmView
+) -> SubmissionView:
+    """Evaluate all that is asked for, and submit it."""
+    stages = ClientStages()
+    made = FarmImports(client, farm, screen, options.settings, options.store, wait_s=options.wait_s)
+    async with made as imports:
+        evaluation = await evaluate(options.evaluation, options.settings, options.store, imports)
+    stages.ended("evaluate")
+    wanted, submitted.evaluation = evaluation.wanted, evaluation
+    store = local_store(options.store, wanted[0].drv)
+    makers = await send_closure(client, store, [each.drv for each in wanted], screen, stages)
+    roots = tuple(
+        RootRequest(attr=each.attr, drv=each.drv, outputs=each.outputs, limits=each.limits) for each in wanted
+    )
+    given = {"roots": roots, "open": False, "makers": makers, "stages": stages.taken}
+    view = await client.submit(_opening(options).model_copy(update=given))
+    submitted.id = view.id
+    return view
 
 
 def _detached(view: SubmissionView, submitted: _Submitted, *, as_json: bool) -> int:
@@ -147,7 +186,7 @@ def _detached(view: SubmissionView, submitted: _Submitted, *, as_json: bool) -> 
         err=as_json,
     )
     if as_json:
-        _print_json(view, [], submitted.evaluation)
+        _print_json(view, [], submitted)
     return status_of(submitted.evaluation, lambda text: click.echo(f"drover: {text}", err=True))
 
 
@@ -156,17 +195,21 @@ def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_j
     for line in summary_lines(view, failed, time.time()):
         screen.line(line)
     if as_json:
-        _print_json(view, failed, submitted.evaluation)
+        _print_json(view, failed, submitted)
     status = status_of(submitted.evaluation, screen.line)
-    return status if view.state is SubmissionState.SUCCEEDED else exit_status.BUILD_FAILED
+    if view.state is not SubmissionState.SUCCEEDED:
+        return exit_status.BUILD_FAILED
+    return exit_status.EVALUATION_FAILED if view.incomplete or view.unevaluated else status
 
 
-def _print_json(view: SubmissionView, failed: Sequence[StepView], evaluation: Evaluation) -> None:
+def _print_json(view: SubmissionView, failed: Sequence[StepView], submitted: _Submitted) -> None:
+    evaluation = submitted.evaluation
     document = {
         **{field.name: getattr(view, field.name) for field in fields(view)},
         "failed_steps": failed,
         "left_out": [each.attr for each in evaluation.left_out],
-        "not_evaluated": evaluation.failed,
+        "not_evaluated": evaluation.failed or view.not_evaluated,
+        "moments": submitted.moments,
     }
     print_json(document)
     sys.stdout.flush()

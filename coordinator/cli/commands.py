@@ -129,7 +129,7 @@ def _refuse_contradictions(options: dict[str, Any]) -> None:
     type=Wait(),
     help="How long a step waits for a worker that can build it, before it fails.  [default: as the farm says]",
 )
-@click.option("--detach", is_flag=True, help="Do not watch; print how to.")
+@click.option("--detach", is_flag=True, help="Do not watch; print how to, once all is evaluated.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @click.option("--fetch", is_flag=True, help="Realise the outputs on this machine when all is built.")
 @sectioned

@@ -14,10 +14,10 @@ from coordinator.cli import exit_status
 from coordinator.cli.ci import defused
 from coordinator.client.closure import local_store
 from coordinator.evaluation.cache import EvaluationCache
-from coordinator.evaluation.findings import EvaluatorChoice
+from coordinator.evaluation.findings import EvaluationMeans, EvaluatorChoice
 from coordinator.evaluation.import_store import NO_IMPORTS, ImportBuilds
 from coordinator.evaluation.inputs import Inputs, evaluation_of
-from coordinator.evaluation.model import Evaluation, FailedAttr, left_out_text, some
+from coordinator.evaluation.model import Evaluation, left_out_text, some
 from coordinator.evaluation.pool import TIMEOUT_S, PoolLimits
 from coordinator.terminal_controls import harmless
 
@@ -62,32 +62,49 @@ async def evaluate(
         store: Directory of the store to evaluate into; None: this machine's.
         imports: Maker of what is imported from derivations; None: that store itself.
     """
+    inputs, means = inputs_of(request, settings, store, show_messages, imports)
+    evaluation = await evaluation_of(
+        inputs,
+        means.limits,
+        env=means.env,
+        on_messages=show_messages,
+        choice=means.choice,
+        cache=means.cache,
+        imports=imports,
+    )
+    show_evaluation(inputs.name, evaluation, show_messages, lambda text: click.echo(defused(harmless(text)), err=True))
+    return evaluation
+
+
+def inputs_of(
+    request: EvaluationRequest,
+    settings: Sequence[str],
+    store: str | None,
+    on_messages: Callable[[str], None],
+    imports: ImportBuilds | None = None,
+) -> tuple[Inputs, EvaluationMeans]:
+    """Return what is to be evaluated and with what; the arguments are as for `evaluate`."""
     nothing_built = NO_IMPORTS if request.no_ifd else ()
     flags = (*request.flags, *settings, *nothing_built, *(local_store(store).flags if store else ()))
     inputs = Inputs(request.files, request.expression, request.attrs, request.systems, flags, request.impure)
     memory_bytes = request.memory_mib and request.memory_mib * 1024 * 1024
     limits = PoolLimits.of_machine(request.evaluators, memory_bytes, request.timeout_s or None)
-    evaluation = await evaluation_of(
-        inputs,
-        limits,
-        env=os.environ,
-        on_messages=show_messages,
-        choice=EvaluatorChoice(request.evaluator),
-        cache=EvaluationCache.of_user(os.environ) if request.eval_cache and not request.impure else None,
-        imports=imports,
-    )
+    cache = EvaluationCache.of_user(os.environ) if request.eval_cache and not request.impure else None
+    choice = EvaluatorChoice(request.evaluator)
+    return inputs, EvaluationMeans(limits, os.environ, on_messages, choice, cache, imports)
+
+
+def show_evaluation(
+    name: str, evaluation: Evaluation, on_messages: Callable[[str], None], line: Callable[[str], None]
+) -> None:
+    """Show what was left out of the thing of that name, and what failed."""
     if evaluation.left_out:
-        click.echo(f"drover: {harmless(left_out_text(inputs.name, evaluation.left_out))}", err=True)
-    _show_failed(evaluation.failed)
-    return evaluation
-
-
-def _show_failed(failed: Sequence[FailedAttr]) -> None:
-    for number, each in enumerate(failed):
+        line(f"drover: {left_out_text(name, evaluation.left_out)}")
+    for number, each in enumerate(evaluation.failed):
         if number < MAX_WHOLE:
-            show_messages(each.text)
+            on_messages(each.text)
         where = f" (at {each.position})" if each.position else ""
-        click.echo(defused(harmless(f"drover: {each.attr} cannot be evaluated: {each.error}{where}")), err=True)
+        line(f"drover: {each.attr} cannot be evaluated: {each.error}{where}")
 
 
 def status_of(evaluation: Evaluation, line: Callable[[str], None]) -> int:

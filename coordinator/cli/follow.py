@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from coordinator.api.models import StepChanged, StepView, SubmissionView
+from coordinator.api.models import Snapshot, StepChanged, StepView, SubmissionView, WatchEvent
 from coordinator.cli.lines import cut
 from coordinator.cli.live import live_lines
 from coordinator.cli.progress import News, Progress
@@ -124,15 +124,17 @@ async def follow(
     screen: Screen,
     failed: dict[str, StepView] | None = None,
     on_step: Callable[[StepView], None] = lambda _: None,
+    *,
+    progress: Progress | None = None,
 ) -> SubmissionView:
     """Show a submission until it has ended and return its last state; `failed` is filled with its failed steps.
 
-    `on_step` is called with each step that changes.
+    `on_step` is called with each step that runs, failed or changes; `progress` is empty and what others write to too.
 
     Raises:
         ClientError: The coordinator refused, or has been away for too long.
     """
-    progress = Progress()
+    progress = Progress() if progress is None else progress
     if failed is not None:
         progress.failed = failed
     follower = Follower(screen, progress)
@@ -141,8 +143,8 @@ async def follow(
         async for event in client.watch(submission, on_lost=lambda why: screen.status(f"{why}; trying again")):
             for news, step in progress.apply(event):
                 follower.tell(news, step)
-            if isinstance(event, StepChanged):
-                on_step(event.step)
+            for step in _steps_of(event):
+                on_step(step)
             follower.changed()
     finally:
         painter.cancel()
@@ -153,3 +155,9 @@ async def follow(
     if progress.submission is None:
         raise ClientError(f"the coordinator said nothing about {submission}")
     return progress.submission
+
+
+def _steps_of(event: WatchEvent) -> tuple[StepView, ...]:
+    if isinstance(event, Snapshot):
+        return event.steps
+    return (event.step,) if isinstance(event, StepChanged) else ()

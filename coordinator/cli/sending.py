@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from coordinator.api.models import StepView
@@ -42,17 +43,36 @@ class ClientStages:
         self.taken = (*self.taken, ClientStage(name=name, begin=begin, end=max(begin, self._since)))
 
 
+@dataclass(slots=True)
+class SentParts:
+    """Parts of a closure that have been sent, or were there: full paths."""
+
+    derivations: set[str] = field(default_factory=set)
+    sources: set[str] = field(default_factory=set)
+    #: What the derivations make.
+    outputs: set[str] = field(default_factory=set)
+
+
 async def send_closure(
-    client: ApiClient, store: LocalStore, drvs: Sequence[str], screen: Screen, stages: ClientStages
+    client: ApiClient,
+    store: LocalStore,
+    drvs: Sequence[str],
+    screen: Screen | None,
+    stages: ClientStages,
+    *,
+    sent_before: SentParts | None = None,
 ) -> tuple[str, ...]:
     """Send what the coordinator lacks of the closure of `drvs` (full paths), in one stream each.
 
+    What was `sent_before` is neither read nor asked about again; what is sent now is added to it.
     Returns the derivations of built paths among the sources that the farm must build first.
     """
     makers: dict[str, None] = {}
+    before = sent_before or SentParts()
     while True:
-        closure: Closure = await asyncio.to_thread(read_closure, store, [*drvs, *makers])
-        found = await describe_sources(store, closure.sources)
+        closure: Closure = await asyncio.to_thread(read_closure, store, [*drvs, *makers], before.derivations)
+        outputs = closure.outputs | before.outputs
+        found = await describe_sources(store, [path for path in closure.sources if path not in before.sources])
         headers = found.headers
         built = tuple(map(base_name_of, found.built))
         query = IntakeQuery(
@@ -65,7 +85,7 @@ async def send_closure(
         absent = set(missing.sources)
         sent = [header for header in headers if header.path in absent]
         refuse_lost_references(store, sent, absent.intersection(built), missing.trouble)
-        unbuilt = [path for path in found.built if base_name_of(path) in absent and path not in closure.outputs]
+        unbuilt = [path for path in found.built if base_name_of(path) in absent and path not in outputs]
         if not unbuilt:
             break
         # Each goes into the next closure, so that this ends.
@@ -76,7 +96,8 @@ async def send_closure(
         lacking = set(missing.sources)
         sources = [header for header in headers if header.path in lacking]
         sized = f" ({size(sum(header.nar_size for header in sources))})" if sources else ""
-        screen.status(
+        told = screen.status if screen is not None else _say_nothing
+        told(
             f"sending {len(missing.derivations)} of {len(query.derivations)} derivations and "
             f"{len(sources)} of {len(headers)} sources{sized}"
         )
@@ -89,6 +110,9 @@ async def send_closure(
         if sources:
             nars = ((header, _nar(store, header)) for header in sources)
             await client.send_sources(in_thread(encode_sources(nars)))
+    before.derivations.update(closure.derivations)
+    before.outputs.update(closure.outputs)
+    before.sources.update(closure.sources)
     stages.ended("upload")
     return tuple(makers)
 
@@ -124,6 +148,10 @@ async def sending_again(
         sender.cancel()
         with suppress(asyncio.CancelledError):
             await sender
+
+
+def _say_nothing(_text: str) -> None:
+    pass
 
 
 def _nar(store: LocalStore, header: SourceHeader) -> Callable[[], Any]:

@@ -101,8 +101,8 @@ class Sources:
     built: Mapping[str, str]
 
 
-def read_closure(store: LocalStore, roots: Sequence[str]) -> Closure:
-    """Read the .drv files below `roots`.
+def read_closure(store: LocalStore, roots: Sequence[str], known: Collection[str] = frozenset()) -> Closure:
+    """Read the .drv files below `roots`, but for those that are `known` and what is below these.
 
     Raises:
         ClosureError: A member is missing, is no derivation, or the graph has a cycle; the sentence names the member.
@@ -111,6 +111,8 @@ def read_closure(store: LocalStore, roots: Sequence[str]) -> Closure:
     outputs: set[str] = set()
 
     def inputs(drv: str) -> Iterator[str]:
+        if drv in known:
+            return iter(())
         try:
             derivation = aterm.parse(store.read(drv))
         except FormatError as error:
@@ -123,7 +125,8 @@ def read_closure(store: LocalStore, roots: Sequence[str]) -> Closure:
         order = inputs_first(roots, inputs)
     except CycleError as error:
         raise ClosureError(f"{error.first} needs itself; the local store is damaged") from None
-    return Closure(tuple(order), tuple(sorted(sources)), frozenset(outputs))
+    fresh = tuple(drv for drv in order if drv not in known)
+    return Closure(fresh, tuple(sorted(sources)), frozenset(outputs))
 
 
 def find_maker(store: LocalStore, path: str, deriver: str, trouble: str = "") -> str:

@@ -13,7 +13,7 @@ from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from coordinator.api.requests import RootLimits
 from coordinator.evaluation.cache import EvaluationCache, KeptFindings
@@ -41,6 +41,8 @@ from coordinator.evaluation.source import FlakeOrigin, NixValue
 
 #: What Nix prints where an evaluation may not build what it imports.
 _NEEDS_IMPORT: Final = "'allow-import-from-derivation' is disabled"
+#: Source and asked path of a root, its derivation, outputs and limits.
+RootKey: TypeAlias = tuple[int, int, str, tuple[str, ...], RootLimits | None]
 _NO_PROGRAM: Final = f"{PROGRAM} is not on PATH; install it, or evaluate with --evaluator own"
 
 
@@ -69,21 +71,27 @@ class EvaluationMeans:
 
 
 async def evaluate(sources: Sequence[NixValue], means: EvaluationMeans) -> Evaluation:
-    """Evaluate sources to their end; what it takes and raises is as for `findings_of`.
-
-    The result is in the order in which Nix goes through attributes. One derivation under two names in one set is one
-    root, as for Nix.
-    """
+    """Evaluate sources to their end; what it takes and raises is as for `findings_of`."""
     async with aclosing(findings_of(sources, means)) as findings:
-        found = sorted([each async for each in findings], key=lambda each: each[0].order)
-    wanted: dict[tuple[int, int, str, tuple[str, ...], RootLimits | None], EvaluatedRoot] = {}
+        return gathered([each async for each in findings])
+
+
+def root_key(place: AttrPlace, root: EvaluatedRoot) -> RootKey:
+    """Return what makes two findings one root: one derivation under two names in one set is one, as for Nix."""
+    return place.source, place.at, root.drv, root.outputs, root.limits
+
+
+def gathered(findings: Sequence[tuple[AttrPlace, Finding]]) -> Evaluation:
+    """Return the result of all findings, in the order in which Nix goes through attributes."""
+    found = sorted(findings, key=lambda each: each[0].order)
+    wanted: dict[RootKey, EvaluatedRoot] = {}
     aliases: dict[str, EvaluatedRoot] = {}
     left_out: dict[str, LeftOut] = {}
     failed: dict[str, FailedAttr] = {}
     for place, finding in found:
         match finding:
-            case EvaluatedRoot(_, drv, outputs, its_limits):
-                first = wanted.setdefault((place.source, place.at, drv, outputs, its_limits), finding)
+            case EvaluatedRoot():
+                first = wanted.setdefault(root_key(place, finding), finding)
                 if first.attr != finding.attr:
                     aliases.setdefault(finding.attr, finding)
             case LeftOut(attr):

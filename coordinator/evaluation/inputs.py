@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from coordinator.evaluation.cache import EvaluationCache
 from coordinator.evaluation.errors import EvaluationError
-from coordinator.evaluation.findings import EvaluationMeans, EvaluatorChoice, evaluate
+from coordinator.evaluation.findings import EvaluationMeans, EvaluatorChoice, findings_of, gathered
 from coordinator.evaluation.flakes import flake_sources, is_flake
 from coordinator.evaluation.import_store import ImportBuilds
-from coordinator.evaluation.lines import read_attrs, read_lines
+from coordinator.evaluation.lines import findings_of_line, read_attrs
 from coordinator.evaluation.messages import advice, error_line, without_noise
-from coordinator.evaluation.model import MAX_NAMED, Evaluation, FailedAttr, parse_drv, some
+from coordinator.evaluation.model import (
+    MAX_NAMED,
+    AttrPlace,
+    EvaluatedRoot,
+    Evaluation,
+    FailedAttr,
+    Finding,
+    parse_drv,
+    some,
+)
 from coordinator.evaluation.pool import PoolLimits
 from coordinator.evaluation.source import NixValue, TreeOrigin, file_expression, is_url, sources_of
 from infra.process import ProcessError, ProcessNotFound, run
@@ -64,15 +76,74 @@ async def evaluation_of(
     Raises:
         EvaluationError: There is no derivation to build.
     """
-    given = await _given(inputs)
-    if given is None:
-        sources = await _sources(inputs, env)
-        given = await evaluate(sources, EvaluationMeans(limits, env, on_messages, choice, cache, imports))
+    means = EvaluationMeans(limits, env, on_messages, choice, cache, imports)
+    async with aclosing(findings_asked(inputs, means)) as findings:
+        given = gathered([each async for each in findings])
+    require_some(inputs, given, on_messages)
+    return given
+
+
+def require_some(inputs: Inputs, given: Evaluation, on_messages: Callable[[str], None]) -> None:
+    """Raise `EvaluationError` where there is no derivation to build."""
     if not given.wanted:
         for each in given.failed[:MAX_NAMED]:
             on_messages(each.text)
         raise EvaluationError(_nothing(inputs, given))
-    return given
+
+
+async def findings_asked(inputs: Inputs, means: EvaluationMeans) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
+    """Evaluate what is asked for; gives each finding with its place as soon as it is there, in no order.
+
+    Raises:
+        EvaluationError: What is asked for is not there, or no evaluator can be started.
+    """
+    if inputs.files == (STDIN,):
+        findings = _findings_of_stdin()
+    elif (drvs := _given(inputs)) is not None:
+        for number, root in enumerate(drvs):
+            yield AttrPlace(0, number), root
+        return
+    else:
+        findings = findings_of(await _sources(inputs, means.env), means)
+    async with aclosing(findings):
+        async for each in findings:
+            yield each
+
+
+async def _findings_of_stdin() -> AsyncGenerator[tuple[AttrPlace, Finding]]:
+    """Read standard input line by line, each as it comes; what came before under its name does not come again."""
+    seen: set[Finding] = set()
+    number = read_bytes = 0
+    while True:
+        line = await _next_line()
+        if not line:
+            return
+        number, read_bytes = number + 1, read_bytes + len(line)
+        if read_bytes > MAX_STDIN_BYTES:
+            raise _too_much()
+        for finding in findings_of_line(number, line.decode(errors="replace")):
+            if finding not in seen:
+                seen.add(finding)
+                yield AttrPlace(0, number), finding
+
+
+def _settle(line: asyncio.Future[bytes], data: bytes) -> None:
+    if not line.done():
+        line.set_result(data)
+
+
+async def _next_line() -> bytes:
+    """Read a line in a thread that ends with the program, however long standard input says nothing."""
+    loop = asyncio.get_running_loop()
+    line: asyncio.Future[bytes] = loop.create_future()
+
+    def read() -> None:
+        data = sys.stdin.buffer.readline(MAX_STDIN_BYTES + 1)
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_settle, line, data)
+
+    threading.Thread(target=read, daemon=True).start()
+    return await line
 
 
 def _nothing(inputs: Inputs, evaluation: Evaluation) -> str:
@@ -88,13 +159,11 @@ def _nothing(inputs: Inputs, evaluation: Evaluation) -> str:
     return f"{asked} of {inputs.name} holds no derivation{inside}; choose an attribute that does with -A"
 
 
-async def _given(inputs: Inputs) -> Evaluation | None:
+def _given(inputs: Inputs) -> list[EvaluatedRoot] | None:
     """Return the derivations that are named themselves; None where something is to be evaluated."""
-    if inputs.files == (STDIN,):
-        return read_lines(await asyncio.to_thread(_stdin_lines))
     drvs = [each for each in map(parse_drv, inputs.files) if each is not None]
     if drvs and len(drvs) == len(inputs.files):
-        return Evaluation(tuple(drvs))
+        return drvs
     for file in inputs.files:
         if file.partition("!")[0].endswith(".drv"):
             raise EvaluationError(f"{file} is not the full path of a derivation in a Nix store")
@@ -106,8 +175,12 @@ async def _given(inputs: Inputs) -> Evaluation | None:
 def _stdin_lines() -> list[str]:
     data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
     if len(data) > MAX_STDIN_BYTES:
-        raise EvaluationError(f"standard input has more than {MAX_STDIN_BYTES} bytes; build it in several parts")
+        raise _too_much()
     return data.decode(errors="replace").splitlines()
+
+
+def _too_much() -> EvaluationError:
+    return EvaluationError(f"standard input has more than {MAX_STDIN_BYTES} bytes; build it in several parts")
 
 
 async def _sources(inputs: Inputs, env: Mapping[str, str]) -> list[NixValue]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.messages import error_line, plain, position
-from coordinator.evaluation.model import EvaluatedRoot, Evaluation, FailedAttr, parse_drv
+from coordinator.evaluation.model import EvaluatedRoot, FailedAttr, parse_drv
 
 #: Characters of a line that a sentence shows.
 _SHOWN: Final = 100
@@ -27,38 +27,35 @@ class _Job(BaseModel):
     error: str = ""
 
 
-def read_lines(lines: Iterable[str]) -> Evaluation:
-    """Read one derivation a line, as a path or as an object of nix-eval-jobs; empty lines are passed over.
+def findings_of_line(number: int, line: str) -> list[EvaluatedRoot | FailedAttr]:
+    """Read one line: a derivation as a path, or an object of nix-eval-jobs; an empty line holds nothing.
 
     Raises:
-        EvaluationError: A line is neither.
+        EvaluationError: It is neither.
     """
-    wanted: dict[EvaluatedRoot, None] = {}
-    failed: list[FailedAttr] = []
-    for number, line in enumerate(lines, start=1):
-        text = line.strip()
-        if not text:
-            continue
-        if not text.startswith("{"):
-            root = parse_drv(text)
-            if root is None:
-                raise EvaluationError(
-                    f"line {number} of standard input, {text[:_SHOWN]!r}, is neither the full path of a .drv nor "
-                    "a line of nix-eval-jobs; give attributes with -A - beside the file that has them"
-                )
-            wanted[root] = None
-            continue
-        job = _job(number, text)
-        if job.drvPath:
-            drv = parse_drv(job.drvPath)
-            if drv is None:
-                raise EvaluationError(f"line {number} of standard input has the derivation {job.drvPath[:_SHOWN]!r}")
-            wanted[EvaluatedRoot(job.attr or drv.attr, drv.drv)] = None
-        if job.error or not job.drvPath:
-            message = plain(job.error).strip()
-            first = error_line(message) or (message.splitlines() or ["it says neither a derivation nor an error"])[0]
-            failed.append(FailedAttr(job.attr, first, message, position(message)))
-    return Evaluation(tuple(wanted), (), tuple(failed))
+    text = line.strip()
+    if not text:
+        return []
+    if not text.startswith("{"):
+        root = parse_drv(text)
+        if root is None:
+            raise EvaluationError(
+                f"line {number} of standard input, {text[:_SHOWN]!r}, is neither the full path of a .drv nor "
+                "a line of nix-eval-jobs; give attributes with -A - beside the file that has them"
+            )
+        return [root]
+    job = _job(number, text)
+    found: list[EvaluatedRoot | FailedAttr] = []
+    if job.drvPath:
+        drv = parse_drv(job.drvPath)
+        if drv is None:
+            raise EvaluationError(f"line {number} of standard input has the derivation {job.drvPath[:_SHOWN]!r}")
+        found.append(EvaluatedRoot(job.attr or drv.attr, drv.drv))
+    if job.error or not job.drvPath:
+        message = plain(job.error).strip()
+        first = error_line(message) or (message.splitlines() or ["it says neither a derivation nor an error"])[0]
+        found.append(FailedAttr(job.attr, first, message, position(message)))
+    return found
 
 
 def read_attrs(lines: Iterable[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from coordinator.api.requests import RootLimits
 from coordinator.client.closure import ClosureError, LocalStore, describe_sources, local_store, read_closure
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.inputs import Inputs, evaluation_of
-from coordinator.evaluation.lines import read_lines
+from coordinator.evaluation.lines import findings_of_line
 from coordinator.evaluation.messages import error_line, position
 from coordinator.evaluation.model import EvaluatedRoot, Evaluation, FailedAttr, LeftOut, left_out_text, parse_drv
 from coordinator.evaluation.pool import PoolLimits
@@ -431,15 +431,15 @@ def test_lines_of_standard_input_name_derivations_or_are_those_of_nix_eval_jobs(
         '{"attr":"broken","attrPath":["broken"],"error":"error: this is an evaluation error"}',
         f'{{"attr":"agg","constituents":[],"drvPath":"{DRV}","error":"tests.*: no matches\\n"}}',
     ]
-    found = read_lines(lines)
-    assert [each.attr for each in found.wanted] == ["a", '"dotted.attr"', "agg"]
-    assert [(each.attr, each.error) for each in found.failed] == [
+    found = [finding for number, line in enumerate(lines, 1) for finding in findings_of_line(number, line)]
+    assert [each.attr for each in found if isinstance(each, EvaluatedRoot)] == ["a", '"dotted.attr"', "agg"]
+    assert [(each.attr, each.error) for each in found if isinstance(each, FailedAttr)] == [
         ("broken", "this is an evaluation error"),
         ("agg", "tests.*: no matches"),
     ]
     for line in ("hello", '{"attr": 3}', '{"attr":"x","drvPath":"/nix/store/x"}', "{"):
         with pytest.raises(EvaluationError, match="line 1 of standard input"):
-            read_lines([line])
+            findings_of_line(1, line)
 
 
 def test_texts_are_written_as_nix_reads_them_back() -> None:
