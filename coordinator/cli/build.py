@@ -31,6 +31,7 @@ from coordinator.client.closure import (
     LocalStore,
     local_store,
 )
+from coordinator.errors import CoordinatorError
 from coordinator.evaluation.model import Evaluation
 from coordinator.terminal_controls import harmless
 
@@ -61,8 +62,8 @@ class _Submitted:
     id: str = ""
     failed: dict[str, StepView] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(()))
-    #: It was still evaluated when this program ended.
-    was_open: bool = False
+    #: It was sealed before all had come.
+    cut_short: bool = False
     moments: dict[str, float] = field(default_factory=dict)
 
 
@@ -91,7 +92,7 @@ def _interruptible(work: Any, submitted: _Submitted) -> int:
     except KeyboardInterrupt:
         if not submitted.id:
             raise
-        what = "what was evaluated so far is built" if submitted.was_open else "the build goes on"
+        what = "what was evaluated so far is built" if submitted.cut_short else "the build goes on"
         click.echo(
             f"\ndrover: interrupted; {what}. Watch it again: drover watch {submitted.id}\n"
             f"drover: end it: drover cancel {submitted.id}",
@@ -152,10 +153,14 @@ async def _stream(
     try:
         async with made:
             return await streamed.run(means, submitted.failed, line)
+    except CoordinatorError:
+        if streamed.id:
+            line(f"drover: what came before goes on building: drover watch {streamed.id}; drover cancel {streamed.id}")
+        raise
     finally:
         submitted.id, submitted.evaluation = streamed.id, streamed.evaluation
         submitted.moments = streamed.moments
-        submitted.was_open = "evaluated" not in streamed.moments
+        submitted.cut_short = streamed.cut_short
 
 
 async def _submit(

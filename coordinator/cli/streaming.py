@@ -69,6 +69,8 @@ class StreamedBuild:
         #: Name of the submission, empty before there is one; whether it may still grow.
         self.id = ""
         self.is_open = False
+        #: It was sealed, or left to the farm to seal, before all had come.
+        self.cut_short = False
         #: When this began, the first root was found, the submission was opened, all was evaluated, and the first of its
         #: steps began. Unix seconds.
         self.moments: dict[str, float] = {"began": time.time()}
@@ -291,6 +293,7 @@ class StreamedBuild:
     async def _seal_at_once(self, incomplete: str) -> None:
         """Seal what is open, if that can be done soon; the farm does it later where it cannot."""
         if self.is_open:
+            self.cut_short = True
             with suppress(CoordinatorError, OSError, TimeoutError):
                 async with asyncio.timeout(SEAL_S):
                     await self._seal(incomplete)
