@@ -87,7 +87,7 @@ class StreamedBuild:
 
     @property
     def evaluation(self) -> Evaluation:
-        """What was found so far."""
+        """Findings so far."""
         return gathered(self._findings)
 
     def show_messages(self, text: str) -> None:
