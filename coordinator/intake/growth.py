@@ -16,6 +16,7 @@ from typing import Final
 from coordinator.api.requests import GrowRequest, RootRequest, SealRequest, SubmitRequest
 from coordinator.engine.engine import Engine
 from coordinator.errors import ConflictError
+from coordinator.intake.client_meter import placed
 from coordinator.intake.intake import Intake
 from coordinator.intake.submissions import Submissions
 from coordinator.journal.codec import NoteGrowth, encode_growth, encode_note
@@ -115,7 +116,7 @@ class Growth:
 
     async def _seal(self, row: SubmissionRow, wish: SealRequest) -> None:
         given = self._views.note(row.id)
-        stages = tuple((stage.name, stage.begin, stage.end) for stage in wish.stages)
+        stages = placed(wish.stages, self._engine.now())
         not_evaluated = tuple((each.attr, each.kind, each.message) for each in wish.not_evaluated)
         note = replace(
             given,
