@@ -116,12 +116,11 @@ async def test_a_restart_keeps_it_open_with_all_its_names_and_it_goes_on(open_fa
         ended = await farm.ended(name)
         assert (ended.state, ended.counts.total, ended.root_count) == (SubmissionState.SUCCEEDED, 6, 3)
     async with open_farm() as farm:
-        view = await farm.client.submission(name)
+        view, views = await farm.client.submission(name), farm.coordinator.views
         assert view.not_evaluated == (UnevaluatedView(attr="bad", kind="error", message="undefined variable"),)
         assert (view.unevaluated, view.label, view.root_count) == (7, "over a restart", 3)
-        assert farm.coordinator.views.note(farm.coordinator.views.submission(name).id).stages == (
-            ("evaluate", 1.0, 3.0),
-        )
+        [(stage_name, begin, end)] = views.note(views.submission(name).id).stages
+        assert (stage_name, round(end - begin, 3)) == ("evaluate", 2.0)
 
 
 @pytest.mark.parametrize("silence_s", [0.5])
