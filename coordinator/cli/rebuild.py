@@ -21,6 +21,7 @@ from coordinator.api.requests import MAX_OUTPUT_PAIRS, ForecastQuery, PairsQuery
 from coordinator.cli import exit_status
 from coordinator.cli.evaluation import EvaluationRequest
 from coordinator.cli.follow import follow
+from coordinator.cli.import_builds import FarmImports
 from coordinator.cli.rebuild_junit import junit
 from coordinator.cli.rebuild_markdown import markdown
 from coordinator.cli.rebuild_sides import LoadedSide, Sides, SidesRequest, evaluate_sides, result_of, submitted_sides
@@ -35,6 +36,7 @@ from coordinator.rebuild.causes import causes_view
 from coordinator.rebuild.difference import MAX_REASONS, AttrPair, Selection, SetDifference, changed, differ, select
 from coordinator.rebuild.model import Package, RebuildReport, RootCause, SideReport
 from coordinator.rebuild.outcome import UNKNOWN, SideResult, SideState, by_root_cause, judge, with_content
+from coordinator.terminal_controls import harmless
 from infra.nix import aterm
 from infra.nix.causes import Bounds, Compared, Uncompared
 from infra.nix.derivation import Derivation
@@ -100,6 +102,7 @@ def rebuild(connect: Callable[[], ApiClient], request: RebuildRequest) -> int:
         assert task is not None  # noqa: S101 - it runs in one
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with connect() as client:
+            client.on_lost = lambda why: click.echo(f"drover: {harmless(why)}; trying again", err=True)
             return await _Rebuild(client, request, interruption).run()
 
     try:
@@ -125,11 +128,15 @@ class _Rebuild:
         """Compare, build and report; returns the exit status."""
         request = self._request
         # First of all whether a coordinator answers: an evaluation can take minutes.
-        await self._client.farm()
+        farm = await self._client.farm()
+
+        def imports() -> FarmImports:
+            return FarmImports(self._client, farm, self._screen, request.settings, request.store, wait_s=request.wait_s)
+
         if request.sides.submissions is not None:
             sides = await submitted_sides(self._client, request.sides.submissions)
         else:
-            sides = await evaluate_sides(request.sides, request.evaluation, request.settings, request.store)
+            sides = await evaluate_sides(request.sides, request.evaluation, request.settings, request.store, imports)
         whole = differ(sides.base.packages, sides.head.packages)
         difference = await asyncio.to_thread(self._selected, whole, sides)
         causes = await self._causes(changed(difference.pairs), sides.store)

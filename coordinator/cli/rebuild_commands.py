@@ -50,6 +50,7 @@ MAX_DEPENDENTS: Final = 1_000
 @click.option("--argstr", "argstrs", multiple=True, nargs=2, metavar="NAME TEXT", help="Passed to both evaluations.")
 @click.option("-I", "includes", multiple=True, metavar="PATH", help="Passed to both evaluations.")
 @click.option("--option", "options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting on this machine.")
+@click.option("--no-ifd", is_flag=True, help="Refuse what imports from derivations; else the farm builds it.")
 @click.option("--store", metavar="DIR", help="Evaluate into a Nix store below DIR.")
 @click.option("--retry", is_flag=True, help="Build again what is known to fail.")
 @click.option("--wait", "wait_s", type=Wait(), help="How long a step waits for a worker, as for build.")
@@ -97,7 +98,8 @@ def rebuild(url: str, token_file: str, **options: Any) -> int:
         flags += [word for name, value in words for word in (option, name, value)]
     flags += [word for path in options.pop("includes") for word in ("-I", path)]
     settings = [word for name, value in options.pop("options") for word in ("--option", name, value)]
-    evaluation = EvaluationRequest(attrs=options.pop("attrs"), systems=options.pop("systems"), flags=tuple(flags))
+    of_evaluation = {name: options.pop(name) for name in ("attrs", "systems", "no_ifd")}
+    evaluation = EvaluationRequest(flags=tuple(flags), **of_evaluation)
     if options["summary"] is None and (path := os.environ.get("GITHUB_STEP_SUMMARY")):
         options["summary"] = Path(path)
     request = rebuilding.RebuildRequest(sides, evaluation, selection, tuple(settings), **options)
@@ -116,7 +118,7 @@ def _pair(options: dict[str, Any]) -> tuple[str, str]:
     for name in pair:
         if not options[name] and name != "head":
             raise click.UsageError(f"--{name.replace('_', '-')} is missing: two things are compared")
-    of_set = {name for name in ("attrs", "systems", "args", "argstrs", "includes", "store") if options[name]}
+    of_set = {name for name in ("attrs", "systems", "args", "argstrs", "includes", "no_ifd", "store") if options[name]}
     if pair == _PAIRS[2]:
         of_set |= {name for name in ("maintainers", "dry_run", "retry", "wait_s") if options[name]}
         of_set |= {"at_most_dependents"} if options["at_most_dependents"] is not None else set()

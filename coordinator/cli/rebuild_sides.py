@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Final
 
 from coordinator.api.models import StepStatus
 from coordinator.cli.evaluation import EvaluationRequest, evaluate
+from coordinator.cli.import_builds import FarmImports
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore, local_store
 from coordinator.evaluation.errors import EvaluationError
@@ -117,15 +118,24 @@ def _submodules(checkout: Checkout, revision: str) -> list[str]:
 
 
 async def evaluate_sides(
-    request: SidesRequest, evaluation: EvaluationRequest, settings: Sequence[str], store: str | None
+    request: SidesRequest,
+    evaluation: EvaluationRequest,
+    settings: Sequence[str],
+    store: str | None,
+    imports: Callable[[], FarmImports],
 ) -> Sides:
     """Evaluate both sides side by side, each with half of what one evaluation may take.
+
+    `imports` gives what makes what a side imports from derivations.
 
     Raises:
         EvaluationError: A side does not evaluate at all; the sentence names it.
     """
     async with evaluated_files(request, _halved(evaluation)) as (sides, notes):
-        asked = [_evaluated(name, role, each, settings, store) for role, (name, each) in zip(ROLES, sides, strict=True)]
+        asked = [
+            _evaluated(f"the {role}, {name},", each, settings, store, imports())
+            for role, (name, each) in zip(ROLES, sides, strict=True)
+        ]
         # Both to their ends: what is wrong with each is worth knowing.
         found = await asyncio.gather(*asked, return_exceptions=True)
     errors = [each for each in found if isinstance(each, BaseException)]
@@ -143,12 +153,13 @@ ROLES: Final = ("base", "head")
 
 
 async def _evaluated(
-    name: str, role: str, request: EvaluationRequest, settings: Sequence[str], store: str | None
+    name: str, request: EvaluationRequest, settings: Sequence[str], store: str | None, imports: FarmImports
 ) -> Evaluation:
     try:
-        return await evaluate(request, settings, store)
+        async with imports as made:
+            return await evaluate(request, settings, store, made)
     except EvaluationError as error:
-        raise EvaluationError(f"the {role}, {name}, does not evaluate: {error}") from None
+        raise EvaluationError(f"{name} does not evaluate: {error}") from None
 
 
 def _halved(request: EvaluationRequest) -> EvaluationRequest:

@@ -29,7 +29,7 @@ from infra.cache.cache import Cache
 from infra.cache.errors import ClosureTooLargeError
 from infra.nix import narinfo as narinfo_format
 from infra.nix.store_path import base_name_of, drv_name_of, package_of
-from infra.slices import in_slices
+from infra.slices import free_in_slices, in_slices
 from scheduler.farm import Farm
 from scheduler.model import Requirements, StepKey, StepSpec
 
@@ -130,12 +130,17 @@ class Forecaster:
         await self._price(plan.steps)
         inputs, input_bytes = await self._inputs(plan.inputs)
         states = await in_slices(self._states(plan))
-        steps = plan.steps
         found = await in_slices(
-            estimating(steps, lambda step: Outlook((self,), step.kind, step.cost.rest), self._slots, [self])
+            estimating(plan.steps, lambda step: Outlook((self,), step.kind, step.cost.rest), self._slots, [self])
         )
-        slots = {kind.system: self._slots(kind) for kind in {Requirements(step.kind.system, ()) for step in steps}}
-        return await asyncio.to_thread(_view, plan, states, found.get(self), slots, (inputs, input_bytes))
+        systems = await asyncio.to_thread(lambda: {step.kind.system for step in plan.steps})
+        slots = {system: self._slots(Requirements(system, ())) for system in systems}
+        view = await asyncio.to_thread(_view, plan, states, found.get(self), slots, (inputs, input_bytes))
+        freed: list[object] = [*plan.steps]
+        plan.steps.clear()
+        del found, states
+        await free_in_slices(freed)
+        return view
 
     async def _price(self, steps: Sequence[_PlannedStep]) -> None:
         """Give steps their costs, as far as the database of timings has them."""
