@@ -6,6 +6,9 @@ Python's other threads, the event loop among them, wait while one call of `bytes
 
 from __future__ import annotations
 
+import threading
+from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,8 @@ from typing import BinaryIO, Final
 
 #: Bytes that are looked at by one call.
 PIECE_BYTES: Final = 256 * 1024
+#: Logs whose indexes are kept: up to 8 KiB each, of a log of 64 MiB.
+MOST_INDEXES: Final = 256
 #: Bytes of one line that are returned; the rest is counted.
 LINE_BYTES: Final = 8 * 1024
 #: Bytes of all lines of one page: twice what a thousand usual lines have.
@@ -39,18 +44,91 @@ class LogLines:
     end: int = 0
 
 
-def count_lines(path: Path) -> int:
-    """Return how many lines a log has; one that does not end yet counts."""
-    count, last = 0, b"\n"
-    for _, piece in _pieces(path):
-        count += piece.count(b"\n")
-        last = piece[-1:]
-    return count + (last != b"\n")
+class LineIndex:
+    """Counts of the lines before each piece of one log, so that a page of it reads little more than it shows.
+
+    A log only grows, so what was counted is never counted again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._piece_bytes = PIECE_BYTES
+        self._lock = threading.Lock()
+        #: Ends of lines before each whole piece, and before what follows the last of them; and the last byte before it.
+        self._before = [0]
+        self._last = b"\n"
+
+    @property
+    def counted_bytes(self) -> int:
+        """Bytes of the whole pieces."""
+        return (len(self._before) - 1) * self._piece_bytes
+
+    def count(self) -> int:
+        """Return how many lines the log has; one that does not end yet counts."""
+        with self._lock:
+            rest = self._grow()
+            return self._before[-1] + rest.count(b"\n") + ((rest[-1:] or self._last) != b"\n")
+
+    def lines(self, first: int, limit: int) -> LogLines:
+        """Return at most `limit` lines from number `first` (from 1) on."""
+        return lines_from(self.path, self._offset_of(first), first, limit)
+
+    def _offset_of(self, line: int) -> int:
+        """Return where a line begins; the end of the file for one beyond."""
+        ends = line - 1
+        if ends <= 0:
+            return 0
+        with self._lock:
+            piece = self._grow()
+            place = bisect_left(self._before, ends) - 1
+            left = ends - self._before[place]
+        begin = place * self._piece_bytes
+        if begin < self.counted_bytes:
+            with self.path.open("rb") as file:
+                file.seek(begin)
+                piece = file.read(self._piece_bytes)
+        at = -1
+        for _ in range(left):
+            at = piece.find(b"\n", at + 1)
+            if at < 0:
+                return begin + len(piece)
+        return begin + at + 1
+
+    def _grow(self) -> bytes:
+        """Count what was written since the last time; returns what no whole piece holds yet."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.counted_bytes)
+                while len(piece := file.read(self._piece_bytes)) == self._piece_bytes:
+                    self._before.append(self._before[-1] + piece.count(b"\n"))
+                    self._last = piece[-1:]
+                return piece
+        except FileNotFoundError:
+            return b""
 
 
-def read_lines(path: Path, first: int, limit: int) -> LogLines:
-    """Return at most `limit` lines from number `first` (from 1) on."""
-    return lines_from(path, _offset_of(path, first), first, limit)
+class LineIndexes:
+    """Indexes of the logs that were read last; for threads."""
+
+    def __init__(self, most: int = MOST_INDEXES) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[Path, int], LineIndex] = OrderedDict()
+
+    def of(self, path: Path) -> LineIndex:
+        """Return the index of a log; a new one where another file has come to its place."""
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return LineIndex(path)
+        with self._lock:
+            index = self._kept.pop((path, found.st_ino), None)
+            if index is None or index.counted_bytes > found.st_size:
+                index = LineIndex(path)
+            self._kept[path, found.st_ino] = index
+            if len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+            return index
 
 
 def lines_from(path: Path, offset: int, number: int, limit: int) -> LogLines:
@@ -96,23 +174,6 @@ def find_text(path: Path, text: bytes, limit: int) -> tuple[list[int], bool]:
         number += window.count(b"\n", counted, keep)
         carried = window[keep:]
     return found, False
-
-
-def _offset_of(path: Path, line: int) -> int:
-    """Return where a line begins; the end of the file for one beyond."""
-    left, end = line - 1, 0
-    if left <= 0:
-        return 0
-    for offset, piece in _pieces(path):
-        count = piece.count(b"\n")
-        if count >= left:
-            at = -1
-            for _ in range(left):
-                at = piece.index(b"\n", at + 1)
-            return offset + at + 1
-        left -= count
-        end = offset + len(piece)
-    return end
 
 
 def _skip_line(file: BinaryIO) -> int:

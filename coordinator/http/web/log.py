@@ -23,7 +23,7 @@ from coordinator.http.web.rendering import PageRenderer
 from coordinator.readmodel.explain import attempts, no_log
 from coordinator.readmodel.rows import StepRow
 from coordinator.readmodel.views import Views
-from coordinator.stores.log_lines import LogLines, NumberedLine, count_lines, find_text, lines_from, read_lines
+from coordinator.stores.log_lines import LineIndex, LineIndexes, LogLines, NumberedLine, find_text, lines_from
 from coordinator.stores.logs import LogStore
 from coordinator.stores.timings import TimingsError, TimingStore
 
@@ -88,6 +88,7 @@ class LogPage:
         self._timings = timings
         self._renderer = renderer
         self._streams = streams
+        self._indexes = LineIndexes()
 
     async def show(self, request: web.Request) -> web.Response:
         """Show the end of a log, or the lines that are asked for."""
@@ -95,14 +96,15 @@ class LogPage:
         attempt = _attempt_of(request, row)
         path = await self._file(row, attempt)
         runs = _runs(row, attempt)
-        total = await asyncio.to_thread(count_lines, path)
+        index = await asyncio.to_thread(self._indexes.of, path)
+        total = await asyncio.to_thread(index.count)
         asked = _number_of(request, "line")
         first = max(1, min(asked or total - LINES_SHOWN + 1, total))
-        read = await asyncio.to_thread(read_lines, path, first, LINES_SHOWN)
+        read = await asyncio.to_thread(index.lines, first, LINES_SHOWN)
         items, shown = await asyncio.to_thread(lines_html, read.lines)
         find = request.query.get("find", "")[:MAX_FIND]
-        found, more = await asyncio.to_thread(_find, path, find) if find else ((), False)
-        phases = await self._landmarks(row, attempt, path, total)
+        found, more = await asyncio.to_thread(_find, index, find) if find else ((), False)
+        phases = await self._landmarks(row, attempt, index, total)
         last = first + shown - 1 if shown else 0
         data = LogData(
             step=step_line(self._views, row),
@@ -129,7 +131,8 @@ class LogPage:
 
     async def _tail(self, row: StepRow, attempt: int, after: int) -> AsyncGenerator[bytes, None]:
         path = await self._file(row, attempt)
-        begun = await asyncio.to_thread(read_lines, path, after + 1, 0)
+        index = await asyncio.to_thread(self._indexes.of, path)
+        begun = await asyncio.to_thread(index.lines, after + 1, 0)
         offset, number = begun.end, after + 1
         while True:
             # Asked before reading: what came in between is then read by the next round.
@@ -149,7 +152,7 @@ class LogPage:
             if not read.following:
                 await asyncio.sleep(TAIL_PAUSE_S)
 
-    async def _landmarks(self, row: StepRow, attempt: int, path: Path, total: int) -> tuple[FoundLine, ...]:
+    async def _landmarks(self, row: StepRow, attempt: int, index: LineIndex, total: int) -> tuple[FoundLine, ...]:
         """Return where phases begin: as the worker has reported, else where builders of nixpkgs say so themselves."""
         try:
             timings = await self._timings.of_steps([row.key])
@@ -158,7 +161,7 @@ class LogPage:
         measured = next((timing.measured for timing in timings if timing.attempt == attempt), None)
         if measured is not None and measured.landmarks:
             return tuple(FoundLine(line, name) for line, name in measured.landmarks if line <= total)
-        found, _ = await asyncio.to_thread(_find, path, _PHASE.decode())
+        found, _ = await asyncio.to_thread(_find, index, _PHASE.decode())
         return tuple(FoundLine(line.number, line.text.replace(_PHASE.decode(), "")) for line in found)
 
     async def _file(self, row: StepRow, attempt: int) -> Path:
@@ -196,10 +199,10 @@ def _ends_with_newline(path: Path, end: int) -> bool:
         return file.read(1) == b"\n"
 
 
-def _find(path: Path, text: str) -> tuple[tuple[FoundLine, ...], bool]:
+def _find(index: LineIndex, text: str) -> tuple[tuple[FoundLine, ...], bool]:
     """Return the lines that have a text, each without its colours."""
-    numbers, more = find_text(path, text.encode("utf-8", "surrogateescape"), FOUND_SHOWN)
-    lines = [line for number in numbers for line in read_lines(path, number, 1).lines]
+    numbers, more = find_text(index.path, text.encode("utf-8", "surrogateescape"), FOUND_SHOWN)
+    lines = [line for number in numbers for line in index.lines(number, 1).lines]
     return tuple(FoundLine(line.number, _plain(line)) for line in lines), more
 
 
