@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol, TypeVar
 
 from coordinator.bisect.errors import BisectError
@@ -19,7 +19,7 @@ from coordinator.bisect.search import (
     next_step,
     still_wanted,
 )
-from coordinator.bisect.verdicts import Criterion, Origin, Outcome
+from coordinator.bisect.verdicts import Criterion, Origin, Outcome, Until
 from coordinator.evaluation.model import EvaluatedRoot
 
 #: Most builds side by side, whatever the farm has.
@@ -40,6 +40,10 @@ class Builds(Protocol):
 
     async def outcome(self, root: EvaluatedRoot, commit: str) -> Outcome:
         """Have a derivation built, unless the farm has its outcome."""
+        ...
+
+    async def likeness(self, good: Outcome, outcome: Outcome) -> dict[str, str]:
+        """Return how alike each output is to that of good."""
         ...
 
     async def withdraw(self, root: EvaluatedRoot) -> None:
@@ -165,7 +169,7 @@ class Bisection:
         outcomes = await asyncio.gather(self._outcome(good, self.line[0]), self._outcome(bad, self.line[-1]))
         self._good = outcomes[0]
         self._settle(good.drv, self.line[0], outcomes[0])
-        self._settle(bad.drv, self.line[-1], outcomes[1])
+        self._settle(bad.drv, self.line[-1], await self._compared(outcomes[1]))
         for role, wanted, root in (("good", Judgement.GOOD, good), ("bad", Judgement.BAD, bad)):
             verdict = self._verdicts[root.drv]
             if verdict.answer is not wanted:
@@ -247,7 +251,14 @@ class Bisection:
 
     async def _outcome(self, root: EvaluatedRoot, revision: str) -> Outcome:
         kept = self.memory.outcomes.get(root.drv)
-        return kept if kept is not None else await self.builds.outcome(root, revision)
+        return kept if kept is not None else await self._compared(await self.builds.outcome(root, revision))
+
+    async def _compared(self, outcome: Outcome) -> Outcome:
+        """Return an outcome with the likeness of its outputs to those of good, where that is what counts."""
+        good = self._good
+        if self.criterion.until is not Until.DIFFERS or good is None or not (good.is_built and outcome.is_built):
+            return outcome
+        return replace(outcome, likeness=await self.builds.likeness(good, outcome))
 
     async def _withdraw(self, drvs: Iterable[str]) -> None:
         for drv in list(drvs):

@@ -17,6 +17,8 @@ OWN_FAILURES: Final = frozenset(
     }
 )
 TIMEOUTS: Final = frozenset({"timeout", "silence"})
+#: Likenesses of outputs that are equal, but for the hashes of store paths.
+EQUAL: Final = frozenset({"same", "no-op"})
 #: What the farm takes nothing of: a derivation, or a graph, that it never builds.
 REFUSED: Final = "refused"
 
@@ -56,8 +58,10 @@ class Outcome:
     failed_step: str = ""
     #: Seconds of its builder, where they were measured.
     seconds: float | None = None
-    #: Digest of each output's content but for the hashes of store paths, where it was asked for.
-    contents: Mapping[str, str] = field(default_factory=dict)
+    #: Full store path of each output.
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    #: Likeness of each output to that of good, as `LikenessName`, where it was asked for.
+    likeness: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_built(self) -> bool:
@@ -114,8 +118,10 @@ class Criterion:
 def _compare_contents(outcome: Outcome, good: Outcome | None) -> tuple[Judgement, str]:
     if good is None:
         return Judgement.GOOD, "it is built"
-    names = sorted({*outcome.contents, *good.contents})
-    differing = [name for name in names if outcome.contents.get(name) != good.contents.get(name)]
-    if not differing:
-        return Judgement.GOOD, "its outputs are those of good"
-    return Judgement.BAD, f"output {', '.join(differing)} differs from that of good"
+    differing = sorted(name for name, likeness in outcome.likeness.items() if likeness == "different")
+    if differing:
+        return Judgement.BAD, f"output {', '.join(differing)} differs from that of good"
+    for name, likeness in sorted(outcome.likeness.items()):
+        if likeness not in EQUAL:
+            return Judgement.UNTESTABLE, f"its output {name} cannot be compared: {likeness}"
+    return Judgement.GOOD, "its outputs are those of good"

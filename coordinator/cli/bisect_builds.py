@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
 from coordinator.api.models import Ended, RootView, StepChanged, StepStatus, SubmissionState, SubmissionView
-from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
+from coordinator.api.requests import IntakeQuery, PairsQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.bisect.verdicts import REFUSED, Origin, Outcome, Until
-from coordinator.cli.bisect_contents import contents_of
 from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, send_closure, sending_again
 from coordinator.client.api_client import ApiClient
@@ -28,6 +27,8 @@ from infra.nix.verify import Verifier
 
 #: Failures that hold for the limits of one submission only, so that the farm builds again.
 _NOT_KNOWN: Final = frozenset({"timeout", "silence", "log_limit", "output_size"})
+#: Outputs that are to be asked for again.
+_UNREAD: Final = "unread"
 #: Codes of refusals of a graph for what it is; they would be the same again.
 _REFUSALS: Final = frozenset({"bad_derivation", "bad_source", "too_large"})
 
@@ -45,6 +46,7 @@ class FarmBuilds:
         self._submissions: dict[str, str] = {}
         #: One closure at a time is read and sent.
         self._sending = asyncio.Lock()
+        self._comparing = asyncio.Lock()
 
     async def slots(self, root: EvaluatedRoot) -> int:
         """Return how many builds of this kind the farm has room for now."""
@@ -142,6 +144,20 @@ class FarmBuilds:
         closure = read_closure(self._store, [root.drv]).derivations
         return {drv: verifier.add(drv, self._store.read(drv)).hash_modulo for drv in closure}
 
+    async def likeness(self, good: Outcome, outcome: Outcome) -> dict[str, str]:
+        """Return how alike each output is to that of good; one that only one of them has is different."""
+        names = sorted(good.outputs.keys() & outcome.outputs.keys())
+        found: dict[str, str] = dict.fromkeys(good.outputs.keys() ^ outcome.outputs.keys(), "different")
+        # A question reads at least one pair, so that this ends.
+        for _ in names:
+            left = [name for name in names if found.get(name, _UNREAD) == _UNREAD]
+            if left:
+                before, after = (tuple(each.outputs[name] for name in left) for each in (good, outcome))
+                async with self._comparing:
+                    compared = await self._client.compare_outputs(PairsQuery(before=before, after=after))
+                found.update(zip(left, (each.likeness for each in compared.outputs), strict=True))
+        return found
+
     async def withdraw(self, root: EvaluatedRoot) -> None:
         """End the build of a derivation; what another submission wants of it goes on."""
         submission = self._submissions.pop(root.drv, "")
@@ -161,10 +177,7 @@ class FarmBuilds:
         step = await self._client.step(root.step)
         origin = Origin.BUILT if step.attempt and step.ended_at >= view.created_at else Origin.CACHED
         seconds = await self._seconds(step.key) if self._until is Until.SLOWER else None
-        contents: Mapping[str, str] = {}
-        if self._until is Until.DIFFERS:
-            contents = await contents_of(self._client, root.outputs)
-        return Outcome(origin, root.step, view.id, seconds=seconds, contents=contents)
+        return Outcome(origin, root.step, view.id, seconds=seconds, outputs=root.outputs)
 
     async def _failure_of(self, view: SubmissionView, root: RootView) -> Outcome:
         failure = root.failure

@@ -57,11 +57,6 @@ class Transport:
         #: Made for the first stream.
         self._session: aiohttp.ClientSession | None = None
 
-    @property
-    def authorization(self) -> dict[str, str]:
-        """Headers that prove the token, for what else the coordinator serves."""
-        return dict(self._headers)
-
     async def __aenter__(self) -> Self:
         self._entered = True
         return self

@@ -9,8 +9,8 @@ from coordinator.bisect.verdicts import Criterion, Origin, Outcome, Until
 from scheduler.model import FailureKind
 
 
-def built(seconds: float | None = None, **contents: str) -> Outcome:
-    return Outcome(Origin.BUILT, "step", seconds=seconds, contents=contents)
+def built(seconds: float | None = None, **likeness: str) -> Outcome:
+    return Outcome(Origin.BUILT, "step", seconds=seconds, likeness=likeness)
 
 
 def failed(kind: str) -> Outcome:
@@ -31,7 +31,7 @@ def test_only_a_build_s_own_failure_is_bad_and_only_a_timeout_where_that_is_look
     assert answer(Until.FAILED, failed(kind)) is (Judgement.BAD if own else Judgement.UNTESTABLE)
     timed_out = kind in {"timeout", "silence"}
     assert answer(Until.TIMED_OUT, failed(kind)) is (Judgement.BAD if timed_out else Judgement.UNTESTABLE)
-    assert answer(Until.DIFFERS, failed(kind), built(out="a")) is Judgement.UNTESTABLE
+    assert answer(Until.DIFFERS, failed(kind), built()) is Judgement.UNTESTABLE
     assert answer(Until.SLOWER, failed(kind), built(3.0)) is Judgement.UNTESTABLE
     assert failed(kind).lasts == own
 
@@ -42,12 +42,13 @@ def test_a_failure_is_told_with_the_step_whose_it_is() -> None:
     assert why == "the farm could not build it: zlib-1.0 failed: it said no"
 
 
-def test_contents_are_compared_output_by_output() -> None:
-    good = built(out="a", dev="b")
-    assert answer(Until.DIFFERS, built(out="a", dev="b"), good) is Judgement.GOOD
-    assert answer(Until.DIFFERS, built(out="a", dev="c"), good) is Judgement.BAD
-    assert answer(Until.DIFFERS, built(out="a"), good) is Judgement.BAD
-    assert Criterion(Until.DIFFERS).judge(built(out="x", dev="b"), good)[1] == "output out differs from that of good"
+def test_outputs_are_compared_one_by_one() -> None:
+    good = built()
+    assert answer(Until.DIFFERS, built(out="same", dev="no-op"), good) is Judgement.GOOD
+    assert answer(Until.DIFFERS, built(out="too large", dev="different"), good) is Judgement.BAD
+    assert answer(Until.DIFFERS, built(out="absent", dev="same"), good) is Judgement.UNTESTABLE
+    why = Criterion(Until.DIFFERS).judge(built(out="different", dev="same"), good)[1]
+    assert why == "output out differs from that of good"
 
 
 def test_slower_is_more_than_the_factor_and_what_was_not_measured_says_nothing() -> None:
