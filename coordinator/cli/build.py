@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,6 +18,7 @@ from coordinator.api.requests import RootRequest, SubmitRequest
 from coordinator.api.trace_context import MAX_TRACEPARENT
 from coordinator.cli import exit_status
 from coordinator.cli.ci import Ci, defused
+from coordinator.cli.ci_summary import append_summary, summary_of
 from coordinator.cli.evaluation import EvaluationRequest, evaluate, inputs_of, status_of
 from coordinator.cli.fetching import realise
 from coordinator.cli.follow import follow
@@ -53,6 +55,8 @@ class BuildRequest:
     fetch: bool = False
     #: The runner whose sections are used; None: the one that runs this program.
     ci: Ci | None = None
+    #: File that a summary in Markdown is added to.
+    summary: Path | None = None
 
 
 @dataclass(slots=True)
@@ -65,17 +69,25 @@ class _Submitted:
     #: It was sealed before all had come.
     cut_short: bool = False
     moments: dict[str, float] = field(default_factory=dict)
+    summary: Path | None = None
 
 
 def build(connect: Callable[[], ApiClient], options: BuildRequest) -> int:
     """Run `drover build`; returns the exit status."""
-    submitted = _Submitted()
+    submitted = _Submitted(summary=options.summary)
     return _interruptible(_build(connect, options, submitted), submitted)
 
 
-def watch(connect: Callable[[], ApiClient], submission: str, *, as_json: bool, ci: Ci | None = None) -> int:
+def watch(
+    connect: Callable[[], ApiClient],
+    submission: str,
+    *,
+    as_json: bool,
+    ci: Ci | None = None,
+    summary: Path | None = None,
+) -> int:
     """Run `drover watch`; returns the exit status."""
-    submitted = _Submitted(submission)
+    submitted = _Submitted(submission, summary=summary)
 
     async def run_watch() -> int:
         async with connect() as client:
@@ -201,6 +213,8 @@ def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_j
         screen.line(line)
     if as_json:
         _print_json(view, failed, submitted)
+    if submitted.summary is not None:
+        append_summary(submitted.summary, summary_of(view, failed, submitted.evaluation, time.time()))
     status = status_of(submitted.evaluation, screen.line)
     if view.state is not SubmissionState.SUCCEEDED:
         return exit_status.BUILD_FAILED

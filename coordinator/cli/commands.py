@@ -20,7 +20,6 @@ import click
 
 from coordinator.cli.bisect_command import bisect
 from coordinator.cli.cache_commands import cache
-from coordinator.cli.ci import Ci
 from coordinator.cli.completion import SHELLS, completes, script
 from coordinator.cli.doctor_command import doctor
 from coordinator.cli.exit_status import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
@@ -58,7 +57,7 @@ Exit status:
 \b
 Environment:
   DROVER_URL         address of the coordinator
-  DROVER_TOKEN_FILE  file with the API token
+  DROVER_TOKEN_FILE  file with the API token; the token itself: DROVER_TOKEN
   DROVER_CI          github, gitlab or none: how a log folds
   NO_COLOR           no colours
 """
@@ -161,14 +160,14 @@ def build(url: str, token_file: str, **options: Any) -> int:
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @sectioned
 @addressed
-def watch(url: str, token_file: str, submission: str, as_json: bool, ci: Ci | None) -> int:
+def watch(url: str, token_file: str, submission: str, **options: Any) -> int:
     """Watch a submission until it ends.
 
     It ends with the status of the build, as `drover build` does.
     """
     from coordinator.cli import build as building  # noqa: PLC0415 - slow to import
 
-    return building.watch(Address(url, token_file).client, submission, as_json=as_json, ci=ci)
+    return building.watch(Address(url, token_file).client, submission, **options)
 
 
 @cli.command()

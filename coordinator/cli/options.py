@@ -9,6 +9,7 @@ import asyncio
 import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -105,7 +106,8 @@ def addressed(command: _Command) -> _Command:
     token = click.option(
         "--token-file",
         default="",
-        help="File with the API token (DROVER_TOKEN_FILE); usually api-token in the state directory.",
+        help="File with the API token (DROVER_TOKEN_FILE; the token itself: DROVER_TOKEN); usually api-token in the "
+        "state directory.",
     )
     return url(token(command))
 
@@ -151,13 +153,20 @@ def evaluated(command: _Command) -> _Command:
 
 
 def sectioned(command: _Command) -> _Command:
-    """Add the option that says in which sections a log of continuous integration is written."""
-    return click.option(
+    """Add the options that say how a job of continuous integration shows what happens."""
+    summary = click.option(
+        "--summary",
+        type=click.Path(dir_okay=False, path_type=Path),
+        envvar="GITHUB_STEP_SUMMARY",
+        help="Add a summary in Markdown to this file at the end (GITHUB_STEP_SUMMARY).",
+    )
+    sections = click.option(
         "--ci",
         type=click.Choice(Ci, case_sensitive=False),
         envvar="DROVER_CI",
         help="Fold logs of failed steps as this runner does (DROVER_CI).  [default: the one that runs this command]",
-    )(command)
+    )
+    return sections(summary(command))
 
 
 def run_with_client(url: str, token_file: str, ask: Callable[[ApiClient], Coroutine[Any, Any, int]]) -> int:

@@ -1,20 +1,32 @@
-"""The API token of a client: from a file that is named, or from the default state directory."""
+"""The API token of a client: from a file that is named, from the environment, or from the default state directory."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 from coordinator.client.errors import BadArgumentError
 from coordinator.defaults import state_dir
 
+TOKEN: Final = "DROVER_TOKEN"  # noqa: S105 - the name of a variable
+#: The token that was in the environment.
+_taken: list[str] = []
+
 
 def find_token(token: str | None = None) -> str:
-    """Return the API token from the file `token`, `DROVER_TOKEN_FILE`, or the default state directory; "" if none.
+    """Return the API token from the file `token`, DROVER_TOKEN, the file DROVER_TOKEN_FILE, or the state directory.
+
+    Returns "" if there is none. DROVER_TOKEN is taken out of the environment: what this program starts would have it
+    too, and an evaluation reads its environment with `builtins.getEnv`.
 
     Raises:
-        ClientError: A file that was named cannot be read.
+        BadArgumentError: A file that was named cannot be read.
     """
+    if itself := os.environ.pop(TOKEN, "").strip():
+        _taken[:] = [itself]
+    if _taken and not token:
+        return _taken[0]
     named = token or os.environ.get("DROVER_TOKEN_FILE", "")
     if named:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from aiohttp import web
 from coordinator.api.models import Counts, Ended, Snapshot, SubmissionState, SubmissionView
 from coordinator.api.requests import IntakeQuery
 from coordinator.api.streams import FramingError
+from coordinator.client import token as token_module
 from coordinator.client import transport
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import ClientError, RefusedError, UnreachableError
@@ -293,5 +295,11 @@ def test_the_token_is_found_where_it_is_named_or_in_the_state_directory(
     (tmp_path / "other").write_text("named\n")
     monkeypatch.setenv("DROVER_TOKEN_FILE", str(tmp_path / "other"))
     assert find_token() == "named"
+    monkeypatch.setattr(token_module, "_taken", [])
+    monkeypatch.setenv("DROVER_TOKEN", "itself\n")
+    assert find_token(str(tmp_path / "other")) == "named"
+    # Nothing that the program starts has it, and the program itself still does.
+    assert "DROVER_TOKEN" not in os.environ
+    assert find_token() == find_token() == "itself"
     with pytest.raises(ClientError, match="cannot read the token file"):
         find_token(str(tmp_path / "none"))
