@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from pydantic import BaseModel, ValidationError
@@ -20,6 +21,8 @@ DEFAULT_OUTPUT: Final = "checks"
 #: Seconds for what a flake fetches before it can be evaluated.
 METADATA_S: Final = 600.0
 MAX_METADATA_BYTES: Final = 16 * 1024 * 1024
+#: What Nix prints of a git repository with changes.
+_DIRTY: Final = re.compile(r"Git tree .* (?:is dirty|has uncommitted changes)")
 _NIX: Final = ("nix", "--extra-experimental-features", "nix-command flakes")
 
 
@@ -33,7 +36,12 @@ def is_flake(text: str) -> bool:
 
 
 async def flake_sources(
-    text: str, systems: Sequence[str], *, flags: Sequence[str], env: Mapping[str, str]
+    text: str,
+    systems: Sequence[str],
+    *,
+    flags: Sequence[str],
+    env: Mapping[str, str],
+    on_messages: Callable[[str], None],
 ) -> list[NixValue]:
     """Return what is to be evaluated of `REF#ATTR`: once for each system.
 
@@ -44,7 +52,7 @@ async def flake_sources(
         EvaluationError: The flake cannot be found or read.
     """
     reference, _, attr = text.partition("#")
-    metadata = await flake_metadata(reference or ".", flags, env)
+    metadata = await flake_metadata(reference or ".", flags, env, on_messages)
     try:
         url = _Metadata.model_validate_json(metadata).url
     except ValidationError:
@@ -71,7 +79,9 @@ def _is_system(name: str) -> bool:
     return name.rpartition("-")[2] in {"linux", "darwin", "freebsd"}
 
 
-async def flake_metadata(reference: str, flags: Sequence[str], env: Mapping[str, str]) -> str:
+async def flake_metadata(
+    reference: str, flags: Sequence[str], env: Mapping[str, str], on_messages: Callable[[str], None] = lambda _: None
+) -> str:
     """Return what Nix says of a flake, as JSON: its URL and locks. A directory of a git repository is that repository.
 
     Raises:
@@ -87,4 +97,9 @@ async def flake_metadata(reference: str, flags: Sequence[str], env: Mapping[str,
     if done.returncode != 0:
         line = error_line(done.stderr.decode(errors="replace")) or f"Nix ended with status {done.returncode}"
         raise EvaluationError(f"the flake {reference} could not be read: {line}")
+    if _DIRTY.search(done.stderr.decode(errors="replace")):
+        on_messages(
+            f"the git tree of {reference} has changes that are not committed; they are built too, but no file that git "
+            "does not know (git add)"
+        )
     return done.stdout.decode(errors="replace").strip()

@@ -104,7 +104,7 @@ async def findings_asked(inputs: Inputs, means: EvaluationMeans) -> AsyncGenerat
             yield AttrPlace(0, number), root
         return
     else:
-        findings = findings_of(await _sources(inputs, means.env), means)
+        findings = findings_of(await _sources(inputs, means.env, means.on_messages), means)
     async with aclosing(findings):
         async for each in findings:
             yield each
@@ -183,10 +183,10 @@ def _too_much() -> EvaluationError:
     return EvaluationError(f"standard input has more than {MAX_STDIN_BYTES} bytes; build it in several parts")
 
 
-async def _sources(inputs: Inputs, env: Mapping[str, str]) -> list[NixValue]:
+async def _sources(inputs: Inputs, env: Mapping[str, str], on_messages: Callable[[str], None]) -> list[NixValue]:
     if inputs.files and is_flake(inputs.files[0]) and not await asyncio.to_thread(Path(inputs.files[0]).exists):
         systems = inputs.systems or (await _this_system(inputs.flags, env),)
-        flakes = await flake_sources(inputs.files[0], systems, flags=inputs.flags, env=env)
+        flakes = await flake_sources(inputs.files[0], systems, flags=inputs.flags, env=env, on_messages=on_messages)
         return [replace(each, origin=None) for each in flakes] if inputs.impure else flakes
     attrs = inputs.attrs
     if STDIN in attrs:

@@ -9,7 +9,7 @@ from typing import Final
 #: machine, two evaluators wait for each other at the store's database, and no person sits before the evaluator.
 _NOISE = re.compile(
     r"(?:warning: (?:you did not specify '--add-root'|the group '\w+' specified in 'build-users-group'"
-    r"|(?:error: )?SQLite database '[^\n]*' is busy)"
+    r"|(?:error: )?SQLite database '[^\n]*' is busy|Git tree '[^\n]*' (?:is dirty|has uncommitted changes))"
     r"|Welcome to Nix |(?:Nix|Lix) \d[^\n]*\nType :\? for help).*\n*"
 )
 _ERROR_LINE: Final = re.compile(r"^[ \t]*error:[ \t]+(\S.*)$", re.MULTILINE)

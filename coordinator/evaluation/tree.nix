@@ -86,9 +86,21 @@ let
     in
     if tried.success then tried.value else [ ];
 
+  # Hydra and nix-eval-jobs look for constituents that are only named among all jobs, and make them inputs afterwards.
+  # Built as it is, such an aggregate would succeed whatever becomes of them.
+  namedConstituents = found:
+    if found._hydraAggregate or false then
+      builtins.filter (each: builtins.isString each && !builtins.hasContext each) (found.constituents or [ ])
+    else [ ];
+
   derivationAt = found:
-    let limit = name: number (found.meta.drover.${name} or 0); in
-    {
+    let
+      limit = name: number (found.meta.drover.${name} or 0);
+      named = namedConstituents found;
+    in
+    if named != [ ] then
+      throw "the aggregate names its constituent '${builtins.head named}', and only Hydra looks for names; list the derivation itself"
+    else {
       drv = builtins.unsafeDiscardStringContext found.drvPath;
       output = found.outputName or "out";
       maintainers = maintainers found;
