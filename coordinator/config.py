@@ -43,10 +43,11 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from coordinator.defaults import HOST, PORT, default_state_dir
+from coordinator.defaults import HOST, OPERATOR, PORT, default_state_dir
 from coordinator.errors import CoordinatorError
 from infra.objects.compression import COMPRESSION, Compression
 from infra.validation import first_fault
+from scheduler.policy import MAX_WEIGHT
 
 #: What the cache at `/cache` is called where caches have names.
 DEFAULT_CACHE: Final = "default"
@@ -55,6 +56,9 @@ RESERVED_CACHE_NAMES: Final = frozenset(
     {DEFAULT_CACHE, "build-trace-v2", "debuginfo", "incoming", "log", "nar", "narinfos", "realisations", "uploads"}
     | {"nix-cache-info"}
 )
+
+#: Owners of one farm: a grant of a lease may look at all of them.
+MAX_OWNERS: Final = 64
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
@@ -238,6 +242,27 @@ class NamedCacheSettings(CacheSettings):
         return value
 
 
+class OwnerSettings(BaseModel):
+    """An owner of submissions: whom the holders of its tokens submit for, and its share of the farm."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Shown with each submission; `api` is the owner of what the farm's own token submits.
+    name: _Name
+    #: Sources of its tokens: a file (mode 0600, one token a line) or `env:NAME`. Its tokens submit and ask; what
+    #: changes the farm or another owner's submissions takes the farm's own token.
+    tokens: tuple[str, ...] = ()
+    #: Its share of each worker beside that of others while both have work that is ready; 2 gets twice as many builds.
+    weight: Annotated[int, Field(ge=1, le=MAX_WEIGHT)] = 1
+
+    @model_validator(mode="after")
+    def _has_tokens(self) -> OwnerSettings:
+        if not self.tokens and self.name != OPERATOR:
+            msg = f"the owner {self.name} has no tokens, so nothing could be submitted for it"
+            raise ValueError(msg)
+        return self
+
+
 #: The file that `load_settings` reads at the moment.
 _file: ContextVar[Path | None] = ContextVar("config_file", default=None)
 
@@ -301,6 +326,8 @@ class Settings(BaseSettings):
     cache: CacheSettings = CacheSettings()
     #: Further caches, at `/cache/NAME`.
     caches: tuple[NamedCacheSettings, ...] = ()
+    #: Owners of submissions with tokens of their own, and shares of the farm.
+    owners: Annotated[tuple[OwnerSettings, ...], Field(max_length=MAX_OWNERS)] = ()
     #: Workers on this machine; without any, `drover up` starts one called `native`.
     workers: tuple[WorkerConfig, ...] = ()
     #: Names of workers that may build although they isolate builds weakly (class C, see `drover workers`).
@@ -338,6 +365,15 @@ class Settings(BaseSettings):
         for name in names:
             if names.count(name) > 1:
                 msg = f"two caches are called {name}"
+                raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _distinct_owners(self) -> Settings:
+        names = [owner.name for owner in self.owners]
+        for name in names:
+            if names.count(name) > 1:
+                msg = f"two owners are called {name}"
                 raise ValueError(msg)
         return self
 

@@ -9,6 +9,8 @@ from typing import Final
 #: Loopback only.
 HOST: Final = "127.0.0.1"
 PORT: Final = 7878
+#: Owner of what is submitted with the farm's own token.
+OPERATOR: Final = "api"
 URL: Final = f"http://{HOST}:{PORT}"
 
 

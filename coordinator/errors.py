@@ -38,10 +38,17 @@ class NotFoundError(CoordinatorError):
 
 
 class ConflictError(CoordinatorError):
-    """A request comes too late: what it names has moved on."""
+    """A request contradicts an earlier one, or comes too late: what it names has moved on."""
 
     code: ClassVar[str] = "conflict"
     status: ClassVar[int] = 409
+
+
+class ForbiddenError(CoordinatorError):
+    """The token of a request does not give the right to do this."""
+
+    code: ClassVar[str] = "forbidden"
+    status: ClassVar[int] = 403
 
 
 class UnavailableError(CoordinatorError):

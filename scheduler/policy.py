@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from scheduler.model import BuilderId, StepKey
 from scheduler.records import Builder, Step
 from scheduler.resource_limits import UNLIMITED, ResourceLimits
+
+#: Largest weight of an owner.
+MAX_WEIGHT: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)

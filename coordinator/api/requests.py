@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
 
-from coordinator.api.limits import MAX_LIMIT, MAX_WAIT_S
+from coordinator.api.limits import (
+    MAX_BRANCH,
+    MAX_COMMIT,
+    MAX_IDEMPOTENCY_KEY,
+    MAX_LIMIT,
+    MAX_PULL,
+    MAX_TAG_KEY,
+    MAX_TAG_VALUE,
+    MAX_TAGS,
+    MAX_WAIT_S,
+    TAG_KEY,
+)
 from coordinator.api.trace_context import MAX_TRACEPARENT
 
 #: Bytes of a label, an attribute path, a path: what people read, and every list shows.
@@ -75,7 +86,32 @@ class ClientStage(Request):
     end: Annotated[float, Field(allow_inf_nan=False, ge=0)]
 
 
-class SubmitRequest(Request):
+#: Text in which nothing is hidden: neither control characters nor such as reorder what stands around them.
+_Plain = Annotated[
+    str, Field(pattern="^[^\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]*$")
+]
+
+
+class SubmissionOrigin(Request):
+    """Origin of a submission by its client's word; its owner follows from the token and is never read here."""
+
+    branch: Annotated[_Plain, Field(max_length=MAX_BRANCH)] = ""
+    #: Pull or merge request, as its forge names it.
+    pull: Annotated[_Plain, Field(max_length=MAX_PULL)] = ""
+    commit: Annotated[_Plain, Field(max_length=MAX_COMMIT)] = ""
+    tags: Annotated[
+        dict[
+            Annotated[str, Field(max_length=MAX_TAG_KEY, pattern=f"^{TAG_KEY}$")],
+            Annotated[_Plain, Field(max_length=MAX_TAG_VALUE)],
+        ],
+        # Keys that do not have the pattern are refused, which pydantic's own description leaves out.
+        Field(max_length=MAX_TAGS, json_schema_extra={"additionalProperties": False}),
+    ] = {}
+    #: Another request of the same owner with this key and the same wish gets the same submission.
+    idempotency_key: Annotated[str, Field(max_length=MAX_IDEMPOTENCY_KEY, pattern=r"^[!-~]*$")] = ""
+
+
+class SubmitRequest(SubmissionOrigin):
     """A submission of derivations that the coordinator already has. One that is not `open` has a root."""
 
     roots: Annotated[tuple[RootRequest, ...], Field(max_length=MAX_ROOTS), FailFast()]

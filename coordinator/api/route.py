@@ -28,8 +28,10 @@ class Right(StrEnum):
 
     #: Nothing.
     NONE = "none"
-    #: The API token, as `Bearer`.
+    #: The API token or one of an owner, as `Bearer`.
     API = "api"
+    #: The API token, as `Bearer`.
+    OPERATE = "operate"
     #: The cookie of a browser's session, or the API token as `Bearer`.
     PAGE = "page"
     #: The cookie of a session, its CSRF token in the form, and an `Origin` that is the coordinator's own.

@@ -17,22 +17,17 @@ from __future__ import annotations
 
 from typing import Any, Final, get_args
 
+from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
 from coordinator.api.difference_models import DifferenceView
 from coordinator.api.estimates import SubmissionEtaView, ThroughputView
 from coordinator.api.models import (
-    CacheRootView,
-    CacheView,
-    CollectView,
     FarmView,
     IntakeMissing,
-    ResignView,
     RetryView,
     RootView,
     StepStatus,
     StepView,
     SubmissionView,
-    VerifyView,
-    WhyView,
     WorkerState,
     WorkerView,
 )
@@ -45,6 +40,11 @@ from coordinator.api.timeline_models import AttemptOutcome, AttemptView, History
 API_PREFIX: Final = "/api/"
 _V1: Final = "/api/v1"
 
+#: The token is an owner's, and this takes the farm's own; the submission is another owner's.
+_OPERATED: Final = (403,)
+_OWNED: Final = (403,)
+#: An idempotency key that belongs to another wish.
+_CONFLICT: Final = (409,)
 #: A named thing is not there; the body of a request comes too slowly, or is too large.
 _NAMED: Final = (404,)
 _BODY: Final = (408, 413)
@@ -90,7 +90,9 @@ SUBMIT: Final = Route(
     body="SubmitRequest",
     answer=SubmissionView,
     status=201,
-    errors=(*_BODY, *_GRAPH),
+    errors=(*_CONFLICT, *_BODY, *_GRAPH),
+    # The client gives each a key.
+    repeats=True,
     summary="Submit derivations that the coordinator has. The answer names three of the roots.",
 )
 SUBMISSIONS: Final = Route(
@@ -116,7 +118,7 @@ CANCEL: Final = Route(
     f"{_V1}/submissions/{{id}}/cancel",
     Right.API,
     answer=SubmissionView,
-    errors=_NAMED,
+    errors=(*_OWNED, *_NAMED),
     repeats=True,
     summary="Withdraw a submission; builds that another one wants go on. A repeat changes nothing.",
 )
@@ -125,7 +127,7 @@ RETRY: Final = Route(
     f"{_V1}/submissions/{{id}}/retry",
     Right.API,
     answer=SubmissionView,
-    errors=(*_NAMED, *_GRAPH),
+    errors=(*_OWNED, *_NAMED, *_GRAPH),
     repeats=True,
     summary="Run again what failed of a submission; a repeat changes nothing.",
 )
@@ -145,7 +147,7 @@ GROW: Final = Route(
     Right.API,
     body="GrowRequest",
     answer=SubmissionView,
-    errors=(*_NAMED, 409, *_BODY, *_GRAPH),
+    errors=(*_OWNED, *_NAMED, 409, *_BODY, *_GRAPH),
     repeats=True,
     summary="Give an open submission further roots, or none to say that they still come. A repeat changes nothing.",
 )
@@ -155,7 +157,7 @@ SEAL: Final = Route(
     Right.API,
     body="SealRequest",
     answer=SubmissionView,
-    errors=(*_NAMED, *_BODY),
+    errors=(*_OWNED, *_NAMED, *_BODY),
     repeats=True,
     summary="End the growth of an open submission; it ends with its last step. A repeat changes nothing.",
 )
@@ -340,10 +342,10 @@ REBUILD_CAUSES: Final = Route(
 DRAIN: Final = Route[None](
     "POST",
     f"{_V1}/workers/{{name}}/drain",
-    Right.API,
+    Right.OPERATE,
     body="DrainRequest",
     status=204,
-    errors=(*_NAMED, *_BODY),
+    errors=(*_OPERATED, *_NAMED, *_BODY),
     repeats=True,
     summary="Give a worker no new builds, or give it some again; those that run there finish.",
 )
@@ -377,39 +379,44 @@ CACHE_WHY: Final = Route(
 PIN: Final = Route[None](
     "PUT",
     f"{_V1}/caches/{{cache}}/pins/{{pin}}",
-    Right.API,
+    Right.OPERATE,
     body="PinRequest",
     status=204,
-    errors=(*_NAMED, *_BODY),
+    errors=(*_OPERATED, *_NAMED, *_BODY),
     summary="Keep paths and all that they refer to.",
 )
 UNPIN: Final = Route[None](
-    "DELETE", f"{_V1}/caches/{{cache}}/pins/{{pin}}", Right.API, status=204, errors=_NAMED, summary="End a pin."
+    "DELETE",
+    f"{_V1}/caches/{{cache}}/pins/{{pin}}",
+    Right.OPERATE,
+    status=204,
+    errors=(*_OPERATED, *_NAMED),
+    summary="End a pin.",
 )
 COLLECT: Final = Route(
     "POST",
     f"{_V1}/caches/{{cache}}/collect",
-    Right.API,
+    Right.OPERATE,
     body="CollectRequest",
     answer=CollectView,
-    errors=(*_NAMED, *_BODY),
+    errors=(*_OPERATED, *_NAMED, *_BODY),
     summary="Collect the garbage of a cache.",
 )
 VERIFY: Final = Route(
     "POST",
     f"{_V1}/caches/{{cache}}/verify",
-    Right.API,
+    Right.OPERATE,
     body="VerifyRequest",
     answer=VerifyView,
-    errors=(*_NAMED, *_BODY),
+    errors=(*_OPERATED, *_NAMED, *_BODY),
     summary="Prove a cache: narinfo, NAR and references, and repair it if asked to.",
 )
 RESIGN: Final = Route(
     "POST",
     f"{_V1}/caches/{{cache}}/resign",
-    Right.API,
+    Right.OPERATE,
     answer=ResignView,
-    errors=_NAMED,
+    errors=(*_OPERATED, *_NAMED),
     summary="Sign everything with the present keys.",
 )
 HEALTH: Final = Route[None](

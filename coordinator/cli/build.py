@@ -28,6 +28,7 @@ from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, send_closure
 from coordinator.cli.status import print_json
 from coordinator.cli.streaming import StreamedBuild
+from coordinator.cli.submission_options import SubmissionWords
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import (
     LocalStore,
@@ -46,7 +47,8 @@ class BuildRequest:
     #: `--option NAME VALUE` words, for every Nix command of this machine.
     settings: tuple[str, ...] = ()
     store: str | None = None
-    label: str = ""
+    #: What the submission says of itself.
+    words: SubmissionWords = field(default_factory=SubmissionWords)
     retry: bool = False
     #: As in `SubmitRequest`.
     wait_s: int | None = None
@@ -138,7 +140,7 @@ def _opening(options: BuildRequest) -> SubmitRequest:
     return SubmitRequest(
         roots=(),
         open=True,
-        label=options.label,
+        **options.words.fields(),
         retry_failed=options.retry,
         wait_s=options.wait_s,
         traceparent=os.environ.get("TRACEPARENT", "")[:MAX_TRACEPARENT],

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from coordinator.api.models import CacheRootView, CollectView, VerifyView
+from coordinator.api.cache_models import CacheRootView, CollectView, VerifyView
 from coordinator.api.requests import PinRequest
 from coordinator.cli import exit_status
 from coordinator.cli.rendering import duration, size, table_lines

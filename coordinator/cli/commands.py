@@ -38,6 +38,7 @@ from coordinator.cli.options import (
 from coordinator.cli.question_commands import diff, eta, history, log, story, top, trace, why
 from coordinator.cli.rebuild_commands import rebuild
 from coordinator.cli.sections import SectionedGroup
+from coordinator.cli.submission_options import describes, taken_words
 from coordinator.errors import CoordinatorError
 from coordinator.terminal_controls import harmless
 
@@ -120,7 +121,7 @@ def _refuse_contradictions(options: dict[str, Any]) -> None:
 @click.option("--option", "options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting on this machine.")
 @evaluated
 @click.option("--store", metavar="DIR", help="Evaluate into (and fetch to) a Nix store below DIR.")
-@click.option("--label", default="", help="Shown in lists of submissions.")
+@describes
 @click.option("--retry", is_flag=True, help="Build again what is known to fail.")
 @click.option(
     "--wait",
@@ -151,7 +152,8 @@ def build(url: str, token_file: str, **options: Any) -> int:
     names = ("files", "attrs", "expression", "systems", *EVALUATION_OPTIONS)
     of_evaluation = {name: options.pop(name) for name in names}
     evaluation = EvaluationRequest(flags=tuple(flags), **of_evaluation)
-    request = building.BuildRequest(evaluation, settings=tuple(settings), **options)
+    words = taken_words(options)
+    request = building.BuildRequest(evaluation, settings=tuple(settings), words=words, **options)
     return building.build(Address(url, token_file).client, request)
 
 

@@ -22,6 +22,8 @@ STATUSES: Final = {
     "bad_argument": USAGE,
     "bad_config": USAGE,
     "bad_request": USAGE,
+    "conflict": USAGE,
+    "forbidden": USAGE,
     "forbidden_path": USAGE,
     "forgery": USAGE,
     "not_found": USAGE,

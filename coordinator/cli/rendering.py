@@ -25,6 +25,7 @@ from coordinator.api.models import (
     TransferView,
     WorkerView,
 )
+from coordinator.api.origin import origin_words
 from coordinator.cli.progress import News, Progress
 from coordinator.terminal_controls import ControlFilter
 
@@ -254,7 +255,7 @@ def summary_lines(submission: SubmissionView, failed: Sequence[StepView], now: f
     """Return the end of the story: verdict, what was built, shared and uploaded, where the results are."""
     counts = submission.counts
     took = duration((submission.ended_at or now) - submission.created_at)
-    lines = [f"{submission.state.value}: submission {submission.id} after {took}"]
+    lines = [f"{submission.state.value}: submission {submission.id} after {took}", *origin_lines(submission)]
     built = [f"{counts.done} built"]
     if counts.held:
         built.append(f"{counts.held} already in the cache")
@@ -299,6 +300,12 @@ def summary_lines(submission: SubmissionView, failed: Sequence[StepView], now: f
         "more failed steps",
     )
     return lines
+
+
+def origin_lines(submission: SubmissionView) -> list[str]:
+    """Return whose a submission is and whence it comes, as far as that is known."""
+    words = [f"{one_line(word)} {one_line(value)}" for word, value in origin_words(submission)]
+    return [f"  from          {', '.join(words)}"] if words else []
 
 
 def _unbuilt_lines(submission: SubmissionView, failed: Sequence[StepView] = ()) -> list[str]:
@@ -351,6 +358,7 @@ def status_lines(submission: SubmissionView, steps: Sequence[StepView], now: flo
     words = ", ".join(f"{number} {word}" for word, number, _ in tally(submission.counts))
     lines = [
         f"running: submission {submission.id}{label} since {duration(now - submission.created_at)}",
+        *origin_lines(submission),
         f"  {words} of {submission.counts.total}",
         *growth_lines(submission),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -12,16 +13,13 @@ from urllib.parse import parse_qs, urlsplit
 import orjson
 
 from coordinator.api import routes
+from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
 from coordinator.api.difference_models import DifferenceView
 from coordinator.api.estimates import SubmissionEtaView
 from coordinator.api.models import (
-    CacheRootView,
-    CacheView,
-    CollectView,
     Ended,
     FarmView,
     IntakeMissing,
-    ResignView,
     RetryView,
     RootView,
     Snapshot,
@@ -29,9 +27,7 @@ from coordinator.api.models import (
     StepView,
     SubmissionState,
     SubmissionView,
-    VerifyView,
     WatchEvent,
-    WhyView,
     WorkerState,
     WorkerView,
 )
@@ -91,8 +87,12 @@ class ApiClient(Transport):
             pass
 
     async def submit(self, request: SubmitRequest) -> SubmissionView:
-        """Submit derivations that the coordinator has."""
-        return await self._one(routes.SUBMIT, data=_json(request))
+        """Submit derivations that the coordinator has.
+
+        The idempotency key, made here where the request has none, makes it one submission however often it is sent.
+        """
+        key = request.idempotency_key or secrets.token_hex(16)
+        return await self._one(routes.SUBMIT, data=_json(request.model_copy(update={"idempotency_key": key})))
 
     async def grow(self, submission: str, request: GrowRequest) -> SubmissionView:
         """Give an open submission further roots; a repeat is a no-op."""

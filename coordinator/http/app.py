@@ -17,6 +17,7 @@ from coordinator.http.api.submissions import Api
 from coordinator.http.connections import is_abandoned
 from coordinator.http.middleware import require_host, require_plain_head, require_token
 from coordinator.http.routing import serve
+from coordinator.security.clients import ClientTokens
 from infra.cache.errors import MetadataError
 from infra.objects.errors import ObjectStoreError
 
@@ -32,12 +33,14 @@ _REFUSALS = {
 }
 
 
-def make_app(api: Api, token: str, *, public_url: str, loopback: bool, max_body_bytes: int) -> web.Application:
+def make_app(
+    api: Api, tokens: ClientTokens, *, public_url: str, loopback: bool, max_body_bytes: int
+) -> web.Application:
     """Put the API behind its checks. `max_body_bytes` bounds JSON bodies; streams have bounds of their own."""
     checks: list[Middleware] = [_answer_errors, require_plain_head]
     if loopback:
         checks.append(require_host(public_url))
-    checks.append(require_token(token))
+    checks.append(require_token(tokens))
     app = web.Application(middlewares=checks, client_max_size=max_body_bytes)
     app.on_response_prepare.append(_note_begun)
     serve(app, api.handlers())

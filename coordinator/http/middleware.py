@@ -12,7 +12,6 @@ the coordinator listens on loopback only, requests whose `Host` is not a loopbac
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 import re
 from typing import ClassVar, Final
@@ -22,12 +21,15 @@ from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
 from coordinator.api.route import Right
-from coordinator.errors import BadRequestError, CoordinatorError
+from coordinator.errors import BadRequestError, CoordinatorError, ForbiddenError
 from coordinator.http.bodies import refuse_encoding
 from coordinator.http.connections import mark_known
 from coordinator.http.routing import right_of
+from coordinator.security.clients import Client, ClientTokens
 
 MAX_PORT: Final = 65535
+#: Whose token a request has, at the routes of the farm.
+CLIENT: Final[web.RequestKey[Client]] = web.RequestKey("drover.client", Client)
 #: Names as DNS and hosts files have them; no user part, no zone of an IPv6 address.
 _HOST: Final = re.compile(
     r"(?:\[(?P<address>[0-9A-Fa-f:.]{2,45})\]|(?P<name>[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252})))(?::(?P<port>[0-9]{1,5}))?"
@@ -48,20 +50,28 @@ class ForbiddenHostError(CoordinatorError):
     status: ClassVar[int] = 421
 
 
-def require_token(token: str) -> Middleware:
-    """Return a middleware that lets only holders of `token` at the routes whose right is `Right.API`."""
-    expected = token.encode()
+def require_token(tokens: ClientTokens) -> Middleware:
+    """Return a middleware that lets only holders of `tokens` at the routes whose right is the farm's.
+
+    A handler finds in `request[CLIENT]` whom the token belongs to.
+    """
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if right_of(request) is Right.API:
+        right = right_of(request)
+        if right in {Right.API, Right.OPERATE}:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-            known = hmac.compare_digest(token.strip().encode("utf-8", "replace"), expected)
-            if scheme.lower() != "bearer" or not known:
+            client = tokens.find(token.strip())
+            if scheme.lower() != "bearer" or client is None:
                 raise UnauthorizedError(
                     "the request has no valid token; it is in the file api-token of the coordinator's state directory "
                     "(set DROVER_TOKEN_FILE)."
                 )
+            if right is Right.OPERATE and not client.is_operator:
+                raise ForbiddenError(
+                    f"the token of {client.owner} does not give this right; the farm's own token does."
+                )
+            request[CLIENT] = client
             mark_known(request)
         return await handler(request)
 

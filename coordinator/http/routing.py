@@ -21,7 +21,7 @@ from coordinator.errors import BadRequestError, CoordinatorError
 #: Every route that an application serves.
 SERVED: Final[web.AppKey[dict[web.AbstractRoute, Route[Any]]]] = web.AppKey("drover.routes", dict)
 #: Rights that the middleware checks; the others have guards: those of a cache, with its own tokens, and of sessions.
-OF_THE_FARM: Final = frozenset({Right.NONE, Right.API})
+OF_THE_FARM: Final = frozenset({Right.NONE, Right.API, Right.OPERATE})
 
 _log = logging.getLogger(__name__)
 

@@ -14,12 +14,14 @@ from dataclasses import asdict, replace
 
 from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.api.requests import RootLimits, RootRequest, SubmitRequest
+from coordinator.defaults import OPERATOR
 from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError, ConflictError, IntakeError
 from coordinator.intake.client_meter import ClientMeter, placed
 from coordinator.intake.graph import Planned
+from coordinator.intake.idempotency import IdempotencyKeys, wish_digest
 from coordinator.intake.intake import Intake
-from coordinator.journal.codec import SubmissionNote, encode_note
+from coordinator.journal.codec import OriginNote, SubmissionNote, encode_note
 from coordinator.journal.notes import Note
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.views import Views
@@ -39,20 +41,31 @@ class Submissions:
         self._engine = engine
         self._views = views
         self._intake = intake
+        self._keys = IdempotencyKeys(views)
         self.meter = ClientMeter()
 
-    async def submit(self, wish: SubmitRequest) -> SubmissionRow:
-        """Plan a wish and hand it over; returns its row once it is durable."""
+    async def submit(self, wish: SubmitRequest, owner: str = OPERATOR) -> SubmissionRow:
+        """Plan a wish and hand it over; returns its row once it is durable.
+
+        A wish whose idempotency key the owner has used gets the submission that has it. Raises `ConflictError` where
+        that has another wish.
+        """
         if not wish.roots and not wish.open:
             raise IntakeError("a submission has no root; name what it is to build, or open it (`open`) and send roots.")
         with collector_paused():
-            return await self._submit(wish)
+            if not wish.idempotency_key:
+                return await self._submit(wish, OriginNote(owner))
+            digest = await asyncio.to_thread(wish_digest, wish)
+            origin = OriginNote(owner, key=wish.idempotency_key, wish=digest)
+            return await self._keys.once(origin, lambda: self._submit(wish, origin))
 
-    async def _submit(self, wish: SubmitRequest) -> SubmissionRow:
+    async def _submit(self, wish: SubmitRequest, origin: OriginNote) -> SubmissionRow:
         asked_at = self._engine.now()
         planned = await self._intake.submit(wish)
         stages = placed(wish.stages, asked_at)
-        note = SubmissionNote(wish.label, planned.roots, planned.derivations, wish.traceparent, stages)
+        tags = tuple(sorted(wish.tags.items()))
+        origin = replace(origin, branch=wish.branch, pull=wish.pull, commit=wish.commit, tags=tags)
+        note = SubmissionNote(wish.label, planned.roots, planned.derivations, wish.traceparent, stages, origin=origin)
         name = SubmissionId(secrets.token_hex(5))
 
         def event(planned: Planned) -> SubmissionReceived:

@@ -133,6 +133,20 @@ class RootNote:
 
 
 @dataclass(frozen=True, slots=True)
+class OriginNote:
+    """Origin of a submission: its owner by the token, the rest by its client's word."""
+
+    owner: str = ""
+    branch: str = ""
+    pull: str = ""
+    commit: str = ""
+    tags: tuple[tuple[str, str], ...] = ()
+    #: Its idempotency key, and the digest of the wish that belongs to it.
+    key: str = ""
+    wish: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SubmissionNote:
     """Name of a submission for people, and the number of derivations behind its steps."""
 
@@ -147,6 +161,8 @@ class SubmissionNote:
     #: notes of before 2026-11-30.
     not_evaluated: tuple[tuple[str, str, str], ...] = ()
     unevaluated: int = 0
+    #: Absent in notes of before 2026-11-30.
+    origin: OriginNote = OriginNote()
 
 
 @dataclass(frozen=True, slots=True)

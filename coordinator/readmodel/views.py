@@ -263,6 +263,10 @@ class Views(FoldedRows):
         """Count all submissions by state."""
         return Counter(row.state.value for row in self._submissions.values())
 
+    def submission_total(self) -> int:
+        """Return how many submissions are known."""
+        return len(self._submissions)
+
     def submission_rows(self) -> list[SubmissionRow]:
         """Return the rows of all submissions, oldest first; for reading only."""
         return list(self._submissions.values())
@@ -335,6 +339,11 @@ class Views(FoldedRows):
                 [UnevaluatedView(attr=attr, kind=kind, message=text) for attr, kind, text in note.not_evaluated]
             ),
             unevaluated=note.unevaluated,
+            owner=note.origin.owner,
+            branch=note.origin.branch,
+            pull=note.origin.pull,
+            commit=note.origin.commit,
+            tags=dict(note.origin.tags),
         )
 
     def root_view(self, root: RootNote) -> RootView:

@@ -138,6 +138,11 @@ def read_token(path: Path) -> str:
 
 
 def load_tokens(sources: Sequence[str]) -> TokenSet:
+    """Return the tokens of the sources. Raises `TokenError`, as `read_tokens`."""
+    return TokenSet(read_tokens(sources))
+
+
+def read_tokens(sources: Sequence[str]) -> list[str]:
     """Read all tokens of the sources: files with one token a line, or `env:NAME` with the same content.
 
     Empty lines and lines that start with `#` do not count.
@@ -157,7 +162,7 @@ def load_tokens(sources: Sequence[str]) -> TokenSet:
                 f"a token in {source} has fewer than {LEAST_TOKEN_CHARACTERS} characters: make a longer one."
             )
         tokens += found
-    return TokenSet(tokens)
+    return tokens
 
 
 def read_source(source: str) -> str:

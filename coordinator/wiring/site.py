@@ -111,7 +111,7 @@ def _api_app(  # noqa: PLR0917 - collaborators, named by their types
     )
     return make_app(
         api,
-        stores.api_token,
+        stores.clients,
         public_url=url,
         loopback=settings.loopback,
         max_body_bytes=settings.limits.request_bytes,

@@ -12,6 +12,7 @@ from coordinator.caches.opening import OpenCache, open_caches
 from coordinator.config import Settings
 from coordinator.journal.journal import Journal
 from coordinator.journal.takeover import Lead
+from coordinator.security.clients import ClientTokens, load_clients
 from coordinator.security.sessions import Sessions
 from coordinator.security.upload_tokens import UploadTokens
 from coordinator.stores.derivations import DerivationStore
@@ -36,7 +37,8 @@ class Stores:
     timings: TimingStore
     #: The default one first.
     caches: Sequence[OpenCache]
-    api_token: str
+    #: Tokens of the API and their owners.
+    clients: ClientTokens
     upload_tokens: UploadTokens
     sessions: Sessions
     #: What the farm's own workers read the default cache with, where that is not public.
@@ -65,9 +67,8 @@ async def open_stores(stack: AsyncExitStack, settings: Settings, clock: Clock, l
     stack.push_async_callback(timings.close)
     upload_tokens = UploadTokens(secrets.upload_secret.encode())
     sessions = Sessions(secrets.upload_secret, secrets.api_token)
-    return Stores(
-        lead.journal, derivations, logs, timings, caches, secrets.api_token, upload_tokens, sessions, farm_token
-    )
+    clients = load_clients(secrets.api_token, {owner.name: owner.tokens for owner in settings.owners})
+    return Stores(lead.journal, derivations, logs, timings, caches, clients, upload_tokens, sessions, farm_token)
 
 
 async def farm_info(settings: Settings, url: str, stores: Stores) -> FarmInfo:

@@ -18,6 +18,7 @@ from coordinator.http.binary_cache.fast_narinfo import FastNarinfos, FastSite
 from coordinator.http.connections import ConnectionBounds, ConnectionGate, require_room
 from coordinator.http.middleware import require_token
 from coordinator.http.routing import serve as serve_routes
+from coordinator.security.clients import ClientTokens
 
 TOKEN = "t" * 20
 #: More than the sockets of both sides hold.
@@ -77,7 +78,7 @@ async def serve(bounds: ConnectionBounds) -> AsyncGenerator[Site, None]:
 
     gate = ConnectionGate(bounds)
     clients: list[Client] = []
-    app = web.Application(middlewares=[require_room(gate), require_token(TOKEN)])
+    app = web.Application(middlewares=[require_room(gate), require_token(ClientTokens(TOKEN))])
     handlers = {"/nar/x": last, "/slow": last, "/quick": quick, "/large": large}
     serve_routes(app, {Route[None]("GET", address, Right.NONE): handler for address, handler in handlers.items()})
     serve_routes(app, {Route[None]("GET", "/api/x", Right.API): quick})

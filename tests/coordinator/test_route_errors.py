@@ -20,8 +20,8 @@ from aiohttp import web
 
 from coordinator.api import cache_routes, routes, web_routes
 from coordinator.api.route import EVERY_ROUTE, Content, Right, Route
-from coordinator.config import Settings
-from coordinator.errors import IntakeError, NotFoundError
+from coordinator.config import OwnerSettings, Settings
+from coordinator.errors import ConflictError, ForbiddenError, IntakeError, NotFoundError
 from coordinator.http import bodies
 from coordinator.http.api import submissions
 from coordinator.http.binary_cache import uploads as upload_routes
@@ -47,6 +47,8 @@ from tests.support.routes import PARTS, addresses
 
 Pair = tuple[str, int]
 PREFIX = "/cache"
+#: Token of an owner.
+OWNER = "o" * 32
 #: Bytes that a request announces and never sends.
 TOO_LARGE = 10**13
 #: What a sender of half a body is granted here.
@@ -128,7 +130,10 @@ async def asker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         (upload_routes, "SILENCE_S"),
     ):
         monkeypatch.setattr(module, name, PATIENCE_S)
-    async with open_coordinator(Settings(state_dir=tmp_path / "farm", port=0), no_workers) as coordinator:
+    monkeypatch.setenv("OWNER_TOKEN", OWNER)
+    owners = (OwnerSettings(name="ci", tokens=("env:OWNER_TOKEN",)),)
+    settings = Settings(state_dir=tmp_path / "farm", port=0, owners=owners)
+    async with open_coordinator(settings, no_workers) as coordinator:
         token = coordinator.ready.token_file.read_text().strip()
         jar = aiohttp.CookieJar(unsafe=True)
         async with aiohttp.ClientSession(cookie_jar=jar, headers={"Origin": coordinator.ready.url}) as session:
@@ -193,6 +198,7 @@ async def graphs_that_the_farm_does_not_take(asker: Asker, monkeypatch: pytest.M
     ):
         with monkeypatch.context() as patched:
             patched.setattr(room, method, refuse)
+            patched.setattr(submissions.Api, "_require_owner", lambda *_: None)
             body = b"" if route.body is None else b"{}" if route is routes.GROW else b"x"
             await asker.ask(route, route.address(**PARTS), body)
 
@@ -206,6 +212,32 @@ async def roots_that_come_too_late(asker: Asker) -> None:
     await asker.ask(routes.SEAL, routes.SEAL.address(id=opened), b"{}")
     body = json.dumps({"roots": [{"attr": "x", "drv": f"/nix/store/{PARTS['key']}"}]}).encode()
     await asker.ask(routes.GROW, routes.GROW.address(id=opened), body)
+
+
+async def what_is_another_owner_s(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    stranger = f"Bearer {OWNER}"
+    for route, address, _prefix in addresses(PREFIX):
+        if route.right is Right.OPERATE:
+            await asker.ask(route, address, Authorization=stranger)
+
+    def refuse(*_: object) -> None:
+        raise ForbiddenError("x")
+
+    # What needs submissions (`test_origins`).
+    submit = json.dumps({"roots": [{"attr": "x", "drv": "/d"}]}).encode()
+    for method, route, error in (
+        ("cancel", routes.CANCEL, ForbiddenError("x")),
+        ("retry", routes.RETRY, ForbiddenError("x")),
+        ("submit", routes.SUBMIT, ConflictError("x")),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(submissions.Api, "_require_owner", lambda *_: None)
+            patched.setattr(Submissions, method, failing(error))
+            await asker.ask(route, route.address(**PARTS), submit if route.body is not None else b"")
+    with monkeypatch.context() as patched:
+        patched.setattr(submissions.Api, "_require_owner", refuse)
+        await asker.ask(routes.GROW, routes.GROW.address(**PARTS), b"{}")
+        await asker.ask(routes.SEAL, routes.SEAL.address(**PARTS), b"{}")
 
 
 async def forms_of_other_pages(asker: Asker) -> None:
@@ -289,6 +321,7 @@ async def test_each_refusal_that_a_table_lists_is_given_and_no_other(
     await bodies_that_come_too_slowly(asker)
     await graphs_that_the_farm_does_not_take(asker, monkeypatch)
     await roots_that_come_too_late(asker)
+    await what_is_another_owner_s(asker, monkeypatch)
     await forms_of_other_pages(asker)
     await uploads_that_cannot_be(asker, monkeypatch)
     await what_nix_sends_and_the_cache_cannot_take(asker, monkeypatch)

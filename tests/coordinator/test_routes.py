@@ -17,29 +17,31 @@ from coordinator.api.cache_routes import CACHE_ROUTES, NARINFO
 from coordinator.api.route import Content, Right, Route
 from coordinator.api.routes import ROUTES, SUBMIT
 from coordinator.api.web_routes import WEB_ROUTES
-from coordinator.config import NamedCacheSettings, Settings
+from coordinator.config import NamedCacheSettings, OwnerSettings, Settings
 from coordinator.errors import BadRequestError, CoordinatorError
 from coordinator.http.bodies import parse_model
 from coordinator.http.middleware import require_token
 from coordinator.http.routing import SERVED, serve
 from coordinator.main import open_coordinator
+from coordinator.security.clients import ClientTokens
 from tests.support.local_fleet import no_workers
 from tests.support.routes import addresses
 
-READER, WRITER = "r" * 32, "w" * 32
+READER, WRITER, OWNER = "r" * 32, "w" * 32, "o" * 32
 PUBLIC, PRIVATE = "/cache", "/cache/team"
 
 
 @pytest.fixture
 def with_a_private_cache(tmp_path: Path) -> Settings:
     sources = []
-    for name, token in (("readers", READER), ("writers", WRITER)):
+    for name, token in (("readers", READER), ("writers", WRITER), ("owners", OWNER)):
         file = tmp_path / name
         file.write_text(token)
         file.chmod(0o600)
         sources.append(str(file))
     team = NamedCacheSettings(name="team", readers=(sources[0],), writers=(sources[1],))
-    return Settings(state_dir=tmp_path / "farm", port=0, caches=(team,))
+    owner = OwnerSettings(name="ci", tokens=(sources[2],))
+    return Settings(state_dir=tmp_path / "farm", port=0, caches=(team,), owners=(owner,))
 
 
 def admits(right: Right, prefix: str, holder: str) -> bool:
@@ -48,7 +50,9 @@ def admits(right: Right, prefix: str, holder: str) -> bool:
     match right:
         case Right.NONE:
             return True
-        case Right.API | Right.PAGE:
+        case Right.API:
+            return holder in {"api", "owner"}
+        case Right.PAGE | Right.OPERATE:
             return holder == "api"
         case Right.CHANGE:
             # Forms come from the pages of a session, whatever token is shown beside.
@@ -71,7 +75,13 @@ def model_of(route: Route[Any]) -> type[BaseModel] | None:
 async def test_each_route_asks_for_what_its_right_says(with_a_private_cache: Settings) -> None:
     wrong = []
     async with open_coordinator(with_a_private_cache, no_workers) as coordinator, aiohttp.ClientSession() as session:
-        tokens = {"nobody": "", "reader": READER, "writer": WRITER, "api": coordinator.ready.token_file.read_text()}
+        tokens = {
+            "nobody": "",
+            "reader": READER,
+            "writer": WRITER,
+            "owner": OWNER,
+            "api": coordinator.ready.token_file.read_text(),
+        }
         for route, address, prefix in addresses(PUBLIC, PRIVATE):
             for holder, token in tokens.items():
                 headers = {"Authorization": f"Bearer {token.strip()}"} if token else {}
@@ -82,7 +92,8 @@ async def test_each_route_asks_for_what_its_right_says(with_a_private_cache: Set
                     ) as answer:
                         # What is made while the farm serves already may be away at first.
                         broken = answer.status >= 500 and answer.status != 503
-                        if (answer.status != 401) != admits(route.right, prefix, holder) or broken:
+                        refused = answer.status == (403 if (route.right, holder) == (Right.OPERATE, "owner") else 401)
+                        if refused == admits(route.right, prefix, holder) or broken:
                             wrong.append((holder, method, address, route.right.value, answer.status))
     assert wrong == []
 
@@ -145,7 +156,7 @@ async def _status_of_errors(request: web.Request, handler: Handler) -> web.Strea
 
 
 async def test_a_handler_that_no_table_has_wants_the_token() -> None:
-    app = web.Application(middlewares=[_status_of_errors, require_token("t" * 32)])
+    app = web.Application(middlewares=[_status_of_errors, require_token(ClientTokens("t" * 32))])
     app.router.add_get("/forgotten", _anything)
     runner = web.AppRunner(app)
     await runner.setup()

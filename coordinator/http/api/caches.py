@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from coordinator.api import routes
-from coordinator.api.models import (
+from coordinator.api.cache_models import (
     CacheRootView,
     CacheView,
     CollectView,

@@ -19,11 +19,12 @@ from coordinator.api.requests import MAX_ROOTS, GrowRequest, IntakeQuery, SealRe
 from coordinator.api.route import Route
 from coordinator.config import LimitSettings
 from coordinator.engine.engine import Engine
-from coordinator.errors import BadRequestError, NotFoundError
+from coordinator.errors import BadRequestError, ForbiddenError, NotFoundError
 from coordinator.http.answers import answer
 from coordinator.http.api.events import WatchStreams
 from coordinator.http.api.pages import Page, answer_page, cut, limit_of, position_of, words_of
 from coordinator.http.bodies import STREAM_PATIENCE_S, BodyBounds, body_chunks, read_model
+from coordinator.http.middleware import CLIENT
 from coordinator.intake.growth import Growth
 from coordinator.intake.intake import Intake
 from coordinator.intake.submissions import Submissions
@@ -129,7 +130,7 @@ class Api:
     async def submit(self, request: web.Request) -> web.Response:
         """Take a submission; the answer leaves once it is durable, and names few of its roots."""
         wish = await read_model(request, SubmitRequest, self._bounds.submission)
-        row = await self._submissions.submit(wish)
+        row = await self._submissions.submit(wish, request[CLIENT].owner)
         roots: list[object] = list(wish.roots)
         del wish
         await free_in_slices(roots)
@@ -138,17 +139,20 @@ class Api:
     async def grow(self, request: web.Request) -> web.Response:
         """Take further roots of an open submission; the answer leaves once they are durable."""
         wish = await read_model(request, GrowRequest, self._bounds.submission)
+        self._require_owner(request)
         row = await self._growth.grow(request.match_info["id"], wish)
         return answer(self._views.submission_view(row, ROOTS_LISTED))
 
     async def seal(self, request: web.Request) -> web.Response:
         """End the growth of a submission."""
         wish = await read_model(request, SealRequest, self._bounds.submission)
+        self._require_owner(request)
         row = await self._growth.seal(request.match_info["id"], wish)
         return answer(self._views.submission_view(row, ROOTS_LISTED))
 
     async def retry(self, request: web.Request) -> web.Response:
         """Let a submission run again."""
+        self._require_owner(request)
         row = await self._submissions.retry(request.match_info["id"])
         return answer(self._views.submission_view(row, ROOTS_LISTED))
 
@@ -180,8 +184,18 @@ class Api:
 
     async def cancel(self, request: web.Request) -> web.Response:
         """Withdraw a submission."""
+        self._require_owner(request)
         row = await self._submissions.cancel(request.match_info["id"])
         return answer(self._views.submission_view(row, ROOTS_LISTED))
+
+    def _require_owner(self, request: web.Request) -> None:
+        """Raise `NotFoundError` or `ForbiddenError` unless the client may change the submission of the address."""
+        row = self._views.submission(request.match_info["id"])
+        owner = self._views.note(row.id).origin.owner
+        if not request[CLIENT].may_change(owner):
+            raise ForbiddenError(
+                f"submission {row.id} is {owner or 'the farm'}'s; only its owner's tokens and the farm's own change it."
+            )
 
     async def steps(self, request: web.Request) -> web.Response:
         """List the steps of a submission, all or those in the named states."""

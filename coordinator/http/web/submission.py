@@ -14,6 +14,7 @@ from aiohttp import web
 from coordinator.api.estimates import SubmissionEtaView
 from coordinator.api.flakes import failure_sentence
 from coordinator.api.models import FarmView, StepStatus, SubmissionState, SubmissionView
+from coordinator.api.origin import origin_words
 from coordinator.http.web.guards import VISITOR, html, seen_elsewhere
 from coordinator.http.web.lines import QueueLine, StepLine, SubmissionLine, line_of, queue_lines, step_line
 from coordinator.http.web.live import LiveStreams
@@ -77,6 +78,11 @@ class SubmissionData:
     queues: tuple[QueueLine, ...]
     foreseen: SubmissionEtaView
     hints: tuple[Hint, ...]
+
+    @property
+    def origin(self) -> tuple[tuple[str, str], ...]:
+        """Whose it is and whence it comes, as words and values."""
+        return origin_words(self.view)
 
     @property
     def running(self) -> bool:
