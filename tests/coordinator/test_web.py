@@ -380,6 +380,12 @@ async def test_pages_change_what_the_api_changes(open_farm: OpenFarm) -> None:
         assert await browser.post(f"/submissions/{waiting.id}/cancel", form) == 303
         assert farm.coordinator.views.submission(waiting.id).withdrawn
 
+        stopped = await farm.submit('{ a = run "stopped" "while :; do read -t 1 x < /dev/zero; done"; }')
+        await farm.until(lambda: farm.coordinator.views.step("stopped").state is StepStatus.RUNNING)
+        assert "<dt>since</dt>" in (await browser.get(f"/steps/{farm.key_of('stopped')}"))[1]
+        assert await browser.post(f"/submissions/{stopped.id}/cancel", form) == 303
+        assert "<dt>since</dt>" not in (await browser.get(f"/steps/{farm.key_of('stopped')}"))[1], "nothing runs"
+
         def state() -> str:
             return farm.coordinator.views.workforce.views()[0].state
 
