@@ -15,7 +15,7 @@ import pytest
 from coordinator.api.estimates import ThroughputBar, ThroughputView
 from coordinator.api.models import FarmView, StepStatus
 from coordinator.http.web.assets import Assets
-from coordinator.http.web.farm import FarmPage
+from coordinator.http.web.farm import FarmPage, WorkerLine
 from coordinator.http.web.graph import DrawnStep, drawing
 from coordinator.http.web.guards import Visitor
 from coordinator.http.web.lines import submission_line
@@ -183,6 +183,12 @@ def test_the_farm_s_page(filled: Filled) -> None:
     assert "Last hour: 60,000,000 finished, 60,000,000 failed, 60,000,000 reused." in html
     assert html.count('class="slot on-building"') == filled.views.step_counts()["running"]
     assert f"all {WORKERS} workers that could are full" in html
+
+
+@pytest.mark.parametrize(("free", "cells"), [(0, []), (4, ["free"] * 4), (5, ["5 free"]), (1_000, ["1,000 free"])])
+def test_many_free_slots_of_a_worker_share_a_cell(filled: Filled, free: int, cells: list[str]) -> None:
+    line = WorkerLine(filled.views.workforce.views()[0], (), free, 0)
+    assert list(line.free_cells) == cells
 
 
 def test_the_page_of_a_submission(filled: Filled) -> None:

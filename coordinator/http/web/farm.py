@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,6 +25,8 @@ from workers.wire.messages import Stage
 #: Workers on the page, slots and queues of each; their own pages have the rest.
 WORKERS_SHOWN: Final = 100
 SLOTS_SHOWN: Final = 64
+#: Free slots of one worker that have a cell each; more share one, so that queues and troubles stay in sight.
+FREE_SHOWN: Final = 4
 QUEUES_SHOWN: Final = 30
 SUBMISSIONS_SHOWN: Final = 12
 #: Minutes over which the rate is taken.
@@ -45,6 +47,11 @@ class WorkerLine:
     #: Slots that nothing runs in, and leases that are not shown.
     free: int
     more: int
+
+    @property
+    def free_cells(self) -> Sequence[str]:
+        """Texts of the cells of free slots."""
+        return ("free",) * self.free if self.free <= FREE_SHOWN else (f"{self.free:,} free",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +167,6 @@ class FarmPage:
         return WorkerLine(
             worker,
             leases,
-            free=max(0, min(worker.slots, SLOTS_SHOWN) - sum(lease.stage in _IN_SLOT for lease in leases)),
+            free=max(0, worker.slots - sum(stage in _IN_SLOT for _, stage in worker.leases)),
             more=max(0, len(worker.leases) - SLOTS_SHOWN),
         )
