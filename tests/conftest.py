@@ -23,6 +23,8 @@ LONGEST_FIRST = (
 )
 #: Folders whose modules share a farm.
 SHARED_FOLDERS = frozenset({"tests/e2e", "tests/e2e/faults/one_slot", "tests/e2e/faults/two_slots"})
+#: Folder -> the one whose farm its modules use too: that farm is stopped after the last test of both.
+SHARING_FOLDERS = {"tests/e2e/ci": "tests/e2e"}
 #: Farms of `tests/hostile` that modules share, and these modules, which are one group.
 SHARING = {
     ("readme_farm", "weak_farm"): (
@@ -46,6 +48,7 @@ def group(nodeid: str) -> str:
     """
     module = nodeid.partition("::")[0]
     folder = module.rpartition("/")[0]
+    folder = SHARING_FOLDERS.get(folder, folder)
     if module in SHARED_BY:
         return " ".join(SHARED_BY[module])
     return folder if folder in SHARED_FOLDERS else module
