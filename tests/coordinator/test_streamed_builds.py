@@ -44,7 +44,7 @@ async def test_what_is_found_first_is_built_while_the_rest_is_evaluated(
     """
     async with open_farm("w1") as farm:
         views = farm.coordinator.views
-        running = streamed(farm, text, "early", "bad", "late", label="streamed")
+        running = streamed(farm, text, "early", "bad", "late")
         await farm.until(lambda: any(row.counts[StepStatus.DONE] for row in views.submission_rows()))
         [row] = views.submission_rows()
         assert (row.is_open, row.ended, len(row.members)) == (True, False, 1)
