@@ -40,6 +40,8 @@ LABEL = "my label\nplain\nINJECTED\n_\nplain,INJECTED"
 def shell(name: str, home: Path, url: str, token: Path) -> Iterator[PseudoTerminal]:
     """Start a shell that completes `drover`."""
     command, prepare = SHELLS[name]
+    # Without it fish begins by reading every manual page of the machine, beside all other tests.
+    (home / ".local/share/fish/generated_completions").mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
         "HOME": str(home),
