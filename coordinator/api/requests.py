@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
 from coordinator.api.limits import (
     MAX_BRANCH,
@@ -180,17 +180,6 @@ class PairsQuery(Request):
 
     before: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=MAX_PAIRS), FailFast()]
     after: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=MAX_PAIRS), FailFast()]
-
-    @model_validator(mode="after")
-    def _require_pairs(self) -> PairsQuery:
-        if len(self.before) != len(self.after):
-            raise ValueError(f"there are {len(self.before)} paths before and {len(self.after)} after")
-        return self
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """The pairs."""
-        return list(zip(self.before, self.after, strict=True))
 
 
 class DrainRequest(Request):

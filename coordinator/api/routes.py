@@ -327,7 +327,7 @@ COMPARE_OUTPUTS: Final = Route(
     Right.API,
     body="PairsQuery",
     answer=ComparedOutputsView,
-    errors=_BODY,
+    errors=(*_BODY, *_GRAPH),
     summary="Whether outputs in the cache are equal but for store-path hashes, and their sizes; 500 pairs at most.",
 )
 REBUILD_CAUSES: Final = Route(
@@ -336,7 +336,7 @@ REBUILD_CAUSES: Final = Route(
     Right.API,
     body="PairsQuery",
     answer=RebuildCausesView,
-    errors=_BODY,
+    errors=(*_BODY, *_GRAPH),
     summary="What many changed derivations follow from, each cause once.",
 )
 DRAIN: Final = Route[None](

@@ -103,6 +103,7 @@ async def test_what_is_no_derivation_not_known_or_too_much_is_named_and_what_is_
             (ask(ForecastQuery(drvs=(f"{store_path('x')}.drv",))), "is not known here; send its closure first"),
             (causes(PairsQuery(before=(store_path("a"),), after=(store_path("b"),))), "is not the path of a deriv"),
             (causes(PairsQuery(before=("/nix/store/../x.drv",), after=("y",))), "is not the path of a derivation"),
+            (compare(PairsQuery(before=many, after=many[1:])), "there are 501 paths before and 500 after"),
             (compare(PairsQuery(before=many, after=many)), "501 pairs of outputs; ask for 500 at once at most"),
         ]
         for asked, sentence in refused:

@@ -12,7 +12,7 @@ from coordinator.api import routes
 from coordinator.api.rebuild_models import ComparedOutputsView, ComparedOutputView
 from coordinator.api.requests import MAX_OUTPUT_PAIRS, MAX_PAIRS, MAX_ROOTS, ForecastQuery, PairsQuery
 from coordinator.api.route import Route
-from coordinator.errors import BadRequestError, UnavailableError
+from coordinator.errors import IntakeError, UnavailableError
 from coordinator.http.answers import json_of
 from coordinator.http.bodies import BodyBounds, read_model
 from coordinator.intake.forecast import Forecaster
@@ -55,10 +55,11 @@ class RebuildApi:
     async def compare_outputs(self, request: web.Request) -> web.Response:
         """Say which outputs are equal but for hashes."""
         query = await read_model(request, PairsQuery, _PAIRS)
-        if len(query.before) > MAX_OUTPUT_PAIRS:
-            raise BadRequestError(f"{len(query.before)} pairs of outputs; ask for {MAX_OUTPUT_PAIRS} at once at most.")
+        pairs = _pairs(query)
+        if len(pairs) > MAX_OUTPUT_PAIRS:
+            raise IntakeError(f"{len(pairs)} pairs of outputs; ask for {MAX_OUTPUT_PAIRS} at once at most.")
         try:
-            found = await self._likenesses.compare(query.pairs)
+            found = await self._likenesses.compare(pairs)
         except TooManyQuestionsError:
             raise UnavailableError("too many outputs are being compared; ask again in a moment.") from None
         return await _large(ComparedOutputsView(outputs=tuple(map(_output_view, found))))
@@ -66,7 +67,7 @@ class RebuildApi:
     async def causes(self, request: web.Request) -> web.Response:
         """Say what changed derivations follow from."""
         query = await read_model(request, PairsQuery, _PAIRS)
-        changed = [ChangedInput(before, after) for before, after in query.pairs]
+        changed = [ChangedInput(before, after) for before, after in _pairs(query)]
         await asyncio.to_thread(_require_derivations, changed)
         if self._folding >= MAX_WAITING:
             raise UnavailableError("too many sets of derivations are being compared; ask again in a moment.")
@@ -78,15 +79,21 @@ class RebuildApi:
         return await _large(await asyncio.to_thread(causes_view, changed, folded))
 
 
+def _pairs(query: PairsQuery) -> list[tuple[str, str]]:
+    if len(query.before) != len(query.after):
+        raise IntakeError(f"there are {len(query.before)} paths before and {len(query.after)} after; send pairs.")
+    return list(zip(query.before, query.after, strict=True))
+
+
 def _require_derivations(changed: list[ChangedInput]) -> None:
     for pair in changed:
         for path in (pair.before, pair.after):
             try:
                 parse_base_name(base_name_of(path))
             except FormatError:
-                raise BadRequestError(f"{path[:300]!r} is not the path of a derivation.") from None
+                raise IntakeError(f"{path[:300]!r} is not the path of a derivation.") from None
             if not path.endswith(".drv"):
-                raise BadRequestError(f"{path[:300]!r} is not the path of a derivation.")
+                raise IntakeError(f"{path[:300]!r} is not the path of a derivation.")
 
 
 def _output_view(compared: ComparedOutputs) -> ComparedOutputView:
