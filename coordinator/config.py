@@ -45,6 +45,7 @@ from pydantic_settings import (
 
 from coordinator.defaults import HOST, OPERATOR, PORT, default_state_dir
 from coordinator.errors import CoordinatorError
+from coordinator.remote_settings import RemoteEvaluationSettings
 from infra.objects.compression import COMPRESSION, Compression
 from infra.validation import first_fault
 from scheduler.policy import MAX_WEIGHT
@@ -322,6 +323,8 @@ class Settings(BaseSettings):
     store_dir: Annotated[str, Field(pattern=r"^/.*[^/]$")] = "/nix/store"
     #: Named bounds, see `[limits]`.
     limits: LimitSettings = LimitSettings()
+    #: Evaluation on this machine for clients, see `[remote_evaluation]`.
+    remote_evaluation: RemoteEvaluationSettings = RemoteEvaluationSettings()
     #: The cache at `/cache`, which the farm publishes to.
     cache: CacheSettings = CacheSettings()
     #: Further caches, at `/cache/NAME`.

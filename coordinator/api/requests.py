@@ -67,6 +67,10 @@ def _short(text: str) -> str:
 _Text = Annotated[str, Field(max_length=MAX_TEXT_BYTES), AfterValidator(_short)]
 
 
+#: A Nix expression.
+_Code = Annotated[str, Field(max_length=64 * 1024)]
+
+
 class RootRequest(Request):
     """One wish: an attribute of the evaluated file and the derivation it stands for (`outputs` empty: all)."""
 
@@ -208,3 +212,34 @@ class VerifyRequest(Request):
 
     full: bool = False
     repair: bool = False
+
+
+#: An argument of an evaluation: its name, and an expression or a text.
+_Argument = tuple[Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z_][A-Za-z0-9_'-]*$")], _Code]
+
+
+class RemoteEvaluationRequest(Request):
+    """An evaluation on the coordinator's machine: of a tree that was sent, or of a revision of a git repository."""
+
+    #: SHA-256 of the NAR of a tree that was sent, in hexadecimal; or else `git` and `rev`.
+    tree: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    git: Annotated[str, Field(max_length=2048)] = ""
+    #: A commit, or a name of one.
+    rev: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._/+-]{0,254})?$")] = ""
+    #: Path in the tree, `PATH#ATTR` for the output of a flake; or else `expression`.
+    file: Annotated[_Text, Field(pattern=r"^[^\x00-\x1f]*$")] = ""
+    expression: _Code = ""
+    #: Directory of the tree where relative paths of `expression` and of arguments begin.
+    directory: Annotated[_Text, Field(pattern=r"^[^\x00-\x1f]*$")] = ""
+    attrs: Annotated[tuple[_Text, ...], Field(max_length=1000), FailFast()] = ()
+    systems: Annotated[tuple[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}-[a-z0-9_]{1,32}$")], ...],
+                       Field(max_length=32), FailFast()] = ()  # fmt: skip
+    args: Annotated[tuple[_Argument, ...], Field(max_length=100), FailFast()] = ()
+    argstrs: Annotated[tuple[_Argument, ...], Field(max_length=100), FailFast()] = ()
+    #: Seconds that one attribute may take; 0: as long as the farm lets an evaluation.
+    timeout_s: Annotated[float, Field(ge=0, le=MAX_WAIT_S, allow_inf_nan=False)] = 0.0
+    #: As in `SubmitRequest`.
+    label: _Text = ""
+    retry_failed: bool = False
+    wait_s: Annotated[int, Field(ge=0, le=MAX_WAIT_S)] | None = None
+    traceparent: Annotated[str, Field(max_length=MAX_TRACEPARENT)] = ""

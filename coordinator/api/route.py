@@ -50,6 +50,8 @@ class Content(StrEnum):
     #: Framing: `coordinator.api.streams`.
     DERIVATIONS = "application/x-drover-derivations"
     SOURCES = "application/x-drover-sources"
+    #: `coordinator.api.trees`.
+    TREE = "application/x-drover-tree"
     #: Server-sent `WatchEvent`s: `snapshot`, then `step`, `transfers` and `counts`, at last `end`.
     EVENTS = "text/event-stream"
     #: Raw bytes of a build log, chunked while it is followed.
@@ -97,6 +99,7 @@ RequestName: TypeAlias = Literal[
     "VerifyRequest",
     "ForecastQuery",
     "PairsQuery",
+    "RemoteEvaluationRequest",
 ]
 
 

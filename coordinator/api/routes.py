@@ -20,6 +20,7 @@ from typing import Any, Final, get_args
 from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
 from coordinator.api.difference_models import DifferenceView
 from coordinator.api.estimates import SubmissionEtaView, ThroughputView
+from coordinator.api.evaluation_routes import CANCEL_EVALUATION, EVALUATE, EVALUATION, PUT_TREE
 from coordinator.api.models import (
     FarmView,
     IntakeMissing,
@@ -472,6 +473,10 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     COLLECT,
     VERIFY,
     RESIGN,
+    PUT_TREE,
+    EVALUATE,
+    EVALUATION,
+    CANCEL_EVALUATION,
     OPENAPI,
     HEALTH,
     METRICS,

@@ -13,8 +13,9 @@ from typing import Any
 
 import click
 
+from coordinator.api.evaluations import EVALUATION_PREFIX
 from coordinator.api.models import FarmView, StepStatus, StepView, SubmissionState, SubmissionView
-from coordinator.api.requests import RootRequest, SubmitRequest
+from coordinator.api.requests import RemoteEvaluationRequest, RootRequest, SubmitRequest
 from coordinator.api.trace_context import MAX_TRACEPARENT
 from coordinator.cli import exit_status
 from coordinator.cli.ci import Ci, defused
@@ -23,6 +24,7 @@ from coordinator.cli.evaluation import EvaluationRequest, evaluate, inputs_of, s
 from coordinator.cli.fetching import realise
 from coordinator.cli.follow import follow
 from coordinator.cli.import_builds import FarmImports
+from coordinator.cli.remote import RemoteSource, evaluate_remotely, watch_evaluation
 from coordinator.cli.rendering import summary_lines
 from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, send_closure
@@ -59,6 +61,11 @@ class BuildRequest:
     ci: Ci | None = None
     #: File that a summary in Markdown is added to.
     summary: Path | None = None
+    #: Evaluation at the coordinator, of these files; None: on this machine.
+    remote: RemoteSource | None = None
+    #: `--arg` and `--argstr` pairs, for an evaluation at the coordinator.
+    args: tuple[tuple[str, str], ...] = ()
+    argstrs: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(slots=True)
@@ -66,6 +73,8 @@ class _Submitted:
     """State of a followed submission that the handler of an interruption reads."""
 
     id: str = ""
+    #: Name of a remote evaluation that goes on.
+    remote_evaluation: str = ""
     failed: dict[str, StepView] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(()))
     #: It was sealed before all had come.
@@ -94,7 +103,12 @@ def watch(
     async def run_watch() -> int:
         async with connect() as client:
             screen = Screen.choose(as_json=as_json, ci=ci)
-            view = await client.whole(await follow(client, submission, screen, submitted.failed))
+            name = submission
+            if submission.startswith(EVALUATION_PREFIX):
+                submitted.id, submitted.remote_evaluation = "", submission
+                name, submitted.evaluation = await watch_evaluation(client, submission, screen)
+                submitted.id = name
+            view = await client.whole(await follow(client, name, screen, submitted.failed))
             return _finish(view, submitted, screen, as_json=as_json)
 
     return _interruptible(run_watch(), submitted)
@@ -104,6 +118,14 @@ def _interruptible(work: Any, submitted: _Submitted) -> int:
     try:
         status: int = asyncio.run(work)
     except KeyboardInterrupt:
+        if not submitted.id and submitted.remote_evaluation:
+            click.echo(
+                "\ndrover: interrupted; the coordinator goes on evaluating, and builds what it finds. "
+                f"Watch it again: drover watch {submitted.remote_evaluation}\n"
+                f"drover: end it: drover cancel {submitted.remote_evaluation}",
+                err=True,
+            )
+            return exit_status.INTERRUPTED
         if not submitted.id:
             raise
         what = "what was evaluated so far is built" if submitted.cut_short else "the build goes on"
@@ -122,6 +144,8 @@ async def _build(connect: Callable[[], ApiClient], options: BuildRequest, submit
         client.on_lost = lambda why: screen.status(f"{why}; trying again")
         # First of all whether a coordinator answers: an evaluation can take minutes.
         farm = await client.farm()
+        if options.remote is not None:
+            return await _build_remotely(client, options, submitted, screen, farm)
         if options.detach:
             view = await _submit(client, options, submitted, screen, farm)
             return _detached(await client.whole(view), submitted, as_json=options.as_json)
@@ -133,6 +157,39 @@ async def _build(connect: Callable[[], ApiClient], options: BuildRequest, submit
             store = local_store(options.store, submitted.evaluation.wanted[0].drv)
             await _fetch(farm, view, options, store, screen)
         return _finish(view, submitted, screen, as_json=options.as_json)
+
+
+async def _build_remotely(
+    client: ApiClient, options: BuildRequest, submitted: _Submitted, screen: Screen, farm: FarmView
+) -> int:
+    """Have the coordinator evaluate, and follow what it submits; returns the exit status."""
+    asked = options.evaluation
+    # Not checked yet: its files have no source before it is sent.
+    wanted = RemoteEvaluationRequest.model_construct(
+        file=asked.files[0] if asked.files else "",
+        expression=asked.expression,
+        attrs=asked.attrs,
+        systems=asked.systems,
+        args=options.args,
+        argstrs=options.argstrs,
+        timeout_s=asked.timeout_s,
+        label=options.words.label,
+        retry_failed=options.retry,
+        wait_s=options.wait_s,
+        traceparent=os.environ.get("TRACEPARENT", "")[:MAX_TRACEPARENT],
+    )
+
+    def begun(name: str) -> None:
+        submitted.remote_evaluation = name
+
+    source = options.remote or RemoteSource()
+    submitted.id, submitted.evaluation = await evaluate_remotely(client, wanted, source, screen, begun)
+    if options.detach:
+        return _detached(await client.whole(await client.submission(submitted.id)), submitted, as_json=options.as_json)
+    view = await client.whole(await follow(client, submitted.id, screen, submitted.failed))
+    if options.fetch and view.state is SubmissionState.SUCCEEDED:
+        await _fetch(farm, view, options, local_store(options.store), screen)
+    return _finish(view, submitted, screen, as_json=options.as_json)
 
 
 def _opening(options: BuildRequest) -> SubmitRequest:

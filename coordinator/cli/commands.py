@@ -13,12 +13,12 @@ import os
 import sys
 import tempfile
 import traceback
-from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from coordinator.cli.bisect_command import bisect
+from coordinator.cli.build_arguments import refuse_contradictions, refuse_not_remote
 from coordinator.cli.cache_commands import cache
 from coordinator.cli.completion import SHELLS, completes, script
 from coordinator.cli.doctor_command import doctor
@@ -74,30 +74,6 @@ def cli() -> None:
     """A build farm for Nix: one command on one machine, the same program on a fleet."""
 
 
-def _refuse_contradictions(options: dict[str, Any]) -> None:
-    """Refuse arguments of `drover build` that do not go together."""
-    files, expression = options["files"], options["expression"]
-    if bool(files) == bool(expression):
-        raise click.UsageError("name one file, flake output or .drv path, or an expression with -E")
-    drvs = [file for file in files if file.partition("!")[0].endswith(".drv")]
-    if drvs and len(drvs) != len(files):
-        raise click.UsageError("name one file to evaluate or several .drv paths, not both")
-    if not drvs and len(files) > 1:
-        raise click.UsageError("name one file; choose several things to build with -A")
-    chosen = "-A" if options["attrs"] else "--systems" if options["systems"] else ""
-    if drvs and chosen:
-        raise click.UsageError(f"{chosen} chooses from a file; a .drv path is one derivation")
-    if files == ("-",) and chosen:
-        raise click.UsageError(f"{chosen} chooses from a file; lines on standard input name derivations")
-    if len(files) == 1 and "#" in files[0] and not Path(files[0]).exists():
-        if options["attrs"]:
-            raise click.UsageError("-A chooses from a file; name a flake's output after its #")
-        if options["args"] or options["argstrs"]:
-            raise click.UsageError("a flake takes no arguments; leave --arg and --argstr out")
-    if options["detach"] and options["fetch"]:
-        raise click.UsageError("--fetch waits for the build and --detach does not; choose one")
-
-
 @cli.command()
 @click.argument("files", nargs=-1, metavar="FILE|FLAKE#ATTR|DRV...|-")
 @click.option(
@@ -120,6 +96,9 @@ def _refuse_contradictions(options: dict[str, Any]) -> None:
 @click.option("-I", "includes", multiple=True, metavar="PATH", help="Passed to the evaluation.")
 @click.option("--option", "options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting on this machine.")
 @evaluated
+@click.option("--remote", is_flag=True, help="Evaluate at the coordinator: files that git tracks, as they are.")
+@click.option("--git", "git", default="", metavar="URL", help="With --remote, FILE of this git repository.")
+@click.option("--rev", default="", metavar="REV", help="With --git, the commit, branch or tag.")
 @click.option("--store", metavar="DIR", help="Evaluate into (and fetch to) a Nix store below DIR.")
 @describes
 @click.option("--retry", is_flag=True, help="Build again what is known to fail.")
@@ -142,10 +121,13 @@ def build(url: str, token_file: str, **options: Any) -> int:
     """
     from coordinator.cli import build as building  # noqa: PLC0415 - slow to import
     from coordinator.cli.evaluation import EvaluationRequest  # noqa: PLC0415 - slow to import
+    from coordinator.cli.remote import RemoteSource  # noqa: PLC0415 - slow to import
 
-    _refuse_contradictions(options)
+    refuse_contradictions(options)
+    refuse_not_remote(options)
+    remote, git, rev = (options.pop(name) for name in ("remote", "git", "rev"))
     flags: list[str] = []
-    for option, pairs in (("--arg", options.pop("args")), ("--argstr", options.pop("argstrs"))):
+    for option, pairs in (("--arg", options["args"]), ("--argstr", options["argstrs"])):
         flags += [word for name, value in pairs for word in (option, name, value)]
     flags += [word for path in options.pop("includes") for word in ("-I", path)]
     settings = [word for name, value in options.pop("options") for word in ("--option", name, value)]
@@ -153,7 +135,8 @@ def build(url: str, token_file: str, **options: Any) -> int:
     of_evaluation = {name: options.pop(name) for name in names}
     evaluation = EvaluationRequest(flags=tuple(flags), **of_evaluation)
     words = taken_words(options)
-    request = building.BuildRequest(evaluation, settings=tuple(settings), words=words, **options)
+    source = RemoteSource(git, rev) if remote else None
+    request = building.BuildRequest(evaluation, settings=tuple(settings), words=words, remote=source, **options)
     return building.build(Address(url, token_file).client, request)
 
 

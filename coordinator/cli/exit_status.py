@@ -30,10 +30,13 @@ STATUSES: Final = {
     "store_dir": USAGE,
     "token": USAGE,
     "trace_file": USAGE,
+    "tree_missing": USAGE,
+    "working_tree": USAGE,
     "unauthorized": USAGE,
     # What was evaluated, or its closure, is nothing that this farm builds.
     "bad_derivation": EVALUATION_FAILED,
     "bad_source": EVALUATION_FAILED,
+    "bad_tree": EVALUATION_FAILED,
     "evaluation": EVALUATION_FAILED,
     "too_large": EVALUATION_FAILED,
     # The farm, the way to it, or the store of this machine.
@@ -55,6 +58,7 @@ STATUSES: Final = {
     "method_not_allowed": INFRASTRUCTURE,
     "missing_member": INFRASTRUCTURE,
     "refused": INFRASTRUCTURE,
+    "remote_off": INFRASTRUCTURE,
     "standby": INFRASTRUCTURE,
     "state_dir": INFRASTRUCTURE,
     "state_dir_busy": INFRASTRUCTURE,

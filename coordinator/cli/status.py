@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import orjson
 
+from coordinator.api.evaluations import EVALUATION_PREFIX, EvaluationState
 from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.cli import exit_status
 from coordinator.cli.ci import defused
@@ -84,7 +85,16 @@ async def _step_status(client: ApiClient, name: str, unknown: RefusedError, *, a
 
 
 async def cancel(client: ApiClient, submission: str) -> int:
-    """Withdraw a submission."""
+    """Withdraw a submission, or end a remote evaluation."""
+    if submission.startswith(EVALUATION_PREFIX):
+        evaluation = await client.cancel_evaluation(submission)
+        if evaluation.state is EvaluationState.CANCELLED:
+            print_lines([f"cancelled {evaluation.id}; nothing of it is submitted"])
+        elif evaluation.submission:
+            print_lines([f"{evaluation.id} had already ended; its builds: drover cancel {evaluation.submission}"])
+        else:
+            print_lines([f"{evaluation.id} had already {evaluation.state.value}"])
+        return exit_status.OK
     view = await client.cancel(submission)
     if view.state is SubmissionState.CANCELLED:
         print_lines([f"cancelled {view.id}; builds that another submission wants go on"])

@@ -12,10 +12,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import orjson
 
-from coordinator.api import routes
+from coordinator.api import evaluation_routes, routes
 from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
 from coordinator.api.difference_models import DifferenceView
 from coordinator.api.estimates import SubmissionEtaView
+from coordinator.api.evaluations import EvaluationView
 from coordinator.api.models import (
     Ended,
     FarmView,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         IntakeQuery,
         PairsQuery,
         PinRequest,
+        RemoteEvaluationRequest,
         Request,
         SealRequest,
         SubmitRequest,
@@ -85,6 +87,23 @@ class ApiClient(Transport):
         """Send the sources stream of `coordinator.api.streams`."""
         async with self.stream(routes.PUT_SOURCES, {}, data=stream):
             pass
+
+    async def send_tree(self, name: str, stream: AsyncIterator[bytes]) -> None:
+        """Send a tree of `coordinator.api.trees`."""
+        async with self.stream(evaluation_routes.PUT_TREE, {"tree": name}, data=stream):
+            pass
+
+    async def evaluate(self, request: RemoteEvaluationRequest) -> EvaluationView:
+        """Begin a remote evaluation."""
+        return await self._one(evaluation_routes.EVALUATE, data=_json(request))
+
+    async def evaluation(self, name: str, seen: str = "") -> EvaluationView:
+        """Return a remote evaluation; while its state is the one `seen`, the answer waits for a while."""
+        return await self._one(evaluation_routes.EVALUATION, {"id": name}, params={"seen": seen} if seen else {})
+
+    async def cancel_evaluation(self, name: str) -> EvaluationView:
+        """End a remote evaluation; a repeat is a no-op."""
+        return await self._one(evaluation_routes.CANCEL_EVALUATION, {"id": name})
 
     async def submit(self, request: SubmitRequest) -> SubmissionView:
         """Submit derivations that the coordinator has.

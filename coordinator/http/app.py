@@ -11,10 +11,10 @@ import logging
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from coordinator.errors import CoordinatorError
+from coordinator.errors import CoordinatorError, UnavailableError
 from coordinator.http.answers import error_answer
 from coordinator.http.api.submissions import Api
-from coordinator.http.connections import is_abandoned
+from coordinator.http.connections import RETRY_AFTER_S, is_abandoned
 from coordinator.http.middleware import require_host, require_plain_head, require_token
 from coordinator.http.routing import serve
 from coordinator.security.clients import ClientTokens
@@ -74,6 +74,8 @@ def _nothing() -> web.Response:
 
 def _answer(request: web.Request, error: Exception) -> web.StreamResponse:
     match error:
+        case UnavailableError() if error.code == UnavailableError.code:
+            return error_answer(error.status, error.code, str(error), {"Retry-After": str(RETRY_AFTER_S)})
         case CoordinatorError():
             return error_answer(error.status, error.code, str(error))
         case ObjectStoreError() | MetadataError():

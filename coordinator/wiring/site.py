@@ -15,6 +15,7 @@ from coordinator.api.models import FarmView
 from coordinator.caches.housekeeping import Housekeeper
 from coordinator.config import Settings
 from coordinator.http.api.estimates import EstimateApi
+from coordinator.http.api.evaluations import EvaluationApi
 from coordinator.http.api.events import WatchStreams
 from coordinator.http.api.openapi import add_openapi_route
 from coordinator.http.api.questions import Questions
@@ -36,6 +37,7 @@ from coordinator.readmodel.farm_view import farm_view
 from coordinator.wiring.caches import ServedCaches, serve_caches
 from coordinator.wiring.core import Core
 from coordinator.wiring.observability import Observation, observe
+from coordinator.wiring.remote import open_remote
 from coordinator.wiring.stores import Stores
 from coordinator.wiring.work import Work
 from infra.cache.likeness import Likenesses
@@ -82,6 +84,7 @@ async def make_site(  # noqa: PLR0917 - collaborators, named by their types
     observation = observe(stack, settings, clock, stores, core, gate, farm, caches.gauges)
     add_metrics_route(app, observation.telemetry)
     app.middlewares.append(require_room(gate))
+    serve_routes(app, EvaluationApi(await open_remote(stack, settings, core)).handlers())
     _add_questions(app, clock, stores, core, work, farm)
     _add_pages(app, clock, url, stores, core, work, farm, caches.keepers, pages)
     runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)

@@ -28,6 +28,7 @@ from coordinator.config import (
     UpstreamSettings,
     WorkerConfig,
 )
+from coordinator.remote_settings import RemoteEvaluationSettings
 
 FILE = Path(__file__).resolve().parents[2] / "infra" / "docs" / "settings.md"
 #: Heading, what stands before its table, model.
@@ -36,6 +37,11 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`[limits]`", "Bounds on what one client, one build or the whole farm may cost.", LimitSettings),
     ("`[cache]`", "The cache at `/cache`, which the farm publishes to.", CacheSettings),
     ("`[[caches]]`", "Further caches, at `/cache/NAME`: all of `[cache]`, and:", NamedCacheSettings),
+    (
+        "`[remote_evaluation]`",
+        "Evaluation on the coordinator's machine ([guide](remote_evaluation.md)).",
+        RemoteEvaluationSettings,
+    ),
     ("`[[cache.upstreams]]`, `[[caches.upstreams]]`", "Caches that a cache trusts.", UpstreamSettings),
     ("`[[workers]]`", "Workers that `drover up` starts on this machine.", WorkerConfig),
 )

@@ -20,17 +20,21 @@ from coordinator.api.route import Content, Route
 from coordinator.config import Settings
 from coordinator.http.api.openapi import description
 from coordinator.main import open_coordinator
+from coordinator.remote_settings import RemoteEvaluationSettings
 from tests.support.local_fleet import no_workers
 
 #: Bodies that no JSON schema describes; `test_streams.py` sends them.
-STREAMS = {Content.DERIVATIONS.media_type, Content.SOURCES.media_type}
+STREAMS = {Content.DERIVATIONS.media_type, Content.SOURCES.media_type, Content.TREE.media_type}
 #: Requests of each operation, of each kind.
 EXAMPLES = 12
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 async def test_every_operation_keeps_to_the_description(mode: GenerationMode, tmp_path: Path) -> None:
-    async with open_coordinator(Settings(state_dir=tmp_path / "farm", port=0), no_workers) as coordinator:
+    # Where something is off, every request is 503.
+    remote = RemoteEvaluationSettings(enabled=True)
+    wanted = Settings(state_dir=tmp_path / "farm", port=0, remote_evaluation=remote)
+    async with open_coordinator(wanted, no_workers) as coordinator:
         token = coordinator.ready.token_file.read_text().strip()
         faults = await asyncio.to_thread(faults_of, coordinator.ready.url, token, mode)
     assert "\n\n".join(faults) == ""

@@ -18,12 +18,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from coordinator.api import cache_routes, routes, web_routes
+from coordinator.api import cache_routes, evaluation_routes, routes, web_routes
 from coordinator.api.route import EVERY_ROUTE, Content, Right, Route
 from coordinator.config import OwnerSettings, Settings
 from coordinator.errors import ConflictError, ForbiddenError, IntakeError, NotFoundError
 from coordinator.http import bodies
-from coordinator.http.api import submissions
+from coordinator.http.api import evaluations, submissions
 from coordinator.http.binary_cache import uploads as upload_routes
 from coordinator.http.routing import serve
 from coordinator.http.web import forms
@@ -31,6 +31,7 @@ from coordinator.intake.growth import Growth
 from coordinator.intake.intake import Intake
 from coordinator.intake.submissions import Submissions
 from coordinator.main import Coordinator, open_coordinator
+from coordinator.remote_settings import RemoteEvaluationSettings
 from coordinator.security.farm_secrets import UPLOAD_SECRET
 from coordinator.security.upload_tokens import UploadTokens
 from infra.cache.cache import Cache
@@ -61,6 +62,7 @@ BODIES: Mapping[Route[Any], object] = {
     routes.DRAIN: {},
     routes.PIN: {"paths": [A]},
     routes.COLLECT: {},
+    evaluation_routes.EVALUATE: {"tree": PARTS["tree"], "file": "default.nix"},
     routes.VERIFY: {},
     cache_routes.URLS: {"paths": [base_name(B)]},
     cache_routes.PARTS: {"path": base_name(B), "first": 1, "count": 1},
@@ -127,12 +129,14 @@ async def asker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         (bodies, "PATIENCE_S"),
         (forms, "PATIENCE_S"),
         (submissions, "STREAM_PATIENCE_S"),
+        (evaluations, "STREAM_PATIENCE_S"),
         (upload_routes, "SILENCE_S"),
     ):
         monkeypatch.setattr(module, name, PATIENCE_S)
     monkeypatch.setenv("OWNER_TOKEN", OWNER)
     owners = (OwnerSettings(name="ci", tokens=("env:OWNER_TOKEN",)),)
-    settings = Settings(state_dir=tmp_path / "farm", port=0, owners=owners)
+    remote = RemoteEvaluationSettings(enabled=True)
+    settings = Settings(state_dir=tmp_path / "farm", port=0, owners=owners, remote_evaluation=remote)
     async with open_coordinator(settings, no_workers) as coordinator:
         token = coordinator.ready.token_file.read_text().strip()
         jar = aiohttp.CookieJar(unsafe=True)
@@ -184,6 +188,9 @@ async def graphs_that_the_farm_does_not_take(asker: Asker, monkeypatch: pytest.M
     await asker.ask(routes.SUBMIT, routes.SUBMIT.address(), json.dumps(submit).encode())
     forecast = {"drvs": [f"/nix/store/{PARTS['key']}"]}
     await asker.ask(routes.FORECAST, routes.FORECAST.address(), json.dumps(forecast).encode())
+
+    await asker.ask(evaluation_routes.PUT_TREE, evaluation_routes.PUT_TREE.address(**PARTS), b"x")
+    await asker.ask(evaluation_routes.EVALUATE, evaluation_routes.EVALUATE.address(), b"{}")
 
     # What needs a stream of real derivations, or a submission (`test_intake`, `tests/hostile`).
     async def refuse(*_args: object, **_more: object) -> None:

@@ -24,6 +24,7 @@ PARTS: Final = {
     "output": "out",
     "build_id": "0" * 40,
     "anything": "nothing",
+    "tree": "0" * 64,
 }
 
 

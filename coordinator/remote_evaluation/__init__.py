@@ -1,0 +1,1 @@
+"""Remote evaluation: on the coordinator's machine, in a sandboxed process whose word is a stranger's."""

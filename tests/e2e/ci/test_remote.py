@@ -1,0 +1,132 @@
+"""`drover build --remote` on a real farm: a working tree with changes, a revision of a git server, errors, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import BUSYBOX
+from tests.support.farm import Farm, WorkerSpec
+from tests.support.git_server import commit, git, serving_git
+
+pytestmark = pytest.mark.e2e
+
+SETTINGS = """
+[remote_evaluation]
+enabled = true
+at_once = 2
+memory_mib = 1024
+allowed_hosts = ["localhost:%d"]
+allowed_schemes = ["http"]
+network_allow = ["127.0.0.1/32", "::1/128"]
+"""
+BUILD = """
+{ name ? "plain" }:
+let
+  build = name: script: derivation {
+    inherit name; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" script ]; PATH = "/bin"; src = ./sub;
+  };
+in {
+  text = build name "echo made of $(cat $src/text); echo > $out";
+  broken = throw "not this one";
+  forever = let l = builtins.genList (x: x) 1000000; in
+    builtins.foldl' (a: x: builtins.foldl' (b: y: b + y) a l) 0 l;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = tmp_path_factory.mktemp("served") / "one"
+    commit(repository, {"nix/default.nix": BUILD, "nix/sub/text": "the-commit"})
+    return repository
+
+
+@pytest.fixture(scope="module")
+def port(repository: Path) -> Iterator[int]:
+    with serving_git(repository.parent) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def farm(tmp_path_factory: pytest.TempPathFactory, port: int) -> Iterator[Farm]:
+    worker = WorkerSpec("one", slots=2, nix_options=BUSYBOX)
+    farm = Farm(tmp_path_factory.mktemp("remote"), [worker], settings=SETTINGS % port)
+    try:
+        farm.start().wait_for_workers(1)
+        yield farm
+    finally:
+        farm.stop()
+        farm.clear()
+
+
+def built(farm: Farm, *arguments: str | Path) -> tuple[int, str, str]:
+    """Build remotely; returns the status, what was said, and the log of the root."""
+    done = farm.drover("build", "--remote", *arguments, "--json")
+    said = done.stdout + done.stderr
+    if not done.stdout.strip():
+        return done.returncode, said, ""
+    root = json.loads(done.stdout)["roots"][0]
+    return done.returncode, said, farm.drover("log", root["step"]).stdout
+
+
+def test_a_working_tree_is_built_as_it_stands(farm: Farm, repository: Path, tmp_path: Path) -> None:
+    git(tmp_path, "clone", "--quiet", str(repository), "clone")
+    clone = tmp_path / "clone"
+    (clone / "nix/sub/text").write_text("not-committed-yet")
+    (clone / "untracked").write_text("")
+    status, said, log = built(farm, clone / "nix", "-A", "text", "--argstr", "name", "dirty")
+    assert (status, "made of not-committed-yet" in log) == (0, True), said
+    assert "1 files are not sent, because git does not track them" in said
+    assert "sent 2 files of" in said
+    # The same tree again is there already.
+    status, said, _ = built(farm, clone / "nix", "-A", "text")
+    assert (status, "sent 2 files of" in said) == (0, False), said
+
+
+def test_a_revision_is_built_from_its_git_server(farm: Farm, repository: Path, port: int) -> None:
+    rev = git(repository, "rev-parse", "HEAD")
+    url = f"http://localhost:{port}/one/.git"
+    status, said, log = built(farm, "--git", url, "--rev", rev, "nix", "-A", "text")
+    assert (status, "made of the-commit" in log) == (0, True), said
+
+
+def test_what_cannot_be_evaluated_is_said_and_the_rest_is_built(farm: Farm, repository: Path, tmp_path: Path) -> None:
+    status, said, _ = built(farm, repository / "nix/default.nix", "-A", "text", "-A", "broken")
+    assert status == 3, said
+    assert "broken cannot be evaluated: not this one" in said
+    status, said, _ = built(farm, repository / "nix", "-A", "nothing")
+    assert (status, "attribute 'nothing' in selection path 'nothing' not found" in said) == (3, True), said
+    status, said, _ = built(farm, "--git", "https://elsewhere.test/one", "--rev", "main", "nix")
+    assert (status, "by http only" in said) == (2, True), said
+    (tmp_path / "default.nix").write_text("{ }")
+    status, said, _ = built(farm, tmp_path / "default.nix")
+    assert (status, "lies in no git repository" in said) == (2, True), said
+
+
+def test_an_interrupted_evaluation_goes_on_and_can_be_watched_and_ended(farm: Farm, repository: Path) -> None:
+    command = farm.command("build", "--remote", repository / "nix", "-A", "forever")
+    client = subprocess.Popen(
+        command, env=farm.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert client.stdout is not None
+    for line in client.stdout:
+        if "the coordinator evaluates" in line:
+            break
+    client.send_signal(signal.SIGINT)
+    _, said = client.communicate(timeout=30)
+    assert client.returncode == 130
+    assert "the coordinator goes on evaluating" in said
+    found = re.search(r"drover cancel (eval-[0-9a-f]+)", said)
+    assert found is not None, said
+    assert farm.api(f"evaluations/{found[1]}")["state"] == "evaluating"
+    ended = farm.drover("cancel", found[1])
+    assert (ended.returncode, ended.stdout) == (0, f"cancelled {found[1]}; nothing of it is submitted\n")
+    watched = farm.drover("watch", found[1])
+    assert (watched.returncode, "was cancelled" in watched.stderr) == (3, True), watched.stderr
