@@ -227,10 +227,10 @@ class RemoteEvaluationRequest(Request):
     #: A commit, or a name of one.
     rev: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._/+-]{0,254})?$")] = ""
     #: Path in the tree, `PATH#ATTR` for the output of a flake; or else `expression`.
-    file: Annotated[_Text, Field(pattern=r"^[^\x00-\x1f]*$")] = ""
+    file: _Text = ""
     expression: _Code = ""
     #: Directory of the tree where relative paths of `expression` and of arguments begin.
-    directory: Annotated[_Text, Field(pattern=r"^[^\x00-\x1f]*$")] = ""
+    directory: _Text = ""
     attrs: Annotated[tuple[_Text, ...], Field(max_length=1000), FailFast()] = ()
     systems: Annotated[tuple[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}-[a-z0-9_]{1,32}$")], ...],
                        Field(max_length=32), FailFast()] = ()  # fmt: skip

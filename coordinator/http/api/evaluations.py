@@ -11,7 +11,7 @@ from aiohttp.typedefs import Handler
 from coordinator.api import evaluation_routes
 from coordinator.api.requests import RemoteEvaluationRequest
 from coordinator.api.route import Route
-from coordinator.errors import BadRequestError
+from coordinator.errors import BadRequestError, IntakeError
 from coordinator.http.answers import answer
 from coordinator.http.bodies import STREAM_PATIENCE_S, BodyBounds, body_chunks, read_model
 from coordinator.http.middleware import CLIENT
@@ -49,6 +49,8 @@ class EvaluationApi:
     async def evaluate(self, request: web.Request) -> web.Response:
         """Begin an evaluation."""
         ask = await read_model(request, RemoteEvaluationRequest, EVALUATION_BODY)
+        if any(character < " " for character in ask.file + ask.directory):
+            raise IntakeError("`file` and `directory` are paths in the tree; there are no control characters in them.")
         return answer(self._evaluations.begin(ask, request[CLIENT].owner), status=201)
 
     async def evaluation(self, request: web.Request) -> web.Response:
