@@ -41,7 +41,6 @@ class Builders:
         if builder is None:
             builder = self.known[id_] = Builder(id_, at)
         builder.leases[step.key] = step
-        self._ready.served(step, builder)
         if len(builder.leases) >= builder.capacity:
             self.free.pop(builder.id, None)
 

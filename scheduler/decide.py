@@ -19,12 +19,13 @@ from scheduler import facts as f
 from scheduler.admission import check_graph
 from scheduler.builder_rules import BuilderRules
 from scheduler.forsaken import Forsaken
-from scheduler.model import Instant, LeaseId, StepKey, StepState, SubmissionClosedError, SubmissionId
+from scheduler.model import NO_INSTANT, Instant, LeaseId, StepKey, StepState, SubmissionClosedError, SubmissionId
 from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.policy import Limits, Policy
-from scheduler.records import Queue, Step
+from scheduler.records import Queue, QueueHead, Step
 from scheduler.state import FarmState, is_lapsed
 from scheduler.step_rules import StepRules, is_known_failure
+from scheduler.terms import HIGHEST_PRIORITY, LOWEST_PRIORITY, Terms, Withdrawal
 from scheduler.transitions import UNFINISHED
 
 #: Steps that one fact forgets at most.
@@ -81,6 +82,8 @@ class Decider:
             case e.SubmissionCancelled():
                 if event.submission in self._state.submissions:
                     yield f.SubmissionWithdrawn(event.submission, now)
+            case e.PriorityAsked():
+                yield from self._priority_asked(event, now)
             case e.SubmissionExpired():
                 yield from self._expired(event.submission, now)
             case e.RetryAsked():
@@ -93,33 +96,40 @@ class Decider:
                 pass
             case _:
                 assert_never(event)
-        if self._state.orphans:
-            yield from self._step_rules.abandon_orphans(now)
+        if self._state.orphans or self._state.failing:
+            yield from self._settle(now)
+
+    def _settle(self, now: Instant) -> Iterator[f.FactOrPause]:
+        """Withdraw what fails fast and has failed, and abandon what no submission wants any more."""
+        for submission in tuple(self._state.failing):
+            yield f.SubmissionWithdrawn(submission, now, Withdrawal.FAIL_FAST)
+        yield from self._step_rules.abandon_orphans(now)
 
     def due(self, now: Instant) -> Iterator[f.FactOrPause]:
         """Yield what the passing of time has decided: silent builders, back-offs and quarantines that ended."""
         yield from self._builder_rules.due(now)
-        yield from self._step_rules.abandon_orphans(now)
+        while (first := self._state.deadlines.first) is not None and first[0] <= now:
+            yield f.SubmissionWithdrawn(first[1], now, Withdrawal.DEADLINE)
+        yield from self._settle(now)
         delayed = self._state.ready.delayed
         while delayed and delayed[0][0] <= now:
             yield f.BackOffEnded(delayed[0][2].key)
         yield from self._forsaken.due(now)
-        yield from self._step_rules.abandon_orphans(now)
+        yield from self._settle(now)
 
     def deadline(self) -> Instant | None:
         """Return the instant at which `due` may next yield a fact."""
         delayed = self._state.ready.delayed
-        return min(
-            [*(delayed[0][:1] if delayed else ()), *self._builder_rules.deadline(), *self._forsaken.deadline()],
-            default=None,
-        )
+        ending = self._state.deadlines.first
+        first = [*(delayed[0][:1] if delayed else ()), *(ending[:1] if ending else ())]
+        return min([*first, *self._builder_rules.deadline(), *self._forsaken.deadline()], default=None)
 
     def gives_up_at(self, step: Step) -> Instant | None:
         """Return when a step that no builder can take is given up as things stand; None for never."""
         return self._forsaken.until(step)
 
     def assign(self, now: Instant) -> Iterator[f.FactOrPause]:
-        """Grant leases, submissions in turn, the best-ranked step of each, until no free builder can take a ready one.
+        """Grant leases, owners by weight and submissions in turn, until no free builder can take a ready step.
 
         Only queues of builders with free slots are looked at, and of each only the first step of the lane whose
         turn it is: steps that no builder can take cost nothing.
@@ -134,7 +144,7 @@ class Decider:
                     queues[queue] = None
         while queues:
             best = min(queues, key=_head) if len(queues) > 1 else next(iter(queues))
-            step = best.head[1][2]
+            step = best.head[3][2]
             able = [builder for builder in free.values() if builder.id in best.builders]
             if not able:
                 del queues[best]
@@ -170,8 +180,15 @@ class Decider:
         joined = tuple([step.key for step in members if step.engaged])
         yield PAUSE
         kind = f.SubmissionRetried if event.again or event.replanned else f.SubmissionAccepted
-        fact = kind(event.submission, now, event.roots, keys, held, joined, self._wait_of(event), event.limits)
+        terms = self._terms_of(event, now)
+        fact = kind(
+            event.submission, now, event.roots, keys, held, joined, self._wait_of(event), event.limits, terms=terms
+        )
         yield replace(fact, open=True) if isinstance(fact, f.SubmissionAccepted) and event.open else fact
+        if event.supersedes and terms.lineage:
+            for older in tuple(state.lineages[terms.owner, terms.lineage]):
+                if older != event.submission and not state.has_ended(older):
+                    yield f.SubmissionWithdrawn(older, now, Withdrawal.SUPERSEDED, event.submission)
         yield from self._doom_by(known_failures, now)
 
     def _grown(self, event: e.SubmissionGrown, now: Instant) -> Iterator[f.FactOrPause]:
@@ -213,7 +230,8 @@ class Decider:
 
     def _with_known_roots(self, event: e.SubmissionReceived) -> e.SubmissionReceived:
         """Return an event of a known submission with all its roots: it may have grown since it was planned anew."""
-        known = [root.key for root in self._state.submissions[event.submission]]
+        state = self._state
+        known = [root.key for root in state.submissions.get(event.submission) or state.withdrawn[event.submission]]
         limits = {**self._state.limits.get(event.submission, {}), **dict(event.limits)}
         return replace(event, roots=tuple(dict.fromkeys((*known, *event.roots))), limits=tuple(limits.items()))
 
@@ -241,9 +259,30 @@ class Decider:
             return self._state.wait_limits.get(event.submission)
         return event.wait_s
 
+    def _terms_of(self, event: e.SubmissionReceived, now: Instant) -> Terms:
+        """Return the submission's terms: what it set before where it is known, but for a deadline that has passed."""
+        if not (event.again or event.replanned):
+            return event.terms
+        terms = self._state.shares.terms_of(event.submission)
+        return replace(terms, deadline=NO_INSTANT) if terms.deadline and terms.deadline <= now else terms
+
+    def _priority_asked(self, event: e.PriorityAsked, now: Instant) -> Iterator[f.FactOrPause]:
+        state, name = self._state, event.submission
+        if name not in state.submissions:
+            return
+        terms, wanted = state.shares.terms_of(name), event.priority
+        if wanted is None:
+            others = [each.priority for other, each in state.shares.waiting(terms.owner) if other != name]
+            wanted = max(terms.priority, max(others, default=terms.priority - 1) + 1)
+        wanted = max(LOWEST_PRIORITY, min(HIGHEST_PRIORITY, wanted))
+        if wanted != terms.priority:
+            yield f.SubmissionBumped(name, wanted, now)
+
     def _is_stale(self, event: e.SubmissionReceived) -> bool:
         """Return whether the submission is a repeat, or has left the state that running again or a new plan is for."""
         known = self._state.submissions.get(event.submission)
+        if event.again and event.submission in self._state.failed_fast:
+            return False
         if event.again:
             return known is None or not any(map(is_lapsed, known))
         if event.replanned:
@@ -395,5 +434,5 @@ class _KnownFailures:
         return step.state is StepState.FAILED and step.key in self._members and step.key not in self._renewed
 
 
-def _head(queue: Queue) -> tuple[int, tuple[int, int, Step]]:
+def _head(queue: Queue) -> QueueHead:
     return queue.head

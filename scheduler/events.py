@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from scheduler.model import FAR_OFF, BuilderId, BuilderSpec, Failure, Instant, LeaseId, StepKey, StepSpec, SubmissionId
 from scheduler.resource_limits import ResourceLimits
+from scheduler.terms import NO_TERMS, Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,10 @@ class SubmissionReceived:
     wait_s: int | None = None
     #: What builds of these roots may use, where the submission sets something.
     limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
+    #: What it sets for itself; kept where it runs again or was planned anew.
+    terms: Terms = NO_TERMS
+    #: It takes the place of older ones of its owner and lineage that have not ended: these are withdrawn.
+    supersedes: bool = False
     #: More roots are to come (`SubmissionGrown`): it does not end before it is sealed, and may have no root yet.
     open: bool = False
 
@@ -81,6 +86,14 @@ class SubmissionCancelled:
     """A client no longer wants a submission; a repeat is a no-op."""
 
     submission: SubmissionId
+
+
+@dataclass(frozen=True, slots=True)
+class PriorityAsked:
+    """A client gives a submission another priority; None is one above all that wait of its owner."""
+
+    submission: SubmissionId
+    priority: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +190,7 @@ Event = (
     | SubmissionGrown
     | SealAsked
     | SubmissionCancelled
+    | PriorityAsked
     | SubmissionExpired
     | RetryAsked
     | BuilderJoined

@@ -31,6 +31,7 @@ from scheduler.snapshot_facts import FarmRestored as FarmRestored
 from scheduler.snapshot_facts import StepPast as StepPast
 from scheduler.snapshot_facts import StepRestored as StepRestored
 from scheduler.snapshot_facts import SubmissionRestored as SubmissionRestored
+from scheduler.terms import NO_TERMS, Terms, Withdrawal
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class SubmissionAccepted:
     wait_s: int | None = None
     limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
     open: bool = False
+    terms: Terms = NO_TERMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +105,30 @@ class SubmissionRetried:
     joined: tuple[StepKey, ...]
     wait_s: int | None = None
     limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
+    terms: Terms = NO_TERMS
 
 
 @dataclass(frozen=True, slots=True)
 class SubmissionWithdrawn:
-    """The client withdrew the submission; steps that no other wants are abandoned by facts of their own."""
+    """The submission wants nothing more; steps that no other wants are abandoned by facts of their own.
+
+    `by` is the one that superseded it. Both are absent in journals of before 2026-11-30: clients withdrew.
+    """
 
     durable: ClassVar[bool] = True
     submission: SubmissionId
+    at: Instant
+    why: Withdrawal = Withdrawal.CANCELLED
+    by: SubmissionId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionBumped:
+    """The submission has another priority."""
+
+    durable: ClassVar[bool] = True
+    submission: SubmissionId
+    priority: int
     at: Instant
 
 
@@ -398,6 +416,7 @@ Fact = (
     | SubmissionSealed
     | SubmissionRetried
     | SubmissionWithdrawn
+    | SubmissionBumped
     | SubmissionForgotten
     | StepsForgotten
     | StepAdded

@@ -42,7 +42,7 @@ class Farm:
         policy = LongestPathFirst() if policy is None else policy
         self._limits = Limits() if limits is None else limits
         #: For reading only.
-        self.state = FarmState(policy.rank)
+        self.state = FarmState(policy.rank, policy.weight)
         self._queue_positions = QueuePositions(self.state)
         self._decider = Decider(self.state, self._limits, policy)
 

@@ -27,7 +27,7 @@ Merged = dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]
 class StepGraph:
     """The steps, their engagements, and the indexes over these."""
 
-    def __init__(self, rank: Callable[[Step], int]) -> None:
+    def __init__(self, rank: Callable[[Step], int], weigh: Callable[[str], int]) -> None:
         #: Every step that is known, in order of becoming known.
         self.steps: dict[StepKey, Step] = {}
         #: Counts how often something let go of an unfinished step: its limit may be shorter since.
@@ -37,7 +37,8 @@ class StepGraph:
         #: Which submissions wait, for fairness between them.
         self.shares = Shares()
         #: Where ready steps wait.
-        self.ready = ReadyIndex(self.builders, rank, self.shares.is_live)
+        self.ready = ReadyIndex(self.builders, rank, self.shares, weigh)
+        self.shares.moved = self.ready.reprioritise
         #: Engaged steps that no submission wants any more; `decide` abandons them, empty between calls of `handle`.
         self.orphans: dict[StepKey, Step] = {}
         #: Edges that facts without pauses of their own have changed since `Farm` last paused.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from scheduler.model import ImpossibleError, StepKey, StepState, SubmissionId
+from scheduler.ready import AGE_TURNS
 from scheduler.records import Step
 from scheduler.state import FarmState
 from scheduler.transitions import LAPSED, UNFINISHED
@@ -38,6 +39,7 @@ def check(state: FarmState) -> None:
         roots = {root.key for root in state.submissions[submission]}
         _require(opened.roots == roots, f"{submission} is open and counts other roots than it has")
         _require(roots <= opened.members <= state.steps.keys(), f"{submission} is open and stands on what is not known")
+    _check_terms(state)
     _check_builders(state)
     # No circle, not even through what is done: it may be lost.
     state.descend(state.steps.values(), below_done=True)
@@ -82,6 +84,19 @@ def durable(state: FarmState) -> tuple[dict[StepKey, tuple[object, ...]], dict[S
         name: (sorted(each.roots), sorted(each.members)) for name, each in state.open.items()
     }
     return steps, opened
+
+
+def _check_terms(state: FarmState) -> None:
+    known = state.submissions.keys() | state.withdrawn.keys()
+    _require(state.shares.terms.keys() <= known, "terms are left of what is forgotten")
+    _require(not state.failing, f"{list(state.failing)} have failed fast and go on")
+    _require(state.failed_fast <= state.withdrawn.keys(), "what failed fast is not withdrawn")
+    for name, terms in state.shares.terms.items():
+        waits = name in state.submissions and not state.has_ended(name)
+        at = state.deadlines.at(name)
+        _require(at == (terms.deadline if waits else 0.0), f"{name} has the deadline {at}")
+        listed = name in state.lineages.get((terms.owner, terms.lineage), {})
+        _require(listed == (bool(terms.lineage) and name in state.submissions), f"{name} is missing in its lineage")
 
 
 def _require(holds: bool, broken: str) -> None:
@@ -172,7 +187,12 @@ def _check_builders(state: FarmState) -> None:
         expected = {b.id for b in able if b.id != avoid or not elsewhere}
         _require(set(queue.builders) == expected, f"the queue for {requirements} lists the wrong builders")
         _require(state.shares.live(queue.lanes) == tuple(sorted(queue.lanes)), "a lane is left of what has ended")
-        for lane in queue.lanes.values():
+        grouped = {stake: lane for group in queue.groups.values() for stake, lane in group.lanes.items()}
+        _require(grouped == queue.lanes, f"the queue for {requirements} has other lanes by owner than by stake")
+        _require(all(group.lanes for group in queue.groups.values()), f"the queue for {requirements} has an idle owner")
+        for stake, lane in queue.lanes.items():
+            _require(lane.group.owner == state.shares.owner_of(stake), f"{stake} waits for another owner")
+            _require(lane.ahead == AGE_TURNS * state.shares.priority_of(stake), f"{stake} has another priority")
             _require(bool(lane.heap), f"the queue for {requirements} has an empty lane")
             rank, _, step = lane.heap[0]
             _require(step.queue is queue and step.rank == -rank, f"the queue for {requirements} has a stale head")

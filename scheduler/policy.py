@@ -6,8 +6,8 @@ steps and builders read-only, holds no clock and no chance: the same question ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from scheduler.model import BuilderId, StepKey
@@ -53,6 +53,9 @@ class Policy(Protocol):
     def rank(self, step: Step) -> int:
         """Return the step's importance among ready steps; higher goes first, ties by age."""
 
+    def weight(self, owner: str) -> int:
+        """Return an owner's weight, from 1 to `MAX_WEIGHT`: its share of grants beside those of others that wait."""
+
     def place(self, step: Step, builders: Sequence[Builder]) -> Builder:
         """Choose one of `builders`, which all can take the step now; never empty."""
 
@@ -71,10 +74,16 @@ class LongestPathFirst:
     back_off_most_s: float = 300.0
     quarantine_first_s: float = 30.0
     quarantine_most_s: float = 900.0
+    #: Of owners that have another weight than 1.
+    weights: Mapping[str, int] = field(default_factory=dict)
 
     def rank(self, step: Step) -> int:
         """Steps on the longest chain to a root go first: they bound when the submission can end."""
         return step.depth
+
+    def weight(self, owner: str) -> int:
+        """Return the weight that is configured, else 1."""
+        return self.weights.get(owner, 1)
 
     def place(self, step: Step, builders: Sequence[Builder]) -> Builder:  # noqa: ARG002  other policies look at it
         """Return the builder with most free capacity, the first by id among equals."""

@@ -1,10 +1,15 @@
 """Queues of ready steps by what they require, a heap of back-offs, and the builders of each queue.
 
-A queue has one lane for each submission that waits in it, and submissions take turns at each builder: one that begins
-to wait goes behind those that wait, and one that was served to the end; between equals the rank decides. So a
-submission waits for about one step of each other one, however many steps these have. A step that several submissions
-want is served as soon as one of them may, and counts for all. There are as many lanes as stakes (`shares`), which are
-bounded, and so is what one grant costs.
+A grant is decided on two levels. Owners share each queue by weight: an owner has a tag, which grows by a stride (less
+for more weight) with each of its grants, and the lowest tag goes first. One that begins to wait begins a stride behind
+the last that was served (`Queue.virtual`), so nothing is paid back for time in which it did not wait, and none comes
+in before those that wait already. A queue has one lane for each stake (`shares`) of an owner; the lane that was served
+longest ago goes first, where a priority counts as having waited `AGE_TURNS` grants longer. So a higher one goes before,
+and a lower one starves only for so long. Between equals the rank of the step decides.
+
+What is served counts in all queues that its builder serves. A step that several submissions want is served as soon as
+one of them may, and counts for all. There are as many lanes as stakes, which are bounded, and so is what one grant
+costs.
 
 An index of the state and nothing more: it can be made anew from steps and builders. Heaps are pruned where they
 change, so that the top of each is always live and readers only look. Written by `evolve` alone.
@@ -14,23 +19,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heappop, heappush
+from typing import Final
 
 from scheduler.model import BuilderId, Instant, Requirements, StepState
-from scheduler.records import NO_BUILDER, Builder, Lane, Queue, Step
+from scheduler.records import NO_BUILDER, Builder, Lane, OwnerLanes, Queue, Step
+from scheduler.shares import Shares
+
+#: Grants of the farm that one more of priority is worth. More than there are stakes, so that a lane that was just
+#: served stands before all of a lower priority that have not waited for long.
+AGE_TURNS: Final = 512
+#: What a grant adds to the tag of an owner of weight 1.
+STRIDE: Final = 1 << 40
 
 
 class ReadyIndex:
     """Queues and back-offs over the builders of a state. `rank` is called whenever a step is put in a queue."""
 
-    __slots__ = ("_builders", "_is_live", "_rank", "_turn", "delayed", "forsaken", "queues")
+    __slots__ = ("_builders", "_rank", "_shares", "_turn", "_weigh", "delayed", "forsaken", "queues")
 
     def __init__(
-        self, builders: dict[BuilderId, Builder], rank: Callable[[Step], int], is_live: Callable[[int], bool]
+        self,
+        builders: dict[BuilderId, Builder],
+        rank: Callable[[Step], int],
+        shares: Shares,
+        weigh: Callable[[str], int],
     ) -> None:
-        self._is_live = is_live
+        self._shares = shares
         self._builders = builders
         self._rank = rank
-        #: How many leases were ever granted.
+        self._weigh = weigh
         self._turn = 0
         #: One queue per class and avoided builder ever met; those of builders that are gone are dropped when empty.
         self.queues: dict[tuple[Requirements, BuilderId], Queue] = {}
@@ -38,6 +55,11 @@ class ReadyIndex:
         self.delayed: list[tuple[Instant, int, Step]] = []
         #: Steps that have come to stand where no builder can take them (taken by `scheduler.forsaken`).
         self.forsaken: dict[Step, None] = {}
+
+    @property
+    def turn(self) -> int:
+        """Number of leases ever granted."""
+        return self._turn
 
     def put(self, step: Step) -> None:
         """Take in a step that has become ready."""
@@ -70,14 +92,24 @@ class ReadyIndex:
             lane = queue.lanes.get(stake)
             if lane is None:
                 # What an ended submission has left on the step opens no lane.
-                if not self._is_live(stake):
+                if not self._shares.is_live(stake):
                     continue
-                lane = queue.lanes[stake] = Lane(self._turn)
+                lane = self._open_lane(queue, stake)
             heappush(lane.heap, entry)
             top = lane.heap[0]
             # Only what the step itself had left there can be stale.
             if top[2] is step and top is not entry:
                 _prune(queue, stake, lane)
+
+    def _open_lane(self, queue: Queue, stake: int) -> Lane:
+        owner = self._shares.owner_of(stake)
+        group = queue.groups.get(owner)
+        if group is None:
+            stride = STRIDE // self._weigh(owner)
+            group = queue.groups[owner] = OwnerLanes(owner, stride, queue.virtual + stride, self._turn)
+        ahead = AGE_TURNS * self._shares.priority_of(stake)
+        lane = queue.lanes[stake] = group.lanes[stake] = Lane(group, self._turn - ahead, ahead)
+        return lane
 
     def leave(self, step: Step) -> None:
         """Forget a step that is no longer ready."""
@@ -94,23 +126,41 @@ class ReadyIndex:
             if lane is not None and lane.heap[0][2] is step:
                 _prune(queue, stake, lane)
 
-    def served(self, step: Step, builder: Builder) -> None:
-        """A builder has taken a step: its owners come last in all that the builder can take."""
+    def served(self, step: Step, builder: Builder | None) -> None:
+        """A builder takes a step, which still stands in its queue: its owners come last in all that builder can take.
+
+        None is a builder that is only known from a journal.
+        """
         self._turn += 1
+        queue = step.queue
+        if queue is None or builder is None:
+            return
         # Behind those that begin to wait before the next lease is granted.
         turn = self._turn + 1
-        owners = step.owners
-        for queue in builder.queues:
-            lanes = queue.lanes
-            if lanes:
-                for stake in owners:
-                    if stake in lanes:
-                        lanes[stake].turn = turn
+        lanes = [lane for stake in step.owners if (lane := queue.lanes.get(stake)) is not None]
+        if not lanes:
+            return
+        least = min([lane.group.tag for lane in lanes])
+        tags = {lane.group.owner: lane.group.tag + lane.group.stride for lane in lanes}
+        for other in builder.queues:
+            other.virtual = max(other.virtual, least)
+            if other.lanes:
+                _charge(other, step, tags, turn)
 
     def close_lanes(self, stake: int) -> None:
         """A submission waits for nothing any more: what others want too stands in their lanes."""
         for queue in self.queues.values():
-            queue.lanes.pop(stake, None)
+            if stake in queue.lanes:
+                queue.close(stake)
+
+    def reprioritise(self, stake: int) -> None:
+        """The priority of a stake has changed: its lanes count as having waited longer, or less long."""
+        ahead = AGE_TURNS * self._shares.priority_of(stake)
+        for queue in self.queues.values():
+            lane = queue.lanes.get(stake)
+            if lane is not None:
+                lane.due += lane.ahead - ahead
+                lane.ahead = ahead
 
     def prune_delayed(self) -> None:
         """Drop what no longer backs off from the top of the heap."""
@@ -128,7 +178,10 @@ class ReadyIndex:
                 del self.queues[key]
         for builder in self._builders.values():
             builder.queues = []
+        # Queues that shared no builder may share one now: what each owner had of one does not count in another.
+        latest = max([queue.virtual for queue in self.queues.values()], default=0)
         for queue in self.queues.values():
+            queue.advance(latest)
             had_builders = bool(queue.builders)
             self._match(queue)
             if had_builders and not queue.builders:
@@ -147,6 +200,8 @@ class ReadyIndex:
         if queue is None:
             queue = self.queues[requirements, avoid] = Queue(requirements, avoid)
             self._match(queue)
+            beside = [other.virtual for builder in queue.builders.values() for other in builder.queues]
+            queue.virtual = max(beside, default=0)
         return queue
 
     def _match(self, queue: Queue) -> None:
@@ -163,6 +218,20 @@ class ReadyIndex:
             builder.queues.append(queue)
 
 
+def _charge(queue: Queue, step: Step, tags: dict[str, int], turn: int) -> None:
+    """Let the owners of a step that was served wait for their next turn in a queue, with these tags at least."""
+    for owner, tag in tags.items():
+        group = queue.groups.get(owner)
+        if group is not None:
+            group.turn = turn
+            group.tag = max(group.tag, tag)
+    lanes = queue.lanes
+    for stake in step.owners:
+        lane = lanes.get(stake)
+        if lane is not None:
+            lane.due = turn - lane.ahead
+
+
 def _prune(queue: Queue, stake: int, lane: Lane) -> None:
     """Drop what is stale from the top of a lane, and the lane where nothing is left."""
     heap = lane.heap
@@ -171,4 +240,4 @@ def _prune(queue: Queue, stake: int, lane: Lane) -> None:
         if step.queue is queue and step.rank == -rank:
             return
         heappop(heap)
-    del queue.lanes[stake]
+    queue.close(stake)

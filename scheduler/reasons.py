@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 
 from scheduler.model import (
     NO_INSTANT,
@@ -17,6 +16,7 @@ from scheduler.model import (
     SubmissionId,
 )
 from scheduler.policy import Limits
+from scheduler.positions import in_turn
 from scheduler.records import Queue, Step
 from scheduler.state import FarmState
 from scheduler.step_rules import ALLOWANCE_S, is_known_failure
@@ -162,7 +162,7 @@ class QueuePositions:
         if found is None:
             queues = [queue for (wanted, _), queue in self._state.ready.queues.items() if wanted == requirements]
             entries = sum([len(lane.heap) for queue in queues for lane in queue.lanes.values()])
-            ordered = _in_turn(_live(queues)) if entries <= PLACED_AT_MOST else []
+            ordered = in_turn(_live(queues), self._state.ready.turn) if entries <= PLACED_AT_MOST else []
             positions = {step: position for position, step in enumerate(ordered, 1)}
             found = self._by_class[requirements] = (positions, sum([queue.standing for queue in queues]))
         return found
@@ -258,60 +258,6 @@ def _live(queues: list[Queue]) -> list[Step]:
         for lane in queue.lanes.values():
             steps.update((step, None) for _, _, step in lane.heap if step.queue is queue)
     return list(steps)
-
-
-def _in_turn(steps: list[Step]) -> list[Step]:
-    """Return the ready steps of a class in the order in which `assign` would grant them, one after the other."""
-    lanes: dict[tuple[Queue, int], list[Step]] = {}
-    # From the last to the first, so that the next step of each lane is at the end of its list.
-    for step in sorted(steps, key=_entry, reverse=True):
-        for lane_of in _lanes_of(step):
-            lanes.setdefault(lane_of, []).append(step)
-    return _take_turns(lanes)
-
-
-def _take_turns(lanes: dict[tuple[Queue, int], list[Step]]) -> list[Step]:
-    """Empty lists of steps, each in the reverse of its order, as lanes are emptied that take turns."""
-    by_stake: dict[int, list[tuple[Queue, int]]] = {}
-    turns: dict[tuple[Queue, int], int] = {}
-    for lane_of in lanes:
-        queue, stake = lane_of
-        turns[lane_of] = queue.lanes[stake].turn
-        by_stake.setdefault(stake, []).append(lane_of)
-    following = max(turns.values(), default=0)
-    order = [(turn, _entry(lanes[lane_of][-1]), index, lane_of) for index, (lane_of, turn) in enumerate(turns.items())]
-    heapify(order)
-    granted: dict[Step, None] = {}
-    while order:
-        turn, entry, index, lane_of = heappop(order)
-        lane = lanes[lane_of]
-        while lane and lane[-1] in granted:
-            lane.pop()
-        if not lane:
-            continue
-        first = _entry(lane[-1]), turns[lane_of]
-        # Its submission was served meanwhile, or its first step was: it comes up again where it belongs.
-        if first != (entry, turn):
-            heappush(order, (first[1], first[0], index, lane_of))
-            continue
-        step = lane.pop()
-        granted[step] = None
-        following += 1
-        for stake in step.owners:
-            for owner in by_stake.get(stake, ()):
-                turns[owner] = following
-        if lane:
-            heappush(order, (following, _entry(lane[-1]), index, lane_of))
-    return list(granted)
-
-
-def _entry(step: Step) -> tuple[int, int]:
-    return (-step.rank, step.sequence)
-
-
-def _lanes_of(step: Step) -> list[tuple[Queue, int]]:
-    queue = step.queue
-    return [] if queue is None else [(queue, stake) for stake in step.owners if stake in queue.lanes]
 
 
 def unserved(state: FarmState, requirements: Requirements) -> Unserved | None:

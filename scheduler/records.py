@@ -176,22 +176,45 @@ class Step:
         return self.recipes[self.active]
 
 
-class Lane:
-    """The steps of one queue that one submission wants."""
+class OwnerLanes:
+    """The lanes of one owner in one queue, and its place among the owners that wait there (see `ready`)."""
 
-    __slots__ = ("heap", "turn")
+    __slots__ = ("lanes", "owner", "stride", "tag", "turn")
 
-    def __init__(self, turn: int) -> None:
-        #: When its submission was last served by a builder of the queue, or the lane began: the lowest goes first.
+    def __init__(self, owner: str, stride: int, tag: int, turn: int) -> None:
+        self.owner = owner
+        #: What each grant adds to the tag; the lowest tag goes first.
+        self.stride = stride
+        self.tag = tag
+        #: When it was last served by a builder of the queue, or began to wait: the lowest goes first of equal tags.
         self.turn = turn
+        #: By stake; never empty.
+        self.lanes: dict[int, Lane] = {}
+
+
+class Lane:
+    """The steps of one queue that one stake wants."""
+
+    __slots__ = ("ahead", "due", "group", "heap")
+
+    def __init__(self, group: OwnerLanes, due: int, ahead: int) -> None:
+        self.group = group
+        #: When it was last served by a builder of the queue, or began, less `ahead`: the lowest goes first.
+        self.due = due
+        #: Turns that its priority is worth.
+        self.ahead = ahead
         #: (-rank, sequence, step), the first always live; stale ones below are dropped when they come up.
         self.heap: list[tuple[int, int, Step]] = []
+
+
+#: What orders the heads of queues: tag and turn of the owner, when the lane is due, and its first step.
+QueueHead = tuple[int, int, int, tuple[int, int, Step]]
 
 
 class Queue:
     """Ready steps that the same builders can take: one class of requirements, one avoided builder or none."""
 
-    __slots__ = ("avoid", "builders", "lanes", "requirements", "standing")
+    __slots__ = ("avoid", "builders", "groups", "lanes", "requirements", "standing", "virtual")
 
     def __init__(self, requirements: Requirements, avoid: BuilderId) -> None:
         self.requirements = requirements
@@ -200,17 +223,48 @@ class Queue:
         self.standing = 0
         #: By stake; none is empty. A step stands in the lane of each of its owners.
         self.lanes: dict[int, Lane] = {}
+        #: The same lanes by owner.
+        self.groups: dict[str, OwnerLanes] = {}
+        #: The tag of the last step that a builder of the queue took.
+        self.virtual = 0
         #: Builders that may take these steps; the avoided one only where there is no other.
         self.builders: dict[BuilderId, Builder] = {}
 
     @property
-    def head(self) -> tuple[int, tuple[int, int, Step]]:
-        """The turn and the entry of what goes first; the queue must not be empty."""
-        lanes = self.lanes.values()
+    def head(self) -> QueueHead:
+        """The place and the entry of what goes first; the queue must not be empty."""
+        lanes = self.lanes
         if len(lanes) == 1:
-            (lane,) = lanes
-            return lane.turn, lane.heap[0]
-        return min([(lane.turn, lane.heap[0]) for lane in lanes])
+            (lane,) = lanes.values()
+            group = lane.group
+            return group.tag, group.turn, lane.due, lane.heap[0]
+        if len(self.groups) == 1:
+            (group,) = self.groups.values()
+        else:
+            # Owners seldom tie, so that only one is looked into.
+            first = min([(group.tag, group.turn) for group in self.groups.values()])
+            return min([_place_of(group) for group in self.groups.values() if (group.tag, group.turn) == first])
+        return _place_of(group)
+
+    def close(self, stake: int) -> None:
+        """Drop a lane."""
+        group = self.lanes.pop(stake).group
+        del group.lanes[stake]
+        if not group.lanes:
+            del self.groups[group.owner]
+
+    def advance(self, virtual: int) -> None:
+        """Move all tags on, so that the queue stands at `virtual`."""
+        further = virtual - self.virtual
+        if further:
+            self.virtual = virtual
+            for group in self.groups.values():
+                group.tag += further
+
+
+def _place_of(group: OwnerLanes) -> QueueHead:
+    due, entry = min([(lane.due, lane.heap[0]) for lane in group.lanes.values()])
+    return group.tag, group.turn, due, entry
 
 
 class Builder:

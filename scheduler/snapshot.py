@@ -53,6 +53,8 @@ def _submission(
         paid_until=state.paid_until.get(submission, NO_INSTANT),
         wait_s=state.wait_limits.get(submission),
         limits=tuple(state.limits.get(submission, {}).items()),
+        terms=state.shares.terms_of(submission),
+        failed_fast=submission in state.failed_fast,
         open=submission in state.open,
         members=tuple(sorted(state.open[submission].members)) if submission in state.open else (),
     )

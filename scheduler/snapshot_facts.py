@@ -21,6 +21,7 @@ from scheduler.model import (
     SubmissionId,
 )
 from scheduler.resource_limits import ResourceLimits
+from scheduler.terms import NO_TERMS, Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,9 @@ class SubmissionRestored:
     #: Of one that may still grow: all that it stands on or stood on.
     open: bool = False
     members: tuple[StepKey, ...] = ()
+    terms: Terms = NO_TERMS
+    #: Withdrawn because a root of it failed.
+    failed_fast: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,8 +40,8 @@ _PUBLISHING, _DONE = StepState.PUBLISHING, StepState.DONE
 class FarmState(WantedSteps):
     """Everything the core knows."""
 
-    def __init__(self, rank: Callable[[Step], int]) -> None:
-        super().__init__(rank)
+    def __init__(self, rank: Callable[[Step], int], weigh: Callable[[str], int]) -> None:
+        super().__init__(rank, weigh)
         roster = self._roster = Builders(self.builders, self.ready)
         self.free, self.silent, self.quarantined = roster.free, roster.silent, roster.quarantined
         self.ended_leases = roster.ended
@@ -117,6 +117,8 @@ class FarmState(WantedSteps):
                 return self._lost(fact)
             case f.SubmissionWithdrawn():
                 return self._withdrawn(fact)
+            case f.SubmissionBumped():
+                self._bumped(fact)
             case f.SubmissionForgotten():
                 return self._submission_forgotten(fact)
             case f.StepsForgotten():
@@ -204,6 +206,8 @@ class FarmState(WantedSteps):
         self._move(step, target)
         for submission in step.roots:
             self._end_share(submission)
+            if target is not _DONE:
+                self._root_failed(submission)
         step.roots = ()
         step.evidence = b""
         if self.orphans:
@@ -291,6 +295,7 @@ class FarmState(WantedSteps):
         step.attempt = fact.lease.attempt
         step.builder = fact.builder
         step.asked_at, step.resends = fact.at, 0
+        self.ready.served(step, self.builders.get(fact.builder))
         self._move(step, _LEASED)
         self._roster.lease(step, fact.builder, fact.at)
 
@@ -397,6 +402,7 @@ class FarmState(WantedSteps):
             for root in roots:
                 if submission in root.roots:
                     self._own(root, (self.shares.begin(submission),), merged)
+            self._settle_end(submission)
         # Each before its needs, as in `_engage`.
         for step in self.descend(step for step in self.steps.values() if step.roots):
             for need in self._below(step, below_done=False):

@@ -8,16 +8,19 @@ Written by `FarmState.evolve` alone. Nothing here recurses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from dataclasses import replace
 from heapq import heappop, heappush
 
 from scheduler import facts as f
+from scheduler.deadlines import Deadlines
 from scheduler.graph import Merged, StepGraph, pieces
 from scheduler.model import ImpossibleError, Instant, StepKey, StepState, SubmissionId
 from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.records import Step
 from scheduler.references import ReferenceCounts
 from scheduler.resource_limits import ResourceLimits
+from scheduler.terms import NO_TERMS, Terms, Withdrawal
 from scheduler.transitions import LAPSED
 
 _DONE = StepState.DONE
@@ -36,8 +39,8 @@ class OpenSubmission:
 class WantedSteps(StepGraph):
     """The graph, with the submissions that want its steps."""
 
-    def __init__(self, rank: Callable[[Step], int]) -> None:
-        super().__init__(rank)
+    def __init__(self, rank: Callable[[Step], int], weigh: Callable[[str], int]) -> None:
+        super().__init__(rank, weigh)
         #: Submissions neither withdrawn nor forgotten, with their roots; and those that are withdrawn, not forgotten.
         self.submissions: dict[SubmissionId, tuple[Step, ...]] = {}
         self.withdrawn: dict[SubmissionId, tuple[Step, ...]] = {}
@@ -51,6 +54,14 @@ class WantedSteps(StepGraph):
         self.wait_limits: dict[SubmissionId, int] = {}
         #: Limits that submissions set for builds of their roots, where they set some and are not forgotten.
         self.limits: dict[SubmissionId, dict[StepKey, ResourceLimits]] = {}
+        #: Deadlines of those that wait.
+        self.deadlines = Deadlines()
+        #: Submissions that fail fast and wait although a root of theirs has failed: withdrawn before a call ends.
+        self.failing: dict[SubmissionId, None] = {}
+        #: Those of `withdrawn` that failed fast.
+        self.failed_fast: set[SubmissionId] = set()
+        #: Submissions of an owner that stand for each other, neither withdrawn nor forgotten, by their lineage.
+        self.lineages: dict[tuple[str, str], dict[SubmissionId, None]] = {}
         #: Counts the references to each step: one without any may be forgotten.
         self.references = ReferenceCounts(self.steps)
 
@@ -79,6 +90,7 @@ class WantedSteps(StepGraph):
             self.open[fact.submission] = OpenSubmission(fact.roots, fact.members)
         self._set_wait_limit(fact.submission, fact.wait_s)
         self._set_limits(fact.submission, fact.limits)
+        self._set_terms(fact.submission, fact.terms)
         for piece in pieces(roots):
             self.references.add(root.key for root in piece)
             yield PAUSE
@@ -88,7 +100,7 @@ class WantedSteps(StepGraph):
         yield from self._want(fact.submission, roots)
         yield from self._engage(self.steps[key] for key in fact.members)
 
-    def _want(self, submission: SubmissionId, roots: Iterable[Step]) -> Iterator[Pause]:
+    def _want(self, submission: SubmissionId, roots: Collection[Step]) -> Iterator[Pause]:
         """Let a submission wait for those of the roots that have not finished."""
         merged: Merged = {}
         for count, root in enumerate(roots, 1):
@@ -98,6 +110,25 @@ class WantedSteps(StepGraph):
                 root.roots = (*root.roots, submission)
                 self._own(root, (self.shares.begin(submission),), merged)
                 self.orphans.pop(root.key, None)
+        if any(root.state in LAPSED for root in roots):
+            self._root_failed(submission)
+        self._settle_end(submission)
+
+    def _end_share(self, submission: SubmissionId) -> None:
+        super()._end_share(submission)
+        self._settle_end(submission)
+
+    def _settle_end(self, submission: SubmissionId) -> None:
+        """Forget what only matters while a submission waits, where it does no longer."""
+        if submission not in self.open and not self.shares.waits(submission):
+            self.deadlines.drop(submission)
+            self.failing.pop(submission, None)
+
+    def _root_failed(self, submission: SubmissionId) -> None:
+        """Note that a submission which fails fast has to be withdrawn."""
+        if self.shares.terms_of(submission).fail_fast:
+            self.failing[submission] = None
+            self._settle_end(submission)
 
     def _grew(self, fact: f.SubmissionGrew) -> Iterator[Pause]:
         opened = self.open[fact.submission]
@@ -167,6 +198,7 @@ class WantedSteps(StepGraph):
     def _sealed(self, fact: f.SubmissionSealed) -> None:
         if self.open.pop(fact.submission, None) is None:
             raise ImpossibleError(f"{fact.submission} is sealed and not open")
+        self._settle_end(fact.submission)
 
     def _fall_in(self, step: Step, below: list[Step]) -> None:
         """Count that open submissions which stand on a step that fell back stand on what it needs now."""
@@ -189,9 +221,34 @@ class WantedSteps(StepGraph):
         else:
             self.limits.pop(submission, None)
 
+    def _set_terms(self, submission: SubmissionId, terms: Terms) -> None:
+        self.failed_fast.discard(submission)
+        if terms != NO_TERMS:
+            self.shares.terms[submission] = terms
+        self.deadlines.put(submission, terms.deadline)
+        if terms.lineage:
+            self.lineages.setdefault((terms.owner, terms.lineage), {})[submission] = None
+
+    def _leave_lineage(self, submission: SubmissionId) -> None:
+        terms = self.shares.terms_of(submission)
+        others = self.lineages.get((terms.owner, terms.lineage), {})
+        others.pop(submission, None)
+        if not others:
+            self.lineages.pop((terms.owner, terms.lineage), None)
+
+    def _bumped(self, fact: f.SubmissionBumped) -> None:
+        terms = self.shares.terms_of(fact.submission)
+        self.shares.terms[fact.submission] = replace(terms, priority=fact.priority)
+        self.shares.rank(fact.submission)
+
     def _withdrawn(self, fact: f.SubmissionWithdrawn) -> Iterator[Pause]:
         roots = self.withdrawn[fact.submission] = self.submissions.pop(fact.submission)
         self.open.pop(fact.submission, None)
+        self.failing.pop(fact.submission, None)
+        self.deadlines.drop(fact.submission)
+        self._leave_lineage(fact.submission)
+        if fact.why is Withdrawal.FAIL_FAST:
+            self.failed_fast.add(fact.submission)
         for count, root in enumerate(roots, 1):
             if not count % PIECE:
                 yield PAUSE
@@ -210,6 +267,9 @@ class WantedSteps(StepGraph):
         self.paid_until.pop(fact.submission, None)
         self.wait_limits.pop(fact.submission, None)
         self.limits.pop(fact.submission, None)
+        self._leave_lineage(fact.submission)
+        self.shares.terms.pop(fact.submission, None)
+        self.failed_fast.discard(fact.submission)
         for piece in pieces(roots):
             self.references.drop(root.key for root in piece)
             yield PAUSE
@@ -223,3 +283,9 @@ class WantedSteps(StepGraph):
             self.paid_until[fact.submission] = fact.paid_until
         self._set_wait_limit(fact.submission, fact.wait_s)
         self._set_limits(fact.submission, fact.limits)
+        self._set_terms(fact.submission, fact.terms)
+        if fact.withdrawn:
+            self._leave_lineage(fact.submission)
+            self.deadlines.drop(fact.submission)
+        if fact.failed_fast:
+            self.failed_fast.add(fact.submission)

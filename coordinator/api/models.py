@@ -35,6 +35,10 @@ class SubmissionState(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    #: A newer one of its branch took its place.
+    SUPERSEDED = "superseded"
+    #: Its deadline passed.
+    EXPIRED = "expired"
 
 
 WorkerState: TypeAlias = Literal["online", "silent", "draining", "quarantined", "gone"]
@@ -242,6 +246,12 @@ class SubmissionView:
     pull: str = ""
     commit: str = ""
     tags: dict[str, str] = field(default_factory=dict)
+    priority: int = 0
+    #: Moment at which it is withdrawn unless it has ended; 0 for never.
+    deadline_at: float = 0.0
+    fail_fast: bool = False
+    #: The submission that superseded it.
+    superseded_by: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

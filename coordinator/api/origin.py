@@ -17,6 +17,8 @@ def origin_words(view: SubmissionView) -> tuple[tuple[str, str], ...]:
         ("branch", view.branch),
         ("pull request", view.pull),
         ("commit", view.commit[:COMMIT_CHARS]),
+        ("priority", str(view.priority) if view.priority else ""),
+        ("superseded by", view.superseded_by),
         *sorted(view.tags.items()),
     )
     return tuple((word, value) for word, value in named if value)

@@ -19,6 +19,7 @@ from coordinator.api.limits import (
     TAG_KEY,
 )
 from coordinator.api.trace_context import MAX_TRACEPARENT
+from scheduler.terms import HIGHEST_PRIORITY, LOWEST_PRIORITY
 
 #: Bytes of a label, an attribute path, a path: what people read, and every list shows.
 MAX_TEXT_BYTES = 1024
@@ -111,6 +112,15 @@ class SubmissionOrigin(Request):
         # Keys that do not have the pattern are refused, which pydantic's own description leaves out.
         Field(max_length=MAX_TAGS, json_schema_extra={"additionalProperties": False}),
     ] = {}
+    #: Of several submissions of one owner the higher goes first.
+    priority: Annotated[int, Field(ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY)] = 0
+    #: It takes the place of older ones of the same owner, pull request (else branch), label and `repository` tag.
+    supersede: bool = False
+    #: Seconds from now, or the Unix time, at which it is withdrawn unless it has ended; 0: never.
+    deadline_s: Annotated[int, Field(ge=0, le=MAX_WAIT_S)] = 0
+    deadline_at: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    #: The first root that fails withdraws the rest.
+    fail_fast: bool = False
     #: Another request of the same owner with this key and the same wish gets the same submission.
     idempotency_key: Annotated[str, Field(max_length=MAX_IDEMPOTENCY_KEY, pattern=r"^[!-~]*$")] = ""
 

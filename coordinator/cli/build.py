@@ -276,7 +276,7 @@ def _finish(view: SubmissionView, submitted: _Submitted, screen: Screen, *, as_j
         append_summary(submitted.summary, summary_of(view, failed, submitted.evaluation, time.time()))
     status = status_of(submitted.evaluation, screen.line)
     if view.state is not SubmissionState.SUCCEEDED:
-        return exit_status.BUILD_FAILED
+        return exit_status.ended_status(view.state)
     return exit_status.EVALUATION_FAILED if view.incomplete or view.unevaluated else status
 
 

@@ -49,10 +49,13 @@ READER_GONE = 141
 EPILOG = """\b
 Exit status:
   0    all is built, the question is answered
-  1    a build failed, or the submission was cancelled
+  1    a build failed
   2    wrong usage: an argument, a token, a name that does not exist
   3    something is nothing that this farm builds, or cannot be evaluated
   4    infrastructure: no coordinator, no Nix; later it may succeed
+  5    the submission was cancelled
+  6    the submission was superseded by a newer one
+  7    the deadline of the submission passed
   130  interrupted; builds go on
 
 \b

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from typing import Final
 
+from coordinator.api.models import SubmissionState
+
 OK: Final = 0
 BUILD_FAILED: Final = 1
 USAGE: Final = 2
 EVALUATION_FAILED: Final = 3
 INFRASTRUCTURE: Final = 4
+#: A submission ended before its builds did.
+CANCELLED: Final = 5
+SUPERSEDED: Final = 6
+EXPIRED: Final = 7
 INTERRUPTED: Final = 130
 
+_ENDED: Final = {
+    SubmissionState.SUCCEEDED: OK,
+    SubmissionState.CANCELLED: CANCELLED,
+    SubmissionState.SUPERSEDED: SUPERSEDED,
+    SubmissionState.EXPIRED: EXPIRED,
+}
 #: Code of an error -> exit status. What the caller can change by calling otherwise is 2, what must change in the
 #: evaluated files is 3; the same call may succeed later where it is 4.
 STATUSES: Final = {
@@ -73,6 +85,11 @@ STATUSES: Final = {
     "upload_failed": INFRASTRUCTURE,
     "wrong_offset": INFRASTRUCTURE,
 }
+
+
+def ended_status(state: SubmissionState) -> int:
+    """Return the exit status for the end of a submission."""
+    return _ENDED.get(state, BUILD_FAILED)
 
 
 def status_of(code: str) -> int:

@@ -38,6 +38,12 @@ WAITS_NAMED = 3
 BUILT_NAMED = 4
 #: Output paths, failed steps and sentences listed at the end; `--json` has all of them.
 LISTED = 20
+#: Why roots are not built of a submission that ended before them.
+_WITHDRAWN = {
+    SubmissionState.CANCELLED: "the submission was cancelled",
+    SubmissionState.SUPERSEDED: "the submission was superseded",
+    SubmissionState.EXPIRED: "the submission's deadline passed",
+}
 #: Two ends that are closer than this part of the later one are said as one.
 ETA_ONE = 0.1
 
@@ -255,7 +261,8 @@ def summary_lines(submission: SubmissionView, failed: Sequence[StepView], now: f
     """Return the end of the story: verdict, what was built, shared and uploaded, where the results are."""
     counts = submission.counts
     took = duration((submission.ended_at or now) - submission.created_at)
-    lines = [f"{submission.state.value}: submission {submission.id} after {took}", *origin_lines(submission)]
+    by = f" by {one_line(submission.superseded_by)}" if submission.superseded_by else ""
+    lines = [f"{submission.state.value}{by}: submission {submission.id} after {took}", *origin_lines(submission)]
     built = [f"{counts.done} built"]
     if counts.held:
         built.append(f"{counts.held} already in the cache")
@@ -316,7 +323,7 @@ def _unbuilt_lines(submission: SubmissionView, failed: Sequence[StepView] = ()) 
         if root.failure is not None:
             unbuilt.append(f"{one_line(root.attr)}  {_because(root, root.failure, notes)}")
         elif root.state is not StepStatus.DONE and submission.state is not SubmissionState.RUNNING:
-            why = "the submission was cancelled" if submission.state is SubmissionState.CANCELLED else root.state.value
+            why = _WITHDRAWN.get(submission.state, root.state.value)
             unbuilt.append(f"{one_line(root.attr)}  not built: {why}")
     return _listed("  \u2718 ", unbuilt, "more roots that are not built; `--json` lists all")
 

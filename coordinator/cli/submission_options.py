@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import click
 
 from coordinator.api.limits import MAX_BRANCH, MAX_COMMIT, MAX_IDEMPOTENCY_KEY, MAX_PULL
+from coordinator.cli.options import Wait
 from coordinator.cli.origin import ClaimedOrigin, TagError, origin_of, parse_tags
+from scheduler.terms import HIGHEST_PRIORITY, LOWEST_PRIORITY
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -55,6 +57,10 @@ class SubmissionWords:
     label: str = ""
     origin: ClaimedOrigin = field(default_factory=ClaimedOrigin)
     idempotency_key: str = ""
+    priority: int = 0
+    supersede: bool = False
+    deadline_s: int = 0
+    fail_fast: bool = False
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of `SubmitRequest` of the same names."""
@@ -65,6 +71,10 @@ class SubmissionWords:
             "commit": self.origin.commit,
             "tags": dict(self.origin.tags),
             "idempotency_key": self.idempotency_key,
+            "priority": self.priority,
+            "supersede": self.supersede,
+            "deadline_s": self.deadline_s,
+            "fail_fast": self.fail_fast,
         }
 
 
@@ -84,9 +94,23 @@ _OPTIONS = (
 )
 
 
+def _terms_options() -> tuple[Callable[[Any], Any], ...]:
+    return (
+        click.option(
+            "--priority",
+            type=click.IntRange(LOWEST_PRIORITY, HIGHEST_PRIORITY),
+            default=0,
+            help="Of one owner's submissions the higher goes first.",
+        ),
+        click.option("--supersede", is_flag=True, help="End older ones of the same branch or pull request, and label."),
+        click.option("--deadline", "deadline_s", type=Wait(), help="End it after this time.  [default: forever]"),
+        click.option("--fail-fast/--keep-going", "fail_fast", help="End it with its first failure.  [--keep-going]"),
+    )
+
+
 def describes(command: _Command) -> _Command:
     """Add the options that say what a submission is."""
-    for option in reversed(_OPTIONS):
+    for option in reversed((*_OPTIONS, *_terms_options())):
         command = option(command)
     return command
 
@@ -102,4 +126,8 @@ def taken_words(options: dict[str, Any]) -> SubmissionWords:
         label=options.pop("label"),
         origin=said.over(origin_of(os.environ)),
         idempotency_key=options.pop("idempotency_key"),
+        priority=options.pop("priority"),
+        supersede=options.pop("supersede"),
+        deadline_s=options.pop("deadline_s") or 0,
+        fail_fast=options.pop("fail_fast"),
     )

@@ -21,6 +21,7 @@ from coordinator.intake.client_meter import ClientMeter, placed
 from coordinator.intake.graph import Planned
 from coordinator.intake.idempotency import IdempotencyKeys, wish_digest
 from coordinator.intake.intake import Intake
+from coordinator.intake.wish_terms import terms_of
 from coordinator.journal.codec import OriginNote, SubmissionNote, encode_note
 from coordinator.journal.notes import Note
 from coordinator.readmodel.rows import StepRow, SubmissionRow
@@ -29,6 +30,7 @@ from infra.collector import collector_paused
 from infra.slices import free_in_slices, in_slices
 from scheduler.events import RetryAsked, SubmissionCancelled, SubmissionGrown, SubmissionReceived
 from scheduler.model import StepKey, SubmissionClosedError, SubmissionId, SubmissionRefusedError
+from scheduler.terms import Withdrawal
 
 #: Submissions that one retried step lets run again; the newest.
 RUN_AGAIN_AT_ONCE = 20
@@ -61,6 +63,7 @@ class Submissions:
 
     async def _submit(self, wish: SubmitRequest, origin: OriginNote) -> SubmissionRow:
         asked_at = self._engine.now()
+        terms = terms_of(wish, origin.owner, asked_at)
         planned = await self._intake.submit(wish)
         stages = placed(wish.stages, asked_at)
         tags = tuple(sorted(wish.tags.items()))
@@ -75,6 +78,8 @@ class Submissions:
                 retry_failed=wish.retry_failed,
                 wait_s=wish.wait_s,
                 open=wish.open,
+                terms=terms,
+                supersedes=wish.supersede,
             )
 
         row = await self._hand_over(planned, event, note)
@@ -98,8 +103,10 @@ class Submissions:
         Raises `NotFoundError`, and `BadRequestError` for one that was cancelled.
         """
         row = self._views.submission(submission)
-        if row.withdrawn:
-            raise BadRequestError(f"submission {row.id} was cancelled; submit its roots again with `drover build`.")
+        if row.withdrawn and row.why is not Withdrawal.FAIL_FAST:
+            raise BadRequestError(
+                f"submission {row.id} was {row.state.value}; submit its roots again with `drover build`."
+            )
         if row.failed or row.state is SubmissionState.FAILED:
             await self._run_again(row, retry_failed=True)
         return row

@@ -28,6 +28,7 @@ from scheduler import facts
 from scheduler.facts import Fact
 from scheduler.model import StepKey, SubmissionId
 from scheduler.resource_limits import ResourceLimits
+from scheduler.terms import NO_TERMS, Terms, Withdrawal
 from workers.wire.messages import Output
 
 #: Frames above this many bytes are compressed.
@@ -44,6 +45,7 @@ _TAGS: dict[type, str] = {
     facts.SubmissionSealed: "submission-sealed",
     facts.SubmissionRetried: "submission-retried",
     facts.SubmissionWithdrawn: "submission-withdrawn",
+    facts.SubmissionBumped: "submission-bumped",
     facts.SubmissionForgotten: "submission-forgotten",
     facts.StepsForgotten: "steps-forgotten",
     facts.StepAdded: "step-added",
@@ -211,6 +213,10 @@ class SubmissionRecord:
     #: Absent in snapshots of before 2026-11-30.
     open: bool = False
     incomplete: str = ""
+    #: As in `rows.SubmissionRow`; absent in snapshots of before 2026-11-30.
+    why: Withdrawal = Withdrawal.CANCELLED
+    by: str = ""
+    terms: Terms = NO_TERMS
 
 
 Record = StepRecord | SubmissionRecord

@@ -39,6 +39,8 @@ _PIPELINE_RESULTS: Final[Mapping[SubmissionState, str]] = {
     SubmissionState.SUCCEEDED: "success",
     SubmissionState.FAILED: "failure",
     SubmissionState.CANCELLED: "cancellation",
+    SubmissionState.SUPERSEDED: "cancellation",
+    SubmissionState.EXPIRED: "cancellation",
 }
 
 

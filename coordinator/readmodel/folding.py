@@ -14,18 +14,18 @@ The rows hold no edges: the core derives which steps are ready, and who stands o
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Final, cast
+from dataclasses import replace
+from typing import cast
 
-from coordinator.api.models import StepStatus, TransferView
+from coordinator.api.models import StepStatus
 from coordinator.journal.codec import Record, SubmissionNote, evidence_shown
+from coordinator.readmodel.lease_reports import LeaseReports
 from coordinator.readmodel.rows import (
     ACTIVE,
     SharedMemberships,
     StepRow,
     SubmissionRow,
     move_member,
-    notify_bytes_moved,
-    notify_step_changed,
     notify_submission_changed,
 )
 from coordinator.readmodel.snapshot import restore_step, take_history, tell_history
@@ -38,10 +38,7 @@ from scheduler.facts import Fact
 from scheduler.failures import is_fault
 from scheduler.model import FailureKind, Requirements, StepKey, SubmissionId
 from scheduler.pauses import FACTS_PIECE, PAUSE, PIECE, Pause, whole
-from workers.wire.messages import Stage, StageChange, Transfer
-
-#: Stage of a lease in which bytes go in a direction.
-_STAGE_OF: Final[Mapping[str, str]] = {"fetch": Stage.FETCHING.value, "upload": Stage.UPLOADING.value}
+from workers.wire.messages import Stage
 
 #: Details learnt between two pauses, some 20 µs each.
 DETAILS_PIECE = 128
@@ -57,12 +54,12 @@ _BEGINNINGS = (
 )
 
 
-class FoldedRows:
+class FoldedRows(LeaseReports):
     """All rows. `fold` takes facts; `stage` and `readmodel.workers` take what is not worth a fact."""
 
     def __init__(self, timelines: Timelines | None = None) -> None:
+        super().__init__()
         self.timelines = timelines or Timelines()
-        self._steps: dict[StepKey, StepRow] = {}
         #: How many steps are in each state: counting them all would hold the loop at each scrape of the metrics.
         self._by_state = dict.fromkeys(StepStatus, 0)
         #: Ready steps by what they require; no zeros.
@@ -85,6 +82,7 @@ class FoldedRows:
                 facts.SubmissionSealed: self._sealed,
                 facts.SubmissionRetried: self._retried,
                 facts.SubmissionWithdrawn: self._withdrawn,
+                facts.SubmissionBumped: self._bumped,
                 facts.SubmissionForgotten: self._submission_forgotten,
                 facts.StepsForgotten: self._steps_forgotten,
                 facts.StepAdded: self._added,
@@ -191,38 +189,6 @@ class FoldedRows:
         self._at = max((sub.touched_at for sub in self._submissions.values()), default=0.0)
         self._unsettled.update((sub.id, sub) for sub in self._submissions.values() if not sub.ended)
 
-    def stage(self, change: StageChange) -> None:
-        """Take in the stage of a lease as its worker reports it; stale reports are ignored."""
-        row = self._steps.get(StepKey(change.step))
-        if row is None or row.life.attempt != change.attempt or row.state is not StepStatus.RUNNING:
-            return
-        life = row.mutable_life()
-        if (life.stage, life.phase) != (change.stage.value, change.phase):
-            if life.stage != change.stage.value:
-                life.transfer = None
-            life.stage, life.phase = change.stage.value, change.phase
-            notify_step_changed(row)
-
-    def transfers(self, worker: str, moving: Iterable[Transfer], now: float) -> None:
-        """Take in how far a worker's transfers are; those of leases that it does not hold are ignored."""
-        for each in moving:
-            row = self._steps.get(StepKey(each.step))
-            if row is None or row.state is not StepStatus.RUNNING:
-                continue
-            life = row.life
-            if (life.attempt, life.builder, life.stage) != (each.attempt, worker, _STAGE_OF[each.direction]):
-                continue
-            view = TransferView(
-                direction=each.direction,
-                path=each.path,
-                source=each.source,
-                done_bytes=each.done_bytes,
-                size_bytes=each.size_bytes,
-            )
-            if view != life.transfer:
-                row.mutable_life().transfer = view
-                notify_bytes_moved(row, now)
-
     # One method for each fact.
 
     def _accepted(self, fact: facts.SubmissionAccepted) -> Iterator[Pause]:
@@ -276,6 +242,7 @@ class FoldedRows:
     def _fill(self, sub: SubmissionRow, fact: facts.SubmissionAccepted | facts.SubmissionRetried) -> Iterator[Pause]:
         """Count the members of a submission that begins, or begins again."""
         self._at = max(self._at, fact.at)
+        sub.withdrawn, sub.terms = False, fact.terms
         sub.begin(list(fact.members), fact.at)
         held, memberships = set(fact.held), SharedMemberships(sub)
         for count, key in enumerate(fact.members, 1):
@@ -307,8 +274,14 @@ class FoldedRows:
         sub = self._submissions[fact.submission]
         if not sub.withdrawn and not sub.ended:
             sub.withdrawn, sub.is_open = True, False
+            sub.why, sub.by = fact.why, fact.by or ""
             sub.touched_at = fact.at
             notify_submission_changed(sub)
+
+    def _bumped(self, fact: facts.SubmissionBumped) -> None:
+        sub = self._submissions[fact.submission]
+        sub.terms = replace(sub.terms, priority=fact.priority)
+        notify_submission_changed(sub)
 
     def _submission_forgotten(self, fact: facts.SubmissionForgotten) -> Iterator[Pause]:
         sub = self._submissions.pop(fact.submission)

@@ -10,10 +10,18 @@ from typing import Protocol
 
 from coordinator.api.models import StepStatus, SubmissionState, TransferView
 from scheduler.model import Failure, Requirements, StepKey, SubmissionId
+from scheduler.terms import NO_TERMS, Terms, Withdrawal
 
 OPEN = frozenset({StepStatus.WAITING, StepStatus.READY, StepStatus.RUNNING, StepStatus.PUBLISHING})
 ACTIVE = frozenset({StepStatus.RUNNING, StepStatus.PUBLISHING})
 NOTHING = Requirements("")
+#: State of a submission by the reason why it was withdrawn.
+WITHDRAWN = {
+    Withdrawal.CANCELLED: SubmissionState.CANCELLED,
+    Withdrawal.SUPERSEDED: SubmissionState.SUPERSEDED,
+    Withdrawal.DEADLINE: SubmissionState.EXPIRED,
+    Withdrawal.FAIL_FAST: SubmissionState.FAILED,
+}
 
 
 class Listener(Protocol):
@@ -114,6 +122,10 @@ class SubmissionRow:
     failed: dict[StepKey, StepRow] = field(default_factory=dict)
     uploaded_bytes: int = 0
     withdrawn: bool = False
+    #: Why it was withdrawn, and by which one where it was superseded.
+    why: Withdrawal = Withdrawal.CANCELLED
+    by: str = ""
+    terms: Terms = NO_TERMS
     #: Time of the last fact that moved a member.
     touched_at: float = 0.0
     ended: bool = False
@@ -139,7 +151,7 @@ class SubmissionRow:
     def state(self) -> SubmissionState:
         """Derived, never stored."""
         if self.withdrawn:
-            return SubmissionState.CANCELLED
+            return WITHDRAWN[self.why]
         if not self.ended:
             return SubmissionState.RUNNING
         return SubmissionState.SUCCEEDED if self.done_roots == len(self.roots) else SubmissionState.FAILED

@@ -55,6 +55,9 @@ def tell_history(
             withdrawn=sub.withdrawn,
             touched_at=sub.touched_at,
             ended=sub.ended,
+            why=sub.why,
+            by=sub.by,
+            terms=sub.terms,
             open=sub.is_open,
             incomplete=sub.incomplete,
         )
@@ -88,6 +91,9 @@ def _submission(record: SubmissionRecord, steps: Mapping[StepKey, StepRow]) -> S
         withdrawn=record.withdrawn,
         touched_at=record.touched_at,
         ended=record.ended,
+        why=record.why,
+        by=record.by,
+        terms=record.terms,
         is_open=record.open,
         incomplete=record.incomplete,
     )

@@ -344,6 +344,10 @@ class Views(FoldedRows):
             pull=note.origin.pull,
             commit=note.origin.commit,
             tags=dict(note.origin.tags),
+            priority=row.terms.priority,
+            deadline_at=row.terms.deadline,
+            fail_fast=row.terms.fail_fast,
+            superseded_by=row.by,
         )
 
     def root_view(self, root: RootNote) -> RootView:

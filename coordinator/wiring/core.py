@@ -29,7 +29,7 @@ from coordinator.wiring.stores import Stores
 from infra.clock import Clock
 from scheduler.effects import Effect
 from scheduler.farm import Farm
-from scheduler.policy import Limits
+from scheduler.policy import Limits, LongestPathFirst
 from scheduler.resource_limits import ResourceLimits
 
 
@@ -77,7 +77,8 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
             give_up_s=limits.give_up_s,
             retries_per_hour=limits.retries_per_hour,
             build=_build_limits(limits),
-        )
+        ),
+        LongestPathFirst(weights={owner.name: owner.weight for owner in settings.owners}),
     )
     explainer = FarmExplainer(farm, stores.logs, clock)
     usual = UsualTimes(stores.timings.usual_builds, clock)

@@ -222,9 +222,8 @@ def test_the_runner_s_environment_says_whence_a_submission_comes(name: str) -> N
 
 def test_what_the_command_says_wins_over_its_runner() -> None:
     runner = ClaimedOrigin("main", "12", "abc", {"run": "7", "job": "x"})
-    assert ClaimedOrigin("mine", tags={"run": "8"}).over(runner) == ClaimedOrigin(
-        "mine", "", "abc", {"run": "8", "job": "x"}
-    )
+    said = ClaimedOrigin("mine", tags={"run": "8"})
+    assert said.over(runner) == ClaimedOrigin("mine", "", "abc", {"run": "8", "job": "x"})
     assert len(ClaimedOrigin(tags={f"k{n}": "" for n in range(16)}).over(runner).tags) == 16
 
 

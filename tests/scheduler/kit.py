@@ -26,6 +26,7 @@ from scheduler.model import (
 )
 from scheduler.policy import Limits
 from scheduler.resource_limits import ResourceLimits
+from scheduler.terms import NO_TERMS, Terms
 from tests.scheduler.story import tell, tell_effect
 
 LINUX = "linux"
@@ -55,6 +56,8 @@ def submit(
     wait_s: int | None = None,
     limits: Mapping[str, ResourceLimits] | None = None,
     opens: bool = False,
+    terms: Terms = NO_TERMS,
+    supersedes: bool = False,
 ) -> e.SubmissionReceived:
     return e.SubmissionReceived(
         SubmissionId(name),
@@ -69,6 +72,8 @@ def submit(
         wait_s=wait_s,
         limits=tuple((StepKey(root), said) for root, said in (limits or {}).items()),
         open=opens,
+        terms=terms,
+        supersedes=supersedes,
     )
 
 
@@ -219,8 +224,9 @@ def tell_event(event: e.Event) -> str:  # noqa: C901, PLR0911, PLR0912  one line
             held = f", held {' '.join(event.held)}" if event.held else ""
             retried = "everything" if event.retry_failed else " ".join(event.retry)
             retry = f", retries {retried}" if retried else ""
+            replaces = ", supersedes" if event.supersedes else ""
             verb = "is to run again:" if event.again else "is open and wants" if event.open else "wants"
-            return f"submission {event.submission} {verb} {' '.join(event.roots)}{held}{retry}"
+            return f"submission {event.submission} {verb} {' '.join(event.roots)}{held}{retry}{replaces}"
         case e.SubmissionGrown():
             held = f", held {' '.join(event.held)}" if event.held else ""
             return f"submission {event.submission} wants {' '.join(event.roots)} too{held}"
@@ -232,6 +238,9 @@ def tell_event(event: e.Event) -> str:  # noqa: C901, PLR0911, PLR0912  one line
             return f"submission {event.submission} is cancelled"
         case e.SubmissionExpired():
             return f"nobody asks for submission {event.submission} any more"
+        case e.PriorityAsked():
+            wanted = "a higher priority" if event.priority is None else f"priority {event.priority}"
+            return f"submission {event.submission} is to have {wanted}"
         case e.RetryAsked():
             return f"a retry of {event.step} is asked for"
         case e.BuilderJoined():

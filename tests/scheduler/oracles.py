@@ -12,6 +12,7 @@ from math import inf
 from scheduler import facts as f
 from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, Recipe, Requirements, StepKey, SubmissionId
 from scheduler.policy import Limits
+from scheduler.terms import Terms, Withdrawal
 
 
 class OracleError(AssertionError):
@@ -109,6 +110,10 @@ class Judge:
         self.waiting: dict[SubmissionId, set[StepKey]] = {}
         #: All that open submissions stand on by their facts.
         self.open: dict[SubmissionId, set[StepKey]] = {}
+        self.terms: dict[SubmissionId, Terms] = {}
+        self.failed_fast: set[SubmissionId] = set()
+        #: Those of which a root ended without a result while they waited for it, or before.
+        self.fallen: set[SubmissionId] = set()
         #: What the cache turned out to hold in the present call: a retry may find that it was published after all.
         self.just_held: list[StepKey] = []
         #: How long submissions wait for builders: those that said so.
@@ -150,7 +155,8 @@ class Judge:
                 must(fact.submission in self.open, "only what is open is sealed", fact)
                 del self.open[fact.submission]
             case f.SubmissionRetried():
-                must(self.submissions.get(fact.submission, False), "only what was accepted runs again", fact)
+                live = self.submissions.get(fact.submission, False) or fact.submission in self.failed_fast
+                must(live, "only what was accepted runs again", fact)
                 ended = [key for key in fact.roots if self.steps[key].done and key not in self.just_held]
                 must(len(ended) < len(fact.roots), "what succeeded does not run again", fact)
                 must(self.roots[fact.submission] <= set(fact.roots), "no root is lost by running again", fact)
@@ -159,13 +165,14 @@ class Judge:
                     self.open[fact.submission] = set(fact.members)
             case f.SubmissionWithdrawn():
                 must(self.submissions.get(fact.submission, False), "only what was accepted is withdrawn", fact)
+                self._judge_withdrawal(fact)
                 self.submissions[fact.submission] = False
                 self.waiting[fact.submission] = set()
                 self.open.pop(fact.submission, None)
             case f.SubmissionForgotten():
                 must(fact.submission not in self.open, "what may still grow is not forgotten", fact)
                 must(not self.waiting.pop(fact.submission), "only what has ended is forgotten", fact)
-                del self.roots[fact.submission]
+                del self.roots[fact.submission], self.terms[fact.submission]
             case f.StepsForgotten():
                 self._forget(fact)
             case f.StepAdded():
@@ -278,6 +285,29 @@ class Judge:
             case _:
                 pass
 
+    def _judge_withdrawal(self, fact: f.SubmissionWithdrawn) -> None:
+        """A submission ends before its steps only as its terms say."""
+        must, terms = self._must, self.terms[fact.submission]
+        must(fact.why is Withdrawal.CANCELLED or not self._has_ended(fact.submission), "what has ended ends once", fact)
+        match fact.why:
+            case Withdrawal.DEADLINE:
+                must(0 < terms.deadline <= self.now, "no deadline is early", fact)
+            case Withdrawal.FAIL_FAST:
+                failed = fact.submission in self.fallen
+                must(terms.fail_fast and failed, "only what fails fast and has failed ends so", fact)
+                self.failed_fast.add(fact.submission)
+            case Withdrawal.SUPERSEDED:
+                newer = self.terms[fact.by] if fact.by else Terms()
+                same = (newer.owner, newer.lineage) == (terms.owner, terms.lineage) and bool(terms.lineage)
+                must(
+                    same and self.submissions[fact.by or fact.submission], "a newer one of its lineage supersedes", fact
+                )
+            case Withdrawal.CANCELLED:
+                pass
+
+    def _has_ended(self, submission: SubmissionId) -> bool:
+        return not self.waiting[submission] and submission not in self.open
+
     def _newborn(self, key: StepKey, recipes: list[Recipe]) -> Life:
         return Life(recipes, attempt=self.attempts.get(key, 0), since=self.now)
 
@@ -288,6 +318,12 @@ class Judge:
 
     def _wait(self, fact: f.SubmissionAccepted | f.SubmissionRetried) -> None:
         self.roots[fact.submission] = set(fact.roots)
+        self.terms[fact.submission] = fact.terms
+        self.submissions[fact.submission] = True
+        self.failed_fast.discard(fact.submission)
+        self.fallen.discard(fact.submission)
+        if any(self.steps[key].over and not self.steps[key].done for key in fact.roots):
+            self.fallen.add(fact.submission)
         self.patience[fact.submission] = (self.limits.give_up_s if fact.wait_s is None else fact.wait_s) or inf
         self.waiting[fact.submission] = {key for key in fact.roots if not self.steps[key].over}
 
@@ -311,8 +347,11 @@ class Judge:
 
     def _over(self, key: StepKey) -> None:
         self.steps[key].over = True
-        for waiting in self.waiting.values():
-            waiting.discard(key)
+        for submission, waiting in self.waiting.items():
+            if key in waiting:
+                waiting.discard(key)
+                if not self.steps[key].done:
+                    self.fallen.add(submission)
 
     def _forget(self, fact: f.StepsForgotten) -> None:
         for key in fact.steps:
@@ -355,6 +394,12 @@ class Judge:
     def after_call(self) -> None:
         """Judge what must hold between two calls: nobody who has earned a quarantine goes without."""
         self.just_held = []
+        for submission, terms in self.terms.items():
+            live = self.submissions.get(submission, False) and not self._has_ended(submission)
+            if live and terms.fail_fast and submission in self.fallen:
+                raise OracleError(f"{submission} fails fast, has failed and goes on")
+            if live and 0 < terms.deadline <= self.now:
+                raise OracleError(f"{submission} goes on after its deadline")
         for name, here in self.builders.items():
             earned = len(here.strikes) >= (1 if here.probation else self.limits.quarantine_after)
             if earned and not here.quarantined and not here.closed:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 
 from scheduler import events as e
 from scheduler.model import Instant, StepKey, StepSpec, SubmissionId
+from scheduler.terms import NO_TERMS, Terms
 from tests.scheduler.sim_life import Life, Shell
 
 
@@ -28,6 +29,8 @@ class Clients:
         self.patience = self.waiting.choice([(None,), (None,), (None, 0, 2, 20, 90)])
         self.streaming = random.Random(f"streaming {life.seed}")
         self.streamed = self.streaming.choice([0.0, 0.0, 0.4, 0.9])
+        self.terming = random.Random(f"terms {life.seed}")
+        self.particular = self.terming.choice([0.0, 0.0, 0.5, 1.0])
         self.names = itertools.count()
         #: Wishes on their way.
         self.pending = 0
@@ -50,6 +53,7 @@ class Clients:
         name = SubmissionId(f"s{next(self.names)}") if again is None else again
         asked_at = Instant(self.life.now)
         wait_s = self.waiting.choice(self.patience)
+        terms, supersedes = self.terms() if again is None else (NO_TERMS, False)
         self.pending += 1
 
         def arrive() -> None:
@@ -64,6 +68,8 @@ class Clients:
                 again=again is not None and not replanned,
                 replanned=replanned,
                 wait_s=wait_s,
+                terms=terms,
+                supersedes=supersedes,
             )
             if self.shell.turn(event):
                 self.accepted.setdefault(name, tuple(roots))
@@ -76,6 +82,20 @@ class Clients:
             self.wish(roots, graph, retry=retry)
 
         self.life.after(self.life.chance.uniform(0.0, 1.0), arrive)
+
+    def terms(self) -> tuple[Terms, bool]:
+        """Return what a submission sets for itself, and whether it supersedes others."""
+        chance = self.terming
+        if chance.random() >= self.particular:
+            return NO_TERMS, False
+        terms = Terms(
+            owner=chance.choice(["", "a", "b"]),
+            priority=chance.choice([0, 0, -5, 1, 5]),
+            lineage=chance.choice(["", "main", "branch"]),
+            deadline=Instant(chance.choice([0.0, 0.0, self.life.now + chance.uniform(0.5, 120.0)])),
+            fail_fast=chance.random() < 0.4,
+        )
+        return terms, chance.random() < 0.5
 
     def plan(
         self, roots: Iterable[StepKey], graph: dict[StepKey, StepSpec], known: Container[StepKey] = ()
@@ -98,7 +118,10 @@ class Clients:
             self.life.after(5.0, lambda: self.cancel(name))
 
     def expire(self) -> None:
-        """Forget a submission, or ask for it too early or again."""
+        """Forget a submission, or ask for it too early or again; or give one another priority."""
+        if self.accepted and self.terming.random() < self.particular:
+            name = self.terming.choice(list(self.accepted))
+            self.shell.turn(e.PriorityAsked(name, self.terming.choice([None, None, -5, 3])))
         if self.accepted and self.forgetting.random() < self.forgetful:
             self.shell.turn(e.SubmissionExpired(self.forgetting.choice(list(self.accepted))))
 

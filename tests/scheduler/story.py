@@ -7,6 +7,7 @@ from typing import assert_never
 from scheduler import facts as f
 from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
 from scheduler.model import LeaseId, Requirements, StepKey
+from scheduler.terms import Withdrawal
 
 _NAMED = 8
 
@@ -43,6 +44,7 @@ def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911, PLR0912  
             | f.SubmissionSealed()
             | f.SubmissionRetried()
             | f.SubmissionWithdrawn()
+            | f.SubmissionBumped()
             | f.SubmissionForgotten()
         ):
             return (fact.submission,)
@@ -82,7 +84,10 @@ def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fac
         case f.SubmissionSealed():
             return f"submission {fact.submission} sealed" + (f": {fact.incomplete}" if fact.incomplete else "")
         case f.SubmissionWithdrawn():
-            return f"submission {fact.submission} withdrawn"
+            why = "" if fact.why is Withdrawal.CANCELLED else f": {fact.why.value}{f' by {fact.by}' if fact.by else ''}"
+            return f"submission {fact.submission} withdrawn{why}"
+        case f.SubmissionBumped():
+            return f"submission {fact.submission} has priority {fact.priority}"
         case f.SubmissionForgotten():
             return f"submission {fact.submission} forgotten"
         case f.StepsForgotten():

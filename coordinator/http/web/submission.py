@@ -217,6 +217,10 @@ class SubmissionPage:
             case SubmissionState.RUNNING:
                 hints += [Hint(f"{each}. Start a worker that can; what waits runs then.") for each in view.stuck]
                 return hints or [Hint("Nothing: it goes on by itself.", f"drover watch {view.id}")]
+            case SubmissionState.SUPERSEDED:
+                return [Hint(f"Submission {view.superseded_by} took its place.", f"drover watch {view.superseded_by}")]
+            case SubmissionState.EXPIRED:
+                return [Hint("Its deadline passed. Submit its roots again to build them.", "drover build FILE")]
             case SubmissionState.CANCELLED:
                 return [Hint("It was cancelled. Submit its roots again to build them.", "drover build FILE")]
             case SubmissionState.FAILED:

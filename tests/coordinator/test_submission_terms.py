@@ -1,0 +1,87 @@
+"""Terms of submissions through the API: what supersedes, what a deadline ends, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from coordinator.api.models import Ended, SubmissionState
+from coordinator.api.requests import SubmitRequest
+from coordinator.cli import exit_status
+from coordinator.client.api_client import ApiClient
+from coordinator.client.errors import RefusedError
+from coordinator.config import Settings
+from coordinator.main import open_coordinator
+from tests.coordinator.test_origins import client_of, owned, wish_of
+from tests.support.graphs import Maker
+from tests.support.local_fleet import no_workers
+
+__all__ = ["owned"]
+
+
+async def end_of(client: ApiClient, submission: str) -> SubmissionState:
+    async with asyncio.timeout(30):
+        async for event in client.watch(submission):
+            if isinstance(event, Ended):
+                return event.submission.state
+    raise AssertionError(submission)
+
+
+async def test_a_newer_one_of_the_same_branch_and_label_supersedes_the_older_also_after_a_restart(
+    owned: Settings,
+) -> None:
+    maker = Maker()
+    async with (
+        open_coordinator(owned, no_workers) as coordinator,
+        client_of(coordinator, "ci") as ci,
+        client_of(coordinator, "people") as people,
+    ):
+        wish = await wish_of(ci, maker.plain("a"), maker.plain("b"), branch="main", label="x", priority=3)
+        old = (await ci.submit(wish)).id
+        kept = [
+            (await ci.submit(wish.model_copy(update=more))).id
+            for more in ({"label": "y"}, {"pull": "1"}, {"branch": "other"}, {"tags": {"repository": "o/r"}})
+        ]
+        kept.append((await people.submit(wish)).id)
+        new = (await ci.submit(wish.model_copy(update={"supersede": True}))).id
+        assert await end_of(ci, old) is SubmissionState.SUPERSEDED
+    async with open_coordinator(owned, no_workers) as coordinator, client_of(coordinator) as client:
+        view = await client.submission(old)
+        assert (view.state, view.superseded_by, view.priority) == (SubmissionState.SUPERSEDED, new, 3)
+        assert exit_status.ended_status(view.state) == exit_status.SUPERSEDED
+        states = {name: (await client.submission(name)).state for name in (*kept, new)}
+        assert set(states.values()) == {SubmissionState.RUNNING}
+
+
+async def test_a_deadline_ends_a_submission(owned: Settings) -> None:
+    async with open_coordinator(owned, no_workers) as coordinator, client_of(coordinator, "ci") as client:
+        view = await client.submit(await wish_of(client, Maker().plain("a"), deadline_s=1))
+        assert view.deadline_at > view.created_at
+        assert await end_of(client, view.id) is SubmissionState.EXPIRED
+        with pytest.raises(RefusedError, match="was expired"):
+            await client.retry(view.id)
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"deadline_at": 1.0}, "deadline has passed"),
+        ({"deadline_at": 1e10, "deadline_s": 5}, "give one of them"),
+        ({"supersede": True}, "name one of them"),
+    ],
+)
+async def test_terms_that_cannot_be_are_refused(owned: Settings, told: dict[str, object], says: str) -> None:
+    async with open_coordinator(owned, no_workers) as coordinator, client_of(coordinator, "ci") as client:
+        wish = await wish_of(client, Maker().plain("a"), **told)
+        with pytest.raises(RefusedError, match=says):
+            await client.submit(wish)
+        assert await client.submissions() == []
+
+
+def test_a_priority_beyond_the_bounds_and_a_weight_of_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="priority"):
+        SubmitRequest.model_validate({"roots": [{"attr": "x", "drv": "/d"}], "priority": 6})
+    with pytest.raises(ValueError, match="weight"):
+        Settings.model_validate({"state_dir": tmp_path, "owners": [{"name": "ci", "tokens": ["env:X"], "weight": 0}]})
