@@ -18,3 +18,6 @@ MAX_TAG_VALUE = 256
 MAX_IDEMPOTENCY_KEY = 255
 #: What the key of a tag looks like.
 TAG_KEY = r"[A-Za-z0-9][A-Za-z0-9._/-]*"
+#: Bounds of a submission's priority; a test holds them to those of the core.
+LOWEST_PRIORITY = -5
+HIGHEST_PRIORITY = 5

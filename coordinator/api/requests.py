@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
 from coordinator.api.limits import (
+    HIGHEST_PRIORITY,
+    LOWEST_PRIORITY,
     MAX_BRANCH,
     MAX_COMMIT,
     MAX_IDEMPOTENCY_KEY,
@@ -19,7 +21,6 @@ from coordinator.api.limits import (
     TAG_KEY,
 )
 from coordinator.api.trace_context import MAX_TRACEPARENT
-from scheduler.terms import HIGHEST_PRIORITY, LOWEST_PRIORITY
 
 #: Bytes of a label, an attribute path, a path: what people read, and every list shows.
 MAX_TEXT_BYTES = 1024

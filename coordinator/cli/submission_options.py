@@ -9,10 +9,16 @@ from typing import Any, TypeVar
 
 import click
 
-from coordinator.api.limits import MAX_BRANCH, MAX_COMMIT, MAX_IDEMPOTENCY_KEY, MAX_PULL
+from coordinator.api.limits import (
+    HIGHEST_PRIORITY,
+    LOWEST_PRIORITY,
+    MAX_BRANCH,
+    MAX_COMMIT,
+    MAX_IDEMPOTENCY_KEY,
+    MAX_PULL,
+)
 from coordinator.cli.options import Wait
 from coordinator.cli.origin import ClaimedOrigin, TagError, origin_of, parse_tags
-from scheduler.terms import HIGHEST_PRIORITY, LOWEST_PRIORITY
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

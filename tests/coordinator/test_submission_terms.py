@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.api import limits
 from coordinator.api.models import Ended, SubmissionState
 from coordinator.api.requests import SubmitRequest
 from coordinator.cli import exit_status
@@ -14,6 +15,7 @@ from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import RefusedError
 from coordinator.config import Settings
 from coordinator.main import open_coordinator
+from scheduler import terms
 from tests.coordinator.test_origins import client_of, owned, wish_of
 from tests.support.graphs import Maker
 from tests.support.local_fleet import no_workers
@@ -85,3 +87,7 @@ def test_a_priority_beyond_the_bounds_and_a_weight_of_nothing_are_refused(tmp_pa
         SubmitRequest.model_validate({"roots": [{"attr": "x", "drv": "/d"}], "priority": 6})
     with pytest.raises(ValueError, match="weight"):
         Settings.model_validate({"state_dir": tmp_path, "owners": [{"name": "ci", "tokens": ["env:X"], "weight": 0}]})
+
+
+def test_clients_and_the_core_have_the_same_bounds_of_a_priority() -> None:
+    assert (limits.LOWEST_PRIORITY, limits.HIGHEST_PRIORITY) == (terms.LOWEST_PRIORITY, terms.HIGHEST_PRIORITY)
