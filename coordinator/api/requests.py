@@ -197,6 +197,12 @@ class PairsQuery(Request):
     after: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=MAX_PAIRS), FailFast()]
 
 
+class BumpRequest(Request):
+    """Another priority of a submission; None: one above all that wait of its owner."""
+
+    priority: Annotated[int, Field(ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY)] | None = None
+
+
 class DrainRequest(Request):
     """Body of a request that drains a worker or ends its drain."""
 

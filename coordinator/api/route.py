@@ -93,6 +93,7 @@ RequestName: TypeAlias = Literal[
     "SubmitRequest",
     "GrowRequest",
     "SealRequest",
+    "BumpRequest",
     "DrainRequest",
     "PinRequest",
     "CollectRequest",

@@ -35,6 +35,7 @@ from coordinator.api.models import (
 from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
 from coordinator.api.rebuild_models import ComparedOutputsView, ForecastView, RebuildCausesView
 from coordinator.api.route import Content, Query, Right, Route
+from coordinator.api.submission_filters import SUBMISSION_FILTERS
 from coordinator.api.timeline_models import AttemptOutcome, AttemptView, HistoryView
 
 #: Where the API begins. An address below it that no record has wants the token too: strangers learn nothing of it.
@@ -104,7 +105,7 @@ SUBMISSIONS: Final = Route(
     many=True,
     errors=_NAMED,
     summary="All submissions, the newest first, with three roots of each.",
-    query=(Query("after", "Name of the last submission of the page before."),),
+    query=(Query("after", "Name of the last submission of the page before."), *SUBMISSION_FILTERS),
 )
 SUBMISSION: Final = Route(
     "GET",
@@ -122,6 +123,16 @@ CANCEL: Final = Route(
     errors=(*_OWNED, *_NAMED),
     repeats=True,
     summary="Withdraw a submission; builds that another one wants go on. A repeat changes nothing.",
+)
+BUMP: Final = Route(
+    "POST",
+    f"{_V1}/submissions/{{id}}/bump",
+    Right.API,
+    body="BumpRequest",
+    answer=SubmissionView,
+    errors=(*_OWNED, *_NAMED, *_BODY),
+    repeats=True,
+    summary="Give a submission another priority among those of its owner.",
 )
 RETRY: Final = Route(
     "POST",
@@ -441,6 +452,7 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     SUBMISSIONS,
     SUBMISSION,
     CANCEL,
+    BUMP,
     RETRY,
     GROW,
     SEAL,

@@ -38,6 +38,7 @@ from coordinator.cli.options import (
 from coordinator.cli.question_commands import diff, eta, history, log, story, top, trace, why
 from coordinator.cli.rebuild_commands import rebuild
 from coordinator.cli.sections import SectionedGroup
+from coordinator.cli.submission_commands import bump, submissions, wait
 from coordinator.cli.submission_options import describes, taken_words
 from coordinator.errors import CoordinatorError
 from coordinator.terminal_controls import harmless
@@ -212,6 +213,7 @@ for _command in (
     *(up, head, worker, workers, drain),
     *(log, why, diff, eta, top, story, trace, history),
     *(bisect, cache, doctor, rebuild),
+    *(submissions, bump, wait),
 ):
     cli.add_command(_command)
 

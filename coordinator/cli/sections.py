@@ -8,7 +8,7 @@ import click
 
 #: Heading -> commands below it. A command of none stands below the last heading.
 SECTIONS: Final = {
-    "Build": ("build", "rebuild", "watch", "status", "cancel", "retry"),
+    "Build": ("build", "rebuild", "watch", "wait", "status", "submissions", "bump", "cancel", "retry"),
     "Ask": ("why", "log", "story", "diff", "bisect", "eta", "history", "trace", "top", "workers"),
     "Use a cache": ("doctor",),
     "Run a farm": ("up", "worker", "head", "drain", "cache", "completion"),
@@ -38,6 +38,12 @@ EXAMPLES: Final = {
         "drover watch 4f086d30cb",
         "drover watch 4f086d30cb --ci github",
     ),
+    "wait": ("drover wait 4f086d30cb", "drover wait 4f086d30cb 8c1b2f9a00 --timeout 2h"),
+    "submissions": (
+        "drover submissions --branch main --since 2d",
+        "drover submissions --state failed --tag nightly=yes --json",
+    ),
+    "bump": ("drover bump 4f086d30cb",),
     "status": (
         "drover status",
         "drover status 4f086d30cb",

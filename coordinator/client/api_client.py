@@ -121,9 +121,14 @@ class ApiClient(Transport):
         """End the growth of an open submission; a repeat is a no-op."""
         return await self._one(routes.SEAL, {"id": submission}, data=_json(request))
 
-    async def submissions(self, newest: int | None = None) -> list[SubmissionView]:
-        """Return the submissions, newest first, all or some, with their first few roots."""
-        return await self._pages(routes.SUBMISSIONS, most=newest)
+    async def submissions(
+        self, newest: int | None = None, filters: Mapping[str, str] | None = None
+    ) -> list[SubmissionView]:
+        """Return the submissions, newest first, all or some, with their first few roots.
+
+        `filters` are by the names of `coordinator.api.submission_filters`.
+        """
+        return await self._pages(routes.SUBMISSIONS, query=filters, most=newest)
 
     async def whole(self, view: SubmissionView) -> SubmissionView:
         """Return the view with all its roots, requested again where some are missing."""
@@ -138,6 +143,10 @@ class ApiClient(Transport):
     async def cancel(self, submission: str) -> SubmissionView:
         """Withdraw a submission; a repeat is a no-op."""
         return await self._one(routes.CANCEL, {"id": submission})
+
+    async def bump(self, submission: str, priority: int | None = None) -> SubmissionView:
+        """Give a submission another priority, by default one above all that wait of its owner."""
+        return await self._one(routes.BUMP, {"id": submission}, data=orjson.dumps({"priority": priority}))
 
     async def retry(self, submission: str) -> SubmissionView:
         """Let a submission run again where it failed; a repeat is a no-op."""

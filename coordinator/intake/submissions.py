@@ -28,7 +28,7 @@ from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.views import Views
 from infra.collector import collector_paused
 from infra.slices import free_in_slices, in_slices
-from scheduler.events import RetryAsked, SubmissionCancelled, SubmissionGrown, SubmissionReceived
+from scheduler.events import PriorityAsked, RetryAsked, SubmissionCancelled, SubmissionGrown, SubmissionReceived
 from scheduler.model import StepKey, SubmissionClosedError, SubmissionId, SubmissionRefusedError
 from scheduler.terms import Withdrawal
 
@@ -95,6 +95,16 @@ class Submissions:
         row = self._views.submission(submission)
         if not row.ended and not row.withdrawn:
             await self._engine.offer(SubmissionCancelled(row.id))
+        return row
+
+    async def bump(self, submission: str, priority: int | None) -> SubmissionRow:
+        """Give a submission a priority, None for one above all that wait of its owner; nothing where it has ended.
+
+        Raises `NotFoundError`, `UnavailableError`.
+        """
+        row = self._views.submission(submission)
+        if not row.ended and not row.withdrawn:
+            await self._engine.offer(PriorityAsked(row.id, priority))
         return row
 
     async def retry(self, submission: str) -> SubmissionRow:

@@ -48,6 +48,8 @@ EXAMPLES = 3
 ROOTS_LOOKED_AT = 50_000
 #: Members that one page of `submissions/ID/steps` looks at: some 10 ms of the event loop.
 STEPS_LOOKED_AT = 50_000
+#: Submissions that one question looks at for those that its filters let through; some 10 ms.
+SUBMISSIONS_LOOKED_AT = 5_000
 
 #: States of a step that does not run although a person may wait for it.
 _EXPLAINED = (StepStatus.WAITING, StepStatus.READY, StepStatus.FAILED, StepStatus.DOOMED)
@@ -129,6 +131,22 @@ class Views(FoldedRows):
             newest = itertools.dropwhile(lambda row: row is not last, newest)
             next(newest, None)
         return list(itertools.islice(newest, limit))
+
+    def submissions_like(
+        self, passes: Callable[[SubmissionRow, SubmissionNote], bool], seen: str, limit: int
+    ) -> tuple[list[SubmissionRow], str]:
+        """Return at most `limit` submissions that pass, newest first, and the last one looked at ("" at their end).
+
+        `seen` is as in `submissions_after`; at most `SUBMISSIONS_LOOKED_AT` are looked at, so that there may be none.
+        """
+        rows = self.submissions_after(seen, SUBMISSIONS_LOOKED_AT + 1)
+        found: list[SubmissionRow] = []
+        for count, row in enumerate(rows[:SUBMISSIONS_LOOKED_AT], 1):
+            if passes(row, self.note(row.id)):
+                found.append(row)
+            if len(found) == limit:
+                return found, row.id if count < len(rows) else ""
+        return found, rows[SUBMISSIONS_LOOKED_AT - 1].id if len(rows) > SUBMISSIONS_LOOKED_AT else ""
 
     def step_rows(self) -> list[StepRow]:
         """Return the rows of all steps, oldest first; for reading only."""

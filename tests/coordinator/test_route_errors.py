@@ -248,6 +248,7 @@ async def what_is_another_owner_s(asker: Asker, monkeypatch: pytest.MonkeyPatch)
         patched.setattr(submissions.Api, "_require_owner", refuse)
         await asker.ask(routes.GROW, routes.GROW.address(**PARTS), b"{}")
         await asker.ask(routes.SEAL, routes.SEAL.address(**PARTS), b"{}")
+        await asker.ask(routes.BUMP, routes.BUMP.address(**PARTS), b"{}")
 
 
 async def forms_of_other_pages(asker: Asker) -> None:

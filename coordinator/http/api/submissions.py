@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler
 
 from coordinator.api import routes
 from coordinator.api.models import FarmView, RetryView, StepStatus
-from coordinator.api.requests import MAX_ROOTS, GrowRequest, IntakeQuery, SealRequest, SubmitRequest
+from coordinator.api.requests import MAX_ROOTS, BumpRequest, GrowRequest, IntakeQuery, SealRequest, SubmitRequest
 from coordinator.api.route import Route
 from coordinator.config import LimitSettings
 from coordinator.engine.engine import Engine
@@ -23,6 +23,7 @@ from coordinator.errors import BadRequestError, ForbiddenError, NotFoundError
 from coordinator.http.answers import answer
 from coordinator.http.api.events import WatchStreams
 from coordinator.http.api.pages import Page, answer_page, cut, limit_of, position_of, words_of
+from coordinator.http.api.submission_filter import SubmissionFilter
 from coordinator.http.bodies import STREAM_PATIENCE_S, BodyBounds, body_chunks, read_model
 from coordinator.http.middleware import CLIENT
 from coordinator.intake.growth import Growth
@@ -99,6 +100,7 @@ class Api:
             routes.SUBMISSIONS: self.submissions,
             routes.SUBMISSION: self.submission,
             routes.CANCEL: self.cancel,
+            routes.BUMP: self.bump,
             routes.RETRY: self.retry,
             routes.ROOTS: self.roots,
             routes.GROW: self.grow,
@@ -163,10 +165,9 @@ class Api:
         return answer(RetryView(step=self._views.step_view(step), submissions=names))
 
     async def submissions(self, request: web.Request) -> web.Response:
-        """List submissions, newest first, with a few of their roots each."""
-        limit = limit_of(request)
-        rows = self._views.submissions_after(request.query.get("after", ""), limit + 1)
-        page = Page(rows[:limit], rows[limit - 1].id if len(rows) > limit else "")
+        """List submissions, newest first, all or some, with a few of their roots each."""
+        chosen = SubmissionFilter.of(request, self._engine.now())
+        page = Page(*self._views.submissions_like(chosen.passes, request.query.get("after", ""), limit_of(request)))
         return await answer_page(request, page, lambda row: self._views.submission_view(row, ROOTS_LISTED))
 
     async def roots(self, request: web.Request) -> web.Response:
@@ -186,6 +187,13 @@ class Api:
         """Withdraw a submission."""
         self._require_owner(request)
         row = await self._submissions.cancel(request.match_info["id"])
+        return answer(self._views.submission_view(row, ROOTS_LISTED))
+
+    async def bump(self, request: web.Request) -> web.Response:
+        """Give a submission another priority."""
+        wish = await read_model(request, BumpRequest)
+        self._require_owner(request)
+        row = await self._submissions.bump(request.match_info["id"], wish.priority)
         return answer(self._views.submission_view(row, ROOTS_LISTED))
 
     def _require_owner(self, request: web.Request) -> None:
