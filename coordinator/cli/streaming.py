@@ -32,7 +32,7 @@ from coordinator.cli.sending import ClientStages, SentParts, send_closure, sendi
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore
 from coordinator.client.errors import RefusedError, UnreachableError
-from coordinator.errors import ConflictError, CoordinatorError, UnavailableError
+from coordinator.errors import ConflictError, CoordinatorError
 from coordinator.evaluation.findings import EvaluationMeans, RootKey, gathered, root_key
 from coordinator.evaluation.inputs import Inputs, findings_asked, require_some
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, Evaluation, FailedAttr, Finding
@@ -244,7 +244,7 @@ class StreamedBuild:
                 request = GrowRequest(roots=roots, makers=makers, retry_failed=self._opening.retry_failed)
                 await self._client.grow(self.id, request)
             except (UnreachableError, RefusedError) as error:
-                if isinstance(error, RefusedError) and error.reason != UnavailableError.code:
+                if isinstance(error, RefusedError) and not error.is_passing:
                     raise
                 budget = budget or self._client.budget()
                 self._client.on_lost(str(error))

@@ -321,7 +321,7 @@ class ApiClient(Transport):
                 yield event
         except RefusedError as refusal:
             if refusal.reason != UnavailableError.code:
-                raise
+                raise (UnreachableError(self.url, str(refusal)) if refusal.is_passing else refusal) from None
             reader.last_id = ""
             on_lost(str(refusal))
         else:

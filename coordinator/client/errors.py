@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import orjson
 
-from coordinator.errors import CoordinatorError
+from coordinator.errors import CoordinatorError, UnavailableError
 
 
 class ClientError(CoordinatorError):
@@ -32,6 +32,10 @@ class UnreachableError(ClientError):
         super().__init__(f"cannot reach the coordinator at {url}{reason}; start one with `drover up` or set DROVER_URL")
 
 
+#: Codes of refusals that pass by themselves: it can take no more just now, or another coordinator leads.
+PASSING: Final = frozenset({UnavailableError.code, "standby"})
+
+
 class RefusedError(ClientError):
     """The coordinator answered, and the answer is no.
 
@@ -46,6 +50,11 @@ class RefusedError(ClientError):
         super().__init__(message)
         self.http_status = status
         self.reason = reason
+
+    @property
+    def is_passing(self) -> bool:
+        """True where the same request may be taken in a moment."""
+        return self.reason in PASSING
 
 
 def refusal(status: int, raw: bytes, url: str) -> RefusedError:

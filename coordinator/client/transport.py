@@ -19,7 +19,7 @@ from coordinator.client.errors import (
 )
 from coordinator.client.exchange import AddressError, Answer, BadAnswerError, exchange
 from coordinator.defaults import URL
-from coordinator.errors import CoordinatorError, UnavailableError
+from coordinator.errors import CoordinatorError
 
 if TYPE_CHECKING:
     import aiohttp
@@ -86,7 +86,7 @@ class Transport:
             except UnreachableError as error:
                 trouble: ClientError = error
             except RefusedError as error:
-                if error.reason != UnavailableError.code:
+                if not error.is_passing:
                     raise
                 trouble = error
             else:

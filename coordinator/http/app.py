@@ -19,7 +19,7 @@ from coordinator.http.middleware import require_host, require_plain_head, requir
 from coordinator.http.routing import serve
 from coordinator.security.clients import ClientTokens
 from infra.cache.errors import MetadataError
-from infra.objects.errors import ObjectStoreError
+from infra.objects.errors import ObjectStoreError, StoreFullError
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ def _answer(request: web.Request, error: Exception) -> web.StreamResponse:
             return error_answer(error.status, error.code, str(error))
         case ObjectStoreError() | MetadataError():
             _log.warning("a request failed: %s %s: %s", request.method, request.path, error)
-            return error_answer(503, "unavailable", f"{error}.")
+            # A full one has a word of its own: to try again in a moment does not help, and a client says so at once.
+            return error_answer(503, "store_full" if isinstance(error, StoreFullError) else "unavailable", f"{error}.")
         case web.RequestPayloadError():
             return error_answer(400, "bad_request", "the request's body ended too early; send it again.")
         case web.HTTPException() if error.status in _REFUSALS:

@@ -223,6 +223,10 @@ class FoldedRows(LeaseReports):
                 sub.held += 1
             else:
                 memberships.add(row)
+                if row.state is StepStatus.FAILED:
+                    # It failed before: no change of it will come.
+                    for watcher in sub.watchers:
+                        watcher.step_changed(row)
         sub.joined += len(fact.joined)
         for count, root in enumerate(fact.roots, 1):
             sub.roots.add(root)

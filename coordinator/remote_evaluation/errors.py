@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from coordinator.errors import CoordinatorError, NotFoundError, UnavailableError
+from coordinator.errors import CoordinatorError, NotFoundError
 
 
-class RemoteOffError(UnavailableError):
-    """Remote evaluation is off here; the sentence says what is missing."""
+class RemoteOffError(CoordinatorError):
+    """Remote evaluation is off here, now and in a moment; the sentence says what is missing."""
 
     code: ClassVar[str] = "remote_off"
+    status: ClassVar[int] = 422
 
 
 class TreeMissingError(NotFoundError):

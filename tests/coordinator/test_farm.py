@@ -401,10 +401,12 @@ async def test_malformed_requests_are_400_and_name_the_field(open_farm: OpenFarm
         token = farm.coordinator.ready.token_file.read_text().strip()
         async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as web:
             url = f"{farm.coordinator.ready.url}/api/v1"
-            for body in (b"", b"{", b"\xff", b'{"roots": []}', b'{"roots": [{"attr": 1}]}', b"[" * 100_000):
+            for body in (b"", b"{", b"\xff", b'{"roots": 1}', b'{"roots": [{"attr": 1}]}', b"[" * 100_000):
                 async with web.post(f"{url}/submissions", data=body) as answer:
                     assert answer.status == 400
                     assert (await answer.json())["error"]["message"].startswith("the request's ")
+            async with web.post(f"{url}/submissions", data=b'{"roots": []}') as answer:
+                assert answer.status == 422, "well formed, but there is nothing to build"
             async with web.get(f"{url}/submissions/x/steps?state=odd") as answer:
                 assert answer.status == 400
             async with web.delete(f"{url}/submissions") as answer:

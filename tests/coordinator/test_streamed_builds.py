@@ -81,4 +81,4 @@ async def test_one_that_is_cancelled_while_it_is_evaluated_ends_its_client(open_
         running = streamed(farm, text, "early", "late")
         await farm.until(lambda: any(row.members for row in views.submission_rows()))
         await farm.client.cancel(views.submission_rows()[0].id)
-        assert await running == exit_status.BUILD_FAILED
+        assert await running == exit_status.CANCELLED
