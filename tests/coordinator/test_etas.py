@@ -35,7 +35,8 @@ rec {{
   mac = runOn "riscv64-linux" {{}} "mac-{0}" "read x < ${{low}}; echo > $out";
 }}
 """
-SLOW = "i=0; while [ $i -lt 50000 ]; do i=$((i+1)); done; echo 1 > $out"
+#: A second or so of work, beside which a busy machine may hold up the other build.
+SLOW = "i=0; while [ $i -lt 400000 ]; do i=$((i+1)); done; echo 1 > $out"
 ENDLESS = "while :; do :; done"
 
 
