@@ -43,8 +43,9 @@ POSTGRES_CONNECT: Final = {
     "tcp_user_timeout": 15_000,
 }
 #: SQLSTATE classes and codes that pass: connection exceptions, deadlocks, no resources, shutdown, crash, starting up
-#: (PostgreSQL manual, appendix A). 25006 is a server that has become a standby of another.
-_PASSING: Final = ("08", "40", "53", "57P", "25006")
+#: (PostgreSQL manual, appendix A). 25006 is a server that has become a standby of another, 25P03 the end of a
+#: transaction in which this program was paused (`IDLE_IN_TRANSACTION_MS`): nothing of it was written.
+_PASSING: Final = ("08", "40", "53", "57P", "25006", "25P03")
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")

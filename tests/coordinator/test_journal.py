@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import func, select, text
 from sqlalchemy import table as sql_table
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.journal import journal as journal_module
 from coordinator.journal.codec import (
@@ -43,6 +43,7 @@ from coordinator.journal.errors import CodecError, FencedError, JournalError
 from coordinator.journal.frames import FRAME_FACTS
 from coordinator.journal.journal import Journal
 from coordinator.state_lock import StateDirBusyError, StateLock
+from infra import database as database_module
 from infra.database import open_engine
 from scheduler.facts import Fact, StepAbandoned, StepAdded, StepCached, SubmissionAccepted, SubmissionForgotten
 from scheduler.model import Instant, Recipe, Requirements, StepKey, StepSpec, SubmissionId
@@ -340,6 +341,39 @@ async def test_a_database_that_does_not_answer_is_reported(postgres_url: str, mo
                 await asyncio.sleep(0.02)
         await appending
         assert journal.trouble == ""
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_coordinator_that_was_paused_inside_a_transaction_goes_on_unless_another_leads_by_then(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    monkeypatch.setattr(database_module, "IDLE_IN_TRANSACTION_MS", 100)
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'"
+    fence, pauses = Journal.fence, [True]
+
+    async def paused(journal: Journal, connection: AsyncConnection) -> None:
+        if pauses and pauses.pop():
+            async with open_beside.connect() as plain:
+                other = await plain.execution_options(isolation_level="AUTOCOMMIT")
+                # Until the database has ended the transaction that waits here.
+                while (await other.execute(text(waits))).scalar_one():  # noqa: ASYNC110 - a database's doing
+                    await asyncio.sleep(0.02)
+            if replaced:
+                await Journal(open_beside).take_over()
+        await fence(journal, connection)
+
+    async with _opened_beside(postgres_url) as (_, journal):
+        open_beside = open_engine(postgres_url)
+        monkeypatch.setattr(Journal, "fence", paused)
+        try:
+            if replaced:
+                with pytest.raises(FencedError, match="another coordinator has taken over"):
+                    await journal.append(_held(1))
+            else:
+                await journal.append(_held(1))
+        finally:
+            await open_beside.dispose()
+    assert (await _read(postgres_url))[0] == ([] if replaced else _held(1))
 
 
 async def test_a_journal_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

@@ -148,9 +148,7 @@ def test_the_leader_is_paused_and_wakes_up_in_anothers_reign(pair: Pair) -> None
     pair.change_places()
     os.kill(pair.other.pid, signal.SIGCONT)
     assert pair.other.wait() == 4
-    last = pair.other.log_path.read_text().splitlines()[-1]
-    # Where it was paused in the middle of a transaction, the database has ended that first.
-    assert "another coordinator has taken over" in last or "idle-in-transaction timeout; the farm stops" in last
+    assert "another coordinator has taken over" in pair.other.log_path.read_text().splitlines()[-1]
     (pair.tally / "paused").touch()
     view = pair.ended(submission)
     assert view["state"] == "succeeded"
