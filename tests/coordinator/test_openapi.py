@@ -31,7 +31,7 @@ EXAMPLES = 12
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 async def test_every_operation_keeps_to_the_description(mode: GenerationMode, tmp_path: Path) -> None:
-    # Where something is off, every request is 503.
+    # Where it is off, every request is refused as nothing that this farm takes.
     remote = RemoteEvaluationSettings(enabled=True)
     wanted = Settings(state_dir=tmp_path / "farm", port=0, remote_evaluation=remote)
     async with open_coordinator(wanted, no_workers) as coordinator:
