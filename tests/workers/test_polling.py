@@ -25,6 +25,12 @@ from workers.wire.fleet import (
 )
 from workers.wire.messages import (
     CALLS,
+    MAX_EVENTS,
+    MAX_HELD,
+    MAX_NAME,
+    MAX_NAMES,
+    MAX_SENTENCE,
+    MAX_SLOTS,
     PROTOCOL_VERSION,
     Batch,
     CallName,
@@ -176,14 +182,34 @@ async def test_a_new_incarnation_is_greeted_and_starts_from_nothing() -> None:
     assert script.acks == [0, 3, 0, 1]
 
 
-@pytest.mark.parametrize("answer", [{"worker": "w"}, hello(protocol=PROTOCOL_VERSION + 1)])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"worker": "w"},
+        hello(protocol=PROTOCOL_VERSION + 1),
+        hello() | {"slots": MAX_SLOTS + 1},
+        hello() | {"capacity": -1},
+        hello() | {"features": ["f"] * (MAX_NAMES + 1)},
+        hello() | {"worker": "w" * (MAX_NAME + 1)},
+        hello() | {"unfit": "u" * (MAX_SENTENCE + 1)},
+        hello() | {"leases": [{"step": "s", "attempt": 1, "stage": "building"}] * (MAX_HELD + 1)},
+    ],
+)
 async def test_an_agent_that_cannot_be_understood_is_silent(answer: dict[str, Any]) -> None:
     said = await heard(Script(answer, hello()))
     assert names(said) == ["Silent", "Connected", "Gone"]
 
 
-async def test_an_answer_that_cannot_be_read_is_not_acknowledged() -> None:
-    script = Script(hello(), {"incarnation": "i1", "last": 9}, hello(), batch(1))
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"incarnation": "i1", "last": 9},
+        batch(9) | {"events": batch(9)["events"] * (MAX_EVENTS + 1)},
+        batch(9) | {"capacity": MAX_HELD + 1},
+    ],
+)
+async def test_an_answer_that_cannot_be_read_is_not_acknowledged(answer: dict[str, Any]) -> None:
+    script = Script(hello(), answer, hello(), batch(1))
     assert names(await heard(script)) == ["Connected", "Silent", "Connected", "Spoke", "Gone"]
     assert script.acks == [0, 0, 1]
 

@@ -29,7 +29,7 @@ from workers.agent.lease_machine import judge_status
 from workers.agent.settings import WorkerSettings
 from workers.agent.vitals import read_vitals
 from workers.wire.grades import IsolationGrade, grade
-from workers.wire.messages import Vitals
+from workers.wire.messages import MAX_SENTENCE, Vitals
 
 _log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class HealthWatch:
     @property
     def unfit(self) -> str:
         """Reason that the worker should get no leases, one sentence; empty while it is fit."""
-        return self._broken_store() or self._hurt or self._low or self._broken
+        return (self._broken_store() or self._hurt or self._low or self._broken)[:MAX_SENTENCE]
 
     def was_full_since(self, at: float) -> bool:
         """Return whether a disk was all but full at some look since then (seconds of the clock)."""

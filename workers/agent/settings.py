@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from infra.validation import first_fault
 from workers.errors import WorkerError
+from workers.wire.messages import MAX_SLOTS
 
 #: Environment variable that holds the path of the settings file.
 SETTINGS_VARIABLE = "DROVER_WORKER_SETTINGS"
@@ -92,7 +93,7 @@ class WorkerSettings(BaseModel):
     #: Whether the features that Nix assumes of every machine are offered.
     default_features: bool = True
     #: Builds at one time; 0 is one per core.
-    slots: Annotated[int, Field(ge=0, le=1024)] = 0
+    slots: Annotated[int, Field(ge=0, le=MAX_SLOTS)] = 0
     #: NIX_BUILD_CORES of builders; 0 is the machine's cores divided by the slots.
     build_cores: Annotated[int, Field(ge=0)] = 0
     #: IPv4 networks that fixed-output builds reach although they are denied, and others that they do not reach.

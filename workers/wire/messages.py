@@ -51,6 +51,17 @@ TRANSFERS_EVERY_S = 1.0
 MOST_BYTES = 1 << 56
 #: Missing inputs that one report names; the others come to light once these are there.
 MAX_MISSING = 64
+#: What a worker may say of itself. A worker that exceeds one of these is not understood, and counts as silent.
+MAX_SLOTS = 1024
+MAX_HELD = 1 << 16
+MAX_EVENTS = 1 << 14
+MAX_NAMES = 256
+MAX_NAME = 1024
+MAX_SENTENCE = 16 * 1024
+
+Name = Annotated[str, Field(max_length=MAX_NAME)]
+Names = Annotated[tuple[Name, ...], Field(max_length=MAX_NAMES)]
+Sentence = Annotated[str, Field(max_length=MAX_SENTENCE)]
 
 
 class WireMessage(BaseModel):
@@ -171,9 +182,12 @@ class Stage(StrEnum):
 class HeldLease(WireMessage):
     """A lease in the agent's hands."""
 
-    step: str
+    step: Name
     attempt: int
     stage: Stage
+
+
+HeldLeases = Annotated[tuple[HeldLease, ...], Field(max_length=MAX_HELD)]
 
 
 class Hello(WireMessage):
@@ -181,23 +195,23 @@ class Hello(WireMessage):
 
     protocol: int
     #: The worker's name, unique in the farm.
-    worker: str
+    worker: Name
     #: New at every start of the agent.
-    incarnation: str
-    systems: tuple[str, ...]
+    incarnation: Name
+    systems: Names
     #: The part of `systems` that this machine does not really have (`--emulate`).
-    emulated: tuple[str, ...]
-    features: tuple[str, ...]
-    mandatory_features: tuple[str, ...]
-    slots: int
-    capacity: int
+    emulated: Names
+    features: Names
+    mandatory_features: Names
+    slots: Annotated[int, Field(ge=0, le=MAX_SLOTS)]
+    capacity: Annotated[int, Field(ge=0, le=MAX_HELD)]
     #: Why the worker should get no leases for now (a failing trial build, a full disk); empty while it is fit.
-    unfit: str = ""
+    unfit: Sentence = ""
     #: How builds are kept from its machine; None: it did not measure it (it runs an older drover, or could build no
     #: canary).
     isolation: IsolationGrade | None = None
-    nix_version: str
-    leases: tuple[HeldLease, ...]
+    nix_version: Name
+    leases: HeldLeases
 
 
 class Output(WireMessage):
@@ -329,16 +343,16 @@ class Transfer(WireMessage):
 class Batch(WireMessage):
     """One answer of `events`: everything after the acknowledged sequence number that fits."""
 
-    incarnation: str
+    incarnation: Name
     #: Sequence number of the last event in here; acknowledge it once it is safe.
     last: int
-    events: tuple[AgentEvent, ...]
+    events: Annotated[tuple[AgentEvent, ...], Field(max_length=MAX_EVENTS)]
     #: How many leases the agent is willing to hold in all, now.
-    capacity: int
-    leases: tuple[HeldLease, ...]
+    capacity: Annotated[int, Field(ge=0, le=MAX_HELD)]
+    leases: HeldLeases
     draining: bool = False
     #: As in `Hello`.
-    unfit: str = ""
+    unfit: Sentence = ""
     #: As in `Hello`, once it differs from the latest `Hello`.
     isolation: IsolationGrade | None = None
     #: The agent's time when it got the call, and when it answered; None from an older drover.
