@@ -22,6 +22,8 @@ USED_FROM_ELSEWHERE = {
     "infra.cache.catalog.migrations.env": "alembic",
     "infra.cache.catalog.migrations.versions.v0001_baseline": "alembic",
     "infra.cache.catalog.migrations.versions.v0002_reign": "alembic",
+    "coordinator.wishes.document": "requests of the API, which come next",
+    "coordinator.wishes.reading": "the commands, which come next",
     "scheduler.invariants": "what tests and the simulation hold the core against, kept beside it",
 }
 

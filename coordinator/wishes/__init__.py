@@ -1,0 +1,1 @@
+"""Wish lists: packages that people want to fetch, read from the files that say so."""
