@@ -46,6 +46,7 @@ from pydantic_settings import (
 from coordinator.defaults import HOST, OPERATOR, PORT, default_state_dir
 from coordinator.errors import CoordinatorError
 from coordinator.remote_settings import RemoteEvaluationSettings
+from coordinator.source_settings import SourceSettings
 from infra.objects.compression import COMPRESSION, Compression
 from infra.validation import first_fault
 from scheduler.policy import MAX_WEIGHT
@@ -325,6 +326,8 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     #: Evaluation on this machine for clients, see `[remote_evaluation]`.
     remote_evaluation: RemoteEvaluationSettings = RemoteEvaluationSettings()
+    #: Ways by which fixed outputs come into the cache, see `[sources]`.
+    sources: SourceSettings = SourceSettings()
     #: The cache at `/cache`, which the farm publishes to.
     cache: CacheSettings = CacheSettings()
     #: Further caches, at `/cache/NAME`.

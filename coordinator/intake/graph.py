@@ -96,6 +96,11 @@ class Graph:
         unheld = (node for node in nodes if any(path in absent for _, path in node.outputs))
         return list(dict.fromkeys(source for node in unheld for source in node.sources if source in absent))
 
+    def lacking_fixed(self, absent: Collection[str]) -> list[Node]:
+        """Return a node for each fixed output that the cache lacks."""
+        fixed = (node for node in self.nodes.values() if node.kind is Kind.FIXED and node.outputs[0][1] in absent)
+        return list({node.step: node for node in fixed}.values())
+
     def plan(self, roots: tuple[RootNote, ...], absent: set[str], store_dir: str, *, sources_may_lack: bool) -> Planned:
         """Cut the graph where the cache holds it; `absent` are the paths that the cache lacks."""
         held = {node.step for node in self.nodes.values() if not any(path in absent for _, path in node.outputs)}

@@ -16,6 +16,7 @@ from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.intake.errors import MissingMemberError, StoreDirError
+from coordinator.intake.fixed_outputs import FixedOutputs
 from coordinator.intake.graph import Graph, Planned, add_nodes, add_recipes, cut, new_steps
 from coordinator.intake.limits import IntakeLimits, require_within
 from coordinator.intake.sources import SourceIntake
@@ -26,6 +27,7 @@ from coordinator.stores.path_leases import PathLeases
 from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache
 from infra.cache.pulls.closure_pulls import ClosurePulls, Pulled
+from infra.cache.pulls.content_offers import ContentOffers
 from infra.nix.errors import FormatError
 from infra.nix.store_path import StoreDir, parse_base_name
 from infra.objects.store import ObjectStore
@@ -56,6 +58,8 @@ class Intake:
     ) -> None:
         #: Fetches built paths from upstreams, which `coordinator.caches.opening` adds.
         self.pulls = ClosurePulls(cache)
+        #: Gives fixed outputs what is here under another name.
+        self.fixed = FixedOutputs(derivations, ContentOffers(cache))
         self._derivations = derivations
         #: What keeps the paths that answers to clients call present.
         self.leases = PathLeases(cache)
@@ -180,6 +184,7 @@ class Intake:
                 graph = await self._graph(names, list(makers), known)
                 lease, absent = await self.leases.take(await asyncio.to_thread(graph.paths))
                 leases.append(lease)
+                absent -= await self.fixed.offer(await asyncio.to_thread(graph.lacking_fixed, absent))
                 pulled = await self.pulls.pull(await asyncio.to_thread(graph.lacking, absent))
                 absent -= pulled.paths
                 # Built paths among the sources are made again by what made them for an earlier submission.

@@ -97,6 +97,8 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     writer = TimingWriter(views.timelines, stores.timings, views.named, clock, limits.timings_days, limits.timings_rows)
     writer.on_saved = usual.were_built
     intake = Intake(stores.derivations, cache, cache.objects, cache.store_dir, IntakeLimits.of(limits))
+    if not settings.sources.across_names:
+        intake.fixed.offers = None
     submissions = Submissions(engine, views, intake)
     growth = Growth(engine, views, intake, submissions, limits.open_silence_s)
     views.recipes.read = writer.ends_of

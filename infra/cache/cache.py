@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from infra.cache.catalog.catalog import Catalog
+from infra.cache.catalog.contents import holders
 from infra.cache.catalog.database import Database, FencingToken, open_metadata
 from infra.cache.counters import CacheCounters
 from infra.cache.publishing.claims import PublishOutcome
@@ -21,6 +22,7 @@ from infra.cache.repair.fsck import Fsck, FsckReport, RepairSource, Restored
 from infra.cache.retention.collector import Collector, CollectPlan, CollectReport
 from infra.cache.retention.roots import LEASE, PIN, Keeper, RootRow, Roots
 from infra.cache.statistics import CacheInfo, inspect
+from infra.nix.content import FixedContent
 from infra.nix.narinfo import NarInfo
 from infra.nix.realisation import Realisation, RealisationLayout
 from infra.nix.signing import PublicKey, SecretKey
@@ -154,6 +156,10 @@ class Cache:
             ClosureTooLargeError: more than MAX_CLOSURE paths, requested or reached.
         """
         return await self._catalog.closure(store_paths, recursive=recursive, at_most=at_most)
+
+    async def holders(self, contents: Collection[FixedContent]) -> dict[FixedContent, NarInfo]:
+        """Return a path that should hold each content, where there is one; that it does is for the caller to prove."""
+        return await holders(self._catalog, contents)
 
     async def realisation(self, layout: RealisationLayout, key: str) -> bytes | None:
         """Return the signed realisation with this key (`infra.nix.realisation.parse_key`) if its path is here."""

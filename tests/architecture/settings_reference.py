@@ -29,6 +29,7 @@ from coordinator.config import (
     WorkerConfig,
 )
 from coordinator.remote_settings import RemoteEvaluationSettings
+from coordinator.source_settings import SourceSettings
 
 FILE = Path(__file__).resolve().parents[2] / "infra" / "docs" / "settings.md"
 #: Heading, what stands before its table, model.
@@ -42,6 +43,7 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
         "Evaluation on the coordinator's machine ([guide](remote_evaluation.md)).",
         RemoteEvaluationSettings,
     ),
+    ("`[sources]`", "Fixed outputs before a worker is sent to the network ([guide](sources.md)).", SourceSettings),
     ("`[[cache.upstreams]]`, `[[caches.upstreams]]`", "Caches that a cache trusts.", UpstreamSettings),
     ("`[[workers]]`", "Workers that `drover up` starts on this machine.", WorkerConfig),
 )

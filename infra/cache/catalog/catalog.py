@@ -16,6 +16,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -69,6 +70,11 @@ _ROW_COLUMNS = (
     paths.c.narinfo,
     paths.c.tombstoned_at,
 )
+
+
+def row_columns() -> tuple[sa.Column[Any], ...]:
+    """Return the columns that a `Row` is made of, in order."""
+    return _ROW_COLUMNS
 
 
 class Catalog:

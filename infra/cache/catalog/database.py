@@ -87,6 +87,9 @@ paths = sa.Table(
     # Not null: nothing keeps it, it counts as absent, and all that refers to it is tombstoned too.
     sa.Column("tombstoned_at", sa.Double),
     sa.Index("paths_by_url", "url", "serial"),
+    # By content (`contents`): what a fixed output wants may be here under another name.
+    sa.Index("paths_by_ca", "ca", sqlite_where=sa.text("ca <> ''"), postgresql_where=sa.text("ca <> ''")),
+    sa.Index("paths_by_nar_hash", "nar_hash"),
     sqlite_autoincrement=True,
 )
 
