@@ -149,6 +149,8 @@ class LimitSettings(BaseModel):
     #: How long a worker, which reports every 10 s, may be silent before its builds are done elsewhere. It is taken
     #: back when it reports again.
     worker_silence_s: Annotated[float, Field(ge=20)] = 120.0
+    #: Bytes of NARs, unpacked, that one run of `drover populate` may fetch from upstreams; 0 is no limit.
+    populate_bytes: Annotated[int, Field(ge=0)] = 256 * 1024**3
     #: Watch streams open at one time.
     watchers: Annotated[int, Field(ge=1)] = 1000
     #: HTTP connections at one time, in all and from one address that is not loopback. Lowered to what the limit of open
@@ -176,6 +178,16 @@ class UploadRoute(StrEnum):
     RELAY = "relay"
 
 
+class Populating(StrEnum):
+    """Choice of what populating a cache does with a path that an upstream has."""
+
+    #: Its bytes are fetched, verified and published.
+    MIRROR = "mirror"
+    #: Only its signed narinfo is kept: the path can be had there. What a mirrored path stands on is mirrored all the
+    #: same.
+    RECORD = "record"
+
+
 class UpstreamSettings(BaseModel):
     """Another binary cache that is trusted for what its keys have signed."""
 
@@ -185,6 +197,8 @@ class UpstreamSettings(BaseModel):
     url: Annotated[str, Field(pattern=r"^https?://")]
     #: `name:base64`, as in `trusted-public-keys`.
     public_keys: Annotated[tuple[str, ...], Field(min_length=1)]
+    #: Whether `drover populate` has the bytes of its paths here, or only records that they can be had there.
+    populate: Populating = Populating.MIRROR
 
 
 class CacheSettings(BaseModel):

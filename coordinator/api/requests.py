@@ -218,6 +218,16 @@ class PinRequest(Request):
     expires_at: Annotated[float, Field(allow_inf_nan=False)] = 0.0
 
 
+class MirrorRequest(Request):
+    """Full store paths to have from upstreams, with all that they refer to, and the name under which they are kept."""
+
+    paths: Annotated[
+        tuple[Annotated[str, Field(max_length=4096)], ...], Field(min_length=1, max_length=10_000), FailFast()
+    ]
+    #: A later run of the same owner takes the place of an earlier one of this name; empty: a name of its own.
+    keep_as: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._/+-]{0,199})?$")] = ""
+
+
 class CollectRequest(Request):
     """A wish for a garbage collection; `dry_run` changes nothing and gives the same numbers."""
 

@@ -101,6 +101,7 @@ RequestName: TypeAlias = Literal[
     "ForecastQuery",
     "PairsQuery",
     "RemoteEvaluationRequest",
+    "MirrorRequest",
 ]
 
 

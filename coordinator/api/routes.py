@@ -21,6 +21,7 @@ from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, 
 from coordinator.api.difference_models import DifferenceView
 from coordinator.api.estimates import SubmissionEtaView, ThroughputView
 from coordinator.api.evaluation_routes import CANCEL_EVALUATION, EVALUATE, EVALUATION, PUT_TREE
+from coordinator.api.mirror_routes import CANCEL_MIRRORING, MIRROR, MIRRORING
 from coordinator.api.models import (
     FarmView,
     IntakeMissing,
@@ -489,6 +490,9 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     EVALUATE,
     EVALUATION,
     CANCEL_EVALUATION,
+    MIRROR,
+    MIRRORING,
+    CANCEL_MIRRORING,
     OPENAPI,
     HEALTH,
     METRICS,

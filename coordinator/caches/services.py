@@ -9,7 +9,7 @@ from pathlib import Path
 
 from coordinator.caches.housekeeping import CacheGauges, Housekeeper, SubmissionNeeds
 from coordinator.caches.opening import OpenCache
-from coordinator.config import DEFAULT_CACHE, ConfigError, UploadRoute
+from coordinator.config import DEFAULT_CACHE, ConfigError, Populating, UploadRoute
 from infra.cache.pulls.upstream import Upstream
 from infra.cache.repair.fsck import RepairSource
 from infra.cache.uploads.s3_direct import direct_uploads
@@ -74,6 +74,7 @@ async def _open_upstreams(stack: AsyncExitStack, served: OpenCache, clock: Clock
             keys = [PublicKey.parse(text) for text in configured.public_keys]
         except FormatError as error:
             raise ConfigError(f"a public key of the upstream {configured.url} is not one: {error.message}.") from None
-        upstream = Upstream(configured.url, keys, served.cache.store_dir, clock.now)
+        mirrored = configured.populate is Populating.MIRROR
+        upstream = Upstream(configured.url, keys, served.cache.store_dir, clock.now, mirrored=mirrored)
         opened.append(await stack.enter_async_context(upstream))
     return opened

@@ -12,11 +12,12 @@ from urllib.parse import parse_qs, urlsplit
 
 import orjson
 
-from coordinator.api import evaluation_routes, routes
+from coordinator.api import evaluation_routes, mirror_routes, routes
 from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
 from coordinator.api.difference_models import DifferenceView
 from coordinator.api.estimates import SubmissionEtaView
 from coordinator.api.evaluations import EvaluationView
+from coordinator.api.mirroring import MirrorView
 from coordinator.api.models import (
     Ended,
     FarmView,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         ForecastQuery,
         GrowRequest,
         IntakeQuery,
+        MirrorRequest,
         PairsQuery,
         PinRequest,
         RemoteEvaluationRequest,
@@ -104,6 +106,18 @@ class ApiClient(Transport):
     async def cancel_evaluation(self, name: str) -> EvaluationView:
         """End a remote evaluation; a repeat is a no-op."""
         return await self._one(evaluation_routes.CANCEL_EVALUATION, {"id": name})
+
+    async def mirror(self, request: MirrorRequest) -> MirrorView:
+        """Begin to have paths from the farm's upstreams."""
+        return await self._one(mirror_routes.MIRROR, data=_json(request))
+
+    async def mirroring(self, name: str, seen: str = "") -> MirrorView:
+        """Return a run of mirroring; while its state is the one `seen`, the answer waits for a moment."""
+        return await self._one(mirror_routes.MIRRORING, {"id": name}, params={"seen": seen} if seen else {})
+
+    async def cancel_mirroring(self, name: str) -> MirrorView:
+        """End a run of mirroring; a repeat is a no-op."""
+        return await self._one(mirror_routes.CANCEL_MIRRORING, {"id": name})
 
     async def submit(self, request: SubmitRequest) -> SubmissionView:
         """Submit derivations that the coordinator has.

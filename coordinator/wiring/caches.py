@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from coordinator.caches.housekeeping import CacheGauges, Housekeeper, SubmissionNeeds
+from coordinator.caches.mirroring import Mirroring
 from coordinator.caches.services import CacheService, keep_house, open_services
 from coordinator.config import DEFAULT_CACHE, Settings
 from coordinator.http.api.caches import CachingApi
+from coordinator.http.api.mirrorings import MirrorApi
 from coordinator.http.binary_cache.routes import add_cache_routes
 from coordinator.http.binary_cache.uploads import add_upload_routes
 from coordinator.http.routing import serve as serve_routes
@@ -29,6 +31,8 @@ class ServedCaches:
     services: Sequence[CacheService]
     keepers: Mapping[str, Housekeeper]
     gauges: Mapping[str, CacheGauges]
+    #: Paths from the default cache's upstreams.
+    mirroring: Mirroring
 
 
 async def serve_caches(  # noqa: PLR0917 - collaborators, named by their types
@@ -48,7 +52,16 @@ async def serve_caches(  # noqa: PLR0917 - collaborators, named by their types
     needs = SubmissionNeeds(core.views, stores.derivations, core.intake.leases)
     keepers, gauges = keep_house(services, clock, submissions=needs, workers=work.workers)
     serve_routes(app, CachingApi(keepers).handlers())
-    return ServedCaches(services, keepers, gauges)
+    mirroring = Mirroring(
+        stores.cache,
+        services[0].upstreams,
+        clock.now,
+        expiry=services[0].served.settings.expiry,
+        max_bytes=settings.limits.populate_bytes,
+    )
+    stack.push_async_callback(mirroring.stop)
+    serve_routes(app, MirrorApi(mirroring).handlers())
+    return ServedCaches(services, keepers, gauges, mirroring)
 
 
 def _add_routes(

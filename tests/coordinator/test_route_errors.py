@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from coordinator.api import cache_routes, evaluation_routes, routes, web_routes
+from coordinator.api import cache_routes, evaluation_routes, mirror_routes, routes, web_routes
 from coordinator.api.route import EVERY_ROUTE, Content, Right, Route
 from coordinator.config import OwnerSettings, Settings
 from coordinator.errors import ConflictError, ForbiddenError, IntakeError, NotFoundError
@@ -62,6 +62,7 @@ BODIES: Mapping[Route[Any], object] = {
     routes.DRAIN: {},
     routes.PIN: {"paths": [A]},
     routes.COLLECT: {},
+    mirror_routes.MIRROR: {"paths": [A]},
     evaluation_routes.EVALUATE: {"tree": PARTS["tree"], "file": "default.nix"},
     routes.VERIFY: {},
     cache_routes.URLS: {"paths": [base_name(B)]},
@@ -192,6 +193,8 @@ async def graphs_that_the_farm_does_not_take(asker: Asker, monkeypatch: pytest.M
     await asker.ask(routes.COMPARE_OUTPUTS, routes.COMPARE_OUTPUTS.address(), uneven)
     await asker.ask(routes.REBUILD_CAUSES, routes.REBUILD_CAUSES.address(), uneven)
 
+    elsewhere = json.dumps({"paths": ["/elsewhere/x"]}).encode()
+    await asker.ask(mirror_routes.MIRROR, mirror_routes.MIRROR.address(), elsewhere)
     await asker.ask(evaluation_routes.PUT_TREE, evaluation_routes.PUT_TREE.address(**PARTS), b"x")
     await asker.ask(evaluation_routes.EVALUATE, evaluation_routes.EVALUATE.address(), b"{}")
 

@@ -8,6 +8,7 @@
     root_paths    which paths each root names, by hash part: also paths that are not published (yet)
     deletions     objects that are being deleted (`done_at` null), and for a day those that were
     reign         one row: which coordinator may write (`FencingToken`)
+    recorded      narinfos of paths that an upstream has and this cache has not (`pulls.recorded_paths`)
 
 `serial` rises with publication, and a path is published after (or with, and then behind) all that it refers to: by
 serial order *is* references first. Collecting garbage keeps that true, since it deletes a path only with all that
@@ -163,6 +164,18 @@ deletions = sa.Table(
     sa.Column("done_at", sa.Double),
     sa.Index("deletions_by_end", "done_at"),
     sqlite_autoincrement=True,
+)
+
+recorded = sa.Table(
+    "recorded",
+    metadata,
+    sa.Column("hash_part", sa.String(32), primary_key=True),
+    sa.Column("store_path", sa.Text, nullable=False),
+    # Address of the upstream, whose narinfo it is, with its signatures.
+    sa.Column("upstream", sa.Text, nullable=False),
+    sa.Column("narinfo", sa.LargeBinary, nullable=False),
+    sa.Column("recorded_at", sa.Double, nullable=False),
+    sa.Index("recorded_by_time", "recorded_at"),
 )
 
 fencing = sa.Table(

@@ -3,7 +3,8 @@
 What an upstream has need not be uploaded here, and what broke here can be fetched from there. Only a narinfo of the
 path that was requested, of the same store directory and signed by one of the keys counts; anything else is as if it
 were not there. An upstream that fails is left alone for REST_S and has nothing meanwhile: it is a convenience, and
-no client must wait for it twice.
+no client must wait for it twice. Only `inquire`, for work without a waiting client, asks each path by itself and says
+why one does not count.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 from urllib.parse import urljoin, urlsplit
@@ -33,6 +35,8 @@ CONNECT_S: Final = 5.0
 NARINFO_S: Final = 20.0
 #: A NAR may take as long as it likes, but not be silent for so long.
 SILENCE_S: Final = 60.0
+#: Nor come more slowly than so, on the whole.
+LEAST_BYTES_PER_S: Final = 4 * 1024
 MAX_NARINFO_BYTES: Final = 8 * 1024 * 1024
 MAX_REDIRECTS: Final = 5
 #: Narinfos that are remembered, and for how long; that there is none, for less than a minute.
@@ -49,17 +53,37 @@ class UpstreamError(CacheError):
     """An upstream did not answer, or not as a binary cache does."""
 
 
+@dataclass(frozen=True, slots=True)
+class Inquiry:
+    """Answer of an upstream about one path."""
+
+    #: What it has, with a trusted signature.
+    info: NarInfo | None = None
+    #: A clause about why what it sent does not count; "" where it simply lacks the path.
+    fault: str = ""
+    #: The fault may pass: there was no answer, or an error of the upstream's own.
+    passing: bool = False
+
+
 class Upstream:
     """One upstream; a context manager, for the tasks of one event loop. `now` gives seconds that only rise."""
 
     def __init__(
-        self, url: str, public_keys: Sequence[PublicKey], store_dir: StoreDir, now: Callable[[], float]
+        self,
+        url: str,
+        public_keys: Sequence[PublicKey],
+        store_dir: StoreDir,
+        now: Callable[[], float],
+        *,
+        mirrored: bool = True,
     ) -> None:
         if urlsplit(url).scheme not in {"http", "https"} or not urlsplit(url).hostname:
             raise CacheError(f"an upstream cache is named by http:// or https://, not {url[:80]!r}")
         if not public_keys:
             raise CacheError(f"the upstream {url} needs a public key: nothing of it could be trusted")
         self.url = url.rstrip("/")
+        #: Whether mirroring publishes its paths here, or only records that it has them.
+        self.mirrored = mirrored
         self._keys = tuple(public_keys)
         self._store_dir = store_dir
         self._now = now
@@ -135,7 +159,35 @@ class Upstream:
         theirs = (await self.narinfos([info.hash_part])).get(info.hash_part)
         if theirs is None or (theirs.store_path, theirs.path.nar_hash) != (info.store_path, info.path.nar_hash):
             return None
-        return self._fetch(theirs)
+        return self.fetch(theirs)
+
+    async def inquire(self, store_path: str) -> Inquiry:
+        """Ask for one full store path, whatever became of other questions, and say why what it sent does not count."""
+        hash_part = hash_part_of(store_path)
+        info, until = self._known.get(hash_part, (None, float("-inf")))
+        inquiry = Inquiry(info) if info is not None and until > self._now() else await self._inquire(hash_part)
+        if inquiry.info is None:
+            return inquiry
+        self._remember(hash_part, inquiry.info)
+        if inquiry.info.store_path != store_path:
+            return Inquiry(fault=f"the upstream {self.url} has another path there, {inquiry.info.store_path}")
+        return inquiry
+
+    async def _inquire(self, hash_part: str) -> Inquiry:
+        passing = True
+        try:
+            async with self._turns:
+                text = await self._get_narinfo(hash_part)
+            return Inquiry() if text is None else self._judge(text, hash_part)
+        except aiohttp.TooManyRedirects:
+            reason, passing = f"{self.url} redirects in a circle", False
+        except TimeoutError:
+            reason = f"{self.url} does not answer in time"
+        except UpstreamError as error:
+            reason = str(error)
+        except (aiohttp.ClientError, ValueError) as error:
+            reason = f"{self.url} cannot be asked: {_first_line(error)}"
+        return Inquiry(fault=f"the upstream {reason}", passing=passing)
 
     async def _ask(self, hash_part: str) -> NarInfo | None:
         async with self._turns:
@@ -146,12 +198,15 @@ class Upstream:
             except (aiohttp.ClientError, TimeoutError, UpstreamError):
                 self._rests_until = self._now() + REST_S
                 return None
-        info = None if text is None else self._trusted(text, hash_part)
+        info = None if text is None else self._judge(text, hash_part).info
+        self._remember(hash_part, info)
+        return info
+
+    def _remember(self, hash_part: str, info: NarInfo | None) -> None:
         self._known[hash_part] = (info, self._now() + (NOT_FOUND_S if info is None else FOUND_S))
         self._known.move_to_end(hash_part)
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
-        return info
 
     async def _get_narinfo(self, hash_part: str) -> bytes | None:
         timeout = aiohttp.ClientTimeout(total=NARINFO_S, sock_connect=CONNECT_S)
@@ -168,22 +223,25 @@ class Upstream:
                     raise UpstreamError(f"{self.url} sent a narinfo of more than {MAX_NARINFO_BYTES} bytes")
             return bytes(text)
 
-    def _trusted(self, text: bytes, hash_part: str) -> NarInfo | None:
+    def _judge(self, text: bytes, hash_part: str) -> Inquiry:
         try:
             info = narinfo_format.parse(text, self._store_dir)
-        except FormatError:
-            return None
+        except FormatError as error:
+            return Inquiry(fault=f"the upstream {self.url} sent what is no narinfo of this store: {error.message}")
         if info.hash_part != hash_part:
-            return None
+            return Inquiry(fault=f"the upstream {self.url} has another path there, {info.store_path}")
         fingerprint = info.path.fingerprint()
-        signed = any(key.verify(fingerprint, signature) for key in self._keys for signature in info.path.sigs)
-        return info if signed else None
+        if any(key.verify(fingerprint, signature) for key in self._keys for signature in info.path.sigs):
+            return Inquiry(info)
+        names = ", ".join(key.name for key in self._keys)
+        return Inquiry(fault=f"the upstream {self.url} has it without a valid signature by {names}")
 
-    async def _fetch(self, info: NarInfo) -> AsyncGenerator[bytes, None]:
-        address = urljoin(f"{self.url}/", info.stored.url)
-        if urlsplit(address).scheme not in {"http", "https"}:
-            raise UpstreamError(f"{self.url} has {info.store_path} at an address that is not http")
+    async def fetch(self, info: NarInfo) -> AsyncGenerator[bytes, None]:
+        """Yield the NAR of what `inquire` or `narinfos` gave; it raises as the generator of `nar` does."""
         try:
+            address = urljoin(f"{self.url}/", info.stored.url)
+            if urlsplit(address).scheme not in {"http", "https"}:
+                raise UpstreamError(f"{self.url} has {info.store_path} at an address that is not http")
             # As it is stored: a NAR with a content encoding could be larger than it announces.
             headers = {"Accept-Encoding": "identity"}
             async with (
@@ -195,14 +253,17 @@ class Upstream:
                 async with aclosing(_verified(response, info)) as pieces:
                     async for data in pieces:
                         yield data
-        except (aiohttp.ClientError, TimeoutError, ObjectStoreError) as error:
-            reason = str(error).split("\n", 1)[0] or type(error).__name__
-            raise UpstreamError(f"{self.url} broke off the NAR of {info.store_path}: {reason}") from error
+        except (aiohttp.ClientError, TimeoutError, ObjectStoreError, ValueError) as error:
+            raise UpstreamError(f"{self.url} broke off the NAR of {info.store_path}: {_first_line(error)}") from error
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
             raise CacheError(f"the upstream {self.url} is used outside its context")
         return self._session
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0][:200] or type(error).__name__
 
 
 class _ResponseSource:
@@ -211,12 +272,23 @@ class _ResponseSource:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._content = response.content
         self._loop = asyncio.get_running_loop()
+        self._came = 0
+        self._waited_s = 0.0
 
     def read(self, size: int, /) -> bytes:
         try:
-            return asyncio.run_coroutine_threadsafe(self._content.read(size), self._loop).result()
+            return asyncio.run_coroutine_threadsafe(self._next(size), self._loop).result()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ObjectStoreError(str(error) or type(error).__name__) from error
+
+    async def _next(self, size: int) -> bytes:
+        began_s = self._loop.time()
+        data = await self._content.read(size)
+        self._waited_s += self._loop.time() - began_s
+        self._came += len(data)
+        if self._waited_s > SILENCE_S + self._came / LEAST_BYTES_PER_S:
+            raise ObjectStoreError(f"after {self._came} bytes it comes too slowly")
+        return data
 
     def close(self) -> None:
         """Nothing: the response closes itself."""
