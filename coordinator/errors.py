@@ -23,6 +23,12 @@ class IntakeError(CoordinatorError):
     status: ClassVar[int] = 422
 
 
+class MissingMemberError(IntakeError):
+    """A member of the graph was not sent, not before what needs it, or is not here any more; sending it helps."""
+
+    code: ClassVar[str] = "missing_member"
+
+
 class BadRequestError(CoordinatorError):
     """A request cannot be understood."""
 

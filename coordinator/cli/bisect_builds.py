@@ -13,7 +13,7 @@ from coordinator.api.requests import IntakeQuery, PairsQuery, RootRequest, Submi
 from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.bisect.verdicts import REFUSED, Origin, Outcome, Until
 from coordinator.cli.screen import Screen
-from coordinator.cli.sending import ClientStages, send_closure, sending_again
+from coordinator.cli.sending import ClientStages, send_closure, sending_again, taken_after_sending
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore, read_closure
 from coordinator.client.errors import RefusedError
@@ -92,23 +92,27 @@ class FarmBuilds:
     async def _build(self, root: EvaluatedRoot, commit: str) -> Outcome:
         stages = ClientStages()
 
-        async def send() -> tuple[str, ...]:
+        async def send(whole: bool) -> tuple[str, ...]:
             async with self._sending:
-                return await send_closure(self._client, self._store, [root.drv], self._screen, stages)
+                return await send_closure(self._client, self._store, [root.drv], self._screen, stages, whole=whole)
 
-        makers = await send()
         wish = RootRequest(attr=root.attr, drv=root.drv, outputs=root.outputs, limits=root.limits)
         label = f"{self._label} at {commit[:12]}"
-        request = SubmitRequest(roots=(wish,), label=label, makers=makers, stages=stages.taken)
-        outcome = await self._outcome_of(await self._ended(request, send))
+        request = SubmitRequest(roots=(wish,), label=label)
+
+        async def take(makers: tuple[str, ...]) -> SubmissionView:
+            nonlocal request
+            request = request.model_copy(update={"makers": makers, "stages": stages.taken})
+            return await self._client.submit(request)
+
+        outcome = await self._outcome_of(await self._ended(root.drv, await taken_after_sending(send, take), send))
         if self._until is Until.SLOWER and outcome.is_built and outcome.seconds is None:
             return replace(outcome, seconds=await self._measured(root, request, send))
         return outcome
 
-    async def _ended(self, request: SubmitRequest, send: Callable[[], Awaitable[object]]) -> SubmissionView:
-        """Submit, and return the submission at its end."""
-        view = await self._client.submit(request)
-        self._submissions[request.roots[0].drv] = view.id
+    async def _ended(self, drv: str, view: SubmissionView, send: Callable[[bool], Awaitable[object]]) -> SubmissionView:
+        """Return the submission of a derivation at its end."""
+        self._submissions[drv] = view.id
         async with sending_again(send, self._screen) as on_step:
             async for event in self._client.watch(view.id):
                 if isinstance(event, StepChanged):
@@ -118,7 +122,7 @@ class FarmBuilds:
         return view
 
     async def _measured(
-        self, root: EvaluatedRoot, request: SubmitRequest, send: Callable[[], Awaitable[object]]
+        self, root: EvaluatedRoot, request: SubmitRequest, send: Callable[[bool], Awaitable[object]]
     ) -> float | None:
         """Return how long a derivation takes whose outputs the farm has and never built, by building a variant of it.
 
@@ -133,7 +137,8 @@ class FarmBuilds:
         self._screen.status(f"{base_name_of(root.drv)} was never built here; building a variant to measure it")
         await self._client.send_derivations(in_thread(encode_derivations([(base_name_of(drv), data)])))
         wish = request.roots[0].model_copy(update={"drv": drv})
-        view = await self._ended(request.model_copy(update={"roots": (wish,)}), send)
+        view = await self._client.submit(request.model_copy(update={"roots": (wish,)}))
+        view = await self._ended(drv, view, send)
         if view.state is not SubmissionState.SUCCEEDED:
             return None
         return await self._seconds(view.roots[0].step)

@@ -27,7 +27,7 @@ from coordinator.cli.import_builds import FarmImports
 from coordinator.cli.remote import RemoteSource, evaluate_remotely, watch_evaluation
 from coordinator.cli.rendering import summary_lines
 from coordinator.cli.screen import Screen
-from coordinator.cli.sending import ClientStages, send_closure
+from coordinator.cli.sending import ClientStages, send_closure, taken_after_sending
 from coordinator.cli.status import print_json
 from coordinator.cli.streaming import StreamedBuild
 from coordinator.cli.submission_options import SubmissionWords
@@ -245,12 +245,19 @@ async def _submit(
     stages.ended("evaluate")
     wanted, submitted.evaluation = evaluation.wanted, evaluation
     store = local_store(options.store, wanted[0].drv)
-    makers = await send_closure(client, store, [each.drv for each in wanted], screen, stages)
+    drvs = [each.drv for each in wanted]
     roots = tuple(
         RootRequest(attr=each.attr, drv=each.drv, outputs=each.outputs, limits=each.limits) for each in wanted
     )
-    given = {"roots": roots, "open": False, "makers": makers, "stages": stages.taken}
-    view = await client.submit(_opening(options).model_copy(update=given))
+
+    async def send(whole: bool) -> tuple[str, ...]:
+        return await send_closure(client, store, drvs, screen, stages, whole=whole)
+
+    async def take(makers: tuple[str, ...]) -> SubmissionView:
+        given = {"roots": roots, "open": False, "makers": makers, "stages": stages.taken}
+        return await client.submit(_opening(options).model_copy(update=given))
+
+    view = await taken_after_sending(send, take)
     submitted.id = view.id
     return view
 

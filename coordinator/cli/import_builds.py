@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, Self
 
-from coordinator.api.models import FarmView, RootView, StepStatus
+from coordinator.api.models import FarmView, RootView, StepStatus, SubmissionView
 from coordinator.api.requests import RootRequest, SubmitRequest
 from coordinator.cli.fetching import realise
 from coordinator.cli.screen import Screen
-from coordinator.cli.sending import ClientStages, send_closure
+from coordinator.cli.sending import ClientStages, send_closure, taken_after_sending
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore, local_store
 from coordinator.errors import CoordinatorError
@@ -94,15 +94,20 @@ class FarmImports:
             return f"the farm could not build {names}, which the evaluation imports: {error}"
 
     async def _submit(self, drvs: Sequence[str], store: LocalStore, attr: str, names: str) -> str | None:
-        makers = await send_closure(self._client, store, drvs, self._screen, ClientStages())
-        view = await self._client.submit(
-            SubmitRequest(
-                roots=tuple(RootRequest(attr=drv_name_of(drv), drv=drv) for drv in drvs),
-                label=f"imported by the evaluation of {attr or 'the file'}"[:200],
-                makers=makers,
-                wait_s=self._wait_s,
+        async def send(whole: bool) -> tuple[str, ...]:
+            return await send_closure(self._client, store, drvs, self._screen, ClientStages(), whole=whole)
+
+        async def take(makers: tuple[str, ...]) -> SubmissionView:
+            return await self._client.submit(
+                SubmitRequest(
+                    roots=tuple(RootRequest(attr=drv_name_of(drv), drv=drv) for drv in drvs),
+                    label=f"imported by the evaluation of {attr or 'the file'}"[:200],
+                    makers=makers,
+                    wait_s=self._wait_s,
+                )
             )
-        )
+
+        view = await taken_after_sending(send, take)
         self._screen.status(f"the evaluation of {attr or 'the file'} imports {names}; the farm builds it ({view.id})")
         try:
             async for _ in self._client.watch(view.id):

@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 import click
 
-from coordinator.api.models import StepView
+from coordinator.api.models import StepView, SubmissionView
 from coordinator.api.rebuild_models import ComparedOutputView, ForecastView, RebuildCausesView
 from coordinator.api.requests import MAX_OUTPUT_PAIRS, ForecastQuery, PairsQuery, RootRequest, SubmitRequest
 from coordinator.cli import exit_status
@@ -27,7 +27,7 @@ from coordinator.cli.rebuild_markdown import markdown
 from coordinator.cli.rebuild_sides import LoadedSide, Sides, SidesRequest, evaluate_sides, result_of, submitted_sides
 from coordinator.cli.rebuild_text import difference_lines, report_lines, result_lines
 from coordinator.cli.screen import Screen
-from coordinator.cli.sending import ClientStages, send_closure, sending_again
+from coordinator.cli.sending import ClientStages, send_closure, sending_again, taken_after_sending
 from coordinator.cli.status import print_json
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import ClosureError, LocalStore, read_closure
@@ -190,9 +190,9 @@ class _Rebuild:
             self._screen.line(line)
         self._lines = result_lines
         build_base = self._request.base_results == "build"
-        submitted = [await self._submit(sides.head, heads, makers)]
+        submitted = [await self._submit(store, sides.head, heads, makers)]
         if build_base and bases:
-            submitted.insert(0, await self._submit(sides.base, bases, base_makers))
+            submitted.insert(0, await self._submit(store, sides.base, bases, base_makers))
         results = []
         for submission in submitted:
             side = sides.head if submission == submitted[-1] else sides.base
@@ -206,18 +206,20 @@ class _Rebuild:
         )
         return await self._results(report, difference, base_results, results[-1])
 
-    async def _send(self, store: LocalStore, side: LoadedSide, attrs: Sequence[str]) -> tuple[str, ...]:
+    async def _send(
+        self, store: LocalStore, side: LoadedSide, attrs: Sequence[str], *, whole: bool = False
+    ) -> tuple[str, ...]:
         if not attrs:
             return ()
         drvs = list(dict.fromkeys(side.roots[attr].drv for attr in attrs))
-        return await send_closure(self._client, store, drvs, self._screen, ClientStages())
+        return await send_closure(self._client, store, drvs, self._screen, ClientStages(), whole=whole)
 
     async def _forecast(self, side: LoadedSide, attrs: Sequence[str]) -> ForecastView | None:
         if not attrs:
             return None
         return await self._client.forecast(ForecastQuery(drvs=_drvs(side, attrs)))
 
-    async def _submit(self, side: LoadedSide, attrs: Sequence[str], makers: tuple[str, ...]) -> str:
+    async def _submit(self, store: LocalStore, side: LoadedSide, attrs: Sequence[str], makers: tuple[str, ...]) -> str:
         roots = tuple(
             RootRequest(attr=attr, drv=root.drv, outputs=root.outputs, limits=root.limits)
             for attr, root in ((attr, side.roots[attr]) for attr in attrs)
@@ -226,10 +228,16 @@ class _Rebuild:
             roots=roots,
             label=f"rebuild: {side.packages.name}"[:200],
             retry_failed=self._request.retry,
-            makers=makers,
             wait_s=self._request.wait_s,
         )
-        view = await self._client.submit(request)
+
+        async def send(whole: bool) -> tuple[str, ...]:
+            return await self._send(store, side, attrs, whole=True) if whole else makers
+
+        async def take(makers: tuple[str, ...]) -> SubmissionView:
+            return await self._client.submit(request.model_copy(update={"makers": makers}))
+
+        view = await taken_after_sending(send, take)
         self._interruption.submissions.append(view.id)
         self._screen.status(f"submitted {side.packages.name} as {view.id}: {view.counts.total} steps")
         return view.id
@@ -239,8 +247,8 @@ class _Rebuild:
     ) -> dict[str, SideResult]:
         """Show a submission until it ends; returns the result of each derivation."""
 
-        async def send_again() -> None:
-            await self._send(store, side, attrs)
+        async def send_again(whole: bool) -> None:
+            await self._send(store, side, attrs, whole=whole)
 
         failed: dict[str, StepView] = {}
         async with sending_again(send_again, self._screen) as on_step:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from coordinator.api.models import StepView
+from coordinator.api.models import IntakeMissing, StepView
 from coordinator.api.requests import ClientStage, IntakeQuery
 from coordinator.api.streams import SourceHeader, encode_derivations, encode_sources, in_thread
 from coordinator.cli.rendering import size
@@ -23,11 +23,15 @@ from coordinator.client.closure import (
     read_closure,
     refuse_lost_references,
 )
-from coordinator.errors import CoordinatorError
+from coordinator.client.closure_walk import ClosureWalk
+from coordinator.client.errors import RefusedError
+from coordinator.errors import CoordinatorError, MissingMemberError
 from infra.nix.store_path import base_name_of
 
 #: Seconds after the client has sent what the farm lost before it looks again: each look sends the whole graph.
 SEND_AGAIN_EVERY_S = 10.0
+
+_Taken = TypeVar("_Taken")
 
 
 class ClientStages:
@@ -61,67 +65,126 @@ async def send_closure(
     stages: ClientStages,
     *,
     sent_before: SentParts | None = None,
+    whole: bool = False,
 ) -> tuple[str, ...]:
     """Send what the coordinator lacks of the closure of `drvs` (full paths), in one stream each.
 
-    What was `sent_before` is neither read nor asked about again; what is sent now is added to it.
-    Returns the derivations of built paths among the sources that the farm must build first.
+    What it knows is not read, and its sources are not asked about: `taken_after_sending` sends those that it has lost,
+    or the caller does that asks for the `whole`. What was `sent_before` is neither read nor asked about again; what is
+    sent now is added to it. Returns the derivations of built paths among the sources that the farm must build first.
     """
+    before = (None if whole else sent_before) or SentParts()
+    looked = await _look(client, store, drvs, before, whole=whole)
+    stages.ended("closure")
+    if looked.derivations or looked.sources:
+        sized = f" ({size(sum(header.nar_size for header in looked.sources))})" if looked.sources else ""
+        told = screen.status if screen is not None else _say_nothing
+        told(
+            f"sending {len(looked.derivations)} of {looked.asked} derivations and "
+            f"{len(looked.sources)} of {looked.asked_sources} sources{sized}"
+        )
+        if looked.derivations:
+            members = ((base_name_of(drv), store.read(drv)) for drv in looked.derivations)
+            await client.send_derivations(in_thread(encode_derivations(members)))
+        if looked.sources:
+            nars = ((header, _nar(store, header)) for header in looked.sources)
+            await client.send_sources(in_thread(encode_sources(nars)))
+    if sent_before is not None:
+        sent_before.derivations.update(looked.known)
+        sent_before.derivations.update(looked.closure.derivations)
+        sent_before.outputs.update(looked.closure.outputs)
+        sent_before.sources.update(looked.closure.sources)
+    stages.ended("upload")
+    return looked.makers
+
+
+async def taken_after_sending(
+    send: Callable[[bool], Awaitable[tuple[str, ...]]], take: Callable[[tuple[str, ...]], Awaitable[_Taken]]
+) -> _Taken:
+    """Send with `send`, then let `take` submit with the makers that it returns.
+
+    Where the coordinator lacks something of what it knew (a source that was collected, a database that was restored),
+    all is looked at and sent once more, `send(True)`.
+    """
+    try:
+        return await take(await send(False))
+    except RefusedError as error:
+        if error.reason != MissingMemberError.code:
+            raise
+    return await take(await send(True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """The part of a closure that the coordinator lacks, inputs and references first; how much it was asked about."""
+
+    closure: Closure
+    #: Full paths of .drv files.
+    derivations: Sequence[str]
+    sources: Sequence[SourceHeader]
+    asked: int
+    asked_sources: int
+    #: Full paths of members that it knows, at which the closure ends.
+    known: Collection[str]
+    makers: tuple[str, ...]
+
+
+async def _look(
+    client: ApiClient, store: LocalStore, drvs: Sequence[str], before: SentParts, *, whole: bool
+) -> _Looked:
     makers: dict[str, None] = {}
-    before = sent_before or SentParts()
     while True:
-        closure: Closure = await asyncio.to_thread(read_closure, store, [*drvs, *makers], before.derivations)
+        closure, asked, known = await _lacking(client, store, [*drvs, *makers], before, whole=whole)
         outputs = closure.outputs | before.outputs
         found = await describe_sources(store, [path for path in closure.sources if path not in before.sources])
-        headers = found.headers
         built = tuple(map(base_name_of, found.built))
         query = IntakeQuery(
             store_dir=store.store_dir,
-            derivations=tuple(base_name_of(drv) for drv in closure.derivations),
-            sources=(*(header.path for header in headers), *built),
+            derivations=tuple(map(base_name_of, closure.derivations)) if whole else (),
+            sources=(*(header.path for header in found.headers), *built),
             built=built,
         )
-        missing = await client.missing(query)
+        if query.derivations or query.sources:
+            missing = await client.missing(query)
+        else:
+            missing = IntakeMissing(derivations=(), sources=())
         absent = set(missing.sources)
-        sent = [header for header in headers if header.path in absent]
-        refuse_lost_references(store, sent, absent.intersection(built), missing.trouble)
+        sources = [header for header in found.headers if header.path in absent]
+        refuse_lost_references(store, sources, absent.intersection(built), missing.trouble)
         unbuilt = [path for path in found.built if base_name_of(path) in absent and path not in outputs]
         if not unbuilt:
-            break
+            names = set(missing.derivations)
+            lacking = [drv for drv in closure.derivations if not whole or base_name_of(drv) in names]
+            counted = len(query.derivations) if whole else asked
+            return _Looked(closure, lacking, sources, counted, len(found.headers), known, tuple(makers))
+        if not whole:
+            # What the farm knows may make it.
+            whole, before = True, SentParts()
+            continue
         # Each goes into the next closure, so that this ends.
         for path in unbuilt:
             makers[await asyncio.to_thread(find_maker, store, path, found.built[path], missing.trouble)] = None
-    stages.ended("closure")
-    if missing.derivations or missing.sources:
-        lacking = set(missing.sources)
-        sources = [header for header in headers if header.path in lacking]
-        sized = f" ({size(sum(header.nar_size for header in sources))})" if sources else ""
-        told = screen.status if screen is not None else _say_nothing
-        told(
-            f"sending {len(missing.derivations)} of {len(query.derivations)} derivations and "
-            f"{len(sources)} of {len(headers)} sources{sized}"
-        )
-        if missing.derivations:
-            names = set(missing.derivations)
-            members = (
-                (base_name_of(drv), store.read(drv)) for drv in closure.derivations if base_name_of(drv) in names
-            )
-            await client.send_derivations(in_thread(encode_derivations(members)))
-        if sources:
-            nars = ((header, _nar(store, header)) for header in sources)
-            await client.send_sources(in_thread(encode_sources(nars)))
-    before.derivations.update(closure.derivations)
-    before.outputs.update(closure.outputs)
-    before.sources.update(closure.sources)
-    stages.ended("upload")
-    return tuple(makers)
+
+
+async def _lacking(
+    client: ApiClient, store: LocalStore, roots: Sequence[str], before: SentParts, *, whole: bool
+) -> tuple[Closure, int, Collection[str]]:
+    """Return what the coordinator lacks below `roots`, or the whole; how many it was asked about; those it knows."""
+    if whole:
+        return await asyncio.to_thread(read_closure, store, roots, before.derivations), 0, ()
+    walk = ClosureWalk(store, roots, before.derivations)
+    while walk.questions:
+        names = {base_name_of(drv): drv for drv in walk.questions}
+        missing = await client.missing(IntakeQuery(store_dir=store.store_dir, derivations=tuple(names), sources=()))
+        await asyncio.to_thread(walk.learn, [names[name] for name in missing.derivations])
+    return await asyncio.to_thread(walk.closure), walk.asked, walk.known
 
 
 @asynccontextmanager
 async def sending_again(
-    send: Callable[[], Awaitable[object]], screen: Screen
+    send: Callable[[bool], Awaitable[object]], screen: Screen
 ) -> AsyncIterator[Callable[[StepView], None]]:
-    """Send what the farm lacks again whenever a step waits for a lost input, as long as the block runs.
+    """Send what the farm lacks of the whole again whenever a step waits for a lost input, as long as the block runs.
 
     Gives what takes each step that changes. Where what is lost cannot be sent, its step waits as before.
     """
@@ -136,7 +199,7 @@ async def sending_again(
             await lost.wait()
             lost.clear()
             try:
-                await send()
+                await send(True)
             except (CoordinatorError, OSError) as error:
                 screen.status(f"the farm lost an input, which could not be sent again: {error}")
             await asyncio.sleep(SEND_AGAIN_EVERY_S)

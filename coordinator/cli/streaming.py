@@ -28,7 +28,7 @@ from coordinator.cli.evaluation import show_evaluation, show_messages
 from coordinator.cli.follow import follow
 from coordinator.cli.progress import Progress
 from coordinator.cli.screen import Screen
-from coordinator.cli.sending import ClientStages, SentParts, send_closure, sending_again
+from coordinator.cli.sending import ClientStages, SentParts, send_closure, sending_again, taken_after_sending
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore
 from coordinator.client.errors import RefusedError, UnreachableError
@@ -120,8 +120,8 @@ class StreamedBuild:
             await asyncio.gather(work, opened, return_exceptions=True)
 
     async def _follow(self, work: asyncio.Task[None], failed: dict[str, StepView]) -> SubmissionView:
-        async def send_again() -> None:
-            await send_closure(self._client, self._store, self._drvs, self._screen, ClientStages())
+        async def send_again(whole: bool) -> None:
+            await send_closure(self._client, self._store, self._drvs, self._screen, ClientStages(), whole=whole)
 
         async with sending_again(send_again, self._screen) as on_step:
 
@@ -233,16 +233,25 @@ class StreamedBuild:
         roots = tuple(
             RootRequest(attr=each.attr, drv=each.drv, outputs=each.outputs, limits=each.limits) for each in batch
         )
+        stages = ClientStages()
+
+        async def send(whole: bool) -> tuple[str, ...]:
+            told = self._screen if first else None
+            return await send_closure(
+                self._client, self._store, drvs, told, stages, sent_before=self._sent, whole=whole
+            )
+
+        async def take(makers: tuple[str, ...]) -> SubmissionView:
+            if not self.id:
+                await self._open()
+            request = GrowRequest(roots=roots, makers=makers, retry_failed=self._opening.retry_failed)
+            return await self._client.grow(self.id, request)
+
         budget: RetryBudget | None = None
         while True:
             stages = ClientStages()
             try:
-                told = self._screen if first else None
-                makers = await send_closure(self._client, self._store, drvs, told, stages, sent_before=self._sent)
-                if not self.id:
-                    await self._open()
-                request = GrowRequest(roots=roots, makers=makers, retry_failed=self._opening.retry_failed)
-                await self._client.grow(self.id, request)
+                await taken_after_sending(send, take)
             except (UnreachableError, RefusedError) as error:
                 if isinstance(error, RefusedError) and not error.is_passing:
                     raise

@@ -13,12 +13,6 @@ class DerivationRefusedError(IntakeError):
     code: ClassVar[str] = "bad_derivation"
 
 
-class MissingMemberError(IntakeError):
-    """A member of the graph was not sent, or not before what needs it."""
-
-    code: ClassVar[str] = "missing_member"
-
-
 class TooLargeError(IntakeError):
     """The graph is larger than a limit; the sentence has both numbers."""
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from coordinator.errors import MissingMemberError
 from coordinator.intake import planning
-from coordinator.intake.errors import MissingMemberError
 from coordinator.journal.codec import RootNote
 from coordinator.stores.derivations import Kind, Node, StepInfo, step_info
 from scheduler.events import SubmissionReceived

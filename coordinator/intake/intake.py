@@ -14,8 +14,8 @@ from dataclasses import replace
 from coordinator.api.models import IntakeMissing
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
-from coordinator.errors import IntakeError, UnavailableError
-from coordinator.intake.errors import MissingMemberError, StoreDirError
+from coordinator.errors import IntakeError, MissingMemberError, UnavailableError
+from coordinator.intake.errors import StoreDirError
 from coordinator.intake.fixed_outputs import FixedOutputs
 from coordinator.intake.graph import Graph, Planned, add_nodes, add_recipes, cut, new_steps
 from coordinator.intake.limits import IntakeLimits, require_within

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 
-from coordinator.errors import IntakeError
-from coordinator.intake.errors import DerivationRefusedError, MissingMemberError
+from coordinator.errors import IntakeError, MissingMemberError
+from coordinator.intake.errors import DerivationRefusedError
 from coordinator.stores.derivations import DerivationStore, Kind, Known, NewDerivation, Node
 from infra.nix import aterm
 from infra.nix.derivation import DerivationKind

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from coordinator.api.requests import MAX_ROOTS, IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import LARGE_BYTES, FramingError, SourceHeader, encode_derivations, encode_sources
-from coordinator.errors import IntakeError, UnavailableError
-from coordinator.intake.errors import DerivationRefusedError, MissingMemberError, StoreDirError, TooLargeError
+from coordinator.errors import IntakeError, MissingMemberError, UnavailableError
+from coordinator.intake.errors import DerivationRefusedError, StoreDirError, TooLargeError
 from coordinator.intake.graph import Planned
 from coordinator.intake.intake import VERIFYING_COST, Intake
 from coordinator.intake.limits import IntakeLimits

@@ -15,7 +15,7 @@ from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.client.api_client import ApiClient
 from coordinator.config import CacheSettings, Settings, UpstreamSettings
-from coordinator.intake.errors import MissingMemberError
+from coordinator.errors import MissingMemberError
 from coordinator.main import open_coordinator
 from infra.cache.cache import Cache
 from infra.cache.pulls import closure_pulls
