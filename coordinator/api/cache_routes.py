@@ -39,12 +39,19 @@ _SIGNED: Final = (409, *_STORED, 422)
 
 
 class NarinfosQuestion(BaseModel):
-    """Body of POST narinfos: base names, and whether all that they reach is wanted too."""
+    """Body of POST narinfos: what is wanted of which paths.
+
+    Attributes:
+        paths: Base names, or their first 32 characters alone, as a client has them that was asked for a narinfo.
+        closure: All that they reach is wanted too.
+        after: The `next` of the answer before, where one did not hold all; the rest of the question stays the same.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     paths: Annotated[tuple[Annotated[str, Field(max_length=255)], ...], Field(max_length=MAX_QUESTION), FailFast()]
     closure: bool = True
+    after: Annotated[str, Field(max_length=20, pattern="^[0-9]*$")] = ""
 
 
 BEGIN: Final = Route("POST", _UPLOADS, Right.UPLOAD, body=Begin, answer=Begun, status=201, errors=(403, 429, *_MESSAGE))
@@ -80,7 +87,7 @@ REALISATION: Final = Route[None](
 BUILD_TRACE: Final = Route[None](
     "GET", "{prefix}/build-trace-v2/{derivation}/{output}.doi", Right.READ, answer=Content.REALISATION, errors=_NAMED
 )
-#: A worker's question about many paths at once; its body is `NarinfosQuestion`.
+#: One question about many paths and all that they reach; its body is `NarinfosQuestion`.
 NARINFOS: Final = Route[None](
     "POST",
     "{prefix}/narinfos",

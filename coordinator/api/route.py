@@ -71,7 +71,7 @@ class Content(StrEnum):
     NAR = "application/x-nix-nar"
     LISTING = "application/json; listing"
     REALISATION = "application/json; realisation"
-    #: `{"narinfos": [text], "missing": [base name]}`
+    #: `{"narinfos": [text], "missing": [base name], "next": text}`, a narinfo a line.
     NARINFOS = "application/json; narinfos"
     #: Any bytes, which are dropped.
     DROPPED = "application/octet-stream"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from infra.cache.catalog.catalog import Catalog
+from infra.cache.catalog.closures import ClosurePage, PageBounds, find_page, read_page
 from infra.cache.catalog.contents import holders
 from infra.cache.catalog.database import Database, FencingToken, open_metadata
 from infra.cache.counters import CacheCounters
@@ -160,6 +161,20 @@ class Cache:
     async def holders(self, contents: Collection[FixedContent]) -> dict[FixedContent, NarInfo]:
         """Return a path that should hold each content, where there is one; that it does is for the caller to prove."""
         return await holders(self._catalog, contents)
+
+    async def closure_page(
+        self, names: Collection[str], bounds: PageBounds, *, recursive: bool = True, after: int = 0
+    ) -> ClosurePage:
+        """Return which paths a page of the closure of base names, or hash parts alone, holds; see `closures`.
+
+        Raises:
+            ClosureTooLargeError: more than MAX_CLOSURE paths are reached.
+        """
+        return await find_page(self._catalog, names, bounds, recursive=recursive, after=after)
+
+    async def read_page(self, serials: Sequence[int]) -> tuple[list[bytes], list[str]]:
+        """Return the narinfos of some paths of a page, in order, and the base names of those that were lost."""
+        return await read_page(self._catalog, serials)
 
     async def realisation(self, layout: RealisationLayout, key: str) -> bytes | None:
         """Return the signed realisation with this key (`infra.nix.realisation.parse_key`) if its path is here."""

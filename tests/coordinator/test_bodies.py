@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from coordinator.api.cache_routes import NarinfosQuestion
 from coordinator.api.requests import DrainRequest, SubmitRequest
 from coordinator.errors import BadRequestError
-from coordinator.http.binary_cache.routes import QUESTION_BOUNDS
+from coordinator.http.binary_cache.closures import QUESTION_BOUNDS
 from coordinator.http.bodies import SMALL, BodyBounds, parse_model, read_model
 from coordinator.http.middleware import is_host, is_own_host
 from infra.loop_watch import STALL_S, LoopWatch

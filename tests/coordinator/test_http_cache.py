@@ -13,14 +13,16 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coordinator.api.cache_routes import MAX_QUESTION
 from coordinator.caches.opening import OpenCache
 from coordinator.config import CacheSettings
-from coordinator.http.binary_cache import routes as http_cache
-from coordinator.http.binary_cache.routes import QUESTION_BOUNDS, add_cache_routes
+from coordinator.http.binary_cache import closures
+from coordinator.http.binary_cache.closures import QUESTION_BOUNDS
+from coordinator.http.binary_cache.routes import add_cache_routes
 from coordinator.security.tokens import CacheAccess
 from infra.cache.cache import Cache
 from infra.cache.publishing.claims import Published
@@ -29,6 +31,7 @@ from infra.nix.narinfo import NarInfo
 from infra.objects.errors import ObjectStoreError
 from infra.objects.nar_writer import QUICK_BYTES, upload_nar
 from infra.objects.store import ObjectStore
+from infra.substituter.closures import ClosureAnswer, QuestionAnswerError, QuestionRefusedError
 from tests.support.cache import (
     STORE_DIR,
     base_name,
@@ -260,11 +263,75 @@ async def test_an_answer_holds_the_nearest_of_a_large_closure(served: Served, mo
     await publish(served.cache, A)
     await publish(served.cache, B, references=[A])
     await publish(served.cache, C, references=[B])
-    monkeypatch.setattr(http_cache, "NARINFOS_AT_ONCE", 2)
+    monkeypatch.setattr(closures, "NARINFOS_AT_ONCE", 2)
     async with served.http.post(f"{served.url}/narinfos", json={"paths": [base_name(C)]}) as answer:
         told = await answer.json()
     infos = [narinfo.parse(text.encode(), STORE_DIR) for text in told["narinfos"]]
     assert ([info.store_path for info in infos], told["missing"]) == ([B, C], [])
+
+
+async def pages_of(served: Served, *names: str, closure: bool = True) -> tuple[list[list[str]], list[str]]:
+    """Return what the client of the question reads, page by page as it comes: names of paths, and what is missing."""
+    question = ClosureAnswer(served.http, served.url, {}, names, closure)
+    pages = [
+        [narinfo.parse(text, STORE_DIR).path.store_path[44:] for text in texts] async for texts in question.narinfos()
+    ]
+    return pages, question.missing
+
+
+async def test_a_closure_of_several_pages_is_read_whole_by_hash_parts_or_names(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = [store_path(f"n{number:02}") for number in range(16)]
+    claims = [
+        await uploaded_claim(served.cache, path, references=chain[max(0, number - 1) : number + 1])
+        for number, path in enumerate(chain)
+    ]
+    await served.cache.publish(claims)
+    root, lost, unknown = base_name(chain[-1]), base_name(chain[3]), base_name(store_path("unknown"))
+    # The first page is compressed, each later one goes on below it; inside a page references come first.
+    monkeypatch.setattr(closures, "NARINFOS_AT_ONCE", 9)
+    monkeypatch.setattr(closures, "COMPRESSED_FROM", 8)
+    monkeypatch.setattr(closures, "TEXTS_AT_ONCE", 4)
+    pages, missing = await pages_of(served, root[:32], unknown)
+    assert sorted(name for page in pages for name in page) == [f"n{number:02}" for number in range(16)]
+    assert (pages[0][-1], pages[0] == sorted(pages[0]), missing) == ("n15", True, [unknown])
+    monkeypatch.setattr(closures, "PAGE_BYTES", 1200)
+    [text] = (await served.cache.read_page([4]))[0]
+    await served.cache.objects.delete(narinfo.parse(text, STORE_DIR).stored.url)
+    pages, missing = await pages_of(served, root)
+    assert (len(pages) > 4, sum(map(len, pages)), missing) == (True, 15, [lost])
+    assert await pages_of(served, root, closure=False) == ([["n15"]], [])
+
+
+async def test_more_questions_at_one_time_than_may_be_wait_for_their_turn_and_are_told_to_come_again(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await publish(served.cache, A)
+    monkeypatch.setattr(closures, "TURN_S", 0.05)
+    monkeypatch.setattr(closures, "WALKS_AT_ONCE", 0)
+    async with serve(served.cache) as crowded:
+        async with crowded.http.post(f"{crowded.url}/narinfos", json={"paths": [base_name(A)]}) as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+        with pytest.raises(QuestionRefusedError, match="status 503"):
+            await pages_of(crowded, base_name(A))
+
+
+async def test_an_answer_in_another_layout_is_read_too_and_one_that_is_none_is_refused() -> None:
+    bad = (b"[]", b'{"narinfos":[\n5\n],"missing":[]}', b'{"narinfos":[\n"a"')
+    answers = iter((b'{"narinfos": ["a\\n"], "missing": ["x"]}', *bad))
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(body=next(answers), content_type="application/json")
+
+    app = web.Application()
+    app.router.add_post("/cache/narinfos", answer)
+    async with TestServer(app) as server, aiohttp.ClientSession() as http:
+        question = ClosureAnswer(http, str(server.make_url("/cache")), {}, ["x"])
+        assert ([page async for page in question.narinfos()], question.missing) == ([[b"a\n"]], ["x"])
+        for _ in bad:
+            with pytest.raises(QuestionAnswerError):
+                [page async for page in question.narinfos()]
 
 
 # What no client sends.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from infra.nix import signing
+from infra.substituter.closures import QUESTION_PATHS
 from workers.agent import inputs
-from workers.agent.inputs import QUESTION_PATHS, FarmSources
+from workers.agent.inputs import FarmSources
 from workers.wire.messages import Failed, Output, Succeeded
 
 from .conftest import STORE, AgentHarness, ReportReader, drv, hash_part, order

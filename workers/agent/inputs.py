@@ -19,10 +19,10 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import aiohttp
-import orjson
 
 from infra.clock import Clock
 from infra.daemon import DaemonGone, DaemonOperationError, Upload
@@ -37,6 +37,12 @@ from infra.objects.http_source import fetch_nar_over_http
 from infra.objects.nar_reader import fetch_nar
 from infra.objects.store import ObjectStore, open_object_store
 from infra.retry import Outage, retrying
+from infra.substituter.closures import (
+    QUESTION_PATHS,
+    ClosureAnswer,
+    QuestionAnswerError,
+    QuestionRefusedError,
+)
 from infra.upload.client import UploadClient
 from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog, Moving
 from workers.agent.daemon_pool import DaemonSession, SessionPool
@@ -49,9 +55,6 @@ QUESTION_S = 60.0
 CONNECT_S = 10.0
 #: Seconds for which requests to a cache that does not answer, or to a store that fails, are repeated.
 AWAY_S = 60.0
-#: Paths of one question to the cache, which takes 500; bytes of one answer, 500 narinfos that may have many references.
-QUESTION_PATHS = 500
-MAX_ANSWER_BYTES = 64 * 1024 * 1024
 #: Paths that the inputs of one lease may reach.
 MAX_CLOSURE = 100_000
 #: NARs up to this size are downloaded ahead of their turn, so many at a time.
@@ -133,15 +136,14 @@ class FarmSources:
         return infos
 
     async def _request_infos(self, names: Sequence[str]) -> list[NarInfo]:
-        """Ask for narinfos by base name, with as much of their closure as one answer holds. Raises `InputError`."""
-        answer = await self._ask(orjson.dumps({"paths": names, "closure": True}))
-        missing = answer.get("missing")
+        """Ask for narinfos by base name, with as much of their closure as the cache answers. Raises `InputError`."""
+        texts, missing = await _patiently(partial(self._ask, names))
         if missing:
             paths = [self.store_dir.full(name) for name in missing[:MAX_MISSING]]
             raise InputError(f"{paths[0]} is not in the farm's cache", paths)
         try:
-            return [narinfo.parse(text.encode(), self.store_dir) for text in answer["narinfos"]]
-        except (NixError, KeyError, AttributeError, TypeError) as error:
+            return [narinfo.parse(text, self.store_dir) for text in texts]
+        except NixError as error:
             raise InputError(f"the cache's answer cannot be read: {error}") from error
 
     @property
@@ -177,25 +179,28 @@ class FarmSources:
     def _authorization(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.farm.cache_token}"} if self.farm.cache_token else {}
 
-    async def _ask(self, body: bytes) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json", **self._authorization()}
-
-        async def ask() -> dict[str, Any]:
-            try:
-                async with self._session.post(
-                    f"{self.farm.cache_url}/narinfos", data=body, headers=headers
-                ) as response:
-                    if response.status == 200:
-                        return await _json_object(response)
-                    kind = InputError if response.status < 500 else InputAwayError
-                    problem = f"answered with status {response.status}"
-            except TimeoutError:
-                kind, problem = InputAwayError, f"did not answer within {QUESTION_S:.0f} s"
-            except aiohttp.ClientError as error:
-                kind, problem = InputAwayError, f"cannot be asked ({error})"
-            raise kind(f"the farm's cache at {self.farm.cache_url} {problem}")
-
-        return await _patiently(ask)
+    async def _ask(self, names: Sequence[str]) -> tuple[list[bytes], list[str]]:
+        """Return the narinfos of a closure, and the base names that the cache lacks. Raises `InputError`."""
+        question = ClosureAnswer(self._session, self.farm.cache_url, self._authorization(), names)
+        texts: list[bytes] = []
+        try:
+            async with aclosing(question.narinfos()) as pages:
+                async for page in pages:
+                    texts += page
+                    if len(texts) > MAX_CLOSURE:
+                        raise InputError(f"the inputs reach more than {MAX_CLOSURE} paths")
+        except QuestionRefusedError as error:
+            kind = InputError if error.status < 500 else InputAwayError
+            problem = f"answered with status {error.status}"
+        except QuestionAnswerError as error:
+            raise InputError(f"the cache's answer cannot be read: {error}") from error
+        except TimeoutError:
+            kind, problem = InputAwayError, f"did not answer within {QUESTION_S:.0f} s"
+        except aiohttp.ClientError as error:
+            kind, problem = InputAwayError, f"cannot be asked ({error})"
+        else:
+            return texts, question.missing
+        raise kind(f"the farm's cache at {self.farm.cache_url} {problem}")
 
 
 async def _patiently(call: Callable[[], Awaitable[_Result]]) -> _Result:
@@ -218,21 +223,6 @@ def _references_first(infos: Mapping[str, NarInfo]) -> list[NarInfo]:
 
 def _others(info: NarInfo) -> list[str]:
     return [name for name in info.path.references if name != info.base_name]
-
-
-async def _json_object(response: aiohttp.ClientResponse) -> dict[str, Any]:
-    data = bytearray()
-    async for chunk in response.content.iter_any():
-        data += chunk
-        if len(data) > MAX_ANSWER_BYTES:
-            raise InputError(f"the cache's answer is longer than {MAX_ANSWER_BYTES} bytes")
-    try:
-        answer = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise InputError("the cache's answer is not a JSON object")
-    return answer
 
 
 async def open_sources(farm: FarmInfo) -> FarmSources:

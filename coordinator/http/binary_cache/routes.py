@@ -1,9 +1,7 @@
-"""The binary cache over HTTP: what Nix clients of any version ask, and one question of our own for workers.
+"""The binary cache over HTTP: what Nix clients of any version ask.
 
-`coordinator.api.cache_routes` has the routes; `coordinator.http.binary_cache.puts` answers writers. The question of our
-own, `{"paths": [base name], "closure": bool}`, is answered by `{"narinfos": [text], "missing": []}`: at most
-`MAX_QUESTION` paths, and `NARINFOS_AT_ONCE` of what they reach, the nearest first; a worker asks again for the
-references that the answer lacks.
+`coordinator.api.cache_routes` has the routes; `coordinator.http.binary_cache.puts` answers writers, and
+`coordinator.http.binary_cache.closures` one question of our own, that for the narinfos of a whole closure.
 
 A private cache answers 401 to a client without a token (`coordinator.http.binary_cache.access`). HEAD is answered
 wherever GET is, and the same. What is unknown, malformed, lost or cannot be looked up just now is 404 with `no-store`:
@@ -19,20 +17,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from hashlib import blake2b
 from typing import Any, Final, TypeAlias
 
-import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from coordinator.api import cache_routes
-from coordinator.api.cache_routes import MAX_QUESTION, NarinfosQuestion
 from coordinator.api.route import Right, Route
 from coordinator.caches.opening import OpenCache
-from coordinator.errors import CoordinatorError
-from coordinator.http.answers import error_answer
 from coordinator.http.binary_cache.access import challenge, may_read, may_write
+from coordinator.http.binary_cache.closures import ClosureAnswers
 from coordinator.http.binary_cache.nars import NAR_HEADERS, NarAnswers, cut
 from coordinator.http.binary_cache.puts import CachePuts, log_key
-from coordinator.http.bodies import BodyBounds, read_model
 from coordinator.http.routing import serve_below
 from infra.cache.listing import Listings
 from infra.nix.errors import FormatError
@@ -46,10 +40,6 @@ _log = logging.getLogger(__name__)
 
 #: Gives the log of a derivation (base name of the .drv), None if there is none.
 LogFor: TypeAlias = Callable[[str], Awaitable[AsyncIterator[bytes] | None]]
-
-#: Narinfos of one answer. Closures are larger; a client that asks for one goes on with what is left.
-NARINFOS_AT_ONCE: Final = 500
-QUESTION_BOUNDS: Final = BodyBounds(size_bytes=160 * 1024, items=MAX_QUESTION + 8, containers=4)
 
 _JSON_HEADERS: Final = {"Content-Type": "application/json", "Cache-Control": "public, max-age=60"}
 _LOG_HEADERS: Final = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-cache"}
@@ -71,6 +61,7 @@ class CacheRoutes:
         self._cache = served.cache
         self._log_for = log_for
         self._listings = Listings(served.cache)
+        self._closures = ClosureAnswers(served.cache)
         self._nars = NarAnswers(served, self._headers(NAR_HEADERS))
         #: None where no token may write.
         self.puts = CachePuts(served) if served.access.writable else None
@@ -85,7 +76,7 @@ class CacheRoutes:
             cache_routes.BUILD_LOG: self.log,
             cache_routes.REALISATION: self.realisation_by_hash,
             cache_routes.BUILD_TRACE: self.realisation_by_derivation,
-            cache_routes.NARINFOS: self.narinfos,
+            cache_routes.NARINFOS: self._closures.answer,
             cache_routes.NOTHING: self.nothing,
         }
 
@@ -186,22 +177,6 @@ class CacheRoutes:
                 return response
         await response.write_eof()
         return response
-
-    async def narinfos(self, request: web.Request) -> web.Response:
-        """Answer what is known of many paths and all that they reach, references first."""
-        try:
-            question = await read_model(request, NarinfosQuestion, QUESTION_BOUNDS)
-            base = f"{self._cache.store_dir.path}/"
-            wanted_paths = [base + name for name in question.paths]
-            narinfos, missing = await self._cache.closure(
-                wanted_paths, recursive=question.closure, at_most=NARINFOS_AT_ONCE
-            )
-        except CoordinatorError as error:
-            return error_answer(error.status, error.code, str(error))
-        except CacheError as error:
-            return error_answer(503, "unavailable", f"{error}; try again.")
-        answer = {"narinfos": [text.decode() for text in narinfos], "missing": [name[len(base) :] for name in missing]}
-        return web.Response(body=orjson.dumps(answer), content_type="application/json")
 
     async def nothing(self, _request: web.Request) -> web.Response:
         """Answer for every other address."""

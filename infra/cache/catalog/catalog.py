@@ -223,6 +223,11 @@ class Catalog:
                 found[row.hash_part] = row
         return found
 
+    async def numbered(self, connection: AsyncConnection, serials: Sequence[int]) -> list[Row]:
+        """Return the rows with these serials that there are, tombstoned or not, by serial."""
+        question = sa.select(*_ROW_COLUMNS).where(paths.c.serial.in_(serials)).order_by(paths.c.serial)
+        return [Row(*values) for values in await connection.execute(question)]
+
     async def fetchable(self, rows: Iterable[Row]) -> list[Row]:
         """Return those rows whose paths can be fetched."""
         return await self.intact(row for row in rows if row.tombstoned_at is None)

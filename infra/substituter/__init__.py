@@ -1,0 +1,1 @@
+"""The client's side of binary caches: the question about a closure."""
