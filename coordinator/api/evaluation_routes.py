@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from coordinator.api.evaluations import EvaluationState, EvaluationView
 from coordinator.api.route import Content, Query, Right, Route
@@ -45,3 +45,4 @@ CANCEL_EVALUATION: Final = Route(
     errors=(404,),
     summary="End a remote evaluation; what it has submitted goes on. A repeat changes nothing.",
 )
+EVALUATION_ROUTES: Final[tuple[Route[Any], ...]] = (PUT_TREE, EVALUATE, EVALUATION, CANCEL_EVALUATION)

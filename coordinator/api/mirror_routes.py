@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from coordinator.api.mirroring import MirrorState, MirrorView
 from coordinator.api.route import Query, Right, Route
@@ -36,3 +36,4 @@ CANCEL_MIRRORING: Final = Route(
     errors=(404,),
     summary="End a run of mirroring; what it has published stays. A repeat changes nothing.",
 )
+MIRROR_ROUTES: Final[tuple[Route[Any], ...]] = (MIRROR, MIRRORING, CANCEL_MIRRORING)

@@ -20,8 +20,8 @@ from typing import Any, Final, get_args
 from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
 from coordinator.api.difference_models import DifferenceView
 from coordinator.api.estimates import SubmissionEtaView, ThroughputView
-from coordinator.api.evaluation_routes import CANCEL_EVALUATION, EVALUATE, EVALUATION, PUT_TREE
-from coordinator.api.mirror_routes import CANCEL_MIRRORING, MIRROR, MIRRORING
+from coordinator.api.evaluation_routes import EVALUATION_ROUTES
+from coordinator.api.mirror_routes import MIRROR_ROUTES
 from coordinator.api.models import (
     FarmView,
     IntakeMissing,
@@ -486,13 +486,8 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     COLLECT,
     VERIFY,
     RESIGN,
-    PUT_TREE,
-    EVALUATE,
-    EVALUATION,
-    CANCEL_EVALUATION,
-    MIRROR,
-    MIRRORING,
-    CANCEL_MIRRORING,
+    *EVALUATION_ROUTES,
+    *MIRROR_ROUTES,
     OPENAPI,
     HEALTH,
     METRICS,

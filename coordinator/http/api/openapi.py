@@ -18,13 +18,15 @@ from aiohttp import web
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
-from coordinator.api import requests, routes
+from coordinator.api import evaluation_routes, mirror_routes, requests, routes
 from coordinator.api.models import ErrorView
 from coordinator.api.route import EVERY_ROUTE, NUMBER_DIGITS, Content, Query, Right, Route
 from coordinator.http.routing import serve
 
 #: Version of the specification. Source: OpenAPI Specification 3.1.1.
 OPENAPI_VERSION: Final = "3.1.1"
+#: Modules whose routes it describes, each under the name that it has there.
+TABLES: Final = (routes, evaluation_routes, mirror_routes)
 _REF: Final = "#/components/schemas/{model}"
 _PART: Final = re.compile(r"\{(\w+)\}")
 _INTRODUCTION: Final = """\
@@ -53,7 +55,8 @@ def _body() -> bytes:
 
 def description(release: str) -> _Json:
     """Return the description of all routes that are not below a cache's prefix."""
-    names = {route: name.lower() for name, route in vars(routes).items() if isinstance(route, Route)}
+    members = [member for table in TABLES for member in vars(table).items()]
+    names = {route: name.lower() for name, route in members if isinstance(route, Route)}
     models = list(_models(routes.ROUTES))
     keys: list[tuple[int, JsonSchemaMode, TypeAdapter[Any]]] = [
         (number, "validation" if _is_request(model) else "serialization", TypeAdapter(model))
