@@ -16,8 +16,10 @@ from typing import Final
 
 #: Objects made in a pause and still there from which on the collector does not look at them afterwards either.
 KEPT_OBJECTS: Final = 20_000
-#: Seconds after which pauses that overlap let the collector work all the same, or it might never.
+#: Seconds after which pauses that overlap let the collector work all the same, or it might never: on what is young.
 MAX_PAUSE_S: Final = 30.0
+#: Young collections before one that looks at everything, while pauses overlap: never.
+NO_FULL_COLLECTION: Final = 1_000_000_000
 
 
 class _Pauses:
@@ -27,6 +29,25 @@ class _Pauses:
         self.count = 0
         self.since_s = 0.0
         self.was_on = False
+        #: What decides when to collect, while pauses overlap for so long that what is young is collected; else None.
+        self.thresholds: tuple[int, int, int] | None = None
+
+    def collect_the_young(self) -> None:
+        """Let the collector work on what is made from now on, never on all of that at once."""
+        self.thresholds = gc.get_threshold()
+        gc.set_threshold(*self.thresholds[:2], NO_FULL_COLLECTION)
+        gc.freeze()
+        gc.enable()
+
+    def end(self) -> None:
+        """Let the collector work as before, but for what was made very much of."""
+        # Made less freed since the last collection; counted also while the collector is off.
+        if self.thresholds or gc.get_count()[0] > KEPT_OBJECTS:
+            gc.freeze()
+        if self.thresholds:
+            gc.set_threshold(*self.thresholds)
+            self.thresholds = None
+        gc.enable()
 
 
 _pauses: Final = _Pauses()
@@ -38,15 +59,12 @@ def collector_paused() -> Iterator[None]:
     if _pauses.count == 0:
         _pauses.was_on, _pauses.since_s = gc.isenabled(), time.monotonic()
         gc.disable()
-    elif _pauses.was_on and time.monotonic() - _pauses.since_s > MAX_PAUSE_S:
-        gc.enable()
+    elif _pauses.was_on and not gc.isenabled() and time.monotonic() - _pauses.since_s > MAX_PAUSE_S:
+        _pauses.collect_the_young()
     _pauses.count += 1
     try:
         yield
     finally:
         _pauses.count -= 1
         if _pauses.count == 0 and _pauses.was_on:
-            # Made less freed since the last collection; counted also while the collector is off.
-            if gc.get_count()[0] > KEPT_OBJECTS:
-                gc.freeze()
-            gc.enable()
+            _pauses.end()

@@ -14,8 +14,9 @@ from collections.abc import Generator
 from typing import Final, TypeVar
 from weakref import WeakKeyDictionary
 
-#: Processor time after which work gives the loop back, in seconds: a fifth of what the house allows (`loop_watch`).
-SLICE_S: Final = 0.01
+#: Processor time after which work gives the loop back, in seconds. An answer or an event takes some five rounds of the
+#: loop, each of which waits for a slice: all of them must fit into what the house allows for one (`loop_watch`).
+SLICE_S: Final = 0.003
 
 #: Objects that are freed between two pauses, with all that only they refer to.
 FREED_AT_ONCE: Final = 256

@@ -5,8 +5,8 @@
     python -m tests.benchmarks.observability_farm serve PLAN
 
 PLAN is a `restart_farm.Plan`. `build` says where it answers as one line of JSON (`Place`), once the submission is in
-and and some of it is built. Then `build N` on standard input builds N more and is answered with the time of their
-report, by the clock that all processes of a machine share.
+and and some of it is built. Then `build N` on standard input builds N more and is answered with the time at which it
+was asked, by the clock that all processes of a machine share, and their steps.
 
 `seed` leaves a state directory as `restart_farm` does, with the timings of as many attempts as there are steps; `serve`
 starts on it and says where it answers.
@@ -49,6 +49,8 @@ TIMED_SLOTS: Final = 16
 SAVED: Final = 2_000
 #: Seconds after which a worker that has nothing to build looks for orders again.
 ORDERS_WITHIN_S: Final = 0.02
+#: Builds whose outputs it has before they are asked for.
+PREPARED: Final = 8
 
 
 class Place(BaseModel):
@@ -63,60 +65,91 @@ class Place(BaseModel):
 
 
 class BuildingStandIn(StandIn):
-    """A stand-in that builds what `build` asks for: its outputs lie in the object store, and are published."""
+    """A stand-in that builds what `build` asks for: its outputs lie in the object store, and are published.
+
+    The outputs of what it may be asked for are made before, so that a report costs the coordinator and nothing else.
+    Steps of other submissions it builds only where they would leave it none of its own.
+    """
 
     def __init__(self, plan: Plan, objects: ObjectStore) -> None:
         plan.leases_file.write_text(Leases().model_dump_json())
         super().__init__(plan)
         self._objects = objects
+        #: Steps that `build` may mean; None while those are all.
+        self.own: frozenset[str] | None = None
         self._orders: dict[str, int] = {}
+        #: Outputs that lie in the object store, by step.
+        self._outputs: dict[str, Output] = {}
         self._asked = asyncio.Event()
         self._reached = asyncio.Event()
         self._left = 0
         self._last = 0
+        self._built: list[str] = []
 
     async def run(self, sink: Sink) -> None:
         """See `Fleet`."""
         await sink(WorkerConnected(self.hello()))
         while True:
-            reports = await self._reports()
+            await self._prepare()
+            own = self._own_orders()[: min(REPORTED, self._left)]
+            reports = [self._report(step) for step in own or await self._in_the_way()]
             self._last += len(reports)
             await sink(WorkerSpoke(WORKER, self.batch(self._last, reports)))
-            self._left -= len(reports)
+            self._left -= len(own)
+            self._built += own
             if not self._left:
                 self._reached.set()
                 self._asked.clear()
             if not reports:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(HEARTBEAT_S if not self._left else ORDERS_WITHIN_S):
+                    async with asyncio.timeout(ORDERS_WITHIN_S if self._left or self._lacks() else HEARTBEAT_S):
                         await (self._asked.wait() if not self._left else asyncio.sleep(ORDERS_WITHIN_S))
 
-    async def build(self, count: int) -> None:
-        """Build so many more, and return once they are reported."""
+    async def build(self, count: int) -> list[str]:
+        """Build so many more, and return them once they are reported."""
         self._left += count
+        self._built = []
         self._reached.clear()
         self._asked.set()
         await self._reached.wait()
+        return self._built
 
     async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:
         """See `Fleet`."""
         await super().start_many(worker, orders)
         self._orders.update({order.step: order.attempt for order in orders})
 
-    async def _reports(self) -> list[Report]:
-        now = time.time()
-        reports = []
-        for step in list(self._orders)[: min(REPORTED, self._left)]:
+    def _own_orders(self) -> list[str]:
+        return [step for step in self._orders if self.own is None or step in self.own]
+
+    def _lacks(self) -> bool:
+        return len(self._own_orders()) < PREPARED < len(self._orders)
+
+    async def _prepare(self) -> None:
+        for step in self._own_orders()[: max(PREPARED, min(REPORTED, self._left))]:
+            await self._make(step)
+
+    async def _in_the_way(self) -> list[str]:
+        """Return another submission's step that is to be built so that one of its own may come, if that is needed."""
+        if self._left or not self._lacks():
+            return []
+        steps = [step for step in self._orders if step not in (self.own or ())][:1]
+        for step in steps:
+            await self._make(step)
+        return steps
+
+    async def _make(self, step: str) -> None:
+        if step not in self._outputs:
             nar = await upload_nar(self._objects, _nar(step))
-            output = Output.of("out", narinfo_of(f"/nix/store/{step}", nar))
-            reports.append(
-                Report(
-                    step=step, attempt=self._orders.pop(step), started_at=now, building_at=now, built_at=now,
-                    ended_at=now, result=Succeeded(outputs=(output,)),
-                )
-            )  # fmt: skip
-            self.let_go(step)
-        return reports
+            self._outputs[step] = Output.of("out", narinfo_of(f"/nix/store/{step}", nar))
+
+    def _report(self, step: str) -> Report:
+        now = time.time()
+        self.let_go(step)
+        return Report(
+            step=step, attempt=self._orders.pop(step), started_at=now, building_at=now, built_at=now, ended_at=now,
+            result=Succeeded(outputs=(self._outputs.pop(step),)),
+        )  # fmt: skip
 
 
 async def _nar(step: str) -> AsyncIterator[bytes]:
@@ -197,14 +230,16 @@ async def build(plan: Plan) -> None:
     connections.raise_descriptor_limit()
     settings = plan.settings.model_copy(update={"limits": LimitSettings(watchers=WATCHERS, connections=8192)})
     async with open_coordinator(settings, fleet) as coordinator:
-        await submit(coordinator, plan.steps)
+        # Before those of others: they would take all slots, of which the stand-in never gives one back.
+        submission = await submit(coordinator, plan.steps, priority=1)
+        agents[0].own = frozenset(coordinator.views.submission(submission).members)
         await agents[0].build(plan.before)
         print(_place(coordinator).model_dump_json(), flush=True)
         commands = await _commands()
         while line := await commands.readline():
             began = time.monotonic()
-            await agents[0].build(int(line.split()[1]))
-            print(began, flush=True)
+            built = await agents[0].build(int(line.split()[1]))
+            print(began, *built, flush=True)
 
 
 if __name__ == "__main__":

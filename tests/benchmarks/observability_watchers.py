@@ -41,7 +41,7 @@ async def _measure(place: Place, process: subprocess.Popen[str], count: int, run
         assert process.stdout is not None
         process.stdin.write(f"build {number}\n")
         process.stdin.flush()
-        return float(process.stdout.readline())
+        return float(process.stdout.readline().split()[0])
 
     before_mb = memory_mb(place.pid)
     streams = Watchers(place, count)

@@ -230,7 +230,7 @@ def layered(steps: int, seed: int = 1) -> tuple[list[Made], list[Made]]:
     return everything, [made for made in everything if made.drv not in used]
 
 
-async def submit(coordinator: Coordinator, steps: int) -> str:
+async def submit(coordinator: Coordinator, steps: int, *, priority: int = 0) -> str:
     """Submit a layered graph; returns the submission's id."""
     everything, roots = await asyncio.to_thread(layered, steps)
 
@@ -241,7 +241,7 @@ async def submit(coordinator: Coordinator, steps: int) -> str:
     await coordinator.intake.add_derivations(pieces())
     wanted = tuple(RootRequest(attr=made.name, drv=made.drv) for made in roots)
     submissions = Submissions(coordinator.engine, coordinator.views, coordinator.intake)
-    await submissions.submit(SubmitRequest(roots=wanted, label="bench"))
+    await submissions.submit(SubmitRequest(roots=wanted, label="bench", priority=priority))
     (row,) = coordinator.views.submissions_after("", 1)
     return row.id
 

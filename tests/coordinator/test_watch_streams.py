@@ -15,7 +15,7 @@ from aiohttp import web
 
 from coordinator.api.models import StepView
 from coordinator.http.api import events
-from coordinator.http.api.events import WatchStreams
+from coordinator.http.api.events import LEAST_PAUSE_S, PAUSE_S, WatchStreams, pause_s
 from coordinator.readmodel.rows import StepRow
 from tests.coordinator.test_views import DrivenViews, spec, submission
 
@@ -135,6 +135,13 @@ async def test_a_change_is_rendered_once_for_all_watchers(monkeypatch: pytest.Mo
             await reader.until_done(1)
         assert sorted(rendered) == ["k0", "k1"]
         assert all(reader.states == {"k0": "done", "k1": "running"} for reader in readers)
+
+
+def test_the_next_change_waits_by_what_the_one_before_cost_all_feeds() -> None:
+    """A build that ends for one watcher, a thousand builds, a thousand watchers, and fifty submissions with some."""
+    assert pause_s(1_500, 1, 1) == pytest.approx(LEAST_PAUSE_S, abs=0.002)
+    assert pause_s(1_000_000, 1, 1) == pause_s(1_500, 1_000, 1) == pause_s(1_500, 5, 50) == PAUSE_S
+    assert pause_s(1_500, 5, 1) < pause_s(15_000, 5, 1) < pause_s(15_000, 5, 2) < PAUSE_S
 
 
 async def test_a_stream_that_begins_late_knows_what_the_others_know() -> None:

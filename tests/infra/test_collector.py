@@ -50,3 +50,27 @@ def test_pauses_without_a_gap_let_the_collector_work_in_the_end(monkeypatch: pyt
         with collector_paused():
             assert gc.isenabled()
     assert gc.isenabled()
+
+
+def test_pauses_without_a_gap_never_have_all_that_was_made_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what was made before, nor what is made from then on: that holds the loop for half a second."""
+    collected: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            collected.append(info["generation"])
+
+    monkeypatch.setattr(collector, "MAX_PAUSE_S", -1.0)
+    gc.callbacks.append(note)
+    before, thresholds = gc.get_freeze_count(), gc.get_threshold()
+    try:
+        with collector_paused():
+            made: list[list[int]] = [[] for _ in range(KEPT_OBJECTS)]
+            with collector_paused():
+                assert gc.get_freeze_count() >= before + len(made)
+                made += [[] for _ in range(10 * KEPT_OBJECTS)]
+        assert set(collected) == {0, 1}
+        assert gc.get_freeze_count() >= before + len(made)
+        assert gc.get_threshold() == thresholds
+    finally:
+        gc.callbacks.remove(note)

@@ -1,8 +1,9 @@
 """Watch streams: a submission's changes as server-sent events.
 
 Rules:
-1. What is new is rendered once for all streams of a submission, at most every `PAUSE_S`: a burst of a thousand finished
-   steps is one write, and a thousand watchers cost the loop a thousand writes and no more.
+1. What is new is rendered once for all streams of a submission, at once where that costs little, and the less often the
+   more it costs (`pause_s`): a burst of a thousand finished steps is a few writes, and a thousand watchers cost the
+   loop a thousand writes and no more.
 2. A stream that begins gets a snapshot. So does one that has left more than `BEHIND_BYTES` unread, once it reads again:
    nothing is queued for it meanwhile.
 3. A connection that takes nothing for `coordinator.http.connections.UNREAD_S` is closed and counted there.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Final
 
@@ -31,9 +32,16 @@ from coordinator.readmodel.rows import SubmissionRow
 from coordinator.readmodel.views import Views
 from coordinator.readmodel.watcher import Watcher
 
-#: Seconds between two writes of one stream, and of silence before a comment.
+#: Seconds between two writes of one stream: at least, and at most where there is something new.
+LEAST_PAUSE_S: Final = 0.01
 PAUSE_S: Final = 0.2
+#: Seconds of silence before a comment.
 COMMENT_S: Final = 10.0
+#: What writing costs the loop, in seconds: for each byte rendered, and for each stream.
+RENDERED_BYTE_S: Final = 0.15e-6
+WRITTEN_STREAM_S: Final = 30e-6
+#: A pause is so many times what the writes before it cost, those of all feeds alike: they take a fortieth of the loop.
+REST_FACTOR: Final = 40.0
 #: Bytes that wait for one stream before it gets a snapshot instead. Streams share them: they are rendered once.
 BEHIND_BYTES: Final = 256 * 1024
 #: Digits of the number of a part.
@@ -45,6 +53,12 @@ LINGER_S: Final = 30.0
 LINGERING: Final = 100
 #: Streams that are woken before the loop is given back: each is a write of some 30 us.
 WOKEN_AT_ONCE: Final = 100
+
+
+def pause_s(size: int, streams: int, feeds: int) -> float:
+    """Return the seconds until the next write after one of `size` bytes to so many streams, beside so many feeds."""
+    cost_s = size * RENDERED_BYTE_S + streams * WRITTEN_STREAM_S
+    return min(max(LEAST_PAUSE_S, REST_FACTOR * cost_s * feeds), PAUSE_S)
 
 
 class _Stream:
@@ -80,8 +94,10 @@ class _Stream:
 class _Feed:
     """The changes of one submission, for all its streams."""
 
-    def __init__(self, views: Views, submission: SubmissionRow) -> None:
+    def __init__(self, views: Views, submission: SubmissionRow, feeds: Callable[[], int]) -> None:
+        """`feeds` counts those of all submissions."""
         self._views = views
+        self._feeds = feeds
         self.submission = submission
         self._changed = asyncio.Event()
         #: A stream wants a snapshot: it need not wait for the next turn.
@@ -126,7 +142,6 @@ class _Feed:
                 while not self.over:
                     await self._wait_until(due)
                     if loop.time() >= due and (self._changed.is_set() or watcher.is_behind):
-                        due = loop.time() + PAUSE_S
                         self._changed.clear()
                         await self._views.recipes.fetch(watcher.failed())
                         anew, there = watcher.is_behind, set(self.streams)
@@ -134,6 +149,7 @@ class _Feed:
                         self.over = watcher.over
                         known = [each for each in self.streams if not each.fresh or (anew and each in there)]
                         await self._give(events, known)
+                        due = loop.time() + pause_s(len(events), len(known), self._feeds())
                     self._wanted.clear()
                     if fresh := [each for each in self.streams if each.fresh]:
                         await self._views.recipes.fetch(watcher.failed(anew=True))
@@ -282,7 +298,7 @@ class WatchStreams:
         if feed is None or feed.over or feed.submission is not submission:
             if feed is not None and feed.lingering is not None:
                 self._end(feed)
-            feed = self._feeds[submission.id] = _Feed(self._views, submission)
+            feed = self._feeds[submission.id] = _Feed(self._views, submission, lambda: len(self._feeds))
         self._stay(feed)
         return feed
 
