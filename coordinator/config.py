@@ -44,6 +44,7 @@ from pydantic_settings import (
 )
 
 from coordinator.defaults import HOST, OPERATOR, PORT, default_state_dir
+from coordinator.demand_settings import DemandSettings
 from coordinator.errors import CoordinatorError
 from coordinator.remote_settings import RemoteEvaluationSettings
 from coordinator.source_settings import SourceSettings
@@ -340,6 +341,8 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     #: Evaluation on this machine for clients, see `[remote_evaluation]`.
     remote_evaluation: RemoteEvaluationSettings = RemoteEvaluationSettings()
+    #: Paths that clients miss in the cache, see `[demand]`.
+    demand: DemandSettings = DemandSettings()
     #: Ways by which fixed outputs come into the cache, see `[sources]`.
     sources: SourceSettings = SourceSettings()
     #: The cache at `/cache`, which the farm publishes to.

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any, Final, get_args
 
 from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
+from coordinator.api.demand_routes import DEMAND
 from coordinator.api.difference_models import DifferenceView
 from coordinator.api.estimates import SubmissionEtaView, ThroughputView
 from coordinator.api.evaluation_routes import EVALUATION_ROUTES
@@ -435,7 +436,6 @@ RESIGN: Final = Route(
 HEALTH: Final = Route[None](
     "GET", "/healthz", Right.NONE, answer=Content.HEALTH, summary="Whether the engine runs; 503 where it does not."
 )
-#: Prometheus asks without a token: there are numbers in it and the names of caches.
 OPENAPI: Final = Route[None](
     "GET", f"{_V1}/openapi.json", Right.NONE, answer=Content.OPENAPI, summary="This description, as OpenAPI 3.1."
 )
@@ -475,6 +475,7 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     REBUILD_CAUSES,
     ACTIVITY,
     COMPLETIONS,
+    DEMAND,
     WORKERS,
     FARM,
     DRAIN,

@@ -35,7 +35,7 @@ from coordinator.cli.options import (
     run_with_client,
     sectioned,
 )
-from coordinator.cli.question_commands import diff, eta, history, log, story, top, trace, why
+from coordinator.cli.question_commands import demand, diff, eta, history, log, story, top, trace, why
 from coordinator.cli.rebuild_commands import rebuild
 from coordinator.cli.sections import SectionedGroup
 from coordinator.cli.submission_commands import bump, submissions, wait
@@ -211,7 +211,7 @@ def completion(shell: str) -> int:
 
 for _command in (
     *(up, head, worker, workers, drain),
-    *(log, why, diff, eta, top, story, trace, history),
+    *(log, why, diff, eta, demand, top, story, trace, history),
     *(bisect, cache, doctor, rebuild),
     *(submissions, bump, wait),
 ):

@@ -75,6 +75,20 @@ def eta(url: str, token_file: str, submission: str, as_json: bool) -> int:
 
 
 @click.command(cls=ExampledCommand)
+@click.option("--most", type=click.IntRange(1, 10_000), default=20, show_default=True, help="So many paths.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@addressed
+def demand(url: str, token_file: str, most: int, as_json: bool) -> int:
+    """Show what people wait for.
+
+    Paths that clients of the cache asked for and did not get, the most wanted first, and what the farm does about them.
+    """
+    from coordinator.cli.demand import demand as wanted  # noqa: PLC0415 - slow to import
+
+    return run_with_client(url, token_file, lambda client: wanted(client, most, as_json=as_json))
+
+
+@click.command(cls=ExampledCommand)
 @addressed
 def top(url: str, token_file: str) -> int:
     """Show the farm live until Ctrl-C.

@@ -14,6 +14,7 @@ import orjson
 
 from coordinator.api import evaluation_routes, mirror_routes, routes
 from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
+from coordinator.api.demand_routes import DEMAND, DemandView
 from coordinator.api.difference_models import DifferenceView
 from coordinator.api.estimates import SubmissionEtaView
 from coordinator.api.evaluations import EvaluationView
@@ -282,6 +283,10 @@ class ApiClient(Transport):
     async def completions(self, of: Sequence[str], beginning: str) -> CompletionsView:
         """Return names of `steps`, `submissions` or `workers` that begin so."""
         return await self._one(routes.COMPLETIONS, params={"of": ",".join(of), "beginning": beginning})
+
+    async def demand(self, most: int | None = None) -> list[DemandView]:
+        """Return what people wait for, the most wanted first."""
+        return await self._pages(DEMAND, most=most)
 
     async def log(self, key: str, *, attempt: int | None = None, follow: bool = False) -> AsyncIterator[bytes]:
         """Yield the log of a step's latest or another attempt as raw bytes; with `follow` until it has ended."""

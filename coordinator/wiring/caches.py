@@ -12,6 +12,7 @@ from coordinator.caches.housekeeping import CacheGauges, Housekeeper, Submission
 from coordinator.caches.mirroring import Mirroring
 from coordinator.caches.services import CacheService, keep_house, open_services
 from coordinator.config import DEFAULT_CACHE, Settings
+from coordinator.demand.demand import Demand
 from coordinator.http.api.caches import CachingApi
 from coordinator.http.api.mirrorings import MirrorApi
 from coordinator.http.binary_cache.routes import add_cache_routes
@@ -43,10 +44,11 @@ async def serve_caches(  # noqa: PLR0917 - collaborators, named by their types
     stores: Stores,
     core: Core,
     work: Work,
+    demand: Demand,
 ) -> ServedCaches:
     """Add the routes of all caches to `app`; intake and repair look at the default one's upstreams from now on."""
     services = await open_services(stack, stores.caches, settings.state_dir, clock)
-    _add_routes(app, clock, stores, core, services)
+    _add_routes(app, clock, stores, core, services, demand)
     core.intake.pulls.upstreams.extend(services[0].upstreams)
     work.repair_sources.extend(services[0].upstreams)
     needs = SubmissionNeeds(core.views, stores.derivations, core.intake.leases)
@@ -64,8 +66,13 @@ async def serve_caches(  # noqa: PLR0917 - collaborators, named by their types
     return ServedCaches(services, keepers, gauges, mirroring)
 
 
-def _add_routes(
-    app: web.Application, clock: Clock, stores: Stores, core: Core, services: Sequence[CacheService]
+def _add_routes(  # noqa: PLR0917 - collaborators, named by their types
+    app: web.Application,
+    clock: Clock,
+    stores: Stores,
+    core: Core,
+    services: Sequence[CacheService],
+    demand: Demand,
 ) -> None:
     """Add the routes of all caches; the farm's logs are those of the default one, whose paths it built."""
     logs = DerivationLogs(stores.derivations, stores.logs, core.views.attempts)
@@ -73,4 +80,7 @@ def _add_routes(
         add_upload_routes(app, each.served, each.uploads, stores.upload_tokens, clock.now)
     # The default one last: its address is the beginning of all others.
     for served in reversed(stores.caches):
-        add_cache_routes(app, served, log_for=logs.read if served.name == DEFAULT_CACHE else None)
+        if served.name == DEFAULT_CACHE:
+            add_cache_routes(app, served, log_for=logs.read, misses=demand)
+        else:
+            add_cache_routes(app, served)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from coordinator.config import LimitSettings, Settings
+from coordinator.defaults import OPERATOR
+from coordinator.demand_settings import DemandAction
 from coordinator.engine.dispatch import Dispatch
 from coordinator.engine.engine import Engine
 from coordinator.engine.timing_writer import TimingWriter
@@ -31,6 +34,9 @@ from scheduler.effects import Effect
 from scheduler.farm import Farm
 from scheduler.policy import Limits, LongestPathFirst
 from scheduler.resource_limits import ResourceLimits
+
+#: Weight of an owner of weight 1 for each of the farm's own owner of builds for readers (`coordinator.demand`).
+OWNERS_BEFORE_DEMAND: Final = 10
 
 
 class EffectRelay:
@@ -78,7 +84,7 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
             retries_per_hour=limits.retries_per_hour,
             build=_build_limits(limits),
         ),
-        LongestPathFirst(weights={owner.name: owner.weight for owner in settings.owners}),
+        LongestPathFirst(weights=_weights(settings)),
     )
     explainer = FarmExplainer(farm, stores.logs, clock)
     usual = UsualTimes(stores.timings.usual_builds, clock)
@@ -121,6 +127,15 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
         workers,
         replayed,
     )
+
+
+def _weights(settings: Settings) -> dict[str, int]:
+    """Return the weights of owners; what is built because readers asked for it has a part of the smallest."""
+    weights = {owner.name: owner.weight for owner in settings.owners}
+    if settings.demand.action is not DemandAction.BUILD:
+        return weights
+    weights.setdefault(OPERATOR, 1)
+    return {name: weight * OWNERS_BEFORE_DEMAND for name, weight in weights.items()}
 
 
 def _build_limits(limits: LimitSettings) -> ResourceLimits:

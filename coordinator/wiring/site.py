@@ -14,6 +14,8 @@ from aiohttp import web
 from coordinator.api.models import FarmView
 from coordinator.caches.housekeeping import Housekeeper
 from coordinator.config import Settings
+from coordinator.demand.demand import Demand
+from coordinator.http.api.demand import DemandApi
 from coordinator.http.api.estimates import EstimateApi
 from coordinator.http.api.evaluations import EvaluationApi
 from coordinator.http.api.events import WatchStreams
@@ -36,6 +38,7 @@ from coordinator.readmodel.comparisons import Comparisons
 from coordinator.readmodel.farm_view import farm_view
 from coordinator.wiring.caches import ServedCaches, serve_caches
 from coordinator.wiring.core import Core
+from coordinator.wiring.demand import open_demand
 from coordinator.wiring.observability import Observation, observe
 from coordinator.wiring.remote import open_remote
 from coordinator.wiring.stores import Stores
@@ -59,6 +62,7 @@ class Site:
     pages: LiveStreams
     observation: Observation
     caches: ServedCaches
+    demand: Demand
 
 
 async def make_site(  # noqa: PLR0917 - collaborators, named by their types
@@ -80,15 +84,17 @@ async def make_site(  # noqa: PLR0917 - collaborators, named by their types
     troubled = (stores.journal, work.fleet, work.dispatch, work.archiver, core.timings)
     farm = farm_view(info, (*troubled, *(each.cache for each in stores.caches)))
     app = _api_app(settings, url, stores, core, farm, streams)
-    caches = await serve_caches(stack, app, settings, clock, stores, core, work)
+    demand = await open_demand(stack, settings, clock, stores, core)
+    serve_routes(app, DemandApi(demand).handlers())
+    caches = await serve_caches(stack, app, settings, clock, stores, core, work, demand)
     observation = observe(stack, settings, clock, stores, core, gate, farm, caches.gauges)
     add_metrics_route(app, observation.telemetry)
     app.middlewares.append(require_room(gate))
     serve_routes(app, EvaluationApi(await open_remote(stack, settings, core)).handlers())
     _add_questions(app, clock, stores, core, work, farm)
-    _add_pages(app, clock, url, stores, core, work, farm, caches.keepers, pages)
+    _add_pages(app, clock, url, stores, core, work, farm, caches.keepers, demand, pages)
     runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
-    return Site(app, runner, gate, streams, pages, observation, caches)
+    return Site(app, runner, gate, streams, pages, observation, caches, demand)
 
 
 async def serve_site(site: Site, listener: socket.socket, settings: Settings, url: str, stores: Stores) -> None:
@@ -147,6 +153,7 @@ def _add_pages(  # noqa: PLR0917 - collaborators, named by their types
     work: Work,
     farm: Callable[[], FarmView],
     keepers: Mapping[str, Housekeeper],
+    demand: Demand,
     streams: LiveStreams,
 ) -> None:
     """Add the pages for browsers."""
@@ -162,6 +169,7 @@ def _add_pages(  # noqa: PLR0917 - collaborators, named by their types
         core.runs,
         core.etas,
         core.throughput,
+        demand,
     )
     act = PageActions(core.submissions, work.fleet.drain, keepers)
     add_web_routes(app, read, act, clock, stores.sessions, streams, url)

@@ -28,6 +28,7 @@ from coordinator.config import (
     UpstreamSettings,
     WorkerConfig,
 )
+from coordinator.demand_settings import DemandSettings
 from coordinator.remote_settings import RemoteEvaluationSettings
 from coordinator.source_settings import SourceSettings
 
@@ -43,6 +44,7 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
         "Evaluation on the coordinator's machine ([guide](remote_evaluation.md)).",
         RemoteEvaluationSettings,
     ),
+    ("`[demand]`", "What people wait for ([guide](demand.md)).", DemandSettings),
     ("`[sources]`", "Fixed outputs before a worker is sent to the network ([guide](sources.md)).", SourceSettings),
     ("`[[cache.upstreams]]`, `[[caches.upstreams]]`", "Caches that a cache trusts.", UpstreamSettings),
     ("`[[workers]]`", "Workers that `drover up` starts on this machine.", WorkerConfig),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from hashlib import blake2b
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -45,9 +45,21 @@ _JSON_HEADERS: Final = {"Content-Type": "application/json", "Cache-Control": "pu
 _LOG_HEADERS: Final = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-cache"}
 
 
-def add_cache_routes(app: web.Application, served: OpenCache, *, log_for: LogFor | None = None) -> None:
+class MissMeter(Protocol):
+    """Port of what counts the narinfos that readers miss."""
+
+    def missed(self, hash_part: str, address: str) -> None:
+        """A reader at this address asked for a path that is not there."""
+
+    def found(self, hash_part: str) -> None:
+        """A path was asked for that is there."""
+
+
+def add_cache_routes(
+    app: web.Application, served: OpenCache, *, log_for: LogFor | None = None, misses: MissMeter | None = None
+) -> None:
     """Serve a cache below its prefix. Where one prefix begins another, the longer one must be added first."""
-    handlers = CacheRoutes(served, log_for)
+    handlers = CacheRoutes(served, log_for, misses)
     serve_below(app, served.prefix, handlers.handlers(), {Right.READ: handlers.for_readers})
     if handlers.puts is not None:
         handlers.puts.add_to(app)
@@ -56,7 +68,8 @@ def add_cache_routes(app: web.Application, served: OpenCache, *, log_for: LogFor
 class CacheRoutes:
     """The handlers."""
 
-    def __init__(self, served: OpenCache, log_for: LogFor | None) -> None:
+    def __init__(self, served: OpenCache, log_for: LogFor | None, misses: MissMeter | None = None) -> None:
+        self._misses = misses
         self._served = served
         self._cache = served.cache
         self._log_for = log_for
@@ -98,13 +111,18 @@ class CacheRoutes:
 
     async def narinfo(self, request: web.Request) -> web.Response:
         """Answer what is known of one path."""
+        hash_part = request.match_info["hash_part"]
         try:
-            text = await self._cache.narinfo(request.match_info["hash_part"])
+            text = await self._cache.narinfo(hash_part)
         except CacheError as error:
             return _unavailable(error)
         if text is None:
             self._cache.counters.narinfo_misses += 1
+            if self._misses is not None:
+                self._misses.missed(hash_part, request.remote or "")
             return _not_found()
+        if self._misses is not None:
+            self._misses.found(hash_part)
         self._cache.counters.narinfo_hits += 1
         headers = self._headers(narinfo_headers(text))
         if any(tag.value in {headers["ETag"].strip('"'), "*"} for tag in request.if_none_match or ()):

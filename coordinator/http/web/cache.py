@@ -9,8 +9,11 @@ from urllib.parse import quote
 
 from aiohttp import web
 
+from coordinator.api.demand_routes import DemandView
 from coordinator.caches.housekeeping import Housekeeper
 from coordinator.caches.names import checked_path, checked_pin
+from coordinator.config import DEFAULT_CACHE
+from coordinator.demand.demand import Demand
 from coordinator.errors import BadRequestError, NotFoundError
 from coordinator.http.web.guards import FORM, VISITOR, html, seen_elsewhere
 from coordinator.http.web.rendering import PageRenderer
@@ -23,6 +26,8 @@ from infra.nix.store_path import hash_part_of
 ROOTS_SHOWN: Final = 100
 KEEPERS_SHOWN: Final = 20
 CHAIN_SHOWN: Final = 12
+#: Paths that people wait for.
+DEMAND_SHOWN: Final = 20
 _DIGITS: Final = 9
 
 
@@ -50,12 +55,15 @@ class CacheData:
     following: int
     asked: str
     why: WhyData | None
+    #: What people wait for, the most wanted first; of the default cache.
+    demand: tuple[DemandView, ...]
 
 
 class CachePage:
     """The page at `/caches/NAME`."""
 
-    def __init__(self, housekeepers: Mapping[str, Housekeeper], renderer: PageRenderer) -> None:
+    def __init__(self, housekeepers: Mapping[str, Housekeeper], demand: Demand, renderer: PageRenderer) -> None:
+        self._demand = demand
         self._housekeepers = housekeepers
         self._renderer = renderer
 
@@ -76,8 +84,15 @@ class CachePage:
             following=after + ROOTS_SHOWN if len(roots) > after + ROOTS_SHOWN else 0,
             asked=asked,
             why=await _why(cache, asked) if asked else None,
+            demand=await self._wanted(name),
         )
         return html(await self._renderer.page("cache.html", visitor=request[VISITOR], page=data, pin_kind=PIN))
+
+    async def _wanted(self, name: str) -> tuple[DemandView, ...]:
+        if name != DEFAULT_CACHE:
+            return ()
+        wanted = await self._demand.wanted()
+        return tuple(self._demand.view(miss) for miss in wanted[:DEMAND_SHOWN])
 
     async def pin(self, request: web.Request) -> web.StreamResponse:
         """Keep a path under a name."""

@@ -10,6 +10,7 @@ from aiohttp import web
 from coordinator.api import web_routes as routes
 from coordinator.api.models import FarmView
 from coordinator.caches.housekeeping import Housekeeper
+from coordinator.demand.demand import Demand
 from coordinator.fleet.draining import Drain
 from coordinator.http.routing import serve_guarded
 from coordinator.http.web.assets import Assets
@@ -56,6 +57,7 @@ class PageSources:
     runs: Runs
     etas: Etas
     throughput: Throughput
+    demand: Demand
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def add_web_routes(  # noqa: PLR0917 - collaborators, named by their types
     history = HistoryPage(sources.timings, renderer)
     log = LogPage(views, sources.logs, sources.timings, renderer, streams)
     workers = WorkersPage(views, actions.drain, renderer, streams)
-    cache = CachePage(actions.housekeepers, renderer)
+    cache = CachePage(actions.housekeepers, sources.demand, renderer)
     handlers = {
         routes.FARM_PAGE: farm.show,
         routes.FARM_LIVE: farm.live,
