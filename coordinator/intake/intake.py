@@ -19,6 +19,7 @@ from coordinator.intake.errors import StoreDirError
 from coordinator.intake.fixed_outputs import FixedOutputs
 from coordinator.intake.graph import Graph, Planned, add_nodes, add_recipes, cut, new_steps
 from coordinator.intake.limits import IntakeLimits, require_within
+from coordinator.intake.plan_memory import PlanMemory, RememberedPlan
 from coordinator.intake.sources import SourceIntake
 from coordinator.intake.verification import StreamVerifier
 from coordinator.journal.codec import RootNote
@@ -31,6 +32,7 @@ from infra.cache.pulls.content_offers import ContentOffers
 from infra.nix.errors import FormatError
 from infra.nix.store_path import StoreDir, parse_base_name
 from infra.objects.store import ObjectStore
+from infra.slices import free_in_slices
 from scheduler.model import StepKey
 from scheduler.resource_limits import ResourceLimits
 
@@ -61,6 +63,8 @@ class Intake:
         #: Gives fixed outputs what is here under another name.
         self.fixed = FixedOutputs(derivations, ContentOffers(cache))
         self._derivations = derivations
+        self._cache = cache
+        self._memory = PlanMemory()
         #: What keeps the paths that answers to clients call present.
         self.leases = PathLeases(cache)
         self._sources = SourceIntake(cache, objects, store_dir)
@@ -177,25 +181,40 @@ class Intake:
         wishes = await asyncio.to_thread(lambda: [(root, self._drv_name(root.drv)) for root in request.roots])
         names = await asyncio.to_thread(lambda: list(dict.fromkeys(name for _, name in wishes)))
         makers = await asyncio.to_thread(lambda: dict.fromkeys(map(self._drv_name, request.makers)))
+        is_ordinary = not known and not sources_may_lack
+        key = (tuple(names), tuple(makers))
+        remembered = self._memory.find(key) if is_ordinary else None
         leases: list[str] = []
         pulled = Pulled()
         try:
             while True:
-                graph = await self._graph(names, list(makers), known)
-                lease, absent = await self.leases.take(await asyncio.to_thread(graph.paths))
-                leases.append(lease)
-                absent -= await self.fixed.offer(await asyncio.to_thread(graph.lacking_fixed, absent))
+                changes = self._cache.changes
+                if remembered is not None:
+                    graph, absent = remembered.graph, await self._absent(remembered, leases)
+                    if absent == remembered.absent:
+                        remembered.changes = changes
+                        return await self._planned(remembered, wishes, leases)
+                    remembered = None
+                else:
+                    graph = await self._graph(names, list(makers), known)
+                    lease, absent = await self.leases.take(await asyncio.to_thread(graph.paths))
+                    leases.append(lease)
+                    absent -= await self.fixed.offer(await asyncio.to_thread(graph.lacking_fixed, absent))
                 pulled = await self.pulls.pull(await asyncio.to_thread(graph.lacking, absent))
                 absent -= pulled.paths
                 # Built paths among the sources are made again by what made them for an earlier submission.
-                again = await self._makers(await asyncio.to_thread(graph.lacking, absent))
+                lacking = await asyncio.to_thread(graph.lacking, absent)
+                again = await self._makers(lacking)
                 if makers.keys() >= again.keys():
                     break
                 makers |= again
             roots = await asyncio.to_thread(self._roots, wishes, graph.nodes)
             store_dir = self._store_dir.path
             planned = await asyncio.to_thread(graph.plan, roots, absent, store_dir, sources_may_lack=sources_may_lack)
-            leases += await self.leases.answered(await asyncio.to_thread(graph.sources))
+            plan = RememberedPlan(graph, absent, leases[-1], changes, planned)
+            if is_ordinary and not lacking and key == (tuple(names), tuple(makers)):
+                await free_in_slices(self._memory.keep(key, plan))
+            return await self._planned(plan, wishes, leases)
         except MissingMemberError as error:
             self.leases.give_back(leases)
             if pulled.trouble:
@@ -204,7 +223,24 @@ class Intake:
         except BaseException:
             self.leases.give_back(leases)
             raise
-        return replace(planned, leases=tuple(leases))
+
+    async def _absent(self, plan: RememberedPlan, leases: list[str]) -> set[str]:
+        """Return the paths of a plan that the cache lacks now, and add the lease of all of them to `leases`."""
+        if self._cache.changes == plan.changes:
+            lost = await self.leases.take_again(plan.lease, await asyncio.to_thread(plan.present))
+            if lost is not None:
+                leases.append(plan.lease)
+                return plan.absent | lost
+        lease, absent = await self.leases.take(await asyncio.to_thread(plan.graph.paths))
+        leases.append(lease)
+        return absent - await self.fixed.offer(await asyncio.to_thread(plan.graph.lacking_fixed, absent))
+
+    async def _planned(
+        self, plan: RememberedPlan, wishes: Sequence[tuple[RootRequest, str]], leases: list[str]
+    ) -> Planned:
+        roots = await asyncio.to_thread(self._roots, wishes, plan.graph.nodes)
+        leases += await self.leases.answered(await asyncio.to_thread(plan.graph.sources))
+        return replace(plan.planned, roots=roots, leases=tuple(leases))
 
     async def look(self, drvs: Sequence[str]) -> Graph:
         """Return the graph of derivations that are stored, full paths, as `submit` would plan it; stores nothing.
@@ -224,6 +260,7 @@ class Intake:
             graph = await asyncio.to_thread(Graph.build, names, nodes, members, self._limits.max_recipes, known)
             require_within(len(graph.own), self._limits.max_derivations, "derivations")
             await self._derivations.add_members(graph.recipes.new)
+            await free_in_slices(self._memory.forget_steps({step for step, _, _ in graph.recipes.new}))
         return graph
 
     async def _makers(self, sources: Sequence[str]) -> dict[str, None]:

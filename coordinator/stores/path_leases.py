@@ -97,6 +97,27 @@ class PathLeases:
             raise
         return name, absent
 
+    async def take_again(self, name: str, present: Collection[str]) -> set[str] | None:
+        """Take a lease of the same paths once more; return which of those that were `present` the cache has lost.
+
+        None where the lease has ended: then it is not taken.
+        """
+        lease = self._leases.get(name)
+        if lease is None:
+            return None
+        lease.uses += 1
+        lost: set[str] | None = None
+        try:
+            async with self._ending:
+                pass
+            if await self._cache.renew(name, LEASE_S):
+                lease.over_at = time.monotonic() + LEASE_S
+                lost = await self._cache.missing(present) if present else set()
+        finally:
+            if lost is None:
+                self.give_back((name,))
+        return lost
+
     async def answered(self, paths: Collection[str]) -> tuple[str, ...]:
         """Return the lease of a question about exactly these paths, which is its asker's submission's from now on."""
         name = await asyncio.to_thread(_name, paths)

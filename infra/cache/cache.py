@@ -114,6 +114,11 @@ class Cache:
 
     # Reading.
 
+    @property
+    def changes(self) -> int:
+        """Count that grows with each path that this process publishes, tombstones, deletes or repairs."""
+        return self.counters.published + self._catalog.forgotten
+
     async def missing(self, store_paths: Iterable[str]) -> set[str]:
         """Return those of the full store paths that cannot be fetched, in one question."""
         return await self._catalog.missing(store_paths)

@@ -468,6 +468,56 @@ async def test_a_built_path_that_is_lost_while_a_submission_waits_is_built_again
         await room.intake.submit(SubmitRequest(roots=roots))
 
 
+async def test_a_graph_that_comes_again_is_planned_from_memory_and_never_differs_from_a_new_plan(
+    room: IntakeHarness, make: Maker, tmp_path: Path
+) -> None:
+    source = text("source.sh", b"echo source")
+    fetch = make.fixed("file.tar", b"content")
+    below = make.plain("below", [fetch], sources=[f"/nix/store/{source[0].path}"])
+    above = make.plain("above", [below, fetch])
+    await room.send([fetch, below, above])
+    await send_sources(room, source)
+    whole = {"file.tar": [[]], "below": [["file.tar"]], "above": [["below", "file.tar"]]}
+
+    async def planned() -> Planned:
+        """Return the plan, which is what an intake without memory makes of the same."""
+        again = await room.submit(above)
+        new = await IntakeHarness(room.cache, room.derivations, IntakeLimits()).submit(above)
+        assert (again.steps, again.held, again.infos, again.roots) == (new.steps, new.held, new.infos, new.roots)
+        return again
+
+    first = await planned()
+    assert needs(first) == whole
+    assert (await planned()).steps is first.steps
+    # The lease of its paths has ended, as it does once the submission is a root.
+    room.intake.leases.give_back(first.leases * 2)
+    await room.intake.leases.end(())
+    assert (await planned()).steps is first.steps
+    # Something else was published.
+    await publish(room.cache, make.plain("stranger").outputs["out"])
+    assert (await planned()).steps is first.steps
+    # A step of it was published, and its object is lost without a word.
+    await publish(room.cache, below.outputs["out"])
+    assert [(await planned()).held for _ in range(2)] == [(below.step,)] * 2
+    file = room.cache.objects.local_path((await narinfo_of(room.cache, below.outputs["out"])).stored.url)
+    assert file is not None
+    file.unlink()
+    assert needs(await planned()) == whole
+    # The source is lost.
+    file = room.cache.objects.local_path((await narinfo_of(room.cache, f"/nix/store/{source[0].path}")).stored.url)
+    assert file is not None
+    file.unlink()
+    with pytest.raises(MissingMemberError, match=r"source\.sh"):
+        await room.submit(above)
+    await send_sources(room, source)
+    assert needs(await planned()) == whole
+    # A step of it gains a recipe by another submission.
+    other = make.fixed("file.tar", b"content", urls="https://elsewhere.example/file.tar")
+    await room.send([other])
+    await room.submit(other)
+    assert needs(await planned())["file.tar"] == [[], []]
+
+
 async def narinfo_of(cache: Cache, path: str) -> NarInfo:
     text = await cache.narinfo(path.rpartition("/")[2][:32])
     assert text is not None

@@ -93,7 +93,7 @@ class Catalog:
         #: Hash parts requested since `take_used`, at most USED_IN_MEMORY.
         self._used: set[str] = set()
         #: Calls of `forget`: what was read before one may be out of date after it.
-        self._forgotten = 0
+        self.forgotten = 0
 
     async def missing(self, store_paths: Iterable[str]) -> set[str]:
         """See `Cache.missing`."""
@@ -195,7 +195,7 @@ class Catalog:
 
     def forget(self, rows: Iterable[tuple[str, str]]) -> None:
         """Forget rows that were tombstoned, deleted or repaired: their hash parts and URLs."""
-        self._forgotten += 1
+        self.forgotten += 1
         for names in rows:
             for name in names:
                 self._recent.pop(name, None)
@@ -255,13 +255,13 @@ class Catalog:
             self._recent.move_to_end(key)
             return row
         # Also where the row in memory has lost its object: it may have been repaired with another.
-        forgotten = self._forgotten
+        forgotten = self.forgotten
         async with reading(self.database) as connection:
             question = sa.select(*_ROW_COLUMNS).where(column == key).order_by(paths.c.serial).limit(1)
             row = next((Row(*values) for values in await connection.execute(question)), None)
         if row is None or not self.is_intact(row):
             return None
-        if forgotten == self._forgotten and row.tombstoned_at is None:
+        if forgotten == self.forgotten and row.tombstoned_at is None:
             for name in (row.hash_part, row.url):
                 self._recent[name] = (row, now)
             while len(self._recent) > 2 * NARINFOS_IN_MEMORY:
