@@ -21,6 +21,7 @@ from coordinator.api.limits import (
     TAG_KEY,
 )
 from coordinator.api.trace_context import MAX_TRACEPARENT
+from coordinator.wishes.document import WishListDocument
 
 #: Bytes of a label, an attribute path, a path: what people read, and every list shows.
 MAX_TEXT_BYTES = 1024
@@ -188,6 +189,13 @@ class ForecastQuery(Request):
     """Derivations that the coordinator has, full .drv paths, of which a submission would consist."""
 
     drvs: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=MAX_ROOTS), FailFast()]
+
+
+class PlanQuery(Request):
+    """A wish list, and which of its store paths are on the asker's machine already."""
+
+    wishes: WishListDocument
+    present: Annotated[tuple[_Text, ...], Field(max_length=MAX_ROOTS), FailFast()] = ()
 
 
 class PairsQuery(Request):

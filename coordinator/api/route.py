@@ -100,6 +100,7 @@ RequestName: TypeAlias = Literal[
     "VerifyRequest",
     "ForecastQuery",
     "PairsQuery",
+    "PlanQuery",
     "RemoteEvaluationRequest",
     "MirrorRequest",
 ]

@@ -34,6 +34,7 @@ from coordinator.api.models import (
     WorkerState,
     WorkerView,
 )
+from coordinator.api.plan_routes import PLAN_ROUTES
 from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
 from coordinator.api.rebuild_models import ComparedOutputsView, ForecastView, RebuildCausesView
 from coordinator.api.route import Content, Query, Right, Route
@@ -489,6 +490,7 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     RESIGN,
     *EVALUATION_ROUTES,
     *MIRROR_ROUTES,
+    *PLAN_ROUTES,
     OPENAPI,
     HEALTH,
     METRICS,

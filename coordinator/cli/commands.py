@@ -35,6 +35,7 @@ from coordinator.cli.options import (
     run_with_client,
     sectioned,
 )
+from coordinator.cli.plan_commands import plan
 from coordinator.cli.question_commands import demand, diff, eta, history, log, story, top, trace, why
 from coordinator.cli.rebuild_commands import rebuild
 from coordinator.cli.sections import SectionedGroup
@@ -212,7 +213,7 @@ def completion(shell: str) -> int:
 for _command in (
     *(up, head, worker, workers, drain),
     *(log, why, diff, eta, demand, top, story, trace, history),
-    *(bisect, cache, doctor, rebuild),
+    *(bisect, cache, doctor, plan, rebuild),
     *(submissions, bump, wait),
 ):
     cli.add_command(_command)

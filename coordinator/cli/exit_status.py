@@ -51,6 +51,7 @@ STATUSES: Final = {
     "bad_tree": EVALUATION_FAILED,
     "evaluation": EVALUATION_FAILED,
     "too_large": EVALUATION_FAILED,
+    "wish_list": EVALUATION_FAILED,
     # The farm, the way to it, or the store of this machine.
     "bad_stream": INFRASTRUCTURE,
     "bad_upload": INFRASTRUCTURE,

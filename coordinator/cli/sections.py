@@ -10,7 +10,7 @@ import click
 SECTIONS: Final = {
     "Build": ("build", "rebuild", "watch", "wait", "status", "submissions", "bump", "cancel", "retry"),
     "Ask": ("why", "log", "story", "diff", "bisect", "eta", "demand", "history", "trace", "top", "workers"),
-    "Use a cache": ("doctor",),
+    "Use a cache": ("plan", "doctor"),
     "Run a farm": ("up", "worker", "head", "drain", "cache", "completion"),
 }
 
@@ -78,6 +78,12 @@ EXAMPLES: Final = {
     ),
     "demand": ("drover demand", "drover demand --json"),
     "workers": ("drover workers",),
+    "plan": (
+        "drover plan",
+        "drover plan manifest.lock --systems all",
+        "drover plan .#nixosConfigurations.box",
+        "nix-eval-jobs --flake .#checks | drover plan -",
+    ),
     "doctor": (
         "drover doctor",
         "drover doctor https://farm.example.org/cache --key farm-1:…",

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import orjson
 
-from coordinator.api import evaluation_routes, mirror_routes, routes
+from coordinator.api import evaluation_routes, mirror_routes, plan_routes, routes
 from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
 from coordinator.api.demand_routes import DEMAND, DemandView
 from coordinator.api.difference_models import DifferenceView
@@ -34,6 +34,7 @@ from coordinator.api.models import (
     WorkerState,
     WorkerView,
 )
+from coordinator.api.plan_models import PlanView
 from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
 from coordinator.api.rebuild_models import ComparedOutputsView, ForecastView, RebuildCausesView
 from coordinator.api.route import Route
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         MirrorRequest,
         PairsQuery,
         PinRequest,
+        PlanQuery,
         RemoteEvaluationRequest,
         Request,
         SealRequest,
@@ -263,6 +265,10 @@ class ApiClient(Transport):
     async def eta(self, submission: str) -> SubmissionEtaView:
         """Return when a submission ends, what bounds that, and what has bounded it so far."""
         return await self._one(routes.ETA, {"id": submission})
+
+    async def plan(self, query: PlanQuery) -> PlanView:
+        """Ask what each package and system of a wish list could be fetched from, or would be built as."""
+        return await self._one(plan_routes.PLAN, data=_json(query), answer_s=None)
 
     async def forecast(self, query: ForecastQuery) -> ForecastView:
         """Return the size of a submission of derivations that the coordinator has; takes as long as it takes."""

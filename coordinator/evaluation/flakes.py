@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from pydantic import BaseModel, ValidationError
@@ -52,17 +53,28 @@ async def flake_sources(
         EvaluationError: The flake cannot be found or read.
     """
     reference, _, attr = text.partition("#")
-    metadata = await flake_metadata(reference or ".", flags, env, on_messages)
+    value = await flake_value(reference or ".", flags=flags, env=env, on_messages=on_messages)
+    return [
+        replace(value, name=text, asked=(_asked(attr, system, several=len(systems) > 1),), system=system)
+        for system in systems
+    ]
+
+
+async def flake_value(
+    reference: str, *, flags: Sequence[str], env: Mapping[str, str], on_messages: Callable[[str], None]
+) -> NixValue:
+    """Return a flake as a value of which nothing is asked yet.
+
+    Raises:
+        EvaluationError: The flake cannot be found or read.
+    """
+    metadata = await flake_metadata(reference, flags, env, on_messages)
     try:
         url = _Metadata.model_validate_json(metadata).url
     except ValidationError:
         raise EvaluationError(f"Nix says nothing of where the flake {reference} is") from None
-    origin = FlakeOrigin(reference or ".", metadata)
-    expression = f"builtins.getFlake {nix_text(url)}"
-    return [
-        NixValue(text, expression, (_asked(attr, system, several=len(systems) > 1),), {}, system, tuple(flags), origin)
-        for system in systems
-    ]
+    origin = FlakeOrigin(reference, metadata)
+    return NixValue(reference, f"builtins.getFlake {nix_text(url)}", (), {}, "", tuple(flags), origin)
 
 
 def _asked(attr: str, system: str, *, several: bool) -> Asked:

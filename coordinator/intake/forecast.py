@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import statistics
 from collections import Counter
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -51,7 +51,7 @@ Costs = Callable[
 
 
 @dataclass(frozen=True, slots=True)
-class _Cost:
+class BuildCost:
     """Usual cost of a build of a package; None where that is not known."""
 
     rest: Expected | None = None
@@ -60,22 +60,22 @@ class _Cost:
 
 
 @dataclass(slots=True, eq=False)
-class _PlannedStep:
+class PlannedStep:
     """A step that would be built."""
 
     key: StepKey
     name: str
     kind: Requirements
-    needs: list[_PlannedStep]
+    needs: list[PlannedStep]
     depth: int
-    cost: _Cost = field(default_factory=_Cost)
+    cost: BuildCost = field(default_factory=BuildCost)
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class CutGraph:
     """A graph cut where the cache holds it."""
 
-    steps: list[_PlannedStep]
+    steps: list[PlannedStep]
     #: Outputs in the cache that the steps begin from, full paths.
     inputs: list[str]
     cached: int
@@ -114,27 +114,47 @@ class Forecaster:
             IntakeError: As `Intake.submit`.
             UnavailableError: Too many forecasts are wanted at once.
         """
+        async with self._in_turn():
+            return await self._of(drvs)
+
+    async def graph(self, drvs: Sequence[str]) -> CutGraph:
+        """Return the steps of stored derivations, full paths, that would be built, with their costs.
+
+        Raises:
+            IntakeError: As `Intake.submit`.
+            UnavailableError: Too many forecasts are wanted at once.
+        """
+        async with self._in_turn():
+            return await self._graph(drvs)
+
+    @contextlib.asynccontextmanager
+    async def _in_turn(self) -> AsyncGenerator[None, None]:
+        """Wait until no other forecast is made. Raises `UnavailableError`."""
         if self._waiting >= MAX_WAITING:
             raise UnavailableError(f"{MAX_WAITING} forecasts are being made, the limit; ask again in a moment.")
         self._waiting += 1
         try:
             async with self._turn:
-                return await self._of(drvs)
+                yield
         finally:
             self._waiting -= 1
 
-    async def _of(self, drvs: Sequence[str]) -> ForecastView:
+    async def _graph(self, drvs: Sequence[str]) -> CutGraph:
         graph = await self._intake.look(drvs)
         absent = await self._cache.missing(await asyncio.to_thread(graph.paths))
         plan = await asyncio.to_thread(_plan, graph, drvs, absent)
         await self._price(plan.steps)
+        return plan
+
+    async def _of(self, drvs: Sequence[str]) -> ForecastView:
+        plan = await self._graph(drvs)
         inputs, input_bytes = await self._inputs(plan.inputs)
         states = await in_slices(self._states(plan))
         found = await in_slices(
-            estimating(plan.steps, lambda step: Outlook((self,), step.kind, step.cost.rest), self._slots, [self])
+            estimating(plan.steps, lambda step: Outlook((self,), step.kind, step.cost.rest), self.slots, [self])
         )
         systems = await asyncio.to_thread(lambda: {step.kind.system for step in plan.steps})
-        slots = {system: self._slots(Requirements(system, ())) for system in systems}
+        slots = {system: self.slots(Requirements(system, ())) for system in systems}
         view = await asyncio.to_thread(_view, plan, states, found.get(self), slots, (inputs, input_bytes))
         freed: list[object] = [*plan.steps]
         plan.steps.clear()
@@ -142,10 +162,16 @@ class Forecaster:
         await free_in_slices(freed)
         return view
 
-    async def _price(self, steps: Sequence[_PlannedStep]) -> None:
+    async def _price(self, steps: Sequence[PlannedStep]) -> None:
         """Give steps their costs, as far as the database of timings has them."""
-        packages = await asyncio.to_thread(_packages, steps)
-        known: dict[tuple[str, str], _Cost] = {}
+        known = await self.costs(await asyncio.to_thread(_packages, steps))
+        await asyncio.to_thread(_give_costs, steps, known)
+
+    async def costs(self, packages: Sequence[tuple[str, str]]) -> dict[tuple[str, str], BuildCost]:
+        """Return the costs of packages, (package, system), as far as the database of timings has them."""
+        known: dict[tuple[str, str], BuildCost] = {}
+        if not packages:
+            return known
         with contextlib.suppress(TimingsError):
             await self._flush()
         for start in range(0, len(packages), PACKAGES_AT_ONCE):
@@ -156,7 +182,7 @@ class Forecaster:
                 # What is not known is counted as such.
                 break
             known.update((package, _cost(its)) for package, its in costs.items())
-        await asyncio.to_thread(_give_costs, steps, known)
+        return known
 
     async def _inputs(self, paths: Sequence[str]) -> tuple[int, int]:
         """Return how many of some paths the cache has, and the bytes of their objects."""
@@ -170,7 +196,7 @@ class Forecaster:
         )
         return len(texts), size
 
-    def _states(self, plan: _Plan) -> Generator[None, None, dict[StepKey, RootForecast]]:
+    def _states(self, plan: CutGraph) -> Generator[None, None, dict[StepKey, RootForecast]]:
         """Return what is known of each step, with pauses."""
         found: dict[StepKey, RootForecast] = {}
         for count, key in enumerate(dict.fromkeys([*plan.roots, *(step.key for step in plan.steps)]), 1):
@@ -190,14 +216,15 @@ class Forecaster:
         is_wanted = row.state in _OPEN and any(not (each.ended or each.withdrawn) for each in row.submissions)
         return RootForecast(step=key, state="running" if is_wanted else "unknown")
 
-    def _slots(self, kind: Requirements) -> int:
+    def slots(self, kind: Requirements) -> int:
+        """Return how many builds of a kind workers do at one time now."""
         return sum(self._views.workforce.slots(name) for name in self._farm.serving(kind))
 
 
 def _view(
-    plan: _Plan,
+    plan: CutGraph,
     states: Mapping[StepKey, RootForecast],
-    estimate: Estimate[_PlannedStep] | None,
+    estimate: Estimate[PlannedStep] | None,
     slots: Mapping[str, int],
     inputs: tuple[int, int],
 ) -> ForecastView:
@@ -228,8 +255,8 @@ def _view(
     )
 
 
-def _systems(steps: Sequence[_PlannedStep], slots: Mapping[str, int]) -> tuple[SystemForecast, ...]:
-    by_system: dict[str, list[_PlannedStep]] = {}
+def _systems(steps: Sequence[PlannedStep], slots: Mapping[str, int]) -> tuple[SystemForecast, ...]:
+    by_system: dict[str, list[PlannedStep]] = {}
     for step in steps:
         by_system.setdefault(step.kind.system, []).append(step)
     return tuple(
@@ -244,42 +271,42 @@ def _systems(steps: Sequence[_PlannedStep], slots: Mapping[str, int]) -> tuple[S
     )
 
 
-def _packages(steps: Sequence[_PlannedStep]) -> list[tuple[str, str]]:
+def _packages(steps: Sequence[PlannedStep]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((package_of(step.name), step.kind.system) for step in steps))[:MAX_PACKAGES]
 
 
-def _give_costs(steps: Sequence[_PlannedStep], known: Mapping[tuple[str, str], _Cost]) -> None:
-    nothing = _Cost()
+def _give_costs(steps: Sequence[PlannedStep], known: Mapping[tuple[str, str], BuildCost]) -> None:
+    nothing = BuildCost()
     for step in steps:
         step.cost = known.get((package_of(step.name), step.kind.system), nothing)
 
 
-def _cost(builds: Sequence[tuple[float, float | None]]) -> _Cost:
+def _cost(builds: Sequence[tuple[float, float | None]]) -> BuildCost:
     times = [build_s for build_s, _ in builds]
     processors = [cpu_s for _, cpu_s in builds if cpu_s is not None]
-    return _Cost(
+    return BuildCost(
         quartiles(times),
         statistics.median(times) if times else None,
         statistics.median(processors) if processors else None,
     )
 
 
-def _plan(graph: Graph, drvs: Sequence[str], absent: set[str]) -> _Plan:
+def _plan(graph: Graph, drvs: Sequence[str], absent: set[str]) -> CutGraph:
     """Cut a graph where the cache holds it."""
     held = frozenset(node.step for node in graph.nodes.values() if not any(path in absent for _, path in node.outputs))
     stand_in = {graph.nodes[name].step: name for name in graph.own}
     roots = [graph.nodes[base_name_of(drv)].step for drv in drvs]
     specs, ends = planning.steps_to_do(dict.fromkeys(roots), graph.recipes.by_step, graph.nodes, stand_in, held)
-    steps: dict[StepKey, _PlannedStep] = {}
+    steps: dict[StepKey, PlannedStep] = {}
     for number, spec in enumerate(specs):
         drv = _recipe_drv(graph, spec, stand_in)
         needs = [steps[need] for need in spec.recipes[0].needs if need in steps]
         # Inputs come first, and are deeper.
         depth = len(specs) - number
-        steps[spec.key] = _PlannedStep(spec.key, drv_name_of(drv), spec.recipes[0].requirements, needs, depth)
+        steps[spec.key] = PlannedStep(spec.key, drv_name_of(drv), spec.recipes[0].requirements, needs, depth)
     begun_from = [stand_in.get(key) or graph.recipes.by_step[key][0] for key in ends]
     inputs = [path for drv in begun_from for _, path in graph.nodes[drv].outputs]
-    return _Plan(list(steps.values()), inputs if steps else [], len(ends), roots, held, len(graph.own))
+    return CutGraph(list(steps.values()), inputs if steps else [], len(ends), roots, held, len(graph.own))
 
 
 def _recipe_drv(graph: Graph, spec: StepSpec, stand_in: Mapping[StepKey, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from coordinator.http.api.estimates import EstimateApi
 from coordinator.http.api.evaluations import EvaluationApi
 from coordinator.http.api.events import WatchStreams
 from coordinator.http.api.openapi import add_openapi_route
+from coordinator.http.api.plans import PlanApi
 from coordinator.http.api.questions import Questions
 from coordinator.http.api.rebuilds import RebuildApi
 from coordinator.http.api.submissions import Api, ApiBounds
@@ -34,6 +36,8 @@ from coordinator.http.routing import serve as serve_routes
 from coordinator.http.web.live import LiveStreams
 from coordinator.http.web.site import PageActions, PageSources, add_web_routes
 from coordinator.intake.forecast import Forecaster
+from coordinator.plans.lookup import Lookup
+from coordinator.plans.planner import Planner
 from coordinator.readmodel.comparisons import Comparisons
 from coordinator.readmodel.farm_view import farm_view
 from coordinator.wiring.caches import ServedCaches, serve_caches
@@ -140,6 +144,10 @@ def _add_questions(  # noqa: PLR0917 - collaborators, named by their types
     forecaster = Forecaster(core.intake, stores.cache, core.views, core.farm, costs, flush)
     rebuilds = RebuildApi(forecaster, Likenesses(stores.cache), Comparisons(stores.derivations))
     serve_routes(app, rebuilds.handlers())
+    # The list of upstreams is the one that `serve_caches` has filled.
+    lookup = Lookup(stores.cache, core.intake.pulls.upstreams, stores.cache.store_dir.path, time.monotonic)
+    planner = Planner(stores.derivations, lookup, forecaster, core.views, stores.cache.store_dir)
+    serve_routes(app, PlanApi(planner).handlers())
     add_worker_routes(app, core.views, work.fleet.drain)
     add_openapi_route(app)
 

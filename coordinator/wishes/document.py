@@ -40,26 +40,35 @@ _Text = Annotated[str, Field(max_length=MAX_NAME, pattern=_PLAIN)]
 _Path = Annotated[str, Field(max_length=MAX_PATH, pattern=_PLAIN)]
 _Installable = Annotated[str, Field(max_length=MAX_INSTALLABLE, pattern=_PLAIN)]
 _System = Annotated[str, Field(max_length=64, pattern=r"^[a-z0-9_]+-[a-z0-9_]+$")]
-_Outputs: TypeAlias = Annotated[dict[_Name, _Path], Field(max_length=MAX_OUTPUTS)]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class OutputDocument(_Part):
+    """`WishedOutput`."""
+
+    name: _Name
+    path: _Path
+
+
+_Outputs: TypeAlias = Annotated[tuple[OutputDocument, ...], Field(max_length=MAX_OUTPUTS), FailFast()]
+
+
 class PathsTarget(_Part):
-    """`WishedPaths`: outputs by name, in order."""
+    """`WishedPaths`."""
 
     kind: Literal["paths"]
     outputs: _Outputs
     derivation: _Path | None = None
     installable: _Installable = ""
-    others: _Outputs = {}
+    others: _Outputs = ()
 
     def target(self) -> WishTarget:
         """Return the words of it."""
         outputs, others = (
-            tuple(WishedOutput(name, path) for name, path in each.items()) for each in (self.outputs, self.others)
+            tuple(WishedOutput(output.name, output.path) for output in each) for each in (self.outputs, self.others)
         )
         return WishedPaths(outputs, self.derivation, self.installable, others)
 
@@ -179,10 +188,10 @@ def _target(target: WishTarget) -> PathsTarget | DerivationTarget | AttributeTar
         case WishedPaths(outputs, derivation, installable, others):
             return PathsTarget.model_construct(
                 kind="paths",
-                outputs={each.name: each.path for each in outputs},
+                outputs=_outputs(outputs),
                 derivation=derivation,
                 installable=installable,
-                others={each.name: each.path for each in others},
+                others=_outputs(others),
             )
         case WishedDerivation(path, names):
             return DerivationTarget.model_construct(kind="derivation", path=path, outputs=names)
@@ -190,3 +199,7 @@ def _target(target: WishTarget) -> PathsTarget | DerivationTarget | AttributeTar
             return AttributeTarget.model_construct(
                 kind="attribute", source=source, attribute=attribute, is_flake=is_flake
             )
+
+
+def _outputs(outputs: tuple[WishedOutput, ...]) -> tuple[OutputDocument, ...]:
+    return tuple(OutputDocument.model_construct(name=each.name, path=each.path) for each in outputs)

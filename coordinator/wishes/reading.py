@@ -29,10 +29,8 @@ _FORMS: Final = (
     (re.compile(rb'"drvPath"|"attr"\s*:'), WishSource.EVAL_JOBS),
     (re.compile(rb'"nodes"\s*:'), WishSource.FLAKE_LOCK),
 )
-#: Forms of which the content is read here; the others are names of what is evaluated.
-READ: Final = frozenset(
-    {WishSource.FLOX, WishSource.DEVBOX, WishSource.FLAKE_LOCK, WishSource.PATHS, WishSource.EVAL_JOBS}
-)
+#: Forms that are names of what is evaluated; the content of the others is read.
+NAMED: Final = frozenset({WishSource.FILE, WishSource.FLAKE, WishSource.CONFIGURATION})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +75,12 @@ def source_by_content(place: str, data: bytes) -> WishSource:
     )
 
 
+def flake_of(directory: PurePath) -> str:
+    """Return the reference of a flake in a directory, which a bare name is not."""
+    text = str(directory)
+    return text if text.startswith(("/", ".")) else f"./{text}"
+
+
 def named_wishes(name: str, reading: WishReading, *, source: WishSource) -> WishList:
     """Return the wishes of a flake's output, a configuration or a Nix file, by its name alone.
 
@@ -104,7 +108,7 @@ def read_wishes(place: str, data: bytes, reading: WishReading) -> WishList:
             found = read_devbox_lock(place, data, reading.store_dir, reading.systems)
         case WishSource.FLAKE_LOCK:
             systems = reading.systems or (reading.system,)
-            found = flake_lock_wishes(place, data, str(PurePath(place).parent), systems)
+            found = flake_lock_wishes(place, data, flake_of(PurePath(place).parent), systems)
         case WishSource.PATHS | WishSource.EVAL_JOBS:
             systems = reading.systems or (reading.system,)
             found = read_lines(place, data, reading.store_dir, systems[0])

@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from coordinator.api import cache_routes, evaluation_routes, mirror_routes, routes, web_routes
+from coordinator.api import cache_routes, evaluation_routes, mirror_routes, plan_routes, routes, web_routes
 from coordinator.api.route import EVERY_ROUTE, Content, Right, Route
 from coordinator.config import OwnerSettings, Settings
 from coordinator.errors import ConflictError, ForbiddenError, IntakeError, NotFoundError
@@ -189,6 +189,9 @@ async def graphs_that_the_farm_does_not_take(asker: Asker, monkeypatch: pytest.M
     await asker.ask(routes.SUBMIT, routes.SUBMIT.address(), json.dumps(submit).encode())
     forecast = {"drvs": [f"/nix/store/{PARTS['key']}"]}
     await asker.ask(routes.FORECAST, routes.FORECAST.address(), json.dumps(forecast).encode())
+    wish = {"name": "a", "system": "x86_64-linux", "target": {"kind": "derivation", "path": "/elsewhere/a.drv"}}
+    plan = {"wishes": {"form": 1, "place": "a", "source": "paths", "systems": [], "wishes": [wish]}}
+    await asker.ask(plan_routes.PLAN, plan_routes.PLAN.address(), json.dumps(plan).encode())
     uneven = json.dumps({"before": ["/nix/store/a.drv"], "after": ["/nix/store/a.drv", "/nix/store/b.drv"]}).encode()
     await asker.ask(routes.COMPARE_OUTPUTS, routes.COMPARE_OUTPUTS.address(), uneven)
     await asker.ask(routes.REBUILD_CAUSES, routes.REBUILD_CAUSES.address(), uneven)

@@ -148,8 +148,8 @@ def test_outputs_of_flakes_and_configurations_are_attributes() -> None:
     assert attributes(".#darwinConfigurations.mac") == [(MAC, ".#darwinConfigurations.mac.system")]
     assert attributes(".#homeConfigurations.me") == [(LINUX, ".#homeConfigurations.me.activationPackage")]
     assert [wish.target for wish in read("sub/flake.lock", FLAKE_LOCK).wishes] == [
-        WishedAttribute("sub", f"packages.{LINUX}"),
-        WishedAttribute("sub", f"devShells.{LINUX}"),
+        WishedAttribute("./sub", f"packages.{LINUX}"),
+        WishedAttribute("./sub", f"devShells.{LINUX}"),
     ]
 
 

@@ -1,0 +1,171 @@
+"""Planner of wish lists: asks the stores and the farm, and changes nothing.
+
+Nothing is stored, queued or built. What is asked is bounded: wishes of one list, plans at one time, paths of all
+closures (`lookup`), seconds of upstreams (`lookup`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from typing import Final
+
+from coordinator.api.models import StepStatus
+from coordinator.api.plan_models import PlanView
+from coordinator.api.requests import PlanQuery
+from coordinator.errors import IntakeError, UnavailableError
+from coordinator.intake.forecast import MAX_PACKAGES, Forecaster
+from coordinator.plans.closures import Reach, Survey, extents
+from coordinator.plans.judging import FarmFacts, KnownFailure, WishFacts, judge, package_key
+from coordinator.plans.lookup import Lookup
+from coordinator.readmodel.rows import StepRow
+from coordinator.readmodel.views import Views
+from coordinator.stores.derivations import DerivationStore, Node
+from coordinator.wishes.model import Wish, WishedDerivation, WishedPaths, WishList
+from infra.nix.store_path import StoreDir, base_name_of
+from infra.slices import in_slices
+from scheduler.model import Requirements, StepKey
+
+#: Wishes of one plan, and plans that wait for the one that is made.
+MAX_WISHES: Final = 20_000
+MAX_WAITING: Final = 8
+#: Rows of steps looked at between two pauses.
+_PIECE: Final = 500
+_OPEN: Final = frozenset({StepStatus.WAITING, StepStatus.READY, StepStatus.RUNNING, StepStatus.PUBLISHING})
+_FAILED: Final = frozenset({StepStatus.FAILED, StepStatus.DOOMED})
+
+
+class Planner:
+    """Makes plans, one at a time."""
+
+    def __init__(
+        self,
+        derivations: DerivationStore,
+        lookup: Lookup,
+        forecaster: Forecaster,
+        views: Views,
+        store_dir: StoreDir,
+    ) -> None:
+        self._store_dir = store_dir
+        self._derivations = derivations
+        self._lookup = lookup
+        self._forecaster = forecaster
+        self._views = views
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+
+    async def of(self, query: PlanQuery) -> PlanView:
+        """Return the plan of a wish list.
+
+        Raises:
+            WishListError: It is none of this store.
+            IntakeError: It has too many wishes, or stands on too many paths.
+            UnavailableError: Too many plans are wanted at once.
+        """
+        wishes = await asyncio.to_thread(query.wishes.wish_list, self._store_dir)
+        if len(wishes.wishes) > MAX_WISHES:
+            raise IntakeError(f"{len(wishes.wishes)} wishes are more than {MAX_WISHES}; plan them in parts.")
+        if self._waiting >= MAX_WAITING:
+            raise UnavailableError(f"{MAX_WAITING} plans are being made, the limit; ask again in a moment.")
+        self._waiting += 1
+        try:
+            async with self._turn:
+                return await self._of(wishes, frozenset(query.present))
+        finally:
+            self._waiting -= 1
+
+    async def _of(self, wishes: WishList, present: frozenset[str]) -> PlanView:
+        nodes = await self._nodes(wishes.wishes)
+        facts = await asyncio.to_thread(lambda: [_facts(wish, nodes.get(wish.key), present) for wish in wishes.wishes])
+        survey, upstreams = await self._lookup.survey({path for each in facts for path in each.paths})
+        missing = await asyncio.to_thread(_missing, facts, survey)
+        drvs = [self._store_dir.full(nodes[each.wish.key].drv) for each in missing if each.graphed]
+        steps = (await self._forecaster.graph(drvs)).steps if drvs else []
+        packages = {each.wish.key: package_key(each.wish) for each in missing if not each.graphed}
+        costs = await self._forecaster.costs(list(dict.fromkeys(packages.values()))[:MAX_PACKAGES])
+        facts = [
+            replace(each, cost=costs[package]) if (package := packages.get(each.wish.key, ("", ""))) in costs else each
+            for each in facts
+        ]
+        keys = dict.fromkeys([*(step.key for step in steps), *(each.step for each in missing if each.step)])
+        building, failures = await in_slices(self._states(list(keys)))
+        kinds = {step.kind for step in steps} | {Requirements(system, ()) for system in wishes.systems}
+        farm = FarmFacts(
+            survey,
+            steps,
+            building,
+            failures,
+            {kind: self._forecaster.slots(kind) for kind in kinds},
+            present,
+            tuple(upstreams),
+        )
+        return await asyncio.to_thread(judge, wishes, facts, farm)
+
+    async def _nodes(self, wishes: Sequence[Wish]) -> dict[tuple[str, str], Node]:
+        """Return the derivation of each wish, by its key, where the farm has one."""
+        drvs = {wish.key: base_name_of(drv) for wish in wishes if (drv := _derivation(wish))}
+        nodes = await self._derivations.nodes(list(dict.fromkeys(drvs.values())))
+        found = {key: nodes[drv] for key, drv in drvs.items() if drv in nodes}
+        paths = {
+            wish.key: wish.target.paths[0]
+            for wish in wishes
+            if wish.key not in found and isinstance(wish.target, WishedPaths) and wish.target.outputs
+        }
+        makers = await self._derivations.makers(list(paths.values()))
+        made = await self._derivations.nodes(list(dict.fromkeys(makers.values())))
+        found.update((key, made[makers[path]]) for key, path in paths.items() if makers.get(path) in made)
+        return found
+
+    def _states(
+        self, keys: Sequence[StepKey]
+    ) -> Generator[None, None, tuple[frozenset[StepKey], dict[StepKey, KnownFailure]]]:
+        """Return which steps submissions want, and which are known to fail, with pauses."""
+        building: set[StepKey] = set()
+        failures: dict[StepKey, KnownFailure] = {}
+        for count, key in enumerate(keys, 1):
+            row = self._views.row_of(key)
+            if row is not None and row.state in _FAILED:
+                failures[key] = self._failure(row)
+            elif row is not None and row.state in _OPEN and self._views.submissions_of(key):
+                building.add(key)
+            if not count % _PIECE:
+                yield
+        return frozenset(building), failures
+
+    def _failure(self, row: StepRow) -> KnownFailure:
+        cause = self._views.row_of(StepKey(self._views.step_view(row).cause or row.key)) or row
+        return KnownFailure(cause.key, self._views.name_of(cause), cause.life.ended_at or 0.0)
+
+
+def _derivation(wish: Wish) -> str | None:
+    target = wish.target
+    if isinstance(target, WishedDerivation):
+        return target.path
+    return target.derivation if isinstance(target, WishedPaths) else None
+
+
+def _facts(wish: Wish, node: Node | None, present: frozenset[str]) -> WishFacts:
+    """Return what is known of a wish before anything is looked up."""
+    target = wish.target
+    paths: tuple[str, ...] = ()
+    step = None if node is None else node.step
+    if isinstance(target, WishedPaths):
+        paths = target.paths
+        if step is None:
+            # The key of a step is the base name of its first output.
+            step = StepKey(base_name_of(min((*target.outputs, *target.others), key=lambda each: each.name).path))
+    elif node is not None and isinstance(target, WishedDerivation):
+        paths = tuple(path for name, path in node.outputs if not target.outputs or name in target.outputs)
+    is_present = bool(paths) and present.issuperset(paths)
+    return WishFacts(wish, paths, step, graphed=node is not None, present=is_present)
+
+
+def _missing(facts: Sequence[WishFacts], survey: Survey) -> list[WishFacts]:
+    """Return the wishes of which no cache has the whole closure."""
+    reach = extents(survey)
+    return [
+        each
+        for each in facts
+        if max((reach.get(path, Reach.ABSENT) for path in each.paths), default=Reach.ABSENT) > Reach.UPSTREAM
+    ]
