@@ -22,6 +22,8 @@ OLDEST: Final = (2, 8)
 CLOCK_S: Final = 120.0
 #: Seconds for one small answer above which thousands of them are felt.
 SLOW_S: Final = 0.5
+#: Packages of a lock that a sentence names.
+NAMED: Final = 5
 #: Room in which a closure of some size still fits.
 LITTLE_BYTES: Final = 5 * 10**9
 #: `name:` and 32 bytes of Ed25519 in base64.
@@ -284,6 +286,12 @@ def _plans(facts: MachineFacts) -> Iterator[Diagnosis]:
             yield Diagnosis("fine", plan.target, "all of it is here already")
         else:
             level: Level = "advice" if plan.built else "fine"
-            sentence = f"Nix would build {plan.built} derivations here and fetch {plan.fetched} paths{size}"
+            named = ", ".join(plan.lacking[:NAMED]) + f" and {len(plan.lacking) - NAMED} more" * (
+                len(plan.lacking) > NAMED
+            )
+            which = f" ({named}), which no cache has," if plan.lacking else ""
+            sentence = f"Nix would build {plan.built} derivations{which} here and fetch {plan.fetched} paths{size}"
             mend = "have the farm build it first: drover build" if plan.built else ""
+            if plan.lacking:
+                mend = f"see what the farm can do about it: drover plan {plan.target}"
             yield Diagnosis(level, plan.target, sentence, mend)

@@ -63,7 +63,7 @@ class CacheFacts:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Builds and downloads that Nix would begin for a file of this directory, by its own dry run."""
+    """Builds and downloads that Nix would begin for a file or a lock of this directory, by its own dry run."""
 
     target: str
     built: int = 0
@@ -72,6 +72,8 @@ class Plan:
     unpacked: str = ""
     #: Why Nix cannot tell; its last words.
     trouble: str = ""
+    #: Of a lock: packages that no cache has, which Nix or the lock's own program would build.
+    lacking: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

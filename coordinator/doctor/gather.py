@@ -30,13 +30,13 @@ import orjson
 from coordinator.client.errors import reason_of
 from coordinator.client.exchange import AddressError, Answer, BadAnswerError, exchange
 from coordinator.doctor.checks import normal
+from coordinator.doctor.dry_runs import dry_run, last_line, lock_plans
 from coordinator.doctor.facts import CacheFacts, CacheTrouble, MachineFacts, Netrc, NixSettings, Plan
 from infra.process import Completed, ProcessError, ProcessNotFound, run
 
-#: Seconds for a question to Nix, for an answer of a cache, and for a dry run, which evaluates.
+#: Seconds for a question to Nix, for an answer of a cache.
 ASK_S: Final = 30.0
 CACHE_S: Final = 10.0
-PLAN_S: Final = 600.0
 MAX_OUTPUT_BYTES: Final = 16 * 1024 * 1024
 MAX_NETRC_BYTES: Final = 1024 * 1024
 #: Caches that are asked, and lines that are read of what one says of itself.
@@ -50,10 +50,6 @@ _NO_USER_FILES: Final = {"NIX_USER_CONF_FILES": os.devnull, "NIX_CONFIG": ""}
 #: Number of the feature in Nix up to 2.17, which show numbers.
 _FLAKES: Final = 2
 _SOCKET: Final = "/nix/var/nix/daemon-socket/socket"
-_BUILT: Final = re.compile(r"^(?:this derivation|these (\d+) derivations) will be built:", re.MULTILINE)
-_FETCHED: Final = re.compile(
-    r"^(?:this path|these (\d+) paths) will be fetched(?: \((.*?) download, (.*?) unpacked\))?:", re.MULTILINE
-)
 
 
 async def gather(
@@ -139,7 +135,7 @@ async def _settings(env: Mapping[str, str], troubles: list[str]) -> NixSettings 
         values = {name: each.get("value") for name, each in orjson.loads(done.stdout if done else b"").items()}
         return _read_settings(values)
     except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
-        said = _last_line(done.stderr) if done else ""
+        said = last_line(done.stderr) if done else ""
         troubles.append(f"Nix does not show its settings: {said or 'its answer cannot be read'}")
         return None
 
@@ -172,7 +168,7 @@ async def _store(env: Mapping[str, str]) -> tuple[str, bool | None]:
     except ProcessError as error:
         return str(error), None
     if done is None or done.returncode != 0:
-        return _last_line(done.stderr) if done else "", None
+        return last_line(done.stderr) if done else "", None
     # Newer versions print it there, older ones nothing.
     found = re.search(r"^Trusted: *([01])$", (done.stdout + done.stderr).decode(errors="replace"), re.MULTILINE)
     return "", None if found is None else found[1] == "1"
@@ -315,44 +311,22 @@ async def _plans(directory: Path, env: Mapping[str, str], settings: NixSettings 
     """Return what Nix would do for the flake or the file of a directory; nothing where there is none."""
     features = ("--extra-experimental-features", "nix-command flakes")
     system = settings.system if settings is not None else ""
-    plans = []
+    plans = await lock_plans(directory, system, env) if system else []
     if (directory / "flake.nix").exists():
         for target in (".", f".#devShells.{system}.default"):
             command = ["nix", "build", "--dry-run", "--no-link", target, *features]
-            plans.append(await _plan(target, command, directory, env))
+            plans.append(await dry_run(target, command, directory, env))
         # A flake need not have both.
         found = [plan for plan in plans if not plan.trouble]
         return tuple(found or plans[:1])
+    if plans:
+        return tuple(plans)
     for name, more in (("default.nix", ()), ("shell.nix", ("-A", "inputDerivation"))):
         if (directory / name).exists():
             command = ["nix-build", "--dry-run", "--no-out-link", name, *more]
-            plans.append(await _plan(name, command, directory, env))
+            plans.append(await dry_run(name, command, directory, env))
     return tuple(plans)
-
-
-async def _plan(target: str, command: Sequence[str], directory: Path, env: Mapping[str, str]) -> Plan:
-    try:
-        done = await run(command, env=env, cwd=directory, timeout_s=PLAN_S, max_output_bytes=MAX_OUTPUT_BYTES)
-    except ProcessError as error:
-        return Plan(target, trouble=str(error))
-    text = done.stderr.decode(errors="replace")
-    if done.returncode != 0:
-        return Plan(target, trouble=_last_line(done.stderr))
-    built, fetched = _BUILT.search(text), _FETCHED.search(text)
-    return Plan(
-        target,
-        built=0 if built is None else int(built[1] or 1),
-        fetched=0 if fetched is None else int(fetched[1] or 1),
-        download=(fetched[2] or "") if fetched else "",
-        unpacked=(fetched[3] or "") if fetched else "",
-    )
 
 
 def _text(done: Completed) -> str:
     return done.stdout.decode(errors="replace").strip()
-
-
-def _last_line(output: bytes) -> str:
-    lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.lstrip().startswith("error:")]
-    return (errors or lines or ["it gave no reason"])[-1].strip()[:500]

@@ -20,6 +20,7 @@ from coordinator.doctor.checks import Diagnosis, diagnoses, in_force, is_trusted
 from coordinator.doctor.facts import CacheFacts, MachineFacts, Netrc, NixSettings, Plan
 from coordinator.doctor.gather import gather
 from infra.process import run
+from tests.support.wishes import catalog_entry, flox_lock, store_path
 
 KEY = "farm-1:" + "A" * 43 + "="
 URL = "https://farm.example.org/cache"
@@ -185,6 +186,34 @@ async def test_the_plan_of_a_directory_is_nix_s_own(machine: dict[str, str], tmp
     facts = await gather((), (), tmp_path, machine, plan=True)
     [plan] = [each for each in diagnoses(facts) if each.about == "default.nix"]
     assert (plan.level, "not today" in plan.sentence) == ("advice", True)
+
+
+async def test_the_plan_of_a_lock_is_what_the_caches_in_force_have_of_it(
+    machine: dict[str, str], tmp_path: Path
+) -> None:
+    have, lack = store_path("have-1"), store_path("lack-1")
+
+    async def answer(request: web.Request) -> web.Response:
+        if not request.path.endswith(f"{have[11:43]}.narinfo"):
+            return await info(request) if request.path.endswith("nix-cache-info") else web.Response(status=404)
+        fields = {"StorePath": have, "URL": "nar/a.nar", "Compression": "none", "NarHash": f"sha256:{'0' * 52}"}
+        text = "".join(f"{key}: {value}\n" for key, value in fields.items())
+        return web.Response(text=f"{text}NarSize: 2048\nFileSize: 1024\nReferences: \n")
+
+    here = (await gather((), (), tmp_path, machine, plan=False)).settings
+    assert here is not None
+    packages = [{**catalog_entry(path[44:48], here.system), "outputs": {"out": path}} for path in (have, lack)]
+    (tmp_path / "manifest.lock").write_bytes(flox_lock(packages, systems=[here.system]))
+    (tmp_path / "devbox.lock").write_text("{")
+    async with served(answer) as url:
+        conf(machine, f"substituters = {url}", "require-sigs = false")
+        found = await gather((), (), tmp_path, machine, plan=True)
+    plan, torn = found.plans
+    assert (plan.target, plan.fetched, plan.built, plan.lacking) == ("manifest.lock", 1, 1, ("lack",))
+    assert "it is not whole or no JSON" in torn.trouble
+    [said] = [each for each in diagnoses(found) if each.about == "manifest.lock"]
+    assert said.sentence.startswith("Nix would build 1 derivations (lack), which no cache has, here and fetch 1 paths")
+    assert said.mend == "see what the farm can do about it: drover plan manifest.lock"
 
 
 async def test_a_machine_without_nix_is_one_problem(tmp_path: Path) -> None:
