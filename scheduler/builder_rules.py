@@ -13,7 +13,7 @@ from scheduler import events as e
 from scheduler import facts as f
 from scheduler.model import BuilderId, Failure, FailureKind, Instant, LeaseId, StepState
 from scheduler.policy import Limits, Policy
-from scheduler.records import Builder
+from scheduler.records import Builder, Step
 from scheduler.state import FarmState
 from scheduler.step_rules import StepRules
 
@@ -62,6 +62,17 @@ class BuilderRules:
         yield f.BuilderRefreshed(event.builder, event.capacity, now, missing, unknown, event.draining, event.unfit)
         if builder.strikes or builder.until or event.unfit:
             yield from self.judge(event.builder, now)
+
+    def refreshes(self, event: e.BuilderReported, now: Instant) -> bool:
+        """Return whether a heartbeat says nothing but that its builder is there: it lacks no lease of its own."""
+        builder = self._state.builders.get(event.builder)
+        if builder is None or builder.spec is None or builder.spec.incarnation != event.incarnation:
+            return False
+        names = frozenset(event.leases)
+        return all(step.lease in names or not self._is_overdue(builder, step, now) for step in builder.leases.values())
+
+    def _is_overdue(self, builder: Builder, step: Step, now: Instant) -> bool:
+        return builder.spec is None or now - step.asked_at >= self._limits.start_grace_s
 
     def lost(self, event: e.BuilderLost, now: Instant) -> Iterator[f.FactOrPause]:
         """Remove a builder whose incarnation is confirmed to be gone."""
@@ -135,7 +146,7 @@ class BuilderRules:
         names = frozenset(listed)
         missing: list[LeaseId] = []
         for step in tuple(builder.leases.values()):
-            overdue = builder.spec is None or now - step.asked_at >= self._limits.start_grace_s
+            overdue = self._is_overdue(builder, step, now)
             if step.lease in names or not overdue or step.key not in builder.leases:
                 continue
             if step.resends >= self._limits.start_resends:

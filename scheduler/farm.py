@@ -12,9 +12,17 @@ from dataclasses import replace
 
 from scheduler.decide import Decider
 from scheduler.effects import Effect
-from scheduler.events import Event
+from scheduler.events import (
+    BuilderReported,
+    BuildSucceeded,
+    Event,
+    OutputsPublished,
+    SubmissionGrown,
+    SubmissionReceived,
+)
 from scheduler.facts import Fact, FactOrPause, FarmResumed, MembersJoined, StepReady, StepWaiting
 from scheduler.model import NO_INSTANT, BuilderId, Instant, LeaseId, Requirements, StepKey, StepState, SubmissionId
+from scheduler.opening import Opening
 from scheduler.pauses import FACTS_PIECE, PAUSE, PIECE, Pause, whole
 from scheduler.policy import Limits, LongestPathFirst, Policy
 from scheduler.react import react
@@ -45,6 +53,7 @@ class Farm:
         self.state = FarmState(policy.rank, policy.weight)
         self._queue_positions = QueuePositions(self.state)
         self._decider = Decider(self.state, self._limits, policy)
+        self._opening = Opening(self.state)
 
     def handle(self, event: Event, now: Instant) -> tuple[list[Fact], list[Effect]]:
         """Take one event in; return what was decided and what must now be done, both in order.
@@ -61,21 +70,53 @@ class Farm:
         """
         return whole(self.handling(events, now))
 
-    def handling(self, events: Iterable[Event], now: Instant) -> Handling:
+    def handling(self, events: Iterable[Event], now: Instant, *, grant: bool = True) -> Handling:
         """Do the work of `handle_many`, with pauses, so that an event of many steps does not hold up the loop.
 
-        Between the pauses callers may read the farm (`why`, `unserved`), and it takes nothing else in.
+        Between the pauses callers may read the farm (`why`, `unserved`), and it takes nothing else in but `passing`.
+        Without `grant` no lease is granted, and time does not pass: a later call does both.
         """
         facts: list[Fact] = []
         effects: list[Effect] = []
         decider = self._decider
         self._queue_positions.forget()
         for event in events:
-            yield from self._take(decider.decide(event, now), now, facts, effects)
-        yield from self._take(decider.due(now), now, facts, effects)
-        yield from self._take(decider.assign(now), now, facts, effects)
+            decided = decider.decide(event, now)
+            if isinstance(event, SubmissionReceived | SubmissionGrown):
+                decided = self._opening.around(decided)
+            yield from self._take(decided, now, facts, effects)
+        if grant:
+            yield from self._take(decider.due(now), now, facts, effects)
+            yield from self._take(decider.assign(now), now, facts, effects)
         # Those that were computed at a pause are of a state that is gone.
         self._queue_positions.forget()
+        return facts, effects
+
+    @property
+    def lets_pass(self) -> bool:
+        """True if what `may_pass` may be taken in with `passing`, between two calls or at this pause of one."""
+        return self._opening.lets_pass
+
+    def may_pass(self, event: Event, now: Instant) -> bool:
+        """Return whether an event tells the end of a build or a builder's health, and nothing that had failed."""
+        if isinstance(event, BuilderReported):
+            return self._decider.refreshes(event, now)
+        return isinstance(event, BuildSucceeded | OutputsPublished)
+
+    def passing(self, events: Iterable[Event], now: Instant) -> tuple[list[Fact], list[Effect]]:
+        """Take in events that `may_pass` at a pause of `handling`, as if they had come before all that it does.
+
+        Their facts may go to the journal before those of that call, and have the same state follow. Leases are granted
+        where the submission that is taken in stands on nothing yet.
+        """
+        facts: list[Fact] = []
+        effects: list[Effect] = []
+        turned, self.state.turned[:] = list(self.state.turned), ()
+        for event in events:
+            whole(self._take(self._decider.decide(event, now), now, facts, effects))
+        if self._opening.lets_grant:
+            whole(self._take(self._decider.assign(now), now, facts, effects))
+        self.state.turned[:] = turned
         return facts, effects
 
     def _take(

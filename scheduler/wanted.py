@@ -44,6 +44,8 @@ class WantedSteps(StepGraph):
         #: Submissions neither withdrawn nor forgotten, with their roots; and those that are withdrawn, not forgotten.
         self.submissions: dict[SubmissionId, tuple[Step, ...]] = {}
         self.withdrawn: dict[SubmissionId, tuple[Step, ...]] = {}
+        #: A submission that was accepted begins to stand on its steps: its roots are counted already.
+        self.engaging = False
         #: Those of `submissions` that may still grow.
         self.open: dict[SubmissionId, OpenSubmission] = {}
         #: What failing attempts have cost submissions: each moves the instant on by a part of an hour (`step_rules`).
@@ -98,7 +100,9 @@ class WantedSteps(StepGraph):
             self.references.drop(root.key for root in piece)
             yield PAUSE
         yield from self._want(fact.submission, roots)
+        self.engaging = True
         yield from self._engage(self.steps[key] for key in fact.members)
+        self.engaging = False
 
     def _want(self, submission: SubmissionId, roots: Collection[Step]) -> Iterator[Pause]:
         """Let a submission wait for those of the roots that have not finished."""

@@ -5,6 +5,10 @@ views, hand the effects to dispatch, wake those who wait for their event to be d
 nothing is shown, acknowledged or done before its facts are durable. A turn that concerns many steps gives the event
 loop to others again and again (`slices`); the next one begins when it has ended.
 
+A submission has a turn of its own. While a large one is decided and encoded, the ends of builds *pass* it in small
+turns, where the core lets them (`scheduler.opening`): their facts go to journal and views before those of the
+submission. Its leases are granted in the turn after it.
+
 An append waits for a database that is away, for a bounded time. If it fails the engine stops with that error and the
 process ends: the core has already moved on, and only a replay brings memory and journal together again.
 """
@@ -12,16 +16,16 @@ process ends: the core has already moved on, and only a replay brings memory and
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+from coordinator.engine.inbox import Inbox, Message, SubmissionEvent
 from coordinator.engine.meter import EngineMeter
 from coordinator.engine.replay import replay
-from coordinator.errors import UnavailableError
 from coordinator.journal.codec import SubmissionNote
+from coordinator.journal.frames import FrameBody
 from coordinator.journal.journal import Journal
 from coordinator.journal.notes import Note
 from coordinator.readmodel.views import Views
@@ -29,32 +33,16 @@ from infra.clock import Clock
 from infra.collector import collector_paused
 from infra.slices import in_slices
 from scheduler.effects import Effect
-from scheduler.events import Event, SealAsked, SubmissionGrown, SubmissionReceived, TimePassed
+from scheduler.events import Event, TimePassed
 from scheduler.facts import Fact
 from scheduler.farm import Farm
 from scheduler.model import Instant, SubmissionId, SubmissionRefusedError
 
-#: Capacity of the inbox in messages; `offer`, `submit` and `post` block while it is full.
-INBOX_MESSAGES = 4096
-#: Messages of one turn: bounds how long the loop keeps others from running.
+#: Messages of one turn, and of one that passes a submission: bounds how long the loop keeps others from running.
 TURN_MESSAGES = 1024
-
-#: Events that have a note, and that the core may refuse.
-SubmissionEvent = SubmissionReceived | SubmissionGrown | SealAsked
+PASSING_MESSAGES = 64
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Message:
-    """Events that belong together, and the future of the sender that waits for them."""
-
-    events: tuple[Event, ...]
-    safe: asyncio.Future[None] | None = None
-    #: Its only event, which the core may refuse, and what the journal keeps beside the facts where it does not.
-    submission: SubmissionEvent | None = None
-    note: Note | None = None
-    refused: bool = False
 
 
 class Engine:
@@ -68,7 +56,9 @@ class Engine:
         self._views = views
         self._clock = clock
         self._hand = hand
-        self._inbox: asyncio.Queue[_Message] = asyncio.Queue(INBOX_MESSAGES)
+        self._inbox = Inbox()
+        #: Held by the turn whose facts go to journal and views.
+        self._committing = asyncio.Lock()
         self._running = False
         self._stopped = False
         self.meter = EngineMeter()
@@ -99,63 +89,102 @@ class Engine:
         try:
             self._hand(self._farm.resume(self.now()))
             while True:
-                await self._turn(await self._next_messages())
+                deadline = self._farm.deadline()
+                await self._inbox.filled(None if deadline is None else max(0.0, deadline - self.now()))
+                plain, submission = self._inbox.take(TURN_MESSAGES), self._inbox.take_submission()
+                if submission is None or plain:
+                    await self._turn(plain)
+                if submission is not None:
+                    await (self._take_large(submission) if submission.is_large else self._turn([submission]))
         finally:
             self._running, self._stopped = False, True
-            while not self._inbox.empty():
-                _refuse(self._inbox.get_nowait())
+            for message in self._inbox.take_all():
+                message.refuse()
 
     async def offer(self, *events: Event) -> None:
         """Give events to the core; returns once what follows from them is durable. Raises `UnavailableError`."""
-        await self._send(_Message(events))
+        await self._send(Message(events))
 
     async def post(self, events: Sequence[Event]) -> None:
         """Give events to the core without waiting for the journal."""
         if events and not self._stopped:
-            await self._inbox.put(_Message(tuple(events)))
+            await self._inbox.put(Message(tuple(events)))
 
     async def submit(self, event: SubmissionEvent, note: Note | None = None) -> None:
         """Hand a submission or its growth to the core; returns once what follows from it, and its note, are durable.
 
         Raises `UnavailableError`, and `SubmissionRefusedError` where the core does not take the graph.
         """
-        await self._send(_Message((event,), submission=event, note=note))
+        await self._send(Message((event,), submission=event, note=note))
 
-    async def _send(self, message: _Message) -> None:
+    async def _send(self, message: Message) -> None:
         message.safe = asyncio.get_running_loop().create_future()
         await self._inbox.put(message)
         if self._stopped:
-            _refuse(message)
+            message.refuse()
         await message.safe
 
-    async def _next_messages(self) -> list[_Message]:
-        """Wait for a message or the core's next deadline; return all messages that wait, at most one turn's."""
-        messages: list[_Message] = []
-        if self._inbox.empty():
-            deadline = self._farm.deadline()
-            wait_s = None if deadline is None else max(0.0, deadline - self.now())
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    messages.append(await self._inbox.get())
-        while len(messages) < TURN_MESSAGES and not self._inbox.empty():
-            messages.append(self._inbox.get_nowait())
-        return messages
-
-    async def _turn(self, messages: Sequence[_Message]) -> None:
-        try:
-            await self._take(messages)
-        except BaseException:
-            for message in messages:
-                _refuse(message)
-            raise
-        for message in messages:
-            if message.safe is not None and not message.safe.done():
-                message.safe.set_result(None)
-
-    async def _take(self, messages: Sequence[_Message]) -> None:
-        meter = self.meter
-        with collector_paused(), meter.timing("core"):
+    async def _turn(self, messages: Sequence[Message]) -> None:
+        """Take in messages, or one submission, and what the time has decided; grant leases."""
+        with _answering(messages), collector_paused():
             facts, effects = await self._ask(messages)
+            async with self._committing:
+                await self._commit(messages, facts)
+            self._hand(effects)
+
+    async def _take_large(self, submission: Message) -> None:
+        """Take in a large submission, and the ends of builds that pass it meanwhile; then grant leases."""
+        messages = [submission]
+
+        async def turn() -> None:
+            with _answering(messages), collector_paused():
+                facts, effects = await self._ask(messages, grant=False)
+                encoded = await self._journal.encoded([fact for fact in facts if fact.durable])
+                async with self._committing:
+                    await self._commit(messages, facts, encoded)
+                self._hand(effects)
+
+        work = asyncio.create_task(turn(), name="large submission")
+        try:
+            while not work.done():
+                await self._let_pass(work)
+        finally:
+            work.cancel()
+            await asyncio.wait((work,))
+        await work
+        await self._turn(self._inbox.take(TURN_MESSAGES))
+
+    async def _let_pass(self, work: asyncio.Task[None]) -> None:
+        """Take in what may pass a submission, or wait for more of that, or for the end of the submission's turn."""
+        now = self.now()
+
+        def passes(message: Message) -> bool:
+            return all(self._farm.may_pass(event, now) for event in message.events)
+
+        async with self._committing:
+            messages = self._inbox.take_where(passes, PASSING_MESSAGES) if self._farm.lets_pass else []
+            if messages:
+                with _answering(messages):
+                    with self.meter.timing("core"):
+                        facts, effects = self._farm.passing([each for one in messages for each in one.events], now)
+                    await self._commit(messages, facts)
+                    self._hand(effects)
+                return
+        if self._inbox.has_where(passes):
+            # None may pass at this place of the submission, which is not long.
+            await asyncio.sleep(0)
+            return
+        arrival = asyncio.ensure_future(self._inbox.arrival())
+        try:
+            await asyncio.wait((work, arrival), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            arrival.cancel()
+
+    async def _commit(
+        self, messages: Sequence[Message], facts: Sequence[Fact], encoded: Sequence[FrameBody] | None = None
+    ) -> None:
+        """Make what follows from messages durable, and show it."""
+        meter = self.meter
         durable = [fact for fact in facts if fact.durable]
         notes = {
             message.submission.submission: message.note
@@ -164,42 +193,35 @@ class Engine:
         }
         if durable or notes:
             with meter.timing("journal"):
-                await self._journal.append(durable, notes)
-        with collector_paused(), meter.timing("views"):
+                await self._journal.append(durable, notes, encoded)
+        with meter.timing("views"):
             await in_slices(self._views.folding(facts))
         meter.events += sum(len(message.events) for message in messages)
         meter.durable_facts += len(durable)
         meter.count(durable)
-        self._hand(effects)
 
-    async def _ask(self, messages: Sequence[_Message]) -> tuple[list[Fact], list[Effect]]:
+    async def _ask(self, messages: Sequence[Message], *, grant: bool = True) -> tuple[list[Fact], list[Effect]]:
         """Let the core decide. A submission goes to the core alone: the core may refuse it, and only it."""
-        facts: list[Fact] = []
-        effects: list[Effect] = []
-
-        async def handle(events: Sequence[Event]) -> None:
-            more_facts, more_effects = await in_slices(self._farm.handling(events, self.now()))
-            facts.extend(more_facts)
-            effects.extend(more_effects)
-
-        plain: list[Event] = []
-        for message in messages:
-            if message.submission is None:
-                plain.extend(message.events)
-                continue
-            await handle(plain)
-            plain = []
+        events = [event for message in messages for event in message.events]
+        with self.meter.timing("core"):
             try:
-                await handle(message.events)
+                return await in_slices(self._farm.handling(events or [TimePassed()], self.now(), grant=grant))
             except SubmissionRefusedError as error:
                 _log.warning("a submission was refused: %s", error)
-                message.refused = True
-                if message.safe is not None and not message.safe.done():
-                    message.safe.set_exception(error)
-        await handle(plain or [TimePassed()])
-        return facts, effects
+                for message in messages:
+                    message.refused = True
+                    message.fail(error)
+                return [], []
 
 
-def _refuse(message: _Message) -> None:
-    if message.safe is not None and not message.safe.done():
-        message.safe.set_exception(UnavailableError("the coordinator is stopping; try again once it runs."))
+@contextmanager
+def _answering(messages: Sequence[Message]) -> Iterator[None]:
+    """Answer the senders of messages by the end of the block: they are in, or the engine stops."""
+    try:
+        yield
+    except BaseException:
+        for message in messages:
+            message.refuse()
+        raise
+    for message in messages:
+        message.done()

@@ -25,15 +25,32 @@ class Loaded:
     records: tuple[Record, ...] = ()
 
 
-def numbered(facts: Sequence[Fact], seq: int) -> list[dict[str, Any]]:
-    """Return the rows of one commit, numbered from `seq` + 1 on."""
-    frames: list[dict[str, Any]] = []
+@dataclass(frozen=True, slots=True)
+class FrameBody:
+    """Facts of one frame, encoded."""
+
+    facts: int
+    crc: int
+    body: bytes
+
+
+def frame_bodies(facts: Sequence[Fact]) -> list[FrameBody]:
+    """Return the facts of one commit as bodies of frames."""
+    frames: list[FrameBody] = []
     # Notes alone get an empty frame, so that the last `seq` always shows whether a commit took place.
     for start in range(0, len(facts), FRAME_FACTS) or (0,):
         part = facts[start : start + FRAME_FACTS]
         body = encode_facts(part)
-        frames.append({"seq": seq + len(frames) + 1, "facts": len(part), "crc": zlib.crc32(body), "body": body})
+        frames.append(FrameBody(len(part), zlib.crc32(body), body))
     return frames
+
+
+def numbered(frames: Sequence[FrameBody], seq: int) -> list[dict[str, Any]]:
+    """Return the rows of one commit, numbered from `seq` + 1 on."""
+    return [
+        {"seq": number, "facts": frame.facts, "crc": frame.crc, "body": frame.body}
+        for number, frame in enumerate(frames, seq + 1)
+    ]
 
 
 def encoded_parts(facts: Iterable[Fact], records: Iterable[Record]) -> Iterator[tuple[int, int, bytes]]:

@@ -37,7 +37,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from coordinator.journal import tables
 from coordinator.journal.codec import StoredNote
 from coordinator.journal.errors import FencedError, JournalError, journal_error, translated
-from coordinator.journal.frames import Loaded, decoded, numbered
+from coordinator.journal.frames import FrameBody, Loaded, decoded, frame_bodies, numbered
 from coordinator.journal.notes import Note, forget_notes, read_notes, write_notes
 from coordinator.journal.snapshots import Snapshots
 from infra.cache.catalog.database import FencingToken
@@ -202,10 +202,23 @@ class Journal:
             async with self._engine.connect() as connection:
                 return await read_notes(connection)
 
-    async def append(self, facts: Sequence[Fact], notes: Mapping[SubmissionId, Note] | None = None) -> None:
+    async def encoded(self, facts: Sequence[Fact]) -> list[FrameBody]:
+        """Return the frames that `append` stores of these facts; other facts may be appended meanwhile."""
+        # One that takes a submission in names all its steps: a mass rebuild's takes a tenth of a second.
+        large = len(facts) > INLINE_FACTS or any(
+            isinstance(fact, SubmissionAccepted | SubmissionGrew | SubmissionRetried) for fact in facts
+        )
+        return await asyncio.to_thread(frame_bodies, facts) if large else frame_bodies(facts)
+
+    async def append(
+        self,
+        facts: Sequence[Fact],
+        notes: Mapping[SubmissionId, Note] | None = None,
+        encoded: Sequence[FrameBody] | None = None,
+    ) -> None:
         """Store durable `facts` and `notes` in one commit, without the notes of submissions that they forget.
 
-        Returns when they are safe.
+        `encoded` is what `encoded` returns of the facts, where the caller has it. Returns when they are safe.
 
         Waits for a database that is away, and for room on a disk that is full. After any error the caller must stop:
         what is stored is not known.
@@ -214,11 +227,7 @@ class Journal:
             FencedError: another coordinator has taken over.
             JournalError: they cannot be stored.
         """
-        # One that takes a submission in names all its steps: a mass rebuild's takes a tenth of a second.
-        large = len(facts) > INLINE_FACTS or any(
-            isinstance(fact, SubmissionAccepted | SubmissionGrew | SubmissionRetried) for fact in facts
-        )
-        frames = await asyncio.to_thread(numbered, facts, self._seq) if large else numbered(facts, self._seq)
+        frames = numbered(await self.encoded(facts) if encoded is None else encoded, self._seq)
         forgotten = [fact.submission for fact in facts if isinstance(fact, SubmissionForgotten)]
         slow = asyncio.get_running_loop().call_later(
             SLOW_S, self._outage.begin, _unwritable("its database does not answer")
