@@ -22,7 +22,9 @@ LONGEST_FIRST = (
     *("tests/e2e", "tests/workers/", "tests/coordinator/", "tests/infra/", "tests/scheduler/", "tests/"),
 )
 #: Folders whose modules share a farm.
-SHARED_FOLDERS = frozenset({"tests/e2e", "tests/e2e/faults/one_slot", "tests/e2e/faults/two_slots"})
+SHARED_FOLDERS = frozenset(
+    {"tests/e2e", "tests/e2e/populate", "tests/e2e/faults/one_slot", "tests/e2e/faults/two_slots"}
+)
 #: Folder -> the one whose farm its modules use too: that farm is stopped after the last test of both.
 SHARING_FOLDERS = {"tests/e2e/ci": "tests/e2e"}
 #: Farms of `tests/hostile` that modules share, and these modules, which are one group.

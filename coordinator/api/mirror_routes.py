@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from coordinator.api.mirroring import MirrorState, MirrorView
+from coordinator.api.mirroring import KnownDerivationsView, MirrorState, MirrorView
 from coordinator.api.route import Query, Right, Route
 
 _V1: Final = "/api/v1"
@@ -36,4 +36,14 @@ CANCEL_MIRRORING: Final = Route(
     errors=(404,),
     summary="End a run of mirroring; what it has published stays. A repeat changes nothing.",
 )
-MIRROR_ROUTES: Final[tuple[Route[Any], ...]] = (MIRROR, MIRRORING, CANCEL_MIRRORING)
+KNOWN_DERIVATIONS: Final = Route(
+    "POST",
+    f"{_V1}/derivations/known",
+    Right.API,
+    body="KnownDerivationsQuery",
+    answer=KnownDerivationsView,
+    errors=(408, 413),
+    repeats=True,
+    summary="Which derivations the farm has, and which of them make some store paths: it can build these.",
+)
+MIRROR_ROUTES: Final[tuple[Route[Any], ...]] = (MIRROR, MIRRORING, CANCEL_MIRRORING, KNOWN_DERIVATIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -53,6 +54,25 @@ class MirroredPathView:
     upstream: str = ""
     #: One clause about why it is not here, or what is odd about it.
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownDerivationView:
+    """A derivation that the farm has, with all that it needs."""
+
+    #: Full paths of its .drv and of its outputs by name, "" for one that only a build says.
+    path: str
+    system: str
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownDerivationsView:
+    """Derivations of a question that the farm has, those of outputs included."""
+
+    derivations: tuple[KnownDerivationView, ...]
+    #: Output of the question -> its derivation, which is among `derivations`.
+    makers: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

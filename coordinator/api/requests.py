@@ -234,6 +234,15 @@ class MirrorRequest(Request):
     ]
     #: A later run of the same owner takes the place of an earlier one of this name; empty: a name of its own.
     keep_as: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._/+-]{0,199})?$")] = ""
+    #: False: the upstreams are not asked; it only says what is here, and keeps it.
+    pull: bool = True
+
+
+class KnownDerivationsQuery(Request):
+    """Full paths of derivations, and of outputs whose derivations are looked for."""
+
+    derivations: Annotated[tuple[_Text, ...], Field(max_length=MAX_ROOTS), FailFast()] = ()
+    outputs: Annotated[tuple[_Text, ...], Field(max_length=MAX_ROOTS), FailFast()] = ()
 
 
 class CollectRequest(Request):

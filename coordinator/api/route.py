@@ -103,6 +103,7 @@ RequestName: TypeAlias = Literal[
     "PlanQuery",
     "RemoteEvaluationRequest",
     "MirrorRequest",
+    "KnownDerivationsQuery",
 ]
 
 

@@ -74,6 +74,7 @@ class _MirrorJob:
     owner: str
     wanted: tuple[str, ...]
     keep_as: str
+    pull: bool
     progress: MirrorProgress = field(default_factory=MirrorProgress)
     error: str = ""
     paths: tuple[MirroredPathView, ...] = ()
@@ -121,8 +122,10 @@ class Mirroring:
         self._jobs: dict[str, _MirrorJob] = {}
         self._turns = asyncio.Semaphore(RUNS_AT_ONCE)
 
-    def begin(self, paths: Sequence[str], owner: str, keep_as: str = "") -> MirrorView:
+    def begin(self, paths: Sequence[str], owner: str, keep_as: str = "", *, pull: bool = True) -> MirrorView:
         """Begin a run of full store paths for an owner; they are kept under that name of the owner's, or the run's.
+
+        Without `pull` upstreams are not asked.
 
         Raises:
             IntakeError: One is no path of this store.
@@ -139,7 +142,7 @@ class Mirroring:
                 f"{owner} has {MAX_OF_OWNER} open runs of mirroring, the limit; wait until one ends, or cancel one."
             )
         name = f"{MIRROR_PREFIX}{secrets.token_hex(8)}"
-        job = _MirrorJob(name, owner, wanted, f"{owner}/{keep_as or name}")
+        job = _MirrorJob(name, owner, wanted, f"{owner}/{keep_as or name}", pull)
         self._jobs[name] = job
         job.task = asyncio.create_task(self._run(job), name=f"mirroring {name}")
         ended = [each.id for each in self._jobs.values() if each.progress.state.ended]
@@ -173,7 +176,7 @@ class Mirroring:
             await asyncio.wait(tasks)
 
     async def have(
-        self, paths: Collection[str], progress: MirrorProgress | None = None
+        self, paths: Collection[str], progress: MirrorProgress | None = None, *, pull: bool = True
     ) -> tuple[MirroredPathView, ...]:
         """Have full store paths from the upstreams, in their turn, and return what became of each, in order.
 
@@ -187,7 +190,7 @@ class Mirroring:
         holder = f"mirroring {secrets.token_hex(8)}"
         async with self._turns:
             now.become(MirrorState.SEARCHING)
-            upstreams = PatientUpstreams(self._upstreams)
+            upstreams = PatientUpstreams(self._upstreams if pull else ())
 
             def on_found(searched: Searched) -> None:
                 now.searched = searched
@@ -221,7 +224,7 @@ class Mirroring:
         try:
             # From the start: what is published of it stays, however the run ends.
             await self._cache.keep(POPULATED, job.keep_as, job.wanted, self._expiry(self._now()))
-            job.paths = await self.have(job.wanted, job.progress)
+            job.paths = await self.have(job.wanted, job.progress, pull=job.pull)
             counts = Counter(each.outcome for each in job.paths)
             _log.info("mirroring %s ended: %s", job.id, dict(counts))
             job.progress.become(MirrorState.DONE)

@@ -36,6 +36,7 @@ from coordinator.cli.options import (
     sectioned,
 )
 from coordinator.cli.plan_commands import plan
+from coordinator.cli.populate_command import populate
 from coordinator.cli.question_commands import demand, diff, eta, history, log, story, top, trace, why
 from coordinator.cli.rebuild_commands import rebuild
 from coordinator.cli.sections import SectionedGroup
@@ -58,6 +59,8 @@ Exit status:
   5    the submission was cancelled
   6    the submission was superseded by a newer one
   7    the deadline of the submission passed
+  8    something of a wish list could not be had or proven
+  9    a derivation makes another path than a wish list names
   130  interrupted; builds go on
 
 \b
@@ -213,7 +216,7 @@ def completion(shell: str) -> int:
 for _command in (
     *(up, head, worker, workers, drain),
     *(log, why, diff, eta, demand, top, story, trace, history),
-    *(bisect, cache, doctor, plan, rebuild),
+    *(bisect, cache, doctor, plan, populate, rebuild),
     *(submissions, bump, wait),
 ):
     cli.add_command(_command)

@@ -19,6 +19,9 @@ INFRASTRUCTURE: Final = 4
 CANCELLED: Final = 5
 SUPERSEDED: Final = 6
 EXPIRED: Final = 7
+#: Of a wish list: something could not be had or proven; a derivation makes another path than the list names.
+NOT_WHOLE: Final = 8
+DRIFTED: Final = 9
 INTERRUPTED: Final = 130
 
 _ENDED: Final = {

@@ -31,7 +31,7 @@ KINDS: Final = ("flox", "devbox", "flake", "flake-lock", "paths", "nix-eval-jobs
 @click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), help="Write Markdown to FILE too.")
 @addressed
 def plan(url: str, token_file: str, **options: Any) -> int:
-    """Say what can be fetched, what would be built, and what cannot be had.
+    """Say what can be fetched, would be built, or cannot be had.
 
     For each package and system of a wish list: manifest.lock of Flox, devbox.lock, flake.lock, a flake's output or
     configuration, a Nix file, store paths, .drv paths, lines of nix-eval-jobs; of several together. Without any, what

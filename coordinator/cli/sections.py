@@ -10,7 +10,7 @@ import click
 SECTIONS: Final = {
     "Build": ("build", "rebuild", "watch", "wait", "status", "submissions", "bump", "cancel", "retry"),
     "Ask": ("why", "log", "story", "diff", "bisect", "eta", "demand", "history", "trace", "top", "workers"),
-    "Use a cache": ("plan", "doctor"),
+    "Use a cache": ("plan", "populate", "doctor"),
     "Run a farm": ("up", "worker", "head", "drain", "cache", "completion"),
 }
 
@@ -82,7 +82,12 @@ EXAMPLES: Final = {
         "drover plan",
         "drover plan manifest.lock --systems all",
         "drover plan .#nixosConfigurations.box",
-        "nix-eval-jobs --flake .#checks | drover plan -",
+        "drover plan -",
+    ),
+    "populate": (
+        "drover populate manifest.lock --systems x86_64-linux,aarch64-darwin",
+        "drover populate --diff old.lock manifest.lock --markdown report.markdown",
+        "drover populate paths.txt --no-build",
     ),
     "doctor": (
         "drover doctor",

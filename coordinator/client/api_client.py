@@ -18,7 +18,7 @@ from coordinator.api.demand_routes import DEMAND, DemandView
 from coordinator.api.difference_models import DifferenceView
 from coordinator.api.estimates import SubmissionEtaView
 from coordinator.api.evaluations import EvaluationView
-from coordinator.api.mirroring import MirrorView
+from coordinator.api.mirroring import KnownDerivationsView, MirrorView
 from coordinator.api.models import (
     Ended,
     FarmView,
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         ForecastQuery,
         GrowRequest,
         IntakeQuery,
+        KnownDerivationsQuery,
         MirrorRequest,
         PairsQuery,
         PinRequest,
@@ -121,6 +122,10 @@ class ApiClient(Transport):
     async def cancel_mirroring(self, name: str) -> MirrorView:
         """End a run of mirroring; a repeat is a no-op."""
         return await self._one(mirror_routes.CANCEL_MIRRORING, {"id": name})
+
+    async def known_derivations(self, query: KnownDerivationsQuery) -> KnownDerivationsView:
+        """Return which derivations the coordinator has, and which make some paths."""
+        return await self._one(mirror_routes.KNOWN_DERIVATIONS, data=_json(query))
 
     async def submit(self, request: SubmitRequest) -> SubmissionView:
         """Submit derivations that the coordinator has.

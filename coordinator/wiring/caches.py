@@ -62,7 +62,7 @@ async def serve_caches(  # noqa: PLR0917 - collaborators, named by their types
         max_bytes=settings.limits.populate_bytes,
     )
     stack.push_async_callback(mirroring.stop)
-    serve_routes(app, MirrorApi(mirroring).handlers())
+    serve_routes(app, MirrorApi(mirroring, stores.derivations, stores.cache.store_dir).handlers())
     return ServedCaches(services, keepers, gauges, mirroring)
 
 

@@ -63,6 +63,7 @@ BODIES: Mapping[Route[Any], object] = {
     routes.PIN: {"paths": [A]},
     routes.COLLECT: {},
     mirror_routes.MIRROR: {"paths": [A]},
+    mirror_routes.KNOWN_DERIVATIONS: {},
     evaluation_routes.EVALUATE: {"tree": PARTS["tree"], "file": "default.nix"},
     routes.VERIFY: {},
     cache_routes.URLS: {"paths": [base_name(B)]},

@@ -64,6 +64,8 @@ class LyingUpstream:
         name = request.match_info["name"]
         if self.gone_after is not None and len(self.nars) >= self.gone_after:
             return web.Response(status=503)
+        if name == "nix-cache-info":
+            return web.Response(text=f"StoreDir: {STORE_DIR.path}\nWantMassQuery: 1\nPriority: 40\n")
         if name.endswith(".narinfo"):
             self.asked.append(name)
             return await self._narinfo(name.removesuffix(".narinfo"))

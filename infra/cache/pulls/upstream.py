@@ -76,7 +76,9 @@ class Upstream:
         now: Callable[[], float],
         *,
         mirrored: bool = True,
+        token: str = "",
     ) -> None:
+        """`token` is of a reader of a cache that is not public; it goes to no other host."""
         if urlsplit(url).scheme not in {"http", "https"} or not urlsplit(url).hostname:
             raise CacheError(f"an upstream cache is named by http:// or https://, not {url[:80]!r}")
         if not public_keys:
@@ -84,6 +86,7 @@ class Upstream:
         self.url = url.rstrip("/")
         #: Whether mirroring publishes its paths here, or only records that it has them.
         self.mirrored = mirrored
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._keys = tuple(public_keys)
         self._store_dir = store_dir
         self._now = now
@@ -211,7 +214,8 @@ class Upstream:
     async def _get_narinfo(self, hash_part: str) -> bytes | None:
         timeout = aiohttp.ClientTimeout(total=NARINFO_S, sock_connect=CONNECT_S)
         address = f"{self.url}/{hash_part}.narinfo"
-        async with self._opened().get(address, timeout=timeout, max_redirects=MAX_REDIRECTS) as response:
+        opened = self._opened().get(address, timeout=timeout, headers=self._headers, max_redirects=MAX_REDIRECTS)
+        async with opened as response:
             if response.status in _ABSENT:
                 return None
             if response.status != 200:
@@ -244,6 +248,8 @@ class Upstream:
                 raise UpstreamError(f"{self.url} has {info.store_path} at an address that is not http")
             # As it is stored: a NAR with a content encoding could be larger than it announces.
             headers = {"Accept-Encoding": "identity"}
+            if urlsplit(address)[:2] == urlsplit(self.url)[:2]:
+                headers |= self._headers
             async with (
                 self._turns,
                 self._opened().get(address, headers=headers, max_redirects=MAX_REDIRECTS) as response,
