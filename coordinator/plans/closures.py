@@ -6,7 +6,7 @@ to it, over any number of others. Members may refer to each other in circles.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -71,16 +71,36 @@ def extents(survey: Survey) -> dict[str, Reach]:
     return found
 
 
-def members(located: Mapping[str, LocatedPath], roots: Iterable[str], without: Collection[str] = ()) -> list[str]:
-    """Return the located paths that some roots reach, each once; the way does not lead through those in `without`."""
-    seen = set(without)
-    found: list[str] = []
-    stack = list(roots)
-    while stack:
-        path = stack.pop()
-        if path in seen or path not in located:
-            continue
-        seen.add(path)
-        found.append(path)
-        stack.extend(located[path].references)
-    return found
+class Closures:
+    """Closures of located paths: made once, asked for each of thousands of wishes."""
+
+    def __init__(self, located: Mapping[str, LocatedPath]) -> None:
+        self._places = {path: place for place, path in enumerate(located)}
+        self._located = list(located.values())
+        places = self._places
+        self._references = [[places[ref] for ref in each.references if ref in places] for each in self._located]
+
+    def members(self, roots: Iterable[str], without: Iterable[str] = ()) -> list[LocatedPath]:
+        """Return the located paths that some roots reach, each once, but for what those in `without` reach."""
+        seen = bytearray(len(self._located))
+        self._reach(without, seen)
+        return [self._located[place] for place in self._reach(roots, seen)]
+
+    def _reach(self, roots: Iterable[str], seen: bytearray) -> list[int]:
+        """Return the places that are reached and were not seen, which they are from now on."""
+        stack = []
+        for path in roots:
+            place = self._places.get(path)
+            if place is not None and not seen[place]:
+                seen[place] = 1
+                stack.append(place)
+        found = []
+        references = self._references
+        while stack:
+            place = stack.pop()
+            found.append(place)
+            for reference in references[place]:
+                if not seen[reference]:
+                    seen[reference] = 1
+                    stack.append(reference)
+        return found

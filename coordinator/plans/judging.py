@@ -17,7 +17,7 @@ from typing import Final
 
 from coordinator.api.plan_models import PlanState, PlanView, SystemPlan, UpstreamPlan, WishPlan
 from coordinator.intake.forecast import BuildCost, PlannedStep
-from coordinator.plans.closures import HERE, Reach, Survey, extents, members
+from coordinator.plans.closures import HERE, Closures, Reach, Survey, extents
 from coordinator.wishes.model import Wish, WishedAttribute, WishedDerivation, WishedPaths, WishList, WishMark
 from infra.nix.store_path import HASH_PART_LENGTH, base_name_of, drv_name_of, package_of
 from scheduler.model import Requirements, StepKey
@@ -96,6 +96,7 @@ class _Judge:
     def __init__(self, farm: FarmFacts) -> None:
         self._farm = farm
         self._extents = extents(farm.survey)
+        self._closures = Closures(farm.survey.located)
         self._steps = {step.key: step for step in farm.steps}
         self._order = {step.key: number for number, step in enumerate(farm.steps)}
         self._visits = 0
@@ -110,8 +111,8 @@ class _Judge:
             return replace(base, state=refused or "unevaluated", because="" if refused else "it was not evaluated")
         reach = max((self._extents.get(path, Reach.ABSENT) for path in facts.paths), default=Reach.ABSENT)
         if reach <= Reach.UPSTREAM:
-            found = members(self._farm.survey.located, facts.paths)
-            size = sum(self._farm.survey.located[path].file_size for path in found)
+            found = self._closures.members(facts.paths)
+            size = sum([each.file_size for each in found])
             return replace(base, state="here" if reach is Reach.HERE else "upstream", paths=len(found), bytes=size)
         return self._not_fetchable(base, facts, reach)
 
@@ -169,22 +170,17 @@ class _Judge:
 
     def _lost(self, facts: WishFacts) -> str:
         """Return a path of a closure that no cache has, though the output itself is there."""
-        reached = members(self._farm.survey.located, facts.paths)
         located = self._farm.survey.located
-        return next(
-            (each for path in reached for each in located[path].references if each not in located),
-            "",
-        )
+        lost = (ref for each in self._closures.members(facts.paths) for ref in each.references if ref not in located)
+        return next(lost, "")
 
     def system(self, system: str, facts: Sequence[WishFacts], plans: Sequence[WishPlan]) -> SystemPlan:
         """Return all wishes for one system together, without what is on the asker's machine."""
         its = [
             (each, plan) for each, plan in zip(facts, plans, strict=True) if plan.system == system and not plan.present
         ]
-        located = self._farm.survey.located
-        here = set(members(located, self._farm.present))
         paths = [path for each, plan in its if plan.state in {"here", "upstream"} for path in each.paths]
-        fetched = [located[path] for path in members(located, paths, here)]
+        fetched = self._closures.members(paths, self._farm.present)
         to_build = [each for each, plan in its if plan.state in TO_BUILD]
         below = self._below(to_build)
         ungraphed = [each for each in to_build if not each.graphed]

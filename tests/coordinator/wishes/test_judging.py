@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from coordinator.api.plan_models import PlanView
 from coordinator.intake.forecast import BuildCost, PlannedStep
-from coordinator.plans.closures import LocatedPath, Reach, Survey, extents, members
+from coordinator.plans.closures import Closures, LocatedPath, Reach, Survey, extents
 from coordinator.plans.judging import FarmFacts, KnownFailure, WishFacts, judge
 from coordinator.wishes.model import Wish, WishedOutput, WishedPaths, WishList, WishMark, WishSource
 from infra.nix.store_path import base_name_of
@@ -141,9 +141,9 @@ def surveys(draw: st.DrawFn) -> Survey:
 @given(surveys())
 @settings(max_examples=100, deadline=None)
 def test_a_closure_is_as_good_as_its_worst_member(survey: Survey) -> None:
-    found = extents(survey)
+    found, closures = extents(survey), Closures(survey.located)
     for each in [*survey.located, *survey.absent, *survey.unasked]:
-        reached = {each, *(ref for one in members(survey.located, [each]) for ref in survey.located[one].references)}
+        reached = {each, *(reference for one in closures.members([each]) for reference in one.references)}
         if reached & survey.absent or reached - survey.located.keys() - survey.unasked:
             expected = Reach.ABSENT
         elif reached & survey.unasked:
