@@ -33,7 +33,6 @@ from contextvars import ContextVar
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -43,8 +42,10 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from coordinator.addresses import cache_database_url, is_http_address, server_url
 from coordinator.defaults import HOST, OPERATOR, PORT, default_state_dir
 from coordinator.demand_settings import DemandSettings
+from coordinator.environment_settings import EnvironmentSettings
 from coordinator.errors import CoordinatorError
 from coordinator.remote_settings import RemoteEvaluationSettings
 from coordinator.source_settings import SourceSettings
@@ -56,8 +57,8 @@ from scheduler.policy import MAX_WEIGHT
 DEFAULT_CACHE: Final = "default"
 #: First parts of addresses below `/cache`, which therefore cannot name a cache.
 RESERVED_CACHE_NAMES: Final = frozenset(
-    {DEFAULT_CACHE, "build-trace-v2", "debuginfo", "incoming", "log", "nar", "narinfos", "realisations", "uploads"}
-    | {"nix-cache-info"}
+    {DEFAULT_CACHE, "build-trace-v2", "debuginfo", "environments", "incoming", "log", "nar", "narinfos"}
+    | {"nix-cache-info", "realisations", "uploads"}
 )
 
 #: Owners of one farm: a grant of a lease may look at all of them.
@@ -333,6 +334,8 @@ class Settings(BaseSettings):
     derivations_database_url: str = ""
     cache_database_url: str = ""
     timings_database_url: str = ""
+    #: Empty: that of the derivations where it is PostgreSQL, else a file of its own.
+    environments_database_url: str = ""
     #: Name part of the farm's signing key, made on the first start.
     key_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "drover-1"
     #: Logical store directory of every path that the farm builds.
@@ -345,6 +348,8 @@ class Settings(BaseSettings):
     demand: DemandSettings = DemandSettings()
     #: Ways by which fixed outputs come into the cache, see `[sources]`.
     sources: SourceSettings = SourceSettings()
+    #: Tracked environments, see `[environments]`.
+    environments: EnvironmentSettings = EnvironmentSettings()
     #: The cache at `/cache`, which the farm publishes to.
     cache: CacheSettings = CacheSettings()
     #: Further caches, at `/cache/NAME`.
@@ -368,7 +373,7 @@ class Settings(BaseSettings):
     @field_validator("otlp_endpoint", mode="after")
     @classmethod
     def _http_address(cls, value: str) -> str:
-        if value and not _is_http_address(value):
+        if value and not is_http_address(value):
             msg = f"{value!r} is no address of a collector; one is http://collector:4318"
             raise ValueError(msg)
         return value
@@ -428,9 +433,9 @@ class Settings(BaseSettings):
         return self.object_store_url or (self.state_dir / "objects").as_uri()
 
     def database_url(self, name: str) -> str:
-        """Address of the `journal`, `derivations`, `cache` or `timings` database.
+        """Address of the `journal`, `derivations`, `cache`, `timings` or `environments` database.
 
-        Four files, not one: SQLite has one writer per file, and a large intake must not hold up the
+        Five files, not one: SQLite has one writer per file, and a large intake must not hold up the
         journal.
         """
         urls = {
@@ -438,18 +443,14 @@ class Settings(BaseSettings):
             "derivations": self.derivations_database_url,
             "cache": self.cache_database_url,
             "timings": self.timings_database_url,
+            # On a server that others can take over from, unlike a file.
+            "environments": self.environments_database_url or server_url(self.derivations_database_url),
         }[name]
         return urls or f"sqlite+aiosqlite:///{self.state_dir / f'{name}.sqlite3'}"
 
     def named_cache_database_url(self, name: str) -> str:
         """Address of the metadata of the cache `name`: a file beside the default cache's, or a schema of its own."""
-        parts = urlsplit(self.database_url("cache"))
-        if parts.scheme.startswith("sqlite"):
-            file = Path(parts.path)
-            return f"{parts.scheme}://{file.with_name(f'cache-{name}{file.suffix}')}?{parts.query}".rstrip("?")
-        schema = f"cache_{name.replace('-', '_')}"
-        query = "&".join(filter(None, (parts.query, f"options=-csearch_path%3D{schema}")))
-        return urlunsplit((parts.scheme, parts.netloc, parts.path, query, ""))
+        return cache_database_url(self.database_url("cache"), name)
 
     @property
     def loopback(self) -> bool:
@@ -460,15 +461,6 @@ class Settings(BaseSettings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
-
-
-def _is_http_address(text: str) -> bool:
-    """Return whether a text is the address of something that speaks HTTP."""
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0 and text.isprintable()
-    except ValueError:
-        return False
 
 
 def load_settings(config: Path | None = None, **arguments: Any) -> Settings:

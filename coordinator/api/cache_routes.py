@@ -21,6 +21,7 @@ MAX_QUESTION: Final = 500
 
 _HASH_PART: Final = f"{{hash_part:{HASH_PART_PATTERN}}}"
 _FILE: Final = f"{{file:{SHA256_PATTERN}(-[0-9a-z]+)?[.]nar([.](zst|xz|bz2))?}}"
+_ENVIRONMENT: Final = "{prefix}/environments/{environment:[a-z0-9][a-z0-9_-]{0,62}}"
 _UPLOADS: Final = "{prefix}/uploads"
 _UPLOAD: Final = f"{_UPLOADS}/{{id:[0-9a-f]{{32}}}}"
 
@@ -96,6 +97,11 @@ NARINFOS: Final = Route[None](
     answer=Content.NARINFOS,
     errors=_MESSAGE,
 )
+#: Where `stable` of a tracked environment is, for programs and for Nix. Only the default cache has any.
+STABLE_JSON: Final = Route[None](
+    "GET", f"{_ENVIRONMENT}/stable.json", Right.READ, answer=Content.POINTER, errors=_NAMED
+)
+STABLE_NIX: Final = Route[None]("GET", f"{_ENVIRONMENT}/stable.nix", Right.READ, answer=Content.NIX, errors=_NAMED)
 NOTHING: Final = Route[None]("GET", "{prefix}/{anything:.*}", Right.READ, status=404)
 
 PUT_CACHE_INFO: Final = Route[None](
@@ -139,6 +145,8 @@ CACHE_ROUTES: Final[tuple[Route[Any], ...]] = (
     REALISATION,
     BUILD_TRACE,
     NARINFOS,
+    STABLE_JSON,
+    STABLE_NIX,
     NOTHING,
     PUT_CACHE_INFO,
     PUT_NARINFO,

@@ -287,3 +287,38 @@ class RemoteEvaluationRequest(Request):
     retry_failed: bool = False
     wait_s: Annotated[int, Field(ge=0, le=MAX_WAIT_S)] | None = None
     traceparent: Annotated[str, Field(max_length=MAX_TRACEPARENT)] = ""
+
+
+#: Name of an owner, as in `[[owners]]`.
+_Owner = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+_System = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}-[a-z0-9_]{1,32}$")]
+
+
+class TrackRequest(Request):
+    """The source of an environment, and its owners."""
+
+    kind: Literal["push", "file", "git"]
+    #: File or directory of the coordinator's machine; of git: the file in the tree, empty for one of a known name.
+    path: _Text = ""
+    url: Annotated[str, Field(max_length=2048)] = ""
+    #: Branch or tag; empty: the repository's HEAD.
+    ref: Annotated[str, Field(max_length=200)] = ""
+    #: System of store paths that do not say theirs; empty: the coordinator's.
+    system: _System | Literal[""] = ""
+    #: Owners whose tokens may change it; none: the one who asks.
+    owners: Annotated[tuple[_Owner, ...], Field(max_length=16), FailFast()] = ()
+
+
+class PushSubmissionRequest(Request):
+    """A submission whose roots an environment is to consist of."""
+
+    submission: Annotated[str, Field(min_length=1, max_length=64)]
+    #: What the source calls this content, such as a commit; empty: the submission's commit, or its digest.
+    mark: Annotated[_Plain, Field(max_length=MAX_COMMIT)] = ""
+
+
+class RollbackRequest(Request):
+    """Systems whose pointer moves back (none: all), and to which revision (0: where it was before)."""
+
+    systems: Annotated[tuple[_System, ...], Field(max_length=16), FailFast()] = ()
+    to: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0

@@ -52,6 +52,8 @@ class Content(StrEnum):
     SOURCES = "application/x-drover-sources"
     #: `coordinator.api.trees`.
     TREE = "application/x-drover-tree"
+    #: A lock file, a list of store paths, or lines of nix-eval-jobs: `coordinator.wishes`.
+    WISHES = "application/x-drover-wishes"
     #: Server-sent `WatchEvent`s: `snapshot`, then `step`, `transfers` and `counts`, at last `end`.
     EVENTS = "text/event-stream"
     #: Raw bytes of a build log, chunked while it is followed.
@@ -73,6 +75,9 @@ class Content(StrEnum):
     REALISATION = "application/json; realisation"
     #: `{"narinfos": [text], "missing": [base name], "next": text}`, a narinfo a line.
     NARINFOS = "application/json; narinfos"
+    #: Systems, each with the revision that is stable there and its store paths; and the same as a Nix expression.
+    POINTER = "application/json; pointer"
+    NIX = "text/x-nix"
     #: Any bytes, which are dropped.
     DROPPED = "application/octet-stream"
 
@@ -104,6 +109,9 @@ RequestName: TypeAlias = Literal[
     "RemoteEvaluationRequest",
     "MirrorRequest",
     "KnownDerivationsQuery",
+    "TrackRequest",
+    "PushSubmissionRequest",
+    "RollbackRequest",
 ]
 
 

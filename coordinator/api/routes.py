@@ -20,6 +20,7 @@ from typing import Any, Final, get_args
 from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
 from coordinator.api.demand_routes import DEMAND
 from coordinator.api.difference_models import DifferenceView
+from coordinator.api.environment_routes import ENVIRONMENT_ROUTES
 from coordinator.api.estimates import SubmissionEtaView, ThroughputView
 from coordinator.api.evaluation_routes import EVALUATION_ROUTES
 from coordinator.api.mirror_routes import MIRROR_ROUTES
@@ -491,6 +492,7 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     *EVALUATION_ROUTES,
     *MIRROR_ROUTES,
     *PLAN_ROUTES,
+    *ENVIRONMENT_ROUTES,
     OPENAPI,
     HEALTH,
     METRICS,

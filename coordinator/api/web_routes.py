@@ -74,6 +74,10 @@ UNPIN_FORM: Final = Route[None](
     "POST", "/caches/{cache}/unpin", Right.CHANGE, body=Content.FORM, status=303, errors=(*_NAMED, *_FORM)
 )
 
+#: How much of each environment can be fetched; of one: `?system=…` shows the gaps of one system alone.
+COVERAGES_PAGE: Final = Route[None]("GET", "/coverage", Right.PAGE, answer=Content.PAGE)
+COVERAGE_PAGE: Final = Route[None]("GET", "/coverage/{name}", Right.PAGE, answer=Content.PAGE, errors=_NAMED)
+
 LOGIN_PAGE: Final = Route[None]("GET", "/login", Right.NONE, answer=Content.PAGE)
 #: Takes the API token; the answer sets the cookie.
 LOGIN: Final = Route[None]("POST", "/login", Right.NONE, body=Content.FORM, status=303, errors=_FORM)
@@ -107,6 +111,8 @@ WEB_ROUTES: Final[tuple[Route[Any], ...]] = (
     CACHE_PAGE,
     PIN_FORM,
     UNPIN_FORM,
+    COVERAGES_PAGE,
+    COVERAGE_PAGE,
     LOGIN_PAGE,
     LOGIN,
     LOGOUT,

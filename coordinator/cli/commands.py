@@ -22,6 +22,7 @@ from coordinator.cli.build_arguments import refuse_contradictions, refuse_not_re
 from coordinator.cli.cache_commands import cache
 from coordinator.cli.completion import SHELLS, completes, script
 from coordinator.cli.doctor_command import doctor
+from coordinator.cli.environment_commands import coverage, environments
 from coordinator.cli.exit_status import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
 from coordinator.cli.farm_commands import drain, head, up, worker, workers
 from coordinator.cli.options import (
@@ -217,6 +218,7 @@ for _command in (
     *(up, head, worker, workers, drain),
     *(log, why, diff, eta, demand, top, story, trace, history),
     *(bisect, cache, doctor, plan, populate, rebuild),
+    *(coverage, environments),
     *(submissions, bump, wait),
 ):
     cli.add_command(_command)

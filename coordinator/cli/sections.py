@@ -10,7 +10,7 @@ import click
 SECTIONS: Final = {
     "Build": ("build", "rebuild", "watch", "wait", "status", "submissions", "bump", "cancel", "retry"),
     "Ask": ("why", "log", "story", "diff", "bisect", "eta", "demand", "history", "trace", "top", "workers"),
-    "Use a cache": ("plan", "populate", "doctor"),
+    "Use a cache": ("plan", "populate", "doctor", "environments", "coverage"),
     "Run a farm": ("up", "worker", "head", "drain", "cache", "completion"),
 }
 
@@ -93,6 +93,7 @@ EXAMPLES: Final = {
         "drover doctor",
         "drover doctor https://farm.example.org/cache --key farm-1:…",
     ),
+    "coverage": ("drover coverage", "drover coverage dev --json"),
     "drain": (
         "drover drain mac1 --wait",
         "drover drain mac1 --off",

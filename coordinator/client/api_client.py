@@ -12,10 +12,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import orjson
 
-from coordinator.api import evaluation_routes, mirror_routes, plan_routes, routes
+from coordinator.api import environment_routes, evaluation_routes, mirror_routes, plan_routes, routes
 from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
 from coordinator.api.demand_routes import DEMAND, DemandView
 from coordinator.api.difference_models import DifferenceView
+from coordinator.api.environments import CoverageView, EnvironmentView
 from coordinator.api.estimates import SubmissionEtaView
 from coordinator.api.evaluations import EvaluationView
 from coordinator.api.mirroring import KnownDerivationsView, MirrorView
@@ -57,10 +58,13 @@ if TYPE_CHECKING:
         PairsQuery,
         PinRequest,
         PlanQuery,
+        PushSubmissionRequest,
         RemoteEvaluationRequest,
         Request,
+        RollbackRequest,
         SealRequest,
         SubmitRequest,
+        TrackRequest,
     )
     from infra.retry import RetryBudget
 
@@ -258,6 +262,48 @@ class ApiClient(Transport):
     async def resign(self, name: str) -> ResignView:
         """Sign everything in a cache anew; takes as long as it takes."""
         return await self._one(routes.RESIGN, {"cache": name}, answer_s=None)
+
+    async def environments(self) -> list[EnvironmentView]:
+        """Return the tracked environments, with the newest revision of each."""
+        return await self._pages(environment_routes.ENVIRONMENTS)
+
+    async def environment(self, name: str) -> EnvironmentView:
+        """Return one environment with its revisions."""
+        return await self._one(environment_routes.ENVIRONMENT, {"environment": name})
+
+    async def track(self, name: str, request: TrackRequest) -> EnvironmentView:
+        """Track an environment, or give one another source; its source is read before the answer comes."""
+        return await self._one(environment_routes.TRACK, {"environment": name}, data=_json(request), answer_s=None)
+
+    async def forget_environment(self, name: str) -> None:
+        """Forget an environment and all that is kept for it."""
+        await self.ask(environment_routes.FORGET_ENVIRONMENT, {"environment": name})
+
+    async def look(self, name: str) -> EnvironmentView:
+        """Have the source of an environment looked at now."""
+        return await self._one(environment_routes.LOOK, {"environment": name}, answer_s=None)
+
+    async def push_content(self, name: str, data: bytes, params: Mapping[str, str]) -> EnvironmentView:
+        """Send what an environment consists of; `params` are the queries of the route."""
+        parts = {"environment": name}
+        return await self._one(environment_routes.PUSH_CONTENT, parts, data, params=params, answer_s=None)
+
+    async def push_submission(self, name: str, request: PushSubmissionRequest) -> EnvironmentView:
+        """Let an environment consist of the roots of a submission."""
+        return await self._one(environment_routes.PUSH_SUBMISSION, {"environment": name}, data=_json(request))
+
+    async def roll_back(self, name: str, request: RollbackRequest) -> EnvironmentView:
+        """Move `stable` of an environment back."""
+        parts = {"environment": name}
+        return await self._one(environment_routes.ROLL_BACK, parts, data=_json(request), answer_s=None)
+
+    async def coverages(self) -> list[CoverageView]:
+        """Return the coverage of all environments, with few gaps of each."""
+        return await self._pages(environment_routes.COVERAGES)
+
+    async def coverage(self, name: str) -> CoverageView:
+        """Return the coverage of an environment with its gaps and its past."""
+        return await self._one(environment_routes.COVERAGE, {"environment": name})
 
     async def why(self, key: str) -> StepReasonsView:
         """Return why a step waits, failed or ran, and who wants it."""

@@ -120,7 +120,8 @@ class _Judge:
         below = self._below([facts])
         built = self._priced(base, facts, below)
         if facts.step in self._farm.building:
-            return replace(built, state="building")
+            lacking = self._without_worker(facts, below)
+            return replace(built, state="building", because=lacking and f"{lacking}, so it waits")
         failure = self._failure(facts, below)
         if failure is not None:
             return replace(built, state="failed", cause=failure.cause, cause_name=failure.name, since=failure.since)
@@ -135,13 +136,19 @@ class _Judge:
         return self._buildable(built, facts, below)
 
     def _buildable(self, built: WishPlan, facts: WishFacts, below: Sequence[PlannedStep]) -> WishPlan:
-        kinds = dict.fromkeys(step.kind for step in below) or {Requirements(facts.wish.system, ()): None}
-        for kind in kinds:
-            if not self._farm.slots.get(kind, 0):
-                features = f" with {', '.join(kind.features)}" if kind.features else ""
-                return replace(built, state="no_worker", because=f"no worker builds for {kind.system}{features}")
+        lacking = self._without_worker(facts, below)
+        if lacking:
+            return replace(built, state="no_worker", because=lacking)
         lost = self._lost(facts) if facts.graphed and not below else ""
         return replace(built, state="buildable", because=lost and f"{base_name_of(lost)} of its closure is lost")
+
+    def _without_worker(self, facts: WishFacts, below: Sequence[PlannedStep]) -> str:
+        """Return the first requirements that no worker meets as a sentence, "" where all are met."""
+        for kind in dict.fromkeys(step.kind for step in below) or {Requirements(facts.wish.system, ()): None}:
+            if not self._farm.slots.get(kind, 0):
+                features = f" with {', '.join(kind.features)}" if kind.features else ""
+                return f"no worker builds for {kind.system}{features}"
+        return ""
 
     def _below(self, facts: Iterable[WishFacts]) -> list[PlannedStep]:
         """Return the steps that would be built for some wishes, inputs first."""

@@ -64,6 +64,15 @@ class Planner:
             UnavailableError: Too many plans are wanted at once.
         """
         wishes = await asyncio.to_thread(query.wishes.wish_list, self._store_dir)
+        return await self.of_list(wishes, frozenset(query.present))
+
+    async def of_list(self, wishes: WishList, present: frozenset[str] = frozenset()) -> PlanView:
+        """Return the plan of a wish list of this store, as on a machine that has the paths in `present`.
+
+        Raises:
+            IntakeError: It has too many wishes, or stands on too many paths.
+            UnavailableError: Too many plans are wanted at once.
+        """
         if len(wishes.wishes) > MAX_WISHES:
             raise IntakeError(f"{len(wishes.wishes)} wishes are more than {MAX_WISHES}; plan them in parts.")
         if self._waiting >= MAX_WAITING:
@@ -71,7 +80,7 @@ class Planner:
         self._waiting += 1
         try:
             async with self._turn:
-                return await self._of(wishes, frozenset(query.present))
+                return await self._of(wishes, present)
         finally:
             self._waiting -= 1
 

@@ -15,6 +15,7 @@ from coordinator.config import DEFAULT_CACHE, Settings
 from coordinator.demand.demand import Demand
 from coordinator.http.api.caches import CachingApi
 from coordinator.http.api.mirrorings import MirrorApi
+from coordinator.http.binary_cache.pointers import PointerFiles
 from coordinator.http.binary_cache.routes import add_cache_routes
 from coordinator.http.binary_cache.uploads import add_upload_routes
 from coordinator.http.routing import serve as serve_routes
@@ -79,8 +80,9 @@ def _add_routes(  # noqa: PLR0917 - collaborators, named by their types
     for each in services:
         add_upload_routes(app, each.served, each.uploads, stores.upload_tokens, clock.now)
     # The default one last: its address is the beginning of all others.
+    pointers = PointerFiles(stores.environments)
     for served in reversed(stores.caches):
         if served.name == DEFAULT_CACHE:
-            add_cache_routes(app, served, log_for=logs.read, misses=demand)
+            add_cache_routes(app, served, log_for=logs.read, misses=demand, pointers=pointers)
         else:
             add_cache_routes(app, served)

@@ -16,6 +16,7 @@ from coordinator.api.models import FarmView
 from coordinator.caches.housekeeping import Housekeeper
 from coordinator.config import Settings
 from coordinator.demand.demand import Demand
+from coordinator.environments.tracker import EnvironmentTracker
 from coordinator.http.api.demand import DemandApi
 from coordinator.http.api.estimates import EstimateApi
 from coordinator.http.api.evaluations import EvaluationApi
@@ -43,6 +44,7 @@ from coordinator.readmodel.farm_view import farm_view
 from coordinator.wiring.caches import ServedCaches, serve_caches
 from coordinator.wiring.core import Core
 from coordinator.wiring.demand import open_demand
+from coordinator.wiring.environments import serve_environments
 from coordinator.wiring.observability import Observation, observe
 from coordinator.wiring.remote import open_remote
 from coordinator.wiring.stores import Stores
@@ -67,6 +69,7 @@ class Site:
     observation: Observation
     caches: ServedCaches
     demand: Demand
+    environments: EnvironmentTracker
 
 
 async def make_site(  # noqa: PLR0917 - collaborators, named by their types
@@ -95,10 +98,12 @@ async def make_site(  # noqa: PLR0917 - collaborators, named by their types
     add_metrics_route(app, observation.telemetry)
     app.middlewares.append(require_room(gate))
     serve_routes(app, EvaluationApi(await open_remote(stack, settings, core)).handlers())
-    _add_questions(app, clock, stores, core, work, farm)
+    planner = _add_questions(app, clock, stores, core, work, farm)
+    environments = serve_environments(app, settings, clock, stores, core, caches, planner)
+    add_openapi_route(app)
     _add_pages(app, clock, url, stores, core, work, farm, caches.keepers, demand, pages)
     runner = web.AppRunner(app, shutdown_timeout=HTTP_GRACE_S, access_log=None)
-    return Site(app, runner, gate, streams, pages, observation, caches, demand)
+    return Site(app, runner, gate, streams, pages, observation, caches, demand, environments)
 
 
 async def serve_site(site: Site, listener: socket.socket, settings: Settings, url: str, stores: Stores) -> None:
@@ -133,8 +138,8 @@ def _api_app(  # noqa: PLR0917 - collaborators, named by their types
 
 def _add_questions(  # noqa: PLR0917 - collaborators, named by their types
     app: web.Application, clock: Clock, stores: Stores, core: Core, work: Work, farm: Callable[[], FarmView]
-) -> None:
-    """Add what asks for timings, for reasons, and for workers."""
+) -> Planner:
+    """Add what asks for timings, for reasons, and for workers; returns what makes plans."""
     serve_routes(app, TimingApi(core.views, stores.timings, core.timings, clock).handlers())
     explainer, etas, throughput = core.explainer, core.etas, core.throughput
     questions = Questions(core.views, farm, explainer.open_needs, explainer.queues, core.runs, etas, throughput)
@@ -149,7 +154,7 @@ def _add_questions(  # noqa: PLR0917 - collaborators, named by their types
     planner = Planner(stores.derivations, lookup, forecaster, core.views, stores.cache.store_dir)
     serve_routes(app, PlanApi(planner).handlers())
     add_worker_routes(app, core.views, work.fleet.drain)
-    add_openapi_route(app)
+    return planner
 
 
 def _add_pages(  # noqa: PLR0917 - collaborators, named by their types
@@ -178,6 +183,7 @@ def _add_pages(  # noqa: PLR0917 - collaborators, named by their types
         core.etas,
         core.throughput,
         demand,
+        stores.environments,
     )
     act = PageActions(core.submissions, work.fleet.drain, keepers)
     add_web_routes(app, read, act, clock, stores.sessions, streams, url)

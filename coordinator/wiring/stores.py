@@ -10,6 +10,7 @@ from typing import Final
 
 from coordinator.caches.opening import OpenCache, open_caches
 from coordinator.config import Settings
+from coordinator.environments.store import EnvironmentStore
 from coordinator.journal.journal import Journal
 from coordinator.journal.takeover import Lead
 from coordinator.security.clients import ClientTokens, load_clients
@@ -35,6 +36,7 @@ class Stores:
     derivations: DerivationStore
     logs: LogStore
     timings: TimingStore
+    environments: EnvironmentStore
     #: The default one first.
     caches: Sequence[OpenCache]
     #: Tokens of the API and their owners.
@@ -65,10 +67,24 @@ async def open_stores(stack: AsyncExitStack, settings: Settings, clock: Clock, l
     # Made ready by its writer: a farm starts whatever is wrong with it.
     timings = TimingStore.open(settings.database_url("timings"))
     stack.push_async_callback(timings.close)
+    environments = EnvironmentStore.open(settings.database_url("environments"))
+    stack.push_async_callback(environments.close)
+    await environments.prepare()
     upload_tokens = UploadTokens(secrets.upload_secret.encode())
     sessions = Sessions(secrets.upload_secret, secrets.api_token)
     clients = load_clients(secrets.api_token, {owner.name: owner.tokens for owner in settings.owners})
-    return Stores(lead.journal, derivations, logs, timings, caches, clients, upload_tokens, sessions, farm_token)
+    return Stores(
+        lead.journal,
+        derivations,
+        logs,
+        timings,
+        environments,
+        caches,
+        clients,
+        upload_tokens,
+        sessions,
+        farm_token,
+    )
 
 
 async def farm_info(settings: Settings, url: str, stores: Stores) -> FarmInfo:

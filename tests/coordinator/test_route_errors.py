@@ -18,12 +18,22 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from coordinator.api import cache_routes, evaluation_routes, mirror_routes, plan_routes, routes, web_routes
+from coordinator.api import (
+    cache_routes,
+    environment_routes,
+    evaluation_routes,
+    mirror_routes,
+    plan_routes,
+    routes,
+    web_routes,
+)
 from coordinator.api.route import EVERY_ROUTE, Content, Right, Route
 from coordinator.config import OwnerSettings, Settings
+from coordinator.environments.submitted import SubmittedContent
+from coordinator.environments.tracker import EnvironmentTracker
 from coordinator.errors import ConflictError, ForbiddenError, IntakeError, NotFoundError
 from coordinator.http import bodies
-from coordinator.http.api import evaluations, submissions
+from coordinator.http.api import environments, evaluations, submissions
 from coordinator.http.binary_cache import uploads as upload_routes
 from coordinator.http.routing import serve
 from coordinator.http.web import forms
@@ -34,6 +44,7 @@ from coordinator.main import Coordinator, open_coordinator
 from coordinator.remote_settings import RemoteEvaluationSettings
 from coordinator.security.farm_secrets import UPLOAD_SECRET
 from coordinator.security.upload_tokens import UploadTokens
+from coordinator.wishes.model import WishList, WishSource
 from infra.cache.cache import Cache
 from infra.cache.uploads import uploads
 from infra.cache.uploads.errors import ForbiddenPathError, WrongOffsetError
@@ -66,6 +77,7 @@ BODIES: Mapping[Route[Any], object] = {
     mirror_routes.KNOWN_DERIVATIONS: {},
     evaluation_routes.EVALUATE: {"tree": PARTS["tree"], "file": "default.nix"},
     routes.VERIFY: {},
+    environment_routes.PUSH_SUBMISSION: {"submission": "0"},
     cache_routes.URLS: {"paths": [base_name(B)]},
     cache_routes.PARTS: {"path": base_name(B), "first": 1, "count": 1},
     cache_routes.COMMIT: {"sent": [{"path": base_name(B), "file_hash": HASH, "file_size": 1}]},
@@ -132,6 +144,7 @@ async def asker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         (forms, "PATIENCE_S"),
         (submissions, "STREAM_PATIENCE_S"),
         (evaluations, "STREAM_PATIENCE_S"),
+        (environments, "STREAM_PATIENCE_S"),
         (upload_routes, "SILENCE_S"),
     ):
         monkeypatch.setattr(module, name, PATIENCE_S)
@@ -258,6 +271,37 @@ async def what_is_another_owner_s(asker: Asker, monkeypatch: pytest.MonkeyPatch)
         await asker.ask(routes.BUMP, routes.BUMP.address(**PARTS), b"{}")
 
 
+async def environments_that_cannot_be(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    track, push = environment_routes.TRACK, environment_routes.PUSH_CONTENT
+    submission = json.dumps({"submission": "0"}).encode()
+    await asker.ask(track, track.address(**PARTS), b'{"kind": "push"}')
+    await asker.ask(environment_routes.ROLL_BACK, environment_routes.ROLL_BACK.address(**PARTS), b"{}")
+    for route in environment_routes.ENVIRONMENT_ROUTES:
+        if 403 in route.errors:
+            body = b'{"kind": "push"}' if route is track else json.dumps(BODIES.get(route, {})).encode()
+            await asker.ask(route, route.address(**PARTS), body if route.body else b"", Authorization=f"Bearer {OWNER}")
+    await asker.ask(track, track.address(**PARTS), b'{"kind": "git"}')
+    await asker.ask(push, push.address(**PARTS), b"?")
+    await asker.ask(environment_routes.PUSH_SUBMISSION, environment_routes.PUSH_SUBMISSION.address(**PARTS), submission)
+    # What needs a source that fails, a submission, or as many environments as there may be (`test_environments`).
+    for method, route, error in (
+        ("look", environment_routes.LOOK, IntakeError("x")),
+        ("track", track, ConflictError("x")),
+        ("push", push, ConflictError("x")),
+        ("push", environment_routes.PUSH_SUBMISSION, ConflictError("x")),
+        ("push", environment_routes.PUSH_SUBMISSION, IntakeError("x")),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(EnvironmentTracker, method, failing(error))
+            patched.setattr(SubmittedContent, "content", content_of_nothing)
+            body = b'{"kind": "push"}' if route is track else A.encode() if route is push else submission
+            await asker.ask(route, route.address(**PARTS), body if route.body else b"")
+
+
+async def content_of_nothing(*_: object) -> tuple[WishList, str]:
+    return WishList("x", WishSource.PATHS, (), ()), ""
+
+
 async def forms_of_other_pages(asker: Asker) -> None:
     for route, address, _prefix in addresses(PREFIX):
         if route.body is Content.FORM:
@@ -335,6 +379,7 @@ async def test_each_refusal_that_a_table_lists_is_given_and_no_other(
     asker: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await names_that_are_not_there(asker)
+    await environments_that_cannot_be(asker, monkeypatch)
     await bodies_that_are_too_large_or_have_no_length(asker)
     await bodies_that_come_too_slowly(asker)
     await graphs_that_the_farm_does_not_take(asker, monkeypatch)

@@ -27,6 +27,8 @@ from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwr
 
 from coordinator.api.route import Content
 from coordinator.api.web_routes import FIND_STEP, LOGIN_PAGE, WEB_ROUTES
+from coordinator.environments.coverage import SystemCoverage, day_of
+from coordinator.environments.store import CoverageAssessment, EnvironmentStore
 from coordinator.stores.timings import AttemptTiming, TimingStore
 from tests.e2e.conftest import BUSYBOX, Expression, waiting_for
 from tests.support.elsewhere import Program
@@ -146,6 +148,37 @@ def rebuilt(farm: Farm, tmp_path_factory: pytest.TempPathFactory) -> str:
         done = farm.build(expression.write(REBUILT.replace("PATCHES", patches)), "-A", "over")
         assert done.returncode == 0, done.stderr
     return str(farm.api("steps/over")["key"])
+
+
+#: Name of the environment that consists of the submission's roots.
+ENVIRONMENT = "pages-dev"
+
+
+@pytest.fixture(scope="module")
+def environment(farm: Farm, submission: str) -> str:
+    """An environment with a past, once all that can fail in it has failed."""
+    for words in (("track", ENVIRONMENT), ("push", ENVIRONMENT, "--submission", submission)):
+        done = farm.drover("environments", *words)
+        assert done.returncode == 0, done.stderr
+    with ThreadPoolExecutor() as threads:
+        threads.submit(asyncio.run, remember(farm)).result()
+    for _ in range(100):
+        if {"failed", "no worker"} <= {gap["reason"] for gap in gaps_of(farm)}:
+            break
+        assert farm.drover("environments", "look", ENVIRONMENT).returncode == 0
+    return ENVIRONMENT
+
+
+def gaps_of(farm: Farm) -> list[dict[str, str]]:
+    return list(farm.api(f"environments/{ENVIRONMENT}/coverage")["gaps"])
+
+
+async def remember(farm: Farm) -> None:
+    """Write how the environment stood two weeks ago."""
+    store = EnvironmentStore.open(f"sqlite+aiosqlite:///{farm.state}/environments.sqlite3")
+    then = CoverageAssessment(1, 1.0, (SystemCoverage("x86_64-linux", here=1, local=3),), ())
+    await store.save_assessment(ENVIRONMENT, then, day_of(time.time()) - 14, 400)
+    await store.close()
 
 
 @pytest.fixture(scope="module")
@@ -375,6 +408,47 @@ def test_a_killed_worker_is_gone_its_attempt_lost_and_the_step_tried_again(
     expect(page.locator("#live-workers tr", has_text="spare").locator("td").nth(6)).to_have_text("1")
 
 
+def test_what_of_an_environment_can_be_fetched_and_why_not_the_rest(window: Window, environment: str) -> None:
+    page = window.open("/")
+    page.get_by_role("navigation", name="Pages").get_by_role("link", name="Coverage").click()
+    line = page.locator("section", has_text=environment).locator("li", has_text="riscv64-linux")
+    expect(line).to_contain_text("1 missing")
+    expect(line).to_contain_text("100 % built locally")
+    page.get_by_role("main").get_by_role("link", name=environment).click()
+    expect(page.locator("h1")).to_have_text(environment)
+    linux = page.locator("section", has=page.get_by_role("heading", name="x86_64-linux"))
+    expect(linux.locator("svg.bar")).to_have_attribute("aria-label", re.compile("% from here"))
+    expect(linux.locator(".legend li", has_text="impossible")).to_contain_text("1")
+    expect(linux.locator("svg.spark")).to_have_attribute("aria-label", re.compile("by week: from 25 % to "))
+    gaps = page.locator("section", has=page.locator("#gaps")).locator("li")
+    expect(gaps.filter(has_text="top")).to_contain_text("because pages-bad fails")
+    expect(gaps.filter(has_text="waits")).to_contain_text("no worker builds for riscv64-linux")
+    linux.get_by_role("link", name="Show them").click()
+    expect(gaps.filter(has_text="waits")).to_have_count(0)
+    expect(gaps.filter(has_text="top")).to_have_count(1)
+    expect(page.locator("tbody tr")).to_contain_text("These are the roots of submission")
+
+
+def test_coverage_is_read_without_a_script_and_with_the_keyboard(
+    browser: Browser, farm: Farm, environment: str
+) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(f"{farm.url}/coverage")
+    page.get_by_label("API token").fill((farm.secrets / "api-token").read_text().strip())
+    page.keyboard.press("Enter")
+    link = page.get_by_role("main").get_by_role("link", name=environment)
+    expect(link).to_be_visible()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if link.evaluate("each => each === document.activeElement"):
+            break
+    page.keyboard.press("Enter")
+    expect(page.locator("#gaps")).to_be_visible()
+    context.close()
+
+
 def test_a_click_builds_again_what_failed(window: Window, submission: str) -> None:
     page = window.open(f"/submissions/{submission}")
     attempts = page.locator(".cause .row small")
@@ -428,7 +502,8 @@ def test_everything_is_reached_with_the_keyboard_alone(browser: Browser, farm: F
     context.close()
 
 
-def addresses(farm: Farm, submission: str) -> list[str]:
+@pytest.fixture(scope="module")
+def addresses(farm: Farm, submission: str, rebuilt: str, environment: str) -> list[str]:
     """An address of each page, and of one that is not there."""
     step = next(each["key"] for each in farm.api(f"submissions/{submission}/steps?state=failed"))
     found = [
@@ -436,13 +511,14 @@ def addresses(farm: Farm, submission: str) -> list[str]:
         *(f"/steps/{step}", f"/steps/{step}/log?find=phase", "/workers"),
         *(f"/caches/default?path={step}", "/steps/nothing-of-the-sort"),
         *(f"/submissions/{submission}/timeline", "/timeline", "/packages/pages"),
+        *("/coverage", f"/coverage/{environment}"),
     ]
     # Named by no address: the search leads to a step, the form for the token is shown to who is not logged in.
     for route in set(WEB_ROUTES) - {FIND_STEP, LOGIN_PAGE}:
         if route.answer is Content.PAGE and route.method == "GET":
             shape = re.compile(re.sub(r"{[a-z]+}", "[^/]+", route.path) + r"([?].*)?")
             assert any(map(shape.fullmatch, found)), f"no address of {route.path}"
-    return found
+    return [*found, f"/steps/{rebuilt}"]
 
 
 #: What a farm is told by others gets a word that is longer than a phone is wide: not every run has such names and
@@ -457,7 +533,7 @@ LENGTHEN = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_page_has_a_fault_that_axe_finds_and_all_fit_a_phone(
-    browser: Browser, farm: Farm, submission: str, rebuilt: str, scheme: str
+    browser: Browser, farm: Farm, addresses: list[str], scheme: str
 ) -> None:
     context = browser.new_context(color_scheme="dark" if scheme == "dark" else "light", viewport=PHONE)
     window = Window(context.new_page(), farm)
@@ -477,7 +553,7 @@ def test_no_page_has_a_fault_that_axe_finds_and_all_fit_a_phone(
     window.open("/login")
     judge("/login")
     window.log_in()
-    for address in (*addresses(farm, submission), f"/steps/{rebuilt}"):
+    for address in addresses:
         window.open(address)
         judge(address)
     assert "\n".join(map(str, faults)) == ""

@@ -25,6 +25,7 @@ PARTS: Final = {
     "build_id": "0" * 40,
     "anything": "nothing",
     "tree": "0" * 64,
+    "environment": "nothing",
 }
 
 

@@ -26,6 +26,7 @@ from coordinator.caches.opening import OpenCache
 from coordinator.http.binary_cache.access import challenge, may_read, may_write
 from coordinator.http.binary_cache.closures import ClosureAnswers
 from coordinator.http.binary_cache.nars import NAR_HEADERS, NarAnswers, cut
+from coordinator.http.binary_cache.pointers import PointerFiles
 from coordinator.http.binary_cache.puts import CachePuts, log_key
 from coordinator.http.routing import serve_below
 from infra.cache.listing import Listings
@@ -56,10 +57,15 @@ class MissMeter(Protocol):
 
 
 def add_cache_routes(
-    app: web.Application, served: OpenCache, *, log_for: LogFor | None = None, misses: MissMeter | None = None
+    app: web.Application,
+    served: OpenCache,
+    *,
+    log_for: LogFor | None = None,
+    misses: MissMeter | None = None,
+    pointers: PointerFiles | None = None,
 ) -> None:
     """Serve a cache below its prefix. Where one prefix begins another, the longer one must be added first."""
-    handlers = CacheRoutes(served, log_for, misses)
+    handlers = CacheRoutes(served, log_for, misses, pointers)
     serve_below(app, served.prefix, handlers.handlers(), {Right.READ: handlers.for_readers})
     if handlers.puts is not None:
         handlers.puts.add_to(app)
@@ -68,9 +74,16 @@ def add_cache_routes(
 class CacheRoutes:
     """The handlers."""
 
-    def __init__(self, served: OpenCache, log_for: LogFor | None, misses: MissMeter | None = None) -> None:
+    def __init__(
+        self,
+        served: OpenCache,
+        log_for: LogFor | None,
+        misses: MissMeter | None = None,
+        pointers: PointerFiles | None = None,
+    ) -> None:
         self._misses = misses
         self._served = served
+        self._pointers = pointers
         self._cache = served.cache
         self._log_for = log_for
         self._listings = Listings(served.cache)
@@ -90,6 +103,8 @@ class CacheRoutes:
             cache_routes.REALISATION: self.realisation_by_hash,
             cache_routes.BUILD_TRACE: self.realisation_by_derivation,
             cache_routes.NARINFOS: self._closures.answer,
+            cache_routes.STABLE_JSON: self.nothing if self._pointers is None else self._pointers.json,
+            cache_routes.STABLE_NIX: self.nothing if self._pointers is None else self._pointers.nix,
             cache_routes.NOTHING: self.nothing,
         }
 

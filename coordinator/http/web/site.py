@@ -11,10 +11,13 @@ from coordinator.api import web_routes as routes
 from coordinator.api.models import FarmView
 from coordinator.caches.housekeeping import Housekeeper
 from coordinator.demand.demand import Demand
+from coordinator.environments.reports import CoverageReports
+from coordinator.environments.store import EnvironmentStore
 from coordinator.fleet.draining import Drain
 from coordinator.http.routing import serve_guarded
 from coordinator.http.web.assets import Assets
 from coordinator.http.web.cache import CachePage
+from coordinator.http.web.coverage import CoveragePages
 from coordinator.http.web.farm import FarmPage
 from coordinator.http.web.guards import Guards
 from coordinator.http.web.history import HistoryPage
@@ -58,6 +61,7 @@ class PageSources:
     etas: Etas
     throughput: Throughput
     demand: Demand
+    environments: EnvironmentStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ def add_web_routes(  # noqa: PLR0917 - collaborators, named by their types
     log = LogPage(views, sources.logs, sources.timings, renderer, streams)
     workers = WorkersPage(views, actions.drain, renderer, streams)
     cache = CachePage(actions.housekeepers, sources.demand, renderer)
+    coverage = CoveragePages(sources.environments, CoverageReports(sources.environments, clock), renderer)
     handlers = {
         routes.FARM_PAGE: farm.show,
         routes.FARM_LIVE: farm.live,
@@ -123,6 +128,8 @@ def add_web_routes(  # noqa: PLR0917 - collaborators, named by their types
         routes.CACHE_PAGE: cache.show,
         routes.PIN_FORM: cache.pin,
         routes.UNPIN_FORM: cache.unpin,
+        routes.COVERAGES_PAGE: coverage.environments,
+        routes.COVERAGE_PAGE: coverage.environment,
         routes.LOGIN_PAGE: guards.login_page,
         routes.LOGIN: guards.login,
         routes.LOGOUT: guards.logout,

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from infra.cache.catalog.catalog import Catalog
 from infra.cache.catalog.database import chunked, conflicts, not_expired, paths, reading, refs, root_paths, roots
 from infra.cache.retention.reachability import Marks, within_budget
-from infra.cache.retention.roots import LEASE, PIN, RankedRoot, by_use
+from infra.cache.retention.roots import UNBUDGETED, RankedRoot, by_use
 
 #: Rows that are read at a time: some 10 ms of the event loop.
 PAGE = 4000
@@ -63,7 +63,7 @@ class Survey:
         """Return the roots that may be ended to make room, the last used first."""
         if not max_bytes:
             return []
-        question = by_use(self._now).where(roots.c.kind.not_in((LEASE, PIN)))
+        question = by_use(self._now).where(roots.c.kind.not_in(UNBUDGETED))
         return [RankedRoot(row.id, row.kind, row.name, row.kept_at) for row in await connection.execute(question)]
 
     async def _mark(self, connection: AsyncConnection, ranks: dict[int, int], also: frozenset[str]) -> None:

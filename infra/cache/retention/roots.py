@@ -21,9 +21,11 @@ from infra.cache.catalog.database import chunked, not_expired, paths, reading, r
 from infra.cache.catalog.tombstones import revive
 from infra.objects.errors import CacheError
 
-#: The kinds of roots that are treated in a way of their own: no size budget ends them, and leases are not listed.
+#: The kinds of roots that no size budget ends; leases are not listed.
 LEASE = "lease"
 PIN = "pin"
+ENVIRONMENT = "environment"
+UNBUDGETED = (LEASE, PIN, ENVIRONMENT)
 MAX_KIND_LENGTH = 32
 MAX_NAME_LENGTH = 512
 #: Paths that one root may name.
