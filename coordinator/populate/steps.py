@@ -131,16 +131,26 @@ def judged(
         )
     views = [pulled[path] for path in target.paths if path in pulled]
     if len(views) < max(1, len(target.outputs)):
-        outcome = PopulateOutcome.UNEVALUATED if target.unevaluated else PopulateOutcome.NOWHERE
-        return PopulatedWish(
-            wish.name, wish.system, outcome, target.paths, derivation=derivation, reason=target.unevaluated
-        )
+        outcome, reason = _without_paths(target)
+        return PopulatedWish(wish.name, wish.system, outcome, target.paths, derivation=derivation, reason=reason)
     worst = max(views, key=lambda view: _WORST_LAST.index(view.outcome))
     reason = worst.reason
     if target.unevaluated and not _OF_MIRRORING[worst.outcome].is_had:
         reason = "; ".join(filter(None, (reason, target.unevaluated)))
     outcome = _OF_MIRRORING[worst.outcome]
     return PopulatedWish(wish.name, wish.system, outcome, target.paths, worst.upstream, derivation, reason)
+
+
+def _without_paths(target: PopulateTarget) -> tuple[PopulateOutcome, str]:
+    """Return what becomes of a wish whose paths are not known, before anything is built."""
+    wish = target.wish
+    if isinstance(wish.target, WishedAttribute) and target.derivation is None:
+        if wish.marks:
+            return PopulateOutcome.EXCLUDED, f"Nix does not evaluate it: it is {', '.join(sorted(wish.marks))}"
+        return PopulateOutcome.UNEVALUATED, target.unevaluated or "it could not be evaluated"
+    if isinstance(wish.target, WishedDerivation) and target.derivation is None:
+        return PopulateOutcome.NOWHERE, f"neither the farm nor this machine has {wish.target.path}"
+    return (PopulateOutcome.UNEVALUATED if target.unevaluated else PopulateOutcome.NOWHERE), target.unevaluated
 
 
 def refusal_to_build(target: PopulateTarget, systems: Collection[str]) -> tuple[PopulateOutcome, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from coordinator.api.models import FarmView
 from coordinator.cli import exit_status
 from coordinator.cli.populate_text import PopulateReport, populate_lines, populate_markdown
 from coordinator.cli.proof import ProofMeans, prove
+from coordinator.config import CacheSettings, Settings
+from coordinator.main import open_coordinator
 from coordinator.populate.model import (
     DerivationFacts,
     Drift,
@@ -33,9 +36,15 @@ from coordinator.wishes.model import (
     WishSource,
 )
 from tests.support.cache import STORE_DIR, publish, store_path
+from tests.support.local_fleet import no_workers
 from tests.support.upstreams import UPSTREAM_KEY, Lie, lying_upstream
 
 LINUX, MAC = "x86_64-linux", "aarch64-darwin"
+#: The NAR of a file with a text.
+A_NAR = b"".join(
+    len(word).to_bytes(8, "little") + word + b"\0" * (-len(word) % 8)
+    for word in (b"nix-archive-1", b"(", b"type", b"regular", b"contents", b"text", b")")
+)
 DRV, OTHER_DRV = store_path("a.drv"), store_path("other.drv")
 OUT, DEV, ELSEWHERE = store_path("a"), store_path("a-dev"), store_path("elsewhere")
 
@@ -109,6 +118,12 @@ def test_of_several_outputs_the_one_that_is_worst_off_counts_and_drift_is_not_pu
     assert to_pull([both], {}) == (OUT, DEV)
     assert to_pull([both], {both.wish.key: drift}) == ()
     assert judged(both, {}, {both.wish.key: drift}).drift == drift
+    attribute = Wish("b", LINUX, WishedAttribute(".", "b"))
+    assert judged(target(attribute), {}, {}).outcome is PopulateOutcome.UNEVALUATED
+    unfree = target(replace(attribute, marks=frozenset({WishMark.UNFREE})))
+    assert judged(unfree, {}, {}).outcome is PopulateOutcome.EXCLUDED
+    unknown = judged(target(Wish("c", LINUX, WishedDerivation(DRV))), {}, {})
+    assert (unknown.outcome, DRV in unknown.reason) == (PopulateOutcome.NOWHERE, True)
     broken = PopulateTarget(wish(), (), None, "it cannot be evaluated: no")
     assert judged(broken, {}, {}).outcome is PopulateOutcome.UNEVALUATED
 
@@ -163,10 +178,7 @@ async def test_a_proof_fails_for_what_cannot_be_fetched_whole_and_for_nothing_el
     async with lying_upstream(tmp_path / "cache") as served:
         paths = [store_path(name) for name in ("good", "stands-on-bad", "bad", "foreign", "absent")]
         good, above, bad, foreign, absent = paths
-        nar = b"".join(
-            len(word).to_bytes(8, "little") + word + b"\0" * (-len(word) % 8)
-            for word in (b"nix-archive-1", b"(", b"type", b"regular", b"contents", b"text", b")")
-        )
+        nar = A_NAR
         for path in (good, bad, foreign):
             await publish(served.cache, path, nar if path == good else nar.replace(b"text", path[-4:].encode()))
         await publish(served.cache, above, nar.replace(b"text", b"over"), references=[bad])
@@ -179,3 +191,26 @@ async def test_a_proof_fails_for_what_cannot_be_fetched_whole_and_for_nothing_el
         report = await prove(farm, "", paths, means, tmp_path / "within")
     assert report.failed.keys() == {above, bad, foreign, absent}
     assert all(report.failed.values())
+
+
+@pytest.mark.parametrize("means", [ProofMeans.OWN, ProofMeans.NIX])
+async def test_a_cache_that_is_not_public_is_proven_with_the_token(
+    means: ProofMeans, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("READER", "r" * 32)
+    private = settings.model_copy(update={"cache": CacheSettings(readers=("env:READER",))})
+    async with open_coordinator(private, no_workers) as farm:
+        path = store_path("good")
+        await publish(farm.cache, path, A_NAR)
+        view = FarmView(
+            version="0",
+            cache_url=farm.ready.cache_url,
+            public_keys=farm.ready.public_keys,
+            store_dir=STORE_DIR.path,
+        )
+        found = []
+        for token in ("r" * 32, ""):
+            within = tmp_path / (token or "nobody")
+            await asyncio.to_thread(within.mkdir)
+            found.append((await prove(view, token, [path], means, within)).failed.keys())
+    assert found == [set(), {path}]

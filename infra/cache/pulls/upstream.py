@@ -255,6 +255,8 @@ class Upstream:
                 self._opened().get(address, headers=headers, max_redirects=MAX_REDIRECTS) as response,
             ):
                 if response.status != 200:
+                    # It may have another object by now: the next question is not answered from memory.
+                    self._known.pop(info.hash_part, None)
                     raise UpstreamError(f"{self.url} answered {response.status} for the NAR of {info.store_path}")
                 async with aclosing(_verified(response, info)) as pieces:
                     async for data in pieces:

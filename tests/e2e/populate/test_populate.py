@@ -7,9 +7,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.populate.conftest import PopulatedFarm, evaluate, fetched_by_nix
+from infra.nix import aterm
+from tests.e2e.populate.conftest import PopulatedFarm, evaluate, fetched_by_nix, nix_instantiate
 from tests.support.package_set import SYSTEMS, Package
 from tests.support.upstreams import Lie
+from tests.support.wishes import flake_entry, store_path
 
 NATIVE, MAC = SYSTEMS
 #: Thirty packages of the set that stand on others.
@@ -42,6 +44,10 @@ def test_a_lock_of_two_systems_is_built_and_each_closure_is_fetched_by_a_plain_c
     assert again["systems"] == {NATIVE: {"here": 30}, MAC: {"here": 30}}
     assert again["submissions"] == []
     assert {each["proof"]["state"] for each in again["wishes"]} == {"proven"}
+    # Attributes of a file are wishes as well.
+    systems = ("--systems", ",".join(SYSTEMS))
+    status, attributes = populated.populate(populated.packages.file, "-A", "git", *systems, "--proof", "none")
+    assert (status, outcomes(attributes)) == (0, {("git", NATIVE): "here", ("git", MAC): "here"})
 
 
 def test_a_tampered_lock_is_drift_with_both_paths_and_the_first_differing_input(
@@ -77,6 +83,41 @@ def test_a_tampered_lock_is_drift_with_both_paths_and_the_first_differing_input(
     shown = populated.farm.drover("populate", lock, "--store", populated.farm.eval_store, "--proof", "none")
     assert f"listed {drift['listed']}" in shown.stdout
     assert drift["difference"] in shown.stdout
+
+
+def test_an_entry_whose_derivation_is_unknown_is_evaluated_compared_and_built(
+    populated: PopulatedFarm, tmp_path: Path
+) -> None:
+    flake = populated.root / "flake"
+    flake.mkdir()
+    (flake / "tool.nix").write_text(
+        f"""derivation {{
+          name = "tool"; system = "{NATIVE}"; builder = "/bin/sh"; args = [ "-c" "echo $salt > $out" ];
+          salt = "{flake}";
+        }}"""
+    )
+    (flake / "flake.nix").write_text(f"{{ outputs = _: {{ packages.{NATIVE}.tool = import ./tool.nix; }}; }}")
+    git = ["git", "-C", str(flake), "-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "a tool"]):
+        subprocess.run([*git, *words], check=True, timeout=30)
+    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=30)
+    drv = nix_instantiate(tmp_path / "elsewhere", flake / "tool.nix").strip()
+    made = aterm.parse(Path(f"{tmp_path}/elsewhere{drv}").read_bytes()).outputs[0].path
+    wrong = store_path("tool")
+
+    def entry(name: str, path: str) -> dict[str, Any]:
+        url = {"locked-url": f"git+file://{flake}?rev={revision.stdout.strip()}", "unfree": False}
+        attr = {"locked-flake-attr-path": f"packages.{NATIVE}.tool", "outputs-to-install": ["out"]}
+        return flake_entry(name, NATIVE, outputs={"out": path}, **url, **attr)
+
+    status, report = populated.populate(populated.lock("flakes", [entry("tool", made), entry("edited", wrong)]))
+    assert status == 9, report
+    assert outcomes(report) == {("tool", NATIVE): "built", ("edited", NATIVE): "drift"}
+    drift = next(each["drift"] for each in report["wishes"] if each["name"] == "edited")
+    assert (drift["listed"], drift["made"], drift["derivation"]) == (wrong, made, drv)
+    # What is to be had is compared too where that is wanted.
+    status, report = populated.populate(populated.lock("flakes", [entry("tool", made)]), "--evaluate")
+    assert (status, outcomes(report)) == (0, {("tool", NATIVE): "here"})
 
 
 def test_of_ten_paths_of_an_upstream_two_are_bad_and_are_built(populated: PopulatedFarm, tmp_path: Path) -> None:
