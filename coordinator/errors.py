@@ -50,6 +50,18 @@ class ConflictError(CoordinatorError):
     status: ClassVar[int] = 409
 
 
+class OtherWishError(ConflictError):
+    """A request has the idempotency key of a submission that wishes something else."""
+
+    code: ClassVar[str] = "other_wish"
+
+
+class HeldError(ConflictError):
+    """Another client grows the submission of an idempotency key; the same request may be taken later."""
+
+    code: ClassVar[str] = "held"
+
+
 class ForbiddenError(CoordinatorError):
     """The token of a request does not give the right to do this."""
 

@@ -99,6 +99,10 @@ _Plain = Annotated[
 ]
 
 
+#: Random name of one run of a client: of several with one idempotency key one grows the submission, the others wait.
+_Client = Annotated[str, Field(pattern="^[0-9A-Za-z_-]{0,64}$")]
+
+
 class SubmissionOrigin(Request):
     """Origin of a submission by its client's word; its owner follows from the token and is never read here."""
 
@@ -133,6 +137,10 @@ class SubmitRequest(SubmissionOrigin):
     roots: Annotated[tuple[RootRequest, ...], Field(max_length=MAX_ROOTS), FailFast()]
     #: Further roots follow (`GrowRequest`): the submission does not end before it is sealed.
     open: bool = False
+    client: _Client = ""
+    #: SHA-256 of what an open one is evaluated from, as its client says it; empty: unsaid. Another one under the same
+    #: idempotency key is another wish.
+    evaluates: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
     label: _Text = ""
     #: Build again what is known to fail.
     retry_failed: bool = False
@@ -153,6 +161,7 @@ class GrowRequest(Request):
     #: As in `SubmitRequest`.
     makers: Annotated[tuple[_Text, ...], Field(max_length=MAX_ROOTS), FailFast()] = ()
     retry_failed: bool = False
+    client: _Client = ""
 
 
 class UnevaluatedAttr(Request):
@@ -173,6 +182,10 @@ class SealRequest(Request):
     incomplete: _Text = ""
     #: What the client did meanwhile.
     stages: Annotated[tuple[ClientStage, ...], Field(max_length=8)] = ()
+    client: _Client = ""
+    #: Derivations that the client has named as roots, each once; None: unsaid. A client that did not grow it learns by
+    #: this that it wishes something else.
+    drv_count: Annotated[int, Field(ge=0, le=MAX_ROOTS * 10)] | None = None
 
 
 class IntakeQuery(Request):

@@ -163,7 +163,7 @@ GROW: Final = Route(
     Right.API,
     body="GrowRequest",
     answer=SubmissionView,
-    errors=(*_OWNED, *_NAMED, 409, *_BODY, *_GRAPH),
+    errors=(*_OWNED, *_NAMED, *_CONFLICT, *_BODY, *_GRAPH),
     repeats=True,
     summary="Give an open submission further roots, or none to say that they still come. A repeat changes nothing.",
 )
@@ -173,7 +173,7 @@ SEAL: Final = Route(
     Right.API,
     body="SealRequest",
     answer=SubmissionView,
-    errors=(*_OWNED, *_NAMED, *_BODY),
+    errors=(*_OWNED, *_NAMED, *_CONFLICT, *_BODY),
     repeats=True,
     summary="End the growth of an open submission; it ends with its last step. A repeat changes nothing.",
 )

@@ -20,7 +20,7 @@ from coordinator.api.trace_context import MAX_TRACEPARENT
 from coordinator.cli import exit_status
 from coordinator.cli.ci import Ci, defused
 from coordinator.cli.ci_summary import append_summary, summary_of
-from coordinator.cli.evaluation import EvaluationRequest, evaluate, inputs_of, status_of
+from coordinator.cli.evaluation import EvaluationRequest, evaluate, evaluated_from, inputs_of, status_of
 from coordinator.cli.fetching import realise
 from coordinator.cli.follow import follow
 from coordinator.cli.import_builds import FarmImports
@@ -36,7 +36,8 @@ from coordinator.client.closure import (
     LocalStore,
     local_store,
 )
-from coordinator.errors import CoordinatorError
+from coordinator.client.errors import RefusedError
+from coordinator.errors import CoordinatorError, OtherWishError
 from coordinator.evaluation.model import Evaluation
 from coordinator.terminal_controls import harmless
 
@@ -197,6 +198,7 @@ def _opening(options: BuildRequest) -> SubmitRequest:
     return SubmitRequest(
         roots=(),
         open=True,
+        evaluates=evaluated_from(options.evaluation),
         **options.words.fields(),
         retry_failed=options.retry,
         wait_s=options.wait_s,
@@ -224,8 +226,9 @@ async def _stream(
     try:
         async with made:
             return await streamed.run(means, submitted.failed, line)
-    except CoordinatorError:
-        if streamed.id:
+    except CoordinatorError as error:
+        is_other = isinstance(error, RefusedError) and error.reason == OtherWishError.code
+        if streamed.id and not is_other:
             line(f"drover: what came before goes on building: drover watch {streamed.id}; drover cancel {streamed.id}")
         raise
     finally:
@@ -254,7 +257,7 @@ async def _submit(
         return await send_closure(client, store, drvs, screen, stages, whole=whole)
 
     async def take(makers: tuple[str, ...]) -> SubmissionView:
-        given = {"roots": roots, "open": False, "makers": makers, "stages": stages.taken}
+        given = {"roots": roots, "open": False, "evaluates": "", "makers": makers, "stages": stages.taken}
         return await client.submit(_opening(options).model_copy(update=given))
 
     view = await taken_after_sending(send, take)

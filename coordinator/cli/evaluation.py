@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import PurePath
 from typing import Final
 
 import click
@@ -74,6 +76,15 @@ async def evaluate(
     )
     show_evaluation(inputs.name, evaluation, show_messages, lambda text: click.echo(defused(harmless(text)), err=True))
     return evaluation
+
+
+def evaluated_from(request: EvaluationRequest) -> str:
+    """Return the digest of what is evaluated, by the words of the command; where its files lie does not count."""
+    files = [PurePath(path).name + mark + attr for path, mark, attr in (file.partition("#") for file in request.files)]
+    flags = request.flags
+    arguments = [flags[at : at + 3] for at, word in enumerate(flags) if word in {"--arg", "--argstr"}]
+    words = [files, request.expression, request.attrs, request.systems, arguments]
+    return sha256(repr(words).encode()).hexdigest()
 
 
 def inputs_of(

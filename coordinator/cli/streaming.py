@@ -8,6 +8,7 @@ submission is sealed when all has come. Where this program fails or is interrupt
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
@@ -32,7 +33,7 @@ from coordinator.cli.sending import ClientStages, SentParts, send_closure, sendi
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore
 from coordinator.client.errors import RefusedError, UnreachableError
-from coordinator.errors import ConflictError, CoordinatorError
+from coordinator.errors import ConflictError, CoordinatorError, HeldError
 from coordinator.evaluation.findings import EvaluationMeans, RootKey, gathered, root_key
 from coordinator.evaluation.inputs import Inputs, findings_asked, require_some
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, Evaluation, FailedAttr, Finding
@@ -44,7 +45,9 @@ BATCH_EVERY_S: Final = 1.0
 #: Roots that wait to be sent before finding waits too.
 MAX_WAITING: Final = 4 * BATCH_ROOTS
 #: Seconds between signs of life of a client that finds nothing for long.
-SIGN_EVERY_S: Final = 60.0
+SIGN_EVERY_S: Final = 15.0
+#: Seconds between two attempts while another client with the same idempotency key is ahead of this one.
+HELD_EVERY_S: Final = 2.0
 #: Seconds that an interrupted program takes to seal its submission.
 SEAL_S: Final = 5.0
 
@@ -65,7 +68,9 @@ class StreamedBuild:
         self._screen = screen
         self._inputs = inputs
         self._store_of = store
-        self._opening = opening
+        #: This run, among others with the same idempotency key.
+        self._name = secrets.token_hex(8)
+        self._opening = opening.model_copy(update={"client": self._name})
         #: Name of the submission, empty before there is one; whether it may still grow.
         self.id = ""
         self.is_open = False
@@ -81,7 +86,7 @@ class StreamedBuild:
         self._sent = SentParts()
         self._progress = Progress()
         self._opened, self._arrived, self._room = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._all_found = False
+        self._all_found = self._waited = False
         #: Begin and sum of the client's stages.
         self._stages: dict[Literal["evaluate", "closure", "upload"], tuple[float, float]] = {}
 
@@ -163,7 +168,7 @@ class StreamedBuild:
             await self._seal_at_once("its client was interrupted before all was evaluated")
             raise
         except RefusedError as error:
-            if error.reason != ConflictError.code:
+            if error.reason != ConflictError.code or not self.id:
                 await self._seal_at_once(f"its client failed before all was evaluated: {error}")
                 raise
             # It was cancelled, or the farm has sealed it: what follows it says so.
@@ -244,8 +249,7 @@ class StreamedBuild:
         async def take(makers: tuple[str, ...]) -> SubmissionView:
             if not self.id:
                 await self._open()
-            request = GrowRequest(roots=roots, makers=makers, retry_failed=self._opening.retry_failed)
-            return await self._client.grow(self.id, request)
+            return await self._client.grow(self.id, self._growth(roots, makers))
 
         budget: RetryBudget | None = None
         while True:
@@ -253,6 +257,8 @@ class StreamedBuild:
             try:
                 await taken_after_sending(send, take)
             except (UnreachableError, RefusedError) as error:
+                if await self._waits_behind(error):
+                    continue
                 if isinstance(error, RefusedError) and not error.is_passing:
                     raise
                 budget = budget or self._client.budget()
@@ -262,6 +268,19 @@ class StreamedBuild:
             else:
                 self._note(stages)
                 return
+
+    def _growth(self, roots: tuple[RootRequest, ...] = (), makers: tuple[str, ...] = ()) -> GrowRequest:
+        return GrowRequest(roots=roots, makers=makers, retry_failed=self._opening.retry_failed, client=self._name)
+
+    async def _waits_behind(self, error: Exception) -> bool:
+        """Wait a moment where a refusal says that another client with the same key is ahead; False for any other."""
+        if not isinstance(error, RefusedError) or error.reason != HeldError.code:
+            return False
+        if not self._waited:
+            self._waited = True
+            self._screen.status(f"another client with this idempotency key fills {self.id}; waiting for what it finds")
+        await asyncio.sleep(HELD_EVERY_S)
+        return True
 
     async def _open(self) -> None:
         view = await self._client.submit(self._opening)
@@ -280,7 +299,7 @@ class StreamedBuild:
         while True:
             await asyncio.sleep(SIGN_EVERY_S)
             with suppress(CoordinatorError, OSError):
-                await self._client.grow(self.id, GrowRequest())
+                await self._client.grow(self.id, self._growth())
 
     async def _seal(self, incomplete: str) -> None:
         evaluation = self.evaluation
@@ -295,9 +314,18 @@ class StreamedBuild:
             unevaluated=len(evaluation.failed),
             incomplete=_cut(incomplete),
             stages=stages,
+            client=self._name,
+            drv_count=len(set(self._drvs)),
         )
-        await self._client.seal(self.id, request)
-        self.is_open = False
+        while True:
+            try:
+                await self._client.seal(self.id, request)
+            except RefusedError as error:
+                if incomplete or not await self._waits_behind(error):
+                    raise
+            else:
+                self.is_open = False
+                return
 
     async def _seal_at_once(self, incomplete: str) -> None:
         """Seal what is open, if that can be done soon; the farm does it later where it cannot."""

@@ -126,8 +126,9 @@ async def findings_of(sources: Sequence[NixValue], means: EvaluationMeans) -> As
     fresh = [number for number, plan in enumerate(plans) if plan.kept is None]
     rounds = (first.whole(fresh, with_jobs=there), first.at_places(again), confined.with_imports(later.importing))
     for findings in rounds:
-        async for place, finding in later.sorted_out(findings):
-            yield place, finding
+        async with aclosing(later.sorted_out(findings)) as sorted_out:
+            async for place, finding in sorted_out:
+                yield place, finding
     async with aclosing(_Round(sources, means).with_imports(later.outside)) as findings:
         async for place, finding in findings:
             yield place, finding

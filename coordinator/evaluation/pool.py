@@ -112,7 +112,8 @@ async def findings_of_pool(
             yield found
         await task
     finally:
-        task.cancel()
+        if not pool.is_leaving:
+            task.cancel()
         with suppress(asyncio.CancelledError, CoordinatorError):
             await task
 
@@ -184,6 +185,8 @@ class _Pool:
         imports: ImportStore | None,
     ) -> None:
         self.findings: asyncio.Queue[tuple[AttrPlace, Finding] | None] = asyncio.Queue()
+        #: Whether all that is left is the end of its evaluators, which nothing is to interrupt.
+        self.is_leaving = False
         #: Bounds `findings`; the end of the pool has a place beside it.
         self.room = asyncio.Semaphore(MAX_WAITING)
         self._sources = sources
@@ -214,6 +217,7 @@ class _Pool:
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
         finally:
+            self.is_leaving = True
             for seat in self._seats:
                 await seat.leave()
 

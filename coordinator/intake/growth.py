@@ -4,6 +4,10 @@ A batch is planned down to what the submission has been planned with before, so 
 submission are taken one after the other. Their roots are counted once by attribute and derivation, so that a client may
 send a batch again whose answer it has lost. What is remembered for that is made anew from the submission's note after
 a restart; the first batch then is planned as a whole.
+
+Of several clients with one idempotency key one grows the submission: the one that opened it, as long as it gives signs
+of life. The others may name what it has named. Where one names an attribute that stands for another derivation there,
+it is refused; where one names more, or is done before, it waits. Silence of the first lets another one go on.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ from typing import Final
 
 from coordinator.api.requests import GrowRequest, RootRequest, SealRequest, SubmitRequest
 from coordinator.engine.engine import Engine
-from coordinator.errors import ConflictError
+from coordinator.errors import ConflictError, HeldError, OtherWishError
 from coordinator.intake.client_meter import placed
+from coordinator.intake.idempotency import contradicting
 from coordinator.intake.intake import Intake
 from coordinator.intake.submissions import Submissions
 from coordinator.journal.codec import NoteGrowth, encode_growth, encode_note
@@ -29,6 +34,8 @@ from scheduler.model import StepKey, SubmissionId
 
 #: Seconds between two looks for silent clients, at most.
 LOOK_S: Final = 15.0
+#: Seconds of silence after which another client may go on, at most; a client gives a sign in a third of it.
+TURN_S: Final = 45.0
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +46,8 @@ class _Growing:
     roots: set[tuple[str, str]]
     #: Steps that it stood on when this was made.
     members: frozenset[StepKey]
-    #: When its client was last heard of.
+    #: Name of the client that grows it, and when that was last heard of.
+    client: str
     heard_at: float
     #: Base names of derivations that it was planned with since.
     planned: set[str] = field(default_factory=set)
@@ -65,17 +73,20 @@ class Growth:
 
         Raises:
             NotFoundError: There is no such submission.
-            ConflictError: It is not open any more.
+            ConflictError: It is not open any more, or wishes something else than this client (`OtherWishError`).
+            HeldError: Another client grows it.
             IntakeError: The roots or their graph are not what the farm takes.
         """
         row = self._views.submission(submission)
         growing = self._growing(row)
         async with growing.lock:
-            growing.heard_at = self._engine.now()
+            is_first = self._has_turn(row, growing, wish.client)
             wanted = (root for root in dict.fromkeys(wish.roots) if (root.attr, root.drv) not in growing.roots)
             fresh = tuple(wanted)
-            if fresh:
-                _require_open(row)
+            if not is_first:
+                await self._require_named(row, growing, wish)
+            elif fresh:
+                _require_open(row, wish.client)
                 with collector_paused():
                     await self._grow(row, growing, fresh, wish)
         return row
@@ -104,15 +115,51 @@ class Growth:
         await free_in_slices(objects)
 
     async def seal(self, submission: str, wish: SealRequest) -> SubmissionRow:
-        """End the growth of a submission; a repeat changes nothing. Raises `NotFoundError`."""
+        """End the growth of a submission; a repeat changes nothing.
+
+        Raises `NotFoundError`, `HeldError` and `OtherWishError` as `grow`.
+        """
         row = self._views.submission(submission)
-        if not row.is_open:
-            return row
         growing = self._growing(row)
         async with growing.lock:
+            is_first = self._has_turn(row, growing, wish.client)
+            if row.is_open and not is_first:
+                raise _held(row)
             if row.is_open:
                 await self._seal(row, wish)
+        count = len({drv for _, drv in growing.roots})
+        if not (is_first or row.incomplete or row.withdrawn) and wish.drv_count not in {None, count}:
+            raise OtherWishError(
+                f"submission {row.id} of the same idempotency key has {count} derivations as roots, and not the "
+                f"{wish.drv_count} of this client; use a new key for a new wish."
+            )
         return row
+
+    def _has_turn(self, row: SubmissionRow, growing: _Growing, client: str) -> bool:
+        """Return whether a client may grow the submission; it may from now on where the one before is silent."""
+        now = self._engine.now()
+        is_first = not client or client == growing.client
+        if not is_first and row.is_open and now - growing.heard_at >= min(TURN_S, self._silence_s / 2):
+            growing.client, is_first = client, True
+        if is_first:
+            growing.heard_at = now
+        return is_first
+
+    @staticmethod
+    async def _require_named(row: SubmissionRow, growing: _Growing, wish: GrowRequest) -> None:
+        """Raise where the submission lacks roots of a client that does not grow it."""
+        # One derivation may have several names, of which each evaluation sends the one that it found first.
+        named = await asyncio.to_thread(lambda: {drv for _, drv in growing.roots})
+        if all(root.drv in named for root in wish.roots):
+            return
+        _require_open(row, wish.client)
+        other = await asyncio.to_thread(contradicting, wish.roots, growing.roots)
+        if other is not None:
+            raise OtherWishError(
+                f"{other.attr} is another derivation in submission {row.id} of the same idempotency key; "
+                "use a new key for a new wish."
+            )
+        raise _held(row)
 
     async def _seal(self, row: SubmissionRow, wish: SealRequest) -> None:
         given = self._views.note(row.id)
@@ -133,8 +180,9 @@ class Growth:
     def _growing(self, row: SubmissionRow) -> _Growing:
         growing = self._open.get(row.id)
         if growing is None:
-            roots = {(root.attr, root.drv) for root in self._views.note(row.id).roots}
-            growing = _Growing(roots, frozenset(row.members), self._engine.now())
+            note = self._views.note(row.id)
+            roots = {(root.attr, root.drv) for root in note.roots}
+            growing = _Growing(roots, frozenset(row.members), note.origin.client, self._engine.now())
             if row.is_open:
                 self._open[row.id] = growing
         return growing
@@ -158,9 +206,18 @@ class Growth:
                 await self.seal(row.id, SealRequest(incomplete=why))
 
 
-def _require_open(row: SubmissionRow) -> None:
+def _held(row: SubmissionRow) -> HeldError:
+    return HeldError(f"submission {row.id} still grows by another client with the same idempotency key; try again.")
+
+
+def _require_open(row: SubmissionRow, client: str) -> None:
     if row.is_open:
         return
+    if client and not (row.incomplete or row.withdrawn):
+        raise OtherWishError(
+            f"submission {row.id} of the same idempotency key is complete and lacks roots of this client; "
+            "use a new key for a new wish."
+        )
     what = f"was closed ({row.incomplete})" if row.incomplete else "is complete"
     if row.withdrawn:
         what = "was cancelled"

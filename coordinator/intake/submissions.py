@@ -50,7 +50,7 @@ class Submissions:
         """Plan a wish and hand it over; returns its row once it is durable.
 
         A wish whose idempotency key the owner has used gets the submission that has it. Raises `ConflictError` where
-        that has another wish.
+        that has another wish, `HeldError` where that is not known before it is complete.
         """
         if not wish.roots and not wish.open:
             raise IntakeError("a submission has no root; name what it is to build, or open it (`open`) and send roots.")
@@ -58,8 +58,8 @@ class Submissions:
             if not wish.idempotency_key:
                 return await self._submit(wish, OriginNote(owner))
             digest = await asyncio.to_thread(wish_digest, wish)
-            origin = OriginNote(owner, key=wish.idempotency_key, wish=digest)
-            return await self._keys.once(origin, lambda: self._submit(wish, origin))
+            origin = OriginNote(owner, key=wish.idempotency_key, wish=digest, client=wish.client)
+            return await self._keys.once(origin, wish, lambda: self._submit(wish, origin))
 
     async def _submit(self, wish: SubmitRequest, origin: OriginNote) -> SubmissionRow:
         asked_at = self._engine.now()

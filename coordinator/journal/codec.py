@@ -143,9 +143,11 @@ class OriginNote:
     pull: str = ""
     commit: str = ""
     tags: tuple[tuple[str, str], ...] = ()
-    #: Its idempotency key, and the digest of the wish that belongs to it.
+    #: Its idempotency key, and the digests of the wish that belongs to it.
     key: str = ""
     wish: str = ""
+    #: Name of the client that opened it.
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from coordinator.api.models import StepStatus, SubmissionState, SubmissionView, 
 from coordinator.api.requests import ClientStage, GrowRequest, RootRequest, SealRequest, SubmitRequest, UnevaluatedAttr
 from coordinator.client.errors import RefusedError
 from coordinator.config import LimitSettings, Settings
+from coordinator.intake import growth
 from tests.coordinator.conftest import OpenedFarm, OpenFarm
 
 GRAPH = """
@@ -153,3 +155,90 @@ async def test_many_clients_that_send_one_batch_at_once_count_it_once(open_farm:
         name = await opened(farm)
         views = await asyncio.gather(*(grow(farm, name, *roots) for _ in range(8)))
         assert {(view.root_count, view.counts.total, view.derivations) for view in views} == {(3, 6, 6)}
+
+
+async def opened_by(farm: OpenedFarm, client: str, key: str = "run-1", evaluates: str = "") -> str:
+    wish = SubmitRequest(roots=(), open=True, client=client, idempotency_key=key, evaluates=evaluates)
+    return (await farm.client.submit(wish)).id
+
+
+async def refusal_of(asked: Awaitable[SubmissionView]) -> str:
+    try:
+        await asked
+    except RefusedError as refusal:
+        return refusal.reason if refusal.http_status == 409 else str(refusal)
+    return ""
+
+
+async def grow_by(farm: OpenedFarm, submission: str, client: str, *roots: RootRequest) -> str:
+    """The submission grows by a client; returns the code of the refusal, empty where it was taken."""
+    return await refusal_of(farm.client.grow(submission, GrowRequest(roots=roots, client=client)))
+
+
+async def seal_by(farm: OpenedFarm, submission: str, client: str, drvs: int) -> str:
+    return await refusal_of(farm.client.seal(submission, SealRequest(client=client, drv_count=drvs)))
+
+
+async def test_two_clients_with_one_key_are_one_wish_or_the_second_is_refused_while_the_first_is_open(
+    open_farm: OpenFarm,
+) -> None:
+    async with open_farm() as farm:
+        a, b, c, tool = await farm.evaluate(GRAPH, "a", "b", "c", "tool")
+        name = await opened_by(farm, "first")
+        assert await grow_by(farm, name, "first", a) == ""
+        assert await opened_by(farm, "second") == name
+        # The same derivation under its other name is no other wish; the same name for another derivation is.
+        assert await grow_by(farm, name, "second", RootRequest(attr="also-a", drv=a.drv)) == ""
+        assert await grow_by(farm, name, "other", RootRequest(attr="a", drv=tool.drv)) == "other_wish"
+        # What the first has not named it may yet name.
+        assert await grow_by(farm, name, "second", a, b) == "held"
+        assert await seal_by(farm, name, "second", 2) == "held"
+        assert (await farm.client.submission(name)).root_count == 1
+        assert await grow_by(farm, name, "first", b, c) == ""
+        assert await grow_by(farm, name, "second", a, b) == ""
+        wish = SubmitRequest(roots=(a, b, c), idempotency_key="run-1")
+        with pytest.raises(RefusedError, match="still grows by another client") as refused:
+            await farm.client.submit(wish)
+        assert refused.value.reason == "held"
+        assert await seal_by(farm, name, "first", 3) == ""
+        assert (await seal_by(farm, name, "second", 3), await seal_by(farm, name, "other", 2)) == ("", "other_wish")
+        assert await grow_by(farm, name, "other", tool) == "other_wish"
+        assert (await farm.client.submit(wish)).id == name
+        with pytest.raises(RefusedError, match="has other roots"):
+            await farm.client.submit(SubmitRequest(roots=(a, b), idempotency_key="run-1"))
+        assert (await farm.client.submission(name)).root_count == 3
+
+
+async def test_what_is_evaluated_from_other_words_is_refused_before_it_has_roots(open_farm: OpenFarm) -> None:
+    async with open_farm() as farm:
+        name = await opened_by(farm, "first", evaluates="a" * 64)
+        assert await opened_by(farm, "second", evaluates="a" * 64) == name
+        with pytest.raises(RefusedError, match=f"'run-1' is that of submission {name}") as refused:
+            await opened_by(farm, "other", evaluates="b" * 64)
+        assert (refused.value.http_status, refused.value.reason) == (409, "conflict")
+        # One that was closed before all had come is no answer to a repeat.
+        await farm.client.seal(name, SealRequest(client="first", incomplete="its client was interrupted"))
+        again = await opened_by(farm, "other", evaluates="b" * 64)
+        assert again != name
+    async with open_farm() as farm:
+        assert await opened_by(farm, "third", evaluates="b" * 64) == again
+
+
+async def test_a_client_that_starts_again_goes_on_where_it_was_once_the_one_before_is_silent(
+    open_farm: OpenFarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_farm() as farm:
+        a, b = await farm.evaluate(GRAPH, "a", "b")
+        name = await opened_by(farm, "killed")
+        assert await grow_by(farm, name, "killed", a) == ""
+    # Whose turn it is outlives the coordinator.
+    async with open_farm() as farm:
+        assert await opened_by(farm, "again") == name
+        assert [await grow_by(farm, name, "again", root) for root in (a, b)] == ["", "held"]
+        with monkeypatch.context() as patched:
+            patched.setattr(growth, "TURN_S", 0.0)
+            assert await grow_by(farm, name, "again", b) == ""
+        assert await grow_by(farm, name, "killed", a, b) == ""
+        assert (await seal_by(farm, name, "killed", 2), await seal_by(farm, name, "again", 2)) == ("held", "")
+        view = await farm.client.submission(name)
+        assert (view.open, view.root_count, view.incomplete) == (False, 2, "")

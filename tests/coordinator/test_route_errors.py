@@ -236,9 +236,10 @@ async def graphs_that_the_farm_does_not_take(asker: Asker, monkeypatch: pytest.M
 async def roots_that_come_too_late(asker: Asker) -> None:
     async with aiohttp.ClientSession(headers=asker.headers(routes.SUBMIT)) as session:
         begun = await session.post(
-            asker.coordinator.ready.url + routes.SUBMIT.address(), json={"roots": [], "open": True}
+            asker.coordinator.ready.url + routes.SUBMIT.address(), json={"roots": [], "open": True, "client": "first"}
         )
         opened = (await begun.json())["id"]
+    await asker.ask(routes.SEAL, routes.SEAL.address(id=opened), b'{"client": "second"}')
     await asker.ask(routes.SEAL, routes.SEAL.address(id=opened), b"{}")
     body = json.dumps({"roots": [{"attr": "x", "drv": f"/nix/store/{PARTS['key']}"}]}).encode()
     await asker.ask(routes.GROW, routes.GROW.address(id=opened), body)
