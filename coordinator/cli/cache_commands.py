@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from coordinator.cli.options import addressed, run_with_client
+from coordinator.cli.options import Bytes, addressed, run_with_client
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -126,3 +127,27 @@ def push(*, url: str, token_file: str, name: str, as_json: bool, **options: Any)
     from coordinator.cli import cache_push  # noqa: PLC0415 - slow to import
 
     return cache_push.push(url, token_file, cache_push.PushRequest(cache=name, as_json=as_json, **options))
+
+
+@cache.command()
+@click.option("--upstream", "upstreams", multiple=True, required=True, metavar="URL", help="Cache to ask; repeatable.")
+@click.option("--port", type=click.IntRange(1, 65535), default=7879, show_default=True, help="Port to listen on.")
+@click.option("--listen", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep narinfos and NARs there.  [default: ~/.cache/drover/proxy]",
+)
+@click.option("--max-size", type=Bytes(), default="10G", show_default=True, help="Keep so much, used last.")
+@click.option("--netrc", metavar="FILE", help="Tokens of private caches.  [default: /etc/nix/netrc, if readable]")
+def proxy(**options: Any) -> int:
+    """Run a small cache on this machine that makes distant ones fast.
+
+    It asks a farm for a whole closure at once, any other cache for many paths at one time, fetches NARs ahead of Nix
+    and keeps them. Nix checks the signatures, as ever; the proxy has no key. It prints the line for nix.conf and runs
+    until Ctrl-C.
+    """
+    from coordinator.cli import cache_proxy  # noqa: PLC0415 - slow to import
+
+    return cache_proxy.proxy(cache_proxy.settings_of(options))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+_BYTES_SHIFT: Final = {"M": 20, "G": 30, "T": 40}
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
 
 
@@ -44,6 +45,23 @@ class Wait(click.ParamType[int]):
         if not 0 < wait_s <= MAX_WAIT_S:
             self.fail(f"{value!r} is no time to wait: say seconds (90), 15m, 36h, 7d or forever", param, ctx)
         return wait_s
+
+
+class Bytes(click.ParamType[int]):
+    """A number of bytes, said as `500M`, `10G`, `1T`."""
+
+    name = "bytes"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:  # noqa: ARG002  click's
+        """Return what help shows in the place of the value."""
+        return "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes; ends the command with a usage error for anything else."""
+        match = re.fullmatch(r"([0-9]{1,6})([MGT])", str(value), re.ASCII)
+        if match is None:
+            self.fail(f"{value!r} is no size: say 500M, 10G or 1T", param, ctx)
+        return int(match[1]) << _BYTES_SHIFT[match[2]]
 
 
 class Systems(click.ParamType[tuple[str, ...]]):

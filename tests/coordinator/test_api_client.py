@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,25 +24,15 @@ from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import ClientError, RefusedError, UnreachableError
 from coordinator.client.event_reader import EventReader
 from coordinator.client.token import find_token
+from tests.support.served import Handler, served
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ENDED = SubmissionView(id="s", label="", state=SubmissionState.SUCCEEDED, created_at=1.0, roots=(), counts=Counts())
 
 
 @asynccontextmanager
-async def served(handler: Handler) -> AsyncIterator[ApiClient]:
-    app = web.Application()
-    app.router.add_route("*", "/{rest:.*}", handler)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        host, port = runner.addresses[0][:2]
-        async with ApiClient(f"http://{host}:{port}/", "token") as client:
-            yield client
-    finally:
-        await runner.cleanup()
+async def client_of(handler: Handler) -> AsyncIterator[ApiClient]:
+    async with served(handler, "/") as url, ApiClient(url, "token") as client:
+        yield client
 
 
 def refusal(status: int, body: Any) -> Handler:
@@ -54,23 +44,23 @@ def refusal(status: int, body: Any) -> Handler:
 
 async def test_a_refusal_keeps_the_coordinator_s_words() -> None:
     error = {"error": {"code": "not_found", "message": "no submission is called x"}}
-    async with served(refusal(404, error)) as client:
+    async with client_of(refusal(404, error)) as client:
         with pytest.raises(RefusedError, match="no submission is called x") as caught:
             await client.submission("x")
         assert (caught.value.http_status, caught.value.reason) == (404, "not_found")
 
 
 async def test_a_token_that_is_not_accepted_says_where_to_find_one() -> None:
-    async with served(refusal(401, {"error": {"code": "unauthorized", "message": "no"}})) as client:
+    async with client_of(refusal(401, {"error": {"code": "unauthorized", "message": "no"}})) as client:
         with pytest.raises(RefusedError, match="--token-file"):
             await client.workers()
 
 
 async def test_a_server_that_is_no_coordinator_is_named() -> None:
-    async with served(refusal(502, "<html>")) as client:
+    async with client_of(refusal(502, "<html>")) as client:
         with pytest.raises(RefusedError, match="status 502; is that a drover coordinator"):
             await client.farm()
-    async with served(refusal(200, "{}")) as client:
+    async with client_of(refusal(200, "{}")) as client:
         with pytest.raises(ClientError, match="of one version"):
             await client.farm()
 
@@ -95,7 +85,7 @@ async def test_an_error_while_a_body_is_made_is_not_reported_as_the_networks(fau
         raise fault
 
     for send in (ApiClient.send_sources, ApiClient.send_derivations):
-        async with served(swallow) as client:
+        async with client_of(swallow) as client:
             with pytest.raises((ClientError, FramingError)) as caught:
                 await send(client, pieces())
         assert not isinstance(caught.value, UnreachableError)
@@ -109,7 +99,7 @@ async def test_names_become_one_segment_of_the_path_and_the_token_a_header() -> 
         seen.append((request.raw_path, request.headers["Authorization"]))
         raise web.HTTPNotFound
 
-    async with served(handler) as client:
+    async with client_of(handler) as client:
         with pytest.raises(RefusedError):
             await client.step("a/../b?c=d+e")
     assert seen == [("/api/v1/steps/a%2F..%2Fb%3Fc%3Dd%2Be", "Bearer token")]
@@ -124,7 +114,7 @@ async def test_a_stream_that_fails_while_it_is_made_says_why() -> None:
         yield b"x" * 1000
         raise FramingError("the source s changed while it was being sent")
 
-    async with served(handler) as client:
+    async with client_of(handler) as client:
         with pytest.raises(FramingError, match="the source s changed"):
             await client.send_sources(body())
 
@@ -171,7 +161,7 @@ async def test_a_question_whose_answer_was_lost_is_sent_again_where_that_changes
         return await behave(request) if behave else web.Response(body=orjson.dumps(ENDED))
 
     why: list[str] = []
-    async with served(handler) as client:
+    async with client_of(handler) as client:
         client.on_lost = why.append
         left[:] = [lost]
         with pytest.raises(UnreachableError):
@@ -215,7 +205,7 @@ async def test_a_watch_begins_again_after_a_break_and_reports_it_once(monkeypatc
         return response
 
     lost: list[str] = []
-    async with served(handler) as client:
+    async with client_of(handler) as client:
         events = [event async for event in client.watch("s", on_lost=lost.append)]
     assert [type(event) for event in events] == [Snapshot, Snapshot, Ended]
     assert not answers
@@ -232,7 +222,7 @@ async def test_a_watch_that_broke_names_what_it_has_read(monkeypatch: pytest.Mon
         named.append(request.headers.get("Last-Event-ID"))
         return web.Response(body=answers.pop(0), content_type="text/event-stream")
 
-    async with served(handler) as client:
+    async with client_of(handler) as client:
         events = [event async for event in client.watch("s")]
     assert [type(event) for event in events] == [Snapshot, Ended]
     assert named == [None, "feed-7", "feed-8"]
@@ -251,7 +241,7 @@ async def test_a_watch_that_finds_no_stream_free_looks_now_and_then(monkeypatch:
         return web.Response(body=orjson.dumps(replace(ENDED, state=states.pop(0))))
 
     lost: list[str] = []
-    async with served(handler) as client:
+    async with client_of(handler) as client:
         events = [event async for event in client.watch("s", on_lost=lost.append)]
     assert [type(event) for event in events] == [Snapshot, Snapshot, Snapshot, Ended]
     assert lost == ["too many clients are watching"]
@@ -270,7 +260,7 @@ async def test_a_watch_gives_up_at_last(monkeypatch: pytest.MonkeyPatch) -> None
             await response.write(frames(Snapshot(submission=ENDED, steps=())))
         return response
 
-    async with served(handler) as client:
+    async with client_of(handler) as client:
         with pytest.raises(UnreachableError):
             async for _ in client.watch("s"):
                 pass

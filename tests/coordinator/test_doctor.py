@@ -6,8 +6,6 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,26 +18,12 @@ from coordinator.doctor.checks import Diagnosis, diagnoses, in_force, is_trusted
 from coordinator.doctor.facts import CacheFacts, MachineFacts, Netrc, NixSettings, Plan
 from coordinator.doctor.gather import gather
 from infra.process import run
+from tests.support.served import served
 from tests.support.wishes import catalog_entry, flox_lock, store_path
 
 KEY = "farm-1:" + "A" * 43 + "="
 URL = "https://farm.example.org/cache"
 INFO = "StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\n"
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@asynccontextmanager
-async def served(handler: Handler) -> AsyncIterator[str]:
-    app = web.Application()
-    app.router.add_route("*", "/{rest:.*}", handler)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}/cache"
-    finally:
-        await runner.cleanup()
 
 
 async def info(_request: web.Request) -> web.Response:
@@ -74,7 +58,7 @@ async def examined(machine: dict[str, str], *caches: str, keys: tuple[str, ...] 
 
 
 async def test_the_line_that_mends_a_finding_does_mend_it(machine: dict[str, str]) -> None:
-    async with served(info) as url:
+    async with served(info, "/cache") as url:
         before = await examined(machine, url, keys=(KEY,))
         [asked, fine] = before[url]
         assert (asked.level, fine.level) == ("problem", "fine")
@@ -111,7 +95,7 @@ async def test_each_kind_of_cache_that_nix_cannot_use_is_told_apart(
                 await hold.wait()
         return web.Response(text=INFO, headers={"Date": "Sun, 29 Nov 2020 12:00:00 GMT"})
 
-    async with served(handler) as url:
+    async with served(handler, "/cache") as url:
         names = {
             "private": "wants a token and there is none for it",
             "page": "is no binary cache",
@@ -143,7 +127,7 @@ async def test_a_token_in_netrc_is_sent_as_nix_would_and_one_that_all_may_read_i
         return web.Response(status=401) if seen[-1] != "Basic ZHJvdmVyOnNlY3JldA==" else web.Response(text=INFO)
 
     file = tmp_path / "netrc"
-    async with served(handler) as url:
+    async with served(handler, "/cache") as url:
         conf(machine, f"substituters = {url}", f"netrc-file = {file}")
         [found] = (await examined(machine))[url]
         assert "there is none for it" in found.sentence
@@ -165,7 +149,7 @@ async def test_what_nix_believes_that_a_cache_lacks_is_advice(machine: dict[str,
     async def handler(request: web.Request) -> web.StreamResponse:
         return web.Response(status=404) if request.path.endswith(".narinfo") else web.Response(text=INFO)
 
-    async with served(handler) as url:
+    async with served(handler, "/cache") as url:
         conf(machine, f"substituters = {url}", "narinfo-cache-negative-ttl = 3600")
         assert [each.level for each in (await examined(machine))[url]] == ["fine"]
         paths = [f"/nix/store/{letter * 32}-x" for letter in "ab"]

@@ -273,7 +273,7 @@ class Farm:
 
 
 def nix_store(
-    store: Path, *arguments: str, options: Mapping[str, str] | None = None
+    store: Path, *arguments: str, options: Mapping[str, str] | None = None, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run `nix-store` on a chroot store; the cache of narinfos lives beside that store."""
     settings = {"build-users-group": "", "substituters": "", **(options or {})}
@@ -284,6 +284,6 @@ def nix_store(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout_s,
         check=False,
     )
