@@ -37,9 +37,9 @@ MAX_OUTPUT_LENGTH = 211
 
 
 class Request(BaseModel):
-    """Base of the API's requests."""
+    """Base of the API's requests. Each is built when it is first used, because a command uses few of them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 #: Base names of store paths; the error names the first that is none, and no other.

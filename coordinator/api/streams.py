@@ -60,7 +60,7 @@ class FramingError(IntakeError):
 class SourceHeader(BaseModel):
     """Description of an input source by the client's Nix; the coordinator verifies all of it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     #: Base name.
     path: Annotated[str, Field(max_length=MAX_NAME_BYTES)]

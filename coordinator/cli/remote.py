@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -20,10 +20,12 @@ from coordinator.cli.rendering import size
 from coordinator.cli.screen import Screen
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import BadArgumentError, ClientError, RefusedError
-from coordinator.client.working_tree import WorkingTree, working_tree
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.model import Evaluation, FailedAttr
 from coordinator.terminal_controls import harmless
+
+if TYPE_CHECKING:
+    from coordinator.client.working_tree import WorkingTree
 
 #: Times that an evaluation is begun because the coordinator has started anew and knows the one before no more.
 BEGUN_AT_MOST: Final = 5
@@ -62,6 +64,8 @@ async def evaluate_remotely(
         EvaluationError: There is nothing to build.
         CoordinatorError: It cannot be evaluated there.
     """
+    from coordinator.client.working_tree import working_tree  # noqa: PLC0415 - slow to import
+
     tree: WorkingTree | None = None
     if source.git:
         asked = wanted.model_copy(update={"git": source.git, "rev": source.rev})

@@ -13,9 +13,7 @@ from typing import ClassVar, Final
 
 from coordinator.api.streams import SourceHeader
 from coordinator.errors import CoordinatorError
-from infra.daemon import DaemonError, open_stdio
 from infra.dependency_order import CycleError, inputs_first
-from infra.nar_files import dump
 from infra.nix.drv_head import DrvHead, read_head
 from infra.nix.errors import FormatError, NixError
 from infra.nix.path_info import PathInfo
@@ -84,6 +82,8 @@ class LocalStore:
         Raises:
             ClosureError: It cannot be read, or no NAR can hold it.
         """
+        from infra.nar_files import dump  # noqa: PLC0415 - slow to import, and most builds send no source
+
         try:
             yield from dump(Path(self.physical(path)), case_hack=case_hack)
         except OSError as error:
@@ -223,6 +223,8 @@ async def query_closure(
         ClosureError: The store does not answer.
         CoordinatorError: A path is not valid in the store; `lacking` makes the error.
     """
+    from infra.daemon import DaemonError, open_stdio  # noqa: PLC0415 - slow to import, and most builds ask nothing
+
     infos: dict[str, PathInfo] = {}
     waiting = list(paths)
     command = ("nix-daemon", "--stdio", *store.flags)

@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -45,7 +46,10 @@ class KeptFindings:
     failed: tuple[AttrPlace, ...] = ()
 
 
-_ENTRY: Final = TypeAdapter(KeptFindings)
+@cache
+def _entry() -> TypeAdapter[KeptFindings]:
+    """Return what reads and writes entries, which takes a while to make."""
+    return TypeAdapter(KeptFindings)
 
 
 class EvaluationCache:
@@ -72,7 +76,7 @@ class EvaluationCache:
             if hashlib.sha256(packed).digest() != digest:
                 raise ValueError(key)  # noqa: TRY301 - as every other damage
             unpacker = zlib.decompressobj()
-            entry = _ENTRY.validate_json(unpacker.decompress(packed, MAX_ENTRY_BYTES))
+            entry = _entry().validate_json(unpacker.decompress(packed, MAX_ENTRY_BYTES))
             os.utime(path)
         except FileNotFoundError:
             return None
@@ -84,7 +88,7 @@ class EvaluationCache:
 
     def put(self, key: str, findings: KeptFindings) -> None:
         """Keep findings, and remove what is old or too much."""
-        packed = zlib.compress(_ENTRY.dump_json(findings), 1)
+        packed = zlib.compress(_entry().dump_json(findings), 1)
         with suppress(OSError):
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not self._is_private():

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from coordinator.evaluation.cache import FORM
 from coordinator.evaluation.flakes import flake_metadata
@@ -39,14 +39,20 @@ _SHOW_SETTINGS: Final = (("config", "show"), ("show-config",))
 
 
 class _LockedNode(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+
     locked: dict[str, Any] = {}
 
 
 class _FlakeLocks(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+
     nodes: dict[str, _LockedNode]
 
 
 class _LockedFlake(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+
     path: str
     locks: _FlakeLocks
 

@@ -22,10 +22,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, Final
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coordinator.errors import CoordinatorError
-from coordinator.evaluation.evaluator import MAX_ANSWER_BYTES, PlaceAnswer, limit_heap, resident_bytes
+from coordinator.evaluation.evaluator import MAX_ANSWER_BYTES, PlaceAnswer, give_way, limit_heap, resident_bytes
 from coordinator.evaluation.long_lines import LongLines
 from coordinator.evaluation.messages import error_line, last_error_line, plain, position, without_noise
 from coordinator.evaluation.model import AttrPlace, FailedAttr, Finding, LeftOut, join_attr
@@ -50,6 +50,8 @@ class JobsEnded(CoordinatorError):  # noqa: N818 - named for what happened
 class _MarkedFinding(BaseModel):
     """Words of `tree.nix` in the place of an error."""
 
+    model_config = ConfigDict(defer_build=True)
+
     left: bool = False
     endless: bool = False
     names: tuple[str, ...] = ()
@@ -58,10 +60,12 @@ class _MarkedFinding(BaseModel):
 class _JobLine(BaseModel):
     """One line of nix-eval-jobs, as far as it is read."""
 
+    model_config = ConfigDict(defer_build=True)
+
     attrPath: tuple[str, ...]  # noqa: N815 - its name there
     drvPath: str = ""  # noqa: N815
     error: str = ""
-    meta: PlaceAnswer = PlaceAnswer()
+    meta: PlaceAnswer = Field(default_factory=PlaceAnswer)
 
 
 async def findings_of_jobs(
@@ -81,6 +85,7 @@ async def findings_of_jobs(
     except ProcessNotFound as error:
         raise JobsEnded(str(error)) from None
     limit_heap(child.pid, limits.memory_bytes)
+    give_way(child.pid)
     child.stdin.close()
     run = _JobsRun(child, token, limits, on_messages)
     printed = asyncio.create_task(run.pass_on_messages())

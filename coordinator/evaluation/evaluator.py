@@ -8,6 +8,7 @@ finds, what Nix prints of it and the end of each answer come on its standard err
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import resource
 import signal
@@ -18,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, Final
 
-from pydantic import BaseModel, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from coordinator.api.limits import MAX_LIMIT
 from coordinator.api.requests import RootLimits
@@ -42,6 +43,8 @@ _ENDED_EARLY: Final = "syntax error, unexpected '='"
 _OUT_OF_MEMORY: Final = re.compile(r"out of memory|bad_alloc|failed to expand heap", re.IGNORECASE)
 #: Bytes that the kernel lets an evaluator have at least, and beside its part: the collector reserves some at once.
 _HEAP_BYTES: Final = 1024 * 1024 * 1024
+#: Steps of niceness: it gets a third of a processor that it shares, and all of one that is free.
+NICER: Final = 5
 _PAGE: Final = resource.getpagesize()
 _PS_S: Final = 5.0
 
@@ -65,9 +68,11 @@ class EvaluatorFailed(CoordinatorError):  # noqa: N818 - named for what happened
 class PlaceAnswer(BaseModel):
     """Finding of `tree.nix` at a place; all empty where nothing is there that could be built."""
 
+    model_config = ConfigDict(defer_build=True)
+
     drv: str = ""
     output: str = ""
-    limits: RootLimits = RootLimits()
+    limits: RootLimits = Field(default_factory=RootLimits)
     maintainers: tuple[str, ...] = ()
     #: Names of a set that is entered.
     names: tuple[str, ...] = ()
@@ -127,6 +132,7 @@ class Evaluator:
         )
         evaluator = cls(source, child, token, env)
         limit_heap(child.pid, memory_bytes)
+        give_way(child.pid)
         try:
             await evaluator._bind(source)
         except BaseException:
@@ -255,6 +261,12 @@ def limit_heap(pid: int, memory_bytes: int) -> None:
         with suppress(OSError, ValueError):
             most = memory_bytes + _HEAP_BYTES
             resource.prlimit(pid, resource.RLIMIT_DATA, (most, most))
+
+
+def give_way(pid: int) -> None:
+    """Have an evaluator leave the processor to all else that wants it, as what sends and builds its findings."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, pid) + NICER)
 
 
 async def resident_bytes(pids: Sequence[int]) -> dict[int, int]:

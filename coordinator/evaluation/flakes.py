@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.messages import error_line
@@ -28,6 +28,8 @@ _NIX: Final = ("nix", "--extra-experimental-features", "nix-command flakes")
 
 
 class _Metadata(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+
     url: str
 
 

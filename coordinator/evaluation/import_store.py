@@ -18,10 +18,6 @@ from typing import Final, Protocol
 from urllib.parse import quote
 
 from coordinator.evaluation.source import NixValue
-from infra.daemon.channel import Channel
-from infra.daemon.child import Child
-from infra.daemon.errors import DaemonError
-from infra.daemon.proxy import serve_client
 
 #: The daemon must look again for what it did not find before the build.
 _DAEMON: Final = ("nix-daemon", "--stdio", "--option", "narinfo-cache-negative-ttl", "0")
@@ -78,6 +74,12 @@ class ImportStore:
             pause: Called when a build begins, for which no evaluation is to blame.
             resume: Called when it has ended.
         """
+        # Slow to import, and few evaluations import from derivations.
+        from infra.daemon.channel import Channel  # noqa: PLC0415
+        from infra.daemon.child import Child  # noqa: PLC0415
+        from infra.daemon.errors import DaemonError  # noqa: PLC0415
+        from infra.daemon.proxy import serve_client  # noqa: PLC0415
+
         path = str(self._directory / str(len(self._doors)))
         root = store_root(source.flags)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.messages import error_line, plain, position
@@ -21,6 +21,8 @@ _SHOWN: Final = 100
 
 class _Job(BaseModel):
     """One line of nix-eval-jobs, as far as it is read."""
+
+    model_config = ConfigDict(defer_build=True)
 
     attr: str
     drvPath: str = ""  # noqa: N815 - its name there

@@ -43,7 +43,7 @@ _System = Annotated[str, Field(max_length=64, pattern=r"^[a-z0-9_]+-[a-z0-9_]+$"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class OutputDocument(_Part):

@@ -13,6 +13,7 @@ import pytest
 from coordinator.api.requests import RootLimits
 from coordinator.client.closure import ClosureError, LocalStore, describe_sources, local_store, read_closure
 from coordinator.evaluation.errors import EvaluationError
+from coordinator.evaluation.evaluator import NICER
 from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.lines import findings_of_line
 from coordinator.evaluation.messages import error_line, position
@@ -350,6 +351,18 @@ async def test_evaluators_keep_to_their_memory_together(mixed: str, flags: tuple
         ("huge", "the evaluation needs more than 600 MiB"),
         ("many.inner.bad", "one of many"),
     ]
+
+
+async def test_evaluators_leave_the_processor_to_what_sends_and_builds_their_findings(
+    flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "nice.nix"
+    file.write_text("""
+      let words = builtins.filter builtins.isString (builtins.split " " (builtins.readFile "/proc/self/stat"));
+      in derivation { name = "nice-${builtins.elemAt words 18}"; system = "x86_64-linux"; builder = "/bin/sh"; }
+    """)
+    [found] = (await evaluated(str(file), [], flags=flags)).wanted
+    assert found.drv.endswith(f"-nice-{os.getpriority(os.PRIO_PROCESS, 0) + NICER}.drv")
 
 
 async def test_one_call_evaluates_for_several_systems(mixed: str, flags: tuple[str, ...]) -> None:
