@@ -98,7 +98,7 @@ class LocalStore:
 
 @dataclass(frozen=True, slots=True)
 class Closure:
-    """Full store paths: .drv files, inputs first; the input sources that they name, sorted; the outputs they make."""
+    """Full store paths: .drv files by layer, inputs first; input sources that they name, sorted; outputs they make."""
 
     derivations: tuple[str, ...]
     sources: tuple[str, ...]
@@ -130,7 +130,7 @@ def closure_of(roots: Sequence[str], head_of: Callable[[str], DrvHead | None]) -
     Raises:
         ClosureError: The graph has a cycle, and whatever `head_of` raises.
     """
-    fresh: set[str] = set()
+    needs: dict[str, tuple[str, ...]] = {}
     sources: set[str] = set()
     outputs: set[str] = set()
 
@@ -138,7 +138,7 @@ def closure_of(roots: Sequence[str], head_of: Callable[[str], DrvHead | None]) -
         head = head_of(drv)
         if head is None:
             return ()
-        fresh.add(drv)
+        needs[drv] = head.input_drvs
         sources.update(head.input_srcs)
         outputs.update(head.outputs)
         return head.input_drvs
@@ -147,7 +147,19 @@ def closure_of(roots: Sequence[str], head_of: Callable[[str], DrvHead | None]) -
         order = inputs_first(roots, inputs)
     except CycleError as error:
         raise ClosureError(f"{error.first} needs itself; the local store is damaged") from None
-    return Closure(tuple([drv for drv in order if drv in fresh]), tuple(sorted(sources)), frozenset(outputs))
+    return Closure(tuple(_layered(order, needs)), tuple(sorted(sources)), frozenset(outputs))
+
+
+def _layered(order: Iterable[str], needs: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return those members that have needs, by layer: each stands on the layers before, so a layer is verified at once.
+
+    `order` has inputs first.
+    """
+    layers: dict[str, int] = {}
+    for drv in order:
+        if drv in needs:
+            layers[drv] = 1 + max([layers[need] for need in needs[drv] if need in layers], default=0)
+    return sorted(layers, key=layers.__getitem__)
 
 
 def _content(path: str) -> bytes:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from coordinator.environments.errors import EnvironmentSourceError
 from coordinator.readmodel.views import Views
-from coordinator.stores.derivations import DerivationStore, Node
+from coordinator.stores.derivation_records import Node
+from coordinator.stores.derivations import DerivationStore
 from coordinator.wishes.model import (
     Wish,
     WishedAttribute,

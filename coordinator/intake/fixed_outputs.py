@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
-from coordinator.stores.derivations import DerivationStore, Node
+from coordinator.stores.derivation_records import Node
+from coordinator.stores.derivations import DerivationStore
 from infra.cache.pulls.content_offers import ContentOffers
 from infra.nix.content import FixedContent
 

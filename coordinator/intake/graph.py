@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from coordinator.errors import MissingMemberError
 from coordinator.intake import planning
 from coordinator.journal.codec import RootNote
-from coordinator.stores.derivations import Kind, Node, StepInfo, step_info
+from coordinator.stores.derivation_records import Kind, Node
+from coordinator.stores.derivations import StepInfo, step_info
 from scheduler.events import SubmissionReceived
 from scheduler.model import StepKey, StepSpec, SubmissionId
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from coordinator.api.models import IntakeMissing
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
-from coordinator.api.streams import LARGE_BYTES, FramingError, StreamLimits, read_derivations, read_sources
+from coordinator.api.streams import FramingError, StreamLimits, read_derivations, read_sources
 from coordinator.errors import IntakeError, MissingMemberError, UnavailableError
 from coordinator.intake.errors import StoreDirError
 from coordinator.intake.fixed_outputs import FixedOutputs
@@ -21,9 +21,11 @@ from coordinator.intake.graph import Graph, Planned, add_nodes, add_recipes, cut
 from coordinator.intake.limits import IntakeLimits, require_within
 from coordinator.intake.plan_memory import PlanMemory, RememberedPlan
 from coordinator.intake.sources import SourceIntake
-from coordinator.intake.verification import StreamVerifier
+from coordinator.intake.taking import DerivationTaker
+from coordinator.intake.verifier_pool import VerifierPool
 from coordinator.journal.codec import RootNote
-from coordinator.stores.derivations import DerivationStore, NewDerivation, Node
+from coordinator.stores.derivation_records import Node
+from coordinator.stores.derivations import DerivationStore
 from coordinator.stores.path_leases import PathLeases
 from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache
@@ -36,11 +38,6 @@ from infra.slices import free_in_slices
 from scheduler.model import StepKey
 from scheduler.resource_limits import ResourceLimits
 
-#: Derivations that one turn of a worker thread verifies; some 20 ms.
-VERIFY_AT_ONCE = 256
-#: Inflated bytes and derivations of one stream that are verified before they are stored in one transaction.
-STORED_AT_ONCE_BYTES = LARGE_BYTES
-STORED_AT_ONCE = 5_000
 #: Bytes in memory for each byte of a derivation that is verified: itself inflated, parsed, rendered, compressed.
 VERIFYING_COST = 6
 #: Seconds without a byte after which a stream is given up: its place is wanted by others.
@@ -57,7 +54,11 @@ class Intake:
         objects: ObjectStore,
         store_dir: StoreDir,
         limits: IntakeLimits | None = None,
+        *,
+        verifiers: VerifierPool | None = None,
     ) -> None:
+        """`verifiers` verify long streams side by side; without, all are verified in this process."""
+        self.verifiers = verifiers
         #: Fetches built paths from upstreams, which `coordinator.caches.opening` adds.
         self.pulls = ClosurePulls(cache)
         #: Gives fixed outputs what is here under another name.
@@ -102,7 +103,7 @@ class Intake:
     async def add_derivations(self, body: AsyncIterable[bytes], client: str = "") -> int:
         """Verify and store a derivations stream (coordinator.api.streams); returns how many it held.
 
-        Of a stream with a fault at most whole pieces of `STORED_AT_ONCE_BYTES` before it are stored: each derivation is
+        Of a stream with a fault at most whole pieces of `taking.PIECE_BYTES` before it are stored: each derivation is
         true by itself and stands behind its inputs. Between clients the room for large ones is shared fairly.
 
         Raises:
@@ -112,27 +113,14 @@ class Intake:
         limits = StreamLimits(
             self._limits.max_derivations, self._limits.max_derivation_bytes, self._limits.max_derivations_bytes
         )
-        verifier = StreamVerifier(self._derivations, self._store_dir)
-        verified: list[NewDerivation] = []
-        count = size = 0
         with self._stream():
             batches = read_derivations(_lively(body), limits, lambda size: self._room_for(client, size))
-            async with aclosing(batches):
+            async with aclosing(batches), DerivationTaker(self._derivations, self._store_dir, self.verifiers) as taker:
                 async for batch in batches:
-                    for start in range(0, len(batch), VERIFY_AT_ONCE):
-                        part = batch[start : start + VERIFY_AT_ONCE]
-                        verified += await verifier.verify(part)
-                        size += sum(len(data) for _, data in part)
-                        if size >= STORED_AT_ONCE_BYTES or len(verified) >= STORED_AT_ONCE:
-                            count += len(verified)
-                            await self._derivations.add(verified)
-                            verified, size = [], 0
-                        # Nothing of a large one may stay when its room is given back.
-                        del part
+                    await taker.take(batch)
                     batch.clear()
-            if verified:
-                await self._derivations.add(verified)
-        return count + len(verified)
+                await taker.finish()
+        return taker.count
 
     def _room_for(self, client: str, size: int) -> AbstractAsyncContextManager[None]:
         return self.budget.acquire(client, size * VERIFYING_COST)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.errors import IntakeError
-from coordinator.stores.derivations import Kind, Node
+from coordinator.stores.derivation_records import Kind, Node
 from infra.dependency_order import CycleError, inputs_first
 from scheduler.model import Recipe, Requirements, StepKey, StepSpec
 

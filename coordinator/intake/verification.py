@@ -1,37 +1,92 @@
-"""Verification of a stream of derivations: each is what its path says, and stands behind its inputs."""
+"""Verification of a stream of derivations: each is what its path says, and stands behind its inputs.
+
+Long batches are verified side by side by child processes, where there are some. Whatever these do not take is verified
+one by one in a thread, which finds the words for what is wrong.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from coordinator.errors import IntakeError, MissingMemberError
+from coordinator.intake.acceptance import accepted, to_verifier
 from coordinator.intake.errors import DerivationRefusedError
-from coordinator.stores.derivations import DerivationStore, Kind, Known, NewDerivation, Node
+from coordinator.intake.verifier_pool import VerifierPool
+from coordinator.intake.verifier_waves import WaveMember, jobs_of, waves_of
+from coordinator.stores.derivation_records import Known, NewDerivation, PackedDerivation, packed
+from coordinator.stores.derivations import DerivationStore
 from infra.nix import aterm
-from infra.nix.derivation import DerivationKind
 from infra.nix.errors import FormatError, NixError, UnknownInputError
 from infra.nix.store_path import StoreDir, base_name_of
-from infra.nix.verify import KnownDerivation, VerifiedDerivation, Verifier
-from scheduler.model import ANY_SYSTEM, StepKey
+from infra.nix.verify import Verifier
 
-_KINDS = {DerivationKind.INPUT_ADDRESSED: Kind.INPUT_ADDRESSED, DerivationKind.FIXED: Kind.FIXED}
-_BACK = {kind: nix for nix, kind in _KINDS.items()}
+#: Derivations that one turn of a worker thread verifies; some 20 ms.
+VERIFY_AT_ONCE: Final = 256
+#: Shortest batch that is verified side by side.
+SIDE_BY_SIDE_FROM: Final = 128
 
 
 class StreamVerifier:
     """Verifies the derivations of one stream, with inputs from earlier streams where these are stored."""
 
-    def __init__(self, derivations: DerivationStore, store_dir: StoreDir) -> None:
+    def __init__(self, derivations: DerivationStore, store_dir: StoreDir, pool: VerifierPool | None = None) -> None:
         self._derivations = derivations
         self._store_dir = store_dir
+        self._pool = pool
         self._verifier = Verifier(store_dir)
+        #: By base name: what was verified of this stream, and what was stored of its inputs.
+        self._known: dict[str, Known] = {}
 
-    async def verify(self, batch: Sequence[tuple[str, bytes]]) -> list[NewDerivation]:
+    async def verify(self, batch: Sequence[tuple[str, bytes]]) -> list[PackedDerivation]:
         """Return what (base name, bytes) are as verified derivations, in order.
 
         Raises `IntakeError`; the sentence names the member that is at fault.
         """
+        done: list[PackedDerivation] = []
+        if self._pool is not None and self._pool.size and len(batch) >= SIDE_BY_SIDE_FROM:
+            done = await self._side_by_side(self._pool, batch)
+        if not done:
+            for start in range(0, len(batch), VERIFY_AT_ONCE):
+                part = await self._one_by_one(batch[start : start + VERIFY_AT_ONCE])
+                done += await asyncio.to_thread(packed, part)
+                # The next part stands on this one.
+                self._learn(done[start:])
+        return done
+
+    async def _side_by_side(self, pool: VerifierPool, batch: Sequence[tuple[str, bytes]]) -> list[PackedDerivation]:
+        """Return the same as child processes verify it; nothing where they do not."""
+        waves = await asyncio.to_thread(waves_of, batch)
+        inside = {name for name, _ in batch}
+        await self._look_up(need for wave in waves for member in wave for need in member.inputs if need not in inside)
+        done: dict[str, PackedDerivation] = {}
+        for wave in waves:
+            jobs = jobs_of(wave, pool.size)
+            answers = await asyncio.gather(*(self._job(pool, job) for job in jobs))
+            if not all(answers):
+                return []
+            for answer in answers:
+                self._learn(answer)
+                done.update((each.node.drv, each) for each in answer)
+        return [done[name] for name, _ in batch] if waves else []
+
+    async def _job(self, pool: VerifierPool, job: Sequence[WaveMember]) -> list[PackedDerivation]:
+        needs = {need: None for member in job for need in member.inputs}
+        known = {need: self._known[need] for need in needs if need in self._known}
+        return await pool.verify([(member.name, member.data) for member in job], known)
+
+    def _learn(self, verified: Iterable[PackedDerivation]) -> None:
+        for each in verified:
+            self._known[each.node.drv] = Known(each.modulo, each.node.kind, each.node.outputs)
+
+    async def _look_up(self, names: Iterable[str]) -> None:
+        """Learn what is stored of derivations that are not known yet."""
+        wanted = [name for name in dict.fromkeys(names) if name not in self._known]
+        if wanted:
+            self._known |= await self._derivations.known(wanted)
+
+    async def _one_by_one(self, batch: Sequence[tuple[str, bytes]]) -> list[NewDerivation]:
         members = [(self._store_dir.full(name), data) for name, data in batch]
         done: list[NewDerivation] = []
         looked_up = False
@@ -45,8 +100,10 @@ class StreamVerifier:
                 raise _refusal(error, dict(members[len(done) :]))
             # The inputs may be known from earlier streams: ask once for all that this batch lacks.
             wanted = await asyncio.to_thread(_unknown_inputs, self._verifier, members[len(done) :])
-            for name, known in (await self._derivations.known(wanted)).items():
-                self._verifier.preload(self._store_dir.full(name), _to_verifier(known))
+            await self._look_up(wanted)
+            for name in wanted:
+                if name in self._known:
+                    self._verifier.preload(self._store_dir.full(name), to_verifier(self._known[name]))
             looked_up = True
         return done
 
@@ -58,38 +115,10 @@ def _verify_members(
     done: list[NewDerivation] = []
     for path, data in members:
         try:
-            done.append(_accepted(verifier.add(path, data), data))
+            done.append(accepted(verifier.add(path, data), data))
         except (NixError, DerivationRefusedError) as error:
             return done, error
     return done, None
-
-
-def _accepted(verified: VerifiedDerivation, data: bytes) -> NewDerivation:
-    kind = _KINDS.get(verified.kind)
-    if kind is None:
-        raise DerivationRefusedError(
-            f"{verified.drv_path} is {verified.kind.value}: its output paths are not known before it is built, and "
-            "this farm builds only input-addressed and fixed-output derivations"
-        )
-    drv = verified.derivation
-    system = ANY_SYSTEM if drv.builder.startswith("builtin:") else drv.system
-    outputs = tuple(sorted(verified.outputs.items()))
-    prefix = len(verified.drv_path.rpartition("/")[0]) + 1
-    node = Node(
-        drv=verified.drv_path[prefix:],
-        step=StepKey(min(path for _, path in outputs)[prefix:]),
-        kind=kind,
-        system=system,
-        features=tuple(sorted(set(verified.options.required_system_features))),
-        outputs=outputs,
-        needs=tuple(path[prefix:] for path, _ in drv.input_drvs),
-        sources=drv.input_srcs,
-    )
-    return NewDerivation(node, bytes.fromhex(verified.hash_modulo), verified.inputs, data)
-
-
-def _to_verifier(known: Known) -> KnownDerivation:
-    return KnownDerivation(_BACK[known.kind], known.modulo.hex(), dict(known.outputs), deferred=False)
 
 
 def _unknown_inputs(verifier: Verifier, members: Sequence[tuple[str, bytes]]) -> list[str]:

@@ -21,7 +21,8 @@ from coordinator.plans.judging import FarmFacts, KnownFailure, WishFacts, judge,
 from coordinator.plans.lookup import Lookup
 from coordinator.readmodel.rows import StepRow
 from coordinator.readmodel.views import Views
-from coordinator.stores.derivations import DerivationStore, Node
+from coordinator.stores.derivation_records import Node
+from coordinator.stores.derivations import DerivationStore
 from coordinator.wishes.model import Wish, WishedDerivation, WishedPaths, WishList
 from infra.nix.store_path import StoreDir, base_name_of
 from infra.slices import in_slices

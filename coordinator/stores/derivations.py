@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Final, TypeVar
 
 import orjson
@@ -27,6 +26,16 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coordinator.errors import CoordinatorError
 from coordinator.stores import derivation_tables as tables
+from coordinator.stores.derivation_records import (
+    Kind,
+    Known,
+    NewDerivation,
+    Node,
+    PackedDerivation,
+    node_of,
+    packed,
+    pairs,
+)
 from infra.database import insert_or_ignore, names_parameter, names_table, open_engine, patiently, reason
 from infra.nix.store_path import base_name_of, drv_name_of
 from scheduler.model import StepKey
@@ -35,12 +44,9 @@ from scheduler.model import StepKey
 ROWS_AT_ONCE = 2_000
 #: Nodes kept in memory so that a submission right after its upload asks the database nothing; emptied when full.
 MAX_CACHED_NODES = 200_000
-#: Below this many bytes compression does not pay.
-_COMPRESS_FROM = 512
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 #: Bytes at the beginning of a zstd frame that have its inflated size.
 _ZSTD_HEADER_BYTES: Final = 18
-_LEVEL = 1
 
 _Result = TypeVar("_Result")
 
@@ -49,53 +55,6 @@ class DerivationsError(CoordinatorError):
     """The database of derivations cannot be used."""
 
     code = "derivations"
-
-
-class Kind(IntEnum):
-    """Ways in which the output paths of a derivation are known."""
-
-    INPUT_ADDRESSED = 0
-    FIXED = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """Derivation as planning sees it; .drv names are base names, output paths are full."""
-
-    drv: str
-    step: StepKey
-    kind: Kind
-    system: str
-    #: Sorted, without repeats.
-    features: tuple[str, ...]
-    #: Name and path, sorted by name.
-    outputs: tuple[tuple[str, str], ...]
-    #: Base names of input derivations, sorted.
-    needs: tuple[str, ...]
-    #: Full paths of input sources, sorted.
-    sources: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class NewDerivation:
-    """A verified derivation on its way into the store."""
-
-    node: Node
-    #: The 32 bytes that stand for it where it is an input.
-    modulo: bytes
-    #: Full paths of sources and of the chosen outputs of input derivations, sorted.
-    inputs: tuple[str, ...]
-    aterm: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """Input of a derivation as verification sees it."""
-
-    #: The 32 bytes that stand for it where it is an input.
-    modulo: bytes
-    kind: Kind
-    outputs: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +172,7 @@ class DerivationStore:
             tables.derivations.c.detail,
         )
         return {
-            drv: Known(modulo, Kind(kind), _pairs(orjson.loads(detail)[2]))
+            drv: Known(modulo, Kind(kind), pairs(orjson.loads(detail)[2]))
             for drv, modulo, kind, detail in await self._rows(select(*columns), names)
         }
 
@@ -245,7 +204,7 @@ class DerivationStore:
             tables.derivations.c.detail,
         )
         rows = await self._rows(select(*columns), missing)
-        fresh = await asyncio.to_thread(lambda: [_node(row) for row in rows])
+        fresh = await asyncio.to_thread(lambda: [node_of(*row) for row in rows])
         self._remember(fresh)
         found.update((node.drv, node) for node in fresh)
         return found
@@ -257,21 +216,23 @@ class DerivationStore:
 
     async def add(self, batch: Sequence[NewDerivation]) -> None:
         """Store verified derivations in one transaction; those already stored stay as they are."""
-        compressor = zstandard.ZstdCompressor(level=_LEVEL)
+        await self.add_packed(await asyncio.to_thread(packed, batch))
+
+    async def add_packed(self, batch: Sequence[PackedDerivation]) -> None:
+        """Do the same for those that are packed."""
 
         async def insert() -> None:
             async with self._engine.begin() as connection:
                 for start in range(0, len(batch), tables.INSERT_ROWS):
-                    # Beside the loop: compressing takes as long as the derivation is large.
-                    rows = await asyncio.to_thread(_rows_of, batch[start : start + tables.INSERT_ROWS], compressor)
-                    await connection.exec_driver_sql(self._insert, rows)
-                    nodes = (new.node for new in batch[start : start + tables.INSERT_ROWS])
+                    some = batch[start : start + tables.INSERT_ROWS]
+                    await connection.exec_driver_sql(self._insert, [each.row for each in some])
+                    nodes = (each.node for each in some)
                     outputs = [row for node in nodes for row in tables.output_rows(node.step, node.outputs)]
                     if outputs:
                         await connection.exec_driver_sql(self._insert_output, outputs)
 
         await _translated(insert)
-        self._remember([new.node for new in batch])
+        self._remember([each.node for each in batch])
 
     async def members(self, keys: Sequence[StepKey]) -> dict[StepKey, list[str]]:
         """Return the .drv base names that are recipes of each step, by recipe index. One query."""
@@ -377,7 +338,7 @@ class DerivationStore:
             for step, drv, detail in rows:
                 system, features, outputs, _, _ = orjson.loads(detail)
                 key = StepKey(step)
-                found[key] = _info(key, drv, system, tuple(features), _pairs(outputs), self._store_dir)
+                found[key] = _info(key, drv, system, tuple(features), pairs(outputs), self._store_dir)
             return found
 
         return await asyncio.to_thread(infos)
@@ -440,43 +401,6 @@ async def _translated(call: Callable[[], Awaitable[_Result]]) -> _Result:
         return await patiently(call, "derivations are read or written")
     except (SQLAlchemyError, OSError) as error:
         raise DerivationsError(f"the database of derivations failed: {reason(error)}.") from error
-
-
-def _pairs(outputs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    return tuple((name, path) for name, path in outputs)
-
-
-def _node(row: Any) -> Node:
-    system, features, outputs, needs, sources = orjson.loads(row.detail)
-    return Node(
-        drv=row.drv,
-        step=StepKey(row.step),
-        kind=Kind(row.kind),
-        system=system,
-        features=tuple(features),
-        outputs=_pairs(outputs),
-        needs=tuple(needs),
-        sources=tuple(sources),
-    )
-
-
-def _rows_of(batch: Sequence[NewDerivation], compressor: zstandard.ZstdCompressor) -> list[tuple[object, ...]]:
-    return [_row(new, compressor) for new in batch]
-
-
-def _row(new: NewDerivation, compressor: zstandard.ZstdCompressor) -> tuple[object, ...]:
-    """Values in the order of the columns."""
-    node = new.node
-    aterm = compressor.compress(new.aterm) if len(new.aterm) >= _COMPRESS_FROM else new.aterm
-    return (
-        node.drv,
-        node.step,
-        int(node.kind),
-        orjson.dumps((node.system, node.features, node.outputs, node.needs, node.sources)),
-        orjson.dumps(new.inputs),
-        new.modulo,
-        aterm if len(aterm) < len(new.aterm) else new.aterm,
-    )
 
 
 def _unpacked(aterm: bytes) -> bytes:

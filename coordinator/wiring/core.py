@@ -17,6 +17,7 @@ from coordinator.intake.growth import Growth
 from coordinator.intake.intake import Intake
 from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.submissions import Submissions
+from coordinator.intake.verifier_pool import VerifierPool
 from coordinator.journal.codec import decode_notes
 from coordinator.readmodel.attempt_meter import AttemptMeter
 from coordinator.readmodel.differences import Differences
@@ -102,7 +103,14 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     cache = stores.cache
     writer = TimingWriter(views.timelines, stores.timings, views.named, clock, limits.timings_days, limits.timings_rows)
     writer.on_saved = usual.were_built
-    intake = Intake(stores.derivations, cache, cache.objects, cache.store_dir, IntakeLimits.of(limits))
+    intake = Intake(
+        stores.derivations,
+        cache,
+        cache.objects,
+        cache.store_dir,
+        IntakeLimits.of(limits),
+        verifiers=VerifierPool(cache.store_dir.path),
+    )
     if not settings.sources.across_names:
         intake.fixed.offers = None
     submissions = Submissions(engine, views, intake)

@@ -22,6 +22,7 @@ USED_FROM_ELSEWHERE = {
     "infra.cache.catalog.migrations.env": "alembic",
     "infra.cache.catalog.migrations.versions.v0001_baseline": "alembic",
     "infra.cache.catalog.migrations.versions.v0002_reign": "alembic",
+    "coordinator.intake.verifier_child": "a process of its own",
     "infra.cache.catalog.migrations.versions.v0003_contents": "alembic",
     "infra.cache.catalog.migrations.versions.v0004_recorded": "alembic",
     "scheduler.invariants": "what tests and the simulation hold the core against, kept beside it",

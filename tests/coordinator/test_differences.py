@@ -13,7 +13,8 @@ from coordinator.cli.reasons import difference_lines, why_lines
 from coordinator.client.errors import RefusedError
 from coordinator.readmodel.comparisons import PAGE, WHOLE, Comparisons
 from coordinator.readmodel.runs import run_reasons
-from coordinator.stores.derivations import DerivationStore, Kind, NewDerivation, Node
+from coordinator.stores.derivation_records import Kind, NewDerivation, Node
+from coordinator.stores.derivations import DerivationStore
 from coordinator.stores.timings import AttemptTiming, Outcome
 from infra.nix import aterm
 from infra.nix.causes import Uncompared

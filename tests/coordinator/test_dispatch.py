@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.engine.dispatch import SENDING_BYTES, SENDING_COST, START_BYTES, Dispatch
-from coordinator.stores.derivations import DerivationStore, Kind, NewDerivation, Node
+from coordinator.stores.derivation_records import Kind, NewDerivation, Node
+from coordinator.stores.derivations import DerivationStore
 from scheduler.effects import StartBuild
 from scheduler.events import Event
 from scheduler.model import BuilderId, LeaseId, StepKey

@@ -1,0 +1,105 @@
+"""One stream of derivations on its way into the store: read, verified and written at the same time.
+
+The stream is cut into pieces. While one is verified, the next is read and the one before is written; so at most three
+are in memory, and pieces are written in order, each whole and in one transaction. A large derivation goes alone, once
+all before it is written, and is written before anything else is read, because its room is given back then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from coordinator.api.streams import LARGE_BYTES
+from coordinator.intake.verification import StreamVerifier
+from coordinator.intake.verifier_pool import VerifierPool
+from coordinator.stores.derivation_records import PackedDerivation
+from coordinator.stores.derivations import DerivationStore
+from infra.nix.store_path import StoreDir
+
+#: Inflated bytes and derivations of one piece.
+PIECE_BYTES: Final = 2 * LARGE_BYTES
+PIECE_DERIVATIONS: Final = 5_000
+
+
+class DerivationTaker:
+    """Takes the batches of one stream; an asynchronous context manager, after which nothing of it goes on."""
+
+    def __init__(self, derivations: DerivationStore, store_dir: StoreDir, pool: VerifierPool | None) -> None:
+        self._derivations = derivations
+        self._verifier = StreamVerifier(derivations, store_dir, pool)
+        self._pool = pool
+        self._piece: list[tuple[str, bytes]] = []
+        self._size = 0
+        self._verifying: asyncio.Task[None] | None = None
+        self._writing: asyncio.Task[None] | None = None
+        #: Derivations that are written.
+        self.count = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Never cancelled: a transaction that is would keep the database locked.
+        await _settled(self._verifying)
+        # It may have begun to write meanwhile.
+        await _settled(self._writing)
+
+    async def take(self, batch: Sequence[tuple[str, bytes]]) -> None:
+        """Take (base name, bytes) in the order of the stream. Raises `IntakeError`, also for those before."""
+        if len(batch) == 1 and len(batch[0][1]) > LARGE_BYTES:
+            await self.finish()
+            await self._take_piece(list(batch))
+            await self._written()
+            return
+        for start in range(0, len(batch), PIECE_DERIVATIONS):
+            part = batch[start : start + PIECE_DERIVATIONS]
+            self._piece += part
+            self._size += sum(len(data) for _, data in part)
+            if self._size >= PIECE_BYTES or len(self._piece) >= PIECE_DERIVATIONS:
+                await self._begin_piece()
+
+    async def finish(self) -> None:
+        """Wait until all that was taken is written. Raises `IntakeError`."""
+        if self._piece:
+            await self._begin_piece()
+        await _ended(self._verifying)
+        await self._written()
+
+    async def _begin_piece(self) -> None:
+        piece, self._piece, self._size = self._piece, [], 0
+        if self._pool is not None and self._verifying is not None:
+            # A second piece: this is a long stream.
+            self._pool.start()
+        await _ended(self._verifying)
+        self._verifying = asyncio.create_task(self._take_piece(piece))
+
+    async def _take_piece(self, piece: list[tuple[str, bytes]]) -> None:
+        verified = await self._verifier.verify(piece)
+        piece.clear()
+        await self._written()
+        self._writing = asyncio.create_task(self._write(verified))
+
+    async def _write(self, verified: Sequence[PackedDerivation]) -> None:
+        await self._derivations.add_packed(verified)
+        self.count += len(verified)
+
+    async def _written(self) -> None:
+        await _ended(self._writing)
+
+
+async def _ended(task: asyncio.Task[None] | None) -> None:
+    """Wait for a task, which goes on where the one that waits is cancelled. Raises what it raised."""
+    if task is not None:
+        await asyncio.wait((task,))
+        task.result()
+
+
+async def _settled(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        await asyncio.wait((task,))
+        task.exception()

@@ -1,0 +1,56 @@
+"""Order in which a batch of derivations is verified side by side: waves, each of which needs only those before it.
+
+The heads of the files say what stands on what. That is not verification: a file whose head lies is refused where it is
+verified, because there its input is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from infra.nix.drv_head import read_head
+from infra.nix.errors import FormatError
+from infra.nix.store_path import base_name_of
+
+#: Derivations of one job at least; some 5 ms, as long as sending a job and its answer takes of this process.
+JOB_FROM: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class WaveMember:
+    """A derivation that is to be verified, with the base names of its input derivations."""
+
+    name: str
+    data: bytes
+    inputs: tuple[str, ...]
+
+
+def waves_of(batch: Sequence[tuple[str, bytes]]) -> list[list[WaveMember]]:
+    """Return (base name, bytes) in waves; none where one comes twice, before its input, or cannot be read."""
+    waves: list[list[WaveMember]] = []
+    #: Number of its wave.
+    placed: dict[str, int] = {}
+    names = {name for name, _ in batch}
+    if len(names) < len(batch):
+        return []
+    for name, data in batch:
+        try:
+            inputs = tuple(map(base_name_of, read_head(data).input_drvs))
+        except FormatError:
+            return []
+        inside = names.intersection(inputs)
+        if not inside <= placed.keys():
+            return []
+        wave = placed[name] = max([placed[need] for need in inside], default=-1) + 1
+        if wave == len(waves):
+            waves.append([])
+        waves[wave].append(WaveMember(name, data, inputs))
+    return waves
+
+
+def jobs_of(wave: Sequence[WaveMember], processes: int) -> list[Sequence[WaveMember]]:
+    """Return a wave as jobs of about one size, as many as can be done at one time."""
+    count = max(1, min(processes, len(wave) // JOB_FROM))
+    return [wave[len(wave) * number // count : len(wave) * (number + 1) // count] for number in range(count)]

@@ -1,0 +1,112 @@
+"""Derivations as records: what planning and verification see of them, and what is written.
+
+Child processes that verify (`coordinator.intake.verifier_child`) make them, so nothing of a database is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+import orjson
+import zstandard
+
+from scheduler.model import StepKey
+
+#: Below this many bytes compression does not pay.
+_COMPRESS_FROM: Final = 512
+_LEVEL: Final = 1
+
+
+class Kind(IntEnum):
+    """Ways in which the output paths of a derivation are known."""
+
+    INPUT_ADDRESSED = 0
+    FIXED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Derivation as planning sees it; .drv names are base names, output paths are full."""
+
+    drv: str
+    step: StepKey
+    kind: Kind
+    system: str
+    #: Sorted, without repeats.
+    features: tuple[str, ...]
+    #: Name and path, sorted by name.
+    outputs: tuple[tuple[str, str], ...]
+    #: Base names of input derivations, sorted.
+    needs: tuple[str, ...]
+    #: Full paths of input sources, sorted.
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NewDerivation:
+    """A verified derivation on its way into the store."""
+
+    node: Node
+    #: The 32 bytes that stand for it where it is an input.
+    modulo: bytes
+    #: Full paths of sources and of the chosen outputs of input derivations, sorted.
+    inputs: tuple[str, ...]
+    aterm: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Input of a derivation as verification sees it."""
+
+    #: The 32 bytes that stand for it where it is an input.
+    modulo: bytes
+    kind: Kind
+    outputs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedDerivation:
+    """A verified derivation as it is written."""
+
+    node: Node
+    #: The 32 bytes that stand for it where it is an input.
+    modulo: bytes
+    #: JSON of `Node` and of `NewDerivation.inputs`.
+    detail: bytes
+    inputs: bytes
+    #: The .drv's bytes, compressed where that pays.
+    aterm: bytes
+
+    @property
+    def row(self) -> tuple[object, ...]:
+        """Values in the order of the columns."""
+        node = self.node
+        return node.drv, node.step, int(node.kind), self.detail, self.inputs, self.modulo, self.aterm
+
+
+def packed(batch: Iterable[NewDerivation]) -> list[PackedDerivation]:
+    """Return verified derivations as they are written. For a thread: compressing takes as long as they are large."""
+    compressor = zstandard.ZstdCompressor(level=_LEVEL)
+    return [_packed(new, compressor) for new in batch]
+
+
+def _packed(new: NewDerivation, compressor: zstandard.ZstdCompressor) -> PackedDerivation:
+    node = new.node
+    aterm = compressor.compress(new.aterm) if len(new.aterm) >= _COMPRESS_FROM else new.aterm
+    detail = orjson.dumps((node.system, node.features, node.outputs, node.needs, node.sources))
+    aterm = aterm if len(aterm) < len(new.aterm) else new.aterm
+    return PackedDerivation(node, new.modulo, detail, orjson.dumps(new.inputs), aterm)
+
+
+def node_of(drv: str, step: str, kind: int, detail: bytes) -> Node:
+    """Return the node that is written so."""
+    system, features, outputs, needs, sources = orjson.loads(detail)
+    return Node(drv, StepKey(step), Kind(kind), system, tuple(features), pairs(outputs), tuple(needs), tuple(sources))
+
+
+def pairs(outputs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Return outputs as JSON has them as those of a `Node`."""
+    return tuple([(name, path) for name, path in outputs])

@@ -1,0 +1,128 @@
+"""Verification by child processes: it takes and refuses what a thread does, word for word, and lives without them."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from coordinator.errors import IntakeError
+from coordinator.intake import taking, verification, verifier_pool, verifier_waves
+from coordinator.intake.intake import Intake
+from coordinator.intake.limits import IntakeLimits
+from coordinator.intake.verifier_pool import VerifierPool
+from coordinator.stores.derivations import DerivationStore
+from tests.coordinator.test_intake import STORE, IntakeHarness
+from tests.support.cache import open_cache
+from tests.support.graphs import Made, Maker, relocated
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taking, "PIECE_DERIVATIONS", 40)
+    monkeypatch.setattr(verification, "SIDE_BY_SIDE_FROM", 8)
+    monkeypatch.setattr(verifier_waves, "JOB_FROM", 4)
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[VerifierPool]:
+    pool = VerifierPool(STORE.path, most=2)
+    yield pool
+    await pool.close()
+    assert pool.size == 0
+
+
+@pytest.fixture
+def graph() -> list[Made]:
+    """Layers of ten, inputs first, of both kinds."""
+    make = Maker()
+    everything: list[Made] = []
+    below: list[Made] = []
+    for level in range(12):
+        fixed = make.fixed(f"file-{level}", str(level).encode(), below[:1])
+        layer = [
+            make.plain(f"step-{level}-{place}", below[place % 3 :: 3], outputs=("dev", "out"), text="x" * 600)
+            for place in range(9)
+        ]
+        below = [fixed, *layer]
+        everything += below
+    return everything
+
+
+async def opened(directory: Path, pool: VerifierPool | None, graphs: Sequence[Sequence[Made]]) -> list[object]:
+    """Send graphs one after the other; return what is stored then, or refused."""
+    os.mkdir(directory)  # noqa: PTH102
+    derivations = DerivationStore.open(f"sqlite+aiosqlite:///{directory}/derivations.sqlite3")
+    await derivations.prepare()
+    said: list[object] = []
+    async with open_cache(directory) as cache:
+        room = IntakeHarness(cache, derivations, IntakeLimits())
+        room.intake = Intake(derivations, cache, cache.objects, STORE, verifiers=pool)
+        for graph in graphs:
+            try:
+                said.append(await room.send(graph))
+            except IntakeError as error:
+                said.append((error.code, str(error)))
+    await derivations.close()
+    with sqlite3.connect(directory / "derivations.sqlite3") as database:
+        said += database.execute("SELECT * FROM derivations ORDER BY drv").fetchall()
+        said += database.execute("SELECT * FROM derivation_outputs ORDER BY path").fetchall()
+    return said
+
+
+async def test_processes_take_and_refuse_what_a_thread_does(
+    tmp_path: Path, pool: VerifierPool, graph: list[Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[int] = []
+    verify = VerifierPool.verify
+
+    async def counted(self: VerifierPool, members: Sequence[tuple[str, bytes]], known: object) -> object:
+        done = await verify(self, members, known)  # type: ignore[arg-type]
+        jobs.append(len(done))
+        return done
+
+    monkeypatch.setattr(VerifierPool, "verify", counted)
+    other = Maker().plain("other")
+    honest = next(made for made in graph if made.name.endswith("step-6-4.drv"))
+    lie = relocated(STORE, honest, honest.data.replace(honest.outputs["out"].encode(), other.outputs["out"].encode()))
+    moved = replace(honest, drv=other.drv)
+    late = [*graph[20:], *graph[:20]]
+    lies = [[lie if made is honest else made for made in graph], [moved if made is honest else made for made in graph]]
+    # The second half is sent when the first is stored.
+    graphs = [late, *lies, graph[:60], graph[60:], graph]
+    pool.start()
+    await pool.started()
+    assert pool.size == 2
+    assert await opened(tmp_path / "pool", pool, graphs) == await opened(tmp_path / "thread", None, graphs)
+    assert sum(jobs) >= 2 * len(graph)
+    assert 0 in jobs
+
+
+async def test_a_stream_goes_on_where_the_processes_end(
+    tmp_path: Path, pool: VerifierPool, graph: list[Made], caplog: pytest.LogCaptureFixture
+) -> None:
+    pool.start()
+    await pool.started()
+    for child in list(pool._children):  # noqa: SLF001 - another program ends them
+        child.kill()
+    assert await opened(tmp_path / "pool", pool, [graph]) == await opened(tmp_path / "thread", None, [graph])
+    assert "another way is taken" in caplog.text
+
+
+async def test_a_long_stream_starts_them_and_they_end_once_none_is_needed(
+    tmp_path: Path, pool: VerifierPool, graph: list[Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await opened(tmp_path / "short", pool, [graph[:30]])
+    await pool.started()
+    assert pool.size == 0
+    await opened(tmp_path / "long", pool, [graph])
+    await pool.started()
+    assert pool.size == 2
+    await pool.end_idle(after_s=verifier_pool.IDLE_S)
+    assert pool.size == 2
+    await pool.end_idle(after_s=0.0)
+    assert pool.size == 0
