@@ -107,6 +107,8 @@ class WorkerConfig(BaseModel):
     #: IPv4 networks that its fixed-output builds reach although they are denied, and others that they do not reach.
     network_allow: tuple[str, ...] = ()
     network_deny: tuple[str, ...] = ()
+    #: Whether fixed-output builds come here at all; `mandatory_features = ["network"]`: nothing else does.
+    network: bool = True
     #: Nix settings of this worker only; they win over the farm's.
     nix_options: dict[str, str] = Field(default_factory=dict)
 
@@ -344,9 +346,8 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     #: Evaluation on this machine for clients, see `[remote_evaluation]`.
     remote_evaluation: RemoteEvaluationSettings = RemoteEvaluationSettings()
-    #: Paths that clients miss in the cache, see `[demand]`.
+    #: Paths that clients miss in the cache, see `[demand]`, and ways by which fixed outputs come in, see `[sources]`.
     demand: DemandSettings = DemandSettings()
-    #: Ways by which fixed outputs come into the cache, see `[sources]`.
     sources: SourceSettings = SourceSettings()
     #: Tracked environments, see `[environments]`.
     environments: EnvironmentSettings = EnvironmentSettings()

@@ -49,7 +49,7 @@ class Decider:
         self._builder_rules = BuilderRules(state, limits, policy, self._step_rules)
         self._forsaken = Forsaken(state, limits, self._step_rules)
 
-    def decide(self, event: e.Event, now: Instant) -> Iterator[f.FactOrPause]:  # noqa: C901, PLR0912  one arm per event
+    def decide(self, event: e.Event, now: Instant) -> Iterator[f.FactOrPause]:  # noqa: C901, PLR0912  arms
         """Yield what follows from one event, without granting leases (`assign` does, once per batch)."""
         match event:
             case e.BuildSucceeded():
@@ -72,6 +72,8 @@ class Decider:
                 step = self._state.lease_holder(event.lease, _PUBLISHING)
                 if step is not None:
                     yield from self._step_rules.publish_failed(step, event.failure, now)
+            case e.ResultsHeld():
+                yield from self._results_held(event, now)
             case e.SubmissionReceived():
                 yield from self._received(event, now)
             case e.SubmissionGrown():
@@ -169,7 +171,7 @@ class Decider:
         if event.again or event.replanned:
             event = self._with_known_roots(event)
         renewed = yield from self._take_steps(event)
-        yield from self._hold(event, now)
+        yield from self._hold(event.held, min(now, event.asked_at), now)
         roots = [state.steps[key] for key in event.roots]
         known_failures = _KnownFailures(self._limits, event.retry_failed, event.retry, renewed, now)
         yield from self._lose(event, roots, known_failures)
@@ -207,7 +209,7 @@ class Decider:
             return
         yield from check_graph(state, event)
         renewed = yield from self._take_steps(event)
-        yield from self._hold(event, now)
+        yield from self._hold(event.held, min(now, event.asked_at), now)
         roots = [state.steps[key] for key in wanted]
         known_failures = _KnownFailures(self._limits, event.retry_failed, (), renewed, now, members=opened.members)
         yield from self._lose(event, roots, known_failures)
@@ -330,9 +332,13 @@ class Decider:
                 lost[step] = None
         return list(lost)
 
-    def _hold(self, event: _Plan, now: Instant) -> Iterator[f.FactOrPause]:
-        seen_at = min(now, event.asked_at)
-        for count, key in enumerate(dict.fromkeys(event.held), 1):
+    def _results_held(self, event: e.ResultsHeld, now: Instant) -> Iterator[f.FactOrPause]:
+        steps = [self._state.steps[key] for key in event.steps if key in self._state.steps]
+        unfinished = [step.key for step in steps if step.state in UNFINISHED]
+        yield from self._hold(unfinished, min(now, event.seen_at), now)
+
+    def _hold(self, held: Collection[StepKey], seen_at: Instant, now: Instant) -> Iterator[f.FactOrPause]:
+        for count, key in enumerate(dict.fromkeys(held), 1):
             if not count % PIECE:
                 yield PAUSE
             step = self._state.steps.get(key)

@@ -181,6 +181,15 @@ class PublishFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class ResultsHeld:
+    """The cache has the results of steps that were to be built, from elsewhere than a build; others are passed over."""
+
+    steps: tuple[StepKey, ...]
+    #: When it had them.
+    seen_at: Instant = FAR_OFF
+
+
+@dataclass(frozen=True, slots=True)
 class TimePassed:
     """The engine woke up at a deadline; all that matters is `now`."""
 
@@ -200,5 +209,6 @@ Event = (
     | BuildFailed
     | OutputsPublished
     | PublishFailed
+    | ResultsHeld
     | TimePassed
 )

@@ -80,6 +80,8 @@ CONSEQUENCES: Mapping[FailureKind, Consequence] = MappingProxyType(
         _K.NO_WORKER: _verdict(cacheable=False),
         # A fetch from a server that does not answer: the builder's machine is not to blame, another source may help.
         _K.TRANSIENT: Consequence(Course.RETRY, next_recipe=True),
+        # Servers say so in error too, but seldom twice: then another recipe may know another address.
+        _K.SOURCE_GONE: Consequence(Course.RETRY, tries=1, next_recipe=True),
         _K.INFRASTRUCTURE: _fault(),
         _K.DAEMON_LOST: _fault(),
         _K.INPUT_MISSING: _fault(),

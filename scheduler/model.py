@@ -122,6 +122,8 @@ class FailureKind(StrEnum):
     OUTPUT_REJECTED = "output_rejected"
     #: A fixed output has other bytes than the derivation promises.
     HASH_MISMATCH = "hash_mismatch"
+    #: The address that a fixed output is fetched from says that there is nothing (any more).
+    SOURCE_GONE = "source_gone"
     #: A limit of the build: wall time, silence, log size, output size.
     TIMEOUT = "timeout"
     SILENCE = "silence"

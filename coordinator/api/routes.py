@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import Any, Final, get_args
 
 from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
-from coordinator.api.demand_routes import DEMAND
 from coordinator.api.difference_models import DifferenceView
 from coordinator.api.environment_routes import ENVIRONMENT_ROUTES
 from coordinator.api.estimates import SubmissionEtaView, ThroughputView
@@ -39,6 +38,7 @@ from coordinator.api.plan_routes import PLAN_ROUTES
 from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
 from coordinator.api.rebuild_models import ComparedOutputsView, ForecastView, RebuildCausesView
 from coordinator.api.route import Content, Query, Right, Route
+from coordinator.api.source_routes import WANTED_ROUTES
 from coordinator.api.submission_filters import SUBMISSION_FILTERS
 from coordinator.api.timeline_models import AttemptOutcome, AttemptView, HistoryView
 
@@ -477,7 +477,7 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     REBUILD_CAUSES,
     ACTIVITY,
     COMPLETIONS,
-    DEMAND,
+    *WANTED_ROUTES,
     WORKERS,
     FARM,
     DRAIN,

@@ -11,6 +11,9 @@ from coordinator.cli.completion import completes
 from coordinator.cli.options import Name, addressed, run_with_client
 from coordinator.cli.sections import ExampledCommand
 
+#: As `coordinator.api.source_routes.SourceTrouble`, which is slow to import; a test compares them.
+TROUBLES = ("gone", "unreachable", "mismatch", "failed", "network only")
+
 
 @click.command(cls=ExampledCommand)
 @click.argument("step", type=Name(), shell_complete=completes("steps"))
@@ -86,6 +89,21 @@ def demand(url: str, token_file: str, most: int, as_json: bool) -> int:
     from coordinator.cli.demand import demand as wanted  # noqa: PLC0415 - slow to import
 
     return run_with_client(url, token_file, lambda client: wanted(client, most, as_json=as_json))
+
+
+@click.command(cls=ExampledCommand)
+@click.option("--trouble", "troubles", type=click.Choice(TROUBLES), multiple=True, help="Only these; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@addressed
+def sources(url: str, token_file: str, troubles: tuple[str, ...], as_json: bool) -> int:
+    """Show sources that the farm could not do without.
+
+    Fixed outputs that are neither in the cache nor at an upstream or a mirror: whose address is dead, does not answer,
+    or gives something else, and those that are yet to be fetched.
+    """
+    from coordinator.cli.sources import sources as lacking  # noqa: PLC0415 - slow to import
+
+    return run_with_client(url, token_file, lambda client: lacking(client, troubles, as_json=as_json))
 
 
 @click.command(cls=ExampledCommand)

@@ -9,7 +9,7 @@ import click
 #: Heading -> commands below it. A command of none stands below the last heading.
 SECTIONS: Final = {
     "Build": ("build", "rebuild", "watch", "wait", "status", "submissions", "bump", "cancel", "retry"),
-    "Ask": ("why", "log", "story", "diff", "bisect", "eta", "demand", "history", "trace", "top", "workers"),
+    "Ask": ("why", "log", "story", "diff", "bisect", "eta", "demand", "sources", "history", "trace", "top", "workers"),
     "Use a cache": ("plan", "populate", "doctor", "environments", "coverage"),
     "Run a farm": ("up", "worker", "head", "drain", "cache", "completion"),
 }
@@ -76,6 +76,7 @@ EXAMPLES: Final = {
         "drover history hello",
         "drover history hello --system aarch64-linux",
     ),
+    "sources": ("drover sources", "drover sources --trouble gone"),
     "demand": ("drover demand", "drover demand --json"),
     "workers": ("drover workers",),
     "plan": (

@@ -39,6 +39,7 @@ from coordinator.api.plan_models import PlanView
 from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
 from coordinator.api.rebuild_models import ComparedOutputsView, ForecastView, RebuildCausesView
 from coordinator.api.route import Route
+from coordinator.api.source_routes import SOURCES, SourceView
 from coordinator.api.timeline_models import AttemptOutcome, AttemptView, HistoryView
 from coordinator.client import transport
 from coordinator.client.decoding import decode, decode_event, decode_list
@@ -344,6 +345,10 @@ class ApiClient(Transport):
     async def demand(self, most: int | None = None) -> list[DemandView]:
         """Return what people wait for, the most wanted first."""
         return await self._pages(DEMAND, most=most)
+
+    async def sources(self, troubles: Sequence[str] = ()) -> list[SourceView]:
+        """Return the sources that the farm could not do without, all or those with some troubles."""
+        return await self._pages(SOURCES, query={"trouble": ",".join(troubles)} if troubles else {})
 
     async def log(self, key: str, *, attempt: int | None = None, follow: bool = False) -> AsyncIterator[bytes]:
         """Yield the log of a step's latest or another attempt as raw bytes; with `follow` until it has ended."""

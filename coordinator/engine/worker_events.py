@@ -31,7 +31,7 @@ from scheduler.farm import Farm
 from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, Instant, LeaseId, StepKey
 from workers.wire.fleet import FleetEvent, NotKnownError, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.wire.grades import UNMEASURED, IsolationGrade
-from workers.wire.messages import HeldLease, LogChunk, Report, StageChange, Succeeded, Transfer
+from workers.wire.messages import NETWORK_FEATURE, HeldLease, LogChunk, Report, StageChange, Succeeded, Transfer
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class FleetSink:
                     id=BuilderId(hello.worker),
                     incarnation=hello.incarnation,
                     systems=frozenset(hello.systems),
-                    features=frozenset(hello.features),
+                    features=frozenset((*hello.features, *((NETWORK_FEATURE,) if hello.network else ()))),
                     mandatory=frozenset(hello.mandatory_features),
                 )
                 self._grades[hello.worker] = hello.isolation or UNMEASURED

@@ -7,19 +7,30 @@ count too.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from coordinator.stores.derivation_records import Node
 from coordinator.stores.derivations import DerivationStore
 from infra.cache.pulls.content_offers import ContentOffers
 from infra.nix.content import FixedContent
+from scheduler.model import StepKey
 
 #: Derivations that are read together, and the longest that is read at all; one that fetches something is short.
 READ_AT_ONCE: Final = 512
 MAX_DERIVATION_BYTES: Final = 256 * 1024
 #: Contents in memory, some 200 bytes each; emptied when full.
 REMEMBERED: Final = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Lacking:
+    """A fixed output that a plan lacks: its full path, and what it is to hold."""
+
+    step: StepKey
+    path: str
+    content: FixedContent
 
 
 class FixedOutputs:
@@ -29,6 +40,8 @@ class FixedOutputs:
         self._derivations = derivations
         #: None where a content is not to be given another name.
         self.offers: ContentOffers | None = offers
+        #: Gets what submissions lack and would build, once they are known.
+        self.on_lacking: Callable[[Sequence[Lacking]], None] = lambda _: None
         self._known: dict[str, FixedContent | None] = {}
 
     async def offer(self, nodes: Sequence[Node]) -> frozenset[str]:
@@ -41,6 +54,11 @@ class FixedOutputs:
         if self.offers is None or not nodes:
             return frozenset()
         return await self.offers.offer(await self.contents(nodes))
+
+    def lacking(self, nodes: Iterable[Node]) -> tuple[Lacking, ...]:
+        """Return what fixed-output nodes are to make, as far as their contents are known."""
+        found = ((node, self._known.get(node.drv)) for node in nodes)
+        return tuple(Lacking(node.step, node.outputs[0][1], content) for node, content in found if content is not None)
 
     async def contents(self, nodes: Sequence[Node]) -> dict[str, FixedContent]:
         """Return the content of each output (full path) as far as the derivations are known.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from coordinator.errors import MissingMemberError
 from coordinator.intake import planning
+from coordinator.intake.fixed_outputs import Lacking
 from coordinator.journal.codec import RootNote
 from coordinator.stores.derivation_records import Kind, Node
 from coordinator.stores.derivations import StepInfo, step_info
@@ -32,6 +33,8 @@ class Planned:
     planned: Mapping[str, StepKey] = field(default_factory=dict)
     #: What keeps what the plan stands on until housekeeping knows the submission (`PathLeases`).
     leases: tuple[str, ...] = ()
+    #: Fixed outputs among `steps`.
+    lacking: tuple[Lacking, ...] = ()
 
     def objects(self) -> list[object]:
         """Return all of which a large plan has very many, to be freed in slices."""

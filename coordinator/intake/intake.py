@@ -199,6 +199,10 @@ class Intake:
             roots = await asyncio.to_thread(self._roots, wishes, graph.nodes)
             store_dir = self._store_dir.path
             planned = await asyncio.to_thread(graph.plan, roots, absent, store_dir, sources_may_lack=sources_may_lack)
+            to_do = await asyncio.to_thread(lambda: {spec.key for spec in planned.steps})
+            unfetched = await asyncio.to_thread(graph.lacking_fixed, absent)
+            unfetched = [node for node in unfetched if node.step in to_do]
+            planned = replace(planned, lacking=self.fixed.lacking(unfetched))
             plan = RememberedPlan(graph, absent, leases[-1], changes, planned)
             if is_ordinary and not lacking and key == (tuple(names), tuple(makers)):
                 await free_in_slices(self._memory.keep(key, plan))

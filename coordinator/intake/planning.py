@@ -15,6 +15,7 @@ from coordinator.errors import IntakeError
 from coordinator.stores.derivation_records import Kind, Node
 from infra.dependency_order import CycleError, inputs_first
 from scheduler.model import Recipe, Requirements, StepKey, StepSpec
+from workers.wire.messages import NETWORK_FEATURE
 
 #: Steps visited in one plan to see whether further recipes would close a cycle; what is not looked at is left out.
 MAX_CYCLE_VISITS = 2_000_000
@@ -157,4 +158,8 @@ def steps_to_do(
 
 
 def _recipe(node: Node, nodes: Mapping[str, Node]) -> Recipe:
-    return Recipe(Requirements(node.system, node.features), tuple(sorted(step_needs(node, nodes))))
+    features = node.features
+    if node.kind is Kind.FIXED:
+        # What may use the network waits in queues of its own, for workers that let it.
+        features = tuple(sorted({*features, NETWORK_FEATURE}))
+    return Recipe(Requirements(node.system, features), tuple(sorted(step_needs(node, nodes))))

@@ -206,6 +206,7 @@ class Submissions:
             # Whatever it was, nothing knows this submission, so nothing else would end its leases.
             self._intake.leases.give_back(planned.leases)
             raise
+        self._intake.fixed.on_lacking(planned.lacking)
         # Where this is cancelled the submission may yet become known: its leases end by their time.
         self._intake.leases.attach(row.id, planned.leases)
         # Steps that were forgotten in the meantime have lost their names.

@@ -25,7 +25,7 @@ FALSE_ALARM: Final = 0.01
 #: Fewer failed recipes on a worker are no evidence, however unlikely.
 LEAST_FAILED: Final = 3
 #: Reasons for a retry that may be the recipe's own doing, as a verdict is.
-_OWN: Final = frozenset({"transient", "killed", "connection_lost"})
+_OWN: Final = frozenset({"transient", "source_gone", "killed", "connection_lost"})
 #: Verdicts that follow from something else than a build.
 _NOT_BUILT: Final = frozenset({"dependency", "no_worker"})
 

@@ -21,6 +21,7 @@ from coordinator.http.binary_cache.uploads import add_upload_routes
 from coordinator.http.routing import serve as serve_routes
 from coordinator.stores.derivation_logs import DerivationLogs
 from coordinator.wiring.core import Core
+from coordinator.wiring.sources import open_mirrors
 from coordinator.wiring.stores import Stores
 from coordinator.wiring.work import Work
 from infra.clock import Clock
@@ -52,6 +53,7 @@ async def serve_caches(  # noqa: PLR0917 - collaborators, named by their types
     _add_routes(app, clock, stores, core, services, demand)
     core.intake.pulls.upstreams.extend(services[0].upstreams)
     work.repair_sources.extend(services[0].upstreams)
+    await open_mirrors(stack, settings.sources, clock, work.sources, services[0].upstreams)
     needs = SubmissionNeeds(core.views, stores.derivations, core.intake.leases)
     keepers, gauges = keep_house(services, clock, submissions=needs, workers=work.workers)
     serve_routes(app, CachingApi(keepers).handlers())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -45,11 +45,13 @@ class EffectRelay:
 
     def __init__(self) -> None:
         self.dispatch: Dispatch | None = None
+        #: Returns those of some effects that need not wait for a source.
+        self.detour: Callable[[Sequence[Effect]], Sequence[Effect]] = lambda effects: effects
 
     def submit(self, effects: Sequence[Effect]) -> None:
         """Pass effects on; those of the replay, before there are workers, are not."""
         if self.dispatch is not None:
-            self.dispatch.submit(effects)
+            self.dispatch.submit(self.detour(effects))
 
 
 @dataclass(frozen=True, slots=True)

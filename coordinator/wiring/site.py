@@ -25,6 +25,7 @@ from coordinator.http.api.openapi import add_openapi_route
 from coordinator.http.api.plans import PlanApi
 from coordinator.http.api.questions import Questions
 from coordinator.http.api.rebuilds import RebuildApi
+from coordinator.http.api.sources import SourcesApi
 from coordinator.http.api.submissions import Api, ApiBounds
 from coordinator.http.api.timings import TimingApi
 from coordinator.http.api.workers import add_worker_routes
@@ -41,6 +42,7 @@ from coordinator.plans.lookup import Lookup
 from coordinator.plans.planner import Planner
 from coordinator.readmodel.comparisons import Comparisons
 from coordinator.readmodel.farm_view import farm_view
+from coordinator.sources.listing import SourceListing
 from coordinator.wiring.caches import ServedCaches, serve_caches
 from coordinator.wiring.core import Core
 from coordinator.wiring.demand import open_demand
@@ -93,6 +95,8 @@ async def make_site(  # noqa: PLR0917 - collaborators, named by their types
     app = _api_app(settings, url, stores, core, farm, streams)
     demand = await open_demand(stack, settings, clock, stores, core)
     serve_routes(app, DemandApi(demand).handlers())
+    listing = SourceListing(core.views, stores.derivations, core.intake.fixed, work.sources)
+    serve_routes(app, SourcesApi(listing).handlers())
     caches = await serve_caches(stack, app, settings, clock, stores, core, work, demand)
     observation = observe(stack, settings, clock, stores, core, gate, farm, caches.gauges)
     add_metrics_route(app, observation.telemetry)

@@ -13,6 +13,7 @@ from coordinator.engine.worker_events import FleetSink
 from coordinator.observability.spans import Trace
 from coordinator.readmodel.views import Views
 from coordinator.security.isolation import WeakIsolation
+from coordinator.sources.room import Sources
 from coordinator.wiring.core import Core
 from coordinator.wiring.stores import Stores
 from infra.cache.repair.fsck import RepairSource
@@ -33,6 +34,8 @@ class Work:
     workers: WorkerSource
     #: Where lost objects are looked for, in order; upstreams are added once they are open.
     repair_sources: list[RepairSource]
+    #: What has fixed outputs from elsewhere than a worker's network.
+    sources: Sources
 
 
 def _traceparent(views: Views, lease: LeaseId) -> str:
@@ -50,6 +53,11 @@ def connect_workers(settings: Settings, clock: Clock, stores: Stores, core: Core
     workers = WorkerSource(fleet, views, stores.cache.objects, tokens.for_path(clock))
     sources: list[RepairSource] = [workers]
     losses = Losses(stores.cache, stores.derivations, core.farm, views, clock, core.submissions.replan, sources)
+
+    def published(lease: LeaseId, *times: float) -> None:
+        views.timelines.published(lease.step, lease.attempt, *times)
+        fixed.published(lease.step)
+
     dispatch = Dispatch(
         fleet,
         stores.cache,
@@ -60,10 +68,21 @@ def connect_workers(settings: Settings, clock: Clock, stores: Stores, core: Core
         upload_token=tokens.for_lease(clock),
         traceparent=lambda lease: _traceparent(views, lease),
         clock=clock,
-        timed=lambda lease, *times: views.timelines.published(lease.step, lease.attempt, *times),
+        timed=published,
     )
     core.relay.dispatch = dispatch
+    fixed = Sources(
+        core.intake.fixed,
+        stores.cache,
+        stores.derivations,
+        views,
+        core.engine,
+        clock,
+        dispatch.submit,
+        settings.sources.at_once,
+    )
+    core.relay.detour, core.intake.fixed.on_lacking = fixed.detour, fixed.want
     weak = WeakIsolation(settings.weak_isolation)
     sink = FleetSink(core.engine, dispatch, core.farm, views, stores.logs, clock, losses.check, weak=weak)
     archiver = LogArchiver(stores.logs, core.farm, clock, settings.limits.log_days)
-    return Work(fleet, dispatch, sink, losses, archiver, workers, sources)
+    return Work(fleet, dispatch, sink, losses, archiver, workers, sources, fixed)

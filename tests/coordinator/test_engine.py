@@ -121,11 +121,12 @@ class ScriptedWorker:
         *,
         name: str = "w",
         systems: tuple[str, ...] = ("x86_64-linux",),
+        network: bool = True,
     ) -> None:
         hello = Hello(
             protocol=1, worker=name, incarnation=incarnation, systems=systems, emulated=(), features=(),
             mandatory_features=(), slots=1, capacity=1, nix_version="2.8", leases=leases,
-            isolation=isolation,
+            isolation=isolation, network=network,
         )  # fmt: skip
         await self.tell(WorkerConnected(hello))
 

@@ -77,10 +77,11 @@ REMEMBERED = {
     FailureKind.KILLED,
 }
 #: How often one recipe in one life may meet these; and all faults together by the limits.
-MOST = {FailureKind.KILLED: 1, FailureKind.CONNECTION_LOST: 2}
+MOST = {FailureKind.KILLED: 1, FailureKind.SOURCE_GONE: 1, FailureKind.CONNECTION_LOST: 2}
 #: Faults that say nothing against the builder.
-BLAMELESS = {FailureKind.KILLED, FailureKind.TRANSIENT}
+BLAMELESS = {FailureKind.KILLED, FailureKind.SOURCE_GONE, FailureKind.TRANSIENT}
 FAULTS = {
+    FailureKind.SOURCE_GONE,
     FailureKind.TRANSIENT,
     FailureKind.INFRASTRUCTURE,
     FailureKind.DAEMON_LOST,

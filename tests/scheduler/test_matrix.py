@@ -5,7 +5,7 @@ Each line: state, event, the facts about the step that follow, the state after. 
 
 from __future__ import annotations
 
-from scheduler.events import Event, RetryAsked, TimePassed
+from scheduler.events import Event, ResultsHeld, RetryAsked, TimePassed
 from scheduler.model import FailureKind, StepKey, StepState
 from scheduler.transitions import EDGES, LAPSED, SUBJECT, mermaid
 from tests.scheduler.kit import (
@@ -74,6 +74,7 @@ EVENTS: dict[str, Event] = {
     "PublishFailed, permanent": unpublished("x", P),
     "PublishFailed, infrastructure": unpublished("x", INFRA),
     "PublishFailed, returned": unpublished("x", R),
+    "ResultsHeld": ResultsHeld((StepKey("x"), StepKey("unknown"))),
     "TimePassed, beyond silence": TimePassed(),
 }
 

@@ -77,6 +77,9 @@ def test_a_status_of_a_newer_nix_is_never_a_success(status: int) -> None:
     [
         (BuildStatus.PERMANENT_FAILURE, "builder for 'x' failed due to signal 9 (Killed)", "killed"),
         (BuildStatus.PERMANENT_FAILURE, "builder for 'x' failed due to signal 11", "permanent"),
+        (BuildStatus.TRANSIENT_FAILURE, "> error: unable to download 'x': HTTP error 404 ('')", "source_gone"),
+        (BuildStatus.TRANSIENT_FAILURE, "> curl: (22) The requested URL returned error: 404", "source_gone"),
+        (BuildStatus.TRANSIENT_FAILURE, "> curl: (22) The requested URL returned error: 503", "transient"),
         (BuildStatus.OUTPUT_REJECTED, "hash mismatch in fixed-output derivation 'x'", "hash_mismatch"),
         (
             BuildStatus.TRANSIENT_FAILURE,

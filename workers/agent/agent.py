@@ -193,6 +193,7 @@ class Agent:
             capacity=self._leases.capacity(),
             unfit=self._health.unfit,
             isolation=self._isolation_sent,
+            network=self._settings.network,
             nix_version=self._nix_version,
             leases=tuple(HeldLease.model_validate(held) for held in self._leases.held()),
         ).dump()

@@ -78,7 +78,7 @@ _INFRASTRUCTURE: Reason = "infrastructure"
 #: Reasons of builds that ran to an end of their own: how long they took is evidence for the next.
 _RAN: tuple[Reason, ...] = ("permanent", "output_rejected", "hash_mismatch", "not_deterministic")
 #: Reasons that stand for nothing where a disk was full while the build ran.
-_MAYBE_THE_DISK: tuple[Reason, ...] = ("permanent", "output_rejected", "transient", _INFRASTRUCTURE)
+_MAYBE_THE_DISK: tuple[Reason, ...] = ("permanent", "output_rejected", "transient", "source_gone", _INFRASTRUCTURE)
 #: Reasons after which the machine itself is put to the test.
 DOUBTFUL: tuple[Reason | None, ...] = (_INFRASTRUCTURE, "daemon_lost", "connection_lost", "disk_low", "input_missing")
 #: The one table from the daemon's build status (infra/nix/FORMATS.md 5.1) to the verdict. The scheduler decides what
@@ -107,6 +107,7 @@ STATUS_POLICY: Mapping[int, Verdict] = MappingProxyType(
     }
 )
 _DISK_LOW = Verdict("disk_low", "the worker's disk is full")
+_SOURCE_GONE = Verdict("source_gone", "the address of the source says that there is nothing")
 #: How the operating system and SQLite say so, in Nix's words and in Python's.
 NO_SPACE_WORDS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
 _NO_SPACE = tuple((words, _DISK_LOW) for words in NO_SPACE_WORDS)
@@ -118,7 +119,14 @@ HINTS: Mapping[int, tuple[tuple[str, Verdict], ...]] = MappingProxyType(
         # A builder killed from outside is reported like one that failed.
         3: (("signal 9", Verdict("killed", "the builder was killed from outside, often for lack of memory")),),
         5: (("hash mismatch", Verdict("hash_mismatch", "an output has another hash than it must have")),),
-        6: (("free disk space", _DISK_LOW),),
+        6: (
+            ("free disk space", _DISK_LOW),
+            # Nix's own fetcher, and curl as most recipes call it.
+            *(
+                (words, _SOURCE_GONE)
+                for words in ("HTTP error 404", "HTTP error 410", "returned error: 404", "returned error: 410")
+            ),
+        ),
         8: (("of silence", Verdict("silence", "the build was stopped at its limit of silence")),),
         9: (
             ("substitution is disabled", Verdict("input_missing", "an input is missing in the worker's store")),

@@ -99,6 +99,8 @@ class WorkerSettings(BaseModel):
     #: IPv4 networks that fixed-output builds reach although they are denied, and others that they do not reach.
     network_allow: tuple[str, ...] = ()
     network_deny: tuple[str, ...] = ()
+    #: Whether fixed-output builds come here at all.
+    network: bool = True
     #: Names or addresses of the farm's own machines (coordinator, Ray head), which no build reaches.
     farm_hosts: tuple[str, ...] = ()
     #: Nix settings by name.

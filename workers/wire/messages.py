@@ -47,6 +47,8 @@ LONG_POLL_S = 10.0
 #: Leases whose transfers one answer names; seconds until bytes that move, and nothing else, cause an answer.
 MAX_TRANSFERS = 64
 TRANSFERS_EVERY_S = 1.0
+#: Feature that each fixed-output step asks for and each worker has that takes such steps: what may use the network.
+NETWORK_FEATURE = "network"
 #: Largest count of bytes that is read; JSON has no larger numbers.
 MOST_BYTES = 1 << 56
 #: Missing inputs that one report names; the others come to light once these are there.
@@ -210,6 +212,8 @@ class Hello(WireMessage):
     #: How builds are kept from its machine; None: it did not measure it (it runs an older drover, or could build no
     #: canary).
     isolation: IsolationGrade | None = None
+    #: Whether it takes fixed-output builds, which may use the network (`NETWORK_FEATURE`).
+    network: bool = True
     nix_version: Name
     leases: HeldLeases
 

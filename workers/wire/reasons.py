@@ -16,6 +16,7 @@ Reason = Literal[
     "output_size",
     "not_deterministic",
     "transient",
+    "source_gone",
     "infrastructure",
     "daemon_lost",
     "input_missing",

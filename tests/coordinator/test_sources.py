@@ -1,0 +1,180 @@
+"""Fixed outputs come from what is here, from upstreams and from mirrors, before a worker goes to the network."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from coordinator.api.models import StepStatus, SubmissionState
+from coordinator.api.source_routes import SourceTrouble
+from coordinator.api.streams import encode_derivations, in_thread
+from coordinator.cli.question_commands import TROUBLES
+from coordinator.cli.sources import source_lines
+from coordinator.client.api_client import ApiClient
+from coordinator.config import CacheSettings, Settings, UpstreamSettings
+from coordinator.main import open_coordinator
+from coordinator.source_settings import SourceSettings
+from infra.cache.cache import Cache
+from infra.nix.content import FixedContent
+from infra.nix.hashing import sha256_text
+from infra.nix.store_path import hash_part_of
+from tests.coordinator.conftest import OpenedFarm
+from tests.coordinator.test_demand import wish
+from tests.coordinator.test_engine import ScriptedWorker, report, started
+from tests.infra.cache.test_content_offers import put
+from tests.infra.nix.test_content import plain_file
+from tests.support.cache import open_cache, secret_key
+from tests.support.graphs import Made, Maker
+from workers.wire.messages import Failed, Succeeded
+
+KEY = secret_key("elsewhere-1", 9)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass
+class Elsewhere:
+    """A mirror of sources, and another farm's cache, in one server."""
+
+    #: What is sent for the hash of a content; a number is a status.
+    files: dict[str, bytes | int] = field(default_factory=dict)
+    cache: Cache | None = None
+    asked: list[str] = field(default_factory=list)
+    url: str = ""
+
+    async def answer(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        self.asked.append(name)
+        if name.startswith("mirror/sha256/"):
+            found = self.files.get(name.rpartition("/")[2], 404)
+            return web.Response(status=found) if isinstance(found, int) else web.Response(body=found)
+        if self.cache is not None and name.endswith(".narinfo"):
+            text = await self.cache.narinfo(name.removesuffix(".narinfo"))
+            return web.Response(status=404) if text is None else web.Response(body=text)
+        return web.Response(body=await self.cache.objects.get_bytes(name)) if self.cache else web.Response(status=404)
+
+
+@pytest.fixture
+async def elsewhere() -> AsyncIterator[Elsewhere]:
+    made, app = Elsewhere(), web.Application()
+    app.router.add_get("/{name:.*}", made.answer)
+    async with TestServer(app) as server:
+        made.url = str(server.make_url("")).rstrip("/")
+        yield made
+
+
+@asynccontextmanager
+async def farm_with(
+    tmp_path: Path, worker: ScriptedWorker, sources: SourceSettings, cache: CacheSettings | None = None
+) -> AsyncIterator[OpenedFarm]:
+    settings = Settings(state_dir=tmp_path / "farm", port=0, sources=sources, cache=cache or CacheSettings())
+    async with (
+        open_coordinator(settings, worker.start) as coordinator,
+        ApiClient(coordinator.ready.url, coordinator.ready.token_file.read_text().strip()) as client,
+    ):
+        yield OpenedFarm(coordinator, client, tmp_path, settings)
+
+
+async def submit(farm: OpenedFarm, *members: Made, roots: int = 1) -> str:
+    await farm.client.send_derivations(in_thread(encode_derivations([(each.name, each.data) for each in members])))
+    return (await farm.client.submit(wish(*members[-roots:]))).id
+
+
+async def test_what_a_mirror_has_is_neither_fetched_nor_built_and_what_it_lies_about_is(
+    tmp_path: Path, elsewhere: Elsewhere
+) -> None:
+    worker, make = ScriptedWorker(), Maker()
+    good, bad = make.fixed("good", b"right"), make.fixed("bad", b"promised", url="https://example.org/bad")
+    top = make.plain("top", [good, bad])
+    elsewhere.files = {digest(b"right"): b"right", digest(b"promised"): b"a lie"}
+    async with farm_with(tmp_path, worker, SourceSettings(mirrors=(f"{elsewhere.url}/mirror",))) as farm:
+        await worker.hello()
+        await submit(farm, good, bad, top)
+        order = await started(farm, worker)
+        assert order.drv_path == bad.drv, "the other one needs no worker"
+        await farm.until(lambda: farm.coordinator.views.step(good.step).state is StepStatus.DONE)
+        narinfo = await farm.coordinator.cache.narinfo(hash_part_of(good.outputs["out"]))
+        assert narinfo is not None
+        assert "CA: fixed:sha256:" in narinfo.decode()
+        (source,) = await farm.client.sources()
+        lie = f"{elsewhere.url}/mirror sent sha256 {digest(b'a lie')} for {digest(b'promised')}"
+        assert (source.trouble, source.answers) == (SourceTrouble.NETWORK_ONLY, (lie,))
+        # Its address is dead too: once more, then it is said so.
+        gone = Failed(reason="source_gone", message="HTTP error 404")
+        await worker.speak(report(order, gone))
+        order = await started(farm, worker, 2)
+        await worker.speak(report(order, gone))
+        await farm.until(lambda: farm.coordinator.views.step(bad.step).state is StepStatus.FAILED)
+        (source,) = await farm.client.sources(["gone"])
+        assert source.urls == ("https://example.org/bad",)
+        assert source.content == FixedContent("", "sha256", hashlib.sha256(b"promised").digest()).address
+        assert source_lines(source)[0] == "bad  gone"
+        assert await farm.client.sources(["mismatch"]) == []
+        assert tuple(SourceTrouble) == TROUBLES
+
+
+async def test_a_worker_without_network_gets_sources_from_the_farm_or_not_at_all(
+    tmp_path: Path, elsewhere: Elsewhere
+) -> None:
+    worker, make = ScriptedWorker(), Maker()
+    source, other = make.fixed("source", b"content"), make.fixed("other", b"nowhere")
+    top = make.plain("top", [source])
+    elsewhere.files = {digest(b"content"): 503}
+    async with farm_with(tmp_path, worker, SourceSettings(mirrors=(f"{elsewhere.url}/mirror",))) as farm:
+        await worker.hello(network=False)
+        made = await submit(farm, source, other, top, roots=2)
+        await farm.until(lambda: len(elsewhere.asked) >= 1)
+        assert worker.orders == []
+        reasons = await farm.client.why(other.step)
+        assert "network" in str(reasons)
+        # It comes with another submission, under another name, from a client's own store.
+        content = FixedContent("", "sha256", hashlib.sha256(b"content").digest())
+        await put(farm.coordinator.cache, content, "renamed", plain_file(b"content"))
+        await submit(farm, source, roots=1)
+        assert (await started(farm, worker)).drv_path == top.drv
+        assert (await farm.client.submission(made)).state is SubmissionState.RUNNING
+
+
+async def test_an_upstream_that_signs_a_fixed_output_is_believed_only_by_its_hash(
+    tmp_path: Path, elsewhere: Elsewhere
+) -> None:
+    worker, make = ScriptedWorker(), Maker()
+    good, bad = make.fixed("good", b"right"), make.fixed("bad", b"promised")
+    (tmp_path / "elsewhere").mkdir()
+    async with open_cache(tmp_path / "elsewhere", [KEY]) as cache:
+        elsewhere.cache = cache
+        for made, archive in ((good, b"right"), (bad, b"a lie")):
+            content = FixedContent.of_derivation(made.data)
+            assert content is not None
+            await put(cache, content, made.name[33:].removesuffix(".drv"), plain_file(archive))
+        upstreams = CacheSettings(upstreams=(UpstreamSettings(url=elsewhere.url, public_keys=(str(KEY.public),)),))
+        async with farm_with(tmp_path, worker, SourceSettings(), upstreams) as farm:
+            await worker.hello()
+            await submit(farm, good, bad, roots=2)
+            assert (await started(farm, worker)).drv_path == bad.drv
+            await farm.until(lambda: farm.coordinator.views.step(good.step).state is StepStatus.DONE)
+            assert len(worker.orders) == 1
+
+
+async def test_what_one_build_fetched_is_at_once_there_for_others_that_call_it_differently(tmp_path: Path) -> None:
+    worker, make = ScriptedWorker(), Maker()
+    one, two = make.fixed("one", b"shared"), make.fixed("two", b"shared")
+    async with farm_with(tmp_path, worker, SourceSettings()) as farm:
+        await worker.hello()
+        made = await submit(farm, one, two, roots=2)
+        order = await started(farm, worker)
+        fetched = one if order.drv_path == one.drv else two
+        output = await worker.upload(fetched.outputs["out"], b"shared")
+        output = output.model_copy(update={"ca": f"fixed:{sha256_text(hashlib.sha256(b'shared').digest())}"})
+        await worker.speak(report(order, Succeeded(outputs=(output,))))
+        assert (await farm.ended(made)).state is SubmissionState.SUCCEEDED
+        assert len(worker.orders) == 1
