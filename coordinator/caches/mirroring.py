@@ -122,7 +122,7 @@ class Mirroring:
         self._jobs: dict[str, _MirrorJob] = {}
         self._turns = asyncio.Semaphore(RUNS_AT_ONCE)
 
-    def begin(self, paths: Sequence[str], owner: str, keep_as: str = "", *, pull: bool = True) -> MirrorView:
+    async def begin(self, paths: Sequence[str], owner: str, keep_as: str = "", *, pull: bool = True) -> MirrorView:
         """Begin a run of full store paths for an owner; they are kept under that name of the owner's, or the run's.
 
         Without `pull` upstreams are not asked.
@@ -131,9 +131,7 @@ class Mirroring:
             IntakeError: One is no path of this store.
             UnavailableError: Too many runs are open.
         """
-        wanted = tuple(dict.fromkeys(paths))
-        for path in wanted:
-            self._check(path)
+        wanted = await asyncio.to_thread(self._checked, paths)
         open_jobs = [each for each in self._jobs.values() if not each.progress.state.ended]
         if len(open_jobs) >= RUNS_AT_ONCE + MAX_WAITING:
             raise UnavailableError(f"{MAX_WAITING} runs of mirroring wait already, the limit; try again later.")
@@ -211,13 +209,14 @@ class Mirroring:
 
                 wanted = [searched.found[path] for path in bytes_of]
                 await Mirror(self._cache, upstreams, now.run).take(wanted, searched.here, after_chunk)
-                only_known = [each for path, each in searched.found.items() if path not in bytes_of | blocked.keys()]
+                others = bytes_of | blocked.keys()
+                only_known = [each for path, each in searched.found.items() if path not in others]
                 if only_known:
                     await self.records.record(only_known)
                 now.recorded = len(only_known)
             finally:
                 await self._cache.release(holder)
-        return tuple(_outcome(path, now, blocked) for path in paths)
+        return await asyncio.to_thread(lambda: tuple(_outcome(path, now, blocked) for path in paths))
 
     async def _run(self, job: _MirrorJob) -> None:
         """Run one to its end, whatever that is."""
@@ -246,13 +245,17 @@ class Mirroring:
             )
         return found
 
-    def _check(self, path: str) -> None:
-        try:
-            self._cache.store_dir.parse(path)
-        except FormatError as error:
-            raise IntakeError(
-                f"{path[:200]!r} is no path of the farm's store, {self._cache.store_dir.path}: {error.message}."
-            ) from None
+    def _checked(self, paths: Sequence[str]) -> tuple[str, ...]:
+        store_dir = self._cache.store_dir
+        wanted = tuple(dict.fromkeys(paths))
+        for path in wanted:
+            try:
+                store_dir.parse(path)
+            except FormatError as error:
+                raise IntakeError(
+                    f"{path[:200]!r} is no path of the farm's store, {store_dir.path}: {error.message}."
+                ) from None
+        return wanted
 
 
 def _to_mirror(searched: Searched, blocked: Mapping[str, str]) -> set[str]:

@@ -93,6 +93,8 @@ class PopulateRun:
     evaluated: dict[tuple[str, str], str] = field(default_factory=dict)
     unevaluated: dict[tuple[str, str], str] = field(default_factory=dict)
     submissions: list[str] = field(default_factory=list)
+    #: What goes on at the farm if this ends now: a run of mirroring, or a submission.
+    under_way: str = ""
 
     async def run(self) -> PopulateReport:
         """Do all of it."""
@@ -247,6 +249,7 @@ class PopulateRun:
     async def _mirrored(self, request: MirrorRequest) -> MirrorView:
         for _ in range(BEGUN_AT_MOST):
             view = await self.client.mirror(request)
+            self.under_way = view.id
             shown = time.monotonic()
             try:
                 while not view.state.ended:
@@ -261,6 +264,7 @@ class PopulateRun:
                 continue
             if view.state is not MirrorState.DONE:
                 raise ClientError(view.error or f"the run {view.id} was cancelled; what came before stays")
+            self.under_way = ""
             self.screen.status(_progress(view))
             return view
         raise ClientError("the coordinator starts anew again and again; see its log")
@@ -327,8 +331,10 @@ class PopulateRun:
                 results[target.wish.key] = replace(before, outcome=PopulateOutcome.FAILED, reason=str(error))
             return
         self.submissions.append(view.id)
+        self.under_way = view.id
         failed: dict[str, StepView] = {}
         view = await self.client.whole(await follow(self.client, view.id, self.screen, failed))
+        self.under_way = ""
         ended = {root.attr: root for root in view.roots}
         for target, root in zip(members, roots, strict=True):
             before = results[target.wish.key]
@@ -371,12 +377,14 @@ class PopulateRun:
 
 def populate(connect: Callable[[], ApiClient], token: str, request: PopulateRequest) -> int:
     """Run `drover populate`; returns the exit status."""
+    runs: list[PopulateRun] = []
 
     async def run() -> int:
         screen = Screen.choose(as_json=request.as_json)
         async with connect() as client:
             client.on_lost = lambda why: screen.status(f"{why}; trying again")
-            report = await PopulateRun(client, request, screen, token, local_store(request.wishes.store)).run()
+            runs.append(PopulateRun(client, request, screen, token, local_store(request.wishes.store)))
+            report = await runs[0].run()
         if request.markdown is not None:
             await asyncio.to_thread(request.markdown.write_text, populate_markdown(report), encoding="utf-8")
         for line in populate_lines(report):
@@ -389,11 +397,9 @@ def populate(connect: Callable[[], ApiClient], token: str, request: PopulateRequ
     try:
         return asyncio.run(run())
     except KeyboardInterrupt:
-        click.echo(
-            "\ndrover: interrupted; what was had stays, and what runs at the farm goes on. The same command goes on "
-            "from there.",
-            err=True,
-        )
+        click.echo("\ndrover: interrupted; what was had stays. The same command goes on from there.", err=True)
+        if runs and runs[0].under_way:
+            click.echo(f"drover: the farm goes on; end that: drover cancel {runs[0].under_way}", err=True)
         return exit_status.INTERRUPTED
 
 

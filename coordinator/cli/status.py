@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import orjson
 
 from coordinator.api.evaluations import EVALUATION_PREFIX, EvaluationState
+from coordinator.api.mirroring import MIRROR_PREFIX, MirrorState
 from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.cli import exit_status
 from coordinator.cli.ci import defused
@@ -85,7 +86,7 @@ async def _step_status(client: ApiClient, name: str, unknown: RefusedError, *, a
 
 
 async def cancel(client: ApiClient, submission: str) -> int:
-    """Withdraw a submission, or end a remote evaluation."""
+    """Withdraw a submission, or end a remote evaluation, or a run that has paths from upstreams."""
     if submission.startswith(EVALUATION_PREFIX):
         evaluation = await client.cancel_evaluation(submission)
         if evaluation.state is EvaluationState.CANCELLED:
@@ -94,6 +95,11 @@ async def cancel(client: ApiClient, submission: str) -> int:
             print_lines([f"{evaluation.id} had already ended; its builds: drover cancel {evaluation.submission}"])
         else:
             print_lines([f"{evaluation.id} had already {evaluation.state.value}"])
+        return exit_status.OK
+    if submission.startswith(MIRROR_PREFIX):
+        run = await client.cancel_mirroring(submission)
+        word = "cancelled" if run.state is MirrorState.CANCELLED else "had already ended:"
+        print_lines([f"{word} {run.id}; {run.taken} paths that it took stay"])
         return exit_status.OK
     view = await client.cancel(submission)
     if view.state is SubmissionState.CANCELLED:

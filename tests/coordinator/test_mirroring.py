@@ -191,7 +191,7 @@ async def test_an_upstream_that_is_recorded_gives_no_bytes_but_for_what_a_mirror
 
 async def test_a_run_that_is_cancelled_goes_on_where_it_stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror_module, "CHUNK_PATHS", 1)
-    begun = place.room.begin(TEN, "ada", "tools")
+    begun = await place.room.begin(TEN, "ada", "tools")
     async with asyncio.timeout(PATIENCE_S):
         while len((await place.room.view(begun.id)).paths) == 0 and len(place.upstream.nars) < 3:
             await place.room.view(begun.id)
@@ -207,7 +207,7 @@ async def test_a_run_that_is_cancelled_goes_on_where_it_stopped(place: Place, mo
     assert (root.name, root.paths) == ("ada/tools", 10)
     missing = len(await place.cache.missing(TEN))
     assert 0 < missing < 10
-    view = await place.ended(place.room.begin(TEN, "ada", "tools").id)
+    view = await place.ended((await place.room.begin(TEN, "ada", "tools")).id)
     assert (view.state, view.taken, view.here) == (MirrorState.DONE, missing, 10 - missing)
 
 
@@ -224,7 +224,7 @@ async def test_a_store_that_is_full_ends_the_run_with_one_sentence_and_keeps_wha
         await put(self, key, data)
 
     monkeypatch.setattr(LocalObjectStore, "put_bytes", some)
-    view = await place.ended(place.room.begin(TEN, "ada").id)
+    view = await place.ended((await place.room.begin(TEN, "ada")).id)
     assert (view.state, view.taken) == (MirrorState.FAILED, 3)
     assert view.error == "no room is left in the object store; what was had before stays, so begin it again."
     assert len(await place.cache.missing(TEN)) == 7
@@ -232,13 +232,13 @@ async def test_a_store_that_is_full_ends_the_run_with_one_sentence_and_keeps_wha
 
 async def test_a_run_is_bounded_by_paths_and_bytes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     small = Mirroring(place.cache, place.room._upstreams, lambda: 0.0, max_bytes=10)  # noqa: SLF001
-    view = small.begin(TEN, "ada")
+    view = await small.begin(TEN, "ada")
     async with asyncio.timeout(PATIENCE_S):
         while not view.state.ended:
             view = await small.view(view.id, view.state)
     assert "more than 10 bytes of their closure" in view.error
     monkeypatch.setattr(closure_search, "MAX_SEARCHED", 5)
-    assert "more than 5 paths" in (await place.ended(place.room.begin(TEN, "ada").id)).error
+    assert "more than 5 paths" in (await place.ended((await place.room.begin(TEN, "ada")).id)).error
     assert place.upstream.nars == []
 
 

@@ -49,7 +49,7 @@ class MirrorApi:
         """Begin a run."""
         wish = await read_model(request, MirrorRequest, MIRROR_BODY)
         owner = request[CLIENT].owner
-        return answer(self._mirroring.begin(wish.paths, owner, wish.keep_as, pull=wish.pull), status=201)
+        return answer(await self._mirroring.begin(wish.paths, owner, wish.keep_as, pull=wish.pull), status=201)
 
     async def run(self, request: web.Request) -> web.Response:
         """Show a run."""

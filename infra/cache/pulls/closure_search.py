@@ -8,6 +8,7 @@ that fails AWAY_AFTER paths in a row is left out for the rest of the search.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,6 +21,8 @@ from infra.retry import Backoff
 
 #: Paths of one search, those that are here and those that are nowhere included.
 MAX_SEARCHED: Final = 100_000
+#: Paths that are looked for together: less than the event loop may be held.
+PIECE: Final = 512
 #: Questions about one path to one upstream whose faults may pass, and paths in a row without an answer after which the
 #: upstream is left out.
 TRIES: Final = 3
@@ -138,31 +141,34 @@ async def search(
         MetadataError: As all of `Cache`.
     """
     result = Searched()
-    size = 0
-    frontier = set(store_paths)
-    while frontier:
-        if len(result.here) + len(result.found) + len(result.nowhere) + len(frontier) > MAX_SEARCHED:
-            raise SearchTooLargeError(f"their closure has more than {MAX_SEARCHED} paths; ask for parts of it")
-        absent = await cache.missing(frontier)
-        result.here |= frontier - absent
-        waiting = iter(absent)
+    seen = set(store_paths)
+    waiting = deque(seen)
+    found_bytes = 0
 
-        async def ask(waiting: Iterable[str] = waiting) -> None:
-            for path in waiting:
-                found = await upstreams.find(path)
-                if isinstance(found, FoundPath):
-                    result.found[path] = found
-                else:
-                    result.nowhere[path] = found
-                on_found(result)
+    async def ask(absent: Iterable[str]) -> None:
+        nonlocal found_bytes
+        for path in absent:
+            found = await upstreams.find(path)
+            if isinstance(found, FoundPath):
+                result.found[path] = found
+                found_bytes += found.info.path.nar_size
+                fresh = [reference for reference in found.references if reference not in seen]
+                seen.update(fresh)
+                waiting.extend(fresh)
+            else:
+                result.nowhere[path] = found
+            on_found(result)
 
+    while waiting:
+        piece = {waiting.popleft() for _ in range(min(PIECE, len(waiting)))}
+        absent = await cache.missing(piece)
+        result.here |= piece - absent
+        remaining = iter(absent)
         async with asyncio.TaskGroup() as tasks:
             for _ in range(min(UPSTREAM_CONCURRENCY, len(absent))):
-                tasks.create_task(ask())
-        level = [result.found[path] for path in absent if path in result.found]
-        size += sum(each.info.path.nar_size for each in level)
-        if max_bytes and size > max_bytes:
+                tasks.create_task(ask(remaining))
+        if len(seen) > MAX_SEARCHED:
+            raise SearchTooLargeError(f"their closure has more than {MAX_SEARCHED} paths; ask for parts of it")
+        if max_bytes and found_bytes > max_bytes:
             raise SearchTooLargeError(f"the upstreams have more than {max_bytes} bytes of their closure; ask for parts")
-        references = {reference for each in level for reference in each.references}
-        frontier = references - result.here - result.found.keys() - result.nowhere.keys()
     return result

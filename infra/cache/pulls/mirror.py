@@ -62,9 +62,10 @@ class Mirror:
             MetadataError: As all of `Cache`.
         """
         by_path = {each.info.store_path: each for each in wanted}
-        present = {base_name_of(path) for path in here}
         claims = [each.info for each in wanted]
-        ordered, blocked = await asyncio.to_thread(references_first, claims, present)
+        ordered, blocked = await asyncio.to_thread(
+            lambda: references_first(claims, {base_name_of(path) for path in here})
+        )
         for path, lacking in blocked.items():
             self._run.failed[path] = f"it refers to {lacking[0]}, which no upstream has whole"
         for chunk in _chunks(ordered):

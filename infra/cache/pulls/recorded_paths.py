@@ -6,9 +6,10 @@ whatever is recorded of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import asyncio
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sa
 
@@ -21,6 +22,8 @@ from infra.nix.store_path import hash_part_of
 RECORD_S: Final = 7 * 24 * 3600.0
 #: Records that are kept, the newest; some 1 KiB each.
 MAX_RECORDED: Final = 500_000
+#: Records of one statement: rendering it holds the event loop for some milliseconds.
+AT_ONCE: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +44,15 @@ class RecordedPaths:
         self._cache = cache
         self._now = now
 
-    async def record(self, found: Iterable[FoundPath]) -> None:
+    async def record(self, found: Sequence[FoundPath]) -> None:
         """Record what was found, in the place of earlier records of the same paths."""
         now = self._now()
-        rows = [
-            {
-                "hash_part": each.info.hash_part,
-                "store_path": each.info.store_path,
-                "upstream": each.upstream.url,
-                "narinfo": each.info.render(),
-                "recorded_at": now,
-            }
-            for each in found
-        ]
-        for chunk in chunked(rows):
+        for chunk in chunked(found, AT_ONCE):
+            rows = await asyncio.to_thread(_rows, chunk, now)
             async with writing(self._cache.database) as connection:
-                names = [row["hash_part"] for row in chunk]
+                names = [row["hash_part"] for row in rows]
                 await connection.execute(recorded.delete().where(recorded.c.hash_part.in_(names)))
-                await connection.execute(recorded.insert(), chunk)
+                await connection.execute(recorded.insert(), rows)
         async with writing(self._cache.database) as connection:
             count = (await connection.execute(sa.select(sa.func.count()).select_from(recorded))).scalar_one()
             gone = recorded.c.recorded_at < now - RECORD_S
@@ -83,3 +77,16 @@ class RecordedPaths:
                     if record.store_path in wanted:
                         found[record.store_path] = record
         return found
+
+
+def _rows(found: Sequence[FoundPath], now: float) -> list[dict[str, Any]]:
+    return [
+        {
+            "hash_part": each.info.hash_part,
+            "store_path": each.info.store_path,
+            "upstream": each.upstream.url,
+            "narinfo": each.info.render(),
+            "recorded_at": now,
+        }
+        for each in found
+    ]

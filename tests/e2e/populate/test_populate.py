@@ -162,6 +162,7 @@ def test_only_what_is_new_of_two_lists_is_had_and_what_was_cut_goes_on(populated
     _, said = running.communicate(timeout=60)
     assert running.returncode == 130, said
     assert "The same command goes on from there." in said
+    assert "end that: drover cancel mirror-" in said
     populated.at_upstream(opened(populated))
     populated.farm.start().wait_for_workers(2)
     status, report = populated.populate("--diff", old, new)
