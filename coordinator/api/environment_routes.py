@@ -88,7 +88,7 @@ ROLL_BACK: Final = Route(
     Right.API,
     body="RollbackRequest",
     answer=EnvironmentView,
-    errors=(*_OWNED, *_NAMED, 409, *_BODY),
+    errors=(*_OWNED, *_NAMED, 409, *_BODY, 422),
     summary="Move `stable` back, for some systems or all; it stays there until a newer revision is whole.",
 )
 COVERAGES: Final = Route(

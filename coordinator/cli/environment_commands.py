@@ -63,7 +63,7 @@ def track(url: str, token_file: str, name: str, as_json: bool, **options: Any) -
     if not options["url_of_git"] and (options["ref"] or options["file"]):
         raise click.UsageError("--ref and --file say what to read of a --git repository")
     return run_with_client(
-        url, token_file, lambda client: tracked.track(client, name, tracked.Source(**options), as_json=as_json)
+        url, token_file, lambda client: tracked.track(client, name, tracked.TrackOptions(**options), as_json=as_json)
     )
 
 

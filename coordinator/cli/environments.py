@@ -31,7 +31,7 @@ _DAY_S: Final = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TrackOptions:
     """The options of `track`."""
 
     pushed: bool
@@ -92,7 +92,7 @@ async def show(client: ApiClient, name: str, *, as_json: bool) -> int:
     return _shown(await client.environment(name), as_json=as_json)
 
 
-async def track(client: ApiClient, name: str, source: Source, *, as_json: bool) -> int:
+async def track(client: ApiClient, name: str, source: TrackOptions, *, as_json: bool) -> int:
     """Track an environment."""
     return _shown(await client.track(name, source.request()), as_json=as_json)
 

@@ -12,6 +12,7 @@ from coordinator.environments.model import Environment, EnvironmentRevision
 from coordinator.environments.submitted import SubmittedContent
 from coordinator.errors import ConflictError, CoordinatorError
 from coordinator.intake.submissions import Submissions
+from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.stores.derivations import DerivationStore
 from coordinator.wishes.model import Wish, WishedPaths, WishList
 from infra.cache.cache import Cache
@@ -44,6 +45,8 @@ class FarmPackages:
         self._submitted = submitted
         self._pull = pull
         self._judge = judge
+        #: Called with an environment's name when what was submitted for it has ended.
+        self.on_end: Callable[[str], None] = lambda _name: None
 
     async def bring(self, environment: Environment, revision: EnvironmentRevision, content: WishList) -> None:
         """Have what upstreams have, and submit the rest as far as the farm knows its derivations.
@@ -82,10 +85,31 @@ class FarmPackages:
             idempotency_key=f"environment/{environment.name}/{revision.number}/{revision.digest[:16]}",
         )
         try:
-            await self._submissions.submit(wish, owner)
+            row = await self._submissions.submit(wish, owner)
         except ConflictError:
             # Derivations have come since it was submitted; they came with a submission of their own.
             return
+        if not row.ended and not any(isinstance(each, _EndListener) for each in row.watchers):
+            row.watchers.append(_EndListener(row, lambda: self.on_end(environment.name)))
+
+
+class _EndListener:
+    """Listener of a submission that waits for its end alone; it goes with its row."""
+
+    def __init__(self, row: SubmissionRow, on_end: Callable[[], None]) -> None:
+        self._row = row
+        self._on_end = on_end
+
+    def step_changed(self, row: StepRow) -> None:
+        """Do nothing."""
+
+    def bytes_moved(self, row: StepRow, now: float) -> None:
+        """Do nothing."""
+
+    def submission_changed(self) -> None:
+        """Report the end."""
+        if self._row.ended:
+            self._on_end()
 
 
 class _Buildable:

@@ -12,6 +12,8 @@ from coordinator.wishes.model import WishList
 
 #: Packages of one plan: people who ask for plans get their turn in between.
 PLANNED_AT_ONCE: Final = 5_000
+#: Further plans where the time for upstreams was over before all was looked up: each goes on where that one was.
+PLANS_MORE: Final = 8
 #: What a user's Nix does, and the word for why a package is not fetched.
 WAYS: Final[Mapping[PlanState, tuple[Way, str]]] = {
     "here": (Way.HERE, ""),
@@ -42,7 +44,12 @@ class PlannedStandings:
         found: list[PackageStanding] = []
         for start in range(0, len(content.wishes), PLANNED_AT_ONCE):
             part = replace(content, wishes=content.wishes[start : start + PLANNED_AT_ONCE])
-            found += standings(await self._plan(part))
+            plan = await self._plan(part)
+            for _ in range(PLANS_MORE):
+                if not plan.unfollowed:
+                    break
+                plan = await self._plan(part)
+            found += standings(plan)
         return found
 
 

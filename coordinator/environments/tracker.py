@@ -68,7 +68,7 @@ SourceReader = Callable[[TrackedSource, str], Awaitable[SourceContent | None]]
 
 
 @dataclass(slots=True)
-class _Looked:
+class _LastLook:
     """Memory of the last assessment of an environment, and of the last try to bring what it lacks."""
 
     revision: int
@@ -96,7 +96,7 @@ class EnvironmentTracker:
         self._settings = settings
         self._clock = clock
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._looked: dict[str, _Looked] = {}
+        self._looked: dict[str, _LastLook] = {}
         self._wake = asyncio.Event()
         self._outage = Outage(_log, "environments wait", "environments are looked after again")
 
@@ -125,6 +125,13 @@ class EnvironmentTracker:
                     await self._wake.wait()
             except TimeoutError:
                 pass
+
+    def stir(self, name: str) -> None:
+        """Have the coverage of an environment looked at soon: something that it lacked may be there."""
+        looked = self._looked.get(name)
+        if looked is not None:
+            looked.at = 0.0
+        self._wake.set()
 
     # Changes that clients ask for.
 
@@ -224,7 +231,7 @@ class EnvironmentTracker:
 
         async def one(environment: Environment) -> None:
             async with turns:
-                await self.look_after(environment.name)
+                await self._look_after_safely(environment.name)
 
         environments = await self.store.environments()
         try:
@@ -234,6 +241,22 @@ class EnvironmentTracker:
                         group.create_task(one(environment))
         except* (EnvironmentsError, CacheError) as errors:
             raise errors.exceptions[0] from None
+
+    async def _look_after_safely(self, name: str) -> None:
+        """Do what is due for one environment; a fault costs this look at it and nothing else."""
+        try:
+            await self.look_after(name)
+        except (EnvironmentsError, CacheError):
+            raise
+        except CoordinatorError as error:
+            _log.warning("environment %s cannot be looked at now: %s", name, error)
+        except Exception:  # noqa: BLE001 - a fault of ours ends this look and no other
+            _log.exception("environment %s cannot be looked at", name)
+        else:
+            return
+        before = self._looked.get(name)
+        revision = before.revision if before else 0
+        self._looked[name] = _LastLook(revision, self._clock.now(), whole=False, brought_at=self._clock.now())
 
     def _is_due(self, environment: Environment) -> bool:
         now = self._clock.now()
@@ -319,7 +342,7 @@ class EnvironmentTracker:
         await self.store.save_assessment(name, found, day_of(now), self._settings.trend_days)
         await self._move(name, history, {each.system for each in found.systems if each.is_whole})
         whole = all(each.is_whole for each in found.systems)
-        self._looked[name] = _Looked(newest.number, self._clock.now(), whole, brought_at)
+        self._looked[name] = _LastLook(newest.number, self._clock.now(), whole, brought_at)
 
     async def _move(self, name: str, history: Sequence[EnvironmentRevision], whole: Collection[str]) -> None:
         """Move each system's pointer to the highest revision that is whole there, if it is not there."""

@@ -42,6 +42,7 @@ def serve_environments(  # noqa: PLR0917 - collaborators, named by their types
     )
     read = BoundedSources(settings.environments).read
     tracker = EnvironmentTracker(stores.environments, stores.cache, packages, read, settings.environments, clock)
+    packages.on_end = tracker.stir
     reports = CoverageReports(stores.environments, clock)
     api = EnvironmentApi(tracker, reports, submitted, stores.cache.store_dir, native_system(), clock)
     serve_routes(app, api.handlers())

@@ -18,13 +18,18 @@ import aiohttp
 import pytest
 
 from coordinator.api.environments import CoverageView, EnvironmentView
-from coordinator.api.requests import RollbackRequest, TrackRequest
+from coordinator.api.plan_models import PlanView
+from coordinator.api.requests import PushSubmissionRequest, RollbackRequest, SubmitRequest, TrackRequest
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import RefusedError
 from coordinator.config import OwnerSettings, Settings
 from coordinator.environment_settings import EnvironmentSettings
+from coordinator.errors import UnavailableError
 from coordinator.main import Coordinator, open_coordinator
+from coordinator.plans.planner import Planner
+from coordinator.wishes.model import WishList
 from infra.nix.store_path import base_name_of
+from tests.coordinator.conftest import OpenFarm
 from tests.support.cache import publish, store_path
 from tests.support.local_fleet import no_workers
 
@@ -245,6 +250,28 @@ async def test_owners_change_their_own_environments_and_files_take_the_farms_tok
         assert (await farm.client.track("dev", file)).owners == ("api",)
 
 
+async def test_a_plan_that_is_refused_or_a_fault_of_ours_costs_one_look_and_no_farm(
+    farm_settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = store_path("a")
+    plan = Planner.of_list
+    faults: list[Exception] = [RuntimeError("ours"), UnavailableError("too many plans are being made.")]
+
+    async def failing(self: Planner, wishes: WishList) -> PlanView:
+        if faults:
+            raise faults.pop()
+        return await plan(self, wishes)
+
+    monkeypatch.setattr(Planner, "of_list", failing)
+    async with opened(farm_settings) as farm:
+        await publish(farm.coordinator.cache, path)
+        await farm.client.track("dev", TrackRequest(kind="push"))
+        await farm.push("dev", lock(("a", LINUX, path)))
+        await farm.became("dev", {LINUX: 1})
+    assert "environment dev cannot be looked at now: too many plans are being made." in caplog.text
+    assert "RuntimeError: ours" in caplog.text
+
+
 #: A coordinator without workers that runs until it is killed.
 PROGRAM = """
 import asyncio, sys
@@ -295,3 +322,34 @@ async def test_after_kill_9_in_the_middle_everything_goes_on(farm_settings: Sett
         await farm.became("dev", {LINUX: newest})
         name = base_name_of(paths[newest - 1])
         assert name.encode() in (await farm.file("dev/stable.nix"))[1]
+
+
+async def test_what_the_farm_knows_to_build_is_submitted_for_the_owner_and_released(
+    open_farm: OpenFarm,
+) -> None:
+    async with open_farm("one") as farm:
+        good, bad = await farm.evaluate(
+            '{ good = run "env-good" "echo > $out"; bad = run "env-bad" "exit 3"; }', "good", "bad"
+        )
+        await farm.client.track("dev", TrackRequest(kind="push"))
+        unknown = f"{store_path('env-unknown')}.drv"
+        with pytest.raises(RefusedError, match=r"this farm does not have .*env-unknown\.drv"):
+            await farm.client.push_content("dev", unknown.encode(), {"file": "list"})
+        await farm.client.push_content("dev", good.drv.encode(), {"file": "list"})
+        await until(
+            lambda: farm.client.environment("dev"),
+            lambda found: {each.system: each.revision for each in found.stable} == {LINUX: 1},
+        )
+        (submission,) = await farm.client.submissions()
+        assert (submission.label, submission.owner) == ("environment dev", "api")
+        # The roots of a submission are a content too; its commit is the mark. A failure is a gap with its root cause.
+        both = await farm.client.submit(SubmitRequest(roots=(good, bad), commit="c2"))
+        await farm.ended(both.id)
+        view = await farm.client.push_submission("dev", PushSubmissionRequest(submission=both.id))
+        assert (view.revisions[0].number, view.revisions[0].mark) == (2, "c2")
+        coverage = await until(lambda: farm.client.coverage("dev"), lambda found: found.revision == 2)
+        assert [(gap.package, gap.reason, gap.detail) for gap in coverage.gaps] == [
+            ("bad", "failed", "its own build fails")
+        ]
+        (system,) = coverage.systems
+        assert (system.here_percent, system.impossible_percent, system.stable) == (50.0, 50.0, 1)

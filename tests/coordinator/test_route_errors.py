@@ -287,6 +287,7 @@ async def environments_that_cannot_be(asker: Asker, monkeypatch: pytest.MonkeyPa
     # What needs a source that fails, a submission, or as many environments as there may be (`test_environments`).
     for method, route, error in (
         ("look", environment_routes.LOOK, IntakeError("x")),
+        ("roll_back", environment_routes.ROLL_BACK, IntakeError("x")),
         ("track", track, ConflictError("x")),
         ("push", push, ConflictError("x")),
         ("push", environment_routes.PUSH_SUBMISSION, ConflictError("x")),
@@ -295,8 +296,8 @@ async def environments_that_cannot_be(asker: Asker, monkeypatch: pytest.MonkeyPa
         with monkeypatch.context() as patched:
             patched.setattr(EnvironmentTracker, method, failing(error))
             patched.setattr(SubmittedContent, "content", content_of_nothing)
-            body = b'{"kind": "push"}' if route is track else A.encode() if route is push else submission
-            await asker.ask(route, route.address(**PARTS), body if route.body else b"")
+            bodies_of = {track: b'{"kind": "push"}', push: A.encode(), environment_routes.ROLL_BACK: b"{}"}
+            await asker.ask(route, route.address(**PARTS), bodies_of.get(route, submission) if route.body else b"")
 
 
 async def content_of_nothing(*_: object) -> tuple[WishList, str]:
