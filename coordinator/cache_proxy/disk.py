@@ -5,13 +5,15 @@
     DIR/nar/NAME        NARs as they came
     DIR/partial/…       what is being written; emptied at start
 
-A file gets its name once it is whole, so a proxy that was killed leaves no half file under one. A machine that lost its
-power may: a reader checks a file of an earlier run against its narinfo before it uses it. Sizes count in blocks, as the
-disk does; what is being written comes on top. The order of use survives a restart in the times of the files.
+A large file gets its name once it is whole. A small one is written under its name, and a proxy that was killed, or a
+machine that lost its power, may leave a part of it: a reader checks what an earlier run wrote before it uses it. Sizes
+count in blocks, as the disk does; what is being written comes on top. The order of use survives a restart in the times
+of the files.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -105,18 +107,23 @@ class ProxyFiles:
         Raises:
             OSError: the disk does not take it.
         """
-        partial = self.partial()
+        path = self._directory / name
         try:
-            partial.write_bytes(content)
-            self.adopt(name, partial, len(content))
+            path.write_bytes(content)
         except OSError:
-            partial.unlink(missing_ok=True)
+            self.drop(name)
             raise
+        self._enter(name, len(content))
 
     def partial(self) -> Path:
         """Return a path for something that is being written."""
         self._partial += 1
         return self._directory / "partial" / str(self._partial)
+
+    def require_room(self, size: int) -> None:
+        """Raise `OSError` where the disk has no room for a file of this size."""
+        if shutil.disk_usage(self._directory).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def adopt(self, name: str, partial: Path, size: int) -> None:
         """Give a whole file its name, and drop others until all are within the bound.
@@ -125,6 +132,9 @@ class ProxyFiles:
             OSError: the file is not there.
         """
         partial.replace(self._directory / name)
+        self._enter(name, size)
+
+    def _enter(self, name: str, size: int) -> None:
         self.size_bytes -= self._sizes.pop(name, 0)
         self._sizes[name] = _blocks(size)
         self.size_bytes += self._sizes[name]

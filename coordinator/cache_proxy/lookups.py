@@ -23,8 +23,9 @@ from coordinator.cache_proxy.upstream import ProxyUpstream, UpstreamFailedError,
 from infra.nix.store_path import StoreDir
 from infra.substituter.closures import QUESTION_PATHS
 
-#: Paths in memory, some 3 KiB each.
+#: Paths in memory, some 3 KiB each, and bytes of their narinfos.
 REMEMBERED: Final = 20_000
+REMEMBERED_BYTES: Final = 64 * 1024 * 1024
 #: Absences in memory, for how long each is believed, and how long an upstream's NAR is avoided that was wrong.
 ABSENCES: Final = 50_000
 NEGATIVE_S: Final = 15.0
@@ -56,6 +57,7 @@ class NarinfoLookups:
         self._store_dir = store_dir
         self._now = now
         self._known: OrderedDict[str, KnownPath] = OrderedDict()
+        self._known_bytes = 0
         #: Hash part -> until when it is absent, oldest first.
         self._absent: OrderedDict[str, float] = OrderedDict()
         #: Hash part and upstream -> until when that upstream's narinfo is passed over.
@@ -115,7 +117,7 @@ class NarinfoLookups:
         self._avoided[part, known.upstream] = self._now() + AVOIDED_S
         while len(self._avoided) > AVOIDED:
             self._avoided.popitem(last=False)
-        self._known.pop(part, None)
+        self._forget(part)
         self._files.drop(f"narinfo/{part}")
 
     def _ask(self, hash_part: str) -> asyncio.Future[KnownPath | None]:
@@ -174,6 +176,9 @@ class NarinfoLookups:
                     known = known_path(text, upstream.url, self._store_dir)
                     if known is None or self._avoided.get((known.hash_part, upstream.url), 0.0) > self._now():
                         continue
+                    if known.hash_part in self._known and known.hash_part not in wanted.left:
+                        # Not asked for: an upstream that comes later in the list changes nothing of one before it.
+                        continue
                     wanted.found(known.hash_part)
                     self._remember(known)
                     self._settle(known.hash_part, known)
@@ -187,11 +192,16 @@ class NarinfoLookups:
         return not known and len(self._waiting) < MAX_WAITING
 
     def _remember(self, known: KnownPath) -> None:
+        self._forget(known.hash_part)
         self._known[known.hash_part] = known
-        self._known.move_to_end(known.hash_part)
+        self._known_bytes += len(known.text)
         self._absent.pop(known.hash_part, None)
-        while len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
+        while len(self._known) > REMEMBERED or self._known_bytes > REMEMBERED_BYTES:
+            self._forget(next(iter(self._known)))
+
+    def _forget(self, part: str) -> None:
+        known = self._known.pop(part, None)
+        self._known_bytes -= 0 if known is None else len(known.text)
 
     def _settle(self, part: str, known: KnownPath | None) -> None:
         answer = self._waiting.pop(part, None)
@@ -205,11 +215,11 @@ class NarinfoLookups:
             self._absent.popitem(last=False)
 
     def _keep(self, known: KnownPath) -> None:
-        """Write a narinfo that Nix asked for, with its upstream, the time and its address there before it."""
+        """Write a narinfo that Nix asked for; before it its upstream, the time, its length and its address there."""
         name = f"narinfo/{known.hash_part}"
         if name in self._files:
             return
-        head = f"{known.upstream} {self._now():.0f} {known.info.stored.url}\n"
+        head = f"{known.upstream} {self._now():.0f} {len(known.text)} {known.info.stored.url}\n"
         try:
             self._files.write(name, head.encode() + known.text)
         except OSError as error:
@@ -221,9 +231,8 @@ class NarinfoLookups:
         if content is None:
             return None, 0.0
         head, _, text = content.partition(b"\n")
-        upstream, _, rest = head.decode("latin-1").partition(" ")
-        written, _, url = rest.partition(" ")
-        served = known_path(text, upstream, self._store_dir)
+        upstream, written, length, url = [*head.decode("latin-1").split(" ", 3), "", "", "", ""][:4]
+        served = known_path(text, upstream, self._store_dir) if length == str(len(text)) else None
         if served is None or served.hash_part != part or upstream not in self.upstreams or not written.isdecimal():
             self._files.drop(f"narinfo/{part}")
             return None, 0.0

@@ -4,6 +4,8 @@ A NAR up to WHOLE_BYTES is served once it is verified; a larger one while it com
 follow only if file size, file hash, NAR size and NAR hash are as the narinfo says. One that is not is cut there, never
 kept, and its upstream is passed over for that path: Nix, which would refuse it too, asks its next cache or builds.
 
+Small ones (SMALL_BYTES) never touch the disk before they are verified, and those that came last are served from memory.
+
 A file of an earlier run is verified before its first use: a machine that lost its power may have lost a part of it.
 """
 
@@ -11,10 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from coordinator.cache_proxy.disk import ProxyFiles
 from coordinator.cache_proxy.lookups import NarinfoLookups
@@ -29,8 +33,10 @@ WHOLE_BYTES: Final = 8 * 1024 * 1024
 #: Last bytes of a larger one, which wait for its verification.
 HELD_BYTES: Final = 64 * 1024
 CHUNK_BYTES: Final = 256 * 1024
-#: Files up to this size are verified in the event loop, in well under a millisecond.
-INLINE_BYTES: Final = 64 * 1024
+#: NARs up to this size, packed and unpacked, are held in memory while they come and verified in the event loop, in
+#: well under a millisecond; so many bytes of them stay there.
+SMALL_BYTES: Final = 64 * 1024
+REMEMBERED_BYTES: Final = 64 * 1024 * 1024
 #: Downloads at one time, those ahead of Nix among them.
 DOWNLOADS: Final = 56
 #: Tries of one download without progress, and its seconds: a minute, and what a modem needs.
@@ -60,6 +66,11 @@ class NarDownload:
     def size(self) -> int:
         """Bytes of the file; 0 if the narinfo does not say."""
         return self.known.info.stored.file_size
+
+    @property
+    def is_small(self) -> bool:
+        """True where it is held in memory while it comes."""
+        return 0 < self.size <= SMALL_BYTES >= self.known.info.path.nar_size
 
     @property
     def at_most(self) -> int:
@@ -100,6 +111,9 @@ class ProxyNars:
         self._files = files
         #: Names of files that were verified by this process.
         self._sound: set[str] = set()
+        #: Small ones, those used longest ago first.
+        self._small: OrderedDict[str, bytes] = OrderedDict()
+        self._small_bytes = 0
         self._downloads: dict[str, NarDownload] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns = asyncio.Semaphore(DOWNLOADS)
@@ -111,8 +125,16 @@ class ProxyNars:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def is_here(self, known: KnownPath) -> bool:
-        """Return whether a NAR is on disk or on its way."""
-        return known.nar_name in self._downloads or f"nar/{known.nar_name}" in self._files
+        """Return whether a NAR is here or on its way."""
+        name = known.nar_name
+        return name in self._downloads or name in self._small or f"nar/{name}" in self._files
+
+    def in_memory(self, known: KnownPath) -> bytes | None:
+        """Return a small NAR that came lately, verified."""
+        content = self._small.get(known.nar_name)
+        if content is not None:
+            self._small.move_to_end(known.nar_name)
+        return content
 
     async def on_disk(self, known: KnownPath) -> Path | None:
         """Return where a verified NAR is, None where it is not."""
@@ -168,15 +190,12 @@ class ProxyNars:
     async def _run(self, download: NarDownload) -> None:
         known, good = download.known, False
         try:
-            download.partial.touch()
             async with self._turns:
+                # An upstream may state any size.
+                self._files.require_room(download.at_most)
                 upstream = self._lookups.upstreams[known.upstream]
                 async with asyncio.timeout(LEAST_S + download.at_most / LEAST_BYTES_PER_S):
-                    await self._receive(upstream, download)
-            good = await _is_right(download.partial, known)
-            if good and download.received <= self._files.max_bytes * KEPT_SHARE:
-                self._files.adopt(f"nar/{known.nar_name}", download.partial, download.received)
-                self._sound.add(known.nar_name)
+                    good = await (self._take_small if download.is_small else self._take_large)(upstream, download)
             if not good:
                 _log.warning("%s has a NAR of %s that is not the one it signed", known.upstream, known.info.store_path)
                 self._lookups.avoid(known)
@@ -195,46 +214,77 @@ class ProxyNars:
             with suppress(OSError):
                 download.partial.unlink(missing_ok=True)
 
-    async def _receive(self, upstream: ProxyUpstream, download: NarDownload) -> None:
+    async def _take_small(self, upstream: ProxyUpstream, download: NarDownload) -> bool:
+        content = BytesIO()
+        await self._receive(upstream, download, content)
+        known, data = download.known, content.getvalue()
+        if not _holds(content, known):
+            return False
+        self._files.write(f"nar/{known.nar_name}", data)
+        self._sound.add(known.nar_name)
+        self._small_bytes += len(data) - len(self._small.pop(known.nar_name, b""))
+        self._small[known.nar_name] = data
+        while self._small_bytes > REMEMBERED_BYTES:
+            self._small_bytes -= len(self._small.popitem(last=False)[1])
+        return True
+
+    async def _take_large(self, upstream: ProxyUpstream, download: NarDownload) -> bool:
+        known = download.known
+        with download.partial.open("wb") as file:
+            await self._receive(upstream, download, file)
+        if not await _is_right(download.partial, known):
+            return False
+        if download.received <= self._files.max_bytes * KEPT_SHARE:
+            self._files.adopt(f"nar/{known.nar_name}", download.partial, download.received)
+            self._sound.add(known.nar_name)
+        return True
+
+    async def _receive(self, upstream: ProxyUpstream, download: NarDownload, file: IO[bytes]) -> None:
         """Write the file, going on where it broke off. Raises `NarGoneError` or `NarCutError`."""
         backoff = Backoff()
         left = TRIES
-        with download.partial.open("wb") as file:
-            while True:
-                before = download.received
-                try:
-                    async with upstream.nar(download.known, download.received) as (content, offset):
-                        if offset != download.received:
-                            file.seek(0)
-                            file.truncate()
-                            download.move(0)
-                        async for chunk in content.iter_any():
-                            if download.received + len(chunk) > download.at_most:
-                                raise NarGoneError(f"the NAR of {download.known.info.store_path} is longer than stated")
-                            file.write(chunk)
-                            file.flush()
-                            download.move(download.received + len(chunk))
-                    download.require_whole()
-                except NarCutError:
-                    left = TRIES if download.received > before else left - 1
-                    if not left or upstream.is_away:
-                        raise
-                    await backoff.pause()
-                else:
-                    return
+        while True:
+            before = download.received
+            try:
+                async with upstream.nar(download.known, download.received) as (content, offset):
+                    if offset != download.received:
+                        file.seek(0)
+                        file.truncate()
+                        download.move(0)
+                    async for chunk in content.iter_any():
+                        if download.received + len(chunk) > download.at_most:
+                            raise NarGoneError(f"the NAR of {download.known.info.store_path} is longer than stated")
+                        file.write(chunk)
+                        file.flush()
+                        download.move(download.received + len(chunk))
+                download.require_whole()
+            except NarCutError:
+                left = TRIES if download.received > before else left - 1
+                if not left or upstream.is_away:
+                    raise
+                await backoff.pause()
+            else:
+                return
 
 
 async def _is_right(path: Path, known: KnownPath) -> bool:
     """Return whether a file is what its narinfo says."""
+
+    def look() -> bool:
+        try:
+            return _holds(path.open("rb"), known)
+        except OSError:
+            return False
+
+    small = (known.info.stored.file_size or SMALL_BYTES) <= SMALL_BYTES >= known.info.path.nar_size
+    return look() if small else await asyncio.to_thread(look)
+
+
+def _holds(file: IO[bytes], known: KnownPath) -> bool:
+    """Return whether a file, which is closed then, holds the NAR that its narinfo promises."""
+    file.seek(0)
     try:
-        if (known.info.stored.file_size or INLINE_BYTES) <= INLINE_BYTES >= known.info.path.nar_size:
-            _verify(path, known)
-        else:
-            await asyncio.to_thread(_verify, path, known)
-    except (CorruptNarError, ObjectStoreError, OSError):
+        verify_nar(file, known.info)
+    except (CorruptNarError, ObjectStoreError):
         return False
     return True
-
-
-def _verify(path: Path, known: KnownPath) -> None:
-    verify_nar(path.open("rb"), known.info)

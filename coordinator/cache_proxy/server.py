@@ -77,19 +77,29 @@ class ProxySite:
         known = await self._lookups.find(name[:32])
         if known is None or known.nar_name != name:
             return _not_found()
-        size = known.info.stored.file_size
         if request.method == "HEAD":
+            size = known.info.stored.file_size
             return web.Response(headers={**_NAR_HEADERS, **({"Content-Length": str(size)} if size else {})})
+        content = self._nars.in_memory(known)
+        if content is not None and "Range" not in request.headers:
+            self._prefetch.taken(known)
+            return web.Response(body=content, headers=_NAR_HEADERS)
+        return await self._send_file(request, known)
+
+    async def _send_file(self, request: web.Request, known: KnownPath) -> web.StreamResponse:
+        plain = "Range" not in request.headers
         path = await self._nars.on_disk(known)
         download = None if path is not None else self._nars.download(known)
         # After its own: what Nix waits for goes before what it will want.
         self._prefetch.taken(known)
-        if download is not None and size > WHOLE_BYTES and "Range" not in request.headers:
+        if download is not None and known.info.stored.file_size > WHOLE_BYTES and plain:
             return await self._send_while_it_comes(request, known, download)
         path = path or await self._nars.whole(known)
         try:
-            if path is None or "Range" in request.headers or path.stat().st_size > SMALL_BYTES:
-                return _not_found() if path is None else web.FileResponse(path, headers=_NAR_HEADERS)
+            if path is None:
+                return _not_found()
+            if not plain or path.stat().st_size > SMALL_BYTES:
+                return web.FileResponse(path, headers=_NAR_HEADERS)
             return web.Response(body=path.read_bytes(), headers=_NAR_HEADERS)
         except OSError:
             # Others needed its room just now.

@@ -54,6 +54,17 @@ class NarCutError(ProxyError):
     """A NAR did not come, or not to its end; the rest may come when it is asked for again."""
 
 
+def _is_refusal(error: Exception) -> bool:
+    """Return whether an upstream that was asked for the first time does not know the question for a closure.
+
+    What fails just now, or is cut, may answer it later; the plain requests that follow judge.
+    """
+    if isinstance(error, QuestionRefusedError):
+        return (300 <= error.status < 500 and error.status not in _BUSY) or error.status == 501
+    # A page for people, say, which answers everything.
+    return isinstance(error, QuestionAnswerError)
+
+
 class WantedParts:
     """Hash parts that are looked for; more may be added while an upstream is asked."""
 
@@ -136,22 +147,15 @@ class ProxyUpstream:
                 async for texts in pages:
                     self.answers_closures = True
                     yield texts
-        except QuestionRefusedError as error:
-            if error.status == _TOO_LARGE and whole:
+        except (QuestionRefusedError, QuestionAnswerError, aiohttp.ClientError) as error:
+            if whole and isinstance(error, QuestionRefusedError) and error.status == _TOO_LARGE:
                 async with aclosing(self._closure(names, whole=False)) as pages:
                     async for texts in pages:
                         yield texts
-                return
-            if self.answers_closures is not None:
+            elif self.answers_closures is not None or isinstance(error, aiohttp.ClientConnectorError):
                 raise
-            # What fails just now may answer it later; it is asked in the plain way meanwhile.
-            if (300 <= error.status < 500 and error.status not in _BUSY) or error.status == 501:
+            elif _is_refusal(error):
                 self.answers_closures = False
-        except QuestionAnswerError:
-            # A page for people, say, which answers everything.
-            if self.answers_closures is not None:
-                raise
-            self.answers_closures = False
         else:
             self.answers_closures = True
 

@@ -300,17 +300,22 @@ async def test_lies_of_an_upstream_are_absences(settings: ProxySettings) -> None
     # A narinfo under another path's name, of another store, with a codec that cannot be verified; a NAR elsewhere.
     cache.infos[parts[0]] = cache.infos[parts[1]]
     other = cache.infos[parts[2]]
+    huge = replace(cache.infos[parts[1]].path, store_path=f"/nix/store/{'c' * 32}-huge")
     lies = {
         "b" * 32: replace(other, stored=replace(other.stored, compression="br")),
         parts[2]: replace(other, stored=replace(other.stored, url="file:///etc/passwd")),
+        "c" * 32: replace(
+            cache.infos[parts[1]], stored=replace(cache.infos[parts[1]].stored, file_size=2**60), path=huge
+        ),
     }
     cache.infos |= lies
     async with served(cache.answer, "/cache") as url, proxied(settings, url) as client:
         for part in (parts[0], "b" * 32):
             assert (await get(client, f"/{part}.narinfo"))[0] == 404
-        info = await info_of(client, paths[2])
-        assert info.stored.url.startswith("nar/")
-        assert (await get(client, f"/{info.stored.url}"))[0] == 404
+        for path in (paths[2], huge.store_path):
+            info = await info_of(client, path)
+            assert info.stored.url.startswith("nar/")
+            assert (await get(client, f"/{info.stored.url}"))[0] == 404
 
 
 async def test_absences_are_remembered_for_a_while_and_a_flood_of_them_is_a_few_questions(
