@@ -22,6 +22,8 @@ from infra.nix.store_path import HASH_PART_LENGTH, base_name_of, hash_part_of
 
 #: Paths whose texts are read together.
 TEXTS_AT_ONCE: Final = 500
+#: Paths whose references are read together: some thousands, which hold the event loop for milliseconds.
+REFERRERS_AT_ONCE: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ async def _reached(connection: AsyncConnection, roots: Iterable[int]) -> set[int
     level = list(reached)
     while level:
         further: set[int] = set()
-        for chunk in chunked(level):
+        for chunk in chunked(level, REFERRERS_AT_ONCE):
             question = sa.select(refs.c.reference).distinct().where(refs.c.referrer.in_(chunk))
             further.update((await connection.execute(question)).scalars())
         level = list(further - reached)

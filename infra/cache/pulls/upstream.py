@@ -10,6 +10,7 @@ why one does not count.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
@@ -24,15 +25,21 @@ from infra.nix import narinfo as narinfo_format
 from infra.nix.errors import FormatError
 from infra.nix.narinfo import NarInfo
 from infra.nix.signing import PublicKey
-from infra.nix.store_path import StoreDir, hash_part_of
+from infra.nix.store_path import HASH_PART_PATTERN, StoreDir, hash_part_of
 from infra.objects.errors import CacheError, CorruptNarError, ObjectStoreError
 from infra.objects.verification import VerifiedNar
+from infra.substituter.closures import QUESTION_PATHS, ClosureAnswer, QuestionAnswerError, QuestionRefusedError
 
 #: Requests to one upstream at one time.
 UPSTREAM_CONCURRENCY: Final = 16
 CONNECT_S: Final = 5.0
 #: For a narinfo, from question to answer.
 NARINFO_S: Final = 20.0
+#: For a closure, and how many paths are worth that question.
+CLOSURE_S: Final = 120.0
+AT_ONCE_FROM: Final = 2
+#: Narinfos whose signatures are verified before the event loop looks after others.
+JUDGED_AT_ONCE: Final = 16
 #: A NAR may take as long as it likes, but not be silent for so long.
 SILENCE_S: Final = 60.0
 #: Nor come more slowly than so, on the whole.
@@ -46,6 +53,7 @@ NOT_FOUND_S: Final = 30.0
 #: How long no request goes to an upstream that failed.
 REST_S: Final = 30.0
 #: Answers that mean "not here" (infra/nix/FORMATS.md 6.2).
+_STORE_PATH: Final = re.compile(rf"^StorePath: \S*/({HASH_PART_PATTERN})-".encode(), re.MULTILINE)
 _ABSENT: Final = frozenset({403, 404, 410})
 
 
@@ -94,6 +102,8 @@ class Upstream:
         #: Hash part -> (what is there, until when that is believed), oldest first.
         self._known: OrderedDict[str, tuple[NarInfo | None, float]] = OrderedDict()
         self._rests_until = float("-inf")
+        #: Whether it answers the question for a closure; None until it was asked.
+        self._answers_closures: bool | None = None
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -133,6 +143,11 @@ class Upstream:
                 unknown.append(hash_part)
             elif info is not None:
                 found[hash_part] = info
+        if len(unknown) >= AT_ONCE_FROM and self._answers_closures is not False:
+            await self._ask_at_once(unknown)
+            known = {part: self._known[part][0] for part in unknown if self._known.get(part, (None, now))[1] > now}
+            found |= {part: info for part, info in known.items() if info is not None}
+            unknown = [part for part in unknown if part not in known]
         remaining = iter(unknown)
 
         async def ask() -> None:
@@ -191,6 +206,42 @@ class Upstream:
         except (aiohttp.ClientError, ValueError) as error:
             reason = f"{self.url} cannot be asked: {_first_line(error)}"
         return Inquiry(fault=f"the upstream {reason}", passing=passing)
+
+    async def _ask_at_once(self, hash_parts: Sequence[str]) -> None:
+        """Learn what a farm as the upstream has of these and of all that they reach; any other upstream refuses it."""
+        for names in (hash_parts[at : at + QUESTION_PATHS] for at in range(0, len(hash_parts), QUESTION_PATHS)):
+            question = ClosureAnswer(self._opened(), self.url, self._headers, names)
+            within_s = NARINFO_S if self._answers_closures is None else CLOSURE_S
+            try:
+                async with self._turns, asyncio.timeout(within_s), aclosing(question.narinfos()) as pages:
+                    if self.is_away:
+                        return
+                    async for texts in pages:
+                        self._answers_closures = True
+                        await self._learn(texts)
+            except (QuestionRefusedError, QuestionAnswerError) as error:
+                if not isinstance(error, QuestionRefusedError) or error.status < 500:
+                    # One that answered before says that this closure is too large, say.
+                    self._answers_closures = self._answers_closures or False
+                return
+            except (aiohttp.ClientConnectorError, TimeoutError):
+                self._rests_until = self._now() + REST_S
+                return
+            except aiohttp.ClientError:
+                # Some servers close the connection of a question that they do not know; plain requests judge.
+                return
+            self._answers_closures = True
+            for name in set(question.missing).intersection(names):
+                self._remember(name, None)
+
+    async def _learn(self, texts: Sequence[bytes]) -> None:
+        for number, text in enumerate(texts):
+            if number % JUDGED_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            part = _STORE_PATH.search(text)
+            info = None if part is None else self._judge(text, part[1].decode("ascii")).info
+            if info is not None:
+                self._remember(info.hash_part, info)
 
     async def _ask(self, hash_part: str) -> NarInfo | None:
         async with self._turns:

@@ -20,6 +20,8 @@ from infra.nix.path_info import PathInfo
 from infra.objects.compression import nar_key
 from infra.objects.errors import CacheError, CorruptNarError
 from tests.support.cache import STORE_DIR, base_name, secret_key, store_path
+from tests.support.served import served
+from tests.support.small_cache import SmallCache
 
 KEY = secret_key("upstream-1", 7)
 NAR = b"nar of a" * 300_000
@@ -119,6 +121,23 @@ async def test_answers_are_remembered_and_that_there_is_none_for_less_than_a_min
     origin.now += upstream_module.FOUND_S
     assert await upstream.present([A]) == {A}
     assert len(origin.asked) == 4
+
+
+async def test_an_upstream_that_is_a_farm_is_asked_for_a_closure_at_once_and_believed_as_little() -> None:
+    farm = SmallCache(key=KEY)
+    chain = farm.chain("p", 6)
+    part = base_name(chain[2])[:32]
+    forged = farm.infos[part]
+    farm.infos[part] = forged.signed((secret_key("upstream-1", 8).sign(forged.path.fingerprint()),))
+    lost = store_path("lost")
+    async with (
+        served(farm.answer, "/cache") as url,
+        Upstream(url, [KEY.public], STORE_DIR, lambda: 0.0) as upstream,
+    ):
+        assert await upstream.present([chain[-1], chain[-2], lost]) == {chain[-1], chain[-2]}
+        # What they reach came along; what is not signed by the key is asked for by itself, and no more believed.
+        assert await upstream.present([*chain, lost]) == {path for path in chain if path != chain[2]}
+        assert farm.asked == {"POST narinfos": 1, "GET narinfo": 1}
 
 
 async def test_memory_and_requests_at_one_time_are_bounded(
