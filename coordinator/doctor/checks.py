@@ -28,7 +28,6 @@ NAMED: Final = 5
 LITTLE_BYTES: Final = 5 * 10**9
 #: `name:` and 32 bytes of Ed25519 in base64.
 _KEY: Final = re.compile(r"[^:\s]+:[A-Za-z0-9+/]{43}=")
-_SYSTEM_CONF: Final = "/etc/nix/nix.conf"
 _RESTART: Final = {
     True: "sudo launchctl kickstart -k system/org.nixos.nix-daemon",
     False: "sudo systemctl restart nix-daemon",
@@ -154,7 +153,7 @@ def _cache(cache: CacheFacts, facts: MachineFacts, settings: NixSettings) -> Ite
     if cache.took_s > SLOW_S:
         yield Diagnosis(
             "advice", about, f"it answers after {cache.took_s:.1f} s; Nix asks once for each path of a closure",
-            "set http-connections = 100 in nix.conf",
+            f"drover cache proxy --upstream {cache.url}, and the line that it prints into nix.conf",
         )  # fmt: skip
     else:
         rank = "" if cache.priority is None else f", priority {cache.priority}"
@@ -168,17 +167,30 @@ def _not_asked(cache: CacheFacts, facts: MachineFacts, settings: NixSettings) ->
         return Diagnosis(
             "problem", cache.url,
             f"a file of {facts.user}'s own names it, which the daemon passes over: {facts.user} is no trusted user",
-            f"echo '{line}' | sudo tee -a {_SYSTEM_CONF}, and restart the daemon",
+            _for_the_machine(facts, line),
         )  # fmt: skip
     allowed = normal(cache.url) in {normal(each) for each in settings.trusted_substituters}
     if is_trusted(facts, settings) or allowed:
-        where = "~/.config/nix/nix.conf" if facts.user != "root" else _SYSTEM_CONF
-        return Diagnosis("problem", cache.url, "Nix does not ask this cache", f"echo '{line}' >> {where}")
+        return Diagnosis("problem", cache.url, "Nix does not ask this cache", _for_the_user(facts, line))
     return Diagnosis(
         "problem", cache.url,
         f"Nix does not ask this cache, and {facts.user} is no trusted user, so that only an administrator can add it",
-        f"echo '{line}' | sudo tee -a {_SYSTEM_CONF}, and restart the daemon",
+        _for_the_machine(facts, line),
     )  # fmt: skip
+
+
+def _for_the_user(facts: MachineFacts, line: str) -> str:
+    """Return how a trusted user adds a line to the settings."""
+    if facts.user == "root" and facts.conf_generated:
+        return _for_the_machine(facts, line)
+    return f"echo '{line}' >> {facts.conf if facts.user == 'root' else '~/.config/nix/nix.conf'}"
+
+
+def _for_the_machine(facts: MachineFacts, line: str) -> str:
+    """Return how an administrator adds a line to the machine's settings."""
+    if facts.conf_generated:
+        return f"add it to nix.settings of this machine's configuration, and switch to that: {line}"
+    return f"echo '{line}' | sudo tee -a {facts.conf}, and restart the daemon"
 
 
 def _trouble(cache: CacheFacts, facts: MachineFacts) -> Diagnosis:
@@ -227,14 +239,12 @@ def _keys(facts: MachineFacts, settings: NixSettings) -> Iterator[Diagnosis]:
         other = next((each for each in known if each.partition(":")[0] == name), None)
         said = f"the key that is trusted as {name} is another one" if other else f"the key {name} is not trusted"
         if is_trusted(facts, settings):
-            where = "~/.config/nix/nix.conf" if facts.user != "root" else _SYSTEM_CONF
-            yield Diagnosis(
-                "problem", "keys", f"{said}: Nix passes over what it has signed", f"echo '{line}' >> {where}"
-            )
+            mend = _for_the_user(facts, line)
+            yield Diagnosis("problem", "keys", f"{said}: Nix passes over what it has signed", mend)
         else:
             yield Diagnosis(
                 "problem", "keys", f"{said}, and {facts.user} is no trusted user",
-                f"echo '{line}' | sudo tee -a {_SYSTEM_CONF}, and restart the daemon",
+                _for_the_machine(facts, line),
             )  # fmt: skip
 
 

@@ -88,6 +88,9 @@ class MachineFacts:
     #: The user's, all files and variables together; and those of the machine alone, which its daemon has.
     settings: NixSettings | None = None
     machine: NixSettings | None = None
+    #: Where an administrator adds a line for the whole machine; a program writes it anew from its own configuration.
+    conf: str = "/etc/nix/nix.conf"
+    conf_generated: bool = False
     #: Builds and downloads go through a daemon, which has settings and a cache of its own.
     daemon: bool = False
     #: Why the store does not answer; empty where it does.

@@ -38,6 +38,7 @@ from infra.process import Completed, ProcessError, ProcessNotFound, run
 ASK_S: Final = 30.0
 CACHE_S: Final = 10.0
 MAX_OUTPUT_BYTES: Final = 16 * 1024 * 1024
+MAX_CONF_BYTES: Final = 1024 * 1024
 MAX_NETRC_BYTES: Final = 1024 * 1024
 #: Caches that are asked, and lines that are read of what one says of itself.
 MAX_CACHES: Final = 20
@@ -73,6 +74,7 @@ async def gather(
     settings = await _settings(env, troubles)
     machine = await _settings({**env, **_NO_USER_FILES}, troubles) if settings is not None else None
     store, trusted = await _store(env)
+    conf, generated = await asyncio.to_thread(_conf, env)
     file = _netrc(settings.netrc_file) if settings is not None else None
     wanted = {normal(url): url for url in caches}
     asked = {normal(url): url for url in (settings.substituters if settings is not None else ())}
@@ -87,6 +89,8 @@ async def gather(
         facts,
         settings=settings,
         machine=machine,
+        conf=conf,
+        conf_generated=generated,
         daemon=_uses_daemon(env, user),
         store_trouble=store,
         trusted=trusted,
@@ -172,6 +176,23 @@ async def _store(env: Mapping[str, str]) -> tuple[str, bool | None]:
     # Newer versions print it there, older ones nothing.
     found = re.search(r"^Trusted: *([01])$", (done.stdout + done.stderr).decode(errors="replace"), re.MULTILINE)
     return "", None if found is None else found[1] == "1"
+
+
+def _conf(env: Mapping[str, str]) -> tuple[str, bool]:
+    """Return the file for an administrator's own lines, and whether a program writes it anew.
+
+    Determinate Nix replaces nix.conf, which includes nix.custom.conf for others' lines; nix-darwin and NixOS make it a
+    link to what they wrote.
+    """
+    file = Path(env.get("NIX_CONF_DIR") or "/etc/nix", "nix.conf")
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(MAX_CONF_BYTES)
+    except OSError:
+        return str(file), False
+    if re.search(rb"^!?include +(\S*/)?nix[.]custom[.]conf *$", text, re.MULTILINE):
+        return str(file.with_name("nix.custom.conf")), False
+    return str(file), file.is_symlink()
 
 
 def _uses_daemon(env: Mapping[str, str], user: str) -> bool:

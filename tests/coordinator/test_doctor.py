@@ -234,6 +234,18 @@ def test_what_a_user_who_is_not_trusted_sets_does_not_count_and_only_an_administ
     assert not [each for each in diagnoses(allowed) if each.level == "problem"]
 
 
+async def test_a_line_goes_into_the_file_that_no_program_writes_anew(machine: dict[str, str], tmp_path: Path) -> None:
+    conf(machine, "!include nix.custom.conf", "substituters =")
+    async with served(info, "/cache") as url:
+        mend = (await examined(machine, url))[url][0].mend
+        assert str(tmp_path / "conf/nix.custom.conf") in mend
+        (tmp_path / "conf/nix.conf").rename(tmp_path / "written")
+        (tmp_path / "written").write_text("substituters =\n")
+        (tmp_path / "conf/nix.conf").symlink_to(tmp_path / "written")
+        mend = (await examined(machine, url))[url][0].mend
+    assert ("nix.settings" in mend, f"extra-substituters = {url}" in mend) == (True, True)
+
+
 def test_dangerous_settings_and_a_full_disk_are_problems() -> None:
     settings = replace(SETTINGS, require_sigs=False, trusted_users=("*",), trusted_public_keys=("broken",))
     netrc = Netrc("/etc/nix/netrc", exists=True, open_to_all=True)
