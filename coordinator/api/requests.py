@@ -30,6 +30,8 @@ MAX_ROOTS = 100_000
 #: Pairs of one question; outputs are compared at most MAX_OUTPUT_PAIRS at once.
 MAX_PAIRS = 50_000
 MAX_OUTPUT_PAIRS = 500
+#: Derivations of a client's own that one plan counts.
+MAX_PLANNED = 20_000
 #: Attributes that could not be evaluated which a submission keeps.
 MAX_UNEVALUATED = 200
 #: Characters of an output's name; Nix makes it part of a store path's name, which has at most 211.
@@ -204,10 +206,26 @@ class ForecastQuery(Request):
     drvs: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=MAX_ROOTS), FailFast()]
 
 
+class PlannedDerivation(Request):
+    """A derivation of the asker's machine, by its word alone: a plan counts it, and nothing is stored of it."""
+
+    #: Base name of the .drv, full paths of its outputs by the order of their names, and its system.
+    drv: Annotated[str, Field(max_length=255)]
+    outputs: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=64), FailFast()]
+    system: Annotated[str, Field(max_length=64)]
+    #: Derivations that it needs: places in the list before its own, and base names of those that the farm has.
+    needs: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=MAX_PLANNED)], ...], Field(max_length=MAX_PLANNED), FailFast()
+    ] = ()
+    known: Names = ()
+
+
 class PlanQuery(Request):
     """A wish list, and which of its store paths are on the asker's machine already."""
 
     wishes: WishListDocument
+    #: Derivations that the wishes stand on and the farm does not have, inputs first.
+    graph: Annotated[tuple[PlannedDerivation, ...], Field(max_length=MAX_PLANNED), FailFast()] = ()
     present: Annotated[tuple[_Text, ...], Field(max_length=MAX_ROOTS), FailFast()] = ()
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from coordinator.cli.evaluation import EvaluationRequest, inputs_of
 from coordinator.client.closure import LocalStore, local_store
-from coordinator.evaluation.wished import evaluated
+from coordinator.evaluation.wished import described, evaluated
 from coordinator.wishes.model import MAX_FILE_BYTES, MAX_SOURCES, WishList, WishListError, WishSource, joined
 from coordinator.wishes.reading import NAMED, WishReading, flake_of, named_wishes, read_wishes, source_by_name
 from infra.nix.store_path import StoreDir
@@ -54,7 +54,8 @@ async def wishes_of(request: WishRequest, on_messages: Callable[[str], None]) ->
     found = await asyncio.to_thread(read_lists, request, store)
     _, means = inputs_of(request.evaluation, request.settings, request.store, on_messages)
     flags = (*request.evaluation.flags, *request.settings, *store.flags)
-    return await evaluated(found, means, flags=flags, read=store.read)
+    whole = await evaluated(found, means, flags=flags, read=store.read)
+    return await asyncio.to_thread(described, whole, store.read)
 
 
 def read_lists(request: WishRequest, store: LocalStore) -> WishList:

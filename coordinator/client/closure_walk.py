@@ -69,6 +69,10 @@ class ClosureWalk:
         """Return what the farm lacks, once there are no further questions. For a thread."""
         return closure_of(self._roots, lambda drv: None if drv in self._known else self._heads[drv])
 
+    def head(self, drv: str) -> DrvHead:
+        """Return the head of a member that was read."""
+        return self._heads[drv]
+
     @property
     def known(self) -> set[str]:
         """Members at which the walk ended."""

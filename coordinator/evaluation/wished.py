@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from coordinator.errors import CoordinatorError
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.findings import EvaluationMeans, findings_of
 from coordinator.evaluation.flakes import flake_value
@@ -89,6 +90,24 @@ async def evaluated(
     return replace(wishes, wishes=made_wishes, systems=systems, notes=(*wishes.notes, *notes, *repeats)[:MAX_NOTES])
 
 
+def described(wishes: WishList, read: Callable[[str], bytes]) -> WishList:
+    """Return the list with the derivations that can be read as the paths that they make, for the systems they name."""
+    found = []
+    for wish in wishes.wishes:
+        target = wish.target
+        if isinstance(target, WishedDerivation):
+            try:
+                found.append(_derived(wish, target.path, target.outputs, read))
+            except CoordinatorError:
+                # It is not on this machine; the farm may know it.
+                found.append(wish)
+        else:
+            found.append(wish)
+    made, notes = unique(wishes.place, found)
+    systems = tuple(dict.fromkeys(wish.system for wish in made)) if made != wishes.wishes else wishes.systems
+    return replace(wishes, wishes=made, systems=systems, notes=(*wishes.notes, *notes)[:MAX_NOTES])
+
+
 async def _groups(asked: Sequence[Wish], means: EvaluationMeans, flags: Sequence[str]) -> list[_Group]:
     flakes: dict[str, list[Wish]] = {}
     files: dict[tuple[str, str], list[Wish]] = {}
@@ -157,18 +176,24 @@ def _wish_of(wish: Wish, place: AttrPlace, finding: Finding, read: Callable[[str
         return replace(wish, name=name, marks=wish.marks | marks)
     if not isinstance(finding, EvaluatedRoot):
         return None
+    return _derived(replace(wish, name=name), finding.drv, finding.outputs, read)
+
+
+def _derived(wish: Wish, drv: str, wanted: tuple[str, ...], read: Callable[[str], bytes]) -> Wish:
+    """Return a wish for outputs of a derivation, none: all; what `read` raises is passed on."""
+    unread = replace(wish, target=WishedDerivation(drv, wanted))
     try:
-        derivation = aterm.parse(read(finding.drv))
+        derivation = aterm.parse(read(drv))
     except FormatError:
-        return replace(wish, name=name, target=WishedDerivation(finding.drv, finding.outputs))
-    wanted = finding.outputs or tuple(output.name for output in derivation.outputs)
-    outputs = tuple(WishedOutput(each.name, each.path) for each in derivation.outputs if each.name in wanted)
-    others = tuple(WishedOutput(each.name, each.path) for each in derivation.outputs if each.name not in wanted)
+        return unread
     system = derivation.system if is_known_system(derivation.system) else wish.system
-    if all(output.path for output in (*outputs, *others)):
-        return replace(wish, name=name, system=system, target=WishedPaths(outputs, finding.drv, "", others))
-    # Its paths are known after the build alone.
-    return replace(wish, name=name, system=system, target=WishedDerivation(finding.drv, finding.outputs))
+    names = wanted or tuple(output.name for output in derivation.outputs)
+    outputs = tuple(WishedOutput(each.name, each.path) for each in derivation.outputs if each.name in names)
+    others = tuple(WishedOutput(each.name, each.path) for each in derivation.outputs if each.name not in names)
+    if len(outputs) < len(names) or not all(output.path for output in (*outputs, *others)):
+        # Its paths are known after the build alone, or it has no such output.
+        return replace(unread, system=system)
+    return replace(wish, system=system, target=WishedPaths(outputs, drv, "", others))
 
 
 def _merged(wishes: Sequence[Wish], found: Mapping[tuple[str, str], Sequence[Wish]]) -> Iterator[Wish]:

@@ -143,7 +143,7 @@ class Forecaster:
         graph = await self._intake.look(drvs)
         absent = await self._cache.missing(await asyncio.to_thread(graph.paths))
         plan = await asyncio.to_thread(_plan, graph, drvs, absent)
-        await self._price(plan.steps)
+        await self.price(plan.steps)
         return plan
 
     async def _of(self, drvs: Sequence[str]) -> ForecastView:
@@ -162,7 +162,7 @@ class Forecaster:
         await free_in_slices(freed)
         return view
 
-    async def _price(self, steps: Sequence[PlannedStep]) -> None:
+    async def price(self, steps: Sequence[PlannedStep]) -> None:
         """Give steps their costs, as far as the database of timings has them."""
         known = await self.costs(await asyncio.to_thread(_packages, steps))
         await asyncio.to_thread(_give_costs, steps, known)

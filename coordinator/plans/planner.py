@@ -7,15 +7,15 @@ closures (`lookup`), seconds of upstreams (`lookup`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
 from coordinator.api.models import StepStatus
 from coordinator.api.plan_models import PlanView
-from coordinator.api.requests import PlanQuery
+from coordinator.api.requests import PlannedDerivation, PlanQuery
 from coordinator.errors import IntakeError, UnavailableError
-from coordinator.intake.forecast import MAX_PACKAGES, Forecaster
+from coordinator.intake.forecast import MAX_PACKAGES, Forecaster, PlannedStep
 from coordinator.plans.closures import Reach, Survey, extents
 from coordinator.plans.judging import FarmFacts, KnownFailure, WishFacts, judge, package_key
 from coordinator.plans.lookup import Lookup
@@ -24,7 +24,9 @@ from coordinator.readmodel.views import Views
 from coordinator.stores.derivation_records import Node
 from coordinator.stores.derivations import DerivationStore
 from coordinator.wishes.model import Wish, WishedDerivation, WishedPaths, WishList
-from infra.nix.store_path import StoreDir, base_name_of
+from infra.cache.cache import Cache
+from infra.nix.errors import FormatError
+from infra.nix.store_path import StoreDir, base_name_of, drv_name_of, parse_base_name
 from infra.slices import in_slices
 from scheduler.model import Requirements, StepKey
 
@@ -46,9 +48,10 @@ class Planner:
         lookup: Lookup,
         forecaster: Forecaster,
         views: Views,
-        store_dir: StoreDir,
+        cache: Cache,
     ) -> None:
-        self._store_dir = store_dir
+        self._store_dir = cache.store_dir
+        self._missing_here = cache.missing
         self._derivations = derivations
         self._lookup = lookup
         self._forecaster = forecaster
@@ -65,10 +68,17 @@ class Planner:
             UnavailableError: Too many plans are wanted at once.
         """
         wishes = await asyncio.to_thread(query.wishes.wish_list, self._store_dir)
-        return await self.of_list(wishes, frozenset(query.present))
+        return await self.of_list(wishes, frozenset(query.present), query.graph)
 
-    async def of_list(self, wishes: WishList, present: frozenset[str] = frozenset()) -> PlanView:
+    async def of_list(
+        self,
+        wishes: WishList,
+        present: frozenset[str] = frozenset(),
+        graph: Sequence[PlannedDerivation] = (),
+    ) -> PlanView:
         """Return the plan of a wish list of this store, as on a machine that has the paths in `present`.
+
+        `graph` has derivations that the farm does not have, by the asker's word.
 
         Raises:
             IntakeError: It has too many wishes, or stands on too many paths.
@@ -81,17 +91,20 @@ class Planner:
         self._waiting += 1
         try:
             async with self._turn:
-                return await self._of(wishes, present)
+                return await self._of(wishes, present, graph)
         finally:
             self._waiting -= 1
 
-    async def _of(self, wishes: WishList, present: frozenset[str]) -> PlanView:
+    async def _of(self, wishes: WishList, present: frozenset[str], graph: Sequence[PlannedDerivation]) -> PlanView:
         nodes = await self._nodes(wishes.wishes)
-        facts = await asyncio.to_thread(lambda: [_facts(wish, nodes.get(wish.key), present) for wish in wishes.wishes])
+        told = await asyncio.to_thread(_told, graph, self._store_dir)
+        facts = await asyncio.to_thread(
+            lambda: [_facts(wish, nodes.get(wish.key), told, present) for wish in wishes.wishes]
+        )
         survey, upstreams = await self._lookup.survey({path for each in facts for path in each.paths})
         missing = await asyncio.to_thread(_missing, facts, survey)
-        drvs = [self._store_dir.full(nodes[each.wish.key].drv) for each in missing if each.graphed]
-        steps = (await self._forecaster.graph(drvs)).steps if drvs else []
+        stored = [nodes[each.wish.key] for each in missing if each.wish.key in nodes]
+        steps = await self._steps(stored, graph)
         packages = {each.wish.key: package_key(each.wish) for each in missing if not each.graphed}
         costs = await self._forecaster.costs(list(dict.fromkeys(packages.values()))[:MAX_PACKAGES])
         facts = [
@@ -101,16 +114,23 @@ class Planner:
         keys = dict.fromkeys([*(step.key for step in steps), *(each.step for each in missing if each.step)])
         building, failures = await in_slices(self._states(list(keys)))
         kinds = {step.kind for step in steps} | {Requirements(system, ()) for system in wishes.systems}
-        farm = FarmFacts(
-            survey,
-            steps,
-            building,
-            failures,
-            {kind: self._forecaster.slots(kind) for kind in kinds},
-            present,
-            tuple(upstreams),
-        )
+        slots = {kind: self._forecaster.slots(kind) for kind in kinds}
+        farm = FarmFacts(survey, steps, building, failures, slots, present, tuple(upstreams))
         return await asyncio.to_thread(judge, wishes, facts, farm)
+
+    async def _steps(self, stored: Sequence[Node], graph: Sequence[PlannedDerivation]) -> list[PlannedStep]:
+        """Return the steps that would be built, inputs first: of derivations that are stored, and of the asker's."""
+        below = await self._derivations.nodes(list({name for each in graph for name in each.known}))
+        drvs = dict.fromkeys(self._store_dir.full(node.drv) for node in (*stored, *below.values()))
+        steps = list((await self._forecaster.graph(list(drvs))).steps) if drvs else []
+        if not graph:
+            return steps
+        absent = await self._missing_here({path for each in graph for path in each.outputs})
+        own = await asyncio.to_thread(
+            _own_steps, graph, {name: node.step for name, node in below.items()}, steps, absent
+        )
+        await self._forecaster.price(own)
+        return [*steps, *own]
 
     async def _nodes(self, wishes: Sequence[Wish]) -> dict[tuple[str, str], Node]:
         """Return the derivation of each wish, by its key, where the farm has one."""
@@ -155,11 +175,51 @@ def _derivation(wish: Wish) -> str | None:
     return target.derivation if isinstance(target, WishedPaths) else None
 
 
-def _facts(wish: Wish, node: Node | None, present: frozenset[str]) -> WishFacts:
+def _told(graph: Sequence[PlannedDerivation], store_dir: StoreDir) -> dict[str, StepKey]:
+    """Return the step of each of the asker's derivations. Raises `IntakeError` for what is none of a graph."""
+    for place, each in enumerate(graph):
+        try:
+            for name in (each.drv, *each.known):
+                parse_base_name(name)
+            for path in each.outputs:
+                store_dir.parse(path)
+        except FormatError as error:
+            raise IntakeError(
+                f"derivation {place} of the graph names what is no store path: {error.message}."
+            ) from None
+        if any(need >= place for need in each.needs):
+            raise IntakeError(f"derivation {place} of the graph needs one that is not before it; send inputs first.")
+    return {each.drv: StepKey(base_name_of(each.outputs[0])) for each in graph}
+
+
+def _own_steps(
+    graph: Sequence[PlannedDerivation],
+    below: Mapping[str, StepKey],
+    stored: Sequence[PlannedStep],
+    absent: Collection[str],
+) -> list[PlannedStep]:
+    """Return the steps of the asker's derivations that the cache does not hold, inputs first."""
+    by_key = {step.key: step for step in stored}
+    places: list[PlannedStep | None] = []
+    own = []
+    for each in graph:
+        key = StepKey(base_name_of(each.outputs[0]))
+        step = by_key.get(key)
+        if step is None and any(path in absent for path in each.outputs):
+            needs = [need for place in each.needs if (need := places[place]) is not None]
+            needs += [by_key[below[name]] for name in each.known if below.get(name) in by_key]
+            step = by_key[key] = PlannedStep(key, drv_name_of(each.drv), Requirements(each.system, ()), needs, 0)
+            own.append(step)
+        places.append(step)
+    return own
+
+
+def _facts(wish: Wish, node: Node | None, told: Mapping[str, StepKey], present: frozenset[str]) -> WishFacts:
     """Return what is known of a wish before anything is looked up."""
     target = wish.target
     paths: tuple[str, ...] = ()
-    step = None if node is None else node.step
+    step = told.get(base_name_of(_derivation(wish) or "")) if node is None else node.step
+    graphed = step is not None
     if isinstance(target, WishedPaths):
         paths = target.paths
         if step is None:
@@ -168,7 +228,7 @@ def _facts(wish: Wish, node: Node | None, present: frozenset[str]) -> WishFacts:
     elif node is not None and isinstance(target, WishedDerivation):
         paths = tuple(path for name, path in node.outputs if not target.outputs or name in target.outputs)
     is_present = bool(paths) and present.issuperset(paths)
-    return WishFacts(wish, paths, step, graphed=node is not None, present=is_present)
+    return WishFacts(wish, paths, step, graphed=graphed, present=is_present)
 
 
 def _missing(facts: Sequence[WishFacts], survey: Survey) -> list[WishFacts]:

@@ -155,7 +155,7 @@ def _add_questions(  # noqa: PLR0917 - collaborators, named by their types
     serve_routes(app, rebuilds.handlers())
     # The list of upstreams is the one that `serve_caches` has filled.
     lookup = Lookup(stores.cache, core.intake.pulls.upstreams, stores.cache.store_dir.path, time.monotonic)
-    planner = Planner(stores.derivations, lookup, forecaster, core.views, stores.cache.store_dir)
+    planner = Planner(stores.derivations, lookup, forecaster, core.views, stores.cache)
     serve_routes(app, PlanApi(planner).handlers())
     add_worker_routes(app, core.views, work.fleet.drain)
     return planner

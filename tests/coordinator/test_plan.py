@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +15,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
 
 from coordinator.api.plan_models import PlanView, WishPlan
-from coordinator.api.requests import PlanQuery
+from coordinator.api.requests import IntakeQuery, PlanQuery
+from coordinator.cli.evaluation import EvaluationRequest
+from coordinator.cli.plan import PlanRequest, plan
+from coordinator.cli.wish_reading import WishRequest
 from coordinator.client.errors import RefusedError
 from coordinator.config import CacheSettings, LimitSettings, Settings, UpstreamSettings
 from coordinator.plans import lookup
@@ -24,7 +29,7 @@ from tests.coordinator.test_intake_upstreams import BUILT, KEY, Elsewhere, elsew
 from tests.support.farm import BIN
 from tests.support.wishes import catalog_entry, flox_lock, store_path
 
-from .conftest import OpenedFarm, OpenFarm
+from .conftest import PRELUDE, OpenedFarm, OpenFarm
 from .test_rebuild_api import built, graph
 
 __all__ = ["elsewhere"]
@@ -113,6 +118,18 @@ async def shown(farm: OpenedFarm, lock: bytes) -> tuple[list[str], str]:
     return out.decode().splitlines(), await asyncio.to_thread(page.read_text)
 
 
+async def planned_here(farm: OpenedFarm, text: str, *attrs: str) -> dict[str, dict[str, Any]]:
+    """Plan attributes of a file that is evaluated here and never sent; return the wishes by name."""
+    file, page = farm.root / "default.nix", farm.root / "here.json"
+    await asyncio.to_thread(file.write_text, PRELUDE + text)
+    evaluation = EvaluationRequest(attrs=attrs, evaluators=1, eval_cache=False)
+    settings = ("--option", "substituters", "")
+    wishes = WishRequest((str(file),), evaluation, settings=settings, store=str(farm.root / "client"))
+    with page.open("w") as out, contextlib.redirect_stdout(out):
+        assert await plan(farm.client, PlanRequest(wishes, as_json=True)) == 0
+    return {each["name"]: each for each in json.loads(await asyncio.to_thread(page.read_text))["wishes"]}
+
+
 async def test_a_plan_says_of_each_package_what_became_of_it_and_changes_nothing(
     open_farm: OpenFarm, monkeypatch: pytest.MonkeyPatch, elsewhere: Elsewhere
 ) -> None:
@@ -147,6 +164,18 @@ async def test_a_plan_says_of_each_package_what_became_of_it_and_changes_nothing
         less, _ = await asked(farm, lock, BUILT)
         assert (less.systems[0].present, less.systems[0].upstream_paths) == (1, 0)
 
+        # What this machine alone has is counted by its word, with the history of the farm.
+        here = await planned_here(farm, graph(comment="third"), "copy", "above")
+        assert [(each["steps"], each["unknown"], each["state"]) for each in here.values()] == [
+            (2, 0, "buildable"),
+            (4, 2, "buildable"),
+        ]
+        drvs = tuple(each.name for each in (farm.root / "client/nix/store").glob("*.drv"))
+        stored = (
+            await farm.client.missing(IntakeQuery(store_dir="/nix/store", derivations=drvs, sources=()))
+        ).derivations
+        assert len(stored) == 4
+
         assert farm.coordinator.views.step_total() == steps
         assert len(await farm.client.submissions()) == submissions
         assert elsewhere.nars_sent == 0
@@ -154,11 +183,12 @@ async def test_a_plan_says_of_each_package_what_became_of_it_and_changes_nothing
         lines, page = await shown(farm, lock)
         assert (lines[0].split(), lines[1].split()) == (["PACKAGE", LINUX, MAC], ["copy", "here", "no", "package"])
         assert max(map(len, lines[:9])) <= 80
-        assert "fresh         build 0s" in "\n".join(lines)
+        assert "fresh         build " in "\n".join(lines)
         for sentence in (
             f"{LINUX} (this machine): 1 here, 1 upstream, 2 build, 1 fails, 1 unfree, 1 gone",
             "  Nix would fetch 1 paths from the farm (",
-            "  and build 5 derivations here, for about 0s as the farm's workers took and an unknown time for 3 of them",
+            "  and build 5 derivations here, for about ",
+            " as the farm's workers took and an unknown time for 3 of them; 1 of them with what they stand on, which",
             f"above fails on {LINUX} because of bad since 20",
             f"fresh: no worker builds for {MAC}",
             "notes: no cache has it, and a path without derivation is only copied",

@@ -9,14 +9,16 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from coordinator.api.plan_routes import PLAN
-from coordinator.api.requests import PlanQuery
+from coordinator.api.requests import MAX_PLANNED, PlanQuery
 from coordinator.api.route import Route
 from coordinator.http.answers import json_of
 from coordinator.http.bodies import BodyBounds, read_model
 from coordinator.plans.planner import MAX_WISHES, Planner
 
-#: Some 1.5 KB, thirty elements and six containers for each wish.
-_PLAN: Final = BodyBounds(32 * 1024 * 1024, items=30 * MAX_WISHES, containers=6 * MAX_WISHES)
+#: Some 1.5 KB, thirty elements and six containers for each wish; thirty elements and four for each derivation.
+_PLAN: Final = BodyBounds(
+    32 * 1024 * 1024, items=30 * (MAX_WISHES + MAX_PLANNED), containers=6 * MAX_WISHES + 4 * MAX_PLANNED
+)
 
 
 class PlanApi:

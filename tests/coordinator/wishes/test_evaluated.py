@@ -28,8 +28,14 @@ FLAKE = """{
 FILE = """{ a = derivation { name = "a"; system = "x86_64-linux"; builder = "/b"; outputs = [ "out" "dev" ]; }; }"""
 
 
-def read(tmp_path: Path, *sources: str, kind: WishSource | None = None, attrs: tuple[str, ...] = ()) -> WishList:
-    evaluation = EvaluationRequest(attrs=attrs, systems=(LINUX, MAC), evaluators=1, eval_cache=False)
+def read(
+    tmp_path: Path,
+    *sources: str,
+    kind: WishSource | None = None,
+    attrs: tuple[str, ...] = (),
+    systems: tuple[str, ...] = (LINUX, MAC),
+) -> WishList:
+    evaluation = EvaluationRequest(attrs=attrs, systems=systems, evaluators=1, eval_cache=False)
     request = WishRequest(sources, evaluation, kind, ("--option", "substituters", ""), str(tmp_path / "store"))
     return asyncio.run(wishes_of(request, lambda _: None))
 
@@ -54,6 +60,13 @@ def test_attributes_become_the_paths_of_their_derivations_for_each_system(tmp_pa
         ("darwinConfigurations.mac", MAC): ["darwin-system"],
         ("a", LINUX): ["a-dev", "a"],
     }
+    # The same as a list of derivations, which say their systems themselves.
+    targets = [wish.target for wish in found.wishes]
+    listed = tmp_path / "drvs"
+    listed.write_text("\n".join(each.derivation or "" for each in targets if isinstance(each, WishedPaths)))
+    again = read(tmp_path, str(listed), systems=(MAC,))
+    assert {wish.system for wish in again.wishes} == {LINUX, MAC}
+    assert [wish.target for wish in again.wishes] == [each for each in targets if isinstance(each, WishedPaths)]
     (refused,) = (wish for wish in found.wishes if isinstance(wish.target, WishedAttribute))
     assert (refused.name, sorted(refused.marks)) == ("packages.paid", ["unfree"])
     assert found.notes[0].startswith(f"packages.paid on {LINUX}: Package 'paid' has an unfree license")
