@@ -25,7 +25,7 @@ from infra.cache.cache import Cache
 from infra.nix.content import FixedContent
 from infra.nix.hashing import sha256_text
 from infra.nix.store_path import hash_part_of
-from tests.coordinator.conftest import OpenedFarm
+from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.coordinator.test_demand import wish
 from tests.coordinator.test_engine import ScriptedWorker, report, started
 from tests.infra.cache.test_content_offers import put
@@ -178,3 +178,28 @@ async def test_what_one_build_fetched_is_at_once_there_for_others_that_call_it_d
         await worker.speak(report(order, Succeeded(outputs=(output,))))
         assert (await farm.ended(made)).state is SubmissionState.SUCCEEDED
         assert len(worker.orders) == 1
+
+
+async def test_real_nix_builds_a_content_once_whatever_it_is_called(open_farm: OpenFarm) -> None:
+    fixed = """
+    {{ name }}: derivation {{
+      inherit name; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" "echo -n shared > $out" ];
+      outputHashMode = "{mode}"; outputHashAlgo = "sha256"; outputHash = "{hash}";
+    }}"""
+    flat = fixed.format(mode="flat", hash=digest(b"shared"))
+    archive = fixed.format(mode="recursive", hash=digest(plain_file(b"shared")))
+    text = f"""rec {{
+      one = ({flat}) {{ name = "one"; }}; two = ({flat}) {{ name = "two"; }};
+      three = ({archive}) {{ name = "three"; }};
+      top = run "top" "read -r line < ${{two}} || [ $line = shared ] && read -r line < ${{three}} || echo $line > $out";
+    }}"""
+    async with open_farm("w") as farm:
+        first = await farm.ended((await farm.submit(text, "one")).id)
+        assert first.state is SubmissionState.SUCCEEDED
+        second = await farm.ended((await farm.submit(text, "top")).id)
+        assert second.state is SubmissionState.SUCCEEDED
+        names = {
+            farm.coordinator.views.name_of(row): len(await farm.client.timeline(row.key))
+            for row in farm.coordinator.views.rows()
+        }
+        assert names == {"one": 1, "two": 0, "three": 0, "top": 1}
