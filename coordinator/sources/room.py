@@ -126,7 +126,7 @@ class Sources:
     def published(self, step: StepKey) -> None:
         """Note that the outputs of a step may be there: others may want the same content."""
         search = self._searches.get(step)
-        if search is None or search.lacking is None:
+        if search is None or search.lacking is None or self._fixed.offers is None:
             return
         for other in self._wanting.get(search.lacking.content, ()):
             if other != step and self._open_row(other) is not None:
@@ -193,6 +193,8 @@ class Sources:
 
     def _is_on_its_way(self, step: StepKey) -> bool:
         """Return whether a worker fetches what this step wants for another one; its end is worth waiting for."""
+        if self._fixed.offers is None:
+            return False
         search = self._searches.get(step)
         others = self._wanting.get(search.lacking.content, ()) if search and search.lacking else ()
         rows = (self._views.row_of(other) for other in others if other != step and other not in self._held)

@@ -116,8 +116,9 @@ class NamingFarm(Farm):
     """A farm whose machine asks the name server that the file `name_server` names."""
 
     def __init__(self, root: Path) -> None:
-        # What cannot be reached is not tried five times.
-        super().__init__(root, workers=(), settings='nix_options = { download-attempts = "1" }')
+        # What cannot be reached is not tried five times, and each name is fetched although all have one content.
+        settings = 'nix_options = { download-attempts = "1" }\nsources = { across_names = false }'
+        super().__init__(root, workers=(), settings=settings)
         self.name_server = root / "resolv.conf"
         self.name_server.write_text("nameserver 127.0.0.1\n")
 
