@@ -69,6 +69,7 @@ def head(**options: Any) -> int:
 @click.option(
     "--min-free-mb", type=click.IntRange(0), default=512, show_default=True, help="No work while less room is left."
 )
+@click.option("--network/--no-network", default=True, help="Fetch sources here.  [default: network]")
 @click.option("--nix-option", "nix_options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting.")
 def worker(head: str, ray_token: Path, host: str, state_dir: Path, **options: Any) -> int:
     """Join this machine to a farm that runs elsewhere.
