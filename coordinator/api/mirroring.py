@@ -29,7 +29,7 @@ class MirrorState(StrEnum):
         return self in {MirrorState.DONE, MirrorState.FAILED, MirrorState.CANCELLED}
 
 
-class MirrorOutcome(StrEnum):
+class MirroredOutcome(StrEnum):
     """Outcomes for a path that was wanted."""
 
     #: It was in the cache before, with all that it refers to.
@@ -49,7 +49,7 @@ class MirroredPathView:
     """A full store path that was wanted."""
 
     path: str
-    outcome: MirrorOutcome
+    outcome: MirroredOutcome
     #: Address of the upstream that has it; empty where none counts.
     upstream: str = ""
     #: One clause about why it is not here, or what is odd about it.

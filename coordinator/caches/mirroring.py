@@ -21,11 +21,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from coordinator.api.mirroring import MIRROR_PREFIX, MirroredPathView, MirrorOutcome, MirrorState, MirrorView
+from coordinator.api.mirroring import MIRROR_PREFIX, MirroredOutcome, MirroredPathView, MirrorState, MirrorView
 from coordinator.errors import IntakeError, NotFoundError, UnavailableError
 from infra.cache.cache import Cache
 from infra.cache.pulls.closure_search import PatientUpstreams, Searched, search
-from infra.cache.pulls.mirror import Mirror, MirrorRun
+from infra.cache.pulls.mirror import ClosureMirror, MirrorRun
 from infra.cache.pulls.recorded_paths import RecordedPaths
 from infra.cache.pulls.upstream import Upstream
 from infra.nix.errors import FormatError
@@ -208,7 +208,7 @@ class Mirroring:
                     await self._cache.renew(holder, LEASE_S)
 
                 wanted = [searched.found[path] for path in bytes_of]
-                await Mirror(self._cache, upstreams, now.run).take(wanted, searched.here, after_chunk)
+                await ClosureMirror(self._cache, upstreams, now.run).take(wanted, searched.here, after_chunk)
                 others = bytes_of | blocked.keys()
                 only_known = [each for path, each in searched.found.items() if path not in others]
                 if only_known:
@@ -268,19 +268,19 @@ def _to_mirror(searched: Searched, blocked: Mapping[str, str]) -> set[str]:
 def _outcome(path: str, now: MirrorProgress, blocked: Mapping[str, str]) -> MirroredPathView:
     searched, run = now.searched, now.run
     upstream = searched.found[path].upstream.url if path in searched.found else ""
-    outcome, reason = MirrorOutcome.RECORDED, ""
+    outcome, reason = MirroredOutcome.RECORDED, ""
     if path in searched.here:
-        outcome = MirrorOutcome.HERE
+        outcome = MirroredOutcome.HERE
     elif path in run.taken:
-        outcome, upstream = MirrorOutcome.MIRRORED, run.taken[path]
+        outcome, upstream = MirroredOutcome.MIRRORED, run.taken[path]
     elif path in run.differing:
-        outcome, reason = MirrorOutcome.HERE, "it was published here meanwhile with other bits, which stay"
+        outcome, reason = MirroredOutcome.HERE, "it was published here meanwhile with other bits, which stay"
     elif path in run.failed:
-        outcome, reason = MirrorOutcome.REFUSED, run.failed[path]
+        outcome, reason = MirroredOutcome.REFUSED, run.failed[path]
     elif path in blocked:
         why = searched.nowhere[blocked[path]] or "no upstream has it"
-        outcome, reason = MirrorOutcome.REFUSED, f"it refers to {blocked[path]}: {why}"
+        outcome, reason = MirroredOutcome.REFUSED, f"it refers to {blocked[path]}: {why}"
     elif path in searched.nowhere:
         reason = searched.nowhere[path]
-        outcome = MirrorOutcome.REFUSED if reason else MirrorOutcome.NOWHERE
+        outcome = MirroredOutcome.REFUSED if reason else MirroredOutcome.NOWHERE
     return MirroredPathView(path=path, outcome=outcome, upstream=upstream, reason=reason)

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from coordinator.api.mirroring import MirroredPathView, MirrorOutcome
+from coordinator.api.mirroring import MirroredOutcome, MirroredPathView
 from coordinator.populate.model import DerivationFacts, Drift, PopulatedWish, PopulateOutcome, PopulateTarget
 from coordinator.wishes.model import Wish, WishedAttribute, WishedDerivation, WishedOutput, WishedPaths, WishList
 
 _OF_MIRRORING = {
-    MirrorOutcome.HERE: PopulateOutcome.HERE,
-    MirrorOutcome.MIRRORED: PopulateOutcome.MIRRORED,
-    MirrorOutcome.RECORDED: PopulateOutcome.RECORDED,
-    MirrorOutcome.NOWHERE: PopulateOutcome.NOWHERE,
-    MirrorOutcome.REFUSED: PopulateOutcome.REFUSED,
+    MirroredOutcome.HERE: PopulateOutcome.HERE,
+    MirroredOutcome.MIRRORED: PopulateOutcome.MIRRORED,
+    MirroredOutcome.RECORDED: PopulateOutcome.RECORDED,
+    MirroredOutcome.NOWHERE: PopulateOutcome.NOWHERE,
+    MirroredOutcome.REFUSED: PopulateOutcome.REFUSED,
 }
 #: Of several outputs the one that is worst off counts.
 _WORST_LAST = tuple(_OF_MIRRORING)

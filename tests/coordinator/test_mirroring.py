@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.api.mirroring import MirrorOutcome, MirrorState, MirrorView
+from coordinator.api.mirroring import MirroredOutcome, MirrorState, MirrorView
 from coordinator.api.requests import MirrorRequest
 from coordinator.caches import mirroring as mirroring_module
 from coordinator.caches.mirroring import Mirroring
@@ -32,7 +32,7 @@ from tests.support.upstreams import UPSTREAM_KEY, Lie, LyingUpstream, lying_upst
 
 #: Ten paths; each but the first refers to the one before it in its pair.
 TEN = [store_path(f"package-{number}") for number in range(10)]
-HERE, MIRRORED, RECORDED, NOWHERE, REFUSED = MirrorOutcome
+HERE, MIRRORED, RECORDED, NOWHERE, REFUSED = MirroredOutcome
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Place:
     upstream: LyingUpstream
     room: Mirroring
 
-    async def had(self, *paths: str) -> dict[str, MirrorOutcome]:
+    async def had(self, *paths: str) -> dict[str, MirroredOutcome]:
         return {each.path: each.outcome for each in await self.room.have(paths)}
 
     async def ended(self, name: str) -> MirrorView:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.api.mirroring import MirroredPathView, MirrorOutcome
+from coordinator.api.mirroring import MirroredOutcome, MirroredPathView
 from coordinator.api.models import FarmView
 from coordinator.cli import exit_status
 from coordinator.cli.populate_text import PopulateReport, populate_lines, populate_markdown
@@ -68,7 +68,7 @@ def target(its: Wish, derivation: DerivationFacts | None = None) -> PopulateTarg
     return found
 
 
-def seen(path: str, outcome: MirrorOutcome, reason: str = "") -> MirroredPathView:
+def seen(path: str, outcome: MirroredOutcome, reason: str = "") -> MirroredPathView:
     return MirroredPathView(path=path, outcome=outcome, reason=reason)
 
 
@@ -110,10 +110,10 @@ def test_what_an_evaluation_gave_counts_before_the_list_s_derivation_and_that_be
 
 def test_of_several_outputs_the_one_that_is_worst_off_counts_and_drift_is_not_pulled() -> None:
     both = target(wish(out=OUT, dev=DEV), facts())
-    pulled = {OUT: seen(OUT, MirrorOutcome.MIRRORED), DEV: seen(DEV, MirrorOutcome.REFUSED, "it lies")}
+    pulled = {OUT: seen(OUT, MirroredOutcome.MIRRORED), DEV: seen(DEV, MirroredOutcome.REFUSED, "it lies")}
     found = judged(both, pulled, {})
     assert (found.outcome, found.reason) == (PopulateOutcome.REFUSED, "it lies")
-    assert judged(both, pulled | {DEV: seen(DEV, MirrorOutcome.HERE)}, {}).outcome is PopulateOutcome.MIRRORED
+    assert judged(both, pulled | {DEV: seen(DEV, MirroredOutcome.HERE)}, {}).outcome is PopulateOutcome.MIRRORED
     drift = Drift("out", OUT, ELSEWHERE, DRV)
     assert to_pull([both], {}) == (OUT, DEV)
     assert to_pull([both], {both.wish.key: drift}) == ()

@@ -41,7 +41,7 @@ class MirrorRun:
     fetched_bytes: int = 0
 
 
-class Mirror:
+class ClosureMirror:
     """Takes paths into one cache."""
 
     def __init__(self, cache: Cache, upstreams: PatientUpstreams, run: MirrorRun) -> None:
