@@ -7,7 +7,7 @@ one more fault sends it back for longer. What it runs goes on. Nothing of this i
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 
 from scheduler import events as e
 from scheduler import facts as f
@@ -63,12 +63,14 @@ class BuilderRules:
         if builder.strikes or builder.until or event.unfit:
             yield from self.judge(event.builder, now)
 
-    def refreshes(self, event: e.BuilderReported, now: Instant) -> bool:
-        """Return whether a heartbeat says nothing but that its builder is there: it lacks no lease of its own."""
+    def refreshes(self, event: e.BuilderReported, built: Collection[e.BuildSucceeded], now: Instant) -> bool:
+        """Return whether a heartbeat says nothing but that its builder is there: it lacks none but those `built`."""
         builder = self._state.builders.get(event.builder)
         if builder is None or builder.spec is None or builder.spec.incarnation != event.incarnation:
             return False
-        names = frozenset(event.leases)
+        # What it has ended it names no more.
+        ended = {each.lease for each in built if each.builder == builder.id}
+        names = ended.union(event.leases)
         return all(step.lease in names or not self._is_overdue(builder, step, now) for step in builder.leases.values())
 
     def _is_overdue(self, builder: Builder, step: Step, now: Instant) -> bool:

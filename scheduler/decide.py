@@ -126,9 +126,9 @@ class Decider:
         first = [*(delayed[0][:1] if delayed else ()), *(ending[:1] if ending else ())]
         return min([*first, *self._builder_rules.deadline(), *self._forsaken.deadline()], default=None)
 
-    def refreshes(self, event: e.BuilderReported, now: Instant) -> bool:
-        """Return whether a heartbeat says nothing but that its builder is there."""
-        return self._builder_rules.refreshes(event, now)
+    def refreshes(self, event: e.BuilderReported, built: Collection[e.BuildSucceeded], now: Instant) -> bool:
+        """Return whether a heartbeat behind reports of builds says nothing but that its builder is there."""
+        return self._builder_rules.refreshes(event, built, now)
 
     def gives_up_at(self, step: Step) -> Instant | None:
         """Return when a step that no builder can take is given up as things stand; None for never."""

@@ -7,7 +7,7 @@ exit and replay: the state here is already ahead of the journal.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from scheduler.decide import Decider
@@ -97,11 +97,15 @@ class Farm:
         """True if what `may_pass` may be taken in with `passing`, between two calls or at this pause of one."""
         return self._opening.lets_pass
 
-    def may_pass(self, event: Event, now: Instant) -> bool:
-        """Return whether an event tells the end of a build or a builder's health, and nothing that had failed."""
-        if isinstance(event, BuilderReported):
-            return self._decider.refreshes(event, now)
-        return isinstance(event, BuildSucceeded | OutputsPublished)
+    def may_pass(self, events: Sequence[Event], now: Instant) -> bool:
+        """Return whether events tell the ends of builds and that builders are there, and nothing that has failed."""
+        built = [event for event in events if isinstance(event, BuildSucceeded)]
+        return all(
+            self._decider.refreshes(event, built, now)
+            if isinstance(event, BuilderReported)
+            else isinstance(event, BuildSucceeded | OutputsPublished)
+            for event in events
+        )
 
     def passing(self, events: Iterable[Event], now: Instant) -> tuple[list[Fact], list[Effect]]:
         """Take in events that `may_pass` at a pause of `handling`, as if they had come before all that it does.

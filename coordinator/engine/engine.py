@@ -159,7 +159,7 @@ class Engine:
         now = self.now()
 
         def passes(message: Message) -> bool:
-            return all(self._farm.may_pass(event, now) for event in message.events)
+            return self._farm.may_pass(message.events, now)
 
         async with self._committing:
             messages = self._inbox.take_where(passes, PASSING_MESSAGES) if self._farm.lets_pass else []

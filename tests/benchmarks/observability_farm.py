@@ -89,10 +89,17 @@ class BuildingStandIn(StandIn):
     async def run(self, sink: Sink) -> None:
         """See `Fleet`."""
         await sink(WorkerConnected(self.hello()))
+        # Beside the reports: its threads are those of the coordinator, which a crowd keeps busy.
+        preparing = asyncio.create_task(self._prepare())
+        try:
+            await self._report_to(sink)
+        finally:
+            preparing.cancel()
+
+    async def _report_to(self, sink: Sink) -> None:
         while True:
-            await self._prepare()
-            own = self._own_orders()[: min(REPORTED, self._left)]
-            reports = [self._report(step) for step in own or await self._in_the_way()]
+            own = self._ready(self._own_orders())[: min(REPORTED, self._left)]
+            reports = [self._report(step) for step in own or self._in_the_way()]
             self._last += len(reports)
             await sink(WorkerSpoke(WORKER, self.batch(self._last, reports)))
             self._left -= len(own)
@@ -125,23 +132,25 @@ class BuildingStandIn(StandIn):
     def _lacks(self) -> bool:
         return len(self._own_orders()) < PREPARED < len(self._orders)
 
+    def _ready(self, steps: Sequence[str]) -> list[str]:
+        return [step for step in steps if step in self._outputs]
+
     async def _prepare(self) -> None:
-        for step in self._own_orders()[: max(PREPARED, min(REPORTED, self._left))]:
-            await self._make(step)
+        """Make the outputs of what may be asked for next, and of one that may be in the way."""
+        while True:
+            wanted = self._own_orders()[: max(PREPARED, min(REPORTED, self._left))]
+            for step in [*wanted, *self._others()[:1]]:
+                if step in self._orders and step not in self._outputs:
+                    nar = await upload_nar(self._objects, _nar(step))
+                    self._outputs[step] = Output.of("out", narinfo_of(f"/nix/store/{step}", nar))
+            await asyncio.sleep(ORDERS_WITHIN_S)
 
-    async def _in_the_way(self) -> list[str]:
+    def _others(self) -> list[str]:
+        return [step for step in self._orders if self.own is not None and step not in self.own]
+
+    def _in_the_way(self) -> list[str]:
         """Return another submission's step that is to be built so that one of its own may come, if that is needed."""
-        if self._left or not self._lacks():
-            return []
-        steps = [step for step in self._orders if step not in (self.own or ())][:1]
-        for step in steps:
-            await self._make(step)
-        return steps
-
-    async def _make(self, step: str) -> None:
-        if step not in self._outputs:
-            nar = await upload_nar(self._objects, _nar(step))
-            self._outputs[step] = Output.of("out", narinfo_of(f"/nix/store/{step}", nar))
+        return self._ready(self._others())[:1] if not self._left and self._lacks() else []
 
     def _report(self, step: str) -> Report:
         now = time.time()

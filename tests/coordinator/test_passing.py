@@ -19,10 +19,12 @@ from scheduler.events import SubmissionReceived, TimePassed
 from scheduler.facts import Fact
 from scheduler.model import Recipe, Requirements, StepKey, StepSpec, SubmissionId
 from tests.coordinator.conftest import OpenedFarm, OpenFarm
-from tests.coordinator.test_engine import ONE, ScriptedWorker, output_path, report, started
+from tests.coordinator.test_engine import ONE, ManualClock, ScriptedWorker, output_path, report, started
 from workers.wire.messages import LeaseOrder, Succeeded
 
 STEPS = 2 * LARGE_STEPS
+#: Seconds after which a lease that its worker does not name is sent again.
+LONG_S = 60.0
 ELSEWHERE = Requirements("riscv64-linux")
 
 
@@ -64,13 +66,16 @@ class HeldUp:
         await self.go_on.wait()
 
 
-async def built_beside(farm: OpenedFarm, worker: ScriptedWorker, held_up: HeldUp) -> tuple[str, asyncio.Task[None]]:
-    """Have a build end while the engine is held up; returns its submission, and the task of the large one."""
+async def built_beside(
+    farm: OpenedFarm, worker: ScriptedWorker, held_up: HeldUp, clock: ManualClock
+) -> tuple[str, asyncio.Task[None]]:
+    """Have a long build end while the engine is held up; returns its submission, and the task of the large one."""
     await worker.hello()
     submitted = await farm.submit(ONE, "two")
     order = await started(farm, worker)
     taking = asyncio.create_task(farm.coordinator.engine.submit(large("large")))
     await held_up.reached.wait()
+    clock.time += LONG_S
     await worker.speak(holds=[order])
     await worker.speak(await success(farm, worker, order))
     await farm.until(lambda: farm.states(submitted.id)["one"] is StepStatus.DONE)
@@ -88,9 +93,9 @@ async def test_a_build_ends_and_the_next_begins_while_a_large_submission_is_take
     open_farm: OpenFarm, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Leases are granted while it stands on nothing, and else as soon as it is in."""
-    worker, held_up = ScriptedWorker(), HeldUp(monkeypatch, where)
-    async with open_farm(fleet=worker.start) as farm:
-        submission, taking = await built_beside(farm, worker, held_up)
+    worker, held_up, clock = ScriptedWorker(), HeldUp(monkeypatch, where), ManualClock()
+    async with open_farm(fleet=worker.start, clock=clock) as farm:
+        submission, taking = await built_beside(farm, worker, held_up, clock)
         if where == "decided":
             order = await started(farm, worker, 2)
         else:

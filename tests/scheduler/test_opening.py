@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -12,7 +13,7 @@ from scheduler import admission, decide, farm, graph, invariants, step_rules, wa
 from scheduler import events as e
 from scheduler.facts import Fact, StepDone, StepLeased
 from scheduler.farm import Farm
-from scheduler.model import FailureKind, Instant, LeaseId, StepSpec, StepState
+from scheduler.model import BuilderId, FailureKind, Instant, LeaseId, StepSpec, StepState
 from scheduler.policy import Limits
 from tests.scheduler.kit import Scene, broke, join, lease, report, step, submit
 
@@ -94,7 +95,7 @@ class Interrupted:
             events.append(
                 e.BuildSucceeded(ends.lease, ends.builder, b"evidence") if leased else e.OutputsPublished(ends.lease)
             )
-        assert all(self.farm.may_pass(event, Instant(3.0)) for event in events)
+        assert self.farm.may_pass(events, Instant(3.0))
         grants = self._may_grant()
         facts, _ = self.farm.passing(events, Instant(3.0))
         self.passes[grants] += bool(running)
@@ -161,13 +162,20 @@ def test_what_may_fail_or_revoke_something_does_not_pass() -> None:
     play = Interrupted(2)
     running = next(each for each in play.farm.state.steps.values() if each.builder)
 
-    def may_pass(event: e.Event, now: float = 3.0) -> bool:
-        return play.farm.may_pass(event, Instant(now))
+    def may_pass(*events: e.Event, now: float = 3.0) -> bool:
+        return play.farm.may_pass(events, Instant(now))
 
     assert may_pass(report("b", SLOTS, *play.held()))
     assert may_pass(report("b", SLOTS))
     # By then a lease that it does not hold is sent again, or revoked.
-    assert not may_pass(report("b", SLOTS), 2e6)
+    assert not may_pass(report("b", SLOTS), now=2e6)
+    # A worker names no lease any more whose end it reports; it must be its own that runs.
+    others = [each for each in play.held() if each != running.lease]
+    ended = e.BuildSucceeded(running.lease, running.builder, b"")
+    assert may_pass(ended, report("b", SLOTS, *others), now=2e6)
+    assert not may_pass(replace(ended, builder=BuilderId("c")), report("b", SLOTS, *others), now=2e6)
+    play.scene.play(ended)
+    assert may_pass(ended, report("b", SLOTS, *others), now=2e6)
     assert not may_pass(report("b", SLOTS, incarnation="another"))
     assert not may_pass(report("stranger", SLOTS))
     assert not may_pass(broke(running.key, "b", FailureKind.PERMANENT))
