@@ -78,8 +78,10 @@ class Graph:
         known_steps = frozenset(node.step for name, node in nodes.items() if name in known)
         nodes = planning.with_made_sources(nodes)
         own = planning.closure(roots, nodes)
-        others = [drv for places in members.values() for drv in places if drv in nodes]
-        order = planning.closure([*roots, *others], nodes)
+        walked = set(own)
+        others = [drv for places in members.values() for drv in places if drv in nodes and drv not in walked]
+        # Most often there is nothing further to walk.
+        order = planning.closure([*roots, *others], nodes) if others else own
         order = [name for name in order if nodes[name].step not in known_steps]
         recipes = planning.assign_recipes(order, nodes, members, max_recipes)
         return cls(nodes, tuple(own), recipes, known_steps)

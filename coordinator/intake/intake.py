@@ -170,7 +170,7 @@ class Intake:
         names = await asyncio.to_thread(lambda: list(dict.fromkeys(name for _, name in wishes)))
         makers = await asyncio.to_thread(lambda: dict.fromkeys(map(self._drv_name, request.makers)))
         is_ordinary = not known and not sources_may_lack
-        key = (tuple(names), tuple(makers))
+        key = (tuple(names), tuple(makers), self.fixed.offers is not None)
         remembered = self._memory.find(key) if is_ordinary else None
         leases: list[str] = []
         pulled = Pulled()
@@ -204,7 +204,7 @@ class Intake:
             unfetched = [node for node in unfetched if node.step in to_do]
             planned = replace(planned, lacking=self.fixed.lacking(unfetched))
             plan = RememberedPlan(graph, absent, leases[-1], changes, planned)
-            if is_ordinary and not lacking and key == (tuple(names), tuple(makers)):
+            if is_ordinary and not lacking and key[1] == tuple(makers):
                 await free_in_slices(self._memory.keep(key, plan))
             return await self._planned(plan, wishes, leases)
         except MissingMemberError as error:

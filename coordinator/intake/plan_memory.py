@@ -18,8 +18,8 @@ from scheduler.model import StepKey
 #: Derivations of all plans in memory together, some 700 bytes each; the plan that was used longest ago goes first.
 MAX_REMEMBERED: Final = 100_000
 
-#: Base names of roots and makers.
-PlanKey = tuple[tuple[str, ...], tuple[str, ...]]
+#: Base names of roots and makers, and whether fixed outputs were looked for by their content.
+PlanKey = tuple[tuple[str, ...], tuple[str, ...], bool]
 
 
 @dataclass(slots=True, eq=False)

@@ -53,10 +53,14 @@ def with_made_sources(nodes: Mapping[str, Node]) -> dict[str, Node]:
 
     Such a source is a built path that an evaluation named by its path alone (`builtins.storePath`).
     """
+    sources = {source for node in nodes.values() for source in node.sources}
     makers: dict[str, str] = {}
-    for node in nodes.values():
+    for node in nodes.values() if sources else ():
         for _, path in node.outputs:
-            makers.setdefault(path, node.drv)
+            if path in sources:
+                makers.setdefault(path, node.drv)
+    if not makers:
+        return dict(nodes)
     return {name: _with_made_sources(node, makers) for name, node in nodes.items()}
 
 

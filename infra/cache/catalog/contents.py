@@ -6,6 +6,7 @@ The content address that a path was published with is a hint, not a proof: what 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -20,8 +21,8 @@ from infra.nix.narinfo import NarInfo
 
 async def holders(catalog: Catalog, wanted: Collection[FixedContent]) -> dict[FixedContent, NarInfo]:
     """Return a path that holds each content and can be fetched, where there is one."""
-    by_address = {address: content for content in wanted for address in _addresses(content)}
-    by_archive = {content.sha256: content for content in wanted if content.sha256 and not content.is_flat}
+    # In a thread: a large graph has some ten thousand, and each address is to be encoded.
+    by_address, by_archive = await asyncio.to_thread(_by_names, wanted)
     found: dict[FixedContent, NarInfo] = {}
     async with reading(catalog.database) as connection:
         for column, by_value in ((paths.c.ca, by_address), (paths.c.nar_hash, by_archive)):
@@ -32,6 +33,13 @@ async def holders(catalog: Catalog, wanted: Collection[FixedContent]) -> dict[Fi
                 for row in await catalog.fetchable([Row(*values) for values in rows]):
                     found.setdefault(contents[row.serial], narinfo_format.parse(row.narinfo, catalog.store_dir))
     return found
+
+
+def _by_names(wanted: Collection[FixedContent]) -> tuple[dict[str, FixedContent], dict[str, FixedContent]]:
+    """Return contents by the addresses and by the hashes of archives under which a path may hold them."""
+    by_address = {address: content for content in wanted for address in _addresses(content)}
+    archives = ((content.sha256, content) for content in wanted if not content.is_flat)
+    return by_address, {digest: content for digest, content in archives if digest}
 
 
 def _first_of(column: sa.Column[str], values: Sequence[str]) -> sa.Select[str, Any]:
