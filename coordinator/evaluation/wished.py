@@ -48,7 +48,7 @@ _ABSENT: Final = re.compile(r"attribute '.*' (?:in selection path '.*' not found
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _WishGroup:
     """Wishes that one evaluation is for; `attributes` has those of one attribute together."""
 
     source: NixValue
@@ -108,7 +108,7 @@ def described(wishes: WishList, read: Callable[[str], bytes]) -> WishList:
     return replace(wishes, wishes=made, systems=systems, notes=(*wishes.notes, *notes)[:MAX_NOTES])
 
 
-async def _groups(asked: Sequence[Wish], means: EvaluationMeans, flags: Sequence[str]) -> list[_Group]:
+async def _groups(asked: Sequence[Wish], means: EvaluationMeans, flags: Sequence[str]) -> list[_WishGroup]:
     flakes: dict[str, list[Wish]] = {}
     files: dict[tuple[str, str], list[Wish]] = {}
     for wish in asked:
@@ -120,12 +120,12 @@ async def _groups(asked: Sequence[Wish], means: EvaluationMeans, flags: Sequence
     for reference, wishes in flakes.items():
         # Arguments are for files: a flake takes none.
         value = await flake_value(reference, flags=_settings(flags), env=means.env, on_messages=means.on_messages)
-        groups.append(_Group(replace(value, asked=tuple(map(_asked, wishes))), tuple(wishes)))
+        groups.append(_WishGroup(replace(value, asked=tuple(map(_asked, wishes))), tuple(wishes)))
     for (file, system), wishes in files.items():
         attrs = [wish.target.attribute for wish in wishes if isinstance(wish.target, WishedAttribute)]
         expression = await asyncio.to_thread(_file, file)
         (source,) = sources_of(file, expression, attrs, flags=flags, systems=(system,))
-        groups.append(_Group(source, tuple(wishes)))
+        groups.append(_WishGroup(source, tuple(wishes)))
     return groups
 
 

@@ -49,14 +49,14 @@ class _Locked(BaseModel):
     store_path: Annotated[str, Field(max_length=MAX_PATH)] = ""
 
 
-class _Package(BaseModel):
+class _DevboxPackage(BaseModel):
     resolved: _Text = ""
     version: _Text = ""
     systems: Annotated[dict[_Name, _Locked], Field(max_length=MAX_SYSTEMS)] = {}
 
 
 class _Lock(BaseModel):
-    packages: Annotated[dict[_Name, _Package], Field(max_length=MAX_WISHES)] = {}
+    packages: Annotated[dict[_Name, _DevboxPackage], Field(max_length=MAX_WISHES)] = {}
 
 
 class _Version(BaseModel):
@@ -99,7 +99,7 @@ def _wishes(place: str, lock: _Lock, store_dir: StoreDir, systems: Sequence[str]
                 yield Wish(name, system, asked, version=package.version)
 
 
-def _locked(place: str, name: str, system: str, package: _Package, locked: _Locked) -> Wish:
+def _locked(place: str, name: str, system: str, package: _DevboxPackage, locked: _Locked) -> Wish:
     paths = {output.name: output.path for output in locked.outputs}
     if len(paths) < len(locked.outputs):
         raise WishListError(place, f"{name} has an output twice for {system}", _RELOCK)
