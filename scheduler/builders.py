@@ -12,7 +12,7 @@ from scheduler.ended_leases import EndedLeases
 from scheduler.failures import CONSEQUENCES, is_fault, suspects_recipe
 from scheduler.model import NO_INSTANT, BuilderId, BuilderSpec, Failure, ImpossibleError, Instant, StepKey, StepState
 from scheduler.ready import ReadyIndex
-from scheduler.records import NO_BUILDER, SUSPICIONS, Builder, Step
+from scheduler.records import NO_BUILDER, NO_SPEEDS, SUSPICIONS, Builder, Step
 
 #: Builders removed for silence that are remembered; the longest gone are forgotten first.
 SILENT = 1024
@@ -21,11 +21,13 @@ SILENT = 1024
 class Builders:
     """All builders with their leases; `known` is shared with the index of ready steps."""
 
-    __slots__ = ("_ready", "ended", "free", "known", "quarantined", "silent")
+    __slots__ = ("_ready", "_speeds", "ended", "free", "known", "quarantined", "silent")
 
     def __init__(self, known: dict[BuilderId, Builder], ready: ReadyIndex) -> None:
         self._ready = ready
         self.ended = EndedLeases()
+        #: As they were last measured, also of builders that are not here.
+        self._speeds: dict[BuilderId, dict[str, float]] = {}
         #: By their last report, the oldest first.
         self.known = known
         #: Exactly the builders that are `willing` and have `free > 0`.
@@ -41,6 +43,7 @@ class Builders:
         if builder is None:
             builder = self.known[id_] = Builder(id_, at)
         builder.leases[step.key] = step
+        builder.moves += 1
         if len(builder.leases) >= builder.capacity:
             self.free.pop(builder.id, None)
 
@@ -70,6 +73,7 @@ class Builders:
         """Take a built step from its builder, which may build another."""
         builder = self.known[step.builder]
         del builder.leases[step.key]
+        builder.moves += 1
         self._count_slots(builder)
 
     def _count_slots(self, builder: Builder) -> None:
@@ -109,7 +113,7 @@ class Builders:
         builder = self.known.pop(spec.id, None) or Builder(spec.id, fact.at)
         self.known[spec.id] = builder
         changed = builder.spec != spec
-        builder.spec = spec
+        builder.spec, builder.speeds = spec, self._speeds.get(spec.id, NO_SPEEDS)
         self._heard(builder, fact)
         if changed:
             self._ready.rematch()
@@ -150,6 +154,16 @@ class Builders:
         self._count_slots(builder)
         self._ready.rematch()
 
+    def rated(self, fact: f.BuildersRated) -> None:
+        """Take in how fast builders are."""
+        self._speeds = {}
+        for id_, system, speed in fact.speeds:
+            self._speeds.setdefault(id_, {})[system] = speed
+        for builder in self.known.values():
+            builder.speeds = self._speeds.get(builder.id, NO_SPEEDS)
+            builder.moves += 1
+        self._ready.rematch()
+
     def removed(self, fact: f.BuilderRemoved) -> None:
         """Forget a builder; one that was removed for silence may come back by itself."""
         self.silent.pop(fact.builder, None)
@@ -178,5 +192,6 @@ class Builders:
                 del self.known[builder.id]
                 continue
             builder.heard = at
+            builder.moves += 1
             for step in builder.leases.values():
                 step.asked_at = at

@@ -4,8 +4,8 @@ The caller applies each fact before it takes the next. So every function is a ge
 facts which it yielded. Stale events (an old attempt, a builder that is gone, a repeat) yield nothing; a graph that
 cannot be is refused before any fact. Work on many steps pauses in between (`pauses`).
 
-`step_rules` decides about steps, `builder_rules` about builders; here are submissions, the passing of time and the
-grants of leases.
+`step_rules` decides about steps, `builder_rules` about builders, `grants` about leases; here are submissions and the
+passing of time.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from scheduler import facts as f
 from scheduler.admission import check_graph
 from scheduler.builder_rules import BuilderRules
 from scheduler.forsaken import Forsaken
-from scheduler.model import NO_INSTANT, Instant, LeaseId, StepKey, StepState, SubmissionClosedError, SubmissionId
+from scheduler.grants import Grants
+from scheduler.model import FAR_OFF, NO_INSTANT, Instant, StepKey, StepState, SubmissionClosedError, SubmissionId
 from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.policy import Limits, Policy
-from scheduler.records import Queue, QueueHead, Step
+from scheduler.records import Step
 from scheduler.state import FarmState, is_lapsed
 from scheduler.step_rules import StepRules, is_known_failure
 from scheduler.terms import HIGHEST_PRIORITY, LOWEST_PRIORITY, Terms, Withdrawal
@@ -39,7 +40,7 @@ _Plan = e.SubmissionReceived | e.SubmissionGrown
 class Decider:
     """The decisions, with the policy and the budgets they are made under. Holds nothing else."""
 
-    __slots__ = ("_builder_rules", "_forsaken", "_limits", "_policy", "_state", "_step_rules")
+    __slots__ = ("_builder_rules", "_forsaken", "_limits", "_policy", "_state", "_step_rules", "grants")
 
     def __init__(self, state: FarmState, limits: Limits, policy: Policy) -> None:
         self._state = state
@@ -48,9 +49,10 @@ class Decider:
         self._step_rules = StepRules(state, limits, policy)
         self._builder_rules = BuilderRules(state, limits, policy, self._step_rules)
         self._forsaken = Forsaken(state, limits, self._step_rules)
+        self.grants = Grants(state, policy)
 
-    def decide(self, event: e.Event, now: Instant) -> Iterator[f.FactOrPause]:  # noqa: C901, PLR0912  arms
-        """Yield what follows from one event, without granting leases (`assign` does, once per batch)."""
+    def decide(self, event: e.Event, now: Instant) -> Iterator[f.FactOrPause]:  # noqa: C901, PLR0912, PLR0915  arms
+        """Yield what follows from one event, without granting leases (`grants` does, once per batch)."""
         match event:
             case e.BuildSucceeded():
                 step = self._state.lease_holder(event.lease, _LEASED)
@@ -94,6 +96,8 @@ class Decider:
                 yield from self._builder_rules.joined(event, now)
             case e.BuilderLost():
                 yield from self._builder_rules.lost(event, now)
+            case e.SpeedsMeasured():
+                yield f.BuildersRated(event.speeds)
             case e.TimePassed():
                 pass
             case _:
@@ -124,7 +128,9 @@ class Decider:
         delayed = self._state.ready.delayed
         ending = self._state.deadlines.first
         first = [*(delayed[0][:1] if delayed else ()), *(ending[:1] if ending else ())]
-        return min([*first, *self._builder_rules.deadline(), *self._forsaken.deadline()], default=None)
+        held = self.grants.look_again
+        others = () if held == FAR_OFF else (held,)
+        return min([*first, *others, *self._builder_rules.deadline(), *self._forsaken.deadline()], default=None)
 
     def refreshes(self, event: e.BuilderReported, built: Collection[e.BuildSucceeded], now: Instant) -> bool:
         """Return whether a heartbeat behind reports of builds says nothing but that its builder is there."""
@@ -133,34 +139,6 @@ class Decider:
     def gives_up_at(self, step: Step) -> Instant | None:
         """Return when a step that no builder can take is given up as things stand; None for never."""
         return self._forsaken.until(step)
-
-    def assign(self, now: Instant) -> Iterator[f.FactOrPause]:
-        """Grant leases, owners by weight and submissions in turn, until no free builder can take a ready step.
-
-        Only queues of builders with free slots are looked at, and of each only the first step of the lane whose
-        turn it is: steps that no builder can take cost nothing.
-        """
-        free = self._state.free
-        if not free:
-            return
-        queues: dict[Queue, None] = {}
-        for builder in free.values():
-            for queue in builder.queues:
-                if queue.lanes:
-                    queues[queue] = None
-        while queues:
-            best = min(queues, key=_head) if len(queues) > 1 else next(iter(queues))
-            step = best.head[3][2]
-            able = [builder for builder in free.values() if builder.id in best.builders]
-            if not able:
-                del queues[best]
-                continue
-            builder = self._policy.place(step, able) if len(able) > 1 else able[0]
-            yield f.StepLeased(LeaseId(step.key, self._state.next_attempt(step)), builder.id, step.active, now)
-            if not free:
-                return
-            if not best.lanes:
-                del queues[best]
 
     def _received(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.FactOrPause]:
         """Take a submission, let one that ended with lapsed roots run again, or give one that runs a new plan."""
@@ -442,7 +420,3 @@ class _KnownFailures:
     def has_failed_here(self, step: Step) -> bool:
         """Return whether a step has failed for the submission that grows."""
         return step.state is StepState.FAILED and step.key in self._members and step.key not in self._renewed
-
-
-def _head(queue: Queue) -> QueueHead:
-    return queue.head

@@ -146,6 +146,16 @@ class BuilderLost:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeedsMeasured:
+    """Measured speeds: builder, system and speed, where 1 is usual. All others have 1 from now on.
+
+    They may be of builders that are not here: these have them once they join.
+    """
+
+    speeds: tuple[tuple[BuilderId, str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BuildSucceeded:
     """The outputs lie in the object store, not yet published. `evidence` is opaque and kept until they are."""
 
@@ -205,6 +215,7 @@ Event = (
     | BuilderJoined
     | BuilderReported
     | BuilderLost
+    | SpeedsMeasured
     | BuildSucceeded
     | BuildFailed
     | OutputsPublished

@@ -403,6 +403,30 @@ class QuarantineEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class BuildersRated:
+    """Builders are known to be so fast, as in `SpeedsMeasured`. Not durable: they are measured anew."""
+
+    durable: ClassVar[bool] = False
+    speeds: tuple[tuple[BuilderId, str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepHeld:
+    """A ready step waits for a builder without room, which is expected to end it earlier than those that have some.
+
+    Said when the wait begins, and again where it goes on beyond `until`, or for another builder. `over` is the speed of
+    the fastest builder with room.
+    """
+
+    durable: ClassVar[bool] = False
+    step: StepKey
+    builder: BuilderId
+    at: Instant
+    until: Instant
+    over: float
+
+
+@dataclass(frozen=True, slots=True)
 class FarmResumed:
     """The state was replayed from the journal; open leases are handed out again and their builders awaited."""
 
@@ -441,6 +465,8 @@ Fact = (
     | BuilderRemoved
     | BuilderQuarantined
     | QuarantineEnded
+    | BuildersRated
+    | StepHeld
     | FarmResumed
     | StepRestored
     | SubmissionRestored

@@ -87,7 +87,7 @@ class Farm:
             yield from self._take(decided, now, facts, effects)
         if grant:
             yield from self._take(decider.due(now), now, facts, effects)
-            yield from self._take(decider.assign(now), now, facts, effects)
+            yield from self._take(decider.grants.grant(now), now, facts, effects)
         # Those that were computed at a pause are of a state that is gone.
         self._queue_positions.forget()
         return facts, effects
@@ -119,7 +119,7 @@ class Farm:
         for event in events:
             whole(self._take(self._decider.decide(event, now), now, facts, effects))
         if self._opening.lets_grant:
-            whole(self._take(self._decider.assign(now), now, facts, effects))
+            whole(self._take(self._decider.grants.grant(now), now, facts, effects))
         self.state.turned[:] = turned
         return facts, effects
 

@@ -131,7 +131,7 @@ class StepGraph:
             self.ready.leave(step)
 
     def _engage(self, order: Iterable[Step]) -> Iterator[Pause]:
-        """Engage the wanted steps of `order` (each before its needs), raise depths, make ready what can run."""
+        """Engage the wanted steps of `order` (each before its needs), raise depths and tails, make ready what can."""
         merged: Merged = {}
         looked_at = 0
         for step in order:
@@ -145,13 +145,15 @@ class StepGraph:
             if fresh:
                 self._take_needs(step)
             looked_at += len(step.needs)
-            depth = step.depth + 1
+            depth, tail_ms = step.depth + 1, step.tail_ms
             owners = step.owners
             for need in step.needs:
                 if need.owners is not owners:
                     self._own(need, owners, merged)
-                if need.depth < depth:
-                    need.depth = depth
+                need.depth = max(need.depth, depth)
+                tail = tail_ms + need.work_ms
+                if need.tail_ms < tail:
+                    need.tail_ms = tail
                     if need.queue is not None:
                         self.ready.enqueue(need)
             if fresh and step.unmet == 0:

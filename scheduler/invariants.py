@@ -70,6 +70,8 @@ def durable(state: FarmState) -> tuple[dict[StepKey, tuple[object, ...]], dict[S
             step.engaged,
             step.unmet,
             step.depth,
+            step.work_ms,
+            step.tail_ms,
             tuple(need.key for need in step.needs),
             tuple(dependent.key for dependent in step.dependents),
             step.builder,
@@ -141,6 +143,7 @@ def _check_needs(step: Step) -> None:
         unmet += need.state is not StepState.DONE
         _require(step in need.dependents, f"{need} does not know that {step} needs it")
         _require(need.depth > step.depth, f"{need} ranks below {step}")
+        _require(need.tail_ms >= step.tail_ms + need.work_ms, f"{need} has a shorter way to a root than {step}")
     _require(step.unmet == unmet, f"{step} counts {step.unmet} unmet needs, has {unmet}")
     _require(step.state is not StepState.WAITING or unmet > 0, f"{step} waits for nothing")
     _require(step.state is not StepState.READY or unmet == 0, f"{step} is ready before its needs")
@@ -163,6 +166,7 @@ def _check_index(state: FarmState, step: Step) -> None:
             lane = step.queue.lanes.get(stake)
             _require(lane is not None and standing in lane.heap, f"{step} is not in the lane of {stake}")
         _require(step.queue.requirements == step.recipe.requirements, f"{step} is in a queue of others")
+    _require(step.held is None or step.queue is not None, f"{step} is held and stands in no queue")
     if step.state is StepState.LEASED:
         _require(state.builders[step.builder].leases.get(step.key) is step, f"{step.builder} does not hold {step}")
 
@@ -186,6 +190,9 @@ def _check_builders(state: FarmState) -> None:
         elsewhere = any(b.willing for b in able if b.id != avoid)
         expected = {b.id for b in able if b.id != avoid or not elsewhere}
         _require(set(queue.builders) == expected, f"the queue for {requirements} lists the wrong builders")
+        speeds = {id_: builder.speed(requirements.system) for id_, builder in queue.builders.items()}
+        uneven = len(set(speeds.values())) > 1
+        _require(queue.speeds == (speeds if uneven else {}), f"the queue for {requirements} knows other speeds")
         _require(state.shares.live(queue.lanes) == tuple(sorted(queue.lanes)), "a lane is left of what has ended")
         grouped = {stake: lane for group in queue.groups.values() for stake, lane in group.lanes.items()}
         _require(grouped == queue.lanes, f"the queue for {requirements} has other lanes by owner than by stake")

@@ -36,6 +36,9 @@ Instant = NewType("Instant", float)
 #: "Not set", before every real instant; and after every real instant.
 NO_INSTANT = Instant(0.0)
 FAR_OFF = Instant(float("inf"))
+#: Work of a step of which nothing is known, in milliseconds on a builder of speed 1. All such steps have the same, so
+#: that among them the longest path is the one of most steps.
+UNKNOWN_WORK_MS = 60_000
 #: Steps that ask for this system run on any builder (Nix's own pseudo-system of `builtins`).
 ANY_SYSTEM = "builtin"
 
@@ -62,6 +65,9 @@ class StepSpec:
 
     key: StepKey
     recipes: tuple[Recipe, ...]
+    #: Milliseconds that a build is expected to take on a builder of speed 1; 0: nothing is known of it. Absent in
+    #: journals of before 2026-11-30.
+    work_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LongestPathFirst:
-    """Rank by longest remaining path, place on the emptiest builder, back off exponentially with jitter."""
+    """Rank by longest remaining time, place on the emptiest builder, back off exponentially with jitter."""
 
     back_off_first_s: float = 1.0
     back_off_most_s: float = 300.0
@@ -78,8 +78,8 @@ class LongestPathFirst:
     weights: Mapping[str, int] = field(default_factory=dict)
 
     def rank(self, step: Step) -> int:
-        """Steps on the longest chain to a root go first: they bound when the submission can end."""
-        return step.depth
+        """Steps on the path that takes longest to a root go first: they bound when the submission can end."""
+        return step.tail_ms
 
     def weight(self, owner: str) -> int:
         """Return the weight that is configured, else 1."""

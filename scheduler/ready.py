@@ -18,7 +18,8 @@ change, so that the top of each is always live and readers only look. Written by
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
+from math import isqrt
 from typing import Final
 
 from scheduler.model import BuilderId, Instant, Requirements, StepState
@@ -28,6 +29,8 @@ from scheduler.shares import Shares
 #: Grants of the farm that one more of priority is worth. More than there are stakes, so that a lane that was just
 #: served stands before all of a lower priority that have not waited for long.
 AGE_TURNS: Final = 512
+#: Stale entries below the top of a lane that are never worth dropping.
+FEW_STALE: Final = 32
 #: What a grant adds to the tag of an owner of weight 1.
 STRIDE: Final = 1 << 40
 
@@ -81,6 +84,7 @@ class ReadyIndex:
         if step.queue is not queue:
             if step.queue is not None:
                 step.queue.standing -= 1
+                step.held = None
             queue.standing += 1
             step.queue = queue
             if not queue.builders:
@@ -117,14 +121,17 @@ class ReadyIndex:
         if queue is None:
             self.prune_delayed()
             return
-        step.queue = None
+        step.queue = step.held = None
         queue.standing -= 1
         self.forsaken.pop(step, None)
         for stake in step.owners:
             lane = queue.lanes.get(stake)
-            # What lies below the first one is dropped when it comes up.
-            if lane is not None and lane.heap[0][2] is step:
+            if lane is None:
+                continue
+            if lane.heap[0][2] is step:
                 _prune(queue, stake, lane)
+            else:
+                _leave_stale(queue, lane)
 
     def served(self, step: Step, builder: Builder | None) -> None:
         """A builder takes a step, which still stands in its queue: its owners come last in all that builder can take.
@@ -214,6 +221,12 @@ class ReadyIndex:
         if any(builder.willing for builder in capable.values() if builder.id != queue.avoid):
             capable.pop(queue.avoid, None)
         queue.builders = capable
+        speeds = {builder.id: builder.speed(queue.requirements.system) for builder in capable.values()}
+        queue.speeds, queue.by_speed = {}, ()
+        if len(set(speeds.values())) > 1:
+            queue.speeds = speeds
+            willing = [builder for builder in capable.values() if builder.willing]
+            queue.by_speed = tuple(sorted(willing, key=lambda builder: (-speeds[builder.id], builder.id)))
         for builder in capable.values():
             builder.queues.append(queue)
 
@@ -230,6 +243,19 @@ def _charge(queue: Queue, step: Step, tags: dict[str, int], turn: int) -> None:
         lane = lanes.get(stake)
         if lane is not None:
             lane.due = turn - lane.ahead
+
+
+def _leave_stale(queue: Queue, lane: Lane) -> None:
+    """Count a step that left from below the top, and drop all such once they are more than the root of the lane.
+
+    Where builders differ in speed, steps at the top wait and others go before them: who reads the lane in order passes
+    what these left. So that costs the root of what stands there, and dropping it no more for each.
+    """
+    lane.stale += 1
+    if lane.stale > max(FEW_STALE, isqrt(len(lane.heap))):
+        lane.heap = [entry for entry in lane.heap if entry[2].queue is queue and entry[2].rank == -entry[0]]
+        heapify(lane.heap)
+        lane.stale = 0
 
 
 def _prune(queue: Queue, stake: int, lane: Lane) -> None:

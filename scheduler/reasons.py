@@ -111,6 +111,18 @@ class LimitReached:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitsForFaster:
+    """Builders have room, and a faster one is expected to end it earlier although it had none until `until`.
+
+    The wait began at `since`; it ends when that no longer holds, or when it has lasted as long as it could gain.
+    """
+
+    builder: BuilderId
+    since: Instant
+    until: Instant
+
+
+@dataclass(frozen=True, slots=True)
 class BacksOff:
     """It failed through the farm's fault, or was handed back, and is tried again at `until`."""
 
@@ -137,7 +149,7 @@ class KnownToFail:
 
 #: No builder can take the step; it is given up at `until`, where that is not 0, unless a builder comes that can.
 Unserved = NoBuilderJoined | NoBuilderOffersSystem | NoBuilderOffersFeatures | OnlyReservedBuilders
-Busy = BuildersFull | BuildersQuarantined | BuildersDraining | LimitReached
+Busy = BuildersFull | BuildersQuarantined | BuildersDraining | LimitReached | WaitsForFaster
 Reason = WaitsForSteps | NotWanted | Busy | BacksOff | RetriesSpent | KnownToFail | Unserved
 
 
@@ -207,6 +219,8 @@ def _known(state: FarmState, limits: Limits, step: Step, now: Instant) -> KnownT
 
 def _busy(step: Step, positions: dict[Step, int], ready: int) -> Busy:
     """Return why none of the builders that could take a ready step has."""
+    if step.held is not None:
+        return WaitsForFaster(step.held.builder, step.held.since, step.held.until)
     able = list(step.queue.builders.values()) if step.queue is not None else []
     willing = [builder for builder in able if builder.willing]
     position = positions.get(step, 0)

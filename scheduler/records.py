@@ -5,8 +5,12 @@ Slots, shared empty values and no back-references that are not needed: a farm kn
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from scheduler.model import (
     NO_INSTANT,
+    UNKNOWN_WORK_MS,
     BuilderId,
     BuilderSpec,
     Failure,
@@ -27,6 +31,8 @@ NO_BUILDER = BuilderId("")
 FEW_DEPENDENTS = 8
 #: Suspicions that are kept of one builder: a few convict it, and a hostile farm's worth must not fill the memory.
 SUSPICIONS = 64
+#: Speeds of a builder of which nothing was measured.
+NO_SPEEDS: Mapping[str, float] = {}
 #: The tries of every step that has none.
 NO_TRIES: frozenset[int] = frozenset()
 
@@ -52,6 +58,7 @@ class Step:
         "faults",
         "generation_ended",
         "generation_started",
+        "held",
         "home",
         "key",
         "needs",
@@ -67,8 +74,10 @@ class Step:
         "sequence",
         "state",
         "strikes",
+        "tail_ms",
         "tried",
         "unmet",
+        "work_ms",
     )
 
     def __init__(self, key: StepKey, recipes: tuple[Recipe, ...], sequence: int, state: StepState) -> None:
@@ -112,6 +121,8 @@ class Step:
         self.unmet = 0
         #: Length of the longest path up to a root, over all engagements ever; so it may overstate, never understate.
         self.depth = 0
+        #: Milliseconds on a builder of speed 1, of itself and of the longest path from its start up to a root's end.
+        self.work_ms = self.tail_ms = UNKNOWN_WORK_MS
         #: The policy's rank when the step was last put in a queue.
         self.rank = 0
         #: The queue of its requirements where no builder is avoided, once known.
@@ -120,6 +131,8 @@ class Step:
         self.queue: Queue | None = None
         #: The builder that last gave this step back or lost it; others come first.
         self.avoid = NO_BUILDER
+        #: Set while it stands in a queue and waits for a builder although another one has room.
+        self.held: Hold | None = None
         #: When not 0, the step may not be leased before; cleared by `BackOffEnded`.
         self.not_before = NO_INSTANT
         #: The builder of the open lease (leased or publishing), else `NO_BUILDER`.
@@ -134,6 +147,11 @@ class Step:
         #: When it last failed.
         self.failed_at = NO_INSTANT
         self.cause: StepKey | None = None
+
+    def expect(self, work_ms: int) -> None:
+        """Take in what it should take, before anything stands on it; 0: nothing is known."""
+        if work_ms:
+            self.work_ms = self.tail_ms = work_ms
 
     def gain(self, dependent: Step) -> None:
         """Take in one that engages this step from now on; a repeat changes nothing."""
@@ -176,6 +194,18 @@ class Step:
         return self.recipes[self.active]
 
 
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A step stays in its queue because a busy builder is expected to end it earlier than any that has room."""
+
+    builder: BuilderId
+    #: When the wait began, and when the builder should have room.
+    since: Instant
+    until: Instant
+    #: Speed of the fastest builder that had room and was not taken.
+    over: float
+
+
 class OwnerLanes:
     """The lanes of one owner in one queue, and its place among the owners that wait there (see `ready`)."""
 
@@ -195,7 +225,7 @@ class OwnerLanes:
 class Lane:
     """The steps of one queue that one stake wants."""
 
-    __slots__ = ("ahead", "due", "group", "heap")
+    __slots__ = ("ahead", "due", "group", "heap", "stale")
 
     def __init__(self, group: OwnerLanes, due: int, ahead: int) -> None:
         self.group = group
@@ -203,8 +233,10 @@ class Lane:
         self.due = due
         #: Turns that its priority is worth.
         self.ahead = ahead
-        #: (-rank, sequence, step), the first always live; stale ones below are dropped when they come up.
+        #: (-rank, sequence, step), the first always live; stale ones below are dropped when they come up, or are many.
         self.heap: list[tuple[int, int, Step]] = []
+        #: How many were left below the first since they were last dropped.
+        self.stale = 0
 
 
 #: What orders the heads of queues: tag and turn of the owner, when the lane is due, and its first step.
@@ -214,7 +246,7 @@ QueueHead = tuple[int, int, int, tuple[int, int, Step]]
 class Queue:
     """Ready steps that the same builders can take: one class of requirements, one avoided builder or none."""
 
-    __slots__ = ("avoid", "builders", "groups", "lanes", "requirements", "standing", "virtual")
+    __slots__ = ("avoid", "builders", "by_speed", "groups", "lanes", "requirements", "speeds", "standing", "virtual")
 
     def __init__(self, requirements: Requirements, avoid: BuilderId) -> None:
         self.requirements = requirements
@@ -229,6 +261,9 @@ class Queue:
         self.virtual = 0
         #: Builders that may take these steps; the avoided one only where there is no other.
         self.builders: dict[BuilderId, Builder] = {}
+        #: Speed of each of these, and the willing ones with the fastest first; both empty where all are equally fast.
+        self.speeds: dict[BuilderId, float] = {}
+        self.by_speed: tuple[Builder, ...] = ()
 
     @property
     def head(self) -> QueueHead:
@@ -245,6 +280,12 @@ class Queue:
             first = min([(group.tag, group.turn) for group in self.groups.values()])
             return min([_place_of(group) for group in self.groups.values() if (group.tag, group.turn) == first])
         return _place_of(group)
+
+    def lanes_in_turn(self) -> list[Lane]:
+        """Return the lanes in the order in which they would be served now. Costs their number."""
+        return sorted(
+            self.lanes.values(), key=lambda lane: (lane.group.tag, lane.group.turn, lane.due, lane.heap[0][:2])
+        )
 
     def close(self, stake: int) -> None:
         """Drop a lane."""
@@ -278,11 +319,13 @@ class Builder:
         "id",
         "leases",
         "level",
+        "moves",
         "offered",
         "probation",
         "queues",
         "reason",
         "spec",
+        "speeds",
         "strikes",
         "suspicions",
         "trouble",
@@ -298,10 +341,14 @@ class Builder:
         self.capacity = 0
         #: Steps leased to it, not those publishing.
         self.leases: dict[StepKey, Step] = {}
+        #: Counts the leases that began and ended here.
+        self.moves = 0
         #: Its last sign of life.
         self.heard = heard
         #: The queues in whose `builders` it stands.
         self.queues: list[Queue] = []
+        #: By system: how fast it builds, where 1 is usual and 2 takes half the time. A system that is not here has 1.
+        self.speeds: Mapping[str, float] = NO_SPEEDS
         #: By its own word: it wants nothing new; why it is not fit to build.
         self.draining = False
         self.unfit = ""
@@ -324,6 +371,10 @@ class Builder:
     def willing(self) -> bool:
         """True if it may get leases at all."""
         return self.spec is not None and not (self.until or self.draining or self.unfit)
+
+    def speed(self, system: str) -> float:
+        """Speed for a system; 1 is usual, and stands where nothing was measured."""
+        return self.speeds.get(system, 1.0)
 
     @property
     def free(self) -> int:

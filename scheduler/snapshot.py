@@ -32,6 +32,8 @@ def tell_all(state: FarmState) -> Iterator[f.Fact]:
             tuple([dependent.sequence for dependent in step.dependents]) if step.dependents else (),
             step.roots,
             _past(step),
+            step.work_ms,
+            step.tail_ms,
         )
     for submission, roots in state.submissions.items():
         yield _submission(state, submission, roots, withdrawn=False)

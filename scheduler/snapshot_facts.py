@@ -61,6 +61,9 @@ class StepRestored:
     dependents: tuple[int, ...]
     roots: tuple[SubmissionId, ...]
     past: StepPast | None
+    #: Absent in journals of before 2026-11-30.
+    work_ms: int = 0
+    tail_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from scheduler.model import (
     StepState,
 )
 from scheduler.pauses import PAUSE, PIECE, Pause
-from scheduler.records import FEW_DEPENDENTS, NO_BUILDER, NO_TRIES, Step
+from scheduler.records import FEW_DEPENDENTS, NO_BUILDER, NO_TRIES, Hold, Step
 from scheduler.transitions import LAPSED, SUBJECT
 from scheduler.wanted import WantedSteps
 
@@ -131,6 +131,12 @@ class FarmState(WantedSteps):
                 self._roster.quarantine(fact)
             case f.QuarantineEnded():
                 self._roster.end_quarantine(fact)
+            case f.BuildersRated():
+                self._roster.rated(fact)
+            case f.StepHeld():
+                step = self._subject(fact, fact.step)
+                since = fact.at if step.held is None else step.held.since
+                step.held = Hold(fact.builder, since, fact.until, fact.over)
             case f.FarmResumed():
                 self._roster.resumed(fact.at)
             case f.StepRestored():
@@ -156,11 +162,12 @@ class FarmState(WantedSteps):
     def _added(self, spec: StepSpec) -> None:
         if spec.key in self.steps or not spec.recipes:
             raise ImpossibleError(f"{spec.key} is known, or has no recipe")
-        self._know(spec.key, spec.recipes, _WAITING)
+        self._know(spec.key, spec.recipes, _WAITING, spec.work_ms)
 
-    def _know(self, key: StepKey, recipes: tuple[Recipe, ...], state: StepState) -> None:
+    def _know(self, key: StepKey, recipes: tuple[Recipe, ...], state: StepState, work_ms: int = 0) -> None:
         self.generation += 1
         step = Step(key, recipes, self.known, state)
+        step.expect(work_ms)
         self.known += 1
         step.generation_started = self.generation
         self.steps[key] = step
@@ -349,6 +356,9 @@ class FarmState(WantedSteps):
         if fact.step in self.steps:
             raise ImpossibleError(f"{fact.step} is restored and known already")
         step = Step(fact.step, fact.recipes, fact.sequence, fact.state)
+        step.expect(fact.work_ms)
+        # Journals of before 2026-11-30 hold no tails: as many steps of which nothing is known.
+        step.tail_ms = fact.tail_ms or (fact.depth + 1) * step.work_ms
         self.steps[fact.step] = step
         step.depth, step.generation_started = fact.depth, fact.born
         step.attempt, step.done_at = fact.attempt, fact.done_at

@@ -71,6 +71,7 @@ SUBJECT: Mapping[type[f.Fact], frozenset[StepState]] = {
     f.StepDoomed: frozenset({_S.WAITING}),
     f.StepAbandoned: frozenset({_S.WAITING, _S.READY}),
     f.BackOffEnded: frozenset({_S.READY}),
+    f.StepHeld: frozenset({_S.READY}),
 }
 
 UNFINISHED = frozenset({_S.WAITING, _S.READY, _S.LEASED, _S.PUBLISHING})

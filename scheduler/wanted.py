@@ -170,7 +170,7 @@ class WantedSteps(StepGraph):
         return sorted((step.depth, step.sequence, step) for step in below)
 
     def _spread(self, below: list[tuple[int, int, Step]]) -> Iterator[Pause]:
-        """Pass depths and owners of engaged steps on to what is engaged below them, as far as that changes anything.
+        """Pass depths, tails and owners of engaged steps on to what is engaged below them, as far as that changes them.
 
         Before, each lay deeper than what stands on it. So the least deep comes first, and each comes once but for
         steps that the cache has lost meanwhile.
@@ -187,12 +187,13 @@ class WantedSteps(StepGraph):
                 yield PAUSE
             depth, owners = step.depth + 1, set(self.shares.live(step.owners))
             for need in step.needs:
-                before = need.depth
-                if before >= depth and owners.issubset(need.owners):
+                before, tail_ms = need.depth, step.tail_ms + need.work_ms
+                if before >= depth and need.tail_ms >= tail_ms and owners.issubset(need.owners):
                     continue
                 self._own(need, step.owners, merged)
-                if before < depth:
-                    need.depth = depth
+                need.depth = max(before, depth)
+                if need.tail_ms < tail_ms:
+                    need.tail_ms = tail_ms
                     if need.queue is not None:
                         self.ready.enqueue(need)
                 if need.engaged and need not in waiting:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -14,6 +15,10 @@ from tests.support.farm import FARMS
 from tests.support.processes import sweep_dead_groups
 
 pytest_plugins = ["tests.support.servers"]
+
+# Before any test is decorated: the machine that runs them is shared, and no property is about time.
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 #: What the names of groups begin with, by the time that these take, the longest first, so that lanes end together.
 LONGEST_FIRST = (

@@ -54,6 +54,7 @@ WaitingKind: TypeAlias = Literal[
     "limit",
     "quarantined",
     "draining",
+    "faster",
     "back_off",
     "retries_spent",
     "known_failure",
@@ -105,9 +106,11 @@ class WaitingView:
     `steps`: `count` needs are not done, `steps` the first few. `not_wanted`. `no_worker`, `no_system`, `no_feature`
     (`system`, `features` that the closest lacks), `reserved` (`workers` demand features it does not require): no worker
     can take it, and where `until` is not 0, it fails then. `slots`, `limit`: `workers` could, it is number `position`
-    of `count`. `quarantined`, `draining`: `workers` could and take nothing. `back_off`: tried again at `until`, after
-    `count` failures. `retries_spent`: tried again at `until`, because too many attempts of its submission failed within
-    the hour. `known_failure`: `steps` names the step that failed at `since`, which is taken for known until `until`.
+    of `count`. `quarantined`, `draining`: `workers` could and take nothing. `faster`: since `since` it waits for
+    one of `workers` that should have room at `until`, and ends it earlier than those that have some. `back_off`:
+    tried again at `until`, after `count` failures. `retries_spent`: tried again at `until`, because too many
+    attempts of its submission failed within the hour. `known_failure`: `steps` names the step that failed at
+    `since`, which is taken for known until `until`.
     """
 
     kind: WaitingKind

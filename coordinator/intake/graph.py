@@ -5,7 +5,7 @@ Everything here walks whole graphs, so callers run it in a thread: a mass rebuil
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from coordinator.errors import MissingMemberError
@@ -16,6 +16,14 @@ from coordinator.stores.derivation_records import Kind, Node
 from coordinator.stores.derivations import StepInfo, step_info
 from scheduler.events import SubmissionReceived
 from scheduler.model import StepKey, StepSpec, SubmissionId
+
+#: Derivation name and system -> milliseconds that it is expected to take on a builder of speed 1; 0: nothing is known.
+Works = Callable[[str, str], int]
+
+
+def no_works(_name: str, _system: str) -> int:
+    """Nothing is known of any derivation."""
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,11 @@ class Planned:
     leases: tuple[str, ...] = ()
     #: Fixed outputs among `steps`.
     lacking: tuple[Lacking, ...] = ()
+
+    def expecting(self, works: Works) -> tuple[StepSpec, ...]:
+        """Return the steps with what each is expected to take."""
+        named = zip(self.steps, self.infos, strict=False)
+        return tuple([replace(spec, work_ms=works(info.name, info.system)) for spec, info in named])
 
     def objects(self) -> list[object]:
         """Return all of which a large plan has very many, to be freed in slices."""

@@ -17,7 +17,7 @@ from coordinator.api.streams import FramingError, StreamLimits, read_derivations
 from coordinator.errors import IntakeError, MissingMemberError, UnavailableError
 from coordinator.intake.errors import StoreDirError
 from coordinator.intake.fixed_outputs import FixedOutputs
-from coordinator.intake.graph import Graph, Planned, add_nodes, add_recipes, cut, new_steps
+from coordinator.intake.graph import Graph, Planned, Works, add_nodes, add_recipes, cut, new_steps, no_works
 from coordinator.intake.limits import IntakeLimits, require_within
 from coordinator.intake.plan_memory import PlanMemory, RememberedPlan
 from coordinator.intake.sources import SourceIntake
@@ -63,6 +63,8 @@ class Intake:
         self.pulls = ClosurePulls(cache)
         #: Gives fixed outputs what is here under another name.
         self.fixed = FixedOutputs(derivations, ContentOffers(cache))
+        #: Expects works of steps; `coordinator.learning` says how.
+        self.works: Works = no_works
         self._derivations = derivations
         self._cache = cache
         self._memory = PlanMemory()
@@ -232,7 +234,9 @@ class Intake:
     ) -> Planned:
         roots = await asyncio.to_thread(self._roots, wishes, plan.graph.nodes)
         leases += await self.leases.answered(await asyncio.to_thread(plan.graph.sources))
-        return replace(plan.planned, roots=roots, leases=tuple(leases))
+        # Anew for each submission: a plan is remembered, and what is expected changes with every build.
+        steps = await asyncio.to_thread(plan.planned.expecting, self.works)
+        return replace(plan.planned, roots=roots, steps=steps, leases=tuple(leases))
 
     async def look(self, drvs: Sequence[str]) -> Graph:
         """Return the graph of derivations that are stored, full paths, as `submit` would plan it; stores nothing.

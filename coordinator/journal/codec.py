@@ -70,6 +70,8 @@ _TAGS: dict[type, str] = {
     facts.BuilderRemoved: "builder-removed",
     facts.BuilderQuarantined: "builder-quarantined",
     facts.QuarantineEnded: "quarantine-ended",
+    facts.BuildersRated: "builders-rated",
+    facts.StepHeld: "waits-for-faster",
     facts.FarmResumed: "farm-resumed",
     facts.StepRestored: "step-restored",
     facts.SubmissionRestored: "submission-restored",

@@ -144,6 +144,9 @@ def sentence_of(  # noqa: C901, PLR0911  one way for each reason
             return f"worker {', '.join(workers)} gets no work {wait}: {reason.reason}"
         case r.BuildersDraining(workers):
             return f"worker {', '.join(workers)} is draining"
+        case r.WaitsForFaster():
+            room = f"is expected to have room in {max(0.0, reason.until - now):.0f} s"
+            return f"waits for worker {reason.builder}, which {room} and ends it earlier than those that have some now"
         case r.BacksOff():
             return f"tried again in {max(0.0, reason.until - now):.0f} s after {reason.failures} failures"
         case r.RetriesSpent():
@@ -167,7 +170,7 @@ def queue_sentence(reason: r.Unserved | r.Busy, now: Instant) -> str:
             return f"worker {workers[0]}, the only one that could, is full"
         case r.LimitReached(workers):
             return f"worker {', '.join(workers)} takes one step at a time after its failures"
-        case r.BuildersQuarantined() | r.BuildersDraining():
+        case r.BuildersQuarantined() | r.BuildersDraining() | r.WaitsForFaster():
             return sentence_of(reason, now, str)
         case _:
             return describe_unserved(reason)
@@ -177,7 +180,7 @@ def _place(position: int, ready: int) -> str:
     return f"number {position} of {ready}" if position else f"one of {ready}"
 
 
-def value_of(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911  one way for each reason
+def value_of(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911, PLR0912  one way for each reason
     """Return what programs read of a reason."""
     match reason:
         case r.WaitsForSteps():
@@ -201,6 +204,8 @@ def value_of(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911  one way f
             return WaitingView(kind="quarantined", workers=reason.builders, until=reason.until, reason=reason.reason)
         case r.BuildersDraining():
             return WaitingView(kind="draining", workers=reason.builders)
+        case r.WaitsForFaster():
+            return WaitingView(kind="faster", workers=(reason.builder,), since=reason.since, until=reason.until)
         case r.BacksOff():
             return WaitingView(kind="back_off", until=reason.until, count=reason.failures)
         case r.RetriesSpent():

@@ -109,6 +109,10 @@ class Workforce:
         row = self._rows.get(worker)
         return row is not None and system in row.hello.emulated
 
+    def emulating(self) -> list[tuple[str, str]]:
+        """Return (worker, system) of all systems that a worker has only by emulation."""
+        return [(name, system) for name, row in self._rows.items() for system in row.hello.emulated]
+
     def views(self) -> list[WorkerView]:
         """Return all workers, by name."""
         return [_view(name, row, self._records.get(name)) for name, row in sorted(self._rows.items())]

@@ -19,6 +19,7 @@ from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.submissions import Submissions
 from coordinator.intake.verifier_pool import VerifierPool
 from coordinator.journal.codec import decode_notes
+from coordinator.learning.learner import Learner, timed_builds
 from coordinator.readmodel.attempt_meter import AttemptMeter
 from coordinator.readmodel.differences import Differences
 from coordinator.readmodel.etas import Etas
@@ -72,6 +73,7 @@ class Core:
     etas: Etas
     throughput: Throughput
     workers: WorkerRecords
+    learner: Learner
     #: Facts that were replayed.
     replayed: int
 
@@ -115,6 +117,8 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     )
     if not settings.sources.across_names:
         intake.fixed.offers = None
+    learner = Learner(partial(timed_builds, stores.timings), engine.post, views.workforce.emulating, clock)
+    intake.works = learner.work_ms
     submissions = Submissions(engine, views, intake)
     growth = Growth(engine, views, intake, submissions, limits.open_silence_s)
     views.recipes.read = writer.ends_of
@@ -135,6 +139,7 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
         etas,
         throughput,
         workers,
+        learner,
         replayed,
     )
 

@@ -25,6 +25,7 @@ def start_tasks(  # noqa: PLR0917 - collaborators, named by their types
         group.create_task(site.environments.run(), name="environments"),
         group.create_task(site.demand.run(), name="demand"),
         group.create_task(work.sources.run(), name="sources"),
+        group.create_task(core.learner.run(), name="learning"),
         group.create_task(Forgetter(engine, core.views, settings.limits, clock).run(), name="forgetting"),
         group.create_task(work.fleet.run(work.sink), name="fleet"),
         group.create_task(work.dispatch.run(), name="dispatch"),

@@ -35,6 +35,10 @@ SENTENCES: list[tuple[r.Reason, str]] = [
     (r.BuildersQuarantined(TWO, Instant(130.0), "disk full"), "worker m1, m2 gets no work for 30 s: disk full"),
     (r.BuildersDraining(ONE), "worker m1 is draining"),
     (r.LimitReached(ONE, 2, 3), "worker m1 takes one step at a time after its failures; number 2 of 3"),
+    (
+        r.WaitsForFaster(ONE[0], NOW, Instant(115.0)),
+        "waits for worker m1, which is expected to have room in 15 s and ends it earlier than those that have some now",
+    ),
     (r.BacksOff(Instant(90.0), 2), "tried again in 0 s after 2 failures"),
     (
         r.RetriesSpent(Instant(160.0), SubmissionId("s")),

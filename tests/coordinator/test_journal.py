@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import func, select, text
 from sqlalchemy import table as sql_table
@@ -531,10 +531,6 @@ def test_a_state_directory_has_one_owner_and_the_error_names_it(tmp_path: Path) 
         assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
     with StateLock(tmp_path / "state"):
         pass
-
-
-settings.register_profile("coordinator", deadline=None)
-settings.load_profile("coordinator")
 
 
 def test_keys_that_a_large_frame_repeats_are_stored_once() -> None:

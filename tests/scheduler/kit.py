@@ -259,6 +259,8 @@ def tell_event(event: e.Event) -> str:  # noqa: C901, PLR0911, PLR0912  one line
             return f"{_names((event.lease,))} could not be published: {event.failure.kind}"
         case e.ResultsHeld():
             return f"the cache has {' '.join(event.steps)}"
+        case e.SpeedsMeasured():
+            return f"the speeds of builders are measured: {len(event.speeds)}"
         case e.TimePassed():
             return "time passes"
 

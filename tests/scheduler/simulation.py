@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from typing import TypeVar
 
 from scheduler.model import FailureKind, Recipe, StepKey, StepSpec
@@ -38,16 +39,26 @@ def random_graph(chance: random.Random, alternatives: float) -> dict[StepKey, St
     return graph
 
 
+def with_work(graph: dict[StepKey, StepSpec], chance: random.Random) -> dict[StepKey, StepSpec]:
+    """The same steps, most of which are known to take a moment or an hour."""
+    return {key: replace(spec, work_ms=chance.choice([0, 1, 20_000, 3_600_000])) for key, spec in graph.items()}
+
+
 def only_first(graph: dict[StepKey, StepSpec]) -> dict[StepKey, StepSpec]:
-    return {key: StepSpec(key, spec.recipes[:1]) for key, spec in graph.items()}
+    return {key: replace(spec, recipes=spec.recipes[:1]) for key, spec in graph.items()}
 
 
 def play(seed: int) -> World:
     """Play one seed to its settlement; raises whatever a check finds."""
     chance = random.Random(seed)
     limits = Limits(failure_ttl_s=chance.choice([0.0, 60.0, 24 * 3600.0]), quarantine_after=chance.choice([1, 3, 1000]))
-    world = World(limits)
+    # Chance of its own, as for forgetting below: half of the seeds know nothing of works and speeds.
+    learning = random.Random(f"learning {seed}")
+    learned = learning.random() < 0.5
+    world = World(limits, speeds=learning.choice([(1.0, 4.0, 0.5), (3.0, 1.0, 9.0)]) if learned else ())
     graph = random_graph(chance, chance.choice([0.0, 0.3, 0.6]))
+    if learned:
+        graph = with_work(graph, learning)
     plain = only_first(graph)
     # Other farms, or earlier lives of this one, have filled the cache.
     world.cache.update(key for key in graph if chance.random() < chance.choice([0.0, 0.2]))

@@ -36,6 +36,7 @@ def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911, PLR0912  
             | f.StepReady()
             | f.StepWaiting()
             | f.MembersJoined()
+            | f.StepHeld()
         ):
             return (fact.step,)
         case (
@@ -60,6 +61,8 @@ def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911, PLR0912  
             return (fact.submission,)
         case f.BuilderRestored():
             return (fact.builder,)
+        case f.BuildersRated():
+            return tuple(dict.fromkeys(builder for builder, _, _ in fact.speeds))
         case f.FarmResumed() | f.FarmRestored():
             return ()
         case _:
@@ -144,6 +147,10 @@ def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fac
             return f"builder {fact.builder} is out of quarantine"
         case f.FarmResumed():
             return "farm resumed"
+        case f.BuildersRated():
+            return f"builders are so fast: {_speeds(fact.speeds)}"
+        case f.StepHeld():
+            return f"{fact.step} waits for {fact.builder}, which is faster, until about {fact.until:.2f}"
         case f.StepRestored():
             return f"{fact.step}@{fact.attempt} restored, {fact.state.value}"
         case f.SubmissionRestored():
@@ -190,3 +197,7 @@ def _heal(missing: tuple[LeaseId, ...], unknown: tuple[LeaseId, ...]) -> str:
     parts = [f"; misses {', '.join(map(_lease, missing))}"] if missing else []
     parts += [f"; has no right to {', '.join(map(_lease, unknown))}"] if unknown else []
     return "".join(parts)
+
+
+def _speeds(speeds: tuple[tuple[str, str, float], ...]) -> str:
+    return ", ".join(f"{builder} {speed:g} for {system}" for builder, system, speed in speeds) or "all alike"

@@ -118,7 +118,7 @@ def test_events_of_another_attempt_builder_or_incarnation_change_nothing() -> No
 
 def test_every_fact_that_moves_a_step_has_an_edge_and_every_unfinished_state_a_way_out() -> None:
     causes = {cause.__name__ for facts in EDGES.values() for cause in facts}
-    still = {"RecipeAdded", "BackOffEnded"}
+    still = {"RecipeAdded", "BackOffEnded", "StepHeld"}
     assert {fact.__name__ for fact in SUBJECT} <= causes | still
     assert {source for source, _ in EDGES} == set(StepState)
     # What has lapsed comes back only by a new wish or by the cache.

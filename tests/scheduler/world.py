@@ -59,6 +59,8 @@ class World:
 
     limits: Limits = field(default_factory=Limits)
     now: float = 0.0
+    #: Of the builders, in order; nothing is known of their speed where it is empty.
+    speeds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         self.farm = Farm(self.limits)
@@ -83,6 +85,13 @@ class World:
         }
         for agent in self.agents.values():
             self._hello(agent)
+        self._measure()
+
+    def _measure(self) -> None:
+        systems = ("linux", "darwin", "builtin")
+        pairs = [(agent, speed) for agent, speed in zip(self.agents, self.speeds, strict=False)]
+        if pairs:
+            self.mail.append(e.SpeedsMeasured(tuple((name, on, speed) for name, speed in pairs for on in systems)))
 
     def call(self, *events: e.Event) -> None:
         """One call of the core, checked."""
@@ -114,6 +123,22 @@ class World:
                 if built:
                     raise OracleError(f"the cache holds {built}, which are to be built")
         self._check_deadline()
+        self._check_holds()
+
+    def _check_holds(self) -> None:
+        """A step waits for a faster builder only where there is one, and no longer than that can be worth."""
+        for step in self.farm.state.steps.values():
+            if step.held is None or step.queue is None:
+                continue
+            able = [self.farm.state.builders[id_] for id_ in step.queue.builders]
+            free = [each for each in able if each.willing and each.free > 0]
+            if not free:
+                continue
+            system = step.recipe.requirements.system
+            best, most = (max(each.speed(system) for each in some) for some in (free, able))
+            gain_s = step.work_ms / 1000 * (1 / best - 1 / most)
+            if self.now >= step.held.since + gain_s:
+                raise OracleError(f"{step} has waited since {step.held.since} for what gains {gain_s:.0f} s at most")
 
     def _is_here(self, event: e.BuilderLost) -> bool:
         admitted = self.judge.builders.get(event.builder)
@@ -274,6 +299,7 @@ class World:
         self.orders = list(farm.resume(Instant(self.now)))
         self.judge.now = self.now
         self.judge.restarted()
+        self._measure()
         for agent in self.agents.values():
             if agent.alive:
                 self._hello(agent)

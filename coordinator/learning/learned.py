@@ -1,0 +1,203 @@
+"""Works of packages and speeds of workers, from builds that ended well. Pure: the same builds teach the same.
+
+A build of a package on a worker takes work / speed. Both are unknown, and their product is measured: the logarithms of
+times are fitted by median polish (Tukey, Exploratory Data Analysis, 1977, chapter 11), which outliers do not move. The
+usual worker has speed 1. Only packages that several workers have built say anything of speeds; a worker with few such
+builds is taken for a usual one in part.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from scheduler.model import UNKNOWN_WORK_MS
+
+#: Builds of one package and system that are looked at, the newest.
+NEWEST: Final = 9
+#: Rounds of the polish. Each halves what is wrong yet: two workers that only have each other to compare with would swap
+#: their errors for ever if a round took in all of it.
+ROUNDS: Final = 6
+#: Builds shorter than this say nothing of a worker's speed: starting them takes most of their time.
+SHORTEST_S: Final = 1.0
+#: Comparisons that a worker's speed is half believed with, and those below which it is not believed at all.
+HALF_BELIEVED: Final = 4
+FEWEST: Final = 3
+#: No worker is taken for faster or slower than this.
+FASTEST: Final = 16.0
+#: Packages that systems are compared by at least, to carry a work over from one to the other.
+SHARED_PACKAGES: Final = 5
+#: Work of what is fetched and of what is copied or patched, where nothing of that kind was built yet.
+FETCH_MS: Final = 5_000
+#: Ends of names of what is fetched, and of what is written or changed rather than built.
+FETCH_ENDINGS: Final = (
+    *(".tar", ".tar.gz", ".tar.xz", ".tar.bz2", ".tar.lz", ".tar.zst", ".tgz", ".zip", ".crate", ".gem", ".whl"),
+    *(".jar", ".deb", ".rpm", "source"),
+)
+TRIVIAL_ENDINGS: Final = (".patch", ".diff", ".sh", ".txt", ".conf", ".json", ".nix", "-hook")
+TRIVIAL_MS: Final = 1_000
+
+
+class WorkKind(StrEnum):
+    """Kinds of derivations with works of their own, by what can be seen before anything is built."""
+
+    FETCH = "fetch"
+    TRIVIAL = "trivial"
+    BUILD = "build"
+
+
+class WorkSource(StrEnum):
+    """Origins of an expected work, the best first."""
+
+    PACKAGE = "package"
+    OTHER_SYSTEM = "other_system"
+    KIND = "kind"
+    NOTHING = "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class TimedBuild:
+    """A build that ended well."""
+
+    package: str
+    system: str
+    worker: str
+    seconds: float
+    kind: WorkKind = WorkKind.BUILD
+
+
+#: Package, system and kind: what is fetched may have the name of what is built of it.
+_Key = tuple[str, str, WorkKind]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedWork:
+    """Milliseconds on a worker of speed 1, and whence that is known. `builds` are those that it was taken from."""
+
+    work_ms: int
+    source: WorkSource
+    builds: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """All that was learned."""
+
+    #: Package, system and kind -> seconds at speed 1, and of how many builds.
+    works: Mapping[_Key, tuple[float, int]] = field(default_factory=dict)
+    #: (worker, system) -> speed.
+    speeds: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    #: (system, another) -> how often as long a package takes on the first.
+    ratios: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    #: WorkKind -> usual seconds at speed 1.
+    kinds: Mapping[WorkKind, float] = field(default_factory=dict)
+
+    def expected(self, package: str, system: str, kind: WorkKind) -> ExpectedWork:
+        """Return the expected work of a package: of itself, of itself on another system, or of its kind."""
+        known = self.works.get((package, system, kind))
+        if known is not None:
+            return ExpectedWork(_ms(known[0]), WorkSource.PACKAGE, known[1])
+        for (here, other), ratio in self.ratios.items():
+            elsewhere = self.works.get((package, other, kind)) if here == system else None
+            if elsewhere is not None:
+                return ExpectedWork(_ms(elsewhere[0] * ratio), WorkSource.OTHER_SYSTEM, elsewhere[1])
+        if kind in self.kinds:
+            return ExpectedWork(_ms(self.kinds[kind]), WorkSource.KIND)
+        usual = {WorkKind.FETCH: FETCH_MS, WorkKind.TRIVIAL: TRIVIAL_MS, WorkKind.BUILD: UNKNOWN_WORK_MS}[kind]
+        return ExpectedWork(usual, WorkSource.NOTHING)
+
+
+def kind_of(name: str, *, fixed_output: bool = False) -> WorkKind:
+    """Return the kind of a derivation by its name, and by whether its output is known to be fixed."""
+    if fixed_output or name.endswith(FETCH_ENDINGS):
+        return WorkKind.FETCH
+    return WorkKind.TRIVIAL if name.endswith(TRIVIAL_ENDINGS) else WorkKind.BUILD
+
+
+def learn(builds: Iterable[TimedBuild]) -> Learned:
+    """Return what builds teach, given from the oldest to the newest.
+
+    Costs some 10 us a build, in one piece: call it in a thread.
+    """
+    newest: dict[_Key, list[TimedBuild]] = defaultdict(list)
+    for build in builds:
+        if build.seconds > 0:
+            newest[build.package, build.system, build.kind].append(build)
+    kept = {key: many[-NEWEST:] for key, many in newest.items()}
+    slowness = _slowness(kept)
+    works = {
+        key: (math.exp(statistics.median([_log(b) - slowness.get((b.worker, b.system), 0.0) for b in many])), len(many))
+        for key, many in kept.items()
+    }
+    speeds = {key: math.exp(-each) for key, each in slowness.items()}
+    return Learned(works, speeds, _ratios(works), _kinds(works))
+
+
+def _slowness(kept: Mapping[_Key, Sequence[TimedBuild]]) -> dict[tuple[str, str], float]:
+    """Return (worker, system) -> logarithm of how often as long it takes as the usual worker."""
+    shared = [many for many in kept.values() if len({build.worker for build in many if _says_speed(build)}) > 1]
+    slowness: dict[tuple[str, str], float] = defaultdict(float)
+    counts: dict[tuple[str, str], int] = {}
+    for _ in range(ROUNDS):
+        rests: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for many in shared:
+            usable = [build for build in many if _says_speed(build)]
+            works = [(build.worker, _log(build) - slowness[build.worker, build.system]) for build in usable]
+            for build in usable:
+                # Its own builds would vote for the worker.
+                others = [work for worker, work in works if worker != build.worker]
+                rests[build.worker, build.system].append(_log(build) - statistics.median(others))
+        counts = {key: len(values) for key, values in rests.items()}
+        halves = {key: (slowness[key] + statistics.median(values)) / 2 for key, values in rests.items()}
+        slowness = defaultdict(float, halves)
+        for system in {key[1] for key in slowness}:
+            here = [key for key in slowness if key[1] == system]
+            usual = statistics.median([slowness[key] for key in here])
+            for key in here:
+                slowness[key] -= usual
+    most = math.log(FASTEST)
+    return {
+        key: max(-most, min(most, each * counts[key] / (counts[key] + HALF_BELIEVED)))
+        for key, each in slowness.items()
+        if counts[key] >= FEWEST
+    }
+
+
+def _ratios(works: Mapping[_Key, tuple[float, int]]) -> dict[tuple[str, str], float]:
+    """Return how systems compare, those with most packages in common first."""
+    of: dict[str, dict[tuple[str, WorkKind], float]] = defaultdict(dict)
+    for (package, system, kind), (seconds, _) in works.items():
+        of[system][package, kind] = seconds
+    found: list[tuple[int, tuple[str, str], float]] = []
+    for here, packages in of.items():
+        for other, others in of.items():
+            both = packages.keys() & others.keys() if here != other else set()
+            if len(both) >= SHARED_PACKAGES:
+                ratio = statistics.median([packages[package] / others[package] for package in both])
+                found.append((len(both), (here, other), ratio))
+    return {pair: ratio for _, pair, ratio in sorted(found, reverse=True)}
+
+
+def _kinds(works: Mapping[_Key, tuple[float, int]]) -> dict[WorkKind, float]:
+    """Return the mean work of each kind that has some packages: what is long is rare, and decides when all ends."""
+    of: dict[WorkKind, list[float]] = defaultdict(list)
+    for (_, _, kind), (seconds, _) in works.items():
+        of[kind].append(seconds)
+    return {kind: statistics.fmean(many) for kind, many in of.items() if len(many) >= SHARED_PACKAGES}
+
+
+def _says_speed(build: TimedBuild) -> bool:
+    return build.seconds >= SHORTEST_S
+
+
+def _log(build: TimedBuild) -> float:
+    return math.log(build.seconds)
+
+
+def _ms(seconds: float) -> int:
+    return max(1, round(seconds * 1000))

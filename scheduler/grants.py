@@ -1,0 +1,81 @@
+"""Grants of leases: owners by weight and submissions in turn, each step to the builder that ends it earliest.
+
+Yields facts as `decide` does, which the caller applies before it takes the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from itertools import islice
+
+from scheduler import facts as f
+from scheduler.model import FAR_OFF, Instant, LeaseId
+from scheduler.placement import LOOK_AHEAD, Placement, Rooms, first_of
+from scheduler.policy import Policy
+from scheduler.records import Builder, Queue, QueueHead, Step
+from scheduler.state import FarmState
+
+
+class Grants:
+    """The decisions about leases. Holds when to look again, and what was computed of builders."""
+
+    __slots__ = ("_policy", "_rooms", "_state", "look_again")
+
+    def __init__(self, state: FarmState, policy: Policy) -> None:
+        self._state = state
+        self._policy = policy
+        self._rooms = Rooms()
+        #: When a wait for a faster builder has to be looked at again; `FAR_OFF` where there is none.
+        self.look_again = FAR_OFF
+
+    def grant(self, now: Instant) -> Iterator[f.FactOrPause]:
+        """Grant leases, owners by weight and submissions in turn, until no free builder takes a ready step.
+
+        Only queues of builders with free slots are looked at, and of each only the first step of the lane whose turn it
+        is, or the first few where builders differ in speed: steps that no builder can take cost nothing.
+        """
+        self.look_again = FAR_OFF
+        free = self._state.free
+        if not free:
+            return
+        queues = {queue: None for builder in free.values() for queue in builder.queues if queue.lanes}
+        placement = Placement(now, self._rooms)
+        while queues:
+            best = min(queues, key=_head) if len(queues) > 1 else next(iter(queues))
+            able = [builder for builder in free.values() if builder.id in best.builders]
+            if not able:
+                del queues[best]
+                continue
+            step = best.head[3][2]
+            if best.speeds:
+                chosen = yield from self._earliest(best, able, placement, now)
+                if chosen is None:
+                    del queues[best]
+                    continue
+                step, able = chosen
+            builder = self._policy.place(step, able) if len(able) > 1 else able[0]
+            yield f.StepLeased(LeaseId(step.key, self._state.next_attempt(step)), builder.id, step.active, now)
+            if not free:
+                break
+            if not best.lanes:
+                del queues[best]
+        self.look_again = placement.look_again
+
+    def _earliest(
+        self, queue: Queue, able: list[Builder], placement: Placement, now: Instant
+    ) -> Generator[f.FactOrPause, None, tuple[Step, list[Builder]] | None]:
+        """Return the first step in turn that should begin now, with the builders for it; None where all wait."""
+        for lane in queue.lanes_in_turn():
+            for step in islice(first_of(queue, lane), LOOK_AHEAD):
+                if step not in placement.holds:
+                    builders = placement.choose(step, queue, able)
+                    if builders:
+                        return step, builders
+                    hold = placement.holds[step]
+                    if hold is not step.held:
+                        yield f.StepHeld(step.key, hold.builder, now, hold.until, hold.over)
+        return None
+
+
+def _head(queue: Queue) -> QueueHead:
+    return queue.head

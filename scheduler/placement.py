@@ -1,0 +1,137 @@
+"""Placement by earliest finish: the fastest builder with room takes a step, unless a busy faster one ends it earlier.
+
+A step of `work_ms` takes that long on a builder of speed 1 and half as long at speed 2. A builder without room has room
+again when the first of its leases is expected to end; one that is late is expected to take half as long again as it has
+taken. So a long step waits for a fast builder, and what takes little, or is less urgent, fills the slow ones meanwhile.
+
+A wait is bounded: it ends once it has lasted as long as the faster builder could gain, at the latest after
+`LONGEST_HOLD_S`. It is thought over when the builder should have had room, and when a faster one than then has some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from heapq import heappop, heappush
+from typing import Final
+
+from scheduler.model import FAR_OFF, BuilderId, Instant
+from scheduler.records import Builder, Hold, Lane, Queue, Step
+
+#: Steps of one lane that may wait before nothing behind them is looked at, and steps of one round that may.
+LOOK_AHEAD: Final = 16
+HOLDS_OF_ROUND: Final = 64
+#: Faster builders that one step is compared with; the fastest come first.
+COMPARED: Final = 32
+#: Longest wait, and the least that a wait must be able to gain.
+LONGEST_HOLD_S: Final = 3600.0
+LEAST_GAIN_S: Final = 5.0
+#: What a late lease is expected to take yet, as a part of what it has taken.
+OVERDUE: Final = 0.5
+#: A round is repeated no sooner than this.
+SOONEST_S: Final = 1.0
+#: Builders whose rooms are remembered.
+REMEMBERED: Final = 4096
+
+
+class Rooms:
+    """Instants at which builders are expected to have room for one more, by the leases that they hold."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        #: Of each builder: `moves` when it was looked at, and the instants, the first one last.
+        self._known: dict[BuilderId, tuple[int, list[float]]] = {}
+
+    def of(self, builder: Builder, now: Instant) -> list[float]:
+        """Return the instants, the first one last. Looks anew where a lease began, ended or is late."""
+        known = self._known.get(builder.id)
+        if known is not None and known[0] == builder.moves and (not known[1] or known[1][-1] > now):
+            return known[1]
+        if len(self._known) >= REMEMBERED:
+            self._known.clear()
+        rooms = sorted([_end(step, builder, now) for step in builder.leases.values()], reverse=True)
+        self._known[builder.id] = builder.moves, rooms
+        return rooms
+
+
+class Placement:
+    """One round of grants: which steps wait, and how often the room of a builder was counted on."""
+
+    __slots__ = ("_counted", "_now", "_rooms", "holds", "look_again")
+
+    def __init__(self, now: Instant, rooms: Rooms) -> None:
+        self._now = now
+        self._rooms = rooms
+        self._counted: dict[BuilderId, int] = {}
+        #: Steps that wait, each for a builder.
+        self.holds: dict[Step, Hold] = {}
+        #: When one of the waits has to be looked at again.
+        self.look_again = FAR_OFF
+
+    def choose(self, step: Step, queue: Queue, able: Sequence[Builder]) -> list[Builder]:
+        """Return the builders among `able` that should take the step; empty where it waits (`holds`)."""
+        speeds = queue.speeds
+        best = max([speeds[builder.id] for builder in able])
+        if self._hold(step, queue, best):
+            return []
+        return [builder for builder in able if speeds[builder.id] == best]
+
+    def _hold(self, step: Step, queue: Queue, best: float) -> bool:
+        """Let a step wait where a faster builder is expected to end it earlier than one of the speed `best`."""
+        fastest = queue.speeds[queue.by_speed[0].id] if queue.by_speed else best
+        gain_s = step.work_ms / 1000 * (1 / best - 1 / fastest)
+        if gain_s < LEAST_GAIN_S or len(self.holds) >= HOLDS_OF_ROUND:
+            return False
+        now, held = self._now, step.held
+        ends = min(gain_s, LONGEST_HOLD_S) + (now if held is None else held.since)
+        if now >= ends:
+            return False
+        if held is None or held.over < best or now >= held.until or not _serves(queue, held.builder):
+            held = self._best_hold(step, queue, best)
+        if held is None:
+            return False
+        self.holds[step] = held
+        self._counted[held.builder] = self._counted.get(held.builder, 0) + 1
+        self.look_again = Instant(min(self.look_again, max(min(held.until, ends), now + SOONEST_S)))
+        return True
+
+    def _best_hold(self, step: Step, queue: Queue, best: float) -> Hold | None:
+        now, work_s = self._now, step.work_ms / 1000
+        end, found = now + work_s / best, None
+        for builder in queue.by_speed[:COMPARED]:
+            speed = queue.speeds[builder.id]
+            if speed <= best or now + work_s / speed >= end:
+                break
+            rooms, counted = self._rooms.of(builder, now), self._counted.get(builder.id, 0)
+            if counted < len(rooms) and rooms[-1 - counted] + work_s / speed < end:
+                end, found = rooms[-1 - counted] + work_s / speed, (builder.id, rooms[-1 - counted])
+        if found is None:
+            return None
+        return Hold(found[0], now if step.held is None else step.held.since, Instant(found[1]), best)
+
+
+def _serves(queue: Queue, builder: BuilderId) -> bool:
+    known = queue.builders.get(builder)
+    return known is not None and known.willing
+
+
+def _end(step: Step, builder: Builder, now: Instant) -> float:
+    end = step.asked_at + step.work_ms / 1000 / builder.speed(step.recipe.requirements.system)
+    return end if end > now else now + OVERDUE * (now - step.asked_at)
+
+
+def first_of(queue: Queue, lane: Lane) -> Iterator[Step]:
+    """Yield the steps of a lane by rank, and change nothing: a heap is a tree whose branches grow away from its top.
+
+    The k-th costs the logarithm of k, whatever the lane holds.
+    """
+    heap = lane.heap
+    open_ = [(heap[0][0], heap[0][1], 0)]
+    while open_:
+        rank, _, at = heappop(open_)
+        step = heap[at][2]
+        for child in (2 * at + 1, 2 * at + 2):
+            if child < len(heap):
+                heappush(open_, (heap[child][0], heap[child][1], child))
+        if step.queue is queue and step.rank == -rank:
+            yield step

@@ -1,0 +1,266 @@
+"""Schedule mass rebuilds with the real core in a simulation, and compare the makespan with others and the bound.
+
+The core is the product's, with its defaults; machines, times and bytes are simulated (`makespan_work`). The first
+rebuild begins with nothing learned, each further one with what the ones before taught (`coordinator.learning`). Beside
+it: first fit, reverse dependencies, the longest path in steps on the emptiest machine (drover before it learned), list
+scheduling and HEFT that know every time exactly, and the bound that no schedule beats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from pathlib import Path
+
+from coordinator.learning.learned import Learned, TimedBuild, learn
+from scheduler.effects import PublishOutputs, StartBuild
+from scheduler.events import (
+    BuilderJoined,
+    BuildSucceeded,
+    Event,
+    OutputsPublished,
+    SpeedsMeasured,
+    SubmissionReceived,
+    TimePassed,
+)
+from scheduler.farm import Farm
+from scheduler.model import BuilderId, BuilderSpec, Instant, Recipe, Requirements, StepKey, StepSpec, SubmissionId
+from scheduler.policy import Limits
+from scheduler.terms import Terms
+from tests.benchmarks import makespan_peers as peers
+from tests.benchmarks.makespan_work import (
+    FLEETS,
+    Machine,
+    Rebuild,
+    Shape,
+    Stores,
+    build_of,
+    layered_shape,
+    read_shape,
+    sizes_of,
+    spread_over,
+    works_of,
+)
+from tests.benchmarks.report import progress
+
+#: Seconds of the simulation between two measurements of speeds.
+MEASURE_EVERY_S = 3600.0
+#: The shortest jobs are this part of all.
+SHORTEST = 0.2
+TARGET_OVER_BEST = 1.03
+TARGET_FIRST = 0.9
+
+
+@dataclass
+class Played:
+    """One rebuild by the core."""
+
+    makespan_s: float = 0.0
+    #: Seconds from ready to begun, by step.
+    waits: dict[int, float] = field(default_factory=dict)
+    #: Owner -> when the last of its steps ended.
+    ends: dict[str, float] = field(default_factory=dict)
+    builds: list[TimedBuild] = field(default_factory=list)
+    core_s: float = 0.0
+    longest_call_s: float = 0.0
+
+
+class CoreRebuild:
+    """The core, played through one rebuild."""
+
+    def __init__(self, rebuild: Rebuild, learned: Learned, before: Sequence[TimedBuild], *, owners: int = 1) -> None:
+        self._rebuild = rebuild
+        self._learned = learned
+        self._before = before
+        self._owners = [f"owner{number}" for number in range(owners)]
+        self._farm = Farm(Limits(lease_ttl_s=1e9))
+        self._stores = Stores(rebuild)
+        self._keys = [StepKey(f"{step:08x}-{name}") for step, name in enumerate(rebuild.shape.names)]
+        self._step_of = {key: step for step, key in enumerate(self._keys)}
+        self._machine_of = {machine.name: index for index, machine in enumerate(rebuild.fleet)}
+        self._ends: list[tuple[float, int, StartBuild]] = []
+        self._now = 0.0
+        self._ready_at: dict[int, float] = {}
+        self.played = Played()
+
+    def run(self) -> Played:
+        """Play it to its end."""
+        self._measure(self._learned)
+        machines = [
+            BuilderJoined(BuilderSpec(BuilderId(each.name), "1", frozenset({each.system})), each.slots)
+            for each in self._rebuild.fleet
+        ]
+        self._call(*machines)
+        for submission in self._submissions():
+            self._call(submission)
+        measured_at = 0.0
+        while self._ends:
+            deadline = self._farm.deadline()
+            first = self._ends[0][0]
+            if deadline is not None and deadline < first:
+                self._now = max(self._now, deadline)
+                self._call(TimePassed())
+                continue
+            self._now, step, order = heappop(self._ends)
+            self._note(step, order)
+            self._call(BuildSucceeded(order.lease, order.builder, b""))
+            if self._now >= measured_at + MEASURE_EVERY_S:
+                measured_at = self._now
+                self._measure(learn([*self._before, *self.played.builds]))
+        for owner in self._owners:
+            if not self._farm.ended(SubmissionId(owner)):
+                raise SystemExit(f"{owner} does not end")
+        self.played.makespan_s = self._now
+        return self.played
+
+    def _submissions(self) -> list[SubmissionReceived]:
+        """Return one submission for each owner, who has every n-th root and what is below it."""
+        shape = self._rebuild.shape
+        roots = [step for step, above in enumerate(shape.dependents) if not above]
+        made = []
+        for number, owner in enumerate(self._owners):
+            mine = roots[number :: len(self._owners)]
+            seen = set(mine)
+            todo = list(mine)
+            while todo:
+                for need in shape.needs[todo.pop()]:
+                    if need not in seen:
+                        seen.add(need)
+                        todo.append(need)
+            steps = tuple(self._spec(step) for step in shape.order if step in seen)
+            wanted = tuple(self._keys[root] for root in mine)
+            made.append(SubmissionReceived(SubmissionId(owner), wanted, steps, terms=Terms(owner=owner)))
+        return made
+
+    def _spec(self, step: int) -> StepSpec:
+        shape = self._rebuild.shape
+        needs = tuple(self._keys[need] for need in shape.needs[step])
+        expected = self._learned.expected(shape.packages[step], shape.systems[step], shape.kinds[step])
+        return StepSpec(self._keys[step], (Recipe(Requirements(shape.systems[step]), needs),), expected.work_ms)
+
+    def _note(self, step: int, order: StartBuild) -> None:
+        shape = self._rebuild.shape
+        machine = self._rebuild.fleet[self._machine_of[order.builder]]
+        seconds = self._rebuild.works[step] / machine.speed
+        self.played.builds.append(
+            TimedBuild(shape.packages[step], shape.systems[step], machine.name, seconds, shape.kinds[step])
+        )
+
+    def _measure(self, learned: Learned) -> None:
+        speeds = tuple((BuilderId(worker), on, speed) for (worker, on), speed in sorted(learned.speeds.items()))
+        self._call(SpeedsMeasured(speeds))
+
+    def _call(self, *events: Event) -> None:
+        """Hand events over, and what follows from publishing at once; begin what is ordered."""
+        pending = list(events)
+        while pending:
+            began = time.perf_counter()
+            _, effects = self._farm.handle_many(pending, Instant(self._now))
+            took = time.perf_counter() - began
+            self.played.core_s += took
+            if not isinstance(pending[0], SubmissionReceived):
+                self.played.longest_call_s = max(self.played.longest_call_s, took)
+            pending = []
+            for effect in effects:
+                if isinstance(effect, StartBuild):
+                    self._begin(effect)
+                elif isinstance(effect, PublishOutputs):
+                    pending.append(OutputsPublished(effect.lease))
+
+    def _begin(self, order: StartBuild) -> None:
+        step, machine = self._step_of[order.lease.step], self._machine_of[order.builder]
+        fetch_s = self._stores.fetch_s(step, machine)
+        self._stores.put(step, machine)
+        ends = self._now + fetch_s + self._rebuild.works[step] / self._rebuild.fleet[machine].speed
+        heappush(self._ends, (ends, step, order))
+        needs = self._rebuild.shape.needs[step]
+        ready = max([self._ready_at.get(need, 0.0) for need in needs], default=0.0)
+        self.played.waits[step] = self._now - ready
+        self._ready_at[step] = ends
+
+
+def compared(shape: Shape, fleet: Sequence[Machine], seed: int, rebuilds: int) -> dict[str, float]:
+    """Return makespans over the bound of one seed's rebuilds: `drover 1` is the first, and so on."""
+    shape = spread_over(shape, fleet, seed)
+    works, sizes = works_of(shape, seed), sizes_of(shape, seed)
+    found: dict[str, float] = {}
+    known: list[TimedBuild] = []
+    learned = Learned()
+    for number in range(1, rebuilds + 1):
+        rebuild = Rebuild(shape, build_of(works, seed, number), sizes, fleet)
+        played = CoreRebuild(rebuild, learned, known).run()
+        least = peers.bound(rebuild)
+        found[f"drover {number}"] = played.makespan_s / least
+        found["us a build"] = played.core_s / len(shape.names) * 1e6
+        found["longest call, ms"] = played.longest_call_s * 1e3
+        known += played.builds
+        learned = learn(known)
+        if number == min(2, rebuilds):
+            found |= _peers(rebuild, least)
+            short = sorted(range(len(works)), key=lambda step: works[step])[: int(len(works) * SHORTEST)]
+            found["wait of the shortest, s"] = statistics.quantiles([played.waits[step] for step in short], n=20)[-1]
+    return found
+
+
+def _peers(rebuild: Rebuild, least: float) -> dict[str, float]:
+    shape, fleet = rebuild.shape, rebuild.fleet
+    known = peers.tails(shape, rebuild.works)
+    return {
+        "first fit": peers.list_schedule(rebuild, peers.arrival(shape), peers.first_fit) / least,
+        "reverse dependencies": peers.list_schedule(rebuild, peers.counts_above(shape), peers.emptiest) / least,
+        "steps, emptiest": peers.list_schedule(rebuild, peers.unit(shape), peers.emptiest) / least,
+        "list, all known": peers.list_schedule(rebuild, known, peers.fastest_of(fleet)) / least,
+        "HEFT, all known": peers.heft(rebuild) / least,
+    }
+
+
+def report(fleet: str, rows: list[dict[str, float]]) -> dict[str, float]:
+    """Print medians and spreads, and return the ratios that have a target."""
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        progress(f"  {name:26} {statistics.median(values):8.3f}   {min(values):.3f} to {max(values):.3f}")
+    second = "drover 2" if "drover 2" in rows[0] else "drover 1"
+    over = [row[second] / min(row["list, all known"], row["HEFT, all known"]) for row in rows]
+    first = [row["drover 1"] / row["steps, emptiest"] for row in rows]
+    later = [row[second] / row["steps, emptiest"] for row in rows]
+    progress(f"  {second} over the better that knows all: {statistics.median(over):.3f} (target {TARGET_OVER_BEST})")
+    progress(f"  drover 1 over steps on the emptiest: {statistics.median(first):.3f} (target {TARGET_FIRST})")
+    return {
+        f"{fleet}: second over best known": round(statistics.median(over), 3),
+        f"{fleet}: first over unit": round(statistics.median(first), 3),
+        f"{fleet}: second over unit, worst seed": round(max(later), 3),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="bench makespan", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--graph", type=Path, help="graph to schedule (JSON, or JSON in zstd); else a layered one")
+    parser.add_argument("--seed", type=int, action="append", help="seed of works and noise; may be repeated")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 1, without --seed")
+    parser.add_argument("--learned", type=int, default=3, help="rebuilds in turn, each with what was learned before")
+    parser.add_argument("--fleet", action="append", choices=sorted(FLEETS), help="by slots; may be repeated")
+    options = parser.parse_args(argv)
+    shape = layered_shape() if options.graph is None else read_shape(options.graph)
+    ratios: dict[str, float] = {}
+    for fleet in options.fleet or FLEETS:
+        rows = []
+        for seed in options.seed or range(1, options.seeds + 1):
+            rows.append(compared(shape, FLEETS[fleet], seed, options.learned))
+            print(f"fleet {fleet}, seed {seed}: { ({k: round(v, 3) for k, v in rows[-1].items()}) }", file=sys.stderr)
+        progress(f"{fleet} slots, {len(shape.names)} steps, over the bound, median of {len(rows)} seeds and spread:")
+        ratios |= report(fleet, rows)
+    if options.json:
+        print(json.dumps({"bench": "makespan", "steps": len(shape.names), "ratios": ratios}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

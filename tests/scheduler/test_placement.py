@@ -1,0 +1,165 @@
+"""Placement by earliest finish: which builder takes a step, and when one waits although another builder has room."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from heapq import heapify
+
+from scheduler import events as e
+from scheduler import reasons as r
+from scheduler.effects import StartBuild
+from scheduler.model import BuilderId, Instant, Requirements, StepKey, StepSpec, StepState
+from scheduler.placement import LONGEST_HOLD_S, first_of
+from scheduler.policy import Limits
+from scheduler.records import Lane, OwnerLanes, Queue, Step
+from tests.scheduler.kit import LINUX, Scene, builder, built, join, lease, report, step, submit
+
+MINUTE_MS = 60_000
+
+
+def work(spec: StepSpec, minutes: float) -> StepSpec:
+    return replace(spec, work_ms=int(minutes * MINUTE_MS))
+
+
+def measured(system: str, **speeds: float) -> e.SpeedsMeasured:
+    return e.SpeedsMeasured(tuple((BuilderId(name), system, speed) for name, speed in speeds.items()))
+
+
+def scene(**speeds: float) -> Scene:
+    """A farm of builders with one slot each, and so fast. None is removed for silence."""
+    made = Scene(Limits(lease_ttl_s=1e6))
+    made.play(measured(LINUX, **speeds), *(join(name) for name in speeds))
+    return made
+
+
+def holders(scene: Scene) -> dict[str, str]:
+    return {key: each.builder for key, each in scene.farm.state.steps.items() if each.builder}
+
+
+def why(scene: Scene, key: str) -> r.Reason | None:
+    return scene.farm.why(StepKey(key), Instant(scene.now))
+
+
+def test_the_path_that_takes_longest_goes_first_however_few_steps_it_has() -> None:
+    farm = scene(only=1.0)
+    chain = [work(step("c0"), 1), work(step("c1", "c0"), 1), work(step("c2", "c1"), 1)]
+    farm.play(submit("s", ["c2", "long"], *chain, work(step("long"), 10)))
+    assert holders(farm) == {"long": "only"}
+
+
+def test_a_step_goes_to_the_fastest_builder_with_room_whatever_room_others_have() -> None:
+    farm = Scene()
+    farm.play(join(builder("slow"), 8), join(builder("fast"), 1), measured(LINUX, fast=2.0))
+    farm.play(submit("s", ["x"], work(step("x"), 1)))
+    assert holders(farm) == {"x": "fast"}
+
+
+def test_a_long_step_waits_for_the_fast_builder_and_short_ones_fill_the_slow_one() -> None:
+    farm = scene(slow=0.5, fast=2.0)
+    roots = ["first", "long", "short"]
+    farm.play(submit("s", roots, work(step("first"), 40), work(step("long"), 30), work(step("short"), 1)))
+    assert holders(farm) == {"first": "fast", "short": "slow"}
+    # `first` ends after 20 minutes, `long` then takes 15: that is before the hour that it would take here.
+    assert why(farm, "long") == r.WaitsForFaster(BuilderId("fast"), Instant(0.0), Instant(20 * 60.0))
+    assert any("long waits for fast" in line for line in farm.lines)
+    farm.play(built("short", "slow"))
+    assert farm.state("long") is StepState.READY
+    farm.at(1200.0).play(report("slow"), built("first", "fast"))
+    assert holders(farm)["long"] == "fast"
+
+
+def test_a_wait_ends_once_it_has_lasted_as_long_as_it_could_gain() -> None:
+    farm = scene(slow=1.0, fast=2.0)
+    urgent = [work(step("top", "first"), 60), work(step("first"), 20)]
+    farm.play(submit("s", ["top", "next"], *urgent, work(step("next"), 22)))
+    assert holders(farm) == {"first": "fast"}
+    while farm.state("next") is StepState.READY:
+        farm.wake()
+        farm.play(report("slow"), report("fast", 1, lease("first")))
+    # Half of 22 minutes is what the fast builder would save. It should have had room after 10, and is late.
+    assert holders(farm)["next"] == "slow"
+    assert farm.now == 11 * 60.0
+
+
+def test_the_second_that_waits_counts_on_the_second_room() -> None:
+    farm = scene(slow=1.0, fast=4.0)
+    steps = [work(step("first"), 12), work(step("second"), 8), work(step("third"), 6)]
+    farm.play(submit("s", ["first", "second", "third"], *steps))
+    # `second` would end after 3 + 2 minutes on the fast one; `third` counts on no room of its own there.
+    assert holders(farm) == {"first": "fast", "third": "slow"}
+
+
+def test_builders_of_one_speed_keep_what_they_had_before_speeds_were_known() -> None:
+    farm = scene(a=1.5, b=1.5)
+    farm.play(submit("s", ["x", "y", "z"], *(work(step(name), 90) for name in "xyz")))
+    assert len(holders(farm)) == 2
+    assert isinstance(why(farm, "z"), r.BuildersFull)
+
+
+def test_speed_is_of_a_system_so_that_an_emulated_one_is_used_only_where_that_ends_earlier() -> None:
+    farm = Scene()
+    both = builder("linux-box", LINUX, "arm")
+    farm.play(join(both, 4), join(builder("arm-box", "arm"), 1), measured("arm", **{"linux-box": 0.1}))
+    farm.play(submit("s", ["x", "y"], work(step("x", system="arm"), 5), work(step("y", system="arm"), 5)))
+    assert holders(farm) == {"x": "arm-box"}
+    farm.play(submit("t", ["z"], work(step("z"), 5)))
+    assert holders(farm)["z"] == "linux-box"
+
+
+def test_a_wait_ends_with_the_builder_that_it_is_for_whose_speed_is_known_when_it_comes_back() -> None:
+    farm = scene(slow=1.0, fast=8.0)
+    farm.play(submit("s", ["x", "y"], work(step("x"), 60), work(step("y"), 50)))
+    assert holders(farm) == {"x": "fast"}
+    farm.play(e.BuilderLost(BuilderId("fast"), "1", "gone"))
+    assert "y" in holders(farm) or "x" in holders(farm)
+    farm.play(join("fast"))
+    assert farm.farm.state.builders[BuilderId("fast")].speed(LINUX) == 8.0
+    farm.play(measured(LINUX, slow=2.0))
+    assert farm.farm.state.builders[BuilderId("fast")].speed(LINUX) == 1.0
+
+
+def test_works_and_tails_survive_a_restart_and_speeds_come_anew() -> None:
+    farm = scene(slow=1.0, fast=2.0)
+    farm.play(submit("s", ["top"], work(step("top", "low"), 3), work(step("low"), 2)))
+    farm.restart()
+    assert farm.farm.state.steps[StepKey("low")].tail_ms == 5 * MINUTE_MS
+    other = Scene()
+    other.farm.replay(farm.farm.snapshot())
+    assert other.farm.state.steps[StepKey("low")].tail_ms == 5 * MINUTE_MS
+
+
+def test_no_wait_is_longer_than_an_hour() -> None:
+    farm = scene(slow=0.01, fast=2.0)
+    farm.play(submit("s", ["x", "y"], work(step("x"), 600), work(step("y"), 600)))
+    assert holders(farm) == {"x": "fast"}
+    farm.at(LONGEST_HOLD_S - 1).play(report("slow"), report("fast", 1, lease("x")))
+    assert holders(farm) == {"x": "fast"}
+    farm.at(LONGEST_HOLD_S).play(report("slow"), report("fast", 1, lease("x")))
+    assert holders(farm)["y"] == "slow"
+
+
+def test_a_heap_is_read_in_order_without_being_changed() -> None:
+    chance = random.Random(7)
+    queue = Queue(Requirements(LINUX), BuilderId(""))
+    lane = Lane(OwnerLanes("", 1, 0, 0), 0, 0)
+    for number in range(200):
+        each = Step(StepKey(str(number)), (), number, StepState.READY)
+        each.rank = chance.randrange(50)
+        # A fifth is stale: granted meanwhile, or put in again with another rank.
+        each.queue = queue if chance.random() < 0.8 else None
+        lane.heap.append((-each.rank, each.sequence, each))
+    heapify(lane.heap)
+    before = list(lane.heap)
+    live = [entry[2] for entry in sorted(before, key=lambda entry: entry[:2]) if entry[2].queue is queue]
+    assert list(first_of(queue, lane)) == live
+    assert lane.heap == before
+
+
+def test_all_that_fit_are_started_at_once_where_builders_differ() -> None:
+    farm = Scene()
+    farm.play(join(builder("a"), 3), join(builder("b"), 3), measured(LINUX, b=1.1))
+    _, effects = farm.farm.handle(
+        submit("s", [f"x{n}" for n in range(9)], *(work(step(f"x{n}"), 1) for n in range(9))), Instant(1.0)
+    )
+    assert sum(isinstance(effect, StartBuild) for effect in effects) == 6
