@@ -25,8 +25,10 @@ EVALUATE: Final = Route(
     body="RemoteEvaluationRequest",
     answer=EvaluationView,
     status=201,
-    errors=(404, 408, 413, 422),
-    summary="Evaluate a tree that was sent, or a git revision, on the coordinator's machine, and submit what it finds.",
+    errors=(404, 408, 409, 413, 422),
+    # The client gives each a key.
+    repeats=True,
+    summary="Evaluate a tree that was sent, or a git revision, on the coordinator's machine, and submit what is found.",
 )
 EVALUATION: Final = Route(
     "GET",
@@ -34,7 +36,7 @@ EVALUATION: Final = Route(
     Right.API,
     answer=EvaluationView,
     errors=(404,),
-    summary="One remote evaluation, as it stands.",
+    summary="One remote evaluation of the token's owner, as it stands.",
     query=(Query("seen", "Answer once its state is another one, 20 s later at most.", words=tuple(EvaluationState)),),
 )
 CANCEL_EVALUATION: Final = Route(

@@ -68,6 +68,11 @@ def _short(text: str) -> str:
     return text
 
 
+def kept_text(text: str) -> str:
+    """Return what the farm keeps of a text."""
+    return text.encode(errors="replace")[:MAX_TEXT_BYTES].decode(errors="ignore")
+
+
 #: What people call something. The length in characters is looked at first: that costs nothing.
 _Text = Annotated[str, Field(max_length=MAX_TEXT_BYTES), AfterValidator(_short)]
 
@@ -293,8 +298,11 @@ class VerifyRequest(Request):
 _Argument = tuple[Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z_][A-Za-z0-9_'-]*$")], _Code]
 
 
-class RemoteEvaluationRequest(Request):
-    """An evaluation on the coordinator's machine: of a tree that was sent, or of a revision of a git repository."""
+class RemoteEvaluationRequest(SubmissionOrigin):
+    """An evaluation on the coordinator's machine: of a tree that was sent, or of a revision of a git repository.
+
+    A repeat with the same idempotency key gets the evaluation that goes on; after a restart, its submission.
+    """
 
     #: SHA-256 of the NAR of a tree that was sent, in hexadecimal; or else `git` and `rev`.
     tree: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""

@@ -174,7 +174,7 @@ async def _build_remotely(
         args=options.args,
         argstrs=options.argstrs,
         timeout_s=asked.timeout_s,
-        label=options.words.label,
+        **options.words.fields(),
         retry_failed=options.retry,
         wait_s=options.wait_s,
         traceparent=os.environ.get("TRACEPARENT", "")[:MAX_TRACEPARENT],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ async def evaluate_remotely(
     """
     from coordinator.client.working_tree import working_tree  # noqa: PLC0415 - slow to import
 
+    # One key for all that is begun: it goes on in the same submission after the coordinator has started anew.
+    wanted = wanted.model_copy(update={"idempotency_key": wanted.idempotency_key or secrets.token_hex(16)})
     tree: WorkingTree | None = None
     if source.git:
         asked = wanted.model_copy(update={"git": source.git, "rev": source.rev})
@@ -145,10 +148,14 @@ async def _watch(client: ApiClient, view: EvaluationView, screen: Screen) -> Eva
     Raises `UnreachableError` after a long time without a coordinator.
     """
     said: EvaluationState | None = None
+    submission = ""
     while not view.state.ended:
         if view.state is not said:
             said = view.state
             screen.status(f"{_SAID[said]} ({view.id})")
+        if view.submission != submission:
+            submission = view.submission
+            screen.status(f"what it has found is built already: drover watch {submission}")
         try:
             view = await client.evaluation(view.id, view.state)
         except RefusedError as refusal:

@@ -90,7 +90,10 @@ async def cancel(client: ApiClient, submission: str) -> int:
     if submission.startswith(EVALUATION_PREFIX):
         evaluation = await client.cancel_evaluation(submission)
         if evaluation.state is EvaluationState.CANCELLED:
-            print_lines([f"cancelled {evaluation.id}; nothing of it is submitted"])
+            what = "nothing of it is submitted"
+            if evaluation.submission:
+                what = f"what it found is built: drover cancel {evaluation.submission} ends that too"
+            print_lines([f"cancelled {evaluation.id}; {what}"])
         elif evaluation.submission:
             print_lines([f"{evaluation.id} had already ended; its builds: drover cancel {evaluation.submission}"])
         else:

@@ -16,7 +16,6 @@ from typing import Final, Literal
 
 from coordinator.api.models import StepView, SubmissionView
 from coordinator.api.requests import (
-    MAX_TEXT_BYTES,
     MAX_UNEVALUATED,
     ClientStage,
     GrowRequest,
@@ -24,6 +23,7 @@ from coordinator.api.requests import (
     SealRequest,
     SubmitRequest,
     UnevaluatedAttr,
+    kept_text,
 )
 from coordinator.cli.evaluation import show_evaluation, show_messages
 from coordinator.cli.follow import follow
@@ -304,7 +304,9 @@ class StreamedBuild:
     async def _seal(self, incomplete: str) -> None:
         evaluation = self.evaluation
         failed = evaluation.failed[:MAX_UNEVALUATED]
-        not_evaluated = tuple(UnevaluatedAttr(attr=_cut(each.attr), message=_cut(each.error)) for each in failed)
+        not_evaluated = tuple(
+            UnevaluatedAttr(attr=kept_text(each.attr), message=kept_text(each.error)) for each in failed
+        )
         stages = tuple(
             ClientStage(name=name, begin=begin, end=begin + max(0.0, sum_s))
             for name, (begin, sum_s) in self._stages.items()
@@ -312,7 +314,7 @@ class StreamedBuild:
         request = SealRequest(
             not_evaluated=not_evaluated,
             unevaluated=len(evaluation.failed),
-            incomplete=_cut(incomplete),
+            incomplete=kept_text(incomplete),
             stages=stages,
             client=self._name,
             drv_count=len(set(self._drvs)),
@@ -334,8 +336,3 @@ class StreamedBuild:
             with suppress(CoordinatorError, OSError, TimeoutError):
                 async with asyncio.timeout(SEAL_S):
                     await self._seal(incomplete)
-
-
-def _cut(text: str) -> str:
-    """Return what the farm keeps of a text."""
-    return text.encode(errors="replace")[:MAX_TEXT_BYTES].decode(errors="ignore")

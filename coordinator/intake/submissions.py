@@ -56,7 +56,7 @@ class Submissions:
             raise IntakeError("a submission has no root; name what it is to build, or open it (`open`) and send roots.")
         with collector_paused():
             if not wish.idempotency_key:
-                return await self._submit(wish, OriginNote(owner))
+                return await self._submit(wish, OriginNote(owner, client=wish.client))
             digest = await asyncio.to_thread(wish_digest, wish)
             origin = OriginNote(owner, key=wish.idempotency_key, wish=digest, client=wish.client)
             return await self._keys.once(origin, wish, lambda: self._submit(wish, origin))
@@ -89,6 +89,10 @@ class Submissions:
         del planned, note
         await free_in_slices(objects)
         return row
+
+    def require_terms(self, wish: SubmitRequest, owner: str) -> None:
+        """Raise `IntakeError` where what a wish sets for its submission cannot be."""
+        terms_of(wish, owner, self._engine.now())
 
     async def cancel(self, submission: str) -> SubmissionRow:
         """Withdraw a submission; a repeat changes nothing. Raises `NotFoundError`, `UnavailableError`."""

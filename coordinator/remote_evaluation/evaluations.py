@@ -2,8 +2,9 @@
 
 An evaluation is a run of `program` in a sandbox (with a git revision, one of `git_program` before it) whose frames are
 read here. Its derivations and sources go through intake as any client's, and are verified there; nothing that it says
-is believed, and every part of it is bounded. It lives in this process alone: a coordinator that stops ends it, and the
-client is told that its evaluation is not known any more and may be begun again, which finds its tree kept.
+is believed, and every part of it is bounded. Roots are submitted as they are found. An evaluation lives in this process
+alone: a coordinator that stops ends it, and the client, which gets 404 for it then, begins it again under the same
+idempotency key. That finds its tree kept, and goes on in its submission, which is left open for that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import logging
 import secrets
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,14 @@ from typing import Final
 from pydantic import ValidationError
 
 from coordinator.api.evaluations import EVALUATION_PREFIX, EvaluationState, EvaluationView
-from coordinator.api.requests import IntakeQuery, RemoteEvaluationRequest, SubmitRequest
-from coordinator.errors import CoordinatorError, NotFoundError, UnavailableError
+from coordinator.api.requests import IntakeQuery, RemoteEvaluationRequest
+from coordinator.errors import ConflictError, CoordinatorError, NotFoundError, UnavailableError
+from coordinator.intake.growth import Growth
 from coordinator.intake.intake import Intake
 from coordinator.intake.submissions import Submissions
 from coordinator.remote_evaluation import git_program, program
 from coordinator.remote_evaluation.errors import RemoteFailedError, RemoteOffError
+from coordinator.remote_evaluation.found_submission import FoundSubmission, evaluated_digest, opening_of
 from coordinator.remote_evaluation.frames import BadFrameError, FrameKind
 from coordinator.remote_evaluation.gateway import Gateway
 from coordinator.remote_evaluation.git_sources import refuse_url, require_source
@@ -73,6 +76,7 @@ class RemoteEvaluations:
         bounds: EvaluationBounds,
         intake: Intake,
         submissions: Submissions,
+        growth: Growth,
         run_dir: Path,
         off: str = "",
     ) -> None:
@@ -83,6 +87,8 @@ class RemoteEvaluations:
         self._bounds = bounds
         self._intake = intake
         self._submissions = submissions
+        self._growth = growth
+        self._stopping = False
         self._run_dir = run_dir
         self._evaluations: dict[str, EvaluationRecord] = {}
         self._slots: asyncio.Queue[int] = asyncio.Queue()
@@ -96,11 +102,12 @@ class RemoteEvaluations:
         return self._sandboxes
 
     def begin(self, ask: RemoteEvaluationRequest, owner: str) -> EvaluationView:
-        """Queue an evaluation whose submission is the owner's.
+        """Queue an evaluation whose submission is the owner's; the same again is the one that goes on.
 
         Raises:
+            ConflictError: The owner's evaluation with this idempotency key evaluates something else.
             RemoteOffError: There is none here.
-            IntakeError: It names no source, or one that this farm does not fetch.
+            IntakeError: It names no source, or one that this farm does not fetch, or terms that cannot be.
             TreeMissingError: Its tree is not here.
             UnavailableError: Too many wait.
         """
@@ -110,6 +117,9 @@ class RemoteEvaluations:
             refuse_url(ask.git, self._gateway, self._bounds.schemes, self._bounds.hosts)
         else:
             self.trees.require(ask.tree)
+        self._submissions.require_terms(opening_of(ask, ""), owner)
+        if (same := self._same(ask, owner)) is not None:
+            return same.view()
         open_ones = sum(not each.state.ended for each in self._evaluations.values())
         if open_ones >= self._bounds.at_once + self._bounds.waiting:
             raise UnavailableError(
@@ -121,36 +131,53 @@ class RemoteEvaluations:
         self._forget()
         return evaluation.view()
 
-    async def view(self, name: str, seen: str = "") -> EvaluationView:
-        """Return an evaluation; while its state is the one `seen`, wait for another one for a while.
+    def _same(self, ask: RemoteEvaluationRequest, owner: str) -> EvaluationRecord | None:
+        """Return the owner's evaluation with the key of a request that goes on. Raises `ConflictError`."""
+        for each in self._evaluations.values():
+            known = each.ask.idempotency_key
+            if known and (known, each.owner, each.state.ended) == (ask.idempotency_key, owner, False):
+                if evaluated_digest(each.ask) != evaluated_digest(ask):
+                    raise ConflictError(
+                        f"the idempotency key {known[:60]!r} is that of evaluation {each.id}, which evaluates "
+                        "something else; use a new key for a new wish."
+                    )
+                return each
+        return None
 
-        Raises `NotFoundError`.
+    async def view(self, name: str, may_see: Callable[[str], bool], seen: str = "") -> EvaluationView:
+        """Return an evaluation; while its state is the one `seen`, wait for news of it for a while.
+
+        Raises `NotFoundError`, also where the owner is one that `may_see` does not allow.
         """
-        evaluation = self._find(name)
+        evaluation = self._find(name, may_see)
         if evaluation.state == seen and not evaluation.state.ended:
             with suppress(TimeoutError):
                 async with asyncio.timeout(WAIT_S):
                     await evaluation.changed.wait()
         return evaluation.view()
 
-    async def cancel(self, name: str) -> EvaluationView:
-        """End an evaluation; what it has submitted goes on. A repeat changes nothing. Raises `NotFoundError`."""
-        evaluation = self._find(name)
+    async def cancel(self, name: str, may_change: Callable[[str], bool]) -> EvaluationView:
+        """End an evaluation; what it has submitted goes on. A repeat changes nothing.
+
+        Raises `NotFoundError` as `view`.
+        """
+        evaluation = self._find(name, may_change)
         if not evaluation.state.ended and evaluation.task is not None:
             evaluation.task.cancel()
             await asyncio.wait([evaluation.task])
         return evaluation.view()
 
     async def stop(self) -> None:
-        """End all that run."""
+        """End all that run; their submissions stay open for those who begin them again."""
+        self._stopping = True
         tasks = [each.task for each in self._evaluations.values() if each.task is not None and not each.task.done()]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
-    def _find(self, name: str) -> EvaluationRecord:
-        if (found := self._evaluations.get(name)) is None:
+    def _find(self, name: str, may_see: Callable[[str], bool]) -> EvaluationRecord:
+        if (found := self._evaluations.get(name)) is None or not may_see(found.owner):
             raise NotFoundError(
                 f"there is no evaluation {name[:40]}; it ended long ago, or the coordinator has started anew since: "
                 "begin it again."
@@ -165,22 +192,27 @@ class RemoteEvaluations:
     async def _run(self, evaluation: EvaluationRecord) -> None:
         """Run an evaluation to its end, whatever that is."""
         slot = -1
+        submission = FoundSubmission(self._submissions, self._growth, evaluation)
         try:
             slot = await self._slots.get()
             if evaluation.ask.git:
                 evaluation.become(EvaluationState.FETCHING)
                 evaluation.tree = await self._fetch(evaluation.ask, slot)
             evaluation.become(EvaluationState.EVALUATING)
-            await self._evaluate(evaluation, slot)
+            await self._evaluate(evaluation, slot, submission)
             evaluation.become(EvaluationState.DONE)
         except asyncio.CancelledError:
+            if not self._stopping:
+                await submission.cut_short("its evaluation was cancelled before all was evaluated")
             evaluation.become(EvaluationState.CANCELLED)
         except CoordinatorError as error:
             evaluation.error = str(error)
+            await submission.cut_short(f"its evaluation failed before all was evaluated: {error}")
             evaluation.become(EvaluationState.FAILED)
         except Exception:  # noqa: BLE001 - a fault of ours ends this evaluation and no other
             _log.exception("remote evaluation %s failed", evaluation.id)
             evaluation.error = "the evaluation failed by a fault of the coordinator; its log says more"
+            await submission.cut_short(evaluation.error)
             evaluation.become(EvaluationState.FAILED)
         finally:
             if slot >= 0:
@@ -195,17 +227,19 @@ class RemoteEvaluations:
             async with aclosing(_stream(run, FrameKind.TREE, FrameKind.TREE_END)) as tree:
                 return await self.trees.add(tree)
 
-    async def _evaluate(self, evaluation: EvaluationRecord, slot: int) -> None:
+    async def _evaluate(self, evaluation: EvaluationRecord, slot: int, submission: FoundSubmission) -> None:
         with self.trees.using(evaluation.tree) as path:
             async with self._program(slot, program.__name__, gateway=bool(self._bounds.hosts)) as run:
                 feeding = asyncio.create_task(_feed(run, self._job(evaluation.ask), path), name="tree of an evaluation")
                 try:
-                    while await self._take(evaluation, run, *await run.receive()):
+                    while await self._take(evaluation, submission, run, *await run.receive()):
                         pass
                 finally:
                     feeding.cancel()
                     await asyncio.gather(feeding, return_exceptions=True)
-        await self._submit(evaluation)
+        if not evaluation.root_count:
+            raise RemoteFailedError("the evaluation ended without a derivation")
+        await submission.seal()
 
     @asynccontextmanager
     async def _program(self, slot: int, name: str, *, gateway: bool) -> AsyncIterator[SandboxedRun]:
@@ -237,7 +271,9 @@ class RemoteEvaluations:
             allowed_uris=tuple(_uris(self._bounds)),
         )
 
-    async def _take(self, evaluation: EvaluationRecord, run: SandboxedRun, kind: FrameKind, data: bytes) -> bool:
+    async def _take(
+        self, evaluation: EvaluationRecord, submission: FoundSubmission, run: SandboxedRun, kind: FrameKind, data: bytes
+    ) -> bool:
         """Take one frame of the program, with the stream that it begins; False: it is done."""
         try:
             match kind:
@@ -251,6 +287,8 @@ class RemoteEvaluations:
                     await self._take_derivations(evaluation, run, (kind, data))
                 case FrameKind.SOURCES | FrameKind.SOURCES_END:
                     await self._take_sources(run, (kind, data))
+                case FrameKind.ROOTS:
+                    await submission.grow(evaluation.taken_roots(data))
                 case _:
                     evaluation.take(kind, data)
         except ValidationError:
@@ -271,19 +309,6 @@ class RemoteEvaluations:
     async def _take_sources(self, run: SandboxedRun, first: tuple[FrameKind, bytes]) -> None:
         async with aclosing(_stream(run, FrameKind.SOURCES, FrameKind.SOURCES_END, first)) as body:
             await self._intake.add_sources(body)
-
-    async def _submit(self, evaluation: EvaluationRecord) -> None:
-        if not evaluation.roots:
-            raise RemoteFailedError("the evaluation ended without a derivation")
-        ask = evaluation.ask
-        wish = SubmitRequest(
-            roots=tuple(evaluation.roots),
-            label=ask.label,
-            retry_failed=ask.retry_failed,
-            wait_s=ask.wait_s,
-            traceparent=ask.traceparent,
-        )
-        evaluation.submission = (await self._submissions.submit(wish, evaluation.owner)).id
 
 
 async def _feed(run: SandboxedRun, job: EvaluationJob, tree: Path) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,9 +21,9 @@ from coordinator.client.closure import LocalStore, describe_sources, read_closur
 from coordinator.errors import CoordinatorError
 from coordinator.evaluation import source as evaluation_source
 from coordinator.evaluation.errors import EvaluationError
-from coordinator.evaluation.findings import EvaluatorChoice
-from coordinator.evaluation.inputs import Inputs, evaluation_of
-from coordinator.evaluation.model import EvaluatedRoot, FailedAttr, left_out_text
+from coordinator.evaluation.findings import EvaluationMeans, EvaluatorChoice, RootKey, gathered, root_key
+from coordinator.evaluation.inputs import Inputs, findings_asked, require_some
+from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, Evaluation, FailedAttr, Finding, left_out_text
 from coordinator.evaluation.pool import PoolLimits
 from coordinator.remote_evaluation.frames import MAX_FRAME_BYTES, FrameKind, frame, read_frame
 from coordinator.remote_evaluation.jobs import (
@@ -41,6 +41,8 @@ from infra.nix.store_path import base_name_of
 
 #: Names of one intake query; so many fit a frame.
 QUERY_NAMES: Final = 8_000
+#: Seconds from one batch of roots to the next while there are fewer than a frame holds.
+BATCH_EVERY_S: Final = 1.0
 #: Characters of a name or a sentence.
 _SHORT: Final = 1024
 
@@ -104,27 +106,70 @@ async def evaluate(pipe: Pipe) -> None:
         os.chdir(f"{TREE}/{job.directory}")
     except OSError as error:
         raise EvaluationError(f"the tree has no directory {job.directory}: {error.strerror}") from None
-    messages: list[str] = []
     limits = PoolLimits(job.evaluators, job.memory_bytes, job.timeout_s or None)
     env = {**ENVIRONMENT, **({"all_proxy": f"socks5h://127.0.0.1:{GATEWAY_PORT}"} if job.allowed_uris else {})}
     async with gateway_of(job):
-        try:
-            found = await evaluation_of(
-                _inputs(job), limits, env=env, on_messages=messages.append, choice=EvaluatorChoice.OWN
-            )
-        finally:
-            for text in map(_shown, messages):
-                for start in range(0, len(text), MAX_MESSAGE):
-                    await pipe.send(FrameKind.MESSAGES, text[start : start + MAX_MESSAGE].encode())
+        found = await StreamedFindings(pipe, _inputs(job), limits, env).run()
     for start in range(0, len(found.failed), AT_ONCE):
         some = FailedAttrs(failed=tuple(map(_failed, found.failed[start : start + AT_ONCE])))
         await pipe.send(FrameKind.FAILED, some.model_dump_json().encode())
     left_out = left_out_text(job.file or "the expression", found.left_out)
     await pipe.send(FrameKind.LEFT_OUT, left_out.encode()[:_SHORT])
-    await send_closure(pipe, LocalStore(root=STORE), found.wanted, env)
-    for start in range(0, len(found.wanted), AT_ONCE):
-        roots = FoundRoots(roots=tuple(map(_root, found.wanted[start : start + AT_ONCE])))
-        await pipe.send(FrameKind.ROOTS, roots.model_dump_json().encode())
+
+
+class StreamedFindings:
+    """An evaluation whose roots are sent while it goes on: the first at once, further ones in batches of a second."""
+
+    def __init__(self, pipe: Pipe, inputs: Inputs, limits: PoolLimits, env: dict[str, str]) -> None:
+        self._pipe = pipe
+        self._inputs = inputs
+        self._messages: list[str] = []
+        self._means = EvaluationMeans(limits, env, self._messages.append, EvaluatorChoice.OWN)
+        self._found: list[tuple[AttrPlace, Finding]] = []
+        self._waiting: list[EvaluatedRoot] = []
+        self._arrived = asyncio.Event()
+        #: Full paths of what was sent, or is known to be there.
+        self._sent: set[str] = set()
+
+    async def run(self) -> Evaluation:
+        """Evaluate and send roots; returns all findings. Raises `CoordinatorError`."""
+        finding = asyncio.create_task(self._find())
+        finding.add_done_callback(lambda _: self._arrived.set())
+        try:
+            while self._waiting or not finding.done():
+                await self._arrived.wait()
+                self._arrived.clear()
+                batch, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
+                if batch:
+                    await self._send(batch)
+                    await asyncio.wait({finding}, timeout=0 if self._waiting else BATCH_EVERY_S)
+                if self._waiting or finding.done():
+                    self._arrived.set()
+            await finding
+            evaluation = gathered(self._found)
+            require_some(self._inputs, evaluation, self._messages.append)
+            return evaluation
+        finally:
+            finding.cancel()
+            await asyncio.gather(finding, return_exceptions=True)
+            for text in map(_shown, self._messages):
+                for start in range(0, len(text), MAX_MESSAGE):
+                    await self._pipe.send(FrameKind.MESSAGES, text[start : start + MAX_MESSAGE].encode())
+
+    async def _find(self) -> None:
+        keys: set[RootKey] = set()
+        async with aclosing(findings_asked(self._inputs, self._means)) as findings:
+            async for place, finding in findings:
+                self._found.append((place, finding))
+                if isinstance(finding, EvaluatedRoot) and (key := root_key(place, finding)) not in keys:
+                    keys.add(key)
+                    self._waiting.append(finding)
+                    self._arrived.set()
+
+    async def _send(self, batch: Sequence[EvaluatedRoot]) -> None:
+        await send_closure(self._pipe, LocalStore(root=STORE), batch, dict(self._means.env), self._sent)
+        roots = FoundRoots(roots=tuple(map(_root, batch)))
+        await self._pipe.send(FrameKind.ROOTS, roots.model_dump_json().encode())
 
 
 async def unpack(pipe: Pipe, job: EvaluationJob) -> None:
@@ -192,10 +237,12 @@ def _below(file: str, mark: str) -> str:
     return "" if name in {"", "."} else f"{mark}{name}"
 
 
-async def send_closure(pipe: Pipe, store: LocalStore, wanted: Sequence[EvaluatedRoot], env: dict[str, str]) -> None:
-    """Send what the coordinator lacks of the closure of roots. Raises `CoordinatorError`."""
-    closure = await asyncio.to_thread(read_closure, store, [each.drv for each in wanted])
-    found = await describe_sources(store, closure.sources, env)
+async def send_closure(
+    pipe: Pipe, store: LocalStore, wanted: Sequence[EvaluatedRoot], env: dict[str, str], sent: set[str]
+) -> None:
+    """Send what the coordinator lacks of the closure of roots, but for what was `sent`. Raises `CoordinatorError`."""
+    closure = await asyncio.to_thread(read_closure, store, [each.drv for each in wanted], sent)
+    found = await describe_sources(store, [path for path in closure.sources if path not in sent], env)
     if found.built:
         raise EvaluationError(f"the input {next(iter(found.built))} was built, and a remote evaluation builds nothing")
     names = {base_name_of(drv): drv for drv in closure.derivations}
@@ -210,6 +257,7 @@ async def send_closure(pipe: Pipe, store: LocalStore, wanted: Sequence[Evaluated
     if absent:
         nars = ((header, _nar(store, header)) for header in found.headers if header.path in absent)
         await pipe.stream(FrameKind.SOURCES, FrameKind.SOURCES_END, encode_sources(nars))
+    sent.update(closure.derivations, closure.sources)
 
 
 def _nar(store: LocalStore, header: SourceHeader) -> Callable[[], Any]:

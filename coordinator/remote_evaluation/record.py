@@ -34,7 +34,9 @@ class EvaluationRecord:
     tree: str = ""
     error: str = ""
     submission: str = ""
-    roots: list[RootRequest] = field(default_factory=list)
+    #: Roots that its program named, and the derivations among them.
+    root_count: int = 0
+    drvs: set[str] = field(default_factory=set)
     failed: list[FailedAttrView] = field(default_factory=list)
     failed_count: int = 0
     left_out: str = ""
@@ -47,6 +49,10 @@ class EvaluationRecord:
     def become(self, state: EvaluationState) -> None:
         """Change the state, and wake those who wait for that."""
         self.state = state
+        self.wake()
+
+    def wake(self) -> None:
+        """Wake those who wait for news of it."""
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -58,7 +64,7 @@ class EvaluationRecord:
             tree=self.tree,
             error=self.error,
             submission=self.submission,
-            roots=len(self.roots),
+            roots=self.root_count,
             failed=tuple(self.failed),
             failed_count=self.failed_count,
             left_out=self.left_out,
@@ -80,12 +86,17 @@ class EvaluationRecord:
                 self._add_failed(FailedAttrs.model_validate_json(data))
             case FrameKind.LEFT_OUT:
                 self.left_out = data.decode(errors="replace")[:MAX_SENTENCE]
-            case FrameKind.ROOTS:
-                self.roots += FoundRoots.model_validate_json(data).roots
-                if len(self.roots) > MAX_ROOTS:
-                    raise RemoteFailedError(f"it has more than {MAX_ROOTS} roots, the limit; choose some with -A")
             case _:
                 raise BadFrameError("the evaluator sent a frame that is not its own")
+
+    def taken_roots(self, data: bytes) -> tuple[RootRequest, ...]:
+        """Count the roots of a frame, and return them. Raises `RemoteFailedError`, `ValidationError`."""
+        roots = FoundRoots.model_validate_json(data).roots
+        self.root_count += len(roots)
+        if self.root_count > MAX_ROOTS:
+            raise RemoteFailedError(f"it has more than {MAX_ROOTS} roots, the limit; choose some with -A")
+        self.drvs.update(root.drv for root in roots)
+        return roots
 
     def _add_messages(self, data: bytes) -> None:
         self.message_bytes += len(data)

@@ -50,6 +50,7 @@ async def open_remote(stack: AsyncExitStack, settings: Settings, core: Core) -> 
         _bounds(wanted),
         core.intake,
         core.submissions,
+        core.growth,
         directory,
         off,
     )

@@ -41,6 +41,7 @@ from coordinator.intake.growth import Growth
 from coordinator.intake.intake import Intake
 from coordinator.intake.submissions import Submissions
 from coordinator.main import Coordinator, open_coordinator
+from coordinator.remote_evaluation.evaluations import RemoteEvaluations
 from coordinator.remote_settings import RemoteEvaluationSettings
 from coordinator.security.farm_secrets import UPLOAD_SECRET
 from coordinator.security.upload_tokens import UploadTokens
@@ -265,6 +266,15 @@ async def what_is_another_owner_s(asker: Asker, monkeypatch: pytest.MonkeyPatch)
             patched.setattr(submissions.Api, "_require_owner", lambda *_: None)
             patched.setattr(Submissions, method, failing(error))
             await asker.ask(route, route.address(**PARTS), submit if route.body is not None else b"")
+    with monkeypatch.context() as patched:
+
+        def contradict(*_: object) -> None:
+            raise ConflictError("x")
+
+        # A key that another evaluation has (`tests/hostile`).
+        patched.setattr(RemoteEvaluations, "begin", contradict)
+        body = json.dumps(BODIES[evaluation_routes.EVALUATE]).encode()
+        await asker.ask(evaluation_routes.EVALUATE, evaluation_routes.EVALUATE.address(), body)
     with monkeypatch.context() as patched:
         patched.setattr(submissions.Api, "_require_owner", refuse)
         await asker.ask(routes.GROW, routes.GROW.address(**PARTS), b"{}")

@@ -18,7 +18,9 @@ from coordinator.api.evaluations import EvaluationState, EvaluationView
 from coordinator.api.requests import RemoteEvaluationRequest
 from coordinator.api.streams import in_thread
 from coordinator.api.trees import MAX_DEPTH, compressed
+from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import RefusedError
+from coordinator.config import OwnerSettings
 from coordinator.remote_evaluation.errors import RemoteFailedError
 from coordinator.remote_evaluation.frames import BadFrameError, FrameKind
 from coordinator.remote_evaluation.sandboxed_run import running
@@ -149,19 +151,20 @@ in over (a: x: over (b: y: over (c: z: over (d: w: %s))))
 
 
 @pytest.mark.parametrize(
-    ("expression", "timeout_s", "says"),
+    ("expression", "memory_mib", "timeout_s", "says"),
     [
-        (LOOP % "d + w", 3, "the evaluation "),
-        (LOOP % f'builtins.trace "{"x" * 9000}" (d + w)', 3, "the evaluation "),
-        ("let f = x: f (x + 1); in f 0", 0, "stack overflow"),
-        ("let f = n: if n == 0 then [ 1 ] else f (n - 1) ++ f (n - 1); in f 40", 0, "needs more than 384 MiB"),
+        # With more memory than the loop has garbage, so that it is the time which ends it.
+        (LOOP % "d + w", 1024, 3, "the evaluation did not end within 3 s"),
+        (LOOP % f'builtins.trace "{"x" * 9000}" (d + w)', 1024, 3, "the evaluation did not end within 3 s"),
+        ("let f = x: f (x + 1); in f 0", 512, 0, "stack overflow"),
+        ("let f = n: if n == 0 then [ 1 ] else f (n - 1) ++ f (n - 1); in f 40", 512, 0, "needs more than 384 MiB"),
     ],
     ids=["forever", "prints", "recursion", "memory"],
 )
 async def test_an_evaluation_without_end_ends_by_itself_and_another_goes_on(
-    tmp_path: Path, expression: str, timeout_s: int, says: str
+    tmp_path: Path, expression: str, memory_mib: int, timeout_s: int, says: str
 ) -> None:
-    async with remote_farm(tmp_path, memory_mib=512) as farm:
+    async with remote_farm(tmp_path, memory_mib=memory_mib) as farm:
         bad = await farm.begin({"default.nix": expression}, timeout_s=timeout_s)
         other = await farm.evaluate({"default.nix": DERIVATION % "other"})
         assert other.state is EvaluationState.DONE
@@ -182,6 +185,65 @@ async def test_an_evaluation_is_ended_that_takes_longer_than_the_farm_lets_it(tm
         assert (await farm.end(waits.id)).state is EvaluationState.DONE
         cancelled = await farm.begin({"default.nix": LOOP % "d + w"})
         assert (await farm.client.cancel_evaluation(cancelled.id)).state is EvaluationState.CANCELLED
+
+
+async def submitted(farm: RemoteFarm, evaluation: str) -> EvaluationView:
+    """Wait until an evaluation that goes on has a submission."""
+    view = await farm.client.evaluation(evaluation)
+    while not (view.submission or view.state.ended):
+        view = await farm.client.evaluation(evaluation, view.state)
+    return view
+
+
+#: A root that is there at once, and one that never is.
+STREAMS = f"{{ early = {DERIVATION % 'early'}; late = {LOOP % 'd + w'}; }}"
+
+
+async def test_roots_are_submitted_while_the_rest_is_evaluated_with_all_terms(tmp_path: Path) -> None:
+    terms = {"branch": "main", "pull": "7", "commit": "0f3a", "tags": {"job": "nightly"}, "priority": 3, "label": "x"}
+    async with remote_farm(tmp_path) as farm:
+        with pytest.raises(RefusedError, match="only a submission with a branch or a pull request supersedes"):
+            await farm.begin({"default.nix": STREAMS}, supersede=True)
+        begun = await farm.begin({"default.nix": STREAMS}, **terms, fail_fast=True, deadline_s=900, supersede=True)
+        view = await submitted(farm, begun.id)
+        assert (view.state, view.roots) == (EvaluationState.EVALUATING, 1)
+        submission = await farm.client.submission(view.submission)
+        assert {name: getattr(submission, name) for name in terms} == terms
+        assert (submission.open, submission.fail_fast, submission.deadline_at > 0) == (True, True, True)
+        assert (await farm.client.cancel_evaluation(begun.id)).state is EvaluationState.CANCELLED
+        submission = await farm.client.submission(view.submission)
+        assert (submission.open, submission.root_count) == (False, 1)
+        assert submission.incomplete == "its evaluation was cancelled before all was evaluated"
+
+
+async def test_an_evaluation_belongs_to_its_owner_and_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTHER_TOKEN", "o" * 32)
+    owner = OwnerSettings(name="other", tokens=("env:OTHER_TOKEN",))
+    async with remote_farm(tmp_path, owner) as farm, ApiClient(farm.coordinator.ready.url, "o" * 32) as other:
+        begun = await farm.begin({"default.nix": STREAMS}, idempotency_key="run-1")
+        for attempt in (other.evaluation(begun.id), other.cancel_evaluation(begun.id)):
+            with pytest.raises(RefusedError, match="there is no evaluation") as refused:
+                await attempt
+            assert refused.value.http_status == 404
+        # A repeat is the one that goes on, of the same owner only; another wish is none.
+        assert (await farm.begin({"default.nix": STREAMS}, idempotency_key="run-1")).id == begun.id
+        with pytest.raises(RefusedError, match=f"'run-1' is that of evaluation {begun.id}") as refused:
+            await farm.begin({"default.nix": STREAMS}, idempotency_key="run-1", attrs=("early",))
+        assert refused.value.http_status == 409
+        tree = await farm.send(events({"default.nix": STREAMS}))
+        theirs = await other.evaluate(RemoteEvaluationRequest(tree=tree, file="default.nix", idempotency_key="run-1"))
+        assert theirs.id != begun.id
+        # The farm's own token does for all.
+        assert (await farm.client.cancel_evaluation(theirs.id)).state is EvaluationState.CANCELLED
+        first = await submitted(farm, begun.id)
+    # The coordinator ends in the middle: its client begins again, and goes on in the same submission.
+    async with remote_farm(tmp_path, owner) as farm:
+        with pytest.raises(RefusedError, match="begin it again"):
+            await farm.client.evaluation(begun.id)
+        again = await farm.begin({"default.nix": STREAMS}, idempotency_key="run-1")
+        assert (await submitted(farm, again.id)).submission == first.submission
+        assert (await farm.client.submission(first.submission)).root_count == 1
+        assert len(await farm.client.submissions()) == 1
 
 
 def bomb() -> Iterator[bytes]:

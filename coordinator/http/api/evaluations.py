@@ -55,8 +55,9 @@ class EvaluationApi:
 
     async def evaluation(self, request: web.Request) -> web.Response:
         """Show an evaluation."""
-        return answer(await self._evaluations.view(request.match_info["id"], request.query.get("seen", "")))
+        name, seen = request.match_info["id"], request.query.get("seen", "")
+        return answer(await self._evaluations.view(name, request[CLIENT].may_change, seen))
 
     async def cancel(self, request: web.Request) -> web.Response:
         """End an evaluation."""
-        return answer(await self._evaluations.cancel(request.match_info["id"]))
+        return answer(await self._evaluations.cancel(request.match_info["id"], request[CLIENT].may_change))

@@ -14,6 +14,7 @@ import pytest
 from tests.e2e.conftest import BUSYBOX
 from tests.support.farm import Farm, WorkerSpec
 from tests.support.git_server import commit, git, serving_git
+from tests.support.processes import processes_with
 
 pytestmark = pytest.mark.e2e
 
@@ -35,6 +36,7 @@ let
 in {
   text = build name "echo made of $(cat $src/text); echo > $out";
   broken = throw "not this one";
+  misspelt = { text = 1; }.txet;
   forever = let l = builtins.genList (x: x) 1000000; in
     builtins.foldl' (a: x: builtins.foldl' (b: y: b + y) a l) 0 l;
 }
@@ -101,6 +103,9 @@ def test_what_cannot_be_evaluated_is_said_and_the_rest_is_built(farm: Farm, repo
     status, said, _ = built(farm, repository / "nix/default.nix", "-A", "text", "-A", "broken")
     assert status == 3, said
     assert "broken cannot be evaluated: not this one" in said
+    # A throw has no place in Nix 2.8; what has one keeps it, by its name in the tree.
+    status, said, _ = built(farm, repository / "nix/default.nix", "-A", "text", "-A", "misspelt")
+    assert (status, '"position":"nix/default.nix:10:' in said) == (3, True), said
     status, said, _ = built(farm, repository / "nix", "-A", "nothing")
     assert (status, "attribute 'nothing' in selection path 'nothing' not found" in said) == (3, True), said
     status, said, _ = built(farm, "--git", "https://elsewhere.test/one", "--rev", "main", "nix")
@@ -130,3 +135,41 @@ def test_an_interrupted_evaluation_goes_on_and_can_be_watched_and_ended(farm: Fa
     assert (ended.returncode, ended.stdout) == (0, f"cancelled {found[1]}; nothing of it is submitted\n")
     watched = farm.drover("watch", found[1])
     assert (watched.returncode, "was cancelled" in watched.stderr) == (3, True), watched.stderr
+
+
+def test_a_coordinator_that_is_killed_in_the_middle_leaves_nothing_and_the_client_goes_on(
+    farm: Farm, repository: Path
+) -> None:
+    known = {view["id"] for view in farm.api("submissions")}
+    command = farm.command("build", "--remote", repository / "nix", "-A", "text", "-A", "forever")
+    client = subprocess.Popen(
+        command, env=farm.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert client.stdout is not None
+    said = ""
+    for line in client.stdout:
+        said += line
+        if "what it has found is built already" in line:
+            break
+    before = set(processes_with("coordinator.remote_evaluation.program"))
+    assert before, said
+    farm.kill()
+    farm.start().wait_for_workers(1)
+    assert not before & set(processes_with("coordinator.remote_evaluation.program"))
+    trees = (farm.state / "remote-evaluation" / "trees").glob("new-*")
+    assert list(trees) == []
+    for line in client.stdout:
+        said += line
+        if "what it has found is built already" in line:
+            break
+    assert "the coordinator has started anew and knows the evaluation no more; it begins again" in said
+    # One submission, which is open still.
+    [view] = [view for view in farm.api("submissions") if view["id"] not in known]
+    assert (view["open"], view["root_count"]) == (True, 1)
+    client.send_signal(signal.SIGINT)
+    _, errors = client.communicate(timeout=30)
+    found = re.search(r"drover cancel (eval-[0-9a-f]+)", errors)
+    assert found is not None, errors
+    ended = farm.drover("cancel", found[1])
+    assert f"what it found is built: drover cancel {view['id']}" in ended.stdout
+    assert farm.drover("wait", view["id"]).returncode == 3
