@@ -18,7 +18,15 @@ from aiohttp import web
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
-from coordinator.api import environment_routes, evaluation_routes, mirror_routes, plan_routes, requests, routes
+from coordinator.api import (
+    environment_routes,
+    evaluation_routes,
+    mirror_routes,
+    plan_routes,
+    requests,
+    routes,
+    source_routes,
+)
 from coordinator.api.models import ErrorView
 from coordinator.api.route import EVERY_ROUTE, NUMBER_DIGITS, Content, Query, Right, Route
 from coordinator.http.routing import serve
@@ -26,7 +34,7 @@ from coordinator.http.routing import serve
 #: Version of the specification. Source: OpenAPI Specification 3.1.1.
 OPENAPI_VERSION: Final = "3.1.1"
 #: Modules whose routes it describes, each under the name that it has there.
-TABLES: Final = (routes, evaluation_routes, mirror_routes, plan_routes, environment_routes)
+TABLES: Final = (routes, evaluation_routes, mirror_routes, plan_routes, source_routes, environment_routes)
 _REF: Final = "#/components/schemas/{model}"
 _PART: Final = re.compile(r"\{(\w+)\}")
 _INTRODUCTION: Final = """\

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Any other CI: builds the Nix file of a checkout on the farm. Call it in the checkout, with arguments of `drover build`.
+# Any other CI: builds the Nix file of a checkout on the farm. Call it in the checkout, with arguments of `drover build`,
+# such as `default.nix --branch "$BRANCH" --supersede`: what an older push of the branch still builds ends.
 #
 # Environment (infra/docs/ci.md says what it holds):
 #   DROVER_URL, DROVER_CACHE_KEY, DROVER_REQUIREMENT

@@ -163,6 +163,7 @@ def run_workflow(name: str, job: Job, settings: Settings) -> None:
         "GITHUB_ACTIONS": "true",
         "GITHUB_REPOSITORY": "ada/set",
         "GITHUB_REF_NAME": "main",
+        "GITHUB_REF": "refs/heads/main",
         "RUNNER_TEMP": str(temporary),
         **{key: str(file) for key, file in files.items()},
         **{key: evaluated(value, contexts) for key, value in steps_of["env"].items()},
@@ -189,6 +190,7 @@ def run_gitlab(job: Job, settings: Settings) -> None:
         "GITLAB_CI": "true",
         "CI_PROJECT_PATH": "ada/set",
         "CI_COMMIT_REF_NAME": "main",
+        "CI_COMMIT_BRANCH": "main",
         "DROVER_TOKEN_FILE": str(token),
         **settings.variables,
     }
@@ -247,14 +249,28 @@ def assert_no_secret(job: Job) -> None:
         assert job.token.encode() not in file.read_bytes(), file
 
 
+def older_push(farm: Farm, directory: Path, name: str) -> str:
+    """Submit, as the job of an older push of the same branch did, what has no worker and so waits."""
+    file = directory / "older.nix"
+    file.write_text(f'derivation {{ name = "older-{name}"; system = "riscv64-linux"; builder = "/bin/sh"; }}')
+    words = ("--label", "ada/set main", "--branch", "main", "--tag", "repository=ada/set")
+    done = farm.build(file, *words, "--detach", "--json")
+    assert done.returncode == 0, done.stderr
+    return str(json.loads(done.stdout.splitlines()[-1])["id"])
+
+
 @pytest.mark.parametrize("name", ["github.yml", "forgejo.yml", "gitlab.yml", "drover-ci.sh"])
 def test_an_example_builds_on_the_farm_and_uses_what_was_built(
     farm: Farm, job: Job, settings: Settings, tmp_path: Path, name: str
 ) -> None:
+    older = older_push(farm, tmp_path, name)
     write_set(job, name, "echo other > $out")
     run_example(name, job, settings)
     assert job.status == 0, job.output
     result = result_of(job)
+    if name != "drover-ci.sh":
+        view = farm.api(f"submissions/{older}")
+        assert (view["state"], view["superseded_by"]) == ("superseded", result["id"])
     assert result["state"] == "succeeded"
     assert {root["attr"] for root in result["roots"]} == {"good", "other"}
     # Fetched by the job's own Nix, which had nothing and built nothing.
