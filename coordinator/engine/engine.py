@@ -21,7 +21,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from coordinator.engine.inbox import Inbox, Message, SubmissionEvent
+from coordinator.engine.inbox import EngineInbox, EngineMessage, SubmissionEvent
 from coordinator.engine.meter import EngineMeter
 from coordinator.engine.replay import replay
 from coordinator.journal.codec import SubmissionNote
@@ -56,7 +56,7 @@ class Engine:
         self._views = views
         self._clock = clock
         self._hand = hand
-        self._inbox = Inbox()
+        self._inbox = EngineInbox()
         #: Held by the turn whose facts go to journal and views.
         self._committing = asyncio.Lock()
         self._running = False
@@ -103,28 +103,28 @@ class Engine:
 
     async def offer(self, *events: Event) -> None:
         """Give events to the core; returns once what follows from them is durable. Raises `UnavailableError`."""
-        await self._send(Message(events))
+        await self._send(EngineMessage(events))
 
     async def post(self, events: Sequence[Event]) -> None:
         """Give events to the core without waiting for the journal."""
         if events and not self._stopped:
-            await self._inbox.put(Message(tuple(events)))
+            await self._inbox.put(EngineMessage(tuple(events)))
 
     async def submit(self, event: SubmissionEvent, note: Note | None = None) -> None:
         """Hand a submission or its growth to the core; returns once what follows from it, and its note, are durable.
 
         Raises `UnavailableError`, and `SubmissionRefusedError` where the core does not take the graph.
         """
-        await self._send(Message((event,), submission=event, note=note))
+        await self._send(EngineMessage((event,), submission=event, note=note))
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, message: EngineMessage) -> None:
         message.safe = asyncio.get_running_loop().create_future()
         await self._inbox.put(message)
         if self._stopped:
             message.refuse()
         await message.safe
 
-    async def _turn(self, messages: Sequence[Message]) -> None:
+    async def _turn(self, messages: Sequence[EngineMessage]) -> None:
         """Take in messages, or one submission, and what the time has decided; grant leases."""
         with _answering(messages), collector_paused():
             facts, effects = await self._ask(messages)
@@ -132,7 +132,7 @@ class Engine:
                 await self._commit(messages, facts)
             self._hand(effects)
 
-    async def _take_large(self, submission: Message) -> None:
+    async def _take_large(self, submission: EngineMessage) -> None:
         """Take in a large submission, and the ends of builds that pass it meanwhile; then grant leases."""
         messages = [submission]
 
@@ -158,7 +158,7 @@ class Engine:
         """Take in what may pass a submission, or wait for more of that, or for the end of the submission's turn."""
         now = self.now()
 
-        def passes(message: Message) -> bool:
+        def passes(message: EngineMessage) -> bool:
             return self._farm.may_pass(message.events, now)
 
         async with self._committing:
@@ -181,7 +181,7 @@ class Engine:
             arrival.cancel()
 
     async def _commit(
-        self, messages: Sequence[Message], facts: Sequence[Fact], encoded: Sequence[FrameBody] | None = None
+        self, messages: Sequence[EngineMessage], facts: Sequence[Fact], encoded: Sequence[FrameBody] | None = None
     ) -> None:
         """Make what follows from messages durable, and show it."""
         meter = self.meter
@@ -200,7 +200,7 @@ class Engine:
         meter.durable_facts += len(durable)
         meter.count(durable)
 
-    async def _ask(self, messages: Sequence[Message], *, grant: bool = True) -> tuple[list[Fact], list[Effect]]:
+    async def _ask(self, messages: Sequence[EngineMessage], *, grant: bool = True) -> tuple[list[Fact], list[Effect]]:
         """Let the core decide. A submission goes to the core alone: the core may refuse it, and only it."""
         events = [event for message in messages for event in message.events]
         with self.meter.timing("core"):
@@ -215,7 +215,7 @@ class Engine:
 
 
 @contextmanager
-def _answering(messages: Sequence[Message]) -> Iterator[None]:
+def _answering(messages: Sequence[EngineMessage]) -> Iterator[None]:
     """Answer the senders of messages by the end of the block: they are in, or the engine stops."""
     try:
         yield

@@ -23,7 +23,7 @@ SubmissionEvent = SubmissionReceived | SubmissionGrown | SealAsked
 
 
 @dataclass(slots=True, eq=False)
-class Message:
+class EngineMessage:
     """Events that belong together, and the future of the sender that waits for them."""
 
     events: tuple[Event, ...]
@@ -56,16 +56,16 @@ class Message:
         self.fail(UnavailableError("the coordinator is stopping; try again once it runs."))
 
 
-class Inbox:
+class EngineInbox:
     """Messages that wait for the engine."""
 
     def __init__(self) -> None:
         self._room = asyncio.Semaphore(INBOX_MESSAGES)
-        self._plain: deque[Message] = deque()
-        self._submissions: deque[Message] = deque()
+        self._plain: deque[EngineMessage] = deque()
+        self._submissions: deque[EngineMessage] = deque()
         self._arrived = asyncio.Event()
 
-    async def put(self, message: Message) -> None:
+    async def put(self, message: EngineMessage) -> None:
         """Queue a message, once there is room."""
         await self._room.acquire()
         (self._plain if message.submission is None else self._submissions).append(message)
@@ -84,18 +84,18 @@ class Inbox:
         """Wait for a message that `has_where` has not seen."""
         await self._arrived.wait()
 
-    def has_where(self, passes: Callable[[Message], bool]) -> bool:
+    def has_where(self, passes: Callable[[EngineMessage], bool]) -> bool:
         """Return whether a message but a submission passes."""
         self._arrived.clear()
         return any(map(passes, self._plain))
 
-    def take(self, most: int) -> list[Message]:
+    def take(self, most: int) -> list[EngineMessage]:
         """Return and forget the oldest messages but submissions."""
         return [self._taken(self._plain.popleft()) for _ in range(min(most, len(self._plain)))]
 
-    def take_where(self, passes: Callable[[Message], bool], most: int) -> list[Message]:
+    def take_where(self, passes: Callable[[EngineMessage], bool], most: int) -> list[EngineMessage]:
         """Return and forget the oldest messages that pass, but submissions."""
-        found: list[Message] = []
+        found: list[EngineMessage] = []
         for message in self._plain:
             if len(found) < most and passes(message):
                 found.append(message)
@@ -104,17 +104,17 @@ class Inbox:
             self._plain = deque(message for message in self._plain if id(message) not in gone)
         return list(map(self._taken, found))
 
-    def take_submission(self) -> Message | None:
+    def take_submission(self) -> EngineMessage | None:
         """Return and forget the oldest submission."""
         return self._taken(self._submissions.popleft()) if self._submissions else None
 
-    def take_all(self) -> list[Message]:
+    def take_all(self) -> list[EngineMessage]:
         """Return and forget everything."""
         messages = self.take(len(self._plain))
         while (message := self.take_submission()) is not None:
             messages.append(message)
         return messages
 
-    def _taken(self, message: Message) -> Message:
+    def _taken(self, message: EngineMessage) -> EngineMessage:
         self._room.release()
         return message

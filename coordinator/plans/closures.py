@@ -35,7 +35,7 @@ class Reach(IntEnum):
 
 
 @dataclass(slots=True)
-class Survey:
+class ClosureSurvey:
     """Paths of some closures that were looked up."""
 
     located: dict[str, LocatedPath] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Survey:
         }
 
 
-def extents(survey: Survey) -> dict[str, Reach]:
+def extents(survey: ClosureSurvey) -> dict[str, Reach]:
     """Return how far the closure of each path can be fetched; paths that are not in the survey are absent."""
     found = {path: Reach.HERE if each.place == HERE else Reach.UPSTREAM for path, each in survey.located.items()}
     referrers: dict[str, list[str]] = {}

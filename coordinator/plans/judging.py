@@ -17,7 +17,7 @@ from typing import Final
 
 from coordinator.api.plan_models import PlanState, PlanView, SystemPlan, UpstreamPlan, WishPlan
 from coordinator.intake.forecast import BuildCost, PlannedStep
-from coordinator.plans.closures import HERE, Closures, Reach, Survey, extents
+from coordinator.plans.closures import HERE, Closures, ClosureSurvey, Reach, extents
 from coordinator.wishes.model import Wish, WishedAttribute, WishedDerivation, WishedPaths, WishList, WishMark
 from infra.nix.store_path import HASH_PART_LENGTH, base_name_of, drv_name_of, package_of
 from scheduler.model import Requirements, StepKey
@@ -63,7 +63,7 @@ class WishFacts:
 class FarmFacts:
     """Facts of the farm, for all wishes."""
 
-    survey: Survey
+    survey: ClosureSurvey
     #: Steps that would be built of wishes whose derivations the farm has, inputs first.
     steps: Sequence[PlannedStep] = ()
     building: frozenset[StepKey] = frozenset()

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from coordinator.api.plan_models import UpstreamPlan, UpstreamState
 from coordinator.errors import IntakeError
-from coordinator.plans.closures import HERE, LocatedPath, Survey
+from coordinator.plans.closures import HERE, ClosureSurvey, LocatedPath
 from infra.cache.errors import ClosureTooLargeError
 from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import hash_part_of
@@ -78,13 +78,13 @@ class Lookup:
         self._prefix = f"{store_dir}/"
         self._now = now
 
-    async def survey(self, paths: Iterable[str]) -> tuple[Survey, list[UpstreamPlan]]:
+    async def survey(self, paths: Iterable[str]) -> tuple[ClosureSurvey, list[UpstreamPlan]]:
         """Return where the closures of some full store paths are, and what became of each upstream.
 
         Raises:
             IntakeError: They have too many paths.
         """
-        survey = Survey()
+        survey = ClosureSurvey()
         asked = [_Asked(source, place) for place, source in enumerate(self._upstreams, HERE + 1)]
         frontier = set(paths)
         ends_at = self._now() + BUDGET_S
@@ -95,7 +95,7 @@ class Lookup:
             frontier = await self._elsewhere(survey, lacking, asked, ends_at)
         return survey, [UpstreamPlan(url=each.source.name, state=each.state, paths=each.found) for each in asked]
 
-    async def _here(self, survey: Survey, paths: Collection[str]) -> set[str]:
+    async def _here(self, survey: ClosureSurvey, paths: Collection[str]) -> set[str]:
         """Take in what this cache has of some closures; return what it lacks of them."""
         ordered = sorted(paths)
         for start in range(0, len(ordered), ASKED_AT_ONCE):
@@ -107,7 +107,7 @@ class Lookup:
         return await asyncio.to_thread(_lacking, survey, ordered)
 
     async def _elsewhere(
-        self, survey: Survey, paths: Collection[str], asked: Sequence[_Asked], ends_at: float
+        self, survey: ClosureSurvey, paths: Collection[str], asked: Sequence[_Asked], ends_at: float
     ) -> set[str]:
         """Ask upstreams for some paths; return the paths that what they have refers to, of which nothing is known."""
         in_use = [each for each in asked if each.state == "answered"]
@@ -172,7 +172,7 @@ def _located(texts: Sequence[bytes], prefix: str) -> dict[str, LocatedPath]:
     return found
 
 
-def _lacking(survey: Survey, paths: Sequence[str]) -> set[str]:
+def _lacking(survey: ClosureSurvey, paths: Sequence[str]) -> set[str]:
     """Return what this cache lacks of some paths and of what they reach."""
     reached: set[str] = set(paths)
     for each in survey.located.values():

@@ -16,7 +16,7 @@ from coordinator.api.plan_models import PlanView
 from coordinator.api.requests import PlannedDerivation, PlanQuery
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.intake.forecast import MAX_PACKAGES, Forecaster, PlannedStep
-from coordinator.plans.closures import Reach, Survey, extents
+from coordinator.plans.closures import ClosureSurvey, Reach, extents
 from coordinator.plans.judging import FarmFacts, KnownFailure, WishFacts, judge, package_key
 from coordinator.plans.lookup import Lookup
 from coordinator.readmodel.rows import StepRow
@@ -231,7 +231,7 @@ def _facts(wish: Wish, node: Node | None, told: Mapping[str, StepKey], present: 
     return WishFacts(wish, paths, step, graphed=graphed, present=is_present)
 
 
-def _missing(facts: Sequence[WishFacts], survey: Survey) -> list[WishFacts]:
+def _missing(facts: Sequence[WishFacts], survey: ClosureSurvey) -> list[WishFacts]:
     """Return the wishes of which no cache has the whole closure."""
     reach = extents(survey)
     return [

@@ -12,7 +12,7 @@ from coordinator.api.source_routes import SourceTrouble, SourceView
 from coordinator.intake.fixed_outputs import MAX_DERIVATION_BYTES, FixedOutputs
 from coordinator.readmodel.rows import StepRow
 from coordinator.readmodel.views import Views
-from coordinator.sources.room import Sources
+from coordinator.sources.room import SourceRoom
 from coordinator.stores.derivations import DerivationStore
 from infra.nix import aterm
 from infra.nix.derivation import STRUCTURED_ATTRS_KEY
@@ -34,7 +34,7 @@ URL_CHARACTERS: Final = 500
 class SourceListing:
     """Answers; reads only."""
 
-    def __init__(self, views: Views, derivations: DerivationStore, fixed: FixedOutputs, sources: Sources) -> None:
+    def __init__(self, views: Views, derivations: DerivationStore, fixed: FixedOutputs, sources: SourceRoom) -> None:
         self._views = views
         self._derivations = derivations
         self._fixed = fixed

@@ -75,7 +75,7 @@ class Search:
     answers: tuple[str, ...] = ()
 
 
-class Sources:
+class SourceRoom:
     """The room; for the tasks of one event loop. `send` gives starts back that have waited."""
 
     def __init__(  # noqa: PLR0917 - collaborators, named by their types

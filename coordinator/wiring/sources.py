@@ -9,13 +9,13 @@ import aiohttp
 
 from coordinator.source_settings import SourceSettings
 from coordinator.sources.mirror import Mirror
-from coordinator.sources.room import Sources
+from coordinator.sources.room import SourceRoom
 from infra.cache.pulls.upstream import Upstream
 from infra.clock import Clock
 
 
 async def open_mirrors(
-    stack: AsyncExitStack, settings: SourceSettings, clock: Clock, sources: Sources, upstreams: Sequence[Upstream]
+    stack: AsyncExitStack, settings: SourceSettings, clock: Clock, sources: SourceRoom, upstreams: Sequence[Upstream]
 ) -> None:
     """Give `sources` its mirrors, and the upstreams where they are to be asked; `stack` closes what they need."""
     if settings.upstreams:

@@ -13,7 +13,7 @@ from coordinator.engine.worker_events import FleetSink
 from coordinator.observability.spans import Trace
 from coordinator.readmodel.views import Views
 from coordinator.security.isolation import WeakIsolation
-from coordinator.sources.room import Sources
+from coordinator.sources.room import SourceRoom
 from coordinator.wiring.core import Core
 from coordinator.wiring.stores import Stores
 from infra.cache.repair.fsck import RepairSource
@@ -35,7 +35,7 @@ class Work:
     #: Where lost objects are looked for, in order; upstreams are added once they are open.
     repair_sources: list[RepairSource]
     #: What has fixed outputs from elsewhere than a worker's network.
-    sources: Sources
+    sources: SourceRoom
 
 
 def _traceparent(views: Views, lease: LeaseId) -> str:
@@ -71,7 +71,7 @@ def connect_workers(settings: Settings, clock: Clock, stores: Stores, core: Core
         timed=published,
     )
     core.relay.dispatch = dispatch
-    fixed = Sources(
+    fixed = SourceRoom(
         core.intake.fixed,
         stores.cache,
         stores.derivations,

@@ -55,11 +55,11 @@ class _DevboxPackage(BaseModel):
     systems: Annotated[dict[_Name, _Locked], Field(max_length=MAX_SYSTEMS)] = {}
 
 
-class _Lock(BaseModel):
+class _DevboxLock(BaseModel):
     packages: Annotated[dict[_Name, _DevboxPackage], Field(max_length=MAX_WISHES)] = {}
 
 
-class _Version(BaseModel):
+class _DevboxVersion(BaseModel):
     lockfile_version: Any = None
 
 
@@ -69,11 +69,11 @@ def read_devbox_lock(place: str, data: bytes, store_dir: StoreDir, systems: Sequ
     Raises:
         WishListError: It is not whole, of another version, or names what is no package, system or path.
     """
-    version = read_model(_Version, place, data, _RELOCK).lockfile_version
+    version = read_model(_DevboxVersion, place, data, _RELOCK).lockfile_version
     if str(version) != VERSION:
         said = "no lockfile_version" if version is None else f"lockfile_version {str(version)[:SHOWN]!r}"
         raise WishListError(place, f"it has {said}, and version {VERSION} is read", _RELOCK)
-    lock = read_model(_Lock, place, data, _RELOCK)
+    lock = read_model(_DevboxLock, place, data, _RELOCK)
     found, notes = unique(place, _wishes(place, lock, store_dir, systems))
     known = dict.fromkeys([*systems, *(wish.system for wish in found)])
     if len(known) > MAX_SYSTEMS:
@@ -81,7 +81,7 @@ def read_devbox_lock(place: str, data: bytes, store_dir: StoreDir, systems: Sequ
     return WishList(place, WishSource.DEVBOX, found, tuple(known), VERSION, notes)
 
 
-def _wishes(place: str, lock: _Lock, store_dir: StoreDir, systems: Sequence[str]) -> Iterator[Wish]:
+def _wishes(place: str, lock: _DevboxLock, store_dir: StoreDir, systems: Sequence[str]) -> Iterator[Wish]:
     for name, package in lock.packages.items():
         reference, found, attribute = package.resolved.partition("#")
         if not found and not package.systems:

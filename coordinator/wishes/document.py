@@ -42,11 +42,11 @@ _Installable = Annotated[str, Field(max_length=MAX_INSTALLABLE, pattern=_PLAIN)]
 _System = Annotated[str, Field(max_length=64, pattern=r"^[a-z0-9_]+-[a-z0-9_]+$")]
 
 
-class _Part(BaseModel):
+class _DocumentPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
-class OutputDocument(_Part):
+class OutputDocument(_DocumentPart):
     """`WishedOutput`."""
 
     name: _Name
@@ -56,7 +56,7 @@ class OutputDocument(_Part):
 _Outputs: TypeAlias = Annotated[tuple[OutputDocument, ...], Field(max_length=MAX_OUTPUTS), FailFast()]
 
 
-class PathsTarget(_Part):
+class PathsTarget(_DocumentPart):
     """`WishedPaths`."""
 
     kind: Literal["paths"]
@@ -73,7 +73,7 @@ class PathsTarget(_Part):
         return WishedPaths(outputs, self.derivation, self.installable, others)
 
 
-class DerivationTarget(_Part):
+class DerivationTarget(_DocumentPart):
     """`WishedDerivation`."""
 
     kind: Literal["derivation"]
@@ -85,7 +85,7 @@ class DerivationTarget(_Part):
         return WishedDerivation(self.path, self.outputs)
 
 
-class AttributeTarget(_Part):
+class AttributeTarget(_DocumentPart):
     """`WishedAttribute`."""
 
     kind: Literal["attribute"]
@@ -98,7 +98,7 @@ class AttributeTarget(_Part):
         return WishedAttribute(self.source, self.attribute, self.is_flake)
 
 
-class WishDocument(_Part):
+class WishDocument(_DocumentPart):
     """`Wish`."""
 
     name: _Name
@@ -109,7 +109,7 @@ class WishDocument(_Part):
     version: _Text = ""
 
 
-class WishListDocument(_Part):
+class WishListDocument(_DocumentPart):
     """`WishList`; `digest` is for readers, and not read back."""
 
     form: Literal[1]

@@ -44,7 +44,7 @@ _NAMES: Final = re.compile(r'(?:"[^"]*"|[^."])+')
 _RELOCK: Final = "lock it again with `nix flake lock`"
 
 
-class _Node(BaseModel):
+class _LockNode(BaseModel):
     inputs: dict[str, Any] = {}
     locked: dict[str, Any] | None = None
 
@@ -52,7 +52,7 @@ class _Node(BaseModel):
 class _FlakeLock(BaseModel):
     version: int
     root: str
-    nodes: Annotated[dict[str, _Node], Field(max_length=MAX_WISHES)]
+    nodes: Annotated[dict[str, _LockNode], Field(max_length=MAX_WISHES)]
 
 
 def flake_wishes(text: str, systems: Sequence[str]) -> WishList:

@@ -41,7 +41,7 @@ _HASH_SHOWN: Final = 8
 _CORRECT: Final = "give full store paths, .drv paths or what nix-eval-jobs prints, one a line"
 
 
-class _Job(BaseModel):
+class _ListedJob(BaseModel):
     """One line of nix-eval-jobs, as far as it is read."""
 
     attr: _Text
@@ -60,7 +60,7 @@ def read_lines(place: str, data: bytes, store_dir: StoreDir, system: str) -> Wis
         WishListError: A line holds no wish.
     """
     check_size(place, data)
-    reader = _Reader(place, store_dir, system)
+    reader = _LineReader(place, store_dir, system)
     wishes, repeats = unique(place, _named_apart(reader.wishes(data)))
     systems = tuple(dict.fromkeys(wish.system for wish in wishes)) or (system,)
     if len(systems) > MAX_SYSTEMS:
@@ -83,7 +83,7 @@ def _named_apart(wishes: Iterator[Wish]) -> list[Wish]:
     return found
 
 
-class _Reader:
+class _LineReader:
     """Reads the lines of one list."""
 
     def __init__(self, place: str, store_dir: StoreDir, system: str) -> None:
@@ -138,7 +138,7 @@ class _Reader:
             raise WishListError(place, f"{text[:SHOWN]!r} has outputs and is no .drv", _CORRECT)
         return Wish(parsed.name, self._system, WishedPaths((WishedOutput("out", path),)))
 
-    def _job_wish(self, place: str, job: _Job) -> Wish:
+    def _job_wish(self, place: str, job: _ListedJob) -> Wish:
         name, system = job.attr or job.name or drv_name_of(job.drvPath), job.system or self._system
         check_name(place, name)
         check_system(place, name, system)
@@ -150,9 +150,9 @@ class _Reader:
         return Wish(name, system, target, marks=marks_of(job.meta or {}))
 
 
-def _job(place: str, text: str) -> _Job:
+def _job(place: str, text: str) -> _ListedJob:
     try:
-        return _Job.model_validate_json(text)
+        return _ListedJob.model_validate_json(text)
     except ValidationError as error:
         fault = first_fault(error)
         at = f" at {fault.place[:SHOWN]}" if fault.place else ""

@@ -73,7 +73,7 @@ class ClosureAnswer:
             ) as response:
                 if response.status != 200:
                     raise QuestionRefusedError(self.cache_url, response.status)
-                page = _Page(self.cache_url)
+                page = _ClosurePage(self.cache_url)
                 async for chunk in response.content.iter_any():
                     texts = page.take(chunk)
                     if texts:
@@ -91,7 +91,7 @@ class ClosureAnswer:
         raise QuestionAnswerError(f"{self.cache_url} answers with more than {MAX_PAGES} pages")
 
 
-class _Page:
+class _ClosurePage:
     """One page while it comes: a line a narinfo, or JSON in another layout, which is read at its end."""
 
     def __init__(self, url: str) -> None:

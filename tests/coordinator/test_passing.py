@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.engine import engine as engine_module
-from coordinator.engine.inbox import INBOX_MESSAGES, LARGE_STEPS, Inbox, Message
+from coordinator.engine.inbox import INBOX_MESSAGES, LARGE_STEPS, EngineInbox, EngineMessage
 from coordinator.errors import UnavailableError
 from coordinator.journal.errors import JournalError
 from coordinator.journal.journal import Journal
@@ -140,13 +140,13 @@ async def test_where_the_facts_of_what_passes_cannot_be_stored_the_submission_is
 
 
 async def test_the_inbox_is_bounded_and_gives_what_passes_in_order() -> None:
-    inbox = Inbox()
-    plain = [Message((TimePassed(),)) for _ in range(INBOX_MESSAGES - 1)]
+    inbox = EngineInbox()
+    plain = [EngineMessage((TimePassed(),)) for _ in range(INBOX_MESSAGES - 1)]
     for message in plain:
         await inbox.put(message)
-    passing = Message(())
+    passing = EngineMessage(())
     await inbox.put(passing)
-    late = asyncio.create_task(inbox.put(Message((large("large"),), submission=large("large"))))
+    late = asyncio.create_task(inbox.put(EngineMessage((large("large"),), submission=large("large"))))
     await asyncio.sleep(0)
     assert not late.done()
     assert inbox.take_where(lambda message: not message.events, 64) == [passing]

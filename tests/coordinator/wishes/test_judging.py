@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from coordinator.api.plan_models import PlanView
 from coordinator.intake.forecast import BuildCost, PlannedStep
-from coordinator.plans.closures import Closures, LocatedPath, Reach, Survey, extents
+from coordinator.plans.closures import Closures, ClosureSurvey, LocatedPath, Reach, extents
 from coordinator.plans.judging import FarmFacts, KnownFailure, WishFacts, judge
 from coordinator.wishes.model import Wish, WishedOutput, WishedPaths, WishList, WishMark, WishSource
 from infra.nix.store_path import base_name_of
@@ -39,7 +39,7 @@ def located(place: int, *references: str, size: int = 10) -> LocatedPath:
 
 def planned(
     wishes: Sequence[Wish],
-    survey: Survey,
+    survey: ClosureSurvey,
     steps: Sequence[PlannedStep] = (),
     *,
     building: frozenset[StepKey] = frozenset(),
@@ -63,7 +63,7 @@ def step(name: str, *needs: PlannedStep, build_s: float | None = None, kind: Req
 
 
 def test_each_wish_gets_the_first_word_that_holds() -> None:
-    survey = Survey(
+    survey = ClosureSurvey(
         {
             path("here"): located(0, "lib", "here"),
             path("lib"): located(0),
@@ -102,7 +102,7 @@ def test_each_wish_gets_the_first_word_that_holds() -> None:
 
 
 def test_what_wishes_share_counts_once_and_what_is_on_the_machine_does_not() -> None:
-    survey = Survey(
+    survey = ClosureSurvey(
         {
             path("a"): located(0, "lib"),
             path("b"): located(1, "lib", "more"),
@@ -123,10 +123,10 @@ def test_what_wishes_share_counts_once_and_what_is_on_the_machine_does_not() -> 
 
 
 @st.composite
-def surveys(draw: st.DrawFn) -> Survey:
+def surveys(draw: st.DrawFn) -> ClosureSurvey:
     """Paths with any references, circles included, of which some are nowhere."""
     names = [str(number) for number in range(draw(st.integers(1, 8)))]
-    survey = Survey()
+    survey = ClosureSurvey()
     for name in names:
         where = draw(st.integers(-2, 2))
         if where >= 0:
@@ -140,7 +140,7 @@ def surveys(draw: st.DrawFn) -> Survey:
 
 @given(surveys())
 @settings(max_examples=100, deadline=None)
-def test_a_closure_is_as_good_as_its_worst_member(survey: Survey) -> None:
+def test_a_closure_is_as_good_as_its_worst_member(survey: ClosureSurvey) -> None:
     found, closures = extents(survey), Closures(survey.located)
     for each in [*survey.located, *survey.absent, *survey.unasked]:
         reached = {each, *(reference for one in closures.members([each]) for reference in one.references)}

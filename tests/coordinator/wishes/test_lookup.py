@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.errors import IntakeError
 from coordinator.plans import lookup
-from coordinator.plans.closures import Reach, Survey, extents
+from coordinator.plans.closures import ClosureSurvey, Reach, extents
 from coordinator.plans.lookup import Lookup
 from infra.cache.cache import Cache
 from infra.nix import narinfo
@@ -49,7 +49,7 @@ async def two(tmp_path: Path) -> AsyncIterator[tuple[Cache, Cache]]:
         yield here, far
 
 
-async def surveyed(here: Cache, *upstreams: Hands, clock: list[float], paths: Collection[str]) -> Survey:
+async def surveyed(here: Cache, *upstreams: Hands, clock: list[float], paths: Collection[str]) -> ClosureSurvey:
     survey, _ = await Lookup(here, upstreams, "/nix/store", lambda: clock[0]).survey(paths)
     return survey
 
