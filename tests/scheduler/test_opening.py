@@ -104,13 +104,17 @@ class Interrupted:
 
 
 def durable(farm: Farm) -> object:
-    """Return what the journal determines, but for depths of what is done: they count once it is lost, and grow then."""
+    """Return what the journal determines; ways from what is done to a root count once it is lost, and grow then."""
     steps, opened = invariants.durable(farm.state)
-    depth = 17
+    ways = (17, 19)
+    first, step = next(iter(steps.values())), next(iter(farm.state.steps.values()))
+    assert [first[way] for way in ways] == [step.depth, step.tail_ms]
     done = StepState.DONE.value
-    some = next(iter(steps.values()))
-    assert isinstance(some[depth], int)
-    return {key: (*its[:depth], its[0] == done or its[depth], *its[depth + 1 :]) for key, its in steps.items()}, opened
+    without = {
+        key: [None if its[0] == done and place in ways else each for place, each in enumerate(its)]
+        for key, its in steps.items()
+    }
+    return without, opened
 
 
 def replayed(facts: list[Fact]) -> Farm:
