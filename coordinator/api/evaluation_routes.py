@@ -26,8 +26,6 @@ EVALUATE: Final = Route(
     answer=EvaluationView,
     status=201,
     errors=(404, 408, 409, 413, 422),
-    # The client gives each a key.
-    repeats=True,
     summary="Evaluate a tree that was sent, or a git revision, on the coordinator's machine, and submit what is found.",
 )
 EVALUATION: Final = Route(
