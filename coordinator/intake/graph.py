@@ -47,7 +47,10 @@ class Planned:
     def expecting(self, works: Works) -> tuple[StepSpec, ...]:
         """Return the steps with what each is expected to take."""
         named = zip(self.steps, self.infos, strict=False)
-        return tuple([replace(spec, work_ms=works(info.name, info.system)) for spec, info in named])
+        expected = [works(info.name, info.system) for _, info in named]
+        if all(spec.work_ms == work_ms for spec, work_ms in zip(self.steps, expected, strict=True)):
+            return self.steps
+        return tuple([replace(spec, work_ms=work_ms) for spec, work_ms in zip(self.steps, expected, strict=True)])
 
     def objects(self) -> list[object]:
         """Return all of which a large plan has very many, to be freed in slices."""

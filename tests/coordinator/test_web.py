@@ -13,7 +13,8 @@ from pathlib import Path
 import aiohttp
 import orjson
 
-from coordinator.api.models import StepStatus
+from coordinator.api.models import StepStatus, SubmissionState
+from coordinator.api.requests import SubmitRequest
 from coordinator.api.web_routes import WEB_ROUTES
 from coordinator.config import LimitSettings, Settings
 from coordinator.http.web.attempts import FETCHES_SHOWN, attempt_lines
@@ -28,6 +29,7 @@ from tests.support.local_fleet import no_workers
 from tests.support.ports import free_port
 from tests.support.routes import PARTS
 
+TEMPLATES = Path(__file__).parents[2] / "coordinator" / "http" / "web" / "templates"
 UPLOAD_SECRET, API_TOKEN = "u" * 32, "a" * 32
 CSRF = re.compile(r'name="csrf" value="([^"]+)"')
 #: A name of a package that would be markup, if it could be; a store takes no such name, a label does.
@@ -99,6 +101,27 @@ def test_a_cookie_opens_the_pages_of_its_own_farm_until_it_expires() -> None:
 
 def test_a_watched_page_that_is_costly_is_rendered_less_often_and_not_too_seldom() -> None:
     assert [rest_s(took_s) for took_s in (0.001, 0.03, 2.0)] == [PAUSE_S / 2, 3.0, REST_MOST_S]
+
+
+def test_every_state_has_a_sign_of_its_own_on_the_pages() -> None:
+    """A page with one that has none was answered with status 500."""
+    signs = re.search(r"set glyphs = \{(.*?)\}", (TEMPLATES / "parts.html").read_text(), re.DOTALL)
+    assert signs is not None
+    assert {*StepStatus, *SubmissionState} <= set(re.findall(r'"(\w+)": "\S"', signs[1]))
+
+
+async def test_a_submission_that_was_superseded_and_one_that_expired_are_shown_as_that(open_farm: OpenFarm) -> None:
+    async with open_farm() as farm, browser_of(farm) as browser:
+        await browser.log_in()
+        roots = await farm.evaluate(WAITS, "a")
+        old = await farm.client.submit(SubmitRequest(roots=roots, branch="main"))
+        new = await farm.client.submit(SubmitRequest(roots=roots, branch="main", supersede=True, deadline_s=1))
+        assert (await farm.ended(old.id)).state is SubmissionState.SUPERSEDED
+        assert (await farm.ended(new.id)).state is SubmissionState.EXPIRED
+        for address in ("/", "/submissions", f"/submissions/{old.id}", f"/submissions/{new.id}"):
+            status, page = await browser.get(address)
+            assert status == 200, address
+            assert "superseded" in page or "expired" in page
 
 
 async def test_a_page_is_shown_to_a_session_and_to_the_token_and_everybody_else_gets_the_login_form(
