@@ -276,7 +276,8 @@ class FoldedRows(LeaseReports):
     def _withdrawn(self, fact: facts.SubmissionWithdrawn) -> None:
         self._at = max(self._at, fact.at)
         sub = self._submissions[fact.submission]
-        if not sub.withdrawn and not sub.ended:
+        # In a replay what has ended is settled later: the end came first all the same.
+        if not sub.withdrawn and not sub.ended and not sub.has_nothing_left:
             sub.withdrawn, sub.is_open = True, False
             sub.why, sub.by = fact.why, fact.by or ""
             sub.touched_at = fact.at

@@ -45,6 +45,8 @@ class UsualTimes:
         self._known: OrderedDict[Key, tuple[float | None, Expected | None, float]] = OrderedDict()
         self._wanted: asyncio.Queue[Key] = asyncio.Queue(WAITING)
         self._asked: set[Key] = set()
+        #: Those that were built while they are asked for: an answer that nothing is known came too early.
+        self._built: set[Key] = set()
         #: Counts what the reads gave that is new; `on_answers` is called then.
         self.answers = 0
         self.on_answers: Callable[[], None] = lambda: None
@@ -77,6 +79,8 @@ class UsualTimes:
             key = (attempt.package or "", attempt.system or "")
             if attempt.outcome == "done" and self._known.get(key, _NOTHING)[0] is None:
                 self._known.pop(key, None)
+                if key in self._asked:
+                    self._built.add(key)
 
     async def run(self) -> None:
         """Read what is wanted, many at a time."""
@@ -97,6 +101,10 @@ class UsualTimes:
         before = self.answers
         for key, (median, expected) in read.items():
             self._asked.discard(key)
+            was_built = key in self._built
+            self._built.discard(key)
+            if median is None and was_built:
+                continue
             self.answers += median != self._known.get(key, _NOTHING)[0]
             self._known[key] = (median, expected, self._clock.now())
             self._known.move_to_end(key)

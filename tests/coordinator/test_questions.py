@@ -27,7 +27,7 @@ from coordinator.cli.top import farm_lines
 from coordinator.client.errors import RefusedError
 from coordinator.readmodel.estimate import Expected
 from coordinator.readmodel.usual_times import WAITING, UsualTimes
-from coordinator.stores.timings import TimingsError, TimingStore
+from coordinator.stores.timings import AttemptTiming, TimingsError, TimingStore
 from infra.clock import SystemClock
 from tests.coordinator.conftest import PATIENCE_S, OpenFarm
 from tests.coordinator.test_cli import drover
@@ -334,3 +334,29 @@ def test_top_never_outgrows_its_window(workers: int, leases: int, width: int, he
     lines = farm_lines(activity(workers, leases), NOW, Window(width, height))
     assert len(lines) < height
     assert all(len(plain(line)) <= width for line in lines)
+
+
+async def test_an_answer_that_nothing_is_known_counts_for_nothing_where_a_build_ended_meanwhile() -> None:
+    """It was stored after the store was read: five minutes of "unknown" would follow."""
+    asked, answered = asyncio.Event(), asyncio.Event()
+    answers: list[dict[tuple[str, str], list[float]]] = [{}, {("tool", "sys"): [7.0]}]
+
+    async def builds(_keys: Sequence[tuple[str, str]], _limit: int) -> dict[tuple[str, str], list[float]]:
+        asked.set()
+        await answered.wait()
+        return answers.pop(0)
+
+    usual = UsualTimes(builds, SystemClock())
+    reading = asyncio.create_task(usual.run())
+    try:
+        assert usual.expected("tool-1.1", "sys") is None
+        await asked.wait()
+        done = AttemptTiming(step="s", attempt=1, package="tool", system="sys", outcome="done")
+        usual.were_built([done])
+        answered.set()
+        for _ in range(100):
+            if usual.expected("tool-1.1", "sys") is None:
+                await asyncio.sleep(0)
+        assert usual.expected("tool-1.1", "sys") == Expected(7.0, 7.0)
+    finally:
+        reading.cancel()

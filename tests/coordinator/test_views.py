@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from coordinator.api.models import (
@@ -485,6 +485,8 @@ def _check_growth(driven: DrivenViews, row: SubmissionRow) -> None:
         assert row.roots == opened.roots
 
 
+# Withdrawn after it had ended by itself: found in one run of many.
+@example([("open", 0), ("seal", 0), ("cancel", 0)], 0)
 @settings(max_examples=150, deadline=None)
 @given(_EVENTS, st.integers(0, 59))
 def test_incremental_counts_equal_a_naive_recount_and_a_replay_or_a_snapshot_gives_the_same_views(
