@@ -283,10 +283,10 @@ class Decider:
             if step is None:
                 yield f.StepAdded(spec)
                 continue
-            for recipe in spec.recipes:
-                if recipe not in step.recipes:
-                    renewed[spec.key] = None
-                    yield f.RecipeAdded(spec.key, recipe)
+            # By place and not by content: a place keeps its recipe for ever, and two places may hold equal ones.
+            for recipe in spec.recipes[len(step.recipes) :]:
+                renewed[spec.key] = None
+                yield f.RecipeAdded(spec.key, recipe)
         return renewed
 
     def _end_waits(self, event: _Plan) -> Iterator[f.FactOrPause]:

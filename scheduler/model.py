@@ -61,7 +61,11 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class StepSpec:
-    """A step and its recipes, preferred first; more than one only where different recipes give one result."""
+    """A step and its recipes, preferred first; more than one only where different recipes give one result.
+
+    A recipe keeps its place: what is known of a step, and what a later submission says of it, are one list as far as
+    both go.
+    """
 
     key: StepKey
     recipes: tuple[Recipe, ...]

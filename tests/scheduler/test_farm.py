@@ -170,6 +170,25 @@ def test_returned_leases_cost_no_attempt_but_are_bounded() -> None:
     assert kinds == [INFRA]
 
 
+def test_a_recipe_keeps_its_place_whatever_a_later_plan_asks_of_a_builder() -> None:
+    scene = Scene()
+    scene.play(join(builder("b", features=["network"])), submit("s1", ["x"], step("x")))
+    # Planned by a later release: the same derivation, which is no second way.
+    asks = recipe(features=["network"])
+    facts, _ = scene.play(submit("s2", ["x"], either("x", asks)))
+    assert not [fact for fact in facts if isinstance(fact, f.RecipeAdded)]
+    # Another derivation that is built from the same is one, and a third one comes behind it.
+    scene.play(submit("s3", ["x"], either("x", asks, asks)))
+    scene.play(submit("s4", ["x"], either("x", asks, asks, recipe("n")), step("n")))
+    added = [fact.recipe for fact in scene.journal if isinstance(fact, f.RecipeAdded)]
+    assert added == [asks, recipe("n")]
+    fallen = []
+    for attempt in (1, 2):
+        facts, _ = scene.play(broke("x", "b", PERMANENT, attempt))
+        fallen += [fact.recipe for fact in facts if isinstance(fact, f.StepFellBack)]
+    assert fallen == [1, 2]
+
+
 def test_a_recipe_that_leads_back_to_its_step_is_passed_over() -> None:
     scene = Scene()
     loop = either("x", recipe("low"), recipe("top"), recipe("spare"))
