@@ -140,6 +140,10 @@ class Demand:
         """Return what people see of a miss."""
         known = miss.known
         row = self._views.row_of(known.step) if known else None
+        running = self._running(known) if known else None
+        note, submission = miss.note, miss.submission
+        if running is not None and running.terms.owner == OWNER:
+            note, submission = f"submission {running.id} builds it", running.id
         return DemandView(
             hash_part=miss.hash_part,
             known=known is not None,
@@ -152,14 +156,15 @@ class Demand:
             first_at=miss.first_at,
             last_at=miss.last_at,
             state=row.state.value if row else "",
-            note=miss.note,
-            submission=miss.submission,
+            note=note,
+            submission=submission,
         )
 
     async def _act(self, now: float) -> None:
-        wanted = self.ledger.buildable(CONSIDERED)
-        due = [(miss, miss.known) for miss in wanted if miss.known and self._counts(miss, now)]
-        if not due or not self._has_room(now):
+        if not self._has_room(now):
+            return
+        due = self.ledger.buildable(CONSIDERED, lambda miss, known: self._counts(miss, known, now))
+        if not due:
             return
         missing = await self._cache.missing([known.path for _, known in due])
         for miss, known in due:
@@ -168,29 +173,42 @@ class Demand:
                 continue
             if not self._has_room(now):
                 return
+            if not self._counts(miss, known, now):
+                # What was done for one before is for this one too.
+                continue
             try:
-                done = await self._act_on(miss, known)
+                await self._act_on(miss, known)
             except UnavailableError:
                 raise
             except CoordinatorError as error:
-                miss.note, done = str(error)[:NOTE_CHARACTERS], True
-            if done:
-                miss.acted_at = now
-                self._acted.append(now)
+                miss.note = str(error)[:NOTE_CHARACTERS]
+            miss.acted_at = now
+            self._acted.append(now)
 
-    def _counts(self, miss: Miss, now: float) -> bool:
-        """Return whether enough people wait for a path, and nothing was done for it lately."""
+    def _counts(self, miss: Miss, known: KnownOutput, now: float) -> bool:
+        """Return whether enough people wait for a path, nothing was done for it lately, and there is something to do.
+
+        What is not so must not take the place of another among those that are considered.
+        """
         lately = bool(miss.acted_at) and now - miss.acted_at < self.settings.again_after_hours * HOUR_S
-        return round(miss.people) >= self.settings.people and not lately
-
-    async def _act_on(self, miss: Miss, known: KnownOutput) -> bool:
-        """Do for a path what may be done; return whether that was anything."""
-        row = self._views.row_of(known.step)
-        running = next((each for each in row.submissions if not each.ended), None) if row else None
-        if row is not None and row.state in OPEN and running is not None:
-            return await self._raise(miss, running)
-        if self.settings.action is not DemandAction.BUILD:
+        if round(miss.people) < self.settings.people or lately:
             return False
+        running = self._running(known)
+        return self.settings.action is DemandAction.BUILD if running is None else running.terms.owner != OWNER
+
+    def _running(self, known: KnownOutput) -> SubmissionRow | None:
+        """Return the submission that is to build a path."""
+        row = self._views.row_of(known.step)
+        if row is None or row.state not in OPEN:
+            return None
+        return next((each for each in row.submissions if not each.ended), None)
+
+    async def _act_on(self, miss: Miss, known: KnownOutput) -> None:
+        """Do for a path what may be done."""
+        running = self._running(known)
+        if running is not None:
+            await self._raise(miss, running)
+            return
         root = RootRequest(attr=known.name, drv=known.drv)
         label = f"asked for by {miss.people:.0f}"
         wish = SubmitRequest(roots=(root,), label=label, priority=LOWEST_PRIORITY)
@@ -199,18 +217,13 @@ class Demand:
         _log.info(
             "%s, which is not in the cache, is built for those who ask for it (submission %s)", known.path, made.id
         )
-        return True
 
-    async def _raise(self, miss: Miss, running: SubmissionRow) -> bool:
+    async def _raise(self, miss: Miss, running: SubmissionRow) -> None:
         """Let the submission that is to build a path go before others of its owner, by one step and once a path."""
         miss.submission = running.id
-        if running.terms.owner == OWNER:
-            miss.note = f"submission {running.id} builds it"
-            return False
         priority = min(HIGHEST_PRIORITY, running.terms.priority + 1)
         await self._submissions.bump(running.id, priority)
         miss.note = f"submission {running.id} has priority {priority} because of it"
-        return True
 
     def _has_room(self, now: float) -> bool:
         """Return whether the bound of an hour lets something follow."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from heapq import nlargest
 from itertools import islice
@@ -30,6 +30,8 @@ OPEN: Final = 8192
 LOOKED_AT: Final = 16
 #: Bits of one path.
 BITS: Final = 64
+#: Seconds after which a path that the farm could not build is to be looked up again: its derivation may have come.
+LOOK_AGAIN_S: Final = 600.0
 #: People below which a path is forgotten at the end of a day, after halving: one asker is remembered for two days.
 FORGOTTEN_BELOW: Final = 0.5
 #: How many have asked, most likely, by how many bits are set (linear counting).
@@ -51,6 +53,8 @@ class Miss:
     requests: float = 0.0
     #: What the farm knows how to build; None where it does not, or has not looked yet.
     known: KnownOutput | None = None
+    #: When it was last to be looked up.
+    sought_at: float = -math.inf
     #: When the farm last did something about it, and what; 0 for never.
     acted_at: float = 0.0
     note: str = ""
@@ -90,9 +94,8 @@ class MissLedger:
         return self._kept.get(hash_part) or self._open.get(hash_part)
 
     def note(self, hash_part: str, asker: int, now: float) -> bool:
-        """Count a request by the asker with this number; return whether the path is new here."""
+        """Count a request by the asker with this number; return whether the path is to be looked up (`identify`)."""
         miss = self.get(hash_part)
-        is_new = miss is None
         if miss is None:
             miss = self._open[hash_part] = Miss(hash_part, now, now)
             if len(self._open) > self._most_open:
@@ -104,7 +107,10 @@ class MissLedger:
             self._open.move_to_end(hash_part)
             if miss.askers.bit_count() > 1:
                 self._keep(miss)
-        return is_new
+        if miss.known is not None or now - miss.sought_at < LOOK_AGAIN_S:
+            return False
+        miss.sought_at = now
+        return True
 
     def identify(self, known: KnownOutput) -> None:
         """Note that the farm knows how to build a path; one that has fallen off the shelf meanwhile stays off."""
@@ -129,9 +135,10 @@ class MissLedger:
                 if miss.earlier < FORGOTTEN_BELOW:
                     del shelf[hash_part]
 
-    def buildable(self, most: int) -> list[Miss]:
-        """Return some of what the farm could build, the most wanted first."""
-        return nlargest(most, (miss for miss in self._kept.values() if miss.known is not None), key=_place)
+    def buildable(self, most: int, counts: Callable[[Miss, KnownOutput], bool]) -> list[tuple[Miss, KnownOutput]]:
+        """Return some of what the farm could build and `counts`, the most wanted first."""
+        known = ((miss, miss.known) for miss in self._kept.values() if miss.known is not None)
+        return nlargest(most, (pair for pair in known if counts(*pair)), key=lambda pair: _place(pair[0]))
 
     def _keep(self, miss: Miss) -> None:
         """Put a path of the open shelf on the kept one, where there is room or it stands above another."""

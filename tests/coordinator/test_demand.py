@@ -151,6 +151,22 @@ async def test_a_submission_that_is_to_build_what_people_wait_for_goes_before_ot
         assert listed.note == f"submission {wanted.id} has priority 1 because of it"
 
 
+async def test_what_nothing_can_be_done_for_keeps_nothing_from_what_is_asked_for_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "CONSIDERED", 1)
+    worker, make = ScriptedWorker(), Maker()
+    unwanted, wanted = make.plain("unwanted"), make.plain("wanted")
+    async with farm_with(tmp_path, worker, DemandSettings(action=DemandAction.PRIORITY)) as farm:
+        await sent(farm, unwanted)
+        await farm.client.send_derivations(in_thread(encode_derivations([(wanted.name, wanted.data)])))
+        made = await farm.client.submit(wish(wanted))
+        await ask(farm, [unwanted.outputs["out"]], *range(9))
+        await ask(farm, [wanted.outputs["out"]], 1, 2, 3)
+        row = farm.coordinator.views.submission(made.id)
+        await farm.until(lambda: row.terms.priority == 1)
+
+
 async def test_nothing_is_counted_where_demand_is_off(tmp_path: Path) -> None:
     async with farm_with(tmp_path, ScriptedWorker(), DemandSettings(action=DemandAction.OFF)) as farm:
         await ask(farm, [store_path("x")], 1, 2)

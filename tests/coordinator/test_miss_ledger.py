@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from coordinator.demand.ledger import KEPT, LOOKED_AT, OPEN, MissLedger, in_order
+from coordinator.demand.ledger import KEPT, LOOK_AGAIN_S, LOOKED_AT, OPEN, MissLedger, in_order
 from coordinator.stores.known_outputs import KnownOutput
 from scheduler.model import StepKey
 
@@ -76,6 +76,26 @@ def test_what_nobody_asks_for_any_more_fades_and_is_forgotten() -> None:
     assert [miss.hash_part for miss in ledger] == [part(2)]
     ledger.forget([part(2), part(3)])
     assert len(ledger) == 0
+
+
+def test_what_the_farm_could_not_build_is_looked_up_again_because_its_derivation_may_have_come() -> None:
+    ledger = MissLedger()
+    assert ledger.note(part(1), 0, 0.0)
+    assert not ledger.note(part(1), 1, LOOK_AGAIN_S - 1.0)
+    assert ledger.note(part(1), 0, LOOK_AGAIN_S)
+    assert not ledger.note(part(1), 0, LOOK_AGAIN_S + 1.0)
+    ledger.identify(known(1))
+    assert not ledger.note(part(1), 0, 3 * LOOK_AGAIN_S)
+
+
+def test_what_does_not_count_takes_no_place_of_what_could_be_built() -> None:
+    ledger = MissLedger()
+    for number in range(5):
+        for asker in range(9 - number):
+            ledger.note(part(number), asker, 0.0)
+        ledger.identify(known(number))
+    found = ledger.buildable(2, lambda _, output: output.hash_part not in {part(0), part(2)})
+    assert [output.hash_part for _, output in found] == [part(1), part(3)]
 
 
 def test_what_has_fallen_off_is_not_brought_back_by_being_known() -> None:
