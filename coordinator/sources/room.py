@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
 from typing import IO, Final, cast
 
+from coordinator.api.models import StepStatus
 from coordinator.engine.engine import Engine
 from coordinator.errors import CoordinatorError, UnavailableError
 from coordinator.intake.fixed_outputs import FixedOutputs, Lacking
@@ -147,11 +148,10 @@ class SourceRoom:
     def _keeps(self, effect: Effect) -> bool:
         if isinstance(effect, CancelBuild):
             held = self._held.get(effect.lease.step)
-            if held is None or held.lease != effect.lease:
-                return False
-            # The worker was never sent it.
-            del self._held[effect.lease.step]
-            return True
+            if held is not None and held.lease == effect.lease:
+                del self._held[effect.lease.step]
+            # The worker may have it all the same: a start that is repeated, by a coordinator that began anew say.
+            return False
         if not isinstance(effect, StartBuild):
             return False
         step = effect.lease.step
@@ -167,9 +167,13 @@ class SourceRoom:
         return True
 
     def _let_go(self, effect: StartBuild) -> None:
-        """Send a start to its worker that still waits here."""
-        if self._held.get(effect.lease.step) == effect:
-            del self._held[effect.lease.step]
+        """Send a start to its worker that still waits here; one whose lease was lost meanwhile is dropped."""
+        step = effect.lease.step
+        if self._held.get(step) != effect:
+            return
+        del self._held[step]
+        row = self._views.row_of(step)
+        if row is not None and row.state is StepStatus.RUNNING and row.life.attempt == effect.lease.attempt:
             self._send([effect])
 
     def _search(self, step: StepKey, lacking: Lacking | None) -> Search:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -50,10 +51,13 @@ class Elsewhere:
     cache: Cache | None = None
     asked: list[str] = field(default_factory=list)
     url: str = ""
+    #: Set while it answers.
+    answers: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def answer(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         self.asked.append(name)
+        await self.answers.wait()
         if name.startswith("mirror/sha256/"):
             found = self.files.get(name.rpartition("/")[2], 404)
             return web.Response(status=found) if isinstance(found, int) else web.Response(body=found)
@@ -69,6 +73,7 @@ async def elsewhere() -> AsyncIterator[Elsewhere]:
     app.router.add_get("/{name:.*}", made.answer)
     async with TestServer(app) as server:
         made.url = str(server.make_url("")).rstrip("/")
+        made.answers.set()
         yield made
 
 
@@ -142,6 +147,23 @@ async def test_a_worker_without_network_gets_sources_from_the_farm_or_not_at_all
         await submit(farm, source, roots=1)
         assert (await started(farm, worker)).drv_path == top.drv
         assert (await farm.client.submission(made)).state is SubmissionState.RUNNING
+
+
+async def test_a_start_that_waits_for_a_mirror_is_dropped_with_its_lease(tmp_path: Path, elsewhere: Elsewhere) -> None:
+    worker, source = ScriptedWorker(), Maker().fixed("source", b"content")
+    elsewhere.answers.clear()
+    async with farm_with(tmp_path, worker, SourceSettings(mirrors=(f"{elsewhere.url}/mirror",))) as farm:
+        await worker.hello()
+        made = await submit(farm, source)
+        row = farm.coordinator.views.step(source.step)
+        await farm.until(lambda: bool(elsewhere.asked) and row.state is StepStatus.RUNNING)
+        # The agent began anew and knows nothing of it; then nothing is there.
+        await worker.hello(incarnation="2")
+        elsewhere.answers.set()
+        order = await started(farm, worker)
+        assert order.attempt == 2
+        await farm.client.cancel(made)
+        await farm.until(lambda: [each.attempt for each in worker.cancelled] == [2])
 
 
 async def test_an_upstream_that_signs_a_fixed_output_is_believed_only_by_its_hash(
