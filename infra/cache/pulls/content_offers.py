@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import Final
 
 from infra.cache.cache import Cache
@@ -72,11 +74,13 @@ class ContentOffers:
             if room >= 0:
                 waiting.append((content, info))
         remaining = iter(waiting)
+        # A thread is not cancelled: without this it would read on beside those of the next offers.
+        ended = threading.Event()
 
         async def prove() -> None:
             for content, info in remaining:
                 async with self._turns:
-                    if await asyncio.to_thread(self._holds, content, info):
+                    if await asyncio.to_thread(self._holds, content, info, ended):
                         proven[content] = info
 
         try:
@@ -84,24 +88,28 @@ class ContentOffers:
                 for _ in range(min(READ_AT_ONCE, len(waiting))):
                     tasks.create_task(prove())
         except TimeoutError:
-            _log.warning("the contents of %d fixed outputs were not read within %.0f s", len(waiting), OFFER_S)
+            late = len(waiting) - len(proven)
+            _log.warning("%d contents of fixed outputs were not read within %.0f s", late, OFFER_S)
+        finally:
+            ended.set()
         return proven
 
-    def _holds(self, content: FixedContent, info: NarInfo) -> bool:
+    def _holds(self, content: FixedContent, info: NarInfo, ended: threading.Event) -> bool:
         check = ContentCheck(content)
         try:
-            reader = VerifiedNar(self._cache.objects.open_blocking(info.stored.url), info)
+            source = self._cache.objects.open_blocking(info.stored.url)
         except ObjectStoreError:
             return False
         try:
-            while data := reader.read():
-                check.feed(data)
+            with closing(VerifiedNar(source, info)) as reader:
+                while data := reader.read():
+                    if ended.is_set():
+                        return False
+                    check.feed(data)
             return check.holds()
         except (CorruptNarError, ObjectStoreError, FormatError) as error:
             _log.warning("%s does not hold %s: %s", info.store_path, content.address, error)
             return False
-        finally:
-            reader.close()
 
 
 def _claim(path: str, content: FixedContent, held_by: NarInfo) -> NarInfo:

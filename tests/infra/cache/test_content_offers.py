@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from infra.cache.pulls.content_offers import ContentOffers
 from infra.nix.content import FixedContent
 from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import hash_part_of
+from infra.objects.store import BlockingSource
 from tests.infra.nix.test_content import DIRECTORY, plain_file
 from tests.support.cache import STORE_DIR, object_file, open_cache, store_path, uploaded_claim
 
@@ -83,3 +86,35 @@ async def test_an_offer_reads_no_more_than_its_bound(tmp_path: Path, monkeypatch
         await put(cache, ABC, "one", plain_file(b"abc"))
         monkeypatch.setattr(content_offers, "MAX_OFFERED_BYTES", 10)
         assert await ContentOffers(cache).offer({ABC.path(STORE_DIR, "two"): ABC}) == frozenset()
+
+
+async def test_an_offer_that_is_given_up_reads_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+    reads: list[int] = []
+
+    class Long:
+        """A NAR of many pieces, the first of which takes its time."""
+
+        def __init__(self, source: BlockingSource, _: NarInfo) -> None:
+            self._source = source
+
+        def read(self) -> bytes:
+            reads.append(len(reads))
+            begun.set()
+            assert go_on.wait(60)
+            return b"x" if len(reads) < 100 else b""
+
+        def close(self) -> None:
+            self._source.close()
+            closed.set()
+
+    async with open_cache(tmp_path) as cache:
+        await put(cache, TREE, "tree", DIRECTORY)
+        monkeypatch.setattr(content_offers, "VerifiedNar", Long)
+        offer = asyncio.create_task(ContentOffers(cache).offer({TREE.path(STORE_DIR, "wood"): TREE}))
+        assert await asyncio.to_thread(begun.wait, 60)
+        offer.cancel()
+        await asyncio.wait([offer])
+        go_on.set()
+        assert await asyncio.to_thread(closed.wait, 60)
+        assert reads == [0]
