@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.environments import tables
 from coordinator.environments.coverage import CoverageGap, SystemCoverage, TrendDay
-from coordinator.environments.model import Environment, EnvironmentRevision
+from coordinator.environments.model import NAME, Environment, EnvironmentRevision
 from coordinator.environments.pointers import SystemPointer
 from coordinator.errors import CoordinatorError
 from coordinator.wishes.model import WishList
@@ -105,6 +105,9 @@ class EnvironmentStore:
 
     async def environment(self, name: str) -> Environment | None:
         """Return one environment."""
+        if not NAME.fullmatch(name):
+            # Databases refuse some texts, each others.
+            return None
         query = select(tables.environments.c.body).where(tables.environments.c.name == name)
         rows = await self._rows(query)
         return _ENVIRONMENT.validate_json(rows[0][0]) if rows else None

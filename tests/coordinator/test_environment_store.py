@@ -93,6 +93,8 @@ async def test_an_environment_is_the_same_after_a_restart_and_leaves_nothing_whe
         await store.forget("dev")
         assert await store.environments() == [other]
         assert await store.environment("dev") is None
+        # PostgreSQL takes no text with this.
+        assert await store.environment("dev\0") is None
         assert (await store.revisions("dev"), await store.pointers("dev"), await store.trend("dev")) == ([], {}, {})
         assert await store.assessment("dev") is None
         assert await store.assessment("other") is not None

@@ -250,6 +250,24 @@ async def test_owners_change_their_own_environments_and_files_take_the_farms_tok
         assert (await farm.client.track("dev", file)).owners == ("api",)
 
 
+async def test_what_is_stable_of_a_name_that_was_forgotten_is_not_that_of_its_next_environment(
+    farm_settings: Settings,
+) -> None:
+    before, after = store_path("a"), store_path("b")
+    async with opened(farm_settings) as farm:
+        for path in (before, after):
+            await publish(farm.coordinator.cache, path)
+            await farm.client.track("dev", TrackRequest(kind="push"))
+            await farm.push("dev", lock(("a", LINUX, path)))
+            await farm.became("dev", {LINUX: 1})
+            assert path.encode() in (await farm.file("dev/stable.json"))[1]
+            assert path.encode() in (await farm.file("dev/stable.nix"))[1]
+            await farm.client.forget_environment("dev")
+            assert (await farm.file("dev/stable.json"))[0] == 404
+        assert (await farm.file("%00/stable.json"))[0] == 404
+        assert await farm.roots() == set()
+
+
 async def test_a_plan_that_is_refused_or_a_fault_of_ours_costs_one_look_and_no_farm(
     farm_settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Final
 import orjson
 from aiohttp import web
 
+from coordinator.environments.model import NAME
 from coordinator.environments.pointers import SystemPointer
 from coordinator.environments.store import EnvironmentsError, EnvironmentStore
 from coordinator.wishes.model import WishedPaths, WishList
@@ -30,6 +31,7 @@ _AGE_S: Final = 60
 _log = logging.getLogger(__name__)
 
 _Systems = dict[str, dict[str, Any]]
+_Key = tuple[str, tuple[tuple[str, int, float], ...]]
 
 
 class PointerFiles:
@@ -37,8 +39,9 @@ class PointerFiles:
 
     def __init__(self, store: EnvironmentStore) -> None:
         self._store = store
-        #: (environment, where its pointers are) -> its files as JSON and as Nix, the one last used last.
-        self._rendered: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], tuple[bytes, bytes]] = OrderedDict()
+        #: (environment, where its pointers are and since when: a name may be that of another environment later) -> its
+        #: files as JSON and as Nix, the one last used last.
+        self._rendered: OrderedDict[_Key, tuple[bytes, bytes]] = OrderedDict()
 
     async def json(self, request: web.Request) -> web.Response:
         """Send `stable.json`."""
@@ -67,10 +70,12 @@ class PointerFiles:
         return web.Response(body=body, content_type=content_type, headers=headers)
 
     async def _files(self, name: str) -> tuple[bytes, bytes] | None:
+        if not NAME.fullmatch(name):
+            return None
         pointers = {system: each for system, each in (await self._store.pointers(name)).items() if each.revision}
         if not pointers:
             return None
-        key = (name, tuple(sorted((system, each.revision) for system, each in pointers.items())))
+        key = (name, tuple((system, each.revision, each.moved_at) for system, each in pointers.items()))
         files = self._rendered.get(key)
         if files is None:
             numbers = {each.revision for each in pointers.values()}
@@ -84,7 +89,7 @@ class PointerFiles:
             self._rendered.move_to_end(key)
         return files
 
-    def _keep(self, key: tuple[str, tuple[tuple[str, int], ...]], files: tuple[bytes, bytes]) -> None:
+    def _keep(self, key: _Key, files: tuple[bytes, bytes]) -> None:
         for old in [each for each in self._rendered if each[0] == key[0]]:
             del self._rendered[old]
         self._rendered[key] = files
