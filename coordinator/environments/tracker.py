@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
+from weakref import WeakValueDictionary
 
 from coordinator.environment_settings import EnvironmentSettings
 from coordinator.environments.coverage import PackageStanding, covered, day_of, gaps
@@ -95,7 +95,9 @@ class EnvironmentTracker:
         self._read = read
         self._settings = settings
         self._clock = clock
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        #: Locks of names that something is done for, as long as that lasts.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._settled = False
         self._looked: dict[str, _LastLook] = {}
         self._wake = asyncio.Event()
         self._outage = Outage(_log, "environments wait", "environments are looked after again")
@@ -107,13 +109,12 @@ class EnvironmentTracker:
 
     async def run(self) -> None:
         """Look after all environments until cancelled."""
-        settled = False
         while True:
             self._wake.clear()
             try:
-                if not settled:
+                if not self._settled:
                     await self._settle_roots()
-                    settled = True
+                    self._settled = True
                 await self._round()
             except (EnvironmentsError, CacheError) as error:
                 self._outage.begin(f"environments cannot be looked after: {error}")
@@ -142,15 +143,17 @@ class EnvironmentTracker:
             raise NotFoundError(f"there is no environment {name[:80]!r}; `drover environments list` has all.")
         return found
 
-    async def track(self, wanted: Environment) -> Environment:
-        """Make an environment, or give one another source and owners; its history stays.
+    async def track(self, wanted: Environment, seen: Environment | None) -> Environment:
+        """Make an environment, or give one that was `seen` another source and owners; its history stays.
 
         Raises:
-            ConflictError: There are as many as there may be.
+            ConflictError: There are as many as there may be, or it has other owners than it was seen with.
             EnvironmentSourceError: The source cannot be read now.
         """
-        async with self._locks[wanted.name]:
+        async with self._lock(wanted.name):
             before = await self.store.environment(wanted.name)
+            if before is not None and before.owners != (seen or wanted).owners:
+                raise _changed(wanted.name)
             if before is None and len(await self.store.environments()) >= self._settings.most:
                 raise ConflictError(
                     f"there are {self._settings.most} environments, the limit (environments.most); forget one first."
@@ -171,22 +174,24 @@ class EnvironmentTracker:
         """Take a content that a client sends as a revision; the same as the newest one's changes nothing.
 
         Raises:
-            ConflictError: Another source says what the environment is.
+            ConflictError: Another source says what the environment is, or it is another one than it was.
             EnvironmentSourceError: A derivation in it is not known.
+            NotFoundError: It was forgotten meanwhile.
         """
         if environment.source.kind is not SourceKind.PUSH:
             raise ConflictError(
                 f"{environment.name} follows {_place(environment.source)}, which a push would be undone by; change "
                 "that, or track another name."
             )
-        async with self._locks[environment.name]:
-            await self._take_wishes(environment, content, mark, note)
+        async with self._lock(environment.name):
+            await self._take_wishes(await self._unchanged(environment), content, mark, note)
         self._wake.set()
         return await self.environment(environment.name)
 
     async def look(self, environment: Environment) -> Environment:
-        """Look at a source now. Raises `EnvironmentSourceError`, `WishListError` where that fails."""
-        async with self._locks[environment.name]:
+        """Look at a source now. Raises `EnvironmentSourceError`, `WishListError`, `NotFoundError` where that fails."""
+        async with self._lock(environment.name):
+            environment = await self.environment(environment.name)
             self._looked.pop(environment.name, None)
             if environment.source.kind is not SourceKind.PUSH:
                 trouble = await self._look(environment)
@@ -196,9 +201,15 @@ class EnvironmentTracker:
         return await self.environment(environment.name)
 
     async def roll_back(self, environment: Environment, systems: Collection[str], target: int) -> list[SystemPointer]:
-        """Move pointers back, of some systems or all that have one; returns them. Raises `ConflictError`."""
+        """Move pointers back, of some systems or all that have one; returns them.
+
+        Raises:
+            ConflictError: There is no such place, or the environment is another one than it was.
+            NotFoundError: It was forgotten meanwhile.
+        """
         name = environment.name
-        async with self._locks[name]:
+        async with self._lock(name):
+            await self._unchanged(environment)
             pointers = await self.store.pointers(name)
             history = await self.store.revisions(name)
             chosen = [pointers.get(each, SystemPointer(each)) for each in systems or pointers]
@@ -218,11 +229,25 @@ class EnvironmentTracker:
 
     async def forget(self, name: str) -> None:
         """Forget an environment, its history, and that its paths are kept."""
-        async with self._locks[name]:
+        async with self._lock(name):
             await self.store.forget(name)
-            await self._tidy(name)
             self._looked.pop(name, None)
-        self._locks.pop(name, None)
+            try:
+                await self._tidy(name)
+            except CacheError:
+                # Its roots are ended by the next round.
+                self._settled = False
+                raise
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    async def _unchanged(self, seen: Environment) -> Environment:
+        """Return an environment as it is now, for a change that its owners of before were allowed."""
+        found = await self.environment(seen.name)
+        if (found.source, found.owners, found.created_at) != (seen.source, seen.owners, seen.created_at):
+            raise _changed(seen.name)
+        return found
 
     # Looking after.
 
@@ -272,7 +297,7 @@ class EnvironmentTracker:
 
     async def look_after(self, name: str) -> None:
         """Do what is due for one environment."""
-        async with self._locks[name]:
+        async with self._lock(name):
             environment = await self.store.environment(name)
             if environment is None:
                 return
@@ -397,7 +422,7 @@ class EnvironmentTracker:
         names = {each.name for each in await self.store.environments()}
         there = {root.name for root in await self._cache.roots() if root.kind == ENVIRONMENT}
         for name in names | {root.rpartition("@")[0] for root in there}:
-            async with self._locks[name]:
+            async with self._lock(name):
                 await self._tidy(name)
                 numbers = [each.number for each in await self.store.revisions(name)]
                 pointers = (await self.store.pointers(name)).values()
@@ -412,6 +437,10 @@ def _assessment(
 ) -> CoverageAssessment:
     missing = gaps(standings, before.gaps if before else (), now)
     return CoverageAssessment(revision, now, tuple(covered(standings).values()), missing)
+
+
+def _changed(name: str) -> ConflictError:
+    return ConflictError(f"{name} was given another source or other owners meanwhile; look at it, and try again.")
 
 
 def _root(name: str, number: int) -> str:

@@ -101,7 +101,7 @@ class EnvironmentApi:
             raise ForbiddenError(f"the owners of {name} must have {client.owner} among them: you could not change it.")
         source = TrackedSource(kind, wish.path, wish.url, wish.ref, wish.system or self._system)
         wanted = Environment(name, source, tuple(dict.fromkeys(owners)), self._clock.now())
-        return answer(await self._view(await self._tracker.track(wanted)))
+        return answer(await self._view(await self._tracker.track(wanted, before)))
 
     async def forget(self, request: web.Request) -> web.Response:
         """Forget an environment."""
