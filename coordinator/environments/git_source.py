@@ -7,10 +7,12 @@ followed. No setting of the machine's user counts, so no credentials of that use
 
 from __future__ import annotations
 
+import asyncio
 import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -18,7 +20,7 @@ from coordinator.environments.errors import EnvironmentSourceError
 from coordinator.environments.model import TrackedSource
 from coordinator.environments.reading import KNOWN_NAMES, SourceContent
 from coordinator.wishes.model import MAX_FILE_BYTES
-from infra.process import Completed, ProcessError, ProcessNotFound, ProcessOutputTooLarge, ProcessTimeout, run
+from infra.process import Completed, ProcessError, ProcessNotFound, ProcessOutputTooLarge, run
 
 _PORTS: Final = {"https": 443, "http": 80}
 _REF: Final = re.compile(r"(?!.*(\.\.|//|@\{|\.lock$|/$|\.$))[A-Za-z0-9_][A-Za-z0-9._/+@-]{0,199}")
@@ -64,6 +66,8 @@ class GitBounds:
     schemes: tuple[str, ...]
     timeout_s: float
     size_bytes: int
+    #: Where repositories are while they are looked at; made when it is needed.
+    directory: Path
 
 
 def check_address(source: TrackedSource, bounds: GitBounds) -> None:
@@ -90,7 +94,12 @@ def check_address(source: TrackedSource, bounds: GitBounds) -> None:
     _check_host(host, port or _PORTS[parts.scheme], parts.scheme, bounds.hosts)
     if source.ref and not _REF.fullmatch(source.ref):
         raise EnvironmentSourceError(f"{source.ref[:80]!r} is no name of a branch or a tag.")
-    if source.path.startswith("/") or ".." in source.path.split("/") or not source.path.isprintable():
+    if (
+        source.path.startswith("/")
+        or source.path.endswith("/")
+        or ".." in source.path.split("/")
+        or not source.path.isprintable()
+    ):
         raise EnvironmentSourceError("the file of a git repository is named by its path in the tree.")
 
 
@@ -110,23 +119,38 @@ async def look(source: TrackedSource, seen: str, bounds: GitBounds) -> SourceCon
         EnvironmentSourceError: The repository, ref or file is not there, or does not keep to the bounds.
     """
     check_address(source, bounds)
-    commit = await _commit(source, bounds)
+    try:
+        async with asyncio.timeout(bounds.timeout_s):
+            return await _looked(source, seen, bounds)
+    except TimeoutError:
+        raise EnvironmentSourceError(
+            f"{source.url} cannot be looked at: it took longer than {bounds.timeout_s:g} s "
+            "(environments.git_timeout_s)."
+        ) from None
+    except OSError as error:
+        raise EnvironmentSourceError(
+            f"{source.url} cannot be looked at: the coordinator cannot make a directory for it: {error.strerror}."
+        ) from None
+
+
+async def _looked(source: TrackedSource, seen: str, bounds: GitBounds) -> SourceContent | None:
+    commit, name = await _found(source, bounds)
     if commit == seen:
         return None
-    with tempfile.TemporaryDirectory(prefix="drover-git-") as repository:
+    bounds.directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=bounds.directory) as repository:
         await _git(bounds, "init", "--quiet", "--bare", repository, failed="git cannot make a repository")
         here = ("--git-dir", repository)
         wanted = ("--quiet", "--depth=1", "--no-tags", "--no-write-fetch-head", "--no-recurse-submodules")
         failed = f"{_what(source)} of {source.url} cannot be fetched"
         # By name: a server need not give a commit by its number. It may be a later one than that which was looked at.
-        name = source.ref or "HEAD"
         await _git(bounds, *here, "fetch", *wanted, source.url, f"+{name}:refs/drover", failed=failed)
         fetched = await _git(bounds, *here, "rev-parse", "refs/drover^{commit}", failed=failed)
         return await _file(source, fetched.stdout.decode().strip(), here, bounds)
 
 
-async def _commit(source: TrackedSource, bounds: GitBounds) -> str:
-    """Return the commit that a branch, a tag or HEAD is at."""
+async def _found(source: TrackedSource, bounds: GitBounds) -> tuple[str, str]:
+    """Return the commit that a branch, a tag or HEAD is at, and its whole name: others may end alike."""
     names = [f"refs/heads/{source.ref}", f"refs/tags/{source.ref}", f"refs/tags/{source.ref}^{{}}"]
     failed = f"{source.url} cannot be looked at"
     said = await _git(bounds, "ls-remote", source.url, *(names if source.ref else ["HEAD"]), failed=failed)
@@ -138,7 +162,7 @@ async def _commit(source: TrackedSource, bounds: GitBounds) -> str:
     # Of a tag with a message the commit that it stands for.
     for name in [names[0], names[2], names[1]] if source.ref else ["HEAD"]:
         if name in found:
-            return found[name]
+            return found[name], name.removesuffix("^{}")
     raise EnvironmentSourceError(f"{source.url} has no {_what(source)}; track another branch.")
 
 
@@ -169,10 +193,6 @@ async def _git(bounds: GitBounds, *words: str, failed: str, most: int = _MAX_OUT
     command = ["sh", "-c", 'ulimit -f "$0" && exec "$@"', blocks, "git", *settings, *words]
     try:
         done = await run(command, env=_ENVIRONMENT, timeout_s=bounds.timeout_s, max_output_bytes=most, cwd="/")
-    except ProcessTimeout:
-        raise EnvironmentSourceError(
-            f"{failed}: it took longer than {bounds.timeout_s:g} s (environments.git_timeout_s)."
-        ) from None
     except ProcessOutputTooLarge:
         raise EnvironmentSourceError(f"{failed}: git answers with more than {most} bytes.") from None
     except (ProcessNotFound, ProcessError) as error:

@@ -40,8 +40,11 @@ def serve_environments(  # noqa: PLR0917 - collaborators, named by their types
         caches.mirroring.have,
         PlannedStandings(planner.of_list).of,
     )
-    read = BoundedSources(settings.environments).read
-    tracker = EnvironmentTracker(stores.environments, stores.cache, packages, read, settings.environments, clock)
+    sources = BoundedSources(settings.environments, settings.state_dir / "environment-sources")
+    sources.clear()
+    tracker = EnvironmentTracker(
+        stores.environments, stores.cache, packages, sources.read, settings.environments, clock
+    )
     packages.on_end = tracker.stir
     reports = CoverageReports(stores.environments, clock)
     api = EnvironmentApi(tracker, reports, submitted, stores.cache.store_dir, native_system(), clock)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from coordinator.environment_settings import EnvironmentSettings
+from coordinator.environments import git_source
 from coordinator.environments.errors import EnvironmentSourceError
 from coordinator.environments.model import SourceKind, TrackedSource
 from coordinator.environments.reading import SourceContent, wishes_of
-from coordinator.environments.sources import BoundedSources
+from coordinator.environments.sources import GIT_AT_ONCE, BoundedSources
 from infra.nix.store_path import StoreDir
+from infra.process import Completed
 from tests.support.cache import store_path
 from tests.support.git_server import commit, git, serving_git
 
@@ -22,7 +26,12 @@ LINUX = "x86_64-linux"
 
 
 async def read(settings: EnvironmentSettings, source: TrackedSource, seen: str = "") -> SourceContent | None:
-    return await BoundedSources(settings).read(source, seen)
+    with tempfile.TemporaryDirectory() as directory:
+        sources = BoundedSources(settings, Path(directory) / "git")
+        try:
+            return await sources.read(source, seen)
+        finally:
+            assert not list(sources.directory.glob("*"))
 
 
 async def refusal(settings: EnvironmentSettings, source: TrackedSource) -> str:
@@ -90,6 +99,12 @@ async def test_a_branch_is_looked_at_and_fetched_when_it_moved_forward_or_back(s
         known = await read(settings, TrackedSource(SourceKind.GIT, "", source.url, ref))
         assert known is not None
         assert (known.mark, known.name) == (mark, "manifest.lock")
+    # Of a branch and a tag of one name it is the branch, and that alone is compared with what was seen.
+    git(root / "repository", "tag", "main", second)
+    found = await read(settings, source, second)
+    assert found is not None
+    assert found.mark == first
+    assert await read(settings, source, first) is None
 
 
 async def test_of_a_hundred_thousand_branches_one_is_looked_at(served: tuple[Path, str]) -> None:
@@ -123,6 +138,34 @@ async def test_a_repository_that_is_gone_too_large_or_too_slow_is_refused_with_t
         assert "took longer than 0.5 s" in await refusal(bounds(host, timeout_s=0.5), source)
 
 
+async def test_few_repositories_are_looked_at_at_one_time_and_the_limit_of_time_is_that_of_a_whole_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most, fetching = 0, 0
+
+    async def run(command: Sequence[str], **_: object) -> Completed:
+        nonlocal most, fetching
+        if "fetch" in command:
+            fetching += 1
+            most = max(most, fetching)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                fetching -= 1
+        return Completed(0, f"{'a' * 40}\tHEAD\n".encode(), b"")
+
+    monkeypatch.setattr(git_source, "run", run)
+    sources = BoundedSources(bounds("git.example", timeout_s=0.2), tmp_path / "git")
+    # A coordinator that was killed has left one.
+    (tmp_path / "git/left").mkdir(parents=True)
+    sources.clear()
+    source = TrackedSource(SourceKind.GIT, "list", "http://git.example/x")
+    refused = await asyncio.gather(*(sources.read(source, "") for _ in range(GIT_AT_ONCE + 2)), return_exceptions=True)
+    assert all("took longer than 0.2 s" in str(each) for each in refused), refused
+    assert 0 < most <= GIT_AT_ONCE
+    assert list((tmp_path / "git").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -136,6 +179,7 @@ async def test_a_repository_that_is_gone_too_large_or_too_slow_is_refused_with_t
         (TrackedSource(SourceKind.GIT, url="https://git.example/x", ref="--all"), "is no name of a branch"),
         (TrackedSource(SourceKind.GIT, url="https://git.example/x", ref="a..b"), "is no name of a branch"),
         (TrackedSource(SourceKind.GIT, "../x", url="https://git.example/x"), "by its path in the tree"),
+        (TrackedSource(SourceKind.GIT, "env/", url="https://git.example/x"), "by its path in the tree"),
     ],
 )
 async def test_an_address_that_the_operator_does_not_allow_starts_no_program(
