@@ -67,7 +67,7 @@ class Environment:
 
     name: str
     source: TrackedSource
-    #: Owners of tokens that may change it, beside the operator's.
+    #: Owners of tokens that may change it, beside the operator's; what is built for it is submitted as the first one's.
     owners: tuple[str, ...]
     created_at: float
     poll: PollState = PollState()

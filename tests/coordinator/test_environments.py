@@ -234,6 +234,9 @@ async def test_owners_change_their_own_environments_and_files_take_the_farms_tok
             await ours.track("dev", file)
         with pytest.raises(RefusedError, match="must have ci among them"):
             await ours.track("dev", TrackRequest(kind="push", owners=("other",)))
+        # What is built for it is the first one's, which none makes another owner.
+        shared = await ours.track("dev", TrackRequest(kind="push", owners=("other", "ci")))
+        assert shared.owners == ("ci", "other")
         assert (await ours.track("dev", TrackRequest(kind="push"))).owners == ("ci",)
         for change in (
             other.track("dev", TrackRequest(kind="push")),

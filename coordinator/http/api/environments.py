@@ -97,8 +97,13 @@ class EnvironmentApi:
             if not Path(wish.path).is_absolute():
                 raise IntakeError("a file is tracked by its absolute path on the coordinator's machine.")
         owners = wish.owners or (client.owner,)
-        if not client.is_operator and client.owner not in owners:
-            raise ForbiddenError(f"the owners of {name} must have {client.owner} among them: you could not change it.")
+        if not client.is_operator:
+            if client.owner not in owners:
+                raise ForbiddenError(
+                    f"the owners of {name} must have {client.owner} among them: you could not change it."
+                )
+            # Builds for it are the first one's.
+            owners = (client.owner, *owners)
         source = TrackedSource(kind, wish.path, wish.url, wish.ref, wish.system or self._system)
         wanted = Environment(name, source, tuple(dict.fromkeys(owners)), self._clock.now())
         return answer(await self._view(await self._tracker.track(wanted, before)))
