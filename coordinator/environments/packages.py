@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
-from coordinator.api.requests import RootRequest, SubmitRequest
+from coordinator.api.requests import RootRequest, SubmitRequest, kept_text
 from coordinator.defaults import OPERATOR
 from coordinator.environments.coverage import PackageStanding
 from coordinator.environments.model import Environment, EnvironmentRevision
@@ -14,7 +15,7 @@ from coordinator.errors import ConflictError, CoordinatorError
 from coordinator.intake.submissions import Submissions
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.stores.derivations import DerivationStore
-from coordinator.wishes.model import Wish, WishedPaths, WishList
+from coordinator.wishes.model import WishedPaths, WishList
 from infra.cache.cache import Cache
 from infra.nix.store_path import base_name_of
 from infra.objects.errors import CacheError
@@ -54,7 +55,7 @@ class FarmPackages:
         What fails is logged, and is done again with the next look.
         """
         try:
-            absent = await self._cache.missing(content.paths)
+            absent = await self._cache.missing(await asyncio.to_thread(lambda: content.paths))
             if absent:
                 await self._pull(absent)
                 absent = await self._cache.missing(absent)
@@ -73,13 +74,14 @@ class FarmPackages:
 
     async def _submit(self, environment: Environment, revision: EnvironmentRevision, content: WishList) -> None:
         """Submit all of a revision that the farm can build; the same again is the same submission."""
-        wanted = {each.name: each for wish in content.wishes if (each := _derivation(wish)) is not None}
+        wanted = await asyncio.to_thread(buildable, content)
         unknown = set(await self._derivations.unknown(list(wanted)))
-        roots = tuple(each.root for name, each in wanted.items() if name not in unknown)
+        roots = tuple(root for name, root in wanted.items() if name not in unknown)
         if not roots:
             return
         owner = environment.owners[0] if environment.owners else OPERATOR
-        wish = SubmitRequest(
+        wish = await asyncio.to_thread(
+            SubmitRequest,
             roots=roots,
             label=f"environment {environment.name}",
             idempotency_key=f"environment/{environment.name}/{revision.number}/{revision.digest[:16]}",
@@ -112,15 +114,11 @@ class _EndListener:
             self._on_end()
 
 
-class _Buildable:
-    """A package whose derivation is named."""
-
-    def __init__(self, wish: Wish, path: str) -> None:
-        self.name = base_name_of(path)
-        self.root = RootRequest(attr=wish.name, drv=path)
-
-
-def _derivation(wish: Wish) -> _Buildable | None:
-    if isinstance(wish.target, WishedPaths) and wish.target.derivation:
-        return _Buildable(wish, wish.target.derivation)
-    return None
+def buildable(content: WishList) -> dict[str, RootRequest]:
+    """Return what names its derivation, by the derivation's base name; slow for large contents."""
+    found = {}
+    for wish in content.wishes:
+        if isinstance(wish.target, WishedPaths) and wish.target.derivation:
+            path = wish.target.derivation
+            found[base_name_of(path)] = RootRequest(attr=kept_text(wish.name), drv=path)
+    return found

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.api.plan_models import PlanState, PlanView, UpstreamPlan, WishPlan
+from coordinator.api.requests import MAX_TEXT_BYTES
 from coordinator.environments.coverage import (
     DAY_S,
     PackageStanding,
@@ -25,10 +26,11 @@ from coordinator.environments.coverage import (
 )
 from coordinator.environments.history import forgotten, next_revision, rooted
 from coordinator.environments.model import EnvironmentRevision
+from coordinator.environments.packages import buildable
 from coordinator.environments.pointers import MAX_BEFORE, SystemPointer, advanced, rolled_back
 from coordinator.environments.standings import WAYS, standings
 from coordinator.errors import ConflictError
-from coordinator.wishes.model import Wish, WishedOutput, WishedPaths, WishList, WishSource
+from coordinator.wishes.model import MAX_NAME, Wish, WishedOutput, WishedPaths, WishList, WishSource
 
 LINUX, MAC = "x86_64-linux", "aarch64-darwin"
 #: What happens to an environment: a revision comes, one becomes whole on a system (or is no longer), a rollback.
@@ -189,6 +191,14 @@ def test_a_trend_has_the_last_day_of_each_week() -> None:
     today = day_of(1000 * DAY_S)
     days = [TrendDay(today - back, SystemCoverage(LINUX, here=back)) for back in (0, 3, 6, 7, 20, 21)]
     assert [each.coverage.here for each in weekly(days, today)] == [21, 20, 7, 0]
+
+
+def test_a_package_of_any_name_can_be_submitted() -> None:
+    target = WishedPaths((WishedOutput("out", "/nix/store/a"),), "/nix/store/a.drv")
+    wishes = (Wish("\U0001f600" * MAX_NAME, LINUX, target), Wish("b", LINUX, replace(target, derivation=None)))
+    (root,) = buildable(WishList("list", WishSource.PATHS, wishes, (LINUX,))).values()
+    assert root.drv == "/nix/store/a.drv"
+    assert root.attr == "\U0001f600" * (MAX_TEXT_BYTES // 4)
 
 
 def test_every_verdict_of_a_plan_is_one_way_and_what_cannot_be_fetched_has_a_reason() -> None:
