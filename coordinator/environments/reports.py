@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -55,24 +57,39 @@ class CoverageReports:
         found = await self._store.assessment(name) or CoverageAssessment(0, 0.0, (), ())
         pointers = await self._store.pointers(name)
         today = day_of(self._clock.now())
-        ages = oldest(found.gaps)
-        return CoverageView(
-            environment=name,
-            revision=found.revision,
-            assessed_at=found.at,
-            systems=tuple(
-                _system_view(
-                    each,
-                    pointers[each.system].revision if each.system in pointers else 0,
-                    [gap for gap in found.gaps if gap.system == each.system],
-                    ages.get(each.system, 0.0),
-                    weekly(trend.get(each.system, ()), today)[-MAX_WEEKS:],
-                )
-                for each in found.systems
-            ),
-            gaps=tuple(_gap_view(gap) for gap in found.gaps[:gaps]),
-            gap_count=len(found.gaps),
-        )
+        # In a thread: there may be a gap for each of 100,000 packages.
+        return await asyncio.to_thread(_coverage_view, name, found, pointers, trend, today, gaps)
+
+
+def _coverage_view(  # noqa: PLR0917 - what a report is made of
+    name: str,
+    found: CoverageAssessment,
+    pointers: Mapping[str, SystemPointer],
+    trend: Mapping[str, Sequence[TrendDay]],
+    today: int,
+    shown: int,
+) -> CoverageView:
+    ages = oldest(found.gaps)
+    gaps: defaultdict[str, list[CoverageGap]] = defaultdict(list)
+    for gap in found.gaps:
+        gaps[gap.system].append(gap)
+    return CoverageView(
+        environment=name,
+        revision=found.revision,
+        assessed_at=found.at,
+        systems=tuple(
+            _system_view(
+                each,
+                pointers[each.system].revision if each.system in pointers else 0,
+                gaps[each.system],
+                ages.get(each.system, 0.0),
+                weekly(trend.get(each.system, ()), today)[-MAX_WEEKS:],
+            )
+            for each in found.systems
+        ),
+        gaps=tuple(_gap_view(gap) for gap in found.gaps[:shown]),
+        gap_count=len(found.gaps),
+    )
 
 
 def environment_view(
