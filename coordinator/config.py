@@ -94,6 +94,8 @@ class WorkerConfig(BaseModel):
     build_cores: Annotated[int, Field(ge=0)] = 0
     #: Builds at one time; 0 is one per core.
     slots: Annotated[int, Field(ge=0, le=1024)] = 0
+    #: Whether it offers fewer while its machine is short of memory, or others keep its processors busy.
+    yield_to_others: bool = True
     #: Root of a chroot store of the worker's own; empty: a directory below the state directory.
     store: str = ""
     #: MiB that must be free on its disks, or it takes no work; 0: it does not look.

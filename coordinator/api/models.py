@@ -277,6 +277,9 @@ class WorkerView:
     isolation_report: Mapping[str, Any] | None = None
     built: int = 0
     last_seen: float = 0.0
+    #: Slots that it offers now, None from an older drover; fewer than all while its machine is under pressure, and why.
+    offered: int | None = None
+    offers_less: str = ""
     #: Why it is silent, gone or quarantined, and until when it is quarantined.
     reason: str = ""
     until: float = 0.0

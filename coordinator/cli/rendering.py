@@ -432,6 +432,11 @@ def worker_lines(workers: Sequence[WorkerView], now: float) -> list[str]:
         for worker in workers
         if worker.reason
     ]
+    reasons += [
+        f"{worker.name} offers {worker.offered} of its {worker.slots} slots: {one_line(worker.offers_less)}"
+        for worker in workers
+        if worker.offers_less
+    ]
     reasons += [f"{worker.name}: {note}" for worker in workers if (note := worker_sentence(worker.record))]
     reasons += [
         f"{worker.name} is of isolation class {worker.isolation}: {one_line('; '.join(worker.isolation_reasons))}"

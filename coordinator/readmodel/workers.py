@@ -35,6 +35,9 @@ class WorkerRow:
     quarantine: str = ""
     #: As its machine was at its last heartbeat.
     vitals: Vitals = NO_VITALS
+    #: Slots that it offers now and why these are not all; None: all.
+    offered: int | None = None
+    offers_less: str = ""
 
     @property
     def told_state(self) -> WorkerState:
@@ -67,6 +70,7 @@ class Workforce:
         row.leases, row.last_seen = batch.leases, now
         row.isolation = batch.isolation or row.isolation
         row.vitals = batch.vitals or row.vitals
+        row.offered, row.offers_less = batch.offered, batch.offers_less
 
     def unreachable(self, worker: str, incarnation: str, reason: str, *, gone: bool) -> None:
         """The transport lost a worker for now (`gone` false) or for ever."""
@@ -144,6 +148,8 @@ def _view(name: str, row: WorkerRow, record: WorkerRecordView | None) -> WorkerV
         emulated=row.hello.emulated,
         features=row.hello.features,
         slots=row.hello.slots,
+        offered=row.hello.slots if row.offered is None else min(row.offered, row.hello.slots),
+        offers_less=row.offers_less,
         leases=tuple((lease.step, lease.stage.value) for lease in row.leases),
         nix_version=row.hello.nix_version,
         isolation=row.isolation.level,

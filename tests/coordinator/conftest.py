@@ -140,7 +140,11 @@ def nix_workers(root: Path, names: Sequence[str], kind: type[InProcessFleet] = I
                 await stack.enter_async_context(
                     Agent(
                         WorkerSettings(
-                            name=name, state_dir=root / name / "state", store=str(root / name / "store"), slots=2
+                            name=name,
+                            state_dir=root / name / "state",
+                            store=str(root / name / "store"),
+                            slots=2,
+                            yield_to_others=False,
                         )
                     )
                 )

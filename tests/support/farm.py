@@ -45,7 +45,7 @@ class WorkerSpec:
 
     def toml(self) -> str:
         lines = ["[[workers]]", f"name = {json.dumps(self.name)}", f"slots = {self.slots}"]
-        lines.append(f"min_free_mb = {self.min_free_mb}")
+        lines += [f"min_free_mb = {self.min_free_mb}", "yield_to_others = false"]
         lines += [
             f"{key} = {json.dumps(list(value))}"
             for key, value in (("emulate", self.emulate), ("features", self.features))

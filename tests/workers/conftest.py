@@ -179,7 +179,7 @@ class AgentHarness:
                 name=name,
                 state_dir=self.root / name / "state",
                 store=str(self.root / name / "store"),
-                **({"slots": 2} | settings),
+                **({"slots": 2, "yield_to_others": False} | settings),
             )
         )
         await self._stack.enter_async_context(agent)

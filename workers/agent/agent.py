@@ -24,6 +24,7 @@ from infra.daemon import ControlGroups, DaemonError
 from infra.nix.errors import NixError
 from infra.objects.errors import CacheError
 from workers.agent import stopping
+from workers.agent.admission import Machine, Offer, next_offer
 from workers.agent.canary import Canary
 from workers.agent.daemon_pool import DaemonOpener, DaemonSession, SessionPool
 from workers.agent.health import HealthWatch
@@ -46,6 +47,7 @@ from workers.wire.messages import (
     FarmInfo,
     HeldLease,
     Hello,
+    Vitals,
 )
 
 _log = logging.getLogger(__name__)
@@ -99,6 +101,8 @@ class Agent:
         self._clock = clock or SystemClock()
         self._incarnation = secrets.token_hex(8)
         self._nix_version = ""
+        #: Slots that are offered now.
+        self._admitted = Offer(self._offer.slots)
         #: What the machine lacks to isolate builds better (`workers.agent.isolation`).
         self._shortfall = ""
         #: What the latest greeting said of the isolation.
@@ -234,6 +238,8 @@ class Agent:
             "answered_at": self._clock.now(),
             "transfers": self._leases.transfers(),
             "vitals": None if vitals is None else vitals.model_dump(),
+            "offered": self._admitted.slots,
+            "offers_less": self._admitted.because,
             **({"isolation": isolation.model_dump()} if isolation is not None and changed else {}),
         }
 
@@ -312,6 +318,7 @@ class Agent:
                     self._inputs = InputFetcher(roots, transfers, group, self._clock, self._outbox.moved)
                     self._leases = self._runner(group)
                     # Before the farm is met: it shall not give a worker that cannot build anything to build.
+                    self._health.on_vitals = self._admit
                     await self._health.look()
                     watches = (
                         group.create_task(self._watch_stop(), name="watch for a stop request"),
@@ -351,6 +358,21 @@ class Agent:
             build_cores=self._offer.build_cores,
             closing=self._closing,
         )
+
+    def _admit(self, vitals: Vitals) -> None:
+        """Offer as many slots as the machine's figures let the worker."""
+        if not self._settings.yield_to_others:
+            return
+        slots, cores = self._offer.slots, self._offer.build_cores or 1
+        machine = Machine(slots, os.cpu_count() or 1, self._host.memory_bytes, cores)
+        before, now = self._admitted, self._clock.now()
+        self._admitted = next_offer(before, machine, vitals, self._leases.running, now)
+        if self._admitted.slots != before.slots:
+            why = f": {self._admitted.because}" if self._admitted.because else ""
+            _log.info("worker %s offers %d of its %d slots%s", self.name, self._admitted.slots, slots, why)
+            self._leases.offer(self._admitted.slots)
+            # The farm shall not send more until its poll ends by itself.
+            self._outbox.stop_waiting()
 
     async def _openers(self) -> tuple[DaemonOpener, DaemonOpener]:
         """Isolate the worker's builds; return what opens daemons that do not build, and those that do."""

@@ -141,8 +141,9 @@ class HealthWatch:
         #: How builds are isolated, once a canary has measured it; the same object for as long as the grade is the same.
         self.isolation: IsolationGrade | None = None
         self._next_trial = self._next_canary = self._next_collection = 0.0
-        #: The machine's figures as of the last look; None before the first.
+        #: The machine's figures as of the last look; None before the first. `on_vitals` gets them at each look.
         self.vitals: Vitals | None = None
+        self.on_vitals: Callable[[Vitals], None] = lambda _: None
         self._full_at = 0.0
         self._doubted = False
         self._next_doubt = 0.0
@@ -206,7 +207,9 @@ class HealthWatch:
             self._changed()
 
     async def _look_at_disks(self) -> None:
-        rooms, self.vitals = await asyncio.to_thread(self._read)
+        rooms, vitals = await asyncio.to_thread(self._read)
+        self.vitals = vitals
+        self.on_vitals(vitals)
         if too_little(rooms, FULL_BYTES) is not None:
             self._full_at = self._clock.now()
         if not self._floor_bytes:

@@ -9,6 +9,7 @@ Each accepted lease walks `queued -> fetching -> ready -> building -> uploading 
 - A slot is free again when its build ends; uploading goes on beside the next build, up to `MAX_UPLOADS_PER_SLOT`.
 - Backlog: very short builds would leave slots idle for a round trip to the coordinator, so the worker asks for as many
   leases beyond its slots as make `BACKLOG_S` seconds of work, by a moving mean of the latest builds.
+- The worker may offer fewer slots than it has (`workers.agent.admission`): what runs goes on, nothing more begins.
 - Builds whose need of memory is known run side by side only as far as the machine's memory goes; one that takes
   more than all of it runs when no other of them does. It is a hint: a build without one counts for nothing.
 - A lease that waited `HAND_BACK_S` behind busy slots, or for memory, is handed back: another worker may be free.
@@ -308,6 +309,8 @@ class WorkerMachine:
         if slots < 1:
             raise ValueError("a worker has at least one slot")
         self._slots = slots
+        #: Slots that are offered now, at most all.
+        self.offered = slots
         self._memory_bytes = memory_bytes
         #: Insertion order is order of arrival.
         self._held: dict[LeaseKey, _Held] = {}
@@ -337,7 +340,12 @@ class WorkerMachine:
     def has_idle_slot(self) -> bool:
         """True if a slot would start a lease that came now."""
         waiting = sum(held.state in _WAITING for held in self._held.values())
-        return len(self._free) > waiting
+        return min(len(self._free), self.offered - self.running) > waiting
+
+    @property
+    def running(self) -> int:
+        """Number of builds that run."""
+        return self._slots - len(self._free)
 
     def accept(self, key: LeaseKey, now: float, memory_bytes: int = 0) -> bool:
         """Take a lease into hand; False where it is there already. `memory_bytes`: its build's need, or 0."""
@@ -392,7 +400,8 @@ class WorkerMachine:
                 continue
             # Nothing with a hint passes one that waits for memory, or that would wait for ever.
             fits = not held.memory_bytes or (not short_of_memory and self._has_memory(memory_bytes, held.memory_bytes))
-            if held.state is LeaseState.READY and self._free and uploads < self.max_uploads and fits:
+            may_begin = self._free and building < self.offered and uploads < self.max_uploads and fits
+            if held.state is LeaseState.READY and may_begin:
                 held.state, held.slot, held.building_at = LeaseState.BUILDING, self._free.pop(0), now
                 building += 1
                 memory_bytes += held.memory_bytes
@@ -400,7 +409,7 @@ class WorkerMachine:
                 continue
             short_of_memory = short_of_memory or not fits
             waiting += 1
-            behind = building + waiting > self._slots or not fits
+            behind = building + waiting > self.offered or not fits
             late = now - held.arrived_at >= HAND_BACK_S
             if self.draining or (behind and (late or surplus)):
                 held.handed_back = True
@@ -427,7 +436,7 @@ class WorkerMachine:
         if self._mean_s is None:
             return 0
         per_slot = MAX_BACKLOG_PER_SLOT if self._mean_s <= 0 else int(BACKLOG_S / self._mean_s)
-        return self._slots * min(per_slot, MAX_BACKLOG_PER_SLOT)
+        return self.offered * min(per_slot, MAX_BACKLOG_PER_SLOT)
 
     def capacity(self, reported: frozenset[LeaseKey] | set[LeaseKey] = frozenset()) -> int:
         """Return how many leases the worker is willing to hold in all, but for the `reported` ones."""
@@ -437,7 +446,7 @@ class WorkerMachine:
         for key, held in self._held.items():
             if held.state is LeaseState.UPLOADING or (held.state is LeaseState.REPORTING and key not in reported):
                 finishing += 1
-        return self._slots + self.backlog + finishing
+        return self.offered + self.backlog + finishing
 
     def _has_memory(self, taken_bytes: int, wanted_bytes: int) -> bool:
         """Return whether one more build fits beside those that take so much; the first one always does."""

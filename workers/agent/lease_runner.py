@@ -154,6 +154,16 @@ class LeaseRunner:
         """Leases that have not begun are handed back, and the capacity is 0."""
         return self._machine.draining
 
+    @property
+    def running(self) -> int:
+        """Number of builds that run."""
+        return self._machine.running
+
+    def offer(self, slots: int) -> None:
+        """Offer so many of the slots from now on; what runs goes on."""
+        self._machine.offered = slots
+        self._advance()
+
     def drain(self, *, on: bool) -> None:
         """Set or clear `draining`."""
         self._machine.draining = on

@@ -364,6 +364,9 @@ class Batch(WireMessage):
     answered_at: float | None = None
     #: None: the agent runs an older drover, or has not looked yet.
     vitals: Vitals | None = None
+    #: Slots that it offers now and why these are not all (`workers.agent.admission`); None: all.
+    offered: Annotated[int, Field(ge=0, le=MAX_SLOTS)] | None = None
+    offers_less: Sentence = ""
     #: At most one for each lease.
     transfers: Annotated[tuple[Transfer, ...], Field(max_length=MAX_TRANSFERS)] = ()
 
