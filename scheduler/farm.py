@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from scheduler.considered import Considered, considered
 from scheduler.decide import Decider
 from scheduler.effects import Effect
 from scheduler.events import (
@@ -24,6 +25,7 @@ from scheduler.facts import Fact, FactOrPause, FarmResumed, MembersJoined, StepR
 from scheduler.model import NO_INSTANT, BuilderId, Instant, LeaseId, Requirements, StepKey, StepState, SubmissionId
 from scheduler.opening import Opening
 from scheduler.pauses import FACTS_PIECE, PAUSE, PIECE, Pause, whole
+from scheduler.placement import Rooms
 from scheduler.policy import Limits, LongestPathFirst, Policy
 from scheduler.react import react
 from scheduler.reasons import (
@@ -209,6 +211,10 @@ class Farm:
             until = self._decider.gives_up_at(self.state.steps[step])
             return reason if until is None else replace(reason, until=until)
         return reason
+
+    def considered(self, step: StepKey, now: Instant) -> Considered:
+        """Return the rank of a step and the builders that it is, or would be, placed on. Raises `KeyError`."""
+        return considered(self.state, Rooms(), self.state.steps[step], now)
 
     def unserved(self) -> dict[Requirements, Unserved]:
         """Return the classes of ready steps that no builder of the farm can take, sorted, and why."""

@@ -6,6 +6,7 @@ Plain records, as those of `coordinator.api.models`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from coordinator.api.difference_models import DifferenceView, RunReasonView
 from coordinator.api.estimates import RunningView, ThroughputView
@@ -23,6 +24,47 @@ class WantedView:
     path: tuple[str, ...]
 
 
+#: Origins of an expected time, the best first: builds of the package, of the package on another system, of its kind.
+EstimateSource: TypeAlias = Literal["package", "other_system", "kind", "nothing"]
+#: States of a worker towards a step.
+CandidateState: TypeAlias = Literal["free", "full", "holds", "probation", "quarantined", "draining", "avoided"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateView:
+    """A worker that was looked at for a step."""
+
+    worker: str
+    state: CandidateState
+    #: How fast it builds for the step's system: 1 is usual, 2 takes half the time.
+    speed: float
+    #: Builds in its hands, and how many it takes now.
+    leases: int
+    capacity: int
+    #: When it should have room, and when it should have built the step; 0 where it gets nothing.
+    room_at: float
+    ends_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacingView:
+    """Rank of a step that is not finished, the time that it should take, and the workers that were looked at."""
+
+    #: Seconds from its start to the end of the last step of a submission above it: what has more goes first.
+    rank_s: float
+    #: Seconds on a usual worker, where these come from, and of how many builds.
+    takes_s: float
+    source: EstimateSource
+    builds: int
+    #: The first of the `count` workers that could take it, by when they would have built it.
+    candidates: tuple[CandidateView, ...] = ()
+    count: int = 0
+    #: The worker that it waits for although another has room, since when, and until when that should have room.
+    waits_for: str = ""
+    waits_since: float = 0.0
+    waits_until: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReasonsView:
     """The reasons why a step waits, failed, is built or was built."""
@@ -35,6 +77,8 @@ class StepReasonsView:
     #: The first of the `wanted_count` submissions that wait for it; where none does, of those that it was built for.
     wanted_by: tuple[WantedView, ...] = ()
     wanted_count: int = 0
+    #: Of a step that is not finished: how urgent it is, and where it would be built.
+    placing: PlacingView | None = None
     #: Why each of its attempts was made, the newest RUNS_NAMED.
     ran: tuple[RunReasonView, ...] = ()
     #: Of a step that was begun: what differs from the last build of its name.

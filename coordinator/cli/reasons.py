@@ -9,7 +9,7 @@ from typing import Final
 
 from coordinator.api.difference_models import CauseView, ChangeView, ComparedView, DifferenceView
 from coordinator.api.models import StepStatus, StepView
-from coordinator.api.questions import StepReasonsView, WantedView
+from coordinator.api.questions import CandidateView, PlacingView, StepReasonsView, WantedView
 from coordinator.cli import exit_status
 from coordinator.cli.progress import ACTIVE
 from coordinator.cli.rendering import doing, duration, failure_lines, flake_lines, one_line, who
@@ -61,6 +61,8 @@ def why_lines(reasons: StepReasonsView, now: float) -> list[str]:
     for number, each in enumerate(reasons.below):
         activity = _run(each, now) if each.state in ACTIVE else one_line(each.waiting_for or each.state.value)
         lines.append(f"  {'in the end' if not number else '          '} {one_line(each.name)}: {activity}")
+    if reasons.placing is not None:
+        lines += placing_lines(reasons.placing, now)
     lines += wanted_lines(reasons)
     if step.state is StepStatus.DONE and not step.attempt:
         lines.append("  ran        never here: the cache had its outputs")
@@ -69,6 +71,48 @@ def why_lines(reasons: StepReasonsView, now: float) -> list[str]:
     if reasons.difference is not None:
         lines += _changed_lines(reasons.difference, now)
     return lines
+
+
+def placing_lines(placing: PlacingView, now: float) -> Iterator[str]:
+    """Yield the rank of a step, what it should take and how that is known, and the workers that were looked at."""
+    yield f"  rank       {duration(placing.rank_s)} from its start to the end of what stands on it"
+    yield f"  takes      {duration(placing.takes_s)} on a usual worker: {_known_by(placing)}"
+    for number, each in enumerate(placing.candidates):
+        waits = ", for which it waits" if each.worker == placing.waits_for else ""
+        yield f"  {'' if number else 'workers':<10} {one_line(each.worker)}: {_candidate(each, now)}{waits}"
+    if placing.count > len(placing.candidates):
+        yield f"             and {placing.count - len(placing.candidates)} more"
+
+
+def _known_by(placing: PlacingView) -> str:
+    builds = f"{placing.builds} build{'' if placing.builds == 1 else 's'}"
+    match placing.source:
+        case "package":
+            return f"by {builds} of its package"
+        case "other_system":
+            return f"by {builds} of its package on another system"
+        case "kind":
+            return "as others of its kind, because none of its package is known"
+        case "nothing":
+            return "a guess, because nothing like it was built yet"
+
+
+def _candidate(each: CandidateView, now: float) -> str:
+    speed = "" if each.speed == 1 else f", speed {each.speed:.2g}"
+    busy = f"{each.leases} of {each.capacity} taken"
+    match each.state:
+        case "holds":
+            return f"has it, should have built it in {duration(max(0.0, each.ends_at - now))}{speed}"
+        case "free" | "avoided":
+            word = "free" if each.state == "free" else "free, comes last because it gave the step back"
+            built = f", would have built it in {duration(max(0.0, each.ends_at - now))}" if each.ends_at else ""
+            return f"{word} ({busy}){built}{speed}"
+        case "full" | "probation" if each.ends_at:
+            word = "full" if each.state == "full" else "one build at a time after its failures"
+            room, ends = duration(max(0.0, each.room_at - now)), duration(max(0.0, each.ends_at - now))
+            return f"{word} ({busy}), room in {room}, would have built it in {ends}{speed}"
+        case _:
+            return f"{each.state} ({busy}){speed}"
 
 
 def wanted_lines(reasons: StepReasonsView) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Final
 
 from sqlalchemy import select
 
+from coordinator.api.questions import EstimateSource
 from coordinator.errors import CoordinatorError
 from coordinator.learning.learned import Learned, TimedBuild, kind_of, learn
 from coordinator.stores.timings import TimingStore, attempts
@@ -95,3 +96,8 @@ class Learner:
     def work_ms(self, name: str, system: str) -> int:
         """Return the expected work of a derivation, by its name: milliseconds on a worker of speed 1."""
         return self.learned.expected(package_of(name), system, kind_of(name)).work_ms
+
+    def source(self, name: str, system: str) -> tuple[EstimateSource, int]:
+        """Return what the expected work of a derivation is taken from, by its name, and of how many builds."""
+        expected = self.learned.expected(package_of(name), system, kind_of(name))
+        return expected.source.value, expected.builds

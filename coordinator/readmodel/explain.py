@@ -11,13 +11,14 @@ from datetime import UTC, datetime
 from typing import assert_never
 
 from coordinator.api.models import StepStatus, WaitingKind, WaitingView
+from coordinator.api.questions import CandidateView, EstimateSource, PlacingView
 from coordinator.readmodel.rows import StepRow
 from coordinator.stores.logs import LogStore
 from infra.clock import Clock
 from scheduler import reasons as r
 from scheduler.farm import Farm
 from scheduler.forsaken import describe_unserved
-from scheduler.model import Instant, Requirements, StepKey
+from scheduler.model import FAR_OFF, NO_INSTANT, Instant, Requirements, StepKey
 
 #: Needs of one step that are looked at.
 NEEDS_LOOKED_AT = 256
@@ -34,6 +35,40 @@ class FarmExplainer:
         self._farm = farm
         self._logs = logs
         self._clock = clock
+        #: Gives what a derivation's expected work is taken from, by name and system, and of how many builds.
+        self.source: Callable[[str, str], tuple[EstimateSource, int]] = lambda _name, _system: ("nothing", 0)
+
+    def placing(self, step: StepKey, name: str, system: str) -> PlacingView | None:
+        """Return how urgent a step is and where it would be built; None for one that the core does not know."""
+        try:
+            found = self._farm.considered(step, Instant(self._clock.now()))
+        except KeyError:
+            return None
+        (source, builds), held = self.source(name, system), found.held
+        return PlacingView(
+            rank_s=found.rank_ms / 1000,
+            takes_s=found.work_ms / 1000,
+            source=source,
+            builds=builds,
+            candidates=tuple(
+                [
+                    CandidateView(
+                        worker=each.builder,
+                        state=each.standing.value,
+                        speed=each.speed,
+                        leases=each.leases,
+                        capacity=each.capacity,
+                        room_at=_known_instant(each.room_at),
+                        ends_at=_known_instant(each.ends_at),
+                    )
+                    for each in found.candidates
+                ]
+            ),
+            count=found.count,
+            waits_for="" if held is None else held.builder,
+            waits_since=0.0 if held is None else held.since,
+            waits_until=0.0 if held is None else held.until,
+        )
 
     def waiting(self, step: StepKey, name_of: Callable[[StepKey], str]) -> tuple[str, WaitingView | None]:
         """Return why a step does not run."""
@@ -212,6 +247,10 @@ def value_of(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911, PLR0912  
             return WaitingView(kind="retries_spent", until=reason.until)
         case r.KnownToFail():
             return WaitingView(kind="known_failure", steps=(reason.cause,), since=reason.since, until=reason.until)
+
+
+def _known_instant(instant: Instant) -> float:
+    return NO_INSTANT if instant >= FAR_OFF else instant
 
 
 def _until(instant: Instant) -> str:

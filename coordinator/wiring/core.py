@@ -118,7 +118,7 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     if not settings.sources.across_names:
         intake.fixed.offers = None
     learner = Learner(partial(timed_builds, stores.timings), engine.post, views.workforce.emulating, clock)
-    intake.works = learner.work_ms
+    intake.works, explainer.source = learner.work_ms, learner.source
     submissions = Submissions(engine, views, intake)
     growth = Growth(engine, views, intake, submissions, limits.open_silence_s)
     views.recipes.read = writer.ends_of

@@ -145,8 +145,8 @@ def _add_questions(  # noqa: PLR0917 - collaborators, named by their types
 ) -> Planner:
     """Add what asks for timings, for reasons, and for workers; returns what makes plans."""
     serve_routes(app, TimingApi(core.views, stores.timings, core.timings, clock).handlers())
-    explainer, etas, throughput = core.explainer, core.etas, core.throughput
-    questions = Questions(core.views, farm, explainer.open_needs, explainer.queues, core.runs, etas, throughput)
+    say, etas, throughput = core.explainer, core.etas, core.throughput
+    questions = Questions(core.views, farm, say.open_needs, say.queues, say.placing, core.runs, etas, throughput)
     serve_routes(app, questions.handlers())
     serve_routes(app, EstimateApi(core.views, core.farm, etas, throughput).handlers())
     costs, flush = stores.timings.usual_costs, core.timings.flush

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,12 +18,13 @@ from hypothesis import strategies as st
 
 from coordinator.api.estimates import RunningView, ThroughputBar, ThroughputView
 from coordinator.api.models import EtaView
-from coordinator.api.questions import ActivityView, QueueView, SlotView, WorkerActivityView
+from coordinator.api.questions import ActivityView, CandidateView, PlacingView, QueueView, SlotView, WorkerActivityView
 from coordinator.cli import exit_status
 from coordinator.cli.lines import plain
 from coordinator.cli.live import Window
 from coordinator.cli.log import AROUND_CHARS, LINE_BYTES, LineSearch, Printer
-from coordinator.cli.reasons import why_lines
+from coordinator.cli.reasons import placing_lines, why_lines
+from coordinator.cli.rendering import duration
 from coordinator.cli.top import farm_lines
 from coordinator.client.errors import RefusedError
 from coordinator.readmodel.estimate import Expected
@@ -58,8 +60,38 @@ async def test_a_step_that_waits_is_explained_down_to_what_holds_it_and_up_to_wh
         assert lines[0] == "waiting: low (x86_64-linux)" or lines[0] == "ready: low (x86_64-linux)"
         assert any(line.startswith("  why        no worker") for line in lines)
         assert lines[-1] == f"  wanted by  submission {submitted.id} (mine), top: top \u2192 middle \u2192 low"
+        # No worker has joined: its rank and what it should take are known all the same.
+        assert low.placing is not None
+        assert (low.placing.source, low.placing.candidates) == ("nothing", ())
+        assert low.placing.rank_s == 3 * low.placing.takes_s > 0
+        takes = duration(low.placing.takes_s)
+        assert f"  takes      {takes} on a usual worker: a guess, because nothing like it was built yet" in lines
         with pytest.raises(RefusedError):
             await farm.client.why("no-such-step")
+
+
+def test_the_workers_that_were_looked_at_for_a_step_are_said_with_what_each_would_make_of_it() -> None:
+    def candidate(worker: str, **values: Any) -> CandidateView:
+        usual: dict[str, Any] = {"state": "free", "speed": 1.0, "leases": 0, "capacity": 4, "room_at": NOW}
+        return CandidateView(**usual | {"worker": worker, "ends_at": NOW + 3600} | values)
+
+    candidates = (
+        candidate("fast", state="full", speed=2.0, leases=4, room_at=NOW + 1200, ends_at=NOW + 2100),
+        candidate("slow", speed=0.5),
+        candidate("off", state="draining", leases=1, capacity=0, room_at=0.0, ends_at=0.0),
+    )
+    placing = PlacingView(
+        rank_s=7500, takes_s=1800, source="package", builds=7, candidates=candidates, count=12, waits_for="fast"
+    )
+    room, built = duration(1200), f"{duration(2100)}, speed 2"
+    assert list(placing_lines(placing, NOW)) == [
+        "  rank       2h05m from its start to the end of what stands on it",
+        "  takes      30m00s on a usual worker: by 7 builds of its package",
+        f"  workers    fast: full (4 of 4 taken), room in {room}, would have built it in {built}, for which it waits",
+        "             slow: free (0 of 4 taken), would have built it in 1h00m, speed 0.5",
+        "             off: draining (1 of 0 taken)",
+        "             and 9 more",
+    ]
 
 
 async def test_a_log_is_found_by_attribute_by_derivation_and_by_each_output(open_farm: OpenFarm) -> None:

@@ -24,6 +24,7 @@ from coordinator.api.questions import (
     ActivityView,
     CompletionsView,
     CompletionView,
+    PlacingView,
     QueueView,
     SlotView,
     StepReasonsView,
@@ -63,6 +64,8 @@ RUNNING_SHOWN: Final = 20
 ROOTS_NAMED: Final = 3
 ETA_WAIT_S: Final = 0.2
 _PRESENT: Final = ("online", "draining", "quarantined", "silent")
+#: Steps that are, or will be, placed on a worker.
+_PLACED: Final = frozenset({StepStatus.WAITING, StepStatus.READY, StepStatus.RUNNING})
 _PAUSED: Final = "tried again after a pause"
 
 
@@ -75,6 +78,7 @@ class Questions:
         farm: Callable[[], FarmView],
         needs: Callable[[StepKey], Sequence[StepKey]],
         queues: Callable[[], Mapping[Requirements, str]],
+        placing: Callable[[StepKey, str, str], PlacingView | None],
         runs: Runs,
         etas: Etas,
         throughput: Throughput,
@@ -85,6 +89,7 @@ class Questions:
         self._farm = farm
         self._needs = needs
         self._queues = queues
+        self._placing = placing
         self._runs = runs
 
     def handlers(self) -> dict[Route[Any], Handler]:
@@ -116,17 +121,18 @@ class Questions:
     def _reasons(self, row: StepRow) -> Generator[None, None, StepReasonsView]:
         below = yield from self._below(row)
         holders = self._views.submissions_of(row.key)
-        cause = self._cause(row)
+        cause, step = self._cause(row), self._views.step_view(row)
         wanted = []
         for submission in holders[:WANTED_NAMED]:
             wanted.append(self._wanted(row, submission))
             yield
         return StepReasonsView(
-            step=self._views.step_view(row),
+            step=step,
             cause=None if cause is None else self._views.step_view(cause),
             below=below,
             wanted_by=tuple(wanted),
             wanted_count=len(holders),
+            placing=self._placing(row.key, self._views.name_of(row), step.system) if row.state in _PLACED else None,
         )
 
     def _cause(self, row: StepRow) -> StepRow | None:
