@@ -2,12 +2,16 @@
 
 What an upstream said is remembered by it (`infra.cache.pulls.upstream`), so that a plan which ran out of time finds
 more when it is made again.
+
+What was recorded of an upstream when its path was populated (`infra.cache.pulls.recorded_paths`) is an answer too, as
+long as that upstream is one of the farm's and answers others. A wished path is asked for first, because an upstream
+deletes what is old, and its record counts where there was no time to ask. What it stands on is believed as recorded.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -15,6 +19,7 @@ from coordinator.api.plan_models import UpstreamPlan, UpstreamState
 from coordinator.errors import IntakeError
 from coordinator.plans.closures import HERE, ClosureSurvey, LocatedPath
 from infra.cache.errors import ClosureTooLargeError
+from infra.cache.pulls.recorded_paths import RecordedPath
 from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import hash_part_of
 
@@ -53,6 +58,13 @@ class UpstreamSource(Protocol):
         """See `infra.cache.pulls.upstream.Upstream.narinfos`."""
 
 
+class RecordSource(Protocol):
+    """The records of upstreams, as far as they are asked here."""
+
+    async def of(self, store_paths: Collection[str]) -> dict[str, RecordedPath]:
+        """See `infra.cache.pulls.recorded_paths.RecordedPaths.of`."""
+
+
 @dataclass(slots=True, eq=False)
 class _Asked:
     """An upstream during one plan."""
@@ -70,11 +82,13 @@ class Lookup:
         self,
         cache: ClosureSource,
         upstreams: Sequence[UpstreamSource],
+        records: RecordSource,
         store_dir: str,
         now: Callable[[], float],
     ) -> None:
         self._cache = cache
         self._upstreams = upstreams
+        self._records = records
         self._prefix = f"{store_dir}/"
         self._now = now
 
@@ -86,13 +100,17 @@ class Lookup:
         """
         survey = ClosureSurvey()
         asked = [_Asked(source, place) for place, source in enumerate(self._upstreams, HERE + 1)]
-        frontier = set(paths)
+        frontier = wished = set(paths)
         ends_at = self._now() + BUDGET_S
         while frontier:
             lacking = await self._here(survey, frontier)
             if len(survey.located) + len(lacking) > MAX_PATHS:
                 raise IntakeError(f"the wishes stand on more than {MAX_PATHS} paths; plan them in parts.")
-            frontier = await self._elsewhere(survey, lacking, asked, ends_at)
+            records = await self._recorded(lacking, asked)
+            frontier = self._take(survey, {path: each for path, each in records.items() if path not in wished}, asked)
+            unknown = lacking - survey.located.keys()
+            frontier |= await self._elsewhere(survey, unknown, asked, ends_at, records)
+            frontier = survey.frontier(frontier)
         return survey, [UpstreamPlan(url=each.source.name, state=each.state, paths=each.found) for each in asked]
 
     async def _here(self, survey: ClosureSurvey, paths: Collection[str]) -> set[str]:
@@ -103,28 +121,53 @@ class Lookup:
                 texts, _ = await self._cache.closure(ordered[start : start + ASKED_AT_ONCE])
             except ClosureTooLargeError:
                 raise IntakeError("the wishes stand on too many paths; plan them in parts.") from None
-            survey.located.update(await asyncio.to_thread(_located, texts, self._prefix))
+            survey.located.update(await asyncio.to_thread(_located, texts, self._prefix, HERE))
         return await asyncio.to_thread(_lacking, survey, ordered)
 
+    async def _recorded(self, paths: Collection[str], asked: Sequence[_Asked]) -> dict[str, LocatedPath]:
+        """Return what is recorded of some paths, of upstreams that answer."""
+        places = {each.source.name: each.place for each in asked if each.state == "answered"}
+        records = await self._records.of(paths) if places and paths else {}
+        found: dict[str, LocatedPath] = {}
+        for name, place in places.items():
+            texts = [record.narinfo for record in records.values() if record.upstream == name]
+            found |= await asyncio.to_thread(_located, texts, self._prefix, place)
+        return found
+
+    @staticmethod
+    def _take(survey: ClosureSurvey, found: Mapping[str, LocatedPath], asked: Sequence[_Asked]) -> set[str]:
+        """Take in what upstreams have; return what that refers to."""
+        survey.located.update(found)
+        for each in found.values():
+            asked[each.place - 1].found += 1
+        return {reference for each in found.values() for reference in each.references}
+
     async def _elsewhere(
-        self, survey: ClosureSurvey, paths: Collection[str], asked: Sequence[_Asked], ends_at: float
+        self,
+        survey: ClosureSurvey,
+        paths: Collection[str],
+        asked: Sequence[_Asked],
+        ends_at: float,
+        records: Mapping[str, LocatedPath],
     ) -> set[str]:
-        """Ask upstreams for some paths; return the paths that what they have refers to, of which nothing is known."""
+        """Ask upstreams for some paths; return the paths that what they have refers to."""
         in_use = [each for each in asked if each.state == "answered"]
         answers = await asyncio.gather(*(self._ask(each, sorted(paths), ends_at) for each in in_use))
-        fresh: set[str] = set()
+        # What was found out just now.
+        places = {each.place for each in asked if each.state == "answered"}
+        taken: dict[str, LocatedPath] = {}
         for path in paths:
             info = next((found[path] for found, _ in answers if path in found), None)
+            unasked = any(path in unasked for _, unasked in answers)
+            if info is None and unasked and path in records and records[path].place in places:
+                info = records[path]
             if info is not None:
-                survey.located[path] = info
-                fresh.update(info.references)
-            elif any(path in unasked for _, unasked in answers):
+                taken[path] = info
+            elif unasked:
                 survey.unasked.add(path)
             else:
                 survey.absent.add(path)
-        for located in (survey.located[path] for path in paths if path in survey.located):
-            asked[located.place - 1].found += 1
-        return survey.frontier(fresh)
+        return self._take(survey, taken, asked)
 
     async def _ask(
         self, upstream: _Asked, paths: Sequence[str], ends_at: float
@@ -160,15 +203,15 @@ class Lookup:
         return LocatedPath(place, info.stored.file_size or info.path.nar_size, info.path.nar_size, references)
 
 
-def _located(texts: Sequence[bytes], prefix: str) -> dict[str, LocatedPath]:
-    """Read this cache's own narinfos, as far as a plan needs them; a whole reader takes five times as long."""
+def _located(texts: Sequence[bytes], prefix: str, place: int) -> dict[str, LocatedPath]:
+    """Read narinfos that were written here, as far as a plan needs them; a whole reader takes five times as long."""
     found = {}
     for text in texts:
         fields = dict(line.split(b": ", 1) for line in text.splitlines() if b": " in line)
         references = tuple(prefix + name for name in fields.get(b"References", b"").decode("ascii").split())
         nar_size = int(fields[b"NarSize"])
         path = fields[b"StorePath"].decode("ascii")
-        found[path] = LocatedPath(HERE, int(fields.get(b"FileSize", nar_size)), nar_size, references)
+        found[path] = LocatedPath(place, int(fields.get(b"FileSize", nar_size)), nar_size, references)
     return found
 
 

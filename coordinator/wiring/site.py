@@ -52,6 +52,7 @@ from coordinator.wiring.remote import open_remote
 from coordinator.wiring.stores import Stores
 from coordinator.wiring.work import Work
 from infra.cache.likeness import Likenesses
+from infra.cache.pulls.recorded_paths import RecordedPaths
 from infra.clock import Clock
 from workers.wire.messages import FarmInfo
 
@@ -102,7 +103,7 @@ async def make_site(  # noqa: PLR0917 - collaborators, named by their types
     add_metrics_route(app, observation.telemetry)
     app.middlewares.append(require_room(gate))
     serve_routes(app, EvaluationApi(await open_remote(stack, settings, core)).handlers())
-    planner = _add_questions(app, clock, stores, core, work, farm)
+    planner = _add_questions(app, clock, stores, core, work, farm, caches.mirroring.records)
     environments = serve_environments(app, settings, clock, stores, core, caches, planner)
     add_openapi_route(app)
     _add_pages(app, clock, url, stores, core, work, farm, caches.keepers, demand, pages)
@@ -141,7 +142,13 @@ def _api_app(  # noqa: PLR0917 - collaborators, named by their types
 
 
 def _add_questions(  # noqa: PLR0917 - collaborators, named by their types
-    app: web.Application, clock: Clock, stores: Stores, core: Core, work: Work, farm: Callable[[], FarmView]
+    app: web.Application,
+    clock: Clock,
+    stores: Stores,
+    core: Core,
+    work: Work,
+    farm: Callable[[], FarmView],
+    records: RecordedPaths,
 ) -> Planner:
     """Add what asks for timings, for reasons, and for workers; returns what makes plans."""
     serve_routes(app, TimingApi(core.views, stores.timings, core.timings, clock).handlers())
@@ -154,7 +161,8 @@ def _add_questions(  # noqa: PLR0917 - collaborators, named by their types
     rebuilds = RebuildApi(forecaster, Likenesses(stores.cache), Comparisons(stores.derivations))
     serve_routes(app, rebuilds.handlers())
     # The list of upstreams is the one that `serve_caches` has filled.
-    lookup = Lookup(stores.cache, core.intake.pulls.upstreams, stores.cache.store_dir.path, time.monotonic)
+    upstreams = core.intake.pulls.upstreams
+    lookup = Lookup(stores.cache, upstreams, records, stores.cache.store_dir.path, time.monotonic)
     planner = Planner(stores.derivations, lookup, forecaster, core.views, stores.cache)
     serve_routes(app, PlanApi(planner).handlers())
     add_worker_routes(app, core.views, work.fleet.drain)

@@ -64,14 +64,20 @@ class RecordedPaths:
 
     async def known(self, store_paths: Collection[str]) -> dict[str, RecordedPath]:
         """Return the records of those of the full store paths that have one and are not published here."""
-        wanted = await self._cache.missing(store_paths)
-        parts = [hash_part_of(path) for path in wanted]
+        return await self.of(await self._cache.missing(store_paths))
+
+    async def of(self, store_paths: Collection[str]) -> dict[str, RecordedPath]:
+        """Return the records of full store paths that are not published here."""
+        wanted = set(store_paths)
         found: dict[str, RecordedPath] = {}
         async with reading(self._cache.database) as connection:
-            for chunk in chunked(parts):
+            for chunk in chunked(list(wanted), AT_ONCE):
                 question = sa.select(
                     recorded.c.store_path, recorded.c.upstream, recorded.c.narinfo, recorded.c.recorded_at
-                ).where(recorded.c.hash_part.in_(chunk), recorded.c.recorded_at >= self._now() - RECORD_S)
+                ).where(
+                    recorded.c.hash_part.in_([hash_part_of(path) for path in chunk]),
+                    recorded.c.recorded_at >= self._now() - RECORD_S,
+                )
                 for values in await connection.execute(question):
                     record = RecordedPath(*values)
                     if record.store_path in wanted:
