@@ -20,7 +20,7 @@ from coordinator.intake.limits import IntakeLimits
 from coordinator.main import open_coordinator
 from coordinator.stores.derivations import DerivationStore
 from coordinator.stores.known_outputs import KnownOutputs
-from infra.nix.store_path import hash_part_of
+from infra.nix.store_path import base_name_of, hash_part_of
 from tests.coordinator.conftest import OpenedFarm
 from tests.coordinator.test_engine import ScriptedWorker, report, started
 from tests.coordinator.test_intake import IntakeHarness, limits
@@ -165,6 +165,22 @@ async def test_what_nothing_can_be_done_for_keeps_nothing_from_what_is_asked_for
         await ask(farm, [wanted.outputs["out"]], 1, 2, 3)
         row = farm.coordinator.views.submission(made.id)
         await farm.until(lambda: row.terms.priority == 1)
+
+
+async def test_a_question_for_a_closure_counts_what_it_asks_for_in_vain_once(tmp_path: Path) -> None:
+    made = Maker().plain("hello-1")
+    path, nowhere = made.outputs["out"], store_path("nowhere")
+    async with farm_with(tmp_path, ScriptedWorker(), DemandSettings()) as farm:
+        await sent(farm, made)
+        names = [base_name_of(path), hash_part_of(path), base_name_of(nowhere), "no hash at all", "e" * 255]
+        async with aiohttp.ClientSession() as session:
+            url = f"{farm.coordinator.ready.cache_url}/narinfos"
+            async with session.post(url, json={"paths": names, "closure": True}) as answer:
+                assert sorted((await answer.json())["missing"]) == sorted(names)
+        while not any(each.known for each in await farm.client.demand()):
+            pass
+        found = {each.hash_part: (each.name, each.people, each.requests) for each in await farm.client.demand()}
+        assert found == {hash_part_of(path): ("hello-1", 1, 1), hash_part_of(nowhere): ("", 1, 1)}
 
 
 async def test_nothing_is_counted_where_demand_is_off(tmp_path: Path) -> None:

@@ -13,17 +13,19 @@ published, and lost members of the closure.
 
 A stranger may ask where the cache is public, so the cost is bounded: MAX_QUESTION paths of a question, MAX_CLOSURE of a
 closure, WALKS_AT_ONCE questions that use the database, ANSWERS_PER_ADDRESS answers under way for one address that is
-not this machine's. More wait for their turn, TURN_S at most, and are 503 then.
+not this machine's. More wait for their turn, TURN_S at most, and are 503 then. Paths of the question that are not
+published count as missed (`coordinator.demand`), once for all its pages.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import orjson
 from aiohttp import web
@@ -36,6 +38,7 @@ from coordinator.http.bodies import BodyBounds, read_model
 from infra.cache.cache import Cache
 from infra.cache.catalog.closures import TEXTS_AT_ONCE, ClosurePage, PageBounds
 from infra.cache.errors import ClosureTooLargeError
+from infra.nix.store_path import HASH_PART_LENGTH, HASH_PART_PATTERN
 from infra.objects.errors import CacheError
 
 #: Narinfos of one page, some 1 KiB each, and their bytes.
@@ -50,6 +53,7 @@ TURN_S: Final = 10.0
 RETRY_AFTER_S: Final = 5
 #: Answers with so many narinfos are compressed for those who take gzip: to a third, or less.
 COMPRESSED_FROM: Final = 64
+_HASH_PART: Final = re.compile(HASH_PART_PATTERN)
 
 
 @dataclass(slots=True)
@@ -60,11 +64,22 @@ class _AddressTurns:
     users: int = 0
 
 
+class MissMeter(Protocol):
+    """Port of what counts the narinfos that readers miss."""
+
+    def missed(self, hash_part: str, address: str) -> None:
+        """A reader at this address asked for a path that is not there."""
+
+    def found(self, hash_part: str) -> None:
+        """A path was asked for that is there."""
+
+
 class ClosureAnswers:
     """Answers the question of one cache."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, misses: MissMeter | None = None) -> None:
         self._cache = cache
+        self._misses = misses
         self._walks = asyncio.Semaphore(WALKS_AT_ONCE)
         self._addresses: dict[str, _AddressTurns] = {}
 
@@ -91,6 +106,7 @@ class ClosureAnswers:
             )
             # A failure is still a status of its own until the first bytes have left.
             texts, lost = await self._cache.read_page(page.serials[:TEXTS_AT_ONCE])
+        self._count(page, request.remote or "")
         response = web.StreamResponse(headers={"Content-Type": "application/json", "Cache-Control": "no-store"})
         if len(page.serials) >= COMPRESSED_FROM:
             response.enable_compression()
@@ -102,6 +118,12 @@ class ClosureAnswers:
             return response
         await response.write_eof()
         return response
+
+    def _count(self, page: ClosurePage, address: str) -> None:
+        parts = {name[:HASH_PART_LENGTH] for name in page.unknown}
+        if self._misses is not None:
+            for part in filter(_HASH_PART.fullmatch, parts):
+                self._misses.missed(part, address)
 
     async def _write(
         self, response: web.StreamResponse, page: ClosurePage, texts: list[bytes], lost: list[str]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from hashlib import blake2b
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -24,7 +24,7 @@ from coordinator.api import cache_routes
 from coordinator.api.route import Right, Route
 from coordinator.caches.opening import OpenCache
 from coordinator.http.binary_cache.access import challenge, may_read, may_write
-from coordinator.http.binary_cache.closures import ClosureAnswers
+from coordinator.http.binary_cache.closures import ClosureAnswers, MissMeter
 from coordinator.http.binary_cache.nars import NAR_HEADERS, NarAnswers, cut
 from coordinator.http.binary_cache.pointers import PointerFiles
 from coordinator.http.binary_cache.puts import CachePuts, log_key
@@ -44,16 +44,6 @@ LogFor: TypeAlias = Callable[[str], Awaitable[AsyncIterator[bytes] | None]]
 
 _JSON_HEADERS: Final = {"Content-Type": "application/json", "Cache-Control": "public, max-age=60"}
 _LOG_HEADERS: Final = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-cache"}
-
-
-class MissMeter(Protocol):
-    """Port of what counts the narinfos that readers miss."""
-
-    def missed(self, hash_part: str, address: str) -> None:
-        """A reader at this address asked for a path that is not there."""
-
-    def found(self, hash_part: str) -> None:
-        """A path was asked for that is there."""
 
 
 def add_cache_routes(
@@ -87,7 +77,7 @@ class CacheRoutes:
         self._cache = served.cache
         self._log_for = log_for
         self._listings = Listings(served.cache)
-        self._closures = ClosureAnswers(served.cache)
+        self._closures = ClosureAnswers(served.cache, misses)
         self._nars = NarAnswers(served, self._headers(NAR_HEADERS))
         #: None where no token may write.
         self.puts = CachePuts(served) if served.access.writable else None
