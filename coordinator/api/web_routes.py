@@ -76,7 +76,11 @@ UNPIN_FORM: Final = Route[None](
 
 #: How much of each environment can be fetched; of one: `?system=…` shows the gaps of one system alone.
 COVERAGES_PAGE: Final = Route[None]("GET", "/coverage", Right.PAGE, answer=Content.PAGE)
+COVERAGES_LIVE: Final = Route[None]("GET", "/live/coverage", Right.PAGE, answer=Content.PARTS, head=False)
 COVERAGE_PAGE: Final = Route[None]("GET", "/coverage/{name}", Right.PAGE, answer=Content.PAGE, errors=_NAMED)
+COVERAGE_LIVE: Final = Route[None](
+    "GET", "/live/coverage/{name}", Right.PAGE, answer=Content.PARTS, errors=_NAMED, head=False
+)
 
 LOGIN_PAGE: Final = Route[None]("GET", "/login", Right.NONE, answer=Content.PAGE)
 #: Takes the API token; the answer sets the cookie.
@@ -112,7 +116,9 @@ WEB_ROUTES: Final[tuple[Route[Any], ...]] = (
     PIN_FORM,
     UNPIN_FORM,
     COVERAGES_PAGE,
+    COVERAGES_LIVE,
     COVERAGE_PAGE,
+    COVERAGE_LIVE,
     LOGIN_PAGE,
     LOGIN,
     LOGOUT,

@@ -1,29 +1,31 @@
 """Store of tracked environments, in SQLite or PostgreSQL.
 
 Each call is one transaction that may be done twice: what it writes it states whole. So a coordinator that is killed
-between any two of them goes on where it was.
+between any two of them goes on where it was. Each that writes is conditional on the coordinator's epoch, inside its
+transaction: one that was taken over from, and comes back, writes nothing (`EnvironmentsFencedError`).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import orjson
 import zstandard
 from pydantic import TypeAdapter
-from sqlalchemy import Table, delete, insert, select
+from sqlalchemy import Table, delete, func, insert, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coordinator.environments import tables
 from coordinator.environments.coverage import CoverageGap, SystemCoverage, TrendDay
-from coordinator.environments.model import NAME, Environment, EnvironmentRevision
+from coordinator.environments.model import NAME, Environment, EnvironmentRevision, PollState
 from coordinator.environments.pointers import SystemPointer
 from coordinator.errors import CoordinatorError
 from coordinator.wishes.model import WishList
+from infra.cache.catalog.database import FencingToken
 from infra.database import open_engine, patiently, reason
 
 #: Bytes of one content, unpacked: some 100,000 packages.
@@ -43,6 +45,15 @@ class EnvironmentsError(CoordinatorError):
 
     code = "environments"
     status = 503
+
+
+class EnvironmentsFencedError(EnvironmentsError):
+    """Another coordinator has taken over; nothing was written."""
+
+    code = "fenced"
+
+    def __init__(self) -> None:
+        super().__init__("another coordinator has taken over the environments; nothing was written.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +77,23 @@ _ASSESSMENT: Final = TypeAdapter(CoverageAssessment)
 class EnvironmentStore:
     """The tables of environments. Every method raises `EnvironmentsError` where the database fails for long."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, fence: FencingToken) -> None:
         self._engine = engine
+        self._fence = fence
 
     @classmethod
-    def open(cls, url: str) -> EnvironmentStore:
-        """Return a store on an engine of its own; `close` disposes of it."""
+    def open(cls, url: str, fence: FencingToken) -> EnvironmentStore:
+        """Return a store on an engine of its own, written under `fence`; `close` disposes of it."""
         # A pointer that was served must not go back by a power cut.
-        return cls(open_engine(url, synchronous="FULL"))
+        return cls(open_engine(url, synchronous="FULL"), fence)
 
     async def prepare(self) -> None:
-        """Create the tables where they are missing. Raises `EnvironmentsError`, also for those of a newer release."""
+        """Create the tables where they are missing, and begin the epoch: from now on earlier ones write nothing.
+
+        Raises:
+            EnvironmentsFencedError: A later epoch has begun.
+            EnvironmentsError: The database fails, or a newer release wrote it.
+        """
         try:
             async with self._engine.connect() as connection:
                 found = await connection.run_sync(tables.format_of)
@@ -85,10 +102,14 @@ class EnvironmentStore:
                     f"the database of environments was written by a newer version of drover (format {found}, this one "
                     f"reads {tables.FORMAT}); start the newer version. Nothing was changed."
                 )
-            if found < tables.FORMAT:
-                async with self._engine.begin() as connection:
+            async with self._engine.begin() as connection:
+                if connection.dialect.name == "postgresql":
+                    # Two that start at one time must not both create tables.
+                    await connection.execute(select(func.pg_advisory_xact_lock(func.hashtext("drover-environments"))))
+                if await connection.run_sync(tables.format_of) < tables.FORMAT:
                     await connection.run_sync(tables.metadata.create_all)
                     await connection.execute(insert(tables.meta).values(format=tables.FORMAT))
+                await self._begin_epoch(connection)
         except (SQLAlchemyError, OSError) as error:
             raise EnvironmentsError(f"cannot open the database of environments: {reason(error)}.") from None
 
@@ -216,6 +237,20 @@ class EnvironmentStore:
 
         await self._write(write)
 
+    async def stamp(self, name: str = "") -> tuple[object, ...]:
+        """Return a value that differs once what is shown of an environment, or of any, does; reads no content."""
+        pointers, looks, revisions = tables.pointers.c, tables.assessments.c, tables.revisions.c
+        named: tuple[tuple[Any, Any], ...] = (
+            (select(pointers.environment, pointers.system, pointers.body), pointers.environment),
+            (select(looks.environment, looks.revision, looks.at), looks.environment),
+            (select(revisions.environment, revisions.number), revisions.environment),
+        )
+        found = [await self.environment(name)] if name else await self.environments()
+        # That a source was looked at again is not shown.
+        shown = [each and replace(each, poll=PollState(trouble=each.poll.trouble)) for each in found]
+        rows = [await self._rows(query.where(column == name) if name else query) for query, column in named]
+        return (shown, *(frozenset(map(tuple, each)) for each in rows))
+
     async def trend(self, name: str) -> dict[str, list[TrendDay]]:
         """Return the days that are known of each system, the oldest first."""
         table = tables.trend
@@ -236,8 +271,25 @@ class EnvironmentStore:
         async def transaction() -> None:
             async with self._engine.begin() as connection:
                 await write(connection)
+                # Last: SQLite is locked for writing by now, and PostgreSQL lets no epoch begin before the commit.
+                if await _reigning(connection) != self._fence:
+                    raise EnvironmentsFencedError
 
         await _translated(transaction)
+
+    async def _begin_epoch(self, connection: AsyncConnection) -> None:
+        now = await _reigning(connection)
+        if now is not None and now.journal == self._fence.journal and now.epoch > self._fence.epoch:
+            raise EnvironmentsFencedError
+        if now != self._fence:
+            values = {"journal": self._fence.journal, "epoch": self._fence.epoch}
+            await connection.execute(delete(tables.reign))
+            await connection.execute(insert(tables.reign).values(**values))
+
+
+async def _reigning(connection: AsyncConnection) -> FencingToken | None:
+    row = (await connection.execute(select(tables.reign).with_for_update(read=True))).one_or_none()
+    return None if row is None else FencingToken(row.journal, row.epoch)
 
 
 async def _translated(call: Callable[[], Awaitable[_T]]) -> _T:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import Column, Double, Integer, LargeBinary, MetaData, Table, Text, func, inspect, select
+from sqlalchemy import BigInteger, Column, Double, Integer, LargeBinary, MetaData, Table, Text, func, inspect, select
 from sqlalchemy.engine import Connection
 
 #: What this version writes.
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 metadata = MetaData()
 environments = Table(
@@ -58,6 +58,13 @@ trend = Table(
     Column("impossible", Integer, nullable=False),
 )
 meta = Table("environments_meta", metadata, Column("format", Integer, primary_key=True, autoincrement=False))
+#: One row: which coordinator may write (`FencingToken`).
+reign = Table(
+    "environments_reign",
+    metadata,
+    Column("journal", BigInteger, primary_key=True, autoincrement=False),
+    Column("epoch", Integer, nullable=False),
+)
 
 #: Those with rows of one environment, whose column is `environment`.
 OF_ENVIRONMENT: Final = (revisions, pointers, assessments, trend)

@@ -67,7 +67,7 @@ async def open_stores(stack: AsyncExitStack, settings: Settings, clock: Clock, l
     # Made ready by its writer: a farm starts whatever is wrong with it.
     timings = TimingStore.open(settings.database_url("timings"))
     stack.push_async_callback(timings.close)
-    environments = EnvironmentStore.open(settings.database_url("environments"))
+    environments = EnvironmentStore.open(settings.database_url("environments"), lead.journal.fencing_token)
     stack.push_async_callback(environments.close)
     await environments.prepare()
     upload_tokens = UploadTokens(secrets.upload_secret.encode())

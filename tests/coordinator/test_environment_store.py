@@ -14,7 +14,12 @@ from coordinator.environments.coverage import PackageStanding, SystemCoverage, W
 from coordinator.environments.history import next_revision
 from coordinator.environments.model import Environment, PollState, SourceKind, TrackedSource
 from coordinator.environments.pointers import SystemPointer
-from coordinator.environments.store import CoverageAssessment, EnvironmentsError, EnvironmentStore
+from coordinator.environments.store import (
+    CoverageAssessment,
+    EnvironmentsError,
+    EnvironmentsFencedError,
+    EnvironmentStore,
+)
 from coordinator.wishes.model import (
     Wish,
     WishedAttribute,
@@ -25,6 +30,7 @@ from coordinator.wishes.model import (
     WishMark,
     WishSource,
 )
+from infra.cache.catalog.database import FencingToken
 from infra.database import open_engine
 
 LINUX, MAC = "x86_64-linux", "aarch64-darwin"
@@ -38,8 +44,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @asynccontextmanager
-async def opened(url: str) -> AsyncIterator[EnvironmentStore]:
-    store = EnvironmentStore.open(url)
+async def opened(url: str, epoch: int = 1, journal: int = 7) -> AsyncIterator[EnvironmentStore]:
+    store = EnvironmentStore.open(url, FencingToken(journal, epoch))
     try:
         await store.prepare()
         yield store
@@ -110,3 +116,44 @@ async def test_tables_of_a_newer_release_are_not_touched(url: str) -> None:
     with pytest.raises(EnvironmentsError, match="newer version"):
         async with opened(url):
             pass
+
+
+async def test_a_coordinator_that_was_taken_over_from_writes_nothing_more(url: str) -> None:
+    environment = Environment("dev", TrackedSource(SourceKind.PUSH), (), 1.0)
+    first = next_revision([], CONTENT, "c1", 2.0)
+    assert first is not None
+    async with opened(url, 1) as old:
+        await old.add_revision(environment, first, CONTENT)
+        async with opened(url, 2) as new:
+            await new.save_pointers("dev", [SystemPointer(LINUX, 1, 3.0)])
+            assessment = CoverageAssessment(1, 5.0, (SystemCoverage(LINUX, here=1),), ())
+            for write in (
+                old.save(Environment("late", environment.source, (), 1.0)),
+                old.save_pointers("dev", [SystemPointer(LINUX, 9, 4.0)]),
+                old.save_assessment("dev", assessment, 1, 2),
+                old.add_revision(environment, first, CONTENT),
+                old.drop_revisions("dev", [1]),
+                old.forget("dev"),
+            ):
+                with pytest.raises(EnvironmentsFencedError, match="another coordinator has taken over"):
+                    await write
+            with pytest.raises(EnvironmentsFencedError):
+                await old.prepare()
+            # It may read what there is: that is the new one's.
+            assert await old.pointers("dev") == {LINUX: SystemPointer(LINUX, 1, 3.0)}
+            assert ([each.name for each in await new.environments()], await new.assessment("dev")) == (["dev"], None)
+            assert await new.revisions("dev") == [first]
+    # A farm that begins a new journal goes on with its environments.
+    async with opened(url, 1, journal=8) as restored:
+        await restored.save_pointers("dev", [SystemPointer(MAC)])
+
+
+async def test_tables_of_the_format_before_get_an_epoch(url: str) -> None:
+    engine = open_engine(url)
+    async with engine.begin() as connection:
+        before = [table for table in tables.metadata.sorted_tables if table is not tables.reign]
+        await connection.run_sync(lambda sync: tables.metadata.create_all(sync, before))
+        await connection.execute(insert(tables.meta).values(format=1))
+    await engine.dispose()
+    async with opened(url) as store:
+        await store.save_pointers("dev", [SystemPointer(LINUX)])

@@ -19,6 +19,7 @@ from coordinator.environments.tracker import EnvironmentTracker
 from coordinator.errors import ConflictError, NotFoundError
 from coordinator.wishes.model import Wish, WishedOutput, WishedPaths, WishList, WishSource
 from infra.cache.cache import Cache
+from infra.cache.catalog.database import FencingToken
 from infra.clock import SystemClock
 from infra.objects.errors import CacheError
 from tests.support.cache import open_cache, store_path
@@ -62,7 +63,7 @@ class SlowFile:
 
 @asynccontextmanager
 async def tracking(directory: Path, source: SlowFile) -> AsyncIterator[tuple[EnvironmentTracker, Cache]]:
-    store = EnvironmentStore.open(f"sqlite+aiosqlite:///{directory}/environments.sqlite3")
+    store = EnvironmentStore.open(f"sqlite+aiosqlite:///{directory}/environments.sqlite3", FencingToken(1, 1))
     try:
         await store.prepare()
         async with open_cache(directory) as cache:

@@ -24,12 +24,16 @@ from pathlib import Path
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
+from sqlalchemy import select
 
 from coordinator.api.route import Content
 from coordinator.api.web_routes import FIND_STEP, LOGIN_PAGE, WEB_ROUTES
+from coordinator.environments import tables
 from coordinator.environments.coverage import SystemCoverage, day_of
 from coordinator.environments.store import CoverageAssessment, EnvironmentStore
 from coordinator.stores.timings import AttemptTiming, TimingStore
+from infra.cache.catalog.database import FencingToken
+from infra.database import open_engine
 from tests.e2e.conftest import BUSYBOX, Expression, waiting_for
 from tests.support.elsewhere import Program
 from tests.support.farm import Farm, processes_naming
@@ -175,7 +179,13 @@ def gaps_of(farm: Farm) -> list[dict[str, str]]:
 
 async def remember(farm: Farm) -> None:
     """Write how the environment stood two weeks ago."""
-    store = EnvironmentStore.open(f"sqlite+aiosqlite:///{farm.state}/environments.sqlite3")
+    url = f"sqlite+aiosqlite:///{farm.state}/environments.sqlite3"
+    engine = open_engine(url)
+    async with engine.connect() as connection:
+        ((journal, epoch),) = (await connection.execute(select(tables.reign))).all()
+    await engine.dispose()
+    # By the farm's own right.
+    store = EnvironmentStore.open(url, FencingToken(journal, epoch))
     then = CoverageAssessment(1, 1.0, (SystemCoverage("x86_64-linux", here=1, local=3),), ())
     await store.save_assessment(ENVIRONMENT, then, day_of(time.time()) - 14, 400)
     await store.close()
@@ -427,6 +437,35 @@ def test_what_of_an_environment_can_be_fetched_and_why_not_the_rest(window: Wind
     expect(gaps.filter(has_text="waits")).to_have_count(0)
     expect(gaps.filter(has_text="top")).to_have_count(1)
     expect(page.locator("tbody tr")).to_contain_text("These are the roots of submission")
+
+
+def test_pages_of_coverage_follow_what_comes_and_goes_without_being_loaded_again(
+    window: Window, farm: Farm, submission: str, tmp_path: Path
+) -> None:
+    name = "pages-live"
+    assert farm.drover("environments", "track", name).returncode == 0
+    page = window.open("/coverage")
+    beside = page.context.new_page()
+    beside.goto(f"{farm.url}/coverage/{name}")
+    for each in (page, beside):
+        expect(each.locator("#link-state")).to_have_text("live")
+        each.evaluate("window.mark = 'the same page'")
+    expect(beside.locator("main")).to_contain_text("It has not been looked at yet.")
+    listed = tmp_path / "one.list"
+    listed.write_text(f"/nix/store/{farm.api('steps/pages-above')['key']}\n")
+    done = farm.drover("environments", "push", name, str(listed), "--system", "x86_64-linux")
+    assert done.returncode == 0, done.stderr
+    card = page.locator("section", has_text=name)
+    expect(card.locator("li", has_text="x86_64-linux")).to_contain_text("100 % from here")
+    expect(card.locator("li", has_text="x86_64-linux")).to_contain_text("stable 1")
+    linux = beside.locator("section", has=beside.get_by_role("heading", name="x86_64-linux"))
+    expect(linux).to_contain_text("1 packages, stable is revision 1")
+    expect(beside.locator("tbody tr")).to_have_count(1)
+    assert farm.drover("environments", "forget", name).returncode == 0
+    expect(card).to_have_count(0)
+    expect(beside.locator("#link-state")).to_have_text("final")
+    assert [each.evaluate("window.mark") for each in (page, beside)] == ["the same page"] * 2
+    beside.close()
 
 
 def test_coverage_is_read_without_a_script_and_with_the_keyboard(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 from aiohttp import web
 from markupsafe import Markup
@@ -14,6 +15,7 @@ from coordinator.environments.reports import CoverageReports, environment_view
 from coordinator.environments.store import EnvironmentStore
 from coordinator.errors import BadRequestError, NotFoundError
 from coordinator.http.web.guards import VISITOR, html
+from coordinator.http.web.live import LiveStreams
 from coordinator.http.web.rendering import PageRenderer
 from coordinator.http.web.svg import bar
 from coordinator.http.web.texts import date_text, number_text
@@ -81,17 +83,73 @@ class CoverageData:
     gaps_shown: int
 
 
+class _FollowedPage:
+    """Parts of a page, made anew only when what they show has changed: coverage is large, and stays for long."""
+
+    def __init__(
+        self, stamp: Callable[[], Awaitable[object]], render: Callable[[], Awaitable[Mapping[str, str] | None]]
+    ) -> None:
+        self._stamp = stamp
+        self._render = render
+        self._seen: object = None
+        self._parts: Mapping[str, str] = {}
+
+    async def parts(self) -> tuple[Mapping[str, str], bool]:
+        """Return the parts, and whether they are final because nothing is left to show."""
+        stamp = await self._stamp()
+        if stamp != self._seen:
+            parts = await self._render()
+            if parts is None:
+                return self._parts, True
+            self._parts, self._seen = parts, stamp
+        return self._parts, False
+
+
 class CoveragePages:
     """The pages at `/coverage` and `/coverage/NAME`."""
 
-    def __init__(self, store: EnvironmentStore, reports: CoverageReports, renderer: PageRenderer) -> None:
+    def __init__(
+        self, store: EnvironmentStore, reports: CoverageReports, renderer: PageRenderer, streams: LiveStreams
+    ) -> None:
         self._store = store
         self._reports = reports
         self._renderer = renderer
+        self._streams = streams
 
     async def environments(self, request: web.Request) -> web.Response:
         """List environments, each with its systems."""
+        page = await self._list(_position_of(request))
+        return html(await self._renderer.page("coverages.html", visitor=request[VISITOR], **page))
+
+    async def environments_live(self, request: web.Request) -> web.StreamResponse:
+        """Stream what changes of that list."""
         after = _position_of(request)
+
+        async def render() -> Mapping[str, str]:
+            return await self._renderer.parts("coverages.html", **await self._list(after))
+
+        return await self._streams.serve(request, _FollowedPage(self._store.stamp, render).parts)
+
+    async def environment(self, request: web.Request) -> web.Response:
+        """Show one environment."""
+        data = await self._one(request)
+        return html(await self._renderer.page("coverage.html", visitor=request[VISITOR], page=data))
+
+    async def environment_live(self, request: web.Request) -> web.StreamResponse:
+        """Stream what changes of one environment until it is forgotten."""
+        await self._one(request)
+
+        async def render() -> Mapping[str, str] | None:
+            try:
+                data = await self._one(request)
+            except NotFoundError:
+                return None
+            return await self._renderer.parts("coverage.html", page=data)
+
+        name = request.match_info["name"]
+        return await self._streams.serve(request, _FollowedPage(partial(self._store.stamp, name), render).parts)
+
+    async def _list(self, after: int) -> dict[str, Any]:
         found = await self._store.environments()
         cards = []
         for each in found[after : after + ENVIRONMENTS_SHOWN]:
@@ -99,11 +157,10 @@ class CoveragePages:
             view = environment_view(each, (), await self._store.pointers(each.name))
             cards.append(EnvironmentCard(view, coverage, system_cards(coverage)))
         following = after + ENVIRONMENTS_SHOWN if len(found) > after + ENVIRONMENTS_SHOWN else 0
-        page = {"cards": cards, "after": after, "following": following}
-        return html(await self._renderer.page("coverages.html", visitor=request[VISITOR], **page))
+        return {"cards": cards, "after": after, "following": following}
 
-    async def environment(self, request: web.Request) -> web.Response:
-        """Show one environment."""
+    async def _one(self, request: web.Request) -> CoverageData:
+        """Return what the page of an environment shows. Raises `NotFoundError`."""
         name = request.match_info["name"]
         found = await self._store.environment(name)
         if found is None:
@@ -112,8 +169,7 @@ class CoveragePages:
         revisions = (await self._store.revisions(name))[:REVISIONS_SHOWN]
         view = environment_view(found, revisions, await self._store.pointers(name))
         system = request.query.get("system", "")
-        data = CoverageData(view, coverage, system_cards(coverage), system[:80], GAPS_SHOWN)
-        return html(await self._renderer.page("coverage.html", visitor=request[VISITOR], page=data))
+        return CoverageData(view, coverage, system_cards(coverage), system[:80], GAPS_SHOWN)
 
 
 def system_cards(coverage: CoverageView) -> tuple[SystemCard, ...]:

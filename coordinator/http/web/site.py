@@ -101,7 +101,7 @@ def add_web_routes(  # noqa: PLR0917 - collaborators, named by their types
     log = LogPage(views, sources.logs, sources.timings, renderer, streams)
     workers = WorkersPage(views, actions.drain, renderer, streams)
     cache = CachePage(actions.housekeepers, sources.demand, renderer)
-    coverage = CoveragePages(sources.environments, CoverageReports(sources.environments, clock), renderer)
+    coverage = CoveragePages(sources.environments, CoverageReports(sources.environments, clock), renderer, streams)
     handlers = {
         routes.FARM_PAGE: farm.show,
         routes.FARM_LIVE: farm.live,
@@ -129,7 +129,9 @@ def add_web_routes(  # noqa: PLR0917 - collaborators, named by their types
         routes.PIN_FORM: cache.pin,
         routes.UNPIN_FORM: cache.unpin,
         routes.COVERAGES_PAGE: coverage.environments,
+        routes.COVERAGES_LIVE: coverage.environments_live,
         routes.COVERAGE_PAGE: coverage.environment,
+        routes.COVERAGE_LIVE: coverage.environment_live,
         routes.LOGIN_PAGE: guards.login_page,
         routes.LOGIN: guards.login,
         routes.LOGOUT: guards.logout,
