@@ -1,8 +1,8 @@
 """Builds of what an evaluation imports from derivations, made by the farm.
 
 Each derivation is a root of one submission, however many attributes import it; its outputs are fetched into the
-client's store, with the signatures of the farm's cache verified by Nix. A derivation that could not be built is an
-error of each attribute that imports it, and is not tried again within the evaluation.
+client's store, with the signatures of the farm's cache verified by Nix. Many are built at one time. A derivation that
+could not be built is an error of each attribute that imports it, and is not tried again within the evaluation.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from infra.process import ProcessError
 #: Seconds that the farm may take for what one attribute imports, and to give such a build up.
 IMPORT_S: Final = 6 * 3600.0
 CANCEL_S: Final = 5.0
+#: Such builds that the farm has at one time, of one evaluation; further ones wait here.
+MAX_AT_ONCE: Final = 64
 #: Seconds that such a build waits for a worker that can make it, where `--wait` says nothing.
 WAIT_S: Final = 600
 #: Lines of a failed build's log that stand in the attribute's error.
@@ -55,12 +57,22 @@ class FarmImports:
         self._settings = settings
         self._store = store
         self._wait_s = WAIT_S if wait_s is None else wait_s
+        self._room = asyncio.Semaphore(MAX_AT_ONCE)
         #: Full path of a derivation -> its build, which returns the error or None.
         self._builds: dict[str, asyncio.Task[str | None]] = {}
 
+    async def are_there(self, paths: Sequence[str]) -> bool:
+        """Return whether the client's store has `PATH.drv!out`, as far as derivations say where that is."""
+        drvs = _drvs_of(paths)
+        try:
+            return not drvs or await asyncio.to_thread(_are_there, local_store(self._store, drvs[0]), drvs)
+        except (CoordinatorError, NixError, OSError):
+            # The build says what is wrong.
+            return False
+
     async def build(self, paths: Sequence[str], attr: str) -> str | None:
         """Have `PATH.drv!out` built and fetched; returns None, or the error for an attribute that imports them."""
-        drvs = sorted({match[1] for path in paths if (match := _DRV.fullmatch(path))})
+        drvs = _drvs_of(paths)
         if not drvs:
             return None
         store = local_store(self._store, drvs[0])
@@ -86,7 +98,7 @@ class FarmImports:
         try:
             if await asyncio.to_thread(_are_there, store, drvs):
                 return None
-            async with asyncio.timeout(IMPORT_S):
+            async with self._room, asyncio.timeout(IMPORT_S):
                 return await self._submit(drvs, store, attr, names)
         except TimeoutError:
             return f"the farm did not build {names} within {IMPORT_S:g} s, which the evaluation imports"
@@ -134,6 +146,10 @@ class FarmImports:
         of = "" if root.failure.name == root.attr else f"{root.failure.name}: "
         tail = "".join(f"\n> {line}" for line in step.log_tail.splitlines()[-LOG_LINES:])
         return f"{begin}: {of}{root.failure.message}{tail}"
+
+
+def _drvs_of(paths: Sequence[str]) -> list[str]:
+    return sorted({match[1] for path in paths if (match := _DRV.fullmatch(path))})
 
 
 def _are_there(store: LocalStore, drvs: Sequence[str]) -> bool:

@@ -36,7 +36,7 @@ from coordinator.evaluation.import_store import (
     store_root,
 )
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, Evaluation, FailedAttr, Finding, LeftOut
-from coordinator.evaluation.pool import PoolLimits, findings_of_pool
+from coordinator.evaluation.pool import OtherEvaluator, PooledSource, PoolLimits, findings_of_pool
 from coordinator.evaluation.source import FlakeOrigin, NixValue
 
 #: What Nix prints where an evaluation may not build what it imports.
@@ -105,7 +105,7 @@ def gathered(findings: Sequence[tuple[AttrPlace, Finding]]) -> Evaluation:
 async def findings_of(sources: Sequence[NixValue], means: EvaluationMeans) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
     """Evaluate sources; gives each finding with its place as soon as it is there, in no order.
 
-    What imports from derivations comes last, so that everything else need not wait for builds.
+    What imports from derivations waits for builds, and everything else goes on meanwhile.
 
     Raises:
         EvaluationError: No evaluator can be started.
@@ -114,54 +114,103 @@ async def findings_of(sources: Sequence[NixValue], means: EvaluationMeans) -> As
     if means.choice is EvaluatorChoice.NIX_EVAL_JOBS and not there:
         raise EvaluationError(_NO_PROGRAM)
     plans = [await _plan(source, PROGRAM if there else "nix", means) for source in sources]
-    again: list[AttrPlace] = []
+    places: list[AttrPlace] = []
     for number, plan in enumerate(plans):
         for place, kept in plan.told(means.on_messages):
             yield replace(place, source=number), kept
-        again += [replace(place, source=number) for place in (plan.kept.failed if plan.kept else ())]
-    env = without_search_path(means.env) if all(plan.is_confined for plan in plans) else means.env
-    first = _Round([plan.source_without_imports for plan in plans], replace(means, env=env))
-    confined = _Round([plan.source for plan in plans], replace(means, env=env))
-    later = _Later(plans)
+        places += [replace(place, source=number) for place in (plan.kept.failed if plan.kept else ())]
     fresh = [number for number, plan in enumerate(plans) if plan.kept is None]
-    rounds = (first.whole(fresh, with_jobs=there), first.at_places(again), confined.with_imports(later.importing))
-    for findings in rounds:
-        async with aclosing(later.sorted_out(findings)) as sorted_out:
-            async for place, finding in sorted_out:
+    async with open_store(means.imports, means.env) if means.imports else nullcontext() as store:
+        reaches = _Reaches(plans, means, store)
+        other = None
+        if there:
+            other = reaches.other_evaluator(fresh)
+        else:
+            places += reaches.whole(fresh)
+        pool = findings_of_pool(
+            reaches.sources, means.limits, places, on_messages=means.on_messages, again=reaches.again, other=other
+        )
+        async with aclosing(pool) as findings:
+            async for found, finding in findings:
+                place = reaches.asked_place(found)
+                plans[place.source].take(place, finding)
                 yield place, finding
-    async with aclosing(_Round(sources, means).with_imports(later.outside)) as findings:
-        async for place, finding in findings:
-            yield place, finding
     for plan in plans:
         await plan.keep(means)
 
 
-class _Later:
-    """Places that are evaluated anew with more within their reach, because they failed for the want of it."""
+class _Reaches:
+    """Sources as they are evaluated with more and more within reach, as far as an attribute fails for the want of it.
 
-    def __init__(self, plans: Sequence[_SourcePlan]) -> None:
+    Within reach are first the source alone, then what is built for its imports, then what is outside of it. Each reach
+    has its own copy of each source, so that the place of an attribute says how far it reaches.
+    """
+
+    def __init__(self, plans: Sequence[_SourcePlan], means: EvaluationMeans, store: ImportStore | None) -> None:
         self._plans = plans
-        #: Those that import from derivations.
-        self.importing: list[AttrPlace] = []
-        #: Those that look outside of their source.
-        self.outside: list[AttrPlace] = []
+        self._means = means
+        env = without_search_path(means.env) if all(plan.is_confined for plan in plans) else means.env
+        stores = [store if plan.waits_for_imports else None for plan in plans]
+        own = [PooledSource(plan.source_without_imports, env) for plan in plans]
+        importing = [PooledSource(plan.source, env, each) for plan, each in zip(plans, stores, strict=True)]
+        outside = [PooledSource(plan.asked, means.env, each) for plan, each in zip(plans, stores, strict=True)]
+        self.sources: Final = (*own, *importing, *outside)
+        #: Places that nix-eval-jobs was done with.
+        self._done: set[tuple[int, int, tuple[str, ...]]] = set()
 
-    async def sorted_out(
-        self, findings: AsyncGenerator[tuple[AttrPlace, Finding]]
-    ) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
-        """Give findings, but no error that more reach may mend."""
-        async with aclosing(findings):
-            async for place, finding in findings:
-                plan = self._plans[place.source]
-                text = finding.text if isinstance(finding, FailedAttr) else ""
-                if plan.waits_for_imports and _NEEDS_IMPORT in text:
-                    self.importing.append(place)
-                elif plan.is_confined and NEEDS_MORE.search(text):
-                    self.outside.append(place)
-                    plan.needs_more = True
-                else:
-                    plan.take(place, finding)
-                    yield place, finding
+    def asked_place(self, place: AttrPlace) -> AttrPlace:
+        """Return a place of a copy as that of the source that was asked for."""
+        return replace(place, source=place.source % len(self._plans))
+
+    def whole(self, numbers: Sequence[int]) -> list[AttrPlace]:
+        """Return the places of all that is asked of sources."""
+        return [AttrPlace(number, at) for number in numbers for at in range(len(self._plans[number].asked.asked))]
+
+    def again(self, place: AttrPlace, finding: Finding) -> Sequence[AttrPlace] | None:
+        """Return the place with more reach instead of an error that this may mend; None: the finding stands."""
+        number, count = place.source % len(self._plans), len(self._plans)
+        if (place.source, place.at, place.path) in self._done:
+            return ()
+        plan = self._plans[number]
+        text = finding.text if isinstance(finding, FailedAttr) else ""
+        if place.source < count and plan.waits_for_imports and _NEEDS_IMPORT in text:
+            return (replace(place, source=count + number),)
+        if place.source < 2 * count and plan.is_confined and NEEDS_MORE.search(text):
+            plan.needs_more = True
+            return (replace(place, source=2 * count + number),)
+        return None
+
+    def other_evaluator(self, numbers: Sequence[int]) -> OtherEvaluator:
+        """Return nix-eval-jobs, which leaves memory for an evaluator of our own where that may have to import."""
+        limits = self._means.limits
+        shares = limits.evaluators + 2
+        part = (shares - 1) / shares if any(each.imports for each in self.sources) else 1.0
+        limits = replace(limits, memory_bytes=int(limits.memory_bytes * part))
+        return OtherEvaluator(self._found_by_jobs(numbers, limits), limits.memory_bytes)
+
+    async def _found_by_jobs(
+        self, numbers: Sequence[int], limits: PoolLimits
+    ) -> AsyncGenerator[AttrPlace | tuple[AttrPlace, Finding]]:
+        """Give the findings of nix-eval-jobs, and the places that it does not get to."""
+        means = self._means
+        for done, number in enumerate(numbers):
+            jobs = findings_of_jobs(
+                number, self.sources[number].value, limits, env=self.sources[number].env, on_messages=means.on_messages
+            )
+            try:
+                async with aclosing(jobs):
+                    async for place, finding in jobs:
+                        instead = self.again(place, finding)
+                        self._done.add((place.source, place.at, place.path))
+                        if instead is None:
+                            yield place, finding
+                        for each in instead or ():
+                            yield each
+            except JobsEnded as ended:
+                means.on_messages(f"{ended}; drover's own evaluators do the rest")
+                for place in self.whole(numbers[done:]):
+                    yield place
+                return
 
 
 @dataclass(slots=True)
@@ -234,67 +283,3 @@ def _all_there(kept: KeptFindings, flags: Sequence[str]) -> bool:
     """Return whether the store has all derivations that were found."""
     root = store_root(flags)
     return all(Path(f"{root}{each.drv}").is_file() for _, each in kept.found if isinstance(each, EvaluatedRoot))
-
-
-class _Round:
-    """Evaluation of sources with the same means."""
-
-    def __init__(self, sources: Sequence[NixValue], means: EvaluationMeans) -> None:
-        self._sources = sources
-        self._means = means
-
-    async def whole(self, numbers: Sequence[int], *, with_jobs: bool) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
-        """Evaluate all that is asked of the sources of these numbers."""
-        means, left = self._means, list(numbers)
-        given: set[tuple[int, int, tuple[str, ...]]] = set()
-        while with_jobs and left:
-            number = left[0]
-            jobs = findings_of_jobs(
-                number, self._sources[number], means.limits, env=means.env, on_messages=means.on_messages
-            )
-            try:
-                async with aclosing(jobs):
-                    async for place, finding in jobs:
-                        given.add((place.source, place.at, place.path))
-                        yield place, finding
-            except JobsEnded as ended:
-                means.on_messages(f"{ended}; drover's own evaluators do the rest")
-                break
-            left.pop(0)
-        places = [AttrPlace(number, at) for number in left for at in range(len(self._sources[number].asked))]
-        async with aclosing(self.at_places(places)) as findings:
-            async for place, finding in findings:
-                if (place.source, place.at, place.path) not in given:
-                    yield place, finding
-
-    async def at_places(
-        self, places: Sequence[AttrPlace], imports: ImportStore | None = None
-    ) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
-        """Evaluate places, and what is below them, by evaluators of our own."""
-        if not places:
-            return
-        means = self._means
-        findings = findings_of_pool(
-            self._sources,
-            means.limits,
-            env=means.env,
-            on_messages=means.on_messages,
-            places=places,
-            imports=imports,
-        )
-        async with aclosing(findings):
-            async for place, finding in findings:
-                yield place, finding
-
-    async def with_imports(self, places: Sequence[AttrPlace]) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
-        """Evaluate places that may import from derivations, by way of their maker if there is one."""
-        places = tuple(places)
-        if not places:
-            return
-        means = self._means
-        async with (
-            open_store(means.imports, means.env) if means.imports else nullcontext() as store,
-            aclosing(self.at_places(places, store)) as findings,
-        ):
-            async for place, finding in findings:
-                yield place, finding

@@ -3,6 +3,9 @@
 Each finding is given as soon as it is there. An attribute that fails costs the others nothing. When the evaluators
 have more memory together than they may, the largest is killed, and the attribute that it was at is evaluated alone at
 the end: with all the memory for itself, and as an error of its own if that is not enough.
+
+What imports from derivations holds nothing up, and nothing holds it up: it has an evaluator of its own beside the
+others, and a place whose import is being built waits without one.
 """
 
 from __future__ import annotations
@@ -11,11 +14,11 @@ import asyncio
 import os
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from coordinator.errors import CoordinatorError
 from coordinator.evaluation.errors import EvaluationError
@@ -81,29 +84,54 @@ def _free_bytes() -> int:
     return int(DEFAULT_MEMORY_BYTES / MEMORY_PART)
 
 
+@dataclass(frozen=True, slots=True)
+class PooledSource:
+    """A value with what its evaluators go by."""
+
+    value: NixValue
+    #: Whole environment of its evaluators.
+    env: Mapping[str, str]
+    #: Store through which they go; None: their own.
+    imports: ImportStore | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OtherEvaluator:
+    """A program that evaluates beside the pool."""
+
+    #: Gives what it finds, and places that are left to the pool.
+    findings: AsyncGenerator[AttrPlace | tuple[AttrPlace, Finding]]
+    #: Part of the memory that it has until it ends.
+    memory_bytes: int
+
+
+#: Says what is evaluated instead of a finding; None: nothing, it stands.
+Again: TypeAlias = Callable[[AttrPlace, Finding], Sequence[AttrPlace] | None]
+
+
 async def findings_of_pool(
-    sources: Sequence[NixValue],
+    sources: Sequence[PooledSource],
     limits: PoolLimits,
+    places: Sequence[AttrPlace],
     *,
-    env: Mapping[str, str],
     on_messages: Callable[[str], None],
-    places: Sequence[AttrPlace] | None = None,
-    imports: ImportStore | None = None,
+    again: Again,
+    other: OtherEvaluator | None = None,
 ) -> AsyncGenerator[tuple[AttrPlace, Finding]]:
     """Evaluate sources; gives each finding with its place as soon as it is there, in no order.
 
     Args:
         sources: What is evaluated.
-        limits: What it may take.
-        env: Whole environment of the evaluators.
+        limits: What it may take, with the other evaluator.
+        places: Where the evaluation begins.
         on_messages: Is given what Nix printed for people of an attribute, in one piece.
-        places: Where the evaluation begins; None: at all that is asked.
-        imports: Store through which the evaluators go; None: their own.
+        again: Is asked of each finding of the pool.
+        other: Program that evaluates at the same time.
 
     Raises:
         EvaluationError: No evaluator can be started.
     """
-    pool = _Pool(sources, limits, env, on_messages, places=places, imports=imports)
+    pool = _Pool(sources, limits, places, on_messages, again=again, other=other)
     task = asyncio.create_task(pool.run())
     task.add_done_callback(lambda _: pool.findings.put_nowait(None))
     try:
@@ -130,13 +158,7 @@ class _Seat:
         self.busy = False
         #: Whether its evaluator was killed because of its memory.
         self.too_large = False
-        #: Place that its evaluator is at.
-        self.place: AttrPlace | None = None
         self.door: ImportDoor | None = None
-        #: Deadline of the place, and seconds that are left of it while builds that it waits for go on.
-        self._deadline: asyncio.Timeout | None = None
-        self._left_s: float | None = None
-        self._builds = 0
 
     async def leave(self) -> None:
         """End its evaluator, if there is one."""
@@ -148,41 +170,17 @@ class _Seat:
         if door is not None:
             door.close()
 
-    @asynccontextmanager
-    async def deadline(self, timeout_s: float | None) -> AsyncIterator[None]:
-        """End the block after so many seconds, without those in which a build goes on that it waits for."""
-        self._left_s = timeout_s
-        async with asyncio.timeout(None if self._builds else timeout_s) as deadline:
-            self._deadline = deadline
-            try:
-                yield
-            finally:
-                self._deadline = None
-
-    def build_begins(self) -> None:
-        """Stop the clock of the place."""
-        self._builds += 1
-        if self._builds == 1 and self._deadline is not None and (when := self._deadline.when()) is not None:
-            self._left_s = when - asyncio.get_running_loop().time()
-            self._deadline.reschedule(None)
-
-    def build_ended(self) -> None:
-        """Let the clock of the place go on."""
-        self._builds -= 1
-        if not self._builds and self._deadline is not None and self._left_s is not None:
-            self._deadline.reschedule(asyncio.get_running_loop().time() + self._left_s)
-
 
 class _Pool:
     def __init__(
         self,
-        sources: Sequence[NixValue],
+        sources: Sequence[PooledSource],
         limits: PoolLimits,
-        env: Mapping[str, str],
+        places: Sequence[AttrPlace],
         on_messages: Callable[[str], None],
         *,
-        places: Sequence[AttrPlace] | None,
-        imports: ImportStore | None,
+        again: Again,
+        other: OtherEvaluator | None,
     ) -> None:
         self.findings: asyncio.Queue[tuple[AttrPlace, Finding] | None] = asyncio.Queue()
         #: Whether all that is left is the end of its evaluators, which nothing is to interrupt.
@@ -191,25 +189,37 @@ class _Pool:
         self.room = asyncio.Semaphore(MAX_WAITING)
         self._sources = sources
         self._limits = limits
-        self._env = env
         self._on_messages = on_messages
-        self._imports = imports
+        self._again = again
+        #: None once it has ended.
+        self._other = other
         self._token = f"drover-{secrets.token_hex(16)}"
-        whole = (AttrPlace(source, at) for source, each in enumerate(sources) for at in range(len(each.asked)))
-        self._waiting: deque[AttrPlace] = deque(whole if places is None else places)
+        self._waiting: deque[AttrPlace] = deque()
+        #: Places of sources that go through a store of imports.
+        self._importing: deque[AttrPlace] = deque()
+        #: Places that are visited again when the build of that number has ended.
+        self._parked: dict[int, list[AttrPlace]] = {}
         #: Places that are evaluated alone once all others are done.
         self._alone: deque[AttrPlace] = deque()
         self._changed = asyncio.Condition()
         #: One evaluator starts at a time: the first makes the store if there is none, and two cannot do that at once.
         self._starting = asyncio.Lock()
+        #: The evaluator for imports sits beside the others, because no attribute of theirs is to wait for it.
+        self._import_seat = _Seat() if any(each.imports for each in sources) else None
         self._seats = [_Seat() for _ in range(limits.evaluators)]
+        if self._import_seat is not None:
+            self._seats.append(self._import_seat)
+        self._group = asyncio.TaskGroup()
+        self._put(places)
 
     async def run(self) -> None:
         """Visit all places."""
         try:
-            async with asyncio.TaskGroup() as group:
+            async with self._group as group:
                 watch = group.create_task(self._watch_memory())
-                while self._waiting or self._alone:
+                if self._other is not None:
+                    group.create_task(self._take_from(self._other))
+                while self._is_going or self._alone:
                     await self._visit_waiting()
                     if self._alone:
                         await self._visit_alone(self._alone.popleft())
@@ -220,6 +230,36 @@ class _Pool:
             self.is_leaving = True
             for seat in self._seats:
                 await seat.leave()
+
+    @property
+    def _is_going(self) -> bool:
+        """True while places wait, or may come from a build or the other evaluator."""
+        return bool(self._waiting or self._importing or self._parked or self._other)
+
+    @property
+    def _memory_bytes(self) -> int:
+        """Bytes that the evaluators may have now."""
+        return self._limits.memory_bytes - (self._other.memory_bytes if self._other is not None else 0)
+
+    def _put(self, places: Sequence[AttrPlace]) -> None:
+        for place in places:
+            (self._importing if self._sources[place.source].imports else self._waiting).append(place)
+
+    async def _take_from(self, other: OtherEvaluator) -> None:
+        """Take what the other evaluator finds, and what it leaves to the pool."""
+        try:
+            async with aclosing(other.findings) as findings:
+                async for found in findings:
+                    if isinstance(found, AttrPlace):
+                        async with self._changed:
+                            self._put([found])
+                            self._changed.notify_all()
+                    else:
+                        await self._hand_out(*found)
+        finally:
+            async with self._changed:
+                self._other = None
+                self._changed.notify_all()
 
     async def _visit_waiting(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -239,38 +279,60 @@ class _Pool:
         """Visit places as long as there are any, or may come any."""
         while True:
             async with self._changed:
-                await self._changed.wait_for(
-                    lambda: (self._waiting and self._admits(seat)) or not any(each.busy for each in self._seats)
-                )
-                if not self._waiting:
+                await self._changed.wait_for(lambda: (self._work(seat) and self._admits(seat)) or self._is_over())
+                queue = self._work(seat)
+                if not queue:
                     return
-                places = self._next(seat)
+                places = self._next(seat, queue)
                 seat.busy = True
             try:
                 await self._visit(seat, places, alone=False)
             finally:
                 async with self._changed:
-                    self._waiting.extendleft(reversed(places))
+                    queue.extendleft(reversed(places))
                     seat.busy = False
                     self._changed.notify_all()
 
+    def _work(self, seat: _Seat) -> deque[AttrPlace]:
+        """Return the places that this seat is for now: the seat of imports has no others, and others help it last."""
+        if seat is self._import_seat or (not self._waiting and self._other is None):
+            return self._importing
+        return self._waiting
+
+    def _is_over(self) -> bool:
+        """Return whether nothing waits now, and what may come need not be waited for before places go alone."""
+        if self._waiting or self._importing or self._other or any(each.busy for each in self._seats):
+            return False
+        return bool(self._alone or not self._parked)
+
     def _admits(self, seat: _Seat) -> bool:
         """Return whether there is memory for an evaluator in this seat, judged by the largest of the others."""
-        sizes = [each.memory_bytes for each in self._seats]
-        return seat.evaluator is not None or sum(sizes) + max(sizes) <= self._limits.memory_bytes
+        if seat.evaluator is not None or not any(each.busy for each in self._seats):
+            return True
+        sizes = [each.memory_bytes for each in self._seats if not self._is_idle(each)]
+        return sum(sizes) + max(sizes) <= self._memory_bytes
 
-    def _next(self, seat: _Seat) -> deque[AttrPlace]:
+    def _is_idle(self, seat: _Seat) -> bool:
+        """Return whether the seat of imports has no work; its evaluator ends where others want the memory."""
+        return seat is self._import_seat and not seat.busy and not self._importing
+
+    def _share_bytes(self) -> int:
+        """Return the memory that an evaluator may have between two batches; one that has more is started anew."""
+        unused = self._import_seat is not None and not self._importing and self._import_seat.evaluator is None
+        return self._memory_bytes // (len(self._seats) - unused)
+
+    def _next(self, seat: _Seat, queue: deque[AttrPlace]) -> deque[AttrPlace]:
         """Take places of one source that wait longest: few enough that every seat has work to the end."""
-        source = self._waiting[0].source
-        if seat.evaluator is not None and any(place.source == seat.source for place in self._waiting):
+        source = queue[0].source
+        if seat.evaluator is not None and any(place.source == seat.source for place in queue):
             source = seat.source
-        most = min(MAX_BATCH, 1 + len(self._waiting) // (2 * len(self._seats)))
+        most = min(MAX_BATCH, 1 + len(queue) // (2 * len(self._seats)))
         taken: deque[AttrPlace] = deque()
         others: deque[AttrPlace] = deque()
-        while self._waiting and len(taken) < most:
-            place = self._waiting.popleft()
+        while queue and len(taken) < most:
+            place = queue.popleft()
             (taken if place.source == source else others).append(place)
-        self._waiting.extendleft(reversed(others))
+        queue.extendleft(reversed(others))
         return taken
 
     async def _visit(self, seat: _Seat, places: deque[AttrPlace], *, alone: bool) -> None:
@@ -278,9 +340,9 @@ class _Pool:
         evaluator = await self._evaluator(seat, places[0].source)
         await evaluator.visit(places)
         while places and seat.evaluator is evaluator:
-            place = seat.place = places.popleft()
+            place = places.popleft()
             try:
-                async with seat.deadline(self._limits.timeout_s):
+                async with asyncio.timeout(self._limits.timeout_s):
                     answer, messages = await evaluator.answer()
             except TimeoutError:
                 await seat.leave()
@@ -295,20 +357,23 @@ class _Pool:
                 else:
                     self._alone.append(place)
             else:
-                await self._take(place, answer, messages)
+                await self._take(seat, place, answer, messages)
 
     async def _evaluator(self, seat: _Seat, source: int) -> Evaluator:
-        grown = seat.memory_bytes > self._limits.memory_bytes // len(self._seats)
-        if grown or seat.source != source:
+        if seat.memory_bytes > self._share_bytes() or seat.source != source:
             await seat.leave()
         if seat.evaluator is None:
+            sizes = [each.memory_bytes for each in self._seats]
+            for idle in filter(self._is_idle, self._seats):
+                if sum(sizes) + max(sizes) > self._memory_bytes:
+                    await idle.leave()
             seat.source, seat.too_large = source, False
             try:
                 async with self._starting, asyncio.timeout(self._limits.timeout_s):
                     seat.evaluator = await Evaluator.start(
                         await self._through_door(seat, self._sources[source]),
                         token=self._token,
-                        env=self._env,
+                        env=self._sources[source].env,
                         memory_bytes=self._limits.memory_bytes,
                     )
             except ProcessNotFound:
@@ -317,23 +382,24 @@ class _Pool:
                 raise EvaluationError(f"nix did not answer within {self._limits.timeout_s:g} s") from None
             except EvaluatorFailed as failed:
                 self._on_messages(failed.messages)
-                raise EvaluationError(f"{failed}; correct {self._sources[source].name} or the arguments") from None
+                raise EvaluationError(
+                    f"{failed}; correct {self._sources[source].value.name} or the arguments"
+                ) from None
         return seat.evaluator
 
-    async def _through_door(self, seat: _Seat, source: NixValue) -> NixValue:
-        """Return the source as it is evaluated in this seat."""
-        if self._imports is None:
-            return source
-        seat.door = await self._imports.door(
-            source,
-            lambda: self._attr(seat.place) if seat.place is not None else "",
-            seat.build_begins,
-            seat.build_ended,
-        )
-        return seat.door.source(source)
+    async def _through_door(self, seat: _Seat, source: PooledSource) -> NixValue:
+        """Return the value as it is evaluated in this seat."""
+        if source.imports is None:
+            return source.value
+        seat.door = await source.imports.door(source.value)
+        return seat.door.source(source.value)
 
-    async def _take(self, place: AttrPlace, answer: PlaceAnswer | None, messages: str) -> None:
+    async def _take(self, seat: _Seat, place: AttrPlace, answer: PlaceAnswer | None, messages: str) -> None:
         if answer is None:
+            imports = self._sources[place.source].imports
+            if imports is not None and (number := imports.awaited(messages)) is not None:
+                await self._park(seat, place, imports, number)
+                return
             await self._fail(place, error_line(messages), messages)
             return
         if messages.strip():
@@ -348,18 +414,48 @@ class _Pool:
         for name in answer.names:
             below = place.below(name, asked=False)
             if BARE_NAME.fullmatch(name):
-                self._waiting.append(below)
+                self._put([below])
             else:
                 await self._give(below, LeftOut(self._attr(below), is_set=False))
-        self._waiting.extend(place.below(str(index), asked=True) for index in range(answer.elements))
+        self._put([place.below(str(index), asked=True) for index in range(answer.elements)])
+
+    async def _park(self, seat: _Seat, place: AttrPlace, imports: ImportStore, number: int) -> None:
+        """Have built what the place imports, and visit it again after that."""
+        build = imports.build(number, self._attr(place))
+        if build.done():
+            # Newer Nix keeps the error of a value, so that it takes an evaluator that has not seen it.
+            await seat.leave()
+            self._put([place])
+        elif number in self._parked:
+            self._parked[number].append(place)
+        else:
+            self._parked[number] = [place]
+            self._group.create_task(self._unpark(number, build))
+
+    async def _unpark(self, number: int, build: asyncio.Task[str | None]) -> None:
+        # What it comes to is said to the evaluator that asks again.
+        await asyncio.shield(build)
+        async with self._changed:
+            self._put(self._parked.pop(number))
+            self._changed.notify_all()
 
     def _attr(self, place: AttrPlace) -> str:
-        return join_attr(self._sources[place.source].asked[place.at].label, place.path)
+        return join_attr(self._sources[place.source].value.asked[place.at].label, place.path)
 
     async def _fail(self, place: AttrPlace, error: str, text: str = "") -> None:
         await self._give(place, FailedAttr(self._attr(place), error, text, position(text)))
 
     async def _give(self, place: AttrPlace, finding: Finding) -> None:
+        """Hand out a finding of the pool, unless something is to be evaluated instead."""
+        instead = self._again(place, finding)
+        if instead is None:
+            await self._hand_out(place, finding)
+        elif instead:
+            async with self._changed:
+                self._put(instead)
+                self._changed.notify_all()
+
+    async def _hand_out(self, place: AttrPlace, finding: Finding) -> None:
         await self.room.acquire()
         self.findings.put_nowait((place, finding))
 
@@ -370,8 +466,8 @@ class _Pool:
             seats = {seat.evaluator.pid: seat for seat in self._seats if seat.evaluator is not None}
             for pid, size in (await resident_bytes(list(seats))).items():
                 seats[pid].memory_bytes = size
-            if sum(seat.memory_bytes for seat in self._seats) > self._limits.memory_bytes:
-                largest = max(self._seats, key=lambda seat: seat.memory_bytes)
+            if sum(seat.memory_bytes for seat in self._seats) > self._memory_bytes:
+                largest = max(self._seats, key=lambda seat: (self._is_idle(seat), seat.memory_bytes))
                 if not largest.busy and len(self._seats) > 1:
                     await largest.leave()
                 elif largest.evaluator is not None:

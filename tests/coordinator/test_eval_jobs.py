@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -120,6 +120,42 @@ async def test_what_nix_eval_jobs_did_not_get_to_is_evaluated_by_our_own(
         found = await evaluated(file, flags=flags, env=its, messages=messages, timeout_s=timeout_s)
         assert content(found) == content(own)
         assert any(sentence in each for each in messages), messages
+
+
+class NoBuilds:
+    """A maker that makes nothing."""
+
+    async def are_there(self, paths: Sequence[str]) -> bool:
+        return not paths
+
+    async def build(self, paths: Sequence[str], attr: str) -> str | None:
+        return f"{len(paths)} path is not built" if attr else None
+
+
+async def test_what_imports_is_left_to_our_own_which_have_a_share_of_the_memory(
+    flags: tuple[str, ...], env: Mapping[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "imports.nix"
+    file.write_text(
+        """
+        let make = name: derivation { inherit name; system = "x86_64-linux"; builder = "/bin/sh"; };
+        in { a = import (make "a"); b = make "b"; c = make "c-${import (make "a")}"; d = throw "no d"; }
+        """
+    )
+    # The end comes after the first line: what was left to us by then is not evaluated again.
+    for how in ("", "die 1"):
+        its = {**env, "DROVER_STAND_IN_ARGUMENTS": str(tmp_path / "arguments"), "DROVER_STAND_IN": how}
+        found = await evaluation_of(
+            Inputs((str(file),), flags=flags), LIMITS, env=its, on_messages=lambda _: None, imports=NoBuilds()
+        )
+        assert [each.attr for each in found.wanted] == ["b"]
+        assert [(each.attr, each.error) for each in found.failed] == [
+            ("a", "1 path is not built"),
+            ("c", "1 path is not built"),
+            ("d", "no d"),
+        ]
+        words = json.loads((tmp_path / "arguments").read_text())
+        assert words[:4] == ["--workers", "2", "--max-memory-size", "225"]
 
 
 async def test_an_evaluator_that_is_not_there_is_said_to_be_missing(file: str, flags: tuple[str, ...]) -> None:

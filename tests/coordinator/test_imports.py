@@ -6,22 +6,23 @@ import asyncio
 import os
 import re
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from coordinator.cli.import_builds import FarmImports
 from coordinator.cli.screen import Screen
+from coordinator.evaluation.findings import EvaluationMeans
 from coordinator.evaluation.import_store import ImportDoor, open_store
-from coordinator.evaluation.inputs import Inputs, evaluation_of
+from coordinator.evaluation.inputs import Inputs, evaluation_of, findings_asked
 from coordinator.evaluation.model import Evaluation
 from coordinator.evaluation.pool import PoolLimits
 from coordinator.evaluation.source import NixValue
 from infra.daemon import DaemonGone, open_socket
 from infra.daemon.channel import Channel
 from infra.daemon.wire import CLIENT_MAGIC, SERVER_MAGIC, Encoder, Inbox, Last, Message, Refusal
-from tests.coordinator.conftest import PRELUDE, OpenedFarm, OpenFarm
+from tests.coordinator.conftest import PATIENCE_S, PRELUDE, OpenedFarm, OpenFarm
 
 FILE = (
     PRELUDE
@@ -34,6 +35,7 @@ rec {
   broken = run "broken" "echo first; echo the moon is wrong >&2; exit 3";
   bad = run (import broken) "echo > $out";
   worse = run "worse-${import broken}" "echo > $out";
+  chain = run (import (run "next-${import name}" "echo '\\"chained\\"' > $out")) "echo > $out";
   far = run (import (runOn "riscv64-linux" {} "far" "echo '\\"far\\"' > $out")) "echo > $out";
   slow = run (import (run "slow" "read -t 9 < /dev/zero; echo '\\"slow\\"' > $out")) "echo > $out";
   chosen = run (import (builtins.toFile "plain.nix" "\\"text\\"")) "echo > $out";
@@ -62,10 +64,12 @@ class ImportingClient:
         ) as imports:
             yield imports
 
-    async def evaluate(self, *attrs: str, more: tuple[str, ...] = (), timeout_s: float = 60) -> Evaluation:
+    async def evaluate(
+        self, *attrs: str, more: tuple[str, ...] = (), timeout_s: float = 60, evaluators: int = 2
+    ) -> Evaluation:
         inputs = Inputs((str(self.file),), attrs=attrs, flags=(*self.flags, *more))
         async with self.imports() as imports:
-            limits = PoolLimits(2, 2 << 30, timeout_s)
+            limits = PoolLimits(evaluators, 2 << 30, timeout_s)
             return await evaluation_of(inputs, limits, env=os.environ, on_messages=self.lines.append, imports=imports)
 
 
@@ -77,11 +81,14 @@ async def test_what_an_evaluation_imports_is_built_by_the_farm(open_farm: OpenFa
     async with open_farm("w") as farm:
         client = ImportingClient(farm)
         # Each evaluator is slower than its deadline while the farm builds; that time is not its own.
-        found = await client.evaluate("plain", "one", "two", "bad", "worse", "far", "slow", "chosen", timeout_s=8)
+        found = await client.evaluate(
+            "plain", "one", "two", "chain", "bad", "worse", "far", "slow", "chosen", timeout_s=8
+        )
         assert names(found) == {
             "plain": "plain.drv",
             "one": "imported.drv",
             "two": "two-imported.drv",
+            "chain": "chained.drv",
             "slow": "slow.drv",
             "chosen": "text.drv",
         }
@@ -92,10 +99,10 @@ async def test_what_an_evaluation_imports_is_built_by_the_farm(open_farm: OpenFa
         assert re.search(r"far, which the evaluation imports: .*riscv64-linux", failed["far"].error), failed["far"]
         # One submission for each derivation, and nothing was built here.
         steps = sorted(row.key[33:] for row in farm.coordinator.views.rows())
-        assert steps == ["broken", "far", "name", "slow"]
+        assert steps == ["broken", "far", "name", "next-imported", "slow"]
         labels = {view.label for view in await farm.client.submissions()}
         assert "imported by the evaluation of slow" in labels
-        assert len(labels) == 4
+        assert len(labels) == 5
         # What is in the client's store is not asked of the farm again.
         before = len(await farm.client.submissions())
         assert names(await client.evaluate("one")) == {"one": "imported.drv"}
@@ -113,11 +120,36 @@ async def test_an_evaluation_that_may_not_import_says_so(open_farm: OpenFarm) ->
         assert await farm.client.submissions() == []
 
 
+async def test_neither_imports_nor_what_does_not_import_waits_for_the_other(open_farm: OpenFarm) -> None:
+    async with open_farm("w") as farm:
+        client = ImportingClient(farm)
+        pipe = farm.root / "pipe"
+        os.mkfifo(pipe)
+        file = farm.root / "reads.nix"
+        file.write_text(
+            f"let all = import {client.file}; in {{ inherit (all) one chain plain; reads = import {pipe}; }}"
+        )
+        async with client.imports() as imports:
+            means = EvaluationMeans(PoolLimits(1, 2 << 30), os.environ, client.lines.append, imports=imports)
+            asked = Inputs((str(file),), flags=client.flags)
+            found = []
+            async with asyncio.timeout(PATIENCE_S), aclosing(findings_asked(asked, means)) as findings:
+                async for _, finding in findings:
+                    found.append(finding.attr)
+                    if finding.attr == "chain":
+                        # The only evaluator of what does not import reads the pipe still.
+                        await asyncio.to_thread(pipe.write_text, f"(import {client.file}).plain")
+        assert sorted(found) == ["chain", "one", "plain", "reads"]
+
+
 class RefusingBuilds:
     """A maker that makes nothing."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, ...]] = []
+
+    async def are_there(self, paths: Sequence[str]) -> bool:
+        return not paths
 
     async def build(self, paths: Sequence[str], attr: str) -> str | None:
         self.asked.append(tuple(paths))
@@ -127,14 +159,13 @@ class RefusingBuilds:
 async def test_a_door_passes_on_everything_but_builds(tmp_path: Path) -> None:
     builds = RefusingBuilds()
     source = NixValue("x", "1", flags=("--store", str(tmp_path / "store")))
-    paused: list[str] = []
 
     async def socket(door: ImportDoor) -> str:
         through = door.source(source)
         return through.flags[through.flags.index("--store") + 1].removeprefix("unix://").partition("?")[0]
 
     async with open_store(builds, os.environ) as store:
-        door = await store.door(source, lambda: "an attribute", lambda: paused.append("b"), lambda: paused.append("e"))
+        door = await store.door(source)
         path = await socket(door)
         assert Path(path).parent.stat().st_mode & 0o777 == 0o700
         drv = f"/nix/store/{'0' * 32}-x.drv"
@@ -142,8 +173,20 @@ async def test_a_door_passes_on_everything_but_builds(tmp_path: Path) -> None:
             assert connection.version <= (1, 37)
             assert await connection.query_path_info(drv) is None
         client = await raw_client(path)
-        await client.send(Encoder().integer(9).strings([f"{drv}!out"]).integer(0).getvalue())
+        ask = Encoder().integer(9).strings([f"{drv}!out"]).integer(0).getvalue()
+        # The evaluator goes on with other attributes, and asks again when the build has ended.
+        for _ in range(2):
+            await client.send(ask)
+            refusal = await answer(client)
+            assert isinstance(refusal, Refusal)
+            assert store.awaited(f"error: {refusal.message.decode()}\n") == 0
+        assert builds.asked == []
+        builds_of = [store.build(0, attr) for attr in ("an attribute", "another attribute")]
+        assert await builds_of[0] == "nothing is built for an attribute"
+        assert builds_of[0] is builds_of[1]
+        await client.send(ask)
         assert await answer(client) == Refusal(0, b"nothing is built for an attribute")
+        assert store.awaited("error: waits for build 0") is None
         # The connection goes on, as with a daemon whose build failed.
         await client.send(Encoder().integer(1).string(drv).getvalue())
         assert await answer(client) == Last()
@@ -152,7 +195,6 @@ async def test_a_door_passes_on_everything_but_builds(tmp_path: Path) -> None:
         assert b"takes no request of kind 36" in str(await answer(client)).encode()
         await client.close()
         assert builds.asked == [(f"{drv}!out",)]
-        assert paused == ["b", "e"]
         stranger = await Channel.to_socket(path)
         await stranger.send(Encoder().integer(CLIENT_MAGIC + 1).getvalue())
         with pytest.raises(DaemonGone):
@@ -178,13 +220,17 @@ async def answer(channel: Channel) -> Message:
     return message
 
 
-async def test_an_interrupted_evaluation_gives_up_what_it_had_built(open_farm: OpenFarm) -> None:
+async def test_many_imports_are_built_at_one_time_and_given_up_where_the_evaluation_is_interrupted(
+    open_farm: OpenFarm,
+) -> None:
+    # No worker: nothing is ever built.
     async with open_farm() as farm:
         client = ImportingClient(farm)
-        task = asyncio.create_task(client.evaluate("one"))
-        await farm.until(lambda: any(True for _ in farm.coordinator.views.rows()))
+        attrs = ("one", "bad", "far", "slow", "chain", "plain", "chosen")
+        task = asyncio.create_task(client.evaluate(*attrs, evaluators=1))
+        await farm.until(lambda: len(list(farm.coordinator.views.rows())) == 4)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        (view,) = await farm.client.submissions()
-        assert view.state == "cancelled"
+        views = await farm.client.submissions()
+        assert [view.state for view in views] == ["cancelled"] * 4
