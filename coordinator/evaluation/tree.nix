@@ -93,11 +93,36 @@ let
       builtins.filter (each: builtins.isString each && !builtins.hasContext each) (found.constituents or [ ])
     else [ ];
 
+  # Names down from an aggregate to one that it leads to for the second time; null where there is none. Comparing
+  # derivations would evaluate them, which has no end here: the deepest one is taken for it.
+  aggregateRing = names: found:
+    if !(builtins.isAttrs found && found._hydraAggregate or false) then null
+    else if builtins.length names > 16 then names
+    else builtins.foldl' (ring: each: if ring != null then ring else aggregateRing (names ++ [ found.name ]) each)
+      null (found.constituents or [ ]);
+  # The first name that comes again, up to where it does; empty where none does.
+  ringOf = names:
+    if names == [ ] then [ ] else
+    let
+      first = builtins.head names; rest = builtins.tail names;
+      upTo = builtins.foldl' (all: name: if all.done then all else { done = name == first; names = all.names ++ [ name ]; })
+        { done = false; names = [ first ]; } rest;
+    in
+    if builtins.elem first rest then upTo.names else ringOf rest;
+
   derivationAt = found:
     let
       limit = name: number (found.meta.drover.${name} or 0);
       named = namedConstituents found;
+      down = aggregateRing [ ] found;
+      ring = if down == null then [ ] else ringOf down;
+      through = builtins.concatStringsSep ", " ring;
     in
+    if ring != [ ] && builtins.head ring == builtins.head down then
+      throw "the aggregate is a constituent of itself (${through}); take it out of one of them"
+    else if ring != [ ] then
+      throw "aggregates below this one are constituents of each other (${through}); take one out of the other"
+    else
     if named != [ ] then
       throw "the aggregate names its constituent '${builtins.head named}', and only Hydra looks for names; list the derivation itself"
     else {

@@ -73,19 +73,26 @@ async def test_an_aggregate_whose_constituents_are_names_is_an_error(flags: tupl
         """rec {
           a = make "a" { };
           whole = make "whole" { _hydraAggregate = true; constituents = [ a ]; };
+          deep = builtins.foldl' (below: n: make "deep${n}" { _hydraAggregate = true; constituents = [ below ]; }) a
+            (builtins.genList toString 20);
           missing = make "missing" { _hydraAggregate = true; constituents = [ "nosuch" ]; };
           one = make "one" { _hydraAggregate = true; constituents = [ two ]; };
           two = make "two" { _hydraAggregate = true; constituents = [ one ]; };
+          over = let
+            x = make "x" { _hydraAggregate = true; constituents = [ a y ]; };
+            y = make "y" { _hydraAggregate = true; constituents = [ x ]; };
+          in make "over" { _hydraAggregate = true; constituents = [ a x ]; };
         }""",
     )
     found = await evaluated(file, flags=flags)
-    assert [each.attr for each in found.wanted] == ["a", "whole"]
+    assert [each.attr for each in found.wanted] == ["a", "deep", "whole"]
     errors = {each.attr: each.error for each in found.failed}
     assert errors["missing"] == (
         "the aggregate names its constituent 'nosuch', and only Hydra looks for names; list the derivation itself"
     )
-    assert "infinite recursion" in errors["one"]
-    assert "infinite recursion" in errors["two"]
+    assert errors["one"] == "the aggregate is a constituent of itself (one, two, one); take it out of one of them"
+    assert errors["two"] == "the aggregate is a constituent of itself (two, one, two); take it out of one of them"
+    assert "are constituents of each other (x, y, x)" in errors["over"]
 
 
 async def test_a_flake_without_the_output_and_one_with_changes_say_so(flags: tuple[str, ...], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`drover rebuild --dry-run` on a farm without workers: whatever is compared, nothing is built and causes are named."""
+"""`drover rebuild` of whatever can be compared, with causes and without a farm's processes: most builds nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from tests.support.farm import BIN
 from tests.support.package_set import ROOT, PackageSet
 
-from .conftest import OpenedFarm, OpenFarm
+from .conftest import PRELUDE, OpenedFarm, OpenFarm
 
 FLAKE = """{{
   outputs = {{ self }}: {{
@@ -21,9 +21,36 @@ FLAKE = """{{
 """
 
 
+#: Jobs for Hydra, and imports from derivations; `SIDE` tells base and head apart.
+RELEASE = """
+rec {
+  name = run "name" "echo '\\"imported-SIDE\\"' > $out";
+  imported = run (import name) "echo imported > $out";
+  same = run "same-${import (run "stable" "echo '\\"stable\\"' > $out")}" "echo same > $out";
+  breaks = run "breaks-${import (run "source-of-SIDE" "test SIDE = base && echo '\\"x\\"' > $out")}" "echo > $out";
+  whole = aggregate "whole" [ imported same ];
+  named = aggregate "named" [ "imported" ];
+  missing = aggregate "missing" [ "nosuch" ];
+  one = aggregate "one" [ two ];
+  two = aggregate "two" [ one ];
+}
+"""
+AGGREGATE = """
+let aggregate = name: constituents: runOn "x86_64-linux"
+  { inherit constituents; _hydraAggregate = true; } name "echo $constituents > $out"; in
+"""
+
+
 async def foreseen(farm: OpenedFarm, *arguments: str | Path) -> dict[str, Any]:
-    """Run the command and return its report."""
-    words = [*map(str, arguments), "--store", str(farm.root / "client"), "--dry-run", "--json"]
+    """Run the command without builds and return its report."""
+    status, report, errors = await rebuilt(farm, *arguments, "--dry-run")
+    assert status == 0, errors
+    return report
+
+
+async def rebuilt(farm: OpenedFarm, *arguments: str | Path) -> tuple[int | None, dict[str, Any], str]:
+    """Run the command; returns its status, its report and what it says."""
+    words = [*map(str, arguments), "--store", str(farm.root / "client"), "--json"]
     child = await asyncio.create_subprocess_exec(
         BIN / "drover",
         "rebuild",
@@ -38,9 +65,8 @@ async def foreseen(farm: OpenedFarm, *arguments: str | Path) -> dict[str, Any]:
     )
     async with asyncio.timeout(60):
         out, errors = await child.communicate()
-    assert child.returncode == 0, errors.decode()
-    found: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return found
+    found: dict[str, Any] = json.loads(out.splitlines()[-1]) if out else {}
+    return child.returncode, found, errors.decode()
 
 
 async def test_revisions_files_and_flakes_are_compared_before_anything_is_built(
@@ -66,3 +92,35 @@ async def test_revisions_files_and_flakes_are_compared_before_anything_is_built(
         assert (change["name"], change["before"], change["after"]) == ("text", "before", "after")
         assert [each["attr"] for each in report["attributes"]] == ["checks.x86_64-linux.a"]
         assert not await farm.client.submissions()
+
+
+async def test_imports_of_both_sides_are_built_and_an_aggregate_that_is_wrong_costs_the_others_nothing(
+    open_farm: OpenFarm, tmp_path: Path
+) -> None:
+    files = [tmp_path / side for side in ("base", "head")]
+    for file in files:
+        file.write_text(PRELUDE + AGGREGATE + RELEASE.replace("SIDE", file.name))
+    async with open_farm("w") as farm:
+        status, report, errors = await rebuilt(
+            farm, "--base-file", files[0], "--head-file", files[1], "--option", "sandbox", "false"
+        )
+        assert status == 3, errors
+        found = {each["attr"]: each for each in report["attributes"]}
+        assert {attr: each["change"] for attr, each in found.items()} == {
+            "imported": "changed",
+            "name": "changed",
+            "whole": "changed",
+            "breaks": "no longer evaluates",
+            **dict.fromkeys(("named", "missing", "one", "two"), "evaluates at neither"),
+        }
+        assert report["unchanged"] == 1
+        assert {found[attr]["verdict"] for attr in ("imported", "name", "whole")} == {"built"}
+        sentence = "the farm could not build source-of-head, which the evaluation imports: the builder failed"
+        assert found["breaks"]["error"].startswith(sentence)
+        assert [found[attr]["error"] for attr in ("named", "missing", "one", "two")] == [
+            f"the aggregate names its constituent '{name}', and only Hydra looks for names; list the derivation itself"
+            for name in ("imported", "nosuch")
+        ] + [
+            "the aggregate is a constituent of itself (one, two, one); take it out of one of them",
+            "the aggregate is a constituent of itself (two, one, two); take it out of one of them",
+        ]
