@@ -81,12 +81,12 @@ def flox_lock(packages: Iterable[Mapping[str, Any]], *, systems: Sequence[str] =
 def devbox_lock(names: Iterable[str], systems: Sequence[str] = SYSTEMS, version: Any = "1") -> bytes:
     """A `devbox.lock`."""
     packages: dict[str, Any] = {
-        "github:NixOS/nixpkgs/nixpkgs-unstable": {"resolved": f"github:NixOS/nixpkgs/{REVISION}?lastModified=1"}
+        "github:example/nixpkgs/nixpkgs-unstable": {"resolved": f"github:example/nixpkgs/{REVISION}?lastModified=1"}
     }
     for name in names:
         packages[f"{name}@latest"] = {
             "last_modified": "2026-08-12T11:28:58Z",
-            "resolved": f"github:NixOS/nixpkgs/{REVISION}#{name}",
+            "resolved": f"github:example/nixpkgs/{REVISION}#{name}",
             "source": "devbox-search",
             "version": "1.0",
             "systems": {
