@@ -18,7 +18,7 @@ from typing import Final
 import click
 
 from coordinator.api.mirroring import MirroredPathView, MirrorState, MirrorView
-from coordinator.api.models import FarmView, StepStatus, StepView
+from coordinator.api.models import FarmView, StepStatus, StepView, SubmissionView
 from coordinator.api.requests import KnownDerivationsQuery, MirrorRequest, PairsQuery, RootRequest, SubmitRequest
 from coordinator.cli import exit_status
 from coordinator.cli.evaluation import inputs_of, show_messages
@@ -27,13 +27,13 @@ from coordinator.cli.populate_text import PopulateReport, populate_lines, popula
 from coordinator.cli.proof import ProofMeans, chosen, empty_directory, prove
 from coordinator.cli.rendering import size
 from coordinator.cli.screen import Screen
-from coordinator.cli.sending import ClientStages, send_closure
+from coordinator.cli.sending import ClientStages, send_closure, taken_after_sending
 from coordinator.cli.status import print_json
 from coordinator.cli.wish_reading import WishRequest, wishes_of
 from coordinator.client.api_client import ApiClient
-from coordinator.client.closure import LocalStore, local_store
+from coordinator.client.closure import ClosureError, LocalStore, local_store
 from coordinator.client.errors import ClientError, RefusedError
-from coordinator.errors import CoordinatorError
+from coordinator.errors import CoordinatorError, NotFoundError
 from coordinator.evaluation.wished import evaluated
 from coordinator.populate.model import (
     DerivationFacts,
@@ -215,6 +215,12 @@ class PopulateRun:
             return "the derivation is the same; the list names another path than it makes"
         if number >= MAX_DIFFERENCES:
             return "not compared: more than enough drifted"
+        try:
+            return await self._first_difference(drift)
+        except (ClosureError, RefusedError) as error:
+            return f"they could not be compared: {error}"
+
+    async def _first_difference(self, drift: Drift) -> str:
         facts = [self.derivations[drv] for drv in (drift.listed_by, drift.derivation) if drv in self.derivations]
         local = [each.path for each in facts if not each.at_farm]
         if local:
@@ -234,7 +240,7 @@ class PopulateRun:
     # Pulling.
 
     async def _pull(self, paths: Sequence[str], wishes: WishList) -> dict[str, MirroredPathView]:
-        """Have paths from the farm's upstreams; without `--no-pull` they are only looked for in the cache."""
+        """Have paths from the farm's upstreams; with `--no-pull` they are only looked for in the cache."""
         found: dict[str, MirroredPathView] = {}
         name = self.request.keep_as or f"{Path(wishes.place).name or 'list'}-{wishes.digest[:12]}"
         kept = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in name)
@@ -258,7 +264,7 @@ class PopulateRun:
                         shown = time.monotonic()
                         self.screen.status(_progress(view))
             except RefusedError as error:
-                if error.code != "not_found":
+                if error.reason != NotFoundError.code:
                     raise
                 self.screen.status("the coordinator has started anew; what came before stays, the rest is asked again")
                 continue
@@ -306,13 +312,14 @@ class PopulateRun:
         at_farm: bool,
     ) -> None:
         roots = tuple(_root(target) for target in members)
-        try:
-            makers: tuple[str, ...] = ()
-            stages = ClientStages()
-            if not at_farm:
-                drvs = list(dict.fromkeys(root.drv for root in roots))
-                makers = await send_closure(self.client, self.store, drvs, self.screen, stages)
-            view = await self.client.submit(
+        drvs = list(dict.fromkeys(root.drv for root in roots))
+        stages = ClientStages()
+
+        async def send(whole: bool) -> tuple[str, ...]:
+            return await send_closure(self.client, self.store, drvs, self.screen, stages, whole=whole)
+
+        async def take(makers: tuple[str, ...]) -> SubmissionView:
+            return await self.client.submit(
                 SubmitRequest(
                     roots=roots,
                     label="populate",
@@ -322,6 +329,9 @@ class PopulateRun:
                     stages=stages.taken,
                 )
             )
+
+        try:
+            view = await (take(()) if at_farm else taken_after_sending(send, take))
         except CoordinatorError as error:
             if not at_farm:
                 raise
