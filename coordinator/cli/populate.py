@@ -117,7 +117,8 @@ class PopulateRun:
             ]
             if lacking and await self._evaluate(lacking):
                 targets = self._targets(wishes)
-                drifted |= await self._drifted([each for each in targets if each.wish in lacking])
+                looked_at = {wish.key for wish in lacking}
+                drifted |= await self._drifted([each for each in targets if each.wish.key in looked_at])
                 results = {target.wish.key: judged(target, pulled, drifted) for target in targets}
         await self._build(targets, results)
         means = chosen(self.request.proof)
