@@ -39,7 +39,7 @@ ACTIVATED: Final = {
 OF_A_LOCK: Final = ("packages", "devShells")
 #: Versions of `flake.lock` that have the same nodes.
 LOCK_VERSIONS: Final = frozenset({5, 6, 7})
-#: System that stands for "evaluation says which".
+#: Names of an attribute path; one in quotes may hold dots.
 _NAMES: Final = re.compile(r'(?:"[^"]*"|[^."])+')
 _RELOCK: Final = "lock it again with `nix flake lock`"
 
@@ -90,10 +90,13 @@ def _outputs(text: str, reference: str, names: Sequence[str], systems: Sequence[
 
 
 def _configuration(text: str, reference: str, names: Sequence[str], systems: Sequence[str]) -> WishList:
-    activated = ACTIVATED[names[0]]
     path = ".".join(names)
-    if not path.endswith(activated):
-        path = f"{path}.{activated}"
+    name = ".".join(names[:2])
+    if path == name:
+        path = f"{path}.{ACTIVATED[names[0]]}"
+    elif path != f"{name}.{ACTIVATED[names[0]]}":
+        # Another part of the configuration, such as its virtual machine.
+        name = path
     kernel = "darwin" if names[0] == "darwinConfigurations" else "linux" if names[0] == "nixosConfigurations" else ""
     # One configuration is for one system; until evaluation says which, it is the first that could be.
     possible = [system for system in systems if system.endswith(kernel)]
@@ -101,7 +104,7 @@ def _configuration(text: str, reference: str, names: Sequence[str], systems: Seq
         raise WishListError(
             text, f"it is for {kernel}, and no such system is asked for", f"add a {kernel} to --systems"
         )
-    wish = Wish(".".join(names[:2]), possible[0], WishedAttribute(reference or ".", path))
+    wish = Wish(name, possible[0], WishedAttribute(reference or ".", path))
     return WishList(text, WishSource.CONFIGURATION, (wish,), (possible[0],))
 
 

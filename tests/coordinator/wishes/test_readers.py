@@ -146,6 +146,9 @@ def test_outputs_of_flakes_and_configurations_are_attributes() -> None:
         (LINUX, ".#nixosConfigurations.box.config.system.build.toplevel")
     ]
     assert attributes(".#darwinConfigurations.mac") == [(MAC, ".#darwinConfigurations.mac.system")]
+    assert attributes(".#darwinConfigurations.ecosystem") == [(MAC, ".#darwinConfigurations.ecosystem.system")]
+    for exact in ("nixosConfigurations.box.config.system.build.toplevel", "nixosConfigurations.box.config.build.vm"):
+        assert attributes(f".#{exact}") == [(LINUX, f".#{exact}")]
     assert attributes(".#homeConfigurations.me") == [(LINUX, ".#homeConfigurations.me.activationPackage")]
     assert [wish.target for wish in read("sub/flake.lock", FLAKE_LOCK).wishes] == [
         WishedAttribute("./sub", f"packages.{LINUX}"),
