@@ -1,14 +1,13 @@
-"""JSON form of wish lists, for requests and for keeping: bounded, because its sender may be a stranger."""
+"""JSON form of wish lists in requests: bounded, because its sender may be a stranger."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from coordinator.wishes.checks import check_system, check_target
 from coordinator.wishes.model import (
-    MAX_FILE_BYTES,
     MAX_INSTALLABLE,
     MAX_NAME,
     MAX_NOTES,
@@ -22,14 +21,12 @@ from coordinator.wishes.model import (
     WishedOutput,
     WishedPaths,
     WishList,
-    WishListError,
     WishMark,
     WishSource,
     WishTarget,
     unique,
 )
 from infra.nix.store_path import StoreDir
-from infra.validation import first_fault
 
 #: Version of this form.
 FORM: Literal[1] = 1
@@ -60,7 +57,7 @@ class PathsTarget(_DocumentPart):
     """`WishedPaths`."""
 
     kind: Literal["paths"]
-    outputs: _Outputs
+    outputs: Annotated[_Outputs, Field(min_length=1)]
     derivation: _Path | None = None
     installable: _Installable = ""
     others: _Outputs = ()
@@ -160,27 +157,6 @@ def document_of(wishes: WishList) -> WishListDocument:
             for wish in wishes.wishes
         ),
     )
-
-
-def write_document(wishes: WishList) -> str:
-    """Return a list as JSON text."""
-    return document_of(wishes).model_dump_json(exclude_defaults=True)
-
-
-def read_document(text: str | bytes, store_dir: StoreDir) -> WishList:
-    """Return the list that a JSON text holds.
-
-    Raises:
-        WishListError: It does not hold one.
-    """
-    if len(text) > MAX_FILE_BYTES:
-        raise WishListError("the wish list", f"it has more than {MAX_FILE_BYTES} bytes", "divide it")
-    try:
-        document = WishListDocument.model_validate_json(text)
-    except ValidationError as error:
-        fault = first_fault(error)
-        raise WishListError(f"the wish list at {fault.place or 'its top'}", fault.message, "send it again") from None
-    return document.wish_list(store_dir)
 
 
 def _target(target: WishTarget) -> PathsTarget | DerivationTarget | AttributeTarget:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from coordinator.wishes import model
-from coordinator.wishes.document import read_document, write_document
+from coordinator.wishes.document import WishListDocument, document_of
 from coordinator.wishes.model import (
     Wish,
     WishedAttribute,
@@ -156,14 +158,28 @@ def test_outputs_of_flakes_and_configurations_are_attributes() -> None:
     ]
 
 
+def through_json(wishes: WishList) -> WishList:
+    """Return a list as a farm reads it from a request."""
+    return WishListDocument.model_validate_json(document_of(wishes).model_dump_json()).wish_list(STORE)
+
+
 @pytest.mark.parametrize(("place", "data"), EVERY.items())
 def test_every_form_is_found_by_its_content_and_survives_its_json_form(place: str, data: bytes) -> None:
     found = read("elsewhere", data)
     assert source_by_content("elsewhere", data) is found.source
-    again = read_document(write_document(found), STORE)
+    again = through_json(found)
     assert again == found
     assert again.digest == found.digest
     assert read(place, data).wishes == found.wishes or found.source is WishSource.FLAKE_LOCK
+
+
+def test_paths_without_any_path_are_refused() -> None:
+    found = read("manifest.lock", FLOX)
+    (first, *_) = found.wishes
+    assert isinstance(first.target, WishedPaths)
+    empty = replace(found, wishes=(replace(first, target=replace(first.target, outputs=())),))
+    with pytest.raises(ValidationError, match=r"wishes.0.target.paths.outputs\n +Tuple should have at least 1 item"):
+        through_json(empty)
 
 
 def test_a_digest_is_that_of_the_wishes_and_not_of_the_file() -> None:
@@ -281,7 +297,7 @@ def reads_or_refuses(read_it: Callable[[], WishList]) -> None:
     except WishListError:
         return
     assert len({wish.key for wish in found.wishes}) == len(found.wishes)
-    assert read_document(write_document(found), STORE) == found
+    assert through_json(found) == found
 
 
 @given(mutated())
