@@ -15,7 +15,7 @@ from coordinator.api.models import StepStatus
 from coordinator.api.plan_models import PlanView
 from coordinator.api.requests import PlannedDerivation, PlanQuery
 from coordinator.errors import IntakeError, UnavailableError
-from coordinator.intake.forecast import MAX_PACKAGES, Forecaster, PlannedStep
+from coordinator.intake.forecast import MAX_PACKAGES, BuildCost, Forecaster, PlannedStep
 from coordinator.plans.closures import ClosureSurvey, Reach, extents
 from coordinator.plans.judging import FarmFacts, KnownFailure, WishFacts, judge, package_key
 from coordinator.plans.lookup import Lookup
@@ -105,12 +105,9 @@ class Planner:
         missing = await asyncio.to_thread(_missing, facts, survey)
         stored = [nodes[each.wish.key] for each in missing if each.wish.key in nodes]
         steps = await self._steps(stored, graph)
-        packages = {each.wish.key: package_key(each.wish) for each in missing if not each.graphed}
+        packages = await asyncio.to_thread(_packages, missing)
         costs = await self._forecaster.costs(list(dict.fromkeys(packages.values()))[:MAX_PACKAGES])
-        facts = [
-            replace(each, cost=costs[package]) if (package := packages.get(each.wish.key, ("", ""))) in costs else each
-            for each in facts
-        ]
+        facts = await asyncio.to_thread(_with_costs, facts, packages, costs)
         keys = dict.fromkeys([*(step.key for step in steps), *(each.step for each in missing if each.step)])
         building, failures = await in_slices(self._states(list(keys)))
         kinds = {step.kind for step in steps} | {Requirements(system, ()) for system in wishes.systems}
@@ -238,4 +235,20 @@ def _missing(facts: Sequence[WishFacts], survey: ClosureSurvey) -> list[WishFact
         each
         for each in facts
         if max((reach.get(path, Reach.ABSENT) for path in each.paths), default=Reach.ABSENT) > Reach.UPSTREAM
+    ]
+
+
+def _packages(missing: Sequence[WishFacts]) -> dict[tuple[str, str], tuple[str, str]]:
+    """Return package and system of each wish whose derivation the farm does not have, by the wish's key."""
+    return {each.wish.key: package_key(each.wish) for each in missing if not each.graphed}
+
+
+def _with_costs(
+    facts: Sequence[WishFacts],
+    packages: Mapping[tuple[str, str], tuple[str, str]],
+    costs: Mapping[tuple[str, str], BuildCost],
+) -> list[WishFacts]:
+    return [
+        replace(each, cost=costs[package]) if (package := packages.get(each.wish.key, ("", ""))) in costs else each
+        for each in facts
     ]
