@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from coordinator.wishes.checks import check_name, check_size, check_system, check_target
 from coordinator.wishes.model import (
     MAX_INSTALLABLE,
+    MAX_NAME,
     MAX_NOTES,
     MAX_OUTPUTS,
     MAX_PATH,
@@ -61,7 +62,8 @@ def read_lines(place: str, data: bytes, store_dir: StoreDir, system: str) -> Wis
     """
     check_size(place, data)
     reader = _LineReader(place, store_dir, system)
-    wishes, repeats = unique(place, _named_apart(reader.wishes(data)))
+    named: dict[tuple[str, str], Wish] = {}
+    wishes, repeats = unique(place, [_named_apart(wish, named) for wish in reader.wishes(data)])
     systems = tuple(dict.fromkeys(wish.system for wish in wishes)) or (system,)
     if len(systems) > MAX_SYSTEMS:
         raise WishListError(place, f"it is for more than {MAX_SYSTEMS} systems", "ask for some with --systems")
@@ -69,17 +71,25 @@ def read_lines(place: str, data: bytes, store_dir: StoreDir, system: str) -> Wis
     return WishList(place, source, wishes, systems, notes=(*reader.notes, *repeats)[:MAX_NOTES])
 
 
-def _named_apart(wishes: Iterator[Wish]) -> list[Wish]:
-    """Return wishes; of several that only share a name, later ones get their hash's beginning beside it."""
-    named: dict[tuple[str, str], Wish] = {}
-    found = []
-    for wish in wishes:
-        other = named.setdefault(wish.key, wish)
-        match wish.target:
-            case WishedDerivation(path) | WishedPaths(outputs=(WishedOutput(path=path),)) if other != wish:
-                found.append(replace(wish, name=f"{wish.name} ({hash_part_of(path)[:_HASH_SHOWN]})"))
-            case _:
-                found.append(wish)
+def _named_apart(wish: Wish, named: dict[tuple[str, str], Wish]) -> Wish:
+    """Return a wish; of several that only share a name, later ones get their hash's beginning beside it.
+
+    Further outputs of one derivation are named after it.
+    """
+    if named.setdefault(wish.key, wish) == wish:
+        return wish
+    match wish.target:
+        case WishedDerivation(path, outputs):
+            suffixes = [f" ({hash_part_of(path)[:_HASH_SHOWN]}){more}" for more in ("", f"^{','.join(outputs)}")]
+        case WishedPaths(outputs=(WishedOutput(path=path),)):
+            suffixes = [f" ({hash_part_of(path)[:_HASH_SHOWN]})"]
+        case _:
+            suffixes = []
+    found = wish
+    for suffix in suffixes:
+        found = replace(wish, name=f"{wish.name}{suffix}"[:MAX_NAME])
+        if named.setdefault(found.key, found) == found:
+            break
     return found
 
 

@@ -128,6 +128,14 @@ def test_lines_hold_paths_derivations_and_jobs() -> None:
     assert jobs.notes == ("jobs at line 2: bad could not be evaluated",)
     several = "\n".join([store_path("a-1"), store_path("a-1", "other")])
     assert len(read("paths", several.encode()).names) == 2
+    drv = store_path("b-2.drv")
+    outputs = read("drvs", "\n".join(f"{drv}^{name}" for name in ("out", "dev", "man", "dev")).encode())
+    short = f"b-2 ({drv[11:19]})"
+    assert [(wish.name, wish.target) for wish in outputs.wishes] == [
+        ("b-2", WishedDerivation(drv, ("out",))),
+        (short, WishedDerivation(drv, ("dev",))),
+        (f"{short}^man", WishedDerivation(drv, ("man",))),
+    ]
 
 
 def test_outputs_of_flakes_and_configurations_are_attributes() -> None:
