@@ -20,7 +20,7 @@ from coordinator.cli.evaluation import show_messages
 from coordinator.cli.lines import plain, written
 from coordinator.cli.plan_text import PlanText, plan_lines, plan_markdown
 from coordinator.cli.screen import is_capable, wants_colours
-from coordinator.cli.status import print_json, print_lines
+from coordinator.cli.status import print_json, print_lines, write_report
 from coordinator.cli.wish_reading import WishRequest, present_paths, this_system, wishes_of
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import ClosureError, LocalStore, local_store
@@ -54,12 +54,12 @@ async def plan(client: ApiClient, request: PlanRequest) -> int:
     if graph:
         view = await client.plan(query.model_copy(update={"graph": graph}))
     text = PlanText(view, this_system(), _when, request.every)
-    if request.markdown is not None:
-        await asyncio.to_thread(request.markdown.write_text, plan_markdown(text), encoding="utf-8")
     if request.as_json:
         print_json(view)
-        return exit_status.OK
-    _show(text)
+    else:
+        _show(text)
+    if request.markdown is not None:
+        await asyncio.to_thread(write_report, request.markdown, plan_markdown(text))
     return exit_status.OK
 
 

@@ -28,7 +28,7 @@ from coordinator.cli.proof import ProofMeans, chosen, empty_directory, prove
 from coordinator.cli.rendering import size
 from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, send_closure, taken_after_sending
-from coordinator.cli.status import print_json
+from coordinator.cli.status import print_json, write_report
 from coordinator.cli.wish_reading import WishRequest, wishes_of
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import ClosureError, LocalStore, local_store
@@ -396,13 +396,13 @@ def populate(connect: Callable[[], ApiClient], token: str, request: PopulateRequ
             client.on_lost = lambda why: screen.status(f"{why}; trying again")
             runs.append(PopulateRun(client, request, screen, token, local_store(request.wishes.store)))
             report = await runs[0].run()
-        if request.markdown is not None:
-            await asyncio.to_thread(request.markdown.write_text, populate_markdown(report), encoding="utf-8")
         for line in populate_lines(report):
             screen.line(line)
         if request.as_json:
             print_json(report.document())
             sys.stdout.flush()
+        if request.markdown is not None:
+            await asyncio.to_thread(write_report, request.markdown, populate_markdown(report))
         return report.status
 
     try:

@@ -28,7 +28,7 @@ from coordinator.cli.rebuild_sides import LoadedSide, Sides, SidesRequest, evalu
 from coordinator.cli.rebuild_text import difference_lines, report_lines, result_lines
 from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, send_closure, sending_again, taken_after_sending
-from coordinator.cli.status import print_json
+from coordinator.cli.status import print_json, write_report
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import ClosureError, LocalStore, read_closure
 from coordinator.client.errors import RefusedError
@@ -328,20 +328,12 @@ class _Rebuild:
             (request.summary, markdown, "a"),
         ):
             if path is not None:
-                _write(path, text(report), mode)
+                write_report(path, text(report), mode)
         if request.as_json:
             print_json(report)
         if report.fails_newly:
             return exit_status.BUILD_FAILED
         return exit_status.EVALUATION_FAILED if report.is_incomplete else exit_status.OK
-
-
-def _write(path: Path, text: str, mode: str) -> None:
-    try:
-        with path.open(mode, encoding="utf-8", errors="replace") as file:
-            file.write(text)
-    except OSError as error:
-        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
 
 
 def fold_local(store: LocalStore, tops: Sequence[ChangedInput]) -> FoldedRebuild:

@@ -7,7 +7,9 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
+import click
 import orjson
 
 from coordinator.api.evaluations import EVALUATION_PREFIX, EvaluationState
@@ -188,3 +190,12 @@ def print_json(document: object) -> None:
     text = orjson.dumps(document).decode()
     # JSON itself asks this of the controls below U+0020 only; terminals obey these too.
     sys.stdout.write(_LATE_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
+
+
+def write_report(path: Path, text: str, mode: str = "w") -> None:
+    """Write a report to a file; ends the command with one sentence where that cannot be."""
+    try:
+        with path.open(mode, encoding="utf-8", errors="replace") as file:
+            file.write(text)
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click import ClickException
 
 from coordinator.api.mirroring import (
     KnownDerivationsView,
@@ -84,12 +85,16 @@ class FarmStub(ApiClient):
         raise RefusedError(422, MissingMemberError.code, f"a source of {request.roots[0].drv} was collected")
 
 
-async def populated(farm: ApiClient, tmp_path: Path, *, build: bool = False) -> PopulateReport:
+def wanted(tmp_path: Path, *, build: bool = False, markdown: Path | None = None) -> PopulateRequest:
     lock = tmp_path / "manifest.lock"
     entry = {**catalog_entry("a", LINUX), "derivation": DRV, "outputs": {"out": OUT}}
     lock.write_bytes(flox_lock([entry], systems=(LINUX,)))
     wishes = WishRequest((str(lock),), EvaluationRequest(evaluators=1, eval_cache=False))
-    request = PopulateRequest(wishes, build=build, proof=ProofMeans.NONE)
+    return PopulateRequest(wishes, build=build, proof=ProofMeans.NONE, markdown=markdown)
+
+
+async def populated(farm: ApiClient, tmp_path: Path, *, build: bool = False) -> PopulateReport:
+    request = wanted(tmp_path, build=build)
     return await PopulateRun(farm, request, Screen.choose(as_json=True), "", LocalStore(root=str(tmp_path))).run()
 
 
@@ -126,3 +131,12 @@ async def test_what_the_farm_has_lost_is_sent_once_more_and_whole(
     with pytest.raises(ClosureError, match="does not have it either"):
         await populated(FarmStub(outcome=MirroredOutcome.NOWHERE), tmp_path, build=True)
     assert sent == [False, True]
+
+
+def test_a_report_is_shown_also_where_its_file_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = wanted(tmp_path, markdown=tmp_path / "absent" / "report")
+    with pytest.raises(ClickException, match=r"cannot write .*/absent/report: No such file or directory"):
+        populate.populate(FarmStub, "", request)
+    assert f"{LINUX}: 1 mirrored" in capsys.readouterr().out
