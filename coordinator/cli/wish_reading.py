@@ -63,7 +63,7 @@ def read_lists(request: WishRequest, store: LocalStore) -> WishList:
     evaluation = request.evaluation
     store_dir = StoreDir(store.store_dir)
     reading = WishReading(store_dir, this_system(), evaluation.systems, request.kind, evaluation.attrs)
-    paths = [text for text in request.sources if text.startswith(f"{store.store_dir}/")]
+    paths = [text for text in request.sources if text.startswith(f"{store.store_dir}/") and "#" not in text]
     files = [text for text in request.sources or (".",) if text not in paths]
     if len(files) > MAX_SOURCES:
         raise WishListError(files[MAX_SOURCES], f"there are more than {MAX_SOURCES} sources", "join some of them")

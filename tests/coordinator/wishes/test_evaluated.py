@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from coordinator.cli.evaluation import EvaluationRequest
-from coordinator.cli.wish_reading import WishRequest, wishes_of
+from coordinator.cli.wish_reading import WishRequest, read_lists, wishes_of
+from coordinator.client.closure import LocalStore
 from coordinator.errors import CoordinatorError
 from coordinator.wishes.model import WishedAttribute, WishedPaths, WishList, WishSource
+from tests.support.wishes import store_path
 
 LINUX, MAC = "x86_64-linux", "aarch64-darwin"
 FLAKE = """{
@@ -70,6 +72,15 @@ def test_attributes_become_the_paths_of_their_derivations_for_each_system(tmp_pa
     (refused,) = (wish for wish in found.wishes if isinstance(wish.target, WishedAttribute))
     assert (refused.name, sorted(refused.marks)) == ("packages.paid", ["unfree"])
     assert found.notes[0].startswith(f"packages.paid on {LINUX}: Package 'paid' has an unfree license")
+
+
+def test_a_flake_in_the_store_is_evaluated_and_no_path_to_copy() -> None:
+    flake, path = store_path("source"), store_path("a-1")
+    request = WishRequest((f"{flake}#tool", path), EvaluationRequest(systems=(LINUX,), evaluators=1, eval_cache=False))
+    tool, listed = read_lists(request, LocalStore()).wishes
+    assert tool.target == WishedAttribute(flake, f"packages.{LINUX}.tool")
+    assert isinstance(listed.target, WishedPaths)
+    assert listed.target.paths == (path,)
 
 
 def test_what_is_not_there_torn_or_of_another_form_is_one_sentence(tmp_path: Path) -> None:
