@@ -113,8 +113,9 @@ def urls_of(derivation: bytes) -> tuple[str, ...]:
         except (ValueError, RecursionError):
             return ()
         for name in ("url", "urls"):
-            value = attrs.get(name, ()) if isinstance(attrs, dict) else ()
-            words += [value] if isinstance(value, str) else [each for each in value if isinstance(each, str)]
+            value = attrs.get(name) if isinstance(attrs, dict) else None
+            listed = value if isinstance(value, list) else [value]
+            words += [each for each in listed if isinstance(each, str)]
     else:
         for key in (b"url", b"urls"):
             words += env.get(key, b"").decode("utf-8", "replace").split()

@@ -70,7 +70,8 @@ class Mirror:
             return MirrorAnswer(MirrorOutcome.AWAY, f"{self.url} failed a moment ago")
         try:
             return await self._fetch(content, into)
-        except (aiohttp.ClientError, TimeoutError) as error:
+        # Of a redirection to what is no name of a host `ValueError` comes.
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             self._rests_until = self._now() + REST_S
             reason = str(error).split("\n", 1)[0] or type(error).__name__
             return MirrorAnswer(MirrorOutcome.AWAY, f"{self.url} does not answer: {reason}"[:300])

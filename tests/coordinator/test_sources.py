@@ -22,6 +22,7 @@ from coordinator.client.api_client import ApiClient
 from coordinator.config import CacheSettings, Settings, UpstreamSettings
 from coordinator.main import open_coordinator
 from coordinator.source_settings import SourceSettings
+from coordinator.sources.listing import urls_of
 from infra.cache.cache import Cache
 from infra.nix.content import FixedContent
 from infra.nix.hashing import sha256_text
@@ -46,8 +47,8 @@ def digest(data: bytes) -> str:
 class Elsewhere:
     """A mirror of sources, and another farm's cache, in one server."""
 
-    #: What is sent for the hash of a content; a number is a status.
-    files: dict[str, bytes | int] = field(default_factory=dict)
+    #: What is sent for the hash of a content; a number is a status, a text an address that has it.
+    files: dict[str, bytes | int | str] = field(default_factory=dict)
     cache: Cache | None = None
     asked: list[str] = field(default_factory=list)
     url: str = ""
@@ -60,6 +61,8 @@ class Elsewhere:
         await self.answers.wait()
         if name.startswith("mirror/sha256/"):
             found = self.files.get(name.rpartition("/")[2], 404)
+            if isinstance(found, str):
+                raise web.HTTPFound(found)
             return web.Response(status=found) if isinstance(found, int) else web.Response(body=found)
         if self.cache is not None and name.endswith(".narinfo"):
             text = await self.cache.narinfo(name.removesuffix(".narinfo"))
@@ -147,6 +150,34 @@ async def test_a_worker_without_network_gets_sources_from_the_farm_or_not_at_all
         await submit(farm, source, roots=1)
         assert (await started(farm, worker)).drv_path == top.drv
         assert (await farm.client.submission(made)).state is SubmissionState.RUNNING
+
+
+async def test_a_mirror_that_leads_to_what_is_no_host_counts_as_away(tmp_path: Path, elsewhere: Elsewhere) -> None:
+    worker, source = ScriptedWorker(), Maker().fixed("source", b"content")
+    elsewhere.files = {digest(b"content"): f"http://{'a' * 64}/content"}
+    async with farm_with(tmp_path, worker, SourceSettings(mirrors=(f"{elsewhere.url}/mirror",))) as farm:
+        await worker.hello()
+        await submit(farm, source)
+        assert (await started(farm, worker)).drv_path == source.drv
+        (listed,) = await farm.client.sources()
+        assert listed.answers[0].startswith(f"{elsewhere.url}/mirror does not answer: ")
+
+
+@pytest.mark.parametrize(
+    ("attrs", "urls"),
+    [
+        ('{"url": "https://one"}', ("https://one",)),
+        ('{"urls": ["https://one", 2, "https://two"]}', ("https://one", "https://two")),
+        ('{"url": 5, "urls": null}', ()),
+        ('{"url": {"https://one": 1}}', ()),
+        ("[]", ()),
+        ("{", ()),
+    ],
+)
+def test_the_addresses_of_a_derivation_are_found_in_whatever_its_attributes_hold(
+    attrs: str, urls: tuple[str, ...]
+) -> None:
+    assert urls_of(Maker().fixed("source", b"content", __json=attrs).data) == urls
 
 
 async def test_a_start_that_waits_for_a_mirror_is_dropped_with_its_lease(tmp_path: Path, elsewhere: Elsewhere) -> None:

@@ -249,7 +249,8 @@ class Upstream:
                 return None
             try:
                 text = await self._get_narinfo(hash_part)
-            except (aiohttp.ClientError, TimeoutError, UpstreamError):
+            # Of a redirection to what is no name of a host `ValueError` comes.
+            except (aiohttp.ClientError, TimeoutError, UpstreamError, ValueError):
                 self._rests_until = self._now() + REST_S
                 return None
         info = None if text is None else self._judge(text, hash_part).info

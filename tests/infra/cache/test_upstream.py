@@ -53,6 +53,8 @@ class Origin:
     most_at_once: int = 0
     url: str = ""
     now: float = 0.0
+    #: Where all is, if it is not here.
+    moved_to: str = ""
     _under_way: int = 0
 
     async def answer(self, request: web.Request) -> web.Response:
@@ -61,6 +63,8 @@ class Origin:
         self.most_at_once = max(self.most_at_once, self._under_way)
         await asyncio.sleep(0)
         self._under_way -= 1
+        if self.moved_to:
+            raise web.HTTPFound(self.moved_to)
         body = self.files.get(request.path.removeprefix("/prefix/"))
         return web.Response(status=self.status) if body is None else web.Response(body=body)
 
@@ -163,6 +167,18 @@ async def test_an_upstream_that_fails_has_nothing_and_is_left_alone_for_a_while(
     assert await upstream.present([A]) == set()
     origin.now += upstream_module.REST_S
     assert await upstream.present([A]) == {A}
+
+
+async def test_an_upstream_that_leads_to_what_is_no_host_is_left_alone_for_a_while(
+    origin: Origin, upstream: Upstream
+) -> None:
+    info = origin.add(store_path("a"))
+    origin.moved_to = f"http://{'a' * 64}/"
+    assert await upstream.narinfos([info.hash_part]) == {}
+    origin.moved_to = ""
+    assert await upstream.narinfos([info.hash_part]) == {}
+    origin.now += upstream_module.REST_S
+    assert set(await upstream.narinfos([info.hash_part])) == {info.hash_part}
 
 
 async def test_a_narinfo_without_end_is_not_read(
