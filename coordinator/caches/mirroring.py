@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,8 +37,9 @@ _log = logging.getLogger(__name__)
 RUNS_AT_ONCE: Final = 2
 MAX_WAITING: Final = 16
 MAX_OF_OWNER: Final = 4
-#: Runs that ended and are remembered.
+#: Runs that ended and are remembered, and paths of all of them together, some 500 bytes each.
 REMEMBERED: Final = 100
+REMEMBERED_PATHS: Final = 100_000
 #: Seconds that an answer waits for another state.
 WAIT_S: Final = 2.0
 #: Seconds for which a run keeps what it stands on; renewed with everything that it publishes.
@@ -79,10 +80,21 @@ class _MirrorJob:
     error: str = ""
     paths: tuple[MirroredPathView, ...] = ()
     task: asyncio.Task[None] | None = None
+    #: What clients see of it for good, once it has ended.
+    last: MirrorView | None = None
+
+    def end(self, state: MirrorState) -> None:
+        """Let it have ended, and forget all but what clients see: what was searched is up to 100,000 narinfos."""
+        ended, self.progress = self.progress, MirrorProgress(state)
+        ended.state = state
+        self.last = self._seen(ended)
+        ended.become(state)
 
     def view(self) -> MirrorView:
         """Return what clients see of it."""
-        now = self.progress
+        return self.last or self._seen(self.progress)
+
+    def _seen(self, now: MirrorProgress) -> MirrorView:
         return MirrorView(
             id=self.id,
             state=now.state,
@@ -143,9 +155,7 @@ class Mirroring:
         job = _MirrorJob(name, owner, wanted, f"{owner}/{keep_as or name}", pull)
         self._jobs[name] = job
         job.task = asyncio.create_task(self._run(job), name=f"mirroring {name}")
-        ended = [each.id for each in self._jobs.values() if each.progress.state.ended]
-        for old in ended[: max(0, len(ended) - REMEMBERED)]:
-            del self._jobs[old]
+        self._forget_oldest()
         return job.view()
 
     async def view(self, name: str, seen: str = "") -> MirrorView:
@@ -226,16 +236,24 @@ class Mirroring:
             job.paths = await self.have(job.wanted, job.progress, pull=job.pull)
             counts = Counter(each.outcome for each in job.paths)
             _log.info("mirroring %s ended: %s", job.id, dict(counts))
-            job.progress.become(MirrorState.DONE)
+            job.end(MirrorState.DONE)
         except asyncio.CancelledError:
-            job.progress.become(MirrorState.CANCELLED)
+            job.end(MirrorState.CANCELLED)
         except CacheError as error:
             job.error = f"{error}; what was had before stays, so begin it again."
-            job.progress.become(MirrorState.FAILED)
+            job.end(MirrorState.FAILED)
         except Exception:  # noqa: BLE001 - a fault of ours ends this run and no other
             _log.exception("mirroring %s failed", job.id)
             job.error = "the run failed by a fault of the coordinator; its log says more"
-            job.progress.become(MirrorState.FAILED)
+            job.end(MirrorState.FAILED)
+
+    def _forget_oldest(self) -> None:
+        ended = deque(each for each in self._jobs.values() if each.progress.state.ended)
+        paths = sum(len(each.wanted) for each in ended)
+        while len(ended) > REMEMBERED or paths > REMEMBERED_PATHS:
+            oldest = ended.popleft()
+            paths -= len(oldest.wanted)
+            del self._jobs[oldest.id]
 
     def _find(self, name: str) -> _MirrorJob:
         if (found := self._jobs.get(name)) is None:
