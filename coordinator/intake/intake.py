@@ -174,6 +174,7 @@ class Intake:
         is_ordinary = not known and not sources_may_lack
         key = (tuple(names), tuple(makers), self.fixed.offers is not None)
         remembered = self._memory.find(key) if is_ordinary else None
+        recipe_changes = self._memory.recipe_changes
         leases: list[str] = []
         pulled = Pulled()
         try:
@@ -186,7 +187,7 @@ class Intake:
                         return await self._planned(remembered, wishes, leases)
                     remembered = None
                 else:
-                    graph = await self._graph(names, list(makers), known)
+                    graph, recipe_changes = await self._graph(names, list(makers), known)
                     lease, absent = await self.leases.take(await asyncio.to_thread(graph.paths))
                     leases.append(lease)
                     absent -= await self.fixed.offer(await asyncio.to_thread(graph.lacking_fixed, absent))
@@ -207,7 +208,7 @@ class Intake:
             planned = replace(planned, lacking=self.fixed.lacking(unfetched))
             plan = RememberedPlan(graph, absent, leases[-1], changes, planned)
             if is_ordinary and not lacking and key[1] == tuple(makers):
-                await free_in_slices(self._memory.keep(key, plan))
+                await free_in_slices(self._memory.keep(key, plan, recipe_changes))
             return await self._planned(plan, wishes, leases)
         except MissingMemberError as error:
             self.leases.give_back(leases)
@@ -250,14 +251,20 @@ class Intake:
         require_within(len(graph.own), self._limits.max_derivations, "derivations")
         return graph
 
-    async def _graph(self, names: Sequence[str], makers: Sequence[str], known: Collection[str]) -> Graph:
+    async def _graph(self, names: Sequence[str], makers: Sequence[str], known: Collection[str]) -> tuple[Graph, int]:
+        """Return the graph of some derivations, and the changes of recipes that it has seen."""
         async with self._planning:
             nodes, members = await self._load([*names, *makers], known)
             graph = await asyncio.to_thread(Graph.build, names, nodes, members, self._limits.max_recipes, known)
             require_within(len(graph.own), self._limits.max_derivations, "derivations")
-            await self._derivations.add_members(graph.recipes.new)
-            await free_in_slices(self._memory.forget_steps({step for step, _, _ in graph.recipes.new}))
-        return graph
+            try:
+                await self._derivations.add_members(graph.recipes.new)
+            finally:
+                # Also where they may have been written although this failed.
+                gone = self._memory.forget_steps({step for step, _, _ in graph.recipes.new})
+            recipe_changes = self._memory.recipe_changes
+        await free_in_slices(gone)
+        return graph, recipe_changes
 
     async def _makers(self, sources: Sequence[str]) -> dict[str, None]:
         """Return the derivations that made one of these paths for an earlier submission, by whichever output."""

@@ -8,7 +8,7 @@ objects can have changed that: so only the paths that were there are looked at. 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
@@ -50,6 +50,8 @@ class PlanMemory:
     def __init__(self) -> None:
         self._plans: OrderedDict[PlanKey, RememberedPlan] = OrderedDict()
         self._derivations = 0
+        #: Grows whenever steps gain recipes: a graph that was read before may lack them.
+        self.recipe_changes = 0
 
     def find(self, key: PlanKey) -> RememberedPlan | None:
         """Return the plan of the same roots and makers."""
@@ -58,20 +60,29 @@ class PlanMemory:
             self._plans.move_to_end(key)
         return plan
 
-    def keep(self, key: PlanKey, plan: RememberedPlan) -> list[object]:
-        """Remember a plan; it takes the place of an earlier one."""
+    def keep(self, key: PlanKey, plan: RememberedPlan, recipe_changes: int) -> list[object]:
+        """Remember a plan; it takes the place of an earlier one.
+
+        `recipe_changes` is of when its graph was read. One that is out of date or larger than all room is forgotten.
+        """
         gone = self._forget(key)
+        if recipe_changes != self.recipe_changes or len(plan.graph.nodes) > MAX_REMEMBERED:
+            return gone
         self._plans[key] = plan
         self._derivations += len(plan.graph.nodes)
         while self._derivations > MAX_REMEMBERED:
             gone += self._forget(next(iter(self._plans)))
         return gone
 
-    def forget_steps(self, changed: Collection[StepKey]) -> list[object]:
+    def forget_steps(self, changed: AbstractSet[StepKey]) -> list[object]:
         """Forget the plans that have one of these steps: it has gained a recipe."""
         gone: list[object] = []
+        if not changed:
+            return gone
+        self.recipe_changes += 1
         for key, plan in list(self._plans.items()):
-            if any(step in plan.graph.recipes.by_step for step in changed):
+            # Looks up the smaller of both in the larger one: a large submission meets thousands of small plans.
+            if not plan.graph.recipes.by_step.keys().isdisjoint(changed):
                 gone += self._forget(key)
         return gone
 

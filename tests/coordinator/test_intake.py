@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -516,6 +516,25 @@ async def test_a_graph_that_comes_again_is_planned_from_memory_and_never_differs
     await room.send([other])
     await room.submit(other)
     assert needs(await planned())["file.tar"] == [[], []]
+
+
+async def test_a_plan_that_was_under_way_while_a_step_gained_a_recipe_has_it_the_next_time(
+    room: IntakeHarness, make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = make.fixed("file.tar", b"content")
+    other = make.fixed("file.tar", b"content", urls="https://elsewhere.example/file.tar")
+    above = make.plain("above", [fetch])
+    await room.send([fetch, other, above])
+    take = room.intake.leases.take
+
+    async def take_after_another(paths: Collection[str]) -> tuple[str, set[str]]:
+        monkeypatch.setattr(room.intake.leases, "take", take)
+        await room.submit(other)
+        return await take(paths)
+
+    monkeypatch.setattr(room.intake.leases, "take", take_after_another)
+    assert needs(await room.submit(above))["file.tar"] == [[]]
+    assert needs(await room.submit(above))["file.tar"] == [[], []]
 
 
 async def narinfo_of(cache: Cache, path: str) -> NarInfo:
