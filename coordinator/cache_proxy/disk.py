@@ -40,6 +40,8 @@ class ProxyFiles:
         self.size_bytes = 0
         #: Name -> bytes in blocks, those used longest ago first.
         self._sizes: OrderedDict[str, int] = OrderedDict()
+        #: Names of files that were verified by this process.
+        self._sound: set[str] = set()
         self._lock = -1
         self._partial = 0
 
@@ -76,6 +78,15 @@ class ProxyFiles:
 
     def __contains__(self, name: str) -> bool:
         return name in self._sizes
+
+    def note_sound(self, name: str) -> None:
+        """Note that a file that is here was verified."""
+        if name in self._sizes:
+            self._sound.add(name)
+
+    def is_sound(self, name: str) -> bool:
+        """Return whether a file was verified since it is here and this process runs."""
+        return name in self._sound
 
     def use(self, name: str) -> Path | None:
         """Return where a file is, and note its use; None where there is none."""
@@ -142,6 +153,7 @@ class ProxyFiles:
 
     def drop(self, name: str) -> None:
         """Remove a file; there being none is no error."""
+        self._sound.discard(name)
         self.size_bytes -= self._sizes.pop(name, 0)
         with suppress(OSError):
             (self._directory / name).unlink(missing_ok=True)
@@ -154,6 +166,7 @@ class ProxyFiles:
                     status = entry.stat(follow_symlinks=False)
                     found.append((status.st_mtime, f"{kind}/{entry.name}", _blocks(status.st_size)))
         self._sizes = OrderedDict((name, size) for _, name, size in sorted(found))
+        self._sound.clear()
         self.size_bytes = sum(self._sizes.values())
         self._shrink()
 

@@ -71,6 +71,7 @@ class NarinfoLookups:
         """End the questions that are under way."""
         if self._gathering is not None:
             self._gathering.cancel()
+        self._queue.clear()
         for walk in self._walks:
             walk.cancel()
         await asyncio.gather(*self._walks, return_exceptions=True)

@@ -109,17 +109,17 @@ class ProxyNars:
     def __init__(self, lookups: NarinfoLookups, files: ProxyFiles) -> None:
         self._lookups = lookups
         self._files = files
-        #: Names of files that were verified by this process.
-        self._sound: set[str] = set()
         #: Small ones, those used longest ago first.
         self._small: OrderedDict[str, bytes] = OrderedDict()
         self._small_bytes = 0
         self._downloads: dict[str, NarDownload] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns = asyncio.Semaphore(DOWNLOADS)
+        self._is_closed = False
 
     async def close(self) -> None:
-        """Stop all downloads."""
+        """Stop all downloads; none begins from now on."""
+        self._is_closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -138,14 +138,15 @@ class ProxyNars:
 
     async def on_disk(self, known: KnownPath) -> Path | None:
         """Return where a verified NAR is, None where it is not."""
-        path = self._files.use(f"nar/{known.nar_name}")
-        if path is None or known.nar_name in self._sound:
+        name = f"nar/{known.nar_name}"
+        path = self._files.use(name)
+        if path is None or self._files.is_sound(name):
             return path
         if await _is_right(path, known):
-            self._sound.add(known.nar_name)
+            self._files.note_sound(name)
             return path
         _log.warning("the NAR of %s is damaged on disk and fetched again", known.info.store_path)
-        self._files.drop(f"nar/{known.nar_name}")
+        self._files.drop(name)
         return None
 
     def download(self, known: KnownPath) -> NarDownload:
@@ -153,6 +154,9 @@ class ProxyNars:
         running = self._downloads.get(known.nar_name)
         if running is None:
             running = NarDownload(known, self._files.partial())
+            if self._is_closed:
+                running.finish(good=False)
+                return running
             self._downloads[known.nar_name] = running
             task = asyncio.create_task(self._run(running), name="download")
             self._tasks.add(task)
@@ -221,7 +225,7 @@ class ProxyNars:
         if not _holds(content, known):
             return False
         self._files.write(f"nar/{known.nar_name}", data)
-        self._sound.add(known.nar_name)
+        self._files.note_sound(f"nar/{known.nar_name}")
         self._small_bytes += len(data) - len(self._small.pop(known.nar_name, b""))
         self._small[known.nar_name] = data
         while self._small_bytes > REMEMBERED_BYTES:
@@ -236,7 +240,7 @@ class ProxyNars:
             return False
         if download.received <= self._files.max_bytes * KEPT_SHARE:
             self._files.adopt(f"nar/{known.nar_name}", download.partial, download.received)
-            self._sound.add(known.nar_name)
+            self._files.note_sound(f"nar/{known.nar_name}")
         return True
 
     async def _receive(self, upstream: ProxyUpstream, download: NarDownload, file: IO[bytes]) -> None:

@@ -42,12 +42,16 @@ def checked(settings: ProxySettings) -> ProxySettings:
         raise ProxySettingsError("name a cache to ask: --upstream https://farm.example.org/cache")
     urls = tuple(dict.fromkeys(url.rstrip("/") for url in settings.upstreams))
     for url in urls:
-        place = urlsplit(url)
+        try:
+            place = urlsplit(url)
+            port = place.port
+        except ValueError:
+            place, port = urlsplit(""), None
         if place.scheme not in {"http", "https"} or not place.hostname or place.query or place.fragment:
             raise ProxySettingsError(f"an upstream is written like https://farm.example.org/cache, not {url[:80]!r}")
         if place.username or place.password:
             raise ProxySettingsError("a token belongs into the file of --netrc, not into the address of an upstream")
-        if is_loopback(place.hostname) and settings.port and place.port == settings.port:
+        if is_loopback(place.hostname) and settings.port and port == settings.port:
             raise ProxySettingsError(f"{url} is this proxy itself; name another --port")
     if settings.max_bytes < LEAST_BYTES:
         raise ProxySettingsError(f"--max-size must be at least {LEAST_BYTES // 1024**2}M")

@@ -107,7 +107,7 @@ class ProxyUpstream:
         #: With the token of this upstream's host.
         self._headers = dict(headers)
         self._now = now
-        self._host = urlsplit(url).netloc
+        self._origin = urlsplit(url)[:2]
         #: Whether it answers the question for a closure; None until it was asked.
         self.answers_closures: bool | None = None
         self._rests_until = float("-inf")
@@ -161,6 +161,7 @@ class ProxyUpstream:
 
     async def _plain(self, wanted: WantedParts) -> AsyncGenerator[bytes, None]:
         running: set[asyncio.Task[bytes | None]] = set()
+        done: set[asyncio.Task[bytes | None]] = set()
         try:
             while True:
                 for part in wanted.take(NARINFOS_AT_ONCE - len(running)):
@@ -175,7 +176,8 @@ class ProxyUpstream:
         finally:
             for task in running:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            # With those that failed together with the one that ends this.
+            await asyncio.gather(*running, *done, return_exceptions=True)
 
     async def _narinfo(self, hash_part: str) -> bytes | None:
         timeout = aiohttp.ClientTimeout(total=NARINFO_S, sock_connect=CONNECT_S)
@@ -217,12 +219,15 @@ class ProxyUpstream:
             NarGoneError: it is not there.
             NarCutError: it did not come, or broke off.
         """
-        address = urljoin(f"{self.url}/", known.info.stored.url)
-        place = urlsplit(address)
+        try:
+            address = urljoin(f"{self.url}/", known.info.stored.url)
+            place = urlsplit(address)
+        except ValueError:
+            raise NarGoneError(f"{self.url} has {known.info.store_path} at an address that is none") from None
         if place.scheme not in {"http", "https"}:
             raise NarGoneError(f"{self.url} has {known.info.store_path} at an address that is not http")
         # As it is stored: with a content encoding it could be larger than it announces.
-        headers = {"Accept-Encoding": "identity"} | (self._headers if place.netloc == self._host else {})
+        headers = {"Accept-Encoding": "identity"} | (self._headers if place[:2] == self._origin else {})
         if offset:
             headers["Range"] = f"bytes={offset}-"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=NAR_SILENCE_S)
