@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import Final
 
 from sqlalchemy import select
@@ -28,6 +29,8 @@ _log = logging.getLogger(__name__)
 LOOK_EVERY_S: Final = 60.0
 #: Newest builds that are learned from: some 10 MB and half a second of a thread.
 BUILDS: Final = 50_000
+#: Builds that are taken from the store between two turns of the event loop, some 5 us each.
+BUILDS_AT_ONCE: Final = 1_000
 #: Builds that are older teach nothing: machines and packages change.
 WINDOW_S: Final = 90 * 86400.0
 #: Speeds that differ by a smaller part than this from what the core has are not worth its attention.
@@ -49,12 +52,16 @@ async def timed_builds(store: TimingStore, since: float) -> list[TimedBuild]:
         .order_by(table.ended_at.desc())
         .limit(BUILDS)
     )
-    rows = await store.answers(query)
-    return [
-        TimedBuild(package_of(name), system, worker, seconds, kind_of(name))
-        for name, system, worker, seconds in reversed(rows)
-        if name and system and worker and seconds > 0
-    ]
+    found: list[TimedBuild] = []
+    async with aclosing(store.answers_in_pieces(query, BUILDS_AT_ONCE)) as pieces:
+        async for rows in pieces:
+            found += [
+                TimedBuild(package_of(name), system, worker, seconds, kind_of(name))
+                for name, system, worker, seconds in rows
+                if name and system and worker and seconds > 0
+            ]
+    found.reverse()
+    return found
 
 
 class Learner:

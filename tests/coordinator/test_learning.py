@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.learning import learner
 from coordinator.learning.learned import (
     FASTEST,
     FETCH_MS,
@@ -197,7 +198,11 @@ async def test_what_was_learned_stays_while_the_store_of_timings_is_gone() -> No
     assert told.learner.work_ms("hello-2.12", LINUX) == 7000
 
 
-async def test_builds_are_read_from_the_timings_the_oldest_first_and_only_what_ended_well(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 1000])
+async def test_builds_are_read_from_the_timings_the_oldest_first_and_only_what_ended_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(learner, "BUILDS_AT_ONCE", at_once)
     store = TimingStore.open(f"sqlite+aiosqlite:///{tmp_path}/timings.sqlite3")
     await store.prepare()
 
