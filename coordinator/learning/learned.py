@@ -25,6 +25,8 @@ NEWEST: Final = 9
 ROUNDS: Final = 6
 #: Builds shorter than this say nothing of a worker's speed: starting them takes most of their time.
 SHORTEST_S: Final = 1.0
+#: No build is taken to last longer, whatever a worker sends: a sum over many steps is a small integer then.
+LONGEST_S: Final = 30 * 86400.0
 #: Comparisons that a worker's speed is half believed with, and those below which it is not believed at all.
 HALF_BELIEVED: Final = 4
 FEWEST: Final = 3
@@ -196,8 +198,8 @@ def _says_speed(build: TimedBuild) -> bool:
 
 
 def _log(build: TimedBuild) -> float:
-    return math.log(build.seconds)
+    return math.log(min(build.seconds, LONGEST_S))
 
 
 def _ms(seconds: float) -> int:
-    return max(1, round(seconds * 1000))
+    return max(1, round(min(seconds, LONGEST_S) * 1000))

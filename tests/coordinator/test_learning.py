@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.journal.codec import decode_facts, encode_facts
 from coordinator.learning import learner
 from coordinator.learning.learned import (
     FASTEST,
     FETCH_MS,
+    LONGEST_S,
     NEWEST,
     TRIVIAL_MS,
     Learned,
@@ -27,7 +29,8 @@ from coordinator.learning.learner import EMULATED_SPEED, Learner, timed_builds
 from coordinator.stores.timings import AttemptTiming, Outcome, TimingsError, TimingStore
 from infra.clock import SystemClock
 from scheduler.events import Event, SpeedsMeasured
-from scheduler.model import UNKNOWN_WORK_MS
+from scheduler.facts import StepAdded
+from scheduler.model import UNKNOWN_WORK_MS, StepKey, StepSpec
 
 LINUX, ARM = "x86_64-linux", "aarch64-linux"
 SPEEDS = {"slow": 0.5, "usual": 1.0, "other": 1.0, "fast": 2.0}
@@ -135,8 +138,18 @@ TIMED = st.builds(
 def test_whatever_was_measured_speeds_are_bounded_and_works_are_positive(builds: list[TimedBuild]) -> None:
     learned = learn(builds)
     assert all(speed * 1.0000001 >= 1 / FASTEST and speed <= FASTEST * 1.0000001 for speed in learned.speeds.values())
-    assert all(learned.expected(each.package, each.system, each.kind).work_ms >= 1 for each in builds)
+    works = [learned.expected(each.package, each.system, each.kind).work_ms for each in builds]
+    assert all(1 <= work_ms <= LONGEST_S * 1000 for work_ms in works)
     assert learn(builds) == learned
+
+
+def test_a_time_that_cannot_be_makes_no_work_that_the_journal_cannot_hold() -> None:
+    """The clock of a worker jumped, or it lies: what all submissions are expected to take must not follow."""
+    learned = learn([TimedBuild(f"p{n}", LINUX, "w", 1e300) for n in range(10)])
+    for package in ("p1", "new"):
+        work_ms = learned.expected(package, LINUX, WorkKind.BUILD).work_ms
+        fact = StepAdded(StepSpec(StepKey("s"), (), work_ms))
+        assert decode_facts(encode_facts([fact])) == (fact,)
 
 
 class Told:
