@@ -91,10 +91,11 @@ class Engine:
             while True:
                 deadline = self._farm.deadline()
                 await self._inbox.filled(None if deadline is None else max(0.0, deadline - self.now()))
-                plain, submission = self._inbox.take(TURN_MESSAGES), self._inbox.take_submission()
-                if submission is None or plain:
+                plain = self._inbox.take(TURN_MESSAGES)
+                if plain or not self._inbox.has_submission:
                     await self._turn(plain)
-                if submission is not None:
+                # Only now, because what was taken is answered by its turn.
+                if (submission := self._inbox.take_submission()) is not None:
                     await (self._take_large(submission) if submission.is_large else self._turn([submission]))
         finally:
             self._running, self._stopped = False, True
@@ -151,6 +152,8 @@ class Engine:
         finally:
             work.cancel()
             await asyncio.wait((work,))
+            # A turn that was ended before it began has not answered it.
+            submission.refuse()
         await work
         await self._turn(self._inbox.take(TURN_MESSAGES))
 

@@ -104,6 +104,11 @@ class EngineInbox:
             self._plain = deque(message for message in self._plain if id(message) not in gone)
         return list(map(self._taken, found))
 
+    @property
+    def has_submission(self) -> bool:
+        """True if a submission waits."""
+        return bool(self._submissions)
+
     def take_submission(self) -> EngineMessage | None:
         """Return and forget the oldest submission."""
         return self._taken(self._submissions.popleft()) if self._submissions else None

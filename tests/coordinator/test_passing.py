@@ -15,7 +15,7 @@ from coordinator.errors import UnavailableError
 from coordinator.journal.errors import JournalError
 from coordinator.journal.journal import Journal
 from infra.slices import in_slices
-from scheduler.events import SubmissionReceived, TimePassed
+from scheduler.events import SubmissionCancelled, SubmissionReceived, TimePassed
 from scheduler.facts import Fact
 from scheduler.model import Recipe, Requirements, StepKey, StepSpec, SubmissionId
 from tests.coordinator.conftest import OpenedFarm, OpenFarm
@@ -136,6 +136,27 @@ async def test_where_the_facts_of_what_passes_cannot_be_stored_the_submission_is
                 await worker.speak(await success(farm, worker, order))
             with pytest.raises(UnavailableError):
                 await taking
+            await asyncio.Event().wait()
+
+
+async def test_a_submission_behind_facts_that_cannot_be_stored_is_refused_too(
+    open_farm: OpenFarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = ScriptedWorker()
+
+    async def broken(_journal: Journal, _facts: Sequence[Fact], *_more: Any) -> None:
+        raise JournalError("the disk is gone")
+
+    with pytest.RaisesGroup(pytest.RaisesExc(JournalError, match="the disk is gone")):
+        async with open_farm(fleet=worker.start) as farm:
+            submitted = await farm.submit(ONE, "one")
+            monkeypatch.setattr(Journal, "append", broken)
+            engine = farm.coordinator.engine
+            cancelling = asyncio.create_task(engine.offer(SubmissionCancelled(SubmissionId(submitted.id))))
+            taking = asyncio.create_task(engine.submit(large("large")))
+            for each in (cancelling, taking):
+                with pytest.raises(UnavailableError):
+                    await asyncio.wait_for(each, 30)
             await asyncio.Event().wait()
 
 
