@@ -4,7 +4,9 @@
 2. A revision is written before anything is done for it. What follows (bringing its packages, looking at its coverage,
    moving pointers) is done again after a restart wherever it was not finished.
 3. One environment is changed by one task at a time.
-4. A source that fails changes nothing but its own trouble, and is looked at less and less often.
+4. What a revision lacks is brought beside all that, because that may take hours: neither other environments nor a
+   change of this one wait for it.
+5. A source that fails changes nothing but its own trouble, and is looked at less and less often.
 """
 
 from __future__ import annotations
@@ -97,6 +99,9 @@ class EnvironmentTracker:
         self._clock = clock
         #: Locks of names that something is done for, as long as that lasts.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        #: Environments whose packages are being brought.
+        self._bringing: dict[str, asyncio.Task[None]] = {}
+        self._bringers = asyncio.Semaphore(AT_ONCE)
         self._settled = False
         self._looked: dict[str, _LastLook] = {}
         self._wake = asyncio.Event()
@@ -109,6 +114,12 @@ class EnvironmentTracker:
 
     async def run(self) -> None:
         """Look after all environments until cancelled."""
+        try:
+            await self._rounds()
+        finally:
+            await self._end_bringing(*self._bringing)
+
+    async def _rounds(self) -> None:
         while True:
             self._wake.clear()
             try:
@@ -230,6 +241,7 @@ class EnvironmentTracker:
     async def forget(self, name: str) -> None:
         """Forget an environment, its history, and that its paths are kept."""
         async with self._lock(name):
+            await self._end_bringing(name)
             await self.store.forget(name)
             self._looked.pop(name, None)
             try:
@@ -358,9 +370,10 @@ class EnvironmentTracker:
         now = self._clock.now()
         looked = self._looked.get(name)
         brought_at = 0.0 if looked is None or looked.revision != newest.number else looked.brought_at
-        if now >= brought_at + self._settings.poll_s:
+        if now >= brought_at + self._settings.poll_s and name not in self._bringing:
             brought_at = now
-            await self._packages.bring(environment, newest, content)
+            task = asyncio.create_task(self._bring(environment, newest), name=f"bringing {_root(name, newest.number)}")
+            self._bringing[name] = task
         standings = await self._packages.standings(content)
         before = await self.store.assessment(name)
         found = await asyncio.to_thread(_assessment, newest.number, standings, before, now)
@@ -368,6 +381,31 @@ class EnvironmentTracker:
         await self._move(name, history, {each.system for each in found.systems if each.is_whole})
         whole = all(each.is_whole for each in found.systems)
         self._looked[name] = _LastLook(newest.number, self._clock.now(), whole, brought_at)
+
+    async def _bring(self, environment: Environment, revision: EnvironmentRevision) -> None:
+        """Bring what a revision lacks, then have its coverage looked at; a fault costs this try and nothing else."""
+        name = environment.name
+        try:
+            async with self._bringers:
+                contents = await self.store.contents(name, [revision.number])
+                for content in contents.values():
+                    await self._packages.bring(environment, revision, content)
+            # Not before the end of the look that began this.
+            async with self._lock(name):
+                self.stir(name)
+        except EnvironmentsError as error:
+            _log.warning("what environment %s lacks cannot be brought now: %s", name, error)
+        except Exception:  # noqa: BLE001 - a fault of ours ends this try and no other
+            _log.exception("what environment %s lacks cannot be brought", name)
+        finally:
+            del self._bringing[name]
+
+    async def _end_bringing(self, *names: str) -> None:
+        tasks = [self._bringing[name] for name in names if name in self._bringing]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def _move(self, name: str, history: Sequence[EnvironmentRevision], whole: Collection[str]) -> None:
         """Move each system's pointer to the highest revision that is whole there, if it is not there."""

@@ -25,6 +25,8 @@ from infra.objects.errors import CacheError
 from tests.support.cache import open_cache, store_path
 
 LINUX = "x86_64-linux"
+#: Only ends a test that hangs.
+PATIENCE_S = 4.0
 PUSHED = TrackedSource(SourceKind.PUSH)
 FILE = TrackedSource(SourceKind.FILE, "/list")
 CONTENT = WishList(
@@ -38,8 +40,18 @@ CONTENT = WishList(
 class NoPackages:
     """A farm that has no package."""
 
+    def __init__(self) -> None:
+        #: Names of environments whose packages are brought, and what lets that end.
+        self.brought: list[str] = []
+        self.ended: list[str] = []
+        self.go = asyncio.Event()
+
     async def bring(self, environment: Environment, revision: EnvironmentRevision, content: WishList) -> None:
-        pass
+        self.brought.append(f"{environment.name}@{revision.number}: {len(content.wishes)}")
+        try:
+            await self.go.wait()
+        finally:
+            self.ended.append(environment.name)
 
     async def standings(self, content: WishList) -> Sequence[PackageStanding]:
         return [PackageStanding(each.system, each.name, Way.LOCAL, "not tried") for each in content.wishes]
@@ -62,13 +74,16 @@ class SlowFile:
 
 
 @asynccontextmanager
-async def tracking(directory: Path, source: SlowFile) -> AsyncIterator[tuple[EnvironmentTracker, Cache]]:
+async def tracking(
+    directory: Path, source: SlowFile, packages: NoPackages | None = None
+) -> AsyncIterator[tuple[EnvironmentTracker, Cache]]:
     store = EnvironmentStore.open(f"sqlite+aiosqlite:///{directory}/environments.sqlite3", FencingToken(1, 1))
     try:
         await store.prepare()
         async with open_cache(directory) as cache:
             settings = EnvironmentSettings()
-            yield EnvironmentTracker(store, cache, NoPackages(), source.read, settings, SystemClock()), cache
+            farm = packages or NoPackages()
+            yield EnvironmentTracker(store, cache, farm, source.read, settings, SystemClock()), cache
     finally:
         await store.close()
 
@@ -105,6 +120,30 @@ async def test_a_name_that_two_owners_want_at_one_time_is_the_first_ones(tmp_pat
         assert (await repeat).owners == ("ci",)
 
 
+async def test_while_packages_are_brought_for_hours_everything_else_goes_on(tmp_path: Path) -> None:
+    packages = NoPackages()
+    async with tracking(tmp_path, SlowFile(), packages) as (tracker, _), asyncio.timeout(PATIENCE_S):
+        running = asyncio.create_task(tracker.run())
+        for name in ("dev", "other"):
+            tracked = await tracker.track(Environment(name, PUSHED, (), 1.0), None)
+            await tracker.push(tracked, CONTENT, "m", "")
+            while (found := await tracker.store.assessment(name)) is None:
+                await asyncio.sleep(0.01)
+            assert found.revision == 1
+        while len(packages.brought) < 2:
+            await asyncio.sleep(0.01)
+        assert sorted(packages.brought) == ["dev@1: 1", "other@1: 1"]
+        # Changes of it go on, and a forgotten one is brought no further.
+        with pytest.raises(ConflictError, match="nothing to roll back"):
+            await tracker.roll_back(await tracker.environment("dev"), (), 0)
+        await tracker.push(await tracker.environment("dev"), replace(CONTENT, systems=()), "m2", "")
+        await tracker.forget("dev")
+        assert packages.ended == ["dev"]
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert packages.ended == ["dev", "other"]
+
+
 async def test_roots_that_a_failed_forgetting_left_are_ended_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +157,7 @@ async def test_roots_that_a_failed_forgetting_left_are_ended_later(
                 await tracker.forget("dev")
         assert [root.name for root in await cache.roots()] == ["dev@1"]
         tracker.stir("dev")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while await cache.roots():  # noqa: ASYNC110 - what is waited for is another task's doing
                 await asyncio.sleep(0.01)
         running.cancel()
