@@ -63,18 +63,19 @@ class Mirror:
         self._max_bytes = max_bytes
         self._now = now
         self._rests_until = float("-inf")
+        #: Its last trouble, which is the answer as long as it rests.
+        self._trouble = ""
 
     async def fetch(self, content: FixedContent, into: IO[bytes]) -> MirrorAnswer:
         """Write a plain file with this content into `into`; only an answer FOUND says that it is there and right."""
         if self._now() < self._rests_until:
-            return MirrorAnswer(MirrorOutcome.AWAY, f"{self.url} failed a moment ago")
+            return MirrorAnswer(MirrorOutcome.AWAY, self._trouble)
         try:
             return await self._fetch(content, into)
         # Of a redirection to what is no name of a host `ValueError` comes.
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            self._rests_until = self._now() + REST_S
             reason = str(error).split("\n", 1)[0] or type(error).__name__
-            return MirrorAnswer(MirrorOutcome.AWAY, f"{self.url} does not answer: {reason}"[:300])
+            return self._away(f"{self.url} does not answer: {reason}"[:300])
         except _UnfitError:
             return MirrorAnswer(
                 MirrorOutcome.WRONG, f"{self.url} sent more than {self._max_bytes} bytes (`sources.max_mib`)"
@@ -91,8 +92,7 @@ class Mirror:
             if response.status in _ABSENT:
                 return MirrorAnswer(MirrorOutcome.ABSENT, f"{self.url} does not have it")
             if response.status != 200:
-                self._rests_until = self._now() + REST_S
-                return MirrorAnswer(MirrorOutcome.AWAY, f"{self.url} answered {response.status}")
+                return self._away(f"{self.url} answered {response.status}")
             digest, size = hashlib.new(content.algo, usedforsecurity=False), 0
 
             def take(block: bytes) -> None:
@@ -108,6 +108,10 @@ class Mirror:
             sentence = f"{self.url} sent {content.algo} {digest.hexdigest()} for {content.digest.hex()}"
             return MirrorAnswer(MirrorOutcome.WRONG, sentence)
         return MirrorAnswer(MirrorOutcome.FOUND, size=size)
+
+    def _away(self, trouble: str) -> MirrorAnswer:
+        self._rests_until, self._trouble = self._now() + REST_S, trouble
+        return MirrorAnswer(MirrorOutcome.AWAY, trouble)
 
 
 async def plain_file_nar(file: IO[bytes], size: int) -> AsyncIterator[bytes]:

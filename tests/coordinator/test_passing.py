@@ -154,9 +154,10 @@ async def test_a_submission_behind_facts_that_cannot_be_stored_is_refused_too(
             engine = farm.coordinator.engine
             cancelling = asyncio.create_task(engine.offer(SubmissionCancelled(SubmissionId(submitted.id))))
             taking = asyncio.create_task(engine.submit(large("large")))
+            # No `wait_for`, which in Python 3.11 loses the cancelling of this task where `each` has just ended.
             for each in (cancelling, taking):
                 with pytest.raises(UnavailableError):
-                    await asyncio.wait_for(each, 30)
+                    await each
             await asyncio.Event().wait()
 
 

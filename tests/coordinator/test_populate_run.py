@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from coordinator.api.mirroring import (
     MirrorState,
     MirrorView,
 )
-from coordinator.api.models import FarmView, SubmissionView, WorkerView
+from coordinator.api.models import FarmView, SubmissionView, WorkerState, WorkerView
 from coordinator.api.rebuild_models import RebuildCausesView
 from coordinator.api.requests import KnownDerivationsQuery, MirrorRequest, PairsQuery, SubmitRequest
 from coordinator.cli import populate
@@ -67,7 +68,8 @@ class FarmStub(ApiClient):
     async def rebuild_causes(self, query: PairsQuery) -> RebuildCausesView:
         raise RefusedError(422, "intake", f"the farm does not have {query.before[0]}")
 
-    async def workers(self) -> list[WorkerView]:
+    async def workers(self, states: Sequence[WorkerState] = (), system: str = "") -> list[WorkerView]:
+        assert (tuple(states), system) == ((), "")
         return [
             WorkerView(
                 name="w",

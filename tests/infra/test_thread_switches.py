@@ -17,3 +17,14 @@ def test_threads_give_way_soon_for_as_long_as_the_block_runs() -> None:
     with pytest.raises(KeyError), switching_often():
         raise KeyError
     assert sys.getswitchinterval() == before_s
+
+
+def test_blocks_that_end_in_the_order_they_began_leave_nothing_behind() -> None:
+    before_s = sys.getswitchinterval()
+    first, second = switching_often(), switching_often()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
+    second.__exit__(None, None, None)
+    assert sys.getswitchinterval() == before_s
