@@ -98,6 +98,8 @@ class Decider:
                 yield from self._builder_rules.lost(event, now)
             case e.SpeedsMeasured():
                 yield f.BuildersRated(event.speeds)
+            case e.WorksEstimated():
+                yield from self._estimated(event)
             case e.TimePassed():
                 pass
             case _:
@@ -350,6 +352,18 @@ class Decider:
             if not count % PIECE:
                 yield PAUSE
         return gone
+
+    def _estimated(self, event: e.WorksEstimated) -> Iterator[f.FactOrPause]:
+        """Take in what is news of steps that are not finished."""
+        news: list[tuple[StepKey, int]] = []
+        for count, (key, work_ms) in enumerate(event.works, 1):
+            step = self._state.steps.get(key)
+            if step is not None and step.state in UNFINISHED and work_ms > 0 and step.work_ms != work_ms:
+                news.append((key, work_ms))
+            if not count % PIECE:
+                yield PAUSE
+        if news:
+            yield f.WorksRevised(tuple(dict(news).items()))
 
     def _retry_asked(self, key: StepKey) -> Iterator[f.FactOrPause]:
         """Forget a failure that no submission waits for: the next one that wants the step builds it."""

@@ -156,6 +156,16 @@ class SpeedsMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class WorksEstimated:
+    """Steps are expected to take as long as this now, as in `StepSpec.work_ms`; finished and unknown ones are passed.
+
+    It costs what stands below these steps, so that it comes seldom and with all that has changed.
+    """
+
+    works: tuple[tuple[StepKey, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BuildSucceeded:
     """The outputs lie in the object store, not yet published. `evidence` is opaque and kept until they are."""
 
@@ -216,6 +226,7 @@ Event = (
     | BuilderReported
     | BuilderLost
     | SpeedsMeasured
+    | WorksEstimated
     | BuildSucceeded
     | BuildFailed
     | OutputsPublished

@@ -161,6 +161,14 @@ class StepAdded:
 
 
 @dataclass(frozen=True, slots=True)
+class WorksRevised:
+    """Unfinished steps are expected to take as long as this from now on."""
+
+    durable: ClassVar[bool] = True
+    works: tuple[tuple[StepKey, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RecipeAdded:
     """Another way to make a known step became known; it is tried after the ones before."""
 
@@ -444,6 +452,7 @@ Fact = (
     | SubmissionForgotten
     | StepsForgotten
     | StepAdded
+    | WorksRevised
     | RecipeAdded
     | StepCached
     | StepRevived

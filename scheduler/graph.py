@@ -10,6 +10,7 @@ Written by `FarmState.evolve` alone. Nothing here recurses.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from heapq import heapify, heappop, heappush
 
 from scheduler.model import BuilderId, ImpossibleError, LeaseId, StepKey, StepState, SubmissionId
 from scheduler.pauses import PAUSE, PIECE, Pause, whole
@@ -158,6 +159,32 @@ class StepGraph:
                         self.ready.enqueue(need)
             if fresh and step.unmet == 0:
                 self._become_ready(step)
+
+    def _retail(self, changed: Iterable[Step]) -> Iterator[Pause]:
+        """Compute the tails of steps whose work has changed, and of what stands below where that changes anything.
+
+        By depth, which is less for a dependent than for its needs: so each step is looked at once.
+        """
+        open_ = [(step.depth, step.sequence, step) for step in changed]
+        heapify(open_)
+        seen = {step for _, _, step in open_}
+        looked_at = 0
+        while open_:
+            _, _, step = heappop(open_)
+            tail_ms = step.work_ms + max([above.tail_ms for above in step.dependents], default=0)
+            looked_at += 1 + len(step.dependents)
+            if tail_ms != step.tail_ms:
+                step.tail_ms = tail_ms
+                if step.queue is not None:
+                    self.ready.enqueue(step)
+                looked_at += len(step.needs)
+                for need in step.needs:
+                    if need not in seen:
+                        seen.add(need)
+                        heappush(open_, (need.depth, need.sequence, need))
+            if looked_at >= PIECE:
+                looked_at = 0
+                yield PAUSE
 
     def _own(self, step: Step, stakes: tuple[int, ...], merged: Merged) -> None:
         """Count that more submissions want a step; `merged` keeps equal tuples one, as most of a graph's are."""

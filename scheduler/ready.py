@@ -79,16 +79,11 @@ class ReadyIndex:
         """
         queue = self._queue_of(step)
         rank = self._rank(step)
+        moves = step.queue is queue and step.rank != rank
         stays = frozenset(standing) if step.queue is queue and step.rank == rank else frozenset()
         step.rank = rank
         if step.queue is not queue:
-            if step.queue is not None:
-                step.queue.standing -= 1
-                step.held = None
-            queue.standing += 1
-            step.queue = queue
-            if not queue.builders:
-                self.forsaken[step] = None
+            self._stand(step, queue)
         entry = (-rank, step.sequence, step)
         for stake in step.owners:
             if stake in stays:
@@ -104,6 +99,21 @@ class ReadyIndex:
             # Only what the step itself had left there can be stale.
             if top[2] is step and top is not entry:
                 _prune(queue, stake, lane)
+            elif moves:
+                # Most often many steps move at one time: dropping what they left costs no more than that.
+                lane.stale += 1
+                if lane.stale * 2 > len(lane.heap):
+                    _drop_stale(queue, lane)
+
+    def _stand(self, step: Step, queue: Queue) -> None:
+        """Count a step in a queue, and no longer in the one where it stood."""
+        if step.queue is not None:
+            step.queue.standing -= 1
+            step.held = None
+        queue.standing += 1
+        step.queue = queue
+        if not queue.builders:
+            self.forsaken[step] = None
 
     def _open_lane(self, queue: Queue, stake: int) -> Lane:
         owner = self._shares.owner_of(stake)
@@ -253,9 +263,13 @@ def _leave_stale(queue: Queue, lane: Lane) -> None:
     """
     lane.stale += 1
     if lane.stale > max(FEW_STALE, isqrt(len(lane.heap))):
-        lane.heap = [entry for entry in lane.heap if entry[2].queue is queue and entry[2].rank == -entry[0]]
-        heapify(lane.heap)
-        lane.stale = 0
+        _drop_stale(queue, lane)
+
+
+def _drop_stale(queue: Queue, lane: Lane) -> None:
+    lane.heap = [entry for entry in lane.heap if entry[2].queue is queue and entry[2].rank == -entry[0]]
+    heapify(lane.heap)
+    lane.stale = 0
 
 
 def _prune(queue: Queue, stake: int, lane: Lane) -> None:

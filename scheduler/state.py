@@ -30,7 +30,7 @@ from scheduler.model import (
 )
 from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.records import FEW_DEPENDENTS, NO_BUILDER, NO_TRIES, Hold, Step
-from scheduler.transitions import LAPSED, SUBJECT
+from scheduler.transitions import LAPSED, SUBJECT, UNFINISHED
 from scheduler.wanted import WantedSteps
 
 _WAITING, _READY, _LEASED = StepState.WAITING, StepState.READY, StepState.LEASED
@@ -85,6 +85,8 @@ class FarmState(WantedSteps):
                 self._roster.refreshed(fact)
             case f.StepAdded():
                 self._added(fact.spec)
+            case f.WorksRevised():
+                return self._revised(fact)
             case f.RecipeAdded():
                 step = self._subject(fact, fact.step)
                 step.recipes = (*step.recipes, fact.recipe)
@@ -163,6 +165,20 @@ class FarmState(WantedSteps):
         if spec.key in self.steps or not spec.recipes:
             raise ImpossibleError(f"{spec.key} is known, or has no recipe")
         self._know(spec.key, spec.recipes, _WAITING, spec.work_ms)
+
+    def _revised(self, fact: f.WorksRevised) -> Iterator[Pause]:
+        steps: list[Step] = []
+        for key, work_ms in fact.works:
+            step = self.steps.get(key)
+            if step is None or step.state not in UNFINISHED:
+                raise ImpossibleError(f"work cannot be said of {step or key}")
+            step.work_ms = work_ms
+            holder = self.builders.get(step.builder)
+            if holder is not None:
+                # When it should have room was computed of the former work.
+                holder.moves += 1
+            steps.append(step)
+        return self._retail(steps)
 
     def _know(self, key: StepKey, recipes: tuple[Recipe, ...], state: StepState, work_ms: int = 0) -> None:
         self.generation += 1

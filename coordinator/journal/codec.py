@@ -49,6 +49,7 @@ _TAGS: dict[type, str] = {
     facts.SubmissionForgotten: "submission-forgotten",
     facts.StepsForgotten: "steps-forgotten",
     facts.StepAdded: "step-added",
+    facts.WorksRevised: "works-revised",
     facts.RecipeAdded: "recipe-added",
     facts.StepCached: "step-held",
     facts.StepRevived: "step-revived",

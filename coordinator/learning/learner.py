@@ -1,27 +1,33 @@
 """Learner: reads what builds took, again and again, and gives the core what follows from it.
 
 It runs beside everything else. A store of timings that is slow or gone leaves what was learned before. What the core
-gets is in its journal with each step (`StepSpec.work_ms`), so that a replay needs no timings.
+gets is in its journal (`StepSpec.work_ms`, `WorksRevised`), so that a replay needs no timings. Steps that wait are
+looked at again when something was built: the first builds of a mass rebuild teach its others.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Final
 
 from sqlalchemy import select
 
 from coordinator.api.questions import EstimateSource
 from coordinator.errors import CoordinatorError
-from coordinator.learning.learned import Learned, TimedBuild, kind_of, learn
+from coordinator.learning.learned import ExpectedWork, Learned, TimedBuild, WorkKind, WorkSource, kind_of, learn
 from coordinator.stores.timings import TimingStore, attempts
 from infra.clock import Clock
 from infra.nix.store_path import package_of
-from scheduler.events import Event, SpeedsMeasured
-from scheduler.model import BuilderId
+from infra.slices import in_slices
+from scheduler.events import Event, SpeedsMeasured, WorksEstimated
+from scheduler.model import BuilderId, StepKey
+from scheduler.pauses import PAUSE, PIECE, Pause
+from scheduler.state import FarmState
+from scheduler.transitions import UNFINISHED
 
 _log = logging.getLogger(__name__)
 
@@ -35,12 +41,61 @@ BUILDS_AT_ONCE: Final = 1_000
 WINDOW_S: Final = 90 * 86400.0
 #: Speeds that differ by a smaller part than this from what the core has are not worth its attention.
 WORTH_TELLING: Final = 0.05
+#: Works that differ by less than these factors from what the core has stay as they are: what is known of the package
+#: itself, and what is guessed, which would move all that was never built at each look.
+WORTH_REVISING: Final = 1.25
+GUESS_WORTH_REVISING: Final = 3.0
 #: Speed of a worker for a system that it only emulates, until it is measured.
 EMULATED_SPEED: Final = 0.2
 
 #: Since when -> builds, the oldest first; may raise a `CoordinatorError`.
 Read = Callable[[float], Awaitable[Sequence[TimedBuild]]]
 Post = Callable[[Sequence[Event]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWork:
+    """A step that has not ended: name, system and kind of its derivation, and what the core expects of it."""
+
+    step: StepKey
+    name: str
+    system: str
+    kind: WorkKind
+    work_ms: int
+
+
+#: Returns all of them; read in slices of the loop, while they may change.
+OpenWorks = Callable[[], Iterable[OpenWork]]
+
+
+def open_works(state: FarmState, name_of: Callable[[StepKey], str]) -> Iterator[OpenWork]:
+    """Yield the steps of the farm that have not ended; may be read with pauses, while the farm goes on."""
+    for step in list(state.steps.values()):
+        if step.state in UNFINISHED and step.recipes and (name := name_of(step.key)):
+            yield OpenWork(step.key, name, step.recipe.requirements.system, kind_of(name), step.work_ms)
+
+
+def no_open_works() -> Iterable[OpenWork]:
+    """Nothing waits anywhere."""
+    return ()
+
+
+def revised(learned: Learned, works: Iterable[OpenWork]) -> Generator[Pause, None, tuple[tuple[StepKey, int], ...]]:
+    """Return the steps of which something else is expected by now, with what that is; with pauses."""
+    news: list[tuple[StepKey, int]] = []
+    for count, work in enumerate(works, 1):
+        expected = learned.expected(package_of(work.name), work.system, work.kind)
+        if _is_news(work.work_ms, expected):
+            news.append((work.step, expected.work_ms))
+        if not count % PIECE:
+            yield PAUSE
+    return tuple(news)
+
+
+def _is_news(work_ms: int, expected: ExpectedWork) -> bool:
+    known = expected.source in (WorkSource.PACKAGE, WorkSource.OTHER_SYSTEM)
+    factor = WORTH_REVISING if known else GUESS_WORTH_REVISING
+    return not work_ms / factor < expected.work_ms < work_ms * factor
 
 
 async def timed_builds(store: TimingStore, since: float) -> list[TimedBuild]:
@@ -65,13 +120,24 @@ async def timed_builds(store: TimingStore, since: float) -> list[TimedBuild]:
 
 
 class Learner:
-    """Keeps `learned` true, and the core's speeds with it. `emulated` gives (worker, system) of all that emulate."""
+    """Keeps `learned` true, and what the core has of it: speeds, and works of steps that have not ended.
 
-    def __init__(self, read: Read, post: Post, emulated: Callable[[], Sequence[tuple[str, str]]], clock: Clock) -> None:
+    `emulated` gives (worker, system) of all that emulate.
+    """
+
+    def __init__(
+        self,
+        read: Read,
+        post: Post,
+        emulated: Callable[[], Sequence[tuple[str, str]]],
+        clock: Clock,
+        open_works: OpenWorks = no_open_works,
+    ) -> None:
         self._read = read
         self._post = post
         self._emulated = emulated
         self._clock = clock
+        self._open_works = open_works
         self._posted: dict[tuple[str, str], float] = {}
         self.learned = Learned()
 
@@ -82,14 +148,22 @@ class Learner:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def look(self) -> None:
-        """Learn from all builds as of now; post speeds where they have changed."""
+        """Learn from all builds as of now; post speeds and works where they have changed."""
         try:
             builds = await self._read(self._clock.now() - WINDOW_S)
         except CoordinatorError as error:
             _log.debug("nothing new is learned: %s", error)
         else:
-            self.learned = await asyncio.to_thread(learn, builds)
+            learned = await asyncio.to_thread(learn, builds)
+            changed, self.learned = learned != self.learned, learned
+            if changed:
+                await self._revise()
         await self._tell()
+
+    async def _revise(self) -> None:
+        works = await in_slices(revised(self.learned, self._open_works()))
+        if works:
+            await self._post((WorksEstimated(works),))
 
     async def _tell(self) -> None:
         speeds = dict.fromkeys(self._emulated(), EMULATED_SPEED) | dict(self.learned.speeds)

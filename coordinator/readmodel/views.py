@@ -162,7 +162,7 @@ class Views(FoldedRows):
 
     def name_of(self, row: StepRow) -> str:
         """Return a step's name, or its key where no details are known."""
-        return self._name(row.key) or row.key
+        return self.step_name(row.key) or row.key
 
     def unmet(self, row: StepRow) -> int:
         """Return how many needs of a step are not done."""
@@ -199,9 +199,9 @@ class Views(FoldedRows):
             found = [key for key in self._details.find(text) if key in self._steps]
         if len(found) == 1:
             return self._steps[found[0]]
-        same = [key for key in found if self._name(key) == text]
-        same = same or [key for key in found if package_of(self._name(key) or "") == text]
-        if len({(self._name(key), self._system(key)) for key in same}) == 1:
+        same = [key for key in found if self.step_name(key) == text]
+        same = same or [key for key in found if package_of(self.step_name(key) or "") == text]
+        if len({(self.step_name(key), self._system(key)) for key in same}) == 1:
             return self._steps[same[-1]]
         if found:
             examples = ", ".join([*found[:EXAMPLES], *(["…"] if len(found) > EXAMPLES else [])])
@@ -306,7 +306,7 @@ class Views(FoldedRows):
         failed, running = row.state is StepStatus.FAILED, row.state is StepStatus.RUNNING
         sentence, waiting = "", None
         if row.state in _EXPLAINED:
-            sentence, waiting = self._explain.waiting(row.key, self._name)
+            sentence, waiting = self._explain.waiting(row.key, self.step_name)
         return StepView(
             key=row.key,
             name=detail.name,
@@ -421,7 +421,8 @@ class Views(FoldedRows):
     def _system(self, key: StepKey) -> str:
         return (self._details.get(key) or _NO_DETAIL).system
 
-    def _name(self, key: StepKey) -> str:
+    def step_name(self, key: StepKey) -> str:
+        """Return the name of a step, "" where it is not known; much cheaper than `named`."""
         return self._details.name(key)
 
     def _unschedulable(self, row: SubmissionRow) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.submissions import Submissions
 from coordinator.intake.verifier_pool import VerifierPool
 from coordinator.journal.codec import decode_notes
-from coordinator.learning.learner import Learner, timed_builds
+from coordinator.learning.learner import Learner, open_works, timed_builds
 from coordinator.readmodel.attempt_meter import AttemptMeter
 from coordinator.readmodel.differences import Differences
 from coordinator.readmodel.etas import Etas
@@ -117,7 +117,13 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     )
     if not settings.sources.across_names:
         intake.fixed.offers = None
-    learner = Learner(partial(timed_builds, stores.timings), engine.post, views.workforce.emulating, clock)
+    learner = Learner(
+        partial(timed_builds, stores.timings),
+        engine.post,
+        views.workforce.emulating,
+        clock,
+        partial(open_works, farm.state, views.step_name),
+    )
     intake.works, explainer.source = learner.work_ms, learner.source
     submissions = Submissions(engine, views, intake)
     growth = Growth(engine, views, intake, submissions, limits.open_silence_s)

@@ -13,12 +13,13 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from pathlib import Path
 
 from coordinator.learning.learned import Learned, TimedBuild, learn
+from coordinator.learning.learner import OpenWork, revised
 from scheduler.effects import PublishOutputs, StartBuild
 from scheduler.events import (
     BuilderJoined,
@@ -28,9 +29,11 @@ from scheduler.events import (
     SpeedsMeasured,
     SubmissionReceived,
     TimePassed,
+    WorksEstimated,
 )
 from scheduler.farm import Farm
 from scheduler.model import BuilderId, BuilderSpec, Instant, Recipe, Requirements, StepKey, StepSpec, SubmissionId
+from scheduler.pauses import whole
 from scheduler.policy import Limits
 from scheduler.terms import Terms
 from tests.benchmarks import makespan_peers as peers
@@ -49,8 +52,10 @@ from tests.benchmarks.makespan_work import (
 )
 from tests.benchmarks.report import progress
 
-#: Seconds of the simulation between two measurements of speeds.
-MEASURE_EVERY_S = 3600.0
+#: Seconds of the simulation between two looks at what was built, as the learner's, and part of the time so far: later
+#: ones change little and cost time of the benchmark.
+MEASURE_EVERY_S = 60.0
+MEASURE_PART = 0.1
 #: The shortest jobs are this part of all.
 SHORTEST = 0.2
 TARGET_OVER_BEST = 1.03
@@ -84,6 +89,8 @@ class CoreRebuild:
         self._keys = [StepKey(f"{step:08x}-{name}") for step, name in enumerate(rebuild.shape.names)]
         self._step_of = {key: step for step, key in enumerate(self._keys)}
         self._machine_of = {machine.name: index for index, machine in enumerate(rebuild.fleet)}
+        self._expected: dict[StepKey, int] = {}
+        self._ended: set[int] = set()
         self._ends: list[tuple[float, int, StartBuild]] = []
         self._now = 0.0
         self._ready_at: dict[int, float] = {}
@@ -109,8 +116,9 @@ class CoreRebuild:
                 continue
             self._now, step, order = heappop(self._ends)
             self._note(step, order)
+            self._ended.add(step)
             self._call(BuildSucceeded(order.lease, order.builder, b""))
-            if self._now >= measured_at + MEASURE_EVERY_S:
+            if self._now >= measured_at + max(MEASURE_EVERY_S, self._now * MEASURE_PART):
                 measured_at = self._now
                 self._measure(learn([*self._before, *self.played.builds]))
         for owner in self._owners:
@@ -142,6 +150,7 @@ class CoreRebuild:
         shape = self._rebuild.shape
         needs = tuple(self._keys[need] for need in shape.needs[step])
         expected = self._learned.expected(shape.packages[step], shape.systems[step], shape.kinds[step])
+        self._expected[self._keys[step]] = expected.work_ms
         return StepSpec(self._keys[step], (Recipe(Requirements(shape.systems[step]), needs),), expected.work_ms)
 
     def _note(self, step: int, order: StartBuild) -> None:
@@ -155,6 +164,16 @@ class CoreRebuild:
     def _measure(self, learned: Learned) -> None:
         speeds = tuple((BuilderId(worker), on, speed) for (worker, on), speed in sorted(learned.speeds.items()))
         self._call(SpeedsMeasured(speeds))
+        works = whole(revised(learned, self._open_works())) if self.played.builds else ()
+        if works:
+            self._expected.update(works)
+            self._call(WorksEstimated(works))
+
+    def _open_works(self) -> Iterator[OpenWork]:
+        shape = self._rebuild.shape
+        for step, key in enumerate(self._keys):
+            if step not in self._ended:
+                yield OpenWork(key, shape.names[step], shape.systems[step], shape.kinds[step], self._expected[key])
 
     def _call(self, *events: Event) -> None:
         """Hand events over, and what follows from publishing at once; begin what is ordered."""

@@ -25,12 +25,13 @@ from coordinator.learning.learned import (
     kind_of,
     learn,
 )
-from coordinator.learning.learner import EMULATED_SPEED, Learner, timed_builds
+from coordinator.learning.learner import EMULATED_SPEED, Learner, OpenWork, revised, timed_builds
 from coordinator.stores.timings import AttemptTiming, Outcome, TimingsError, TimingStore
 from infra.clock import SystemClock
-from scheduler.events import Event, SpeedsMeasured
+from scheduler.events import Event, SpeedsMeasured, WorksEstimated
 from scheduler.facts import StepAdded
 from scheduler.model import UNKNOWN_WORK_MS, StepKey, StepSpec
+from scheduler.pauses import whole
 
 LINUX, ARM = "x86_64-linux", "aarch64-linux"
 SPEEDS = {"slow": 0.5, "usual": 1.0, "other": 1.0, "fast": 2.0}
@@ -160,7 +161,8 @@ class Told:
         self.builds: list[TimedBuild] = []
         self.gone = False
         self.emulated: list[tuple[str, str]] = []
-        self.learner = Learner(self.read, self.post, lambda: self.emulated, SystemClock())
+        self.waiting: list[OpenWork] = []
+        self.learner = Learner(self.read, self.post, lambda: self.emulated, SystemClock(), lambda: self.waiting)
 
     async def read(self, _since: float) -> Sequence[TimedBuild]:
         if self.gone:
@@ -209,6 +211,25 @@ async def test_what_was_learned_stays_while_the_store_of_timings_is_gone() -> No
     told.gone = True
     await told.learner.look()
     assert told.learner.work_ms("hello-2.12", LINUX) == 7000
+
+
+async def test_steps_that_wait_are_estimated_anew_once_their_package_was_built() -> None:
+    told = Told()
+    told.waiting = [
+        OpenWork(StepKey("known"), "hello-2.12", LINUX, WorkKind.BUILD, 60_000),
+        OpenWork(StepKey("right"), "hello-2.13", LINUX, WorkKind.BUILD, 7_500),
+        OpenWork(StepKey("other"), "world-1", LINUX, WorkKind.BUILD, 60_000),
+    ]
+    told.builds = [TimedBuild("hello", LINUX, "w", 7.0)]
+    await told.learner.look()
+    await told.learner.look()
+    assert told.events == [WorksEstimated(((StepKey("known"), 7000),))]
+
+
+def test_a_guess_is_passed_on_only_where_it_is_far_off() -> None:
+    learned = Learned(kinds={WorkKind.BUILD: 100.0})
+    works = [OpenWork(StepKey(str(ms)), "p", LINUX, WorkKind.BUILD, ms) for ms in (20_000, 60_000, 290_000, 400_000)]
+    assert whole(revised(learned, works)) == ((StepKey("20000"), 100_000), (StepKey("400000"), 100_000))
 
 
 @pytest.mark.parametrize("at_once", [1, 1000])

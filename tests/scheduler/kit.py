@@ -261,6 +261,8 @@ def tell_event(event: e.Event) -> str:  # noqa: C901, PLR0911, PLR0912  one line
             return f"the cache has {' '.join(event.steps)}"
         case e.SpeedsMeasured():
             return f"the speeds of builders are measured: {len(event.speeds)}"
+        case e.WorksEstimated():
+            return f"works are estimated anew: {len(event.works)}"
         case e.TimePassed():
             return "time passes"
 

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from typing import TypeVar
 
+from scheduler.events import WorksEstimated
 from scheduler.model import FailureKind, Recipe, StepKey, StepSpec
 from scheduler.policy import Limits
 from tests.scheduler.kit import recipe
@@ -18,6 +19,9 @@ from tests.scheduler.world import CLASSES, World
 T = TypeVar("T")
 STEPS = 14
 OPERATIONS = 120
+#: What steps are expected to take, 0 where that is not known; and how often, by operations, something else is.
+WORKS_MS = (0, 1, 20_000, 3_600_000)
+REVISIONS = 0.1
 
 
 def random_graph(chance: random.Random, alternatives: float) -> dict[StepKey, StepSpec]:
@@ -41,7 +45,7 @@ def random_graph(chance: random.Random, alternatives: float) -> dict[StepKey, St
 
 def with_work(graph: dict[StepKey, StepSpec], chance: random.Random) -> dict[StepKey, StepSpec]:
     """The same steps, most of which are known to take a moment or an hour."""
-    return {key: replace(spec, work_ms=chance.choice([0, 1, 20_000, 3_600_000])) for key, spec in graph.items()}
+    return {key: replace(spec, work_ms=chance.choice(WORKS_MS)) for key, spec in graph.items()}
 
 
 def only_first(graph: dict[StepKey, StepSpec]) -> dict[StepKey, StepSpec]:
@@ -74,6 +78,10 @@ def play(seed: int) -> World:
     for _ in range(OPERATIONS):
         if world.submitted and forgetting.random() < forgetful:
             world.expire(_pick(forgetting, world.submitted))
+        if learned and learning.random() < REVISIONS:
+            world.call(
+                WorksEstimated(tuple((key, learning.choice(WORKS_MS)) for key in learning.sample(list(graph), 3)))
+            )
         operation = chance.choices(list(weights), list(weights.values()))[0]
         operation(world, chance, graph if chance.random() < 0.7 else plain, faults)
     world.settle()

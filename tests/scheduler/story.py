@@ -21,6 +21,8 @@ def subjects(fact: f.Fact) -> tuple[str, ...]:  # noqa: C901, PLR0911, PLR0912  
             return (fact.lease.step,)
         case f.StepAdded():
             return (fact.spec.key,)
+        case f.WorksRevised():
+            return tuple([step for step, _ in fact.works])
         case f.StepFailed():
             return (fact.step, fact.builder)
         case f.StepDoomed():
@@ -147,6 +149,8 @@ def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fac
             return f"builder {fact.builder} is out of quarantine"
         case f.FarmResumed():
             return "farm resumed"
+        case f.WorksRevised():
+            return f"works are expected anew: {', '.join(f'{key} {work_ms / 1000:g} s' for key, work_ms in fact.works)}"
         case f.BuildersRated():
             return f"builders are so fast: {_speeds(fact.speeds)}"
         case f.StepHeld():

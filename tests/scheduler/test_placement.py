@@ -7,6 +7,7 @@ from dataclasses import replace
 from heapq import heapify
 
 from scheduler import events as e
+from scheduler import facts as f
 from scheduler import reasons as r
 from scheduler.effects import StartBuild
 from scheduler.model import BuilderId, Instant, Requirements, StepKey, StepSpec, StepState
@@ -127,6 +128,45 @@ def test_works_and_tails_survive_a_restart_and_speeds_come_anew() -> None:
     other = Scene()
     other.farm.replay(farm.farm.snapshot())
     assert other.farm.state.steps[StepKey("low")].tail_ms == 5 * MINUTE_MS
+
+
+def test_what_is_learned_while_steps_wait_orders_them_anew_and_survives_a_restart() -> None:
+    farm = scene(only=1.0)
+    chain = [work(step("top", "mid"), 1), work(step("mid", "low"), 1), work(step("low"), 1)]
+    farm.play(submit("s", ["now", "top", "other"], work(step("now"), 9), *chain, work(step("other"), 5)))
+    assert holders(farm) == {"now": "only"}
+    # Unknown, done and unchanged ones change nothing.
+    estimated = e.WorksEstimated(
+        ((StepKey("top"), 30 * MINUTE_MS), (StepKey("no"), 5), (StepKey("other"), 5 * MINUTE_MS))
+    )
+    facts, _ = farm.farm.handle(estimated, Instant(1.0))
+    assert facts == [f.WorksRevised(((StepKey("top"), 30 * MINUTE_MS),))]
+    assert [farm.farm.state.steps[StepKey(key)].tail_ms // MINUTE_MS for key in ("top", "mid", "low")] == [30, 31, 32]
+    other = Scene()
+    other.farm.replay(farm.farm.snapshot())
+    assert other.farm.state.steps[StepKey("low")].tail_ms == 32 * MINUTE_MS
+    farm.play(built("now", "only"))
+    assert "low" in holders(farm)
+    # A step that turns out to be short leaves its place to others.
+    farm.play(e.WorksEstimated(((StepKey("top"), 1000),)))
+    assert farm.farm.state.steps[StepKey("mid")].tail_ms == MINUTE_MS + 1000
+    farm.play(built("low", "only"))
+    assert "other" in holders(farm)
+
+
+def test_tails_are_those_of_the_longest_paths_whatever_was_estimated_in_between() -> None:
+    chance = random.Random(3)
+    names = [f"n{number}" for number in range(60)]
+    needs = {name: chance.sample(names[:at], min(at, chance.randrange(4))) for at, name in enumerate(names)}
+    farm = Scene()
+    farm.play(submit("s", names[-9:], *(step(name, *needs[name]) for name in names)))
+    for _ in range(20):
+        works = {StepKey(name): chance.randrange(1, 10**6) for name in chance.sample(names, 5)}
+        farm.play(e.WorksEstimated(tuple(works.items())))
+        for each in farm.farm.state.steps.values():
+            above = [other.tail_ms for other in each.dependents]
+            assert not each.engaged or each.tail_ms == each.work_ms + max(above, default=0)
+        farm.restart()
 
 
 def test_no_wait_is_longer_than_an_hour() -> None:

@@ -97,6 +97,7 @@ MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("needs are let go of by nobody", state.FarmState, "_release", lambda *_: None),
     ("a lost builder keeps its leases", builder_rules.BuilderRules, "lost", _nothing),
     ("a result in the cache is built all the same", decide.Decider, "_hold", _nothing),
+    ("what stands below does not learn of works", state.FarmState, "_retail", _nothing),
     ("every recipe helps", step_rules.StepRules, "_helps", _always),
 )
 
