@@ -5,10 +5,10 @@
     DIR/nar/NAME        NARs as they came
     DIR/partial/…       what is being written; emptied at start
 
-A large file gets its name once it is whole. A small one is written under its name, and a proxy that was killed, or a
-machine that lost its power, may leave a part of it: a reader checks what an earlier run wrote before it uses it. Sizes
-count in blocks, as the disk does; what is being written comes on top. The order of use survives a restart in the times
-of the files.
+A large file gets its name once it is whole. A small one is written under its name a little later (`late_writer`), and a
+proxy that was killed, or a machine that lost its power, may leave a part of it or nothing: a reader checks what an
+earlier run wrote before it uses it. Sizes count in blocks, as the disk does; what is being written comes on top. The
+order of use survives a restart in the times of the files, which for new ones are those of writing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from coordinator.cache_proxy.errors import ProxyError
+from coordinator.cache_proxy.late_writer import LateWriter
 
 BLOCK_BYTES: Final = 4096
 #: Least bound: the largest narinfo and some small NARs.
@@ -44,6 +45,7 @@ class ProxyFiles:
         self._sound: set[str] = set()
         self._lock = -1
         self._partial = 0
+        self._writer = LateWriter()
 
     def open(self) -> None:
         """Take the directory and read what is there.
@@ -68,7 +70,8 @@ class ProxyFiles:
             raise ProxyError(f"cannot use {self._directory}: {error.strerror}; name another --dir") from None
 
     def close(self) -> None:
-        """Give the directory back."""
+        """Write what waits to be written, and give the directory back."""
+        self._writer.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -93,6 +96,7 @@ class ProxyFiles:
         if name not in self._sizes:
             return None
         path = self._directory / name
+        self._writer.settle(path)
         try:
             os.utime(path)
         except OSError:
@@ -103,6 +107,10 @@ class ProxyFiles:
 
     def read(self, name: str) -> bytes | None:
         """Return a small file's content, None where there is none."""
+        waiting = self._writer.content(self._directory / name)
+        if waiting is not None:
+            self._sizes.move_to_end(name)
+            return waiting
         path = self.use(name)
         if path is None:
             return None
@@ -113,17 +121,8 @@ class ProxyFiles:
             return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file.
-
-        Raises:
-            OSError: the disk does not take it.
-        """
-        path = self._directory / name
-        try:
-            path.write_bytes(content)
-        except OSError:
-            self.drop(name)
-            raise
+        """Write a small file, soon. One that the disk does not take is dropped."""
+        self._writer.write(self._directory / name, content)
         self._enter(name, len(content))
 
     def partial(self) -> Path:
@@ -155,6 +154,7 @@ class ProxyFiles:
         """Remove a file; there being none is no error."""
         self._sound.discard(name)
         self.size_bytes -= self._sizes.pop(name, 0)
+        self._writer.drop(self._directory / name)
         with suppress(OSError):
             (self._directory / name).unlink(missing_ok=True)
 
@@ -171,6 +171,9 @@ class ProxyFiles:
         self._shrink()
 
     def _shrink(self) -> None:
+        while self._writer.lost:
+            lost = self._writer.lost.popleft()
+            self.size_bytes -= self._sizes.pop(f"{lost.parent.name}/{lost.name}", 0)
         while self.size_bytes > self.max_bytes and self._sizes:
             self.drop(next(iter(self._sizes)))
 

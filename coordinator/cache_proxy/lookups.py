@@ -221,10 +221,7 @@ class NarinfoLookups:
         if name in self._files:
             return
         head = f"{known.upstream} {self._now():.0f} {len(known.text)} {known.info.stored.url}\n"
-        try:
-            self._files.write(name, head.encode() + known.text)
-        except OSError as error:
-            _log.warning("a narinfo is not kept: %s", error.strerror)
+        self._files.write(name, head.encode() + known.text)
 
     def _kept(self, part: str) -> tuple[KnownPath | None, float]:
         """Return what is on disk, and when it was written."""

@@ -215,8 +215,9 @@ class ProxyNars:
         finally:
             download.finish(good=good)
             self._downloads.pop(known.nar_name, None)
-            with suppress(OSError):
-                download.partial.unlink(missing_ok=True)
+            if not download.is_small:
+                with suppress(OSError):
+                    download.partial.unlink(missing_ok=True)
 
     async def _take_small(self, upstream: ProxyUpstream, download: NarDownload) -> bool:
         content = BytesIO()

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 from contextlib import aclosing
@@ -94,6 +95,11 @@ class ProxySite:
         self._prefetch.taken(known)
         if download is not None and known.info.stored.file_size > WHOLE_BYTES and plain:
             return await self._send_while_it_comes(request, known, download)
+        if download is not None and plain and await asyncio.shield(download.done):
+            content = self._nars.in_memory(known)
+            if content is not None:
+                # Its file is hardly written yet.
+                return web.Response(body=content, headers=_NAR_HEADERS)
         path = path or await self._nars.whole(known)
         try:
             if path is None:

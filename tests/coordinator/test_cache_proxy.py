@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from aiohttp import web
 from coordinator.cache_proxy import lookups, prefetch, server, upstream
 from coordinator.cache_proxy.disk import ProxyFiles
 from coordinator.cache_proxy.errors import ProxyError, ProxySettingsError
+from coordinator.cache_proxy.late_writer import WAITING_BYTES, LateWriter
 from coordinator.cache_proxy.model import ProxySettings
 from coordinator.cache_proxy.proxy import checked, running
 from coordinator.caches.opening import OpenCache
@@ -212,6 +214,14 @@ def command(directory: Path, *upstreams: str) -> Iterator[tuple[subprocess.Popen
             process.kill()
 
 
+def until_written(directory: Path, count: int) -> None:
+    """Wait for small files, which are written a little after they are served."""
+    give_up_at = time.monotonic() + 20
+    while sum(file.stat().st_size > 0 for file in directory.iterdir()) < count:
+        assert time.monotonic() < give_up_at
+        time.sleep(0.01)
+
+
 async def test_a_proxy_that_was_killed_has_all_of_its_disk_again_but_what_was_damaged(tmp_path: Path) -> None:
     cache = SmallCache()
     paths = cache.chain("p", 6)
@@ -219,6 +229,7 @@ async def test_a_proxy_that_was_killed_has_all_of_its_disk_again_but_what_was_da
         with ExitStack() as stack:
             process, address = await asyncio.to_thread(stack.enter_context, command(tmp_path / "proxy", url))
             assert (await realise(tmp_path / "one", paths[-1], address, cache)).returncode == 0
+            await asyncio.to_thread(until_written, tmp_path / "proxy/nar", len(paths))
             process.send_signal(signal.SIGKILL)
             await asyncio.to_thread(process.wait)
         kept = sorted((tmp_path / "proxy/nar").iterdir())
@@ -410,7 +421,12 @@ def test_the_bound_holds_and_what_was_used_longest_ago_goes_first(tmp_path: Path
     assert (len(files), files.size_bytes) == (10, 10 * 4096)
     assert [number for number in range(12) if f"nar/{number}" not in files] == [1, 2]
     files.write("narinfo/large", bytes(5 * 4096))
-    assert files.size_bytes == sum(file.stat().st_blocks * 512 for file in tmp_path.glob("n*/*")) == 10 * 4096
+    assert files.read("narinfo/large") == bytes(5 * 4096)
+    assert files.size_bytes == 10 * 4096
+    files.close()
+    assert sum(file.stat().st_blocks * 512 for file in tmp_path.glob("n*/*")) == 10 * 4096
+    files.open()
+    assert files.use("nar/0") is not None
     os.utime(tmp_path / "nar/11", (1, 1))
     files.close()
     again = ProxyFiles(tmp_path, 6 * 4096)
@@ -419,6 +435,29 @@ def test_the_bound_holds_and_what_was_used_longest_ago_goes_first(tmp_path: Path
     assert again.read("nar/0") == bytes(4000)
     assert again.read("nar/11") is None
     again.close()
+
+
+def test_small_files_are_written_late_but_for_one_that_is_needed_and_what_a_disk_refuses_is_absent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = LateWriter()
+    # The disk is busy until somebody reads.
+    os.mkfifo(tmp_path / "pipe")
+    writer.write(tmp_path / "pipe", b"zero")
+    writer.write(tmp_path / "a", b"one")
+    writer.write(tmp_path / "no such directory/b", b"two")
+    assert writer.content(tmp_path / "a") == b"one"
+    assert not (tmp_path / "a").exists()
+    assert (tmp_path / "pipe").read_bytes() == b"zero"
+    writer.settle(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"one"
+    writer.write(tmp_path / "a", b"three")
+    writer.write(tmp_path / "large", bytes(WAITING_BYTES))
+    assert (tmp_path / "large").stat().st_size == WAITING_BYTES
+    writer.close()
+    assert (tmp_path / "a").read_bytes() == b"three"
+    assert list(writer.lost) == [tmp_path / "no such directory/b"]
+    assert "cannot be kept: No such file or directory" in caplog.text
 
 
 async def test_a_token_goes_to_its_host_alone_and_not_to_other_machines(
