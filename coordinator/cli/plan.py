@@ -41,6 +41,8 @@ class PlanRequest:
     every: bool = False
     as_json: bool = False
     markdown: Path | None = None
+    #: MiB that this machine fetches in a second, where that is known.
+    rate: float | None = None
 
 
 async def plan(client: ApiClient, request: PlanRequest) -> int:
@@ -53,7 +55,7 @@ async def plan(client: ApiClient, request: PlanRequest) -> int:
     graph = await _graph(client, wishes, view, local_store(request.wishes.store))
     if graph:
         view = await client.plan(query.model_copy(update={"graph": graph}))
-    text = PlanText(view, this_system(), _when, request.every)
+    text = PlanText(view, this_system(), _when, request.every, request.rate or 0.0)
     if request.as_json:
         print_json(view)
     else:

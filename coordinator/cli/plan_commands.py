@@ -27,6 +27,12 @@ KINDS: Final = ("flox", "devbox", "flake", "flake-lock", "paths", "nix-eval-jobs
 @evaluated
 @click.option("--store", metavar="DIR", help="Evaluate into a Nix store below DIR.")
 @click.option("--all", "every", is_flag=True, help="Also list packages that can be fetched on every system.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(0.01, 100_000),
+    metavar="MIB",
+    help="MiB/s that this machine fetches.  [default: unknown]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), help="Write Markdown to FILE too.")
 @addressed

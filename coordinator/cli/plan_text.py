@@ -37,6 +37,7 @@ MIN_NAME: Final = 12
 MIN_CELL: Final = 12
 #: Rows of the table; `--json` has all.
 MAX_ROWS: Final = 200
+_MIB: Final = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class PlanText:
     when: Callable[[float], str]
     #: Also packages that can be fetched on every system.
     every: bool = False
+    #: MiB that the reader's machine fetches in a second; 0.0 where that is not known.
+    rate_mib: float = 0.0
 
     def rows(self) -> tuple[list[tuple[str, dict[str, WishPlan]]], int]:
         """Return the packages that the table has, each with its wishes by system, and how many it leaves out."""
@@ -89,7 +92,7 @@ def plan_lines(text: PlanText, width: int) -> list[Line]:
     """Return the whole plan for a terminal of `width` cells."""
     lines = [*_table(text, width), [("", "")]]
     for each in text.view.systems:
-        lines += _system(each, is_own=each.system == text.system)
+        lines += _system(each, text.rate_mib, is_own=each.system == text.system)
     lines += [[(sentence, "")] for sentence in sentences(text)]
     return lines
 
@@ -118,10 +121,10 @@ def _table(text: PlanText, width: int) -> list[Line]:
     return lines
 
 
-def _system(plan: SystemPlan, *, is_own: bool) -> list[Line]:
+def _system(plan: SystemPlan, rate_mib: float, *, is_own: bool) -> list[Line]:
     whose = " (this machine)" if is_own else ""
     lines: list[Line] = [[(f"{plan.system}{whose}: ", "bold"), (counts_phrase(plan), "")]]
-    lines.append([(f"  Nix would fetch {fetch_phrase(plan)}", "")])
+    lines.append([(f"  Nix would fetch {fetch_phrase(plan, rate_mib)}", "")])
     lines += [[(f"  and build {build_phrase(plan)}", "")]] if plan.steps else []
     return lines
 
@@ -136,8 +139,8 @@ def counts_phrase(plan: SystemPlan) -> str:
     return ", ".join(words) or "nothing"
 
 
-def fetch_phrase(plan: SystemPlan) -> str:
-    """Return how much Nix would fetch from where."""
+def fetch_phrase(plan: SystemPlan, rate_mib: float) -> str:
+    """Return how much Nix would fetch from where, and for how long at a rate; 0.0 where none is known."""
     total = plan.here_paths + plan.upstream_paths
     if not total:
         return "nothing"
@@ -146,7 +149,11 @@ def fetch_phrase(plan: SystemPlan) -> str:
         parts.append(f"{plan.here_paths} paths from the farm ({size(plan.here_bytes)})")
     if plan.upstream_paths:
         parts.append(f"{plan.upstream_paths} from upstream ({size(plan.upstream_bytes)})")
-    return f"{' and '.join(parts)}, {size(plan.unpacked_bytes)} unpacked"
+    takes = ""
+    if rate_mib:
+        fetch_s = (plan.here_bytes + plan.upstream_bytes) / rate_mib / _MIB
+        takes = f", in about {duration(max(1.0, fetch_s))} at {rate_mib:g} MiB/s"
+    return f"{' and '.join(parts)}, {size(plan.unpacked_bytes)} unpacked{takes}"
 
 
 def build_phrase(plan: SystemPlan) -> str:
@@ -178,6 +185,8 @@ def sentences(text: PlanText) -> list[str]:
         if each.state != "answered":
             how = "did not answer in time" if each.state == "slow" else "does not answer"
             found.append(f"{one_line(each.url)} {how}: it counts as having nothing")
+    if not text.rate_mib and any(each.here_paths or each.upstream_paths for each in view.systems):
+        found.append("how long fetching takes is unknown; --rate says how fast this machine fetches")
     if view.unfollowed:
         found.append(f"{view.unfollowed} paths were not looked up in time; the same plan finds more in a moment")
     found += [one_line(note) for note in view.notes[:LISTED]]
@@ -204,7 +213,9 @@ def plan_markdown(text: PlanText) -> str:
     lines = ["## drover plan", ""]
     for plan in text.view.systems:
         build = f", build {build_phrase(plan)}" if plan.steps else ""
-        lines.append(f"- **{plan.system}**: {counts_phrase(plan)}; Nix would fetch {fetch_phrase(plan)}{build}")
+        lines.append(
+            f"- **{plan.system}**: {counts_phrase(plan)}; Nix would fetch {fetch_phrase(plan, text.rate_mib)}{build}"
+        )
     if rows:
         lines += ["", f"| package | {' | '.join(systems)} |", f"|---|{'---|' * len(systems)}"]
     for name, wishes in rows[:MAX_ROWS]:

@@ -187,6 +187,7 @@ async def test_a_plan_says_of_each_package_what_became_of_it_and_changes_nothing
         for sentence in (
             f"{LINUX} (this machine): 1 here, 1 upstream, 2 build, 1 fails, 1 unfree, 1 gone",
             "  Nix would fetch 1 paths from the farm (",
+            "how long fetching takes is unknown; --rate says how fast this machine fetches",
             "  and build 5 derivations here, for about ",
             " as the farm's workers took and an unknown time for 3 of them; 1 of them with what they stand on, which",
             f"above fails on {LINUX} because of bad since 20",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.api.plan_models import PlanView
+from coordinator.api.plan_models import PlanView, SystemPlan
+from coordinator.cli.plan_text import PlanText, fetch_phrase, sentences
 from coordinator.intake.forecast import BuildCost, PlannedStep
 from coordinator.plans.closures import Closures, ClosureSurvey, LocatedPath, Reach, extents
 from coordinator.plans.judging import FarmFacts, KnownFailure, WishFacts, judge
@@ -151,3 +153,14 @@ def test_a_closure_is_as_good_as_its_worst_member(survey: ClosureSurvey) -> None
         else:
             expected = Reach(max(min(survey.located[one].place, 1) for one in reached))
         assert found[each] is expected
+
+
+def test_how_long_fetching_takes_is_said_at_a_known_rate_alone() -> None:
+    plan = SystemPlan(system=LINUX, counts={}, present=0, here_paths=2, here_bytes=500 << 20, upstream_paths=1,
+                      upstream_bytes=100 << 20, unpacked_bytes=2 << 30)  # fmt: skip
+    said = "2 paths from the farm (500.0 MiB) and 1 from upstream (100.0 MiB), 2.0 GiB unpacked"
+    assert fetch_phrase(plan, 0.0) == said
+    assert fetch_phrase(plan, 5.0) == f"{said}, in about 2m00s at 5 MiB/s"
+    text = PlanText(PlanView(digest="", wishes=(), systems=(plan,)), LINUX, str)
+    assert sentences(text) == ["how long fetching takes is unknown; --rate says how fast this machine fetches"]
+    assert sentences(replace(text, rate_mib=5.0)) == []
