@@ -28,6 +28,8 @@ BUDGET_S: Final = 3.0
 PATIENCE_S: Final = 2.0
 #: Paths of one piece: at most four round trips, as an upstream takes sixteen questions at a time.
 PIECE: Final = 64
+#: Paths of one piece of an upstream that has answered the question for a closure: one round trip, or few.
+PIECE_AT_ONCE: Final = 500
 #: Paths of which this cache is asked at once.
 ASKED_AT_ONCE: Final = 1_000
 #: Paths of all closures together.
@@ -53,6 +55,10 @@ class UpstreamSource(Protocol):
     @property
     def is_away(self) -> bool:
         """True while it is left alone after a failure."""
+
+    @property
+    def answers_closures(self) -> bool:
+        """True where many paths are best asked for at once."""
 
     async def narinfos(self, hash_parts: Collection[str]) -> dict[str, NarInfo]:
         """See `infra.cache.pulls.upstream.Upstream.narinfos`."""
@@ -177,19 +183,24 @@ class Lookup:
         One that is silent, or fails, counts as having nothing.
         """
         found: dict[str, LocatedPath] = {}
-        for start in range(0, len(paths), PIECE):
+        start = 0
+        while start < len(paths):
             left_s = ends_at - self._now()
             if left_s <= 0:
                 return found, frozenset(paths[start:])
-            piece = {hash_part_of(path): path for path in paths[start : start + PIECE]}
+            # One that has answered such a question is not silent because a larger one takes longer.
+            at_once = upstream.source.answers_closures
+            piece = {hash_part_of(path): path for path in paths[start : start + (PIECE_AT_ONCE if at_once else PIECE)]}
+            patience_s = left_s if at_once else min(PATIENCE_S, left_s)
             try:
-                async with asyncio.timeout(min(PATIENCE_S, left_s)):
+                async with asyncio.timeout(patience_s):
                     infos = await upstream.source.narinfos(piece)
             except TimeoutError:
-                if left_s < PATIENCE_S:
+                if patience_s == left_s:
                     return found, frozenset(paths[start:])
                 upstream.state = "slow"
                 return found, frozenset()
+            start += len(piece)
             if upstream.source.is_away:
                 upstream.state = "away"
                 return found, frozenset()

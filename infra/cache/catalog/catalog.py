@@ -16,7 +16,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -34,8 +34,15 @@ RECENT_S = 900.0
 MAX_CLOSURE = 100_000
 #: Paths whose use is remembered until it is written down.
 USED_IN_MEMORY = 50_000
-#: Files whose presence is looked at without leaving the event loop; about 2 us each.
+#: Paths that are looked at without leaving the event loop; about 2 us each, and some more for a file.
 LOOK_INLINE = 64
+#: Rows that are read together where a question reaches many: some milliseconds of the event loop.
+ROWS_AT_ONCE = 1_000
+#: Paths whose references are read together: some thousands, which hold the event loop for milliseconds.
+REFERRERS_AT_ONCE = 500
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +105,11 @@ class Catalog:
     async def missing(self, store_paths: Iterable[str]) -> set[str]:
         """See `Cache.missing`."""
         wanted = set(store_paths)
+        parts = await apart(len(wanted), lambda: self.hash_parts(wanted))
         async with reading(self.database) as connection:
-            rows = await self.rows(connection, self.hash_parts(wanted))
+            rows = await self.rows(connection, parts)
         present = await self.fetchable(rows.values())
-        return wanted - {row.store_path for row in present}
+        return await apart(len(present), lambda: wanted - {row.store_path for row in present})
 
     async def differing(self, claims: Mapping[str, str]) -> dict[str, bool]:
         """See `Cache.differing`."""
@@ -158,34 +166,32 @@ class Catalog:
         wanted = set(store_paths)
         if len(wanted) > MAX_CLOSURE:
             raise ClosureTooLargeError(f"{len(wanted)} paths were asked for at once; the limit is {MAX_CLOSURE}")
-        hash_parts = self.hash_parts(wanted)
+        hash_parts = await apart(len(wanted), lambda: self.hash_parts(wanted))
         reached: dict[int, Row] = {}
         async with reading(self.database) as connection:
-            for chunk in chunked(hash_parts):
-                if not recursive:
-                    reached.update({row.serial: row for row in (await self.rows(connection, chunk)).values()})
-                elif at_most is not None:
+            if not recursive:
+                reached = {row.serial: row for row in (await self.rows(connection, hash_parts)).values()}
+            elif at_most is not None:
+                for chunk in chunked(hash_parts):
                     reached.update(await self._nearest(connection, chunk, at_most))
-                else:
-                    reached.update(await self._reach(connection, chunk))
-                if len(reached) > MAX_CLOSURE:
-                    raise ClosureTooLargeError(f"the closure has more than {MAX_CLOSURE} paths; ask for parts of it")
-        rows = [reached[serial] for serial in sorted(reached)]
-        present = {row.store_path for row in await self.fetchable(rows)}
-        missing = (wanted | {row.store_path for row in rows}) - present
-        return [row.narinfo for row in rows if row.store_path in present], sorted(missing)
+            else:
+                reached = {row.serial: row for row in await self._reach(connection, hash_parts)}
+            if len(reached) > MAX_CLOSURE:
+                raise ClosureTooLargeError(f"the closure has more than {MAX_CLOSURE} paths; ask for parts of it")
+        present = await self.fetchable(reached.values())
+        return await apart(len(reached), lambda: _answer(wanted, reached, present))
 
     async def lost(self, inputs: Iterable[str], suspects: Iterable[str]) -> set[str]:
         """See `Cache.lost`."""
         wanted, suspected = set(inputs), set(suspects)
         if len(wanted) > MAX_CLOSURE:
             raise ClosureTooLargeError(f"{len(wanted)} paths were asked for at once; the limit is {MAX_CLOSURE}")
-        reached: dict[str, Row] = {}
+        hash_parts = await apart(len(wanted), lambda: self.hash_parts(wanted))
         async with reading(self.database) as connection:
-            for chunk in chunked(self.hash_parts(wanted)):
-                rows = await self._reach(connection, chunk)
-                reached.update((row.store_path, row) for row in rows.values())
-        here = {row.store_path for row in await self.fetchable(reached.values())}
+            rows = await self._reach(connection, hash_parts)
+        reached = await apart(len(rows), lambda: {row.store_path: row for row in rows})
+        intact = await self.fetchable(reached.values())
+        here = await apart(len(intact), lambda: {row.store_path for row in intact})
         lost = (wanted | reached.keys()) - here
         for path in sorted(suspected & here):
             # The database has it; a remote store is queried for what a reader did not find.
@@ -216,7 +222,7 @@ class Catalog:
     async def rows(self, connection: AsyncConnection, hash_parts: Sequence[str]) -> dict[str, Row]:
         """Return the rows that there are, tombstoned or not, by hash part."""
         found: dict[str, Row] = {}
-        for chunk in chunked(hash_parts):
+        for chunk in chunked(hash_parts, ROWS_AT_ONCE):
             question = sa.select(*_ROW_COLUMNS).where(paths.c.hash_part.in_(chunk))
             for values in await connection.execute(question):
                 row = Row(*values)
@@ -230,16 +236,15 @@ class Catalog:
 
     async def fetchable(self, rows: Iterable[Row]) -> list[Row]:
         """Return those rows whose paths can be fetched."""
-        return await self.intact(row for row in rows if row.tombstoned_at is None)
+        looked_at = list(rows)
+        return await apart(
+            len(looked_at), lambda: [row for row in looked_at if row.tombstoned_at is None and self.is_intact(row)]
+        )
 
     async def intact(self, rows: Iterable[Row]) -> list[Row]:
         """Return those rows whose objects are there, tombstoned or not."""
         looked_at = list(rows)
-
-        def look() -> list[Row]:
-            return [row for row in looked_at if self.is_intact(row)]
-
-        return look() if len(looked_at) <= LOOK_INLINE else await asyncio.to_thread(look)
+        return await apart(len(looked_at), lambda: [row for row in looked_at if self.is_intact(row)])
 
     def is_intact(self, row: Row) -> bool:
         """Return whether the object of a row has its size, as far as that is cheap to know."""
@@ -291,8 +296,45 @@ class Catalog:
             level = list(further)
         return found
 
-    async def _reach(self, connection: AsyncConnection, hash_parts: Sequence[str]) -> dict[int, Row]:
-        reach = sa.select(paths.c.serial).where(paths.c.hash_part.in_(hash_parts)).cte("reach", recursive=True)
-        reach = reach.union(sa.select(refs.c.reference).join(reach, refs.c.referrer == reach.c.serial))
-        question = sa.select(*_ROW_COLUMNS).where(paths.c.serial.in_(sa.select(reach.c.serial))).limit(MAX_CLOSURE + 1)
-        return {row[0]: Row(*row) for row in await connection.execute(question)}
+    async def _reach(self, connection: AsyncConnection, hash_parts: Sequence[str]) -> list[Row]:
+        """Return the rows of paths and of all that they reach."""
+        roots: list[int] = []
+        for chunk in chunked(hash_parts, ROWS_AT_ONCE):
+            roots += (await connection.execute(sa.select(paths.c.serial).where(paths.c.hash_part.in_(chunk)))).scalars()
+        found: list[Row] = []
+        for part in chunked(list(await reached_serials(connection, roots)), ROWS_AT_ONCE):
+            found += await self.numbered(connection, part)
+        return found
+
+
+async def reached_serials(connection: AsyncConnection, roots: Iterable[int]) -> set[int]:
+    """Return the serials of paths and of all that they reach, level by level: a recursive question has no bound.
+
+    Raises:
+        ClosureTooLargeError: there are more than MAX_CLOSURE.
+    """
+    reached = set(roots)
+    level = list(reached)
+    while level:
+        further: set[int] = set()
+        for chunk in chunked(level, REFERRERS_AT_ONCE):
+            question = sa.select(refs.c.reference).distinct().where(refs.c.referrer.in_(chunk))
+            further.update((await connection.execute(question)).scalars())
+        level = list(further - reached)
+        reached.update(level)
+        if len(reached) > MAX_CLOSURE:
+            raise ClosureTooLargeError(f"the closure has more than {MAX_CLOSURE} paths; ask for parts of it")
+    return reached
+
+
+async def apart(count: int, work: Callable[[], _T]) -> _T:
+    """Do the work on so many paths, in a thread where they are many."""
+    return work() if count <= LOOK_INLINE else await asyncio.to_thread(work)
+
+
+def _answer(wanted: set[str], reached: Mapping[int, Row], present: Iterable[Row]) -> tuple[list[bytes], list[str]]:
+    """Return the narinfos of what was reached and is present, references first, and all other paths."""
+    here = {row.store_path for row in present}
+    rows = [reached[serial] for serial in sorted(reached)]
+    missing = (wanted | {row.store_path for row in rows}) - here
+    return [row.narinfo for row in rows if row.store_path in here], sorted(missing)

@@ -15,15 +15,12 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.cache.catalog.catalog import MAX_CLOSURE, Catalog
-from infra.cache.catalog.database import chunked, paths, reading, refs
-from infra.cache.errors import ClosureTooLargeError
+from infra.cache.catalog.catalog import Catalog, reached_serials
+from infra.cache.catalog.database import chunked, paths, reading
 from infra.nix.store_path import HASH_PART_LENGTH, base_name_of, hash_part_of
 
 #: Paths whose texts are read together.
 TEXTS_AT_ONCE: Final = 500
-#: Paths whose references are read together: some thousands, which hold the event loop for milliseconds.
-REFERRERS_AT_ONCE: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,7 @@ async def find_page(
         page = set(roots) if first else set()
         further: list[int] = []
         if recursive:
-            reached = await _reached(connection, roots)
+            reached = await reached_serials(connection, roots)
             further = sorted((serial for serial in reached - roots if first or serial < after), reverse=True)
         left = bounds.paths - len(page)
         taken = await _within(connection, further[: max(0, left)], bounds.size_bytes)
@@ -99,22 +96,6 @@ async def _asked(connection: AsyncConnection, names: Iterable[str]) -> dict[str,
         for serial, part, store_path in await connection.execute(question):
             found |= dict.fromkeys((name for name in by_part[part] if name in {part, base_name_of(store_path)}), serial)
     return found
-
-
-async def _reached(connection: AsyncConnection, roots: Iterable[int]) -> set[int]:
-    """Return the serials that are reached, level by level: a recursive question could not be bounded."""
-    reached = set(roots)
-    level = list(reached)
-    while level:
-        further: set[int] = set()
-        for chunk in chunked(level, REFERRERS_AT_ONCE):
-            question = sa.select(refs.c.reference).distinct().where(refs.c.referrer.in_(chunk))
-            further.update((await connection.execute(question)).scalars())
-        level = list(further - reached)
-        reached.update(level)
-        if len(reached) > MAX_CLOSURE:
-            raise ClosureTooLargeError(f"the closure has more than {MAX_CLOSURE} paths; ask for parts of it")
-    return reached
 
 
 async def _within(connection: AsyncConnection, serials: Sequence[int], size_bytes: int) -> list[int]:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.cache.catalog.catalog import Catalog, Row
-from infra.cache.catalog.database import conflicts, paths, reading, refs, writing
+from infra.cache.catalog.catalog import Catalog, Row, apart
+from infra.cache.catalog.database import chunked, conflicts, paths, reading, refs, writing
 from infra.cache.catalog.deletions import PUBLISH_WITHIN_S, deleted, maybe_deleted
 from infra.cache.catalog.tombstones import revive
 from infra.cache.publishing.claims import (
@@ -43,6 +44,8 @@ from infra.objects.verification import verify_nar
 SMALL_BYTES = 256 * 1024
 #: Objects that are verified at once, above that size.
 VERIFY_CONCURRENCY = 4
+#: Rows of one statement: rendering one holds the event loop for some 10 us.
+ROWS_AT_ONCE = 500
 
 
 class Publisher:
@@ -72,21 +75,23 @@ class Publisher:
     async def _publish_distinct(
         self, batch: Sequence[NarInfo], verified: Callable[[], None]
     ) -> dict[str, PublishOutcome]:
-        outcomes: dict[str, PublishOutcome] = {}
-        sound = []
-        for claim in batch:
-            fault = malformed(claim, self._catalog.store_dir)
-            if fault:
-                outcomes[claim.store_path] = Rejected(claim.store_path, RejectReason.MALFORMED, fault)
-            else:
-                sound.append(claim)
+        faults = await apart(len(batch), lambda: [malformed(claim, self._catalog.store_dir) for claim in batch])
+        outcomes: dict[str, PublishOutcome] = {
+            claim.store_path: Rejected(claim.store_path, RejectReason.MALFORMED, fault)
+            for claim, fault in zip(batch, faults, strict=True)
+            if fault
+        }
+        sound = [claim for claim, fault in zip(batch, faults, strict=True) if not fault]
         if not sound:
             return outcomes
         began = self._catalog.now()
         async with reading(self._catalog.database) as connection:
             known = await self._catalog.rows(connection, [claim.hash_part for claim in sound])
             before = await deleted(connection, {claim.stored.url for claim in sound})
-        unproven = [claim for claim in sound if not self._is_repeat(claim, known.get(claim.hash_part))]
+        unproven = await apart(
+            len(sound),
+            lambda: [claim for claim in sound if not self._is_repeat(claim, known.get(claim.hash_part))],
+        )
         sealed: dict[str, bytes] = {}
         for claim, result in zip(unproven, await self._examine_all(unproven), strict=True):
             if isinstance(result, Rejected):
@@ -116,28 +121,28 @@ class Publisher:
     async def _examine_all(self, claims: Sequence[NarInfo]) -> list[bytes | Rejected]:
         """Read and verify each object; gives the signed narinfo of those that hold."""
         small = [
-            claim
-            for claim in claims
+            number
+            for number, claim in enumerate(claims)
             if isinstance(self._catalog.objects, LocalObjectStore)
             and max(claim.stored.file_size, claim.path.nar_size) <= SMALL_BYTES
         ]
         of_small = set(small)
-        results: dict[NarInfo, bytes | Rejected] = {}
+        results: dict[int, bytes | Rejected] = {}
 
         def examine_small() -> None:
-            results.update((claim, self._examine(claim)) for claim in small)
+            results.update((number, self._examine(claims[number])) for number in small)
 
-        async def examine_large(claim: NarInfo) -> None:
+        async def examine_large(number: int) -> None:
             async with self._verifying:
-                results[claim] = await asyncio.to_thread(self._examine, claim)
+                results[number] = await asyncio.to_thread(self._examine, claims[number])
 
         async with asyncio.TaskGroup() as tasks:
-            for claim in claims:
-                if claim not in of_small:
-                    tasks.create_task(examine_large(claim))
+            for number in range(len(claims)):
+                if number not in of_small:
+                    tasks.create_task(examine_large(number))
             if small:
                 await asyncio.to_thread(examine_small)
-        return [results[claim] for claim in claims]
+        return [results[number] for number in range(len(claims))]
 
     def _examine(self, claim: NarInfo) -> bytes | Rejected:
         try:
@@ -185,7 +190,7 @@ class Publisher:
             outcomes[claim.store_path] = outcome
         sound = [claim for claim in new if claim.store_path in sealed]
         outcomes.update((claim.store_path, _vanished(claim)) for claim in new if claim.store_path not in sealed)
-        ordered, blocked = references_first(sound, present.keys())
+        ordered, blocked = await apart(len(sound), lambda: references_first(sound, present.keys()))
         outcomes.update(rejected_for_references(blocked))
         await self._insert(connection, ordered, sealed, present)
         outcomes.update((claim.store_path, Published(claim.store_path)) for claim in ordered)
@@ -201,32 +206,16 @@ class Publisher:
         if not ordered:
             return
         now = self._catalog.now()
-        inserted = await connection.execute(
-            paths.insert().returning(paths.c.serial, sort_by_parameter_order=True),
-            [
-                {
-                    "hash_part": claim.hash_part,
-                    "store_path": claim.store_path,
-                    **asdict(claim.stored),
-                    "nar_hash": claim.path.nar_hash,
-                    "nar_size": claim.path.nar_size,
-                    "deriver": claim.path.deriver,
-                    "ca": claim.path.ca,
-                    "narinfo": sealed[claim.store_path],
-                    "published_at": now,
-                }
-                for claim in ordered
-            ],
-        )
-        for claim, serial in zip(ordered, inserted.scalars(), strict=True):
-            serials[claim.base_name] = serial
-        edges = [
-            {"referrer": serials[claim.base_name], "reference": serials[reference]}
-            for claim in ordered
-            for reference in set(claim.path.references)
-        ]
-        if edges:
-            await connection.execute(refs.insert(), edges)
+        for chunk in chunked(ordered, ROWS_AT_ONCE):
+            rows = await apart(len(chunk), partial(_path_rows, chunk, sealed, now))
+            inserted = await connection.execute(
+                paths.insert().returning(paths.c.serial, sort_by_parameter_order=True), rows
+            )
+            for claim, serial in zip(chunk, inserted.scalars(), strict=True):
+                serials[claim.base_name] = serial
+        edges = await apart(len(ordered), lambda: _edges(ordered, serials))
+        for part in chunked(edges, ROWS_AT_ONCE):
+            await connection.execute(refs.insert(), part)
 
     async def _record_conflict(self, connection: AsyncConnection, claim: NarInfo, row: Row) -> None:
         same = (conflicts.c.serial == row.serial) & (conflicts.c.nar_hash == claim.path.nar_hash)
@@ -245,6 +234,31 @@ class Publisher:
                 times=1,
             )
         )
+
+
+def _path_rows(claims: Sequence[NarInfo], sealed: Mapping[str, bytes], now: float) -> list[dict[str, object]]:
+    return [
+        {
+            "hash_part": claim.hash_part,
+            "store_path": claim.store_path,
+            **asdict(claim.stored),
+            "nar_hash": claim.path.nar_hash,
+            "nar_size": claim.path.nar_size,
+            "deriver": claim.path.deriver,
+            "ca": claim.path.ca,
+            "narinfo": sealed[claim.store_path],
+            "published_at": now,
+        }
+        for claim in claims
+    ]
+
+
+def _edges(claims: Sequence[NarInfo], serials: Mapping[str, int]) -> list[dict[str, int]]:
+    return [
+        {"referrer": serials[claim.base_name], "reference": serials[reference]}
+        for claim in claims
+        for reference in set(claim.path.references)
+    ]
 
 
 async def repoint(catalog: Catalog, claim: NarInfo) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -38,8 +38,11 @@ NARINFO_S: Final = 20.0
 #: For a closure, and how many paths are worth that question.
 CLOSURE_S: Final = 120.0
 AT_ONCE_FROM: Final = 2
-#: Narinfos whose signatures are verified before the event loop looks after others.
+#: Narinfos whose signatures are verified before the event loop looks after others; that are remembered unverified.
 JUDGED_AT_ONCE: Final = 16
+LEARNT_AT_ONCE: Final = 500
+#: Bytes of a narinfo that is remembered before its signature is verified.
+MAX_UNJUDGED_BYTES: Final = 4 * 1024
 #: A NAR may take as long as it likes, but not be silent for so long.
 SILENCE_S: Final = 60.0
 #: Nor come more slowly than so, on the whole.
@@ -99,8 +102,8 @@ class Upstream:
         self._store_dir = store_dir
         self._now = now
         self._turns = asyncio.Semaphore(UPSTREAM_CONCURRENCY)
-        #: Hash part -> (what is there, until when that is believed), oldest first.
-        self._known: OrderedDict[str, tuple[NarInfo | None, float]] = OrderedDict()
+        #: Hash part -> (what is there, until when that is believed), oldest first; bytes are not judged yet.
+        self._known: OrderedDict[str, tuple[NarInfo | bytes | None, float]] = OrderedDict()
         self._rests_until = float("-inf")
         #: Whether it answers the question for a closure; None until it was asked.
         self._answers_closures: bool | None = None
@@ -132,22 +135,18 @@ class Upstream:
         """True while it is left alone after a failure, so that it seems to have nothing."""
         return self._now() < self._rests_until
 
+    @property
+    def answers_closures(self) -> bool:
+        """True once it has answered the question for a closure, so that many paths are best asked for at once."""
+        return self._answers_closures is True
+
     async def narinfos(self, hash_parts: Collection[str]) -> dict[str, NarInfo]:
         """Return, by hash part, what the upstream has with a trusted signature; nothing while it fails."""
         found: dict[str, NarInfo] = {}
-        unknown = []
-        now = self._now()
-        for hash_part in set(hash_parts):
-            info, until = self._known.get(hash_part, (None, float("-inf")))
-            if until <= now:
-                unknown.append(hash_part)
-            elif info is not None:
-                found[hash_part] = info
+        unknown = await self._recall(set(hash_parts), found)
         if len(unknown) >= AT_ONCE_FROM and self._answers_closures is not False:
             await self._ask_at_once(unknown)
-            known = {part: self._known[part][0] for part in unknown if self._known.get(part, (None, now))[1] > now}
-            found |= {part: info for part, info in known.items() if info is not None}
-            unknown = [part for part in unknown if part not in known]
+            unknown = await self._recall(unknown, found)
         remaining = iter(unknown)
 
         async def ask() -> None:
@@ -182,8 +181,9 @@ class Upstream:
     async def inquire(self, store_path: str) -> Inquiry:
         """Ask for one full store path, whatever became of other questions, and say why what it sent does not count."""
         hash_part = hash_part_of(store_path)
-        info, until = self._known.get(hash_part, (None, float("-inf")))
-        inquiry = Inquiry(info) if info is not None and until > self._now() else await self._inquire(hash_part)
+        recalled: dict[str, NarInfo] = {}
+        await self._recall((hash_part,), recalled)
+        inquiry = Inquiry(recalled[hash_part]) if recalled else await self._inquire(hash_part)
         if inquiry.info is None:
             return inquiry
         self._remember(hash_part, inquiry.info)
@@ -235,13 +235,39 @@ class Upstream:
                 self._remember(name, None)
 
     async def _learn(self, texts: Sequence[bytes]) -> None:
+        """Remember narinfos. Most were sent along with what was asked for: they are judged once they are wanted."""
+        now = self._now()
         for number, text in enumerate(texts):
-            if number % JUDGED_AT_ONCE == 0:
+            if number % LEARNT_AT_ONCE == 0:
                 await asyncio.sleep(0)
             part = _STORE_PATH.search(text)
-            info = None if part is None else self._judge(text, part[1].decode("ascii")).info
-            if info is not None:
+            if part is not None and len(text) <= MAX_UNJUDGED_BYTES:
+                known, until = self._known.get(part[1].decode("ascii"), (None, now))
+                if known is None or until <= now:
+                    self._remember(part[1].decode("ascii"), text)
+            elif part is not None and (info := self._judge(text, part[1].decode("ascii")).info) is not None:
                 self._remember(info.hash_part, info)
+
+    async def _recall(self, hash_parts: Iterable[str], found: dict[str, NarInfo]) -> list[str]:
+        """Add what is remembered to `found`, with a trusted signature; return the parts of which nothing is."""
+        now, judged = self._now(), 0
+        unknown = []
+        for part in hash_parts:
+            known, until = self._known.get(part, (None, float("-inf")))
+            info = None if isinstance(known, bytes) else known
+            if isinstance(known, bytes) and until > now:
+                judged += 1
+                if judged % JUDGED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+                info = self._judge(known, part).info
+                # Where it does not count, the path is asked for by itself.
+                until = until if info is not None else float("-inf")
+                self._known[part] = (info, until)
+            if until <= now:
+                unknown.append(part)
+            elif info is not None:
+                found[part] = info
+        return unknown
 
     async def _ask(self, hash_part: str) -> NarInfo | None:
         async with self._turns:
@@ -257,7 +283,7 @@ class Upstream:
         self._remember(hash_part, info)
         return info
 
-    def _remember(self, hash_part: str, info: NarInfo | None) -> None:
+    def _remember(self, hash_part: str, info: NarInfo | bytes | None) -> None:
         self._known[hash_part] = (info, self._now() + (NOT_FOUND_S if info is None else FOUND_S))
         self._known.move_to_end(hash_part)
         while len(self._known) > REMEMBERED:

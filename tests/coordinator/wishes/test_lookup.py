@@ -29,7 +29,7 @@ class Hands:
 
     def __init__(self, cache: Cache, clock: list[float], takes_s: float = 0.0) -> None:
         self.name = "elsewhere"
-        self.is_away = False
+        self.is_away = self.answers_closures = False
         self.asked: list[str] = []
         self._cache, self._clock, self._takes_s = cache, clock, takes_s
 

@@ -20,6 +20,7 @@ from infra.cache import cache as cache_module
 from infra.cache.cache import Cache
 from infra.cache.catalog import catalog as catalog_module
 from infra.cache.errors import ClosureTooLargeError, MetadataError
+from infra.cache.publishing import publisher as publisher_module
 from infra.cache.publishing.claims import (
     AlreadyPublished,
     Conflict,
@@ -324,6 +325,28 @@ async def test_questions_and_batches_are_bounded(cache: Cache, monkeypatch: pyte
     monkeypatch.setattr(cache_module, "MAX_BATCH", 3)
     with pytest.raises(CacheError, match="limit is 3"):
         await cache.publish(batch)
+
+
+async def test_what_is_done_in_pieces_to_spare_the_loop_is_what_it_is_in_one(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog_module, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(catalog_module, "REFERRERS_AT_ONCE", 1)
+    monkeypatch.setattr(catalog_module, "LOOK_INLINE", 0)
+    monkeypatch.setattr(publisher_module, "ROWS_AT_ONCE", 2)
+    chain = [store_path(f"chain{number}") for number in range(7)]
+    batch = [await uploaded_claim(cache, path, references=chain[:number]) for number, path in enumerate(chain)]
+    blocked = await uploaded_claim(cache, A, references=[LOST])
+    outcomes = await cache.publish([blocked, *reversed(batch)])
+    assert outcomes[1:] == [Published(path) for path in reversed(chain)]
+    assert isinstance(outcomes[0], Rejected)
+    assert await cache.publish(batch) == [AlreadyPublished(path) for path in chain]
+    texts, missing = await cache.closure([chain[-1], LOST])
+    assert ([narinfo.parse(text, STORE_DIR).store_path for text in texts], missing) == (chain, [LOST])
+    assert len((await cache.closure([chain[3], chain[5]], recursive=False))[0]) == 2
+    object_file(cache, batch[0]).unlink()
+    assert await cache.missing([*chain, LOST]) == {chain[0], LOST}
+    assert await cache.lost(chain[-1:], ()) == {chain[0]}
 
 
 GRAPHS = st.dictionaries(st.integers(0, 9), st.frozensets(st.integers(0, 12), max_size=4), max_size=10)

@@ -7,6 +7,7 @@ import lzma
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
@@ -14,9 +15,11 @@ from aiohttp.test_utils import TestServer
 
 from infra.cache.pulls import upstream as upstream_module
 from infra.cache.pulls.upstream import UPSTREAM_CONCURRENCY, Upstream, UpstreamError
+from infra.nix import narinfo as narinfo_format
 from infra.nix.hashing import sha256_text
 from infra.nix.narinfo import NarInfo, StoredNar
 from infra.nix.path_info import PathInfo
+from infra.nix.store_path import StoreDir
 from infra.objects.compression import nar_key
 from infra.objects.errors import CacheError, CorruptNarError
 from tests.support.cache import STORE_DIR, base_name, secret_key, store_path
@@ -142,6 +145,32 @@ async def test_an_upstream_that_is_a_farm_is_asked_for_a_closure_at_once_and_bel
         # What they reach came along; what is not signed by the key is asked for by itself, and no more believed.
         assert await upstream.present([*chain, lost]) == {path for path in chain if path != chain[2]}
         assert farm.asked == {"POST narinfos": 1, "GET narinfo": 1}
+
+
+@pytest.mark.parametrize("most", [0, upstream_module.MAX_UNJUDGED_BYTES])
+async def test_what_came_along_is_verified_once_and_when_it_is_wanted(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream_module, "MAX_UNJUDGED_BYTES", most)
+    judged: list[str] = []
+
+    def counted(text: bytes, store_dir: StoreDir) -> NarInfo:
+        judged.append(text.split(b"/")[3][:32].decode())
+        return narinfo_format.parse(text, store_dir)
+
+    monkeypatch.setattr(upstream_module, "narinfo_format", SimpleNamespace(parse=counted))
+    farm = SmallCache(key=KEY)
+    chain = farm.chain("p", 6)
+    async with (
+        served(farm.answer, "/cache") as url,
+        Upstream(url, [KEY.public], STORE_DIR, lambda: 0.0) as upstream,
+    ):
+        assert await upstream.present(chain[-2:]) == set(chain[-2:])
+        assert len(judged) == (2 if most else 6)
+        for _ in range(2):
+            assert (await upstream.inquire(chain[0])).info is not None
+            assert await upstream.present(chain[1:]) == set(chain[1:])
+        assert sorted(judged) == sorted({base_name(path)[:32] for path in chain})
 
 
 async def test_memory_and_requests_at_one_time_are_bounded(
