@@ -43,6 +43,7 @@ class Builders:
         if builder is None:
             builder = self.known[id_] = Builder(id_, at)
         builder.leases[step.key] = step
+        builder.memory_bytes += step.memory_bytes
         builder.moves += 1
         if len(builder.leases) >= builder.capacity:
             self.free.pop(builder.id, None)
@@ -73,6 +74,7 @@ class Builders:
         """Take a built step from its builder, which may build another."""
         builder = self.known[step.builder]
         del builder.leases[step.key]
+        builder.memory_bytes -= step.memory_bytes
         builder.moves += 1
         self._count_slots(builder)
 
@@ -184,6 +186,7 @@ class Builders:
         """Take in a builder of a snapshot with its leases, oldest first."""
         builder = self.known[id_] = Builder(id_, heard)
         builder.leases = {step.key: step for step in leases}
+        builder.memory_bytes = sum([step.memory_bytes for step in builder.leases.values()])
 
     def resumed(self, at: Instant) -> None:
         """Start the time of all leases anew; forget the builders of a journal that have none."""

@@ -238,6 +238,8 @@ class LeaseRevoked:
     paid_until: Instant = NO_INSTANT
     #: Absent in journals of before 2026-11-30.
     at: Instant = NO_INSTANT
+    #: Memory that the step asks for from now on, because it seems to have died of too little; 0: as before.
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,7 +425,8 @@ class StepHeld:
     """A ready step waits for a builder without room, which is expected to end it earlier than those that have some.
 
     Said when the wait begins, and again where it goes on beyond `until`, or for another builder. `over` is the speed of
-    the fastest builder with room.
+    the fastest builder with room. Where `memory_bytes` is not 0, that is what it waits for, and no builder has so much
+    that nothing else has asked for.
     """
 
     durable: ClassVar[bool] = False
@@ -432,6 +435,7 @@ class StepHeld:
     at: Instant
     until: Instant
     over: float
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,8 @@ class Consequence:
     #: Whether the recipe may have caused it, so that it counts only once another builder has built the same step.
     #: A failure with a signature is always of this sort.
     doubtful: bool = False
+    #: Whether too little memory is the likely reason: the step asks for more from then on.
+    lacks_memory: bool = False
 
 
 _K = FailureKind
@@ -89,7 +91,7 @@ CONSEQUENCES: Mapping[FailureKind, Consequence] = MappingProxyType(
         _K.UPLOAD_FAILED: _fault(),
         _K.WORKER_LOST: _fault(),
         # Most often for lack of memory, which a larger machine may have; the second time the build is to blame.
-        _K.KILLED: Consequence(Course.RETRY, tries=1, next_recipe=True, cacheable=True),
+        _K.KILLED: Consequence(Course.RETRY, tries=1, next_recipe=True, cacheable=True, lacks_memory=True),
         # Some builds break the daemon that runs them; infra/nix/FORMATS.md 5.4 allows such retries twice.
         _K.CONNECTION_LOST: Consequence(
             Course.RETRY,

@@ -32,7 +32,7 @@ class Grants:
         """Grant leases, owners by weight and submissions in turn, until no free builder takes a ready step.
 
         Only queues of builders with free slots are looked at, and of each only the first step of the lane whose turn it
-        is, or the first few where builders differ in speed: steps that no builder can take cost nothing.
+        is, or the first few where builders differ in speed or lack memory: steps that no builder can take cost nothing.
         """
         self.look_again = FAR_OFF
         free = self._state.free
@@ -47,13 +47,14 @@ class Grants:
                 del queues[best]
                 continue
             step = best.head[3][2]
-            if best.speeds:
+            fitting = placement.with_memory(step, best, able) if step.memory_bytes else able
+            if best.speeds or not fitting:
                 chosen = yield from self._earliest(best, able, placement, now)
                 if chosen is None:
                     del queues[best]
                     continue
-                step, able = chosen
-            builder = self._policy.place(step, able) if len(able) > 1 else able[0]
+                step, fitting = chosen
+            builder = self._policy.place(step, fitting) if len(fitting) > 1 else fitting[0]
             yield f.StepLeased(LeaseId(step.key, self._state.next_attempt(step)), builder.id, step.active, now)
             if not free:
                 break
@@ -72,8 +73,8 @@ class Grants:
                     if builders:
                         return step, builders
                     hold = placement.holds[step]
-                    if hold is not step.held:
-                        yield f.StepHeld(step.key, hold.builder, now, hold.until, hold.over)
+                    if hold is not None and hold is not step.held:
+                        yield f.StepHeld(step.key, hold.builder, now, hold.until, hold.over, hold.memory_bytes)
         return None
 
 

@@ -39,6 +39,8 @@ FAR_OFF = Instant(float("inf"))
 #: Work of a step of which nothing is known, in milliseconds on a builder of speed 1. All such steps have the same, so
 #: that among them the longest path is the one of most steps.
 UNKNOWN_WORK_MS = 60_000
+#: No step asks for more memory.
+MOST_MEMORY_BYTES = 1 << 50
 #: Steps that ask for this system run on any builder (Nix's own pseudo-system of `builtins`).
 ANY_SYSTEM = "builtin"
 
@@ -72,6 +74,8 @@ class StepSpec:
     #: Milliseconds that a build is expected to take on a builder of speed 1; 0: nothing is known of it. Absent in
     #: journals of before 2026-11-30.
     work_ms: int = 0
+    #: Memory that a build should take at most; 0: not known, it is counted as none. Absent likewise.
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,8 @@ class BuilderSpec:
     systems: frozenset[str]
     features: frozenset[str] = frozenset()
     mandatory: frozenset[str] = frozenset()
+    #: Memory of its machine; 0: not known, any build fits.
+    memory_bytes: int = 0
 
     def offers(self, wanted: Requirements) -> bool:
         """Return whether a step with these requirements may run here."""

@@ -4,7 +4,11 @@ A step of `work_ms` takes that long on a builder of speed 1 and half as long at 
 again when the first of its leases is expected to end; one that is late is expected to take half as long again as it has
 taken. So a long step waits for a fast builder, and what takes little, or is less urgent, fills the slow ones meanwhile.
 
-A wait is bounded: it ends once it has lasted as long as the faster builder could gain, at the latest after
+No builder takes steps that ask for more memory together than its machine has; a step that asks for more than any has
+takes all of the largest. The first that fits nowhere keeps a builder for itself, which takes nothing else that asks for
+memory, so that it does not wait for good behind small ones.
+
+A wait for a faster builder is bounded: it ends once it has lasted as long as that could gain, at the latest after
 `LONGEST_HOLD_S`. It is thought over when the builder should have had room, and when a faster one than then has some.
 """
 
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
+from itertools import islice
 from typing import Final
 
 from scheduler.model import FAR_OFF, BuilderId, Instant
@@ -22,6 +27,8 @@ LOOK_AHEAD: Final = 16
 HOLDS_OF_ROUND: Final = 64
 #: Faster builders that one step is compared with; the fastest come first.
 COMPARED: Final = 32
+#: Steps of one round that keep a builder for the memory that they ask for: each empties a machine.
+KEPT_OF_ROUND: Final = 1
 #: Longest wait, and the least that a wait must be able to gain.
 LONGEST_HOLD_S: Final = 3600.0
 LEAST_GAIN_S: Final = 5.0
@@ -54,27 +61,76 @@ class Rooms:
         return rooms
 
 
+def has_memory(builder: Builder, bytes_: int) -> bool:
+    """Return whether a builder has so much memory that no lease has asked for; one of which it is not known has."""
+    spec = builder.spec
+    return spec is None or not spec.memory_bytes or builder.memory_bytes + bytes_ <= spec.memory_bytes
+
+
+def memory_at(builder: Builder, bytes_: int, now: Instant) -> float:
+    """Return when enough leases are expected to have ended that a builder has so much memory; `FAR_OFF` for never."""
+    free = (builder.spec.memory_bytes if builder.spec is not None else 0) - builder.memory_bytes
+    if free >= bytes_:
+        return now
+    for end, memory_bytes in sorted(
+        [(_end(step, builder, now), step.memory_bytes) for step in builder.leases.values()]
+    ):
+        free += memory_bytes
+        if free >= bytes_:
+            return end
+    return FAR_OFF
+
+
 class Placement:
     """One round of grants: which steps wait, and how often the room of a builder was counted on."""
 
-    __slots__ = ("_counted", "_now", "_rooms", "holds", "look_again")
+    __slots__ = ("_counted", "_kept", "_now", "_rooms", "holds", "look_again")
 
     def __init__(self, now: Instant, rooms: Rooms) -> None:
         self._now = now
         self._rooms = rooms
         self._counted: dict[BuilderId, int] = {}
-        #: Steps that wait, each for a builder.
-        self.holds: dict[Step, Hold] = {}
+        #: Builders that take nothing else which asks for memory.
+        self._kept: dict[BuilderId, Step] = {}
+        #: Steps that wait, each for a builder; None for one too many to look at.
+        self.holds: dict[Step, Hold | None] = {}
         #: When one of the waits has to be looked at again.
         self.look_again = FAR_OFF
 
     def choose(self, step: Step, queue: Queue, able: Sequence[Builder]) -> list[Builder]:
         """Return the builders among `able` that should take the step; empty where it waits (`holds`)."""
+        if step.memory_bytes:
+            able = self.with_memory(step, queue, able)
+            if not able:
+                self.holds[step] = self._keep(step, queue)
+                return []
         speeds = queue.speeds
+        if not speeds:
+            return list(able)
         best = max([speeds[builder.id] for builder in able])
         if self._hold(step, queue, best):
             return []
         return [builder for builder in able if speeds[builder.id] == best]
+
+    def with_memory(self, step: Step, queue: Queue, able: Sequence[Builder]) -> list[Builder]:
+        """Return the builders among `able` that have the memory which the step asks for, and are kept for no other."""
+        asked = asked_of(step, queue)
+        return [each for each in able if has_memory(each, asked) and self._kept.get(each.id, step) is step]
+
+    def _keep(self, step: Step, queue: Queue) -> Hold | None:
+        """Return the wait for the builder that should have the step's memory first, and keep it for the first such."""
+        if len(self.holds) >= HOLDS_OF_ROUND:
+            return None
+        now, held, asked = self._now, step.held, asked_of(step, queue)
+        if held is None or held.memory_bytes != asked or now >= held.until or not _serves(queue, held.builder):
+            large = (each for each in queue.builders.values() if each.willing and _machine_has(each, asked))
+            found = min(((memory_at(each, asked, now), each.id) for each in islice(large, COMPARED)), default=None)
+            if found is None:
+                return None
+            held = Hold(found[1], now if held is None else held.since, _soon(found[0], now), 0.0, asked)
+        if len(self._kept) < KEPT_OF_ROUND:
+            self._kept[held.builder] = step
+        return held
 
     def _hold(self, step: Step, queue: Queue, best: float) -> bool:
         """Let a step wait where a faster builder is expected to end it earlier than one of the speed `best`."""
@@ -96,18 +152,33 @@ class Placement:
         return True
 
     def _best_hold(self, step: Step, queue: Queue, best: float) -> Hold | None:
-        now, work_s = self._now, step.work_ms / 1000
+        now, work_s, asked = self._now, step.work_ms / 1000, asked_of(step, queue)
         end, found = now + work_s / best, None
         for builder in queue.by_speed[:COMPARED]:
             speed = queue.speeds[builder.id]
             if speed <= best or now + work_s / speed >= end:
                 break
+            if not _machine_has(builder, asked):
+                continue
             rooms, counted = self._rooms.of(builder, now), self._counted.get(builder.id, 0)
             if counted < len(rooms) and rooms[-1 - counted] + work_s / speed < end:
                 end, found = rooms[-1 - counted] + work_s / speed, (builder.id, rooms[-1 - counted])
         if found is None:
             return None
         return Hold(found[0], now if step.held is None else step.held.since, Instant(found[1]), best)
+
+
+def _machine_has(builder: Builder, bytes_: int) -> bool:
+    return builder.spec is None or not builder.spec.memory_bytes or builder.spec.memory_bytes >= bytes_
+
+
+def _soon(at: float, now: Instant) -> Instant:
+    return Instant(max(at, now + SOONEST_S))
+
+
+def asked_of(step: Step, queue: Queue) -> int:
+    """Return the memory that a step asks for, at most what the largest of its builders has."""
+    return min(step.memory_bytes, queue.most_memory_bytes) if queue.most_memory_bytes else step.memory_bytes
 
 
 def _serves(queue: Queue, builder: BuilderId) -> bool:

@@ -232,10 +232,12 @@ class ReadyIndex:
             capable.pop(queue.avoid, None)
         queue.builders = capable
         speeds = {builder.id: builder.speed(queue.requirements.system) for builder in capable.values()}
+        willing = [builder for builder in capable.values() if builder.willing]
+        memories = [builder.spec.memory_bytes for builder in willing if builder.spec is not None]
+        queue.most_memory_bytes = max(memories, default=0) if 0 not in memories else 0
         queue.speeds, queue.by_speed = {}, ()
         if len(set(speeds.values())) > 1:
             queue.speeds = speeds
-            willing = [builder for builder in capable.values() if builder.willing]
             queue.by_speed = tuple(sorted(willing, key=lambda builder: (-speeds[builder.id], builder.id)))
         for builder in capable.values():
             builder.queues.append(queue)

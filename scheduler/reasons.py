@@ -123,6 +123,19 @@ class WaitsForFaster:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitsForMemory:
+    """Builders have room, and none has the memory that it asks for beside what it runs.
+
+    The builder should have it at `until`; if no such step goes before, it takes nothing else that asks for memory.
+    """
+
+    builder: BuilderId
+    since: Instant
+    until: Instant
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class BacksOff:
     """It failed through the farm's fault, or was handed back, and is tried again at `until`."""
 
@@ -149,7 +162,7 @@ class KnownToFail:
 
 #: No builder can take the step; it is given up at `until`, where that is not 0, unless a builder comes that can.
 Unserved = NoBuilderJoined | NoBuilderOffersSystem | NoBuilderOffersFeatures | OnlyReservedBuilders
-Busy = BuildersFull | BuildersQuarantined | BuildersDraining | LimitReached | WaitsForFaster
+Busy = BuildersFull | BuildersQuarantined | BuildersDraining | LimitReached | WaitsForFaster | WaitsForMemory
 Reason = WaitsForSteps | NotWanted | Busy | BacksOff | RetriesSpent | KnownToFail | Unserved
 
 
@@ -219,8 +232,11 @@ def _known(state: FarmState, limits: Limits, step: Step, now: Instant) -> KnownT
 
 def _busy(step: Step, positions: dict[Step, int], ready: int) -> Busy:
     """Return why none of the builders that could take a ready step has."""
-    if step.held is not None:
-        return WaitsForFaster(step.held.builder, step.held.since, step.held.until)
+    held = step.held
+    if held is not None and held.memory_bytes:
+        return WaitsForMemory(held.builder, held.since, held.until, held.memory_bytes)
+    if held is not None:
+        return WaitsForFaster(held.builder, held.since, held.until)
     able = list(step.queue.builders.values()) if step.queue is not None else []
     willing = [builder for builder in able if builder.willing]
     position = positions.get(step, 0)

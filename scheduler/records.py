@@ -61,6 +61,7 @@ class Step:
         "held",
         "home",
         "key",
+        "memory_bytes",
         "needs",
         "not_before",
         "owners",
@@ -123,6 +124,8 @@ class Step:
         self.depth = 0
         #: Milliseconds on a builder of speed 1, of itself and of the longest path from its start up to a root's end.
         self.work_ms = self.tail_ms = UNKNOWN_WORK_MS
+        #: Memory that it asks for; 0: not known.
+        self.memory_bytes = 0
         #: The policy's rank when the step was last put in a queue.
         self.rank = 0
         #: The queue of its requirements where no builder is avoided, once known.
@@ -196,7 +199,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """A step stays in its queue because a busy builder is expected to end it earlier than any that has room."""
+    """A step stays in its queue because a busy builder is expected to end it earlier than any that has room.
+
+    Or because none with room has the memory that it asks for, where `memory_bytes` is not 0: then the builder takes
+    nothing else that asks for memory.
+    """
 
     builder: BuilderId
     #: When the wait began, and when the builder should have room.
@@ -204,6 +211,7 @@ class Hold:
     until: Instant
     #: Speed of the fastest builder that had room and was not taken.
     over: float
+    memory_bytes: int = 0
 
 
 class OwnerLanes:
@@ -246,7 +254,18 @@ QueueHead = tuple[int, int, int, tuple[int, int, Step]]
 class Queue:
     """Ready steps that the same builders can take: one class of requirements, one avoided builder or none."""
 
-    __slots__ = ("avoid", "builders", "by_speed", "groups", "lanes", "requirements", "speeds", "standing", "virtual")
+    __slots__ = (
+        "avoid",
+        "builders",
+        "by_speed",
+        "groups",
+        "lanes",
+        "most_memory_bytes",
+        "requirements",
+        "speeds",
+        "standing",
+        "virtual",
+    )
 
     def __init__(self, requirements: Requirements, avoid: BuilderId) -> None:
         self.requirements = requirements
@@ -264,6 +283,8 @@ class Queue:
         #: Speed of each of these, and the willing ones with the fastest first; both empty where all are equally fast.
         self.speeds: dict[BuilderId, float] = {}
         self.by_speed: tuple[Builder, ...] = ()
+        #: Most memory of a willing one; 0 where that of one is not known, or there is none.
+        self.most_memory_bytes = 0
 
     @property
     def head(self) -> QueueHead:
@@ -319,6 +340,7 @@ class Builder:
         "id",
         "leases",
         "level",
+        "memory_bytes",
         "moves",
         "offered",
         "probation",
@@ -341,6 +363,8 @@ class Builder:
         self.capacity = 0
         #: Steps leased to it, not those publishing.
         self.leases: dict[StepKey, Step] = {}
+        #: Memory that these ask for, together.
+        self.memory_bytes = 0
         #: Counts the leases that began and ended here.
         self.moves = 0
         #: Its last sign of life.

@@ -34,6 +34,7 @@ def tell_all(state: FarmState) -> Iterator[f.Fact]:
             _past(step),
             step.work_ms,
             step.tail_ms,
+            step.memory_bytes,
         )
     for submission, roots in state.submissions.items():
         yield _submission(state, submission, roots, withdrawn=False)

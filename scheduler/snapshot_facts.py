@@ -64,6 +64,7 @@ class StepRestored:
     #: Absent in journals of before 2026-11-30.
     work_ms: int = 0
     tail_ms: int = 0
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,7 @@ class FarmState(WantedSteps):
             case f.StepHeld():
                 step = self._subject(fact, fact.step)
                 since = fact.at if step.held is None else step.held.since
-                step.held = Hold(fact.builder, since, fact.until, fact.over)
+                step.held = Hold(fact.builder, since, fact.until, fact.over, fact.memory_bytes)
             case f.FarmResumed():
                 self._roster.resumed(fact.at)
             case f.StepRestored():
@@ -165,6 +165,7 @@ class FarmState(WantedSteps):
         if spec.key in self.steps or not spec.recipes:
             raise ImpossibleError(f"{spec.key} is known, or has no recipe")
         self._know(spec.key, spec.recipes, _WAITING, spec.work_ms)
+        self.steps[spec.key].memory_bytes = spec.memory_bytes
 
     def _revised(self, fact: f.WorksRevised) -> Iterator[Pause]:
         steps: list[Step] = []
@@ -341,6 +342,7 @@ class FarmState(WantedSteps):
             self._roster.blame(step, fact.failure)
         self._roster.end_lease(step, fact.at)
         step.evidence = b""
+        step.memory_bytes = fact.memory_bytes or step.memory_bytes
         kind = fact.failure.kind
         if is_fault(kind):
             step.faults += 1
@@ -373,6 +375,7 @@ class FarmState(WantedSteps):
             raise ImpossibleError(f"{fact.step} is restored and known already")
         step = Step(fact.step, fact.recipes, fact.sequence, fact.state)
         step.expect(fact.work_ms)
+        step.memory_bytes = fact.memory_bytes
         # Journals of before 2026-11-30 hold no tails: as many steps of which nothing is known.
         step.tail_ms = fact.tail_ms or (fact.depth + 1) * step.work_ms
         self.steps[fact.step] = step

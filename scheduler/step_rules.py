@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 
 from scheduler import facts as f
 from scheduler.failures import CONSEQUENCES, Course
-from scheduler.model import NO_INSTANT, Failure, FailureKind, Instant, StepKey, StepState
+from scheduler.model import MOST_MEMORY_BYTES, NO_INSTANT, Failure, FailureKind, Instant, StepKey, StepState
 from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.policy import Limits, Policy
 from scheduler.records import Builder, Step
@@ -111,14 +111,26 @@ class StepRules:
         runs. Of several submissions that want the step, the first pays.
         """
         payer = self._state.wisher(step) if self._limits.retries_per_hour else None
+        asks = self._asks(step, failure)
         if payer is None:
-            return f.LeaseRevoked(step.lease, step.builder, failure, not_before, at=now)
+            return f.LeaseRevoked(step.lease, step.builder, failure, not_before, at=now, memory_bytes=asks)
         paid = max(self._state.paid_until.get(payer, NO_INSTANT), now)
         if not step.faults and paid <= now + ALLOWANCE_S:
-            return f.LeaseRevoked(step.lease, step.builder, failure, not_before, at=now)
+            return f.LeaseRevoked(step.lease, step.builder, failure, not_before, at=now, memory_bytes=asks)
         paid = Instant(paid + ALLOWANCE_S / self._limits.retries_per_hour)
         not_before = max(not_before, Instant(paid - ALLOWANCE_S))
-        return f.LeaseRevoked(step.lease, step.builder, failure, not_before, payer, paid, at=now)
+        return f.LeaseRevoked(step.lease, step.builder, failure, not_before, payer, paid, at=now, memory_bytes=asks)
+
+    def _asks(self, step: Step, failure: Failure) -> int:
+        """Return the memory that a step asks for after a failure; 0: as before.
+
+        One that died of too little asks for twice what it had: what it asked for, at least a lease's share there.
+        """
+        builder = self._state.builders.get(step.builder)
+        if not CONSEQUENCES[failure.kind].lacks_memory or builder is None or builder.spec is None:
+            return 0
+        had = max(step.memory_bytes, builder.spec.memory_bytes // max(1, builder.offered))
+        return min(2 * had, MOST_MEMORY_BYTES)
 
     def _is_recipes_own(self, step: Step, failure: Failure) -> bool:
         """Return whether the recipe in use failed so before, and the builders' records leave the blame with it.

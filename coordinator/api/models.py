@@ -55,6 +55,7 @@ WaitingKind: TypeAlias = Literal[
     "quarantined",
     "draining",
     "faster",
+    "memory",
     "back_off",
     "retries_spent",
     "known_failure",
@@ -107,10 +108,11 @@ class WaitingView:
     (`system`, `features` that the closest lacks), `reserved` (`workers` demand features it does not require): no worker
     can take it, and where `until` is not 0, it fails then. `slots`, `limit`: `workers` could, it is number `position`
     of `count`. `quarantined`, `draining`: `workers` could and take nothing. `faster`: since `since` it waits for
-    one of `workers` that should have room at `until`, and ends it earlier than those that have some. `back_off`:
-    tried again at `until`, after `count` failures. `retries_spent`: tried again at `until`, because too many
-    attempts of its submission failed within the hour. `known_failure`: `steps` names the step that failed at
-    `since`, which is taken for known until `until`.
+    one of `workers` that should have room at `until`, and ends it earlier than those that have some. `memory`:
+    the same, for one that should have the `memory_bytes` that it asks for. `back_off`: tried again at `until`, after
+    `count` failures. `retries_spent`: tried again at `until`, because too many attempts of its submission failed
+    within the hour. `known_failure`: `steps` names the step that failed at `since`, which is taken for known until
+    `until`.
     """
 
     kind: WaitingKind
@@ -123,6 +125,7 @@ class WaitingView:
     since: float = 0.0
     until: float = 0.0
     reason: str = ""
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,6 +90,7 @@ class FleetSink:
                     systems=frozenset(hello.systems),
                     features=frozenset((*hello.features, *((NETWORK_FEATURE,) if hello.network else ()))),
                     mandatory=frozenset(hello.mandatory_features),
+                    memory_bytes=hello.memory_bytes,
                 )
                 self._grades[hello.worker] = hello.isolation or UNMEASURED
                 unfit = self._unfit(hello.worker, hello.unfit)

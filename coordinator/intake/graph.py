@@ -17,13 +17,14 @@ from coordinator.stores.derivations import StepInfo, step_info
 from scheduler.events import SubmissionReceived
 from scheduler.model import StepKey, StepSpec, SubmissionId
 
-#: Derivation name and system -> milliseconds that it is expected to take on a builder of speed 1; 0: nothing is known.
-Works = Callable[[str, str], int]
+#: Derivation name, system and features -> milliseconds that it is expected to take on a builder of speed 1, and the
+#: bytes of memory at most; 0: not known.
+Works = Callable[[str, str, Sequence[str]], tuple[int, int]]
 
 
-def no_works(_name: str, _system: str) -> int:
+def no_works(_name: str, _system: str, _features: Sequence[str]) -> tuple[int, int]:
     """Nothing is known of any derivation."""
-    return 0
+    return 0, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +46,15 @@ class Planned:
     lacking: tuple[Lacking, ...] = ()
 
     def expecting(self, works: Works) -> tuple[StepSpec, ...]:
-        """Return the steps with what each is expected to take."""
-        named = zip(self.steps, self.infos, strict=False)
-        expected = [works(info.name, info.system) for _, info in named]
-        if all(spec.work_ms == work_ms for spec, work_ms in zip(self.steps, expected, strict=True)):
-            return self.steps
-        return tuple([replace(spec, work_ms=work_ms) for spec, work_ms in zip(self.steps, expected, strict=True)])
+        """Return the steps with what each is expected to take; the memory that a root's limits name is its own."""
+        hints = {root.step: root.limits.memory_bytes for root in self.roots if root.limits is not None}
+        expected: list[StepSpec] = []
+        for spec, info in zip(self.steps, self.infos, strict=False):
+            work_ms, memory_bytes = works(info.name, info.system, spec.recipes[0].requirements.features)
+            memory_bytes = max(memory_bytes, hints.get(spec.key, 0))
+            same = spec.work_ms == work_ms and spec.memory_bytes == memory_bytes
+            expected.append(spec if same else replace(spec, work_ms=work_ms, memory_bytes=memory_bytes))
+        return tuple(expected)
 
     def objects(self) -> list[object]:
         """Return all of which a large plan has very many, to be freed in slices."""

@@ -12,11 +12,12 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
 from scheduler.model import UNKNOWN_WORK_MS
+from workers.wire.messages import NETWORK_FEATURE
 
 #: Builds of one package and system that are looked at, the newest.
 NEWEST: Final = 9
@@ -45,6 +46,11 @@ TRIVIAL_ENDINGS: Final = (".patch", ".diff", ".sh", ".txt", ".conf", ".json", ".
 TRIVIAL_MS: Final = 1_000
 
 
+#: Feature that the authors of large packages ask for, and how much longer than the usual such a package takes.
+LARGE_FEATURE: Final = "big-parallel"
+LARGE: Final = 10
+
+
 class WorkKind(StrEnum):
     """Kinds of derivations with works of their own, by what can be seen before anything is built."""
 
@@ -71,6 +77,8 @@ class TimedBuild:
     worker: str
     seconds: float
     kind: WorkKind = WorkKind.BUILD
+    #: Its most memory; 0: not measured.
+    memory_bytes: int = 0
 
 
 #: Package, system and kind: what is fetched may have the name of what is built of it.
@@ -98,9 +106,28 @@ class Learned:
     ratios: Mapping[tuple[str, str], float] = field(default_factory=dict)
     #: WorkKind -> usual seconds at speed 1.
     kinds: Mapping[WorkKind, float] = field(default_factory=dict)
+    #: Package, system and kind -> memory that a build of it should take at most.
+    memories: Mapping[_Key, int] = field(default_factory=dict)
 
-    def expected(self, package: str, system: str, kind: WorkKind) -> ExpectedWork:
-        """Return the expected work of a package: of itself, of itself on another system, or of its kind."""
+    def expected(self, package: str, system: str, kind: WorkKind, features: Sequence[str] = ()) -> ExpectedWork:
+        """Return the expected work of a package: of itself, of itself on another system, or of its kind.
+
+        Features tell kinds apart where nothing is known of the package: what is fetched needs the network, whatever its
+        name, and what asks for `big-parallel` is large by its authors' word.
+        """
+        found = self._known(package, system, kind)
+        if found is not None:
+            return found
+        if NETWORK_FEATURE in features:
+            kind = WorkKind.FETCH
+        usual = self._usual(kind)
+        return replace(usual, work_ms=usual.work_ms * LARGE) if LARGE_FEATURE in features else usual
+
+    def memory_bytes(self, package: str, system: str, kind: WorkKind) -> int:
+        """Return the memory that a build of a package should take at most; 0: not known."""
+        return self.memories.get((package, system, kind), 0)
+
+    def _known(self, package: str, system: str, kind: WorkKind) -> ExpectedWork | None:
         known = self.works.get((package, system, kind))
         if known is not None:
             return ExpectedWork(_ms(known[0]), WorkSource.PACKAGE, known[1])
@@ -108,6 +135,9 @@ class Learned:
             elsewhere = self.works.get((package, other, kind)) if here == system else None
             if elsewhere is not None:
                 return ExpectedWork(_ms(elsewhere[0] * ratio), WorkSource.OTHER_SYSTEM, elsewhere[1])
+        return None
+
+    def _usual(self, kind: WorkKind) -> ExpectedWork:
         if kind in self.kinds:
             return ExpectedWork(_ms(self.kinds[kind]), WorkSource.KIND)
         usual = {WorkKind.FETCH: FETCH_MS, WorkKind.TRIVIAL: TRIVIAL_MS, WorkKind.BUILD: UNKNOWN_WORK_MS}[kind]
@@ -137,7 +167,7 @@ def learn(builds: Iterable[TimedBuild]) -> Learned:
         for key, many in kept.items()
     }
     speeds = {key: math.exp(-each) for key, each in slowness.items()}
-    return Learned(works, speeds, _ratios(works), _kinds(works))
+    return Learned(works, speeds, _ratios(works), _kinds(works), _memories(kept))
 
 
 def _slowness(kept: Mapping[_Key, Sequence[TimedBuild]]) -> dict[tuple[str, str], float]:
@@ -191,6 +221,16 @@ def _kinds(works: Mapping[_Key, tuple[float, int]]) -> dict[WorkKind, float]:
     for (_, _, kind), (seconds, _) in works.items():
         of[kind].append(seconds)
     return {kind: statistics.fmean(many) for kind, many in of.items() if len(many) >= SHARED_PACKAGES}
+
+
+def _memories(kept: Mapping[_Key, Sequence[TimedBuild]]) -> dict[_Key, int]:
+    """Return the least of the newest peaks of each package.
+
+    A control group counts pages of files too, of which the kernel keeps as many as there is room for: the least is
+    nearest to what a build needs. One that dies of too little asks for twice as much by itself.
+    """
+    measured = {key: [build.memory_bytes for build in many if build.memory_bytes > 0] for key, many in kept.items()}
+    return {key: min(many) for key, many in measured.items() if many}
 
 
 def _says_speed(build: TimedBuild) -> bool:

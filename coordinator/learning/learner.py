@@ -24,7 +24,7 @@ from infra.clock import Clock
 from infra.nix.store_path import package_of
 from infra.slices import in_slices
 from scheduler.events import Event, SpeedsMeasured, WorksEstimated
-from scheduler.model import BuilderId, StepKey
+from scheduler.model import MOST_MEMORY_BYTES, BuilderId, StepKey
 from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.state import FarmState
 from scheduler.transitions import UNFINISHED
@@ -62,6 +62,7 @@ class OpenWork:
     system: str
     kind: WorkKind
     work_ms: int
+    features: tuple[str, ...] = ()
 
 
 #: Returns all of them; read in slices of the loop, while they may change.
@@ -72,7 +73,8 @@ def open_works(state: FarmState, name_of: Callable[[StepKey], str]) -> Iterator[
     """Yield the steps of the farm that have not ended; may be read with pauses, while the farm goes on."""
     for step in list(state.steps.values()):
         if step.state in UNFINISHED and step.recipes and (name := name_of(step.key)):
-            yield OpenWork(step.key, name, step.recipe.requirements.system, kind_of(name), step.work_ms)
+            requires = step.recipe.requirements
+            yield OpenWork(step.key, name, requires.system, kind_of(name), step.work_ms, requires.features)
 
 
 def no_open_works() -> Iterable[OpenWork]:
@@ -84,7 +86,7 @@ def revised(learned: Learned, works: Iterable[OpenWork]) -> Generator[Pause, Non
     """Return the steps of which something else is expected by now, with what that is; with pauses."""
     news: list[tuple[StepKey, int]] = []
     for count, work in enumerate(works, 1):
-        expected = learned.expected(package_of(work.name), work.system, work.kind)
+        expected = learned.expected(package_of(work.name), work.system, work.kind, work.features)
         if _is_news(work.work_ms, expected):
             news.append((work.step, expected.work_ms))
         if not count % PIECE:
@@ -102,7 +104,7 @@ async def timed_builds(store: TimingStore, since: float) -> list[TimedBuild]:
     """Return the newest builds that ended well, the oldest first; at most `BUILDS`. Raises `TimingsError`."""
     table = attempts.c
     query = (
-        select(table.name, table.system, table.worker, table.build_s)
+        select(table.name, table.system, table.worker, table.build_s, table.peak_memory_bytes)
         .where(table.ended_at >= since, table.outcome == "done", table.build_s.is_not(None))
         .order_by(table.ended_at.desc())
         .limit(BUILDS)
@@ -111,12 +113,17 @@ async def timed_builds(store: TimingStore, since: float) -> list[TimedBuild]:
     async with aclosing(store.answers_in_pieces(query, BUILDS_AT_ONCE)) as pieces:
         async for rows in pieces:
             found += [
-                TimedBuild(package_of(name), system, worker, seconds, kind_of(name))
-                for name, system, worker, seconds in rows
+                TimedBuild(package_of(name), system, worker, seconds, kind_of(name), _memory(peak))
+                for name, system, worker, seconds, peak in rows
                 if name and system and worker and seconds > 0
             ]
     found.reverse()
     return found
+
+
+def _memory(peak_bytes: float | None) -> int:
+    """Return a peak as it was measured, 0 where it was not, or is nothing that a machine could have."""
+    return int(peak_bytes) if peak_bytes is not None and 0 < peak_bytes <= MOST_MEMORY_BYTES else 0
 
 
 class Learner:
@@ -174,9 +181,14 @@ class Learner:
         await self._post((event,))
         self._posted = speeds
 
-    def work_ms(self, name: str, system: str) -> int:
-        """Return the expected work of a derivation, by its name: milliseconds on a worker of speed 1."""
-        return self.learned.expected(package_of(name), system, kind_of(name)).work_ms
+    def expect(self, name: str, system: str, features: Sequence[str] = ()) -> tuple[int, int]:
+        """Return what a build is expected to take, by its derivation's name: milliseconds at speed 1, and memory.
+
+        The memory is 0 where it is not known.
+        """
+        package, kind = package_of(name), kind_of(name)
+        work = self.learned.expected(package, system, kind, features)
+        return work.work_ms, self.learned.memory_bytes(package, system, kind)
 
     def source(self, name: str, system: str) -> tuple[EstimateSource, int]:
         """Return what the expected work of a derivation is taken from, by its name, and of how many builds."""

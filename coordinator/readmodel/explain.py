@@ -156,7 +156,7 @@ def _steps(count: int) -> str:
     return f"{count} {'step waits' if count == 1 else 'steps wait'}"
 
 
-def sentence_of(  # noqa: C901, PLR0911  one way for each reason
+def sentence_of(  # noqa: C901, PLR0911, PLR0912  one way for each reason
     reason: r.Reason, now: Instant, name_of: Callable[[StepKey], str]
 ) -> str:
     """Return the sentence for a reason at `now`; `name_of` gives a step's name, or nothing."""
@@ -182,6 +182,9 @@ def sentence_of(  # noqa: C901, PLR0911  one way for each reason
         case r.WaitsForFaster():
             room = f"is expected to have room in {max(0.0, reason.until - now):.0f} s"
             return f"waits for worker {reason.builder}, which {room} and ends it earlier than those that have some now"
+        case r.WaitsForMemory():
+            asked = f"asks for {reason.memory_bytes / 2**30:.1f} GiB of memory, which no worker with room has now"
+            return f"{asked}; worker {reason.builder} should have it in {max(0.0, reason.until - now):.0f} s"
         case r.BacksOff():
             return f"tried again in {max(0.0, reason.until - now):.0f} s after {reason.failures} failures"
         case r.RetriesSpent():
@@ -205,7 +208,7 @@ def queue_sentence(reason: r.Unserved | r.Busy, now: Instant) -> str:
             return f"worker {workers[0]}, the only one that could, is full"
         case r.LimitReached(workers):
             return f"worker {', '.join(workers)} takes one step at a time after its failures"
-        case r.BuildersQuarantined() | r.BuildersDraining() | r.WaitsForFaster():
+        case r.BuildersQuarantined() | r.BuildersDraining() | r.WaitsForFaster() | r.WaitsForMemory():
             return sentence_of(reason, now, str)
         case _:
             return describe_unserved(reason)
@@ -241,6 +244,14 @@ def value_of(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911, PLR0912  
             return WaitingView(kind="draining", workers=reason.builders)
         case r.WaitsForFaster():
             return WaitingView(kind="faster", workers=(reason.builder,), since=reason.since, until=reason.until)
+        case r.WaitsForMemory():
+            return WaitingView(
+                kind="memory",
+                workers=(reason.builder,),
+                since=reason.since,
+                until=reason.until,
+                memory_bytes=reason.memory_bytes,
+            )
         case r.BacksOff():
             return WaitingView(kind="back_off", until=reason.until, count=reason.failures)
         case r.RetriesSpent():

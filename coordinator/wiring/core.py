@@ -124,7 +124,7 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
         clock,
         partial(open_works, farm.state, views.step_name),
     )
-    intake.works, explainer.source = learner.work_ms, learner.source
+    intake.works, explainer.source = learner.expect, learner.source
     submissions = Submissions(engine, views, intake)
     growth = Growth(engine, views, intake, submissions, limits.open_silence_s)
     views.recipes.read = writer.ends_of

@@ -39,6 +39,10 @@ SENTENCES: list[tuple[r.Reason, str]] = [
         r.WaitsForFaster(ONE[0], NOW, Instant(115.0)),
         "waits for worker m1, which is expected to have room in 15 s and ends it earlier than those that have some now",
     ),
+    (
+        r.WaitsForMemory(ONE[0], NOW, Instant(115.0), 3 * 2**30),
+        "asks for 3.0 GiB of memory, which no worker with room has now; worker m1 should have it in 15 s",
+    ),
     (r.BacksOff(Instant(90.0), 2), "tried again in 0 s after 2 failures"),
     (
         r.RetriesSpent(Instant(160.0), SubmissionId("s")),

@@ -32,6 +32,7 @@ from scheduler.events import Event, SpeedsMeasured, WorksEstimated
 from scheduler.facts import StepAdded
 from scheduler.model import UNKNOWN_WORK_MS, StepKey, StepSpec
 from scheduler.pauses import whole
+from workers.wire.messages import NETWORK_FEATURE
 
 LINUX, ARM = "x86_64-linux", "aarch64-linux"
 SPEEDS = {"slow": 0.5, "usual": 1.0, "other": 1.0, "fast": 2.0}
@@ -210,7 +211,7 @@ async def test_what_was_learned_stays_while_the_store_of_timings_is_gone() -> No
     await told.learner.look()
     told.gone = True
     await told.learner.look()
-    assert told.learner.work_ms("hello-2.12", LINUX) == 7000
+    assert told.learner.expect("hello-2.12", LINUX) == (7000, 0)
 
 
 async def test_steps_that_wait_are_estimated_anew_once_their_package_was_built() -> None:
@@ -224,6 +225,23 @@ async def test_steps_that_wait_are_estimated_anew_once_their_package_was_built()
     await told.learner.look()
     await told.learner.look()
     assert told.events == [WorksEstimated(((StepKey("known"), 7000),))]
+
+
+def test_memory_is_the_least_peak_of_a_package_because_pages_of_files_count_in_some() -> None:
+    builds = [TimedBuild("p", LINUX, "w", 5.0, memory_bytes=peak) for peak in (0, 8 << 30, 3 << 30, 5 << 30)]
+    learned = learn(builds)
+    assert learned.memory_bytes("p", LINUX, WorkKind.BUILD) == 3 << 30
+    assert learned.memory_bytes("p", ARM, WorkKind.BUILD) == 0
+
+
+def test_what_was_never_built_is_guessed_by_its_features_too() -> None:
+    learned = Learned()
+    usual = learned.expected("new", LINUX, WorkKind.BUILD).work_ms
+    assert learned.expected("new", LINUX, WorkKind.BUILD, ("big-parallel",)).work_ms == 10 * usual
+    fetched = learned.expected("new", LINUX, WorkKind.FETCH).work_ms
+    assert learned.expected("new", LINUX, WorkKind.BUILD, (NETWORK_FEATURE,)).work_ms == fetched < usual
+    known = learn([TimedBuild("new", LINUX, "w", 3.0)])
+    assert known.expected("new", LINUX, WorkKind.BUILD, ("big-parallel",)).work_ms == 3000
 
 
 def test_a_guess_is_passed_on_only_where_it_is_far_off() -> None:

@@ -22,6 +22,7 @@ OPERATIONS = 120
 #: What steps are expected to take, 0 where that is not known; and how often, by operations, something else is.
 WORKS_MS = (0, 1, 20_000, 3_600_000)
 REVISIONS = 0.1
+MEMORIES = (0, 0, 2, 5, 20)
 
 
 def random_graph(chance: random.Random, alternatives: float) -> dict[StepKey, StepSpec]:
@@ -44,8 +45,11 @@ def random_graph(chance: random.Random, alternatives: float) -> dict[StepKey, St
 
 
 def with_work(graph: dict[StepKey, StepSpec], chance: random.Random) -> dict[StepKey, StepSpec]:
-    """The same steps, most of which are known to take a moment or an hour."""
-    return {key: replace(spec, work_ms=chance.choice(WORKS_MS)) for key, spec in graph.items()}
+    """The same steps, most of which are known to take a moment or an hour, and some little or much memory."""
+    return {
+        key: replace(spec, work_ms=chance.choice(WORKS_MS), memory_bytes=chance.choice(MEMORIES))
+        for key, spec in graph.items()
+    }
 
 
 def only_first(graph: dict[StepKey, StepSpec]) -> dict[StepKey, StepSpec]:
@@ -59,7 +63,8 @@ def play(seed: int) -> World:
     # Chance of its own, as for forgetting below: half of the seeds know nothing of works and speeds.
     learning = random.Random(f"learning {seed}")
     learned = learning.random() < 0.5
-    world = World(limits, speeds=learning.choice([(1.0, 4.0, 0.5), (3.0, 1.0, 9.0)]) if learned else ())
+    speeds = learning.choice([(1.0, 4.0, 0.5), (3.0, 1.0, 9.0)]) if learned else ()
+    world = World(limits, speeds=speeds, memories=learning.choice([(8, 8, 4), (5, 0, 0), ()]) if learned else ())
     graph = random_graph(chance, chance.choice([0.0, 0.3, 0.6]))
     if learned:
         graph = with_work(graph, learning)

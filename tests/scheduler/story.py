@@ -153,6 +153,8 @@ def tell(fact: f.Fact) -> str:  # noqa: C901, PLR0911, PLR0912  one line per fac
             return f"works are expected anew: {', '.join(f'{key} {work_ms / 1000:g} s' for key, work_ms in fact.works)}"
         case f.BuildersRated():
             return f"builders are so fast: {_speeds(fact.speeds)}"
+        case f.StepHeld() if fact.memory_bytes:
+            return f"{fact.step} waits for {fact.memory_bytes} bytes of memory on {fact.builder}"
         case f.StepHeld():
             return f"{fact.step} waits for {fact.builder}, which is faster, until about {fact.until:.2f}"
         case f.StepRestored():

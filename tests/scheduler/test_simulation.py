@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from scheduler import builder_rules, builders, decide, model, records, state, step_rules
+from scheduler import builder_rules, builders, decide, model, placement, records, state, step_rules
 from scheduler import facts as f
 from tests.scheduler.simulation import play
 
@@ -77,6 +77,10 @@ def _always(*_: object) -> Generator[None, None, bool]:
     return True
 
 
+def _always_true(*_: object) -> bool:
+    return True
+
+
 #: Name, object, attribute, mutation: each removes one rule of the core.
 MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("any attempt may report", state.FarmState, "lease_holder", _any_attempt),
@@ -97,6 +101,7 @@ MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("needs are let go of by nobody", state.FarmState, "_release", lambda *_: None),
     ("a lost builder keeps its leases", builder_rules.BuilderRules, "lost", _nothing),
     ("a result in the cache is built all the same", decide.Decider, "_hold", _nothing),
+    ("memory is not counted", placement, "has_memory", _always_true),
     ("what stands below does not learn of works", state.FarmState, "_retail", _nothing),
     ("every recipe helps", step_rules.StepRules, "_helps", _always),
 )

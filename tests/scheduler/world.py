@@ -8,7 +8,7 @@ followed by the invariants, every fact is put before the judge.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from scheduler import effects as x
 from scheduler import events as e
@@ -27,6 +27,7 @@ from scheduler.model import (
     SubmissionId,
     SubmissionRefusedError,
 )
+from scheduler.placement import asked_of, has_memory
 from scheduler.policy import Limits
 from tests.scheduler.kit import builder
 from tests.scheduler.oracles import Judge, OracleError
@@ -61,6 +62,8 @@ class World:
     now: float = 0.0
     #: Of the builders, in order; nothing is known of their speed where it is empty.
     speeds: tuple[float, ...] = ()
+    #: Of their machines, likewise.
+    memories: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.farm = Farm(self.limits)
@@ -83,6 +86,8 @@ class World:
                 (builder("b2", "darwin", features=["big"], mandatory=["big"]), 1),
             )
         }
+        for agent, memory_bytes in zip(self.agents.values(), self.memories, strict=False):
+            agent.spec = replace(agent.spec, memory_bytes=memory_bytes)
         for agent in self.agents.values():
             self._hello(agent)
         self._measure()
@@ -124,6 +129,7 @@ class World:
                     raise OracleError(f"the cache holds {built}, which are to be built")
         self._check_deadline()
         self._check_holds()
+        self._check_memory()
 
     def _check_holds(self) -> None:
         """A step waits for a faster builder only where there is one, and no longer than that can be worth."""
@@ -132,13 +138,24 @@ class World:
                 continue
             able = [self.farm.state.builders[id_] for id_ in step.queue.builders]
             free = [each for each in able if each.willing and each.free > 0]
-            if not free:
+            asked = asked_of(step, step.queue)
+            free = [each for each in free if has_memory(each, asked)]
+            if not free or step.held.memory_bytes:
                 continue
             system = step.recipe.requirements.system
             best, most = (max(each.speed(system) for each in some) for some in (free, able))
             gain_s = step.work_ms / 1000 * (1 / best - 1 / most)
             if self.now >= step.held.since + gain_s:
                 raise OracleError(f"{step} has waited since {step.held.since} for what gains {gain_s:.0f} s at most")
+
+    def _check_memory(self) -> None:
+        """No builder runs what asks for more than its machine has, but for one that asks for more than any has."""
+        for each in self.farm.state.builders.values():
+            asked = [step.memory_bytes for step in each.leases.values() if step.memory_bytes]
+            if each.memory_bytes != sum(asked):
+                raise OracleError(f"{each.id} counts {each.memory_bytes} bytes, its leases ask for {sum(asked)}")
+            if len(asked) > 1 and each.spec is not None and 0 < each.spec.memory_bytes < sum(asked):
+                raise OracleError(f"{each.id} runs what asks for {sum(asked)} bytes and has {each.spec.memory_bytes}")
 
     def _is_here(self, event: e.BuilderLost) -> bool:
         admitted = self.judge.builders.get(event.builder)

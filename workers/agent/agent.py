@@ -198,6 +198,7 @@ class Agent:
             unfit=self._health.unfit,
             isolation=self._isolation_sent,
             network=self._settings.network,
+            memory_bytes=self._offer.memory_bytes,
             nix_version=self._nix_version,
             leases=tuple(HeldLease.model_validate(held) for held in self._leases.held()),
         ).dump()

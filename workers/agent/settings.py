@@ -58,6 +58,7 @@ _KERNELS = {"linux": "linux", "darwin": "darwin"}
 #: Where distributions put a busybox that can serve as /bin/sh in a sandbox, if it is static.
 _BUSYBOXES = ("/bin/busybox", "/usr/bin/busybox", "/usr/lib/busybox/busybox-static")
 _ELF_PROGRAM_INTERPRETER = 3
+_CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")
 #: Command that prints Nix's settings: before 2.20 and since.
 _SHOW_CONFIG = (("show-config",), ("config", "show"))
 #: Seconds for Nix to print its settings; it takes a twentieth of one.
@@ -197,6 +198,8 @@ class Offer:
     mandatory_features: tuple[str, ...]
     slots: int
     build_cores: int
+    #: Of the machine; 0 is unknown.
+    memory_bytes: int = 0
 
 
 def load_settings(path: str | Path | None = None) -> WorkerSettings:
@@ -296,6 +299,7 @@ def offer(settings: WorkerSettings, machine: HostSpec) -> Offer:
         mandatory_features=tuple(sorted(set(settings.mandatory_features))),
         slots=slots,
         build_cores=settings.build_cores or max(1, machine.cores // slots),
+        memory_bytes=machine.memory_bytes,
     )
 
 
@@ -332,10 +336,16 @@ def daemon_argv(settings: WorkerSettings, machine: HostSpec) -> tuple[str, ...]:
 
 
 def _memory_bytes() -> int:
+    """Return the memory of the machine, or of the container that this process runs in where that has less."""
     try:
-        return max(0, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        machine = max(0, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (ValueError, OSError):
-        return 0
+        machine = 0
+    try:
+        # A number, or "max"; a process outside of containers finds no such file in the root group.
+        return min(machine, int(_CONTAINER_MEMORY.read_text())) if machine else 0
+    except (OSError, ValueError):
+        return machine
 
 
 def _static_busybox() -> str:

@@ -214,6 +214,8 @@ class Hello(WireMessage):
     isolation: IsolationGrade | None = None
     #: Whether it takes fixed-output builds, which may use the network (`NETWORK_FEATURE`).
     network: bool = True
+    #: Memory of its machine; 0: not known.
+    memory_bytes: Annotated[int, Field(ge=0, le=MOST_BYTES)] = 0
     nix_version: Name
     leases: HeldLeases
 
