@@ -1,4 +1,4 @@
-"""Pages of infra/docs that are printed from code: `./run docs` writes them, a test compares."""
+"""Pages of infra/docs and a schema in infra/deploy, printed from code: `./run docs` writes them, a test compares."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from tests.architecture import metrics_reference, settings_reference, traces_reference
+from tests.architecture import deploy_schemas, metrics_reference, settings_reference, traces_reference
 
 PAGES: Mapping[Path, Callable[[], str]] = MappingProxyType(
     {
         settings_reference.FILE: settings_reference.reference,
         metrics_reference.FILE: metrics_reference.reference,
         traces_reference.FILE: traces_reference.reference,
+        deploy_schemas.FILE: deploy_schemas.text,
     }
 )
 

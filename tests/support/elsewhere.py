@@ -1,4 +1,7 @@
-"""A Ray head and workers as programs of their own, as on machines that are not the coordinator's."""
+"""A Ray head and workers as programs of their own, as on machines that are not the coordinator's.
+
+They are started as the services of infra/deploy/systemd start them, with the rights that these leave to root.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 
 from tests.support.farm import BIN
 from tests.support.ports import free_port
+from tests.support.units import command, confined
 
 #: Only ends a test that hangs.
 WITHIN_S = 90.0
@@ -108,9 +112,12 @@ class Elsewhere:
         self._token = token
         #: As the farm's own processes are marked.
         self._environment = {"DROVER_TEST_MARK": str(root)}
-        listen = ("--listen", self.address, "--config", config)
+        places: dict[str, str | Path] = {"/etc/drover/farm.toml": config, "/var/lib/drover/head": root / "head"}
         self.head = Program(
-            root / "head.log", "head", "--state-dir", root / "head", *listen, environment=self._environment
+            root / "head.log",
+            *command("drover-head", {**places, "HEAD": self.address}),
+            environment=self._environment,
+            prefix=confined("drover-head"),
         )
 
     def start_head(self) -> None:
@@ -118,12 +125,12 @@ class Elsewhere:
 
     def worker(self, name: str, *options: str | Path, environment: Mapping[str, str] | None = None) -> Program:
         """A worker that is not started."""
+        values = {"HEAD": self.address, "ADDRESS": "127.0.0.1", "NAME": name, "WORKER_OPTIONS": ""}
+        places = {"/etc/drover/ray-token": self._token, "/var/lib/drover-worker": self.root / f"worker-{name}"}
         return Program(
             self.root / f"{name}.log",
-            *("worker", "--head", self.address, "--ray-token"),
-            self._token,
-            *("--name", name, "--state-dir"),
-            self.root / f"worker-{name}",
+            *command("drover-worker", {**values, **places}),
             *options,
             environment={**self._environment, **(environment or {})},
+            prefix=confined("drover-worker"),
         )
