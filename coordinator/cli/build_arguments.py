@@ -8,6 +8,15 @@ from typing import Any
 import click
 
 
+def take_flake(options: dict[str, Any]) -> None:
+    """Take `--flake REF` for the file `REF#`."""
+    flake = options.pop("flake")
+    if flake and (options["files"] or options["expression"]):
+        raise click.UsageError("name a file, an expression or a --flake; one of them")
+    if flake:
+        options["files"] = (flake if "#" in flake else f"{flake}#",)
+
+
 def refuse_contradictions(options: dict[str, Any]) -> None:
     """Refuse arguments of `drover build` that do not go together."""
     files, expression = options["files"], options["expression"]

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from coordinator.cli.bisect_command import bisect
-from coordinator.cli.build_arguments import refuse_contradictions, refuse_not_remote
+from coordinator.cli.build_arguments import refuse_contradictions, refuse_not_remote, take_flake
 from coordinator.cli.cache_commands import cache
 from coordinator.cli.completion import SHELLS, completes, script
 from coordinator.cli.doctor_command import doctor
@@ -94,6 +94,7 @@ def cli() -> None:
     help="Attribute to build; repeatable; - reads them as lines.",
 )
 @click.option("-E", "--expr", "expression", default="", metavar="EXPR", help="Evaluate an expression and no file.")
+@click.option("--flake", "flake", default="", metavar="FLAKE", help="Evaluate a flake and no file, as FLAKE#ATTR does.")
 @click.option(
     "--systems",
     type=Systems(),
@@ -132,6 +133,7 @@ def build(url: str, token_file: str, **options: Any) -> int:
     from coordinator.cli.evaluation import EvaluationRequest  # noqa: PLC0415 - slow to import
     from coordinator.cli.remote import RemoteSource  # noqa: PLC0415 - slow to import
 
+    take_flake(options)
     refuse_contradictions(options)
     refuse_not_remote(options)
     remote, git, rev = (options.pop(name) for name in ("remote", "git", "rev"))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coordinator.evaluation.errors import EvaluationError
+from coordinator.evaluation.import_store import store_root
 from coordinator.evaluation.messages import error_line
-from coordinator.evaluation.model import split_attr
+from coordinator.evaluation.model import join_attr, split_attr
 from coordinator.evaluation.source import Asked, FlakeOrigin, NixValue, nix_text
 from infra.process import ProcessError, ProcessNotFound, run
 
@@ -24,13 +28,34 @@ METADATA_S: Final = 600.0
 MAX_METADATA_BYTES: Final = 16 * 1024 * 1024
 #: What Nix prints of a git repository with changes.
 _DIRTY: Final = re.compile(r"Git tree .* (?:is dirty|has uncommitted changes)")
+#: What git says where it is the one that failed.
+_FATAL: Final = re.compile(r"^fatal: (.+)$", re.MULTILINE)
 _NIX: Final = ("nix", "--extra-experimental-features", "nix-command flakes")
+
+
+class _LockNode(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+
+    #: Name of an input -> its node, or the path to one.
+    inputs: dict[str, str | list[str]] = {}
+    locked: dict[str, Any] = {}
+
+
+class _LockGraph(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+
+    nodes: dict[str, _LockNode] = {}
+    root: str = "root"
 
 
 class _Metadata(BaseModel):
     model_config = ConfigDict(defer_build=True)
 
     url: str
+    #: Store path of its files.
+    path: str = ""
+    resolved: dict[str, Any] = {}
+    locks: _LockGraph = Field(default_factory=_LockGraph)
 
 
 def is_flake(text: str) -> bool:
@@ -72,11 +97,39 @@ async def flake_value(
     """
     metadata = await flake_metadata(reference, flags, env, on_messages)
     try:
-        url = _Metadata.model_validate_json(metadata).url
+        found = _Metadata.model_validate_json(metadata)
     except ValidationError:
         raise EvaluationError(f"Nix says nothing of where the flake {reference} is") from None
+    for directory in await asyncio.to_thread(_own_inputs, found, store_root(flags)):
+        await _add_source(directory, flags, env)
     origin = FlakeOrigin(reference, metadata)
-    return NixValue(reference, f"builtins.getFlake {nix_text(url)}", (), {}, "", tuple(flags), origin)
+    return NixValue(reference, f"builtins.getFlake {nix_text(found.url)}", (), {}, "", tuple(flags), origin)
+
+
+def _own_inputs(flake: _Metadata, root: str) -> list[Path]:
+    """Return the directories of a flake that are locked inputs of it, as `path:./sub`.
+
+    Nix before 2.26 fetches these where it locks them, and finds them in the store only after that.
+    """
+    files = Path(f"{root}{flake.path}").resolve()
+    top = flake.locks.nodes.get(flake.locks.root, _LockNode())
+    nodes = [flake.locks.nodes.get(name, _LockNode()).locked for name in top.inputs.values() if isinstance(name, str)]
+    found = []
+    for locked in nodes:
+        path = str(locked.get("path", ""))
+        if locked.get("type") == "path" and "narHash" in locked and flake.path and not path.startswith("/"):
+            directory = (files / str(flake.resolved.get("dir", "")) / path).resolve()
+            if directory.is_relative_to(files) and directory.is_dir():
+                found.append(directory)
+    return found
+
+
+async def _add_source(directory: Path, flags: Sequence[str], env: Mapping[str, str]) -> None:
+    """Add a directory to the store under the name of all sources of flakes; Nix says it where that fails."""
+    store = ("--store", flags[flags.index("--store") + 1]) if "--store" in flags else ()
+    command = [*_NIX, "store", "add-path", "--name", "source", str(directory), *store]
+    with suppress(ProcessError):
+        await run(command, env=env, timeout_s=METADATA_S, max_output_bytes=MAX_METADATA_BYTES)
 
 
 def _asked(attr: str, system: str, *, several: bool) -> Asked:
@@ -86,7 +139,8 @@ def _asked(attr: str, system: str, *, several: bool) -> Asked:
         return Asked(label, (("packages", system, *names), ("legacyPackages", system, *names), names))
     if len(names) > 1 and _is_system(names[1]):
         return Asked(attr, (names,))
-    return Asked(".".join((names[0], system, *names[1:])), ((names[0], system, *names[1:]),))
+    path = (names[0], system, *names[1:])
+    return Asked(join_attr("", path), (path,))
 
 
 def _is_system(name: str) -> bool:
@@ -109,8 +163,10 @@ async def flake_metadata(
     except ProcessError as error:
         raise EvaluationError(f"the flake {reference} could not be read: {error}") from None
     if done.returncode != 0:
-        line = error_line(done.stderr.decode(errors="replace")) or f"Nix ended with status {done.returncode}"
-        raise EvaluationError(f"the flake {reference} could not be read: {line}")
+        text = done.stderr.decode(errors="replace")
+        line = error_line(text) or f"Nix ended with status {done.returncode}"
+        cause = _FATAL.search(text)
+        raise EvaluationError(f"the flake {reference} could not be read: {line}" + (f" ({cause[1]})" if cause else ""))
     if _DIRTY.search(done.stderr.decode(errors="replace")):
         on_messages(
             f"the git tree of {reference} has changes that are not committed; they are built too, but no file that git "

@@ -54,6 +54,8 @@ def advice(file: str, attr: str, error: str) -> str:
     where = f"{attr} of {file}" if attr else file
     if not error:
         return f"the evaluation of {where} failed; Nix's messages are above"
+    if re.search("requires lock file changes", error):
+        return f"{where} has inputs that its flake.lock lacks; make it with `nix flake lock`, and add it to git"
     if re.search(r"in selection path|attribute .* missing", error):
         return f"{error}; check the names after -A against {file}"
     return f"{error}; correct {where} (Nix's whole message is above)"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -43,6 +44,8 @@ from infra.nix.store_path import base_name_of
 QUERY_NAMES: Final = 8_000
 #: Seconds from one batch of roots to the next while there are fewer than a frame holds.
 BATCH_EVERY_S: Final = 1.0
+#: What Nix says of an address outside of `allowed-uris`.
+_FORBIDDEN_HOST: Final = re.compile(r"access to URI '[a-z+]+://([^/']+)[^']*' is forbidden in restricted mode")
 #: Characters of a name or a sentence.
 _SHORT: Final = 1024
 
@@ -109,7 +112,10 @@ async def evaluate(pipe: Pipe) -> None:
     limits = PoolLimits(job.evaluators, job.memory_bytes, job.timeout_s or None)
     env = {**ENVIRONMENT, **({"all_proxy": f"socks5h://127.0.0.1:{GATEWAY_PORT}"} if job.allowed_uris else {})}
     async with gateway_of(job):
-        found = await StreamedFindings(pipe, _inputs(job), limits, env).run()
+        try:
+            found = await StreamedFindings(pipe, _inputs(job), limits, env).run()
+        except EvaluationError as error:
+            raise EvaluationError(_with_lock(_with_host(str(error)), job)) from None
     for start in range(0, len(found.failed), AT_ONCE):
         some = FailedAttrs(failed=tuple(map(_failed, found.failed[start : start + AT_ONCE])))
         await pipe.send(FrameKind.FAILED, some.model_dump_json().encode())
@@ -269,10 +275,29 @@ def _shown(text: str) -> str:
     return text.replace(f"{TREE}/", "")
 
 
+def _with_host(error: str) -> str:
+    """Return an error of Nix with what to do about a host that is not allowed."""
+    match = _FORBIDDEN_HOST.search(error)
+    if match is None:
+        return error
+    return (
+        f"{error[: match.end()]} (this farm does not fetch from {match[1]}; ask its operator for it in "
+        f"remote_evaluation.allowed_hosts, or evaluate on the client){error[match.end() :]}"
+    )
+
+
+def _with_lock(error: str, job: EvaluationJob) -> str:
+    """Return an error of a flake that could not be read with the one cause that people can mend."""
+    file, mark, _ = job.file.partition("#")
+    if not mark or "could not be read" not in error or Path(TREE, file, "flake.lock").exists():
+        return error
+    return f"{error}; it has no flake.lock: make it with `nix flake lock`, and add it to git"
+
+
 def _failed(attr: FailedAttr) -> FailedJobAttr:
     return FailedJobAttr(
         attr=attr.attr[:_SHORT],
-        error=_shown(attr.error)[:_SHORT],
+        error=_with_host(_shown(attr.error))[:_SHORT],
         text=_shown(attr.text)[:MAX_MESSAGE],
         position=_shown(attr.position)[:_SHORT],
     )

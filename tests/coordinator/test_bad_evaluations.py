@@ -62,7 +62,7 @@ async def test_names_of_any_characters_are_left_out_named_and_built_when_asked(
     found = await evaluated(file, flags=flags)
     assert [each.attr for each in found.wanted] == ["a"]
     assert {each.attr for each in found.left_out} == {'"with.dot"', '"ü"', '""', '"a b"', '"quo"te"'}
-    asked = ['"with.dot"', '"ü"', '"a b"']
+    asked = ['"with.dot"', '"ü"', '"a b"', '""']
     again = await evaluated(file, asked, flags=flags)
     assert [each.attr for each in again.wanted] == asked
 

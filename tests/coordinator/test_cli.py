@@ -55,6 +55,8 @@ def nobody() -> str:
         (["build", ".#checks", "-A", "x"], "name a flake's output after its #"),
         (["build", ".#checks", "--argstr", "a", "b"], "a flake takes no arguments"),
         (["build", "-", "-A", "x"], "lines on standard input name derivations"),
+        (["build", "a.nix", "--flake", "."], "name a file, an expression or a --flake; one of them"),
+        (["build", "--flake", ".", "-A", "x"], "name a flake's output after its #"),
         (["build", "a.nix", "b.nix"], "choose several things to build with -A"),
         (["build", "a.nix", f"/nix/store/{'0' * 32}-b.drv"], "not both"),
         (["build", f"/nix/store/{'0' * 32}-b.drv", "-A", "x"], "a .drv path is one derivation"),

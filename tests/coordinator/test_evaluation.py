@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -396,10 +398,26 @@ async def test_an_expression_is_evaluated_where_the_caller_is(flags: tuple[str, 
         await found("{ which }: which", "--arg", "which", "(1 + (2")
 
 
+async def test_attributes_come_by_lines_and_files_by_a_search_path(
+    flags: tuple[str, ...], mixed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "names").write_text('good\n\nset."with.dot"\ngood\n')
+    (tmp_path / "found.nix").write_text(
+        f"""{{ name }}: {{ inherit (import {mixed}) good; set."with.dot" = derivation {{
+          inherit name; system = builtins.currentSystem; builder = "/bin/sh"; }}; }}"""
+    )
+    with (tmp_path / "names").open("rb") as names:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(names))
+        more = ("-I", f"own={tmp_path}", "--argstr", "name", "told")
+        found = await evaluated("<own/found.nix>", ["-"], flags=(*flags, *more))
+    assert described(found.wanted) == [("good", "good.drv", ()), ('set."with.dot"', "told.drv", ())]
+
+
 FLAKE = """{
   outputs = { self }: let make = system: name: derivation { inherit system name; builder = "/bin/sh"; }; in {
     checks.x86_64-linux = { a = make "x86_64-linux" "a"; b = throw "no b"; };
     checks.aarch64-darwin.a = make "aarch64-darwin" "a";
+    checks.aarch64-darwin."with.dot" = make "aarch64-darwin" "dotted";
     packages.x86_64-linux.tool = make "x86_64-linux" "tool";
     legacyPackages.x86_64-linux.deep.thing = make "x86_64-linux" "thing";
     other = make "x86_64-linux" "other";
@@ -426,6 +444,16 @@ async def test_outputs_of_a_flake_are_found_as_nix_build_finds_them(flags: tuple
     assert await found("tool", "x86_64-linux") == (["tool"], [])
     assert await found("deep.thing", "x86_64-linux") == (["deep.thing"], [])
     assert await found("other", "x86_64-linux") == (["other"], [])
+    quoted = 'checks.aarch64-darwin."with.dot"'
+    for asked in (quoted, 'checks."with.dot"'):
+        assert await found(asked, "aarch64-darwin") == ([quoted], [])
+    # As `nixpkgs#hello` is found.
+    registry = tmp_path / "registry.json"
+    names = [{"type": "indirect", "id": "packages"}, {"type": "path", "path": str(flake)}]
+    registry.write_text(json.dumps({"version": 2, "flakes": [dict(zip(("from", "to"), names, strict=True))]}))
+    more = ("--option", "flake-registry", str(registry))
+    named = await evaluated("packages#tool", flags=(*flags, *more), systems=["x86_64-linux"])
+    assert [each.attr for each in named.wanted] == ["tool"]
     assert await found("checks.aarch64-darwin.a", "x86_64-linux") == (["checks.aarch64-darwin.a"], [])
     with pytest.raises(EvaluationError, match=r"attribute 'nosuch' in selection path 'nosuch' not found; check the"):
         await found("nosuch", "x86_64-linux")

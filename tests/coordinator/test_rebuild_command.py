@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,31 @@ let aggregate = name: constituents: runOn "x86_64-linux"
 """
 
 
+async def test_a_rebuild_that_is_interrupted_names_the_builds_that_go_on(open_farm: OpenFarm, tmp_path: Path) -> None:
+    files = [tmp_path / side for side in ("base", "head")]
+    for file in files:
+        file.write_text(f'{PRELUDE} {{ a = run "a" "echo {file.name} > $out"; }}')
+    # No worker: what is submitted goes on.
+    async with open_farm() as farm:
+        child = await started(farm, "--base-file", files[0], "--head-file", files[1])
+        assert child.stderr is not None
+        said, both = "", 0
+        async with asyncio.timeout(60):
+            while both < 2:
+                line = (await child.stderr.readline()).decode()
+                assert line, said
+                said, both = said + line, both + line.startswith("submitted ")
+        child.send_signal(signal.SIGINT)
+        async with asyncio.timeout(60):
+            _, errors = await child.communicate()
+        assert child.returncode == 130
+        head, base = [view.id for view in await farm.client.submissions()]
+        sentence = f"report later: drover rebuild --base-submission {base} --head-submission {head}"
+        assert sentence in errors.decode()
+        for name in (base, head):
+            assert (await farm.client.submission(name)).state == "running"
+
+
 async def foreseen(farm: OpenedFarm, *arguments: str | Path) -> dict[str, Any]:
     """Run the command without builds and return its report."""
     status, report, errors = await rebuilt(farm, *arguments, "--dry-run")
@@ -50,8 +76,17 @@ async def foreseen(farm: OpenedFarm, *arguments: str | Path) -> dict[str, Any]:
 
 async def rebuilt(farm: OpenedFarm, *arguments: str | Path) -> tuple[int | None, dict[str, Any], str]:
     """Run the command; returns its status, its report and what it says."""
+    child = await started(farm, *arguments)
+    async with asyncio.timeout(60):
+        out, errors = await child.communicate()
+    found: dict[str, Any] = json.loads(out.splitlines()[-1]) if out else {}
+    return child.returncode, found, errors.decode()
+
+
+async def started(farm: OpenedFarm, *arguments: str | Path) -> asyncio.subprocess.Process:
+    """Start the command."""
     words = [*map(str, arguments), "--store", str(farm.root / "client"), "--json"]
-    child = await asyncio.create_subprocess_exec(
+    return await asyncio.create_subprocess_exec(
         BIN / "drover",
         "rebuild",
         *words,
@@ -63,10 +98,6 @@ async def rebuilt(farm: OpenedFarm, *arguments: str | Path) -> tuple[int | None,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(60):
-        out, errors = await child.communicate()
-    found: dict[str, Any] = json.loads(out.splitlines()[-1]) if out else {}
-    return child.returncode, found, errors.decode()
 
 
 async def test_revisions_files_and_flakes_are_compared_before_anything_is_built(

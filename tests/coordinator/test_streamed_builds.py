@@ -44,7 +44,7 @@ async def test_what_is_found_first_is_built_while_the_rest_is_evaluated(
     os.mkfifo(gate)
     text = f"""
     rec {{
-      early = run "early" "echo > $out";
+      early = builtins.trace "token: hunter2" (run "early" "echo > $out");
       bad = throw "there is no such thing";
       late = builtins.seq (builtins.readFile "{gate}") (run "late" "echo ${{early}} > $out");
     }}
@@ -60,7 +60,13 @@ async def test_what_is_found_first_is_built_while_the_rest_is_evaluated(
         view = await farm.client.submission(row.id)
         assert (view.counts.total, view.counts.done, view.open, view.incomplete) == (2, 2, False, "")
         assert [(each.attr, each.message) for each in view.not_evaluated] == [("bad", "there is no such thing")]
+        # What an evaluation prints is for the person at the terminal only.
+        kept = [
+            path for path in farm.settings.state_dir.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()
+        ]
+        assert kept == []
     out, err = capsys.readouterr()
+    assert "hunter2" in err
     document = json.loads(out)
     assert [(root["attr"], root["state"]) for root in document["roots"]] == [("early", "done"), ("late", "done")]
     assert document["moments"]["first_step"] < document["moments"]["evaluated"]

@@ -115,6 +115,47 @@ def test_what_cannot_be_evaluated_is_said_and_the_rest_is_built(farm: Farm, repo
     assert (status, "lies in no git repository" in said) == (2, True), said
 
 
+FLAKE = """
+{
+  inputs = {
+    lib.url = "git+http://localhost:%d/lib/.git?ref=main";
+    sub.url = "path:./sub";
+    other.url = "git+http://127.0.0.1:%d/other/.git?ref=main";
+  };
+  outputs = { self, lib, sub, other }: {
+    checks.x86_64-linux.a = lib.make "a" sub.text;
+    checks.x86_64-linux.b = lib.make "b" other.text;
+    packages.x86_64-linux.a = self.checks.x86_64-linux.a;
+  };
+}
+"""
+LIB = """
+{ outputs = _: { make = name: text: derivation {
+  inherit name; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" "echo ${text}; echo > $out" ];
+}; }; }
+"""
+
+
+def test_a_flake_is_built_with_its_locked_inputs(farm: Farm, repository: Path, port: int) -> None:
+    served = repository.parent
+    commit(served / "lib", {"flake.nix": LIB})
+    commit(served / "other", {"flake.nix": '{ outputs = _: { text = "of-the-other"; }; }'})
+    flake = served / "flake"
+    commit(flake, {"flake.nix": FLAKE % (port, port), "sub/flake.nix": '{ outputs = _: { text = "of-the-sub"; }; }'})
+    status, said, _ = built(farm, f"{flake}#checks")
+    assert (status, "it has no flake.lock: make it with `nix flake lock`" in said) == (3, True), said
+    words = ("--extra-experimental-features", "nix-command flakes", "flake", "lock", "--store", served / "store")
+    subprocess.run(["nix", *words, flake], check=True, capture_output=True, timeout=60)
+    commit(flake, {})
+    status, said, log = built(farm, f"{flake}#a")
+    assert (status, "of-the-sub" in log) == (0, True), said
+    # The host of the third input is none that is allowed, and costs the first two nothing.
+    status, said, log = built(farm, f"{flake}#checks")
+    assert (status, "of-the-sub" in log) == (3, True), said
+    assert f"checks.x86_64-linux.b cannot be evaluated: access to URI 'http://127.0.0.1:{port}/other/.git'" in said
+    assert f"this farm does not fetch from 127.0.0.1:{port}; ask its operator" in said
+
+
 def test_an_interrupted_evaluation_goes_on_and_can_be_watched_and_ended(farm: Farm, repository: Path) -> None:
     command = farm.command("build", "--remote", repository / "nix", "-A", "forever")
     client = subprocess.Popen(
