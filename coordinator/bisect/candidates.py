@@ -11,6 +11,7 @@ from typing import Final
 
 from coordinator.bisect.errors import BisectError
 from coordinator.evaluation.errors import EvaluationError
+from coordinator.evaluation.import_store import ImportBuilds
 from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.model import EvaluatedRoot, some
 from coordinator.evaluation.pool import PoolLimits
@@ -49,12 +50,21 @@ class BisectedAttr:
 class Candidates:
     """Evaluates commits side by side, within what the machine has, from checkouts below `directory`."""
 
-    def __init__(self, repository: Repository, asked: BisectedAttr, directory: Path, limits: PoolLimits) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        asked: BisectedAttr,
+        directory: Path,
+        limits: PoolLimits,
+        imports: ImportBuilds | None = None,
+    ) -> None:
+        """`imports` makes what commits import from derivations; None: Nix does, in the client's own store."""
         self._repository = repository
         self._asked = asked
         self._directory = directory
         self._each = PoolLimits(1, limits.memory_bytes // limits.evaluators, limits.timeout_s)
         self._places = asyncio.Semaphore(limits.evaluators)
+        self._imports = imports
 
     async def evaluate(self, revision: str, env: Mapping[str, str] = os.environ) -> EvaluatedRoot | str:
         """Return the derivation of the attribute at a commit, or the sentence that says why there is none.
@@ -69,7 +79,9 @@ class Candidates:
         top = checkout.directory
         try:
             inputs = self._asked.inputs(top)
-            found = await evaluation_of(inputs, self._each, env=env, on_messages=lambda _text: None)
+            found = await evaluation_of(
+                inputs, self._each, env=env, on_messages=lambda _text: None, imports=self._imports
+            )
         except EvaluationError as error:
             text = str(error).removesuffix(" (Nix's whole message is above)")
             if checkout.submodules:

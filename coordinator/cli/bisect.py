@@ -23,6 +23,7 @@ from coordinator.bisect.session import Bisection, CommitVerdict, Conclusion
 from coordinator.bisect.verdicts import Criterion, Outcome, Until
 from coordinator.cli import exit_status
 from coordinator.cli.bisect_builds import FarmBuilds
+from coordinator.cli.import_builds import FarmImports
 from coordinator.cli.reasons import difference_lines
 from coordinator.cli.rendering import counted, one_line
 from coordinator.cli.screen import Screen
@@ -99,7 +100,7 @@ class _Begun:
 async def _bisect(client: ApiClient, request: BisectRequest, begun: _Begun) -> int:
     screen = Screen.choose(as_json=request.as_json)
     # First of all whether a coordinator answers: evaluations take a while.
-    await client.farm()
+    farm = await client.farm()
     file = request.file.partition("#")[0] or "."
     place = Path(file)
     if not await asyncio.to_thread(place.exists):
@@ -125,7 +126,9 @@ async def _bisect(client: ApiClient, request: BisectRequest, begun: _Begun) -> i
     with opened(path, arguments, restart=request.restart) as memory:
         begun.state = str(path)
         screen.line(_first_line(asked, line, memory))
-        conclusion = await _search(client, request, repository, asked, line, memory, screen)
+        settings = [word for at, word in enumerate(flags) if word == "--option" for word in flags[at : at + 3]]
+        async with FarmImports(client, farm, screen, settings, request.store, wait_s=None) as imports:
+            conclusion = await _search(client, request, repository, asked, line, memory, screen, imports)
         report = await _report(client, repository, line, conclusion)
         if report.status != exit_status.INFRASTRUCTURE:
             memory.forget()
@@ -151,6 +154,7 @@ async def _search(  # noqa: PLR0917 - collaborators, named by their types
     line: Sequence[str],
     memory: Memory,
     screen: Screen,
+    imports: FarmImports,
 ) -> Conclusion:
     """Search; what the repository or the farm says no to for good is forgotten, so that a corrected command begins."""
     memory_bytes = request.memory_mib and request.memory_mib * 1024 * 1024
@@ -158,7 +162,7 @@ async def _search(  # noqa: PLR0917 - collaborators, named by their types
     store = local_store(request.store)
     builds = FarmBuilds(client, store, screen, until=request.until, label=f"bisect {asked.name}"[:900])
     with memory.directory() as directory:
-        candidates = Candidates(repository, asked, directory, limits)
+        candidates = Candidates(repository, asked, directory, limits, imports)
         witness = _Narrator(screen)
         criterion = Criterion(request.until, request.factor)
         bisection = Bisection(line, criterion, candidates.evaluate, builds, memory, witness)

@@ -18,10 +18,13 @@ from tests.support.package_set import PackageSet
 
 Change = Callable[[PackageSet], None]
 COMMITS = 40
+#: What a commit's evaluation imports, which is null as that of the others.
+IMPORTED = """import (derivation {
+  name = "imported-null"; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" "echo null > $out" ]; })"""
 
 
 class History:
-    """Forty commits after the first, of which every other one changes `git`; it fails from one on."""
+    """Forty commits after the first, of which every other one changes `git`; it fails from one on, which imports."""
 
     def __init__(self, directory: Path, *, bad: int, broken: tuple[int, ...] = (), before: str = "") -> None:
         """`broken` commits do not evaluate; `before` is a shell line of good builds, but for the first commit's."""
@@ -34,7 +37,8 @@ class History:
                 self.packages.edit("git", script=before)
             if number == bad:
                 self.packages.fail("git", "no rule to make target")
-            forced = f'throw "git is broken by {number}"' if number in broken else "null"
+            forced = IMPORTED if number == bad else "null"
+            forced = f'throw "git is broken by {number}"' if number in broken else forced
             self.packages.edit("git", forced=forced)
             self.line.append(self.packages.commit(f"commit {number}"))
 
@@ -91,6 +95,7 @@ def test_the_first_bad_commit_of_forty_is_found_with_few_builds_and_what_the_far
     found = answer_of(done)
     assert found["first_bad"]["revision"] == history.line[27]
     assert found["first_bad"]["subject"] == "commit 27"
+    assert "imported by the evaluation of git" in {view["label"] for view in farm.api("submissions")}
     assert found["first_bad"]["author"] == "Ada <ada@example.org>"
     assert found["last_good"]["revision"] == history.line[26]
     assert found["untestable_before_it"] == []
