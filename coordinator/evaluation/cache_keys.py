@@ -21,8 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from coordinator.evaluation.cache import FORM
 from coordinator.evaluation.flakes import flake_metadata
-from coordinator.evaluation.import_store import store_root
-from coordinator.evaluation.source import TREE, FlakeOrigin, NixValue, TreeOrigin
+from coordinator.evaluation.source import TREE, FlakeOrigin, NixValue, TreeOrigin, store_root
 from coordinator.evaluation.source_tree import NotWholeError, SourceTree, find_clock, read_tree, text_leak, tree_root
 from infra.nix.errors import NixError
 from infra.nix.hashing import parse_sha256

@@ -33,11 +33,10 @@ from coordinator.evaluation.import_store import (
     ImportStore,
     may_import,
     open_store,
-    store_root,
 )
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, Evaluation, FailedAttr, Finding, LeftOut
 from coordinator.evaluation.pool import OtherEvaluator, PooledSource, PoolLimits, findings_of_pool
-from coordinator.evaluation.source import FlakeOrigin, NixValue
+from coordinator.evaluation.source import FlakeOrigin, NixValue, store_root
 
 #: What Nix prints where an evaluation may not build what it imports.
 _NEEDS_IMPORT: Final = "'allow-import-from-derivation' is disabled"

@@ -13,10 +13,9 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coordinator.evaluation.errors import EvaluationError
-from coordinator.evaluation.import_store import store_root
 from coordinator.evaluation.messages import error_line
 from coordinator.evaluation.model import join_attr, split_attr
-from coordinator.evaluation.source import Asked, FlakeOrigin, NixValue, nix_text
+from coordinator.evaluation.source import Asked, FlakeOrigin, NixValue, nix_text, store_root
 from infra.process import ProcessError, ProcessNotFound, run
 
 #: Outputs whose first names are systems.

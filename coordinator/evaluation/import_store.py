@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, Protocol
 from urllib.parse import quote
 
-from coordinator.evaluation.source import NixValue
+from coordinator.evaluation.source import NixValue, store_root
 
 #: The daemon must look again for what it did not find before the build.
 _DAEMON: Final = ("nix-daemon", "--stdio", "--option", "narinfo-cache-negative-ttl", "0")
@@ -174,11 +174,6 @@ async def open_store(builds: ImportBuilds, env: Mapping[str, str]) -> AsyncItera
         yield store
     finally:
         await store.close()
-
-
-def store_root(flags: Sequence[str]) -> str:
-    """Return the directory of `--store DIR`; empty: the machine's own store."""
-    return flags[flags.index("--store") + 1].rstrip("/") if "--store" in flags else ""
 
 
 def _without_store(flags: Sequence[str]) -> tuple[str, ...]:

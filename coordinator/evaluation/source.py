@@ -161,6 +161,11 @@ def nix_text(text: str) -> str:
     return f'"{text}"'
 
 
+def store_root(flags: Sequence[str]) -> str:
+    """Return the directory of `--store DIR`; empty: the machine's own store."""
+    return flags[flags.index("--store") + 1].rstrip("/") if "--store" in flags else ""
+
+
 def _split_flags(flags: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Take `--arg NAME EXPRESSION` and `--argstr NAME TEXT` out of an evaluation's flags.
 
