@@ -16,6 +16,10 @@ from infra.process import ProcessError, run
 FETCH_S: Final = 24 * 3600.0
 FETCH_AT_ONCE: Final = 500
 MAX_FETCH_OUTPUT_BYTES: Final = 16 * 1024 * 1024
+#: Attempts where Nix fails in the database that it keeps of caches: of several programs that meet a cache for the first
+#: time, one takes the row away that another writes for. The next attempt finds the row.
+TRIES: Final = 8
+_OWN_DATABASE: Final = b"SQLite"
 
 
 async def realise(farm: FarmView, paths: Sequence[str], store: LocalStore, settings: Sequence[str]) -> None:
@@ -35,7 +39,11 @@ async def realise(farm: FarmView, paths: Sequence[str], store: LocalStore, setti
     for start in range(0, len(paths), FETCH_AT_ONCE):
         command = ["nix-store", "-r", *paths[start : start + FETCH_AT_ONCE], *store.flags, *settings, *words]
         try:
+            tries = 1
             done = await run(command, env=os.environ, timeout_s=FETCH_S, max_output_bytes=MAX_FETCH_OUTPUT_BYTES)
+            while done.returncode != 0 and _OWN_DATABASE in done.stderr and tries < TRIES:
+                tries += 1
+                done = await run(command, env=os.environ, timeout_s=FETCH_S, max_output_bytes=MAX_FETCH_OUTPUT_BYTES)
         except ProcessError as error:
             raise ClientError(f"the outputs are built but could not be fetched: {error}") from None
         if done.returncode != 0:

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.cli.fetching import realise
 from coordinator.cli.import_builds import FarmImports
 from coordinator.cli.screen import Screen
+from coordinator.client.closure import LocalStore
+from coordinator.client.errors import ClientError
 from coordinator.evaluation.findings import EvaluationMeans
 from coordinator.evaluation.import_store import ImportDoor, open_store
 from coordinator.evaluation.inputs import Inputs, evaluation_of, findings_asked
@@ -140,6 +143,30 @@ async def test_neither_imports_nor_what_does_not_import_waits_for_the_other(open
                         # The only evaluator of what does not import reads the pipe still.
                         await asyncio.to_thread(pipe.write_text, f"(import {client.file}).plain")
         assert sorted(found) == ["chain", "one", "plain", "reads"]
+
+
+async def test_a_fetch_that_fails_in_nix_s_own_database_of_caches_is_made_again(
+    open_farm: OpenFarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, tries = tmp_path / "nix-store", tmp_path / "tries"
+    program.write_text(
+        f"""#!/bin/sh
+        echo >> {tries}
+        [ $(wc -l < {tries}) -gt 2 ] && exit
+        echo "error: executing SQLite statement 'insert or replace': FOREIGN KEY constraint failed" >&2
+        exit 1
+        """
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    async with open_farm() as farm:
+        view = await farm.client.farm()
+        await realise(view, ["/nix/store/x"], LocalStore(), ())
+        assert tries.read_text() == "\n" * 3
+        program.write_text(f"#!/bin/sh\necho >> {tries}; echo 'error: no signature' >&2; exit 1\n")
+        with pytest.raises(ClientError, match="could not be fetched from"):
+            await realise(view, ["/nix/store/x"], LocalStore(), ())
+        assert tries.read_text() == "\n" * 4
 
 
 class RefusingBuilds:
