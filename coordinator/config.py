@@ -109,8 +109,10 @@ class WorkerConfig(BaseModel):
     #: IPv4 networks that its fixed-output builds reach although they are denied, and others that they do not reach.
     network_allow: tuple[str, ...] = ()
     network_deny: tuple[str, ...] = ()
-    #: Whether fixed-output builds come here at all; `mandatory_features = ["network"]`: nothing else does.
+    #: Whether fixed-output builds come here at all, and how many run at one time; `mandatory_features = ["network"]`:
+    #: nothing else does.
     network: bool = True
+    fetches: Annotated[int, Field(ge=1, le=1024)] = 8
     #: Nix settings of this worker only; they win over the farm's.
     nix_options: dict[str, str] = Field(default_factory=dict)
 

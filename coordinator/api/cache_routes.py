@@ -102,6 +102,10 @@ STABLE_JSON: Final = Route[None](
     "GET", f"{_ENVIRONMENT}/stable.json", Right.READ, answer=Content.POINTER, errors=_NAMED
 )
 STABLE_NIX: Final = Route[None]("GET", f"{_ENVIRONMENT}/stable.nix", Right.READ, answer=Content.NIX, errors=_NAMED)
+#: A plain file by its hash, as Nix asks a mirror of `hashed-mirrors`; the fetchers of nixpkgs may write it as SRI.
+MIRRORED: Final = Route[None](
+    "GET", "{prefix}/mirror/{algorithm:[a-z0-9]*}/{hash:.+}", Right.READ, answer=Content.FILE, errors=_NAMED
+)
 NOTHING: Final = Route[None]("GET", "{prefix}/{anything:.*}", Right.READ, status=404)
 
 PUT_CACHE_INFO: Final = Route[None](
@@ -147,6 +151,7 @@ CACHE_ROUTES: Final[tuple[Route[Any], ...]] = (
     NARINFOS,
     STABLE_JSON,
     STABLE_NIX,
+    MIRRORED,
     NOTHING,
     PUT_CACHE_INFO,
     PUT_NARINFO,

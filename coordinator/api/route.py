@@ -78,6 +78,8 @@ class Content(StrEnum):
     #: Systems, each with the revision that is stable there and its store paths; and the same as a Nix expression.
     POINTER = "application/json; pointer"
     NIX = "text/x-nix"
+    #: A plain file.
+    FILE = "application/octet-stream; file"
     #: Any bytes, which are dropped.
     DROPPED = "application/octet-stream"
 

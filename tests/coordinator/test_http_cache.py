@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+from base64 import b64encode
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import aiohttp
@@ -16,6 +18,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from yarl import URL
 
 from coordinator.api.cache_routes import MAX_QUESTION
 from coordinator.caches.opening import OpenCache
@@ -26,7 +29,9 @@ from coordinator.http.binary_cache.routes import add_cache_routes
 from coordinator.security.tokens import CacheAccess
 from infra.cache.cache import Cache
 from infra.cache.publishing.claims import Published
-from infra.nix import narinfo
+from infra.nix import base32, narinfo
+from infra.nix.content import FixedContent
+from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.narinfo import NarInfo
 from infra.objects.errors import ObjectStoreError
 from infra.objects.nar_writer import QUICK_BYTES, upload_nar
@@ -143,6 +148,37 @@ async def test_a_cut_transfer_is_resumed_where_it_ended(any_store: Served, size:
             assert answer.status == 416
             assert answer.headers["Content-Range"] == f"bytes */{len(whole)}"
             assert answer.headers["Cache-Control"] == "no-store"
+
+
+async def test_a_source_that_is_here_is_had_by_its_hash_as_from_any_hashed_mirror(any_store: Served) -> None:
+    text = os.urandom(300_000)
+    plain = FixedContent("", "sha256", sha256(text).digest())
+    made = await fixed_claim(any_store.cache, plain, text)
+    lying = FixedContent("", "sha1", bytes(20))
+    lie = await fixed_claim(any_store.cache, lying, b"other")
+    await any_store.cache.publish([made, lie, await uploaded_claim(any_store.cache, A, text)])
+    base = f"{any_store.url}/mirror"
+    sri = b64encode(plain.digest).decode()
+    for place in (f"sha256/{plain.digest.hex()}", f"sha256/{base32.encode(plain.digest)}", f"/sha256-{sri}"):
+        async with any_store.http.get(URL(f"{base}/{place}", encoded=True)) as answer:
+            assert (answer.status, await answer.read() == text) == (200, True)
+            assert "immutable" in answer.headers["Cache-Control"]
+        async with any_store.http.head(URL(f"{base}/{place}", encoded=True)) as head:
+            assert (head.status, head.content_length) == (200, len(text))
+    # Nothing is here of these, and what lies about its content is not sent whole.
+    for place in (f"sha256/{'0' * 64}", "sha256/x", f"md4/{'0' * 32}", f"sha1/{plain.digest.hex()}", "sha256/"):
+        async with any_store.http.get(f"{base}/{place}") as answer:
+            assert (place, answer.status) == (place, 404)
+    with pytest.raises(aiohttp.ClientPayloadError):
+        async with any_store.http.get(f"{base}/sha1/{'0' * 40}") as answer:
+            await answer.read()
+
+
+async def fixed_claim(cache: Cache, content: FixedContent, file: bytes) -> NarInfo:
+    """Return the claim on the path of a fixed output that holds a file."""
+    archive = b"".join(write_events([NarFile(b"", executable=False, size=len(file)), NarData(file)]))
+    claim = await uploaded_claim(cache, content.path(STORE_DIR, "source"), archive)
+    return replace(claim, path=replace(claim.path, ca=content.address))
 
 
 async def test_head_agrees_with_get_in_every_state(any_store: Served) -> None:
@@ -509,3 +545,19 @@ async def test_an_unmodified_nix_fetches_what_the_farms_key_signed_and_nothing_e
     code, err = await realise(b, trusted, "corrupted")
     assert code != 0, err
     assert not (tmp_path / "corrupted" / b.removeprefix("/")).exists()
+
+
+async def test_nix_fetches_from_the_farm_what_no_address_has_any_more(tmp_path: Path, served: Served) -> None:
+    text = os.urandom(100_000)
+    content = FixedContent("", "sha256", sha256(text).digest())
+    await served.cache.publish([await fixed_claim(served.cache, content, text)])
+    expression = (
+        'derivation { name = "renamed"; system = "builtin"; builder = "builtin:fetchurl"; outputHashMode = "flat"; '
+        f'outputHashAlgo = "sha256"; outputHash = "{content.digest.hex()}"; url = "http://127.0.0.1:9/gone"; }}'
+    )
+    mirror = ("--option", "hashed-mirrors", f"{served.url}/mirror")
+    code, path, err = await nix(
+        "nix-build", "--no-out-link", "-E", expression, *mirror, home=tmp_path, store=tmp_path / "s"
+    )
+    assert code == 0, err
+    assert (tmp_path / "s" / path.removeprefix("/")).read_bytes() == text

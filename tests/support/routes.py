@@ -26,6 +26,8 @@ PARTS: Final = {
     "anything": "nothing",
     "tree": "0" * 64,
     "environment": "nothing",
+    "algorithm": "sha256",
+    "hash": "0" * 64,
 }
 
 

@@ -164,6 +164,27 @@ def test_a_build_that_takes_more_than_there_is_runs_when_no_other_does_and_one_t
     assert machine.next_actions(HAND_BACK_S) == [HandBack(B)]
 
 
+def test_builds_that_use_the_network_are_bounded_and_others_pass_those_that_wait() -> None:
+    machine = WorkerMachine(4, most_fetches=2)
+    fetches, plain = [(f"fetch-{number}", 1) for number in range(4)], ("plain", 1)
+    for key in (*fetches, plain):
+        machine.accept(key, 0.0)
+    machine.next_actions(0.0)
+    for key in fetches:
+        machine.fetched(key, fetches=True)
+    machine.fetched(plain)
+    assert machine.next_actions(0.0) == [Build(fetches[0], 0), Build(fetches[1], 1), Build(plain, 2)]
+    # They wait here, whatever the time, and others come in their place.
+    assert machine.next_actions(2 * HAND_BACK_S) == []
+    assert machine.capacity() == 4 + 2
+    machine.built(fetches[1], 60.0)
+    assert machine.next_actions(60.0) == [Build(fetches[2], 1)]
+    # One uploads, and one waits.
+    assert machine.capacity() == 4 + 1 + 1
+    machine.draining = True
+    assert machine.next_actions(61.0) == [HandBack(fetches[3])]
+
+
 def test_slots_are_given_in_order_of_arrival_to_leases_whose_inputs_are_there() -> None:
     machine = WorkerMachine(1)
     for key in (A, B, C):

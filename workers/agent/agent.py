@@ -345,7 +345,7 @@ class Agent:
 
     def _runner(self, group: asyncio.TaskGroup) -> LeaseRunner:
         return LeaseRunner(
-            WorkerMachine(self._offer.slots, self._host.memory_bytes),
+            WorkerMachine(self._offer.slots, self._host.memory_bytes, self._settings.fetches),
             self._clock,
             self._outbox,
             group,

@@ -294,6 +294,8 @@ class _Held:
     arrived_at: float
     #: Memory that the build should take by its submission; 0: not known.
     memory_bytes: int = 0
+    #: Its build uses the network.
+    fetches: bool = False
     #: Set while BUILDING only.
     slot: int = -1
     building_at: float = 0.0
@@ -304,14 +306,18 @@ class _Held:
 class WorkerMachine:
     """All leases in the worker's hands. Methods raise `ValueError` where the shell breaks the order of the states."""
 
-    def __init__(self, slots: int, memory_bytes: int = 0) -> None:
-        """`memory_bytes` of the machine are there for builds; 0 is unknown, and then hints mean nothing."""
+    def __init__(self, slots: int, memory_bytes: int = 0, most_fetches: int = MAX_LEASES) -> None:
+        """`memory_bytes` of the machine are there for builds; 0 is unknown, and then hints mean nothing.
+
+        `most_fetches`: builds that use the network at one time. More wait here: elsewhere they would wait as well.
+        """
         if slots < 1:
             raise ValueError("a worker has at least one slot")
         self._slots = slots
         #: Slots that are offered now, at most all.
         self.offered = slots
         self._memory_bytes = memory_bytes
+        self._most_fetches = most_fetches
         #: Insertion order is order of arrival.
         self._held: dict[LeaseKey, _Held] = {}
         #: Free slots, lowest taken first; together with the slots of BUILDING leases each number exactly once.
@@ -354,9 +360,10 @@ class WorkerMachine:
         self._held[key] = _Held(LeaseState.QUEUED, now, memory_bytes)
         return True
 
-    def fetched(self, key: LeaseKey) -> None:
-        """All inputs are valid."""
+    def fetched(self, key: LeaseKey, *, fetches: bool = False) -> None:
+        """All inputs are valid; `fetches`: the build uses the network."""
         self._move(key, LeaseState.READY)
+        self._held[key].fetches = fetches
 
     def built(self, key: LeaseKey, now: float) -> None:
         """The build ended well; its slot is free."""
@@ -387,13 +394,14 @@ class WorkerMachine:
     def next_actions(self, now: float) -> list[Action]:
         """Return the actions that are due now, each once."""
         actions: list[Action] = []
-        uploads = building = waiting = memory_bytes = 0
+        uploads = building = waiting = memory_bytes = fetching = 0
         short_of_memory = False
         for held in self._held.values():
             uploads += held.state is LeaseState.UPLOADING
             if held.state is LeaseState.BUILDING:
                 building += 1
                 memory_bytes += held.memory_bytes
+                fetching += held.fetches
         surplus = len(self._held) > MAX_LEASES
         for key, held in self._held.items():
             if held.state not in _WAITING or held.handed_back:
@@ -401,11 +409,16 @@ class WorkerMachine:
             # Nothing with a hint passes one that waits for memory, or that would wait for ever.
             fits = not held.memory_bytes or (not short_of_memory and self._has_memory(memory_bytes, held.memory_bytes))
             may_begin = self._free and building < self.offered and uploads < self.max_uploads and fits
-            if held.state is LeaseState.READY and may_begin:
+            passed = held.fetches and fetching >= self._most_fetches
+            if held.state is LeaseState.READY and may_begin and not passed:
                 held.state, held.slot, held.building_at = LeaseState.BUILDING, self._free.pop(0), now
                 building += 1
                 memory_bytes += held.memory_bytes
+                fetching += held.fetches
                 actions.append(Build(key, held.slot))
+                continue
+            if passed and not self.draining:
+                # Others pass it; it is not handed back, because elsewhere it would use the same network as often.
                 continue
             short_of_memory = short_of_memory or not fits
             waiting += 1
@@ -446,7 +459,13 @@ class WorkerMachine:
         for key, held in self._held.items():
             if held.state is LeaseState.UPLOADING or (held.state is LeaseState.REPORTING and key not in reported):
                 finishing += 1
-        return self.offered + self.backlog + finishing
+        return self.offered + self.backlog + finishing + self._passed_fetches()
+
+    def _passed_fetches(self) -> int:
+        """Return the number of leases that wait for others which use the network: others come in their place."""
+        fetches = [held.state for held in self._held.values() if held.fetches]
+        room = max(0, self._most_fetches - fetches.count(LeaseState.BUILDING))
+        return min(max(0, fetches.count(LeaseState.READY) - room), self._most_fetches)
 
     def _has_memory(self, taken_bytes: int, wanted_bytes: int) -> bool:
         """Return whether one more build fits beside those that take so much; the first one always does."""

@@ -323,7 +323,7 @@ class LeaseRunner:
                 self._tell_stage(key, Stage.FETCHING)
                 with run.record.span("inputs"):
                     await self._inputs.ensure(order.inputs, sources, run.record)
-            self._machine.fetched(key)
+            self._machine.fetched(key, fetches=any(output.hash for output in derivation.outputs))
             self._advance()
             await self._build(key, run, await run.slot, derivation)
             self._advance()

@@ -102,8 +102,9 @@ class WorkerSettings(BaseModel):
     #: IPv4 networks that fixed-output builds reach although they are denied, and others that they do not reach.
     network_allow: tuple[str, ...] = ()
     network_deny: tuple[str, ...] = ()
-    #: Whether fixed-output builds come here at all.
+    #: Whether fixed-output builds come here at all, and how many of them run at one time.
     network: bool = True
+    fetches: Annotated[int, Field(ge=1, le=MAX_SLOTS)] = 8
     #: Names or addresses of the farm's own machines (coordinator, Ray head), which no build reaches.
     farm_hosts: tuple[str, ...] = ()
     #: Nix settings by name.

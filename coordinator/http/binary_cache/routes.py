@@ -25,6 +25,7 @@ from coordinator.api.route import Right, Route
 from coordinator.caches.opening import OpenCache
 from coordinator.http.binary_cache.access import challenge, may_read, may_write
 from coordinator.http.binary_cache.closures import ClosureAnswers, MissMeter
+from coordinator.http.binary_cache.mirrored_sources import MirroredSources
 from coordinator.http.binary_cache.nars import NAR_HEADERS, NarAnswers, cut
 from coordinator.http.binary_cache.pointers import PointerFiles
 from coordinator.http.binary_cache.puts import CachePuts, log_key
@@ -78,6 +79,7 @@ class CacheRoutes:
         self._log_for = log_for
         self._listings = Listings(served.cache)
         self._closures = ClosureAnswers(served.cache, misses)
+        self._mirrored = MirroredSources(served.cache, self._headers)
         self._nars = NarAnswers(served, self._headers(NAR_HEADERS))
         #: None where no token may write.
         self.puts = CachePuts(served) if served.access.writable else None
@@ -95,6 +97,7 @@ class CacheRoutes:
             cache_routes.NARINFOS: self._closures.answer,
             cache_routes.STABLE_JSON: self.nothing if self._pointers is None else self._pointers.json,
             cache_routes.STABLE_NIX: self.nothing if self._pointers is None else self._pointers.nix,
+            cache_routes.MIRRORED: self._mirrored.file,
             cache_routes.NOTHING: self.nothing,
         }
 
