@@ -1,6 +1,7 @@
 """Reading of a source of an environment: bytes of a file or a git branch, and the wishes in them.
 
-Nothing is evaluated here: a source that wants it is refused with the way that there is, a push.
+Nothing is evaluated here: a source that wants it is refused with the way that there is, a push (`evaluated` has the
+other one).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ KNOWN_NAMES: Final = (
     "manifest.lock",
     "devbox.lock",
     "environment.paths",
+    "flake.lock",
 )
 
 
@@ -39,19 +41,25 @@ def mark_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def wishes_of(content: SourceContent, store_dir: StoreDir, system: str) -> WishList:
-    """Return what a source wishes for; slow for large ones.
+def must_be_pushed(name: str, off: str = "") -> EnvironmentSourceError:
+    """Return the error of a source that says what to evaluate; `off` says why that is not done here."""
+    return EnvironmentSourceError(
+        f"{name} says what to evaluate and not which paths that gives; evaluate it in CI and send the "
+        "result: `drover build … --detach`, then `drover environments push NAME --submission ID`."
+        f"{f' Here {off}' if off else ''}"
+    )
+
+
+def wishes_of(content: SourceContent, store_dir: StoreDir, system: str, *, evaluates: bool = False) -> WishList:
+    """Return what a source wishes for; slow for large ones. `evaluates`: also attributes that are to be evaluated.
 
     Raises:
         WishListError: It cannot be read.
         EnvironmentSourceError: It must be evaluated, or wishes for nothing.
     """
     found = read_wishes(content.name, content.data, WishReading(store_dir, system))
-    if any(isinstance(wish.target, WishedAttribute) for wish in found.wishes):
-        raise EnvironmentSourceError(
-            f"{content.name} says what to evaluate and not which paths that gives; evaluate it in CI and send the "
-            "result: `drover build … --detach`, then `drover environments push NAME --submission ID`."
-        )
+    if not evaluates and any(isinstance(wish.target, WishedAttribute) for wish in found.wishes):
+        raise must_be_pushed(content.name)
     if not found.wishes:
         raise EnvironmentSourceError(f"{content.name} names no package, so the environment stays as it is.")
     return found

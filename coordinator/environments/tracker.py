@@ -67,6 +67,7 @@ class PackageSource(Protocol):
 
 #: Reads a source: its content, or None where that is at the given mark still.
 SourceReader = Callable[[TrackedSource, str], Awaitable[SourceContent | None]]
+WishReader = Callable[[TrackedSource, SourceContent], Awaitable[WishList]]
 
 
 @dataclass(slots=True)
@@ -95,6 +96,8 @@ class EnvironmentTracker:
         self._cache = cache
         self._packages = packages
         self._read = read
+        #: Returns what a content of a source wishes for; without another one nothing is evaluated.
+        self.wishes: WishReader = self._plain_wishes
         self._settings = settings
         self._clock = clock
         #: Locks of names that something is done for, as long as that lasts.
@@ -342,10 +345,10 @@ class EnvironmentTracker:
         return None
 
     async def _take(self, environment: Environment, content: SourceContent) -> None:
-        store_dir = self._cache.store_dir
-        system = environment.source.system
-        wishes = await asyncio.to_thread(wishes_of, content, store_dir, system)
-        await self._take_wishes(environment, wishes, content.mark)
+        await self._take_wishes(environment, await self.wishes(environment.source, content), content.mark)
+
+    async def _plain_wishes(self, source: TrackedSource, content: SourceContent) -> WishList:
+        return await asyncio.to_thread(wishes_of, content, self._cache.store_dir, source.system)
 
     async def _take_wishes(self, environment: Environment, content: WishList, mark: str, note: str = "") -> None:
         """Write a revision where the content is another one, and that the source was looked at."""

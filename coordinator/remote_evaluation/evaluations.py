@@ -22,7 +22,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from coordinator.api.evaluations import EVALUATION_PREFIX, EvaluationState, EvaluationView
-from coordinator.api.requests import IntakeQuery, RemoteEvaluationRequest
+from coordinator.api.requests import IntakeQuery, RemoteEvaluationRequest, RootRequest
 from coordinator.errors import ConflictError, CoordinatorError, NotFoundError, UnavailableError
 from coordinator.intake.growth import Growth
 from coordinator.intake.intake import Intake
@@ -101,8 +101,10 @@ class RemoteEvaluations:
             raise RemoteOffError(self.off)
         return self._sandboxes
 
-    def begin(self, ask: RemoteEvaluationRequest, owner: str) -> EvaluationView:
+    def begin(self, ask: RemoteEvaluationRequest, owner: str, *, submits: bool = True) -> EvaluationView:
         """Queue an evaluation whose submission is the owner's; the same again is the one that goes on.
+
+        Without `submits` there is no submission: the derivations that it finds are stored, and `found` has them.
 
         Raises:
             ConflictError: The owner's evaluation with this idempotency key evaluates something else.
@@ -125,7 +127,9 @@ class RemoteEvaluations:
             raise UnavailableError(
                 f"{self._bounds.waiting} evaluations wait already, the limit of this farm; try again later."
             )
-        evaluation = EvaluationRecord(f"{EVALUATION_PREFIX}{secrets.token_hex(8)}", ask, owner, tree=ask.tree)
+        evaluation = EvaluationRecord(
+            f"{EVALUATION_PREFIX}{secrets.token_hex(8)}", ask, owner, submits=submits, tree=ask.tree
+        )
         self._evaluations[evaluation.id] = evaluation
         evaluation.task = asyncio.create_task(self._run(evaluation), name=f"remote evaluation {evaluation.id}")
         self._forget()
@@ -143,6 +147,10 @@ class RemoteEvaluations:
                     )
                 return each
         return None
+
+    def found(self, name: str) -> tuple[RootRequest, ...]:
+        """Return what an evaluation that submits nothing has found so far. Raises `NotFoundError`."""
+        return tuple(self._find(name, lambda _owner: True).found)
 
     async def view(self, name: str, may_see: Callable[[str], bool], seen: str = "") -> EvaluationView:
         """Return an evaluation; while its state is the one `seen`, wait for news of it for a while.
@@ -239,7 +247,8 @@ class RemoteEvaluations:
                     await asyncio.gather(feeding, return_exceptions=True)
         if not evaluation.root_count:
             raise RemoteFailedError("the evaluation ended without a derivation")
-        await submission.seal()
+        if evaluation.submits:
+            await submission.seal()
 
     @asynccontextmanager
     async def _program(self, slot: int, name: str, *, gateway: bool) -> AsyncIterator[SandboxedRun]:
@@ -288,7 +297,11 @@ class RemoteEvaluations:
                 case FrameKind.SOURCES | FrameKind.SOURCES_END:
                     await self._take_sources(run, (kind, data))
                 case FrameKind.ROOTS:
-                    await submission.grow(evaluation.taken_roots(data))
+                    roots = evaluation.taken_roots(data)
+                    if evaluation.submits:
+                        await submission.grow(roots)
+                    else:
+                        evaluation.found += roots
                 case _:
                     evaluation.take(kind, data)
         except ValidationError:

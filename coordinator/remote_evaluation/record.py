@@ -30,6 +30,9 @@ class EvaluationRecord:
     #: Owner of its submission.
     owner: str
     state: EvaluationState = EvaluationState.QUEUED
+    #: What it finds is submitted; else it is kept here.
+    submits: bool = True
+    found: list[RootRequest] = field(default_factory=list)
     #: Name of its tree; empty until it is there.
     tree: str = ""
     error: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from coordinator.config import Settings
+from coordinator.environments.evaluated import EvaluatedSources
 from coordinator.environments.packages import FarmPackages
 from coordinator.environments.reports import CoverageReports
 from coordinator.environments.sources import BoundedSources
@@ -14,6 +15,7 @@ from coordinator.environments.tracker import EnvironmentTracker
 from coordinator.http.api.environments import EnvironmentApi
 from coordinator.http.routing import serve as serve_routes
 from coordinator.plans.planner import Planner
+from coordinator.remote_evaluation.evaluations import RemoteEvaluations
 from coordinator.wiring.caches import ServedCaches
 from coordinator.wiring.core import Core
 from coordinator.wiring.stores import Stores
@@ -29,6 +31,7 @@ def serve_environments(  # noqa: PLR0917 - collaborators, named by their types
     core: Core,
     caches: ServedCaches,
     planner: Planner,
+    evaluations: RemoteEvaluations,
 ) -> EnvironmentTracker:
     """Make the room of environments and serve its routes; it works once its `run` does."""
     submitted = SubmittedContent(core.views, stores.derivations)
@@ -46,6 +49,7 @@ def serve_environments(  # noqa: PLR0917 - collaborators, named by their types
         stores.environments, stores.cache, packages, sources.read, settings.environments, clock
     )
     packages.on_end = tracker.stir
+    tracker.wishes = EvaluatedSources(evaluations, stores.cache.store_dir).wishes
     reports = CoverageReports(stores.environments, clock)
     api = EnvironmentApi(tracker, reports, submitted, stores.cache.store_dir, native_system(), clock)
     serve_routes(app, api.handlers())

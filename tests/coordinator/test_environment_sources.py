@@ -6,17 +6,23 @@ import asyncio
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from coordinator.api.evaluations import EvaluationState, EvaluationView, FailedAttrView
+from coordinator.api.requests import RemoteEvaluationRequest, RootRequest
+from coordinator.defaults import OPERATOR
 from coordinator.environment_settings import EnvironmentSettings
-from coordinator.environments import git_source
+from coordinator.environments import evaluated, git_source
 from coordinator.environments.errors import EnvironmentSourceError
+from coordinator.environments.evaluated import EvaluatedSources
 from coordinator.environments.model import SourceKind, TrackedSource
 from coordinator.environments.reading import SourceContent, wishes_of
 from coordinator.environments.sources import GIT_AT_ONCE, BoundedSources
+from coordinator.wishes.model import WishedDerivation
 from infra.nix.store_path import StoreDir
 from infra.process import Completed
 from tests.support.cache import store_path
@@ -200,3 +206,67 @@ def test_what_must_be_evaluated_or_is_empty_is_refused_with_the_way_that_there_i
     ):
         with pytest.raises(EnvironmentSourceError, match=said):
             wishes_of(SourceContent("m", name, data), StoreDir("/nix/store"), LINUX)
+
+
+class ScriptedEvaluations:
+    """Remote evaluation whose evaluations end as scripted, once they may."""
+
+    def __init__(self, **ends: EvaluationView) -> None:
+        self.off = ""
+        self.ends = ends
+        self.begun: list[RemoteEvaluationRequest] = []
+        self.may_end = asyncio.Event()
+
+    def begin(self, ask: RemoteEvaluationRequest, owner: str, *, submits: bool = True) -> EvaluationView:
+        assert (owner, submits) == (OPERATOR, False)
+        self.begun.append(ask)
+        return EvaluationView(id=f"eval-{len(self.begun)}", state=EvaluationState.QUEUED)
+
+    async def view(self, name: str, may_see: Callable[[str], bool], seen: str = "") -> EvaluationView:
+        assert may_see("whoever")
+        ask = self.begun[int(name.removeprefix("eval-")) - 1]
+        if seen:
+            await self.may_end.wait()
+        elif not self.may_end.is_set():
+            return EvaluationView(id=name, state=EvaluationState.EVALUATING)
+        return replace(self.ends[ask.file.partition("#")[2].partition(".")[0]], id=name)
+
+    def found(self, name: str) -> Sequence[RootRequest]:
+        assert name.startswith("eval-")
+        return (RootRequest(attr="tool", drv=store_path("tool.drv")),)
+
+
+LOCK = SourceContent("c1", "flake.lock", b'{"nodes": {"root": {}}, "root": "root", "version": 7}')
+REPOSITORY = TrackedSource(SourceKind.GIT, url="https://git.test/one", path="dev/flake.lock", system=LINUX)
+
+
+async def test_a_look_takes_the_evaluation_that_an_earlier_one_began_and_a_flake_need_not_have_all_outputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done = EvaluationView(id="", state=EvaluationState.DONE)
+    absent = EvaluationView(id="", state=EvaluationState.FAILED, error="it does not provide attribute 'devShells'")
+    evaluations = ScriptedEvaluations(packages=done, devShells=absent)
+    room = EvaluatedSources(evaluations, StoreDir("/nix/store"))
+    monkeypatch.setattr(evaluated, "WAITED_S", 0.0)
+    for _ in range(2):
+        with pytest.raises(EnvironmentSourceError, match="is still being evaluated"):
+            await room.wishes(REPOSITORY, LOCK)
+    assert [(each.git, each.rev, each.file) for each in evaluations.begun] == [
+        (REPOSITORY.url, "c1", f"dev#packages.{LINUX}")
+    ]
+    monkeypatch.setattr(evaluated, "WAITED_S", 60.0)
+    evaluations.may_end.set()
+    found = await room.wishes(REPOSITORY, LOCK)
+    assert [(wish.name, wish.target) for wish in found.wishes] == [
+        ("tool", WishedDerivation(store_path("tool.drv"), ()))
+    ]
+    # A part that cannot be evaluated is not left out.
+    part = FailedAttrView(attr="other", error="torn")
+    evaluations.ends["packages"] = replace(done, failed=(part,), failed_count=1)
+    with pytest.raises(EnvironmentSourceError, match="cannot be evaluated: other: torn"):
+        await room.wishes(REPOSITORY, LOCK)
+    evaluations.off = "remote evaluation is off; the operator switches it on."
+    with pytest.raises(EnvironmentSourceError, match=r"push NAME --submission ID`\. Here remote evaluation is off"):
+        await room.wishes(REPOSITORY, LOCK)
+    with pytest.raises(EnvironmentSourceError, match=r"push NAME --submission ID`\.$"):
+        await room.wishes(replace(REPOSITORY, kind=SourceKind.FILE), LOCK)

@@ -15,16 +15,19 @@ import pytest
 import zstandard
 
 from coordinator.api.evaluations import EvaluationState, EvaluationView
-from coordinator.api.requests import RemoteEvaluationRequest
+from coordinator.api.requests import RemoteEvaluationRequest, TrackRequest
 from coordinator.api.streams import in_thread
 from coordinator.api.trees import MAX_DEPTH, compressed
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import RefusedError
 from coordinator.config import OwnerSettings
+from coordinator.environment_settings import EnvironmentSettings
+from coordinator.environments.store import EnvironmentStore
 from coordinator.remote_evaluation.errors import RemoteFailedError
 from coordinator.remote_evaluation.frames import BadFrameError, FrameKind
 from coordinator.remote_evaluation.sandboxed_run import running
 from coordinator.remote_evaluation.sandboxes import ENVIRONMENT, Sandboxes, SandboxLimits
+from infra.cache.catalog.database import FencingToken
 from infra.nix.nar import NarData, NarDirectory, NarDirectoryEnd, NarEvent, NarFile, write_events
 from infra.process import run
 from tests.support.git_server import commit, git, serving_git
@@ -414,6 +417,40 @@ async def test_a_revision_of_an_allowed_git_server_is_evaluated_without_its_filt
             }.items():
                 with pytest.raises(RefusedError, match=says):
                     await evaluated(git=refused, rev="main")
+
+
+async def test_a_tracked_branch_with_a_flake_is_evaluated_in_the_sandbox_and_nothing_of_it_is_submitted(
+    tmp_path: Path,
+) -> None:
+    def flake(tool: str) -> dict[str, str]:
+        return {"flake.nix": "{ outputs = _: { packages.x86_64-linux.tool = " + tool + "; }; }"}
+
+    repository = tmp_path / "repositories" / "one"
+    lock = json.dumps({"nodes": {"root": {}}, "root": "root", "version": 7})
+    first = commit(repository, {**flake(DERIVATION % "one"), "flake.lock": lock})
+    with serving_git(tmp_path / "repositories") as port:
+        host = f"localhost:{port}"
+        tracked = EnvironmentSettings(git_hosts=(host,), git_schemes=("http",))
+        remote = {"allowed_hosts": (host,), "allowed_schemes": ("http",), "network_allow": ("127.0.0.1/32", "::1/128")}
+        track = TrackRequest(kind="git", url=f"http://{host}/one/.git", ref="main", system="x86_64-linux")
+        async with remote_farm(tmp_path, None, tracked, **remote) as farm:
+            view = await farm.client.track("dev", track)
+            assert [(each.number, each.mark) for each in view.revisions] == [(1, first)]
+            assert await made(farm, "dev", 1) == ["one"]
+            assert await farm.client.submissions() == []
+            # One that cannot be evaluated changes nothing.
+            commit(repository, flake('throw "torn"'))
+            with pytest.raises(RefusedError, match=r"cannot be evaluated: .*torn"):
+                await farm.client.look("dev")
+
+
+async def made(farm: RemoteFarm, environment: str, revision: int) -> list[str]:
+    """Return the names of what a revision of an environment consists of."""
+    url = f"sqlite+aiosqlite:///{farm.settings.state_dir}/environments.sqlite3"
+    store = EnvironmentStore.open(url, FencingToken(0, 0))
+    content = (await store.contents(environment, [revision]))[revision]
+    await store.close()
+    return [path.partition("-")[2] for path in content.paths]
 
 
 async def test_an_allowed_host_that_means_a_private_address_is_not_reached(tmp_path: Path) -> None:

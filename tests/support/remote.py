@@ -16,6 +16,7 @@ from coordinator.api.streams import in_thread
 from coordinator.api.trees import compressed
 from coordinator.client.api_client import ApiClient
 from coordinator.config import OwnerSettings, Settings
+from coordinator.environment_settings import EnvironmentSettings
 from coordinator.main import Coordinator, open_coordinator
 from coordinator.remote_settings import RemoteEvaluationSettings
 from infra.nix.nar import NarData, NarDirectory, NarDirectoryEnd, NarEvent, NarFile, NarSymlink, write_events
@@ -98,13 +99,20 @@ class RemoteFarm:
 
 
 @asynccontextmanager
-async def remote_farm(root: Path, owner: OwnerSettings | None = None, /, **remote: Any) -> AsyncIterator[RemoteFarm]:
+async def remote_farm(
+    root: Path,
+    owner: OwnerSettings | None = None,
+    environments: EnvironmentSettings | None = None,
+    /,
+    **remote: Any,
+) -> AsyncIterator[RemoteFarm]:
     """Run a coordinator for as long as the block does."""
     wanted = {"enabled": True, "memory_mib": 1024, "scratch_mib": 128, "timeout_s": 60, "at_once": 2, **remote}
     settings = Settings(
         state_dir=root / "state",
         port=0,
         owners=(owner,) if owner else (),
+        environments=environments or EnvironmentSettings(),
         remote_evaluation=RemoteEvaluationSettings(**wanted),
     )
     async with open_coordinator(settings, no_workers) as coordinator:
