@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from coordinator.api.environments import CoverageView, EnvironmentView
-from coordinator.api.route import Content, Query, Right, Route
+from coordinator.api.route import Content, Late, Query, Right, Route
+
+if TYPE_CHECKING:
+    from coordinator.api.environments import CoverageView, EnvironmentView
 
 _V1: Final = "/api/v1"
 _ENVIRONMENTS: Final = f"{_V1}/environments"
@@ -16,28 +18,28 @@ _NAMED: Final = (404,)
 _BODY: Final = (408, 413)
 _MARK: Final = Query("mark", "What the source calls this content, such as a commit; its digest if left out.")
 
-ENVIRONMENTS: Final = Route(
+ENVIRONMENTS: Final[Route[EnvironmentView]] = Route(
     "GET",
     _ENVIRONMENTS,
     Right.API,
-    answer=EnvironmentView,
+    answer=Late("environments", "EnvironmentView"),
     many=True,
     summary="The tracked environments, by name.",
 )
-ENVIRONMENT: Final = Route(
+ENVIRONMENT: Final[Route[EnvironmentView]] = Route(
     "GET",
     _ENVIRONMENT,
     Right.API,
-    answer=EnvironmentView,
+    answer=Late("environments", "EnvironmentView"),
     errors=_NAMED,
     summary="One environment, with the revisions that are remembered.",
 )
-TRACK: Final = Route(
+TRACK: Final[Route[EnvironmentView]] = Route(
     "PUT",
     _ENVIRONMENT,
     Right.API,
     body="TrackRequest",
-    answer=EnvironmentView,
+    answer=Late("environments", "EnvironmentView"),
     errors=(*_OWNED, 409, *_BODY, 422),
     summary="Track an environment, or give one another source or other owners; its history stays.",
 )
@@ -49,21 +51,21 @@ FORGET_ENVIRONMENT: Final = Route[None](
     errors=(*_OWNED, *_NAMED),
     summary="Forget an environment, its history, and that its paths are kept.",
 )
-LOOK: Final = Route(
+LOOK: Final[Route[EnvironmentView]] = Route(
     "POST",
     f"{_ENVIRONMENT}/look",
     Right.API,
-    answer=EnvironmentView,
+    answer=Late("environments", "EnvironmentView"),
     errors=(*_OWNED, *_NAMED, 422),
     repeats=True,
     summary="Look at the source of an environment now: what a webhook calls.",
 )
-PUSH_CONTENT: Final = Route(
+PUSH_CONTENT: Final[Route[EnvironmentView]] = Route(
     "PUT",
     f"{_ENVIRONMENT}/content",
     Right.API,
     body=Content.WISHES,
-    answer=EnvironmentView,
+    answer=Late("environments", "EnvironmentView"),
     errors=(*_OWNED, *_NAMED, 409, *_BODY, 422),
     summary="Send what an environment consists of: a lock file, a list of store paths, or lines of nix-eval-jobs.",
     query=(
@@ -72,38 +74,38 @@ PUSH_CONTENT: Final = Route(
         _MARK,
     ),
 )
-PUSH_SUBMISSION: Final = Route(
+PUSH_SUBMISSION: Final[Route[EnvironmentView]] = Route(
     "POST",
     f"{_ENVIRONMENT}/revisions",
     Right.API,
     body="PushSubmissionRequest",
-    answer=EnvironmentView,
+    answer=Late("environments", "EnvironmentView"),
     errors=(*_OWNED, *_NAMED, 409, *_BODY, 422),
     repeats=True,
     summary="Let an environment consist of the roots of a submission.",
 )
-ROLL_BACK: Final = Route(
+ROLL_BACK: Final[Route[EnvironmentView]] = Route(
     "POST",
     f"{_ENVIRONMENT}/rollback",
     Right.API,
     body="RollbackRequest",
-    answer=EnvironmentView,
+    answer=Late("environments", "EnvironmentView"),
     errors=(*_OWNED, *_NAMED, 409, *_BODY, 422),
     summary="Move `stable` back, for some systems or all; it stays there until a newer revision is whole.",
 )
-COVERAGES: Final = Route(
+COVERAGES: Final[Route[CoverageView]] = Route(
     "GET",
     f"{_V1}/coverage",
     Right.API,
-    answer=CoverageView,
+    answer=Late("environments", "CoverageView"),
     many=True,
     summary="How much of each environment can be fetched on each system.",
 )
-COVERAGE: Final = Route(
+COVERAGE: Final[Route[CoverageView]] = Route(
     "GET",
     f"{_ENVIRONMENT}/coverage",
     Right.API,
-    answer=CoverageView,
+    answer=Late("environments", "CoverageView"),
     errors=_NAMED,
     summary="How much of an environment can be fetched on each system, what cannot and why, and how that was before.",
 )

@@ -42,6 +42,7 @@ class SubmissionState(StrEnum):
 
 
 WorkerState: TypeAlias = Literal["online", "silent", "draining", "quarantined", "gone"]
+AttemptOutcome: TypeAlias = Literal["running", "done", "failed", "retried", "lost", "returned", "cancelled"]
 IsolationClass: TypeAlias = Literal["A", "B", "C"]
 WaitingKind: TypeAlias = Literal[
     "steps",

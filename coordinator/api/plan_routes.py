@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from coordinator.api.plan_models import PlanView
-from coordinator.api.route import Right, Route
+from coordinator.api.route import Late, Right, Route
 
-PLAN: Final = Route(
+if TYPE_CHECKING:
+    from coordinator.api.plan_models import PlanView
+
+PLAN: Final[Route[PlanView]] = Route(
     "POST",
     "/api/v1/plan",
     Right.API,
     body="PlanQuery",
-    answer=PlanView,
+    answer=Late("plan_models", "PlanView"),
     errors=(408, 413, 422),
     repeats=True,
     summary="What each package and system of a wish list could be fetched from, or would be built as. Changes nothing.",

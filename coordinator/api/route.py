@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib import import_module
 from typing import TYPE_CHECKING, Final, Generic, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
@@ -141,6 +142,22 @@ AFTER: Final = Query(
 
 
 @dataclass(frozen=True)
+class Late(Generic[_Answer]):
+    """The record of an answer, which is imported when it is needed: clients have the whole table and read few answers.
+
+    `module` is one of `coordinator.api`.
+    """
+
+    module: str
+    name: str
+
+    def record(self) -> type[_Answer]:
+        """Import it."""
+        found: type[_Answer] = getattr(import_module(f"coordinator.api.{self.module}"), self.name)
+        return found
+
+
+@dataclass(frozen=True)
 class Route(Generic[_Answer]):
     """One method of one address. `path` begins with `/`, or, below a cache's prefix, with `{prefix}/`."""
 
@@ -150,7 +167,7 @@ class Route(Generic[_Answer]):
     #: The request's body: a model (by its name where clients send it), or bytes of that content.
     body: RequestName | Content | type[BaseModel] | None = None
     #: The answer's body; None: there is none.
-    answer: type[_Answer] | Content | None = None
+    answer: type[_Answer] | Late[_Answer] | Content | None = None
     #: The answer is a page of a list of these.
     many: bool = False
     status: int = 200
@@ -164,6 +181,11 @@ class Route(Generic[_Answer]):
     summary: str = ""
     #: Parameters of its query, beside `LIMIT` and `AFTER` of a list.
     query: tuple[Query, ...] = ()
+
+    @property
+    def answered(self) -> type[_Answer] | Content | None:
+        """The answer's body, imported."""
+        return self.answer.record() if isinstance(self.answer, Late) else self.answer
 
     @property
     def may_repeat(self) -> bool:

@@ -15,32 +15,24 @@ Clients import this module for one short question, so it imports no pydantic (`c
 
 from __future__ import annotations
 
-from typing import Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
-from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
-from coordinator.api.difference_models import DifferenceView
+from coordinator.api import models
 from coordinator.api.environment_routes import ENVIRONMENT_ROUTES
-from coordinator.api.estimates import SubmissionEtaView, ThroughputView
 from coordinator.api.evaluation_routes import EVALUATION_ROUTES
 from coordinator.api.mirror_routes import MIRROR_ROUTES
-from coordinator.api.models import (
-    FarmView,
-    IntakeMissing,
-    RetryView,
-    RootView,
-    StepStatus,
-    StepView,
-    SubmissionView,
-    WorkerState,
-    WorkerView,
-)
 from coordinator.api.plan_routes import PLAN_ROUTES
-from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
-from coordinator.api.rebuild_models import ComparedOutputsView, ForecastView, RebuildCausesView
-from coordinator.api.route import Content, Query, Right, Route
+from coordinator.api.route import Content, Late, Query, Right, Route
 from coordinator.api.source_routes import WANTED_ROUTES
 from coordinator.api.submission_filters import SUBMISSION_FILTERS
-from coordinator.api.timeline_models import AttemptOutcome, AttemptView, HistoryView
+
+if TYPE_CHECKING:
+    from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
+    from coordinator.api.difference_models import DifferenceView
+    from coordinator.api.estimates import SubmissionEtaView, ThroughputView
+    from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
+    from coordinator.api.rebuild_models import ComparedOutputsView, ForecastView, RebuildCausesView
+    from coordinator.api.timeline_models import AttemptView, HistoryView
 
 #: Where the API begins. An address below it that no record has wants the token too: strangers learn nothing of it.
 API_PREFIX: Final = "/api/"
@@ -59,14 +51,14 @@ _GRAPH: Final = (422,)
 #: Streams have bounds of their own, which are 400.
 _STREAM: Final = (408, *_GRAPH)
 
-_IN_STATES: Final = Query("state", "Only steps in these states.", words=tuple(StepStatus))
+_IN_STATES: Final = Query("state", "Only steps in these states.", words=tuple(models.StepStatus))
 
 MISSING: Final = Route(
     "POST",
     f"{_V1}/intake/missing",
     Right.API,
     body="IntakeQuery",
-    answer=IntakeMissing,
+    answer=models.IntakeMissing,
     errors=(*_BODY, *_GRAPH),
     repeats=True,
     summary="What must be sent of the closure of derivations and sources that a submission stands on.",
@@ -94,7 +86,7 @@ SUBMIT: Final = Route(
     f"{_V1}/submissions",
     Right.API,
     body="SubmitRequest",
-    answer=SubmissionView,
+    answer=models.SubmissionView,
     status=201,
     errors=(*_CONFLICT, *_BODY, *_GRAPH),
     # The client gives each a key.
@@ -105,7 +97,7 @@ SUBMISSIONS: Final = Route(
     "GET",
     f"{_V1}/submissions",
     Right.API,
-    answer=SubmissionView,
+    answer=models.SubmissionView,
     many=True,
     errors=_NAMED,
     summary="All submissions, the newest first, with three roots of each.",
@@ -115,7 +107,7 @@ SUBMISSION: Final = Route(
     "GET",
     f"{_V1}/submissions/{{id}}",
     Right.API,
-    answer=SubmissionView,
+    answer=models.SubmissionView,
     errors=_NAMED,
     summary="One submission, with its first 500 roots.",
 )
@@ -123,7 +115,7 @@ CANCEL: Final = Route(
     "POST",
     f"{_V1}/submissions/{{id}}/cancel",
     Right.API,
-    answer=SubmissionView,
+    answer=models.SubmissionView,
     errors=(*_OWNED, *_NAMED),
     repeats=True,
     summary="Withdraw a submission; builds that another one wants go on. A repeat changes nothing.",
@@ -133,7 +125,7 @@ BUMP: Final = Route(
     f"{_V1}/submissions/{{id}}/bump",
     Right.API,
     body="BumpRequest",
-    answer=SubmissionView,
+    answer=models.SubmissionView,
     errors=(*_OWNED, *_NAMED, *_BODY),
     repeats=True,
     summary="Give a submission another priority among those of its owner.",
@@ -142,7 +134,7 @@ RETRY: Final = Route(
     "POST",
     f"{_V1}/submissions/{{id}}/retry",
     Right.API,
-    answer=SubmissionView,
+    answer=models.SubmissionView,
     errors=(*_OWNED, *_NAMED, *_GRAPH),
     repeats=True,
     summary="Run again what failed of a submission; a repeat changes nothing.",
@@ -151,7 +143,7 @@ ROOTS: Final = Route(
     "GET",
     f"{_V1}/submissions/{{id}}/roots",
     Right.API,
-    answer=RootView,
+    answer=models.RootView,
     many=True,
     errors=_NAMED,
     summary="The roots of a submission.",
@@ -162,7 +154,7 @@ GROW: Final = Route(
     f"{_V1}/submissions/{{id}}/roots",
     Right.API,
     body="GrowRequest",
-    answer=SubmissionView,
+    answer=models.SubmissionView,
     errors=(*_OWNED, *_NAMED, *_CONFLICT, *_BODY, *_GRAPH),
     repeats=True,
     summary="Give an open submission further roots, or none to say that they still come. A repeat changes nothing.",
@@ -172,7 +164,7 @@ SEAL: Final = Route(
     f"{_V1}/submissions/{{id}}/seal",
     Right.API,
     body="SealRequest",
-    answer=SubmissionView,
+    answer=models.SubmissionView,
     errors=(*_OWNED, *_NAMED, *_CONFLICT, *_BODY),
     repeats=True,
     summary="End the growth of an open submission; it ends with its last step. A repeat changes nothing.",
@@ -181,22 +173,22 @@ STEPS: Final = Route(
     "GET",
     f"{_V1}/submissions/{{id}}/steps",
     Right.API,
-    answer=StepView,
+    answer=models.StepView,
     many=True,
     errors=_NAMED,
     summary="The steps of a submission.",
     query=(_IN_STATES,),
 )
-SUBMISSION_TIMELINE: Final = Route(
+SUBMISSION_TIMELINE: Final[Route[AttemptView]] = Route(
     "GET",
     f"{_V1}/submissions/{{id}}/timeline",
     Right.API,
-    answer=AttemptView,
+    answer=Late("timeline_models", "AttemptView"),
     many=True,
     errors=_NAMED,
     summary="Attempts of the steps of a submission since it came. A page is of `limit` steps and may be empty.",
     query=(
-        Query("outcome", "Only attempts that ended so.", words=get_args(AttemptOutcome)),
+        Query("outcome", "Only attempts that ended so.", words=get_args(models.AttemptOutcome)),
         Query("worker", "Only attempts on this worker."),
     ),
 )
@@ -214,15 +206,15 @@ STEP: Final = Route(
     "GET",
     f"{_V1}/steps/{{key}}",
     Right.API,
-    answer=StepView,
+    answer=models.StepView,
     errors=_NAMED,
     summary="One step, by its key or any unique part of it.",
 )
-TIMELINE: Final = Route(
+TIMELINE: Final[Route[AttemptView]] = Route(
     "GET",
     f"{_V1}/steps/{{key}}/timeline",
     Right.API,
-    answer=AttemptView,
+    answer=Late("timeline_models", "AttemptView"),
     many=True,
     errors=_NAMED,
     summary="Attempts of a step, the first one first; also of a step that is forgotten, by its whole key.",
@@ -231,7 +223,7 @@ RETRY_STEP: Final = Route(
     "POST",
     f"{_V1}/steps/{{key}}/retry",
     Right.API,
-    answer=RetryView,
+    answer=models.RetryView,
     errors=(*_NAMED, *_GRAPH),
     repeats=True,
     summary="Build a failed step again, for every submission that it made fail.",
@@ -249,44 +241,44 @@ LOG: Final = Route[None](
         Query("attempt", "The last one if left out.", "integer", minimum=1),
     ),
 )
-HISTORY: Final = Route(
+HISTORY: Final[Route[HistoryView]] = Route(
     "GET",
     f"{_V1}/history/{{name}}",
     Right.API,
-    answer=HistoryView,
+    answer=Late("timeline_models", "HistoryView"),
     errors=_NAMED,
     summary="Builds of a package over time, by the name of its derivations, with or without version.",
     query=(Query("system", "Only builds for this system."),),
 )
-DIFFERENCE: Final = Route(
+DIFFERENCE: Final[Route[DifferenceView]] = Route(
     "GET",
     f"{_V1}/steps/{{key}}/difference",
     Right.API,
-    answer=DifferenceView,
+    answer=Late("difference_models", "DifferenceView"),
     errors=_NAMED,
     summary="What differs from the last build of its name, or from another one.",
     query=(Query("with", "Another step, .drv or output to compare with."),),
 )
-WHY: Final = Route(
+WHY: Final[Route[StepReasonsView]] = Route(
     "GET",
     f"{_V1}/steps/{{key}}/why",
     Right.API,
-    answer=StepReasonsView,
+    answer=Late("questions", "StepReasonsView"),
     errors=_NAMED,
     summary="Why a step waits or failed or ran, and who wants it.",
 )
-ACTIVITY: Final = Route(
+ACTIVITY: Final[Route[ActivityView]] = Route(
     "GET",
     f"{_V1}/activity",
     Right.API,
-    answer=ActivityView,
+    answer=Late("questions", "ActivityView"),
     summary="What every worker does, and what each queue waits for.",
 )
-COMPLETIONS: Final = Route(
+COMPLETIONS: Final[Route[CompletionsView]] = Route(
     "GET",
     f"{_V1}/completions",
     Right.API,
-    answer=CompletionsView,
+    answer=Late("questions", "CompletionsView"),
     summary="Names that begin with a text.",
     query=(
         Query("of", "Kinds of names; all of them if left out.", words=("steps", "submissions", "workers")),
@@ -297,11 +289,11 @@ WORKERS: Final = Route(
     "GET",
     f"{_V1}/workers",
     Right.API,
-    answer=WorkerView,
+    answer=models.WorkerView,
     many=True,
     summary="All workers, by name.",
     query=(
-        Query("state", "Only workers in these states.", words=get_args(WorkerState)),
+        Query("state", "Only workers in these states.", words=get_args(models.WorkerState)),
         Query("system", "Only workers that build for this system, native or emulated."),
     ),
 )
@@ -309,49 +301,49 @@ FARM: Final = Route(
     "GET",
     f"{_V1}/farm",
     Right.API,
-    answer=FarmView,
+    answer=models.FarmView,
     summary="How to use the farm and its cache, and what is wrong with it.",
 )
-ETA: Final = Route(
+ETA: Final[Route[SubmissionEtaView]] = Route(
     "GET",
     f"{_V1}/submissions/{{id}}/eta",
     Right.API,
-    answer=SubmissionEtaView,
+    answer=Late("estimates", "SubmissionEtaView"),
     errors=_NAMED,
     summary="When a submission ends, what bounds that, and what has bounded it so far.",
 )
-THROUGHPUT: Final = Route(
+THROUGHPUT: Final[Route[ThroughputView]] = Route(
     "GET",
     f"{_V1}/throughput",
     Right.API,
-    answer=ThroughputView,
+    answer=Late("estimates", "ThroughputView"),
     summary="Builds that ended, by minute of the last hour or by hour of the last day.",
     query=(Query("span", "The stretch of time; an hour if left out.", pattern="^(hour|day)$"),),
 )
-FORECAST: Final = Route(
+FORECAST: Final[Route[ForecastView]] = Route(
     "POST",
     f"{_V1}/forecast",
     Right.API,
     body="ForecastQuery",
-    answer=ForecastView,
+    answer=Late("rebuild_models", "ForecastView"),
     errors=(*_BODY, *_GRAPH),
     summary="The size of a submission of derivations that the coordinator has: steps, what is cached, times.",
 )
-COMPARE_OUTPUTS: Final = Route(
+COMPARE_OUTPUTS: Final[Route[ComparedOutputsView]] = Route(
     "POST",
     f"{_V1}/outputs/compare",
     Right.API,
     body="PairsQuery",
-    answer=ComparedOutputsView,
+    answer=Late("rebuild_models", "ComparedOutputsView"),
     errors=(*_BODY, *_GRAPH),
     summary="Whether outputs in the cache are equal but for store-path hashes, and their sizes; 500 pairs at most.",
 )
-REBUILD_CAUSES: Final = Route(
+REBUILD_CAUSES: Final[Route[RebuildCausesView]] = Route(
     "POST",
     f"{_V1}/derivations/causes",
     Right.API,
     body="PairsQuery",
-    answer=RebuildCausesView,
+    answer=Late("rebuild_models", "RebuildCausesView"),
     errors=(*_BODY, *_GRAPH),
     summary="What many changed derivations follow from, each cause once.",
 )
@@ -365,29 +357,29 @@ DRAIN: Final = Route[None](
     repeats=True,
     summary="Give a worker no new builds, or give it some again; those that run there finish.",
 )
-CACHE: Final = Route(
+CACHE: Final[Route[CacheView]] = Route(
     "GET",
     f"{_V1}/caches/{{cache}}",
     Right.API,
-    answer=CacheView,
+    answer=Late("cache_models", "CacheView"),
     errors=_NAMED,
     summary="What is stored in a cache; the one at /cache is `default`.",
 )
-CACHE_ROOTS: Final = Route(
+CACHE_ROOTS: Final[Route[CacheRootView]] = Route(
     "GET",
     f"{_V1}/caches/{{cache}}/roots",
     Right.API,
-    answer=CacheRootView,
+    answer=Late("cache_models", "CacheRootView"),
     many=True,
     errors=_NAMED,
     summary="What a cache keeps and why, the last used first.",
     query=(Query("kind", "Only roots of this kind, such as `pin`, `push` or `submission`."),),
 )
-CACHE_WHY: Final = Route(
+CACHE_WHY: Final[Route[WhyView]] = Route(
     "GET",
     f"{_V1}/caches/{{cache}}/why",
     Right.API,
-    answer=WhyView,
+    answer=Late("cache_models", "WhyView"),
     errors=_NAMED,
     summary="Which roots keep a path.",
     query=(Query("path", "A store path of the cache."),),
@@ -409,29 +401,29 @@ UNPIN: Final = Route[None](
     errors=(*_OPERATED, *_NAMED),
     summary="End a pin.",
 )
-COLLECT: Final = Route(
+COLLECT: Final[Route[CollectView]] = Route(
     "POST",
     f"{_V1}/caches/{{cache}}/collect",
     Right.OPERATE,
     body="CollectRequest",
-    answer=CollectView,
+    answer=Late("cache_models", "CollectView"),
     errors=(*_OPERATED, *_NAMED, *_BODY),
     summary="Collect the garbage of a cache.",
 )
-VERIFY: Final = Route(
+VERIFY: Final[Route[VerifyView]] = Route(
     "POST",
     f"{_V1}/caches/{{cache}}/verify",
     Right.OPERATE,
     body="VerifyRequest",
-    answer=VerifyView,
+    answer=Late("cache_models", "VerifyView"),
     errors=(*_OPERATED, *_NAMED, *_BODY),
     summary="Prove a cache: narinfo, NAR and references, and repair it if asked to.",
 )
-RESIGN: Final = Route(
+RESIGN: Final[Route[ResignView]] = Route(
     "POST",
     f"{_V1}/caches/{{cache}}/resign",
     Right.OPERATE,
-    answer=ResignView,
+    answer=Late("cache_models", "ResignView"),
     errors=(*_OPERATED, *_NAMED),
     summary="Sign everything with the present keys.",
 )

@@ -6,11 +6,9 @@ Plain records, as those of `coordinator.api.models`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from coordinator.api.flakes import RecipeRecordView
-
-AttemptOutcome: TypeAlias = Literal["running", "done", "failed", "retried", "lost", "returned", "cancelled"]
+from coordinator.api.models import AttemptOutcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

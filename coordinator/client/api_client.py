@@ -13,34 +13,15 @@ from urllib.parse import parse_qs, urlsplit
 import orjson
 
 from coordinator.api import environment_routes, evaluation_routes, mirror_routes, plan_routes, routes
-from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
 from coordinator.api.demand_routes import DEMAND, DemandView
-from coordinator.api.difference_models import DifferenceView
-from coordinator.api.environments import CoverageView, EnvironmentView
-from coordinator.api.estimates import SubmissionEtaView
-from coordinator.api.evaluations import EvaluationView
-from coordinator.api.mirroring import KnownDerivationsView, MirrorView
 from coordinator.api.models import (
     Ended,
-    FarmView,
-    IntakeMissing,
-    RetryView,
-    RootView,
     Snapshot,
     StepStatus,
-    StepView,
     SubmissionState,
-    SubmissionView,
-    WatchEvent,
-    WorkerState,
-    WorkerView,
 )
-from coordinator.api.plan_models import PlanView
-from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
-from coordinator.api.rebuild_models import ComparedOutputsView, ForecastView, RebuildCausesView
 from coordinator.api.route import Route
 from coordinator.api.source_routes import SOURCES, SourceView
-from coordinator.api.timeline_models import AttemptOutcome, AttemptView, HistoryView
 from coordinator.client import transport
 from coordinator.client.decoding import decode, decode_event, decode_list
 from coordinator.client.errors import RefusedError, UnreachableError
@@ -50,6 +31,27 @@ from coordinator.client.transport import ANSWER_S, Transport
 from coordinator.errors import UnavailableError
 
 if TYPE_CHECKING:
+    from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView
+    from coordinator.api.difference_models import DifferenceView
+    from coordinator.api.environments import CoverageView, EnvironmentView
+    from coordinator.api.estimates import SubmissionEtaView
+    from coordinator.api.evaluations import EvaluationView
+    from coordinator.api.mirroring import KnownDerivationsView, MirrorView
+    from coordinator.api.models import (
+        AttemptOutcome,
+        FarmView,
+        IntakeMissing,
+        RetryView,
+        RootView,
+        StepView,
+        SubmissionView,
+        WatchEvent,
+        WorkerState,
+        WorkerView,
+    )
+    from coordinator.api.plan_models import PlanView
+    from coordinator.api.questions import ActivityView, CompletionsView, StepReasonsView
+    from coordinator.api.rebuild_models import ComparedOutputsView, ForecastView, RebuildCausesView
     from coordinator.api.requests import (
         ForecastQuery,
         GrowRequest,
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
         SubmitRequest,
         TrackRequest,
     )
+    from coordinator.api.timeline_models import AttemptView, HistoryView
     from infra.retry import RetryBudget
 
 #: Seconds of silence on a stream before it is taken for broken.

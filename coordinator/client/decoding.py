@@ -68,9 +68,10 @@ def _not_understood(url: str) -> ClientError:
 
 
 def _record(route: Route[Any]) -> Any:
-    if route.answer is None or isinstance(route.answer, Content):
+    record = route.answered
+    if record is None or isinstance(record, Content):
         raise AssertionError(f"{route.method} {route.path} answers with no record")
-    return route.answer
+    return record
 
 
 @cache

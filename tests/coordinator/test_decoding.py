@@ -20,7 +20,7 @@ from coordinator.client.decoding import decode, decode_event, decode_list
 from coordinator.client.errors import ClientError
 
 URL = "http://farm.example"
-ANSWERS = [route for route in ROUTES if is_dataclass(route.answer)]
+ANSWERS = [route for route in ROUTES if is_dataclass(route.answered)]
 SIMPLE: Mapping[Any, st.SearchStrategy[Any]] = {
     str: st.text(max_size=4),
     int: st.integers(0, 2**53),
@@ -57,7 +57,7 @@ def of_another_type(value: Any) -> Any:
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_what_the_coordinator_writes_is_what_the_client_reads(route: Route[Any], data: st.DataObject) -> None:
-    record = data.draw(values(route.answer))
+    record = data.draw(values(route.answered))
     if route.many:
         assert decode_list(route, orjson.dumps([record, record]), URL) == [record, record]
     else:
@@ -74,9 +74,9 @@ def test_each_event_of_a_stream_is_read_as_what_it_is(event: Any) -> None:
 @settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_a_field_too_many_too_few_or_of_another_type_is_not_understood(route: Route[Any], data: st.DataObject) -> None:
-    plain = orjson.loads(orjson.dumps(data.draw(values(route.answer))))
-    assert is_dataclass(route.answer)
-    needed = [each.name for each in fields(route.answer) if each.default is each.default_factory is MISSING]
+    plain = orjson.loads(orjson.dumps(data.draw(values(route.answered))))
+    assert is_dataclass(route.answered)
+    needed = [each.name for each in fields(route.answered) if each.default is each.default_factory is MISSING]
     wrong = [{**plain, "no_such_field": 1}, *({**plain, name: of_another_type(plain[name])} for name in plain)]
     wrong += [{name: value for name, value in plain.items() if name != absent} for absent in needed]
     for body in wrong:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -21,10 +23,10 @@ import pytest_asyncio
 
 from infra.process_tree import process_tree
 from workers.ray_transport.access import NodeHealth, RayNodeError, check_token_file, make_token_file, ray_env
+from workers.ray_transport.cluster_identity import cluster_at
 from workers.ray_transport.node_process import Handover
 from workers.ray_transport.node_records import private_directory, sweep_stale
 from workers.ray_transport.nodes import RayHead, RayWorkerNode
-from workers.ray_transport.start_hook import START_HOOK
 
 shared = pytest.mark.asyncio(loop_scope="module")
 
@@ -203,6 +205,32 @@ async def test_head_and_node_listen_on_loopback_only_and_keep_their_files_to_the
 
 
 @shared
+async def test_a_node_is_a_server_and_a_small_leader_with_no_other_program_of_ray(
+    head: RayHead, token: Path, base: Path
+) -> None:
+    async with node(head, token, base) as worker:
+        programs = Counter(command(p.pid).partition(b"\0")[0].rpartition(b"/")[2] for p in process_tree(worker.pid))
+        leader = os.fsencode(Path(sys.executable).name)
+        assert programs == {leader: 1, b"raylet": 1, b"sh": 2}
+        assert not re.search(r"site-packages", Path(f"/proc/{worker.pid}/maps").read_text())  # noqa: ASYNC240 - no disk
+
+
+@shared
+async def test_the_id_of_a_cluster_is_that_which_ray_itself_gives_and_needs_the_token(
+    head: RayHead, token: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ray_env(token, base={}, loopback=True).items():
+        monkeypatch.setenv(name, value)
+    asked = "import sys; from ray._raylet import GcsClient; print(GcsClient(address=sys.argv[1]).cluster_id.hex())"
+    ray = await asyncio.create_subprocess_exec(sys.executable, "-c", asked, head.address, stdout=subprocess.PIPE)
+    answer, _ = await ray.communicate()
+    assert cluster_at(head.address) == answer.decode().strip()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(make_token_file(tmp_path / "other")))
+    assert cluster_at(head.address) == ""
+    assert cluster_at("127.0.0.1:1") == ""
+
+
+@shared
 async def test_without_the_token_neither_a_driver_nor_a_node_gets_in(
     head: RayHead, token: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -218,7 +246,7 @@ async def test_without_the_token_neither_a_driver_nor_a_node_gets_in(
         for env in (with_other, with_none)
     ]
     stranger = node(head, other, base)
-    env = stranger.env(os.environ) | {"RAY_NUM_REDIS_GET_RETRIES": "2", "RAY_START_HOOK": START_HOOK}
+    env = stranger.env(os.environ) | {"RAY_NUM_REDIS_GET_RETRIES": "2"}
     joining = await asyncio.create_subprocess_exec(
         *stranger.argv(tmp_path), env=env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
@@ -276,11 +304,10 @@ async def test_a_node_whose_raylet_ended_in_order_is_reported_and_not_taken_over
         )
 
     async with made() as worker:
-        # The raylet shares the fate of the agents beside it, by an end that `ray start --block` takes for wanted.
-        [beside] = [p.pid for p in process_tree(worker.pid) if b"DashboardAgent" in command(p.pid)]
-        os.kill(beside, signal.SIGKILL)
+        [raylet] = [p.pid for p in process_tree(worker.pid) if b"raylet/raylet" in command(p.pid)]
+        os.kill(raylet, signal.SIGTERM)
         async with asyncio.timeout(PATIENCE_S):
-            assert "lives on without its raylet" in await worker.wait_failed()
+            assert "raylet ended with status 0" in await worker.wait_failed()
         async with made() as next_one:
             assert not next_one.adopted
 

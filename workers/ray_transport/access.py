@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import secrets
@@ -22,8 +21,6 @@ LOOPBACK = "127.0.0.1"
 TOKEN_BYTES = 32
 #: Seconds that nodes and drivers wait for a head that is away before they end themselves, and their builds.
 HEAD_AWAY_S = 24 * 3600
-#: Seconds for reaching the head's port at all.
-LISTEN_DEADLINE_S = 10.0
 
 
 class RayNodeError(WorkerError):
@@ -57,22 +54,6 @@ def is_loopback(host: str) -> bool:
     Ray 2.60 binds to all interfaces for every node address but 127.0.0.1 and ::1 (measured).
     """
     return host == LOOPBACK
-
-
-async def check_listens(address: str) -> None:
-    """Check that a head listens at `host:port`, which Ray itself reports after 40 s. Raises `RayNodeError`."""
-    host, _, port = address.rpartition(":")
-    try:
-        async with asyncio.timeout(LISTEN_DEADLINE_S):
-            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-    except TimeoutError:
-        raise RayNodeError(f"no Ray head answers at {address} within {LISTEN_DEADLINE_S:.0f} s") from None
-    except (OSError, ValueError) as error:
-        why = os.strerror(error.errno).lower() if isinstance(error, OSError) and error.errno else str(error)
-        raise RayNodeError(f"no Ray head answers at {address}: {why}") from None
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
 
 
 def make_token_file(path: Path) -> Path:

@@ -58,7 +58,7 @@ class RayDriver:
             raise FleetError("this process is already connected to a Ray cluster")
         # `init` retries a refused token for 20 s and then only says that it could not connect.
         try:
-            self._cluster = str(ray._raylet.GcsClient(address=address).cluster_id)  # noqa: SLF001 - no public equal
+            self._cluster = str(ray._raylet.GcsClient(address=address).cluster_id.hex())  # noqa: SLF001 - no public equal
         except ray.exceptions.AuthenticationError:
             raise FleetError(f"the Ray head at {address} refuses this farm's token") from None
         logging.getLogger("ray").setLevel(logging.ERROR)

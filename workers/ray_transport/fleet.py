@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.retry import Outage
-from workers.ray_transport.access import RayNodeError, check_listens, check_token_file, is_loopback
+from workers.ray_transport.access import RayNodeError, check_token_file, is_loopback
 from workers.ray_transport.blocking_calls import BlockingCalls
 from workers.ray_transport.driver import ActorCalls, ClusterLostError, ListedNode, RayDriver
+from workers.ray_transport.head_port import check_listens
 from workers.wire.fleet import FleetError, Sink
 from workers.wire.messages import FarmInfo
 from workers.wire.polling import AgentRoster, AgentUnavailable

@@ -1,14 +1,13 @@
 """Start and stop Ray nodes as supervised child processes, closed to strangers.
 
-A node is one `ray start --block` in a session of its own, with a private directory (mode 0700) around everything that
-Ray writes: Ray makes its own session directory and sockets accessible to all. Rules of this file:
+A node is one program (`workers.ray_transport.node_start`) in a session of its own, with a private directory (mode 0700)
+around everything that Ray writes, because Ray makes its session directory and sockets accessible to all. Rules:
 
 * A node's settings of token and time limits come from `workers.ray_transport.access`.
-* On loopback nothing listens on another interface. Ray rewrites "localhost" to the routable address of the host, so a
-  loopback node is started through `workers.ray_transport.start_hook` (Ray's own start hook), which undoes that.
+* On loopback nothing listens on another interface.
 * Leaving the context ends the whole process tree: SIGTERM, a named grace, SIGKILL, then a look at what is left. When
   this process is killed instead, a node with a record goes on for a while and is taken over by the next start
-  (`workers.ray_transport.node_records`); any other is ended by its start hook.
+  (`workers.ray_transport.node_records`); any other is ended by its leader.
 * The head's tables (nodes, actors) lie on disk where it is given a place: killed and started again at the same address
   it finds its nodes again, and they wait for it, so no build is lost with it.
 """
@@ -32,8 +31,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from infra.process_tree import Process, children, identity, is_alive, process_tree, signal_all, still_alive
+from infra.process_tree import Process, identity, is_alive, process_tree, signal_all, still_alive
 from workers.ray_transport.access import LOOPBACK, RayNodeError, check_token_file, is_loopback
+from workers.ray_transport.node_leader import DIRECTORY_VARIABLE, ENDED_FILE, PARENT_VARIABLE
 from workers.ray_transport.node_records import (
     CLUSTER_FILE,
     KILL_GRACE_S,
@@ -45,21 +45,16 @@ from workers.ray_transport.node_records import (
     sweep_stale,
     take_over,
 )
-from workers.ray_transport.start_hook import DIRECTORY_VARIABLE, ENDED_FILE, PARENT_VARIABLE, START_HOOK
 
 _log = logging.getLogger(__name__)
 
 #: Ray itself gives a node 30 s, without a switch (node.py); an overloaded machine gets this many tries.
 START_TRIES = 3
 RAY_TOO_SLOW = "timed out during startup"
-#: How often a node is looked at, seconds.
-WATCH_S = 0.2
-#: Seconds that Ray has for noticing itself that a part of a node has ended.
-NOTICE_S = 5.0
+#: Between two looks at a process that is no child of ours, seconds, on systems that do not report its end.
+LOOK_FOR_STRANGER_S = 1.0
 #: Lines of Ray's output that an error quotes.
 QUOTED_LINES = 8
-#: How `ray start --block` reports which of its servers ended (scripts.py, _log_unexpected_subprocess_exit_details).
-RAY_EXIT = re.compile(r"(\w+) \[exit code=(-?[0-9]+)\]")
 CLUSTER_ADDRESS = re.compile(r"\S+:[0-9]{1,5}")
 
 
@@ -72,7 +67,7 @@ class Handover:
 
 
 class RayNode(ABC):
-    """One `ray start --block` child and its private directory; see the module for the rules."""
+    """One child that leads Ray's servers, and its private directory; see the module for the rules."""
 
     def __init__(
         self,
@@ -95,8 +90,6 @@ class RayNode(ABC):
         #: The leader's process id and start time, while there is one; its handle where it is our child.
         self._leader: tuple[int, str] | None = None
         self._child: asyncio.subprocess.Process | None = None
-        #: What the leader has started (raylet, and the head's tables): without one of them it is no node.
-        self._parts: frozenset[Process] = frozenset()
         self._dir: Path | None = None
         #: Found running and taken over.
         self.adopted = False
@@ -146,7 +139,6 @@ class RayNode(ABC):
                 self._dir, leader = running
                 self._leader = (leader.pid, leader.started)
                 self._cluster = _read_cluster(self._dir / CLUSTER_FILE)
-                self._parts = await asyncio.to_thread(children, leader.pid)
                 self.adopted = True
                 return self
         await self.start()
@@ -164,7 +156,6 @@ class RayNode(ABC):
             try:
                 await self._start(self._dir)
                 await self._wait_ready(self._dir)
-                self._parts = await asyncio.to_thread(children, self.pid)
             except BaseException as error:
                 await self.stop()
                 if isinstance(error, RayNodeError) and RAY_TOO_SLOW in str(error) and tries:
@@ -191,26 +182,13 @@ class RayNode(ABC):
         """Return the reason, in one sentence, when the node ends without a request to stop; otherwise never."""
         if self._leader is None:
             raise RayNodeError(f"{self._description} is not running")
-        ending = await self._ending(*self._leader)
+        child = self._child
+        if child is None:
+            await _ended(*self._leader)
+        status = f" with status {await child.wait()}" if child is not None else ""
         if self._stopping:
             await asyncio.get_running_loop().create_future()
-        return f"{self._description} {ending}{self._last_words()}"
-
-    async def _ending(self, leader: int, started: str) -> str:
-        """Wait until the leader is gone, or lives on without what makes it a node; return which.
-
-        A raylet that ends in order, say because the agent beside it was killed, is nothing to `ray start --block`.
-        """
-        waits_s = NOTICE_S
-        while is_alive(leader, started):
-            if any(not is_alive(part.pid, part.started) for part in self._parts):
-                # Most ends it does notice, and then prints what they were.
-                if waits_s <= 0:
-                    return "lives on without its raylet"
-                waits_s -= WATCH_S
-            await asyncio.sleep(WATCH_S)
-        status = f" with status {await self._child.wait()}" if self._child is not None else ""
-        return f"ended unexpectedly{status}"
+        return f"{self._description} ended unexpectedly{status}{self._last_words()}"
 
     async def stop(self) -> None:
         """End the node's whole process tree and remove its directory. Idempotent; at most about 15 s."""
@@ -236,8 +214,6 @@ class RayNode(ABC):
         self.prepare(directory)
         base = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
         env = self.env(base) | {PARENT_VARIABLE: str(os.getpid()), DIRECTORY_VARIABLE: str(directory)}
-        # Every node needs it for the watch over the parent; it also binds to loopback where that is wanted.
-        env["RAY_START_HOOK"] = START_HOOK
         with (directory / "start.log").open("wb") as output:
             self._child = await asyncio.create_subprocess_exec(
                 *self.argv(directory),
@@ -262,7 +238,7 @@ class RayNode(ABC):
             raise RayNodeError(f"{self._description} is not running")
         try:
             async with asyncio.timeout(self._start_deadline_s):
-                # Ray writes this file as the last step of a start.
+                # The leader writes this file as the last step of a start.
                 while not (address := _read_cluster(directory / CLUSTER_FILE)):
                     if child.returncode is not None:
                         raise RayNodeError(
@@ -284,8 +260,6 @@ class RayNode(ABC):
             text = (self._dir / "start.log").read_text(errors="replace")
         except OSError:
             return ""
-        if ended := RAY_EXIT.findall(text):
-            return "; " + ", ".join(f"{server} ended with status {code}" for server, code in ended)
         lines = [line for line in text.splitlines() if line.strip()][-QUOTED_LINES:]
         return "; its last lines:\n" + "\n".join(lines) if lines else ""
 
@@ -317,6 +291,26 @@ def _read_cluster(path: Path) -> str:
     except (OSError, UnicodeDecodeError):
         return ""
     return text if CLUSTER_ADDRESS.fullmatch(text) else ""
+
+
+async def _ended(pid: int, started: str) -> None:
+    """Return once a process has ended that is no child of ours."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    try:
+        descriptor = os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        # Not on this system, or gone already.
+        while is_alive(pid, started):  # noqa: ASYNC110 - no event there
+            await asyncio.sleep(LOOK_FOR_STRANGER_S)
+        return
+    loop.add_reader(descriptor, ended.set)
+    try:
+        # The number may be another's by now.
+        if is_alive(pid, started):
+            await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
 
 
 async def _end_tree(leader: int, description: str) -> None:

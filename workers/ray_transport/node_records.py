@@ -1,12 +1,12 @@
 """Records of the owner of each running Ray node, so that another process can take the node over or clear it away.
 
-A node's private directory holds `node.json`: the node's leader (`ray start --block`), its owner (the program that
+A node's private directory holds `node.json`: the node's leader, its owner (the program that
 started it or took it over), how long it may go on without an owner, and a fingerprint of how it was started. A *record*
 is a small file at a place that the next owner knows (in the farm's state directory); it names the private directory.
 
 * An owner that ends in order ends its nodes. One that is killed leaves them running: the next owner with the same
   fingerprint takes them over, with the builds on them.
-* The watch inside the node (`watch_owner`, in Ray's start hook) ends a node that had no owner for its `outlive_s`.
+* The watch inside the node (`watch_owner`, in its leader) ends a node that had no owner for its `outlive_s`.
 * `sweep_stale` clears away what the dead left: nodes whose leader is gone, and nodes that may not go on alone.
 """
 
@@ -45,7 +45,7 @@ DIRECTORY_PREFIX = "drover-ray-"
 SOCKET_PATH_BYTES = 103
 RAY_SOCKET_SUFFIX_BYTES = 68
 NODE_FILE = "node.json"
-#: Written by Ray as the last step of a node's start: the address of the cluster.
+#: Written as the last step of a node's start: the address of the cluster.
 CLUSTER_FILE = "r/ray_current_cluster"
 #: How often the watch looks for the owner, seconds.
 WATCH_EVERY_S = 1.0
@@ -132,7 +132,7 @@ def take_over(record: Path, fingerprint: str) -> tuple[Path, Process] | None:
     if note is None:
         return None
     leader = live_processes().get(note.node[0])
-    # A leader lives on after a raylet that ended in order: that is no node.
+    # A leader that cannot go on, say because it is stopped, may be left without its servers: that is no node.
     alive = leader is not None and leader.started == note.node[1] and bool(children(leader.pid))
     if alive and leader is not None and note.fingerprint == fingerprint and (directory / CLUSTER_FILE).exists():
         NodeRecord(own_identity(), note.node, note.outlive_s, fingerprint).write(directory)

@@ -15,17 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from workers.agent.settings import SETTINGS_VARIABLE
-from workers.ray_transport.access import LOOPBACK, NodeHealth, RayNodeError, check_listens, is_loopback, ray_env
+from workers.ray_transport import node_start
+from workers.ray_transport.access import LOOPBACK, NodeHealth, RayNodeError, is_loopback, ray_env
+from workers.ray_transport.head_port import check_listens
 from workers.ray_transport.node_process import CLUSTER_ADDRESS, Handover, RayNode, default_base_dir, ray_temp_dir
 from workers.ray_transport.redis import RedisStore, check_redis
-from workers.ray_transport.start_hook import HEAD_VARIABLE, LOOPBACK_VARIABLE
 
 _log = logging.getLogger(__name__)
 
 #: Node label that names a drover worker; its value is the worker's name.
 WORKER_LABEL = "drover.worker"
-#: Ray refuses less than 75 MiB; messages up to 100 KiB do not touch the object store at all.
-OBJECT_STORE_BYTES = 80 * 1024 * 1024
 #: Seconds until a starting node must be ready: 2 s on idle cores, over a minute where 15 programs share two.
 START_DEADLINE_S = 240.0
 #: Seconds that a head is waited for by a node that joins, and seconds between two looks.
@@ -89,21 +88,13 @@ class RayHead(RayNode):
                 ) from None
 
     def prepare(self, directory: Path) -> None:
-        """Leave Redis's password where the start hook finds it."""
+        """Leave Redis's password where the node's program finds it."""
         if isinstance(self._tables, RedisStore):
             self._tables.write_flags(directory)
 
     def argv(self, directory: Path) -> list[str]:
         """Return the command line of the head."""
-        return [
-            *_ray_start(directory),
-            "--head",
-            f"--node-ip-address={self._host}",
-            f"--port={self._port}",
-            "--include-dashboard=false",
-            # No autoscaler is configured.
-            "--no-monitor",
-        ]
+        return [*_node_start(directory, self._host), f"--port={self._port}"]
 
     def env(self, base: Mapping[str, str]) -> dict[str, str]:
         """Return the head's environment."""
@@ -161,24 +152,11 @@ class RayJoiningNode(RayNode):
 
     def argv(self, directory: Path) -> list[str]:
         """Return the command line of the node."""
-        return [
-            *_ray_start(directory),
-            f"--address={self._head}",
-            f"--node-ip-address={self._host}",
-            # Nodes that share an address must not hand out the same fixed ports: let the system choose.
-            "--min-worker-port=0",
-            "--max-worker-port=0",
-        ]
+        return [*_node_start(directory, self._host), f"--head={self._head}"]
 
     def env(self, base: Mapping[str, str]) -> dict[str, str]:
         """Return the node's environment."""
-        loopback = is_loopback(self._host)
-        env = ray_env(self._token_file, base=base, loopback=loopback) | {HEAD_VARIABLE: self._head}
-        if loopback:
-            # `ray start --address` insists on a multi-node system; the hook brings loopback back.
-            env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"
-            env[LOOPBACK_VARIABLE] = "1"
-        return env
+        return ray_env(self._token_file, base=base, loopback=is_loopback(self._host))
 
 
 class RayWorkerNode(RayJoiningNode):
@@ -225,25 +203,16 @@ class RayWorkerNode(RayJoiningNode):
 
     def argv(self, directory: Path) -> list[str]:
         """Return the command line of the node; an operator's service may run it as it is, with `env`."""
-        return [*super().argv(directory), f"--node-name={self._name}", f"--labels={WORKER_LABEL}={self._name}"]
+        return [*super().argv(directory), f"--name={self._name}", f"--label={WORKER_LABEL}={self._name}"]
 
     def env(self, base: Mapping[str, str]) -> dict[str, str]:
         """Return the node's environment."""
         return super().env(base) | {SETTINGS_VARIABLE: str(self._settings_file)}
 
 
-def _ray_start(directory: Path) -> list[str]:
+def _node_start(directory: Path, host: str) -> list[str]:
+    # Ray makes its directory writable for all; the one around it is closed.
     return [
-        sys.executable,
-        "-m",
-        "ray.scripts.scripts",
-        "start",
-        "--block",
-        # Ray makes this directory writable for all; the one around it is closed.
-        f"--temp-dir={ray_temp_dir(directory)}",
-        # The agent asks for no CPU, and Ray then starts no idle processes in advance.
-        "--num-cpus=0",
-        f"--object-store-memory={OBJECT_STORE_BYTES}",
-        "--include-log-monitor=false",
-        "--disable-usage-stats",
+        *(sys.executable, "-m", node_start.__name__),
+        *(f"--temp-dir={ray_temp_dir(directory)}", f"--host={host}"),
     ]

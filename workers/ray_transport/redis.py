@@ -2,7 +2,7 @@
 
 Ray ends its head with a stack trace where Redis does not answer, so it is probed first. Ray would write the password
 into the command lines of its processes, which everybody on the machine can read; it goes through a file in the node's
-private directory instead (`workers.ray_transport.start_hook`).
+private directory instead (`workers.ray_transport.node_start`).
 """
 
 from __future__ import annotations

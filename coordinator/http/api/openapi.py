@@ -90,7 +90,7 @@ def _models(table: Iterable[Route[Any]]) -> dict[type[Any], None]:
     """Return the models of bodies and answers, each once."""
     found: dict[type[Any], None] = {ErrorView: None}
     for route in table:
-        for model in (_body_model(route), route.answer):
+        for model in (_body_model(route), route.answered):
             if isinstance(model, type):
                 found[model] = None
     return found
@@ -136,7 +136,7 @@ def _path_parts(route: Route[Any]) -> list[_Json]:
 
 def _headers(route: Route[Any]) -> list[_Json]:
     """Return the header with which a stream of events goes on where it broke. Source: HTML standard, 9.2.4."""
-    if route.answer is not Content.EVENTS:
+    if route.answered is not Content.EVENTS:
         return []
     about = "The newest `id:` of a stream that broke; one that names nothing kept begins with a snapshot."
     return [{"name": "Last-Event-ID", "in": "header", "description": about, "schema": {"type": "string"}}]
@@ -160,11 +160,11 @@ def _parameter(query: Query) -> _Json:
 
 def _answer(route: Route[Any], schemas: Mapping[type[Any], _Json]) -> _Json:
     answer: _Json = {"description": HTTPStatus(route.status).phrase}
-    if isinstance(route.answer, Content):
-        media, schema = route.answer.media_type, {} if route.answer.is_json else {"type": "string"}
+    if isinstance(route.answered, Content):
+        media, schema = route.answered.media_type, {} if route.answered.is_json else {"type": "string"}
         answer["content"] = {media: {"schema": schema}}
-    elif route.answer is not None:
-        schema = schemas[route.answer]
+    elif route.answered is not None:
+        schema = schemas[route.answered]
         answer["content"] = {
             "application/json": {"schema": {"type": "array", "items": schema} if route.many else schema}
         }

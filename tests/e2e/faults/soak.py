@@ -36,7 +36,8 @@ END_S = 600.0
 #: What is killed, by what its command line holds.
 PARTS = {
     "agent": b"ray::AgentHost",
-    "raylet's agent": b"ray::DashboardAgent",
+    "raylet": b"raylet/raylet\0",
+    "raylet's agent": b"/bin/sh\0-ec",
     "daemon": b"nix-daemon",
     "builder": b"/bin/sh\0-c",
 }

@@ -1,0 +1,113 @@
+"""Processor and memory of a farm at rest, and what its start takes: a coordinator, a Ray head and one worker.
+
+All processes of the farm count, ended ones too where their parents waited for them. The target stands in the peer's
+place, because no tool beside keeps a farm ready: 1 % of a core and 500 MB, with nothing to do and with 100,000 steps
+that wait for a worker which is not there (`--steps 0` leaves those out).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.benchmarks.ingest import write_store
+from tests.benchmarks.processes import processor_of_all_s
+from tests.benchmarks.report import arguments, progress, publish
+from tests.benchmarks.submit import machine
+from tests.support.farm import Farm, WorkerSpec, processes_naming
+from tests.support.graphs import Maker
+
+TARGET_PERCENT = 1.0
+TARGET_MB = 500.0
+#: Seconds for the farm to come to rest: the first canary, first looks, Ray's own first retries.
+SETTLE_S = 35.0
+#: A system that no worker builds.
+NOWHERE = "riscv64-linux"
+
+
+def shared_fairly_mb(pids: list[int]) -> float:
+    """Return the memory of processes, what several share counted once (proportional set size)."""
+    total_kb = 0
+    for pid in pids:
+        try:
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        total_kb += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+    return total_kb / 1024
+
+
+def wait_in_vain(farm: Farm, root: Path, count: int) -> None:
+    """Submit steps that no worker can build."""
+    maker = Maker(system=NOWHERE)
+    made = [maker.plain(f"waits-{number}") for number in range(count)]
+    write_store(root, made)
+    drvs = "\n".join(each.drv for each in made)
+    command = farm.command("build", "-", "--detach", "--store", root)
+    subprocess.run(command, input=drvs, text=True, check=True, stdout=subprocess.DEVNULL, env=farm.environment)
+
+
+def at_rest(farm: Farm, seconds: float) -> tuple[float, float]:
+    """Return percent of a core and MB of a farm that has nothing to do; progress names what takes most."""
+    pids = list(processes_naming(str(farm.root)))
+    before = {pid: processor_of_all_s([pid]) for pid in pids}
+    began = time.monotonic()
+    time.sleep(seconds)
+    took = time.monotonic() - began
+    used = Counter({pid: 100 * (processor_of_all_s([pid]) - before[pid]) / took for pid in pids})
+    for pid, percent in used.most_common(6):
+        progress(f"  {percent:5.2f} %  {processes_naming(str(farm.root)).get(pid, 'ended')[-70:]}")
+    return sum(used.values()), shared_fairly_mb(pids)
+
+
+def main() -> None:
+    parser = arguments("percent of a core and MB of a farm at rest", runs=1)
+    parser.add_argument("--seconds", type=float, default=60, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100_000, help="that wait in the end (default: %(default)s)")
+    options = parser.parse_args()
+    rows: dict[str, list[tuple[float, float]]] = {"at rest": [], "with steps that wait": []}
+    starts: list[float] = []
+    facts = machine()
+    for _ in range(options.runs):
+        with tempfile.TemporaryDirectory(prefix="drover-idle-") as directory:
+            root = Path(directory)
+            root.chmod(0o755)
+            farm = Farm(root, [WorkerSpec("only", slots=2)])
+            try:
+                farm.start().wait_for_workers(1)
+                starts.append(processor_of_all_s(processes_naming(str(root))))
+                progress(f"start: {starts[-1]:.1f} s of processor, {len(processes_naming(str(root)))} processes")
+                time.sleep(SETTLE_S)
+                rows["at rest"].append(at_rest(farm, options.seconds))
+                if options.steps:
+                    wait_in_vain(farm, root / "client", options.steps)
+                    time.sleep(SETTLE_S)
+                    rows["with steps that wait"].append(at_rest(farm, options.seconds))
+            finally:
+                farm.stop()
+    for name, measured in rows.items():
+        for unit, target, values in (
+            ("% of a core", TARGET_PERCENT, [percent for percent, _ in measured]),
+            ("MB", TARGET_MB, [memory for _, memory in measured]),
+        ):
+            if values:
+                publish(
+                    f"idle, {name}",
+                    ours=values,
+                    peer=[target] * len(values),
+                    unit=unit,
+                    bigger_is_better=False,
+                    as_json=options.json,
+                    peer_is="the target",
+                    start_processor_s=[round(start, 2) for start in starts],
+                    machine=facts,
+                )
+
+
+if __name__ == "__main__":
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    main()
