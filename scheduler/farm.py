@@ -256,6 +256,11 @@ class Farm:
         builders = self.state.builders.values()
         return [each.id for each in builders if each.spec is not None and each.willing and each.spec.offers(wanted)]
 
+    def speeds(self, wanted: Requirements) -> dict[BuilderId, float]:
+        """Return the builders that take steps of one class now, as `serving`, with how fast they build these."""
+        builders = self.state.builders
+        return {name: builders[name].speed(wanted.system) for name in self.serving(wanted)}
+
     def limits_of(self, step: StepKey) -> ResourceLimits:
         """Return what a build of the step may use, by the limits of the submissions that want it now."""
         known = self.state.steps.get(step)

@@ -12,7 +12,7 @@ import contextlib
 import statistics
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from coordinator.api.models import StepStatus
@@ -104,6 +104,8 @@ class Forecaster:
         self._farm = farm
         self._costs = costs
         self._flush = flush
+        #: Gives the times by which the scheduler expects a name on a system to be built, where it knows its package.
+        self.times: Callable[[str, str], Expected | None] = lambda _name, _system: None
         self._turn = asyncio.Lock()
         self._waiting = 0
 
@@ -165,7 +167,7 @@ class Forecaster:
     async def price(self, steps: Sequence[PlannedStep]) -> None:
         """Give steps their costs, as far as the database of timings has them."""
         known = await self.costs(await asyncio.to_thread(_packages, steps))
-        await asyncio.to_thread(_give_costs, steps, known)
+        await asyncio.to_thread(_give_costs, steps, known, self.times)
 
     async def costs(self, packages: Sequence[tuple[str, str]]) -> dict[tuple[str, str], BuildCost]:
         """Return the costs of packages, (package, system), as far as the database of timings has them."""
@@ -275,10 +277,16 @@ def _packages(steps: Sequence[PlannedStep]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((package_of(step.name), step.kind.system) for step in steps))[:MAX_PACKAGES]
 
 
-def _give_costs(steps: Sequence[PlannedStep], known: Mapping[tuple[str, str], BuildCost]) -> None:
+def _give_costs(
+    steps: Sequence[PlannedStep],
+    known: Mapping[tuple[str, str], BuildCost],
+    times: Callable[[str, str], Expected | None],
+) -> None:
     nothing = BuildCost()
     for step in steps:
-        step.cost = known.get((package_of(step.name), step.kind.system), nothing)
+        cost = known.get((package_of(step.name), step.kind.system), nothing)
+        rest = times(step.name, step.kind.system)
+        step.cost = cost if rest is None else replace(cost, rest=rest)
 
 
 def _cost(builds: Sequence[tuple[float, float | None]]) -> BuildCost:

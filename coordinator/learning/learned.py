@@ -37,6 +37,14 @@ FASTEST: Final = 16.0
 SHARED_PACKAGES: Final = 5
 #: Work of what is fetched and of what is copied or patched, where nothing of that kind was built yet.
 FETCH_MS: Final = 5_000
+#: Builds of one package that its spread is taken from at least; the spread where no package has as many, and the
+#: least one: standard deviations of the logarithm of times. Half of all lie within `HALF_WITHIN` of these.
+SPREAD_FROM: Final = 4
+USUAL_SPREAD: Final = 0.25
+LEAST_SPREAD: Final = 0.05
+HALF_WITHIN: Final = 0.6745
+#: Part of all packages than which one that is not known may take longer, at least.
+SURPRISE_PART: Final = 0.75
 #: Ends of names of what is fetched, and of what is written or changed rather than built.
 FETCH_ENDINGS: Final = (
     *(".tar", ".tar.gz", ".tar.xz", ".tar.bz2", ".tar.lz", ".tar.zst", ".tgz", ".zip", ".crate", ".gem", ".whl"),
@@ -108,6 +116,11 @@ class Learned:
     kinds: Mapping[WorkKind, float] = field(default_factory=dict)
     #: Package, system and kind -> memory that a build of it should take at most.
     memories: Mapping[_Key, int] = field(default_factory=dict)
+    #: How far builds of one package lie apart, of those with enough builds, and of the others.
+    spreads: Mapping[_Key, float] = field(default_factory=dict)
+    usual_spread: float = USUAL_SPREAD
+    #: Seconds at speed 1 of all packages that are built, the shortest first.
+    built: tuple[float, ...] = ()
 
     def expected(self, package: str, system: str, kind: WorkKind, features: Sequence[str] = ()) -> ExpectedWork:
         """Return the expected work of a package: of itself, of itself on another system, or of its kind.
@@ -143,6 +156,21 @@ class Learned:
         usual = {WorkKind.FETCH: FETCH_MS, WorkKind.TRIVIAL: TRIVIAL_MS, WorkKind.BUILD: UNKNOWN_WORK_MS}[kind]
         return ExpectedWork(usual, WorkSource.NOTHING)
 
+    def between(self, package: str, system: str, kind: WorkKind) -> tuple[float, float] | None:
+        """Return the seconds at speed 1 between which half of a package's builds take; None where none is known."""
+        found = self.expected(package, system, kind)
+        if found.source not in (WorkSource.PACKAGE, WorkSource.OTHER_SYSTEM):
+            return None
+        factor = math.exp(HALF_WITHIN * self.spreads.get((package, system, kind), self.usual_spread))
+        return found.work_ms / 1000 / factor, found.work_ms / 1000 * factor
+
+    def longest_of(self, count: int) -> float:
+        """Return the seconds that the longest of so many unknown packages should take, by those that are known."""
+        if not self.built or not count:
+            return 0.0
+        part = max(SURPRISE_PART, 1 - 1 / count)
+        return self.built[min(len(self.built) - 1, int(part * len(self.built)))]
+
 
 def kind_of(name: str, *, fixed_output: bool = False) -> WorkKind:
     """Return the kind of a derivation by its name, and by whether its output is known to be fixed."""
@@ -167,7 +195,22 @@ def learn(builds: Iterable[TimedBuild]) -> Learned:
         for key, many in kept.items()
     }
     speeds = {key: math.exp(-each) for key, each in slowness.items()}
-    return Learned(works, speeds, _ratios(works), _kinds(works), _memories(kept))
+    spreads = _spreads(kept, slowness)
+    usual = statistics.median(spreads.values()) if len(spreads) >= SHARED_PACKAGES else USUAL_SPREAD
+    built = tuple(sorted([seconds for (_, _, kind), (seconds, _) in works.items() if kind is WorkKind.BUILD]))
+    return Learned(works, speeds, _ratios(works), _kinds(works), _memories(kept), spreads, usual, built)
+
+
+def _spreads(kept: Mapping[_Key, Sequence[TimedBuild]], slowness: Mapping[tuple[str, str], float]) -> dict[_Key, float]:
+    """Return how far the builds of each package lie apart, by the median of their distances from their median."""
+    found: dict[_Key, float] = {}
+    for key, many in kept.items():
+        if len(many) >= SPREAD_FROM:
+            works = [_log(build) - slowness.get((build.worker, build.system), 0.0) for build in many]
+            middle = statistics.median(works)
+            away = statistics.median([abs(work - middle) for work in works])
+            found[key] = max(LEAST_SPREAD, away / HALF_WITHIN)
+    return found
 
 
 def _slowness(kept: Mapping[_Key, Sequence[TimedBuild]]) -> dict[tuple[str, str], float]:

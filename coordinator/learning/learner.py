@@ -8,7 +8,9 @@ looked at again when something was built: the first builds of a mass rebuild tea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -31,8 +33,10 @@ from scheduler.transitions import UNFINISHED
 
 _log = logging.getLogger(__name__)
 
-#: Seconds between two looks.
+#: Seconds between two looks where nothing was built; after builds, at least, and as a multiple of what the last took.
 LOOK_EVERY_S: Final = 60.0
+LOOK_AGAIN_S: Final = 1.0
+LOOK_AGAIN_PART: Final = 50.0
 #: Newest builds that are learned from: some 10 MB and half a second of a thread.
 BUILDS: Final = 50_000
 #: Builds that are taken from the store between two turns of the event loop, some 5 us each.
@@ -145,14 +149,27 @@ class Learner:
         self._emulated = emulated
         self._clock = clock
         self._open_works = open_works
+        self._built = asyncio.Event()
+        #: Called where something new was learned.
+        self.on_learned: Callable[[], None] = lambda: None
         self._posted: dict[tuple[str, str], float] = {}
         self.learned = Learned()
 
     async def run(self) -> None:
         """Look until cancelled."""
         while True:
+            self._built.clear()
+            began = time.monotonic()
             await self.look()
-            await asyncio.sleep(LOOK_EVERY_S)
+            pause_s = min(LOOK_EVERY_S, max(LOOK_AGAIN_S, LOOK_AGAIN_PART * (time.monotonic() - began)))
+            await asyncio.sleep(pause_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S - pause_s):
+                    await self._built.wait()
+
+    def were_built(self) -> None:
+        """Look again soon: builds have ended."""
+        self._built.set()
 
     async def look(self) -> None:
         """Learn from all builds as of now; post speeds and works where they have changed."""
@@ -161,11 +178,17 @@ class Learner:
         except CoordinatorError as error:
             _log.debug("nothing new is learned: %s", error)
         else:
-            learned = await asyncio.to_thread(learn, builds)
-            changed, self.learned = learned != self.learned, learned
-            if changed:
+            learned = await asyncio.to_thread(self._learn, builds)
+            if learned is not self.learned:
+                self.learned = learned
+                self.on_learned()
                 await self._revise()
         await self._tell()
+
+    def _learn(self, builds: Sequence[TimedBuild]) -> Learned:
+        """Return what builds teach; what was learned before where that is the same."""
+        learned = learn(builds)
+        return self.learned if learned == self.learned else learned
 
     async def _revise(self) -> None:
         works = await in_slices(revised(self.learned, self._open_works()))

@@ -9,9 +9,10 @@ no later than that path and the work beside it, done by as many workers as there
 where the work is that of all submissions, and of others at most as much as each one's turns take (`scheduler.ready`).
 For one chain without others both are the sum of its steps. More slots make neither larger.
 
-What is not known: a step without history counts nothing in `sooner_s` and the mean of the known ones in `later_s`; one
-that has run longer than usual the same, and as long as usual once more. Where nothing is known, or a kind has no
-worker, there is no `later_s`. All of these are counted.
+What is not known: a step without history counts nothing in `sooner_s` and the mean of those known in `later_s`; one
+that has run longer than usual the same, and as long as usual once more. The longest of those without history may
+decide the end: it is added to `later_s`, as `surprise` expects it. Where nothing is known, or a kind has no worker,
+there is no `later_s`. All of these are counted.
 """
 
 from __future__ import annotations
@@ -54,6 +55,43 @@ class Expected:
 
     least_s: float
     most_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Speed of the workers of one kind of step: how many builds they do at one time, and how fast."""
+
+    slots: int = 0
+    #: The mean of the slots, and the fastest of them; 1 is usual.
+    mean: float = 1.0
+    fastest: float = 1.0
+
+    @property
+    def lead(self) -> float:
+        """Part of the time of the mean that the fastest takes."""
+        return self.mean / self.fastest
+
+    @staticmethod
+    def of(workers: Iterable[tuple[int, float]]) -> Pace:
+        """Return the pace of workers with so many slots of such a speed."""
+        known = [(slots, speed) for slots, speed in workers if slots]
+        slots = sum([each for each, _ in known])
+        if not slots:
+            return Pace()
+        return Pace(slots, sum([each * speed for each, speed in known]) / slots, max([speed for _, speed in known]))
+
+
+def rest_of(expected: Expected | None, speed: float, age_s: float | None) -> tuple[Expected | None, bool]:
+    """Return what a step still takes at a speed, where it has run so long (None: it does not), and if it is overdue."""
+    if expected is None:
+        return None, False
+    least_s, most_s = expected.least_s / speed, expected.most_s / speed
+    if age_s is None:
+        return Expected(least_s, most_s), False
+    if age_s >= most_s:
+        # How long it still takes is as unknown as of one that never ran.
+        return Expected(0.0, most_s), True
+    return Expected(max(0.0, least_s - age_s), most_s - age_s), False
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +179,8 @@ class _Group(Generic[_Holder]):
 class _Survey(Generic[_Step, _Holder]):
     """All open steps with what is known of each, in columns: there may be hundreds of thousands."""
 
-    def __init__(self) -> None:
+    def __init__(self, usual_s: float) -> None:
+        self._usual_s = usual_s
         self.steps: list[_Step] = []
         self.least = array("d")
         #: -1 where it is not known.
@@ -182,7 +221,7 @@ class _Survey(Generic[_Step, _Holder]):
     @property
     def guess_s(self) -> float:
         """Seconds that stand for those of a step without history."""
-        return self._known_s / self._known if self._known else 0.0
+        return max(self._usual_s, self._known_s / self._known) if self._known else 0.0
 
 
 def estimating(
@@ -190,13 +229,19 @@ def estimating(
     look: Callable[[_Step], Outlook[_Holder] | None],
     slots: Callable[[Requirements], int],
     wanted: Iterable[_Holder],
+    *,
+    lead: Callable[[Requirements], float] = lambda _: 1.0,
+    surprise: Callable[[int], float] = lambda _: 0.0,
+    usual_s: float = 0.0,
 ) -> Generator[Pause, None, dict[_Holder, Estimate[_Step]]]:
     """Return the estimate of each of `wanted`, with pauses; one without open steps has none.
 
     Every path of every submission is in `steps`. `look` may return None for a step that is finished by then. `slots`
-    are the builds that workers do at one time for a kind.
+    are the builds that workers do at one time for a kind, `lead` is what a step takes on the fastest of them, as a part
+    of what it takes on the mean. `surprise` are the seconds of the longest of so many steps without
+    history, `usual_s` those of one, at least.
     """
-    survey: _Survey[_Step, _Holder] = _Survey()
+    survey: _Survey[_Step, _Holder] = _Survey(usual_s)
     for count, step in enumerate(steps, 1):
         outlook = look(step)
         if outlook is not None:
@@ -204,12 +249,15 @@ def estimating(
         if not count % PIECE:
             yield PAUSE
     slots_of = {number: slots(kind) for kind, number in survey.kinds.items()}
-    via = yield from _paths(survey, slots_of)
+    leads = {number: lead(kind) for kind, number in survey.kinds.items()}
+    via = yield from _paths(survey, slots_of, leads)
     loads = yield from _loads(survey, slots_of)
-    return (yield from _estimates(survey, via, loads, wanted))
+    return (yield from _estimates(survey, via, loads, wanted, surprise))
 
 
-def _paths(survey: _Survey[_Step, _Holder], slots_of: Mapping[int, int]) -> Generator[Pause, None, array[int]]:
+def _paths(
+    survey: _Survey[_Step, _Holder], slots_of: Mapping[int, int], leads: Mapping[int, float]
+) -> Generator[Pause, None, array[int]]:
     """Find the longest path that ends in each step, by its group; returns the step before each one on it, or -1.
 
     The deepest steps come first, so that a step comes after its needs.
@@ -238,8 +286,9 @@ def _paths(survey: _Survey[_Step, _Holder], slots_of: Mapping[int, int]) -> Gene
                     looked_at = 0
                     yield PAUSE
             rest_s = survey.most[number] if survey.most[number] >= 0 else guess_s
-            least[number], most[number] = low + survey.least[number], high + rest_s
-            slack[number] = beside_s + rest_s * beside[survey.kind_of[number]]
+            kind = survey.kind_of[number]
+            least[number], most[number] = low + survey.least[number] * leads[kind], high + rest_s
+            slack[number] = beside_s + rest_s * beside[kind]
             length[number], via[number] = longest + 1, before
             number_of[step] = number
             group = survey.groups[survey.group_of[number]]
@@ -278,7 +327,11 @@ def _loads(survey: _Survey[_Step, _Holder], slots_of: Mapping[int, int]) -> Gene
 
 
 def _estimates(
-    survey: _Survey[_Step, _Holder], via: array[int], loads: Mapping[int, _All], wanted: Iterable[_Holder]
+    survey: _Survey[_Step, _Holder],
+    via: array[int],
+    loads: Mapping[int, _All],
+    wanted: Iterable[_Holder],
+    surprise: Callable[[int], float],
 ) -> Generator[Pause, None, dict[_Holder, Estimate[_Step]]]:
     groups: dict[_Holder, list[_Group[_Holder]]] = {holder: [] for holder in wanted}
     looked_at = 0
@@ -292,12 +345,16 @@ def _estimates(
     found: dict[_Holder, Estimate[_Step]] = {}
     for holder, its in groups.items():
         if its:
-            found[holder] = yield from _estimate(survey, via, loads, its)
+            found[holder] = yield from _estimate(survey, via, loads, its, surprise)
     return found
 
 
 def _estimate(
-    survey: _Survey[_Step, _Holder], via: array[int], loads: Mapping[int, _All], groups: list[_Group[_Holder]]
+    survey: _Survey[_Step, _Holder],
+    via: array[int],
+    loads: Mapping[int, _All],
+    groups: list[_Group[_Holder]],
+    surprise: Callable[[int], float],
 ) -> Generator[Pause, None, Estimate[_Step]]:
     sums: dict[int, _Sum] = {}
     for count, group in enumerate(groups, 1):
@@ -329,7 +386,11 @@ def _estimate(
     busiest = max(own, key=lambda load: load.sooner_s)
     sooner_s = max(least_s, busiest.sooner_s)
     bound: Bound = "path" if least_s >= busiest.sooner_s else "capacity"
-    later_s: float | None = max(group.slack_s for group in groups) + sum(load.later_s for load in own)
+    later_s: float | None = (
+        max(group.slack_s for group in groups)
+        + sum(load.later_s for load in own)
+        + (surprise(unknown) if unknown else 0.0)
+    )
     kind_of_bound = busiest.kind if bound == "capacity" else None
     if not own[0].slots:
         bound, kind_of_bound, later_s = "no_worker", own[0].kind, None

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from coordinator.api.estimates import LoadView, PathStepView
 from coordinator.api.models import EtaView, StepStatus
-from coordinator.readmodel.estimate import Estimate, Expected, Outlook, estimating
+from coordinator.readmodel.estimate import Estimate, Expected, Outlook, Pace, estimating, rest_of
 from coordinator.readmodel.rows import StepRow, SubmissionRow, notify_submission_changed
 from coordinator.readmodel.views import Views
 from infra.clock import Clock
@@ -77,6 +77,12 @@ class Etas:
         self._version: tuple[int, int] | None = None
         self._worked_out_at = 0.0
         self._open_steps = 0
+        #: Gives the seconds of the longest of so many steps without history.
+        self.surprise_s: Callable[[int], float] = lambda _: 0.0
+        #: Gives the mean seconds of all that was ever built.
+        self.usual_s: Callable[[], float] = lambda: 0.0
+        #: Of the pass under way.
+        self._paces: dict[Requirements, Pace] = {}
 
     @property
     def wanted(self) -> int:
@@ -164,7 +170,16 @@ class Etas:
 
         # A copy: steps may come and go at a pause.
         steps = list(self._farm.state.steps.values())
-        found = yield from estimating(steps, look, self._slots, rows)
+        self._paces.clear()
+        found = yield from estimating(
+            steps,
+            look,
+            lambda kind: self._pace(kind).slots,
+            rows,
+            lead=lambda kind: self._pace(kind).lead,
+            surprise=self.surprise_s,
+            usual_s=self.usual_s(),
+        )
         self._open_steps = sum(estimate.steps for estimate in found.values())
         self._version, self._worked_out_at = version, now
         for row in rows:
@@ -183,17 +198,21 @@ class Etas:
             return Outlook(holders, kind, Expected(0.0, 0.0))
         name = self._views.name_of(row)
         expected = self._durations.expected(name, kind.system)
-        if expected is None or row.state is not StepStatus.RUNNING:
-            return Outlook(holders, kind, expected)
-        age_s = max(0.0, now - row.life.started_at)
-        if age_s >= expected.most_s:
-            # How long it still takes is as unknown as of one that never ran.
-            return Outlook(holders, kind, Expected(0.0, expected.most_s), overdue=True)
-        return Outlook(holders, kind, Expected(max(0.0, expected.least_s - age_s), expected.most_s - age_s))
+        if row.state is not StepStatus.RUNNING:
+            return Outlook(holders, kind, rest_of(expected, self._pace(kind).mean, None)[0])
+        holder = self._farm.state.builders.get(step.builder)
+        speed = 1.0 if holder is None else holder.speed(kind.system)
+        rest, overdue = rest_of(expected, speed, max(0.0, now - row.life.started_at))
+        return Outlook(holders, kind, rest, overdue)
 
-    def _slots(self, kind: Requirements) -> int:
-        """Return how many builds of a kind its workers do at one time."""
-        return sum(self._views.workforce.slots(name) for name in self._farm.serving(kind))
+    def _pace(self, kind: Requirements) -> Pace:
+        """Return how fast builds of a kind are done."""
+        known = self._paces.get(kind)
+        if known is None:
+            slots = self._views.workforce.slots
+            known = Pace.of((slots(name), speed) for name, speed in self._farm.speeds(kind).items())
+            self._paces[kind] = known
+        return known
 
     def _view(self, estimate: Estimate[Step], now: float) -> EtaView:
         return EtaView(

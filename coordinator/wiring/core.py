@@ -19,6 +19,7 @@ from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.submissions import Submissions
 from coordinator.intake.verifier_pool import VerifierPool
 from coordinator.journal.codec import decode_notes
+from coordinator.learning.learned_times import LearnedTimes
 from coordinator.learning.learner import Learner, open_works, timed_builds
 from coordinator.readmodel.attempt_meter import AttemptMeter
 from coordinator.readmodel.differences import Differences
@@ -29,6 +30,7 @@ from coordinator.readmodel.throughput import Throughput
 from coordinator.readmodel.usual_times import UsualTimes
 from coordinator.readmodel.views import Views
 from coordinator.readmodel.worker_records import WorkerRecords
+from coordinator.stores.timings import AttemptTiming
 from coordinator.stores.worker_counts import worker_counts
 from coordinator.wiring.stores import Stores
 from infra.clock import Clock
@@ -94,8 +96,6 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     explainer = FarmExplainer(farm, stores.logs, clock)
     usual = UsualTimes(stores.timings.usual_builds, clock)
     views = Views(explainer, usual=usual.of)
-    etas = Etas(views, farm, usual, clock)
-    views.eta_of, usual.on_answers = etas.of, etas.wake
     throughput = Throughput(views, stores.timings.ended_between, clock)
     relay = EffectRelay()
     engine = Engine(farm, stores.journal, views, clock, relay.submit)
@@ -106,7 +106,6 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     views.timelines.meter = AttemptMeter()
     cache = stores.cache
     writer = TimingWriter(views.timelines, stores.timings, views.named, clock, limits.timings_days, limits.timings_rows)
-    writer.on_saved = usual.were_built
     intake = Intake(
         stores.derivations,
         cache,
@@ -125,6 +124,8 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
         partial(open_works, farm.state, views.step_name),
     )
     intake.works, explainer.source = learner.expect, learner.source
+    writer.on_saved = partial(_were_built, usual, learner)
+    etas = _foresee(views, farm, learner, clock)
     submissions = Submissions(engine, views, intake)
     growth = Growth(engine, views, intake, submissions, limits.open_silence_s)
     views.recipes.read = writer.ends_of
@@ -148,6 +149,19 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
         learner,
         replayed,
     )
+
+
+def _were_built(usual: UsualTimes, learner: Learner, attempts: Sequence[AttemptTiming]) -> None:
+    usual.were_built(attempts)
+    learner.were_built()
+
+
+def _foresee(views: Views, farm: Farm, learner: Learner, clock: Clock) -> Etas:
+    times = LearnedTimes(lambda: learner.learned)
+    etas = Etas(views, farm, times, clock)
+    etas.surprise_s, etas.usual_s = times.surprise_s, times.usual_s
+    views.eta_of, learner.on_learned = etas.of, etas.wake
+    return etas
 
 
 def _weights(settings: Settings) -> dict[str, int]:

@@ -38,6 +38,7 @@ from coordinator.http.routing import serve as serve_routes
 from coordinator.http.web.live import LiveStreams
 from coordinator.http.web.site import PageActions, PageSources, add_web_routes
 from coordinator.intake.forecast import Forecaster
+from coordinator.learning.learned_times import times_of
 from coordinator.plans.lookup import Lookup
 from coordinator.plans.planner import Planner
 from coordinator.readmodel.comparisons import Comparisons
@@ -159,6 +160,7 @@ def _add_questions(  # noqa: PLR0917 - collaborators, named by their types
     serve_routes(app, EstimateApi(core.views, core.farm, etas, throughput).handlers())
     costs, flush = stores.timings.usual_costs, core.timings.flush
     forecaster = Forecaster(core.intake, stores.cache, core.views, core.farm, costs, flush)
+    forecaster.times = lambda name, system: times_of(core.learner.learned, name, system)
     rebuilds = RebuildApi(forecaster, Likenesses(stores.cache), Comparisons(stores.derivations))
     serve_routes(app, rebuilds.handlers())
     # The list of upstreams is the one that `serve_caches` has filled.

@@ -37,6 +37,7 @@ from scheduler.pauses import whole
 from scheduler.policy import Limits
 from scheduler.terms import Terms
 from tests.benchmarks import makespan_peers as peers
+from tests.benchmarks.makespan_ends import ForeseenEnd, ForeseenEnds, judged
 from tests.benchmarks.makespan_work import (
     FLEETS,
     Machine,
@@ -72,6 +73,8 @@ class Played:
     #: Owner -> when the last of its steps ended.
     ends: dict[str, float] = field(default_factory=dict)
     builds: list[TimedBuild] = field(default_factory=list)
+    #: Looks at its end while it ran.
+    foreseen: list[ForeseenEnd] = field(default_factory=list)
     core_s: float = 0.0
     longest_call_s: float = 0.0
 
@@ -81,9 +84,10 @@ class CoreRebuild:
 
     def __init__(self, rebuild: Rebuild, learned: Learned, before: Sequence[TimedBuild], *, owners: int = 1) -> None:
         self._rebuild = rebuild
-        self._learned = learned
+        self._learned = self._measured = learned
         self._before = before
         self._owners = [f"owner{number}" for number in range(owners)]
+        self._ends_foreseen = ForeseenEnds(rebuild)
         self._farm = Farm(Limits(lease_ttl_s=1e9))
         self._stores = Stores(rebuild)
         self._keys = [StepKey(f"{step:08x}-{name}") for step, name in enumerate(rebuild.shape.names)]
@@ -114,6 +118,8 @@ class CoreRebuild:
                 self._now = max(self._now, deadline)
                 self._call(TimePassed())
                 continue
+            if self._ends_foreseen.is_due(len(self.played.builds)):
+                self._ends_foreseen.look(self._farm, self._measured, self._now)
             self._now, step, order = heappop(self._ends)
             self._note(step, order)
             self._ended.add(step)
@@ -124,7 +130,7 @@ class CoreRebuild:
         for owner in self._owners:
             if not self._farm.ended(SubmissionId(owner)):
                 raise SystemExit(f"{owner} does not end")
-        self.played.makespan_s = self._now
+        self.played.makespan_s, self.played.foreseen = self._now, self._ends_foreseen.looks
         return self.played
 
     def _submissions(self) -> list[SubmissionReceived]:
@@ -162,6 +168,7 @@ class CoreRebuild:
         )
 
     def _measure(self, learned: Learned) -> None:
+        self._measured = learned
         speeds = tuple((BuilderId(worker), on, speed) for (worker, on), speed in sorted(learned.speeds.items()))
         self._call(SpeedsMeasured(speeds))
         works = whole(revised(learned, self._open_works())) if self.played.builds else ()
@@ -216,6 +223,7 @@ def compared(shape: Shape, fleet: Sequence[Machine], seed: int, rebuilds: int) -
         played = CoreRebuild(rebuild, learned, known).run()
         least = peers.bound(rebuild)
         found[f"drover {number}"] = played.makespan_s / least
+        found |= {f"{name} {number}": part for name, part in judged(played.foreseen, played.makespan_s).items()}
         found["us a build"] = played.core_s / len(shape.names) * 1e6
         found["longest call, ms"] = played.longest_call_s * 1e3
         known += played.builds

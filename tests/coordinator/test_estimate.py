@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.readmodel.estimate import PATH_NAMED, Estimate, Expected, Outlook, estimating
+from coordinator.readmodel.estimate import PATH_NAMED, Estimate, Expected, Outlook, Pace, estimating, rest_of
 from scheduler.model import Requirements
 from scheduler.pauses import Pause, whole
 from tests.coordinator.test_pauses import LINES, lines_of_pieces
@@ -185,3 +185,23 @@ def test_no_shape_of_a_graph_is_worked_on_for_long_between_two_pauses(shape: str
     assert sum(pieces) > LINES
     found = whole(working(steps, {LINUX: 2}))[ME]
     assert len(found.path) == min(found.path_steps, PATH_NAMED)
+
+
+def test_a_step_takes_by_the_speed_of_its_worker_less_what_it_has_run_and_once_more_where_it_is_late() -> None:
+    assert rest_of(None, 2.0, 5.0) == (None, False)
+    assert rest_of(Expected(10, 20), 2.0, None) == (Expected(5, 10), False)
+    assert rest_of(Expected(10, 20), 0.5, 30.0) == (Expected(0, 10), False)
+    assert rest_of(Expected(10, 20), 0.5, 41.0) == (Expected(0, 40), True)
+    pace = Pace.of([(4, 0.5), (1, 2.0), (0, 9.0)])
+    assert (pace.slots, pace.mean, pace.fastest, pace.lead) == (5, 0.8, 2.0, 0.4)
+    assert Pace.of([(0, 2.0)]) == Pace()
+
+
+def test_the_fastest_worker_may_end_a_path_sooner_and_an_unknown_step_may_take_as_long_as_the_longest() -> None:
+    steps = chain(10, None, 20)
+    found = whole(estimating(steps, look, lambda _: 1, (ME,), lead=lambda _: 0.5, surprise=lambda count: 100.0 * count))
+    # The only slot has 30 s of work.
+    assert found[ME].sooner_s == 30
+    assert found[ME].later_s == pytest.approx(145)
+    found = whole(estimating(steps, look, lambda _: 9, (ME,), lead=lambda _: 0.5))
+    assert found[ME].sooner_s == 15

@@ -25,6 +25,7 @@ from coordinator.learning.learned import (
     kind_of,
     learn,
 )
+from coordinator.learning.learned_times import LearnedTimes
 from coordinator.learning.learner import EMULATED_SPEED, Learner, OpenWork, revised, timed_builds
 from coordinator.stores.timings import AttemptTiming, Outcome, TimingsError, TimingStore
 from infra.clock import SystemClock
@@ -277,3 +278,42 @@ async def test_builds_are_read_from_the_timings_the_oldest_first_and_only_what_e
     finally:
         await store.close()
     assert [(each.package, each.seconds) for each in found] == [("a", 1.0), ("b", 3.0)]
+
+
+def test_the_spread_of_a_package_is_that_of_its_own_builds_and_else_the_usual_one() -> None:
+    steady = [TimedBuild("steady", LINUX, "w", seconds) for seconds in (99.0, 100.0, 100.0, 101.0, 900.0)]
+    wild = [TimedBuild("wild", LINUX, "w", seconds) for seconds in (25.0, 50.0, 100.0, 200.0, 400.0)]
+    learned = learn([*steady, *wild, TimedBuild("once", LINUX, "w", 10.0)])
+
+    def width(package: str) -> float:
+        between = learned.between(package, LINUX, WorkKind.BUILD)
+        assert between is not None
+        return between[1] / between[0]
+
+    assert width("steady") < 1.1 < width("once") < 2 < width("wild")
+    # Half of its builds are as long as that, and one that was never built has no such time.
+    assert learned.between("wild", LINUX, WorkKind.BUILD) == pytest.approx((50.0, 200.0))
+    assert learned.between("never", LINUX, WorkKind.BUILD) is None
+
+
+def test_the_longest_of_many_unknown_packages_is_as_long_as_the_longest_of_as_many_known_ones() -> None:
+    learned = learn([TimedBuild(f"p{number}", LINUX, "w", float(number)) for number in range(1, 101)])
+    assert [round(learned.longest_of(count)) for count in (0, 1, 4, 10, 1000)] == [0, 76, 76, 91, 100]
+    assert Learned().longest_of(5) == 0
+
+
+async def test_times_are_known_anew_once_something_new_was_learned() -> None:
+    told = Told()
+    times = LearnedTimes(lambda: told.learner.learned)
+    news: list[int] = []
+    told.learner.on_learned = lambda: news.append(times.answers)
+    before = times.answers
+    assert times.expected("hello-2.12", LINUX) is None
+    told.builds = [TimedBuild("hello", LINUX, "w", 7.0)]
+    await told.learner.look()
+    await told.learner.look()
+    assert news == [times.answers]
+    assert times.answers > before
+    found = times.expected("hello-2.12", LINUX)
+    assert found is not None
+    assert found.least_s < 7 < found.most_s
