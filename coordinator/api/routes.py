@@ -18,10 +18,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from coordinator.api import models
+from coordinator.api.capacity_routes import FURTHER_ROUTES
 from coordinator.api.environment_routes import ENVIRONMENT_ROUTES
 from coordinator.api.evaluation_routes import EVALUATION_ROUTES
 from coordinator.api.mirror_routes import MIRROR_ROUTES
-from coordinator.api.plan_routes import PLAN_ROUTES
 from coordinator.api.route import Content, Late, Query, Right, Route
 from coordinator.api.source_routes import WANTED_ROUTES
 from coordinator.api.submission_filters import SUBMISSION_FILTERS
@@ -483,7 +483,7 @@ ROUTES: Final[tuple[Route[Any], ...]] = (
     RESIGN,
     *EVALUATION_ROUTES,
     *MIRROR_ROUTES,
-    *PLAN_ROUTES,
+    *FURTHER_ROUTES,
     *ENVIRONMENT_ROUTES,
     OPENAPI,
     HEALTH,

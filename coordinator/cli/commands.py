@@ -38,7 +38,7 @@ from coordinator.cli.options import (
 )
 from coordinator.cli.plan_commands import plan
 from coordinator.cli.populate_command import populate
-from coordinator.cli.question_commands import demand, diff, eta, history, log, sources, story, top, trace, why
+from coordinator.cli.question_commands import capacity, demand, diff, eta, history, log, sources, story, top, trace, why
 from coordinator.cli.rebuild_commands import rebuild
 from coordinator.cli.sections import SectionedGroup
 from coordinator.cli.submission_commands import bump, submissions, wait
@@ -218,7 +218,7 @@ def completion(shell: str) -> int:
 
 for _command in (
     *(up, head, worker, workers, drain),
-    *(log, why, diff, eta, demand, sources, top, story, trace, history),
+    *(log, why, diff, eta, capacity, demand, sources, top, story, trace, history),
     *(bisect, cache, doctor, plan, populate, rebuild),
     *(coverage, environments),
     *(submissions, bump, wait),

@@ -78,6 +78,19 @@ def eta(url: str, token_file: str, submission: str, as_json: bool) -> int:
 
 
 @click.command(cls=ExampledCommand)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@addressed
+def capacity(url: str, token_file: str, as_json: bool) -> int:
+    """Show the capacity that the farm could use.
+
+    Slots that are worth having now and hours of work, by system, features and memory: what a farm that grows goes by.
+    """
+    from coordinator.cli.capacity import capacity as wanted  # noqa: PLC0415 - slow to import
+
+    return run_with_client(url, token_file, lambda client: wanted(client, as_json=as_json))
+
+
+@click.command(cls=ExampledCommand)
 @click.option("--most", type=click.IntRange(1, 10_000), default=20, show_default=True, help="So many paths.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @addressed

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import orjson
 
-from coordinator.api import environment_routes, evaluation_routes, mirror_routes, plan_routes, routes
+from coordinator.api import capacity_routes, environment_routes, evaluation_routes, mirror_routes, plan_routes, routes
 from coordinator.api.demand_routes import DEMAND, DemandView
 from coordinator.api.models import (
     Ended,
@@ -320,6 +320,10 @@ class ApiClient(Transport):
     async def eta(self, submission: str) -> SubmissionEtaView:
         """Return when a submission ends, what bounds that, and what has bounded it so far."""
         return await self._one(routes.ETA, {"id": submission})
+
+    async def capacity(self) -> capacity_routes.CapacityView:
+        """Return the slots and hours that the farm's open work could use."""
+        return await self._one(capacity_routes.CAPACITY)
 
     async def plan(self, query: PlanQuery) -> PlanView:
         """Ask what each package and system of a wish list could be fetched from, or would be built as."""

@@ -21,6 +21,18 @@ READY_STEPS: Final = Metric(
     "Ready steps by what they require and by what holds them (`reason`, as in `drover status --json`).",
     ("system", "features", "reason"),
 )
+CAPACITY_SLOTS: Final = Metric(
+    "drover_capacity_slots",
+    "gauge",
+    "Slots that are worth having for what can be built now, by what it requires; memory of one build in bytes, or 0.",
+    ("system", "features", "memory"),
+)
+CAPACITY_HOURS: Final = Metric(
+    "drover_capacity_hours",
+    "gauge",
+    "Hours of one usual slot that all open steps should take, by what they require.",
+    ("system", "features", "memory"),
+)
 SUBMISSIONS: Final = Metric("drover_submissions", "gauge", "Submissions, by state.", ("state",))
 WORKERS: Final = Metric("drover_workers", "gauge", "Workers, by state.", ("state",))
 WORKERS_ISOLATION: Final = Metric(

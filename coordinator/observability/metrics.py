@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
+from coordinator.api.capacity_routes import CapacityClassView
 from coordinator.api.flakes import WorkerRecordView
 from coordinator.api.models import FarmView, StepStatus, SubmissionState, WaitingKind, WorkerState
 from coordinator.caches.housekeeping import CacheGauges
@@ -21,6 +22,7 @@ from coordinator.intake.client_meter import ClientMeter
 from coordinator.observability import metric_table as table
 from coordinator.observability.trace_exporter import TraceExporter
 from coordinator.readmodel.attempt_meter import AttemptMeter
+from coordinator.readmodel.capacity import Capacity
 from coordinator.readmodel.views import Views
 from infra.cache.cache import Cache
 from infra.cache.counters import CacheCounters
@@ -89,6 +91,21 @@ def add_farm_metrics(
 
     for metric, read in table.WORKER_VITALS.items():
         telemetry.show(metric, of_vitals(read))
+
+
+def add_capacity_metrics(telemetry: Telemetry, capacity: Capacity) -> None:
+    """Show the capacity that open work could use; a class that has none any more is 0."""
+
+    def of(read: Callable[[CapacityClassView], float]) -> Observe:
+        def observe() -> _Values:
+            for each in capacity.classes_met():
+                labels = {"system": each.system, "features": ",".join(each.features), "memory": str(each.memory_bytes)}
+                yield read(each), labels
+
+        return observe
+
+    telemetry.show(table.CAPACITY_SLOTS, of(lambda each: each.slots))
+    telemetry.show(table.CAPACITY_HOURS, of(lambda each: each.hours))
 
 
 def add_engine_metrics(telemetry: Telemetry, meter: EngineMeter, state_dir: Path) -> None:

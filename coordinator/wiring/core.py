@@ -22,6 +22,7 @@ from coordinator.journal.codec import decode_notes
 from coordinator.learning.learned_times import LearnedTimes
 from coordinator.learning.learner import Learner, open_works, timed_builds
 from coordinator.readmodel.attempt_meter import AttemptMeter
+from coordinator.readmodel.capacity import Capacity
 from coordinator.readmodel.differences import Differences
 from coordinator.readmodel.etas import Etas
 from coordinator.readmodel.explain import FarmExplainer
@@ -73,6 +74,7 @@ class Core:
     usual: UsualTimes
     runs: Runs
     etas: Etas
+    capacity: Capacity
     throughput: Throughput
     workers: WorkerRecords
     learner: Learner
@@ -144,6 +146,7 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
         usual,
         runs,
         etas,
+        Capacity(views, farm, clock),
         throughput,
         workers,
         learner,

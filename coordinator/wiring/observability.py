@@ -14,6 +14,7 @@ from coordinator.http.connections import ConnectionGate
 from coordinator.http.metrics import add_connection_metrics
 from coordinator.observability.metrics import (
     add_cache_metrics,
+    add_capacity_metrics,
     add_engine_metrics,
     add_farm_metrics,
     add_loop_metrics,
@@ -58,6 +59,7 @@ def observe(  # noqa: PLR0917 - collaborators, named by their types
     watch = LoopWatch()
     add_cache_metrics(telemetry, {each.name: each.cache for each in stores.caches}, gauges)
     add_farm_metrics(telemetry, core.views, farm, core.explainer.holding)
+    add_capacity_metrics(telemetry, core.capacity)
     add_engine_metrics(telemetry, core.engine.meter, settings.state_dir)
     add_time_metrics(telemetry, core.views.timelines.meter, core.submissions.meter)
     add_connection_metrics(telemetry, gate)

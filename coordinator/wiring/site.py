@@ -17,6 +17,7 @@ from coordinator.caches.housekeeping import Housekeeper
 from coordinator.config import Settings
 from coordinator.demand.demand import Demand
 from coordinator.environments.tracker import EnvironmentTracker
+from coordinator.http.api.capacity import CapacityApi
 from coordinator.http.api.demand import DemandApi
 from coordinator.http.api.estimates import EstimateApi
 from coordinator.http.api.evaluations import EvaluationApi
@@ -158,6 +159,7 @@ def _add_questions(  # noqa: PLR0917 - collaborators, named by their types
     questions = Questions(core.views, farm, say.open_needs, say.queues, say.placing, core.runs, etas, throughput)
     serve_routes(app, questions.handlers())
     serve_routes(app, EstimateApi(core.views, core.farm, etas, throughput).handlers())
+    serve_routes(app, CapacityApi(core.capacity).handlers())
     costs, flush = stores.timings.usual_costs, core.timings.flush
     forecaster = Forecaster(core.intake, stores.cache, core.views, core.farm, costs, flush)
     forecaster.times = lambda name, system: times_of(core.learner.learned, name, system)

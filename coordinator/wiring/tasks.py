@@ -38,6 +38,7 @@ def start_tasks(  # noqa: PLR0917 - collaborators, named by their types
         *([group.create_task(verifiers.run(), name="verifiers")] if (verifiers := core.intake.verifiers) else []),
         group.create_task(core.usual.run(), name="usual times"),
         group.create_task(core.etas.run(), name="foreseen ends"),
+        group.create_task(core.capacity.run(), name="capacity"),
         group.create_task(core.workers.run(), name="records of workers"),
         # Last: they write and send what the others have left.
         group.create_task(core.timings.run(), name="timings"),

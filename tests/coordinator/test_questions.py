@@ -16,10 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.api.capacity_routes import CapacityView
 from coordinator.api.estimates import RunningView, ThroughputBar, ThroughputView
 from coordinator.api.models import EtaView
 from coordinator.api.questions import ActivityView, CandidateView, PlacingView, QueueView, SlotView, WorkerActivityView
 from coordinator.cli import exit_status
+from coordinator.cli.capacity import capacity_lines
 from coordinator.cli.lines import plain
 from coordinator.cli.live import Window
 from coordinator.cli.log import AROUND_CHARS, LINE_BYTES, LineSearch, Printer
@@ -66,6 +68,14 @@ async def test_a_step_that_waits_is_explained_down_to_what_holds_it_and_up_to_wh
         assert low.placing.rank_s == 3 * low.placing.takes_s > 0
         takes = duration(low.placing.takes_s)
         assert f"  takes      {takes} on a usual worker: a guess, because nothing like it was built yet" in lines
+        # What would take it: one slot, and two steps come after it.
+        (wanted,) = (await farm.client.capacity()).classes
+        assert (wanted.system, wanted.ready, wanted.waiting, wanted.slots) == ("x86_64-linux", 1, 2, 1)
+        assert wanted.hours == pytest.approx(low.placing.rank_s / 3600)
+        assert wanted.slots_present == 0
+        assert capacity_lines(CapacityView(at=NOW, classes=(wanted,)))[1].split()[:6] == [
+            "x86_64-linux", "-", "-", "1", "0", "1",
+        ]  # fmt: skip
         with pytest.raises(RefusedError):
             await farm.client.why("no-such-step")
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
 from coordinator.api import (
+    capacity_routes,
     environment_routes,
     evaluation_routes,
     mirror_routes,
@@ -34,7 +35,15 @@ from coordinator.http.routing import serve
 #: Version of the specification. Source: OpenAPI Specification 3.1.1.
 OPENAPI_VERSION: Final = "3.1.1"
 #: Modules whose routes it describes, each under the name that it has there.
-TABLES: Final = (routes, evaluation_routes, mirror_routes, plan_routes, source_routes, environment_routes)
+TABLES: Final = (
+    routes,
+    evaluation_routes,
+    mirror_routes,
+    plan_routes,
+    source_routes,
+    environment_routes,
+    capacity_routes,
+)
 _REF: Final = "#/components/schemas/{model}"
 _PART: Final = re.compile(r"\{(\w+)\}")
 _INTRODUCTION: Final = """\
