@@ -14,7 +14,18 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 from coordinator.api.route import Content, Right, Route
 from infra.nix.base32 import SHA256_PATTERN
 from infra.nix.store_path import HASH_PART_PATTERN
-from infra.upload.protocol import Begin, Begun, Commit, Committed, Parts, PartsWanted, SentOffset, Urls, UrlsWanted
+from infra.upload.protocol import (
+    Begin,
+    Begun,
+    Commit,
+    Committed,
+    PackTaken,
+    Parts,
+    PartsWanted,
+    SentOffset,
+    Urls,
+    UrlsWanted,
+)
 
 #: Paths of one question, which a stranger may ask where the cache is public: some 10 ms of the loop and a megabyte.
 MAX_QUESTION: Final = 500
@@ -59,6 +70,10 @@ BEGIN: Final = Route("POST", _UPLOADS, Right.UPLOAD, body=Begin, answer=Begun, s
 URLS: Final = Route("POST", f"{_UPLOAD}/urls", Right.UPLOAD, body=UrlsWanted, answer=Urls, errors=(*_PATH, *_MESSAGE))
 PARTS: Final = Route(
     "POST", f"{_UPLOAD}/parts", Right.UPLOAD, body=PartsWanted, answer=Parts, errors=(*_PATH, 409, *_MESSAGE)
+)
+#: Framing: `infra.upload.packs`; 507 says that no room is left.
+PACK: Final = Route(
+    "POST", f"{_UPLOAD}/pack", Right.UPLOAD, body=Content.PACK, answer=PackTaken, errors=(*_PATH, 408, 507)
 )
 COMMIT: Final = Route(
     "POST", f"{_UPLOAD}/commit", Right.UPLOAD, body=Commit, answer=Committed, errors=(*_PATH, *_MESSAGE)
@@ -136,6 +151,7 @@ CACHE_ROUTES: Final[tuple[Route[Any], ...]] = (
     BEGIN,
     URLS,
     PARTS,
+    PACK,
     COMMIT,
     RENEW,
     END,

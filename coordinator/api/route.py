@@ -51,6 +51,8 @@ class Content(StrEnum):
     #: Framing: `coordinator.api.streams`.
     DERIVATIONS = "application/x-drover-derivations"
     SOURCES = "application/x-drover-sources"
+    #: `infra.upload.packs`.
+    PACK = "application/x-drover-pack"
     #: `coordinator.api.trees`.
     TREE = "application/x-drover-tree"
     #: A lock file, a list of store paths, or lines of nix-eval-jobs: `coordinator.wishes`.

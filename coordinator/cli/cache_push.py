@@ -1,8 +1,8 @@
 """`drover cache push`: paths of this machine's Nix store, with their closure, into a cache.
 
 The daemon answers what the closure is; the bytes are read from the store's files, compressed in threads and sent while
-they are read, as many paths at a time as there are cores. What the cache has is not sent, and what was cut goes on
-where it stopped with the next push.
+they are read, small ones many in one request, as many requests at a time as there are cores. What the cache has is not
+sent, and what was cut goes on where it stopped with the next push.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from typing import Final
 from coordinator.cli import exit_status
 from coordinator.cli.rendering import size
 from coordinator.cli.status import print_json, print_lines
-from coordinator.client.closure import LocalStore, local_store, query_closure
+from coordinator.client.closure import ClosureError, LocalStore, local_store, query_closure
 from coordinator.client.errors import BadArgumentError, ClientError, RefusedError
 from coordinator.client.token import find_token
 from infra.nix.errors import FormatError
 from infra.nix.store_path import StoreDir, base_name_of
 from infra.objects.compression import Compression
 from infra.objects.errors import CacheError
-from infra.objects.nar_writer import CompressedNar, compressing_files
-from infra.upload.client import OpenNar, SenderRefusedError, UploadClient, UploadProgress, UploadResult, upload_session
+from infra.objects.nar_writer import CompressedNar, UploadedNar, compress_now, compressing_files
+from infra.upload.client import OpenNar, UploadClient, UploadProgress, UploadResult, upload_session
+from infra.upload.errors import SenderRefusedError
+from infra.upload.packs import MakeObject, SourceChangedError
 from infra.upload.protocol import MAX_PATHS, KeepRequest, PathClaim, SendStatus
 
 #: Seconds between two progress lines on a terminal.
@@ -71,7 +73,9 @@ async def _push(url: str, token_file: str, request: PushRequest) -> int:
         shown = asyncio.create_task(_show(client.progress)) if sys.stderr.isatty() else None
         try:
             parallel = os.cpu_count() or 1
-            result = await client.upload_all(claims, _opener(store), parallel=parallel, keep=keep)
+            result = await client.upload_all(
+                claims, _opener(store), parallel=parallel, keep=keep, make_object=_maker(store)
+            )
         finally:
             if shown is not None:
                 shown.cancel()
@@ -107,6 +111,18 @@ def _opener(store: LocalStore) -> OpenNar:
         return compressing_files(nar, compression)
 
     return open_nar
+
+
+def _maker(store: LocalStore) -> MakeObject:
+    case_hack = sys.platform == "darwin"
+
+    def make_object(claim: PathClaim, compression: Compression) -> tuple[bytes, UploadedNar]:
+        try:
+            return compress_now(store.dump(f"{store.store_dir}/{claim.path}", case_hack=case_hack), compression)
+        except ClosureError as error:
+            raise SourceChangedError(str(error)) from None
+
+    return make_object
 
 
 async def _show(progress: UploadProgress) -> None:

@@ -14,7 +14,7 @@ from infra.cache.catalog.closures import ClosurePage, PageBounds, find_page, rea
 from infra.cache.catalog.contents import holders
 from infra.cache.catalog.database import Database, FencingToken, open_metadata
 from infra.cache.counters import CacheCounters
-from infra.cache.publishing.claims import PublishOutcome
+from infra.cache.publishing.claims import ProvenObject, PublishOutcome
 from infra.cache.publishing.key_rotation import ResignReport, resign
 from infra.cache.publishing.publisher import Publisher
 from infra.cache.publishing.realisations import Realisations, Registration
@@ -192,13 +192,18 @@ class Cache:
     # Publishing.
 
     async def publish(
-        self, batch: Sequence[NarInfo], verified: Callable[[], None] = lambda: None
+        self,
+        batch: Sequence[NarInfo],
+        verified: Callable[[], None] = lambda: None,
+        *,
+        proofs: Collection[ProvenObject] = frozenset(),
     ) -> list[PublishOutcome]:
         """Verify, sign and publish; returns one outcome for each claim, in order.
 
         A claim may refer to others of the batch, whatever their order. One that fails takes only those along that
         refer to it. All that is published becomes visible together, when this returns. What is published without
         being named by a root is kept for `CollectPlan.fresh_s`. `verified` is called once the bytes are verified.
+        Objects of `proofs` were verified by this program before it wrote them: their bytes are not read again.
 
         Raises:
             CacheError: more than MAX_BATCH claims.
@@ -206,7 +211,7 @@ class Cache:
         if len(batch) > MAX_BATCH:
             raise CacheError(f"{len(batch)} paths were offered at once; the limit is {MAX_BATCH}")
         began = time.perf_counter()
-        outcomes = await self._publisher.publish(batch, verified)
+        outcomes = await self._publisher.publish(batch, verified, proofs)
         self.counters.count_outcomes(outcomes)
         self.counters.on_publish(time.perf_counter() - began)
         return outcomes

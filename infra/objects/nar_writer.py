@@ -226,6 +226,17 @@ async def compressing_files(
         yield CompressedNar(encoder, pieces)
 
 
+def compress_now(chunks: Iterator[bytes], compression: Compression = COMPRESSION) -> tuple[bytes, UploadedNar]:
+    """Return the object of a small NAR, and what it is; for a thread. The bytes are those of `compressing_files`.
+
+    Raises:
+        OSError: reading failed; as `chunks` gives it.
+    """
+    encoder = _Encoder(compression)
+    data = b"".join(_encode(encoder, chunks))
+    return data, encoder.uploaded(0.0)
+
+
 async def upload_nar(
     store: ObjectStore, chunks: AsyncIterable[bytes], compression: Compression = COMPRESSION
 ) -> UploadedNar:

@@ -329,12 +329,15 @@ class LocalObjectStore(ObjectStore):
 
     async def put_bytes(self, key: str, data: bytes) -> None:
         """Write a small object, replacing what was there."""
+        if len(data) <= INLINE_BYTES:
+            self.put_now(key, data)
+        else:
+            await asyncio.to_thread(self.put_now, key, data)
+
+    def put_now(self, key: str, data: bytes) -> None:
+        """Do the work of `put_bytes`, for loops over many keys in a thread."""
         with self._errors("write", key):
-            staged, final = self._path(incoming_key()), self._path(key)
-            if len(data) <= INLINE_BYTES:
-                _put_file(staged, final, data)
-            else:
-                await asyncio.to_thread(_put_file, staged, final, data)
+            _put_file(self._path(incoming_key()), self._path(key), data)
 
     async def rename(self, source: str, target: str) -> None:
         """Move an object, replacing what was at `target`."""

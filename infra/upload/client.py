@@ -1,6 +1,7 @@
 """The sending side of the upload protocol (`infra.upload.protocol`), for workers and for `drover cache push`.
 
-One `begin`, any number of objects at once, one `commit`; `upload_all` does the three. Each object is compressed while
+One `begin`, any number of objects at once, one `commit`; `upload_all` does the three. Small objects that a sender can
+make in a thread (`MakeObject`) go in packs where the coordinator takes them. Each object is compressed while
 it is sent, and at most a few parts of it are in memory. A request that fails in a way that may pass is made again, a
 bounded number of times with growing pauses; what the other side has already is skipped, so that an upload which was
 cut goes on where it was. Where the coordinator began anew meanwhile, the upload is begun again.
@@ -11,8 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from hashlib import md5
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
@@ -22,9 +22,11 @@ from pydantic import BaseModel, ValidationError
 from yarl import URL
 
 from infra.objects.compression import COMPRESSION, Compression
-from infra.objects.errors import CacheError
 from infra.objects.nar_writer import CompressedNar
 from infra.retry import spread
+from infra.upload.errors import BehindError, SenderRefusedError, UploadFailedError
+from infra.upload.packs import MakeObject, Pack, SourceChangedError, grouped, is_small, make_pack, require_claimed
+from infra.upload.part_sender import PartSender
 from infra.upload.protocol import (
     MAX_PATHS,
     MAX_URLS,
@@ -36,6 +38,7 @@ from infra.upload.protocol import (
     Commit,
     Committed,
     KeepRequest,
+    PackTaken,
     Parts,
     PartsWanted,
     PathClaim,
@@ -57,33 +60,16 @@ MAX_PAUSE_S: Final = 5.0
 CONNECT_S: Final = 10.0
 SILENCE_S: Final = 60.0
 COMMIT_S: Final = 3600.0
-#: Parts of one object under way.
-PARTS_IN_FLIGHT: Final = 2
 #: Times that a whole upload is begun again, and that a path is sent again which arrived damaged.
 BEGINNINGS: Final = 3
+#: Paths that changed which an error names.
+CHANGED_NAMED: Final = 8
 #: Bytes of an answer that are read.
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 
 _Answer = TypeVar("_Answer", bound=BaseModel)
 #: Opens the NAR of a claimed path, compressed as the cache wants it.
 OpenNar = Callable[[PathClaim, Compression], AbstractAsyncContextManager[CompressedNar]]
-
-
-class UploadFailedError(CacheError):
-    """An upload came to an end without success; trying again may help, and goes on where it was."""
-
-
-class SenderRefusedError(UploadFailedError):
-    """The coordinator refused; `code` is its reason for programs, `status` that of HTTP."""
-
-    def __init__(self, message: str, *, code: str, status: int) -> None:
-        super().__init__(message)
-        self.code = code
-        self.status = status
-
-
-class _BehindError(UploadFailedError):
-    """The other side has less of an object than it confirmed: it must be sent again from the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +95,25 @@ class UploadProgress:
     sent_bytes: int = 0
 
 
+@dataclass(slots=True)
+class _Source:
+    """Source of what one upload sends, and what was found of it on the way."""
+
+    open_nar: OpenNar
+    make_object: MakeObject | None
+    #: Objects, or packs, at one time.
+    parallel: int
+    changed: list[SourceChangedError] = field(default_factory=list)
+    #: Path -> why the coordinator did not take it out of a pack.
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def explained(self, verdict: SendVerdict) -> SendVerdict:
+        """Return a verdict with the reason of the pack in which the path came."""
+        if verdict.status is not SendStatus.REFUSED or verdict.path not in self.refused:
+            return verdict
+        return verdict.model_copy(update={"message": self.refused[verdict.path]})
+
+
 def upload_session() -> aiohttp.ClientSession:
     """Return a session with the bounds of this module; its holder closes it."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
@@ -126,86 +131,127 @@ class UploadClient:
         self.progress = UploadProgress()
 
     async def upload_all(
-        self, claims: Sequence[PathClaim], open_nar: OpenNar, *, parallel: int, keep: KeepRequest | None = None
+        self,
+        claims: Sequence[PathClaim],
+        open_nar: OpenNar,
+        *,
+        parallel: int,
+        keep: KeepRequest | None = None,
+        make_object: MakeObject | None = None,
     ) -> UploadResult:
         """Upload all paths (at most MAX_PATHS), references in any order, `parallel` objects at a time.
 
         Raises:
             SenderRefusedError: the coordinator refuses.
-            UploadFailedError: it, or the object store, cannot be reached.
+            SourceChangedError: paths are not what they were claimed to be; what does not need them was uploaded.
+            UploadFailedError: the coordinator, or the object store, cannot be reached.
             OSError, CacheError: as `open_nar` gives it.
         """
         if len(claims) > MAX_PATHS:
             raise UploadFailedError(f"{len(claims)} paths at once are too many; the limit is {MAX_PATHS}")
         for left in reversed(range(BEGINNINGS)):
             try:
-                return await self._upload_all(claims, open_nar, parallel, keep)
+                return await self._upload_all(claims, _Source(open_nar, make_object, parallel), keep)
             except SenderRefusedError as error:
                 if error.code != "unknown_upload" or not left:
                     raise
         raise AssertionError
 
-    async def _upload_all(
-        self, claims: Sequence[PathClaim], open_nar: OpenNar, parallel: int, keep: KeepRequest | None
-    ) -> UploadResult:
+    async def _upload_all(self, claims: Sequence[PathClaim], source: _Source, keep: KeepRequest | None) -> UploadResult:
         begun = await self._ask("POST", "", Begun, Begin(paths=tuple(claims)))
         by_path = {claim.path: claim for claim in claims}
         self.progress.wanted = len(begun.send)
         self.progress.paths = self.progress.nar_bytes = 0
         waking = asyncio.create_task(self._renew(begun.id))
         try:
-            sent = await self._send_all(begun, [by_path[path] for path in begun.send], open_nar, parallel)
+            sent = [*begun.arrived, *await self._send_all(begun, [by_path[path] for path in begun.send], source)]
             verdicts = await self._commit(begun, sent, keep)
             damaged = [verdict.path for verdict in verdicts if verdict.status is SendStatus.REFUSED]
             if damaged:
                 # Once more from the start: what had arrived before may have been of another release's making.
-                again = await self._send_all(begun, [by_path[path] for path in damaged], open_nar, parallel)
+                again = await self._send_all(begun, [by_path[path] for path in damaged], source)
                 sent = [*(each for each in sent if each.path not in set(damaged)), *again]
                 verdicts = await self._commit(begun, sent, keep)
         finally:
             waking.cancel()
             await asyncio.wait([waking])
+        if source.changed:
+            raise _changed(source.changed)
+        verdicts = [source.explained(verdict) for verdict in verdicts]
         lost = (verdict.path for verdict in verdicts if verdict.status is SendStatus.CONFLICT)
         conflicts = (*begun.conflicts, *lost)
         return UploadResult(tuple(verdicts), begun.present, begun.upstream, tuple(sent), conflicts, begun.compression)
 
-    async def _send_all(
-        self, begun: Begun, claims: Sequence[PathClaim], open_nar: OpenNar, parallel: int
-    ) -> list[SentPath]:
-        """Send objects, largest first, so that no large one is left for the end."""
-        waiting = sorted(claims, key=lambda claim: claim.nar_size)
+    async def _send_all(self, begun: Begun, claims: Sequence[PathClaim], source: _Source) -> list[SentPath]:
+        """Send objects, largest first, so that no large one is left for the end; then packs of small ones."""
+        make_object = source.make_object if begun.packs else None
+        packs = grouped(claim for claim in claims if make_object and is_small(claim))
+        alone = [claim for claim in claims if not (make_object and is_small(claim))]
+        waiting = [*packs, *([claim] for claim in sorted(alone, key=lambda claim: claim.nar_size))]
         sent: list[SentPath] = []
 
         async def work() -> None:
             while waiting:
-                sent.append(await self._send(begun, waiting.pop(), open_nar))
+                unit = waiting.pop()
+                if make_object and len(waiting) < len(packs):
+                    pack = await asyncio.to_thread(make_pack, unit, begun.compression, make_object)
+                    source.changed.extend(pack.changed)
+                    sent.extend(await self._send_pack(begun, pack, source))
+                else:
+                    sent.extend(await self._send(begun, unit[0], source))
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                for _ in range(min(parallel, len(claims))):
+                for _ in range(min(source.parallel, len(waiting))):
                     tasks.create_task(work())
         except BaseExceptionGroup as group:
             raise _first(group) from None
         return sent
 
-    async def _send(self, begun: Begun, claim: PathClaim, open_nar: OpenNar) -> SentPath:
+    async def _send(self, begun: Begun, claim: PathClaim, source: _Source) -> list[SentPath]:
+        """Send one object; nothing is returned for one that changed."""
         for left in reversed(range(BEGINNINGS)):
             try:
-                async with open_nar(claim, begun.compression) as nar:
+                async with source.open_nar(claim, begun.compression) as nar:
                     send = self._relay if begun.how is SendRoute.RELAY else self._direct
                     etags = await send(begun.id, claim, nar.pieces)
                     uploaded = nar.uploaded()
-            except _BehindError:
+                require_claimed(claim, uploaded)
+            except BehindError:
                 if not left:
                     raise
                 continue
-            if (uploaded.nar_hash, uploaded.nar_size) != (claim.nar_hash, claim.nar_size):
-                raise UploadFailedError(f"{claim.path} is not what its store says: its NAR has another hash")
+            except SourceChangedError as error:
+                source.changed.append(error)
+                return []
             self.progress.paths += 1
             self.progress.nar_bytes += claim.nar_size
             stored = uploaded.stored
-            return SentPath(path=claim.path, file_hash=stored.file_hash, file_size=stored.file_size, etags=etags)
+            return [SentPath(path=claim.path, file_hash=stored.file_hash, file_size=stored.file_size, etags=etags)]
         raise AssertionError
+
+    async def _send_pack(self, begun: Begun, pack: Pack, source: _Source) -> Sequence[SentPath]:
+        if not pack.sent:
+            return ()
+
+        async def post() -> PackTaken:
+            async with self._session.post(
+                f"{self._base}/{begun.id}/pack", data=BytesIO(pack.body), headers=self._headers
+            ) as response:
+                taken: PackTaken = await _checked(response, PackTaken)
+                return taken
+
+        for attempt in range(TRIES):
+            taken = await self._again(post, attempt)
+            if taken is not None:
+                source.refused.update(taken.refused)
+                self.progress.paths += len(pack.sent)
+                self.progress.nar_bytes += pack.nar_bytes
+                self.progress.sent_bytes += len(pack.body)
+                return pack.sent
+        raise UploadFailedError(
+            f"a pack of {len(pack.sent)} paths could not be sent: {self._cache_url} did not take it"
+        )
 
     async def _renew(self, upload: str) -> None:
         while True:
@@ -252,7 +298,7 @@ class UploadClient:
                 if response.status == 409:
                     accepted = await _parse(response, SentOffset)
                     if accepted.offset < offset:
-                        raise _BehindError(f"the coordinator lost what it had of {path}")
+                        raise BehindError(f"the coordinator lost what it had of {path}")
                     start = accepted.offset
                     return accepted if start >= offset + len(piece) else None
                 answer: SentOffset = await _checked(response, SentOffset)
@@ -280,7 +326,7 @@ class UploadClient:
 
             await self._put(claim.path, addresses, first)
             return ()
-        sender = _PartSender(self, upload, claim)
+        sender = PartSender(self, upload, claim)
         try:
             async with asyncio.TaskGroup() as tasks:
                 number = 0
@@ -303,7 +349,7 @@ class UploadClient:
             return await self._ask("POST", f"/{upload}/parts", Parts, wanted)
         except SenderRefusedError as error:
             if error.status == 409:
-                raise _BehindError(f"the upload of {path} has been ended by somebody else") from None
+                raise BehindError(f"the upload of {path} has been ended by somebody else") from None
             raise
 
     async def put(self, path: str, address: Callable[[], Awaitable[str]], data: bytes) -> str:
@@ -322,7 +368,7 @@ class UploadClient:
                         return response.headers.get("ETag", "").strip('"')
                     problem = f"answered with status {response.status}"
                     if response.status == 404:
-                        raise _BehindError(f"the upload of {path} has been ended by somebody else")
+                        raise BehindError(f"the upload of {path} has been ended by somebody else")
                     if response.status < 500 and response.status not in {403, 408, 429}:
                         break
             except TimeoutError:
@@ -375,54 +421,6 @@ class UploadClient:
         return None
 
 
-class _PartSender:
-    """Sends the parts of one object, PARTS_IN_FLIGHT at a time, requesting addresses as they are needed."""
-
-    def __init__(self, client: UploadClient, upload: str, claim: PathClaim) -> None:
-        self._client = client
-        self._upload = upload
-        self._claim = claim
-        self._room = asyncio.Semaphore(PARTS_IN_FLIGHT)
-        self._asking = asyncio.Lock()
-        self._urls: dict[int, str] = {}
-        self._have: dict[int, tuple[int, str]] = {}
-        self.etags: dict[int, str] = {}
-
-    async def submit(self, tasks: asyncio.TaskGroup, number: int, data: bytes) -> None:
-        """Take a part over once there is room for it."""
-        await self._room.acquire()
-        tasks.create_task(self._send(number, data))
-
-    async def _send(self, number: int, data: bytes) -> None:
-        try:
-            await self._address(number)
-            size, etag = self._have.get(number, (0, ""))
-            if size == len(data):
-                digest = await asyncio.to_thread(lambda: md5(data, usedforsecurity=False).hexdigest())
-                if digest == etag:
-                    self.etags[number] = etag
-                    return
-
-            async def address() -> str:
-                return await self._address(number)
-
-            self.etags[number] = await self._client.put(self._claim.path, address, data)
-            self._urls.pop(number, None)
-        finally:
-            self._room.release()
-
-    async def _address(self, number: int) -> str:
-        async with self._asking:
-            if number not in self._urls:
-                answer = await self._client.parts(self._upload, self._claim.path, number)
-                self._urls = dict(answer.urls)
-                self._have = {part.number: (part.size, part.etag) for part in answer.have}
-            url = self._urls.get(number)
-        if url is None:
-            raise UploadFailedError(f"{self._claim.path} is larger than its NAR can become")
-        return url
-
-
 async def _gathered(pieces: AsyncIterator[bytes], size: int) -> AsyncIterator[bytes]:
     """Join pieces to such of exactly `size` bytes, but for the last."""
     buffer = bytearray()
@@ -471,6 +469,13 @@ async def _parse(response: aiohttp.ClientResponse, model: type[_Answer]) -> _Ans
 
 async def _pause(attempt: int) -> None:
     await asyncio.sleep(spread(min(MAX_PAUSE_S, PAUSE_S * 2**attempt)))
+
+
+def _changed(errors: Sequence[SourceChangedError]) -> SourceChangedError:
+    """Return one error that names some of them all."""
+    named = "; ".join(str(error) for error in errors[:CHANGED_NAMED])
+    more = f"; and {len(errors) - CHANGED_NAMED} more" if len(errors) > CHANGED_NAMED else ""
+    return SourceChangedError(f"{named}{more}; what does not refer to it was uploaded")
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

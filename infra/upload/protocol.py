@@ -5,16 +5,17 @@
     POST   PREFIX/uploads/ID/parts         PartsWanted -> Parts: presigned PUTs of one object's parts, and what is there
     GET    PREFIX/uploads/ID/nar/NAME      -> SentOffset: how much of a relayed object has arrived
     PUT    PREFIX/uploads/ID/nar/NAME      ?offset=N, raw bytes -> SentOffset; 409 with an SentOffset where N is another
+    POST   PREFIX/uploads/ID/pack          many small objects (`infra.upload.packs`) -> PackTaken
     POST   PREFIX/uploads/ID/commit        Commit -> Committed: one verdict for each path
     POST   PREFIX/uploads/ID/renew         -> 204: the upload goes on
     DELETE PREFIX/uploads/ID               -> 204: it does not
 
 Paths are base names throughout, hashes `sha256:<nix32>`, sizes bytes. `how` an object travels is the coordinator's
 choice: `direct`, by presigned PUTs to the object store (one, or a multipart upload of parts of `part_bytes`
-beyond SINGLE_BYTES), or `relay`, through the coordinator in pieces. Whatever was cut goes on where it stopped:
-compression is deterministic for one version and level, so the sender compresses again, skips what is there and hashes
-everything. An upload whose id is unknown (it expired, or the coordinator began anew) is begun again and finds what had
-arrived.
+beyond SINGLE_BYTES), or `relay`, through the coordinator: small ones in packs, others in pieces. Whatever was cut goes
+on where it stopped: compression is deterministic for one version and level, so the sender compresses again, skips what
+is there and hashes everything. An upload whose id is unknown (it expired, or the coordinator began anew) is begun again
+and finds what had arrived in pieces.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ MAX_PARTS: Final = 10_000
 SINGLE_BYTES: Final = 8 * 1024 * 1024
 #: Bytes of one relayed piece.
 PIECE_BYTES: Final = 8 * 1024 * 1024
+#: NARs up to this size travel in packs where objects are relayed: so many in one, and its bytes.
+PACK_NAR_BYTES: Final = 1024 * 1024
+PACK_PATHS: Final = 512
+MAX_PACK_BYTES: Final = 8 * 1024 * 1024
 #: Addresses in one answer.
 MAX_URLS: Final = 256
 #: Seconds for which an upload is held without word of its sender.
@@ -112,6 +117,19 @@ class SendRoute(StrEnum):
     RELAY = "relay"
 
 
+class SentPath(UploadMessage):
+    """An object that was sent whole. `etags` are those of its parts, in order; empty where it had none."""
+
+    path: _Name
+    file_hash: _Hash
+    file_size: _Size
+    etags: Annotated[tuple[Annotated[str, Field(max_length=200)], ...], Field(max_length=MAX_PARTS), FailFast()] = ()
+
+    def stored(self, url: str, compression: str) -> StoredNar:
+        """Return the object, which the coordinator placed at `url`."""
+        return StoredNar(url, compression, self.file_hash, self.file_size)
+
+
 class Begun(UploadMessage):
     """Answer to the begin of an upload: the paths to send, the route of each, and the paths that are there already."""
 
@@ -126,6 +144,10 @@ class Begun(UploadMessage):
     ttl_s: float = UPLOAD_TTL_S
     #: What the cache wants the objects of this upload compressed with.
     compression: Compression = COMPRESSION
+    #: Whether small objects come in packs.
+    packs: bool = False
+    #: Paths that came in packs of an earlier upload and were not committed: they are sent no more.
+    arrived: tuple[SentPath, ...] = ()
 
 
 class UrlsWanted(UploadMessage):
@@ -169,17 +191,10 @@ class SentOffset(UploadMessage):
     offset: int
 
 
-class SentPath(UploadMessage):
-    """An object that was sent whole. `etags` are those of its parts, in order; empty where it had none."""
+class PackTaken(UploadMessage):
+    """Answer to a pack: its objects that are not as claimed, with the reason; all others have arrived."""
 
-    path: _Name
-    file_hash: _Hash
-    file_size: _Size
-    etags: Annotated[tuple[Annotated[str, Field(max_length=200)], ...], Field(max_length=MAX_PARTS), FailFast()] = ()
-
-    def stored(self, url: str, compression: str) -> StoredNar:
-        """Return the object, which the coordinator placed at `url`."""
-        return StoredNar(url, compression, self.file_hash, self.file_size)
+    refused: dict[str, str]
 
 
 class Commit(UploadMessage):

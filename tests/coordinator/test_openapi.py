@@ -23,8 +23,10 @@ from coordinator.main import open_coordinator
 from coordinator.remote_settings import RemoteEvaluationSettings
 from tests.support.local_fleet import no_workers
 
-#: Bodies that no JSON schema describes; `test_streams.py` and `test_environments.py` send them.
-STREAMS = {each.media_type for each in (Content.DERIVATIONS, Content.SOURCES, Content.TREE, Content.WISHES)}
+#: Bodies that no JSON schema describes; `test_streams.py`, `test_environments.py` and `test_http_uploads.py` send them.
+STREAMS = {
+    each.media_type for each in (Content.DERIVATIONS, Content.SOURCES, Content.TREE, Content.WISHES, Content.PACK)
+}
 #: Requests of each operation, of each kind.
 EXAMPLES = 12
 

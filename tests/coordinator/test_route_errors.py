@@ -50,7 +50,11 @@ from infra.cache.cache import Cache
 from infra.cache.uploads import uploads
 from infra.cache.uploads.errors import ForbiddenPathError, WrongOffsetError
 from infra.clock import SystemClock
+from infra.nix.narinfo import StoredNar
 from infra.objects.errors import CacheError, StoreFullError
+from infra.objects.nar_writer import UploadedNar
+from infra.upload.packs import make_pack
+from infra.upload.protocol import PathClaim
 from scheduler.model import LeaseId, StepKey
 from tests.coordinator.test_http_cache_puts import upload_of
 from tests.coordinator.test_web import CSRF
@@ -191,9 +195,12 @@ async def bodies_that_are_too_large_or_have_no_length(asker: Asker) -> None:
 
 async def bodies_that_come_too_slowly(asker: Asker) -> None:
     upload = await asker.upload()
-    piece = f"{PREFIX}/uploads/{upload}/nar/{base_name(A)}?offset=0"
+    begun = {
+        cache_routes.APPEND: f"{PREFIX}/uploads/{upload}/nar/{base_name(A)}?offset=0",
+        cache_routes.PACK: f"{PREFIX}/uploads/{upload}/pack",
+    }
     slow = [(route, address) for route, address, _ in addresses(PREFIX) if 408 in route.errors]
-    asked = [asker.ask(route, piece if route is cache_routes.APPEND else address, length=8) for route, address in slow]
+    asked = [asker.ask(route, begun.get(route, address), length=8) for route, address in slow]
     await asyncio.gather(*asked)
 
 
@@ -330,6 +337,8 @@ async def uploads_that_cannot_be(asker: Asker, monkeypatch: pytest.MonkeyPatch) 
     await asker.ask(cache_routes.OFFSET, f"{upload}/nar/{base_name(B)}")
     await asker.ask(cache_routes.APPEND, f"{upload}/nar/{base_name(B)}?offset=0", b"x")
     await asker.ask(cache_routes.APPEND, f"{upload}/nar/{base_name(A)}?offset=7", b"x")
+    unnamed = make_pack([PathClaim.model_validate({**CLAIM, "path": base_name(B)})], "none", as_claimed).body
+    await asker.ask(cache_routes.PACK, f"{upload}/pack", unnamed)
     with monkeypatch.context() as patched:
         patched.setattr(uploads, "MAX_UPLOADS", 1)
         await asker.ask(cache_routes.BEGIN, f"{PREFIX}/uploads", begin)
@@ -339,11 +348,16 @@ async def uploads_that_cannot_be(asker: Asker, monkeypatch: pytest.MonkeyPatch) 
         ("parts", ForbiddenPathError("x"), cache_routes.PARTS, f"{upload}/parts", b""),
         ("parts", WrongOffsetError(0), cache_routes.PARTS, f"{upload}/parts", b""),
         ("append", StoreFullError("x"), cache_routes.APPEND, f"{upload}/nar/{base_name(A)}?offset=0", b"x"),
+        ("pack", StoreFullError("x"), cache_routes.PACK, f"{upload}/pack", b"x"),
     )
     for method, error, route, address, body in below:
         with monkeypatch.context() as patched:
             patched.setattr(uploads.Uploads, method, failing(error))
             await asker.ask(route, address, body or json.dumps(BODIES[route]).encode())
+
+
+def as_claimed(claim: PathClaim, _: object) -> tuple[bytes, UploadedNar]:
+    return b"x", UploadedNar(claim.nar_hash, claim.nar_size, StoredNar("x", "none", claim.nar_hash, 1))
 
 
 def failing(error: Exception) -> Callable[..., Awaitable[None]]:

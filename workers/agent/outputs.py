@@ -24,7 +24,8 @@ from infra.objects.errors import CacheError
 from infra.objects.nar_writer import CompressedNar, compressing, upload_nar
 from infra.objects.store import ObjectStore
 from infra.retry import Outage, retrying
-from infra.upload.client import SenderRefusedError, UploadClient
+from infra.upload.client import UploadClient
+from infra.upload.errors import SenderRefusedError
 from infra.upload.protocol import PathClaim, SendStatus
 from workers.agent.attempt_record import Moving
 from workers.agent.daemon_pool import SessionPool

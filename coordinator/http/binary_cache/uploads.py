@@ -29,6 +29,7 @@ from infra.cache.uploads.uploads import Sender, Uploads
 from infra.objects.errors import CacheError, StoreFullError
 from infra.upload.protocol import (
     MAX_MESSAGE_BYTES,
+    MAX_PACK_BYTES,
     MAX_PATHS,
     PIECE_BYTES,
     Begin,
@@ -83,6 +84,7 @@ def add_upload_routes(
         cache_routes.BEGIN: routes.begin,
         cache_routes.URLS: routes.urls,
         cache_routes.PARTS: routes.parts,
+        cache_routes.PACK: routes.pack,
         cache_routes.COMMIT: routes.commit,
         cache_routes.RENEW: routes.renew,
         cache_routes.END: routes.end,
@@ -144,6 +146,12 @@ class UploadRoutes:
         wish = await _message(request, PartsWanted)
         numbers = range(wish.first, wish.first + wish.count)
         return answer(await self._uploads.parts(sender, request.match_info["id"], wish.path, numbers))
+
+    async def pack(self, request: web.Request, sender: Sender) -> web.StreamResponse:
+        """Take many small objects."""
+        if request.content_length is None or request.content_length > MAX_PACK_BYTES:
+            raise _BadMessageError(f"a pack says its length, which is at most {MAX_PACK_BYTES} bytes")
+        return answer(await self._uploads.pack(sender, request.match_info["id"], _body(request)))
 
     async def commit(self, request: web.Request, sender: Sender) -> web.StreamResponse:
         """Put what was sent in its place and publish it."""

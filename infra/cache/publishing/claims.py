@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from infra.nix.errors import FormatError
 from infra.nix.hashing import parse_sha256, sha256_text
@@ -34,6 +34,14 @@ class RejectReason(StrEnum):
     CORRUPT = "corrupt"
     MISSING_REFERENCES = "missing_references"
     STORE_FAILED = "store_failed"
+
+
+class ProvenObject(NamedTuple):
+    """An object of this cache, named after the hash of its file, that was found to be a NAR of this hash and size."""
+
+    url: str
+    nar_hash: str
+    nar_size: int
 
 
 @dataclass(frozen=True, slots=True)

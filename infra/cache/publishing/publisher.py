@@ -1,9 +1,10 @@
 """Publishing: turning claims into truth.
 
-In this order: a claim is checked on its face; its object is read once, whole, and held against every hash and size; the
-narinfo is rendered and signed; then one transaction looks at what is published *now*, places the new paths references
-first, and inserts them. So a path is visible only after its object was verified and all that it refers to is visible.
-What is published is final: the same bits again are no change, other bits are a recorded conflict.
+In this order: a claim is checked on its face; its object is read once, whole, and held against every hash and size
+(one that was before it was written here must only be there still, with its size); the narinfo is rendered and signed;
+then one transaction looks at what is published *now*, places the new paths references first, and inserts them. So a
+path is visible only after its object was verified and all that it refers to is visible. What is published is final: the
+same bits again are no change, other bits are a recorded conflict.
 
 A claim on a tombstoned path clears the tombstone. Objects that are being deleted are refused (`deletions`).
 """
@@ -11,7 +12,7 @@ A claim on a tombstoned path clears the tombstone. Objects that are being delete
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -24,6 +25,7 @@ from infra.cache.catalog.tombstones import revive
 from infra.cache.publishing.claims import (
     AlreadyPublished,
     Conflict,
+    ProvenObject,
     Published,
     PublishOutcome,
     Rejected,
@@ -56,7 +58,9 @@ class Publisher:
         self._signer = signer
         self._verifying = asyncio.Semaphore(VERIFY_CONCURRENCY)
 
-    async def publish(self, batch: Sequence[NarInfo], verified: Callable[[], None]) -> list[PublishOutcome]:
+    async def publish(
+        self, batch: Sequence[NarInfo], verified: Callable[[], None], proofs: Collection[ProvenObject] = frozenset()
+    ) -> list[PublishOutcome]:
         """See `Cache.publish`."""
         outcomes: list[PublishOutcome | None] = [None] * len(batch)
         waiting = list(range(len(batch)))
@@ -66,14 +70,14 @@ class Publisher:
             for index in waiting:
                 first.setdefault(batch[index].hash_part, index)
             chosen = set(first.values())
-            decided = await self._publish_distinct([batch[index] for index in first.values()], verified)
+            decided = await self._publish_distinct([batch[index] for index in first.values()], verified, proofs)
             for index in chosen:
                 outcomes[index] = decided[batch[index].store_path]
             waiting = [index for index in waiting if index not in chosen]
         return [outcome for outcome in outcomes if outcome is not None]
 
     async def _publish_distinct(
-        self, batch: Sequence[NarInfo], verified: Callable[[], None]
+        self, batch: Sequence[NarInfo], verified: Callable[[], None], proofs: Collection[ProvenObject]
     ) -> dict[str, PublishOutcome]:
         faults = await apart(len(batch), lambda: [malformed(claim, self._catalog.store_dir) for claim in batch])
         outcomes: dict[str, PublishOutcome] = {
@@ -93,7 +97,7 @@ class Publisher:
             lambda: [claim for claim in sound if not self._is_repeat(claim, known.get(claim.hash_part))],
         )
         sealed: dict[str, bytes] = {}
-        for claim, result in zip(unproven, await self._examine_all(unproven), strict=True):
+        for claim, result in zip(unproven, await self._examine_all(unproven, proofs), strict=True):
             if isinstance(result, Rejected):
                 outcomes[claim.store_path] = result
             else:
@@ -118,23 +122,23 @@ class Publisher:
             and self._catalog.is_intact(row)
         )
 
-    async def _examine_all(self, claims: Sequence[NarInfo]) -> list[bytes | Rejected]:
+    async def _examine_all(self, claims: Sequence[NarInfo], proofs: Collection[ProvenObject]) -> list[bytes | Rejected]:
         """Read and verify each object; gives the signed narinfo of those that hold."""
         small = [
             number
             for number, claim in enumerate(claims)
             if isinstance(self._catalog.objects, LocalObjectStore)
-            and max(claim.stored.file_size, claim.path.nar_size) <= SMALL_BYTES
+            and (_proof(claim) in proofs or max(claim.stored.file_size, claim.path.nar_size) <= SMALL_BYTES)
         ]
         of_small = set(small)
         results: dict[int, bytes | Rejected] = {}
 
         def examine_small() -> None:
-            results.update((number, self._examine(claims[number])) for number in small)
+            results.update((number, self._examine(claims[number], proofs)) for number in small)
 
         async def examine_large(number: int) -> None:
             async with self._verifying:
-                results[number] = await asyncio.to_thread(self._examine, claims[number])
+                results[number] = await asyncio.to_thread(self._examine, claims[number], proofs)
 
         async with asyncio.TaskGroup() as tasks:
             for number in range(len(claims)):
@@ -144,13 +148,15 @@ class Publisher:
                 await asyncio.to_thread(examine_small)
         return [results[number] for number in range(len(claims))]
 
-    def _examine(self, claim: NarInfo) -> bytes | Rejected:
+    def _examine(self, claim: NarInfo, proofs: Collection[ProvenObject]) -> bytes | Rejected:
+        objects = self._catalog.objects
         try:
-            verify_nar(self._catalog.objects.open_blocking(claim.stored.url), claim)
+            if not (isinstance(objects, LocalObjectStore) and _proof(claim) in proofs):
+                verify_nar(objects.open_blocking(claim.stored.url), claim)
+            elif objects.head_now(claim.stored.url) != claim.stored.file_size:
+                return _missing(claim)
         except ObjectMissingError:
-            return Rejected(
-                claim.store_path, RejectReason.MISSING_OBJECT, f"its object {claim.stored.url} is not in the store"
-            )
+            return _missing(claim)
         except CorruptNarError as error:
             return Rejected(claim.store_path, RejectReason.CORRUPT, str(error))
         except ObjectStoreError as error:
@@ -289,6 +295,15 @@ def _against(claim: NarInfo, row: Row) -> PublishOutcome:
     if row.nar_hash == claim.path.nar_hash:
         return AlreadyPublished(claim.store_path)
     return Conflict(claim.store_path, row.nar_hash, claim.path.nar_hash)
+
+
+def _proof(claim: NarInfo) -> ProvenObject:
+    return ProvenObject(claim.stored.url, claim.path.nar_hash, claim.path.nar_size)
+
+
+def _missing(claim: NarInfo) -> Rejected:
+    message = f"its object {claim.stored.url} is not in the store"
+    return Rejected(claim.store_path, RejectReason.MISSING_OBJECT, message)
 
 
 def _vanished(claim: NarInfo) -> Rejected:

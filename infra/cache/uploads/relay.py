@@ -63,7 +63,7 @@ class RelayStaging:
         running = await self._hash_so_far(slot)
         if offset != running.size:
             raise WrongOffsetError(running.size)
-        async for block in _blocks(data):
+        async for block in blocks(data):
             if running.size + len(block) > most_bytes:
                 raise BadUploadError("the object is larger than its NAR can become")
             if len(block) < BLOCK_BYTES // 4:
@@ -160,7 +160,7 @@ def _hash_file(file: Path) -> _Running:
     return running
 
 
-async def _blocks(data: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+async def blocks(data: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
     """Gather what arrives into blocks of about BLOCK_BYTES; where it breaks off, what came before is given first."""
     gathered = bytearray()
     try:

@@ -6,7 +6,8 @@ which trusts nothing. What is published with other bits is sent too, unless the 
 are kept beside the first so that a person can compare.
 
 Everything that must outlive this process lies in files and in the object store and is found again by a name that
-follows from sender, path and NAR hash (the *slot*): an upload that begins anew continues. Two senders with the same
+follows from sender, path and NAR hash (the *slot*): an upload that begins anew continues. (Small objects come in packs;
+that one arrived is remembered by its slot in memory, so after a restart they are sent again.) Two senders with the same
 rights fill one slot together, since what they compress is the same; if it is not, the hashes differ, and `commit`
 empties the slot and has the sender begin again. Bounds: uploads at one time, the paths that they name together, the
 size of each object (by its NAR's), blocks in memory. What is abandoned is swept.
@@ -25,7 +26,14 @@ from pathlib import Path
 from typing import Final
 
 from infra.cache.cache import Cache
-from infra.cache.publishing.claims import AlreadyPublished, Conflict, Published, PublishOutcome, RejectReason
+from infra.cache.publishing.claims import (
+    AlreadyPublished,
+    Conflict,
+    ProvenObject,
+    Published,
+    PublishOutcome,
+    RejectReason,
+)
 from infra.cache.pulls.upstream import Upstream
 from infra.cache.pulls.upstream_pulls import Pulls
 from infra.cache.uploads.errors import (
@@ -35,6 +43,7 @@ from infra.cache.uploads.errors import (
     UnknownUploadError,
     WrongOffsetError,
 )
+from infra.cache.uploads.packs import PackIntake
 from infra.cache.uploads.relay import RelayStaging
 from infra.cache.uploads.s3_direct import DirectUploads, staged_key
 from infra.nix.errors import FormatError
@@ -51,6 +60,7 @@ from infra.upload.protocol import (
     Commit,
     Committed,
     KeepRequest,
+    PackTaken,
     Parts,
     PathClaim,
     SendRoute,
@@ -130,6 +140,7 @@ class Uploads:
         self._cache = cache
         self._full = cache.store_dir.full
         self._staging = RelayStaging(cache.objects, staging)
+        self._packs = PackIntake(cache)
         self._now = now
         self._direct = direct
         self._expiry = expiry
@@ -194,11 +205,15 @@ class Uploads:
             if not sender.publishes
             else [path for path in claims if path in to_send and path not in elsewhere]
         )
+        arrived = await self._packs.find([claims[path] for path in send], lambda claim: self._slot(sender, claim))
+        here = {sent.path for sent in arrived}
         self._open[name] = _Upload(sender, claims, self._now() + UPLOAD_TTL_S, elsewhere)
         return Begun(
             id=name,
             how=SendRoute.RELAY if self._direct is None else SendRoute.DIRECT,
-            send=tuple(send),
+            send=tuple(path for path in send if path not in here),
+            arrived=tuple(arrived),
+            packs=self._direct is None,
             present=tuple(path for path in claims if path not in to_send and path not in lost),
             conflicts=tuple(path for path in claims if path in lost),
             upstream=tuple(elsewhere),
@@ -302,6 +317,21 @@ class Uploads:
         async with self._lock(slot):
             return await self._staging.append(slot, offset, data, most_bytes(claim.nar_size))
 
+    async def pack(self, sender: Sender, name: str, data: AsyncIterable[bytes]) -> PackTaken:
+        """Take a pack of small objects; what came whole before an error stays.
+
+        Raises:
+            UploadError: it is no pack, or has a path that was not named when the upload began.
+            StoreFullError: no room is left.
+            ObjectStoreError: the store failed.
+        """
+        upload = self._find(sender, name)
+        if self._direct is not None:
+            raise BadUploadError("this cache takes objects at presigned addresses")
+        return await self._packs.take(
+            data, lambda path: self._claim(upload, path), lambda claim: self._slot(sender, claim)
+        )
+
     # Committing.
 
     async def commit(self, sender: Sender, name: str, request: Commit) -> Committed:
@@ -317,13 +347,19 @@ class Uploads:
         claims = [self._claim(upload, sent.path) for sent in request.sent]
         placed: dict[str, SendVerdict] = {}
 
+        in_packs = self._packs.arrived(claims, request.sent, lambda claim: self._slot(sender, claim))
+        placed.update(
+            (sent.path, _stored(sent.path, self._key(sent))) for sent in request.sent if sent.path in in_packs
+        )
+
         async def place(claim: PathClaim, sent: SentPath) -> None:
             async with self._placing, self._lock(self._slot(sender, claim)):
                 placed[claim.path] = await self._place(sender, upload, claim, sent)
 
         async with asyncio.TaskGroup() as tasks:
             for claim, sent in zip(claims, request.sent, strict=True):
-                tasks.create_task(place(claim, sent))
+                if sent.path not in in_packs:
+                    tasks.create_task(place(claim, sent))
         if sender.publishes:
             stored = [
                 (claim, sent)
@@ -336,7 +372,12 @@ class Uploads:
             ]
             await self._keep(name, upload, request.keep)
             pulled = await self._pulls.pull({upload.claims[path]: up for path, up in upload.elsewhere.items()})
-            outcomes = (await self._cache.publish([*pulled, *narinfos]))[len(pulled) :]
+            proofs = frozenset(
+                ProvenObject(placed[path].url, upload.claims[path].nar_hash, upload.claims[path].nar_size)
+                for path in in_packs
+            )
+            outcomes = (await self._cache.publish([*pulled, *narinfos], proofs=proofs))[len(pulled) :]
+            self._packs.forget(in_packs.values())
             for (claim, _), outcome in zip(stored, outcomes, strict=True):
                 placed[claim.path] = _verdict(claim.path, outcome, placed[claim.path].url)
         return Committed(verdicts=tuple(placed[claim.path] for claim in claims))
@@ -367,12 +408,12 @@ class Uploads:
             return SendVerdict(path=claim.path, status=SendStatus.FAILED, message=str(error))
 
     async def _place_relayed(self, slot: str, claim: PathClaim, sent: SentPath) -> SendVerdict:
-        key = nar_key(sent.file_hash, self._cache.compression)
+        key = self._key(sent)
         whole = await self._staging.place(slot, key, sent.file_hash, sent.file_size)
         return _stored(claim.path, key) if whole else _refused(claim.path, _DAMAGED)
 
     async def _place_small(self, slot: str, claim: PathClaim, sent: SentPath) -> SendVerdict:
-        objects, key, staged = self._cache.objects, nar_key(sent.file_hash, self._cache.compression), staged_key(slot)
+        objects, key, staged = self._cache.objects, self._key(sent), staged_key(slot)
         size = await objects.head(staged)
         if size is None:
             there = await objects.head(key) == sent.file_size
@@ -402,6 +443,9 @@ class Uploads:
         return _stored(claim.path, key)
 
     # Names.
+
+    def _key(self, sent: SentPath) -> str:
+        return nar_key(sent.file_hash, self._cache.compression)
 
     def _slot(self, sender: Sender, claim: PathClaim) -> str:
         """Name what one kind of sender uploads for one path: the same for all tries of it, another for every other."""
