@@ -90,7 +90,7 @@ class WorkerConfig(BaseModel):
     mandatory_features: tuple[str, ...] = ()
     #: Whether the features that Nix assumes of every machine are offered.
     default_features: bool = True
-    #: NIX_BUILD_CORES of builders; 0 is the machine's cores divided by the slots.
+    #: NIX_BUILD_CORES of builders; 0 is the machine's cores divided by the slots, for `big-parallel` by what runs.
     build_cores: Annotated[int, Field(ge=0)] = 0
     #: Builds at one time; 0 is one per core.
     slots: Annotated[int, Field(ge=0, le=1024)] = 0

@@ -25,6 +25,7 @@ from infra.nix.errors import NixError
 from infra.objects.errors import CacheError
 from workers.agent import stopping
 from workers.agent.admission import Machine, Offer, next_offer
+from workers.agent.build_cores import BuildCores
 from workers.agent.canary import Canary
 from workers.agent.daemon_pool import DaemonOpener, DaemonSession, SessionPool
 from workers.agent.health import HealthWatch
@@ -356,7 +357,7 @@ class Agent:
             health=self._health,
             sources=lambda: self._sources,
             store=self._settings.physical_store,
-            build_cores=self._offer.build_cores,
+            build_cores=BuildCores(self._host.cores, self._offer.build_cores, fixed=self._settings.build_cores > 0),
             closing=self._closing,
         )
 
@@ -364,7 +365,7 @@ class Agent:
         """Offer as many slots as the machine's figures let the worker."""
         if not self._settings.yield_to_others:
             return
-        slots, cores = self._offer.slots, self._offer.build_cores or 1
+        slots, cores = self._offer.slots, self._leases.cores_of_a_build
         machine = Machine(slots, os.cpu_count() or 1, self._host.memory_bytes, cores)
         before, now = self._admitted, self._clock.now()
         self._admitted = next_offer(before, machine, vitals, self._leases.running, now)

@@ -28,6 +28,8 @@ from infra.daemon import (
 )
 from infra.daemon.usage import BuildersUse
 from infra.nix import aterm
+from infra.nix.derivation import options_from_env
+from infra.nix.errors import FormatError
 from workers.agent.attempt_record import BuildUse
 from workers.agent.daemon_pool import DaemonSession
 from workers.agent.lease_machine import Trouble
@@ -91,6 +93,14 @@ def basic_derivation(derivation: bytes, inputs: Sequence[str]) -> BasicDerivatio
         args=parsed.args,
         env=parsed.env,
     )
+
+
+def required_features(derivation: BasicDerivation) -> tuple[str, ...]:
+    """Return the features that a build asks for; none where they cannot be read, for that is Nix's to refuse."""
+    try:
+        return options_from_env(dict(derivation.env)).required_system_features
+    except FormatError:
+        return ()
 
 
 class LogGate:

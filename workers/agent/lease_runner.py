@@ -26,7 +26,9 @@ from workers.agent.build import (
     RecipeBrokeDaemonError,
     basic_derivation,
     build_in_slot,
+    required_features,
 )
+from workers.agent.build_cores import BuildCores
 from workers.agent.daemon_pool import DaemonSession, DaemonUnreachableError, SessionPool
 from workers.agent.health import HealthWatch
 from workers.agent.input_guard import InputChangedError, InputCollectedError, InputGuard, MendingError
@@ -90,6 +92,8 @@ class _Run:
     started_at: float = 0.0
     building_at: float = 0.0
     built_at: float = 0.0
+    #: Of the build, while it runs.
+    cores: int = 0
 
 
 @dataclass(slots=True)
@@ -120,7 +124,7 @@ class LeaseRunner:
         health: HealthWatch,
         sources: Callable[[], FarmSources | None],
         store: Path,
-        build_cores: int,
+        build_cores: BuildCores,
         closing: asyncio.Event,
     ) -> None:
         self._machine = machine
@@ -158,6 +162,12 @@ class LeaseRunner:
     def running(self) -> int:
         """Number of builds that run."""
         return self._machine.running
+
+    @property
+    def cores_of_a_build(self) -> int:
+        """Cores that each of the builds that run has, on average and at least."""
+        given = [run.cores for run in self._runs.values() if run.cores]
+        return max(self._build_cores.usual, -(-sum(given) // len(given)) if given else 0)
 
     def offer(self, slots: int) -> None:
         """Offer so many of the slots from now on; what runs goes on."""
@@ -357,6 +367,7 @@ class LeaseRunner:
             run.record.phase(phase, line)
             self._tell_stage(key, Stage.BUILDING, phase)
 
+        cores = run.cores = self._build_cores.of(required_features(derivation), self._machine.running)
         try:
             with run.record.span("build"):
                 result = await build_in_slot(
@@ -364,7 +375,7 @@ class LeaseRunner:
                     run.order.drv_path,
                     derivation,
                     limits=run.order.limits,
-                    cores=self._build_cores,
+                    cores=cores,
                     gate=gate,
                     on_phase=entered,
                     pause=lambda: None if self._outbox.has_room(key) else self._outbox.wait_for_room(key),

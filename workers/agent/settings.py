@@ -97,7 +97,7 @@ class WorkerSettings(BaseModel):
     slots: Annotated[int, Field(ge=0, le=MAX_SLOTS)] = 0
     #: Whether fewer slots are offered while the machine is short of memory, or others keep its processors busy.
     yield_to_others: bool = True
-    #: NIX_BUILD_CORES of builders; 0 is the machine's cores divided by the slots.
+    #: NIX_BUILD_CORES of builders; 0 is the machine's cores divided by the slots, for `big-parallel` by what runs.
     build_cores: Annotated[int, Field(ge=0)] = 0
     #: IPv4 networks that fixed-output builds reach although they are denied, and others that they do not reach.
     network_allow: tuple[str, ...] = ()

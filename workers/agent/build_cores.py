@@ -1,0 +1,29 @@
+"""Cores of one build (NIX_BUILD_CORES): as configured, and a share of the machine for what asks to be built so.
+
+A worker has as many slots as cores unless its operator says otherwise, so most builds get one core. A derivation that
+asks for `big-parallel` has work for all of them: it gets the machine's cores divided by the builds that run when it
+begins, and those that begin later press it only as far as the machine lets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+PARALLEL_FEATURE: Final = "big-parallel"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildCores:
+    """Cores of the machine, and of a usual build; `fixed` where the operator has set the latter."""
+
+    machine: int
+    usual: int
+    fixed: bool = False
+
+    def of(self, features: Sequence[str], running: int) -> int:
+        """Return the cores of a build with these required features, the last to begin of `running`."""
+        if self.fixed or PARALLEL_FEATURE not in features:
+            return self.usual
+        return max(self.usual, self.machine // max(1, running))
