@@ -1,4 +1,4 @@
-"""Pages of infra/docs and a schema in infra/deploy, printed from code: `./run docs` writes them, a test compares."""
+"""Pages of infra/docs and schemas in infra/deploy, printed from code: `./run docs` writes them, a test compares."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from tests.architecture import deploy_schemas, metrics_reference, settings_reference, traces_reference
+from tests.architecture import chart_schema, deploy_schemas, metrics_reference, settings_reference, traces_reference
 
 PAGES: Mapping[Path, Callable[[], str]] = MappingProxyType(
     {
@@ -15,6 +15,7 @@ PAGES: Mapping[Path, Callable[[], str]] = MappingProxyType(
         metrics_reference.FILE: metrics_reference.reference,
         traces_reference.FILE: traces_reference.reference,
         deploy_schemas.FILE: deploy_schemas.text,
+        chart_schema.FILE: chart_schema.text,
     }
 )
 
