@@ -32,6 +32,7 @@ def text() -> str:
         slots={"type": "integer", "minimum": 0, "maximum": 1024},
         features={"type": "array", "items": _TEXT},
         sandbox={"enum": ["user-namespace", "privileged"]},
+        tun=_TEXT,
         stopGraceSeconds=_COUNT,
         store=_SIZE,
         storageClassName=_NAME,

@@ -183,7 +183,10 @@ def test_pods_run_what_the_services_of_systemd_run(example: str) -> None:
             "NAME": "$(POD_NAME)", "WORKER_OPTIONS": "", "/etc/drover/ray-token": "/run/drover/ray-token",
         })  # fmt: skip
         plain = parsed(unit)
-        for own in ("slots", "features") if kind == "worker" else ():
+        if kind == "worker":
+            tun = any("tun" in resource for resource in container["resources"]["limits"])
+            assert here["network"] is (tun or bool(container["securityContext"].get("privileged")))
+        for own in ("slots", "features", "network") if kind == "worker" else ():
             plain.pop(own), here.pop(own)
         assert here == plain
         # Where they write is a volume, and the rest of the file system is not to be written.
@@ -319,7 +322,9 @@ def test_the_values_know_every_setting_that_drover_has() -> None:
 
 #: Findings of trivy that are on purpose: pod -> the right that its sandbox takes.
 WANTED: Final = {
-    **dict.fromkeys(("production arm-small", "production x86-large", "production x86-small", "small small"), "KSV005"),
+    **dict.fromkeys(
+        ("production arm-small", "production x86-large", "production x86-small", "small small", "small fetch"), "KSV005"
+    ),
     "production kvm": "KSV017",
 }
 
