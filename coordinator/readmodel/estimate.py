@@ -58,7 +58,7 @@ class Expected:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class BuildPace:
     """Speed of the workers of one kind of step: how many builds they do at one time, and how fast."""
 
     slots: int = 0
@@ -72,13 +72,15 @@ class Pace:
         return self.mean / self.fastest
 
     @staticmethod
-    def of(workers: Iterable[tuple[int, float]]) -> Pace:
+    def of(workers: Iterable[tuple[int, float]]) -> BuildPace:
         """Return the pace of workers with so many slots of such a speed."""
         known = [(slots, speed) for slots, speed in workers if slots]
         slots = sum([each for each, _ in known])
         if not slots:
-            return Pace()
-        return Pace(slots, sum([each * speed for each, speed in known]) / slots, max([speed for _, speed in known]))
+            return BuildPace()
+        return BuildPace(
+            slots, sum([each * speed for each, speed in known]) / slots, max([speed for _, speed in known])
+        )
 
 
 def rest_of(expected: Expected | None, speed: float, age_s: float | None) -> tuple[Expected | None, bool]:

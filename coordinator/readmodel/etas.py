@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 from coordinator.api.estimates import LoadView, PathStepView
 from coordinator.api.models import EtaView, StepStatus
-from coordinator.readmodel.estimate import Estimate, Expected, Outlook, Pace, estimating, rest_of
+from coordinator.readmodel.estimate import BuildPace, Estimate, Expected, Outlook, estimating, rest_of
 from coordinator.readmodel.rows import StepRow, SubmissionRow, notify_submission_changed
 from coordinator.readmodel.views import Views
 from infra.clock import Clock
@@ -82,7 +82,7 @@ class Etas:
         #: Gives the mean seconds of all that was ever built.
         self.usual_s: Callable[[], float] = lambda: 0.0
         #: Of the pass under way.
-        self._paces: dict[Requirements, Pace] = {}
+        self._paces: dict[Requirements, BuildPace] = {}
 
     @property
     def wanted(self) -> int:
@@ -205,12 +205,12 @@ class Etas:
         rest, overdue = rest_of(expected, speed, max(0.0, now - row.life.started_at))
         return Outlook(holders, kind, rest, overdue)
 
-    def _pace(self, kind: Requirements) -> Pace:
+    def _pace(self, kind: Requirements) -> BuildPace:
         """Return how fast builds of a kind are done."""
         known = self._paces.get(kind)
         if known is None:
             slots = self._views.workforce.slots
-            known = Pace.of((slots(name), speed) for name, speed in self._farm.speeds(kind).items())
+            known = BuildPace.of((slots(name), speed) for name, speed in self._farm.speeds(kind).items())
             self._paces[kind] = known
         return known
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from coordinator.learning.learned import Learned, WorkKind
-from coordinator.readmodel.estimate import Expected, Outlook, Pace, estimating, rest_of
+from coordinator.readmodel.estimate import BuildPace, Expected, Outlook, estimating, rest_of
 from scheduler.farm import Farm
 from scheduler.model import Requirements, StepState
 from scheduler.pauses import whole
@@ -45,7 +45,7 @@ class ForeseenEnds:
         for system in set(shape.systems):
             speeds = farm.speeds(Requirements(system))
             slots = {each.name: each.slots for each in self.rebuild.fleet}
-            paces[system] = Pace.of((slots[name], speed) for name, speed in speeds.items())
+            paces[system] = BuildPace.of((slots[name], speed) for name, speed in speeds.items())
 
         def outlook(step: Step) -> Outlook[str] | None:
             if not step.engaged or step.state is StepState.DONE:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.readmodel.estimate import PATH_NAMED, Estimate, Expected, Outlook, Pace, estimating, rest_of
+from coordinator.readmodel.estimate import PATH_NAMED, BuildPace, Estimate, Expected, Outlook, estimating, rest_of
 from scheduler.model import Requirements
 from scheduler.pauses import Pause, whole
 from tests.coordinator.test_pauses import LINES, lines_of_pieces
@@ -192,9 +192,9 @@ def test_a_step_takes_by_the_speed_of_its_worker_less_what_it_has_run_and_once_m
     assert rest_of(Expected(10, 20), 2.0, None) == (Expected(5, 10), False)
     assert rest_of(Expected(10, 20), 0.5, 30.0) == (Expected(0, 10), False)
     assert rest_of(Expected(10, 20), 0.5, 41.0) == (Expected(0, 40), True)
-    pace = Pace.of([(4, 0.5), (1, 2.0), (0, 9.0)])
+    pace = BuildPace.of([(4, 0.5), (1, 2.0), (0, 9.0)])
     assert (pace.slots, pace.mean, pace.fastest, pace.lead) == (5, 0.8, 2.0, 0.4)
-    assert Pace.of([(0, 2.0)]) == Pace()
+    assert BuildPace.of([(0, 2.0)]) == BuildPace()
 
 
 def test_the_fastest_worker_may_end_a_path_sooner_and_an_unknown_step_may_take_as_long_as_the_longest() -> None:
