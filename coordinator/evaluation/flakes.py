@@ -32,7 +32,7 @@ _FATAL: Final = re.compile(r"^fatal: (.+)$", re.MULTILINE)
 _NIX: Final = ("nix", "--extra-experimental-features", "nix-command flakes")
 
 
-class _LockNode(BaseModel):
+class _LockedInput(BaseModel):
     model_config = ConfigDict(defer_build=True)
 
     #: Name of an input -> its node, or the path to one.
@@ -43,7 +43,7 @@ class _LockNode(BaseModel):
 class _LockGraph(BaseModel):
     model_config = ConfigDict(defer_build=True)
 
-    nodes: dict[str, _LockNode] = {}
+    nodes: dict[str, _LockedInput] = {}
     root: str = "root"
 
 
@@ -111,8 +111,10 @@ def _own_inputs(flake: _Metadata, root: str) -> list[Path]:
     Nix before 2.26 fetches these where it locks them, and finds them in the store only after that.
     """
     files = Path(f"{root}{flake.path}").resolve()
-    top = flake.locks.nodes.get(flake.locks.root, _LockNode())
-    nodes = [flake.locks.nodes.get(name, _LockNode()).locked for name in top.inputs.values() if isinstance(name, str)]
+    top = flake.locks.nodes.get(flake.locks.root, _LockedInput())
+    nodes = [
+        flake.locks.nodes.get(name, _LockedInput()).locked for name in top.inputs.values() if isinstance(name, str)
+    ]
     found = []
     for locked in nodes:
         path = str(locked.get("path", ""))

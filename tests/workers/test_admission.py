@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.workers.conftest import AgentHarness
-from workers.agent.admission import LOWER_EVERY_S, RAISE_AFTER_S, Machine, Offer, next_offer
+from workers.agent.admission import LOWER_EVERY_S, RAISE_AFTER_S, Machine, SlotOffer, next_offer
 from workers.agent.agent import Agent
 from workers.agent.lease_machine import Build, WorkerMachine
 from workers.agent.settings import WorkerSettings, inspect_host
@@ -22,9 +22,9 @@ BOX = Machine(slots=4, processors=8, memory_bytes=32 * GIB, build_cores=2)
 CALM = Vitals(load=0.2, cpu_pressure=0.0, memory_pressure=0.0, memory_available_bytes=16 * GIB)
 
 
-def played(vitals: Vitals, seconds: int, *, start: Offer | None = None, running: int = 4, at: int = 0) -> Offer:
+def played(vitals: Vitals, seconds: int, *, start: SlotOffer | None = None, running: int = 4, at: int = 0) -> SlotOffer:
     """Look once a second; as many builds run as there were, or as are offered since."""
-    offer = start or Offer(BOX.slots)
+    offer = start or SlotOffer(BOX.slots)
     for now in range(at, at + seconds):
         offer = next_offer(offer, BOX, vitals, min(running, max(offer.slots, 1)), float(now))
     return offer
@@ -51,8 +51,8 @@ def test_what_a_machine_is_short_of_lowers_its_offer_by_and_by_and_never_to_noth
 
 
 def test_its_own_builds_are_no_reason_however_busy_they_keep_the_machine() -> None:
-    assert played(Vitals(load=1.3, cpu_pressure=0.99), 60) == Offer(4)
-    assert played(Vitals(), 60) == Offer(4)
+    assert played(Vitals(load=1.3, cpu_pressure=0.99), 60) == SlotOffer(4)
+    assert played(Vitals(), 60) == SlotOffer(4)
 
 
 def test_an_offer_rises_step_by_step_once_the_machine_has_been_calm_and_does_not_flap() -> None:
@@ -62,7 +62,7 @@ def test_an_offer_rises_step_by_step_once_the_machine_has_been_calm_and_does_not
     assert played(between, 300, start=low, running=0, at=100).slots == 1
     assert played(CALM, int(RAISE_AFTER_S) - 1, start=low, at=100).slots == 1
     assert played(CALM, int(RAISE_AFTER_S) + 1, start=low, at=100).slots == 2
-    assert played(CALM, 4 * int(RAISE_AFTER_S), start=low, at=100) == Offer(4)
+    assert played(CALM, 4 * int(RAISE_AFTER_S), start=low, at=100) == SlotOffer(4)
 
 
 PARTS = st.none() | st.floats(0, 1)
@@ -84,7 +84,7 @@ PARTS = st.none() | st.floats(0, 1)
     )
 )
 def test_no_readings_lead_to_more_than_the_slots_or_to_none(looks: list[tuple[Vitals, int, float]]) -> None:
-    offer, now = Offer(BOX.slots), 0.0
+    offer, now = SlotOffer(BOX.slots), 0.0
     for vitals, running, later in looks:
         now += later
         before, offer = offer, next_offer(offer, BOX, vitals, running, now)
@@ -118,7 +118,7 @@ def test_the_pressure_of_this_machine_is_read_and_judged() -> None:
     assert vitals.cpu_pressure is not None
     assert vitals.memory_pressure is not None
     machine = Machine(slots=2, processors=os.cpu_count() or 1, memory_bytes=64 * GIB)
-    assert 1 <= next_offer(Offer(2), machine, vitals, 2, 0.0).slots <= 2
+    assert 1 <= next_offer(SlotOffer(2), machine, vitals, 2, 0.0).slots <= 2
 
 
 async def test_an_agent_whose_machine_is_short_of_memory_says_so_and_wants_fewer_leases(

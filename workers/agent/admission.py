@@ -41,7 +41,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class SlotOffer:
     """Slots that a worker offers, and the reason where they are not all."""
 
     slots: int
@@ -51,23 +51,27 @@ class Offer:
     calm_since: float = float("-inf")
 
 
-def next_offer(before: Offer, machine: Machine, vitals: Vitals, running: int, now: float) -> Offer:
+def next_offer(before: SlotOffer, machine: Machine, vitals: Vitals, running: int, now: float) -> SlotOffer:
     """Return the offer that follows from a look at the machine while so many builds run."""
     short = _shortage(machine, vitals, running, lowered=before.slots < machine.slots)
     if not short:
         if before.slots >= machine.slots:
-            return before if before == Offer(machine.slots) else Offer(machine.slots)
+            return before if before == SlotOffer(machine.slots) else SlotOffer(machine.slots)
         if now - before.calm_since < RAISE_AFTER_S:
             return before
         slots = before.slots + 1
-        return Offer(machine.slots) if slots >= machine.slots else Offer(slots, before.because, before.lowered_at, now)
+        return (
+            SlotOffer(machine.slots)
+            if slots >= machine.slots
+            else SlotOffer(slots, before.because, before.lowered_at, now)
+        )
     slots = before.slots
     if now - before.lowered_at >= LOWER_EVERY_S:
         slots = max(1, min(slots, max(running, 1)) - 1)
     if slots >= machine.slots:
-        return Offer(machine.slots)
+        return SlotOffer(machine.slots)
     fell = slots < before.slots
-    return Offer(slots, short, now if fell else before.lowered_at, now)
+    return SlotOffer(slots, short, now if fell else before.lowered_at, now)
 
 
 def _shortage(machine: Machine, vitals: Vitals, running: int, *, lowered: bool) -> str:

@@ -24,7 +24,7 @@ from infra.daemon import ControlGroups, DaemonError
 from infra.nix.errors import NixError
 from infra.objects.errors import CacheError
 from workers.agent import stopping
-from workers.agent.admission import Machine, Offer, next_offer
+from workers.agent.admission import Machine, SlotOffer, next_offer
 from workers.agent.build_cores import BuildCores
 from workers.agent.canary import Canary
 from workers.agent.daemon_pool import DaemonOpener, DaemonSession, SessionPool
@@ -103,7 +103,7 @@ class Agent:
         self._incarnation = secrets.token_hex(8)
         self._nix_version = ""
         #: Slots that are offered now.
-        self._admitted = Offer(self._offer.slots)
+        self._admitted = SlotOffer(self._offer.slots)
         #: What the machine lacks to isolate builds better (`workers.agent.isolation`).
         self._shortfall = ""
         #: What the latest greeting said of the isolation.
@@ -362,7 +362,7 @@ class Agent:
         )
 
     def _admit(self, vitals: Vitals) -> None:
-        """Offer as many slots as the machine's figures let the worker."""
+        """SlotOffer as many slots as the machine's figures let the worker."""
         if not self._settings.yield_to_others:
             return
         slots, cores = self._offer.slots, self._leases.cores_of_a_build
