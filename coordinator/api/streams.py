@@ -9,9 +9,9 @@ Both are one zstd frame around a magic line, records and an end mark (integers a
 The end mark distinguishes a whole stream from one that was cut at a record's edge; anything after it, compressed or
 not, is an error. Members stand inputs first in both streams.
 
-Memory is bounded on both sides: the reader inflates a slice of compressed bytes at a time (at zstd's greatest ratio
-`DERIVATIONS_SLICE` is 2 MiB, `SOURCES_SLICE` 8 MiB), holds one derivation at most beyond that, and passes a NAR on in
-pieces as it comes. For a derivation of more than `LARGE_BYTES` the reader first asks its caller for room.
+Memory is bounded on both sides: the reader inflates a few whole blocks at a time (`zstd_blocks`; 2 MiB at zstd's
+greatest ratio where none is known), holds one derivation at most beyond that, and passes a NAR on in pieces as it
+comes. For a derivation of more than `LARGE_BYTES` the reader first asks its caller for room.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Annotated, ClassVar
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from coordinator.api.zstd_blocks import BlockCutter
 from coordinator.errors import IntakeError
 from infra.nix.path_info import PathInfo
 from infra.nix.store_path import StoreDir
@@ -35,9 +36,8 @@ SOURCES_MAGIC = b"drover-sources-1\n"
 #: Longest store path name is 211 characters, its hash part and dash 33, `.drv` is part of the name.
 MAX_NAME_BYTES = 256
 MAX_HEADER_BYTES = 1024 * 1024
-#: Compressed bytes that are inflated at one time; zstd makes at most 32,768 bytes of one.
-DERIVATIONS_SLICE = 64
-SOURCES_SLICE = 256
+#: Blocks of a frame that are inflated at one time, 256 KiB of them at most.
+BLOCKS_AT_ONCE = 2
 #: A larger derivation comes alone, and only once there is room for it.
 LARGE_BYTES = 1024 * 1024
 #: Seconds within which a large derivation must come once it has its room: others wait for that.
@@ -173,7 +173,7 @@ async def read_derivations(
     Raises:
         FramingError: the stream is not one; batches before the fault have been yielded.
     """
-    stream = _Inflater(body, limits.max_bytes, DERIVATIONS_SLICE)
+    stream = _Inflater(body, limits.max_bytes)
     await stream.magic(DERIVATIONS_MAGIC)
     parser = _derivation_parser(limits)
     next(parser)
@@ -274,7 +274,7 @@ async def read_sources(body: AsyncIterable[bytes], limits: StreamLimits) -> Asyn
     Raises:
         FramingError: the stream is not one; sources before the fault have been yielded.
     """
-    stream = _Inflater(body, limits.max_bytes, SOURCES_SLICE)
+    stream = _Inflater(body, limits.max_bytes)
     await stream.magic(SOURCES_MAGIC)
     count = 0
     while size := int.from_bytes(await stream.exactly(_INT), "little"):
@@ -300,9 +300,9 @@ async def read_sources(body: AsyncIterable[bytes], limits: StreamLimits) -> Asyn
 
 
 class _Inflater:
-    """Inflates a body into a buffer, a bounded slice at a time."""
+    """Inflates a body into a buffer, a few blocks at a time."""
 
-    def __init__(self, body: AsyncIterable[bytes], max_bytes: int, slice_bytes: int) -> None:
+    def __init__(self, body: AsyncIterable[bytes], max_bytes: int) -> None:
         self._chunks = aiter(body)
         self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
         #: Compressed bytes not yet inflated, from `_taken` on.
@@ -311,13 +311,13 @@ class _Inflater:
         self._plain = bytearray()
         self._total = 0
         self._max_bytes = max_bytes
-        self._slice_bytes = slice_bytes
+        self._blocks = BlockCutter(BLOCKS_AT_ONCE)
         #: Bytes inflated since the loop was given back.
         self._held = 0
 
     async def fill(self) -> None:
         """Inflate at least one byte more; FramingError where there is none."""
-        # A whole chunk's slices are taken together while they stay small: fewer turns for the reader above.
+        # What came is taken together while it stays small: fewer turns for the reader above.
         before = len(self._plain)
         if self._held >= _TURN_BYTES:
             self._held = 0
@@ -336,10 +336,10 @@ class _Inflater:
                 if len(self._plain) > before:
                     return
                 raise FramingError("the stream ended before its end mark; send it again")
-            self._inflate_slice()
+            self._inflate_blocks()
 
-    def _inflate_slice(self) -> None:
-        piece = self._waiting[self._taken : self._taken + self._slice_bytes]
+    def _inflate_blocks(self) -> None:
+        piece = self._waiting[self._taken : self._taken + self._blocks.cut(self._waiting, self._taken)]
         try:
             data = self._frame.decompress(piece)
         except zstandard.ZstdError:
@@ -394,7 +394,7 @@ class _Inflater:
                     raise FramingError("the stream was cut short; send it again") from None
                 self._taken = 0
             if self._taken < len(self._waiting):
-                self._inflate_slice()
+                self._inflate_blocks()
         if self._plain or self._taken < len(self._waiting):
             raise FramingError("something follows the stream's end mark")
         async for rest in self._chunks:

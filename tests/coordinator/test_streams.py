@@ -11,6 +11,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.api import zstd_blocks
 from coordinator.api.streams import (
     DERIVATIONS_MAGIC,
     FramingError,
@@ -108,6 +109,37 @@ async def test_a_small_stream_that_inflates_without_end_is_stopped_at_the_bound(
     assert len(bomb) < 64 * 1024
     with pytest.raises(FramingError):
         await derivations(bomb, size=len(bomb), limits=StreamLimits(10, 1 << 20, 1 << 20))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([bytes(8 << 20), random.Random(1).randbytes(600_000), b"text of its own, " * 200_000]),
+    st.sampled_from([1, 70_000, 1 << 20]),
+    st.booleans(),
+    st.sampled_from([-5, 1, 19]),
+)
+def test_what_one_piece_of_a_frame_inflates_to_is_bounded_beforehand(
+    plain: bytes, size: int, checked: bool, level: int
+) -> None:
+    """However much that is in all: a megabyte of zeros takes 32 bytes."""
+    options = {"level": level, "write_checksum": checked, "write_content_size": checked}
+    frame = zstandard.ZstdCompressor(**options).compress(plain)
+    cutter, decompressor = zstd_blocks.BlockCutter(most=2), zstandard.ZstdDecompressor().decompressobj()
+    found, cuts = bytearray(), 0
+    for start in range(0, len(frame), size):
+        came, at = frame[start : start + size], 0
+        while at < len(came):
+            count = cutter.cut(came, at)
+            piece = decompressor.decompress(came[at : at + count])
+            assert count > 0
+            assert len(piece) <= 2 * zstd_blocks.BLOCK_BYTES
+            found += piece
+            at += count
+            cuts += 1
+    assert bytes(found) == plain
+    assert decompressor.eof
+    # A call each: not one for each few bytes.
+    assert cuts <= len(plain) // zstd_blocks.BLOCK_BYTES + len(frame) // size + 4
 
 
 def test_a_source_that_changes_while_it_is_sent_is_named() -> None:
