@@ -21,7 +21,7 @@ from sqlalchemy import BindParameter, Subquery, Text, bindparam, cast, event, fu
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from infra.retry import Outage, retrying
 
@@ -125,7 +125,7 @@ async def patiently(call: Callable[[], Awaitable[_Result]], subject: str) -> _Re
     return await retrying(call, PATIENCE_S, Outage(_log, "trying again", over="the database answers again"), trouble_of)
 
 
-def names_table(engine: AsyncEngine) -> Subquery:
+def names_table(engine: AsyncEngine | AsyncConnection) -> Subquery:
     """Return a table of one column `value`: the names in the JSON array that the parameter `names` will be."""
     names: BindParameter[str] = bindparam("names", type_=Text)
     if engine.dialect.name == "postgresql":
@@ -140,7 +140,7 @@ def names_parameter(names: Iterable[str]) -> str:
     return orjson.dumps(list(names)).decode()
 
 
-def insert_or_ignore(engine: AsyncEngine, table: str, columns: str) -> str:
+def insert_or_ignore(engine: AsyncEngine | AsyncConnection, table: str, columns: str) -> str:
     """Return the driver's own statement that inserts rows given as tuples and passes over those that are there.
 
     For `exec_driver_sql`: with many rows the statement layer costs as much as the database.

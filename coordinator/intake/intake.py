@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, suppress
 from dataclasses import replace
 
 from coordinator.api.models import IntakeMissing
@@ -22,6 +22,7 @@ from coordinator.intake.limits import IntakeLimits, require_within
 from coordinator.intake.plan_memory import PlanMemory, RememberedPlan
 from coordinator.intake.sources import SourceIntake
 from coordinator.intake.taking import DerivationTaker
+from coordinator.intake.verification import SIDE_BY_SIDE_FROM
 from coordinator.intake.verifier_pool import VerifierPool
 from coordinator.journal.codec import RootNote
 from coordinator.stores.derivation_records import Node
@@ -93,6 +94,9 @@ class Intake:
         require_within(len(query.sources), self._limits.max_sources, "sources")
         await asyncio.to_thread(self._check_names, (*query.derivations, *query.sources, *query.built))
         derivations = await self._derivations.unknown(query.derivations)
+        if self.verifiers is not None and len(derivations) >= SIDE_BY_SIDE_FROM:
+            # A long stream is to come, while its sender goes on reading.
+            self.verifiers.start()
         absent = await self.leases.ask([self._store_dir.full(name) for name in query.sources])
         pulled = await self.pulls.pull(absent.intersection(self._store_dir.full(name) for name in query.built))
         absent -= pulled.paths
@@ -117,7 +121,8 @@ class Intake:
         )
         with self._stream():
             batches = read_derivations(_lively(body), limits, lambda size: self._room_for(client, size))
-            async with aclosing(batches), DerivationTaker(self._derivations, self._store_dir, self.verifiers) as taker:
+            taker = DerivationTaker(self._derivations, self._store_dir, self.verifiers, self.fixed.learn)
+            async with aclosing(batches), taker:
                 async for batch in batches:
                     await taker.take(batch)
                     batch.clear()
@@ -187,8 +192,7 @@ class Intake:
                         return await self._planned(remembered, wishes, leases)
                     remembered = None
                 else:
-                    graph, recipe_changes = await self._graph(names, list(makers), known)
-                    lease, absent = await self.leases.take(await asyncio.to_thread(graph.paths))
+                    graph, recipe_changes, lease, absent = await self._leased_graph(names, list(makers), known)
                     leases.append(lease)
                     absent -= await self.fixed.offer(await asyncio.to_thread(graph.lacking_fixed, absent))
                 pulled = await self.pulls.pull(await asyncio.to_thread(graph.lacking, absent))
@@ -251,20 +255,31 @@ class Intake:
         require_within(len(graph.own), self._limits.max_derivations, "derivations")
         return graph
 
-    async def _graph(self, names: Sequence[str], makers: Sequence[str], known: Collection[str]) -> tuple[Graph, int]:
-        """Return the graph of some derivations, and the changes of recipes that it has seen."""
+    async def _leased_graph(
+        self, names: Sequence[str], makers: Sequence[str], known: Collection[str]
+    ) -> tuple[Graph, int, str, set[str]]:
+        """Return a graph, the changes of recipes that it has seen, the name of its paths' lease, and the absent paths."""
         async with self._planning:
             nodes, members = await self._load([*names, *makers], known)
             graph = await asyncio.to_thread(Graph.build, names, nodes, members, self._limits.max_recipes, known)
             require_within(len(graph.own), self._limits.max_derivations, "derivations")
+            # Meanwhile: they lie in another database.
+            taking = asyncio.create_task(self.leases.take(await asyncio.to_thread(graph.paths)))
             try:
-                await self._derivations.add_members(graph.recipes.new)
-            finally:
-                # Also where they may have been written although this failed.
-                gone = self._memory.forget_steps({step for step, _, _ in graph.recipes.new})
-            recipe_changes = self._memory.recipe_changes
-        await free_in_slices(gone)
-        return graph, recipe_changes
+                try:
+                    await self._derivations.add_members(graph.recipes.new)
+                finally:
+                    # Also where they may have been written although this failed.
+                    gone = self._memory.forget_steps({step for step, _, _ in graph.recipes.new})
+                recipe_changes = self._memory.recipe_changes
+                await free_in_slices(gone)
+            except BaseException:
+                taking.cancel()
+                with suppress(Exception, asyncio.CancelledError):
+                    self.leases.give_back(((await taking)[0],))
+                raise
+            lease, absent = await taking
+        return graph, recipe_changes, lease, absent
 
     async def _makers(self, sources: Sequence[str]) -> dict[str, None]:
         """Return the derivations that made one of these paths for an earlier submission, by whichever output."""

@@ -83,28 +83,43 @@ def assign_recipes(
     `order` has inputs first and covers the closure of all fixed-output members in `members`.
     """
     by_step: dict[StepKey, list[str]] = {step: list(places) for step, places in members.items()}
-    needs: dict[StepKey, set[StepKey]] = {}
-    for name in order:
-        step = nodes[name].step
-        if not by_step.get(step) or name in by_step[step] or nodes[name].kind is not Kind.FIXED:
-            needs.setdefault(step, set()).update(step_needs(nodes[name], nodes))
-            by_step.setdefault(step, [])
+    #: What the steps need by the recipes that they have; made where a step may gain a further one.
+    needs: dict[StepKey, set[StepKey]] | None = None
     visits = MAX_CYCLE_VISITS
     new: list[tuple[StepKey, int, str]] = []
     for name in order:
         node = nodes[name]
-        step, places = node.step, by_step[node.step]
-        if name in places or (places and (node.kind is not Kind.FIXED or len(places) >= max_recipes)):
-            continue
-        wanted = step_needs(node, nodes)
+        step = node.step
+        places = by_step.setdefault(step, [])
         if places:
+            if name in places or node.kind is not Kind.FIXED or len(places) >= max_recipes:
+                continue
+            if needs is None:
+                needs = _needs_of_steps(order, nodes, members)
+            wanted = step_needs(node, nodes)
             leads, visits = _leads_to(wanted, step, needs, visits)
             if leads:
                 continue
+            needs.setdefault(step, set()).update(wanted)
         new.append((step, len(places), name))
         places.append(name)
-        needs.setdefault(step, set()).update(wanted)
     return Recipes(by_step, tuple(new))
+
+
+def _needs_of_steps(
+    order: Iterable[str], nodes: Mapping[str, Node], members: Mapping[StepKey, Sequence[str]]
+) -> dict[StepKey, set[StepKey]]:
+    """Return what each step of `order` needs by the recipes in `members`, by any of its derivations where it has none.
+
+    Of an input-addressed step all derivations need the same.
+    """
+    needs: dict[StepKey, set[StepKey]] = {}
+    for name in order:
+        node = nodes[name]
+        places = members.get(node.step)
+        if not places or name in places or node.kind is not Kind.FIXED:
+            needs.setdefault(node.step, set()).update(step_needs(node, nodes))
+    return needs
 
 
 def step_needs(node: Node, nodes: Mapping[str, Node]) -> set[StepKey]:
@@ -146,13 +161,24 @@ def steps_to_do(
     input-addressed step need the same steps.
     """
     specs: dict[StepKey, StepSpec] = {}
+    # Thousands of steps share each.
+    requirements: dict[tuple[str, tuple[str, ...], Kind], Requirements] = {}
 
-    def needs(step: StepKey) -> list[StepKey]:
+    def recipe(node: Node) -> Recipe:
+        wanted = (node.system, node.features, node.kind)
+        found = requirements.get(wanted)
+        if found is None:
+            found = requirements[wanted] = _requirements(node)
+        return Recipe(found, tuple(sorted(step_needs(node, nodes))))
+
+    def needs(step: StepKey) -> Sequence[StepKey]:
         if step in held:
-            return []
-        drvs = (drv if drv in nodes else stand_in[step] for drv in recipes[step])
-        specs[step] = spec = StepSpec(step, tuple(_recipe(nodes[drv], nodes) for drv in drvs))
-        return [need for recipe in spec.recipes for need in recipe.needs]
+            return ()
+        drvs = [drv if drv in nodes else stand_in[step] for drv in recipes[step]]
+        specs[step] = spec = StepSpec(step, tuple([recipe(nodes[drv]) for drv in drvs]))
+        if len(spec.recipes) == 1:
+            return spec.recipes[0].needs
+        return [need for each in spec.recipes for need in each.needs]
 
     try:
         order = inputs_first(roots, needs)
@@ -161,9 +187,9 @@ def steps_to_do(
     return [specs[step] for step in order if step in specs], [step for step in order if step in held]
 
 
-def _recipe(node: Node, nodes: Mapping[str, Node]) -> Recipe:
+def _requirements(node: Node) -> Requirements:
     features = node.features
     if node.kind is Kind.FIXED:
         # What may use the network waits in queues of its own, for workers that let it.
         features = tuple(sorted({*features, NETWORK_FEATURE}))
-    return Recipe(Requirements(node.system, features), tuple(sorted(step_needs(node, nodes))))
+    return Requirements(node.system, features)

@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache.catalog.database import Database, chunked, conflicts, paths, reading, refs
 from infra.cache.errors import ClosureTooLargeError
+from infra.database import names_parameter, names_table
 from infra.nix.errors import FormatError
 from infra.nix.store_path import HASH_PART_LENGTH, StoreDir, base_name_of, hash_part_of
 from infra.objects.store import LocalObjectStore, ObjectStore
@@ -222,11 +223,16 @@ class Catalog:
     async def rows(self, connection: AsyncConnection, hash_parts: Sequence[str]) -> dict[str, Row]:
         """Return the rows that there are, tombstoned or not, by hash part."""
         found: dict[str, Row] = {}
-        for chunk in chunked(hash_parts, ROWS_AT_ONCE):
-            question = sa.select(*_ROW_COLUMNS).where(paths.c.hash_part.in_(chunk))
-            for values in await connection.execute(question):
+        if not hash_parts:
+            return found
+        wanted = names_table(connection)
+        question = sa.select(*_ROW_COLUMNS).join(wanted, wanted.c.value == paths.c.hash_part)
+        answer = await connection.execute(question, {"names": names_parameter(hash_parts)})
+        for some in answer.partitions(ROWS_AT_ONCE):
+            for values in some:
                 row = Row(*values)
                 found[row.hash_part] = row
+            await asyncio.sleep(0)
         return found
 
     async def numbered(self, connection: AsyncConnection, serials: Sequence[int]) -> list[Row]:

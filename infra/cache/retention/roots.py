@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from infra.cache.catalog.catalog import Catalog
 from infra.cache.catalog.database import chunked, not_expired, paths, reading, refs, root_paths, roots, writing
 from infra.cache.catalog.tombstones import revive
+from infra.database import insert_or_ignore, names_parameter, names_table
 from infra.objects.errors import CacheError
 
 #: The kinds of roots that no size budget ends; leases are not listed.
@@ -83,7 +84,9 @@ class Roots:
         """See `Cache.lease`."""
         # In a thread: a large submission has some ten thousand paths.
         wanted = await asyncio.to_thread(set, store_paths)
-        hash_parts = _checked(LEASE, holder, await asyncio.to_thread(self._catalog.hash_parts, wanted))
+        # Sorted, since rows that lie side by side are written sooner.
+        ours = await asyncio.to_thread(lambda: sorted(self._catalog.hash_parts(wanted)))
+        hash_parts = _checked(LEASE, holder, ours)
         async with writing(self._catalog.database) as connection:
             now = self._catalog.now()
             # What an expired lease named need not be there any more: it begins anew.
@@ -250,8 +253,9 @@ async def _name(connection: AsyncConnection, root: int, hash_parts: Sequence[str
         named.update(chunk)
         await asyncio.sleep(0)
     new = [hash_part for hash_part in hash_parts if hash_part not in named]
+    insert = insert_or_ignore(connection, root_paths.name, "root, hash_part")
     for chunk in chunked(new, NAMED_AT_ONCE):
-        await connection.execute(root_paths.insert(), [{"root": root, "hash_part": hash_part} for hash_part in chunk])
+        await connection.exec_driver_sql(insert, [(root, hash_part) for hash_part in chunk])
     if only:
         for chunk in chunked(sorted(named.difference(hash_parts))):
             gone = (root_paths.c.root == root) & root_paths.c.hash_part.in_(chunk)
@@ -259,10 +263,12 @@ async def _name(connection: AsyncConnection, root: int, hash_parts: Sequence[str
 
 
 async def _revive_named(connection: AsyncConnection, hash_parts: Sequence[str]) -> None:
-    for chunk in chunked(hash_parts):
-        dead = paths.c.hash_part.in_(chunk) & paths.c.tombstoned_at.is_not(None)
-        found = (await connection.execute(sa.select(paths.c.serial).where(dead))).scalars().all()
-        await revive(connection, found)
+    wanted = names_table(connection)
+    question = sa.select(paths.c.serial).join(wanted, wanted.c.value == paths.c.hash_part)
+    dead = question.where(paths.c.tombstoned_at.is_not(None))
+    found = (await connection.execute(dead, {"names": names_parameter(hash_parts)})).scalars().all()
+    for chunk in chunked(found):
+        await revive(connection, chunk)
 
 
 def _way(towards: dict[int, int], serial: int) -> list[int]:
