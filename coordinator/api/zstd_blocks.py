@@ -42,7 +42,7 @@ class BlockCutter:
     def cut(self, data: bytes, at: int) -> int:
         """Return how many bytes of `data` from `at` on make the next piece, at least one; they count as taken."""
         begin, end, blocks = at, len(data), 0
-        while self._is_known and at < end:
+        while at < end and (self._body or self._is_known):
             if self._body:
                 taken = min(self._body, end - at)
                 self._body -= taken
@@ -54,29 +54,30 @@ class BlockCutter:
             self._head += came
             at += len(came)
             if len(self._head) == self._needed:
-                blocks += self._reads_blocks
                 self._read_header()
+                # Empty ones are not counted: a piece should not be one of them.
+                blocks += self._body > 0
         return at - begin or min(UNKNOWN_BYTES, end - begin)
 
     def _read_header(self) -> None:
         if self._reads_blocks:
             header = int.from_bytes(self._head, "little")
             kind, size = header >> 1 & 3, header >> 3
-            self._body = 1 if kind == _REPEATED else size
-            # After the last one comes a check sum at most.
-            self._is_known = kind != _RESERVED and not header & 1
+            is_last = header & 1
+            self._body = 0 if kind == _RESERVED else 1 if kind == _REPEATED else size
+            # Behind the last one comes a check sum at most.
+            self._is_known = kind != _RESERVED and not is_last
         elif self._needed == _HEADER_BEGIN:
             self._needed += _rest_of_header(self._head[-1])
             self._is_known = self._head.startswith(_MAGIC)
-            if self._needed > _HEADER_BEGIN:
-                return
+            return
         self._reads_blocks = True
         self._head.clear()
         self._needed = _BLOCK_HEADER
 
 
 def _rest_of_header(descriptor: int) -> int:
-    """Return how many bytes follow this one in the header of a frame: window, dictionary, size of the content."""
+    """Return how many bytes follow in the header of a frame, one at least: window, dictionary, size of the content."""
     is_single_segment = bool(descriptor & 0x20)
     content = (1 if is_single_segment else 0, 2, 4, 8)[descriptor >> 6]
     return (0 if is_single_segment else 1) + (0, 1, 2, 4)[descriptor & 3] + content

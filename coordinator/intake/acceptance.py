@@ -38,7 +38,8 @@ def accepted(verified: VerifiedDerivation, data: bytes) -> NewDerivation:
         needs=tuple(path[prefix:] for path, _ in drv.input_drvs),
         sources=drv.input_srcs,
     )
-    return NewDerivation(node, bytes.fromhex(verified.hash_modulo), verified.inputs, data)
+    content = f"{drv.outputs[0].hash_algo}:{drv.outputs[0].hash}" if kind is Kind.FIXED else ""
+    return NewDerivation(node, bytes.fromhex(verified.hash_modulo), verified.inputs, data, content)
 
 
 def to_verifier(known: Known) -> KnownDerivation:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from coordinator.stores.derivation_records import Node
+from coordinator.stores.derivation_records import Node, PackedDerivation
 from coordinator.stores.derivations import DerivationStore
 from infra.cache.pulls.content_offers import ContentOffers
 from infra.nix.content import FixedContent
@@ -72,13 +72,23 @@ class FixedOutputs:
         found = {node.outputs[0][1]: self._known.get(node.drv) for node in nodes}
         return {path: content for path, content in found.items() if content is not None}
 
+    def learn(self, verified: Iterable[PackedDerivation]) -> None:
+        """Take what derivations promise that were just verified, so that they need not be read again."""
+        for each in verified:
+            if each.content:
+                self._make_room(1)
+                self._known[each.node.drv] = FixedContent.of_output(each.content)
+
+    def _make_room(self, count: int) -> None:
+        if len(self._known) + count > REMEMBERED:
+            self._known.clear()
+
     async def _read(self, names: Collection[str]) -> None:
         sizes = await self._derivations.stored(names)
         short = [name for name, stored in sizes.items() if stored.size <= MAX_DERIVATION_BYTES]
         texts = await self._derivations.texts(short)
         read = await asyncio.to_thread(_contents, texts)
-        if len(self._known) + len(names) > REMEMBERED:
-            self._known.clear()
+        self._make_room(len(names))
         self._known.update({name: read.get(name) for name in names})
 
 

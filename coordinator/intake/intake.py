@@ -258,7 +258,7 @@ class Intake:
     async def _leased_graph(
         self, names: Sequence[str], makers: Sequence[str], known: Collection[str]
     ) -> tuple[Graph, int, str, set[str]]:
-        """Return a graph, the changes of recipes that it has seen, the name of its paths' lease, and the absent paths."""
+        """Return a graph, the changes of recipes that it has seen, the lease of its paths, and which are absent."""
         async with self._planning:
             nodes, members = await self._load([*names, *makers], known)
             graph = await asyncio.to_thread(Graph.build, names, nodes, members, self._limits.max_recipes, known)

@@ -8,7 +8,7 @@ all before it is written, and is written before anything else is read, because i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -27,8 +27,16 @@ PIECE_DERIVATIONS: Final = 5_000
 class DerivationTaker:
     """Takes the batches of one stream; an asynchronous context manager, after which nothing of it goes on."""
 
-    def __init__(self, derivations: DerivationStore, store_dir: StoreDir, pool: VerifierPool | None) -> None:
+    def __init__(
+        self,
+        derivations: DerivationStore,
+        store_dir: StoreDir,
+        pool: VerifierPool | None,
+        on_written: Callable[[Sequence[PackedDerivation]], None],
+    ) -> None:
+        """`on_written` gets each piece once it is stored."""
         self._derivations = derivations
+        self._on_written = on_written
         self._verifier = StreamVerifier(derivations, store_dir, pool)
         self._pool = pool
         self._piece: list[tuple[str, bytes]] = []
@@ -87,6 +95,7 @@ class DerivationTaker:
     async def _write(self, verified: Sequence[PackedDerivation]) -> None:
         await self._derivations.add_packed(verified)
         self.count += len(verified)
+        self._on_written(verified)
 
     async def _written(self) -> None:
         await _ended(self._writing)

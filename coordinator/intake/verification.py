@@ -36,6 +36,8 @@ class StreamVerifier:
         self._store_dir = store_dir
         self._pool = pool
         self._verifier = Verifier(store_dir)
+        #: Name of the stream for the processes.
+        self._stream = object()
         #: By base name: what was verified of this stream, and what was stored of its inputs.
         self._known: dict[str, Known] = {}
 
@@ -57,13 +59,12 @@ class StreamVerifier:
 
     async def _side_by_side(self, pool: VerifierPool, batch: Sequence[tuple[str, bytes]]) -> list[PackedDerivation]:
         """Return the same as child processes verify it; nothing where they do not."""
-        waves = await asyncio.to_thread(waves_of, batch)
-        inside = {name for name, _ in batch}
-        await self._look_up(need for wave in waves for member in wave for need in member.inputs if need not in inside)
+        waves, outside = await asyncio.to_thread(self._waves, batch)
+        await self._look_up(outside)
         done: dict[str, PackedDerivation] = {}
         for wave in waves:
             jobs = jobs_of(wave, pool.size)
-            answers = await asyncio.gather(*(self._job(pool, job) for job in jobs))
+            answers = await asyncio.gather(*(pool.verify(job, self._known, self._stream) for job in jobs))
             if not all(answers):
                 return []
             for answer in answers:
@@ -71,10 +72,11 @@ class StreamVerifier:
                 done.update((each.node.drv, each) for each in answer)
         return [done[name] for name, _ in batch] if waves else []
 
-    async def _job(self, pool: VerifierPool, job: Sequence[WaveMember]) -> list[PackedDerivation]:
-        needs = {need: None for member in job for need in member.inputs}
-        known = {need: self._known[need] for need in needs if need in self._known}
-        return await pool.verify([(member.name, member.data) for member in job], known)
+    def _waves(self, batch: Sequence[tuple[str, bytes]]) -> tuple[list[list[WaveMember]], set[str]]:
+        """Return a batch in waves, and those of its inputs that are neither in it nor known yet. For a thread."""
+        waves = waves_of(batch)
+        needs = {need for wave in waves for member in wave for need in member.inputs}
+        return waves, needs.difference(self._known, [name for name, _ in batch])
 
     def _learn(self, verified: Iterable[PackedDerivation]) -> None:
         for each in verified:

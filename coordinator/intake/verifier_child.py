@@ -1,8 +1,9 @@
 """Child process that verifies derivations: `python -m coordinator.intake.verifier_child STORE_DIR`.
 
-It reads jobs from its standard input and answers each on its standard output, until no more come. A job says all that
-it needs to know, so nothing of one client's remains for the next. What it refuses it does not explain: the coordinator
-verifies such a job itself.
+It reads jobs from its standard input and answers each on its standard output, until no more come. It remembers what it
+verified and what it was told for the jobs of one stream, which needs the same again and again. A job of another stream
+begins anew, and so does one after a refusal: nothing of one client's remains for the next. What it refuses it does not
+explain: the coordinator verifies such a job itself.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ _NICE: Final = 1
 
 
 def verified(
-    store_dir: StoreDir, members: Sequence[tuple[str, bytes]], known: Mapping[str, Known]
+    verifier: Verifier, members: Sequence[tuple[str, bytes]], known: Mapping[str, Known]
 ) -> list[PackedDerivation]:
     """Return all members of a job as they are written, or none."""
-    verifier = Verifier(store_dir)
+    store_dir = verifier.store_dir
     for name, each in known.items():
         verifier.preload(store_dir.full(name), to_verifier(each))
     try:
@@ -46,8 +47,12 @@ def main() -> None:
     store_dir = StoreDir(sys.argv[1])
     jobs, answers = sys.stdin.buffer, sys.stdout.buffer
     write_answer(answers, [])
+    verifier = Verifier(store_dir)
     while (job := read_job(jobs)) is not None:
-        write_answer(answers, verified(store_dir, *job))
+        members, known, anew = job
+        if anew:
+            verifier = Verifier(store_dir)
+        write_answer(answers, verified(verifier, members, known))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Jobs of verifying child processes and their answers, as frames on a pipe.
 
 A frame is two lengths (four bytes each, little-endian), JSON of the first length and bytes of the second. A job names
-what the inputs of its members are; its answer has each member as it is written, in order, or none at all where one is
-refused or the job is not sound. Both sides are programs of one release.
+what those inputs of its members are that stood in no job of the same stream; its answer has each member as it is
+written, in order, or none at all where one is refused or the job is not sound. Both sides are programs of one release.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from coordinator.stores.derivation_records import Kind, Known, PackedDerivation,
 _INT: Final = 4
 
 
-def write_job(pipe: IO[bytes], members: Sequence[tuple[str, bytes]], known: Mapping[str, Known]) -> None:
-    """Send .drv files by base name, and what those of their inputs are that stand in no member before them."""
+def write_job(pipe: IO[bytes], members: Sequence[tuple[str, bytes]], known: Mapping[str, Known], *, anew: bool) -> None:
+    """Send .drv files by base name, and what those of their inputs are that stand in no member before them.
+
+    Unless the process begins `anew`, it remembers what stood in jobs before.
+    """
     header = {
+        "anew": anew,
         "members": [(name, len(data)) for name, data in members],
         "known": [(name, int(each.kind), each.modulo.hex(), each.outputs) for name, each in known.items()],
     }
     _write(pipe, header, [data for _, data in members])
 
 
-def read_job(pipe: IO[bytes]) -> tuple[list[tuple[str, bytes]], dict[str, Known]] | None:
-    """Return the next job, None where no more come."""
+def read_job(pipe: IO[bytes]) -> tuple[list[tuple[str, bytes]], dict[str, Known], bool] | None:
+    """Return the next job and whether it begins anew, None where no more come."""
     frame = _read(pipe)
     if frame is None:
         return None
@@ -41,13 +45,21 @@ def read_job(pipe: IO[bytes]) -> tuple[list[tuple[str, bytes]], dict[str, Known]
         name: Known(bytes.fromhex(modulo), Kind(kind), tuple([(output, path) for output, path in outputs]))
         for name, kind, modulo, outputs in header["known"]
     }
-    return members, known
+    return members, known, header["anew"]
 
 
 def write_answer(pipe: IO[bytes], done: Sequence[PackedDerivation]) -> None:
     """Send the members of a job as they are written, or nothing of them."""
     header = [
-        (each.node.drv, each.node.step, int(each.node.kind), len(each.detail), len(each.inputs), len(each.aterm))
+        (
+            each.node.drv,
+            each.node.step,
+            int(each.node.kind),
+            each.content,
+            len(each.detail),
+            len(each.inputs),
+            len(each.aterm),
+        )
         for each in done
     ]
     _write(pipe, header, [part for each in done for part in (each.modulo, each.detail, each.inputs, each.aterm)])
@@ -67,9 +79,9 @@ def read_answer(pipe: IO[bytes], modulo_bytes: int = 32) -> list[PackedDerivatio
         at += size
         return payload[at - size : at]
 
-    for drv, step, kind, detail_size, inputs_size, aterm_size in header:
+    for drv, step, kind, content, detail_size, inputs_size, aterm_size in header:
         modulo, detail, inputs, aterm = part(modulo_bytes), part(detail_size), part(inputs_size), part(aterm_size)
-        done.append(PackedDerivation(node_of(drv, step, kind, detail), modulo, detail, inputs, aterm))
+        done.append(PackedDerivation(node_of(drv, step, kind, detail), modulo, detail, inputs, aterm, content))
     return done
 
 

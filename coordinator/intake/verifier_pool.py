@@ -19,10 +19,13 @@ from collections.abc import Awaitable, Mapping, Sequence
 from typing import IO, Final
 
 from coordinator.intake.verifier_jobs import read_answer, write_job
+from coordinator.intake.verifier_waves import WaveMember
 from coordinator.stores.derivation_records import Known, PackedDerivation
 
-#: Child processes at most; each takes some 30 MB.
+#: Child processes at most; each takes some 30 MB, and what it remembers.
 MAX_CHILDREN: Final = 16
+#: Derivations that a child remembers of the stream of its last job, some 700 bytes each; then it begins anew.
+MAX_REMEMBERED: Final = 20_000
 #: Seconds without a job after which they end.
 IDLE_S: Final = 60.0
 #: Seconds for one job, and for the start of a process: one that takes longer is ended.
@@ -45,13 +48,28 @@ class _Child:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd="/", process_group=0
         )
+        #: Stream of its last job, and the derivations of it that the process remembers.
+        self._stream: object = None
+        self._remembers: set[str] = set()
 
     def answer(self) -> list[PackedDerivation]:
         return read_answer(self._pipe(self._process.stdout))
 
-    def verify(self, members: Sequence[tuple[str, bytes]], known: Mapping[str, Known]) -> list[PackedDerivation]:
-        write_job(self._pipe(self._process.stdin), members, known)
-        return self.answer()
+    def verify(
+        self, members: Sequence[WaveMember], known: Mapping[str, Known], stream: object
+    ) -> list[PackedDerivation]:
+        anew = stream is not self._stream or len(self._remembers) > MAX_REMEMBERED
+        if anew:
+            self._stream, self._remembers = stream, set()
+        needs = {need for member in members for need in member.inputs}
+        unknown = {need: known[need] for need in needs.difference(self._remembers) if need in known}
+        write_job(self._pipe(self._process.stdin), [(each.name, each.data) for each in members], unknown, anew=anew)
+        done = self.answer()
+        if done:
+            self._remembers.update(unknown, [member.name for member in members])
+        else:
+            self._stream = None
+        return done
 
     def kill(self) -> None:
         """Let the thread that waits for an answer go on."""
@@ -122,10 +140,13 @@ class VerifierPool:
         self._children.add(child)
         self._idle.put_nowait(child)
 
-    async def verify(self, members: Sequence[tuple[str, bytes]], known: Mapping[str, Known]) -> list[PackedDerivation]:
-        """Return the members (base name, bytes) as they are written; none where one is refused or there is no process.
+    async def verify(
+        self, members: Sequence[WaveMember], known: Mapping[str, Known], stream: object
+    ) -> list[PackedDerivation]:
+        """Return the members as they are written; none where one is refused or there is no process.
 
-        `known` has those of their inputs that stand in no member before them.
+        `known` has those of their inputs that stand in no member before them. It does not change meanwhile. A process
+        is told of each once in one `stream`.
         """
         if not self._children:
             return []
@@ -138,7 +159,7 @@ class VerifierPool:
                 return []
             child = await self._idle.get()
         try:
-            done = await _within(asyncio.to_thread(child.verify, members, known))
+            done = await _within(asyncio.to_thread(child.verify, members, known, stream))
         except _BROKEN:
             _log.warning("a process that verifies derivations ended or does not answer; another way is taken")
             await self._end(child)

@@ -55,6 +55,8 @@ class NewDerivation:
     #: Full paths of sources and of the chosen outputs of input derivations, sorted.
     inputs: tuple[str, ...]
     aterm: bytes
+    #: Content that a fixed output is to hold, as `FixedContent.of_output` takes it; "" of others.
+    content: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class PackedDerivation:
     inputs: bytes
     #: The .drv's bytes, compressed where that pays.
     aterm: bytes
+    #: As in `NewDerivation`; not written, because the .drv says it.
+    content: str = ""
 
     @property
     def row(self) -> tuple[object, ...]:
@@ -98,7 +102,7 @@ def _packed(new: NewDerivation, compressor: zstandard.ZstdCompressor) -> PackedD
     aterm = compressor.compress(new.aterm) if len(new.aterm) >= _COMPRESS_FROM else new.aterm
     detail = orjson.dumps((node.system, node.features, node.outputs, node.needs, node.sources))
     aterm = aterm if len(aterm) < len(new.aterm) else new.aterm
-    return PackedDerivation(node, new.modulo, detail, orjson.dumps(new.inputs), aterm)
+    return PackedDerivation(node, new.modulo, detail, orjson.dumps(new.inputs), aterm, new.content)
 
 
 def node_of(drv: str, step: str, kind: int, detail: bytes) -> Node:

@@ -59,6 +59,15 @@ class FixedContent:
             return None
         return cls((head["method"] or b"").decode(), algo, decode_digest(algo, head["hash"].decode()))
 
+    @classmethod
+    def of_output(cls, text: str) -> FixedContent | None:
+        """The content of `[r:]ALGO:HASH` (base16), as a verified output has them; None for other methods."""
+        method = RECURSIVE if text.startswith(RECURSIVE) else ""
+        algo, _, digest = text.removeprefix(method).partition(":")
+        if algo not in DIGEST_SIZES or len(digest) != DIGEST_SIZES[algo] * 2:
+            return None
+        return cls(method, algo, decode_digest(algo, digest))
+
     @property
     def address(self) -> str:
         """`fixed:[r:]ALGO:<nix32>`, as Nix writes it in the metadata of a path."""

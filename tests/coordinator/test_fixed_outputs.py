@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
+from coordinator.intake.fixed_outputs import FixedOutputs
+from infra.cache.pulls.content_offers import ContentOffers
 from infra.nix.content import FixedContent
 from tests.coordinator.test_intake import IntakeHarness, limits, make, needs, room
 from tests.infra.cache.test_content_offers import put
@@ -22,6 +24,11 @@ async def test_a_graph_ends_at_a_source_whose_content_is_here_under_another_name
     source, stranger = make.fixed("source-1.1.tar.gz", b"bytes", [curl]), make.fixed("other", b"others", [curl])
     top = make.plain("top", [source, stranger])
     await room.send([curl, source, stranger, top])
+    nodes = list((await room.derivations.nodes([source.name, stranger.name])).values())
+    taken = await room.intake.fixed.contents(nodes)
+    assert taken[source.outputs["out"]] == CONTENT
+    read_again = FixedOutputs(room.derivations, ContentOffers(room.cache))
+    assert taken == await read_again.contents(nodes), "as after a restart"
     whole = {
         "curl": [[]],
         "source-1.1.tar.gz": [["curl"]],

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from coordinator.errors import IntakeError
-from coordinator.intake import taking, verification, verifier_pool, verifier_waves
+from coordinator.intake import taking, verification, verifier_jobs, verifier_pool, verifier_waves
 from coordinator.intake.intake import Intake
 from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.verifier_pool import VerifierPool
+from coordinator.intake.verifier_waves import WaveMember
+from coordinator.stores.derivation_records import Known
 from coordinator.stores.derivations import DerivationStore
 from tests.coordinator.test_intake import STORE, IntakeHarness
 from tests.support.cache import open_cache
@@ -80,12 +83,14 @@ async def test_processes_take_and_refuse_what_a_thread_does(
     jobs: list[int] = []
     verify = VerifierPool.verify
 
-    async def counted(self: VerifierPool, members: Sequence[tuple[str, bytes]], known: object) -> object:
-        done = await verify(self, members, known)  # type: ignore[arg-type]
+    async def counted(self: VerifierPool, members: Sequence[WaveMember], known: object, stream: object) -> object:
+        done = await verify(self, members, known, stream)  # type: ignore[arg-type]
         jobs.append(len(done))
         return done
 
     monkeypatch.setattr(VerifierPool, "verify", counted)
+    # They begin anew in the midst of a stream too.
+    monkeypatch.setattr(verifier_pool, "MAX_REMEMBERED", 40)
     other = Maker().plain("other")
     honest = next(made for made in graph if made.name.endswith("step-6-4.drv"))
     lie = relocated(STORE, honest, honest.data.replace(honest.outputs["out"].encode(), other.outputs["out"].encode()))
@@ -126,3 +131,28 @@ async def test_a_long_stream_starts_them_and_they_end_once_none_is_needed(
     assert pool.size == 2
     await pool.end_idle(after_s=0.0)
     assert pool.size == 0
+
+
+async def test_a_process_is_told_once_of_each_input_in_one_stream(
+    tmp_path: Path, pool: VerifierPool, graph: list[Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[tuple[int, set[str], bool]] = []
+
+    def noted(pipe: IO[bytes], members: list[tuple[str, bytes]], known: Mapping[str, Known], *, anew: bool) -> None:
+        verifier_jobs.write_job(pipe, members, known, anew=anew)
+        jobs.append((id(pipe), {*known, *dict(members)}, anew))
+
+    monkeypatch.setattr(verifier_pool, "write_job", noted)
+    pool.start()
+    await pool.started()
+    await opened(tmp_path / "state", pool, [graph, graph])
+    processes = {process for process, _, _ in jobs}
+    assert len(processes) == 2
+    for process in processes:
+        streams: list[list[set[str]]] = []
+        for _, names, anew in (job for job in jobs if job[0] == process):
+            streams += [[]] if anew else []
+            streams[-1].append(names)
+        assert len(streams) == 2
+        for stream in streams:
+            assert sum(map(len, stream)) == len(set[str]().union(*stream))
