@@ -115,6 +115,14 @@ def ray_env(
         # Ray would kill the agent, and with it all builds of its machine, when one build fills the memory.
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_AWAY_S),
+        # Looks of servers at what a farm does not use, ten times a second: an object store, idle processes, queues of
+        # tasks. They were half of what a node takes at rest.
+        "RAY_object_manager_timer_freq_ms": "1000",
+        "RAY_raylet_check_gc_period_milliseconds": "10000",
+        "RAY_local_fs_monitor_interval_ms": "10000",
+        "RAY_kill_idle_workers_interval_ms": "5000",
+        "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
+        "RAY_io_context_monitor_probe_interval_ms": "10000",
         "RAY_health_check_initial_delay_ms": "5000",
         "RAY_health_check_period_ms": str(health.period_ms),
         "RAY_health_check_timeout_ms": str(health.timeout_ms),

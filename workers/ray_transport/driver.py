@@ -79,13 +79,13 @@ class RayDriver:
         """Disconnect; detached agents live on."""
         self._ray.shutdown()
 
-    def nodes(self) -> list[ListedNode]:
-        """Return all nodes that carry a worker's label, dead ones too; none while the head does not answer.
+    def nodes(self) -> list[ListedNode] | None:
+        """Return all nodes that carry a worker's label, dead ones too; None while the head does not answer.
 
         Raises `ClusterLostError`.
         """
         if not (now := cluster_at(self._address)):
-            return []
+            return None
         if now != self._cluster:
             raise ClusterLostError(f"{cluster_lost(self._address)}; start coordinator and workers again")
         return [

@@ -140,8 +140,11 @@ class RayFleet(AgentRoster):
     async def _list(self) -> list[ListedNode]:
         """Return all nodes; none while the head is away: agents are still reached, and new ones can wait."""
         try:
-            await self._check_head()
             listed = await self._blocking.run("listing nodes", DISCOVER_DEADLINE_S, self._driver.nodes)
+            if listed is None:
+                # For its reason.
+                await self._check_head()
+                return []
         except ClusterLostError:
             raise
         except FleetError as error:
