@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from coordinator.wishes.model import (
     MAX_FILE_BYTES,
+    MAX_INSTALLABLE,
     MAX_NAME,
     SHOWN,
+    Wish,
+    WishedAttribute,
     WishedDerivation,
     WishedOutput,
     WishedPaths,
@@ -23,6 +27,7 @@ from infra.nix.store_path import StoreDir
 from infra.validation import first_fault
 
 _Model = TypeVar("_Model", bound=BaseModel)
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def read_model(model: type[_Model], place: str, data: bytes, way: str) -> _Model:
@@ -54,6 +59,27 @@ def check_name(place: str, name: str) -> None:
         raise WishListError(
             place, f"{name[:SHOWN]!r} is no name of a package", f"use printable names of up to {MAX_NAME} characters"
         )
+
+
+def check_words(place: str, wishes: Iterable[Wish]) -> None:
+    """Raise `WishListError` for words that are too long or cannot be shown, as no farm takes them."""
+    for wish in wishes:
+        for word, limit in _words(wish):
+            if len(word) > limit or _CONTROL.search(word):
+                way = f"use up to {limit} characters and none that controls a terminal"
+                raise WishListError(place, f"{wish.name[:SHOWN]} has {word[:SHOWN]!r}", way)
+
+
+def _words(wish: Wish) -> Iterator[tuple[str, int]]:
+    yield from ((word, MAX_NAME) for word in (wish.name, wish.group, wish.version))
+    match wish.target:
+        case WishedPaths(outputs=outputs, others=others, installable=installable):
+            yield from ((output.name, MAX_NAME) for output in (*outputs, *others))
+            yield installable, MAX_INSTALLABLE
+        case WishedDerivation(outputs=names):
+            yield from ((name, MAX_NAME) for name in names)
+        case WishedAttribute(source=source, attribute=attribute):
+            yield from ((word, MAX_INSTALLABLE) for word in (source, attribute))
 
 
 def check_system(place: str, name: str, system: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Final
 
-from coordinator.wishes.checks import check_size
+from coordinator.wishes.checks import check_size, check_words
 from coordinator.wishes.devbox import read_devbox_lock
 from coordinator.wishes.flox import read_flox_lock
 from coordinator.wishes.installables import ACTIVATED, file_wishes, flake_lock_wishes, flake_wishes
@@ -116,4 +116,5 @@ def read_wishes(place: str, data: bytes, reading: WishReading) -> WishList:
                 raise WishListError(place, "its paths do not say which system they are for", "ask for one system")
         case _:
             raise WishListError(place[:SHOWN], f"it is evaluated, not read as {source}", "name a file with the wishes")
+    check_words(place, found.wishes)
     return narrowed(found, reading.systems)

@@ -22,6 +22,7 @@ from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.sources import SourceRefusedError
 from coordinator.stores.derivations import DerivationStore
 from infra.cache.cache import Cache
+from infra.cache.pulls.closure_pulls import Pulled
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.narinfo import NarInfo
 from infra.nix.narinfo import parse as parse_narinfo
@@ -525,14 +526,14 @@ async def test_a_plan_that_was_under_way_while_a_step_gained_a_recipe_has_it_the
     other = make.fixed("file.tar", b"content", urls="https://elsewhere.example/file.tar")
     above = make.plain("above", [fetch])
     await room.send([fetch, other, above])
-    take = room.intake.leases.take
+    pull = room.intake.pulls.pull
 
-    async def take_after_another(paths: Collection[str]) -> tuple[str, set[str]]:
-        monkeypatch.setattr(room.intake.leases, "take", take)
+    async def pull_after_another(paths: Collection[str]) -> Pulled:
+        monkeypatch.setattr(room.intake.pulls, "pull", pull)
         await room.submit(other)
-        return await take(paths)
+        return await pull(paths)
 
-    monkeypatch.setattr(room.intake.leases, "take", take_after_another)
+    monkeypatch.setattr(room.intake.pulls, "pull", pull_after_another)
     assert needs(await room.submit(above))["file.tar"] == [[]]
     assert needs(await room.submit(above))["file.tar"] == [[], []]
 

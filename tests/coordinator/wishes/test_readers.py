@@ -229,6 +229,7 @@ def changed(**changes: Any) -> bytes:
         ("manifest.lock", changed(outputs_to_install=["man"]), "a has no output 'man' that is to be installed"),
         ("devbox.lock", devbox_lock(["a"], version="2"), "devbox.lock: it has lockfile_version '2', and version 1"),
         ("devbox.lock", devbox_lock(["a"], ["mips"]), "a@latest is for 'mips', which is no system"),
+        ("devbox.lock", devbox_lock(["a"]).replace(b'"dev"', b'"\\u001f"'), r"a@latest has '\x1f'; use up to 512"),
         ("flake.lock", FLAKE_LOCK.replace(b"7", b"99"), "flake.lock: it has version 99, and 7 is read"),
         ("flake.lock", FLAKE_LOCK.replace(b'"root": "root"', b'"root": "r"'), "its root 'r' is not among its nodes"),
         ("paths", b"/nix/store/nothing", "paths at line 1: '/nix/store/nothing' is no store path"),
