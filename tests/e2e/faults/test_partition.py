@@ -27,7 +27,7 @@ pytestmark = pytest.mark.e2e
 JOINED = "has joined the farm"
 #: Seconds of a cut that costs nothing; of one after which the coordinator builds elsewhere; and of one after which the
 #: Ray head gives the node up for good.
-SHORT_S, WORKER_SILENCE_S, RAY_SILENCE_S = 5, 20, 30
+SHORT_S, WORKER_SILENCE_S, RAY_SILENCE_S = 5, 20, 40
 #: Of the builds that wait for a `go`.
 NAMES = ("short", "long", "longer", "late", "last")
 WAIT_FOR_GO = "while [ ! -e /tally/go-{0} ]; do /bin/busybox sleep 0.1; done"
