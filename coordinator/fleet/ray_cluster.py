@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,6 +44,10 @@ from workers.wire.messages import FarmInfo
 
 #: How often the head is started again before it is given up; a worker's node is never given up.
 START_AGAIN_TRIES = 8
+#: Ports of a head that has none yet. They lie below those that Linux and macOS give to connections, which would take
+#: one between the look and the start of Ray. After so many tries the system chooses.
+HEAD_PORTS = range(20_000, 32_768)
+HEAD_PORT_TRIES = 20
 #: Seconds between two starts of a dead node: they double from the first to the longest.
 START_AGAIN_S = 1.0
 START_AGAIN_LONGEST_S = 60.0
@@ -238,13 +243,12 @@ def _head_port(settings: Settings) -> int:
     except (OSError, ValueError):
         pass
     family = socket.AF_INET6 if ":" in settings.ray_host else socket.AF_INET
-    with socket.socket(family) as probe:
-        try:
-            probe.bind((settings.ray_host, 0))
-        except OSError as error:
-            raise ConfigError(f"the Ray head cannot listen on {settings.ray_host}: {error.strerror}.") from None
-        free: int = probe.getsockname()[1]
-        return free
+    for wanted in (*(secrets.choice(HEAD_PORTS) for _ in range(HEAD_PORT_TRIES)), 0):
+        with socket.socket(family) as probe, suppress(OSError):
+            probe.bind((settings.ray_host, wanted))
+            free: int = probe.getsockname()[1]
+            return free
+    raise ConfigError(f"the Ray head cannot listen on {settings.ray_host}; set ray_host to an address of this machine.")
 
 
 async def _enter(stack: AsyncExitStack, node: RayNode) -> None:
