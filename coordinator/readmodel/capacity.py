@@ -46,7 +46,7 @@ class Capacity:
             return self.latest
 
     async def run(self) -> None:
-        """Look again and again until cancelled, where anything has moved."""
+        """Look again and again until cancelled."""
         while True:
             await self.of()
             await asyncio.sleep(LOOK_EVERY_S)

@@ -362,7 +362,7 @@ class Agent:
         )
 
     def _admit(self, vitals: Vitals) -> None:
-        """SlotOffer as many slots as the machine's figures let the worker."""
+        """Offer as many slots as the machine's figures let the worker."""
         if not self._settings.yield_to_others:
             return
         slots, cores = self._offer.slots, self._leases.cores_of_a_build
