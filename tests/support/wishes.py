@@ -11,6 +11,9 @@ from infra.nix import base32
 
 SYSTEMS = ("x86_64-linux", "aarch64-linux", "x86_64-darwin", "aarch64-darwin")
 REVISION = "4f0dadbf38ee4cf4cc38cbc232b7708fddf965bc"
+#: A set of packages, and its revision as locks name it.
+PACKAGE_SET = "github:example/packages"
+LOCKED_SET = f"{PACKAGE_SET}/{REVISION}"
 
 
 def store_path(name: str, seed: str = "", store_dir: str = "/nix/store") -> str:
@@ -80,13 +83,11 @@ def flox_lock(packages: Iterable[Mapping[str, Any]], *, systems: Sequence[str] =
 
 def devbox_lock(names: Iterable[str], systems: Sequence[str] = SYSTEMS, version: Any = "1") -> bytes:
     """A `devbox.lock`."""
-    packages: dict[str, Any] = {
-        "github:example/nixpkgs/nixpkgs-unstable": {"resolved": f"github:example/nixpkgs/{REVISION}?lastModified=1"}
-    }
+    packages: dict[str, Any] = {f"{PACKAGE_SET}/unstable": {"resolved": LOCKED_SET + "?lastModified=1"}}
     for name in names:
         packages[f"{name}@latest"] = {
             "last_modified": "2026-08-12T11:28:58Z",
-            "resolved": f"github:example/nixpkgs/{REVISION}#{name}",
+            "resolved": f"{LOCKED_SET}#{name}",
             "source": "devbox-search",
             "version": "1.0",
             "systems": {

@@ -29,6 +29,7 @@ from coordinator.wishes.model import (
 from coordinator.wishes.reading import WishReading, named_wishes, read_wishes, source_by_content, source_by_name
 from infra.nix.store_path import StoreDir
 from tests.support.wishes import (
+    LOCKED_SET,
     REVISION,
     SYSTEMS,
     catalog_entry,
@@ -107,7 +108,7 @@ def test_a_devbox_lock_has_paths_and_for_systems_that_it_lacks_an_attribute() ->
     here, there = found.wishes
     assert isinstance(here.target, WishedPaths)
     assert (here.target.paths, [each.name for each in here.target.others]) == ((store_path("jq-1.0", LINUX),), ["dev"])
-    assert there.target == WishedAttribute(f"github:example/nixpkgs/{REVISION}", f"legacyPackages.{MAC}.jq")
+    assert there.target == WishedAttribute(LOCKED_SET, f"legacyPackages.{MAC}.jq")
 
 
 def test_lines_hold_paths_derivations_and_jobs() -> None:
