@@ -3,149 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 import pytest
 from yarl import URL
 
-from coordinator.config import CacheSettings, NamedCacheSettings, Settings, UploadRoute, UpstreamSettings
+from coordinator.config import CacheSettings, Settings, UpstreamSettings
 from coordinator.http.binary_cache import uploads
-from coordinator.main import Coordinator, open_coordinator
 from coordinator.security.upload_tokens import UploadTokens
 from infra.clock import SystemClock
 from infra.nix import narinfo
-from infra.nix.hashing import sha256_text
 from infra.objects import http_source
-from infra.objects.compression import Compression
 from infra.objects.errors import ObjectMissingError, ObjectStoreError
 from infra.objects.http_source import fetch_nar_over_http
-from infra.objects.nar_reader import fetch_nar
-from infra.objects.nar_writer import UploadedNar, compress_now, compressing, compressing_files
+from infra.objects.nar_writer import compress_now, compressing, compressing_files
 from infra.objects.store import RETRIES
-from infra.upload.client import OpenNar, UploadClient, upload_session
 from infra.upload.errors import SenderRefusedError, UploadFailedError
-from infra.upload.packs import MAGIC, MakeObject, SourceChangedError, make_pack
 from infra.upload.protocol import (
-    MAX_PACK_BYTES,
-    PACK_NAR_BYTES,
-    PACK_PATHS,
     PART_BYTES,
     PIECE_BYTES,
     Begin,
     Begun,
-    Commit,
     KeepRequest,
-    PathClaim,
     SendStatus,
-    SendVerdict,
     SentOffset,
 )
-from tests.coordinator.conftest import nix_workers
-from tests.support.cache import STORE_DIR, base_name, chunked, store_path
+from tests.support.cache import STORE_DIR, chunked
 from tests.support.proxy import Fault, FaultyProxy
 from tests.support.servers import S3Place, S3Server
-
-#: Compressed, this is several parts or pieces.
-LARGE = random.Random(3).randbytes(30 * 1024 * 1024)
-
-
-@dataclass(frozen=True)
-class Thing:
-    """A path with its bytes."""
-
-    claim: PathClaim
-    nar: bytes
-
-
-def thing(name: str, nar: bytes = b"", references: Sequence[Thing] = ()) -> Thing:
-    nar = nar or name.encode() * 100
-    return Thing(
-        PathClaim(
-            path=base_name(store_path(name)),
-            nar_hash=sha256_text(sha256(nar).digest()),
-            nar_size=len(nar),
-            references=tuple(sorted(each.claim.path for each in references)),
-        ),
-        nar,
-    )
-
-
-def opener(*things: Thing) -> OpenNar:
-    nars = {each.claim.path: each.nar for each in things}
-    return lambda claim, compression: compressing(chunked(nars[claim.path], 300_000), compression)
-
-
-def maker(*things: Thing) -> MakeObject:
-    nars = {each.claim.path: each.nar for each in things}
-    return lambda claim, compression: compress_now(iter([nars[claim.path]]), compression)
-
-
-def pack_of(*things: Thing) -> bytes:
-    """Return a pack of things as they are, whatever they claim."""
-    honest = [replace(each, claim=thing(each.claim.path[33:], each.nar).claim) for each in things]
-    pack = make_pack([each.claim for each in honest], "zstd", maker(*honest))
-    assert len(pack.sent) == len(things)
-    return pack.body
-
-
-def begin_of(*claims: PathClaim) -> bytes:
-    return Begin(paths=claims).model_dump_json().encode()
-
-
-@dataclass
-class Site:
-    """A running coordinator and a way to make clients of it."""
-
-    coordinator: Coordinator
-    session: aiohttp.ClientSession
-    token: str
-
-    def client(self, token: str = "", cache: str = "") -> UploadClient:
-        return UploadClient(self.session, self.coordinator.ready.cache_url + cache, token or self.token)
-
-    async def push(self, *things: Thing, keep: KeepRequest | None = None) -> dict[str, SendStatus]:
-        result = await self.client().upload_all([each.claim for each in things], opener(*things), parallel=4, keep=keep)
-        return {verdict.path: verdict.status for verdict in result.verdicts}
-
-    async def nar(self, path: str) -> bytes | None:
-        """Return the NAR that the cache serves of a path, verified."""
-        cache = self.coordinator.cache
-        text = await cache.narinfo(path[:32])
-        if text is None:
-            return None
-        info = narinfo.parse(text, STORE_DIR)
-        return b"".join([data async for data in fetch_nar(cache.objects, info)])
+from tests.support.uploads import LARGE, Site, opened, opener, settings_of, thing
 
 
 @pytest.fixture(params=["directory", "s3", "s3 by relay"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
-    settings = Settings(
-        state_dir=tmp_path / "farm",
-        port=0,
-        cache=CacheSettings(uploads=UploadRoute.RELAY if "relay" in request.param else UploadRoute.AUTO),
-        caches=(NamedCacheSettings(name="other"),),
-    )
-    if request.param != "directory":
-        s3: S3Place = request.getfixturevalue("s3")
-        settings = settings.model_copy(update={"object_store_url": s3.url})
-    return settings
-
-
-async def opened(stack: AsyncExitStack, settings: Settings) -> Site:
-    coordinator = await stack.enter_async_context(
-        open_coordinator(settings, nix_workers(settings.state_dir / "workers", ()))
-    )
-    session = await stack.enter_async_context(upload_session())
-    return Site(coordinator, session, coordinator.ready.token_file.read_text().strip())
+    return settings_of(request, tmp_path)
 
 
 @pytest.fixture
@@ -167,171 +63,6 @@ async def test_a_closure_is_sent_once_and_becomes_visible_together(site: Site) -
     assert again.progress.sent_bytes == 0
     left = [entry.key async for entry in site.coordinator.cache.objects.list("incoming")]
     assert left == []
-
-
-@pytest.mark.parametrize("place", ["directory", "s3 by relay"], indirect=True)
-async def test_of_many_small_paths_in_packs_the_good_ones_are_published_and_a_bad_one_is_named(
-    site: Site, place: Settings
-) -> None:
-    # More than one pack, where objects cost little.
-    goods = [thing(f"good-{number}") for number in range(40 if place.object_store_url else PACK_PATHS + 50)]
-    bad = thing("bad")
-    top = thing("top", references=[bad])
-    ours = {each.claim.path: each for each in (*goods, replace(bad, nar=b"other bits"), top)}
-
-    def lying(claim: PathClaim, compression: Compression) -> tuple[bytes, UploadedNar]:
-        data, made = compress_now(iter([ours[claim.path].nar]), compression)
-        # What arrives is another NAR than this sender says.
-        return data, replace(made, nar_hash=claim.nar_hash, nar_size=claim.nar_size)
-
-    client = site.client()
-    result = await client.upload_all(
-        [each.claim for each in (*goods, bad, top)], opener(), parallel=2, make_object=lying
-    )
-    verdicts = {verdict.path: verdict for verdict in result.verdicts}
-    # The bad one is sent once more, and all are committed again then.
-    assert {verdicts[each.claim.path].status for each in goods} == {SendStatus.PRESENT}
-    assert verdicts[bad.claim.path].status is SendStatus.REFUSED
-    assert f"the NAR of {store_path('bad')} is corrupt" in verdicts[bad.claim.path].message
-    assert verdicts[top.claim.path].missing == (bad.claim.path,)
-    assert [await site.nar(each.claim.path) for each in (goods[0], goods[-1], bad, top)] == [
-        goods[0].nar, goods[-1].nar, None, None,
-    ]  # fmt: skip
-    assert [entry.key async for entry in site.coordinator.cache.objects.list("incoming")] == []
-
-
-@pytest.mark.parametrize("place", ["directory"], indirect=True)
-async def test_a_source_that_changes_under_a_push_is_named_and_costs_only_what_needs_it(site: Site) -> None:
-    good, changed, large = thing("good"), thing("changed"), thing("large", LARGE)
-    gone = thing("gone")
-
-    def make_object(claim: PathClaim, compression: Compression) -> tuple[bytes, UploadedNar]:
-        if claim == gone.claim:
-            raise SourceChangedError(f"{claim.path} cannot be sent: it shrank while it was packed")
-        return maker(good, replace(changed, nar=b"changed since"))(claim, compression)
-
-    claims = [each.claim for each in (good, changed, gone, large)]
-    with pytest.raises(SourceChangedError) as caught:
-        await site.client().upload_all(claims, opener(large), parallel=2, make_object=make_object)
-    assert f"{changed.claim.path} is not what its store says: its NAR has another hash" in str(caught.value)
-    assert f"{gone.claim.path} cannot be sent: it shrank" in str(caught.value)
-    assert str(caught.value).endswith("; what does not refer to it was uploaded")
-    assert await site.nar(good.claim.path) == good.nar
-    assert await site.nar(large.claim.path) == LARGE
-    assert await site.nar(changed.claim.path) is None
-
-
-@pytest.mark.parametrize("place", ["directory"], indirect=True)
-async def test_a_push_in_packs_that_is_cut_at_any_byte_loses_nothing_that_had_come_whole(site: Site) -> None:
-    things = [thing(f"part-{number}", random.Random(number).randbytes(3000)) for number in range(4)]
-    body = pack_of(*things)
-    record = (len(body) - len(MAGIC) - 4) // 4
-    cache = URL(site.coordinator.ready.cache_url)
-    headers = {"Authorization": f"Bearer {site.token}"}
-
-    async def begin() -> Begun:
-        message = Begin(paths=tuple(each.claim for each in things)).model_dump()
-        async with site.session.post(cache / "uploads", json=message, headers=headers) as answer:
-            return Begun.model_validate(await answer.json())
-
-    whole = 0
-    for size in (0, 7, len(MAGIC), len(MAGIC) + 2, len(MAGIC) + record + 40, len(MAGIC) + 3 * record, len(body) - 4):
-        begun = await begin()
-        assert len(begun.arrived) == whole
-        reader, writer = await asyncio.open_connection(cache.host, cache.port)
-        head = f"POST {cache.raw_path}/uploads/{begun.id}/pack HTTP/1.1\r\nHost: localhost\r\n"
-        head += f"Authorization: Bearer {site.token}\r\nContent-Length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + body[:size])
-        writer.write_eof()
-        await reader.read()
-        writer.close()
-        whole = min(4, max(0, size - len(MAGIC)) // record)
-    assert whole == 4
-    # Nothing is visible before the commit, and then nothing is sent again.
-    assert await site.nar(things[0].claim.path) is None
-    client = site.client()
-    result = await client.upload_all([each.claim for each in things], opener(), parallel=1, make_object=maker())
-    assert {verdict.status for verdict in result.verdicts} == {SendStatus.PUBLISHED}
-    assert client.progress.sent_bytes == 0
-    assert [await site.nar(each.claim.path) for each in things] == [each.nar for each in things]
-
-
-@pytest.mark.parametrize("place", ["directory"], indirect=True)
-async def test_a_pack_takes_what_its_upload_named_from_its_sender_alone(site: Site, place: Settings) -> None:
-    mine, foreign, large = thing("mine"), thing("foreign"), thing("large", LARGE[: PACK_NAR_BYTES + 1])
-    tokens = UploadTokens((place.state_dir / "upload-secret").read_bytes().strip())
-    lease = tokens.make("default", "step", 1, [mine.claim.path, large.claim.path], SystemClock().now() + 60)
-    cache = URL(site.coordinator.ready.cache_url)
-
-    async def post(token: str, address: str, body: bytes) -> tuple[int, str]:
-        headers = {"Authorization": f"Bearer {token}"}
-        async with site.session.post(URL(f"{cache}/uploads{address}"), data=BytesIO(body), headers=headers) as answer:
-            return answer.status, await answer.text()
-
-    async def begin(token: str) -> str:
-        return Begun.model_validate_json((await post(token, "", begin_of(mine.claim, large.claim)))[1]).id
-
-    upload = await begin(lease)
-    good = pack_of(mine)
-    assert (await post(secrets.token_urlsafe(), f"/{upload}/pack", good))[0] == 401
-    # The upload of one sender is unknown to another, also to one who may do more.
-    assert (await post(site.token, f"/{upload}/pack", good))[0] == 404
-    status, text = await post(lease, f"/{upload}/pack", pack_of(mine, foreign))
-    assert (status, "was not named when the upload began" in text) == (403, True)
-    for body, reason in (
-        (b"", "ends too early"),
-        (b"no pack", "does not begin as a pack does"),
-        (good + b"x", "goes on after its end"),
-        (MAGIC + (256).to_bytes(4, "little"), "at most 255 bytes"),
-        (MAGIC + (1).to_bytes(4, "little") + b"x" + (1 << 31).to_bytes(4, "little"), "an object in a pack has at most"),
-        (MAGIC + b"".join([good[len(MAGIC) : -4]] * (PACK_PATHS + 1)), f"at most {PACK_PATHS} paths"),
-        (bytes(MAX_PACK_BYTES + 1), "says its length"),
-    ):
-        status, text = await post(lease, f"/{upload}/pack", body)
-        assert (status, reason in text) == (400, True), text
-    assert "comes in pieces" in (await post(lease, f"/{upload}/pack", pack_of(large)))[1]
-    # What a lease sends is stored for it, neither published nor taken for what another sent.
-    assert await post(lease, f"/{upload}/pack", good) == (200, '{"refused":{}}')
-    result = await site.client(lease).upload_all([mine.claim], opener(), parallel=1)
-    assert [verdict.status for verdict in result.verdicts] == [SendStatus.STORED]
-    assert await site.nar(mine.claim.path) is None
-    with pytest.raises(KeyError):
-        await site.client().upload_all([mine.claim], opener(), parallel=1)
-    # What was proven of one claim is not of another on the same NAR.
-    upload = Begun.model_validate_json((await post(site.token, "", begin_of(mine.claim)))[1]).id
-    assert (await post(site.token, f"/{upload}/pack", good))[0] == 200
-    longer = mine.claim.model_copy(update={"nar_size": mine.claim.nar_size + 1})
-    (sent,) = make_pack([mine.claim], "zstd", maker(mine)).sent
-    again = Begun.model_validate_json(
-        (await post(site.token, "", Begin(paths=(longer,)).model_dump_json().encode()))[1]
-    )
-    assert (again.arrived, again.send) == ((), (mine.claim.path,))
-    commit = Commit(sent=(sent,)).model_dump_json().encode()
-    assert '"status":"refused"' in (await post(site.token, f"/{again.id}/commit", commit))[1]
-    assert await site.nar(mine.claim.path) is None
-
-
-@pytest.mark.parametrize("place", ["directory"], indirect=True)
-async def test_an_object_of_a_pack_that_was_collected_before_the_commit_is_sent_again(site: Site) -> None:
-    small = thing("small")
-    objects = site.coordinator.cache.objects
-    made: list[str] = []
-
-    def make_object(claim: PathClaim, compression: Compression) -> tuple[bytes, UploadedNar]:
-        made.append(claim.path)
-        return maker(small)(claim, compression)
-
-    class Collecting(UploadClient):
-        async def _commit(self, *arguments: Any) -> list[SendVerdict]:
-            if len(made) == 1:
-                await objects.delete(compress_now(iter([small.nar]))[1].stored.url)
-            return await super()._commit(*arguments)
-
-    client = Collecting(site.session, site.coordinator.ready.cache_url, site.token)
-    result = await client.upload_all([small.claim], opener(), parallel=1, make_object=make_object)
-    assert [verdict.status for verdict in result.verdicts] == [SendStatus.PUBLISHED]
-    assert made == [small.claim.path] * 2
-    assert await site.nar(small.claim.path) == small.nar
 
 
 async def test_references_that_nobody_has_are_named_and_nothing_dangles(site: Site) -> None:
