@@ -156,7 +156,8 @@ class LogStore:
                 if not more:
                     return
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(woken.wait(), _FOLLOW_WAIT_S)
+                    async with asyncio.timeout(_FOLLOW_WAIT_S):
+                        await woken.wait()
         finally:
             followers = self._followers[path]
             followers.discard(woken)

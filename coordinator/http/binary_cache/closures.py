@@ -171,7 +171,8 @@ class ClosureAnswers:
 @asynccontextmanager
 async def _within_turn_s(turns: asyncio.Semaphore) -> AsyncIterator[None]:
     try:
-        await asyncio.wait_for(turns.acquire(), TURN_S)
+        async with asyncio.timeout(TURN_S):
+            await turns.acquire()
     except TimeoutError:
         raise UnavailableError("too many questions about closures at one time; try again.") from None
     try:

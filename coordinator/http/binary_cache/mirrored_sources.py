@@ -59,7 +59,8 @@ class MirroredSources:
         if content is None:
             return _absent()
         try:
-            await asyncio.wait_for(self._turns.acquire(), TURN_S)
+            async with asyncio.timeout(TURN_S):
+                await self._turns.acquire()
         except TimeoutError:
             return _absent()
         try:
