@@ -130,10 +130,11 @@ async def test_a_push_in_packs_that_is_cut_at_any_byte_loses_nothing_that_had_co
     async def arrived(count: int) -> Begun:
         # The connection can end before the last object is stored.
         for _ in range(6000):
-            if len((begun := await begin()).arrived) >= count:
-                break
+            begun = await begin()
+            if len(begun.arrived) >= count:
+                return begun
             await asyncio.sleep(0.01)
-        return begun
+        pytest.fail(f"{count} objects came whole, and are not kept")
 
     monkeypatch.setattr("infra.cache.uploads.packs.blocks", lambda data: blocks(counted(data)))
     whole = 0
