@@ -24,7 +24,15 @@ settings.load_profile("shared machine")
 LONGEST_FIRST = (
     *("readme_farm", "tests/e2e/faults/two_slots", "tests/e2e/faults/test_partition"),
     *("tests/e2e/faults/test_nodes_elsewhere", "tests/e2e/faults/", "pair_farm", "own_farm", "tests/hostile/"),
-    *("tests/e2e", "tests/workers/", "tests/coordinator/", "tests/infra/", "tests/scheduler/", "tests/"),
+    *(
+        "tests/e2e",
+        "tests/fleet/",
+        "tests/workers/",
+        "tests/coordinator/",
+        "tests/infra/",
+        "tests/scheduler/",
+        "tests/",
+    ),
 )
 #: Folders whose modules share a farm.
 SHARED_FOLDERS = frozenset(

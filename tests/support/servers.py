@@ -27,7 +27,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -67,6 +67,8 @@ class S3Server:
     port: int
     access_key: str
     secret_key: str
+    #: Where it shows its own metrics to Prometheus.
+    metrics_port: int
 
     @property
     def endpoint(self) -> str:
@@ -110,12 +112,12 @@ class PostgresServer:
             connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'.encode())
 
 
-def _as_user(user: str) -> list[str]:
-    """Return what runs a command as `user` ("": unchanged) and, on Linux, ends it with its parent."""
+def _as_user(user: str, stop: signal.Signals = signal.SIGKILL) -> list[str]:
+    """Return what runs a command as `user` ("": unchanged) and, on Linux, sends it `stop` when its parent is gone."""
     if sys.platform != "linux":
         return []
     identity = [f"--reuid={user}", f"--regid={pwd.getpwnam(user).pw_gid}", "--clear-groups"] if user else []
-    return ["setpriv", *identity, "--pdeathsig", "KILL", "--"]
+    return ["setpriv", *identity, "--pdeathsig", stop.name.removeprefix("SIG"), "--"]
 
 
 class Daemon:
@@ -125,7 +127,7 @@ class Daemon:
         self, name: str, argv: Sequence[str | Path], directory: Path, user: str = "", *, stop: signal.Signals
     ) -> None:
         self._name = name
-        self._argv = [*_as_user(user), *map(str, argv)]
+        self._argv = [*_as_user(user, stop), *map(str, argv)]
         self._directory = directory
         self._log = directory / f"{name}.log"
         self._stop = stop
@@ -165,6 +167,7 @@ class Daemon:
 
 def _weed_argv(directory: Path, ports: Sequence[int]) -> list[str | Path]:
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
+    more = ("s3.port", "s3.port.grpc", "metricsPort")
     return [
         Path(sys.executable).parent / "weed",
         "server",
@@ -184,13 +187,13 @@ def _weed_argv(directory: Path, ports: Sequence[int]) -> list[str | Path]:
         "-s3.port.lance=0",
         f"-s3.localSocket={directory / 's3.sock'}",
         f"-s3.config={directory / 's3.json'}",
-        *(f"-{name}={port}" for name, port in zip((*names, "s3.port", "s3.port.grpc"), ports, strict=True)),
+        *(f"-{name}={port}" for name, port in zip((*names, *more), ports, strict=True)),
     ]
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
-    directory = Path(tempfile.mkdtemp(prefix="drover-s3-"))
+@contextmanager
+def running_s3(directory: Path) -> Iterator[S3Server]:
+    """An S3 store with its files in `directory`, for as long as the block runs."""
     access, secret = secrets.token_hex(8), secrets.token_hex(16)
     identity = {
         "name": "test",
@@ -200,12 +203,19 @@ def s3_server() -> Iterator[S3Server]:
     config = directory / "s3.json"
     config.touch(mode=0o600)
     config.write_text(json.dumps({"identities": [identity]}))
-    ports = [free_port() for _ in range(8)]
-    server = S3Server(ports[6], access, secret)
+    ports = [free_port() for _ in range(9)]
+    server = S3Server(ports[6], access, secret, ports[8])
+    # Its files are thrown away with it: nothing is gained by waiting for it to tidy up.
+    with Daemon("weed", _weed_argv(directory, ports), directory, stop=signal.SIGKILL) as daemon:
+        daemon.wait_until(lambda: _has_bucket(server))
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    directory = Path(tempfile.mkdtemp(prefix="drover-s3-"))
     try:
-        # Its files are thrown away with it: nothing is gained by waiting for it to tidy up.
-        with Daemon("weed", _weed_argv(directory, ports), directory, stop=signal.SIGKILL) as daemon:
-            daemon.wait_until(lambda: _has_bucket(server))
+        with running_s3(directory) as server:
             yield server
     finally:
         shutil.rmtree(directory, ignore_errors=True)
