@@ -31,7 +31,7 @@ from coordinator.journal.notes import Note
 from coordinator.readmodel.views import Views
 from infra.clock import Clock
 from infra.collector import collector_paused
-from infra.slices import in_slices
+from infra.slices import going_first, in_slices
 from scheduler.effects import Effect
 from scheduler.events import Event, TimePassed
 from scheduler.facts import Fact
@@ -127,7 +127,7 @@ class Engine:
 
     async def _turn(self, messages: Sequence[EngineMessage]) -> None:
         """Take in messages, or one submission, and what the time has decided; grant leases."""
-        with _answering(messages), collector_paused():
+        with _answering(messages), collector_paused(), going_first():
             facts, effects = await self._ask(messages)
             async with self._committing:
                 await self._commit(messages, facts)
@@ -167,7 +167,7 @@ class Engine:
         async with self._committing:
             messages = self._inbox.take_where(passes, PASSING_MESSAGES) if self._farm.lets_pass else []
             if messages:
-                with _answering(messages):
+                with _answering(messages), going_first():
                     with self.meter.timing("core"):
                         facts, effects = self._farm.passing([each for one in messages for each in one.events], now)
                     await self._commit(messages, facts)
@@ -208,7 +208,9 @@ class Engine:
         events = [event for message in messages for event in message.events]
         with self.meter.timing("core"):
             try:
-                return await in_slices(self._farm.handling(events or [TimePassed()], self.now(), grant=grant))
+                work = self._farm.handling(events or [TimePassed()], self.now(), grant=grant)
+                # Without grants it is a large submission, which ends of builds pass.
+                return await in_slices(work, can_wait=not grant)
             except SubmissionRefusedError as error:
                 _log.warning("a submission was refused: %s", error)
                 for message in messages:

@@ -197,11 +197,11 @@ class Submissions:
         Raises `IntakeError` where the core refuses the graph, `ConflictError` where the submission grows no more.
         """
         try:
-            await in_slices(self._views.adding_details(planned.infos))
+            await in_slices(self._views.adding_details(planned.infos), can_wait=True)
             try:
                 await self._engine.submit(event, stored)
             except SubmissionRefusedError as error:
-                await in_slices(self._views.unknowing(planned.infos, event.submission))
+                await in_slices(self._views.unknowing(planned.infos, event.submission), can_wait=True)
                 if isinstance(error, SubmissionClosedError):
                     raise ConflictError(f"submission {event.submission} takes no further roots: {error}.") from None
                 raise IntakeError(f"the graph of this submission cannot be built: {error}.") from None
@@ -214,7 +214,7 @@ class Submissions:
         # Where this is cancelled the submission may yet become known: its leases end by their time.
         self._intake.leases.attach(row.id, planned.leases)
         # Steps that were forgotten in the meantime have lost their names.
-        await in_slices(self._views.adding_details(planned.infos, only_known=True))
+        await in_slices(self._views.adding_details(planned.infos, only_known=True), can_wait=True)
         return row
 
     async def _wish(self, row: SubmissionRow) -> SubmitRequest:

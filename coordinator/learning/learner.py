@@ -191,7 +191,7 @@ class Learner:
         return self.learned if learned == self.learned else learned
 
     async def _revise(self) -> None:
-        works = await in_slices(revised(self.learned, self._open_works()))
+        works = await in_slices(revised(self.learned, self._open_works()), can_wait=True)
         if works:
             await self._post((WorksEstimated(works),))
 

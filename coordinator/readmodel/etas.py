@@ -31,9 +31,11 @@ from scheduler.records import Step
 #: Submissions whose ends are worked out: those that were asked for last, within so many seconds.
 WANTED: Final = 64
 WANTED_S: Final = 90.0
-#: Seconds between two passes, at least and for each open step: a pass of a large farm takes some 10 µs a step.
+#: Seconds between two passes, at least and for each step that was walked: a pass takes some 10 µs a step, and so a
+#: twentieth of the loop. A part of that where an end is asked for of which nothing is worked out yet.
 PAUSE_S: Final = 0.25
-PAUSE_PER_STEP_S: Final = 0.000_1
+PAUSE_PER_STEP_S: Final = 0.000_2
+PAUSE_PART_OF_NEW: Final = 0.25
 #: Seconds after which what has not moved is worked out anew, because time has passed.
 STALE_S: Final = 30.0
 #: Seconds by which an end has to move before watchers are sent it, at least and as a part of what is left.
@@ -72,11 +74,13 @@ class Etas:
         self._wanted: OrderedDict[SubmissionId, float] = OrderedDict()
         self._found: dict[SubmissionId, Foreseen] = {}
         self._asked = asyncio.Event()
+        #: Something is asked for of which nothing is worked out.
+        self._lacking = asyncio.Event()
         #: Set once the pass that is under way, or comes next, has ended.
         self._round = asyncio.Event()
         self._version: tuple[int, int] | None = None
         self._worked_out_at = 0.0
-        self._open_steps = 0
+        self._walked = 0
         #: Gives the seconds of the longest of so many steps without history.
         self.surprise_s: Callable[[int], float] = lambda _: 0.0
         #: Gives the mean seconds of all that was ever built.
@@ -103,6 +107,8 @@ class Etas:
         if len(self._wanted) > WANTED:
             self._found.pop(self._wanted.popitem(last=False)[0], None)
         found = self._found.get(row.id)
+        if found is None:
+            self._lacking.set()
         if found is None or not self._is_fresh():
             self._asked.set()
         return found
@@ -126,12 +132,21 @@ class Etas:
                 async with asyncio.timeout(STALE_S):
                     await self._asked.wait()
             self._asked.clear()
+            self._lacking.clear()
             rows = self._looked_at()
             if rows and (not self._is_fresh() or any(row.id not in self._found for row in rows)):
-                await in_slices(self.working_out(rows))
+                await in_slices(self.working_out(rows), can_wait=True)
             passed, self._round = self._round, asyncio.Event()
             passed.set()
-            await asyncio.sleep(PAUSE_S + self._open_steps * PAUSE_PER_STEP_S)
+            await self._rest()
+
+    async def _rest(self) -> None:
+        """Let others have the loop for a time in proportion to what the last pass cost."""
+        rest_s = self._walked * PAUSE_PER_STEP_S
+        await asyncio.sleep(PAUSE_S + PAUSE_PART_OF_NEW * rest_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout((1 - PAUSE_PART_OF_NEW) * rest_s):
+                await self._lacking.wait()
 
     def _is_fresh(self) -> bool:
         stale = self._clock.now() - self._worked_out_at >= STALE_S
@@ -180,7 +195,7 @@ class Etas:
             surprise=self.surprise_s,
             usual_s=self.usual_s(),
         )
-        self._open_steps = sum(estimate.steps for estimate in found.values())
+        self._walked = len(steps)
         self._version, self._worked_out_at = version, now
         for row in rows:
             estimate, before = found.get(row), self._found.pop(row.id, None)

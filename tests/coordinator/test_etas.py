@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from html import unescape
 
 import aiohttp
@@ -15,15 +15,16 @@ from coordinator.api.models import CountsChanged, EtaView, Snapshot
 from coordinator.cli.eta import eta as print_eta
 from coordinator.cli.eta import eta_lines, rate
 from coordinator.cli.rendering import duration, eta_sentence
+from coordinator.readmodel import etas as etas_module
 from coordinator.readmodel.etas import WANTED, Etas
 from coordinator.readmodel.rows import SubmissionRow
 from coordinator.readmodel.throughput import HOUR, Throughput, counting
 from coordinator.stores.timings import TimingsError
 from infra.clock import SystemClock
 from scheduler.model import SubmissionId
-from scheduler.pauses import whole
+from scheduler.pauses import Pause, whole
 from tests.coordinator.conftest import PATIENCE_S, OpenedFarm, OpenFarm
-from tests.coordinator.test_views import DrivenViews
+from tests.coordinator.test_views import DrivenViews, spec, submission
 from tests.support.screens import NOW
 
 CHAIN = """
@@ -156,6 +157,37 @@ def test_what_is_kept_of_foreseen_ends_is_bounded(driven: DrivenViews) -> None:
     for number in range(3 * WANTED):
         assert etas.of(SubmissionRow(SubmissionId(f"s{number}"), NOW, set(), [])) is None
     assert etas.wanted == WANTED
+
+
+async def test_passes_rest_for_all_that_they_walk_unless_an_end_is_asked_for_that_none_has_worked_out(
+    driven: DrivenViews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etas_module, "PAUSE_S", 0.0)
+    monkeypatch.setattr(etas_module, "PAUSE_PER_STEP_S", 3600.0)
+    monkeypatch.setattr(etas_module, "PAUSE_PART_OF_NEW", 0.0)
+    driven.tell(submission("s", "a", spec("a", "b"), spec("b")), submission("t", "c", spec("c")))
+    one, two = driven.views.submission("s"), driven.views.submission("t")
+    passes: list[list[SubmissionRow]] = []
+
+    class Counted(Etas):
+        def working_out(self, rows: list[SubmissionRow]) -> Generator[Pause, None, None]:
+            passes.append(rows)
+            yield from super().working_out(rows)
+
+    etas = Counted(driven.views, driven.farm, Nothing(), SystemClock())
+    running = asyncio.create_task(etas.run())
+    await etas.wait_for([one], PATIENCE_S)
+    assert passes == [[one]]
+    # All has moved, and still it rests.
+    driven.join()
+    etas.of(one)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert passes == [[one]]
+    await etas.wait_for([two], PATIENCE_S)
+    assert etas.of(two) is not None
+    assert passes == [[one], [one, two]]
+    running.cancel()
 
 
 class Nothing:

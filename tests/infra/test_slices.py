@@ -9,7 +9,8 @@ from collections.abc import Generator
 
 import pytest
 
-from infra.slices import SLICE_S, in_slices
+from infra import slices
+from infra.slices import SLICE_S, STAND_BACK_S, going_first, in_slices
 
 
 def burn(seconds: float) -> None:
@@ -56,3 +57,46 @@ async def test_work_gives_what_it_returns_and_what_it_raises() -> None:
         await in_slices(broken())
     # What broke holds no turn.
     assert await in_slices(fine()) == 7
+
+
+async def test_work_that_can_wait_stands_back_while_something_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "STAND_BACK_S", 60.0)
+    order = ""
+
+    def work(name: str) -> Generator[None, None, None]:
+        nonlocal order
+        for _ in range(3):
+            order += name
+            burn(1.1 * SLICE_S)
+            yield
+
+    async def first() -> None:
+        nonlocal order
+        with going_first():
+            await in_slices(work("f"))
+            order += ")"
+
+    waiting = [asyncio.create_task(in_slices(work(name), can_wait=True)) for name in "ab"]
+    await first()
+    await asyncio.gather(*waiting)
+    # One of them may have begun before.
+    assert re.fullmatch("a?fff[)][ab]+", order), order
+    assert sorted(order.replace(")", "")) == sorted("aaabbbfff")
+
+
+async def test_work_that_can_wait_has_a_slice_in_turn_however_long_something_goes_first() -> None:
+    order = ""
+
+    def work(name: str) -> Generator[None, None, None]:
+        nonlocal order
+        for _ in range(2):
+            order += name
+            burn(1.1 * SLICE_S)
+            yield
+
+    began = time.monotonic()
+    with going_first():
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(in_slices(work(name), can_wait=True) for name in "ab"))
+    assert order == "abab"
+    assert time.monotonic() - began >= 4 * STAND_BACK_S
