@@ -3,11 +3,10 @@ locals {
     "host = \"0.0.0.0\"",
     "secrets_dir = \"/var/lib/drover/secrets\"",
     "ray_address = ${jsonencode(local.head)}",
-    "ray_host = ${jsonencode(local.address)}",
     "public_url = ${jsonencode(local.url)}",
     "object_store_url = ${jsonencode("s3://${aws_s3_bucket.cache.bucket}/farm")}",
   ])
-  url = var.public_url == "" ? "http://${local.address}:7878" : var.public_url
+  url = var.front != null ? "https://${var.front.domain}" : var.public_url != "" ? var.public_url : "http://${local.addresses["a"]}:7878"
   # Values are quoted for the shell; none of them is a secret.
   common = {
     SOURCE_URL         = var.source_url
@@ -18,12 +17,17 @@ locals {
   }
   user_data = {
     for name, values in merge(
-      { coordinator = {
+      { for name, address in local.addresses : "coordinator-${name}" => {
         ROLE            = "coordinator"
+        ADDRESS         = address
+        FIRST           = name == "a" ? "yes" : "no"
+        HEAD_HERE       = var.coordinator.standby ? "no" : "yes"
         FARM_TOML       = local.farm_toml
+        FARM_SECRET     = aws_secretsmanager_secret.coordinators.name
         DATABASE        = "${aws_db_instance.farm.address}/drover"
         DATABASE_SECRET = try(aws_db_instance.farm.master_user_secret[0].secret_arn, "")
       } },
+      var.coordinator.standby ? { head = { ROLE = "head", FARM_TOML = local.farm_toml } } : {},
       { for name, group in var.workers : "worker-${name}" => {
         ROLE    = "worker"
         GRACE_S = group.spot ? "90" : "3600"
@@ -73,7 +77,7 @@ resource "aws_iam_role_policy" "coordinator" {
       {
         Effect   = "Allow"
         Action   = ["secretsmanager:GetSecretValue", "secretsmanager:PutSecretValue"]
-        Resource = [aws_secretsmanager_secret.ray_token.arn]
+        Resource = [aws_secretsmanager_secret.ray_token.arn, aws_secretsmanager_secret.coordinators.arn]
       },
       {
         Effect   = "Allow"
@@ -84,7 +88,7 @@ resource "aws_iam_role_policy" "coordinator" {
   })
 }
 
-# A worker reads the Ray token and nothing else: it neither sees the bucket nor the database.
+# A worker, and a head alone, reads the Ray token and nothing else: it neither sees the bucket nor the database.
 resource "aws_iam_role_policy" "worker" {
   name = "farm"
   role = aws_iam_role.machine["worker"].name
@@ -104,15 +108,21 @@ resource "aws_iam_instance_profile" "machine" {
   role     = each.value.name
 }
 
+moved {
+  from = aws_instance.coordinator
+  to   = aws_instance.coordinator["a"]
+}
+
 resource "aws_instance" "coordinator" {
+  for_each                    = local.coordinators
   ami                         = local.images["x86_64"]
   instance_type               = var.coordinator.instance_type
-  subnet_id                   = aws_subnet.machines[local.zones[0]].id
-  private_ip                  = local.address
+  subnet_id                   = aws_subnet.machines[each.value].id
+  private_ip                  = local.addresses[each.key]
   associate_public_ip_address = true
   vpc_security_group_ids      = [aws_security_group.farm.id, aws_security_group.clients.id]
   iam_instance_profile        = aws_iam_instance_profile.machine["coordinator"].name
-  user_data                   = local.user_data["coordinator"]
+  user_data                   = local.user_data["coordinator-${each.key}"]
   user_data_replace_on_change = false
   metadata_options {
     http_endpoint = "enabled"
@@ -123,7 +133,31 @@ resource "aws_instance" "coordinator" {
     volume_type = "gp3"
     encrypted   = true
   }
-  tags = merge(local.tags, { Name = "${var.name}-coordinator" })
+  tags = merge(local.tags, { Name = "${var.name}-coordinator-${each.key}" })
+}
+
+# Where a coordinator stands by, the head is nobody's: builds go on when the machine of one is lost.
+resource "aws_instance" "head" {
+  count                       = var.coordinator.standby ? 1 : 0
+  ami                         = local.images["x86_64"]
+  instance_type               = var.coordinator.head_type
+  subnet_id                   = aws_subnet.machines[local.zones[0]].id
+  private_ip                  = local.head_address
+  associate_public_ip_address = true
+  vpc_security_group_ids      = [aws_security_group.farm.id]
+  iam_instance_profile        = aws_iam_instance_profile.machine["worker"].name
+  user_data                   = local.user_data["head"]
+  user_data_replace_on_change = false
+  metadata_options {
+    http_endpoint = "enabled"
+    http_tokens   = "required"
+  }
+  root_block_device {
+    volume_size = 20
+    volume_type = "gp3"
+    encrypted   = true
+  }
+  tags = merge(local.tags, { Name = "${var.name}-head" })
 }
 
 resource "aws_launch_template" "worker" {

@@ -20,12 +20,15 @@ data "aws_ami" "debian" {
 locals {
   zones  = [for number in [0, 1] : try(data.aws_availability_zones.here.names[number], "${var.region}${["a", "b"][number]}")]
   places = distinct(concat(local.zones, sort([for mac in var.macs : mac.availability_zone])))
+  ranges = { for number, zone in local.places : zone => cidrsubnet(var.cidr, 4, number) }
   images = merge({ for name, image in data.aws_ami.debian : name => image.id }, var.images)
-  # The coordinator keeps its address, because the head's stands in every worker.
-  address = cidrhost(aws_subnet.machines[local.zones[0]].cidr_block, 10)
-  head    = "${local.address}:6379"
-  setup   = file("${path.module}/../scripts/setup.sh")
-  tags    = { farm = var.name }
+  # Coordinators by name. They keep their addresses; the head's stands in every worker.
+  coordinators = merge({ a = local.zones[0] }, var.coordinator.standby ? { b = local.zones[1] } : {})
+  addresses    = { for name, zone in local.coordinators : name => cidrhost(local.ranges[zone], 10) }
+  head_address = cidrhost(local.ranges[local.zones[0]], var.coordinator.standby ? 12 : 10)
+  head         = "${local.head_address}:6379"
+  setup        = file("${path.module}/../scripts/setup.sh")
+  tags         = { farm = var.name }
   machine_policy = jsonencode({
     Version   = "2012-10-17"
     Statement = [{ Effect = "Allow", Action = "sts:AssumeRole", Principal = { Service = "ec2.amazonaws.com" } }]
@@ -45,10 +48,10 @@ resource "aws_internet_gateway" "farm" {
 
 # Machines have public addresses, which cost less than a NAT gateway, and no port that is open to them.
 resource "aws_subnet" "machines" {
-  for_each          = { for number, zone in local.places : zone => number }
+  for_each          = local.ranges
   vpc_id            = aws_vpc.farm.id
   availability_zone = each.key
-  cidr_block        = cidrsubnet(var.cidr, 4, each.value)
+  cidr_block        = each.value
   tags              = merge(local.tags, { Name = "${var.name}-${each.key}" })
 }
 
@@ -105,7 +108,8 @@ resource "aws_security_group" "clients" {
     from_port   = 7878
     to_port     = 7878
     protocol    = "tcp"
-    cidr_blocks = concat([var.cidr], var.clients)
+    # With a front they are its clients.
+    cidr_blocks = concat([var.cidr], var.front == null ? var.clients : [])
   }
   tags = local.tags
 }

@@ -5,7 +5,7 @@ output "cache_url" {
 
 output "show_public_key" {
   description = "Command that prints the cache's public key, which the coordinator makes on its first start."
-  value       = "aws ssm start-session --region ${var.region} --target ${aws_instance.coordinator.id} --document-name AWS-StartInteractiveCommand --parameters command='journalctl -u drover-coordinator | grep \"public key\"'"
+  value       = "aws ssm start-session --region ${var.region} --target ${aws_instance.coordinator["a"].id} --document-name AWS-StartInteractiveCommand --parameters command='journalctl -u drover-coordinator | grep \"public key\"'"
 }
 
 output "join" {
@@ -16,4 +16,9 @@ output "join" {
 output "bucket" {
   description = "Bucket with the cache's objects."
   value       = aws_s3_bucket.cache.bucket
+}
+
+output "front_address" {
+  description = "What the record of front's domain names, where there is a front."
+  value       = one(aws_lb.front[*].dns_name)
 }

@@ -82,3 +82,11 @@ resource "aws_secretsmanager_secret" "ray_token" {
   description = "Opens every node of the farm's Ray cluster"
   tags        = local.tags
 }
+
+# What coordinators share: the API token, the secret of leases and the signing key, which the first one makes on its first
+# start. A machine in the place of another takes them from here.
+resource "aws_secretsmanager_secret" "coordinators" {
+  name        = "${var.name}/coordinators"
+  description = "API token, upload secret and signing key of the farm's coordinators"
+  tags        = local.tags
+}

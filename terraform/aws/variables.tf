@@ -55,7 +55,7 @@ variable "clients" {
   }
   validation {
     condition     = !contains(var.clients, "0.0.0.0/0")
-    error_message = "The whole internet as a client would send its token in the clear: put a proxy with TLS in front, and name its addresses."
+    error_message = "The whole internet as a client would send its token in the clear: set front, which puts TLS there."
   }
 }
 
@@ -80,14 +80,47 @@ variable "images" {
 }
 
 variable "coordinator" {
-  description = "The coordinator's machine, its disk in GiB, and its database."
+  description = "The coordinator's machine, its disk in GiB, and its database. With standby there are two in two zones, one of which works, and the Ray head has a machine of its own."
   type = object({
     instance_type  = optional(string, "t3.large")
+    standby        = optional(bool, false)
+    head_type      = optional(string, "t3.small")
     disk_gb        = optional(number, 50)
     database_class = optional(string, "db.t4g.small")
     database_gb    = optional(number, 20)
   })
   default = {}
+  validation {
+    condition     = !var.coordinator.standby || var.front != null || var.public_url != ""
+    error_message = "Where a coordinator stands by, something must send clients to the one that works: set front, or public_url with a proxy that asks /healthz."
+  }
+}
+
+variable "front" {
+  description = "TLS in front: the farm's name, a certificate of ACM for it, the Route 53 zone for its record (empty: you make it), and whether it is reached from the internet or only from the farm's network and clients."
+  type = object({
+    domain          = string
+    certificate_arn = string
+    zone_id         = optional(string, "")
+    internal        = optional(bool, false)
+  })
+  default = null
+  validation {
+    condition     = var.front == null || can(regex("^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?[.])+[a-z]{2,}$", var.front.domain))
+    error_message = "The domain of front wants a whole name such as farm.example.org."
+  }
+  validation {
+    condition     = var.front == null || can(regex("^arn:aws[a-z-]*:acm:${var.region}:[0-9]{12}:certificate/", var.front.certificate_arn))
+    error_message = "The certificate of front is an ACM one of the farm's region: arn:aws:acm:REGION:ACCOUNT:certificate/…."
+  }
+  validation {
+    condition     = var.front == null || var.public_url == ""
+    error_message = "With front the public address is that of its domain: leave public_url out."
+  }
+  validation {
+    condition     = try(var.front.internal, true) || length(var.clients) == 0
+    error_message = "With front everybody comes through TLS: leave clients out, or set front.internal so that only they reach it."
+  }
 }
 
 variable "cache" {
