@@ -12,8 +12,6 @@ import orjson
 from sqlalchemy import Column, Integer, LargeBinary, MetaData, Table, Text, UniqueConstraint, func, inspect, select
 from sqlalchemy.engine import Connection
 
-from infra.nix.store_path import base_name_of
-
 #: What this version writes. Databases from before it was written down are of format 1 too.
 FORMAT: Final = 1
 #: Rows of one executemany; keeps the driver's thread from holding megabytes of parameters twice.
@@ -73,4 +71,5 @@ def add_outputs_table(connection: Connection, insert_output: str) -> None:
 
 def output_rows(step: str, outputs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the rows of `outputs` for those outputs that do not name the step."""
-    return [(path, step) for _, path in outputs if base_name_of(path) != step]
+    named = f"/{step}"
+    return [(path, step) for _, path in outputs if not path.endswith(named)]

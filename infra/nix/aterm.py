@@ -97,7 +97,7 @@ def _pieces(text: bytes) -> Iterator[bytes]:
         at = end
 
 
-def _unescape_safe(text: bytes) -> bytes:
+def unescape_safe(text: bytes) -> bytes:
     """Undo the escapes of a fast-road string, where 0 stands for an escaped backslash, 1 for a quote."""
     return b"".join(map(_unescape_piece, _pieces(text))) if len(text) > PIECE_BYTES else _unescape_piece(text)
 
@@ -113,7 +113,7 @@ def _unescape_all(safe: bytes, strings: list[bytes]) -> None:
     at = safe.find(b"\\")
     while at >= 0:
         quotes += safe.count(b'"', counted, at)
-        strings[quotes >> 1] = _unescape_safe(strings[quotes >> 1])
+        strings[quotes >> 1] = unescape_safe(strings[quotes >> 1])
         counted = safe.index(b'"', at)
         at = safe.find(b"\\", counted)
 
@@ -141,7 +141,7 @@ def _input_offsets(parts: list[bytes], outputs_end: int, inputs_end: int, skelet
     return start, start + 2 + sum(map(len, between)) + len(between) - 1 + closing
 
 
-def _safe(data: bytes) -> bytes | None:
+def safe_escapes(data: bytes) -> bytes | None:
     """The text with its escapes made safe to split by bytes of equal length; None where that cannot be."""
     if b"\0" in data or b"\1" in data:
         return None
@@ -158,7 +158,7 @@ def _safe(data: bytes) -> bytes | None:
 def scan_canonical(data: bytes) -> Scan | None:
     """The scan of a text as Nix writes it, or None for the slow road."""
     escapes = b"\\" in data
-    safe = _safe(data) if escapes else data
+    safe = safe_escapes(data) if escapes else data
     if safe is None or (len(data) > SLOW_BYTES and safe.count(b'"') > MAX_QUOTES):
         return None
     parts = safe.split(b'"')

@@ -17,6 +17,10 @@ from infra.nix.errors import FormatError
 
 #: Environment key whose presence means that options are read from JSON.
 STRUCTURED_ATTRS_KEY: Final = b"__json"
+#: Environment keys that `options_from_env` reads.
+OPTION_KEYS: Final = frozenset(
+    (STRUCTURED_ATTRS_KEY, b"requiredSystemFeatures", b"preferLocalBuild", b"allowSubstitutes", b"__noChroot")
+)
 
 
 class DerivationKind(Enum):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Final
 
-from infra.nix.aterm import Scan
+from infra.nix.canonical import CanonicalDrv
 from infra.nix.derivation import DerivationOutput
 
 #: What represents every impure derivation as an input; all below it is deferred.
@@ -30,36 +30,36 @@ def fixed_output_hash(output: DerivationOutput) -> str:
     return sha256(f"fixed:out:{output.hash_algo}:{output.hash}:{output.path}".encode()).hexdigest()
 
 
-def unmasked_hash(data: bytes, scan: Scan, inputs_text: bytes) -> str:
+def unmasked_hash(data: bytes, drv: CanonicalDrv, inputs_text: bytes) -> str:
     """Base16 hash that represents a derivation of another kind, as an input of others.
 
     Args:
         data: The canonical text of the derivation.
-        scan: What `aterm.scan` returned for it.
+        drv: The derivation in it.
         inputs_text: The text between the brackets of the input derivations, with hashes for paths, sorted and merged.
     """
-    return sha256(b"%b%b%b" % (data[: scan.inputs_start], inputs_text, data[scan.inputs_end :])).hexdigest()
+    return sha256(b"%b%b%b" % (data[: drv.inputs_start], inputs_text, data[drv.inputs_end :])).hexdigest()
 
 
-def masked_hash(data: bytes, scan: Scan, inputs_text: bytes, output_names: Sequence[str]) -> str:
+def masked_hash(data: bytes, drv: CanonicalDrv, inputs_text: bytes, output_names: Sequence[str]) -> str:
     """Base16 hash from which the paths of input-addressed outputs are made; arguments as for `unmasked_hash`.
 
     Output names must have been checked to be valid store path names. Then `("name","` after the inputs can only be a
     key of the environment: quotes in strings are escaped, so its first quote begins or ends a string, and what follows
     the end of a string is no character of a name.
     """
-    made = scan.derivation.outputs
+    made = drv.outputs
     outputs = ",".join([f'("{each.name}","","{each.hash_algo}","{each.hash}")' for each in made])
     cuts: list[tuple[int, int]] = []
     for name in output_names:
         key = b'("%b","' % name.encode()
-        at = data.find(key, scan.inputs_end)
+        at = data.find(key, drv.inputs_end)
         if at >= 0:
             value_start = at + len(key)
             value = _STRING_REST.match(data, value_start)
             cuts.append((value_start, value.end() if value else value_start))
     pieces = [b"Derive([%b],[%b" % (outputs.encode(), inputs_text)]
-    start = scan.inputs_end
+    start = drv.inputs_end
     for value_start, value_end in sorted(cuts):
         pieces.append(data[start:value_start])
         start = value_end

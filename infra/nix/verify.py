@@ -17,7 +17,8 @@ from hashlib import sha256
 from typing import Final
 
 from infra.nix import aterm, modulo
-from infra.nix.derivation import Derivation, DerivationKind, DerivationOptions, classify, options_from_env
+from infra.nix.canonical import CanonicalDrv, of_scan, read_canonical
+from infra.nix.derivation import DerivationKind, DerivationOptions, classify, options_from_env
 from infra.nix.errors import (
     DerivationPathError,
     FormatError,
@@ -61,7 +62,7 @@ class VerifiedDerivation:
     Attributes:
         drv_path: Full path of the .drv file.
         name: Name of the derivation, without `.drv`.
-        derivation: Its content.
+        derivation: Its content, of the environment what verification reads.
         known: What the derivations above it need: kind, hash modulo, output paths.
         masked_hash: Base16 hash that its output paths derive from (input-addressed), or that stands for them until
         they are
@@ -73,7 +74,7 @@ class VerifiedDerivation:
 
     drv_path: str
     name: str
-    derivation: Derivation
+    derivation: CanonicalDrv
     known: KnownDerivation
     masked_hash: str
     options: DerivationOptions
@@ -115,10 +116,8 @@ class Verifier:
         """Return the kept digest of `drv_path`."""
         return self._known.get(drv_path)
 
-    def add(self, drv_path: str, data: bytes, scan: aterm.Scan | None = None) -> VerifiedDerivation:
+    def add(self, drv_path: str, data: bytes) -> VerifiedDerivation:
         """Verify the derivation whose file at `drv_path` has the content `data`, and remember it.
-
-        Who parsed it before, say to sort a graph, hands in that `scan` of the same bytes to save doing it again.
 
         Raises:
             FormatError: If `data` is no derivation, `drv_path` no store path, or an option has the wrong shape;
@@ -132,19 +131,17 @@ class Verifier:
         """
         try:
             name = self._name(drv_path)
-            scan = scan or aterm.scan(data)
-            env = dict(scan.derivation.env)
-            options = options_from_env(env)
+            drv, in_order = _read(data)
+            options = options_from_env(drv.env)
         except FormatError as error:
             subject = f"derivation {drv_path}"
             raise FormatError(error.message, offset=error.offset, subject=subject) from error
-        drv = scan.derivation
         self._check_path(drv_path, name, drv, data)
-        if not scan.in_order():
+        if not in_order:
             raise NotCanonicalError(drv_path, "it is not written in Nix's order and escaping")
-        kind = self._check_outputs(drv_path, name, drv, env)
+        kind = self._check_outputs(drv_path, name, drv)
         entries, inputs, below_deferred = self._resolve(drv_path, drv)
-        hasher = _Hasher(self.store_dir, drv_path, name, scan, data)
+        hasher = _Hasher(self.store_dir, drv_path, name, drv, data)
         known, masked = hasher.known(kind, entries, deferred=below_deferred)
         self._known[drv_path] = known
         return VerifiedDerivation(drv_path, name, drv, known, masked, options, inputs)
@@ -155,7 +152,7 @@ class Verifier:
             raise FormatError("the path does not end with .drv", offset=len(drv_path))
         return name[: -len(_DRV_SUFFIX)]
 
-    def _check_path(self, drv_path: str, name: str, drv: Derivation, data: bytes) -> None:
+    def _check_path(self, drv_path: str, name: str, drv: CanonicalDrv, data: bytes) -> None:
         for source in drv.input_srcs:
             if not self.store_dir.contains(source):
                 raise VerificationError(drv_path, f"input source {source!r} is not a path in {self.store_dir.path}")
@@ -166,7 +163,7 @@ class Verifier:
         if expected != drv_path:
             raise DerivationPathError(drv_path, f"the content belongs at {expected}")
 
-    def _check_outputs(self, drv_path: str, name: str, drv: Derivation, env: Mapping[bytes, bytes]) -> DerivationKind:
+    def _check_outputs(self, drv_path: str, name: str, drv: CanonicalDrv) -> DerivationKind:
         """The kind, after checks of names and of the environment's copies of the paths."""
         try:
             kind = classify(drv.outputs)
@@ -175,7 +172,7 @@ class Verifier:
         for output in drv.outputs:
             if not is_valid_name(output.name) or not is_valid_name(output_path_name(name, output.name)):
                 raise UnsupportedDerivationError(drv_path, f"output {output.name!r} gives no valid path name")
-            claimed = env.get(output.name.encode())
+            claimed = drv.env.get(output.name.encode())
             if kind in _PATHS_KNOWN and claimed != output.path.encode():
                 raise OutputPathError(
                     drv_path, f"the environment does not have the path of output {output.name}, {output.path!r}"
@@ -183,7 +180,7 @@ class Verifier:
         return kind
 
     def _resolve(
-        self, drv_path: str, drv: Derivation
+        self, drv_path: str, drv: CanonicalDrv
     ) -> tuple[list[tuple[str, tuple[str, ...]]], tuple[str, ...], bool]:
         """Inputs by hash modulo, the store paths they and the sources are, and whether one has no known path."""
         entries: list[tuple[str, tuple[str, ...]]] = []
@@ -207,6 +204,15 @@ class Verifier:
         return entries, tuple(sorted(set(paths))), deferred
 
 
+def _read(data: bytes) -> tuple[CanonicalDrv, bool]:
+    """Return the derivation in `data`, and whether Nix would have written these bytes. Raises `FormatError`."""
+    drv = read_canonical(data)
+    if drv is not None:
+        return drv, True
+    scan = aterm.scan(data)
+    return of_scan(scan), scan.in_order()
+
+
 def _inputs_text(entries: list[tuple[str, tuple[str, ...]]]) -> bytes:
     """The input derivations with hashes for paths; those of equal hash are one, with the names of all."""
     merged = dict(entries)
@@ -219,20 +225,20 @@ def _inputs_text(entries: list[tuple[str, tuple[str, ...]]]) -> bytes:
 class _Hasher:
     """The hashes of one derivation and the output paths they give."""
 
-    __slots__ = ("data", "drv_path", "name", "scan", "store_dir")
+    __slots__ = ("data", "drv", "drv_path", "name", "store_dir")
 
-    def __init__(self, store_dir: StoreDir, drv_path: str, name: str, scan: aterm.Scan, data: bytes) -> None:
+    def __init__(self, store_dir: StoreDir, drv_path: str, name: str, drv: CanonicalDrv, data: bytes) -> None:
         self.store_dir = store_dir
         self.drv_path = drv_path
         self.name = name
-        self.scan = scan
+        self.drv = drv
         self.data = data
 
     def known(
         self, kind: DerivationKind, entries: list[tuple[str, tuple[str, ...]]], *, deferred: bool
     ) -> tuple[KnownDerivation, str]:
         """Return the digest of this derivation that others need, and its masked hash."""
-        outputs = self.scan.derivation.outputs
+        outputs = self.drv.outputs
         paths = {output.name: output.path for output in outputs}
         if kind is DerivationKind.FIXED:
             self._check_fixed()
@@ -240,8 +246,8 @@ class _Hasher:
         if kind is DerivationKind.IMPURE:
             return KnownDerivation(kind, modulo.IMPURE_HASH, paths, deferred=True), ""
         text = _inputs_text(entries)
-        unmasked = modulo.unmasked_hash(self.data, self.scan, text)
-        masked = modulo.masked_hash(self.data, self.scan, text, list(paths))
+        unmasked = modulo.unmasked_hash(self.data, self.drv, text)
+        masked = modulo.masked_hash(self.data, self.drv, text, list(paths))
         if kind is DerivationKind.FLOATING:
             return KnownDerivation(kind, unmasked, paths, deferred=True), masked
         if deferred is (kind is DerivationKind.INPUT_ADDRESSED):
@@ -258,7 +264,7 @@ class _Hasher:
             raise OutputPathError(self.drv_path, f"output {output_name} is {expected}, not {claimed!r}")
 
     def _check_fixed(self) -> None:
-        output = self.scan.derivation.outputs[0]
+        output = self.drv.outputs[0]
         method, algo = ("r:", output.hash_algo[2:]) if output.hash_algo.startswith("r:") else ("", output.hash_algo)
         size = DIGEST_SIZES.get(algo)
         if size is None:

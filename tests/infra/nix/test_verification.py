@@ -218,9 +218,8 @@ def test_a_graph_like_a_package_set_verifies_and_byte_surgery_equals_rendering()
     hashes: dict[str, str] = {}
     for path, data in GRAPH:
         verified = verifier.add(path, data)
-        assert verifier.add(path, data, aterm.scan(data)) == verified
         hashes[path] = verified.hash_modulo
-        drv = verified.derivation
+        drv = aterm.parse(data)
         if verified.kind is DerivationKind.FIXED:
             assert verified.hash_modulo == modulo.fixed_output_hash(drv.outputs[0])
         else:
