@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from dataclasses import replace
 
 from coordinator.api.models import IntakeMissing
@@ -21,7 +21,7 @@ from coordinator.intake.graph import Graph, Planned, Works, add_nodes, add_recip
 from coordinator.intake.limits import IntakeLimits, require_within
 from coordinator.intake.plan_memory import PlanMemory, RememberedPlan
 from coordinator.intake.sources import SourceIntake
-from coordinator.intake.taking import DerivationTaker
+from coordinator.intake.taking import DerivationTaker, ended, settled
 from coordinator.intake.verification import SIDE_BY_SIDE_FROM
 from coordinator.intake.verifier_pool import VerifierPool
 from coordinator.journal.codec import RootNote
@@ -181,6 +181,7 @@ class Intake:
         remembered = self._memory.find(key) if is_ordinary else None
         recipe_changes = self._memory.recipe_changes
         leases: list[str] = []
+        writing: list[asyncio.Task[int]] = []
         pulled = Pulled()
         try:
             while True:
@@ -192,7 +193,7 @@ class Intake:
                         return await self._planned(remembered, wishes, leases)
                     remembered = None
                 else:
-                    graph, recipe_changes, lease, absent = await self._leased_graph(names, list(makers), known)
+                    graph, lease, absent = await self._leased_graph([*names, *makers], names, known, writing)
                     leases.append(lease)
                     absent -= await self.fixed.offer(await asyncio.to_thread(graph.lacking_fixed, absent))
                 pulled = await self.pulls.pull(await asyncio.to_thread(graph.lacking, absent))
@@ -203,13 +204,8 @@ class Intake:
                 if makers.keys() >= again.keys():
                     break
                 makers |= again
-            roots = await asyncio.to_thread(self._roots, wishes, graph.nodes)
-            store_dir = self._store_dir.path
-            planned = await asyncio.to_thread(graph.plan, roots, absent, store_dir, sources_may_lack=sources_may_lack)
-            to_do = await asyncio.to_thread(lambda: {spec.key for spec in planned.steps})
-            unfetched = await asyncio.to_thread(graph.lacking_fixed, absent)
-            unfetched = [node for node in unfetched if node.step in to_do]
-            planned = replace(planned, lacking=self.fixed.lacking(unfetched))
+            planned = await self._plan(graph, absent, wishes, sources_may_lack=sources_may_lack)
+            recipe_changes = await _last_of(writing, recipe_changes)
             plan = RememberedPlan(graph, absent, leases[-1], changes, planned)
             if is_ordinary and not lacking and key[1] == tuple(makers):
                 await free_in_slices(self._memory.keep(key, plan, recipe_changes))
@@ -222,6 +218,18 @@ class Intake:
         except BaseException:
             self.leases.give_back(leases)
             raise
+        finally:
+            await settled(writing)
+
+    async def _plan(
+        self, graph: Graph, absent: set[str], wishes: Sequence[tuple[RootRequest, str]], *, sources_may_lack: bool
+    ) -> Planned:
+        roots = await asyncio.to_thread(self._roots, wishes, graph.nodes)
+        store_dir = self._store_dir.path
+        planned = await asyncio.to_thread(graph.plan, roots, absent, store_dir, sources_may_lack=sources_may_lack)
+        to_do = await asyncio.to_thread(lambda: {spec.key for spec in planned.steps})
+        unfetched = await asyncio.to_thread(graph.lacking_fixed, absent)
+        return replace(planned, lacking=self.fixed.lacking([node for node in unfetched if node.step in to_do]))
 
     async def _absent(self, plan: RememberedPlan, leases: list[str]) -> set[str]:
         """Return the paths of a plan that the cache lacks now, and add the lease of all of them to `leases`."""
@@ -256,30 +264,38 @@ class Intake:
         return graph
 
     async def _leased_graph(
-        self, names: Sequence[str], makers: Sequence[str], known: Collection[str]
-    ) -> tuple[Graph, int, str, set[str]]:
-        """Return a graph, the changes of recipes that it has seen, the lease of its paths, and which are absent."""
-        async with self._planning:
-            nodes, members = await self._load([*names, *makers], known)
+        self, drvs: Sequence[str], names: Sequence[str], known: Collection[str], writing: list[asyncio.Task[int]]
+    ) -> tuple[Graph, str, set[str]]:
+        """Return the graph of `names` among all that `drvs` need, the lease of its paths, and which are absent.
+
+        Its recipes are written by a task that is added to `writing`: a plan is made meanwhile, and is none before all
+        of them are done. Each returns the changes of recipes that the graph has seen.
+        """
+        await self._planning.acquire()
+        try:
+            nodes, members = await self._load(drvs, known)
             graph = await asyncio.to_thread(Graph.build, names, nodes, members, self._limits.max_recipes, known)
             require_within(len(graph.own), self._limits.max_derivations, "derivations")
-            # Meanwhile: they lie in another database.
-            taking = asyncio.create_task(self.leases.take(await asyncio.to_thread(graph.paths)))
+            paths = await asyncio.to_thread(graph.paths)
+        except BaseException:
+            self._planning.release()
+            raise
+        writing.append(asyncio.create_task(self._write_recipes(graph.recipes.new)))
+        return graph, *await self.leases.take(paths)
+
+    async def _write_recipes(self, new: Sequence[tuple[StepKey, int, str]]) -> int:
+        """Write recipes, and then let others plan; returns the changes of recipes up to now."""
+        try:
             try:
-                try:
-                    await self._derivations.add_members(graph.recipes.new)
-                finally:
-                    # Also where they may have been written although this failed.
-                    gone = self._memory.forget_steps({step for step, _, _ in graph.recipes.new})
-                recipe_changes = self._memory.recipe_changes
-                await free_in_slices(gone)
-            except BaseException:
-                taking.cancel()
-                with suppress(Exception, asyncio.CancelledError):
-                    self.leases.give_back(((await taking)[0],))
-                raise
-            lease, absent = await taking
-        return graph, recipe_changes, lease, absent
+                await self._derivations.add_members(new)
+            finally:
+                # Also where they may have been written although this failed.
+                gone = self._memory.forget_steps({step for step, _, _ in new})
+            recipe_changes = self._memory.recipe_changes
+            await free_in_slices(gone)
+            return recipe_changes
+        finally:
+            self._planning.release()
 
     async def _makers(self, sources: Sequence[str]) -> dict[str, None]:
         """Return the derivations that made one of these paths for an earlier submission, by whichever output."""
@@ -337,6 +353,13 @@ class Intake:
             parse_base_name(name)
         except FormatError as error:
             raise IntakeError(f"{name[:300]!r} is no store path name: {error.message}") from None
+
+
+async def _last_of(tasks: Iterable[asyncio.Task[int]], result: int) -> int:
+    """Return what the last of some tasks returns once all have ended, `result` where there are none."""
+    for task in tasks:
+        result = await ended(task)
+    return result
 
 
 async def _lively(body: AsyncIterable[bytes]) -> AsyncIterator[bytes]:

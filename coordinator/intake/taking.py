@@ -8,9 +8,9 @@ all before it is written, and is written before anything else is read, because i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from coordinator.api.streams import LARGE_BYTES
 from coordinator.intake.verification import StreamVerifier
@@ -22,6 +22,8 @@ from infra.nix.store_path import StoreDir
 #: Inflated bytes and derivations of one piece.
 PIECE_BYTES: Final = 2 * LARGE_BYTES
 PIECE_DERIVATIONS: Final = 5_000
+
+_T = TypeVar("_T")
 
 
 class DerivationTaker:
@@ -53,9 +55,9 @@ class DerivationTaker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Never cancelled: a transaction that is would keep the database locked.
-        await _settled(self._verifying)
+        await settled((self._verifying,))
         # It may have begun to write meanwhile.
-        await _settled(self._writing)
+        await settled((self._writing,))
 
     async def take(self, batch: Sequence[tuple[str, bytes]]) -> None:
         """Take (base name, bytes) in the order of the stream. Raises `IntakeError`, also for those before."""
@@ -75,7 +77,7 @@ class DerivationTaker:
         """Wait until all that was taken is written. Raises `IntakeError`."""
         if self._piece:
             await self._begin_piece()
-        await _ended(self._verifying)
+        await self._verified()
         await self._written()
 
     async def _begin_piece(self) -> None:
@@ -83,7 +85,7 @@ class DerivationTaker:
         if self._pool is not None and self._verifying is not None:
             # A second piece: this is a long stream.
             self._pool.start()
-        await _ended(self._verifying)
+        await self._verified()
         self._verifying = asyncio.create_task(self._take_piece(piece))
 
     async def _take_piece(self, piece: list[tuple[str, bytes]]) -> None:
@@ -97,18 +99,25 @@ class DerivationTaker:
         self.count += len(verified)
         self._on_written(verified)
 
+    async def _verified(self) -> None:
+        if self._verifying is not None:
+            await ended(self._verifying)
+
     async def _written(self) -> None:
-        await _ended(self._writing)
+        if self._writing is not None:
+            await ended(self._writing)
 
 
-async def _ended(task: asyncio.Task[None] | None) -> None:
-    """Wait for a task, which goes on where the one that waits is cancelled. Raises what it raised."""
-    if task is not None:
-        await asyncio.wait((task,))
-        task.result()
+async def ended(task: asyncio.Task[_T]) -> _T:
+    """Return what a task returns, which goes on where the one that waits is cancelled. Raises what it raised."""
+    await asyncio.wait((task,))
+    return task.result()
 
 
-async def _settled(task: asyncio.Task[None] | None) -> None:
-    if task is not None:
-        await asyncio.wait((task,))
-        task.exception()
+async def settled(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+    """Wait until tasks have ended, however they did; what they raised is known elsewhere or of no further interest."""
+    for task in tasks:
+        if task is not None:
+            await asyncio.wait((task,))
+            if not task.cancelled():
+                task.exception()
