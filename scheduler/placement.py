@@ -160,9 +160,11 @@ class Placement:
                 break
             if not _machine_has(builder, asked):
                 continue
-            rooms, counted = self._rooms.of(builder, now), self._counted.get(builder.id, 0)
-            if counted < len(rooms) and rooms[-1 - counted] + work_s / speed < end:
-                end, found = rooms[-1 - counted] + work_s / speed, (builder.id, rooms[-1 - counted])
+            # One that offers less than it holds (pressure, probation) has no room by the first that ends.
+            before = max(0, -builder.free) + self._counted.get(builder.id, 0)
+            rooms = self._rooms.of(builder, now)
+            if before < len(rooms) and rooms[-1 - before] + work_s / speed < end:
+                end, found = rooms[-1 - before] + work_s / speed, (builder.id, rooms[-1 - before])
         if found is None:
             return None
         return Hold(found[0], now if step.held is None else step.held.since, Instant(found[1]), best)

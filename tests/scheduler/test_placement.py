@@ -17,6 +17,9 @@ from scheduler.records import Lane, OwnerLanes, Queue, Step
 from tests.scheduler.kit import LINUX, Scene, builder, built, join, lease, report, step, submit
 
 MINUTE_MS = 60_000
+#: Minutes of two steps: on a builder of speed 2 with room after 40 minutes the first ends before 80, when one of speed
+#: 1/2 would have built it; the second, with room there after 60, does not.
+WAITING = {"first": 40, "second": 38}
 
 
 def work(spec: StepSpec, minutes: float) -> StepSpec:
@@ -89,6 +92,22 @@ def test_the_second_that_waits_counts_on_the_second_room() -> None:
     farm.play(submit("s", ["first", "second", "third"], *steps))
     # `second` would end after 3 + 2 minutes on the fast one; `third` counts on no room of its own there.
     assert holders(farm) == {"first": "fast", "third": "slow"}
+
+
+def test_a_builder_that_offers_less_than_it_holds_has_room_once_enough_of_its_leases_have_ended() -> None:
+    farm = Scene(Limits(lease_ttl_s=1e6))
+    farm.play(measured(LINUX, slow=0.5, fast=2.0), join("fast", 3))
+    farm.play(submit("s", ["a", "b", "c"], *(work(step(name), 40 * turn) for turn, name in enumerate("abc", 1))))
+    # They should end after 20, 40 and 60 minutes; pressure on its machine leaves it two slots.
+    held = [lease(name) for name in "abc"]
+    farm.play(report("fast", 2, *held), join("slow"))
+    farm.play(submit("t", ["first", "second"], *(work(step(name), minutes) for name, minutes in WAITING.items())))
+    assert why(farm, "first") == r.WaitsForFaster(BuilderId("fast"), Instant(0.0), Instant(40 * 60.0))
+    # The second counts on the end after that, and would end no earlier there.
+    assert holders(farm)["second"] == "slow"
+    # With all slots back the first end is room.
+    farm.play(report("fast", 3, *held), submit("u", ["third"], work(step("third"), 50)))
+    assert farm.state("third") is StepState.READY
 
 
 def test_builders_of_one_speed_keep_what_they_had_before_speeds_were_known() -> None:
