@@ -59,7 +59,9 @@ class BuilderRules:
             return
         missing = yield from self._missing(builder, event.leases, now)
         unknown = self._unknown(event.builder, event.leases)
-        yield f.BuilderRefreshed(event.builder, event.capacity, now, missing, unknown, event.draining, event.unfit)
+        yield f.BuilderRefreshed(
+            *(event.builder, event.capacity, now, missing, unknown, event.draining, event.unfit, event.collections)
+        )
         if builder.strikes or builder.until or event.unfit:
             yield from self.judge(event.builder, now)
 

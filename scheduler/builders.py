@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from scheduler import facts as f
 from scheduler.ended_leases import EndedLeases
 from scheduler.failures import CONSEQUENCES, is_fault, suspects_recipe
+from scheduler.locality import LEAST_BYTES, arrive
 from scheduler.model import NO_INSTANT, BuilderId, BuilderSpec, Failure, ImpossibleError, Instant, StepKey, StepState
 from scheduler.ready import ReadyIndex
 from scheduler.records import NO_BUILDER, NO_SPEEDS, SUSPICIONS, Builder, Step
@@ -21,13 +22,14 @@ SILENT = 1024
 class Builders:
     """All builders with their leases; `known` is shared with the index of ready steps."""
 
-    __slots__ = ("_ready", "_speeds", "ended", "free", "known", "quarantined", "silent")
+    __slots__ = ("_rates", "_ready", "_speeds", "ended", "free", "known", "quarantined", "silent")
 
     def __init__(self, known: dict[BuilderId, Builder], ready: ReadyIndex) -> None:
         self._ready = ready
         self.ended = EndedLeases()
         #: As they were last measured, also of builders that are not here.
         self._speeds: dict[BuilderId, dict[str, float]] = {}
+        self._rates: dict[BuilderId, int] = {}
         #: By their last report, the oldest first.
         self.known = known
         #: Exactly the builders that are `willing` and have `free > 0`.
@@ -45,6 +47,10 @@ class Builders:
         builder.leases[step.key] = step
         builder.memory_bytes += step.memory_bytes
         builder.moves += 1
+        for need in step.needs:
+            if need.output_bytes >= LEAST_BYTES:
+                arrive(step, builder.place)
+                break
         if len(builder.leases) >= builder.capacity:
             self.free.pop(builder.id, None)
 
@@ -115,7 +121,11 @@ class Builders:
         builder = self.known.pop(spec.id, None) or Builder(spec.id, fact.at)
         self.known[spec.id] = builder
         changed = builder.spec != spec
+        if builder.spec is None or builder.spec.incarnation != spec.incarnation:
+            builder.forget_store()
+            builder.collections = 0
         builder.spec, builder.speeds = spec, self._speeds.get(spec.id, NO_SPEEDS)
+        builder.fetch_rate = self._rates.get(spec.id, 0)
         self._heard(builder, fact)
         if changed:
             self._ready.rematch()
@@ -124,6 +134,9 @@ class Builders:
         """Take in a heartbeat."""
         builder = self.known.pop(fact.builder)
         self.known[fact.builder] = builder
+        if builder.collections != fact.collections:
+            builder.collections = fact.collections
+            builder.forget_store()
         self._heard(builder, fact)
 
     def _heard(self, builder: Builder, fact: f.BuilderAdmitted | f.BuilderRefreshed) -> None:
@@ -161,8 +174,10 @@ class Builders:
         self._speeds = {}
         for id_, system, speed in fact.speeds:
             self._speeds.setdefault(id_, {})[system] = speed
+        self._rates = dict(fact.fetch_rates)
         for builder in self.known.values():
             builder.speeds = self._speeds.get(builder.id, NO_SPEEDS)
+            builder.fetch_rate = self._rates.get(builder.id, 0)
             builder.moves += 1
         self._ready.rematch()
 
@@ -174,6 +189,7 @@ class Builders:
         self.quarantined.pop(fact.builder, None)
         if builder is None:
             return
+        builder.place.is_known = False
         if builder.leases:
             raise ImpossibleError(f"builder {fact.builder} is removed with open leases")
         if fact.silent and builder.spec is not None:
@@ -196,5 +212,6 @@ class Builders:
                 continue
             builder.heard = at
             builder.moves += 1
+            builder.forget_store()
             for step in builder.leases.values():
                 step.asked_at = at

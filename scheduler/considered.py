@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from scheduler.locality import Fetches, fetches_of
 from scheduler.model import FAR_OFF, BuilderId, Instant, StepState
 from scheduler.placement import Rooms
 from scheduler.records import Builder, Hold, Step
@@ -48,6 +49,10 @@ class Candidate:
     #: When it should have room, and when it should have built the step; `FAR_OFF` where it gets nothing.
     room_at: Instant
     ends_at: Instant
+    #: Bytes of large inputs that it has, and those that it lacks; how long it should fetch these, before it builds.
+    here_bytes: int = 0
+    missing_bytes: int = 0
+    fetch_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +68,28 @@ class Considered:
     candidates: tuple[Candidate, ...] = ()
     count: int = 0
     held: Hold | None = None
+    #: What it asks for, and makes; 0: not known.
+    memory_bytes: int = 0
+    output_bytes: int = 0
 
 
 def considered(state: FarmState, rooms: Rooms, step: Step, now: Instant) -> Considered:
     """Return where a step would be built as things stand. Costs the builders of the farm, and leases of `LOOKED_AT`."""
     if not step.recipes:
-        return Considered(step.work_ms, step.tail_ms)
+        return Considered(step.work_ms, step.tail_ms, memory_bytes=step.memory_bytes, output_bytes=step.output_bytes)
     requirements = step.recipe.requirements
     able = [each for each in state.builders.values() if each.spec is not None and each.spec.offers(requirements)]
     able.sort(key=lambda each: (not each.willing, -each.speed(requirements.system), each.id))
-    found = [_candidate(each, rooms, step, now, able) for each in able[:LOOKED_AT]]
+    fetches = fetches_of(step)
+    found = [_candidate(each, rooms, step, now, able, fetches) for each in able[:LOOKED_AT]]
     found.sort(key=lambda each: (each.standing is not Standing.HOLDS, each.ends_at, -each.speed, each.builder))
-    return Considered(step.work_ms, step.tail_ms, tuple(found[:NAMED]), len(able), step.held)
+    named = tuple(found[:NAMED])
+    return Considered(step.work_ms, step.tail_ms, named, len(able), step.held, step.memory_bytes, step.output_bytes)
 
 
-def _candidate(builder: Builder, rooms: Rooms, step: Step, now: Instant, able: Sequence[Builder]) -> Candidate:
+def _candidate(  # noqa: PLR0917 - all that is looked at
+    builder: Builder, rooms: Rooms, step: Step, now: Instant, able: Sequence[Builder], fetches: Fetches | None
+) -> Candidate:
     speed = builder.speed(step.recipe.requirements.system)
     standing = _standing(builder, step, able)
     if standing is Standing.HOLDS and step.state is StepState.LEASED:
@@ -88,8 +100,15 @@ def _candidate(builder: Builder, rooms: Rooms, step: Step, now: Instant, able: S
         room_at = _room_at(builder, rooms, now)
     else:
         room_at = builder.until if builder.until and not (builder.draining or builder.unfit) else FAR_OFF
-    ends_at = FAR_OFF if room_at >= FAR_OFF else Instant(room_at + step.work_ms / 1000 / speed)
-    return Candidate(builder.id, standing, speed, len(builder.leases), builder.capacity, room_at, ends_at)
+    here, missing, fetch_s = 0, 0, 0.0
+    # What it was given it counts as having, from then on.
+    if fetches is not None and standing is not Standing.HOLDS:
+        here, fetch_s = fetches.here(builder), fetches.seconds(builder)
+        missing = fetches.bytes - here
+    ends_at = FAR_OFF if room_at >= FAR_OFF else Instant(room_at + fetch_s + step.work_ms / 1000 / speed)
+    return Candidate(
+        builder.id, standing, speed, len(builder.leases), builder.capacity, room_at, ends_at, here, missing, fetch_s
+    )
 
 
 def _standing(builder: Builder, step: Step, able: Sequence[Builder]) -> Standing:

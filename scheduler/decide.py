@@ -10,7 +10,7 @@ passing of time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import assert_never
 
@@ -33,6 +33,9 @@ from scheduler.transitions import UNFINISHED
 FORGOTTEN_AT_ONCE = 1000
 
 _LEASED, _PUBLISHING, _DONE = StepState.LEASED, StepState.PUBLISHING, StepState.DONE
+
+#: Of results of which no size is known.
+NO_SIZES: Mapping[StepKey, int] = {}
 
 _Plan = e.SubmissionReceived | e.SubmissionGrown
 
@@ -57,7 +60,7 @@ class Decider:
             case e.BuildSucceeded():
                 step = self._state.lease_holder(event.lease, _LEASED)
                 if step is not None and step.builder == event.builder:
-                    yield f.StepBuilt(event.lease, event.builder, event.evidence, now)
+                    yield f.StepBuilt(event.lease, event.builder, event.evidence, now, event.output_bytes)
                     if step.faults:
                         yield from self._builder_rules.judge_others(event.builder, now)
             case e.OutputsPublished():
@@ -97,7 +100,7 @@ class Decider:
             case e.BuilderLost():
                 yield from self._builder_rules.lost(event, now)
             case e.SpeedsMeasured():
-                yield f.BuildersRated(event.speeds)
+                yield f.BuildersRated(event.speeds, event.fetch_rates)
             case e.WorksEstimated():
                 yield from self._estimated(event)
             case e.TimePassed():
@@ -151,7 +154,7 @@ class Decider:
         if event.again or event.replanned:
             event = self._with_known_roots(event)
         renewed = yield from self._take_steps(event)
-        yield from self._hold(event.held, min(now, event.asked_at), now)
+        yield from self._hold(event.held, min(now, event.asked_at), now, dict(event.held_bytes))
         roots = [state.steps[key] for key in event.roots]
         known_failures = _KnownFailures(self._limits, event.retry_failed, event.retry, renewed, now)
         yield from self._lose(event, roots, known_failures)
@@ -189,7 +192,7 @@ class Decider:
             return
         yield from check_graph(state, event)
         renewed = yield from self._take_steps(event)
-        yield from self._hold(event.held, min(now, event.asked_at), now)
+        yield from self._hold(event.held, min(now, event.asked_at), now, dict(event.held_bytes))
         roots = [state.steps[key] for key in wanted]
         known_failures = _KnownFailures(self._limits, event.retry_failed, (), renewed, now, members=opened.members)
         yield from self._lose(event, roots, known_failures)
@@ -317,16 +320,18 @@ class Decider:
         unfinished = [step.key for step in steps if step.state in UNFINISHED]
         yield from self._hold(unfinished, min(now, event.seen_at), now)
 
-    def _hold(self, held: Collection[StepKey], seen_at: Instant, now: Instant) -> Iterator[f.FactOrPause]:
+    def _hold(
+        self, held: Collection[StepKey], seen_at: Instant, now: Instant, sizes: Mapping[StepKey, int] = NO_SIZES
+    ) -> Iterator[f.FactOrPause]:
         for count, key in enumerate(dict.fromkeys(held), 1):
             if not count % PIECE:
                 yield PAUSE
             step = self._state.steps.get(key)
             if step is None:
-                yield f.StepCached(key, seen_at)
+                yield f.StepCached(key, seen_at, sizes.get(key, 0))
             elif step.state is not _DONE:
                 yield from self._step_rules.stop(step, now, "the cache holds the result")
-                yield f.StepCached(key, seen_at)
+                yield f.StepCached(key, seen_at, sizes.get(key, 0))
 
     def _expired(self, submission: SubmissionId, now: Instant) -> Iterator[f.FactOrPause]:
         """Forget a submission that has ended, and the steps that nothing names any more.

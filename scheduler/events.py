@@ -50,6 +50,8 @@ class SubmissionReceived:
     supersedes: bool = False
     #: More roots are to come (`SubmissionGrown`): it does not end before it is sealed, and may have no root yet.
     open: bool = False
+    #: Bytes that results among `held` should have, unpacked; those that are not named are not known.
+    held_bytes: tuple[tuple[StepKey, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class SubmissionGrown:
     asked_at: Instant = FAR_OFF
     retry_failed: bool = False
     limits: tuple[tuple[StepKey, ResourceLimits], ...] = ()
+    held_bytes: tuple[tuple[StepKey, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,8 @@ class BuilderReported:
     #: As in `BuilderJoined`.
     draining: bool = False
     unfit: str = ""
+    #: How often its store has deleted something since it joined: what it had may be gone.
+    collections: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,8 @@ class SpeedsMeasured:
     """
 
     speeds: tuple[tuple[BuilderId, str, float], ...]
+    #: Bytes of inputs a second that builders fetch; those that are not named fetch as the usual one.
+    fetch_rates: tuple[tuple[BuilderId, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +179,8 @@ class BuildSucceeded:
     lease: LeaseId
     builder: BuilderId
     evidence: bytes
+    #: Bytes of the outputs, unpacked; 0: not known.
+    output_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,6 +187,8 @@ class StepCached:
     durable: ClassVar[bool] = True
     step: StepKey
     at: Instant = NO_INSTANT
+    #: Of the results, as far as that is known. Absent in journals of before 2026-11-30.
+    output_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +253,8 @@ class StepBuilt:
     builder: BuilderId
     evidence: bytes
     at: Instant
+    #: Of the outputs, unpacked; 0: not known. Absent in journals of before 2026-11-30.
+    output_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +379,7 @@ class BuilderRefreshed:
     unknown: tuple[LeaseId, ...] = ()
     draining: bool = False
     unfit: str = ""
+    collections: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,6 +423,7 @@ class BuildersRated:
 
     durable: ClassVar[bool] = False
     speeds: tuple[tuple[BuilderId, str, float], ...]
+    fetch_rates: tuple[tuple[BuilderId, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,6 +229,11 @@ class Farm:
         known = self.state.steps.get(step)
         return 0 if known is None else known.active
 
+    def features_of(self, step: StepKey) -> tuple[str, ...]:
+        """Return the features that the recipe in use asks for; none for a step that is not known or never built."""
+        known = self.state.steps.get(step)
+        return known.recipe.requirements.features if known is not None and known.recipes else ()
+
     def unmet(self, step: StepKey) -> int:
         """Return how many needs of a step are not done; 0 for one that is finished, not wanted or not known."""
         known = self.state.steps.get(step)

@@ -9,8 +9,9 @@ from collections.abc import Generator, Iterator
 from itertools import islice
 
 from scheduler import facts as f
+from scheduler.locality import fetches_of
 from scheduler.model import FAR_OFF, Instant, LeaseId
-from scheduler.placement import LOOK_AHEAD, Placement, Rooms, first_of
+from scheduler.placement import LOOK_AHEAD, Placement, Rooms, first_of, nearest
 from scheduler.policy import Policy
 from scheduler.records import Builder, Queue, QueueHead, Step
 from scheduler.state import FarmState
@@ -54,6 +55,8 @@ class Grants:
                     del queues[best]
                     continue
                 step, fitting = chosen
+            elif len(fitting) > 1 and (fetches := fetches_of(step)) is not None:
+                fitting = nearest(fitting, fetches)
             builder = self._policy.place(step, fitting) if len(fitting) > 1 else fitting[0]
             yield f.StepLeased(LeaseId(step.key, self._state.next_attempt(step)), builder.id, step.active, now)
             if not free:

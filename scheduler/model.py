@@ -41,6 +41,8 @@ FAR_OFF = Instant(float("inf"))
 UNKNOWN_WORK_MS = 60_000
 #: No step asks for more memory.
 MOST_MEMORY_BYTES = 1 << 50
+#: No step's outputs are taken for larger.
+MOST_OUTPUT_BYTES = 1 << 50
 #: Steps that ask for this system run on any builder (Nix's own pseudo-system of `builtins`).
 ANY_SYSTEM = "builtin"
 
@@ -76,6 +78,8 @@ class StepSpec:
     work_ms: int = 0
     #: Memory that a build should take at most; 0: not known, it is counted as none. Absent likewise.
     memory_bytes: int = 0
+    #: Bytes that its outputs should have together, unpacked; 0: not known. Absent likewise.
+    output_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

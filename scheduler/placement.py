@@ -8,6 +8,9 @@ No builder takes steps that ask for more memory together than its machine has; a
 takes all of the largest. The first that fits nowhere keeps a builder for itself, which takes nothing else that asks for
 memory, so that it does not wait for good behind small ones.
 
+Inputs that a builder lacks are fetched first (`locality`): where they are large, the builder that ends the step first
+is one that has them, or that is so much faster.
+
 A wait for a faster builder is bounded: it ends once it has lasted as long as that could gain, at the latest after
 `LONGEST_HOLD_S`. It is thought over when the builder should have had room, and when a faster one than then has some.
 """
@@ -19,6 +22,7 @@ from heapq import heappop, heappush
 from itertools import islice
 from typing import Final
 
+from scheduler.locality import Fetches, fetches_of, first_to_end
 from scheduler.model import FAR_OFF, BuilderId, Instant
 from scheduler.records import Builder, Hold, Lane, Queue, Step
 
@@ -104,13 +108,19 @@ class Placement:
             if not able:
                 self.holds[step] = self._keep(step, queue)
                 return []
-        speeds = queue.speeds
+        speeds, fetches = queue.speeds, fetches_of(step)
         if not speeds:
-            return list(able)
+            return nearest(able, fetches)
         best = max([speeds[builder.id] for builder in able])
-        if self._hold(step, queue, best):
+        if fetches is None:
+            if self._hold(step, queue, best, step.work_ms / 1000 / best, None):
+                return []
+            return [builder for builder in able if speeds[builder.id] == best]
+        work_s = step.work_ms / 1000
+        durations = [(work_s / speeds[builder.id] + fetches.seconds(builder), builder) for builder in able]
+        if self._hold(step, queue, best, min([seconds for seconds, _ in durations]), fetches):
             return []
-        return [builder for builder in able if speeds[builder.id] == best]
+        return first_to_end(durations)
 
     def with_memory(self, step: Step, queue: Queue, able: Sequence[Builder]) -> list[Builder]:
         """Return the builders among `able` that have the memory which the step asks for, and are kept for no other."""
@@ -132,8 +142,11 @@ class Placement:
             self._kept[held.builder] = step
         return held
 
-    def _hold(self, step: Step, queue: Queue, best: float) -> bool:
-        """Let a step wait where a faster builder is expected to end it earlier than one of the speed `best`."""
+    def _hold(self, step: Step, queue: Queue, best: float, takes_s: float, fetches: Fetches | None) -> bool:
+        """Let a step wait where a faster builder is expected to end it earlier than those that have room.
+
+        The fastest of these has the speed `best`, and the first to end it takes so long.
+        """
         fastest = queue.speeds[queue.by_speed[0].id] if queue.by_speed else best
         gain_s = step.work_ms / 1000 * (1 / best - 1 / fastest)
         if gain_s < LEAST_GAIN_S or len(self.holds) >= HOLDS_OF_ROUND:
@@ -143,7 +156,7 @@ class Placement:
         if now >= ends:
             return False
         if held is None or held.over < best or now >= held.until or not _serves(queue, held.builder):
-            held = self._best_hold(step, queue, best)
+            held = self._best_hold(step, queue, best, takes_s, fetches)
         if held is None:
             return False
         self.holds[step] = held
@@ -151,9 +164,9 @@ class Placement:
         self.look_again = Instant(min(self.look_again, max(min(held.until, ends), now + SOONEST_S)))
         return True
 
-    def _best_hold(self, step: Step, queue: Queue, best: float) -> Hold | None:
+    def _best_hold(self, step: Step, queue: Queue, best: float, takes_s: float, fetches: Fetches | None) -> Hold | None:
         now, work_s, asked = self._now, step.work_ms / 1000, asked_of(step, queue)
-        end, found = now + work_s / best, None
+        end, found = now + takes_s, None
         for builder in queue.by_speed[:COMPARED]:
             speed = queue.speeds[builder.id]
             if speed <= best or now + work_s / speed >= end:
@@ -162,12 +175,21 @@ class Placement:
                 continue
             # One that offers less than it holds (pressure, probation) has no room by the first that ends.
             before = max(0, -builder.free) + self._counted.get(builder.id, 0)
-            rooms = self._rooms.of(builder, now)
-            if before < len(rooms) and rooms[-1 - before] + work_s / speed < end:
-                end, found = rooms[-1 - before] + work_s / speed, (builder.id, rooms[-1 - before])
+            rooms, takes_s = self._rooms.of(builder, now), work_s / speed
+            if fetches is not None:
+                takes_s += fetches.seconds(builder)
+            if before < len(rooms) and rooms[-1 - before] + takes_s < end:
+                end, found = rooms[-1 - before] + takes_s, (builder.id, rooms[-1 - before])
         if found is None:
             return None
         return Hold(found[0], now if step.held is None else step.held.since, Instant(found[1]), best)
+
+
+def nearest(builders: Sequence[Builder], fetches: Fetches | None) -> list[Builder]:
+    """Return those of equally fast builders that have a step's inputs first; all where that makes no difference."""
+    if fetches is None:
+        return list(builders)
+    return first_to_end([(fetches.seconds(builder), builder) for builder in builders])
 
 
 def _machine_has(builder: Builder, bytes_: int) -> bool:

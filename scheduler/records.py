@@ -37,6 +37,16 @@ NO_SPEEDS: Mapping[str, float] = {}
 NO_TRIES: frozenset[int] = frozenset()
 
 
+class StoreLife:
+    """One life of a builder's store: what is there now is there until the life ends. Known by its identity."""
+
+    __slots__ = ("is_known",)
+
+    def __init__(self) -> None:
+        #: False once nothing is known of the store any more: its builder is gone, or has deleted something.
+        self.is_known = True
+
+
 class Step:
     """One step. Read by everyone, written by `evolve` alone."""
 
@@ -64,7 +74,9 @@ class Step:
         "memory_bytes",
         "needs",
         "not_before",
+        "output_bytes",
         "owners",
+        "places",
         "queue",
         "rank",
         "recipes",
@@ -124,8 +136,10 @@ class Step:
         self.depth = 0
         #: Milliseconds on a builder of speed 1, of itself and of the longest path from its start up to a root's end.
         self.work_ms = self.tail_ms = UNKNOWN_WORK_MS
-        #: Memory that it asks for; 0: not known.
-        self.memory_bytes = 0
+        #: Memory that it asks for, and bytes of its outputs; 0: not known.
+        self.memory_bytes = self.output_bytes = 0
+        #: Builders' stores that have them (`locality`); what builders have is not durable.
+        self.places: tuple[StoreLife, ...] = ()
         #: The policy's rank when the step was last put in a queue.
         self.rank = 0
         #: The queue of its requirements where no builder is avoided, once known.
@@ -145,9 +159,8 @@ class Step:
         self.resends = 0
         #: What the builder reported of its outputs, while publishing.
         self.evidence = b""
-        #: Why it failed (state failed), or which step's failure doomed it (state doomed).
+        #: Why and when it last failed (state failed), or which step's failure doomed it (state doomed).
         self.failure: Failure | None = None
-        #: When it last failed.
         self.failed_at = NO_INSTANT
         self.cause: StepKey | None = None
 
@@ -334,7 +347,9 @@ class Builder:
 
     __slots__ = (
         "capacity",
+        "collections",
         "draining",
+        "fetch_rate",
         "for_unfitness",
         "heard",
         "id",
@@ -343,6 +358,7 @@ class Builder:
         "memory_bytes",
         "moves",
         "offered",
+        "place",
         "probation",
         "queues",
         "reason",
@@ -373,6 +389,11 @@ class Builder:
         self.queues: list[Queue] = []
         #: By system: how fast it builds, where 1 is usual and 2 takes half the time. A system that is not here has 1.
         self.speeds: Mapping[str, float] = NO_SPEEDS
+        #: Bytes of inputs that it fetches in a second; 0: not measured.
+        self.fetch_rate = 0
+        #: What its store has, by the steps that remember it; how often the store had deleted something by its word.
+        self.place = StoreLife()
+        self.collections = 0
         #: By its own word: it wants nothing new; why it is not fit to build.
         self.draining = False
         self.unfit = ""
@@ -390,6 +411,11 @@ class Builder:
         self.for_unfitness = False
         #: It was in quarantine and has built nothing since: it is trusted with one lease.
         self.probation = False
+
+    def forget_store(self) -> None:
+        """Take nothing for there that was."""
+        self.place.is_known = False
+        self.place = StoreLife()
 
     @property
     def willing(self) -> bool:

@@ -35,6 +35,7 @@ def tell_all(state: FarmState) -> Iterator[f.Fact]:
             step.work_ms,
             step.tail_ms,
             step.memory_bytes,
+            step.output_bytes,
         )
     for submission, roots in state.submissions.items():
         yield _submission(state, submission, roots, withdrawn=False)

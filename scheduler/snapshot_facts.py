@@ -65,6 +65,7 @@ class StepRestored:
     work_ms: int = 0
     tail_ms: int = 0
     memory_bytes: int = 0
+    output_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from scheduler import facts as f
 from scheduler.builders import Builders
 from scheduler.failures import CONSEQUENCES, is_fault
 from scheduler.graph import Merged
+from scheduler.locality import make
 from scheduler.model import (
     NO_INSTANT,
     FailureKind,
@@ -165,7 +166,8 @@ class FarmState(WantedSteps):
         if spec.key in self.steps or not spec.recipes:
             raise ImpossibleError(f"{spec.key} is known, or has no recipe")
         self._know(spec.key, spec.recipes, _WAITING, spec.work_ms)
-        self.steps[spec.key].memory_bytes = spec.memory_bytes
+        step = self.steps[spec.key]
+        step.memory_bytes, step.output_bytes = spec.memory_bytes, spec.output_bytes
 
     def _revised(self, fact: f.WorksRevised) -> Iterator[Pause]:
         steps: list[Step] = []
@@ -200,7 +202,9 @@ class FarmState(WantedSteps):
             rest = self._finish(self._subject(fact, fact.step), _DONE)
         else:
             self._know(fact.step, (), _DONE)
-        self.steps[fact.step].done_at = fact.at
+        step = self.steps[fact.step]
+        step.done_at = fact.at
+        step.output_bytes = fact.output_bytes or step.output_bytes
         return rest
 
     def _steps_forgotten(self, fact: f.StepsForgotten) -> Iterator[Pause]:
@@ -332,6 +336,8 @@ class FarmState(WantedSteps):
     def _built(self, fact: f.StepBuilt) -> None:
         step = self._open(fact)
         self._roster.has_built(step, fact.builder)
+        if fact.output_bytes or step.output_bytes:
+            make(step, self.builders[fact.builder].place, fact.output_bytes)
         self._roster.free_slot(step)
         self._move(step, _PUBLISHING)
         step.evidence = fact.evidence
@@ -375,7 +381,7 @@ class FarmState(WantedSteps):
             raise ImpossibleError(f"{fact.step} is restored and known already")
         step = Step(fact.step, fact.recipes, fact.sequence, fact.state)
         step.expect(fact.work_ms)
-        step.memory_bytes = fact.memory_bytes
+        step.memory_bytes, step.output_bytes = fact.memory_bytes, fact.output_bytes
         # Journals of before 2026-11-30 hold no tails: as many steps of which nothing is known.
         step.tail_ms = fact.tail_ms or (fact.depth + 1) * step.work_ms
         self.steps[fact.step] = step

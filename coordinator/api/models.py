@@ -293,6 +293,10 @@ class WorkerView:
     disk_free_bytes: int | None = None
     #: Its newest attempts beside those of other workers; None while that is not known, or where it had none.
     record: WorkerRecordView | None = None
+    #: How fast it builds for each system, where that was measured: 1 is usual, 2 takes half the time.
+    speeds: Mapping[str, float] = field(default_factory=dict)
+    #: Bytes of inputs a second that it fetches; None where that was not measured.
+    fetch_rate: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

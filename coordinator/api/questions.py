@@ -24,8 +24,11 @@ class WantedView:
     path: tuple[str, ...]
 
 
-#: Origins of an expected time, the best first: builds of the package, of the package on another system, of its kind.
-EstimateSource: TypeAlias = Literal["package", "other_system", "kind", "nothing"]
+#: Origins of an expectation, the best first: builds of the package, of the package on another system, of packages that
+#: ask for the same features, of its kind.
+EstimateSource: TypeAlias = Literal["package", "other_system", "features", "kind", "nothing"]
+#: What is expected of a build beside its time: seconds, processors in use at one time, bytes.
+CostName: TypeAlias = Literal["fetch_s", "upload_s", "cpu_s", "cores", "output_bytes"]
 #: States of a worker towards a step.
 CandidateState: TypeAlias = Literal["free", "full", "holds", "probation", "quarantined", "draining", "avoided"]
 
@@ -44,6 +47,21 @@ class CandidateView:
     #: When it should have room, and when it should have built the step; 0 where it gets nothing.
     room_at: float
     ends_at: float
+    #: Bytes of large inputs that it has, and that it lacks; seconds in which it should fetch these, before it builds.
+    here_bytes: int = 0
+    missing_bytes: int = 0
+    fetch_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostView:
+    """One cost that is expected of a build: the median of earlier ones, how far they lie apart, and whence it is."""
+
+    cost: CostName
+    value: float
+    spread: float
+    source: EstimateSource
+    builds: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +81,11 @@ class PlacingView:
     waits_for: str = ""
     waits_since: float = 0.0
     waits_until: float = 0.0
+    #: Memory that it asks for, and bytes that its outputs should have, as it is placed by; 0: not known.
+    memory_bytes: int = 0
+    output_bytes: int = 0
+    #: What else is expected of it by now.
+    costs: tuple[CostView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,10 @@ from typing import Final
 
 from coordinator.api.difference_models import CauseView, ChangeView, ComparedView, DifferenceView
 from coordinator.api.models import StepStatus, StepView
-from coordinator.api.questions import CandidateView, PlacingView, StepReasonsView, WantedView
+from coordinator.api.questions import CandidateView, CostView, EstimateSource, PlacingView, StepReasonsView, WantedView
 from coordinator.cli import exit_status
 from coordinator.cli.progress import ACTIVE
-from coordinator.cli.rendering import doing, duration, failure_lines, flake_lines, one_line, who
+from coordinator.cli.rendering import doing, duration, failure_lines, flake_lines, one_line, size, who
 from coordinator.cli.status import print_json, print_lines
 from coordinator.client.api_client import ApiClient
 
@@ -76,7 +76,9 @@ def why_lines(reasons: StepReasonsView, now: float) -> list[str]:
 def placing_lines(placing: PlacingView, now: float) -> Iterator[str]:
     """Yield the rank of a step, what it should take and how that is known, and the workers that were looked at."""
     yield f"  rank       {duration(placing.rank_s)} from its start to the end of what stands on it"
-    yield f"  takes      {duration(placing.takes_s)} on a usual worker: {_known_by(placing)}"
+    yield f"  takes      {duration(placing.takes_s)} on a usual worker: {_known_by(placing.source, placing.builds)}"
+    for number, (costs, origin) in enumerate(_costs(placing)):
+        yield f"  {'' if number else 'expects':<10} {costs}: {origin}"
     for number, each in enumerate(placing.candidates):
         waits = ", for which it waits" if each.worker == placing.waits_for else ""
         yield f"  {'' if number else 'workers':<10} {one_line(each.worker)}: {_candidate(each, now)}{waits}"
@@ -84,13 +86,40 @@ def placing_lines(placing: PlacingView, now: float) -> Iterator[str]:
         yield f"             and {placing.count - len(placing.candidates)} more"
 
 
-def _known_by(placing: PlacingView) -> str:
-    builds = f"{placing.builds} build{'' if placing.builds == 1 else 's'}"
-    match placing.source:
+def _costs(placing: PlacingView) -> Iterator[tuple[str, str]]:
+    """Yield what is expected of a build beside its time, those together that are known alike."""
+    if placing.memory_bytes:
+        yield f"{size(placing.memory_bytes)} of memory", "what it asks for"
+    alike: dict[str, list[str]] = {}
+    for each in placing.costs:
+        alike.setdefault(_known_by(each.source, each.builds), []).append(_cost(each))
+    for origin, costs in alike.items():
+        yield ", ".join(costs), origin
+
+
+def _cost(each: CostView) -> str:
+    match each.cost:
+        case "fetch_s":
+            return f"inputs in {duration(each.value)}"
+        case "upload_s":
+            return f"outputs sent in {duration(each.value)}"
+        case "cpu_s":
+            return f"{duration(each.value)} of processors"
+        case "cores":
+            return f"{each.value:.1f} at one time"
+        case "output_bytes":
+            return f"{size(round(each.value))} of outputs"
+
+
+def _known_by(source: EstimateSource, count: int) -> str:
+    builds = f"{count} build{'' if count == 1 else 's'}"
+    match source:
         case "package":
             return f"by {builds} of its package"
         case "other_system":
             return f"by {builds} of its package on another system"
+        case "features":
+            return "as others that ask for the same features, because none of its package is known"
         case "kind":
             return "as others of its kind, because none of its package is known"
         case "nothing":
@@ -99,6 +128,10 @@ def _known_by(placing: PlacingView) -> str:
 
 def _candidate(each: CandidateView, now: float) -> str:
     speed = "" if each.speed == 1 else f", speed {each.speed:.2g}"
+    if each.missing_bytes or each.here_bytes:
+        speed += f", has {size(each.here_bytes)} of its inputs"
+    if each.missing_bytes:
+        speed += f" and fetches {size(each.missing_bytes)} in {duration(each.fetch_s)}"
     busy = f"{each.leases} of {each.capacity} taken"
     match each.state:
         case "holds":

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.cells import cell_len, set_cell_size
 
-from coordinator.api.flakes import WorkerRecordView, failure_sentence, flake_sentence, worker_sentence
+from coordinator.api.flakes import failure_sentence, flake_sentence
 from coordinator.api.models import (
     Counts,
     EtaView,
@@ -23,7 +23,6 @@ from coordinator.api.models import (
     SubmissionState,
     SubmissionView,
     TransferView,
-    WorkerView,
 )
 from coordinator.api.origin import origin_words
 from coordinator.cli.progress import News, Progress
@@ -403,56 +402,6 @@ def submission_rows(submissions: Sequence[SubmissionView], now: float) -> list[t
     return rows
 
 
-def worker_lines(workers: Sequence[WorkerView], now: float) -> list[str]:
-    """Return a table of workers, and below it why those that get no work get none."""
-    heads = ("WORKER", "STATE", "CLASS", "BUSY", "BUILT", "FAILED", "SEEN", "NIX", "SYSTEMS", "FEATURES")
-    rows: list[tuple[str, ...]] = [heads]
-    for worker in workers:
-        systems = [
-            f"{system} (emulated)" if system in worker.emulated else system
-            for system in dict.fromkeys((*worker.systems, *worker.emulated))
-        ]
-        rows.append(
-            (
-                worker.name,
-                worker.state,
-                worker.isolation,
-                f"{len(worker.leases)}/{worker.slots}",
-                str(worker.built),
-                _failed_share(worker.record),
-                f"{duration(now - worker.last_seen)} ago" if worker.last_seen else "-",
-                worker.nix_version or "-",
-                # Last, where a window that is too narrow wraps them.
-                ", ".join(systems),
-                ", ".join(worker.features) or "-",
-            )
-        )
-    reasons = [
-        f"{worker.name} is {worker.state}{_until(worker, now)}: {one_line(worker.reason)}"
-        for worker in workers
-        if worker.reason
-    ]
-    reasons += [
-        f"{worker.name} offers {worker.offered} of its {worker.slots} slots: {one_line(worker.offers_less)}"
-        for worker in workers
-        if worker.offers_less
-    ]
-    reasons += [f"{worker.name}: {note}" for worker in workers if (note := worker_sentence(worker.record))]
-    reasons += [
-        f"{worker.name} is of isolation class {worker.isolation}: {one_line('; '.join(worker.isolation_reasons))}"
-        for worker in workers
-        if worker.isolation_reasons
-    ]
-    return [*table_lines(rows), *([""] if reasons else []), *reasons]
-
-
-def _failed_share(record: WorkerRecordView | None) -> str:
-    """Return the share of the newest attempts that failed."""
-    if record is None or not record.attempts:
-        return "-"
-    return f"{record.failed_attempts}/{record.attempts}"
-
-
 def step_lines(step: StepView, now: float) -> list[str]:
     """Return what is known of one step."""
     lines = [
@@ -480,10 +429,6 @@ def flake_lines(step: StepView) -> list[str]:
     """Return a line about a step whose recipe is flaky; the lines of a failure say it themselves."""
     note = "" if step.state is StepStatus.FAILED else flake_sentence(step.record)
     return [f"  record     {note}"] if note else []
-
-
-def _until(worker: WorkerView, now: float) -> str:
-    return f" for {duration(max(0.0, worker.until - now))}" if worker.until else ""
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:

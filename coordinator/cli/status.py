@@ -23,8 +23,8 @@ from coordinator.cli.rendering import (
     step_lines,
     submission_rows,
     table_lines,
-    worker_lines,
 )
+from coordinator.cli.worker_text import worker_lines
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import RefusedError
 from coordinator.terminal_controls import harmless

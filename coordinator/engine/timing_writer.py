@@ -31,6 +31,8 @@ EXPIRE_PAUSE_S: Final = 0.2
 #: Seconds that the last batches get when the coordinator stops.
 LAST_WRITES_S: Final = 5.0
 DAY_S: Final = 86400.0
+#: Characters of an attempt's features that are kept.
+FEATURES_CHARACTERS: Final = 256
 
 #: Gives name and system of a step, None where they are not known.
 NamesOf = Callable[[StepKey], tuple[str, str] | None]
@@ -50,6 +52,8 @@ class TimingWriter:
         self._clock = clock
         self._days = days
         self._rows = rows
+        #: Gives the features that a step asks for, None for one that is not known.
+        self.features: Callable[[StepKey], Sequence[str] | None] = lambda _step: None
         #: Called with each batch of changed attempts, named, before the store has them.
         self.on_changed: Callable[[Sequence[AttemptTiming]], None] = lambda _: None
         #: Called with each batch that the store has.
@@ -144,6 +148,8 @@ class TimingWriter:
             if names is not None:
                 timing.name, timing.system = names
                 timing.package = package_of(timing.name)
+                features = self.features(StepKey(timing.step))
+                timing.features = None if features is None else ",".join(features)[:FEATURES_CHARACTERS]
         return list(batch)
 
     async def _expire(self) -> None:

@@ -28,7 +28,7 @@ from coordinator.stores.logs import LogError, LogStore
 from infra.clock import Clock
 from scheduler.events import BuilderJoined, BuilderLost, BuilderReported, BuildFailed, BuildSucceeded, Event
 from scheduler.farm import Farm
-from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, Instant, LeaseId, StepKey
+from scheduler.model import MOST_OUTPUT_BYTES, BuilderId, BuilderSpec, Failure, FailureKind, Instant, LeaseId, StepKey
 from workers.wire.fleet import FleetEvent, NotKnownError, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.wire.grades import UNMEASURED, IsolationGrade
 from workers.wire.messages import NETWORK_FEATURE, HeldLease, LogChunk, Report, StageChange, Succeeded, Transfer
@@ -147,6 +147,7 @@ class FleetSink:
             _held(batch.leases),
             draining=batch.draining,
             unfit=self._unfit(worker, batch.unfit),
+            collections=batch.collections,
         )
         await self._engine.offer(*[await self._event(worker, report) for report in reports], heartbeat)
         for report in reports:
@@ -185,7 +186,9 @@ class FleetSink:
         lease = _lease(report)
         if isinstance(report.result, Succeeded):
             evidence = Evidence(report.result.outputs, self._grade(worker).level)
-            return BuildSucceeded(lease, BuilderId(worker), encode_evidence(evidence))
+            size = sum([output.nar_size for output in report.result.outputs])
+            output_bytes = size if 0 < size <= MOST_OUTPUT_BYTES else 0
+            return BuildSucceeded(lease, BuilderId(worker), encode_evidence(evidence), output_bytes)
         kind, message = FailureKind(report.result.reason), _clean(report.result.message)
         if report.result.missing and self._holds(worker, report):
             # The worker's word alone counts for nothing: it may have lost its way to the cache.

@@ -16,16 +16,17 @@ from coordinator.journal.codec import RootNote
 from coordinator.stores.derivation_records import Kind, Node
 from coordinator.stores.derivations import StepInfo, step_info
 from scheduler.events import SubmissionReceived
+from scheduler.locality import LEAST_BYTES
 from scheduler.model import StepKey, StepSpec, SubmissionId
 
-#: Derivation name, system and features -> milliseconds that it is expected to take on a builder of speed 1, and the
-#: bytes of memory at most; 0: not known.
-Works = Callable[[str, str, Sequence[str]], tuple[int, int]]
+#: Derivation name, system and features -> milliseconds that it is expected to take on a builder of speed 1, the bytes
+#: of memory at most, and the bytes of its outputs; 0: not known.
+Works = Callable[[str, str, Sequence[str]], tuple[int, int, int]]
 
 
-def no_works(_name: str, _system: str, _features: Sequence[str]) -> tuple[int, int]:
+def no_works(_name: str, _system: str, _features: Sequence[str]) -> tuple[int, int, int]:
     """Nothing is known of any derivation."""
-    return 0, 0
+    return 0, 0, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +46,27 @@ class Planned:
     leases: tuple[str, ...] = ()
     #: Fixed outputs among `steps`.
     lacking: tuple[Lacking, ...] = ()
+    #: As in `SubmissionReceived`.
+    held_bytes: tuple[tuple[StepKey, int], ...] = ()
 
     def expecting(self, works: Works) -> tuple[StepSpec, ...]:
         """Return the steps with what each is expected to take; the memory that a root's limits name is its own."""
         hints = {root.step: root.limits.memory_bytes for root in self.roots if root.limits is not None}
         expected: list[StepSpec] = []
         for spec, info in zip(self.steps, self.infos, strict=False):
-            work_ms, memory_bytes = works(info.name, info.system, spec.recipes[0].requirements.features)
+            work_ms, memory_bytes, output_bytes = works(info.name, info.system, spec.recipes[0].requirements.features)
             memory_bytes = max(memory_bytes, hints.get(spec.key, 0))
-            same = spec.work_ms == work_ms and spec.memory_bytes == memory_bytes
-            expected.append(spec if same else replace(spec, work_ms=work_ms, memory_bytes=memory_bytes))
+            same = (spec.work_ms, spec.memory_bytes, spec.output_bytes) == (work_ms, memory_bytes, output_bytes)
+            expected.append(
+                spec if same else replace(spec, work_ms=work_ms, memory_bytes=memory_bytes, output_bytes=output_bytes)
+            )
         return self.steps if all(map(is_, expected, self.steps)) else tuple(expected)
+
+    def held_sizes(self, works: Works) -> tuple[tuple[StepKey, int], ...]:
+        """Return the bytes that results in the cache should have, of those that are large."""
+        infos = self.infos[len(self.steps) :]
+        sizes = [(info.key, works(info.name, info.system, ())[2]) for info in infos]
+        return tuple([(key, size) for key, size in sizes if size >= LEAST_BYTES])
 
     def objects(self) -> list[object]:
         """Return all of which a large plan has very many, to be freed in slices."""
@@ -68,6 +79,7 @@ class Planned:
             roots=tuple(dict.fromkeys(root.step for root in self.roots)),
             steps=self.steps,
             held=self.held,
+            held_bytes=self.held_bytes,
             limits=tuple({root.step: root.limits for root in self.roots if root.limits is not None}.items()),
         )
 

@@ -103,7 +103,14 @@ class Growth:
         stored = await asyncio.to_thread(encode_growth, growth, len(note.roots))
         received = await asyncio.to_thread(planned.event, row.id)
         event = SubmissionGrown(
-            row.id, received.roots, planned.steps, planned.held, asked_at, wish.retry_failed, received.limits
+            row.id,
+            received.roots,
+            planned.steps,
+            planned.held,
+            asked_at,
+            wish.retry_failed,
+            received.limits,
+            planned.held_bytes,
         )
         await self._submissions.hand_over(planned, event, stored)
         growing.roots.update((root.attr, root.drv) for root in fresh)

@@ -249,7 +249,8 @@ class Intake:
         leases += await self.leases.answered(await asyncio.to_thread(plan.graph.sources))
         # Anew for each submission: a plan is remembered, and what is expected changes with every build.
         steps = await asyncio.to_thread(plan.planned.expecting, self.works)
-        return replace(plan.planned, roots=roots, steps=steps, leases=tuple(leases))
+        sizes = await asyncio.to_thread(plan.planned.held_sizes, self.works)
+        return replace(plan.planned, roots=roots, steps=steps, leases=tuple(leases), held_bytes=sizes)
 
     async def look(self, drvs: Sequence[str]) -> Graph:
         """Return the graph of derivations that are stored, full paths, as `submit` would plan it; stores nothing.

@@ -13,11 +13,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import Final
 
+from coordinator.learning.costs import Cost, ExpectedCost, LearnedCosts, learn_costs, learn_rates
+from coordinator.learning.works import Key, TimedBuild, WorkClass, WorkKind, WorkSource, class_of
 from scheduler.model import UNKNOWN_WORK_MS
-from workers.wire.messages import NETWORK_FEATURE
 
 #: Builds of one package and system that are looked at, the newest.
 NEWEST: Final = 9
@@ -45,52 +45,12 @@ LEAST_SPREAD: Final = 0.05
 HALF_WITHIN: Final = 0.6745
 #: Part of all packages than which one that is not known may take longer, at least.
 SURPRISE_PART: Final = 0.75
-#: Ends of names of what is fetched, and of what is written or changed rather than built.
-FETCH_ENDINGS: Final = (
-    *(".tar", ".tar.gz", ".tar.xz", ".tar.bz2", ".tar.lz", ".tar.zst", ".tgz", ".zip", ".crate", ".gem", ".whl"),
-    *(".jar", ".deb", ".rpm", "source"),
-)
-TRIVIAL_ENDINGS: Final = (".patch", ".diff", ".sh", ".txt", ".conf", ".json", ".nix", "-hook")
 TRIVIAL_MS: Final = 1_000
 
 
 #: Feature that the authors of large packages ask for, and how much longer than the usual such a package takes.
 LARGE_FEATURE: Final = "big-parallel"
 LARGE: Final = 10
-
-
-class WorkKind(StrEnum):
-    """Kinds of derivations with works of their own, by what can be seen before anything is built."""
-
-    FETCH = "fetch"
-    TRIVIAL = "trivial"
-    BUILD = "build"
-
-
-class WorkSource(StrEnum):
-    """Origins of an expected work, the best first."""
-
-    PACKAGE = "package"
-    OTHER_SYSTEM = "other_system"
-    KIND = "kind"
-    NOTHING = "nothing"
-
-
-@dataclass(frozen=True, slots=True)
-class TimedBuild:
-    """A build that ended well."""
-
-    package: str
-    system: str
-    worker: str
-    seconds: float
-    kind: WorkKind = WorkKind.BUILD
-    #: Its most memory; 0: not measured.
-    memory_bytes: int = 0
-
-
-#: Package, system and kind: what is fetched may have the name of what is built of it.
-_Key = tuple[str, str, WorkKind]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,38 +67,57 @@ class Learned:
     """All that was learned."""
 
     #: Package, system and kind -> seconds at speed 1, and of how many builds.
-    works: Mapping[_Key, tuple[float, int]] = field(default_factory=dict)
+    works: Mapping[Key, tuple[float, int]] = field(default_factory=dict)
     #: (worker, system) -> speed.
     speeds: Mapping[tuple[str, str], float] = field(default_factory=dict)
     #: (system, another) -> how often as long a package takes on the first.
     ratios: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    #: WorkKind -> usual seconds at speed 1.
+    #: WorkKind -> usual seconds at speed 1, and the same of packages that ask for certain features.
     kinds: Mapping[WorkKind, float] = field(default_factory=dict)
+    featured: Mapping[WorkClass, float] = field(default_factory=dict)
     #: Package, system and kind -> memory that a build of it should take at most.
-    memories: Mapping[_Key, int] = field(default_factory=dict)
+    memories: Mapping[Key, int] = field(default_factory=dict)
     #: How far builds of one package lie apart, of those with enough builds, and of the others.
-    spreads: Mapping[_Key, float] = field(default_factory=dict)
+    spreads: Mapping[Key, float] = field(default_factory=dict)
     usual_spread: float = USUAL_SPREAD
     #: Seconds at speed 1 of all packages that are built, the shortest first.
     built: tuple[float, ...] = ()
+    costs: LearnedCosts = field(default_factory=LearnedCosts)
+    #: Worker -> bytes of inputs a second.
+    fetch_rates: Mapping[str, int] = field(default_factory=dict)
 
     def expected(self, package: str, system: str, kind: WorkKind, features: Sequence[str] = ()) -> ExpectedWork:
         """Return the expected work of a package: of itself, of itself on another system, or of its kind.
 
         Features tell kinds apart where nothing is known of the package: what is fetched needs the network, whatever its
-        name, and what asks for `big-parallel` is large by its authors' word.
+        name, packages that ask for the same are alike, and what asks for `big-parallel` is large by its authors' word.
         """
         found = self._known(package, system, kind)
         if found is not None:
             return found
-        if NETWORK_FEATURE in features:
-            kind = WorkKind.FETCH
-        usual = self._usual(kind)
+        alike = class_of(kind, features)
+        if alike in self.featured:
+            return ExpectedWork(_ms(self.featured[alike]), WorkSource.FEATURES)
+        usual = self._usual(alike[0])
         return replace(usual, work_ms=usual.work_ms * LARGE) if LARGE_FEATURE in features else usual
 
     def memory_bytes(self, package: str, system: str, kind: WorkKind) -> int:
         """Return the memory that a build of a package should take at most; 0: not known."""
         return self.memories.get((package, system, kind), 0)
+
+    def expected_costs(
+        self, package: str, system: str, kind: WorkKind, features: Sequence[str] = ()
+    ) -> tuple[ExpectedCost, ...]:
+        """Return what is known of the costs of a build beside its time, in the order of `Cost`."""
+        return self.costs.expected((package, system, kind), class_of(kind, features), self._others(system))
+
+    def cost(self, cost: Cost, package: str, system: str, kind: WorkKind, features: Sequence[str] = ()) -> float:
+        """Return one cost of a build; 0 where nothing is known of it."""
+        return self.costs.value(cost, (package, system, kind), class_of(kind, features), self._others(system))
+
+    def _others(self, system: str) -> list[str]:
+        """Return the systems that a package is looked for on instead, those with most packages in common first."""
+        return [other for here, other in self.ratios if here == system]
 
     def _known(self, package: str, system: str, kind: WorkKind) -> ExpectedWork | None:
         known = self.works.get((package, system, kind))
@@ -172,19 +151,12 @@ class Learned:
         return self.built[min(len(self.built) - 1, int(part * len(self.built)))]
 
 
-def kind_of(name: str, *, fixed_output: bool = False) -> WorkKind:
-    """Return the kind of a derivation by its name, and by whether its output is known to be fixed."""
-    if fixed_output or name.endswith(FETCH_ENDINGS):
-        return WorkKind.FETCH
-    return WorkKind.TRIVIAL if name.endswith(TRIVIAL_ENDINGS) else WorkKind.BUILD
-
-
 def learn(builds: Iterable[TimedBuild]) -> Learned:
     """Return what builds teach, given from the oldest to the newest.
 
     Costs some 10 us a build, in one piece: call it in a thread.
     """
-    newest: dict[_Key, list[TimedBuild]] = defaultdict(list)
+    newest: dict[Key, list[TimedBuild]] = defaultdict(list)
     for build in builds:
         if build.seconds > 0:
             newest[build.package, build.system, build.kind].append(build)
@@ -198,12 +170,25 @@ def learn(builds: Iterable[TimedBuild]) -> Learned:
     spreads = _spreads(kept, slowness)
     usual = statistics.median(spreads.values()) if len(spreads) >= SHARED_PACKAGES else USUAL_SPREAD
     built = tuple(sorted([seconds for (_, _, kind), (seconds, _) in works.items() if kind is WorkKind.BUILD]))
-    return Learned(works, speeds, _ratios(works), _kinds(works), _memories(kept), spreads, usual, built)
+    newest_of_all = [build for many in kept.values() for build in many]
+    return Learned(
+        works,
+        speeds,
+        _ratios(works),
+        _kinds(works),
+        _featured(works, kept),
+        _memories(kept),
+        spreads,
+        usual,
+        built,
+        learn_costs(kept),
+        learn_rates(newest_of_all),
+    )
 
 
-def _spreads(kept: Mapping[_Key, Sequence[TimedBuild]], slowness: Mapping[tuple[str, str], float]) -> dict[_Key, float]:
+def _spreads(kept: Mapping[Key, Sequence[TimedBuild]], slowness: Mapping[tuple[str, str], float]) -> dict[Key, float]:
     """Return how far the builds of each package lie apart, by the median of their distances from their median."""
-    found: dict[_Key, float] = {}
+    found: dict[Key, float] = {}
     for key, many in kept.items():
         if len(many) >= SPREAD_FROM:
             works = [_log(build) - slowness.get((build.worker, build.system), 0.0) for build in many]
@@ -213,7 +198,7 @@ def _spreads(kept: Mapping[_Key, Sequence[TimedBuild]], slowness: Mapping[tuple[
     return found
 
 
-def _slowness(kept: Mapping[_Key, Sequence[TimedBuild]]) -> dict[tuple[str, str], float]:
+def _slowness(kept: Mapping[Key, Sequence[TimedBuild]]) -> dict[tuple[str, str], float]:
     """Return (worker, system) -> logarithm of how often as long it takes as the usual worker."""
     shared = [many for many in kept.values() if len({build.worker for build in many if _says_speed(build)}) > 1]
     slowness: dict[tuple[str, str], float] = defaultdict(float)
@@ -243,7 +228,7 @@ def _slowness(kept: Mapping[_Key, Sequence[TimedBuild]]) -> dict[tuple[str, str]
     }
 
 
-def _ratios(works: Mapping[_Key, tuple[float, int]]) -> dict[tuple[str, str], float]:
+def _ratios(works: Mapping[Key, tuple[float, int]]) -> dict[tuple[str, str], float]:
     """Return how systems compare, those with most packages in common first."""
     of: dict[str, dict[tuple[str, WorkKind], float]] = defaultdict(dict)
     for (package, system, kind), (seconds, _) in works.items():
@@ -258,7 +243,7 @@ def _ratios(works: Mapping[_Key, tuple[float, int]]) -> dict[tuple[str, str], fl
     return {pair: ratio for _, pair, ratio in sorted(found, reverse=True)}
 
 
-def _kinds(works: Mapping[_Key, tuple[float, int]]) -> dict[WorkKind, float]:
+def _kinds(works: Mapping[Key, tuple[float, int]]) -> dict[WorkKind, float]:
     """Return the mean work of each kind that has some packages: what is long is rare, and decides when all ends."""
     of: dict[WorkKind, list[float]] = defaultdict(list)
     for (_, _, kind), (seconds, _) in works.items():
@@ -266,7 +251,19 @@ def _kinds(works: Mapping[_Key, tuple[float, int]]) -> dict[WorkKind, float]:
     return {kind: statistics.fmean(many) for kind, many in of.items() if len(many) >= SHARED_PACKAGES}
 
 
-def _memories(kept: Mapping[_Key, Sequence[TimedBuild]]) -> dict[_Key, int]:
+def _featured(
+    works: Mapping[Key, tuple[float, int]], kept: Mapping[Key, Sequence[TimedBuild]]
+) -> dict[WorkClass, float]:
+    """Return the mean work of packages that ask for the same features, where enough do."""
+    of: dict[WorkClass, list[float]] = defaultdict(list)
+    for key, (seconds, _) in works.items():
+        alike = class_of(key[2], kept[key][-1].features)
+        if alike[1]:
+            of[alike].append(seconds)
+    return {key: statistics.fmean(many) for key, many in of.items() if len(many) >= SHARED_PACKAGES}
+
+
+def _memories(kept: Mapping[Key, Sequence[TimedBuild]]) -> dict[Key, int]:
     """Return the least of the newest peaks of each package.
 
     A control group counts pages of files too, of which the kernel keeps as many as there is room for: the least is

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from coordinator.learning.learned import Learned, WorkKind, kind_of
+from coordinator.learning.learned import Learned
+from coordinator.learning.works import WorkKind, kind_of
 from coordinator.readmodel.estimate import Expected
 from infra.nix.store_path import package_of
 

@@ -11,22 +11,24 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from sqlalchemy import select
 
-from coordinator.api.questions import EstimateSource
+from coordinator.api.questions import CostView, EstimateSource
 from coordinator.errors import CoordinatorError
-from coordinator.learning.learned import ExpectedWork, Learned, TimedBuild, WorkKind, WorkSource, kind_of, learn
+from coordinator.learning.costs import Cost
+from coordinator.learning.learned import ExpectedWork, Learned, learn
+from coordinator.learning.works import TimedBuild, WorkKind, WorkSource, kind_of
 from coordinator.stores.timings import TimingStore, attempts
 from infra.clock import Clock
 from infra.nix.store_path import package_of
 from infra.slices import in_slices
 from scheduler.events import Event, SpeedsMeasured, WorksEstimated
-from scheduler.model import MOST_MEMORY_BYTES, BuilderId, StepKey
+from scheduler.model import MOST_MEMORY_BYTES, MOST_OUTPUT_BYTES, BuilderId, StepKey
 from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.state import FarmState
 from scheduler.transitions import UNFINISHED
@@ -54,6 +56,8 @@ EMULATED_SPEED: Final = 0.2
 
 #: Since when -> builds, the oldest first; may raise a `CoordinatorError`.
 Read = Callable[[float], Awaitable[Sequence[TimedBuild]]]
+#: What has a figure: a worker with a system, or a worker.
+_Rated = TypeVar("_Rated")
 Post = Callable[[Sequence[Event]], Awaitable[None]]
 
 
@@ -108,7 +112,10 @@ async def timed_builds(store: TimingStore, since: float) -> list[TimedBuild]:
     """Return the newest builds that ended well, the oldest first; at most `BUILDS`. Raises `TimingsError`."""
     table = attempts.c
     query = (
-        select(table.name, table.system, table.worker, table.build_s, table.peak_memory_bytes)
+        select(
+            *(table.name, table.system, table.worker, table.build_s, table.peak_memory_bytes, table.features),
+            *(table.inputs_s, table.fetched_bytes, table.upload_s, table.cpu_s, table.output_bytes),
+        )
         .where(table.ended_at >= since, table.outcome == "done", table.build_s.is_not(None))
         .order_by(table.ended_at.desc())
         .limit(BUILDS)
@@ -117,12 +124,41 @@ async def timed_builds(store: TimingStore, since: float) -> list[TimedBuild]:
     async with aclosing(store.answers_in_pieces(query, BUILDS_AT_ONCE)) as pieces:
         async for rows in pieces:
             found += [
-                TimedBuild(package_of(name), system, worker, seconds, kind_of(name), _memory(peak))
-                for name, system, worker, seconds, peak in rows
+                _timed(name, system, worker, seconds, peak, features, *costs)
+                for name, system, worker, seconds, peak, features, *costs in rows
                 if name and system and worker and seconds > 0
             ]
     found.reverse()
     return found
+
+
+def _timed(  # noqa: PLR0917 - the columns of a row
+    name: str,
+    system: str,
+    worker: str,
+    seconds: float,
+    peak_bytes: float | None,
+    features: str | None,
+    inputs_s: float | None,
+    fetched_bytes: float | None,
+    upload_s: float | None,
+    cpu_s: float | None,
+    output_bytes: float | None,
+) -> TimedBuild:
+    return TimedBuild(
+        package_of(name),
+        system,
+        worker,
+        seconds,
+        kind_of(name),
+        _memory(peak_bytes),
+        inputs_s,
+        None if fetched_bytes is None else int(fetched_bytes),
+        upload_s,
+        cpu_s,
+        None if output_bytes is None else int(output_bytes),
+        tuple(features.split(",")) if features else (),
+    )
 
 
 def _memory(peak_bytes: float | None) -> int:
@@ -153,6 +189,7 @@ class Learner:
         #: Called where something new was learned.
         self.on_learned: Callable[[], None] = lambda: None
         self._posted: dict[tuple[str, str], float] = {}
+        self._rates: dict[str, int] = {}
         self.learned = Learned()
 
     async def run(self) -> None:
@@ -197,23 +234,48 @@ class Learner:
 
     async def _tell(self) -> None:
         speeds = dict.fromkeys(self._emulated(), EMULATED_SPEED) | dict(self.learned.speeds)
-        both = speeds.keys() | self._posted.keys()
-        if all(abs(speeds.get(key, 1.0) / self._posted.get(key, 1.0) - 1) < WORTH_TELLING for key in both):
+        rates = dict(self.learned.fetch_rates)
+        # A rate that was not measured is none; a speed that was not is 1.
+        same_rates = rates.keys() == self._rates.keys() and not _differs(rates, self._rates)
+        if same_rates and not _differs(speeds, self._posted):
             return
-        event = SpeedsMeasured(tuple((BuilderId(name), on, speed) for (name, on), speed in sorted(speeds.items())))
+        event = SpeedsMeasured(
+            tuple((BuilderId(name), on, speed) for (name, on), speed in sorted(speeds.items())),
+            tuple((BuilderId(name), rate) for name, rate in sorted(rates.items())),
+        )
         await self._post((event,))
-        self._posted = speeds
+        self._posted, self._rates = speeds, rates
 
-    def expect(self, name: str, system: str, features: Sequence[str] = ()) -> tuple[int, int]:
-        """Return what a build is expected to take, by its derivation's name: milliseconds at speed 1, and memory.
+    def expect(self, name: str, system: str, features: Sequence[str] = ()) -> tuple[int, int, int]:
+        """Return what a build is expected to take, by its derivation's name: milliseconds at speed 1, memory, output.
 
-        The memory is 0 where it is not known.
+        Memory and output are bytes, 0 where they are not known.
         """
         package, kind = package_of(name), kind_of(name)
         work = self.learned.expected(package, system, kind, features)
-        return work.work_ms, self.learned.memory_bytes(package, system, kind)
+        output_bytes = self.learned.cost(Cost.OUTPUT_BYTES, package, system, kind, features)
+        memory_bytes = self.learned.memory_bytes(package, system, kind)
+        return work.work_ms, memory_bytes, min(int(output_bytes), MOST_OUTPUT_BYTES)
 
-    def source(self, name: str, system: str) -> tuple[EstimateSource, int]:
+    def source(self, name: str, system: str, features: Sequence[str] = ()) -> tuple[EstimateSource, int]:
         """Return what the expected work of a derivation is taken from, by its name, and of how many builds."""
-        expected = self.learned.expected(package_of(name), system, kind_of(name))
+        expected = self.learned.expected(package_of(name), system, kind_of(name), features)
         return expected.source.value, expected.builds
+
+    def costs(self, name: str, system: str, features: Sequence[str] = ()) -> tuple[CostView, ...]:
+        """Return what else is expected of a build, each with its source."""
+        return tuple(
+            [
+                CostView(
+                    cost=each.cost.value, value=each.value, spread=each.spread, source=each.source.value,
+                    builds=each.builds,
+                )
+                for each in self.learned.expected_costs(package_of(name), system, kind_of(name), features)
+            ]
+        )  # fmt: skip
+
+
+def _differs(known: Mapping[_Rated, float], before: Mapping[_Rated, float]) -> bool:
+    """Return whether some figures are worth telling of; one that is not there is 1."""
+    both = known.keys() | before.keys()
+    return any(abs(known.get(key, 1.0) / before.get(key, 1.0) - 1) >= WORTH_TELLING for key in both)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import assert_never
 
 from coordinator.api.models import StepStatus, WaitingKind, WaitingView
-from coordinator.api.questions import CandidateView, EstimateSource, PlacingView
+from coordinator.api.questions import CandidateView, CostView, EstimateSource, PlacingView
 from coordinator.readmodel.rows import StepRow
 from coordinator.stores.logs import LogStore
 from infra.clock import Clock
@@ -28,6 +28,11 @@ DEPENDENTS_LOOKED_AT = 64
 _LAST_INSTANT = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
 
+#: By name, system and features of a derivation.
+SourceOf = Callable[[str, str, Sequence[str]], tuple[EstimateSource, int]]
+CostsOf = Callable[[str, str, Sequence[str]], tuple[CostView, ...]]
+
+
 class FarmExplainer:
     """`coordinator.readmodel.views.Explainer` over a farm and its logs. `name_of` gives a step's name, or nothing."""
 
@@ -35,8 +40,10 @@ class FarmExplainer:
         self._farm = farm
         self._logs = logs
         self._clock = clock
-        #: Gives what a derivation's expected work is taken from, by name and system, and of how many builds.
-        self.source: Callable[[str, str], tuple[EstimateSource, int]] = lambda _name, _system: ("nothing", 0)
+        #: Gives what a derivation's expected work is taken from, by name, system and features, and of how many builds;
+        #: and what else is expected of it.
+        self.source: SourceOf = lambda _name, _system, _features: ("nothing", 0)
+        self.costs: CostsOf = lambda _name, _system, _features: ()
 
     def placing(self, step: StepKey, name: str, system: str) -> PlacingView | None:
         """Return how urgent a step is and where it would be built; None for one that the core does not know."""
@@ -44,7 +51,8 @@ class FarmExplainer:
             found = self._farm.considered(step, Instant(self._clock.now()))
         except KeyError:
             return None
-        (source, builds), held = self.source(name, system), found.held
+        features, held = self._farm.features_of(step), found.held
+        source, builds = self.source(name, system, features)
         return PlacingView(
             rank_s=found.rank_ms / 1000,
             takes_s=found.work_ms / 1000,
@@ -60,6 +68,9 @@ class FarmExplainer:
                         capacity=each.capacity,
                         room_at=_known_instant(each.room_at),
                         ends_at=_known_instant(each.ends_at),
+                        here_bytes=each.here_bytes,
+                        missing_bytes=each.missing_bytes,
+                        fetch_s=each.fetch_s,
                     )
                     for each in found.candidates
                 ]
@@ -68,6 +79,9 @@ class FarmExplainer:
             waits_for="" if held is None else held.builder,
             waits_since=0.0 if held is None else held.since,
             waits_until=0.0 if held is None else held.until,
+            memory_bytes=found.memory_bytes,
+            output_bytes=found.output_bytes,
+            costs=self.costs(name, system, features),
         )
 
     def waiting(self, step: StepKey, name_of: Callable[[StepKey], str]) -> tuple[str, WaitingView | None]:

@@ -102,6 +102,7 @@ class FoldedRows(LeaseReports):
                 facts.StepAbandoned: self._abandoned,
                 facts.StepRestored: self._step_restored,
                 facts.BuilderQuarantined: self._quarantined,
+                facts.BuildersRated: self._rated,
                 facts.QuarantineEnded: self._trusted,
                 facts.BuilderRemoved: self._trusted,
             },
@@ -408,6 +409,9 @@ class FoldedRows(LeaseReports):
         row = self._row(fact.step)
         row.mutable_life().clear_builder()
         self._move(row, StepStatus.ABANDONED)
+
+    def _rated(self, fact: facts.BuildersRated) -> None:
+        self.workforce.rated(fact.speeds, fact.fetch_rates)
 
     def _quarantined(self, fact: facts.BuilderQuarantined) -> None:
         self.workforce.quarantine(fact.builder, fact.until, fact.reason)

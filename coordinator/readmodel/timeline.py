@@ -246,11 +246,18 @@ def _complete(timing: AttemptTiming, measures: Measures, within: Callable[[float
     timing.fetched_bytes = timing.measured.more_fetches_bytes + sum(
         fetch[2] for fetch in timing.measured.fetches if not fetch[5]
     )
+    timing.inputs_s, timing.upload_s = _sum_of(spans, "inputs"), _sum_of(spans, "pack", "upload")
     timing.cpu_s = _seconds(measures.cpu_s)
     timing.peak_memory_bytes = _bytes(measures.peak_memory_bytes)
     timing.read_bytes, timing.written_bytes = _bytes(measures.read_bytes), _bytes(measures.written_bytes)
     # Also of a build that failed, which has no time in the report's own fields.
     timing.build_s = next((_seconds(span.took_s) for span in measures.spans if span.name == "build"), timing.build_s)
+
+
+def _sum_of(spans: Iterable[tuple[str, float, float]], *names: str) -> float | None:
+    """Return the seconds of some stretches together; None where there is none of them."""
+    found = [took_s for name, _, took_s in spans if name in names]
+    return _seconds(sum(found)) if found else None
 
 
 def _landmarks(measures: Measures) -> list[tuple[int, str]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 from coordinator.api.flakes import WorkerRecordView
@@ -52,6 +52,9 @@ class Workforce:
         self._rows: dict[str, WorkerRow] = {}
         self._changed = changed
         self._records: Mapping[str, WorkerRecordView] = {}
+        #: As the core has them: worker -> system -> speed, and worker -> bytes of inputs a second.
+        self._speeds: Mapping[str, Mapping[str, float]] = {}
+        self._rates: Mapping[str, int] = {}
 
     def connected(self, hello: Hello, now: float) -> None:
         """A worker introduced itself."""
@@ -98,6 +101,13 @@ class Workforce:
         """Take in what became of workers' newest attempts, in place of what was known of them."""
         self._records = records
 
+    def rated(self, speeds: Iterable[tuple[str, str, float]], rates: Iterable[tuple[str, int]]) -> None:
+        """Take in how fast workers are, in place of what was known of them."""
+        found: dict[str, dict[str, float]] = {}
+        for worker, system, speed in speeds:
+            found.setdefault(worker, {})[system] = speed
+        self._speeds, self._rates = found, dict(rates)
+
     def isolation(self, worker: str) -> IsolationGrade:
         """Return how a worker keeps builds from its machine; `UNMEASURED` for one that is not known."""
         row = self._rows.get(worker)
@@ -119,7 +129,14 @@ class Workforce:
 
     def views(self) -> list[WorkerView]:
         """Return all workers, by name."""
-        return [_view(name, row, self._records.get(name)) for name, row in sorted(self._rows.items())]
+        return [
+            replace(
+                _view(name, row, self._records.get(name)),
+                speeds={system: round(speed, 3) for system, speed in self._speeds.get(name, {}).items()},
+                fetch_rate=self._rates.get(name),
+            )
+            for name, row in sorted(self._rows.items())
+        ]
 
     def answering(self) -> tuple[str, ...]:
         """Return the names of workers whose agent answers, by name: quarantined ones are among them."""

@@ -42,8 +42,8 @@ from coordinator.errors import CoordinatorError
 from infra.database import names_parameter, names_table, open_engine, reason
 from infra.nix.store_path import package_of
 
-#: What this version writes. 2: indexes for windows of time.
-FORMAT: Final = 2
+#: What this version writes. 2: indexes for windows of time. 3: seconds of fetching and sending, and features.
+FORMAT: Final = 3
 #: Attempts that take longer have an index of their own, so that a window of time need not look far back for them.
 LONG_S: Final = 3600.0
 #: Rows that one statement deletes: readers and the writer get their turn in between.
@@ -104,6 +104,8 @@ class AttemptTiming:
     package: str | None = None
     system: str | None = None
     worker: str | None = None
+    #: That the recipe asks for, sorted and joined by commas; "" for none.
+    features: str | None = None
     #: Class of the isolation that it was built in.
     isolation: str | None = None
     submitted_at: float | None = None
@@ -121,6 +123,9 @@ class AttemptTiming:
     reason: str | None = None
     message: str | None = None
     build_s: float | None = None
+    #: Fetching inputs, and packing and sending outputs, as the attempt waited for it.
+    inputs_s: float | None = None
+    upload_s: float | None = None
     cpu_s: float | None = None
     peak_memory_bytes: int | None = None
     read_bytes: int | None = None
@@ -152,7 +157,7 @@ class AttemptEnds:
 #: Columns by the type of the field; keys and `measured` stand apart.
 _FLOATS: Final = frozenset(name for name, _ in AttemptTiming.__annotations__.items() if name.endswith(("_at", "_s")))
 _TEXTS: Final = frozenset(
-    {"name", "package", "system", "worker", "isolation", "outcome", "reason", "message", "wanted_by"}
+    {"name", "package", "system", "worker", "features", "isolation", "outcome", "reason", "message", "wanted_by"}
 )
 _COLUMNS: Final = tuple(each.name for each in fields(AttemptTiming))
 
@@ -419,8 +424,13 @@ def _identity(file: str | None) -> tuple[int, int] | None:
 
 
 def _create(connection: Connection) -> None:
-    """Create what is missing; tables of format 1 have other indexes."""
+    """Create what is missing; tables of format 1 have other indexes, those of format 2 lack columns."""
     metadata.create_all(connection)
+    present = {column["name"] for column in inspect(connection).get_columns(attempts.name)}
+    for column in attempts.columns:
+        if column.name not in present:
+            kind = column.type.compile(connection.dialect)
+            connection.execute(text(f"ALTER TABLE {attempts.name} ADD COLUMN {column.name} {kind}"))
     connection.execute(text("DROP INDEX IF EXISTS attempt_timings_leased"))
     for index in attempts.indexes:
         index.create(connection, checkfirst=True)

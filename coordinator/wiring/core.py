@@ -118,14 +118,9 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     )
     if not settings.sources.across_names:
         intake.fixed.offers = None
-    learner = Learner(
-        partial(timed_builds, stores.timings),
-        engine.post,
-        views.workforce.emulating,
-        clock,
-        partial(open_works, farm.state, views.step_name),
-    )
-    intake.works, explainer.source = learner.expect, learner.source
+    learner = _learner(stores, engine, views, farm, clock)
+    intake.works, explainer.source, explainer.costs = learner.expect, learner.source, learner.costs
+    writer.features = farm.features_of
     writer.on_saved = partial(_were_built, usual, learner)
     etas = _foresee(views, farm, learner, clock)
     submissions = Submissions(engine, views, intake)
@@ -157,6 +152,16 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
 def _were_built(usual: UsualTimes, learner: Learner, attempts: Sequence[AttemptTiming]) -> None:
     usual.were_built(attempts)
     learner.were_built()
+
+
+def _learner(stores: Stores, engine: Engine, views: Views, farm: Farm, clock: Clock) -> Learner:
+    return Learner(
+        partial(timed_builds, stores.timings),
+        engine.post,
+        views.workforce.emulating,
+        clock,
+        partial(open_works, farm.state, views.step_name),
+    )
 
 
 def _foresee(views: Views, farm: Farm, learner: Learner, clock: Clock) -> Etas:

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from pathlib import Path
 
-from coordinator.learning.learned import Learned, TimedBuild, learn
+from coordinator.learning.learned import Learned, learn
 from coordinator.learning.learner import OpenWork, revised
+from coordinator.learning.works import TimedBuild
 from scheduler.effects import PublishOutputs, StartBuild
 from scheduler.events import (
     BuilderJoined,

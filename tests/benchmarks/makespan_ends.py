@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from coordinator.learning.learned import Learned, WorkKind
+from coordinator.learning.learned import Learned
+from coordinator.learning.works import WorkKind
 from coordinator.readmodel.estimate import BuildPace, Expected, Outlook, estimating, rest_of
 from scheduler.farm import Farm
 from scheduler.model import Requirements, StepState

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import zstandard
 
-from coordinator.learning.learned import WorkKind, kind_of
+from coordinator.learning.works import WorkKind, kind_of
 from infra.nix.store_path import package_of
 
 #: Standard deviation of the logarithm of a build's time around its package's.

@@ -32,8 +32,9 @@ from coordinator.cli.history import story_lines
 from coordinator.cli.lines import plain
 from coordinator.cli.live import Window
 from coordinator.cli.reasons import why_lines
-from coordinator.cli.rendering import step_lines, summary_lines, worker_lines
+from coordinator.cli.rendering import step_lines, summary_lines
 from coordinator.cli.top import farm_lines
+from coordinator.cli.worker_text import worker_lines
 from coordinator.readmodel import recipe_records
 from coordinator.readmodel.flakes import FALSE_ALARM, LEAST_FAILED, chance, newest_records, stands_out, worker_records
 from coordinator.readmodel.recipe_records import RecipeRecords

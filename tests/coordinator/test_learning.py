@@ -19,14 +19,11 @@ from coordinator.learning.learned import (
     NEWEST,
     TRIVIAL_MS,
     Learned,
-    TimedBuild,
-    WorkKind,
-    WorkSource,
-    kind_of,
     learn,
 )
 from coordinator.learning.learned_times import LearnedTimes
 from coordinator.learning.learner import EMULATED_SPEED, Learner, OpenWork, revised, timed_builds
+from coordinator.learning.works import TimedBuild, WorkKind, WorkSource, kind_of
 from coordinator.stores.timings import AttemptTiming, Outcome, TimingsError, TimingStore
 from infra.clock import SystemClock
 from scheduler.events import Event, SpeedsMeasured, WorksEstimated
@@ -212,7 +209,7 @@ async def test_what_was_learned_stays_while_the_store_of_timings_is_gone() -> No
     await told.learner.look()
     told.gone = True
     await told.learner.look()
-    assert told.learner.expect("hello-2.12", LINUX) == (7000, 0)
+    assert told.learner.expect("hello-2.12", LINUX) == (7000, 0, 0)
 
 
 async def test_steps_that_wait_are_estimated_anew_once_their_package_was_built() -> None:

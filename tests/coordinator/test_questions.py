@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from coordinator.api.capacity_routes import CapacityView
 from coordinator.api.estimates import RunningView, ThroughputBar, ThroughputView
 from coordinator.api.models import EtaView
-from coordinator.api.questions import ActivityView, CandidateView, PlacingView, QueueView, SlotView, WorkerActivityView
+from coordinator.api.questions import (
+    ActivityView,
+    CandidateView,
+    CostView,
+    PlacingView,
+    QueueView,
+    SlotView,
+    WorkerActivityView,
+)
 from coordinator.cli import exit_status
 from coordinator.cli.capacity import capacity_lines
 from coordinator.cli.lines import plain
@@ -87,20 +95,34 @@ def test_the_workers_that_were_looked_at_for_a_step_are_said_with_what_each_woul
 
     candidates = (
         candidate("fast", state="full", speed=2.0, leases=4, room_at=NOW + 1200, ends_at=NOW + 2100),
-        candidate("slow", speed=0.5),
+        candidate("slow", speed=0.5, here_bytes=1 << 30),
+        candidate("far", here_bytes=1 << 20, missing_bytes=1 << 30, fetch_s=21.5),
         candidate("off", state="draining", leases=1, capacity=0, room_at=0.0, ends_at=0.0),
     )
     placing = PlacingView(
-        rank_s=7500, takes_s=1800, source="package", builds=7, candidates=candidates, count=12, waits_for="fast"
-    )
+        rank_s=7500, takes_s=1800, source="package", builds=7, candidates=candidates, count=12, waits_for="fast",
+        memory_bytes=3 << 30,
+        costs=(
+            CostView(cost="fetch_s", value=20.0, spread=1.0, source="package", builds=7),
+            CostView(cost="cpu_s", value=3600.0, spread=9.0, source="package", builds=7),
+            CostView(cost="cores", value=2.0, spread=0.1, source="package", builds=7),
+            CostView(cost="output_bytes", value=float(5 << 20), spread=0.0, source="features"),
+        ),
+    )  # fmt: skip
+    alike = "as others that ask for the same features"
+    far = "has 1.0 MiB of its inputs and fetches 1.0 GiB in 21s"
     room, built = duration(1200), f"{duration(2100)}, speed 2"
     assert list(placing_lines(placing, NOW)) == [
         "  rank       2h05m from its start to the end of what stands on it",
         "  takes      30m00s on a usual worker: by 7 builds of its package",
+        "  expects    3.0 GiB of memory: what it asks for",
+        "             inputs in 20s, 1h00m of processors, 2.0 at one time: by 7 builds of its package",
+        f"             5.0 MiB of outputs: {alike}, because none of its package is known",
         f"  workers    fast: full (4 of 4 taken), room in {room}, would have built it in {built}, for which it waits",
-        "             slow: free (0 of 4 taken), would have built it in 1h00m, speed 0.5",
+        "             slow: free (0 of 4 taken), would have built it in 1h00m, speed 0.5, has 1.0 GiB of its inputs",
+        f"             far: free (0 of 4 taken), would have built it in 1h00m, {far}",
         "             off: draining (1 of 0 taken)",
-        "             and 9 more",
+        "             and 8 more",
     ]
 
 

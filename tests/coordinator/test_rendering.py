@@ -38,8 +38,8 @@ from coordinator.cli.rendering import (
     submission_rows,
     summary_lines,
     table_lines,
-    worker_lines,
 )
+from coordinator.cli.worker_text import worker_lines
 from tests.support.screens import NOW, moving, step
 
 
@@ -244,14 +244,23 @@ def test_tables_are_aligned_and_emulation_is_labelled() -> None:
         last_seen=NOW - 2,
     )
     record = WorkerRecordView(attempts=90, failed_attempts=15, failed=12, failures=14, expected=3.14, stands_out=True)
-    weak = replace(worker, name="weak", isolation="C", isolation_reasons=("one", "another"), record=record)
-    resting = replace(worker, name="full", state="quarantined", reason="its disk is full", until=NOW + 9)
+    worker = replace(worker, speeds={"x86_64-linux": 0.512, "aarch64-darwin": 0.512})
+    weak = replace(
+        worker,
+        name="weak",
+        speeds={"x86_64-linux": 2.0, "aarch64-darwin": 0.2},
+        isolation="C",
+        isolation_reasons=("one", "another"),
+        record=record,
+    )
+    speeds = "aarch64-darwin 0.2, x86_64-linux 2"
+    resting = replace(worker, name="full", speeds={}, state="quarantined", reason="its disk is full", until=NOW + 9)
     systems = "x86_64-linux, aarch64-darwin (emulated)"
     assert worker_lines([worker, resting, weak], NOW) == [
-        f"WORKER  STATE        CLASS  BUSY  BUILT  FAILED  SEEN    NIX    {'SYSTEMS':39}  FEATURES",
-        f"mac     online       A      1/2   3      -       2s ago  2.8.0  {systems}  -",
-        f"full    quarantined  A      1/2   3      -       2s ago  2.8.0  {systems}  -",
-        f"weak    online       C      1/2   3      15/90   2s ago  2.8.0  {systems}  -",
+        f"WORKER  STATE        CLASS  BUSY  BUILT  FAILED  {'SPEED':34}  SEEN    NIX    {'SYSTEMS':39}  FEATURES",
+        f"mac     online       A      1/2   3      -       {'0.51':34}  2s ago  2.8.0  {systems}  -",
+        f"full    quarantined  A      1/2   3      -       {'-':34}  2s ago  2.8.0  {systems}  -",
+        f"weak    online       C      1/2   3      15/90   {speeds}  2s ago  2.8.0  {systems}  -",
         "",
         "full is quarantined for 9s: its disk is full",
         f"weak: {worker_sentence(record)}",

@@ -133,10 +133,10 @@ async def test_a_database_of_a_newer_release_is_refused_and_not_touched(tmp_path
         assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("timings_meta",)]
 
 
-async def test_tables_of_the_format_before_get_the_indexes_of_this_one(tmp_path: Path) -> None:
+async def test_tables_of_formats_before_get_the_indexes_and_columns_of_this_one(tmp_path: Path) -> None:
     file = tmp_path / "timings.sqlite3"
     async with opened(f"sqlite+aiosqlite:///{file}") as store:
-        await store.save([row("a")])
+        await store.save([row("a", inputs_s=3.0, features="kvm")])
 
     def indexes() -> set[str]:
         with closing(sqlite3.connect(file)) as connection:
@@ -145,11 +145,15 @@ async def test_tables_of_the_format_before_get_the_indexes_of_this_one(tmp_path:
     as_made = indexes()
     with closing(sqlite3.connect(file)) as connection, connection:
         connection.execute("UPDATE timings_meta SET format = 1")
+        for column in ("inputs_s", "upload_s", "features"):
+            connection.execute(f"ALTER TABLE attempt_timings DROP COLUMN {column}")
         connection.execute("DROP INDEX attempt_timings_window")
         connection.execute("DROP INDEX attempt_timings_long")
         connection.execute("CREATE INDEX attempt_timings_leased ON attempt_timings (leased_at)")
     async with opened(f"sqlite+aiosqlite:///{file}") as store:
         assert await store.of_steps(["a"]) == [row("a")]
+        await store.save([row("a", upload_s=2.0, features="")])
+        assert await store.of_steps(["a"]) == [row("a", upload_s=2.0, features="")]
     assert indexes() == as_made
 
 

@@ -106,6 +106,8 @@ async def test_a_store_of_the_workers_own_makes_room_by_itself(bench: AgentHarne
     await _until_unfit(reader, "MiB are free")
     await _until_fit(reader)
     assert not (disk / "store" / output.path.lstrip("/")).exists()
+    # The coordinator takes nothing for there that was.
+    assert reader.batches[-1].collections >= 1
 
 
 @pytest.mark.parametrize(

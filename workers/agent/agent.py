@@ -243,6 +243,8 @@ class Agent:
             "offered": self._admitted.slots,
             "offers_less": self._admitted.because,
             **({"isolation": isolation.model_dump()} if isolation is not None and changed else {}),
+            # A coordinator of before 2026-11-30 does not know the field.
+            **({"collections": self._health.collections} if self._health.collections else {}),
         }
 
     async def cancel(self, leases: Sequence[dict[str, Any]]) -> None:

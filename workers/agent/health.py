@@ -143,6 +143,8 @@ class HealthWatch:
         self._next_trial = self._next_canary = self._next_collection = 0.0
         #: The machine's figures as of the last look; None before the first. `on_vitals` gets them at each look.
         self.vitals: Vitals | None = None
+        #: How often the store has begun to delete garbage.
+        self.collections = 0
         self.on_vitals: Callable[[Vitals], None] = lambda _: None
         self._full_at = 0.0
         self._doubted = False
@@ -233,6 +235,7 @@ class HealthWatch:
             return
         self._next_collection = self._clock.now() + COLLECT_AGAIN_S
         wanted = max(0, self._floor_bytes * COLLECT_TO - low.free_bytes)
+        self.collections += 1
         try:
             async with asyncio.timeout(COLLECT_WITHIN_S), self._session.use() as connection:
                 done = await connection.collect_garbage(GcAction.DELETE_DEAD, max_freed_bytes=wanted)

@@ -369,6 +369,8 @@ class Batch(WireMessage):
     #: Slots that it offers now and why these are not all (`workers.agent.admission`); None: all.
     offered: Annotated[int, Field(ge=0, le=MAX_SLOTS)] | None = None
     offers_less: Sentence = ""
+    #: How often its store has deleted garbage since the agent started: what it had may be gone.
+    collections: Annotated[int, Field(ge=0, le=MAX_HELD)] = 0
     #: At most one for each lease.
     transfers: Annotated[tuple[Transfer, ...], Field(max_length=MAX_TRANSFERS)] = ()
 
