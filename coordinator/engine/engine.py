@@ -141,8 +141,10 @@ class Engine:
             with _answering(messages), collector_paused():
                 facts, effects = await self._ask(messages, grant=False)
                 encoded = await self._journal.encoded([fact for fact in facts if fact.durable])
+                # Ends of builds wait for this.
                 async with self._committing:
-                    await self._commit(messages, facts, encoded)
+                    with going_first():
+                        await self._commit(messages, facts, encoded)
                 self._hand(effects)
 
         work = asyncio.create_task(turn(), name="large submission")

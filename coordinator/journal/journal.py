@@ -39,6 +39,7 @@ from coordinator.journal.codec import StoredNote
 from coordinator.journal.errors import FencedError, JournalError, journal_error, translated
 from coordinator.journal.frames import FrameBody, Loaded, decoded, frame_bodies, numbered
 from coordinator.journal.notes import Note, forget_notes, read_notes, write_notes
+from coordinator.journal.single_frame import store_single_frame
 from coordinator.journal.snapshots import Snapshots
 from infra.cache.catalog.database import FencingToken
 from infra.database import PATIENCE_S, may_pass, reason
@@ -152,13 +153,15 @@ class Journal:
 
         With PostgreSQL no other coordinator can take over before that transaction ends. Raises `FencedError`.
         """
-        query = select(tables.meta.c.value).where(tables.meta.c.name == "epoch").with_for_update(read=True)
-        now = (await connection.execute(query)).scalar_one_or_none()
+        now = await _epoch_in(connection)
         if now != self._epoch:
-            raise FencedError(
-                f"another coordinator has taken over the journal (epoch {now}, this one had {self._epoch}); "
-                "this one ends, nothing was written."
-            )
+            raise self._replaced(now)
+
+    def _replaced(self, now: int | None) -> FencedError:
+        return FencedError(
+            f"another coordinator has taken over the journal (epoch {now}, this one had {self._epoch}); "
+            "this one ends, nothing was written."
+        )
 
     async def load(self) -> AsyncIterator[Loaded]:
         """Yield everything in order, one piece at a time. Must be read to its end before the first `append`.
@@ -253,14 +256,10 @@ class Journal:
             if failed and frames and await self._is_stored(self._seq + len(frames)):
                 return
             async with self._engine.begin() as connection:
-                if frames:
-                    await connection.execute(insert(tables.frames), frames)
-                if notes:
-                    await write_notes(connection, notes)
-                if forgotten:
-                    await forget_notes(connection, forgotten)
-                # Last: SQLite is locked for writing by now, and sees what is.
-                await self.fence(connection)
+                if len(frames) == 1 and not notes and not forgotten and connection.dialect.name == "sqlite":
+                    await self._store_single(connection, frames[0])
+                else:
+                    await self._store_in(connection, frames, notes, forgotten)
 
         def trouble_of(error: Exception) -> str:
             nonlocal failed
@@ -275,6 +274,26 @@ class Journal:
             await retrying(store, self._patience_s, self._outage, trouble_of)
         except (SQLAlchemyError, OSError) as error:
             raise await self._unstorable(error) from None
+
+    async def _store_single(self, connection: AsyncConnection, frame: Mapping[str, Any]) -> None:
+        if not await store_single_frame(connection, frame, self._epoch):
+            raise self._replaced(await _epoch_in(connection))
+
+    async def _store_in(
+        self,
+        connection: AsyncConnection,
+        frames: Sequence[dict[str, Any]],
+        notes: Mapping[SubmissionId, Note],
+        forgotten: Sequence[SubmissionId],
+    ) -> None:
+        if frames:
+            await connection.execute(insert(tables.frames), frames)
+        if notes:
+            await write_notes(connection, notes)
+        if forgotten:
+            await forget_notes(connection, forgotten)
+        # Last: SQLite is locked for writing by now, and sees what is.
+        await self.fence(connection)
 
     async def _unstorable(self, error: SQLAlchemyError | OSError) -> JournalError:
         """Return what to raise where waiting does not help, or has not helped. Raises `FencedError`."""
@@ -293,6 +312,12 @@ class Journal:
                 "what it had confirmed (is synchronous_commit off?); start again to go on from there."
             )
         return bool(found == last)
+
+
+async def _epoch_in(connection: AsyncConnection) -> int | None:
+    """Return the epoch, which stays until the transaction ends."""
+    query = select(tables.meta.c.value).where(tables.meta.c.name == "epoch").with_for_update(read=True)
+    return (await connection.execute(query)).scalar_one_or_none()
 
 
 def _unwritable(why: str) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import secrets
 import sqlite3
 import subprocess
 import sys
@@ -314,6 +315,17 @@ async def test_a_full_disk_is_one_sentence_and_what_was_stored_stays(tmp_path: P
             await connection.execute(text("PRAGMA max_page_count = 16"))
         with pytest.raises(JournalError, match="disk is full"):
             await journal.append(_steps(50_000))
+    assert (await _read(_file(tmp_path)))[0] == _held(1)
+
+
+async def test_a_commit_of_one_frame_on_a_full_disk_is_the_same_sentence(tmp_path: Path) -> None:
+    """It takes a shorter way to the driver than one of several."""
+    async with _opened_beside(_file(tmp_path), patience_s=0.2) as (engine, journal):
+        await journal.append(_held(1))
+        async with engine.connect() as connection:
+            await connection.execute(text("PRAGMA max_page_count = 16"))
+        with pytest.raises(JournalError, match="disk is full"):
+            await journal.append([StepCached(StepKey(secrets.token_hex(500_000)))])
     assert (await _read(_file(tmp_path)))[0] == _held(1)
 
 
