@@ -37,6 +37,7 @@ from coordinator.wiring.tasks import start_housekeeping, start_tasks
 from coordinator.wiring.work import connect_workers
 from infra.cache.cache import Cache
 from infra.clock import Clock, SystemClock
+from infra.collector import long_collections_kept_rare
 from infra.thread_switches import switching_often
 from workers.wire.fleet import Fleet
 from workers.wire.messages import FarmInfo
@@ -91,6 +92,7 @@ async def open_coordinator(
     clock = clock or SystemClock()
     async with AsyncExitStack() as stack:
         stack.enter_context(switching_often())
+        stack.enter_context(long_collections_kept_rare())
         stack.enter_context(StateLock(settings.state_dir))
         listener = stack.enter_context(listen(settings.host, settings.port))
         url = settings.public_url.rstrip("/") or url_of(settings.host, listener)

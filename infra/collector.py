@@ -1,9 +1,12 @@
-"""Pauses of Python's cycle collector, for work that makes very many objects at once.
+"""Pauses of Python's cycle collector, for work that makes very many objects at once, and a bound on what it walks.
 
 A full collection walks every object that was made since the last one that was kept from it, holds the interpreter's
 lock while it does, and so stops the event loop whatever thread it runs in: 225 ms for the plan of 50,000 derivations,
 ten times in one submission. What such work makes is freed by counting references, or stays for good, so nothing is
 lost by not looking. Cycles that exist when a long pause ends are never collected; there are few.
+
+Work without a pause grows what a full collection walks too: with five intakes under way each took longer than the one
+before, up to 66 ms. What is left after a long one is therefore kept from the next (`long_collections_kept_rare`).
 """
 
 from __future__ import annotations
@@ -16,10 +19,14 @@ from typing import Final
 
 #: Objects made in a pause and still there from which on the collector does not look at them afterwards either.
 KEPT_OBJECTS: Final = 20_000
+#: The generation that a full collection is of.
+OLDEST: Final = 2
 #: Seconds after which pauses that overlap let the collector work all the same, or it might never: on what is young.
 MAX_PAUSE_S: Final = 30.0
 #: Young collections before one that looks at everything, while pauses overlap: never.
 NO_FULL_COLLECTION: Final = 1_000_000_000
+#: Seconds of processor time of a full collection, some 100,000 objects, from which on what is left is kept from others.
+LONG_COLLECTION_S: Final = 0.01
 
 
 class _Pauses:
@@ -59,6 +66,31 @@ def keep_from_collector() -> None:
     What is referred to no more is freed as ever. Cycles among it are not: so this is for thousands of new objects.
     """
     gc.freeze()
+
+
+@contextmanager
+def long_collections_kept_rare() -> Iterator[None]:
+    """Keep from the collector what a long collection leaves, for as long as the block runs: the next walks newer ones.
+
+    Of what is left so, cycles that come to nothing later are never collected: those of requests under way, once for
+    some 100,000 objects that stay.
+    """
+    began_s = 0.0
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        nonlocal began_s
+        if info["generation"] < OLDEST:
+            return
+        if phase == "start":
+            began_s = time.thread_time()
+        elif time.thread_time() - began_s >= LONG_COLLECTION_S:
+            gc.freeze()
+
+    gc.callbacks.append(note)
+    try:
+        yield
+    finally:
+        gc.callbacks.remove(note)
 
 
 @contextmanager

@@ -6,7 +6,9 @@ without a build: a third of its steps are doomed by one failure, a third wait, a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ import pytest
 
 from coordinator.api.estimates import ThroughputBar, ThroughputView
 from coordinator.api.models import FarmView, StepStatus
+from coordinator.http.answers import json_of
 from coordinator.http.web.assets import Assets
 from coordinator.http.web.farm import FarmPage, WorkerLine
 from coordinator.http.web.graph import DrawnStep, drawing
@@ -34,13 +37,14 @@ from coordinator.http.web.timeline import (
     TimelinePage,
 )
 from coordinator.http.web.waterfall import TimeWindow
+from coordinator.journal.codec import RootNote
 from coordinator.readmodel.critical_path import submission_eta
 from coordinator.readmodel.differences import known_before
 from coordinator.readmodel.estimate import Expected
 from coordinator.readmodel.etas import Etas
 from coordinator.readmodel.explain import FarmExplainer
 from coordinator.readmodel.surroundings import surrounding, way_down
-from coordinator.readmodel.views import Views
+from coordinator.readmodel.views import ROOTS_SHOWN, Views
 from coordinator.stores.derivations import StepInfo
 from coordinator.stores.log_archive import LogArchive
 from coordinator.stores.logs import LogStore
@@ -214,6 +218,24 @@ def test_the_pages_of_its_steps(filled: Filled) -> None:
     assert [step.name for step in rare.steps] == ["bad"]
     last = metered(lists.gathering(filled.row, StepStatus.WAITING, STEPS - STEPS // 3))
     rendered(filled, "steps.html", last)
+
+
+def test_the_view_of_a_submission_with_very_many_roots(filled: Filled) -> None:
+    """It is rendered in one piece."""
+    named = [(key, f"/nix/store/{key}") for key in (*DOOMED, *WAITING)]
+    roots = tuple([RootNote(f"attr-{key}", f"{path}.drv", key, (("out", path),)) for key, path in named])
+    note = filled.views.note(filled.row.id)
+    filled.views.add_details({}, {filled.row.id: replace(note, roots=roots)})
+
+    def viewing() -> Generator[None, None, bytes]:
+        yield
+        return json_of(filled.views.submission_view(filled.row))
+
+    shown = json.loads(metered(viewing()))
+    filled.views.add_details({}, {filled.row.id: note})
+    assert shown["root_count"] == len(roots)
+    assert len(shown["roots"]) == ROOTS_SHOWN
+    assert shown["roots"][0]["failure"]["name"] == "bad"
 
 
 class Durations:

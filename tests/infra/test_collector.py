@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from infra import collector
-from infra.collector import KEPT_OBJECTS, collector_paused
+from infra.collector import KEPT_OBJECTS, collector_paused, long_collections_kept_rare
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +74,20 @@ def test_pauses_without_a_gap_never_have_all_that_was_made_looked_at(monkeypatch
         assert gc.get_threshold() == thresholds
     finally:
         gc.callbacks.remove(note)
+
+
+@pytest.mark.parametrize(("long_s", "kept"), [(0.0, True), (1e9, False)])
+def test_what_a_long_collection_leaves_is_kept_from_the_next(
+    monkeypatch: pytest.MonkeyPatch, long_s: float, kept: bool
+) -> None:
+    monkeypatch.setattr(collector, "LONG_COLLECTION_S", long_s)
+    with long_collections_kept_rare():
+        made: list[list[int]] = [[] for _ in range(KEPT_OBJECTS)]
+        before = gc.get_freeze_count()
+        gc.collect(1)
+        assert gc.get_freeze_count() == before
+        gc.collect()
+        assert (gc.get_freeze_count() >= before + len(made)) is kept
+    before = gc.get_freeze_count()
+    gc.collect()
+    assert gc.get_freeze_count() == before
