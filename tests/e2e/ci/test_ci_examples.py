@@ -86,7 +86,7 @@ class Job:
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
-        """Read the command lines of all processes again and again, as any user of the machine could."""
+        """Read the command lines of the job's processes again and again, as any user of the machine could."""
         ended = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(ended,))
         watcher.start()
@@ -97,13 +97,16 @@ class Job:
             watcher.join()
 
     def _watch(self, ended: threading.Event) -> None:
+        # What ran before cannot be the job's, and reading all of a busy machine takes half of a processor.
+        before = {*Path("/proc").iterdir()}
         while not ended.wait(0.05):
-            for entry in Path("/proc").iterdir():
-                if entry.name.isdigit():
-                    with contextlib.suppress(OSError):
-                        command = (entry / "cmdline").read_bytes()
-                        if self.token.encode() in command:
-                            self.leaks.append(command)
+            now = {*Path("/proc").iterdir()}
+            before &= now
+            for process in now - before:
+                with contextlib.suppress(OSError):
+                    command = (process / "cmdline").read_bytes()
+                    if self.token.encode() in command:
+                        self.leaks.append(command)
 
 
 @pytest.fixture
