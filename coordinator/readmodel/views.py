@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from coordinator.api.models import (
@@ -38,6 +38,7 @@ from coordinator.readmodel.watcher import SNAPSHOT_FAILED, Watcher
 from coordinator.stores.derivations import StepInfo
 from infra.nix.store_path import package_of
 from scheduler.model import Requirements, StepKey, SubmissionId
+from scheduler.pauses import PAUSE, Pause
 
 #: Roots in the view of a submission, and in a list of submissions; all are behind `submissions/ID/roots`.
 ROOTS_SHOWN = 500
@@ -396,11 +397,16 @@ class Views(FoldedRows):
             has_log=step.life.attempt > 0,
         )
 
-    def snapshot(self, row: SubmissionRow) -> Snapshot:
-        """Render a submission with the steps that run or failed."""
-        rows = [*row.active.values(), *list(row.failed.values())[:SNAPSHOT_FAILED]]
-        steps = tuple(self.step_view(step) for step in rows)
-        return Snapshot(submission=self.submission_view(row), steps=steps, eta=self.eta_of(row))
+    def snapshot(self, row: SubmissionRow) -> Generator[Pause, None, Snapshot]:
+        """Render a submission with the steps that run or failed, with pauses: a large farm runs thousands.
+
+        A step that changes meanwhile is shown as it was or as it is; those who watch get it once more.
+        """
+        steps: list[StepView] = []
+        for step in [*row.active.values(), *list(row.failed.values())[:SNAPSHOT_FAILED]]:
+            steps.append(self.step_view(step))
+            yield PAUSE
+        return Snapshot(submission=self.submission_view(row), steps=tuple(steps), eta=self.eta_of(row))
 
     def counts_changed(self, row: SubmissionRow) -> CountsChanged:
         """Render the counts of a submission."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from coordinator.api.models import (
 from coordinator.readmodel.forest import ForestDiff, Ways
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from scheduler.model import StepKey
+from scheduler.pauses import Pause
 
 #: Changed steps that a watcher may leave unread before it gets a snapshot instead.
 WATCH_PENDING = 1024
@@ -35,8 +36,8 @@ MOVES_EVERY_S = 1.0
 class Renderer(Ways, Protocol):
     """Port of the views, which render rows."""
 
-    def snapshot(self, row: SubmissionRow) -> Snapshot:
-        """Render a submission with the steps that run or failed."""
+    def snapshot(self, row: SubmissionRow) -> Generator[Pause, None, Snapshot]:
+        """Render a submission with the steps that run or failed, with pauses."""
 
     def step_view(self, row: StepRow) -> StepView:
         """Render a step."""
@@ -115,16 +116,17 @@ class Watcher:
         """True if the last event has been taken."""
         return self._over
 
-    def snapshot(self) -> Snapshot:
-        """Render the submission for a reader that begins now and gets the events that `events` yields from now on."""
-        return replace(self._views.snapshot(self._submission), tree=self._forest.whole())
+    def snapshot(self) -> Generator[Pause, None, Snapshot]:
+        """Render the submission, with pauses, for a reader that begins now and goes on with what `events` yields."""
+        snapshot = yield from self._views.snapshot(self._submission)
+        return replace(snapshot, tree=self._forest.whole())
 
     def take(self) -> list[WatchEvent]:
         """Return what a reader must now see; the first time, and when it fell behind, a whole snapshot."""
-        return list(self.events())
+        return [event for event in self.events() if not isinstance(event, Pause)]
 
-    def events(self) -> Iterator[WatchEvent]:
-        """Yield what `take` returns, each rendered when the caller takes it; changes may come in between."""
+    def events(self) -> Iterator[WatchEvent | Pause]:
+        """Yield what `take` returns, each rendered when it is taken, with pauses; changes may come in between."""
         views, submission = self._views, self._submission
         if self._over:
             return
@@ -133,7 +135,8 @@ class Watcher:
         stirred, self._stirred = self._stirred, False
         if self._behind:
             self._behind = False
-            yield replace(views.snapshot(submission), tree=self._forest.anew())
+            snapshot = yield from views.snapshot(submission)
+            yield replace(snapshot, tree=self._forest.anew())
         else:
             for row in changed.values():
                 yield StepChanged(step=views.step_view(row))

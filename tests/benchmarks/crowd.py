@@ -7,7 +7,7 @@ are of a submission that comes before the others, because the stand-in has few s
 that yield the processor to everything else (`nice`), as others' machines would be; their derivations are made before.
 The peer of each figure is the target of 50 ms.
 
-    python -m tests.benchmarks.crowd [--clients N] [--steps N]
+    python -m tests.benchmarks.crowd [--clients N] [--steps N] [--postgres]
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +36,7 @@ from tests.benchmarks.processes import memory_mb, processor_s
 from tests.benchmarks.report import arguments, progress, publish
 from tests.benchmarks.restart_farm import layered
 from tests.support.loop import LoopStalls
+from tests.support.servers import MortalPostgres
 
 TARGET_S: Final = 0.05
 #: Steps of the submission whose builds run, and those built before.
@@ -228,10 +229,25 @@ async def _line(process: asyncio.subprocess.Process) -> str:
     return line.decode().strip()
 
 
+@contextmanager
+def _database(*, postgres: bool) -> Iterator[str]:
+    """Give the address of an empty database of a PostgreSQL for as long as the block runs, or nothing."""
+    if not postgres:
+        yield ""
+        return
+    # A socket's path has at most 107 bytes.
+    with (
+        tempfile.TemporaryDirectory(prefix="drover-pg-") as directory,
+        MortalPostgres(Path(directory), durable=True) as running,
+    ):
+        yield running.server.url(running.server.create_database())
+
+
 def main() -> None:
     parser = arguments(__doc__ or "", runs=1)
     parser.add_argument("--clients", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20_000, help="of each client (default: %(default)s)")
+    parser.add_argument("--postgres", action="store_true", help="on a PostgreSQL of its own instead of SQLite")
     parser.add_argument("--client", help="for the bench itself: be one client")
     options = parser.parse_args()
     if options.client:
@@ -239,13 +255,15 @@ def main() -> None:
         return
     with (
         tempfile.TemporaryDirectory(prefix="drover-bench-") as directory,
-        coordinator(Path(directory), STEPS, BUILT) as (place, process),
+        _database(postgres=options.postgres) as url,
+        coordinator(Path(directory), STEPS, BUILT, url) as (place, process),
     ):
         found = asyncio.run(measure(place, process, options.clients, options.steps))
+    bench = "crowd on PostgreSQL" if options.postgres else "crowd"
     for phase in ("before", "during", "after"):
         for what in ("answer_ms", "event_ms"):
             publish(
-                f"crowd {phase}: {what.partition('_')[0]}", ours=[found[phase][what]["p95"]], peer=[TARGET_S * 1000],
+                f"{bench} {phase}: {what.partition('_')[0]}", ours=[found[phase][what]["p95"]], peer=[TARGET_S * 1000],
                 unit="ms (95 of 100)", bigger_is_better=False, as_json=False, most=found[phase][what]["most"],
             )  # fmt: skip
     print(json.dumps({"bench": "crowd", **found}), flush=True)

@@ -164,8 +164,12 @@ def _watch(stack: ExitStack, farm: Farm, submission: str, ways: Collection[str])
 
 
 @contextmanager
-def coordinator(root: Path, steps: int, before: int) -> Iterator[tuple[Place, subprocess.Popen[str]]]:
-    plan = Plan(state_dir=root / "state", steps=steps, before=before, after=0, held=64)
+def coordinator(
+    root: Path, steps: int, before: int, database_url: str = ""
+) -> Iterator[tuple[Place, subprocess.Popen[str]]]:
+    plan = Plan(
+        state_dir=root / "state", steps=steps, before=before, after=0, held=64, database_url=database_url
+    )  # fmt: skip
     with _place_of("build", plan) as started:
         yield started
 

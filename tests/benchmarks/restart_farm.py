@@ -84,11 +84,20 @@ class Plan(BaseModel):
     after: int
     #: Leases that the worker holds when the coordinator is killed; afterwards it takes as many again.
     held: int
+    #: Address of an empty database of PostgreSQL for all that the coordinator stores; empty: SQLite.
+    database_url: str = ""
 
     @property
     def settings(self) -> Settings:
         """Settings of the coordinator."""
-        return Settings(state_dir=self.state_dir, port=0)
+        return Settings(
+            state_dir=self.state_dir,
+            port=0,
+            journal_database_url=self.database_url,
+            derivations_database_url=self.database_url,
+            cache_database_url=self.database_url,
+            timings_database_url=self.database_url,
+        )
 
     @property
     def leases_file(self) -> Path:

@@ -7,7 +7,7 @@ without a build: a third of its steps are doomed by one failure, a third wait, a
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pytest
 
 from coordinator.api.estimates import ThroughputBar, ThroughputView
-from coordinator.api.models import FarmView, StepStatus
+from coordinator.api.models import FarmView, Snapshot, StepStatus
 from coordinator.http.answers import json_of
 from coordinator.http.web.assets import Assets
 from coordinator.http.web.farm import FarmPage, WorkerLine
@@ -218,6 +218,21 @@ def test_the_pages_of_its_steps(filled: Filled) -> None:
     assert [step.name for step in rare.steps] == ["bad"]
     last = metered(lists.gathering(filled.row, StepStatus.WAITING, STEPS - STEPS // 3))
     rendered(filled, "steps.html", last)
+
+
+def test_what_a_stream_of_events_begins_with_where_hundreds_of_steps_run(filled: Filled) -> None:
+    def whole(parts: Iterator[object]) -> Generator[None, None, list[object]]:
+        found = []
+        for part in parts:
+            found.append(part)
+            yield
+        return found
+
+    with filled.views.watch(filled.row, lambda: None) as watcher:
+        (snapshot,) = [each for each in metered(whole(watcher.events())) if isinstance(each, Snapshot)]
+        assert len(snapshot.steps) == len(filled.row.active) + len(filled.row.failed) > 500
+        again = metered(watcher.snapshot())
+        assert [step.key for step in again.steps] == [step.key for step in snapshot.steps]
 
 
 def test_the_view_of_a_submission_with_very_many_roots(filled: Filled) -> None:

@@ -31,6 +31,7 @@ from coordinator.http.api.pages import rendered
 from coordinator.readmodel.rows import SubmissionRow
 from coordinator.readmodel.views import Views
 from coordinator.readmodel.watcher import Watcher
+from scheduler.pauses import Pause
 
 #: Seconds between two writes of one stream: at least, and at most where there is something new.
 LEAST_PAUSE_S: Final = 0.01
@@ -173,9 +174,9 @@ class _Feed:
     def _id(self) -> bytes:
         return f"id: {self._name}-{self._number}\n\n".encode()
 
-    def _begin(self, watcher: Watcher) -> Iterator[WatchEvent]:
-        """Yield what a stream begins with that goes on with the watcher's next events."""
-        yield watcher.snapshot()
+    def _begin(self, watcher: Watcher) -> Iterator[WatchEvent | Pause]:
+        """Yield what a stream begins with that goes on with the watcher's next events, and pauses."""
+        yield (yield from watcher.snapshot())
         if self.over:
             yield Ended(submission=self._views.submission_view(self.submission))
 
@@ -312,5 +313,7 @@ class WatchStreams:
                 await response.write(b": still here\n\n")
 
 
-def _frame(event: WatchEvent) -> bytes:
-    return b"event: " + event.type.encode() + b"\ndata: " + json_of(event) + b"\n\n"
+def _frame(event: WatchEvent | Pause) -> bytes:
+    return (
+        b"" if isinstance(event, Pause) else b"event: " + event.type.encode() + b"\ndata: " + json_of(event) + b"\n\n"
+    )
